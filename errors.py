@@ -182,6 +182,12 @@ class BrokerNotEnforcing(BrokerUnavailable):
     code = "broker_not_enforcing"
 
 
+class IssuerUnusable(Unavailable):
+    """A CA cannot sign now: it is out of date, its private key is elsewhere, or its certificate is not a CA's."""
+
+    code = "issuer_unusable"
+
+
 class ProjectionInvalid(PortalError):
     """An ACL or CRL failed its checks, so it was not put in the broker's reach."""
 

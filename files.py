@@ -6,9 +6,11 @@ import fcntl
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from errors import StartupError
 
 
 def fsync_directory(folder: Path) -> None:
@@ -53,6 +55,26 @@ def private_folder(path: Path, *, mode: int = 0o700, group: int | None = None) -
         os.chown(path, -1, group)
     path.chmod(mode)
     return path
+
+
+def secret_file(path: Path, make: Callable[[], str]) -> str:
+    """The secret kept at ``path`` (0600), made by ``make`` and written durably where there is none yet.
+
+    Raises ``StartupError`` where others may read the file, or where it is empty or unreadable.
+    """
+    try:
+        if path.stat().st_mode & 0o077:
+            raise StartupError(f"{path} can be read by others; run: chmod 600 {path}")
+        secret = path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        secret = make()
+        replace_file(path, secret.encode("ascii") + b"\n")
+        return secret
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"{path} cannot be read; restore it from a backup.") from error
+    if not secret:
+        raise StartupError(f"{path} is empty; restore it from a backup.")
+    return secret
 
 
 class FileLock:

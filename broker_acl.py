@@ -1,0 +1,172 @@
+"""The broker's access control list, built block by block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from config import AclStyle
+from errors import FieldProblem, ProjectionInvalid, TopicRefused
+from topics import Access, Topic, check_topics, default_topics, expand, is_device_id
+
+PORTAL_USER = "portal"  # the portal on the broker's internal listener
+GENERATION_TOPIC = "portal/generation"  # below it, the only topic that the portal may write, one for each generation
+# Never granted by a valid ACL: an answer other than "not authorised" shows that the broker runs without its ACL.
+REFUSED_TOPIC = "portal/refused"
+
+_WRITER = b"# Written by the device onboarding portal. A change by hand is damage to it and is overwritten.\n"
+_DENY_ALL = "topic deny #\n"
+
+
+class Acl:
+    """The ACL of one broker in one style; filled by the functions below, then rendered for a generation.
+
+    ``per-device``: an allow-list, a device without a block may do nothing. ``pattern``: one line lets each device do
+    everything below its id, and blocks stand only for devices with topics of their own and for those that are out.
+    The broker lets a deny entry win over everything else of that user, patterns too, and adds the pattern to a user's
+    own topics; so in this style topics narrower than the default cannot be expressed, and such a device is denied
+    everything. ``closed`` names the devices shut out for such a reason, with the reason, for the log.
+    """
+
+    def __init__(self, style: AclStyle, prefix: str) -> None:
+        self.style = style
+        self.prefix = prefix
+        self._blocks: dict[str, bytes] = {}
+        self._closed: dict[str, str] = {}
+        self._default_lines = _topic_lines("{id}", default_topics(prefix))
+
+    @property
+    def closed(self) -> Mapping[str, str]:
+        """Devices that may do nothing because what is wanted for them cannot be granted, each with the reason."""
+        return MappingProxyType(self._closed)
+
+    def __len__(self) -> int:
+        """How many devices have a block."""
+        return len(self._blocks)
+
+    def render(self, generation: int) -> bytes:
+        """The whole file, in Mosquitto's own format (mosquitto.conf(5), acl_file), for ``generation``."""
+        pattern, portal_deny = "", ""
+        if self.style is AclStyle.PATTERN:
+            pattern = f"pattern readwrite {self.prefix}/%u/#\n"
+            portal_deny = f"topic deny {self.prefix}/{PORTAL_USER}/#\n"  # what the pattern gives this user
+        head = (
+            f"# generation {generation}\n# style {self.style}\n{pattern}"
+            f"user {PORTAL_USER}\ntopic write {GENERATION_TOPIC}/{generation}\n{portal_deny}"
+        )
+        tail = f"# end {generation} {len(self._blocks)}\n"
+        return b"".join([_WRITER, head.encode(), *self._blocks.values(), tail.encode()])
+
+
+def add_device_acl(acl: Acl, device_id: str, topics: Sequence[Topic] | None) -> None:
+    """Let the device use ``topics``, or the default ones where that is None, in place of what it had.
+
+    Topics that are not allowed, or cannot be expressed in the ACL's style, close the device instead (``acl.closed``):
+    it may then do nothing. Raises ``ValueError`` where ``device_id`` is no canonical UUID.
+    """
+    _check_id(device_id)
+    acl._closed.pop(device_id, None)
+    if topics is None:
+        if acl.style is AclStyle.PATTERN:
+            acl._blocks.pop(device_id, None)
+        else:
+            acl._blocks[device_id] = f"user {device_id}\n{acl._default_lines.replace('{id}', device_id)}".encode()
+        return
+    try:
+        checked = check_topics(topics, device_id=device_id, prefix=acl.prefix)
+        check_style(checked, acl.style, acl.prefix)
+    except TopicRefused as error:
+        remove_device_acl(acl, device_id)
+        acl._closed[device_id] = error.detail
+        return
+    acl._blocks[device_id] = f"user {device_id}\n{_topic_lines(device_id, checked)}".encode()
+
+
+def remove_device_acl(acl: Acl, device_id: str) -> None:
+    """Take everything from the device: no block in an allow-list, a deny block where the pattern would cover it.
+
+    Raises ``ValueError`` where ``device_id`` is no canonical UUID.
+    """
+    _check_id(device_id)
+    acl._closed.pop(device_id, None)
+    if acl.style is AclStyle.PATTERN:
+        acl._blocks[device_id] = f"user {device_id}\n{_DENY_ALL}".encode()
+    else:
+        acl._blocks.pop(device_id, None)
+
+
+def forget_device_acl(acl: Acl, device_id: str) -> None:
+    """Drop the block of a device whose certificates have all expired or never were, so none can come back.
+
+    In pattern style this ends the denial: only the CRL and the certificate's end keep the device out from then on.
+    """
+    acl._closed.pop(device_id, None)
+    acl._blocks.pop(device_id, None)
+
+
+def check_style(topics: Sequence[Topic] | None, style: AclStyle, prefix: str) -> None:
+    """Raise ``TopicRefused`` where ``topics``, in normal form, cannot be enforced in ``style``."""
+    if style is AclStyle.PATTERN and topics is not None and default_topics(prefix)[0] not in topics:
+        message = f"topics narrower than the default need PORTAL_ACL_STYLE={AclStyle.PER_DEVICE}"
+        raise TopicRefused(f"{message}.", [FieldProblem("topics", message)])
+
+
+def _check_id(device_id: str) -> None:
+    if not is_device_id(device_id):
+        raise ValueError("a device's id must be a UUID in lower case with hyphens")
+
+
+def _topic_lines(device_id: str, topics: Sequence[Topic]) -> str:
+    return "".join(f"topic {topic.access} {expand(topic, device_id)}\n" for topic in topics)
+
+
+def validate_acl(content: bytes, generation: int, *, style: AclStyle | None = None, prefix: str | None = None) -> None:
+    """Read an ACL as if it came from elsewhere; raise ``ProjectionInvalid`` where it is not what was meant.
+
+    Checked: header, every line, one block a user, and the last line, which shows a truncated file. With ``prefix``
+    also that each filter stays below it and names no other device.
+    """
+    if not content.startswith(_WRITER):
+        raise ProjectionInvalid("The ACL does not begin with the portal's header.")
+    head = re.compile(rb"# generation ([0-9]{1,18})\n# style ([a-z-]{1,20})\n").match(content, len(_WRITER))
+    if head is None or int(head[1]) != generation:
+        raise ProjectionInvalid(f"The ACL is not of generation {generation}.")
+    if head[2].decode() not in set(AclStyle) or (style is not None and head[2].decode() != style):
+        raise ProjectionInvalid("The ACL is not of the style that is set.")
+    tail = re.compile(rb"# end ([0-9]{1,18}) ([0-9]{1,9})\n\Z").search(content, max(0, len(content) - 64))
+    if tail is None or int(tail[1]) != generation:
+        raise ProjectionInvalid("The ACL is truncated: its last line is missing.")
+    fixed = _fixed_lines(AclStyle(head[2].decode()), generation, prefix).match(content, head.end())
+    if fixed is None:
+        raise ProjectionInvalid("The ACL's lines for the portal itself are not as they must be.")
+    body = _blocks(prefix).match(content, fixed.end(), tail.start())
+    if body is None or body.end() != tail.start():
+        line = content.count(b"\n", 0, body.end() if body else fixed.end()) + 1
+        raise ProjectionInvalid(f"The ACL is malformed, or grants too much, in the block that begins at line {line}.")
+    users = re.findall(rb"^user (.+)$", content[fixed.end() : tail.start()], re.MULTILINE)
+    if len(users) != int(tail[2]) or len(set(users)) != len(users):
+        raise ProjectionInvalid("The ACL does not hold as many devices as its last line says, each once.")
+
+
+def _fixed_lines(style: AclStyle, generation: int, prefix: str | None) -> re.Pattern[bytes]:
+    below = re.escape(prefix) if prefix is not None else r"[A-Za-z0-9/_-]+"
+    portal = f"user {PORTAL_USER}\ntopic write {GENERATION_TOPIC}/{generation}\n"
+    if style is AclStyle.PATTERN:
+        return re.compile(
+            f"pattern readwrite (?P<p>{below})/%u/#\n{portal}topic deny (?P=p)/{PORTAL_USER}/#\n".encode()
+        )
+    return re.compile(portal.encode())
+
+
+def _blocks(prefix: str | None) -> re.Pattern[bytes]:
+    """All device blocks; each ends at a line's end, so that a match that stops early shows which block is wrong."""
+    uuid = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+    below = re.escape(prefix) if prefix is not None else r"[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*?"
+    other = r"(?:[0-9A-Fa-f]-?){32}(?:/|\n)"
+    # The level after the prefix is the block's own id, or a name that holds no wildcard and is no other id.
+    place = rf"(?:(?P=id)|(?!{other})[^\x00-\x1f\x7f-\xff/+#%{{}}]+)"
+    rest = r"(?:/[^\x00-\x1f\x7f-\xff/+#%{}]+|/\+)*(?:/#)?"
+    grant = rf"topic (?:{'|'.join(Access)}) {below}/{place}{rest}\n"
+    usual = rf"topic readwrite {below}/(?P=id)/#\n(?=user |# end )"  # first, because it is the fastest to match
+    return re.compile(rf"(?:user (?P<id>{uuid})\n(?:{usual}|topic deny #\n|(?:{grant})+))*+".encode())

@@ -1,0 +1,148 @@
+"""Checks of the CRLs that the broker is to refuse by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+
+from errors import ProjectionInvalid
+
+_SigningKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
+_PEM_CRL = re.compile(rb"-----BEGIN X509 CRL-----\r?\n[A-Za-z0-9+/=\r\n]+-----END X509 CRL-----\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class CrlWindow:
+    """The time in which every CRL of a file is current: ``this_update`` (included) to ``next_update`` (excluded)."""
+
+    this_update: datetime
+    next_update: datetime
+
+    def problem(self, now: datetime) -> str | None:
+        """What is wrong with the CRLs at ``now``, as the end of a sentence, or None."""
+        if now < self.this_update:
+            return f"is not valid before {self.this_update.isoformat()}"
+        if now >= self.next_update:
+            return f"expired at {self.next_update.isoformat()}"
+        return None
+
+
+def validate_crl(pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: datetime) -> CrlWindow:
+    """Check a file of CRLs (PEM, RFC 5280 section 5) as the broker would have to; returns when it is current.
+
+    It must hold exactly one CRL of each certificate in ``issuers``, and no other, each a full CRL signed with that
+    issuer's key, with thisUpdate <= ``now`` < nextUpdate. Anything else raises ``ProjectionInvalid``: the broker
+    would let revoked certificates in, or everybody out.
+    """
+    if not issuers:
+        raise ProjectionInvalid("There is no issuing CA to check a CRL by.")
+    missing = list(issuers)
+    windows = []
+    for crl in _load_crls(pem_bundle):
+        issuer = _issuer_of(crl, missing)
+        if issuer is None:
+            raise ProjectionInvalid(
+                "A CRL is not signed by one of the issuing CAs, or an issuing CA has two of them in the file."
+            )
+        missing.remove(issuer)
+        if any(extension.critical for extension in _extensions(crl)):
+            raise ProjectionInvalid("A CRL has a critical extension: the broker needs full CRLs without any.")
+        window = _window([crl])
+        if problem := window.problem(now):
+            raise ProjectionInvalid(f"The CRL of {issuer.subject.rfc4514_string()} {problem}.")
+        windows.append(window)
+    if missing:
+        raise ProjectionInvalid(f"There is no CRL of {missing[0].subject.rfc4514_string()} in the file.")
+    return CrlWindow(max(one.this_update for one in windows), min(one.next_update for one in windows))
+
+
+def read_window(pem_bundle: bytes) -> CrlWindow:
+    """When the CRLs of a file are current; raises ``ProjectionInvalid`` where it is no file of CRLs."""
+    return _window(_load_crls(pem_bundle))
+
+
+def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
+    """The issuing CAs of a bundle (PEM): those below another CA, or the roots where there are no others.
+
+    Raises ``ProjectionInvalid`` where the bundle is malformed, holds what is no CA, or lacks the issuer of one.
+    """
+    try:
+        certificates = x509.load_pem_x509_certificates(ca_bundle)
+        constraints = [one.extensions.get_extension_for_class(x509.BasicConstraints).value for one in certificates]
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        raise ProjectionInvalid("The file of CA certificates is malformed.") from error
+    if ca_bundle.count(b"-----BEGIN ") != len(certificates) or not all(one.ca for one in constraints):
+        raise ProjectionInvalid("The file of CA certificates holds something other than CA certificates.")
+    roots = [one for one in certificates if one.subject == one.issuer]
+    issuing = [one for one in certificates if one.subject != one.issuer]
+    for certificate in certificates:
+        if not any(_is_issued_by(certificate, issuer) for issuer in certificates):
+            raise ProjectionInvalid(f"The issuer of the CA {certificate.subject.rfc4514_string()} is not in the file.")
+    return issuing or roots
+
+
+def _load_crls(pem_bundle: bytes) -> list[x509.CertificateRevocationList]:
+    crls = []
+    position = 0
+    while position < len(pem_bundle):
+        # Block by block and nothing between: a damaged block must not hide behind a good one.
+        block = _PEM_CRL.match(pem_bundle, position)
+        if block is None:
+            raise ProjectionInvalid("The file of CRLs is malformed or truncated.")
+        try:
+            crls.append(x509.load_pem_x509_crl(block[0]))
+        except ValueError as error:
+            raise ProjectionInvalid("The file of CRLs holds a block that is no CRL.") from error
+        position = block.end()
+    if not crls:
+        raise ProjectionInvalid("The file of CRLs is empty.")
+    return crls
+
+
+def _window(crls: Sequence[x509.CertificateRevocationList]) -> CrlWindow:
+    ends = [crl.next_update_utc for crl in crls]
+    if None in ends:
+        raise ProjectionInvalid("A CRL has no nextUpdate.")
+    return CrlWindow(
+        max(crl.last_update_utc for crl in crls), min(end or datetime.min.replace(tzinfo=UTC) for end in ends)
+    )
+
+
+def _issuer_of(crl: x509.CertificateRevocationList, candidates: Sequence[x509.Certificate]) -> x509.Certificate | None:
+    for candidate in candidates:
+        if crl.issuer != candidate.subject:
+            continue
+        try:
+            if crl.is_signature_valid(_issuer_key(candidate)):
+                return candidate
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise ProjectionInvalid("A CRL has a signature of a kind that cannot be checked.") from error
+    return None
+
+
+def _issuer_key(certificate: x509.Certificate) -> _SigningKey:
+    key = certificate.public_key()
+    if not isinstance(key, _SigningKey):
+        raise ProjectionInvalid("A CA has a key of a kind that does not sign CRLs.")
+    return key
+
+
+def _extensions(crl: x509.CertificateRevocationList) -> x509.Extensions:
+    try:
+        return crl.extensions
+    except (ValueError, x509.DuplicateExtension) as error:
+        raise ProjectionInvalid("A CRL has malformed extensions.") from error
+
+
+def _is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True

@@ -1,0 +1,301 @@
+"""The broker's files on disk: replaced whole, recorded, watched for damage."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import grp
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import stat
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from broker_acl import PORTAL_USER, validate_acl
+from broker_crl import CrlWindow, issuing_certificates, read_window, validate_crl
+from config import Settings
+from errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
+from files import FileLock, fsync_directory, private_folder, replace_file
+
+ACL_FILE, CRL_FILE, CA_FILE, RECORD_FILE = "acl", "crl.pem", "ca.pem", "projection.json"
+PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE = "passwords", "server.pem", "server.key"
+FILE_MODE = 0o640
+# The broker, as another user, makes its socket, pid file and database here: so its group may write. Set-group-id keeps
+# those in its group; sticky keeps it from replacing the portal's files.
+FOLDER_MODE = 0o3770
+PASSWORD_ITERATIONS = 101  # Mosquitto's default; the password has 256 random bits, so more would not help
+_MAX_RECORD_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """What the broker is to know, of one generation: ACL, CRLs and CA certificates (both PEM), as file contents."""
+
+    generation: int
+    acl: bytes
+    crl: bytes
+    ca: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A file as it was when last looked at."""
+
+    signature: tuple[int, ...]
+    digest: str
+    window: CrlWindow | None
+
+
+class BrokerFiles:
+    """The files of ``settings.broker_dir`` that the portal writes for the broker."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._group = broker_group(settings)
+        self._seen: dict[str, _Seen] = {}
+        self._lock = threading.Lock()
+
+    def install(self, projection: Projection, *, even_older: bool = False) -> None:
+        """Check all of ``projection``, then put it in the broker's reach; the broker is not told.
+
+        Raises ``ProjectionInvalid`` where a check fails or a newer generation is installed (unless ``even_older``),
+        and ``BrokerUnavailable`` where a file cannot be written. Then no file is changed. Files that already hold
+        the content stay untouched. One process at a time: the caller holds the lock.
+        """
+        self.check(projection)
+        installed = self.installed_generation()
+        if installed is not None and installed > projection.generation and not even_older:
+            raise ProjectionInvalid(
+                f"The broker's files are of generation {installed}, newer than {projection.generation}:"
+                " the database is older than they are, so revocations may be missing from it."
+            )
+        contents = {CA_FILE: projection.ca, CRL_FILE: projection.crl, ACL_FILE: projection.acl}
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        record = json.dumps({"generation": projection.generation, "sha256": digests}, indent=1) + "\n"
+        with self._lock:
+            for name in (CA_FILE, CRL_FILE, ACL_FILE):
+                if self._file_problem(name) is None and self._digest(name) == digests[name]:
+                    del contents[name]
+            self._replace({**contents, RECORD_FILE: record.encode()})
+        self.password()
+
+    def check(self, projection: Projection) -> None:
+        """Raise ``ProjectionInvalid`` where the broker must not be given ``projection``."""
+        if not 0 <= projection.generation < 1 << 63:
+            raise ProjectionInvalid("A generation must be a whole number that is not negative.")
+        settings = self._settings
+        issuers = issuing_certificates(projection.ca)
+        validate_crl(projection.crl, issuers, self._clock())
+        validate_acl(projection.acl, projection.generation, style=settings.acl_style, prefix=settings.topic_prefix)
+
+    def installed_generation(self) -> int | None:
+        """Generation of the files as recorded with them, or None where there is no readable record."""
+        record = self._record()
+        return record[0] if record else None
+
+    def damage(self) -> list[str]:
+        """One sentence for each file that is not as it was installed, or whose CRL is not current.
+
+        A file is read again only where its inode, size, times, mode or owner changed since it was last looked at.
+        """
+        record = self._record()
+        if record is None:
+            return [f"{self._path(RECORD_FILE)} is missing or unreadable."]
+        generation, digests = record
+        with self._lock:
+            problems = [
+                self._file_damage(name, digests.get(name), generation) for name in (CA_FILE, CRL_FILE, ACL_FILE)
+            ]
+        return [problem for problem in [*problems, self._password_damage()] if problem is not None]
+
+    def write_server_certificate(self, chain: bytes, key: bytes) -> bool:
+        """Put the broker's own certificate with its issuers (PEM) and private key (PEM, PKCS#8, clear) in place.
+
+        Returns whether anything changed: the broker then has to be reloaded. Raises ``ProjectionInvalid`` where they
+        do not belong together, ``BrokerUnavailable`` where they cannot be written.
+        """
+        try:
+            certificate = x509.load_pem_x509_certificates(chain)[0]
+            matches = load_pem_private_key(key, None).public_key() == certificate.public_key()
+        except (ValueError, TypeError) as error:
+            raise ProjectionInvalid("The broker's certificate or key cannot be read.") from error
+        if not matches:
+            raise ProjectionInvalid("The broker's key is not the one of its certificate.")
+        wanted = {SERVER_CERTIFICATE_FILE: chain, SERVER_KEY_FILE: key}
+        with self._lock:
+            same = [
+                self._file_problem(name) is None and self._path(name).read_bytes() == wanted[name] for name in wanted
+            ]
+            if all(same):
+                return False
+            self._replace(wanted)
+        return True
+
+    def password(self) -> str:
+        """The portal's password on the internal listener, 256 bits, made at first use with its file for the broker."""
+        path = self._settings.secrets_dir / "broker-password"
+        try:
+            if not path.exists():
+                private_folder(path.parent)
+                with FileLock(path.with_name("broker-password.lock")).hold():
+                    if not path.exists():
+                        replace_file(path, secrets.token_urlsafe(32).encode())
+            password = path.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BrokerUnavailable(f"{path} cannot be used; give it to the portal's user, mode 0600.") from error
+        if not re.fullmatch(r"[A-Za-z0-9_-]{43,}", password):
+            raise BrokerUnavailable(f"{path} does not hold a password of the portal's; remove it to get a new one.")
+        if self._password_damage(password):
+            self.write_password_file(password)
+        return password
+
+    def write_password_file(self, password: str) -> None:
+        """Write the broker's password file with the one user of the internal listener, as mosquitto_passwd would.
+
+        Format: ``user:$7$iterations$salt$hash``, PBKDF2-HMAC-SHA512, salt and hash in base64.
+        """
+        salt = secrets.token_bytes(12)
+        line = f"{PORTAL_USER}:{_password_hash(password, salt, PASSWORD_ITERATIONS)}\n"
+        with self._lock:
+            self._replace({PASSWORD_FILE: line.encode()})
+
+    def _path(self, name: str) -> Path:
+        return self._settings.broker_file(name)
+
+    def _replace(self, contents: Mapping[str, bytes]) -> None:
+        """Replace several files; none is changed before all are durable under another name."""
+        staged = {name: self._path(f".{name}.{secrets.token_hex(6)}.next") for name in contents}
+        path = self._settings.broker_dir
+        try:
+            self._make_folder()
+            for name, content in contents.items():
+                path = staged[name]
+                replace_file(path, content, mode=FILE_MODE, group=self._group)
+            for name in contents:
+                path = self._path(name)
+                staged[name].rename(path)
+            fsync_directory(path.parent)
+        except OSError as error:
+            raise BrokerUnavailable(
+                f"{path} cannot be written: {error.strerror};"
+                " give the folder to the portal's user and see that its disk has room."
+            ) from error
+        finally:
+            for path in staged.values():
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+    def _make_folder(self) -> None:
+        folder = self._settings.broker_dir
+        if not folder.exists():
+            private_folder(folder, mode=0o700 if self._group is None else FOLDER_MODE, group=self._group)
+        elif self._group is not None:
+            status = folder.stat()
+            ours = status.st_uid == os.geteuid()  # else it is the operator's, who gave it the mode it has
+            if ours and (status.st_gid, stat.S_IMODE(status.st_mode)) != (self._group, FOLDER_MODE):
+                private_folder(folder, mode=FOLDER_MODE, group=self._group)
+
+    def _record(self) -> tuple[int, dict[str, str]] | None:
+        try:
+            with self._path(RECORD_FILE).open("rb") as file:
+                record = json.loads(file.read(_MAX_RECORD_BYTES))
+            generation, digests = record["generation"], record["sha256"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        if type(generation) is not int or not isinstance(digests, dict):
+            return None
+        return generation, digests
+
+    def _file_problem(self, name: str) -> str | None:
+        """What is wrong with a file's presence, mode or group, or None."""
+        path = self._path(name)
+        try:
+            status = path.lstat()
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}."
+        if not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) != FILE_MODE:
+            return f"{path} is not a plain file with mode 0640."
+        if self._group is not None and status.st_gid != self._group:
+            return f"{path} is not in the broker's group."
+        return None
+
+    def _look(self, name: str) -> _Seen:
+        """Digest of a file, and when its CRLs are current; read where it changed. Raises ``OSError``."""
+        path = self._path(name)
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            signature = (status.st_ino, status.st_dev, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            seen = self._seen.get(name)
+            if seen is None or seen.signature != signature:
+                content = file.read()
+                window = None
+                if name == CRL_FILE:
+                    with contextlib.suppress(ProjectionInvalid):
+                        window = read_window(content)
+                seen = self._seen[name] = _Seen(signature, hashlib.sha256(content).hexdigest(), window)
+        return seen
+
+    def _digest(self, name: str) -> str | None:
+        try:
+            return self._look(name).digest
+        except OSError:
+            return None
+
+    def _file_damage(self, name: str, digest: str | None, generation: int) -> str | None:
+        if problem := self._file_problem(name):
+            return problem
+        path = self._path(name)
+        try:
+            seen = self._look(name)
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}."
+        if seen.digest != digest:
+            return f"{path} was changed since generation {generation} was installed."
+        if seen.window is not None and (problem := seen.window.problem(self._clock())):
+            return f"{path} {problem}."
+        return None
+
+    def _password_damage(self, password: str | None = None) -> str | None:
+        path = self._path(PASSWORD_FILE)
+        if problem := self._file_problem(PASSWORD_FILE):
+            return problem
+        try:
+            text = path.read_text(encoding="ascii")
+            password = password or (self._settings.secrets_dir / "broker-password").read_text(encoding="ascii").strip()
+            parts = re.fullmatch(rf"{PORTAL_USER}:(\$7\$([0-9]{{1,6}})\$([A-Za-z0-9+/=]{{8,64}})\$\S{{88}})\n", text)
+            if parts and hmac.compare_digest(
+                parts[1], _password_hash(password, base64.b64decode(parts[3]), int(parts[2]))
+            ):
+                return None
+        except (OSError, ValueError):
+            pass
+        return f"{path} is not what the portal wrote."
+
+
+def _password_hash(password: str, salt: bytes, iterations: int) -> str:
+    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, iterations)
+    return f"$7${iterations}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
+
+
+def broker_group(settings: Settings) -> int | None:
+    """Group id that the broker's files get; None where they keep the portal's own. Raises ``SettingInvalid``."""
+    if settings.broker_group:
+        try:
+            return grp.getgrnam(settings.broker_group).gr_gid
+        except KeyError:
+            raise SettingInvalid(f"PORTAL_BROKER_GROUP: there is no group {settings.broker_group}.") from None
+    if os.geteuid() == 0:
+        with contextlib.suppress(KeyError):
+            return grp.getgrnam("mosquitto").gr_gid
+    return None

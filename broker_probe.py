@@ -1,0 +1,178 @@
+"""The proof, over the devices' own listener, that the broker refuses a revoked certificate."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import socket
+import ssl
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker_session import Session, remaining
+from errors import BrokerNotEnforcing, BrokerUnavailable
+
+CERTIFICATE_REVOKED = 44  # TLS alert (RFC 8446 section 6)
+_ALERTS = {
+    "HANDSHAKE_FAILURE": 40,
+    "BAD_CERTIFICATE": 42,
+    "UNSUPPORTED_CERTIFICATE": 43,
+    "CERTIFICATE_REVOKED": CERTIFICATE_REVOKED,
+    "CERTIFICATE_EXPIRED": 45,
+    "CERTIFICATE_UNKNOWN": 46,
+    "UNKNOWN_CA": 48,
+    "ACCESS_DENIED": 49,
+    "DECRYPT_ERROR": 51,
+    "CERTIFICATE_REQUIRED": 116,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """Paths of a client certificate (PEM, with its chain or not) and its clear private key (PEM, mode 0600)."""
+
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Canaries:
+    """Two certificates of the portal's own: one that the broker must let in, one revoked that it must refuse."""
+
+    good: Canary
+    revoked: Canary
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """What was seen: the TLS alert for the revoked canary, the CONNACK reason for the good one, each with seconds."""
+
+    revoked_alert: int
+    revoked_seconds: float
+    good_reason: int
+    good_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Either a TLS alert (0: one without a known number) or the reason code of CONNACK."""
+
+    alert: int | None
+    reason: int | None
+    seconds: float
+
+
+class Probe:
+    """Asks the broker at ``host``:``port``, whose certificate must verify under ``ca_file`` for ``host``."""
+
+    def __init__(self, host: str, port: int, ca_file: Path) -> None:
+        self._host = host
+        self._port = port
+        self._ca_file = ca_file
+        self._contexts: dict[Canary, tuple[object, ssl.SSLContext]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, canaries: Canaries, deadline: float) -> ProbeResult:
+        """Show both canaries by ``deadline``; raises ``BrokerNotEnforcing`` or ``BrokerUnavailable``."""
+        revoked = self._ask(canaries.revoked, deadline, share=0.5)
+        if revoked.alert is None:
+            raise BrokerNotEnforcing(
+                "The broker lets a revoked certificate in: check that its configuration names crlfile and that it"
+                " was reloaded after the file was repaired."
+            )
+        if revoked.alert != CERTIFICATE_REVOKED:
+            raise BrokerNotEnforcing(
+                f"The broker refuses the revoked test certificate with TLS alert {revoked.alert}, not"
+                f" {CERTIFICATE_REVOKED}: its CRL or CA file is not the current one, so it may refuse every device."
+            )
+        good = self._ask(canaries.good, deadline, share=0.1)
+        if good.alert is not None or good.reason is None:
+            raise BrokerNotEnforcing(
+                f"The broker refuses a good certificate with TLS alert {good.alert}: its CRL or CA file is not current."
+            )
+        if good.reason != 0:
+            raise BrokerNotEnforcing(
+                f"The broker refuses a good certificate with MQTT reason 0x{good.reason:02x}:"
+                " check use_identity_as_username in its configuration."
+            )
+        return ProbeResult(revoked.alert, revoked.seconds, good.reason, good.seconds)
+
+    def _ask(self, canary: Canary, deadline: float, *, share: float) -> _Answer:
+        started = time.monotonic()
+        alert = reason = None
+        context = self._context(canary)
+        try:
+            with socket.create_connection((self._host, self._port), timeout=remaining(deadline)) as plain:
+                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                plain.settimeout(remaining(deadline))
+                try:
+                    # A new connection offers no session to resume unless one is passed in; none is.
+                    with context.wrap_socket(plain, server_hostname=self._host) as secure:
+                        _await_verdict(secure, remaining(deadline) * share)
+                        with Session(secure, deadline) as session:
+                            reason = session.connect("")
+                except ssl.SSLCertVerificationError as error:
+                    raise BrokerUnavailable(
+                        f"The broker's certificate is refused: {error.verify_message};"
+                        " see that it is one of the portal's and names PORTAL_MQTT_HOST."
+                    ) from error
+                except ssl.SSLError as error:
+                    alert = _alert(error)
+                    if alert is None:
+                        raise
+        except OSError as error:
+            raise BrokerUnavailable(
+                f"The broker does not answer at {self._host}:{self._port}: {_said(error)}."
+            ) from error
+        return _Answer(alert, reason, time.monotonic() - started)
+
+    def _context(self, canary: Canary) -> ssl.SSLContext:
+        """A TLS context for the canary; kept until a file changes, since making one costs a millisecond."""
+        paths = (canary.certificate, canary.key, self._ca_file)
+        try:
+            signature = tuple((status.st_mtime_ns, status.st_ino, status.st_size) for status in map(os.stat, paths))
+            with self._lock:
+                known = self._contexts.get(canary)
+                if known is not None and known[0] == signature:
+                    return known[1]
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                context.load_verify_locations(self._ca_file)
+                context.load_cert_chain(canary.certificate, canary.key)
+                self._contexts[canary] = (signature, context)
+        except OSError as error:
+            raise BrokerUnavailable(
+                f"The test certificate {canary.certificate}, its key or {self._ca_file} cannot be read: {_said(error)}."
+            ) from error
+        return context
+
+
+def _await_verdict(secure: ssl.SSLSocket, seconds: float) -> None:
+    """Wait until the server has judged our certificate; raises ``ssl.SSLError`` with its alert.
+
+    In TLS 1.3 the handshake ends here before the server has looked at the certificate: its verdict is the next thing
+    to arrive, an alert or session tickets. Nothing may be sent before: data that meets a closed socket would be
+    answered with a reset, which destroys the alert. A server that sends no tickets is waited for ``seconds``.
+    """
+    if secure.version() != "TLSv1.3":
+        return
+    arrival = select.poll()
+    arrival.register(secure, select.POLLIN)
+    arrival.poll(seconds * 1000)
+    secure.setblocking(False)
+    with contextlib.suppress(ssl.SSLWantReadError):  # tickets only
+        secure.recv(1)
+
+
+def _alert(error: ssl.SSLError) -> int | None:
+    """The number of the TLS alert that was received, 0 where it is an unusual one, None where it was no alert."""
+    name = re.search(r"ALERT_(\w+)", error.reason or "")
+    return _ALERTS.get(name[1], 0) if name else None
+
+
+def _said(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__

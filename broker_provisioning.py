@@ -1,0 +1,191 @@
+"""Makes the broker obey what the portal has decided."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+
+from broker_acl import (
+    GENERATION_TOPIC,
+    PORTAL_USER,
+    REFUSED_TOPIC,
+    Acl,
+    add_device_acl,
+    check_style,
+    forget_device_acl,
+    remove_device_acl,
+    validate_acl,
+)
+from broker_crl import validate_crl
+from broker_files import CA_FILE, BrokerFiles, Projection
+from broker_probe import Canaries, Canary, Probe, ProbeResult
+from broker_reload import peer_process, run_reload_command, signal_broker
+from broker_session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
+from config import Settings
+from errors import BrokerNotEnforcing, BrokerUnavailable
+from topics import is_device_id
+
+__all__ = [
+    "Acl",
+    "BrokerProvisioning",
+    "Canaries",
+    "Canary",
+    "ProbeResult",
+    "Projection",
+    "add_device_acl",
+    "check_style",
+    "forget_device_acl",
+    "remove_device_acl",
+    "validate_acl",
+    "validate_crl",
+]
+
+_CUTS_IN_FLIGHT = 8  # the broker's queue of connections on a unix socket is 10 long
+_HEALTH_SECONDS = 1.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+_SIGNAL_AGAIN_SECONDS = 0.1  # a reload takes the broker 4 to 8 ms; a signal that arrives during one may be lost
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class BrokerProvisioning(BrokerFiles):
+    """One broker: its files, and what makes the running process obey them.
+
+    ``clock`` gives the time that CRLs are judged by. A ``deadline`` is a value of ``time.monotonic``. Methods may be
+    called from several threads; ``install`` and ``enforce`` from one process at a time.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], datetime] = _now) -> None:
+        super().__init__(settings, clock)
+        self._probe = Probe(settings.mqtt_host, settings.mqtt_port, settings.broker_file(CA_FILE))
+
+    def enforce(self, generation: int, deadline: float, *, reload: bool = False) -> int:
+        """Make the running broker obey the installed files; returns the generation that is then in force.
+
+        That is ``generation``, or a newer one where that was installed in the meantime. It returns at once where the
+        generation is in force already, unless ``reload`` asks for a reload in any case: after a repair that left the
+        generation as it was, or a new server certificate. Raises ``BrokerUnavailable`` where the broker is not
+        there, or not obeying by the deadline, and ``BrokerNotEnforcing`` where it runs without its ACL.
+        """
+        answered, refused = False, SUCCESS
+        while True:
+            try:
+                sock = connect_unix(self._settings.broker_socket, deadline)
+                with Session(sock, deadline) as session:
+                    # Any CONNACK, even a refusal, shows that the broker's start is over and a signal will not kill it.
+                    reason = session.connect(_client_id(), PORTAL_USER, self.password())
+                    answered, broker = True, peer_process(sock)
+                    if reason == SUCCESS:
+                        return self._await_generation(session, broker, generation, deadline, reload=reload)
+                    if refused == SUCCESS:  # once: it may hold the password of an older file
+                        self._reload(broker, deadline)
+                    refused = reason
+            except OSError as error:
+                if refused != SUCCESS and isinstance(error, TimeoutError):
+                    raise BrokerUnavailable(_password_refused(refused)) from error
+                # Not there at all: say so now. Gone in the middle: it may be starting again.
+                if not answered or time.monotonic() >= deadline:
+                    raise self._unavailable(error) from error
+            time.sleep(_LONGEST_PAUSE)
+
+    def cut_sessions(self, device_ids: Sequence[str], deadline: float) -> None:
+        """End the devices' sessions: connections are closed, queues and subscriptions discarded.
+
+        Works by taking over each session with clean start (MQTT 5.0 section 3.1.4). A device without a session is no
+        error. Cut only after ``enforce``: the broker would let the device in again. Raises ``BrokerUnavailable``.
+        """
+        for device_id in device_ids:
+            if not is_device_id(device_id):
+                raise ValueError("a device's id must be a UUID in lower case with hyphens")
+        password = self.password()
+        try:
+            for start in range(0, len(device_ids), _CUTS_IN_FLIGHT):
+                with ExitStack() as stack:
+                    sessions = []
+                    for device_id in device_ids[start : start + _CUTS_IN_FLIGHT]:
+                        sock = connect_unix(self._settings.broker_socket, deadline)
+                        session = stack.enter_context(Session(sock, deadline))
+                        session.send_connect(device_id, PORTAL_USER, password)
+                        sessions.append(session)
+                    for session in sessions:
+                        if (reason := session.receive_connack()) != SUCCESS:
+                            raise BrokerUnavailable(_password_refused(reason))
+        except OSError as error:
+            raise self._unavailable(error) from error
+
+    def probe(self, canaries: Canaries, deadline: float) -> ProbeResult:
+        """Show the broker a revoked certificate, which it must refuse as such, and a good one, which it must let in.
+
+        Raises ``BrokerNotEnforcing`` where it does otherwise, ``BrokerUnavailable`` where it cannot be reached.
+        """
+        return self._probe.run(canaries, deadline)
+
+    def reachable(self) -> bool:
+        """Whether the broker answers the portal on its internal listener, asked for a second at most."""
+        deadline = time.monotonic() + _HEALTH_SECONDS
+        try:
+            with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
+                return session.connect(_client_id(), PORTAL_USER, self.password()) == SUCCESS
+        except (OSError, BrokerUnavailable):
+            return False
+
+    def _await_generation(
+        self, session: Session, broker: int, generation: int, deadline: float, *, reload: bool
+    ) -> int:
+        """Signal, then ask again and again until the answers show that the reload has happened."""
+        if reload:
+            self._reload(broker, deadline)
+            # The broker looks at its reload flag after each round of packets: at the second answer it has reloaded.
+            for _ in range(2):
+                session.publish(REFUSED_TOPIC)
+        pause, signalled = _FIRST_PAUSE, time.monotonic() if reload else None
+        while True:
+            wanted = max(generation, self.installed_generation() or 0)
+            allowed = session.publish(f"{GENERATION_TOPIC}/{wanted}") < FAILURE
+            # A broker whose ACL could not be read lets everybody do everything: then this is allowed as well.
+            open_to_all = allowed and session.publish(REFUSED_TOPIC) != NOT_AUTHORISED
+            if allowed and not open_to_all:
+                return wanted
+            if signalled is None or time.monotonic() - signalled >= _SIGNAL_AGAIN_SECONDS:
+                self._reload(broker, deadline)
+                signalled = time.monotonic()
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            if time.monotonic() >= deadline:
+                if open_to_all:
+                    raise BrokerNotEnforcing("The broker runs without an access list: stop it, repair its ACL file.")
+                raise BrokerUnavailable(
+                    f"The broker did not take generation {wanted} in time: see its log,"
+                    " and that acl_file in its configuration names the portal's file."
+                )
+
+    def _reload(self, broker: int, deadline: float) -> None:
+        if self._settings.broker_reload:
+            run_reload_command(self._settings.broker_reload, deadline)
+        else:
+            signal_broker(self._settings.broker_pid_file, broker)
+
+    def _unavailable(self, error: OSError) -> BrokerUnavailable:
+        said = error.strerror or str(error) or type(error).__name__
+        return BrokerUnavailable(
+            f"The broker's internal listener {self._settings.broker_socket} does not answer: {said};"
+            " see that the broker runs with the portal's configuration."
+        )
+
+
+def _client_id() -> str:
+    return f"portal-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _password_refused(reason: int) -> str:
+    return (
+        f"The broker refuses the portal on its internal listener with reason 0x{reason:02x}:"
+        " password_file in its configuration must name the portal's file."
+    )

@@ -1,0 +1,94 @@
+"""How the running broker is told to read its files again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+from pathlib import Path
+
+from broker_session import remaining
+from errors import BrokerUnavailable
+
+log = logging.getLogger(__name__)
+
+_MAX_LOGGED_BYTES = 2000
+
+
+def peer_process(sock: socket.socket) -> int:
+    """Process id of who listens at the other end of a unix socket; 0 where this process cannot see it."""
+    pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(pid)
+
+
+def signal_broker(pid_file: Path, listening: int) -> None:
+    """Send SIGHUP to the broker named in ``pid_file``; raises ``BrokerUnavailable`` where it is not certainly one.
+
+    ``listening`` is the process that answers on the internal listener. Only call this once that has answered:
+    SIGHUP kills a broker that is still starting. The process is held by a descriptor while it is looked at, so a pid
+    that was given to another process in the meantime is never signalled.
+    """
+    pid = _read_pid(pid_file)
+    if listening and pid != listening:
+        raise BrokerUnavailable(
+            f"{pid_file} names process {pid}, but process {listening} answers on the broker's internal listener;"
+            " make PORTAL_BROKER_PID_FILE and PORTAL_BROKER_SOCKET those of one broker."
+        )
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError as error:
+        raise BrokerUnavailable(f"{pid_file} names process {pid}, which is not there: start the broker.") from error
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+        if not name.startswith("mosquitto"):
+            raise BrokerUnavailable(f"{pid_file} names process {pid}, which is not Mosquitto: start the broker.")
+        signal.pidfd_send_signal(descriptor, signal.SIGHUP)
+    except OSError as error:
+        raise BrokerUnavailable(
+            f"The broker (process {pid}) could not be signalled: {error.strerror};"
+            " run it as the portal's user, or set PORTAL_BROKER_RELOAD to a command that may reload it."
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def run_reload_command(command: str, deadline: float) -> None:
+    """Run ``command``, split as a shell would but without one; raises ``BrokerUnavailable`` where it fails."""
+    try:
+        done = subprocess.run(  # noqa: S603 - the operator's own setting, and no shell
+            shlex.split(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=remaining(deadline),
+            check=False,
+        )
+    except (OSError, ValueError) as error:
+        raise BrokerUnavailable("The command in PORTAL_BROKER_RELOAD could not be run; check its spelling.") from error
+    except subprocess.TimeoutExpired as error:
+        raise BrokerUnavailable("The command in PORTAL_BROKER_RELOAD did not end in time.") from error
+    if done.stdout:
+        log.debug("broker reload command said: %s", done.stdout[:_MAX_LOGGED_BYTES].decode(errors="replace"))
+    if done.returncode != 0:
+        raise BrokerUnavailable(
+            f"The command in PORTAL_BROKER_RELOAD ended with status {done.returncode};"
+            " run it by hand, its output is in the log at level debug."
+        )
+
+
+def _read_pid(pid_file: Path) -> int:
+    try:
+        with pid_file.open("rb") as file:
+            text = file.read(32).strip()
+    except OSError as error:
+        raise BrokerUnavailable(
+            f"The broker's pid file {pid_file} cannot be read: {error.strerror};"
+            " start the broker, or set PORTAL_BROKER_PID_FILE or PORTAL_BROKER_RELOAD."
+        ) from error
+    if not text.isdigit() or not 1 < int(text) < 1 << 31:
+        raise BrokerUnavailable(f"The broker's pid file {pid_file} holds no process id; start the broker again.")
+    return int(text)

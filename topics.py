@@ -1,0 +1,136 @@
+"""Which MQTT topic filters a device may be given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from errors import FieldProblem, TopicRefused
+
+DEVICE_ID = "{id}"  # stands for the device's own id, always as a whole level
+MAX_TOPICS = 32
+MAX_FILTER_BYTES = 256  # with the device's id in the place of {id}
+_CANONICAL_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_PRINTABLE_ASCII = re.compile(r"[ -~]+")
+
+
+class Access(StrEnum):
+    """What a device may do with the topics of a filter; the text is Mosquitto's own word for it."""
+
+    READ = "read"
+    WRITE = "write"
+    READWRITE = "readwrite"
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One topic filter, where ``{id}`` stands for the device's id, with what the device may do there."""
+
+    filter: str
+    access: Access
+
+
+def is_device_id(text: str) -> bool:
+    """Whether ``text`` is a UUID as devices carry it: lower case, with hyphens (RFC 9562 section 4)."""
+    return _CANONICAL_UUID.fullmatch(text) is not None
+
+
+def default_topics(prefix: str) -> tuple[Topic, ...]:
+    """The topics of a device that was given none of its own: everything below its id."""
+    return (Topic(f"{prefix}/{DEVICE_ID}/#", Access.READWRITE),)
+
+
+def expand(topic: Topic, device_id: str) -> str:
+    """The filter of ``topic`` as the broker reads it, with the device's id in the place of ``{id}``."""
+    return topic.filter.replace(DEVICE_ID, device_id)
+
+
+def check_topics(topics: Iterable[Topic], *, device_id: str | None, prefix: str) -> tuple[Topic, ...]:
+    """Return the topics in normal form (the device's own id becomes ``{id}``) or raise ``TopicRefused``.
+
+    A filter is allowed where it begins with the levels of ``prefix``, followed by a level that is ``{id}``, the
+    device's own id, or a literal that is no UUID in any spelling, and is a valid topic filter (MQTT 5.0 section
+    4.7) of printable ASCII. No wildcard can therefore stand where another device's id could. ``device_id`` is None
+    for a device that has no id yet. The error names each field refused, as ``topics.<index>.filter``.
+    """
+    topics = tuple(topics)
+    if not 1 <= len(topics) <= MAX_TOPICS:
+        message = f"must hold 1 to {MAX_TOPICS} topics"
+        raise TopicRefused(f"topics {message}.", [FieldProblem("topics", message)])
+    checked: list[Topic] = []
+    problems: list[FieldProblem] = []
+    seen: set[str] = set()
+    for index, topic in enumerate(topics):
+        normal = _with_own_id_as_placeholder(topic.filter, device_id, prefix)
+        problem = _problem(normal, prefix)
+        if problem is None and normal in seen:
+            problem = "is there twice; give each filter once, with readwrite for both directions"
+        if problem is not None:
+            problems.append(FieldProblem(f"topics.{index}.filter", problem))
+            continue
+        seen.add(normal)
+        checked.append(Topic(normal, Access(topic.access)))
+    if problems:
+        raise TopicRefused(f"{problems[0].field} {problems[0].message}.", problems)
+    return tuple(checked)
+
+
+def _with_own_id_as_placeholder(filter_: str, device_id: str | None, prefix: str) -> str:
+    """Replace the level after the prefix where it is the own id in any spelling, other levels where it is exact."""
+    if device_id is None:
+        return filter_
+    place = prefix.count("/") + 1
+    own = _bare_uuid(device_id)
+    levels = filter_.split("/")
+    for index, level in enumerate(levels):
+        if level == device_id or (index == place and own is not None and _bare_uuid(level) == own):
+            levels[index] = DEVICE_ID
+    return "/".join(levels)
+
+
+def _problem(filter_: str, prefix: str) -> str | None:
+    return _syntax_problem(filter_) or _reach_problem(filter_.split("/"), prefix)
+
+
+def _syntax_problem(filter_: str) -> str | None:
+    if not filter_:
+        return "must not be empty"
+    if len(filter_) > MAX_FILTER_BYTES or len(filter_.replace(DEVICE_ID, "x" * 36)) > MAX_FILTER_BYTES:
+        return f"must have at most {MAX_FILTER_BYTES} bytes, with the device's id in the place of {DEVICE_ID}"
+    if not _PRINTABLE_ASCII.fullmatch(filter_):
+        return "must be printable ASCII, with no control characters"
+    if filter_ != filter_.strip():
+        return "must not begin or end with a space"
+    if "%" in filter_:
+        return "must not contain %, which the broker would replace"
+    levels = filter_.split("/")
+    if "" in levels:
+        return "must have no empty level, and not begin or end with /"
+    for index, level in enumerate(levels):
+        if "+" in level and level != "+":
+            return "must have + as a whole level only"
+        if "#" in level and (level != "#" or index != len(levels) - 1):
+            return "must have # as the last whole level only"
+        if ("{" in level or "}" in level) and level != DEVICE_ID:
+            return f"must have braces only in {DEVICE_ID}, as a whole level"
+    return None
+
+
+def _reach_problem(levels: list[str], prefix: str) -> str | None:
+    wanted = prefix.split("/")
+    if levels[: len(wanted)] != wanted or len(levels) <= len(wanted):
+        return f"must begin with {prefix}/{DEVICE_ID} or {prefix}/ and a name"
+    place = levels[len(wanted)]
+    if place in ("+", "#"):
+        return f"must have no wildcard where a device's id stands, directly after {prefix}/"
+    if place != DEVICE_ID and _bare_uuid(place) is not None:
+        return f"must not name another device; use {DEVICE_ID} for this one"
+    return None
+
+
+def _bare_uuid(level: str) -> str | None:
+    """The 32 hex digits of a UUID in any common spelling, or None where the text is none."""
+    digits = level.lower().removeprefix("urn:uuid:").strip("{}").replace("-", "")
+    return digits if re.fullmatch(r"[0-9a-f]{32}", digits) else None
