@@ -1,0 +1,147 @@
+"""Which kinds of keys the certificate authority works with."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from enum import StrEnum
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from errors import KeyRefused
+
+PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
+PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
+
+RSA_EXPONENT = 65537
+RSA_SIZES = (2048, 3072, 4096)  # bits of modulus that a CSR may bring
+ACCEPTED = "Use ECDSA P-256 or P-384, Ed25519, or RSA of 2048, 3072 or 4096 bits with exponent 65537."
+
+
+class KeyType(StrEnum):
+    """A kind of key that the portal makes."""
+
+    EC_P256 = "ec-p256"
+    EC_P384 = "ec-p384"
+    ED25519 = "ed25519"
+    RSA_2048 = "rsa-2048"
+    RSA_3072 = "rsa-3072"
+
+
+def generate_keypair(key_type: KeyType) -> PrivateKey:
+    """Make a new private key from the operating system's randomness."""
+    match key_type:
+        case KeyType.EC_P256:
+            return ec.generate_private_key(ec.SECP256R1())
+        case KeyType.EC_P384:
+            return ec.generate_private_key(ec.SECP384R1())
+        case KeyType.ED25519:
+            return ed25519.Ed25519PrivateKey.generate()
+        case KeyType.RSA_2048:
+            return rsa.generate_private_key(RSA_EXPONENT, 2048)
+        case KeyType.RSA_3072:
+            return rsa.generate_private_key(RSA_EXPONENT, 3072)
+
+
+def private_key_pem(key: PrivateKey) -> bytes:
+    """Encode a private key as PKCS#8 PEM, in the clear: for memory only, never for a disk or a log."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def public_key_der(key: PublicKey) -> bytes:
+    """Encode a public key as SubjectPublicKeyInfo DER (RFC 5280 §4.1.2.7)."""
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def public_key_fingerprint(key: PublicKey) -> str:
+    """Name a public key: SHA-256 of its SubjectPublicKeyInfo, 64 lower-case hex digits."""
+    return hashlib.sha256(public_key_der(key)).hexdigest()
+
+
+def signature_hash(key: PublicKey) -> hashes.SHA256 | hashes.SHA384 | None:
+    """Choose the hash that this key signs with: as strong as the key (RFC 5758 §3.2), none for Ed25519 (RFC 8410)."""
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return None
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.key_size > 256:
+        return hashes.SHA384()
+    return hashes.SHA256()
+
+
+def check_public_key(key: object) -> PublicKey:
+    """Return ``key`` if it is of a kind, size and quality that the portal certifies, else raise ``KeyRefused``."""
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        if not isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1):
+            raise KeyRefused(f"The curve {key.curve.name} is not accepted. {ACCEPTED}")
+        return key
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        _check_ed25519(key)
+        return key
+    if isinstance(key, rsa.RSAPublicKey):
+        _check_rsa(key)
+        return key
+    raise KeyRefused(f"Keys of this kind are not accepted. {ACCEPTED}")
+
+
+# --- Ed25519 ------------------------------------------------------------------------------------------------------
+
+_FIELD = 2**255 - 19
+# The y coordinates of the eight points of small order. With such a "key" anybody can make signatures that verify, so a
+# CSR would prove nothing.
+_ORDER_8_Y = int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little")
+_SMALL_ORDER_Y = frozenset({0, 1, _FIELD - 1, _ORDER_8_Y, _FIELD - _ORDER_8_Y})
+
+
+def _check_ed25519(key: ed25519.Ed25519PublicKey) -> None:
+    y = int.from_bytes(key.public_bytes_raw(), "little") & (2**255 - 1)
+    if y >= _FIELD or y in _SMALL_ORDER_Y:
+        raise KeyRefused("The Ed25519 public key is not one that a key generator makes. Make a new key pair.")
+
+
+# --- RSA ----------------------------------------------------------------------------------------------------------
+
+_SMALL_PRIMES = tuple(n for n in range(3, 752) if all(n % d for d in range(2, math.isqrt(n) + 1)))
+_SMALL_PRIMES_PRODUCT = math.prod(_SMALL_PRIMES)
+_FERMAT_ROUNDS = 100
+
+
+def _powers_of_65537(prime: int) -> frozenset[int]:
+    powers, power = set(), 1
+    while power not in powers:
+        powers.add(power)
+        power = power * RSA_EXPONENT % prime
+    return frozenset(powers)
+
+
+# CVE-2017-15361 (ROCA), common in security chips: modulo every small prime, the modulus is a power of 65537. These are
+# the primes where few residues are; a sound key passes all of them by chance once in 2^27.
+_ROCA_PRIMES = (11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157)
+_ROCA_RESIDUES = tuple((prime, _powers_of_65537(prime)) for prime in _ROCA_PRIMES)
+
+
+def _check_rsa(key: rsa.RSAPublicKey) -> None:
+    if key.key_size not in RSA_SIZES:
+        raise KeyRefused(f"RSA keys of {key.key_size} bits are not accepted. {ACCEPTED}")
+    numbers = key.public_numbers()
+    if numbers.e != RSA_EXPONENT:
+        raise KeyRefused(f"RSA keys with another exponent than 65537 are not accepted. {ACCEPTED}")
+    modulus = numbers.n
+    if modulus % 2 == 0 or math.gcd(modulus, _SMALL_PRIMES_PRODUCT) != 1:
+        raise KeyRefused("The RSA modulus has a small factor. Make a new key pair.")
+    if all(modulus % prime in residues for prime, residues in _ROCA_RESIDUES):
+        raise KeyRefused("The RSA key has the ROCA weakness (CVE-2017-15361). Make a new key pair outside that chip.")
+    if _has_close_primes(modulus):
+        raise KeyRefused("The RSA modulus is the product of two close primes. Make a new key pair.")
+
+
+def _has_close_primes(modulus: int) -> bool:
+    """Try Fermat's factorisation for a few rounds (CVE-2022-26320): sound keys are out of its reach for ever."""
+    a = math.isqrt(modulus)
+    if a * a == modulus:
+        return True
+    for candidate in range(a + 1, a + 1 + _FERMAT_ROUNDS):
+        square = candidate * candidate - modulus
+        if math.isqrt(square) ** 2 == square:
+            return True
+    return False

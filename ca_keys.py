@@ -1,0 +1,143 @@
+"""Where the private keys of the CAs live."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import stat
+from pathlib import Path
+from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from ca_algorithms import KeyType, PrivateKey, generate_keypair
+from ca_parsing import failing_as
+from ca_pkcs8 import encrypt_private_key
+from errors import CaKeyUnavailable
+from files import fsync_directory, private_folder, replace_file
+
+MAX_FILE_BYTES = 64 * 1024
+MIN_PASSPHRASE_BYTES = 16
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class CaKeys(Protocol):
+    """What the portal asks of any place that keeps CA keys; each raises ``CaKeyUnavailable`` where it cannot."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a key of that name here; a root's key may have been moved away."""
+        ...
+
+    def create(self, name: str, kind: KeyType) -> PrivateKey:
+        """Make and keep a new key; one that is there is never replaced."""
+        ...
+
+    def load(self, name: str) -> PrivateKey:
+        """Return the key, ready to sign."""
+        ...
+
+
+class KeyFiles:
+    """CA keys as files ``<name>.key.pem``, mode 0600 in a folder of mode 0700, encrypted under one passphrase."""
+
+    def __init__(self, folder: Path, passphrase: bytes) -> None:
+        self._folder = folder
+        self._passphrase = passphrase
+
+    def path(self, name: str) -> Path:
+        """Path of the file that holds the key ``name``."""
+        if not _NAME.fullmatch(name):
+            raise CaKeyUnavailable("The name of a CA must have 1 to 63 lower-case letters, digits and inner hyphens.")
+        return self._folder / f"{name}.key.pem"
+
+    def exists(self, name: str) -> bool:
+        """Whether a file of that name is there, whatever its state; a link that leads nowhere counts too."""
+        return os.path.lexists(self.path(name))
+
+    def create(self, name: str, kind: KeyType) -> PrivateKey:
+        """Make a key and keep it durably; returned as read back from its file, so that it opens next time too."""
+        path = self.path(name)
+        if not self.exists(name):
+            content = encrypt_private_key(generate_keypair(kind), self._passphrase)
+            if _create_private_file(path, content):
+                return self.load(name)
+        raise CaKeyUnavailable(f"There is a CA key at {path}; it is never replaced, so move it away yourself first.")
+
+    def load(self, name: str) -> PrivateKey:
+        """Read and decrypt a key (about 0.1 s: the passphrase is stretched)."""
+        path = self.path(name)
+        content = _read_private_file(path, "CA key", "restore it from a backup")
+        if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" not in content:
+            raise CaKeyUnavailable(
+                f"The CA key {path} is damaged or not encrypted; restore it from a backup, or, if it is in the clear,"
+                " encrypt it with: openssl pkcs8 -topk8 -iter 600000."
+            )
+        unopened = CaKeyUnavailable(
+            f"The CA key {path} does not open: give the passphrase it was made with (PORTAL_CA_PASSPHRASE, or the"
+            " passphrase file), or, if the file is damaged, restore it from a backup."
+        )
+        with failing_as(unopened):
+            key = load_pem_private_key(content, self._passphrase)
+        if not isinstance(key, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey):
+            raise CaKeyUnavailable(
+                f"The CA key {path} is of a kind that cannot sign certificates; restore the right one."
+            )
+        return key
+
+
+def passphrase(settings_value: str, path: Path) -> bytes:
+    """Return the passphrase of the CA keys: the one given, else the content of the file.
+
+    A file that is missing is made, mode 0600 with 256 random bits, and its folder gets mode 0700. Raises
+    ``CaKeyUnavailable`` where the file is readable by others, too short, or cannot be read or written.
+    """
+    if settings_value:
+        return settings_value.encode()
+    if not os.path.lexists(path):
+        _create_private_file(path, secrets.token_urlsafe(32).encode() + b"\n")  # or another process was faster
+    content = _read_private_file(
+        path, "passphrase file", "restore it from a backup or set PORTAL_CA_PASSPHRASE"
+    ).strip()
+    if len(content) < MIN_PASSPHRASE_BYTES:
+        raise CaKeyUnavailable(f"The passphrase file {path} is damaged; restore it from a backup.")
+    return content
+
+
+def _create_private_file(path: Path, content: bytes) -> bool:
+    """Write a whole, durable 0600 file into a folder of mode 0700, unless the name is taken; says whether it did."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
+    try:
+        private_folder(path.parent)
+        replace_file(staged, content, mode=0o600)
+        try:
+            os.link(staged, path)  # unlike a rename, never replaces what is there
+        except FileExistsError:
+            return False
+        finally:
+            staged.unlink()
+            fsync_directory(path.parent)
+    except OSError as error:
+        raise CaKeyUnavailable(f"{path} cannot be written: {error.strerror}.") from error
+    return True
+
+
+def _read_private_file(path: Path, what: str, remedy: str) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would block for ever
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CaKeyUnavailable(f"The {what} {path} is not a regular file; {remedy}.")
+            if status.st_uid not in (0, os.geteuid()):
+                raise CaKeyUnavailable(f"The {what} {path} belongs to another user, who could change it; {remedy}.")
+            if status.st_mode & 0o077:
+                raise CaKeyUnavailable(
+                    f"The {what} {path} is open to other users; take that away with: chmod 600 {shlex.quote(str(path))}"
+                )
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        raise CaKeyUnavailable(f"The {what} {path} cannot be read ({error.strerror}); {remedy}.") from error

@@ -1,0 +1,84 @@
+"""Reads certificate signing requests (PKCS#10) from anybody."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from ca_algorithms import ACCEPTED, PublicKey, check_public_key
+from ca_parsing import failing_as
+from errors import CsrInvalid, KeyRefused
+
+MAX_CSR_CHARACTERS = 16 * 1024
+
+# One block and nothing else (RFC 7468 §7). No quantifier is nested, so the time is linear.
+_PEM = re.compile(
+    r"\s*-----BEGIN (NEW )?CERTIFICATE REQUEST-----[ \t]*\r?\n"
+    r"([A-Za-z0-9+/=\s]+)"
+    r"-----END (NEW )?CERTIFICATE REQUEST-----\s*",
+    re.ASCII,
+)
+# AlgorithmIdentifier of a public key, DER (RFC 3279 §2.3.1, RFC 5480 §2.1.1, RFC 8410 §3).
+_RSA_ENCRYPTION = bytes.fromhex("300d06092a864886f70d0101010500")
+_EC_P256 = bytes.fromhex("301306072a8648ce3d020106082a8648ce3d030107")
+_EC_P384 = bytes.fromhex("301006072a8648ce3d020106052b81040022")
+_ED25519 = bytes.fromhex("300506032b6570")
+
+_UNREADABLE = "The CSR is damaged: it is not a PKCS#10 request in DER."
+
+
+def read_csr(pem: str) -> PublicKey:
+    """Return the public key of a CSR (RFC 2986) that is signed by the private key belonging to it.
+
+    ``pem`` is one PEM block of at most 16 KiB. Subject, extensions and attributes are not read: the portal decides on
+    them. Raises ``KeyRefused`` for a key that the portal does not certify, ``CsrInvalid`` for everything else.
+    """
+    with failing_as(CsrInvalid(_UNREADABLE)):
+        csr = x509.load_der_x509_csr(_der(pem))
+    with failing_as(KeyRefused(f"The public key in the CSR cannot be read or is of an unknown kind. {ACCEPTED}")):
+        # Checked before the signature is: verifying under a monstrous RSA key would be slow.
+        key = check_public_key(csr.public_key())
+    with failing_as(CsrInvalid(_UNREADABLE)):
+        plainly_marked = _algorithm_identifier(key) in csr.tbs_certrequest_bytes
+    if not plainly_marked:
+        # pyca also reads keys marked for RSASSA-PSS only, and curves spelled out as numbers (RFC 5480 §2.1.1 forbids).
+        # The certificate would say something else of the key than its owner does, and might not fit it.
+        raise KeyRefused("The public key must be marked as plain rsaEncryption or by the name of its curve.")
+    with failing_as(CsrInvalid("The CSR is signed with an algorithm that is not accepted. Sign it with SHA-256.")):
+        algorithm = csr.signature_hash_algorithm
+    if not isinstance(key, ed25519.Ed25519PublicKey) and not isinstance(
+        algorithm, hashes.SHA256 | hashes.SHA384 | hashes.SHA512
+    ):
+        name = algorithm.name if algorithm else "an algorithm of another kind of key"
+        raise CsrInvalid(f"The CSR is signed with {name}. Sign it with SHA-256, SHA-384 or SHA-512.")
+    with failing_as(CsrInvalid("The CSR's signature cannot be checked. Make the CSR anew.")):
+        valid = csr.is_signature_valid
+    if not valid:
+        raise CsrInvalid("The CSR's signature is wrong: it must be signed with the private key it is for.")
+    return key
+
+
+def _algorithm_identifier(key: PublicKey) -> bytes:
+    if isinstance(key, rsa.RSAPublicKey):
+        return _RSA_ENCRYPTION
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return _ED25519
+    return _EC_P256 if isinstance(key.curve, ec.SECP256R1) else _EC_P384
+
+
+def _der(pem: str) -> bytes:
+    if not isinstance(pem, str) or not pem.strip():
+        raise CsrInvalid("The CSR is empty. Send a PKCS#10 request in PEM.")
+    if len(pem) > MAX_CSR_CHARACTERS:
+        raise CsrInvalid(f"The CSR is longer than {MAX_CSR_CHARACTERS} characters.")
+    match = _PEM.fullmatch(pem)
+    if match is None or match[1] != match[3]:
+        raise CsrInvalid("The CSR must be one PEM block, BEGIN CERTIFICATE REQUEST to END CERTIFICATE REQUEST, alone.")
+    try:
+        return base64.b64decode("".join(match[2].split()), validate=True)
+    except ValueError as error:
+        raise CsrInvalid("The CSR's PEM block is damaged: it is not valid Base64.") from error
