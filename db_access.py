@@ -1,0 +1,125 @@
+"""The database's record of who may ask, with what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from db_tables import AuditEntry, Token
+from errors import NotFound
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """An operator token, without its secret; ``expires_at`` is ``None`` for one that lasts until revoked."""
+
+    id: str
+    tenant_id: str
+    name: str
+    role: str
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRecord:
+    """One entry of the audit record."""
+
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    object: str
+    outcome: str
+    request_id: str
+    address: str
+    detail: dict[str, Any]
+
+
+_TOKEN_COLUMNS = (
+    Token.id,
+    Token.tenant_id,
+    Token.name,
+    Token.role,
+    Token.created_at,
+    Token.expires_at,
+    Token.revoked_at,
+)
+
+
+def add_token(tx: Connection, record: TokenRecord, *, token_hash: str) -> None:
+    """Record a token by the SHA-256 of its secret, in lower-case hex."""
+    tx.execute(
+        sa.insert(Token),
+        {
+            "id": record.id,
+            "tenant_id": record.tenant_id,
+            "name": record.name,
+            "role": record.role,
+            "token_hash": token_hash,
+            "created_at": record.created_at,
+            "expires_at": record.expires_at,
+        },
+    )
+
+
+def find_token(tx: Connection, token_hash: str) -> TokenRecord | None:
+    """Look a token up by the SHA-256 of its secret; it may be expired or revoked."""
+    row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == token_hash)).one_or_none()
+    return None if row is None else TokenRecord(*row)
+
+
+def list_tokens(tx: Connection, tenant_id: str) -> Sequence[TokenRecord]:
+    """Every token, newest first."""
+    rows = tx.execute(
+        sa.select(*_TOKEN_COLUMNS).where(Token.tenant_id == tenant_id).order_by(Token.created_at.desc(), Token.id)
+    )
+    return [TokenRecord(*row) for row in rows]
+
+
+def revoke_token(tx: Connection, tenant_id: str, token_id: str, *, revoked_at: datetime) -> TokenRecord:
+    """Revoke a token; one that is revoked already keeps its time. Raises ``NotFound``."""
+    own = (Token.tenant_id == tenant_id, Token.id == token_id)
+    tx.execute(sa.update(Token).where(*own, Token.revoked_at.is_(None)).values(revoked_at=revoked_at))
+    row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one_or_none()
+    if row is None:
+        raise NotFound("There is no token with this id; list them with GET /tokens.")
+    return TokenRecord(*row)
+
+
+def add_audit_entry(tx: Connection, tenant_id: str, values: dict[str, Any]) -> None:
+    """Append to the audit record; ``values`` are the columns of ``AuditEntry`` but for the id and the tenant."""
+    tx.execute(sa.insert(AuditEntry), {"tenant_id": tenant_id, **values})
+
+
+def list_audit_entries(
+    tx: Connection,
+    tenant_id: str,
+    *,
+    limit: int,
+    before: int | None = None,
+    filters: dict[str, str] | None = None,
+) -> Sequence[AuditRecord]:
+    """Entries newest first, older than entry ``before``; ``filters`` match columns exactly."""
+    query = sa.select(
+        AuditEntry.id,
+        AuditEntry.at,
+        AuditEntry.actor,
+        AuditEntry.action,
+        AuditEntry.object,
+        AuditEntry.outcome,
+        AuditEntry.request_id,
+        AuditEntry.address,
+        AuditEntry.detail,
+    ).where(AuditEntry.tenant_id == tenant_id)
+    for column, value in (filters or {}).items():
+        query = query.where(AuditEntry.__table__.c[column] == value)
+    if before is not None:
+        query = query.where(AuditEntry.id < before)
+    return [AuditRecord(*row) for row in tx.execute(query.order_by(AuditEntry.id.desc()).limit(limit))]

@@ -1,0 +1,222 @@
+"""The database's part in a delivery: bundles that wait for one download, answers that may be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from db_tables import Delivery, Device, IdempotencyKey
+from errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRecord:
+    """What a link stands for; ``generation`` is what the broker must have reached before the bundle goes out."""
+
+    id: str
+    device_id: str
+    certificate_id: int
+    status: str
+    expires_at: datetime
+    lease_until: datetime | None
+    generation: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class SealedAnswer:
+    """An answer kept for a repeat: ``sealed`` opens only with the idempotency key."""
+
+    request_hash: str
+    sealed: bytes
+    generation: int
+
+
+def add_delivery(
+    tx: Connection,
+    *,
+    tenant_id: str,
+    delivery_id: str,
+    device_id: str,
+    certificate_id: int,
+    bundle: bytes,
+    created_at: datetime,
+    expires_at: datetime,
+) -> None:
+    """Keep an encrypted bundle for its one download."""
+    tx.execute(
+        sa.insert(Delivery),
+        {
+            "id": delivery_id,
+            "tenant_id": tenant_id,
+            "device_id": device_id,
+            "certificate_id": certificate_id,
+            "status": "ready",
+            "bundle": bundle,
+            "created_at": created_at,
+            "expires_at": expires_at,
+        },
+    )
+
+
+def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> DeliveryRecord:
+    """Read a delivery that can still be fetched at ``now``.
+
+    Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired`` or ``LinkRevoked``.
+    """
+    row = tx.execute(
+        sa.select(
+            Delivery.id,
+            Delivery.device_id,
+            Delivery.certificate_id,
+            Delivery.status,
+            Delivery.expires_at,
+            Delivery.lease_until,
+            Device.generation,
+            sa.func.length(Delivery.bundle),
+        )
+        .join(Device, Device.id == Delivery.device_id)
+        .where(Delivery.id == delivery_id)
+    ).one_or_none()
+    if row is None:
+        raise LinkUnknown("This download link is not known here; ask for the device's link again.")
+    record = DeliveryRecord(*row)
+    if record.status == "revoked":
+        raise LinkRevoked("The device of this link has been revoked, so its bundle was destroyed.")
+    if record.status == "expired" or (record.status in ("ready", "fetching") and record.expires_at <= now):
+        raise LinkExpired("This link's time is over, so its bundle was destroyed; give the device new credentials.")
+    if record.status == "delivered" or (record.lease_until is not None and record.lease_until > now):
+        raise LinkUsed("This link has been used; give the device new credentials if it was not you.")
+    return record
+
+
+def claim_delivery(tx: Connection, delivery_id: str, *, now: datetime, lease: timedelta, grace: timedelta) -> bytes:
+    """Take the bundle for one fetch; whoever else asks is refused while the ``lease`` lasts.
+
+    From the first fetch on the link lives for ``grace`` and no longer, so that a fetch that broke off, or whose
+    portal died, can be repeated. Raises as ``get_delivery`` does.
+    """
+    record = get_delivery(tx, delivery_id, now=now)
+    claimed = tx.execute(
+        sa.update(Delivery)
+        .where(
+            Delivery.id == delivery_id,
+            Delivery.status == record.status,
+            Delivery.lease_until.is_(None) if record.lease_until is None else Delivery.lease_until <= now,
+            Delivery.expires_at > now,
+        )
+        .values(
+            status="fetching",
+            lease_until=now + lease,
+            expires_at=record.expires_at if record.status == "fetching" else min(record.expires_at, now + grace),
+        )
+        .returning(Delivery.bundle)
+    ).one_or_none()
+    if claimed is None or claimed.bundle is None:
+        raise LinkUsed("This link has been used; give the device new credentials if it was not you.")
+    bundle: bytes = claimed.bundle
+    return bundle
+
+
+def finish_delivery(tx: Connection, delivery_id: str, *, delivered_at: datetime) -> bool:
+    """Destroy the bundle, which has arrived; returns whether it was still there (a revocation may have come first)."""
+    done = tx.execute(
+        sa.update(Delivery)
+        .where(Delivery.id == delivery_id, Delivery.status == "fetching")
+        .values(status="delivered", bundle=None, lease_until=None, delivered_at=delivered_at)
+    )
+    return done.rowcount == 1
+
+
+def release_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> None:
+    """Let a fetch that broke off be repeated at once, within the grace time that its claim set."""
+    tx.execute(
+        sa.update(Delivery).where(Delivery.id == delivery_id, Delivery.status == "fetching").values(lease_until=now)
+    )
+
+
+def anything_due(tx: Connection, *, now: datetime) -> bool:
+    """Whether a bundle or a kept answer is past its time."""
+    bundle = sa.select(Delivery.id).where(Delivery.status.in_(("ready", "fetching")), Delivery.expires_at <= now)
+    answer = sa.select(IdempotencyKey.key_hash).where(IdempotencyKey.expires_at <= now)
+    return bool(tx.execute(sa.select(sa.or_(bundle.exists(), answer.exists()))).scalar_one())
+
+
+def expire_deliveries(tx: Connection, *, now: datetime, limit: int = 1000) -> Sequence[tuple[str, str, str]]:
+    """Destroy bundles whose time is over; returns tenant, device and delivery of each.
+
+    One whose lease ran out was handed to a connection that nobody saw the end of: it counts as expired, too.
+    """
+    due = (
+        sa.select(Delivery.id)
+        .where(
+            Delivery.status.in_(("ready", "fetching")),
+            Delivery.expires_at <= now,
+            sa.or_(Delivery.lease_until.is_(None), Delivery.lease_until <= now),
+        )
+        .limit(limit)
+    )
+    expired = tx.execute(
+        sa.update(Delivery)
+        .where(Delivery.id.in_(due))
+        .values(status="expired", bundle=None, lease_until=None)
+        .returning(Delivery.tenant_id, Delivery.device_id, Delivery.id)
+    )
+    return [(row.tenant_id, row.device_id, row.id) for row in expired]
+
+
+# --- Answers that may be repeated ----------------------------------------------------------------------------------
+
+
+def find_answer(tx: Connection, tenant_id: str, key_hash: str, *, now: datetime) -> SealedAnswer | None:
+    """Look up the answer given under an idempotency key in the last 24 hours, by the key's hash."""
+    row = tx.execute(
+        sa.select(IdempotencyKey.request_hash, IdempotencyKey.sealed_answer, IdempotencyKey.generation).where(
+            IdempotencyKey.tenant_id == tenant_id,
+            IdempotencyKey.key_hash == key_hash,
+            IdempotencyKey.expires_at > now,
+        )
+    ).one_or_none()
+    return None if row is None else SealedAnswer(*row)
+
+
+def add_answer(
+    tx: Connection,
+    *,
+    tenant_id: str,
+    key_hash: str,
+    request_hash: str,
+    sealed: bytes,
+    generation: int,
+    created_at: datetime,
+    expires_at: datetime,
+) -> None:
+    """Keep a sealed answer; the primary key refuses a second one under the same idempotency key."""
+    tx.execute(
+        sa.delete(IdempotencyKey).where(
+            IdempotencyKey.tenant_id == tenant_id,
+            IdempotencyKey.key_hash == key_hash,
+            IdempotencyKey.expires_at <= created_at,
+        )
+    )
+    tx.execute(
+        sa.insert(IdempotencyKey),
+        {
+            "tenant_id": tenant_id,
+            "key_hash": key_hash,
+            "request_hash": request_hash,
+            "sealed_answer": sealed,
+            "generation": generation,
+            "created_at": created_at,
+            "expires_at": expires_at,
+        },
+    )
+
+
+def forget_answers(tx: Connection, *, now: datetime) -> int:
+    """Delete the answers whose 24 hours are over; returns how many."""
+    return tx.execute(sa.delete(IdempotencyKey).where(IdempotencyKey.expires_at <= now)).rowcount

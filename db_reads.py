@@ -1,0 +1,156 @@
+"""The database's questions: lists, pages, what the broker must be told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from db import (
+    CERTIFICATE_COLUMNS,
+    DEVICE_COLUMNS,
+    CertificateRecord,
+    DeviceRecord,
+    certificate_record,
+    device_record,
+)
+from db_tables import AclEntry, Certificate, Device
+from lifecycle import DeviceStatus
+
+CURRENT = ("active", "held")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFilter:
+    """Which devices a list is to hold; ``None`` does not narrow it. ``q`` is looked for in name and id."""
+
+    status: str | None = None
+    type: str | None = None
+    location: str | None = None
+    q: str | None = None
+    expires_before: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AclChange:
+    """What the broker must know of a device: ``topics`` are pairs of filter and access, ``None`` the default ones."""
+
+    device_id: str
+    status: DeviceStatus
+    topics: tuple[tuple[str, str], ...] | None
+    generation: int
+
+
+def list_devices(
+    tx: Connection,
+    tenant_id: str,
+    wanted: DeviceFilter,
+    *,
+    limit: int,
+    after: tuple[datetime, str] | None = None,
+) -> Sequence[tuple[DeviceRecord, datetime | None]]:
+    """A page of devices, newest first, each with its certificate's not_after.
+
+    ``after`` is the creation time and id of the last device of the page before (keyset paging).
+    """
+    current = sa.and_(Certificate.device_id == Device.id, Certificate.status.in_(CURRENT))
+    query = (
+        sa.select(*DEVICE_COLUMNS, Certificate.not_after)
+        .outerjoin_from(Device, Certificate, current)
+        .where(Device.tenant_id == tenant_id)
+    )
+    for column, value in ((Device.status, wanted.status), (Device.type, wanted.type)):
+        if value is not None:
+            query = query.where(column == value)
+    if wanted.location is not None:
+        query = query.where(Device.location == wanted.location)
+    if wanted.q is not None:
+        found = sa.func.lower(Device.name).contains(wanted.q.lower(), autoescape=True)
+        query = query.where(sa.or_(found, Device.id == wanted.q.lower()))
+    if wanted.expires_before is not None:
+        query = query.where(Certificate.not_after < wanted.expires_before)
+    if after is not None:
+        created_at, device_id = after
+        query = query.where(
+            sa.tuple_(Device.created_at, Device.id)
+            < sa.tuple_(sa.literal(created_at, Device.created_at.type), device_id)
+        )
+    rows = tx.execute(query.order_by(Device.created_at.desc(), Device.id.desc()).limit(limit))
+    return [(device_record(row[:-1]), row[-1]) for row in rows]
+
+
+def device_topics(tx: Connection, tenant_id: str, device_id: str) -> tuple[tuple[str, str], ...]:
+    """The topics of a device that has its own, as pairs of filter and access, in their order."""
+    rows = tx.execute(
+        sa.select(AclEntry.filter, AclEntry.access)
+        .where(AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id)
+        .order_by(AclEntry.position)
+    )
+    return tuple((row.filter, row.access) for row in rows)
+
+
+def device_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
+    """Every certificate the device has had, newest first."""
+    rows = tx.execute(
+        sa.select(*CERTIFICATE_COLUMNS)
+        .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
+        .order_by(Certificate.id.desc())
+    )
+    return [certificate_record(row) for row in rows]
+
+
+def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> CertificateRecord | None:
+    """The certificate that a device uses now, or the last that it had; ``None`` before the first."""
+    row = tx.execute(
+        sa.select(*CERTIFICATE_COLUMNS)
+        .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
+        .order_by(Certificate.status.in_(CURRENT).desc(), Certificate.id.desc())
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else certificate_record(row)
+
+
+def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -> Iterator[AclChange]:
+    """Every device whose place in the ACL changed after generation ``since``.
+
+    From 0 this is the whole ACL: ``defaults`` then says whether devices that are active with the default topics
+    are wanted, too (a pattern line stands for them all).
+    """
+    query = sa.select(Device.id, Device.status, Device.own_topics, Device.generation).where(
+        Device.tenant_id == tenant_id
+    )
+    entries = sa.select(AclEntry.device_id, AclEntry.filter, AclEntry.access).where(AclEntry.tenant_id == tenant_id)
+    if since > 0:
+        query = query.where(Device.generation > since)
+        entries = entries.join(Device, Device.id == AclEntry.device_id).where(Device.generation > since)
+    elif not defaults:
+        query = query.where(sa.or_(Device.own_topics, Device.status != DeviceStatus.ACTIVE))
+    topics: dict[str, list[tuple[str, str]]] = {}
+    for device_id, pattern, access in tx.execute(entries.order_by(AclEntry.device_id, AclEntry.position)):
+        topics.setdefault(device_id, []).append((pattern, access))
+    for device_id, status, own_topics, generation in tx.execute(query.execution_options(yield_per=5000)):
+        own = tuple(topics.get(device_id, ())) if own_topics else None
+        yield AclChange(device_id, DeviceStatus(status), own, generation)
+
+
+def devices_put_out(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
+    """Devices that were put out (revoked or suspended) after generation ``since``."""
+    return list(
+        tx.execute(
+            sa.select(Device.id).where(
+                Device.tenant_id == tenant_id,
+                Device.generation > since,
+                Device.status.in_((DeviceStatus.REVOKED, DeviceStatus.SUSPENDED)),
+            )
+        ).scalars()
+    )
+
+
+def devices_revoked_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
+    """Devices revoked after a time: their half-open connections may still be on their way in."""
+    return list(
+        tx.execute(sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.revoked_at > since)).scalars()
+    )

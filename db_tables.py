@@ -1,0 +1,304 @@
+"""The tables of the database with the constraints that have the last word."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+DEFAULT_TENANT = "default"
+
+BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only in INTEGER columns
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """An aware UTC time, to the microsecond; SQLite, which knows no zones, holds it as UTC."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuse naive times: they are always a mistake."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone must not reach the database")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """Give every time back aware, in UTC."""
+        if value is None:
+            return None
+        time: datetime = value
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+def _one_of(column: str, *values: str) -> str:
+    return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+class Base(DeclarativeBase):
+    """Names every constraint, so that a migration can find it and an error can be told from another."""
+
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class Tenant(Base):
+    """Who owns rows; one, ``default``, at first."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Device(Base):
+    """A device, under the UUID that is its identity everywhere."""
+
+    __tablename__ = "devices"
+    __table_args__ = (
+        sa.UniqueConstraint("tenant_id", "id"),  # what composite foreign keys refer to
+        sa.UniqueConstraint("tenant_id", "external_id"),
+        sa.CheckConstraint(_one_of("status", "pending", "active", "suspended", "revoked"), name="status"),
+        sa.CheckConstraint("(status = 'revoked') = (revoked_at IS NOT NULL)", name="revoked_at"),
+        sa.CheckConstraint("(status = 'revoked') = (revocation_reason IS NOT NULL)", name="revocation_reason"),
+        sa.CheckConstraint("length(id) = 36", name="id_is_uuid"),
+        sa.Index("ix_devices_newest", "tenant_id", "created_at", "id"),
+        sa.Index("ix_devices_generation", "tenant_id", "generation"),
+    )
+
+    id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    external_id: Mapped[str | None] = mapped_column(sa.String(128))
+    name: Mapped[str] = mapped_column(sa.String(128))
+    type: Mapped[str] = mapped_column(sa.String(64))
+    location: Mapped[str] = mapped_column(sa.String(128))
+    firmware: Mapped[str] = mapped_column(sa.String(64))
+    # "metadata" belongs to SQLAlchemy as an attribute; the column keeps the plain name.
+    device_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", sa.JSON)
+    own_topics: Mapped[bool] = mapped_column(default=False)
+    status: Mapped[str] = mapped_column(sa.String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
+    # The generation at which the broker's view of it last changed; 0: the broker need not be told.
+    generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+
+
+class AclEntry(Base):
+    """A topic of a device that has topics of its own; a device without any has the default ones."""
+
+    __tablename__ = "acl_entries"
+    __table_args__ = (
+        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
+        sa.UniqueConstraint("device_id", "filter"),
+        sa.CheckConstraint(_one_of("access", "read", "write", "readwrite"), name="access"),
+    )
+
+    device_id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.String(64))
+    filter: Mapped[str] = mapped_column(sa.String(256))
+    access: Mapped[str] = mapped_column(sa.String(16))
+
+
+class IssuerRow(Base):
+    """A certificate authority of the portal; its key is elsewhere."""
+
+    __tablename__ = "issuers"
+    __table_args__ = (
+        sa.CheckConstraint(_one_of("kind", "root", "issuing"), name="kind"),
+        sa.CheckConstraint(_one_of("status", "active", "retired"), name="status"),
+        sa.UniqueConstraint("name"),
+        sa.UniqueConstraint("fingerprint"),
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(sa.String(64))
+    kind: Mapped[str] = mapped_column(sa.String(16))
+    status: Mapped[str] = mapped_column(sa.String(16))
+    der: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    fingerprint: Mapped[str] = mapped_column(sa.String(64))
+    not_after: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    # The generation of the last change to what its CRL must list.
+    revoked_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+
+
+class Crl(Base):
+    """The newest CRL of an issuer."""
+
+    __tablename__ = "crls"
+    __table_args__ = (
+        sa.CheckConstraint("number > 0", name="number"),
+        sa.CheckConstraint("this_update < next_update", name="validity"),
+    )
+
+    issuer_id: Mapped[int] = mapped_column(sa.ForeignKey("issuers.id"), primary_key=True, autoincrement=False)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    number: Mapped[int] = mapped_column(sa.BigInteger)
+    this_update: Mapped[datetime] = mapped_column(UtcDateTime)
+    next_update: Mapped[datetime] = mapped_column(UtcDateTime)
+    generation: Mapped[int] = mapped_column(sa.BigInteger)
+    der: Mapped[bytes] = mapped_column(sa.LargeBinary)
+
+
+class Certificate(Base):
+    """A certificate the portal issued: to a device, a server of its own, or a canary."""
+
+    __tablename__ = "certificates"
+    __table_args__ = (
+        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
+        sa.UniqueConstraint("issuer_id", "serial_number"),
+        sa.UniqueConstraint("fingerprint"),
+        sa.CheckConstraint(_one_of("purpose", "device", "server", "canary"), name="purpose"),
+        sa.CheckConstraint("(purpose = 'device') = (device_id IS NOT NULL)", name="owner"),
+        sa.CheckConstraint(_one_of("status", "active", "replaced", "held", "revoked"), name="status"),
+        sa.CheckConstraint("(status IN ('held', 'revoked')) = (revoked_at IS NOT NULL)", name="revoked_at"),
+        sa.CheckConstraint("(revoked_at IS NULL) = (revocation_reason IS NULL)", name="revocation_reason"),
+        sa.CheckConstraint("not_before < not_after", name="validity"),
+        sa.Index(
+            "uq_certificates_one_active_a_device",
+            "device_id",
+            unique=True,
+            sqlite_where=sa.text("status IN ('active', 'held')"),
+            postgresql_where=sa.text("status IN ('active', 'held')"),
+        ),
+        sa.Index("ix_certificates_device", "device_id", "id"),
+        sa.Index(
+            "ix_certificates_crl",
+            "issuer_id",
+            "not_after",
+            sqlite_where=sa.text("status IN ('held', 'revoked')"),
+            postgresql_where=sa.text("status IN ('held', 'revoked')"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    issuer_id: Mapped[int] = mapped_column(sa.ForeignKey("issuers.id"))
+    device_id: Mapped[str | None] = mapped_column(sa.String(36))
+    purpose: Mapped[str] = mapped_column(sa.String(16))
+    serial_number: Mapped[str] = mapped_column(sa.String(40))
+    fingerprint: Mapped[str] = mapped_column(sa.String(64))
+    der: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    not_before: Mapped[datetime] = mapped_column(UtcDateTime)
+    not_after: Mapped[datetime] = mapped_column(UtcDateTime)
+    issued_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    status: Mapped[str] = mapped_column(sa.String(16))
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
+
+
+class Delivery(Base):
+    """A bundle that waits for its one download; the bundle is gone once delivered, expired or revoked."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
+        sa.CheckConstraint(_one_of("status", "ready", "fetching", "delivered", "expired", "revoked"), name="status"),
+        sa.CheckConstraint("(status IN ('ready', 'fetching')) = (bundle IS NOT NULL)", name="bundle"),
+        sa.CheckConstraint("(status = 'fetching') = (lease_until IS NOT NULL)", name="lease"),
+        sa.Index("ix_deliveries_device", "device_id"),
+        sa.Index(
+            "ix_deliveries_expiry",
+            "expires_at",
+            sqlite_where=sa.text("status IN ('ready', 'fetching')"),
+            postgresql_where=sa.text("status IN ('ready', 'fetching')"),
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    device_id: Mapped[str] = mapped_column(sa.String(36))
+    certificate_id: Mapped[int] = mapped_column(sa.ForeignKey("certificates.id"))
+    status: Mapped[str] = mapped_column(sa.String(16))
+    bundle: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    delivered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class IdempotencyKey(Base):
+    """The sealed answer to a request that may be repeated; the key itself is not here, only a hash of it."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (sa.Index("ix_idempotency_keys_expiry", "expires_at"),)
+
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
+    key_hash: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    request_hash: Mapped[str] = mapped_column(sa.String(64))
+    sealed_answer: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    generation: Mapped[int] = mapped_column(sa.BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Token(Base):
+    """An operator's token, by the hash of its secret."""
+
+    __tablename__ = "tokens"
+    __table_args__ = (
+        sa.CheckConstraint(_one_of("role", "admin", "operator", "auditor"), name="role"),
+        sa.UniqueConstraint("token_hash"),
+    )
+
+    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(sa.String(64))
+    role: Mapped[str] = mapped_column(sa.String(16))
+    token_hash: Mapped[str] = mapped_column(sa.String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class AuditEntry(Base):
+    """Who did what, to what, when, from where, with which outcome; never changed, never removed."""
+
+    __tablename__ = "audit_entries"
+    __table_args__ = (
+        sa.CheckConstraint(_one_of("outcome", "done", "refused"), name="outcome"),
+        sa.Index("ix_audit_entries_object", "tenant_id", "object", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    actor: Mapped[str] = mapped_column(sa.String(128))
+    action: Mapped[str] = mapped_column(sa.String(64))
+    object: Mapped[str] = mapped_column(sa.String(128))
+    outcome: Mapped[str] = mapped_column(sa.String(16))
+    request_id: Mapped[str] = mapped_column(sa.String(64))
+    address: Mapped[str] = mapped_column(sa.String(64))
+    detail: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+
+
+class BrokerState(Base):
+    """Which generation the broker should hold, with the newest one it was seen to enforce."""
+
+    __tablename__ = "broker_state"
+    __table_args__ = (
+        sa.CheckConstraint("applied_generation <= generation", name="applied_generation"),
+        sa.CheckConstraint("generation >= 0", name="generation"),
+    )
+
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
+    generation: Mapped[int] = mapped_column(sa.BigInteger)
+    applied_generation: Mapped[int] = mapped_column(sa.BigInteger)
+    applied_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -1,0 +1,13 @@
+"""Runs the migrations on the connection that the portal hands over."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from db_tables import Base
+
+connection = context.config.attributes["connection"]
+context.configure(
+    connection=connection, target_metadata=Base.metadata, render_as_batch=connection.dialect.name == "sqlite"
+)
+context.run_migrations()
