@@ -1,0 +1,263 @@
+"""Brings the broker to the newest generation of the database, one pass for all who wait."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import db_issuers
+import db_reads
+from authority import Authority, crl_is_due, next_crl
+from broker_provisioning import (
+    Acl,
+    BrokerProvisioning,
+    Canaries,
+    Projection,
+    add_device_acl,
+    forget_device_acl,
+    remove_device_acl,
+)
+from config import AclStyle, Settings
+from db import Database
+from db_issuers import BrokerStateRecord, CrlRecord
+from errors import PortalError
+from files import FileLock
+from lifecycle import DeviceStatus
+from topics import Access, Topic
+
+log = logging.getLogger("portal.enforcement")
+
+# Grants come in bursts, and each reload costs the broker a pause: passes that only grant keep this distance.
+GRANT_INTERVAL_SECONDS = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a pass ended: which generation stands in the files, which one the broker was seen to enforce."""
+
+    installed: int
+    enforced: int
+    problem: str | None = None
+
+    def covers(self, generation: int) -> bool:
+        """Whether the broker enforces ``generation``."""
+        return self.enforced >= generation
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What one snapshot of the database says that the broker must know."""
+
+    state: BrokerStateRecord
+    put_out: Sequence[str]
+    crls: Sequence[CrlRecord]
+
+
+class Enforcement:
+    """Runs the passes: snapshot, ACL and CRLs, files, reload, cut sessions, probe, record."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        authority: Authority,
+        broker: BrokerProvisioning,
+        canaries: Callable[[], Canaries],
+        clock: Callable[[], datetime],
+        tenant_id: str,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._authority = authority
+        self._broker = broker
+        self._canaries = canaries
+        self._clock = clock
+        self._tenant_id = tenant_id
+        self._pass_lock = FileLock(settings.data_dir / ".pass.lock")
+        self._counter = threading.Lock()
+        self._passes_begun = 0
+        self._last_pass: tuple[int, Outcome] = (0, Outcome(0, 0))
+        self._acl = Acl(settings.acl_style, settings.topic_prefix)
+        self._acl_generation = 0
+        self._wanted = threading.Event()
+
+    # --- What others ask for
+
+    def apply(self, generation: int, *, timeout: float | None = None) -> Outcome:
+        """Return once the broker enforces ``generation``, or once a pass begun after this call has failed to.
+
+        All who wait share a pass, whichever thread or process runs it. Never raises for the broker's sake: the
+        outcome says what is wrong.
+        """
+        if self._last_pass[1].covers(generation):
+            return self._last_pass[1]
+        with self._counter:
+            begun_before = self._passes_begun
+        applied = self.applied_generation()
+        if applied >= generation:
+            return Outcome(applied, applied)
+        with self._pass_lock.hold():
+            number, outcome = self._last_pass
+            if outcome.covers(generation) or number > begun_before:
+                return outcome
+            state = self._state()
+            if state.applied_generation >= generation:
+                return Outcome(state.applied_generation, state.applied_generation)
+            with self._counter:
+                self._passes_begun += 1
+                number = self._passes_begun
+            outcome = self._pass(self._settings.enforce_timeout if timeout is None else timeout)
+            self._last_pass = (number, outcome)
+            return outcome
+
+    def install(self) -> Outcome:
+        """Write the files of the newest generation with no word to the broker, which may not run yet."""
+        with self._pass_lock.hold():
+            work = self._prepare()
+            self._install(work)
+            return Outcome(work.state.generation, work.state.applied_generation)
+
+    def applied_generation(self) -> int:
+        """The newest generation that the broker was seen to enforce, in any process."""
+        return self._state().applied_generation
+
+    def damage(self) -> list[str]:
+        """What is wrong with the broker's files, a sentence each; looked at again where a pass may be writing."""
+        if not self._broker.damage():
+            return []
+        with self._pass_lock.hold():
+            return self._broker.damage()
+
+    def broker_answers(self) -> bool:
+        """Whether the broker runs and answers on its internal listener."""
+        return self._broker.reachable()
+
+    def wake(self) -> None:
+        """Ask for a pass soon, without waiting: what was granted is to be known to the broker within a second."""
+        self._wanted.set()
+
+    def run_grants(self, stopping: threading.Event) -> None:
+        """Run the passes asked for by ``wake`` until ``stopping`` is set; the body of a thread."""
+        while not stopping.is_set():
+            if not self._wanted.wait(timeout=1.0):
+                continue
+            self._wanted.clear()
+            try:
+                state = self._state()
+                if state.applied_generation < state.generation:
+                    self.apply(state.generation)
+            except PortalError as error:
+                log.warning("granting pass failed", extra={"problem": error.detail})
+            except Exception:
+                log.exception("granting pass failed")
+            stopping.wait(GRANT_INTERVAL_SECONDS)
+
+    # --- A pass
+
+    def _state(self) -> BrokerStateRecord:
+        with self._database.snapshot() as tx:
+            return db_issuers.get_broker_state(tx, self._tenant_id)
+
+    def _pass(self, timeout: float) -> Outcome:
+        started = time.monotonic()
+        deadline = started + timeout
+        installed = enforced = 0
+        try:
+            work = self._prepare()
+            generation, enforced = work.state.generation, work.state.applied_generation
+            self._install(work)
+            installed = generation
+            self._broker.enforce(generation, deadline)
+            if work.put_out:
+                self._broker.cut_sessions(work.put_out, deadline)
+            if work.put_out or work.crls:
+                self._broker.probe(self._canaries(), deadline)
+            with self._database.transaction() as tx:
+                db_issuers.set_applied_generation(tx, self._tenant_id, generation, applied_at=self._clock())
+        except PortalError as error:
+            log.error(
+                "the broker does not enforce the newest generation yet",
+                extra={"generation": installed, "enforced": enforced, "problem": error.detail},
+            )
+            return Outcome(installed, enforced, error.detail)
+        except Exception:
+            log.exception("a pass failed unexpectedly")
+            return Outcome(installed, enforced, "The pass failed unexpectedly; the portal's log has the cause.")
+        log.info(
+            "broker enforces",
+            extra={
+                "generation": generation,
+                "cut": len(work.put_out),
+                "crl": bool(work.crls),
+                "ms": round((time.monotonic() - started) * 1000, 1),
+            },
+        )
+        return Outcome(generation, generation)
+
+    def _prepare(self) -> _Work:
+        """Read one snapshot, bring the ACL in memory to it, sign the CRLs that are due, and record them."""
+        now = self._clock()
+        signed: list[CrlRecord] = []
+        with self._database.snapshot() as tx:
+            state = db_issuers.get_broker_state(tx, self._tenant_id)
+            changes = db_reads.acl_changes(
+                tx,
+                self._tenant_id,
+                since=self._acl_generation,
+                defaults=self._settings.acl_style is AclStyle.PER_DEVICE,
+            )
+            for change in changes:
+                self._update_acl(change)
+            put_out = db_reads.devices_put_out(tx, self._tenant_id, since=state.applied_generation)
+            changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx)}
+            for recorded in self._authority.with_crl():
+                previous = db_issuers.get_crl(tx, recorded.id)
+                if crl_is_due(previous, changed_at=changed_at[recorded.id], now=now):
+                    days = self._settings.crl_days
+                    signed.append(next_crl(tx, recorded, previous, days=days, generation=state.generation, now=now))
+        self._acl_generation = state.generation
+        if signed:
+            with self._database.transaction() as tx:
+                for crl in signed:
+                    db_issuers.put_crl(tx, self._tenant_id, crl)
+        return _Work(state, put_out, signed)
+
+    def _update_acl(self, change: db_reads.AclChange) -> None:
+        if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
+            remove_device_acl(self._acl, change.device_id)
+        elif change.status is DeviceStatus.ACTIVE:
+            own = None
+            if change.topics is not None:
+                own = tuple(Topic(pattern, Access(access)) for pattern, access in change.topics)
+            add_device_acl(self._acl, change.device_id, own)
+        else:
+            forget_device_acl(self._acl, change.device_id)
+
+    def _install(self, work: _Work) -> None:
+        if self._acl.closed:
+            log.error(
+                "devices are denied everything because their topics do not fit the settings",
+                extra={"devices": len(self._acl.closed), "first": next(iter(self._acl.closed.items()))},
+            )
+        with self._database.snapshot() as tx:
+            newest = [db_issuers.get_crl(tx, recorded.id) for recorded in self._authority.with_crl()]
+        self._broker.install(
+            Projection(
+                generation=work.state.generation,
+                acl=self._acl.render(work.state.generation),
+                crl="".join(crl_pem(crl.der) for crl in newest if crl is not None).encode(),
+                ca=self._authority.ca_pem.encode(),
+            )
+        )
+
+
+def crl_pem(der: bytes) -> str:
+    """A CRL as PEM (RFC 7468 section 6)."""
+    text = base64.b64encode(der).decode()
+    lines = (text[start : start + 64] for start in range(0, len(text), 64))
+    return "\n".join(("-----BEGIN X509 CRL-----", *lines, "-----END X509 CRL-----", ""))

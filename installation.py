@@ -1,0 +1,280 @@
+"""Opens the portal on its data folder, making at the first start whatever is missing."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+import access
+import audit
+import ca
+import db
+import db_access
+import db_issuers
+from access import Role
+from authority import Authority, open_authority
+from broker_files import FOLDER_MODE, broker_group
+from broker_provisioning import BrokerProvisioning, Canaries, Canary
+from ca_keys import KeyFiles, passphrase
+from config import Settings
+from db import Database
+from db_tables import DEFAULT_TENANT
+from enforcement import Enforcement
+from errors import StartupError
+from files import FileLock, private_folder, replace_file, secret_file
+from inventory import Inventory
+from onboarding import Onboarding
+from operators import Operators
+from readiness import Readiness
+
+log = logging.getLogger("portal.installation")
+
+CANARY_DAYS = 90
+
+
+def utc_now() -> datetime:
+    """The clock of the portal."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Portal:
+    """The parts of a running portal, built once."""
+
+    settings: Settings
+    database: Database
+    authority: Authority
+    broker: BrokerProvisioning
+    enforcement: Enforcement
+    onboarding: Onboarding
+    inventory: Inventory
+    operators: Operators
+    readiness: Readiness
+    clock: Callable[[], datetime]
+    tenant_id: str
+
+    def close(self) -> None:
+        """Close the database's connections."""
+        self.database.close()
+
+
+def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> Portal:
+    """Build all parts on the data folder; a first start makes CA, secrets, canaries and server certificates.
+
+    Several processes may do so at once: one makes, the others find. Raises ``StartupError`` with what to change.
+    """
+    _make_folders(settings)
+    with FileLock(settings.data_dir / ".setup.lock").hold():
+        database = Database(
+            settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=settings.threads
+        )
+        database.migrate()
+        with database.transaction() as tx:
+            db_issuers.add_tenant(tx, DEFAULT_TENANT, created_at=clock())
+        keys = KeyFiles(settings.ca_dir, passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase"))
+        authority = open_authority(database, keys, settings, DEFAULT_TENANT, now=clock())
+        link_keys = secret_file(settings.secrets_dir / "link-keys", lambda: secrets.token_urlsafe(32)).split()
+        pepper = secret_file(settings.secrets_dir / "idempotency-pepper", lambda: secrets.token_hex(32))
+        broker = BrokerProvisioning(settings, clock)
+        enforcement = Enforcement(
+            settings, database, authority, broker, lambda: canary_files(settings), clock, DEFAULT_TENANT
+        )
+        replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
+    onboarding = Onboarding(
+        settings, database, authority, enforcement, link_keys=link_keys, pepper=bytes.fromhex(pepper), clock=clock
+    )
+    return Portal(
+        settings,
+        database,
+        authority,
+        broker,
+        enforcement,
+        onboarding,
+        Inventory(settings, database),
+        Operators(database, clock),
+        Readiness(database, authority, enforcement, clock, DEFAULT_TENANT),
+        clock,
+        DEFAULT_TENANT,
+    )
+
+
+def prepare(portal: Portal) -> None:
+    """Renew what of the portal's own is due and write the broker's files, before broker and portal serve."""
+    with FileLock(portal.settings.data_dir / ".setup.lock").hold():
+        portal.broker.password()  # made with its file for the broker where it is missing
+        renew_own_certificates(portal)
+        with portal.database.transaction() as tx:
+            # Whatever changed while nobody looked (a setting, a file), the broker is brought to it anew.
+            db.next_generation(tx, portal.tenant_id)
+        portal.enforcement.install()
+
+
+def first_token(portal: Portal) -> str:
+    """The token of the first operator, an admin, kept in a 0600 file of the data folder; made anew if revoked."""
+    path = portal.settings.secrets_dir / "operator-token"
+    now = portal.clock()
+    if path.exists():
+        secret = secret_file(path, lambda: "")
+        with portal.database.snapshot() as tx:
+            record = db_access.find_token(tx, access.hash_token(secret))
+        if record is not None and access.is_valid(record, now):
+            return secret
+        path.unlink()
+    secret, record = access.new_token(portal.tenant_id, "first operator", Role.ADMIN, None, now=now)
+    with portal.database.transaction() as tx:
+        db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+        audit.record(
+            tx, audit.system_actor(portal.tenant_id), "token:create", f"token:{record.id}", at=now, role=Role.ADMIN
+        )
+    return secret_file(path, lambda: secret)
+
+
+# --- Folders ------------------------------------------------------------------------------------------------------
+
+
+def _make_folders(settings: Settings) -> None:
+    # The broker, often another user, must be able to pass through the data folder to its own; it can list nothing.
+    folders = [(settings.data_dir, 0o711), (settings.secrets_dir, 0o700), (settings.ca_dir, 0o700),
+               (settings.tls_dir, 0o700), (settings.data_dir / "canaries", 0o700)]  # fmt: skip
+    try:
+        for folder, mode in folders:
+            private_folder(folder, mode=mode)
+        group = broker_group(settings)
+        private_folder(settings.broker_dir, mode=0o700 if group is None else FOLDER_MODE, group=group)
+        probe = settings.data_dir / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise StartupError(
+            f"The data folder {settings.data_dir} cannot be written ({error.strerror});"
+            " make it writable for this user or set PORTAL_DATA_DIR."
+        ) from error
+
+
+# --- The portal's own certificates ----------------------------------------------------------------------------------
+
+
+def canary_files(settings: Settings) -> Canaries:
+    """Where the two canaries are, with which the portal tries the broker."""
+    folder = settings.data_dir / "canaries"
+    return Canaries(
+        good=Canary(folder / "good.pem", folder / "good.key"),
+        revoked=Canary(folder / "revoked.pem", folder / "revoked.key"),
+    )
+
+
+def is_due(path: Path, key: Path, now: datetime, issuer: ca.Issuer, names: tuple[str, ...] = ()) -> bool:
+    """Whether a certificate is to be issued anew.
+
+    It is where a file is missing or unreadable, the two do not belong together (a write was cut off between them),
+    two thirds of the life are over, the issuer is another, or a name is missing.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        if load_pem_private_key(key.read_bytes(), password=None).public_key() != certificate.public_key():
+            return True
+    except (OSError, ValueError):
+        return True
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not start <= now < start + (end - start) * 2 / 3 or certificate.issuer != issuer.certificate.subject:
+        return True
+    if not names:
+        return False
+    alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    present = {str(name.value) for name in alternative}
+    return not set(names) <= present
+
+
+def renew_own_certificates(portal: Portal) -> list[str]:
+    """Issue anew whatever of the portal's own certificates is due; returns the names of those renewed."""
+    settings, now = portal.settings, portal.clock()
+    issuer = portal.authority.issuing.issuer
+    canaries = canary_files(settings)
+    renewed: list[str] = []
+    if is_due(settings.tls_dir / "server.pem", settings.tls_dir / "server.key", now, issuer, settings.server_names):
+        chain, key = _issue_server(portal, settings.server_names)
+        replace_file(settings.tls_dir / "server.key", key)
+        replace_file(settings.tls_dir / "server.pem", chain)
+        renewed.append("portal server certificate")
+    broker_files = settings.broker_file("server.pem"), settings.broker_file("server.key")
+    if is_due(*broker_files, now, issuer, settings.broker_names):
+        portal.broker.write_server_certificate(*_issue_server(portal, settings.broker_names))
+        renewed.append("broker server certificate")
+    if is_due(canaries.good.certificate, canaries.good.key, now, issuer):
+        _issue_canary(portal, canaries.good, revoked=False)
+        renewed.append("good canary")
+    if is_due(canaries.revoked.certificate, canaries.revoked.key, now, issuer):
+        _issue_canary(portal, canaries.revoked, revoked=True)
+        renewed.append("revoked canary")
+    for name in renewed:
+        log.info("issued", extra={"what": name})
+    return renewed
+
+
+def _issue_server(portal: Portal, names: tuple[str, ...]) -> tuple[bytes, bytes]:
+    key = ca.generate_keypair(ca.KeyType.EC_P256)
+    issued = ca.sign_server_certificate(
+        portal.authority.issuing.issuer,
+        key.public_key(),
+        names=names,
+        now=portal.clock(),
+        days=portal.settings.server_days,
+        pki_url=portal.settings.pki_url,
+    )
+    _record(portal, issued, purpose="server", revoked=False)
+    return portal.authority.chain_pem(issued.pem).encode(), ca.private_key_pem(key)
+
+
+def _issue_canary(portal: Portal, canary: Canary, *, revoked: bool) -> None:
+    now = portal.clock()
+    key = ca.generate_keypair(ca.KeyType.EC_P256)
+    issued = ca.sign_certificate(
+        portal.authority.issuing.issuer,
+        key.public_key(),
+        device_id=str(uuid.uuid4()),
+        now=now,
+        days=CANARY_DAYS,
+        pki_url=portal.settings.pki_url,
+    )
+    _record(portal, issued, purpose="canary", revoked=revoked)
+    replace_file(canary.key, ca.private_key_pem(key))
+    replace_file(canary.certificate, portal.authority.chain_pem(issued.pem).encode())
+
+
+def _record(portal: Portal, issued: ca.Issued, *, purpose: str, revoked: bool) -> None:
+    now = portal.clock()
+    issuer_id = portal.authority.issuing.id
+    with portal.database.transaction() as tx:
+        db.add_certificate(
+            tx,
+            tenant_id=portal.tenant_id,
+            issuer_id=issuer_id,
+            purpose=purpose,
+            serial_number=issued.serial_number,
+            fingerprint=issued.fingerprint,
+            der=issued.der,
+            not_before=issued.not_before,
+            not_after=issued.not_after,
+            issued_at=now,
+            revoked_at=now if revoked else None,
+            reason="cessation_of_operation" if revoked else None,
+        )
+        if revoked:
+            generation = db.next_generation(tx, portal.tenant_id)
+            db_issuers.touch_issuer(tx, issuer_id, generation=generation)
+        audit.record(
+            tx,
+            audit.system_actor(portal.tenant_id),
+            "certificate:issue",
+            f"certificate:{issued.serial_number}",
+            at=now,
+            purpose=purpose,
+        )

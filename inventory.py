@@ -1,0 +1,98 @@
+"""What an operator may ask about devices: pages, details, histories."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import db
+import db_issuers
+import db_reads
+from config import Settings
+from db import CertificateRecord, Database, DeviceRecord
+from db_issuers import CrlRecord
+from db_reads import DeviceFilter
+from errors import FieldProblem, InputInvalid
+from topics import Access, Topic, default_topics
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDetails:
+    """A device with its certificate (the last, for one that has none any more) and what the broker knows."""
+
+    device: DeviceRecord
+    certificate: CertificateRecord | None
+    topics: tuple[Topic, ...]
+    applied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of devices, each with its certificate's not_after; ``cursor`` leads to the next page."""
+
+    devices: Sequence[tuple[DeviceRecord, datetime | None]]
+    cursor: str | None
+
+
+class Inventory:
+    """Reads only; each question is answered from one state of the database."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings = settings
+        self._database = database
+
+    def device(self, tenant_id: str, device_id: str) -> DeviceDetails:
+        """Everything about one device; raises ``DeviceNotFound``."""
+        with self._database.snapshot() as tx:
+            device = db.get_device(tx, tenant_id, device_id)
+            certificate = db_reads.current_certificate(tx, tenant_id, device_id)
+            own = db_reads.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
+            state = db_issuers.get_broker_state(tx, tenant_id)
+        topics = tuple(Topic(pattern, Access(access)) for pattern, access in own)
+        return DeviceDetails(
+            device=device,
+            certificate=certificate,
+            topics=topics or default_topics(self._settings.topic_prefix),
+            applied=device.generation <= state.applied_generation,
+        )
+
+    def certificates(self, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
+        """Every certificate the device has had, newest first; raises ``DeviceNotFound``."""
+        with self._database.snapshot() as tx:
+            db.get_device(tx, tenant_id, device_id)
+            return db_reads.device_certificates(tx, tenant_id, device_id)
+
+    def devices(self, tenant_id: str, wanted: DeviceFilter, *, limit: int, cursor: str | None) -> Page:
+        """A page of devices, newest first; raises ``InputInvalid`` for a cursor that no page gave."""
+        after = None if cursor is None else _read_cursor(cursor)
+        with self._database.snapshot() as tx:
+            found = db_reads.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
+        page = found[:limit]
+        more = len(found) > limit
+        return Page(page, _make_cursor(page[-1][0]) if more else None)
+
+    def crl(self, issuer_id: int) -> CrlRecord | None:
+        """The newest CRL of an issuer, ``None`` before the first."""
+        with self._database.snapshot() as tx:
+            return db_issuers.get_crl(tx, issuer_id)
+
+
+def _make_cursor(last: DeviceRecord) -> str:
+    text = json.dumps([last.created_at.isoformat(), last.id])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str) -> tuple[datetime, str]:
+    try:
+        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
+        created_at, device_id = json.loads(text)
+        time = datetime.fromisoformat(created_at)
+        if time.tzinfo is None or not isinstance(device_id, str) or len(device_id) != 36 or not device_id.isascii():
+            raise ValueError("not of the form that a page gives")
+    except (ValueError, TypeError, RecursionError):
+        problem = FieldProblem("cursor", "must be the next_cursor of the page before")
+        raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem]) from None
+    return time, device_id

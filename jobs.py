@@ -1,0 +1,164 @@
+"""What must happen with nobody asking: repair of the broker's files, renewals, expiry of links."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import audit
+import db
+import db_deliveries
+import db_issuers
+import db_reads
+from authority import ROOT_CRL_DAYS, crl_is_due, next_crl
+from errors import PortalError
+from files import FileLock
+from installation import Portal, canary_files, renew_own_certificates
+
+log = logging.getLogger("portal.jobs")
+
+# A connection that was half-way in when its device was revoked is dropped by the broker after this time at the
+# latest; until then a session may still appear, without any rights, and is cut again.
+LATE_SESSIONS = timedelta(seconds=100)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Something to do every so many seconds."""
+
+    name: str
+    seconds: float
+    run: Callable[[Portal], None]
+
+
+def repair_broker(portal: Portal) -> None:
+    """Put damaged files right and finish what a crash or an absent broker left undone."""
+    problems = portal.enforcement.damage()
+    if problems:
+        log.error("the broker's files were damaged; writing them anew", extra={"problem": " ".join(problems)})
+        _advance(portal, "broker:repair", problems=problems)
+    with portal.database.snapshot() as tx:
+        state = db_issuers.get_broker_state(tx, portal.tenant_id)
+    if state.applied_generation < state.generation:
+        portal.enforcement.apply(state.generation)
+    if problems:
+        probe_broker(portal)  # a broker that read the damaged files may have let anybody in
+
+
+def renew(portal: Portal) -> None:
+    """Renew CRLs past half their life, and the portal's own certificates past two thirds of theirs."""
+    renewed = renew_own_certificates(portal)
+    now = portal.clock()
+    with portal.database.snapshot() as tx:
+        issuers = {record.id: record for record in db_issuers.list_issuers(tx)}
+        due = [
+            recorded
+            for recorded in portal.authority.issuers
+            if recorded.issuer.key is not None
+            and crl_is_due(
+                db_issuers.get_crl(tx, recorded.id), changed_at=issuers[recorded.id].revoked_generation, now=now
+            )
+        ]
+    for recorded in due:
+        if recorded.kind == "root":
+            with portal.database.transaction() as tx:
+                previous = db_issuers.get_crl(tx, recorded.id)
+                crl = next_crl(tx, recorded, previous, days=ROOT_CRL_DAYS, generation=0, now=now)
+                db_issuers.put_crl(tx, portal.tenant_id, crl)
+    if renewed or any(recorded.kind == "issuing" for recorded in due):
+        _advance(portal, "broker:renew", renewed=renewed)
+        repair_broker(portal)
+
+
+def expire(portal: Portal) -> None:
+    """Destroy bundles whose links are over, and forget answers kept for a repeat."""
+    now = portal.clock()
+    with portal.database.snapshot() as tx:
+        if not db_deliveries.anything_due(tx, now=now):
+            return
+    with portal.database.transaction() as tx:
+        for tenant_id, device_id, delivery_id in db_deliveries.expire_deliveries(tx, now=now):
+            audit.record(
+                tx,
+                audit.system_actor(tenant_id),
+                "bundle:expire",
+                f"device:{device_id}",
+                at=now,
+                delivery=delivery_id,
+            )
+        db_deliveries.forget_answers(tx, now=now)
+
+
+def cut_late_sessions(portal: Portal) -> None:
+    """Cut sessions of freshly revoked devices once more, and try the canaries while there are any."""
+    with portal.database.snapshot() as tx:
+        late = db_reads.devices_revoked_since(tx, portal.tenant_id, portal.clock() - LATE_SESSIONS)
+    if late and portal.broker.reachable():
+        portal.broker.cut_sessions(late, time.monotonic() + portal.settings.enforce_timeout)
+
+
+def probe_broker(portal: Portal) -> None:
+    """Show the broker the canaries, though nothing has changed: somebody else may have changed it."""
+    if portal.broker.reachable():
+        portal.broker.probe(canary_files(portal.settings), time.monotonic() + portal.settings.enforce_timeout)
+
+
+JOBS = (
+    Job("repair", 2.0, repair_broker),
+    Job("late sessions", 20.0, cut_late_sessions),
+    Job("expiry", 30.0, expire),
+    Job("probe", 60.0, probe_broker),
+    Job("renewal", 600.0, renew),
+)
+
+
+def _advance(portal: Portal, action: str, **detail: Any) -> None:
+    now = portal.clock()
+    with portal.database.transaction() as tx:
+        generation = db.next_generation(tx, portal.tenant_id)
+        audit.record(
+            tx, audit.system_actor(portal.tenant_id), action, "broker", at=now, generation=generation, **detail
+        )
+
+
+def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS) -> None:
+    """Run the jobs until ``stopping`` is set, in one process among all on the data folder; the body of a thread.
+
+    When the process that runs them dies, another takes over within a few seconds.
+    """
+    leader = FileLock(portal.settings.data_dir / ".jobs.lock")
+    while not stopping.is_set():
+        with leader.try_hold() as leading:
+            if leading:
+                _lead(portal, stopping, jobs)
+        stopping.wait(2.0)
+
+
+def _lead(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...]) -> None:
+    next_at = {job.name: time.monotonic() for job in jobs}
+    while not stopping.is_set():
+        for job in jobs:
+            if time.monotonic() < next_at[job.name] or stopping.is_set():
+                continue
+            try:
+                job.run(portal)
+            except PortalError as error:
+                log.error("a job failed", extra={"job": job.name, "problem": error.detail})
+            except Exception:
+                log.exception("a job failed", extra={"job": job.name})
+            next_at[job.name] = time.monotonic() + job.seconds
+        stopping.wait(max(0.0, min(next_at.values()) - time.monotonic()))
+
+
+def start(portal: Portal) -> threading.Event:
+    """Start the threads of this process that grant and that run the jobs; setting the event stops them."""
+    stopping = threading.Event()
+    for name, body in (("grants", portal.enforcement.run_grants), ("jobs", functools.partial(run, portal))):
+        threading.Thread(target=body, args=(stopping,), name=name, daemon=True).start()
+    return stopping

@@ -1,0 +1,104 @@
+"""Whether the portal can do its work, each thing it depends on by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import ca
+import db_issuers
+from authority import Authority
+from db import Database
+from enforcement import Enforcement
+from errors import PortalError, Unavailable
+
+CRL_LIFE_LEFT = 1 / 3
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One dependency; ``problem`` is a sentence, ``None`` where all is well."""
+
+    name: str
+    problem: str | None
+
+
+class Readiness:
+    """Asks the database, the CA, the CRLs and the broker."""
+
+    def __init__(
+        self,
+        database: Database,
+        authority: Authority,
+        enforcement: Enforcement,
+        clock: Callable[[], datetime],
+        tenant_id: str,
+    ) -> None:
+        self._database = database
+        self._authority = authority
+        self._enforcement = enforcement
+        self._clock = clock
+        self._tenant_id = tenant_id
+
+    def checks(self) -> list[Check]:
+        """Every check, none left out because another failed."""
+        named: list[tuple[str, Callable[[], str | None]]] = [
+            ("database", self._database_problem),
+            ("ca", self._ca_problem),
+            ("crl", self._crl_problem),
+            ("broker files", self._files_problem),
+            ("broker", self._broker_problem),
+        ]
+        return [Check(name, _asked(question)) for name, question in named]
+
+    def _database_problem(self) -> None:
+        self._database.ping()
+
+    def _ca_problem(self) -> str | None:
+        issuer = self._authority.issuing.issuer
+        if issuer.certificate.not_valid_after_utc <= self._clock():
+            return f"The issuing CA {issuer.name} has expired; nothing can be signed."
+        # Signed, checked and thrown away: the key may be in a token that has gone away.
+        now = self._clock()
+        ca.sign_crl(issuer, [], number=1, this_update=now, next_update=now + timedelta(seconds=1))
+        return None
+
+    def _crl_problem(self) -> str | None:
+        now = self._clock()
+        with self._database.snapshot() as tx:
+            for recorded in self._authority.with_crl():
+                crl = db_issuers.get_crl(tx, recorded.id)
+                if crl is None:
+                    return f"{recorded.issuer.name} has no CRL yet."
+                left = (crl.next_update - now) / (crl.next_update - crl.this_update)
+                if left < CRL_LIFE_LEFT:
+                    return (
+                        f"The CRL of {recorded.issuer.name} ends at {crl.next_update:%Y-%m-%d %H:%M} UTC and has not"
+                        " been renewed; see the log for why."
+                    )
+        return None
+
+    def _files_problem(self) -> str | None:
+        return " ".join(self._enforcement.damage()) or None
+
+    def _broker_problem(self) -> str | None:
+        if not self._enforcement.broker_answers():
+            return "The broker does not answer on its internal listener; start it, or see its log."
+        with self._database.snapshot() as tx:
+            state = db_issuers.get_broker_state(tx, self._tenant_id)
+        if state.applied_generation < state.generation:
+            return (
+                f"The broker enforces generation {state.applied_generation}, the newest is {state.generation};"
+                " the portal goes on trying."
+            )
+        return None
+
+
+def _asked(question: Callable[[], str | None]) -> str | None:
+    try:
+        return question()
+    except PortalError as error:
+        return error.detail
+    except Exception as error:
+        raise Unavailable("A readiness check failed unexpectedly; the portal's log has the cause.") from error

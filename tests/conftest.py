@@ -1,0 +1,121 @@
+"""Portals for tests: built on a copy of a data folder that was prepared once, on each database there is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+
+import access
+import db_access
+from access import Role
+from app import create_app, portal_of
+from config import Settings
+from installation import Portal, first_token, open_portal, prepare
+from tests.harness import Api, Clock, settings_for
+from tests.mosquitto import short_folder
+
+POSTGRES_URL = os.environ.get("PORTAL_TEST_POSTGRES_URL", "")
+DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
+
+
+def _administrate(statement: str) -> None:
+    engine = sa.create_engine(POSTGRES_URL, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(statement))
+    engine.dispose()
+
+
+def _postgres_url(database: str) -> str:
+    return sa.make_url(POSTGRES_URL).set(database=database).render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session", params=DATABASES)
+def prepared(request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
+    """A data folder after the first start, with the name of its PostgreSQL database (empty for SQLite)."""
+    folder = short_folder()
+    name = "" if request.param == "sqlite" else f"portal_{uuid.uuid4().hex[:12]}"
+    environment = {}
+    if name:
+        _administrate(f"CREATE DATABASE {name}")
+        environment["PORTAL_DATABASE_URL"] = _postgres_url(name)
+    portal = open_portal(settings_for(folder, **environment))
+    prepare(portal)
+    first_token(portal)
+    portal.close()
+    yield folder, name
+    shutil.rmtree(folder)
+    if name:
+        _administrate(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def make_settings(prepared: tuple[Path, str]) -> Iterator[Callable[..., Settings]]:
+    """Makes the settings of a fresh portal, already prepared; keyword arguments are environment variables."""
+    prepared_folder, prepared_database = prepared
+    folders: list[Path] = []
+    databases: list[str] = []
+
+    def make(**environment: str) -> Settings:
+        folder = short_folder()
+        folders.append(folder)
+        shutil.copytree(prepared_folder, folder, dirs_exist_ok=True)
+        if prepared_database:
+            name = f"portal_{uuid.uuid4().hex[:12]}"
+            _administrate(f"CREATE DATABASE {name} TEMPLATE {prepared_database}")
+            databases.append(name)
+            environment.setdefault("PORTAL_DATABASE_URL", _postgres_url(name))
+        return settings_for(folder, **environment)
+
+    yield make
+    for folder in folders:
+        shutil.rmtree(folder)
+    for name in databases:
+        _administrate(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def portal(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Portal]:
+    """The parts of a portal whose broker does not run: grants need its files only, revocations stay pending."""
+    built = open_portal(make_settings(), clock)
+    yield built
+    built.close()
+
+
+@pytest.fixture
+def app(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Flask]:
+    built = create_app(make_settings(), background=False, clock=clock)
+    yield built
+    portal_of(built).close()
+
+
+@pytest.fixture
+def as_role(app: Flask) -> Callable[[Role | None], Api]:
+    """Makes an ``Api`` with a fresh token of the role, or with none."""
+
+    def make(role: Role | None) -> Api:
+        if role is None:
+            return Api(app.test_client(), None)
+        portal = portal_of(app)
+        secret, record = access.new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
+        with portal.database.transaction() as tx:
+            db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+        return Api(app.test_client(), secret)
+
+    return make
+
+
+@pytest.fixture
+def api(as_role: Callable[[Role | None], Api]) -> Api:
+    return as_role(Role.ADMIN)
