@@ -34,6 +34,7 @@ log = logging.getLogger("portal.enforcement")
 
 # Grants come in bursts, and each reload costs the broker a pause: passes that only grant keep this distance.
 GRANT_INTERVAL_SECONDS = 0.15
+PROBLEM_REPEATED_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Enforcement:
         self._acl = Acl(settings.acl_style, settings.topic_prefix)
         self._acl_generation = 0
         self._wanted = threading.Event()
+        self._last_problem = ("", 0.0)
 
     # --- What others ask for
 
@@ -180,14 +182,12 @@ class Enforcement:
             with self._database.transaction() as tx:
                 db_issuers.set_applied_generation(tx, self._tenant_id, generation, applied_at=self._clock())
         except PortalError as error:
-            log.error(
-                "the broker does not enforce the newest generation yet",
-                extra={"generation": installed, "enforced": enforced, "problem": error.detail},
-            )
+            self._log_problem(error.detail, installed, enforced)
             return Outcome(installed, enforced, error.detail)
         except Exception:
             log.exception("a pass failed unexpectedly")
             return Outcome(installed, enforced, "The pass failed unexpectedly; the portal's log has the cause.")
+        self._last_problem = ("", 0.0)
         log.info(
             "broker enforces",
             extra={
@@ -198,6 +198,18 @@ class Enforcement:
             },
         )
         return Outcome(generation, generation)
+
+    def _log_problem(self, problem: str, installed: int, enforced: int) -> None:
+        """Say it when it is new, and then once a minute: the repair job tries every two seconds."""
+        said, when = self._last_problem
+        now = time.monotonic()
+        if problem == said and now - when < PROBLEM_REPEATED_SECONDS:
+            return
+        self._last_problem = (problem, now)
+        log.error(
+            "the broker does not enforce the newest generation yet",
+            extra={"generation": installed, "enforced": enforced, "problem": problem},
+        )
 
     def _prepare(self) -> _Work:
         """Read one snapshot, bring the ACL in memory to it, sign the CRLs that are due, and record them."""

@@ -51,19 +51,24 @@ def repair_broker(portal: Portal) -> None:
         probe_broker(portal)  # a broker that read the damaged files may have let anybody in
 
 
-def renew(portal: Portal) -> None:
-    """Renew CRLs past half their life, and the portal's own certificates past two thirds of theirs."""
+def renew_certificates(portal: Portal) -> None:
+    """Renew the portal's own certificates past two thirds of their life."""
     renewed = renew_own_certificates(portal)
+    if renewed:
+        _advance(portal, "broker:renew", renewed=renewed)
+        repair_broker(portal)
+
+
+def renew_crls(portal: Portal) -> None:
+    """Renew CRLs past half their life, or not yet valid because the clock was moved."""
     now = portal.clock()
     with portal.database.snapshot() as tx:
-        issuers = {record.id: record for record in db_issuers.list_issuers(tx)}
+        changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx)}
         due = [
             recorded
             for recorded in portal.authority.issuers
             if recorded.issuer.key is not None
-            and crl_is_due(
-                db_issuers.get_crl(tx, recorded.id), changed_at=issuers[recorded.id].revoked_generation, now=now
-            )
+            and crl_is_due(db_issuers.get_crl(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
         ]
     for recorded in due:
         if recorded.kind == "root":
@@ -71,9 +76,9 @@ def renew(portal: Portal) -> None:
                 previous = db_issuers.get_crl(tx, recorded.id)
                 crl = next_crl(tx, recorded, previous, days=ROOT_CRL_DAYS, generation=0, now=now)
                 db_issuers.put_crl(tx, portal.tenant_id, crl)
-    if renewed or any(recorded.kind == "issuing" for recorded in due):
-        _advance(portal, "broker:renew", renewed=renewed)
-        repair_broker(portal)
+    if any(recorded.kind == "issuing" for recorded in due):
+        _advance(portal, "broker:renew", renewed=["crl"])
+        repair_broker(portal)  # its pass signs the CRL
 
 
 def expire(portal: Portal) -> None:
@@ -114,7 +119,8 @@ JOBS = (
     Job("late sessions", 20.0, cut_late_sessions),
     Job("expiry", 30.0, expire),
     Job("probe", 60.0, probe_broker),
-    Job("renewal", 600.0, renew),
+    Job("crl renewal", 300.0, renew_crls),
+    Job("certificate renewal", 600.0, renew_certificates),
 )
 
 

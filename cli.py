@@ -1,0 +1,101 @@
+"""The operator's command line, which speaks HTTP only."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from cli_access import login, logout, token
+from cli_context import CONNECTION, VERSION, connection_options
+from cli_delivery import download, unpack_command
+from cli_devices import certificates, list_devices, revoke, show, update
+from cli_operation import audit, ca, completion, status
+from cli_registration import register
+from cli_settings import Given
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+
+SECTIONS = {
+    "Devices": (register, list_devices, show, update, revoke, certificates),
+    "Credentials": (download, unpack_command),
+    "Access": (login, logout, token),
+    "Operation": (status, ca, audit, completion),
+}
+
+
+class PortalGroup(click.Group):
+    """The commands in sections, with one place where every failure ends as a sentence and an exit status."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, section by section."""
+        width = max(len(name) for name in self.commands)
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(f"{command.name:<{width}}", command.get_short_help_str(60)) for command in commands]
+                )
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = "portal",
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        """Run the command, then exit: 0 done, 1 refused, 2 misused, 3 portal not reached, 130 interrupted."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # a name may have letters that a terminal lacks
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            sys.stdout.flush()
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            sys.stderr.write("\n")
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # The reader went away, as head does; keep the interpreter from saying so at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
+        except Exception as error:
+            if os.environ.get("PORTAL_DEBUG"):
+                raise
+            # The kind only: a message could hold what was sent.
+            sys.stderr.write(f"Error: This failed in an unforeseen way ({type(error).__name__}). ")
+            sys.stderr.write("PORTAL_DEBUG=1 shows where.\n")
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(
+    "portal",
+    cls=PortalGroup,
+    params=list(connection_options()),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(VERSION, prog_name="portal")
+@click.pass_context
+def cli(ctx: click.Context, /, **given: str | None) -> None:
+    """Register IoT devices, hand out their credentials, put them out again.
+
+    \b
+    Settings come from options, else from the environment, else from portal login.
+    Those of a portal on this machine:  . data/operator.env
+    """
+    ctx.meta["given"] = Given(**{name: given[name] for name in CONNECTION})
+
+
+for _commands in SECTIONS.values():
+    for _command in _commands:
+        cli.add_command(_command)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,319 @@
+"""Opens a device's bundle, which must hold credentials that belong together."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import re
+import shlex
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+import pyzipper
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.x509.oid import NameOID
+
+from cli_errors import BundleLocked, CheckFailed
+from cli_files import NewFile
+
+KEY, CERTIFICATE, CHAIN, CA = "device.key", "device.pem", "chain.pem", "ca.pem"
+CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"
+NAMES = (KEY, CERTIFICATE, CHAIN, CA, CLIENT_CONFIGURATION, README)
+ENCRYPTED = (KEY, CA)  # what the device keeps secret, and what it trusts
+REQUIRED = (KEY, CERTIFICATE, CHAIN, CA)
+
+BUNDLE_MOST = 1 << 20  # bytes
+ENTRIES_MOST = 32
+ENTRY_MOST = 64 * 1024  # bytes
+CHAIN_MOST = 8  # certificates from the device to the root
+AES_256 = 3  # the strength field of WinZip's AE-2
+AES_OVERHEAD = 16 + 2 + 10  # bytes of salt, password verifier, authentication code
+
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+# What a damaged or hostile ZIP was seen to raise in zipfile, its decoders included.
+_ZIP_ERRORS = (
+    pyzipper.BadZipFile,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+)
+# An altered configuration must not turn checks off or point elsewhere, so these options only, files by their own names.
+_CLIENT_FILES = {"--cafile": CA, "--cert": CHAIN, "--key": KEY}
+_CLIENT_VALUES = {
+    "-h": re.compile(r"[A-Za-z0-9.:_-]{1,253}"),
+    "-p": re.compile(r"[0-9]{1,5}"),
+    "-i": _UUID,
+    "-V": re.compile(r"[a-z0-9.]{1,8}"),
+}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The content of a bundle by name; ``notes`` say what was left out."""
+
+    files: Mapping[str, bytes]
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:  # never the key
+        return f"Bundle({', '.join(self.files)})"
+
+    def new_files(self) -> dict[str, NewFile]:
+        """As they are to be written: the key for its owner only."""
+        certificates = (CERTIFICATE, CHAIN, CA)
+        return {
+            name: NewFile(
+                certificates_only(content) if name in certificates else content, 0o600 if name == KEY else 0o644
+            )
+            for name, content in self.files.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Credentials that belong together: serial number and SHA-256 fingerprint in lower-case hex, times in UTC."""
+
+    device_id: str
+    serial_number: str
+    fingerprint: str
+    not_before: datetime
+    not_after: datetime
+    root: str
+
+
+def open_bundle(content: bytes, password: str) -> Bundle:
+    """Read the known files of a bundle; what is not known is left out.
+
+    ``device.key`` and ``ca.pem`` must have been encrypted (WinZip AE, AES-256), since only that vouches for them.
+    Raises ``BundleLocked`` for a wrong password, ``CheckFailed`` for a ZIP that is none, too large or incomplete.
+    """
+    if len(content) > BUNDLE_MOST:
+        raise CheckFailed(f"This bundle is larger than the {BUNDLE_MOST} bytes that any has.")
+    try:
+        with pyzipper.AESZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            _check_entries(entries)
+            notes = [
+                f"{e.filename!r} is no part of a bundle and was left out." for e in entries if e.filename not in NAMES
+            ]
+            files = {e.filename: _read(archive, e, password) for e in entries if e.filename in NAMES}
+    except _ZIP_ERRORS:
+        raise CheckFailed("This is no bundle, or it was damaged on its way; ask for a new one.") from None
+    for name in (CLIENT_CONFIGURATION, README):
+        if name in files and not _is_harmless(name, files[name]):
+            del files[name]
+            notes.append(f"{name} was altered or is not one of the portal's, and was left out.")
+    return Bundle(files, tuple(notes))
+
+
+def _check_entries(entries: Iterable[pyzipper.zipfile_aes.AESZipInfo]) -> None:
+    entries = list(entries)
+    names = [entry.filename for entry in entries]
+    if len(entries) > ENTRIES_MOST or any(entry.file_size > ENTRY_MOST for entry in entries):
+        raise CheckFailed("This ZIP holds more than any bundle does, so it was not opened.")
+    if len(set(names)) != len(names):
+        raise CheckFailed("This ZIP holds two files of one name, so it was not opened.")
+    missing = [name for name in REQUIRED if name not in names]
+    if missing:
+        raise CheckFailed(f"There is no {' and no '.join(missing)} in this ZIP; it is not a device's bundle.")
+    for entry in entries:
+        if entry.filename in ENCRYPTED:
+            _check_encrypted(entry)
+        elif entry.filename in NAMES and entry.compress_type not in (pyzipper.ZIP_STORED, pyzipper.ZIP_DEFLATED):
+            raise CheckFailed(f"{entry.filename} is packed in a way that no bundle uses.")
+
+
+def _check_encrypted(entry: pyzipper.zipfile_aes.AESZipInfo) -> None:
+    if not entry.flag_bits & 1 or entry.wz_aes_version is None or entry.wz_aes_strength != AES_256:
+        raise CheckFailed(
+            f"{entry.filename} is not encrypted with AES-256 in this bundle, so somebody may have put it there; "
+            "nothing was unpacked. Revoke the device and register it again."
+        )
+    # The sizes are not authenticated: a smaller one would cut the content short.
+    if entry.compress_type != pyzipper.ZIP_STORED or entry.file_size != entry.compress_size - AES_OVERHEAD:
+        raise CheckFailed(f"The size of {entry.filename} in this bundle was altered; nothing was unpacked.")
+
+
+def _read(archive: pyzipper.AESZipFile, entry: pyzipper.zipfile_aes.AESZipInfo, password: str) -> bytes:
+    encrypted = bool(entry.flag_bits & 1)
+    try:
+        with archive.open(entry, pwd=password.encode() if encrypted else None) as file:
+            content = bytes(file.read(ENTRY_MOST + 1))
+    except _ZIP_ERRORS:
+        if encrypted:
+            raise BundleLocked("The password does not open this bundle, or the bundle was altered.") from None
+        raise
+    if len(content) > ENTRY_MOST:
+        raise CheckFailed("This ZIP holds more than any bundle does, so it was not opened.")
+    return content
+
+
+def _is_harmless(name: str, content: bytes) -> bool:
+    """Whether a file that came in the clear is plain text, and a configuration has nothing in it but what it should."""
+    try:
+        text = content.decode("ascii")
+    except UnicodeDecodeError:
+        return False
+    lines = text.splitlines()
+    if not all(line.isprintable() for line in lines):
+        return False
+    return name != CLIENT_CONFIGURATION or all(_is_client_option(line) for line in lines)
+
+
+def _is_client_option(line: str) -> bool:
+    if not line.strip() or line.startswith("#"):
+        return True
+    try:
+        option, value = shlex.split(line)
+    except ValueError:
+        return False
+    if option in _CLIENT_FILES:
+        return value == _CLIENT_FILES[option]
+    return option in _CLIENT_VALUES and _CLIENT_VALUES[option].fullmatch(value) is not None
+
+
+def check_bundle(bundle: Bundle, *, now: datetime) -> Checked:
+    """Check that key, certificate, chain and CA of a bundle belong together; raises ``CheckFailed``."""
+    try:
+        key = load_pem_private_key(bundle.files[KEY], password=None).public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise CheckFailed("The private key in the bundle cannot be read.") from None
+    return check_credentials(
+        key, certificate=bundle.files[CERTIFICATE], chain=bundle.files[CHAIN], ca=bundle.files[CA], now=now
+    )
+
+
+def csr_public_key(pem: bytes) -> PublicKeyTypes:
+    """The public key that a certificate signing request is for; raises ``CheckFailed``."""
+    try:
+        return x509.load_pem_x509_csr(pem).public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        raise CheckFailed("The certificate signing request cannot be read; it must be PKCS#10 in PEM.") from None
+
+
+def check_credentials(key: PublicKeyTypes, *, certificate: bytes, chain: bytes, ca: bytes, now: datetime) -> Checked:
+    """Check that a certificate is for ``key``, for a device, valid ``now``, and signed up to a root in ``ca``.
+
+    All are PEM; ``chain`` begins with the certificate. The path is built by signatures (RFC 5280 section 6.1: issuer
+    and subject names, basicConstraints, keyUsage, validity of each). Raises ``CheckFailed``.
+    """
+    try:
+        leaf, *more = x509.load_pem_x509_certificates(certificate)
+        links = x509.load_pem_x509_certificates(chain)
+        anchors = x509.load_pem_x509_certificates(ca)
+        if more or links[0] != leaf:
+            raise CheckFailed(
+                "The chain does not begin with the device's certificate, so these files are not of one bundle."
+            )
+        if _public_bytes(leaf.public_key()) != _public_bytes(key):
+            raise CheckFailed("The certificate is not for this private key; ask for a new bundle.")
+        device_id = _device_id(leaf)
+        root = _path_to_root(leaf, links[1:], anchors, now)
+        return Checked(
+            device_id=device_id,
+            serial_number=f"{leaf.serial_number:x}",
+            fingerprint=leaf.fingerprint(SHA256()).hex(),
+            not_before=leaf.not_valid_before_utc,
+            not_after=leaf.not_valid_after_utc,
+            root=root.subject.rfc4514_string(),
+        )
+    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise CheckFailed("A certificate in the bundle cannot be read.") from None
+
+
+def _public_bytes(key: PublicKeyTypes) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _device_id(leaf: x509.Certificate) -> str:
+    names = [str(attribute.value) for attribute in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if len(names) != 1 or _UUID.fullmatch(names[0]) is None or _is_ca(leaf):
+        raise CheckFailed("The certificate is not a device's: its common name is not a device id.")
+    return names[0]
+
+
+def _is_ca(certificate: x509.Certificate) -> bool:
+    try:
+        if not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
+            return False
+        return certificate.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+    except x509.ExtensionNotFound:
+        return False
+
+
+def _path_to_root(
+    leaf: x509.Certificate, links: list[x509.Certificate], anchors: list[x509.Certificate], now: datetime
+) -> x509.Certificate:
+    current = leaf
+    for _ in range(CHAIN_MOST):
+        _check_validity(current, now)
+        if current in anchors and _signed(current, current):
+            return current
+        issuer = next((above for above in (*anchors, *links) if above != current and _signed(current, above)), None)
+        if issuer is None:
+            break
+        current = issuer
+    raise CheckFailed(
+        "The certificate is not signed by the CA in the bundle's ca.pem; do not use it, ask for a new one."
+    )
+
+
+def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    if certificate.issuer != issuer.subject or not _is_ca(issuer):
+        return False
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
+
+
+def _check_validity(certificate: x509.Certificate, now: datetime) -> None:
+    if now < certificate.not_valid_before_utc:
+        raise CheckFailed(
+            f"The certificate is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC only; "
+            "check this machine's clock."
+        )
+    if now > certificate.not_valid_after_utc:
+        raise CheckFailed(f"The certificate expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC.")
+
+
+def certificates_only(pem: bytes) -> bytes:
+    """The certificates of a PEM file without anything around them; raises ``CheckFailed``."""
+    try:
+        return b"".join(found.public_bytes(Encoding.PEM) for found in x509.load_pem_x509_certificates(pem))
+    except (ValueError, UnsupportedAlgorithm):
+        raise CheckFailed("The answer holds no certificate that can be read.") from None
+
+
+def describe(pem: bytes) -> list[dict[str, str]]:
+    """What is in a file of certificates, for showing; raises ``CheckFailed``."""
+    try:
+        return [
+            {
+                "subject": certificate.subject.rfc4514_string(),
+                "issuer": certificate.issuer.rfc4514_string(),
+                "serial_number": f"{certificate.serial_number:x}",
+                "fingerprint": certificate.fingerprint(SHA256()).hex(),
+                "not_before": f"{certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}",
+                "not_after": f"{certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}",
+            }
+            for certificate in x509.load_pem_x509_certificates(pem)
+        ]
+    except (ValueError, UnsupportedAlgorithm):
+        raise CheckFailed("The answer holds no certificate that can be read.") from None

@@ -1,0 +1,369 @@
+"""The HTTP client of the portal's REST interface."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import re
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+import urllib3.exceptions
+
+from cli_errors import ConnectionLost, Misused, Refused, Unreachable
+from cli_settings import Settings, is_loopback
+
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 60.0  # a revocation or a download waits for the broker
+ANSWER_MOST = 32 << 20  # bytes
+PAGE_MOST = 200  # rows that the portal gives at once
+DETAIL_MOST = 1000  # characters of a sentence from the portal that are shown
+FIELDS_MOST = 50
+RETRY_PAUSES = (0.3, 1.0)  # seconds before the second and the third attempt
+
+_LINK = re.compile(r"/download/[A-Za-z0-9._~=-]{8,2048}")
+# X509_V_ERR_: no issuer found, bad signature, self-signed leaf or chain, leaf not verified, key identifiers differ.
+_ANCHOR_UNKNOWN = (2, 7, 18, 19, 20, 21, 30)
+_NAME_DIFFERS = (62, 64)  # host name, IP address
+_NOT_NOW = (9, 10)  # not yet valid, expired
+_Cause = TypeVar("_Cause", bound=BaseException)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back: ``body`` is the whole of it, header names are case-insensitive."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    origin: str
+
+    def json(self) -> dict[str, Any]:
+        """The body as a JSON object; raises ``Unreachable`` where it is none."""
+        if self.status == 204 or not self.body:
+            return {}
+        try:
+            data = json.loads(self.body)
+        except (ValueError, RecursionError):
+            data = None
+        if not isinstance(data, dict):
+            kind = self.headers.get("Content-Type", "").split(";")[0] or "no media type"
+            raise Unreachable(
+                f"The answer of {self.origin} is not the portal's (status {self.status}, {kind}, "
+                f"{len(self.body)} bytes).",
+                hints=["Check the URL, and whether a proxy or another server answers in the portal's place."],
+            )
+        return data
+
+
+class Client:
+    """One portal, spoken to over verified TLS; every failure is raised as one of ``cli_errors``."""
+
+    def __init__(self, settings: Settings, *, version: str, pause: Callable[[float], None] = time.sleep) -> None:
+        self._settings = settings
+        self._pause = pause
+        self._session = requests.Session()
+        self._session.headers.update({"User-Agent": f"portal-cli/{version}", "Accept-Encoding": "identity"})
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        anonymous: bool = False,
+        repeatable: bool = True,
+        accept: tuple[int, ...] = (),
+    ) -> Answer:
+        """Ask the portal; a connection that breaks is tried again where the request is ``repeatable``.
+
+        Raises ``Refused`` for a status of 400 and above that is not in ``accept``, ``Unreachable`` where no answer
+        came, ``Misused`` where a token is needed and there is none.
+        """
+        token = None if anonymous else self._token()
+        url = self._settings.url + path
+        sent = dict(headers or {})
+        content = None
+        if body is not None:
+            content = json.dumps(body).encode()
+            sent["Content-Type"] = "application/json"
+        answer = self._send(method, url, token, sent, params=params, content=content, repeatable=repeatable)
+        if answer.status >= 400 and answer.status not in accept:
+            raise self._refusal(answer)
+        return answer
+
+    def get(self, path: str, **params: Any) -> dict[str, Any]:
+        """The JSON object at ``path``; parameters that are ``None`` are left out."""
+        return self.call("GET", path, params=_present(params)).json()
+
+    def pages(
+        self, path: str, key: str, *, most: int | None, cursor: str | None, **params: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Follow the cursor from page to page until ``most`` rows (``None`` for all) have come."""
+        seen: set[str] = set()
+        while most is None or most > 0:
+            limit = PAGE_MOST if most is None else min(most, PAGE_MOST)
+            page = self.get(path, limit=limit, cursor=cursor, **params)
+            rows = page.get(key)
+            if not isinstance(rows, list):
+                raise Unreachable(f"The answer of {self._settings.url} has no list of {key}; is it another version?")
+            yield page
+            cursor = page.get("next_cursor")
+            if not cursor or not rows or cursor in seen:
+                return
+            seen.add(cursor)
+            most = None if most is None else most - len(rows)
+
+    def fetch_bundle(self, link: str) -> bytes:
+        """The encrypted bundle behind a one-time link, which needs no token; raises as ``call`` does."""
+        answer = self._send("GET", link, None, {"Connection": "close"})
+        if answer.status >= 400:
+            raise self._refusal(answer)
+        if not answer.body.startswith(b"PK"):
+            raise Unreachable(
+                f"The answer of {answer.origin} is no bundle; check the link, and whether a proxy answers."
+            )
+        return answer.body
+
+    def _token(self) -> str:
+        if self._settings.token is None:
+            raise Misused(
+                "There is no operator token.",
+                hints=["Run portal login, or load what the server wrote: . data/operator.env"],
+            )
+        return self._settings.token
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        token: str | None,
+        headers: dict[str, str],
+        *,
+        params: Mapping[str, Any] | None = None,
+        content: bytes | None = None,
+        repeatable: bool = True,
+    ) -> Answer:
+        pauses = iter(RETRY_PAUSES if repeatable else ())
+        while True:
+            try:
+                return self._attempt(method, url, token, headers, params, content)
+            except ConnectionLost:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise
+                self._pause(pause)
+
+    def _attempt(
+        self,
+        method: str,
+        url: str,
+        token: str | None,
+        headers: dict[str, str],
+        params: Mapping[str, Any] | None,
+        content: bytes | None,
+    ) -> Answer:
+        parts = urlsplit(url)
+        origin = f"{parts.scheme}://{parts.netloc}"
+        # A loopback address is never behind a proxy.
+        self._session.trust_env = not is_loopback(parts.hostname or "")
+        try:
+            with self._session.request(
+                method,
+                url,
+                params=params,
+                data=content,
+                headers=headers,
+                auth=_Bearer(token),
+                # Given here and not on the session, where REQUESTS_CA_BUNDLE would win over it.
+                verify=str(self._settings.ca_file) if self._settings.ca_file else True,
+                timeout=(CONNECT_SECONDS, ANSWER_SECONDS),
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                body = _read(response, origin)
+                answer = Answer(response.status_code, response.headers, body, origin)
+        except requests.exceptions.SSLError as error:
+            raise self._tls_failure(origin, error) from None
+        except requests.RequestException as error:
+            raise _connection_failure(origin, error) from None
+        if 300 <= answer.status < 400:
+            raise Unreachable(
+                f"{origin} sends this request elsewhere (status {answer.status}), which the portal never does.",
+                hints=["Check the URL, and whether a proxy answers in the portal's place."],
+            )
+        return answer
+
+    def _tls_failure(self, origin: str, error: BaseException) -> Unreachable:
+        cause = _find(error, ssl.SSLCertVerificationError)
+        if cause is None:
+            return Unreachable(
+                f"{origin} does not speak TLS as the portal does.",
+                hints=["Check the port: 8443 is the portal's own default."],
+            )
+        code = cause.verify_code
+        ca_file = self._settings.ca_file
+        if code in _NAME_DIFFERS:
+            return Unreachable(
+                f"The certificate of {origin} is for another name.",
+                hints=["Use a name from it, or add this one to PORTAL_SERVER_NAMES of the portal."],
+            )
+        if code in _NOT_NOW:
+            return Unreachable(
+                f"The certificate of {origin} is not valid at this time; check this machine's clock first."
+            )
+        if code not in _ANCHOR_UNKNOWN:
+            return Unreachable(f"The certificate of {origin} was refused: {cause.verify_message}.")
+        if ca_file is None:
+            return Unreachable(
+                f"The certificate of {origin} is not signed by a CA that this system trusts.",
+                hints=["Name the portal's own ca.pem (in its data folder) with --ca-file or PORTAL_CA."],
+            )
+        return Unreachable(
+            f"The certificate of {origin} is not signed by the CA in {ca_file}.",
+            hints=["Check that this is the ca.pem of that very portal (in its data folder), and the URL."],
+        )
+
+    def _refusal(self, answer: Answer) -> Refused:
+        problem = _problem(answer)
+        hints = []
+        if answer.status == 401 and self._settings.token is not None:
+            hints.append(f"The token came from {self._settings.token_source}.")
+        again = _retry_after(answer.headers.get("Retry-After", ""))
+        if again:
+            hints.append(again)
+        if problem is None:
+            return Refused(
+                f"{answer.origin} answered with status {answer.status}, and not in the portal's words: "
+                "a proxy or another server may stand in its place.",
+                status=answer.status,
+                request_id=answer.headers.get("X-Request-Id", ""),
+                hints=hints,
+            )
+        sentence = problem.get("detail") or problem.get("title") or f"The portal answered with status {answer.status}."
+        return Refused(
+            str(sentence)[:DETAIL_MOST],
+            status=answer.status,
+            code=str(problem.get("code", "")),
+            fields=_fields(problem.get("errors")),
+            request_id=answer.headers.get("X-Request-Id", ""),
+            hints=hints,
+        )
+
+
+class _Bearer(requests.auth.AuthBase):
+    """The operator token, if any; being given, it also keeps a ~/.netrc from being asked."""
+
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._token is not None:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+
+def check_link(link: str) -> str:
+    """Return a download link that may be fetched; raises ``Misused``, without the link in it."""
+    try:
+        parts = urlsplit(link.strip())
+        host = parts.hostname or ""
+    except ValueError:
+        host = ""
+    whole = host and not parts.query and not parts.fragment and "@" not in parts.netloc
+    if not whole or re.search(_LINK.pattern + "$", parts.path) is None:
+        raise Misused(
+            "This is no download link; it looks like https://portal.example.com:8443/download/… and is one word."
+        )
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
+        raise Misused("A download link must begin with https://.")
+    return link.strip()
+
+
+def _present(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _read(response: requests.Response, origin: str) -> bytes:
+    body = bytearray()
+    for chunk in response.iter_content(65536):
+        body += chunk
+        if len(body) > ANSWER_MOST:
+            raise Unreachable(f"The answer of {origin} is longer than any that the portal gives.")
+    return bytes(body)
+
+
+def _connection_failure(origin: str, error: requests.RequestException) -> Unreachable:
+    if isinstance(error, requests.exceptions.ProxyError):
+        return Unreachable(f"The proxy to {origin} does not answer; check HTTPS_PROXY and NO_PROXY.")
+    if _find(error, urllib3.exceptions.NameResolutionError):
+        return Unreachable(f"The name in {origin} is not known; check --url or PORTAL_URL.")
+    refused = _find(error, urllib3.exceptions.NewConnectionError)
+    if isinstance(error, requests.exceptions.ConnectTimeout) or refused:
+        return Unreachable(
+            f"The portal does not answer at {origin}.",
+            hints=["Check that it runs, and the address: --url, PORTAL_URL or portal login."],
+        )
+    if isinstance(error, requests.exceptions.ReadTimeout):
+        return ConnectionLost(f"{origin} took the request but gave no answer in {ANSWER_SECONDS:.0f} seconds.")
+    if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidHeader):
+        return Unreachable(f"The address {origin} cannot be used; check --url or PORTAL_URL.")
+    return ConnectionLost(
+        f"The connection to {origin} broke before the answer was complete.",
+        hints=["Check the network between, and the port: 8443 is the portal's own default."],
+    )
+
+
+def _find(error: BaseException, kind: type[_Cause]) -> _Cause | None:
+    """The cause of that kind in what requests and urllib3 wrap around each other."""
+    waiting: list[object] = [error]
+    for _ in range(20):
+        if not waiting:
+            return None
+        found = waiting.pop(0)
+        if isinstance(found, kind):
+            return found
+        if isinstance(found, BaseException):
+            waiting += [found.__cause__, found.__context__, getattr(found, "reason", None), *found.args]
+    return None
+
+
+def _problem(answer: Answer) -> dict[str, Any] | None:
+    kind = answer.headers.get("Content-Type", "").split(";")[0].strip().lower()
+    if kind not in ("application/problem+json", "application/json"):
+        return None
+    try:
+        problem = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return None
+    return problem if isinstance(problem, dict) else None
+
+
+def _fields(errors: object) -> list[tuple[str, str]]:
+    if not isinstance(errors, list):
+        return []
+    entries = [entry for entry in errors[:FIELDS_MOST] if isinstance(entry, dict)]
+    return [(str(entry.get("field", ""))[:200], str(entry.get("message", ""))[:DETAIL_MOST]) for entry in entries]
+
+
+def _retry_after(value: str) -> str:
+    """Say when to come back, from a Retry-After header (RFC 9110 section 10.2.3)."""
+    if re.fullmatch(r"[0-9]{1,7}", value.strip()):
+        seconds = int(value)
+        return f"Try again in {seconds} second{'' if seconds == 1 else 's'}."
+    try:
+        at = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return ""
+    at = at.replace(tzinfo=at.tzinfo or UTC)
+    if at <= datetime.now(UTC):
+        return "Try again now."
+    return f"Try again after {at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC."

@@ -1,0 +1,228 @@
+"""How the command line shows things to people or to programs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cli_errors import CliError, Refused
+
+# Control and format characters (terminal sequences, newlines, bidirectional overrides), lone surrogates, separators.
+_UNSAFE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"))
+_STATUS_STYLES = {
+    "active": "green",
+    "applied": "green",
+    "enforced": "green",
+    "done": "green",
+    "pending": "yellow",
+    "suspended": "yellow",
+    "held": "yellow",
+    "replaced": "dim",
+    "revoked": "red",
+    "refused": "red",
+}
+_ABBREVIATIONS = ("ca", "crl")
+EXPIRES_SOON_DAYS = 30
+
+
+def clean(value: object) -> str:
+    """Text that is safe on a terminal: what could steer it is shown as an escape such as ``\\x1b``."""
+    text = str(value)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(char) if unicodedata.category(char) in _UNSAFE else char for char in text)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value as programs read it (``plain``) with how people see it; both are cleaned when they are shown."""
+
+    plain: str
+    shown: str = ""
+    style: str = ""
+
+
+def text(value: object) -> Cell:
+    """Any value of an answer; ``None`` is empty, ``-`` for people."""
+    if value is None or value == "":
+        return Cell("", "-", "dim")
+    if isinstance(value, str | int | float):
+        return Cell(str(value))
+    return Cell(json.dumps(value, ensure_ascii=False, sort_keys=True))
+
+
+def state(value: object) -> Cell:
+    """A state, in its colour."""
+    return Cell(str(value or ""), style=_STATUS_STYLES.get(str(value), ""))
+
+
+def moment(value: object, *, expiry: bool = False, short: bool = False) -> Cell:
+    """A time of an answer (RFC 3339): itself for programs, date and distance for people (``short``: the date).
+
+    An ``expiry`` is coloured where it is near or past.
+    """
+    try:
+        at = datetime.fromisoformat(str(value))
+    except ValueError:
+        return text(value)
+    at = (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC)
+    seconds = (at - datetime.now(UTC)).total_seconds()
+    style = ""
+    if expiry and seconds < EXPIRES_SOON_DAYS * 86400:
+        style = "yellow" if seconds > 0 else "red"
+    shown = f"{at:%Y-%m-%d}" if short else f"{at:%Y-%m-%d %H:%M} UTC ({_distance(seconds)})"
+    return Cell(str(value), shown, style)
+
+
+def _distance(seconds: float) -> str:
+    away = seconds + 60 if seconds > 0 else -seconds  # a year from a moment ago is 365 days still
+    for size, unit in _UNITS:
+        count = int(away // size)
+        if count:
+            words = f"{count} {unit}{'' if count == 1 else 's'}"
+            return f"in {words}" if seconds > 0 else f"{words} ago"
+    return "just now"
+
+
+class Output:
+    """Standard output for what was asked, standard error for the rest; colours and tables on a terminal only."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.for_people = sys.stdout.isatty() and not as_json
+        self._out = _console(sys.stdout)
+        self._err = _console(sys.stderr)
+
+    def json(self, data: object) -> None:
+        """Print one JSON document; ASCII only, so nothing in it can steer a terminal."""
+        self.raw(json.dumps(data, indent=2).replace("\x7f", "\\u007f"))
+
+    def raw(self, content: str) -> None:
+        """Print text that is known to be safe, such as PEM, as it is."""
+        sys.stdout.write(content if content.endswith("\n") else content + "\n")
+        sys.stdout.flush()
+
+    def table(self, titles: Sequence[str], rows: Sequence[Sequence[Cell]], *, spare: Sequence[str] = ()) -> None:
+        """A table for people; for programs a tab-separated line a row, without titles.
+
+        On a terminal that is too narrow the ``spare`` columns are left out, the last first; what is too long in
+        the others is cut, but never the first column.
+        """
+        if not self.for_people:
+            for row in rows:
+                self.raw("\t".join(clean(cell.plain) for cell in row))
+            return
+        texts = [[Text(clean(cell.shown or cell.plain), style=cell.style) for cell in row] for row in rows]
+        widths = [max(len(title), *(line[i].cell_len for line in texts)) for i, title in enumerate(titles)]
+        kept = list(range(len(titles)))
+        for title in reversed(spare):
+            if sum(widths[i] + 2 for i in kept) > self._out.width:
+                kept.remove(titles.index(title))
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for i in kept:
+            least = widths[i] if i == 0 else None
+            table.add_column(titles[i].upper(), no_wrap=True, overflow="ellipsis", min_width=least)
+        for line in texts:
+            table.add_row(*(line[i] for i in kept))
+        self._out.print(table)
+
+    def fields(self, fields: Mapping[str, Cell]) -> None:
+        """One thing, a field a line: aligned for people; name, tab and value for programs."""
+        shown = {clean(name): cell for name, cell in fields.items()}
+        width = max((len(name) for name in shown), default=0)
+        for name, cell in shown.items():
+            if self.for_people:
+                label = (f"{_label(name):<{width + 2}}", "bold")
+                self._out.print(_words(label, (clean(cell.shown or cell.plain), cell.style)), soft_wrap=True)
+            else:
+                self.raw(f"{name}\t{clean(cell.plain)}")
+
+    def question(self, fields: Mapping[str, Cell]) -> None:
+        """Show on standard error what a question is about."""
+        width = max(len(name) for name in fields)
+        for name, cell in fields.items():
+            line = _words((f"{name:<{width + 2}}", "bold"), clean(cell.shown or cell.plain))
+            self._err.print(line, soft_wrap=True)
+
+    def done(self, sentence: str) -> None:
+        """Say on standard error that something was done."""
+        self._note(_words(("✓ ", "green"), clean(sentence)))
+
+    def note(self, sentence: str) -> None:
+        """Say something in passing on standard error; silent with ``--json``."""
+        self._note(Text(clean(sentence), style="dim"))
+
+    def next_step(self, command: str) -> None:
+        """Say which command comes next."""
+        self._note(_words(("Next: ", "bold"), clean(command)))
+
+    def _note(self, line: Text) -> None:
+        if not self.as_json:
+            self._err.print(line, soft_wrap=True)
+
+    def warning(self, sentence: str) -> None:
+        """Say something on standard error that must not be missed, with ``--json`` too."""
+        self._err.print(_words(("Warning: ", "bold yellow"), clean(sentence)), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def working(self, words: str) -> Iterator[None]:
+        """Show that something goes on, where standard error is a terminal."""
+        if self.as_json or self._err.color_system is None:
+            yield
+            return
+        with self._err.status(Text(clean(words))):
+            yield
+
+    def error(self, error: CliError) -> None:
+        """Say what went wrong: a sentence and what to do, or JSON."""
+        if self.as_json:
+            sys.stderr.write(json.dumps(error.as_json()) + "\n")
+            return
+        self._err.print(_words(("Error: ", "bold red"), clean(error.sentence)), soft_wrap=True)
+        if isinstance(error, Refused):
+            for field, message in error.fields:
+                self._err.print(_words((f"  {clean(field)}: ", "bold"), clean(message)), soft_wrap=True)
+        for hint in error.hints:
+            self._err.print(Text(clean(hint)), soft_wrap=True)
+        if isinstance(error, Refused) and error.request_id:
+            self._err.print(Text(f"Request id: {clean(error.request_id)}", style="dim"), soft_wrap=True)
+
+
+def _words(*parts: str | tuple[str, str]) -> Text:
+    """A line of words, each with its own style; ``Text + Text`` would spread the style of the first."""
+    return Text.assemble(*parts)
+
+
+def _label(name: str) -> str:
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:] if words not in _ABBREVIATIONS else words.upper()
+
+
+def _console(file: TextIO) -> Console:
+    # Decided here, so that FORCE_COLOR and the like cannot put escape sequences into a pipe.
+    terminal = file.isatty()
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return Console(
+        file=file,
+        force_terminal=terminal,
+        color_system=None if plain or not terminal else "auto",
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )

@@ -1,0 +1,231 @@
+"""The command that registers a device."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli_bundle import CA, CERTIFICATE, CHAIN, NAMES, certificates_only, check_credentials, csr_public_key
+from cli_client import check_link
+from cli_context import Command, Portal, metadata_from, new_secret_file, require, topics_from
+from cli_errors import CliError, ConnectionLost, Refused
+from cli_files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
+from cli_output import Cell, moment, text
+from cli_unpack import Password, fetch, show_files, summary, unpack_fetched
+
+KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072")
+LOST_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
+NEW_CERTIFICATE = (CERTIFICATE, CHAIN, CA)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the results go, made ready before the portal is asked; ``None`` where it was not wanted."""
+
+    folder: Folder | None
+    password_file: ReservedFile | None
+
+
+@click.command(
+    "register",
+    cls=Command,
+    examples=[
+        "portal register sensor-7 --type thermometer --location 'Hall 2' --firmware 1.4.2",
+        "portal register sensor-7 --type thermometer --location 'Hall 2' --firmware 1.4.2 --out sensor-7",
+        "portal register sensor-7 --type … --location … --firmware … --topic 'devices/{id}/#:readwrite'",
+        "portal register sensor-7 --type … --location … --firmware … --csr sensor-7.csr --out sensor-7",
+    ],
+)
+@click.argument("name", help="What people call the device.")
+@click.option("--type", "type_", metavar="TYPE", required=True, help="What kind of device it is.")
+@click.option("--location", metavar="PLACE", required=True, help="Where it stands.")
+@click.option("--firmware", metavar="VERSION", required=True, help="The firmware that it runs.")
+@click.option("--metadata", metavar="KEY=VALUE", multiple=True, help="Anything else to remember; may be repeated.")
+@click.option(
+    "--topic",
+    "topics",
+    metavar="FILTER:ACCESS",
+    multiple=True,
+    help="What it may do: read, write or readwrite; {id} stands for its id. May be repeated.",
+)
+@click.option("--key-type", type=click.Choice(KEY_TYPES), help="Kind of key; the portal's default if not given.")
+@click.option("--days", type=click.IntRange(1, 36500), metavar="DAYS", help="Life of its certificate.")
+@click.option("--csr", metavar="FILE", help="The device's own request (PKCS#10, PEM); its key stays where it is.")
+@click.option(
+    "--password-file", metavar="FILE", help="File with a password to use for the bundle; - for standard input."
+)
+@click.option("--password-out", metavar="FILE", help="New file (0600) for the password that the portal made.")
+@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Fetch and unpack at once, into FOLDER.")
+@click.option("--force", is_flag=True, help="Replace files that are there.")
+@click.option(
+    "--idempotency-key", metavar="KEY", help="Repeat an earlier call within 24 hours, to get its answer again."
+)
+@click.pass_obj
+def register(
+    portal: Portal,
+    name: str,
+    type_: str,
+    location: str,
+    firmware: str,
+    metadata: tuple[str, ...],
+    topics: tuple[str, ...],
+    key_type: str | None,
+    days: int | None,
+    csr: str | None,
+    password_file: str | None,
+    password_out: str | None,
+    out: Path | None,
+    force: bool,
+    idempotency_key: str | None,
+) -> None:
+    """Register a device: a certificate, its topics, a bundle.
+
+    The portal answers with a one-time link to the device's bundle. The password that opens it is shown once, here;
+    send it to the device by another way than the link.
+    """
+    if csr is not None and (key_type or password_file or password_out):
+        raise click.UsageError("With --csr there is no bundle, so no --key-type, --password-file or --password-out.")
+    if password_file and password_out:
+        raise click.UsageError("Give --password-file for a password of your own, or --password-out for the portal's.")
+    body: dict[str, Any] = {"name": name, "type": type_, "location": location, "firmware": firmware}
+    optional = {
+        "metadata": metadata_from(metadata),
+        "topics": topics_from(topics),
+        "key_type": key_type,
+        "validity_days": days,
+        "bundle_password": read_secret(password_file, "password") if password_file else None,
+    }
+    body |= {field: value for field, value in optional.items() if value}
+    if csr is not None:
+        _register_csr(portal, body, read_input(csr), out, force, idempotency_key)
+    else:
+        _register_bundle(portal, body, password_out, out, force, idempotency_key)
+
+
+def _register_bundle(
+    portal: Portal, body: dict[str, Any], password_out: str | None, out: Path | None, force: bool, key: str | None
+) -> None:
+    chosen = "bundle_password" in body
+    if not chosen and out is None:
+        new_secret_file(password_out, "--password-out", "bundle's password", out=portal.out)
+    with _places(out, NAMES, None if chosen else password_out, force=force) as places:
+        answer = _post(portal, body, key)
+        require(answer, "device_id", "download_url")
+        # What was chosen is known to who chose it, so it is not shown again.
+        password = str(answer.pop("bundle_password", None) or "")
+        if places.password_file is not None:
+            require({"bundle_password": password or None}, "bundle_password")
+            places.password_file.write(password)
+        if places.folder is not None:
+            opener = body["bundle_password"] if chosen else password
+            answer["files"] = _deliver(portal, answer, opener, places, show=not chosen)
+    shown = "" if chosen or places.folder or places.password_file else password
+    _show(portal, answer, shown, password_out)
+
+
+def _deliver(portal: Portal, answer: dict[str, Any], password: str, places: Places, *, show: bool) -> dict[str, Any]:
+    folder = places.folder
+    if folder is None:
+        return {}
+    link = check_link(answer["download_url"])
+    hints: tuple[str, ...] = (f"Fetch it with: portal download {shlex.quote(link)}",)
+    try:
+        content, kept = fetch(portal, link, folder.path)
+        hints = ()
+        return unpack_fetched(portal, content, kept, Password(password), folder=folder, force=True)
+    except CliError as error:
+        portal.out.warning(f"{answer['device_id']} is registered, but its bundle is not unpacked.")
+        if show and places.password_file is None:
+            path = folder.path / LOST_PASSWORD
+            write_new(path, NewFile(password.encode() + b"\n", 0o600), force=True)
+            hints = (*hints, f"The bundle's password is kept in {path}.")
+        error.hints = (*error.hints, *hints)
+        raise
+
+
+def _register_csr(
+    portal: Portal, body: dict[str, Any], csr: bytes, out: Path | None, force: bool, key: str | None
+) -> None:
+    public_key = csr_public_key(csr)
+    body["csr"] = csr.decode("ascii", "replace")
+    with _places(out, NEW_CERTIFICATE, None, force=force) as places:
+        answer = _post(portal, body, key)
+        require(answer, "device_id", "certificate", "chain")
+        certificate, chain = answer["certificate"], answer["chain"]
+        if not chain.strip().startswith(certificate.strip()):
+            chain = f"{certificate.rstrip()}\n{chain}"
+        ca = portal.client.call("GET", "/ca.pem", anonymous=True).body
+        checked = check_credentials(
+            public_key, certificate=certificate.encode(), chain=chain.encode(), ca=ca, now=datetime.now(UTC)
+        )
+        if places.folder is not None:
+            contents = dict(zip(NEW_CERTIFICATE, (certificate.encode(), chain.encode(), ca), strict=True))
+            places.folder.write({name: NewFile(certificates_only(pem)) for name, pem in contents.items()})
+            answer["files"] = summary(checked, places.folder.path, contents)
+    if not portal.out.as_json and places.folder is None:
+        portal.out.done(f"Registered {answer.get('name', '')} as {answer['device_id']}")
+        portal.out.raw(certificates_only(chain.encode()).decode())
+        return
+    _show(portal, answer, "", None)
+
+
+@contextlib.contextmanager
+def _places(out: Path | None, names: tuple[str, ...], password_out: str | None, *, force: bool) -> Iterator[Places]:
+    folder = Folder(out, names, force=force) if out is not None else None
+    password_file = None
+    try:
+        password_file = ReservedFile(Path(password_out)) if password_out is not None else None
+        yield Places(folder, password_file)
+    finally:
+        if password_file is not None:
+            password_file.discard()
+        if folder is not None:
+            folder.leave()
+
+
+def _post(portal: Portal, body: dict[str, Any], key: str | None) -> dict[str, Any]:
+    # 192 random bits: the portal seals the answer under this key.
+    sent = key or secrets.token_urlsafe(24)
+    try:
+        with portal.out.working("Registering…"):
+            return portal.client.call("POST", "/register", body=body, headers={"Idempotency-Key": sent}).json()
+    except (ConnectionLost, Refused) as error:
+        if isinstance(error, ConnectionLost) or error.status >= 500:
+            hint = f"It may be registered nevertheless; to find out, repeat the command with --idempotency-key {sent}"
+            error.hints = (*error.hints, hint)
+        raise
+
+
+def _show(portal: Portal, answer: dict[str, Any], password: str, password_out: str | None) -> None:
+    out, files = portal.out, answer.get("files")
+    if out.as_json:
+        out.json(answer | ({"bundle_password": password} if password else {}))
+        return
+    out.done(f"Registered {answer.get('name', '')} as {answer['device_id']}")
+    if files:
+        show_files(portal, files)
+        out.next_step(f"portal show {answer['device_id']}")
+        return
+    fields = {
+        "device_id": text(answer["device_id"]),
+        "fingerprint": text(answer.get("fingerprint")),
+        "expires_at": moment(answer.get("expires_at"), expiry=True),
+        "download_url": text(answer.get("download_url")),
+        "download_expires_at": moment(answer.get("download_expires_at")),
+    }
+    if password:
+        fields["bundle_password"] = Cell(password, style="bold")
+    out.fields(fields)
+    if password:
+        out.note("The password is shown this once; send it by another way than the link.")
+    elif password_out:
+        out.note(f"The bundle's password is in {password_out}.")
+    out.next_step(f"portal download {shlex.quote(str(answer['download_url']))}")

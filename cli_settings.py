@@ -1,0 +1,192 @@
+"""Which portal the command line talks to, with which CA file, as whom."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import ssl
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cli_errors import Misused
+from cli_files import read_secret, reason, replace_file
+
+DEFAULT_URL = "https://127.0.0.1:8443"
+STDIN = "-"
+LOGIN_MOST = 64 * 1024  # bytes of a login file that are read
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What stood on the command line; ``None`` where nothing did."""
+
+    url: str | None = None
+    ca_file: str | None = None
+    token: str | None = None
+    token_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where to connect; ``ca_file`` is ``None`` for the CAs of the system, ``token_source`` says where it came from."""
+
+    url: str
+    ca_file: Path | None
+    token: str | None
+    token_source: str
+
+    def __repr__(self) -> str:  # never the token
+        return f"Settings(url={self.url!r}, ca_file={self.ca_file!r}, token_source={self.token_source!r})"
+
+
+@dataclass(frozen=True)
+class Login:
+    """What ``portal login`` saved."""
+
+    url: str
+    ca_file: str | None
+    token: str
+
+    def __repr__(self) -> str:  # never the token
+        return f"Login(url={self.url!r})"
+
+
+def login_path(environment: Mapping[str, str]) -> Path:
+    """Where the login is kept, below the XDG configuration folder."""
+    base = environment.get("XDG_CONFIG_HOME", "")
+    folder = Path(base) if base.startswith("/") else Path.home() / ".config"
+    return folder / "device-onboarding-portal" / "login.json"
+
+
+def resolve(given: Given, environment: Mapping[str, str], *, use_login: bool = True) -> Settings:
+    """Join the sources: an option wins over the environment, and that over the saved login.
+
+    A saved token is sent to no other portal than the one it was saved for. Raises ``Misused``.
+    """
+    url, ca, token, source = _explicit(given, environment)
+    login = None if (url and ca and token) or not use_login else read_login(login_path(environment))
+    url = portal_url(url or (login.url if login else DEFAULT_URL))
+    if login is not None and login.url == url:
+        ca = ca or login.ca_file
+        if not token:
+            token, source = login.token, "the saved login"
+    return Settings(url, _ca_file(ca), _token(token, source), source)
+
+
+def _explicit(given: Given, environment: Mapping[str, str]) -> tuple[str, str | None, str, str]:
+    if given.token is not None and given.token_file is not None:
+        raise Misused("Give the token once: --token or --token-file.")
+    if given.token_file is not None or given.token == STDIN:
+        path = given.token_file or STDIN
+        token, source = read_secret(path, "token"), "standard input" if path == STDIN else path
+    elif given.token is not None:
+        token, source = given.token, "--token"
+    else:
+        token, source = environment.get("PORTAL_TOKEN", ""), "PORTAL_TOKEN"
+    url = given.url or environment.get("PORTAL_URL", "")
+    return url, given.ca_file or environment.get("PORTAL_CA") or None, token, source if token else "nowhere"
+
+
+def portal_url(text: str) -> str:
+    """The URL without a closing slash; raises ``Misused`` where it is none, or where a token would travel in clear."""
+    try:
+        parts = urlsplit(text.strip())
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host or parts.scheme not in ("https", "http") or parts.query or parts.fragment or "@" in parts.netloc:
+        raise Misused("The portal's URL must look like https://portal.example.com:8443 (--url or PORTAL_URL).")
+    if parts.scheme == "http" and not is_loopback(host):
+        raise Misused(
+            "The portal's URL must begin with https://; plain http:// is for this machine's own address only."
+        )
+    return text.strip().rstrip("/")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` names this machine itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _token(token: str, source: str) -> str | None:
+    if token and not re.fullmatch(r"[!-~]{1,4096}", token):
+        raise Misused(f"The token from {source} has characters that no token has; check that it was copied whole.")
+    return token or None
+
+
+def _ca_file(path: str | None) -> Path | None:
+    if path is None:
+        return None
+    ca_file = Path(path).expanduser().absolute()
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=ca_file)
+    except ssl.SSLError:
+        raise Misused(f"The CA file {ca_file} holds no PEM certificate.") from None
+    except OSError as error:
+        raise Misused(
+            f"The CA file {ca_file} cannot be read: {reason(error)}.",
+            hints=["It is ca.pem in the portal's data folder; name it with --ca-file or PORTAL_CA."],
+        ) from None
+    return ca_file
+
+
+def read_login(path: Path) -> Login | None:
+    """The saved login, ``None`` where there is none; raises ``Misused`` where others could read it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise Misused(f"The saved login {path} cannot be read: {reason(error)}.") from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            raise Misused(
+                f"The saved login {path} can be read by others, so its token may be known to them.",
+                hints=["Revoke that token, then run: portal logout; portal login"],
+            )
+        if status.st_uid != os.geteuid():
+            raise Misused(f"The saved login {path} belongs to another user; run portal login as yourself.")
+        content = file.read(LOGIN_MOST)
+    return _parse_login(path, content)
+
+
+def _parse_login(path: Path, content: bytes) -> Login:
+    try:
+        saved: dict[str, Any] = json.loads(content)
+        url, ca_file, token = saved["url"], saved["ca_file"], saved["token"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        url = ca_file = token = None
+    if not isinstance(url, str) or not isinstance(token, str) or not isinstance(ca_file, str | None):
+        raise Misused(f"The saved login {path} is damaged; run portal login again.")
+    return Login(url, ca_file, token)
+
+
+def save_login(path: Path, login: Login) -> None:
+    """Write the login whole into a 0600 file in a 0700 folder; raises ``Misused``."""
+    content = {"url": login.url, "ca_file": login.ca_file, "token": login.token}
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace_file(path, json.dumps(content, indent=2).encode() + b"\n", mode=0o600)
+    except OSError as error:
+        raise Misused(f"The login cannot be saved to {path}: {reason(error)}.") from None
+
+
+def remove_login(path: Path) -> bool:
+    """Remove the saved login; says whether there was one."""
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise Misused(f"The saved login {path} cannot be removed: {reason(error)}.") from None
+    return True

@@ -1,0 +1,73 @@
+"""Settings: checked at start, one sentence for each mistake, every one of them in the docs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from config import AclStyle, Address, Settings
+from errors import SettingInvalid
+
+
+def test_the_defaults_are_those_of_the_docs(tmp_path: Path) -> None:
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path)})
+    assert settings.bind == Address("127.0.0.1", 8443)
+    assert settings.public_url == "https://127.0.0.1:8443"
+    assert settings.pki_url == "http://127.0.0.1:8080"
+    assert settings.database_url == f"sqlite:///{tmp_path}/portal.db"
+    assert settings.broker_dir == tmp_path / "broker"
+    assert settings.acl_style is AclStyle.PER_DEVICE
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("PORTAL_BIND", "8443", "HOST:PORT"),
+        ("PORTAL_BIND", "127.0.0.1:99999", "HOST:PORT"),
+        ("PORTAL_BIND", "0.0.0.0:8443", "PORTAL_PUBLIC_URL must be set"),
+        ("PORTAL_PKI_BIND", "[::]:8080", "PORTAL_PKI_URL must be set"),
+        ("PORTAL_PKI_BIND", "127.0.0.1:8443", "must differ"),
+        ("PORTAL_PUBLIC_URL", "ftp://x", "http:// or https://"),
+        ("PORTAL_DATABASE_URL", "mysql://x", "sqlite:/// or postgresql://"),
+        ("PORTAL_WORKERS", "0", "from 1 to 64"),
+        ("PORTAL_WORKERS", "two", "whole number"),
+        ("PORTAL_DEVICE_DAYS", "-1", "whole number"),
+        ("PORTAL_ACL_STYLE", "open", "per-device, pattern"),
+        ("PORTAL_KEY_TYPE", "rsa-1024", "ec-p256"),
+        ("PORTAL_CA_NAME", "x\ny", "simple punctuation"),
+        ("PORTAL_CA_PASSPHRASE", "short", "16 characters"),
+        ("PORTAL_TOPIC_PREFIX", "#", "topic levels"),
+        ("PORTAL_LOG_LEVEL", "loud", "debug, info"),
+        ("PORTAL_ENFORCE_TIMEOUT", "inf", "number of seconds"),
+        ("PORTAL_ISSUING_DAYS", "7300", "less than PORTAL_ROOT_DAYS"),
+        ("PORTAL_SERVER_NAMES", "a b", "DNS name"),
+        ("PORTAL_BROKER_SOCKET", "/" + "x" * 120, "longer than 107 bytes"),
+        ("PORTAL_TYPO", "1", "PORTAL_TYPO is not a setting"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_a_sentence(tmp_path: Path, name: str, value: str, said: str) -> None:
+    with pytest.raises(SettingInvalid, match=said.replace("(", "\\(")) as caught:
+        Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), name: value})
+    assert caught.value.detail.endswith(".")
+
+
+def test_secrets_do_not_stand_in_the_representation(tmp_path: Path) -> None:
+    settings = Settings.from_env(
+        {
+            "PORTAL_DATA_DIR": str(tmp_path),
+            "PORTAL_CA_PASSPHRASE": "a passphrase to keep",
+            "PORTAL_DATABASE_URL": "postgresql://portal:pass-to-keep@db/portal",
+        }
+    )
+    assert "to keep" not in repr(settings)
+    assert "pass-to-keep" not in repr(settings)
+
+
+def test_every_setting_stands_in_the_operators_guide() -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "operating.md").read_text()
+    for field in dataclasses.fields(Settings):
+        name, default = field.metadata["env"], field.metadata["default"]
+        row = f"| `{name}` | {f'`{default}`' if default else ''} | {field.metadata['help']} |"
+        assert row.replace("|  |", "| |") in guide, row
