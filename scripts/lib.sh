@@ -1,0 +1,91 @@
+# shellcheck shell=bash
+# What the scripts share: finding Python, making the virtual environment, installing what is missing.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${PORTAL_VENV:-$ROOT/.venv}
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # Debian keeps servers where an ordinary user's PATH does not look
+APT_UPDATED=
+
+say() { printf '%s\n' "$*"; }
+
+fail() {
+    printf '%s\n' "$*" >&2
+    exit 1
+}
+
+# Run a command as root, without ever asking for a password; fails where that is not possible.
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+        sudo -n "$@"
+    else
+        return 1
+    fi
+}
+
+# install_package PACKAGE: from the distribution; fails where it may not be installed or is not there.
+install_package() {
+    command -v apt-get >/dev/null && as_root true || return 1
+    if [ -z "$APT_UPDATED" ]; then
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq update </dev/null >/dev/null 2>&1 || true
+        APT_UPDATED=yes
+    fi
+    say "Installing the package $1."
+    as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get -qq -y --no-install-recommends install "$1" </dev/null >/dev/null 2>&1
+}
+
+# ensure_package PROGRAM PACKAGE...: the program is there, or one of the packages that bring it can be installed.
+ensure_package() {
+    local program=$1 package
+    shift
+    command -v "$program" >/dev/null && return
+    for package in "$@"; do
+        install_package "$package" && command -v "$program" >/dev/null && return
+    done
+    say "$program is missing and could not be installed. Install it with: apt-get install $1" >&2
+    return 1
+}
+
+# Print the first Python that is new enough.
+find_python() {
+    local candidate
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+# make_venv FILE: a virtual environment that holds what this requirements file lists.
+make_venv() {
+    local python stamp wanted
+    if ! "$VENV/bin/python" -c '' 2>/dev/null; then
+        if ! python=$(find_python); then
+            install_package python3 || true
+            python=$(find_python) || fail "Python 3.11 or newer is needed. Install it with: apt-get install python3"
+        fi
+        if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+            install_package python3-venv || true
+            "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+                fail "Python's venv module is needed. Install it with: apt-get install python3-venv"
+        fi
+        # A broken one is made anew, but nothing else is ever cleared away.
+        if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+            fail "$VENV is no virtual environment; set PORTAL_VENV to another folder."
+        fi
+        say "Making a virtual environment in $VENV."
+        "$python" -m venv --clear "$VENV" || fail "The virtual environment could not be made; Python says why above."
+    fi
+    stamp=$VENV/.installed-$(basename "$1")
+    wanted=$(cat "$ROOT/requirements.txt" "$ROOT/$1" | sha256sum)
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        say "Installing the Python packages of $1."
+        "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-input -r "$ROOT/$1" ||
+            fail "The Python packages could not be installed; pip says why above."
+        printf '%s\n' "$wanted" >"$stamp"
+    fi
+}

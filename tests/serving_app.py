@@ -1,0 +1,83 @@
+"""A server with a small application, run as a process by the tests of serving."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import serving_loop
+from config import Address, Settings
+from errors import PortalError, StartupError
+from serving import serve
+
+BIG = 20 * 1024 * 1024
+StartResponse = Callable[[str, list[tuple[str, str]]], Any]
+
+
+def application(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    path = environ["PATH_INFO"]
+    body = environ["wsgi.input"].read()
+    if path == "/fail":
+        raise OSError("The secret of the application.")
+    if path == "/pieces":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return pieces()
+    if path == "/wait":  # tells that it has begun, then waits until the test opens the other end
+        print("waiting", flush=True)
+        Path(environ["QUERY_STRING"]).read_bytes()
+    answer = b"x" * BIG if path == "/big" else json.dumps(facts(environ, body)).encode()
+    start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(answer)))])
+    return [answer]
+
+
+def facts(environ: dict[str, Any], body: bytes) -> dict[str, Any]:
+    return {
+        "method": environ["REQUEST_METHOD"],
+        "path": environ["PATH_INFO"],
+        "body": body.decode("latin-1") if len(body) < 1000 else len(body),
+        "listener": environ["portal.listener"],
+        "scheme": environ["wsgi.url_scheme"],
+        "port": environ["SERVER_PORT"],
+        "length": environ.get("CONTENT_LENGTH"),
+        "address": environ["REMOTE_ADDR"],
+        "tls": getattr(environ["gunicorn.socket"], "version", lambda: None)(),
+        "process": os.getpid(),
+    }
+
+
+def pieces() -> Iterator[bytes]:
+    for number in range(1000):
+        yield b"%06d\n" % number
+
+
+def main(options: dict[str, Any]) -> int:
+    certificate, key = Path(options.pop("certificate")), Path(options.pop("key"))
+    broken = options.pop("broken", None)
+    serving_loop.SLOWEST_READER = options.pop("slowest_reader", serving_loop.SLOWEST_READER)
+    for name in ("bind", "pki_bind"):
+        options[name] = Address(*options[name])
+    settings = dataclasses.replace(Settings.from_env({}), **options)
+
+    def make_app() -> Callable[..., Iterable[bytes]]:
+        if broken == "startup":
+            raise StartupError("The database is from a newer version.")
+        if broken == "bug":
+            raise ZeroDivisionError
+        return application
+
+    try:
+        return serve(settings, make_app, certificate=certificate, key=key, on_ready=lambda: print("ready", flush=True))
+    except PortalError as error:
+        print(error.detail, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    sys.exit(main(json.loads(sys.argv[1])))
