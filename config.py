@@ -275,6 +275,7 @@ def _known_variables() -> frozenset[str]:
         "PORTAL_TOKEN",
         "PORTAL_BUNDLE_PASSWORD",
         "PORTAL_FAILPOINT",
+        "PORTAL_DEBUG",
         "PORTAL_VENV",
     }
 
