@@ -276,6 +276,7 @@ def _known_variables() -> frozenset[str]:
         "PORTAL_BUNDLE_PASSWORD",
         "PORTAL_FAILPOINT",
         "PORTAL_DEBUG",
+        "PORTAL_TEST_POSTGRES_URL",
         "PORTAL_VENV",
     }
 

@@ -1,0 +1,87 @@
+"""Two portals on one data folder agree with each other, and with the broker, to the last device."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+from cryptography import x509
+
+from tests.deployment import Deployment, wait_until
+from tests.mosquitto import free_port
+
+pytestmark = pytest.mark.system
+
+REGISTRATIONS = 200
+CLIENTS = 8
+
+
+@pytest.mark.parametrize("style", ["per-device", "pattern"])
+def test_registered_and_revoked_by_two_portals_at_once_all_agree(style: str) -> None:
+    with Deployment(PORTAL_ACL_STYLE=style) as deployment:
+        other = f"127.0.0.1:{free_port()}"
+        binds = {"PORTAL_BIND": other, "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}"}
+        deployment.start_portal(others=binds)
+        urls = (deployment.url, f"https://{other}")
+        credentials = deployment.session.headers["Authorization"]
+
+        def work(client: int) -> list[dict[str, Any]]:
+            session = requests.Session()
+            session.trust_env = False
+            session.verify = deployment.session.verify
+            session.headers["Authorization"] = credentials
+            done = []
+            for number in range(REGISTRATIONS // CLIENTS):
+                url = urls[(client + number) % 2]
+                plain = {"name": f"pump-{client}-{number}", "type": "pump", "location": "hall 1", "firmware": "1.0"}
+                answer = session.post(f"{url}/register", json=plain, timeout=30)
+                assert answer.status_code == 201, answer.text
+                device = answer.json()
+                if number % 2:
+                    # Revoked through the other portal than it was registered with.
+                    revoked = session.post(
+                        f"{urls[(client + number + 1) % 2]}/revoke/{device['device_id']}", timeout=30
+                    )
+                    assert revoked.json()["broker"] == "enforced", revoked.text
+                    device["status"] = "revoked"
+                done.append(device)
+            session.close()
+            return done
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            answered = [device for devices in pool.map(work, range(CLIENTS)) for device in devices]
+        assert len({device["device_id"] for device in answered}) == REGISTRATIONS
+        deployment.wait_ready()
+        said = {device["device_id"]: device["status"] for device in answered}
+        assert said == recorded(deployment)
+        wait_until(lambda: let_in(deployment, style, said) == {i for i, s in said.items() if s == "active"})
+        crl = x509.load_pem_x509_crl((deployment.data / "broker" / "crl.pem").read_bytes())
+        listed = {f"{entry.serial_number:x}".zfill(40) for entry in crl}
+        revoked = {device["serial_number"].zfill(40) for device in answered if device["status"] == "revoked"}
+        assert revoked <= listed
+        assert len(listed - revoked) == 1  # the canary
+        served = deployment.session.get(f"{deployment.pki_url}/crl/issuing-1.crl", timeout=10).content
+        assert x509.load_der_x509_crl(served) == crl
+
+
+def recorded(deployment: Deployment) -> dict[str, str]:
+    """Every device of the database, page by page, with its status."""
+    found: dict[str, str] = {}
+    cursor = ""
+    while True:
+        page = deployment.call("GET", f"/devices?limit=37{cursor}").json()
+        found |= {device["device_id"]: device["status"] for device in page["devices"]}
+        if page["next_cursor"] is None:
+            return found
+        cursor = f"&cursor={page['next_cursor']}"
+
+
+def let_in(deployment: Deployment, style: str, known: dict[str, str]) -> set[str]:
+    """The devices of ``known`` to which the ACL on the broker's disk gives something."""
+    acl = (deployment.data / "broker" / "acl").read_text()
+    blocks = dict(re.findall(r"^user (\S{36})\n((?:topic .*\n)+)", acl, re.MULTILINE))
+    denied = {device for device, topics in blocks.items() if "topic deny #" in topics}
+    return set(known) - denied if style == "pattern" else set(known) & set(blocks)
