@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy.engine import Connection
 
 import db_access
+
+_HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "request_id", "address", "detail")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +41,63 @@ def record(
     """Append an entry in the transaction that makes the change it speaks of.
 
     ``action`` is a tag such as ``device:register``; ``object`` names what it was done to, such as ``device:<id>``.
-    ``detail`` never holds a secret: no key, password, token or link.
+    ``detail`` never holds a secret: no key, password, token or link. Call it last in a transaction: from here to its
+    end the transaction holds the end of the record, for which others wait.
     """
-    db_access.add_audit_entry(
-        tx,
-        actor.tenant_id,
-        {
-            "at": at,
-            "actor": actor.name[:128],
-            "action": action,
-            "object": object[:128],
-            "outcome": outcome,
-            "request_id": actor.request_id,
-            "address": actor.address[:64],
-            "detail": detail,
-        },
-    )
+    number, previous_hash = db_access.lock_audit_head(tx, actor.tenant_id)
+    entry = {
+        "number": number + 1,
+        "previous_hash": previous_hash,
+        "at": at,
+        "actor": actor.name[:128],
+        "action": action,
+        "object": object[:128],
+        "outcome": outcome,
+        "request_id": actor.request_id,
+        "address": actor.address[:64],
+        "detail": detail,
+    }
+    db_access.add_audit_entry(tx, actor.tenant_id, {**entry, "hash": entry_hash(actor.tenant_id, entry)})
+
+
+def entry_hash(tenant_id: str, entry: Mapping[str, Any]) -> str:
+    """SHA-256 in hex over an entry in canonical JSON, which holds the hash of the entry before it."""
+    at = entry["at"].astimezone(UTC).isoformat(timespec="microseconds")
+    values = [tenant_id, at, *(entry[name] for name in _HASHED)]
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a check of the whole record found: how many entries hold, the last hash, the first that does not hold."""
+
+    entries: int
+    head: str
+    problem: str | None
+
+
+def verify(tx: Connection, tenant_id: str) -> Verdict:
+    """Follow the chain from the first entry to the last, and name the first that was altered, removed or moved."""
+    number, previous_hash = 0, "0" * 64
+    with contextlib.closing(db_access.audit_chain(tx, tenant_id)) as entries:
+        for entry in entries:
+            problem = None
+            if entry["number"] != number + 1:
+                problem = f"Entry {number + 1} is missing: after {number} comes {entry['number']}."
+            elif entry["previous_hash"] != previous_hash:
+                problem = f"Entry {number + 1} does not follow entry {number}: one of them was replaced or moved."
+            elif entry["hash"] != entry_hash(tenant_id, entry):
+                problem = f"Entry {number + 1} was altered: {entry['action']} of {entry['object']}."
+            if problem is not None:
+                return Verdict(number, previous_hash, problem)
+            number, previous_hash = entry["number"], entry["hash"]
+    last_number, last_hash = db_access.audit_head(tx, tenant_id)
+    if last_number > number:
+        return Verdict(number, previous_hash, f"Entry {number + 1} is missing, at the end of the record.")
+    if (last_number, last_hash) != (number, previous_hash):
+        return Verdict(number, previous_hash, f"Entry {number} is not the one that was recorded last.")
+    return Verdict(number, previous_hash, None)
 
 
 def system_actor(tenant_id: str) -> Actor:

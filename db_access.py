@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db_tables import AuditEntry, Token
+from db_tables import AuditEntry, AuditHead, Token
 from errors import NotFound
 
 
@@ -51,6 +51,18 @@ _TOKEN_COLUMNS = (
     Token.expires_at,
     Token.revoked_at,
 )
+_FIND_TOKEN = sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
+_INSERT_AUDIT_ENTRY = sa.insert(AuditEntry)
+_LOCK_AUDIT_HEAD = (
+    sa.select(AuditHead.number, AuditHead.hash)
+    .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
+    .with_for_update()
+)
+_MOVE_AUDIT_HEAD = (
+    sa.update(AuditHead)
+    .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
+    .values(number=sa.bindparam("new_number"), hash=sa.bindparam("new_hash"))
+)
 
 
 def add_token(tx: Connection, record: TokenRecord, *, token_hash: str) -> None:
@@ -71,7 +83,7 @@ def add_token(tx: Connection, record: TokenRecord, *, token_hash: str) -> None:
 
 def find_token(tx: Connection, token_hash: str) -> TokenRecord | None:
     """Look a token up by the SHA-256 of its secret; it may be expired or revoked."""
-    row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == token_hash)).one_or_none()
+    row = tx.execute(_FIND_TOKEN, {"wanted_hash": token_hash}).one_or_none()
     return None if row is None else TokenRecord(*row)
 
 
@@ -93,9 +105,31 @@ def revoke_token(tx: Connection, tenant_id: str, token_id: str, *, revoked_at: d
     return TokenRecord(*row)
 
 
+def audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
+    """Number and hash of the last audit entry, as one state of the database has them."""
+    row = tx.execute(sa.select(AuditHead.number, AuditHead.hash).where(AuditHead.tenant_id == tenant_id)).one()
+    return row.number, row.hash
+
+
+def lock_audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
+    """Number and hash of the last audit entry, which stays the last until the transaction ends."""
+    row = tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one()
+    return row.number, row.hash
+
+
 def add_audit_entry(tx: Connection, tenant_id: str, values: dict[str, Any]) -> None:
     """Append to the audit record; ``values`` are the columns of ``AuditEntry`` but for the id and the tenant."""
-    tx.execute(sa.insert(AuditEntry), {"tenant_id": tenant_id, **values})
+    tx.execute(_INSERT_AUDIT_ENTRY, {"tenant_id": tenant_id, **values})
+    tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": tenant_id, "new_number": values["number"], "new_hash": values["hash"]})
+
+
+def audit_chain(tx: Connection, tenant_id: str) -> Generator[dict[str, Any], None, None]:
+    """Every entry of the audit record as it stands, by number, all columns but the id."""
+    columns = [column for column in AuditEntry.__table__.c if column.name != "id"]
+    query = sa.select(*columns).where(AuditEntry.tenant_id == tenant_id).order_by(AuditEntry.number)
+    with tx.execute(query.execution_options(yield_per=1000)) as rows:  # a cursor of the server's, to be closed
+        for row in rows.mappings():
+            yield dict(row)
 
 
 def list_audit_entries(

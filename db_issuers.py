@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from db import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
-from db_tables import BrokerState, Certificate, Crl, IssuerRow, Tenant
+from db_tables import AuditHead, BrokerState, Certificate, Crl, IssuerRow, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,10 @@ class BrokerStateRecord:
 
 
 def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
-    """Record a tenant with its broker state, unless it is there."""
+    """Record a tenant with its broker state and an empty audit record, unless it is there."""
     if tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is None:
         tx.execute(sa.insert(Tenant), {"id": tenant_id, "created_at": created_at})
+        tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, "number": 0, "hash": "0" * 64})
         tx.execute(sa.insert(BrokerState), {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0})
 
 

@@ -274,6 +274,7 @@ class AuditEntry(Base):
     __tablename__ = "audit_entries"
     __table_args__ = (
         sa.CheckConstraint(_one_of("outcome", "done", "refused"), name="outcome"),
+        sa.UniqueConstraint("tenant_id", "number"),
         sa.Index("ix_audit_entries_object", "tenant_id", "object", "id"),
     )
 
@@ -287,6 +288,20 @@ class AuditEntry(Base):
     request_id: Mapped[str] = mapped_column(sa.String(64))
     address: Mapped[str] = mapped_column(sa.String(64))
     detail: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    # From 1 on without a gap, each with the hash of the one before: see audit.py.
+    number: Mapped[int] = mapped_column(sa.BigInteger)
+    previous_hash: Mapped[str] = mapped_column(sa.String(64))
+    hash: Mapped[str] = mapped_column(sa.String(64))
+
+
+class AuditHead(Base):
+    """The last entry of the audit record, so that a missing one is noticed."""
+
+    __tablename__ = "audit_heads"
+
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(sa.BigInteger)
+    hash: Mapped[str] = mapped_column(sa.String(64))
 
 
 class BrokerState(Base):

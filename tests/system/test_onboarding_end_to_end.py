@@ -221,7 +221,7 @@ def test_a_download_is_answered_at_once_and_its_bundle_then_destroyed(deployment
 
     def delivered() -> bool:
         entries = deployment.call("GET", f"/audit?object=device:{registered['device_id']}").json()["entries"]
-        return entries[0]["action"] == "bundle:deliver"
+        return bool(entries[0]["action"] == "bundle:deliver")
 
     wait_until(delivered)
 
