@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 import db
 import db_issuers
@@ -16,7 +16,7 @@ from db import CertificateRecord, Database, DeviceRecord
 from db_issuers import CrlRecord
 from db_reads import DeviceFilter
 from errors import FieldProblem, InputInvalid
-from topics import Access, Topic, default_topics
+from topics import Access, Topic, default_topics, is_device_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +89,10 @@ def _read_cursor(cursor: str) -> tuple[datetime, str]:
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
         created_at, device_id = json.loads(text)
-        time = datetime.fromisoformat(created_at)
-        if time.tzinfo is None or not isinstance(device_id, str) or len(device_id) != 36 or not device_id.isascii():
+        time = datetime.fromisoformat(created_at).astimezone(UTC)
+        if not isinstance(device_id, str) or not is_device_id(device_id):
             raise ValueError("not of the form that a page gives")
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         problem = FieldProblem("cursor", "must be the next_cursor of the page before")
         raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem]) from None
     return time, device_id

@@ -9,7 +9,6 @@ import logging
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -26,8 +25,10 @@ from broker_provisioning import check_style
 from config import AclStyle, Settings
 from db import Database
 from enforcement import Enforcement
-from errors import IdempotencyConflict, InputInvalid, StateConflict, Unavailable
+from errors import FieldProblem, IdempotencyConflict, InputInvalid, StateConflict, Unavailable
+from failpoints import failpoint
 from lifecycle import DeviceStatus, advance
+from onboarding_terms import Bundle, Registered, Registration, Revoked
 from topics import Access, Topic, check_topics, default_topics, expand
 
 log = logging.getLogger("portal.onboarding")
@@ -35,73 +36,6 @@ log = logging.getLogger("portal.onboarding")
 ANSWERS_KEPT = timedelta(hours=24)
 # A fetch holds its link for this long; a portal that dies meanwhile leaves the link to be fetched again after it.
 FETCH_LEASE = timedelta(seconds=30)
-
-
-@dataclass(frozen=True, slots=True)
-class Registration:
-    """A device to be registered, checked as far as its form goes; ``topics`` are pairs of filter and access."""
-
-    name: str
-    type: str
-    location: str
-    firmware: str
-    metadata: Mapping[str, Any]
-    csr: str | None = None
-    key_type: str | None = None
-    validity_days: int | None = None
-    topics: Sequence[tuple[str, str]] | None = None
-    bundle_password: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """The answer to a registration: with a bundle's link and password, or with certificate and chain for a CSR."""
-
-    device_id: str
-    name: str
-    status: str
-    fingerprint: str
-    serial_number: str
-    issued_at: datetime
-    expires_at: datetime
-    download_url: str | None = None
-    download_expires_at: datetime | None = None
-    bundle_password: str | None = None
-    certificate: str | None = None
-    chain: str | None = None
-
-    def to_json(self) -> bytes:
-        """As it is sealed for a repeat; ``from_json`` reads it back."""
-        return json.dumps(dataclasses.asdict(self), default=datetime.isoformat).encode()
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Registered:
-        """Read what ``to_json`` wrote."""
-        values = json.loads(text)
-        for name in ("issued_at", "expires_at", "download_expires_at"):
-            if values[name] is not None:
-                values[name] = datetime.fromisoformat(values[name])
-        return cls(**values)
-
-
-@dataclass(frozen=True, slots=True)
-class Revoked:
-    """The answer to a revocation: whether the broker was seen to refuse the device, or the ``problem`` that remains."""
-
-    device_id: str
-    revoked_at: datetime
-    reason: str
-    enforced: bool
-    problem: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """A bundle on its way out: whoever sends it says afterwards whether it arrived."""
-
-    delivery_id: str
-    device_id: str
-    content: bytes
 
 
 class Onboarding:
@@ -150,6 +84,7 @@ class Onboarding:
             self.wait_until_granted(generation)
         elif generation:
             self._enforcement.wake()
+        failpoint("register.before_answer")
         return answer
 
     def _repeated(self, actor: Actor, wanted: Registration, seal: delivery.AnswerSeal) -> tuple[Registered, int] | None:
@@ -172,7 +107,10 @@ class Onboarding:
             key = ca.generate_keypair(ca.KeyType(wanted.key_type or self._settings.key_type))
             public_key = key.public_key()
         elif wanted.key_type or wanted.bundle_password:
-            raise InputInvalid("With a csr the device has its own key: leave out key_type and bundle_password.")
+            raise InputInvalid(
+                "With a csr the device has its own key: leave out key_type and bundle_password.",
+                [FieldProblem("csr", "goes with neither key_type nor bundle_password")],
+            )
         else:
             public_key = ca.read_csr(wanted.csr)
         now = self._clock()
@@ -207,7 +145,7 @@ class Onboarding:
         with self._database.transaction() as tx:
             # Under the pattern style a device with the default topics is let in with no word to the broker.
             told = topics is not None or self._settings.acl_style is AclStyle.PER_DEVICE
-            generation = db.next_generation(tx, actor.tenant_id) if told else 0
+            generation = db.next_generation(tx, actor.tenant_id, at=now) if told else 0
             db.add_device(
                 tx,
                 tenant_id=actor.tenant_id,
@@ -266,6 +204,8 @@ class Onboarding:
                 serial_number=issued.serial_number,
                 key="csr" if key is None else "made here",
             )
+            failpoint("register.before_commit")
+        failpoint("register.after_commit")
         return answer, generation
 
     def _package(
@@ -318,7 +258,7 @@ class Onboarding:
                 raise StateConflict("The device is revoked, which is final; register it anew to change it.")
             db.update_device(tx, actor.tenant_id, device_id, {**values, "updated_at": now})
             if topics is not ...:
-                generation = db.next_generation(tx, actor.tenant_id)
+                generation = db.next_generation(tx, actor.tenant_id, at=now)
                 pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]
                 db.replace_topics(tx, actor.tenant_id, device_id, pairs, generation=generation)
             changed = sorted(values) + ([] if topics is ... else ["topics"])
@@ -344,9 +284,11 @@ class Onboarding:
                 )
             else:
                 advance(device.status, DeviceStatus.REVOKED)
-                generation, revoked_at = db.next_generation(tx, actor.tenant_id), now
+                generation, revoked_at = db.next_generation(tx, actor.tenant_id, at=now), now
                 db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
                 audit.record(tx, actor, "device:revoke", f"device:{device_id}", at=now, reason=reason)
+            failpoint("revoke.before_commit")
+        failpoint("revoke.after_commit")
         outcome = self._enforcement.apply(generation)
         enforced = outcome.covers(generation)
         if not enforced:
@@ -395,10 +337,12 @@ class Onboarding:
         with self._database.transaction() as tx:
             content = db_deliveries.claim_delivery(tx, record.id, now=now, lease=FETCH_LEASE, grace=grace)
             audit.record(tx, actor, "bundle:fetch", f"device:{record.device_id}", at=now, delivery=record.id)
+        failpoint("deliver.after_claim")
         return Bundle(record.id, record.device_id, content)
 
     def finish_download(self, actor: Actor, bundle: Bundle) -> None:
         """The bundle has arrived: destroy it."""
+        failpoint("deliver.before_finish")
         now = self._clock()
         with self._database.transaction() as tx:
             if db_deliveries.finish_delivery(tx, bundle.delivery_id, delivered_at=now):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,7 +12,9 @@ import db_issuers
 from authority import Authority
 from db import Database
 from enforcement import Enforcement
-from errors import PortalError, Unavailable
+from errors import PortalError
+
+log = logging.getLogger("portal.readiness")
 
 CRL_LIFE_LEFT = 1 / 3
 
@@ -100,5 +103,6 @@ def _asked(question: Callable[[], str | None]) -> str | None:
         return question()
     except PortalError as error:
         return error.detail
-    except Exception as error:
-        raise Unavailable("A readiness check failed unexpectedly; the portal's log has the cause.") from error
+    except Exception:
+        log.exception("a readiness check failed unexpectedly")
+        return "The check failed unexpectedly; the portal's log has the cause."

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from flask import Flask
 
-import access
-import db_access
 from access import Role
 from app import create_app, portal_of
 from config import Settings
 from installation import Portal, first_token, open_portal, prepare
-from tests.harness import Api, Clock, settings_for
+from tests.harness import Api, Clock, api_as, settings_for
 from tests.mosquitto import short_folder
 
 POSTGRES_URL = os.environ.get("PORTAL_TEST_POSTGRES_URL", "")
@@ -55,9 +55,8 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
         _administrate(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture
-def make_settings(prepared: tuple[Path, str]) -> Iterator[Callable[..., Settings]]:
-    """Makes the settings of a fresh portal, already prepared; keyword arguments are environment variables."""
+@contextmanager
+def _fresh_settings(prepared: tuple[Path, str]) -> Iterator[Callable[..., Settings]]:
     prepared_folder, prepared_database = prepared
     folders: list[Path] = []
     databases: list[str] = []
@@ -66,6 +65,8 @@ def make_settings(prepared: tuple[Path, str]) -> Iterator[Callable[..., Settings
         folder = short_folder()
         folders.append(folder)
         shutil.copytree(prepared_folder, folder, dirs_exist_ok=True)
+        for path in prepared_folder.rglob("*"):
+            os.chown(folder / path.relative_to(prepared_folder), -1, path.stat().st_gid)
         if prepared_database:
             name = f"portal_{uuid.uuid4().hex[:12]}"
             _administrate(f"CREATE DATABASE {name} TEMPLATE {prepared_database}")
@@ -78,6 +79,22 @@ def make_settings(prepared: tuple[Path, str]) -> Iterator[Callable[..., Settings
         shutil.rmtree(folder)
     for name in databases:
         _administrate(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def make_settings(prepared: tuple[Path, str]) -> Iterator[Callable[..., Settings]]:
+    """Makes the settings of a fresh portal, already prepared; keyword arguments are environment variables."""
+    with _fresh_settings(prepared) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def shared_app(prepared: tuple[Path, str]) -> Iterator[Flask]:
+    """One application for a module's tests that change nothing, or do not mind what others have changed."""
+    with _fresh_settings(prepared) as make:
+        built = create_app(make(), background=False)
+        yield built
+        portal_of(built).close()
 
 
 @pytest.fixture
@@ -103,17 +120,7 @@ def app(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Flask]
 @pytest.fixture
 def as_role(app: Flask) -> Callable[[Role | None], Api]:
     """Makes an ``Api`` with a fresh token of the role, or with none."""
-
-    def make(role: Role | None) -> Api:
-        if role is None:
-            return Api(app.test_client(), None)
-        portal = portal_of(app)
-        secret, record = access.new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
-        with portal.database.transaction() as tx:
-            db_access.add_token(tx, record, token_hash=access.hash_token(secret))
-        return Api(app.test_client(), secret)
-
-    return make
+    return functools.partial(api_as, app)
 
 
 @pytest.fixture

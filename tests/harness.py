@@ -6,11 +6,26 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+import sqlalchemy as sa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from flask import Flask
 from flask.testing import FlaskClient
 
+import access
+import db_access
+from access import Role
+from app import portal_of
 from config import Settings
-from installation import utc_now
+from db_tables import Base
+from installation import Portal, utc_now
 from tests.mosquitto import free_port
+
+# For tests to which the database makes no difference.
+ON_SQLITE = pytest.mark.parametrize("prepared", ["sqlite"], indirect=True)
 
 
 class Clock:
@@ -32,6 +47,19 @@ def settings_for(folder: Path, **environment: str) -> Settings:
     ports = {"PORTAL_BIND": f"127.0.0.1:{free_port()}", "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}"}
     quick = {"PORTAL_ENFORCE_TIMEOUT": "5", "PORTAL_MQTT_PORT": str(free_port())}
     return Settings.from_env({"PORTAL_DATA_DIR": str(folder), **ports, **quick, **environment})
+
+
+def state_of(portal: Portal) -> dict[str, object]:
+    """All that a portal keeps, but for the audit record: what a request that is refused must leave as it was."""
+    state: dict[str, object] = {}
+    with portal.database.snapshot() as tx:
+        for table in Base.metadata.sorted_tables:
+            if not table.name.startswith("audit_"):
+                state[table.name] = sorted(repr(tuple(row)) for row in tx.execute(sa.select(table)))
+    for path in portal.settings.data_dir.rglob("*"):
+        if path.is_file() and not path.name.startswith("portal.db") and path.suffix != ".lock":
+            state[str(path)] = (path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns)
+    return state
 
 
 class Api:
@@ -70,3 +98,37 @@ class Api:
         assert answer.status_code == 201, answer.text
         registered: dict[str, Any] = answer.json
         return registered
+
+
+def api_as(app: Flask, role: Role | None) -> Api:
+    """An ``Api`` with a fresh token of the role, or with none."""
+    if role is None:
+        return Api(app.test_client(), None)
+    portal = portal_of(app)
+    secret, record = access.new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
+    with portal.database.transaction() as tx:
+        db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+    return Api(app.test_client(), secret)
+
+
+def csr_pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None) -> str:
+    """A certificate signing request for a new key, or for the one given."""
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "somebody else")])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    signed = builder.sign(key or ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
+    return signed.public_bytes(Encoding.PEM).decode()
+
+
+def problem_of(answer: Any, status: int, code: str) -> dict[str, Any]:
+    """The problem document of an answer (RFC 9457), seen to be as complete as every error is."""
+    assert answer.status_code == status, answer.data
+    assert answer.content_type == "application/problem+json"
+    problem: dict[str, Any] = answer.json
+    assert problem["code"] == code, problem
+    assert problem["type"] == f"urn:onboarding-portal:error:{code}"
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"].endswith(".")
+    assert problem["request_id"] == answer.headers["X-Request-Id"]
+    assert ("errors" in problem) == (status == 422)
+    return problem

@@ -34,7 +34,7 @@ from errors import (
 )
 from installation import Portal, open_portal
 from lifecycle import DeviceStatus
-from onboarding import Registered, Registration
+from onboarding_terms import Registered, Registration
 from tests.harness import Clock
 
 OPERATOR = Actor("default", "an operator", "operator", "request-1", "192.0.2.1")

@@ -1,0 +1,140 @@
+"""The kinds of fields that requests with their answers are made of."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from ca import Reason
+from config import KEY_TYPES
+
+# Control characters, line separators and what turns writing around would deceive whoever reads a list or a log.
+_HIDDEN = r"\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff"
+_TEXT = rf"^[^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?$"
+_UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+_PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - the form of one
+_CURSOR = "^[A-Za-z0-9_-]+$"
+# What a refused text is told, in place of its pattern.
+PATTERN_IN_WORDS = {
+    _TEXT: "must not hold control or invisible characters, nor begin or end with white space",
+    _PASSWORD: "must be 12 to 128 printable ASCII characters",
+    _CURSOR: "must be the next_cursor of the page before",
+}
+# The parts of paths that vary; what does not fit is not there.
+PATH_PARAMETERS = {
+    "device_id": _UUID,
+    "token_id": "^[0-9a-f]{16}$",
+    "issuer": "^[a-z0-9-]{1,63}$",
+    "token": "^[A-Za-z0-9._-]{1,512}$",
+}
+IDEMPOTENCY_KEY = "^[!-~]{16,255}$"
+
+METADATA_BYTES = 8192
+METADATA_DEPTH = 5
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+Timestamp = Annotated[
+    datetime,
+    PlainSerializer(lambda value: value.strftime("%Y-%m-%dT%H:%M:%S.%fZ"), return_type=str),
+    Field(json_schema_extra={"format": "date-time"}),
+]
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, examples=["pump-17"])]
+ShortText = Annotated[str, Field(min_length=1, max_length=64, pattern=_TEXT)]
+Place = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT)]
+BundlePassword = Annotated[str, Field(pattern=_PASSWORD)]
+DeviceId = Annotated[str, Field(pattern=_UUID, examples=["3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b"])]
+Hex = Annotated[str, Field(pattern="^[0-9a-f]+$")]
+Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+KeyTypeName = Literal["ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072"]
+ReasonName = Literal[
+    "unspecified",
+    "key_compromise",
+    "affiliation_changed",
+    "superseded",
+    "cessation_of_operation",
+    "privilege_withdrawn",
+]
+StatusName = Literal["pending", "active", "suspended", "revoked"]
+RoleName = Literal["admin", "operator", "auditor"]
+
+if set(KeyTypeName.__args__) != set(KEY_TYPES) or not set(ReasonName.__args__) <= set(Reason):  # type: ignore[attr-defined]
+    raise AssertionError("the interface's choices must be those of the rooms below")
+
+
+def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    _check_value(value, depth=1)
+    if len(json.dumps(value, ensure_ascii=False).encode()) > METADATA_BYTES:
+        raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
+    return value
+
+
+def _check_value(value: Any, depth: int) -> None:
+    if depth > METADATA_DEPTH:
+        raise ValueError(f"must be nested at most {METADATA_DEPTH} deep")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_value(key, depth)
+            _check_value(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_value(inner, depth + 1)
+    elif isinstance(value, str):
+        if any(ord(character) < 32 or ord(character) == 127 for character in value):
+            raise ValueError("must not hold control characters")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must hold finite numbers only")
+    elif isinstance(value, int) and abs(value) > 2**53:
+        raise ValueError("must hold whole numbers of at most 53 bits")
+
+
+Metadata = Annotated[
+    dict[str, Any],
+    AfterValidator(_check_metadata),
+    Field(
+        description=f"Any JSON object of at most {METADATA_BYTES} bytes and {METADATA_DEPTH} levels, without control"
+        " characters and with whole numbers of at most 53 bits"
+    ),
+]
+
+
+def _read_integer(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and re.fullmatch("-?[0-9]{1,9}", value) else value
+
+
+def _read_whole_number(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is an integer in JSON Schema
+
+
+def _read_time(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        if not _RFC_3339.fullmatch(value):
+            raise ValueError("of another form")
+        return datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("must be an RFC 3339 time with its zone, such as 2027-01-31T00:00:00Z") from None
+
+
+Time = Annotated[datetime, Field(json_schema_extra={"format": "date-time"}), BeforeValidator(_read_time)]
+# A BeforeValidator stands last: in front of the Field it would hide its limits from the OpenAPI text.
+Limit = Annotated[int, Field(ge=1, le=200), BeforeValidator(_read_integer)]
+WholeNumber = BeforeValidator(_read_whole_number)
+Cursor = Annotated[str, Field(max_length=128, pattern=_CURSOR)]
+
+
+class Input(BaseModel):
+    """A request: unknown fields are refused, nothing is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Output(BaseModel):
+    """An answer."""
+
+    model_config = ConfigDict(frozen=True)

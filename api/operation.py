@@ -1,0 +1,25 @@
+"""The portal about itself: alive, ready, described."""
+
+from __future__ import annotations
+
+from api.operation_models import CheckModel, HealthModel, ReadyModel
+from api.routing import Answers, Call, Reply, Routes
+
+operation = Routes("Operation")
+
+
+@operation.route("GET", "/healthz", permission=None, answers=Answers(HealthModel))
+def healthz(_call: Call) -> Reply:
+    """Say that the process is alive, with no work done."""
+    return Reply(HealthModel(status="ok"))
+
+
+@operation.route("GET", "/readyz", permission=None, answers=Answers(ReadyModel), errors=(503,))
+def readyz(call: Call) -> Reply:
+    """Say whether database, CA, CRL and broker let the portal do its work, with the reason for each that does not."""
+    checks = [
+        CheckModel(name=check.name, ok=check.problem is None, problem=check.problem)
+        for check in call.portal.readiness.checks()
+    ]
+    ready = all(check.ok for check in checks)
+    return Reply(ReadyModel(status="ready" if ready else "not ready", checks=checks), status=200 if ready else 503)

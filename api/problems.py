@@ -1,0 +1,62 @@
+"""The form of every error (RFC 9457)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from http import HTTPStatus
+
+from pydantic import Field
+from werkzeug.exceptions import HTTPException
+
+from api.fields import Output
+from errors import FieldProblem
+
+MEDIA_TYPE = "application/problem+json"
+# What the web framework refuses by itself: code and detail for each status.
+_OF_THE_FRAMEWORK = {
+    400: ("malformed_request", "The request cannot be read; see GET /docs for its form."),
+    404: ("not_found", "There is nothing at this path; see GET /docs for what there is."),
+    405: ("method_not_allowed", "This path does not take this method; see the Allow header."),
+    413: ("body_too_large", "The body is longer than the portal takes; see PORTAL_MAX_BODY_BYTES."),
+}
+_OF_ANOTHER_KIND = ("refused", "The request cannot be taken as it is; see GET /docs.")
+
+
+class FieldErrorModel(Output):
+    """One thing wrong with one field."""
+
+    field: str
+    message: str
+
+
+class ProblemModel(Output):
+    """An error (RFC 9457): `detail` says in one sentence what is wrong and what to do, `code` is stable."""
+
+    type: str
+    title: str
+    status: int = Field(ge=400, le=599)
+    detail: str
+    code: str = Field(pattern="^[a-z_]+$")
+    request_id: str
+    errors: list[FieldErrorModel] | None = None
+
+
+def problem(
+    status: int, code: str, detail: str, *, request_id: str, errors: Iterable[FieldProblem] = ()
+) -> ProblemModel:
+    """Say what went wrong, as it is sent."""
+    return ProblemModel(
+        type=f"urn:onboarding-portal:error:{code}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        code=code,
+        request_id=request_id,
+        errors=[FieldErrorModel(field=item.field, message=item.message) for item in errors] or None,
+    )
+
+
+def of_the_framework(error: HTTPException) -> tuple[int, str, str]:
+    """Status, code and detail of an error below 500 that the web framework raised."""
+    status = error.code or 400
+    return status, *_OF_THE_FRAMEWORK.get(status, _OF_ANOTHER_KIND)

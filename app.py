@@ -1,0 +1,200 @@
+"""Builds the Flask application: the parts once, every route, the answer to every error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+
+import click
+from flask import Flask, Response, current_app, g, request
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.routing import BaseConverter
+
+import admin
+import errors
+import jobs
+import logs
+from api import admission, problems, requests
+from api.description import description_of
+from api.devices import devices
+from api.downloads import downloads
+from api.operation import operation
+from api.pki import pki
+from api.responses import response_of
+from api.routing import Call, Route
+from api.tokens import tokens
+from config import Settings
+from errors import InputInvalid, PortalError, StartupError
+from installation import Portal, open_portal, utc_now
+
+log = logging.getLogger("portal.request")
+
+ROUTES: tuple[Route, ...] = tuple(
+    route for group in (devices, downloads, pki, tokens, operation) for route in group.routes
+)
+ROUTES += tuple(description_of(ROUTES).routes)
+_ROUTE_OF = {route.name: route for route in ROUTES}
+
+# The nearest class in an error's ancestry decides.
+STATUS_OF: dict[type[PortalError], int] = {
+    errors.RequestMalformed: 400,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.Gone: 410,
+    errors.BodyTooLarge: 413,
+    errors.MediaTypeUnsupported: 415,
+    errors.InputInvalid: 422,
+    errors.Unavailable: 503,
+    PortalError: 500,
+}
+
+
+class _SegmentConverter(BaseConverter):
+    """One path segment of at most 512 characters."""
+
+    regex = "[^/]{1,512}"
+
+
+def create_app(
+    settings: Settings | None = None, *, background: bool = True, clock: Callable[[], datetime] = utc_now
+) -> Flask:
+    """Build the application on its data folder; the same one runs under ``flask --app app run`` and the server.
+
+    The parts are built, and with ``background`` the jobs started, by ``portal_of`` at the latest at the first
+    request, so that a command which needs none of them makes none.
+    """
+    app = Flask("portal", root_path=os.path.dirname(__file__), static_folder=None)
+    for command in admin.commands(create_app, portal_of):
+        app.cli.add_command(command)
+    if settings is None:
+        try:
+            settings = Settings.from_env(os.environ)
+        except StartupError as error:
+            raise click.ClickException(error.detail) from error
+    app.config["PORTAL_SETTINGS"] = settings
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.extensions["portal"] = _LazyPortal(settings, background=background, clock=clock)
+    app.url_map.converters["segment"] = _SegmentConverter
+    app.url_map.merge_slashes = False  # a path that is almost one is none: no redirects
+    for route in ROUTES:
+        rule = re.sub(r"\{(\w+)\}", r"<segment:\1>", route.path)
+        app.add_url_rule(rule, route.name, _view(route), methods=[route.method], provide_automatic_options=False)
+    app.before_request(_begin)
+    app.after_request(_end)
+    app.register_error_handler(Exception, _failed)
+    logs.hide_links()
+    return app
+
+
+class _LazyPortal:
+    """The parts, built once, by whoever needs them first."""
+
+    def __init__(self, settings: Settings, *, background: bool, clock: Callable[[], datetime]) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._background = background
+        self._lock = threading.Lock()
+        self._portal: Portal | None = None
+
+    def get(self) -> Portal:
+        if self._portal is None:
+            with self._lock:
+                if self._portal is None:
+                    portal = open_portal(self._settings, self._clock)
+                    if self._background:
+                        jobs.start(portal)
+                    self._portal = portal
+        return self._portal
+
+
+def portal_of(app: Flask) -> Portal:
+    """The parts of an application; raises ``StartupError`` where they cannot be built."""
+    portal: Portal = app.extensions["portal"].get()
+    return portal
+
+
+# --- A request's way in and out -----------------------------------------------------------------------------------
+
+
+def _begin() -> None:
+    g.request_id = secrets.token_hex(8)
+    g.started = time.perf_counter()
+    g.actor = g.route = None
+    if request.environ.get("portal.listener") == "pki":
+        adapter = current_app.create_url_adapter(request)
+        if adapter is None or not admission.is_for_anyone_in_the_clear(adapter, _ROUTE_OF):
+            raise errors.NotFound("Only CRLs and CA certificates are served here; use the portal's HTTPS address.")
+
+
+def _view(route: Route) -> Callable[..., Response]:
+    def view(**path: str) -> Response:
+        g.route = route.path
+        portal = portal_of(current_app)
+        g.actor = admission.actor_of(portal, route, request, g.request_id)
+        admission.check_permission(portal, route, g.actor)
+        call = Call(
+            portal=portal,
+            actor=g.actor,
+            method=request.method,
+            path=requests.read_path(path),
+            headers=request.headers,  # case-insensitive
+            body=requests.read_body(route, request),
+            query=requests.read_query(route, request),
+            idempotency_key=requests.read_idempotency_key(route, request),
+            environ=request.environ,
+        )
+        return response_of(route.handler(call))
+
+    return view
+
+
+def _end(response: Response) -> Response:
+    response.headers["X-Request-Id"] = g.request_id
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("Cache-Control", "no-store")
+    # The rule, not the path: a path can hold a link's token.
+    log.info(
+        "request",
+        extra={
+            "request_id": g.request_id,
+            "method": request.method,
+            "route": g.route,
+            "status": response.status_code,
+            "ms": round((time.perf_counter() - g.started) * 1000, 1),
+            "actor": g.actor.name if g.actor else None,
+            "address": request.remote_addr,
+            "device_id": (request.view_args or {}).get("device_id"),
+        },
+    )
+    return response
+
+
+def _failed(error: Exception) -> Response:
+    headers: dict[str, str] = {}
+    status, code, detail = 500, "internal_error", "The portal failed; its log has the cause under this request id."
+    if isinstance(error, PortalError):
+        status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+        if status != 500:
+            code, detail = error.code, error.detail
+    elif isinstance(error, HTTPException) and error.code is not None and 400 <= error.code < 500:
+        status, code, detail = problems.of_the_framework(error)
+        if isinstance(error, MethodNotAllowed) and error.valid_methods:
+            headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    if status == 500:
+        log.error("failed", exc_info=error, extra={"request_id": g.request_id})
+    elif status == 503:
+        log.warning("unavailable", extra={"request_id": g.request_id, "problem": detail, "cause": error.__cause__})
+        headers["Retry-After"] = "2"
+    elif status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    invalid = error.errors if isinstance(error, InputInvalid) else ()
+    body = problems.problem(status, code, detail, request_id=g.request_id, errors=invalid)
+    return Response(body.model_dump_json(exclude_none=True), status, headers, content_type=problems.MEDIA_TYPE)

@@ -1,0 +1,75 @@
+"""The log: one line an event, as text or as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from config import LogFormat, Settings
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def set_up(settings: Settings) -> None:
+    """Send every event to standard error; raises nothing, replaces what handlers there were."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if settings.log_format is LogFormat.JSON else TextFormatter())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    for chatty in ("alembic", "sqlalchemy"):  # rows and statements are not for a log, at any level
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def hide_links() -> None:
+    """Keep the lines of Flask's own server that show a download's path, which holds a link's token, from the log."""
+    logging.getLogger("werkzeug").addFilter(_shows_no_link)
+
+
+def _shows_no_link(record: logging.LogRecord) -> bool:
+    return "/download/" not in record.getMessage()
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What was given as ``extra`` to the event."""
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+
+
+class JsonFormatter(logging.Formatter):
+    """An event as one JSON object: time (RFC 3339), level, logger, event, its fields, and the traceback if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render one line."""
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **fields_of(record),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """An event for a person: time, level, event, its fields as ``name=value``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render one line; a traceback, if any, is its last field, with its line ends escaped."""
+        time = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+        fields = "".join(f" {name}={_plain(value)}" for name, value in fields_of(record).items() if value is not None)
+        if record.exc_info:
+            fields += f" traceback={_plain(self.formatException(record.exc_info))}"
+        return f"{time} {record.levelname.lower():7} {_plain_text(record.getMessage())}{fields}"
+
+
+def _plain(value: Any) -> str:
+    text = str(value)
+    # Quoted as JSON, so that nothing a client sent can begin a line of its own.
+    return text if text and text.isascii() and text.isprintable() and not set(' "=') & set(text) else json.dumps(text)
+
+
+def _plain_text(text: str) -> str:
+    return text if text.isprintable() else json.dumps(text)

@@ -1,0 +1,101 @@
+"""Who may call what: every route with its decision written out."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from access import Role
+from app import ROUTES, portal_of
+from tests.harness import ON_SQLITE, Api, api_as, problem_of
+
+ANYONE = {*Role, None}
+ADMIN, OPERATOR, AUDITOR = Role.ADMIN, Role.OPERATOR, Role.AUDITOR
+
+# A route that is not in this table fails the first test: whoever adds one decides here who may call it.
+MAY_CALL: dict[str, set[Role | None]] = {
+    "POST /register": {ADMIN, OPERATOR},
+    "GET /devices": {ADMIN, OPERATOR, AUDITOR},
+    "GET /devices/{device_id}": {ADMIN, OPERATOR, AUDITOR},
+    "PATCH /devices/{device_id}": {ADMIN, OPERATOR},
+    "GET /devices/{device_id}/certificates": {ADMIN, OPERATOR, AUDITOR},
+    "POST /revoke/{device_id}": {ADMIN, OPERATOR},
+    "GET /download/{token}": ANYONE,
+    "GET /ca.pem": ANYONE,
+    "GET /ca/{issuer}.cer": ANYONE,
+    "GET /crl/{issuer}.crl": ANYONE,
+    "GET /tokens": {ADMIN},
+    "POST /tokens": {ADMIN},
+    "DELETE /tokens/{token_id}": {ADMIN},
+    "GET /audit": {ADMIN, AUDITOR},
+    "GET /healthz": ANYONE,
+    "GET /readyz": ANYONE,
+    "GET /openapi.json": ANYONE,
+    "GET /docs": ANYONE,
+}
+
+
+@pytest.fixture(scope="module")
+def clients(shared_app: Flask) -> dict[Role | None, Api]:
+    return {role: api_as(shared_app, role) for role in (*Role, None)}
+
+
+def call(api: Api, route: str, method: str | None = None) -> Any:
+    """Ask for nothing that exists, with a body that changes nothing."""
+    declared, path = route.split(" ")
+    path = re.sub(r"\{device_id\}", "00000000-0000-4000-8000-000000000000", path)
+    path = re.sub(r"\{\w+\}", "0" * 16, path)
+    return api.call(method or declared, path, json={} if declared in ("POST", "PATCH") else None)
+
+
+def test_every_route_has_a_decision_here_and_every_decision_a_route() -> None:
+    assert {f"{route.method} {route.path}" for route in ROUTES} == set(MAY_CALL)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("route", "role"), [*itertools.product(MAY_CALL, (*Role, None))])
+def test_a_role_may_call_what_the_table_says_and_nothing_else(
+    clients: dict[Role | None, Api], route: str, role: Role | None
+) -> None:
+    answer = call(clients[role], route)
+    if role in MAY_CALL[route]:
+        assert answer.status_code not in (401, 403)
+    elif role is None:
+        problem_of(answer, 401, "unauthenticated")
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    else:
+        assert role in problem_of(answer, 403, "forbidden")["detail"]
+    assert answer.headers["X-Request-Id"]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("role", [*Role, None])
+@pytest.mark.parametrize("route", [route for route in MAY_CALL if route.startswith("GET ")])
+def test_head_is_decided_as_get_is(clients: dict[Role | None, Api], route: str, role: Role | None) -> None:
+    answer = call(clients[role], route, "HEAD")
+    assert (answer.status_code in (401, 403)) == (role not in MAY_CALL[route])
+    assert answer.data == b""
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("role", "code"), [(AUDITOR, "forbidden"), (None, "unauthenticated")])
+def test_a_refusal_is_recorded_under_the_request_id(
+    shared_app: Flask, clients: dict[Role | None, Api], role: Role | None, code: str
+) -> None:
+    answer = call(clients[role], "POST /register")
+    entry = portal_of(shared_app).operators.audit("default", limit=1, before=None, filters={})[0]
+    assert (entry.action, entry.outcome, entry.detail) == ("POST /register", "refused", {"code": code})
+    assert entry.request_id == answer.headers["X-Request-Id"]
+    assert entry.address == "127.0.0.1"
+    assert ("auditor" in entry.actor) == (role is AUDITOR)
+
+
+@ON_SQLITE
+def test_a_refused_request_is_told_nothing_of_what_there_is(clients: dict[Role | None, Api]) -> None:
+    known = clients[ADMIN].register()["device_id"]
+    there, not_there = (clients[None].get(f"/devices/{name}").json for name in (known, "no-id"))
+    assert {**there, "request_id": ""} == {**not_there, "request_id": ""}

@@ -1,0 +1,113 @@
+"""The application keeps to its OpenAPI text, whatever is sent: judged by schemathesis.
+
+No server error (503 only where it is documented), no status and no media type that is not described, every answer of
+the form described, what does not fit refused, what fits accepted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import schemathesis
+from flask import Flask
+from pydantic import TypeAdapter, ValidationError
+from schemathesis.config import SchemathesisConfig
+
+from access import Role
+from api.fields import Metadata
+from api.openapi import openapi
+from app import ROUTES
+from tests.harness import ON_SQLITE, Api, api_as, csr_pem
+
+CONFIG = {
+    "seed": 1,
+    "generation": {"deterministic": True, "max-examples": 60, "database": "none"},
+    "checks": {
+        "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "503"]},
+        # What fits may still not exist (404), not be possible (409) or be over (410); it is never called malformed.
+        "positive_data_acceptance": {"expected-statuses": ["2xx", "404", "409", "410", "503"]},
+    },
+}
+
+
+class Application:
+    """The WSGI application under test, which exists only once the fixtures have made it."""
+
+    made: Flask | None = None
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        assert self.made is not None
+        return self.made(environ, start_response)
+
+
+application = Application()
+schema = schemathesis.openapi.from_dict(
+    openapi(ROUTES, server_url="http://localhost"), config=SchemathesisConfig.from_dict(CONFIG)
+)
+schema.app = application
+
+
+@dataclass
+class There:
+    """What is really there, to be asked for now and then in place of what is made up."""
+
+    api: Api
+    csr: str
+    parts_of_paths: dict[str, str]
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+
+@pytest.fixture(scope="module")
+def there(shared_app: Flask) -> There:
+    application.made = shared_app
+    api = api_as(shared_app, Role.ADMIN)
+    parts = {
+        "device_id": api.register()["device_id"],
+        "token": api.register()["download_url"].rpartition("/")[2],
+        "token_id": api.post("/tokens", {"name": "one to be revoked", "role": "auditor"}).json["token_id"],
+        "issuer": "issuing-1",
+    }
+    return There(api, csr_pem(), parts)
+
+
+def is_metadata(value: object) -> bool:
+    try:
+        TypeAdapter(Metadata).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def fit(case: schemathesis.Case[Any], there: There) -> None:
+    """Change of a request that fits the schema what a schema cannot say: what exists, is signed, reaches no other."""
+    number = next(there.numbers)
+    if number % 3:
+        case.path_parameters.update({name: there.parts_of_paths[name] for name in case.path_parameters})
+    if "Idempotency-Key" in case.headers and number % 5:
+        case.headers["Idempotency-Key"] = f"the-key-of-request-{number}"
+    case.query.pop("cursor", None)
+    body: Any = case.body
+    if not isinstance(body, dict):
+        return
+    if body.get("csr") is not None:
+        body["csr"] = there.csr
+        body.pop("key_type", None)
+        body.pop("bundle_password", None)
+    if str(body.get("key_type")).startswith("rsa"):
+        body["key_type"] = "ec-p256"  # RSA keys take a second to make
+    if "metadata" in body and not is_metadata(body["metadata"]):
+        body["metadata"] = {}
+    for index, topic in enumerate(body.get("topics") or ()):
+        topic["filter"] = f"devices/{{id}}/{index}"
+
+
+@schema.parametrize()
+@ON_SQLITE
+def test_what_is_answered_is_what_is_described(case: schemathesis.Case[Any], there: There) -> None:
+    if case.meta is not None and case.meta.generation.mode.is_positive:
+        fit(case, there)
+    case.call_and_validate(headers={"Authorization": f"Bearer {there.api.token}"})
