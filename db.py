@@ -19,7 +19,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection, Engine
 
-from db_tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, Tenant
+from db_tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, Tenant, UtcDateTime
 from errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
 from files import FileLock
 from lifecycle import DeviceStatus
@@ -85,10 +85,12 @@ class Database:
     def transaction(self) -> Iterator[Connection]:
         """A transaction that writes: durable when the block ends, undone if it raises.
 
-        Raises ``DatabaseUnavailable`` where the database does not answer, is locked by others, or has no room.
-        Never nest one in another.
+        Raises ``DatabaseUnavailable`` where the database does not answer, is locked by others, or has no room,
+        ``LockUnavailable`` where other writers of the portal do not end. Never nest one in another.
         """
-        gate: AbstractContextManager[None] = self._write_gate.hold() if self._write_gate else nullcontext()
+        gate: AbstractContextManager[None] = nullcontext()
+        if self._write_gate is not None:
+            gate = self._write_gate.hold(BUSY_TIMEOUT_SECONDS)
         with _translated(), gate, self.engine.connect() as connection:
             connection.execution_options(portal_writes=True)  # read by _on_sqlite_begin
             connection.begin()
@@ -147,6 +149,7 @@ def _create_engine(url: str, threads: int) -> Engine:
     options: dict[str, Any] = {
         "pool_size": threads + SPARE_CONNECTIONS,
         "max_overflow": 0,
+        "pool_use_lifo": True,  # the connection used last has its pages and statements at hand
         "hide_parameters": True,  # they would stand in tracebacks
         "pool_timeout": BUSY_TIMEOUT_SECONDS,
     }
@@ -188,7 +191,7 @@ def _on_sqlite_begin(connection: Connection) -> None:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError) as error:
         raise DatabaseUnavailable("The database does not answer or has no room left; try again shortly.") from error
 
 
@@ -198,6 +201,10 @@ DEVICE_COLUMNS = tuple(Device.__table__.c[name] for name in (
     "id", "tenant_id", "external_id", "name", "type", "location", "firmware", "metadata", "own_topics", "status",
     "created_at", "updated_at", "revoked_at", "revocation_reason", "generation",
 ))  # fmt: skip
+
+
+# Statements of every registration and every request stand ready: building one takes longer than running it.
+_INSERT_DEVICE = sa.insert(Device)
 
 
 def device_record(row: Sequence[Any]) -> DeviceRecord:
@@ -225,7 +232,7 @@ def add_device(
 ) -> None:
     """Insert a device; ``topics`` are pairs of filter and access, or ``None`` for the default ones."""
     tx.execute(
-        sa.insert(Device),
+        _INSERT_DEVICE,
         {
             "id": device_id,
             "tenant_id": tenant_id,
@@ -326,6 +333,9 @@ CERTIFICATE_COLUMNS = tuple(Certificate.__table__.c[name] for name in (
 ))  # fmt: skip
 
 
+_INSERT_CERTIFICATE = sa.insert(Certificate).returning(Certificate.id)
+
+
 def certificate_record(row: Sequence[Any]) -> CertificateRecord:
     """Read a row of ``CERTIFICATE_COLUMNS``."""
     return CertificateRecord(*row)
@@ -352,7 +362,7 @@ def add_certificate(
     The database refuses a second active one of the same device, and a serial number that its issuer has used.
     """
     added = tx.execute(
-        sa.insert(Certificate).returning(Certificate.id),
+        _INSERT_CERTIFICATE,
         {
             "tenant_id": tenant_id,
             "issuer_id": issuer_id,
@@ -375,12 +385,18 @@ def add_certificate(
 # --- The generation that the broker must reach ---------------------------------------------------------------------
 
 
-def next_generation(tx: Connection, tenant_id: str) -> int:
-    """Advance the generation, in the transaction that makes the change, and return the new one."""
-    advanced = tx.execute(
-        sa.update(BrokerState)
-        .where(BrokerState.tenant_id == tenant_id)
-        .values(generation=BrokerState.generation + 1)
-        .returning(BrokerState.generation)
+_ADVANCE = (
+    sa.update(BrokerState)
+    .where(BrokerState.tenant_id == sa.bindparam("of_tenant"))
+    .values(
+        generation=BrokerState.generation + 1,
+        pending_since=sa.func.coalesce(BrokerState.pending_since, sa.bindparam("at", type_=UtcDateTime)),
     )
-    return advanced.scalar_one()
+    .returning(BrokerState.generation)
+)
+
+
+def next_generation(tx: Connection, tenant_id: str, *, at: datetime) -> int:
+    """Advance the generation, in the transaction that makes the change, and return the new one."""
+    generation: int = tx.execute(_ADVANCE, {"of_tenant": tenant_id, "at": at}).scalar_one()
+    return generation

@@ -36,6 +36,9 @@ class SealedAnswer:
     generation: int
 
 
+_INSERT_DELIVERY = sa.insert(Delivery)
+
+
 def add_delivery(
     tx: Connection,
     *,
@@ -49,7 +52,7 @@ def add_delivery(
 ) -> None:
     """Keep an encrypted bundle for its one download."""
     tx.execute(
-        sa.insert(Delivery),
+        _INSERT_DELIVERY,
         {
             "id": delivery_id,
             "tenant_id": tenant_id,

@@ -26,7 +26,8 @@ from broker_provisioning import (
 from config import AclStyle, Settings
 from db import Database
 from db_issuers import BrokerStateRecord, CrlRecord
-from errors import PortalError
+from errors import LockUnavailable, PortalError
+from failpoints import failpoint
 from files import FileLock
 from lifecycle import DeviceStatus
 from topics import Access, Topic
@@ -34,9 +35,10 @@ from topics import Access, Topic
 log = logging.getLogger("portal.enforcement")
 
 # Grants come in bursts, and each reload costs the broker a pause: passes that only grant keep this distance, whichever
-# process runs them, and where a pass takes long, twice its time. Whoever waits for a grant has a pass at once.
+# process runs them, and where a pass takes longer, as long as it took. Whoever waits for a grant has a pass at once.
 GRANT_INTERVAL_SECONDS = 0.4
 PROBLEM_REPEATED_SECONDS = 60.0
+PASSES_AHEAD = 3  # whoever waits for a pass waits for so many of others', at their longest, before its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +107,24 @@ class Enforcement:
         applied = self.applied_generation()
         if applied >= generation:
             return Outcome(applied, applied)
-        with self._pass_lock.hold():
-            number, outcome = self._last_pass
-            if outcome.covers(generation) or number > begun_before:
+        timeout = self._settings.enforce_timeout if timeout is None else timeout
+        try:
+            with self._pass_lock.hold(PASSES_AHEAD * timeout):
+                number, outcome = self._last_pass
+                if outcome.covers(generation) or number > begun_before:
+                    return outcome
+                state = self._state()
+                if state.applied_generation >= generation:
+                    return Outcome(state.applied_generation, state.applied_generation)
+                with self._counter:
+                    self._passes_begun += 1
+                    number = self._passes_begun
+                outcome = self._pass(timeout)
+                self._last_pass = (number, outcome)
                 return outcome
-            state = self._state()
-            if state.applied_generation >= generation:
-                return Outcome(state.applied_generation, state.applied_generation)
-            with self._counter:
-                self._passes_begun += 1
-                number = self._passes_begun
-            outcome = self._pass(self._settings.enforce_timeout if timeout is None else timeout)
-            self._last_pass = (number, outcome)
-            return outcome
+        except LockUnavailable as error:
+            self._log_problem(error.detail, applied, applied)
+            return Outcome(applied, applied, error.detail)
 
     def install(self) -> Outcome:
         """Write the files of the newest generation with no word to the broker, which may not run yet."""
@@ -134,8 +141,11 @@ class Enforcement:
         """What is wrong with the broker's files, a sentence each; looked at again where a pass may be writing."""
         if not self._broker.damage():
             return []
-        with self._pass_lock.hold():
-            return self._broker.damage()
+        try:
+            with self._pass_lock.hold(self._settings.enforce_timeout):
+                return self._broker.damage()
+        except LockUnavailable as error:
+            return [error.detail]
 
     def broker_answers(self) -> bool:
         """Whether the broker runs and answers on its internal listener."""
@@ -166,7 +176,7 @@ class Enforcement:
             except Exception:
                 log.exception("granting pass failed")
             ended = time.monotonic()
-            interval = max(GRANT_INTERVAL_SECONDS, 2 * (ended - started))
+            interval = max(GRANT_INTERVAL_SECONDS, ended - started)
 
     # --- A pass
 
@@ -184,17 +194,24 @@ class Enforcement:
         deadline = started + timeout
         installed = enforced = 0
         try:
+            failpoint("apply.begin")
             work = self._prepare()
             generation, enforced = work.state.generation, work.state.applied_generation
             self._install(work)
             installed = generation
+            failpoint("apply.after_install")
             self._broker.enforce(generation, deadline)
+            failpoint("apply.after_reload")
             if work.put_out:
                 self._broker.cut_sessions(work.put_out, deadline)
+            failpoint("apply.after_cut")
             if work.put_out or work.crls:
                 self._broker.probe(self._canaries(), deadline)
+            failpoint("apply.after_probe")
             with self._database.transaction() as tx:
                 db_issuers.set_applied_generation(tx, self._tenant_id, generation, applied_at=self._clock())
+                failpoint("apply.before_recorded")
+            failpoint("apply.after_recorded")
         except PortalError as error:
             self._log_problem(error.detail, installed, enforced)
             return Outcome(installed, enforced, error.detail)
@@ -239,6 +256,7 @@ class Enforcement:
             )
             for change in changes:
                 self._update_acl(change)
+            failpoint("apply.after_snapshot")
             put_out = db_reads.devices_put_out(tx, self._tenant_id, since=state.applied_generation)
             changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx)}
             for recorded in self._authority.with_crl():
@@ -248,9 +266,11 @@ class Enforcement:
                     signed.append(next_crl(tx, recorded, previous, days=days, generation=state.generation, now=now))
         self._acl_generation = state.generation
         if signed:
+            failpoint("apply.after_crl_signed")
             with self._database.transaction() as tx:
                 for crl in signed:
                     db_issuers.put_crl(tx, self._tenant_id, crl)
+            failpoint("apply.after_crl_committed")
         return _Work(state, put_out, signed)
 
     def _update_acl(self, change: db_reads.AclChange) -> None:

@@ -1,0 +1,232 @@
+"""Starts a portal with its broker for a benchmark, sets processes racing, sums up what they measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.mosquitto import Mosquitto, free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIENT = ROOT / "bench" / "client.py"
+START_SECONDS = 30.0
+STOP_SECONDS = 20.0
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def stopped_in_order() -> Iterator[None]:
+    """Let SIGTERM end the benchmark as Ctrl-C does, so that what it started is stopped and its folder removed."""
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; everything is stopped.")
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder that the broker's user may pass through, with a path short enough for a unix socket; removed after."""
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix="pb-"))
+    folder.chmod(0o711)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_milliseconds(folder: Path, times: int = 100) -> float:
+    """Median time of making 4 KiB durable on the disk of ``folder``: what every registration waits for."""
+    taken = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(times):
+            os.write(file.fileno(), bytes(4096))
+            started = time.perf_counter()
+            os.fdatasync(file.fileno())
+            taken.append((time.perf_counter() - started) * 1000)
+    return statistics.median(taken)
+
+
+# --- The portal ---------------------------------------------------------------------------------------------------
+
+
+class RunningPortal:
+    """A portal as an operator runs it, on a data folder in ``folder`` and free ports, with Mosquitto beside it.
+
+    As a context manager it starts both and stops them, whatever happens. ``environment`` holds further settings.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.data = folder / "data"
+        self.mqtt_port = free_port()
+        self.log = folder / "portal.log"
+        self._settings = {
+            "PORTAL_DATA_DIR": str(self.data),
+            "PORTAL_MQTT_PORT": str(self.mqtt_port),
+            "PORTAL_BIND": f"127.0.0.1:{free_port()}",
+            "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}",
+            **environment,
+        }
+        self._broker = Mosquitto(self.data / "broker", self.mqtt_port)
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._run("init").wait()
+            self._broker.start()
+            self._server = self._run("serve")
+            self._wait_until_ready(self._server)
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    @property
+    def access(self) -> dict[str, str]:
+        """Address, CA file and operator token, under the names that the CLI knows them by."""
+        lines = (self.data / "operator.env").read_text().splitlines()
+        words = (shlex.split(line.removeprefix("export ")) for line in lines)
+        return dict(word[0].split("=", 1) for word in words)
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Processor time used until now by the portal's processes and by the broker."""
+        assert self._server is not None
+        portal = [self._server.pid, *_children(self._server.pid)]
+        return {"portal": sum(map(_cpu_seconds, portal)), "broker": _cpu_seconds(self._broker.pid)}
+
+    def _run(self, command: str) -> subprocess.Popen[bytes]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "flask", "--app", "app", command],
+                cwd=ROOT,
+                env=inherited | self._settings,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _wait_until_ready(self, server: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not (self.data / "operator.env").exists():
+            if server.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"The portal did not start:\n{self.log.read_text()}")
+            time.sleep(0.02)
+
+    def _stop(self) -> None:
+        if self._server is not None and self._server.poll() is None:
+            self._server.terminate()
+            try:
+                self._server.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                for pid in (*_children(self._server.pid), self._server.pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                self._server.wait()
+        self._broker.stop()
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5); the first one here is state
+    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
+
+
+# --- Races --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """What several processes did at the same time: per second, with each one's times in milliseconds, sorted."""
+
+    rate: float
+    times: tuple[float, ...]
+    client_cpu: float  # seconds of processor time, of all of them together
+    seconds: float
+
+
+def race(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> Race:
+    """Start all ``commands``, let them begin together, wait for all.
+
+    Each prints a line when it is ready, begins at a line on its standard input, and ends with a line of JSON:
+    ``{"seconds": how long it took, "times": [milliseconds of each piece of work], "cpu": seconds}``.
+    """
+    racers = [
+        subprocess.Popen(
+            command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    try:
+        for racer in racers:
+            if not _stream(racer.stdout).readline():
+                sys.exit(f"{shlex.join(map(str, racer.args))} could not begin.")  # type: ignore[arg-type]
+        for racer in racers:
+            _stream(racer.stdin).write("go\n")
+            _stream(racer.stdin).flush()
+        results: list[dict[str, Any]] = [json.loads(_stream(racer.stdout).readline() or "null") for racer in racers]
+    finally:
+        for racer in racers:
+            if racer.poll() is None and sys.exc_info()[0] is not None:
+                racer.terminate()
+            racer.communicate()
+    if None in results:
+        sys.exit("A client failed; its message is above.")
+    times = sorted(time for result in results for time in result["times"])
+    seconds = max(result["seconds"] for result in results)
+    return Race(len(times) / seconds, tuple(times), sum(result["cpu"] for result in results), seconds)
+
+
+def _stream(stream: Any) -> Any:
+    assert stream is not None
+    return stream
+
+
+def make_csr(folder: Path) -> Path:
+    """A CSR with its key (P-256) in ``folder``, made by openssl; returns the CSR's path."""
+    csr = folder / "device.csr"
+    command = "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -subj /CN=bench"
+    files = ["-keyout", str(folder / "device.key"), "-out", str(csr)]
+    subprocess.run([*command.split(), *files], check=True, stderr=subprocess.DEVNULL)
+    return csr
+
+
+# --- Figures ------------------------------------------------------------------------------------------------------
+
+
+def percentile(times: Sequence[float], share: float) -> float:
+    """The smallest of ``times`` (sorted) that at least ``share`` of them do not exceed (nearest rank)."""
+    return times[max(0, math.ceil(share * len(times)) - 1)]
+
+
+def latency(times: Sequence[float]) -> dict[str, float]:
+    """Median, 99th percentile and maximum of sorted times."""
+    figures = {"p50": percentile(times, 0.5), "p99": percentile(times, 0.99), "max": times[-1]}
+    return {name: round(value, 1) for name, value in figures.items()}
