@@ -13,13 +13,13 @@ from datetime import datetime
 
 import click
 from flask import Flask, Response, current_app, g, request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import BaseConverter
 
 import admin
 import errors
 import jobs
 import logs
+import metrics
 from api import admission, problems, requests
 from api.description import description_of
 from api.devices import devices
@@ -30,7 +30,7 @@ from api.responses import response_of
 from api.routing import Call, Route
 from api.tokens import tokens
 from config import Settings
-from errors import InputInvalid, PortalError, StartupError
+from errors import PortalError, StartupError
 from installation import Portal, open_portal, utc_now
 
 log = logging.getLogger("portal.request")
@@ -52,6 +52,7 @@ STATUS_OF: dict[type[PortalError], int] = {
     errors.BodyTooLarge: 413,
     errors.MediaTypeUnsupported: 415,
     errors.InputInvalid: 422,
+    errors.TooManyAttempts: 429,
     errors.Unavailable: 503,
     PortalError: 500,
 }
@@ -160,6 +161,8 @@ def _end(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.request_id
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("Cache-Control", "no-store")
+    seconds = time.perf_counter() - g.started
+    metrics.answered(g.route, request.method, response.status_code, seconds)
     # The rule, not the path: a path can hold a link's token.
     log.info(
         "request",
@@ -168,7 +171,7 @@ def _end(response: Response) -> Response:
             "method": request.method,
             "route": g.route,
             "status": response.status_code,
-            "ms": round((time.perf_counter() - g.started) * 1000, 1),
+            "ms": round(seconds * 1000, 1),
             "actor": g.actor.name if g.actor else None,
             "address": request.remote_addr,
             "device_id": (request.view_args or {}).get("device_id"),
@@ -178,23 +181,12 @@ def _end(response: Response) -> Response:
 
 
 def _failed(error: Exception) -> Response:
-    headers: dict[str, str] = {}
-    status, code, detail = 500, "internal_error", "The portal failed; its log has the cause under this request id."
-    if isinstance(error, PortalError):
-        status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
-        if status != 500:
-            code, detail = error.code, error.detail
-    elif isinstance(error, HTTPException) and error.code is not None and 400 <= error.code < 500:
-        status, code, detail = problems.of_the_framework(error)
-        if isinstance(error, MethodNotAllowed) and error.valid_methods:
-            headers["Allow"] = ", ".join(sorted(error.valid_methods))
-    if status == 500:
+    problem, headers = problems.of_error(error, STATUS_OF, request_id=g.request_id)
+    metrics.refused(problem.code)
+    if problem.status == 500:
         log.error("failed", exc_info=error, extra={"request_id": g.request_id})
-    elif status == 503:
-        log.warning("unavailable", extra={"request_id": g.request_id, "problem": detail, "cause": error.__cause__})
-        headers["Retry-After"] = "2"
-    elif status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    invalid = error.errors if isinstance(error, InputInvalid) else ()
-    body = problems.problem(status, code, detail, request_id=g.request_id, errors=invalid)
-    return Response(body.model_dump_json(exclude_none=True), status, headers, content_type=problems.MEDIA_TYPE)
+    elif problem.status == 503:
+        cause = {"problem": problem.detail, "cause": error.__cause__}
+        log.warning("unavailable", extra={"request_id": g.request_id, **cause})
+    body = problem.model_dump_json(exclude_none=True)
+    return Response(body, problem.status, headers, content_type=problems.MEDIA_TYPE)

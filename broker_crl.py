@@ -67,6 +67,11 @@ def read_window(pem_bundle: bytes) -> CrlWindow:
     return _window(_load_crls(pem_bundle))
 
 
+def read_crls(pem_bundle: bytes) -> list[x509.CertificateRevocationList]:
+    """The CRLs of a file, unchecked; raises ``ProjectionInvalid`` where it is no file of CRLs."""
+    return _load_crls(pem_bundle)
+
+
 def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
     """The issuing CAs of a bundle (PEM): those below another CA, or the roots where there are no others.
 

@@ -25,7 +25,8 @@ from broker_acl import PORTAL_USER, validate_acl
 from broker_crl import CrlWindow, issuing_certificates, read_window, validate_crl
 from config import Settings
 from errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
-from files import FileLock, fsync_directory, private_folder, replace_file
+from failpoints import failpoint
+from files import FileLock, fsync_directory, private_folder, replace_file, temporary_beside
 
 ACL_FILE, CRL_FILE, CA_FILE, RECORD_FILE = "acl", "crl.pem", "ca.pem", "projection.json"
 PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE = "passwords", "server.pem", "server.key"
@@ -175,16 +176,18 @@ class BrokerFiles:
 
     def _replace(self, contents: Mapping[str, bytes]) -> None:
         """Replace several files; none is changed before all are durable under another name."""
-        staged = {name: self._path(f".{name}.{secrets.token_hex(6)}.next") for name in contents}
+        staged = {name: temporary_beside(self._path(name)) for name in contents}
         path = self._settings.broker_dir
         try:
             self._make_folder()
             for name, content in contents.items():
                 path = staged[name]
                 replace_file(path, content, mode=FILE_MODE, group=self._group)
+            failpoint("install.staged")
             for name in contents:
                 path = self._path(name)
                 staged[name].rename(path)
+                failpoint("install.renamed")
             fsync_directory(path.parent)
         except OSError as error:
             raise BrokerUnavailable(

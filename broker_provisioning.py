@@ -27,6 +27,7 @@ from broker_reload import peer_process, run_reload_command, signal_broker
 from broker_session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import Settings
 from errors import BrokerNotEnforcing, BrokerUnavailable
+from failpoints import failpoint
 from topics import is_device_id
 
 __all__ = [
@@ -167,6 +168,7 @@ class BrokerProvisioning(BrokerFiles):
                 )
 
     def _reload(self, broker: int, deadline: float) -> None:
+        failpoint("apply.before_reload")
         if self._settings.broker_reload:
             run_reload_command(self._settings.broker_reload, deadline)
         else:

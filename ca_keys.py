@@ -89,15 +89,15 @@ class KeyFiles:
         return key
 
 
-def passphrase(settings_value: str, path: Path) -> bytes:
+def passphrase(settings_value: str, path: Path, *, make: bool = True) -> bytes:
     """Return the passphrase of the CA keys: the one given, else the content of the file.
 
-    A file that is missing is made, mode 0600 with 256 random bits, and its folder gets mode 0700. Raises
+    A file that is missing is made (with ``make``), mode 0600 with 256 random bits, its folder gets mode 0700. Raises
     ``CaKeyUnavailable`` where the file is readable by others, too short, or cannot be read or written.
     """
     if settings_value:
         return settings_value.encode()
-    if not os.path.lexists(path):
+    if make and not os.path.lexists(path):
         _create_private_file(path, secrets.token_urlsafe(32).encode() + b"\n")  # or another process was faster
     content = _read_private_file(
         path, "passphrase file", "restore it from a backup or set PORTAL_CA_PASSPHRASE"

@@ -177,6 +177,9 @@ class Settings:
     request_timeout: float = _setting(
         "PORTAL_REQUEST_TIMEOUT", "15", _seconds(1, 600), "Seconds a client has for its handshake and its request"
     )
+    login_failures: int = _setting(
+        "PORTAL_LOGIN_FAILURES", "20", _count(1, 1000000), "Failed logins a minute after which an address must wait"
+    )
     log_format: LogFormat = _setting("PORTAL_LOG_FORMAT", "text", _choice(LogFormat), "text or json")
     log_level: str = _setting("PORTAL_LOG_LEVEL", "info", _text, "debug, info, warning or error")
 
@@ -185,6 +188,9 @@ class Settings:
     )
     ca_passphrase: str = _setting(
         "PORTAL_CA_PASSPHRASE", "", _secret, "Opens the CA keys; a 0600 file made at first start if empty"
+    )
+    ca_passphrase_file: Path | None = _setting(
+        "PORTAL_CA_PASSPHRASE_FILE", "", _path, "File with the passphrase, such as a service's credential"
     )
     root_days: int = _setting("PORTAL_ROOT_DAYS", "7300", _count(2, 36500), "Life of the root CA, in days")
     issuing_days: int = _setting("PORTAL_ISSUING_DAYS", "1825", _count(1, 36500), "Life of an issuing CA, in days")
@@ -281,6 +287,23 @@ def _known_variables() -> frozenset[str]:
     }
 
 
+def _passphrase(given: str | None, path: Path | None) -> str:
+    if path is None:
+        return given or ""
+    if given:
+        raise SettingInvalid("PORTAL_CA_PASSPHRASE and PORTAL_CA_PASSPHRASE_FILE cannot both be set.")
+    try:  # a group may read it: systemd shows a service its credentials so
+        if path.stat().st_mode & 0o007:
+            raise SettingInvalid(f"PORTAL_CA_PASSPHRASE_FILE names a file that is open to others; chmod 600 {path}.")
+        return _secret(path.read_text(encoding="utf-8").strip())
+    except OSError as error:
+        raise SettingInvalid(
+            f"PORTAL_CA_PASSPHRASE_FILE names {path}, which cannot be read ({error.strerror})."
+        ) from None
+    except ValueError as error:
+        raise SettingInvalid(f"PORTAL_CA_PASSPHRASE_FILE names {path}, whose content {error}.") from None
+
+
 def _is_wildcard(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_unspecified
@@ -317,6 +340,7 @@ def _derived(values: dict[str, Any]) -> dict[str, Any]:
         raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.")
     if values["issuing_days"] >= values["root_days"]:
         raise SettingInvalid("PORTAL_ISSUING_DAYS must be less than PORTAL_ROOT_DAYS.")
-    for name in ("ca_passphrase", "broker_reload", "broker_group"):
+    values["ca_passphrase"] = _passphrase(values["ca_passphrase"], values["ca_passphrase_file"])
+    for name in ("broker_reload", "broker_group"):
         values[name] = values[name] or ""
     return values

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,17 +16,16 @@ from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
+from db_engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine
 from db_tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, Tenant, UtcDateTime
-from errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
+from db_turns import Result, SharedTransactions
+from errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, LockUnavailable
 from files import FileLock
 from lifecycle import DeviceStatus
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-BUSY_TIMEOUT_SECONDS = 5.0
-# How many connections a process may hold beside those of its request threads: passes, jobs, probes.
-SPARE_CONNECTIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +73,13 @@ class Database:
 
     def __init__(self, url: str, *, lock_path: Path, threads: int) -> None:
         """``url`` is a SQLAlchemy URL of SQLite or PostgreSQL; ``lock_path`` queues SQLite's writers fairly."""
-        self.engine = _create_engine(url, threads)
+        self.engine = create_engine(url, threads)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         # SQLite lets one write at a time and lets the others poll for their turn, which costs tens of
         # milliseconds; a lock of the kernel wakes the next one at once. PostgreSQL queues by itself.
         self._write_gate = FileLock(lock_path) if self.is_sqlite else None
+        self._shared = SharedTransactions(self.transaction)
+        self._locked = False  # whether the last writer waited in vain for the database to be free
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -88,18 +88,37 @@ class Database:
         Raises ``DatabaseUnavailable`` where the database does not answer, is locked by others, or has no room,
         ``LockUnavailable`` where other writers of the portal do not end. Never nest one in another.
         """
-        gate: AbstractContextManager[None] = nullcontext()
-        if self._write_gate is not None:
-            gate = self._write_gate.hold(BUSY_TIMEOUT_SECONDS)
-        with _translated(), gate, self.engine.connect() as connection:
-            connection.execution_options(portal_writes=True)  # read by _on_sqlite_begin
-            connection.begin()
+        # Somebody else who keeps the database locked holds up a thread for each writer, and so the readers in the end:
+        # once one has waited in vain, the next ones only look whether that is over.
+        patience = LOCKED_SECONDS if self._locked else BUSY_TIMEOUT_SECONDS
+        until = time.monotonic() + patience
+        with _translated(), ExitStack() as stack:
+            try:
+                if self._write_gate is not None:
+                    stack.enter_context(self._write_gate.hold(patience))
+                connection = stack.enter_context(self.engine.connect())
+                connection.execution_options(portal_writes=max(0.0, until - time.monotonic()))  # read at its begin
+                connection.begin()
+            except (LockUnavailable, sa.exc.OperationalError):
+                self._locked = True
+                raise
+            self._locked = False
             try:
                 yield connection
             except BaseException:
                 connection.rollback()
                 raise
             connection.commit()
+
+    def write(self, work: Callable[[Connection], Result]) -> Result:
+        """Run ``work`` in a transaction as above, which on SQLite requests that wait at the same time share.
+
+        Returns what ``work`` returns once that is durable. Where it raises, its own part is undone and no other.
+        """
+        if self.is_sqlite:
+            return self._shared.run(work)
+        with self.transaction() as tx:
+            return work(tx)
 
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
@@ -122,7 +141,7 @@ class Database:
             with self.engine.connect() as connection:
                 config.attributes["connection"] = connection
                 try:
-                    with connection.execution_options(portal_writes=True).begin():
+                    with connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin():
                         if not self.is_sqlite:
                             # Of several portals that start at once, one migrates.
                             connection.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))
@@ -141,50 +160,6 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
-
-
-def _create_engine(url: str, threads: int) -> Engine:
-    if url.startswith("postgresql://"):
-        url = "postgresql+psycopg://" + url.removeprefix("postgresql://")
-    options: dict[str, Any] = {
-        "pool_size": threads + SPARE_CONNECTIONS,
-        "max_overflow": 0,
-        "pool_use_lifo": True,  # the connection used last has its pages and statements at hand
-        "hide_parameters": True,  # they would stand in tracebacks
-        "pool_timeout": BUSY_TIMEOUT_SECONDS,
-    }
-    if url.startswith("sqlite"):
-        options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
-    else:
-        options["connect_args"] = {"connect_timeout": int(BUSY_TIMEOUT_SECONDS)}
-        options["pool_pre_ping"] = True
-    try:
-        engine = sa.create_engine(url, **options)
-    except sa.exc.ArgumentError as error:
-        raise StartupError("PORTAL_DATABASE_URL cannot be read as a database URL.") from error
-    if engine.dialect.name == "sqlite":
-        # SQLite would make it with the process's umask; its WAL takes over the file's mode.
-        os.close(os.open(engine.url.database or "", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        sa.event.listen(engine, "connect", _on_sqlite_connect)
-        sa.event.listen(engine, "begin", _on_sqlite_begin)
-    return engine
-
-
-def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN comes too late: see _on_sqlite_begin
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = FULL")  # NORMAL loses acknowledged commits at a power cut
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.execute("PRAGMA secure_delete = ON")  # a delivered bundle is overwritten, not only forgotten
-    cursor.execute("PRAGMA trusted_schema = OFF")
-    cursor.close()
-
-
-def _on_sqlite_begin(connection: Connection) -> None:
-    # A writer takes the write lock at once: a reader that turns writer half-way can fail for no fault of its own.
-    writes = connection.get_execution_options().get("portal_writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 @contextmanager
@@ -384,7 +359,6 @@ def add_certificate(
 
 # --- The generation that the broker must reach ---------------------------------------------------------------------
 
-
 _ADVANCE = (
     sa.update(BrokerState)
     .where(BrokerState.tenant_id == sa.bindparam("of_tenant"))
@@ -398,5 +372,4 @@ _ADVANCE = (
 
 def next_generation(tx: Connection, tenant_id: str, *, at: datetime) -> int:
     """Advance the generation, in the transaction that makes the change, and return the new one."""
-    generation: int = tx.execute(_ADVANCE, {"of_tenant": tenant_id, "at": at}).scalar_one()
-    return generation
+    return int(tx.execute(_ADVANCE, {"of_tenant": tenant_id, "at": at}).scalar_one())

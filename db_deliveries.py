@@ -125,6 +125,19 @@ def claim_delivery(tx: Connection, delivery_id: str, *, now: datetime, lease: ti
     return bundle
 
 
+def close_delivery(tx: Connection, delivery_id: str) -> bool:
+    """Let nobody else fetch the bundle, whatever becomes of the fetch that has it, unless that is released.
+
+    Returns whether the fetch still has it: a revocation may have come in between.
+    """
+    closed = tx.execute(
+        sa.update(Delivery)
+        .where(Delivery.id == delivery_id, Delivery.status == "fetching")
+        .values(lease_until=Delivery.expires_at)
+    )
+    return closed.rowcount == 1
+
+
 def finish_delivery(tx: Connection, delivery_id: str, *, delivered_at: datetime) -> bool:
     """Destroy the bundle, which has arrived; returns whether it was still there (a revocation may have come first)."""
     done = tx.execute(

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from db import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
-from db_tables import AuditHead, BrokerState, Certificate, Crl, IssuerRow, Tenant
+from db_tables import AuditHead, BrokerState, Certificate, Crl, IssuerRow, Tenant, UtcDateTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,15 @@ class RevokedCertificate:
 
 @dataclass(frozen=True, slots=True)
 class BrokerStateRecord:
-    """The generation that the broker must reach, with the one it was last seen to enforce."""
+    """The generation that the broker must reach, with the one it was last seen to enforce.
+
+    ``pending_since`` is since when the two have differed, ``None`` where they do not.
+    """
 
     generation: int
     applied_generation: int
     applied_at: datetime | None
+    pending_since: datetime | None
 
 
 def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
@@ -62,7 +66,10 @@ def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
     if tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is None:
         tx.execute(sa.insert(Tenant), {"id": tenant_id, "created_at": created_at})
         tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, "number": 0, "hash": "0" * 64})
-        tx.execute(sa.insert(BrokerState), {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0})
+        tx.execute(
+            sa.insert(BrokerState),
+            {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at},
+        )
 
 
 def add_issuer(
@@ -154,9 +161,12 @@ def revoked_certificates(tx: Connection, issuer_id: int, *, now: datetime) -> It
 def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:
     """The broker's newest and reached generation."""
     row = tx.execute(
-        sa.select(BrokerState.generation, BrokerState.applied_generation, BrokerState.applied_at).where(
-            BrokerState.tenant_id == tenant_id
-        )
+        sa.select(
+            BrokerState.generation,
+            BrokerState.applied_generation,
+            BrokerState.applied_at,
+            BrokerState.pending_since,
+        ).where(BrokerState.tenant_id == tenant_id)
     ).one()
     return BrokerStateRecord(*row)
 
@@ -166,7 +176,14 @@ def set_applied_generation(tx: Connection, tenant_id: str, generation: int, *, a
     tx.execute(
         sa.update(BrokerState)
         .where(BrokerState.tenant_id == tenant_id, BrokerState.applied_generation < generation)
-        .values(applied_generation=generation, applied_at=applied_at)
+        .values(
+            applied_generation=generation,
+            applied_at=applied_at,
+            # What came while the pass ran has been pending from then on, at the latest from now on.
+            pending_since=sa.case(
+                (BrokerState.generation > generation, sa.literal(applied_at, UtcDateTime)), else_=None
+            ),
+        )
     )
 
 

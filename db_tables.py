@@ -158,14 +158,17 @@ class Crl(Base):
 
 
 class Certificate(Base):
-    """A certificate the portal issued: to a device, a server of its own, or a canary."""
+    """A certificate the portal issued: to a device, a server of its own, or a canary.
+
+    A ``lost`` one was issued after the copy that a restore has put back: it stays on the CRL.
+    """
 
     __tablename__ = "certificates"
     __table_args__ = (
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
         sa.UniqueConstraint("issuer_id", "serial_number"),
         sa.UniqueConstraint("fingerprint"),
-        sa.CheckConstraint(_one_of("purpose", "device", "server", "canary"), name="purpose"),
+        sa.CheckConstraint(_one_of("purpose", "device", "server", "canary", "lost"), name="purpose"),
         sa.CheckConstraint("(purpose = 'device') = (device_id IS NOT NULL)", name="owner"),
         sa.CheckConstraint(_one_of("status", "active", "replaced", "held", "revoked"), name="status"),
         sa.CheckConstraint("(status IN ('held', 'revoked')) = (revoked_at IS NOT NULL)", name="revoked_at"),
@@ -317,3 +320,5 @@ class BrokerState(Base):
     generation: Mapped[int] = mapped_column(sa.BigInteger)
     applied_generation: Mapped[int] = mapped_column(sa.BigInteger)
     applied_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # Since when there has been a generation that the broker was not seen to enforce.
+    pending_since: Mapped[datetime | None] = mapped_column(UtcDateTime)

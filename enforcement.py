@@ -13,6 +13,7 @@ from datetime import datetime
 
 import db_issuers
 import db_reads
+import metrics
 from authority import Authority, crl_is_due, next_crl
 from broker_provisioning import (
     Acl,
@@ -213,12 +214,15 @@ class Enforcement:
                 failpoint("apply.before_recorded")
             failpoint("apply.after_recorded")
         except PortalError as error:
+            metrics.broker_pass(ended_well=False)
             self._log_problem(error.detail, installed, enforced)
             return Outcome(installed, enforced, error.detail)
         except Exception:
+            metrics.broker_pass(ended_well=False)
             log.exception("a pass failed unexpectedly")
             return Outcome(installed, enforced, "The pass failed unexpectedly; the portal's log has the cause.")
         self._last_problem = ("", 0.0)
+        metrics.broker_pass(ended_well=True)
         log.info(
             "broker enforces",
             extra={
@@ -255,7 +259,7 @@ class Enforcement:
                 defaults=self._settings.acl_style is AclStyle.PER_DEVICE,
             )
             for change in changes:
-                self._update_acl(change)
+                put_into_acl(self._acl, change)
             failpoint("apply.after_snapshot")
             put_out = db_reads.devices_put_out(tx, self._tenant_id, since=state.applied_generation)
             changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx)}
@@ -273,17 +277,6 @@ class Enforcement:
             failpoint("apply.after_crl_committed")
         return _Work(state, put_out, signed)
 
-    def _update_acl(self, change: db_reads.AclChange) -> None:
-        if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
-            remove_device_acl(self._acl, change.device_id)
-        elif change.status is DeviceStatus.ACTIVE:
-            own = None
-            if change.topics is not None:
-                own = tuple(Topic(pattern, Access(access)) for pattern, access in change.topics)
-            add_device_acl(self._acl, change.device_id, own)
-        else:
-            forget_device_acl(self._acl, change.device_id)
-
     def _install(self, work: _Work) -> None:
         if self._acl.closed:
             log.error(
@@ -300,6 +293,19 @@ class Enforcement:
                 ca=self._authority.ca_pem.encode(),
             )
         )
+
+
+def put_into_acl(acl: Acl, change: db_reads.AclChange) -> None:
+    """Give a device the place in the ACL that the database says."""
+    if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
+        remove_device_acl(acl, change.device_id)
+    elif change.status is DeviceStatus.ACTIVE:
+        own = None
+        if change.topics is not None:
+            own = tuple(Topic(pattern, Access(access)) for pattern, access in change.topics)
+        add_device_acl(acl, change.device_id, own)
+    else:
+        forget_device_acl(acl, change.device_id)
 
 
 def crl_pem(der: bytes) -> str:

@@ -92,6 +92,16 @@ class Forbidden(PortalError):
     code = "forbidden"
 
 
+class TooManyAttempts(PortalError):
+    """Too many failed logins came from the address; ``retry_after`` is when to try again, in seconds."""
+
+    code = "too_many_attempts"
+
+    def __init__(self, detail: str, retry_after: int) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
 # --- What is asked for --------------------------------------------------------------------------------------------
 
 
@@ -170,6 +180,12 @@ class DatabaseUnavailable(Unavailable):
     code = "database_unavailable"
 
 
+class LockUnavailable(Unavailable):
+    """A lock among the portal's processes is held for too long by another, or its file cannot be opened."""
+
+    code = "busy"
+
+
 class BrokerUnavailable(Unavailable):
     """The broker does not answer on its internal listener, or did not take the new files in time."""
 
@@ -225,3 +241,15 @@ class DatabaseTooNew(StartupError):
     """The database was written by a newer version of the portal."""
 
     code = "database_too_new"
+
+
+class PortalRunning(StartupError):
+    """The data folder is in use in a way that does not allow what is wanted."""
+
+    code = "portal_running"
+
+
+class BackupRefused(StartupError):
+    """A backup cannot be made, or must not be restored."""
+
+    code = "backup_refused"

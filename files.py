@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
+import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from errors import StartupError
+from errors import LockUnavailable, StartupError
+
+LOCK_SECONDS = 60.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.00005, 0.005
 
 
 def fsync_directory(folder: Path) -> None:
@@ -22,13 +28,37 @@ def fsync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name for what is to replace ``path``, of which ``remove_leftovers`` can tell whether its writer lives."""
+    return path.with_name(f".{path.name[-100:]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what writers that were killed have left of files not yet in place, keys perhaps; returns what it was."""
+    removed = []
+    for path in folder.glob(".*.tmp"):
+        name = re.fullmatch(r"\..+\.([0-9]+)\.[0-9a-f]{12}\.tmp", path.name)
+        if name is not None and not _is_alive(int(name[1])):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"  # dead, though nobody has asked how it ended
+
+
 def replace_file(path: Path, content: bytes, *, mode: int = 0o600, group: int | None = None) -> None:
     """Put ``content`` at ``path`` whole and durably: temporary file, fsync, rename, fsync of the folder.
 
     Readers see the old file or the new one, never a part. The mode and the group are set before any content is
     written, so a secret is never readable to others. Raises ``OSError`` and leaves the old file where it fails.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_beside(path)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
@@ -49,11 +79,12 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o600, group: int | 
 
 
 def private_folder(path: Path, *, mode: int = 0o700, group: int | None = None) -> Path:
-    """Create ``path`` where it is missing; its mode, and its group if given, are set in any case."""
-    path.mkdir(mode=mode, parents=True, exist_ok=True)
-    if group is not None:
+    """Create ``path`` where it is missing; its mode, and its group if given, are set unless they are right."""
+    path.mkdir(mode=mode & 0o777, parents=True, exist_ok=True)
+    if group is not None and path.stat().st_gid != group:
         os.chown(path, -1, group)
-    path.chmod(mode)
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)  # a service that is confined may not set every bit, even where it is set
     return path
 
 
@@ -77,6 +108,23 @@ def secret_file(path: Path, make: Callable[[], str]) -> str:
     return secret
 
 
+def _take(descriptor: int, deadline: float, path: Path) -> None:
+    # The kernel's own wait knows no deadline. Asking costs microseconds, and only one thread of a process asks.
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise LockUnavailable(
+                    f"The portal waited for {path} in vain: another of its processes holds it, or is stopped."
+                ) from None
+            time.sleep(pause)
+            pause = min(pause * 1.05, _LONGEST_PAUSE)
+        else:
+            return
+
+
 class FileLock:
     """An advisory lock on a file: one holder among all threads of all processes; the kernel frees it at death."""
 
@@ -85,15 +133,25 @@ class FileLock:
         self._thread_lock = threading.Lock()
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Wait for the lock, hold it for the body of the ``with``."""
-        with self._thread_lock, self._descriptor() as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+    def hold(self, timeout: float = LOCK_SECONDS) -> Iterator[None]:
+        """Wait for the lock, hold it for the body of the ``with``.
+
+        Raises ``LockUnavailable`` where it is not free within ``timeout`` seconds (its holder may be stopped), or
+        where its file cannot be opened.
+        """
+        deadline = time.monotonic() + timeout
+        if not self._thread_lock.acquire(timeout=timeout):
+            raise LockUnavailable(f"The portal waited for {self._path} in vain: it is busy; try again shortly.")
+        try:
+            with self._descriptor() as descriptor:
+                _take(descriptor, deadline, self._path)
+                yield
+        finally:
+            self._thread_lock.release()
 
     @contextmanager
     def try_hold(self) -> Iterator[bool]:
-        """Take the lock if it is free; yields whether it was."""
+        """Take the lock if it is free; yields whether it was. Raises ``LockUnavailable`` where its file cannot be."""
         if not self._thread_lock.acquire(blocking=False):
             yield False
             return
@@ -109,9 +167,23 @@ class FileLock:
             self._thread_lock.release()
 
     @contextmanager
+    def try_share(self) -> Iterator[bool]:
+        """Hold the lock beside others who share it, unless somebody holds it alone; yields whether it was possible."""
+        with self._descriptor() as descriptor:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    @contextmanager
     def _descriptor(self) -> Iterator[int]:
         # Opened at each use, so that a fork never shares the open file description, and with it the lock.
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LockUnavailable(f"{self._path} cannot be opened ({error.strerror}); see to its disk.") from error
         try:
             yield descriptor
         finally:

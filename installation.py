@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 import access
@@ -28,16 +30,20 @@ from config import Settings
 from db import Database
 from db_tables import DEFAULT_TENANT
 from enforcement import Enforcement
-from errors import StartupError
-from files import FileLock, private_folder, replace_file, secret_file
+from errors import PortalRunning, StartupError
+from files import FileLock, private_folder, remove_leftovers, replace_file, secret_file
 from inventory import Inventory
+from monitoring import Monitoring
 from onboarding import Onboarding
 from operators import Operators
 from readiness import Readiness
+from throttle import Throttle
 
 log = logging.getLogger("portal.installation")
 
 CANARY_DAYS = 90
+# Shared by all who have a portal open, held alone by who replaces what they work on.
+PRESENCE_LOCK = ".portal.lock"
 
 
 def utc_now() -> datetime:
@@ -58,12 +64,35 @@ class Portal:
     inventory: Inventory
     operators: Operators
     readiness: Readiness
+    monitoring: Monitoring
     clock: Callable[[], datetime]
     tenant_id: str
+    presence: ExitStack
 
     def close(self) -> None:
-        """Close the database's connections."""
+        """Close the database's connections, and leave the data folder to others."""
         self.database.close()
+        self.presence.close()
+
+
+@contextmanager
+def occupied(settings: Settings) -> Iterator[None]:
+    """Be at work on the data folder, beside others; raises ``PortalRunning`` while somebody has it alone."""
+    make_folders(settings)
+    with FileLock(settings.data_dir / PRESENCE_LOCK).try_share() as present:
+        if not present:
+            raise PortalRunning(f"A backup is being restored to {settings.data_dir}; try again when that has ended.")
+        yield
+
+
+@contextmanager
+def alone(settings: Settings) -> Iterator[None]:
+    """Have the data folder alone; raises ``PortalRunning`` while any process has a portal open on it."""
+    make_folders(settings)
+    with FileLock(settings.data_dir / PRESENCE_LOCK).try_hold() as free:
+        if not free:
+            raise PortalRunning(f"A portal is at work on {settings.data_dir}; stop it first.")
+        yield
 
 
 def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> Portal:
@@ -71,7 +100,12 @@ def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> 
 
     Several processes may do so at once: one makes, the others find. Raises ``StartupError`` with what to change.
     """
-    _make_folders(settings)
+    with ExitStack() as presence:
+        presence.enter_context(occupied(settings))
+        return _open(settings, clock, presence)
+
+
+def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack) -> Portal:
     with FileLock(settings.data_dir / ".setup.lock").hold():
         database = Database(
             settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=settings.threads
@@ -99,21 +133,30 @@ def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> 
         enforcement,
         onboarding,
         Inventory(settings, database),
-        Operators(database, clock),
+        Operators(database, Throttle(settings.data_dir / "attempts", settings.login_failures), clock),
         Readiness(database, authority, enforcement, clock, DEFAULT_TENANT),
+        Monitoring(settings, database, enforcement, clock, DEFAULT_TENANT),
         clock,
         DEFAULT_TENANT,
+        presence.pop_all(),
     )
+
+
+def _folders(settings: Settings) -> tuple[Path, ...]:
+    canaries = settings.data_dir / "canaries"
+    return settings.data_dir, settings.secrets_dir, settings.ca_dir, settings.tls_dir, canaries, settings.broker_dir
 
 
 def prepare(portal: Portal) -> None:
     """Renew what of the portal's own is due and write the broker's files, before broker and portal serve."""
     with FileLock(portal.settings.data_dir / ".setup.lock").hold():
+        for folder in _folders(portal.settings):
+            remove_leftovers(folder)
         portal.broker.password()  # made with its file for the broker where it is missing
         renew_own_certificates(portal)
         with portal.database.transaction() as tx:
             # Whatever changed while nobody looked (a setting, a file), the broker is brought to it anew.
-            db.next_generation(tx, portal.tenant_id)
+            db.next_generation(tx, portal.tenant_id, at=portal.clock())
         portal.enforcement.install()
 
 
@@ -140,7 +183,8 @@ def first_token(portal: Portal) -> str:
 # --- Folders ------------------------------------------------------------------------------------------------------
 
 
-def _make_folders(settings: Settings) -> None:
+def make_folders(settings: Settings) -> None:
+    """Make the folders with their modes; raises ``StartupError`` where they cannot be written."""
     # The broker, often another user, must be able to pass through the data folder to its own; it can list nothing.
     folders = [(settings.data_dir, 0o711), (settings.secrets_dir, 0o700), (settings.ca_dir, 0o700),
                (settings.tls_dir, 0o700), (settings.data_dir / "canaries", 0o700)]  # fmt: skip
@@ -184,8 +228,12 @@ def is_due(path: Path, key: Path, now: datetime, issuer: ca.Issuer, names: tuple
     except (OSError, ValueError):
         return True
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if not start <= now < start + (end - start) * 2 / 3 or certificate.issuer != issuer.certificate.subject:
+    if not start <= now < start + (end - start) * 2 / 3:
         return True
+    try:
+        certificate.verify_directly_issued_by(issuer.certificate)
+    except (ValueError, TypeError, InvalidSignature):
+        return True  # of another CA, which may have the same name
     if not names:
         return False
     alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -268,7 +316,7 @@ def _record(portal: Portal, issued: ca.Issued, *, purpose: str, revoked: bool) -
             reason="cessation_of_operation" if revoked else None,
         )
         if revoked:
-            generation = db.next_generation(tx, portal.tenant_id)
+            generation = db.next_generation(tx, portal.tenant_id, at=now)
             db_issuers.touch_issuer(tx, issuer_id, generation=generation)
         audit.record(
             tx,

@@ -6,8 +6,6 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -16,25 +14,16 @@ import db
 import db_deliveries
 import db_issuers
 import db_reads
+import jobs_schedule
 from authority import ROOT_CRL_DAYS, crl_is_due, next_crl
-from errors import PortalError
-from files import FileLock
 from installation import Portal, canary_files, renew_own_certificates
+from jobs_schedule import EXPIRY, Job
 
 log = logging.getLogger("portal.jobs")
 
 # A connection that was half-way in when its device was revoked is dropped by the broker after this time at the
 # latest; until then a session may still appear, without any rights, and is cut again.
 LATE_SESSIONS = timedelta(seconds=100)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Something to do every so many seconds."""
-
-    name: str
-    seconds: float
-    run: Callable[[Portal], None]
 
 
 def repair_broker(portal: Portal) -> None:
@@ -100,6 +89,11 @@ def expire(portal: Portal) -> None:
         db_deliveries.forget_answers(tx, now=now)
 
 
+def record_refusals(portal: Portal) -> None:
+    """Sum up in one entry of the audit record the refused logins that were too many to be recorded each."""
+    portal.operators.record_the_rest(portal.tenant_id)
+
+
 def cut_late_sessions(portal: Portal) -> None:
     """Cut sessions of freshly revoked devices once more, and try the canaries while there are any."""
     with portal.database.snapshot() as tx:
@@ -117,8 +111,9 @@ def probe_broker(portal: Portal) -> None:
 JOBS = (
     Job("repair", 2.0, repair_broker),
     Job("late sessions", 20.0, cut_late_sessions),
-    Job("expiry", 30.0, expire),
+    Job(EXPIRY, 30.0, expire),
     Job("probe", 60.0, probe_broker),
+    Job("refusals", 60.0, record_refusals),
     Job("crl renewal", 300.0, renew_crls),
     Job("certificate renewal", 600.0, renew_certificates),
 )
@@ -127,39 +122,15 @@ JOBS = (
 def _advance(portal: Portal, action: str, **detail: Any) -> None:
     now = portal.clock()
     with portal.database.transaction() as tx:
-        generation = db.next_generation(tx, portal.tenant_id)
+        generation = db.next_generation(tx, portal.tenant_id, at=now)
         audit.record(
             tx, audit.system_actor(portal.tenant_id), action, "broker", at=now, generation=generation, **detail
         )
 
 
 def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS) -> None:
-    """Run the jobs until ``stopping`` is set, in one process among all on the data folder; the body of a thread.
-
-    When the process that runs them dies, another takes over within a few seconds.
-    """
-    leader = FileLock(portal.settings.data_dir / ".jobs.lock")
-    while not stopping.is_set():
-        with leader.try_hold() as leading:
-            if leading:
-                _lead(portal, stopping, jobs)
-        stopping.wait(2.0)
-
-
-def _lead(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...]) -> None:
-    next_at = {job.name: time.monotonic() for job in jobs}
-    while not stopping.is_set():
-        for job in jobs:
-            if time.monotonic() < next_at[job.name] or stopping.is_set():
-                continue
-            try:
-                job.run(portal)
-            except PortalError as error:
-                log.error("a job failed", extra={"job": job.name, "problem": error.detail})
-            except Exception:
-                log.exception("a job failed", extra={"job": job.name})
-            next_at[job.name] = time.monotonic() + job.seconds
-        stopping.wait(max(0.0, min(next_at.values()) - time.monotonic()))
+    """Run the jobs until ``stopping`` is set, in one process among all on the data folder; the body of a thread."""
+    jobs_schedule.run(portal, stopping, jobs)
 
 
 def start(portal: Portal) -> threading.Event:

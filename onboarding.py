@@ -7,11 +7,13 @@ import hmac
 import json
 import logging
 import secrets
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 import audit
@@ -19,13 +21,14 @@ import ca
 import credential_delivery as delivery
 import db
 import db_deliveries
+import metrics
 from audit import Actor
 from authority import Authority
 from broker_provisioning import check_style
 from config import AclStyle, Settings
 from db import Database
 from enforcement import Enforcement
-from errors import FieldProblem, IdempotencyConflict, InputInvalid, StateConflict, Unavailable
+from errors import FieldProblem, IdempotencyConflict, InputInvalid, LinkRevoked, StateConflict, Unavailable
 from failpoints import failpoint
 from lifecycle import DeviceStatus, advance
 from onboarding_terms import Bundle, Registered, Registration, Revoked
@@ -142,7 +145,8 @@ class Onboarding:
                 download_expires_at=now + timedelta(hours=self._settings.link_hours),
                 bundle_password=password,
             )
-        with self._database.transaction() as tx:
+
+        def record(tx: Connection) -> int:
             # Under the pattern style a device with the default topics is let in with no word to the broker.
             told = topics is not None or self._settings.acl_style is AclStyle.PER_DEVICE
             generation = db.next_generation(tx, actor.tenant_id, at=now) if told else 0
@@ -205,6 +209,10 @@ class Onboarding:
                 key="csr" if key is None else "made here",
             )
             failpoint("register.before_commit")
+            return generation
+
+        generation = self._database.write(record)
+        metrics.registered(with_csr=key is None)
         failpoint("register.after_commit")
         return answer, generation
 
@@ -273,10 +281,11 @@ class Onboarding:
 
         Returns once the broker was seen to refuse it, or once that failed. Raises ``DeviceNotFound``.
         """
-        now = self._clock()
+        started, now = time.monotonic(), self._clock()
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
-            if device.status is DeviceStatus.REVOKED:
+            repeated = device.status is DeviceStatus.REVOKED
+            if repeated:
                 generation, revoked_at, reason = (
                     device.generation,
                     device.revoked_at,
@@ -289,8 +298,12 @@ class Onboarding:
                 audit.record(tx, actor, "device:revoke", f"device:{device_id}", at=now, reason=reason)
             failpoint("revoke.before_commit")
         failpoint("revoke.after_commit")
+        if not repeated:
+            metrics.revoked()
         outcome = self._enforcement.apply(generation)
         enforced = outcome.covers(generation)
+        if enforced and not repeated:
+            metrics.enforced(time.monotonic() - started)
         if not enforced:
             log.error(
                 "a revocation is not enforced by the broker yet",
@@ -326,7 +339,9 @@ class Onboarding:
             return db_deliveries.get_delivery(tx, delivery_id, now=now)
 
     def claim_download(self, actor: Actor, token: str) -> Bundle:
-        """Take the bundle behind a link for one fetch; call ``finish_download`` or ``release_download`` afterwards.
+        """Take the bundle behind a link for one fetch; call ``end_download`` before its end goes out.
+
+        Call ``finish_download`` or ``release_download`` afterwards.
 
         Raises as ``check_download`` does, and ``Unavailable`` while the broker does not know the device.
         """
@@ -339,6 +354,15 @@ class Onboarding:
             audit.record(tx, actor, "bundle:fetch", f"device:{record.device_id}", at=now, delivery=record.id)
         failpoint("deliver.after_claim")
         return Bundle(record.id, record.device_id, content)
+
+    def end_download(self, bundle: Bundle) -> None:
+        """Call before the end of the bundle goes out: from here on a crash leaves the link used, not open again.
+
+        Raises ``LinkRevoked`` where the device was revoked meanwhile; the end must not go out then.
+        """
+        if not self._database.write(lambda tx: db_deliveries.close_delivery(tx, bundle.delivery_id)):
+            raise LinkRevoked("The device of this link has been revoked, so its bundle was destroyed.")
+        failpoint("deliver.after_end")
 
     def finish_download(self, actor: Actor, bundle: Bundle) -> None:
         """The bundle has arrived: destroy it."""

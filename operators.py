@@ -12,13 +12,16 @@ from access import Role
 from audit import Actor
 from db import Database
 from db_access import AuditRecord, TokenRecord
+from errors import TooManyAttempts
+from throttle import Throttle
 
 
 class Operators:
     """Who may ask the portal for something."""
 
-    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+    def __init__(self, database: Database, throttle: Throttle, clock: Callable[[], datetime]) -> None:
         self._database = database
+        self._throttle = throttle
         self._clock = clock
 
     def authenticate(self, secret: str) -> TokenRecord | None:
@@ -62,3 +65,37 @@ class Operators:
         """Record that somebody was refused."""
         with self._database.transaction() as tx:
             audit.record(tx, actor, action, target, at=self._clock(), outcome="refused", code=code)
+
+    def login_failed(self, actor: Actor, action: str, target: str, code: str) -> None:
+        """Take note of a token or link that opens nothing; raises ``TooManyAttempts``.
+
+        Whoever holds a valid one is never asked here, so nobody is locked out by what others at the address do.
+        """
+        failure = self._throttle.failed(actor.address, self._clock().timestamp())
+        if failure.recorded:
+            self.refused(actor, action, target, code)
+        if failure.wait:
+            raise TooManyAttempts(
+                f"Too many logins from this address have failed; try again in {failure.wait} seconds.", failure.wait
+            )
+
+    def came_too_late(self, actor: Actor, action: str, target: str, code: str) -> None:
+        """Take note of one that was valid and is over: nobody has guessed it, and a flood of them fills no record."""
+        if self._throttle.failed(actor.address, self._clock().timestamp(), counts=False).recorded:
+            self.refused(actor, action, target, code)
+
+    def record_the_rest(self, tenant_id: str) -> None:
+        """Record in one entry how many refusals were counted only since the last time."""
+        rest = self._throttle.take_unrecorded()
+        if rest.count:
+            with self._database.transaction() as tx:
+                audit.record(
+                    tx,
+                    audit.system_actor(tenant_id),
+                    "access:throttle",
+                    "access",
+                    at=self._clock(),
+                    outcome="refused",
+                    count=rest.count,
+                    most=dict(rest.networks),
+                )

@@ -37,14 +37,16 @@ def serve(
     certificate: Path,
     key: Path,
     on_ready: Callable[[], None],
+    on_listening: Callable[[], None] | None = None,
     on_worker_start: Callable[[Any], None] | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status, which is 0 after a graceful stop.
 
     ``certificate`` (a chain, PEM) and ``key`` are read again when they change on disk. ``app_factory`` is called in
-    each worker process, ``on_worker_start`` right after it with the application, ``on_ready`` once in the master,
-    when the first worker answers. The application finds in its WSGI environ ``portal.listener``, "main" or "pki",
-    and ``gunicorn.socket``, the ``ssl.SSLSocket`` of the client. Raises ``StartupError``.
+    each worker process, ``on_worker_start`` right after it with the application, ``on_listening`` once in the
+    master, when the ports are its own, ``on_ready`` when the first worker answers. The application finds in its WSGI
+    environ ``portal.listener``, "main" or "pki", and ``gunicorn.socket``, the ``ssl.SSLSocket`` of the client.
+    Raises ``StartupError``.
     """
     tls = ServerTls(certificate, key)
     allow_open_files(settings.max_connections + SPARE_FILES)
@@ -53,6 +55,8 @@ def serve(
             stack.enter_context(listen(settings.bind, "PORTAL_BIND")),
             stack.enter_context(listen(settings.pki_bind, "PORTAL_PKI_BIND")),
         ]
+        if on_listening is not None:
+            on_listening()
         application = _Application(settings, app_factory, tls, on_worker_start or (lambda _app: None))
         arbiter = _Master(application, on_ready)
         arbiter.LISTENERS = listeners

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 
+import metrics
 from config import Settings
 from serving_balance import ConnectionCount
 from serving_connection import Connection, Phase
@@ -208,14 +209,19 @@ class ClientLoop:
         victim = self._open.victim(self._now)
         if victim is None:
             return False
-        self._shed += victim.phase is not Phase.IDLE
+        if victim.phase is not Phase.IDLE:
+            self._count_shed()
         self.drop(victim)
         return True
 
     def _weigh(self, connection: Connection) -> None:
         while (heaviest := self._open.weigh(connection)) is not None:
-            self._shed += 1
+            self._count_shed()
             self.drop(heaviest)
+
+    def _count_shed(self) -> None:
+        self._shed += 1
+        metrics.shed()
 
     # --- The phases, one after the other ----------------------------------------------------------------------
 
@@ -256,6 +262,7 @@ class ClientLoop:
         """Answer a request that the application never sees, then close the connection."""
         request_id = str(uuid.uuid4())
         log.info("Refused a request from %s: %s", connection.client[0], refusal.code, extra={"request_id": request_id})
+        metrics.refused(refusal.code)
         connection.keep = False
         connection.sendall(refusal.response(request_id))
         self.begin_sending(connection)

@@ -13,14 +13,17 @@ from installation import Portal
 
 
 def actor_of(portal: Portal, route: Route, request: Request, request_id: str) -> Actor:
-    """Who asks; raises ``Unauthenticated``, recorded as refused, where the route is not for anyone."""
+    """Who asks, where the route is not for anyone.
+
+    Raises ``Unauthenticated``, recorded as refused, and ``TooManyAttempts``; a valid token is never told to wait.
+    """
     stranger = Actor(portal.tenant_id, "anyone", "none", request_id, request.remote_addr or "")
     if route.permission is None:
         return stranger
     scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
     token = portal.operators.authenticate(secret.strip()) if scheme.lower() == "bearer" and secret else None
     if token is None:
-        portal.operators.refused(stranger, f"{route.method} {route.path}", "access", "unauthenticated")
+        portal.operators.login_failed(stranger, f"{route.method} {route.path}", "access", "unauthenticated")
         raise Unauthenticated(
             "A valid operator token is needed; send it as Authorization: Bearer <token>, or have an admin make one."
         )

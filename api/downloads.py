@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from api.routing import Answers, Call, Reply, Routes
-from errors import Gone, LinkUnknown
+from errors import Gone, LinkUnknown, PortalError
 from transport import HasDescriptor, client_is_gone
 
 downloads = Routes("Download")
@@ -19,7 +19,7 @@ HELD_BACK = 256  # bytes: the end of the archive's directory is among them
     "/download/{token}",
     permission=None,
     answers=Answers(media_type=MEDIA_TYPE, description="The bundle; the link is used up"),
-    errors=(404, 410, 503),
+    errors=(404, 410, 429, 503),
     head_summary="Look at a link and spend nothing",
 )
 def download(call: Call) -> Reply:
@@ -29,9 +29,12 @@ def download(call: Call) -> Reply:
             record = call.portal.onboarding.check_download(call.path["token"])
             return Reply(content=b"", media_type=MEDIA_TYPE, headers=_headers(record.device_id, record.length))
         bundle = call.portal.onboarding.claim_download(call.actor, call.path["token"])
-    except (LinkUnknown, Gone) as error:
-        # Somebody tries a link that is not his, or was not the first to: worth knowing.
-        call.portal.operators.refused(call.actor, "bundle:fetch", "link", error.code)
+    except LinkUnknown as error:
+        call.portal.operators.login_failed(call.actor, "bundle:fetch", "link", error.code)
+        raise
+    except Gone as error:
+        # Somebody was not the first to use the link: worth knowing.
+        call.portal.operators.came_too_late(call.actor, "bundle:fetch", "link", error.code)
         raise
     headers = _headers(bundle.device_id, len(bundle.content))
     portal, actor = call.portal, call.actor
@@ -46,8 +49,11 @@ def download(call: Call) -> Reply:
     call.environ["portal.when_done"] = when_done
     content: Iterator[bytes]
     if "portal.listener" in call.environ:
-        content = _in_two_parts(bundle.content, call.environ["gunicorn.socket"])
+        content = _in_two_parts(
+            bundle.content, call.environ["gunicorn.socket"], lambda: portal.onboarding.end_download(bundle)
+        )
     else:
+        portal.onboarding.end_download(bundle)
         content = _Sending(bundle.content, when_done)
     return Reply(content=content, media_type=MEDIA_TYPE, headers=headers)
 
@@ -59,7 +65,7 @@ def _headers(device_id: str, length: int) -> dict[str, str]:
     }
 
 
-def _in_two_parts(content: bytes, connection: HasDescriptor) -> Iterator[bytes]:
+def _in_two_parts(content: bytes, connection: HasDescriptor, before_end: Callable[[], None]) -> Iterator[bytes]:
     """The bundle, its end only for a client that has stayed for it: without it nobody can open the archive.
 
     TLS hands a small answer to the client's program in one piece, of which it may have read a little only; how the
@@ -69,6 +75,10 @@ def _in_two_parts(content: bytes, connection: HasDescriptor) -> Iterator[bytes]:
     yield b""  # the server has sent the part above when it asks for the next
     if client_is_gone(connection):
         raise ConnectionResetError("the client broke off a download")
+    try:
+        before_end()
+    except PortalError as error:  # the status has gone out already: all there is left is not to finish
+        raise ConnectionResetError(error.detail) from error
     yield content[-HELD_BACK:]
 
 

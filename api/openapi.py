@@ -19,6 +19,7 @@ VERSION = "1"
 _ERROR_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     405: {"Allow": "The methods that the path takes"},
+    429: {"Retry-After": "Seconds"},
     503: {"Retry-After": "Seconds"},
 }
 
@@ -164,7 +165,7 @@ def _responses(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
 def _error_statuses(route: Route) -> set[int]:
     statuses = {400, 405, *route.errors}
     if route.permission is not None:
-        statuses |= {401, 403, 503}
+        statuses |= {401, 403, 429, 503}
     if route.body is not None:
         statuses |= {413, 415, 422}
     if route.query is not None or route.idempotency_key:

@@ -1,7 +1,9 @@
-"""The portal about itself: alive, ready, described."""
+"""The portal about itself: alive, ready, in figures."""
 
 from __future__ import annotations
 
+import metrics
+from access import Permission
 from api.operation_models import CheckModel, HealthModel, ReadyModel
 from api.routing import Answers, Call, Reply, Routes
 
@@ -23,3 +25,15 @@ def readyz(call: Call) -> Reply:
     ]
     ready = all(check.ok for check in checks)
     return Reply(ReadyModel(status="ready" if ready else "not ready", checks=checks), status=200 if ready else 503)
+
+
+@operation.route(
+    "GET",
+    "/metrics",
+    permission=Permission.READ,
+    answers=Answers(media_type="text/plain", description="The text format of Prometheus, version 0.0.4"),
+)
+def read_metrics(call: Call) -> Reply:
+    """Give figures of the fleet, the broker and the requests to Prometheus."""
+    content = metrics.exposition(call.portal.monitoring.gauges())
+    return Reply(content=content, media_type=metrics.MEDIA_TYPE)

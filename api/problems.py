@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 
 from pydantic import Field
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from api.fields import Output
-from errors import FieldProblem
+from errors import FieldProblem, InputInvalid, PortalError, TooManyAttempts
 
 MEDIA_TYPE = "application/problem+json"
 # What the web framework refuses by itself: code and detail for each status.
@@ -56,7 +56,26 @@ def problem(
     )
 
 
-def of_the_framework(error: HTTPException) -> tuple[int, str, str]:
-    """Status, code and detail of an error below 500 that the web framework raised."""
-    status = error.code or 400
-    return status, *_OF_THE_FRAMEWORK.get(status, _OF_ANOTHER_KIND)
+def of_error(
+    error: Exception, status_of: Mapping[type[PortalError], int], *, request_id: str
+) -> tuple[ProblemModel, dict[str, str]]:
+    """Say what went wrong, with the headers that go with it; all that is no error of the caller's is one constant."""
+    headers: dict[str, str] = {}
+    status, code, detail = 500, "internal_error", "The portal failed; its log has the cause under this request id."
+    if isinstance(error, PortalError):
+        status = next(status_of[kind] for kind in type(error).__mro__ if kind in status_of)
+        if status != 500:
+            code, detail = error.code, error.detail
+    elif isinstance(error, HTTPException) and error.code is not None and 400 <= error.code < 500:
+        status = error.code
+        code, detail = _OF_THE_FRAMEWORK.get(status, _OF_ANOTHER_KIND)
+        if isinstance(error, MethodNotAllowed) and error.valid_methods:
+            headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    elif status == 503:
+        headers["Retry-After"] = "2"
+    elif isinstance(error, TooManyAttempts):
+        headers["Retry-After"] = str(error.retry_after)
+    invalid = error.errors if isinstance(error, InputInvalid) else ()
+    return problem(status, code, detail, request_id=request_id, errors=invalid), headers

@@ -5,46 +5,30 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 from flask import Flask
 
 from access import Role
 from app import create_app, portal_of
 from config import Settings
 from installation import Portal, first_token, open_portal, prepare
+from tests.databases import POSTGRES_URL, create_database, drop_database, url_of
 from tests.harness import Api, Clock, api_as, settings_for
 from tests.mosquitto import short_folder
 
-POSTGRES_URL = os.environ.get("PORTAL_TEST_POSTGRES_URL", "")
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
-
-
-def _administrate(statement: str) -> None:
-    engine = sa.create_engine(POSTGRES_URL, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(statement))
-    engine.dispose()
-
-
-def _postgres_url(database: str) -> str:
-    return sa.make_url(POSTGRES_URL).set(database=database).render_as_string(hide_password=False)
 
 
 @pytest.fixture(scope="session", params=DATABASES)
 def prepared(request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
     """A data folder after the first start, with the name of its PostgreSQL database (empty for SQLite)."""
     folder = short_folder()
-    name = "" if request.param == "sqlite" else f"portal_{uuid.uuid4().hex[:12]}"
-    environment = {}
-    if name:
-        _administrate(f"CREATE DATABASE {name}")
-        environment["PORTAL_DATABASE_URL"] = _postgres_url(name)
+    name = "" if request.param == "sqlite" else create_database()
+    environment = {"PORTAL_DATABASE_URL": url_of(name)} if name else {}
     portal = open_portal(settings_for(folder, **environment))
     prepare(portal)
     first_token(portal)
@@ -52,7 +36,7 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
     yield folder, name
     shutil.rmtree(folder)
     if name:
-        _administrate(f"DROP DATABASE {name} WITH (FORCE)")
+        drop_database(name)
 
 
 @contextmanager
@@ -68,17 +52,15 @@ def _fresh_settings(prepared: tuple[Path, str]) -> Iterator[Callable[..., Settin
         for path in prepared_folder.rglob("*"):
             os.chown(folder / path.relative_to(prepared_folder), -1, path.stat().st_gid)
         if prepared_database:
-            name = f"portal_{uuid.uuid4().hex[:12]}"
-            _administrate(f"CREATE DATABASE {name} TEMPLATE {prepared_database}")
-            databases.append(name)
-            environment.setdefault("PORTAL_DATABASE_URL", _postgres_url(name))
+            databases.append(create_database(prepared_database))
+            environment.setdefault("PORTAL_DATABASE_URL", url_of(databases[-1]))
         return settings_for(folder, **environment)
 
     yield make
     for folder in folders:
         shutil.rmtree(folder)
     for name in databases:
-        _administrate(f"DROP DATABASE {name} WITH (FORCE)")
+        drop_database(name)
 
 
 @pytest.fixture

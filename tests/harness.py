@@ -46,6 +46,7 @@ def settings_for(folder: Path, **environment: str) -> Settings:
     """Settings of a portal in ``folder`` on free ports, with no broker running there yet."""
     ports = {"PORTAL_BIND": f"127.0.0.1:{free_port()}", "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}"}
     quick = {"PORTAL_ENFORCE_TIMEOUT": "5", "PORTAL_MQTT_PORT": str(free_port())}
+    quick |= {"PORTAL_LOGIN_FAILURES": "1000000"}  # tests have one address, from which they try many bad tokens
     return Settings.from_env({"PORTAL_DATA_DIR": str(folder), **ports, **quick, **environment})
 
 
@@ -57,7 +58,7 @@ def state_of(portal: Portal) -> dict[str, object]:
             if not table.name.startswith("audit_"):
                 state[table.name] = sorted(repr(tuple(row)) for row in tx.execute(sa.select(table)))
     for path in portal.settings.data_dir.rglob("*"):
-        if path.is_file() and not path.name.startswith("portal.db") and path.suffix != ".lock":
+        if path.is_file() and not path.name.startswith(("portal.db", "attempts")) and path.suffix != ".lock":
             state[str(path)] = (path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns)
     return state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /audit": {ADMIN, AUDITOR},
     "GET /healthz": ANYONE,
     "GET /readyz": ANYONE,
+    "GET /metrics": {ADMIN, OPERATOR, AUDITOR},
     "GET /openapi.json": ANYONE,
     "GET /docs": ANYONE,
 }
@@ -84,10 +86,10 @@ def test_head_is_decided_as_get_is(clients: dict[Role | None, Api], route: str, 
 @ON_SQLITE
 @pytest.mark.parametrize(("role", "code"), [(AUDITOR, "forbidden"), (None, "unauthenticated")])
 def test_a_refusal_is_recorded_under_the_request_id(
-    shared_app: Flask, clients: dict[Role | None, Api], role: Role | None, code: str
+    app: Flask, as_role: Callable[[Role | None], Api], role: Role | None, code: str
 ) -> None:
-    answer = call(clients[role], "POST /register")
-    entry = portal_of(shared_app).operators.audit("default", limit=1, before=None, filters={})[0]
+    answer = call(as_role(role), "POST /register")
+    entry = portal_of(app).operators.audit("default", limit=1, before=None, filters={})[0]
     assert (entry.action, entry.outcome, entry.detail) == ("POST /register", "refused", {"code": code})
     assert entry.request_id == answer.headers["X-Request-Id"]
     assert entry.address == "127.0.0.1"

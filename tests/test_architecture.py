@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 # module of that prefix, all one room; where two entries fit a module, the longer one counts.
 FLOORS = (
     {"app"},
-    {"admin"},
-    {"serving_*", "jobs", "api", "web"},
+    {"admin_*"},
+    {"serving_*", "jobs_*", "api", "web", "backup_*", "doctor_*"},
     {"installation"},
-    {"bulk", "readiness"},
+    {"bulk", "monitoring", "readiness"},
     {"onboarding_*", "inventory", "operators"},
     {"enforcement"},
     {"authority"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"ca_pkcs8"},  # these three: what certificates and the keeping of keys share
     {"ca_algorithms", "ca_parsing"},
     {"lifecycle", "topics"},
-    {"logs"},
+    {"logs", "metrics", "throttle"},
     {"config", "failpoints", "files"},
     {"errors", "failpoints"},
 )
@@ -42,7 +42,7 @@ MOST_LINES = {
     "admin": 250,
     "jobs": 200,
     "lifecycle": 80,
-    "errors": 250,
+    "errors": 280,
     "config": 350,
 }
 MOST_LINES_OF_ANY = 400

@@ -31,6 +31,7 @@ def test_the_defaults_are_those_of_the_docs(tmp_path: Path) -> None:
         ("PORTAL_PKI_BIND", "127.0.0.1:8443", "must differ"),
         ("PORTAL_PUBLIC_URL", "ftp://x", "http:// or https://"),
         ("PORTAL_DATABASE_URL", "mysql://x", "sqlite:/// or postgresql://"),
+        ("PORTAL_LOGIN_FAILURES", "0", "from 1 to 1000000"),
         ("PORTAL_WORKERS", "0", "from 1 to 64"),
         ("PORTAL_WORKERS", "two", "whole number"),
         ("PORTAL_DEVICE_DAYS", "-1", "whole number"),
@@ -51,6 +52,32 @@ def test_a_bad_setting_is_refused_with_a_sentence(tmp_path: Path, name: str, val
     with pytest.raises(SettingInvalid, match=said.replace("(", "\\(")) as caught:
         Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), name: value})
     assert caught.value.detail.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "said"),
+    [
+        ("a passphrase to keep", 0o644, "open to others"),
+        ("short", 0o600, "16 characters"),
+        (None, 0o600, "cannot be read"),
+    ],
+)
+def test_a_passphrase_file_that_cannot_be_used_is_refused(
+    tmp_path: Path, content: str | None, mode: int, said: str
+) -> None:
+    path = tmp_path / "passphrase"
+    if content is not None:
+        path.write_text(content)
+        path.chmod(mode)
+    with pytest.raises(SettingInvalid, match=said) as caught:
+        Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_CA_PASSPHRASE_FILE": str(path)})
+    assert "to keep" not in caught.value.detail
+
+
+def test_a_passphrase_comes_from_one_place(tmp_path: Path) -> None:
+    both = {"PORTAL_CA_PASSPHRASE": "a passphrase to keep", "PORTAL_CA_PASSPHRASE_FILE": "/some/file"}
+    with pytest.raises(SettingInvalid, match="both"):
+        Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), **both})
 
 
 def test_secrets_do_not_stand_in_the_representation(tmp_path: Path) -> None:

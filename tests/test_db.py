@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 import db
 import db_access
+import db_engine
 import db_issuers
 import db_reads
 from config import Settings
@@ -166,7 +167,7 @@ def test_a_topic_stands_once_for_a_device(portal: Portal) -> None:
 
 def test_the_applied_generation_is_never_ahead_of_the_newest_and_never_goes_back(portal: Portal) -> None:
     with portal.database.transaction() as tx:
-        newest = db.next_generation(tx, "default")
+        newest = db.next_generation(tx, "default", at=NOW)
         db_issuers.set_applied_generation(tx, "default", newest, applied_at=NOW)
         db_issuers.set_applied_generation(tx, "default", newest - 1, applied_at=NOW)
         assert db_issuers.get_broker_state(tx, "default").applied_generation == newest
@@ -304,7 +305,7 @@ def test_the_sqlite_file_is_readable_by_its_owner_only(sqlite: Database, tmp_pat
 def test_a_lock_held_by_another_program_is_a_clear_error(
     sqlite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db, "BUSY_TIMEOUT_SECONDS", 0.0)
+    monkeypatch.setattr(db_engine, "BUSY_TIMEOUT_SECONDS", 0.0)
     impatient = Database(f"sqlite:///{tmp_path / 'portal.db'}", lock_path=tmp_path / "lock", threads=1)
     other = sqlite3.connect(tmp_path / "portal.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")

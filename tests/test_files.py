@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import StartupError
-from files import FileLock, private_folder, replace_file, secret_file
+from errors import LockUnavailable, StartupError
+from files import FileLock, private_folder, remove_leftovers, replace_file, secret_file, temporary_beside
 
 
 def test_a_file_is_replaced_with_its_mode(tmp_path: Path) -> None:
@@ -35,6 +35,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path, monk
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["crl.pem"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, files; from pathlib import Path; path = files.temporary_beside(Path(sys.argv[1]))"
+    )
+    path = tmp_path / "server.key"
+    killed = f"{program}; path.write_bytes(b'key'); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", killed, str(path)], cwd=Path(__file__).parent.parent, check=False)
+    ours = temporary_beside(path)
+    ours.write_bytes(b"key")
+    (tmp_path / ".setup.lock").touch()
+    assert len(remove_leftovers(tmp_path)) == 1
+    assert {entry.name for entry in tmp_path.iterdir()} == {ours.name, ".setup.lock"}
 
 
 def test_a_folder_gets_its_mode_even_where_it_was_there(tmp_path: Path) -> None:
@@ -94,10 +108,26 @@ def test_another_process_holds_a_lock_until_it_dies(tmp_path: Path) -> None:
         assert holder.stdout.readline() == b"held\n"
         with lock.try_hold() as held:
             assert not held
+        with pytest.raises(LockUnavailable, match="another of its processes holds it"), lock.hold(0.05):
+            pass
         holder.kill()
         holder.wait()
         with lock.try_hold() as held:
             assert held
+
+
+def test_a_lock_that_another_thread_holds_is_waited_for_no_longer_than_wanted(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "lock")
+    with lock.hold(), pytest.raises(LockUnavailable, match="busy"), lock.hold(0.05):
+        pass
+
+
+def test_a_lock_whose_file_cannot_be_opened_is_said_to_be_unavailable(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "missing" / "lock")
+    with pytest.raises(LockUnavailable, match="No such file"), lock.hold():
+        pass
+    with pytest.raises(LockUnavailable, match="No such file"), lock.try_hold():
+        pass
 
 
 def test_a_lock_leaves_no_descriptor_open(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +17,7 @@ from config import Settings
 from db_tables import Delivery, IdempotencyKey
 from files import FileLock
 from installation import Portal, open_portal
-from jobs import Job
+from jobs_schedule import CLOCK_TRUSTED_SECONDS, EXPIRY, LEADER_LOCK, SILENT_SECONDS, Job
 from tests.harness import Clock
 from tests.test_onboarding import OPERATOR, PUMP
 
@@ -152,3 +154,40 @@ def test_one_process_at_a_time_runs_the_jobs(portal: Portal) -> None:
         assert not held
     release.set()
     first.join()
+
+
+def test_where_the_clock_was_moved_every_job_runs_at_once_but_the_one_that_destroys(
+    portal: Portal, clock: Clock
+) -> None:
+    stopping = threading.Event()
+    ran: list[str] = []
+
+    def move(_: Portal) -> None:
+        ran.append("move")
+        if ran.count("move") == 1:
+            clock.advance(days=365)
+        else:
+            stopping.set()
+
+    daily = Job("daily", 86400, lambda _: ran.append("daily"))
+    expiry = Job(EXPIRY, 0.02, lambda _: ran.append(EXPIRY))
+    jobs.run(portal, stopping, (daily, expiry, Job("move", 0.05, move)))
+    assert ran.count("daily") == 2
+    assert ran.index("move") > ran.index(EXPIRY)
+    assert EXPIRY not in ran[ran.index("move") :]
+    assert CLOCK_TRUSTED_SECONDS >= 3600
+
+
+def test_the_jobs_run_beside_a_process_that_leads_and_gives_no_sign_of_life(portal: Portal) -> None:
+    lock = portal.settings.data_dir / LEADER_LOCK
+    stopping = threading.Event()
+    ran = threading.Event()
+
+    def run_and_stop(_: Portal) -> None:
+        ran.set()
+        stopping.set()
+
+    with FileLock(lock).hold():
+        os.utime(lock, (0, time.time() - SILENT_SECONDS - 1))
+        jobs.run(portal, stopping, (Job("only", 0, run_and_stop),))
+    assert ran.is_set()

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 import db
 import db_issuers
 import db_reads
+import jobs
 from audit import Actor
 from config import Settings
 from db_tables import Certificate, Delivery
@@ -194,6 +195,34 @@ def test_a_fetch_whose_portal_died_may_be_repeated_after_its_lease(portal: Porta
         portal.onboarding.claim_download(OPERATOR, token)
     clock.advance(seconds=31)
     assert portal.onboarding.claim_download(OPERATOR, token).content.startswith(b"PK")
+
+
+def test_a_bundle_whose_end_went_out_is_not_fetched_again_though_the_portal_died(portal: Portal, clock: Clock) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    portal.onboarding.end_download(portal.onboarding.claim_download(OPERATOR, token))
+    clock.advance(seconds=31)
+    with pytest.raises(LinkUsed):
+        portal.onboarding.claim_download(OPERATOR, token)
+    clock.advance(seconds=portal.settings.link_grace)
+    jobs.expire(portal)
+    with portal.database.snapshot() as tx:
+        assert tx.execute(sa.select(Delivery.bundle)).scalars().all() == [None]
+
+
+def test_a_bundle_whose_end_the_client_did_not_take_may_be_fetched_again(portal: Portal) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    first = portal.onboarding.claim_download(OPERATOR, token)
+    portal.onboarding.end_download(first)
+    portal.onboarding.release_download(first)
+    assert portal.onboarding.claim_download(OPERATOR, token).content == first.content
+
+
+def test_a_device_revoked_during_its_fetch_does_not_get_the_end_of_its_bundle(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    bundle = portal.onboarding.claim_download(OPERATOR, token_of(registered))
+    portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
+    with pytest.raises(LinkRevoked):
+        portal.onboarding.end_download(bundle)
 
 
 def test_looking_at_a_link_spends_nothing(portal: Portal) -> None:

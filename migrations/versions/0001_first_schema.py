@@ -55,6 +55,7 @@ def upgrade() -> None:
         sa.Column("generation", sa.BigInteger(), nullable=False),
         sa.Column("applied_generation", sa.BigInteger(), nullable=False),
         sa.Column("applied_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("pending_since", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("applied_generation <= generation", name=op.f("ck_broker_state_applied_generation")),
         sa.CheckConstraint("generation >= 0", name=op.f("ck_broker_state_generation")),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_broker_state_tenant_id")),
@@ -177,7 +178,7 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "(status IN ('held', 'revoked')) = (revoked_at IS NOT NULL)", name=op.f("ck_certificates_revoked_at")
         ),
-        sa.CheckConstraint("purpose IN ('device', 'server', 'canary')", name=op.f("ck_certificates_purpose")),
+        sa.CheckConstraint("purpose IN ('device', 'server', 'canary', 'lost')", name=op.f("ck_certificates_purpose")),
         sa.CheckConstraint("status IN ('active', 'replaced', 'held', 'revoked')", name=op.f("ck_certificates_status")),
         sa.CheckConstraint(
             "(revoked_at IS NULL) = (revocation_reason IS NULL)", name=op.f("ck_certificates_revocation_reason")

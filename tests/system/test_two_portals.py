@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import requests
 from cryptography import x509
 
+from tests.databases import POSTGRES_URL, postgres_database
 from tests.deployment import Deployment, wait_until
 from tests.mosquitto import free_port
 
@@ -19,9 +21,18 @@ REGISTRATIONS = 200
 CLIENTS = 8
 
 
-@pytest.mark.parametrize("style", ["per-device", "pattern"])
-def test_registered_and_revoked_by_two_portals_at_once_all_agree(style: str) -> None:
-    with Deployment(PORTAL_ACL_STYLE=style) as deployment:
+CASES = [("per-device", "sqlite"), ("pattern", "sqlite")]
+if POSTGRES_URL:
+    CASES.append(("per-device", "postgresql"))
+
+
+@pytest.mark.parametrize(("style", "database"), CASES)
+def test_registered_and_revoked_by_two_portals_at_once_all_agree(style: str, database: str) -> None:
+    with ExitStack() as stack:
+        environment = {"PORTAL_ACL_STYLE": style}
+        if database == "postgresql":
+            environment["PORTAL_DATABASE_URL"] = stack.enter_context(postgres_database())
+        deployment = stack.enter_context(Deployment(**environment))
         other = f"127.0.0.1:{free_port()}"
         binds = {"PORTAL_BIND": other, "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}"}
         deployment.start_portal(others=binds)

@@ -1,0 +1,182 @@
+"""Tables as lines of JSON, which any database of the portal writes and takes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command as alembic
+from alembic.config import Config as AlembicConfig
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy.engine import Connection
+
+import db
+from db_tables import Base, UtcDateTime
+from errors import BackupRefused, DatabaseTooNew
+
+BATCH = 500
+# What a column holds, in a way that survives a change of the tables: the names stand in the first line of a copy.
+_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+    "time": UtcDateTime(),
+    "bytes": sa.LargeBinary(),
+    "json": sa.JSON(),
+    "plain": sa.types.NullType(),
+}
+
+
+def table_names() -> list[str]:
+    """Every table, each after those that it refers to."""
+    return [table.name for table in Base.metadata.sorted_tables]
+
+
+# --- Out ----------------------------------------------------------------------------------------------------------
+
+
+def rows(tx: Connection, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table by its key, read bit by bit."""
+    table = Base.metadata.tables[name]
+    query = sa.select(table).order_by(*table.primary_key).execution_options(yield_per=BATCH)
+    with contextlib.closing(tx.execute(query)) as result:
+        for row in result.mappings():
+            yield dict(row)
+
+
+def dump(tx: Connection, name: str) -> Iterator[str]:
+    """A table as lines of JSON: first its columns as pairs of name and kind, then an array a row."""
+    kinds = [(column.name, _kind(column.type)) for column in Base.metadata.tables[name].c]
+    yield json.dumps({"columns": kinds}) + "\n"
+    for row in rows(tx, name):
+        yield json.dumps([_to_json(row[column], kind) for column, kind in kinds], separators=(",", ":")) + "\n"
+
+
+def _kind(of: sa.types.TypeEngine[Any]) -> str:
+    for kind, known in (("time", UtcDateTime), ("bytes", sa.LargeBinary), ("json", sa.JSON)):
+        if isinstance(of, known):
+            return kind
+    return "plain"
+
+
+def _to_json(value: Any, kind: str) -> Any:
+    if value is None or kind in ("plain", "json"):
+        return value
+    return value.isoformat() if kind == "time" else base64.b64encode(value).decode()
+
+
+# --- In -----------------------------------------------------------------------------------------------------------
+
+
+def read(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The rows that ``dump`` wrote; raises ``BackupRefused`` where the lines are none of its."""
+    _, found = _read(lines)
+    return found
+
+
+def load(tx: Connection, name: str, lines: Iterable[bytes]) -> int:
+    """Insert into a table the rows that ``dump`` wrote, at the schema that they are of; returns how many."""
+    kinds, found = _read(lines)
+    table = sa.table(name, *(sa.column(column, _TYPES[kind]) for column, kind in kinds))
+    statement, count = sa.insert(table), 0
+    while batch := list(itertools.islice(found, BATCH)):
+        tx.execute(statement, batch)
+        count += len(batch)
+    return count
+
+
+def _read(lines: Iterable[bytes]) -> tuple[list[tuple[str, str]], Iterator[dict[str, Any]]]:
+    remaining = iter(lines)
+    try:
+        kinds = [(str(name), str(kind)) for name, kind in json.loads(next(remaining))["columns"]]
+    except (StopIteration, ValueError, TypeError, KeyError) as error:
+        raise BackupRefused("A table of the backup has no columns; use another backup.") from error
+    if any(kind not in _TYPES for _, kind in kinds):
+        raise BackupRefused("A table of the backup has a column of an unknown kind; use the version that made it.")
+    return kinds, (_row(line, kinds) for line in remaining)
+
+
+def _row(line: bytes, kinds: list[tuple[str, str]]) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+        return {name: _from_json(value, kind) for (name, kind), value in zip(kinds, values, strict=True)}
+    except (ValueError, TypeError, binascii.Error) as error:
+        raise BackupRefused("A row of the backup cannot be read; use another backup.") from error
+
+
+def _from_json(value: Any, kind: str) -> Any:
+    if value is None or kind in ("plain", "json"):
+        return value
+    return datetime.fromisoformat(value) if kind == "time" else base64.b64decode(value, validate=True)
+
+
+# --- The schema that rows belong to -------------------------------------------------------------------------------
+
+
+def revision(tx: Connection) -> str | None:
+    """The revision of the schema that a database has, ``None`` where it has none."""
+    return MigrationContext.configure(tx).get_current_revision()
+
+
+def head() -> str | None:
+    """The revision of the schema that this version works with."""
+    return ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def check_revision(wanted: str) -> None:
+    """Raise ``DatabaseTooNew`` where a revision of the schema is none that this version knows."""
+    try:
+        known = ScriptDirectory.from_config(_config()).get_revision(wanted)
+    except CommandError:
+        known = None
+    if known is None:
+        raise DatabaseTooNew(
+            f"The backup was made by a newer version of the portal (schema {wanted}); restore it with that version."
+        )
+
+
+def upgrade(tx: Connection, wanted: str) -> None:
+    """Bring the schema to a revision, within the transaction."""
+    config = _config()
+    config.attributes["connection"] = tx
+    alembic.upgrade(config, wanted)
+
+
+def clear(tx: Connection, wanted: str) -> None:
+    """Leave a PostgreSQL database with the tables of a revision, all of them empty, within the transaction."""
+    tx.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))  # as a migration does
+    current = revision(tx)
+    here = [name for name in sa.inspect(tx).get_table_names() if name in Base.metadata.tables]
+    if current == wanted:
+        tx.execute(sa.text(f"TRUNCATE {', '.join(here)}"))
+        return
+    for name in [*here, "alembic_version"]:
+        tx.execute(sa.text(f"DROP TABLE IF EXISTS {name} CASCADE"))
+    tx.execute(sa.text("DROP FUNCTION IF EXISTS portal_refuse() CASCADE"))
+    upgrade(tx, wanted)
+
+
+def renumber(tx: Connection) -> None:
+    """Let the database number new rows above those that came with their numbers; SQLite does so by itself."""
+    if tx.dialect.name == "sqlite":
+        return
+    for table in Base.metadata.sorted_tables:
+        if table.autoincrement_column is None:
+            continue
+        column = table.autoincrement_column.name
+        sequence = tx.execute(sa.select(sa.func.pg_get_serial_sequence(table.name, column))).scalar_one()
+        if sequence is not None:
+            newest = sa.select(sa.func.max(table.c[column])).scalar_subquery()
+            tx.execute(sa.select(sa.func.setval(sequence, sa.func.coalesce(newest, 1), newest.is_not(None))))
+
+
+def _config() -> AlembicConfig:
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(db.MIGRATIONS).replace("%", "%%"))
+    return config

@@ -1,0 +1,74 @@
+"""Connections to the database, set up so that what they commit is durable."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from errors import StartupError
+
+BUSY_TIMEOUT_SECONDS = 5.0
+LOCKED_SECONDS = 0.2  # what a writer waits where the last one waited in vain
+# How many connections a process may hold beside those of its request threads: passes, jobs, probes.
+SPARE_CONNECTIONS = 8
+
+
+def create_engine(url: str, threads: int) -> Engine:
+    """An engine for a SQLite or PostgreSQL URL with connections for ``threads`` and some more; no connection is made.
+
+    Raises ``StartupError`` where the URL cannot be read.
+    """
+    if url.startswith("postgresql://"):
+        url = "postgresql+psycopg://" + url.removeprefix("postgresql://")
+    options: dict[str, Any] = {
+        "pool_size": threads + SPARE_CONNECTIONS,
+        "max_overflow": 0,
+        "pool_use_lifo": True,  # the connection used last has its pages and statements at hand
+        "hide_parameters": True,  # they would stand in tracebacks
+        "pool_timeout": BUSY_TIMEOUT_SECONDS,
+    }
+    if url.startswith("sqlite"):
+        options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
+    else:
+        options["connect_args"] = {"connect_timeout": int(BUSY_TIMEOUT_SECONDS)}
+        options["pool_pre_ping"] = True
+    try:
+        engine = sa.create_engine(url, **options)
+    except sa.exc.ArgumentError as error:
+        raise StartupError("PORTAL_DATABASE_URL cannot be read as a database URL.") from error
+    if engine.dialect.name == "sqlite":
+        # SQLite would make it with the process's umask; its WAL takes over the file's mode.
+        os.close(os.open(engine.url.database or "", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        sa.event.listen(engine, "connect", _on_sqlite_connect)
+        sa.event.listen(engine, "begin", _on_sqlite_begin)
+    return engine
+
+
+def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN comes too late: see _on_sqlite_begin
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")  # NORMAL loses acknowledged commits at a power cut
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA secure_delete = ON")  # a delivered bundle is overwritten, not only forgotten
+    cursor.execute("PRAGMA trusted_schema = OFF")
+    cursor.close()
+
+
+def _on_sqlite_begin(connection: Connection) -> None:
+    # A writer takes the write lock at once: a reader that turns writer half-way can fail for no fault of its own.
+    seconds = connection.get_execution_options().get("portal_writes")
+    if seconds is None:
+        connection.exec_driver_sql("BEGIN")
+    elif seconds > BUSY_TIMEOUT_SECONDS - 0.5:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        finally:
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000)}")

@@ -1,0 +1,86 @@
+"""Named places at which a test makes the portal die or fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+
+NAMES = (
+    "register.before_commit",
+    "register.after_commit",
+    "register.before_answer",
+    "revoke.before_commit",
+    "revoke.after_commit",
+    "apply.begin",
+    "apply.after_snapshot",
+    "apply.after_crl_signed",
+    "apply.after_crl_committed",
+    "install.staged",
+    "install.renamed",
+    "apply.after_install",
+    "apply.before_reload",
+    "apply.after_reload",
+    "apply.after_cut",
+    "apply.after_probe",
+    "apply.before_recorded",
+    "apply.after_recorded",
+    "deliver.after_claim",
+    "deliver.after_end",
+    "deliver.before_finish",
+)
+VARIABLE = "PORTAL_FAILPOINT"
+_FORM = re.compile(r"(?:(?P<after>[a-z._]+)>)?(?P<name>[a-z._]+)(?::(?P<times>[0-9]{1,6}))?(?:=(?P<act>.+))?")
+_ACT = re.compile(r"kill|killgroup|error|sleep:(?P<seconds>[0-9]{1,4}(?:\.[0-9]{1,3})?)")
+
+
+class _Plan:
+    """What is to happen where: ``[AFTER>]NAME[:N][=kill|killgroup|error|sleep:SECONDS]``, at the N-th time, once."""
+
+    def __init__(self, text: str) -> None:
+        form = _FORM.fullmatch(text)
+        act = _ACT.fullmatch((form and form["act"]) or "kill")
+        if form is None or act is None or not {form["name"], form["after"] or form["name"]} <= set(NAMES):
+            form_of_it = "[AFTER>]NAME[:N][=kill|killgroup|error|sleep:SECONDS]"
+            raise SystemExit(f"{VARIABLE} must be {form_of_it}, where a name is one of {', '.join(NAMES)}.")
+        self._name, self._after = form["name"], form["after"]
+        self._left = int(form["times"] or 1)
+        self._act = act
+        self._lock = threading.Lock()
+        sys.stderr.write(f"{VARIABLE} is set: this portal will fail at {text}.\n")
+
+    def reach(self, name: str) -> None:
+        with self._lock:
+            if self._after is not None:
+                if name == self._after:
+                    self._after = None
+                return
+            if name != self._name:
+                return
+            self._left -= 1
+            if self._left != 0:
+                return
+        if self._act["seconds"]:
+            time.sleep(float(self._act["seconds"]))
+        elif self._act[0] == "error":
+            raise OSError(5, f"failpoint {name}")
+        elif self._act[0] == "killgroup":
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+_plan = _Plan(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
+
+
+def failpoint(name: str) -> None:
+    """Do what ``PORTAL_FAILPOINT`` says of ``name``, one of ``NAMES``: nothing, unless it was set at the start.
+
+    It kills the process, or its whole group, with SIGKILL, raises ``OSError`` (EIO) or waits; ``AFTER>`` begins to
+    count once the process has passed that other name.
+    """
+    if _plan is not None:
+        _plan.reach(name)

@@ -1,0 +1,341 @@
+"""What fails around the portal makes it say so, never lose an answer, never give the broker a bad file, and heals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from bench.harness import make_csr
+from tests.crash import Victim, acl_blocks, group_members, let_in, read_crl
+from tests.deployment import wait_until
+from tests.mosquitto import free_port
+
+pytestmark = pytest.mark.system
+
+QUICK = {"PORTAL_ENFORCE_TIMEOUT": "1"}
+# What a client waits for at the longest: the write gate, then SQLite's own patience, and some for a busy machine.
+BOUND = 20.0
+PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
+
+
+class Faulty(Victim):
+    """A deployment to do harm to, with devices whose key is here."""
+
+    def __init__(self, **environment: str) -> None:
+        super().__init__(**QUICK, **environment)
+        make_csr(self.folder)
+        self.csr = (self.folder / "device.csr").read_text()
+        self.statuses: list[int] = []
+
+    def device(self) -> dict[str, Any]:
+        return self.register(csr=self.csr)
+
+    def ask(self, method: str, path: str, body: Any = None) -> requests.Response:
+        """Make a request that a fault may make fail: with 503, a time to come back, and soon."""
+        started = time.monotonic()
+        answer = self.session.request(method, self.url + path, json=body, timeout=2 * BOUND)
+        assert time.monotonic() - started < BOUND
+        assert answer.status_code < 500 or answer.status_code == 503, answer.text
+        if answer.status_code == 503 and path != "/readyz":
+            assert int(answer.headers["Retry-After"]) > 0
+        self.statuses.append(answer.status_code)
+        return answer
+
+    def revoke(self, device: dict[str, Any]) -> requests.Response:
+        return self.ask("POST", f"/revoke/{device['device_id']}")
+
+    def is_let_in(self, device: dict[str, Any]) -> bool:
+        key, ca = self.folder / "device.key", self.operator["PORTAL_CA"]
+        return let_in(ca, device["chain"], key, device["device_id"], self.mqtt_port, self.folder) == ""
+
+    def problems(self) -> list[str]:
+        """The checks of /readyz that fail."""
+        return [check["name"] for check in self.ask("GET", "/readyz").json()["checks"] if not check["ok"]]
+
+    def files_are_good(self) -> None:
+        """Whatever the broker would read now is whole and current."""
+        broker = self.data / "broker"
+        assert read_crl(broker, self.data / "ca.pem")[1] == ""
+        assert (broker / "acl").read_text().splitlines()[-1].startswith("# end ")
+        acl_blocks(broker)
+
+    def recovers(
+        self, *, revoked: list[dict[str, Any]] | None = None, active: list[dict[str, Any]] | None = None
+    ) -> None:
+        """Wait until the portal is ready with nobody's help, then see that every answer still holds."""
+        wait_until(lambda: self.ask("GET", "/readyz").status_code == 200, 30)
+        self.files_are_good()
+        for device in revoked or []:
+            assert self.ask("GET", f"/devices/{device['device_id']}").json()["status"] == "revoked"
+            assert not self.is_let_in(device)
+        for device in active or []:
+            assert self.ask("GET", f"/devices/{device['device_id']}").json()["status"] == "active"
+            assert self.is_let_in(device)
+        assert self.is_let_in(self.device())
+
+
+@pytest.fixture
+def faulty() -> Iterator[Faulty]:
+    with Faulty() as running:
+        yield running
+
+
+@pytest.fixture
+def pair(faulty: Faulty) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One device to be revoked, one to stay."""
+    return faulty.device(), faulty.device()
+
+
+# --- The disk -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk_below(faulty: Faulty, folder: Path) -> Iterator[Path]:
+    """A running deployment goes on with one of its folders on a disk of 16 MB of its own."""
+    faulty.stop_portal()
+    faulty.stop_broker()
+    before = folder.with_name(f"{folder.name}-before")
+    folder.rename(before)
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], check=True)
+    try:
+        subprocess.run(["cp", "-a", f"{before}/.", str(folder)], check=True)
+        faulty.start_broker()
+        faulty.start_portal()
+        faulty.wait_ready()
+        yield folder
+    finally:
+        faulty.stop_portal()
+        faulty.stop_broker()
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def full(folder: Path) -> Iterator[None]:
+    """No room left on a disk for the body of the ``with``."""
+    ballast = folder / "ballast"
+    descriptor = os.open(ballast, os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(descriptor, bytes(4096))
+    os.close(descriptor)
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+def test_a_full_disk() -> None:
+    faulty = Faulty()
+    with faulty, small_disk_below(faulty, faulty.data):
+        revoked, kept = faulty.device(), faulty.device()
+        with full(faulty.data):
+            statuses = {faulty.ask("POST", "/register", PLAIN).status_code for _ in range(20)}
+            assert 503 in statuses
+            answer = faulty.revoke(revoked)
+            faulty.files_are_good()
+            assert faulty.ask("GET", f"/devices/{kept['device_id']}").status_code == 200
+            assert faulty.ask("GET", "/readyz").status_code == 503
+        if answer.status_code != 200:
+            assert faulty.revoke(revoked).status_code == 200
+        faulty.recovers(revoked=[revoked], active=[kept])
+
+
+def test_a_broker_folder_that_became_read_only() -> None:
+    faulty = Faulty()
+    with faulty, small_disk_below(faulty, faulty.data / "broker") as disk:
+        revoked, kept = faulty.device(), faulty.device()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        answer = faulty.revoke(revoked)
+        assert (answer.status_code, answer.json()["broker"]) == (200, "pending")
+        assert "Read-only file system" in answer.json()["broker_problem"]
+        assert "broker" in faulty.problems()
+        faulty.files_are_good()
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        faulty.recovers(revoked=[revoked], active=[kept])
+
+
+@contextlib.contextmanager
+def injected(faulty: Faulty, what: str) -> Iterator[None]:
+    """System calls of all of the portal's processes fail, by strace."""
+    processes = [option for pid in group_members(faulty.processes[0].pid) for option in ("-p", str(pid))]
+    command = ["strace", "-f", "-qq", "-o", str(faulty.folder / "strace"), "-e", f"inject={what}", *processes]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as strace:
+        wait_until(lambda: all(is_traced(pid) for pid in group_members(faulty.processes[0].pid)))
+        try:
+            yield
+        finally:
+            strace.send_signal(signal.SIGINT)
+            strace.communicate()
+
+
+def is_traced(pid: int) -> bool:
+    statuses = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
+    return all("TracerPid:\t0\n" not in status for status in statuses)
+
+
+@pytest.mark.parametrize("call", ["fsync,fdatasync:error=EIO", "rename,renameat,renameat2:error=EIO"])
+def test_a_disk_that_fails(faulty: Faulty, pair: tuple[dict[str, Any], dict[str, Any]], call: str) -> None:
+    revoked, kept = pair
+    with injected(faulty, call):
+        registered = faulty.ask("POST", "/register", PLAIN)
+        answer = faulty.revoke(revoked)
+        faulty.files_are_good()
+        assert answer.status_code == 503 or answer.json()["broker"] == "pending"
+        if call.startswith("fsync"):
+            assert registered.status_code == 503
+    if answer.status_code != 200:
+        assert faulty.revoke(revoked).status_code == 200
+    faulty.recovers(revoked=[revoked], active=[kept])
+
+
+# --- The broker ---------------------------------------------------------------------------------------------------
+
+
+def test_a_broker_that_was_killed(faulty: Faulty, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    revoked, kept = pair
+    assert faulty.broker is not None
+    os.kill(faulty.broker.pid, signal.SIGKILL)
+    faulty.broker.stop()
+    assert faulty.revoke(revoked).json()["broker"] == "pending"
+    assert faulty.problems() == ["broker"]
+    faulty.start_broker()
+    faulty.recovers(revoked=[revoked], active=[kept])
+
+
+def test_a_broker_that_was_stopped(faulty: Faulty, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    revoked, kept = pair
+    assert faulty.broker is not None
+    os.kill(faulty.broker.pid, signal.SIGSTOP)
+    try:
+        assert faulty.revoke(revoked).json()["broker"] == "pending"
+        assert faulty.problems() == ["broker"]
+    finally:
+        os.kill(faulty.broker.pid, signal.SIGCONT)
+    faulty.recovers(revoked=[revoked], active=[kept])
+
+
+def test_a_broker_that_is_slow(faulty: Faulty, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    revoked, kept = pair
+    assert faulty.broker is not None
+    pid, over = faulty.broker.pid, threading.Event()
+
+    def hold_up() -> None:
+        while not over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(0.09)
+            os.kill(pid, signal.SIGCONT)
+            over.wait(0.01)
+
+    thread = threading.Thread(target=hold_up)
+    thread.start()
+    try:
+        answer = faulty.revoke(revoked).json()
+    finally:
+        over.set()
+        thread.join()
+    if answer["broker"] == "enforced":
+        assert not faulty.is_let_in(revoked)
+    faulty.recovers(revoked=[revoked], active=[kept])
+
+
+def test_a_broker_whose_socket_is_gone(faulty: Faulty, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    revoked, kept = pair
+    (faulty.data / "broker" / "portal.sock").unlink()
+    assert faulty.revoke(revoked).json()["broker"] == "pending"
+    assert faulty.problems() == ["broker"]
+    faulty.stop_broker()
+    faulty.start_broker()
+    faulty.recovers(revoked=[revoked], active=[kept])
+
+
+# --- The database -------------------------------------------------------------------------------------------------
+
+
+def test_a_database_that_another_process_keeps_locked(
+    faulty: Faulty, pair: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    revoked, kept = pair
+    seconds = float(os.environ.get("FAULT_SECONDS", "8"))
+    other = sqlite3.connect(faulty.data / "portal.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    over, threads, until = threading.Event(), [], time.monotonic() + seconds
+
+    def go_on() -> None:
+        while not over.is_set():
+            faulty.ask("POST", "/register", PLAIN)
+
+    for _ in range(20):  # more than the portal has threads: none of it may hang for the others' sake
+        threads.append(threading.Thread(target=go_on))
+        threads[-1].start()
+    while time.monotonic() < until:
+        assert faulty.ask("GET", f"/devices/{kept['device_id']}").status_code == 200
+        answer = faulty.revoke(revoked)
+        assert answer.status_code == 503
+    over.set()
+    other.execute("ROLLBACK")
+    other.close()
+    for thread in threads:
+        thread.join()
+    assert 503 in faulty.statuses
+    assert faulty.revoke(revoked).json()["broker"] == "enforced"
+    faulty.recovers(revoked=[revoked], active=[kept])
+
+
+# --- Another portal on the same folder, stopped -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", ["revoke.before_commit", "apply.after_install"])
+def test_a_portal_that_was_stopped_while_it_holds_a_lock_holds_no_other_up(
+    faulty: Faulty, pair: tuple[dict[str, Any], dict[str, Any]], held: str
+) -> None:
+    """``revoke.before_commit`` is within the write gate and SQLite's lock, ``apply.after_install`` within a pass."""
+    revoked, kept = pair
+    mine = {"PORTAL_BIND": f"127.0.0.1:{free_port()}", "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}"}
+    sleeps = {"PORTAL_FAILPOINT": f"revoke.after_commit>{held}=sleep:600"}
+    if held.startswith("revoke"):
+        sleeps = {"PORTAL_FAILPOINT": f"{held}=sleep:600"}
+    other = faulty.start_portal(others=mine | sleeps)
+
+    def revoke_there() -> None:
+        with contextlib.suppress(requests.RequestException):
+            faulty.session.post(f"https://{mine['PORTAL_BIND']}/revoke/{revoked['device_id']}", timeout=60)
+
+    stuck = threading.Thread(target=revoke_there)
+    faulty.wait_ready()
+    stuck.start()
+    lock = faulty.data / (".write.lock" if held == "revoke.before_commit" else ".pass.lock")
+    wait_until(lambda: all(is_held(lock, other.pid) for _ in range(50)))  # held for good, not in passing
+    for pid in group_members(other.pid):
+        os.kill(pid, signal.SIGSTOP)
+    registered = faulty.ask("POST", "/register", PLAIN)
+    answer = faulty.revoke(revoked)
+    if held == "revoke.before_commit":
+        assert (registered.status_code, answer.status_code) == (503, 503)
+    else:
+        assert registered.status_code == 201
+        assert answer.json()["broker"] == "pending"
+        assert "another of its processes holds it" in answer.json()["broker_problem"]
+        assert "broker" in faulty.problems()
+    os.killpg(other.pid, signal.SIGKILL)
+    stuck.join()
+    assert faulty.revoke(revoked).json()["broker"] == "enforced"
+    faulty.recovers(revoked=[revoked], active=[kept])
+
+
+def is_held(lock: Path, group: int) -> bool:
+    """Whether a process of the group holds a lock."""
+    members = {str(pid) for pid in group_members(group)}
+    held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " FLOCK " in line]
+    return any(fields[4] in members and int(fields[5].split(":")[2]) == lock.stat().st_ino for fields in held)

@@ -1,0 +1,81 @@
+"""The whole portal's figures: whichever worker process is asked, and whichever was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.deployment import Deployment, wait_until
+from tests.exposition import Samples, samples_of, total_of, value_of
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    with Deployment(PORTAL_WORKERS="3", PORTAL_LOGIN_FAILURES="10") as running:
+        yield running
+
+
+def scrape(deployment: Deployment) -> Samples:
+    deployment.session.close()  # a new connection, which any worker may take
+    answer = deployment.call("GET", "/metrics")
+    assert answer.status_code == 200, answer.text
+    return samples_of(answer.text)
+
+
+def counted(deployment: Deployment) -> float:
+    return total_of(scrape(deployment), "portal_http_requests_total", route="/healthz")
+
+
+def workers(deployment: Deployment) -> list[int]:
+    master = deployment.processes[0].pid
+    with open(f"/proc/{master}/task/{master}/children", encoding="ascii") as children:
+        return [int(child) for child in children.read().split()]
+
+
+def test_every_worker_tells_the_same_and_all_of_it(deployment: Deployment) -> None:
+    before = counted(deployment)
+    for _ in range(12):
+        deployment.session.close()
+        assert deployment.call("GET", "/healthz").status_code == 200
+    assert {counted(deployment) for _ in range(6)} == {before + 12}
+
+
+def test_a_revocation_is_counted_with_the_time_until_the_broker_refused_the_device(deployment: Deployment) -> None:
+    before = scrape(deployment)
+    device = deployment.register()["device_id"]
+    assert deployment.call("POST", f"/revoke/{device}").json()["broker"] == "enforced"
+    after = scrape(deployment)
+    for name in ("portal_registrations_total", "portal_revocations_total", "portal_enforce_seconds_count"):
+        assert total_of(after, name) == total_of(before, name) + 1
+    assert value_of(after, "portal_generation_pending_seconds") == 0
+    assert value_of(after, "portal_broker_up") == 1
+
+
+def test_killed_workers_take_no_counts_with_them_and_leave_no_files(deployment: Deployment) -> None:
+    before = counted(deployment)
+    for _ in range(3):
+        for _ in range(4):
+            deployment.session.close()
+            assert deployment.call("GET", "/healthz").status_code == 200
+        there = workers(deployment)
+        os.kill(there[0], signal.SIGKILL)
+        wait_until(lambda gone=there[0]: gone not in workers(deployment) and len(workers(deployment)) == 3)
+    assert counted(deployment) == before + 12
+    assert len([*(deployment.data / "metrics").glob("*.db")]) <= 8
+
+
+def test_the_workers_count_failed_logins_together(deployment: Deployment) -> None:
+    statuses = []
+    for _ in range(15):
+        deployment.session.close()
+        answer = deployment.call("GET", "/devices", headers={"Authorization": "Bearer op_guess"})
+        statuses.append(answer.status_code)
+    assert statuses == [401] * 10 + [429] * 5
+    assert 1 <= int(answer.headers["Retry-After"]) <= 60
+    assert deployment.call("GET", "/devices").status_code == 200
+    assert value_of(scrape(deployment), "portal_refusals_total", code="too_many_attempts") == 5
