@@ -1,0 +1,134 @@
+"""The first command of the README: it sets up, serves, stops cleanly, and says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deployment import wait_until
+from tests.script_process import ROOT, Run, ScriptFolder, machine_without_mosquitto, processes_with
+from tests.shell_session import masked
+
+pytestmark = pytest.mark.system
+
+SET_UP = r"(Making a virtual environment in .*|Installing the Python packages of .*)\n"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with ScriptFolder() as made:
+        yield made
+
+
+def shown_in_readme() -> str:
+    text = (ROOT / "README.md").read_text()
+    found = re.search(r"```console\n\$ scripts/run\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def what_it_prints(text: str, project: str, data: str) -> str:
+    """Without the lines of a first set-up, and without paths and ports."""
+    return masked(re.sub(SET_UP, "", text).replace(data, "<data>").replace(project, "<project>")).strip()
+
+
+def test_it_serves_stops_and_goes_on_with_the_same_data(folder: Path) -> None:
+    data = folder / "data"
+    with Run(data) as run:
+        run.wait_ready()
+        home = "/opt/onboarding-portal"
+        expected = what_it_prints(shown_in_readme(), home, f"{home}/data")
+        assert what_it_prints(run.printed, str(ROOT), str(data)) == expected
+
+        operator = (data / "operator.env").read_text()
+        assert stat.S_IMODE((data / "operator.env").stat().st_mode) == 0o600
+        names = re.findall(r"^export (\w+)=\S+$", operator, re.MULTILINE)
+        assert names == ["PORTAL_URL", "PORTAL_CA", "PORTAL_TOKEN", "PORTAL_MQTT_PORT"]
+        assert f"PORTAL_MQTT_PORT={run.ports['PORTAL_MQTT_PORT']}\n" in operator
+
+        wait_until(lambda: run.bash("./portal status").returncode == 0)
+        registered = run.bash(
+            f"./portal register pump-1 --type pump --location here --firmware 1 --out '{folder}/pump'"
+        )
+        assert registered.returncode == 0, registered.stderr
+        published = run.bash(
+            f"cd '{folder}/pump' && mosquitto_pub $(grep -v '^#' mosquitto-client.conf)"
+            " -t devices/$(openssl x509 -in device.pem -noout -subject | grep -o '[0-9a-f-]*$')/up -m 1 -q 1 -d"
+        )
+        assert "received PUBACK (Mid: 1, RC:0)" in published.stdout, published
+
+        # Another one beside it refuses, and does not disturb it.
+        with Run(data, run.addresses) as second:
+            assert second.wait_end() == 1
+        assert "is in use; stop what uses it or set PORTAL_" in second.printed
+        assert run.bash("./portal list").stdout.count("pump-1") == 1
+
+        assert run.terminate() == 0
+        assert "Stopped. The data stay in" in run.printed
+        assert processes_with(str(data)) == []
+
+    with Run(data, run.addresses) as again:
+        again.wait_ready()
+        assert (data / "operator.env").read_text() == operator
+        listed = again.bash("./portal list")
+        assert "pump-1\tpump\there\tactive" in listed.stdout, listed
+        assert again.press_ctrl_c() == 0
+        assert processes_with(str(data)) == []
+
+
+@pytest.mark.parametrize("variable", ["PORTAL_BIND", "PORTAL_MQTT_PORT"])
+def test_a_port_in_use_is_said_in_one_sentence(folder: Path, variable: str) -> None:
+    run = Run(folder / "data")
+    with socket.create_server(("127.0.0.1", run.ports[variable])), run:
+        assert run.wait_end() == 1
+    last = run.printed.splitlines()[-1]
+    assert re.fullmatch(
+        rf"Port {run.ports[variable]}( on 127\.0\.0\.1)? is in use; stop what uses it or set {variable}\.", last
+    ), run.printed
+    assert run.printed.splitlines()[-2].startswith("Broker files"), run.printed
+    assert processes_with(str(folder / "data")) == []
+
+
+def test_a_wrong_setting_is_said_in_one_sentence(folder: Path) -> None:
+    with Run(folder / "data", {"PORTAL_DEVICE_DAYS": "many"}) as run:
+        assert run.wait_end() == 1
+    assert re.fullmatch(r"Setting up\.\n(.*\n)?Error: PORTAL_DEVICE_DAYS must be .*\.\n", run.printed), run.printed
+
+
+def test_it_ends_and_says_so_when_the_broker_has_died(folder: Path) -> None:
+    with Run(folder / "data") as run:
+        run.wait_ready()
+        os.kill(int((folder / "data" / "broker" / "mosquitto.pid").read_text()), signal.SIGKILL)
+        assert run.wait_end() == 1
+    assert f"Mosquitto has stopped by itself. The last lines of {folder}/data/broker/mosquitto.log:" in run.printed
+    assert processes_with(str(folder / "data")) == []
+
+
+def test_without_mosquitto_it_names_the_package_and_writes_the_files(folder: Path) -> None:
+    root, path = machine_without_mosquitto(folder)
+    with Run(folder / "data", {"PATH": path}, root=root) as run:
+        run.wait_ready()
+        assert "Install it with: apt-get install mosquitto\n" in run.printed
+        assert f"No broker is running; its files are in {folder}/data/broker\n" in run.printed
+        done = run.bash(
+            f"./portal register pump-1 --type pump --location here --firmware 1 --csr '{_csr(folder)}' --json"
+        )
+        assert '"status": "active"' in done.stdout, done
+        device_id = re.findall(r'"device_id": "(.*?)"', done.stdout)[0]
+        wait_until(lambda: f"user {device_id}" in (folder / "data" / "broker" / "acl").read_text())
+        assert run.terminate() == 0
+    assert processes_with(str(folder / "data")) == []
+
+
+def _csr(folder: Path) -> Path:
+    make = "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout key -out csr"
+    subprocess.run(make.split(), cwd=folder, check=True, capture_output=True)
+    return folder / "csr"

@@ -1,0 +1,144 @@
+"""The documentation: its links lead somewhere, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import admin
+from cli import SECTIONS, cli
+from config import Settings
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("docs/*.md")])
+OTHER_VARIABLES = {"PORTAL_URL", "PORTAL_CA", "PORTAL_TOKEN", "PORTAL_BUNDLE_PASSWORD", "PORTAL_VENV"}
+FOLDERS = ("api", "bench", "docs", "migrations", "mosquitto", "scripts", "templates", "tests", ".ci")
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def code(text: str) -> list[str]:
+    """What stands in backticks, and each line of the blocks."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    without = re.sub(r"^```\w*\n.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"^ {4,}(.+)$", without, re.MULTILINE)
+    lines = [line for block in fenced for line in block.splitlines()] + indented
+    return [*re.findall(r"`([^`\n]+)`", without), *(line.strip().removeprefix("$ ") for line in lines)]
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        path, _, anchor = target.partition("#")
+        leads_to = (document.parent / path).resolve() if path else document
+        assert leads_to.is_file(), target
+        assert leads_to.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(leads_to.read_text()), target
+
+
+def test_every_document_can_be_reached_from_the_readme() -> None:
+    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())}
+    assert set(DOCUMENTS) - {ROOT / "README.md"} <= linked
+
+
+@each_document
+def test_files_and_folders_that_are_named_exist(document: Path) -> None:
+    place = re.compile(
+        rf"^(?:\./)?(?:(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*-]*|[\w*]+\.py|requirements[\w-]*\.txt)$"
+    )
+    for word in (word for text in code(document.read_text()) for word in text.split()[:1]):
+        if place.match(word):
+            assert list(ROOT.glob(word.rstrip("/"))), word
+
+
+def test_every_module_is_on_the_map() -> None:
+    named = {word for word in code((ROOT / "docs" / "changing.md").read_text()) if word.endswith(".py")}
+    mapped = {path.name for pattern in named for path in ROOT.glob(pattern)}
+    others = {path.name for path in ROOT.glob("*.py")} - mapped
+    # A room that outgrew one file has others of its prefix.
+    assert {name for name in others if f"{name.removesuffix('.py').partition('_')[0]}.py" not in named} == set()
+
+
+def calls_of(program: str) -> list[tuple[str, list[str]]]:
+    """Each call of a program in the documents, with its words."""
+    found = []
+    for document in DOCUMENTS:
+        for text in code(document.read_text()):
+            match = re.match(rf"(?:\./)?{re.escape(program)} ([a-z-].*)", text)
+            if match:
+                found.append((f"{document.name}: {text}", match[1].split()))
+    return found
+
+
+def commands(group: click.Group, *parents: str) -> dict[str, click.Command]:
+    """All commands by what is typed for them."""
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, *parents, name)
+        else:
+            found[" ".join((*parents, name))] = command
+    return found
+
+
+def options(command: click.Command) -> set[str]:
+    named = {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
+    return named | {"--help", "-h"}
+
+
+def test_commands_of_the_cli_that_are_named_exist_with_their_options() -> None:
+    calls = calls_of("./portal") + calls_of("portal")
+    assert len(calls) >= 8
+    for where, words in calls:
+        command: click.Command = cli
+        while words and isinstance(command, click.Group) and not words[0].startswith("-"):
+            assert words[0] in command.commands, where
+            command = command.commands[words.pop(0)]
+        for word in words:
+            if word.startswith("-"):
+                assert word.partition("=")[0] in options(command) | options(cli), where
+
+
+def test_commands_of_the_server_that_are_named_exist() -> None:
+    nothing: Callable[..., Any] = lambda *_, **__: None  # noqa: E731 - the commands are looked at, not run
+    known = {command.name for command in admin.commands(nothing, nothing)} | {"run", "routes", "shell"}
+    calls = calls_of("flask --app app")
+    assert calls
+    assert {words[0] for _, words in calls} <= known
+
+
+@each_document
+def test_variables_that_are_named_are_settings(document: Path) -> None:
+    settings = {field.metadata["env"] for field in Settings.__dataclass_fields__.values()}
+    assert set(re.findall(r"PORTAL_[A-Z_]+[A-Z]", document.read_text())) <= settings | OTHER_VARIABLES
+
+
+@pytest.mark.parametrize("name", commands(cli))
+def test_each_command_has_help_with_examples_and_json_as_the_readme_says(name: str) -> None:
+    done = CliRunner().invoke(cli, [*name.split(), "--help"])
+    assert done.exit_code == 0
+    assert "Examples:\n" in done.output
+    assert "--json" in options(commands(cli)[name])
+
+
+def test_the_readme_lists_all_commands() -> None:
+    listed = re.findall(r"^  (\w+) {2,}[A-Z].*\.$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert listed == [command.name for section in SECTIONS.values() for command in section]
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 220
+    assert max(len(line) for line in re.sub(r"```.*?```", "", text, flags=re.DOTALL).splitlines()) <= 125
