@@ -139,6 +139,7 @@ def audit(
             for entry in entries
         ],
         spare=("address", "request id", "detail"),
+        whole=("action", "outcome"),
     )
     if next_cursor:
         portal.out.note(f"These are the newest {len(entries)}; --all shows all.")

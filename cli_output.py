@@ -118,11 +118,18 @@ class Output:
         sys.stdout.write(content if content.endswith("\n") else content + "\n")
         sys.stdout.flush()
 
-    def table(self, titles: Sequence[str], rows: Sequence[Sequence[Cell]], *, spare: Sequence[str] = ()) -> None:
+    def table(
+        self,
+        titles: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        *,
+        spare: Sequence[str] = (),
+        whole: Sequence[str] = (),
+    ) -> None:
         """A table for people; for programs a tab-separated line a row, without titles.
 
         On a terminal that is too narrow the ``spare`` columns are left out, the last first; what is too long in
-        the others is cut, but never the first column.
+        the others is cut, but never the first column, nor those of ``whole``.
         """
         if not self.for_people:
             for row in rows:
@@ -136,7 +143,7 @@ class Output:
                 kept.remove(titles.index(title))
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i in kept:
-            least = widths[i] if i == 0 else None
+            least = widths[i] if i == 0 or titles[i] in whole else None
             table.add_column(titles[i].upper(), no_wrap=True, overflow="ellipsis", min_width=least)
         for line in texts:
             table.add_row(*(line[i] for i in kept))
@@ -210,7 +217,10 @@ def _words(*parts: str | tuple[str, str]) -> Text:
 
 
 def _label(name: str) -> str:
-    words = name.replace("_", " ")
+    group, _, number = name.rpartition(".")
+    if number.isdigit():
+        name = f"{group.removesuffix('s')} {int(number) + 1}"  # topics.0 is a person's first topic
+    words = name.replace("_", " ").replace(".", " ")
     return words[:1].upper() + words[1:] if words not in _ABBREVIATIONS else words.upper()
 
 
