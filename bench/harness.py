@@ -112,11 +112,14 @@ class RunningPortal:
         words = (shlex.split(line.removeprefix("export ")) for line in lines)
         return dict(word[0].split("=", 1) for word in words)
 
+    def pids(self) -> list[int]:
+        """The portal's processes: the master, then the workers."""
+        assert self._server is not None
+        return [self._server.pid, *_children(self._server.pid)]
+
     def cpu_seconds(self) -> dict[str, float]:
         """Processor time used until now by the portal's processes and by the broker."""
-        assert self._server is not None
-        portal = [self._server.pid, *_children(self._server.pid)]
-        return {"portal": sum(map(_cpu_seconds, portal)), "broker": _cpu_seconds(self._broker.pid)}
+        return {"portal": sum(map(_cpu_seconds, self.pids())), "broker": _cpu_seconds(self._broker.pid)}
 
     def _run(self, command: str) -> subprocess.Popen[bytes]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
