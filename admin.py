@@ -9,15 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from flask import Flask, current_app
+from flask import Flask
 
+import admin_backup
+import admin_doctor
 import audit
 import logs
+import metrics
 import serving
+from admin_plain import plainly, settings_here
 from config import Settings
-from errors import PortalError
 from files import replace_file
-from installation import first_token, open_portal, prepare
+from installation import first_token, occupied, open_portal, prepare
 
 log = logging.getLogger("portal.admin")
 
@@ -26,10 +29,10 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
     """The commands of ``flask --app app``; the two functions are the application's."""
 
     @click.command("init")
-    @_plainly
+    @plainly
     def init() -> None:
         """Make what is missing: data folder, database, CA, broker files, first operator token."""
-        settings = _settings()
+        settings = settings_here()
         portal = open_portal(settings)
         try:
             prepare(portal)
@@ -42,45 +45,54 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
         click.echo(f"Broker files   {settings.broker_dir}")
 
     @click.command("serve")
-    @_plainly
+    @plainly
     def serve() -> None:
         """Serve the portal over HTTPS until it is told to stop."""
-        settings = _settings()
+        settings = settings_here()
         logs.set_up(settings)
         environment = settings.data_dir / "operator.env"
-        environment.unlink(missing_ok=True)
+        counts = settings.data_dir / "metrics"
         portal = open_portal(settings)
         try:
             prepare(portal)
             token = first_token(portal)
         finally:
             portal.close()
+        metrics.forget(counts)
+
+        def on_listening() -> None:
+            environment.unlink(missing_ok=True)  # until this portal answers; not where another one has the ports
 
         def on_ready() -> None:
             replace_file(environment, _operator_environment(settings, token).encode())
             log.info("serving", extra={"url": settings.public_url, "pki_url": settings.pki_url})
 
         def on_worker_start(app: Flask) -> None:
+            metrics.share(counts)  # first: nothing may have been counted yet
             portal_of(app)
 
-        status = serving.serve(
-            settings,
-            functools.partial(create_app, settings),
-            certificate=settings.tls_dir / "server.pem",
-            key=settings.tls_dir / "server.key",
-            on_ready=on_ready,
-            on_worker_start=on_worker_start,
-        )
+        with occupied(settings):
+            status = serving.serve(
+                settings,
+                functools.partial(create_app, settings),
+                certificate=settings.tls_dir / "server.pem",
+                key=settings.tls_dir / "server.key",
+                on_ready=on_ready,
+                on_listening=on_listening,
+                on_worker_start=on_worker_start,
+            )
         raise SystemExit(status)
 
     @click.command("settings")
-    @_plainly
+    @plainly
     def show_settings() -> None:
         """Print the effective paths and ports as shell lines."""
-        settings = _settings()
+        settings = settings_here()
         for name, value in (
             ("PORTAL_DATA_DIR", settings.data_dir),
             ("PORTAL_BROKER_DIR", settings.broker_dir),
+            ("PORTAL_BROKER_SOCKET", settings.broker_socket),
+            ("PORTAL_BROKER_PID_FILE", settings.broker_pid_file),
             ("PORTAL_MQTT_PORT", settings.mqtt_port),
             ("PORTAL_BIND", settings.bind),
             ("PORTAL_PUBLIC_URL", settings.public_url),
@@ -92,10 +104,10 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
         """Look after the audit record."""
 
     @audit_group.command("verify")
-    @_plainly
+    @plainly
     def verify_audit() -> None:
         """Check the chain of hashes from the first entry to the last."""
-        portal = open_portal(_settings())
+        portal = open_portal(settings_here())
         try:
             with portal.database.snapshot() as tx:
                 verdict = audit.verify(tx, portal.tenant_id)
@@ -105,25 +117,7 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
             raise click.ClickException(f"{verdict.problem} The {verdict.entries} entries before it are sound.")
         click.echo(f"All {verdict.entries} entries are sound. Hash of the last: {verdict.head}")
 
-    return [init, serve, show_settings, audit_group]
-
-
-def _settings() -> Settings:
-    settings: Settings = current_app.config["PORTAL_SETTINGS"]
-    return settings
-
-
-def _plainly(function: Callable[[], None]) -> Callable[[], None]:
-    """Say what is wrong in one sentence, without a traceback."""
-
-    @functools.wraps(function)
-    def run() -> None:
-        try:
-            function()
-        except PortalError as error:
-            raise click.ClickException(error.detail) from error
-
-    return run
+    return [init, serve, show_settings, audit_group, admin_backup.backup, admin_backup.restore, admin_doctor.doctor]
 
 
 def _operator_environment(settings: Settings, token: str) -> str:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA1, SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
-from itsdangerous import BadSignature, SignatureExpired, URLSafeTimedSerializer
+from itsdangerous import BadSignature, URLSafeTimedSerializer
 from itsdangerous.timed import TimestampSigner
 from pyzipper.zipfile_aes import WZ_AES, AESZipEncrypter, AESZipFile
 
@@ -156,13 +156,12 @@ def read_download_token(token: str, keys: Sequence[str], *, now: datetime, max_a
     ``max_age``.
     """
     try:
-        delivery_id = _serializer(keys, now).loads(token, max_age=int(max_age.total_seconds()))
-    except SignatureExpired:
-        raise LinkExpired(
-            "This link's time is over, so its bundle was destroyed; give the device new credentials."
-        ) from None
+        # Without its max_age, which refuses links from before the clock was set back.
+        delivery_id, made_at = _serializer(keys, now).loads(token, return_timestamp=True)
     except BadSignature:
-        delivery_id = None
+        delivery_id, made_at = None, now
+    if now - made_at > max_age:
+        raise LinkExpired("This link's time is over, so its bundle was destroyed; give the device new credentials.")
     if not isinstance(delivery_id, str) or len(delivery_id) > 64:
         raise LinkUnknown("This download link is not known here; check that it was copied whole.")
     return delivery_id

@@ -80,6 +80,7 @@ class Database:
         self._write_gate = FileLock(lock_path) if self.is_sqlite else None
         self._shared = SharedTransactions(self.transaction)
         self._locked = False  # whether the last writer waited in vain for the database to be free
+        self._failed = False  # whether the last transaction that writes failed for the database's sake
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -100,15 +101,21 @@ class Database:
                 connection.execution_options(portal_writes=max(0.0, until - time.monotonic()))  # read at its begin
                 connection.begin()
             except (LockUnavailable, sa.exc.OperationalError):
-                self._locked = True
+                self._locked = self._failed = True
                 raise
             self._locked = False
             try:
                 yield connection
-            except BaseException:
+            except BaseException as error:
+                self._failed |= isinstance(error, sa.exc.OperationalError)
                 connection.rollback()
                 raise
-            connection.commit()
+            try:
+                connection.commit()
+            except sa.exc.OperationalError:
+                self._failed = True
+                raise
+            self._failed = False
 
     def write(self, work: Callable[[Connection], Result]) -> Result:
         """Run ``work`` in a transaction as above, which on SQLite requests that wait at the same time share.
@@ -143,7 +150,9 @@ class Database:
                 try:
                     with connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin():
                         if not self.is_sqlite:
-                            # Of several portals that start at once, one migrates.
+                            # Of several portals that start at once, one migrates, however long that takes.
+                            connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+                            connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
                             connection.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))
                         alembic.upgrade(config, "head")
                 except CommandError as error:
@@ -153,7 +162,10 @@ class Database:
                     ) from error
 
     def ping(self) -> None:
-        """Raise ``DatabaseUnavailable`` unless the database answers a query."""
+        """Raise ``DatabaseUnavailable`` unless the database answers a query, and writes where it has just failed to."""
+        if self._failed:
+            with self.transaction() as tx:
+                tx.execute(_REWRITE)
         with self.snapshot() as tx:
             tx.execute(sa.select(sa.func.count()).select_from(Tenant)).scalar_one()
 
@@ -368,6 +380,10 @@ _ADVANCE = (
     )
     .returning(BrokerState.generation)
 )
+
+
+# Changes nothing, and is written to the disk.
+_REWRITE = sa.update(BrokerState).values(generation=BrokerState.generation)
 
 
 def next_generation(tx: Connection, tenant_id: str, *, at: datetime) -> int:

@@ -17,6 +17,20 @@ LOCKED_SECONDS = 0.2  # what a writer waits where the last one waited in vain
 SPARE_CONNECTIONS = 8
 
 
+# So that no thread waits without end: for a lock, for a statement, for a server whose machine is gone (10 to 25 s).
+_POSTGRESQL_TIMEOUTS = {
+    "lock_timeout": BUSY_TIMEOUT_SECONDS,
+    "statement_timeout": 30.0,
+    "idle_in_transaction_session_timeout": 120.0,
+}
+_POSTGRESQL = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15000,  # milliseconds
+}
+
+
 def create_engine(url: str, threads: int) -> Engine:
     """An engine for a SQLite or PostgreSQL URL with connections for ``threads`` and some more; no connection is made.
 
@@ -34,7 +48,7 @@ def create_engine(url: str, threads: int) -> Engine:
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
     else:
-        options["connect_args"] = {"connect_timeout": int(BUSY_TIMEOUT_SECONDS)}
+        options["connect_args"] = {"connect_timeout": int(BUSY_TIMEOUT_SECONDS), **_POSTGRESQL}
         options["pool_pre_ping"] = True
     try:
         engine = sa.create_engine(url, **options)
@@ -45,7 +59,20 @@ def create_engine(url: str, threads: int) -> Engine:
         os.close(os.open(engine.url.database or "", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         sa.event.listen(engine, "connect", _on_sqlite_connect)
         sa.event.listen(engine, "begin", _on_sqlite_begin)
+    else:
+        sa.event.listen(engine, "connect", _on_postgresql_connect)
     return engine
+
+
+def _on_postgresql_connect(connection: Any, _record: object) -> None:
+    # "off" loses acknowledged commits when the server dies; what else the server is set to is stricter than "on".
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+        )
+        for name, seconds in _POSTGRESQL_TIMEOUTS.items():
+            cursor.execute("SELECT set_config(%s, %s, false)", (name, f"{seconds:.0f}s"))
+    connection.commit()
 
 
 def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:

@@ -134,7 +134,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         onboarding,
         Inventory(settings, database),
         Operators(database, Throttle(settings.data_dir / "attempts", settings.login_failures), clock),
-        Readiness(database, authority, enforcement, clock, DEFAULT_TENANT),
+        Readiness(database, authority, enforcement, clock, DEFAULT_TENANT, (settings.data_dir, settings.broker_dir)),
         Monitoring(settings, database, enforcement, clock, DEFAULT_TENANT),
         clock,
         DEFAULT_TENANT,

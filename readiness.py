@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import ca
 import db_issuers
@@ -17,6 +19,7 @@ from errors import PortalError
 log = logging.getLogger("portal.readiness")
 
 CRL_LIFE_LEFT = 1 / 3
+LEAST_FREE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +40,21 @@ class Readiness:
         enforcement: Enforcement,
         clock: Callable[[], datetime],
         tenant_id: str,
+        folders: Sequence[Path] = (),
     ) -> None:
+        """``folders`` are those whose disks must have room."""
         self._database = database
         self._authority = authority
         self._enforcement = enforcement
         self._clock = clock
         self._tenant_id = tenant_id
+        self._folders = folders
 
     def checks(self) -> list[Check]:
         """Every check, none left out because another failed."""
         named: list[tuple[str, Callable[[], str | None]]] = [
             ("database", self._database_problem),
+            ("disk", self._disk_problem),
             ("ca", self._ca_problem),
             ("crl", self._crl_problem),
             ("broker files", self._files_problem),
@@ -57,6 +64,15 @@ class Readiness:
 
     def _database_problem(self) -> None:
         self._database.ping()
+
+    def _disk_problem(self) -> str | None:
+        for folder in self._folders:
+            free = shutil.disk_usage(folder).free
+            if free < LEAST_FREE_BYTES:
+                return (
+                    f"The disk of {folder} has {free >> 10} KiB left; make room before the portal has to refuse work."
+                )
+        return None
 
     def _ca_problem(self) -> str | None:
         issuer = self._authority.issuing.issuer

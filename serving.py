@@ -125,6 +125,7 @@ class _Application(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
         self.reports = WorkerReports()
         self.counts = ConnectionCounts()
         self.on_worker_start = on_worker_start
+        self.served = False  # in a worker: whether the server had answered before it was started
         super().__init__()
 
     def load_config(self) -> None:
@@ -160,6 +161,7 @@ class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         super().__init__(application)
         self.failure: PortalError | None = None
         self._halting = False
+        self._application = application
         self._reports = application.reports
         self._on_ready: Callable[[], None] | None = on_ready
 
@@ -171,11 +173,15 @@ class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
 
     def _hear(self) -> None:
         for sentence in self._reports.read():
-            if sentence:
+            if sentence and self._on_ready is None:
+                # It did start before: what keeps it from starting now (a full disk, a database that is away) may pass.
+                self.log.error("A worker could not start and is tried again: %s", sentence)
+            elif sentence:
                 self.failure = self.failure or StartupError(sentence)
                 self.log.error_log.disabled = True  # the sentence says it all
             elif self._on_ready is not None:
                 on_ready, self._on_ready = self._on_ready, None
+                self._application.served = True
                 try:
                     on_ready()
                 except PortalError as error:
@@ -183,17 +189,23 @@ class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
                     raise HaltServer(error.detail, 1) from None
 
     def reap_workers(self) -> None:
-        """Hear why a worker ended before acting on it; the first that could not start stops the server."""
+        """Hear why a worker ended before acting on it; one that could not start stops a server that never answered."""
         self._hear()
-        before = dict(self.WORKERS)
-        try:
-            super().reap_workers()
-        except HaltServer:
-            for pid in before.keys() - self.WORKERS.keys():
-                before[pid].tmp.close()
-            if not self._halting:  # else gunicorn is here because it waits for the others
-                self._halting = True
-                raise
+        while True:
+            before = dict(self.WORKERS)
+            try:
+                super().reap_workers()
+            except HaltServer:
+                for pid in before.keys() - self.WORKERS.keys():
+                    if not before[pid].tmp._tmp.closed:
+                        before[pid].tmp.close()
+                        self.cfg.child_exit(self, before[pid])
+                if self._on_ready is None:
+                    continue
+                if not self._halting:  # else gunicorn is here because it waits for the others
+                    self._halting = True
+                    raise
+            return
 
     def spawn_worker(self) -> int:
         """Start a worker process, which ends here: nothing of the master's stack is run in it."""

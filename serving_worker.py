@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
@@ -18,6 +19,7 @@ from serving_framing import RequestRefused, WholeRequest
 from serving_loop import ClientLoop
 from serving_response import ClientGone, respond
 
+START_AGAIN = 1.0  # seconds between two tries to start a worker
 STOP_MARGIN = 1.0  # seconds by which a worker gives up before it would be killed
 
 
@@ -53,11 +55,17 @@ class PortalWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             self.app.on_worker_start(self.wsgi)
         except PortalError as error:
             self.app.reports.failed(error.detail)
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+            self.give_up_starting()
         except Exception:
             self.log.exception("The application could not be made.")
             self.app.reports.failed("The portal could not start because of an error in it; the log says where.")
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+            self.give_up_starting()
+
+    def give_up_starting(self) -> NoReturn:
+        """End, in a server that has answered before not faster than another worker is to be started in place."""
+        if self.app.served:
+            time.sleep(START_AGAIN)
+        sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def run(self) -> None:
         """Serve until told to stop, then finish what is in flight."""

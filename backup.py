@@ -1,0 +1,173 @@
+"""Writes a backup of a portal that goes on serving."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+import db_copy
+import db_issuers
+from authority import FIRST_ISSUING
+from backup_file import FORMAT, BackupWriter, Manifest
+from ca_algorithms import PrivateKey
+from ca_keys import MAX_FILE_BYTES, KeyFiles, passphrase
+from config import Settings
+from db import Database
+from db_tables import DEFAULT_TENANT
+from errors import BackupRefused
+from files import fsync_directory
+from installation import occupied
+
+# What makes keys usable, and what is one machine's own.
+LEFT_OUT = ("ca-passphrase", "operator-token")
+_BATCH_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A backup that was written: its size in bytes, and where the passphrase is, which is not in it."""
+
+    manifest: Manifest
+    size: int
+    passphrase_at: str
+
+
+def back_up(settings: Settings, path: Path, *, now: datetime) -> Made:
+    """Write a backup to ``path``, mode 0600, whole or not at all; it is one state of the database.
+
+    Raises ``BackupRefused`` where there is a file already, or no portal to back up, ``CaKeyUnavailable``,
+    ``DatabaseUnavailable``.
+    """
+    if os.path.lexists(path):
+        raise BackupRefused(f"{path} is there already and is not overwritten; give another name.")
+    if not path.parent.is_dir():
+        raise BackupRefused(f"There is no folder {path.parent}; make it first.")
+    if not settings.ca_dir.is_dir():
+        raise BackupRefused(f"There is no portal in {settings.data_dir}; set PORTAL_DATA_DIR to its folder.")
+    with occupied(settings), contextlib.closing(open_database(settings)) as database:
+        key = KeyFiles(settings.ca_dir, passphrase_here(settings)).load(FIRST_ISSUING)
+        return write(settings, database, path, key, now=now)
+
+
+def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *, now: datetime) -> Made:
+    """Write a backup of ``database`` and the files of ``settings``, sealed with the key of the first issuing CA."""
+    with _new_file(path) as file, zipfile.ZipFile(file, "w") as archive, database.snapshot() as tx:
+        current = db_copy.revision(tx)
+        if current is None or current != db_copy.head():
+            raise BackupRefused(
+                "The database is not of this version of the portal; make the backup with the version that it is of,"
+                " or start this one once."
+            )
+        writer = BackupWriter(archive)
+        counts = {name: _add_table(writer, tx, name) for name in db_copy.table_names()}
+        for name, content in _small_files(settings):
+            writer.add(name, [content])
+        manifest = Manifest(
+            format=FORMAT,
+            made_at=now.isoformat(timespec="seconds"),
+            revision=current,
+            generation=db_issuers.get_broker_state(tx, DEFAULT_TENANT).generation,
+            crl_numbers=_crl_numbers(tx),
+            counts=counts,
+            sealed_by=FIRST_ISSUING,
+            members=writer.members,
+        )
+        writer.finish(manifest, key)
+    at = str(settings.ca_passphrase_file or settings.secrets_dir / "ca-passphrase")
+    if settings.ca_passphrase and not settings.ca_passphrase_file:
+        at = "PORTAL_CA_PASSPHRASE"
+    return Made(manifest, path.stat().st_size, at)
+
+
+def passphrase_here(settings: Settings) -> bytes:
+    """The passphrase of the CA keys; unlike a first start this never makes one.
+
+    Raises ``CaKeyUnavailable``.
+    """
+    return passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase", make=False)
+
+
+def open_database(settings: Settings) -> Database:
+    """Open the portal's database as it is; raises ``BackupRefused`` where SQLite would have to make a new one."""
+    url = sa.make_url(settings.database_url)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        raise BackupRefused(f"There is no database at {url.database}.")
+    return Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
+
+
+def _add_table(writer: BackupWriter, tx: Connection, name: str) -> int:
+    count = -1  # the first line names the columns
+
+    def parts() -> Iterator[bytes]:
+        nonlocal count
+        gathered: list[str] = []
+        size = 0
+        for line in db_copy.dump(tx, name):
+            count += 1
+            gathered.append(line)
+            size += len(line)
+            if size >= _BATCH_BYTES:
+                yield "".join(gathered).encode()
+                gathered, size = [], 0
+        yield "".join(gathered).encode()
+
+    writer.add(f"tables/{name}.jsonl", parts())
+    return count
+
+
+def _small_files(settings: Settings) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(settings.ca_dir.glob("*.key.pem")):
+        content = _content(path)
+        if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" not in content:
+            raise BackupRefused(f"{path} is not an encrypted key, so it is not put into a backup; see what it is.")
+        yield f"ca/{path.name}", content
+    for path in sorted(settings.secrets_dir.iterdir()):
+        if path.name not in LEFT_OUT and not path.name.startswith(".") and path.suffix != ".lock":
+            yield f"secrets/{path.name}", _content(path)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise BackupRefused(f"{path} cannot be read ({error.strerror}); run this as the portal's user.") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise BackupRefused(f"{path} is too long to be one of the portal's; move it away.")
+    return content
+
+
+def _crl_numbers(tx: Connection) -> dict[str, int]:
+    found = ((issuer.name, db_issuers.get_crl(tx, issuer.id)) for issuer in db_issuers.list_issuers(tx))
+    return {name: crl.number for name, crl in found if crl is not None}
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name, mode 0600, when all of it is on the disk, and only where the name is free."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            with open(descriptor, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(staged, path)  # unlike a rename, never replaces what is there
+        finally:
+            staged.unlink(missing_ok=True)
+        fsync_directory(path.parent)
+    except FileExistsError as error:
+        raise BackupRefused(f"{path} is there already and is not overwritten; give another name.") from error
+    except OSError as error:
+        raise BackupRefused(f"{path} cannot be written: {error.strerror}.") from error

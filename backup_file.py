@@ -1,0 +1,202 @@
+"""The file of a backup: its members, its manifest, the seal that shows a change."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+import db_copy
+from ca_algorithms import PrivateKey
+from ca_keys import MAX_FILE_BYTES
+from errors import BackupRefused
+
+FORMAT = 1
+MANIFEST, SEAL = "manifest.json", "manifest.seal"
+MOST_MANIFEST_BYTES = 1 << 20
+_CHUNK = 1 << 20
+_SMALL_FILE = re.compile(r"(ca|secrets)/([a-z0-9][a-z0-9.-]{0,80})")
+_TABLE = re.compile(r"tables/([a-z_]{1,64})\.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of the file, apart from the manifest and its seal: size in bytes, SHA-256 in lower-case hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a backup says of itself; ``made_at`` is RFC 3339 in UTC, ``sealed_by`` the name of a CA."""
+
+    format: int
+    made_at: str
+    revision: str
+    generation: int
+    crl_numbers: Mapping[str, int]
+    counts: Mapping[str, int]
+    sealed_by: str
+    members: Mapping[str, Member]
+
+    def to_json(self) -> bytes:
+        """The manifest as its member holds it."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+
+def seal_of(manifest: bytes, key: PrivateKey) -> str:
+    """HMAC-SHA256 of the manifest in hex, under a key derived from a CA's private key (RFC 5869).
+
+    Who cannot open the CA's key cannot change a backup without its showing.
+    """
+    secret = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    derived = HKDF(hashes.SHA256(), 32, salt=None, info=b"onboarding portal: seal of a backup").derive(secret)
+    return hmac.new(derived, manifest, hashlib.sha256).hexdigest()
+
+
+class BackupWriter:
+    """Writes the members of a backup one after the other."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._archive = archive
+        self.members: dict[str, Member] = {}
+
+    def add(self, name: str, parts: Iterable[bytes]) -> None:
+        """Write a member from its parts, each given up once it is written."""
+        size, digest = 0, hashlib.sha256()
+        with self._archive.open(_entry(name), "w", force_zip64=True) as member:
+            for part in parts:
+                member.write(part)
+                digest.update(part)
+                size += len(part)
+        self.members[name] = Member(size, digest.hexdigest())
+
+    def finish(self, manifest: Manifest, key: PrivateKey) -> None:
+        """Write the manifest with its seal."""
+        content = manifest.to_json()
+        self._archive.writestr(_entry(MANIFEST), content)
+        self._archive.writestr(_entry(SEAL), seal_of(content, key))
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)  # the time is in the manifest; here it would be local and to two seconds
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    entry.external_attr = 0o100600 << 16
+    return entry
+
+
+class Backup:
+    """A backup opened for reading; nothing of it is to be believed before ``is_sealed_with`` and ``check``."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the manifest; raises ``BackupRefused`` where the file is no backup."""
+        self.path = path
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            said = error.strerror if isinstance(error, OSError) else "it is damaged, or something else"
+            raise BackupRefused(f"{path} cannot be read as a backup: {said}.") from error
+        try:
+            self._manifest = self._whole(MANIFEST, MOST_MANIFEST_BYTES)
+            self._seal = self._whole(SEAL, 200).decode("ascii", "replace")
+            manifest = _manifest(self._manifest)
+            if manifest is None:
+                raise BackupRefused(f"{path} is no backup that this version reads; use the version that made it.")
+            self.manifest = manifest
+        except BaseException:
+            self._archive.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._archive.close()
+
+    def is_sealed_with(self, key: PrivateKey) -> bool:
+        """Whether the manifest is as somebody wrote it who had this key of a CA."""
+        return hmac.compare_digest(self._seal, seal_of(self._manifest, key))
+
+    def check(self) -> None:
+        """Raise ``BackupRefused`` unless every member is there as the manifest says, with no other."""
+        names = self._archive.namelist()
+        wanted = self.manifest.members
+        if sorted(names) != sorted([*wanted, MANIFEST, SEAL]):
+            raise BackupRefused(f"{self.path} does not hold what its manifest names; use another backup.")
+        if {f"tables/{name}.jsonl" for name in self.manifest.counts} != {n for n in wanted if _TABLE.fullmatch(n)}:
+            raise BackupRefused(f"{self.path} does not hold the tables that its manifest names; use another backup.")
+        for name, member in wanted.items():
+            size, digest = 0, hashlib.sha256()
+            for part in self._parts(name):
+                size += len(part)
+                if size > member.size:
+                    break
+                digest.update(part)
+            if (size, digest.hexdigest()) != (member.size, member.sha256):
+                raise BackupRefused(f"{name} in {self.path} is damaged; use another backup.")
+
+    def small_files(self, folder: str) -> dict[str, bytes]:
+        """The files kept from ``ca`` or ``secrets``, by their names there."""
+        found = ((name, _SMALL_FILE.fullmatch(name)) for name in self.manifest.members)
+        return {match[2]: self._whole(name, MAX_FILE_BYTES) for name, match in found if match and match[1] == folder}
+
+    def lines(self, table: str) -> Iterator[bytes]:
+        """A table's lines, as ``db_copy.dump`` wrote them."""
+        with self._opened(f"tables/{table}.jsonl") as member:
+            yield from member
+
+    def rows(self, table: str) -> Iterator[dict[str, Any]]:
+        """A table's rows."""
+        return db_copy.read(self.lines(table))
+
+    def _opened(self, name: str) -> Any:
+        try:
+            return self._archive.open(name)
+        except (KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise BackupRefused(f"{name} is missing from {self.path}; use another backup.") from error
+
+    def _parts(self, name: str) -> Iterator[bytes]:
+        try:
+            with self._opened(name) as member:
+                while part := member.read(_CHUNK):
+                    yield part
+        except (OSError, zipfile.BadZipFile, EOFError) as error:
+            raise BackupRefused(f"{name} in {self.path} is damaged; use another backup.") from error
+
+    def _whole(self, name: str, most: int) -> bytes:
+        content = b""
+        for part in self._parts(name):
+            content += part
+            if len(content) > most:
+                raise BackupRefused(f"{name} in {self.path} is longer than it can be; use another backup.")
+        return content
+
+
+def _manifest(content: bytes) -> Manifest | None:
+    try:
+        values = json.loads(content)
+        if values["format"] != FORMAT:
+            return None
+        members = {name: Member(**member) for name, member in values["members"].items()}
+        manifest = Manifest(**(values | {"members": members}))
+        texts = (manifest.made_at, manifest.revision, manifest.sealed_by)
+        numbers = (manifest.generation, *manifest.crl_numbers.values(), *manifest.counts.values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
+        return None
+    return manifest

@@ -1,0 +1,310 @@
+"""Puts a backup back, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from cryptography import x509
+from sqlalchemy.engine import Connection
+
+import audit
+import backup
+import db
+import db_copy
+import db_issuers
+from backup_file import Backup
+from backup_placing import (
+    files_to_place,
+    free_name,
+    key_of,
+    placed,
+    remove_database,
+    replace_database,
+)
+from backup_revocations import Kept, Revocations, Tables, crl_record, match_crls, newest_crl
+from broker_crl import read_crls
+from broker_files import CRL_FILE, BrokerFiles
+from ca_algorithms import PrivateKey
+from config import Settings
+from db import Database
+from db_tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
+from errors import BackupRefused, PortalError, ProjectionInvalid
+from installation import alone
+
+_UNDELIVERED = ("ready", "fetching")
+
+
+@dataclass(slots=True)
+class Restored:
+    """What a restore has done: what it kept revoked, what else is to be known, where the old database is."""
+
+    made_at: str
+    counts: dict[str, int]
+    generation: int = 0
+    links_expired: int = 0
+    kept: list[Kept] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    before: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be put back, and how."""
+
+    settings: Settings
+    backup: Backup
+    key: PrivateKey
+    crls: Sequence[x509.CertificateRevocationList]
+    replace: bool
+    keep_links: bool
+    now: datetime
+    done: Restored
+
+
+class _OpenTables:
+    """A database as it stands, within a snapshot."""
+
+    def __init__(self, tx: Connection) -> None:
+        self._tx = tx
+
+    def rows(self, table: str) -> Iterator[dict[str, Any]]:
+        """The rows of a table."""
+        return db_copy.rows(self._tx, table)
+
+
+def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, now: datetime) -> Restored:
+    """Put a backup back into the data folder and the database of ``settings``; nothing is touched where it fails.
+
+    Whatever the broker's CRL or the database being replaced knows as revoked stays revoked. ``replace`` allows to
+    replace a database that has devices; ``keep_links`` leaves download links of the copy open. Raises
+    ``BackupRefused``, ``DatabaseTooNew``, ``PortalRunning``, ``CaKeyUnavailable``, ``DatabaseUnavailable``.
+    """
+    with Backup(path) as copy:
+        db_copy.check_revision(copy.manifest.revision)
+        with alone(settings):
+            key, same = key_of(copy, settings)
+            copy.check()
+            crls, notes = _broker_crls(settings)
+            done = Restored(copy.manifest.made_at, dict(copy.manifest.counts), notes=notes)
+            plan = _Plan(settings, copy, key, crls, replace, keep_links, now, done)
+            puts, moves = files_to_place(copy, settings, same=same)
+            if same and "root.key.pem" in copy.small_files("ca") and not (settings.ca_dir / "root.key.pem").exists():
+                notes.append("The root key stays away: it is in the copy, but was moved out of this data folder.")
+            if settings.database_url.startswith("sqlite"):
+                _restore_sqlite(plan, lambda: placed(puts, moves))
+            else:
+                with placed(puts, moves):
+                    _restore_postgresql(plan)
+            return done
+
+
+def _broker_crls(settings: Settings) -> tuple[Sequence[x509.CertificateRevocationList], list[str]]:
+    path = settings.broker_file(CRL_FILE)
+    try:
+        return read_crls(path.read_bytes()), []
+    except FileNotFoundError:
+        return [], [f"There is no {path}, so it could not be asked for revocations that the copy does not have."]
+    except (OSError, ProjectionInvalid) as error:
+        raise BackupRefused(
+            f"{path} cannot be read, so what was revoked since the copy is not known; put it right, or move it away"
+            " to go on without it."
+        ) from error
+
+
+# --- SQLite: a new file takes the place of the old one ---------------------------------------------------------------
+
+
+def _restore_sqlite(plan: _Plan, placing: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    current = Path(sa.make_url(plan.settings.database_url).database or "")
+    staged = current.with_name(f"{current.name}.restoring")
+    remove_database(staged)
+    try:
+        with _replaced_sqlite(plan, current) as replaced:
+            database = Database(f"sqlite:///{staged}", lock_path=plan.settings.data_dir / ".write.lock", threads=1)
+            with contextlib.closing(database), database.transaction() as tx:
+                db_copy.upgrade(tx, plan.backup.manifest.revision)
+                _fill(tx, plan, replaced)
+        with placing():
+            plan.done.before = replace_database(staged, current)
+    finally:
+        remove_database(staged)
+
+
+@contextlib.contextmanager
+def _replaced_sqlite(plan: _Plan, current: Path) -> Iterator[Tables | None]:
+    if not current.exists() or current.stat().st_size == 0:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        replaced: Tables | None = None
+        try:
+            database = stack.enter_context(contextlib.closing(backup.open_database(plan.settings)))
+            with database.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            tx = stack.enter_context(database.snapshot())
+            if tx.exec_driver_sql("PRAGMA quick_check(1)").scalar_one() == "ok":
+                replaced = _readable(plan, tx)
+        except (PortalError, sa.exc.SQLAlchemyError) as error:
+            if isinstance(error, BackupRefused):
+                raise
+            replaced = None
+        if replaced is None:
+            _allow(plan, f"The database {current} cannot be read")
+            plan.done.notes.append(f"The database {current} could not be read: only the broker's CRL was asked.")
+        yield replaced
+
+
+# --- PostgreSQL: its tables are filled anew in one transaction -------------------------------------------------------
+
+
+def _restore_postgresql(plan: _Plan) -> None:
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(contextlib.closing(backup.open_database(plan.settings)))
+        replaced: Tables | None = None
+        with database.snapshot() as tx:
+            current = db_copy.revision(tx)
+            if current is not None:
+                readable = _readable(plan, tx)
+                if readable is None:
+                    _allow(plan, f"The database has another schema ({current})")
+                    plan.done.notes.append("The database that was there could not be read: its schema is another.")
+                elif _devices(tx):
+                    before = free_name(plan.settings.data_dir / "before-restore.backup")
+                    plan.done.before = before
+        if plan.done.before is not None:
+            backup.write(plan.settings, database, plan.done.before, plan.key, now=plan.now)
+            replaced = stack.enter_context(Backup(plan.done.before))
+        with database.transaction() as tx:
+            db_copy.clear(tx, plan.backup.manifest.revision)
+            _fill(tx, plan, replaced)
+
+
+def _readable(plan: _Plan, tx: Connection) -> Tables | None:
+    """The database being replaced, ``None`` where its schema is not this version's; raises ``BackupRefused``."""
+    if db_copy.revision(tx) != db_copy.head():
+        return None
+    if count := _devices(tx):
+        _allow(plan, f"The database has {count} devices")
+    return _OpenTables(tx)
+
+
+def _devices(tx: Connection) -> int:
+    count: int = tx.execute(sa.select(sa.func.count()).select_from(Device)).scalar_one()
+    return count
+
+
+def _allow(plan: _Plan, what: str) -> None:
+    if not plan.replace:
+        raise BackupRefused(f"{what}; to replace it by the copy of {plan.done.made_at}, say --replace.")
+
+
+# --- What both do -----------------------------------------------------------------------------------------------------
+
+
+def _fill(tx: Connection, plan: _Plan, replaced: Tables | None) -> None:
+    copy, done = plan.backup, plan.done
+    order = {name: number for number, name in enumerate(db_copy.table_names())}
+    for name in sorted(copy.manifest.counts, key=lambda name: order.get(name, len(order))):
+        if db_copy.load(tx, name, copy.lines(name)) != copy.manifest.counts[name]:
+            raise BackupRefused(f"The table {name} of the backup is not whole; use another backup.")
+    db_copy.upgrade(tx, "head")
+    db_copy.renumber(tx)
+    verdict = audit.verify(tx, DEFAULT_TENANT)
+    if verdict.problem is not None:
+        done.notes.append(f"The audit record in the copy does not hold: {verdict.problem}")
+    issuers = db_issuers.list_issuers(tx)
+    crls = match_crls(plan.crls, issuers)
+    if len(crls) < len(plan.crls):
+        done.notes.append("The broker's folder holds a CRL of a CA that the copy does not know; it was not asked.")
+    done.generation = _advance(tx, plan, replaced)
+    revocations = Revocations(tx, generation=done.generation, now=plan.now)
+    revocations.keep(crls, replaced)
+    done.kept = revocations.kept
+    _continue_crls(tx, crls, issuers, replaced, done.generation)
+    done.links_expired = _expire_links(tx, plan, replaced)
+    if replaced is None:
+        done.notes.append(
+            f"Not known here, and so as the copy has it: operator tokens revoked since {done.made_at}, and devices"
+            " registered since, whose certificates work until they end."
+        )
+    _record(tx, plan, replaced)
+
+
+def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
+    """Make the generation higher than any that the broker was given, and return it."""
+    recorded = BrokerFiles(plan.settings, lambda: plan.now).installed_generation() or 0
+    before = max((row["generation"] for row in replaced.rows("broker_state")), default=0) if replaced else 0
+    generation = max(recorded + 1, before + 1, db.next_generation(tx, DEFAULT_TENANT, at=plan.now))
+    tx.execute(sa.update(BrokerState).where(BrokerState.tenant_id == DEFAULT_TENANT).values(generation=generation))
+    return generation
+
+
+def _continue_crls(
+    tx: Connection,
+    crls: dict[int, x509.CertificateRevocationList],
+    issuers: Sequence[db_issuers.IssuerRecord],
+    replaced: Tables | None,
+    generation: int,
+) -> None:
+    """Let the next CRL of each issuer have a number and a time above those of any that is known."""
+    before: dict[str, db_issuers.CrlRecord] = {}
+    if replaced is not None:
+        fingerprints = {row["id"]: row["fingerprint"] for row in replaced.rows("issuers")}
+        for row in replaced.rows("crls"):
+            values = (row[name] for name in ("issuer_id", "number", "this_update", "next_update", "generation", "der"))
+            before[fingerprints[row["issuer_id"]]] = db_issuers.CrlRecord(*values)
+    for issuer in issuers:
+        tenant_id = tx.execute(sa.select(IssuerRow.tenant_id).where(IssuerRow.id == issuer.id)).scalar_one()
+        given = crl_record(issuer.id, crls[issuer.id]) if issuer.id in crls else None
+        newest = newest_crl(given, before.get(issuer.fingerprint))
+        if newest is not None:
+            ours = dataclasses.replace(newest, issuer_id=issuer.id, generation=generation - 1)
+            db_issuers.put_crl(tx, tenant_id, ours)
+
+
+def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
+    """Destroy the bundles that wait in the copy: they may have been delivered since. Returns how many."""
+    good: set[str] = set()
+    if plan.keep_links:
+        query = (
+            sa.select(Delivery.id)
+            .join(Certificate, Certificate.id == Delivery.certificate_id)
+            .where(Delivery.status.in_(_UNDELIVERED), Certificate.status == "active")
+        )
+        good = set(tx.execute(query).scalars())
+        if replaced is not None:
+            good &= {row["id"] for row in replaced.rows("deliveries") if row["status"] == "ready"}
+    waiting = tx.execute(sa.select(Delivery.id).where(Delivery.status.in_(_UNDELIVERED))).scalars().all()
+    over = [{"of_delivery": delivery_id} for delivery_id in waiting if delivery_id not in good]
+    if over:
+        tx.execute(
+            sa.update(Delivery)
+            .where(Delivery.id == sa.bindparam("of_delivery"))
+            .values(status="expired", bundle=None, lease_until=None),
+            over,
+        )
+    return len(over)
+
+
+def _record(tx: Connection, plan: _Plan, replaced: Tables | None) -> None:
+    done = plan.done
+    heads = [row for row in replaced.rows("audit_heads") if row["tenant_id"] == DEFAULT_TENANT] if replaced else []
+    audit.record(
+        tx,
+        audit.system_actor(DEFAULT_TENANT),
+        "backup:restore",
+        "database",
+        at=plan.now,
+        made_at=done.made_at,
+        generation=done.generation,
+        kept_revoked=len(done.kept),
+        links_expired=done.links_expired,
+        replaced_record={"number": heads[0]["number"], "hash": heads[0]["hash"]} if heads else None,
+    )

@@ -1,0 +1,299 @@
+"""Keeps revoked, in a database that was put back, whatever has been revoked since it was copied."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, Protocol, TypeVar
+
+import sqlalchemy as sa
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from sqlalchemy.engine import Connection
+
+import audit
+import ca
+import db
+import db_issuers
+from db_issuers import CrlRecord, IssuerRecord
+from db_tables import Certificate, Device, IssuerRow, Token
+from errors import BackupRefused
+from lifecycle import DeviceStatus
+
+T = TypeVar("T")
+_BATCH = 500
+HOLD = ca.Reason.CERTIFICATE_HOLD.value
+# Of a certificate that works, but that the database put back does not know and so could never revoke.
+UNKNOWN_REASON = ca.Reason.CESSATION_OF_OPERATION.value
+
+
+class Tables(Protocol):
+    """A database that is read table by table: the one being replaced."""
+
+    def rows(self, table: str) -> Iterator[dict[str, Any]]:
+        """The rows of a table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Something that the copy had as good, and that stays out: ``what`` is such as ``device <id> (<name>)``."""
+
+    what: str
+    reason: str
+    at: datetime
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the replaced database says of devices: those that are out, those that are in."""
+
+    out: dict[str, tuple[str, datetime, str]] = field(default_factory=dict)
+    others: set[str] = field(default_factory=set)
+
+
+class Revocations:
+    """Works in the transaction that puts a copy back."""
+
+    def __init__(self, tx: Connection, *, generation: int, now: datetime) -> None:
+        self._tx = tx
+        self._generation = generation
+        self._now = now
+        self._issuers = {issuer.id: issuer for issuer in db_issuers.list_issuers(tx)}
+        self.kept: list[Kept] = []
+
+    def keep(self, crls: Mapping[int, x509.CertificateRevocationList], replaced: Tables | None) -> None:
+        """Take over what ``crls`` (by issuer's id) revoke, and what the replaced database has revoked.
+
+        Certificates that the copy does not know are kept on the CRL: those that are on it, and, where the replaced
+        database could be read, those of devices registered since the copy.
+        """
+        known = _Known()
+        if replaced is not None:
+            known = self._devices(replaced)
+            self._certificates(replaced, known)
+            self._tokens(replaced)
+        for issuer_id, crl in crls.items():
+            for entries in _batches(crl):
+                self._crl_entries(self._issuers[issuer_id], entries, known)
+        for issuer_id in self._issuers:
+            db_issuers.touch_issuer(self._tx, issuer_id, generation=self._generation)
+
+    # --- From the database that is replaced
+
+    def _devices(self, replaced: Tables) -> _Known:
+        known = _Known()
+        for row in replaced.rows("devices"):
+            status = row["status"]
+            if status == DeviceStatus.REVOKED:
+                known.out[row["id"]] = (status, row["revoked_at"], row["revocation_reason"])
+            elif status == DeviceStatus.SUSPENDED:
+                known.out[row["id"]] = (status, row["updated_at"], HOLD)
+            else:
+                known.others.add(row["id"])
+        for ids in _batches(known.out):
+            query = sa.select(Device.id, Device.tenant_id, Device.name, Device.status).where(Device.id.in_(ids))
+            for device_id, tenant_id, name, status in self._tx.execute(query).all():
+                wanted, at, reason = known.out[device_id]
+                if wanted == DeviceStatus.REVOKED and status != DeviceStatus.REVOKED:
+                    self._revoke_device(tenant_id, device_id, name, at, reason)
+                elif wanted == DeviceStatus.SUSPENDED and status == DeviceStatus.ACTIVE:
+                    self._suspend_device(tenant_id, device_id, name, at)
+        return known
+
+    def _certificates(self, replaced: Tables, known: _Known) -> None:
+        by_fingerprint = {issuer.fingerprint: issuer.id for issuer in self._issuers.values()}
+        ours = {row["id"]: by_fingerprint.get(row["fingerprint"]) for row in replaced.rows("issuers")}
+        living = (
+            row for row in replaced.rows("certificates") if row["not_after"] > self._now and ours[row["issuer_id"]]
+        )
+        for rows in _batches(living):
+            for row in rows:
+                row["issuer_id"] = ours[row["issuer_id"]]
+            here = self._here([row["serial_number"] for row in rows])
+            for row in rows:
+                found = here.get((row["issuer_id"], row["serial_number"]))
+                if found is None:
+                    self._carry_over(row)
+                elif row["status"] in ("held", "revoked"):
+                    self._revoke(found, row["revoked_at"], row["revocation_reason"], known)
+
+    def _carry_over(self, row: dict[str, Any]) -> None:
+        """Take over a certificate that the copy does not know; one of a device then stands on the CRL."""
+        values = {name: value for name, value in row.items() if name != "id"}
+        if row["purpose"] in ("device", "lost"):
+            revoked = row["status"] == "revoked"
+            at, reason = (row["revoked_at"], row["revocation_reason"]) if revoked else (self._now, UNKNOWN_REASON)
+            values |= {"purpose": "lost", "device_id": None, "status": "revoked"}
+            values |= {"revoked_at": at, "revocation_reason": reason}
+            owner = f" of device {row['device_id']}" if row["device_id"] else ""
+            what = f"certificate {row['serial_number']}{owner}, which the copy does not know"
+            self._keep(row["tenant_id"], f"certificate:{row['serial_number']}", "certificate:revoke", what, reason, at)
+        self._tx.execute(sa.insert(Certificate), values)
+
+    def _tokens(self, replaced: Tables) -> None:
+        revoked = ((row["id"], row["revoked_at"]) for row in replaced.rows("tokens") if row["revoked_at"] is not None)
+        for token_id, at in revoked:
+            ours = (Token.id == token_id, Token.revoked_at.is_(None))
+            row = self._tx.execute(
+                sa.update(Token).where(*ours).values(revoked_at=at).returning(Token.tenant_id, Token.name)
+            ).one_or_none()
+            if row is not None:
+                self._keep(row.tenant_id, f"token:{token_id}", "token:revoke", f"operator token {row.name}", "", at)
+
+    # --- From the broker's CRLs
+
+    def _crl_entries(self, issuer: IssuerRecord, entries: Sequence[x509.RevokedCertificate], known: _Known) -> None:
+        here = self._here([f"{entry.serial_number:x}" for entry in entries])
+        for entry in entries:
+            serial_number, at, reason = f"{entry.serial_number:x}", entry.revocation_date_utc, _reason(entry)
+            found = here.get((issuer.id, serial_number))
+            if found is not None:
+                self._revoke(found, at, reason, known)
+            elif issuer.not_after > self._now:
+                self._add_lost(issuer, serial_number, at, reason)
+
+    def _add_lost(self, issuer: IssuerRecord, serial_number: str, at: datetime, reason: str) -> None:
+        # Nothing but the serial number is known of it. It ends with its issuer at the latest.
+        certificate = x509.load_der_x509_certificate(issuer.der)
+        tenant_id = self._tx.execute(sa.select(IssuerRow.tenant_id).where(IssuerRow.id == issuer.id)).scalar_one()
+        db.add_certificate(
+            self._tx,
+            tenant_id=tenant_id,
+            issuer_id=issuer.id,
+            purpose="lost",
+            serial_number=serial_number,
+            fingerprint=sha256(f"lost {issuer.fingerprint} {serial_number}".encode()).hexdigest(),
+            der=b"",
+            not_before=certificate.not_valid_before_utc,
+            not_after=issuer.not_after,
+            issued_at=certificate.not_valid_before_utc,
+            revoked_at=at,
+            reason=reason,
+        )
+        what = f"certificate {serial_number}, which the copy does not know"
+        self._keep(tenant_id, f"certificate:{serial_number}", "certificate:revoke", what, reason, at)
+
+    # --- What both do
+
+    def _here(self, serial_numbers: Sequence[str]) -> dict[tuple[int, str], sa.Row[Any]]:
+        query = (
+            sa.select(
+                Certificate.id, Certificate.issuer_id, Certificate.serial_number, Certificate.tenant_id,
+                Certificate.device_id, Certificate.status, Device.name, Device.status.label("device_status"),
+            )
+            .outerjoin_from(Certificate, Device, Device.id == Certificate.device_id)
+            .where(Certificate.serial_number.in_(serial_numbers))
+        )  # fmt: skip
+        rows: list[Any] = list(self._tx.execute(query))
+        return {(row.issuer_id, row.serial_number): row for row in rows}
+
+    def _revoke(self, found: sa.Row[Any], at: datetime, reason: str, known: _Known) -> None:
+        """Revoke a certificate that the copy knows, with its device where nothing says that the device went on."""
+        if found.status == "revoked" or (found.status == "held" and reason == HOLD):
+            return
+        device_is_in = found.device_status not in (None, DeviceStatus.REVOKED)
+        is_current = found.status in ("active", "held") and found.device_id not in known.others
+        if device_is_in and is_current and reason == HOLD:
+            self._suspend_device(found.tenant_id, found.device_id, found.name, at)
+        elif device_is_in and is_current and found.device_id not in known.out:
+            self._revoke_device(found.tenant_id, found.device_id, found.name, at, reason)
+        settled = ("held", "revoked") if reason == HOLD else ("revoked",)
+        values = {"status": "revoked", "revoked_at": at, "revocation_reason": reason}
+        done = self._tx.execute(
+            sa.update(Certificate).where(Certificate.id == found.id, Certificate.status.not_in(settled)).values(values)
+        )
+        if done.rowcount:
+            what = f"certificate {found.serial_number}" + (f" of device {found.device_id}" if found.device_id else "")
+            self._keep(found.tenant_id, f"certificate:{found.serial_number}", "certificate:revoke", what, reason, at)
+
+    def _revoke_device(self, tenant_id: str, device_id: str, name: str, at: datetime, reason: str) -> None:
+        now_revoked = self._tx.execute(sa.select(Device.status).where(Device.id == device_id)).scalar_one()
+        if now_revoked == DeviceStatus.REVOKED:
+            return
+        db.revoke_device(self._tx, tenant_id, device_id, revoked_at=at, reason=reason, generation=self._generation)
+        self._keep(tenant_id, f"device:{device_id}", "device:revoke", f"device {device_id} ({name})", reason, at)
+
+    def _suspend_device(self, tenant_id: str, device_id: str, name: str, at: datetime) -> None:
+        values = {"status": DeviceStatus.SUSPENDED, "updated_at": at, "generation": self._generation}
+        db.update_device(self._tx, tenant_id, device_id, values)
+        self._tx.execute(
+            sa.update(Certificate)
+            .where(Certificate.device_id == device_id, Certificate.status == "active")
+            .values(status="held", revoked_at=at, revocation_reason=HOLD)
+        )
+        self._keep(tenant_id, f"device:{device_id}", "device:suspend", f"device {device_id} ({name})", HOLD, at)
+
+    def _keep(self, tenant_id: str, of: str, action: str, what: str, reason: str, at: datetime) -> None:
+        self.kept.append(Kept(what, reason, at))
+        detail = {"reason": reason} if reason else {}
+        detail |= {"because": "the backup that was restored did not have it", "revoked_at": at.isoformat()}
+        audit.record(self._tx, audit.system_actor(tenant_id), action, of, at=self._now, **detail)
+
+
+# --- CRLs ---------------------------------------------------------------------------------------------------------
+
+
+def match_crls(
+    crls: Sequence[x509.CertificateRevocationList], issuers: Sequence[IssuerRecord]
+) -> dict[int, x509.CertificateRevocationList]:
+    """The CRLs that issuers have signed, by the issuers' ids; those of other CAs are left out.
+
+    Raises ``BackupRefused`` where a CRL bears the key identifier of an issuer and not its signature: what it revokes
+    cannot be known.
+    """
+    matched = {}
+    for crl in crls:
+        for issuer in issuers:
+            certificate = x509.load_der_x509_certificate(issuer.der)
+            if crl.issuer != certificate.subject or _authority_key(crl) != _subject_key(certificate):
+                continue
+            key: Any = certificate.public_key()
+            if not crl.is_signature_valid(key):
+                raise BackupRefused(
+                    f"The broker's CRL of {issuer.name} was altered, so what was revoked since the copy is not known."
+                )
+            matched[issuer.id] = crl
+    return matched
+
+
+def newest_crl(*records: CrlRecord | None) -> CrlRecord | None:
+    """The CRL with the highest number."""
+    return max((record for record in records if record is not None), key=lambda record: record.number, default=None)
+
+
+def crl_record(issuer_id: int, crl: x509.CertificateRevocationList) -> CrlRecord | None:
+    """A CRL as the database keeps it, ``None`` where it has no number or no end."""
+    try:
+        number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    except (x509.ExtensionNotFound, ValueError):
+        return None
+    if crl.next_update_utc is None:
+        return None
+    return CrlRecord(issuer_id, number, crl.last_update_utc, crl.next_update_utc, 0, crl.public_bytes(Encoding.DER))
+
+
+def _reason(entry: x509.RevokedCertificate) -> str:
+    try:
+        return ca.Reason(entry.extensions.get_extension_for_class(x509.CRLReason).value.reason.name).value
+    except (x509.ExtensionNotFound, ValueError):
+        return ca.Reason.UNSPECIFIED.value
+
+
+def _authority_key(crl: x509.CertificateRevocationList) -> bytes | None:
+    try:
+        return crl.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except (x509.ExtensionNotFound, ValueError):
+        return None
+
+
+def _subject_key(certificate: x509.Certificate) -> bytes:
+    return certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    remaining = iter(items)
+    while batch := list(itertools.islice(remaining, _BATCH)):
+        yield batch

@@ -1,0 +1,321 @@
+"""Checks of the broker's version and configuration, where traps are known that it falls into silently."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from broker_files import ACL_FILE, CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
+from config import AclStyle, Settings
+from doctor_broker import active_devices, running_broker
+from doctor_findings import State, Verdict, problem, together, warning
+from doctor_subject import SECONDS, Subject
+
+OLDEST = (2, 0, 11)
+FAST_ACL = (2, 1, 0)  # from here on a reload takes no time quadratic in the number of blocks
+MOST_BLOCKS = 10_000  # before that, a pause of a third of a second
+_MOST_BYTES = 1 << 20
+_MOST_FILES = 100
+# Those that count for the listener they stand below, or, before any, for the default one.
+_OF_A_LISTENER = frozenset(
+    [
+        "bind_address",
+        "bind_interface",
+        "cafile",
+        "capath",
+        "certfile",
+        "keyfile",
+        "crlfile",
+        "ciphers",
+        "ciphers_tls1.3",
+        "dhparamfile",
+        "require_certificate",
+        "use_identity_as_username",
+        "use_subject_as_username",
+        "use_username_as_clientid",
+        "tls_version",
+        "max_connections",
+        "max_topic_alias",
+        "mount_point",
+        "protocol",
+        "psk_hint",
+        "socket_domain",
+        "accept_protocol_versions",
+    ]
+)
+_INSTALL = "Install mosquitto/portal.conf as mosquitto/README.md says, then restart the broker."
+
+
+@dataclass(slots=True)
+class Listener:
+    """A listener: its port, 0 for a Unix socket, its address or path, its own options, the last of each."""
+
+    port: int
+    address: str
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Configuration:
+    """A configuration of Mosquitto: options for all, the last of each, and listeners (mosquitto.conf(5))."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    listeners: list[Listener] = field(default_factory=list)
+
+
+def read_configuration(path: Path) -> Configuration:
+    """Read a configuration with what it includes; raises ``OSError``, ``ValueError`` for a port that is none."""
+    configuration = Configuration()
+    default = Listener(1883, "")
+    current = default
+    for option, value in _lines(path, depth=0):
+        if option == "listener":
+            port, _, address = value.partition(" ")
+            current = Listener(int(port), address.strip())
+            configuration.listeners.append(current)
+        elif option == "port":
+            default.port = int(value)
+            configuration.listeners.append(default)
+        elif option in _OF_A_LISTENER:
+            current.options[option] = value
+        else:
+            configuration.options[option] = value
+    return configuration
+
+
+def _lines(path: Path, depth: int) -> Iterator[tuple[str, str]]:
+    with path.open("rb") as file:
+        text = file.read(_MOST_BYTES).decode("utf-8", "replace")
+    for line in text.splitlines():
+        if line.startswith("#") or not line.strip():
+            continue
+        option, _, value = line.strip().partition(" ")
+        if option == "include_dir" and depth == 0:
+            for included in sorted(Path(value.strip()).glob("*.conf"))[:_MOST_FILES]:
+                yield from _lines(included, depth=1)
+        else:
+            yield option, value.strip()
+
+
+def find_configuration(subject: Subject) -> Path | None:
+    """The file that was named, else the running broker's, else one that names the portal's socket where it may be."""
+    if subject.broker_config is not None:
+        return subject.broker_config
+    running = running_broker(subject)
+    if running is not None and running.pid and (named := _named_by(running.pid)) is not None:
+        return named
+    candidates = [
+        subject.settings.broker_dir / "mosquitto.conf",
+        Path("/etc/mosquitto/portal.conf"),
+        Path("/etc/mosquitto/mosquitto.conf"),  # which includes conf.d/*.conf
+    ]
+    return next((path for path in candidates if _is_of_the_portal(path, subject.settings)), None)
+
+
+def _is_of_the_portal(path: Path, settings: Settings) -> bool:
+    try:
+        listeners = read_configuration(path).listeners
+    except (OSError, ValueError):
+        return False
+    return any(Path(listener.address) == settings.broker_socket for listener in listeners)
+
+
+def _named_by(pid: int) -> Path | None:
+    """The file behind ``-c`` on a process's command line."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+        if "-c" not in words[:-1]:
+            return None
+        named = Path(words[words.index("-c") + 1])
+        return named if named.is_absolute() else Path(f"/proc/{pid}/cwd").readlink() / named
+    except OSError:
+        return None
+
+
+# --- Configuration ------------------------------------------------------------------------------------------------
+
+
+def broker_configuration(subject: Subject) -> Verdict:
+    """Whether the configuration has none of the traps."""
+    path = find_configuration(subject)
+    if path is None:
+        return warning("The broker's configuration was not found.", "Name it: --broker-config FILE.")
+    try:
+        configuration = read_configuration(path)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        return problem(f"{path} cannot be read: {said}.", "Name the right file: --broker-config FILE.")
+    found = traps(configuration, subject.settings)
+    if found:
+        found.insert(0, Verdict(State.OK, f"In {path}:"))
+    return together(found, f"{path} has none of the known traps.")
+
+
+def traps(configuration: Configuration, settings: Settings) -> list[Verdict]:
+    """Everything in a configuration that lets in or leaves open what it should not."""
+    found = [*_for_all(configuration.options, settings)]
+    internal = [one for one in configuration.listeners if one.port == 0 and Path(one.address) == settings.broker_socket]
+    of_devices = [one for one in configuration.listeners if one.port == settings.mqtt_port]
+    if not internal:
+        found.append(
+            problem(f"There is no listener 0 {settings.broker_socket}, by which the portal asks it.", _INSTALL)
+        )
+    if not of_devices:
+        found.append(problem(f"There is no listener {settings.mqtt_port} for devices.", _INSTALL))
+    for listener in of_devices:
+        found += _for_devices(listener.options, settings)
+    for listener in configuration.listeners:
+        if (
+            listener not in internal
+            and listener not in of_devices
+            and not _is_true(listener.options, "require_certificate")
+        ):
+            name = f"{listener.port} {listener.address}".strip()
+            found.append(
+                problem(f"Another listener, {name}, asks for no certificate.", "Remove it, or see that it is safe.")
+            )
+    return found
+
+
+def _for_all(options: Mapping[str, str], settings: Settings) -> Iterator[Verdict]:
+    if _is_true(options, "per_listener_settings"):
+        yield problem("per_listener_settings is true: the access list counts for one listener only.", _INSTALL)
+    if _is_true(options, "allow_anonymous"):
+        yield problem("allow_anonymous is true: clients without a certificate or password are let in.", _INSTALL)
+    yield from _names_file(options, "acl_file", settings, ACL_FILE, "everybody may do everything")
+    yield from _names_file(
+        options, "password_file", settings, PASSWORD_FILE, "the portal cannot ask it or cut sessions"
+    )
+    if not _is_true(options, "check_retain_source"):
+        yield problem("check_retain_source is not true: retained messages of a revoked device are handed on.", _INSTALL)
+    if not _is_true(options, "set_tcp_nodelay"):
+        yield warning("set_tcp_nodelay is not true: each connect takes 40 ms longer.", _INSTALL)
+    if not settings.broker_reload and options.get("pid_file") != str(settings.broker_pid_file):
+        yield problem(f"pid_file is not {settings.broker_pid_file}: the portal cannot reload it.", _INSTALL)
+    for plugin in ("plugin", "auth_plugin", "global_plugin"):
+        if plugin in options:
+            yield warning(f"{plugin} is set: what it lets in is not the portal's to say.", "See that it is needed.")
+
+
+def _for_devices(options: Mapping[str, str], settings: Settings) -> Iterator[Verdict]:
+    for option, why in (
+        ("require_certificate", "clients without a certificate are let in"),
+        ("use_identity_as_username", "the access list does not know who a device is"),
+        ("use_username_as_clientid", "a device can take over the session of another, and none can be cut"),
+    ):
+        if not _is_true(options, option):
+            yield problem(f"{option} is not true: {why}.", _INSTALL)
+    if _is_true(options, "use_subject_as_username"):
+        yield problem("use_subject_as_username is true: the access list does not know who a device is.", _INSTALL)
+    if "capath" in options:
+        yield problem("capath is set: devices of other CAs may be let in.", _INSTALL)
+    if options.get("tls_version") in ("tlsv1", "tlsv1.0", "tlsv1.1"):
+        yield warning(f"tls_version is {options['tls_version']}, which is not safe any more.", _INSTALL)
+    yield from _names_file(options, "cafile", settings, CA_FILE, "devices are judged by other CAs")
+    yield from _names_file(options, "crlfile", settings, CRL_FILE, "revoked certificates are let in")
+    yield from _names_file(options, "certfile", settings, SERVER_CERTIFICATE_FILE, "its certificate is not renewed")
+    yield from _names_file(options, "keyfile", settings, SERVER_KEY_FILE, "its certificate is not renewed")
+
+
+def _names_file(options: Mapping[str, str], option: str, settings: Settings, name: str, why: str) -> Iterator[Verdict]:
+    wanted = settings.broker_file(name)
+    value = options.get(option)
+    if value is None:
+        yield problem(f"{option} is missing: {why}.", _INSTALL)
+    elif os.path.realpath(value) != os.path.realpath(wanted):
+        yield problem(f"{option} is {value}, not {wanted}: {why}.", _INSTALL)
+
+
+def _is_true(options: Mapping[str, str], option: str) -> bool:
+    return options.get(option, "").lower() in ("true", "1")
+
+
+# --- Version ------------------------------------------------------------------------------------------------------
+
+
+def broker_version(subject: Subject) -> Verdict:
+    """Whether the running broker is of a version that works, fast enough for the fleet and the ACL's style."""
+    running = running_broker(subject)
+    program = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    found = []
+    if running is not None and running.pid and (own := _program_of(running.pid)) is not None:
+        if own.endswith(" (deleted)"):
+            found.append(
+                warning("The broker's program was replaced since it started.", "Restart the broker at a quiet time.")
+            )
+        elif _is_of_root(own):
+            program = own
+    if program is None:
+        return warning("The program mosquitto is not on this machine, so its version is not known.", "Look there.")
+    version = version_of(program)
+    if version is None:
+        return warning(f"{program} does not say its version.", "See that it is Mosquitto.")
+    said = ".".join(map(str, version))
+    if version < OLDEST:
+        found.append(
+            warning(f"Mosquitto {said} is older than 2.0.11, the oldest that was tried.", "Install a newer one.")
+        )
+    devices = active_devices(subject)
+    found += fleet_fits(version, subject.settings.acl_style, devices)
+    found += _room(subject, devices)
+    return together(found, f"Mosquitto {said}, with {devices} active devices in style {subject.settings.acl_style}.")
+
+
+def version_of(
+    program: str, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
+) -> tuple[int, ...] | None:
+    """The version that a Mosquitto program says it has."""
+    try:
+        done = run([program, "-h"], capture_output=True, text=True, timeout=SECONDS, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    match = re.match(r"mosquitto version (\d+)\.(\d+)\.(\d+)", done.stdout)
+    return tuple(int(number) for number in match.groups()) if match else None
+
+
+def fleet_fits(version: tuple[int, ...], style: AclStyle, devices: int) -> list[Verdict]:
+    """Whether a broker of this version takes an ACL of this size without a pause that devices feel."""
+    if style is AclStyle.PATTERN or version >= FAST_ACL or devices <= MOST_BLOCKS:
+        return []
+    return [
+        warning(
+            f"With {devices} devices Mosquitto {'.'.join(map(str, version))} stands still at each reload of a"
+            " per-device list: a third of a second at 10,000, 40 s at 100,000.",
+            "Install Mosquitto 2.1, or set PORTAL_ACL_STYLE=pattern.",
+        )
+    ]
+
+
+def _room(subject: Subject, devices: int) -> Iterator[Verdict]:
+    path = find_configuration(subject)
+    if path is None:
+        return
+    try:
+        listeners = read_configuration(path).listeners
+    except (OSError, ValueError):
+        return  # another check says so
+    for listener in listeners:
+        most = listener.options.get("max_connections", "")
+        if listener.port == subject.settings.mqtt_port and most.isdigit() and int(most) < devices:
+            yield warning(f"max_connections is {most}, for {devices} active devices.", "Raise it, and LimitNOFILE.")
+
+
+def _program_of(pid: int) -> str | None:
+    try:
+        return str(Path(f"/proc/{pid}/exe").readlink())
+    except OSError:
+        return None
+
+
+def _is_of_root(program: str) -> bool:
+    """Whether only root can have put the program there: it is about to be run."""
+    try:
+        status = os.stat(program)
+    except OSError:
+        return False
+    return status.st_uid == 0 and not status.st_mode & 0o022 and Path(program).name == "mosquitto"

@@ -1,0 +1,108 @@
+"""Backups of a portal that serves, put back before a real broker that has gone on meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DATABASES
+from tests.databases import postgres_database
+from tests.deployment import Deployment, deployed, wait_until
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture
+def running() -> Iterator[Deployment]:
+    with deployed() as deployment:
+        yield deployment
+
+
+@pytest.fixture(params=DATABASES)
+def other_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'moved.db'}"
+    else:
+        with postgres_database() as url:
+            yield url
+
+
+def put_back(deployment: Deployment, file: Path, *options: str) -> str:
+    """Stop the portal, restore, start it again; the broker runs on. Returns what the restore said."""
+    deployment.stop_portal()
+    said = deployment.run_flask("restore", str(file), *options).stdout
+    deployment.start_portal()
+    deployment.wait_ready()
+    return said
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["the old database is readable", "only the CRL is left"])
+def test_who_was_revoked_since_the_copy_is_not_let_in_after_its_restore(running: Deployment, lost: bool) -> None:
+    stays, goes = running.onboard("stays"), running.onboard("goes")
+    copy = running.folder / "portal.backup"
+    running.run_flask("backup", str(copy))
+    late = running.onboard("late")
+    late.client().close()
+    assert running.call("POST", f"/revoke/{goes.id}", {"reason": "key_compromise"}).json()["broker"] == "enforced"
+    refused = running.run_flask("restore", str(copy), "--replace", check=False)
+    assert refused.returncode == 1
+    assert "stop it first" in refused.stderr
+    if lost:
+        running.stop_portal()
+        for path in running.data.glob("portal.db*"):
+            path.unlink()
+    said = put_back(running, copy, "--replace")
+    assert f"device {goes.id} (goes) (key_compromise, " in said
+    assert goes.refusal()
+    client = stays.client()
+    assert client.publish(f"devices/{stays.id}/up") in ("Success", "No matching subscribers")
+    client.close()
+    device = running.call("GET", f"/devices/{goes.id}").json()
+    assert (device["status"], device["revocation_reason"]) == ("revoked", "key_compromise")
+    assert running.call("GET", f"/devices/{late.id}").status_code == 404
+    if lost:
+        # Its certificate is still good for a connection, but the list of those who are in does not have it.
+        client = late.client()
+        assert client.publish(f"devices/{late.id}/up") == "Not authorized"
+        client.close()
+    else:
+        assert late.refusal()
+    again = running.onboard("again")
+    again.client().close()
+    assert "are sound" in running.run_flask("audit", "verify").stdout
+    examined = running.run_flask("doctor", check=False)
+    assert examined.returncode == 0, examined.stdout
+
+
+def test_devices_go_on_when_their_portal_moves_to_another_database(running: Deployment, other_database: str) -> None:
+    stays, goes = running.onboard("stays"), running.onboard("goes")
+    waiting = running.register(name="waits")
+    running.cli("revoke", goes.id, "--yes")
+    copy = running.folder / "portal.backup"
+    running.run_flask("backup", str(copy))
+    client = stays.client()
+    running.environment["PORTAL_DATABASE_URL"] = other_database
+    said = put_back(running, copy, "--keep-links")
+    assert "Kept revoked   nothing" in said
+    assert client.publish(f"devices/{stays.id}/up") in ("Success", "No matching subscribers")
+    client.close()
+    stays.client().close()
+    assert goes.refusal()
+    assert running.session.get(waiting["download_url"], timeout=20).status_code == 200
+    running.onboard("new").client().close()
+    assert "are sound" in running.run_flask("audit", "verify").stdout
+
+
+def test_a_backup_is_one_state_while_devices_are_registered(running: Deployment) -> None:
+    copies = [running.folder / f"{number}.backup" for number in range(3)]
+    registered: list[str] = []
+    for copy in copies:
+        registered.append(running.register()["device_id"])
+        running.run_flask("backup", str(copy))
+    put_back(running, copies[1], "--replace")
+    found = {device["device_id"] for device in running.call("GET", "/devices").json()["devices"]}
+    assert found == set(registered[:2])
+    wait_until(lambda: running.run_flask("doctor", check=False).returncode == 0)
