@@ -1,0 +1,138 @@
+"""The service as it is installed: judged by systemd itself, and in step with the portal's settings."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from config import Settings
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+UNIT = "onboarding-portal.service"
+MOSQUITTO = """\
+[Unit]
+Description=Mosquitto as Debian starts it
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart=/usr/sbin/mosquitto -c /etc/mosquitto/mosquitto.conf
+ExecReload=/bin/kill -HUP $MAINPID
+"""
+WORST_EXPOSURE = 20  # in tenths, of 100
+
+
+def unit_values(name: str) -> list[str]:
+    """What the unit sets under a name, in order."""
+    return re.findall(rf"^{name}=(.*)$", (DEPLOY / UNIT).read_text(), re.MULTILINE)
+
+
+def settings_of(text: str) -> dict[str, str]:
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+@pytest.fixture
+def example() -> dict[str, str]:
+    """The example configuration with names in place of those that are to be adapted."""
+    return settings_of((DEPLOY / "portal.env.example").read_text().replace(".EXAMPLE", ".example.org"))
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """The units as they stand when installed, with programs that are there in place of those that may not be."""
+    text = (DEPLOY / UNIT).read_text()
+    (tmp_path / UNIT).write_text(re.sub(r"/opt/onboarding-portal/\S+/python", "/bin/true", text))
+    (tmp_path / "mosquitto.service").write_text(MOSQUITTO.replace("/usr/sbin/mosquitto", "/bin/true"))
+    override = (DEPLOY / "mosquitto-override.conf").read_text()
+    (tmp_path / "mosquitto.service.d").mkdir()
+    (tmp_path / "mosquitto.service.d" / "portal.conf").write_text(override.replace("/usr/sbin/mosquitto", "/bin/true"))
+    return tmp_path
+
+
+def analyze(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "SYSTEMD_UNIT_PATH": f"{folder}:", "SYSTEMD_COLORS": "0"}
+    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("unit", [UNIT, "mosquitto.service"])
+def test_systemd_finds_nothing_wrong_with_the_units(installed: Path, unit: str) -> None:
+    judged = analyze(installed, "verify", "--man=no", str(installed / unit))
+    assert judged.returncode == 0, judged.stderr
+    assert str(installed) not in judged.stderr
+    assert unit not in judged.stderr
+
+
+def test_systemd_does_find_what_is_wrong(installed: Path) -> None:
+    unit = installed / UNIT
+    unit.write_text(unit.read_text().replace("ProtectSystem=strict", "ProtectSystem=somewhat"))
+    assert f"{unit}:" in analyze(installed, "verify", "--man=no", str(unit)).stderr
+
+
+def test_the_service_is_confined_as_systemd_judges_it(installed: Path) -> None:
+    options = ["--offline=true", f"--threshold={WORST_EXPOSURE}", "--no-pager"]
+    judged = analyze(installed, "security", *options, str(installed / UNIT))
+    assert judged.returncode == 0, judged.stdout
+    assert "Overall exposure level" in judged.stdout
+
+
+def test_the_example_configuration_is_one(example: dict[str, str]) -> None:
+    settings = Settings.from_env({"PORTAL_DATA_DIR": "/var/lib/onboarding-portal", **example})
+    assert settings.broker_dir == Path("/var/lib/onboarding-portal/broker")
+    assert settings.public_url.startswith("https://")
+
+
+def test_the_example_configuration_sets_secrets_nowhere_and_nothing_that_the_unit_sets(example: dict[str, str]) -> None:
+    by_the_unit = {assignment.split("=")[0] for line in unit_values("Environment") for assignment in line.split()}
+    assert by_the_unit.isdisjoint(example)
+    assert not [name for name in example if "PASSPHRASE" in name or "TOKEN" in name or "PASSWORD" in name]
+
+
+def test_the_unit_has_room_for_what_the_example_configuration_allows(example: dict[str, str]) -> None:
+    settings = Settings.from_env({"PORTAL_DATA_DIR": "/var/lib/onboarding-portal", **example})
+    allowed = {f"tcp:{settings.bind.port}", f"tcp:{settings.pki_bind.port}"}
+    assert set(unit_values("SocketBindAllow")) == allowed
+    assert int(unit_values("LimitNOFILE")[0]) >= 2 * settings.max_connections
+    assert unit_values("MemoryMax") == ["1G"]
+    assert settings.workers * 164 < 1024
+
+
+def test_the_passphrase_comes_from_a_credential(tmp_path: Path) -> None:
+    (credential,) = unit_values("LoadCredential")
+    assert f"PORTAL_CA_PASSPHRASE_FILE=%d/{credential.split(':')[0]}" in unit_values("Environment")
+    path = tmp_path / "ca-passphrase"
+    path.write_text("a passphrase to be kept\n")
+    path.chmod(0o440)
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_CA_PASSPHRASE_FILE": str(path)})
+    assert settings.ca_passphrase == "a passphrase to be kept"
+    assert "to be kept" not in repr(settings)
+
+
+def test_polkit_lets_the_portal_reload_the_broker_and_nothing_else(example: dict[str, str]) -> None:
+    rule = (DEPLOY / "50-onboarding-portal.rules").read_text()
+    _program, verb, unit = shlex.split(example["PORTAL_BROKER_RELOAD"])
+    (user,) = unit_values("User")
+    for condition in (f'subject.user == "{user}"', f'lookup("unit") == "{unit}"', f'lookup("verb") == "{verb}"'):
+        assert condition in rule
+    assert rule.count("Result.YES") == 1
+
+
+def test_the_command_for_administrators_runs_with_what_the_service_has() -> None:
+    script = (DEPLOY / "portal-admin").read_text()
+    for name in ("User", "SupplementaryGroups", "WorkingDirectory", "EnvironmentFile", "LoadCredential", "UMask"):
+        (value,) = unit_values(name)
+        assert f"--property={name}={value} " in script.replace(" \\\n", " \n")
+    assert f"--setenv=PORTAL_DATA_DIR=/var/lib/{unit_values('StateDirectory')[0]} " in script
+
+
+def test_the_guide_names_every_file_and_installs_it() -> None:
+    guide = (DEPLOY / "README.md").read_text()
+    for path in DEPLOY.iterdir():
+        if path.name != "README.md":
+            assert f"| `{path.name}` |" in guide
+            assert re.search(rf"^       install .*deploy/{re.escape(path.name)} ", guide, re.MULTILINE), path.name
