@@ -151,6 +151,7 @@ class Database:
                     with connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin():
                         if not self.is_sqlite:
                             # Of several portals that start at once, one migrates, however long that takes.
+                            connection.connection.driver_connection.patience = None  # type: ignore[union-attr]
                             connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
                             connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
                             connection.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))

@@ -9,26 +9,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+import db_postgresql
 from errors import StartupError
 
 BUSY_TIMEOUT_SECONDS = 5.0
 LOCKED_SECONDS = 0.2  # what a writer waits where the last one waited in vain
 # How many connections a process may hold beside those of its request threads: passes, jobs, probes.
 SPARE_CONNECTIONS = 8
-
-
-# So that no thread waits without end: for a lock, for a statement, for a server whose machine is gone (10 to 25 s).
-_POSTGRESQL_TIMEOUTS = {
-    "lock_timeout": BUSY_TIMEOUT_SECONDS,
-    "statement_timeout": 30.0,
-    "idle_in_transaction_session_timeout": 120.0,
-}
-_POSTGRESQL = {
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 15000,  # milliseconds
-}
 
 
 def create_engine(url: str, threads: int) -> Engine:
@@ -48,7 +35,7 @@ def create_engine(url: str, threads: int) -> Engine:
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
     else:
-        options["connect_args"] = {"connect_timeout": int(BUSY_TIMEOUT_SECONDS), **_POSTGRESQL}
+        options["connect_args"] = dict(db_postgresql.CONNECT_ARGUMENTS)
         options["pool_pre_ping"] = True
     try:
         engine = sa.create_engine(url, **options)
@@ -60,19 +47,8 @@ def create_engine(url: str, threads: int) -> Engine:
         sa.event.listen(engine, "connect", _on_sqlite_connect)
         sa.event.listen(engine, "begin", _on_sqlite_begin)
     else:
-        sa.event.listen(engine, "connect", _on_postgresql_connect)
+        db_postgresql.set_up(engine)
     return engine
-
-
-def _on_postgresql_connect(connection: Any, _record: object) -> None:
-    # "off" loses acknowledged commits when the server dies; what else the server is set to is stricter than "on".
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
-        )
-        for name, seconds in _POSTGRESQL_TIMEOUTS.items():
-            cursor.execute("SELECT set_config(%s, %s, false)", (name, f"{seconds:.0f}s"))
-    connection.commit()
 
 
 def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:

@@ -39,6 +39,7 @@ log = logging.getLogger("portal.enforcement")
 # process runs them, and where a pass takes longer, as long as it took. Whoever waits for a grant has a pass at once.
 GRANT_INTERVAL_SECONDS = 0.4
 PROBLEM_REPEATED_SECONDS = 60.0
+PASS_AFTER_FAILURE_SECONDS = 1.0
 PASSES_AHEAD = 3  # whoever waits for a pass waits for so many of others', at their longest, before its own
 
 
@@ -108,7 +109,11 @@ class Enforcement:
         applied = self.applied_generation()
         if applied >= generation:
             return Outcome(applied, applied)
-        timeout = self._settings.enforce_timeout if timeout is None else timeout
+        if timeout is None:
+            timeout = self._settings.enforce_timeout
+            if self._last_pass[1].problem is not None:
+                # The jobs go on trying with all patience. Requests that did would take up every thread meanwhile.
+                timeout = min(timeout, PASS_AFTER_FAILURE_SECONDS)
         try:
             with self._pass_lock.hold(PASSES_AHEAD * timeout):
                 number, outcome = self._last_pass
@@ -171,7 +176,7 @@ class Enforcement:
                 started = time.monotonic()
                 state = self._state()
                 if state.applied_generation < state.generation:
-                    self.apply(state.generation)
+                    self.apply(state.generation, timeout=self._settings.enforce_timeout)
             except PortalError as error:
                 log.warning("granting pass failed", extra={"problem": error.detail})
             except Exception:

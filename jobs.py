@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import audit
@@ -26,18 +27,30 @@ log = logging.getLogger("portal.jobs")
 LATE_SESSIONS = timedelta(seconds=100)
 
 
+# By data folder: damage that was recorded already, and may outlast many tries to repair it (a disk that is read-only).
+_recorded: dict[Path, list[str]] = {}
+
+
 def repair_broker(portal: Portal) -> None:
     """Put damaged files right and finish what a crash or an absent broker left undone."""
     problems = portal.enforcement.damage()
-    if problems:
+    state = _state(portal)
+    recorded = _recorded.pop(portal.settings.data_dir, [])
+    if problems and (problems != recorded or state.applied_generation >= state.generation):
         log.error("the broker's files were damaged; writing them anew", extra={"problem": " ".join(problems)})
         _advance(portal, "broker:repair", problems=problems)
-    with portal.database.snapshot() as tx:
-        state = db_issuers.get_broker_state(tx, portal.tenant_id)
+        state = _state(portal)
+    if problems:
+        _recorded[portal.settings.data_dir] = problems
     if state.applied_generation < state.generation:
-        portal.enforcement.apply(state.generation)
+        portal.enforcement.apply(state.generation, timeout=portal.settings.enforce_timeout)
     if problems:
         probe_broker(portal)  # a broker that read the damaged files may have let anybody in
+
+
+def _state(portal: Portal) -> db_issuers.BrokerStateRecord:
+    with portal.database.snapshot() as tx:
+        return db_issuers.get_broker_state(tx, portal.tenant_id)
 
 
 def renew_certificates(portal: Portal) -> None:

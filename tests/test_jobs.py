@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -43,6 +44,21 @@ def test_a_damaged_broker_file_is_written_anew_and_recorded(portal: Portal, name
     assert "broker:repair" in {
         entry.action for entry in portal.operators.audit("default", limit=5, before=None, filters={})
     }
+
+
+def test_damage_that_cannot_be_repaired_is_recorded_once(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    portal.settings.broker_file("acl").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        for _ in range(3):
+            jobs.repair_broker(portal)
+    entries = portal.operators.audit("default", limit=50, before=None, filters={"action": "broker:repair"})
+    assert len(entries) == 1
+    jobs.repair_broker(portal)
+    assert portal.broker.damage() == []
 
 
 def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> None:

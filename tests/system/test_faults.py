@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import pytest
 import requests
 
 from bench.harness import make_csr
-from tests.crash import Victim, acl_blocks, group_members, let_in, read_crl
+from tests.crash import Ledger, Load, Victim, acl_blocks, group_members, let_in, read_crl
+from tests.crash_check import Check
 from tests.deployment import wait_until
-from tests.mosquitto import free_port
+from tests.mosquitto import Mosquitto, free_port
+from tests.postgres import Cluster
 
 pytestmark = pytest.mark.system
 
@@ -70,6 +73,14 @@ class Faulty(Victim):
         assert (broker / "acl").read_text().splitlines()[-1].startswith("# end ")
         acl_blocks(broker)
 
+    ahead = timedelta(0)  # of the real clock
+
+    def is_well(self) -> bool:
+        problem = read_crl(self.data / "broker", self.data / "ca.pem", ahead=self.ahead)[1]
+        with contextlib.suppress(requests.ConnectionError):
+            return not problem and self.ask("GET", "/readyz").status_code == 200
+        return False
+
     def recovers(
         self, *, revoked: list[dict[str, Any]] | None = None, active: list[dict[str, Any]] | None = None
     ) -> None:
@@ -102,13 +113,13 @@ def pair(faulty: Faulty) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextlib.contextmanager
 def small_disk_below(faulty: Faulty, folder: Path) -> Iterator[Path]:
-    """A running deployment goes on with one of its folders on a disk of 16 MB of its own."""
+    """A running deployment goes on with one of its folders on a disk of 48 MB of its own."""
     faulty.stop_portal()
     faulty.stop_broker()
     before = folder.with_name(f"{folder.name}-before")
     folder.rename(before)
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], check=True)
     try:
         subprocess.run(["cp", "-a", f"{before}/.", str(folder)], check=True)
         faulty.start_broker()
@@ -291,6 +302,90 @@ def test_a_database_that_another_process_keeps_locked(
     assert 503 in faulty.statuses
     assert faulty.revoke(revoked).json()["broker"] == "enforced"
     faulty.recovers(revoked=[revoked], active=[kept])
+
+
+def test_a_postgresql_that_crashes_under_load_and_comes_back() -> None:
+    with Cluster() as cluster, Faulty(PORTAL_DATABASE_URL=cluster.url) as faulty:
+        ledger = Ledger(faulty.csr, seed=3)
+        check = Check(faulty, ledger, "per-device", faulty.folder / "device.key")
+        with Load(ledger, faulty, "per-device"):
+            for _ in range(3):
+                enough = ledger.answers.total() + 30
+                wait_until(lambda enough=enough: ledger.answers.total() >= enough)
+                cluster.kill()
+                assert faulty.problems()
+                refused = count(ledger, "503") + 5
+                wait_until(lambda refused=refused: count(ledger, "503") >= refused)
+                cluster.start()
+                wait_until(faulty.is_well)
+        check.everything()
+        assert ledger.said == []
+        faulty.recovers()
+
+
+def count(ledger: Ledger, status: str) -> int:
+    """How many answers there were with a status."""
+    return sum(times for answer, times in ledger.answers.items() if answer.endswith(status))
+
+
+# --- The clock ----------------------------------------------------------------------------------------------------
+
+
+class Timed(Faulty):
+    """A deployment whose portal and broker go by a clock that the test moves (libfaketime)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = {
+            "LD_PRELOAD": str(next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))),
+            "FAKETIME_TIMESTAMP_FILE": str(self.folder / "clock"),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+        # libfaketime 0.9.10 fails at the system call that time.sleep() is made of.
+        (self.folder / "sitecustomize.py").write_text(
+            "import select, time\ntime.sleep = lambda seconds: select.select([], [], [], seconds) and None\n"
+        )
+        self.environment |= self.fake | {"PYTHONPATH": str(self.folder)}
+        self.session.verify = False  # this process's own clock is not moved
+        self.move(timedelta(days=-10))
+
+    def move(self, ahead: timedelta) -> None:
+        self.ahead = ahead
+        (self.folder / "clock.new").write_text(f"{ahead.total_seconds():+.0f}")
+        (self.folder / "clock.new").rename(self.folder / "clock")
+
+    def start_broker(self) -> Mosquitto:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.fake.items():
+                patch.setenv(name, value)
+            return super().start_broker()
+
+    def start_portal(self, *, others: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        process = super().start_portal(others=others)
+        self.session.verify = self.ahead == timedelta(0) and self.operator["PORTAL_CA"]
+        return process
+
+
+@pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
+@pytest.mark.parametrize("ahead", [timedelta(days=370), timedelta(days=-2), timedelta(hours=-1)])
+def test_a_clock_that_is_moved_and_moved_back(ahead: timedelta) -> None:
+    with Timed() as faulty:
+        faulty.move(timedelta(0))  # as if it had been made ten days ago, and its CRL been over for three
+        wait_until(faulty.is_well)
+        revoked, other, kept = (faulty.device() for _ in range(3))
+        bundle = faulty.register()
+        assert faulty.revoke(revoked).json()["broker"] == "enforced"
+        faulty.move(ahead)
+        wait_until(faulty.is_well)
+        assert faulty.revoke(other).json()["broker"] == "enforced"
+        looked = faulty.session.head(bundle["download_url"], timeout=20).status_code
+        assert looked == (410 if ahead > timedelta(0) else 200)
+        faulty.move(timedelta(0))
+        wait_until(faulty.is_well)
+        faulty.session.verify = faulty.operator["PORTAL_CA"]
+        assert faulty.session.get(bundle["download_url"], timeout=20).content.startswith(b"PK")
+        faulty.recovers(revoked=[revoked, other], active=[kept])
 
 
 # --- Another portal on the same folder, stopped -------------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""A PostgreSQL of a test's own, durable as an operator's is, that may be killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class Cluster:
+    """A PostgreSQL server in a temporary folder, reached by a unix socket only."""
+
+    def __init__(self) -> None:
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+        self.programs = programs[-1] if programs else Path(shutil.which("initdb") or "").parent
+        self.folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="pg-"))
+        self.url = f"postgresql://portal@/postgres?host={self.folder}"
+
+    def __enter__(self) -> Self:
+        if os.geteuid() == 0:
+            shutil.chown(self.folder, "postgres")
+        self.folder.chmod(0o711)
+        self.run("initdb", "-U", "portal", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync")
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        shutil.rmtree(self.folder)
+
+    def run(self, program: str, *arguments: str, check: bool = True) -> None:
+        """Run a program of PostgreSQL's, which refuses to run as root."""
+        as_postgres = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        subprocess.run(
+            [*as_postgres, str(self.programs / program), "-D", str(self.folder / "data"), *arguments],
+            cwd=self.folder,
+            check=check,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+        )
+
+    def start(self) -> None:
+        options = f"-k {self.folder} -c listen_addresses=''"
+        self.run("pg_ctl", "start", "-w", "-s", "-l", str(self.folder / "log"), "-o", options)
+
+    def kill(self) -> None:
+        """Stop it as a crash does: what was not durable is gone."""
+        self.run("pg_ctl", "stop", "-s", "-m", "immediate", check=False)

@@ -1,0 +1,162 @@
+"""A portal that is killed at any moment loses nothing that it answered, and lets nobody in who was put out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import requests
+
+from bench.harness import make_csr
+from tests.crash import Ledger, Load, Victim, acl_blocks, let_in, read_crl
+from tests.crash_check import Check
+from tests.deployment import wait_until
+
+pytestmark = pytest.mark.system
+
+KILLS = 8
+ANSWERS_BETWEEN_KILLS = 12
+PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
+
+
+@pytest.fixture(scope="module")
+def victim() -> Iterator[Victim]:
+    """A portal of one worker, so that it is the process that is asked that works for the broker, too."""
+    with Victim(PORTAL_WORKERS="1") as running:
+        make_csr(running.folder)
+        yield running
+
+
+def killed_at(victim: Victim, plan: str, method: str, url: str, **request: object) -> None:
+    """Have the portal killed, all its processes, at a named step of a request."""
+    victim.kill_portal()
+    victim.start_portal(others={"PORTAL_FAILPOINT": f"{plan}=killgroup"})
+    victim.wait_ready()
+    with pytest.raises(requests.ConnectionError):
+        victim.session.request(method, url, timeout=20, **request)  # type: ignore[arg-type]
+    wait_until(lambda: victim.processes[0].poll() is not None)
+    victim.kill_portal()
+
+
+def start_again(victim: Victim) -> None:
+    """Have the portal running as it does with nothing in its environment to fail at."""
+    if victim.processes and "PORTAL_FAILPOINT" not in victim.started_with:
+        return
+    victim.kill_portal()
+    assert victim.start_portal().poll() is None, victim.log.read_text()
+    victim.wait_ready()
+
+
+def is_let_in(victim: Victim, device: dict[str, str]) -> bool:
+    key, ca = victim.folder / "device.key", victim.operator["PORTAL_CA"]
+    return let_in(ca, device["chain"], key, device["device_id"], victim.mqtt_port, victim.folder) == ""
+
+
+REGISTER_STEPS = {
+    "register.before_commit": False,
+    "register.after_commit": True,
+    "register.before_answer": True,
+}
+
+
+@pytest.mark.parametrize("step", REGISTER_STEPS)
+def test_a_registration_cut_off_is_whole_or_not_there_and_a_repeat_makes_no_second_one(
+    victim: Victim, step: str
+) -> None:
+    body = PLAIN | {"name": step}
+    repeatable = {"Idempotency-Key": f"a-key-for-{step}"}
+    killed_at(victim, step, "POST", f"{victim.url}/register", json=body, headers=repeatable)
+    start_again(victim)
+    found = victim.call("GET", f"/devices?q={step}").json()["devices"]
+    assert len(found) == REGISTER_STEPS[step]
+    answer = victim.call("POST", "/register", body, headers=repeatable).json()
+    again = victim.call("GET", f"/devices?q={step}").json()["devices"]
+    assert [device["device_id"] for device in again] == [answer["device_id"]]
+    assert not found or found[0]["device_id"] == answer["device_id"]
+    assert victim.session.get(answer["download_url"], timeout=20).content.startswith(b"PK")
+    wait_until(lambda: answer["device_id"] in acl_blocks(victim.data / "broker"))
+
+
+REVOKE_STEPS = {
+    "revoke.before_commit": False,
+    "revoke.after_commit": True,
+    "revoke.after_commit>apply.begin": True,
+    "revoke.after_commit>apply.after_snapshot": True,
+    "revoke.after_commit>apply.after_crl_signed": True,
+    "revoke.after_commit>apply.after_crl_committed": True,
+    "revoke.after_commit>install.staged": True,
+    "revoke.after_commit>install.renamed:1": True,  # the CRL
+    "revoke.after_commit>install.renamed:2": True,  # the ACL
+    "revoke.after_commit>install.renamed:3": True,  # the record of both
+    "revoke.after_commit>apply.after_install": True,
+    "revoke.after_commit>apply.before_reload": True,
+    "revoke.after_commit>apply.after_reload": True,
+    "revoke.after_commit>apply.after_cut": True,
+    "revoke.after_commit>apply.after_probe": True,
+    "revoke.after_commit>apply.before_recorded": True,
+    "revoke.after_commit>apply.after_recorded": True,
+}
+
+
+@pytest.mark.parametrize("step", REVOKE_STEPS)
+def test_a_revocation_cut_off_is_finished_by_the_next_start_with_nobody_asking(victim: Victim, step: str) -> None:
+    start_again(victim)
+    csr = (victim.folder / "device.csr").read_text()
+    device, other = (victim.register(name=name, csr=csr) for name in ("to be revoked", "to stay"))
+    assert is_let_in(victim, device)
+    killed_at(victim, step, "POST", f"{victim.url}/revoke/{device['device_id']}")
+    broker = victim.data / "broker"
+    assert read_crl(broker, victim.data / "ca.pem")[1] == ""  # whatever stands there is whole and current
+    start_again(victim)
+    committed = REVOKE_STEPS[step]
+    status = victim.call("GET", f"/devices/{device['device_id']}").json()["status"]
+    assert status == ("revoked" if committed else "active")
+    assert is_let_in(victim, device) is not committed
+    assert is_let_in(victim, other)
+    assert (device["device_id"] in acl_blocks(broker)) is not committed
+    listed, problem = read_crl(broker, victim.data / "ca.pem")
+    assert problem == ""
+    assert (int(device["serial_number"], 16) in listed) is committed
+    assert not list(broker.glob(".*"))  # nothing of a write that was cut off is left lying about
+
+
+def test_a_bundle_that_was_cut_off_is_neither_lost_nor_open_to_two_at_once(victim: Victim) -> None:
+    start_again(victim)
+    link = victim.register()["download_url"]
+    killed_at(victim, "deliver.after_claim", "GET", link)
+    start_again(victim)
+    refused = victim.session.get(link, timeout=20)
+    assert (refused.status_code, refused.json()["code"]) == (410, "link_used")  # for the 30 s of the fetch's lease
+
+
+def test_a_bundle_that_arrived_just_before_the_portal_was_killed_is_not_handed_out_again_at_once(
+    victim: Victim,
+) -> None:
+    victim.kill_portal()
+    victim.start_portal(others={"PORTAL_FAILPOINT": "deliver.before_finish=killgroup"})
+    victim.wait_ready()
+    link = victim.register()["download_url"]
+    assert victim.session.get(link, timeout=20).content.startswith(b"PK")
+    wait_until(lambda: victim.processes[0].poll() is not None)
+    start_again(victim)
+    assert victim.session.get(link, timeout=20).status_code == 410
+
+
+def test_killed_again_and_again_under_load_nothing_that_was_answered_is_lost() -> None:
+    with Victim() as victim:
+        csr = make_csr(victim.folder)
+        ledger = Ledger(csr.read_text(), seed=1)
+        check = Check(victim, ledger, "per-device", victim.folder / "device.key")
+        for _ in range(KILLS):
+            with Load(ledger, victim, "per-device") as load:
+                enough = ledger.answers.total() + ANSWERS_BETWEEN_KILLS
+                wait_until(lambda enough=enough: ledger.answers.total() >= enough)
+                victim.kill_portal()
+                load.stop()
+            check.refuses(2, "enforced")  # with no portal there
+            assert victim.start_portal().poll() is None, victim.log.read_text()
+            check.quick()
+        check.everything()
+        assert ledger.said == []
+        assert check.done["revoked devices refused"] > 0
+        assert victim.run_flask("audit", "verify").stdout.startswith("All ")
