@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from flask import Flask
 
+import access
+import db_access
+import db_issuers
 from access import Role
 from app import ROUTES, portal_of
 from tests.harness import ON_SQLITE, Api, api_as, problem_of
@@ -101,3 +105,59 @@ def test_a_refused_request_is_told_nothing_of_what_there_is(clients: dict[Role |
     known = clients[ADMIN].register()["device_id"]
     there, not_there = (clients[None].get(f"/devices/{name}").json for name in (known, "no-id"))
     assert {**there, "request_id": ""} == {**not_there, "request_id": ""}
+
+
+GUARDED = [route for route, roles in MAY_CALL.items() if None not in roles]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("route", GUARDED)
+@pytest.mark.parametrize("state", ["revoked", "expired"])
+def test_a_token_that_was_revoked_or_has_expired_opens_nothing(shared_app: Flask, route: str, state: str) -> None:
+    portal = portal_of(shared_app)
+    now = portal.clock()
+    ended = now - timedelta(seconds=1)
+    secret, record = access.new_token("default", "of old", ADMIN, ended if state == "expired" else None, now=now)
+    with portal.database.transaction() as tx:
+        db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+        if state == "revoked":
+            db_access.revoke_token(tx, "default", record.id, revoked_at=ended)
+    problem_of(call(Api(shared_app.test_client(), secret), route), 401, "unauthenticated")
+
+
+@pytest.fixture(scope="module")
+def foreigner(shared_app: Flask) -> Api:
+    """The admin of another tenant of the same portal."""
+    portal = portal_of(shared_app)
+    secret, record = access.new_token("another", "a neighbour", ADMIN, None, now=portal.clock())
+    with portal.database.transaction() as tx:
+        db_issuers.add_tenant(tx, "another", created_at=portal.clock())
+        db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+    return Api(shared_app.test_client(), secret)
+
+
+OF_ONE_THING = [route for route in GUARDED if "{device_id}" in route or "{token_id}" in route]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("route", OF_ONE_THING)
+def test_what_is_anothers_is_not_there(clients: dict[Role | None, Api], foreigner: Api, route: str) -> None:
+    device_id = clients[ADMIN].register()["device_id"]
+    token_id = clients[ADMIN].post("/tokens", {"name": "mine", "role": "auditor"}).json["token_id"]
+    method, path = route.split(" ")
+    path = path.format(device_id=device_id, token_id=token_id)
+    body = {"name": "taken over"} if method == "PATCH" else {} if method == "POST" else None
+    answer = foreigner.call(method, path, json=body)
+    assert answer.status_code == 404, answer.text
+    assert clients[ADMIN].get(f"/devices/{device_id}").json["status"] == "active"
+    revoked = {token["token_id"]: token["revoked_at"] for token in clients[ADMIN].get("/tokens").json["tokens"]}
+    assert revoked[token_id] is None
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("route", "field"), [("/devices", "devices"), ("/tokens", "tokens"), ("/audit", "entries")])
+def test_a_list_holds_nothing_of_anothers(
+    clients: dict[Role | None, Api], foreigner: Api, route: str, field: str
+) -> None:
+    own = {str(item) for item in clients[ADMIN].get(route).json[field]}
+    assert own.isdisjoint(str(item) for item in foreigner.get(route).json[field])
