@@ -19,6 +19,7 @@ from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
 from db_engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine
+from db_postgresql import unhurried
 from db_tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, Tenant, UtcDateTime
 from db_turns import Result, SharedTransactions
 from errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, LockUnavailable
@@ -148,12 +149,11 @@ class Database:
             with self.engine.connect() as connection:
                 config.attributes["connection"] = connection
                 try:
-                    with connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin():
+                    with ExitStack() as stack:
+                        stack.enter_context(connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin())
                         if not self.is_sqlite:
-                            # Of several portals that start at once, one migrates, however long that takes.
-                            connection.connection.driver_connection.patience = None  # type: ignore[union-attr]
-                            connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
-                            connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
+                            stack.enter_context(unhurried(connection))
+                            # Of several portals that start at once, one migrates.
                             connection.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))
                         alembic.upgrade(config, "head")
                 except CommandError as error:

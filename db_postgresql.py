@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 import sqlalchemy as sa
 from psycopg.errors import _WaitTimeout
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 LOCK_SECONDS, STATEMENT_SECONDS, IDLE_SECONDS = 5, 30, 120
 # Longer than a statement may take: only a server that is stopped or gone lets this pass.
@@ -42,6 +44,19 @@ def set_up(engine: Engine) -> None:
     """Have an engine make such connections, durable ones whatever the server's default is."""
     sa.event.listen(engine, "do_connect", _connect)
     sa.event.listen(engine, "connect", _on_connect)
+
+
+@contextmanager
+def unhurried(connection: Connection) -> Iterator[None]:
+    """Let a transaction take the time it takes: a migration may."""
+    driver: Any = connection.connection.driver_connection
+    driver.patience = None
+    try:
+        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
+        yield
+    finally:
+        driver.patience = ANSWER_SECONDS
 
 
 def _connect(_dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]) -> PatientConnection:

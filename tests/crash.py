@@ -82,6 +82,9 @@ class Victim(Deployment):
 
     def stop_portal(self, how: signal.Signals = signal.SIGTERM) -> list[int]:
         """Stop what runs, however it was left."""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGCONT)
         statuses = super().stop_portal(how) if all(process.poll() is None for process in self.processes) else []
         self.kill_portal()
         return statuses

@@ -14,7 +14,9 @@ from typing import Self
 class Cluster:
     """A PostgreSQL server in a temporary folder, reached by a unix socket only."""
 
-    def __init__(self) -> None:
+    def __init__(self, *settings: str) -> None:
+        """``settings`` are the server's own, such as ``synchronous_commit=off``."""
+        self.settings = settings
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
         self.programs = programs[-1] if programs else Path(shutil.which("initdb") or "").parent
         self.folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="pg-"))
@@ -48,8 +50,14 @@ class Cluster:
         )
 
     def start(self) -> None:
-        options = f"-k {self.folder} -c listen_addresses=''"
+        settings = " ".join(f"-c {setting}" for setting in ("listen_addresses=''", *self.settings))
+        options = f"-k {self.folder} {settings}"
         self.run("pg_ctl", "start", "-w", "-s", "-l", str(self.folder / "log"), "-o", options)
+
+    def processes(self) -> list[int]:
+        """The server's processes."""
+        head = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        return [head, *map(int, Path(f"/proc/{head}/task/{head}/children").read_text().split())]
 
     def kill(self) -> None:
         """Stop it as a crash does: what was not durable is gone."""

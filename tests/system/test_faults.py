@@ -382,8 +382,8 @@ def test_a_clock_that_is_moved_and_moved_back(ahead: timedelta) -> None:
         looked = faulty.session.head(bundle["download_url"], timeout=20).status_code
         assert looked == (410 if ahead > timedelta(0) else 200)
         faulty.move(timedelta(0))
-        wait_until(faulty.is_well)
         faulty.session.verify = faulty.operator["PORTAL_CA"]
+        wait_until(faulty.is_well)  # with a certificate of its own, too, that is valid now
         assert faulty.session.get(bundle["download_url"], timeout=20).content.startswith(b"PK")
         faulty.recovers(revoked=[revoked, other], active=[kept])
 
