@@ -17,7 +17,14 @@ from config import Settings
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("docs/*.md")])
-OTHER_VARIABLES = {"PORTAL_URL", "PORTAL_CA", "PORTAL_TOKEN", "PORTAL_BUNDLE_PASSWORD", "PORTAL_VENV"}
+OTHER_VARIABLES = {
+    "PORTAL_URL",
+    "PORTAL_CA",
+    "PORTAL_TOKEN",
+    "PORTAL_BUNDLE_PASSWORD",
+    "PORTAL_VENV",
+    "PORTAL_FAILPOINT",
+}
 FOLDERS = ("api", "bench", "docs", "migrations", "mosquitto", "scripts", "templates", "tests", ".ci")
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sqlite3
+import ssl
 import subprocess
 import threading
 import time
@@ -366,6 +368,21 @@ class Timed(Faulty):
         self.session.verify = self.ahead == timedelta(0) and self.operator["PORTAL_CA"]
         return process
 
+    def every_worker_shows_the_certificate_on_disk(self) -> bool:
+        """Open so many connections at once that each worker has some, and compare what they show."""
+        wanted = ssl.PEM_cert_to_DER_cert((self.data / "tls" / "server.pem").read_text().partition("-----END")[0]
+                                          + "-----END CERTIFICATE-----\n")  # fmt: skip
+        host, port = self.environment["PORTAL_BIND"].split(":")
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with contextlib.ExitStack() as stack:
+            shown = set()
+            for _ in range(8):
+                plain = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+                secured = stack.enter_context(context.wrap_socket(plain))
+                shown.add(secured.getpeercert(binary_form=True))
+        return shown == {wanted}
+
 
 @pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
 @pytest.mark.parametrize("ahead", [timedelta(days=370), timedelta(days=-2), timedelta(hours=-1)])
@@ -384,6 +401,7 @@ def test_a_clock_that_is_moved_and_moved_back(ahead: timedelta) -> None:
         faulty.move(timedelta(0))
         faulty.session.verify = faulty.operator["PORTAL_CA"]
         wait_until(faulty.is_well)  # with a certificate of its own, too, that is valid now
+        wait_until(faulty.every_worker_shows_the_certificate_on_disk)
         assert faulty.session.get(bundle["download_url"], timeout=20).content.startswith(b"PK")
         faulty.recovers(revoked=[revoked, other], active=[kept])
 
