@@ -24,8 +24,6 @@ from pyzipper.zipfile_aes import WZ_AES, AESZipEncrypter, AESZipFile
 
 from errors import LinkExpired, LinkUnknown
 
-BUNDLE_PASSWORD_LEAST = 12
-BUNDLE_PASSWORD_MOST = 128
 # WinZip's AE-2 derives its keys by 1000 rounds of PBKDF2; it is the password's entropy that protects the bundle.
 WZ_AES_ROUNDS = 1000
 _WZ_AES_HASH = SHA1()  # noqa: S303 - the format's; collisions do not matter to PBKDF2 and HMAC
