@@ -28,12 +28,12 @@ as_root() {
 install_package() {
     command -v apt-get >/dev/null && as_root true || return 1
     if [ -z "$APT_UPDATED" ]; then
-        as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq update </dev/null >/dev/null 2>&1 || true
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 update </dev/null >/dev/null 2>&1 || true
         APT_UPDATED=yes
     fi
     say "Installing the package $1."
     as_root env DEBIAN_FRONTEND=noninteractive \
-        apt-get -qq -y --no-install-recommends install "$1" </dev/null >/dev/null 2>&1
+        apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 install "$1" </dev/null >/dev/null 2>&1
 }
 
 # ensure_package PROGRAM PACKAGE...: the program is there, or one of the packages that bring it can be installed.
