@@ -4,137 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
+from config_values import (
+    KEY_TYPES,
+    AclStyle,
+    Address,
+    LogFormat,
+    choice,
+    count,
+    parse_address,
+    parse_database_url,
+    parse_distinguished_name_part,
+    parse_key_type,
+    parse_names,
+    parse_path,
+    parse_secret,
+    parse_text,
+    parse_topic_prefix,
+    parse_url,
+    seconds,
+)
 from errors import SettingInvalid
+
+__all__ = ["KEY_TYPES", "AclStyle", "Address", "LogFormat", "Settings"]
 
 UNIX_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
 
 
-class Address(NamedTuple):
-    """A host and a TCP port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-
-class AclStyle(StrEnum):
-    """How devices stand in the broker's ACL file."""
-
-    PER_DEVICE = "per-device"
-    PATTERN = "pattern"
-
-
-class LogFormat(StrEnum):
-    """How a line of the log is written."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072")
-
-
-def _text(value: str) -> str:
-    return value
-
-
-def _path(value: str) -> Path:
-    return Path(value).expanduser().absolute()
-
-
-def _names(value: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in value.split(",") if name.strip())
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9.:_*-]{1,253}", name):
-            raise ValueError(f"{name!r} is neither a DNS name nor an IP address")
-    return names
-
-
-def _address(value: str) -> Address:
-    host, separator, port = value.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError("must be HOST:PORT, such as 127.0.0.1:8443")
-    return Address(host.strip("[]"), int(port))
-
-
-def _url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError("must be an http:// or https:// URL without query or fragment")
-    return value.rstrip("/")
-
-
-def _count(low: int, high: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", value) or not low <= int(value) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(value)
-
-    return parse
-
-
-def _seconds(low: float, high: float) -> Callable[[str], float]:
-    def parse(value: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) or not low <= float(value) <= high:
-            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
-        return float(value)
-
-    return parse
-
-
-def _choice(choices: type[StrEnum]) -> Callable[[str], StrEnum]:
-    def parse(value: str) -> StrEnum:
-        try:
-            return choices(value)
-        except ValueError:
-            raise ValueError("must be one of " + ", ".join(choices)) from None
-
-    return parse
-
-
-def _key_type(value: str) -> str:
-    if value not in KEY_TYPES:
-        raise ValueError("must be one of " + ", ".join(KEY_TYPES))
-    return value
-
-
-def _distinguished_name_part(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9 '()+,./:=?_-]{1,40}", value):
-        raise ValueError("must be 1 to 40 letters, digits, spaces or simple punctuation")
-    return value
-
-
-def _topic_prefix(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,7}", value):
-        raise ValueError("must be one or more topic levels of letters, digits, - and _, such as devices")
-    return value
-
-
-def _secret(value: str) -> str:
-    if len(value) < 16:
-        raise ValueError("must have at least 16 characters")
-    return value
-
-
-def _database_url(value: str) -> str:
-    if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
-        raise ValueError("must begin with sqlite:/// or postgresql://")
-    return value
-
-
 def _setting(env: str, default: str, parse: Callable[[str], Any], help_text: str) -> Any:
-    shown = parse not in (_secret, _database_url)  # a database URL may hold a password
+    shown = parse not in (parse_secret, parse_database_url)  # a database URL may hold a password
     return dataclasses.field(metadata={"env": env, "default": default, "parse": parse, "help": help_text}, repr=shown)
 
 
@@ -146,92 +49,100 @@ class Settings:
     ``effective`` properties below).
     """
 
-    data_dir: Path = _setting("PORTAL_DATA_DIR", "data", _path, "Folder of the database, CA, keys and broker files")
-    bind: Address = _setting("PORTAL_BIND", "127.0.0.1:8443", _address, "HTTPS listener")
+    data_dir: Path = _setting(
+        "PORTAL_DATA_DIR", "data", parse_path, "Folder of the database, CA, keys and broker files"
+    )
+    bind: Address = _setting("PORTAL_BIND", "127.0.0.1:8443", parse_address, "HTTPS listener")
     pki_bind: Address = _setting(
-        "PORTAL_PKI_BIND", "127.0.0.1:8080", _address, "Plain HTTP listener: CRL and CA certificates only"
+        "PORTAL_PKI_BIND", "127.0.0.1:8080", parse_address, "Plain HTTP listener: CRL and CA certificates only"
     )
     public_url: str = _setting(
-        "PORTAL_PUBLIC_URL", "", _url, "Base of download links; https:// and the HTTPS listener if empty"
+        "PORTAL_PUBLIC_URL", "", parse_url, "Base of download links; https:// and the HTTPS listener if empty"
     )
     pki_url: str = _setting(
-        "PORTAL_PKI_URL", "", _url, "Base of the URLs put into certificates; http:// and the PKI listener if empty"
+        "PORTAL_PKI_URL", "", parse_url, "Base of the URLs put into certificates; http:// and the PKI listener if empty"
     )
     database_url: str = _setting(
         "PORTAL_DATABASE_URL",
         "",
-        _database_url,
+        parse_database_url,
         "SQLAlchemy URL (sqlite or postgresql); portal.db in the data folder if empty",
     )
     server_names: tuple[str, ...] = _setting(
-        "PORTAL_SERVER_NAMES", "localhost,127.0.0.1", _names, "Names and addresses in the portal's own certificate"
+        "PORTAL_SERVER_NAMES", "localhost,127.0.0.1", parse_names, "Names and addresses in the portal's own certificate"
     )
-    workers: int = _setting("PORTAL_WORKERS", "2", _count(1, 64), "Worker processes")
-    threads: int = _setting("PORTAL_THREADS", "8", _count(1, 128), "Threads in each worker process")
+    workers: int = _setting("PORTAL_WORKERS", "2", count(1, 64), "Worker processes")
+    threads: int = _setting("PORTAL_THREADS", "8", count(1, 128), "Threads in each worker process")
     max_connections: int = _setting(
-        "PORTAL_MAX_CONNECTIONS", "1000", _count(16, 65536), "Open connections in each worker process"
+        "PORTAL_MAX_CONNECTIONS", "1000", count(16, 65536), "Open connections in each worker process"
     )
     max_body_bytes: int = _setting(
-        "PORTAL_MAX_BODY_BYTES", "1048576", _count(1024, 1 << 30), "Longest request body, in bytes"
+        "PORTAL_MAX_BODY_BYTES", "1048576", count(1024, 1 << 30), "Longest request body, in bytes"
     )
     request_timeout: float = _setting(
-        "PORTAL_REQUEST_TIMEOUT", "15", _seconds(1, 600), "Seconds a client has for its handshake and its request"
+        "PORTAL_REQUEST_TIMEOUT", "15", seconds(1, 600), "Seconds a client has for its handshake and its request"
     )
     login_failures: int = _setting(
-        "PORTAL_LOGIN_FAILURES", "20", _count(1, 1000000), "Failed logins a minute after which an address must wait"
+        "PORTAL_LOGIN_FAILURES", "20", count(1, 1000000), "Failed logins a minute after which an address must wait"
     )
-    log_format: LogFormat = _setting("PORTAL_LOG_FORMAT", "text", _choice(LogFormat), "text or json")
-    log_level: str = _setting("PORTAL_LOG_LEVEL", "info", _text, "debug, info, warning or error")
+    log_format: LogFormat = _setting("PORTAL_LOG_FORMAT", "text", choice(LogFormat), "text or json")
+    log_level: str = _setting("PORTAL_LOG_LEVEL", "info", parse_text, "debug, info, warning or error")
 
     ca_name: str = _setting(
-        "PORTAL_CA_NAME", "Device Onboarding", _distinguished_name_part, "Begins the common names of the CAs"
+        "PORTAL_CA_NAME", "Device Onboarding", parse_distinguished_name_part, "Begins the common names of the CAs"
     )
     ca_passphrase: str = _setting(
-        "PORTAL_CA_PASSPHRASE", "", _secret, "Opens the CA keys; a 0600 file made at first start if empty"
+        "PORTAL_CA_PASSPHRASE", "", parse_secret, "Opens the CA keys; a 0600 file made at first start if empty"
     )
     ca_passphrase_file: Path | None = _setting(
-        "PORTAL_CA_PASSPHRASE_FILE", "", _path, "File with the passphrase, such as a service's credential"
+        "PORTAL_CA_PASSPHRASE_FILE", "", parse_path, "File with the passphrase, such as a service's credential"
     )
-    root_days: int = _setting("PORTAL_ROOT_DAYS", "7300", _count(2, 36500), "Life of the root CA, in days")
-    issuing_days: int = _setting("PORTAL_ISSUING_DAYS", "1825", _count(1, 36500), "Life of an issuing CA, in days")
-    device_days: int = _setting("PORTAL_DEVICE_DAYS", "365", _count(1, 36500), "Life of a device certificate, in days")
+    root_days: int = _setting("PORTAL_ROOT_DAYS", "7300", count(2, 36500), "Life of the root CA, in days")
+    issuing_days: int = _setting("PORTAL_ISSUING_DAYS", "1825", count(1, 36500), "Life of an issuing CA, in days")
+    device_days: int = _setting("PORTAL_DEVICE_DAYS", "365", count(1, 36500), "Life of a device certificate, in days")
     server_days: int = _setting(
-        "PORTAL_SERVER_DAYS", "90", _count(1, 398), "Life of the portal's and the broker's certificates, in days"
+        "PORTAL_SERVER_DAYS", "90", count(1, 398), "Life of the portal's and the broker's certificates, in days"
     )
-    crl_days: int = _setting("PORTAL_CRL_DAYS", "7", _count(1, 365), "Life of a CRL, in days")
-    key_type: str = _setting("PORTAL_KEY_TYPE", "ec-p256", _key_type, "Device keys: " + ", ".join(KEY_TYPES))
+    crl_days: int = _setting("PORTAL_CRL_DAYS", "7", count(1, 365), "Life of a CRL, in days")
+    key_type: str = _setting("PORTAL_KEY_TYPE", "ec-p256", parse_key_type, "Device keys: " + ", ".join(KEY_TYPES))
 
     acl_style: AclStyle = _setting(
-        "PORTAL_ACL_STYLE", "per-device", _choice(AclStyle), "per-device (an allow-list) or pattern (one line for all)"
+        "PORTAL_ACL_STYLE", "per-device", choice(AclStyle), "per-device (an allow-list) or pattern (one line for all)"
     )
-    topic_prefix: str = _setting("PORTAL_TOPIC_PREFIX", "devices", _topic_prefix, "What every topic begins with")
-    mqtt_host: str = _setting("PORTAL_MQTT_HOST", "localhost", _text, "The broker's name, as devices reach it")
-    mqtt_port: int = _setting("PORTAL_MQTT_PORT", "8883", _count(1, 65535), "The broker's TLS port")
+    topic_prefix: str = _setting("PORTAL_TOPIC_PREFIX", "devices", parse_topic_prefix, "What every topic begins with")
+    mqtt_host: str = _setting("PORTAL_MQTT_HOST", "localhost", parse_text, "The broker's name, as devices reach it")
+    mqtt_port: int = _setting("PORTAL_MQTT_PORT", "8883", count(1, 65535), "The broker's TLS port")
     broker_names: tuple[str, ...] = _setting(
-        "PORTAL_BROKER_NAMES", "localhost,127.0.0.1", _names, "Names and addresses in the broker's certificate"
+        "PORTAL_BROKER_NAMES", "localhost,127.0.0.1", parse_names, "Names and addresses in the broker's certificate"
     )
     broker_dir: Path = _setting(
-        "PORTAL_BROKER_DIR", "", _path, "Folder of the broker's files; broker in the data folder if empty"
+        "PORTAL_BROKER_DIR", "", parse_path, "Folder of the broker's files; broker in the data folder if empty"
     )
     broker_socket: Path = _setting(
-        "PORTAL_BROKER_SOCKET", "", _path, "The broker's internal listener; portal.sock in the broker folder if empty"
+        "PORTAL_BROKER_SOCKET",
+        "",
+        parse_path,
+        "The broker's internal listener; portal.sock in the broker folder if empty",
     )
     broker_pid_file: Path = _setting(
-        "PORTAL_BROKER_PID_FILE", "", _path, "The broker's pid file; mosquitto.pid in the broker folder if empty"
+        "PORTAL_BROKER_PID_FILE", "", parse_path, "The broker's pid file; mosquitto.pid in the broker folder if empty"
     )
     broker_reload: str = _setting(
-        "PORTAL_BROKER_RELOAD", "", _text, "Command that reloads the broker; SIGHUP by pid file if empty"
+        "PORTAL_BROKER_RELOAD", "", parse_text, "Command that reloads the broker; SIGHUP by pid file if empty"
     )
     broker_group: str = _setting(
-        "PORTAL_BROKER_GROUP", "", _text, "Group that may read the broker's files; mosquitto if empty and permitted"
+        "PORTAL_BROKER_GROUP",
+        "",
+        parse_text,
+        "Group that may read the broker's files; mosquitto if empty and permitted",
     )
     enforce_timeout: float = _setting(
-        "PORTAL_ENFORCE_TIMEOUT", "5", _seconds(0.1, 120), "Seconds a request waits for the broker"
+        "PORTAL_ENFORCE_TIMEOUT", "5", seconds(0.1, 120), "Seconds a request waits for the broker"
     )
 
-    link_hours: int = _setting("PORTAL_LINK_HOURS", "24", _count(1, 8760), "Life of a download link, in hours")
+    link_hours: int = _setting("PORTAL_LINK_HOURS", "24", count(1, 8760), "Life of a download link, in hours")
     link_grace: float = _setting(
-        "PORTAL_LINK_GRACE", "300", _seconds(0, 86400), "Seconds in which a download that broke off may be repeated"
+        "PORTAL_LINK_GRACE", "300", seconds(0, 86400), "Seconds in which a download that broke off may be repeated"
     )
 
     @classmethod
@@ -295,7 +206,7 @@ def _passphrase(given: str | None, path: Path | None) -> str:
     try:  # a group may read it: systemd shows a service its credentials so
         if path.stat().st_mode & 0o007:
             raise SettingInvalid(f"PORTAL_CA_PASSPHRASE_FILE names a file that is open to others; chmod 600 {path}.")
-        return _secret(path.read_text(encoding="utf-8").strip())
+        return parse_secret(path.read_text(encoding="utf-8").strip())
     except OSError as error:
         raise SettingInvalid(
             f"PORTAL_CA_PASSPHRASE_FILE names {path}, which cannot be read ({error.strerror})."

@@ -35,6 +35,8 @@ from files import FileLock, private_folder, remove_leftovers, replace_file, secr
 from inventory import Inventory
 from monitoring import Monitoring
 from onboarding import Onboarding
+from onboarding_credentials import CredentialMaker
+from onboarding_delivery import Deliveries
 from operators import Operators
 from readiness import Readiness
 from throttle import Throttle
@@ -61,6 +63,7 @@ class Portal:
     broker: BrokerProvisioning
     enforcement: Enforcement
     onboarding: Onboarding
+    deliveries: Deliveries
     inventory: Inventory
     operators: Operators
     readiness: Readiness
@@ -122,9 +125,8 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
             settings, database, authority, broker, lambda: canary_files(settings), clock, DEFAULT_TENANT
         )
         replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
-    onboarding = Onboarding(
-        settings, database, authority, enforcement, link_keys=link_keys, pepper=bytes.fromhex(pepper), clock=clock
-    )
+    credentials = CredentialMaker(settings, authority, link_keys)
+    onboarding = Onboarding(settings, database, enforcement, credentials, pepper=bytes.fromhex(pepper), clock=clock)
     return Portal(
         settings,
         database,
@@ -132,6 +134,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         broker,
         enforcement,
         onboarding,
+        Deliveries(settings, database, onboarding, link_keys, clock),
         Inventory(settings, database),
         Operators(database, Throttle(settings.data_dir / "attempts", settings.login_failures), clock),
         Readiness(database, authority, enforcement, clock, DEFAULT_TENANT, (settings.data_dir, settings.broker_dir)),

@@ -1,4 +1,4 @@
-"""The use cases: register, update, revoke, deliver."""
+"""The use cases: register, update, revoke."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import hmac
 import json
 import logging
-import secrets
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,28 +16,25 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 import audit
-import ca
 import credential_delivery as delivery
 import db
 import db_deliveries
 import metrics
 from audit import Actor
-from authority import Authority
 from broker_provisioning import check_style
 from config import AclStyle, Settings
 from db import Database
 from enforcement import Enforcement
-from errors import FieldProblem, IdempotencyConflict, InputInvalid, LinkRevoked, StateConflict, Unavailable
+from errors import IdempotencyConflict, StateConflict, Unavailable
 from failpoints import failpoint
 from lifecycle import DeviceStatus, advance
-from onboarding_terms import Bundle, Registered, Registration, Revoked
-from topics import Access, Topic, check_topics, default_topics, expand
+from onboarding_credentials import CredentialMaker, Made, Wanted
+from onboarding_terms import Registered, Registration, Revoked
+from topics import Access, Topic, check_topics, default_topics
 
 log = logging.getLogger("portal.onboarding")
 
 ANSWERS_KEPT = timedelta(hours=24)
-# A fetch holds its link for this long; a portal that dies meanwhile leaves the link to be fetched again after it.
-FETCH_LEASE = timedelta(seconds=30)
 
 
 class Onboarding:
@@ -48,18 +44,16 @@ class Onboarding:
         self,
         settings: Settings,
         database: Database,
-        authority: Authority,
         enforcement: Enforcement,
+        credentials: CredentialMaker,
         *,
-        link_keys: Sequence[str],
         pepper: bytes,
         clock: Callable[[], datetime],
     ) -> None:
         self._settings = settings
         self._database = database
-        self._authority = authority
         self._enforcement = enforcement
-        self._link_keys = link_keys
+        self._credentials = credentials
         self._pepper = pepper
         self._clock = clock
 
@@ -104,47 +98,14 @@ class Onboarding:
     def _register(self, actor: Actor, wanted: Registration, seal: delivery.AnswerSeal | None) -> tuple[Registered, int]:
         device_id = str(uuid.uuid4())
         topics = self.check_topics(wanted.topics, device_id)
-        days = wanted.validity_days or self._settings.device_days
-        key: ca.PrivateKey | None = None
-        if wanted.csr is None:
-            key = ca.generate_keypair(ca.KeyType(wanted.key_type or self._settings.key_type))
-            public_key = key.public_key()
-        elif wanted.key_type or wanted.bundle_password:
-            raise InputInvalid(
-                "With a csr the device has its own key: leave out key_type and bundle_password.",
-                [FieldProblem("csr", "goes with neither key_type nor bundle_password")],
-            )
-        else:
-            public_key = ca.read_csr(wanted.csr)
         now = self._clock()
-        signer = self._authority.issuing
-        issued = ca.sign_certificate(
-            signer.issuer, public_key, device_id=device_id, now=now, days=days, pki_url=self._settings.pki_url
+        made = self._credentials.make(
+            device_id,
+            Wanted(wanted.csr, wanted.key_type, wanted.validity_days, wanted.bundle_password),
+            topics,
+            now=now,
         )
-        answer = Registered(
-            device_id=device_id,
-            name=wanted.name,
-            status=advance(DeviceStatus.PENDING, DeviceStatus.ACTIVE),
-            fingerprint=issued.fingerprint,
-            serial_number=issued.serial_number,
-            issued_at=now,
-            expires_at=issued.not_after,
-        )
-        bundle: bytes | None = None
-        delivery_id = secrets.token_hex(16)
-        if key is None:
-            answer = dataclasses.replace(answer, certificate=issued.pem, chain=self._authority.chain_pem(issued.pem))
-        else:
-            password = wanted.bundle_password or delivery.new_bundle_password()
-            bundle = self._package(device_id, key, issued, topics, password, now)
-            answer = dataclasses.replace(
-                answer,
-                download_url=delivery.generate_download_link(
-                    delivery_id, self._link_keys, public_url=self._settings.public_url, now=now
-                ),
-                download_expires_at=now + timedelta(hours=self._settings.link_hours),
-                bundle_password=password,
-            )
+        answer = _answer(device_id, wanted.name, made, now)
 
         def record(tx: Connection) -> int:
             # Under the pattern style a device with the default topics is let in with no word to the broker.
@@ -164,30 +125,7 @@ class Onboarding:
                 created_at=now,
                 generation=generation,
             )
-            certificate_id = db.add_certificate(
-                tx,
-                tenant_id=actor.tenant_id,
-                issuer_id=signer.id,
-                device_id=device_id,
-                purpose="device",
-                serial_number=issued.serial_number,
-                fingerprint=issued.fingerprint,
-                der=issued.der,
-                not_before=issued.not_before,
-                not_after=issued.not_after,
-                issued_at=now,
-            )
-            if bundle is not None and answer.download_expires_at is not None:
-                db_deliveries.add_delivery(
-                    tx,
-                    tenant_id=actor.tenant_id,
-                    delivery_id=delivery_id,
-                    device_id=device_id,
-                    certificate_id=certificate_id,
-                    bundle=bundle,
-                    created_at=now,
-                    expires_at=answer.download_expires_at,
-                )
+            self._credentials.record(tx, actor.tenant_id, device_id, made, now=now)
             if seal is not None:
                 db_deliveries.add_answer(
                     tx,
@@ -205,38 +143,16 @@ class Onboarding:
                 "device:register",
                 f"device:{device_id}",
                 at=now,
-                serial_number=issued.serial_number,
-                key="csr" if key is None else "made here",
+                serial_number=made.issued.serial_number,
+                key="csr" if made.bundle is None else "made here",
             )
             failpoint("register.before_commit")
             return generation
 
         generation = self._database.write(record)
-        metrics.registered(with_csr=key is None)
+        metrics.registered(with_csr=made.bundle is None)
         failpoint("register.after_commit")
         return answer, generation
-
-    def _package(
-        self,
-        device_id: str,
-        key: ca.PrivateKey,
-        issued: ca.Issued,
-        topics: Sequence[Topic] | None,
-        password: str,
-        now: datetime,
-    ) -> bytes:
-        example = (topics or default_topics(self._settings.topic_prefix))[0]
-        credentials = delivery.Credentials(
-            device_id=device_id,
-            key_pem=ca.private_key_pem(key),
-            certificate_pem=issued.pem,
-            chain_pem=self._authority.chain_pem(issued.pem),
-            ca_pem=self._authority.ca_pem,
-            broker_host=self._settings.mqtt_host,
-            broker_port=self._settings.mqtt_port,
-            example_topic=expand(example, device_id).replace("#", "hello").replace("+", "hello"),
-        )
-        return delivery.package_credentials(credentials, password, now=now)
 
     def check_topics(self, topics: Sequence[tuple[str, str]] | None, device_id: str) -> tuple[Topic, ...] | None:
         """Check topics that a device is to have as its own; ``None`` stands for the default ones.
@@ -311,7 +227,7 @@ class Onboarding:
             )
         return Revoked(device_id, revoked_at or now, reason, enforced, None if enforced else outcome.problem)
 
-    # --- Deliver
+    # --- Credentials that are about to leave
 
     def wait_until_granted(self, generation: int) -> None:
         """Return once credentials made at ``generation`` will work; raises ``Unavailable`` where that takes too long.
@@ -325,60 +241,26 @@ class Onboarding:
             return
         raise Unavailable("The device is registered, but the broker does not know it yet; try again in a few seconds.")
 
-    def check_download(self, token: str) -> db_deliveries.DeliveryRecord:
-        """Look at what a link's token stands for and spend nothing.
-
-        Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired``, ``LinkRevoked``.
-        """
-        now = self._clock()
-        # The signature's own age limit is the longest a link can live; what counts is the time in the database.
-        delivery_id = delivery.read_download_token(
-            token, self._link_keys, now=now, max_age=timedelta(hours=self._settings.link_hours) + timedelta(days=1)
-        )
-        with self._database.snapshot() as tx:
-            return db_deliveries.get_delivery(tx, delivery_id, now=now)
-
-    def claim_download(self, actor: Actor, token: str) -> Bundle:
-        """Take the bundle behind a link for one fetch; call ``end_download`` before its end goes out.
-
-        Call ``finish_download`` or ``release_download`` afterwards.
-
-        Raises as ``check_download`` does, and ``Unavailable`` while the broker does not know the device.
-        """
-        record = self.check_download(token)
-        self.wait_until_granted(record.generation)
-        now = self._clock()
-        grace = timedelta(seconds=self._settings.link_grace)
-        with self._database.transaction() as tx:
-            content = db_deliveries.claim_delivery(tx, record.id, now=now, lease=FETCH_LEASE, grace=grace)
-            audit.record(tx, actor, "bundle:fetch", f"device:{record.device_id}", at=now, delivery=record.id)
-        failpoint("deliver.after_claim")
-        return Bundle(record.id, record.device_id, content)
-
-    def end_download(self, bundle: Bundle) -> None:
-        """Call before the end of the bundle goes out: from here on a crash leaves the link used, not open again.
-
-        Raises ``LinkRevoked`` where the device was revoked meanwhile; the end must not go out then.
-        """
-        if not self._database.write(lambda tx: db_deliveries.close_delivery(tx, bundle.delivery_id)):
-            raise LinkRevoked("The device of this link has been revoked, so its bundle was destroyed.")
-        failpoint("deliver.after_end")
-
-    def finish_download(self, actor: Actor, bundle: Bundle) -> None:
-        """The bundle has arrived: destroy it."""
-        failpoint("deliver.before_finish")
-        now = self._clock()
-        with self._database.transaction() as tx:
-            if db_deliveries.finish_delivery(tx, bundle.delivery_id, delivered_at=now):
-                audit.record(
-                    tx, actor, "bundle:deliver", f"device:{bundle.device_id}", at=now, delivery=bundle.delivery_id
-                )
-
-    def release_download(self, bundle: Bundle) -> None:
-        """The fetch broke off: the same link may be used again within the grace time."""
-        with self._database.transaction() as tx:
-            db_deliveries.release_delivery(tx, bundle.delivery_id, now=self._clock())
-
 
 def _canonical(wanted: Registration) -> bytes:
     return json.dumps(dataclasses.asdict(wanted), sort_keys=True, default=list).encode()
+
+
+def _answer(device_id: str, name: str, made: Made, now: datetime) -> Registered:
+    answer = Registered(
+        device_id=device_id,
+        name=name,
+        status=advance(DeviceStatus.PENDING, DeviceStatus.ACTIVE),
+        fingerprint=made.issued.fingerprint,
+        serial_number=made.issued.serial_number,
+        issued_at=now,
+        expires_at=made.issued.not_after,
+    )
+    if made.bundle is None:
+        return dataclasses.replace(answer, certificate=made.certificate, chain=made.chain)
+    return dataclasses.replace(
+        answer,
+        download_url=made.bundle.download_url,
+        download_expires_at=made.bundle.download_expires_at,
+        bundle_password=made.bundle.password,
+    )

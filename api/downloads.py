@@ -26,9 +26,9 @@ def download(call: Call) -> Reply:
     """Fetch a bundle, once. HEAD spends nothing."""
     try:
         if call.method == "HEAD":
-            record = call.portal.onboarding.check_download(call.path["token"])
+            record = call.portal.deliveries.check_download(call.path["token"])
             return Reply(content=b"", media_type=MEDIA_TYPE, headers=_headers(record.device_id, record.length))
-        bundle = call.portal.onboarding.claim_download(call.actor, call.path["token"])
+        bundle = call.portal.deliveries.claim_download(call.actor, call.path["token"])
     except LinkUnknown as error:
         call.portal.operators.login_failed(call.actor, "bundle:fetch", "link", error.code)
         raise
@@ -41,19 +41,19 @@ def download(call: Call) -> Reply:
 
     def when_done(received: bool) -> None:
         if received:
-            portal.onboarding.finish_download(actor, bundle)
+            portal.deliveries.finish_download(actor, bundle)
         else:
-            portal.onboarding.release_download(bundle)
+            portal.deliveries.release_download(bundle)
 
     # The portal's server ends the connection after the bundle, and tells by how it ended whether that has arrived.
     call.environ["portal.when_done"] = when_done
     content: Iterator[bytes]
     if "portal.listener" in call.environ:
         content = _in_two_parts(
-            bundle.content, call.environ["gunicorn.socket"], lambda: portal.onboarding.end_download(bundle)
+            bundle.content, call.environ["gunicorn.socket"], lambda: portal.deliveries.end_download(bundle)
         )
     else:
-        portal.onboarding.end_download(bundle)
+        portal.deliveries.end_download(bundle)
         content = _Sending(bundle.content, when_done)
     return Reply(content=content, media_type=MEDIA_TYPE, headers=headers)
 

@@ -26,7 +26,7 @@ FLOORS = (
     {"ca_algorithms", "ca_parsing"},
     {"lifecycle", "topics"},
     {"logs", "metrics", "throttle"},
-    {"config", "failpoints", "files"},
+    {"config_*", "failpoints", "files"},
     {"errors", "failpoints"},
 )
 FLOOR_OF = {room: len(FLOORS) - number for number, floor in enumerate(FLOORS) for room in floor}

@@ -1,0 +1,163 @@
+"""Makes a device's credentials, with the rows that record them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from sqlalchemy.engine import Connection
+
+import ca
+import credential_delivery as delivery
+import db
+import db_deliveries
+from authority import Authority
+from config import Settings
+from errors import FieldProblem, InputInvalid
+from topics import Topic, default_topics, expand
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What credentials are asked for: a certificate for the key of a ``csr`` (PEM), or a new key in a bundle.
+
+    ``None`` stands for what the settings say, and for a password of the portal's making.
+    """
+
+    csr: str | None = None
+    key_type: str | None = None
+    validity_days: int | None = None
+    bundle_password: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class BundleMade:
+    """An encrypted bundle that waits for one download, with what opens it."""
+
+    delivery_id: str
+    content: bytes = field(repr=False)
+    password: str = field(repr=False)
+    download_url: str = field(repr=False)
+    download_expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Credentials that exist nowhere else yet: ``record`` them before they are released.
+
+    ``bundle`` is ``None`` where the device has its own key; ``certificate`` and ``chain`` (PEM) are what it then gets.
+    """
+
+    issued: ca.Issued
+    issuer_id: int
+    chain: str = field(repr=False)
+    bundle: BundleMade | None
+
+    @property
+    def certificate(self) -> str:
+        """The certificate as PEM."""
+        return self.issued.pem
+
+
+class CredentialMaker:
+    """Whatever gives a device a certificate (registration, renewal, enrolment) has it made here."""
+
+    def __init__(self, settings: Settings, authority: Authority, link_keys: Sequence[str]) -> None:
+        self._settings = settings
+        self._authority = authority
+        self._link_keys = link_keys
+
+    def make(self, device_id: str, wanted: Wanted, topics: Sequence[Topic] | None, *, now: datetime) -> Made:
+        """Sign a certificate and, unless a CSR brings the key, make key and bundle; the database is not touched.
+
+        ``topics`` are the device's own or ``None``. Raises ``InputInvalid`` (``CsrInvalid``, ``KeyRefused``),
+        ``IssuerUnusable``, ``SignatureCheckFailed``.
+        """
+        key: ca.PrivateKey | None = None
+        if wanted.csr is None:
+            key = ca.generate_keypair(ca.KeyType(wanted.key_type or self._settings.key_type))
+            public_key = key.public_key()
+        elif wanted.key_type or wanted.bundle_password:
+            raise InputInvalid(
+                "With a csr the device has its own key: leave out key_type and bundle_password.",
+                [FieldProblem("csr", "goes with neither key_type nor bundle_password")],
+            )
+        else:
+            public_key = ca.read_csr(wanted.csr)
+        signer = self._authority.issuing
+        issued = ca.sign_certificate(
+            signer.issuer,
+            public_key,
+            device_id=device_id,
+            now=now,
+            days=wanted.validity_days or self._settings.device_days,
+            pki_url=self._settings.pki_url,
+        )
+        chain = self._authority.chain_pem(issued.pem)
+        bundle = None
+        if key is not None:
+            bundle = self._bundle(device_id, key, issued, chain, topics, wanted.bundle_password, now)
+        return Made(issued, signer.id, chain, bundle)
+
+    def _bundle(
+        self,
+        device_id: str,
+        key: ca.PrivateKey,
+        issued: ca.Issued,
+        chain: str,
+        topics: Sequence[Topic] | None,
+        password: str | None,
+        now: datetime,
+    ) -> BundleMade:
+        example = (topics or default_topics(self._settings.topic_prefix))[0]
+        credentials = delivery.Credentials(
+            device_id=device_id,
+            key_pem=ca.private_key_pem(key),
+            certificate_pem=issued.pem,
+            chain_pem=chain,
+            ca_pem=self._authority.ca_pem,
+            broker_host=self._settings.mqtt_host,
+            broker_port=self._settings.mqtt_port,
+            example_topic=expand(example, device_id).replace("#", "hello").replace("+", "hello"),
+        )
+        delivery_id = secrets.token_hex(16)
+        password = password or delivery.new_bundle_password()
+        return BundleMade(
+            delivery_id,
+            delivery.package_credentials(credentials, password, now=now),
+            password,
+            delivery.generate_download_link(
+                delivery_id, self._link_keys, public_url=self._settings.public_url, now=now
+            ),
+            now + timedelta(hours=self._settings.link_hours),
+        )
+
+    def record(self, tx: Connection, tenant_id: str, device_id: str, made: Made, *, now: datetime) -> int:
+        """Insert the certificate and what is to be delivered; returns the certificate's row id."""
+        certificate_id = db.add_certificate(
+            tx,
+            tenant_id=tenant_id,
+            issuer_id=made.issuer_id,
+            device_id=device_id,
+            purpose="device",
+            serial_number=made.issued.serial_number,
+            fingerprint=made.issued.fingerprint,
+            der=made.issued.der,
+            not_before=made.issued.not_before,
+            not_after=made.issued.not_after,
+            issued_at=now,
+        )
+        if made.bundle is not None:
+            db_deliveries.add_delivery(
+                tx,
+                tenant_id=tenant_id,
+                delivery_id=made.bundle.delivery_id,
+                device_id=device_id,
+                certificate_id=certificate_id,
+                bundle=made.bundle.content,
+                created_at=now,
+                expires_at=made.bundle.download_expires_at,
+            )
+        return certificate_id
