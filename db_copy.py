@@ -20,7 +20,8 @@ from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
 import db
-from db_tables import Base, UtcDateTime
+from db_schema import METADATA
+from db_tables import UtcDateTime
 from errors import BackupRefused, DatabaseTooNew
 
 BATCH = 500
@@ -35,7 +36,7 @@ _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
 
 def table_names() -> list[str]:
     """Every table, each after those that it refers to."""
-    return [table.name for table in Base.metadata.sorted_tables]
+    return [table.name for table in METADATA.sorted_tables]
 
 
 # --- Out ----------------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def table_names() -> list[str]:
 
 def rows(tx: Connection, name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table by its key, read bit by bit."""
-    table = Base.metadata.tables[name]
+    table = METADATA.tables[name]
     query = sa.select(table).order_by(*table.primary_key).execution_options(yield_per=BATCH)
     with contextlib.closing(tx.execute(query)) as result:
         for row in result.mappings():
@@ -52,7 +53,7 @@ def rows(tx: Connection, name: str) -> Iterator[dict[str, Any]]:
 
 def dump(tx: Connection, name: str) -> Iterator[str]:
     """A table as lines of JSON: first its columns as pairs of name and kind, then an array a row."""
-    kinds = [(column.name, _kind(column.type)) for column in Base.metadata.tables[name].c]
+    kinds = [(column.name, _kind(column.type)) for column in METADATA.tables[name].c]
     yield json.dumps({"columns": kinds}) + "\n"
     for row in rows(tx, name):
         yield json.dumps([_to_json(row[column], kind) for column, kind in kinds], separators=(",", ":")) + "\n"
@@ -152,7 +153,7 @@ def clear(tx: Connection, wanted: str) -> None:
     """Leave a PostgreSQL database with the tables of a revision, all of them empty, within the transaction."""
     tx.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))  # as a migration does
     current = revision(tx)
-    here = [name for name in sa.inspect(tx).get_table_names() if name in Base.metadata.tables]
+    here = [name for name in sa.inspect(tx).get_table_names() if name in METADATA.tables]
     if current == wanted:
         tx.execute(sa.text(f"TRUNCATE {', '.join(here)}"))
         return
@@ -166,7 +167,7 @@ def renumber(tx: Connection) -> None:
     """Let the database number new rows above those that came with their numbers; SQLite does so by itself."""
     if tx.dialect.name == "sqlite":
         return
-    for table in Base.metadata.sorted_tables:
+    for table in METADATA.sorted_tables:
         if table.autoincrement_column is None:
             continue
         column = table.autoincrement_column.name

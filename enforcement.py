@@ -13,6 +13,7 @@ from datetime import datetime
 
 import db_issuers
 import db_reads
+import events
 import metrics
 from authority import Authority, crl_is_due, next_crl
 from broker_provisioning import (
@@ -28,6 +29,7 @@ from config import AclStyle, Settings
 from db import Database
 from db_issuers import BrokerStateRecord, CrlRecord
 from errors import LockUnavailable, PortalError
+from events import EventType
 from failpoints import failpoint
 from files import FileLock
 from lifecycle import DeviceStatus
@@ -93,6 +95,7 @@ class Enforcement:
         self._acl_generation = 0
         self._wanted = threading.Event()
         self._last_problem = ("", 0.0)
+        self._said_pending: set[str] = set()
 
     # --- What others ask for
 
@@ -199,6 +202,7 @@ class Enforcement:
         started = time.monotonic()
         deadline = started + timeout
         installed = enforced = 0
+        work: _Work | None = None
         try:
             failpoint("apply.begin")
             work = self._prepare()
@@ -215,18 +219,26 @@ class Enforcement:
                 self._broker.probe(self._canaries(), deadline)
             failpoint("apply.after_probe")
             with self._database.transaction() as tx:
-                db_issuers.set_applied_generation(tx, self._tenant_id, generation, applied_at=self._clock())
+                now = self._clock()
+                db_issuers.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
+                for device_id in work.put_out:
+                    events.record(
+                        tx, self._tenant_id, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation
+                    )
                 failpoint("apply.before_recorded")
             failpoint("apply.after_recorded")
         except PortalError as error:
             metrics.broker_pass(ended_well=False)
             self._log_problem(error.detail, installed, enforced)
+            if work is not None:
+                self._say_pending(work, error.detail)
             return Outcome(installed, enforced, error.detail)
         except Exception:
             metrics.broker_pass(ended_well=False)
             log.exception("a pass failed unexpectedly")
             return Outcome(installed, enforced, "The pass failed unexpectedly; the portal's log has the cause.")
         self._last_problem = ("", 0.0)
+        self._said_pending.clear()
         metrics.broker_pass(ended_well=True)
         log.info(
             "broker enforces",
@@ -250,6 +262,29 @@ class Enforcement:
             "the broker does not enforce the newest generation yet",
             extra={"generation": installed, "enforced": enforced, "problem": problem},
         )
+
+    def _say_pending(self, work: _Work, problem: str) -> None:
+        """Record once of each device that is to be put out that the broker was not seen to do so yet."""
+        new = [device_id for device_id in work.put_out if device_id not in self._said_pending]
+        if not new or not events.has_subscribers(self._database.engine):
+            return
+        since = f"since {work.state.applied_generation}"  # the same in every process while this lasts
+        try:
+            with self._database.transaction() as tx:
+                for device_id in new:
+                    events.record(
+                        tx,
+                        self._tenant_id,
+                        EventType.BROKER_PENDING,
+                        device_id,
+                        at=self._clock(),
+                        once=since,
+                        problem=problem,
+                    )
+        except PortalError as error:
+            log.warning("a pending revocation was not announced", extra={"problem": error.detail})
+        else:
+            self._said_pending.update(new)
 
     def _prepare(self) -> _Work:
         """Read one snapshot, bring the ACL in memory to it, sign the CRLs that are due, and record them."""

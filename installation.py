@@ -21,6 +21,7 @@ import ca
 import db
 import db_access
 import db_issuers
+import events
 from access import Role
 from authority import Authority, open_authority
 from broker_files import FOLDER_MODE, broker_group
@@ -46,6 +47,8 @@ log = logging.getLogger("portal.installation")
 CANARY_DAYS = 90
 # Shared by all who have a portal open, held alone by who replaces what they work on.
 PRESENCE_LOCK = ".portal.lock"
+# There while anybody may have subscribed to events.
+SUBSCRIBED = ".subscribed"
 
 
 def utc_now() -> datetime:
@@ -114,6 +117,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
             settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=settings.threads
         )
         database.migrate()
+        events.watch(database.engine, settings.data_dir / SUBSCRIBED)
         with database.transaction() as tx:
             db_issuers.add_tenant(tx, DEFAULT_TENANT, created_at=clock())
         keys = KeyFiles(settings.ca_dir, passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase"))

@@ -19,6 +19,7 @@ import audit
 import credential_delivery as delivery
 import db
 import db_deliveries
+import events
 import metrics
 from audit import Actor
 from broker_provisioning import check_style
@@ -26,6 +27,7 @@ from config import AclStyle, Settings
 from db import Database
 from enforcement import Enforcement
 from errors import IdempotencyConflict, StateConflict, Unavailable
+from events import EventType
 from failpoints import failpoint
 from lifecycle import DeviceStatus, advance
 from onboarding_credentials import CredentialMaker, Made, Wanted
@@ -137,6 +139,17 @@ class Onboarding:
                     created_at=now,
                     expires_at=now + ANSWERS_KEPT,
                 )
+            events.record(
+                tx,
+                actor.tenant_id,
+                EventType.REGISTERED,
+                device_id,
+                at=now,
+                name=wanted.name,
+                serial_number=made.issued.serial_number,
+                fingerprint=made.issued.fingerprint,
+                expires_at=made.issued.not_after,
+            )
             audit.record(
                 tx,
                 actor,
@@ -211,6 +224,7 @@ class Onboarding:
                 advance(device.status, DeviceStatus.REVOKED)
                 generation, revoked_at = db.next_generation(tx, actor.tenant_id, at=now), now
                 db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
+                events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=reason)
                 audit.record(tx, actor, "device:revoke", f"device:{device_id}", at=now, reason=reason)
             failpoint("revoke.before_commit")
         failpoint("revoke.after_commit")

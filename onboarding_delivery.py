@@ -8,10 +8,12 @@ from datetime import datetime, timedelta
 import audit
 import credential_delivery as delivery
 import db_deliveries
+import events
 from audit import Actor
 from config import Settings
 from db import Database
 from errors import LinkRevoked
+from events import EventType
 from failpoints import failpoint
 from onboarding import Onboarding
 from onboarding_terms import Bundle
@@ -82,6 +84,7 @@ class Deliveries:
         now = self._clock()
         with self._database.transaction() as tx:
             if db_deliveries.finish_delivery(tx, bundle.delivery_id, delivered_at=now):
+                events.record(tx, actor.tenant_id, EventType.DELIVERED, bundle.device_id, at=now)
                 audit.record(
                     tx, actor, "bundle:deliver", f"device:{bundle.device_id}", at=now, delivery=bundle.delivery_id
                 )

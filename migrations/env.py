@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from alembic import context
 
-from db_tables import Base
+from db_schema import METADATA
 
 connection = context.config.attributes["connection"]
-context.configure(
-    connection=connection, target_metadata=Base.metadata, render_as_batch=connection.dialect.name == "sqlite"
-)
+context.configure(connection=connection, target_metadata=METADATA, render_as_batch=connection.dialect.name == "sqlite")
 context.run_migrations()

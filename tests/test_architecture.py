@@ -20,7 +20,7 @@ FLOORS = (
     {"onboarding_*", "inventory", "operators"},
     {"enforcement"},
     {"authority"},
-    {"audit", "access"},
+    {"audit", "access", "events"},
     {"ca_*", "ca_keys", "db_*", "broker_*", "credential_delivery", "transport"},
     {"ca_pkcs8"},  # these three: what certificates and the keeping of keys share
     {"ca_algorithms", "ca_parsing"},

@@ -221,8 +221,8 @@ def test_an_older_schema_is_restored_and_then_migrated(
         portal.onboarding.register(OPERATOR, PUMP)
     copied(settings, file, clock)
     shutil.copytree(db.MIGRATIONS, tmp_path / "migrations")
-    (tmp_path / "migrations" / "versions" / "0002_colour.py").write_text(
-        "from alembic import op\nimport sqlalchemy as sa\nrevision, down_revision = '0002', '0001'\n"
+    (tmp_path / "migrations" / "versions" / "9000_colour.py").write_text(
+        f"from alembic import op\nimport sqlalchemy as sa\nrevision, down_revision = '9000', '{db_copy.head()}'\n"
         "branch_labels = depends_on = None\n"
         "def upgrade():\n"
         "    op.add_column('devices', sa.Column('colour', sa.String(8), server_default='grey', nullable=False))\n"
@@ -231,7 +231,7 @@ def test_an_older_schema_is_restored_and_then_migrated(
     bring_passphrase(settings, elsewhere)
     put_back(elsewhere, file, clock)
     with opened(elsewhere, clock) as portal, portal.database.snapshot() as tx:
-        assert db_copy.revision(tx) == "0002"
+        assert db_copy.revision(tx) == "9000"
         assert tx.execute(sa.text("SELECT colour FROM devices")).scalars().all() == ["grey"]
 
 
