@@ -49,6 +49,7 @@ STATUS_OF: dict[type[PortalError], int] = {
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.Gone: 410,
+    errors.BodyTooSlow: 408,
     errors.BodyTooLarge: 413,
     errors.MediaTypeUnsupported: 415,
     errors.InputInvalid: 422,

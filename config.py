@@ -82,6 +82,17 @@ class Settings:
     request_timeout: float = _setting(
         "PORTAL_REQUEST_TIMEOUT", "15", seconds(1, 600), "Seconds a client has for its handshake and its request"
     )
+    bulk_max_bytes: int = _setting(
+        "PORTAL_BULK_MAX_BYTES", "1073741824", count(1024, 1 << 40), "Longest bulk upload, in bytes"
+    )
+    bulk_max_rows: int = _setting("PORTAL_BULK_MAX_ROWS", "1000000", count(1, 100000000), "Most rows of a bulk upload")
+    bulk_uploads: int = _setting("PORTAL_BULK_UPLOADS", "2", count(1, 8), "Bulk uploads at a time")
+    bulk_processes: int = _setting(
+        "PORTAL_BULK_PROCESSES",
+        "0",
+        count(0, 64),
+        "Processes that make an upload's keys; 0: a processor each, 4 at most",
+    )
     login_failures: int = _setting(
         "PORTAL_LOGIN_FAILURES", "20", count(1, 1000000), "Failed logins a minute after which an address must wait"
     )

@@ -71,6 +71,12 @@ class BodyTooLarge(PortalError):
     code = "body_too_large"
 
 
+class BodyTooSlow(PortalError):
+    """The client paused for too long in the middle of a body."""
+
+    code = "request_timeout"
+
+
 class MediaTypeUnsupported(PortalError):
     """The body is of a media type that the endpoint does not read."""
 
@@ -172,6 +178,18 @@ class Unavailable(PortalError):
     """Something the portal needs does not answer now; trying again later may help."""
 
     code = "unavailable"
+
+
+class PortalStopping(Unavailable):
+    """The portal is being stopped, and what it was doing with it."""
+
+    code = "stopping"
+
+
+class UploadsBusy(Unavailable):
+    """As many bulk uploads as are allowed at a time are under way."""
+
+    code = "too_many_uploads"
 
 
 class DatabaseUnavailable(Unavailable):

@@ -18,15 +18,18 @@ import metrics
 from config import Settings
 from serving_balance import ConnectionCount
 from serving_connection import Connection, Phase
-from serving_framing import RequestRefused, RequestScanner, WholeRequest
+from serving_framing import BegunRequest, RequestScanner, WholeRequest
 from serving_limits import OpenConnections
 from serving_listeners import ServerTls
+from serving_refusals import RequestRefused
 
 TICK = 0.5  # seconds between looks at the deadlines
 KEEPALIVE = 75.0  # seconds that an idle connection is kept
 LINGER = 2.0  # seconds a client has to close its side, so that it sees the end of its answer (RFC 9112 section 9.6)
 SLOWEST_READER = 16 * 1024  # bytes a second; a response is given up that takes longer, plus the request's timeout
 YIELD = 0.003  # seconds that a worker leaves a new connection to another one that has fewer
+# The route whose body the application reads while it arrives, as long as it may be.
+STREAMED = b"POST /register/bulk"
 SHED_REPORT = 10.0  # seconds between two log lines about connections that were given up
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -44,8 +47,9 @@ log = logging.getLogger("portal.serving")
 class ClientLoop:
     """Accepts connections, reads whole requests, sends responses; a slow client costs it no thread.
 
-    ``dispatch`` is called with each whole request. Until ``begin_sending``, ``refuse`` or ``drop`` is called for its
-    connection, in the loop's thread, the connection is the callee's. ``background`` has a thread call a function.
+    ``dispatch`` is called with each whole request, or with the head of one whose body is streamed. Until
+    ``begin_sending``, ``refuse`` or ``drop`` is called for its connection, in the loop's thread, the connection is the
+    callee's. ``background`` has a thread call a function.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class ClientLoop:
         tls: ServerTls,
         listeners: Mapping[socket.socket, str],
         count: ConnectionCount,
-        dispatch: Callable[[Connection, WholeRequest], None],
+        dispatch: Callable[[Connection, WholeRequest | BegunRequest], None],
         background: Callable[[Callable[[], None]], object],
     ) -> None:
         self.poller = selectors.DefaultSelector()
@@ -64,6 +68,7 @@ class ClientLoop:
         self._listeners = listeners
         self._count = count
         self._dispatch = dispatch
+        self._streamed = {STREAMED: settings.bulk_max_bytes}
         self._background = background
         self._open = OpenConnections(settings.max_connections)
         self._now = time.monotonic()
@@ -154,7 +159,7 @@ class ClientLoop:
                 self.listen(False)
             return
         name = self._listeners[listener]
-        scanner = RequestScanner(self._settings.max_body_bytes)
+        scanner = RequestScanner(self._settings.max_body_bytes, self._streamed if name == "main" else None)
         connection = Connection(sock, client, sock.getsockname(), name, tls=name == "main", scanner=scanner)
         self._enter(connection, connection.phase, self._settings.request_timeout)
         self._watch(connection, READ)

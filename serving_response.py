@@ -9,8 +9,11 @@ from typing import Any
 from gunicorn.http import errors, get_parser, wsgi
 from gunicorn.http.body import ChunkedReader, LengthReader
 
+from serving_bodies import CountedBody
 from serving_connection import Connection
-from serving_framing import RequestRefused, WholeRequest, malformed
+from serving_framing import BegunRequest, WholeRequest
+from serving_refusals import RequestRefused, malformed
+from serving_streaming import StreamedInput
 
 INTERNAL_ERROR = RequestRefused(
     HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", "Something went wrong in the portal; its log says what."
@@ -38,7 +41,7 @@ class ClientGone(Exception):
     """The connection broke, or its reader is too slow; there is nobody to answer."""
 
 
-def respond(worker: Any, connection: Connection, request: WholeRequest) -> bool:
+def respond(worker: Any, connection: Connection, request: WholeRequest | BegunRequest) -> bool:
     """Queue the application's response on the connection; returns whether another request may follow.
 
     Raises ``RequestRefused`` where the HTTP parser does not accept the head, or the application failed before it
@@ -49,11 +52,17 @@ def respond(worker: Any, connection: Connection, request: WholeRequest) -> bool:
     response.version = "portal"  # what the Server header says
     environ["portal.listener"] = connection.listener
     environ["gunicorn.socket"] = connection.sock
-    environ["wsgi.input"] = io.BytesIO(request.body)
     environ["wsgi.multithread"] = True
-    if request.chunked:
-        environ["CONTENT_LENGTH"] = str(len(request.body))
-        del environ["HTTP_TRANSFER_ENCODING"]
+    if isinstance(request, BegunRequest):
+        timeout = worker.settings.request_timeout
+        environ["wsgi.input"] = StreamedInput(connection, request, timeout=timeout, wanted=lambda: worker.alive)
+        environ["wsgi.input_terminated"] = True
+        response.force_close()  # whatever is left of the body must not be taken for a request
+    else:
+        environ["wsgi.input"] = io.BytesIO(request.body)
+        if request.chunked:
+            environ["CONTENT_LENGTH"] = str(len(request.body))
+            del environ["HTTP_TRANSFER_ENCODING"]
     try:
         _run(worker, connection, response, environ)
     except (ClientGone, ConnectionError):
@@ -66,7 +75,7 @@ def respond(worker: Any, connection: Connection, request: WholeRequest) -> bool:
     return not response.should_close()
 
 
-def _parse(cfg: Any, connection: Connection, request: WholeRequest) -> Any:
+def _parse(cfg: Any, connection: Connection, request: WholeRequest | BegunRequest) -> Any:
     """Parse the head; what the parser makes of the framing must be what the scanner made of it."""
     try:
         parsed = next(get_parser(cfg, [request.head], connection.client))
@@ -78,16 +87,24 @@ def _parse(cfg: Any, connection: Connection, request: WholeRequest) -> Any:
     except (StopIteration, errors.NoMoreData):
         raise malformed("The head of the request is not complete.") from None
     reader = parsed.body.reader
+    length = _length(request)
     agreed = (
         isinstance(reader, ChunkedReader)
-        if request.chunked
-        else isinstance(reader, LengthReader) and reader.length == len(request.body)
+        if length is None
+        else isinstance(reader, LengthReader) and reader.length == length
     )
     if not agreed or parsed.unreader.take_buffered():
         raise malformed("The end of the request is not clear.")
     parsed.scheme = "https" if connection.tls else "http"
     parsed._expected_100_continue = False  # answered already, before the body was read
     return parsed
+
+
+def _length(request: WholeRequest | BegunRequest) -> int | None:
+    """How long the head says that the body is; ``None`` for one in chunks."""
+    if isinstance(request, BegunRequest):
+        return request.coming.length if isinstance(request.coming, CountedBody) else None
+    return None if request.chunked else len(request.body)
 
 
 def _run(worker: Any, connection: Connection, response: Any, environ: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import selectors
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -15,11 +16,13 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from errors import PortalError
 from serving_connection import Connection
-from serving_framing import RequestRefused, WholeRequest
+from serving_framing import BegunRequest, WholeRequest
 from serving_loop import ClientLoop
+from serving_refusals import RequestRefused, busy
 from serving_response import ClientGone, respond
 
 START_AGAIN = 1.0  # seconds between two tries to start a worker
+MOST_STREAMS = 8  # requests of a worker whose bodies are read while the application works
 STOP_MARGIN = 1.0  # seconds by which a worker gives up before it would be killed
 
 
@@ -35,6 +38,7 @@ class PortalWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         self.settings = self.app.settings
         listeners = dict(zip(self.sockets, self.app.names, strict=True))
         count = self.app.counts.of(self.slot)
+        self.streams = threading.BoundedSemaphore(MOST_STREAMS)
         self.loop = ClientLoop(self.settings, self.app.tls, listeners, count, self.dispatch, self.in_background)
         super().init_process()
 
@@ -86,9 +90,15 @@ class PortalWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             if not self.is_parent_alive():
                 self.alive = False
 
-    def dispatch(self, connection: Connection, request: WholeRequest) -> None:
-        """Have a thread of the pool work on a request."""
-        self.tpool.submit(self.work, connection, request)
+    def dispatch(self, connection: Connection, request: WholeRequest | BegunRequest) -> None:
+        """Have a thread of the pool work on a request, or one beside them on a request that will take its time."""
+        if isinstance(request, WholeRequest):
+            self.tpool.submit(self.work, connection, request)
+        elif self.streams.acquire(blocking=False):
+            # A daemon: what waits for its client's next row must not keep the process from ending.
+            threading.Thread(target=self.work_on_stream, args=(connection, request), daemon=True).start()
+        else:
+            self.loop.refuse(connection, busy("There are too many uploads at this time; try again in a few seconds."))
 
     def in_background(self, function: Callable[[], None]) -> None:
         """Have a thread of the pool call a function, whose failure is logged."""
@@ -101,7 +111,14 @@ class PortalWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
         self.tpool.submit(call)
 
-    def work(self, connection: Connection, request: WholeRequest) -> None:
+    def work_on_stream(self, connection: Connection, request: BegunRequest) -> None:
+        """In a thread of its own: as ``work``, then make room for another stream."""
+        try:
+            self.work(connection, request)
+        finally:
+            self.streams.release()
+
+    def work(self, connection: Connection, request: WholeRequest | BegunRequest) -> None:
         """In a thread: run the application, then give the connection back to the loop."""
         connection.keep = False
         try:

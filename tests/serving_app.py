@@ -22,6 +22,8 @@ StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 
 def application(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
     path = environ["PATH_INFO"]
+    if path == "/register/bulk" and environ["portal.listener"] == "main":
+        return stream(environ, start_response)
     body = environ["wsgi.input"].read()
     if path == "/fail":
         raise OSError("The secret of the application.")
@@ -49,6 +51,25 @@ def facts(environ: dict[str, Any], body: bytes) -> dict[str, Any]:
         "tls": getattr(environ["gunicorn.socket"], "version", lambda: None)(),
         "process": os.getpid(),
     }
+
+
+def stream(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    """Answers each part of the body with its length as soon as it is there, or as the query says."""
+    start_response("200 OK", [("Content-Type", "application/x-ndjson")])
+    if environ["QUERY_STRING"] == "unread":
+        return [b"not for you"]
+    if environ["QUERY_STRING"] == "file":
+        file = environ["wsgi.input"]
+        return [json.dumps([file.read(3).decode(), file.read(2).decode(), len(file.read()), len(file.read())]).encode()]
+    return lengths(environ["wsgi.input"], 20_000 if environ["QUERY_STRING"] == "wordy" else 1)
+
+
+def lengths(body: Any, times: int) -> Iterator[bytes]:
+    try:
+        while part := body.read_some():
+            yield b"%d\n" % len(part) * times
+    except PortalError as error:
+        yield error.code.encode()
 
 
 def pieces() -> Iterator[bytes]:

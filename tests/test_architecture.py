@@ -42,7 +42,7 @@ MOST_LINES = {
     "admin": 250,
     "jobs": 200,
     "lifecycle": 80,
-    "errors": 280,
+    "errors": 400,
     "config": 350,
 }
 MOST_LINES_OF_ANY = 400

@@ -9,7 +9,8 @@ from gunicorn.http import errors, get_parser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving_framing import RequestRefused, RequestScanner, WholeRequest
+from serving_framing import BegunRequest, RequestScanner, WholeRequest
+from serving_refusals import RequestRefused
 
 LIMIT = 2000
 HEAD = b"POST /%d HTTP/1.1\r\nHost: localhost\r\n"
@@ -22,6 +23,7 @@ def taken(stream: bytes, cuts: list[int]) -> list[WholeRequest | int]:
         buffer += stream[start:end]
         try:
             while request := scanner.take(buffer):
+                assert isinstance(request, WholeRequest)
                 found.append(request)
         except RequestRefused as refusal:
             return [*found, refusal.status.value]
@@ -52,6 +54,25 @@ def test_requests_are_found_however_they_are_cut(sent: list[bytes | list[bytes]]
     found = taken(stream, cuts)
     assert [request.body for request in found if isinstance(request, WholeRequest)] == expected
     assert len(found) == len(sent)
+
+
+@given(bodies | chunk_lists, cut_lists)
+def test_a_streamed_body_is_whole_however_it_is_cut(sent: bytes | list[bytes], cuts: list[int]) -> None:
+    stream = with_length(1, sent) if isinstance(sent, bytes) else with_chunks(1, sent)
+    scanner, buffer, body = RequestScanner(0, {b"POST /1": LIMIT}), bytearray(), b""
+    begun: WholeRequest | BegunRequest | None = None
+    for start, end in pairwise([0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]):
+        buffer += stream[start:end]
+        begun = begun or scanner.take(buffer)
+        if begun is not None:
+            assert isinstance(begun, BegunRequest)
+            begun.coming.take(buffer)
+            body += begun.coming.data
+            begun.coming.data.clear()
+    assert isinstance(begun, BegunRequest)
+    assert begun.coming.whole
+    assert body == (sent if isinstance(sent, bytes) else b"".join(sent))
+    assert not buffer
 
 
 fragments = st.sampled_from(
