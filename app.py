@@ -22,6 +22,7 @@ import logs
 import metrics
 from api import admission, problems, requests
 from api.description import description_of
+from api.device_lifecycle import device_lifecycle
 from api.devices import devices
 from api.downloads import downloads
 from api.operation import operation
@@ -36,7 +37,7 @@ from installation import Portal, open_portal, utc_now
 log = logging.getLogger("portal.request")
 
 ROUTES: tuple[Route, ...] = tuple(
-    route for group in (devices, downloads, pki, tokens, operation) for route in group.routes
+    route for group in (devices, device_lifecycle, downloads, pki, tokens, operation) for route in group.routes
 )
 ROUTES += tuple(description_of(ROUTES).routes)
 _ROUTE_OF = {route.name: route for route in ROUTES}

@@ -18,6 +18,7 @@ import audit
 import ca
 import db
 import db_issuers
+import db_suspension
 from db_issuers import CrlRecord, IssuerRecord
 from db_tables import Certificate, Device, IssuerRow, Token
 from errors import BackupRefused
@@ -201,7 +202,7 @@ class Revocations:
         elif device_is_in and is_current and found.device_id not in known.out:
             self._revoke_device(found.tenant_id, found.device_id, found.name, at, reason)
         settled = ("held", "revoked") if reason == HOLD else ("revoked",)
-        values = {"status": "revoked", "revoked_at": at, "revocation_reason": reason}
+        values = {"status": "revoked", "revoked_at": at, "revocation_reason": reason, "generation": self._generation}
         done = self._tx.execute(
             sa.update(Certificate).where(Certificate.id == found.id, Certificate.status.not_in(settled)).values(values)
         )
@@ -217,13 +218,7 @@ class Revocations:
         self._keep(tenant_id, f"device:{device_id}", "device:revoke", f"device {device_id} ({name})", reason, at)
 
     def _suspend_device(self, tenant_id: str, device_id: str, name: str, at: datetime) -> None:
-        values = {"status": DeviceStatus.SUSPENDED, "updated_at": at, "generation": self._generation}
-        db.update_device(self._tx, tenant_id, device_id, values)
-        self._tx.execute(
-            sa.update(Certificate)
-            .where(Certificate.device_id == device_id, Certificate.status == "active")
-            .values(status="held", revoked_at=at, revocation_reason=HOLD)
-        )
+        db_suspension.suspend_device(self._tx, tenant_id, device_id, suspended_at=at, generation=self._generation)
         self._keep(tenant_id, f"device:{device_id}", "device:suspend", f"device {device_id} ({name})", HOLD, at)
 
     def _keep(self, tenant_id: str, of: str, action: str, what: str, reason: str, at: datetime) -> None:

@@ -13,6 +13,7 @@ from cli_access import login, logout, token
 from cli_context import CONNECTION, VERSION, connection_options
 from cli_delivery import download, unpack_command
 from cli_devices import certificates, list_devices, revoke, show, update
+from cli_lifecycle import resume, suspend
 from cli_operation import audit, ca, completion, status
 from cli_registration import register
 from cli_settings import Given
@@ -20,7 +21,7 @@ from cli_settings import Given
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 SECTIONS = {
-    "Devices": (register, list_devices, show, update, revoke, certificates),
+    "Devices": (register, list_devices, show, update, suspend, resume, revoke, certificates),
     "Credentials": (download, unpack_command),
     "Access": (login, logout, token),
     "Operation": (status, ca, audit, completion),

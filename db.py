@@ -300,7 +300,9 @@ def revoke_device(
     issuers = sa.select(Certificate.issuer_id).where(*own)
     tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=generation))
     tx.execute(
-        sa.update(Certificate).where(*own).values(status="revoked", revoked_at=revoked_at, revocation_reason=reason)
+        sa.update(Certificate)
+        .where(*own)
+        .values(status="revoked", revoked_at=revoked_at, revocation_reason=reason, generation=generation)
     )
     tx.execute(
         sa.update(Delivery)

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from db_tables import Delivery, Device, IdempotencyKey
-from errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed
+from errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
+from lifecycle import DeviceStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ def add_delivery(
 def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> DeliveryRecord:
     """Read a delivery that can still be fetched at ``now``.
 
-    Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired`` or ``LinkRevoked``.
+    Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired`` or ``LinkRevoked``, ``StateConflict`` while the device is
+    suspended.
     """
     row = tx.execute(
         sa.select(
@@ -81,19 +83,22 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> Delivery
             Delivery.lease_until,
             Device.generation,
             sa.func.length(Delivery.bundle),
+            Device.status,
         )
         .join(Device, Device.id == Delivery.device_id)
         .where(Delivery.id == delivery_id)
     ).one_or_none()
     if row is None:
         raise LinkUnknown("This download link is not known here; ask for the device's link again.")
-    record = DeliveryRecord(*row)
+    record = DeliveryRecord(*row[:-1])
     if record.status == "revoked":
         raise LinkRevoked("The device of this link has been revoked, so its bundle was destroyed.")
     if record.status == "expired" or (record.status in ("ready", "fetching") and record.expires_at <= now):
         raise LinkExpired("This link's time is over, so its bundle was destroyed; give the device new credentials.")
     if record.status == "delivered" or (record.lease_until is not None and record.lease_until > now):
         raise LinkUsed("This link has been used; give the device new credentials if it was not you.")
+    if row[-1] == DeviceStatus.SUSPENDED:
+        raise StateConflict("The device of this link is suspended; fetch its bundle once it was resumed.")
     return record
 
 

@@ -30,7 +30,7 @@ def certificates_ending(tx: Connection, tenant_id: str, *, now: datetime, within
         sa.select(*counts).where(
             Certificate.tenant_id == tenant_id,
             Certificate.purpose == "device",
-            Certificate.status.in_(CURRENT),
+            CURRENT,
             Certificate.not_after > now,
             Certificate.not_after <= now + max(within),
         )

@@ -20,7 +20,7 @@ from db import (
 from db_tables import AclEntry, Certificate, Device
 from lifecycle import DeviceStatus
 
-CURRENT = ("active", "held")
+CURRENT = sa.and_(Certificate.status.in_(("active", "held")), Certificate.replaced_until.is_(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def list_devices(
 
     ``after`` is the creation time and id of the last device of the page before (keyset paging).
     """
-    current = sa.and_(Certificate.device_id == Device.id, Certificate.status.in_(CURRENT))
+    current = sa.and_(Certificate.device_id == Device.id, CURRENT)
     query = (
         sa.select(*DEVICE_COLUMNS, Certificate.not_after)
         .outerjoin_from(Device, Certificate, current)
@@ -107,7 +107,7 @@ def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> Certi
     row = tx.execute(
         sa.select(*CERTIFICATE_COLUMNS)
         .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
-        .order_by(Certificate.status.in_(CURRENT).desc(), Certificate.id.desc())
+        .order_by(sa.case((CURRENT, 0), else_=1), Certificate.id.desc())
         .limit(1)
     ).one_or_none()
     return None if row is None else certificate_record(row)
@@ -137,20 +137,35 @@ def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -
 
 
 def devices_put_out(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
-    """Devices that were put out (revoked or suspended) after generation ``since``."""
-    return list(
-        tx.execute(
-            sa.select(Device.id).where(
-                Device.tenant_id == tenant_id,
-                Device.generation > since,
-                Device.status.in_((DeviceStatus.REVOKED, DeviceStatus.SUSPENDED)),
-            )
-        ).scalars()
+    """Devices whose sessions must end since generation ``since``.
+
+    They were put out (revoked or suspended), or one certificate of theirs was revoked, with which the session may have
+    begun: a device that has another connects again with it.
+    """
+    out = sa.select(Device.id).where(
+        Device.tenant_id == tenant_id,
+        Device.generation > since,
+        Device.status.in_((DeviceStatus.REVOKED, DeviceStatus.SUSPENDED)),
     )
+    lost_one = sa.select(Certificate.device_id).where(
+        Certificate.generation > since,
+        Certificate.generation > 0,  # so that SQLite sees that its index fits
+        Certificate.tenant_id == tenant_id,
+        Certificate.status == "revoked",
+        Certificate.device_id.is_not(None),
+    )
+    return [device_id for device_id in tx.execute(sa.union(out, lost_one)).scalars() if device_id]
 
 
-def devices_revoked_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
-    """Devices revoked after a time: their half-open connections may still be on their way in."""
-    return list(
-        tx.execute(sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.revoked_at > since)).scalars()
-    )
+def devices_put_out_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
+    """Devices revoked or suspended after a time: their half-open connections may still be on their way in."""
+    revoked = sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.revoked_at > since)
+    held = (
+        sa.select(Device.id)
+        .join(Certificate, Certificate.device_id == Device.id)
+        .where(
+            Device.tenant_id == tenant_id, Device.status == DeviceStatus.SUSPENDED, Certificate.status == "held",
+            Certificate.revoked_at > since,
+        )
+    )  # fmt: skip
+    return list(tx.execute(sa.union(revoked, held)).scalars())

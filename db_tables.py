@@ -135,6 +135,8 @@ class IssuerRow(Base):
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
     not_after: Mapped[datetime] = mapped_column(UtcDateTime)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    # Among the active ones the last to have begun is the one that issues; NULL: trusted already, not issuing yet.
+    issuing_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
     # The generation of the last change to what its CRL must list.
     revoked_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
 
@@ -174,12 +176,28 @@ class Certificate(Base):
         sa.CheckConstraint("(status IN ('held', 'revoked')) = (revoked_at IS NOT NULL)", name="revoked_at"),
         sa.CheckConstraint("(revoked_at IS NULL) = (revocation_reason IS NULL)", name="revocation_reason"),
         sa.CheckConstraint("not_before < not_after", name="validity"),
+        sa.CheckConstraint(
+            "status IN ('held', 'revoked') OR (status = 'replaced') = (replaced_until IS NOT NULL)",
+            name="replaced_until",
+        ),
         sa.Index(
             "uq_certificates_one_active_a_device",
             "device_id",
             unique=True,
-            sqlite_where=sa.text("status IN ('active', 'held')"),
-            postgresql_where=sa.text("status IN ('active', 'held')"),
+            sqlite_where=sa.text("status IN ('active', 'held') AND replaced_until IS NULL"),
+            postgresql_where=sa.text("status IN ('active', 'held') AND replaced_until IS NULL"),
+        ),
+        sa.Index(
+            "ix_certificates_generation",
+            "generation",
+            sqlite_where=sa.text("generation > 0"),
+            postgresql_where=sa.text("generation > 0"),
+        ),
+        sa.Index(
+            "ix_certificates_replaced",
+            "replaced_until",
+            sqlite_where=sa.text("status = 'replaced'"),
+            postgresql_where=sa.text("status = 'replaced'"),
         ),
         sa.Index("ix_certificates_device", "device_id", "id"),
         sa.Index(
@@ -205,6 +223,11 @@ class Certificate(Base):
     status: Mapped[str] = mapped_column(sa.String(16))
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
+    # Of one that another has replaced: until when it goes on, at the longest or until the other was seen in use.
+    replaced_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ends_when_used: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
+    # The generation at which it last came onto its issuer's CRL or went from it; 0: it never was on one.
+    generation: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
 
 
 class Delivery(Base):

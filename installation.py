@@ -38,6 +38,7 @@ from monitoring import Monitoring
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker
 from onboarding_delivery import Deliveries
+from onboarding_suspension import Suspensions
 from operators import Operators
 from readiness import Readiness
 from throttle import Throttle
@@ -67,6 +68,7 @@ class Portal:
     enforcement: Enforcement
     onboarding: Onboarding
     deliveries: Deliveries
+    suspensions: Suspensions
     inventory: Inventory
     operators: Operators
     readiness: Readiness
@@ -139,6 +141,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         enforcement,
         onboarding,
         Deliveries(settings, database, onboarding, link_keys, clock),
+        Suspensions(database, enforcement, clock),
         Inventory(settings, database),
         Operators(database, Throttle(settings.data_dir / "attempts", settings.login_failures), clock),
         Readiness(database, authority, enforcement, clock, DEFAULT_TENANT, (settings.data_dir, settings.broker_dir)),

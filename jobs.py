@@ -108,9 +108,9 @@ def record_refusals(portal: Portal) -> None:
 
 
 def cut_late_sessions(portal: Portal) -> None:
-    """Cut sessions of freshly revoked devices once more, and try the canaries while there are any."""
+    """Cut sessions of devices that were just put out once more: one may have been half-way in."""
     with portal.database.snapshot() as tx:
-        late = db_reads.devices_revoked_since(tx, portal.tenant_id, portal.clock() - LATE_SESSIONS)
+        late = db_reads.devices_put_out_since(tx, portal.tenant_id, portal.clock() - LATE_SESSIONS)
     if late and portal.broker.reachable():
         portal.broker.cut_sessions(late, time.monotonic() + portal.settings.enforce_timeout)
 

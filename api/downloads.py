@@ -19,7 +19,7 @@ HELD_BACK = 256  # bytes: the end of the archive's directory is among them
     "/download/{token}",
     permission=None,
     answers=Answers(media_type=MEDIA_TYPE, description="The bundle; the link is used up"),
-    errors=(404, 410, 429, 503),
+    errors=(404, 409, 410, 429, 503),
     head_summary="Look at a link and spend nothing",
 )
 def download(call: Call) -> Reply:
