@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import io
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import pyzipper
-from Cryptodome.Cipher import AES
-from Cryptodome.Util import Counter
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA1, SHA256
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from itsdangerous.timed import TimestampSigner
-from pyzipper.zipfile_aes import WZ_AES, AESZipEncrypter, AESZipFile
 
+from credential_zip import Entry, write_archive
 from errors import LinkExpired, LinkUnknown
-
-# WinZip's AE-2 derives its keys by 1000 rounds of PBKDF2; it is the password's entropy that protects the bundle.
-WZ_AES_ROUNDS = 1000
-_WZ_AES_HASH = SHA1()  # noqa: S303 - the format's; collisions do not matter to PBKDF2 and HMAC
-SALT_BYTES = 16
-KEY_BYTES = 32
 
 README = """\
 Credentials of the device {device_id}
@@ -72,32 +61,6 @@ class Credentials:
     example_topic: str
 
 
-class _Encrypter(AESZipEncrypter):  # type: ignore[misc]  # pyzipper has no types
-    """pyzipper's WinZip AE-2 encryption with cryptography's PBKDF2, which takes half the time of hashlib's."""
-
-    def __init__(self, pwd: bytes) -> None:
-        self.force_wz_aes_version = 2
-        self.salt_length = SALT_BYTES
-        self.aes_strength = 3
-        self.salt = secrets.token_bytes(SALT_BYTES)
-        derived = PBKDF2HMAC(_WZ_AES_HASH, 2 * KEY_BYTES + 2, self.salt, WZ_AES_ROUNDS).derive(pwd)
-        counter = Counter.new(nbits=128, little_endian=True)  # a key of its own for each entry, so it may begin at 1
-        self.encrypter = AES.new(derived[:KEY_BYTES], AES.MODE_CTR, counter=counter)
-        self.hmac = hmac.new(derived[KEY_BYTES : 2 * KEY_BYTES], digestmod="sha1")
-        self.encpwdverify = derived[2 * KEY_BYTES :]
-
-
-class _BundleFile(AESZipFile):  # type: ignore[misc]  # pyzipper has no types
-    """A ZIP in which each entry is encrypted or not, as ``encryption`` says when it is written."""
-
-    def __init__(self, buffer: io.BytesIO, password: bytes) -> None:
-        super().__init__(buffer, "w", compression=pyzipper.ZIP_STORED)
-        self._password = password  # not setpassword(): pyzipper then encrypts every entry
-
-    def get_encrypter(self) -> _Encrypter:
-        return _Encrypter(self._password)
-
-
 def new_bundle_password() -> str:
     """A password of 132 random bits: 22 characters of the URL-safe base64 alphabet."""
     return secrets.token_urlsafe(17)[:22]
@@ -114,29 +77,16 @@ def package_credentials(credentials: Credentials, password: str, *, now: datetim
         "port": credentials.broker_port,
         "topic": credentials.example_topic,
     }
-    clear = {
-        "device.pem": credentials.certificate_pem.encode(),
-        "chain.pem": credentials.chain_pem.encode(),
-        "mosquitto-client.conf": CLIENT_CONFIGURATION.format(**blanks).encode(),
-        "README.txt": README.format(**blanks).encode(),
-    }
-    date_time = now.astimezone(UTC).timetuple()[:6]
-    buffer = io.BytesIO()
-    with _BundleFile(buffer, password.encode()) as bundle:
-        for secret, content in (("device.key", credentials.key_pem), ("ca.pem", credentials.ca_pem.encode())):
-            bundle.encryption = WZ_AES
-            bundle.writestr(_entry(bundle, secret, date_time, mode=0o600), content)
-        bundle.encryption = None
-        for name, content in clear.items():
-            bundle.writestr(_entry(bundle, name, date_time, mode=0o644), content)
-    return buffer.getvalue()
-
-
-def _entry(bundle: AESZipFile, name: str, date_time: tuple[int, ...], *, mode: int) -> Any:
-    entry = bundle.zipinfo_cls(name, date_time=date_time)
-    entry.external_attr = (0o100000 | mode) << 16
-    entry.create_system = 3  # Unix: the mode above is one
-    return entry
+    secret, public = 0o600, 0o644
+    entries = (
+        Entry("device.key", credentials.key_pem, secret, encrypted=True),
+        Entry("ca.pem", credentials.ca_pem.encode(), secret, encrypted=True),
+        Entry("device.pem", credentials.certificate_pem.encode(), public, encrypted=False),
+        Entry("chain.pem", credentials.chain_pem.encode(), public, encrypted=False),
+        Entry("mosquitto-client.conf", CLIENT_CONFIGURATION.format(**blanks).encode(), public, encrypted=False),
+        Entry("README.txt", README.format(**blanks).encode(), public, encrypted=False),
+    )
+    return write_archive(entries, password.encode(), modified_at=now.astimezone(UTC))
 
 
 # --- The link -----------------------------------------------------------------------------------------------------
@@ -165,18 +115,24 @@ def read_download_token(token: str, keys: Sequence[str], *, now: datetime, max_a
     return delivery_id
 
 
+class _Signer(TimestampSigner):
+    """Signs with the time it is given: itsdangerous would look at the clock."""
+
+    def __init__(self, *keys: Any, now: datetime, **options: Any) -> None:
+        super().__init__(*keys, **options)
+        self._seconds = int(now.timestamp())
+
+    def get_timestamp(self) -> int:
+        """Seconds since 1970, UTC."""
+        return self._seconds
+
+
 def _serializer(keys: Sequence[str], now: datetime) -> URLSafeTimedSerializer:
-    seconds = int(now.timestamp())
-
-    class Signer(TimestampSigner):
-        def get_timestamp(self) -> int:
-            return seconds
-
     return URLSafeTimedSerializer(
         list(keys),
         salt="onboarding-portal/download",
-        signer=Signer,
-        signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256},
+        signer=_Signer,
+        signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256, "now": now},
     )
 
 

@@ -21,7 +21,7 @@ FLOORS = (
     {"enforcement"},
     {"authority"},
     {"audit", "access", "events"},
-    {"ca_*", "ca_keys", "db_*", "broker_*", "credential_delivery", "transport"},
+    {"ca_*", "ca_keys", "db_*", "broker_*", "credential_*", "transport"},
     {"ca_pkcs8"},  # these three: what certificates and the keeping of keys share
     {"ca_algorithms", "ca_parsing"},
     {"lifecycle", "topics"},
