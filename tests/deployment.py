@@ -23,7 +23,8 @@ import paho.mqtt.client as paho
 import requests
 from paho.mqtt.enums import CallbackAPIVersion
 
-from tests.mosquitto import Mosquitto, free_port, short_folder
+from tests.mosquitto import Mosquitto, short_folder
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 20.0

@@ -22,7 +22,7 @@ from app import portal_of
 from config import Settings
 from db_tables import Base
 from installation import Portal, utc_now
-from tests.mosquitto import free_port
+from tests.ports import free_port
 
 # For tests to which the database makes no difference.
 ON_SQLITE = pytest.mark.parametrize("prepared", ["sqlite"], indirect=True)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -32,12 +31,6 @@ def short_folder() -> Path:
     folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="mq-"))
     folder.chmod(0o711)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class StartFailed(Exception):

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Self
 
 from tests.deployment import SECONDS, wait_until
-from tests.mosquitto import free_port, short_folder
+from tests.mosquitto import short_folder
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 SBIN_LINE = "PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin"

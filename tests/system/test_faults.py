@@ -23,7 +23,8 @@ from bench.harness import make_csr
 from tests.crash import Ledger, Load, Victim, acl_blocks, group_members, let_in, read_crl
 from tests.crash_check import Check
 from tests.deployment import wait_until
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
+from tests.ports import free_port
 from tests.postgres import Cluster
 
 pytestmark = pytest.mark.system

@@ -13,7 +13,7 @@ from cryptography import x509
 
 from tests.databases import POSTGRES_URL, postgres_database
 from tests.deployment import Deployment, wait_until
-from tests.mosquitto import free_port
+from tests.ports import free_port
 
 pytestmark = pytest.mark.system
 
