@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -13,11 +18,14 @@ import db_issuers
 from ca_keys import CaKeys
 from config import Settings
 from db import Database
-from db_issuers import CrlRecord
-from errors import CaKeyUnavailable
+from db_issuers import CrlRecord, IssuerRecord
+from errors import CaKeyUnavailable, PortalError
+
+log = logging.getLogger("portal.authority")
 
 ROOT = "root"
 FIRST_ISSUING = "issuing-1"
+SECONDS_BETWEEN_LOOKS = 1.0
 # The root's key is meant to be moved away, so its CRL, which lists issuing CAs only, lives long.
 ROOT_CRL_DAYS = 365
 # Relying parties with slow clocks, and revocations that come faster than one a second, need room behind now.
@@ -26,17 +34,25 @@ CRL_BACKDATE = timedelta(hours=1)
 
 @dataclass(frozen=True, slots=True)
 class RecordedIssuer:
-    """An issuer with its row's id and its certificate's DER."""
+    """An issuer with its row's id and its certificate's DER; a ``retired`` one certifies nobody any more."""
 
     id: int
     kind: str
     der: bytes
     issuer: ca.Issuer
+    retired: bool = False
+
+    def chain_pem(self, certificate_pem: str) -> str:
+        """A certificate that it signed, followed by its own: what a TLS client sends (RFC 8446 section 4.4.2)."""
+        return certificate_pem + ca.chain_pem(self.issuer.certificate)
 
 
 @dataclass(frozen=True, slots=True)
-class Authority:
-    """All issuers; ``issuing`` is the one that signs new certificates, ``ca_pem`` what clients are to trust."""
+class Issuers:
+    """All issuers at one moment, the retired ones, whose CRLs are still published, among them.
+
+    ``issuing`` is the one that signs new certificates, ``ca_pem`` what clients are to trust.
+    """
 
     root: RecordedIssuer
     issuing: RecordedIssuer
@@ -44,38 +60,129 @@ class Authority:
     ca_pem: str
 
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
-        """The issuers whose CRLs the broker needs: those that certify devices."""
-        return tuple(recorded for recorded in self.issuers if recorded.kind == "issuing")
+        """The issuers whose CRLs the broker needs: those that certify devices, or did and are trusted still."""
+        return tuple(recorded for recorded in self.issuers if recorded.kind == "issuing" and not recorded.retired)
 
-    def chain_pem(self, certificate_pem: str) -> str:
-        """A device's certificate followed by its issuer's: what a TLS client sends (RFC 8446 section 4.4.2)."""
-        return certificate_pem + ca.chain_pem(self.issuing.issuer.certificate)
+
+class Authority:
+    """The issuers as the database knows them now: a change made by another process is seen within a second.
+
+    Read it at the moment of use, and once where two uses must agree.
+    """
+
+    def __init__(self, database: Database, keys: CaKeys) -> None:
+        """Load the issuers, of which there are some; raises ``CaKeyUnavailable``."""
+        self._database = database
+        self._keys = keys
+        self._lock = threading.Lock()
+        with database.snapshot() as tx:
+            self._seen = tuple(db_issuers.list_issuers(tx, retired=True))
+        self._current = self._load(self._seen, None)
+        self._looked_at = time.monotonic()
+
+    @property
+    def current(self) -> Issuers:
+        """The issuers, at most a second old; older ones where the database or a new key cannot be read."""
+        if time.monotonic() - self._looked_at >= SECONDS_BETWEEN_LOOKS and self._lock.acquire(blocking=False):
+            try:
+                self._looked_at = time.monotonic()
+                with self._database.snapshot() as tx:
+                    self._refresh(tx)
+            except PortalError as error:
+                log.error("the issuers cannot be read; those known go on", extra={"problem": error.detail})
+            finally:
+                self._lock.release()
+        return self._current
+
+    def seen_by(self, tx: Connection) -> Issuers:
+        """The issuers exactly as a transaction sees them; raises ``CaKeyUnavailable`` where a new key is not here."""
+        with self._lock:
+            return self._refresh(tx)
+
+    def root_with_key(self) -> RecordedIssuer | None:
+        """The root with its key, ``None`` where that is elsewhere; it may come and go while the portal runs.
+
+        Raises ``CaKeyUnavailable`` where it does not open.
+        """
+        root = self.current.root
+        if not self._keys.exists(ROOT):
+            return None
+        issuer = ca.Issuer(ROOT, root.issuer.certificate, self._keys.load(ROOT))
+        return dataclasses.replace(root, issuer=issuer)
+
+    @property
+    def root(self) -> RecordedIssuer:
+        """The trust anchor."""
+        return self.current.root
+
+    @property
+    def issuing(self) -> RecordedIssuer:
+        """The issuer that signs new certificates."""
+        return self.current.issuing
+
+    @property
+    def issuers(self) -> tuple[RecordedIssuer, ...]:
+        """All issuers, the retired ones too."""
+        return self.current.issuers
+
+    @property
+    def ca_pem(self) -> str:
+        """What clients are to trust: issuing CAs and root, PEM."""
+        return self.current.ca_pem
+
+    def with_crl(self) -> tuple[RecordedIssuer, ...]:
+        """The issuers whose CRLs the broker needs."""
+        return self.current.with_crl()
+
+    def _refresh(self, tx: Connection) -> Issuers:
+        records = tuple(db_issuers.list_issuers(tx, retired=True))
+        if [_identity(record) for record in records] != [_identity(record) for record in self._seen]:
+            self._current = self._load(records, self._current)
+            log.info("the issuers have changed", extra={"issuing": self._current.issuing.issuer.name})
+        self._seen = records
+        return self._current
+
+    def _load(self, records: Sequence[IssuerRecord], known: Issuers | None) -> Issuers:
+        before = {} if known is None else {recorded.id: recorded for recorded in known.issuers}
+        loaded = [self._recorded(record, before.get(record.id)) for record in records]
+        root = next(recorded for recorded in loaded if recorded.kind == "root")
+        trusted = [recorded for recorded in loaded if recorded.kind == "issuing" and not recorded.retired]
+        begun = {record.id for record in records if record.issuing_since is not None}
+        issuing = [recorded for recorded in trusted if recorded.id in begun]
+        if not issuing:
+            raise CaKeyUnavailable("The database names no CA that issues certificates; restore it from a backup.")
+        ca_pem = ca.chain_pem(*(item.issuer.certificate for item in (*reversed(trusted), root)))
+        return Issuers(root=root, issuing=issuing[-1], issuers=tuple(loaded), ca_pem=ca_pem)
+
+    def _recorded(self, record: IssuerRecord, known: RecordedIssuer | None) -> RecordedIssuer:
+        retired = record.status == "retired"
+        if known is not None and known.der == record.der:
+            return dataclasses.replace(known, retired=retired)
+        certificate = x509.load_der_x509_certificate(record.der)
+        needed = record.kind == "issuing" and not retired
+        key = self._keys.load(record.name) if needed or self._keys.exists(record.name) else None
+        if key is not None and key.public_key() != certificate.public_key():
+            raise CaKeyUnavailable(
+                f"The key of {record.name} does not belong to its certificate; restore the right key file."
+            )
+        issuer = ca.Issuer(record.name, certificate, key)
+        return RecordedIssuer(record.id, record.kind, record.der, issuer, retired)
+
+
+def _identity(record: IssuerRecord) -> tuple[object, ...]:
+    return record.id, record.fingerprint, record.status, record.issuing_since
 
 
 def open_authority(database: Database, keys: CaKeys, settings: Settings, tenant_id: str, *, now: datetime) -> Authority:
     """Load the issuers, making root and issuing CA at the first start.
 
-    Raises ``CaKeyUnavailable`` where the issuing key is missing or does not open; the root's may be elsewhere.
+    Raises ``CaKeyUnavailable`` where an issuing key is missing or does not open; the root's may be elsewhere.
     """
     with database.snapshot() as tx:
-        records = db_issuers.list_issuers(tx)
-    if not records:
+        there = bool(db_issuers.list_issuers(tx))
+    if not there:
         _create(database, keys, settings, tenant_id, now)
-        with database.snapshot() as tx:
-            records = db_issuers.list_issuers(tx)
-    recorded: list[RecordedIssuer] = []
-    for record in records:
-        certificate = x509.load_der_x509_certificate(record.der)
-        key = keys.load(record.name) if record.kind == "issuing" or keys.exists(record.name) else None
-        if key is not None and key.public_key() != certificate.public_key():
-            raise CaKeyUnavailable(
-                f"The key of {record.name} does not belong to its certificate; restore the right key file."
-            )
-        recorded.append(RecordedIssuer(record.id, record.kind, record.der, ca.Issuer(record.name, certificate, key)))
-    root = next(item for item in recorded if item.kind == "root")
-    issuing = [item for item in recorded if item.kind == "issuing"]
-    ca_pem = ca.chain_pem(*(item.issuer.certificate for item in (*reversed(issuing), root)))
-    return Authority(root=root, issuing=issuing[-1], issuers=tuple(recorded), ca_pem=ca_pem)
+    return Authority(database, keys)
 
 
 def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str, now: datetime) -> None:
@@ -105,6 +212,7 @@ def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str
                 fingerprint=issued.fingerprint,
                 not_after=issued.not_after,
                 created_at=now,
+                issuing_since=None if name == ROOT else now,
             )
             if name == ROOT:
                 recorded = RecordedIssuer(row_id, kind, root.der, root_issuer)

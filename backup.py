@@ -148,7 +148,7 @@ def _content(path: Path) -> bytes:
 
 
 def _crl_numbers(tx: Connection) -> dict[str, int]:
-    found = ((issuer.name, db_issuers.get_crl(tx, issuer.id)) for issuer in db_issuers.list_issuers(tx))
+    found = ((issuer.name, db_issuers.get_crl(tx, issuer.id)) for issuer in db_issuers.list_issuers(tx, retired=True))
     return {name: crl.number for name, crl in found if crl is not None}
 
 

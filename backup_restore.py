@@ -219,7 +219,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None) -> None:
     verdict = audit.verify(tx, DEFAULT_TENANT)
     if verdict.problem is not None:
         done.notes.append(f"The audit record in the copy does not hold: {verdict.problem}")
-    issuers = db_issuers.list_issuers(tx)
+    issuers = db_issuers.list_issuers(tx, retired=True)
     crls = match_crls(plan.crls, issuers)
     if len(crls) < len(plan.crls):
         done.notes.append("The broker's folder holds a CRL of a CA that the copy does not know; it was not asked.")

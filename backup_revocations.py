@@ -62,7 +62,7 @@ class Revocations:
         self._tx = tx
         self._generation = generation
         self._now = now
-        self._issuers = {issuer.id: issuer for issuer in db_issuers.list_issuers(tx)}
+        self._issuers = {issuer.id: issuer for issuer in db_issuers.list_issuers(tx, retired=True)}
         self.kept: list[Kept] = []
 
     def keep(self, crls: Mapping[int, x509.CertificateRevocationList], replaced: Tables | None) -> None:

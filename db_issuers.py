@@ -15,7 +15,10 @@ from db_tables import AuditHead, BrokerState, Certificate, Crl, IssuerRow, Tenan
 
 @dataclass(frozen=True, slots=True)
 class IssuerRecord:
-    """A CA certificate of the portal's; ``revoked_generation`` is when what its CRL must list last changed."""
+    """A CA certificate of the portal's; ``revoked_generation`` is when what its CRL must list last changed.
+
+    The last of the active issuing CAs that has an ``issuing_since`` signs new certificates; ``None``: trusted only.
+    """
 
     id: int
     name: str
@@ -25,6 +28,7 @@ class IssuerRecord:
     fingerprint: str
     not_after: datetime
     revoked_generation: int
+    issuing_since: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
 
 def add_issuer(
     tx: Connection, *, tenant_id: str, name: str, kind: str, der: bytes, fingerprint: str, not_after: datetime,
-    created_at: datetime,
+    created_at: datetime, issuing_since: datetime | None,
 ) -> int:  # fmt: skip
     """Record a CA certificate and return its row's id."""
     return tx.execute(
@@ -88,12 +92,13 @@ def add_issuer(
             "fingerprint": fingerprint,
             "not_after": not_after,
             "created_at": created_at,
+            "issuing_since": issuing_since,
         },
     ).scalar_one()
 
 
-def list_issuers(tx: Connection) -> Sequence[IssuerRecord]:
-    """All CA certificates in use, the root first."""
+def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRecord]:
+    """All CA certificates in use, with ``retired`` those that were, the root first."""
     rows = tx.execute(
         sa.select(
             IssuerRow.id,
@@ -104,8 +109,9 @@ def list_issuers(tx: Connection) -> Sequence[IssuerRecord]:
             IssuerRow.fingerprint,
             IssuerRow.not_after,
             IssuerRow.revoked_generation,
+            IssuerRow.issuing_since,
         )
-        .where(IssuerRow.status == "active")
+        .where(IssuerRow.status.in_(("active", "retired") if retired else ("active",)))
         .order_by(IssuerRow.id)
     )
     return [IssuerRecord(*row) for row in rows]

@@ -135,7 +135,7 @@ class IssuerRow(Base):
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
     not_after: Mapped[datetime] = mapped_column(UtcDateTime)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    # Among the active ones the last to have begun is the one that issues; NULL: trusted already, not issuing yet.
+    # The last active one that has it is the one that issues; NULL: trusted already, not issuing yet.
     issuing_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
     # The generation of the last change to what its CRL must list.
     revoked_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)

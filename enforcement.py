@@ -15,7 +15,7 @@ import db_issuers
 import db_reads
 import events
 import metrics
-from authority import Authority, crl_is_due, next_crl
+from authority import Authority, Issuers, crl_is_due, next_crl
 from broker_provisioning import (
     Acl,
     BrokerProvisioning,
@@ -65,6 +65,7 @@ class _Work:
     state: BrokerStateRecord
     put_out: Sequence[str]
     crls: Sequence[CrlRecord]
+    issuers: Issuers
 
 
 class Enforcement:
@@ -303,7 +304,8 @@ class Enforcement:
             failpoint("apply.after_snapshot")
             put_out = db_reads.devices_put_out(tx, self._tenant_id, since=state.applied_generation)
             changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx)}
-            for recorded in self._authority.with_crl():
+            issuers = self._authority.seen_by(tx)
+            for recorded in issuers.with_crl():
                 previous = db_issuers.get_crl(tx, recorded.id)
                 if crl_is_due(previous, changed_at=changed_at[recorded.id], now=now):
                     days = self._settings.crl_days
@@ -315,7 +317,7 @@ class Enforcement:
                 for crl in signed:
                     db_issuers.put_crl(tx, self._tenant_id, crl)
             failpoint("apply.after_crl_committed")
-        return _Work(state, put_out, signed)
+        return _Work(state, put_out, signed, issuers)
 
     def _install(self, work: _Work) -> None:
         if self._acl.closed:
@@ -324,13 +326,13 @@ class Enforcement:
                 extra={"devices": len(self._acl.closed), "first": next(iter(self._acl.closed.items()))},
             )
         with self._database.snapshot() as tx:
-            newest = [db_issuers.get_crl(tx, recorded.id) for recorded in self._authority.with_crl()]
+            newest = [db_issuers.get_crl(tx, recorded.id) for recorded in work.issuers.with_crl()]
         self._broker.install(
             Projection(
                 generation=work.state.generation,
                 acl=self._acl.render(work.state.generation),
                 crl="".join(crl_pem(crl.der) for crl in newest if crl is not None).encode(),
-                ca=self._authority.ca_pem.encode(),
+                ca=work.issuers.ca_pem.encode(),
             )
         )
 

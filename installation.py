@@ -23,10 +23,10 @@ import db_access
 import db_issuers
 import events
 from access import Role
-from authority import Authority, open_authority
+from authority import Authority, RecordedIssuer, open_authority
 from broker_files import FOLDER_MODE, broker_group
 from broker_provisioning import BrokerProvisioning, Canaries, Canary
-from ca_keys import KeyFiles, passphrase
+from ca_keys import CaKeys, KeyFiles, passphrase
 from config import Settings
 from db import Database
 from db_tables import DEFAULT_TENANT
@@ -63,6 +63,7 @@ class Portal:
 
     settings: Settings
     database: Database
+    keys: CaKeys
     authority: Authority
     broker: BrokerProvisioning
     enforcement: Enforcement
@@ -136,6 +137,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
     return Portal(
         settings,
         database,
+        keys,
         authority,
         broker,
         enforcement,
@@ -278,43 +280,42 @@ def renew_own_certificates(portal: Portal) -> list[str]:
 
 
 def _issue_server(portal: Portal, names: tuple[str, ...]) -> tuple[bytes, bytes]:
-    key = ca.generate_keypair(ca.KeyType.EC_P256)
+    key, signer = ca.generate_keypair(ca.KeyType.EC_P256), portal.authority.issuing
     issued = ca.sign_server_certificate(
-        portal.authority.issuing.issuer,
+        signer.issuer,
         key.public_key(),
         names=names,
         now=portal.clock(),
         days=portal.settings.server_days,
         pki_url=portal.settings.pki_url,
     )
-    _record(portal, issued, purpose="server", revoked=False)
-    return portal.authority.chain_pem(issued.pem).encode(), ca.private_key_pem(key)
+    _record(portal, signer, issued, purpose="server", revoked=False)
+    return signer.chain_pem(issued.pem).encode(), ca.private_key_pem(key)
 
 
 def _issue_canary(portal: Portal, canary: Canary, *, revoked: bool) -> None:
     now = portal.clock()
-    key = ca.generate_keypair(ca.KeyType.EC_P256)
+    key, signer = ca.generate_keypair(ca.KeyType.EC_P256), portal.authority.issuing
     issued = ca.sign_certificate(
-        portal.authority.issuing.issuer,
+        signer.issuer,
         key.public_key(),
         device_id=str(uuid.uuid4()),
         now=now,
         days=CANARY_DAYS,
         pki_url=portal.settings.pki_url,
     )
-    _record(portal, issued, purpose="canary", revoked=revoked)
+    _record(portal, signer, issued, purpose="canary", revoked=revoked)
     replace_file(canary.key, ca.private_key_pem(key))
-    replace_file(canary.certificate, portal.authority.chain_pem(issued.pem).encode())
+    replace_file(canary.certificate, signer.chain_pem(issued.pem).encode())
 
 
-def _record(portal: Portal, issued: ca.Issued, *, purpose: str, revoked: bool) -> None:
+def _record(portal: Portal, signer: RecordedIssuer, issued: ca.Issued, *, purpose: str, revoked: bool) -> None:
     now = portal.clock()
-    issuer_id = portal.authority.issuing.id
     with portal.database.transaction() as tx:
         db.add_certificate(
             tx,
             tenant_id=portal.tenant_id,
-            issuer_id=issuer_id,
+            issuer_id=signer.id,
             purpose=purpose,
             serial_number=issued.serial_number,
             fingerprint=issued.fingerprint,
@@ -327,7 +328,7 @@ def _record(portal: Portal, issued: ca.Issued, *, purpose: str, revoked: bool) -
         )
         if revoked:
             generation = db.next_generation(tx, portal.tenant_id, at=now)
-            db_issuers.touch_issuer(tx, issuer_id, generation=generation)
+            db_issuers.touch_issuer(tx, signer.id, generation=generation)
         audit.record(
             tx,
             audit.system_actor(portal.tenant_id),

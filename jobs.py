@@ -65,7 +65,7 @@ def renew_crls(portal: Portal) -> None:
     """Renew CRLs past half their life, or not yet valid because the clock was moved."""
     now = portal.clock()
     with portal.database.snapshot() as tx:
-        changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx)}
+        changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx, retired=True)}
         due = [
             recorded
             for recorded in portal.authority.issuers

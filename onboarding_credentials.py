@@ -95,7 +95,7 @@ class CredentialMaker:
             days=wanted.validity_days or self._settings.device_days,
             pki_url=self._settings.pki_url,
         )
-        chain = self._authority.chain_pem(issued.pem)
+        chain = signer.chain_pem(issued.pem)
         bundle = None
         if key is not None:
             bundle = self._bundle(device_id, key, issued, chain, topics, wanted.bundle_password, now)
