@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import threading
 import time
@@ -13,18 +12,18 @@ from datetime import datetime
 
 import click
 from flask import Flask, Response, current_app, g, request
-from werkzeug.routing import BaseConverter
 
 import admin
 import errors
 import jobs
 import logs
 import metrics
-from api import admission, problems, requests
+from api import admission, paths, problems, requests
 from api.description import description_of
 from api.device_lifecycle import device_lifecycle
 from api.devices import devices
 from api.downloads import downloads
+from api.ocsp import ocsp
 from api.operation import operation
 from api.pki import pki
 from api.responses import response_of
@@ -36,9 +35,16 @@ from installation import Portal, open_portal, utc_now
 
 log = logging.getLogger("portal.request")
 
-ROUTES: tuple[Route, ...] = tuple(
-    route for group in (devices, device_lifecycle, downloads, pki, tokens, operation) for route in group.routes
+GROUPS = (
+    devices,
+    device_lifecycle,
+    downloads,
+    pki,
+    ocsp,
+    tokens,
+    operation,
 )
+ROUTES: tuple[Route, ...] = tuple(route for group in GROUPS for route in group.routes)
 ROUTES += tuple(description_of(ROUTES).routes)
 _ROUTE_OF = {route.name: route for route in ROUTES}
 
@@ -60,12 +66,6 @@ STATUS_OF: dict[type[PortalError], int] = {
 }
 
 
-class _SegmentConverter(BaseConverter):
-    """One path segment of at most 512 characters."""
-
-    regex = "[^/]{1,512}"
-
-
 def create_app(
     settings: Settings | None = None, *, background: bool = True, clock: Callable[[], datetime] = utc_now
 ) -> Flask:
@@ -85,11 +85,12 @@ def create_app(
     app.config["PORTAL_SETTINGS"] = settings
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.extensions["portal"] = _LazyPortal(settings, background=background, clock=clock)
-    app.url_map.converters["segment"] = _SegmentConverter
+    app.url_map.converters.update(paths.CONVERTERS)
     app.url_map.merge_slashes = False  # a path that is almost one is none: no redirects
     for route in ROUTES:
-        rule = re.sub(r"\{(\w+)\}", r"<segment:\1>", route.path)
-        app.add_url_rule(rule, route.name, _view(route), methods=[route.method], provide_automatic_options=False)
+        app.add_url_rule(
+            paths.rule_of(route.path), route.name, _view(route), methods=[route.method], provide_automatic_options=False
+        )
     app.before_request(_begin)
     app.after_request(_end)
     app.register_error_handler(Exception, _failed)
@@ -134,7 +135,9 @@ def _begin() -> None:
     if request.environ.get("portal.listener") == "pki":
         adapter = current_app.create_url_adapter(request)
         if adapter is None or not admission.is_for_anyone_in_the_clear(adapter, _ROUTE_OF):
-            raise errors.NotFound("Only CRLs and CA certificates are served here; use the portal's HTTPS address.")
+            raise errors.NotFound(
+                "Only CRLs, OCSP and CA certificates are served here; use the portal's HTTPS address."
+            )
 
 
 def _view(route: Route) -> Callable[..., Response]:

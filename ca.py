@@ -33,6 +33,7 @@ from ca_profiles import (
     extension,
     issuing_profile,
     locations,
+    responder_profile,
     root_profile,
     server_profile,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "revoke_certificate",
     "sign_certificate",
     "sign_crl",
+    "sign_responder_certificate",
     "sign_server_certificate",
 ]
 
@@ -181,6 +183,11 @@ def sign_server_certificate(
     return _sign(issuer, public_key, server_profile(names), now=now, days=days, pki_url=pki_url)
 
 
+def sign_responder_certificate(issuer: Issuer, public_key: PublicKey, *, now: datetime, days: int) -> Issued:
+    """Sign the certificate that answers OCSP for this CA (RFC 6960 §4.2.2.2); raises as ``sign_certificate`` does."""
+    return _sign(issuer, public_key, responder_profile(issuer.name), now=now, days=days, pki_url="")
+
+
 def chain_pem(*certificates: x509.Certificate) -> str:
     """Write certificates as PEM, one after the other: the leaf first (RFC 8446 §4.4.2)."""
     return "".join(certificate.public_bytes(Encoding.PEM).decode("ascii") for certificate in certificates)
@@ -201,7 +208,7 @@ def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datet
         profile,
         public_key,
         issuer.authority_key_identifier,
-        *locations(pki_url, issuer.name),
+        *locations(pki_url, issuer.name, profile.revocation),
         not_before=max(moment - BACKDATING, issuer.not_before),
         not_after=min(_end(now, days), issuer.not_after),
     )

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
 
 from cryptography import x509
@@ -22,12 +23,21 @@ _DNS_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _URL = re.compile(r"https?://[!-~]+")
 
 
+class Told(StrEnum):
+    """Where a certificate says that its revocation is to be learnt."""
+
+    BY_CRL_AND_OCSP = "crl and ocsp"
+    BY_CRL = "crl"
+    NOWHERE = "nowhere"
+
+
 @dataclass(frozen=True)
 class Profile:
     """The part of a certificate that depends on its purpose, neither on its key nor on its issuer."""
 
     subject: x509.Name
     extensions: tuple[Extension, ...]
+    revocation: Told = Told.BY_CRL_AND_OCSP
 
 
 def extension(value: x509.ExtensionType, *, critical: bool = False) -> Extension:
@@ -56,8 +66,8 @@ _ROOT = (
     extension(x509.BasicConstraints(ca=True, path_length=1), critical=True),
     _key_usage(ca=True),
 )
-# digitalSignature lets the CA answer OCSP under its own name one day (RFC 6960 §4.2.2.2, RFC 5280 §4.2.1.3). The
-# extended key usages bind what is below it to TLS.
+# digitalSignature would let the CA answer OCSP under its own name (RFC 6960 §4.2.2.2, RFC 5280 §4.2.1.3). The
+# extended key usages bind what is below it to TLS; a responder's own OCSPSigning is judged in its certificate alone.
 _ISSUING = (
     extension(x509.BasicConstraints(ca=True, path_length=0), critical=True),
     _key_usage(digital_signature=True, ca=True),
@@ -69,6 +79,11 @@ _END_ENTITY = (
 )
 _DEVICE = (*_END_ENTITY, extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])))
 _SERVER = (*_END_ENTITY, extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])))
+_RESPONDER = (
+    *_END_ENTITY,
+    extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.OCSP_SIGNING])),
+    extension(x509.OCSPNoCheck()),
+)
 
 
 def root_profile(common_name: str) -> Profile:
@@ -77,8 +92,12 @@ def root_profile(common_name: str) -> Profile:
 
 
 def issuing_profile(common_name: str) -> Profile:
-    """CA that signs end entities only (pathLenConstraint 0)."""
-    return Profile(_ca_subject(common_name), _ISSUING)
+    """CA that signs end entities only (pathLenConstraint 0).
+
+    Its own revocation is told by the root's CRL alone: the root's key is meant to be away, and a URL that leads to no
+    answer would keep careful clients from trusting anything.
+    """
+    return Profile(_ca_subject(common_name), _ISSUING, Told.BY_CRL)
 
 
 def device_profile(device_id: str) -> Profile:
@@ -100,17 +119,27 @@ def server_profile(names: Sequence[str]) -> Profile:
     return Profile(subject, (*_SERVER, extension(san, critical=not fits)))
 
 
+def responder_profile(issuer_name: str) -> Profile:
+    """OCSP responder of one CA, which lives shortly enough not to be checked itself (RFC 6960 §4.2.2.2.1)."""
+    return Profile(_subject(f"OCSP responder of {issuer_name}"[:COMMON_NAME_LIMIT]), _RESPONDER, Told.NOWHERE)
+
+
 @lru_cache(maxsize=64)
-def locations(pki_url: str, issuer_name: str) -> tuple[Extension, Extension]:
-    """Say where the issuer's CRL and certificate are (RFC 5280 §4.2.1.13, §4.2.2.1), under the base ``pki_url``."""
+def locations(pki_url: str, issuer_name: str, revocation: Told) -> tuple[Extension, ...]:
+    """Say where CRL, issuer's certificate and OCSP responder are (RFC 5280 §4.2.1.13, §4.2.2.1), below ``pki_url``."""
+    if revocation is Told.NOWHERE:
+        return ()
     if not _URL.fullmatch(pki_url):
         raise SettingInvalid("The base of the URLs in certificates must be an http:// URL in ASCII.")
     base = pki_url.rstrip("/")
     crl = x509.UniformResourceIdentifier(f"{base}/crl/{issuer_name}.crl")
     certificate = x509.UniformResourceIdentifier(f"{base}/ca/{issuer_name}.cer")
     point = x509.DistributionPoint(full_name=[crl], relative_name=None, reasons=None, crl_issuer=None)
-    access = x509.AccessDescription(AuthorityInformationAccessOID.CA_ISSUERS, certificate)
-    return extension(x509.CRLDistributionPoints([point])), extension(x509.AuthorityInformationAccess([access]))
+    access = [x509.AccessDescription(AuthorityInformationAccessOID.CA_ISSUERS, certificate)]
+    if revocation is Told.BY_CRL_AND_OCSP:
+        ocsp = x509.UniformResourceIdentifier(f"{base}/ocsp")
+        access.append(x509.AccessDescription(AuthorityInformationAccessOID.OCSP, ocsp))
+    return extension(x509.CRLDistributionPoints([point])), extension(x509.AuthorityInformationAccess(access))
 
 
 def _subject(common_name: str) -> x509.Name:

@@ -54,7 +54,7 @@ class Settings:
     )
     bind: Address = _setting("PORTAL_BIND", "127.0.0.1:8443", parse_address, "HTTPS listener")
     pki_bind: Address = _setting(
-        "PORTAL_PKI_BIND", "127.0.0.1:8080", parse_address, "Plain HTTP listener: CRL and CA certificates only"
+        "PORTAL_PKI_BIND", "127.0.0.1:8080", parse_address, "Plain HTTP listener: CRLs, OCSP and CA certificates only"
     )
     public_url: str = _setting(
         "PORTAL_PUBLIC_URL", "", parse_url, "Base of download links; https:// and the HTTPS listener if empty"
@@ -115,6 +115,7 @@ class Settings:
         "PORTAL_SERVER_DAYS", "90", count(1, 398), "Life of the portal's and the broker's certificates, in days"
     )
     crl_days: int = _setting("PORTAL_CRL_DAYS", "7", count(1, 365), "Life of a CRL, in days")
+    ocsp_hours: int = _setting("PORTAL_OCSP_HOURS", "24", count(1, 96), "Life of an OCSP answer, in hours")
     key_type: str = _setting("PORTAL_KEY_TYPE", "ec-p256", parse_key_type, "Device keys: " + ", ".join(KEY_TYPES))
 
     acl_style: AclStyle = _setting(
@@ -193,6 +194,11 @@ class Settings:
     def tls_dir(self) -> Path:
         """Folder, 0700, of the portal's own server certificate and key."""
         return self.data_dir / "tls"
+
+    @property
+    def ocsp_dir(self) -> Path:
+        """Folder, 0700, of the certificates with their keys that answer OCSP."""
+        return self.data_dir / "ocsp"
 
 
 def _known_variables() -> frozenset[str]:

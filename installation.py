@@ -41,6 +41,8 @@ from onboarding_delivery import Deliveries
 from onboarding_suspension import Suspensions
 from operators import Operators
 from readiness import Readiness
+from responder import Responder
+from responder_certificates import ResponderCertificates
 from throttle import Throttle
 
 log = logging.getLogger("portal.installation")
@@ -74,6 +76,7 @@ class Portal:
     operators: Operators
     readiness: Readiness
     monitoring: Monitoring
+    responder: Responder
     clock: Callable[[], datetime]
     tenant_id: str
     presence: ExitStack
@@ -132,6 +135,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
             settings, database, authority, broker, lambda: canary_files(settings), clock, DEFAULT_TENANT
         )
         replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
+    responder_certificates = ResponderCertificates(settings, database, authority, clock, DEFAULT_TENANT)
     credentials = CredentialMaker(settings, authority, link_keys)
     onboarding = Onboarding(settings, database, enforcement, credentials, pepper=bytes.fromhex(pepper), clock=clock)
     return Portal(
@@ -148,6 +152,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         Operators(database, Throttle(settings.data_dir / "attempts", settings.login_failures), clock),
         Readiness(database, authority, enforcement, clock, DEFAULT_TENANT, (settings.data_dir, settings.broker_dir)),
         Monitoring(settings, database, enforcement, clock, DEFAULT_TENANT),
+        Responder(settings, database, authority, responder_certificates, clock),
         clock,
         DEFAULT_TENANT,
         presence.pop_all(),
@@ -155,8 +160,8 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
 
 
 def _folders(settings: Settings) -> tuple[Path, ...]:
-    canaries = settings.data_dir / "canaries"
-    return settings.data_dir, settings.secrets_dir, settings.ca_dir, settings.tls_dir, canaries, settings.broker_dir
+    own = settings.secrets_dir, settings.ca_dir, settings.tls_dir, settings.ocsp_dir, settings.data_dir / "canaries"
+    return settings.data_dir, *own, settings.broker_dir
 
 
 def prepare(portal: Portal) -> None:
@@ -166,6 +171,7 @@ def prepare(portal: Portal) -> None:
             remove_leftovers(folder)
         portal.broker.password()  # made with its file for the broker where it is missing
         renew_own_certificates(portal)
+        portal.responder.certificates.renew()
         with portal.database.transaction() as tx:
             # Whatever changed while nobody looked (a setting, a file), the broker is brought to it anew.
             db.next_generation(tx, portal.tenant_id, at=portal.clock())
@@ -199,7 +205,8 @@ def make_folders(settings: Settings) -> None:
     """Make the folders with their modes; raises ``StartupError`` where they cannot be written."""
     # The broker, often another user, must be able to pass through the data folder to its own; it can list nothing.
     folders = [(settings.data_dir, 0o711), (settings.secrets_dir, 0o700), (settings.ca_dir, 0o700),
-               (settings.tls_dir, 0o700), (settings.data_dir / "canaries", 0o700)]  # fmt: skip
+               (settings.tls_dir, 0o700), (settings.ocsp_dir, 0o700),
+               (settings.data_dir / "canaries", 0o700)]  # fmt: skip
     try:
         for folder, mode in folders:
             private_folder(folder, mode=mode)

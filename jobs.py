@@ -61,6 +61,11 @@ def renew_certificates(portal: Portal) -> None:
         repair_broker(portal)
 
 
+def renew_responders(portal: Portal) -> None:
+    """Renew the certificates that answer OCSP, and make one for a CA that is new."""
+    portal.responder.certificates.renew()
+
+
 def renew_crls(portal: Portal) -> None:
     """Renew CRLs past half their life, or not yet valid because the clock was moved."""
     now = portal.clock()
@@ -127,6 +132,7 @@ JOBS = (
     Job(EXPIRY, 30.0, expire),
     Job("probe", 60.0, probe_broker),
     Job("refusals", 60.0, record_refusals),
+    Job("responder renewal", 60.0, renew_responders),
     Job("crl renewal", 300.0, renew_crls),
     Job("certificate renewal", 600.0, renew_certificates),
 )

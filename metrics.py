@@ -78,6 +78,12 @@ class _Counts:
             "Passes that bring the broker to the newest generation, by how they ended.",
             "outcome",
         )
+        self.ocsp = self._counter(
+            "portal_ocsp_answers",
+            "Certificates answered for by OCSP, and requests that could not be, by answer and whether it was kept.",
+            "answer",
+            "kept",
+        )
         self.shed = self._counter("portal_connections_shed", "Connections closed because there were too many.")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -122,6 +128,11 @@ def enforced(seconds: float) -> None:
 def broker_pass(*, ended_well: bool) -> None:
     """A pass has ended."""
     _counts.passes.labels("enforced" if ended_well else "failed").inc()
+
+
+def ocsp_answered(answer: str, *, kept: bool) -> None:
+    """OCSP said ``good``, ``revoked`` or ``unknown`` of a certificate, or gave a failure's name to a request."""
+    _counts.ocsp.labels(answer, "yes" if kept else "no").inc()
 
 
 def shed() -> None:

@@ -31,6 +31,7 @@ PATH_PARAMETERS = {
     "token_id": "^[0-9a-f]{16}$",
     "issuer": "^[a-z0-9-]{1,63}$",
     "token": "^[A-Za-z0-9._-]{1,512}$",
+    "request": r"^[A-Za-z0-9+/=\s]{1,8192}$",
 }
 IDEMPOTENCY_KEY = "^[!-~]{16,255}$"
 

@@ -101,6 +101,9 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
             "required": not route.body_optional,
             "content": {"application/json": {"schema": schema}},
         }
+    if route.octets is not None:
+        content = {route.octets.media_type: {"schema": {"type": "string", "format": "binary"}}}
+        operation["requestBody"] = {"required": True, "content": content}
     return operation
 
 
@@ -168,6 +171,8 @@ def _error_statuses(route: Route) -> set[int]:
         statuses |= {401, 403, 429, 503}
     if route.body is not None:
         statuses |= {413, 415, 422}
+    if route.octets is not None:
+        statuses |= {413, 415}
     if route.query is not None or route.idempotency_key:
         statuses |= {422}
     return statuses

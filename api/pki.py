@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from datetime import datetime
-from email.utils import format_datetime, parsedate_to_datetime
-
+from api.caching import cached
 from api.routing import Answers, Call, Reply, Routes
 from authority import RecordedIssuer
 from errors import NotFound
@@ -25,7 +22,7 @@ _TIMES = {"Last-Modified": "The CRL's thisUpdate", "Expires": "Its nextUpdate"}
 )
 def ca_pem(call: Call) -> Reply:
     """The chain of trust: issuing CAs and root."""
-    return _cached(call, call.portal.authority.ca_pem.encode(), "application/x-pem-file", max_age=3600)
+    return cached(call, call.portal.authority.ca_pem.encode(), "application/x-pem-file", max_age=3600)
 
 
 @pki.route(
@@ -38,7 +35,7 @@ def ca_pem(call: Call) -> Reply:
 )
 def ca_certificate(call: Call) -> Reply:
     """One CA certificate (caIssuers of RFC 5280 section 4.2.2.1)."""
-    return _cached(call, _issuer(call).der, "application/pkix-cert", max_age=3600)
+    return cached(call, _issuer(call).der, "application/pkix-cert", max_age=3600)
 
 
 @pki.route(
@@ -58,7 +55,7 @@ def crl(call: Call) -> Reply:
     if record is None:
         raise NotFound("This issuer has no CRL yet; try again in a few seconds.")
     left = max(0, int((record.next_update - call.portal.clock()).total_seconds()))
-    return _cached(
+    return cached(
         call,
         record.der,
         "application/pkix-crl",
@@ -73,36 +70,3 @@ def _issuer(call: Call) -> RecordedIssuer:
         if recorded.issuer.name == call.path["issuer"]:
             return recorded
     raise NotFound("There is no issuer of this name; the chain of trust is at /ca.pem.")
-
-
-def _cached(
-    call: Call,
-    content: bytes,
-    media_type: str,
-    *,
-    max_age: int,
-    last_modified: datetime | None = None,
-    expires: datetime | None = None,
-) -> Reply:
-    """Answer 304 where the client has it already (RFC 9110 section 13.1)."""
-    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {"ETag": etag, "Cache-Control": f"public, max-age={max_age}"}
-    if last_modified is not None:
-        headers["Last-Modified"] = format_datetime(last_modified, usegmt=True)
-    if expires is not None:
-        headers["Expires"] = format_datetime(expires, usegmt=True)
-    wanted = call.headers.get("If-None-Match")
-    if wanted is not None:
-        fresh = wanted.strip() == "*" or etag in [tag.strip().removeprefix("W/") for tag in wanted.split(",")]
-    else:
-        fresh = last_modified is not None and _not_modified_since(call.headers.get("If-Modified-Since"), last_modified)
-    if fresh:
-        return Reply(content=b"", media_type="", status=304, headers=headers)
-    return Reply(content=content, media_type=media_type, headers=headers)
-
-
-def _not_modified_since(header: str | None, last_modified: datetime) -> bool:
-    try:
-        return header is not None and parsedate_to_datetime(header) >= last_modified.replace(microsecond=0)
-    except (ValueError, TypeError):
-        return False

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS, PATTERN_IN_WORDS
-from api.routing import Route
+from api.routing import Octets, Route
 from errors import (
+    BodyTooLarge,
     DeviceNotFound,
     FieldProblem,
     InputInvalid,
@@ -29,6 +30,7 @@ _NOT_THERE: dict[str, PortalError] = {
     "device_id": DeviceNotFound("This is no device's id; an id is a UUID in lower case, see GET /devices."),
     "token": LinkUnknown("This download link is not known here; check that it was copied whole."),
     "token_id": NotFound("This is no token's id; list them with GET /tokens."),
+    "request": RequestMalformed("The part after /ocsp/ must be an OCSP request in base64."),
     "issuer": NotFound("There is no issuer of this name; the chain of trust is at /ca.pem."),
 }
 
@@ -41,8 +43,10 @@ def read_path(path: Mapping[str, str]) -> Mapping[str, str]:
     return path
 
 
-def read_body(route: Route, request: Request) -> BaseModel | None:
-    """The body, checked; raises ``MediaTypeUnsupported``, ``RequestMalformed``, ``InputInvalid``."""
+def read_body(route: Route, request: Request) -> BaseModel | bytes | None:
+    """The body, checked; raises ``MediaTypeUnsupported``, ``BodyTooLarge``, ``RequestMalformed``, ``InputInvalid``."""
+    if route.octets is not None:
+        return _read_octets(route.octets, request)
     if route.body is None:
         return None
     content = request.get_data(cache=False)
@@ -56,6 +60,18 @@ def read_body(route: Route, request: Request) -> BaseModel | None:
         if any(problem["type"] == "json_invalid" for problem in error.errors(include_input=False)):
             raise RequestMalformed("The body is not JSON in UTF-8; check it with a JSON parser.") from None
         raise _input_invalid(error) from None
+
+
+def _read_octets(wanted: Octets, request: Request) -> bytes:
+    if request.mimetype != wanted.media_type:
+        raise MediaTypeUnsupported(f"Send the body with Content-Type: {wanted.media_type}.")
+    too_long = BodyTooLarge(f"The body must not be longer than {wanted.most} bytes.")
+    if request.content_length is not None and request.content_length > wanted.most:
+        raise too_long
+    content = request.get_data(cache=False)
+    if len(content) > wanted.most:
+        raise too_long
+    return content
 
 
 def read_query(route: Route, request: Request) -> BaseModel | None:

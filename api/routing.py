@@ -58,6 +58,14 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
+class Octets:
+    """A body that is handed on as the bytes it is: of ``media_type``, ``most`` bytes long at most."""
+
+    media_type: str
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """One method of one path. ``permission`` ``None`` means: open to anyone, a decision to be made each time.
 
@@ -72,6 +80,7 @@ class Route:
     answers: Answers
     tag: str
     body: type[BaseModel] | None = None
+    octets: Octets | None = None
     query: type[BaseModel] | None = None
     errors: tuple[int, ...] = ()
     on_pki_listener: bool = False

@@ -157,6 +157,8 @@ def test_the_routes_of_the_plain_listener_are_these(anyone: Api) -> None:
         "/ca.pem",
         "/ca/{issuer}.cer",
         "/crl/{issuer}.crl",
+        "/ocsp",
+        "/ocsp/{request}",
     }
     answer = anyone.post("/ca.pem", **CLEAR)
     problem_of(answer, 405, "method_not_allowed")

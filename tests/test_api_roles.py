@@ -35,6 +35,8 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /ca.pem": ANYONE,
     "GET /ca/{issuer}.cer": ANYONE,
     "GET /crl/{issuer}.crl": ANYONE,
+    "GET /ocsp/{request}": ANYONE,
+    "POST /ocsp": ANYONE,
     "GET /tokens": {ADMIN},
     "POST /tokens": {ADMIN},
     "DELETE /tokens/{token_id}": {ADMIN},

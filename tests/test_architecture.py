@@ -17,7 +17,7 @@ FLOORS = (
     {"serving_*", "jobs_*", "api", "web", "backup_*", "doctor_*"},
     {"installation"},
     {"bulk", "monitoring", "readiness"},
-    {"onboarding_*", "inventory", "operators"},
+    {"onboarding_*", "inventory", "operators", "responder_*"},
     {"enforcement"},
     {"authority_*"},
     {"audit", "access", "events"},

@@ -176,7 +176,7 @@ def test_a_ca_name_must_be_short_printable_text(common_name: str) -> None:
 
 def locations_of(certificate: x509.Certificate) -> tuple[str, str]:
     (point,) = value(certificate, x509.CRLDistributionPoints, critical=False)
-    (access,) = value(certificate, x509.AuthorityInformationAccess, critical=False)
+    access = value(certificate, x509.AuthorityInformationAccess, critical=False)[0]
     assert access.access_method == AuthorityInformationAccessOID.CA_ISSUERS
     assert point.full_name is not None
     (name,) = point.full_name
