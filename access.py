@@ -27,6 +27,7 @@ class Permission(StrEnum):
     CHANGE = "change"
     AUDIT = "audit"
     TOKENS = "tokens"
+    WEBHOOKS = "webhooks"
 
 
 MAY: dict[Role, frozenset[Permission]] = {

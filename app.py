@@ -29,6 +29,7 @@ from api.pki import pki
 from api.responses import response_of
 from api.routing import Call, Route
 from api.tokens import tokens
+from api.webhooks import webhooks
 from config import Settings
 from errors import PortalError, StartupError
 from installation import Portal, open_portal, utc_now
@@ -42,6 +43,7 @@ GROUPS = (
     pki,
     ocsp,
     tokens,
+    webhooks,
     operation,
 )
 ROUTES: tuple[Route, ...] = tuple(route for group in GROUPS for route in group.routes)

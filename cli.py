@@ -17,6 +17,7 @@ from cli_lifecycle import resume, suspend
 from cli_operation import audit, ca, completion, status
 from cli_registration import register
 from cli_settings import Given
+from cli_webhooks import webhook
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
@@ -24,7 +25,7 @@ SECTIONS = {
     "Devices": (register, list_devices, show, update, suspend, resume, revoke, certificates),
     "Credentials": (download, unpack_command),
     "Access": (login, logout, token),
-    "Operation": (status, ca, audit, completion),
+    "Operation": (status, ca, audit, webhook, completion),
 }
 
 

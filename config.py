@@ -22,6 +22,7 @@ from config_values import (
     parse_distinguished_name_part,
     parse_key_type,
     parse_names,
+    parse_networks,
     parse_path,
     parse_secret,
     parse_text,
@@ -157,6 +158,16 @@ class Settings:
         "PORTAL_LINK_GRACE", "300", seconds(0, 86400), "Seconds in which a download that broke off may be repeated"
     )
 
+    webhook_allow: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = _setting(
+        "PORTAL_WEBHOOK_ALLOW", "", parse_networks, "Internal networks (CIDR) that events may be sent to; none if empty"
+    )
+    webhook_ca_file: Path | None = _setting(
+        "PORTAL_WEBHOOK_CA_FILE", "", parse_path, "CA certificates (PEM) of receivers, beside the system's"
+    )
+    event_days: int = _setting(
+        "PORTAL_EVENT_DAYS", "30", count(1, 3650), "Days for which events that were sent or given up are kept"
+    )
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
         """Read and check all settings; raises ``SettingInvalid`` with a sentence that names the variable."""
@@ -271,4 +282,5 @@ def _derived(values: dict[str, Any]) -> dict[str, Any]:
     values["ca_passphrase"] = _passphrase(values["ca_passphrase"], values["ca_passphrase_file"])
     for name in ("broker_reload", "broker_group"):
         values[name] = values[name] or ""
+    values["webhook_allow"] = values["webhook_allow"] or ()
     return values

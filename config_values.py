@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from enum import StrEnum
@@ -55,6 +56,14 @@ def parse_names(value: str) -> tuple[str, ...]:
         if not re.fullmatch(r"[A-Za-z0-9.:_*-]{1,253}", name):
             raise ValueError(f"{name!r} is neither a DNS name nor an IP address")
     return names
+
+
+def parse_networks(value: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """IP networks in CIDR form, separated by commas; an address alone is a network of one."""
+    try:
+        return tuple(ipaddress.ip_network(part.strip()) for part in value.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"must be networks such as 10.1.0.0/16 or fd00::/8, separated by commas ({error})") from None
 
 
 def parse_address(value: str) -> Address:

@@ -42,6 +42,12 @@ class WebhookDelivery(Base):
         sa.Index("ix_webhook_deliveries_event", "event_id"),
         sa.Index("ix_webhook_deliveries_ended", "ended_at"),
         sa.Index(
+            "ix_webhook_deliveries_dead",
+            "webhook_id",
+            sqlite_where=sa.text("status = 'dead'"),
+            postgresql_where=sa.text("status = 'dead'"),
+        ),
+        sa.Index(
             "ix_webhook_deliveries_due",
             "webhook_id",
             "next_at",

@@ -31,6 +31,7 @@ NAMES = (
     "deliver.after_claim",
     "deliver.after_end",
     "deliver.before_finish",
+    "events.after_send",
 )
 VARIABLE = "PORTAL_FAILPOINT"
 _FORM = re.compile(r"(?:(?P<after>[a-z._]+)>)?(?P<name>[a-z._]+)(?::(?P<times>[0-9]{1,6}))?(?:=(?P<act>.+))?")

@@ -44,6 +44,10 @@ from readiness import Readiness
 from responder import Responder
 from responder_certificates import ResponderCertificates
 from throttle import Throttle
+from webhooks import Webhooks
+from webhooks_dispatch import Dispatcher
+from webhooks_sending import Sender
+from webhooks_signature import SecretSeal
 
 log = logging.getLogger("portal.installation")
 
@@ -72,6 +76,8 @@ class Portal:
     onboarding: Onboarding
     deliveries: Deliveries
     suspensions: Suspensions
+    webhooks: Webhooks
+    dispatcher: Dispatcher
     inventory: Inventory
     operators: Operators
     readiness: Readiness
@@ -130,12 +136,19 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         authority = open_authority(database, keys, settings, DEFAULT_TENANT, now=clock())
         link_keys = secret_file(settings.secrets_dir / "link-keys", lambda: secrets.token_urlsafe(32)).split()
         pepper = secret_file(settings.secrets_dir / "idempotency-pepper", lambda: secrets.token_hex(32))
+        seal = SecretSeal(
+            bytes.fromhex(secret_file(settings.secrets_dir / "webhook-key", lambda: secrets.token_hex(32)))
+        )
         broker = BrokerProvisioning(settings, clock)
         enforcement = Enforcement(
             settings, database, authority, broker, lambda: canary_files(settings), clock, DEFAULT_TENANT
         )
         replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
     responder_certificates = ResponderCertificates(settings, database, authority, clock, DEFAULT_TENANT)
+    sender = Sender(settings.webhook_allow, settings.webhook_ca_file, seal)
+    marker = settings.data_dir / SUBSCRIBED
+    webhooks = Webhooks(database, sender, seal, marker, settings.webhook_allow, clock)
+    webhooks.look_for_any()
     credentials = CredentialMaker(settings, authority, link_keys)
     onboarding = Onboarding(settings, database, enforcement, credentials, pepper=bytes.fromhex(pepper), clock=clock)
     return Portal(
@@ -148,6 +161,8 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         onboarding,
         Deliveries(settings, database, onboarding, link_keys, clock),
         Suspensions(database, enforcement, clock),
+        webhooks,
+        Dispatcher(database, sender, clock),
         Inventory(settings, database),
         Operators(database, Throttle(settings.data_dir / "attempts", settings.login_failures), clock),
         Readiness(database, authority, enforcement, clock, DEFAULT_TENANT, (settings.data_dir, settings.broker_dir)),

@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import db
 import db_deliveries
 import db_issuers
 import db_reads
+import jobs_events
 import jobs_schedule
 from authority import ROOT_CRL_DAYS, crl_is_due, next_crl
 from installation import Portal, canary_files, renew_own_certificates
@@ -89,7 +91,8 @@ def renew_crls(portal: Portal) -> None:
 
 
 def expire(portal: Portal) -> None:
-    """Destroy bundles whose links are over, and forget answers kept for a repeat."""
+    """Destroy bundles whose links are over, forget answers kept for a repeat and events that ended long ago."""
+    jobs_events.prune_events(portal)
     now = portal.clock()
     with portal.database.snapshot() as tx:
         if not db_deliveries.anything_due(tx, now=now):
@@ -135,6 +138,7 @@ JOBS = (
     Job("responder renewal", 60.0, renew_responders),
     Job("crl renewal", 300.0, renew_crls),
     Job("certificate renewal", 600.0, renew_certificates),
+    Job("certificates that end", 600.0, jobs_events.announce_expiring),
 )
 
 
@@ -153,8 +157,13 @@ def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS)
 
 
 def start(portal: Portal) -> threading.Event:
-    """Start the threads of this process that grant and that run the jobs; setting the event stops them."""
+    """Start the threads of this process that grant, run the jobs and send events; setting the event stops them."""
     stopping = threading.Event()
-    for name, body in (("grants", portal.enforcement.run_grants), ("jobs", functools.partial(run, portal))):
+    bodies: dict[str, Callable[[threading.Event], None]] = {
+        "grants": portal.enforcement.run_grants,
+        "jobs": functools.partial(run, portal),
+        "events": portal.dispatcher.run,
+    }
+    for name, body in bodies.items():
         threading.Thread(target=body, args=(stopping,), name=name, daemon=True).start()
     return stopping

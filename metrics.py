@@ -84,6 +84,11 @@ class _Counts:
             "answer",
             "kept",
         )
+        self.events = self._counter(
+            "portal_events_sent",
+            "Events sent to a receiver: delivered, failed for now, or given up as dead.",
+            "outcome",
+        )
         self.shed = self._counter("portal_connections_shed", "Connections closed because there were too many.")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -133,6 +138,11 @@ def broker_pass(*, ended_well: bool) -> None:
 def ocsp_answered(answer: str, *, kept: bool) -> None:
     """OCSP said ``good``, ``revoked`` or ``unknown`` of a certificate, or gave a failure's name to a request."""
     _counts.ocsp.labels(answer, "yes" if kept else "no").inc()
+
+
+def event_sent(outcome: str) -> None:
+    """An event was sent to a receiver: ``delivered``, ``failed`` (to be sent again) or ``dead``."""
+    _counts.events.labels(outcome).inc()
 
 
 def shed() -> None:

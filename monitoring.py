@@ -10,6 +10,7 @@ from cryptography import x509
 
 import db_figures
 import db_issuers
+import db_webhooks
 from config import Settings
 from db import Database
 from enforcement import Enforcement
@@ -46,6 +47,7 @@ class Monitoring:
             entries = db_figures.audit_entries(tx, self._tenant_id)
             issuers = db_figures.issuer_ends(tx)
             state = db_issuers.get_broker_state(tx, self._tenant_id)
+            backlog = db_webhooks.backlog(tx, self._tenant_id).values()
         pending = 0.0 if state.pending_since is None else max(0.0, (now - state.pending_since).total_seconds())
         own = {name: _end_of(path) for name, path in self._own.items()}
         return [
@@ -62,6 +64,13 @@ class Monitoring:
                 [([name], count) for name, count in zip(EXPIRING, ending, strict=True)],
             ),
             _figure("portal_bundles_undelivered", "Bundles that wait for their download.", bundles),
+            _figure("portal_events_waiting", "Events that wait to be sent.", sum(one.waiting for one in backlog)),
+            _figure("portal_events_dead", "Events that were given up.", sum(one.dead for one in backlog)),
+            _figure(
+                "portal_events_oldest_waiting_seconds",
+                "For how long the oldest event has waited that was not sent; 0 where none waits.",
+                max((max(0.0, (now - one.oldest).total_seconds()) for one in backlog if one.oldest), default=0.0),
+            ),
             _figure("portal_audit_entries", "Entries of the audit record.", entries),
             _figure("portal_generation", "The newest generation of what the broker must know.", state.generation),
             _figure(

@@ -29,6 +29,7 @@ PATTERN_IN_WORDS = {
 PATH_PARAMETERS = {
     "device_id": _UUID,
     "token_id": "^[0-9a-f]{16}$",
+    "webhook_id": "^[0-9a-f]{16}$",
     "issuer": "^[a-z0-9-]{1,63}$",
     "token": "^[A-Za-z0-9._-]{1,512}$",
     "request": r"^[A-Za-z0-9+/=\s]{1,8192}$",

@@ -31,6 +31,7 @@ _NOT_THERE: dict[str, PortalError] = {
     "token": LinkUnknown("This download link is not known here; check that it was copied whole."),
     "token_id": NotFound("This is no token's id; list them with GET /tokens."),
     "request": RequestMalformed("The part after /ocsp/ must be an OCSP request in base64."),
+    "webhook_id": NotFound("This is no webhook's id; list them with GET /webhooks."),
     "issuer": NotFound("There is no issuer of this name; the chain of trust is at /ca.pem."),
 }
 

@@ -41,6 +41,12 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "POST /tokens": {ADMIN},
     "DELETE /tokens/{token_id}": {ADMIN},
     "GET /audit": {ADMIN, AUDITOR},
+    "GET /webhooks": {ADMIN},
+    "POST /webhooks": {ADMIN},
+    "DELETE /webhooks/{webhook_id}": {ADMIN},
+    "GET /webhooks/{webhook_id}/deliveries": {ADMIN},
+    "POST /webhooks/{webhook_id}/redeliver": {ADMIN},
+    "POST /webhooks/{webhook_id}/test": {ADMIN},
     "GET /healthz": ANYONE,
     "GET /readyz": ANYONE,
     "GET /metrics": {ADMIN, OPERATOR, AUDITOR},
@@ -140,7 +146,9 @@ def foreigner(shared_app: Flask) -> Api:
     return Api(shared_app.test_client(), secret)
 
 
-OF_ONE_THING = [route for route in GUARDED if "{device_id}" in route or "{token_id}" in route]
+OF_ONE_THING = [
+    route for route in GUARDED if "{device_id}" in route or "{token_id}" in route or "{webhook_id}" in route
+]
 
 
 @ON_SQLITE
@@ -148,18 +156,23 @@ OF_ONE_THING = [route for route in GUARDED if "{device_id}" in route or "{token_
 def test_what_is_anothers_is_not_there(clients: dict[Role | None, Api], foreigner: Api, route: str) -> None:
     device_id = clients[ADMIN].register()["device_id"]
     token_id = clients[ADMIN].post("/tokens", {"name": "mine", "role": "auditor"}).json["token_id"]
+    webhook_id = clients[ADMIN].post("/webhooks", {"name": "mine", "url": "https://example.com"}).json["webhook_id"]
     method, path = route.split(" ")
-    path = path.format(device_id=device_id, token_id=token_id)
+    path = path.format(device_id=device_id, token_id=token_id, webhook_id=webhook_id)
     body = {"name": "taken over"} if method == "PATCH" else {} if method == "POST" else None
     answer = foreigner.call(method, path, json=body)
     assert answer.status_code == 404, answer.text
     assert clients[ADMIN].get(f"/devices/{device_id}").json["status"] == "active"
     revoked = {token["token_id"]: token["revoked_at"] for token in clients[ADMIN].get("/tokens").json["tokens"]}
     assert revoked[token_id] is None
+    assert clients[ADMIN].delete(f"/webhooks/{webhook_id}").status_code == 200
 
 
 @ON_SQLITE
-@pytest.mark.parametrize(("route", "field"), [("/devices", "devices"), ("/tokens", "tokens"), ("/audit", "entries")])
+@pytest.mark.parametrize(
+    ("route", "field"),
+    [("/devices", "devices"), ("/tokens", "tokens"), ("/audit", "entries"), ("/webhooks", "webhooks")],
+)
 def test_a_list_holds_nothing_of_anothers(
     clients: dict[Role | None, Api], foreigner: Api, route: str, field: str
 ) -> None:

@@ -56,6 +56,13 @@ def upgrade() -> None:
     op.create_index("ix_webhook_deliveries_event", "webhook_deliveries", ["event_id"])
     op.create_index("ix_webhook_deliveries_ended", "webhook_deliveries", ["ended_at"])
     op.create_index(
+        "ix_webhook_deliveries_dead",
+        "webhook_deliveries",
+        ["webhook_id"],
+        sqlite_where=sa.text("status = 'dead'"),
+        postgresql_where=sa.text("status = 'dead'"),
+    )
+    op.create_index(
         "ix_webhook_deliveries_due",
         "webhook_deliveries",
         ["webhook_id", "next_at"],

@@ -1,0 +1,260 @@
+"""The database's part in subscriptions and in what is sent to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from db_tables import UtcDateTime
+from db_tables_events import Webhook, WebhookDelivery
+from errors import NotFound
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookRecord:
+    """A subscription; ``events`` are the types wanted, empty for all of them."""
+
+    id: str
+    tenant_id: str
+    name: str
+    url: str
+    events: tuple[str, ...]
+    sealed_secret: bytes
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRecord:
+    """An event on its way to one subscriber, or at its end."""
+
+    id: int
+    event_id: str
+    type: str
+    device_id: str | None
+    created_at: datetime
+    status: str
+    attempts: int
+    next_at: datetime
+    last_problem: str | None
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An event that is this process's to send until ``lease_until``; ``attempts`` counts this time, too."""
+
+    id: int
+    tenant_id: str
+    event_id: str
+    body: str
+    attempts: int
+    lease_until: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """How much of a subscription waits, since when the oldest does, and how much was given up."""
+
+    waiting: int
+    oldest: datetime | None
+    dead: int
+
+
+# Written out: SQLite uses an index of some rows only where a statement has the index's condition word for word.
+_WAITING = sa.text("webhook_deliveries.status = 'waiting'")
+_DEAD = sa.text("webhook_deliveries.status = 'dead'")
+_WEBHOOK_COLUMNS = (
+    Webhook.id,
+    Webhook.tenant_id,
+    Webhook.name,
+    Webhook.url,
+    Webhook.events,
+    Webhook.sealed_secret,
+    Webhook.created_at,
+)
+_DELIVERY_COLUMNS = (
+    WebhookDelivery.id,
+    WebhookDelivery.event_id,
+    WebhookDelivery.type,
+    WebhookDelivery.device_id,
+    WebhookDelivery.created_at,
+    WebhookDelivery.status,
+    WebhookDelivery.attempts,
+    WebhookDelivery.next_at,
+    WebhookDelivery.last_problem,
+    WebhookDelivery.ended_at,
+)
+_DUE = (
+    sa.select(WebhookDelivery.id)
+    .where(
+        WebhookDelivery.webhook_id == sa.bindparam("of_webhook"),
+        _WAITING,
+        WebhookDelivery.next_at <= sa.bindparam("now", type_=UtcDateTime()),
+        sa.or_(
+            WebhookDelivery.lease_until.is_(None),
+            WebhookDelivery.lease_until <= sa.bindparam("now", type_=UtcDateTime()),
+        ),
+    )
+    .order_by(WebhookDelivery.next_at)
+    .limit(sa.bindparam("most"))
+)
+
+
+# --- Subscriptions ------------------------------------------------------------------------------------------------
+
+
+def _webhook_record(row: Sequence[Any]) -> WebhookRecord:
+    values = list(row)
+    values[4] = tuple(name for name in values[4].split(",") if name not in ("", "*"))
+    return WebhookRecord(*values)
+
+
+def add_webhook(tx: Connection, record: WebhookRecord) -> None:
+    """Record a subscription."""
+    tx.execute(
+        sa.insert(Webhook),
+        {
+            "id": record.id,
+            "tenant_id": record.tenant_id,
+            "name": record.name,
+            "url": record.url,
+            "events": f",{','.join(record.events)}," if record.events else "*",
+            "sealed_secret": record.sealed_secret,
+            "created_at": record.created_at,
+        },
+    )
+
+
+def get_webhook(tx: Connection, tenant_id: str, webhook_id: str) -> WebhookRecord:
+    """Read a subscription; raises ``NotFound``."""
+    query = sa.select(*_WEBHOOK_COLUMNS).where(Webhook.tenant_id == tenant_id, Webhook.id == webhook_id)
+    row = tx.execute(query).one_or_none()
+    if row is None:
+        raise NotFound("There is no webhook with this id; list them with GET /webhooks.")
+    return _webhook_record(row)
+
+
+def list_webhooks(tx: Connection, tenant_id: str | None = None) -> Sequence[WebhookRecord]:
+    """The subscriptions of a tenant, or of all, oldest first."""
+    query = sa.select(*_WEBHOOK_COLUMNS).order_by(Webhook.created_at, Webhook.id)
+    if tenant_id is not None:
+        query = query.where(Webhook.tenant_id == tenant_id)
+    return [_webhook_record(row) for row in tx.execute(query)]
+
+
+def remove_webhook(tx: Connection, tenant_id: str, webhook_id: str) -> None:
+    """Delete a subscription with everything that was on its way to it."""
+    own = (WebhookDelivery.tenant_id == tenant_id, WebhookDelivery.webhook_id == webhook_id)
+    tx.execute(sa.delete(WebhookDelivery).where(*own))
+    tx.execute(sa.delete(Webhook).where(Webhook.tenant_id == tenant_id, Webhook.id == webhook_id))
+
+
+def backlog(tx: Connection, tenant_id: str) -> dict[str, Backlog]:
+    """What waits and what was given up, by the subscription's id, for those that have any."""
+    of_tenant = WebhookDelivery.tenant_id == tenant_id
+    by_webhook = WebhookDelivery.webhook_id
+    waiting = tx.execute(
+        sa.select(by_webhook, sa.func.count(), sa.func.min(WebhookDelivery.created_at, type_=UtcDateTime()))
+        .where(of_tenant, _WAITING)
+        .group_by(by_webhook)
+    )
+    found = {webhook_id: Backlog(count, oldest, 0) for webhook_id, count, oldest in waiting}
+    dead = tx.execute(sa.select(by_webhook, sa.func.count()).where(of_tenant, _DEAD).group_by(by_webhook))
+    for webhook_id, count in dead:
+        waiting_too = found.get(webhook_id, Backlog(0, None, 0))
+        found[webhook_id] = Backlog(waiting_too.waiting, waiting_too.oldest, count)
+    return found
+
+
+# --- Deliveries ---------------------------------------------------------------------------------------------------
+
+
+def list_deliveries(
+    tx: Connection, tenant_id: str, webhook_id: str, *, limit: int, before: int | None, status: str | None
+) -> Sequence[DeliveryRecord]:
+    """What was or is to be sent to a subscription, newest first, older than ``before``."""
+    query = sa.select(*_DELIVERY_COLUMNS).where(
+        WebhookDelivery.tenant_id == tenant_id, WebhookDelivery.webhook_id == webhook_id
+    )
+    if before is not None:
+        query = query.where(WebhookDelivery.id < before)
+    if status is not None:
+        query = query.where(WebhookDelivery.status == status)
+    rows: Sequence[Any] = tx.execute(query.order_by(WebhookDelivery.id.desc()).limit(limit)).all()
+    return [DeliveryRecord(*row) for row in rows]
+
+
+def due(tx: Connection, webhook_id: str, *, now: datetime, most: int) -> Sequence[int]:
+    """The ids of what is to be sent to a subscription now, that which is due longest first."""
+    return tx.execute(_DUE, {"of_webhook": webhook_id, "now": now, "most": most}).scalars().all()
+
+
+def claim(tx: Connection, webhook_id: str, *, now: datetime, most: int, lease_until: datetime) -> Sequence[Claim]:
+    """Take what is due for this process to send; nobody else is given it until the lease ends."""
+    parameters = {"of_webhook": webhook_id, "now": now, "most": most}
+    ids = tx.execute(_DUE.with_for_update(skip_locked=True), parameters).scalars().all()  # no lock on SQLite: alone
+    taken = tx.execute(
+        sa.update(WebhookDelivery)
+        .where(WebhookDelivery.id.in_(ids))
+        .values(lease_until=lease_until, attempts=WebhookDelivery.attempts + 1)
+        .returning(
+            WebhookDelivery.id,
+            WebhookDelivery.tenant_id,
+            WebhookDelivery.event_id,
+            WebhookDelivery.body,
+            WebhookDelivery.attempts,
+        )
+    )
+    return sorted((Claim(*row, lease_until) for row in taken), key=lambda claimed: claimed.id)
+
+
+def end(tx: Connection, taken: Claim, *, now: datetime) -> None:
+    """The receiver has it."""
+    tx.execute(
+        sa.update(WebhookDelivery)
+        .where(WebhookDelivery.tenant_id == taken.tenant_id, WebhookDelivery.id == taken.id, _WAITING)
+        .values(status="delivered", ended_at=now, lease_until=None, last_problem=None)
+    )
+
+
+def put_off(tx: Connection, taken: Claim, *, until: datetime | None, problem: str, now: datetime) -> None:
+    """It was not taken: try again at ``until``, or with ``None`` give it up. Whoever has taken it since goes on."""
+    values: dict[str, Any] = {"lease_until": None, "last_problem": problem}
+    values |= {"status": "dead", "ended_at": now} if until is None else {"next_at": until}
+    tx.execute(
+        sa.update(WebhookDelivery)
+        .where(
+            WebhookDelivery.tenant_id == taken.tenant_id,
+            WebhookDelivery.id == taken.id,
+            _WAITING,
+            WebhookDelivery.lease_until == taken.lease_until,
+        )
+        .values(values)
+    )
+
+
+def redeliver(tx: Connection, tenant_id: str, webhook_id: str, ids: Sequence[int] | None, *, now: datetime) -> int:
+    """Send again, from the first try on: the given ones that have ended, or with ``None`` all dead ones; how many."""
+    chosen = [WebhookDelivery.tenant_id == tenant_id, WebhookDelivery.webhook_id == webhook_id]
+    if ids is None:
+        query = sa.update(WebhookDelivery).where(*chosen, _DEAD)
+    else:
+        ended = WebhookDelivery.ended_at.is_not(None)
+        query = sa.update(WebhookDelivery).where(*chosen, WebhookDelivery.id.in_(ids), ended)
+    return tx.execute(query.values(status="waiting", ended_at=None, attempts=0, next_at=now)).rowcount
+
+
+def anything_old(tx: Connection, *, before: datetime) -> bool:
+    """Whether anything ended before a time."""
+    return bool(tx.execute(sa.select(sa.exists().where(WebhookDelivery.ended_at < before))).scalar_one())
+
+
+def prune(tx: Connection, *, before: datetime, limit: int = 1000) -> int:
+    """Delete what ended before a time, delivered or dead; returns how many, ``limit`` at the most."""
+    old = sa.select(WebhookDelivery.id).where(WebhookDelivery.ended_at < before).limit(limit)
+    return tx.execute(sa.delete(WebhookDelivery).where(WebhookDelivery.id.in_(old))).rowcount

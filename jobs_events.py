@@ -1,0 +1,56 @@
+"""The jobs around events: certificates that should be renewed, events that are over."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+
+import db_expiry
+import db_webhooks
+import events
+from events import EventType
+from installation import Portal
+
+log = logging.getLogger("portal.jobs")
+
+BATCH = 500
+
+
+def announce_expiring(portal: Portal) -> None:
+    """Say once of each certificate past two thirds of its life that it should be renewed, by log line and event."""
+    more = True
+    while more:
+        now = portal.clock()
+        with portal.database.snapshot() as tx:
+            found = db_expiry.unannounced(tx, now=now, limit=BATCH)
+        if not found:
+            return
+        with portal.database.transaction() as tx:
+            for one in found:
+                events.record(
+                    tx,
+                    one.tenant_id,
+                    EventType.EXPIRING,
+                    one.device_id,
+                    at=now,
+                    name=one.name,
+                    serial_number=one.serial_number,
+                    expires_at=one.not_after,
+                )
+            db_expiry.announced(tx, found, at=now)
+        for one in found:
+            detail = {"device_id": one.device_id, "expires_at": one.not_after.isoformat()}
+            log.warning("a device's certificate should be renewed", extra=detail)
+        more = len(found) == BATCH
+
+
+def prune_events(portal: Portal) -> None:
+    """Forget events that were delivered or given up ``PORTAL_EVENT_DAYS`` ago."""
+    if not events.has_subscribers(portal.database.engine):
+        return
+    before = portal.clock() - timedelta(days=portal.settings.event_days)
+    with portal.database.snapshot() as tx:
+        pruned = BATCH if db_webhooks.anything_old(tx, before=before) else 0
+    while pruned == BATCH:
+        with portal.database.transaction() as tx:
+            pruned = db_webhooks.prune(tx, before=before, limit=BATCH)
