@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from cli_context import DEVICE_ID, Command, Portal
+from cli_devices import Expiry, read_pages
+from cli_files import read_input, read_secret
 from cli_output import moment, state, text
+from cli_registration import KEY_TYPES, Asking, ask_by_csr, ask_for_bundle
 
 
 @click.command("suspend", cls=Command, examples=["portal suspend 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
@@ -53,3 +57,105 @@ def _show(portal: Portal, answer: dict[str, Any], *, done: str) -> None:
         portal.out.fields(fields | {"broker": state(answer.get("broker"))})
     if answer.get("broker_problem"):
         portal.out.warning(str(answer["broker_problem"]))
+
+
+@click.command(
+    "renew",
+    cls=Command,
+    examples=[
+        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --out sensor-7-new",
+        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --csr sensor-7.csr --out sensor-7-new",
+        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --overlap-hours 0",
+    ],
+)
+@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The device's id, in full.")
+@click.option("--key-type", type=click.Choice(KEY_TYPES), help="Kind of key; the portal's default if not given.")
+@click.option("--days", type=click.IntRange(1, 36500), metavar="DAYS", help="Life of the new certificate.")
+@click.option(
+    "--overlap-hours",
+    type=click.IntRange(0, 8760),
+    metavar="HOURS",
+    help="How long the old one goes on; 0: not at all.",
+)
+@click.option("--when-used", is_flag=True, help="End the old one once the portal has seen the new one in use.")
+@click.option("--csr", metavar="FILE", help="The device's own request (PKCS#10, PEM); its key stays where it is.")
+@click.option(
+    "--password-file", metavar="FILE", help="File with a password to use for the bundle; - for standard input."
+)
+@click.option("--password-out", metavar="FILE", help="New file (0600) for the password that the portal made.")
+@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Fetch and unpack at once, into FOLDER.")
+@click.option("--force", is_flag=True, help="Replace files that are there.")
+@click.option(
+    "--idempotency-key", metavar="KEY", help="Repeat an earlier call within 24 hours, to get its answer again."
+)
+@click.pass_obj
+def renew(
+    portal: Portal,
+    device_id: str,
+    key_type: str | None,
+    days: int | None,
+    overlap_hours: int | None,
+    when_used: bool,
+    csr: str | None,
+    password_file: str | None,
+    password_out: str | None,
+    out: Path | None,
+    force: bool,
+    idempotency_key: str | None,
+) -> None:
+    """Give a device a new certificate; the old one goes on.
+
+    The new one works at once, in a bundle as after a registration or for the device's own CSR. The old one works on
+    until the overlap is over, a day if not told otherwise, and is then revoked.
+    """
+    if csr is not None and (key_type or password_file or password_out):
+        raise click.UsageError("With --csr there is no bundle, so no --key-type, --password-file or --password-out.")
+    if password_file and password_out:
+        raise click.UsageError("Give --password-file for a password of your own, or --password-out for the portal's.")
+    optional = {
+        "key_type": key_type,
+        "validity_days": days,
+        "overlap_hours": overlap_hours,
+        "revoke_previous": "when_used" if when_used else None,
+        "bundle_password": read_secret(password_file, "password") if password_file else None,
+    }
+    body = {field: value for field, value in optional.items() if value is not None}
+    asking = Asking(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed")
+    if csr is not None:
+        ask_by_csr(portal, asking, body, read_input(csr), out, force, idempotency_key)
+    else:
+        ask_for_bundle(portal, asking, body, password_out, out, force, idempotency_key)
+
+
+@click.command(
+    "expiring",
+    cls=Command,
+    examples=["portal expiring", "portal expiring --within 90d", "portal expiring | cut -f1 | xargs -n1 portal renew"],
+)
+@click.option("--within", type=Expiry(), default="30d", show_default=True, metavar="TIME", help="Days, date or time.")
+@click.pass_obj
+def expiring(portal: Portal, within: str) -> None:
+    """List the devices whose certificates end soon, first first.
+
+    Piped, each is a line of tab-separated columns: id, name, location, expiry.
+    """
+    filters: dict[str, str | None] = {"status": "active", "expires_before": within}
+    devices, _ = read_pages(portal, "/devices", "devices", most=None, cursor=None, filters=filters)
+    devices.sort(key=lambda device: str(device.get("expires_at")))
+    if portal.out.as_json:
+        portal.out.json({"devices": devices})
+        return
+    rows = [
+        (
+            text(device.get("device_id")),
+            text(device.get("name")),
+            text(device.get("location")),
+            moment(device.get("expires_at"), expiry=True, short=True),
+        )
+        for device in devices
+    ]
+    if rows:
+        portal.out.table(("id", "name", "location", "expires"), rows, spare=("location",))
+        portal.out.next_step("portal renew ID")
+    else:
+        portal.out.note("No certificate of a device that is in ends that soon.")

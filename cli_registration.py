@@ -27,6 +27,19 @@ NEW_CERTIFICATE = (CERTIFICATE, CHAIN, CA)
 
 
 @dataclass(frozen=True)
+class Asking:
+    """What the portal is asked to do, in the words that go with it."""
+
+    path: str
+    doing: str
+    done: str
+    is_done: str
+
+
+REGISTRATION = Asking("/register", "Registering…", "Registered", "is registered")
+
+
+@dataclass(frozen=True)
 class Places:
     """Where the results go, made ready before the portal is asked; ``None`` where it was not wanted."""
 
@@ -105,19 +118,26 @@ def register(
     }
     body |= {field: value for field, value in optional.items() if value}
     if csr is not None:
-        _register_csr(portal, body, read_input(csr), out, force, idempotency_key)
+        ask_by_csr(portal, REGISTRATION, body, read_input(csr), out, force, idempotency_key)
     else:
-        _register_bundle(portal, body, password_out, out, force, idempotency_key)
+        ask_for_bundle(portal, REGISTRATION, body, password_out, out, force, idempotency_key)
 
 
-def _register_bundle(
-    portal: Portal, body: dict[str, Any], password_out: str | None, out: Path | None, force: bool, key: str | None
+def ask_for_bundle(
+    portal: Portal,
+    asking: Asking,
+    body: dict[str, Any],
+    password_out: str | None,
+    out: Path | None,
+    force: bool,
+    key: str | None,
 ) -> None:
+    """Have the portal make key and bundle; fetch and unpack it where ``out`` is a folder, and show the rest."""
     chosen = "bundle_password" in body
     if not chosen and out is None:
         new_secret_file(password_out, "--password-out", "bundle's password", out=portal.out)
     with _places(out, NAMES, None if chosen else password_out, force=force) as places:
-        answer = _post(portal, body, key)
+        answer = _post(portal, asking, body, key)
         require(answer, "device_id", "download_url")
         # What was chosen is known to who chose it, so it is not shown again.
         password = str(answer.pop("bundle_password", None) or "")
@@ -126,12 +146,14 @@ def _register_bundle(
             places.password_file.write(password)
         if places.folder is not None:
             opener = body["bundle_password"] if chosen else password
-            answer["files"] = _deliver(portal, answer, opener, places, show=not chosen)
+            answer["files"] = _deliver(portal, asking, answer, opener, places, show=not chosen)
     shown = "" if chosen or places.folder or places.password_file else password
-    _show(portal, answer, shown, password_out)
+    _show(portal, asking, answer, shown, password_out)
 
 
-def _deliver(portal: Portal, answer: dict[str, Any], password: str, places: Places, *, show: bool) -> dict[str, Any]:
+def _deliver(
+    portal: Portal, asking: Asking, answer: dict[str, Any], password: str, places: Places, *, show: bool
+) -> dict[str, Any]:
     folder = places.folder
     if folder is None:
         return {}
@@ -142,7 +164,7 @@ def _deliver(portal: Portal, answer: dict[str, Any], password: str, places: Plac
         hints = ()
         return unpack_fetched(portal, content, kept, Password(password), folder=folder, force=True)
     except CliError as error:
-        portal.out.warning(f"{answer['device_id']} is registered, but its bundle is not unpacked.")
+        portal.out.warning(f"{answer['device_id']} {asking.is_done}, but its bundle is not unpacked.")
         if show and places.password_file is None:
             path = folder.path / LOST_PASSWORD
             write_new(path, NewFile(password.encode() + b"\n", 0o600), force=True)
@@ -151,13 +173,14 @@ def _deliver(portal: Portal, answer: dict[str, Any], password: str, places: Plac
         raise
 
 
-def _register_csr(
-    portal: Portal, body: dict[str, Any], csr: bytes, out: Path | None, force: bool, key: str | None
+def ask_by_csr(
+    portal: Portal, asking: Asking, body: dict[str, Any], csr: bytes, out: Path | None, force: bool, key: str | None
 ) -> None:
+    """Have the portal certify the key of a CSR; write what it answers where ``out`` is a folder."""
     public_key = csr_public_key(csr)
     body["csr"] = csr.decode("ascii", "replace")
     with _places(out, NEW_CERTIFICATE, None, force=force) as places:
-        answer = _post(portal, body, key)
+        answer = _post(portal, asking, body, key)
         require(answer, "device_id", "certificate", "chain")
         certificate, chain = answer["certificate"], answer["chain"]
         if not chain.strip().startswith(certificate.strip()):
@@ -171,10 +194,10 @@ def _register_csr(
             places.folder.write({name: NewFile(certificates_only(pem)) for name, pem in contents.items()})
             answer["files"] = summary(checked, places.folder.path, contents)
     if not portal.out.as_json and places.folder is None:
-        portal.out.done(f"Registered {answer.get('name', '')} as {answer['device_id']}")
+        portal.out.done(_done(asking, answer))
         portal.out.raw(certificates_only(chain.encode()).decode())
         return
-    _show(portal, answer, "", None)
+    _show(portal, asking, answer, "", None)
 
 
 @contextlib.contextmanager
@@ -191,25 +214,35 @@ def _places(out: Path | None, names: tuple[str, ...], password_out: str | None, 
             folder.leave()
 
 
-def _post(portal: Portal, body: dict[str, Any], key: str | None) -> dict[str, Any]:
+def _post(portal: Portal, asking: Asking, body: dict[str, Any], key: str | None) -> dict[str, Any]:
     # 192 random bits: the portal seals the answer under this key.
     sent = key or secrets.token_urlsafe(24)
     try:
-        with portal.out.working("Registering…"):
-            return portal.client.call("POST", "/register", body=body, headers={"Idempotency-Key": sent}).json()
+        with portal.out.working(asking.doing):
+            return portal.client.call("POST", asking.path, body=body, headers={"Idempotency-Key": sent}).json()
     except (ConnectionLost, Refused) as error:
         if isinstance(error, ConnectionLost) or error.status >= 500:
-            hint = f"It may be registered nevertheless; to find out, repeat the command with --idempotency-key {sent}"
+            hint = f"It may have been done; to find out, repeat the command with --idempotency-key {sent}"
             error.hints = (*error.hints, hint)
         raise
 
 
-def _show(portal: Portal, answer: dict[str, Any], password: str, password_out: str | None) -> None:
+def _previous(answer: dict[str, Any]) -> dict[str, Cell]:
+    until = answer.get("previous_valid_until")
+    return {"previous_valid_until": moment(until)} if until else {}
+
+
+def _done(asking: Asking, answer: dict[str, Any]) -> str:
+    name = answer.get("name")
+    return f"{asking.done} {name} as {answer['device_id']}" if name else f"{asking.done} {answer['device_id']}"
+
+
+def _show(portal: Portal, asking: Asking, answer: dict[str, Any], password: str, password_out: str | None) -> None:
     out, files = portal.out, answer.get("files")
     if out.as_json:
         out.json(answer | ({"bundle_password": password} if password else {}))
         return
-    out.done(f"Registered {answer.get('name', '')} as {answer['device_id']}")
+    out.done(_done(asking, answer))
     if files:
         show_files(portal, files)
         out.next_step(f"portal show {answer['device_id']}")
@@ -218,6 +251,7 @@ def _show(portal: Portal, answer: dict[str, Any], password: str, password_out: s
         "device_id": text(answer["device_id"]),
         "fingerprint": text(answer.get("fingerprint")),
         "expires_at": moment(answer.get("expires_at"), expiry=True),
+        **_previous(answer),
         "download_url": text(answer.get("download_url")),
         "download_expires_at": moment(answer.get("download_expires_at")),
     }

@@ -115,6 +115,15 @@ class Settings:
     server_days: int = _setting(
         "PORTAL_SERVER_DAYS", "90", count(1, 398), "Life of the portal's and the broker's certificates, in days"
     )
+    renewal_from: int = _setting(
+        "PORTAL_RENEWAL_FROM", "66", count(0, 99), "Percent of a certificate's life after which a device may renew"
+    )
+    renewal_grace_days: int = _setting(
+        "PORTAL_RENEWAL_GRACE_DAYS", "0", count(0, 3650), "Days after its end in which a certificate may be renewed"
+    )
+    renewal_overlap_hours: int = _setting(
+        "PORTAL_RENEWAL_OVERLAP_HOURS", "24", count(0, 8760), "Hours for which a renewed certificate goes on"
+    )
     crl_days: int = _setting("PORTAL_CRL_DAYS", "7", count(1, 365), "Life of a CRL, in days")
     ocsp_hours: int = _setting("PORTAL_OCSP_HOURS", "24", count(1, 96), "Life of an OCSP answer, in hours")
     key_type: str = _setting("PORTAL_KEY_TYPE", "ec-p256", parse_key_type, "Device keys: " + ", ".join(KEY_TYPES))

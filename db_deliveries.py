@@ -92,7 +92,7 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> Delivery
         raise LinkUnknown("This download link is not known here; ask for the device's link again.")
     record = DeliveryRecord(*row[:-1])
     if record.status == "revoked":
-        raise LinkRevoked("The device of this link has been revoked, so its bundle was destroyed.")
+        raise LinkRevoked("What this link leads to has been revoked, so its bundle was destroyed.")
     if record.status == "expired" or (record.status in ("ready", "fetching") and record.expires_at <= now):
         raise LinkExpired("This link's time is over, so its bundle was destroyed; give the device new credentials.")
     if record.status == "delivered" or (record.lease_until is not None and record.lease_until > now):

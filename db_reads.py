@@ -169,3 +169,28 @@ def devices_put_out_since(tx: Connection, tenant_id: str, since: datetime) -> li
         )
     )  # fmt: skip
     return list(tx.execute(sa.union(revoked, held)).scalars())
+
+
+def superseded_between(tx: Connection, tenant_id: str, start: datetime, end: datetime) -> list[tuple[int, str]]:
+    """Certificates of devices that are in, superseded in a span of time, as pairs of row id and device.
+
+    Only the newest thousand revocations are looked at.
+    """
+    newest = (
+        sa.select(Certificate.id, Certificate.device_id, Certificate.revoked_at, Certificate.revocation_reason)
+        .where(Certificate.tenant_id == tenant_id, Certificate.generation > 0, Certificate.status == "revoked")
+        .order_by(Certificate.generation.desc())
+        .limit(1000)
+        .subquery()
+    )
+    rows = tx.execute(
+        sa.select(newest.c.id, newest.c.device_id)
+        .join(Device, Device.id == newest.c.device_id)
+        .where(
+            newest.c.revocation_reason == "superseded",
+            newest.c.revoked_at > start,
+            newest.c.revoked_at <= end,
+            Device.status == DeviceStatus.ACTIVE,
+        )
+    )
+    return [(row.id, row.device_id) for row in rows]

@@ -38,6 +38,7 @@ from monitoring import Monitoring
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker
 from onboarding_delivery import Deliveries
+from onboarding_renewal import Renewals
 from onboarding_suspension import Suspensions
 from operators import Operators
 from readiness import Readiness
@@ -76,6 +77,7 @@ class Portal:
     onboarding: Onboarding
     deliveries: Deliveries
     suspensions: Suspensions
+    renewals: Renewals
     webhooks: Webhooks
     dispatcher: Dispatcher
     inventory: Inventory
@@ -151,6 +153,9 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
     webhooks.look_for_any()
     credentials = CredentialMaker(settings, authority, link_keys)
     onboarding = Onboarding(settings, database, enforcement, credentials, pepper=bytes.fromhex(pepper), clock=clock)
+    renewals = Renewals(
+        settings, database, enforcement, credentials, onboarding, pepper=bytes.fromhex(pepper), clock=clock
+    )
     return Portal(
         settings,
         database,
@@ -161,6 +166,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         onboarding,
         Deliveries(settings, database, onboarding, link_keys, clock),
         Suspensions(database, enforcement, clock),
+        renewals,
         webhooks,
         Dispatcher(database, sender, clock),
         Inventory(settings, database),

@@ -31,6 +31,8 @@ LATE_SESSIONS = timedelta(seconds=100)
 
 # By data folder: damage that was recorded already, and may outlast many tries to repair it (a disk that is read-only).
 _recorded: dict[Path, list[str]] = {}
+# By data folder: certificates that were superseded, and whose devices' sessions were cut for the second time.
+_cut_again: dict[Path, set[int]] = {}
 
 
 def repair_broker(portal: Portal) -> None:
@@ -91,8 +93,9 @@ def renew_crls(portal: Portal) -> None:
 
 
 def expire(portal: Portal) -> None:
-    """Destroy bundles whose links are over, forget answers kept for a repeat and events that ended long ago."""
+    """End certificates whose overlap is over, destroy bundles whose links are, forget what is kept for a time only."""
     jobs_events.prune_events(portal)
+    portal.renewals.end_overlaps(portal.tenant_id)
     now = portal.clock()
     with portal.database.snapshot() as tx:
         if not db_deliveries.anything_due(tx, now=now):
@@ -116,11 +119,20 @@ def record_refusals(portal: Portal) -> None:
 
 
 def cut_late_sessions(portal: Portal) -> None:
-    """Cut sessions of devices that were just put out once more: one may have been half-way in."""
+    """Cut sessions of devices that were just put out once more: one may have been half-way in.
+
+    Those of a device that has a newer certificate are cut once, when no more can come from the older one.
+    """
+    since = portal.clock() - LATE_SESSIONS
     with portal.database.snapshot() as tx:
-        late = db_reads.devices_put_out_since(tx, portal.tenant_id, portal.clock() - LATE_SESSIONS)
+        late = db_reads.devices_put_out_since(tx, portal.tenant_id, since)
+        superseded = dict(db_reads.superseded_between(tx, portal.tenant_id, since - LATE_SESSIONS, since))
+    done = _cut_again.setdefault(portal.settings.data_dir, set())
+    done.intersection_update(superseded)
+    late += [device_id for certificate_id, device_id in superseded.items() if certificate_id not in done]
     if late and portal.broker.reachable():
         portal.broker.cut_sessions(late, time.monotonic() + portal.settings.enforce_timeout)
+        done.update(superseded)
 
 
 def probe_broker(portal: Portal) -> None:

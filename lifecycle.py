@@ -1,7 +1,8 @@
-"""The states a device can be in with the moves allowed between them."""
+"""The states a device can be in with the moves allowed between them, and when it may renew."""
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 from errors import StateConflict
@@ -29,3 +30,17 @@ def advance(current: DeviceStatus, wanted: DeviceStatus) -> DeviceStatus:
     if wanted not in MOVES[current]:
         raise StateConflict(f"A device that is {current} cannot become {wanted}.")
     return wanted
+
+
+def check_renewal(
+    not_before: datetime, not_after: datetime, now: datetime, *, from_percent: int, grace: timedelta
+) -> None:
+    """Raise ``StateConflict`` unless a device may renew a certificate with these dates by itself.
+
+    It may once ``from_percent`` of the certificate's life are over, until ``grace`` after its end.
+    """
+    opens = not_before + (not_after - not_before) * from_percent / 100
+    if now < opens:
+        raise StateConflict(f"It is too early to renew this certificate; try again from {opens:%Y-%m-%dT%H:%M:%SZ} on.")
+    if now >= not_after + grace:
+        raise StateConflict("The certificate has expired; an operator must give the device a new one.")

@@ -75,7 +75,7 @@ class Deliveries:
         Raises ``LinkRevoked`` where the device was revoked meanwhile; the end must not go out then.
         """
         if not self._database.write(lambda tx: db_deliveries.close_delivery(tx, bundle.delivery_id)):
-            raise LinkRevoked("The device of this link has been revoked, so its bundle was destroyed.")
+            raise LinkRevoked("What this link leads to has been revoked, so its bundle was destroyed.")
         failpoint("deliver.after_end")
 
     def finish_download(self, actor: Actor, bundle: Bundle) -> None:

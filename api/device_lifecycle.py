@@ -1,13 +1,39 @@
-"""A device's way through its life: suspended, resumed."""
+"""A device's way through its life: renewed, suspended, resumed."""
 
 from __future__ import annotations
 
 from access import Permission
-from api.lifecycle_models import SuspensionAnswer
+from api.lifecycle_models import RenewAnswer, RenewRequest, SuspensionAnswer
 from api.routing import Answers, Call, Reply, Routes
+from onboarding_credentials import Wanted
+from onboarding_renewal import Renewal
 from onboarding_suspension import Suspended
 
 device_lifecycle = Routes("Devices")
+
+
+@device_lifecycle.route(
+    "POST",
+    "/devices/{device_id}/renew",
+    permission=Permission.CHANGE,
+    body=RenewRequest,
+    body_optional=True,
+    answers=Answers(RenewAnswer, status=201, description="The new certificate is recorded, durably"),
+    errors=(404, 409, 503),
+    idempotency_key=True,
+)
+def renew(call: Call) -> Reply:
+    """Give a device a new certificate; the one before goes on for a while."""
+    asked: RenewRequest = call.body
+    renewal = Renewal(
+        Wanted(asked.csr, asked.key_type, asked.validity_days, asked.bundle_password),
+        asked.overlap_hours,
+        when_used=asked.revoke_previous == "when_used",
+    )
+    renewed = call.portal.renewals.renew(call.actor, call.path["device_id"], renewal, call.idempotency_key)
+    fields = {name: getattr(renewed, name) for name in RenewAnswer.model_fields if hasattr(renewed, name)}
+    broker = None if not renewed.ended else "enforced" if renewed.problem is None else "pending"
+    return Reply(RenewAnswer(**fields, broker=broker, broker_problem=renewed.problem), status=201, omit_none=True)
 
 
 @device_lifecycle.route(

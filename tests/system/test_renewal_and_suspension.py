@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 
-from tests.deployment import Deployment
+from tests.deployment import Deployment, Onboarded
 
 pytestmark = pytest.mark.system
 
@@ -36,3 +37,30 @@ def test_a_suspended_device_is_cut_off_and_comes_back_within_a_second(deployment
     assert deployment.call("POST", f"/devices/{device.id}/resume").status_code == 409
     assert device.refusal()
     stays.close()
+
+
+def test_a_device_renews_while_it_is_connected_and_both_certificates_work(deployment: Deployment) -> None:
+    device = deployment.onboard("renewed")
+    client = device.client()
+    out = deployment.folder / f"renewed-{device.id}"
+    deployment.cli("renew", device.id, "--out", str(out))
+    newer = Onboarded(device.id, out, deployment.mqtt_port)
+    assert client.publish(f"devices/{device.id}/up") in ("Success", "No matching subscribers")
+    client.close()
+    for held in (newer, device):
+        client = held.client()
+        assert client.publish(f"devices/{device.id}/up") in ("Success", "No matching subscribers")
+        client.close()
+
+    # Again, and the older ones end at once: the session that one of them began is cut, the newest goes on.
+    client = device.client()
+    out = deployment.folder / f"again-{device.id}"
+    answer = deployment.cli("renew", device.id, "--overlap-hours", "0", "--out", str(out), "--json").stdout
+    assert json.loads(answer)["broker"] == "enforced"
+    client.wait_cut()
+    client.close()
+    for held in (device, newer):
+        assert held.refusal()
+    client = Onboarded(device.id, out, deployment.mqtt_port).client()
+    assert client.publish(f"devices/{device.id}/up") in ("Success", "No matching subscribers")
+    client.close()

@@ -1,0 +1,299 @@
+"""The use cases of a renewal: a new certificate, and the end of the one before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
+
+import audit
+import db
+import db_reads
+import db_renewal
+import events
+from audit import Actor
+from config import Settings
+from db import Database, DeviceRecord
+from enforcement import Enforcement
+from errors import StateConflict
+from events import EventType
+from lifecycle import DeviceStatus, check_renewal
+from onboarding import Onboarding
+from onboarding_answers import KeptAnswers, Sealed
+from onboarding_credentials import CredentialMaker, Made, Wanted
+from topics import Access, Topic
+
+log = logging.getLogger("portal.onboarding")
+
+# A device whose answers are lost asks again and again; each certificate that it has makes a stolen key worth more.
+MOST_VALID = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """What a renewal is asked for.
+
+    The certificate before goes on for ``overlap_hours`` (``None``: as the settings say), or, with ``when_used``, until
+    the new one was seen in use, if that comes first.
+    """
+
+    wanted: Wanted = field(default_factory=Wanted)
+    overlap_hours: int | None = None
+    when_used: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The answer: as a registration's, with the time until which the certificate before it goes on.
+
+    ``previous_valid_until`` is ``None`` where no older one goes on. Where older ones were to end at once (``ended``),
+    ``problem`` says why the broker does not refuse them yet.
+    """
+
+    device_id: str
+    fingerprint: str
+    serial_number: str
+    issued_at: datetime
+    expires_at: datetime
+    previous_valid_until: datetime | None
+    download_url: str | None = None
+    download_expires_at: datetime | None = None
+    bundle_password: str | None = field(default=None, repr=False)
+    certificate: str | None = None
+    chain: str | None = field(default=None, repr=False)
+    ended: bool = False
+    problem: str | None = None
+
+    def to_json(self) -> bytes:
+        """As it is sealed for a repeat; ``from_json`` reads it back."""
+        return json.dumps(dataclasses.asdict(self), default=datetime.isoformat).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Renewed:
+        """Read what ``to_json`` wrote."""
+        values: dict[str, Any] = json.loads(text)
+        for name in ("issued_at", "expires_at", "previous_valid_until", "download_expires_at"):
+            if values[name] is not None:
+                values[name] = datetime.fromisoformat(values[name])
+        return cls(**values)
+
+
+class Renewals:
+    """Gives devices that are in a further certificate; every way in (REST, EST) goes through here."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        enforcement: Enforcement,
+        credentials: CredentialMaker,
+        onboarding: Onboarding,
+        *,
+        pepper: bytes,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._enforcement = enforcement
+        self._credentials = credentials
+        self._onboarding = onboarding
+        self._answers = KeptAnswers(database, pepper, clock)
+        self._clock = clock
+
+    def renew(
+        self,
+        actor: Actor,
+        device_id: str,
+        renewal: Renewal,
+        idempotency_key: str | None = None,
+        *,
+        shown: str | None = None,
+    ) -> Renewed:
+        """Give a device a new certificate, which works at once; the one before goes on until its overlap is over.
+
+        An operator may renew at any time; a device that asks by itself in the window of the certificate that it has
+        ``shown`` (the SHA-256 of the DER in hex), which need not be its newest: the answer that brought that may have
+        been lost. Raises ``DeviceNotFound``, ``StateConflict`` where the device is not in, has too many certificates or
+        asks too early or too late, ``InputInvalid`` (``CsrInvalid``), ``IdempotencyConflict``, ``Unavailable``.
+        """
+        request = json.dumps(["renew", device_id, dataclasses.asdict(renewal)], sort_keys=True).encode()
+        sealed = self._answers.seal(actor.tenant_id, idempotency_key, request)
+        kept = sealed and self._answers.find(sealed)
+        if kept:
+            answer, generation = Renewed.from_json(kept.content), kept.generation
+        else:
+            try:
+                answer, generation = self._renew(actor, device_id, renewal, sealed, shown=shown)
+            except IntegrityError:
+                # Of two first requests with one key the database let one through: its answer is both's.
+                kept = sealed and self._answers.find(sealed)
+                if not kept:
+                    raise
+                answer, generation = Renewed.from_json(kept.content), kept.generation
+        if answer.ended:
+            answer = dataclasses.replace(answer, problem=self._ended(device_id, generation))
+        elif generation:
+            self._enforcement.wake()
+        if answer.certificate is not None:
+            with self._database.snapshot() as tx:
+                device = db.get_device(tx, actor.tenant_id, device_id)
+            self._onboarding.wait_until_granted(device.generation)
+        return answer
+
+    def _renew(
+        self, actor: Actor, device_id: str, renewal: Renewal, sealed: Sealed | None, *, shown: str | None
+    ) -> tuple[Renewed, int]:
+        now = self._clock()
+        with self._database.snapshot() as tx:
+            self._check(tx, db.get_device(tx, actor.tenant_id, device_id), renewal, now=now, shown=shown)
+            own = db_reads.device_topics(tx, actor.tenant_id, device_id)
+        topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
+        made = self._credentials.make(device_id, renewal.wanted, topics, now=now)
+        with self._database.transaction() as tx:
+            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+            self._check(tx, device, renewal, now=now, shown=shown)
+            answer, generation = self._record(tx, actor, device_id, renewal, made, now)
+            if sealed is not None:
+                self._answers.keep(tx, sealed, answer.to_json(), generation=generation)
+            serial_number, expires_at = answer.serial_number, answer.expires_at
+            events.record(
+                tx, actor.tenant_id, EventType.RENEWED, device_id, at=now, serial_number=serial_number,
+                expires_at=expires_at,
+            )  # fmt: skip
+            audit.record(
+                tx,
+                actor,
+                "device:renew",
+                f"device:{device_id}",
+                at=now,
+                serial_number=serial_number,
+                key="csr" if made.bundle is None else "made here",
+            )
+        return answer, generation
+
+    def _check(
+        self, tx: Connection, device: DeviceRecord, renewal: Renewal, *, now: datetime, shown: str | None
+    ) -> None:
+        if device.status is DeviceStatus.REVOKED:
+            raise StateConflict("The device is revoked, which is final; register it anew.")
+        if device.status is not DeviceStatus.ACTIVE:
+            raise StateConflict(f"The device is {device.status}; it can renew once it is in.")
+        if shown is not None:
+            dates = db_renewal.valid_dates(tx, device.tenant_id, device.id, shown)
+            if dates is None:
+                raise StateConflict("The certificate that was shown is revoked or not the device's; use the newest.")
+            check_renewal(
+                *dates,
+                now,
+                from_percent=self._settings.renewal_from,
+                grace=timedelta(days=self._settings.renewal_grace_days),
+            )
+        if self._overlap(renewal) and db_renewal.count_valid(tx, device.tenant_id, device.id, now=now) >= MOST_VALID:
+            raise StateConflict(
+                f"The device has {MOST_VALID} certificates that work; wait until the overlap of one is over, or renew"
+                " with an overlap of 0."
+            )
+
+    def _record(
+        self, tx: Connection, actor: Actor, device_id: str, renewal: Renewal, made: Made, now: datetime
+    ) -> tuple[Renewed, int]:
+        """The rows; with the generation at which something was revoked, 0 where nothing was."""
+        tenant_id, overlap = actor.tenant_id, self._overlap(renewal)
+        unfetched = db_renewal.unfetched(tx, tenant_id, device_id)
+        # Nothing is said to the broker where nothing ends: it knows the device by its id, not by its certificate.
+        generation = db.next_generation(tx, tenant_id, at=now) if unfetched or not overlap else 0
+        db_renewal.drop_unfetched(tx, unfetched, now=now, generation=generation)
+        db_renewal.replace_current(tx, tenant_id, device_id, until=now + overlap, ends_when_used=renewal.when_used)
+        ended = 0 if overlap else db_renewal.end_replaced(tx, tenant_id, device_id, now=now, generation=generation)
+        goes_on_until = db_renewal.goes_on_until(tx, tenant_id, device_id, now=now)
+        self._credentials.record(tx, tenant_id, device_id, made, now=now)
+        answer = Renewed(
+            device_id=device_id,
+            fingerprint=made.issued.fingerprint,
+            serial_number=made.issued.serial_number,
+            issued_at=now,
+            expires_at=made.issued.not_after,
+            previous_valid_until=goes_on_until,
+            ended=ended > 0,
+        )
+        if made.bundle is None:
+            answer = dataclasses.replace(answer, certificate=made.certificate, chain=made.chain)
+        else:
+            answer = dataclasses.replace(
+                answer,
+                download_url=made.bundle.download_url,
+                download_expires_at=made.bundle.download_expires_at,
+                bundle_password=made.bundle.password,
+            )
+        return answer, generation
+
+    def _overlap(self, renewal: Renewal) -> timedelta:
+        hours = renewal.overlap_hours
+        return timedelta(hours=self._settings.renewal_overlap_hours if hours is None else hours)
+
+    # --- The end of the certificate before
+
+    def used(self, actor: Actor, device_id: str, fingerprint: str) -> None:
+        """Say that a device has just shown that it holds the key of a certificate, in a TLS handshake with the portal.
+
+        Ends the certificates before it where that was asked for at the renewal. ``fingerprint`` is the SHA-256 of the
+        DER in hex. Call it where the handshake was seen; it costs two look-ups where there is nothing to do.
+        """
+        with self._database.snapshot() as tx:
+            if not db_renewal.ends_when_used(tx, actor.tenant_id, device_id):
+                return
+        now = self._clock()
+        with self._database.transaction() as tx:
+            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+            if device.status is not DeviceStatus.ACTIVE:
+                return
+            if not db_renewal.is_current(tx, actor.tenant_id, device_id, fingerprint):
+                return
+            generation = db.next_generation(tx, actor.tenant_id, at=now)
+            ended = db_renewal.end_replaced(
+                tx, actor.tenant_id, device_id, now=now, generation=generation, when_used=True
+            )
+            audit.record(tx, actor, "certificate:supersede", f"device:{device_id}", at=now, ended=ended, because="used")
+        self._ended(device_id, generation)
+
+    def end_overlaps(self, tenant_id: str) -> int:
+        """Revoke the certificates whose overlap is over, and undo renewals that nobody fetched; returns how many.
+
+        Call it before bundles whose time is over are destroyed.
+        """
+        now = self._clock()
+        with self._database.snapshot() as tx:
+            if not db_renewal.overlaps_over(tx, now=now) and not db_renewal.undo_unfetched(tx, now=now):
+                return 0
+        actor = audit.system_actor(tenant_id)
+        with self._database.transaction() as tx:
+            generation = db.next_generation(tx, tenant_id, at=now)
+            undone = db_renewal.undo_unfetched(tx, now=now, generation=generation)
+            for owner, device_id in undone:
+                audit.record(tx, audit.system_actor(owner), "device:renew_undone", f"device:{device_id}", at=now)
+            over = db_renewal.overlaps_over(tx, now=now)
+            for owner, device_id in over:
+                ended = db_renewal.end_replaced(tx, owner, device_id, now=now, generation=generation)
+                audit.record(
+                    tx, dataclasses.replace(actor, tenant_id=owner), "certificate:supersede", f"device:{device_id}",
+                    at=now, ended=ended, because="overlap over",
+                )  # fmt: skip
+        self._ended("", generation)
+        return len(undone) + len(over)
+
+    def _ended(self, device_id: str, generation: int) -> str | None:
+        outcome = self._enforcement.apply(generation)
+        if outcome.covers(generation):
+            return None
+        log.error(
+            "the broker does not refuse superseded certificates yet",
+            extra={"device_id": device_id, "problem": outcome.problem},
+        )
+        return outcome.problem
