@@ -1,10 +1,8 @@
-"""Puts the files of a backup in place, in a way that can be taken back."""
+"""Says which files of a backup go where, and what becomes of those that are there."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -16,10 +14,10 @@ from backup_file import Backup
 from ca_algorithms import PrivateKey
 from config import Settings
 from errors import BackupRefused, CaKeyUnavailable
-from files import fsync_directory, replace_file
+from failpoints import failpoint
+from files import fsync_directory
 
 ROOT_KEY = "root.key.pem"
-_SQLITE_FILES = ("", "-wal", "-shm")
 
 
 def key_of(backup: Backup, settings: Settings) -> tuple[PrivateKey, bool]:
@@ -56,8 +54,10 @@ def _opened(content: bytes, passphrase: bytes) -> PrivateKey | None:
     return key if isinstance(key, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) else None
 
 
-def files_to_place(backup: Backup, settings: Settings, *, same: bool) -> tuple[dict[Path, bytes], list[Path]]:
-    """The files to write, and those to move aside.
+def files_to_place(
+    backup: Backup, settings: Settings, *, same: bool
+) -> tuple[dict[Path, bytes], list[tuple[Path, Path]]]:
+    """The files to write, and those to move aside, with the names under which they are kept.
 
     In a data folder of the same CA (``same``) what is there stays, for it is as new as the copy or newer, and a root
     key that was moved away stays away. In another's everything is the copy's.
@@ -73,31 +73,8 @@ def files_to_place(backup: Backup, settings: Settings, *, same: bool) -> tuple[d
         if not (same and (path.exists() or name == ROOT_KEY)):
             puts[path] = content
     moves = [] if same else [path for path in settings.ca_dir.glob("*.key.pem") if path not in puts]
-    return puts, moves
-
-
-@contextlib.contextmanager
-def placed(puts: Mapping[Path, bytes], moves: Sequence[Path]) -> Iterator[None]:
-    """Write files for the body of the ``with``, which makes them stay by ending well; old ones are kept beside."""
-    aside: list[tuple[Path, Path]] = []
-    written: list[Path] = []
-    try:
-        for path in [*moves, *(path for path in puts if path.exists())]:
-            kept = free_name(path.with_name(f"{path.name}.before-restore"))
-            path.rename(kept)
-            aside.append((kept, path))
-        for path, content in puts.items():
-            replace_file(path, content)
-            written.append(path)
-        yield
-    except BaseException as error:
-        for path in written:
-            path.unlink(missing_ok=True)
-        for kept, path in aside:
-            kept.rename(path)
-        if isinstance(error, OSError):
-            raise BackupRefused(f"The data folder cannot be written: {error.strerror}.") from error
-        raise
+    moves += [path for path in puts if path.exists()]
+    return puts, [(path, free_name(path.with_name(f"{path.name}.before-restore"))) for path in moves]
 
 
 def free_name(path: Path) -> Path:
@@ -109,27 +86,15 @@ def free_name(path: Path) -> Path:
     return free
 
 
-def replace_database(staged: Path, current: Path) -> Path | None:
-    """Put a SQLite file, closed, in the place of another, closed, in one step; returns where that one is kept."""
+def replace_database(staged: Path, current: Path, kept: Path | None) -> None:
+    """Put a SQLite file, closed, in the place of another, closed, in one step; ``kept`` is a second name for that."""
     _sync(staged)
-    kept = None
-    if current.exists():
-        kept = free_name(current.with_name(f"{current.name}.before-restore"))
+    if kept is not None:
         os.link(current, kept)
-        for suffix in _SQLITE_FILES[1:]:  # there only where the old file could not be read and closed
-            journal = current.with_name(current.name + suffix)
-            if journal.exists():
-                journal.rename(kept.with_name(kept.name + suffix))
     fsync_directory(current.parent)
+    failpoint("restore.linked")
     staged.rename(current)
     fsync_directory(current.parent)
-    return kept
-
-
-def remove_database(path: Path) -> None:
-    """Remove a SQLite file with what belongs to it."""
-    for suffix in _SQLITE_FILES:
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

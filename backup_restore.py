@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,24 +19,26 @@ import backup
 import db
 import db_copy
 import db_issuers
+from authority import FIRST_ISSUING
 from backup_file import Backup
 from backup_placing import (
     files_to_place,
     free_name,
     key_of,
-    placed,
-    remove_database,
     replace_database,
 )
 from backup_revocations import Kept, Revocations, Tables, crl_record, match_crls, newest_crl
 from broker_crl import read_crls
 from broker_files import CRL_FILE, BrokerFiles
 from ca_algorithms import PrivateKey
+from ca_keys import KeyFiles
 from config import Settings
 from db import Database
 from db_tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
-from errors import BackupRefused, PortalError, ProjectionInvalid
+from errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
+from failpoints import failpoint
 from installation import alone
+from restore_journal import SQLITE_FILES, Journal, journaled, remove_database
 
 _UNDELIVERED = ("ready", "fetching")
 
@@ -61,6 +63,9 @@ class _Plan:
     settings: Settings
     backup: Backup
     key: PrivateKey
+    same: bool  # whether that is the key of the data folder, too
+    puts: dict[Path, bytes]
+    moves: list[tuple[Path, Path]]
     crls: Sequence[x509.CertificateRevocationList]
     replace: bool
     keep_links: bool
@@ -93,15 +98,17 @@ def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, 
             copy.check()
             crls, notes = _broker_crls(settings)
             done = Restored(copy.manifest.made_at, dict(copy.manifest.counts), notes=notes)
-            plan = _Plan(settings, copy, key, crls, replace, keep_links, now, done)
             puts, moves = files_to_place(copy, settings, same=same)
+            plan = _Plan(settings, copy, key, same, puts, moves, crls, replace, keep_links, now, done)
             if same and "root.key.pem" in copy.small_files("ca") and not (settings.ca_dir / "root.key.pem").exists():
                 notes.append("The root key stays away: it is in the copy, but was moved out of this data folder.")
-            if settings.database_url.startswith("sqlite"):
-                _restore_sqlite(plan, lambda: placed(puts, moves))
-            else:
-                with placed(puts, moves):
+            try:
+                if settings.database_url.startswith("sqlite"):
+                    _restore_sqlite(plan)
+                else:
                     _restore_postgresql(plan)
+            except OSError as error:
+                raise BackupRefused(f"The data folder cannot be written: {error.strerror}.") from error
             return done
 
 
@@ -121,20 +128,25 @@ def _broker_crls(settings: Settings) -> tuple[Sequence[x509.CertificateRevocatio
 # --- SQLite: a new file takes the place of the old one ---------------------------------------------------------------
 
 
-def _restore_sqlite(plan: _Plan, placing: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+def _restore_sqlite(plan: _Plan) -> None:
     current = Path(sa.make_url(plan.settings.database_url).database or "")
     staged = current.with_name(f"{current.name}.restoring")
     remove_database(staged)
-    try:
+    with journaled(plan.settings, staged) as journal:
         with _replaced_sqlite(plan, current) as replaced:
             database = Database(f"sqlite:///{staged}", lock_path=plan.settings.data_dir / ".write.lock", threads=1)
             with contextlib.closing(database), database.transaction() as tx:
                 db_copy.upgrade(tx, plan.backup.manifest.revision)
-                _fill(tx, plan, replaced)
-        with placing():
-            plan.done.before = replace_database(staged, current)
-    finally:
-        remove_database(staged)
+                _fill(tx, plan, replaced, journal)
+        kept = free_name(current.with_name(f"{current.name}.before-restore")) if current.exists() else None
+        moves = list(plan.moves)
+        for suffix in SQLITE_FILES[1:]:  # there only where the old file could not be read and closed
+            path = current.with_name(current.name + suffix)
+            if kept is not None and path.exists():
+                moves.append((path, kept.with_name(kept.name + suffix)))
+        journal.place(plan.puts, moves, kept)
+        replace_database(staged, current, kept)
+    plan.done.before = kept
 
 
 @contextlib.contextmanager
@@ -165,7 +177,7 @@ def _replaced_sqlite(plan: _Plan, current: Path) -> Iterator[Tables | None]:
 
 
 def _restore_postgresql(plan: _Plan) -> None:
-    with contextlib.ExitStack() as stack:
+    with journaled(plan.settings, None) as journal, contextlib.ExitStack() as stack:
         database = stack.enter_context(contextlib.closing(backup.open_database(plan.settings)))
         replaced: Tables | None = None
         with database.snapshot() as tx:
@@ -179,11 +191,26 @@ def _restore_postgresql(plan: _Plan) -> None:
                     before = free_name(plan.settings.data_dir / "before-restore.backup")
                     plan.done.before = before
         if plan.done.before is not None:
-            backup.write(plan.settings, database, plan.done.before, plan.key, now=plan.now)
+            backup.write(plan.settings, database, plan.done.before, _sealing_key(plan), now=plan.now)
             replaced = stack.enter_context(Backup(plan.done.before))
         with database.transaction() as tx:
             db_copy.clear(tx, plan.backup.manifest.revision)
-            _fill(tx, plan, replaced)
+            _fill(tx, plan, replaced, journal)
+            journal.place(plan.puts, plan.moves, None)
+
+
+def _sealing_key(plan: _Plan) -> PrivateKey:
+    """The key of the portal that is replaced, under which its own backup can be put back."""
+    if plan.same:
+        return plan.key
+    try:
+        return KeyFiles(plan.settings.ca_dir, backup.passphrase_here(plan.settings)).load(FIRST_ISSUING)
+    except CaKeyUnavailable:
+        plan.done.notes.append(
+            "The passphrase here does not open the CA key that was there, so the backup of what was there is sealed"
+            " with the key of the copy; to put it back, put its own CA keys and passphrase back by hand."
+        )
+        return plan.key
 
 
 def _readable(plan: _Plan, tx: Connection) -> Tables | None:
@@ -208,7 +235,7 @@ def _allow(plan: _Plan, what: str) -> None:
 # --- What both do -----------------------------------------------------------------------------------------------------
 
 
-def _fill(tx: Connection, plan: _Plan, replaced: Tables | None) -> None:
+def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal) -> None:
     copy, done = plan.backup, plan.done
     order = {name: number for number, name in enumerate(db_copy.table_names())}
     for name in sorted(copy.manifest.counts, key=lambda name: order.get(name, len(order))):
@@ -234,7 +261,8 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None) -> None:
             f"Not known here, and so as the copy has it: operator tokens revoked since {done.made_at}, and devices"
             " registered since, whose certificates work until they end."
         )
-    _record(tx, plan, replaced)
+    _record(tx, plan, replaced, journal)
+    failpoint("restore.filled")
 
 
 def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
@@ -293,7 +321,7 @@ def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
     return len(over)
 
 
-def _record(tx: Connection, plan: _Plan, replaced: Tables | None) -> None:
+def _record(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal) -> None:
     done = plan.done
     heads = [row for row in replaced.rows("audit_heads") if row["tenant_id"] == DEFAULT_TENANT] if replaced else []
     audit.record(
@@ -302,6 +330,7 @@ def _record(tx: Connection, plan: _Plan, replaced: Tables | None) -> None:
         "backup:restore",
         "database",
         at=plan.now,
+        restore=journal.id,
         made_at=done.made_at,
         generation=done.generation,
         kept_revoked=len(done.kept),

@@ -18,7 +18,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
-from db_engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine
+from db_engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage
 from db_postgresql import unhurried
 from db_tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, Tenant, UtcDateTime
 from db_turns import Result, SharedTransactions
@@ -181,6 +181,10 @@ def _translated() -> Iterator[None]:
         yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError) as error:
         raise DatabaseUnavailable("The database does not answer or has no room left; try again shortly.") from error
+    except sa.exc.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        raise DatabaseUnavailable("The database file is damaged; restore a backup, with --replace.") from error
 
 
 # --- Devices ------------------------------------------------------------------------------------------------------

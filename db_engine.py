@@ -75,3 +75,9 @@ def _on_sqlite_begin(connection: Connection) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         finally:
             connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000)}")
+
+
+def is_damage(error: sa.exc.DatabaseError) -> bool:
+    """Whether SQLite says that its file is no database or does not hold together."""
+    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the primary one, without what makes it an extended one
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

@@ -32,6 +32,13 @@ NAMES = (
     "deliver.after_end",
     "deliver.before_finish",
     "events.after_send",
+    "restore.journaled",
+    "restore.filled",
+    "restore.moved",
+    "restore.put",
+    "restore.placed",
+    "restore.linked",
+    "restore.ended",
 )
 VARIABLE = "PORTAL_FAILPOINT"
 _FORM = re.compile(r"(?:(?P<after>[a-z._]+)>)?(?P<name>[a-z._]+)(?::(?P<times>[0-9]{1,6}))?(?:=(?P<act>.+))?")

@@ -22,6 +22,7 @@ import db
 import db_access
 import db_issuers
 import events
+import restore_journal
 from access import Role
 from authority import Authority, RecordedIssuer, open_authority
 from broker_files import FOLDER_MODE, broker_group
@@ -99,7 +100,12 @@ class Portal:
 def occupied(settings: Settings) -> Iterator[None]:
     """Be at work on the data folder, beside others; raises ``PortalRunning`` while somebody has it alone."""
     make_folders(settings)
-    with FileLock(settings.data_dir / PRESENCE_LOCK).try_share() as present:
+    lock = FileLock(settings.data_dir / PRESENCE_LOCK)
+    if restore_journal.is_unsettled(settings):
+        with lock.try_hold() as free:
+            if free:
+                restore_journal.settle(settings)
+    with lock.try_share() as present:
         if not present:
             raise PortalRunning(f"A backup is being restored to {settings.data_dir}; try again when that has ended.")
         yield
@@ -112,6 +118,7 @@ def alone(settings: Settings) -> Iterator[None]:
     with FileLock(settings.data_dir / PRESENCE_LOCK).try_hold() as free:
         if not free:
             raise PortalRunning(f"A portal is at work on {settings.data_dir}; stop it first.")
+        restore_journal.settle(settings)
         yield
 
 

@@ -19,7 +19,7 @@ FLOORS = (
     {"bulk", "monitoring", "readiness"},
     {"onboarding_*", "webhooks_*", "inventory", "operators", "responder_*"},
     {"enforcement"},
-    {"authority_*"},
+    {"authority_*", "restore_journal"},
     {"audit", "access", "events"},
     {"ca_*", "ca_keys", "db_*", "broker_*", "credential_*", "transport"},
     {"ca_pkcs8"},  # these three: what certificates and the keeping of keys share
