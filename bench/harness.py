@@ -80,11 +80,13 @@ class RunningPortal:
         self.data = folder / "data"
         self.mqtt_port = free_port()
         self.log = folder / "portal.log"
+        pki_bind = f"127.0.0.1:{free_port()}"
+        self.pki_url = f"http://{pki_bind}"
         self._settings = {
             "PORTAL_DATA_DIR": str(self.data),
             "PORTAL_MQTT_PORT": str(self.mqtt_port),
             "PORTAL_BIND": f"127.0.0.1:{free_port()}",
-            "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}",
+            "PORTAL_PKI_BIND": pki_bind,
             **environment,
         }
         self._broker = Mosquitto(self.data / "broker", self.mqtt_port)
