@@ -12,6 +12,7 @@ import doctor_broker
 import doctor_files
 import doctor_mosquitto
 import doctor_network
+import doctor_ocsp
 import doctor_records
 from config import Settings
 from doctor_findings import Finding, Verdict, problem
@@ -31,6 +32,8 @@ CHECKS: tuple[tuple[str, Callable[[Subject], Verdict]], ...] = (
     ("CA chain", doctor_authority.ca_chain),
     ("CRL", doctor_authority.crl),
     ("CRL served", doctor_authority.crl_served),
+    ("OCSP responders", doctor_ocsp.responders),
+    ("OCSP served", doctor_ocsp.answers),
     ("expiry", doctor_authority.expiry),
     ("portal", doctor_network.portal),
     ("portal certificate", doctor_network.portal_certificate),

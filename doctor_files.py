@@ -31,6 +31,7 @@ def data_folder(subject: Subject) -> Verdict:
         settings.secrets_dir: {0o700},
         settings.ca_dir: {0o700},
         settings.tls_dir: {0o700},
+        settings.ocsp_dir: {0o700},
         settings.data_dir / "canaries": {0o700},
         settings.broker_dir: {FOLDER_MODE, 0o700},
     }
@@ -78,7 +79,8 @@ def secret_files(subject: Subject) -> Verdict:
 
 def _secret_paths(subject: Subject) -> Iterator[Path]:
     settings = subject.settings
-    for folder in (settings.secrets_dir, settings.ca_dir, settings.tls_dir, settings.data_dir / "canaries"):
+    canaries = settings.data_dir / "canaries"
+    for folder in (settings.secrets_dir, settings.ca_dir, settings.tls_dir, settings.ocsp_dir, canaries):
         if folder.is_dir():
             yield from sorted(folder.iterdir())
     yield from sorted(settings.data_dir.glob("before-restore.backup*"))

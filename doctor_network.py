@@ -111,10 +111,15 @@ def https_date(subject: Subject) -> datetime:
 
 def served_crl(subject: Subject, name: str) -> bytes:
     """A CRL as the plain HTTP listener serves it; raises ``OSError``."""
+    return served(subject, f"/crl/{name}.crl")
+
+
+def served(subject: Subject, path: str) -> bytes:
+    """What the plain HTTP listener serves at a path; raises ``OSError``."""
     host, port = _reached(subject.settings.pki_bind)
     connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
     try:
-        return _get(connection, f"/crl/{name}.crl").body
+        return _get(connection, path).body
     finally:
         connection.close()
 

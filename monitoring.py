@@ -35,6 +35,7 @@ class Monitoring:
         self._enforcement = enforcement
         self._clock = clock
         self._tenant_id = tenant_id
+        self._ocsp_dir = settings.ocsp_dir
         self._own = {"portal": settings.tls_dir / "server.pem", "broker": settings.broker_file("server.pem")}
 
     def gauges(self) -> list[Gauge]:
@@ -49,6 +50,7 @@ class Monitoring:
             state = db_issuers.get_broker_state(tx, self._tenant_id)
             backlog = db_webhooks.backlog(tx, self._tenant_id).values()
         pending = 0.0 if state.pending_since is None else max(0.0, (now - state.pending_since).total_seconds())
+        responders = [(name, _end_of(self._ocsp_dir / f"{name}.pem")) for name, _, _ in issuers]
         own = {name: _end_of(path) for name, path in self._own.items()}
         return [
             Gauge(
@@ -94,6 +96,12 @@ class Monitoring:
                 "Time until the certificate of an issuer ends.",
                 ["issuer"],
                 [([name], (end - now).total_seconds()) for name, end, _ in issuers],
+            ),
+            Gauge(
+                "portal_ocsp_responder_life_left_seconds",
+                "Time until the certificate ends with which OCSP is answered for an issuer.",
+                ["issuer"],
+                [([name], (end - now).total_seconds()) for name, end in responders if end is not None],
             ),
             Gauge(
                 "portal_server_certificate_life_left_seconds",

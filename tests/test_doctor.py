@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import sqlalchemy as sa
@@ -16,6 +18,7 @@ import access
 import db_access
 import db_issuers
 import doctor
+import doctor_ocsp
 from access import Role
 from app import create_app, portal_of
 from config import AclStyle, Settings
@@ -29,7 +32,10 @@ from tests.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT
 from tests.test_onboarding import OPERATOR, PUMP, token_of
 
 # What cannot be well in these tests, where neither the server nor the broker runs.
-ABSENT = {"portal", "portal certificate", "CRL served", "broker", "broker certificate", "canaries", "generation"}
+ABSENT = {
+    *("portal", "portal certificate", "CRL served", "OCSP served"),
+    *("broker", "broker certificate", "canaries", "generation"),
+}
 
 
 @pytest.fixture
@@ -185,6 +191,19 @@ def the_schema_is_another(portal: Portal) -> None:
         tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
 
 
+def the_responder_is_gone(portal: Portal) -> None:
+    portal.responder.certificates.path("issuing-1").unlink()
+
+
+def the_responder_is_the_roots(portal: Portal) -> None:
+    path = portal.responder.certificates.path
+    path("issuing-1").write_bytes(path("root").read_bytes())
+
+
+def others_read_the_responder(portal: Portal) -> None:
+    portal.responder.certificates.path("issuing-1").chmod(0o644)
+
+
 def the_canary_is_gone(portal: Portal) -> None:
     (portal.settings.data_dir / "canaries" / "good.pem").unlink()
 
@@ -219,6 +238,9 @@ def the_canary_is_gone(portal: Portal) -> None:
         (an_audit_entry_is_altered, "audit record", "Entry 2 was altered"),
         (the_schema_is_another, "database", "has schema 9999"),
         (the_canary_is_gone, "expiry", "The good canary"),
+        (the_responder_is_gone, "OCSP responders", "issuing-1.pem cannot be read"),
+        (the_responder_is_the_roots, "OCSP responders", "of CA issuing-1 cannot be used"),
+        (others_read_the_responder, "secret files", "issuing-1.pem has mode 644"),
     ],
 )
 def test_a_trap_shows_as_its_line(portal: Portal, trap: Callable[[Portal], None], name: str, said: str) -> None:
@@ -227,6 +249,37 @@ def test_a_trap_shows_as_its_line(portal: Portal, trap: Callable[[Portal], None]
     finding = examined(portal, name)[name]
     assert finding.state is State.PROBLEM
     assert said in f"{finding.detail} {finding.advice}"
+
+
+# --- OCSP ---------------------------------------------------------------------------------------------------------
+
+
+def asked_about_the_canaries(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> Finding:
+    """What is found where the portal answers, without a network between."""
+
+    def served(_subject: object, path: str) -> bytes:
+        return portal.responder.answer(base64.b64decode(unquote(path.removeprefix("/ocsp/")))).der
+
+    monkeypatch.setattr(doctor_ocsp, "served", served)
+    return examined(portal, "OCSP served")["OCSP served"]
+
+
+def test_ocsp_tells_the_good_canary_from_the_revoked_one(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked_about_the_canaries(portal, monkeypatch).state is State.OK
+    folder = portal.settings.data_dir / "canaries"
+    (folder / "revoked.pem").write_bytes((folder / "good.pem").read_bytes())
+    finding = asked_about_the_canaries(portal, monkeypatch)
+    assert finding.state is State.PROBLEM
+    assert "Asked about the revoked canary, it says good, not revoked." in finding.detail
+
+
+def test_ocsp_that_has_no_answer_or_none_of_ours_is_a_problem(
+    portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portal.responder.certificates.path("issuing-1").unlink()
+    assert "it answers try_later" in asked_about_the_canaries(portal, monkeypatch).detail
+    monkeypatch.setattr(doctor_ocsp, "served", lambda *_: b"")
+    assert "it gives no OCSP answer" in examined(portal, "OCSP served")["OCSP served"].detail
 
 
 # --- Time ---------------------------------------------------------------------------------------------------------
@@ -240,6 +293,9 @@ def test_a_trap_shows_as_its_line(portal: Portal, trap: Callable[[Portal], None]
         ({"days": 4}, "CRL", State.WARNING, "should have been renewed"),
         ({"days": 5}, "CRL", State.PROBLEM, "was not renewed"),
         ({"days": 8}, "CRL", State.PROBLEM, "was not renewed"),
+        ({"days": 9}, "OCSP responders", State.OK, "renewed in time"),
+        ({"days": 10}, "OCSP responders", State.WARNING, "should have been renewed"),
+        ({"days": 14}, "OCSP responders", State.PROBLEM, "not valid now"),
         ({"days": 59}, "expiry", State.OK, "Nothing ends"),
         ({"days": 61}, "expiry", State.WARNING, "The portal's certificate ends"),
         ({"days": 91}, "expiry", State.PROBLEM, "The broker's certificate ended"),
