@@ -12,6 +12,7 @@ import click
 from flask import Flask
 
 import admin_backup
+import admin_ca
 import admin_doctor
 import audit
 import logs
@@ -117,7 +118,17 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
             raise click.ClickException(f"{verdict.problem} The {verdict.entries} entries before it are sound.")
         click.echo(f"All {verdict.entries} entries are sound. Hash of the last: {verdict.head}")
 
-    return [init, serve, show_settings, audit_group, admin_backup.backup, admin_backup.restore, admin_doctor.doctor]
+    return [
+        init,
+        serve,
+        show_settings,
+        audit_group,
+        admin_ca.ca_group,
+        admin_ca.ca_group,
+        admin_backup.backup,
+        admin_backup.restore,
+        admin_doctor.doctor,
+    ]
 
 
 def _operator_environment(settings: Settings, token: str) -> str:

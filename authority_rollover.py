@@ -89,16 +89,21 @@ def move_to(database: Database, actor: Actor, name: str, *, now: datetime) -> No
 
 def in_use(tx: Connection, issuer_id: int, *, now: datetime) -> int:
     """How many devices' certificates of an issuer are still good."""
-    return tx.execute(
-        sa.select(sa.func.count())
-        .select_from(Certificate)
-        .where(
-            Certificate.issuer_id == issuer_id,
-            Certificate.purpose == "device",
-            Certificate.status != "revoked",
-            Certificate.not_after > now,
-        )
-    ).scalar_one()
+    return tx.execute(sa.select(sa.func.count()).select_from(Certificate).where(*_good(issuer_id, now))).scalar_one()
+
+
+def is_in_use(tx: Connection, issuer_id: int, *, now: datetime) -> bool:
+    """Whether any is, which is known sooner than how many."""
+    return tx.execute(sa.select(Certificate.id).where(*_good(issuer_id, now)).limit(1)).first() is not None
+
+
+def _good(issuer_id: int, now: datetime) -> tuple[sa.ColumnElement[bool], ...]:
+    return (
+        Certificate.issuer_id == issuer_id,
+        Certificate.purpose == "device",
+        Certificate.status != "revoked",
+        Certificate.not_after > now,
+    )
 
 
 def retire(database: Database, authority: Authority, actor: Actor, name: str, *, now: datetime) -> int:

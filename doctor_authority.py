@@ -223,7 +223,7 @@ def _ca_end(issuer: IssuerRecord, now: datetime) -> list[Verdict]:
     if issuer.not_after <= now:
         return [problem(said, "Nothing that it has signed is valid any more: make a new CA.")]
     if issuer.not_after - now < CA_SOON:
-        return [warning(said, "Plan a new CA: certificates of its devices end with it.")]
+        return [warning(said, "Plan a new CA (flask --app app ca rollover): its devices' certificates end with it.")]
     return []
 
 

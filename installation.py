@@ -32,7 +32,7 @@ from config import Settings
 from db import Database
 from db_tables import DEFAULT_TENANT
 from enforcement import Enforcement
-from errors import PortalRunning, StartupError
+from errors import PortalRunning, StartupError, Unavailable
 from files import FileLock, private_folder, remove_leftovers, replace_file, secret_file
 from inventory import Inventory
 from monitoring import Monitoring
@@ -288,8 +288,11 @@ def is_due(path: Path, key: Path, now: datetime, issuer: ca.Issuer, names: tuple
     return not set(names) <= present
 
 
-def renew_own_certificates(portal: Portal) -> list[str]:
-    """Issue anew whatever of the portal's own certificates is due; returns the names of those renewed."""
+def renew_own_certificates(portal: Portal, *, served: bool = False) -> list[str]:
+    """Issue anew whatever of the portal's own certificates is due; returns the names of those renewed.
+
+    ``served`` where portal and broker may be at work meanwhile. Raises ``Unavailable`` where the broker does not obey.
+    """
     settings, now = portal.settings, portal.clock()
     issuer = portal.authority.issuing.issuer
     canaries = canary_files(settings)
@@ -307,7 +310,7 @@ def renew_own_certificates(portal: Portal) -> list[str]:
         _issue_canary(portal, canaries.good, revoked=False)
         renewed.append("good canary")
     if is_due(canaries.revoked.certificate, canaries.revoked.key, now, issuer):
-        _issue_canary(portal, canaries.revoked, revoked=True)
+        _issue_canary(portal, canaries.revoked, revoked=True, served=served)
         renewed.append("revoked canary")
     for name in renewed:
         log.info("issued", extra={"what": name})
@@ -328,7 +331,7 @@ def _issue_server(portal: Portal, names: tuple[str, ...]) -> tuple[bytes, bytes]
     return signer.chain_pem(issued.pem).encode(), ca.private_key_pem(key)
 
 
-def _issue_canary(portal: Portal, canary: Canary, *, revoked: bool) -> None:
+def _issue_canary(portal: Portal, canary: Canary, *, revoked: bool, served: bool = False) -> None:
     now = portal.clock()
     key, signer = ca.generate_keypair(ca.KeyType.EC_P256), portal.authority.issuing
     issued = ca.sign_certificate(
@@ -339,13 +342,18 @@ def _issue_canary(portal: Portal, canary: Canary, *, revoked: bool) -> None:
         days=CANARY_DAYS,
         pki_url=portal.settings.pki_url,
     )
-    _record(portal, signer, issued, purpose="canary", revoked=revoked)
+    generation = _record(portal, signer, issued, purpose="canary", revoked=revoked)
+    # Shown to a broker whose CRL does not list it yet, it would be let in, and look like a hole.
+    listed = not served or portal.enforcement.apply(generation).covers(generation)
+    if not listed and portal.enforcement.broker_answers():
+        raise Unavailable("The broker did not take the CRL with the new revoked canary; the next try is to come.")
     replace_file(canary.key, ca.private_key_pem(key))
     replace_file(canary.certificate, signer.chain_pem(issued.pem).encode())
 
 
-def _record(portal: Portal, signer: RecordedIssuer, issued: ca.Issued, *, purpose: str, revoked: bool) -> None:
-    now = portal.clock()
+def _record(portal: Portal, signer: RecordedIssuer, issued: ca.Issued, *, purpose: str, revoked: bool) -> int:
+    """Record a certificate; returns the generation at which it stands on the CRL, 0 where it does not."""
+    now, generation = portal.clock(), 0
     with portal.database.transaction() as tx:
         db.add_certificate(
             tx,
@@ -372,3 +380,4 @@ def _record(portal: Portal, signer: RecordedIssuer, issued: ca.Issued, *, purpos
             at=now,
             purpose=purpose,
         )
+    return generation

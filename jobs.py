@@ -9,17 +9,15 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import audit
-import db
 import db_deliveries
 import db_issuers
 import db_reads
 import jobs_events
 import jobs_schedule
-from authority import ROOT_CRL_DAYS, crl_is_due, next_crl
-from installation import Portal, canary_files, renew_own_certificates
+from installation import Portal, canary_files
+from jobs_authority import advance, renew_certificates, renew_crls, retire_unneeded
 from jobs_schedule import EXPIRY, Job
 
 log = logging.getLogger("portal.jobs")
@@ -42,7 +40,7 @@ def repair_broker(portal: Portal) -> None:
     recorded = _recorded.pop(portal.settings.data_dir, [])
     if problems and (problems != recorded or state.applied_generation >= state.generation):
         log.error("the broker's files were damaged; writing them anew", extra={"problem": " ".join(problems)})
-        _advance(portal, "broker:repair", problems=problems)
+        advance(portal, "broker:repair", problems=problems)
         state = _state(portal)
     if problems:
         _recorded[portal.settings.data_dir] = problems
@@ -57,39 +55,9 @@ def _state(portal: Portal) -> db_issuers.BrokerStateRecord:
         return db_issuers.get_broker_state(tx, portal.tenant_id)
 
 
-def renew_certificates(portal: Portal) -> None:
-    """Renew the portal's own certificates past two thirds of their life."""
-    renewed = renew_own_certificates(portal)
-    if renewed:
-        _advance(portal, "broker:renew", renewed=renewed)
-        repair_broker(portal)
-
-
 def renew_responders(portal: Portal) -> None:
     """Renew the certificates that answer OCSP, and make one for a CA that is new."""
     portal.responder.certificates.renew()
-
-
-def renew_crls(portal: Portal) -> None:
-    """Renew CRLs past half their life, or not yet valid because the clock was moved."""
-    now = portal.clock()
-    with portal.database.snapshot() as tx:
-        changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx, retired=True)}
-        due = [
-            recorded
-            for recorded in portal.authority.issuers
-            if recorded.issuer.key is not None
-            and crl_is_due(db_issuers.get_crl(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
-        ]
-    for recorded in due:
-        if recorded.kind == "root":
-            with portal.database.transaction() as tx:
-                previous = db_issuers.get_crl(tx, recorded.id)
-                crl = next_crl(tx, recorded, previous, days=ROOT_CRL_DAYS, generation=0, now=now)
-                db_issuers.put_crl(tx, portal.tenant_id, crl)
-    if any(recorded.kind == "issuing" for recorded in due):
-        _advance(portal, "broker:renew", renewed=["crl"])
-        repair_broker(portal)  # its pass signs the CRL
 
 
 def expire(portal: Portal) -> None:
@@ -150,17 +118,9 @@ JOBS = (
     Job("responder renewal", 60.0, renew_responders),
     Job("crl renewal", 300.0, renew_crls),
     Job("certificate renewal", 600.0, renew_certificates),
+    Job("retirement of CAs", 3600.0, retire_unneeded),
     Job("certificates that end", 600.0, jobs_events.announce_expiring),
 )
-
-
-def _advance(portal: Portal, action: str, **detail: Any) -> None:
-    now = portal.clock()
-    with portal.database.transaction() as tx:
-        generation = db.next_generation(tx, portal.tenant_id, at=now)
-        audit.record(
-            tx, audit.system_actor(portal.tenant_id), action, "broker", at=now, generation=generation, **detail
-        )
 
 
 def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS) -> None:

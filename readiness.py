@@ -19,6 +19,9 @@ from errors import PortalError
 log = logging.getLogger("portal.readiness")
 
 CRL_LIFE_LEFT = 1 / 3
+# The root's CRL, for which somebody has to bring a key: the log and the doctor say so a month before its end.
+ROOT_CRL_SOON = timedelta(days=30)
+ROOT_CRL_LEAST = timedelta(days=7)
 LEAST_FREE_BYTES = 16 << 20
 
 
@@ -96,6 +99,12 @@ class Readiness:
                         f"The CRL of {recorded.issuer.name} ends at {crl.next_update:%Y-%m-%d %H:%M} UTC and has not"
                         " been renewed; see the log for why."
                     )
+            root = db_issuers.get_crl(tx, self._authority.root.id)
+            if root is not None and root.next_update - now < ROOT_CRL_LEAST:
+                return (
+                    f"The root's CRL ends at {root.next_update:%Y-%m-%d %H:%M} UTC; bring the root's key back for as"
+                    " long as the portal needs to sign another."
+                )
         return None
 
     def _files_problem(self) -> str | None:

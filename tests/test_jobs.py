@@ -14,6 +14,7 @@ from cryptography import x509
 
 import db_issuers
 import jobs
+import jobs_authority
 from config import Settings
 from db_tables import Delivery, IdempotencyKey
 from files import FileLock
@@ -65,10 +66,10 @@ def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> No
     issuer = portal.authority.issuing.id
     first = crl_number(portal, issuer)
     clock.advance(days=portal.settings.crl_days / 2 - 1)
-    jobs.renew_crls(portal)
+    jobs_authority.renew_crls(portal)
     assert crl_number(portal, issuer) == first
     clock.advance(days=1)
-    jobs.renew_crls(portal)
+    jobs_authority.renew_crls(portal)
     assert crl_number(portal, issuer) == first + 1
     crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
     assert crl.next_update_utc is not None
@@ -78,7 +79,7 @@ def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> No
 def test_after_a_long_downtime_the_first_renewal_makes_everything_current(portal: Portal, clock: Clock) -> None:
     clock.advance(days=400)
     assert {check.name for check in portal.readiness.checks() if check.problem} >= {"crl", "broker files"}
-    jobs.renew_crls(portal)
+    jobs_authority.renew_crls(portal)
     assert not {check.name for check in portal.readiness.checks() if check.problem} & {"crl", "broker files"}
     assert portal.broker.damage() == []
 
@@ -87,7 +88,7 @@ def test_a_clock_that_goes_back_an_hour_leaves_no_crl_that_is_not_yet_valid(port
     for _ in range(3):
         portal.onboarding.revoke(OPERATOR, portal.onboarding.register(OPERATOR, PUMP).device_id, "unspecified")
     clock.advance(hours=-2)
-    jobs.renew_crls(portal)
+    jobs_authority.renew_crls(portal)
     crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
     assert crl.last_update_utc <= clock()
 
@@ -100,10 +101,10 @@ def test_server_certificates_and_canaries_renew_themselves(portal: Portal, clock
         portal.settings.data_dir / "canaries" / "revoked.pem",
     ]
     before = [path.read_bytes() for path in paths]
-    jobs.renew_certificates(portal)
+    jobs_authority.renew_certificates(portal)
     assert [path.read_bytes() for path in paths] == before
     clock.advance(days=61)
-    jobs.renew_certificates(portal)
+    jobs_authority.renew_certificates(portal)
     for path, old in zip(paths, before, strict=True):
         assert path.read_bytes() != old
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
@@ -114,7 +115,7 @@ def test_a_new_name_in_the_settings_gets_a_new_server_certificate(
     make_settings: Callable[..., Settings], clock: Clock
 ) -> None:
     portal = open_portal(make_settings(PORTAL_SERVER_NAMES="localhost,portal.example"), clock)
-    jobs.renew_certificates(portal)
+    jobs_authority.renew_certificates(portal)
     certificate = x509.load_pem_x509_certificate((portal.settings.tls_dir / "server.pem").read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert "portal.example" in names.get_values_for_type(x509.DNSName)
@@ -124,8 +125,8 @@ def test_a_new_name_in_the_settings_gets_a_new_server_certificate(
 def test_a_key_that_does_not_belong_to_its_certificate_is_replaced(portal: Portal) -> None:
     key = portal.settings.tls_dir / "server.key"
     key.write_bytes((portal.settings.data_dir / "canaries" / "good.key").read_bytes())
-    jobs.renew_certificates(portal)
-    jobs.renew_certificates(portal)
+    jobs_authority.renew_certificates(portal)
+    jobs_authority.renew_certificates(portal)
     assert key.read_bytes() != (portal.settings.data_dir / "canaries" / "good.key").read_bytes()
 
 

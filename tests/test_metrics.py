@@ -18,7 +18,7 @@ from flask import Flask
 from prometheus_client.parser import text_string_to_metric_families
 
 import db_issuers
-import jobs
+import jobs_authority
 import metrics
 from access import Role
 from app import ROUTES, portal_of
@@ -106,7 +106,7 @@ def test_what_is_left_of_crls_and_certificates_is_told_and_falls(api: Api, app: 
         assert 89 * days < value_of(first, "portal_server_certificate_life_left_seconds", server=server) <= 90 * days
     clock.advance(days=8)
     assert value_of(scrape(api), "portal_crl_life_left_seconds", issuer="issuing-1") < 0
-    jobs.renew_crls(portal_of(app))
+    jobs_authority.renew_crls(portal_of(app))
     assert value_of(scrape(api), "portal_crl_life_left_seconds", issuer="issuing-1") > 6.9 * days
 
 
