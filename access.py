@@ -37,6 +37,11 @@ MAY: dict[Role, frozenset[Permission]] = {
 }
 
 
+def may(role: str, permission: Permission) -> bool:
+    """Whether a role, which for who has shown no token is none of ``Role``, has the permission."""
+    return any(role == known and permission in permissions for known, permissions in MAY.items())
+
+
 def new_token(
     tenant_id: str, name: str, role: Role, expires_at: datetime | None, *, now: datetime
 ) -> tuple[str, TokenRecord]:

@@ -34,7 +34,8 @@ def status(ctx: click.Context) -> None:
     """
     portal: Portal = ctx.obj
     alive = portal.client.call("GET", "/healthz", anonymous=True, accept=(503,)).status == 200
-    answer = portal.client.call("GET", "/readyz", anonymous=True, accept=(503,))
+    # The reasons are for operators; without a token it says only what fails.
+    answer = portal.client.call("GET", "/readyz", anonymous=portal.settings.token is None, accept=(503,))
     checks = answer.json().get("checks")
     if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
         raise Unreachable(f"The answer of {answer.origin} does not say what it checked; it may be of another version.")

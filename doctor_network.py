@@ -46,10 +46,10 @@ def portal(subject: Subject) -> Verdict:
         return well("It answers and says that it is ready.")
     try:
         checks = json.loads(answer.body)["checks"]
-        failing = [f"{check['name']}: {check['problem']}" for check in checks if not check["ok"]]
+        failing = ", ".join(f"{check['name']} ({check['code']})" for check in checks if not check["ok"])
     except (ValueError, KeyError, TypeError):
-        failing = [f"it answers with status {answer.status}."]
-    return problem("It is not ready. " + " ".join(failing), "The other checks say what to do.")
+        failing = f"it answers with status {answer.status}"
+    return problem(f"It is not ready: {failing}.", "The other checks say what to do.")
 
 
 def portal_certificate(subject: Subject) -> Verdict:

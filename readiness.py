@@ -27,9 +27,10 @@ LEAST_FREE_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One dependency; ``problem`` is a sentence, ``None`` where all is well."""
+    """One dependency; ``problem`` is a sentence for operators, ``None`` where all is well; ``code`` is stable."""
 
     name: str
+    code: str
     problem: str | None
 
 
@@ -55,15 +56,15 @@ class Readiness:
 
     def checks(self) -> list[Check]:
         """Every check, none left out because another failed."""
-        named: list[tuple[str, Callable[[], str | None]]] = [
-            ("database", self._database_problem),
-            ("disk", self._disk_problem),
-            ("ca", self._ca_problem),
-            ("crl", self._crl_problem),
-            ("broker files", self._files_problem),
-            ("broker", self._broker_problem),
+        named: list[tuple[str, str, Callable[[], str | None]]] = [
+            ("database", "database_unavailable", self._database_problem),
+            ("disk", "disk_full", self._disk_problem),
+            ("ca", "ca_cannot_sign", self._ca_problem),
+            ("crl", "crl_not_renewed", self._crl_problem),
+            ("broker files", "broker_files_damaged", self._files_problem),
+            ("broker", "broker_not_enforcing", self._broker_problem),
         ]
-        return [Check(name, _asked(question)) for name, question in named]
+        return [Check(name, code, _asked(question)) for name, code, question in named]
 
     def _database_problem(self) -> None:
         self._database.ping()

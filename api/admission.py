@@ -5,23 +5,28 @@ from __future__ import annotations
 from flask import Request
 from werkzeug.routing import MapAdapter
 
-from access import MAY, Role
+from access import may
 from api.routing import Route
 from audit import Actor
-from errors import Forbidden, Unauthenticated
+from errors import Forbidden, Unauthenticated, Unavailable
 from installation import Portal
 
 
 def actor_of(portal: Portal, route: Route, request: Request, request_id: str) -> Actor:
-    """Who asks, where the route is not for anyone.
+    """Who asks, where the route is not for anyone, or a token is shown to one that may be asked with it.
 
     Raises ``Unauthenticated``, recorded as refused, and ``TooManyAttempts``; a valid token is never told to wait.
     """
     stranger = Actor(portal.tenant_id, "anyone", "none", request_id, request.remote_addr or "")
-    if route.permission is None:
+    if route.permission is None and not (route.token_optional and "Authorization" in request.headers):
         return stranger
     scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-    token = portal.operators.authenticate(secret.strip()) if scheme.lower() == "bearer" and secret else None
+    try:
+        token = portal.operators.authenticate(secret.strip()) if scheme.lower() == "bearer" and secret else None
+    except Unavailable:
+        if route.token_optional:
+            return stranger  # what is for anyone is answered without a database, too
+        raise
     if token is None:
         portal.operators.login_failed(stranger, f"{route.method} {route.path}", "access", "unauthenticated")
         raise Unauthenticated(
@@ -32,7 +37,7 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
 
 def check_permission(portal: Portal, route: Route, actor: Actor) -> None:
     """Raise ``Forbidden``, recorded as refused, where the actor's role is not enough."""
-    if route.permission is None or route.permission in MAY[Role(actor.role)]:
+    if route.permission is None or may(actor.role, route.permission):
         return
     portal.operators.refused(actor, f"{route.method} {route.path}", "access", "forbidden")
     raise Forbidden(f"The role {actor.role} may not do this; it takes a role with the permission {route.permission}.")

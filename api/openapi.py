@@ -93,7 +93,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         "tags": [route.tag],
         "parameters": parameters,
         "responses": _responses(route, schemas),
-        "security": [] if route.permission is None else [{"operatorToken": []}],
+        "security": _security(route),
     }
     if route.body is not None:
         schema = schemas["by_model"][route.body]
@@ -105,6 +105,12 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         content = {route.octets.media_type: {"schema": {"type": "string", "format": "binary"}}}
         operation["requestBody"] = {"required": True, "content": content}
     return operation
+
+
+def _security(route: Route) -> list[dict[str, list[str]]]:
+    if route.permission is not None:
+        return [{"operatorToken": []}]
+    return [{}, {"operatorToken": []}] if route.token_optional else []
 
 
 def _head_operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import access
 import metrics
 from access import Permission
 from api.operation_models import CheckModel, HealthModel, ReadyModel
 from api.routing import Answers, Call, Reply, Routes
 
 operation = Routes("Operation")
+
+FOR_OPERATORS = "The reason is told to operators: ask with an operator token, or run doctor on the portal's machine."
 
 
 @operation.route("GET", "/healthz", permission=None, answers=Answers(HealthModel))
@@ -16,11 +19,17 @@ def healthz(_call: Call) -> Reply:
     return Reply(HealthModel(status="ok"))
 
 
-@operation.route("GET", "/readyz", permission=None, answers=Answers(ReadyModel), errors=(503,))
+@operation.route(
+    "GET", "/readyz", permission=None, token_optional=True, answers=Answers(ReadyModel), errors=(401, 429, 503)
+)
 def readyz(call: Call) -> Reply:
-    """Say whether database, CA, CRL and broker let the portal do its work, with the reason for each that does not."""
+    """Say whether database, CA, CRL and broker let the portal do its work, and tell operators why not."""
+    # The reasons name paths and generations: of use to who runs the portal, and to who looks for a way in.
+    told = access.may(call.actor.role, Permission.READ)
     checks = [
-        CheckModel(name=check.name, ok=check.problem is None, problem=check.problem)
+        CheckModel(name=check.name, ok=True)
+        if check.problem is None
+        else CheckModel(name=check.name, ok=False, code=check.code, problem=check.problem if told else FOR_OPERATORS)
         for check in call.portal.readiness.checks()
     ]
     ready = all(check.ok for check in checks)

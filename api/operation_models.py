@@ -14,10 +14,11 @@ class HealthModel(Output):
 
 
 class CheckModel(Output):
-    """One thing the portal depends on; `problem` says what is wrong and what to do."""
+    """One thing the portal depends on; `code` is stable, `problem` tells operators what is wrong and what to do."""
 
     name: str
     ok: bool
+    code: str | None = None
     problem: str | None = None
 
 

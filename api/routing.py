@@ -69,7 +69,7 @@ class Octets:
 class Route:
     """One method of one path. ``permission`` ``None`` means: open to anyone, a decision to be made each time.
 
-    Every GET answers HEAD, too; with a ``head_summary`` the OpenAPI text says so.
+    ``token_optional``: anyone may call it, and who shows a valid token is known. Every GET answers HEAD, too; with a ``head_summary`` the OpenAPI text says so.
     """
 
     method: str
@@ -86,6 +86,7 @@ class Route:
     on_pki_listener: bool = False
     idempotency_key: bool = False
     body_optional: bool = False
+    token_optional: bool = False
     head_summary: str = ""
 
     @property

@@ -9,12 +9,14 @@ from html.parser import HTMLParser
 import pytest
 from flask import Flask
 
+from access import Role
+from api.operation import FOR_OPERATORS
 from app import ROUTES, portal_of
 from db import Database
 from enforcement import Enforcement
 from errors import DatabaseUnavailable
 from readiness import Readiness
-from tests.harness import Api, Clock, api_as
+from tests.harness import Api, Clock, api_as, problem_of
 
 
 @pytest.fixture
@@ -22,10 +24,15 @@ def anyone(app: Flask) -> Api:
     return api_as(app, None)
 
 
-def problems_of(anyone: Api) -> dict[str, str]:
+@pytest.fixture
+def auditor(app: Flask) -> Api:
+    return api_as(app, Role.AUDITOR)
+
+
+def problems_of(asking: Api, told: str = "problem") -> dict[str, str]:
     """What ``/readyz`` says is wrong, by the name of the check."""
-    answer = anyone.get("/readyz")
-    problems = {check["name"]: check["problem"] for check in answer.json["checks"] if not check["ok"]}
+    answer = asking.get("/readyz")
+    problems = {check["name"]: check[told] for check in answer.json["checks"] if not check["ok"]}
     assert answer.content_type == "application/json"
     assert (answer.status_code, answer.json["status"]) == ((503, "not ready") if problems else (200, "ready"))
     return problems
@@ -47,55 +54,76 @@ def test_healthz_asks_nobody(anyone: Api, monkeypatch: pytest.MonkeyPatch) -> No
     assert anyone.get("/healthz").status_code == 200
 
 
-def test_readyz_names_the_broker_that_does_not_run_and_nothing_else(anyone: Api) -> None:
-    assert list(problems_of(anyone)) == ["broker"]
-    assert "start it" in problems_of(anyone)["broker"]
+def test_readyz_names_the_broker_that_does_not_run_and_nothing_else(auditor: Api) -> None:
+    assert list(problems_of(auditor)) == ["broker"]
+    assert "start it" in problems_of(auditor)["broker"]
 
 
-def test_readyz_is_ready_where_all_is_well(anyone: Api, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readyz_is_ready_where_all_is_well(auditor: Api, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     portal = portal_of(app)
     monkeypatch.setattr(Enforcement, "broker_answers", lambda _: True)
-    assert "generation" in problems_of(anyone)["broker"]
+    assert "generation" in problems_of(auditor)["broker"]
     with portal.database.transaction() as tx:
         tx.exec_driver_sql("UPDATE broker_state SET applied_generation = generation")
-    assert problems_of(anyone) == {}
+    assert problems_of(auditor) == {}
 
 
-def test_readyz_names_a_damaged_file_of_the_broker(anyone: Api, app: Flask) -> None:
+def test_readyz_names_a_damaged_file_of_the_broker(auditor: Api, app: Flask) -> None:
     portal_of(app).settings.broker_file("acl").write_text("topic readwrite #\n")
-    assert "acl" in problems_of(anyone)["broker files"]
+    assert "acl" in problems_of(auditor)["broker files"]
 
 
-def test_readyz_names_a_crl_that_nobody_renews(anyone: Api, clock: Clock) -> None:
+def test_readyz_names_a_crl_that_nobody_renews(auditor: Api, clock: Clock) -> None:
     clock.advance(days=5)
-    assert "issuing-1" in problems_of(anyone)["crl"]
+    assert "issuing-1" in problems_of(auditor)["crl"]
 
 
-def test_readyz_names_an_expired_ca(anyone: Api, clock: Clock) -> None:
+def test_readyz_names_an_expired_ca(auditor: Api, clock: Clock) -> None:
     clock.advance(days=1826)
-    assert "expired" in problems_of(anyone)["ca"]
+    assert "expired" in problems_of(auditor)["ca"]
 
 
-def test_readyz_names_a_database_that_does_not_answer(anyone: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert anyone.get("/healthz").status_code == 200
-    monkeypatch.setattr(Database, "snapshot", fail)
-    assert "does not answer" in problems_of(anyone)["database"]
+def test_readyz_names_a_database_that_does_not_answer(auditor: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert auditor.get("/healthz").status_code == 200
+    monkeypatch.setattr(Database, "snapshot", fail)  # so that nobody's token can be looked up either
+    assert problems_of(auditor, "code")["database"] == "database_unavailable"
 
 
-def test_readyz_tells_a_stranger_nothing_of_a_check_that_broke(anyone: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readyz_tells_a_stranger_nothing_of_a_check_that_broke(auditor: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: object) -> None:
         raise RuntimeError("secret inner workings")
 
     monkeypatch.setattr(Readiness, "_files_problem", broken)
-    problems = problems_of(anyone)
+    problems = problems_of(auditor)
     assert set(problems) == {"broker files", "broker"}
     assert "secret" not in str(problems)
 
 
-def test_readyz_survives_a_broker_folder_that_is_gone(anyone: Api, app: Flask) -> None:
-    assert anyone.get("/readyz").status_code == 503
+def test_readyz_survives_a_broker_folder_that_is_gone(auditor: Api, app: Flask) -> None:
+    assert auditor.get("/readyz").status_code == 503
     shutil.rmtree(portal_of(app).settings.broker_dir)
-    assert {"broker", "broker files"} <= set(problems_of(anyone))
+    assert {"broker", "broker files"} <= set(problems_of(auditor))
+
+
+def test_readyz_tells_a_stranger_codes_and_no_reason(anyone: Api, app: Flask, clock: Clock) -> None:
+    settings = portal_of(app).settings
+    settings.broker_file("acl").write_text("topic readwrite #\n")
+    clock.advance(days=5)
+    assert problems_of(anyone, "code") == {
+        "crl": "crl_not_renewed",
+        "broker files": "broker_files_damaged",
+        "broker": "broker_not_enforcing",
+    }
+    assert set(problems_of(anyone).values()) == {FOR_OPERATORS}
+    answer = anyone.get("/readyz").text
+    for told in (str(settings.data_dir), "issuing-1", "generation"):
+        assert told not in answer
+
+
+def test_a_bad_token_at_readyz_is_a_failed_login(app: Flask) -> None:
+    problem_of(Api(app.test_client(), "op_a-token-of-nobody").get("/readyz"), 401, "unauthenticated")
+    entry = portal_of(app).operators.audit("default", limit=1, before=None, filters={})[0]
+    assert (entry.action, entry.outcome) == ("GET /readyz", "refused")
 
 
 # --- Described ----------------------------------------------------------------------------------------------------
@@ -106,7 +134,7 @@ def test_the_openapi_text_names_every_route_with_who_may_call_it(anyone: Api) ->
     assert text.content_type == "application/json"
     assert text.json["openapi"].startswith("3.1")
     described = {
-        f"{method.upper()} {path}": bool(operation["security"])
+        f"{method.upper()} {path}": bool(operation["security"]) and {} not in operation["security"]
         for path, methods in text.json["paths"].items()
         for method, operation in methods.items()
     }
