@@ -20,7 +20,7 @@ import metrics
 import serving
 from admin_plain import plainly, settings_here
 from config import Settings
-from files import replace_file
+from files import own_until_exit, replace_file
 from installation import first_token, occupied, open_portal, prepare
 
 log = logging.getLogger("portal.admin")
@@ -49,40 +49,7 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
     @plainly
     def serve() -> None:
         """Serve the portal over HTTPS until it is told to stop."""
-        settings = settings_here()
-        logs.set_up(settings)
-        environment = settings.data_dir / "operator.env"
-        counts = settings.data_dir / "metrics"
-        portal = open_portal(settings)
-        try:
-            prepare(portal)
-            token = first_token(portal)
-        finally:
-            portal.close()
-        metrics.forget(counts)
-
-        def on_listening() -> None:
-            environment.unlink(missing_ok=True)  # until this portal answers; not where another one has the ports
-
-        def on_ready() -> None:
-            replace_file(environment, _operator_environment(settings, token).encode())
-            log.info("serving", extra={"url": settings.public_url, "pki_url": settings.pki_url})
-
-        def on_worker_start(app: Flask) -> None:
-            metrics.share(counts)  # first: nothing may have been counted yet
-            portal_of(app)
-
-        with occupied(settings):
-            status = serving.serve(
-                settings,
-                functools.partial(create_app, settings),
-                certificate=settings.tls_dir / "server.pem",
-                key=settings.tls_dir / "server.key",
-                on_ready=on_ready,
-                on_listening=on_listening,
-                on_worker_start=on_worker_start,
-            )
-        raise SystemExit(status)
+        raise SystemExit(_serve(settings_here(), create_app, portal_of))
 
     @click.command("settings")
     @plainly
@@ -129,6 +96,46 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
         admin_backup.restore,
         admin_doctor.doctor,
     ]
+
+
+def _serve(settings: Settings, create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]) -> int:
+    logs.set_up(settings)
+    environment = settings.data_dir / "operator.env"
+    counts = settings.data_dir / "metrics"
+    portal = open_portal(settings)
+    try:
+        prepare(portal)
+        token = first_token(portal)
+    finally:
+        portal.close()
+    # Of several portals on one data folder the first keeps operator.env and the counts while it lives.
+    first = own_until_exit(settings.data_dir / ".serving.lock")
+    if first:
+        metrics.forget(counts)
+
+    def on_listening() -> None:
+        if first:
+            environment.unlink(missing_ok=True)  # until this portal answers
+
+    def on_ready() -> None:
+        if first:
+            replace_file(environment, _operator_environment(settings, token).encode())
+        log.info("serving", extra={"url": settings.public_url, "pki_url": settings.pki_url})
+
+    def on_worker_start(app: Flask) -> None:
+        metrics.share(counts)  # first: nothing may have been counted yet
+        portal_of(app)
+
+    with occupied(settings):
+        return serving.serve(
+            settings,
+            functools.partial(create_app, settings),
+            certificate=settings.tls_dir / "server.pem",
+            key=settings.tls_dir / "server.key",
+            on_ready=on_ready,
+            on_listening=on_listening,
+            on_worker_start=on_worker_start,
+        )
 
 
 def _operator_environment(settings: Settings, token: str) -> str:

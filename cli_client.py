@@ -32,6 +32,11 @@ _LINK = re.compile(r"/download/[A-Za-z0-9._~=-]{8,2048}")
 _ANCHOR_UNKNOWN = (2, 7, 18, 19, 20, 21, 30)
 _NAME_DIFFERS = (62, 64)  # host name, IP address
 _NOT_NOW = (9, 10)  # not yet valid, expired
+# Words of our own, since an answer to HEAD has none.
+_DEAD_LINK = {
+    404: "The portal does not know this link; check that it was copied whole.",
+    410: "This link is used, or its time is over, or its device is revoked; give the device new credentials.",
+}
 _Cause = TypeVar("_Cause", bound=BaseException)
 
 
@@ -132,6 +137,14 @@ class Client:
                 f"The answer of {answer.origin} is no bundle; check the link, and whether a proxy answers."
             )
         return answer.body
+
+    def look_at_link(self, link: str) -> None:
+        """Ask whether the link would give a bundle, which spends nothing; raises as ``fetch_bundle`` does."""
+        answer = self._send("HEAD", link, None, {})
+        if answer.status in _DEAD_LINK:
+            raise Refused(_DEAD_LINK[answer.status], status=answer.status)
+        if answer.status >= 400:
+            raise self._refusal(answer)
 
     def _token(self) -> str:
         if self._settings.token is None:

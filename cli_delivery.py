@@ -42,7 +42,7 @@ def download(portal: Portal, link: str, out: Path | None, password_file: str | N
     link = check_link(link)
     _ = portal.settings  # a wrong one shows before the password is asked for
     with _folder(out, force=force) as folder:
-        password = bundle_password(password_file)
+        password = bundle_password(password_file, before_asking=lambda: portal.client.look_at_link(link))
         content, kept = fetch(portal, link, folder.path if folder else Path())
         files = unpack_fetched(portal, content, kept, password, folder=folder, force=force)
     _show(portal, files)

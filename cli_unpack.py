@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -35,12 +35,17 @@ class Password:
         return "Password()"
 
 
-def bundle_password(password_file: str | None) -> Password:
-    """From the file, the environment or the terminal; asked for before the link is spent."""
+def bundle_password(password_file: str | None, *, before_asking: Callable[[], None] | None = None) -> Password:
+    """From the file, the environment or the terminal; asked for before the link is spent.
+
+    ``before_asking`` is called before somebody has to type it, and raises where that would be in vain.
+    """
     if password_file is not None:
         return Password(read_secret(password_file, "password"))
     if os.environ.get(PASSWORD_VARIABLE):
         return Password(os.environ[PASSWORD_VARIABLE])
+    if before_asking is not None and sys.stdin.isatty():
+        before_asking()
     return Password(_ask(), asked=True)
 
 

@@ -188,3 +188,20 @@ class FileLock:
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def own_until_exit(path: Path) -> bool:
+    """Take the file at ``path`` for this process alone until it ends, however it ends; says whether it was free.
+
+    Processes that are forked later do not hold it. Raises ``LockUnavailable`` where the file cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # open until the end: it is the lock
+    except OSError as error:
+        raise LockUnavailable(f"{path} cannot be opened ({error.strerror}); see to its disk.") from error
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        return False
+    return True

@@ -69,7 +69,9 @@ class Octets:
 class Route:
     """One method of one path. ``permission`` ``None`` means: open to anyone, a decision to be made each time.
 
-    ``token_optional``: anyone may call it, and who shows a valid token is known. Every GET answers HEAD, too; with a ``head_summary`` the OpenAPI text says so.
+    ``token_optional``: anyone may call it, and who shows a valid token is known.
+
+    Every GET answers HEAD, too; with a ``head_summary`` the OpenAPI text says so.
     """
 
     method: str

@@ -86,9 +86,11 @@ class Deployment:
             self.broker = None
 
     def start_portal(self, *, others: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start the server; returns once it has written operator.env, which it does when it answers."""
+        """Start the server; returns once it answers, which the first one says by writing operator.env."""
         environment_file = self.data / "operator.env"
-        environment_file.unlink(missing_ok=True)
+        first = not self.processes
+        if first:
+            environment_file.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "flask", "--app", "app", "serve"],
@@ -99,6 +101,11 @@ class Deployment:
                 stderr=log,
             )
         self.processes.append(process)
+        if not first:
+            address = (others or {}).get("PORTAL_BIND", self.environment["PORTAL_BIND"])
+            wait_until(lambda: is_answered(f"https://{address}/healthz") or process.poll() is not None)
+            assert process.poll() is None, self.log.read_text()
+            return process
         wait_until(lambda: environment_file.exists() or process.poll() is not None)
         assert process.poll() is None, self.log.read_text()
         lines = environment_file.read_text().splitlines()
@@ -243,6 +250,12 @@ class Client:
     def close(self) -> None:
         self.paho.disconnect()
         self.paho.loop_stop()
+
+
+def is_answered(url: str) -> bool:
+    """Whether anything answers there, as curl sees it."""
+    command = ["curl", "-sk", "--noproxy", "*", "-o", "/dev/null", "--max-time", "5", url]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def wait_until(condition: Any, seconds: float = SECONDS) -> None:

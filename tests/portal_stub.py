@@ -244,7 +244,8 @@ class PortalStub:
         return Reply(body=answer | {"reason": reason, "broker": self.broker})
 
     def _download(self, request: Request) -> Reply:
-        bundle = self.bundles.pop(request.path.rsplit("/", 1)[1], None)
+        token = request.path.rsplit("/", 1)[1]
+        bundle = self.bundles.get(token) if request.method == "HEAD" else self.bundles.pop(token, None)
         if bundle is None:
             return problem(410, "link_used", "This link was used already.")
         return Reply(body=bundle, headers={"Content-Type": "application/zip"})
@@ -304,9 +305,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": str(len(sent))}).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(sent[: len(sent) // 2] if reply.breaks_off else sent)
+        if self.command != "HEAD":
+            self.wfile.write(sent[: len(sent) // 2] if reply.breaks_off else sent)
 
-    do_GET = do_POST = do_PATCH = do_DELETE = _answer  # noqa: N815 - http.server's names
+    do_GET = do_HEAD = do_POST = do_PATCH = do_DELETE = _answer  # noqa: N815 - http.server's names
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
         """Keep quiet."""

@@ -135,7 +135,7 @@ def test_the_bundle_password_is_asked_for_hidden_until_it_fits(
     link = stub.add_link(build_bundle(device_files(cli_pki, DEVICE_ID)))
     with terminal(session, "download", link, NO_COLOR="1") as seen:
         seen.expect("Bundle password: ")
-        assert stub.requests == []  # the link is spent only once there is a password to try
+        assert [request.method for request in stub.requests] == ["HEAD"]  # spent only once there is a password to try
         seen.type("wrong password\n")
         seen.expect("does not open the bundle; try again")
         seen.expect("Bundle password: ")
@@ -144,6 +144,15 @@ def test_the_bundle_password_is_asked_for_hidden_until_it_fits(
     assert "wrong password" not in seen.seen
     assert BUNDLE_PASSWORD not in seen.seen
     assert {path.name for path in session.folder.iterdir()} == {DEVICE_ID}
+
+
+def test_nobody_types_a_password_for_a_link_that_is_used(session: Session, stub: PortalStub) -> None:
+    with terminal(session, "download", f"{stub.url}/download/a-used-link", NO_COLOR="1") as seen:
+        assert seen.end() == 1
+    assert "This link is used, or its time is over" in seen.seen
+    assert "Bundle password" not in seen.seen
+    assert "a-used-link" not in seen.seen.partition("download")[2]
+    assert [request.method for request in stub.requests] == ["HEAD"]
 
 
 def test_ctrl_c_is_quiet_and_keeps_the_bundle(session: Session, stub: PortalStub, cli_pki: Pki) -> None:
@@ -225,6 +234,6 @@ def test_an_unwritable_folder_is_one_sentence(session: Session, stub: PortalStub
 
 
 def test_bash_completes_commands(session: Session, tmp_path: Path) -> None:
-    environment = {"_PORTAL_COMPLETE": "bash_complete", "COMP_WORDS": "portal re", "COMP_CWORD": "1"}
+    environment = {"_PORTAL_COMPLETE": "bash_complete", "COMP_WORDS": "portal reg", "COMP_CWORD": "1"}
     session.environment |= environment
-    assert session.spawn().stdout.split() == ["plain,register", "plain,revoke"]
+    assert session.spawn().stdout.split() == ["plain,register"]

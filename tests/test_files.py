@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from errors import LockUnavailable, StartupError
-from files import FileLock, private_folder, remove_leftovers, replace_file, secret_file, temporary_beside
+from files import (
+    FileLock,
+    own_until_exit,
+    private_folder,
+    remove_leftovers,
+    replace_file,
+    secret_file,
+    temporary_beside,
+)
 
 
 def test_a_file_is_replaced_with_its_mode(tmp_path: Path) -> None:
@@ -138,3 +146,30 @@ def test_a_lock_leaves_no_descriptor_open(tmp_path: Path) -> None:
     with lock.try_hold():
         pass
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_a_process_owns_is_free_when_it_has_ended_though_its_child_lives(tmp_path: Path) -> None:
+    path = tmp_path / ".serving.lock"
+    owner = """
+import os, sys
+from pathlib import Path
+from files import own_until_exit
+assert own_until_exit(Path(sys.argv[1]))
+if os.fork() == 0:
+    sys.stdin.read()
+    os._exit(0)
+print("owned", flush=True)
+sys.stdin.readline()
+os._exit(0)
+"""
+    command = [sys.executable, "-c", owner, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "owned\n"
+        assert not own_until_exit(path)
+        process.kill()
+        process.wait()
+        assert own_until_exit(path)
+        process.stdin.close()  # which ends the child
+    assert path.stat().st_mode & 0o777 == 0o600

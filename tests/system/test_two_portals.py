@@ -35,7 +35,9 @@ def test_registered_and_revoked_by_two_portals_at_once_all_agree(style: str, dat
         deployment = stack.enter_context(Deployment(**environment))
         other = f"127.0.0.1:{free_port()}"
         binds = {"PORTAL_BIND": other, "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}"}
+        told = (deployment.data / "operator.env").read_text()
         deployment.start_portal(others=binds)
+        assert (deployment.data / "operator.env").read_text() == told  # the first one's, while it lives
         urls = (deployment.url, f"https://{other}")
         credentials = deployment.session.headers["Authorization"]
 
