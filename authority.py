@@ -8,17 +8,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from cryptography import x509
 from sqlalchemy.engine import Connection
 
 import ca
 import db_issuers
+from authority_crl import ROOT_CRL_DAYS, RevokedEntries, next_crl
 from ca_keys import CaKeys
 from config import Settings
 from db import Database
-from db_issuers import CrlRecord, IssuerRecord
+from db_issuers import IssuerRecord
 from errors import CaKeyUnavailable, PortalError
 
 log = logging.getLogger("portal.authority")
@@ -26,10 +27,6 @@ log = logging.getLogger("portal.authority")
 ROOT = "root"
 FIRST_ISSUING = "issuing-1"
 SECONDS_BETWEEN_LOOKS = 1.0
-# The root's key is meant to be moved away, so its CRL, which lists issuing CAs only, lives long.
-ROOT_CRL_DAYS = 365
-# Relying parties with slow clocks, and revocations that come faster than one a second, need room behind now.
-CRL_BACKDATE = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,36 +212,7 @@ def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str
                 issuing_since=None if name == ROOT else now,
             )
             if name == ROOT:
-                recorded = RecordedIssuer(row_id, kind, root.der, root_issuer)
-                crl = next_crl(tx, recorded, None, days=ROOT_CRL_DAYS, generation=0, now=now)
+                crl = next_crl(
+                    tx, row_id, root_issuer, None, RevokedEntries(), days=ROOT_CRL_DAYS, generation=0, now=now
+                )
                 db_issuers.put_crl(tx, tenant_id, crl)
-
-
-def crl_is_due(crl: CrlRecord | None, *, changed_at: int, now: datetime) -> bool:
-    """Whether a new CRL is wanted: none yet, a change after its generation, half its life over, or the clock moved."""
-    if crl is None or changed_at > crl.generation:
-        return True
-    half = crl.this_update + (crl.next_update - crl.this_update) / 2
-    return not crl.this_update <= now < half
-
-
-def next_crl(
-    tx: Connection, recorded: RecordedIssuer, previous: CrlRecord | None, *, days: int, generation: int, now: datetime
-) -> CrlRecord:
-    """Sign the issuer's next CRL from what the transaction sees; expired certificates are left out.
-
-    thisUpdate rises with each CRL as long as the clock lets it and is never in the future: a broker given one that
-    is not yet valid refuses every connection.
-    """
-    now = now.replace(microsecond=0)
-    this_update = now - CRL_BACKDATE
-    if previous is not None:
-        this_update = min(max(this_update, previous.this_update + timedelta(seconds=1)), now)
-    next_update = now + timedelta(days=days)
-    number = 1 if previous is None else previous.number + 1
-    entries = (
-        ca.revoke_certificate(entry.serial_number, entry.revoked_at, ca.Reason(entry.reason))
-        for entry in db_issuers.revoked_certificates(tx, recorded.id, now=now)
-    )
-    der = ca.sign_crl(recorded.issuer, entries, number=number, this_update=this_update, next_update=next_update)
-    return CrlRecord(recorded.id, number, this_update, next_update, generation, der)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from types import MappingProxyType
 
 from config import AclStyle
@@ -16,7 +18,7 @@ GENERATION_TOPIC = "portal/generation"  # below it, the only topic that the port
 REFUSED_TOPIC = "portal/refused"
 
 _WRITER = b"# Written by the device onboarding portal. A change by hand is damage to it and is overwritten.\n"
-_DENY_ALL = "topic deny #\n"
+DENY_ALL = "topic deny #\n"
 
 
 class Acl:
@@ -34,6 +36,7 @@ class Acl:
         self.prefix = prefix
         self._blocks: dict[str, bytes] = {}
         self._closed: dict[str, str] = {}
+        self._denied: dict[str, datetime] = {}  # deny blocks of devices that are out, the oldest first
         self._default_lines = _topic_lines("{id}", default_topics(prefix))
 
     @property
@@ -44,6 +47,17 @@ class Acl:
     def __len__(self) -> int:
         """How many devices have a block."""
         return len(self._blocks)
+
+    def thin(self, *, newest: int, since: datetime) -> None:
+        """Forget the denials of devices that were put out before ``since``, except for so many of the newest.
+
+        Mosquitto's time for a reload grows with the square of its users. A denial is needed as long as a connection
+        may live whose handshake was over before the CRL that lists the device; from then on the CRL keeps it out.
+        """
+        for device_id, at in list(itertools.islice(self._denied.items(), max(0, len(self._denied) - newest))):
+            if at >= since:
+                break
+            forget_device_acl(self, device_id)
 
     def render(self, generation: int) -> bytes:
         """The whole file, in Mosquitto's own format (mosquitto.conf(5), acl_file), for ``generation``."""
@@ -67,6 +81,7 @@ def add_device_acl(acl: Acl, device_id: str, topics: Sequence[Topic] | None) -> 
     """
     _check_id(device_id)
     acl._closed.pop(device_id, None)
+    acl._denied.pop(device_id, None)
     if topics is None:
         if acl.style is AclStyle.PATTERN:
             acl._blocks.pop(device_id, None)
@@ -83,15 +98,19 @@ def add_device_acl(acl: Acl, device_id: str, topics: Sequence[Topic] | None) -> 
     acl._blocks[device_id] = f"user {device_id}\n{_topic_lines(device_id, checked)}".encode()
 
 
-def remove_device_acl(acl: Acl, device_id: str) -> None:
+def remove_device_acl(acl: Acl, device_id: str, at: datetime | None = None) -> None:
     """Take everything from the device: no block in an allow-list, a deny block where the pattern would cover it.
 
-    Raises ``ValueError`` where ``device_id`` is no canonical UUID.
+    With ``at``, the time now, that block may be forgotten once it is old (``Acl.thin``). Raises ``ValueError`` where
+    ``device_id`` is no canonical UUID.
     """
     _check_id(device_id)
     acl._closed.pop(device_id, None)
+    acl._denied.pop(device_id, None)
     if acl.style is AclStyle.PATTERN:
-        acl._blocks[device_id] = f"user {device_id}\n{_DENY_ALL}".encode()
+        acl._blocks[device_id] = f"user {device_id}\n{DENY_ALL}".encode()
+        if at is not None:
+            acl._denied[device_id] = at
     else:
         acl._blocks.pop(device_id, None)
 
@@ -102,6 +121,7 @@ def forget_device_acl(acl: Acl, device_id: str) -> None:
     In pattern style this ends the denial: only the CRL and the certificate's end keep the device out from then on.
     """
     acl._closed.pop(device_id, None)
+    acl._denied.pop(device_id, None)
     acl._blocks.pop(device_id, None)
 
 

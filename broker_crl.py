@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import binascii
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.x509.oid import SignatureAlgorithmOID
 
+from ca_signatures import VerifyingKey, children, take_apart, verifies
 from errors import ProjectionInvalid
 
-_SigningKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
-_PEM_CRL = re.compile(rb"-----BEGIN X509 CRL-----\r?\n[A-Za-z0-9+/=\r\n]+-----END X509 CRL-----\s*")
+_PEM_CRL = re.compile(rb"-----BEGIN X509 CRL-----\r?\n([A-Za-z0-9+/=\r\n]+)-----END X509 CRL-----\s*")
+
+
+class _Read(NamedTuple):
+    crl: x509.CertificateRevocationList
+    der: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +51,8 @@ def validate_crl(pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: da
         raise ProjectionInvalid("There is no issuing CA to check a CRL by.")
     missing = list(issuers)
     windows = []
-    for crl in _load_crls(pem_bundle):
-        issuer = _issuer_of(crl, missing)
+    for crl, der in _load_crls(pem_bundle):
+        issuer = _issuer_of(crl, der, missing)
         if issuer is None:
             raise ProjectionInvalid(
                 "A CRL is not signed by one of the issuing CAs, or an issuing CA has two of them in the file."
@@ -64,12 +71,12 @@ def validate_crl(pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: da
 
 def read_window(pem_bundle: bytes) -> CrlWindow:
     """When the CRLs of a file are current; raises ``ProjectionInvalid`` where it is no file of CRLs."""
-    return _window(_load_crls(pem_bundle))
+    return _window([read.crl for read in _load_crls(pem_bundle)])
 
 
 def read_crls(pem_bundle: bytes) -> list[x509.CertificateRevocationList]:
     """The CRLs of a file, unchecked; raises ``ProjectionInvalid`` where it is no file of CRLs."""
-    return _load_crls(pem_bundle)
+    return [read.crl for read in _load_crls(pem_bundle)]
 
 
 def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
@@ -92,7 +99,7 @@ def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
     return issuing or roots
 
 
-def _load_crls(pem_bundle: bytes) -> list[x509.CertificateRevocationList]:
+def _load_crls(pem_bundle: bytes) -> list[_Read]:
     crls = []
     position = 0
     while position < len(pem_bundle):
@@ -101,7 +108,8 @@ def _load_crls(pem_bundle: bytes) -> list[x509.CertificateRevocationList]:
         if block is None:
             raise ProjectionInvalid("The file of CRLs is malformed or truncated.")
         try:
-            crls.append(x509.load_pem_x509_crl(block[0]))
+            der = binascii.a2b_base64(block[1].translate(None, b"\r\n"), strict_mode=True)
+            crls.append(_Read(x509.load_der_x509_crl(der), der))
         except ValueError as error:
             raise ProjectionInvalid("The file of CRLs holds a block that is no CRL.") from error
         position = block.end()
@@ -119,21 +127,31 @@ def _window(crls: Sequence[x509.CertificateRevocationList]) -> CrlWindow:
     )
 
 
-def _issuer_of(crl: x509.CertificateRevocationList, candidates: Sequence[x509.Certificate]) -> x509.Certificate | None:
+def _issuer_of(
+    crl: x509.CertificateRevocationList, der: bytes, candidates: Sequence[x509.Certificate]
+) -> x509.Certificate | None:
     for candidate in candidates:
-        if crl.issuer != candidate.subject:
-            continue
-        try:
-            if crl.is_signature_valid(_issuer_key(candidate)):
-                return candidate
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise ProjectionInvalid("A CRL has a signature of a kind that cannot be checked.") from error
+        if crl.issuer == candidate.subject and _is_signed_by(crl, der, _issuer_key(candidate)):
+            return candidate
     return None
 
 
-def _issuer_key(certificate: x509.Certificate) -> _SigningKey:
+def _is_signed_by(crl: x509.CertificateRevocationList, der: bytes, key: VerifyingKey) -> bool:
+    """Verify the bytes as they stand: pyca's own check writes a list of 100,000 entries anew first, in 0.1 s."""
+    try:
+        signed = take_apart(der)
+        if children(signed.content)[1] != signed.algorithm:  # RFC 5280 section 5.1.1.2: the two must be the same
+            return False
+        if crl.signature_algorithm_oid == SignatureAlgorithmOID.RSASSA_PSS:
+            raise UnsupportedAlgorithm("no CA of the portal signs so")
+        return verifies(key, crl.signature_hash_algorithm, signed.signature, bytes(signed.content))
+    except (ValueError, TypeError, IndexError, UnsupportedAlgorithm) as error:
+        raise ProjectionInvalid("A CRL has a signature of a kind that cannot be checked.") from error
+
+
+def _issuer_key(certificate: x509.Certificate) -> VerifyingKey:
     key = certificate.public_key()
-    if not isinstance(key, _SigningKey):
+    if not isinstance(key, VerifyingKey):
         raise ProjectionInvalid("A CA has a key of a kind that does not sign CRLs.")
     return key
 

@@ -15,7 +15,7 @@ import stat
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -48,6 +48,9 @@ class Projection:
     ca: bytes
 
 
+_NEVER = CrlWindow(datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC))
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """A file as it was when last looked at."""
@@ -65,6 +68,7 @@ class BrokerFiles:
         self._clock = clock
         self._group = broker_group(settings)
         self._seen: dict[str, _Seen] = {}
+        self._checked: tuple[str, CrlWindow] = ("", _NEVER)  # the CRLs checked last, by the digest of CRLs and CAs
         self._lock = threading.Lock()
 
     def install(self, projection: Projection, *, even_older: bool = False) -> None:
@@ -89,6 +93,9 @@ class BrokerFiles:
                 if self._file_problem(name) is None and self._digest(name) == digests[name]:
                     del contents[name]
             self._replace({**contents, RECORD_FILE: record.encode()})
+            for name, content in contents.items():
+                window = self._checked[1] if name == CRL_FILE else None
+                self._remember(name, digests[name], window, len(content))
         self.password()
 
     def check(self, projection: Projection) -> None:
@@ -96,9 +103,17 @@ class BrokerFiles:
         if not 0 <= projection.generation < 1 << 63:
             raise ProjectionInvalid("A generation must be a whole number that is not negative.")
         settings = self._settings
-        issuers = issuing_certificates(projection.ca)
-        validate_crl(projection.crl, issuers, self._clock())
+        self._check_crl(projection)
         validate_acl(projection.acl, projection.generation, style=settings.acl_style, prefix=settings.topic_prefix)
+
+    def _check_crl(self, projection: Projection) -> CrlWindow:
+        """Check the CRLs in full where they are not those of the last time; when they are current is always asked."""
+        digest = hashlib.sha256(hashlib.sha256(projection.ca).digest() + projection.crl).hexdigest()
+        seen, window = self._checked
+        if digest != seen or window.problem(self._clock()):
+            window = validate_crl(projection.crl, issuing_certificates(projection.ca), self._clock())
+            self._checked = (digest, window)
+        return window
 
     def installed_generation(self) -> int | None:
         """Generation of the files as recorded with them, or None where there is no readable record."""
@@ -238,7 +253,7 @@ class BrokerFiles:
         path = self._path(name)
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            signature = (status.st_ino, status.st_dev, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            signature = _signature(status)
             seen = self._seen.get(name)
             if seen is None or seen.signature != signature:
                 content = file.read()
@@ -248,6 +263,14 @@ class BrokerFiles:
                         window = read_window(content)
                 seen = self._seen[name] = _Seen(signature, hashlib.sha256(content).hexdigest(), window)
         return seen
+
+    def _remember(self, name: str, digest: str, window: CrlWindow | None, size: int) -> None:
+        """Note a file that was just written as one looked at, so that it need not be read to know what is in it."""
+        self._seen.pop(name, None)
+        with contextlib.suppress(OSError):
+            status = self._path(name).stat()
+            if status.st_size == size:
+                self._seen[name] = _Seen(_signature(status), digest, window)
 
     def _digest(self, name: str) -> str | None:
         try:
@@ -284,6 +307,10 @@ class BrokerFiles:
         except (OSError, ValueError):
             pass
         return f"{path} is not what the portal wrote."
+
+
+def _signature(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_dev, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _password_hash(password: str, salt: bytes, iterations: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -41,15 +41,6 @@ class CrlRecord:
     next_update: datetime
     generation: int
     der: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class RevokedCertificate:
-    """What a CRL says of a certificate: serial number in lower-case hex."""
-
-    serial_number: str
-    revoked_at: datetime
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,23 +136,6 @@ def put_crl(tx: Connection, tenant_id: str, record: CrlRecord) -> bool:
         return False
     tx.execute(sa.insert(Crl), {"tenant_id": tenant_id, "issuer_id": record.issuer_id, **values})
     return True
-
-
-def revoked_certificates(tx: Connection, issuer_id: int, *, now: datetime) -> Iterator[RevokedCertificate]:
-    """What the issuer's CRL must list: revoked or held, not yet expired at ``now`` (RFC 5280 section 3.3)."""
-    rows = tx.execute(
-        sa.select(Certificate.serial_number, Certificate.revoked_at, Certificate.revocation_reason)
-        .where(
-            Certificate.issuer_id == issuer_id,
-            Certificate.status.in_(("held", "revoked")),
-            Certificate.not_after > now,
-        )
-        .order_by(Certificate.id)
-        .execution_options(yield_per=5000)
-    )
-    for serial_number, revoked_at, reason in rows:
-        if revoked_at is not None:  # a constraint of the table says so
-            yield RevokedCertificate(serial_number, revoked_at, reason or "unspecified")
 
 
 def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:

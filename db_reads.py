@@ -21,6 +21,12 @@ from db_tables import AclEntry, Certificate, Device
 from lifecycle import DeviceStatus
 
 CURRENT = sa.and_(Certificate.status.in_(("active", "held")), Certificate.replaced_until.is_(None))
+# Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it.
+_OUT = sa.text("devices.status IN ('revoked', 'suspended')")
+_ANY_GENERATION = (1 << 63) - 1
+_ON_A_CRL = sa.text("certificates.generation > 0")
+_CHANGED = sa.text("devices.generation > 0")
+_OWN_TOPICS = sa.text("devices.own_topics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,26 +120,59 @@ def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> Certi
 
 
 def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -> Iterator[AclChange]:
-    """Every device whose place in the ACL changed after generation ``since``.
+    """Every device whose place in the ACL changed after generation ``since``, in the order of the changes.
 
-    From 0 this is the whole ACL: ``defaults`` then says whether devices that are active with the default topics
-    are wanted, too (a pattern line stands for them all).
+    From 0 this is the whole ACL where ``defaults`` says that devices which are active with the default topics are
+    wanted, too. Without them (a pattern line stands for them all) it is only the active devices with topics of their
+    own, which ``newly_out`` completes.
     """
     query = sa.select(Device.id, Device.status, Device.own_topics, Device.generation).where(
         Device.tenant_id == tenant_id
     )
     entries = sa.select(AclEntry.device_id, AclEntry.filter, AclEntry.access).where(AclEntry.tenant_id == tenant_id)
     if since > 0:
-        query = query.where(Device.generation > since)
-        entries = entries.join(Device, Device.id == AclEntry.device_id).where(Device.generation > since)
+        query = query.where(_CHANGED, Device.generation > since)
+        entries = entries.join(Device, Device.id == AclEntry.device_id).where(_CHANGED, Device.generation > since)
     elif not defaults:
-        query = query.where(sa.or_(Device.own_topics, Device.status != DeviceStatus.ACTIVE))
+        query = query.where(_OWN_TOPICS, Device.status == DeviceStatus.ACTIVE)
     topics: dict[str, list[tuple[str, str]]] = {}
     for device_id, pattern, access in tx.execute(entries.order_by(AclEntry.device_id, AclEntry.position)):
         topics.setdefault(device_id, []).append((pattern, access))
+    query = query.order_by(Device.generation)
     for device_id, status, own_topics, generation in tx.execute(query.execution_options(yield_per=5000)):
         own = tuple(topics.get(device_id, ())) if own_topics else None
         yield AclChange(device_id, DeviceStatus(status), own, generation)
+
+
+def newly_out(tx: Connection, tenant_id: str, *, newest: int, applied: int, since: datetime) -> Sequence[AclChange]:
+    """The devices that were revoked or suspended last, in that order.
+
+    They are so many of the ``newest``, with all that the broker was not yet seen to put out (after generation
+    ``applied``), or that were put out or changed after the time ``since``.
+    """
+    query = (
+        sa.select(Device.id, Device.status, Device.generation, Device.updated_at)
+        .where(Device.tenant_id == tenant_id, _OUT)
+        .order_by(Device.generation.desc())
+    )
+    found: list[AclChange] = []
+    with tx.execute(query.execution_options(yield_per=1000)) as rows:
+        for device_id, status, generation, updated_at in rows:
+            if len(found) >= newest and generation <= applied and updated_at <= since:
+                break
+            found.append(AclChange(device_id, DeviceStatus(status), None, generation))
+    return found[::-1]
+
+
+def out_among(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[str]:
+    """Which of these devices are revoked or suspended."""
+    out: set[str] = set()
+    for start in range(0, len(device_ids), 500):
+        query = sa.select(Device.id).where(
+            Device.tenant_id == tenant_id, Device.id.in_(device_ids[start : start + 500]), _OUT
+        )
+        out.update(tx.execute(query).scalars())
+    return out
 
 
 def devices_put_out(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
@@ -145,11 +184,11 @@ def devices_put_out(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
     out = sa.select(Device.id).where(
         Device.tenant_id == tenant_id,
         Device.generation > since,
-        Device.status.in_((DeviceStatus.REVOKED, DeviceStatus.SUSPENDED)),
+        _OUT,
     )
     lost_one = sa.select(Certificate.device_id).where(
         Certificate.generation > since,
-        Certificate.generation > 0,  # so that SQLite sees that its index fits
+        _ON_A_CRL,
         Certificate.tenant_id == tenant_id,
         Certificate.status == "revoked",
         Certificate.device_id.is_not(None),
@@ -158,17 +197,8 @@ def devices_put_out(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
 
 
 def devices_put_out_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
-    """Devices revoked or suspended after a time: their half-open connections may still be on their way in."""
-    revoked = sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.revoked_at > since)
-    held = (
-        sa.select(Device.id)
-        .join(Certificate, Certificate.device_id == Device.id)
-        .where(
-            Device.tenant_id == tenant_id, Device.status == DeviceStatus.SUSPENDED, Certificate.status == "held",
-            Certificate.revoked_at > since,
-        )
-    )  # fmt: skip
-    return list(tx.execute(sa.union(revoked, held)).scalars())
+    """Devices put out after a time: their half-open connections may still be on their way in."""
+    return [change.device_id for change in newly_out(tx, tenant_id, newest=0, applied=_ANY_GENERATION, since=since)]
 
 
 def superseded_between(tx: Connection, tenant_id: str, start: datetime, end: datetime) -> list[tuple[int, str]]:
@@ -178,7 +208,7 @@ def superseded_between(tx: Connection, tenant_id: str, start: datetime, end: dat
     """
     newest = (
         sa.select(Certificate.id, Certificate.device_id, Certificate.revoked_at, Certificate.revocation_reason)
-        .where(Certificate.tenant_id == tenant_id, Certificate.generation > 0, Certificate.status == "revoked")
+        .where(Certificate.tenant_id == tenant_id, _ON_A_CRL, Certificate.status == "revoked")
         .order_by(Certificate.generation.desc())
         .limit(1000)
         .subquery()

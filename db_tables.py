@@ -76,7 +76,27 @@ class Device(Base):
         sa.CheckConstraint("(status = 'revoked') = (revocation_reason IS NOT NULL)", name="revocation_reason"),
         sa.CheckConstraint("length(id) = 36", name="id_is_uuid"),
         sa.Index("ix_devices_newest", "tenant_id", "created_at", "id"),
-        sa.Index("ix_devices_generation", "tenant_id", "generation"),
+        sa.Index(
+            "ix_devices_generation",
+            "tenant_id",
+            "generation",
+            sqlite_where=sa.text("generation > 0"),
+            postgresql_where=sa.text("generation > 0"),
+        ),
+        sa.Index(
+            "ix_devices_own_topics",
+            "tenant_id",
+            "generation",
+            sqlite_where=sa.text("own_topics"),
+            postgresql_where=sa.text("own_topics"),
+        ),
+        sa.Index(
+            "ix_devices_out",
+            "tenant_id",
+            "generation",
+            sqlite_where=sa.text("status IN ('revoked', 'suspended')"),
+            postgresql_where=sa.text("status IN ('revoked', 'suspended')"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
@@ -201,9 +221,11 @@ class Certificate(Base):
         ),
         sa.Index("ix_certificates_device", "device_id", "id"),
         sa.Index(
-            "ix_certificates_crl",
+            "ix_certificates_crl",  # with the id, so that which ones there are is read from it alone
             "issuer_id",
+            "status",
             "not_after",
+            "id",
             sqlite_where=sa.text("status IN ('held', 'revoked')"),
             postgresql_where=sa.text("status IN ('held', 'revoked')"),
         ),

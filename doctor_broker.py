@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from cryptography import x509
 
 import db_issuers
 import db_reads
-from broker_acl import GENERATION_TOPIC, PORTAL_USER, REFUSED_TOPIC, Acl
+from broker_acl import DENY_ALL, GENERATION_TOPIC, PORTAL_USER, REFUSED_TOPIC, Acl
 from broker_crl import read_crls
 from broker_files import ACL_FILE, CRL_FILE, BrokerFiles
 from broker_reload import peer_process
@@ -21,7 +22,7 @@ from config import AclStyle
 from db_tables import Certificate, Device
 from doctor_findings import Verdict, problem, some, together, warning, well
 from doctor_subject import SECONDS, Subject
-from enforcement import put_into_acl
+from enforcement import denials, put_into_acl
 
 _REPAIRS = "The portal writes it anew within seconds while it runs: see that it does, and its log."
 _PENDING = "See the line on the generation."
@@ -49,13 +50,19 @@ def acl_entries(subject: Subject) -> Verdict:
         installed = BrokerFiles(settings, subject.clock).installed_generation() or 0
         content = settings.broker_file(ACL_FILE).read_bytes()
         with subject.snapshot() as tx:
-            defaults = settings.acl_style is AclStyle.PER_DEVICE
-            for change in db_reads.acl_changes(tx, subject.tenant_id, since=0, defaults=defaults):
+            per_device, now = settings.acl_style is AclStyle.PER_DEVICE, subject.clock()
+            changes = db_reads.acl_changes(tx, subject.tenant_id, since=0, defaults=per_device)
+            out = () if per_device else denials(tx, subject.tenant_id, applied=installed, now=now)
+            for change in itertools.chain(changes, out):
                 if change.generation > installed:
                     later.add(change.device_id)  # on its way to the broker
                 else:
-                    put_into_acl(wanted, change)
-    found = compare_acl(_blocks(wanted.render(installed)), _blocks(content), later)
+                    put_into_acl(wanted, change, now)
+            expected, there = _blocks(wanted.render(installed)), _blocks(content)
+            # A denial that is needed no longer may stay until the next pass.
+            denied = [user for user in there.keys() - expected.keys() if there[user] == DENY_ALL]
+            denied_still = db_reads.out_among(tx, subject.tenant_id, denied)
+    found = compare_acl(expected, there, later | denied_still)
     if wanted.closed:
         found.append(
             warning(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import base64
+import binascii
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+
+from sqlalchemy.engine import Connection
 
 import db_issuers
 import db_reads
+import db_revocations
 import events
 import metrics
-from authority import Authority, Issuers, crl_is_due, next_crl
+from authority import Authority, Issuers
+from authority_crl import RevokedEntries, crl_is_due, next_crl
 from broker_provisioning import (
     Acl,
     BrokerProvisioning,
@@ -28,6 +32,7 @@ from broker_provisioning import (
 from config import AclStyle, Settings
 from db import Database
 from db_issuers import BrokerStateRecord, CrlRecord
+from db_revocations import CrlHead
 from errors import LockUnavailable, PortalError
 from events import EventType
 from failpoints import failpoint
@@ -42,6 +47,10 @@ log = logging.getLogger("portal.enforcement")
 GRANT_INTERVAL_SECONDS = 0.4
 PROBLEM_REPEATED_SECONDS = 60.0
 PASS_AFTER_FAILURE_SECONDS = 1.0
+# In pattern style a device that is out is denied by name for longer than a connection can live that is half-way in
+# (95 s), and on for as long as its denial is among the newest: each one more makes the broker's reloads slower.
+DENIED_FOR = timedelta(minutes=3)
+DENIALS_KEPT = 500
 PASSES_AHEAD = 3  # whoever waits for a pass waits for so many of others', at their longest, before its own
 
 
@@ -94,6 +103,8 @@ class Enforcement:
         self._last_pass: tuple[int, Outcome] = (0, Outcome(0, 0))
         self._acl = Acl(settings.acl_style, settings.topic_prefix)
         self._acl_generation = 0
+        self._revoked = RevokedEntries()
+        self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
         self._wanted = threading.Event()
         self._last_problem = ("", 0.0)
         self._said_pending: set[str] = set()
@@ -293,23 +304,26 @@ class Enforcement:
         signed: list[CrlRecord] = []
         with self._database.snapshot() as tx:
             state = db_issuers.get_broker_state(tx, self._tenant_id)
-            changes = db_reads.acl_changes(
-                tx,
-                self._tenant_id,
-                since=self._acl_generation,
-                defaults=self._settings.acl_style is AclStyle.PER_DEVICE,
-            )
-            for change in changes:
-                put_into_acl(self._acl, change)
+            self._update_acl(tx, state, now)
             failpoint("apply.after_snapshot")
             put_out = db_reads.devices_put_out(tx, self._tenant_id, since=state.applied_generation)
             changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx)}
             issuers = self._authority.seen_by(tx)
             for recorded in issuers.with_crl():
-                previous = db_issuers.get_crl(tx, recorded.id)
+                previous = db_revocations.get_crl_head(tx, recorded.id)
                 if crl_is_due(previous, changed_at=changed_at[recorded.id], now=now):
-                    days = self._settings.crl_days
-                    signed.append(next_crl(tx, recorded, previous, days=days, generation=state.generation, now=now))
+                    signed.append(
+                        next_crl(
+                            tx,
+                            recorded.id,
+                            recorded.issuer,
+                            previous,
+                            self._revoked,
+                            days=self._settings.crl_days,
+                            generation=state.generation,
+                            now=now,
+                        )
+                    )
         self._acl_generation = state.generation
         if signed:
             failpoint("apply.after_crl_signed")
@@ -319,28 +333,53 @@ class Enforcement:
             failpoint("apply.after_crl_committed")
         return _Work(state, put_out, signed, issuers)
 
+    def _update_acl(self, tx: Connection, state: BrokerStateRecord, now: datetime) -> None:
+        """Bring the ACL in memory from the generation of the last pass of this process to the newest."""
+        since, per_device = self._acl_generation, self._settings.acl_style is AclStyle.PER_DEVICE
+        for change in db_reads.acl_changes(tx, self._tenant_id, since=since, defaults=per_device):
+            put_into_acl(self._acl, change, now)
+        if not per_device:
+            if since == 0:
+                applied = state.applied_generation
+                for change in denials(tx, self._tenant_id, applied=applied, now=now):
+                    put_into_acl(self._acl, change, now)
+            self._acl.thin(newest=DENIALS_KEPT, since=now - DENIED_FOR)
+
     def _install(self, work: _Work) -> None:
         if self._acl.closed:
             log.error(
                 "devices are denied everything because their topics do not fit the settings",
                 extra={"devices": len(self._acl.closed), "first": next(iter(self._acl.closed.items()))},
             )
+        pem: dict[CrlHead, bytes] = {}
         with self._database.snapshot() as tx:
-            newest = [db_issuers.get_crl(tx, recorded.id) for recorded in work.issuers.with_crl()]
+            for recorded in work.issuers.with_crl():
+                head = db_revocations.get_crl_head(tx, recorded.id)
+                if head is not None and head not in self._crl_pem:
+                    crl = db_issuers.get_crl(tx, recorded.id)
+                    self._crl_pem[head] = b"" if crl is None else crl_pem(crl.der)
+                if head is not None:
+                    pem[head] = self._crl_pem[head]
+        self._crl_pem = pem
         self._broker.install(
             Projection(
                 generation=work.state.generation,
                 acl=self._acl.render(work.state.generation),
-                crl="".join(crl_pem(crl.der) for crl in newest if crl is not None).encode(),
+                crl=b"".join(pem.values()),
                 ca=work.issuers.ca_pem.encode(),
             )
         )
 
 
-def put_into_acl(acl: Acl, change: db_reads.AclChange) -> None:
+def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> Sequence[db_reads.AclChange]:
+    """The devices that an ACL with a pattern must deny, because it may still have to keep them out (``Acl.thin``)."""
+    return db_reads.newly_out(tx, tenant_id, newest=DENIALS_KEPT, applied=applied, since=now - DENIED_FOR)
+
+
+def put_into_acl(acl: Acl, change: db_reads.AclChange, now: datetime) -> None:
     """Give a device the place in the ACL that the database says."""
     if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
-        remove_device_acl(acl, change.device_id)
+        remove_device_acl(acl, change.device_id, now)
     elif change.status is DeviceStatus.ACTIVE:
         own = None
         if change.topics is not None:
@@ -350,8 +389,7 @@ def put_into_acl(acl: Acl, change: db_reads.AclChange) -> None:
         forget_device_acl(acl, change.device_id)
 
 
-def crl_pem(der: bytes) -> str:
+def crl_pem(der: bytes) -> bytes:
     """A CRL as PEM (RFC 7468 section 6)."""
-    text = base64.b64encode(der).decode()
-    lines = (text[start : start + 64] for start in range(0, len(text), 64))
-    return "\n".join(("-----BEGIN X509 CRL-----", *lines, "-----END X509 CRL-----", ""))
+    lines = (binascii.b2a_base64(der[start : start + 48]) for start in range(0, len(der), 48))
+    return b"".join((b"-----BEGIN X509 CRL-----\n", *lines, b"-----END X509 CRL-----\n"))

@@ -12,8 +12,10 @@ import audit
 import authority_rollover
 import db
 import db_issuers
+import db_revocations
 from audit import Actor
-from authority import ROOT_CRL_DAYS, RecordedIssuer, crl_is_due, next_crl
+from authority import RecordedIssuer
+from authority_crl import ROOT_CRL_DAYS, RevokedEntries, crl_is_due, next_crl
 from errors import BrokerUnavailable, LockUnavailable, StateConflict
 from files import FileLock, replace_file
 from installation import Portal, renew_own_certificates
@@ -42,7 +44,7 @@ def renew_crls(portal: Portal) -> None:
         due = [
             recorded
             for recorded in portal.authority.seen_by(tx).issuers
-            if crl_is_due(db_issuers.get_crl(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
+            if crl_is_due(db_revocations.get_crl_head(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
         ]
     for recorded in due:
         if recorded.kind == "root":
@@ -61,14 +63,22 @@ def renew_crls(portal: Portal) -> None:
 def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime) -> None:
     with portal.database.transaction() as tx:
         state = db_issuers.get_broker_state(tx, portal.tenant_id)
-        previous = db_issuers.get_crl(tx, recorded.id)
-        crl = next_crl(tx, recorded, previous, days=days, generation=state.generation, now=now)
+        crl = next_crl(
+            tx,
+            recorded.id,
+            recorded.issuer,
+            db_revocations.get_crl_head(tx, recorded.id),
+            RevokedEntries(),
+            days=days,
+            generation=state.generation,
+            now=now,
+        )
         db_issuers.put_crl(tx, portal.tenant_id, crl)
 
 
 def _say_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> None:
     with portal.database.snapshot() as tx:
-        crl = db_issuers.get_crl(tx, root.id)
+        crl = db_revocations.get_crl_head(tx, root.id)
     said = _said.get(portal.settings.data_dir)
     if crl is None or crl.next_update - now > ROOT_CRL_SOON or (said is not None and abs(now - said) < SAID_AGAIN):
         return

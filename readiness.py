@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ca
 import db_issuers
+import db_revocations
 from authority import Authority
 from db import Database
 from enforcement import Enforcement
@@ -91,7 +92,7 @@ class Readiness:
         now = self._clock()
         with self._database.snapshot() as tx:
             for recorded in self._authority.with_crl():
-                crl = db_issuers.get_crl(tx, recorded.id)
+                crl = db_revocations.get_crl_head(tx, recorded.id)
                 if crl is None:
                     return f"{recorded.issuer.name} has no CRL yet."
                 left = (crl.next_update - now) / (crl.next_update - crl.this_update)

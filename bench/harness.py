@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -73,10 +73,15 @@ def sync_milliseconds(folder: Path, times: int = 100) -> float:
 class RunningPortal:
     """A portal as an operator runs it, on a data folder in ``folder`` and free ports, with Mosquitto beside it.
 
-    As a context manager it starts both and stops them, whatever happens. ``environment`` holds further settings.
+    As a context manager it starts both and stops them, whatever happens. ``environment`` holds further settings;
+    ``fill`` is called with the data folder before anything serves. ``start_seconds`` is what the start took.
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], fill: Callable[[Path], None] | None = None
+    ) -> None:
+        self.start_seconds = 0.0
+        self._fill = fill
         self.data = folder / "data"
         self.mqtt_port = free_port()
         self.log = folder / "portal.log"
@@ -95,9 +100,14 @@ class RunningPortal:
     def __enter__(self) -> Self:
         try:
             self._run("init").wait()
+            if self._fill is not None:
+                self._fill(self.data)
+                self._run("init").wait()  # writes the broker's files anew
             self._broker.start()
+            started = time.monotonic()
             self._server = self._run("serve")
             self._wait_until_ready(self._server)
+            self.start_seconds = time.monotonic() - started
         except BaseException:
             self._stop()
             raise
@@ -123,6 +133,10 @@ class RunningPortal:
     def cpu_seconds(self) -> dict[str, float]:
         """Processor time used until now by the portal's processes and by the broker."""
         return {"portal": sum(map(_cpu_seconds, self.pids())), "broker": _cpu_seconds(self._broker.pid)}
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Memory in RAM of all the portal's processes, and of the broker."""
+        return {"portal": sum(map(_resident, self.pids())), "broker": _resident(self._broker.pid)}
 
     def _run(self, command: str) -> subprocess.Popen[bytes]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
@@ -163,6 +177,10 @@ def _children(pid: int) -> list[int]:
 def _cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5); the first one here is state
     return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- Races --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import ca
@@ -45,7 +44,7 @@ class Hierarchy:
             pki_url=PKI_URL,
         )
 
-    def crl(self, *revoked: x509.RevokedCertificate, number: int = 1, issuer: ca.Issuer | None = None) -> bytes:
+    def crl(self, *revoked: bytes, number: int = 1, issuer: ca.Issuer | None = None) -> bytes:
         return ca.sign_crl(
             issuer or self.issuing,
             revoked,

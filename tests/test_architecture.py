@@ -22,7 +22,7 @@ FLOORS = (
     {"authority_*", "restore_journal"},
     {"audit", "access", "events"},
     {"ca_*", "ca_keys", "db_*", "broker_*", "credential_*", "transport"},
-    {"ca_pkcs8"},  # these three: what certificates and the keeping of keys share
+    {"ca_pkcs8", "ca_signatures"},  # these four: what certificates, the keeping of keys and the broker's checks share
     {"ca_algorithms", "ca_parsing"},
     {"lifecycle", "topics"},
     {"logs", "metrics", "throttle"},

@@ -475,7 +475,7 @@ def test_a_crl_that_was_altered_stops_the_restore(story: Story) -> None:
     crl = x509.load_pem_x509_crl(path.read_bytes())
     der = bytearray(crl.public_bytes(Encoding.DER))
     der[-1] ^= 1
-    path.write_text(crl_pem(bytes(der)))
+    path.write_bytes(crl_pem(bytes(der)))
     with pytest.raises(BackupRefused, match="altered"):
         story.put_back()
     path.write_bytes(b"nonsense")

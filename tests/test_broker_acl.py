@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -214,3 +215,19 @@ def test_a_file_cut_anywhere_is_refused() -> None:
 def test_a_file_of_another_prefix_is_refused() -> None:
     with pytest.raises(ProjectionInvalid):
         validate_acl(per_device().render(7), 7, prefix="plant")
+
+
+def test_old_denials_are_forgotten_except_for_the_newest() -> None:
+    acl, noon = Acl(PATTERN, "devices"), datetime(2026, 11, 24, 12, tzinfo=UTC)
+    out = [f"{number:08x}-0000-4000-8000-000000000000" for number in range(6)]
+    for minute, device_id in enumerate(out):
+        remove_device_acl(acl, device_id, noon + timedelta(minutes=minute))
+    add_device_acl(acl, out[1], None)
+    add_device_acl(acl, ONE, NARROWER)  # denied for another reason, which does not grow old
+    acl.thin(newest=2, since=noon + timedelta(minutes=3))
+    assert [line for line in rendered(acl) if line.startswith("user ")] == [
+        "user portal",
+        *[f"user {device_id}" for device_id in (*out[3:], ONE)],
+    ]
+    acl.thin(newest=2, since=noon + timedelta(hours=1))
+    assert len(acl) == 2 + 1

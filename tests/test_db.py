@@ -235,16 +235,6 @@ def test_pages_hold_every_device_once_even_where_times_are_equal(portal: Portal)
     assert set(seen) == wanted
 
 
-def test_expired_certificates_are_left_out_of_the_crl(portal: Portal) -> None:
-    with portal.database.transaction() as tx:
-        for serial_number, days in (("aa", 1), ("bb", 3)):
-            device_id = add_device(tx)
-            add_certificate(tx, device_id, serial_number=serial_number, not_after=NOW + timedelta(days=days))
-            db.revoke_device(tx, "default", device_id, revoked_at=NOW, reason="superseded", generation=2)
-        listed = db_issuers.revoked_certificates(tx, 2, now=NOW + timedelta(days=2))
-        assert [entry.serial_number for entry in listed if len(entry.serial_number) == 2] == ["bb"]
-
-
 def test_a_crl_with_a_number_that_is_not_higher_changes_nothing(portal: Portal) -> None:
     with portal.database.transaction() as tx:
         newest = db_issuers.get_crl(tx, 2)

@@ -1,0 +1,105 @@
+"""The issuers' next CRLs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy.engine import Connection
+
+import ca
+import db_revocations
+from db_issuers import CrlRecord
+from db_revocations import CrlHead, RevokedCertificate
+
+# The root's key is meant to be moved away, so its CRL, which lists issuing CAs only, lives long.
+ROOT_CRL_DAYS = 365
+# Relying parties with slow clocks, and revocations that come faster than one a second, need room behind now.
+CRL_BACKDATE = timedelta(hours=1)
+
+
+class RevokedEntries:
+    """The encoded CRL entries of certificates revoked for good, kept from one CRL to the next.
+
+    What is revoked stays so, with its date and reason, until it expires: an entry is read and encoded once, and what
+    is known here is never wrong, only incomplete. The database's count tells whether it is complete. A process that
+    comes to it late, or missed something, reads what it lacks.
+    Those on hold may come, go, and come again with another date: they are read anew each time.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[int, _Known] = {}  # by issuer
+
+    def listed(self, tx: Connection, issuer_id: int, *, generation: int, now: datetime) -> Sequence[bytes]:
+        """What the issuer's CRL must list: revoked or held, not yet expired at ``now`` (RFC 5280 section 3.3).
+
+        ``generation`` is that of the state which the transaction sees.
+        """
+        known = self._of.setdefault(issuer_id, _Known({}, 0, now))
+        if known.generation and known.at <= now:
+            for row_id in db_revocations.revoked_ids(tx, issuer_id, after=known.at, until=now):
+                known.encoded.pop(row_id, None)
+            for entry in db_revocations.revoked_since(tx, issuer_id, known.generation, now=now):
+                known.encoded[entry.id] = _encode(entry)
+        if len(known.encoded) != db_revocations.count_revoked(tx, issuer_id, now=now) or known.at > now:
+            known.complete(tx, issuer_id, now)
+        known.generation, known.at = generation, now
+        held = db_revocations.held_certificates(tx, issuer_id, now=now)
+        return [*known.encoded.values(), *map(_encode, held)]
+
+
+@dataclass(slots=True)
+class _Known:
+    """Entries of one issuer by the certificates' rows, as of a generation (0: of none yet) and a time."""
+
+    encoded: dict[int, bytes]
+    generation: int
+    at: datetime
+
+    def complete(self, tx: Connection, issuer_id: int, now: datetime) -> None:
+        """Ask for all that must be there, and read what is not."""
+        wanted = set(db_revocations.revoked_ids(tx, issuer_id, after=now))
+        for row_id in self.encoded.keys() - wanted:
+            del self.encoded[row_id]
+        for entry in db_revocations.revoked_certificates(tx, sorted(wanted - self.encoded.keys())):
+            self.encoded[entry.id] = _encode(entry)
+
+
+def _encode(entry: RevokedCertificate) -> bytes:
+    return ca.revoke_certificate(entry.serial_number, entry.revoked_at, ca.Reason(entry.reason))
+
+
+def crl_is_due(crl: CrlHead | None, *, changed_at: int, now: datetime) -> bool:
+    """Whether a new CRL is wanted: none yet, a change after its generation, half its life over, or the clock moved."""
+    if crl is None or changed_at > crl.generation:
+        return True
+    half = crl.this_update + (crl.next_update - crl.this_update) / 2
+    return not crl.this_update <= now < half
+
+
+def next_crl(
+    tx: Connection,
+    issuer_id: int,
+    issuer: ca.Issuer,
+    previous: CrlHead | None,
+    entries: RevokedEntries,
+    *,
+    days: int,
+    generation: int,
+    now: datetime,
+) -> CrlRecord:
+    """Sign the issuer's next CRL from what the transaction sees; expired certificates are left out.
+
+    thisUpdate rises with each CRL as long as the clock lets it and is never in the future: a broker given one that
+    is not yet valid refuses every connection.
+    """
+    now = now.replace(microsecond=0)
+    this_update = now - CRL_BACKDATE
+    if previous is not None:
+        this_update = min(max(this_update, previous.this_update + timedelta(seconds=1)), now)
+    next_update = now + timedelta(days=days)
+    number = 1 if previous is None else previous.number + 1
+    listed = entries.listed(tx, issuer_id, generation=generation, now=now)
+    der = ca.sign_crl(issuer, listed, number=number, this_update=this_update, next_update=next_update)
+    return CrlRecord(issuer_id, number, this_update, next_update, generation, der)

@@ -1,0 +1,92 @@
+"""Makes a fleet by writing its rows: a million devices in the time that the portal registers some thousands."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from db import Database
+from db_tables import BrokerState, Certificate, Device, IssuerRow
+
+TENANT = "default"
+TYPES, LOCATIONS = 20, 200
+RARE = "rare"  # the type and the location of every hundred-thousandth device, and of the first
+BATCH = 10_000
+CERTIFICATE_BYTES = 620  # what a certificate of the portal has
+
+
+def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_device: bool = False) -> None:
+    """Write ``devices`` devices with a certificate each, the first ``revoked`` of them revoked a day ago.
+
+    ``data`` is the data folder of a portal that was made and does not run; ``url`` its database where that is not
+    the folder's own. ``per_device`` says that the broker must be told of each of them.
+    """
+    database = Database(url or f"sqlite:///{data / 'portal.db'}", lock_path=data / ".write.lock", threads=1)
+    chance = random.Random(devices)  # noqa: S311 - the same fleet each time, no secret
+    now = datetime.now(UTC)
+    with database.snapshot() as tx:
+        issuer_id = tx.execute(sa.select(IssuerRow.id).where(IssuerRow.kind == "issuing")).scalars().first()
+    for start in range(0, devices, BATCH):
+        rows = [
+            _rows(chance, number, now, issuer_id, is_out=number < revoked, generation=int(per_device))
+            for number in range(start, min(start + BATCH, devices))
+        ]
+        with database.transaction() as tx:
+            tx.execute(sa.insert(Device), [device for device, _ in rows])
+            tx.execute(sa.insert(Certificate), [certificate for _, certificate in rows])
+    with database.transaction() as tx:
+        # As long ago as the revocations are: the broker has obeyed them.
+        tx.execute(sa.update(BrokerState).values(applied_generation=BrokerState.generation, pending_since=None))
+        if revoked:
+            tx.execute(sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(revoked_generation=1))
+    if not database.is_sqlite:
+        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text("VACUUM ANALYZE devices, certificates"))
+    database.close()
+
+
+def _rows(
+    chance: random.Random, number: int, now: datetime, issuer_id: int | None, *, is_out: bool, generation: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    rare = number % 100_000 == 0
+    at = now - timedelta(days=2) + timedelta(milliseconds=100 * number / 1000)
+    out: dict[str, Any] = {"revoked_at": None, "revocation_reason": None}
+    if is_out:
+        out = {"revoked_at": now - timedelta(days=1), "revocation_reason": "superseded"}
+    device_id = str(uuid.UUID(int=chance.getrandbits(128), version=4))
+    device = {
+        "id": device_id,
+        "tenant_id": TENANT,
+        "external_id": None,
+        "name": f"{'pump' if number % 2 else 'valve'}-{number:07}",
+        "type": RARE if rare else f"type {number % TYPES}",
+        "location": RARE if rare else f"hall {number % LOCATIONS}",
+        "firmware": "1.0",
+        "metadata": {"line": 4},
+        "own_topics": False,
+        "status": "revoked" if is_out else "active",
+        "created_at": at,
+        "updated_at": at,
+        "generation": 1 if is_out else generation,
+        **out,
+    }
+    certificate = {
+        "tenant_id": TENANT,
+        "issuer_id": issuer_id,
+        "device_id": device_id,
+        "purpose": "device",
+        "serial_number": f"{1 << 158 | chance.getrandbits(158):040x}",
+        "fingerprint": f"{chance.getrandbits(256):064x}",
+        "der": chance.randbytes(CERTIFICATE_BYTES),
+        "not_before": at,
+        "not_after": at + timedelta(days=365 if number % 50 else 30 + number % 300),
+        "issued_at": at,
+        "status": "revoked" if is_out else "active",
+        **out,
+    }
+    return device, certificate

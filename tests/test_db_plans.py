@@ -1,0 +1,79 @@
+"""Queries that run often are answered from an index, whatever the number of rows: the databases' own plans say so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+import db_reads
+import db_revocations
+from installation import Portal
+
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+Question = Callable[[Connection], object]
+
+OF_PASSES: dict[str, Question] = {
+    "what changed in the ACL": lambda tx: list(db_reads.acl_changes(tx, "default", since=7, defaults=True)),
+    "the ACL beside a pattern": lambda tx: list(db_reads.acl_changes(tx, "default", since=0, defaults=False)),
+    "the newest denials": lambda tx: db_reads.newly_out(tx, "default", newest=5, applied=7, since=NOW),
+    "who was put out": lambda tx: db_reads.devices_put_out(tx, "default", since=7),
+    "who was put out lately": lambda tx: db_reads.devices_put_out_since(tx, "default", NOW),
+    "how many are on the CRL": lambda tx: db_revocations.count_revoked(tx, 2, now=NOW),
+    "which are on the CRL": lambda tx: db_revocations.revoked_ids(tx, 2, after=NOW),
+    "which leave the CRL": lambda tx: db_revocations.revoked_ids(tx, 2, after=NOW, until=NOW),
+    "which come onto the CRL": lambda tx: list(db_revocations.revoked_since(tx, 2, 7, now=NOW)),
+    "which are held": lambda tx: list(db_revocations.held_certificates(tx, 2, now=NOW)),
+}
+SMALL = {"acl_entries", "issuers", "tenants", "broker_state", "crls"}  # tables that may be read whole
+
+
+@pytest.fixture
+def plans_of(portal: Portal) -> Iterator[Callable[[Question], list[str]]]:
+    """Asks the database how it answers each query of a question."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+        if statement.startswith("SELECT"):
+            asked.append((statement, parameters))
+
+    def plans(question: Question) -> list[str]:
+        with portal.database.snapshot() as tx:
+            asked.clear()
+            sa.event.listen(portal.database.engine, "before_cursor_execute", note)
+            question(tx)
+            sa.event.remove(portal.database.engine, "before_cursor_execute", note)
+            if portal.database.is_sqlite:
+                explained = [tx.exec_driver_sql("EXPLAIN QUERY PLAN " + text, given) for text, given in asked]
+                return ["\n".join(row[3] for row in rows) for rows in explained]
+            # The tables of a test are so small that reading them whole is cheapest; what else there is, is the question.
+            for setting in (
+                "enable_seqscan",
+                "enable_bitmapscan",
+                "enable_sort",
+                "enable_hashjoin",
+                "enable_mergejoin",
+            ):
+                tx.exec_driver_sql(f"SET LOCAL {setting} = off")
+            explained = [tx.exec_driver_sql("EXPLAIN " + text, given) for text, given in asked]
+            return ["\n".join(row[0] for row in rows) for rows in explained]
+
+    yield plans
+
+
+def read_whole(plan: str) -> set[str]:
+    """The tables that a plan reads from one end to the other."""
+    return {one or other for one, other in re.findall(r"SCAN (?!CONSTANT)(\w+)|Seq Scan on (\w+)", plan)}
+
+
+@pytest.mark.parametrize("name", OF_PASSES)
+def test_a_pass_reads_nothing_whole(plans_of: Callable[[Question], list[str]], name: str) -> None:
+    plans = plans_of(OF_PASSES[name])
+    assert plans
+    for plan in plans:
+        assert read_whole(plan) <= SMALL, plan
