@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -34,7 +34,7 @@ SMALL = {"acl_entries", "issuers", "tenants", "broker_state", "crls"}  # tables 
 
 
 @pytest.fixture
-def plans_of(portal: Portal) -> Iterator[Callable[[Question], list[str]]]:
+def plans_of(portal: Portal) -> Callable[[Question], list[str]]:
     """Asks the database how it answers each query of a question."""
     asked: list[tuple[str, Any]] = []
 
@@ -51,19 +51,13 @@ def plans_of(portal: Portal) -> Iterator[Callable[[Question], list[str]]]:
             if portal.database.is_sqlite:
                 explained = [tx.exec_driver_sql("EXPLAIN QUERY PLAN " + text, given) for text, given in asked]
                 return ["\n".join(row[3] for row in rows) for rows in explained]
-            # The tables of a test are so small that reading them whole is cheapest; what else there is, is the question.
-            for setting in (
-                "enable_seqscan",
-                "enable_bitmapscan",
-                "enable_sort",
-                "enable_hashjoin",
-                "enable_mergejoin",
-            ):
-                tx.exec_driver_sql(f"SET LOCAL {setting} = off")
+            # A test's tables are so small that reading them whole is cheapest; what else there is, is the question.
+            for setting in ("seqscan", "bitmapscan", "sort", "hashjoin", "mergejoin"):
+                tx.exec_driver_sql(f"SET LOCAL enable_{setting} = off")
             explained = [tx.exec_driver_sql("EXPLAIN " + text, given) for text, given in asked]
             return ["\n".join(row[0] for row in rows) for rows in explained]
 
-    yield plans
+    return plans
 
 
 def read_whole(plan: str) -> set[str]:
