@@ -25,6 +25,7 @@ from ca_algorithms import (
     signature_hash,
 )
 from ca_issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
+from ca_pem import pem
 from ca_profiles import (
     Extension,
     Profile,
@@ -129,7 +130,7 @@ def sign_responder_certificate(issuer: Issuer, public_key: PublicKey, *, now: da
 
 def chain_pem(*certificates: x509.Certificate) -> str:
     """Write certificates as PEM, one after the other: the leaf first (RFC 8446 §4.4.2)."""
-    return "".join(certificate.public_bytes(Encoding.PEM).decode("ascii") for certificate in certificates)
+    return "".join(pem("CERTIFICATE", certificate.public_bytes(Encoding.DER)) for certificate in certificates)
 
 
 def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datetime, days: int, pki_url: str) -> Issued:
@@ -192,7 +193,7 @@ def _signed(
     return Issued(
         certificate=certificate,
         der=der,
-        pem=certificate.public_bytes(Encoding.PEM).decode("ascii"),
+        pem=pem("CERTIFICATE", der),
         serial_number=f"{certificate.serial_number:x}",
         fingerprint=hashlib.sha256(der).hexdigest(),
         not_before=certificate.not_valid_before_utc,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import secrets
 
 from cryptography.hazmat.primitives import hashes
@@ -12,6 +11,7 @@ from cryptography.hazmat.primitives.padding import PKCS7
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from ca_algorithms import PrivateKey
+from ca_pem import pem
 
 # pyca's own encryption of PKCS#8 is fixed at 2048 rounds, too few for a passphrase that a person chose. This is what
 # OWASP advises for HMAC-SHA256; opening a key takes about 0.1 s.
@@ -40,7 +40,7 @@ def encrypt_private_key(key: PrivateKey, passphrase: bytes, *, rounds: int = PBK
     kdf = _tlv(_SEQUENCE, _PBKDF2, _tlv(_SEQUENCE, _tlv(_OCTETS, salt), _tlv(_INTEGER, count), _HMAC_WITH_SHA256))
     cipher = _tlv(_SEQUENCE, _AES_256_CBC, _tlv(_OCTETS, vector))
     scheme = _tlv(_SEQUENCE, _PBES2, _tlv(_SEQUENCE, kdf, cipher))
-    return _pem(_tlv(_SEQUENCE, scheme, _tlv(_OCTETS, sealed)))
+    return pem("ENCRYPTED PRIVATE KEY", _tlv(_SEQUENCE, scheme, _tlv(_OCTETS, sealed))).encode()
 
 
 def _tlv(tag: int, *parts: bytes) -> bytes:
@@ -51,10 +51,3 @@ def _tlv(tag: int, *parts: bytes) -> bytes:
         return bytes((tag, length)) + content
     octets = length.to_bytes((length.bit_length() + 7) // 8, "big")
     return bytes((tag, 0x80 | len(octets))) + octets + content
-
-
-def _pem(der: bytes) -> bytes:
-    text = base64.b64encode(der)
-    lines = [text[start : start + 64] for start in range(0, len(text), 64)]
-    label = b"ENCRYPTED PRIVATE KEY-----"
-    return b"\n".join([b"-----BEGIN " + label, *lines, b"-----END " + label, b""])

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command as alembic
-from alembic.config import Config as AlembicConfig
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
-from db_engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage
-from db_postgresql import unhurried
-from db_tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, Tenant, UtcDateTime
-from db_turns import Result, SharedTransactions
-from errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, LockUnavailable
-from files import FileLock
+from db_database import Database as Database
+from db_statements import Prepared
+from db_tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, UtcDateTime
+from errors import DeviceNotFound
 from lifecycle import DeviceStatus
-
-MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,124 +57,6 @@ class CertificateRecord:
     revocation_reason: str | None
 
 
-class Database:
-    """One engine with its rules: WAL and synchronous=FULL on SQLite, writers one at a time, foreign keys on."""
-
-    def __init__(self, url: str, *, lock_path: Path, threads: int) -> None:
-        """``url`` is a SQLAlchemy URL of SQLite or PostgreSQL; ``lock_path`` queues SQLite's writers fairly."""
-        self.engine = create_engine(url, threads)
-        self.is_sqlite = self.engine.dialect.name == "sqlite"
-        # SQLite lets one write at a time and lets the others poll for their turn, which costs tens of
-        # milliseconds; a lock of the kernel wakes the next one at once. PostgreSQL queues by itself.
-        self._write_gate = FileLock(lock_path) if self.is_sqlite else None
-        self._shared = SharedTransactions(self.transaction)
-        self._locked = False  # whether the last writer waited in vain for the database to be free
-        self._failed = False  # whether the last transaction that writes failed for the database's sake
-
-    @contextmanager
-    def transaction(self) -> Iterator[Connection]:
-        """A transaction that writes: durable when the block ends, undone if it raises.
-
-        Raises ``DatabaseUnavailable`` where the database does not answer, is locked by others, or has no room,
-        ``LockUnavailable`` where other writers of the portal do not end. Never nest one in another.
-        """
-        # Somebody else who keeps the database locked holds up a thread for each writer, and so the readers in the end:
-        # once one has waited in vain, the next ones only look whether that is over.
-        patience = LOCKED_SECONDS if self._locked else BUSY_TIMEOUT_SECONDS
-        until = time.monotonic() + patience
-        with _translated(), ExitStack() as stack:
-            try:
-                if self._write_gate is not None:
-                    stack.enter_context(self._write_gate.hold(patience))
-                connection = stack.enter_context(self.engine.connect())
-                connection.execution_options(portal_writes=max(0.0, until - time.monotonic()))  # read at its begin
-                connection.begin()
-            except (LockUnavailable, sa.exc.OperationalError):
-                self._locked = self._failed = True
-                raise
-            self._locked = False
-            try:
-                yield connection
-            except BaseException as error:
-                self._failed |= isinstance(error, sa.exc.OperationalError)
-                connection.rollback()
-                raise
-            try:
-                connection.commit()
-            except sa.exc.OperationalError:
-                self._failed = True
-                raise
-            self._failed = False
-
-    def write(self, work: Callable[[Connection], Result]) -> Result:
-        """Run ``work`` in a transaction as above, which on SQLite requests that wait at the same time share.
-
-        Returns what ``work`` returns once that is durable. Where it raises, its own part is undone and no other.
-        """
-        if self.is_sqlite:
-            return self._shared.run(work)
-        with self.transaction() as tx:
-            return work(tx)
-
-    @contextmanager
-    def snapshot(self) -> Iterator[Connection]:
-        """A transaction that only reads and sees one state of the database throughout."""
-        with _translated(), self.engine.connect() as connection:
-            if not self.is_sqlite:
-                connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-            with connection.begin():
-                yield connection
-
-    def migrate(self) -> None:
-        """Bring the schema up to this version's; raises ``DatabaseTooNew`` where a newer portal has written it."""
-        config = AlembicConfig()
-        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        head = ScriptDirectory.from_config(config).get_current_head()
-        with _translated():
-            with self.engine.connect() as connection:
-                if MigrationContext.configure(connection).get_current_revision() == head:
-                    return
-            with self.engine.connect() as connection:
-                config.attributes["connection"] = connection
-                try:
-                    with ExitStack() as stack:
-                        stack.enter_context(connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin())
-                        if not self.is_sqlite:
-                            stack.enter_context(unhurried(connection))
-                            # Of several portals that start at once, one migrates.
-                            connection.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))
-                        alembic.upgrade(config, "head")
-                except CommandError as error:
-                    raise DatabaseTooNew(
-                        "The database was written by a newer version of the portal; start that version or restore"
-                        " a backup made with this one."
-                    ) from error
-
-    def ping(self) -> None:
-        """Raise ``DatabaseUnavailable`` unless the database answers a query, and writes where it has just failed to."""
-        if self._failed:
-            with self.transaction() as tx:
-                tx.execute(_REWRITE)
-        with self.snapshot() as tx:
-            tx.execute(sa.select(sa.func.count()).select_from(Tenant)).scalar_one()
-
-    def close(self) -> None:
-        """Close all connections."""
-        self.engine.dispose()
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError) as error:
-        raise DatabaseUnavailable("The database does not answer or has no room left; try again shortly.") from error
-    except sa.exc.DatabaseError as error:
-        if not is_damage(error):
-            raise
-        raise DatabaseUnavailable("The database file is damaged; restore a backup, with --replace.") from error
-
-
 # --- Devices ------------------------------------------------------------------------------------------------------
 
 DEVICE_COLUMNS = tuple(Device.__table__.c[name] for name in (
@@ -196,7 +66,7 @@ DEVICE_COLUMNS = tuple(Device.__table__.c[name] for name in (
 
 
 # Statements of every registration and every request stand ready: building one takes longer than running it.
-_INSERT_DEVICE = sa.insert(Device)
+_INSERT_DEVICE = Prepared(sa.insert(Device))
 
 
 def device_record(row: Sequence[Any]) -> DeviceRecord:
@@ -223,8 +93,8 @@ def add_device(
     external_id: str | None = None,
 ) -> None:
     """Insert a device; ``topics`` are pairs of filter and access, or ``None`` for the default ones."""
-    tx.execute(
-        _INSERT_DEVICE,
+    _INSERT_DEVICE.run(
+        tx,
         {
             "id": device_id,
             "tenant_id": tenant_id,
@@ -327,7 +197,7 @@ CERTIFICATE_COLUMNS = tuple(Certificate.__table__.c[name] for name in (
 ))  # fmt: skip
 
 
-_INSERT_CERTIFICATE = sa.insert(Certificate).returning(Certificate.id)
+_INSERT_CERTIFICATE = Prepared(sa.insert(Certificate).returning(Certificate.id))
 
 
 def certificate_record(row: Sequence[Any]) -> CertificateRecord:
@@ -355,8 +225,8 @@ def add_certificate(
 
     The database refuses a second active one of the same device, and a serial number that its issuer has used.
     """
-    added = tx.execute(
-        _INSERT_CERTIFICATE,
+    added = _INSERT_CERTIFICATE.run(
+        tx,
         {
             "tenant_id": tenant_id,
             "issuer_id": issuer_id,
@@ -373,12 +243,12 @@ def add_certificate(
             "revocation_reason": reason,
         },
     )
-    return added.scalar_one()
+    return int(added.scalar_one())
 
 
 # --- The generation that the broker must reach ---------------------------------------------------------------------
 
-_ADVANCE = (
+_ADVANCE = Prepared(
     sa.update(BrokerState)
     .where(BrokerState.tenant_id == sa.bindparam("of_tenant"))
     .values(
@@ -389,10 +259,6 @@ _ADVANCE = (
 )
 
 
-# Changes nothing, and is written to the disk.
-_REWRITE = sa.update(BrokerState).values(generation=BrokerState.generation)
-
-
 def next_generation(tx: Connection, tenant_id: str, *, at: datetime) -> int:
     """Advance the generation, in the transaction that makes the change, and return the new one."""
-    return int(tx.execute(_ADVANCE, {"of_tenant": tenant_id, "at": at}).scalar_one())
+    return int(_ADVANCE.run(tx, {"of_tenant": tenant_id, "at": at}).scalar_one())

@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from db_statements import Prepared
 from db_tables import AuditEntry, AuditHead, Token
 from errors import NotFound
 
@@ -52,13 +53,13 @@ _TOKEN_COLUMNS = (
     Token.revoked_at,
 )
 _FIND_TOKEN = sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
-_INSERT_AUDIT_ENTRY = sa.insert(AuditEntry)
-_LOCK_AUDIT_HEAD = (
+_INSERT_AUDIT_ENTRY = Prepared(sa.insert(AuditEntry))
+_LOCK_AUDIT_HEAD = Prepared(
     sa.select(AuditHead.number, AuditHead.hash)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
     .with_for_update()
 )
-_MOVE_AUDIT_HEAD = (
+_MOVE_AUDIT_HEAD = Prepared(
     sa.update(AuditHead)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
     .values(number=sa.bindparam("new_number"), hash=sa.bindparam("new_hash"))
@@ -113,14 +114,14 @@ def audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
 
 def lock_audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
     """Number and hash of the last audit entry, which stays the last until the transaction ends."""
-    row = tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one()
+    row = _LOCK_AUDIT_HEAD.run(tx, {"of_tenant": tenant_id}).one()
     return row.number, row.hash
 
 
 def add_audit_entry(tx: Connection, tenant_id: str, values: dict[str, Any]) -> None:
     """Append to the audit record; ``values`` are the columns of ``AuditEntry`` but for the id and the tenant."""
-    tx.execute(_INSERT_AUDIT_ENTRY, {"tenant_id": tenant_id, **values})
-    tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": tenant_id, "new_number": values["number"], "new_hash": values["hash"]})
+    _INSERT_AUDIT_ENTRY.run(tx, {"tenant_id": tenant_id, **values})
+    _MOVE_AUDIT_HEAD.run(tx, {"of_tenant": tenant_id, "new_number": values["number"], "new_hash": values["hash"]})
 
 
 def audit_chain(tx: Connection, tenant_id: str) -> Generator[dict[str, Any], None, None]:

@@ -19,7 +19,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
-import db
+import db_database
 from db_schema import METADATA
 from db_tables import UtcDateTime
 from errors import BackupRefused, DatabaseTooNew
@@ -179,5 +179,5 @@ def renumber(tx: Connection) -> None:
 
 def _config() -> AlembicConfig:
     config = AlembicConfig()
-    config.set_main_option("script_location", str(db.MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("script_location", str(db_database.MIGRATIONS).replace("%", "%%"))
     return config

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from db_statements import Prepared
 from db_tables import Delivery, Device, IdempotencyKey
 from errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
 from lifecycle import DeviceStatus
@@ -37,7 +38,7 @@ class SealedAnswer:
     generation: int
 
 
-_INSERT_DELIVERY = sa.insert(Delivery)
+_INSERT_DELIVERY = Prepared(sa.insert(Delivery))
 
 
 def add_delivery(
@@ -52,8 +53,8 @@ def add_delivery(
     expires_at: datetime,
 ) -> None:
     """Keep an encrypted bundle for its one download."""
-    tx.execute(
-        _INSERT_DELIVERY,
+    _INSERT_DELIVERY.run(
+        tx,
         {
             "id": delivery_id,
             "tenant_id": tenant_id,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
 from sqlalchemy.engine import Connection
+
+import turnstile
 
 Result = TypeVar("Result")
 
@@ -21,19 +23,22 @@ class _Turn(Generic[Result]):
         self.error: BaseException | None = None
         self.done = False
 
-    def run(self, tx: Connection, *, alone: bool) -> None:
+    def run(self, tx: Connection) -> None:
+        """Do the work, anew if it was done before."""
+        self._result = [self._work(tx)]
+
+    def run_apart(self, tx: Connection) -> None:
         """Do the work; where it fails, only what it did is undone, and only its own caller hears of it."""
-        savepoint = None if alone else tx.begin_nested()
+        savepoint = tx.begin_nested()
         try:
-            self._result.append(self._work(tx))
-        except Exception as error:
-            if savepoint is None:
-                raise
+            self.run(tx)
+        except BaseException as error:
             savepoint.rollback()
+            if not isinstance(error, Exception):
+                raise
             self.error = error
         else:
-            if savepoint is not None:
-                savepoint.commit()
+            savepoint.commit()
 
     def outcome(self) -> Result:
         if self.error is not None:
@@ -55,13 +60,21 @@ class SharedTransactions:
         self._leader = threading.Lock()
 
     def run(self, work: Callable[[Connection], Result]) -> Result:
-        """Run ``work`` in a transaction that others may share; returns its result, or raises what it raised."""
+        """Run ``work`` in a transaction that others may share; returns its result, or raises what it raised.
+
+        It is run once more where another's work, done before it in the same transaction, failed: so it must do nothing
+        but write to the database.
+        """
         turn = _Turn(work)
         with self._lock:
             self._waiting.append(turn)  # type: ignore[arg-type]  # a list of turns with results of any type
-        with self._leader:
+        with turnstile.of_requests.outside():
+            self._leader.acquire()
+        try:
             if not turn.done:
                 self._lead()
+        finally:
+            self._leader.release()
         return turn.outcome()
 
     def _lead(self) -> None:
@@ -70,8 +83,10 @@ class SharedTransactions:
             with self._transaction() as tx:
                 with self._lock:  # only now: while this one waited for the write lock, others came
                     turns, self._waiting = self._waiting, []
-                for turn in turns:
-                    turn.run(tx, alone=len(turns) == 1)
+                if len(turns) == 1:
+                    turns[0].run(tx)
+                else:
+                    _run_together(turns, tx)
         except BaseException as error:
             if not turns:  # the transaction did not even begin: none of those who wait gets one
                 with self._lock:
@@ -83,3 +98,19 @@ class SharedTransactions:
         finally:
             for turn in turns:
                 turn.done = True
+
+
+def _run_together(turns: Sequence[_Turn[object]], tx: Connection) -> None:
+    """Do the work of all as one; the rare one that fails is found by doing all of it again, each apart."""
+    savepoint = tx.begin_nested()
+    try:
+        for turn in turns:
+            turn.run(tx)
+    except BaseException as error:
+        savepoint.rollback()
+        if not isinstance(error, Exception):
+            raise
+        for turn in turns:
+            turn.run_apart(tx)
+    else:
+        savepoint.commit()

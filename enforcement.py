@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 import logging
 import math
 import threading
@@ -13,11 +12,13 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
 
+import ca_pem
 import db_issuers
 import db_reads
 import db_revocations
 import events
 import metrics
+import turnstile
 from authority import Authority, Issuers
 from authority_crl import RevokedEntries, crl_is_due, next_crl
 from broker_provisioning import (
@@ -140,7 +141,8 @@ class Enforcement:
                 with self._counter:
                     self._passes_begun += 1
                     number = self._passes_begun
-                outcome = self._pass(timeout)
+                with turnstile.of_requests.outside():
+                    outcome = self._pass(timeout)
                 self._last_pass = (number, outcome)
                 return outcome
         except LockUnavailable as error:
@@ -357,7 +359,7 @@ class Enforcement:
                 head = db_revocations.get_crl_head(tx, recorded.id)
                 if head is not None and head not in self._crl_pem:
                     crl = db_issuers.get_crl(tx, recorded.id)
-                    self._crl_pem[head] = b"" if crl is None else crl_pem(crl.der)
+                    self._crl_pem[head] = b"" if crl is None else ca_pem.pem("X509 CRL", crl.der).encode()
                 if head is not None:
                     pem[head] = self._crl_pem[head]
         self._crl_pem = pem
@@ -387,9 +389,3 @@ def put_into_acl(acl: Acl, change: db_reads.AclChange, now: datetime) -> None:
         add_device_acl(acl, change.device_id, own)
     else:
         forget_device_acl(acl, change.device_id)
-
-
-def crl_pem(der: bytes) -> bytes:
-    """A CRL as PEM (RFC 7468 section 6)."""
-    lines = (binascii.b2a_base64(der[start : start + 48]) for start in range(0, len(der), 48))
-    return b"".join((b"-----BEGIN X509 CRL-----\n", *lines, b"-----END X509 CRL-----\n"))

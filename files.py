@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import turnstile
 from errors import LockUnavailable, StartupError
 
 LOCK_SECONDS = 60.0
@@ -110,19 +111,25 @@ def secret_file(path: Path, make: Callable[[], str]) -> str:
 
 def _take(descriptor: int, deadline: float, path: Path) -> None:
     # The kernel's own wait knows no deadline. Asking costs microseconds, and only one thread of a process asks.
+    if _taken(descriptor):
+        return
     pause = _FIRST_PAUSE
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with turnstile.of_requests.outside():
+        while not _taken(descriptor):
             if time.monotonic() >= deadline:
                 raise LockUnavailable(
                     f"The portal waited for {path} in vain: another of its processes holds it, or is stopped."
-                ) from None
+                )
             time.sleep(pause)
             pause = min(pause * 1.05, _LONGEST_PAUSE)
-        else:
-            return
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class FileLock:
@@ -140,7 +147,12 @@ class FileLock:
         where its file cannot be opened.
         """
         deadline = time.monotonic() + timeout
-        if not self._thread_lock.acquire(timeout=timeout):
+        if not self._thread_lock.acquire(blocking=False):
+            with turnstile.of_requests.outside():
+                taken = self._thread_lock.acquire(timeout=timeout)
+        else:
+            taken = True
+        if not taken:
             raise LockUnavailable(f"The portal waited for {self._path} in vain: it is busy; try again shortly.")
         try:
             with self._descriptor() as descriptor:

@@ -7,7 +7,6 @@ import hmac
 import json
 import logging
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -32,7 +31,7 @@ from failpoints import failpoint
 from lifecycle import DeviceStatus, advance
 from onboarding_credentials import CredentialMaker, Made, Wanted
 from onboarding_terms import Registered, Registration, Revoked
-from topics import Access, Topic, check_topics, default_topics
+from topics import Access, Topic, check_topics, default_topics, new_device_id
 
 log = logging.getLogger("portal.onboarding")
 
@@ -98,9 +97,9 @@ class Onboarding:
         return Registered.from_json(seal.open(kept.sealed)), kept.generation
 
     def _register(self, actor: Actor, wanted: Registration, seal: delivery.AnswerSeal | None) -> tuple[Registered, int]:
-        device_id = str(uuid.uuid4())
-        topics = self.check_topics(wanted.topics, device_id)
         now = self._clock()
+        device_id = new_device_id(now)
+        topics = self.check_topics(wanted.topics, device_id)
         made = self._credentials.make(
             device_id,
             Wanted(wanted.csr, wanted.key_type, wanted.validity_days, wanted.bundle_password),

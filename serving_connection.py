@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import turnstile
 from serving_framing import RequestScanner
 
 READ_SIZE = 64 * 1024
@@ -168,7 +169,8 @@ class Connection:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise ReaderTooSlow
-            poller.poll(left * 1000)
+            with turnstile.of_requests.outside():
+                poller.poll(left * 1000)
             self.flush()
 
     def end_sending(self) -> None:

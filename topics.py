@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import secrets
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 from errors import FieldProblem, TopicRefused
@@ -35,6 +38,17 @@ class Topic:
 def is_device_id(text: str) -> bool:
     """Whether ``text`` is a UUID as devices carry it: lower case, with hyphens (RFC 9562 section 4)."""
     return _CANONICAL_UUID.fullmatch(text) is not None
+
+
+def new_device_id(now: datetime) -> str:
+    """Make a device's id: a UUID that begins with the time (version 7 of RFC 9562 section 5.7), 74 bits random.
+
+    Rows of devices that come one after the other then lie side by side in every index: a commit writes fewer pages.
+    """
+    milliseconds = int(now.timestamp() * 1000) & (1 << 48) - 1
+    random = secrets.randbits(74)
+    bits = milliseconds << 80 | 7 << 76 | random >> 62 << 64 | 2 << 62 | random & (1 << 62) - 1
+    return str(uuid.UUID(int=bits))
 
 
 def default_topics(prefix: str) -> tuple[Topic, ...]:

@@ -1,54 +1,120 @@
 #!/usr/bin/env python3
-"""Registers devices over one kept-alive HTTPS connection, as a racer of ``harness.race``.
+"""Posts the same request over kept-alive connections, as a racer of ``harness.race``.
 
-Uses the standard library only and starts no thread: it shares the processors with the server it measures.
+One process serves all connections, with the standard library only and no thread: it shares the processors with the
+server it measures, and should leave them to it.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import math
 import os
+import re
+import selectors
+import socket
 import ssl
 import sys
 import time
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 DEVICE = {"name": "bench", "type": "sensor", "location": "hall 1", "firmware": "1.0.0", "metadata": {"line": 4}}
+_LENGTH = re.compile(rb"\r\nContent-Length: *([0-9]+)\r\n", re.IGNORECASE)
+_READ_SIZE = 1 << 16
 
 
 def main() -> None:
-    """Take the portal's address, CA file and token from the environment, under the CLI's names."""
+    """Take address, CA file and token from the environment, under the CLI's names; the last two may be missing."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--requests", type=int, default=sys.maxsize)
-    parser.add_argument("--csr", type=argparse.FileType())
+    parser.add_argument("--method", default="POST")
+    parser.add_argument("--path", default="/register")
+    parser.add_argument("--body", type=argparse.FileType(), help="the body; by default a registration")
+    parser.add_argument("--csr", type=argparse.FileType(), help="a CSR to be put into the registration")
+    parser.add_argument("--header", action="append", default=[], help="a further header, such as 'If-None-Match: …'")
+    parser.add_argument("--status", type=int, default=201, help="what every answer must have")
     arguments = parser.parse_args()
-    body = json.dumps(DEVICE | ({"csr": arguments.csr.read()} if arguments.csr else {})).encode()
     url = urlsplit(os.environ["PORTAL_URL"])
-    headers = {"Authorization": f"Bearer {os.environ['PORTAL_TOKEN']}", "Content-Type": "application/json"}
-    context = ssl.create_default_context(cafile=os.environ["PORTAL_CA"])
-    connection = http.client.HTTPSConnection(url.hostname or "", url.port, context=context, timeout=60)
-    connection.connect()
+    connections = [_connect(url) for _ in range(arguments.connections)]
+    request = _request(url, arguments)
     print("ready", flush=True)
     sys.stdin.readline()
-
-    times: list[float] = []
     used = time.process_time()
+    seconds, times = _race(connections, request, arguments)
+    used = time.process_time() - used
+    print(json.dumps({"seconds": seconds, "times": times, "cpu": used}), flush=True)
+
+
+def _connect(url: SplitResult) -> socket.socket:
+    sock = socket.create_connection((url.hostname or "", url.port or 443), timeout=60)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if url.scheme == "http":
+        return sock
+    context = ssl.create_default_context(cafile=os.environ["PORTAL_CA"])
+    return context.wrap_socket(sock, server_hostname=url.hostname)
+
+
+def _request(url: SplitResult, arguments: argparse.Namespace) -> bytes:
+    if arguments.method == "GET":
+        body = b""
+    elif arguments.body:
+        body = arguments.body.read().encode()
+    else:
+        body = json.dumps(DEVICE | ({"csr": arguments.csr.read()} if arguments.csr else {})).encode()
+    headers = [f"{arguments.method} {arguments.path} HTTP/1.1", f"Host: {url.netloc}", *arguments.header]
+    if body:
+        headers += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    if token := os.environ.get("PORTAL_TOKEN"):
+        headers.append(f"Authorization: Bearer {token}")
+    return "\r\n".join([*headers, "", ""]).encode() + body
+
+
+def _race(connections: list[socket.socket], request: bytes, arguments: argparse.Namespace) -> tuple[float, list[float]]:
+    """Have one request under way on each connection until the time is over; returns seconds, milliseconds of each."""
+    times: list[float] = []
+    selector = selectors.DefaultSelector()
+    begun: dict[socket.socket, float] = {}
     started = now = time.perf_counter()
-    until = started + arguments.seconds
-    while now < until and len(times) < arguments.requests:
-        connection.request("POST", "/register", body, headers)
-        response = connection.getresponse()
-        answer = response.read()
-        if response.status != 201:
-            sys.exit(f"The portal answered {response.status}: {answer.decode(errors='replace')}")
-        before, now = now, time.perf_counter()
-        times.append(round((now - before) * 1000, 2))
-    print(json.dumps({"seconds": now - started, "times": times, "cpu": time.process_time() - used}), flush=True)
-    connection.close()
+    until, left = started + arguments.seconds, arguments.requests
+    for sock in connections[:left]:
+        selector.register(sock, selectors.EVENT_READ, sock)
+        begun[sock] = now
+        sock.sendall(request)
+        left -= 1
+    while begun:
+        for key, _ in selector.select():
+            sock = key.data
+            _read_answer(sock, arguments.status)
+            now = time.perf_counter()
+            times.append(round((now - begun.pop(sock)) * 1000, 2))
+            if now < until and left > 0:
+                begun[sock] = now
+                sock.sendall(request)
+                left -= 1
+    return now - started, times
+
+
+def _read_answer(sock: socket.socket, status: int) -> None:
+    answer = sock.recv(_READ_SIZE)
+    while b"\r\n\r\n" not in answer:
+        answer += _more(sock)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = _LENGTH.search(head + b"\r\n")
+    missing = (int(length[1]) if length else 0) - len(body)
+    while missing > 0:
+        missing -= len(_more(sock))
+    if head.split(b" ", 2)[1] != b"%d" % status:
+        sys.exit(f"The server answered {answer.decode(errors='replace')}")
+
+
+def _more(sock: socket.socket) -> bytes:
+    data = sock.recv(_READ_SIZE)
+    if not data:
+        sys.exit("The server closed a connection.")
+    return data
 
 
 if __name__ == "__main__":

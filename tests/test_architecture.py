@@ -23,11 +23,11 @@ FLOORS = (
     {"audit", "access", "events"},
     {"ca_*", "ca_keys", "db_*", "broker_*", "credential_*", "transport"},
     {"ca_pkcs8", "ca_signatures"},  # these four: what certificates, the keeping of keys and the broker's checks share
-    {"ca_algorithms", "ca_parsing"},
+    {"ca_algorithms", "ca_parsing", "ca_pem"},
     {"lifecycle", "topics"},
     {"logs", "metrics", "throttle"},
     {"config_*", "failpoints", "files"},
-    {"errors", "failpoints"},
+    {"errors", "failpoints", "turnstile"},
 )
 FLOOR_OF = {room: len(FLOORS) - number for number, floor in enumerate(FLOORS) for room in floor}
 # Stands beside the house and talks to it over HTTP.

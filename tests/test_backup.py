@@ -22,6 +22,7 @@ import audit
 import db
 import db_access
 import db_copy
+import db_database
 import db_issuers
 from access import Role
 from app import create_app
@@ -29,9 +30,9 @@ from backup import Made, back_up
 from backup_file import MANIFEST, Backup
 from backup_restore import Restored, restore
 from backup_revocations import Revocations
+from ca_pem import pem
 from config import Settings
 from db_tables import Base, Certificate, Delivery
-from enforcement import crl_pem
 from errors import BackupRefused, CaKeyUnavailable, DatabaseTooNew, LinkExpired, LinkUsed, PortalError, PortalRunning
 from files import replace_file
 from installation import Portal, alone, first_token, open_portal, prepare
@@ -145,7 +146,7 @@ def test_a_backup_alone_can_sign_nothing_and_opens_nothing(settings: Settings, f
     with zipfile.ZipFile(file) as archive:
         inside = b"".join(archive.read(name) for name in archive.namelist())
         assert {name for name in archive.namelist() if name.startswith("secrets/")} == {
-            "secrets/broker-password", "secrets/idempotency-pepper", "secrets/link-keys",
+            "secrets/broker-password", "secrets/idempotency-pepper", "secrets/link-keys", "secrets/webhook-key",
         }  # fmt: skip
     assert registered.bundle_password is not None
     for secret in (passphrase, token.encode(), registered.bundle_password.encode(), b"BEGIN PRIVATE KEY"):
@@ -220,14 +221,14 @@ def test_an_older_schema_is_restored_and_then_migrated(
     with opened(settings, clock) as portal:
         portal.onboarding.register(OPERATOR, PUMP)
     copied(settings, file, clock)
-    shutil.copytree(db.MIGRATIONS, tmp_path / "migrations")
+    shutil.copytree(db_database.MIGRATIONS, tmp_path / "migrations")
     (tmp_path / "migrations" / "versions" / "9000_colour.py").write_text(
         f"from alembic import op\nimport sqlalchemy as sa\nrevision, down_revision = '9000', '{db_copy.head()}'\n"
         "branch_labels = depends_on = None\n"
         "def upgrade():\n"
         "    op.add_column('devices', sa.Column('colour', sa.String(8), server_default='grey', nullable=False))\n"
     )
-    monkeypatch.setattr(db, "MIGRATIONS", tmp_path / "migrations")
+    monkeypatch.setattr(db_database, "MIGRATIONS", tmp_path / "migrations")
     bring_passphrase(settings, elsewhere)
     put_back(elsewhere, file, clock)
     with opened(elsewhere, clock) as portal, portal.database.snapshot() as tx:
@@ -475,7 +476,7 @@ def test_a_crl_that_was_altered_stops_the_restore(story: Story) -> None:
     crl = x509.load_pem_x509_crl(path.read_bytes())
     der = bytearray(crl.public_bytes(Encoding.DER))
     der[-1] ^= 1
-    path.write_bytes(crl_pem(bytes(der)))
+    path.write_bytes(pem("X509 CRL", bytes(der)).encode())
     with pytest.raises(BackupRefused, match="altered"):
         story.put_back()
     path.write_bytes(b"nonsense")

@@ -119,3 +119,21 @@ def test_a_failure_alone_is_raised_as_it_is(database: Database) -> None:
         database.write(insert_again)
     assert database.write(insert(8)) == 8
     assert seen(database) == {7, 8}
+
+
+def test_work_that_was_done_is_done_again_where_anothers_failed_and_counts_once(database: Database) -> None:
+    runs: list[int] = []
+
+    def counted(tx: Connection) -> int:
+        runs.append(1)
+        return insert(5)(tx)
+
+    def fail(tx: Connection) -> int:
+        return insert(5)(tx)
+
+    futures = together(Gate(database), [insert(0), counted, fail])
+    outcomes = [future.exception() for future in futures]
+    assert outcomes[0] is None
+    assert sum(outcome is None for outcome in outcomes[1:]) == 1
+    assert seen(database) == {0, 5}
+    assert runs
