@@ -14,13 +14,16 @@ from cryptography import x509
 from cryptography.x509.ocsp import OCSPCertStatus, OCSPResponseStatus
 from flask import Flask
 
+import authority
 import ca_ocsp
+import jobs_authority
 import responder
 from app import create_app, portal_of
 from config import Settings
 from responder_certificates import RESPONDER_DAYS
 from tests.harness import ON_SQLITE, Api, Clock, api_as
 from tests.ocsp import ask, failure_of, get, issuing_of, nonce, post, read
+from tests.test_onboarding import OPERATOR
 
 TRY_LATER, UNAUTHORIZED = OCSPResponseStatus.TRY_LATER, OCSPResponseStatus.UNAUTHORIZED
 
@@ -129,6 +132,34 @@ def test_while_the_database_is_away_nothing_is_said_of_a_certificate(
 
     monkeypatch.setattr(portal_of(app).database.engine, "connect", away)
     assert failure_of(get(anyone, request)) is TRY_LATER
+
+
+@ON_SQLITE
+def test_each_ca_is_answered_for_by_its_own_before_a_rollover_and_after_its_retirement(
+    api: Api, app: Flask, anyone: Api, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(authority, "SECONDS_BETWEEN_LOOKS", 0.0)
+    portal, first = portal_of(app), issuing_of(app)
+    older = api.register()
+    jobs_authority.roll_over(portal, OPERATOR, lambda _: None)
+    newer, second = api.register(), issuing_of(app)
+    assert second != first
+
+    def said(issuer: x509.Certificate, number: str) -> str:
+        answer = read(get(anyone, ask(issuer, int(number, 16)).der()))
+        answer.certificates[0].verify_directly_issued_by(issuer)
+        return answer.certificate_status.name
+
+    assert (said(first, older["serial_number"]), said(second, newer["serial_number"])) == ("GOOD", "GOOD")
+    assert (said(first, newer["serial_number"]), said(second, older["serial_number"])) == ("UNKNOWN", "UNKNOWN")
+    api.post(f"/revoke/{older['device_id']}")
+    clock.advance(hours=2)
+    jobs_authority.retire(portal, OPERATOR, "issuing-1")
+    clock.advance(days=10)
+    assert portal.responder.certificates.renew() == ["root", "issuing-1", "issuing-2"]
+    assert said(first, older["serial_number"]) == "REVOKED"
+    root = portal.authority.root.issuer.certificate
+    assert [said(root, f"{ca.serial_number:x}") for ca in (first, second)] == ["GOOD", "GOOD"]
 
 
 # --- Answers that are kept ----------------------------------------------------------------------------------------

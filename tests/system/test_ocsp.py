@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
-from tests.deployment import Deployment
+from tests.deployment import ROOT, Deployment
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,28 @@ def test_a_revocation_shows_at_once_in_every_worker_process(deployment: Deployme
     assert said()[0] == {"REVOKED"}
     for session in sessions:
         session.close()
+
+
+def test_the_commands_of_the_guide_run_and_believe_the_answers(deployment: Deployment, asking: Asking) -> None:
+    guide = (ROOT / "docs" / "revocation.md").read_text()
+    commands = "".join(re.findall(r"^```bash\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE))
+    device_id = deployment.register()["device_id"]
+    certificate_of(deployment, device_id, asking.folder).rename(asking.folder / "device.pem")
+
+    def told() -> list[str]:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=asking.folder,
+            env=deployment.environment | {"PORTAL_PKI_URL": deployment.pki_url},
+            check=False, capture_output=True, text=True, timeout=20,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines() == ["Response verify OK"] * 2
+        return re.findall("^device.pem: (.*)", done.stdout, re.MULTILINE)
+
+    assert told() == ["good", "good"]
+    deployment.call("POST", f"/revoke/{device_id}")
+    assert told() == ["revoked", "revoked"]
 
 
 def test_a_request_of_64_kilobytes_and_what_is_none_are_refused(deployment: Deployment, asking: Asking) -> None:
