@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -12,6 +13,9 @@ from db_reads import CURRENT
 from db_tables import Certificate, Delivery, IssuerRow
 
 SUPERSEDED = "superseded"
+# As the conditions of indexes say it, so that these serve.
+_REPLACED = sa.text("certificates.status = 'replaced'")
+_WAITING = sa.text("deliveries.status IN ('ready', 'fetching')")
 
 
 def count_valid(tx: Connection, tenant_id: str, device_id: str, *, now: datetime) -> int:
@@ -100,12 +104,12 @@ def overlaps_over(tx: Connection, *, now: datetime, limit: int = 500) -> Sequenc
     waits = (
         sa.select(Delivery.id)
         .join(newer, newer.id == Delivery.certificate_id)
-        .where(newer.device_id == Certificate.device_id, newer.status == "active", Delivery.status != "delivered")
+        .where(Delivery.device_id == Certificate.device_id, newer.status == "active", Delivery.status != "delivered")
     )
     rows = tx.execute(
         sa.select(Certificate.tenant_id, Certificate.device_id)
         .where(
-            Certificate.status == "replaced",
+            _REPLACED,
             Certificate.replaced_until <= now,
             Certificate.not_after > now,  # one that has expired keeps itself out
             ~waits.exists(),
@@ -116,41 +120,44 @@ def overlaps_over(tx: Connection, *, now: datetime, limit: int = 500) -> Sequenc
     return [(row.tenant_id, row.device_id) for row in rows]
 
 
-def undo_unfetched(tx: Connection, *, now: datetime, generation: int | None = None) -> Sequence[tuple[str, str]]:
-    """Undo the renewals whose bundles nobody fetched in time: the certificate before is the device's again.
+@dataclass(frozen=True, slots=True)
+class Unfetched:
+    """A renewal whose bundle nobody fetched in time: the row ids of its certificate, and of the one before."""
 
-    Returns tenant and id of the devices; without a ``generation`` nothing is changed. Call it before the bundles are
-    destroyed.
-    """
+    tenant_id: str
+    device_id: str
+    certificate_id: int
+    before_id: int
+
+
+def unfetched_renewals(tx: Connection, *, now: datetime, limit: int = 500) -> Sequence[Unfetched]:
+    """The renewals that nobody fetched in time, of devices that have an older certificate in time."""
+    before = sa.orm.aliased(Certificate)
+    newest_before = (
+        sa.select(sa.func.max(before.id))
+        .where(
+            before.device_id == Certificate.device_id,
+            before.status.in_(("replaced", "held")),
+            before.replaced_until.is_not(None),
+            before.not_after > now,
+        )
+        .scalar_subquery()
+    )
     rows = tx.execute(
-        sa.select(Certificate.tenant_id, Certificate.device_id, Certificate.id)
+        sa.select(Certificate.tenant_id, Certificate.device_id, Certificate.id, newest_before)
         .join(Delivery, Delivery.certificate_id == Certificate.id)
-        .where(CURRENT, Delivery.status == "ready", Delivery.expires_at <= now)
-        .limit(500)
-    ).all()
-    undone = []
-    for tenant_id, device_id, certificate_id in rows:
-        before = tx.execute(
-            sa.select(Certificate.id)
-            .where(
-                Certificate.tenant_id == tenant_id,
-                Certificate.device_id == device_id,
-                Certificate.status.in_(("replaced", "held")),
-                Certificate.replaced_until.is_not(None),
-                Certificate.not_after > now,
-            )
-            .order_by(Certificate.id.desc())
-            .limit(1)
-        ).scalar_one_or_none()
-        if before is None or device_id is None:
-            continue
-        undone.append((tenant_id, device_id))
-        if generation is not None:
-            _supersede(tx, [certificate_id], now=now, generation=generation, sessions=False)
-            again = sa.case((Certificate.status == "held", "held"), else_="active")
-            values = {"status": again, "replaced_until": None, "ends_when_used": False}
-            tx.execute(sa.update(Certificate).where(Certificate.id == before).values(values))
-    return undone
+        .where(CURRENT, _WAITING, Delivery.status == "ready", Delivery.expires_at <= now, newest_before.is_not(None))
+        .limit(limit)
+    )
+    return [Unfetched(*row) for row in rows]
+
+
+def undo(tx: Connection, renewal: Unfetched, *, now: datetime, generation: int) -> None:
+    """Revoke the certificate of a renewal, and make the one before the device's again."""
+    _supersede(tx, [renewal.certificate_id], now=now, generation=generation, sessions=False)
+    again = sa.case((Certificate.status == "held", "held"), else_="active")
+    values = {"status": again, "replaced_until": None, "ends_when_used": False}
+    tx.execute(sa.update(Certificate).where(Certificate.id == renewal.before_id).values(values))
 
 
 def is_current(tx: Connection, tenant_id: str, device_id: str, fingerprint: str) -> bool:

@@ -63,7 +63,8 @@ def renew_responders(portal: Portal) -> None:
 def expire(portal: Portal) -> None:
     """End certificates whose overlap is over, destroy bundles whose links are, forget what is kept for a time only."""
     jobs_events.prune_events(portal)
-    portal.renewals.end_overlaps(portal.tenant_id)
+    while portal.renewals.end_overlaps(portal.tenant_id):
+        pass
     now = portal.clock()
     with portal.database.snapshot() as tx:
         if not db_deliveries.anything_due(tx, now=now):

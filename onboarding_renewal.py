@@ -264,27 +264,26 @@ class Renewals:
         self._ended(device_id, generation)
 
     def end_overlaps(self, tenant_id: str) -> int:
-        """Revoke the certificates whose overlap is over, and undo renewals that nobody fetched; returns how many.
+        """Revoke certificates whose overlap is over, and undo renewals that nobody fetched, some hundreds at a time.
 
-        Call it before bundles whose time is over are destroyed.
+        Returns how many, so that it can be called until there is none: before bundles past their time are destroyed.
         """
         now = self._clock()
         with self._database.snapshot() as tx:
-            if not db_renewal.overlaps_over(tx, now=now) and not db_renewal.undo_unfetched(tx, now=now):
+            if not db_renewal.overlaps_over(tx, now=now) and not db_renewal.unfetched_renewals(tx, now=now):
                 return 0
-        actor = audit.system_actor(tenant_id)
         with self._database.transaction() as tx:
             generation = db.next_generation(tx, tenant_id, at=now)
-            undone = db_renewal.undo_unfetched(tx, now=now, generation=generation)
-            for owner, device_id in undone:
-                audit.record(tx, audit.system_actor(owner), "device:renew_undone", f"device:{device_id}", at=now)
+            undone = db_renewal.unfetched_renewals(tx, now=now)
+            for renewal in undone:
+                db_renewal.undo(tx, renewal, now=now, generation=generation)
+                actor, of = audit.system_actor(renewal.tenant_id), f"device:{renewal.device_id}"
+                audit.record(tx, actor, "device:renew_undone", of, at=now)
             over = db_renewal.overlaps_over(tx, now=now)
             for owner, device_id in over:
                 ended = db_renewal.end_replaced(tx, owner, device_id, now=now, generation=generation)
-                audit.record(
-                    tx, dataclasses.replace(actor, tenant_id=owner), "certificate:supersede", f"device:{device_id}",
-                    at=now, ended=ended, because="overlap over",
-                )  # fmt: skip
+                actor, of = audit.system_actor(owner), f"device:{device_id}"
+                audit.record(tx, actor, "certificate:supersede", of, at=now, ended=ended, because="overlap over")
         self._ended("", generation)
         return len(undone) + len(over)
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 import db_reads
+import db_renewal
 import db_revocations
 from installation import Portal
 
@@ -28,6 +29,8 @@ OF_PASSES: dict[str, Question] = {
     "which are on the CRL": lambda tx: db_revocations.revoked_ids(tx, 2, after=NOW),
     "which leave the CRL": lambda tx: db_revocations.revoked_ids(tx, 2, after=NOW, until=NOW),
     "which come onto the CRL": lambda tx: list(db_revocations.revoked_since(tx, 2, 7, now=NOW)),
+    "whose overlap is over": lambda tx: db_renewal.overlaps_over(tx, now=NOW),
+    "which renewals nobody fetched": lambda tx: db_renewal.unfetched_renewals(tx, now=NOW),
     "which are held": lambda tx: list(db_revocations.held_certificates(tx, 2, now=NOW)),
 }
 SMALL = {"acl_entries", "issuers", "tenants", "broker_state", "crls"}  # tables that may be read whole
