@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -20,8 +21,8 @@ from db import (
 from db_tables import AclEntry, Certificate, Device
 from lifecycle import DeviceStatus
 
-CURRENT = sa.and_(Certificate.status.in_(("active", "held")), Certificate.replaced_until.is_(None))
 # Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it.
+CURRENT = sa.and_(sa.text("certificates.status IN ('active', 'held')"), sa.text("certificates.replaced_until IS NULL"))
 _OUT = sa.text("devices.status IN ('revoked', 'suspended')")
 _ANY_GENERATION = (1 << 63) - 1
 _ON_A_CRL = sa.text("certificates.generation > 0")
@@ -58,16 +59,24 @@ def list_devices(
     limit: int,
     after: tuple[datetime, str] | None = None,
 ) -> Sequence[tuple[DeviceRecord, datetime | None]]:
-    """A page of devices, newest first, each with its certificate's not_after.
+    """A page of devices, newest first, each with its certificate's not_after; by that time where it is asked for.
 
-    ``after`` is the creation time and id of the last device of the page before (keyset paging).
+    ``after`` is the creation time, or else the not_after, and the id of the last device of the page before (keyset
+    paging). Each filter and each order has an index; ``q`` alone looks at one device after the other.
     """
     current = sa.and_(Certificate.device_id == Device.id, CURRENT)
-    query = (
-        sa.select(*DEVICE_COLUMNS, Certificate.not_after)
-        .outerjoin_from(Device, Certificate, current)
-        .where(Device.tenant_id == tenant_id)
-    )
+    query = sa.select(*DEVICE_COLUMNS, Certificate.not_after)
+    place: tuple[Any, Any]
+    if wanted.expires_before is None:
+        query = query.outerjoin_from(Device, Certificate, current).where(Device.tenant_id == tenant_id)
+        place = Device.created_at, Device.id
+        query = query.order_by(Device.created_at.desc(), Device.id.desc())
+    else:
+        query = query.join_from(Certificate, Device, current).where(
+            Certificate.tenant_id == tenant_id, Certificate.not_after < wanted.expires_before
+        )
+        place = Certificate.not_after, Certificate.device_id
+        query = query.order_by(Certificate.not_after, Certificate.device_id)
     for column, value in ((Device.status, wanted.status), (Device.type, wanted.type)):
         if value is not None:
             query = query.where(column == value)
@@ -76,15 +85,12 @@ def list_devices(
     if wanted.q is not None:
         found = Device.name.icontains(wanted.q, autoescape=True)  # the database folds both sides, each in its way
         query = query.where(sa.or_(found, Device.id == wanted.q.lower()))
-    if wanted.expires_before is not None:
-        query = query.where(Certificate.not_after < wanted.expires_before)
     if after is not None:
-        created_at, device_id = after
-        query = query.where(
-            sa.tuple_(Device.created_at, Device.id)
-            < sa.tuple_(sa.literal(created_at, Device.created_at.type), device_id)
-        )
-    rows = tx.execute(query.order_by(Device.created_at.desc(), Device.id.desc()).limit(limit))
+        at, device_id = after
+        last = sa.tuple_(sa.literal(at, Device.created_at.type), device_id)
+        here = sa.tuple_(*place)
+        query = query.where(here < last if wanted.expires_before is None else here > last)
+    rows = tx.execute(query.limit(limit))
     return [(device_record(row[:-1]), row[-1]) for row in rows]
 
 

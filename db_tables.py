@@ -76,6 +76,9 @@ class Device(Base):
         sa.CheckConstraint("(status = 'revoked') = (revocation_reason IS NOT NULL)", name="revocation_reason"),
         sa.CheckConstraint("length(id) = 36", name="id_is_uuid"),
         sa.Index("ix_devices_newest", "tenant_id", "created_at", "id"),
+        sa.Index("ix_devices_status", "tenant_id", "status", "created_at", "id"),
+        sa.Index("ix_devices_type", "tenant_id", "type", "created_at", "id"),
+        sa.Index("ix_devices_location", "tenant_id", "location", "created_at", "id"),
         sa.Index(
             "ix_devices_generation",
             "tenant_id",
@@ -220,6 +223,14 @@ class Certificate(Base):
             postgresql_where=sa.text("status = 'replaced'"),
         ),
         sa.Index("ix_certificates_device", "device_id", "id"),
+        sa.Index(
+            "ix_certificates_end",  # of those in use
+            "tenant_id",
+            "not_after",
+            "device_id",
+            sqlite_where=sa.text("status IN ('active', 'held') AND replaced_until IS NULL"),
+            postgresql_where=sa.text("status IN ('active', 'held') AND replaced_until IS NULL"),
+        ),
         sa.Index(
             "ix_certificates_crl",  # with the id, so that which ones there are is read from it alone
             "issuer_id",

@@ -66,13 +66,16 @@ class Inventory:
             return db_reads.device_certificates(tx, tenant_id, device_id)
 
     def devices(self, tenant_id: str, wanted: DeviceFilter, *, limit: int, cursor: str | None) -> Page:
-        """A page of devices, newest first; raises ``InputInvalid`` for a cursor that no page gave."""
+        """A page of devices, newest first, or with ``expires_before`` those that end soonest first.
+
+        Raises ``InputInvalid`` for a cursor that no page gave.
+        """
         after = None if cursor is None else _read_cursor(cursor)
         with self._database.snapshot() as tx:
             found = db_reads.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
         page = found[:limit]
         more = len(found) > limit
-        return Page(page, _make_cursor(page[-1][0]) if more else None)
+        return Page(page, _make_cursor(*page[-1], by_end=wanted.expires_before is not None) if more else None)
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
         """The newest CRL of an issuer, ``None`` before the first."""
@@ -80,8 +83,9 @@ class Inventory:
             return db_issuers.get_crl(tx, issuer_id)
 
 
-def _make_cursor(last: DeviceRecord) -> str:
-    text = json.dumps([last.created_at.isoformat(), last.id])
+def _make_cursor(last: DeviceRecord, not_after: datetime | None, *, by_end: bool) -> str:
+    at = not_after if by_end and not_after is not None else last.created_at
+    text = json.dumps([at.isoformat(), last.id])
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 

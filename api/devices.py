@@ -55,7 +55,7 @@ def register(call: Call) -> Reply:
 
 @devices.route("GET", "/devices", permission=Permission.READ, query=DeviceQuery, answers=Answers(DevicePage))
 def list_devices(call: Call) -> Reply:
-    """List devices, newest first."""
+    """List devices, newest first; with `expires_before` those that end soonest first."""
     query: DeviceQuery = call.query
     wanted = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}))
     page = call.portal.inventory.devices(call.actor.tenant_id, wanted, limit=query.limit, cursor=query.cursor)

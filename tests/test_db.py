@@ -235,6 +235,21 @@ def test_pages_hold_every_device_once_even_where_times_are_equal(portal: Portal)
     assert set(seen) == wanted
 
 
+def test_devices_that_end_soon_are_paged_by_their_end(portal: Portal) -> None:
+    with portal.database.transaction() as tx:
+        ends = {}
+        for days in (5, 1, 3, 1, 4, 9):
+            device_id = add_device(tx)
+            add_certificate(tx, device_id, not_after=NOW + timedelta(days=days))
+            ends[device_id] = NOW + timedelta(days=days)
+        wanted, seen = DeviceFilter(expires_before=NOW + timedelta(days=6)), []
+        after = None
+        while page := db_reads.list_devices(tx, "default", wanted, limit=2, after=after):
+            seen += [(end, device.id) for device, end in page]
+            after = (page[-1][1] or NOW, page[-1][0].id)
+    assert seen == sorted((end, device_id) for device_id, end in ends.items() if end < NOW + timedelta(days=6))
+
+
 def test_a_crl_with_a_number_that_is_not_higher_changes_nothing(portal: Portal) -> None:
     with portal.database.transaction() as tx:
         newest = db_issuers.get_crl(tx, 2)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+import db_access
+import db_figures
 import db_reads
 import db_renewal
 import db_revocations
+from db_reads import DeviceFilter
 from installation import Portal
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -32,6 +35,20 @@ OF_PASSES: dict[str, Question] = {
     "whose overlap is over": lambda tx: db_renewal.overlaps_over(tx, now=NOW),
     "which renewals nobody fetched": lambda tx: db_renewal.unfetched_renewals(tx, now=NOW),
     "which are held": lambda tx: list(db_revocations.held_certificates(tx, 2, now=NOW)),
+}
+LISTS = {
+    "all": DeviceFilter(),
+    "status": DeviceFilter(status="revoked"),
+    "type": DeviceFilter(type="pump"),
+    "location": DeviceFilter(location="hall 1"),
+    "expires_before": DeviceFilter(expires_before=NOW),
+    "type and status": DeviceFilter(type="pump", status="active"),
+    "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
+}
+FIGURES: dict[str, Question] = {
+    "ending soon": lambda tx: db_figures.certificates_ending(tx, "default", now=NOW, within=[timedelta(days=7)]),
+    "a token": lambda tx: db_access.find_token(tx, "0" * 64),
+    "a device's certificate": lambda tx: db_reads.current_certificate(tx, "default", "x"),
 }
 SMALL = {"acl_entries", "issuers", "tenants", "broker_state", "crls"}  # tables that may be read whole
 
@@ -74,3 +91,20 @@ def test_a_pass_reads_nothing_whole(plans_of: Callable[[Question], list[str]], n
     assert plans
     for plan in plans:
         assert read_whole(plan) <= SMALL, plan
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_look_up_reads_nothing_whole(plans_of: Callable[[Question], list[str]], name: str) -> None:
+    for plan in plans_of(FIGURES[name]):
+        assert read_whole(plan) <= SMALL, plan
+
+
+@pytest.mark.parametrize("after", [None, (NOW, "0" * 36)], ids=["first page", "later page"])
+@pytest.mark.parametrize("name", LISTS)
+def test_a_page_is_read_from_an_index_in_its_order(
+    plans_of: Callable[[Question], list[str]], name: str, after: tuple[datetime, str] | None
+) -> None:
+    [plan] = plans_of(lambda tx: db_reads.list_devices(tx, "default", LISTS[name], limit=50, after=after))
+    assert not read_whole(plan), plan
+    assert "TEMP B-TREE" not in plan, plan
+    assert "Sort" not in plan, plan
