@@ -11,10 +11,12 @@ from datetime import UTC, datetime
 import db
 import db_issuers
 import db_reads
+import db_revocations
 from config import Settings
 from db import CertificateRecord, Database, DeviceRecord
 from db_issuers import CrlRecord
 from db_reads import DeviceFilter
+from db_revocations import CrlHead
 from errors import FieldProblem, InputInvalid
 from topics import Access, Topic, default_topics, is_device_id
 
@@ -43,6 +45,7 @@ class Inventory:
     def __init__(self, settings: Settings, database: Database) -> None:
         self._settings = settings
         self._database = database
+        self._crls: dict[int, tuple[CrlHead, CrlRecord]] = {}  # by issuer, as read last
 
     def device(self, tenant_id: str, device_id: str) -> DeviceDetails:
         """Everything about one device; raises ``DeviceNotFound``."""
@@ -78,9 +81,20 @@ class Inventory:
         return Page(page, _make_cursor(*page[-1], by_end=wanted.expires_before is not None) if more else None)
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
-        """The newest CRL of an issuer, ``None`` before the first."""
+        """The newest CRL of an issuer, ``None`` before the first.
+
+        What is asked of the database each time is only which one that is: so it is never an old one, and is read once.
+        """
         with self._database.snapshot() as tx:
-            return db_issuers.get_crl(tx, issuer_id)
+            head = db_revocations.get_crl_head(tx, issuer_id)
+            if head is None:
+                return None
+            seen, record = self._crls.get(issuer_id, (None, None))
+            if seen != head:
+                record = db_issuers.get_crl(tx, issuer_id)
+                if record is not None:
+                    self._crls[issuer_id] = (head, record)
+        return record
 
 
 def _make_cursor(last: DeviceRecord, not_after: datetime | None, *, by_end: bool) -> str:

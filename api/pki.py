@@ -62,6 +62,7 @@ def crl(call: Call) -> Reply:
         max_age=min(60, left),  # a revocation makes a new one at once
         last_modified=record.this_update,
         expires=record.next_update,
+        tag=f"{record.issuer_id:x}-{record.number:x}-{record.this_update.timestamp():.0f}",
     )
 
 

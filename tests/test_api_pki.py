@@ -13,6 +13,7 @@ from cryptography import x509
 from flask import Flask
 
 from app import ROUTES, portal_of
+from inventory import Inventory
 from tests.harness import ON_SQLITE, Api, Clock, api_as, problem_of
 
 pytestmark = ON_SQLITE
@@ -174,3 +175,19 @@ def test_what_is_not_there_is_not_found(anyone: Api, path: str) -> None:
     nothing: dict[str, Any] = {}
     for listener in (nothing, CLEAR):
         problem_of(anyone.client.open(path, **listener), 404, "not_found")
+
+
+def test_a_crl_is_read_once_and_the_newest_is_served_by_every_worker(api: Api, app: Flask) -> None:
+    worker, other = portal_of(app).inventory, Inventory(portal_of(app).settings, portal_of(app).database)
+    first = worker.crl(portal_of(app).authority.issuing.id)
+    assert worker.crl(portal_of(app).authority.issuing.id) is first
+    before = api_as(app, None).get("/crl/issuing-1.crl", **CLEAR)
+    registered = api.register()
+    api.post(f"/revoke/{registered['device_id']}")
+    after = api_as(app, None).get("/crl/issuing-1.crl", **CLEAR)
+    newest = other.crl(portal_of(app).authority.issuing.id)
+    assert newest is not None
+    assert after.data == newest.der != before.data
+    assert after.headers["ETag"] != before.headers["ETag"]
+    fresh = api_as(app, None).get("/crl/issuing-1.crl", headers={"If-None-Match": after.headers["ETag"]}, **CLEAR)
+    assert (fresh.status_code, fresh.data) == (304, b"")
