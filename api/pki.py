@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from api.caching import cached
+from api.caching import cached, tag_of
 from api.routing import Answers, Call, Reply, Routes
 from authority import RecordedIssuer
 from errors import NotFound
@@ -62,7 +62,7 @@ def crl(call: Call) -> Reply:
         max_age=min(60, left),  # a revocation makes a new one at once
         last_modified=record.this_update,
         expires=record.next_update,
-        tag=f"{record.issuer_id:x}-{record.number:x}-{record.this_update.timestamp():.0f}",
+        tag=tag_of(f"{record.issuer_id} {record.number} {record.this_update}".encode()),  # quicker than of megabytes
     )
 
 
