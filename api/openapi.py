@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from api import problems
 from api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS
+from api.links import links
 from api.operation_models import ReadyModel
 from api.problems import ProblemModel
 from api.routing import Route
@@ -30,7 +31,8 @@ def openapi(routes: Sequence[Route], *, server_url: str) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         methods = paths.setdefault(route.path, {})
-        methods[route.method.lower()] = _operation(route, schemas)
+        methods[route.method.lower()] = operation = _operation(route, schemas)
+        operation["responses"][str(route.answers.status)] |= links(route, routes)
         if route.head_summary:
             methods["head"] = _head_operation(route, schemas)
     return {

@@ -73,7 +73,12 @@ class There:
 @pytest.fixture(scope="module")
 def there(shared_app: Flask) -> There:
     application.made = shared_app
-    api = api_as(shared_app, Role.ADMIN)
+    return things(shared_app)
+
+
+def things(app: Flask) -> There:
+    """One of each thing that a path can speak of, made anew."""
+    api = api_as(app, Role.ADMIN)
     parts = {
         "device_id": api.register()["device_id"],
         "token": api.register()["download_url"].rpartition("/")[2],
