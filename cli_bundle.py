@@ -26,6 +26,7 @@ from cli_files import NewFile
 KEY, CERTIFICATE, CHAIN, CA = "device.key", "device.pem", "chain.pem", "ca.pem"
 CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"
 NAMES = (KEY, CERTIFICATE, CHAIN, CA, CLIENT_CONFIGURATION, README)
+SECRET = (KEY, "device.p12")
 ENCRYPTED = (KEY, CA)  # what the device keeps secret, and what it trusts
 REQUIRED = (KEY, CERTIFICATE, CHAIN, CA)
 
@@ -65,10 +66,14 @@ _CLIENT_VALUES = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """The content of a bundle by name; ``notes`` say what was left out."""
+    """The content of a bundle by name; ``notes`` say what was left out.
+
+    ``key`` is the public part of the private key, where no file holds that in the clear.
+    """
 
     files: Mapping[str, bytes]
     notes: tuple[str, ...]
+    key: PublicKeyTypes | None = None
 
     def __repr__(self) -> str:  # never the key
         return f"Bundle({', '.join(self.files)})"
@@ -78,7 +83,7 @@ class Bundle:
         certificates = (CERTIFICATE, CHAIN, CA)
         return {
             name: NewFile(
-                certificates_only(content) if name in certificates else content, 0o600 if name == KEY else 0o644
+                certificates_only(content) if name in certificates else content, 0o600 if name in SECRET else 0o644
             )
             for name, content in self.files.items()
         }
@@ -96,10 +101,10 @@ class Checked:
     root: str
 
 
-def open_bundle(content: bytes, password: str) -> Bundle:
+def open_bundle(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENCRYPTED) -> Bundle:
     """Read the known files of a bundle; what is not known is left out.
 
-    ``device.key`` and ``ca.pem`` must have been encrypted (WinZip AE, AES-256), since only that vouches for them.
+    Those in ``encrypted`` must have been so (WinZip AE, AES-256), since only that vouches for them.
     Raises ``BundleLocked`` for a wrong password, ``CheckFailed`` for a ZIP that is none, too large or incomplete.
     """
     if len(content) > BUNDLE_MOST:
@@ -107,7 +112,7 @@ def open_bundle(content: bytes, password: str) -> Bundle:
     try:
         with pyzipper.AESZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
-            _check_entries(entries)
+            _check_entries(entries, encrypted)
             notes = [
                 f"{e.filename!r} is no part of a bundle and was left out." for e in entries if e.filename not in NAMES
             ]
@@ -121,7 +126,7 @@ def open_bundle(content: bytes, password: str) -> Bundle:
     return Bundle(files, tuple(notes))
 
 
-def _check_entries(entries: Iterable[pyzipper.zipfile_aes.AESZipInfo]) -> None:
+def _check_entries(entries: Iterable[pyzipper.zipfile_aes.AESZipInfo], encrypted: tuple[str, ...]) -> None:
     entries = list(entries)
     names = [entry.filename for entry in entries]
     if len(entries) > ENTRIES_MOST or any(entry.file_size > ENTRY_MOST for entry in entries):
@@ -132,7 +137,7 @@ def _check_entries(entries: Iterable[pyzipper.zipfile_aes.AESZipInfo]) -> None:
     if missing:
         raise CheckFailed(f"There is no {' and no '.join(missing)} in this ZIP; it is not a device's bundle.")
     for entry in entries:
-        if entry.filename in ENCRYPTED:
+        if entry.filename in encrypted:
             _check_encrypted(entry)
         elif entry.filename in NAMES and entry.compress_type not in (pyzipper.ZIP_STORED, pyzipper.ZIP_DEFLATED):
             raise CheckFailed(f"{entry.filename} is packed in a way that no bundle uses.")
@@ -190,7 +195,7 @@ def _is_client_option(line: str) -> bool:
 def check_bundle(bundle: Bundle, *, now: datetime) -> Checked:
     """Check that key, certificate, chain and CA of a bundle belong together; raises ``CheckFailed``."""
     try:
-        key = load_pem_private_key(bundle.files[KEY], password=None).public_key()
+        key = bundle.key or load_pem_private_key(bundle.files[KEY], password=None).public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise CheckFailed("The private key in the bundle cannot be read.") from None
     return check_credentials(

@@ -132,7 +132,7 @@ class Client:
         answer = self._send("GET", link, None, {"Connection": "close"})
         if answer.status >= 400:
             raise self._refusal(answer)
-        if not answer.body.startswith(b"PK"):
+        if not answer.body.startswith((b"PK", b"\x30")):  # a ZIP, a PKCS#12 file
             raise Unreachable(
                 f"The answer of {answer.origin} is no bundle; check the link, and whether a proxy answers."
             )

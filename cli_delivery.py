@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cli_bundle import BUNDLE_MOST, NAMES, README
+from cli_bundle import BUNDLE_MOST, README
 from cli_client import check_link
 from cli_context import Command, Portal
 from cli_files import Folder, read_input, require_writable
+from cli_formats import FILES
 from cli_unpack import bundle_password, fetch, show_files, unpack, unpack_fetched
 
 OUT_HELP = "Folder for the files; one named for the device, here, if not given."
@@ -57,17 +59,17 @@ def download(portal: Portal, link: str, out: Path | None, password_file: str | N
         "portal unpack bundle.zip --out sensor-7 --password-file password.txt",
     ],
 )
-@click.argument("zipfile", type=click.Path(dir_okay=False), help="The encrypted bundle.")
+@click.argument("bundle", type=click.Path(dir_okay=False), help="The encrypted bundle.")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.pass_obj
-def unpack_command(portal: Portal, zipfile: str, out: Path | None, password_file: str | None, force: bool) -> None:
+def unpack_command(portal: Portal, bundle: str, out: Path | None, password_file: str | None, force: bool) -> None:
     """Check a bundle that was fetched before, write its files.
 
-    The second half of portal download. The ZIP file is left where it is; delete it once the files are written.
+    The second half of portal download. The file is left where it is; delete it once the files are written.
     """
-    content = read_input(zipfile, most=BUNDLE_MOST)
+    content = read_input(bundle, most=BUNDLE_MOST)
     with _folder(out, force=force) as folder:
         files = unpack(portal, content, bundle_password(password_file), folder=folder, force=force)
     _show(portal, files)
@@ -79,16 +81,17 @@ def _folder(out: Path | None, *, force: bool) -> Iterator[Folder | None]:
         require_writable(Path())
         yield None
         return
-    folder = Folder(out, NAMES, force=force)
+    folder = Folder(out, FILES, force=force)
     try:
         yield folder
     finally:
         folder.leave()
 
 
-def _show(portal: Portal, files: dict[str, object]) -> None:
+def _show(portal: Portal, files: dict[str, Any]) -> None:
     if portal.out.as_json:
         portal.out.json(files)
         return
     show_files(portal, files)
-    portal.out.note(f"{README} there says how to connect.")
+    if README in files["files"]:
+        portal.out.note(f"{README} there says how to connect.")

@@ -10,6 +10,7 @@ import click
 from cli_context import DEVICE_ID, Command, Portal
 from cli_devices import Expiry, read_pages
 from cli_files import read_input, read_secret
+from cli_formats import FORMATS
 from cli_output import moment, state, text
 from cli_registration import KEY_TYPES, Asking, ask_by_csr, ask_for_bundle
 
@@ -78,6 +79,7 @@ def _show(portal: Portal, answer: dict[str, Any], *, done: str) -> None:
     help="How long the old one goes on; 0: not at all.",
 )
 @click.option("--when-used", is_flag=True, help="End the old one once the portal has seen the new one in use.")
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="How the bundle is packed; zip if not given.")
 @click.option("--csr", metavar="FILE", help="The device's own request (PKCS#10, PEM); its key stays where it is.")
 @click.option(
     "--password-file", metavar="FILE", help="File with a password to use for the bundle; - for standard input."
@@ -96,6 +98,7 @@ def renew(
     days: int | None,
     overlap_hours: int | None,
     when_used: bool,
+    format_: str | None,
     csr: str | None,
     password_file: str | None,
     password_out: str | None,
@@ -108,8 +111,9 @@ def renew(
     The new one works at once, in a bundle as after a registration or for the device's own CSR. The old one works on
     until the overlap is over, a day if not told otherwise, and is then revoked.
     """
-    if csr is not None and (key_type or password_file or password_out):
-        raise click.UsageError("With --csr there is no bundle, so no --key-type, --password-file or --password-out.")
+    if csr is not None and (key_type or format_ or password_file or password_out):
+        options = "--key-type, --format, --password-file or --password-out"
+        raise click.UsageError(f"With --csr there is no bundle, so no {options}.")
     if password_file and password_out:
         raise click.UsageError("Give --password-file for a password of your own, or --password-out for the portal's.")
     optional = {
@@ -117,6 +121,7 @@ def renew(
         "validity_days": days,
         "overlap_hours": overlap_hours,
         "revoke_previous": "when_used" if when_used else None,
+        "bundle_format": format_,
         "bundle_password": read_secret(password_file, "password") if password_file else None,
     }
     body = {field: value for field, value in optional.items() if value is not None}

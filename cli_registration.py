@@ -13,11 +13,12 @@ from typing import Any
 
 import click
 
-from cli_bundle import CA, CERTIFICATE, CHAIN, NAMES, certificates_only, check_credentials, csr_public_key
+from cli_bundle import CA, CERTIFICATE, CHAIN, certificates_only, check_credentials, csr_public_key
 from cli_client import check_link
 from cli_context import Command, Portal, metadata_from, new_secret_file, require, topics_from
 from cli_errors import CliError, ConnectionLost, Refused
 from cli_files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
+from cli_formats import FILES, FORMATS
 from cli_output import Cell, moment, text
 from cli_unpack import Password, fetch, show_files, summary, unpack_fetched
 
@@ -71,6 +72,7 @@ class Places:
 )
 @click.option("--key-type", type=click.Choice(KEY_TYPES), help="Kind of key; the portal's default if not given.")
 @click.option("--days", type=click.IntRange(1, 36500), metavar="DAYS", help="Life of its certificate.")
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="How the bundle is packed; zip if not given.")
 @click.option("--csr", metavar="FILE", help="The device's own request (PKCS#10, PEM); its key stays where it is.")
 @click.option(
     "--password-file", metavar="FILE", help="File with a password to use for the bundle; - for standard input."
@@ -92,6 +94,7 @@ def register(
     topics: tuple[str, ...],
     key_type: str | None,
     days: int | None,
+    format_: str | None,
     csr: str | None,
     password_file: str | None,
     password_out: str | None,
@@ -104,8 +107,9 @@ def register(
     The portal answers with a one-time link to the device's bundle. The password that opens it is shown once, here;
     send it to the device by another way than the link.
     """
-    if csr is not None and (key_type or password_file or password_out):
-        raise click.UsageError("With --csr there is no bundle, so no --key-type, --password-file or --password-out.")
+    if csr is not None and (key_type or format_ or password_file or password_out):
+        options = "--key-type, --format, --password-file or --password-out"
+        raise click.UsageError(f"With --csr there is no bundle, so no {options}.")
     if password_file and password_out:
         raise click.UsageError("Give --password-file for a password of your own, or --password-out for the portal's.")
     body: dict[str, Any] = {"name": name, "type": type_, "location": location, "firmware": firmware}
@@ -114,6 +118,7 @@ def register(
         "topics": topics_from(topics),
         "key_type": key_type,
         "validity_days": days,
+        "bundle_format": format_,
         "bundle_password": read_secret(password_file, "password") if password_file else None,
     }
     body |= {field: value for field, value in optional.items() if value}
@@ -136,7 +141,7 @@ def ask_for_bundle(
     chosen = "bundle_password" in body
     if not chosen and out is None:
         new_secret_file(password_out, "--password-out", "bundle's password", out=portal.out)
-    with _places(out, NAMES, None if chosen else password_out, force=force) as places:
+    with _places(out, FILES, None if chosen else password_out, force=force) as places:
         answer = _post(portal, asking, body, key)
         require(answer, "device_id", "download_url")
         # What was chosen is known to who chose it, so it is not shown again.

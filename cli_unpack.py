@@ -14,10 +14,11 @@ from typing import Any
 
 import click
 
-from cli_bundle import NAMES, Bundle, Checked, check_bundle, open_bundle
+from cli_bundle import Bundle, Checked, check_bundle
 from cli_context import Portal, ask_secret
 from cli_errors import BundleLocked, CheckFailed, CliError
 from cli_files import Folder, NewFile, read_secret, write_new
+from cli_formats import FILES, extension_of, open_any
 from cli_output import moment, text
 
 PASSWORD_VARIABLE = "PORTAL_BUNDLE_PASSWORD"  # noqa: S105 - a name, not a password
@@ -55,7 +56,7 @@ def _ask() -> str:
 
 def keep_bundle(content: bytes, where: Path) -> Path:
     """Keep the encrypted bundle in a 0600 file, since its link works only once; raises ``CheckFailed``."""
-    path = where / f"bundle-{sha256(content).hexdigest()[:8]}.zip"
+    path = where / f"bundle-{sha256(content).hexdigest()[:8]}.{extension_of(content)}"
     write_new(path, NewFile(content, 0o600), force=True)
     return path
 
@@ -67,7 +68,7 @@ def unpack(portal: Portal, content: bytes, password: Password, *, folder: Folder
     """
     bundle = _open(portal, content, password)
     checked = check_bundle(bundle, now=datetime.now(UTC))
-    folder = folder or Folder(Path(checked.device_id), NAMES, force=force)
+    folder = folder or Folder(Path(checked.device_id), FILES, force=force)
     folder.write(bundle.new_files())
     for note in bundle.notes:
         portal.out.warning(note)
@@ -77,13 +78,13 @@ def unpack(portal: Portal, content: bytes, password: Password, *, folder: Folder
 def _open(portal: Portal, content: bytes, password: Password) -> Bundle:
     for _ in range(ATTEMPTS - 1):
         try:
-            return open_bundle(content, password.text)
+            return open_any(content, password.text)
         except BundleLocked:
             if not password.asked or not sys.stdin.isatty():
                 raise
             portal.out.warning("That password does not open the bundle; try again.")
             password = Password(_ask(), asked=True)
-    return open_bundle(content, password.text)
+    return open_any(content, password.text)
 
 
 def fetch(portal: Portal, link: str, where: Path) -> tuple[bytes, Path]:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from itsdangerous.timed import TimestampSigner
 
+from credential_formats import BundleFormat, encrypted_pem, pkcs12_file
 from credential_zip import Entry, write_archive
 from errors import LinkExpired, LinkUnknown
 
@@ -29,10 +30,17 @@ issued by the Device Onboarding Portal
   ca.pem                  what the device trusts: check the broker's certificate against it
   mosquitto-client.conf   options for mosquitto_pub and mosquitto_sub
 
-device.key and ca.pem are encrypted (AES-256). To try them, in this folder:
+{protection} To try them, in this folder:
 
   mosquitto_pub -h {host} -p {port} --cafile ca.pem --cert chain.pem --key device.key \\
       -i {device_id} -t {topic} -m hello -q 1
+"""
+
+PROTECTED = "device.key and ca.pem are encrypted (AES-256)."
+KEY_PROTECTED = """\
+device.key is encrypted in itself (PKCS#8, AES-256). Nothing protects the other files from being
+altered on their way: before you trust ca.pem, compare it with what your portal's operator has.
+For programs that cannot ask for the password: openssl pkey -in device.key -out device.key.open
 """
 
 CLIENT_CONFIGURATION = """\
@@ -66,11 +74,22 @@ def new_bundle_password() -> str:
     return secrets.token_urlsafe(17)[:22]
 
 
-def package_credentials(credentials: Credentials, password: str, *, now: datetime) -> bytes:
+def package_credentials(
+    credentials: Credentials, password: str, *, now: datetime, bundle_format: BundleFormat = BundleFormat.ZIP
+) -> bytes:
     """Pack a bundle: a ZIP whose ``device.key`` and ``ca.pem`` are AES-256 encrypted and authenticated (WinZip AE-2).
 
-    The rest is public and altering it opens nothing, so it stays in the clear. Opens with 7z and pyzipper.
+    The rest is public and altering it opens nothing, so it stays in the clear. Opens with 7z and pyzipper. As ``p12``
+    it is a PKCS#12 file; as ``pem`` a ZIP in which nothing is encrypted or authenticated but the key in itself.
     """
+    if bundle_format is BundleFormat.P12:
+        return pkcs12_file(
+            credentials.key_pem,
+            credentials.certificate_pem,
+            credentials.ca_pem,
+            password,
+            name=credentials.device_id,
+        )
     blanks = {
         "device_id": credentials.device_id,
         "host": credentials.broker_host,
@@ -78,13 +97,16 @@ def package_credentials(credentials: Credentials, password: str, *, now: datetim
         "topic": credentials.example_topic,
     }
     secret, public = 0o600, 0o644
+    in_zip = bundle_format is BundleFormat.ZIP
+    key = credentials.key_pem if in_zip else encrypted_pem(credentials.key_pem, password)
+    readme = README.format(**blanks, protection=PROTECTED if in_zip else KEY_PROTECTED)
     entries = (
-        Entry("device.key", credentials.key_pem, secret, encrypted=True),
-        Entry("ca.pem", credentials.ca_pem.encode(), secret, encrypted=True),
+        Entry("device.key", key, secret, encrypted=in_zip),
+        Entry("ca.pem", credentials.ca_pem.encode(), secret, encrypted=in_zip),
         Entry("device.pem", credentials.certificate_pem.encode(), public, encrypted=False),
         Entry("chain.pem", credentials.chain_pem.encode(), public, encrypted=False),
         Entry("mosquitto-client.conf", CLIENT_CONFIGURATION.format(**blanks).encode(), public, encrypted=False),
-        Entry("README.txt", README.format(**blanks).encode(), public, encrypted=False),
+        Entry("README.txt", readme.encode(), public, encrypted=False),
     )
     return write_archive(entries, password.encode(), modified_at=now.astimezone(UTC))
 

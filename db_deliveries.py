@@ -27,6 +27,7 @@ class DeliveryRecord:
     lease_until: datetime | None
     generation: int
     length: int
+    format: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ def add_delivery(
     device_id: str,
     certificate_id: int,
     bundle: bytes,
+    bundle_format: str,
     created_at: datetime,
     expires_at: datetime,
 ) -> None:
@@ -62,6 +64,7 @@ def add_delivery(
             "certificate_id": certificate_id,
             "status": "ready",
             "bundle": bundle,
+            "format": bundle_format,
             "created_at": created_at,
             "expires_at": expires_at,
         },
@@ -84,6 +87,7 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> Delivery
             Delivery.lease_until,
             Device.generation,
             sa.func.length(Delivery.bundle),
+            Delivery.format,
             Device.status,
         )
         .join(Device, Device.id == Delivery.device_id)

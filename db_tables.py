@@ -271,6 +271,7 @@ class Delivery(Base):
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
         sa.CheckConstraint(_one_of("status", "ready", "fetching", "delivered", "expired", "revoked"), name="status"),
         sa.CheckConstraint("(status IN ('ready', 'fetching')) = (bundle IS NOT NULL)", name="bundle"),
+        sa.CheckConstraint(_one_of("format", "zip", "p12", "pem"), name="format"),
         sa.CheckConstraint("(status = 'fetching') = (lease_until IS NOT NULL)", name="lease"),
         sa.Index("ix_deliveries_device", "device_id"),
         sa.Index(
@@ -287,6 +288,7 @@ class Delivery(Base):
     certificate_id: Mapped[int] = mapped_column(sa.ForeignKey("certificates.id"))
     status: Mapped[str] = mapped_column(sa.String(16))
     bundle: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    format: Mapped[str] = mapped_column(sa.String(8), server_default="zip")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
     lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -102,7 +102,7 @@ class Onboarding:
         topics = self.check_topics(wanted.topics, device_id)
         made = self._credentials.make(
             device_id,
-            Wanted(wanted.csr, wanted.key_type, wanted.validity_days, wanted.bundle_password),
+            Wanted(wanted.csr, wanted.key_type, wanted.validity_days, wanted.bundle_password, wanted.bundle_format),
             topics,
             now=now,
         )

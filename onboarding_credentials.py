@@ -15,6 +15,7 @@ import db
 import db_deliveries
 from authority import Authority
 from config import Settings
+from credential_formats import BundleFormat
 from errors import FieldProblem, InputInvalid
 from topics import Topic, default_topics, expand
 
@@ -30,6 +31,7 @@ class Wanted:
     key_type: str | None = None
     validity_days: int | None = None
     bundle_password: str | None = field(default=None, repr=False)
+    bundle_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class BundleMade:
     password: str = field(repr=False)
     download_url: str = field(repr=False)
     download_expires_at: datetime
+    format: BundleFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +82,10 @@ class CredentialMaker:
         if wanted.csr is None:
             key = ca.generate_keypair(ca.KeyType(wanted.key_type or self._settings.key_type))
             public_key = key.public_key()
-        elif wanted.key_type or wanted.bundle_password:
+        elif wanted.key_type or wanted.bundle_password or wanted.bundle_format:
             raise InputInvalid(
-                "With a csr the device has its own key: leave out key_type and bundle_password.",
-                [FieldProblem("csr", "goes with neither key_type nor bundle_password")],
+                "With a csr the device has its own key: leave out key_type, bundle_password and bundle_format.",
+                [FieldProblem("csr", "goes with neither key_type nor bundle_password nor bundle_format")],
             )
         else:
             public_key = ca.read_csr(wanted.csr)
@@ -98,7 +101,7 @@ class CredentialMaker:
         chain = signer.chain_pem(issued.pem)
         bundle = None
         if key is not None:
-            bundle = self._bundle(device_id, key, issued, chain, topics, wanted.bundle_password, now)
+            bundle = self._bundle(device_id, key, issued, chain, topics, wanted, now)
         return Made(issued, signer.id, chain, bundle)
 
     def _bundle(
@@ -108,7 +111,7 @@ class CredentialMaker:
         issued: ca.Issued,
         chain: str,
         topics: Sequence[Topic] | None,
-        password: str | None,
+        wanted: Wanted,
         now: datetime,
     ) -> BundleMade:
         example = (topics or default_topics(self._settings.topic_prefix))[0]
@@ -123,15 +126,17 @@ class CredentialMaker:
             example_topic=expand(example, device_id).replace("#", "hello").replace("+", "hello"),
         )
         delivery_id = secrets.token_hex(16)
-        password = password or delivery.new_bundle_password()
+        password = wanted.bundle_password or delivery.new_bundle_password()
+        bundle_format = BundleFormat(wanted.bundle_format or BundleFormat.ZIP)
         return BundleMade(
             delivery_id,
-            delivery.package_credentials(credentials, password, now=now),
+            delivery.package_credentials(credentials, password, now=now, bundle_format=bundle_format),
             password,
             delivery.generate_download_link(
                 delivery_id, self._link_keys, public_url=self._settings.public_url, now=now
             ),
             now + timedelta(hours=self._settings.link_hours),
+            bundle_format,
         )
 
     def record(self, tx: Connection, tenant_id: str, device_id: str, made: Made, *, now: datetime) -> int:
@@ -157,6 +162,7 @@ class CredentialMaker:
                 device_id=device_id,
                 certificate_id=certificate_id,
                 bundle=made.bundle.content,
+                bundle_format=made.bundle.format,
                 created_at=now,
                 expires_at=made.bundle.download_expires_at,
             )

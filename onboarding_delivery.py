@@ -11,6 +11,7 @@ import db_deliveries
 import events
 from audit import Actor
 from config import Settings
+from credential_formats import BundleFormat
 from db import Database
 from errors import LinkRevoked
 from events import EventType
@@ -67,7 +68,7 @@ class Deliveries:
             content = db_deliveries.claim_delivery(tx, record.id, now=now, lease=FETCH_LEASE, grace=grace)
             audit.record(tx, actor, "bundle:fetch", f"device:{record.device_id}", at=now, delivery=record.id)
         failpoint("deliver.after_claim")
-        return Bundle(record.id, record.device_id, content)
+        return Bundle(record.id, record.device_id, content, BundleFormat(record.format))
 
     def end_download(self, bundle: Bundle) -> None:
         """Call before the end of the bundle goes out: from here on a crash leaves the link used, not open again.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from credential_formats import BundleFormat
+
 
 @dataclass(frozen=True, slots=True)
 class Registration:
@@ -24,6 +26,7 @@ class Registration:
     validity_days: int | None = None
     topics: Sequence[tuple[str, str]] | None = None
     bundle_password: str | None = None
+    bundle_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +78,4 @@ class Bundle:
     delivery_id: str
     device_id: str
     content: bytes
+    format: BundleFormat = BundleFormat.ZIP

@@ -26,7 +26,7 @@ def renew(call: Call) -> Reply:
     """Give a device a new certificate; the one before goes on for a while."""
     asked: RenewRequest = call.body
     renewal = Renewal(
-        Wanted(asked.csr, asked.key_type, asked.validity_days, asked.bundle_password),
+        Wanted(asked.csr, asked.key_type, asked.validity_days, asked.bundle_password, asked.bundle_format),
         asked.overlap_hours,
         when_used=asked.revoke_previous == "when_used",
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from api.fields import (
+    BundleFormatName,
     BundlePassword,
     Cursor,
     DeviceId,
@@ -51,6 +52,7 @@ class RegisterRequest(Input):
     validity_days: Annotated[int, Field(ge=1, le=36500), WholeNumber] | None = None
     topics: Topics | None = None
     bundle_password: BundlePassword | None = None
+    bundle_format: BundleFormatName | None = None
 
 
 class RegisterAnswer(Output):

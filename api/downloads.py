@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from api.routing import Answers, Call, Reply, Routes
+from credential_formats import BundleFormat
 from errors import Gone, LinkUnknown, PortalError
 from transport import HasDescriptor, client_is_gone
 
 downloads = Routes("Download")
 
-MEDIA_TYPE = "application/zip"
-HELD_BACK = 256  # bytes: the end of the archive's directory is among them
+HELD_BACK = 256  # bytes: the end of the archive's directory is among them, or of the MAC
 
 
 @downloads.route(
     "GET",
     "/download/{token}",
     permission=None,
-    answers=Answers(media_type=MEDIA_TYPE, description="The bundle; the link is used up"),
+    answers=Answers(
+        media_type=BundleFormat.ZIP.media_type,
+        other_media_types=(BundleFormat.P12.media_type,),
+        description="The bundle; the link is used up",
+    ),
     errors=(404, 409, 410, 429, 503),
     head_summary="Look at a link and spend nothing",
 )
@@ -27,7 +31,9 @@ def download(call: Call) -> Reply:
     try:
         if call.method == "HEAD":
             record = call.portal.deliveries.check_download(call.path["token"])
-            return Reply(content=b"", media_type=MEDIA_TYPE, headers=_headers(record.device_id, record.length))
+            bundle_format = BundleFormat(record.format)
+            headers = _headers(record.device_id, bundle_format, record.length)
+            return Reply(content=b"", media_type=bundle_format.media_type, headers=headers)
         bundle = call.portal.deliveries.claim_download(call.actor, call.path["token"])
     except LinkUnknown as error:
         call.portal.operators.login_failed(call.actor, "bundle:fetch", "link", error.code)
@@ -36,7 +42,7 @@ def download(call: Call) -> Reply:
         # Somebody was not the first to use the link: worth knowing.
         call.portal.operators.came_too_late(call.actor, "bundle:fetch", "link", error.code)
         raise
-    headers = _headers(bundle.device_id, len(bundle.content))
+    headers = _headers(bundle.device_id, bundle.format, len(bundle.content))
     portal, actor = call.portal, call.actor
 
     def when_done(received: bool) -> None:
@@ -55,12 +61,12 @@ def download(call: Call) -> Reply:
     else:
         portal.deliveries.end_download(bundle)
         content = _Sending(bundle.content, when_done)
-    return Reply(content=content, media_type=MEDIA_TYPE, headers=headers)
+    return Reply(content=content, media_type=bundle.format.media_type, headers=headers)
 
 
-def _headers(device_id: str, length: int) -> dict[str, str]:
+def _headers(device_id: str, bundle_format: BundleFormat, length: int) -> dict[str, str]:
     return {
-        "Content-Disposition": f'attachment; filename="{device_id}.zip"',
+        "Content-Disposition": f'attachment; filename="{device_id}.{bundle_format.extension}"',
         "Content-Length": str(length),
     }
 

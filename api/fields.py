@@ -49,6 +49,10 @@ Name = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, example
 ShortText = Annotated[str, Field(min_length=1, max_length=64, pattern=_TEXT)]
 Place = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT)]
 BundlePassword = Annotated[str, Field(pattern=_PASSWORD)]
+BundleFormatName = Annotated[
+    Literal["zip", "p12", "pem"],
+    Field(description="zip, unless said otherwise; p12 is PKCS#12; pem a plain ZIP with an encrypted key"),
+]
 DeviceId = Annotated[str, Field(pattern=_UUID, examples=["3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b"])]
 Hex = Annotated[str, Field(pattern="^[0-9a-f]+$")]
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from api.fields import BundlePassword, DeviceId, Fingerprint, Hex, Input, KeyTypeName, Output, Timestamp, WholeNumber
+from api.fields import (
+    BundleFormatName,
+    BundlePassword,
+    DeviceId,
+    Fingerprint,
+    Hex,
+    Input,
+    KeyTypeName,
+    Output,
+    Timestamp,
+    WholeNumber,
+)
 
 
 class SuspensionAnswer(Output):
@@ -30,6 +41,7 @@ class RenewRequest(Input):
     key_type: KeyTypeName | None = None
     validity_days: Annotated[int, Field(ge=1, le=36500), WholeNumber] | None = None
     bundle_password: BundlePassword | None = None
+    bundle_format: BundleFormatName | None = None
     overlap_hours: Annotated[int, Field(ge=0, le=8760), WholeNumber] | None = None
     revoke_previous: Literal["after_overlap", "when_used"] = "after_overlap"
 

@@ -156,7 +156,7 @@ def _responses(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     responses: dict[str, Any] = {
         str(answers.status): {
             "description": answers.description,
-            "content": {answers.media_type: {"schema": schema}},
+            "content": {kind: {"schema": schema} for kind in (answers.media_type, *answers.other_media_types)},
             "headers": _headers(answers.headers),
         }
     }

@@ -54,6 +54,7 @@ class Answers:
     media_type: str = "application/json"
     status: int = 200
     description: str = "Done"
+    other_media_types: tuple[str, ...] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -113,6 +113,7 @@ def fit(case: schemathesis.Case[Any], there: There) -> None:
         body["csr"] = there.csr
         body.pop("key_type", None)
         body.pop("bundle_password", None)
+        body.pop("bundle_format", None)
     if str(body.get("key_type")).startswith("rsa"):
         body["key_type"] = "ec-p256"  # RSA keys take a second to make
     if "url" in body:

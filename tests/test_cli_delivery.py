@@ -16,6 +16,7 @@ import credential_delivery
 from cli_bundle import NAMES
 from cli_errors import CheckFailed
 from cli_files import Folder, NewFile
+from credential_formats import BundleFormat
 from tests.cli_session import Session
 from tests.pki import Pki
 from tests.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, build_bundle, device_files, problem
@@ -215,3 +216,60 @@ def test_the_key_s_mode_does_not_depend_on_the_umask(session: Session, files: Fi
     assert mode_of(Path("sensor")) == 0o700
     assert mode_of(Path("sensor/device.key")) == 0o600
     shutil.rmtree("sensor")
+
+
+# --- Other forms --------------------------------------------------------------------------------------------------
+
+
+def packed_as(files: Files, bundle_format: str) -> bytes:
+    texts = (files["device.pem"].decode(), files["chain.pem"].decode(), files["ca.pem"].decode())
+    credentials = credential_delivery.Credentials(
+        DEVICE_ID, files["device.key"], *texts, "localhost", 8883, f"devices/{DEVICE_ID}/hello"
+    )
+    form = BundleFormat(bundle_format)
+    return credential_delivery.package_credentials(
+        credentials, BUNDLE_PASSWORD, now=datetime.now(UTC), bundle_format=form
+    )
+
+
+def test_a_p12_is_checked_and_written_as_it_is_beside_its_certificates(
+    session: Session, stub: PortalStub, files: Files
+) -> None:
+    content = packed_as(files, "p12")
+    result = session.run("download", stub.add_link(content), env=PASSWORD)
+    assert result.exit_code == 0, result.output
+    folder = Path(DEVICE_ID)
+    assert names_in(folder) == {"device.p12", "device.pem", "chain.pem", "ca.pem"}
+    assert (folder / "device.p12").read_bytes() == content
+    assert mode_of(folder / "device.p12") == 0o600
+    assert (folder / "ca.pem").read_bytes() == files["ca.pem"]
+    assert (folder / "chain.pem").read_bytes() == files["chain.pem"]
+
+
+def test_a_pem_keeps_its_key_encrypted_and_says_what_nothing_vouches_for(
+    session: Session, stub: PortalStub, files: Files
+) -> None:
+    result = session.run("download", stub.add_link(packed_as(files, "pem")), env=PASSWORD)
+    assert result.exit_code == 0, result.output
+    assert names_in(Path(DEVICE_ID)) == set(NAMES)
+    assert "ENCRYPTED PRIVATE KEY" in Path(DEVICE_ID, "device.key").read_text()
+    assert "compare it with portal ca" in result.stderr
+
+
+@pytest.mark.parametrize(("bundle_format", "extension"), [("p12", "p12"), ("pem", "zip")])
+def test_another_password_opens_neither_and_the_file_is_kept(
+    bundle_format: str, extension: str, session: Session, stub: PortalStub, files: Files
+) -> None:
+    wrong = {"PORTAL_BUNDLE_PASSWORD": "another password"}
+    result = session.run("download", stub.add_link(packed_as(files, bundle_format)), env=wrong)
+    assert result.exit_code == 1
+    (kept,) = Path().glob(f"bundle-*.{extension}")
+    assert "The password does not open" in result.stderr
+    assert session.run("unpack", str(kept), env=PASSWORD).exit_code == 0
+
+
+def test_the_form_is_asked_for(session: Session, stub: PortalStub) -> None:
+    plain = ("register", "sensor-7", "--type", "t", "--location", "l", "--firmware", "1", "--format", "p12")
+    session.json(*plain)
+    assert stub.requests[-1].body["bundle_format"] == "p12"
+    assert session.run(*plain, "--csr", "x").exit_code == 2
