@@ -22,6 +22,7 @@ from admin_plain import plainly, settings_here
 from config import Settings
 from files import own_until_exit, replace_file
 from installation import first_token, occupied, open_portal, prepare
+from onboarding_clients import CLIENT_CAS
 
 log = logging.getLogger("portal.admin")
 
@@ -132,6 +133,7 @@ def _serve(settings: Settings, create_app: Callable[..., Flask], portal_of: Call
             functools.partial(create_app, settings),
             certificate=settings.tls_dir / "server.pem",
             key=settings.tls_dir / "server.key",
+            client_cas=settings.tls_dir / CLIENT_CAS,
             on_ready=on_ready,
             on_listening=on_listening,
             on_worker_start=on_worker_start,

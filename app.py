@@ -23,6 +23,9 @@ from api.description import description_of
 from api.device_lifecycle import device_lifecycle
 from api.devices import devices
 from api.downloads import downloads
+from api.enrolment import enrolment
+from api.est import est
+from api.manufacturers import manufacturers
 from api.ocsp import ocsp
 from api.operation import operation
 from api.pki import pki
@@ -42,6 +45,9 @@ GROUPS = (
     downloads,
     pki,
     ocsp,
+    enrolment,
+    manufacturers,
+    est,
     tokens,
     webhooks,
     operation,
@@ -188,12 +194,12 @@ def _end(response: Response) -> Response:
 
 
 def _failed(error: Exception) -> Response:
-    problem, headers = problems.of_error(error, STATUS_OF, request_id=g.request_id)
+    problem, headers = problems.of_error(error, STATUS_OF, request_id=g.request_id, path=request.path)
     metrics.refused(problem.code)
     if problem.status == 500:
         log.error("failed", exc_info=error, extra={"request_id": g.request_id})
     elif problem.status == 503:
         cause = {"problem": problem.detail, "cause": error.__cause__}
         log.warning("unavailable", extra={"request_id": g.request_id, **cause})
-    body = problem.model_dump_json(exclude_none=True)
-    return Response(body, problem.status, headers, content_type=problems.MEDIA_TYPE)
+    body, media_type = problems.as_sent(problem, request.path)
+    return Response(body, problem.status, headers, content_type=media_type)

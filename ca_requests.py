@@ -37,8 +37,15 @@ def read_csr(pem: str) -> PublicKey:
     ``pem`` is one PEM block of at most 16 KiB. Subject, extensions and attributes are not read: the portal decides on
     them. Raises ``KeyRefused`` for a key that the portal does not certify, ``CsrInvalid`` for everything else.
     """
+    return check_csr(der_of(pem))[1]
+
+
+def check_csr(der: bytes) -> tuple[x509.CertificateSigningRequest, PublicKey]:
+    """Read a CSR in DER, of at most 16 KiB, as ``read_csr`` does; returns it with its public key."""
+    if len(der) > MAX_CSR_CHARACTERS:
+        raise CsrInvalid(f"The CSR is longer than {MAX_CSR_CHARACTERS} bytes.")
     with failing_as(CsrInvalid(_UNREADABLE)):
-        csr = x509.load_der_x509_csr(_der(pem))
+        csr = x509.load_der_x509_csr(der)
     with failing_as(KeyRefused(f"The public key in the CSR cannot be read or is of an unknown kind. {ACCEPTED}")):
         # Checked before the signature is: verifying under a monstrous RSA key would be slow.
         key = check_public_key(csr.public_key())
@@ -59,7 +66,7 @@ def read_csr(pem: str) -> PublicKey:
         valid = csr.is_signature_valid
     if not valid:
         raise CsrInvalid("The CSR's signature is wrong: it must be signed with the private key it is for.")
-    return key
+    return csr, key
 
 
 def _algorithm_identifier(key: PublicKey) -> bytes:
@@ -70,7 +77,8 @@ def _algorithm_identifier(key: PublicKey) -> bytes:
     return _EC_P256 if isinstance(key.curve, ec.SECP256R1) else _EC_P384
 
 
-def _der(pem: str) -> bytes:
+def der_of(pem: str) -> bytes:
+    """What a PEM block of a CSR holds; raises ``CsrInvalid``."""
     if not isinstance(pem, str) or not pem.strip():
         raise CsrInvalid("The CSR is empty. Send a PKCS#10 request in PEM.")
     if len(pem) > MAX_CSR_CHARACTERS:

@@ -15,6 +15,7 @@ from config_values import (
     AclStyle,
     Address,
     LogFormat,
+    Network,
     choice,
     count,
     parse_address,
@@ -96,6 +97,12 @@ class Settings:
     )
     login_failures: int = _setting(
         "PORTAL_LOGIN_FAILURES", "20", count(1, 1000000), "Failed logins a minute after which an address must wait"
+    )
+    trusted_proxies: tuple[Network, ...] = _setting(
+        "PORTAL_TRUSTED_PROXIES",
+        "",
+        parse_networks,
+        "Proxies whose Client-Cert header is believed: addresses and networks; none if empty",
     )
     log_format: LogFormat = _setting("PORTAL_LOG_FORMAT", "text", choice(LogFormat), "text or json")
     log_level: str = _setting("PORTAL_LOG_LEVEL", "info", parse_text, "debug, info, warning or error")
@@ -289,6 +296,7 @@ def _derived(values: dict[str, Any]) -> dict[str, Any]:
     if values["issuing_days"] >= values["root_days"]:
         raise SettingInvalid("PORTAL_ISSUING_DAYS must be less than PORTAL_ROOT_DAYS.")
     values["ca_passphrase"] = _passphrase(values["ca_passphrase"], values["ca_passphrase_file"])
+    values["trusted_proxies"] = values["trusted_proxies"] or ()
     for name in ("broker_reload", "broker_group"):
         values[name] = values[name] or ""
     values["webhook_allow"] = values["webhook_allow"] or ()

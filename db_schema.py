@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import db_tables_enrolment
 import db_tables_events
 from db_tables import Base
 
-TOPICS = (db_tables_events,)  # the modules with tables beside db_tables; importing them is what makes them known
+# The modules with tables beside db_tables; importing them is what makes them known.
+TOPICS = (db_tables_enrolment, db_tables_events)
 METADATA = Base.metadata

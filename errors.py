@@ -65,6 +65,18 @@ class TopicRefused(InputInvalid):
     code = "topic_refused"
 
 
+class ManufacturerInvalid(InputInvalid):
+    """The certificate is not one of a CA that devices could be born with."""
+
+    code = "manufacturer_invalid"
+
+
+class ProofInvalid(InputInvalid):
+    """What was sent does not show that its sender has the CA's key."""
+
+    code = "proof_invalid"
+
+
 class BodyTooLarge(PortalError):
     """The body is longer than the limit."""
 
@@ -96,6 +108,22 @@ class Forbidden(PortalError):
     """The operator token is valid, its role is not enough."""
 
     code = "forbidden"
+
+
+class EnrolmentUnauthenticated(Unauthenticated):
+    """A device that wants to enrol has brought neither a valid enrolment token nor a client certificate."""
+
+
+class EnrolmentRefused(Forbidden):
+    """A device may not enrol: its token is used up, expired or revoked, or an operator has said no."""
+
+    code = "enrolment_refused"
+
+
+class ClientCertificateRefused(Forbidden):
+    """The client certificate is revoked, expired, or of a CA that is not registered here."""
+
+    code = "client_certificate_refused"
 
 
 class TooManyAttempts(PortalError):

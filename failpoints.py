@@ -13,6 +13,8 @@ NAMES = (
     "register.before_commit",
     "register.after_commit",
     "register.before_answer",
+    "enrol.before_commit",
+    "enrol.after_commit",
     "revoke.before_commit",
     "revoke.after_commit",
     "apply.begin",

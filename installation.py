@@ -37,8 +37,13 @@ from files import FileLock, private_folder, remove_leftovers, replace_file, secr
 from inventory import Inventory
 from monitoring import Monitoring
 from onboarding import Onboarding
+from onboarding_approval import Approvals
+from onboarding_clients import Clients
 from onboarding_credentials import CredentialMaker
 from onboarding_delivery import Deliveries
+from onboarding_enrolment import Enrolment
+from onboarding_enrolment_tokens import EnrolmentTokens
+from onboarding_manufacturers import Manufacturers
 from onboarding_renewal import Renewals
 from onboarding_suspension import Suspensions
 from operators import Operators
@@ -81,6 +86,11 @@ class Portal:
     renewals: Renewals
     webhooks: Webhooks
     dispatcher: Dispatcher
+    clients: Clients
+    enrolment: Enrolment
+    enrolment_tokens: EnrolmentTokens
+    manufacturers: Manufacturers
+    approvals: Approvals
     inventory: Inventory
     operators: Operators
     readiness: Readiness
@@ -163,6 +173,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
     renewals = Renewals(
         settings, database, enforcement, credentials, onboarding, pepper=bytes.fromhex(pepper), clock=clock
     )
+    clients = Clients(settings, database, authority, clock)
     return Portal(
         settings,
         database,
@@ -176,6 +187,11 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         renewals,
         webhooks,
         Dispatcher(database, sender, clock),
+        clients,
+        Enrolment(settings, database, onboarding, credentials, clock),
+        EnrolmentTokens(database, clock),
+        Manufacturers(database, clients, clock),
+        Approvals(database, onboarding, clock),
         Inventory(settings, database),
         Operators(database, Throttle(settings.data_dir / "attempts", settings.login_failures), clock),
         Readiness(database, authority, enforcement, clock, DEFAULT_TENANT, (settings.data_dir, settings.broker_dir)),
@@ -200,6 +216,7 @@ def prepare(portal: Portal) -> None:
         portal.broker.password()  # made with its file for the broker where it is missing
         renew_own_certificates(portal)
         portal.responder.certificates.renew()
+        portal.clients.write_authorities()
         with portal.database.transaction() as tx:
             # Whatever changed while nobody looked (a setting, a file), the broker is brought to it anew.
             db.next_generation(tx, portal.tenant_id, at=portal.clock())

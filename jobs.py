@@ -104,6 +104,11 @@ def cut_late_sessions(portal: Portal) -> None:
         done.update(superseded)
 
 
+def write_client_authorities(portal: Portal) -> None:
+    """Ask TLS clients for certificates of the CAs that are registered now, whoever has changed that and where."""
+    portal.clients.write_authorities()
+
+
 def probe_broker(portal: Portal) -> None:
     """Show the broker the canaries, though nothing has changed: somebody else may have changed it."""
     if portal.broker.reachable():
@@ -112,6 +117,7 @@ def probe_broker(portal: Portal) -> None:
 
 JOBS = (
     Job("repair", 2.0, repair_broker),
+    Job("client CAs", 10.0, write_client_authorities),
     Job("late sessions", 20.0, cut_late_sessions),
     Job(EXPIRY, 30.0, expire),
     Job("probe", 60.0, probe_broker),

@@ -37,18 +37,20 @@ def serve(
     certificate: Path,
     key: Path,
     on_ready: Callable[[], None],
+    client_cas: Path | None = None,
     on_listening: Callable[[], None] | None = None,
     on_worker_start: Callable[[Any], None] | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status, which is 0 after a graceful stop.
 
-    ``certificate`` (a chain, PEM) and ``key`` are read again when they change on disk. ``app_factory`` is called in
-    each worker process, ``on_worker_start`` right after it with the application, ``on_listening`` once in the
-    master, when the ports are its own, ``on_ready`` when the first worker answers. The application finds in its WSGI
-    environ ``portal.listener``, "main" or "pki", and ``gunicorn.socket``, the ``ssl.SSLSocket`` of the client.
+    ``certificate`` (a chain, PEM), ``key`` and ``client_cas`` (PEM, the CAs whose certificates a client may present)
+    are read again when they change on disk. ``app_factory`` is called in each worker process, ``on_worker_start`` right
+    after it with the application, ``on_listening`` once in the master, when the ports are its own, ``on_ready`` when
+    the first worker answers. The application finds in its WSGI environ ``portal.listener``, "main" or "pki", and
+    ``gunicorn.socket``, the ``ssl.SSLSocket`` of the client.
     Raises ``StartupError``.
     """
-    tls = ServerTls(certificate, key)
+    tls = ServerTls(certificate, key, client_cas)
     allow_open_files(settings.max_connections + SPARE_FILES)
     with contextlib.ExitStack() as stack:
         listeners = [

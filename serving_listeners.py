@@ -17,6 +17,9 @@ from errors import StartupError
 BACKLOG = 1024
 CONTEXT_LIFE = 86400.0  # seconds after which the keys of the session tickets are replaced
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"  # of TLS 1.2; those of TLS 1.3 are all good
+# X509_V_FLAG_NO_CHECK_TIME of OpenSSL: the application tells a client with an expired certificate so in a sentence.
+NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
+CLIENT_CHECKS = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
 
 log = logging.getLogger("portal.serving")
 
@@ -68,10 +71,15 @@ def allow_open_files(wanted: int) -> None:
 
 
 class ServerTls:
-    """The TLS context of the main listener, made anew when the certificate on disk changes."""
+    """The TLS context of the main listener, made anew when the certificate on disk changes, or the file of client CAs.
 
-    def __init__(self, certificate: Path, key: Path) -> None:
-        self._paths = (certificate, key)
+    Where ``client_cas`` (PEM) is there and not empty, clients are asked for a certificate and need not have one. One
+    that none of these CAs has issued ends the handshake; all else about a certificate is for the application to judge.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_cas: Path | None = None) -> None:
+        self._certificate = (certificate, key)
+        self._client_cas = client_cas
         self._seen = self._signature()
         self._checked = self._made = time.monotonic()
         try:
@@ -80,18 +88,22 @@ class ServerTls:
             raise StartupError(f"The server certificate {certificate} or its key cannot be used: {error}.") from None
 
     def _make(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # client certificates, once wanted: context.verify_mode
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_ciphers(CIPHERS)
         context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
         context.num_tickets = 1
         context.set_alpn_protocols(["http/1.1"])
-        context.load_cert_chain(*self._paths)
+        context.load_cert_chain(*self._certificate)
+        if self._client_cas is not None and self._client_cas.exists() and self._client_cas.stat().st_size:
+            context.verify_mode = ssl.CERT_OPTIONAL
+            context.verify_flags = CLIENT_CHECKS
+            context.load_verify_locations(self._client_cas)
         return context
 
     def _signature(self) -> list[tuple[int, int, int]]:
         signature = []
-        for path in self._paths:
+        for path in (*self._certificate, *((self._client_cas,) if self._client_cas else ())):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 signature.append((status.st_mtime_ns, status.st_size, status.st_ino))
@@ -109,8 +121,8 @@ class ServerTls:
         try:
             self.context = self._make()
         except OSError as error:
-            log.warning("The server certificate on disk cannot be used, the one before stays: %s", error)
+            log.warning("The TLS files on disk cannot be used, those before stay: %s", error)
         else:
             self._made = now
-            log.info("The server certificate was read again.")
+            log.info("The TLS files were read again.")
         self._seen = seen

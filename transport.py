@@ -7,7 +7,7 @@ import select
 import struct
 import termios
 import time
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 CLOSING_SECONDS = 0.02
 PATIENCE_SECONDS = 1.0
@@ -18,6 +18,25 @@ class HasDescriptor(Protocol):
 
     def fileno(self) -> int:
         """The descriptor."""
+
+
+@runtime_checkable
+class HasPeer(Protocol):
+    """A TLS socket."""
+
+    def getpeercert(self, binary_form: Literal[True]) -> bytes | None:
+        """The peer's certificate, DER."""
+
+
+def client_certificate(connection: object) -> bytes | None:
+    """The certificate, DER, that a TLS client has shown with proof of its key; ``None`` where it has shown none.
+
+    A resumed TLS session brings the one of its beginning (RFC 8446 section 4.6.1), so what has happened to the
+    certificate since then is for the caller to find out.
+    """
+    if not isinstance(connection, HasPeer):
+        return None
+    return connection.getpeercert(binary_form=True)
 
 
 def client_is_gone(connection: HasDescriptor) -> bool:

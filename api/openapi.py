@@ -14,7 +14,7 @@ from api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS
 from api.links import links
 from api.operation_models import ReadyModel
 from api.problems import ProblemModel
-from api.routing import Route
+from api.routing import Answers, Route
 
 VERSION = "1"
 _ERROR_HEADERS = {
@@ -23,6 +23,8 @@ _ERROR_HEADERS = {
     429: {"Retry-After": "Seconds"},
     503: {"Retry-After": "Seconds"},
 }
+
+_BASIC = {"WWW-Authenticate": "Basic"}
 
 
 def openapi(routes: Sequence[Route], *, server_url: str) -> dict[str, Any]:
@@ -150,27 +152,31 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _responses(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     answers = route.answers
-    schema = {"type": "object"} if answers.media_type == "application/json" else {"type": "string", "format": "binary"}
-    if answers.model is not None:
-        schema = schemas["by_model"][answers.model]
-    responses: dict[str, Any] = {
-        str(answers.status): {
-            "description": answers.description,
-            "content": {kind: {"schema": schema} for kind in (answers.media_type, *answers.other_media_types)},
-            "headers": _headers(answers.headers),
-        }
-    }
+    responses = {str(answer.status): _success(answer, schemas) for answer in (answers, *route.also)}
     if route.on_pki_listener and answers.model is None:
         responses["304"] = {"description": "Not modified", "headers": _headers(answers.headers)}
+    plain = route.path.startswith(problems.IN_PLAIN_TEXT)
+    said = {problems.MEDIA_TYPE: {"schema": schemas["by_model"][ProblemModel]}}
     for status in sorted(_error_statuses(route)):
         responses[str(status)] = {
             "description": HTTPStatus(status).phrase,
-            "content": {problems.MEDIA_TYPE: {"schema": schemas["by_model"][ProblemModel]}},
-            "headers": _headers(_ERROR_HEADERS.get(status)),
+            "content": {"text/plain": {"schema": {"type": "string"}}} if plain else said,
+            "headers": _headers(_BASIC if plain and status == 401 else _ERROR_HEADERS.get(status)),
         }
     if route.path == "/readyz":
         responses["503"]["content"]["application/json"] = {"schema": schemas["by_model"][ReadyModel]}
     return responses
+
+
+def _success(answers: Answers, schemas: dict[str, Any]) -> dict[str, Any]:
+    schema = {"type": "object"} if answers.media_type == "application/json" else {"type": "string", "format": "binary"}
+    if answers.model is not None:
+        schema = schemas["by_model"][answers.model]
+    return {
+        "description": answers.description,
+        "content": {kind: {"schema": schema} for kind in (answers.media_type, *answers.other_media_types)},
+        "headers": _headers(answers.headers),
+    }
 
 
 def _error_statuses(route: Route) -> set[int]:

@@ -12,6 +12,9 @@ from api.fields import Output
 from errors import FieldProblem, InputInvalid, PortalError, TooManyAttempts
 
 MEDIA_TYPE = "application/problem+json"
+# Below this path errors are a sentence in plain text, for a person who looks at what a device has received (RFC 7030
+# section 4.2.3).
+IN_PLAIN_TEXT = "/.well-known/est/"
 # What the web framework refuses by itself: code and detail for each status.
 _OF_THE_FRAMEWORK = {
     400: ("malformed_request", "The request cannot be read; see GET /docs for its form."),
@@ -57,9 +60,10 @@ def problem(
 
 
 def of_error(
-    error: Exception, status_of: Mapping[type[PortalError], int], *, request_id: str
+    error: Exception, status_of: Mapping[type[PortalError], int], *, request_id: str, path: str = ""
 ) -> tuple[ProblemModel, dict[str, str]]:
     """Say what went wrong, with the headers that go with it; all that is no error of the caller's is one constant."""
+    plain = path.startswith(IN_PLAIN_TEXT)
     headers: dict[str, str] = {}
     status, code, detail = 500, "internal_error", "The portal failed; its log has the cause under this request id."
     if isinstance(error, PortalError):
@@ -71,11 +75,20 @@ def of_error(
         code, detail = _OF_THE_FRAMEWORK.get(status, _OF_ANOTHER_KIND)
         if isinstance(error, MethodNotAllowed) and error.valid_methods:
             headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    if status == 422 and plain:
+        status = 400
     if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
+        headers["WWW-Authenticate"] = 'Basic realm="enrolment", charset="UTF-8"' if plain else "Bearer"
     elif status == 503:
         headers["Retry-After"] = "2"
     elif isinstance(error, TooManyAttempts):
         headers["Retry-After"] = str(error.retry_after)
     invalid = error.errors if isinstance(error, InputInvalid) else ()
     return problem(status, code, detail, request_id=request_id, errors=invalid), headers
+
+
+def as_sent(said: ProblemModel, path: str) -> tuple[str, str]:
+    """The body of an error with its media type."""
+    if path.startswith(IN_PLAIN_TEXT):
+        return f"{said.detail}\n", "text/plain; charset=utf-8"
+    return said.model_dump_json(exclude_none=True), MEDIA_TYPE

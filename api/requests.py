@@ -32,6 +32,9 @@ _NOT_THERE: dict[str, PortalError] = {
     "token_id": NotFound("This is no token's id; list them with GET /tokens."),
     "request": RequestMalformed("The part after /ocsp/ must be an OCSP request in base64."),
     "webhook_id": NotFound("This is no webhook's id; list them with GET /webhooks."),
+    "label": NotFound("There is nothing to enrol at under this label; leave it out, or use the tenant's name."),
+    "enrolment_token_id": NotFound("This is no enrolment token's id; list them with GET /enrolment-tokens."),
+    "manufacturer_id": NotFound("This is no manufacturer's id; list them with GET /manufacturers."),
     "issuer": NotFound("There is no issuer of this name; the chain of trust is at /ca.pem."),
 }
 

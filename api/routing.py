@@ -73,6 +73,7 @@ class Route:
     ``token_optional``: anyone may call it, and who shows a valid token is known.
 
     Every GET answers HEAD, too; with a ``head_summary`` the OpenAPI text says so.
+    ``also`` are other answers than errors.
     """
 
     method: str
@@ -85,6 +86,7 @@ class Route:
     body: type[BaseModel] | None = None
     octets: Octets | None = None
     query: type[BaseModel] | None = None
+    also: tuple[Answers, ...] = ()
     errors: tuple[int, ...] = ()
     on_pki_listener: bool = False
     idempotency_key: bool = False

@@ -17,6 +17,7 @@ import db_issuers
 from access import Role
 from app import ROUTES, portal_of
 from tests.harness import ON_SQLITE, Api, api_as, problem_of
+from tests.pki import PEM, Authority
 
 ANYONE = {*Role, None}
 ADMIN, OPERATOR, AUDITOR = Role.ADMIN, Role.OPERATOR, Role.AUDITOR
@@ -38,6 +39,23 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /crl/{issuer}.crl": ANYONE,
     "GET /ocsp/{request}": ANYONE,
     "POST /ocsp": ANYONE,
+    "POST /devices": {ADMIN, OPERATOR},
+    "GET /devices/{device_id}/enrolment": {ADMIN, OPERATOR, AUDITOR},
+    "POST /devices/{device_id}/approve": {ADMIN, OPERATOR},
+    "POST /devices/{device_id}/reject": {ADMIN, OPERATOR},
+    "GET /enrolment-tokens": {ADMIN, OPERATOR, AUDITOR},
+    "POST /enrolment-tokens": {ADMIN, OPERATOR},
+    "DELETE /enrolment-tokens/{enrolment_token_id}": {ADMIN, OPERATOR},
+    "GET /manufacturers": {ADMIN, OPERATOR, AUDITOR},
+    "POST /manufacturers": {ADMIN},
+    "GET /manufacturers/{manufacturer_id}": {ADMIN, OPERATOR, AUDITOR},
+    "POST /manufacturers/{manufacturer_id}/proof": {ADMIN},
+    "DELETE /manufacturers/{manufacturer_id}": {ADMIN},
+    **{
+        f"{operation.replace(' ', f' /.well-known/est/{label}')}": ANYONE
+        for operation in ("GET cacerts", "GET csrattrs", "POST simpleenroll")
+        for label in ("", "{label}/")
+    },
     "GET /tokens": {ADMIN},
     "POST /tokens": {ADMIN},
     "DELETE /tokens/{token_id}": {ADMIN},
@@ -147,9 +165,7 @@ def foreigner(shared_app: Flask) -> Api:
     return Api(shared_app.test_client(), secret)
 
 
-OF_ONE_THING = [
-    route for route in GUARDED if "{device_id}" in route or "{token_id}" in route or "{webhook_id}" in route
-]
+OF_ONE_THING = [route for route in GUARDED if "_id}" in route]
 
 
 @ON_SQLITE
@@ -159,8 +175,17 @@ def test_what_is_anothers_is_not_there(clients: dict[Role | None, Api], foreigne
     token_id = clients[ADMIN].post("/tokens", {"name": "mine", "role": "auditor"}).json["token_id"]
     webhook_id = clients[ADMIN].post("/webhooks", {"name": "mine", "url": "https://example.com"}).json["webhook_id"]
     method, path = route.split(" ")
-    path = path.format(device_id=device_id, token_id=token_id, webhook_id=webhook_id)
+    maker = {"name": "mine", "certificate": Authority("A maker's CA").certificate.public_bytes(PEM).decode()}
+    path = path.format(
+        device_id=device_id,
+        token_id=token_id,
+        webhook_id=webhook_id,
+        enrolment_token_id=clients[ADMIN].post("/enrolment-tokens", {"name": "mine"}).json["enrolment_token_id"],
+        manufacturer_id=clients[ADMIN].post("/manufacturers", maker).json["manufacturer_id"],
+    )
     body = {"name": "taken over"} if method == "PATCH" else {} if method == "POST" else None
+    if path.endswith("/proof"):
+        body = {"signature": "x"}
     answer = foreigner.call(method, path, json=body)
     assert answer.status_code == 404, answer.text
     assert clients[ADMIN].get(f"/devices/{device_id}").json["status"] == "active"

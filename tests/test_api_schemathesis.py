@@ -6,6 +6,7 @@ the form described, what does not fit refused, what fits accepted.
 
 from __future__ import annotations
 
+import base64
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,8 +21,10 @@ from schemathesis.config import SchemathesisConfig
 from access import Role
 from api.fields import Metadata
 from api.openapi import openapi
+from api.problems import IN_PLAIN_TEXT
 from app import ROUTES
 from tests.harness import ON_SQLITE, Api, api_as, csr_pem
+from tests.pki import PEM, Authority
 
 CONFIG = {
     "seed": 1,
@@ -54,7 +57,7 @@ schema = schemathesis.openapi.from_dict(
 schema.app = application
 
 
-@schemathesis.serializer("application/ocsp-request")
+@schemathesis.serializer("application/ocsp-request", "application/pkcs10")
 def as_it_is(_context: object, value: object) -> bytes:
     """A body that is bytes; to a reader of bytes nothing is of the wrong type."""
     return value if isinstance(value, bytes) else str(value).encode()
@@ -67,6 +70,7 @@ class There:
     api: Api
     csr: str
     parts_of_paths: dict[str, str]
+    basic: str  # an enrolment token, as HTTP Basic authentication has it
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
 
@@ -87,7 +91,18 @@ def things(app: Flask) -> There:
         "issuer": "issuing-1",
         "request": "MDAwLjAsMCowCQYFKw4DAhoFAAQU",
     }
-    return There(api, csr_pem(), parts)
+    manufacturer = {"name": "a maker", "certificate": ca_pem()}
+    parts |= {
+        "enrolment_token_id": api.post("/enrolment-tokens", {"name": "one to be revoked"}).json["enrolment_token_id"],
+        "manufacturer_id": api.post("/manufacturers", manufacturer).json["manufacturer_id"],
+        "label": "default",
+    }
+    enrolment_token = api.post("/enrolment-tokens", {"name": "a batch"}).json["token"]
+    return There(api, csr_pem(), parts, base64.b64encode(f":{enrolment_token}".encode()).decode())
+
+
+def ca_pem() -> str:
+    return Authority("A maker's CA").certificate.public_bytes(PEM).decode()
 
 
 def is_metadata(value: object) -> bool:
@@ -101,14 +116,18 @@ def is_metadata(value: object) -> bool:
 def fit(case: schemathesis.Case[Any], there: There) -> None:
     """Change of a request that fits the schema what a schema cannot say: what exists, is signed, reaches no other."""
     number = next(there.numbers)
-    if number % 3:
+    if number % 3 and not case.path.endswith("/proof"):  # nobody makes up a proof
         case.path_parameters.update({name: there.parts_of_paths[name] for name in case.path_parameters})
     if "Idempotency-Key" in case.headers and number % 5:
         case.headers["Idempotency-Key"] = f"the-key-of-request-{number}"
     case.query.pop("cursor", None)
-    body: Any = case.body
-    if not isinstance(body, dict):
-        return
+    if case.path.startswith(IN_PLAIN_TEXT) and case.method == "POST":
+        case.body = there.csr.encode()
+    if isinstance(case.body, dict):
+        fit_body(case.body, there)
+
+
+def fit_body(body: dict[str, Any], there: There) -> None:
     if body.get("csr") is not None:
         body["csr"] = there.csr
         body.pop("key_type", None)
@@ -116,6 +135,12 @@ def fit(case: schemathesis.Case[Any], there: There) -> None:
         body.pop("bundle_format", None)
     if str(body.get("key_type")).startswith("rsa"):
         body["key_type"] = "ec-p256"  # RSA keys take a second to make
+    if "signature" in body:
+        body.pop("certificate", None)
+    elif "certificate" in body:
+        body["certificate"] = ca_pem()
+    if body.get("device_id") is not None:
+        body["count"] = 1
     if "url" in body:
         body["url"] = INSIDE
     if "metadata" in body and not is_metadata(body["metadata"]):
@@ -131,4 +156,6 @@ def test_what_is_answered_is_what_is_described(case: schemathesis.Case[Any], the
         fit(case, there)
     if any(value in (None, [], {}) for value in case.query.values()):
         return  # sent as nothing at all, it is no mistake that could be refused
-    case.call_and_validate(headers={"Authorization": f"Bearer {there.api.token}"})
+    of_device = case.path.startswith(IN_PLAIN_TEXT)
+    authorization = f"Basic {there.basic}" if of_device else f"Bearer {there.api.token}"
+    case.call_and_validate(headers={"Authorization": authorization})

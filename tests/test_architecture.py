@@ -34,7 +34,7 @@ FLOOR_OF = {room: len(FLOORS) - number for number, floor in enumerate(FLOORS) fo
 BESIDE = "cli_*"
 
 MOST_LINES = {
-    "app": 200,
+    "app": 220,
     "api": 200,
     "ca_keys": 150,
     "credential_delivery": 250,

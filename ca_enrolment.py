@@ -1,0 +1,166 @@
+"""What enrolment over secure transport (EST) needs of certificates: requests read, answers encoded."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, pkcs7
+from cryptography.x509.oid import NameOID
+
+from ca_algorithms import PrivateKey, PublicKey, public_key_fingerprint
+from ca_parsing import failing_as
+from ca_requests import MAX_CSR_CHARACTERS, check_csr, der_of
+from errors import CsrInvalid
+
+# With them a client asks for its key to be encrypted (RFC 7030 section 4.4.1.1, RFC 4108 section 2.2.5).
+_ENCRYPTED_KEY = frozenset({"1.2.840.113549.1.9.16.2.37", "1.2.840.113549.1.9.16.2.54"})
+_CHANGE_SUBJECT_NAME = "1.3.6.1.5.5.7.7.36"  # RFC 6402 section 2.8
+_WHITE_SPACE = re.compile(rb"[ \t\r\n]+")
+_SEQUENCE = 0x30  # what DER begins with, and Base64 of DER does not
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolmentRequest:
+    """A CSR whose signature was checked. ``key_fingerprint`` is the SHA-256 of its SubjectPublicKeyInfo, in hex."""
+
+    pem: str = field(repr=False)
+    key_type: str  # as in KeyType, and rsa-4096
+    key_fingerprint: str
+    subject: x509.Name
+    alternative_names: x509.SubjectAlternativeName | None
+    attributes: frozenset[str]  # dotted OIDs
+
+    @property
+    def name(self) -> str:
+        """The serialNumber of the subject, else its common name, else nothing."""
+        for oid in (NameOID.SERIAL_NUMBER, NameOID.COMMON_NAME):
+            for attribute in self.subject.get_attributes_for_oid(oid):
+                if isinstance(attribute.value, str):
+                    return attribute.value
+        return ""
+
+    @property
+    def wants_encrypted_key(self) -> bool:
+        """Whether a key made here is to be encrypted under another one of the client's."""
+        return not self.attributes.isdisjoint(_ENCRYPTED_KEY)
+
+
+def read_enrolment_request(body: bytes) -> EnrolmentRequest:
+    """Read the body of an EST request: a PKCS#10 request, Base64 with or without white space (RFC 8951 section 3.1).
+
+    DER and PEM are read, too. Raises ``CsrInvalid``, ``KeyRefused``.
+    """
+    csr, key = check_csr(_der(body))
+    with failing_as(CsrInvalid("The CSR is damaged: its subject, extensions or attributes cannot be read.")):
+        subject = csr.subject
+        attributes = frozenset(attribute.oid.dotted_string for attribute in csr.attributes)
+        try:
+            names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except x509.ExtensionNotFound:
+            names = None
+    return EnrolmentRequest(
+        pem=csr.public_bytes(Encoding.PEM).decode(),
+        key_type=key_type_of(key),
+        key_fingerprint=public_key_fingerprint(key),
+        subject=subject,
+        alternative_names=names,
+        attributes=attributes,
+    )
+
+
+def _der(body: bytes) -> bytes:
+    if len(body) > 2 * MAX_CSR_CHARACTERS:
+        raise CsrInvalid(f"The request is longer than {2 * MAX_CSR_CHARACTERS} bytes; send one PKCS#10 request.")
+    if body[:1] == bytes([_SEQUENCE]):
+        return body
+    if body.lstrip().startswith(b"-----BEGIN"):
+        with failing_as(CsrInvalid("The CSR's PEM block is damaged.")):
+            return der_of(body.decode("ascii"))
+    text = _WHITE_SPACE.sub(b"", body)
+    if not text:
+        raise CsrInvalid("The request is empty; send a PKCS#10 request in Base64.")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise CsrInvalid("The request is not valid Base64; send a PKCS#10 request in Base64.") from error
+
+
+def key_type_of(key: PublicKey) -> str:
+    """Name the kind of a public key, as ``KeyType`` does."""
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return "ec-p256" if isinstance(key.curve, ec.SECP256R1) else "ec-p384"
+    return "ed25519" if isinstance(key, ed25519.Ed25519PublicKey) else f"rsa-{key.key_size}"
+
+
+def check_same_names(request: EnrolmentRequest, certificate_der: bytes) -> None:
+    """Raise ``CsrInvalid`` where a request names another than the certificate does (RFC 7030 section 4.2.2).
+
+    A request without alternative names asks for no others: they are left out by clients that cannot set them.
+    """
+    certificate = x509.load_der_x509_certificate(certificate_der)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    same = request.subject == certificate.subject and request.alternative_names in (None, names)
+    if not same or _CHANGE_SUBJECT_NAME in request.attributes:
+        raise CsrInvalid(
+            "The CSR names another subject than the certificate that is to be renewed; use the same subject and names."
+        )
+
+
+# --- Answers --------------------------------------------------------------------------------------------------------
+
+
+def certs_only(certificates: Sequence[bytes]) -> bytes:
+    """Certificates, DER, as a certs-only PKCS#7 message, DER (RFC 5272 section 4.1)."""
+    return pkcs7.serialize_certificates([x509.load_der_x509_certificate(der) for der in certificates], Encoding.DER)
+
+
+def pkcs8(key: PrivateKey) -> bytes:
+    """A private key as PKCS#8 DER, in the clear: for the TLS connection to the device that asked for it."""
+    return key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _oid(text: str) -> bytes:
+    first, second, *rest = (int(part) for part in text.split("."))
+    content = bytearray()
+    for number in (first * 40 + second, *rest):
+        octets = [number & 0x7F]
+        while number := number >> 7:
+            octets.append(number & 0x7F | 0x80)
+        content += bytes(reversed(octets))
+    return _value(0x06, bytes(content))
+
+
+def _value(tag: int, content: bytes) -> bytes:
+    if len(content) > 127:
+        raise ValueError("CSR attributes are short")
+    return bytes([tag, len(content)]) + content
+
+
+def _attribute(oid: str, value: bytes) -> bytes:
+    return _value(_SEQUENCE, _oid(oid) + _value(0x31, value))
+
+
+def _rsa(bits: int) -> tuple[bytes, bytes]:
+    size = _value(0x02, bits.to_bytes(2, "big"))
+    return _attribute("1.2.840.113549.1.1.1", size), _oid("1.2.840.113549.1.1.11")
+
+
+# The kind of key with what it signs with (RFC 7030 section 4.5.2; RFC 5480, 8410, 4055).
+_CSR_ATTRIBUTES: dict[str, tuple[bytes, ...]] = {
+    "ec-p256": (_attribute("1.2.840.10045.2.1", _oid("1.2.840.10045.3.1.7")), _oid("1.2.840.10045.4.3.2")),
+    "ec-p384": (_attribute("1.2.840.10045.2.1", _oid("1.3.132.0.34")), _oid("1.2.840.10045.4.3.3")),
+    "ed25519": (_oid("1.3.101.112"),),
+    "rsa-2048": _rsa(2048),
+    "rsa-3072": _rsa(3072),
+}
+
+
+def csr_attributes(key_types: Iterable[str]) -> bytes:
+    """Say which kind of key a CSR is to have: the first of ``key_types``, as CsrAttrs in DER (RFC 8951 section 3.2)."""
+    first = next(iter(key_types))
+    return _value(_SEQUENCE, b"".join(_CSR_ATTRIBUTES[first]))

@@ -1,0 +1,95 @@
+"""Finds out who a client certificate belongs to, and whether it still counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+import ca_clients
+import db_enrolment
+import db_manufacturers
+from authority import Authority
+from ca_clients import ClientCertificate
+from config import Settings
+from db import CertificateRecord, Database
+from db_manufacturers import ManufacturerRecord
+from errors import ClientCertificateRefused
+from files import FileLock, replace_file
+from lifecycle import DeviceStatus
+
+CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceClient:
+    """A device that has shown the certificate it has from this portal, which is in force."""
+
+    tenant_id: str
+    device_id: str
+    certificate: CertificateRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ManufacturedClient:
+    """A device that has shown the certificate it was born with, of a registered manufacturer's CA."""
+
+    tenant_id: str
+    manufacturer: ManufacturerRecord
+    certificate: ClientCertificate
+
+
+class Clients:
+    """The TLS layer has checked the chain once; here it is checked again, with all that may have changed since."""
+
+    def __init__(
+        self, settings: Settings, database: Database, authority: Authority, clock: Callable[[], datetime]
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._authority = authority
+        self._clock = clock
+
+    def identify(self, der: bytes) -> DeviceClient | ManufacturedClient:
+        """Find out whose certificate, DER, a client has shown.
+
+        Raises ``ClientCertificateRefused`` where it is revoked or on hold, expired, or of no CA that counts here.
+        """
+        client = ca_clients.read_client(der)
+        if not client.not_before <= self._clock() <= client.not_after:
+            raise ClientCertificateRefused("The client certificate has expired or is not valid yet.")
+        if not ca_clients.may_identify_a_client(client):
+            raise ClientCertificateRefused("The client certificate may not be used by a TLS client.")
+        issuing = (item for item in self._authority.issuers if item.kind == "issuing")
+        if any(ca_clients.is_issued_by(client, item.issuer.certificate) for item in issuing):
+            return self._device(client)
+        return self._manufactured(client)
+
+    def _device(self, client: ClientCertificate) -> DeviceClient:
+        with self._database.snapshot() as tx:
+            shown = db_enrolment.find_device_certificate(tx, client.fingerprint)
+        if shown is None or shown.certificate.device_id is None:
+            raise ClientCertificateRefused("The client certificate is not one of a device that is known here.")
+        if shown.device_status is not DeviceStatus.ACTIVE or shown.certificate.revoked_at is not None:
+            raise ClientCertificateRefused("The device, or its client certificate, is revoked or suspended.")
+        return DeviceClient(shown.tenant_id, shown.certificate.device_id, shown.certificate)
+
+    def _manufactured(self, client: ClientCertificate) -> ManufacturedClient:
+        with self._database.snapshot() as tx:
+            for record in db_manufacturers.registered_manufacturers(tx):
+                if self._clock() <= record.not_after and ca_clients.is_issued_by_der(client, record.der):
+                    return ManufacturedClient(record.tenant_id, record, client)
+        raise ClientCertificateRefused(
+            "The client certificate is of no CA that is registered here; see POST /manufacturers."
+        )
+
+    def write_authorities(self) -> None:
+        """Bring the file of the CAs that clients are asked for up to date; a worker notices within a second."""
+        path = self._settings.tls_dir / CLIENT_CAS
+        with FileLock(self._settings.data_dir / ".client-cas.lock").hold():  # the newest state is written last
+            with self._database.snapshot() as tx:
+                manufacturers = db_manufacturers.registered_manufacturers(tx)
+            issuing = [item.der for item in self._authority.issuers if item.kind == "issuing"]
+            content = ca_clients.pem_bundle([*issuing, *(record.der for record in manufacturers)])
+            if not path.exists() or path.read_bytes() != content:
+                replace_file(path, content)

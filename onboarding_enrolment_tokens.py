@@ -1,0 +1,80 @@
+"""The use cases around enrolment tokens: make, list, revoke, find."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+
+import audit
+import db
+import db_enrolment
+from access import hash_token
+from audit import Actor
+from db import Database
+from db_enrolment import EnrolmentTokenRecord, Terms
+from errors import StateConflict
+from lifecycle import DeviceStatus
+
+TOKEN_PREFIX = "en_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
+MOST_LISTED = 1000
+
+
+class EnrolmentTokens:
+    """Secrets with which devices enrol; the database holds their hashes only."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._clock = clock
+
+    def create(
+        self, actor: Actor, name: str, terms: Terms, *, device_id: str | None, count: int, life: timedelta
+    ) -> tuple[str, EnrolmentTokenRecord]:
+        """Make a token for one device that is pending, or for ``count`` new ones; returns its secret with its record.
+
+        Raises ``DeviceNotFound``, ``StateConflict`` for a device that is not pending.
+        """
+        now = self._clock()
+        secret = TOKEN_PREFIX + secrets.token_urlsafe(32)
+        record = EnrolmentTokenRecord(
+            id=secrets.token_hex(8),
+            tenant_id=actor.tenant_id,
+            name=name,
+            device_id=device_id,
+            uses_allowed=count,
+            uses=0,
+            created_at=now,
+            expires_at=now + life,
+            revoked_at=None,
+            terms=terms,
+        )
+        with self._database.transaction() as tx:
+            if device_id is not None:
+                device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+                if device.status is not DeviceStatus.PENDING:
+                    raise StateConflict(f"The device is {device.status}; only a pending one can enrol by a token.")
+            db_enrolment.add_enrolment_token(tx, record, secret_hash=hash_token(secret))
+            detail = {"device_id": device_id} if device_id else {"count": count}
+            audit.record(
+                tx, actor, "enrolment_token:create", f"enrolment_token:{record.id}", at=now, name=name, **detail
+            )
+        return secret, record
+
+    def revoke(self, actor: Actor, token_id: str) -> EnrolmentTokenRecord:
+        """Revoke a token, at once; devices that have enrolled by it stay. Raises ``NotFound``."""
+        now = self._clock()
+        with self._database.transaction() as tx:
+            record = db_enrolment.revoke_enrolment_token(tx, actor.tenant_id, token_id, revoked_at=now)
+            if record.revoked_at == now:
+                audit.record(tx, actor, "enrolment_token:revoke", f"enrolment_token:{token_id}", at=now)
+        return record
+
+    def tokens(self, tenant_id: str) -> Sequence[EnrolmentTokenRecord]:
+        """The newest thousand tokens, newest first."""
+        with self._database.snapshot() as tx:
+            return db_enrolment.list_enrolment_tokens(tx, tenant_id, limit=MOST_LISTED)
+
+    def find(self, secret: str) -> EnrolmentTokenRecord | None:
+        """The token with this secret, in whatever state; what it is still good for is decided where it is used."""
+        with self._database.snapshot() as tx:
+            return db_enrolment.find_enrolment_token(tx, hash_token(secret))

@@ -1,0 +1,123 @@
+"""The use cases around manufacturer CAs: add, prove, list, remove."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+
+from sqlalchemy.exc import IntegrityError
+
+import audit
+import ca_manufacturers
+import db_manufacturers
+from audit import Actor
+from db import Database
+from db_enrolment import Terms
+from db_manufacturers import ManufacturerRecord
+from errors import Conflict, ProofInvalid
+from onboarding_clients import Clients
+
+NONCE_LIFE = timedelta(hours=24)
+
+
+class Manufacturers:
+    """CAs whose certificates devices are born with, each counting only once somebody has shown to have its key."""
+
+    def __init__(self, database: Database, clients: Clients, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._clients = clients
+        self._clock = clock
+
+    def add(self, actor: Actor, name: str, certificate: str, terms: Terms) -> ManufacturerRecord:
+        """Take down a CA (PEM), which counts for nothing before ``prove``; the answer holds the nonce to be signed.
+
+        Raises ``ManufacturerInvalid``, ``Conflict`` where the CA is there already.
+        """
+        now = self._clock()
+        authority = ca_manufacturers.read_manufacturer_ca(certificate, now=now)
+        record = ManufacturerRecord(
+            id=secrets.token_hex(8),
+            tenant_id=actor.tenant_id,
+            name=name,
+            der=authority.der,
+            fingerprint=authority.fingerprint,
+            not_after=authority.not_after,
+            status="unproven",
+            nonce=secrets.token_hex(32),
+            nonce_expires_at=now + NONCE_LIFE,
+            created_at=now,
+            proven_at=None,
+            removed_at=None,
+            terms=terms,
+        )
+        try:
+            with self._database.transaction() as tx:
+                db_manufacturers.add_manufacturer(tx, record)
+                audit.record(
+                    tx,
+                    actor,
+                    "manufacturer:add",
+                    f"manufacturer:{record.id}",
+                    at=now,
+                    name=name,
+                    fingerprint=record.fingerprint,
+                )
+        except IntegrityError:
+            raise Conflict("This CA is there already; see GET /manufacturers, and remove it to add it anew.") from None
+        return record
+
+    def prove(
+        self, actor: Actor, manufacturer_id: str, *, certificate: str | None = None, signature: str | None = None
+    ) -> ManufacturerRecord:
+        """Register a CA by a certificate (PEM) of it that names the nonce, or its signature (Base64) of the nonce.
+
+        One that is registered already stays so. Raises ``NotFound``, ``ProofInvalid``, ``Conflict`` for a removed one.
+        """
+        now = self._clock()
+        with self._database.snapshot() as tx:
+            record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+        if record.status == "unproven":
+            if record.nonce_expires_at <= now:
+                raise ProofInvalid("The nonce has expired; remove the manufacturer and add it anew.")
+            if certificate is not None:
+                ca_manufacturers.check_proof_by_certificate(record.der, record.nonce, certificate)
+            else:
+                ca_manufacturers.check_proof_by_signature(record.der, record.nonce, signature or "")
+        with self._database.transaction() as tx:
+            record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
+            if record.status == "removed":
+                raise Conflict("The manufacturer was removed; add it anew.")
+            if record.status == "unproven":
+                db_manufacturers.update_manufacturer(
+                    tx, actor.tenant_id, manufacturer_id, status="registered", proven_at=now
+                )
+                by = "certificate" if certificate is not None else "signature"
+                audit.record(tx, actor, "manufacturer:prove", f"manufacturer:{manufacturer_id}", at=now, by=by)
+                record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+        self._clients.write_authorities()
+        return record
+
+    def remove(self, actor: Actor, manufacturer_id: str) -> ManufacturerRecord:
+        """Let nobody in by this CA any more, at once; devices that have enrolled by it stay. Raises ``NotFound``."""
+        now = self._clock()
+        with self._database.transaction() as tx:
+            record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
+            if record.status != "removed":
+                db_manufacturers.update_manufacturer(
+                    tx, actor.tenant_id, manufacturer_id, status="removed", removed_at=now
+                )
+                audit.record(tx, actor, "manufacturer:remove", f"manufacturer:{manufacturer_id}", at=now)
+                record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+        self._clients.write_authorities()
+        return record
+
+    def manufacturers(self, tenant_id: str) -> Sequence[ManufacturerRecord]:
+        """Every manufacturer, newest first."""
+        with self._database.snapshot() as tx:
+            return db_manufacturers.list_manufacturers(tx, tenant_id)
+
+    def manufacturer(self, tenant_id: str, manufacturer_id: str) -> ManufacturerRecord:
+        """One manufacturer; raises ``NotFound``."""
+        with self._database.snapshot() as tx:
+            return db_manufacturers.get_manufacturer(tx, tenant_id, manufacturer_id)
