@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import serving_loop
 from config import Address, Settings
 from errors import PortalError, StartupError
 from serving import serve
+from transport import client_certificate
 
 BIG = 20 * 1024 * 1024
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
@@ -50,6 +52,7 @@ def facts(environ: dict[str, Any], body: bytes) -> dict[str, Any]:
         "address": environ["REMOTE_ADDR"],
         "tls": getattr(environ["gunicorn.socket"], "version", lambda: None)(),
         "process": os.getpid(),
+        "certificate": hashlib.sha256(client_certificate(environ["gunicorn.socket"]) or b"").hexdigest(),
     }
 
 
@@ -79,6 +82,7 @@ def pieces() -> Iterator[bytes]:
 
 def main(options: dict[str, Any]) -> int:
     certificate, key = Path(options.pop("certificate")), Path(options.pop("key"))
+    client_cas = certificate.with_name("client-cas.pem")
     broken = options.pop("broken", None)
     serving_loop.SLOWEST_READER = options.pop("slowest_reader", serving_loop.SLOWEST_READER)
     for name in ("bind", "pki_bind"):
@@ -93,7 +97,8 @@ def main(options: dict[str, Any]) -> int:
         return application
 
     try:
-        return serve(settings, make_app, certificate=certificate, key=key, on_ready=lambda: print("ready", flush=True))
+        files = {"certificate": certificate, "key": key, "client_cas": client_cas}
+        return serve(settings, make_app, **files, on_ready=lambda: print("ready", flush=True))
     except PortalError as error:
         print(error.detail, file=sys.stderr)
         return 1
