@@ -97,8 +97,14 @@ def main(options: dict[str, Any]) -> int:
         return application
 
     try:
-        files = {"certificate": certificate, "key": key, "client_cas": client_cas}
-        return serve(settings, make_app, **files, on_ready=lambda: print("ready", flush=True))
+        return serve(
+            settings,
+            make_app,
+            certificate=certificate,
+            key=key,
+            client_cas=client_cas,
+            on_ready=lambda: print("ready", flush=True),
+        )
     except PortalError as error:
         print(error.detail, file=sys.stderr)
         return 1
