@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import ca_clients
 import db_enrolment
@@ -19,6 +19,7 @@ from files import FileLock, replace_file
 from lifecycle import DeviceStatus
 
 CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
+_OUT_OF_DATE = "The client certificate has expired or is not valid yet."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,9 @@ class Clients:
         Raises ``ClientCertificateRefused`` where it is revoked or on hold, expired, or of no CA that counts here.
         """
         client = ca_clients.read_client(der)
-        if not client.not_before <= self._clock() <= client.not_after:
-            raise ClientCertificateRefused("The client certificate has expired or is not valid yet.")
+        grace = timedelta(days=self._settings.renewal_grace_days)  # in which a device's own may still be renewed
+        if not client.not_before <= self._clock() <= client.not_after + grace:
+            raise ClientCertificateRefused(_OUT_OF_DATE)
         if not ca_clients.may_identify_a_client(client):
             raise ClientCertificateRefused("The client certificate may not be used by a TLS client.")
         issuing = (item for item in self._authority.issuers if item.kind == "issuing")
@@ -75,6 +77,8 @@ class Clients:
         return DeviceClient(shown.tenant_id, shown.certificate.device_id, shown.certificate)
 
     def _manufactured(self, client: ClientCertificate) -> ManufacturedClient:
+        if client.not_after < self._clock():
+            raise ClientCertificateRefused(_OUT_OF_DATE)
         with self._database.snapshot() as tx:
             for record in db_manufacturers.registered_manufacturers(tx):
                 if self._clock() <= record.not_after and ca_clients.is_issued_by_der(client, record.der):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
+import ssl
 from collections.abc import Callable
 
 import ca_enrolment
@@ -12,7 +14,9 @@ from api.routing import Answers, Call, Octets, Reply, Routes
 from db_enrolment import EnrolmentTokenRecord
 from errors import ClientCertificateRefused
 from onboarding_clients import DeviceClient, ManufacturedClient
+from onboarding_credentials import Wanted
 from onboarding_enrolment import Waiting, by_manufacturer, by_token
+from onboarding_renewal import Renewal
 
 est = Routes("Enrolment by devices (EST)")
 
@@ -83,6 +87,37 @@ def est_simpleenroll(call: Call) -> Reply:
         headers = {"Retry-After": str(outcome.retry_after)}
         return Reply(content=sentence.encode(), media_type="text/plain", status=202, headers=headers)
     return _base64(ca_enrolment.certs_only([outcome.certificate]), PKCS7)
+
+
+@_under_both_paths(
+    "POST",
+    "simplereenroll",
+    octets=Octets(PKCS10, MOST_BYTES),
+    answers=Answers(media_type=PKCS7, description="The device's new certificate; the one before goes on for a while"),
+    errors=_ERRORS,
+)
+def est_simplereenroll(call: Call) -> Reply:
+    """Renew a device's certificate, by the one that it has (RFC 7030 section 4.2.2)."""
+    holder = certificate_holder(call)
+    if holder is None:
+        raise refusal(call, "A device renews with the certificate that it has from this portal; show it in TLS.")
+    if not isinstance(holder, DeviceClient):
+        raise ClientCertificateRefused("The client certificate is not one of this portal; use simpleenroll.")
+    request = ca_enrolment.read_enrolment_request(call.body)
+    ca_enrolment.check_same_names(request, holder.certificate.der)
+    shown = holder.certificate.fingerprint
+    actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
+    call.portal.renewals.used(actor, holder.device_id, shown)  # TLS has shown that the device has its key
+    renewed = call.portal.renewals.renew(
+        actor,
+        holder.device_id,
+        Renewal(Wanted(csr=request.pem)),
+        hashlib.sha256(f"{shown}\n{request.pem}".encode()).hexdigest(),  # the same request has the same answer
+        shown=shown,
+    )
+    if renewed.certificate is None:
+        raise AssertionError("a renewal for a CSR answers with the certificate")
+    return _base64(ca_enrolment.certs_only([ssl.PEM_cert_to_DER_cert(renewed.certificate)]), PKCS7)
 
 
 def _client(call: Call) -> EnrolmentTokenRecord | ManufacturedClient:

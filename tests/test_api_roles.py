@@ -53,7 +53,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "DELETE /manufacturers/{manufacturer_id}": {ADMIN},
     **{
         f"{operation.replace(' ', f' /.well-known/est/{label}')}": ANYONE
-        for operation in ("GET cacerts", "GET csrattrs", "POST simpleenroll")
+        for operation in ("GET cacerts", "GET csrattrs", "POST simpleenroll", "POST simplereenroll")
         for label in ("", "{label}/")
     },
     "GET /tokens": {ADMIN},
