@@ -64,3 +64,47 @@ def test_a_device_enrols_publishes_renews_is_put_out(deployment: Deployment) -> 
     assert deployment.call("POST", f"/revoke/{device_id}", {}).json()["broker"] == "enforced"
     device.refusal()
     assert "403" in run(deployment, renew).stderr
+
+
+CUTS = ("key", "request", "answer", "stored", "tried", "moved", "swapped")
+
+
+def tool(deployment: Deployment, *options: str, cut: str = "") -> subprocess.CompletedProcess[str]:
+    folder = deployment.folder / "tool"
+    command = [str(ROOT / "device" / "enrol"), "--dir", str(folder), "--url", deployment.url, "--serial", "sn-9"]
+    command += [
+        "--ca",
+        str(deployment.data / "ca.pem"),
+        "--token-file",
+        str(deployment.folder / "tool-token"),
+        *options,
+    ]
+    environment = deployment.environment | {"ENROL_CUT_OFF_AT": cut}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_device_s_tool_survives_being_cut_off_at_any_step(deployment: Deployment) -> None:
+    wanted = {"name": "a tool", "count": 1, "approval": "operator"}
+    token = deployment.call("POST", "/enrolment-tokens", wanted).json()["token"]
+    (deployment.folder / "tool-token").write_text("en_wrong")
+    assert tool(deployment).returncode == 1
+    (deployment.folder / "tool-token").write_text(token)
+    assert tool(deployment).returncode == 75  # an operator has yet to approve it
+    [pending] = deployment.call("GET", "/devices?status=pending").json()["devices"]
+    path = f"/devices/{pending['device_id']}"
+    assert deployment.call("POST", f"{path}/approve").status_code == 200
+    current = deployment.folder / "tool" / "current"
+    for cut in CUTS:  # each run begins where the one before was cut off
+        assert tool(deployment, cut=cut).returncode == -9, cut
+    assert tool(deployment).returncode == 0
+    for cut in ("request", "answer", "stored", "moved"):  # no more: older certificates go on for a while
+        before = (current / "device.pem").read_text()
+        assert tool(deployment, "--renew", cut=cut).returncode == -9, cut
+        verify = ["openssl", "verify", "-CAfile", "ca.pem", "device.pem"]
+        subprocess.run(verify, cwd=current, check=True, capture_output=True)
+        assert tool(deployment).returncode == 0
+        assert (current / "device.pem").read_text() != before
+    assert (current / "device.key").stat().st_mode & 0o777 == 0o600
+    (deployment.folder / "tool" / "current" / "chain.pem").symlink_to("device.pem")
+    device = Onboarded(pending["device_id"], current, deployment.mqtt_port)
+    device.client().close()
