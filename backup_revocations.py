@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
 
 import audit
+import backup_enrolment
 import ca
 import db
 import db_issuers
@@ -76,6 +77,11 @@ class Revocations:
             known = self._devices(replaced)
             self._certificates(replaced, known)
             self._tokens(replaced)
+            for ended in (
+                *backup_enrolment.end_tokens(self._tx, replaced.rows("enrolment_tokens")),
+                *backup_enrolment.remove_manufacturers(self._tx, replaced.rows("manufacturers")),
+            ):
+                self._keep(ended.tenant_id, ended.target, ended.action, ended.what, "", ended.at)
         for issuer_id, crl in crls.items():
             for entries in _batches(crl):
                 self._crl_entries(self._issuers[issuer_id], entries, known)

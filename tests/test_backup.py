@@ -23,6 +23,7 @@ import db
 import db_access
 import db_copy
 import db_database
+import db_enrolment
 import db_issuers
 from access import Role
 from app import create_app
@@ -32,6 +33,7 @@ from backup_restore import Restored, restore
 from backup_revocations import Revocations
 from ca_pem import pem
 from config import Settings
+from db_enrolment import Terms
 from db_tables import Base, Certificate, Delivery
 from errors import BackupRefused, CaKeyUnavailable, DatabaseTooNew, LinkExpired, LinkUsed, PortalError, PortalRunning
 from files import replace_file
@@ -507,6 +509,30 @@ def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: 
         found = db_access.find_token(tx, access.hash_token(secret))
     assert found is not None
     assert found.revoked_at is not None
+
+
+def test_an_enrolment_token_revoked_since_the_copy_stays_revoked_and_its_uses_stay_counted(
+    settings: Settings, file: Path, clock: Clock
+) -> None:
+    terms = Terms("pump", "hall 1", "1", "{serial}", ("ec-p256",), None, "at_once")
+    with opened(settings, clock) as portal:
+        made = [
+            portal.enrolment_tokens.create(OPERATOR, name, terms, device_id=None, count=2, life=timedelta(days=9))
+            for name in ("leaked", "used")
+        ]
+        portal.onboarding.register(OPERATOR, PUMP)
+        copied(settings, file, clock)
+        portal.enrolment_tokens.revoke(OPERATOR, made[0][1].id)
+        with portal.database.transaction() as tx:
+            db_enrolment.count_use(tx, "default", made[1][1].id)
+    done = put_back(settings, file, clock)
+    assert [kept.what for kept in done.kept] == ["enrolment token leaked"]
+    with opened(settings, clock) as portal:
+        leaked, used = (portal.enrolment_tokens.find(secret) for secret, _ in made)
+    assert leaked is not None
+    assert leaked.revoked_at is not None
+    assert used is not None
+    assert used.uses == 1
 
 
 # --- Links --------------------------------------------------------------------------------------------------------
