@@ -123,6 +123,8 @@ def fit(case: schemathesis.Case[Any], there: There) -> None:
     case.query.pop("cursor", None)
     if case.path.startswith(IN_PLAIN_TEXT) and case.method == "POST":
         case.body = there.csr.encode()
+    if case.path.endswith("/proof"):
+        case.body = {"signature": "AAAA"}  # one of two fields, which the schema does not say
     if isinstance(case.body, dict):
         fit_body(case.body, there)
 
@@ -159,5 +161,7 @@ def test_what_is_answered_is_what_is_described(case: schemathesis.Case[Any], the
     if case.path.endswith("/simplereenroll"):
         return  # it wants a client certificate, which is shown in TLS
     of_device = case.path.startswith(IN_PLAIN_TEXT)
+    if of_device and case.method == "POST" and not (case.meta and case.meta.generation.mode.is_positive):
+        return  # to a reader of bytes nothing is of the wrong type
     authorization = f"Basic {there.basic}" if of_device else f"Bearer {there.api.token}"
     case.call_and_validate(headers={"Authorization": authorization})
