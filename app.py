@@ -19,6 +19,7 @@ import jobs
 import logs
 import metrics
 from api import admission, paths, problems, requests
+from api.bulk import bulk
 from api.description import description_of
 from api.device_lifecycle import device_lifecycle
 from api.devices import devices
@@ -41,6 +42,7 @@ log = logging.getLogger("portal.request")
 
 GROUPS = (
     devices,
+    bulk,
     device_lifecycle,
     downloads,
     pki,
@@ -62,9 +64,9 @@ STATUS_OF: dict[type[PortalError], int] = {
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,
+    errors.BodyTooSlow: 408,
     errors.Conflict: 409,
     errors.Gone: 410,
-    errors.BodyTooSlow: 408,
     errors.BodyTooLarge: 413,
     errors.MediaTypeUnsupported: 415,
     errors.InputInvalid: 422,

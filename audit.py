@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -44,20 +44,38 @@ def record(
     ``detail`` never holds a secret: no key, password, token or link. Call it last in a transaction: from here to its
     end the transaction holds the end of the record, for which others wait.
     """
+    record_all(tx, actor, [(action, object, detail)], at=at, outcome=outcome)
+
+
+def record_all(
+    tx: Connection,
+    actor: Actor,
+    acts: Iterable[tuple[str, str, Mapping[str, Any]]],
+    *,
+    at: datetime,
+    outcome: str = "done",
+) -> None:
+    """Append an entry for each of ``acts``, which are action, object and detail; as ``record`` does for one."""
     number, previous_hash = db_access.lock_audit_head(tx, actor.tenant_id)
-    entry = {
-        "number": number + 1,
-        "previous_hash": previous_hash,
-        "at": at,
-        "actor": actor.name[:128],
-        "action": action,
-        "object": object[:128],
-        "outcome": outcome,
-        "request_id": actor.request_id,
-        "address": actor.address[:64],
-        "detail": detail,
-    }
-    db_access.add_audit_entry(tx, actor.tenant_id, {**entry, "hash": entry_hash(actor.tenant_id, entry)})
+    entries: list[dict[str, Any]] = []
+    for action, object_, detail in acts:
+        number += 1
+        entry: dict[str, Any] = {
+            "number": number,
+            "previous_hash": previous_hash,
+            "at": at,
+            "actor": actor.name[:128],
+            "action": action,
+            "object": object_[:128],
+            "outcome": outcome,
+            "request_id": actor.request_id,
+            "address": actor.address[:64],
+            "detail": dict(detail),
+        }
+        entry["hash"] = previous_hash = entry_hash(actor.tenant_id, entry)
+        entries.append(entry)
+    if entries:
+        db_access.add_audit_entries(tx, actor.tenant_id, entries)
 
 
 def entry_hash(tenant_id: str, entry: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from ca_algorithms import ACCEPTED, PublicKey, check_public_key
+from ca_algorithms import ACCEPTED, PublicKey, check_public_key, public_key_der
 from ca_parsing import failing_as
 from errors import CsrInvalid, KeyRefused
 
@@ -67,6 +67,12 @@ def check_csr(der: bytes) -> tuple[x509.CertificateSigningRequest, PublicKey]:
     if not valid:
         raise CsrInvalid("The CSR's signature is wrong: it must be signed with the private key it is for.")
     return csr, key
+
+
+def is_for_key_of(certificate: bytes, csr: str) -> bool:
+    """Whether a certificate of this CA (DER) is for the key that a CSR is signed with; raises as ``read_csr`` does."""
+    key = check_public_key(x509.load_der_x509_certificate(certificate).public_key())
+    return public_key_der(key) == public_key_der(read_csr(csr))
 
 
 def _algorithm_identifier(key: PublicKey) -> bytes:

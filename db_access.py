@@ -54,6 +54,7 @@ _TOKEN_COLUMNS = (
 )
 _FIND_TOKEN = sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
 _INSERT_AUDIT_ENTRY = Prepared(sa.insert(AuditEntry))
+_INSERT_AUDIT_ENTRIES = sa.insert(AuditEntry)
 _LOCK_AUDIT_HEAD = Prepared(
     sa.select(AuditHead.number, AuditHead.hash)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
@@ -118,10 +119,15 @@ def lock_audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
     return row.number, row.hash
 
 
-def add_audit_entry(tx: Connection, tenant_id: str, values: dict[str, Any]) -> None:
-    """Append to the audit record; ``values`` are the columns of ``AuditEntry`` but for the id and the tenant."""
-    _INSERT_AUDIT_ENTRY.run(tx, {"tenant_id": tenant_id, **values})
-    _MOVE_AUDIT_HEAD.run(tx, {"of_tenant": tenant_id, "new_number": values["number"], "new_hash": values["hash"]})
+def add_audit_entries(tx: Connection, tenant_id: str, entries: Sequence[dict[str, Any]]) -> None:
+    """Append to the audit record, in this order; each holds the columns of ``AuditEntry`` but for id and tenant."""
+    rows = [{"tenant_id": tenant_id, **entry} for entry in entries]
+    if len(rows) == 1:
+        _INSERT_AUDIT_ENTRY.run(tx, rows[0])
+    else:
+        tx.execute(_INSERT_AUDIT_ENTRIES, rows)
+    last = entries[-1]
+    _MOVE_AUDIT_HEAD.run(tx, {"of_tenant": tenant_id, "new_number": last["number"], "new_hash": last["hash"]})
 
 
 def audit_chain(tx: Connection, tenant_id: str) -> Generator[dict[str, Any], None, None]:

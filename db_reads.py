@@ -39,6 +39,7 @@ class DeviceFilter:
     location: str | None = None
     q: str | None = None
     expires_before: datetime | None = None
+    external_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,14 @@ def list_devices(
         )
         place = Certificate.not_after, Certificate.device_id
         query = query.order_by(Certificate.not_after, Certificate.device_id)
-    for column, value in ((Device.status, wanted.status), (Device.type, wanted.type)):
+    for column, value in (
+        (Device.status, wanted.status),
+        (Device.type, wanted.type),
+        (Device.location, wanted.location),
+        (Device.external_id, wanted.external_id),
+    ):
         if value is not None:
             query = query.where(column == value)
-    if wanted.location is not None:
-        query = query.where(Device.location == wanted.location)
     if wanted.q is not None:
         found = Device.name.icontains(wanted.q, autoescape=True)  # the database folds both sides, each in its way
         query = query.where(sa.or_(found, Device.id == wanted.q.lower()))

@@ -83,6 +83,24 @@ class BodyTooLarge(PortalError):
     code = "body_too_large"
 
 
+class RowMalformed(RequestMalformed):
+    """A row of an upload cannot be read at all."""
+
+    code = "malformed_row"
+
+
+class RowTooLong(BodyTooLarge):
+    """A row of an upload is longer than any that can be right."""
+
+    code = "row_too_long"
+
+
+class TooManyRows(BodyTooLarge):
+    """An upload has more rows than it may."""
+
+    code = "too_many_rows"
+
+
 class BodyTooSlow(PortalError):
     """The client paused for too long in the middle of a body."""
 
@@ -167,6 +185,12 @@ class StateConflict(Conflict):
     """A device cannot move from the state it is in to the one wanted."""
 
     code = "state_conflict"
+
+
+class ExternalIdTaken(Conflict):
+    """The external id is that of another device, or of this one as it is not."""
+
+    code = "external_id_taken"
 
 
 class IdempotencyConflict(Conflict):

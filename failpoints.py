@@ -15,6 +15,8 @@ NAMES = (
     "register.before_answer",
     "enrol.before_commit",
     "enrol.after_commit",
+    "bulk.before_commit",
+    "bulk.after_commit",
     "revoke.before_commit",
     "revoke.after_commit",
     "apply.begin",

@@ -27,6 +27,7 @@ from access import Role
 from authority import Authority, RecordedIssuer, open_authority
 from broker_files import FOLDER_MODE, broker_group
 from broker_provisioning import BrokerProvisioning, Canaries, Canary
+from bulk import Bulk
 from ca_keys import CaKeys, KeyFiles, passphrase
 from config import Settings
 from db import Database
@@ -81,6 +82,7 @@ class Portal:
     broker: BrokerProvisioning
     enforcement: Enforcement
     onboarding: Onboarding
+    bulk: Bulk
     deliveries: Deliveries
     suspensions: Suspensions
     renewals: Renewals
@@ -182,6 +184,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         broker,
         enforcement,
         onboarding,
+        Bulk(settings, database, authority, enforcement, onboarding, credentials, link_keys=link_keys, clock=clock),
         Deliveries(settings, database, onboarding, link_keys, clock),
         Suspensions(database, enforcement, clock),
         renewals,

@@ -66,6 +66,7 @@ class _Counts:
         self.registrations = self._counter(
             "portal_registrations", "Devices registered, by where their key was made.", "key"
         )
+        self.bulk_rows = self._counter("portal_bulk_rows", "Rows of uploads answered, by what came of them.", "outcome")
         self.revocations = self._counter("portal_revocations", "Devices revoked.")
         self.enforce_seconds = Histogram(
             "portal_enforce_seconds",
@@ -115,9 +116,17 @@ def refused(code: str) -> None:
     _counts.refusals.labels(code).inc()
 
 
-def registered(*, with_csr: bool) -> None:
-    """A device was registered, durably."""
-    _counts.registrations.labels("device" if with_csr else "portal").inc()
+def registered(*, with_csr: bool, devices: int = 1) -> None:
+    """Devices were registered, durably."""
+    if devices:
+        _counts.registrations.labels("device" if with_csr else "portal").inc(devices)
+
+
+def bulk_rows(**rows: int) -> None:
+    """Rows of an upload were answered, so many with each outcome: registered, repeated, refused."""
+    for outcome, number in rows.items():
+        if number:
+            _counts.bulk_rows.labels(outcome).inc(number)
 
 
 def revoked() -> None:

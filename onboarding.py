@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 import audit
 import credential_delivery as delivery
 import db
+import db_bulk
 import db_deliveries
 import events
 import metrics
@@ -25,7 +26,7 @@ from broker_provisioning import check_style
 from config import AclStyle, Settings
 from db import Database
 from enforcement import Enforcement
-from errors import IdempotencyConflict, StateConflict, Unavailable
+from errors import ExternalIdTaken, IdempotencyConflict, StateConflict, Unavailable
 from events import EventType
 from failpoints import failpoint
 from lifecycle import DeviceStatus, advance
@@ -63,7 +64,8 @@ class Onboarding:
     def register(self, actor: Actor, wanted: Registration, idempotency_key: str | None = None) -> Registered:
         """Register a device, once however often the same ``idempotency_key`` comes within 24 hours.
 
-        Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``), ``IdempotencyConflict``, ``Unavailable``.
+        Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``), ``IdempotencyConflict``, ``ExternalIdTaken``,
+        ``Unavailable``.
         """
         seal = delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper) if idempotency_key else None
         repeated = seal and self._repeated(actor, wanted, seal)
@@ -76,6 +78,9 @@ class Onboarding:
                 # Of two first requests with one key the database let one through: its answer is both's.
                 repeated = seal and self._repeated(actor, wanted, seal)
                 if not repeated:
+                    if wanted.external_id is not None:
+                        with self._database.snapshot() as tx:
+                            self._check_free(tx, actor.tenant_id, wanted.external_id)
                     raise
                 answer, generation = repeated
         if answer.certificate is not None:
@@ -84,6 +89,12 @@ class Onboarding:
             self._enforcement.wake()
         failpoint("register.before_answer")
         return answer
+
+    @staticmethod
+    def _check_free(tx: Connection, tenant_id: str, external_id: str) -> None:
+        device_id = db_bulk.owner_of(tx, tenant_id, external_id)
+        if device_id is not None:
+            raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
 
     def _repeated(self, actor: Actor, wanted: Registration, seal: delivery.AnswerSeal) -> tuple[Registered, int] | None:
         with self._database.snapshot() as tx:
@@ -109,6 +120,8 @@ class Onboarding:
         answer = _answer(device_id, wanted.name, made, now)
 
         def record(tx: Connection) -> int:
+            if wanted.external_id is not None:
+                self._check_free(tx, actor.tenant_id, wanted.external_id)
             # Under the pattern style a device with the default topics is let in with no word to the broker.
             told = topics is not None or self._settings.acl_style is AclStyle.PER_DEVICE
             generation = db.next_generation(tx, actor.tenant_id, at=now) if told else 0
@@ -125,6 +138,7 @@ class Onboarding:
                 topics=None if topics is None else [(topic.filter, topic.access) for topic in topics],
                 created_at=now,
                 generation=generation,
+                external_id=wanted.external_id,
             )
             self._credentials.record(tx, actor.tenant_id, device_id, made, now=now)
             if seal is not None:
@@ -256,7 +270,10 @@ class Onboarding:
 
 
 def _canonical(wanted: Registration) -> bytes:
-    return json.dumps(dataclasses.asdict(wanted), sort_keys=True, default=list).encode()
+    values = dataclasses.asdict(wanted)
+    if values["external_id"] is None:
+        del values["external_id"]  # as in answers kept by a portal that did not know the field
+    return json.dumps(values, sort_keys=True, default=list).encode()
 
 
 def _answer(device_id: str, name: str, made: Made, now: datetime) -> Registered:

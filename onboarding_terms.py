@@ -27,6 +27,7 @@ class Registration:
     topics: Sequence[tuple[str, str]] | None = None
     bundle_password: str | None = None
     bundle_format: str | None = None
+    external_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from api.fields import (
     BundlePassword,
     Cursor,
     DeviceId,
+    ExternalId,
     Fingerprint,
     Hex,
     Input,
@@ -53,6 +54,7 @@ class RegisterRequest(Input):
     topics: Topics | None = None
     bundle_password: BundlePassword | None = None
     bundle_format: BundleFormatName | None = None
+    external_id: ExternalId | None = None
 
 
 class RegisterAnswer(Output):
@@ -115,6 +117,7 @@ class DeviceSummary(Output):
     """A device as a list shows it."""
 
     device_id: DeviceId
+    external_id: str | None
     name: str
     type: str
     location: str
@@ -157,6 +160,7 @@ class DeviceQuery(Input):
     location: Place | None = None
     q: Place | None = None
     expires_before: Time | None = None
+    external_id: ExternalId | None = None
     limit: Limit = 50
     cursor: Cursor | None = None
 

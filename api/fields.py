@@ -51,6 +51,7 @@ Timestamp = Annotated[
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, examples=["pump-17"])]
 ShortText = Annotated[str, Field(min_length=1, max_length=64, pattern=_TEXT)]
 Place = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT)]
+ExternalId = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, examples=["line-4/000217"])]
 BundlePassword = Annotated[str, Field(pattern=_PASSWORD)]
 BundleFormatName = Annotated[
     Literal["zip", "p12", "pem"],

@@ -60,7 +60,7 @@ def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
     inputs: dict[type[BaseModel], None] = {}
     outputs: dict[type[BaseModel], None] = {ProblemModel: None, ReadyModel: None}
     for route in routes:
-        for model in (route.body, route.query):
+        for model in (route.body, route.query, route.rows):
             if model is not None:
                 inputs[model] = None
         if route.answers.model is not None:
@@ -108,6 +108,13 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     if route.octets is not None:
         content = {route.octets.media_type: {"schema": {"type": "string", "format": "binary"}}}
         operation["requestBody"] = {"required": True, "content": content}
+    if route.rows is not None:
+        schema = schemas["by_model"][route.rows]
+        operation["requestBody"] = {
+            "required": True,
+            "description": "A row for each device, as the schema has one; of CSV, the first row names the columns",
+            "content": {kind: {"schema": {"type": "string"}, "x-row-schema": schema} for kind in route.row_types},
+        }
     return operation
 
 
@@ -187,6 +194,8 @@ def _error_statuses(route: Route) -> set[int]:
         statuses |= {413, 415, 422}
     if route.octets is not None:
         statuses |= {413, 415}
+    if route.rows is not None:
+        statuses |= {408, 413, 415, 422}
     if route.query is not None or route.idempotency_key:
         statuses |= {422}
     return statuses

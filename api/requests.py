@@ -48,7 +48,13 @@ def read_path(path: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def read_body(route: Route, request: Request) -> BaseModel | bytes | None:
-    """The body, checked; raises ``MediaTypeUnsupported``, ``BodyTooLarge``, ``RequestMalformed``, ``InputInvalid``."""
+    """The body, checked; raises ``MediaTypeUnsupported``, ``BodyTooLarge``, ``RequestMalformed``, ``InputInvalid``.
+
+    One of rows is not read here, only its media type is checked.
+    """
+    if route.row_types and request.mimetype not in route.row_types:
+        kinds = " or ".join(route.row_types)
+        raise MediaTypeUnsupported(f"The body must hold rows; send it with Content-Type: {kinds}.")
     if route.octets is not None:
         return _read_octets(route.octets, request)
     if route.body is None:
@@ -63,7 +69,7 @@ def read_body(route: Route, request: Request) -> BaseModel | bytes | None:
     except ValidationError as error:
         if any(problem["type"] == "json_invalid" for problem in error.errors(include_input=False)):
             raise RequestMalformed("The body is not JSON in UTF-8; check it with a JSON parser.") from None
-        raise _input_invalid(error) from None
+        raise input_invalid(error) from None
 
 
 def _read_octets(wanted: Octets, request: Request) -> bytes:
@@ -88,7 +94,7 @@ def read_query(route: Route, request: Request) -> BaseModel | None:
     try:
         return route.query.model_validate(request.args.to_dict())
     except ValidationError as error:
-        raise _input_invalid(error) from None
+        raise input_invalid(error) from None
 
 
 def read_idempotency_key(route: Route, request: Request) -> str | None:
@@ -99,7 +105,7 @@ def read_idempotency_key(route: Route, request: Request) -> str | None:
     return key
 
 
-def _input_invalid(error: ValidationError) -> InputInvalid:
+def input_invalid(error: ValidationError) -> InputInvalid:
     """Say what is wrong with each field, and never what was in it: it may be a secret."""
     return _refused(
         [

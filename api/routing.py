@@ -71,6 +71,7 @@ class Route:
     """One method of one path. ``permission`` ``None`` means: open to anyone, a decision to be made each time.
 
     ``token_optional``: anyone may call it, and who shows a valid token is known.
+    ``rows`` is the model of each row of a body that is read while it arrives, in one of the media types ``row_types``.
 
     Every GET answers HEAD, too; with a ``head_summary`` the OpenAPI text says so.
     ``also`` are other answers than errors.
@@ -92,6 +93,8 @@ class Route:
     idempotency_key: bool = False
     body_optional: bool = False
     token_optional: bool = False
+    rows: type[BaseModel] | None = None
+    row_types: tuple[str, ...] = ()
     head_summary: str = ""
 
     @property

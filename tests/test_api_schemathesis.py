@@ -17,6 +17,7 @@ import schemathesis
 from flask import Flask
 from pydantic import TypeAdapter, ValidationError
 from schemathesis.config import SchemathesisConfig
+from schemathesis.specs.openapi.checks import negative_data_rejection
 
 from access import Role
 from api.fields import Metadata
@@ -48,6 +49,11 @@ class Application:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         assert self.made is not None
         return self.made(environ, start_response)
+
+
+@schemathesis.serializer("application/x-ndjson")
+def lines_of_text(_context: object, value: object) -> bytes:
+    return str(value).encode()
 
 
 application = Application()
@@ -125,6 +131,8 @@ def fit(case: schemathesis.Case[Any], there: There) -> None:
         case.body = there.csr.encode()
     if case.path.endswith("/proof"):
         case.body = {"signature": "AAAA"}  # one of two fields, which the schema does not say
+    if case.media_type == "text/csv":
+        case.body = b"name,type,location,firmware\n" + str(case.body).encode()
     if isinstance(case.body, dict):
         fit_body(case.body, there)
 
@@ -164,4 +172,6 @@ def test_what_is_answered_is_what_is_described(case: schemathesis.Case[Any], the
     if of_device and case.method == "POST" and not (case.meta and case.meta.generation.mode.is_positive):
         return  # to a reader of bytes nothing is of the wrong type
     authorization = f"Basic {there.basic}" if of_device else f"Bearer {there.api.token}"
-    case.call_and_validate(headers={"Authorization": authorization})
+    # A body of rows is text, whatever it holds: what is wrong with it is said row by row.
+    excluded: Any = [negative_data_rejection] if case.path == "/register/bulk" else []
+    case.call_and_validate(headers={"Authorization": authorization}, excluded_checks=excluded)

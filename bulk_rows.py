@@ -1,0 +1,222 @@
+"""Cuts an upload into its rows, whatever the pieces it arrives in."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from errors import FieldProblem, InputInvalid, PortalError, RowMalformed, RowTooLong
+
+ROW_MOST = 128 * 1024  # bytes of a row; the longest that can be right is shorter
+COLUMNS_MOST = 64
+
+_BOM = b"\xef\xbb\xbf"
+_QUOTE_OR_NEWLINE = re.compile(rb'["\n]')
+_TOO_LONG = f"The row is longer than {ROW_MOST} bytes."
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of an upload, numbered from 1: a line of NDJSON as it came, the cells of CSV by column, or a problem."""
+
+    number: int
+    content: bytes | Mapping[str, str] = field(default=b"", repr=False)
+    problem: PortalError | None = None
+
+
+class Rows(Protocol):
+    """A form that rows come in."""
+
+    def feed(self, data: bytes) -> list[Row]:
+        """The rows that are complete with ``data``."""
+
+    def end(self) -> list[Row]:
+        """The row that the end completes, if any."""
+
+
+class _Splitter:
+    """What the forms have in common; a row ends with a line feed, white space alone is none."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._begun = False
+        self._searched = 0  # bytes of the buffer in which no row ends
+        self._skipping = False  # whether the rest of a row that is too long is still to come
+        self._rows: list[Row] = []
+        self._number = 0
+
+    def feed(self, data: bytes) -> list[Row]:
+        """The rows that are complete with ``data``; a row that is bad is one with a problem."""
+        buffer = self._buffer
+        buffer += data
+        if not self._begun:
+            if len(buffer) < len(_BOM) and _BOM.startswith(buffer):
+                return []
+            self._begin()
+        start = 0
+        while (end := self._find_end()) >= 0:
+            if self._skipping:
+                self._skipping = False
+            elif end - start > ROW_MOST:
+                self._add_problem(RowTooLong(_TOO_LONG))
+            else:
+                self._take(bytes(buffer[start:end]))
+            start = self._searched = end + 1
+        del buffer[:start]
+        self._searched -= start
+        if self._skipping or len(buffer) > ROW_MOST:
+            if not self._skipping:
+                self._add_problem(RowTooLong(_TOO_LONG))
+            self._skip()
+        return self._taken()
+
+    def end(self) -> list[Row]:
+        """The last row, where no line feed ended it."""
+        if not self._begun:
+            self._begin()
+        if not self._skipping:
+            self._take(bytes(self._buffer))
+        self._buffer.clear()
+        self._searched = 0
+        return self._taken()
+
+    def _begin(self) -> None:
+        self._begun = True
+        if self._buffer.startswith(_BOM):
+            del self._buffer[: len(_BOM)]
+
+    def _find_end(self) -> int:
+        """Where the next line feed is that ends a row, or -1 and ``_searched`` is the end of the buffer."""
+        end = self._buffer.find(b"\n", self._searched)
+        if end < 0:
+            self._searched = len(self._buffer)
+        return end
+
+    def _skip(self) -> None:
+        """Forget the beginning of a row that is too long; it ends with the next line feed."""
+        self._skipping = True
+        self._buffer.clear()
+        self._searched = 0
+
+    def _take(self, record: bytes) -> None:
+        raise NotImplementedError
+
+    def _add(self, content: bytes | Mapping[str, str]) -> None:
+        self._number += 1
+        self._rows.append(Row(self._number, content))
+
+    def _add_problem(self, problem: PortalError) -> None:
+        self._number += 1
+        self._rows.append(Row(self._number, problem=problem))
+
+    def _taken(self) -> list[Row]:
+        rows, self._rows = self._rows, []
+        return rows
+
+
+class NdjsonRows(_Splitter):
+    """A JSON value a line, in UTF-8; what is in the lines is for others to read."""
+
+    def _take(self, record: bytes) -> None:
+        record = record.strip(b" \t\r")
+        if record:
+            self._add(record)
+
+
+class CsvRows(_Splitter):
+    """CSV as of RFC 4180, in UTF-8, with a first row that names the columns; line feeds alone may end rows.
+
+    A cell that is empty is left out. A quote that is never closed takes in the rows after it, up to the next quote or
+    to the most that a row may have.
+    """
+
+    def __init__(self, columns: frozenset[str], required: frozenset[str]) -> None:
+        """``columns`` are those that there may be, ``required`` those that there must be."""
+        super().__init__()
+        self._columns = columns
+        self._required = required
+        self._header: list[str] | None = None
+        self._quoted = False
+        self._closed = -1  # where the last quoted part ended: a quote that follows at once is a quote in it
+        self._cell = 0  # where a quote begins a cell
+
+    @property
+    def has_header(self) -> bool:
+        """Whether the first row has come."""
+        return self._header is not None
+
+    def feed(self, data: bytes) -> list[Row]:
+        """The rows that are complete with ``data``; raises ``InputInvalid`` for a first row that names no columns."""
+        dropped = len(self._buffer)
+        rows = super().feed(data)
+        # Positions are those of the buffer, whose front has been taken away.
+        moved = dropped + len(data) - len(self._buffer)
+        self._closed -= moved
+        return rows
+
+    def _find_end(self) -> int:
+        if self._skipping:
+            return super()._find_end()
+        buffer = self._buffer
+        for found in _QUOTE_OR_NEWLINE.finditer(buffer, self._searched):
+            at = found.start()
+            if buffer[at] == 10:
+                if not self._quoted:
+                    return at
+            elif self._quoted:
+                self._quoted, self._closed = False, at
+            else:
+                before = buffer[at - 1] if at else 10
+                self._quoted = before in b",\n" or self._closed == at - 1 >= 0
+        self._searched = len(buffer)
+        return -1
+
+    def _skip(self) -> None:
+        super()._skip()
+        self._quoted = False
+
+    def _take(self, record: bytes) -> None:
+        try:
+            text = record.decode()
+        except UnicodeDecodeError:
+            return self._refuse("The row is not UTF-8.")
+        try:
+            cells = next(csv.reader([text.removesuffix("\r")], strict=True), [])
+        except csv.Error as error:
+            return self._refuse(f"The row is not CSV as of RFC 4180: {error}.")
+        if not cells or cells == [""]:
+            return None
+        if self._header is None:
+            return self._read_header(cells)
+        if len(cells) != len(self._header):
+            return self._refuse(
+                f"The row has {len(cells)} cells where the first row names {len(self._header)} columns."
+            )
+        return self._add({name: cell for name, cell in zip(self._header, cells, strict=True) if cell})
+
+    def _refuse(self, sentence: str) -> None:
+        if self._header is None:
+            raise _bad_header(sentence.removesuffix("."))
+        self._add_problem(RowMalformed(sentence))
+
+    def _read_header(self, cells: list[str]) -> None:
+        names = [cell.strip() for cell in cells]
+        unknown = [name for name in names if name not in self._columns]
+        missing = sorted(self._required - set(names))
+        if unknown:
+            shown = unknown[0] if unknown[0].isprintable() else ascii(unknown[0])
+            raise _bad_header(f"{shown[:64]!r} is not a column; there may be {', '.join(sorted(self._columns))}")
+        if missing:
+            raise _bad_header(f"The column {missing[0]} is missing")
+        if len(set(names)) != len(names):
+            raise _bad_header("A column stands there twice")
+        self._header = names
+
+
+def _bad_header(why: str) -> InputInvalid:
+    return InputInvalid(
+        f"The first row must name the columns. {why}.", [FieldProblem("columns", f"{why[:1].lower()}{why[1:]}")]
+    )

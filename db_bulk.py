@@ -1,0 +1,234 @@
+"""The database's part in bulk registration: many rows in few statements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from db import DEVICE_COLUMNS, DeviceRecord, device_record
+from db_tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
+from lifecycle import DeviceStatus
+
+CURRENT = ("active", "held")
+
+
+@dataclass(frozen=True, slots=True)
+class KnownDevice:
+    """A device that has the external id asked for, with its current certificate and the bundle of that, if any.
+
+    ``topics`` are pairs of filter and access, ``None`` for the default ones. ``waits`` says whether the bundle waits
+    still for its first fetch, or has expired without one.
+    """
+
+    device: DeviceRecord
+    topics: tuple[tuple[str, str], ...] | None
+    certificate_id: int | None
+    issuer_id: int | None
+    serial_number: str
+    fingerprint: str
+    not_after: datetime | None
+    der: bytes | None
+    certificate_status: str
+    delivery_id: str | None
+    waits: bool
+
+
+_FIND = (
+    sa.select(
+        *DEVICE_COLUMNS,
+        Certificate.id,
+        Certificate.issuer_id,
+        Certificate.serial_number,
+        Certificate.fingerprint,
+        Certificate.not_after,
+        Certificate.der,
+        Certificate.status,
+        Delivery.id,
+        Delivery.status,
+    )
+    .select_from(Device)
+    .outerjoin(Certificate, sa.and_(Certificate.device_id == Device.id, Certificate.status.in_(CURRENT)))
+    .outerjoin(Delivery, sa.and_(Delivery.device_id == Device.id, Delivery.certificate_id == Certificate.id))
+    .where(
+        Device.tenant_id == sa.bindparam("of_tenant"),
+        Device.external_id.in_(sa.bindparam("wanted", expanding=True)),
+    )
+)
+
+
+def owner_of(tx: Connection, tenant_id: str, external_id: str) -> str | None:
+    """The id of the device that has an external id."""
+    return tx.execute(
+        sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.external_id == external_id)
+    ).scalar_one_or_none()
+
+
+def find_known(tx: Connection, tenant_id: str, external_ids: Sequence[str]) -> dict[str, KnownDevice]:
+    """The devices that have these external ids, by them."""
+    if not external_ids:
+        return {}
+    rows = tx.execute(_FIND, {"of_tenant": tenant_id, "wanted": external_ids}).all()
+    devices = [(device_record(row[:-9]), row[-9:]) for row in rows]
+    own = _topics(tx, tenant_id, [device.id for device, _ in devices if device.own_topics])
+    in_use = _in_use(tx, tenant_id, [device.id for device, (*_, status) in devices if status in ("ready", "expired")])
+    known: dict[str, KnownDevice] = {}
+    for device, (certificate_id, issuer_id, serial, fingerprint, not_after, der, state, delivery, status) in devices:
+        waits = status in ("ready", "expired") and device.id not in in_use
+        known[device.external_id or ""] = KnownDevice(
+            device=device,
+            topics=tuple(own.get(device.id, ())) if device.own_topics else None,
+            certificate_id=certificate_id,
+            issuer_id=issuer_id,
+            serial_number=serial or "",
+            fingerprint=fingerprint or "",
+            not_after=not_after,
+            der=der,
+            certificate_status=state or "",
+            delivery_id=delivery,
+            waits=waits and state == "active",
+        )
+    return known
+
+
+def _topics(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    topics: dict[str, list[tuple[str, str]]] = {}
+    if device_ids:
+        query = (
+            sa.select(AclEntry.device_id, AclEntry.filter, AclEntry.access)
+            .where(AclEntry.tenant_id == tenant_id, AclEntry.device_id.in_(device_ids))
+            .order_by(AclEntry.device_id, AclEntry.position)
+        )
+        for device_id, pattern, access in tx.execute(query):
+            topics.setdefault(device_id, []).append((pattern, access))
+    return topics
+
+
+def _in_use(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[str]:
+    """Those of the devices of which some bundle was fetched, however that ended, or a certificate was renewed."""
+    if not device_ids:
+        return set()
+    objects = {f"device:{device_id}": device_id for device_id in device_ids}
+    found = tx.execute(
+        sa.select(AuditEntry.object).where(
+            AuditEntry.tenant_id == tenant_id,
+            AuditEntry.object.in_(list(objects)),
+            AuditEntry.action == "bundle:fetch",
+        )
+    ).scalars()
+    renewed = tx.execute(
+        sa.select(Certificate.device_id).where(
+            Certificate.tenant_id == tenant_id,
+            Certificate.device_id.in_(device_ids),
+            Certificate.status == "replaced",
+        )
+    ).scalars()
+    return {objects[name] for name in found} | {device_id for device_id in renewed if device_id is not None}
+
+
+# --- What is added ------------------------------------------------------------------------------------------------
+
+_INSERT_DEVICES = sa.insert(Device)
+_INSERT_TOPICS = sa.insert(AclEntry)
+_INSERT_CERTIFICATES = sa.insert(Certificate)
+_INSERT_DELIVERIES = sa.insert(Delivery)
+_ROW_IDS = sa.select(Certificate.fingerprint, Certificate.id).where(
+    Certificate.tenant_id == sa.bindparam("of_tenant"),
+    Certificate.fingerprint.in_(sa.bindparam("wanted", expanding=True)),
+)
+
+
+def add_devices(
+    tx: Connection,
+    tenant_id: str,
+    devices: Sequence[Mapping[str, Any]],
+    topics: Mapping[str, Sequence[tuple[str, str]]],
+    *,
+    created_at: datetime,
+) -> None:
+    """Insert active devices, ``topics`` being those of devices that have their own.
+
+    Each device holds ``id``, ``external_id``, ``name``, ``type``, ``location``, ``firmware``, ``metadata`` and
+    ``generation``.
+    """
+    if not devices:
+        return
+    same = {
+        "tenant_id": tenant_id,
+        "status": DeviceStatus.ACTIVE.value,
+        "created_at": created_at,
+        "updated_at": created_at,
+    }
+    tx.execute(_INSERT_DEVICES, [{**device, "own_topics": device["id"] in topics, **same} for device in devices])
+    entries = [
+        {"tenant_id": tenant_id, "device_id": device_id, "position": position, "filter": pattern, "access": access}
+        for device_id, own in topics.items()
+        for position, (pattern, access) in enumerate(own)
+    ]
+    if entries:
+        tx.execute(_INSERT_TOPICS, entries)
+
+
+def add_certificates(
+    tx: Connection, tenant_id: str, certificates: Sequence[Mapping[str, Any]], *, issued_at: datetime
+) -> dict[str, int]:
+    """Insert active certificates of devices; returns their row ids by fingerprint.
+
+    Each holds ``device_id``, ``issuer_id``, ``serial_number``, ``fingerprint``, ``der``, ``not_before``, ``not_after``.
+    """
+    if not certificates:
+        return {}
+    same = {"tenant_id": tenant_id, "purpose": "device", "issued_at": issued_at, "status": "active"}
+    tx.execute(_INSERT_CERTIFICATES, [{**certificate, **same} for certificate in certificates])
+    fingerprints = [certificate["fingerprint"] for certificate in certificates]
+    rows = tx.execute(_ROW_IDS, {"of_tenant": tenant_id, "wanted": fingerprints})
+    return {row.fingerprint: row.id for row in rows}
+
+
+def add_deliveries(
+    tx: Connection, tenant_id: str, deliveries: Sequence[Mapping[str, Any]], *, created_at: datetime
+) -> None:
+    """Keep bundles for their downloads.
+
+    Each holds ``id``, ``device_id``, ``certificate_id``, ``bundle``, ``expires_at``.
+    """
+    if deliveries:
+        same = {"tenant_id": tenant_id, "status": "ready", "created_at": created_at}
+        tx.execute(_INSERT_DELIVERIES, [{**delivery, **same} for delivery in deliveries])
+
+
+def supersede_unfetched(
+    tx: Connection, tenant_id: str, known: Sequence[KnownDevice], *, at: datetime, generation: int
+) -> set[str]:
+    """Destroy bundles that wait, with their links, and revoke their certificates as superseded.
+
+    Returns the ids of the devices of which that was still possible: of the others something has changed meanwhile.
+    """
+    waiting = [device.delivery_id for device in known if device.delivery_id is not None]
+    destroyed = tx.execute(
+        sa.update(Delivery)
+        .where(Delivery.tenant_id == tenant_id, Delivery.id.in_(waiting), Delivery.status == "ready")
+        .values(status="revoked", bundle=None)
+        .returning(Delivery.certificate_id)
+    ).scalars()
+    gone = set(destroyed)
+    expired = tx.execute(
+        sa.select(Delivery.certificate_id).where(
+            Delivery.tenant_id == tenant_id, Delivery.id.in_(waiting), Delivery.status == "expired"
+        )
+    ).scalars()
+    gone |= set(expired)
+    revoked = tx.execute(
+        sa.update(Certificate)
+        .where(Certificate.tenant_id == tenant_id, Certificate.id.in_(gone), Certificate.status == "active")
+        .values(status="revoked", revoked_at=at, revocation_reason="superseded")
+        .returning(Certificate.device_id)
+    ).scalars()
+    done = {device_id for device_id in revoked if device_id is not None}
+    issuers = {device.issuer_id for device in known if device.device.id in done}
+    tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=generation))
+    return done
