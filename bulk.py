@@ -328,4 +328,4 @@ def _count(answers: Sequence[Answer]) -> None:
 
 
 def _credentials(wanted: Registration) -> Wanted:
-    return Wanted(wanted.csr, wanted.key_type, wanted.validity_days, wanted.bundle_password)
+    return Wanted(wanted.csr, wanted.key_type, wanted.validity_days, wanted.bundle_password, wanted.bundle_format)

@@ -52,6 +52,7 @@ class Credentials:
     chain: str | None = None
     delivery_id: str = ""
     bundle: bytes | None = field(default=None, repr=False)
+    bundle_format: str = ""
     bundle_password: str | None = field(default=None, repr=False)
     download_url: str | None = field(default=None, repr=False)
     download_expires_at: datetime | None = None
@@ -93,6 +94,7 @@ def _portable(made: Made) -> Credentials:
         *always,
         delivery_id=bundle.delivery_id,
         bundle=bundle.content,
+        bundle_format=bundle.format,
         bundle_password=bundle.password,
         download_url=bundle.download_url,
         download_expires_at=bundle.download_expires_at,

@@ -102,6 +102,7 @@ def _delivery(task: Task, credentials: Credentials, certificate_ids: dict[str, i
         "device_id": task.job.device_id,
         "certificate_id": certificate_ids[credentials.fingerprint],
         "bundle": credentials.bundle,
+        "format": credentials.bundle_format,
         "expires_at": credentials.download_expires_at,
     }
 

@@ -13,6 +13,7 @@ from cli_access import login, logout, token
 from cli_context import CONNECTION, VERSION, connection_options
 from cli_delivery import download, unpack_command
 from cli_devices import certificates, list_devices, revoke, show, update
+from cli_import import import_devices
 from cli_lifecycle import expiring, renew, resume, suspend
 from cli_operation import audit, ca, completion, status
 from cli_registration import register
@@ -22,7 +23,19 @@ from cli_webhooks import webhook
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 SECTIONS = {
-    "Devices": (register, list_devices, expiring, show, update, renew, suspend, resume, revoke, certificates),
+    "Devices": (
+        register,
+        import_devices,
+        list_devices,
+        expiring,
+        show,
+        update,
+        renew,
+        suspend,
+        resume,
+        revoke,
+        certificates,
+    ),
     "Credentials": (download, unpack_command),
     "Access": (login, logout, token),
     "Operation": (status, ca, audit, webhook, completion),

@@ -102,7 +102,7 @@ class Client:
             sent["Content-Type"] = "application/json"
         answer = self._send(method, url, token, sent, params=params, content=content, repeatable=repeatable)
         if answer.status >= 400 and answer.status not in accept:
-            raise self._refusal(answer)
+            raise self.refusal(answer)
         return answer
 
     def get(self, path: str, **params: Any) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Client:
         """The encrypted bundle behind a one-time link, which needs no token; raises as ``call`` does."""
         answer = self._send("GET", link, None, {"Connection": "close"})
         if answer.status >= 400:
-            raise self._refusal(answer)
+            raise self.refusal(answer)
         if not answer.body.startswith((b"PK", b"\x30")):  # a ZIP, a PKCS#12 file
             raise Unreachable(
                 f"The answer of {answer.origin} is no bundle; check the link, and whether a proxy answers."
@@ -144,7 +144,7 @@ class Client:
         if answer.status in _DEAD_LINK:
             raise Refused(_DEAD_LINK[answer.status], status=answer.status)
         if answer.status >= 400:
-            raise self._refusal(answer)
+            raise self.refusal(answer)
 
     def _token(self) -> str:
         if self._settings.token is None:
@@ -245,7 +245,8 @@ class Client:
             hints=["Check that this is the ca.pem of that very portal (in its data folder), and the URL."],
         )
 
-    def _refusal(self, answer: Answer) -> Refused:
+    def refusal(self, answer: Answer) -> Refused:
+        """An answer that is an error, as the exception to be raised."""
         problem = _problem(answer)
         hints = []
         if answer.status == 401 and self._settings.token is not None:

@@ -6,13 +6,23 @@ import contextlib
 import json
 import os
 import sys
+import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TextIO
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -35,6 +45,7 @@ _STATUS_STYLES = {
 }
 _ABBREVIATIONS = ("ca", "crl")
 EXPIRES_SOON_DAYS = 30
+PROGRESS_SECONDS = 10.0  # between two lines of a progress that nobody watches
 
 
 def clean(value: object) -> str:
@@ -188,6 +199,20 @@ class Output:
         self._err.print(_words(("Warning: ", "bold yellow"), clean(sentence)), soft_wrap=True)
 
     @contextlib.contextmanager
+    def progress(self, words: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show how far something is, with its rate and the time left; yields what is to be called at each step.
+
+        A bar where standard error is a terminal, else a line now and then; nothing with ``--json``.
+        """
+        if self.as_json or self._err.color_system is None:
+            yield _PlainProgress(self, words, total).advance
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        with Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task(clean(words), total=total)
+            yield lambda: bar.advance(task)
+
+    @contextlib.contextmanager
     def working(self, words: str) -> Iterator[None]:
         """Show that something goes on, where standard error is a terminal."""
         if self.as_json or self._err.color_system is None:
@@ -209,6 +234,36 @@ class Output:
             self._err.print(Text(clean(hint)), soft_wrap=True)
         if isinstance(error, Refused) and error.request_id:
             self._err.print(Text(f"Request id: {clean(error.request_id)}", style="dim"), soft_wrap=True)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, once there is one."""
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
+class _PlainProgress:
+    """A line every so many seconds."""
+
+    def __init__(self, out: Output, words: str, total: int) -> None:
+        self._out = out
+        self._words = words
+        self._total = total
+        self._done = 0
+        self._started = self._said = time.monotonic()
+
+    def advance(self) -> None:
+        """Take a step."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._said < PROGRESS_SECONDS:
+            return
+        self._said = now
+        rate = self._done / (now - self._started)
+        left = (self._total - self._done) / rate
+        self._out.note(f"{self._words}: {self._done} of {self._total}, {rate:.0f}/s, {left:.0f} s left")
 
 
 def _words(*parts: str | tuple[str, str]) -> Text:

@@ -194,7 +194,7 @@ def add_deliveries(
 ) -> None:
     """Keep bundles for their downloads.
 
-    Each holds ``id``, ``device_id``, ``certificate_id``, ``bundle``, ``expires_at``.
+    Each holds ``id``, ``device_id``, ``certificate_id``, ``bundle``, ``format``, ``expires_at``.
     """
     if deliveries:
         same = {"tenant_id": tenant_id, "status": "ready", "created_at": created_at}

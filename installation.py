@@ -156,10 +156,9 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         keys = KeyFiles(settings.ca_dir, passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase"))
         authority = open_authority(database, keys, settings, DEFAULT_TENANT, now=clock())
         link_keys = secret_file(settings.secrets_dir / "link-keys", lambda: secrets.token_urlsafe(32)).split()
-        pepper = secret_file(settings.secrets_dir / "idempotency-pepper", lambda: secrets.token_hex(32))
-        seal = SecretSeal(
-            bytes.fromhex(secret_file(settings.secrets_dir / "webhook-key", lambda: secrets.token_hex(32)))
-        )
+        pepper = bytes.fromhex(secret_file(settings.secrets_dir / "idempotency-pepper", lambda: secrets.token_hex(32)))
+        webhook_key = secret_file(settings.secrets_dir / "webhook-key", lambda: secrets.token_hex(32))
+        seal = SecretSeal(bytes.fromhex(webhook_key))
         broker = BrokerProvisioning(settings, clock)
         enforcement = Enforcement(
             settings, database, authority, broker, lambda: canary_files(settings), clock, DEFAULT_TENANT
@@ -171,10 +170,8 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
     webhooks = Webhooks(database, sender, seal, marker, settings.webhook_allow, clock)
     webhooks.look_for_any()
     credentials = CredentialMaker(settings, authority, link_keys)
-    onboarding = Onboarding(settings, database, enforcement, credentials, pepper=bytes.fromhex(pepper), clock=clock)
-    renewals = Renewals(
-        settings, database, enforcement, credentials, onboarding, pepper=bytes.fromhex(pepper), clock=clock
-    )
+    onboarding = Onboarding(settings, database, enforcement, credentials, pepper=pepper, clock=clock)
+    renewals = Renewals(settings, database, enforcement, credentials, onboarding, pepper=pepper, clock=clock)
     clients = Clients(settings, database, authority, clock)
     return Portal(
         settings,

@@ -64,6 +64,11 @@ class StreamedInput:
             except OSError as error:
                 raise ConnectionResetError("the connection of an upload broke") from error
 
+    def check(self) -> None:
+        """Raise ``PortalStopping`` where the server is being stopped: whoever reads has to come to an end."""
+        if not self._wanted():
+            raise PortalStopping("The portal is being stopped; send what is not done yet again.")
+
     def _taken(self) -> bytes:
         data = bytes(self._body.data)
         self._body.data.clear()
@@ -102,8 +107,7 @@ class StreamedInput:
                 ready = self._poller.poll(1000 * min(LOOK_UP, max(0.0, deadline - now)))
                 if any(found & ~select.POLLOUT for _, found in ready):
                     return True
-                if not self._wanted():
-                    raise PortalStopping("The portal is being stopped; send what is not done yet again.")
+                self.check()
                 if time.monotonic() < deadline:
                     continue
                 if wait is not None and time.monotonic() - started < patience:

@@ -31,6 +31,9 @@ class Body(Protocol):
     def read_some(self, wait: float | None = None) -> bytes | None:
         """What has arrived, empty at the end, ``None`` where nothing comes in ``wait`` seconds."""
 
+    def check(self) -> None:
+        """Raise ``PortalStopping`` where no more rows are to be begun."""
+
 
 class WholeBody:
     """The body under another server than the portal's, which knows its length."""
@@ -40,6 +43,9 @@ class WholeBody:
         self._left = int(environ.get("CONTENT_LENGTH") or 0)
         if self._left > limit:
             raise BodyTooLarge(f"The body of an upload must not be longer than {limit} bytes.")
+
+    def check(self) -> None:
+        """Never stop."""
 
     def read_some(self, wait: float | None = None) -> bytes | None:
         """The next part."""
@@ -81,6 +87,7 @@ class UploadedRows:
 
     def take(self, most: int, *, wait: bool) -> Sequence[Candidate] | None:
         """At most so many rows; see ``bulk_terms.Source``."""
+        self._body.check()
         while len(self._ready) < most and not self._ended:
             patience = None if wait and not self._ready else GATHER_SECONDS if wait else 0
             if not self._read(patience):
@@ -141,6 +148,7 @@ def _registration(wanted: RegisterRequest) -> Registration:
         validity_days=wanted.validity_days,
         topics=None if wanted.topics is None else [(topic.filter, topic.access) for topic in wanted.topics],
         bundle_password=wanted.bundle_password,
+        bundle_format=wanted.bundle_format,
         external_id=wanted.external_id,
     )
 

@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from api import problems
 from api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS
 from api.links import links
+from api.openapi_bodies import request_body
 from api.operation_models import ReadyModel
 from api.problems import ProblemModel
 from api.routing import Answers, Route
@@ -99,22 +100,9 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         "responses": _responses(route, schemas),
         "security": _security(route),
     }
-    if route.body is not None:
-        schema = schemas["by_model"][route.body]
-        operation["requestBody"] = {
-            "required": not route.body_optional,
-            "content": {"application/json": {"schema": schema}},
-        }
-    if route.octets is not None:
-        content = {route.octets.media_type: {"schema": {"type": "string", "format": "binary"}}}
-        operation["requestBody"] = {"required": True, "content": content}
-    if route.rows is not None:
-        schema = schemas["by_model"][route.rows]
-        operation["requestBody"] = {
-            "required": True,
-            "description": "A row for each device, as the schema has one; of CSV, the first row names the columns",
-            "content": {kind: {"schema": {"type": "string"}, "x-row-schema": schema} for kind in route.row_types},
-        }
+    body = request_body(route, schemas["by_model"])
+    if body is not None:
+        operation["requestBody"] = body
     return operation
 
 

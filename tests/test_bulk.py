@@ -266,6 +266,9 @@ def test_processes_make_what_is_much(api: Api, app: Flask, monkeypatch: pytest.M
 class Cut(io.BytesIO):
     """A body whose sender goes away."""
 
+    def check(self) -> None:
+        pass
+
     def read_some(self, _wait: float | None = None) -> bytes:
         part = self.read(4000)
         if not part:

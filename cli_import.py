@@ -1,0 +1,218 @@
+"""The command that registers the devices of a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli_client import check_link
+from cli_context import VERSION, Command, Portal
+from cli_errors import CliError, ConnectionLost, Misused
+from cli_files import NewFile, write_new
+from cli_import_http import Upload
+from cli_import_results import Results
+from cli_import_rows import FileRow, fingerprint_of, form_of, read_rows
+from cli_output import text
+
+SHOWN = 20  # problems that are shown one by one
+AGAIN = "Run the same command again: it goes on where this one stopped."
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has come of the rows."""
+
+    rows: int = 0
+    registered: int = 0
+    repeated: int = 0
+    there_before: int = 0
+    failed: int = 0
+    downloaded: int = 0
+    not_downloaded: int = 0
+    codes: Counter[str] = field(default_factory=Counter)
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``--json`` shows it."""
+        names = ("rows", "registered", "repeated", "there_before", "failed", "downloaded", "not_downloaded")
+        return {name: getattr(self, name) for name in names} | {"failures": dict(self.codes)}
+
+
+@click.command(
+    "import",
+    cls=Command,
+    examples=[
+        "portal import fleet.csv --dry-run",
+        "portal import fleet.csv --out fleet --download",
+    ],
+)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="CSV or NDJSON, a device a row.")
+@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for results and bundles.")
+@click.option(
+    "--format", "form", type=click.Choice(("csv", "ndjson")), help="What the file holds, if its name does not say."
+)
+@click.option("--dry-run", is_flag=True, help="Check the file and send nothing.")
+@click.option("--download", is_flag=True, help="Fetch the encrypted bundles, too.")
+@click.pass_context
+def import_devices(
+    ctx: click.Context, file: Path, out: Path | None, form: str | None, dry_run: bool, download: bool
+) -> None:
+    """Register a device for each row of a file.
+
+    The first row of a CSV names the columns: name, type, location, firmware, and if wanted external_id, metadata, csr,
+    key_type, validity_days, bundle_password, bundle_format, topics. FOLDER/results.csv gets link and password of each
+    device. An import that was interrupted goes on where it stopped when the same command is run again; no device is
+    made twice. The exit status is 1 where a row failed, 3 where the connection was lost.
+    """
+    portal: Portal = ctx.obj
+    if out is None and not dry_run:
+        raise Misused("Name a folder for the results with --out, or only check the file with --dry-run.")
+    kind = form_of(file, form)
+    fingerprint = fingerprint_of(file)
+    rows = _check(portal, file, kind)
+    if dry_run or out is None:
+        if portal.out.as_json:
+            portal.out.json({"rows": rows, "problems": 0})
+        else:
+            portal.out.done(f"{rows} rows, nothing wrong with them as far as can be seen from here.")
+        return
+    portal.client.get("/devices", limit=1)  # whatever is wrong with address, certificate or token shows here
+    tally = Tally(rows)
+    with Results(out, fingerprint) as results:
+        tally.there_before = len(results.done)
+        try:
+            _upload(portal, results, tally, file, kind)
+            if download:
+                _download(portal, results, tally)
+        except KeyboardInterrupt:
+            portal.out.warning(AGAIN)
+            raise
+        except CliError as error:
+            error.hints = (*error.hints, AGAIN)
+            raise
+    _show(portal, results, tally)
+    if tally.failed or tally.not_downloaded:
+        ctx.exit(1)
+
+
+def _check(portal: Portal, file: Path, kind: str) -> int:
+    """Look at every row; returns how many there are. Raises ``CliError`` where one is wrong."""
+    seen: dict[bytes, int] = {}
+    count = problems = 0
+    found: list[dict[str, Any]] = []
+    with portal.out.working("Checking the file…"):
+        for row in read_rows(file, kind):
+            count += 1
+            problem = row.problem
+            external_id = row.values.get("external_id")
+            if problem is None and external_id is not None:
+                first = seen.setdefault(_short(external_id), row.line)
+                if first != row.line:
+                    problem = f"has the external_id of line {first}"
+            if problem is not None:
+                problems += 1
+                if len(found) < SHOWN:
+                    found.append({"line": row.line, "problem": problem})
+    if not problems:
+        return count
+    if portal.out.as_json:
+        portal.out.json({"rows": count, "problems": problems, "found": found})
+    for one in found:
+        portal.out.note(f"line {one['line']}: {one['problem']}")
+    more = f" The first {SHOWN} are above." if problems > SHOWN else ""
+    raise CliError(f"{problems} of {count} rows are wrong, so nothing was sent.{more}")
+
+
+def _short(external_id: str) -> bytes:
+    return blake2b(external_id.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+
+
+def _upload(portal: Portal, results: Results, tally: Tally, file: Path, kind: str) -> None:
+    sent: deque[tuple[int, str, str]] = deque()
+    answered = 0
+
+    def lines() -> Iterator[bytes]:
+        for row in read_rows(file, kind):
+            external_id = str(row.values.get("external_id") or results.external_id(row.line))
+            if external_id not in results.done:
+                sent.append((row.line, external_id, str(row.values.get("name", ""))))
+                yield _line(row, external_id)
+
+    upload = Upload(portal.settings, portal.client, version=VERSION)
+    with portal.out.progress("Registering", tally.rows - tally.there_before) as advance:
+        for answer in upload.run(lines()):
+            if answer.get("stopped"):
+                raise ConnectionLost(f"The portal stopped at a row: {answer.get('detail')}")
+            answered += 1
+            if answer["row"] != answered or not sent:
+                raise CliError("The portal answers rows that were not sent; it may be of another version.")
+            line, external_id, name = sent.popleft()
+            results.add(line, external_id, name, answer)
+            _count(tally, answer)
+            advance()
+    if sent:
+        raise ConnectionLost("The answer ended before every row was answered.")
+
+
+def _line(row: FileRow, external_id: str) -> bytes:
+    return json.dumps({**row.values, "external_id": external_id}, separators=(",", ":")).encode() + b"\n"
+
+
+def _count(tally: Tally, answer: dict[str, Any]) -> None:
+    if "device_id" not in answer:
+        tally.failed += 1
+        tally.codes[str(answer.get("code", "unknown"))] += 1
+    elif answer.get("repeated"):
+        tally.repeated += 1
+    else:
+        tally.registered += 1
+
+
+def _download(portal: Portal, results: Results, tally: Tally) -> None:
+    """Fetch every bundle that is not here yet; one that cannot be fetched hurts no other."""
+    newest = {row["device_id"]: row["download_url"] for row in results.rows() if row["download_url"]}
+    waiting = {device: link for device, link in newest.items() if not results.has_bundle(device)}
+    with portal.out.progress("Downloading", len(waiting)) as advance:
+        for device_id, link in waiting.items():
+            try:
+                content = portal.client.fetch_bundle(check_link(link))
+                write_new(results.bundle_path(device_id, content), NewFile(content, 0o600), force=False)
+                tally.downloaded += 1
+            except ConnectionLost:
+                raise
+            except CliError as error:
+                tally.not_downloaded += 1
+                if tally.not_downloaded <= SHOWN:
+                    portal.out.warning(f"The bundle of {device_id} was not fetched: {error.sentence}")
+            advance()
+
+
+def _show(portal: Portal, results: Results, tally: Tally) -> None:
+    if portal.out.as_json:
+        portal.out.json(tally.as_json() | {"results": str(results.path.absolute())})
+        return
+    with contextlib.suppress(StopIteration):
+        failed = (row for row in results.rows() if row["result"] == "failed")
+        for _ in range(SHOWN):
+            row = next(failed)
+            portal.out.note(f"line {row['line']}: {row['detail']}")
+    portal.out.done(f"{tally.registered} registered, {tally.repeated} there already, {tally.failed} failed.")
+    fields = {
+        "rows": text(str(tally.rows)),
+        "registered": text(str(tally.registered)),
+        "repeated": text(str(tally.repeated)),
+        "there_before": text(str(tally.there_before)),
+        "failed": text(str(tally.failed)),
+    }
+    fields |= {f"failed {code}": text(str(number)) for code, number in tally.codes.most_common()}
+    if tally.downloaded or tally.not_downloaded:
+        fields |= {"downloaded": text(str(tally.downloaded)), "not_downloaded": text(str(tally.not_downloaded))}
+    portal.out.fields(fields | {"results": text(str(results.path))})
+    portal.out.note("results.csv holds links and passwords; send them by two ways, and delete it afterwards.")
