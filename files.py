@@ -109,6 +109,9 @@ def secret_file(path: Path, make: Callable[[], str]) -> str:
     return secret
 
 
+_HELD_ELSEWHERE = "The portal waited for {} in vain: another of its processes holds it, or is stopped."
+
+
 def _take(descriptor: int, deadline: float, path: Path) -> None:
     # The kernel's own wait knows no deadline. Asking costs microseconds, and only one thread of a process asks.
     if _taken(descriptor):
@@ -117,9 +120,7 @@ def _take(descriptor: int, deadline: float, path: Path) -> None:
     with turnstile.of_requests.outside():
         while not _taken(descriptor):
             if time.monotonic() >= deadline:
-                raise LockUnavailable(
-                    f"The portal waited for {path} in vain: another of its processes holds it, or is stopped."
-                )
+                raise LockUnavailable(_HELD_ELSEWHERE.format(path))
             time.sleep(pause)
             pause = min(pause * 1.05, _LONGEST_PAUSE)
 
@@ -138,6 +139,7 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._thread_lock = threading.Lock()
+        self._held = False  # whether a thread of this process that has the lock above has the file's, too
 
     @contextmanager
     def hold(self, timeout: float = LOCK_SECONDS) -> Iterator[None]:
@@ -153,11 +155,17 @@ class FileLock:
         else:
             taken = True
         if not taken:
+            if not self._held:  # the thread that is before this one waits for another process
+                raise LockUnavailable(_HELD_ELSEWHERE.format(self._path))
             raise LockUnavailable(f"The portal waited for {self._path} in vain: it is busy; try again shortly.")
         try:
             with self._descriptor() as descriptor:
                 _take(descriptor, deadline, self._path)
-                yield
+                self._held = True
+                try:
+                    yield
+                finally:
+                    self._held = False
         finally:
             self._thread_lock.release()
 

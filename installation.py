@@ -11,10 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
 import access
 import audit
 import ca
@@ -26,7 +22,7 @@ import restore_journal
 from access import Role
 from authority import Authority, RecordedIssuer, open_authority
 from broker_files import FOLDER_MODE, broker_group
-from broker_provisioning import BrokerProvisioning, Canaries, Canary
+from broker_provisioning import BrokerProvisioning, Canary
 from bulk import Bulk
 from ca_keys import CaKeys, KeyFiles, passphrase
 from config import Settings
@@ -35,6 +31,9 @@ from db_tables import DEFAULT_TENANT
 from enforcement import Enforcement
 from errors import PortalRunning, StartupError, Unavailable
 from files import FileLock, private_folder, remove_leftovers, replace_file, secret_file
+from installation_files import canary_files as canary_files
+from installation_files import is_current
+from installation_files import is_due as is_due
 from inventory import Inventory
 from monitoring import Monitoring
 from onboarding import Onboarding
@@ -270,41 +269,6 @@ def make_folders(settings: Settings) -> None:
 # --- The portal's own certificates ----------------------------------------------------------------------------------
 
 
-def canary_files(settings: Settings) -> Canaries:
-    """Where the two canaries are, with which the portal tries the broker."""
-    folder = settings.data_dir / "canaries"
-    return Canaries(
-        good=Canary(folder / "good.pem", folder / "good.key"),
-        revoked=Canary(folder / "revoked.pem", folder / "revoked.key"),
-    )
-
-
-def is_due(path: Path, key: Path, now: datetime, issuer: ca.Issuer, names: tuple[str, ...] = ()) -> bool:
-    """Whether a certificate is to be issued anew.
-
-    It is where a file is missing or unreadable, the two do not belong together (a write was cut off between them),
-    two thirds of the life are over, the issuer is another, or a name is missing.
-    """
-    try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
-        if load_pem_private_key(key.read_bytes(), password=None).public_key() != certificate.public_key():
-            return True
-    except (OSError, ValueError):
-        return True
-    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if not start <= now < start + (end - start) * 2 / 3:
-        return True
-    try:
-        certificate.verify_directly_issued_by(issuer.certificate)
-    except (ValueError, TypeError, InvalidSignature):
-        return True  # of another CA, which may have the same name
-    if not names:
-        return False
-    alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    present = {str(name.value) for name in alternative}
-    return not set(names) <= present
-
-
 def renew_own_certificates(portal: Portal, *, served: bool = False) -> list[str]:
     """Issue anew whatever of the portal's own certificates is due; returns the names of those renewed.
 
@@ -327,7 +291,9 @@ def renew_own_certificates(portal: Portal, *, served: bool = False) -> list[str]
         _issue_canary(portal, canaries.good, revoked=False)
         renewed.append("good canary")
     if is_due(canaries.revoked.certificate, canaries.revoked.key, now, issuer):
-        _issue_canary(portal, canaries.revoked, revoked=True, served=served)
+        # One that is out of date proves nothing: no pass would end well before the new one is in its place.
+        of_use = is_current(canaries.revoked.certificate, now)
+        _issue_canary(portal, canaries.revoked, revoked=True, served=served and of_use)
         renewed.append("revoked canary")
     for name in renewed:
         log.info("issued", extra={"what": name})

@@ -22,16 +22,16 @@ LEADER_LOCK = ".jobs.lock"
 SILENT_SECONDS = 60.0  # a job may take long, so that is not counted as silence before this
 CLOCK_MOVED_SECONDS = 60.0
 CLOCK_TRUSTED_SECONDS = 3600.0
-EXPIRY = "expiry"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Something to do every so many seconds."""
+    """Something to do every so many seconds; ``final`` where it cannot be undone."""
 
     name: str
     seconds: float
     run: Callable[[Portal], None]
+    final: bool = False
 
 
 def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...]) -> None:
@@ -77,8 +77,9 @@ def _lead(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...], goes
             behind = _clock_behind(portal)
             log.warning("the clock was moved; everything that has a date is looked at now")
             next_at = dict.fromkeys(next_at, time.monotonic())
-            if EXPIRY in next_at:  # what would be destroyed by a clock that may be wrong can wait
-                next_at[EXPIRY] += CLOCK_TRUSTED_SECONDS
+            for job in jobs:
+                if job.final:  # what would be destroyed by a clock that may be wrong can wait
+                    next_at[job.name] += CLOCK_TRUSTED_SECONDS
         for job in jobs:
             if time.monotonic() < next_at[job.name] or stopping.is_set():
                 continue

@@ -28,7 +28,7 @@ import paho.mqtt.client as paho
 from cryptography import x509
 from paho.mqtt.enums import CallbackAPIVersion
 
-from tests.deployment import ROOT, SECONDS, Deployment, wait_until
+from tests.deployment import ROOT, SECONDS, Deployment, is_answered, wait_until
 
 ANSWER_SECONDS = 30.0  # no answer in this time counts as a hang
 LEASE_SECONDS = 31.0  # a fetch that a killed portal was in the middle of holds its link for 30 s
@@ -44,7 +44,8 @@ class Victim(Deployment):
     def launch_portal(self, **others: str) -> subprocess.Popen[bytes]:
         """Start the server in a process group of its own, and wait for nothing."""
         self.started_with = others
-        (self.data / "operator.env").unlink(missing_ok=True)
+        if not self.processes:
+            (self.data / "operator.env").unlink(missing_ok=True)
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "flask", "--app", "app", "serve"],
@@ -61,7 +62,12 @@ class Victim(Deployment):
     def start_portal(self, *, others: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start the server; returns once it answers, or has ended."""
         environment_file = self.data / "operator.env"
+        beside = bool(self.processes)  # the one that runs keeps operator.env
         process = self.launch_portal(**(others or {}))
+        if beside:
+            address = (others or {})["PORTAL_BIND"]
+            wait_until(lambda: is_answered(f"https://{address}/healthz") or process.poll() is not None)
+            return process
         wait_until(lambda: environment_file.exists() or process.poll() is not None)
         if process.poll() is None:
             self.operator = read_environment(environment_file)

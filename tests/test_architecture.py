@@ -15,7 +15,7 @@ FLOORS = (
     {"app"},
     {"admin_*"},
     {"serving_*", "jobs_*", "api", "web", "backup_*", "doctor_*"},
-    {"installation"},
+    {"installation_*"},
     {"bulk_*", "monitoring", "readiness"},
     {"onboarding_*", "webhooks_*", "inventory", "operators", "responder_*"},
     {"enforcement"},
