@@ -13,6 +13,7 @@ from cli_access import login, logout, token
 from cli_context import CONNECTION, VERSION, connection_options
 from cli_delivery import download, unpack_command
 from cli_devices import certificates, list_devices, revoke, show, update
+from cli_export import export
 from cli_import import import_devices
 from cli_lifecycle import expiring, renew, resume, suspend
 from cli_operation import audit, ca, completion, status
@@ -27,6 +28,7 @@ SECTIONS = {
         register,
         import_devices,
         list_devices,
+        export,
         expiring,
         show,
         update,
