@@ -12,12 +12,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from cryptography import x509
 
 from bench.harness import make_csr
 from tests.crash import Ledger, Load, Victim, acl_blocks, group_members, let_in, read_crl
@@ -357,6 +358,15 @@ class Timed(Faulty):
         self.ahead = ahead
         (self.folder / "clock.new").write_text(f"{ahead.total_seconds():+.0f}")
         (self.folder / "clock.new").rename(self.folder / "clock")
+
+    def is_well(self) -> bool:
+        """As ever, and the jobs have seen that the clock was moved: what they try the broker with is valid now."""
+        now = datetime.now(UTC) + self.ahead
+        canaries = [
+            x509.load_pem_x509_certificate(path.read_bytes()) for path in (self.data / "canaries").glob("*.pem")
+        ]
+        current = [one.not_valid_before_utc <= now < one.not_valid_after_utc for one in canaries]
+        return len(current) == 2 and all(current) and super().is_well()
 
     def start_broker(self) -> Mosquitto:
         with pytest.MonkeyPatch.context() as patch:
