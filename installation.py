@@ -258,7 +258,7 @@ def make_folders(settings: Settings) -> None:
         private_folder(settings.broker_dir, mode=0o700 if group is None else FOLDER_MODE, group=group)
         probe = settings.data_dir / ".writable"
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process that starts has the same probe
     except OSError as error:
         raise StartupError(
             f"The data folder {settings.data_dir} cannot be written ({error.strerror});"

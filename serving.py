@@ -163,6 +163,7 @@ class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         super().__init__(application)
         self.failure: PortalError | None = None
         self._halting = False
+        self._stopping = False
         self._application = application
         self._reports = application.reports
         self._on_ready: Callable[[], None] | None = on_ready
@@ -181,7 +182,7 @@ class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
             elif sentence:
                 self.failure = self.failure or StartupError(sentence)
                 self.log.error_log.disabled = True  # the sentence says it all
-            elif self._on_ready is not None:
+            elif self._on_ready is not None and not self._stopping:
                 on_ready, self._on_ready = self._on_ready, None
                 self._application.served = True
                 try:
@@ -189,6 +190,11 @@ class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
                 except PortalError as error:
                     self.failure = error
                     raise HaltServer(error.detail, 1) from None
+
+    def stop(self, graceful: bool = True) -> None:
+        """Stop as gunicorn does; a worker that comes to answer meanwhile, its ports closed, makes no server ready."""
+        self._stopping = True
+        super().stop(graceful)
 
     def reap_workers(self) -> None:
         """Hear why a worker ended before acting on it; one that could not start stops a server that never answered."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import requests
 from cryptography import x509
 
 from tests.crash import (
@@ -79,6 +80,9 @@ class Check:
             wait_until(lambda: self.victim.call("GET", "/readyz").status_code == 200, READY_SECONDS)
         except AssertionError:
             self.ledger.lost("not ready again", self.victim.call("GET", "/readyz").text)
+        except requests.ConnectionError as error:
+            self.ledger.lost("ended after its start", f"{error} {self.victim.log.read_text()[-2000:]}")
+            raise
         self.done["slowest to be ready, ms"] = max(
             self.done["slowest to be ready, ms"], round((time.monotonic() - started) * 1000)
         )

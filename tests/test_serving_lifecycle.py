@@ -55,6 +55,11 @@ def test_what_keeps_the_server_from_starting_is_said_in_a_sentence(changes: dict
     assert failed_start(**changes) == sentence
 
 
+def test_a_server_that_one_worker_ends_never_says_that_it_is_ready() -> None:
+    # The other worker comes to its end of starting while the server stops, with its ports closed already.
+    assert failed_start(broken="one of two", workers=2) == "The database is from a newer version.\n"
+
+
 def test_a_bug_that_keeps_workers_from_starting_ends_the_server() -> None:
     errors = failed_start(broken="bug")
     assert "ZeroDivisionError" in errors
