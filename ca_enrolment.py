@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, pkcs7
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, pkcs7
 from cryptography.x509.oid import NameOID
 
-from ca_algorithms import PrivateKey, PublicKey, public_key_fingerprint
+from ca_algorithms import PrivateKey, PublicKey, check_public_key, public_key_fingerprint
 from ca_parsing import failing_as
 from ca_requests import MAX_CSR_CHARACTERS, check_csr, der_of
 from errors import CsrInvalid
@@ -26,14 +27,19 @@ _SEQUENCE = 0x30  # what DER begins with, and Base64 of DER does not
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentRequest:
-    """A CSR whose signature was checked. ``key_fingerprint`` is the SHA-256 of its SubjectPublicKeyInfo, in hex."""
+    """A CSR whose signature was checked. ``key_fingerprint`` is the SHA-256 of its SubjectPublicKeyInfo, in hex.
+
+    Where the key is to be ``key_made_here``, neither signature nor kind of key was looked at, and the fingerprint does
+    nothing but tell one request from another (RFC 7030 section 4.4.1).
+    """
 
     pem: str = field(repr=False)
-    key_type: str  # as in KeyType, and rsa-4096
+    key_type: str  # as in KeyType, and rsa-4096; empty with ``key_made_here``
     key_fingerprint: str
     subject: x509.Name
     alternative_names: x509.SubjectAlternativeName | None
     attributes: frozenset[str]  # dotted OIDs
+    key_made_here: bool = False
 
     @property
     def name(self) -> str:
@@ -44,11 +50,6 @@ class EnrolmentRequest:
                     return attribute.value
         return ""
 
-    @property
-    def wants_encrypted_key(self) -> bool:
-        """Whether a key made here is to be encrypted under another one of the client's."""
-        return not self.attributes.isdisjoint(_ENCRYPTED_KEY)
-
 
 def read_enrolment_request(body: bytes) -> EnrolmentRequest:
     """Read the body of an EST request: a PKCS#10 request, Base64 with or without white space (RFC 8951 section 3.1).
@@ -56,6 +57,33 @@ def read_enrolment_request(body: bytes) -> EnrolmentRequest:
     DER and PEM are read, too. Raises ``CsrInvalid``, ``KeyRefused``.
     """
     csr, key = check_csr(_der(body))
+    return _request(csr, key_type_of(key), public_key_fingerprint(key))
+
+
+def read_key_request(body: bytes) -> EnrolmentRequest:
+    """Read the same where the key is to be made here: neither key nor signature counts (RFC 7030 section 4.4.1).
+
+    Raises ``CsrInvalid``, for a request that the key be encrypted beyond TLS, too.
+    """
+    der = _der(body)
+    if len(der) > MAX_CSR_CHARACTERS:
+        raise CsrInvalid(f"The CSR is longer than {MAX_CSR_CHARACTERS} bytes.")
+    with failing_as(CsrInvalid("The CSR is damaged: it is not a PKCS#10 request in DER.")):
+        csr = x509.load_der_x509_csr(der)
+    with failing_as(CsrInvalid("The public key in the CSR cannot be read. Use any key; it will not be certified.")):
+        key = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    request = _request(csr, "", hashlib.sha256(key).hexdigest(), key_made_here=True)
+    if not request.attributes.isdisjoint(_ENCRYPTED_KEY):
+        raise CsrInvalid(
+            "The portal sends a key that it makes in the clear inside TLS, and encrypts it no further; leave out"
+            " DecryptKeyIdentifier and AsymmetricDecryptKeyIdentifier, or make the key on the device (simpleenroll)."
+        )
+    return request
+
+
+def _request(
+    csr: x509.CertificateSigningRequest, key_type: str, fingerprint: str, *, key_made_here: bool = False
+) -> EnrolmentRequest:
     with failing_as(CsrInvalid("The CSR is damaged: its subject, extensions or attributes cannot be read.")):
         subject = csr.subject
         attributes = frozenset(attribute.oid.dotted_string for attribute in csr.attributes)
@@ -63,14 +91,8 @@ def read_enrolment_request(body: bytes) -> EnrolmentRequest:
             names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         except x509.ExtensionNotFound:
             names = None
-    return EnrolmentRequest(
-        pem=csr.public_bytes(Encoding.PEM).decode(),
-        key_type=key_type_of(key),
-        key_fingerprint=public_key_fingerprint(key),
-        subject=subject,
-        alternative_names=names,
-        attributes=attributes,
-    )
+        pem = csr.public_bytes(Encoding.PEM).decode()
+    return EnrolmentRequest(pem, key_type, fingerprint, subject, names, attributes, key_made_here)
 
 
 def _der(body: bytes) -> bytes:
@@ -95,6 +117,17 @@ def key_type_of(key: PublicKey) -> str:
     if isinstance(key, ec.EllipticCurvePublicKey):
         return "ec-p256" if isinstance(key.curve, ec.SECP256R1) else "ec-p384"
     return "ed25519" if isinstance(key, ed25519.Ed25519PublicKey) else f"rsa-{key.key_size}"
+
+
+def key_type_of_certificate(der: bytes) -> str:
+    """Name the kind of the key in a certificate of this CA, DER."""
+    return key_type_of(check_public_key(x509.load_der_x509_certificate(der).public_key()))
+
+
+def is_for_key(der: bytes, key_fingerprint: str) -> bool:
+    """Whether a certificate of this CA, DER, is for the key with this fingerprint."""
+    key = check_public_key(x509.load_der_x509_certificate(der).public_key())
+    return public_key_fingerprint(key) == key_fingerprint
 
 
 def check_same_names(request: EnrolmentRequest, certificate_der: bytes) -> None:

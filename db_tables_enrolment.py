@@ -104,6 +104,13 @@ class Enrolment(Base):
         sa.CheckConstraint("status IN ('waiting', 'approved', 'issued', 'rejected')", name="status"),
         sa.CheckConstraint("(status = 'issued') = (certificate_id IS NOT NULL)", name="certificate"),
         sa.Index("ix_enrolments_device", "tenant_id", "device_id"),
+        sa.Index(
+            "ix_enrolments_waiting",
+            "tenant_id",
+            "created_at",
+            sqlite_where=sa.text("status = 'waiting'"),
+            postgresql_where=sa.text("status = 'waiting'"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)

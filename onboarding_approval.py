@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from sqlalchemy.engine import Connection
@@ -11,10 +11,12 @@ from sqlalchemy.engine import Connection
 import audit
 import db
 import db_enrolment
+import db_reenrolment
 import events
 from audit import Actor
 from db import Database, DeviceRecord
 from db_enrolment import EnrolmentRecord
+from db_reenrolment import Asking, ReenrolmentRecord
 from errors import NotFound, StateConflict
 from events import EventType
 from lifecycle import DeviceStatus
@@ -22,6 +24,7 @@ from onboarding import Onboarding
 from onboarding_terms import Registration
 
 REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that a rejected device is revoked with
+MOST_LISTED = 1000
 
 
 class Approvals:
@@ -55,36 +58,51 @@ class Approvals:
             audit.record(tx, actor, "device:expect", f"device:{device_id}", at=now)
         return device_id
 
-    def approve(self, actor: Actor, device_id: str) -> None:
+    def approve(self, actor: Actor, device_id: str, key_fingerprint: str | None = None) -> DeviceStatus:
         """Let a device in that has asked: it gets its certificate when it asks again. A repeat changes nothing.
 
-        Raises ``DeviceNotFound``, ``StateConflict`` where the device is not pending or has not asked.
+        A device that is in and asks with another key is given a certificate for that one, and loses those it has. With
+        a ``key_fingerprint`` nothing is approved but that key. Returns the device's status. Raises ``DeviceNotFound``,
+        ``StateConflict`` where the device has not asked, or with another key.
         """
         now = self._clock()
         with self._database.transaction() as tx:
-            self._pending(tx, actor.tenant_id, device_id, "approved")
-            enrolment = db_enrolment.last_enrolment(tx, actor.tenant_id, device_id)
+            device, enrolment, asked = self._asked(tx, actor.tenant_id, device_id)
+            if asked is None:
+                self._check_pending(device, "approved")
             if enrolment is None:
                 raise StateConflict(
                     "The device has not asked to be let in yet; give it an enrolment token, which lets it in at once."
                 )
-            if enrolment.status == "waiting":
+            key = enrolment.key_fingerprint if asked is None else asked.key_fingerprint
+            if key_fingerprint not in (None, key):
+                raise StateConflict("The device asks with another key by now; look at that one before you approve it.")
+            if asked is not None:
+                if asked.status == "rejected":
+                    raise StateConflict("This key was rejected; the device has to ask with a new one.")
+                self._decide(tx, actor, device_id, asked, "approved", now)
+            elif enrolment.status == "waiting":
                 db_enrolment.update_enrolment(tx, actor.tenant_id, enrolment.id, status="approved", decided_at=now)
-                key = enrolment.key_fingerprint
                 audit.record(tx, actor, "device:approve", f"device:{device_id}", at=now, key_fingerprint=key)
+        return device.status
 
-    def reject(self, actor: Actor, device_id: str) -> None:
+    def reject(self, actor: Actor, device_id: str) -> DeviceStatus:
         """Put a pending device out for good; a repeat changes nothing.
 
-        Raises ``DeviceNotFound``, ``StateConflict`` where the device is not pending.
+        For a device that is in and asks with another key, only that key is rejected. Returns the device's status.
+        Raises ``DeviceNotFound``, ``StateConflict`` where the device has not asked.
         """
         now = self._clock()
         with self._database.transaction() as tx:
-            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+            device, enrolment, asked = self._asked(tx, actor.tenant_id, device_id)
             if device.status is DeviceStatus.REVOKED and device.revocation_reason == REJECTED:
-                return
-            device = self._pending(tx, actor.tenant_id, device_id, "rejected")
-            enrolment = db_enrolment.last_enrolment(tx, actor.tenant_id, device_id)
+                return device.status
+            if asked is not None:
+                if asked.status == "approved":
+                    raise StateConflict("This key is approved already; suspend or revoke the device to keep it out.")
+                self._decide(tx, actor, device_id, asked, "rejected", now)
+                return device.status
+            self._check_pending(device, "rejected")
             if enrolment is not None:
                 db_enrolment.update_enrolment(tx, actor.tenant_id, enrolment.id, status="rejected", decided_at=now)
             # The broker has never been told to let it in, so there is nothing to tell it now.
@@ -93,18 +111,47 @@ class Approvals:
             )
             events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=REJECTED)
             audit.record(tx, actor, "device:reject", f"device:{device_id}", at=now)
+        return DeviceStatus.REVOKED
 
-    def _pending(self, tx: Connection, tenant_id: str, device_id: str, wanted: str) -> DeviceRecord:
+    def _asked(
+        self, tx: Connection, tenant_id: str, device_id: str
+    ) -> tuple[DeviceRecord, EnrolmentRecord | None, ReenrolmentRecord | None]:
+        """A device, locked, with what it has asked for; the last is there while it is in and asks with another key."""
         device = db.get_device(tx, tenant_id, device_id, for_update=True)
+        enrolment = db_enrolment.last_enrolment(tx, tenant_id, device_id)
+        if enrolment is None or device.status is not DeviceStatus.ACTIVE:
+            return device, enrolment, None
+        return device, enrolment, db_reenrolment.find(tx, tenant_id, enrolment.id)
+
+    def _decide(
+        self, tx: Connection, actor: Actor, device_id: str, asked: ReenrolmentRecord, status: str, now: datetime
+    ) -> None:
+        key = asked.key_fingerprint
+        if db_reenrolment.decide(
+            tx, actor.tenant_id, asked.enrolment_id, key_fingerprint=key, status=status, decided_at=now
+        ):
+            action = "device:approve" if status == "approved" else "device:reject"
+            audit.record(tx, actor, action, f"device:{device_id}", at=now, key_fingerprint=key, again=True)
+
+    def _check_pending(self, device: DeviceRecord, wanted: str) -> None:
         if device.status is not DeviceStatus.PENDING:
             raise StateConflict(f"The device is {device.status}; only one that is pending can be {wanted}.")
-        return device
 
-    def request_of(self, tenant_id: str, device_id: str) -> EnrolmentRecord:
-        """What a device has asked for last; raises ``DeviceNotFound``, ``NotFound`` where it never has."""
+    def request_of(self, tenant_id: str, device_id: str) -> tuple[EnrolmentRecord, ReenrolmentRecord | None]:
+        """What a device has asked for last, and what it asks for now with another key, if it does.
+
+        Raises ``DeviceNotFound``, ``NotFound`` where it never has asked.
+        """
         with self._database.snapshot() as tx:
             db.get_device(tx, tenant_id, device_id)
             enrolment = db_enrolment.last_enrolment(tx, tenant_id, device_id)
-        if enrolment is None:
-            raise NotFound("The device has never asked to be let in.")
-        return enrolment
+            if enrolment is None:
+                raise NotFound("The device has never asked to be let in.")
+            return enrolment, db_reenrolment.find(tx, tenant_id, enrolment.id)
+
+    def asking(self, tenant_id: str) -> Sequence[Asking]:
+        """The devices that wait for an operator, who has waited longest first; the first thousand."""
+        with self._database.snapshot() as tx:
+            first = db_reenrolment.first_asking(tx, tenant_id, limit=MOST_LISTED)
+            again = db_reenrolment.asking_again(tx, tenant_id, limit=MOST_LISTED)
+        return sorted((*first, *again), key=lambda asking: asking.asked_at)[:MOST_LISTED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from datetime import datetime, timedelta
 from sqlalchemy.engine import Connection
 
 import ca
+import ca_enrolment
 import credential_delivery as delivery
 import db
 import db_deliveries
@@ -51,12 +53,14 @@ class Made:
     """Credentials that exist nowhere else yet: ``record`` them before they are released.
 
     ``bundle`` is ``None`` where the device has its own key; ``certificate`` and ``chain`` (PEM) are what it then gets.
+    ``key`` (PKCS#8, DER) is one made here that is handed over at once, and kept nowhere.
     """
 
     issued: ca.Issued
     issuer_id: int
     chain: str = field(repr=False)
     bundle: BundleMade | None
+    key: bytes | None = field(default=None, repr=False)
 
     @property
     def certificate(self) -> str:
@@ -89,20 +93,32 @@ class CredentialMaker:
             )
         else:
             public_key = ca.read_csr(wanted.csr)
+        made = self._certify(device_id, public_key, wanted.validity_days, now)
+        if key is None:
+            return made
+        bundle = self._bundle(device_id, key, made.issued, made.chain, topics, wanted, now)
+        return dataclasses.replace(made, bundle=bundle)
+
+    def make_with_key(self, device_id: str, key_type: str, validity_days: int | None, *, now: datetime) -> Made:
+        """Make a new key of the kind ``key_type`` with its certificate, for a device that waits for both.
+
+        Raises ``IssuerUnusable``, ``SignatureCheckFailed``.
+        """
+        key = ca.generate_keypair(ca.KeyType(key_type))
+        made = self._certify(device_id, key.public_key(), validity_days, now)
+        return dataclasses.replace(made, key=ca_enrolment.pkcs8(key))
+
+    def _certify(self, device_id: str, key: ca.PublicKey, validity_days: int | None, now: datetime) -> Made:
         signer = self._authority.issuing
         issued = ca.sign_certificate(
             signer.issuer,
-            public_key,
+            key,
             device_id=device_id,
             now=now,
-            days=wanted.validity_days or self._settings.device_days,
+            days=validity_days or self._settings.device_days,
             pki_url=self._settings.pki_url,
         )
-        chain = signer.chain_pem(issued.pem)
-        bundle = None
-        if key is not None:
-            bundle = self._bundle(device_id, key, issued, chain, topics, wanted, now)
-        return Made(issued, signer.id, chain, bundle)
+        return Made(issued, signer.id, signer.chain_pem(issued.pem), None)
 
     def _bundle(
         self,

@@ -130,7 +130,7 @@ class Renewals:
             answer, generation = Renewed.from_json(kept.content), kept.generation
         else:
             try:
-                answer, generation = self._renew(actor, device_id, renewal, sealed, shown=shown)
+                answer, generation, _ = self._renew(actor, device_id, renewal, sealed, shown=shown)
             except IntegrityError:
                 # Of two first requests with one key the database let one through: its answer is both's.
                 kept = sealed and self._answers.find(sealed)
@@ -147,15 +147,46 @@ class Renewals:
             self._onboarding.wait_until_granted(device.generation)
         return answer
 
+    def renew_with_key(
+        self, actor: Actor, device_id: str, key_type: str, *, shown: str, when_used: bool = False
+    ) -> tuple[str, bytes]:
+        """Renew as a device asks for that has a new key made here: the certificate (PEM), the key (PKCS#8, DER).
+
+        The key is kept nowhere, so a repeat gives another one. Raises as ``renew`` does.
+        """
+        renewal = Renewal(Wanted(key_type=key_type), when_used=when_used)
+        answer, generation, key = self._renew(actor, device_id, renewal, None, shown=shown, hand_over=True)
+        if answer.ended:
+            self._ended(device_id, generation)
+        elif generation:
+            self._enforcement.wake()
+        with self._database.snapshot() as tx:
+            device = db.get_device(tx, actor.tenant_id, device_id)
+        self._onboarding.wait_until_granted(device.generation)
+        if answer.certificate is None or key is None:
+            raise AssertionError("a key that is handed over comes with its certificate")
+        return answer.certificate, key
+
     def _renew(
-        self, actor: Actor, device_id: str, renewal: Renewal, sealed: Sealed | None, *, shown: str | None
-    ) -> tuple[Renewed, int]:
+        self,
+        actor: Actor,
+        device_id: str,
+        renewal: Renewal,
+        sealed: Sealed | None,
+        *,
+        shown: str | None,
+        hand_over: bool = False,
+    ) -> tuple[Renewed, int, bytes | None]:
         now = self._clock()
         with self._database.snapshot() as tx:
             self._check(tx, db.get_device(tx, actor.tenant_id, device_id), renewal, now=now, shown=shown)
             own = db_reads.device_topics(tx, actor.tenant_id, device_id)
         topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
-        made = self._credentials.make(device_id, renewal.wanted, topics, now=now)
+        if hand_over:
+            wanted = renewal.wanted
+            made = self._credentials.make_with_key(device_id, wanted.key_type or "", wanted.validity_days, now=now)
+        else:
+            made = self._credentials.make(device_id, renewal.wanted, topics, now=now)
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
             self._check(tx, device, renewal, now=now, shown=shown)
@@ -174,9 +205,9 @@ class Renewals:
                 f"device:{device_id}",
                 at=now,
                 serial_number=serial_number,
-                key="csr" if made.bundle is None else "made here",
+                key="made here" if hand_over or made.bundle is not None else "csr",
             )
-        return answer, generation
+        return answer, generation, made.key
 
     def _check(
         self, tx: Connection, device: DeviceRecord, renewal: Renewal, *, now: datetime, shown: str | None

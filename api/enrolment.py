@@ -6,6 +6,9 @@ from datetime import timedelta
 
 from access import Permission
 from api.enrolment_models import (
+    ApproveRequest,
+    AskingList,
+    AskingModel,
     DecisionAnswer,
     EnrolmentModel,
     EnrolmentTokenList,
@@ -51,42 +54,55 @@ def expect_device(call: Call) -> Reply:
 )
 def show_enrolment(call: Call) -> Reply:
     """Show what a device has asked for last, with the fingerprint of its key."""
-    record = call.portal.approvals.request_of(call.actor.tenant_id, call.path["device_id"])
+    record, again = call.portal.approvals.request_of(call.actor.tenant_id, call.path["device_id"])
     return Reply(
         EnrolmentModel(
             device_id=record.device_id,
             enrolment_token_id=record.token_id,
             manufacturer_id=record.manufacturer_id,
-            key_fingerprint=record.key_fingerprint,
-            status=record.status,
+            key_fingerprint=(again or record).key_fingerprint,
+            status=(again or record).status,
+            again=again is not None,
         )
     )
+
+
+@enrolment.route("GET", "/enrolments", permission=Permission.READ, answers=Answers(AskingList))
+def list_enrolments(call: Call) -> Reply:
+    """List the devices that wait for an operator, who has waited longest first."""
+    found = call.portal.approvals.asking(call.actor.tenant_id)
+    plain = ("device_id", "name", "again", "key_fingerprint", "manufacturer_id", "asked_at")
+    rows = [({name: getattr(item, name) for name in plain}, item.token_id) for item in found]
+    return Reply(AskingList(enrolments=[AskingModel(**row, enrolment_token_id=token) for row, token in rows]))
 
 
 @enrolment.route(
     "POST",
     "/devices/{device_id}/approve",
     permission=Permission.CHANGE,
+    body=ApproveRequest,
+    body_optional=True,
     answers=Answers(DecisionAnswer, description="The device gets its certificate when it asks again"),
     errors=(404, 409),
 )
 def approve(call: Call) -> Reply:
     """Let a device in that has asked; a repeat answers the same."""
-    call.portal.approvals.approve(call.actor, call.path["device_id"])
-    return Reply(DecisionAnswer(device_id=call.path["device_id"], status="pending"))
+    wanted: ApproveRequest = call.body
+    status = call.portal.approvals.approve(call.actor, call.path["device_id"], wanted.key_fingerprint)
+    return Reply(DecisionAnswer(device_id=call.path["device_id"], status=status))
 
 
 @enrolment.route(
     "POST",
     "/devices/{device_id}/reject",
     permission=Permission.CHANGE,
-    answers=Answers(DecisionAnswer, description="The device is out for good; a repeat answers the same"),
+    answers=Answers(DecisionAnswer, description="The device, or the other key of one that is in, is out for good"),
     errors=(404, 409),
 )
 def reject(call: Call) -> Reply:
-    """Put a pending device out for good."""
-    call.portal.approvals.reject(call.actor, call.path["device_id"])
-    return Reply(DecisionAnswer(device_id=call.path["device_id"], status="revoked"))
+    """Put a pending device out for good, or refuse a device that is in another key; a repeat answers the same."""
+    status = call.portal.approvals.reject(call.actor, call.path["device_id"])
+    return Reply(DecisionAnswer(device_id=call.path["device_id"], status=status))
 
 
 # --- Tokens -------------------------------------------------------------------------------------------------------

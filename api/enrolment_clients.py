@@ -8,9 +8,11 @@ import dataclasses
 from api.client_certificate import presented
 from api.routing import Call
 from audit import Actor
+from ca_enrolment import EnrolmentRequest
 from db_enrolment import EnrolmentTokenRecord
-from errors import EnrolmentUnauthenticated, NotFound, PortalError
+from errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
 from onboarding_clients import DeviceClient, ManufacturedClient
+from onboarding_enrolment_means import Enrolled, Waiting, by_manufacturer, by_token
 
 _NONE_GIVEN = (
     "An enrolment token is needed, as the password of HTTP Basic authentication, or a client certificate of a"
@@ -53,6 +55,27 @@ def token_of(call: Call) -> EnrolmentTokenRecord | None:
     if record is None:
         raise refusal(call, "The enrolment token is not known here; check that it was copied whole.")
     return record
+
+
+def newcomer(call: Call) -> EnrolmentTokenRecord | ManufacturedClient:
+    """What lets a device in; a certificate that was shown must be good even where a token would do."""
+    holder = certificate_holder(call)
+    token = token_of(call)
+    if token is not None:
+        return token
+    if holder is None:
+        raise refusal(call)
+    if isinstance(holder, DeviceClient):
+        raise ClientCertificateRefused("The device has a certificate of this portal already; use simplereenroll.")
+    return holder
+
+
+def enrolled(
+    call: Call, client: EnrolmentTokenRecord | ManufacturedClient, request: EnrolmentRequest
+) -> Enrolled | Waiting:
+    """Let a device in by its token or manufacturer; raises as ``Enrolment.enrol`` does."""
+    means = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
+    return call.portal.enrolment.enrol(actor_of(call, means.tenant_id, means.label), means, request)
 
 
 def refusal(call: Call, sentence: str = _NONE_GIVEN) -> EnrolmentUnauthenticated:

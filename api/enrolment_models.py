@@ -46,14 +46,42 @@ class DecisionAnswer(Output):
     status: StatusName
 
 
+class ApproveRequest(Input):
+    """Which key to approve; left out, the one that the device has asked with."""
+
+    key_fingerprint: Fingerprint | None = None
+
+
 class EnrolmentModel(Output):
-    """What a device has asked for last: `key_fingerprint` is the SHA-256 of its key, to be compared with the device."""
+    """What a device has asked for last: `key_fingerprint` is the SHA-256 of its key, to be compared with the device.
+
+    `again`: the device is in, and has asked for a certificate for another key.
+    """
 
     device_id: DeviceId
     enrolment_token_id: str | None
     manufacturer_id: str | None
     key_fingerprint: Fingerprint
     status: Literal["waiting", "approved", "issued", "rejected"]
+    again: bool
+
+
+class AskingModel(Output):
+    """A device that waits for an operator; `again` where it is in and asks for a certificate for another key."""
+
+    device_id: DeviceId
+    name: str
+    again: bool
+    key_fingerprint: Fingerprint
+    enrolment_token_id: str | None
+    manufacturer_id: str | None
+    asked_at: Timestamp
+
+
+class AskingList(Output):
+    """The thousand that have waited longest."""
+
+    enrolments: list[AskingModel]
 
 
 class TermsRequest(Input):

@@ -41,6 +41,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /ocsp/{request}": ANYONE,
     "POST /ocsp": ANYONE,
     "POST /devices": {ADMIN, OPERATOR},
+    "GET /enrolments": {ADMIN, OPERATOR, AUDITOR},
     "GET /devices/{device_id}/enrolment": {ADMIN, OPERATOR, AUDITOR},
     "POST /devices/{device_id}/approve": {ADMIN, OPERATOR},
     "POST /devices/{device_id}/reject": {ADMIN, OPERATOR},
@@ -53,8 +54,12 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "POST /manufacturers/{manufacturer_id}/proof": {ADMIN},
     "DELETE /manufacturers/{manufacturer_id}": {ADMIN},
     **{
-        f"{operation.replace(' ', f' /.well-known/est/{label}')}": ANYONE
-        for operation in ("GET cacerts", "GET csrattrs", "POST simpleenroll", "POST simplereenroll")
+        f"{method} /.well-known/est/{label}{operation}": ANYONE
+        for method, operations in (
+            ("GET", ("cacerts", "csrattrs")),
+            ("POST", ("simpleenroll", "simplereenroll", "serverkeygen")),
+        )
+        for operation in operations
         for label in ("", "{label}/")
     },
     "GET /tokens": {ADMIN},

@@ -36,7 +36,7 @@ def run(deployment: Deployment, block: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_device_enrols_publishes_renews_is_put_out(deployment: Deployment) -> None:
-    make_token, enrol, renew = BLOCKS
+    make_token, enrol, renew, _ = BLOCKS
     for block in (make_token, enrol):
         done = run(deployment, block)
         assert done.returncode == 0, done.stderr
@@ -64,6 +64,19 @@ def test_a_device_enrols_publishes_renews_is_put_out(deployment: Deployment) -> 
     assert deployment.call("POST", f"/revoke/{device_id}", {}).json()["broker"] == "enforced"
     device.refusal()
     assert "403" in run(deployment, renew).stderr
+
+
+def test_a_device_has_its_key_made(deployment: Deployment) -> None:
+    make_token, _, _, have_made = BLOCKS
+    for block in (make_token, have_made):
+        done = run(deployment, f"mkdir -p made && cd made && {block}")
+        assert done.returncode == 0, done.stderr
+    folder = deployment.folder / "made"
+    assert (folder / "device.key").stat().st_mode & 0o777 == 0o600
+    assert not (folder / "answer").exists()
+    (folder / "chain.pem").symlink_to("device.pem")
+    [newest, *_] = deployment.call("GET", "/devices").json()["devices"]
+    Onboarded(newest["device_id"], folder, deployment.mqtt_port).client().close()
 
 
 CUTS = ("key", "request", "answer", "stored", "tried", "moved", "swapped")
