@@ -27,7 +27,7 @@ _ANSWERS = Answers(
 )
 
 
-@ocsp.route("GET", "/ocsp/{request}", permission=None, answers=_ANSWERS, on_pki_listener=True)
+@ocsp.route("GET", "/ocsp/{request}", permission=None, answers=_ANSWERS, on_pki_listener=True, direct=True)
 def ocsp_get(call: Call) -> Reply:
     """Ask whether certificates are good, by an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
     # Some encoders break lines, and some proxies take "+" in a path for a space.
@@ -46,6 +46,7 @@ def ocsp_get(call: Call) -> Reply:
     octets=Octets(REQUEST, MOST_BYTES),
     answers=_ANSWERS,
     on_pki_listener=True,
+    direct=True,
 )
 def ocsp_post(call: Call) -> Reply:
     """Ask whether certificates are good, by an OCSPRequest (RFC 6960 appendix A.1)."""

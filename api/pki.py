@@ -19,6 +19,7 @@ _TIMES = {"Last-Modified": "The CRL's thisUpdate", "Expires": "Its nextUpdate"}
     permission=None,
     answers=Answers(media_type="application/x-pem-file", description="Issuing CAs and root, PEM", headers=_ETAG),
     on_pki_listener=True,
+    direct=True,
 )
 def ca_pem(call: Call) -> Reply:
     """The chain of trust: issuing CAs and root."""
@@ -32,6 +33,7 @@ def ca_pem(call: Call) -> Reply:
     answers=Answers(media_type="application/pkix-cert", description="One CA certificate, DER", headers=_ETAG),
     errors=(404,),
     on_pki_listener=True,
+    direct=True,
 )
 def ca_certificate(call: Call) -> Reply:
     """One CA certificate (caIssuers of RFC 5280 section 4.2.2.1)."""
@@ -47,6 +49,7 @@ def ca_certificate(call: Call) -> Reply:
     ),
     errors=(404, 503),
     on_pki_listener=True,
+    direct=True,
 )
 def crl(call: Call) -> Reply:
     """The newest CRL of an issuer (RFC 5280 section 5)."""

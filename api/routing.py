@@ -73,6 +73,8 @@ class Route:
     ``token_optional``: anyone may call it, and who shows a valid token is known.
     ``rows`` is the model of each row of a body that is read while it arrives, in one of the media types ``row_types``.
 
+    ``direct``: plain requests for it are answered by ``api/direct.py``.
+
     Every GET answers HEAD, too; with a ``head_summary`` the OpenAPI text says so.
     ``also`` are other answers than errors.
     """
@@ -90,6 +92,7 @@ class Route:
     also: tuple[Answers, ...] = ()
     errors: tuple[int, ...] = ()
     on_pki_listener: bool = False
+    direct: bool = False
     idempotency_key: bool = False
     body_optional: bool = False
     token_optional: bool = False
