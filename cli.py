@@ -13,9 +13,12 @@ from cli_access import login, logout, token
 from cli_context import CONNECTION, VERSION, connection_options
 from cli_delivery import download, unpack_command
 from cli_devices import certificates, list_devices, revoke, show, update
+from cli_enrolment import approve, expect, reject, waiting
+from cli_enrolment_tokens import enrolment
 from cli_export import export
 from cli_import import import_devices
 from cli_lifecycle import expiring, renew, resume, suspend
+from cli_manufacturers import manufacturer
 from cli_operation import audit, ca, completion, status
 from cli_registration import register
 from cli_settings import Given
@@ -39,6 +42,7 @@ SECTIONS = {
         certificates,
     ),
     "Credentials": (download, unpack_command),
+    "Enrolment": (enrolment, manufacturer, expect, waiting, approve, reject),
     "Access": (login, logout, token),
     "Operation": (status, ca, audit, webhook, completion),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -18,7 +19,8 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "docs" / "enrolment.md").re
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Deployment]:
     """A portal where a device may renew from the first day on."""
-    with deployed(PORTAL_RENEWAL_FROM="0") as running:
+    with deployed(PORTAL_RENEWAL_FROM="0", PORTAL_VENV=sys.prefix) as running:
+        (running.folder / "portal").symlink_to(ROOT / "portal")
         running.wait_ready()
         yield running
 
@@ -68,9 +70,10 @@ def test_a_device_enrols_publishes_renews_is_put_out(deployment: Deployment) -> 
 
 def test_a_device_has_its_key_made(deployment: Deployment) -> None:
     make_token, _, _, have_made = BLOCKS
-    for block in (make_token, have_made):
-        done = run(deployment, f"mkdir -p made && cd made && {block}")
-        assert done.returncode == 0, done.stderr
+    done = run(
+        deployment, f"rm -f enrolment-token\n{make_token}mkdir made; mv enrolment-token made; cd made\n{have_made}"
+    )
+    assert done.returncode == 0, done.stderr
     folder = deployment.folder / "made"
     assert (folder / "device.key").stat().st_mode & 0o777 == 0o600
     assert not (folder / "answer").exists()
