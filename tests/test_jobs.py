@@ -15,6 +15,7 @@ from cryptography import x509
 import db_issuers
 import jobs
 import jobs_authority
+import jobs_schedule
 from config import Settings
 from db_tables import Delivery, IdempotencyKey
 from files import FileLock
@@ -193,6 +194,29 @@ def test_where_the_clock_was_moved_every_job_runs_at_once_but_the_one_that_destr
     assert ran.index("move") > ran.index("expiry")
     assert "expiry" not in ran[ran.index("move") :]
     assert CLOCK_TRUSTED_SECONDS >= 3600
+
+
+def test_a_clock_that_was_moved_and_moved_back_while_another_process_ran_the_jobs_is_seen(
+    portal: Portal, clock: Clock
+) -> None:
+    stopping = threading.Event()
+    ran: list[str] = []
+    daily = Job("daily", 86400, lambda _: ran.append("daily"))
+
+    def stop(event: threading.Event) -> Job:
+        return Job("stop", 0, lambda _: event.set())
+
+    def sleep_while_another_stands_in(_: Portal) -> None:
+        if ran.count("daily") == 1:
+            clock.advance(days=365)
+            other = threading.Event()
+            jobs_schedule.lead(portal, other, (daily, stop(other)), lambda: True)
+            clock.advance(days=-365)
+        else:
+            stopping.set()
+
+    jobs.run(portal, stopping, (daily, Job("sleep", 0, sleep_while_another_stands_in)))
+    assert ran == ["daily"] * 3
 
 
 def test_the_jobs_run_beside_a_process_that_leads_and_gives_no_sign_of_life(portal: Portal) -> None:
