@@ -66,7 +66,7 @@ class _Splitter:
                 self._take(bytes(buffer[start:end]))
             start = self._searched = end + 1
         del buffer[:start]
-        self._searched -= start
+        self._move(start)
         if self._skipping or len(buffer) > ROW_MOST:
             if not self._skipping:
                 self._add_problem(RowTooLong(_TOO_LONG))
@@ -94,6 +94,10 @@ class _Splitter:
         if end < 0:
             self._searched = len(self._buffer)
         return end
+
+    def _move(self, count: int) -> None:
+        """Go on with a buffer that has lost so many bytes at its front."""
+        self._searched -= count
 
     def _skip(self) -> None:
         """Forget the beginning of a row that is too long; it ends with the next line feed."""
@@ -129,7 +133,7 @@ class NdjsonRows(_Splitter):
 class CsvRows(_Splitter):
     """CSV as of RFC 4180, in UTF-8, with a first row that names the columns; line feeds alone may end rows.
 
-    A cell that is empty is left out. A quote that is never closed takes in the rows after it, up to the next quote or
+    ``feed`` raises ``InputInvalid`` for a first row that names no columns. A cell that is empty is left out. A quote that is never closed takes in the rows after it, up to the next quote or
     to the most that a row may have.
     """
 
@@ -141,21 +145,11 @@ class CsvRows(_Splitter):
         self._header: list[str] | None = None
         self._quoted = False
         self._closed = -1  # where the last quoted part ended: a quote that follows at once is a quote in it
-        self._cell = 0  # where a quote begins a cell
 
     @property
     def has_header(self) -> bool:
         """Whether the first row has come."""
         return self._header is not None
-
-    def feed(self, data: bytes) -> list[Row]:
-        """The rows that are complete with ``data``; raises ``InputInvalid`` for a first row that names no columns."""
-        dropped = len(self._buffer)
-        rows = super().feed(data)
-        # Positions are those of the buffer, whose front has been taken away.
-        moved = dropped + len(data) - len(self._buffer)
-        self._closed -= moved
-        return rows
 
     def _find_end(self) -> int:
         if self._skipping:
@@ -174,9 +168,13 @@ class CsvRows(_Splitter):
         self._searched = len(buffer)
         return -1
 
+    def _move(self, count: int) -> None:
+        super()._move(count)
+        self._closed -= count
+
     def _skip(self) -> None:
         super()._skip()
-        self._quoted = False
+        self._quoted, self._closed = False, -1
 
     def _take(self, record: bytes) -> None:
         try:

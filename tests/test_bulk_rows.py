@@ -6,7 +6,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bulk_rows import ROW_MOST, CsvRows, NdjsonRows, Row, Rows
@@ -64,6 +64,7 @@ def test_lines_of_json_come_out_as_they_went_in(values: list[dict[str, str]], cu
     assert [row.content for row in found] == [line.encode() for line in lines]
 
 
+@example([('";', ";", "x")], [27], "\r\n", True)  # cut within a doubled quote, in the piece with the byte order mark
 @given(st.lists(st.tuples(texts, texts, texts), max_size=6), cut_lists, st.sampled_from(["\n", "\r\n"]), st.booleans())
 def test_cells_come_out_as_csv_of_the_standard_library_wrote_them(
     cells: list[tuple[str, str, str]], cuts: list[int], ending: str, marked: bool
