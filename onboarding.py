@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hmac
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 import audit
-import credential_delivery as delivery
 import db
 import db_bulk
-import db_deliveries
 import events
 import metrics
 from audit import Actor
@@ -26,17 +23,16 @@ from broker_provisioning import check_style
 from config import AclStyle, Settings
 from db import Database
 from enforcement import Enforcement
-from errors import ExternalIdTaken, IdempotencyConflict, StateConflict, Unavailable
+from errors import ExternalIdTaken, StateConflict, Unavailable
 from events import EventType
 from failpoints import failpoint
 from lifecycle import DeviceStatus, advance
+from onboarding_answers import KeptAnswers, Sealed
 from onboarding_credentials import CredentialMaker, Made, Wanted
 from onboarding_terms import Registered, Registration, Revoked
 from topics import Access, Topic, check_topics, default_topics, new_device_id
 
 log = logging.getLogger("portal.onboarding")
-
-ANSWERS_KEPT = timedelta(hours=24)
 
 
 class Onboarding:
@@ -56,7 +52,7 @@ class Onboarding:
         self._database = database
         self._enforcement = enforcement
         self._credentials = credentials
-        self._pepper = pepper
+        self._answers = KeptAnswers(database, pepper, clock)
         self._clock = clock
 
     # --- Register
@@ -67,22 +63,21 @@ class Onboarding:
         Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``), ``IdempotencyConflict``, ``ExternalIdTaken``,
         ``Unavailable``.
         """
-        seal = delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper) if idempotency_key else None
-        repeated = seal and self._repeated(actor, wanted, seal)
-        if repeated:
-            answer, generation = repeated
-        else:
+        sealed = self._answers.seal(actor.tenant_id, idempotency_key, _canonical(wanted)) if idempotency_key else None
+        repeated = sealed and self._answers.find(sealed)
+        if not repeated:
             try:
-                answer, generation = self._register(actor, wanted, seal)
+                answer, generation = self._register(actor, wanted, sealed)
             except IntegrityError:
                 # Of two first requests with one key the database let one through: its answer is both's.
-                repeated = seal and self._repeated(actor, wanted, seal)
+                repeated = sealed and self._answers.find(sealed)
                 if not repeated:
                     if wanted.external_id is not None:
                         with self._database.snapshot() as tx:
                             self._check_free(tx, actor.tenant_id, wanted.external_id)
                     raise
-                answer, generation = repeated
+        if repeated:
+            answer, generation = Registered.from_json(repeated.content), repeated.generation
         if answer.certificate is not None:
             self.wait_until_granted(generation)
         elif generation:
@@ -96,18 +91,7 @@ class Onboarding:
         if device_id is not None:
             raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
 
-    def _repeated(self, actor: Actor, wanted: Registration, seal: delivery.AnswerSeal) -> tuple[Registered, int] | None:
-        with self._database.snapshot() as tx:
-            kept = db_deliveries.find_answer(tx, actor.tenant_id, seal.key_hash, now=self._clock())
-        if kept is None:
-            return None
-        if not hmac.compare_digest(kept.request_hash, seal.request_hash(_canonical(wanted))):
-            raise IdempotencyConflict(
-                "This Idempotency-Key was used with another body in the last 24 hours; use a new key."
-            )
-        return Registered.from_json(seal.open(kept.sealed)), kept.generation
-
-    def _register(self, actor: Actor, wanted: Registration, seal: delivery.AnswerSeal | None) -> tuple[Registered, int]:
+    def _register(self, actor: Actor, wanted: Registration, sealed: Sealed | None) -> tuple[Registered, int]:
         now = self._clock()
         device_id = new_device_id(now)
         topics = self.check_topics(wanted.topics, device_id)
@@ -141,17 +125,8 @@ class Onboarding:
                 external_id=wanted.external_id,
             )
             self._credentials.record(tx, actor.tenant_id, device_id, made, now=now)
-            if seal is not None:
-                db_deliveries.add_answer(
-                    tx,
-                    tenant_id=actor.tenant_id,
-                    key_hash=seal.key_hash,
-                    request_hash=seal.request_hash(_canonical(wanted)),
-                    sealed=seal.seal(answer.to_json()),
-                    generation=generation,
-                    created_at=now,
-                    expires_at=now + ANSWERS_KEPT,
-                )
+            if sealed is not None:
+                self._answers.keep(tx, sealed, answer.to_json(), generation=generation)
             events.record(
                 tx,
                 actor.tenant_id,
