@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
-import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import click
 from cli_context import Command, Portal
 from cli_devices import STATUSES, Expiry
 from cli_errors import CheckFailed
-from cli_files import reason
+from cli_files import whole_file
 
 COLUMNS = (
     "device_id", "external_id", "name", "type", "location", "firmware", "status", "created_at", "updated_at",
@@ -70,8 +67,8 @@ def export(
         return
     if out.exists() and not force:
         raise CheckFailed(f"{out} is there already; --force replaces it.")
-    with _whole_file(out) as write, portal.out.working("Exporting"):
-        count = _write_devices(portal, filters, write, as_csv=as_csv)
+    with whole_file(out) as file, portal.out.working("Exporting"):
+        count = _write_devices(portal, filters, lambda text: file.write(text.encode()), as_csv=as_csv)
     if portal.out.as_json:
         portal.out.json({"devices": count, "file": str(out.absolute())})
     else:
@@ -94,20 +91,3 @@ def _line(values: Any) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\r\n").writerow(["" if value is None else value for value in values])
     return buffer.getvalue()
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[Write]:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-                yield file.write
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckFailed(f"{path} cannot be written: {reason(error)}.") from None

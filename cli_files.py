@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from cli_errors import CheckFailed, Misused
 
@@ -102,6 +104,24 @@ def write_new(path: Path, file: NewFile, *, force: bool) -> None:
         raise CheckFailed(f"{path} cannot be written: {reason(error)}.") from None
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file (0600) bit by bit that is there under its name only when the block has ended well.
+
+    Raises ``CheckFailed`` where it cannot be written.
+    """
+    try:
+        with _new_beside(path, mode=0o600) as (temporary, writer):
+            yield writer
+        try:
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
+    except OSError as error:
+        raise CheckFailed(f"{path} cannot be written: {reason(error)}.") from None
+
+
 class Folder:
     """Where a device's files go: 0700 where it is new or empty, else one that others cannot write to."""
 
@@ -150,19 +170,26 @@ class Folder:
 
 
 def _temporary(path: Path, file: NewFile) -> Path:
+    with _new_beside(path, mode=file.mode) as (temporary, writer):
+        writer.write(file.content)
+    return temporary
+
+
+@contextlib.contextmanager
+def _new_beside(path: Path, *, mode: int) -> Iterator[tuple[Path, BinaryIO]]:
+    """Make a file beside ``path``, on the disk at the end of the block; gone again where that raises."""
     # The mode is set before the content is written, so a secret is never readable to others.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as writer:
-            os.fchmod(descriptor, file.mode)
-            writer.write(file.content)
+            os.fchmod(descriptor, mode)
+            yield temporary, writer
             writer.flush()
             os.fsync(descriptor)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return temporary
 
 
 def _sync(folder: Path) -> None:
