@@ -133,8 +133,8 @@ class NdjsonRows(_Splitter):
 class CsvRows(_Splitter):
     """CSV as of RFC 4180, in UTF-8, with a first row that names the columns; line feeds alone may end rows.
 
-    ``feed`` raises ``InputInvalid`` for a first row that names no columns. A cell that is empty is left out. A quote that is never closed takes in the rows after it, up to the next quote or
-    to the most that a row may have.
+    ``feed`` raises ``InputInvalid`` for a first row that names no columns. A cell that is empty is left out. A quote
+    that is never closed takes in the rows after it, up to the next quote or to the most that a row may have.
     """
 
     def __init__(self, columns: frozenset[str], required: frozenset[str]) -> None:

@@ -18,7 +18,7 @@ from broker_session import Session, connect_unix
 
 CONFIGURATION = Path(__file__).parent.parent / "mosquitto" / "portal.conf"
 INSTALLED_FOLDER, INSTALLED_PORT = "/var/lib/onboarding-portal/broker", "8883"
-START_SECONDS = 10.0
+START_SECONDS = 30.0
 
 
 def mosquitto_program() -> str:
