@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import resource
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,7 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
 
 def _serve(settings: Settings, create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]) -> int:
     logs.set_up(settings)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core: it would hold the issuing key
     environment = settings.data_dir / "operator.env"
     counts = settings.data_dir / "metrics"
     portal = open_portal(settings)

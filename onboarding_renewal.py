@@ -24,6 +24,7 @@ from db import Database, DeviceRecord
 from enforcement import Enforcement
 from errors import StateConflict
 from events import EventType
+from failpoints import failpoint
 from lifecycle import DeviceStatus, check_renewal
 from onboarding import Onboarding
 from onboarding_answers import KeptAnswers, Sealed
@@ -207,6 +208,8 @@ class Renewals:
                 serial_number=serial_number,
                 key="made here" if hand_over or made.bundle is not None else "csr",
             )
+            failpoint("renew.before_commit")
+        failpoint("renew.after_commit")
         return answer, generation, made.key
 
     def _check(

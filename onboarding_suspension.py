@@ -15,6 +15,7 @@ from audit import Actor
 from db import Database
 from enforcement import Enforcement
 from events import EventType
+from failpoints import failpoint
 from lifecycle import DeviceStatus, advance
 
 log = logging.getLogger("portal.onboarding")
@@ -59,6 +60,8 @@ class Suspensions:
                 events.record(tx, actor.tenant_id, EventType.SUSPENDED, device_id, at=now)
                 audit.record(tx, actor, "device:suspend", f"device:{device_id}", at=now)
             since = db_suspension.suspended_since(tx, actor.tenant_id, device_id)
+            failpoint("suspend.before_commit")
+        failpoint("suspend.after_commit")
         return self._applied(device_id, DeviceStatus.SUSPENDED, since, generation)
 
     def resume(self, actor: Actor, device_id: str) -> Suspended:
@@ -77,6 +80,8 @@ class Suspensions:
                 db_suspension.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
                 events.record(tx, actor.tenant_id, EventType.RESUMED, device_id, at=now)
                 audit.record(tx, actor, "device:resume", f"device:{device_id}", at=now)
+            failpoint("resume.before_commit")
+        failpoint("resume.after_commit")
         return self._applied(device_id, DeviceStatus.ACTIVE, None, generation)
 
     def _applied(self, device_id: str, status: DeviceStatus, since: datetime | None, generation: int) -> Suspended:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import requests
@@ -11,6 +13,7 @@ from bench.harness import make_csr
 from tests.crash import Ledger, Load, Victim, acl_blocks, let_in, read_crl
 from tests.crash_check import Check
 from tests.deployment import wait_until
+from tests.receiver import Receiver, receiving
 
 pytestmark = pytest.mark.system
 
@@ -22,16 +25,26 @@ PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.
 @pytest.fixture(scope="module")
 def victim() -> Iterator[Victim]:
     """A portal of one worker, so that it is the process that is asked that works for the broker, too."""
-    with Victim(PORTAL_WORKERS="1") as running:
+    with Victim(PORTAL_WORKERS="1", PORTAL_WEBHOOK_ALLOW="127.0.0.0/8,::1") as running:
         make_csr(running.folder)
         yield running
 
 
 def killed_at(victim: Victim, plan: str, method: str, url: str, **request: object) -> None:
     """Have the portal killed, all its processes, at a named step of a request."""
+    arm(victim, plan)
+    die(victim, method, url, **request)
+
+
+def arm(victim: Victim, plan: str) -> None:
+    """Have a portal running that will be killed at a named step."""
     victim.kill_portal()
-    victim.start_portal(others={"PORTAL_FAILPOINT": f"{plan}=killgroup"})
+    assert victim.start_portal(others={"PORTAL_FAILPOINT": f"{plan}=killgroup"}).poll() is None
     victim.wait_ready()
+
+
+def die(victim: Victim, method: str, url: str, **request: object) -> None:
+    """Make the request that the portal is killed in."""
     with pytest.raises(requests.ConnectionError):
         victim.session.request(method, url, timeout=20, **request)  # type: ignore[arg-type]
     wait_until(lambda: victim.processes[0].poll() is not None)
@@ -118,6 +131,57 @@ def test_a_revocation_cut_off_is_finished_by_the_next_start_with_nobody_asking(v
     assert problem == ""
     assert (int(device["serial_number"], 16) in listed) is committed
     assert not list(broker.glob(".*"))  # nothing of a write that was cut off is left lying about
+
+
+def test_what_was_cut_off_in_suspending_resuming_or_renewing_is_whole_or_not_done(victim: Victim) -> None:
+    start_again(victim)
+    csr = (victim.folder / "device.csr").read_text()
+    device = victim.register(name="to be parked", csr=csr)
+    path = f"/devices/{device['device_id']}"
+    renewal: dict[str, Any] = {
+        "json": {"csr": csr, "overlap_hours": 0},
+        "headers": {"Idempotency-Key": "a-key-for-the-renewal"},
+    }
+    # The portal that is to be killed at a step is the one that shows what has become of the step before.
+    for step, status in (
+        ("suspend.before_commit", "active"),
+        ("suspend.after_commit", "active"),
+        ("resume.before_commit", "suspended"),
+        ("resume.after_commit", "suspended"),
+        ("renew.before_commit", "active"),
+        ("renew.after_commit", "active"),
+    ):
+        arm(victim, step)
+        assert victim.call("GET", path).json()["status"] == status
+        assert len(victim.call("GET", f"{path}/certificates").json()["certificates"]) == 1
+        assert is_let_in(victim, device) is (status == "active")
+        operation = step.partition(".")[0]
+        die(victim, "POST", f"{victim.url}{path}/{operation}", **(renewal if operation == "renew" else {}))
+    start_again(victim)
+    assert not is_let_in(victim, device)  # its certificate was to end at once, and ends with nobody asking
+    answer = victim.session.post(f"{victim.url}{path}/renew", timeout=20, **renewal)
+    assert answer.status_code == 201
+    assert len(victim.call("GET", f"{path}/certificates").json()["certificates"]) == 2
+    assert is_let_in(victim, device | answer.json())
+
+
+def test_an_event_whose_portal_was_killed_before_it_was_sent_is_sent_by_the_next_start(victim: Victim) -> None:
+    start_again(victim)
+    with receiving() as receiver:
+        webhook = victim.call("POST", "/webhooks", {"name": "a receiver", "url": receiver.url}).json()
+        killed_at(victim, "register.after_commit", "POST", f"{victim.url}/register", json=PLAIN | {"name": "told"})
+        before = list(receiver.requests)
+        start_again(victim)
+        (device,) = victim.call("GET", "/devices?q=told").json()["devices"]
+        wait_until(lambda: receiver.requests)
+        victim.call("DELETE", f"/webhooks/{webhook['webhook_id']}")
+        assert before == []
+        told = {(event["type"], event["device_id"]) for event in map(json.loads, bodies(receiver))}
+        assert told == {("registered", device["device_id"])}
+
+
+def bodies(receiver: Receiver) -> list[bytes]:
+    return [request.body for request in receiver.requests]
 
 
 def test_a_bundle_that_was_cut_off_is_neither_lost_nor_open_to_two_at_once(victim: Victim) -> None:

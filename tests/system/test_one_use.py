@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
+from tests.crash import acl_blocks, read_crl
 from tests.deployment import Deployment, deployed, wait_until
 
 pytestmark = pytest.mark.system
@@ -131,6 +132,59 @@ def test_changes_and_revocations_at_once_have_one_order_and_revoked_wins(
         done = [entry["action"] for entry in entries(deployment, object=f"device:{device_id}", outcome="done")]
         assert done.count("device:revoke") == 1
         assert done[0] == "device:revoke"  # the newest: no change came after it
+    deployment.wait_ready()
+
+
+def test_everything_at_once_has_one_order_and_revoked_wins(
+    deployment: Deployment, sessions: list[requests.Session]
+) -> None:
+    devices = [deployment.register()["device_id"] for _ in range(5)]
+
+    def post(path: str) -> Ask:
+        return lambda session: session.post(f"{deployment.url}{path}", timeout=60)
+
+    def move(device_id: str) -> Ask:
+        return lambda session: session.patch(
+            f"{deployment.url}/devices/{device_id}", json={"location": "hall 2"}, timeout=60
+        )
+
+    asked = [
+        question
+        for device_id in devices
+        for question in (
+            *(post(f"/devices/{device_id}/{verb}") for verb in ("suspend", "resume", "renew", "suspend", "resume")),
+            post(f"/revoke/{device_id}"),
+            post(f"/devices/{device_id}/renew"),
+            move(device_id),
+            post(f"/devices/{device_id}/resume"),
+            post(f"/revoke/{device_id}"),
+        )
+    ]
+    answers = at_once(sessions, asked)
+    for answer in answers:
+        assert answer.status_code in (200, 201, 409), answer.text
+    listed, problem = read_crl(deployment.data / "broker", deployment.data / "ca.pem")
+    assert problem == ""
+    granted = {user for user, lines in acl_blocks(deployment.data / "broker").items() if lines != ["topic deny #"]}
+    for number, device_id in enumerate(devices):
+        of_device = answers[10 * number : 10 * (number + 1)]
+        for revocation in (of_device[5], of_device[9]):
+            assert (revocation.status_code, revocation.json()["broker"]) == (200, "enforced")
+        assert deployment.call("GET", f"/devices/{device_id}").json()["status"] == "revoked"
+        certificates = deployment.call("GET", f"/devices/{device_id}/certificates").json()["certificates"]
+        assert len(certificates) == 1 + sum(answer.status_code == 201 for answer in of_device)
+        assert {certificate["status"] for certificate in certificates} == {"revoked"}
+        assert {int(certificate["serial_number"], 16) for certificate in certificates} <= listed
+        assert device_id not in granted
+        for renewed in (of_device[2], of_device[6]):
+            if renewed.status_code == 201:  # its bundle is of no use to anybody, and gone
+                assert deployment.session.get(renewed.json()["download_url"], timeout=20).status_code == 410
+        done = [entry["action"] for entry in entries(deployment, object=f"device:{device_id}", outcome="done")]
+        assert done[0] == "device:revoke"  # the newest: nothing came after it
+        assert done.count("device:revoke") == 1
+        parked = [action for action in reversed(done) if action in ("device:suspend", "device:resume")]
+        assert parked[::2] == ["device:suspend"] * len(parked[::2])  # one after the other, by turns
+        assert parked[1::2] == ["device:resume"] * len(parked[1::2])
     deployment.wait_ready()
 
 
