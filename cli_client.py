@@ -122,7 +122,7 @@ class Client:
                 raise Unreachable(f"The answer of {self._settings.url} has no list of {key}; is it another version?")
             yield page
             cursor = page.get("next_cursor")
-            if not cursor or not rows or cursor in seen:
+            if not cursor or cursor in seen:
                 return
             seen.add(cursor)
             most = None if most is None else most - len(rows)

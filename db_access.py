@@ -145,9 +145,10 @@ def list_audit_entries(
     *,
     limit: int,
     before: int | None = None,
+    after: int | None = None,
     filters: dict[str, str] | None = None,
 ) -> Sequence[AuditRecord]:
-    """Entries newest first, older than entry ``before``; ``filters`` match columns exactly."""
+    """Entries newest first, older than entry ``before``, newer than ``after``; ``filters`` match columns exactly."""
     query = sa.select(
         AuditEntry.id,
         AuditEntry.at,
@@ -158,9 +159,26 @@ def list_audit_entries(
         AuditEntry.request_id,
         AuditEntry.address,
         AuditEntry.detail,
-    ).where(AuditEntry.tenant_id == tenant_id)
+    ).where(*_entries_between(tenant_id, before, after))
     for column, value in (filters or {}).items():
         query = query.where(AuditEntry.__table__.c[column] == value)
-    if before is not None:
-        query = query.where(AuditEntry.id < before)
     return [AuditRecord(*row) for row in tx.execute(query.order_by(AuditEntry.id.desc()).limit(limit))]
+
+
+def audit_entry_before(
+    tx: Connection, tenant_id: str, *, count: int, before: int | None, of_object: str | None
+) -> int | None:
+    """The entry ``count`` + 1 places before another, or before the end; ``None`` where there are not so many.
+
+    With ``of_object`` only those of that object count.
+    """
+    query = sa.select(AuditEntry.id).where(*_entries_between(tenant_id, before, None))
+    if of_object is not None:
+        query = query.where(AuditEntry.object == of_object)
+    return tx.execute(query.order_by(AuditEntry.id.desc()).limit(1).offset(count)).scalar_one_or_none()
+
+
+def _entries_between(tenant_id: str, before: int | None, after: int | None) -> list[sa.ColumnElement[bool]]:
+    conditions = [AuditEntry.tenant_id == tenant_id]
+    conditions += [] if before is None else [AuditEntry.id < before]
+    return conditions + ([] if after is None else [AuditEntry.id > after])

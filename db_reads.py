@@ -1,22 +1,18 @@
-"""The database's questions: lists, pages, what the broker must be told."""
+"""The database's questions: what belongs to a device, what the broker must be told."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from db import (
     CERTIFICATE_COLUMNS,
-    DEVICE_COLUMNS,
     CertificateRecord,
-    DeviceRecord,
     certificate_record,
-    device_record,
 )
 from db_tables import AclEntry, Certificate, Device
 from lifecycle import DeviceStatus
@@ -31,18 +27,6 @@ _OWN_TOPICS = sa.text("devices.own_topics")
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceFilter:
-    """Which devices a list is to hold; ``None`` does not narrow it. ``q`` is looked for in name and id."""
-
-    status: str | None = None
-    type: str | None = None
-    location: str | None = None
-    q: str | None = None
-    expires_before: datetime | None = None
-    external_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class AclChange:
     """What the broker must know of a device: ``topics`` are pairs of filter and access, ``None`` the default ones."""
 
@@ -50,52 +34,6 @@ class AclChange:
     status: DeviceStatus
     topics: tuple[tuple[str, str], ...] | None
     generation: int
-
-
-def list_devices(
-    tx: Connection,
-    tenant_id: str,
-    wanted: DeviceFilter,
-    *,
-    limit: int,
-    after: tuple[datetime, str] | None = None,
-) -> Sequence[tuple[DeviceRecord, datetime | None]]:
-    """A page of devices, newest first, each with its certificate's not_after; by that time where it is asked for.
-
-    ``after`` is the creation time, or else the not_after, and the id of the last device of the page before (keyset
-    paging). Each filter and each order has an index; ``q`` alone looks at one device after the other.
-    """
-    current = sa.and_(Certificate.device_id == Device.id, CURRENT)
-    query = sa.select(*DEVICE_COLUMNS, Certificate.not_after)
-    place: tuple[Any, Any]
-    if wanted.expires_before is None:
-        query = query.outerjoin_from(Device, Certificate, current).where(Device.tenant_id == tenant_id)
-        place = Device.created_at, Device.id
-        query = query.order_by(Device.created_at.desc(), Device.id.desc())
-    else:
-        query = query.join_from(Certificate, Device, current).where(
-            Certificate.tenant_id == tenant_id, Certificate.not_after < wanted.expires_before
-        )
-        place = Certificate.not_after, Certificate.device_id
-        query = query.order_by(Certificate.not_after, Certificate.device_id)
-    for column, value in (
-        (Device.status, wanted.status),
-        (Device.type, wanted.type),
-        (Device.location, wanted.location),
-        (Device.external_id, wanted.external_id),
-    ):
-        if value is not None:
-            query = query.where(column == value)
-    if wanted.q is not None:
-        found = Device.name.icontains(wanted.q, autoescape=True)  # the database folds both sides, each in its way
-        query = query.where(sa.or_(found, Device.id == wanted.q.lower()))
-    if after is not None:
-        at, device_id = after
-        last = sa.tuple_(sa.literal(at, Device.created_at.type), device_id)
-        here = sa.tuple_(*place)
-        query = query.where(here < last if wanted.expires_before is None else here > last)
-    rows = tx.execute(query.limit(limit))
-    return [(device_record(row[:-1]), row[-1]) for row in rows]
 
 
 def device_topics(tx: Connection, tenant_id: str, device_id: str) -> tuple[tuple[str, str], ...]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import db
+import db_device_lists
 import db_issuers
 import db_reads
 import db_revocations
 from config import Settings
 from db import CertificateRecord, Database, DeviceRecord
+from db_device_lists import DeviceFilter, Place
 from db_issuers import CrlRecord
-from db_reads import DeviceFilter
 from db_revocations import CrlHead
 from errors import FieldProblem, InputInvalid
 from topics import Access, Topic, default_topics, is_device_id
@@ -71,14 +72,18 @@ class Inventory:
     def devices(self, tenant_id: str, wanted: DeviceFilter, *, limit: int, cursor: str | None) -> Page:
         """A page of devices, newest first, or with ``expires_before`` those that end soonest first.
 
+        Where several things narrow the list, a page may hold fewer than ``limit``, or none, and lead to another.
         Raises ``InputInvalid`` for a cursor that no page gave.
         """
         after = None if cursor is None else _read_cursor(cursor)
         with self._database.snapshot() as tx:
-            found = db_reads.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
-        page = found[:limit]
-        more = len(found) > limit
-        return Page(page, _make_cursor(*page[-1], by_end=wanted.expires_before is not None) if more else None)
+            found = db_device_lists.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
+        page, next_place = found.devices[:limit], found.end
+        if len(found.devices) > limit:
+            last, not_after = page[-1]
+            at = not_after if wanted.expires_before is not None else None
+            next_place = (at or last.created_at, last.id)
+        return Page(page, None if next_place is None else _make_cursor(next_place))
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
         """The newest CRL of an issuer, ``None`` before the first.
@@ -97,13 +102,12 @@ class Inventory:
         return record
 
 
-def _make_cursor(last: DeviceRecord, not_after: datetime | None, *, by_end: bool) -> str:
-    at = not_after if by_end and not_after is not None else last.created_at
-    text = json.dumps([at.isoformat(), last.id])
+def _make_cursor(place: Place) -> str:
+    text = json.dumps([place[0].isoformat(), place[1]])
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def _read_cursor(cursor: str) -> tuple[datetime, str]:
+def _read_cursor(cursor: str) -> Place:
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
         created_at, device_id = json.loads(text)

@@ -15,6 +15,8 @@ from db_access import AuditRecord, TokenRecord
 from errors import TooManyAttempts
 from throttle import Throttle
 
+LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit what no index serves
+
 
 class Operators:
     """Who may ask the portal for something."""
@@ -56,10 +58,24 @@ class Operators:
 
     def audit(
         self, tenant_id: str, *, limit: int, before: int | None, filters: dict[str, str]
-    ) -> Sequence[AuditRecord]:
-        """The audit record, newest first, older than entry ``before``; ``filters`` match exactly."""
+    ) -> tuple[Sequence[AuditRecord], int | None]:
+        """The audit record, newest first, older than entry ``before``, and before which entry to go on, if any.
+
+        ``filters`` match exactly. An index serves only that by object: with another, a page ends after so many entries
+        that were looked at, however few of them fit.
+        """
+        after = None
         with self._database.snapshot() as tx:
-            return db_access.list_audit_entries(tx, tenant_id, limit=limit, before=before, filters=filters)
+            if filters.keys() - {"object"}:
+                after = db_access.audit_entry_before(
+                    tx, tenant_id, count=LOOKED_AT, before=before, of_object=filters.get("object")
+                )
+            found = db_access.list_audit_entries(
+                tx, tenant_id, limit=limit + 1, before=before, after=after, filters=filters
+            )
+        if len(found) > limit:
+            return found[:limit], found[limit - 1].id
+        return found, None if after is None else after + 1
 
     def refused(self, actor: Actor, action: str, target: str, code: str) -> None:
         """Record that somebody was refused."""

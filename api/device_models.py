@@ -140,7 +140,10 @@ class DeviceModel(DeviceSummary):
 
 
 class DevicePage(Output):
-    """Devices, newest first; `next_cursor` is null on the last page."""
+    """Devices, newest first; `next_cursor` is null on the last page, and nothing else shows that it is the last.
+
+    A page is short, or empty, where more than one filter, or `q`, had it look at a thousand devices for fewer.
+    """
 
     devices: list[DeviceSummary]
     next_cursor: str | None

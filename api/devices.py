@@ -21,7 +21,7 @@ from api.device_models import (
 )
 from api.routing import Answers, Call, Reply, Routes
 from db import CertificateRecord
-from db_reads import DeviceFilter
+from db_device_lists import DeviceFilter
 from inventory import DeviceDetails
 from onboarding_terms import Registration
 

@@ -66,7 +66,10 @@ class AuditEntryModel(Output):
 
 
 class AuditPage(Output):
-    """Entries, newest first."""
+    """Entries, newest first; `next_cursor` is null on the last page, and nothing else shows that it is the last.
+
+    A page is short, or empty, where `actor`, `action` or `outcome` had it look at a thousand entries for fewer.
+    """
 
     entries: list[AuditEntryModel]
     next_cursor: str | None

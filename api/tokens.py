@@ -65,10 +65,11 @@ def list_audit(call: Call) -> Reply:
         raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem])
     filters = query.model_dump(exclude={"limit", "cursor"}, exclude_none=True)
     before = None if query.cursor is None else int(query.cursor)
-    found = call.portal.operators.audit(call.actor.tenant_id, limit=query.limit + 1, before=before, filters=filters)
-    entries = [AuditEntryModel(**dataclasses.asdict(entry)) for entry in found[: query.limit]]
-    more = len(found) > query.limit
-    return Reply(AuditPage(entries=entries, next_cursor=str(entries[-1].id) if more else None))
+    found, more_before = call.portal.operators.audit(
+        call.actor.tenant_id, limit=query.limit, before=before, filters=filters
+    )
+    entries = [AuditEntryModel(**dataclasses.asdict(entry)) for entry in found]
+    return Reply(AuditPage(entries=entries, next_cursor=None if more_before is None else str(more_before)))
 
 
 def _fields(record: TokenRecord) -> dict[str, object]:

@@ -134,7 +134,7 @@ def test_fetches_are_recorded_and_refused_ones_too_without_the_link(api: Api, an
     registered = api.register()
     path = path_of(registered)
     asked = [fetch(anyone, path), anyone.get(path), anyone.get("/download/a.b.c")]
-    found = portal_of(app).operators.audit("default", limit=4, before=None, filters={})
+    found = portal_of(app).operators.audit("default", limit=4, before=None, filters={})[0]
     request_ids = [answer.headers["X-Request-Id"] for answer in asked]
     device = f"device:{registered['device_id']}"
     assert [(e.action, e.object, e.outcome, e.detail.get("code"), e.request_id) for e in reversed(found)] == [

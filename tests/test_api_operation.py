@@ -122,7 +122,7 @@ def test_readyz_tells_a_stranger_codes_and_no_reason(anyone: Api, app: Flask, cl
 
 def test_a_bad_token_at_readyz_is_a_failed_login(app: Flask) -> None:
     problem_of(Api(app.test_client(), "op_a-token-of-nobody").get("/readyz"), 401, "unauthenticated")
-    entry = portal_of(app).operators.audit("default", limit=1, before=None, filters={})[0]
+    entry = portal_of(app).operators.audit("default", limit=1, before=None, filters={})[0][0]
     assert (entry.action, entry.outcome) == ("GET /readyz", "refused")
 
 

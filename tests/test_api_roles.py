@@ -128,7 +128,7 @@ def test_a_refusal_is_recorded_under_the_request_id(
     app: Flask, as_role: Callable[[Role | None], Api], role: Role | None, code: str
 ) -> None:
     answer = call(as_role(role), "POST /register")
-    entry = portal_of(app).operators.audit("default", limit=1, before=None, filters={})[0]
+    entry = portal_of(app).operators.audit("default", limit=1, before=None, filters={})[0][0]
     assert (entry.action, entry.outcome, entry.detail) == ("POST /register", "refused", {"code": code})
     assert entry.request_id == answer.headers["X-Request-Id"]
     assert entry.address == "127.0.0.1"

@@ -160,7 +160,7 @@ def test_calls_that_follow_one_another_are_answered_as_described(shared_app: Fla
 
 def revoked_is_final(app: Flask, admin: Api) -> None:
     """After all that, no device that the record says was revoked is anything else."""
-    entries = portal_of(app).operators.audit("default", limit=1000, before=None, filters={"action": "device:revoke"})
+    entries = portal_of(app).operators.audit("default", limit=1000, before=None, filters={"action": "device:revoke"})[0]
     revoked = {entry.object.removeprefix("device:") for entry in entries if entry.outcome == "done"}
     assert revoked
     assert {admin.get(f"/devices/{device_id}").json["status"] for device_id in revoked} == FINAL

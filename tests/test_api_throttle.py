@@ -46,7 +46,7 @@ def fail(app: Flask, times: int = LIMIT, **options: Any) -> None:
 
 def audited(app: Flask) -> list[Any]:
     """The refusals of logins in the audit record, newest first."""
-    entries = portal_of(app).operators.audit("default", limit=200, before=None, filters={"outcome": "refused"})
+    entries = portal_of(app).operators.audit("default", limit=200, before=None, filters={"outcome": "refused"})[0]
     return [entry for entry in entries if entry.action != "bundle:fetch"]
 
 
@@ -109,7 +109,7 @@ def test_used_links_are_not_guesses_and_fill_no_record(app: Flask, admin: Api) -
     assert get(app, link, token=None).status_code == 200
     assert {get(app, link, token=None).status_code for _ in range(3 * LIMIT)} == {410}
     assert get(app).status_code == 401
-    entries = portal_of(app).operators.audit("default", limit=200, before=None, filters={"action": "bundle:fetch"})
+    entries = portal_of(app).operators.audit("default", limit=200, before=None, filters={"action": "bundle:fetch"})[0]
     assert len([entry for entry in entries if entry.outcome == "refused"]) == RECORDED_OF_AN_ADDRESS
 
 

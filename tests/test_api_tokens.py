@@ -101,3 +101,23 @@ def test_the_record_can_be_narrowed(api: Api, query: str, found: int) -> None:
     api.post(f"/revoke/{device_id}")
     Api(api.client, None).get("/devices")
     assert len(api.get("/audit?" + query.format(device_id=device_id)).json["entries"]) == found
+
+
+@pytest.mark.parametrize("looked_at", [1, 3, 1000])
+def test_every_entry_that_fits_is_found_however_little_a_page_looks_at(
+    api: Api, monkeypatch: pytest.MonkeyPatch, looked_at: int
+) -> None:
+    monkeypatch.setattr("operators.LOOKED_AT", looked_at)
+    wanted = []
+    for number in range(3):
+        token = api.post("/tokens", {"name": f"token {number}", "role": "auditor"}).json
+        api.delete(f"/tokens/{token['token_id']}")
+        wanted.append(f"token:{token['token_id']}")
+    for narrowed in ("action=token:create", "action=token:create&outcome=done"):
+        found: list[str] = []
+        cursor: str | None = ""
+        while cursor is not None:
+            page = api.get(f"/audit?{narrowed}&limit=2{cursor and '&cursor=' + cursor}").json
+            found += [entry["object"] for entry in page["entries"]]
+            cursor = page["next_cursor"]
+        assert found[:3] == wanted[::-1]

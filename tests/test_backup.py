@@ -424,7 +424,7 @@ def test_what_was_revoked_since_the_copy_stays_revoked(story: Story, clock: Cloc
             device = db.get_device(tx, "default", story.goes.device_id)
             assert audit.verify(tx, "default").problem is None
             assert db_issuers.get_broker_state(tx, "default").generation > story.generation
-        recorded = portal.operators.audit("default", limit=50, before=None, filters={})
+        recorded = portal.operators.audit("default", limit=50, before=None, filters={})[0]
         assert portal.broker.damage() == []
         acl = settings.broker_file("acl").read_text()
     assert device.revocation_reason == "key_compromise"

@@ -259,7 +259,7 @@ def test_processes_make_what_is_much(api: Api, app: Flask, monkeypatch: pytest.M
         verdict = audit.verify(tx, "default")
     assert verdict.problem is None
     portal = portal_of(app)
-    entries = portal.operators.audit("default", limit=200, before=None, filters={"action": "device:register"})
+    entries = portal.operators.audit("default", limit=200, before=None, filters={"action": "device:register"})[0]
     assert {entry.object for entry in entries} == {f"device:{line['device_id']}" for line in lines}
 
 

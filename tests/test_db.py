@@ -18,12 +18,12 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 import db
 import db_access
+import db_device_lists
 import db_engine
 import db_issuers
-import db_reads
 from config import Settings
 from db import Database
-from db_reads import DeviceFilter
+from db_device_lists import DeviceFilter
 from db_tables import AclEntry, AuditEntry, Base, Certificate, Delivery, Device
 from errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
 from installation import Portal, open_portal
@@ -219,8 +219,8 @@ def test_devices_are_found_newest_first_by_every_filter(portal: Portal, wanted: 
         ):
             device_id = add_device(tx, name=name, type=kind, location=place, created_at=NOW + timedelta(hours=number))
             add_certificate(tx, device_id, not_after=NOW + timedelta(days=1 + 2 * number))
-        listed = db_reads.list_devices(tx, "default", wanted, limit=10)
-    assert [device.name for device, _ in listed] == found
+        listed = db_device_lists.list_devices(tx, "default", wanted, limit=10)
+    assert [device.name for device, _ in listed.devices] == found
 
 
 def test_pages_hold_every_device_once_even_where_times_are_equal(portal: Portal) -> None:
@@ -228,7 +228,7 @@ def test_pages_hold_every_device_once_even_where_times_are_equal(portal: Portal)
         wanted = {add_device(tx) for _ in range(7)}
         seen: list[str] = []
         after = None
-        while page := db_reads.list_devices(tx, "default", DeviceFilter(), limit=3, after=after):
+        while page := db_device_lists.list_devices(tx, "default", DeviceFilter(), limit=3, after=after).devices:
             seen += [device.id for device, _ in page]
             after = (page[-1][0].created_at, page[-1][0].id)
     assert len(seen) == 7
@@ -244,7 +244,7 @@ def test_devices_that_end_soon_are_paged_by_their_end(portal: Portal) -> None:
             ends[device_id] = NOW + timedelta(days=days)
         wanted, seen = DeviceFilter(expires_before=NOW + timedelta(days=6)), []
         after = None
-        while page := db_reads.list_devices(tx, "default", wanted, limit=2, after=after):
+        while page := db_device_lists.list_devices(tx, "default", wanted, limit=2, after=after).devices:
             seen += [(end, device.id) for device, end in page]
             after = (page[-1][1] or NOW, page[-1][0].id)
     assert seen == sorted((end, device_id) for device_id, end in ends.items() if end < NOW + timedelta(days=6))

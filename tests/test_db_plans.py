@@ -12,11 +12,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 import db_access
+import db_device_lists
 import db_figures
 import db_reads
 import db_renewal
 import db_revocations
-from db_reads import DeviceFilter
+from db_device_lists import DeviceFilter
+from db_tables import Device
 from installation import Portal
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -42,6 +44,9 @@ LISTS = {
     "type": DeviceFilter(type="pump"),
     "location": DeviceFilter(location="hall 1"),
     "expires_before": DeviceFilter(expires_before=NOW),
+    "q": DeviceFilter(q="x"),
+    "type and q": DeviceFilter(type="pump", q="x"),
+    "expires_before and type": DeviceFilter(type="pump", expires_before=NOW),
     "type and status": DeviceFilter(type="pump", status="active"),
     "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
 }
@@ -104,7 +109,21 @@ def test_a_look_up_reads_nothing_whole(plans_of: Callable[[Question], list[str]]
 def test_a_page_is_read_from_an_index_in_its_order(
     plans_of: Callable[[Question], list[str]], name: str, after: tuple[datetime, str] | None
 ) -> None:
-    [plan] = plans_of(lambda tx: db_reads.list_devices(tx, "default", LISTS[name], limit=50, after=after))
-    assert not read_whole(plan), plan
-    assert "TEMP B-TREE" not in plan, plan
-    assert "Sort" not in plan, plan
+    plans = plans_of(lambda tx: db_device_lists.list_devices(tx, "default", LISTS[name], limit=50, after=after))
+    assert plans
+    for plan in plans:
+        assert not read_whole(plan), plan
+        assert "TEMP B-TREE" not in plan, plan
+        assert "Sort" not in plan, plan
+
+
+@pytest.mark.parametrize("name", ["q", "type and status", "expires_before and type"])
+def test_a_page_that_is_narrowed_twice_is_read_between_two_places(
+    plans_of: Callable[[Question], list[str]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(db_device_lists, "_reach", lambda *_: (Device.type, (NOW, "f" * 36)))
+    after = (NOW - timedelta(days=1) if "expires" in name else NOW + timedelta(days=1), "0" * 36)
+    [plan] = plans_of(lambda tx: db_device_lists.list_devices(tx, "default", LISTS[name], limit=50, after=after))
+    read = re.search(r"INDEX ix_\w+ \((.*)\)|Index Cond: \((.*)\)", plan)
+    assert read is not None, plan
+    assert plan.count("ROW(") >= 2 or plan.count("(?,?)") == 2, plan

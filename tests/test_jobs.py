@@ -44,7 +44,7 @@ def test_a_damaged_broker_file_is_written_anew_and_recorded(portal: Portal, name
     jobs.repair_broker(portal)
     assert portal.broker.damage() == []
     assert "broker:repair" in {
-        entry.action for entry in portal.operators.audit("default", limit=5, before=None, filters={})
+        entry.action for entry in portal.operators.audit("default", limit=5, before=None, filters={})[0]
     }
 
 
@@ -57,7 +57,7 @@ def test_damage_that_cannot_be_repaired_is_recorded_once(portal: Portal, monkeyp
         patch.setattr(Path, "rename", full)
         for _ in range(3):
             jobs.repair_broker(portal)
-    entries = portal.operators.audit("default", limit=50, before=None, filters={"action": "broker:repair"})
+    entries = portal.operators.audit("default", limit=50, before=None, filters={"action": "broker:repair"})[0]
     assert len(entries) == 1
     jobs.repair_broker(portal)
     assert portal.broker.damage() == []

@@ -74,7 +74,7 @@ def test_a_registration_records_device_certificate_bundle_and_audit_entry_togeth
     assert certificate is not None
     assert certificate.fingerprint == registered.fingerprint
     assert bundle is not None
-    assert [entry.action for entry in portal.operators.audit("default", limit=1, before=None, filters={})] == [
+    assert [entry.action for entry in portal.operators.audit("default", limit=1, before=None, filters={})[0]] == [
         "device:register"
     ]
 

@@ -13,6 +13,7 @@ import db_issuers
 import db_reads
 import jobs
 from db import CertificateRecord
+from db_device_lists import DeviceFilter
 from errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevoked, StateConflict
 from installation import Portal
 from onboarding_credentials import Wanted
@@ -82,7 +83,7 @@ def test_a_renewed_device_has_two_certificates_until_the_overlap_is_over(portal:
     assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.superseded
     with portal.database.snapshot() as tx:
         assert db_reads.devices_put_out(tx, "default", since=before) == [device.device_id]
-    actions = [entry.action for entry in portal.operators.audit("default", limit=2, before=None, filters={})]
+    actions = [entry.action for entry in portal.operators.audit("default", limit=2, before=None, filters={})[0]]
     assert actions == ["certificate:supersede", "device:renew"]
 
 
@@ -201,7 +202,7 @@ def test_suspending_holds_every_certificate_and_resuming_gives_each_back(portal:
     portal.suspensions.suspend(OPERATOR, device.device_id)
     assert statuses(portal, device.device_id) == ["held", "held"]
     assert all(listed(portal, certificate) for certificate in certificates(portal, device.device_id))
-    assert len(portal.inventory.devices("default", db_reads.DeviceFilter(), limit=5, cursor=None).devices) == 1
+    assert len(portal.inventory.devices("default", DeviceFilter(), limit=5, cursor=None).devices) == 1
     portal.suspensions.resume(OPERATOR, device.device_id)
     assert statuses(portal, device.device_id) == ["replaced", "active"]
     portal.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")

@@ -39,7 +39,7 @@ def stands_in_acl(portal: Portal, device_id: str) -> bool:
 
 
 def actions(portal: Portal, count: int) -> list[str]:
-    return [entry.action for entry in portal.operators.audit("default", limit=count, before=None, filters={})]
+    return [entry.action for entry in portal.operators.audit("default", limit=count, before=None, filters={})[0]]
 
 
 def test_a_suspended_device_is_on_hold_in_the_crl_and_out_of_the_acl(portal: Portal, clock: Clock) -> None:

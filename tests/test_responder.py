@@ -68,7 +68,7 @@ def test_the_responder_is_renewed_at_two_thirds_of_its_life_and_used_at_once(
     second = responder_of(post(anyone, request))
     assert second.serial_number != first.serial_number
     assert second.not_valid_after_utc > first.not_valid_after_utc
-    entry = portal.operators.audit("default", limit=1, before=None, filters={})[0]
+    entry = portal.operators.audit("default", limit=1, before=None, filters={})[0][0]
     assert (entry.action, entry.detail) == ("certificate:issue", {"purpose": "ocsp", "issuer": "issuing-1"})
     path = portal.responder.certificates.path("issuing-1")
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)

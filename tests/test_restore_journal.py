@@ -72,7 +72,9 @@ def test_the_next_start_finds_the_old_state_or_the_new_one(story: Story, clock: 
     with opened(settings, clock) as portal:
         is_whole(settings)
         prepare(portal)
-        restored = [entry.action for entry in portal.operators.audit(DEFAULT_TENANT, limit=9, before=None, filters={})]
+        restored = [
+            entry.action for entry in portal.operators.audit(DEFAULT_TENANT, limit=9, before=None, filters={})[0]
+        ]
         assert ("backup:restore" in restored) == (step == STANDS)
         assert status_of(portal, story.goes) is DeviceStatus.REVOKED
         assert status_of(portal, story.held) is DeviceStatus.SUSPENDED

@@ -1,0 +1,85 @@
+"""A page of a list looks at so many devices at the most, and no device is lost between the pages."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+import db_device_lists
+from db_device_lists import DeviceFilter, Listed
+from installation import Portal
+from tests.test_db import add_certificate, add_device
+
+NOW = datetime(2027, 1, 1, tzinfo=UTC)
+SOON = NOW + timedelta(days=2)
+
+
+@pytest.fixture
+def fleet(portal: Portal) -> Portal:
+    """Twelve devices: every second one a valve, every third in hall 2; those of hall 2 end soonest."""
+    with portal.database.transaction() as tx:
+        for number in range(12):
+            kind, hall = ("valve", "pump")[number % 2], ("hall 2", "hall 1")[number % 3 > 0]
+            device_id = add_device(
+                tx, name=f"{kind}-{number:02}", type=kind, location=hall, created_at=NOW + timedelta(hours=number)
+            )
+            add_certificate(tx, device_id, not_after=NOW + timedelta(days=1 if hall == "hall 2" else 3, hours=number))
+    return portal
+
+
+def _pages(portal: Portal, wanted: DeviceFilter, limit: int) -> list[Listed]:
+    pages: list[Listed] = []
+    after = None
+    with portal.database.snapshot() as tx:
+        while True:
+            page = db_device_lists.list_devices(tx, "default", wanted, limit=limit, after=after)
+            pages.append(page)
+            if len(page.devices) == limit:
+                device, not_after = page.devices[-1]
+                at = device.created_at if wanted.expires_before is None else not_after
+                assert at is not None
+                after = (at, device.id)
+            elif page.end is not None:
+                after = page.end
+            else:
+                return pages
+
+
+LISTS: tuple[tuple[DeviceFilter, list[str]], ...] = (
+    (DeviceFilter(q="VALVE"), ["10", "08", "06", "04", "02", "00"]),
+    (DeviceFilter(q="-00"), ["00"]),
+    (DeviceFilter(q="nowhere"), []),
+    (DeviceFilter(type="valve", location="hall 2"), ["06", "00"]),
+    (DeviceFilter(type="valve", location="hall 2", q="-0"), ["06", "00"]),
+    (DeviceFilter(type="pump", status="active"), ["11", "09", "07", "05", "03", "01"]),
+    (DeviceFilter(type="valve", status="revoked"), []),
+    (DeviceFilter(type="valve", expires_before=SOON), ["00", "06"]),
+    (DeviceFilter(q="pump", expires_before=SOON), ["03", "09"]),
+)
+
+
+def test_every_device_is_found_once_however_little_a_page_looks_at(
+    fleet: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for looked_at, limit in itertools.product((1, 2, 3, 1000), (1, 2, 50)):
+        monkeypatch.setattr(db_device_lists, "LOOKED_AT", looked_at)
+        for wanted, found in LISTS:
+            pages = _pages(fleet, wanted, limit)
+            assert [device.name[-2:] for page in pages for device, _ in page.devices] == found, (wanted, looked_at)
+            assert all(len(page.devices) <= looked_at for page in pages)
+
+
+def test_the_rarest_of_several_things_leads(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(db_device_lists, "LOOKED_AT", 5)
+    [page] = _pages(fleet, DeviceFilter(status="active", type="pump", location="hall 2"), 50)
+    assert [device.name for device, _ in page.devices] == ["pump-09", "pump-03"]
+
+
+def test_a_whole_id_is_looked_up(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(db_device_lists, "LOOKED_AT", 1)
+    [all_of_them] = _pages(fleet, DeviceFilter(), 50)
+    oldest = all_of_them.devices[-1][0].id
+    [page] = _pages(fleet, DeviceFilter(q=oldest.upper()), 50)
+    assert [device.id for device, _ in page.devices] == [oldest]
