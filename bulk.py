@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import ssl
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -34,6 +33,7 @@ from lifecycle import DeviceStatus
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Wanted
 from onboarding_terms import Registration
+from topics import new_device_id
 
 BATCH = 256  # rows of a transaction, which keeps other writers waiting for some 15 ms
 AHEAD = 3  # batches under way: one is written while the processes are at work on the others
@@ -165,9 +165,10 @@ class Bulk:
         return batch
 
     def _new(self, candidate: Candidate, wanted: Registration) -> Task:
-        device_id = str(uuid.uuid4())
+        now = self._clock()
+        device_id = new_device_id(now)
         topics = self._onboarding.check_topics(wanted.topics, device_id)
-        return Task(candidate, wanted, Job(device_id, _credentials(wanted), topics, self._clock()), None)
+        return Task(candidate, wanted, Job(device_id, _credentials(wanted), topics, now), None)
 
     def _check_same(self, wanted: Registration, known: KnownDevice) -> None:
         """Raise unless the row says of the device what is known of it: else it may well be meant for another."""

@@ -140,7 +140,7 @@ def renew(
 @click.option("--within", type=Expiry(), default="30d", show_default=True, metavar="TIME", help="Days, date or time.")
 @click.pass_obj
 def expiring(portal: Portal, within: str) -> None:
-    """List the devices whose certificates end soon, first first.
+    """List the devices whose certificates end soon, soonest first.
 
     Piped, each is a line of tab-separated columns: id, name, location, expiry.
     """

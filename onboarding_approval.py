@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
@@ -22,6 +21,7 @@ from events import EventType
 from lifecycle import DeviceStatus
 from onboarding import Onboarding
 from onboarding_terms import Registration
+from topics import new_device_id
 
 REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that a rejected device is revoked with
 MOST_LISTED = 1000
@@ -38,7 +38,7 @@ class Approvals:
     def expect(self, actor: Actor, wanted: Registration) -> str:
         """Make a device known that is to enrol by itself, and return its id; raises ``TopicRefused``."""
         now = self._clock()
-        device_id = str(uuid.uuid4())
+        device_id = new_device_id(now)
         topics = self._onboarding.check_topics(wanted.topics, device_id)
         with self._database.transaction() as tx:
             db.add_device(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Callable
 from datetime import datetime
 
@@ -28,6 +27,7 @@ from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Made
 from onboarding_enrolment_means import AskedMeanwhile, Enrolled, Issued, Means, Waiting
 from onboarding_reenrolment import EXPIRED, REVOKED, UNREGISTERED, Reenrolment, make, record_enrolled
+from topics import new_device_id
 
 _TRIES = 3
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")
@@ -92,7 +92,7 @@ class Enrolment:
 
     def _first(self, actor: Actor, means: Means, request: EnrolmentRequest) -> Issued | Waiting:
         now = self._clock()
-        device_id = means.device_id or str(uuid.uuid4())
+        device_id = means.device_id or new_device_id(now)
         at_once = means.terms.approval == "at_once"
         made = make(self._credentials, device_id, means, request, now) if at_once else None
 
