@@ -185,6 +185,10 @@ class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
             elif self._on_ready is not None and not self._stopping:
                 on_ready, self._on_ready = self._on_ready, None
                 self._application.served = True
+                if self.failure is not None:  # another worker's, which was heard before this one answered
+                    self.log.error_log.disabled = False
+                    self.log.error("A worker could not start and is tried again: %s", self.failure.detail)
+                    self.failure = None
                 try:
                     on_ready()
                 except PortalError as error:

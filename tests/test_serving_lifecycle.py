@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import serving
+from config import Settings
 from tests.serving_process import (
     PATIENCE,
     facts,
@@ -58,6 +60,22 @@ def test_what_keeps_the_server_from_starting_is_said_in_a_sentence(changes: dict
 def test_a_server_that_one_worker_ends_never_says_that_it_is_ready() -> None:
     # The other worker comes to its end of starting while the server stops, with its ports closed already.
     assert failed_start(broken="one of two", workers=2) == "The database is from a newer version.\n"
+
+
+def test_a_worker_that_could_not_start_beside_one_that_answers_is_no_failure_of_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    said: list[str] = []
+    no_tls: Any = None
+    application = serving._Application(Settings.from_env({}), lambda: lambda _environ, _start: [], no_tls, print)
+    master = serving._Master(application, lambda: said.append("ready"))
+    application.reports.failed("The disk is full.")
+    application.reports.ready()  # before the master looks
+    with caplog.at_level("ERROR"):
+        master.wait_for_signals()
+    assert said == ["ready"]
+    assert master.failure is None
+    assert "The disk is full." in caplog.text
 
 
 def test_a_bug_that_keeps_workers_from_starting_ends_the_server() -> None:
