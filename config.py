@@ -14,6 +14,7 @@ from config_values import (
     KEY_TYPES,
     AclStyle,
     Address,
+    EndOfPrevious,
     LogFormat,
     Network,
     choice,
@@ -130,6 +131,12 @@ class Settings:
     )
     renewal_overlap_hours: int = _setting(
         "PORTAL_RENEWAL_OVERLAP_HOURS", "24", count(0, 8760), "Hours for which a renewed certificate goes on"
+    )
+    renewal_revoke_previous: EndOfPrevious = _setting(
+        "PORTAL_RENEWAL_REVOKE_PREVIOUS",
+        "after_overlap",
+        choice(EndOfPrevious),
+        "When a device that renews by itself loses the one before: after_overlap, or when_used if that is earlier",
     )
     crl_days: int = _setting("PORTAL_CRL_DAYS", "7", count(1, 365), "Life of a CRL, in days")
     ocsp_hours: int = _setting("PORTAL_OCSP_HOURS", "24", count(1, 96), "Life of an OCSP answer, in hours")

@@ -24,6 +24,13 @@ class Address(NamedTuple):
         return f"{host}:{self.port}"
 
 
+class EndOfPrevious(StrEnum):
+    """When the certificate ends that a device had before it renewed by itself."""
+
+    AFTER_OVERLAP = "after_overlap"
+    WHEN_USED = "when_used"
+
+
 class AclStyle(StrEnum):
     """How devices stand in the broker's ACL file."""
 

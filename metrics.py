@@ -66,6 +66,9 @@ class _Counts:
         self.registrations = self._counter(
             "portal_registrations", "Devices registered, by where their key was made.", "key"
         )
+        self.renewals = self._counter(
+            "portal_renewals", "Certificates given to devices that had one, by who asked: operator, device.", "by"
+        )
         self.bulk_rows = self._counter("portal_bulk_rows", "Rows of uploads answered, by what came of them.", "outcome")
         self.revocations = self._counter("portal_revocations", "Devices revoked.")
         self.enforce_seconds = Histogram(
@@ -120,6 +123,11 @@ def registered(*, with_csr: bool, devices: int = 1) -> None:
     """Devices were registered, durably."""
     if devices:
         _counts.registrations.labels("device" if with_csr else "portal").inc(devices)
+
+
+def renewed(*, by_device: bool) -> None:
+    """A device that had a certificate was given another one, durably."""
+    _counts.renewals.labels("device" if by_device else "operator").inc()
 
 
 def bulk_rows(**rows: int) -> None:

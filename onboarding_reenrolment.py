@@ -158,7 +158,7 @@ class Reenrolment:
             return generation
 
         generation = self._database.write(record)
-        metrics.registered(with_csr=not request.key_made_here)
+        metrics.renewed(by_device=True)
         return Issued(known.device_id, made.issued.der, generation, made.key)
 
     def _find(self, tx: Connection, means: Means) -> EnrolmentRecord | None:

@@ -18,6 +18,7 @@ import db
 import db_reads
 import db_renewal
 import events
+import metrics
 from audit import Actor
 from config import Settings
 from db import Database, DeviceRecord
@@ -210,6 +211,7 @@ class Renewals:
             )
             failpoint("renew.before_commit")
         failpoint("renew.after_commit")
+        metrics.renewed(by_device=shown is not None)
         return answer, generation, made.key
 
     def _check(
@@ -275,7 +277,7 @@ class Renewals:
     # --- The end of the certificate before
 
     def used(self, actor: Actor, device_id: str, fingerprint: str) -> None:
-        """Say that a device has just shown that it holds the key of a certificate, in a TLS handshake with the portal.
+        """Say that a device has shown that it holds the key of a certificate, in a TLS handshake with the portal.
 
         Ends the certificates before it where that was asked for at the renewal. ``fingerprint`` is the SHA-256 of the
         DER in hex. Call it where the handshake was seen; it costs two look-ups where there is nothing to do.

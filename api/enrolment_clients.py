@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 
 from api.client_certificate import presented
@@ -41,6 +42,20 @@ def certificate_holder(call: Call) -> Client:
     except PortalError as error:
         call.portal.operators.came_too_late(call.actor, "device:enrol", "client certificate", error.code)
         raise
+
+
+def notice(call: Call) -> None:
+    """Take note of a certificate that was shown where none is asked for: its use may end the ones before it.
+
+    A device tries a new certificate in that way before it throws the old one away. Whoever shows what counts for
+    nothing is answered as anyone is.
+    """
+    with contextlib.suppress(PortalError):
+        der = presented(call.environ, call.portal.settings.trusted_proxies)
+        holder = None if der is None else call.portal.clients.identify(der)
+        if isinstance(holder, DeviceClient):
+            actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
+            call.portal.renewals.used(actor, holder.device_id, holder.certificate.fingerprint)
 
 
 def token_of(call: Call) -> EnrolmentTokenRecord | None:

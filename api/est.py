@@ -8,10 +8,20 @@ import ssl
 from collections.abc import Callable
 
 import ca_enrolment
-from api.enrolment_clients import actor_of, certificate_holder, check_label, enrolled, newcomer, refusal, token_of
+from api.enrolment_clients import (
+    actor_of,
+    certificate_holder,
+    check_label,
+    enrolled,
+    newcomer,
+    notice,
+    refusal,
+    token_of,
+)
 from api.est_answers import CSR_ATTRIBUTES, PKCS7, WAITING, in_base64, key_with_certificate, waiting
 from api.routing import Answers, Call, Octets, Reply, Routes
 from config import KEY_TYPES
+from config_values import EndOfPrevious
 from errors import ClientCertificateRefused
 from onboarding_clients import DeviceClient
 from onboarding_credentials import Wanted
@@ -49,6 +59,7 @@ def under_both_paths(
 )
 def est_cacerts(call: Call) -> Reply:
     """The CA certificates that a device is to trust (RFC 7030 section 4.1)."""
+    notice(call)
     authority = call.portal.authority
     return in_base64(ca_enrolment.certs_only([item.der for item in authority.issuers]), PKCS7)
 
@@ -58,6 +69,7 @@ def est_cacerts(call: Call) -> Reply:
 )
 def est_csrattrs(call: Call) -> Reply:
     """Which kind of key a CSR is to have (RFC 7030 section 4.5); the token's own choice where one comes along."""
+    notice(call)
     token = token_of(call)
     key_types = token.terms.key_types if token is not None else (call.portal.settings.key_type,)
     return in_base64(ca_enrolment.csr_attributes(key_types), CSR_ATTRIBUTES)
@@ -102,7 +114,7 @@ def est_simplereenroll(call: Call) -> Reply:
     renewed = call.portal.renewals.renew(
         actor,
         holder.device_id,
-        Renewal(Wanted(csr=request.pem)),
+        Renewal(Wanted(csr=request.pem), when_used=_when_used(call)),
         hashlib.sha256(f"{shown}\n{request.pem}".encode()).hexdigest(),  # the same request has the same answer
         shown=shown,
     )
@@ -141,6 +153,14 @@ def _renewed_with_key(call: Call, holder: DeviceClient) -> Reply:
     call.portal.renewals.used(actor, holder.device_id, shown)
     key_type = ca_enrolment.key_type_of_certificate(holder.certificate.der)
     certificate, key = call.portal.renewals.renew_with_key(
-        actor, holder.device_id, key_type if key_type in KEY_TYPES else settings.key_type, shown=shown
+        actor,
+        holder.device_id,
+        key_type if key_type in KEY_TYPES else settings.key_type,
+        shown=shown,
+        when_used=_when_used(call),
     )
     return key_with_certificate(key, ssl.PEM_cert_to_DER_cert(certificate))
+
+
+def _when_used(call: Call) -> bool:
+    return call.portal.settings.renewal_revoke_previous is EndOfPrevious.WHEN_USED

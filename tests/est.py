@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import email
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from email.message import Message
 from typing import Any
 
 from cryptography import x509
@@ -15,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from tests.harness import Api
+from tests.pki import PEM
 
 Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
 
@@ -105,3 +108,38 @@ def refused(answer: Any, status: int) -> str:
     assert answer.content_type == "text/plain; charset=utf-8"
     assert answer.text.endswith(".\n")
     return str(answer.text)
+
+
+def token(api: Api, **fields: Any) -> str:
+    """The secret of a new enrolment token."""
+    answer = api.post("/enrolment-tokens", {"name": "a batch", "type": "pump"} | fields)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json["token"])
+
+
+def device(api: Api, **fields: Any) -> Device:
+    """A device with a token of its own."""
+    return Device(api, token(api, **fields))
+
+
+def openssl(*arguments: str, data: bytes) -> bytes:
+    return subprocess.run(["openssl", *arguments], input=data, check=True, capture_output=True).stdout
+
+
+def key_and_certificate(answer: Any) -> tuple[bytes, x509.Certificate]:
+    """The private key (DER) and the certificate of an answer, seen by openssl to belong together."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["Cache-Control"] == "no-store"
+    head = f"Content-Type: {answer.content_type}\r\nMIME-Version: 1.0\r\n\r\n".encode()
+    message = email.message_from_bytes(head + answer.data)
+    assert message.get_content_type() == "multipart/mixed"
+    parts: list[Message] = [part for part in message.walk() if not part.is_multipart()]
+    assert [part.get_content_type() for part in parts] == ["application/pkcs8", "application/pkcs7-mime"]
+    assert parts[1].get_param("smime-type") == "certs-only"
+    assert {part["Content-Transfer-Encoding"] for part in parts} == {"base64"}
+    key = parts[0].get_payload(decode=True)
+    assert isinstance(key, bytes)
+    [certificate] = read_certs_only(str(parts[1].get_payload()).encode())
+    public = openssl("pkey", "-inform", "DER", "-pubout", data=key)
+    assert openssl("x509", "-noout", "-pubkey", data=certificate.public_bytes(PEM)) == public
+    return key, certificate

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -17,22 +16,10 @@ from flask import Flask
 
 from app import create_app, portal_of
 from config import Settings
-from tests.est import Device, certificates_of, csr_der, in_base64, new_key, refused
+from tests.est import Device, certificates_of, csr_der, device, in_base64, new_key, refused
 from tests.harness import ON_SQLITE, Api, Clock
 
 pytestmark = ON_SQLITE
-
-
-def token(api: Api, **fields: Any) -> str:
-    """The secret of a new enrolment token."""
-    answer = api.post("/enrolment-tokens", {"name": "a batch", "type": "pump"} | fields)
-    assert answer.status_code == 201, answer.text
-    return str(answer.json["token"])
-
-
-def device(api: Api, **fields: Any) -> Device:
-    """A device with a token of its own."""
-    return Device(api, token(api, **fields))
 
 
 # --- What is for anyone -------------------------------------------------------------------------------------------
@@ -93,23 +80,6 @@ def test_the_certificate_is_held_back_until_the_broker_has_the_device(api: Api, 
     acl = (portal.settings.broker_dir / "acl").read_text()
     newest = api.get("/devices").json["devices"][0]["device_id"]
     assert f"user {newest}" in acl
-
-
-def test_a_lost_answer_costs_nothing(api: Api) -> None:
-    one, request = device(api, count=1), csr_der()
-    first, again = certificates_of(one.enrol(request)), certificates_of(one.enrol(request))
-    assert first == again
-    assert len(api.get("/devices").json["devices"]) == 1
-
-
-def test_devices_that_ask_at_once_are_counted_once_each(api: Api) -> None:
-    secret, keys = token(api, count=2), [new_key(), new_key()]
-    requests = [csr_der(key) for key in keys] * 2
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda request: Device(api, secret).enrol(request), requests))
-    assert [answer.status_code for answer in answers] == [200] * 4
-    assert len(api.get("/devices").json["devices"]) == 2
-    assert api.get("/enrolment-tokens").json["enrolment_tokens"][0]["uses"] == 2
 
 
 def test_a_device_that_is_known_enrols_by_a_token_of_its_own(api: Api) -> None:
@@ -242,52 +212,3 @@ def test_a_method_of_another_kind_is_refused_in_plain_text(api: Api) -> None:
     answer = Device(api).call("GET", "simpleenroll")
     refused(answer, 405)
     assert answer.headers["Allow"] == "POST"
-
-
-# --- An operator decides ------------------------------------------------------------------------------------------
-
-
-def test_a_device_waits_until_an_operator_approves_it(api: Api) -> None:
-    one, request = device(api, approval="operator"), csr_der()
-    first, second = one.enrol(request), one.enrol(request)
-    assert (first.status_code, second.status_code) == (202, 202)
-    assert int(first.headers["Retry-After"]) > 0
-    [pending] = api.get("/devices?status=pending").json["devices"]
-    path = f"/devices/{pending['device_id']}"
-    asked = api.get(f"{path}/enrolment").json
-    assert asked["status"] == "waiting"
-    entry = api.get("/audit?action=device:ask").json["entries"][0]
-    assert asked["key_fingerprint"] == entry["detail"]["key_fingerprint"]
-    for _ in range(2):
-        assert api.post(f"{path}/approve").json == {"device_id": pending["device_id"], "status": "pending"}
-    [certificate] = certificates_of(one.enrol(request))
-    assert certificate.subject.rfc4514_string() == f"CN={pending['device_id']}"
-    assert api.get(path).json["status"] == "active"
-    assert certificates_of(one.enrol(request)) == [certificate]
-    for decision in ("approve", "reject"):
-        assert api.post(f"{path}/{decision}").status_code == 409
-
-
-def test_a_device_that_an_operator_rejects_is_out_for_good(api: Api) -> None:
-    one, request = device(api, approval="operator"), csr_der()
-    one.enrol(request)
-    [pending] = api.get("/devices?status=pending").json["devices"]
-    path = f"/devices/{pending['device_id']}"
-    for _ in range(2):
-        assert api.post(f"{path}/reject").json["status"] == "revoked"
-    assert "rejected" in refused(one.enrol(request), 403)
-    assert api.post(f"{path}/approve").status_code == 409
-    assert api.get(path).json["revocation_reason"] == "privilege_withdrawn"
-
-
-def test_a_device_that_never_asked_is_not_approved(api: Api) -> None:
-    wanted = {"name": "pump-7", "type": "pump", "location": "hall 2", "firmware": "1"}
-    answer = api.post("/devices", wanted)
-    assert (answer.status_code, answer.json["status"]) == (201, "pending")
-    path = answer.headers["Location"]
-    assert api.post(f"{path}/approve").status_code == 409
-    assert api.get(f"{path}/enrolment").status_code == 404
-    one = device(api, device_id=answer.json["device_id"])
-    assert api.post(f"{path}/reject").json["status"] == "revoked"
-    refused(one.enrol(), 403)
-    assert api.post("/enrolment-tokens", {"name": "late", "device_id": answer.json["device_id"]}).status_code == 409

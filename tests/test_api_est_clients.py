@@ -18,6 +18,7 @@ from app import create_app, portal_of
 from config import Settings
 from onboarding_clients import CLIENT_CAS
 from tests.est import Device, certificates_of, csr_der, in_base64, new_key, refused
+from tests.exposition import samples_of, value_of
 from tests.harness import ON_SQLITE, Api, Clock, api_as
 from tests.pki import PEM, Authority, key_pem
 
@@ -215,3 +216,44 @@ def test_a_trusted_proxy_s_header_counts_and_its_own_certificate_does_not(
     )  # fmt: skip
     refused(answer, 401)
     portal_of(built).close()
+
+
+# --- What counts as use -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["cacerts", "csrattrs"])
+def test_a_certificate_that_is_shown_ends_the_one_before_where_that_is_wanted(
+    make_settings: Callable[..., Settings], clock: Clock, operation: str
+) -> None:
+    built = create_app(make_settings(PORTAL_RENEWAL_REVOKE_PREVIOUS="when_used"), background=False, clock=clock)
+    api = api_as(built, Role.ADMIN)
+    device_id, older = enrolled(api)
+    clock.advance(days=300)
+    [certificate] = certificates_of(older.enrol(csr_der(None, device_id), "simplereenroll"))
+    newer = Device(api, certificate=der(certificate))
+
+    def states() -> list[str]:
+        return [item["status"] for item in api.get(f"/devices/{device_id}/certificates").json["certificates"]]
+
+    assert older.call("GET", operation).status_code == 200
+    assert Device(api, certificate=b"0\x03\x02\x01\x01").call("GET", operation).status_code == 200
+    assert states() == ["active", "replaced"]
+    assert newer.call("GET", operation).status_code == 200
+    assert states() == ["active", "revoked"]
+    assert older.call("GET", operation).status_code == 200  # is for anyone; the certificate counts for nothing
+    portal_of(built).close()
+
+
+def test_renewals_are_counted_by_who_asked(api: Api, clock: Clock) -> None:
+    device_id, one = enrolled(api)
+    clock.advance(days=300)
+    before = {by: counted(api, by) for by in ("operator", "device")}
+    request = csr_der(None, device_id)
+    for _ in range(2):
+        certificates_of(one.enrol(request, "simplereenroll"))
+    api.post(f"/devices/{device_id}/renew", {})
+    assert {by: counted(api, by) - before[by] for by in before} == {"operator": 1, "device": 1}
+
+
+def counted(api: Api, by: str) -> float:
+    return value_of(samples_of(api.get("/metrics").text), "portal_renewals_total", by=by)

@@ -2,53 +2,29 @@
 
 from __future__ import annotations
 
-import email
 import logging
-import subprocess
-from email.message import Message
-from typing import Any
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
 import metrics
 from app import portal_of
-from tests.est import Device, certificates_of, csr_der, in_base64, new_key, read_certs_only, refused
+from tests.est import (
+    Device,
+    certificates_of,
+    csr_der,
+    device,
+    in_base64,
+    key_and_certificate,
+    new_key,
+    openssl,
+    refused,
+)
 from tests.harness import ON_SQLITE, Api, Clock, state_of
 from tests.pki import PEM, Authority
 
 pytestmark = ON_SQLITE
-
-PKCS7 = "application/pkcs7-mime"
-
-
-def device(api: Api, **fields: Any) -> Device:
-    return Device(api, api.post("/enrolment-tokens", {"name": "a batch"} | fields).json["token"])
-
-
-def openssl(*arguments: str, data: bytes) -> bytes:
-    return subprocess.run(["openssl", *arguments], input=data, check=True, capture_output=True).stdout
-
-
-def key_and_certificate(answer: Any) -> tuple[bytes, x509.Certificate]:
-    """The private key (DER) and the certificate of an answer, seen by openssl to belong together."""
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["Cache-Control"] == "no-store"
-    head = f"Content-Type: {answer.content_type}\r\nMIME-Version: 1.0\r\n\r\n".encode()
-    message = email.message_from_bytes(head + answer.data)
-    assert message.get_content_type() == "multipart/mixed"
-    parts: list[Message] = [part for part in message.walk() if not part.is_multipart()]
-    assert [part.get_content_type() for part in parts] == ["application/pkcs8", PKCS7]
-    assert parts[1].get_param("smime-type") == "certs-only"
-    assert {part["Content-Transfer-Encoding"] for part in parts} == {"base64"}
-    key = parts[0].get_payload(decode=True)
-    assert isinstance(key, bytes)
-    [certificate] = read_certs_only(str(parts[1].get_payload()).encode())
-    public = openssl("pkey", "-inform", "DER", "-pubout", data=key)
-    assert openssl("x509", "-noout", "-pubkey", data=certificate.public_bytes(PEM)) == public
-    return key, certificate
 
 
 def test_a_device_is_given_a_key_with_its_certificate(api: Api) -> None:
@@ -83,23 +59,6 @@ def test_the_key_is_nowhere_once_it_is_handed_over(
         for form in (raw.hex(), repr(raw)[2:-1], repr(secret)[2:-1], in_base64(secret).decode()[52:74]):
             assert form not in kept
     assert api.get("/audit?action=device:enrol").json["entries"][0]["detail"]["key"] == "made here"
-
-
-def test_a_lost_answer_is_made_good_by_another_key_and_the_first_one_ends(api: Api) -> None:
-    one, request = device(api, count=1), csr_der()
-    _, first = key_and_certificate(one.enrol(request, "serverkeygen"))
-    _, second = key_and_certificate(one.enrol(request, "serverkeygen"))
-    assert first.subject == second.subject
-    device_id = first.subject.rfc4514_string()[3:]
-    found = api.get(f"/devices/{device_id}/certificates").json["certificates"]
-    assert [(item["status"], item["revocation_reason"]) for item in found] == [
-        ("active", None),
-        ("revoked", "superseded"),
-    ]
-    refused(Device(api, certificate=first.public_bytes(Encoding.DER)).enrol(None, "simplereenroll"), 403)
-    for _ in range(3):
-        key_and_certificate(one.enrol(request, "serverkeygen"))
-    assert "within a day" in refused(one.enrol(request, "serverkeygen"), 429)
 
 
 def test_a_key_is_made_again_only_while_the_token_lasts_and_before_a_renewal(api: Api, clock: Clock) -> None:

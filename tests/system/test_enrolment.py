@@ -1,15 +1,18 @@
-"""Enrolment as docs/enrolment.md shows it, with curl and openssl against a real portal and a real broker."""
+"""Devices that enrol over EST, by curl and openssl as the documentation has it and by their own tool; a real broker."""
 
 from __future__ import annotations
 
 import re
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.deployment import ROOT, Deployment, Onboarded, deployed
+from tests.device_tool import Connection, Device
 
 pytestmark = pytest.mark.system
 
@@ -18,8 +21,16 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "docs" / "enrolment.md").re
 
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Deployment]:
-    """A portal where a device may renew from the first day on."""
-    with deployed(PORTAL_RENEWAL_FROM="0", PORTAL_VENV=sys.prefix) as running:
+    """A portal where a device may renew from the first day on, and has done with a certificate once the next is used.
+
+    It has one worker, since a TLS session is resumed at the one that it began with.
+    """
+    with deployed(
+        PORTAL_RENEWAL_FROM="0",
+        PORTAL_RENEWAL_REVOKE_PREVIOUS="when_used",
+        PORTAL_WORKERS="1",
+        PORTAL_VENV=sys.prefix,
+    ) as running:
         (running.folder / "portal").symlink_to(ROOT / "portal")
         running.wait_ready()
         yield running
@@ -124,3 +135,122 @@ def test_the_device_s_tool_survives_being_cut_off_at_any_step(deployment: Deploy
     (deployment.folder / "tool" / "current" / "chain.pem").symlink_to("device.pem")
     device = Onboarded(pending["device_id"], current, deployment.mqtt_port)
     device.client().close()
+
+
+# --- A device's whole life, by its own tool -----------------------------------------------------------------------
+
+PUBLISHED = ("Success", "No matching subscribers")
+
+
+@pytest.fixture
+def device(deployment: Deployment, tmp_path: Path) -> Device:
+    """A device that has enrolled by a token."""
+    answer = deployment.call("POST", "/enrolment-tokens", {"name": "a batch", "name_template": "pump {serial}"})
+    (tmp_path / "token").write_text(answer.json()["token"])
+    one = Device(deployment, tmp_path / "device")
+    assert one.enrol("--token-file", str(tmp_path / "token")) == 0
+    subject = one.openssl("x509", "-in", "current/device.pem", "-noout", "-subject", "-nameopt", "multiline").stdout
+    one.id = subject.rpartition("= ")[2].strip()
+    return one
+
+
+def test_a_device_lives_and_what_openssl_hears_of_it_agrees_at_every_step(
+    deployment: Deployment, device: Device
+) -> None:
+    first = device.keep("first")
+    assert deployment.call("GET", f"/devices/{device.id}").json()["name"] == "pump sn-7"
+    client = device.connect()
+    assert client.publish(f"devices/{device.id}/up") in PUBLISHED
+    assert device.verdict(first) == "good"
+
+    assert device.enrol("--renew") == 0  # while it is connected; the tool shows the new certificate to the portal
+    second = device.keep("second")
+    client.wait_cut()  # the session began with the certificate that has ended
+    client.close()
+    assert (device.verdict(first), device.verdict(second)) == ("superseded", "good")
+
+    client = device.connect()
+    client.close()
+    assert device.enrol("--renew") == 0
+    third = device.keep("third")
+    assert (device.verdict(second), device.verdict(third)) == ("superseded", "good")
+    client = device.connect()
+    assert client.publish(f"devices/{device.id}/up") in PUBLISHED
+
+    assert deployment.call("POST", f"/devices/{device.id}/suspend").json()["broker"] == "enforced"
+    client.wait_cut()
+    client.close()
+    assert device.refusal()
+    assert device.verdict(third) == "certificateHold"
+    assert device.enrol("--renew") == 1
+
+    assert deployment.call("POST", f"/devices/{device.id}/resume").json()["broker"] == "enforced"
+    assert device.verdict(third) == "good"
+    client = device.connect()
+    assert client.publish(f"devices/{device.id}/up") in PUBLISHED
+
+    answer = deployment.call("POST", f"/revoke/{device.id}", {"reason": "key_compromise"}).json()
+    assert answer["broker"] == "enforced"
+    client.wait_cut()
+    client.close()
+    assert device.refusal()
+    assert [device.verdict(item) for item in (first, second, third)] == ["superseded", "superseded", "keyCompromise"]
+    assert device.enrol("--renew") == 1
+
+
+# --- TLS sessions -------------------------------------------------------------------------------------------------
+
+
+def test_a_certificate_that_is_revoked_after_the_handshake_gets_nowhere_resumed_or_not(
+    deployment: Deployment, device: Device
+) -> None:
+    certificate = device.keep("kept")
+    context = ssl.create_default_context(cafile=str(deployment.data / "ca.pem"))
+    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+    client = Connection(deployment, context)
+    device.openssl("req", "-new", "-key", "kept.key", "-subj", f"/CN={device.id}", "-out", "kept.csr")
+    request = (device.folder / "kept.csr").read_bytes()
+
+    stays = client.open()
+    assert client.ask(stays, "cacerts") == 200
+    session = stays.session
+    with client.open(session) as resumed:
+        assert resumed.session_reused
+        assert client.ask(resumed, "simplereenroll", request) == 200
+        session = resumed.session or session
+    assert deployment.call("POST", f"/revoke/{device.id}", {}).json()["broker"] == "enforced"
+
+    assert client.ask(stays, "simplereenroll", request) == 403
+    assert client.ask(stays, "serverkeygen", request) == 403
+    stays.close()
+    with client.open(session) as resumed:
+        assert resumed.session_reused
+        assert client.ask(resumed, "simplereenroll", request) == 403
+    with client.open() as anew:
+        assert client.ask(anew, "simplereenroll", request) == 403
+
+
+def test_a_certificate_that_is_shown_in_a_resumed_session_counts_as_used(
+    deployment: Deployment, device: Device
+) -> None:
+    first = device.keep("first")
+    device.openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", "new.key")
+    device.openssl("req", "-new", "-key", "new.key", "-subj", f"/CN={device.id}", "-out", "new.csr")
+    curl = ["curl", "-sS", "--fail", "--noproxy", "*", "--cacert", str(deployment.data / "ca.pem")]
+    curl += ["--cert", "first.pem", "--key", "first.key", "-H", "Content-Type: application/pkcs10"]
+    curl += ["--data-binary", "@new.csr", "-o", "new.b64", f"{deployment.url}/.well-known/est/simplereenroll"]
+    subprocess.run(curl, cwd=device.folder, check=True, timeout=20)
+    device.openssl("base64", "-d", "-in", "new.b64", "-out", "new.p7")
+    device.openssl("pkcs7", "-inform", "DER", "-in", "new.p7", "-print_certs", "-out", "new.pem")
+    context = ssl.create_default_context(cafile=str(deployment.data / "ca.pem"))
+    context.load_cert_chain(device.folder / "new.pem", device.folder / "new.key")
+    client = Connection(deployment, context)
+    assert device.verdict(first) == "good"  # nobody has shown the new one yet
+    with client.open() as began:
+        assert client.ask(began, "nothing") == 404
+        session = began.session
+    assert device.verdict(first) == "good"  # nothing was asked that looks at a certificate
+    with client.open(session) as resumed:
+        assert resumed.session_reused
+        assert client.ask(resumed, "cacerts") == 200
+    assert device.verdict(first) == "superseded"
