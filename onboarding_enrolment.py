@@ -19,7 +19,7 @@ from ca_enrolment import EnrolmentRequest
 from config import Settings
 from config_values import AclStyle
 from db import Database
-from db_enrolment import EnrolmentRecord
+from db_enrolment import EnrolmentRecord, Terms
 from errors import EnrolmentRefused, KeyRefused, StateConflict, Unavailable
 from failpoints import failpoint
 from lifecycle import DeviceStatus, advance
@@ -57,15 +57,25 @@ class Enrolment:
         A key that is made here is in the answer and nowhere else. Raises ``EnrolmentRefused``, ``KeyRefused``,
         ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
         """
-        if not request.key_made_here and request.key_type not in means.terms.key_types:
-            allowed = ", ".join(means.terms.key_types)
-            raise KeyRefused(f"The CSR is for a key of the kind {request.key_type}; make one of: {allowed}.")
+        _check_key_type(request, means.terms)
         outcome = self._once(actor, means, request)
         if isinstance(outcome, Waiting):
             return outcome
         failpoint("enrol.after_commit")
         self._onboarding.wait_until_granted(outcome.generation)
         return Enrolled(outcome.device_id, outcome.certificate, outcome.key)
+
+    def check_renewal_key(self, tenant_id: str, device_id: str, request: EnrolmentRequest) -> None:
+        """Raise ``KeyRefused`` for a kind of key that is not allowed by what has let the device in."""
+        with self._database.snapshot() as tx:
+            enrolment = db_enrolment.last_enrolment(tx, tenant_id, device_id)
+            if enrolment is None:
+                return
+            if enrolment.token_id is not None:
+                terms = db_enrolment.get_enrolment_token(tx, tenant_id, enrolment.token_id).terms
+            else:
+                terms = db_manufacturers.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").terms
+        _check_key_type(request, terms)
 
     def _once(self, actor: Actor, means: Means, request: EnrolmentRequest) -> Issued | Waiting:
         for _ in range(_TRIES):
@@ -242,3 +252,9 @@ class Enrolment:
         else:
             key = request.key_fingerprint
             audit.record(tx, actor, "device:ask", f"device:{device_id}", at=now, key_fingerprint=key)
+
+
+def _check_key_type(request: EnrolmentRequest, terms: Terms) -> None:
+    if not request.key_made_here and request.key_type not in terms.key_types:
+        allowed = ", ".join(terms.key_types)
+        raise KeyRefused(f"The CSR is for a key of the kind {request.key_type}; make one of: {allowed}.")

@@ -108,6 +108,7 @@ def est_simplereenroll(call: Call) -> Reply:
         raise ClientCertificateRefused("The client certificate is not one of this portal; use simpleenroll.")
     request = ca_enrolment.read_enrolment_request(call.body)
     ca_enrolment.check_same_names(request, holder.certificate.der)
+    call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
     shown = holder.certificate.fingerprint
     actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
     call.portal.renewals.used(actor, holder.device_id, shown)  # TLS has shown that the device has its key

@@ -199,6 +199,14 @@ def test_a_request_that_is_none_is_refused_in_a_sentence(api: Api, body: bytes, 
     assert word in refused(device(api).call("POST", "simpleenroll", body), 400)
 
 
+def test_pkcs7_is_no_request(api: Api) -> None:
+    one = device(api)
+    message = one.call("GET", "cacerts").data
+    assert "damaged" in refused(one.call("POST", "simpleenroll", message), 400)
+    refused(one.call("POST", "simpleenroll", message, content_type="application/pkcs7-mime"), 415)
+    refused(one.call("POST", "fullcmc", message, content_type="application/pkcs7-mime"), 404)
+
+
 def test_a_request_that_is_too_long_is_not_read(api: Api) -> None:
     refused(device(api).call("POST", "simpleenroll", b"TUlJ" * 20000), 413)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
@@ -124,9 +125,9 @@ def test_a_device_s_certificate_is_no_manufacturer(api: Api) -> None:
 # --- Renewal ------------------------------------------------------------------------------------------------------
 
 
-def enrolled(api: Api) -> tuple[str, Device]:
+def enrolled(api: Api, **terms: Any) -> tuple[str, Device]:
     """A device that has enrolled by a token, with its certificate in hand."""
-    secret = api.post("/enrolment-tokens", {"name": "a batch"}).json["token"]
+    secret = api.post("/enrolment-tokens", {"name": "a batch"} | terms).json["token"]
     [certificate] = certificates_of(Device(api, secret).enrol())
     return certificate.subject.rfc4514_string()[3:], Device(api, certificate=der(certificate))
 
@@ -155,6 +156,14 @@ def test_a_renewal_under_another_name_is_refused(api: Api, clock: Clock) -> None
         csr_der(None, device_id, attributes=change),
     ):
         refused(one.enrol(request, "simplereenroll"), 400)
+
+
+def test_a_renewal_keeps_to_the_kinds_of_keys_that_the_token_allows(api: Api, clock: Clock) -> None:
+    device_id, one = enrolled(api, key_types=["ec-p256"])
+    clock.advance(days=300)
+    other = ec.generate_private_key(ec.SECP384R1())
+    assert "ec-p256" in refused(one.enrol(csr_der(other, device_id), "simplereenroll"), 400)
+    certificates_of(one.enrol(csr_der(None, device_id), "simplereenroll"))
 
 
 def test_who_shows_no_certificate_of_the_portal_renews_nothing(api: Api) -> None:
