@@ -106,6 +106,7 @@ class Enforcement:
         self._acl_generation = 0
         self._revoked = RevokedEntries()
         self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
+        self._crl_writers: dict[int, ca_pem.PemOfSuccessors] = {}  # by issuer
         self._wanted = threading.Event()
         self._last_problem = ("", 0.0)
         self._said_pending: set[str] = set()
@@ -359,7 +360,8 @@ class Enforcement:
                 head = db_revocations.get_crl_head(tx, recorded.id)
                 if head is not None and head not in self._crl_pem:
                     crl = db_issuers.get_crl(tx, recorded.id)
-                    self._crl_pem[head] = b"" if crl is None else ca_pem.pem("X509 CRL", crl.der).encode()
+                    writer = self._crl_writers.setdefault(recorded.id, ca_pem.PemOfSuccessors("X509 CRL"))
+                    self._crl_pem[head] = b"" if crl is None else writer.pem(crl.der)
                 if head is not None:
                     pem[head] = self._crl_pem[head]
         self._crl_pem = pem

@@ -20,6 +20,7 @@ import db_revocations
 from db_device_lists import DeviceFilter
 from db_tables import Device
 from installation import Portal
+from tests.harness import ON_SQLITE
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 Question = Callable[[Connection], object]
@@ -96,6 +97,21 @@ def test_a_pass_reads_nothing_whole(plans_of: Callable[[Question], list[str]], n
     assert plans
     for plan in plans:
         assert read_whole(plan) <= SMALL, plan
+
+
+@ON_SQLITE  # PostgreSQL chooses by what there is, and here is nothing
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("what changed in the ACL", "ix_devices_generation"),
+        ("who was put out", "ix_devices_out"),
+        ("which come onto the CRL", "ix_certificates_generation"),
+    ],
+)
+def test_what_is_new_is_read_from_the_index_of_generations(
+    plans_of: Callable[[Question], list[str]], name: str, index: str
+) -> None:
+    assert any(index in plan for plan in plans_of(OF_PASSES[name]))
 
 
 @pytest.mark.parametrize("name", FIGURES)
