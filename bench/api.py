@@ -29,15 +29,22 @@ class Api:
         """As ``post``, for a GET answered 200."""
         return self._call("GET", path, None, 200)
 
+    def get_text(self, path: str) -> str:
+        """As ``get``, for an answer that is no JSON."""
+        return self._text("GET", path, None, 200)
+
     def register(self, csr: str) -> dict[str, Any]:
         """Register a device with its own key."""
         return self.post("/register", {**DEVICE, "csr": csr}, 201)
 
     def _call(self, method: str, path: str, body: str | None, wanted: int) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._text(method, path, body, wanted))
+        return answer
+
+    def _text(self, method: str, path: str, body: str | None, wanted: int) -> str:
         self._connection.request(method, path, body, self._headers)
         response = self._connection.getresponse()
-        text = response.read()
+        text = response.read().decode(errors="replace")
         if response.status != wanted:
-            sys.exit(f"The portal answered {response.status}: {text.decode(errors='replace')}")
-        answer: dict[str, Any] = json.loads(text)
-        return answer
+            sys.exit(f"The portal answered {response.status}: {text}")
+        return text

@@ -125,6 +125,12 @@ class RunningPortal:
         words = (shlex.split(line.removeprefix("export ")) for line in lines)
         return dict(word[0].split("=", 1) for word in words)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command of the server's own must have in its environment to work on this portal."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
+        return inherited | self._settings
+
     def pids(self) -> list[int]:
         """The portal's processes: the master, then the workers."""
         assert self._server is not None
@@ -139,12 +145,11 @@ class RunningPortal:
         return {"portal": sum(map(_resident, self.pids())), "broker": _resident(self._broker.pid)}
 
     def _run(self, command: str) -> subprocess.Popen[bytes]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "flask", "--app", "app", command],
                 cwd=ROOT,
-                env=inherited | self._settings,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
