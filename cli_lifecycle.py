@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from cli_context import DEVICE_ID, Command, Portal
 from cli_devices import Expiry, read_pages
 from cli_files import read_input, read_secret
 from cli_formats import FORMATS
-from cli_output import moment, state, text
+from cli_output import Cell, moment, state, text
 from cli_registration import KEY_TYPES, Asking, ask_by_csr, ask_for_bundle
 
 
@@ -142,7 +143,7 @@ def renew(
 def expiring(portal: Portal, within: str) -> None:
     """List the devices whose certificates end soon, soonest first.
 
-    Piped, each is a line of tab-separated columns: id, name, location, expiry.
+    Piped, each is a line of tab-separated columns: id, name, location, expiry, from when it may renew by itself.
     """
     filters: dict[str, str | None] = {"status": "active", "expires_before": within}
     devices, _ = read_pages(portal, "/devices", "devices", most=None, cursor=None, filters=filters)
@@ -156,11 +157,22 @@ def expiring(portal: Portal, within: str) -> None:
             text(device.get("name")),
             text(device.get("location")),
             moment(device.get("expires_at"), expiry=True, short=True),
+            _window(device.get("renewable_from")),
         )
         for device in devices
     ]
     if rows:
-        portal.out.table(("id", "name", "location", "expires"), rows, spare=("location",))
+        portal.out.table(("id", "name", "location", "expires", "renews"), rows, spare=("location", "renews"))
         portal.out.next_step("portal renew ID")
     else:
         portal.out.note("No certificate of a device that is in ends that soon.")
+
+
+def _window(opens: object) -> Cell:
+    """From when a device may renew by itself, for people ``now`` where that time has come."""
+    cell = moment(opens, short=True)
+    try:
+        begun = datetime.fromisoformat(str(opens)) <= datetime.now(UTC)
+    except (ValueError, TypeError):
+        return cell
+    return Cell(cell.plain, "now", "green") if begun else cell

@@ -36,9 +36,9 @@ class DeviceFilter:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """Devices, each with its certificate's not_after; where not all were looked at, ``end`` is where that stopped."""
+    """Devices with the not_after and not_before of their certificates; ``end`` is where looking at them stopped."""
 
-    devices: Sequence[tuple[DeviceRecord, datetime | None]]
+    devices: Sequence[tuple[DeviceRecord, datetime | None, datetime | None]]
     end: Place | None
 
 
@@ -55,7 +55,7 @@ def list_devices(
         place = (Certificate.not_after, Certificate.device_id)  # type: ignore[assignment]
     equal = _equalities(wanted)
     lead, end = _reach(tx, tenant_id, wanted, equal, place, after)
-    query = sa.select(*DEVICE_COLUMNS, Certificate.not_after)
+    query = sa.select(*DEVICE_COLUMNS, Certificate.not_after, Certificate.not_before)
     current = sa.and_(Certificate.device_id == Device.id, CURRENT)
     if wanted.expires_before is None:
         query = query.outerjoin_from(Device, Certificate, current)
@@ -68,7 +68,7 @@ def list_devices(
         # The database folds both sides, each in its way.
         query = query.where(Device.name.icontains(wanted.q, autoescape=True))
     rows = tx.execute(_between(query, tenant_id, wanted, place, after, end).limit(limit))
-    return Listed([(device_record(row[:-1]), row[-1]) for row in rows], end)
+    return Listed([(device_record(row[:-2]), row[-2], row[-1]) for row in rows], end)
 
 
 def _equalities(wanted: DeviceFilter) -> list[tuple[Any, str]]:

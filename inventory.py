@@ -34,9 +34,9 @@ class DeviceDetails:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of devices, each with its certificate's not_after; ``cursor`` leads to the next page."""
+    """A page of devices with the not_after and not_before of their certificates; ``cursor`` leads to the next page."""
 
-    devices: Sequence[tuple[DeviceRecord, datetime | None]]
+    devices: Sequence[tuple[DeviceRecord, datetime | None, datetime | None]]
     cursor: str | None
 
 
@@ -80,7 +80,7 @@ class Inventory:
             found = db_device_lists.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
         page, next_place = found.devices[:limit], found.end
         if len(found.devices) > limit:
-            last, not_after = page[-1]
+            last, not_after, _ = page[-1]
             at = not_after if wanted.expires_before is not None else None
             next_place = (at or last.created_at, last.id)
         return Page(page, None if next_place is None else _make_cursor(next_place))

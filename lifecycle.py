@@ -32,6 +32,11 @@ def advance(current: DeviceStatus, wanted: DeviceStatus) -> DeviceStatus:
     return wanted
 
 
+def renewable_from(not_before: datetime, not_after: datetime, *, from_percent: int) -> datetime:
+    """When a device may begin to renew a certificate with these dates by itself: ``from_percent`` of its life over."""
+    return not_before + (not_after - not_before) * from_percent / 100
+
+
 def check_renewal(
     not_before: datetime, not_after: datetime, now: datetime, *, from_percent: int, grace: timedelta
 ) -> None:
@@ -39,7 +44,7 @@ def check_renewal(
 
     It may once ``from_percent`` of the certificate's life are over, until ``grace`` after its end.
     """
-    opens = not_before + (not_after - not_before) * from_percent / 100
+    opens = renewable_from(not_before, not_after, from_percent=from_percent)
     if now < opens:
         raise StateConflict(f"It is too early to renew this certificate; try again from {opens:%Y-%m-%dT%H:%M:%SZ} on.")
     if now >= not_after + grace:

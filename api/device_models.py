@@ -114,7 +114,7 @@ class CertificateModel(Output):
 
 
 class DeviceSummary(Output):
-    """A device as a list shows it."""
+    """A device as a list shows it; from `renewable_from` on it may renew its certificate by itself."""
 
     device_id: DeviceId
     external_id: str | None
@@ -128,6 +128,7 @@ class DeviceSummary(Output):
     revoked_at: Timestamp | None
     revocation_reason: str | None
     expires_at: Timestamp | None
+    renewable_from: Timestamp | None
 
 
 class DeviceModel(DeviceSummary):

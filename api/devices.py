@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ssl
+from datetime import datetime
+from typing import Any
 
 from access import Permission
 from api.device_models import (
@@ -20,9 +22,10 @@ from api.device_models import (
     TopicModel,
 )
 from api.routing import Answers, Call, Reply, Routes
-from db import CertificateRecord
+from db import CertificateRecord, DeviceRecord
 from db_device_lists import DeviceFilter
 from inventory import DeviceDetails
+from lifecycle import DeviceStatus, renewable_from
 from onboarding_terms import Registration
 
 devices = Routes("Devices")
@@ -60,8 +63,8 @@ def list_devices(call: Call) -> Reply:
     wanted = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}))
     page = call.portal.inventory.devices(call.actor.tenant_id, wanted, limit=query.limit, cursor=query.cursor)
     summaries = [
-        DeviceSummary(device_id=device.id, expires_at=not_after, **_fields(device, DeviceSummary))
-        for device, not_after in page.devices
+        DeviceSummary(**_dates(call, device, not_before, not_after), **_fields(device))
+        for device, not_after, not_before in page.devices
     ]
     return Reply(DevicePage(devices=summaries, next_cursor=page.cursor))
 
@@ -69,7 +72,7 @@ def list_devices(call: Call) -> Reply:
 @devices.route("GET", "/devices/{device_id}", permission=Permission.READ, answers=Answers(DeviceModel), errors=(404,))
 def show_device(call: Call) -> Reply:
     """Show a device with its current certificate, its topics and its broker state."""
-    return Reply(_device_model(call.portal.inventory.device(call.actor.tenant_id, call.path["device_id"])))
+    return Reply(_device_model(call, call.portal.inventory.device(call.actor.tenant_id, call.path["device_id"])))
 
 
 @devices.route(
@@ -87,7 +90,7 @@ def update_device(call: Call) -> Reply:
     values = wanted.model_dump(exclude_unset=True, exclude={"topics"})
     topics = {"topics": _pairs(wanted.topics)} if "topics" in wanted.model_fields_set else {}
     call.portal.onboarding.update(call.actor, device_id, values, **topics)
-    return Reply(_device_model(call.portal.inventory.device(call.actor.tenant_id, device_id)))
+    return Reply(_device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id)))
 
 
 @devices.route(
@@ -132,16 +135,27 @@ def _pairs(topics: list[TopicModel] | None) -> list[tuple[str, str]] | None:
     return None if topics is None else [(topic.filter, topic.access) for topic in topics]
 
 
-def _fields(record: object, model: type[DeviceSummary]) -> dict[str, object]:
-    return {name: getattr(record, name) for name in model.model_fields if name not in ("device_id", "expires_at")}
+def _fields(record: DeviceRecord) -> dict[str, Any]:
+    others = ("device_id", "expires_at", "renewable_from")
+    fields = {name: getattr(record, name) for name in DeviceSummary.model_fields if name not in others}
+    return fields | {"device_id": record.id}
 
 
-def _device_model(details: DeviceDetails) -> DeviceModel:
+def _dates(
+    call: Call, device: DeviceRecord, not_before: datetime | None, not_after: datetime | None
+) -> dict[str, datetime | None]:
+    opens = None
+    if not_before is not None and not_after is not None and device.status is DeviceStatus.ACTIVE:
+        opens = renewable_from(not_before, not_after, from_percent=call.portal.settings.renewal_from)
+    return {"expires_at": not_after, "renewable_from": opens}
+
+
+def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
     certificate = details.certificate
+    not_before, not_after = (certificate.not_before, certificate.not_after) if certificate else (None, None)
     return DeviceModel(
-        device_id=details.device.id,
-        expires_at=None if certificate is None else certificate.not_after,
-        **_fields(details.device, DeviceSummary),
+        **_dates(call, details.device, not_before, not_after),
+        **_fields(details.device),
         metadata=details.device.metadata,
         topics=[TopicModel(filter=topic.filter, access=topic.access.value) for topic in details.topics],
         broker="applied" if details.applied else "pending",

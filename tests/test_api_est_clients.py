@@ -136,7 +136,9 @@ def test_a_device_renews_by_the_certificate_it_has(api: Api, clock: Clock) -> No
     device_id, one = enrolled(api)
     key = new_key()
     request = csr_der(key, device_id, names=[x509.UniformResourceIdentifier(f"urn:uuid:{device_id}")])
-    assert "too early" in refused(one.enrol(request, "simplereenroll"), 409)
+    opens = api.get(f"/devices/{device_id}").json["renewable_from"]
+    assert opens[:19] in refused(one.enrol(request, "simplereenroll"), 409)
+    assert api.get("/devices?expires_before=2100-01-01T00:00:00Z").json["devices"][0]["renewable_from"] == opens
     clock.advance(days=300)
     [renewed] = certificates_of(one.enrol(request, "simplereenroll"))
     assert renewed.public_key() == key.public_key()

@@ -97,12 +97,16 @@ def test_a_renewal_by_csr_is_checked_before_it_is_written(session: Session, stub
 
 def test_what_ends_first_is_listed_first(session: Session, stub: PortalStub) -> None:
     def device(name: str, end: str) -> dict[str, Any]:
-        return {"device_id": stub.add_device(), "name": name, "location": "hall 1", "expires_at": end}
+        return {"device_id": stub.add_device(), "name": name, "location": "hall 1"} | {
+            "expires_at": end,
+            "renewable_from": "2035-01-01T00:00:00Z",
+        }
 
     page = [device("later", "2036-02-01T00:00:00Z"), device("sooner", "2036-01-01T00:00:00Z")]
     stub.replies[("GET", "/devices")] = Reply(body={"devices": page, "next_cursor": None})
     lines = session.run("expiring", "--within", "2036-03-01").stdout.splitlines()
     assert [line.split("\t")[1] for line in lines] == ["sooner", "later"]
+    assert [line.split("\t")[4] for line in lines] == ["2035-01-01T00:00:00Z"] * 2
     assert stub.requests[-1].query["expires_before"] == "2036-03-01T00:00:00Z"
     assert stub.requests[-1].query["status"] == "active"
     stub.replies[("GET", "/devices")] = Reply(body={"devices": [], "next_cursor": None})

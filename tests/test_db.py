@@ -220,7 +220,7 @@ def test_devices_are_found_newest_first_by_every_filter(portal: Portal, wanted: 
             device_id = add_device(tx, name=name, type=kind, location=place, created_at=NOW + timedelta(hours=number))
             add_certificate(tx, device_id, not_after=NOW + timedelta(days=1 + 2 * number))
         listed = db_device_lists.list_devices(tx, "default", wanted, limit=10)
-    assert [device.name for device, _ in listed.devices] == found
+    assert [device.name for device, *_ in listed.devices] == found
 
 
 def test_pages_hold_every_device_once_even_where_times_are_equal(portal: Portal) -> None:
@@ -229,7 +229,7 @@ def test_pages_hold_every_device_once_even_where_times_are_equal(portal: Portal)
         seen: list[str] = []
         after = None
         while page := db_device_lists.list_devices(tx, "default", DeviceFilter(), limit=3, after=after).devices:
-            seen += [device.id for device, _ in page]
+            seen += [device.id for device, *_ in page]
             after = (page[-1][0].created_at, page[-1][0].id)
     assert len(seen) == 7
     assert set(seen) == wanted
@@ -245,7 +245,7 @@ def test_devices_that_end_soon_are_paged_by_their_end(portal: Portal) -> None:
         wanted, seen = DeviceFilter(expires_before=NOW + timedelta(days=6)), []
         after = None
         while page := db_device_lists.list_devices(tx, "default", wanted, limit=2, after=after).devices:
-            seen += [(end, device.id) for device, end in page]
+            seen += [(end, device.id) for device, end, _ in page]
             after = (page[-1][1] or NOW, page[-1][0].id)
     assert seen == sorted((end, device_id) for device_id, end in ends.items() if end < NOW + timedelta(days=6))
 

@@ -37,7 +37,7 @@ def _pages(portal: Portal, wanted: DeviceFilter, limit: int) -> list[Listed]:
             page = db_device_lists.list_devices(tx, "default", wanted, limit=limit, after=after)
             pages.append(page)
             if len(page.devices) == limit:
-                device, not_after = page.devices[-1]
+                device, not_after, _ = page.devices[-1]
                 at = device.created_at if wanted.expires_before is None else not_after
                 assert at is not None
                 after = (at, device.id)
@@ -67,14 +67,14 @@ def test_every_device_is_found_once_however_little_a_page_looks_at(
         monkeypatch.setattr(db_device_lists, "LOOKED_AT", looked_at)
         for wanted, found in LISTS:
             pages = _pages(fleet, wanted, limit)
-            assert [device.name[-2:] for page in pages for device, _ in page.devices] == found, (wanted, looked_at)
+            assert [device.name[-2:] for page in pages for device, *_ in page.devices] == found, (wanted, looked_at)
             assert all(len(page.devices) <= looked_at for page in pages)
 
 
 def test_the_rarest_of_several_things_leads(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(db_device_lists, "LOOKED_AT", 5)
     [page] = _pages(fleet, DeviceFilter(status="active", type="pump", location="hall 2"), 50)
-    assert [device.name for device, _ in page.devices] == ["pump-09", "pump-03"]
+    assert [device.name for device, *_ in page.devices] == ["pump-09", "pump-03"]
 
 
 def test_a_whole_id_is_looked_up(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,4 +82,4 @@ def test_a_whole_id_is_looked_up(fleet: Portal, monkeypatch: pytest.MonkeyPatch)
     [all_of_them] = _pages(fleet, DeviceFilter(), 50)
     oldest = all_of_them.devices[-1][0].id
     [page] = _pages(fleet, DeviceFilter(q=oldest.upper()), 50)
-    assert [device.id for device, _ in page.devices] == [oldest]
+    assert [device.id for device, *_ in page.devices] == [oldest]
