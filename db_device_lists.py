@@ -18,6 +18,7 @@ from topics import is_device_id
 # Where more than one thing narrows a list, no index has its rows one after the other. So a page ends after so many
 # devices that were looked at, however few of them it holds, and the next one goes on there.
 LOOKED_AT = 1000
+LOOKED_AT_BY_END = 200  # in the order of the certificates' ends: each of them has its device looked up
 
 Place = tuple[datetime, str]  # in a list: creation time, or else not_after, and id of a device
 
@@ -48,7 +49,7 @@ def list_devices(
     """A page of devices, newest first; in the order of their certificates' not_after where one asks by that.
 
     ``after`` is the place of the last device of the page before, or its ``end`` (keyset paging). Each filter and each
-    order has an index; with several of them ``LOOKED_AT`` devices are looked at, and ``end`` says that there are more.
+    order has an index; with several of them so many devices are looked at, and ``end`` says that there are more.
     """
     place = (Device.created_at, Device.id)
     if wanted.expires_before is not None:
@@ -94,13 +95,14 @@ def _reach(
 ) -> tuple[Any, Place | None]:
     """The column whose index the page is read from, and where the page must end; ``None``: nowhere.
 
-    The one that leads is that of which ``LOOKED_AT`` rows reach furthest: the rarest, at this place of the list.
+    The one that leads is that of which as many rows reach furthest: the rarest, at this place of the list.
     """
     if equal and equal[0][0] in (Device.id, Device.external_id):
         return equal[0][0], None
     leads: list[tuple[Any, Any]] = [(None, None)] if wanted.expires_before is not None or not equal else list(equal)
     if len(equal) + (wanted.q is not None) + (wanted.expires_before is not None) < 2 and wanted.q is None:
         return leads[0][0], None
+    many = LOOKED_AT if wanted.expires_before is None else LOOKED_AT_BY_END
     furthest: tuple[Any, Place | None] = (None, None)
     for column, value in leads:
         query = _between(sa.select(*place), tenant_id, wanted, place, after, None)
@@ -108,7 +110,7 @@ def _reach(
             query = query.where(column == value)
         elif wanted.expires_before is not None:
             query = query.where(CURRENT)
-        row = tx.execute(query.limit(1).offset(LOOKED_AT - 1)).one_or_none()
+        row = tx.execute(query.limit(1).offset(many - 1)).one_or_none()
         if row is None:
             return column, None
         end: Place = (row[0], row[1])

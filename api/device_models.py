@@ -143,7 +143,7 @@ class DeviceModel(DeviceSummary):
 class DevicePage(Output):
     """Devices, newest first; `next_cursor` is null on the last page, and nothing else shows that it is the last.
 
-    A page is short, or empty, where more than one filter, or `q`, had it look at a thousand devices for fewer.
+    A page is short, or empty, where more than one filter, or `q`, had it look at many devices for few that fit.
     """
 
     devices: list[DeviceSummary]

@@ -65,6 +65,7 @@ def test_every_device_is_found_once_however_little_a_page_looks_at(
 ) -> None:
     for looked_at, limit in itertools.product((1, 2, 3, 1000), (1, 2, 50)):
         monkeypatch.setattr(db_device_lists, "LOOKED_AT", looked_at)
+        monkeypatch.setattr(db_device_lists, "LOOKED_AT_BY_END", looked_at)
         for wanted, found in LISTS:
             pages = _pages(fleet, wanted, limit)
             assert [device.name[-2:] for page in pages for device, *_ in page.devices] == found, (wanted, looked_at)
