@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 10.0  # the longest that any one thing may take
+SECONDS = 30.0  # the longest that any one thing may take
 
 
 class StepFailed(Exception):

@@ -47,7 +47,7 @@ def left_behind(folder: Path) -> list[str]:
 
 def test_the_story_is_told_to_its_end_and_leaves_nothing_behind(folder: Path) -> None:
     with started(folder) as demo:
-        printed, errors = demo.communicate(timeout=60)
+        printed, errors = demo.communicate(timeout=180)
     assert (demo.returncode, errors) == (0, "")
     steps = STEP.findall(printed)
     assert [int(number) for number, _, _ in steps] == list(range(1, len(steps) + 1))
@@ -70,7 +70,7 @@ def test_it_fails_where_a_step_does_not_happen(folder: Path) -> None:
     silent.write_text(f'#!/bin/sh\nexec "{real}" "$@" >/dev/null 2>&1\n')
     silent.chmod(0o755)
     with started(folder, PATH=f"{folder}:{os.environ['PATH']}") as demo:
-        printed, errors = demo.communicate(timeout=60)
+        printed, errors = demo.communicate(timeout=180)
     assert demo.returncode == 1
     assert errors.startswith(
         "\nThe demo failed: the broker's answer was ''.\nIt should have been: pump-1 tries a topic"
@@ -88,7 +88,7 @@ def test_it_can_be_stopped_at_any_time(folder: Path, how: signal.Signals) -> Non
             if line.strip().startswith(wanted):
                 break
         demo.send_signal(how)
-        _, errors = demo.communicate(timeout=60)
+        _, errors = demo.communicate(timeout=180)
     assert (demo.returncode, errors) == (130, "\nStopped; nothing is left running, nothing is left on the disk.\n")
     assert left_behind(folder) == []
 
@@ -100,7 +100,7 @@ def test_without_mosquitto_it_says_what_to_install(folder: Path) -> None:
         env=script_environment(PATH=path),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert done.returncode == 1
