@@ -44,11 +44,11 @@ def certificate_holder(call: Call) -> Client:
         raise
 
 
-def notice(call: Call) -> None:
+def notice(call: Call) -> Client:
     """Take note of a certificate that was shown where none is asked for: its use may end the ones before it.
 
     A device tries a new certificate in that way before it throws the old one away. Whoever shows what counts for
-    nothing is answered as anyone is.
+    nothing is answered as anyone is, and ``None`` here.
     """
     with contextlib.suppress(PortalError):
         der = presented(call.environ, call.portal.settings.trusted_proxies)
@@ -56,6 +56,8 @@ def notice(call: Call) -> None:
         if isinstance(holder, DeviceClient):
             actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
             call.portal.renewals.used(actor, holder.device_id, holder.certificate.fingerprint)
+        return holder
+    return None
 
 
 def token_of(call: Call) -> EnrolmentTokenRecord | None:

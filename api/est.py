@@ -23,7 +23,7 @@ from api.routing import Answers, Call, Octets, Reply, Routes
 from config import KEY_TYPES
 from config_values import EndOfPrevious
 from errors import ClientCertificateRefused
-from onboarding_clients import DeviceClient
+from onboarding_clients import DeviceClient, ManufacturedClient
 from onboarding_credentials import Wanted
 from onboarding_enrolment_means import Waiting
 from onboarding_renewal import Renewal
@@ -68,10 +68,13 @@ def est_cacerts(call: Call) -> Reply:
     "GET", "csrattrs", answers=Answers(media_type=CSR_ATTRIBUTES, description="CsrAttrs"), errors=(401, 403, 404, 429)
 )
 def est_csrattrs(call: Call) -> Reply:
-    """Which kind of key a CSR is to have (RFC 7030 section 4.5); the token's own choice where one comes along."""
-    notice(call)
-    token = token_of(call)
-    key_types = token.terms.key_types if token is not None else (call.portal.settings.key_type,)
+    """Which kind of key a CSR is to have (RFC 7030 section 4.5): what the token or the manufacturer allows first."""
+    holder, token = notice(call), token_of(call)
+    key_types: tuple[str, ...] = (call.portal.settings.key_type,)
+    if token is not None:
+        key_types = token.terms.key_types
+    elif isinstance(holder, ManufacturedClient):
+        key_types = holder.manufacturer.terms.key_types
     return in_base64(ca_enrolment.csr_attributes(key_types), CSR_ATTRIBUTES)
 
 

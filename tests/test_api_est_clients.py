@@ -66,6 +66,14 @@ def test_a_device_enrols_by_the_certificate_it_was_born_with(api: Api, app: Flas
     assert maker.certificate in x509.load_pem_x509_certificates(file)
 
 
+def test_csrattrs_say_which_key_the_manufacturer_allows(api: Api) -> None:
+    maker = Authority("A maker's CA")
+    registered(api, maker, key_types=["ed25519"])
+    ed25519 = bytes.fromhex("06032b6570")
+    assert ed25519 in base64.b64decode(born(api, maker).call("GET", "csrattrs").data)
+    assert ed25519 not in base64.b64decode(Device(api).call("GET", "csrattrs").data)
+
+
 def test_a_manufacturer_s_device_waits_where_an_operator_is_to_decide(api: Api) -> None:
     maker = Authority("A maker's CA")
     registered(api, maker, approval="operator")

@@ -15,6 +15,7 @@ import db_access
 import db_device_lists
 import db_figures
 import db_reads
+import db_reenrolment
 import db_renewal
 import db_revocations
 from db_device_lists import DeviceFilter
@@ -52,6 +53,9 @@ LISTS = {
     "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
 }
 FIGURES: dict[str, Question] = {
+    "who waits to be let in": lambda tx: db_reenrolment.first_asking(tx, "default", limit=5),
+    "who waits with another key": lambda tx: db_reenrolment.asking_again(tx, "default", limit=5),
+    "what a device was given": lambda tx: db_reenrolment.count_issued(tx, "default", "x", since=NOW),
     "ending soon": lambda tx: db_figures.certificates_ending(tx, "default", now=NOW, within=[timedelta(days=7)]),
     "a token": lambda tx: db_access.find_token(tx, "0" * 64),
     "a device's certificate": lambda tx: db_reads.current_certificate(tx, "default", "x"),
