@@ -31,6 +31,11 @@ class RevokedEntries:
     def __init__(self) -> None:
         self._of: dict[int, _Known] = {}  # by issuer
 
+    @property
+    def are_unread(self) -> bool:
+        """Whether nothing is known of any issuer."""
+        return not self._of
+
     def listed(self, tx: Connection, issuer_id: int, *, generation: int, now: datetime) -> Sequence[bytes]:
         """What the issuer's CRL must list: revoked or held, not yet expired at ``now`` (RFC 5280 section 3.3).
 

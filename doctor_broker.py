@@ -22,7 +22,7 @@ from config import AclStyle
 from db_tables import Certificate, Device
 from doctor_findings import Verdict, problem, some, together, warning, well
 from doctor_subject import SECONDS, Subject
-from enforcement import denials, put_into_acl
+from enforcement_acl import denials, put_into_acl
 
 _REPAIRS = "The portal writes it anew within seconds while it runs: see that it does, and its log."
 _PENDING = "See the line on the generation."

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from sqlalchemy.engine import Connection
 
@@ -21,25 +21,16 @@ import metrics
 import turnstile
 from authority import Authority, Issuers
 from authority_crl import RevokedEntries, crl_is_due, next_crl
-from broker_provisioning import (
-    Acl,
-    BrokerProvisioning,
-    Canaries,
-    Projection,
-    add_device_acl,
-    forget_device_acl,
-    remove_device_acl,
-)
+from broker_provisioning import Acl, BrokerProvisioning, Canaries, Projection
 from config import AclStyle, Settings
 from db import Database
 from db_issuers import BrokerStateRecord, CrlRecord
 from db_revocations import CrlHead
+from enforcement_acl import DENIALS_KEPT, DENIED_FOR, denials, put_into_acl
 from errors import LockUnavailable, PortalError
 from events import EventType
 from failpoints import failpoint
 from files import FileLock
-from lifecycle import DeviceStatus
-from topics import Access, Topic
 
 log = logging.getLogger("portal.enforcement")
 
@@ -48,10 +39,6 @@ log = logging.getLogger("portal.enforcement")
 GRANT_INTERVAL_SECONDS = 0.4
 PROBLEM_REPEATED_SECONDS = 60.0
 PASS_AFTER_FAILURE_SECONDS = 1.0
-# In pattern style a device that is out is denied by name for longer than a connection can live that is half-way in
-# (95 s), and on for as long as its denial is among the newest: each one more makes the broker's reloads slower.
-DENIED_FOR = timedelta(minutes=3)
-DENIALS_KEPT = 500
 PASSES_AHEAD = 3  # whoever waits for a pass waits for so many of others', at their longest, before its own
 
 
@@ -181,6 +168,7 @@ class Enforcement:
 
     def run_grants(self, stopping: threading.Event) -> None:
         """Run the passes asked for by ``wake`` until ``stopping`` is set; the body of a thread."""
+        self._read_ahead()
         interval, ended = 0.0, time.monotonic()
         while not stopping.is_set():
             if not self._wanted.wait(timeout=1.0):
@@ -201,6 +189,20 @@ class Enforcement:
                 log.exception("granting pass failed")
             ended = time.monotonic()
             interval = max(GRANT_INTERVAL_SECONDS, ended - started)
+
+    def _read_ahead(self) -> None:
+        """Read what the CRLs list before the first revocation has to: for 100,000 entries that takes a second."""
+        entries = RevokedEntries()
+        try:
+            with self._database.snapshot() as tx:
+                generation, now = db_issuers.get_broker_state(tx, self._tenant_id).generation, self._clock()
+                for recorded in self._authority.seen_by(tx).with_crl():
+                    entries.listed(tx, recorded.id, generation=generation, now=now)
+        except PortalError as error:
+            log.warning("the CRLs' entries were not read ahead", extra={"problem": error.detail})
+            return
+        if self._revoked.are_unread:  # else a pass was quicker; one that runs now goes on with those that it has
+            self._revoked = entries
 
     # --- A pass
 
@@ -373,21 +375,3 @@ class Enforcement:
                 ca=work.issuers.ca_pem.encode(),
             )
         )
-
-
-def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> Sequence[db_reads.AclChange]:
-    """The devices that an ACL with a pattern must deny, because it may still have to keep them out (``Acl.thin``)."""
-    return db_reads.newly_out(tx, tenant_id, newest=DENIALS_KEPT, applied=applied, since=now - DENIED_FOR)
-
-
-def put_into_acl(acl: Acl, change: db_reads.AclChange, now: datetime) -> None:
-    """Give a device the place in the ACL that the database says."""
-    if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
-        remove_device_acl(acl, change.device_id, now)
-    elif change.status is DeviceStatus.ACTIVE:
-        own = None
-        if change.topics is not None:
-            own = tuple(Topic(pattern, Access(access)) for pattern, access in change.topics)
-        add_device_acl(acl, change.device_id, own)
-    else:
-        forget_device_acl(acl, change.device_id)

@@ -18,7 +18,7 @@ FLOORS = (
     {"installation_*"},
     {"bulk_*", "monitoring", "readiness"},
     {"onboarding_*", "webhooks_*", "inventory", "operators", "responder_*"},
-    {"enforcement"},
+    {"enforcement_*"},
     {"authority_*", "restore_journal"},
     {"audit", "access", "events"},
     {"ca_*", "ca_keys", "db_*", "broker_*", "credential_*", "transport"},

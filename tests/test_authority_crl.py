@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,3 +152,18 @@ def test_an_entry_is_read_once_by_a_process(portal: Portal, one: Process, monkey
         assert len(one.sign()) == 1201
     assert encoded == [latest]
     assert not [statement for statement in seen if "crls.der" in statement]
+
+
+def test_a_process_reads_what_is_revoked_before_it_has_to_sign(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    issuing = portal.authority.issuing.id
+    with portal.database.transaction() as tx:
+        add_certificate(tx, issuing, reason="superseded")
+    monkeypatch.setattr(portal.enforcement, "_revoked", RevokedEntries())
+    stopping = threading.Event()
+    stopping.set()
+    portal.enforcement.run_grants(stopping)
+    read_ahead = portal.enforcement._revoked
+    monkeypatch.setattr(db_revocations, "revoked_certificates", lambda *_: pytest.fail("they were known"))
+    with portal.database.snapshot() as tx:
+        assert read_ahead.listed(tx, issuing, generation=1, now=portal.clock())
+    assert not read_ahead.are_unread
