@@ -110,7 +110,7 @@ def enrolment_create(
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.pass_obj
 def enrolment_revoke(portal: Portal, token_id: str, yes: bool) -> None:
-    """End an enrolment token at once; devices that have enrolled stay."""
+    """End an enrolment token; who has enrolled by it stays in."""
     confirm(f"Revoke the enrolment token {token_id}? No device enrols by it any more.", yes=yes)
     answer = portal.client.call("DELETE", f"/enrolment-tokens/{token_id}").json()
     if portal.out.as_json:

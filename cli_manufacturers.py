@@ -93,7 +93,7 @@ def manufacturer_add(portal: Portal, /, name: str, certificate: str, **terms: An
 @click.option("--certificate", metavar="FILE", help="A certificate, PEM, that the CA has made with the nonce as CN.")
 @click.pass_obj
 def manufacturer_prove(portal: Portal, manufacturer_id: str, signature: str | None, certificate: str | None) -> None:
-    """Show that somebody has the CA's key; then it lets devices in."""
+    """Show that somebody has the CA's key, so that it counts."""
     if (signature is None) == (certificate is None):
         raise click.UsageError("Give either --signature or --certificate.")
     body = {"certificate": _pem(certificate)} if certificate is not None else {"signature": _base64(signature or "")}
@@ -106,7 +106,7 @@ def manufacturer_prove(portal: Portal, manufacturer_id: str, signature: str | No
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.pass_obj
 def manufacturer_remove(portal: Portal, manufacturer_id: str, yes: bool) -> None:
-    """Let nobody in by a CA any more; devices that have enrolled stay."""
+    """Let nobody in by a CA any more; who has enrolled stays in."""
     confirm(f"Remove the manufacturer {manufacturer_id}? No device enrols by its CA any more.", yes=yes)
     answer = portal.client.call("DELETE", f"/manufacturers/{manufacturer_id}").json()
     if portal.out.as_json:
