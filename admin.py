@@ -93,7 +93,6 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
         show_settings,
         audit_group,
         admin_ca.ca_group,
-        admin_ca.ca_group,
         admin_backup.backup,
         admin_backup.restore,
         admin_doctor.doctor,
