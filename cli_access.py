@@ -11,9 +11,18 @@ from typing import Any
 import click
 
 from cli_client import Client
-from cli_context import ROLES, TOKEN_ID, VERSION, Command, Portal, ask_secret, confirm, new_secret_file, require
+from cli_context import (
+    ROLES,
+    TOKEN_ID,
+    VERSION,
+    Command,
+    Portal,
+    ask_secret,
+    confirm,
+    make_with_secret,
+    new_secret_file,
+)
 from cli_errors import Misused
-from cli_files import ReservedFile
 from cli_output import Cell, moment, text
 from cli_settings import Login, Settings, login_path, read_login, remove_login, resolve, save_login
 
@@ -146,16 +155,7 @@ def token_create(portal: Portal, name: str, role: str, days: int | None, token_o
     """Make an operator token, which is shown once."""
     path = new_secret_file(token_out, "--token-out", "token", out=portal.out)
     body = {"name": name, "role": role} | ({"expires_in_days": days} if days else {})
-    reserved = ReservedFile(path) if path is not None else None
-    try:
-        # Not repeated where the connection breaks: that would make a second token.
-        answer = portal.client.call("POST", "/tokens", body=body, repeatable=False).json()
-        require(answer, "token")
-        if reserved is not None:
-            reserved.write(answer.pop("token"))
-    finally:
-        if reserved is not None:
-            reserved.discard()
+    answer = make_with_secret(portal, "/tokens", body, shown_once="token", into=path)
     if portal.out.as_json:
         portal.out.json(answer)
         return
@@ -165,7 +165,7 @@ def token_create(portal: Portal, name: str, role: str, days: int | None, token_o
         "role": text(answer.get("role")),
         "expires_at": _expiry(answer),
     }
-    if reserved is None:
+    if path is None:
         fields["token"] = Cell(str(answer["token"]), style="bold")
     portal.out.fields(fields)
     portal.out.note(f"It is in {path}." if path else "The token is shown this once.")

@@ -15,6 +15,7 @@ import click
 
 from cli_client import Client
 from cli_errors import CliError, Unreachable
+from cli_files import ReservedFile
 from cli_output import Output
 from cli_settings import STDIN, Given, Settings, resolve
 
@@ -180,6 +181,27 @@ def new_secret_file(path: str | None, option: str, what: str, *, out: Output) ->
             f"add {option} FILE to keep it in a file, or --json to have it in the answer."
         )
     return None
+
+
+def make_with_secret(
+    portal: Portal, path: str, body: dict[str, Any], *, shown_once: str, into: Path | None, needs: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Have something made with a secret, the field ``shown_once``; returns the answer, without it if it is in a file.
+
+    The file ``into`` is made first, and is gone again where nothing was made. Raises ``Unreachable`` where the answer
+    lacks the secret, or one of the fields that the command ``needs``.
+    """
+    reserved = ReservedFile(into) if into is not None else None
+    try:
+        # Not repeated where the connection breaks: that would make a second one.
+        answer: dict[str, Any] = portal.client.call("POST", path, body=body, repeatable=False).json()
+        require(answer, *needs, shown_once)
+        if reserved is not None:
+            reserved.write(answer.pop(shown_once))
+    finally:
+        if reserved is not None:
+            reserved.discard()
+    return answer
 
 
 def metadata_from(pairs: Iterable[str]) -> dict[str, str]:

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from cli_context import DEVICE_ID, Command, Portal, confirm, new_secret_file, require
+from cli_context import DEVICE_ID, Command, Portal, confirm, make_with_secret, new_secret_file
 from cli_enrolment_terms import MeansId, terms_fields, terms_from, terms_options
-from cli_files import ReservedFile
 from cli_output import Cell, moment, text
 
 ENROLMENT_TOKEN_ID = MeansId("portal enrolment list")
@@ -82,16 +81,9 @@ def enrolment_create(
     path = new_secret_file(token_out, "--token-out", "token", out=portal.out)
     given = {"name": name, "device_id": device_id, "count": count, "expires_in_hours": hours}
     body = {field: value for field, value in given.items() if value is not None} | terms_from(terms)
-    reserved = ReservedFile(path) if path is not None else None
-    try:
-        # Not repeated where the connection breaks: that would make a second token.
-        answer = portal.client.call("POST", "/enrolment-tokens", body=body, repeatable=False).json()
-        require(answer, "enrolment_token_id", "token")
-        if reserved is not None:
-            reserved.write(answer.pop("token"))
-    finally:
-        if reserved is not None:
-            reserved.discard()
+    answer = make_with_secret(
+        portal, "/enrolment-tokens", body, shown_once="token", into=path, needs=("enrolment_token_id",)
+    )
     if portal.out.as_json:
         portal.out.json(answer)
         return
@@ -99,7 +91,7 @@ def enrolment_create(
     whom = "device_id" if answer.get("device_id") else "count"
     fields = {name: text(answer.get(name)) for name in ("enrolment_token_id", whom)}
     fields |= terms_fields(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
-    if reserved is None:
+    if path is None:
         fields["token"] = Cell(str(answer["token"]), style="bold")
     portal.out.fields(fields)
     portal.out.note(f"It is in {path}." if path else "The token is shown this once.")

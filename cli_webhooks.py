@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import click
 
-from cli_context import Command, Portal, confirm, new_secret_file, require
+from cli_context import Command, Portal, confirm, make_with_secret, new_secret_file
 from cli_devices import read_pages
 from cli_errors import CliError
-from cli_files import ReservedFile
 from cli_output import Cell, moment, state, text
 
 DEFAULT_LIMIT = 50
@@ -108,22 +106,13 @@ def webhook_create(portal: Portal, name: str, target: str, events: tuple[str, ..
     """Send events to a receiver; its secret is shown once."""
     path = new_secret_file(secret_out, "--secret-out", "secret", out=portal.out)
     body = {"name": name, "url": target} | ({"events": list(events)} if events else {})
-    reserved = ReservedFile(Path(path)) if path is not None else None
-    try:
-        # Not repeated where the connection breaks: that would make a second webhook.
-        answer = portal.client.call("POST", "/webhooks", body=body, repeatable=False).json()
-        require(answer, "webhook_id", "secret")
-        if reserved is not None:
-            reserved.write(answer.pop("secret"))
-    finally:
-        if reserved is not None:
-            reserved.discard()
+    answer = make_with_secret(portal, "/webhooks", body, shown_once="secret", into=path, needs=("webhook_id",))
     if portal.out.as_json:
         portal.out.json(answer)
         return
     portal.out.done(f"Made the webhook {name}")
     fields = {"webhook_id": text(answer["webhook_id"]), "url": text(answer.get("url")), "events": _events(answer)}
-    if reserved is None:
+    if path is None:
         fields["secret"] = Cell(str(answer["secret"]), style="bold")
     portal.out.fields(fields)
     portal.out.note(f"The secret is in {path}." if path else "The secret is shown this once.")
