@@ -100,7 +100,7 @@ def _reach(
     if equal and equal[0][0] in (Device.id, Device.external_id):
         return equal[0][0], None
     leads: list[tuple[Any, Any]] = [(None, None)] if wanted.expires_before is not None or not equal else list(equal)
-    if len(equal) + (wanted.q is not None) + (wanted.expires_before is not None) < 2 and wanted.q is None:
+    if wanted.q is None and len(equal) + (wanted.expires_before is not None) < 2:
         return leads[0][0], None
     many = LOOKED_AT if wanted.expires_before is None else LOOKED_AT_BY_END
     furthest: tuple[Any, Place | None] = (None, None)
