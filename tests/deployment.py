@@ -45,6 +45,7 @@ class Deployment:
             "PORTAL_BIND": self.url.removeprefix("https://"),
             "PORTAL_PKI_BIND": self.pki_url.removeprefix("http://"),
             "PORTAL_MQTT_PORT": str(self.mqtt_port),
+            "PORTAL_ENFORCE_TIMEOUT": "20",  # on a machine with much other work
             **environment,
         }
         self.processes: list[subprocess.Popen[bytes]] = []

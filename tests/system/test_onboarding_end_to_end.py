@@ -135,7 +135,7 @@ def test_a_device_revoked_while_the_broker_is_down_is_pending_then_kept_out() ->
         assert deployment.cli("status", check=False).returncode == 1
         deployment.start_broker()
         deployment.wait_ready()
-        assert deployment.call("POST", f"/revoke/{device.id}").json()["broker"] == "enforced"
+        wait_until(lambda: deployment.call("POST", f"/revoke/{device.id}").json()["broker"] == "enforced")
         device.refusal()
         witness.client().close()
 
