@@ -243,7 +243,7 @@ def add_certificate(
             "revocation_reason": reason,
         },
     )
-    return int(added.scalar_one())
+    return int(added[0])
 
 
 # --- The generation that the broker must reach ---------------------------------------------------------------------
@@ -261,4 +261,4 @@ _ADVANCE = Prepared(
 
 def next_generation(tx: Connection, tenant_id: str, *, at: datetime) -> int:
     """Advance the generation, in the transaction that makes the change, and return the new one."""
-    return int(_ADVANCE.run(tx, {"of_tenant": tenant_id, "at": at}).scalar_one())
+    return int(_ADVANCE.run(tx, {"of_tenant": tenant_id, "at": at})[0])

@@ -115,8 +115,8 @@ def audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
 
 def lock_audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
     """Number and hash of the last audit entry, which stays the last until the transaction ends."""
-    row = _LOCK_AUDIT_HEAD.run(tx, {"of_tenant": tenant_id}).one()
-    return row.number, row.hash
+    number, last_hash = _LOCK_AUDIT_HEAD.run(tx, {"of_tenant": tenant_id})
+    return number, last_hash
 
 
 def add_audit_entries(tx: Connection, tenant_id: str, entries: Sequence[dict[str, Any]]) -> None:
