@@ -15,6 +15,7 @@ from datetime import datetime
 from multiprocessing.connection import Pipe
 from pathlib import Path
 
+import processors
 from config import Settings
 from errors import PortalError, Unavailable
 from onboarding_credentials import CredentialMaker, Made, Wanted
@@ -164,6 +165,7 @@ class _Process:
                 env=environment,
                 pass_fds=[theirs.fileno()],
             )
+        processors.of_this_process.let_use_all(self._process.pid)
         self._setup: Setup | None = setup
 
     def make(self, jobs: Sequence[Job]) -> list[Result]:

@@ -14,6 +14,7 @@ from typing import NoReturn
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
 
+import processors
 import turnstile
 from errors import PortalError
 from serving_connection import Connection
@@ -37,6 +38,7 @@ class PortalWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def init_process(self) -> None:
         """Make the loop, then load the application and run."""
         self.settings = self.app.settings
+        processors.of_this_process.keep_to_one(self.slot, of=self.settings.workers)
         listeners = dict(zip(self.sockets, self.app.names, strict=True))
         count = self.app.counts.of(self.slot)
         self.streams = threading.BoundedSemaphore(MOST_STREAMS)

@@ -27,7 +27,7 @@ FLOORS = (
     {"lifecycle", "topics"},
     {"logs", "metrics", "throttle"},
     {"config_*", "failpoints", "files"},
-    {"errors", "failpoints", "turnstile"},
+    {"errors", "failpoints", "turnstile", "processors"},
 )
 FLOOR_OF = {room: len(FLOORS) - number for number, floor in enumerate(FLOORS) for room in floor}
 # Stands beside the house and talks to it over HTTP.
