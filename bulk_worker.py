@@ -22,7 +22,8 @@ NICENESS = 5  # whoever waits for a single request goes first
 def main() -> None:
     """Answer what comes through the pipe whose descriptor is the first argument, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the group; the server decides
-    os.nice(NICENESS)
+    with contextlib.suppress(OSError):  # where the system does not let a process choose
+        os.nice(NICENESS)
     with Connection(int(sys.argv[1])) as pipe, contextlib.suppress(EOFError, OSError):
         setup: Setup = pipe.recv()
         maker: CredentialMaker | None = None

@@ -33,6 +33,8 @@ SECONDS = 60.0  # what a machine with much other work may take
 class Deployment:
     """A portal on a temporary data folder and free ports with a broker beside it."""
 
+    under: tuple[str, ...] = ()  # the program, with its first arguments, under which the server runs
+
     def __init__(self, **environment: str) -> None:
         self.folder = short_folder()
         self.data = self.folder / "data"
@@ -101,7 +103,7 @@ class Deployment:
             environment_file.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "flask", "--app", "app", "serve"],
+                [*self.under, sys.executable, "-m", "flask", "--app", "app", "serve"],
                 cwd=ROOT,
                 env=self.environment | (others or {}),
                 stdin=subprocess.DEVNULL,

@@ -1,0 +1,94 @@
+"""The portal within the bounds that its systemd unit sets for system calls, and its processes on their processors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deployment import ROOT, Deployment
+
+pytestmark = pytest.mark.system
+
+UNIT = ROOT / "deploy" / "onboarding-portal.service"
+PROCESSORS = set(sorted(os.sched_getaffinity(0))[:2])  # as many as there are workers
+ROW = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
+
+
+class Confined(Deployment):
+    under = (
+        "taskset",
+        "-c",
+        ",".join(map(str, PROCESSORS)),
+        sys.executable,
+        str(ROOT / "tests" / "confinement.py"),
+        str(UNIT),
+    )
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    with Confined(PORTAL_WORKERS="2") as running:
+        yield running
+
+
+def children(pid: int) -> list[int]:
+    """The processes that any thread of a process has started."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+
+
+def workers(deployment: Deployment) -> list[int]:
+    return children(deployment.processes[0].pid)
+
+
+def test_the_server_is_confined(deployment: Deployment) -> None:
+    for pid in (deployment.processes[0].pid, *workers(deployment)):
+        assert "\nSeccomp:\t2\n" in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_a_device_is_registered_talks_and_is_put_out(deployment: Deployment) -> None:
+    device = deployment.onboard()
+    client = device.client()
+    assert deployment.call("POST", f"/revoke/{device.id}").json()["broker"] == "enforced"
+    client.wait_cut()
+    device.refusal()
+
+
+def test_each_worker_keeps_to_a_processor_and_none_is_left_idle(deployment: Deployment) -> None:
+    kept = [os.sched_getaffinity(int(thread.name)) for pid in workers(deployment) for thread in threads(pid)]
+    assert set().union(*kept) == PROCESSORS
+    assert {len(one) for one in kept} == {1}
+
+
+def threads(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/task").iterdir())
+
+
+def test_an_upload_is_worked_on_by_processes_that_use_every_processor(deployment: Deployment) -> None:
+    access = deployment.operator
+    headers = ["-H", f"Authorization: Bearer {access['PORTAL_TOKEN']}", "-H", "Content-Type: application/x-ndjson"]
+    command = ["curl", "-sS", "--no-buffer", "--fail-with-body", "--cacert", access["PORTAL_CA"], *headers]
+    command += ["-X", "POST", "-T", ".", f"{deployment.url}/register/bulk"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as upload:
+        assert upload.stdin is not None
+        assert upload.stdout is not None
+        upload.stdin.write((json.dumps(ROW) + "\n") * 300)
+        upload.stdin.flush()
+        answers = [json.loads(upload.stdout.readline()) for _ in range(250)]
+        makers = [child for worker in workers(deployment) for child in children(worker)]
+        assert makers
+        assert all(os.sched_getaffinity(pid) == PROCESSORS for pid in makers)
+        upload.stdin.close()
+        answers += [json.loads(line) for line in upload.stdout]
+        assert upload.wait(20) == 0
+    assert len({answer["device_id"] for answer in answers}) == 300
+
+
+def test_nothing_was_refused_that_is_needed(deployment: Deployment) -> None:
+    assert "not permitted" not in deployment.log.read_text()
