@@ -74,7 +74,7 @@ class Settings:
     server_names: tuple[str, ...] = _setting(
         "PORTAL_SERVER_NAMES", "localhost,127.0.0.1", parse_names, "Names and addresses in the portal's own certificate"
     )
-    workers: int = _setting("PORTAL_WORKERS", "2", count(1, 64), "Worker processes")
+    workers: int = _setting("PORTAL_WORKERS", "2", count(1, 64), "Worker processes; as many as processors are best")
     threads: int = _setting("PORTAL_THREADS", "8", count(1, 128), "Threads in each worker process")
     max_connections: int = _setting(
         "PORTAL_MAX_CONNECTIONS", "1000", count(16, 65536), "Open connections in each worker process"
