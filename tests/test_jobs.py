@@ -219,6 +219,27 @@ def test_a_clock_that_was_moved_and_moved_back_while_another_process_ran_the_job
     assert ran == ["daily"] * 3
 
 
+def test_what_was_seen_of_the_clock_before_the_machine_started_anew_does_not_count(
+    portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(jobs_schedule, "BOOT_ID", tmp_path / "hidden from the service")
+    ran: list[str] = []
+
+    def run_and_stop(_: Portal) -> None:
+        ran.append(os.environ["INVOCATION_ID"])
+        stopping.set()
+
+    for run_of_the_service in ("first", "second"):
+        monkeypatch.setenv("INVOCATION_ID", run_of_the_service)
+        stopping = threading.Event()
+        too_late = threading.Timer(20, stopping.set)
+        too_late.start()
+        jobs.run(portal, stopping, (Job("expiry", 60, run_and_stop, final=True),))
+        too_late.cancel()
+        clock.advance(days=1)  # as the monotonic clock falls behind when it begins anew
+    assert ran == ["first", "second"]
+
+
 def test_the_jobs_run_beside_a_process_that_leads_and_gives_no_sign_of_life(portal: Portal) -> None:
     lock = portal.settings.data_dir / LEADER_LOCK
     stopping = threading.Event()
