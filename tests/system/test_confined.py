@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -39,8 +40,15 @@ def deployment() -> Iterator[Deployment]:
 
 def children(pid: int) -> list[int]:
     """The processes that any thread of a process has started."""
-    threads = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    found: list[int] = []
+    for thread in threads(pid):
+        with contextlib.suppress(OSError):  # it has just ended
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    return found
+
+
+def threads(pid: int) -> list[int]:
+    return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
 
 
 def workers(deployment: Deployment) -> list[int]:
@@ -61,13 +69,12 @@ def test_a_device_is_registered_talks_and_is_put_out(deployment: Deployment) -> 
 
 
 def test_each_worker_keeps_to_a_processor_and_none_is_left_idle(deployment: Deployment) -> None:
-    kept = [os.sched_getaffinity(int(thread.name)) for pid in workers(deployment) for thread in threads(pid)]
+    kept = []
+    for thread in (thread for pid in workers(deployment) for thread in threads(pid)):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            kept.append(os.sched_getaffinity(thread))
     assert set().union(*kept) == PROCESSORS
     assert {len(one) for one in kept} == {1}
-
-
-def threads(pid: int) -> list[Path]:
-    return list(Path(f"/proc/{pid}/task").iterdir())
 
 
 def test_an_upload_is_worked_on_by_processes_that_use_every_processor(deployment: Deployment) -> None:
