@@ -91,6 +91,7 @@ class Results:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+            self._file = None  # the rows can still be read
 
     def add(self, line: int, external_id: str, name: str, answer: Mapping[str, Any]) -> None:
         """Write down the answer to a row."""

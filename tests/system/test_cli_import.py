@@ -92,6 +92,23 @@ def test_what_the_portal_refuses_is_said_and_tried_again(deployment: Deployment,
     assert [row["result"] for row in results(out)] == ["registered", "registered", "failed"]
 
 
+def test_the_summary_says_in_plain_text_what_was_done_and_what_failed_and_why(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "fleet.ndjson", tmp_path / "out"
+    device = {"name": "p", "type": "t", "location": "l", "firmware": "1"}
+    file.write_text("".join(json.dumps(device | more) + "\n" for more in ({}, {"csr": "none"})))
+    done = deployment.cli("import", str(file), "--out", str(out), check=False)
+    assert done.returncode == 1
+    assert "line 2: " in done.stderr
+    assert "1 registered, 0 there already, 1 failed." in done.stderr
+    fields = dict(line.split("\t", 1) for line in done.stdout.splitlines())
+    assert (fields["registered"], fields["failed csr_invalid"]) == ("1", "1")
+    assert fields["results"] == str(out / "results.csv")
+    whole = deployment.cli("import", str(fleet(tmp_path / "fleet.csv", 3)), "--out", str(tmp_path / "other"))
+    assert "3 registered, 0 there already, 0 failed." in whole.stderr
+
+
 def test_an_import_that_was_interrupted_goes_on_where_it_stopped(deployment: Deployment, tmp_path: Path) -> None:
     file, out = fleet(tmp_path / "fleet.csv", 1500), tmp_path / "out"
     command = [sys.executable, str(ROOT / "cli.py"), "import", str(file), "--out", str(out)]
