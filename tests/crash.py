@@ -210,10 +210,9 @@ class LoadClient(threading.Thread):
             try:
                 self.act()
             except (OSError, http.client.HTTPException):
-                self._connection = None  # the portal was killed: what was asked for stays unanswered
+                self.disconnect()  # the portal was killed: what was asked for stays unanswered
                 self.stopping.wait(0.02)
-        if self._connection is not None:
-            self._connection.close()
+        self.disconnect()
 
     def act(self) -> None:
         choice = self.ledger.random.random()
@@ -256,8 +255,7 @@ class LoadClient(threading.Thread):
         connection.request("GET", path)
         response = connection.getresponse()
         body = response.read()  # raises IncompleteRead where the portal dies in the middle
-        connection.close()
-        self._connection = None
+        self.disconnect()
         self.ledger.count(f"fetch {response.status}")
         if response.status == 200:
             if sum(whole for _, whole in known.fetches):
@@ -306,6 +304,11 @@ class LoadClient(threading.Thread):
     def check_status(self, status: int, answer: bytes, what: str) -> None:
         if status >= 500 and status != 503:
             self.ledger.lost("internal error", f"{what}: {answer[:300]!r}")
+
+    def disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def connect(self) -> http.client.HTTPSConnection:
         if self._connection is None:
