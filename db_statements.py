@@ -57,7 +57,12 @@ class Prepared:
             if dialect.is_disconnect(error, tx.connection.driver_connection, cursor):
                 tx.invalidate(error)
             raise sa.exc.DBAPIError.instance(
-                made.text, parameters, error, dialect.loaded_dbapi.Error, hide_parameters=True, dialect=dialect
+                made.text,
+                parameters,
+                error,
+                dialect.loaded_dbapi.Error,
+                hide_parameters=tx.engine.hide_parameters,
+                dialect=dialect,
             ) from error
         finally:
             cursor.close()

@@ -28,6 +28,7 @@ from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60.0  # what a machine with much other work may take
+PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}  # a registration
 
 
 class Deployment:
@@ -133,6 +134,11 @@ class Deployment:
         self.processes.clear()
         return statuses
 
+    def workers(self) -> list[int]:
+        """The processes that the server's master has started."""
+        master = self.processes[0].pid
+        return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+
     # --- The portal's interface
 
     def call(self, method: str, path: str, body: Any = None, **options: Any) -> requests.Response:
@@ -141,8 +147,7 @@ class Deployment:
 
     def register(self, **fields: Any) -> dict[str, Any]:
         """Register a device as an operator's program does."""
-        plain = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
-        answer = self.call("POST", "/register", plain | fields)
+        answer = self.call("POST", "/register", PLAIN | fields)
         assert answer.status_code == 201, answer.text
         registered: dict[str, Any] = answer.json()
         return registered

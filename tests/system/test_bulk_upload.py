@@ -56,9 +56,7 @@ def key_makers() -> set[int]:
 
 def kill_servers(deployment: Deployment) -> None:
     """SIGKILL to the server's master and workers, and to nothing that those have started."""
-    master = deployment.processes[0].pid
-    workers = Path(f"/proc/{master}/task/{master}/children").read_text().split()
-    for pid in (master, *map(int, workers)):
+    for pid in (deployment.processes[0].pid, *deployment.workers()):
         os.kill(pid, signal.SIGKILL)
     deployment.processes.pop().wait()
 

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment import ROOT, Deployment
+from tests.deployment import PLAIN, ROOT, Deployment
 
 pytestmark = pytest.mark.system
 
 UNIT = ROOT / "deploy" / "onboarding-portal.service"
 PROCESSORS = set(sorted(os.sched_getaffinity(0))[:2])  # as many as there are workers
-ROW = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 
 
 class Confined(Deployment):
@@ -51,12 +50,8 @@ def threads(pid: int) -> list[int]:
     return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
 
 
-def workers(deployment: Deployment) -> list[int]:
-    return children(deployment.processes[0].pid)
-
-
 def test_the_server_is_confined(deployment: Deployment) -> None:
-    for pid in (deployment.processes[0].pid, *workers(deployment)):
+    for pid in (deployment.processes[0].pid, *deployment.workers()):
         assert "\nSeccomp:\t2\n" in Path(f"/proc/{pid}/status").read_text()
 
 
@@ -70,7 +65,7 @@ def test_a_device_is_registered_talks_and_is_put_out(deployment: Deployment) -> 
 
 def test_each_worker_keeps_to_a_processor_and_none_is_left_idle(deployment: Deployment) -> None:
     kept = []
-    for thread in (thread for pid in workers(deployment) for thread in threads(pid)):
+    for thread in (thread for pid in deployment.workers() for thread in threads(pid)):
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             kept.append(os.sched_getaffinity(thread))
     assert set().union(*kept) == PROCESSORS
@@ -85,10 +80,10 @@ def test_an_upload_is_worked_on_by_processes_that_use_every_processor(deployment
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as upload:
         assert upload.stdin is not None
         assert upload.stdout is not None
-        upload.stdin.write((json.dumps(ROW) + "\n") * 300)
+        upload.stdin.write((json.dumps(PLAIN) + "\n") * 300)
         upload.stdin.flush()
         answers = [json.loads(upload.stdout.readline()) for _ in range(250)]
-        makers = [child for worker in workers(deployment) for child in children(worker)]
+        makers = [child for worker in deployment.workers() for child in children(worker)]
         assert makers
         assert all(os.sched_getaffinity(pid) == PROCESSORS for pid in makers)
         upload.stdin.close()

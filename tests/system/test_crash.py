@@ -12,14 +12,13 @@ import requests
 from bench.harness import make_csr
 from tests.crash import Ledger, Load, Victim, acl_blocks, let_in, read_crl
 from tests.crash_check import Check
-from tests.deployment import wait_until
+from tests.deployment import PLAIN, wait_until
 from tests.receiver import Receiver, receiving
 
 pytestmark = pytest.mark.system
 
 KILLS = 8
 ANSWERS_BETWEEN_KILLS = 12
-PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from cryptography import x509
 from bench.harness import make_csr
 from tests.crash import Ledger, Load, Victim, acl_blocks, group_members, let_in, read_crl
 from tests.crash_check import Check
-from tests.deployment import wait_until
+from tests.deployment import PLAIN, wait_until
 from tests.mosquitto import Mosquitto
 from tests.ports import free_port
 from tests.postgres import Cluster
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.system
 QUICK = {"PORTAL_ENFORCE_TIMEOUT": "1"}
 # What a client waits for at the longest: the write gate, then SQLite's own patience, and some for a busy machine.
 BOUND = 20.0
-PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 
 
 class Faulty(Victim):

@@ -31,12 +31,6 @@ def counted(deployment: Deployment) -> float:
     return total_of(scrape(deployment), "portal_http_requests_total", route="/healthz")
 
 
-def workers(deployment: Deployment) -> list[int]:
-    master = deployment.processes[0].pid
-    with open(f"/proc/{master}/task/{master}/children", encoding="ascii") as children:
-        return [int(child) for child in children.read().split()]
-
-
 def test_every_worker_tells_the_same_and_all_of_it(deployment: Deployment) -> None:
     before = counted(deployment)
     for _ in range(12):
@@ -62,9 +56,9 @@ def test_killed_workers_take_no_counts_with_them_and_leave_no_files(deployment: 
         for _ in range(4):
             deployment.session.close()
             assert deployment.call("GET", "/healthz").status_code == 200
-        there = workers(deployment)
+        there = deployment.workers()
         os.kill(there[0], signal.SIGKILL)
-        wait_until(lambda gone=there[0]: gone not in workers(deployment) and len(workers(deployment)) == 3)
+        wait_until(lambda gone=there[0]: gone not in deployment.workers() and len(deployment.workers()) == 3)
     assert counted(deployment) == before + 12
     assert len([*(deployment.data / "metrics").glob("*.db")]) <= 8
 

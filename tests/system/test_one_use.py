@@ -11,13 +11,12 @@ import pytest
 import requests
 
 from tests.crash import acl_blocks, read_crl
-from tests.deployment import Deployment, deployed, wait_until
+from tests.deployment import PLAIN, Deployment, deployed, wait_until
 
 pytestmark = pytest.mark.system
 
 AT_ONCE = 50
 DEVICES = 20
-PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 Ask = Callable[[requests.Session], requests.Response]
 
 
