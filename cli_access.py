@@ -133,6 +133,7 @@ def token_list(portal: Portal) -> None:
             for row in answer.get("tokens") or ()
             if isinstance(row, dict)
         ],
+        empty="There is no operator token.",
     )
 
 

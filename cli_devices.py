@@ -94,14 +94,16 @@ def list_devices(
         )
         for device in devices
     ]
-    if rows:
-        portal.out.table(("id", "name", "type", "location", "status", "expires"), rows, spare=("location", "type"))
-        if next_cursor:
-            portal.out.note(f"These are the newest {len(rows)}; --all shows all.")
-    elif any(filters.values()):
-        portal.out.note("No device fits.")
-    else:
-        portal.out.note("There is no device yet.")
+    filtered = any(filters.values())
+    portal.out.table(
+        ("id", "name", "type", "location", "status", "expires"),
+        rows,
+        empty="No device fits." if filtered else "There is no device yet.",
+        spare=("location", "type"),
+    )
+    if rows and next_cursor:
+        portal.out.note(f"These are the newest {len(rows)}; --all shows all.")
+    elif not rows and not filtered:
         portal.out.next_step("portal register NAME --type … --location … --firmware …")
 
 
@@ -293,5 +295,6 @@ def certificates(portal: Portal, device_id: str) -> None:
             )
             for row in rows
         ],
+        empty="This device has no certificate.",
         spare=("reason", "fingerprint"),
     )

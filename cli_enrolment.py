@@ -72,9 +72,6 @@ def waiting(portal: Portal) -> None:
         portal.out.json(answer)
         return
     rows = [row for row in answer.get("enrolments") or () if isinstance(row, dict)]
-    if not rows:
-        portal.out.note("No device waits for an operator.")
-        return
     portal.out.table(
         ("id", "name", "asks", "since", "by", "key"),
         [
@@ -88,9 +85,11 @@ def waiting(portal: Portal) -> None:
             )
             for row in rows
         ],
+        empty="No device waits for an operator.",
         spare=("by", "key"),
     )
-    portal.out.next_step("portal approve ID")
+    if rows:
+        portal.out.next_step("portal approve ID")
 
 
 class Fingerprint(click.ParamType[str]):

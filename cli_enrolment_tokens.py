@@ -45,6 +45,7 @@ def enrolment_list(portal: Portal) -> None:
             for row in answer.get("enrolment_tokens") or ()
             if isinstance(row, dict)
         ],
+        empty="There is no enrolment token yet.",
         spare=("device", "approval"),
     )
 

@@ -161,11 +161,14 @@ def expiring(portal: Portal, within: str) -> None:
         )
         for device in devices
     ]
+    portal.out.table(
+        ("id", "name", "location", "expires", "renews"),
+        rows,
+        empty="No certificate of a device that is in ends that soon.",
+        spare=("location", "renews"),
+    )
     if rows:
-        portal.out.table(("id", "name", "location", "expires", "renews"), rows, spare=("location", "renews"))
         portal.out.next_step("portal renew ID")
-    else:
-        portal.out.note("No certificate of a device that is in ends that soon.")
 
 
 def _window(opens: object) -> Cell:

@@ -47,6 +47,7 @@ def manufacturer_list(portal: Portal) -> None:
             for row in answer.get("manufacturers") or ()
             if isinstance(row, dict)
         ],
+        empty="There is no manufacturer yet.",
         spare=("approval", "fingerprint"),
         whole=("status",),
     )

@@ -139,6 +139,7 @@ def audit(
             )
             for entry in entries
         ],
+        empty="No entry fits." if any(filters.values()) else "There is no entry.",
         spare=("address", "request id", "detail"),
         whole=("action", "outcome"),
     )

@@ -134,14 +134,19 @@ class Output:
         titles: Sequence[str],
         rows: Sequence[Sequence[Cell]],
         *,
+        empty: str,
         spare: Sequence[str] = (),
         whole: Sequence[str] = (),
     ) -> None:
         """A table for people; for programs a tab-separated line a row, without titles.
 
-        On a terminal that is too narrow the ``spare`` columns are left out, the last first; what is too long in
-        the others is cut, but never the first column, nor those of ``whole``.
+        With no row there is no table, but the sentence ``empty`` on standard error. On a terminal that is too narrow
+        the ``spare`` columns are left out, the last first; what is too long in the others is cut, but never the first
+        column, nor those of ``whole``.
         """
+        if not rows:
+            self.note(empty)
+            return
         if not self.for_people:
             for row in rows:
                 self.raw("\t".join(clean(cell.plain) for cell in row))

@@ -74,6 +74,7 @@ def webhook_list(portal: Portal) -> None:
             )
             for row in rows
         ],
+        empty="There is no webhook yet.",
         spare=("since", "url"),
     )
 
@@ -171,6 +172,7 @@ def webhook_deliveries(portal: Portal, webhook_id: str, status: str | None, limi
             )
             for row in rows
         ],
+        empty="No event fits." if status else "There is no event for this webhook.",
         spare=("attempts", "next", "problem"),
         whole=("status",),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pty
 import re
@@ -14,14 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_session import Session
+from tests.cli_session import PROJECT, Session
 from tests.pki import Pki
-from tests.portal_stub import BUNDLE_PASSWORD, TOKEN, PortalStub, build_bundle, device_files
+from tests.portal_stub import BUNDLE_PASSWORD, TOKEN, PortalStub, Reply, build_bundle, device_files
 
 pytest_plugins = ("tests.cli_fixtures",)
 
 DEVICE_ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
+GROUPS = ("enrolment", "manufacturer", "token", "webhook")  # commands that are named by two words
 DEADLINE = 20.0  # seconds; only a test that fails takes so long
 
 
@@ -102,6 +104,54 @@ def test_no_color_means_no_escape_sequence(session: Session, stub: PortalStub) -
     assert "\x1b" not in seen.seen
     # What does not fit is left out; the id is never cut.
     assert re.search(rf"^{device_id}  sensor-7  active  2036-01-01 *$", seen.seen, re.MULTILINE)
+
+
+EMPTY_LISTS = {  # what each command that prints a table asks for, and says where there is nothing
+    "list": ("/devices", "devices", "There is no device yet."),
+    "list --type pump": ("/devices", "devices", "No device fits."),
+    "expiring": ("/devices", "devices", "ends that soon."),
+    f"certificates {DEVICE_ID}": (f"/devices/{DEVICE_ID}/certificates", "certificates", "has no certificate."),
+    "enrolment list": ("/enrolment-tokens", "enrolment_tokens", "There is no enrolment token yet."),
+    "manufacturer list": ("/manufacturers", "manufacturers", "There is no manufacturer yet."),
+    "waiting": ("/enrolments", "enrolments", "No device waits for an operator."),
+    "token list": ("/tokens", "tokens", "There is no operator token."),
+    "audit": ("/audit", "entries", "There is no entry."),
+    "audit --actor nobody": ("/audit", "entries", "No entry fits."),
+    "webhook list": ("/webhooks", "webhooks", "There is no webhook yet."),
+    "webhook deliveries 1e66977361d81fe2": (
+        "/webhooks/1e66977361d81fe2/deliveries",
+        "deliveries",
+        "There is no event for this webhook.",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", EMPTY_LISTS)
+def test_an_empty_list_is_a_sentence(session: Session, stub: PortalStub, command: str) -> None:
+    path, name, said = EMPTY_LISTS[command]
+    stub.replies["GET", path] = Reply(body={name: [], "next_cursor": None})
+    with terminal(session, *command.split(), NO_COLOR="1") as seen:
+        assert seen.end() == 0, seen.seen
+    assert stub.calls("GET", path)
+    assert said in seen.seen
+    assert "error" not in seen.seen.lower()
+    assert "ID  " not in seen.seen  # no titles above nothing
+    assert session.spawn(*command.split()).stdout == ""
+    assert session.json(*command.split())[name] == []
+
+
+def test_every_command_that_prints_a_table_is_tried_with_an_empty_list() -> None:
+    tabular = {
+        f"{module.stem}.{function.name}"
+        for module in sorted(PROJECT.glob("cli_*.py"))
+        if module.stem != "cli_output"
+        for function in ast.walk(ast.parse(module.read_text()))
+        if isinstance(function, ast.FunctionDef) and ".table(" in ast.unparse(function)
+    }
+    tried = {
+        " ".join(command.split()[:2]) if command.split()[0] in GROUPS else command.split()[0] for command in EMPTY_LISTS
+    }
+    assert len(tabular) == len(tried), tabular
 
 
 def test_a_registration_shows_password_and_next_step(session: Session, stub: PortalStub) -> None:
