@@ -24,11 +24,12 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from broker_acl import PORTAL_USER, validate_acl
 from broker_crl import CrlWindow, issuing_certificates, read_window, validate_crl
 from config import Settings
+from config_style import ACL_FILE, RECORD_FILE
 from errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
 from failpoints import failpoint
 from files import FileLock, fsync_directory, private_folder, replace_file, temporary_beside
 
-ACL_FILE, CRL_FILE, CA_FILE, RECORD_FILE = "acl", "crl.pem", "ca.pem", "projection.json"
+CRL_FILE, CA_FILE = "crl.pem", "ca.pem"
 PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE = "passwords", "server.pem", "server.key"
 FILE_MODE = 0o640
 # The broker, as another user, makes its socket, pid file and database here: so its group may write. Set-group-id keeps
@@ -87,7 +88,8 @@ class BrokerFiles:
             )
         contents = {CA_FILE: projection.ca, CRL_FILE: projection.crl, ACL_FILE: projection.acl}
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        record = json.dumps({"generation": projection.generation, "sha256": digests}, indent=1) + "\n"
+        style = self._settings.acl_style
+        record = json.dumps({"style": style, "generation": projection.generation, "sha256": digests}, indent=1) + "\n"
         with self._lock:
             for name in (CA_FILE, CRL_FILE, ACL_FILE):
                 if self._file_problem(name) is None and self._digest(name) == digests[name]:

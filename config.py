@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from config_style import installed_style
 from config_values import (
     KEY_TYPES,
     AclStyle,
@@ -143,7 +144,10 @@ class Settings:
     key_type: str = _setting("PORTAL_KEY_TYPE", "ec-p256", parse_key_type, "Device keys: " + ", ".join(KEY_TYPES))
 
     acl_style: AclStyle = _setting(
-        "PORTAL_ACL_STYLE", "per-device", choice(AclStyle), "per-device (an allow-list) or pattern (one line for all)"
+        "PORTAL_ACL_STYLE",
+        "",
+        choice(AclStyle),
+        "per-device (an allow-list) or pattern (one line for all); as the ACL file says if empty, pattern if new",
     )
     topic_prefix: str = _setting("PORTAL_TOPIC_PREFIX", "devices", parse_topic_prefix, "What every topic begins with")
     mqtt_host: str = _setting("PORTAL_MQTT_HOST", "localhost", parse_text, "The broker's name, as devices reach it")
@@ -291,6 +295,7 @@ def _derived(values: dict[str, Any]) -> dict[str, Any]:
     values["broker_dir"] = values["broker_dir"] or data_dir / "broker"
     values["broker_socket"] = values["broker_socket"] or values["broker_dir"] / "portal.sock"
     values["broker_pid_file"] = values["broker_pid_file"] or values["broker_dir"] / "mosquitto.pid"
+    values["acl_style"] = values["acl_style"] or installed_style(values["broker_dir"]) or AclStyle.PATTERN
     if len(str(values["broker_socket"]).encode()) > UNIX_SOCKET_PATH_LIMIT:
         raise SettingInvalid(
             f"The path of the broker's internal socket is longer than {UNIX_SOCKET_PATH_LIMIT} bytes;"

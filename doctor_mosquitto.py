@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from broker_files import ACL_FILE, CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
+from broker_files import CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import AclStyle, Settings
+from config_style import ACL_FILE
 from doctor_broker import active_devices, running_broker
 from doctor_findings import State, Verdict, problem, together, warning
 from doctor_subject import SECONDS, Subject
 
 OLDEST = (2, 0, 11)
 FAST_ACL = (2, 1, 0)  # from here on a reload takes no time quadratic in the number of blocks
+SAFE_RELOAD = (2, 1, 0)  # from here on a reload leaves sessions alone that are not connected
 MOST_BLOCKS = 10_000  # before that, a pause of a third of a second
 _MOST_BYTES = 1 << 20
 _MOST_FILES = 100
@@ -197,6 +199,12 @@ def _for_all(options: Mapping[str, str], settings: Settings) -> Iterator[Verdict
         yield warning("set_tcp_nodelay is not true: each connect takes 40 ms longer.", _INSTALL)
     if not settings.broker_reload and options.get("pid_file") != str(settings.broker_pid_file):
         yield problem(f"pid_file is not {settings.broker_pid_file}: the portal cannot reload it.", _INSTALL)
+    if "persistent_client_expiration" in options:
+        yield warning(
+            "persistent_client_expiration is set: after a reload Mosquitto 2.0.x crashes when devices with persistent"
+            " sessions come and go.",
+            "Remove persistent_client_expiration, then restart the broker.",
+        )
     for plugin in ("plugin", "auth_plugin", "global_plugin"):
         if plugin in options:
             yield warning(f"{plugin} is set: what it lets in is not the portal's to say.", "See that it is needed.")
@@ -261,6 +269,7 @@ def broker_version(subject: Subject) -> Verdict:
             warning(f"Mosquitto {said} is older than 2.0.11, the oldest that was tried.", "Install a newer one.")
         )
     devices = active_devices(subject)
+    found += reloads_harm(version, subject.settings.acl_style)
     found += fleet_fits(version, subject.settings.acl_style, devices)
     found += _room(subject, devices)
     return together(found, f"Mosquitto {said}, with {devices} active devices in style {subject.settings.acl_style}.")
@@ -276,6 +285,21 @@ def version_of(
         return None
     match = re.match(r"mosquitto version (\d+)\.(\d+)\.(\d+)", done.stdout)
     return tuple(int(number) for number in match.groups()) if match else None
+
+
+def reloads_harm(version: tuple[int, ...], style: AclStyle) -> list[Verdict]:
+    """Whether a reload of a broker of this version harms sessions that are asleep: persistent, not connected."""
+    if version >= SAFE_RELOAD:
+        return []
+    fewer = "" if style is AclStyle.PATTERN else f"set PORTAL_ACL_STYLE={AclStyle.PATTERN}, "
+    return [
+        warning(
+            f"Each reload (SIGHUP) of Mosquitto {'.'.join(map(str, version))} harms sleeping sessions: persistent ones"
+            " that are not connected lose QoS 1 messages, and the broker may crash when they come back.",
+            f"Have few reloads: {fewer}give devices the default topics, let logrotate send no signal"
+            " (docs/operating.md, Few reloads). Mosquitto 2.1 ends it.",
+        )
+    ]
 
 
 def fleet_fits(version: tuple[int, ...], style: AclStyle, devices: int) -> list[Verdict]:

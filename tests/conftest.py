@@ -64,10 +64,16 @@ def _fresh_settings(prepared: tuple[Path, str]) -> Iterator[Callable[..., Settin
 
 
 @pytest.fixture
-def make_settings(prepared: tuple[Path, str]) -> Iterator[Callable[..., Settings]]:
+def acl_style(request: pytest.FixtureRequest) -> str:
+    """What ``PORTAL_ACL_STYLE`` is set to: nothing, unless a test is ``PER_DEVICE``."""
+    return str(getattr(request, "param", ""))
+
+
+@pytest.fixture
+def make_settings(prepared: tuple[Path, str], acl_style: str) -> Iterator[Callable[..., Settings]]:
     """Makes the settings of a fresh portal, already prepared; keyword arguments are environment variables."""
     with _fresh_settings(prepared) as make:
-        yield make
+        yield functools.partial(make, PORTAL_ACL_STYLE=acl_style)
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,12 @@ from typing import Any, Self
 import paho.mqtt.client as paho
 import requests
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
-from tests.mosquitto import Mosquitto, short_folder
+from doctor_findings import Finding, State, exit_status
+from doctor_mosquitto import SAFE_RELOAD, version_of
+from tests.mosquitto import Mosquitto, mosquitto_program, short_folder
 from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -211,8 +215,10 @@ class Onboarded:
 class Client:
     """An MQTT 5 client by paho-mqtt, driven by events."""
 
-    def __init__(self, device: Onboarded) -> None:
+    def __init__(self, device: Onboarded, *, session_seconds: int = 0) -> None:
+        """``session_seconds``: for how long the broker is to keep the session while the client is away."""
         self.device = device
+        self._session_seconds = session_seconds
         self.messages: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self._connected: queue.Queue[str] = queue.Queue()
         self._disconnected: queue.Queue[str] = queue.Queue()
@@ -234,7 +240,10 @@ class Client:
 
     def connect(self) -> None:
         """Connect, or raise what kept it from it."""
-        self.paho.connect("localhost", self.device.port, keepalive=30)
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = self._session_seconds
+        clean = self._session_seconds == 0
+        self.paho.connect("localhost", self.device.port, keepalive=30, clean_start=clean, properties=properties)
         self.paho.loop_start()
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
@@ -267,6 +276,21 @@ class Client:
     def close(self) -> None:
         self.paho.disconnect()
         self.paho.loop_stop()
+
+
+def examine(deployment: Deployment, *options: str) -> tuple[int, dict[str, str]]:
+    """The exit status, and what is said of each check that is not well, but for the version of the broker here."""
+    done = deployment.run_flask("doctor", "--json", *options, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    findings = [
+        Finding(one["name"], State(one["state"]), one["detail"], one["advice"]) for one in json.loads(done.stdout)
+    ]
+    assert done.returncode == exit_status(findings)
+    bad = {one.name: f"{one.state}: {one.detail} {one.advice}" for one in findings if one.state is not State.OK}
+    version = version_of(mosquitto_program())
+    assert version is not None
+    assert ("sleeping sessions" in bad.pop("broker version", "")) == (version < SAFE_RELOAD)
+    return exit_status([one for one in findings if one.name != "broker version"]), bad
 
 
 def is_answered(url: str) -> bool:

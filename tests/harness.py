@@ -26,6 +26,8 @@ from tests.ports import free_port
 
 # For tests to which the database makes no difference.
 ON_SQLITE = pytest.mark.parametrize("prepared", ["sqlite"], indirect=True)
+# For tests of what the allow-list alone does: narrower topics, a block for each device that is in.
+PER_DEVICE = pytest.mark.parametrize("acl_style", ["per-device"], indirect=True)
 
 
 class Clock:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flask import Flask
 
 from app import portal_of
-from tests.harness import Api, Clock, csr_pem, problem_of
+from tests.harness import PER_DEVICE, Api, Clock, csr_pem, problem_of
 
 PUMP = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 KEY = {"Idempotency-Key": "a-key-of-16-chars"}
@@ -53,6 +53,7 @@ def test_with_a_csr_the_answer_carries_certificate_and_chain_in_place_of_a_bundl
     assert registered["expires_at"] == certificate.not_valid_after_utc.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+@PER_DEVICE
 @pytest.mark.parametrize(
     "fields",
     [
@@ -85,6 +86,7 @@ def test_a_repeat_under_the_same_idempotency_key_gets_the_first_answer(api: Api)
     assert len(api.get("/devices").json["devices"]) == 1
 
 
+@PER_DEVICE
 def test_a_device_is_active_at_once_and_the_broker_hears_of_it_later(api: Api) -> None:
     device = api.get(f"/devices/{api.register()['device_id']}").json
     assert (device["status"], device["broker"]) == ("active", "pending")
@@ -168,6 +170,7 @@ def test_a_device_is_found_by_its_id(api: Api) -> None:
 # --- Change -------------------------------------------------------------------------------------------------------
 
 
+@PER_DEVICE
 @pytest.mark.parametrize(
     "change",
     [
@@ -188,6 +191,16 @@ def test_a_change_changes_what_it_names_and_nothing_else(api: Api, clock: Clock,
     assert api.get(f"/devices/{device_id}").json == changed.json
 
 
+def test_topics_narrower_than_the_default_are_refused_by_a_new_installation(api: Api) -> None:
+    narrower = {"topics": [{"filter": "devices/{id}/up", "access": "write"}]}
+    device_id = api.register(topics=[{"filter": "devices/{id}/#", "access": "readwrite"}])["device_id"]
+    for answer in (api.post("/register", PUMP | narrower), api.patch(f"/devices/{device_id}", narrower)):
+        problem = problem_of(answer, 422, "topic_refused")
+        assert "PORTAL_ACL_STYLE=per-device" in problem["detail"]
+        assert [error["field"] for error in problem["errors"]] == ["topics"]
+
+
+@PER_DEVICE
 def test_null_gives_a_device_the_default_topics_again(api: Api) -> None:
     device_id = api.register(topics=[{"filter": "devices/{id}/up", "access": "write"}])["device_id"]
     changed = api.patch(f"/devices/{device_id}", {"topics": None})

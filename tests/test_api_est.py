@@ -17,7 +17,7 @@ from flask import Flask
 from app import create_app, portal_of
 from config import Settings
 from tests.est import Device, certificates_of, csr_der, device, in_base64, new_key, refused
-from tests.harness import ON_SQLITE, Api, Clock
+from tests.harness import ON_SQLITE, PER_DEVICE, Api, Clock
 
 pytestmark = ON_SQLITE
 
@@ -74,6 +74,7 @@ def test_a_device_enrols_by_a_token_of_a_batch(api: Api) -> None:
     assert timedelta(days=9) <= life < timedelta(days=9, hours=1)
 
 
+@PER_DEVICE
 def test_the_certificate_is_held_back_until_the_broker_has_the_device(api: Api, app: Flask) -> None:
     certificates_of(device(api).enrol())
     portal = portal_of(app)
@@ -82,6 +83,7 @@ def test_the_certificate_is_held_back_until_the_broker_has_the_device(api: Api, 
     assert f"user {newest}" in acl
 
 
+@PER_DEVICE
 def test_a_device_that_is_known_enrols_by_a_token_of_its_own(api: Api) -> None:
     wanted = {"name": "pump-7", "type": "pump", "location": "hall 2", "firmware": "1"}
     topics = [{"filter": "devices/{id}/up", "access": "write"}]

@@ -42,7 +42,7 @@ from lifecycle import DeviceStatus
 from onboarding_terms import Registered
 from tests.conftest import DATABASES
 from tests.databases import postgres_database
-from tests.harness import Clock, settings_for
+from tests.harness import PER_DEVICE, Clock, settings_for
 from tests.mosquitto import short_folder
 from tests.test_onboarding import OPERATOR, PUMP, token_of
 
@@ -409,6 +409,7 @@ def lose_the_database(settings: Settings) -> None:
         engine.dispose()
 
 
+@PER_DEVICE
 @pytest.mark.parametrize("lost", [False, True], ids=["the old database is readable", "only the CRL is left"])
 def test_what_was_revoked_since_the_copy_stays_revoked(story: Story, clock: Clock, lost: bool) -> None:
     settings = story.settings

@@ -65,7 +65,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def place(folder: Path, pki: Pki) -> Place:
-    settings = Settings.from_env({"PORTAL_DATA_DIR": str(folder)})
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(folder), "PORTAL_ACL_STYLE": "per-device"})
     made = Place(settings, BrokerProvisioning(settings, lambda: made.now), pki, datetime.now(UTC))
     return made
 

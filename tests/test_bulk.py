@@ -25,7 +25,7 @@ from app import create_app, portal_of
 from config import Settings
 from db_tables import Certificate, Delivery, Device
 from errors import DatabaseUnavailable
-from tests.harness import ON_SQLITE, Api, Clock, api_as, csr_pem, problem_of
+from tests.harness import ON_SQLITE, PER_DEVICE, Api, Clock, api_as, csr_pem, problem_of
 
 DEVICE = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 NDJSON = "application/x-ndjson"
@@ -63,6 +63,7 @@ def test_each_row_becomes_a_device_with_a_bundle_of_its_own(api: Api, tmp_path: 
     subprocess.run(["7z", "t", f"-p{lines[0]['bundle_password']}", bundle], check=True, stdout=subprocess.DEVNULL)
 
 
+@PER_DEVICE
 def test_what_one_request_may_say_a_row_may_say(api: Api) -> None:
     topics = '"[{""filter"":""devices/{id}/#"",""access"":""read""}]"'
     csv = "name,type,location,firmware,metadata,validity_days,bundle_password,topics,key_type,external_id\n"
@@ -192,6 +193,7 @@ def test_an_expired_bundle_is_made_anew_unless_it_was_fetched(api: Api, clock: C
     assert "download_url" not in used
 
 
+@PER_DEVICE
 @ON_SQLITE
 @pytest.mark.parametrize(
     "change",

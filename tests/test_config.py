@@ -18,6 +18,43 @@ def test_the_defaults_are_those_of_the_docs(tmp_path: Path) -> None:
     assert settings.pki_url == "http://127.0.0.1:8080"
     assert settings.database_url == f"sqlite:///{tmp_path}/portal.db"
     assert settings.broker_dir == tmp_path / "broker"
+    assert settings.acl_style is AclStyle.PATTERN
+
+
+ACL = "# Written by the device onboarding portal.\n# generation 7\n"
+PER_DEVICE, PATTERN = AclStyle.PER_DEVICE, AclStyle.PATTERN
+
+
+@pytest.mark.parametrize(
+    ("acl", "record", "style"),
+    [
+        (f"{ACL}# style per-device\nuser portal\n", '{"generation": 7}', PER_DEVICE),
+        (f"{ACL}# style pattern\n", '{"generation": 7}', PATTERN),
+        (f"{ACL}# style per-device\n", '{"style": "pattern"}', PER_DEVICE),  # the ACL is what the broker obeys
+        (None, None, PATTERN),
+        # Damaged, so that it does not say: the record beside it does, else what opens nothing.
+        ("", '{\n "style": "pattern",\n "generation": 7}', PATTERN),
+        (None, '{\n "style": "per-device",\n "generation": 7}', PER_DEVICE),
+        ("", '{"generation": 7}', PER_DEVICE),
+        (f"{ACL}# style open\n", None, PER_DEVICE),
+        (None, "", PER_DEVICE),
+    ],
+)
+def test_an_installation_keeps_the_style_that_it_has(
+    tmp_path: Path, acl: str | None, record: str | None, style: AclStyle
+) -> None:
+    for name, content in (("acl", acl), ("projection.json", record)):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    environment = {"PORTAL_DATA_DIR": str(tmp_path / "data"), "PORTAL_BROKER_DIR": str(tmp_path)}
+    assert Settings.from_env(environment).acl_style is style
+    for explicit in AclStyle:
+        assert Settings.from_env({**environment, "PORTAL_ACL_STYLE": explicit}).acl_style is explicit
+
+
+def test_an_acl_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
+    (tmp_path / "acl").mkdir()
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path / "data"), "PORTAL_BROKER_DIR": str(tmp_path)})
     assert settings.acl_style is AclStyle.PER_DEVICE
 
 

@@ -64,7 +64,10 @@ def examined(portal: Portal, *names: str) -> dict[str, Finding]:
     return {finding.name: finding for finding in doctor.examine(portal.settings, portal.clock, checks=checks)}
 
 
-def test_a_sound_installation_is_well_but_for_what_does_not_run(portal: Portal) -> None:
+def test_a_sound_installation_is_well_but_for_what_does_not_run(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("doctor_mosquitto.version_of", lambda _: (2, 1, 2))
     findings = examined(portal)
     assert {name: finding for name, finding in findings.items() if finding.state is not State.OK}.keys() == ABSENT
     assert list(findings) == [name for name, _ in doctor.CHECKS]
@@ -164,7 +167,7 @@ def the_acl_leaves_somebody_out(portal: Portal) -> None:
 
 def the_acl_gives_more(portal: Portal) -> None:
     path = portal.settings.broker_file("acl")
-    path.write_text(path.read_text().replace("topic readwrite devices/", "topic readwrite devices/+/"))
+    path.write_text(path.read_text().replace("readwrite devices/", "readwrite devices/+/"))
 
 
 def a_revocation_is_undone(portal: Portal) -> None:
@@ -383,6 +386,7 @@ def with_line(line: str) -> Callable[[str], str]:
         (with_line("tls_version tlsv1.1"), State.WARNING, "tls_version is tlsv1.1"),
         (with_line("listener 1883"), State.PROBLEM, "Another listener, 1883, asks for no certificate"),
         (with_line("plugin /usr/lib/x.so"), State.WARNING, "plugin is set"),
+        (with_line("persistent_client_expiration 14d"), State.WARNING, "persistent_client_expiration is set"),
         (without("listener"), State.PROBLEM, "There is no listener"),
         (lambda text: text.replace("\n", "\r\n"), State.OK, "none of the known traps"),
     ],
@@ -431,6 +435,31 @@ def test_an_acl_too_slow_for_the_fleet_is_a_warning(
     version: tuple[int, ...], style: AclStyle, devices: int, slow: bool
 ) -> None:
     assert bool(fleet_fits(version, style, devices)) is slow
+
+
+@pytest.mark.parametrize("version", [(2, 0, 11), (2, 0, 22), (2, 1, 0), (2, 1, 2)])
+@pytest.mark.parametrize("acl_style", ["per-device", "pattern"], indirect=True)
+def test_a_version_whose_reloads_harm_sleeping_sessions_is_a_warning(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], acl_style: str
+) -> None:
+    monkeypatch.setattr("doctor_mosquitto.version_of", lambda _: version)
+    finding = examined(portal, "broker version")["broker version"]
+    if version >= (2, 1, 0):
+        assert finding.state is State.OK
+        assert f"in style {acl_style}" in finding.detail
+        return
+    assert finding.state is State.WARNING
+    assert "(SIGHUP)" in finding.detail
+    assert "sleeping sessions" in finding.detail
+    assert "lose QoS 1 messages" in finding.detail
+    assert "may crash" in finding.detail
+    assert "Have few reloads" in finding.advice
+    assert "default topics" in finding.advice
+    assert ("PORTAL_ACL_STYLE=pattern" in finding.advice) == (acl_style == "per-device")
+
+
+def test_the_installed_configuration_does_not_shorten_sessions() -> None:
+    assert "persistent_client_expiration" not in CONFIGURATION.read_text()
 
 
 @pytest.mark.parametrize(

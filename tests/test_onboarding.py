@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +38,7 @@ from errors import (
 from installation import Portal, open_portal
 from lifecycle import DeviceStatus
 from onboarding_terms import Registered, Registration
-from tests.harness import Clock
+from tests.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
 
 OPERATOR = Actor("default", "an operator", "operator", "request-1", "192.0.2.1")
 PUMP = Registration(name="pump-1", type="pump", location="hall 1", firmware="1.0", metadata={"rack": 7})
@@ -276,6 +278,7 @@ def test_a_revocation_is_recorded_though_the_broker_does_not_run(portal: Portal)
         assert list(statuses) == ["revoked"]
 
 
+@PER_DEVICE
 def test_a_revoked_device_stands_in_the_crl_and_not_in_the_acl_that_the_broker_will_read(portal: Portal) -> None:
     stays, goes = (portal.onboarding.register(OPERATOR, PUMP) for _ in range(2))
     portal.onboarding.revoke(OPERATOR, goes.device_id, "key_compromise")
@@ -334,6 +337,22 @@ def test_crl_numbers_and_this_update_rise_with_each_revocation(portal: Portal) -
     assert all(later[1] - earlier[1] >= timedelta(seconds=1) for earlier, later in itertools.pairwise(seen))
 
 
+@ON_SQLITE
+@pytest.mark.parametrize("acl_style", ["", "per-device"], indirect=True)
+def test_an_upgraded_portal_goes_on_in_the_style_of_its_files(portal: Portal, clock: Clock, acl_style: str) -> None:
+    narrower = with_fields(topics=[("devices/{id}/up/#", "write")])
+    portal.enforcement.install()
+    with contextlib.closing(open_portal(settings_for(portal.settings.data_dir), clock)) as again:
+        record = json.loads(again.settings.broker_file("projection.json").read_text())
+        assert record["style"] == again.settings.acl_style == (acl_style or "pattern")
+        if acl_style:
+            again.onboarding.register(OPERATOR, narrower)
+            return
+        with pytest.raises(TopicRefused, match="PORTAL_ACL_STYLE=per-device"):
+            again.onboarding.register(OPERATOR, narrower)
+
+
+@PER_DEVICE
 def test_topics_of_its_own_reach_the_acl_and_null_gives_the_default_back(portal: Portal) -> None:
     registered = portal.onboarding.register(OPERATOR, with_fields(topics=[("devices/{id}/up/#", "write")]))
     portal.enforcement.install()

@@ -19,7 +19,7 @@ from errors import DeviceNotFound, StateConflict
 from installation import Portal
 from lifecycle import DeviceStatus
 from onboarding_terms import Registered
-from tests.harness import Api, Clock, problem_of
+from tests.harness import PER_DEVICE, Api, Clock, problem_of
 from tests.test_onboarding import OPERATOR, PUMP, token_of
 
 
@@ -42,6 +42,7 @@ def actions(portal: Portal, count: int) -> list[str]:
     return [entry.action for entry in portal.operators.audit("default", limit=count, before=None, filters={})[0]]
 
 
+@PER_DEVICE
 def test_a_suspended_device_is_on_hold_in_the_crl_and_out_of_the_acl(portal: Portal, clock: Clock) -> None:
     registered = portal.onboarding.register(OPERATOR, PUMP)
     answer = portal.suspensions.suspend(OPERATOR, registered.device_id)
@@ -80,6 +81,7 @@ def test_openssl_refuses_a_suspended_device_and_accepts_it_again(portal: Portal,
     assert judged().endswith(": OK\n")
 
 
+@PER_DEVICE
 def test_a_resumed_device_leaves_the_crl_and_is_as_it_was(portal: Portal) -> None:
     registered = portal.onboarding.register(OPERATOR, PUMP)
     portal.suspensions.suspend(OPERATOR, registered.device_id)

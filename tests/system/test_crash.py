@@ -24,7 +24,7 @@ ANSWERS_BETWEEN_KILLS = 12
 @pytest.fixture(scope="module")
 def victim() -> Iterator[Victim]:
     """A portal of one worker, so that it is the process that is asked that works for the broker, too."""
-    with Victim(PORTAL_WORKERS="1", PORTAL_WEBHOOK_ALLOW="127.0.0.0/8,::1") as running:
+    with Victim(PORTAL_ACL_STYLE="per-device", PORTAL_WORKERS="1", PORTAL_WEBHOOK_ALLOW="127.0.0.0/8,::1") as running:
         make_csr(running.folder)
         yield running
 
@@ -206,7 +206,7 @@ def test_a_bundle_that_arrived_just_before_the_portal_was_killed_is_not_handed_o
 
 
 def test_killed_again_and_again_under_load_nothing_that_was_answered_is_lost() -> None:
-    with Victim() as victim:
+    with Victim(PORTAL_ACL_STYLE="per-device") as victim:
         csr = make_csr(victim.folder)
         ledger = Ledger(csr.read_text(), seed=1)
         check = Check(victim, ledger, "per-device", victim.folder / "device.key")

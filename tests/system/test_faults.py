@@ -326,7 +326,7 @@ def test_a_database_that_another_process_keeps_locked(
 
 
 def test_a_postgresql_that_crashes_under_load_and_comes_back() -> None:
-    with Cluster() as cluster, Faulty(PORTAL_DATABASE_URL=cluster.url) as faulty:
+    with Cluster() as cluster, Faulty(PORTAL_DATABASE_URL=cluster.url, PORTAL_ACL_STYLE="per-device") as faulty:
         ledger = Ledger(faulty.csr, seed=3)
         check = Check(faulty, ledger, "per-device", faulty.folder / "device.key")
         with Load(ledger, faulty, "per-device"):

@@ -14,7 +14,7 @@ import pytest
 import requests
 from cryptography import x509
 
-from tests.deployment import Deployment, Onboarded, deployed, wait_until
+from tests.deployment import Client, Deployment, Onboarded, deployed, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -111,6 +111,36 @@ def test_a_revoked_device_is_cut_off_silenced_and_kept_out(deployment: Deploymen
     with pytest.raises(queue.Empty):
         client.messages.get_nowait()
     listening.close()
+
+
+def test_a_registration_on_a_new_installation_leaves_a_sleeping_device_its_messages() -> None:
+    with deployed() as deployment:
+        assert deployment.broker is not None
+        shared = ("--topic", "devices/{id}/#:readwrite", "--topic", "devices/line/#:readwrite")
+        sleeper, sender = deployment.onboard("sleeper", *shared), deployment.onboard("sender", *shared)
+        deployment.wait_ready()
+        talking = sender.client()
+        wait_until(lambda: talking.publish("devices/line/first") in ("Success", "No matching subscribers"))
+        asleep = Client(sleeper, session_seconds=600)
+        asleep.connect()
+        wait_until(lambda: asleep.subscribe("devices/line/#") == "Granted QoS 1")
+        asleep.close()
+        reloads = deployment.broker.log.count("Reloading config")
+
+        newcomer = deployment.onboard("newcomer").client()
+        # In either style it is in once this is granted; in per-device it took a reload.
+        wait_until(lambda: newcomer.publish(f"devices/{newcomer.device.id}/up") != "Not authorized")
+        newcomer.close()
+        deployment.wait_ready()
+        assert deployment.broker.log.count("Reloading config") == reloads
+        assert talking.publish("devices/line/news", b"while it slept") == "Success"
+        talking.close()
+
+        awake = Client(sleeper, session_seconds=600)
+        awake.connect()
+        assert awake.messages.get(timeout=10) == ("devices/line/news", b"while it slept")
+        awake.close()
+        assert deployment.broker.running
 
 
 def test_it_stays_out_after_broker_and_portal_have_been_restarted() -> None:

@@ -22,7 +22,7 @@ Ask = Callable[[requests.Session], requests.Response]
 
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Deployment]:
-    with deployed(PORTAL_WORKERS="3") as running:
+    with deployed(PORTAL_WORKERS="3", PORTAL_ACL_STYLE="per-device") as running:
         yield running
 
 

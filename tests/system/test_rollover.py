@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import pytest
 import requests
 from cryptography import x509
 
-from tests.deployment import Client, Deployment, Onboarded, wait_until
+from tests.deployment import Client, Deployment, Onboarded, examine, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -112,5 +111,4 @@ def test_devices_of_both_cas_are_at_work_before_during_and_after(deployment: Dep
     with_newer.close()
     deployment.wait_ready()
     assert requests.get(f"{deployment.pki_url}/crl/issuing-1.crl", timeout=10).status_code == 200
-    findings = json.loads(deployment.run_flask("doctor", "--json", check=False).stdout)
-    assert {one["name"]: one["detail"] for one in findings if one["state"] != "ok"} == {}
+    assert examine(deployment) == (0, {})

@@ -114,7 +114,7 @@ def test_it_ends_and_says_so_when_the_broker_has_died(folder: Path) -> None:
 
 def test_without_mosquitto_it_names_the_package_and_writes_the_files(folder: Path) -> None:
     root, path = machine_without_mosquitto(folder)
-    with Run(folder / "data", {"PATH": path}, root=root) as run:
+    with Run(folder / "data", {"PATH": path, "PORTAL_ACL_STYLE": "per-device"}, root=root) as run:
         run.wait_ready()
         assert "Install it with: apt-get install mosquitto\n" in run.printed
         assert f"No broker is running; its files are in {folder}/data/broker\n" in run.printed

@@ -107,6 +107,7 @@ def test_the_portal_runs_on_with_the_root_key_moved_away(stopped: Deployment) ->
 
 
 def test_without_a_broker_devices_are_registered_and_the_files_written(stopped: Deployment) -> None:
+    stopped.environment["PORTAL_ACL_STYLE"] = "per-device"
     stopped.start_portal()
     registered = stopped.register()
     fetched = stopped.session.get(registered["download_url"], timeout=20)
