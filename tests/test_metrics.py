@@ -24,7 +24,7 @@ from access import Role
 from app import ROUTES, portal_of
 from db_tables import Base
 from tests.exposition import Samples, samples_of, total_of, value_of
-from tests.harness import Api, Clock, api_as, csr_pem
+from tests.harness import PER_DEVICE, Api, Clock, api_as, csr_pem
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,6 +75,7 @@ def test_certificates_about_to_end_are_told_as_long_as_they_are_in_use(api: Api,
     assert told() == (0, 1)
 
 
+@PER_DEVICE
 def test_how_long_the_broker_has_lagged_behind_is_told(api: Api, app: Flask, clock: Clock) -> None:
     portal = portal_of(app)
     with portal.database.transaction() as tx:
