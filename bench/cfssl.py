@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from bench.harness import STOP_SECONDS
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 # The tables that cfssl's own migrations make (certdb/sqlite of its source); Debian's package does not bring them.
 SCHEMA = """

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.mosquitto import Mosquitto
-from tests.ports import free_port
+from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT = ROOT / "bench" / "client.py"

@@ -16,9 +16,9 @@ from access import Role
 from app import create_app, portal_of
 from config import Settings
 from installation import Portal, first_token, open_portal, prepare
-from tests.databases import POSTGRES_URL, create_database, drop_database, url_of
-from tests.harness import Api, Clock, api_as, settings_for
-from tests.mosquitto import short_folder
+from tests.support.databases import POSTGRES_URL, create_database, drop_database, url_of
+from tests.support.harness import Api, Clock, api_as, settings_for
+from tests.support.mosquitto import short_folder
 
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
 

@@ -26,8 +26,8 @@ from broker_reload import run_reload_command, signal_broker
 from broker_session import MAX_INCOMING_BYTES, Session
 from config import Settings
 from errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
-from tests.mosquitto import mosquitto_program, short_folder
-from tests.pki import PEM, Authority, Pki, key_pem
+from tests.support.mosquitto import mosquitto_program, short_folder
+from tests.support.pki import PEM, Authority, Pki, key_pem
 
 DEVICE = "3f2b8c1e-9d4a-4e6b-8a57-1c0d2e3f4a5b"
 NAMES = ("acl", "crl.pem", "ca.pem", "projection.json")

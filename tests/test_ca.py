@@ -18,7 +18,7 @@ import ca
 import config
 from ca_algorithms import public_key_der
 from errors import CaKeyUnavailable, InputInvalid, IssuerUnusable, KeyRefused, SettingInvalid, SignatureCheckFailed
-from tests.ca_hierarchy import PKI_URL, HeldElsewhere, Hierarchy, make_hierarchy
+from tests.support.ca_hierarchy import PKI_URL, HeldElsewhere, Hierarchy, make_hierarchy
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
 SECOND = NOW.replace(microsecond=0)

@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import cli_client
 from cli import cli
 from cli_context import VERSION
-from tests.cli_session import PROJECT, Session
-from tests.pki import PEM
-from tests.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, problem
+from tests.support.cli_session import PROJECT, Session
+from tests.support.pki import PEM
+from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, problem
 
-pytest_plugins = ("tests.cli_fixtures",)
+pytest_plugins = ("tests.support.cli_fixtures",)
 REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
 UNKNOWN = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 EVIL = "\x1b]0;owned\x07\x1b[2Jname\r\n\u202egnp"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deployment import Deployment
+from tests.support.deployment import Deployment
 
 
 @pytest.fixture(scope="module", params=["per-device", "pattern"])

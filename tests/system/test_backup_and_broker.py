@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DATABASES
-from tests.databases import postgres_database
-from tests.deployment import Deployment, deployed, examine, wait_until
+from tests.support.databases import postgres_database
+from tests.support.deployment import Deployment, deployed, examine, wait_until
 
 pytestmark = pytest.mark.system
 

@@ -35,9 +35,9 @@ from broker_provisioning import (
 from broker_session import Session, connect_unix
 from config import Settings
 from errors import BrokerNotEnforcing, BrokerUnavailable
-from tests.mosquitto import Mosquitto, StartFailed, short_folder
-from tests.pki import PEM, Credentials, Pki, key_pem
-from tests.ports import free_port
+from tests.support.mosquitto import Mosquitto, StartFailed, short_folder
+from tests.support.pki import PEM, Credentials, Pki, key_pem
+from tests.support.ports import free_port
 from topics import Access, Topic, default_topics
 
 pytestmark = pytest.mark.system

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.deployment import Deployment, Onboarded, wait_until
+from tests.support.deployment import Deployment, Onboarded, wait_until
 
 pytestmark = pytest.mark.system
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.deployment import ROOT, Deployment, wait_until
+from tests.support.deployment import ROOT, Deployment, wait_until
 
 pytestmark = pytest.mark.system
 

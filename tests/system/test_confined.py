@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment import PLAIN, ROOT, Deployment
+from tests.support.deployment import PLAIN, ROOT, Deployment
 
 pytestmark = pytest.mark.system
 
@@ -26,7 +26,7 @@ class Confined(Deployment):
         "-c",
         ",".join(map(str, PROCESSORS)),
         sys.executable,
-        str(ROOT / "tests" / "confinement.py"),
+        str(ROOT / "tests" / "support" / "confinement.py"),
         str(UNIT),
     )
 

@@ -10,10 +10,10 @@ import pytest
 import requests
 
 from bench.harness import make_csr
-from tests.crash import Ledger, Load, Victim, acl_blocks, let_in, read_crl
-from tests.crash_check import Check
-from tests.deployment import PLAIN, wait_until
-from tests.receiver import Receiver, receiving
+from tests.support.crash import Ledger, Load, Victim, acl_blocks, let_in, read_crl
+from tests.support.crash_check import Check
+from tests.support.deployment import PLAIN, wait_until
+from tests.support.receiver import Receiver, receiving
 
 pytestmark = pytest.mark.system
 

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.script_process import ROOT, ScriptFolder, machine_without_mosquitto, processes_with, script_environment
+from tests.support.script_process import (
+    ROOT,
+    ScriptFolder,
+    machine_without_mosquitto,
+    processes_with,
+    script_environment,
+)
 
 pytestmark = pytest.mark.system
 

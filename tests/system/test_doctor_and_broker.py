@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deployment import Deployment, deployed, examine, wait_until
+from tests.support.deployment import Deployment, deployed, examine, wait_until
 
 pytestmark = pytest.mark.system
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment import ROOT, Deployment, Onboarded, deployed
-from tests.device_tool import Connection, Device
+from tests.support.deployment import ROOT, Deployment, Onboarded, deployed
+from tests.support.device_tool import Connection, Device
 
 pytestmark = pytest.mark.system
 

@@ -21,12 +21,12 @@ import requests
 from cryptography import x509
 
 from bench.harness import make_csr
-from tests.crash import Ledger, Load, Victim, acl_blocks, group_members, let_in, read_crl
-from tests.crash_check import Check
-from tests.deployment import PLAIN, wait_until
-from tests.mosquitto import Mosquitto
-from tests.ports import free_port
-from tests.postgres import Cluster
+from tests.support.crash import Ledger, Load, Victim, acl_blocks, group_members, let_in, read_crl
+from tests.support.crash_check import Check
+from tests.support.deployment import PLAIN, wait_until
+from tests.support.mosquitto import Mosquitto
+from tests.support.ports import free_port
+from tests.support.postgres import Cluster
 
 pytestmark = pytest.mark.system
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deployment import Deployment, wait_until
-from tests.exposition import Samples, samples_of, total_of, value_of
+from tests.support.deployment import Deployment, wait_until
+from tests.support.exposition import Samples, samples_of, total_of, value_of
 
 pytestmark = pytest.mark.system
 

@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
-from tests.deployment import ROOT, Deployment
+from tests.support.deployment import ROOT, Deployment
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from tests.crash import acl_blocks, read_crl
-from tests.deployment import PLAIN, Deployment, deployed, wait_until
+from tests.support.crash import acl_blocks, read_crl
+from tests.support.deployment import PLAIN, Deployment, deployed, wait_until
 
 pytestmark = pytest.mark.system
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment import ROOT, Deployment, deployed
-from tests.shell_session import ShellSession, masked
+from tests.support.deployment import ROOT, Deployment, deployed
+from tests.support.shell_session import ShellSession, masked
 
 pytestmark = pytest.mark.system
 

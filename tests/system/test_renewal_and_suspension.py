@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.deployment import Deployment, Onboarded
+from tests.support.deployment import Deployment, Onboarded
 
 pytestmark = pytest.mark.system
 

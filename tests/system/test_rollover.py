@@ -11,7 +11,7 @@ import pytest
 import requests
 from cryptography import x509
 
-from tests.deployment import Client, Deployment, Onboarded, examine, wait_until
+from tests.support.deployment import Client, Deployment, Onboarded, examine, wait_until
 
 pytestmark = pytest.mark.system
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment import wait_until
-from tests.script_process import ROOT, Run, ScriptFolder, machine_without_mosquitto, processes_with
-from tests.shell_session import masked
+from tests.support.deployment import wait_until
+from tests.support.script_process import ROOT, Run, ScriptFolder, machine_without_mosquitto, processes_with
+from tests.support.shell_session import masked
 
 pytestmark = pytest.mark.system
 

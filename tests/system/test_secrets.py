@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from tests.deployment import Deployment, deployed, wait_until
-from tests.est import csr_der, in_base64
-from tests.receiver import Receiver, receiving
+from tests.support.deployment import Deployment, deployed, wait_until
+from tests.support.est import csr_der, in_base64
+from tests.support.receiver import Receiver, receiving
 
 pytestmark = pytest.mark.system
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment import Deployment
+from tests.support.deployment import Deployment
 
 pytestmark = pytest.mark.system
 

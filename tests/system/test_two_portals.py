@@ -11,9 +11,9 @@ import pytest
 import requests
 from cryptography import x509
 
-from tests.databases import POSTGRES_URL, postgres_database
-from tests.deployment import Deployment, wait_until
-from tests.ports import free_port
+from tests.support.databases import POSTGRES_URL, postgres_database
+from tests.support.deployment import Deployment, wait_until
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.system
 

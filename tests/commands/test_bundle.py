@@ -1,0 +1,236 @@
+"""What the command line accepts in a bundle, what it refuses."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import subprocess
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import pyzipper
+
+from cli_bundle import ENTRY_MOST, NAMES, check_bundle, open_bundle
+from cli_errors import CheckFailed
+from tests.support.cli_session import Session
+from tests.support.pki import PEM, Authority, Pki, key_pem
+from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle, device_files
+
+pytest_plugins = ("tests.support.cli_fixtures",)
+
+DEVICE_ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
+PASSWORD = {"PORTAL_BUNDLE_PASSWORD": BUNDLE_PASSWORD}
+WRONG = {"PORTAL_BUNDLE_PASSWORD": "not the password"}
+Files = dict[str, bytes]
+
+
+@pytest.fixture
+def files(cli_pki: Pki) -> Files:
+    return device_files(cli_pki, DEVICE_ID)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# --- What is in the bundle ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """A bundle with something wrong in it, with a word of what is said about it."""
+
+    what: str
+    make: Callable[[Files, Pki], bytes]
+    says: str
+
+
+def changed(files: Files, **contents: bytes | None) -> Files:
+    names = {name.replace("_", "."): content for name, content in contents.items()}
+    return {name: content for name, content in (files | names).items() if content is not None}
+
+
+def of_other_device(files: Files, pki: Pki) -> bytes:
+    return build_bundle(changed(device_files(pki, str(uuid.uuid4())), device_key=files["device.key"]))
+
+
+def of_other_ca(files: Files, _: Pki) -> bytes:
+    return build_bundle(changed(device_files(Pki(), DEVICE_ID), ca_pem=files["ca.pem"]))
+
+
+def named(common_name: str) -> Callable[[Files, Pki], bytes]:
+    return lambda _, pki: build_bundle(device_files(pki, DEVICE_ID, pki.issuing.issue(common_name)))
+
+
+def without_its_root(files: Files, pki: Pki) -> bytes:
+    return build_bundle(changed(files, ca_pem=pki.issuing.certificate.public_bytes(PEM)))
+
+
+def at_another_time(days: int) -> Callable[[Files, Pki], bytes]:
+    def make(_: Files, pki: Pki) -> bytes:
+        then = Authority("Test issuing", issuer=pki.root, now=datetime.now(UTC) + timedelta(days=days))
+        return build_bundle(device_files(other_issuing(pki, then), DEVICE_ID))
+
+    return make
+
+
+def other_issuing(pki: Pki, issuing: Authority) -> Pki:
+    other = object.__new__(Pki)
+    other.root, other.issuing = pki.root, issuing
+    return other
+
+
+def issued_by_a_device(files: Files, pki: Pki) -> bytes:
+    device = pki.issuing.issue("Test device")
+    forger = object.__new__(Authority)
+    forger.common_name, forger.key, forger.now, forger.certificate = (
+        "Test device",
+        device.key,
+        pki.root.now,
+        device.certificate,
+    )
+    forged = device_files(other_issuing(pki, forger), DEVICE_ID)
+    chain = forged["device.pem"] + device.certificate.public_bytes(PEM) + pki.issuing.certificate.public_bytes(PEM)
+    return build_bundle(changed(forged, ca_pem=files["ca.pem"], chain_pem=chain))
+
+
+def shortened(files: Files, _: Pki) -> bytes:
+    """The size of ca.pem in the central directory, which nothing authenticates, made smaller."""
+    content = bytearray(build_bundle(files))
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"ca.pem"))
+    size = struct.unpack_from("<I", content, entry + 24)[0]
+    struct.pack_into("<I", content, entry + 24, size // 2)
+    return bytes(content)
+
+
+def flipped(files: Files, _: Pki) -> bytes:
+    content = bytearray(build_bundle(files))
+    content[content.index(b"device.key") + 200] ^= 1
+    return bytes(content)
+
+
+def bomb(files: Files, _: Pki) -> bytes:
+    huge = changed(files, README_txt=b"\0" * (50 * ENTRY_MOST))
+    return build_bundle(huge, encrypted=(), compression=pyzipper.ZIP_DEFLATED)
+
+
+def lying_bomb(files: Files, _: Pki) -> bytes:
+    content = bytearray(bomb(files, _))
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"README.txt"))
+    struct.pack_into("<I", content, entry + 24, 100)
+    return bytes(content)
+
+
+SPOILT = (
+    Spoilt("key of another device", of_other_device, "not for this private key"),
+    Spoilt("chain of another CA", of_other_ca, "not signed by the CA"),
+    Spoilt("CA without its root", without_its_root, "not signed by the CA"),
+    Spoilt("issued by a device", issued_by_a_device, "not signed by the CA"),
+    Spoilt("no device's name", named("admin"), "not a device id"),
+    Spoilt("a name that is a path", named("../../etc"), "not a device id"),
+    Spoilt("expired", at_another_time(-60), "expired"),
+    Spoilt("not yet valid", at_another_time(60), "check this machine's clock"),
+    Spoilt("key in the clear", lambda f, _: build_bundle(f, encrypted=("ca.pem",)), "device.key is not encrypted"),
+    Spoilt("CA in the clear", lambda f, _: build_bundle(f, encrypted=("device.key",)), "ca.pem is not encrypted"),
+    Spoilt("no key", lambda f, _: build_bundle(changed(f, device_key=None)), "no device.key"),
+    Spoilt("no chain", lambda f, _: build_bundle(changed(f, chain_pem=None)), "no chain.pem"),
+    Spoilt("a key that is none", lambda f, _: build_bundle(changed(f, device_key=b"?")), "private key"),
+    Spoilt("a certificate that is none", lambda f, _: build_bundle(changed(f, device_pem=b"?")), "cannot be read"),
+    Spoilt("an empty CA", lambda f, _: build_bundle(changed(f, ca_pem=b"\n")), "cannot be read"),
+    Spoilt("shortened", shortened, "was altered"),
+    Spoilt("a bit flipped", flipped, "was altered"),
+    Spoilt("compressed key", lambda f, _: build_bundle(f, compression=pyzipper.ZIP_DEFLATED), "was altered"),
+    Spoilt("bomb", bomb, "more than any bundle"),
+    Spoilt("bomb that lies", lying_bomb, ""),
+    Spoilt("too many", lambda f, _: build_bundle(f | {f"{n}": b"" for n in range(99)}), "more than any bundle"),
+    Spoilt("too long", lambda f, _: build_bundle(f) + b"\0" * (1 << 20), ""),
+    Spoilt("cut", lambda f, _: build_bundle(f)[:-30], "no bundle"),
+    Spoilt("empty", lambda *_: b"", "no bundle"),
+    Spoilt("no ZIP", lambda *_: b"PK\x03\x04" + os.urandom(999), "no bundle"),
+)
+
+
+@pytest.mark.parametrize("spoilt", SPOILT, ids=lambda spoilt: spoilt.what)
+def test_what_does_not_belong_together_is_not_written(
+    spoilt: Spoilt, session: Session, files: Files, cli_pki: Pki
+) -> None:
+    Path("bundle.zip").write_bytes(spoilt.make(files, cli_pki))
+    result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
+    assert result.exit_code in (1, 2), result.output
+    assert spoilt.says in result.stderr
+    assert names_in(Path()) == {"bundle.zip"}
+    assert "PRIVATE KEY" not in result.output
+
+
+def test_unknown_names_are_left_out_wherever_they_point(session: Session, files: Files) -> None:
+    strange = {"../escaped": b"x", "/tmp/escaped": b"x", ".bashrc": b"x", "a/device.key": b"x", "\x1b[2J": b"x"}
+    Path("bundle.zip").write_bytes(build_bundle(files | strange))
+    result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
+    assert result.exit_code == 0, result.output
+    assert names_in(Path("sensor")) == set(NAMES)
+    assert not Path("../escaped").exists()
+    assert result.stderr.count("was left out") == len(strange)
+    assert "\x1b" not in result.output
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--insecure", "--cafile /etc/ssl/certs/x", "-h evil;x", "--capath /tmp", "--key device.key x", "\x1b[2J", "é"],
+)
+def test_an_altered_client_configuration_is_left_out(line: str, session: Session, files: Files) -> None:
+    altered = files["mosquitto-client.conf"] + line.encode() + b"\n"
+    Path("bundle.zip").write_bytes(build_bundle(changed(files, **{"mosquitto-client_conf": altered})))
+    result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
+    assert result.exit_code == 0
+    assert names_in(Path("sensor")) == set(NAMES) - {"mosquitto-client.conf"}
+    assert "was altered" in result.stderr
+
+
+def test_what_stands_around_certificates_is_not_written(session: Session, files: Files) -> None:
+    dressed = changed(files, chain_pem=b"\x1b]0;owned\x07\n" + files["chain.pem"])
+    Path("bundle.zip").write_bytes(build_bundle(dressed))
+    assert session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD).exit_code == 0
+    assert Path("sensor/chain.pem").read_bytes() == files["chain.pem"]
+
+
+def test_two_entries_of_one_name_are_refused(files: Files) -> None:
+    content = build_bundle(files | {"deviceAkey": b"x"}).replace(b"deviceAkey", b"device.key")
+    with pytest.raises(CheckFailed, match="two files of one name"):
+        open_bundle(content, BUNDLE_PASSWORD)
+
+
+def test_old_zip_encryption_is_no_encryption(tmp_path: Path, files: Files) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    pack = ["7z", "a", "-tzip", "-mm=Copy", "-mem=ZipCrypto", f"-p{BUNDLE_PASSWORD}", "bundle.zip", *NAMES]
+    subprocess.run(pack, cwd=tmp_path, check=True, capture_output=True)
+    with pytest.raises(CheckFailed, match="not encrypted with AES-256"):
+        open_bundle((tmp_path / "bundle.zip").read_bytes(), BUNDLE_PASSWORD)
+
+
+def test_no_secret_shows_in_what_a_traceback_would_show(files: Files) -> None:
+    bundle = open_bundle(build_bundle(files), BUNDLE_PASSWORD)
+    assert "PRIVATE" not in repr(bundle)
+    with pytest.raises(CheckFailed) as caught:
+        check_bundle(
+            replace(bundle, files=changed(files, device_key=key_pem(Authority("x").key))), now=datetime.now(UTC)
+        )
+    assert "PRIVATE" not in repr(caught.value)
+
+
+@pytest.mark.parametrize("cut", range(0, 3000, 97))
+def test_a_damaged_bundle_is_always_one_sentence(cut: int, files: Files) -> None:
+    content = bytearray(build_bundle(files))
+    for place in range(cut % len(content), len(content), 411):
+        content[place] ^= 0xFF
+    with pytest.raises(CheckFailed):
+        check_bundle(open_bundle(bytes(content), BUNDLE_PASSWORD), now=datetime.now(UTC))

@@ -1,0 +1,118 @@
+"""Bundles in each form, opened by the tool that it is for."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from flask import Flask
+
+from access import Role
+from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem, problem_of
+
+pytestmark = ON_SQLITE
+
+PASSWORD = "correct horse battery"
+KEY_TYPES = ("ec-p256", "ed25519", "rsa-2048")
+
+
+def openssl(*arguments: str | Path, fails: bool = False) -> str:
+    done = subprocess.run(["openssl", *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stdout + done.stderr
+
+
+def delivered(app: Flask, tmp_path: Path, **fields: Any) -> tuple[dict[str, Any], Path]:
+    """A registered device, with the file that its link gives."""
+    registered = api_as(app, Role.OPERATOR).register(bundle_password=PASSWORD, **fields)
+    path = "/download/" + registered["download_url"].rpartition("/")[2]
+    anyone = api_as(app, None)
+    looked = anyone.call("HEAD", path)
+    answer = anyone.get(path)
+    kind = "p12" if fields["bundle_format"] == "p12" else "zip"
+    for headers in (looked.headers, answer.headers):
+        assert headers["Content-Type"] == {"p12": "application/x-pkcs12", "zip": "application/zip"}[kind]
+        assert headers["Content-Disposition"] == f'attachment; filename="{registered["device_id"]}.{kind}"'
+        assert headers["Content-Length"] == str(len(answer.data))
+    file = tmp_path / f"bundle.{kind}"
+    file.write_bytes(answer.data)
+    answer.close()
+    return registered, file
+
+
+@pytest.mark.parametrize("key_type", KEY_TYPES)
+def test_p12_opens_with_openssl_and_holds_key_certificate_and_issuers(
+    shared_app: Flask, tmp_path: Path, key_type: str
+) -> None:
+    registered, file = delivered(shared_app, tmp_path, bundle_format="p12", key_type=key_type)
+    password = ("-passin", f"pass:{PASSWORD}")
+    said = openssl("pkcs12", "-in", file, *password, "-info", "-noout")
+    assert "MAC: sha256" in said
+    assert said.count("PBES2, PBKDF2, AES-256-CBC") == 2
+    pem = openssl("pkcs12", "-in", file, *password, "-nodes")
+    certificates = x509.load_pem_x509_certificates(pem.encode())
+    assert f"{certificates[0].serial_number:x}" == registered["serial_number"]
+    key = load_pem_private_key(pem.encode(), None)
+    assert key.public_key() == certificates[0].public_key()
+    certificates[0].verify_directly_issued_by(certificates[1])
+    assert registered["device_id"] in said + pem, "the alias"
+    assert "invalid password" in openssl("pkcs12", "-in", file, "-passin", "pass:wrong", "-noout", fails=True)
+
+
+@pytest.mark.skipif(shutil.which("keytool") is None, reason="keytool comes with a JDK, which the tests do not install")
+def test_p12_is_a_java_keystore(shared_app: Flask, tmp_path: Path) -> None:
+    registered, file = delivered(shared_app, tmp_path, bundle_format="p12")
+    command = ["keytool", "-list", "-v", "-storetype", "PKCS12", "-keystore", str(file), "-storepass:env", "STOREPASS"]
+    environment = {"STOREPASS": PASSWORD, "PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "Entry type: PrivateKeyEntry" in said
+    assert "Certificate chain length: 3" in said
+    assert f"Alias name: {registered['device_id']}" in said
+    wrong = subprocess.run(command, env=environment | {"STOREPASS": "wrong password"}, capture_output=True, check=False)
+    assert wrong.returncode != 0
+
+
+@pytest.mark.parametrize("key_type", KEY_TYPES)
+def test_pem_opens_with_any_unzip_and_its_key_with_openssl(shared_app: Flask, tmp_path: Path, key_type: str) -> None:
+    registered, file = delivered(shared_app, tmp_path, bundle_format="pem", key_type=key_type)
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+        archive.extractall(tmp_path)
+    key, certificate = tmp_path / "device.key", tmp_path / "device.pem"
+    assert key.read_text().startswith("-----BEGIN ENCRYPTED PRIVATE KEY-----")
+    structure = openssl("asn1parse", "-in", key)
+    for part in ("PBES2", "PBKDF2", "hmacWithSHA256", "aes-256-cbc", f":{600_000:06X}"):
+        assert part in structure
+    public = openssl("pkey", "-in", key, "-passin", f"pass:{PASSWORD}", "-pubout")
+    assert public == openssl("x509", "-in", certificate, "-pubkey", "-noout")
+    openssl("pkey", "-in", key, "-passin", "pass:wrong", "-noout", fails=True)
+    openssl("verify", "-CAfile", tmp_path / "ca.pem", certificate)
+    assert "compare it" in (tmp_path / "README.txt").read_text()
+    assert f"{x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number:x}" == registered["serial_number"]
+
+
+def test_pem_opens_with_unzip(shared_app: Flask, tmp_path: Path) -> None:
+    _, file = delivered(shared_app, tmp_path, bundle_format="pem")
+    subprocess.run(["unzip", "-q", file.name], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "device.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("bundle_format", ["p12", "pem"])
+def test_a_renewal_takes_a_form_too(shared_app: Flask, bundle_format: str) -> None:
+    api = api_as(shared_app, Role.OPERATOR)
+    renewed = api.post(f"/devices/{api.register()['device_id']}/renew", {"bundle_format": bundle_format}).json
+    content = api.get("/download/" + renewed["download_url"].rpartition("/")[2]).data
+    assert content.startswith(b"PK" if bundle_format == "pem" else b"\x30")
+    assert b"BEGIN PRIVATE KEY" not in content
+
+
+@pytest.mark.parametrize("fields", [{"bundle_format": "rar"}, {"bundle_format": "p12", "csr": csr_pem()}])
+def test_a_form_that_there_is_not_or_that_a_csr_makes_void_is_refused(api: Api, fields: dict[str, str]) -> None:
+    plain = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
+    problem_of(api.post("/register", plain | fields), 422, "invalid_input")

@@ -1,0 +1,47 @@
+"""The device's own tool: what it makes of answers that are none."""
+
+from __future__ import annotations
+
+import base64
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from types import ModuleType
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
+
+from tests.support.deployment import ROOT
+from tests.support.pki import PEM, Authority
+
+
+@pytest.fixture(scope="module")
+def enrol() -> ModuleType:
+    spec = spec_from_loader("device_enrol", SourceFileLoader("device_enrol", str(ROOT / "device" / "enrol")))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"<html>", "not Base64"),
+        (base64.encodebytes(b"<html>a login page</html>"), "not PKCS#7"),
+        (b"", "not PKCS#7"),
+        (base64.encodebytes(bytes.fromhex("300b06092a864886f70d010702")), "no certificate"),
+    ],
+)
+def test_an_answer_that_is_no_pkcs7_is_a_reason_to_come_back_later(enrol: ModuleType, answer: bytes, said: str) -> None:
+    with pytest.raises(enrol.End, match=said) as raised:
+        enrol.certificates(answer)
+    assert raised.value.status == enrol.LATER
+
+
+def test_an_answer_is_read_however_its_base64_is_broken_into_lines(enrol: ModuleType) -> None:
+    certificate = Authority("A CA").certificate
+    der = pkcs7.serialize_certificates([certificate], Encoding.DER)
+    spaced = base64.encodebytes(der).replace(b"\n", b" \r\n")
+    for answer in (base64.b64encode(der), base64.encodebytes(der), spaced):
+        assert enrol.certificates(answer) == [certificate.public_bytes(PEM)]

@@ -1,0 +1,43 @@
+"""A backup from before a rollover: what it does not know is trusted no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography import x509
+
+import jobs_authority
+from backup import back_up
+from backup_restore import restore
+from config import Settings
+from installation import open_portal, prepare
+from tests.support.harness import ON_SQLITE, Clock, csr_pem
+from tests.workflows.test_registration import OPERATOR, with_fields
+
+
+@ON_SQLITE
+def test_a_ca_that_the_copy_does_not_know_is_gone_and_its_key_never_used_again(
+    make_settings: Callable[..., Settings], clock: Clock, tmp_path: Path
+) -> None:
+    settings = make_settings()
+    portal = open_portal(settings, clock)
+    older = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
+    back_up(settings, tmp_path / "copy", now=clock())
+    assert jobs_authority.roll_over(portal, OPERATOR, lambda _: None) == "issuing-2"
+    newer = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
+    assert newer.chain is not None
+    portal.close()
+    restore(settings, tmp_path / "copy", replace=True, keep_links=False, now=clock())
+
+    portal = open_portal(settings, clock)
+    prepare(portal)
+    trusted = x509.load_pem_x509_certificates(settings.broker_file("ca.pem").read_bytes())
+    names = [certificate.subject.rfc4514_string() for certificate in trusted]
+    assert names == ["CN=Device Onboarding Issuing CA 1", "CN=Device Onboarding Root CA"]
+    assert x509.load_pem_x509_certificates(newer.chain.encode())[1] not in trusted
+    for path in (settings.tls_dir / "server.pem", settings.broker_file("server.pem")):
+        assert x509.load_pem_x509_certificates(path.read_bytes())[1] == trusted[0]
+    assert portal.inventory.device("default", older.device_id).certificate is not None
+    assert jobs_authority.roll_over(portal, OPERATOR, lambda _: None) == "issuing-3"
+    portal.close()

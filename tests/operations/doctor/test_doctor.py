@@ -1,0 +1,516 @@
+"""Each trap, made by hand, shows as the line that speaks of it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import sqlalchemy as sa
+
+import access
+import db_access
+import db_issuers
+import doctor
+import doctor_ocsp
+from access import Role
+from app import create_app, portal_of
+from config import AclStyle, Settings
+from db_tables import Certificate, Delivery
+from doctor_findings import Finding, State, Verdict, exit_status, problem, together, warning, well
+from doctor_mosquitto import fleet_fits, read_configuration, traps, version_of
+from doctor_subject import Subject
+from installation import Portal, prepare
+from tests.support.harness import Clock, settings_for
+from tests.support.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT
+from tests.workflows.test_registration import OPERATOR, PUMP, token_of
+
+# What cannot be well in these tests, where neither the server nor the broker runs.
+ABSENT = {
+    *("portal", "portal certificate", "CRL served", "OCSP served"),
+    *("broker", "broker certificate", "canaries", "generation"),
+}
+
+
+@pytest.fixture
+def portal(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Portal]:
+    """A prepared portal with two devices, of which one is revoked; neither server nor broker runs."""
+    app = create_app(make_settings(PORTAL_ENFORCE_TIMEOUT="0.1"), background=False, clock=clock)
+    built = portal_of(app)
+    prepare(built)
+    for _ in range(2):
+        device = built.onboarding.register(OPERATOR, PUMP)
+    built.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")
+    built.enforcement.install()
+    (built.settings.broker_dir / "mosquitto.conf").write_text(installed_configuration(built.settings))
+    yield built
+    built.close()
+
+
+def installed_configuration(settings: Settings) -> str:
+    """What mosquitto/README.md says to install."""
+    text = CONFIGURATION.read_text().replace(INSTALLED_FOLDER, str(settings.broker_dir))
+    return text.replace(INSTALLED_PORT, str(settings.mqtt_port))
+
+
+def examined(portal: Portal, *names: str) -> dict[str, Finding]:
+    checks = tuple((name, check) for name, check in doctor.CHECKS if not names or name in names)
+    return {finding.name: finding for finding in doctor.examine(portal.settings, portal.clock, checks=checks)}
+
+
+def test_a_sound_installation_is_well_but_for_what_does_not_run(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("doctor_mosquitto.version_of", lambda _: (2, 1, 2))
+    findings = examined(portal)
+    assert {name: finding for name, finding in findings.items() if finding.state is not State.OK}.keys() == ABSENT
+    assert list(findings) == [name for name, _ in doctor.CHECKS]
+    for finding in findings.values():
+        assert finding.detail.endswith(".")
+        assert "Traceback" not in finding.detail
+
+
+def test_nothing_is_changed_by_looking(portal: Portal) -> None:
+    def state() -> dict[Path, tuple[int, int, bytes]]:
+        return {
+            path: (path.lstat().st_mode, path.lstat().st_mtime_ns, path.read_bytes())
+            for path in portal.settings.data_dir.rglob("*")
+            if path.is_file() and not path.name.startswith("portal.db") and path.suffix != ".lock"
+        }
+
+    portal.settings.broker_file("passwords").write_text("damaged")
+    portal.settings.secrets_dir.chmod(0o755)
+    before = state()
+    examined(portal)
+    assert state() == before
+    assert portal.settings.secrets_dir.stat().st_mode & 0o777 == 0o755
+
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+def others_read_a_key(portal: Portal) -> None:
+    (portal.settings.ca_dir / "issuing-1.key.pem").chmod(0o644)
+
+
+def others_read_the_server_key(portal: Portal) -> None:
+    portal.settings.broker_file("server.key").chmod(0o644)
+
+
+def others_read_the_token(portal: Portal) -> None:
+    (portal.settings.data_dir / "operator.env").write_text("")
+
+
+def others_enter_the_secrets(portal: Portal) -> None:
+    portal.settings.secrets_dir.chmod(0o755)
+
+
+def a_folder_is_missing(portal: Portal) -> None:
+    for path in (portal.settings.data_dir / "canaries").iterdir():
+        path.unlink()
+    (portal.settings.data_dir / "canaries").rmdir()
+
+
+def the_passphrase_is_another(portal: Portal) -> None:
+    (portal.settings.secrets_dir / "ca-passphrase").write_text("this is another passphrase")
+
+
+def the_issuing_key_is_lost(portal: Portal) -> None:
+    (portal.settings.ca_dir / "issuing-1.key.pem").unlink()
+
+
+def the_issuing_key_is_the_roots(portal: Portal) -> None:
+    content = (portal.settings.ca_dir / "root.key.pem").read_bytes()
+    (portal.settings.ca_dir / "issuing-1.key.pem").write_bytes(content)
+
+
+def ca_pem_is_cut_off(portal: Portal) -> None:
+    path = portal.settings.data_dir / "ca.pem"
+    path.write_text(path.read_text().partition("-----END CERTIFICATE-----\n")[0] + "-----END CERTIFICATE-----\n")
+
+
+def the_crl_is_an_older_one(portal: Portal) -> None:
+    path = portal.settings.broker_file("crl.pem")
+    older = path.read_bytes()
+    revoke_another(portal)
+    path.write_bytes(older)
+
+
+def revoke_another(portal: Portal) -> None:
+    device = portal.onboarding.register(OPERATOR, PUMP)
+    portal.onboarding.revoke(OPERATOR, device.device_id, "superseded")
+    portal.enforcement.install()
+
+
+def the_crl_is_gone(portal: Portal) -> None:
+    portal.settings.broker_file("crl.pem").unlink()
+
+
+def the_acl_lets_somebody_in(portal: Portal) -> None:
+    path = portal.settings.broker_file("acl")
+    stranger = "user 00000000-0000-4000-8000-000000000000\ntopic readwrite #\n# end"
+    path.write_text(path.read_text().replace("# end", stranger))
+
+
+def the_acl_leaves_somebody_out(portal: Portal) -> None:
+    path = portal.settings.broker_file("acl")
+    lines = path.read_text().splitlines(keepends=True)
+    at = next(number for number, line in enumerate(lines) if line.startswith("user ") and "-" in line)
+    path.write_text("".join(lines[:at] + lines[at + 2 :]))
+
+
+def the_acl_gives_more(portal: Portal) -> None:
+    path = portal.settings.broker_file("acl")
+    path.write_text(path.read_text().replace("readwrite devices/", "readwrite devices/+/"))
+
+
+def a_revocation_is_undone(portal: Portal) -> None:
+    with portal.database.transaction() as tx:
+        tx.execute(sa.delete(Delivery))
+        tx.execute(sa.delete(Certificate).where(Certificate.purpose == "device", Certificate.status == "revoked"))
+
+
+def the_passwords_are_others(portal: Portal) -> None:
+    portal.settings.broker_file("passwords").write_text("portal:$7$101$x$y\n")
+
+
+def an_audit_entry_is_altered(portal: Portal) -> None:
+    with portal.database.transaction() as tx:
+        if tx.dialect.name == "sqlite":
+            tx.execute(sa.text("DROP TRIGGER audit_entries_unchanged"))
+        else:
+            tx.execute(sa.text("DROP TRIGGER audit_entries_append_only ON audit_entries"))
+        tx.execute(sa.text("UPDATE audit_entries SET actor = 'nobody' WHERE number = 2"))
+
+
+def the_schema_is_another(portal: Portal) -> None:
+    with portal.database.transaction() as tx:
+        tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+
+
+def the_responder_is_gone(portal: Portal) -> None:
+    portal.responder.certificates.path("issuing-1").unlink()
+
+
+def the_responder_is_the_roots(portal: Portal) -> None:
+    path = portal.responder.certificates.path
+    path("issuing-1").write_bytes(path("root").read_bytes())
+
+
+def others_read_the_responder(portal: Portal) -> None:
+    portal.responder.certificates.path("issuing-1").chmod(0o644)
+
+
+def the_canary_is_gone(portal: Portal) -> None:
+    (portal.settings.data_dir / "canaries" / "good.pem").unlink()
+
+
+@pytest.mark.parametrize(
+    ("trap", "name", "said"),
+    [
+        (others_read_a_key, "secret files", "chmod 600"),
+        (others_read_a_key, "CA keys", "chmod 600"),
+        (others_read_the_server_key, "secret files", "chmod 640"),
+        (others_read_the_token, "secret files", "operator.env has mode 644"),
+        (others_enter_the_secrets, "data folder", "has mode 755, not 700"),
+        (a_folder_is_missing, "data folder", "canaries is missing"),
+        (the_passphrase_is_another, "CA keys", "does not open"),
+        (the_issuing_key_is_lost, "CA keys", "issuing-1.key.pem"),
+        (the_issuing_key_is_the_roots, "CA keys", "not that of its certificate"),
+        (ca_pem_is_cut_off, "CA chain", "ca.pem does not hold"),
+        (the_crl_is_an_older_one, "CRL", "does not hold the newest CRL"),
+        (the_crl_is_an_older_one, "CRL entries", "1 revoked certificates are not on the CRL"),
+        (the_crl_is_an_older_one, "broker files", "was changed since generation"),
+        (the_crl_is_gone, "CRL", "cannot be read"),
+        (the_crl_is_gone, "CRL entries", "crl.pem"),
+        (
+            the_acl_lets_somebody_in,
+            "ACL entries",
+            "1 entries should not be there: 00000000-",
+        ),
+        (the_acl_leaves_somebody_out, "ACL entries", "1 entries are missing"),
+        (the_acl_gives_more, "ACL entries", "1 entries give other topics"),
+        (a_revocation_is_undone, "CRL entries", "1 certificates are on the CRL but not revoked"),
+        (the_passwords_are_others, "broker files", "is not what the portal wrote"),
+        (an_audit_entry_is_altered, "audit record", "Entry 2 was altered"),
+        (the_schema_is_another, "database", "has schema 9999"),
+        (the_canary_is_gone, "expiry", "The good canary"),
+        (the_responder_is_gone, "OCSP responders", "issuing-1.pem cannot be read"),
+        (the_responder_is_the_roots, "OCSP responders", "of CA issuing-1 cannot be used"),
+        (others_read_the_responder, "secret files", "issuing-1.pem has mode 644"),
+    ],
+)
+def test_a_trap_shows_as_its_line(portal: Portal, trap: Callable[[Portal], None], name: str, said: str) -> None:
+    assert examined(portal, name)[name].state is State.OK
+    trap(portal)
+    finding = examined(portal, name)[name]
+    assert finding.state is State.PROBLEM
+    assert said in f"{finding.detail} {finding.advice}"
+
+
+# --- OCSP ---------------------------------------------------------------------------------------------------------
+
+
+def asked_about_the_canaries(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> Finding:
+    """What is found where the portal answers, without a network between."""
+
+    def served(_subject: object, path: str) -> bytes:
+        return portal.responder.answer(base64.b64decode(unquote(path.removeprefix("/ocsp/")))).der
+
+    monkeypatch.setattr(doctor_ocsp, "served", served)
+    return examined(portal, "OCSP served")["OCSP served"]
+
+
+def test_ocsp_tells_the_good_canary_from_the_revoked_one(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked_about_the_canaries(portal, monkeypatch).state is State.OK
+    folder = portal.settings.data_dir / "canaries"
+    (folder / "revoked.pem").write_bytes((folder / "good.pem").read_bytes())
+    finding = asked_about_the_canaries(portal, monkeypatch)
+    assert finding.state is State.PROBLEM
+    assert "Asked about the revoked canary, it says good, not revoked." in finding.detail
+
+
+def test_ocsp_that_has_no_answer_or_none_of_ours_is_a_problem(
+    portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portal.responder.certificates.path("issuing-1").unlink()
+    assert "it answers try_later" in asked_about_the_canaries(portal, monkeypatch).detail
+    monkeypatch.setattr(doctor_ocsp, "served", lambda *_: b"")
+    assert "it gives no OCSP answer" in examined(portal, "OCSP served")["OCSP served"].detail
+
+
+# --- Time ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ahead", "name", "state", "said"),
+    [
+        ({"hours": -2}, "clock", State.PROBLEM, "the clock was set back"),
+        ({"hours": -2}, "CRL", State.PROBLEM, "not valid yet"),
+        ({"days": 4}, "CRL", State.WARNING, "should have been renewed"),
+        ({"days": 5}, "CRL", State.PROBLEM, "was not renewed"),
+        ({"days": 8}, "CRL", State.PROBLEM, "was not renewed"),
+        ({"days": 9}, "OCSP responders", State.OK, "renewed in time"),
+        ({"days": 10}, "OCSP responders", State.WARNING, "should have been renewed"),
+        ({"days": 14}, "OCSP responders", State.PROBLEM, "not valid now"),
+        ({"days": 59}, "expiry", State.OK, "Nothing ends"),
+        ({"days": 61}, "expiry", State.WARNING, "The portal's certificate ends"),
+        ({"days": 91}, "expiry", State.PROBLEM, "The broker's certificate ended"),
+        ({"days": 340}, "expiry", State.PROBLEM, "1 device certificates end within 30 days"),
+        ({"days": 350}, "CRL", State.PROBLEM, "The CRL of root ends"),
+        ({"days": 1825 - 60}, "expiry", State.PROBLEM, "The CA issuing-1 ends"),
+        ({"days": 1826}, "CA chain", State.PROBLEM, "issuing-1 is not valid now"),
+        ({"hours": 25}, "links", State.WARNING, "1 bundles are still there"),
+    ],
+)
+def test_what_the_time_brings_is_said(
+    portal: Portal, clock: Clock, ahead: dict[str, float], name: str, state: State, said: str
+) -> None:
+    clock.advance(**ahead)
+    finding = examined(portal, name)[name]
+    assert finding.state is state, finding
+    assert said in finding.detail
+
+
+def test_a_pending_generation_is_a_problem_until_the_broker_was_seen_to_enforce_it(portal: Portal) -> None:
+    finding = examined(portal, "generation")["generation"]
+    assert finding.state is State.PROBLEM
+    assert "not in force" in finding.detail
+    with portal.database.transaction() as tx:
+        state = db_issuers.get_broker_state(tx, "default")
+        db_issuers.set_applied_generation(tx, "default", state.generation, applied_at=portal.clock())
+    assert examined(portal, "generation")["generation"].state is State.OK
+
+
+def test_a_token_without_an_end_is_a_warning(portal: Portal) -> None:
+    for name, end in (("ci", None), ("factory", portal.clock() + timedelta(days=1))):
+        secret, record = access.new_token("default", name, Role.OPERATOR, end, now=portal.clock())
+        with portal.database.transaction() as tx:
+            db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+    finding = examined(portal, "tokens")["tokens"]
+    assert finding.state is State.WARNING
+    assert "1 operator tokens never expire: ci." in finding.detail
+
+
+def test_bundles_that_wait_are_counted(portal: Portal) -> None:
+    waits = portal.onboarding.register(OPERATOR, PUMP)
+    assert token_of(waits)
+    assert examined(portal, "links")["links"].detail.startswith("2 bundles wait")
+
+
+def test_little_room_is_said(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, state in ((1 << 40, State.OK), (1 << 29, State.WARNING), (1 << 20, State.PROBLEM)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: dataclasses.make_dataclass("U", ["free"])(free))
+        assert examined(portal, "disk space")["disk space"].state is state
+
+
+# --- The broker's configuration -----------------------------------------------------------------------------------
+
+
+def without(option: str) -> Callable[[str], str]:
+    return lambda text: "".join(line for line in text.splitlines(keepends=True) if not line.startswith(f"{option} "))
+
+
+def with_line(line: str) -> Callable[[str], str]:
+    return lambda text: f"{text}\n{line}\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "said"),
+    [
+        (without("use_username_as_clientid"), State.PROBLEM, "use_username_as_clientid is not true"),
+        (with_line("use_username_as_clientid false"), State.PROBLEM, "use_username_as_clientid is not true"),
+        (without("use_identity_as_username"), State.PROBLEM, "use_identity_as_username is not true"),
+        (with_line("use_subject_as_username true"), State.PROBLEM, "use_subject_as_username is true"),
+        (without("require_certificate"), State.PROBLEM, "require_certificate is not true"),
+        (without("check_retain_source"), State.PROBLEM, "check_retain_source is not true"),
+        (without("set_tcp_nodelay"), State.WARNING, "set_tcp_nodelay is not true"),
+        (with_line("allow_anonymous true"), State.PROBLEM, "allow_anonymous is true"),
+        (with_line("per_listener_settings true"), State.PROBLEM, "per_listener_settings is true"),
+        (without("acl_file"), State.PROBLEM, "acl_file is missing"),
+        (with_line("acl_file /etc/mosquitto/acl"), State.PROBLEM, "acl_file is /etc/mosquitto/acl, not"),
+        (without("crlfile"), State.PROBLEM, "crlfile is missing: revoked certificates are let in"),
+        (with_line("crlfile /etc/ssl/crl.pem"), State.PROBLEM, "crlfile is /etc/ssl/crl.pem"),
+        (with_line("cafile /etc/ssl/certs/ca.pem"), State.PROBLEM, "cafile is /etc/ssl"),
+        (with_line("capath /etc/ssl/certs"), State.PROBLEM, "capath is set"),
+        (with_line("password_file /x"), State.PROBLEM, "password_file is /x"),
+        (with_line("certfile /x"), State.PROBLEM, "certfile is /x"),
+        (with_line("keyfile /x"), State.PROBLEM, "keyfile is /x"),
+        (without("pid_file"), State.PROBLEM, "pid_file is not"),
+        (with_line("tls_version tlsv1.1"), State.WARNING, "tls_version is tlsv1.1"),
+        (with_line("listener 1883"), State.PROBLEM, "Another listener, 1883, asks for no certificate"),
+        (with_line("plugin /usr/lib/x.so"), State.WARNING, "plugin is set"),
+        (with_line("persistent_client_expiration 14d"), State.WARNING, "persistent_client_expiration is set"),
+        (without("listener"), State.PROBLEM, "There is no listener"),
+        (lambda text: text.replace("\n", "\r\n"), State.OK, "none of the known traps"),
+    ],
+)
+def test_a_trap_of_the_configuration_is_named(
+    tmp_path: Path, change: Callable[[str], str], state: State, said: str
+) -> None:
+    settings = settings_for(tmp_path)
+    path = tmp_path / "mosquitto.conf"
+    path.write_text(installed_configuration(settings))
+    assert traps(read_configuration(path), settings) == []
+    path.write_text(change(path.read_text()))
+    verdict = together(traps(read_configuration(path), settings), "It has none of the known traps.")
+    assert verdict.state is state, verdict
+    assert said in verdict.detail
+
+
+def test_included_files_count(tmp_path: Path, portal: Portal) -> None:
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "portal.conf").write_text((portal.settings.broker_dir / "mosquitto.conf").read_text())
+    (tmp_path / "mosquitto.conf").write_text(f"include_dir {tmp_path / 'conf.d'}\n")
+    assert traps(read_configuration(tmp_path / "mosquitto.conf"), portal.settings) == []
+
+
+def test_a_configuration_that_is_not_there_is_said(portal: Portal) -> None:
+    checks = tuple(pair for pair in doctor.CHECKS if pair[0] == "broker configuration")
+    named = Path("/nonexistent/mosquitto.conf")
+    (finding,) = doctor.examine(portal.settings, portal.clock, broker_config=named, checks=checks)
+    assert finding.state is State.PROBLEM
+    assert "--broker-config" in finding.advice
+    (portal.settings.broker_dir / "mosquitto.conf").unlink()
+    (finding,) = doctor.examine(portal.settings, portal.clock, checks=checks)
+    assert finding.state is State.WARNING
+
+
+@pytest.mark.parametrize(
+    ("version", "style", "devices", "slow"),
+    [
+        ((2, 0, 11), AclStyle.PER_DEVICE, 10_000, False),
+        ((2, 0, 22), AclStyle.PER_DEVICE, 10_001, True),
+        ((2, 0, 22), AclStyle.PATTERN, 100_000, False),
+        ((2, 1, 2), AclStyle.PER_DEVICE, 100_000, False),
+    ],
+)
+def test_an_acl_too_slow_for_the_fleet_is_a_warning(
+    version: tuple[int, ...], style: AclStyle, devices: int, slow: bool
+) -> None:
+    assert bool(fleet_fits(version, style, devices)) is slow
+
+
+@pytest.mark.parametrize("version", [(2, 0, 11), (2, 0, 22), (2, 1, 0), (2, 1, 2)])
+@pytest.mark.parametrize("acl_style", ["per-device", "pattern"], indirect=True)
+def test_a_version_whose_reloads_harm_sleeping_sessions_is_a_warning(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], acl_style: str
+) -> None:
+    monkeypatch.setattr("doctor_mosquitto.version_of", lambda _: version)
+    finding = examined(portal, "broker version")["broker version"]
+    if version >= (2, 1, 0):
+        assert finding.state is State.OK
+        assert f"in style {acl_style}" in finding.detail
+        return
+    assert finding.state is State.WARNING
+    assert "(SIGHUP)" in finding.detail
+    assert "sleeping sessions" in finding.detail
+    assert "lose QoS 1 messages" in finding.detail
+    assert "may crash" in finding.detail
+    assert "Have few reloads" in finding.advice
+    assert "default topics" in finding.advice
+    assert ("PORTAL_ACL_STYLE=pattern" in finding.advice) == (acl_style == "per-device")
+
+
+def test_the_installed_configuration_does_not_shorten_sessions() -> None:
+    assert "persistent_client_expiration" not in CONFIGURATION.read_text()
+
+
+@pytest.mark.parametrize(
+    ("output", "version"),
+    [("mosquitto version 2.0.11\n\nUsage", (2, 0, 11)), ("mosquitto version 2.1.2-rc1\n", (2, 1, 2)), ("bash", None)],
+)
+def test_the_version_is_what_the_program_says(output: str, version: tuple[int, ...] | None) -> None:
+    assert version_of("x", lambda *_, **__: subprocess.CompletedProcess([], 0, output, "")) == version
+
+
+# --- The command --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("states", "status"),
+    [([], 0), ([well("")], 0), ([well(""), warning("", "")], 2), ([warning("", ""), problem("", "")], 1)],
+)
+def test_the_exit_status_tells_problems_from_warnings(states: list[Verdict], status: int) -> None:
+    assert exit_status([Finding("", verdict.state, "", "") for verdict in states]) == status
+
+
+def test_a_check_that_fails_unexpectedly_is_a_line_of_its_own(portal: Portal) -> None:
+    def fail(_: Subject) -> Verdict:
+        raise ZeroDivisionError("a mistake in the check")
+
+    findings = list(doctor.examine(portal.settings, portal.clock, checks=(("one", fail), ("two", lambda _: well("x")))))
+    assert [(finding.name, finding.state) for finding in findings] == [("one", State.PROBLEM), ("two", State.OK)]
+    assert "ZeroDivisionError" in findings[0].detail
+
+
+def test_the_command_prints_a_line_a_check_or_json(make_settings: Callable[..., Settings]) -> None:
+    app = create_app(make_settings(PORTAL_ENFORCE_TIMEOUT="0.1"), background=False)
+    with app.app_context():
+        plain = app.test_cli_runner().invoke(args=["doctor"])
+        as_json = app.test_cli_runner().invoke(args=["doctor", "--json"])
+    assert (plain.exit_code, as_json.exit_code) == (1, 1)
+    assert len(plain.output.splitlines()) == len(doctor.CHECKS)
+    findings = json.loads(as_json.output)
+    assert [finding["name"] for finding in findings] == [name for name, _ in doctor.CHECKS]
+    assert all(list(finding) == ["name", "state", "detail", "advice"] for finding in findings)
+
+
+def test_with_everything_gone_every_check_still_says_something(tmp_path: Path, portal: Portal) -> None:
+    settings = dataclasses.replace(
+        portal.settings,
+        data_dir=tmp_path / "nothing",
+        database_url=f"sqlite:///{tmp_path / 'nothing.db'}",
+        broker_dir=tmp_path / "none",
+    )
+    findings = list(doctor.examine(settings, portal.clock))
+    assert len(findings) == len(doctor.CHECKS)
+    assert not (tmp_path / "nothing.db").exists()
+    assert not (tmp_path / "nothing").exists()
+    assert all("unexpectedly" not in finding.detail for finding in findings)

@@ -1,0 +1,255 @@
+"""What happens with nobody asking, tried with a clock that is moved."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from cryptography import x509
+
+import db_issuers
+import jobs
+import jobs_authority
+import jobs_schedule
+from config import Settings
+from db_tables import Delivery, IdempotencyKey
+from files import FileLock
+from installation import Portal, open_portal
+from jobs_schedule import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
+from tests.support.harness import Clock
+from tests.workflows.test_registration import OPERATOR, PUMP
+
+
+def crl_number(portal: Portal, issuer_id: int) -> int:
+    with portal.database.snapshot() as tx:
+        crl = db_issuers.get_crl(tx, issuer_id)
+    assert crl is not None
+    return crl.number
+
+
+@pytest.mark.parametrize("name", ["acl", "crl.pem", "ca.pem"])
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
+def test_a_damaged_broker_file_is_written_anew_and_recorded(portal: Portal, name: str, damage: bytes | None) -> None:
+    path = portal.settings.broker_file(name)
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage)
+    assert any(check.name == "broker files" and check.problem for check in portal.readiness.checks())
+    jobs.repair_broker(portal)
+    assert portal.broker.damage() == []
+    assert "broker:repair" in {
+        entry.action for entry in portal.operators.audit("default", limit=5, before=None, filters={})[0]
+    }
+
+
+def test_damage_that_cannot_be_repaired_is_recorded_once(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    portal.settings.broker_file("acl").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        for _ in range(3):
+            jobs.repair_broker(portal)
+    entries = portal.operators.audit("default", limit=50, before=None, filters={"action": "broker:repair"})[0]
+    assert len(entries) == 1
+    jobs.repair_broker(portal)
+    assert portal.broker.damage() == []
+
+
+def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> None:
+    issuer = portal.authority.issuing.id
+    first = crl_number(portal, issuer)
+    clock.advance(days=portal.settings.crl_days / 2 - 1)
+    jobs_authority.renew_crls(portal)
+    assert crl_number(portal, issuer) == first
+    clock.advance(days=1)
+    jobs_authority.renew_crls(portal)
+    assert crl_number(portal, issuer) == first + 1
+    crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
+    assert crl.next_update_utc is not None
+    assert (crl.next_update_utc - clock()).days >= portal.settings.crl_days - 1
+
+
+def test_after_a_long_downtime_the_first_renewal_makes_everything_current(portal: Portal, clock: Clock) -> None:
+    clock.advance(days=400)
+    assert {check.name for check in portal.readiness.checks() if check.problem} >= {"crl", "broker files"}
+    jobs_authority.renew_crls(portal)
+    assert not {check.name for check in portal.readiness.checks() if check.problem} & {"crl", "broker files"}
+    assert portal.broker.damage() == []
+
+
+def test_a_clock_that_goes_back_an_hour_leaves_no_crl_that_is_not_yet_valid(portal: Portal, clock: Clock) -> None:
+    for _ in range(3):
+        portal.onboarding.revoke(OPERATOR, portal.onboarding.register(OPERATOR, PUMP).device_id, "unspecified")
+    clock.advance(hours=-2)
+    jobs_authority.renew_crls(portal)
+    crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
+    assert crl.last_update_utc <= clock()
+
+
+def test_server_certificates_and_canaries_renew_themselves(portal: Portal, clock: Clock) -> None:
+    paths = [
+        portal.settings.tls_dir / "server.pem",
+        portal.settings.broker_file("server.pem"),
+        portal.settings.data_dir / "canaries" / "good.pem",
+        portal.settings.data_dir / "canaries" / "revoked.pem",
+    ]
+    before = [path.read_bytes() for path in paths]
+    jobs_authority.renew_certificates(portal)
+    assert [path.read_bytes() for path in paths] == before
+    clock.advance(days=61)
+    jobs_authority.renew_certificates(portal)
+    for path, old in zip(paths, before, strict=True):
+        assert path.read_bytes() != old
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        assert certificate.not_valid_before_utc <= clock() < certificate.not_valid_after_utc
+
+
+def test_a_new_name_in_the_settings_gets_a_new_server_certificate(
+    make_settings: Callable[..., Settings], clock: Clock
+) -> None:
+    portal = open_portal(make_settings(PORTAL_SERVER_NAMES="localhost,portal.example"), clock)
+    jobs_authority.renew_certificates(portal)
+    certificate = x509.load_pem_x509_certificate((portal.settings.tls_dir / "server.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "portal.example" in names.get_values_for_type(x509.DNSName)
+    portal.close()
+
+
+def test_a_key_that_does_not_belong_to_its_certificate_is_replaced(portal: Portal) -> None:
+    key = portal.settings.tls_dir / "server.key"
+    key.write_bytes((portal.settings.data_dir / "canaries" / "good.key").read_bytes())
+    jobs_authority.renew_certificates(portal)
+    jobs_authority.renew_certificates(portal)
+    assert key.read_bytes() != (portal.settings.data_dir / "canaries" / "good.key").read_bytes()
+
+
+def test_bundles_and_answers_whose_time_is_over_are_destroyed(portal: Portal, clock: Clock) -> None:
+    portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    jobs.expire(portal)
+    with portal.database.snapshot() as tx:
+        assert tx.execute(sa.select(Delivery.status)).scalars().all() == ["ready"]
+    clock.advance(hours=25)
+    jobs.expire(portal)
+    with portal.database.snapshot() as tx:
+        assert tx.execute(sa.select(Delivery.status, Delivery.bundle)).one() == ("expired", None)
+        assert tx.execute(sa.select(sa.func.count()).select_from(IdempotencyKey)).scalar_one() == 0
+
+
+def test_a_job_that_fails_does_not_stop_the_others(portal: Portal) -> None:
+    stopping, done = threading.Event(), threading.Event()
+
+    def fail(_: Portal) -> None:
+        raise RuntimeError("a job of a test")
+
+    def succeed(_: Portal) -> None:
+        done.set()
+        stopping.set()
+
+    jobs.run(portal, stopping, (Job("failing", 0, fail), Job("other", 0, succeed)))
+    assert done.is_set()
+
+
+def test_one_process_at_a_time_runs_the_jobs(portal: Portal) -> None:
+    stopping, leading, release = threading.Event(), threading.Event(), threading.Event()
+
+    def lead(_: Portal) -> None:
+        leading.set()
+        release.wait(10)
+        stopping.set()
+
+    first = threading.Thread(target=jobs.run, args=(portal, stopping, (Job("lead", 0, lead),)))
+    first.start()
+    assert leading.wait(10)
+    with FileLock(portal.settings.data_dir / ".jobs.lock").try_hold() as held:
+        assert not held
+    release.set()
+    first.join()
+
+
+def test_where_the_clock_was_moved_every_job_runs_at_once_but_the_one_that_destroys(
+    portal: Portal, clock: Clock
+) -> None:
+    stopping = threading.Event()
+    ran: list[str] = []
+
+    def move(_: Portal) -> None:
+        ran.append("move")
+        if ran.count("move") == 1:
+            clock.advance(days=365)
+        else:
+            stopping.set()
+
+    daily = Job("daily", 86400, lambda _: ran.append("daily"))
+    expiry = Job("expiry", 0.02, lambda _: ran.append("expiry"), final=True)
+    jobs.run(portal, stopping, (daily, expiry, Job("move", 0.05, move)))
+    assert ran.count("daily") == 2
+    assert ran.index("move") > ran.index("expiry")
+    assert "expiry" not in ran[ran.index("move") :]
+    assert CLOCK_TRUSTED_SECONDS >= 3600
+
+
+def test_a_clock_that_was_moved_and_moved_back_while_another_process_ran_the_jobs_is_seen(
+    portal: Portal, clock: Clock
+) -> None:
+    stopping = threading.Event()
+    ran: list[str] = []
+    daily = Job("daily", 86400, lambda _: ran.append("daily"))
+
+    def stop(event: threading.Event) -> Job:
+        return Job("stop", 0, lambda _: event.set())
+
+    def sleep_while_another_stands_in(_: Portal) -> None:
+        if ran.count("daily") == 1:
+            clock.advance(days=365)
+            other = threading.Event()
+            jobs_schedule.lead(portal, other, (daily, stop(other)), lambda: True)
+            clock.advance(days=-365)
+        else:
+            stopping.set()
+
+    jobs.run(portal, stopping, (daily, Job("sleep", 0, sleep_while_another_stands_in)))
+    assert ran == ["daily"] * 3
+
+
+def test_what_was_seen_of_the_clock_before_the_machine_started_anew_does_not_count(
+    portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(jobs_schedule, "BOOT_ID", tmp_path / "hidden from the service")
+    ran: list[str] = []
+
+    def run_and_stop(_: Portal) -> None:
+        ran.append(os.environ["INVOCATION_ID"])
+        stopping.set()
+
+    for run_of_the_service in ("first", "second"):
+        monkeypatch.setenv("INVOCATION_ID", run_of_the_service)
+        stopping = threading.Event()
+        too_late = threading.Timer(20, stopping.set)
+        too_late.start()
+        jobs.run(portal, stopping, (Job("expiry", 60, run_and_stop, final=True),))
+        too_late.cancel()
+        clock.advance(days=1)  # as the monotonic clock falls behind when it begins anew
+    assert ran == ["first", "second"]
+
+
+def test_the_jobs_run_beside_a_process_that_leads_and_gives_no_sign_of_life(portal: Portal) -> None:
+    lock = portal.settings.data_dir / LEADER_LOCK
+    stopping = threading.Event()
+    ran = threading.Event()
+
+    def run_and_stop(_: Portal) -> None:
+        ran.set()
+        stopping.set()
+
+    with FileLock(lock).hold():
+        os.utime(lock, (0, time.time() - SILENT_SECONDS - 1))
+        jobs.run(portal, stopping, (Job("only", 0, run_and_stop),))
+    assert ran.is_set()

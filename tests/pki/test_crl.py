@@ -1,0 +1,139 @@
+"""How the certificate authority revokes."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import SignatureAlgorithmOID
+
+import ca
+from errors import SignatureCheckFailed
+from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
+
+NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
+SECOND = NOW.replace(microsecond=0)
+
+
+@pytest.fixture(scope="module")
+def cas() -> Hierarchy:
+    return make_hierarchy(NOW)
+
+
+def test_a_crl_names_what_was_revoked(cas: Hierarchy) -> None:
+    serial_number = cas.device().serial_number
+    entry = ca.revoke_certificate(serial_number, NOW, ca.Reason.KEY_COMPROMISE)
+    crl = x509.load_der_x509_crl(cas.crl(entry, number=41))
+
+    assert crl.issuer == cas.issuing.certificate.subject
+    assert crl.signature_algorithm_oid == SignatureAlgorithmOID.ECDSA_WITH_SHA256
+    assert (crl.last_update_utc, crl.next_update_utc) == (SECOND, SECOND + timedelta(days=7))
+    assert crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number == 41
+    authority = crl.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    issuer_identifier = cas.issuing.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    assert authority.key_identifier == issuer_identifier.digest
+    assert len(crl.extensions) == 2
+    found = crl.get_revoked_certificate_by_serial_number(int(serial_number, 16))
+    assert found is not None
+    assert found.revocation_date_utc == SECOND
+    assert found.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.key_compromise
+
+
+@pytest.mark.parametrize("reason", ca.Reason)
+def test_every_reason_of_a_full_crl_can_be_given_but_unspecified_is_left_out(cas: Hierarchy, reason: ca.Reason) -> None:
+    [entry] = x509.load_der_x509_crl(cas.crl(ca.revoke_certificate("0a", NOW, reason)))
+    codes = [extension.value for extension in entry.extensions]
+    expected = [] if reason == "unspecified" else [x509.CRLReason(x509.ReasonFlags[reason.value])]
+    assert codes == expected
+
+
+def test_the_reasons_are_all_of_rfc_5280_but_the_one_for_delta_crls() -> None:
+    assert {reason.value for reason in ca.Reason} == {flag.name for flag in x509.ReasonFlags} - {"remove_from_crl"}
+
+
+def test_a_serial_number_goes_into_the_crl_as_it_came_from_the_certificate(cas: Hierarchy) -> None:
+    for serial_number in ("1", "0a", "7f", "80", "ff", "8000", f"7{'f' * 39}", cas.device().serial_number):
+        [entry] = x509.load_der_x509_crl(cas.crl(ca.revoke_certificate(serial_number, NOW, ca.Reason.SUPERSEDED)))
+        assert entry.serial_number == int(serial_number, 16)
+
+
+@pytest.mark.parametrize("moment", [SECOND, datetime(2049, 12, 31, 23, 59, 59, tzinfo=UTC), SECOND.replace(year=2050)])
+@pytest.mark.parametrize("reason", [ca.Reason.UNSPECIFIED, ca.Reason.AA_COMPROMISE])
+def test_an_entry_is_encoded_as_a_general_library_encodes_it(moment: datetime, reason: ca.Reason) -> None:
+    builder = x509.RevokedCertificateBuilder().serial_number(0xC0FFEE).revocation_date(moment)
+    if reason is not ca.Reason.UNSPECIFIED:
+        builder = builder.add_extension(x509.CRLReason(x509.ReasonFlags[reason.value]), critical=False)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "any")])
+    crl = x509.CertificateRevocationListBuilder().issuer_name(name).add_revoked_certificate(builder.build())
+    crl = crl.last_update(NOW).next_update(NOW + timedelta(days=1))
+    der = crl.sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
+    assert ca.revoke_certificate("c0ffee", moment, reason) in der
+
+
+@pytest.mark.parametrize("key_type", [*ca.KeyType])
+def test_any_kind_of_ca_key_signs_a_crl_with_entries(key_type: ca.KeyType) -> None:
+    key = ca.generate_keypair(key_type)
+    root = ca.Issuer("root", ca.create_root(key, common_name="Any", now=NOW, days=9).certificate, key)
+    der = ca.sign_crl(
+        root,
+        [ca.revoke_certificate("aa", NOW, ca.Reason.SUPERSEDED)],
+        number=3,
+        this_update=NOW,
+        next_update=NOW + timedelta(days=1),
+    )
+    crl = x509.load_der_x509_crl(der)
+    assert crl.is_signature_valid(root.certificate.public_key())  # type: ignore[arg-type]  # one of the five kinds
+    assert [entry.serial_number for entry in crl] == [0xAA]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\0", b"0\x03\x02\x01", SECOND.isoformat().encode()])
+def test_an_entry_that_is_damaged_makes_no_crl(cas: Hierarchy, damaged: bytes) -> None:
+    good = ca.revoke_certificate("aa", NOW, ca.Reason.SUPERSEDED)
+    with pytest.raises(SignatureCheckFailed):
+        cas.crl(good, damaged, good)
+
+
+@pytest.mark.parametrize("serial_number", ["", "0", "-1", "0x1", "FF", "a:b", "1_0", " 1", "1\n", "f" * 40, "1" * 41])
+def test_a_serial_number_that_is_none_is_not_revoked(serial_number: str) -> None:
+    with pytest.raises(ValueError, match="serial number"):
+        ca.revoke_certificate(serial_number, NOW, ca.Reason.SUPERSEDED)
+
+
+def test_an_empty_crl_is_a_crl(cas: Hierarchy) -> None:
+    assert len(x509.load_der_x509_crl(cas.crl())) == 0
+
+
+def test_the_entries_of_a_crl_may_come_from_a_generator(cas: Hierarchy) -> None:
+    entries = (ca.revoke_certificate(f"{number:x}", NOW, ca.Reason.SUPERSEDED) for number in itertools.count(1))
+    der = ca.sign_crl(
+        cas.issuing,
+        itertools.islice(entries, 3000),
+        number=1,
+        this_update=NOW,
+        next_update=NOW + timedelta(days=1),
+    )
+    assert [entry.serial_number for entry in x509.load_der_x509_crl(der)] == list(range(1, 3001))
+
+
+@pytest.mark.parametrize("number", [0, -1, 1 << 159])
+def test_a_crl_number_is_positive_and_at_most_20_bytes(cas: Hierarchy, number: int) -> None:
+    with pytest.raises(ValueError, match="CRL number"):
+        cas.crl(number=number)
+
+
+@pytest.mark.parametrize("life", [timedelta(0), timedelta(milliseconds=100), timedelta(days=-1)])
+def test_a_crl_must_live_for_a_while(cas: Hierarchy, life: timedelta) -> None:
+    with pytest.raises(ValueError, match="nextUpdate"):
+        ca.sign_crl(cas.issuing, [], number=1, this_update=NOW, next_update=NOW + life)
+
+
+def test_an_issuer_that_is_out_of_date_still_revokes(cas: Hierarchy) -> None:
+    after = cas.issuing.not_after + timedelta(days=1)
+    der = ca.sign_crl(cas.issuing, [], number=1, this_update=after, next_update=after + timedelta(days=1))
+    assert x509.load_der_x509_crl(der).last_update_utc == after

@@ -1,0 +1,295 @@
+"""How OCSP requests are read and answers signed, judged by pyca's own reader of both."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import ocsp
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+import ca
+import ca_ocsp
+from ca_ocsp import GOOD, MOST_CERTIFICATES, UNKNOWN, Failure, Status, Verdict
+from errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
+from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, make_hierarchy
+from tests.support.ocsp import SERVICE_LOCATOR, Ocsp, ask, cert_id, extension, integer, nonce, sequence, tlv
+
+NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
+SECOND = NOW.replace(microsecond=0)
+SERIAL_NUMBER = 0x4A5B6C
+HASHES = ["sha1", "sha256", "sha384", "sha512"]
+
+
+@pytest.fixture(scope="module")
+def cas() -> Hierarchy:
+    return make_hierarchy(NOW)
+
+
+def responder_pem(issuer: ca.Issuer) -> tuple[bytes, ca.Issued]:
+    key = ca.generate_keypair(ca.KeyType.EC_P256)
+    issued = ca.sign_responder_certificate(issuer, key.public_key(), now=NOW, days=14)
+    return ca.private_key_pem(key) + issued.pem.encode(), issued
+
+
+@pytest.fixture(scope="module")
+def signer(cas: Hierarchy) -> ca_ocsp.Signer:
+    return ca_ocsp.open_signer(responder_pem(cas.issuing)[0], cas.issuing)
+
+
+def answer(signer: ca_ocsp.Signer, der: bytes, *statuses: Status) -> bytes:
+    request = ca_ocsp.read_request(der)
+    return ca_ocsp.sign_answer(
+        signer,
+        list(zip(request.questions, statuses, strict=True)),
+        nonce=request.nonce,
+        now=NOW,
+        next_update=NOW + timedelta(hours=24),
+    )
+
+
+# --- The responder's certificate ----------------------------------------------------------------------------------
+
+
+def test_a_responder_certificate_is_for_ocsp_alone_and_not_to_be_checked_itself(cas: Hierarchy) -> None:
+    certificate = responder_pem(cas.issuing)[1].certificate
+    certificate.verify_directly_issued_by(cas.issuing.certificate)
+    extensions = certificate.extensions
+    assert list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.OCSP_SIGNING]
+    assert not extensions.get_extension_for_class(x509.OCSPNoCheck).critical
+    assert not extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    usage = extensions.get_extension_for_class(x509.KeyUsage).value
+    assert (usage.digital_signature, usage.key_cert_sign, usage.crl_sign) == (True, False, False)
+    for kind in (x509.AuthorityInformationAccess, x509.CRLDistributionPoints):
+        with pytest.raises(x509.ExtensionNotFound):
+            extensions.get_extension_for_class(kind)
+    assert certificate.not_valid_after_utc == SECOND + timedelta(days=14)
+
+
+def test_a_device_and_a_server_are_told_of_ocsp_and_an_issuing_ca_of_the_crl_alone(cas: Hierarchy) -> None:
+    def told(certificate: x509.Certificate) -> list[str]:
+        access = certificate.extensions.get_extension_for_class(x509.AuthorityInformationAccess).value
+        return [str(item.access_location.value) for item in access]
+
+    urls = ["http://pki.example.com:8080/ca/issuing-1.cer", "http://pki.example.com:8080/ocsp"]
+    assert told(cas.device().certificate) == urls
+    assert told(cas.server("localhost").certificate) == urls
+    assert told(cas.issuing.certificate) == ["http://pki.example.com:8080/ca/root.cer"]
+
+
+def test_a_responder_of_no_use_is_not_opened(cas: Hierarchy) -> None:
+    good, issued = responder_pem(cas.issuing)
+    of_another, _ = responder_pem(cas.issuing)
+    key, other_key = (pem.partition(b"-----BEGIN CERTIFICATE")[0] for pem in (good, of_another))
+    device_key = ca.generate_keypair(ca.KeyType.EC_P256)
+    device = ca.private_key_pem(device_key) + cas.device(device_key.public_key()).pem.encode()
+    ca_pem = ca.private_key_pem(cas.issuing.key) if cas.issuing.key else b""
+    unusable = [b"", key, issued.pem.encode(), other_key + issued.pem.encode(), good[:-100], device]
+    unusable += [ca_pem + ca.chain_pem(cas.issuing.certificate).encode(), responder_pem(cas.root)[0]]
+    for pem in unusable:
+        with pytest.raises(IssuerUnusable, match="issuing-1"):
+            ca_ocsp.open_signer(pem, cas.issuing)
+    assert ca_ocsp.open_signer(issued.pem.encode() + key, cas.issuing).certificate == issued.certificate
+
+
+# --- Requests -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", HASHES)
+@pytest.mark.parametrize("parameters", [b"\x05\x00", b""], ids=["NULL", "absent"])
+@pytest.mark.parametrize("of", ["root", "issuing"])
+def test_a_ca_is_known_by_the_hashes_of_its_name_and_its_key(
+    cas: Hierarchy, algorithm: str, parameters: bytes, of: str
+) -> None:
+    issuer: ca.Issuer = getattr(cas, of)
+    der = Ocsp([cert_id(issuer.certificate, SERIAL_NUMBER, algorithm=algorithm, parameters=parameters)]).der()
+    [question] = ca_ocsp.read_request(der).questions
+    assert question.issuer in ca_ocsp.issuer_ids(issuer)
+    assert question.serial_number == "4a5b6c"
+
+
+@pytest.mark.parametrize("algorithm", ["SHA1", "SHA256", "SHA384", "SHA512"])
+def test_requests_of_pyca_are_read(cas: Hierarchy, algorithm: str) -> None:
+    certificate, issuer = cas.device().certificate, cas.issuing.certificate
+    builder = ocsp.OCSPRequestBuilder().add_certificate(certificate, issuer, getattr(hashes, algorithm)())
+    builder = builder.add_extension(x509.OCSPNonce(b"n" * 32), critical=False)
+    request = ca_ocsp.read_request(builder.build().public_bytes(Encoding.DER))
+    assert [question.serial_number for question in request.questions] == [f"{certificate.serial_number:x}"]
+    assert request.questions[0].issuer in ca_ocsp.issuer_ids(cas.issuing)
+    assert request.nonce == tlv(4, b"n" * 32)
+
+
+def test_both_hashes_must_be_those_of_one_ca(cas: Hierarchy) -> None:
+    known = ca_ocsp.issuer_ids(cas.issuing)
+    issuing, root = cas.issuing.certificate, cas.root.certificate
+    for mixed in (cert_id(issuing, 1, name_of=root), cert_id(issuing, 1, key_of=root)):
+        assert ca_ocsp.read_request(Ocsp([mixed]).der()).questions[0].issuer not in known
+
+
+@pytest.mark.parametrize("algorithm", ["md5", "sha224"])
+def test_a_hash_that_is_not_known_names_nobody(cas: Hierarchy, algorithm: str) -> None:
+    request = ca_ocsp.read_request(ask(cas.issuing.certificate, 1, algorithm=algorithm).der())
+    assert request.questions[0].issuer not in ca_ocsp.issuer_ids(cas.issuing)
+
+
+def test_several_certificates_may_be_asked_about(cas: Hierarchy) -> None:
+    request = ca_ocsp.read_request(ask(cas.issuing.certificate, *range(1, MOST_CERTIFICATES + 1)).der())
+    assert [question.serial_number for question in request.questions] == [
+        f"{number:x}" for number in range(1, MOST_CERTIFICATES + 1)
+    ]
+
+
+@pytest.mark.parametrize("number", [0, -1, 255, 1 << 159, 1 << 4000])
+def test_any_serial_number_may_be_asked_about(cas: Hierarchy, number: int) -> None:
+    assert ca_ocsp.read_request(ask(cas.issuing.certificate, number).der()).questions[0].serial_number == f"{number:x}"
+
+
+def test_what_is_of_no_account_is_passed_over(cas: Hierarchy) -> None:
+    plain = ask(cas.issuing.certificate, 1)
+    name = tlv(0xA1, tlv(0xA4, cas.root.certificate.subject.public_bytes()))
+    signature = tlv(0xA0, sequence(sequence(tlv(6, b"\x2a\x03")), tlv(3, b"\x00\x01"), tlv(0xA0, sequence())))
+    locator = extension(SERVICE_LOCATOR, sequence(cas.issuing.certificate.subject.public_bytes()))
+    for more in (
+        {"version": tlv(0xA0, integer(0))},
+        {"requestor": name, "signature": signature},
+        {"requestor": tlv(0xA1, tlv(0x81, b"somebody@example.com"))},
+        {"single_extensions": locator},
+        {"extensions": [extension("2a03", b"\x05\x00")]},
+    ):
+        assert ca_ocsp.read_request(dataclasses.replace(plain, **more).der()).questions
+
+
+@pytest.mark.parametrize("length", [1, 16, 32, 128])
+def test_a_nonce_of_1_to_128_bytes_is_kept_as_it_came(cas: Hierarchy, length: int) -> None:
+    request = dataclasses.replace(ask(cas.issuing.certificate, 1), extensions=[nonce(b"n" * length)])
+    assert ca_ocsp.read_request(request.der()).nonce == tlv(4, b"n" * length)
+
+
+MALFORMED = {
+    "no certificate": lambda plain: dataclasses.replace(plain, cert_ids=[]),
+    "101 certificates": lambda plain: dataclasses.replace(plain, cert_ids=[*plain.cert_ids] * 101),
+    "500 certificates": lambda plain: dataclasses.replace(plain, cert_ids=[*plain.cert_ids] * 500),
+    "version 2": lambda plain: dataclasses.replace(plain, version=tlv(0xA0, integer(1))),
+    "an empty nonce": lambda plain: dataclasses.replace(plain, extensions=[nonce(b"")]),
+    "a nonce of 129 bytes": lambda plain: dataclasses.replace(plain, extensions=[nonce(b"n" * 129)]),
+    "two nonces": lambda plain: dataclasses.replace(plain, extensions=[nonce(b"n"), nonce(b"m")]),
+    "a nonce that is no OCTET STRING": lambda plain: dataclasses.replace(
+        plain, extensions=[extension("2b0601050507300102", b"bare")]
+    ),
+    "an unknown critical extension": lambda plain: dataclasses.replace(
+        plain, extensions=[extension("2a03", b"", critical=True)]
+    ),
+    "an unknown critical extension of one": lambda plain: dataclasses.replace(
+        plain, single_extensions=extension("2a03", b"", critical=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_request_with_a_fault_is_malformed(cas: Hierarchy, fault: str) -> None:
+    der = MALFORMED[fault](ask(cas.issuing.certificate, 1)).der()
+    with pytest.raises(RequestMalformed):
+        ca_ocsp.read_request(der)
+
+
+@pytest.mark.parametrize("der", [b"", b"0", b"\x30\x00", b"\x30\x80\x00\x00", b"hello", b"\x00" * 40000, tlv(4, b"x")])
+def test_what_is_no_request_is_malformed(der: bytes) -> None:
+    with pytest.raises(RequestMalformed):
+        ca_ocsp.read_request(der)
+
+
+def test_a_request_that_is_cut_short_or_goes_on_is_malformed(cas: Hierarchy) -> None:
+    der = ask(cas.issuing.certificate, 1).der()
+    for length in range(len(der)):
+        with pytest.raises(RequestMalformed):
+            ca_ocsp.read_request(der[:length])
+    with pytest.raises(RequestMalformed):
+        ca_ocsp.read_request(der + b"\x00")
+
+
+# --- Answers ------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_says_what_is_known_at_what_time(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+    der = answer(signer, ask(cas.issuing.certificate, SERIAL_NUMBER, algorithm="sha256").der(), GOOD)
+    read = ocsp.load_der_ocsp_response(der)
+    assert read.response_status is ocsp.OCSPResponseStatus.SUCCESSFUL
+    assert read.certificate_status is ocsp.OCSPCertStatus.GOOD
+    assert (read.serial_number, type(read.hash_algorithm)) == (SERIAL_NUMBER, hashes.SHA256)
+    assert (read.produced_at_utc, read.this_update_utc) == (SECOND, SECOND)
+    assert read.next_update_utc == SECOND + timedelta(hours=24)
+    assert len(read.extensions) == 0
+
+
+def test_an_answer_is_signed_by_the_responder_whose_certificate_is_in_it(
+    cas: Hierarchy, signer: ca_ocsp.Signer
+) -> None:
+    read = ocsp.load_der_ocsp_response(answer(signer, ask(cas.issuing.certificate, 1).der(), GOOD))
+    [certificate] = read.certificates
+    public_key = certificate.public_key()
+    assert isinstance(public_key, ec.EllipticCurvePublicKey)
+    public_key.verify(read.signature, read.tbs_response_bytes, ec.ECDSA(hashes.SHA256()))
+    assert read.responder_key_hash == x509.SubjectKeyIdentifier.from_public_key(public_key).digest
+    certificate.verify_directly_issued_by(cas.issuing.certificate)
+
+
+@pytest.mark.parametrize("reason", [reason for reason in ca.Reason if reason is not ca.Reason.UNSPECIFIED])
+def test_a_revoked_certificate_is_told_with_time_and_reason(
+    cas: Hierarchy, signer: ca_ocsp.Signer, reason: ca.Reason
+) -> None:
+    at = NOW - timedelta(days=3)
+    der = answer(signer, ask(cas.issuing.certificate, 1).der(), Status(Verdict.REVOKED, at, reason))
+    read = ocsp.load_der_ocsp_response(der)
+    assert read.certificate_status is ocsp.OCSPCertStatus.REVOKED
+    assert read.revocation_time_utc == at.replace(microsecond=0)
+    assert read.revocation_reason is x509.ReasonFlags[reason.value]
+
+
+def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+    status = Status(Verdict.REVOKED, NOW, ca.Reason.UNSPECIFIED)
+    assert (
+        ocsp.load_der_ocsp_response(answer(signer, ask(cas.issuing.certificate, 1).der(), status)).revocation_reason
+        is None
+    )
+
+
+def test_several_are_answered_in_their_order_each_under_its_id(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+    issuing = cas.issuing.certificate
+    ids = [cert_id(issuing, 5), cert_id(issuing, 6, algorithm="sha256", parameters=b""), cert_id(issuing, 7)]
+    statuses = [GOOD, Status(Verdict.REVOKED, NOW, ca.Reason.SUPERSEDED), UNKNOWN]
+    der = answer(signer, Ocsp(ids).der(), *statuses)
+    said = list(ocsp.load_der_ocsp_response(der).responses)
+    assert [(each.serial_number, each.certificate_status.name) for each in said] == [
+        (5, "GOOD"),
+        (6, "REVOKED"),
+        (7, "UNKNOWN"),
+    ]
+    assert all(each in der for each in ids)
+
+
+def test_the_nonce_comes_back(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+    request = dataclasses.replace(ask(cas.issuing.certificate, 1), extensions=[nonce(b"once")])
+    read = ocsp.load_der_ocsp_response(answer(signer, request.der(), GOOD))
+    assert read.extensions.get_extension_for_class(x509.OCSPNonce).value.nonce == b"once"
+
+
+@pytest.mark.parametrize("reason", Failure)
+def test_a_failure_is_told_without_a_signature(reason: Failure) -> None:
+    read = ocsp.load_der_ocsp_response(ca_ocsp.failure(reason))
+    assert read.response_status.value == reason
+    assert read.response_status.name == reason.name
+
+
+def test_an_answer_that_does_not_verify_is_thrown_away(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+    damaged = dataclasses.replace(signer, key=HeldElsewhere(signer.key, damage=True))
+    with pytest.raises(SignatureCheckFailed):
+        answer(damaged, ask(cas.issuing.certificate, 1).der(), GOOD)
+
+
+def test_a_signer_never_shows_its_key(signer: ca_ocsp.Signer) -> None:
+    assert "rivate" not in repr(signer)

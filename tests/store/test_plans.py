@@ -1,0 +1,149 @@
+"""Queries that run often are answered from an index, whatever the number of rows: the databases' own plans say so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+import db_access
+import db_device_lists
+import db_figures
+import db_reads
+import db_reenrolment
+import db_renewal
+import db_revocations
+from db_device_lists import DeviceFilter
+from db_tables import Device
+from installation import Portal
+from tests.support.harness import ON_SQLITE
+
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+Question = Callable[[Connection], object]
+
+OF_PASSES: dict[str, Question] = {
+    "what changed in the ACL": lambda tx: list(db_reads.acl_changes(tx, "default", since=7, defaults=True)),
+    "the ACL beside a pattern": lambda tx: list(db_reads.acl_changes(tx, "default", since=0, defaults=False)),
+    "the newest denials": lambda tx: db_reads.newly_out(tx, "default", newest=5, applied=7, since=NOW),
+    "who was put out": lambda tx: db_reads.devices_put_out(tx, "default", since=7),
+    "who was put out lately": lambda tx: db_reads.devices_put_out_since(tx, "default", NOW),
+    "how many are on the CRL": lambda tx: db_revocations.count_revoked(tx, 2, now=NOW),
+    "which are on the CRL": lambda tx: db_revocations.revoked_ids(tx, 2, after=NOW),
+    "which leave the CRL": lambda tx: db_revocations.revoked_ids(tx, 2, after=NOW, until=NOW),
+    "which come onto the CRL": lambda tx: list(db_revocations.revoked_since(tx, 2, 7, now=NOW)),
+    "whose overlap is over": lambda tx: db_renewal.overlaps_over(tx, now=NOW),
+    "which renewals nobody fetched": lambda tx: db_renewal.unfetched_renewals(tx, now=NOW),
+    "which are held": lambda tx: list(db_revocations.held_certificates(tx, 2, now=NOW)),
+}
+LISTS = {
+    "all": DeviceFilter(),
+    "status": DeviceFilter(status="revoked"),
+    "type": DeviceFilter(type="pump"),
+    "location": DeviceFilter(location="hall 1"),
+    "expires_before": DeviceFilter(expires_before=NOW),
+    "q": DeviceFilter(q="x"),
+    "type and q": DeviceFilter(type="pump", q="x"),
+    "expires_before and type": DeviceFilter(type="pump", expires_before=NOW),
+    "type and status": DeviceFilter(type="pump", status="active"),
+    "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
+}
+FIGURES: dict[str, Question] = {
+    "who waits to be let in": lambda tx: db_reenrolment.first_asking(tx, "default", limit=5),
+    "who waits with another key": lambda tx: db_reenrolment.asking_again(tx, "default", limit=5),
+    "what a device was given": lambda tx: db_reenrolment.count_issued(tx, "default", "x", since=NOW),
+    "ending soon": lambda tx: db_figures.certificates_ending(tx, "default", now=NOW, within=[timedelta(days=7)]),
+    "a token": lambda tx: db_access.find_token(tx, "0" * 64),
+    "a device's certificate": lambda tx: db_reads.current_certificate(tx, "default", "x"),
+}
+SMALL = {"acl_entries", "issuers", "tenants", "broker_state", "crls"}  # tables that may be read whole
+
+
+@pytest.fixture
+def plans_of(portal: Portal) -> Callable[[Question], list[str]]:
+    """Asks the database how it answers each query of a question."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+        if statement.startswith("SELECT"):
+            asked.append((statement, parameters))
+
+    def plans(question: Question) -> list[str]:
+        with portal.database.snapshot() as tx:
+            asked.clear()
+            sa.event.listen(portal.database.engine, "before_cursor_execute", note)
+            question(tx)
+            sa.event.remove(portal.database.engine, "before_cursor_execute", note)
+            if portal.database.is_sqlite:
+                explained = [tx.exec_driver_sql("EXPLAIN QUERY PLAN " + text, given) for text, given in asked]
+                return ["\n".join(row[3] for row in rows) for rows in explained]
+            # A test's tables are so small that reading them whole is cheapest; what else there is, is the question.
+            for setting in ("seqscan", "bitmapscan", "sort", "hashjoin", "mergejoin"):
+                tx.exec_driver_sql(f"SET LOCAL enable_{setting} = off")
+            explained = [tx.exec_driver_sql("EXPLAIN " + text, given) for text, given in asked]
+            return ["\n".join(row[0] for row in rows) for rows in explained]
+
+    return plans
+
+
+def read_whole(plan: str) -> set[str]:
+    """The tables that a plan reads from one end to the other."""
+    return {one or other for one, other in re.findall(r"SCAN (?!CONSTANT)(\w+)|Seq Scan on (\w+)", plan)}
+
+
+@pytest.mark.parametrize("name", OF_PASSES)
+def test_a_pass_reads_nothing_whole(plans_of: Callable[[Question], list[str]], name: str) -> None:
+    plans = plans_of(OF_PASSES[name])
+    assert plans
+    for plan in plans:
+        assert read_whole(plan) <= SMALL, plan
+
+
+@ON_SQLITE  # PostgreSQL chooses by what there is, and here is nothing
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("what changed in the ACL", "ix_devices_generation"),
+        ("who was put out", "ix_devices_out"),
+        ("which come onto the CRL", "ix_certificates_generation"),
+    ],
+)
+def test_what_is_new_is_read_from_the_index_of_generations(
+    plans_of: Callable[[Question], list[str]], name: str, index: str
+) -> None:
+    assert any(index in plan for plan in plans_of(OF_PASSES[name]))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_look_up_reads_nothing_whole(plans_of: Callable[[Question], list[str]], name: str) -> None:
+    for plan in plans_of(FIGURES[name]):
+        assert read_whole(plan) <= SMALL, plan
+
+
+@pytest.mark.parametrize("after", [None, (NOW, "0" * 36)], ids=["first page", "later page"])
+@pytest.mark.parametrize("name", LISTS)
+def test_a_page_is_read_from_an_index_in_its_order(
+    plans_of: Callable[[Question], list[str]], name: str, after: tuple[datetime, str] | None
+) -> None:
+    plans = plans_of(lambda tx: db_device_lists.list_devices(tx, "default", LISTS[name], limit=50, after=after))
+    assert plans
+    for plan in plans:
+        assert not read_whole(plan), plan
+        assert "TEMP B-TREE" not in plan, plan
+        assert "Sort" not in plan, plan
+
+
+@pytest.mark.parametrize("name", ["q", "type and status", "expires_before and type"])
+def test_a_page_that_is_narrowed_twice_is_read_between_two_places(
+    plans_of: Callable[[Question], list[str]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(db_device_lists, "_reach", lambda *_: (Device.type, (NOW, "f" * 36)))
+    after = (NOW - timedelta(days=1) if "expires" in name else NOW + timedelta(days=1), "0" * 36)
+    [plan] = plans_of(lambda tx: db_device_lists.list_devices(tx, "default", LISTS[name], limit=50, after=after))
+    read = re.search(r"INDEX ix_\w+ \((.*)\)|Index Cond: \((.*)\)", plan)
+    assert read is not None, plan
+    assert plan.count("ROW(") >= 2 or plan.count("(?,?)") == 2, plan

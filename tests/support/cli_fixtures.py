@@ -1,0 +1,30 @@
+"""A portal of the tests with a session at the command line, as fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cli_client
+from tests.support.cli_session import Session, session_for
+from tests.support.pki import Pki
+from tests.support.portal_stub import PortalStub, running
+
+
+@pytest.fixture(scope="module")
+def cli_pki() -> Pki:
+    return Pki()
+
+
+@pytest.fixture
+def stub(cli_pki: Pki, monkeypatch: pytest.MonkeyPatch) -> Iterator[PortalStub]:
+    monkeypatch.setattr(cli_client, "RETRY_PAUSES", (0.0, 0.0))
+    with running(PortalStub(cli_pki)) as portal_stub:
+        yield portal_stub
+
+
+@pytest.fixture
+def session(stub: PortalStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    return session_for(stub, tmp_path, monkeypatch)

@@ -1,0 +1,314 @@
+"""A whole portal for tests: the server's processes, a real Mosquitto, the CLI, MQTT clients that we did not write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import select
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import paho.mqtt.client as paho
+import requests
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from doctor_findings import Finding, State, exit_status
+from doctor_mosquitto import SAFE_RELOAD, version_of
+from tests.support.mosquitto import Mosquitto, mosquitto_program, short_folder
+from tests.support.ports import free_port
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60.0  # what a machine with much other work may take
+PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}  # a registration
+
+
+class Deployment:
+    """A portal on a temporary data folder and free ports with a broker beside it."""
+
+    under: tuple[str, ...] = ()  # the program, with its first arguments, under which the server runs
+
+    def __init__(self, **environment: str) -> None:
+        self.folder = short_folder()
+        self.data = self.folder / "data"
+        self.mqtt_port = free_port()
+        self.url = f"https://127.0.0.1:{free_port()}"
+        self.pki_url = f"http://127.0.0.1:{free_port()}"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")},
+            "PORTAL_DATA_DIR": str(self.data),
+            "PORTAL_BIND": self.url.removeprefix("https://"),
+            "PORTAL_PKI_BIND": self.pki_url.removeprefix("http://"),
+            "PORTAL_MQTT_PORT": str(self.mqtt_port),
+            "PORTAL_ENFORCE_TIMEOUT": "20",  # on a machine with much other work
+            **environment,
+        }
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.log = self.folder / "portal.log"
+        self.broker: Mosquitto | None = None
+        self.session = requests.Session()
+        self.session.trust_env = False  # else REQUESTS_CA_BUNDLE would outweigh the portal's ca.pem
+
+    def __enter__(self) -> Self:
+        try:
+            self.run_flask("init")
+            self.start_broker()
+            self.start_portal()
+        except BaseException:
+            if self.log.exists():
+                print(self.log.read_text())  # pytest shows it with the failure
+            self.stop_portal(signal.SIGKILL)
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop_portal()
+        self.stop_broker()
+        self.session.close()
+        shutil.rmtree(self.folder)
+
+    # --- Processes
+
+    def run_flask(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command of the server's own."""
+        command = [sys.executable, "-m", "flask", "--app", "app", *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, check=check, capture_output=True, text=True, timeout=60
+        )
+
+    def start_broker(self) -> Mosquitto:
+        self.broker = Mosquitto(self.data / "broker", self.mqtt_port).start()
+        return self.broker
+
+    def stop_broker(self) -> None:
+        if self.broker is not None:
+            self.broker.stop()
+            self.broker = None
+
+    def start_portal(self, *, others: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start the server; returns once it answers, which the first one says by writing operator.env."""
+        environment_file = self.data / "operator.env"
+        first = not self.processes
+        if first:
+            environment_file.unlink(missing_ok=True)
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [*self.under, sys.executable, "-m", "flask", "--app", "app", "serve"],
+                cwd=ROOT,
+                env=self.environment | (others or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self.processes.append(process)
+        if not first:
+            address = (others or {}).get("PORTAL_BIND", self.environment["PORTAL_BIND"])
+            wait_until(lambda: is_answered(f"https://{address}/healthz") or process.poll() is not None)
+            assert process.poll() is None, self.log.read_text()
+            return process
+        wait_until(lambda: environment_file.exists() or process.poll() is not None)
+        assert process.poll() is None, self.log.read_text()
+        lines = environment_file.read_text().splitlines()
+        self.operator = dict(line.removeprefix("export ").split("=", 1) for line in lines)
+        self.session.verify = self.operator["PORTAL_CA"]
+        self.session.headers["Authorization"] = f"Bearer {self.operator['PORTAL_TOKEN']}"
+        return process
+
+    def stop_portal(self, how: signal.Signals = signal.SIGTERM) -> list[int]:
+        """Stop the server's processes; returns their exit statuses."""
+        statuses = []
+        for process in self.processes:
+            process.send_signal(how)
+            statuses.append(process.wait(SECONDS))
+        self.processes.clear()
+        return statuses
+
+    def workers(self) -> list[int]:
+        """The processes that the server's master has started."""
+        master = self.processes[0].pid
+        return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+
+    # --- The portal's interface
+
+    def call(self, method: str, path: str, body: Any = None, **options: Any) -> requests.Response:
+        """Make a request as the first operator."""
+        return self.session.request(method, self.url + path, json=body, timeout=SECONDS, **options)
+
+    def register(self, **fields: Any) -> dict[str, Any]:
+        """Register a device as an operator's program does."""
+        answer = self.call("POST", "/register", PLAIN | fields)
+        assert answer.status_code == 201, answer.text
+        registered: dict[str, Any] = answer.json()
+        return registered
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self.call("GET", "/readyz").status_code == 200)
+
+    def cli(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run the CLI with what operator.env holds."""
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "cli.py"), *arguments],
+            env=self.environment | self.operator,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=2 * SECONDS,
+            **options,
+        )
+        assert done.returncode == 0 or not check, done.stderr
+        return done
+
+    def onboard(self, name: str = "pump-1", *options: str) -> Onboarded:
+        """Register a device through the CLI, fetch its bundle and unpack it."""
+        out = self.folder / f"device-{time.monotonic_ns()}"
+        done = self.cli(
+            "register", name, "--type", "pump", "--location", "hall 1", "--firmware", "1.0",
+            "--out", str(out), "--json", *options,
+        )  # fmt: skip
+        answer = json.loads(done.stdout)
+        return Onboarded(answer["device_id"], out, self.mqtt_port)
+
+
+@dataclass(frozen=True, slots=True)
+class Onboarded:
+    """A device with its credentials in a folder."""
+
+    id: str
+    folder: Path
+    port: int
+
+    def file(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def client(self) -> Client:
+        """An MQTT client with the device's credentials, connected."""
+        client = Client(self)
+        client.connect()
+        return client
+
+    def refusal(self) -> str:
+        """How the broker refuses the device; fails where it lets it in."""
+        client = Client(self)
+        try:
+            client.connect()
+        except (OSError, AssertionError) as error:
+            return str(error)
+        client.close()
+        raise AssertionError("the broker let the device in")
+
+
+class Client:
+    """An MQTT 5 client by paho-mqtt, driven by events."""
+
+    def __init__(self, device: Onboarded, *, session_seconds: int = 0) -> None:
+        """``session_seconds``: for how long the broker is to keep the session while the client is away."""
+        self.device = device
+        self._session_seconds = session_seconds
+        self.messages: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        self._connected: queue.Queue[str] = queue.Queue()
+        self._disconnected: queue.Queue[str] = queue.Queue()
+        self._acknowledged: queue.Queue[tuple[int, str]] = queue.Queue()
+        self._subscribed: queue.Queue[str] = queue.Queue()
+        self.paho = paho.Client(CallbackAPIVersion.VERSION2, client_id=device.id, protocol=paho.MQTTv5)
+        self.paho.tls_set(
+            device.file("ca.pem"),
+            device.file("chain.pem"),
+            device.file("device.key"),
+            tls_version=ssl.PROTOCOL_TLS_CLIENT,
+        )
+        self.paho.on_connect = lambda _c, _u, _f, reason, _p: self._connected.put(str(reason))
+        self.paho.on_disconnect = lambda _c, _u, _f, reason, _p: self._disconnected.put(str(reason))
+        self.paho.on_message = lambda _c, _u, message: self.messages.put((message.topic, bytes(message.payload)))
+        self.paho.on_publish = lambda _c, _u, mid, reason, _p: self._acknowledged.put((mid, str(reason)))
+        self.paho.on_subscribe = lambda _c, _u, _mid, reasons, _p: self._subscribed.put(str(reasons[0]))
+        self.paho.reconnect_delay_set(3600, 3600)
+
+    def connect(self) -> None:
+        """Connect, or raise what kept it from it."""
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = self._session_seconds
+        clean = self._session_seconds == 0
+        self.paho.connect("localhost", self.device.port, keepalive=30, clean_start=clean, properties=properties)
+        self.paho.loop_start()
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                reason = self._connected.get(timeout=0.02)
+                assert reason == "Success", reason
+                return
+            with contextlib.suppress(queue.Empty):
+                reason = self._disconnected.get_nowait()
+                self.close()
+                raise ConnectionRefusedError(reason)
+        raise TimeoutError("no CONNACK")
+
+    def publish(self, topic: str, payload: bytes = b"hello") -> str:
+        """Publish with QoS 1 and return the broker's reason."""
+        info = self.paho.publish(topic, payload, qos=1)
+        while True:
+            mid, reason = self._acknowledged.get(timeout=SECONDS)
+            if mid == info.mid:
+                return reason
+
+    def subscribe(self, pattern: str) -> str:
+        self.paho.subscribe(pattern, qos=1)
+        return self._subscribed.get(timeout=SECONDS)
+
+    def wait_cut(self) -> str:
+        """Wait until the broker ends the session, and return its reason."""
+        return self._disconnected.get(timeout=SECONDS)
+
+    def close(self) -> None:
+        self.paho.disconnect()
+        self.paho.loop_stop()
+
+
+def examine(deployment: Deployment, *options: str) -> tuple[int, dict[str, str]]:
+    """The exit status, and what is said of each check that is not well, but for the version of the broker here."""
+    done = deployment.run_flask("doctor", "--json", *options, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    findings = [
+        Finding(one["name"], State(one["state"]), one["detail"], one["advice"]) for one in json.loads(done.stdout)
+    ]
+    assert done.returncode == exit_status(findings)
+    bad = {one.name: f"{one.state}: {one.detail} {one.advice}" for one in findings if one.state is not State.OK}
+    version = version_of(mosquitto_program())
+    assert version is not None
+    assert ("sleeping sessions" in bad.pop("broker version", "")) == (version < SAFE_RELOAD)
+    return exit_status([one for one in findings if one.name != "broker version"]), bad
+
+
+def is_answered(url: str) -> bool:
+    """Whether anything answers there, as curl sees it."""
+    command = ["curl", "-sk", "--noproxy", "*", "-o", "/dev/null", "--max-time", "5", url]
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def wait_until(condition: Any, seconds: float = SECONDS) -> None:
+    """Look every few milliseconds: for what other processes do and nothing announces."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        select.select([], [], [], 0.01)
+
+
+@contextlib.contextmanager
+def deployed(**environment: str) -> Iterator[Deployment]:
+    """A deployment for the body of a ``with``."""
+    with Deployment(**environment) as deployment:
+        yield deployment

@@ -1,0 +1,137 @@
+"""What tests of several rooms share: a clock to set, settings on free ports, a client that speaks JSON."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from flask import Flask
+from flask.testing import FlaskClient
+
+import access
+import db_access
+from access import Role
+from app import portal_of
+from config import Settings
+from db_tables import Base
+from installation import Portal, utc_now
+from tests.support.ports import free_port
+
+# For tests to which the database makes no difference.
+ON_SQLITE = pytest.mark.parametrize("prepared", ["sqlite"], indirect=True)
+# For tests of what the allow-list alone does: narrower topics, a block for each device that is in.
+PER_DEVICE = pytest.mark.parametrize("acl_style", ["per-device"], indirect=True)
+
+
+class Clock:
+    """The time that a test says it is."""
+
+    def __init__(self) -> None:
+        self._ahead = timedelta(0)
+
+    def __call__(self) -> datetime:
+        return utc_now() + self._ahead
+
+    def advance(self, **amount: float) -> None:
+        """Move on, by ``timedelta``'s words."""
+        self._ahead += timedelta(**amount)
+
+
+def settings_for(folder: Path, **environment: str) -> Settings:
+    """Settings of a portal in ``folder`` on free ports, with no broker running there yet."""
+    ports = {"PORTAL_BIND": f"127.0.0.1:{free_port()}", "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}"}
+    quick = {"PORTAL_ENFORCE_TIMEOUT": "5", "PORTAL_MQTT_PORT": str(free_port())}
+    quick |= {"PORTAL_LOGIN_FAILURES": "1000000"}  # tests have one address, from which they try many bad tokens
+    return Settings.from_env({"PORTAL_DATA_DIR": str(folder), **ports, **quick, **environment})
+
+
+def state_of(portal: Portal) -> dict[str, object]:
+    """All that a portal keeps, but for the audit record: what a request that is refused must leave as it was."""
+    state: dict[str, object] = {}
+    with portal.database.snapshot() as tx:
+        for table in Base.metadata.sorted_tables:
+            if not table.name.startswith("audit_"):
+                state[table.name] = sorted(repr(tuple(row)) for row in tx.execute(sa.select(table)))
+    for path in portal.settings.data_dir.rglob("*"):
+        if path.is_file() and not path.name.startswith(("portal.db", "attempts")) and path.suffix != ".lock":
+            state[str(path)] = (path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns)
+    return state
+
+
+class Api:
+    """Speaks JSON to an application in this process, as the operator with ``token``."""
+
+    def __init__(self, client: FlaskClient, token: str | None) -> None:
+        self.client = client
+        self.token = token
+
+    def call(self, method: str, path: str, json: Any = None, **options: Any) -> Any:
+        """Make a request; returns Werkzeug's test response."""
+        headers = dict(options.pop("headers", {}))
+        if self.token is not None:
+            headers.setdefault("Authorization", f"Bearer {self.token}")
+        if json is not None:
+            options["json"] = json
+        return self.client.open(path, method=method, headers=headers, **options)
+
+    def get(self, path: str, **options: Any) -> Any:
+        return self.call("GET", path, **options)
+
+    def post(self, path: str, json: Any = None, **options: Any) -> Any:
+        return self.call("POST", path, json, **options)
+
+    def patch(self, path: str, json: Any = None, **options: Any) -> Any:
+        return self.call("PATCH", path, json, **options)
+
+    def delete(self, path: str, **options: Any) -> Any:
+        return self.call("DELETE", path, **options)
+
+    def register(self, **fields: Any) -> dict[str, Any]:
+        """Register a device that is as plain as can be, but for ``fields``; returns the answer."""
+        answer = self.post(
+            "/register", {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"} | fields
+        )
+        assert answer.status_code == 201, answer.text
+        registered: dict[str, Any] = answer.json
+        return registered
+
+
+def api_as(app: Flask, role: Role | None) -> Api:
+    """An ``Api`` with a fresh token of the role, or with none."""
+    if role is None:
+        return Api(app.test_client(), None)
+    portal = portal_of(app)
+    secret, record = access.new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
+    with portal.database.transaction() as tx:
+        db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+    return Api(app.test_client(), secret)
+
+
+def csr_pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None) -> str:
+    """A certificate signing request for a new key, or for the one given."""
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "somebody else")])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    signed = builder.sign(key or ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
+    return signed.public_bytes(Encoding.PEM).decode()
+
+
+def problem_of(answer: Any, status: int, code: str) -> dict[str, Any]:
+    """The problem document of an answer (RFC 9457), seen to be as complete as every error is."""
+    assert answer.status_code == status, answer.data
+    assert answer.content_type == "application/problem+json"
+    problem: dict[str, Any] = answer.json
+    assert problem["code"] == code, problem
+    assert problem["type"] == f"urn:onboarding-portal:error:{code}"
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"].endswith(".")
+    assert problem["request_id"] == answer.headers["X-Request-Id"]
+    assert ("errors" in problem) == (status == 422)
+    return problem

@@ -1,0 +1,142 @@
+"""A real Mosquitto for tests, started from the configuration that an operator installs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from broker_session import Session, connect_unix
+
+CONFIGURATION = Path(__file__).parents[2] / "mosquitto" / "portal.conf"
+INSTALLED_FOLDER, INSTALLED_PORT = "/var/lib/onboarding-portal/broker", "8883"
+START_SECONDS = 30.0
+
+
+def mosquitto_program() -> str:
+    """Debian installs it where an ordinary user's PATH does not look."""
+    return shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin") or "mosquitto"
+
+
+def short_folder() -> Path:
+    """A temporary folder that the broker's user may pass through, with room for a unix socket's path."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="mq-"))
+    folder.chmod(0o711)
+    return folder
+
+
+class StartFailed(Exception):
+    """The broker ended before it answered; the text is its log."""
+
+
+class Mosquitto:
+    """A broker on the files in ``folder``, which the portal (or the test) has written there before."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder = folder
+        self.port = port
+        self.socket = folder / "portal.sock"
+        self.configuration = folder.parent / f"{folder.name}-mosquitto.conf"
+        self._lines: list[str] = []
+        self._news = threading.Condition()
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        with self._news:
+            return "\n".join(self._lines)
+
+    def start(self) -> Self:
+        """Start it; returns once it answers CONNACK on the internal listener, raises ``StartFailed`` if it ends."""
+        self.launch()
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if not self.running or time.monotonic() > deadline:
+                self.stop()
+                raise StartFailed(self.log)
+            time.sleep(0.005)
+        return self
+
+    def launch(self) -> None:
+        """Start the process without waiting for anything."""
+        text = CONFIGURATION.read_text()
+        assert INSTALLED_FOLDER in text
+        self.configuration.write_text(
+            text.replace(INSTALLED_FOLDER, str(self.folder)).replace(INSTALLED_PORT, str(self.port))
+        )
+        self.configuration.chmod(0o644)
+        self._lines.clear()
+        self._process = subprocess.Popen(
+            [mosquitto_program(), "-c", str(self.configuration)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._reader.join()
+
+    def hang_up(self) -> None:
+        """SIGHUP, as logrotate would send it."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
+
+    def wait_for_log(self, text: str, *, times: int = 1, seconds: float = 10.0) -> None:
+        with self._news:
+            found = self._news.wait_for(lambda: "\n".join(self._lines).count(text) >= times, seconds)
+        assert found, f"{text!r} is not in the broker's log:\n{self.log}"
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            deadline = time.monotonic() + 1
+            with Session(connect_unix(self.socket, deadline), deadline) as session:
+                session.connect("ready")  # refused for want of a password, which is an answer
+                return True
+        return False
+
+    def _read_log(self) -> None:
+        assert self._process is not None
+        assert self._process.stderr is not None
+        with self._process.stderr as stream:
+            for line in stream:
+                with self._news:
+                    self._lines.append(line.rstrip("\n"))
+                    self._news.notify_all()

@@ -1,0 +1,151 @@
+"""The download of a bundle: once, with the signed link as the only permission."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import pyzipper
+import sqlalchemy as sa
+from flask import Flask
+
+from access import Role
+from app import portal_of
+from db_tables import Delivery
+from tests.support.harness import Api, Clock, api_as, problem_of
+
+
+def path_of(registered: dict[str, Any]) -> str:
+    """The path of a download link."""
+    return "/download/" + str(registered["download_url"]).rpartition("/")[2]
+
+
+def state_of_delivery(app: Flask) -> tuple[str, bool]:
+    """The one delivery's status, and whether its bundle is still kept."""
+    with portal_of(app).database.snapshot() as tx:
+        row = tx.execute(sa.select(Delivery.status, Delivery.bundle)).one()
+    return row.status, row.bundle is not None
+
+
+def fetch(anyone: Api, path: str) -> Any:
+    """Fetch a bundle to its end."""
+    answer = anyone.get(path)
+    assert answer.data
+    answer.close()
+    return answer
+
+
+@pytest.fixture
+def anyone(app: Flask) -> Api:
+    return api_as(app, None)
+
+
+def test_the_link_gives_a_bundle_that_opens_with_the_password(api: Api, anyone: Api, app: Flask) -> None:
+    registered = api.register()
+    answer = anyone.get(path_of(registered))
+    assert (answer.status_code, answer.content_type) == (200, "application/zip")
+    assert answer.headers["Content-Disposition"] == f'attachment; filename="{registered["device_id"]}.zip"'
+    assert int(answer.headers["Content-Length"]) == len(answer.data)
+    assert answer.headers["Cache-Control"] == "no-store"
+    with pyzipper.AESZipFile(io.BytesIO(answer.data)) as bundle:
+        bundle.setpassword(registered["bundle_password"].encode())
+        assert b"PRIVATE KEY" in bundle.read("device.key")
+    answer.close()
+    assert state_of_delivery(app) == ("delivered", False)
+
+
+def test_the_link_is_on_the_portals_public_address(api: Api, app: Flask) -> None:
+    assert api.register()["download_url"].startswith(portal_of(app).settings.public_url + "/download/")
+
+
+def test_head_spends_nothing_and_says_how_long_the_bundle_is(api: Api, anyone: Api) -> None:
+    path = path_of(api.register())
+    looked = [anyone.call("HEAD", path) for _ in range(3)]
+    assert {(answer.status_code, answer.data) for answer in looked} == {(200, b"")}
+    assert int(looked[0].headers["Content-Length"]) == len(anyone.get(path).data)
+
+
+def test_a_link_works_once(api: Api, anyone: Api) -> None:
+    path = path_of(api.register())
+    fetch(anyone, path)
+    problem_of(anyone.get(path), 410, "link_used")
+    assert anyone.call("HEAD", path).status_code == 410
+
+
+def test_a_fetch_that_broke_off_can_be_repeated_with_the_same_link(api: Api, anyone: Api, app: Flask) -> None:
+    path = path_of(api.register())
+    broken = anyone.client.open(path)  # the answer begins, and nobody reads it
+    broken.close()
+    assert state_of_delivery(app) == ("fetching", True)
+    again = anyone.get(path)
+    assert (again.status_code, again.data[:2]) == (200, b"PK")
+
+
+def test_while_one_fetches_another_is_refused(api: Api, anyone: Api) -> None:
+    path = path_of(api.register())
+    first = anyone.client.open(path)
+    problem_of(anyone.get(path), 410, "link_used")
+    assert first.data[:2] == b"PK"
+
+
+def test_a_link_that_is_over_is_gone(api: Api, anyone: Api, clock: Clock) -> None:
+    path = path_of(api.register())
+    clock.advance(hours=24, seconds=1)
+    problem_of(anyone.get(path), 410, "link_expired")
+    clock.advance(days=365)
+    problem_of(anyone.get(path), 410, "link_expired")
+
+
+def test_the_link_of_a_revoked_device_is_gone_with_its_bundle(api: Api, anyone: Api, app: Flask) -> None:
+    registered = api.register()
+    api.post(f"/revoke/{registered['device_id']}")
+    problem_of(anyone.get(path_of(registered)), 410, "link_revoked")
+    assert state_of_delivery(app) == ("revoked", False)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda token: token[:-1],
+        lambda token: token[:-1] + ("A" if token[-1] != "A" else "Q"),
+        lambda token: "A" + token[1:],
+        lambda token: token + ".x",
+        lambda token: token.split(".")[0],
+        lambda token: "..".join(token.split(".")),
+        lambda token: "%00" + token,
+        lambda token: "%C3%A9" * 40,
+        lambda token: "a" * 512,
+        lambda token: "a.b.c",
+    ],
+)
+def test_an_altered_link_is_unknown_and_spends_nothing(api: Api, anyone: Api, alter: Any) -> None:
+    path = path_of(api.register())
+    altered = "/download/" + alter(path.rpartition("/")[2])
+    problem_of(anyone.get(altered), 404, "link_unknown")
+    assert anyone.get(path).status_code == 200
+
+
+def test_an_operator_token_opens_no_link(api: Api) -> None:
+    problem_of(api.get("/download/a.b.c"), 404, "link_unknown")
+
+
+def test_fetches_are_recorded_and_refused_ones_too_without_the_link(api: Api, anyone: Api, app: Flask) -> None:
+    registered = api.register()
+    path = path_of(registered)
+    asked = [fetch(anyone, path), anyone.get(path), anyone.get("/download/a.b.c")]
+    found = portal_of(app).operators.audit("default", limit=4, before=None, filters={})[0]
+    request_ids = [answer.headers["X-Request-Id"] for answer in asked]
+    device = f"device:{registered['device_id']}"
+    assert [(e.action, e.object, e.outcome, e.detail.get("code"), e.request_id) for e in reversed(found)] == [
+        ("bundle:fetch", device, "done", None, request_ids[0]),
+        ("bundle:deliver", device, "done", None, request_ids[0]),
+        ("bundle:fetch", "link", "refused", "link_used", request_ids[1]),
+        ("bundle:fetch", "link", "refused", "link_unknown", request_ids[2]),
+    ]
+    assert path.rpartition("/")[2] not in str(found)
+
+
+@pytest.mark.parametrize("role", [Role.AUDITOR, None])
+def test_who_holds_the_link_needs_no_role(api: Api, app: Flask, role: Role | None) -> None:
+    assert api_as(app, role).get(path_of(api.register())).status_code == 200

@@ -1,0 +1,90 @@
+"""Devices that ask again, all at once, or wait for an operator: what each database must get right."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from tests.support.est import Device, certificates_of, csr_der, device, key_and_certificate, new_key, refused, token
+from tests.support.harness import Api
+
+
+def test_a_lost_answer_costs_nothing(api: Api) -> None:
+    one, request = device(api, count=1), csr_der()
+    first, again = certificates_of(one.enrol(request)), certificates_of(one.enrol(request))
+    assert first == again
+    assert len(api.get("/devices").json["devices"]) == 1
+
+
+def test_devices_that_ask_at_once_are_counted_once_each(api: Api) -> None:
+    secret, keys = token(api, count=2), [new_key(), new_key()]
+    requests = [csr_der(key) for key in keys] * 2
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda request: Device(api, secret).enrol(request), requests))
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len(api.get("/devices").json["devices"]) == 2
+    assert api.get("/enrolment-tokens").json["enrolment_tokens"][0]["uses"] == 2
+
+
+def test_a_device_waits_until_an_operator_approves_it(api: Api) -> None:
+    one, request = device(api, approval="operator"), csr_der()
+    first, second = one.enrol(request), one.enrol(request)
+    assert (first.status_code, second.status_code) == (202, 202)
+    assert int(first.headers["Retry-After"]) > 0
+    [pending] = api.get("/devices?status=pending").json["devices"]
+    path = f"/devices/{pending['device_id']}"
+    asked = api.get(f"{path}/enrolment").json
+    assert asked["status"] == "waiting"
+    entry = api.get("/audit?action=device:ask").json["entries"][0]
+    assert asked["key_fingerprint"] == entry["detail"]["key_fingerprint"]
+    for _ in range(2):
+        assert api.post(f"{path}/approve").json == {"device_id": pending["device_id"], "status": "pending"}
+    [certificate] = certificates_of(one.enrol(request))
+    assert certificate.subject.rfc4514_string() == f"CN={pending['device_id']}"
+    assert api.get(path).json["status"] == "active"
+    assert certificates_of(one.enrol(request)) == [certificate]
+    for decision in ("approve", "reject"):
+        assert api.post(f"{path}/{decision}").status_code == 409
+
+
+def test_a_device_that_an_operator_rejects_is_out_for_good(api: Api) -> None:
+    one, request = device(api, approval="operator"), csr_der()
+    one.enrol(request)
+    [pending] = api.get("/devices?status=pending").json["devices"]
+    path = f"/devices/{pending['device_id']}"
+    for _ in range(2):
+        assert api.post(f"{path}/reject").json["status"] == "revoked"
+    assert "rejected" in refused(one.enrol(request), 403)
+    assert api.post(f"{path}/approve").status_code == 409
+    assert api.get(path).json["revocation_reason"] == "privilege_withdrawn"
+
+
+def test_a_device_that_never_asked_is_not_approved(api: Api) -> None:
+    wanted = {"name": "pump-7", "type": "pump", "location": "hall 2", "firmware": "1"}
+    answer = api.post("/devices", wanted)
+    assert (answer.status_code, answer.json["status"]) == (201, "pending")
+    path = answer.headers["Location"]
+    assert api.post(f"{path}/approve").status_code == 409
+    assert api.get(f"{path}/enrolment").status_code == 404
+    one = device(api, device_id=answer.json["device_id"])
+    assert api.post(f"{path}/reject").json["status"] == "revoked"
+    refused(one.enrol(), 403)
+    assert api.post("/enrolment-tokens", {"name": "late", "device_id": answer.json["device_id"]}).status_code == 409
+
+
+def test_a_lost_answer_is_made_good_by_another_key_and_the_first_one_ends(api: Api) -> None:
+    one, request = device(api, count=1), csr_der()
+    _, first = key_and_certificate(one.enrol(request, "serverkeygen"))
+    _, second = key_and_certificate(one.enrol(request, "serverkeygen"))
+    assert first.subject == second.subject
+    device_id = first.subject.rfc4514_string()[3:]
+    found = api.get(f"/devices/{device_id}/certificates").json["certificates"]
+    assert [(item["status"], item["revocation_reason"]) for item in found] == [
+        ("active", None),
+        ("revoked", "superseded"),
+    ]
+    refused(Device(api, certificate=first.public_bytes(Encoding.DER)).enrol(None, "simplereenroll"), 403)
+    for _ in range(3):
+        key_and_certificate(one.enrol(request, "serverkeygen"))
+    assert "within a day" in refused(one.enrol(request, "serverkeygen"), 429)

@@ -1,0 +1,195 @@
+"""The portal about itself: alive, ready, described."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from flask import Flask
+
+from access import Role
+from api.operation import FOR_OPERATORS
+from app import ROUTES, portal_of
+from db import Database
+from enforcement import Enforcement
+from errors import DatabaseUnavailable
+from readiness import Readiness
+from tests.support.harness import Api, Clock, api_as, problem_of
+
+
+@pytest.fixture
+def anyone(app: Flask) -> Api:
+    return api_as(app, None)
+
+
+@pytest.fixture
+def auditor(app: Flask) -> Api:
+    return api_as(app, Role.AUDITOR)
+
+
+def problems_of(asking: Api, told: str = "problem") -> dict[str, str]:
+    """What ``/readyz`` says is wrong, by the name of the check."""
+    answer = asking.get("/readyz")
+    problems = {check["name"]: check[told] for check in answer.json["checks"] if not check["ok"]}
+    assert answer.content_type == "application/json"
+    assert (answer.status_code, answer.json["status"]) == ((503, "not ready") if problems else (200, "ready"))
+    return problems
+
+
+def fail(*_: object, **__: object) -> None:
+    raise DatabaseUnavailable("The database does not answer or has no room left; try again shortly.")
+
+
+def test_healthz_says_alive(anyone: Api) -> None:
+    answer = anyone.get("/healthz")
+    assert (answer.status_code, answer.json) == (200, {"status": "ok"})
+
+
+def test_healthz_asks_nobody(anyone: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert anyone.get("/healthz").status_code == 200
+    monkeypatch.setattr(Database, "snapshot", fail)
+    monkeypatch.setattr(Database, "transaction", fail)
+    assert anyone.get("/healthz").status_code == 200
+
+
+def test_readyz_names_the_broker_that_does_not_run_and_nothing_else(auditor: Api) -> None:
+    assert list(problems_of(auditor)) == ["broker"]
+    assert "start it" in problems_of(auditor)["broker"]
+
+
+def test_readyz_is_ready_where_all_is_well(auditor: Api, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    portal = portal_of(app)
+    monkeypatch.setattr(Enforcement, "broker_answers", lambda _: True)
+    assert "generation" in problems_of(auditor)["broker"]
+    with portal.database.transaction() as tx:
+        tx.exec_driver_sql("UPDATE broker_state SET applied_generation = generation")
+    assert problems_of(auditor) == {}
+
+
+def test_readyz_names_a_damaged_file_of_the_broker(auditor: Api, app: Flask) -> None:
+    portal_of(app).settings.broker_file("acl").write_text("topic readwrite #\n")
+    assert "acl" in problems_of(auditor)["broker files"]
+
+
+def test_readyz_names_a_crl_that_nobody_renews(auditor: Api, clock: Clock) -> None:
+    clock.advance(days=5)
+    assert "issuing-1" in problems_of(auditor)["crl"]
+
+
+def test_readyz_names_an_expired_ca(auditor: Api, clock: Clock) -> None:
+    clock.advance(days=1826)
+    assert "expired" in problems_of(auditor)["ca"]
+
+
+def test_readyz_names_a_database_that_does_not_answer(auditor: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert auditor.get("/healthz").status_code == 200
+    monkeypatch.setattr(Database, "snapshot", fail)  # so that nobody's token can be looked up either
+    assert problems_of(auditor, "code")["database"] == "database_unavailable"
+
+
+def test_readyz_tells_a_stranger_nothing_of_a_check_that_broke(auditor: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("secret inner workings")
+
+    monkeypatch.setattr(Readiness, "_files_problem", broken)
+    problems = problems_of(auditor)
+    assert set(problems) == {"broker files", "broker"}
+    assert "secret" not in str(problems)
+
+
+def test_readyz_survives_a_broker_folder_that_is_gone(auditor: Api, app: Flask) -> None:
+    assert auditor.get("/readyz").status_code == 503
+    shutil.rmtree(portal_of(app).settings.broker_dir)
+    assert {"broker", "broker files"} <= set(problems_of(auditor))
+
+
+def test_readyz_tells_a_stranger_codes_and_no_reason(anyone: Api, app: Flask, clock: Clock) -> None:
+    settings = portal_of(app).settings
+    settings.broker_file("acl").write_text("topic readwrite #\n")
+    clock.advance(days=5)
+    assert problems_of(anyone, "code") == {
+        "crl": "crl_not_renewed",
+        "broker files": "broker_files_damaged",
+        "broker": "broker_not_enforcing",
+    }
+    assert set(problems_of(anyone).values()) == {FOR_OPERATORS}
+    answer = anyone.get("/readyz").text
+    for told in (str(settings.data_dir), "issuing-1", "generation"):
+        assert told not in answer
+
+
+def test_a_bad_token_at_readyz_is_a_failed_login(app: Flask) -> None:
+    problem_of(Api(app.test_client(), "op_a-token-of-nobody").get("/readyz"), 401, "unauthenticated")
+    entry = portal_of(app).operators.audit("default", limit=1, before=None, filters={})[0][0]
+    assert (entry.action, entry.outcome) == ("GET /readyz", "refused")
+
+
+# --- Described ----------------------------------------------------------------------------------------------------
+
+
+def test_the_openapi_text_names_every_route_with_who_may_call_it(anyone: Api) -> None:
+    text = anyone.get("/openapi.json")
+    assert text.content_type == "application/json"
+    assert text.json["openapi"].startswith("3.1")
+    described = {
+        f"{method.upper()} {path}": bool(operation["security"]) and {} not in operation["security"]
+        for path, methods in text.json["paths"].items()
+        for method, operation in methods.items()
+    }
+    declared = {f"{route.method} {route.path}": route.permission is not None for route in ROUTES}
+    assert described == {**declared, "HEAD /download/{token}": False}
+
+
+def test_every_operation_has_a_name_a_summary_and_the_request_id_on_every_answer(anyone: Api) -> None:
+    paths = anyone.get("/openapi.json").json["paths"]
+    operations = [operation for methods in paths.values() for operation in methods.values()]
+    names = [operation["operationId"] for operation in operations]
+    assert len(names) == len(set(names))
+    for operation in operations:
+        assert operation["summary"].endswith((".", "nothing"))
+        for answer in operation["responses"].values():
+            assert "X-Request-Id" in answer["headers"]
+            assert answer["description"]
+
+
+def test_every_reference_in_the_openapi_text_leads_somewhere(anyone: Api) -> None:
+    text = anyone.get("/openapi.json")
+    for reference in {line.split('"')[3] for line in json.dumps(text.json, indent=1).splitlines() if '"$ref"' in line}:
+        assert reference.removeprefix("#/components/schemas/") in text.json["components"]["schemas"]
+
+
+class Page(HTMLParser):
+    """What a page loads, links to and says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.addresses: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses |= {value or "" for name, value in attrs if name in ("src", "href", "action", "data", "poster")}
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_shows_every_route_and_needs_nothing_from_elsewhere(anyone: Api) -> None:
+    answer = anyone.get("/docs")
+    assert (answer.status_code, answer.content_type) == (200, "text/html; charset=utf-8")
+    page = Page()
+    page.feed(answer.text)
+    for route in ROUTES:
+        assert route.path in page.text
+        assert route.summary in page.text
+    assert page.addresses == {"/openapi.json"}
+    assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "embed", "form"})
+    assert "url(" not in answer.text
+    assert "@import" not in answer.text
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy

@@ -1,0 +1,195 @@
+"""What anyone may fetch in plain HTTP: CA certificates, CRLs, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
+from typing import Any
+
+import pytest
+from cryptography import x509
+from flask import Flask
+
+from app import ROUTES, portal_of
+from inventory import Inventory
+from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
+
+pytestmark = ON_SQLITE
+
+PKI = ("/ca.pem", "/ca/root.cer", "/ca/issuing-1.cer", "/crl/root.crl", "/crl/issuing-1.crl")
+CLEAR: dict[str, Any] = {"environ_overrides": {"portal.listener": "pki"}}
+
+
+@pytest.fixture(scope="module")
+def anyone(shared_app: Flask) -> Api:
+    return api_as(shared_app, None)
+
+
+@pytest.mark.parametrize("listener", [{}, CLEAR], ids=["HTTPS", "plain HTTP"])
+@pytest.mark.parametrize(
+    ("path", "media_type", "read"),
+    [
+        ("/ca/root.cer", "application/pkix-cert", x509.load_der_x509_certificate),
+        ("/ca/issuing-1.cer", "application/pkix-cert", x509.load_der_x509_certificate),
+        ("/crl/root.crl", "application/pkix-crl", x509.load_der_x509_crl),
+        ("/crl/issuing-1.crl", "application/pkix-crl", x509.load_der_x509_crl),
+        ("/ca.pem", "application/x-pem-file", x509.load_pem_x509_certificates),
+    ],
+)
+def test_it_is_served_on_both_listeners_in_its_form(
+    anyone: Api, path: str, media_type: str, read: Callable[[bytes], object], listener: dict[str, Any]
+) -> None:
+    answer = anyone.get(path, **listener)
+    assert (answer.status_code, answer.content_type) == (200, media_type)
+    assert read(answer.data) is not None
+
+
+def test_the_urls_in_a_certificate_lead_to_its_issuer_and_its_crl(api: Api, app: Flask) -> None:
+    registered = api.register()
+    [certificate] = api.get(f"/devices/{registered['device_id']}/certificates").json["certificates"]
+    leaf = x509.load_pem_x509_certificate(certificate["certificate"].encode())
+    points = leaf.extensions.get_extension_for_class(x509.CRLDistributionPoints).value
+    access = leaf.extensions.get_extension_for_class(x509.AuthorityInformationAccess).value
+    base = portal_of(app).settings.pki_url
+    crl_url = points[0].full_name[0].value
+    issuer_url = access[0].access_location.value
+    issuer = x509.load_der_x509_certificate(api_as(app, None).get(issuer_url.removeprefix(base), **CLEAR).data)
+    crl = x509.load_der_x509_crl(api_as(app, None).get(crl_url.removeprefix(base), **CLEAR).data)
+    leaf.verify_directly_issued_by(issuer)
+    assert crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]  # an EC key
+
+
+def test_the_pem_is_issuing_ca_and_root(anyone: Api) -> None:
+    issuing, root = x509.load_pem_x509_certificates(anyone.get("/ca.pem").data)
+    issuing.verify_directly_issued_by(root)
+    root.verify_directly_issued_by(root)
+
+
+def test_a_revocation_is_in_the_next_crl(api: Api, app: Flask) -> None:
+    registered = api.register()
+    before = api_as(app, None).get("/crl/issuing-1.crl")
+    api.post(f"/revoke/{registered['device_id']}")
+    after = api_as(app, None).get("/crl/issuing-1.crl", headers={"If-None-Match": before.headers["ETag"]})
+    assert after.status_code == 200
+    serial_number = int(registered["serial_number"], 16)
+    assert x509.load_der_x509_crl(before.data).get_revoked_certificate_by_serial_number(serial_number) is None
+    assert x509.load_der_x509_crl(after.data).get_revoked_certificate_by_serial_number(serial_number) is not None
+
+
+# --- Caching ------------------------------------------------------------------------------------------------------
+
+
+def test_a_crl_says_until_when_it_may_be_kept(anyone: Api) -> None:
+    answer = anyone.get("/crl/issuing-1.crl", **CLEAR)
+    crl = x509.load_der_x509_crl(answer.data)
+    assert parsedate_to_datetime(answer.headers["Last-Modified"]) == crl.last_update_utc
+    assert parsedate_to_datetime(answer.headers["Expires"]) == crl.next_update_utc
+    assert answer.headers["Cache-Control"] == "public, max-age=60"
+    assert re.fullmatch(r'"[0-9a-f]{32}"', answer.headers["ETag"])
+
+
+def test_a_crl_that_is_over_is_not_to_be_kept(app: Flask, clock: Clock) -> None:
+    clock.advance(days=400)
+    assert api_as(app, None).get("/crl/issuing-1.crl").headers["Cache-Control"] == "public, max-age=0"
+
+
+@pytest.mark.parametrize(
+    ("tag", "status"),
+    [("{}", 304), ("W/{}", 304), ('"other", {}', 304), ("*", 304), ('"other"', 200), ("", 200), ("{}x", 200)],
+)
+@pytest.mark.parametrize("path", PKI)
+def test_who_has_it_already_is_not_sent_it_again(anyone: Api, path: str, tag: str, status: int) -> None:
+    etag = anyone.get(path).headers["ETag"]
+    answer = anyone.get(path, headers={"If-None-Match": tag.format(etag)}, **CLEAR)
+    assert (answer.status_code, bool(answer.data)) == (status, status == 200)
+    assert answer.headers["ETag"] == etag
+    assert answer.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(-1, 200), (0, 304), (1, 304)])
+def test_a_crl_is_sent_if_modified_since(anyone: Api, seconds: int, status: int) -> None:
+    modified = parsedate_to_datetime(anyone.get("/crl/issuing-1.crl").headers["Last-Modified"])
+    since = format_datetime(modified + timedelta(seconds=seconds), usegmt=True)
+    assert anyone.get("/crl/issuing-1.crl", headers={"If-Modified-Since": since}).status_code == status
+
+
+@pytest.mark.parametrize(
+    "since",
+    ["", "yesterday", "Mon, 01 Jan 2035 00:00:00", "Mon, 01 Jan 99999 00:00:00 GMT", "Mon, 01 Jan 0001 00:00:00 +9999"],
+)
+def test_a_date_that_is_none_is_passed_over(anyone: Api, since: str) -> None:
+    assert anyone.get("/crl/issuing-1.crl", headers={"If-Modified-Since": since}).status_code == 200
+
+
+def test_the_entity_tag_goes_before_the_date(anyone: Api) -> None:
+    later = {"If-None-Match": '"other"', "If-Modified-Since": "Mon, 01 Jan 2035 00:00:00 GMT"}
+    assert anyone.get("/crl/issuing-1.crl", headers=later).status_code == 200
+
+
+def test_head_is_get_without_the_content(anyone: Api) -> None:
+    for path in PKI:
+        got, looked = anyone.get(path, **CLEAR), anyone.call("HEAD", path, **CLEAR)
+        assert looked.data == b""
+        assert looked.headers["Content-Length"] == str(len(got.data))
+        assert looked.headers["ETag"] == got.headers["ETag"]
+
+
+# --- Nothing else -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if not route.on_pki_listener], ids=lambda r: r.path)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE", "OPTIONS"])
+def test_the_plain_listener_knows_of_no_other_route(shared_app: Flask, route: Any, method: str) -> None:
+    path = re.sub(r"\{device_id\}", "00000000-0000-4000-8000-000000000000", route.path)
+    answer = api_as(shared_app, None).call(method, re.sub(r"\{\w+\}", "0" * 16, path), **CLEAR)
+    assert answer.status_code == 404
+    if route.path.startswith("/.well-known/est/"):
+        assert answer.mimetype == "text/plain"  # RFC 7030 section 4.2.3: an error that a person can read
+    elif method != "HEAD":
+        problem_of(answer, 404, "not_found")
+
+
+def test_even_a_good_token_opens_nothing_on_the_plain_listener(api: Api) -> None:
+    problem_of(api.get("/devices", **CLEAR), 404, "not_found")
+
+
+def test_the_routes_of_the_plain_listener_are_these(anyone: Api) -> None:
+    assert {route.path for route in ROUTES if route.on_pki_listener} == {
+        "/ca.pem",
+        "/ca/{issuer}.cer",
+        "/crl/{issuer}.crl",
+        "/ocsp",
+        "/ocsp/{request}",
+    }
+    answer = anyone.post("/ca.pem", **CLEAR)
+    problem_of(answer, 405, "method_not_allowed")
+    assert answer.headers["Allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/ca/nobody.cer", "/crl/nobody.crl", "/ca/.cer", "/ca/root", "/ca/%2e%2e.cer", "/crl/root%00.crl", "/ca/ROOT.cer",
+     "/ca/..%2froot.cer", "//ca.pem", "/ca.pem/", "/", "/ca", "/secrets/operator-token"],
+)  # fmt: skip
+def test_what_is_not_there_is_not_found(anyone: Api, path: str) -> None:
+    nothing: dict[str, Any] = {}
+    for listener in (nothing, CLEAR):
+        problem_of(anyone.client.open(path, **listener), 404, "not_found")
+
+
+def test_a_crl_is_read_once_and_the_newest_is_served_by_every_worker(api: Api, app: Flask) -> None:
+    worker, other = portal_of(app).inventory, Inventory(portal_of(app).settings, portal_of(app).database)
+    first = worker.crl(portal_of(app).authority.issuing.id)
+    assert worker.crl(portal_of(app).authority.issuing.id) is first
+    before = api_as(app, None).get("/crl/issuing-1.crl", **CLEAR)
+    registered = api.register()
+    api.post(f"/revoke/{registered['device_id']}")
+    after = api_as(app, None).get("/crl/issuing-1.crl", **CLEAR)
+    newest = other.crl(portal_of(app).authority.issuing.id)
+    assert newest is not None
+    assert after.data == newest.der != before.data
+    assert after.headers["ETag"] != before.headers["ETag"]
+    fresh = api_as(app, None).get("/crl/issuing-1.crl", headers={"If-None-Match": after.headers["ETag"]}, **CLEAR)
+    assert (fresh.status_code, fresh.data) == (304, b"")

@@ -1,0 +1,212 @@
+"""Who may call what: every route with its decision written out."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from flask import Flask
+
+import access
+import db_access
+import db_issuers
+from access import Role
+from app import ROUTES, portal_of
+from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
+from tests.support.pki import PEM, Authority
+
+ANYONE = {*Role, None}
+ADMIN, OPERATOR, AUDITOR = Role.ADMIN, Role.OPERATOR, Role.AUDITOR
+
+# A route that is not in this table fails the first test: whoever adds one decides here who may call it.
+MAY_CALL: dict[str, set[Role | None]] = {
+    "POST /register": {ADMIN, OPERATOR},
+    "POST /register/bulk": {ADMIN, OPERATOR},
+    "GET /devices": {ADMIN, OPERATOR, AUDITOR},
+    "GET /devices/{device_id}": {ADMIN, OPERATOR, AUDITOR},
+    "PATCH /devices/{device_id}": {ADMIN, OPERATOR},
+    "GET /devices/{device_id}/certificates": {ADMIN, OPERATOR, AUDITOR},
+    "POST /revoke/{device_id}": {ADMIN, OPERATOR},
+    "POST /devices/{device_id}/renew": {ADMIN, OPERATOR},
+    "POST /devices/{device_id}/suspend": {ADMIN, OPERATOR},
+    "POST /devices/{device_id}/resume": {ADMIN, OPERATOR},
+    "GET /download/{token}": ANYONE,
+    "GET /ca.pem": ANYONE,
+    "GET /ca/{issuer}.cer": ANYONE,
+    "GET /crl/{issuer}.crl": ANYONE,
+    "GET /ocsp/{request}": ANYONE,
+    "POST /ocsp": ANYONE,
+    "POST /devices": {ADMIN, OPERATOR},
+    "GET /enrolments": {ADMIN, OPERATOR, AUDITOR},
+    "GET /devices/{device_id}/enrolment": {ADMIN, OPERATOR, AUDITOR},
+    "POST /devices/{device_id}/approve": {ADMIN, OPERATOR},
+    "POST /devices/{device_id}/reject": {ADMIN, OPERATOR},
+    "GET /enrolment-tokens": {ADMIN, OPERATOR, AUDITOR},
+    "POST /enrolment-tokens": {ADMIN, OPERATOR},
+    "DELETE /enrolment-tokens/{enrolment_token_id}": {ADMIN, OPERATOR},
+    "GET /manufacturers": {ADMIN, OPERATOR, AUDITOR},
+    "POST /manufacturers": {ADMIN},
+    "GET /manufacturers/{manufacturer_id}": {ADMIN, OPERATOR, AUDITOR},
+    "POST /manufacturers/{manufacturer_id}/proof": {ADMIN},
+    "DELETE /manufacturers/{manufacturer_id}": {ADMIN},
+    **{
+        f"{method} /.well-known/est/{label}{operation}": ANYONE
+        for method, operations in (
+            ("GET", ("cacerts", "csrattrs")),
+            ("POST", ("simpleenroll", "simplereenroll", "serverkeygen")),
+        )
+        for operation in operations
+        for label in ("", "{label}/")
+    },
+    "GET /tokens": {ADMIN},
+    "POST /tokens": {ADMIN},
+    "DELETE /tokens/{token_id}": {ADMIN},
+    "GET /audit": {ADMIN, AUDITOR},
+    "GET /webhooks": {ADMIN},
+    "POST /webhooks": {ADMIN},
+    "DELETE /webhooks/{webhook_id}": {ADMIN},
+    "GET /webhooks/{webhook_id}/deliveries": {ADMIN},
+    "POST /webhooks/{webhook_id}/redeliver": {ADMIN},
+    "POST /webhooks/{webhook_id}/test": {ADMIN},
+    "GET /healthz": ANYONE,
+    "GET /readyz": ANYONE,
+    "GET /metrics": {ADMIN, OPERATOR, AUDITOR},
+    "GET /openapi.json": ANYONE,
+    "GET /docs": ANYONE,
+}
+
+
+@pytest.fixture(scope="module")
+def clients(shared_app: Flask) -> dict[Role | None, Api]:
+    return {role: api_as(shared_app, role) for role in (*Role, None)}
+
+
+def call(api: Api, route: str, method: str | None = None) -> Any:
+    """Ask for nothing that exists, with a body that changes nothing."""
+    declared, path = route.split(" ")
+    path = re.sub(r"\{device_id\}", "00000000-0000-4000-8000-000000000000", path)
+    path = re.sub(r"\{\w+\}", "0" * 16, path)
+    return api.call(method or declared, path, json={} if declared in ("POST", "PATCH") else None)
+
+
+def test_every_route_has_a_decision_here_and_every_decision_a_route() -> None:
+    assert {f"{route.method} {route.path}" for route in ROUTES} == set(MAY_CALL)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("route", "role"), [*itertools.product(MAY_CALL, (*Role, None))])
+def test_a_role_may_call_what_the_table_says_and_nothing_else(
+    clients: dict[Role | None, Api], route: str, role: Role | None
+) -> None:
+    answer = call(clients[role], route)
+    if role in MAY_CALL[route]:
+        assert answer.status_code not in (401, 403)
+    elif role is None:
+        problem_of(answer, 401, "unauthenticated")
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    else:
+        assert role in problem_of(answer, 403, "forbidden")["detail"]
+    assert answer.headers["X-Request-Id"]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("role", [*Role, None])
+@pytest.mark.parametrize("route", [route for route in MAY_CALL if route.startswith("GET ")])
+def test_head_is_decided_as_get_is(clients: dict[Role | None, Api], route: str, role: Role | None) -> None:
+    answer = call(clients[role], route, "HEAD")
+    assert (answer.status_code in (401, 403)) == (role not in MAY_CALL[route])
+    assert answer.data == b""
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("role", "code"), [(AUDITOR, "forbidden"), (None, "unauthenticated")])
+def test_a_refusal_is_recorded_under_the_request_id(
+    app: Flask, as_role: Callable[[Role | None], Api], role: Role | None, code: str
+) -> None:
+    answer = call(as_role(role), "POST /register")
+    entry = portal_of(app).operators.audit("default", limit=1, before=None, filters={})[0][0]
+    assert (entry.action, entry.outcome, entry.detail) == ("POST /register", "refused", {"code": code})
+    assert entry.request_id == answer.headers["X-Request-Id"]
+    assert entry.address == "127.0.0.1"
+    assert ("auditor" in entry.actor) == (role is AUDITOR)
+
+
+@ON_SQLITE
+def test_a_refused_request_is_told_nothing_of_what_there_is(clients: dict[Role | None, Api]) -> None:
+    known = clients[ADMIN].register()["device_id"]
+    there, not_there = (clients[None].get(f"/devices/{name}").json for name in (known, "no-id"))
+    assert {**there, "request_id": ""} == {**not_there, "request_id": ""}
+
+
+GUARDED = [route for route, roles in MAY_CALL.items() if None not in roles]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("route", GUARDED)
+@pytest.mark.parametrize("state", ["revoked", "expired"])
+def test_a_token_that_was_revoked_or_has_expired_opens_nothing(shared_app: Flask, route: str, state: str) -> None:
+    portal = portal_of(shared_app)
+    now = portal.clock()
+    ended = now - timedelta(seconds=1)
+    secret, record = access.new_token("default", "of old", ADMIN, ended if state == "expired" else None, now=now)
+    with portal.database.transaction() as tx:
+        db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+        if state == "revoked":
+            db_access.revoke_token(tx, "default", record.id, revoked_at=ended)
+    problem_of(call(Api(shared_app.test_client(), secret), route), 401, "unauthenticated")
+
+
+@pytest.fixture(scope="module")
+def foreigner(shared_app: Flask) -> Api:
+    """The admin of another tenant of the same portal."""
+    portal = portal_of(shared_app)
+    secret, record = access.new_token("another", "a neighbour", ADMIN, None, now=portal.clock())
+    with portal.database.transaction() as tx:
+        db_issuers.add_tenant(tx, "another", created_at=portal.clock())
+        db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+    return Api(shared_app.test_client(), secret)
+
+
+OF_ONE_THING = [route for route in GUARDED if "_id}" in route]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("route", OF_ONE_THING)
+def test_what_is_anothers_is_not_there(clients: dict[Role | None, Api], foreigner: Api, route: str) -> None:
+    device_id = clients[ADMIN].register()["device_id"]
+    token_id = clients[ADMIN].post("/tokens", {"name": "mine", "role": "auditor"}).json["token_id"]
+    webhook_id = clients[ADMIN].post("/webhooks", {"name": "mine", "url": "https://example.com"}).json["webhook_id"]
+    method, path = route.split(" ")
+    maker = {"name": "mine", "certificate": Authority("A maker's CA").certificate.public_bytes(PEM).decode()}
+    path = path.format(
+        device_id=device_id,
+        token_id=token_id,
+        webhook_id=webhook_id,
+        enrolment_token_id=clients[ADMIN].post("/enrolment-tokens", {"name": "mine"}).json["enrolment_token_id"],
+        manufacturer_id=clients[ADMIN].post("/manufacturers", maker).json["manufacturer_id"],
+    )
+    body = {"name": "taken over"} if method == "PATCH" else {} if method == "POST" else None
+    if path.endswith("/proof"):
+        body = {"signature": "x"}
+    answer = foreigner.call(method, path, json=body)
+    assert answer.status_code == 404, answer.text
+    assert clients[ADMIN].get(f"/devices/{device_id}").json["status"] == "active"
+    revoked = {token["token_id"]: token["revoked_at"] for token in clients[ADMIN].get("/tokens").json["tokens"]}
+    assert revoked[token_id] is None
+    assert clients[ADMIN].delete(f"/webhooks/{webhook_id}").status_code == 200
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("route", "field"),
+    [("/devices", "devices"), ("/tokens", "tokens"), ("/audit", "entries"), ("/webhooks", "webhooks")],
+)
+def test_a_list_holds_nothing_of_anothers(
+    clients: dict[Role | None, Api], foreigner: Api, route: str, field: str
+) -> None:
+    own = {str(item) for item in clients[ADMIN].get(route).json[field]}
+    assert own.isdisjoint(str(item) for item in foreigner.get(route).json[field])

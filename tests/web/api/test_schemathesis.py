@@ -1,0 +1,179 @@
+"""The application keeps to its OpenAPI text, whatever is sent: judged by schemathesis.
+
+No server error (503 only where it is documented), no status and no media type that is not described, every answer of
+the form described, what does not fit refused, what fits accepted.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import schemathesis
+from flask import Flask
+from pydantic import TypeAdapter, ValidationError
+from schemathesis.config import SchemathesisConfig
+from schemathesis.specs.openapi.checks import negative_data_rejection
+
+from access import Role
+from api.fields import Metadata
+from api.openapi import openapi
+from api.problems import IN_PLAIN_TEXT
+from app import ROUTES
+from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem
+from tests.support.pki import PEM, Authority
+
+CONFIG = {
+    "seed": 1,
+    "generation": {"deterministic": True, "max-examples": 60, "database": "none"},
+    "checks": {
+        "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "503"]},
+        # What fits may still not exist (404), not be possible (409) or be over (410); it is never called malformed.
+        "positive_data_acceptance": {"expected-statuses": ["2xx", "404", "409", "410", "503"]},
+    },
+}
+
+
+INSIDE = "https://localhost:8443/"  # fits, and nothing is ever sent there
+
+
+class Application:
+    """The WSGI application under test, which exists only once the fixtures have made it."""
+
+    made: Flask | None = None
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        assert self.made is not None
+        return self.made(environ, start_response)
+
+
+@schemathesis.serializer("application/x-ndjson")
+def lines_of_text(_context: object, value: object) -> bytes:
+    return str(value).encode()
+
+
+application = Application()
+schema = schemathesis.openapi.from_dict(
+    openapi(ROUTES, server_url="http://localhost"), config=SchemathesisConfig.from_dict(CONFIG)
+)
+schema.app = application
+
+
+@schemathesis.serializer("application/ocsp-request", "application/pkcs10")
+def as_it_is(_context: object, value: object) -> bytes:
+    """A body that is bytes; to a reader of bytes nothing is of the wrong type."""
+    return value if isinstance(value, bytes) else str(value).encode()
+
+
+@dataclass
+class There:
+    """What is really there, to be asked for now and then in place of what is made up."""
+
+    api: Api
+    csr: str
+    parts_of_paths: dict[str, str]
+    basic: str  # an enrolment token, as HTTP Basic authentication has it
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+
+@pytest.fixture(scope="module")
+def there(shared_app: Flask) -> There:
+    application.made = shared_app
+    return things(shared_app)
+
+
+def things(app: Flask) -> There:
+    """One of each thing that a path can speak of, made anew."""
+    api = api_as(app, Role.ADMIN)
+    parts = {
+        "device_id": api.register()["device_id"],
+        "token": api.register()["download_url"].rpartition("/")[2],
+        "token_id": api.post("/tokens", {"name": "one to be revoked", "role": "auditor"}).json["token_id"],
+        "webhook_id": api.post("/webhooks", {"name": "one to be tried", "url": INSIDE}).json["webhook_id"],
+        "issuer": "issuing-1",
+        "request": "MDAwLjAsMCowCQYFKw4DAhoFAAQU",
+    }
+    manufacturer = {"name": "a maker", "certificate": ca_pem()}
+    parts |= {
+        "enrolment_token_id": api.post("/enrolment-tokens", {"name": "one to be revoked"}).json["enrolment_token_id"],
+        "manufacturer_id": api.post("/manufacturers", manufacturer).json["manufacturer_id"],
+        "label": "default",
+    }
+    enrolment_token = api.post("/enrolment-tokens", {"name": "a batch"}).json["token"]
+    return There(api, csr_pem(), parts, base64.b64encode(f":{enrolment_token}".encode()).decode())
+
+
+def ca_pem() -> str:
+    return Authority("A maker's CA").certificate.public_bytes(PEM).decode()
+
+
+def is_metadata(value: object) -> bool:
+    try:
+        TypeAdapter(Metadata).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def fit(case: schemathesis.Case[Any], there: There) -> None:
+    """Change of a request that fits the schema what a schema cannot say: what exists, is signed, reaches no other."""
+    number = next(there.numbers)
+    if number % 3 and not case.path.endswith("/proof"):  # nobody makes up a proof
+        case.path_parameters.update({name: there.parts_of_paths[name] for name in case.path_parameters})
+    if "Idempotency-Key" in case.headers and number % 5:
+        case.headers["Idempotency-Key"] = f"the-key-of-request-{number}"
+    case.query.pop("cursor", None)
+    if case.path.startswith(IN_PLAIN_TEXT) and case.method == "POST":
+        case.body = there.csr.encode()
+    if case.path.endswith("/proof"):
+        case.body = {"signature": "AAAA"}  # one of two fields, which the schema does not say
+    if case.media_type == "text/csv":
+        case.body = b"name,type,location,firmware\n" + str(case.body).encode()
+    if isinstance(case.body, dict):
+        fit_body(case.body, there)
+
+
+def fit_body(body: dict[str, Any], there: There) -> None:
+    if body.get("csr") is not None:
+        body["csr"] = there.csr
+        body.pop("key_type", None)
+        body.pop("bundle_password", None)
+        body.pop("bundle_format", None)
+    if str(body.get("key_type")).startswith("rsa"):
+        body["key_type"] = "ec-p256"  # RSA keys take a second to make
+    if "signature" in body:
+        body.pop("certificate", None)
+    elif "certificate" in body:
+        body["certificate"] = ca_pem()
+    if body.get("device_id") is not None:
+        body["count"] = 1
+    if "url" in body:
+        body["url"] = INSIDE
+    if "metadata" in body and not is_metadata(body["metadata"]):
+        body["metadata"] = {}
+    for index, topic in enumerate(body.get("topics") or ()):
+        topic["filter"] = f"devices/{{id}}/{index}"
+    if body.get("topics"):  # no narrower than the default, which the style of a new installation cannot express
+        body["topics"][0] = {"filter": "devices/{id}/#", "access": "readwrite"}
+
+
+@schema.parametrize()
+@ON_SQLITE
+def test_what_is_answered_is_what_is_described(case: schemathesis.Case[Any], there: There) -> None:
+    if case.meta is not None and case.meta.generation.mode.is_positive:
+        fit(case, there)
+    if any(value in (None, [], {}) for value in case.query.values()):
+        return  # sent as nothing at all, it is no mistake that could be refused
+    if case.path.endswith("/simplereenroll"):
+        return  # it wants a client certificate, which is shown in TLS
+    of_device = case.path.startswith(IN_PLAIN_TEXT)
+    if of_device and case.method == "POST" and not (case.meta and case.meta.generation.mode.is_positive):
+        return  # to a reader of bytes nothing is of the wrong type
+    authorization = f"Basic {there.basic}" if of_device else f"Bearer {there.api.token}"
+    # A body of rows is text, whatever it holds: what is wrong with it is said row by row.
+    excluded: Any = [negative_data_rejection] if case.path == "/register/bulk" else []
+    case.call_and_validate(headers={"Authorization": authorization}, excluded_checks=excluded)

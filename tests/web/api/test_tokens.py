@@ -1,0 +1,123 @@
+"""Operator tokens over HTTP, with the audit record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+
+from app import portal_of
+from db_tables import AuditEntry, Token
+from tests.support.harness import Api, Clock, problem_of
+
+
+def holding(api: Api, token: str) -> Api:
+    """The same application, asked with another token."""
+    return Api(api.client, token)
+
+
+def test_a_new_token_works_and_its_secret_is_shown_this_once(api: Api, app: Flask) -> None:
+    answer = api.post("/tokens", {"name": "ci", "role": "operator", "expires_in_days": 30})
+    assert answer.status_code == 201
+    secret = answer.json["token"]
+    assert holding(api, secret).get("/devices").status_code == 200
+    listed = api.get("/tokens")
+    assert {key: value for key, value in answer.json.items() if key != "token"} in listed.json["tokens"]
+    assert secret not in listed.text
+    with portal_of(app).database.snapshot() as tx:
+        rows = [*tx.execute(sa.select(Token.__table__)), *tx.execute(sa.select(AuditEntry.__table__))]
+    assert secret.removeprefix("op_") not in str(rows)
+
+
+def test_a_token_ends_with_its_time(api: Api, clock: Clock) -> None:
+    short = holding(api, api.post("/tokens", {"name": "ci", "role": "auditor", "expires_in_days": 1}).json["token"])
+    clock.advance(hours=23, minutes=59)
+    assert short.get("/devices").status_code == 200
+    clock.advance(minutes=2)
+    problem_of(short.get("/devices"), 401, "unauthenticated")
+
+
+def test_a_revoked_token_ends_at_once_and_a_repeat_answers_the_same(api: Api, clock: Clock) -> None:
+    made = api.post("/tokens", {"name": "ci", "role": "auditor"}).json
+    first = api.delete(f"/tokens/{made['token_id']}")
+    assert first.status_code == 200
+    assert first.json["revoked_at"]
+    problem_of(holding(api, made["token"]).get("/devices"), 401, "unauthenticated")
+    clock.advance(minutes=1)
+    assert api.delete(f"/tokens/{made['token_id']}").json == first.json
+    assert len(api.get("/audit?action=token:revoke").json["entries"]) == 1
+
+
+@pytest.mark.parametrize("header", ["Bearer {}", "bearer {}", "BEARER   {}", "Bearer {} "])
+def test_how_a_token_may_be_sent(api: Api, header: str) -> None:
+    headers = {"Authorization": header.format(api.token)}
+    assert Api(api.client, None).get("/devices", headers=headers).status_code == 200
+
+
+# --- Audit --------------------------------------------------------------------------------------------------------
+
+
+def test_every_change_is_recorded_with_who_from_where_and_the_request_id(api: Api) -> None:
+    answer = api.post("/register", {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"})
+    entry = api.get("/audit?limit=1").json["entries"][0]
+    assert (entry["action"], entry["object"]) == ("device:register", f"device:{answer.json['device_id']}")
+    assert (entry["outcome"], entry["address"]) == ("done", "127.0.0.1")
+    assert "a test's admin" in entry["actor"]
+    assert entry["request_id"] == answer.headers["X-Request-Id"]
+
+
+def test_the_record_is_paged_newest_first_without_loss(api: Api) -> None:
+    for number in range(5):
+        api.register(name=f"pump-{number}")
+    whole = api.get("/audit?limit=200").json["entries"]
+    seen: list[Any] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page = api.get(f"/audit?limit=2{cursor and '&cursor=' + cursor}").json
+        seen += page["entries"]
+        cursor = page["next_cursor"]
+        api.register(name="a late one")
+    assert seen == whole
+    assert [entry["id"] for entry in seen] == sorted((entry["id"] for entry in seen), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("action=device:register", 2),
+        ("action=device:revoke", 1),
+        ("outcome=refused", 1),
+        ("outcome=refused&action=device:register", 0),
+        ("object=device:{device_id}", 2),
+        ("actor=anyone", 1),
+        ("actor=nobody", 0),
+    ],
+)
+def test_the_record_can_be_narrowed(api: Api, query: str, found: int) -> None:
+    device_id = api.register()["device_id"]
+    api.register()
+    api.post(f"/revoke/{device_id}")
+    Api(api.client, None).get("/devices")
+    assert len(api.get("/audit?" + query.format(device_id=device_id)).json["entries"]) == found
+
+
+@pytest.mark.parametrize("looked_at", [1, 3, 1000])
+def test_every_entry_that_fits_is_found_however_little_a_page_looks_at(
+    api: Api, monkeypatch: pytest.MonkeyPatch, looked_at: int
+) -> None:
+    monkeypatch.setattr("operators.LOOKED_AT", looked_at)
+    wanted = []
+    for number in range(3):
+        token = api.post("/tokens", {"name": f"token {number}", "role": "auditor"}).json
+        api.delete(f"/tokens/{token['token_id']}")
+        wanted.append(f"token:{token['token_id']}")
+    for narrowed in ("action=token:create", "action=token:create&outcome=done"):
+        found: list[str] = []
+        cursor: str | None = ""
+        while cursor is not None:
+            page = api.get(f"/audit?{narrowed}&limit=2{cursor and '&cursor=' + cursor}").json
+            found += [entry["object"] for entry in page["entries"]]
+            cursor = page["next_cursor"]
+        assert found[:3] == wanted[::-1]

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.serving_app import BIG
+from tests.support.serving_process import PATIENCE, Server, facts, is_closed, request, response, running
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running() as it:
+        yield it
+
+
+# --- What is served ---------------------------------------------------------------------------------------------
+
+
+def test_the_application_can_tell_the_listeners_apart(server: Server) -> None:
+    main = server.get("/a%20b")
+    assert (main["listener"], main["scheme"], main["tls"]) == ("main", "https", "TLSv1.3")
+    assert (main["path"], main["port"], main["address"]) == ("/a b", str(server.port), "127.0.0.1")
+    with server.tcp(server.pki_port) as client:
+        client.sendall(request())
+        pki = facts(client)
+    assert (pki["listener"], pki["scheme"], pki["tls"], pki["port"]) == ("pki", "http", None, str(server.pki_port))
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["portal.listener: main", "Portal_Listener: main", "X-Forwarded-Proto: https", "X-Forwarded-For: 9.9.9.9"],
+)
+def test_no_header_forges_the_listener(server: Server, header: str) -> None:
+    with server.tcp(server.pki_port) as client:
+        client.sendall(request("/", header, "X-Forwarded-Ssl: on", "SCRIPT_NAME: /x", "Forwarded: proto=https"))
+        seen = facts(client)
+    assert (seen["listener"], seen["scheme"], seen["address"], seen["path"]) == ("pki", "http", "127.0.0.1", "/")
+
+
+def test_a_connection_is_kept_for_further_requests(server: Server) -> None:
+    client = http.client.HTTPSConnection("localhost", server.port, context=server.context(), timeout=PATIENCE)
+    for number in range(5):
+        client.request("POST", f"/{number}", body=b"x" * number)
+        sock = client.sock
+        assert json.loads(client.getresponse().read())["body"] == "x" * number
+        assert client.sock is sock
+        assert sock is not None
+    client.close()
+
+
+def test_http_1_0_is_answered_then_closed(server: Server) -> None:
+    with server.tls() as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert facts(client)["path"] == "/"
+        assert is_closed(client)
+
+
+def test_a_head_request_is_answered_without_a_body(server: Server) -> None:
+    with server.tls() as client:
+        client.sendall(request(method="HEAD"))
+        answer = response(client, "HEAD")
+        assert int(answer.headers["Content-Length"]) > 0
+        client.sendall(request())
+        assert facts(client)["method"] == "GET"
+
+
+def test_the_server_does_not_tell_its_version(server: Server) -> None:
+    with server.tls() as client:
+        client.sendall(request())
+        assert response(client).headers["Server"] == "portal"
+
+
+def test_a_response_of_unknown_length_is_streamed(server: Server) -> None:
+    with server.tls() as client:
+        client.sendall(request("/pieces"))
+        answer = response(client)
+        assert answer.headers["Transfer-Encoding"] == "chunked"
+        assert answer.read().split() == [b"%06d" % number for number in range(1000)]
+
+
+def test_a_long_response_arrives_whole(server: Server) -> None:
+    with server.tls() as client:
+        client.sendall(request("/big"))
+        assert response(client).read() == b"x" * BIG
+        client.sendall(request("/after"))
+        assert facts(client)["path"] == "/after"
+
+
+def test_an_error_of_the_application_tells_the_client_nothing(server: Server) -> None:
+    with server.tls() as client:
+        client.sendall(request("/fail"))
+        answer = response(client)
+        text = answer.read().decode()
+    assert answer.status == 500
+    assert json.loads(text)["code"] == "internal_error"
+    assert "secret" not in text
+
+
+# --- Requests in pieces -----------------------------------------------------------------------------------------
+
+
+def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
+    posted = request("/1", "Content-Length: 3", method="POST", body=b"abc")
+    with server.tls() as client:
+        client.sendall(posted + request("/2") + request("/3")[:-5])
+        answers = [facts(client), facts(client)]
+        client.sendall(request("/3")[-5:])
+        answers.append(facts(client))
+    assert [answer["path"] for answer in answers] == ["/1", "/2", "/3"]
+    assert answers[0]["body"] == "abc"
+
+
+def test_a_request_may_come_byte_by_byte(server: Server) -> None:
+    with server.tls() as client:
+        for byte in request("/slow", "Content-Length: 2", method="POST", body=b"ok"):
+            client.sendall(bytes([byte]))
+        assert facts(client)["body"] == "ok"
+
+
+def test_a_chunked_body_is_put_together(server: Server) -> None:
+    body = b'3\r\nabc\r\nA;note="1"\r\n0123456789\r\n0\r\n\r\n'
+    with server.tls() as client:
+        client.sendall(request("/", "Transfer-Encoding: chunked", method="POST", body=body) + request("/next"))
+        first = facts(client)
+        assert (first["body"], first["length"]) == ("abc0123456789", "13")
+        assert facts(client)["path"] == "/next"
+
+
+def test_a_client_that_asks_before_it_sends_is_told_to_go_on(server: Server) -> None:
+    with server.tls() as client:
+        client.sendall(request("/", "Content-Length: 2", "Expect: 100-continue", method="POST"))
+        assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"ok")
+        assert facts(client)["body"] == "ok"

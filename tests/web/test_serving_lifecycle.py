@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import serving
+from config import Settings
+from tests.support.serving_process import (
+    PATIENCE,
+    facts,
+    is_closed,
+    make_certificate,
+    options,
+    request,
+    response,
+    running,
+    start,
+)
+
+
+def failed_start(**changes: Any) -> str:
+    with tempfile.TemporaryDirectory() as name:
+        make_certificate(Path(name))
+        with start(options(Path(name), **changes)) as process:
+            output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "ready" not in output
+    return errors
+
+
+@pytest.mark.parametrize(("setting", "variable"), [("bind", "PORTAL_BIND"), ("pki_bind", "PORTAL_PKI_BIND")])
+def test_a_port_in_use_is_said_in_a_sentence(setting: str, variable: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        errors = failed_start(**{setting: ["127.0.0.1", port]})
+    assert errors == f"Port {port} on 127.0.0.1 is in use; stop what uses it or set {variable}.\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"bind": ["192.0.2.1", 8443]}, "192.0.2.1 is not an address of this machine; set PORTAL_BIND.\n"),
+        ({"bind": ["no.such.invalid", 8443]}, "The host name no.such.invalid cannot be resolved; set PORTAL_BIND.\n"),
+        ({"broken": "startup", "workers": 2}, "The database is from a newer version.\n"),
+    ],
+)
+def test_what_keeps_the_server_from_starting_is_said_in_a_sentence(changes: dict[str, Any], sentence: str) -> None:
+    assert failed_start(**changes) == sentence
+
+
+def test_a_server_that_one_worker_ends_never_says_that_it_is_ready() -> None:
+    # The other worker comes to its end of starting while the server stops, with its ports closed already.
+    assert failed_start(broken="one of two", workers=2) == "The database is from a newer version.\n"
+
+
+def test_a_worker_that_could_not_start_beside_one_that_answers_is_no_failure_of_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    said: list[str] = []
+    no_tls: Any = None
+    application = serving._Application(Settings.from_env({}), lambda: lambda _environ, _start: [], no_tls, print)
+    master = serving._Master(application, lambda: said.append("ready"))
+    application.reports.failed("The disk is full.")
+    application.reports.ready()  # before the master looks
+    with caplog.at_level("ERROR"):
+        master.wait_for_signals()
+    assert said == ["ready"]
+    assert master.failure is None
+    assert "The disk is full." in caplog.text
+
+
+def test_a_bug_that_keeps_workers_from_starting_ends_the_server() -> None:
+    errors = failed_start(broken="bug")
+    assert "ZeroDivisionError" in errors
+    assert errors.endswith("The portal could not start because of an error in it; the log says where.\n")
+
+
+def test_a_certificate_that_cannot_be_read_is_said_in_a_sentence(tmp_path: Path) -> None:
+    errors = failed_start(certificate=str(tmp_path / "missing.pem"))
+    assert errors.startswith("The server certificate ")
+    assert "Traceback" not in errors
+
+
+def test_a_new_certificate_is_used_without_a_restart() -> None:
+    with running() as server, server.tls() as kept:
+        before = kept.getpeercert()
+        make_certificate(server.folder, "renewed")
+        give_up = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(ssl.SSLError), server.tls() as client:
+                after = client.getpeercert()
+                break
+            assert time.monotonic() < give_up
+        assert after != before
+        kept.sendall(request())
+        assert facts(kept)["path"] == "/"
+
+
+def test_a_damaged_certificate_on_disk_changes_nothing() -> None:
+    with running() as server:
+        context = server.context()
+        (server.folder / "cert.pem").write_text("damaged")
+        assert server.process.stderr is not None
+        for line in server.process.stderr:
+            if "cannot be used" in line:
+                break
+        with server.secured(context) as client:
+            client.sendall(request())
+            assert facts(client)["path"] == "/"
+
+
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
+def test_a_request_in_flight_is_answered_when_the_server_stops(
+    number: signal.Signals, group: bool, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with running() as server, server.tls() as idle, server.tls() as client:
+        client.sendall(request(f"/wait?{fifo}"))
+        assert server.process.stdout is not None
+        assert server.process.stdout.readline() == "waiting\n"
+        (os.killpg if group else os.kill)(server.process.pid, number)
+        assert is_closed(idle)
+        with pytest.raises(ConnectionRefusedError):  # nothing new is taken
+            server.tcp()
+        fifo.write_bytes(b"go on")
+        answer = response(client)
+        assert answer.status == 200
+        assert answer.headers["Connection"] == "close"
+        assert answer.read()
+        client.close()
+        assert server.process.wait(PATIENCE) == 0
+
+
+def test_a_worker_that_dies_is_replaced() -> None:
+    with running() as server:
+        first = server.get()["process"]
+        os.kill(first, signal.SIGKILL)
+        assert server.get()["process"] != first
+
+
+def test_the_log_holds_no_request_line() -> None:
+    with running() as server:
+        for text in (request("/fail?token=secret-1"), b"GET /secret-2 HTTP/9.9\r\n\r\n", b"GET /secret-3\r\n\r\n"):
+            with server.tls() as client:
+                client.sendall(text)
+                response(client).read()
+        server.process.terminate()
+        _, errors = server.process.communicate(timeout=PATIENCE)
+    assert "malformed_request" in errors
+    assert "secret-" not in errors

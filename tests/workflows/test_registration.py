@@ -1,0 +1,362 @@
+"""The use cases, against a real database, CA and files; the broker does not run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+
+import db
+import db_issuers
+import db_reads
+import jobs
+from audit import Actor
+from config import Settings
+from db_tables import Certificate, Delivery
+from errors import (
+    DeviceNotFound,
+    IdempotencyConflict,
+    InputInvalid,
+    LinkExpired,
+    LinkRevoked,
+    LinkUnknown,
+    LinkUsed,
+    StateConflict,
+    TopicRefused,
+)
+from installation import Portal, open_portal
+from lifecycle import DeviceStatus
+from onboarding_terms import Registered, Registration
+from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
+
+OPERATOR = Actor("default", "an operator", "operator", "request-1", "192.0.2.1")
+PUMP = Registration(name="pump-1", type="pump", location="hall 1", firmware="1.0", metadata={"rack": 7})
+
+
+def csr_pem() -> str:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "somebody else")])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+
+
+def with_fields(**fields: object) -> Registration:
+    values = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0", "metadata": {}} | fields
+    return Registration(**values)  # type: ignore[arg-type]  # each test says which
+
+
+def token_of(registered: Registered) -> str:
+    assert registered.download_url is not None
+    return registered.download_url.rpartition("/")[2]
+
+
+def count(portal: Portal, table: type[Certificate | Delivery]) -> int:
+    with portal.database.snapshot() as tx:
+        return tx.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
+
+
+def test_a_registration_records_device_certificate_bundle_and_audit_entry_together(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    with portal.database.snapshot() as tx:
+        device = db.get_device(tx, "default", registered.device_id)
+        certificate = db_reads.current_certificate(tx, "default", registered.device_id)
+        bundle = tx.execute(sa.select(Delivery.bundle).where(Delivery.device_id == registered.device_id)).scalar_one()
+    assert (device.status, device.name, device.metadata) == (DeviceStatus.ACTIVE, "pump-1", {"rack": 7})
+    assert certificate is not None
+    assert certificate.fingerprint == registered.fingerprint
+    assert bundle is not None
+    assert [entry.action for entry in portal.operators.audit("default", limit=1, before=None, filters={})[0]] == [
+        "device:register"
+    ]
+
+
+def test_the_device_key_stands_nowhere_in_the_clear(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    with portal.database.snapshot() as tx:
+        bundle = tx.execute(sa.select(Delivery.bundle).where(Delivery.device_id == registered.device_id)).scalar_one()
+    assert bundle is not None
+    assert b"PRIVATE KEY" not in bundle
+
+
+def test_a_csr_gets_a_certificate_for_its_key_under_the_portals_subject(portal: Portal) -> None:
+    pem = csr_pem()
+    registered = portal.onboarding.register(OPERATOR, with_fields(csr=pem))
+    assert registered.certificate is not None
+    assert registered.bundle_password is None
+    certificate = x509.load_pem_x509_certificate(registered.certificate.encode())
+    assert certificate.public_key() == x509.load_pem_x509_csr(pem.encode()).public_key()
+    assert certificate.subject.rfc4514_string() == f"CN={registered.device_id}"
+
+
+@pytest.mark.parametrize("also", [{"key_type": "ed25519"}, {"bundle_password": "a long enough one"}])
+def test_a_csr_goes_with_no_key_type_and_no_bundle_password(portal: Portal, also: dict[str, str]) -> None:
+    with pytest.raises(InputInvalid):
+        portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem(), **also))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["#", "devices/+/x", "devices/#", "$SYS/#", f"devices/{'0' * 8}-0000-4000-8000-{'0' * 12}/#"]
+)
+def test_a_topic_that_reaches_another_device_is_refused_and_nothing_is_recorded(portal: Portal, pattern: str) -> None:
+    before = count(portal, Certificate)
+    with pytest.raises(TopicRefused):
+        portal.onboarding.register(OPERATOR, with_fields(topics=[(pattern, "read")]))
+    assert count(portal, Certificate) == before
+
+
+def test_one_idempotency_key_makes_one_device_and_the_same_answer(portal: Portal) -> None:
+    first = portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    assert portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars") == first
+
+
+def test_an_idempotency_key_with_another_body_is_a_conflict(portal: Portal) -> None:
+    portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    with pytest.raises(IdempotencyConflict):
+        portal.onboarding.register(OPERATOR, with_fields(name="pump-2"), "a-key-of-16-chars")
+
+
+def test_an_idempotency_key_is_free_again_after_24_hours(portal: Portal, clock: Clock) -> None:
+    first = portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    clock.advance(hours=24, seconds=1)
+    assert portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars").device_id != first.device_id
+
+
+def test_registrations_at_once_under_one_idempotency_key_make_one_device(portal: Portal) -> None:
+    start = threading.Barrier(8)
+
+    def register(_: int) -> Registered:
+        start.wait()
+        return portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = set(pool.map(register, range(8)))
+    assert len(answers) == 1
+
+
+def test_the_kept_answer_does_not_open_without_the_idempotency_key(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    with portal.database.snapshot() as tx:
+        row = tx.execute(sa.text("SELECT key_hash, sealed_answer FROM idempotency_keys")).one()
+    assert registered.bundle_password is not None
+    assert registered.bundle_password.encode() not in row.sealed_answer
+    assert "a-key-of-16-chars" not in row.key_hash
+
+
+def test_a_bundle_is_handed_out_once_and_then_gone(portal: Portal) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    bundle = portal.deliveries.claim_download(OPERATOR, token)
+    portal.deliveries.finish_download(OPERATOR, bundle)
+    assert bundle.content.startswith(b"PK")
+    with pytest.raises(LinkUsed):
+        portal.deliveries.claim_download(OPERATOR, token)
+    with portal.database.snapshot() as tx:
+        assert tx.execute(sa.select(Delivery.bundle)).scalars().all() == [None]
+
+
+def test_of_many_fetches_at_once_exactly_one_gets_the_bundle(portal: Portal) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    start = threading.Barrier(8)
+
+    def fetch(_: int) -> bool:
+        start.wait()
+        try:
+            portal.deliveries.claim_download(OPERATOR, token)
+        except LinkUsed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(fetch, range(8))) == 1
+
+
+def test_a_fetch_that_broke_off_may_be_repeated_within_the_grace_time(portal: Portal, clock: Clock) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    first = portal.deliveries.claim_download(OPERATOR, token)
+    portal.deliveries.release_download(first)
+    assert portal.deliveries.claim_download(OPERATOR, token).content == first.content
+    clock.advance(seconds=portal.settings.link_grace + 1)
+    with pytest.raises(LinkExpired):
+        portal.deliveries.claim_download(OPERATOR, token)
+
+
+def test_a_fetch_whose_portal_died_may_be_repeated_after_its_lease(portal: Portal, clock: Clock) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    portal.deliveries.claim_download(OPERATOR, token)
+    with pytest.raises(LinkUsed):
+        portal.deliveries.claim_download(OPERATOR, token)
+    clock.advance(seconds=31)
+    assert portal.deliveries.claim_download(OPERATOR, token).content.startswith(b"PK")
+
+
+def test_a_bundle_whose_end_went_out_is_not_fetched_again_though_the_portal_died(portal: Portal, clock: Clock) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    portal.deliveries.end_download(portal.deliveries.claim_download(OPERATOR, token))
+    clock.advance(seconds=31)
+    with pytest.raises(LinkUsed):
+        portal.deliveries.claim_download(OPERATOR, token)
+    clock.advance(seconds=portal.settings.link_grace)
+    jobs.expire(portal)
+    with portal.database.snapshot() as tx:
+        assert tx.execute(sa.select(Delivery.bundle)).scalars().all() == [None]
+
+
+def test_a_bundle_whose_end_the_client_did_not_take_may_be_fetched_again(portal: Portal) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    first = portal.deliveries.claim_download(OPERATOR, token)
+    portal.deliveries.end_download(first)
+    portal.deliveries.release_download(first)
+    assert portal.deliveries.claim_download(OPERATOR, token).content == first.content
+
+
+def test_a_device_revoked_during_its_fetch_does_not_get_the_end_of_its_bundle(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    bundle = portal.deliveries.claim_download(OPERATOR, token_of(registered))
+    portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
+    with pytest.raises(LinkRevoked):
+        portal.deliveries.end_download(bundle)
+
+
+def test_looking_at_a_link_spends_nothing(portal: Portal) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    portal.deliveries.check_download(token)
+    portal.deliveries.check_download(token)
+    assert portal.deliveries.claim_download(OPERATOR, token).content
+
+
+def test_a_link_ends_with_its_time(portal: Portal, clock: Clock) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    clock.advance(hours=24, seconds=1)
+    with pytest.raises(LinkExpired):
+        portal.deliveries.claim_download(OPERATOR, token)
+
+
+@pytest.mark.parametrize(
+    "alter", [lambda t: t[:-1], lambda t: "A" + t[1:], lambda t: t + ".x", lambda _: "", lambda _: "é" * 40]
+)
+def test_an_altered_link_is_unknown(portal: Portal, alter: Callable[[str], str]) -> None:
+    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    with pytest.raises(LinkUnknown):
+        portal.deliveries.claim_download(OPERATOR, alter(token))
+
+
+def test_a_link_signed_with_an_older_key_still_works_after_rotation(
+    make_settings: Callable[..., Settings], clock: Clock
+) -> None:
+    settings = make_settings()
+    before = open_portal(settings, clock)
+    token = token_of(before.onboarding.register(OPERATOR, PUMP))
+    before.close()
+    keys = settings.secrets_dir / "link-keys"
+    keys.write_text(keys.read_text() + "a-newer-key-of-many-characters\n")
+    after = open_portal(settings, clock)
+    assert after.deliveries.claim_download(OPERATOR, token).content
+    assert token_of(after.onboarding.register(OPERATOR, PUMP)) != token
+    after.close()
+
+
+def test_a_revocation_is_recorded_though_the_broker_does_not_run(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    revoked = portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
+    assert not revoked.enforced
+    assert revoked.problem is not None
+    with portal.database.snapshot() as tx:
+        assert db.get_device(tx, "default", registered.device_id).status is DeviceStatus.REVOKED
+        statuses = tx.execute(
+            sa.select(Certificate.status).where(Certificate.device_id == registered.device_id)
+        ).scalars()
+        assert list(statuses) == ["revoked"]
+
+
+@PER_DEVICE
+def test_a_revoked_device_stands_in_the_crl_and_not_in_the_acl_that_the_broker_will_read(portal: Portal) -> None:
+    stays, goes = (portal.onboarding.register(OPERATOR, PUMP) for _ in range(2))
+    portal.onboarding.revoke(OPERATOR, goes.device_id, "key_compromise")
+    acl = portal.settings.broker_file("acl").read_text()
+    assert stays.device_id in acl
+    assert goes.device_id not in acl
+    crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
+    entry = crl.get_revoked_certificate_by_serial_number(int(goes.serial_number, 16))
+    assert entry is not None
+    assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.key_compromise
+    assert crl.get_revoked_certificate_by_serial_number(int(stays.serial_number, 16)) is None
+
+
+def test_revoking_twice_answers_the_same(portal: Portal, clock: Clock) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    first = portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
+    clock.advance(minutes=5)
+    assert portal.onboarding.revoke(OPERATOR, registered.device_id, "superseded") == first
+
+
+def test_a_revocation_destroys_the_bundle_and_its_link(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    portal.onboarding.revoke(OPERATOR, registered.device_id, "unspecified")
+    with pytest.raises(LinkRevoked):
+        portal.deliveries.claim_download(OPERATOR, token_of(registered))
+
+
+def test_a_revoked_device_cannot_be_changed(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    portal.onboarding.revoke(OPERATOR, registered.device_id, "unspecified")
+    with pytest.raises(StateConflict):
+        portal.onboarding.update(OPERATOR, registered.device_id, {"name": "back again"})
+
+
+def test_a_device_of_another_tenant_is_not_there(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    stranger = Actor("another", "an operator", "operator", "request-2", "192.0.2.2")
+    with portal.database.transaction() as tx:
+        db_issuers.add_tenant(tx, "another", created_at=portal.clock())
+    with pytest.raises(DeviceNotFound):
+        portal.onboarding.revoke(stranger, registered.device_id, "unspecified")
+    with pytest.raises(DeviceNotFound):
+        portal.inventory.device("another", registered.device_id)
+
+
+def test_crl_numbers_and_this_update_rise_with_each_revocation(portal: Portal) -> None:
+    seen = []
+    for _ in range(3):
+        registered = portal.onboarding.register(OPERATOR, PUMP)
+        portal.onboarding.revoke(OPERATOR, registered.device_id, "unspecified")
+        with portal.database.snapshot() as tx:
+            crl = db_issuers.get_crl(tx, portal.authority.issuing.id)
+        assert crl is not None
+        seen.append((crl.number, crl.this_update))
+    assert seen == sorted(set(seen))
+    assert all(later[1] - earlier[1] >= timedelta(seconds=1) for earlier, later in itertools.pairwise(seen))
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("acl_style", ["", "per-device"], indirect=True)
+def test_an_upgraded_portal_goes_on_in_the_style_of_its_files(portal: Portal, clock: Clock, acl_style: str) -> None:
+    narrower = with_fields(topics=[("devices/{id}/up/#", "write")])
+    portal.enforcement.install()
+    with contextlib.closing(open_portal(settings_for(portal.settings.data_dir), clock)) as again:
+        record = json.loads(again.settings.broker_file("projection.json").read_text())
+        assert record["style"] == again.settings.acl_style == (acl_style or "pattern")
+        if acl_style:
+            again.onboarding.register(OPERATOR, narrower)
+            return
+        with pytest.raises(TopicRefused, match="PORTAL_ACL_STYLE=per-device"):
+            again.onboarding.register(OPERATOR, narrower)
+
+
+@PER_DEVICE
+def test_topics_of_its_own_reach_the_acl_and_null_gives_the_default_back(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, with_fields(topics=[("devices/{id}/up/#", "write")]))
+    portal.enforcement.install()
+    acl = portal.settings.broker_file("acl")
+    assert f"topic write devices/{registered.device_id}/up/#\n" in acl.read_text()
+    portal.onboarding.update(OPERATOR, registered.device_id, {}, topics=None)
+    assert f"topic readwrite devices/{registered.device_id}/#\n" in acl.read_text()

@@ -1,0 +1,157 @@
+"""Suspending and resuming, against a real database, CA and files; the broker does not run."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+import db
+import db_issuers
+import db_reads
+from errors import DeviceNotFound, StateConflict
+from installation import Portal
+from lifecycle import DeviceStatus
+from onboarding_terms import Registered
+from tests.support.harness import PER_DEVICE, Api, Clock, problem_of
+from tests.workflows.test_registration import OPERATOR, PUMP, token_of
+
+
+def status_of(portal: Portal, device_id: str) -> tuple[DeviceStatus, list[str]]:
+    with portal.database.snapshot() as tx:
+        device = db.get_device(tx, "default", device_id)
+        return device.status, [row.status for row in db_reads.device_certificates(tx, "default", device_id)]
+
+
+def crl_entry(portal: Portal, registered: Registered) -> x509.RevokedCertificate | None:
+    crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
+    return crl.get_revoked_certificate_by_serial_number(int(registered.serial_number, 16))
+
+
+def stands_in_acl(portal: Portal, device_id: str) -> bool:
+    return device_id in portal.settings.broker_file("acl").read_text()
+
+
+def actions(portal: Portal, count: int) -> list[str]:
+    return [entry.action for entry in portal.operators.audit("default", limit=count, before=None, filters={})[0]]
+
+
+@PER_DEVICE
+def test_a_suspended_device_is_on_hold_in_the_crl_and_out_of_the_acl(portal: Portal, clock: Clock) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    answer = portal.suspensions.suspend(OPERATOR, registered.device_id)
+    assert (answer.status, answer.suspended_at is not None, answer.enforced) == ("suspended", True, False)
+    assert answer.problem is not None
+    assert status_of(portal, registered.device_id) == (DeviceStatus.SUSPENDED, ["held"])
+    entry = crl_entry(portal, registered)
+    assert entry is not None
+    assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.certificate_hold
+    assert not stands_in_acl(portal, registered.device_id)
+    assert actions(portal, 1) == ["device:suspend"]
+    clock.advance(minutes=1)
+    assert portal.suspensions.suspend(OPERATOR, registered.device_id) == answer
+
+
+def test_openssl_refuses_a_suspended_device_and_accepts_it_again(portal: Portal, tmp_path: Path) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    with portal.database.snapshot() as tx:
+        certificate = db_reads.current_certificate(tx, "default", registered.device_id)
+    assert certificate is not None
+    (tmp_path / "device.der").write_bytes(certificate.der)
+
+    def judged() -> str:
+        with portal.database.snapshot() as tx:
+            crl = db_issuers.get_crl(tx, portal.authority.issuing.id)
+        assert crl is not None
+        (tmp_path / "crl.der").write_bytes(crl.der)
+        command = ["openssl", "verify", "-x509_strict", "-crl_check"]
+        command += ["-CAfile", str(portal.settings.data_dir / "ca.pem"), "-CRLfile", "crl.der", "device.der"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return f"{done.stdout}{done.stderr}"
+
+    portal.suspensions.suspend(OPERATOR, registered.device_id)
+    assert "certificate revoked" in judged()
+    portal.suspensions.resume(OPERATOR, registered.device_id)
+    assert judged().endswith(": OK\n")
+
+
+@PER_DEVICE
+def test_a_resumed_device_leaves_the_crl_and_is_as_it_was(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    portal.suspensions.suspend(OPERATOR, registered.device_id)
+    answer = portal.suspensions.resume(OPERATOR, registered.device_id)
+    assert (answer.status, answer.suspended_at) == ("active", None)
+    assert status_of(portal, registered.device_id) == (DeviceStatus.ACTIVE, ["active"])
+    assert crl_entry(portal, registered) is None
+    assert stands_in_acl(portal, registered.device_id)
+    assert actions(portal, 2) == ["device:resume", "device:suspend"]
+    assert portal.suspensions.resume(OPERATOR, registered.device_id).status == "active"
+    assert actions(portal, 1) == ["device:resume"]
+
+
+def test_a_suspended_device_can_be_revoked_and_then_stays_out(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    portal.suspensions.suspend(OPERATOR, registered.device_id)
+    portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
+    for move in (portal.suspensions.resume, portal.suspensions.suspend):
+        with pytest.raises(StateConflict, match="revoked cannot become"):
+            move(OPERATOR, registered.device_id)
+    assert status_of(portal, registered.device_id) == (DeviceStatus.REVOKED, ["revoked"])
+    entry = crl_entry(portal, registered)
+    assert entry is not None
+    assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.key_compromise
+
+
+def test_suspend_resume_and_revoke_at_once_have_one_order_and_revoked_wins(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    start = threading.Barrier(7)
+    moves: list[Callable[[], object]] = [
+        *[lambda: portal.suspensions.suspend(OPERATOR, registered.device_id)] * 3,
+        *[lambda: portal.suspensions.resume(OPERATOR, registered.device_id)] * 3,
+        lambda: portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise"),
+    ]
+
+    def run(move: Callable[[], object]) -> None:
+        start.wait()
+        with contextlib.suppress(StateConflict):
+            move()
+
+    with ThreadPoolExecutor(7) as pool:
+        list(pool.map(run, moves))
+    assert status_of(portal, registered.device_id) == (DeviceStatus.REVOKED, ["revoked"])
+    done = actions(portal, 8)
+    assert done[0] == "device:revoke"
+    between = done[1 : done.index("device:register")]
+    assert between == ["device:suspend" if number % 2 == 0 else "device:resume" for number in range(len(between))][::-1]
+
+
+def test_the_bundle_of_a_suspended_device_waits_until_it_is_resumed(portal: Portal) -> None:
+    registered = portal.onboarding.register(OPERATOR, PUMP)
+    portal.suspensions.suspend(OPERATOR, registered.device_id)
+    with pytest.raises(StateConflict):
+        portal.deliveries.claim_download(OPERATOR, token_of(registered))
+    portal.suspensions.resume(OPERATOR, registered.device_id)
+    assert portal.deliveries.claim_download(OPERATOR, token_of(registered)).content.startswith(b"PK")
+
+
+def test_a_device_that_is_not_there_cannot_be_suspended(portal: Portal) -> None:
+    with pytest.raises(DeviceNotFound):
+        portal.suspensions.suspend(OPERATOR, "00000000-0000-4000-8000-000000000000")
+
+
+def test_the_interface_tells_what_became_of_it(api: Api) -> None:
+    device_id = api.register()["device_id"]
+    suspended = api.post(f"/devices/{device_id}/suspend")
+    assert (suspended.status_code, suspended.json["status"], suspended.json["broker"]) == (200, "suspended", "pending")
+    assert suspended.json["suspended_at"].endswith("Z")
+    assert api.get(f"/devices/{device_id}").json["certificate"]["revocation_reason"] == "certificate_hold"
+    assert [device["device_id"] for device in api.get("/devices?status=suspended").json["devices"]] == [device_id]
+    assert api.post(f"/devices/{device_id}/resume").json["suspended_at"] is None
+    api.post(f"/revoke/{device_id}")
+    problem_of(api.post(f"/devices/{device_id}/resume"), 409, "state_conflict")
