@@ -28,8 +28,8 @@ from backup_placing import (
     replace_database,
 )
 from backup_revocations import Kept, Revocations, Tables, crl_record, match_crls, newest_crl
-from broker_crl import read_crls
-from broker_files import CRL_FILE, BrokerFiles
+from broker.crl import read_crls
+from broker.files import CRL_FILE, BrokerFiles
 from ca_algorithms import PrivateKey
 from ca_keys import KeyFiles
 from config import Settings

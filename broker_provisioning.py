@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
-from broker_acl import (
+from broker.acl import (
     GENERATION_TOPIC,
     PORTAL_USER,
     REFUSED_TOPIC,
@@ -20,11 +20,11 @@ from broker_acl import (
     remove_device_acl,
     validate_acl,
 )
-from broker_crl import validate_crl
-from broker_files import CA_FILE, BrokerFiles, Projection
-from broker_probe import Canaries, Canary, Probe, ProbeResult
-from broker_reload import peer_process, run_reload_command, signal_broker
-from broker_session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
+from broker.crl import validate_crl
+from broker.files import CA_FILE, BrokerFiles, Projection
+from broker.probe import Canaries, Canary, Probe, ProbeResult
+from broker.reload import peer_process, run_reload_command, signal_broker
+from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import Settings
 from errors import BrokerNotEnforcing, BrokerUnavailable
 from failpoints import failpoint

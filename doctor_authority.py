@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import ca
 import db_issuers
-from broker_crl import read_crls
-from broker_files import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
+from broker.crl import read_crls
+from broker.files import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from ca_keys import KeyFiles, passphrase
 from db_issuers import CrlRecord, IssuerRecord
 from db_tables import AuditEntry, Certificate, Crl

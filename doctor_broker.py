@@ -13,11 +13,11 @@ from cryptography import x509
 
 import db_issuers
 import db_reads
-from broker_acl import DENY_ALL, GENERATION_TOPIC, PORTAL_USER, REFUSED_TOPIC, Acl
-from broker_crl import read_crls
-from broker_files import CRL_FILE, BrokerFiles
-from broker_reload import peer_process
-from broker_session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
+from broker.acl import DENY_ALL, GENERATION_TOPIC, PORTAL_USER, REFUSED_TOPIC, Acl
+from broker.crl import read_crls
+from broker.files import CRL_FILE, BrokerFiles
+from broker.reload import peer_process
+from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import AclStyle
 from config_style import ACL_FILE
 from db_tables import Certificate, Device

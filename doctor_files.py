@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from broker_files import FILE_MODE, FOLDER_MODE
+from broker.files import FILE_MODE, FOLDER_MODE
 from doctor_findings import Verdict, problem, together, warning, well
 from doctor_subject import Subject
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from broker_files import CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
+from broker.files import CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import AclStyle, Settings
 from config_style import ACL_FILE
 from doctor_broker import active_devices, running_broker

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from broker_files import CA_FILE, SERVER_CERTIFICATE_FILE
-from broker_probe import Probe
+from broker.files import CA_FILE, SERVER_CERTIFICATE_FILE
+from broker.probe import Probe
 from config import Address
 from doctor_findings import Verdict, problem, well
 from doctor_subject import SECONDS, Subject, certificate_of

@@ -12,7 +12,7 @@ from cryptography import x509
 from sqlalchemy.engine import Connection
 
 import db_issuers
-from broker_probe import Canaries
+from broker.probe import Canaries
 from config import Settings
 from db import Database
 from db_issuers import IssuerRecord

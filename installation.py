@@ -21,7 +21,7 @@ import events
 import restore_journal
 from access import Role
 from authority import Authority, RecordedIssuer, open_authority
-from broker_files import FOLDER_MODE, broker_group
+from broker.files import FOLDER_MODE, broker_group
 from broker_provisioning import BrokerProvisioning, Canary
 from bulk import Bulk
 from ca_keys import CaKeys, KeyFiles, passphrase

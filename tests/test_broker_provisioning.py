@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from broker_files import broker_group
+from broker.files import broker_group
+from broker.reload import run_reload_command, signal_broker
+from broker.session import MAX_INCOMING_BYTES, Session
 from broker_provisioning import Acl, BrokerProvisioning, Canaries, Canary, Projection, add_device_acl, validate_crl
-from broker_reload import run_reload_command, signal_broker
-from broker_session import MAX_INCOMING_BYTES, Session
 from config import Settings
 from errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
 from tests.support.mosquitto import mosquitto_program, short_folder
@@ -325,7 +325,7 @@ def test_a_crl_that_expires_where_it_lies_is_damage(place: Place) -> None:
 def test_an_unchanged_file_is_not_read_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.broker.install(place.projection(1))
     assert place.broker.damage() == []
-    monkeypatch.setattr("broker_files.hashlib.sha256", lambda content: pytest.fail("read again"))
+    monkeypatch.setattr("broker.files.hashlib.sha256", lambda content: pytest.fail("read again"))
     assert place.broker.damage() == []
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from broker_session import Session, connect_unix
+from broker.session import Session, connect_unix
 
 CONFIGURATION = Path(__file__).parents[2] / "mosquitto" / "portal.conf"
 INSTALLED_FOLDER, INSTALLED_PORT = "/var/lib/onboarding-portal/broker", "8883"

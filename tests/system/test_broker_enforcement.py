@@ -23,6 +23,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from broker.session import Session, connect_unix
 from broker_provisioning import (
     Acl,
     BrokerProvisioning,
@@ -32,7 +33,6 @@ from broker_provisioning import (
     add_device_acl,
     remove_device_acl,
 )
-from broker_session import Session, connect_unix
 from config import Settings
 from errors import BrokerNotEnforcing, BrokerUnavailable
 from tests.support.mosquitto import Mosquitto, StartFailed, short_folder

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from broker_session import Session, remaining
+from broker.session import Session, remaining
 from errors import BrokerNotEnforcing, BrokerUnavailable
 
 CERTIFICATE_REVOKED = 44  # TLS alert (RFC 8446 section 6)

@@ -21,8 +21,8 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from broker_acl import PORTAL_USER, validate_acl
-from broker_crl import CrlWindow, issuing_certificates, read_window, validate_crl
+from broker.acl import PORTAL_USER, validate_acl
+from broker.crl import CrlWindow, issuing_certificates, read_window, validate_crl
 from config import Settings
 from config_style import ACL_FILE, RECORD_FILE
 from errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid

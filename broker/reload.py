@@ -11,7 +11,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from broker_session import remaining
+from broker.session import remaining
 from errors import BrokerUnavailable
 
 log = logging.getLogger(__name__)
