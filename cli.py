@@ -9,20 +9,20 @@ from typing import Any, NoReturn
 
 import click
 
-from cli_access import login, logout, token
-from cli_context import CONNECTION, VERSION, connection_options
-from cli_delivery import download, unpack_command
-from cli_devices import certificates, list_devices, revoke, show, update
-from cli_enrolment import approve, expect, reject, waiting
-from cli_enrolment_tokens import enrolment
-from cli_export import export
-from cli_import import import_devices
-from cli_lifecycle import expiring, renew, resume, suspend
-from cli_manufacturers import manufacturer
-from cli_operation import audit, ca, completion, status
-from cli_registration import register
-from cli_settings import Given
-from cli_webhooks import webhook
+from commands.access import login, logout, token
+from commands.context import CONNECTION, VERSION, connection_options
+from commands.delivery import download, unpack_command
+from commands.devices import certificates, list_devices, revoke, show, update
+from commands.enrolment import approve, expect, reject, waiting
+from commands.enrolment_tokens import enrolment
+from commands.export import export
+from commands.imports import import_devices
+from commands.lifecycle import expiring, renew, resume, suspend
+from commands.manufacturers import manufacturer
+from commands.operation import audit, ca, completion, status
+from commands.registration import register
+from commands.settings import Given
+from commands.webhooks import webhook
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 

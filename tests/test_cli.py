@@ -16,9 +16,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-import cli_client
 from cli import cli
-from cli_context import VERSION
+from commands import client
+from commands.context import VERSION
 from tests.support.cli_session import PROJECT, Session
 from tests.support.pki import PEM
 from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, problem
@@ -242,7 +242,7 @@ def test_a_list_is_plain_when_piped(session: Session, stub: PortalStub) -> None:
 
 
 def test_all_pages_are_read_when_asked(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_client, "PAGE_MOST", 2)
+    monkeypatch.setattr(client, "PAGE_MOST", 2)
     for index in range(5):
         stub.add_device(f"sensor-{index}")
     everything = session.json("list", "--all")

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import pyzipper
 
-from cli_bundle import ENTRY_MOST, NAMES, check_bundle, open_bundle
-from cli_errors import CheckFailed
+from commands.bundle import ENTRY_MOST, NAMES, check_bundle, open_bundle
+from commands.errors import CheckFailed
 from tests.support.cli_session import Session
 from tests.support.pki import PEM, Authority, Pki, key_pem
 from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle, device_files

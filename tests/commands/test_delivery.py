@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import credential_delivery
-from cli_bundle import NAMES
-from cli_errors import CheckFailed
-from cli_files import Folder, NewFile
+from commands.bundle import NAMES
+from commands.errors import CheckFailed
+from commands.files import Folder, NewFile
 from credential_formats import BundleFormat
 from tests.support.cli_session import Session
 from tests.support.pki import Pki

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import cli_client
-from cli_output import clean
+from commands import client
+from commands.output import clean
 from tests.support.cli_session import Session
 from tests.support.portal_stub import TOKEN, PortalStub, Reply, problem
 
@@ -109,7 +109,7 @@ def test_an_answer_that_is_none_of_the_portal_s_is_one_sentence(
 
 
 def test_an_answer_without_end_is_cut_off(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_client, "ANSWER_MOST", 1000)
+    monkeypatch.setattr(client, "ANSWER_MOST", 1000)
     stub.replies["GET", "/devices"] = Reply(200, b" " * 2000)
     assert session.run("list").exit_code == 3
 
@@ -134,7 +134,7 @@ def test_an_unforeseen_failure_shows_no_traceback_and_no_secret(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError(TOKEN)
 
-    monkeypatch.setattr(cli_client.Client, "call", fail)
+    monkeypatch.setattr(client.Client, "call", fail)
     result = session.run("list")
     assert result.exit_code == 1
     assert "ZeroDivisionError" in result.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import cli_client
+from commands import client
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
 
@@ -18,7 +18,7 @@ pytest_plugins = ("tests.support.cli_fixtures",)
 
 
 def test_all_pages_are_written_as_csv(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_client, "PAGE_MOST", 2)
+    monkeypatch.setattr(client, "PAGE_MOST", 2)
     ids = [stub.add_device(f"sensor, {index}") for index in range(5)]
     result = session.run("export")
     assert result.exit_code == 0, result.output

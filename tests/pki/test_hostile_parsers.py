@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from api.device_models import DeviceQuery, PatchRequest, RegisterRequest, RevokeRequest
 from api.operator_models import AuditQuery, TokenRequest
-from cli_bundle import NAMES, open_bundle
-from cli_errors import CheckFailed
+from commands.bundle import NAMES, open_bundle
+from commands.errors import CheckFailed
 from errors import InputInvalid
 from inventory import _read_cursor
 from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import cli_client
+from commands import client
 from tests.support.cli_session import Session, session_for
 from tests.support.pki import Pki
 from tests.support.portal_stub import PortalStub, running
@@ -20,7 +20,7 @@ def cli_pki() -> Pki:
 
 @pytest.fixture
 def stub(cli_pki: Pki, monkeypatch: pytest.MonkeyPatch) -> Iterator[PortalStub]:
-    monkeypatch.setattr(cli_client, "RETRY_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(client, "RETRY_PAUSES", (0.0, 0.0))
     with running(PortalStub(cli_pki)) as portal_stub:
         yield portal_stub
 

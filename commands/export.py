@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from cli_context import Command, Portal
-from cli_devices import STATUSES, Expiry
-from cli_errors import CheckFailed
-from cli_files import whole_file
+from commands.context import Command, Portal
+from commands.devices import STATUSES, Expiry
+from commands.errors import CheckFailed
+from commands.files import whole_file
 
 COLUMNS = (
     "device_id", "external_id", "name", "type", "location", "firmware", "status", "created_at", "updated_at",

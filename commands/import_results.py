@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from cli_errors import CheckFailed, Misused
-from cli_files import Folder, NewFile, reason, replace_file, write_new
+from commands.errors import CheckFailed, Misused
+from commands.files import Folder, NewFile, reason, replace_file, write_new
 
 STATE, RESULTS, BUNDLES, CERTIFICATES = "import.json", "results.csv", "bundles", "certificates"
 COLUMNS = (

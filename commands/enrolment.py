@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cli_context import (
+from commands.context import (
     DEVICE_ID,
     Command,
     Portal,
@@ -17,7 +17,7 @@ from cli_context import (
     require_confirmable,
     topics_from,
 )
-from cli_output import moment, state, text
+from commands.output import moment, state, text
 
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 

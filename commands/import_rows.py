@@ -10,9 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cli_errors import Misused
-from cli_files import reason
-from cli_registration import KEY_TYPES
+from commands.errors import Misused
+from commands.files import reason
+from commands.registration import KEY_TYPES
 
 REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # with the most characters
 OPTIONAL = {"external_id": 128, "csr": 16384, "bundle_password": 128}

@@ -13,14 +13,14 @@ from typing import Any
 
 import click
 
-from cli_client import check_link
-from cli_context import VERSION, Command, Portal
-from cli_errors import CliError, ConnectionLost, Misused
-from cli_files import NewFile, write_new
-from cli_import_http import Upload
-from cli_import_results import Results
-from cli_import_rows import FileRow, fingerprint_of, form_of, read_rows
-from cli_output import text
+from commands.client import check_link
+from commands.context import VERSION, Command, Portal
+from commands.errors import CliError, ConnectionLost, Misused
+from commands.files import NewFile, write_new
+from commands.import_http import Upload
+from commands.import_results import Results
+from commands.import_rows import FileRow, fingerprint_of, form_of, read_rows
+from commands.output import text
 
 SHOWN = 20  # problems that are shown one by one
 AGAIN = "Run the same command again: it goes on where this one stopped."

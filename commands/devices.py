@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from cli_context import DEVICE_ID, Command, Portal, confirm, metadata_from, require_confirmable, topics_from
-from cli_errors import Unreachable
-from cli_output import Cell, moment, state, text
+from commands.context import DEVICE_ID, Command, Portal, confirm, metadata_from, require_confirmable, topics_from
+from commands.errors import Unreachable
+from commands.output import Cell, moment, state, text
 
 STATUSES = ("pending", "active", "suspended", "revoked")
 REASONS = (

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from cli_context import Command, Portal, confirm, make_with_secret, new_secret_file
-from cli_devices import read_pages
-from cli_errors import CliError
-from cli_output import Cell, moment, state, text
+from commands.context import Command, Portal, confirm, make_with_secret, new_secret_file
+from commands.devices import read_pages
+from commands.errors import CliError
+from commands.output import Cell, moment, state, text
 
 DEFAULT_LIMIT = 50
 EVENTS = (

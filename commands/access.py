@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from cli_client import Client
-from cli_context import (
+from commands.client import Client
+from commands.context import (
     ROLES,
     TOKEN_ID,
     VERSION,
@@ -22,9 +22,9 @@ from cli_context import (
     make_with_secret,
     new_secret_file,
 )
-from cli_errors import Misused
-from cli_output import Cell, moment, text
-from cli_settings import Login, Settings, login_path, read_login, remove_login, resolve, save_login
+from commands.errors import Misused
+from commands.output import Cell, moment, text
+from commands.settings import Login, Settings, login_path, read_login, remove_login, resolve, save_login
 
 CA_HERE = Path("data/ca.pem")  # of a portal that is run from this folder
 

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from cli_errors import CliError, Refused
+from commands.errors import CliError, Refused
 
 # Control and format characters (terminal sequences, newlines, bidirectional overrides), lone surrogates, separators.
 _UNSAFE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import requests
 import urllib3.exceptions
 
-from cli_errors import ConnectionLost, Misused, Refused, Unreachable
-from cli_settings import Settings, is_loopback
+from commands.errors import ConnectionLost, Misused, Refused, Unreachable
+from commands.settings import Settings, is_loopback
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0  # a revocation or a download waits for the broker

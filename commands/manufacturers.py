@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from cli_context import Command, Portal, confirm, require
-from cli_enrolment_terms import MeansId, terms_fields, terms_from, terms_options
-from cli_errors import Misused
-from cli_files import read_input
-from cli_output import Cell, moment, state, text
+from commands.context import Command, Portal, confirm, require
+from commands.enrolment_terms import MeansId, terms_fields, terms_from, terms_options
+from commands.errors import Misused
+from commands.files import read_input
+from commands.output import Cell, moment, state, text
 
 MANUFACTURER_ID = MeansId("portal manufacturer list")
 

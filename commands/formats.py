@@ -8,8 +8,8 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key, pkcs12
 
-from cli_bundle import BUNDLE_MOST, CA, CERTIFICATE, CHAIN, KEY, NAMES, Bundle, open_bundle
-from cli_errors import BundleLocked, CheckFailed
+from commands.bundle import BUNDLE_MOST, CA, CERTIFICATE, CHAIN, KEY, NAMES, Bundle, open_bundle
+from commands.errors import BundleLocked, CheckFailed
 
 FORMATS = ("zip", "p12", "pem")
 P12 = "device.p12"

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from cli_output import Cell, text
-from cli_registration import KEY_TYPES
+from commands.output import Cell, text
+from commands.registration import KEY_TYPES
 
 _ID = re.compile("[0-9a-f]{16}")
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from cli_client import Client
-from cli_errors import CliError, Unreachable
-from cli_files import ReservedFile
-from cli_output import Output
-from cli_settings import STDIN, Given, Settings, resolve
+from commands.client import Client
+from commands.errors import CliError, Unreachable
+from commands.files import ReservedFile
+from commands.output import Output
+from commands.settings import STDIN, Given, Settings, resolve
 
 VERSION = "0.1.0"
 CONNECTION = tuple(field.name for field in dataclasses.fields(Given))

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from cli_context import DEVICE_ID, Command, Portal, confirm, make_with_secret, new_secret_file
-from cli_enrolment_terms import MeansId, terms_fields, terms_from, terms_options
-from cli_output import Cell, moment, text
+from commands.context import DEVICE_ID, Command, Portal, confirm, make_with_secret, new_secret_file
+from commands.enrolment_terms import MeansId, terms_fields, terms_from, terms_options
+from commands.output import Cell, moment, text
 
 ENROLMENT_TOKEN_ID = MeansId("portal enrolment list")
 

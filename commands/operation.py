@@ -9,12 +9,12 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from cli_bundle import certificates_only, describe
-from cli_context import Command, Portal
-from cli_devices import DEFAULT_LIMIT, read_pages
-from cli_errors import Unreachable
-from cli_files import NewFile, write_new
-from cli_output import Cell, moment, state, text
+from commands.bundle import certificates_only, describe
+from commands.context import Command, Portal
+from commands.devices import DEFAULT_LIMIT, read_pages
+from commands.errors import Unreachable
+from commands.files import NewFile, write_new
+from commands.output import Cell, moment, state, text
 
 SHELLS = {
     "bash": 'eval "$(portal completion bash)"    # in ~/.bashrc',

@@ -13,14 +13,14 @@ from typing import Any
 
 import click
 
-from cli_bundle import CA, CERTIFICATE, CHAIN, certificates_only, check_credentials, csr_public_key
-from cli_client import check_link
-from cli_context import Command, Portal, metadata_from, new_secret_file, require, topics_from
-from cli_errors import CliError, ConnectionLost, Refused
-from cli_files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
-from cli_formats import FILES, FORMATS
-from cli_output import Cell, moment, text
-from cli_unpack import Password, fetch, show_files, summary, unpack_fetched
+from commands.bundle import CA, CERTIFICATE, CHAIN, certificates_only, check_credentials, csr_public_key
+from commands.client import check_link
+from commands.context import Command, Portal, metadata_from, new_secret_file, require, topics_from
+from commands.errors import CliError, ConnectionLost, Refused
+from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
+from commands.formats import FILES, FORMATS
+from commands.output import Cell, moment, text
+from commands.unpack import Password, fetch, show_files, summary, unpack_fetched
 
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072")
 LOST_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file

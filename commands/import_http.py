@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from cli_client import ANSWER_MOST, ANSWER_SECONDS, CONNECT_SECONDS, Answer, Client
-from cli_errors import ConnectionLost, Unreachable
-from cli_settings import Settings
+from commands.client import ANSWER_MOST, ANSWER_SECONDS, CONNECT_SECONDS, Answer, Client
+from commands.errors import ConnectionLost, Unreachable
+from commands.settings import Settings
 
 PATH = "/register/bulk"
 CHUNK = 64 * 1024  # bytes that are sent as one chunk, and read at once

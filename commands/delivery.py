@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from cli_bundle import BUNDLE_MOST, README
-from cli_client import check_link
-from cli_context import Command, Portal
-from cli_files import Folder, read_input, require_writable
-from cli_formats import FILES
-from cli_unpack import bundle_password, fetch, show_files, unpack, unpack_fetched
+from commands.bundle import BUNDLE_MOST, README
+from commands.client import check_link
+from commands.context import Command, Portal
+from commands.files import Folder, read_input, require_writable
+from commands.formats import FILES
+from commands.unpack import bundle_password, fetch, show_files, unpack, unpack_fetched
 
 OUT_HELP = "Folder for the files; one named for the device, here, if not given."
 PASSWORD_HELP = "File that holds the bundle's password; - for standard input."  # noqa: S105 - a help text

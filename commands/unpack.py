@@ -14,12 +14,12 @@ from typing import Any
 
 import click
 
-from cli_bundle import Bundle, Checked, check_bundle
-from cli_context import Portal, ask_secret
-from cli_errors import BundleLocked, CheckFailed, CliError
-from cli_files import Folder, NewFile, read_secret, write_new
-from cli_formats import FILES, extension_of, open_any
-from cli_output import moment, text
+from commands.bundle import Bundle, Checked, check_bundle
+from commands.context import Portal, ask_secret
+from commands.errors import BundleLocked, CheckFailed, CliError
+from commands.files import Folder, NewFile, read_secret, write_new
+from commands.formats import FILES, extension_of, open_any
+from commands.output import moment, text
 
 PASSWORD_VARIABLE = "PORTAL_BUNDLE_PASSWORD"  # noqa: S105 - a name, not a password
 ATTEMPTS = 3

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
-from cli_errors import BundleLocked, CheckFailed
-from cli_files import NewFile
+from commands.errors import BundleLocked, CheckFailed
+from commands.files import NewFile
 
 KEY, CERTIFICATE, CHAIN, CA = "device.key", "device.pem", "chain.pem", "ca.pem"
 CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cli_errors import Misused
-from cli_files import read_secret, reason, replace_file
+from commands.errors import Misused
+from commands.files import read_secret, reason, replace_file
 
 DEFAULT_URL = "https://127.0.0.1:8443"
 STDIN = "-"

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from cli_context import DEVICE_ID, Command, Portal
-from cli_devices import Expiry, read_pages
-from cli_files import read_input, read_secret
-from cli_formats import FORMATS
-from cli_output import Cell, moment, state, text
-from cli_registration import KEY_TYPES, Asking, ask_by_csr, ask_for_bundle
+from commands.context import DEVICE_ID, Command, Portal
+from commands.devices import Expiry, read_pages
+from commands.files import read_input, read_secret
+from commands.formats import FORMATS
+from commands.output import Cell, moment, state, text
+from commands.registration import KEY_TYPES, Asking, ask_by_csr, ask_for_bundle
 
 
 @click.command("suspend", cls=Command, examples=["portal suspend 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cli_errors import CheckFailed, Misused
+from commands.errors import CheckFailed, Misused
 
 SECRET_MOST = 4096  # bytes of a password or token in a file
 INPUT_MOST = 1 << 20  # bytes of any other file that is read
