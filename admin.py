@@ -16,12 +16,11 @@ import admin_backup
 import admin_ca
 import admin_doctor
 import audit
-import logs
-import metrics
 import serving
 from admin_plain import plainly, settings_here
 from config import Settings
-from files import own_until_exit, replace_file
+from core import logs, metrics
+from core.files import own_until_exit, replace_file
 from installation import first_token, occupied, open_portal, prepare
 from onboarding_clients import CLIENT_CAS
 

@@ -10,7 +10,7 @@ import click
 from flask import current_app
 
 from config import Settings
-from errors import PortalError
+from core.errors import PortalError
 
 P = ParamSpec("P")
 

@@ -14,10 +14,7 @@ import click
 from flask import Flask, Response, current_app, g, request
 
 import admin
-import errors
 import jobs
-import logs
-import metrics
 from api import admission, paths, problems, requests
 from api.bulk import bulk
 from api.description import description_of
@@ -36,7 +33,8 @@ from api.routing import Call, Route
 from api.tokens import tokens
 from api.webhooks import webhooks
 from config import Settings
-from errors import PortalError, StartupError
+from core import errors, logs, metrics
+from core.errors import PortalError, StartupError
 from installation import Portal, open_portal, utc_now
 
 log = logging.getLogger("portal.request")

@@ -22,10 +22,10 @@ from backup_file import FORMAT, BackupWriter, Manifest
 from ca_algorithms import PrivateKey
 from ca_keys import MAX_FILE_BYTES, KeyFiles, passphrase
 from config import Settings
+from core.errors import BackupRefused
+from core.files import fsync_directory
 from db import Database
 from db_tables import DEFAULT_TENANT
-from errors import BackupRefused
-from files import fsync_directory
 from installation import occupied
 
 # What makes keys usable, and what is one machine's own.

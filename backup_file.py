@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 import db_copy
 from ca_algorithms import PrivateKey
 from ca_keys import MAX_FILE_BYTES
-from errors import BackupRefused
+from core.errors import BackupRefused
 
 FORMAT = 1
 MANIFEST, SEAL = "manifest.json", "manifest.seal"

@@ -13,9 +13,9 @@ from backup import LEFT_OUT, passphrase_here
 from backup_file import Backup
 from ca_algorithms import PrivateKey
 from config import Settings
-from errors import BackupRefused, CaKeyUnavailable
-from failpoints import failpoint
-from files import fsync_directory
+from core.errors import BackupRefused, CaKeyUnavailable
+from core.failpoints import failpoint
+from core.files import fsync_directory
 
 ROOT_KEY = "root.key.pem"
 

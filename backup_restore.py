@@ -33,10 +33,10 @@ from broker.files import CRL_FILE, BrokerFiles
 from ca_algorithms import PrivateKey
 from ca_keys import KeyFiles
 from config import Settings
+from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
+from core.failpoints import failpoint
 from db import Database
 from db_tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
-from errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
-from failpoints import failpoint
 from installation import alone
 from restore_journal import SQLITE_FILES, Journal, journaled, remove_database
 

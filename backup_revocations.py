@@ -20,10 +20,10 @@ import ca
 import db
 import db_issuers
 import db_suspension
+from core.device_status import DeviceStatus
+from core.errors import BackupRefused
 from db_issuers import CrlRecord, IssuerRecord
 from db_tables import Certificate, Device, IssuerRow, Token
-from errors import BackupRefused
-from lifecycle import DeviceStatus
 
 T = TypeVar("T")
 _BATCH = 500

@@ -26,9 +26,9 @@ from broker.probe import Canaries, Canary, Probe, ProbeResult
 from broker.reload import peer_process, run_reload_command, signal_broker
 from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import Settings
-from errors import BrokerNotEnforcing, BrokerUnavailable
-from failpoints import failpoint
-from topics import is_device_id
+from core.errors import BrokerNotEnforcing, BrokerUnavailable
+from core.failpoints import failpoint
+from core.topics import is_device_id
 
 __all__ = [
     "Acl",

@@ -15,7 +15,6 @@ from datetime import datetime
 from sqlalchemy.exc import IntegrityError
 
 import db_bulk
-import metrics
 from audit import Actor
 from authority import Authority
 from bulk_making import Credentials, Job, Makers, Result, Setup
@@ -23,17 +22,18 @@ from bulk_recording import Task, write_batch
 from bulk_terms import Candidate, RowDone, RowFailed, Source, failed
 from ca_requests import is_for_key_of
 from config import Settings
+from core import metrics
+from core.device_status import DeviceStatus
+from core.errors import ExternalIdTaken, LockUnavailable, PortalError, StateConflict, Unavailable, UploadsBusy
+from core.failpoints import failpoint
+from core.files import FileLock
+from core.topics import new_device_id
 from db import Database
 from db_bulk import KnownDevice
 from enforcement import Enforcement
-from errors import ExternalIdTaken, LockUnavailable, PortalError, StateConflict, Unavailable, UploadsBusy
-from failpoints import failpoint
-from files import FileLock
-from lifecycle import DeviceStatus
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Wanted
 from onboarding_terms import Registration
-from topics import new_device_id
 
 BATCH = 256  # rows of a transaction, which keeps other writers waiting for some 15 ms
 AHEAD = 3  # batches under way: one is written while the processes are at work on the others

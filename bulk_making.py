@@ -15,11 +15,11 @@ from datetime import datetime
 from multiprocessing.connection import Pipe
 from pathlib import Path
 
-import processors
 from config import Settings
-from errors import PortalError, Unavailable
+from core import processors
+from core.errors import PortalError, Unavailable
+from core.topics import Topic
 from onboarding_credentials import CredentialMaker, Made, Wanted
-from topics import Topic
 
 PIECE = 32  # devices that a process is given at once: some 40 ms of work
 MOST_PROCESSES = 4  # unless the settings say how many; what writes to the database is one, and busy with so many

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from errors import FieldProblem, InputInvalid, PortalError, RowMalformed, RowTooLong
+from core.errors import FieldProblem, InputInvalid, PortalError, RowMalformed, RowTooLong
 
 ROW_MOST = 128 * 1024  # bytes of a row; the longest that can be right is shorter
 COLUMNS_MOST = 64

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
-from errors import FieldProblem, InputInvalid, PortalError
+from core.errors import FieldProblem, InputInvalid, PortalError
 from onboarding_terms import Registration
 
 

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 from authority import open_authority
 from bulk_making import Setup, make_all
 from ca_keys import KeyFiles, passphrase
+from core.errors import PortalError
 from db import Database
-from errors import PortalError
 from onboarding_credentials import CredentialMaker
 
 NICENESS = 5  # whoever waits for a single request goes first

@@ -39,7 +39,7 @@ from ca_profiles import (
 )
 from ca_requests import read_csr
 from ca_revocation import revoke_certificate, sign_crl
-from errors import IssuerUnusable, KeyRefused, SignatureCheckFailed
+from core.errors import IssuerUnusable, KeyRefused, SignatureCheckFailed
 
 __all__ = [
     "Issued",

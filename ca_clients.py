@@ -14,7 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ca_algorithms import PublicKey, check_public_key, public_key_fingerprint
 from ca_parsing import failing_as
-from errors import ClientCertificateRefused
+from core.errors import ClientCertificateRefused
 
 MAX_CERTIFICATE_BYTES = 16 * 1024
 T = TypeVar("T", bound=x509.ExtensionType)

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from ca_algorithms import KeyType, PrivateKey, generate_keypair
 from ca_parsing import failing_as
 from ca_pkcs8 import encrypt_private_key
-from errors import CaKeyUnavailable
-from files import fsync_directory, private_folder, replace_file
+from core.errors import CaKeyUnavailable
+from core.files import fsync_directory, private_folder, replace_file
 
 MAX_FILE_BYTES = 64 * 1024
 MIN_PASSPHRASE_BYTES = 16

@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 
 from ca_algorithms import check_public_key
 from ca_parsing import failing_as
-from errors import KeyRefused, ManufacturerInvalid, ProofInvalid
+from core.errors import KeyRefused, ManufacturerInvalid, ProofInvalid
 
 MAX_PEM_CHARACTERS = 16 * 1024
 _ONE_PEM = "Send one certificate in PEM, BEGIN CERTIFICATE to END CERTIFICATE."

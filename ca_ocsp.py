@@ -34,7 +34,7 @@ from ca_ocsp_asn1 import (
     Unknown,
 )
 from ca_parsing import failing_as
-from errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
+from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
 
 MOST_BYTES = 32 * 1024  # of a request
 MOST_CERTIFICATES = 100  # in a request

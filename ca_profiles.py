@@ -12,7 +12,7 @@ from functools import lru_cache
 from cryptography import x509
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
 
-from errors import InputInvalid, SettingInvalid
+from core.errors import InputInvalid, SettingInvalid
 
 COMMON_NAME_LIMIT = 64  # characters: ub-common-name of RFC 5280 appendix A.1
 

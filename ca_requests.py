@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from ca_algorithms import ACCEPTED, PublicKey, check_public_key, public_key_der
 from ca_parsing import failing_as
-from errors import CsrInvalid, KeyRefused
+from core.errors import CsrInvalid, KeyRefused
 
 MAX_CSR_CHARACTERS = 16 * 1024
 

@@ -13,7 +13,7 @@ from ca_algorithms import check_public_key
 from ca_issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
 from ca_profiles import extension
 from ca_signatures import SEQUENCE, Signed, children, element, sign, take_apart, verifies
-from errors import SignatureCheckFailed
+from core.errors import SignatureCheckFailed
 
 _SERIAL_NUMBER = re.compile(r"[0-9a-f]{1,40}")
 _INTEGER, _BIT_STRING, _UTC_TIME, _GENERALIZED_TIME, _EXTENSIONS_TAG = 0x02, 0x03, 0x17, 0x18, 0xA0

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from config_style import installed_style
-from config_values import (
+from core.errors import SettingInvalid
+from core.installed_style import installed_style
+from core.setting_values import (
     KEY_TYPES,
     AclStyle,
     Address,
@@ -33,7 +34,6 @@ from config_values import (
     parse_url,
     seconds,
 )
-from errors import SettingInvalid
 
 __all__ = ["KEY_TYPES", "AclStyle", "Address", "LogFormat", "Settings"]
 

@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from itsdangerous.timed import TimestampSigner
 
+from core.errors import LinkExpired, LinkUnknown
 from credential_formats import BundleFormat, encrypted_pem, pkcs12_file
 from credential_zip import Entry, write_archive
-from errors import LinkExpired, LinkUnknown
 
 README = """\
 Credentials of the device {device_id}

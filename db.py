@@ -10,11 +10,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.device_status import DeviceStatus
+from core.errors import DeviceNotFound
 from db_database import Database as Database
 from db_statements import Prepared
 from db_tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, UtcDateTime
-from errors import DeviceNotFound
-from lifecycle import DeviceStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.errors import NotFound
 from db_statements import Prepared
 from db_tables import AuditEntry, AuditHead, Token
-from errors import NotFound
 
 
 @dataclass(frozen=True, slots=True)

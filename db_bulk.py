@@ -10,9 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.device_status import DeviceStatus
 from db import DEVICE_COLUMNS, DeviceRecord, device_record
 from db_tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
-from lifecycle import DeviceStatus
 
 CURRENT = ("active", "held")
 

@@ -20,9 +20,9 @@ from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
 import db_database
+from core.errors import BackupRefused, DatabaseTooNew
 from db_schema import METADATA
 from db_tables import UtcDateTime
-from errors import BackupRefused, DatabaseTooNew
 
 BATCH = 500
 # What a column holds, in a way that survives a change of the tables: the names stand in the first line of a copy.

@@ -15,13 +15,13 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
-import turnstile
+from core import turnstile
+from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable
+from core.files import FileLock
 from db_engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage
 from db_postgresql import unhurried
 from db_tables import BrokerState, Tenant
 from db_turns import Result, SharedTransactions
-from errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable
-from files import FileLock
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Changes nothing, and is written to the disk.

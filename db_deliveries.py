@@ -9,10 +9,10 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.device_status import DeviceStatus
+from core.errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
 from db_statements import Prepared
 from db_tables import Delivery, Device, IdempotencyKey
-from errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
-from lifecycle import DeviceStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.topics import is_device_id
 from db import DEVICE_COLUMNS, DeviceRecord, device_record
 from db_reads import CURRENT
 from db_tables import Certificate, Device
-from topics import is_device_id
 
 # Where more than one thing narrows a list, no index has its rows one after the other. So a page ends after so many
 # devices that were looked at, however few of them it holds, and the next one goes on there.

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 import db_postgresql
-from errors import StartupError
+from core.errors import StartupError
 
 BUSY_TIMEOUT_SECONDS = 5.0
 LOCKED_SECONDS = 0.2  # what a writer waits where the last one waited in vain

@@ -10,11 +10,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.device_status import DeviceStatus
+from core.errors import NotFound
 from db import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
 from db_tables import Certificate, Device
 from db_tables_enrolment import Enrolment, EnrolmentToken
-from errors import NotFound
-from lifecycle import DeviceStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.errors import NotFound
 from db_enrolment import TERMS, Terms, terms_of, terms_values
 from db_tables_enrolment import Manufacturer
-from errors import NotFound
 
 
 @dataclass(frozen=True, slots=True)

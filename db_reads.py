@@ -9,13 +9,13 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.device_status import DeviceStatus
 from db import (
     CERTIFICATE_COLUMNS,
     CertificateRecord,
     certificate_record,
 )
 from db_tables import AclEntry, Certificate, Device
-from lifecycle import DeviceStatus
 
 # Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it. Where
 # another condition narrows the same column, it stands before: SQLite reads the index by the first of them.

@@ -7,9 +7,9 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.device_status import DeviceStatus
 from db import update_device
 from db_tables import Certificate, IssuerRow
-from lifecycle import DeviceStatus
 
 HOLD = "certificate_hold"
 

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from sqlalchemy.engine import Connection
 
-import turnstile
+from core import turnstile
 
 Result = TypeVar("Result")
 

@@ -10,9 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.errors import NotFound
 from db_tables import UtcDateTime
 from db_tables_events import Webhook, WebhookDelivery
-from errors import NotFound
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ import doctor_network
 import doctor_ocsp
 import doctor_records
 from config import Settings
+from core.errors import PortalError
 from doctor_findings import Finding, Verdict, problem
 from doctor_subject import Subject
-from errors import PortalError
 
 log = logging.getLogger("portal.doctor")
 

@@ -19,7 +19,7 @@ from broker.files import CRL_FILE, BrokerFiles
 from broker.reload import peer_process
 from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import AclStyle
-from config_style import ACL_FILE
+from core.installed_style import ACL_FILE
 from db_tables import Certificate, Device
 from doctor_findings import Verdict, problem, some, together, warning, well
 from doctor_subject import SECONDS, Subject

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from broker.files import CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import AclStyle, Settings
-from config_style import ACL_FILE
+from core.installed_style import ACL_FILE
 from doctor_broker import active_devices, running_broker
 from doctor_findings import State, Verdict, problem, together, warning
 from doctor_subject import SECONDS, Subject

@@ -16,10 +16,10 @@ from cryptography.x509.ocsp import OCSPCertStatus, OCSPRequestBuilder, OCSPRespo
 
 import ca
 import ca_ocsp
+from core.errors import IssuerUnusable
 from doctor_findings import Verdict, problem, together, warning
 from doctor_network import served
 from doctor_subject import Subject
-from errors import IssuerUnusable
 
 _START = "Start the portal, which makes a new one within a minute; else see its log."
 _LATE = timedelta(hours=1)

@@ -7,11 +7,11 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 
-import access
 import audit
 import db_access
 import db_copy
 import db_issuers
+from core import roles
 from db_tables import Delivery
 from doctor_findings import Verdict, problem, some, warning, well
 from doctor_subject import Subject
@@ -91,8 +91,8 @@ def tokens(subject: Subject) -> Verdict:
     with subject.snapshot() as tx:
         own = None
         if path.exists():
-            own = db_access.find_token(tx, access.hash_token(path.read_text(encoding="ascii").strip()))
-        valid = [token for token in db_access.list_tokens(tx, subject.tenant_id) if access.is_valid(token, now)]
+            own = db_access.find_token(tx, roles.hash_token(path.read_text(encoding="ascii").strip()))
+        valid = [token for token in db_access.list_tokens(tx, subject.tenant_id) if roles.is_valid(token, now)]
     endless = [token.name for token in valid if token.expires_at is None and (own is None or token.id != own.id)]
     if endless:
         return warning(

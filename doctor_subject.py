@@ -14,11 +14,11 @@ from sqlalchemy.engine import Connection
 import db_issuers
 from broker.probe import Canaries
 from config import Settings
+from core.errors import DatabaseUnavailable
+from core.files import FileLock
 from db import Database
 from db_issuers import IssuerRecord
 from db_tables import DEFAULT_TENANT
-from errors import DatabaseUnavailable
-from files import FileLock
 from installation import canary_files
 
 SECONDS = 5.0  # that anything asked over a network may take

@@ -17,20 +17,19 @@ import db_issuers
 import db_reads
 import db_revocations
 import events
-import metrics
-import turnstile
 from authority import Authority, Issuers
 from authority_crl import RevokedEntries, crl_is_due, next_crl
 from broker_provisioning import Acl, BrokerProvisioning, Canaries, Projection
 from config import AclStyle, Settings
+from core import metrics, turnstile
+from core.errors import LockUnavailable, PortalError
+from core.failpoints import failpoint
+from core.files import FileLock
 from db import Database
 from db_issuers import BrokerStateRecord, CrlRecord
 from db_revocations import CrlHead
 from enforcement_acl import DENIALS_KEPT, DENIED_FOR, denials, put_into_acl
-from errors import LockUnavailable, PortalError
 from events import EventType
-from failpoints import failpoint
-from files import FileLock
 
 log = logging.getLogger("portal.enforcement")
 

@@ -9,8 +9,8 @@ from sqlalchemy.engine import Connection
 
 import db_reads
 from broker_provisioning import Acl, add_device_acl, forget_device_acl, remove_device_acl
-from lifecycle import DeviceStatus
-from topics import Access, Topic
+from core.device_status import DeviceStatus
+from core.topics import Access, Topic
 
 # In pattern style a device that is out is denied by name for longer than a connection can live that is half-way in
 # (95 s), and on for as long as its denial is among the newest: each one more makes the broker's reloads slower.

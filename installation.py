@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import access
 import audit
 import ca
 import db
@@ -19,18 +18,20 @@ import db_access
 import db_issuers
 import events
 import restore_journal
-from access import Role
 from authority import Authority, RecordedIssuer, open_authority
 from broker.files import FOLDER_MODE, broker_group
 from broker_provisioning import BrokerProvisioning, Canary
 from bulk import Bulk
 from ca_keys import CaKeys, KeyFiles, passphrase
 from config import Settings
+from core import roles
+from core.errors import PortalRunning, StartupError, Unavailable
+from core.files import FileLock, private_folder, remove_leftovers, replace_file, secret_file
+from core.roles import Role
+from core.throttle import Throttle
 from db import Database
 from db_tables import DEFAULT_TENANT
 from enforcement import Enforcement
-from errors import PortalRunning, StartupError, Unavailable
-from files import FileLock, private_folder, remove_leftovers, replace_file, secret_file
 from installation_files import canary_files as canary_files
 from installation_files import is_current
 from installation_files import is_due as is_due
@@ -50,7 +51,6 @@ from operators import Operators
 from readiness import Readiness
 from responder import Responder
 from responder_certificates import ResponderCertificates
-from throttle import Throttle
 from webhooks import Webhooks
 from webhooks_dispatch import Dispatcher
 from webhooks_sending import Sender
@@ -229,13 +229,13 @@ def first_token(portal: Portal) -> str:
     if path.exists():
         secret = secret_file(path, lambda: "")
         with portal.database.snapshot() as tx:
-            record = db_access.find_token(tx, access.hash_token(secret))
-        if record is not None and access.is_valid(record, now):
+            record = db_access.find_token(tx, roles.hash_token(secret))
+        if record is not None and roles.is_valid(record, now):
             return secret
         path.unlink()
-    secret, record = access.new_token(portal.tenant_id, "first operator", Role.ADMIN, None, now=now)
+    secret, record = roles.new_token(portal.tenant_id, "first operator", Role.ADMIN, None, now=now)
     with portal.database.transaction() as tx:
-        db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+        db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
         audit.record(
             tx, audit.system_actor(portal.tenant_id), "token:create", f"token:{record.id}", at=now, role=Role.ADMIN
         )

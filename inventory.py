@@ -14,12 +14,12 @@ import db_issuers
 import db_reads
 import db_revocations
 from config import Settings
+from core.errors import FieldProblem, InputInvalid
+from core.topics import Access, Topic, default_topics, is_device_id
 from db import CertificateRecord, Database, DeviceRecord
 from db_device_lists import DeviceFilter, Place
 from db_issuers import CrlRecord
 from db_revocations import CrlHead
-from errors import FieldProblem, InputInvalid
-from topics import Access, Topic, default_topics, is_device_id
 
 
 @dataclass(frozen=True, slots=True)

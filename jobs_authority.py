@@ -16,8 +16,8 @@ import db_revocations
 from audit import Actor
 from authority import RecordedIssuer
 from authority_crl import ROOT_CRL_DAYS, RevokedEntries, crl_is_due, next_crl
-from errors import BrokerUnavailable, LockUnavailable, StateConflict
-from files import FileLock, replace_file
+from core.errors import BrokerUnavailable, LockUnavailable, StateConflict
+from core.files import FileLock, replace_file
 from installation import Portal, renew_own_certificates
 from readiness import ROOT_CRL_SOON
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import PortalError
-from files import FileLock
+from core.errors import PortalError
+from core.files import FileLock
 from installation import Portal
 
 log = logging.getLogger("portal.jobs")

@@ -12,10 +12,10 @@ import db_figures
 import db_issuers
 import db_webhooks
 from config import Settings
+from core.device_status import DeviceStatus
+from core.metrics import Gauge
 from db import Database
 from enforcement import Enforcement
-from lifecycle import DeviceStatus
-from metrics import Gauge
 
 EXPIRING = {"7d": timedelta(days=7), "30d": timedelta(days=30)}
 

@@ -17,20 +17,20 @@ import audit
 import db
 import db_bulk
 import events
-import metrics
 from audit import Actor
 from broker_provisioning import check_style
 from config import AclStyle, Settings
+from core import metrics
+from core.device_status import DeviceStatus, advance
+from core.errors import ExternalIdTaken, StateConflict, Unavailable
+from core.failpoints import failpoint
+from core.topics import Access, Topic, check_topics, default_topics, new_device_id
 from db import Database
 from enforcement import Enforcement
-from errors import ExternalIdTaken, StateConflict, Unavailable
 from events import EventType
-from failpoints import failpoint
-from lifecycle import DeviceStatus, advance
 from onboarding_answers import KeptAnswers, Sealed
 from onboarding_credentials import CredentialMaker, Made, Wanted
 from onboarding_terms import Registered, Registration, Revoked
-from topics import Access, Topic, check_topics, default_topics, new_device_id
 
 log = logging.getLogger("portal.onboarding")
 

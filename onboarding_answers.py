@@ -11,8 +11,8 @@ from sqlalchemy.engine import Connection
 
 import credential_delivery as delivery
 import db_deliveries
+from core.errors import IdempotencyConflict
 from db import Database
-from errors import IdempotencyConflict
 
 ANSWERS_KEPT = timedelta(hours=24)
 

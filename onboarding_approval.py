@@ -13,15 +13,15 @@ import db_enrolment
 import db_reenrolment
 import events
 from audit import Actor
+from core.device_status import DeviceStatus
+from core.errors import NotFound, StateConflict
+from core.topics import new_device_id
 from db import Database, DeviceRecord
 from db_enrolment import EnrolmentRecord
 from db_reenrolment import Asking, ReenrolmentRecord
-from errors import NotFound, StateConflict
 from events import EventType
-from lifecycle import DeviceStatus
 from onboarding import Onboarding
 from onboarding_terms import Registration
-from topics import new_device_id
 
 REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that a rejected device is revoked with
 MOST_LISTED = 1000

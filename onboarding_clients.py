@@ -12,11 +12,11 @@ import db_manufacturers
 from authority import Authority
 from ca_clients import ClientCertificate
 from config import Settings
+from core.device_status import DeviceStatus
+from core.errors import ClientCertificateRefused
+from core.files import FileLock, replace_file
 from db import CertificateRecord, Database
 from db_manufacturers import ManufacturerRecord
-from errors import ClientCertificateRefused
-from files import FileLock, replace_file
-from lifecycle import DeviceStatus
 
 CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
 _OUT_OF_DATE = "The client certificate has expired or is not valid yet."

@@ -17,9 +17,9 @@ import db
 import db_deliveries
 from authority import Authority
 from config import Settings
+from core.errors import FieldProblem, InputInvalid
+from core.topics import Topic, default_topics, expand
 from credential_formats import BundleFormat
-from errors import FieldProblem, InputInvalid
-from topics import Topic, default_topics, expand
 
 
 @dataclass(frozen=True, slots=True)

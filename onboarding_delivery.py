@@ -11,11 +11,11 @@ import db_deliveries
 import events
 from audit import Actor
 from config import Settings
+from core.errors import LinkRevoked
+from core.failpoints import failpoint
 from credential_formats import BundleFormat
 from db import Database
-from errors import LinkRevoked
 from events import EventType
-from failpoints import failpoint
 from onboarding import Onboarding
 from onboarding_terms import Bundle
 

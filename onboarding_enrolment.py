@@ -13,21 +13,21 @@ import audit
 import db
 import db_enrolment
 import db_manufacturers
-import metrics
 from audit import Actor
 from ca_enrolment import EnrolmentRequest
 from config import Settings
-from config_values import AclStyle
+from core import metrics
+from core.device_status import DeviceStatus, advance
+from core.errors import EnrolmentRefused, KeyRefused, StateConflict, Unavailable
+from core.failpoints import failpoint
+from core.setting_values import AclStyle
+from core.topics import new_device_id
 from db import Database
 from db_enrolment import EnrolmentRecord, Terms
-from errors import EnrolmentRefused, KeyRefused, StateConflict, Unavailable
-from failpoints import failpoint
-from lifecycle import DeviceStatus, advance
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Made
 from onboarding_enrolment_means import AskedMeanwhile, Enrolled, Issued, Means, Waiting
 from onboarding_reenrolment import EXPIRED, REVOKED, UNREGISTERED, Reenrolment, make, record_enrolled
-from topics import new_device_id
 
 _TRIES = 3
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")

@@ -9,12 +9,12 @@ from datetime import datetime, timedelta
 import audit
 import db
 import db_enrolment
-from access import hash_token
 from audit import Actor
+from core.device_status import DeviceStatus
+from core.errors import StateConflict
+from core.roles import hash_token
 from db import Database
 from db_enrolment import EnrolmentTokenRecord, Terms
-from errors import StateConflict
-from lifecycle import DeviceStatus
 
 TOKEN_PREFIX = "en_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
 MOST_LISTED = 1000

@@ -12,10 +12,10 @@ import audit
 import ca_manufacturers
 import db_manufacturers
 from audit import Actor
+from core.errors import Conflict, ProofInvalid
 from db import Database
 from db_enrolment import Terms
 from db_manufacturers import ManufacturerRecord
-from errors import Conflict, ProofInvalid
 from onboarding_clients import Clients
 
 NONCE_LIFE = timedelta(hours=24)

@@ -14,14 +14,14 @@ import db_manufacturers
 import db_reenrolment
 import db_renewal
 import events
-import metrics
 from audit import Actor
 from ca_enrolment import EnrolmentRequest, is_for_key
+from core import metrics
+from core.device_status import DeviceStatus
+from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
 from db import CertificateRecord, Database, DeviceRecord
 from db_enrolment import EnrolmentRecord
-from errors import EnrolmentRefused, StateConflict, TooManyAttempts
 from events import EventType
-from lifecycle import DeviceStatus
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Made, Wanted
 from onboarding_enrolment_means import AskedMeanwhile, Issued, Means, Waiting

@@ -18,19 +18,19 @@ import db
 import db_reads
 import db_renewal
 import events
-import metrics
 from audit import Actor
 from config import Settings
+from core import metrics
+from core.device_status import DeviceStatus, check_renewal
+from core.errors import StateConflict
+from core.failpoints import failpoint
+from core.topics import Access, Topic
 from db import Database, DeviceRecord
 from enforcement import Enforcement
-from errors import StateConflict
 from events import EventType
-from failpoints import failpoint
-from lifecycle import DeviceStatus, check_renewal
 from onboarding import Onboarding
 from onboarding_answers import KeptAnswers, Sealed
 from onboarding_credentials import CredentialMaker, Made, Wanted
-from topics import Access, Topic
 
 log = logging.getLogger("portal.onboarding")
 

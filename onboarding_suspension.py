@@ -12,11 +12,11 @@ import db
 import db_suspension
 import events
 from audit import Actor
+from core.device_status import DeviceStatus, advance
+from core.failpoints import failpoint
 from db import Database
 from enforcement import Enforcement
 from events import EventType
-from failpoints import failpoint
-from lifecycle import DeviceStatus, advance
 
 log = logging.getLogger("portal.onboarding")
 

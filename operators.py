@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
-import access
 import audit
 import db_access
-from access import Role
 from audit import Actor
+from core import roles
+from core.errors import TooManyAttempts
+from core.roles import Role
+from core.throttle import Throttle
 from db import Database
 from db_access import AuditRecord, TokenRecord
-from errors import TooManyAttempts
-from throttle import Throttle
 
 LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit what no index serves
 
@@ -29,16 +29,16 @@ class Operators:
     def authenticate(self, secret: str) -> TokenRecord | None:
         """The token with this secret, if it is valid now."""
         with self._database.snapshot() as tx:
-            record = db_access.find_token(tx, access.hash_token(secret))
-        return record if record is not None and access.is_valid(record, self._clock()) else None
+            record = db_access.find_token(tx, roles.hash_token(secret))
+        return record if record is not None and roles.is_valid(record, self._clock()) else None
 
     def create(self, actor: Actor, name: str, role: Role, life: timedelta | None) -> tuple[str, TokenRecord]:
         """Make a token; returns its secret, which is stored nowhere, with its record."""
         now = self._clock()
         expires_at = None if life is None else now + life
-        secret, record = access.new_token(actor.tenant_id, name, role, expires_at, now=now)
+        secret, record = roles.new_token(actor.tenant_id, name, role, expires_at, now=now)
         with self._database.transaction() as tx:
-            db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+            db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
             audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
         return secret, record
 

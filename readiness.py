@@ -13,9 +13,9 @@ import ca
 import db_issuers
 import db_revocations
 from authority import Authority
+from core.errors import PortalError
 from db import Database
 from enforcement import Enforcement
-from errors import PortalError
 
 log = logging.getLogger("portal.readiness")
 

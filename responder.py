@@ -10,14 +10,14 @@ from datetime import datetime, timedelta
 
 import ca_ocsp
 import db_statuses
-import metrics
 from authority import Authority, RecordedIssuer
 from ca import Reason
 from ca_ocsp import GOOD, UNKNOWN, Failure, IssuerId, Request, Signer, Status, Verdict
 from config import Settings
+from core import metrics
+from core.errors import RequestMalformed, Unavailable
 from db import Database
 from db_statuses import CertificateStatus
-from errors import RequestMalformed, Unavailable
 from responder_certificates import ResponderCertificates
 
 KEPT_ANSWERS = 5000  # some 2 KB each, in each worker process

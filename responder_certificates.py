@@ -14,9 +14,9 @@ import db
 from authority import Authority, RecordedIssuer
 from ca_ocsp import Signer
 from config import Settings
+from core.errors import IssuerUnusable, PortalError
+from core.files import replace_file
 from db import Database
-from errors import IssuerUnusable, PortalError
-from files import replace_file
 
 log = logging.getLogger("portal.responder")
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import db_access
 import db_copy
 from config import Settings
+from core.errors import StartupError
+from core.failpoints import failpoint
+from core.files import fsync_directory, replace_file
 from db import Database
 from db_tables import DEFAULT_TENANT
-from errors import StartupError
-from failpoints import failpoint
-from files import fsync_directory, replace_file
 
 NAME = ".restore.json"
 SQLITE_FILES = ("", "-wal", "-shm")

@@ -16,7 +16,7 @@ from gunicorn.errors import HaltServer
 from gunicorn.glogging import Logger
 
 from config import Settings
-from errors import PortalError, StartupError
+from core.errors import PortalError, StartupError
 from serving_balance import ConnectionCounts
 from serving_listeners import ServerTls, allow_open_files, listen
 from serving_worker import PortalWorker

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import turnstile
+from core import turnstile
 from serving_framing import RequestScanner
 
 READ_SIZE = 64 * 1024

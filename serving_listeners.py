@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from config import Address
-from errors import StartupError
+from core.errors import StartupError
 
 BACKLOG = 1024
 CONTEXT_LIFE = 86400.0  # seconds after which the keys of the session tickets are replaced

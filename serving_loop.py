@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 
-import metrics
 from config import Settings
+from core import metrics
 from serving_balance import ConnectionCount
 from serving_connection import Connection, Phase
 from serving_framing import BegunRequest, RequestScanner, WholeRequest

@@ -6,7 +6,7 @@ import select
 import time
 from collections.abc import Callable
 
-from errors import BodyTooLarge, BodyTooSlow, PortalStopping, RequestMalformed
+from core.errors import BodyTooLarge, BodyTooSlow, PortalStopping, RequestMalformed
 from serving_connection import Connection
 from serving_framing import BegunRequest
 from serving_refusals import RequestRefused

@@ -14,9 +14,8 @@ from typing import NoReturn
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
 
-import processors
-import turnstile
-from errors import PortalError
+from core import processors, turnstile
+from core.errors import PortalError
 from serving_connection import Connection
 from serving_framing import BegunRequest, WholeRequest
 from serving_loop import ClientLoop

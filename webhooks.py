@@ -12,11 +12,11 @@ import audit
 import db_webhooks
 import events
 from audit import Actor
+from core.errors import Conflict, Unavailable
+from core.files import FileLock
 from db import Database
 from db_webhooks import Backlog, DeliveryRecord, WebhookRecord
-from errors import Conflict, Unavailable
 from events import EventType
-from files import FileLock
 from webhooks_addresses import Network, read_url
 from webhooks_sending import Message, Sender, Sent
 from webhooks_signature import SecretSeal, new_secret, shown

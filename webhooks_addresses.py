@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from urllib.parse import urlsplit
 
-from errors import FieldProblem, InputInvalid
+from core.errors import FieldProblem, InputInvalid
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network

@@ -12,11 +12,11 @@ from datetime import datetime, timedelta
 
 import db_webhooks
 import events
-import metrics
+from core import metrics
+from core.errors import PortalError
+from core.failpoints import failpoint
 from db import Database
 from db_webhooks import Claim, WebhookRecord
-from errors import PortalError
-from failpoints import failpoint
 from webhooks_sending import Message, Sender, Sent
 
 log = logging.getLogger("portal.webhooks")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from errors import InputInvalid, StartupError, Unavailable
+from core.errors import InputInvalid, StartupError, Unavailable
 from webhooks_addresses import Address, Network, Refused, Target, read_url, resolve
 from webhooks_signature import SecretSeal, signature_of
 

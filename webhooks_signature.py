@@ -10,7 +10,7 @@ import secrets
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from errors import Unavailable
+from core.errors import Unavailable
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - lets secret scanners find one that leaked; no secret itself
 SECRET_BYTES = 32

@@ -5,10 +5,10 @@ from __future__ import annotations
 from flask import Request
 from werkzeug.routing import MapAdapter
 
-from access import may
 from api.routing import Route
 from audit import Actor
-from errors import Forbidden, Unauthenticated, Unavailable
+from core.errors import Forbidden, Unauthenticated, Unavailable
+from core.roles import may
 from installation import Portal
 
 

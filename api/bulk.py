@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from access import Permission
 from api.bulk_models import RowAnswer
 from api.bulk_rows import CSV, NDJSON, Body, UploadedRows, WholeBody
 from api.device_models import RegisterRequest
 from api.routing import Answers, Call, Reply, Routes
 from bulk import Answer
 from bulk_terms import RowFailed
-from errors import BodyTooSlow
+from core.errors import BodyTooSlow
+from core.roles import Permission
 
 bulk = Routes("Devices")
 

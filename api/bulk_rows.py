@@ -14,7 +14,7 @@ from api.device_models import RegisterRequest
 from api.requests import input_invalid
 from bulk_rows import CsvRows, NdjsonRows, Row, Rows
 from bulk_terms import Candidate
-from errors import BodyTooLarge, FieldProblem, InputInvalid, PortalError, RowMalformed, TooManyRows
+from core.errors import BodyTooLarge, FieldProblem, InputInvalid, PortalError, RowMalformed, TooManyRows
 from onboarding_terms import Registration
 
 NDJSON, CSV = "application/x-ndjson", "text/csv"

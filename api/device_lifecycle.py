@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from access import Permission
 from api.lifecycle_models import RenewAnswer, RenewRequest, SuspensionAnswer
 from api.routing import Answers, Call, Reply, Routes
+from core.roles import Permission
 from onboarding_credentials import Wanted
 from onboarding_renewal import Renewal
 from onboarding_suspension import Suspended

@@ -6,7 +6,6 @@ import ssl
 from datetime import datetime
 from typing import Any
 
-from access import Permission
 from api.device_models import (
     CertificateList,
     CertificateModel,
@@ -22,10 +21,11 @@ from api.device_models import (
     TopicModel,
 )
 from api.routing import Answers, Call, Reply, Routes
+from core.device_status import DeviceStatus, renewable_from
+from core.roles import Permission
 from db import CertificateRecord, DeviceRecord
 from db_device_lists import DeviceFilter
 from inventory import DeviceDetails
-from lifecycle import DeviceStatus, renewable_from
 from onboarding_terms import Registration
 
 devices = Routes("Devices")

@@ -16,7 +16,7 @@ from api.fields import PATH_PARAMETERS
 from api.responses import response_of
 from api.routing import Call, Route
 from audit import Actor
-from errors import PortalError
+from core.errors import PortalError
 
 if TYPE_CHECKING:
     from installation import Portal

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from api.routing import Answers, Call, Reply, Routes
+from core.errors import Gone, LinkUnknown, PortalError
 from credential_formats import BundleFormat
-from errors import Gone, LinkUnknown, PortalError
 from transport import HasDescriptor, client_is_gone
 
 downloads = Routes("Download")

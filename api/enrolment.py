@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from access import Permission
 from api.enrolment_models import (
     ApproveRequest,
     AskingList,
@@ -20,6 +19,7 @@ from api.enrolment_models import (
     TermsRequest,
 )
 from api.routing import Answers, Call, Reply, Routes
+from core.roles import Permission
 from db_enrolment import EnrolmentTokenRecord, Terms
 from onboarding_terms import Registration
 

@@ -10,8 +10,8 @@ from api.client_certificate import presented
 from api.routing import Call
 from audit import Actor
 from ca_enrolment import EnrolmentRequest
+from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
 from db_enrolment import EnrolmentTokenRecord
-from errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
 from onboarding_clients import DeviceClient, ManufacturedClient
 from onboarding_enrolment_means import Enrolled, Waiting, by_manufacturer, by_token
 

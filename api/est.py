@@ -21,8 +21,8 @@ from api.enrolment_clients import (
 from api.est_answers import CSR_ATTRIBUTES, PKCS7, WAITING, in_base64, key_with_certificate, waiting
 from api.routing import Answers, Call, Octets, Reply, Routes
 from config import KEY_TYPES
-from config_values import EndOfPrevious
-from errors import ClientCertificateRefused
+from core.errors import ClientCertificateRefused
+from core.setting_values import EndOfPrevious
 from onboarding_clients import DeviceClient, ManufacturedClient
 from onboarding_credentials import Wanted
 from onboarding_enrolment_means import Waiting

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ssl
 
-from access import Permission
 from api.enrolment import terms_fields, terms_of
 from api.enrolment_models import ManufacturerList, ManufacturerModel, ManufacturerRequest, ProofRequest
 from api.routing import Answers, Call, Reply, Routes
+from core.roles import Permission
 from db_manufacturers import ManufacturerRecord
 
 manufacturers = Routes("Manufacturers")

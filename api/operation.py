@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import access
-import metrics
-from access import Permission
 from api.operation_models import CheckModel, HealthModel, ReadyModel
 from api.routing import Answers, Call, Reply, Routes
+from core import metrics, roles
+from core.roles import Permission
 
 operation = Routes("Operation")
 
@@ -25,7 +24,7 @@ def healthz(_call: Call) -> Reply:
 def readyz(call: Call) -> Reply:
     """Say whether database, CA, CRL and broker let the portal do its work, and tell operators why not."""
     # The reasons name paths and generations: of use to who runs the portal, and to who looks for a way in.
-    told = access.may(call.actor.role, Permission.READ)
+    told = roles.may(call.actor.role, Permission.READ)
     checks = [
         CheckModel(name=check.name, ok=True)
         if check.problem is None

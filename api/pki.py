@@ -5,7 +5,7 @@ from __future__ import annotations
 from api.caching import cached, tag_of
 from api.routing import Answers, Call, Reply, Routes
 from authority import RecordedIssuer
-from errors import NotFound
+from core.errors import NotFound
 
 pki = Routes("Certificates, for anyone")
 

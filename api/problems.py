@@ -9,7 +9,7 @@ from pydantic import Field
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from api.fields import Output
-from errors import FieldProblem, InputInvalid, PortalError, TooManyAttempts
+from core.errors import FieldProblem, InputInvalid, PortalError, TooManyAttempts
 
 MEDIA_TYPE = "application/problem+json"
 # Below this path errors are a sentence in plain text, for a person who looks at what a device has received (RFC 7030

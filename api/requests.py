@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS, PATTERN_IN_WORDS
 from api.routing import Octets, Route
-from errors import (
+from core.errors import (
     BodyTooLarge,
     DeviceNotFound,
     FieldProblem,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from werkzeug.datastructures import Headers
 
-from access import Permission
 from audit import Actor
+from core.roles import Permission
 
 if TYPE_CHECKING:
     from installation import Portal

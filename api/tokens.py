@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from datetime import timedelta
 
-from access import Permission, Role
 from api.operator_models import (
     AuditEntryModel,
     AuditPage,
@@ -16,8 +15,9 @@ from api.operator_models import (
     TokenRequest,
 )
 from api.routing import Answers, Call, Reply, Routes
+from core.errors import FieldProblem, InputInvalid
+from core.roles import Permission, Role
 from db_access import TokenRecord
-from errors import FieldProblem, InputInvalid
 
 tokens = Routes("Tokens")
 

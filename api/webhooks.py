@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from access import Permission
 from api.routing import Answers, Call, Reply, Routes
 from api.webhook_models import (
     NewWebhookModel,
@@ -16,8 +15,9 @@ from api.webhook_models import (
     WebhookRequest,
     WebhookTestAnswer,
 )
+from core.errors import FieldProblem, InputInvalid
+from core.roles import Permission
 from db_webhooks import Backlog, DeliveryRecord, WebhookRecord
-from errors import FieldProblem, InputInvalid
 from events import EventType
 from webhooks import NOTHING
 

@@ -9,8 +9,8 @@ from datetime import datetime
 from types import MappingProxyType
 
 from config import AclStyle
-from errors import FieldProblem, ProjectionInvalid, TopicRefused
-from topics import Access, Topic, check_topics, default_topics, expand, is_device_id
+from core.errors import FieldProblem, ProjectionInvalid, TopicRefused
+from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id
 
 PORTAL_USER = "portal"  # the portal on the broker's internal listener
 GENERATION_TOPIC = "portal/generation"  # below it, the only topic that the portal may write, one for each generation

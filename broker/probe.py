@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker.session import Session, remaining
-from errors import BrokerNotEnforcing, BrokerUnavailable
+from core.errors import BrokerNotEnforcing, BrokerUnavailable
 
 CERTIFICATE_REVOKED = 44  # TLS alert (RFC 8446 section 6)
 _ALERTS = {

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from broker.session import remaining
-from errors import BrokerUnavailable
+from core.errors import BrokerUnavailable
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from broker.reload import run_reload_command, signal_broker
 from broker.session import MAX_INCOMING_BYTES, Session
 from broker_provisioning import Acl, BrokerProvisioning, Canaries, Canary, Projection, add_device_acl, validate_crl
 from config import Settings
-from errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
+from core.errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
 from tests.support.mosquitto import mosquitto_program, short_folder
 from tests.support.pki import PEM, Authority, Pki, key_pem
 
@@ -243,7 +243,7 @@ def test_a_write_that_fails_midway_changes_no_file(place: Place, monkeypatch: py
             return write(descriptor, data)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("files.os.write", disk_full_at_the_second)
+    monkeypatch.setattr("core.files.os.write", disk_full_at_the_second)
     with pytest.raises(BrokerUnavailable, match="No space left on device"):
         place.broker.install(place.projection(2))
     monkeypatch.undo()

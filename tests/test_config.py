@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from config import AclStyle, Address, Settings
-from errors import SettingInvalid
+from core.errors import SettingInvalid
 
 
 def test_the_defaults_are_those_of_the_docs(tmp_path: Path) -> None:

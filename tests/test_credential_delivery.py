@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidTag
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.errors import LinkExpired, LinkUnknown
 from credential_delivery import (
     AnswerSeal,
     Credentials,
@@ -21,7 +22,6 @@ from credential_delivery import (
     package_credentials,
     read_download_token,
 )
-from errors import LinkExpired, LinkUnknown
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 CREDENTIALS = Credentials(

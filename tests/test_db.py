@@ -22,12 +22,12 @@ import db_device_lists
 import db_engine
 import db_issuers
 from config import Settings
+from core.device_status import DeviceStatus
+from core.errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
 from db import Database
 from db_device_lists import DeviceFilter
 from db_tables import AclEntry, AuditEntry, Base, Certificate, Delivery, Device
-from errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
 from installation import Portal, open_portal
-from lifecycle import DeviceStatus
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 

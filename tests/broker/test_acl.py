@@ -18,8 +18,8 @@ from broker_provisioning import (
     validate_acl,
 )
 from config import AclStyle
-from errors import ProjectionInvalid, TopicRefused
-from topics import Access, Topic, default_topics
+from core.errors import ProjectionInvalid, TopicRefused
+from core.topics import Access, Topic, default_topics
 
 ONE = "3f2b8c1e-9d4a-4e6b-8a57-1c0d2e3f4a5b"
 TWO = "a1b2c3d4-e5f6-4a7b-8c9d-0e1f2a3b4c5d"

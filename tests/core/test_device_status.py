@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from errors import StateConflict
-from lifecycle import DeviceStatus, advance, check_renewal
+from core.device_status import DeviceStatus, advance, check_renewal
+from core.errors import StateConflict
 
 ALLOWED = {
     ("pending", "active"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from failpoints import NAMES
+from core.failpoints import NAMES
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import LockUnavailable, StartupError
-from files import (
+from core.errors import LockUnavailable, StartupError
+from core.files import (
     FileLock,
     own_until_exit,
     private_folder,

@@ -14,10 +14,10 @@ import pytest
 import pyzipper
 from flask import Flask
 
-import logs
-from access import Role
 from app import create_app, portal_of
 from config import LogFormat, Settings
+from core import logs
+from core.roles import Role
 from inventory import Inventory
 from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem
 

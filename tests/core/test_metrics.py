@@ -19,9 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import db_issuers
 import jobs_authority
-import metrics
-from access import Role
 from app import ROUTES, portal_of
+from core import metrics
+from core.roles import Role
 from db_tables import Base
 from tests.support.exposition import Samples, samples_of, total_of, value_of
 from tests.support.harness import PER_DEVICE, Api, Clock, api_as, csr_pem

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from processors import Processors
+from core.processors import Processors
 
 SLEEPER = [sys.executable, "-c", "input()"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import Unavailable
-from throttle import (
+from core.errors import Unavailable
+from core.throttle import (
     RECORDED_IN_ALL,
     RECORDED_OF_AN_ADDRESS,
     SETS,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paho.mqtt.client import topic_matches_sub
 
-from errors import TopicRefused
-from topics import Access, Topic, check_topics, default_topics, expand, is_device_id, new_device_id
+from core.errors import TopicRefused
+from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id, new_device_id
 
 OWN = "3f2b8c1e-9d4a-4e6b-8a57-1c0d2e3f4a5b"
 OTHER = "a1b2c3d4-e5f6-4a7b-8c9d-0e1f2a3b4c5d"

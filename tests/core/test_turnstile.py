@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import turnstile
-from turnstile import Turnstile
+from core import turnstile
+from core.turnstile import Turnstile
 
 
 def test_one_is_inside_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

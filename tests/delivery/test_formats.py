@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flask import Flask
 
-from access import Role
+from core.roles import Role
 from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem, problem_of
 
 pytestmark = ON_SQLITE

@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from ca_algorithms import check_public_key
-from errors import KeyRefused
+from core.errors import KeyRefused
 
 
 def rsa_key(modulus: int) -> rsa.RSAPublicKey:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import ca
 from ca_algorithms import public_key_der
 from ca_parsing import failing_as
-from errors import CsrInvalid, KeyRefused
+from core.errors import CsrInvalid, KeyRefused
 
 P256 = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
 

@@ -15,7 +15,7 @@ from api.device_models import DeviceQuery, PatchRequest, RegisterRequest, Revoke
 from api.operator_models import AuditQuery, TokenRequest
 from commands.bundle import NAMES, open_bundle
 from commands.errors import CheckFailed
-from errors import InputInvalid
+from core.errors import InputInvalid
 from inventory import _read_cursor
 from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle
 

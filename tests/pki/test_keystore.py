@@ -23,7 +23,7 @@ import ca_keys
 from ca_algorithms import KeyType, PrivateKey, generate_keypair, public_key_der
 from ca_keys import KeyFiles
 from ca_pkcs8 import PBKDF2_ROUNDS, encrypt_private_key
-from errors import CaKeyUnavailable
+from core.errors import CaKeyUnavailable
 
 PASSPHRASE = b"a passphrase for tests"
 

@@ -16,7 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 import ca
 import ca_ocsp
 from ca_ocsp import GOOD, MOST_CERTIFICATES, UNKNOWN, Failure, Status, Verdict
-from errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
+from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
 from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, make_hierarchy
 from tests.support.ocsp import SERVICE_LOCATOR, Ocsp, ask, cert_id, extension, integer, nonce, sequence, tlv
 

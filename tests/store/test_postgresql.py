@@ -10,8 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 import db_postgresql
+from core.errors import DatabaseUnavailable
 from db import Database
-from errors import DatabaseUnavailable
 from tests.support.postgres import Cluster
 
 pytestmark = pytest.mark.system

@@ -15,11 +15,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 from flask.testing import FlaskClient
 
-import access
 import db_access
-from access import Role
 from app import portal_of
 from config import Settings
+from core import roles
+from core.roles import Role
 from db_tables import Base
 from installation import Portal, utc_now
 from tests.support.ports import free_port
@@ -108,9 +108,9 @@ def api_as(app: Flask, role: Role | None) -> Api:
     if role is None:
         return Api(app.test_client(), None)
     portal = portal_of(app)
-    secret, record = access.new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
+    secret, record = roles.new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
     with portal.database.transaction() as tx:
-        db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+        db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
     return Api(app.test_client(), secret)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import serving_loop
 from config import Address, Settings
-from errors import PortalError, StartupError
+from core.errors import PortalError, StartupError
 from serving import serve
 from transport import client_certificate
 

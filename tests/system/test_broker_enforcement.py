@@ -34,11 +34,11 @@ from broker_provisioning import (
     remove_device_acl,
 )
 from config import Settings
-from errors import BrokerNotEnforcing, BrokerUnavailable
+from core.errors import BrokerNotEnforcing, BrokerUnavailable
+from core.topics import Access, Topic, default_topics
 from tests.support.mosquitto import Mosquitto, StartFailed, short_folder
 from tests.support.pki import PEM, Credentials, Pki, key_pem
 from tests.support.ports import free_port
-from topics import Access, Topic, default_topics
 
 pytestmark = pytest.mark.system
 

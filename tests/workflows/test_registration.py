@@ -23,8 +23,8 @@ import db_reads
 import jobs
 from audit import Actor
 from config import Settings
-from db_tables import Certificate, Delivery
-from errors import (
+from core.device_status import DeviceStatus
+from core.errors import (
     DeviceNotFound,
     IdempotencyConflict,
     InputInvalid,
@@ -35,8 +35,8 @@ from errors import (
     StateConflict,
     TopicRefused,
 )
+from db_tables import Certificate, Delivery
 from installation import Portal, open_portal
-from lifecycle import DeviceStatus
 from onboarding_terms import Registered, Registration
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
 

@@ -12,9 +12,9 @@ from cryptography import x509
 import db_issuers
 import db_reads
 import jobs
+from core.errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevoked, StateConflict
 from db import CertificateRecord
 from db_device_lists import DeviceFilter
-from errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevoked, StateConflict
 from installation import Portal
 from onboarding_credentials import Wanted
 from onboarding_renewal import MOST_VALID, Renewal, Renewed

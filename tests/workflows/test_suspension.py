@@ -15,9 +15,9 @@ from cryptography import x509
 import db
 import db_issuers
 import db_reads
-from errors import DeviceNotFound, StateConflict
+from core.device_status import DeviceStatus
+from core.errors import DeviceNotFound, StateConflict
 from installation import Portal
-from lifecycle import DeviceStatus
 from onboarding_terms import Registered
 from tests.support.harness import PER_DEVICE, Api, Clock, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of

@@ -17,7 +17,6 @@ import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-import access
 import audit
 import db
 import db_access
@@ -25,7 +24,6 @@ import db_copy
 import db_database
 import db_enrolment
 import db_issuers
-from access import Role
 from app import create_app
 from backup import Made, back_up
 from backup_file import MANIFEST, Backup
@@ -33,12 +31,22 @@ from backup_restore import Restored, restore
 from backup_revocations import Revocations
 from ca_pem import pem
 from config import Settings
+from core import roles
+from core.device_status import DeviceStatus
+from core.errors import (
+    BackupRefused,
+    CaKeyUnavailable,
+    DatabaseTooNew,
+    LinkExpired,
+    LinkUsed,
+    PortalError,
+    PortalRunning,
+)
+from core.files import replace_file
+from core.roles import Role
 from db_enrolment import Terms
 from db_tables import Base, Certificate, Delivery
-from errors import BackupRefused, CaKeyUnavailable, DatabaseTooNew, LinkExpired, LinkUsed, PortalError, PortalRunning
-from files import replace_file
 from installation import Portal, alone, first_token, open_portal, prepare
-from lifecycle import DeviceStatus
 from onboarding_terms import Registered
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database
@@ -497,9 +505,9 @@ def test_without_a_crl_the_restore_says_what_it_cannot_know(story: Story) -> Non
 
 def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: Path, clock: Clock) -> None:
     with opened(settings, clock) as portal:
-        secret, record = access.new_token("default", "ci", Role.ADMIN, None, now=clock())
+        secret, record = roles.new_token("default", "ci", Role.ADMIN, None, now=clock())
         with portal.database.transaction() as tx:
-            db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+            db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
         portal.onboarding.register(OPERATOR, PUMP)
         copied(settings, file, clock)
         with portal.database.transaction() as tx:
@@ -507,7 +515,7 @@ def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: 
     done = put_back(settings, file, clock)
     assert [kept.what for kept in done.kept] == ["operator token ci"]
     with opened(settings, clock) as portal, portal.database.snapshot() as tx:
-        found = db_access.find_token(tx, access.hash_token(secret))
+        found = db_access.find_token(tx, roles.hash_token(secret))
     assert found is not None
     assert found.revoked_at is not None
 

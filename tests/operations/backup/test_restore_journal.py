@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import failpoints
 import restore_journal
 from config import Settings
+from core import failpoints
+from core.device_status import DeviceStatus
+from core.errors import BackupRefused, DatabaseUnavailable, StartupError
 from db_tables import DEFAULT_TENANT
-from errors import BackupRefused, DatabaseUnavailable, StartupError
 from installation import open_portal, prepare
-from lifecycle import DeviceStatus
 from tests.conftest import DATABASES
 from tests.operations.backup.test_backup import (
     Story,

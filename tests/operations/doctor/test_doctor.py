@@ -14,14 +14,14 @@ from urllib.parse import unquote
 import pytest
 import sqlalchemy as sa
 
-import access
 import db_access
 import db_issuers
 import doctor
 import doctor_ocsp
-from access import Role
 from app import create_app, portal_of
 from config import AclStyle, Settings
+from core import roles
+from core.roles import Role
 from db_tables import Certificate, Delivery
 from doctor_findings import Finding, State, Verdict, exit_status, problem, together, warning, well
 from doctor_mosquitto import fleet_fits, read_configuration, traps, version_of
@@ -330,9 +330,9 @@ def test_a_pending_generation_is_a_problem_until_the_broker_was_seen_to_enforce_
 
 def test_a_token_without_an_end_is_a_warning(portal: Portal) -> None:
     for name, end in (("ci", None), ("factory", portal.clock() + timedelta(days=1))):
-        secret, record = access.new_token("default", name, Role.OPERATOR, end, now=portal.clock())
+        secret, record = roles.new_token("default", name, Role.OPERATOR, end, now=portal.clock())
         with portal.database.transaction() as tx:
-            db_access.add_token(tx, record, token_hash=access.hash_token(secret))
+            db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
     finding = examined(portal, "tokens")["tokens"]
     assert finding.state is State.WARNING
     assert "1 operator tokens never expire: ci." in finding.detail

@@ -20,8 +20,8 @@ import jobs
 import jobs_authority
 from app import create_app, portal_of
 from config import Settings
+from core.errors import CaKeyUnavailable, StateConflict
 from db_issuers import CrlRecord
-from errors import CaKeyUnavailable, StateConflict
 from installation import Portal
 from onboarding_credentials import Wanted
 from onboarding_renewal import Renewal

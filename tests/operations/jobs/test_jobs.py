@@ -17,8 +17,8 @@ import jobs
 import jobs_authority
 import jobs_schedule
 from config import Settings
+from core.files import FileLock
 from db_tables import Delivery, IdempotencyKey
-from files import FileLock
 from installation import Portal, open_portal
 from jobs_schedule import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
 from tests.support.harness import Clock

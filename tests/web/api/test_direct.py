@@ -12,7 +12,7 @@ from werkzeug.test import Client, TestResponse
 
 from api.direct import DirectAnswers
 from app import ROUTES, portal_of
-from errors import DatabaseUnavailable
+from core.errors import DatabaseUnavailable
 from tests.support.harness import ON_SQLITE
 
 DOCUMENTS = ("/ca.pem", "/ca/root.cer", "/crl/issuing-1.crl")

@@ -10,8 +10,8 @@ import pyzipper
 import sqlalchemy as sa
 from flask import Flask
 
-from access import Role
 from app import portal_of
+from core.roles import Role
 from db_tables import Delivery
 from tests.support.harness import Api, Clock, api_as, problem_of
 

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flask import Flask
 
-import errors
-from access import Role
 from app import ROUTES, STATUS_OF, portal_of
+from core import errors
+from core.roles import Role
 from inventory import Inventory
 from tests.support.harness import Api, Clock, api_as, csr_pem, problem_of, state_of
 

@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
-from access import Role
 from app import create_app, portal_of
 from config import Settings
+from core.roles import Role
 from onboarding_clients import CLIENT_CAS
 from tests.support.est import Device, certificates_of, csr_der, in_base64, new_key, refused
 from tests.support.exposition import samples_of, value_of

@@ -8,8 +8,8 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
-import metrics
 from app import portal_of
+from core import metrics
 from tests.support.est import (
     Device,
     certificates_of,

@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 import pytest
 from flask import Flask
 
-from access import Role
 from api.operation import FOR_OPERATORS
 from app import ROUTES, portal_of
+from core.errors import DatabaseUnavailable
+from core.roles import Role
 from db import Database
 from enforcement import Enforcement
-from errors import DatabaseUnavailable
 from readiness import Readiness
 from tests.support.harness import Api, Clock, api_as, problem_of
 

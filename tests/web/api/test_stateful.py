@@ -21,10 +21,10 @@ from schemathesis.core.parameters import ParameterLocation
 from schemathesis.engine.errors import is_inconsistent_replay
 from schemathesis.generation.stateful.state_machine import StepInput, StepOutput
 
-from access import Role
 from api.openapi import openapi
 from app import ROUTES, portal_of
-from lifecycle import DeviceStatus
+from core.device_status import DeviceStatus
+from core.roles import Role
 from tests.support.harness import ON_SQLITE, Api, api_as
 from tests.web.api.test_schemathesis import CONFIG, Application, fit, things
 

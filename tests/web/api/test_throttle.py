@@ -10,11 +10,11 @@ import pytest
 from flask import Flask
 
 import jobs
-from access import Role
 from app import create_app, portal_of
 from config import Settings
+from core.roles import Role
+from core.throttle import RECORDED_OF_AN_ADDRESS
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
-from throttle import RECORDED_OF_AN_ADDRESS
 
 pytestmark = ON_SQLITE
 

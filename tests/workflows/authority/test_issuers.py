@@ -13,7 +13,7 @@ import db_reads
 from authority import Issuers
 from ca import KeyType
 from config import Settings
-from errors import CaKeyUnavailable, StateConflict
+from core.errors import CaKeyUnavailable, StateConflict
 from installation import Portal, open_portal
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP

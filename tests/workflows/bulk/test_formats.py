@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flask import Flask
 
-from access import Role
+from core.roles import Role
 from tests.support.harness import ON_SQLITE, api_as, csr_pem
 from tests.workflows.bulk.test_upload import path_of, rows, upload
 

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bulk_rows import ROW_MOST, CsvRows, NdjsonRows, Row, Rows
-from errors import InputInvalid
+from core.errors import InputInvalid
 
 COLUMNS = frozenset({"name", "type", "note"})
 REQUIRED = frozenset({"name"})

@@ -16,7 +16,7 @@ import pytest
 
 import webhooks_addresses
 import webhooks_sending
-from errors import InputInvalid, Unavailable
+from core.errors import InputInvalid, Unavailable
 from tests.support.pki import PEM, Authority
 from tests.support.receiver import OK, Receiver, answer, receiving
 from webhooks_addresses import Network, may_reach, read_url

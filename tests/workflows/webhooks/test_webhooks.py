@@ -16,9 +16,9 @@ import jobs
 import jobs_events
 import webhooks_dispatch
 from config import Settings
+from core.errors import Conflict, InputInvalid, NotFound, Unavailable
 from db_tables_events import Webhook, WebhookDelivery
 from db_webhooks import DeliveryRecord
-from errors import Conflict, InputInvalid, NotFound, Unavailable
 from events import EventType
 from installation import Portal, open_portal
 from tests.support.harness import ON_SQLITE, Clock

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from errors import FieldProblem, TopicRefused
+from core.errors import FieldProblem, TopicRefused
 
 DEVICE_ID = "{id}"  # stands for the device's own id, always as a whole level
 MAX_TOPICS = 32

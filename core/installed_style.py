@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from config_values import AclStyle
+from core.setting_values import AclStyle
 
 ACL_FILE, RECORD_FILE = "acl", "projection.json"
 _STATED_IN = {

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from errors import Unavailable
-from files import FileLock
+from core.errors import Unavailable
+from core.files import FileLock
 
 WINDOW_SECONDS = 60.0
 RECORDED_OF_AN_ADDRESS = 5  # refusals a minute that are recorded one by one

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from errors import StateConflict
+from core.errors import StateConflict
 
 
 class DeviceStatus(StrEnum):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import turnstile
-from errors import LockUnavailable, StartupError
+from core import turnstile
+from core.errors import LockUnavailable, StartupError
 
 LOCK_SECONDS = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.00005, 0.005
