@@ -19,7 +19,7 @@ from authority import Authority
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.topics import Topic, default_topics, expand
-from credential_formats import BundleFormat
+from delivery.formats import BundleFormat
 
 
 @dataclass(frozen=True, slots=True)

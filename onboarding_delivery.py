@@ -13,8 +13,8 @@ from audit import Actor
 from config import Settings
 from core.errors import LinkRevoked
 from core.failpoints import failpoint
-from credential_formats import BundleFormat
 from db import Database
+from delivery.formats import BundleFormat
 from events import EventType
 from onboarding import Onboarding
 from onboarding_terms import Bundle

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from credential_formats import BundleFormat
+from delivery.formats import BundleFormat
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from api.routing import Answers, Call, Reply, Routes
 from core.errors import Gone, LinkUnknown, PortalError
-from credential_formats import BundleFormat
+from delivery.formats import BundleFormat
 from transport import HasDescriptor, client_is_gone
 
 downloads = Routes("Download")

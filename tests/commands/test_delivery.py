@@ -16,7 +16,7 @@ import credential_delivery
 from commands.bundle import NAMES
 from commands.errors import CheckFailed
 from commands.files import Folder, NewFile
-from credential_formats import BundleFormat
+from delivery.formats import BundleFormat
 from tests.support.cli_session import Session
 from tests.support.pki import Pki
 from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, build_bundle, device_files, problem
