@@ -21,8 +21,8 @@ from admin_plain import plainly, settings_here
 from config import Settings
 from core import logs, metrics
 from core.files import own_until_exit, replace_file
-from installation import first_token, occupied, open_portal, prepare
 from onboarding_clients import CLIENT_CAS
+from operations.wiring import first_token, occupied, open_portal, prepare
 
 log = logging.getLogger("portal.admin")
 

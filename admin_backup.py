@@ -9,7 +9,7 @@ import click
 import backup as backups
 import backup_restore
 from admin_plain import plainly, settings_here
-from installation import utc_now
+from operations.wiring import utc_now
 
 
 @click.command("backup")

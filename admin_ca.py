@@ -9,7 +9,7 @@ import authority_rollover
 import db_issuers
 import jobs_authority
 from admin_plain import plainly, settings_here
-from installation import open_portal
+from operations.wiring import open_portal
 
 
 @click.group("ca")

@@ -12,7 +12,7 @@ import click
 import doctor as doctors
 from admin_plain import plainly, settings_here
 from doctor_findings import Finding, State, exit_status
-from installation import utc_now
+from operations.wiring import utc_now
 
 _COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}
 

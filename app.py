@@ -35,7 +35,7 @@ from api.webhooks import webhooks
 from config import Settings
 from core import errors, logs, metrics
 from core.errors import PortalError, StartupError
-from installation import Portal, open_portal, utc_now
+from operations.wiring import Portal, open_portal, utc_now
 
 log = logging.getLogger("portal.request")
 

@@ -26,7 +26,7 @@ from core.errors import BackupRefused
 from core.files import fsync_directory
 from db import Database
 from db_tables import DEFAULT_TENANT
-from installation import occupied
+from operations.wiring import occupied
 
 # What makes keys usable, and what is one machine's own.
 LEFT_OUT = ("ca-passphrase", "operator-token")

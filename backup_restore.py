@@ -37,7 +37,7 @@ from core.errors import BackupRefused, CaKeyUnavailable, PortalError, Projection
 from core.failpoints import failpoint
 from db import Database
 from db_tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
-from installation import alone
+from operations.wiring import alone
 from restore_journal import SQLITE_FILES, Journal, journaled, remove_database
 
 _UNDELIVERED = ("ready", "fetching")

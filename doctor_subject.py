@@ -19,7 +19,7 @@ from core.files import FileLock
 from db import Database
 from db_issuers import IssuerRecord
 from db_tables import DEFAULT_TENANT
-from installation import canary_files
+from operations.wiring import canary_files
 
 SECONDS = 5.0  # that anything asked over a network may take
 

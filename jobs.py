@@ -16,9 +16,9 @@ import db_issuers
 import db_reads
 import jobs_events
 import jobs_schedule
-from installation import Portal, canary_files
 from jobs_authority import advance, renew_certificates, renew_crls, retire_unneeded
 from jobs_schedule import Job
+from operations.wiring import Portal, canary_files
 
 log = logging.getLogger("portal.jobs")
 

@@ -18,8 +18,8 @@ from authority import RecordedIssuer
 from authority_crl import ROOT_CRL_DAYS, RevokedEntries, crl_is_due, next_crl
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict
 from core.files import FileLock, replace_file
-from installation import Portal, renew_own_certificates
-from readiness import ROOT_CRL_SOON
+from operations.readiness import ROOT_CRL_SOON
+from operations.wiring import Portal, renew_own_certificates
 
 log = logging.getLogger("portal.jobs")
 

@@ -9,7 +9,7 @@ import db_expiry
 import db_webhooks
 import events
 from events import EventType
-from installation import Portal
+from operations.wiring import Portal
 
 log = logging.getLogger("portal.jobs")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from core.errors import PortalError
 from core.files import FileLock
-from installation import Portal
+from operations.wiring import Portal
 
 log = logging.getLogger("portal.jobs")
 

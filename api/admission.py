@@ -9,7 +9,7 @@ from api.routing import Route
 from audit import Actor
 from core.errors import Forbidden, Unauthenticated, Unavailable
 from core.roles import may
-from installation import Portal
+from operations.wiring import Portal
 
 
 def actor_of(portal: Portal, route: Route, request: Request, request_id: str) -> Actor:

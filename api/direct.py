@@ -19,7 +19,7 @@ from audit import Actor
 from core.errors import PortalError
 
 if TYPE_CHECKING:
-    from installation import Portal
+    from operations.wiring import Portal
 
 Environ = dict[str, Any]
 WsgiApp = Callable[[Environ, Any], Iterable[bytes]]

@@ -13,7 +13,7 @@ from audit import Actor
 from core.roles import Permission
 
 if TYPE_CHECKING:
-    from installation import Portal
+    from operations.wiring import Portal
 
 
 @dataclass(frozen=True, slots=True)

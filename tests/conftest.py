@@ -15,7 +15,7 @@ from flask import Flask
 from app import create_app, portal_of
 from config import Settings
 from core.roles import Role
-from installation import Portal, first_token, open_portal, prepare
+from operations.wiring import Portal, first_token, open_portal, prepare
 from tests.support.databases import POSTGRES_URL, create_database, drop_database, url_of
 from tests.support.harness import Api, Clock, api_as, settings_for
 from tests.support.mosquitto import short_folder

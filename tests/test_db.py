@@ -27,7 +27,7 @@ from core.errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, Sta
 from db import Database
 from db_device_lists import DeviceFilter
 from db_tables import AclEntry, AuditEntry, Base, Certificate, Delivery, Device
-from installation import Portal, open_portal
+from operations.wiring import Portal, open_portal
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 

@@ -9,7 +9,7 @@ import pytest
 
 import db_device_lists
 from db_device_lists import DeviceFilter, Listed
-from installation import Portal
+from operations.wiring import Portal
 from tests.test_db import add_certificate, add_device
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)

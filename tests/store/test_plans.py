@@ -20,7 +20,7 @@ import db_renewal
 import db_revocations
 from db_device_lists import DeviceFilter
 from db_tables import Device
-from installation import Portal
+from operations.wiring import Portal
 from tests.support.harness import ON_SQLITE
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)

@@ -21,7 +21,7 @@ from config import Settings
 from core import roles
 from core.roles import Role
 from db_tables import Base
-from installation import Portal, utc_now
+from operations.wiring import Portal, utc_now
 from tests.support.ports import free_port
 
 # For tests to which the database makes no difference.

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 import audit
 from audit import Actor, Verdict
-from installation import Portal
+from operations.wiring import Portal
 from tests.workflows.test_registration import OPERATOR, PUMP
 
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 import events
 from db_tables_events import Webhook, WebhookDelivery
 from events import EventType
-from installation import SUBSCRIBED, Portal
+from operations.wiring import SUBSCRIBED, Portal
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)

@@ -36,8 +36,8 @@ from core.errors import (
     TopicRefused,
 )
 from db_tables import Certificate, Delivery
-from installation import Portal, open_portal
 from onboarding_terms import Registered, Registration
+from operations.wiring import Portal, open_portal
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
 
 OPERATOR = Actor("default", "an operator", "operator", "request-1", "192.0.2.1")

@@ -17,8 +17,8 @@ import db_issuers
 import db_reads
 from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound, StateConflict
-from installation import Portal
 from onboarding_terms import Registered
+from operations.wiring import Portal
 from tests.support.harness import PER_DEVICE, Api, Clock, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 

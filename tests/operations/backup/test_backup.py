@@ -46,8 +46,8 @@ from core.files import replace_file
 from core.roles import Role
 from db_enrolment import Terms
 from db_tables import Base, Certificate, Delivery
-from installation import Portal, alone, first_token, open_portal, prepare
 from onboarding_terms import Registered
+from operations.wiring import Portal, alone, first_token, open_portal, prepare
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database
 from tests.support.harness import PER_DEVICE, Clock, settings_for

@@ -11,7 +11,7 @@ import jobs_authority
 from backup import back_up
 from backup_restore import restore
 from config import Settings
-from installation import open_portal, prepare
+from operations.wiring import open_portal, prepare
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, with_fields
 

@@ -15,7 +15,7 @@ from core import failpoints
 from core.device_status import DeviceStatus
 from core.errors import BackupRefused, DatabaseUnavailable, StartupError
 from db_tables import DEFAULT_TENANT
-from installation import open_portal, prepare
+from operations.wiring import open_portal, prepare
 from tests.conftest import DATABASES
 from tests.operations.backup.test_backup import (
     Story,

@@ -26,7 +26,7 @@ from db_tables import Certificate, Delivery
 from doctor_findings import Finding, State, Verdict, exit_status, problem, together, warning, well
 from doctor_mosquitto import fleet_fits, read_configuration, traps, version_of
 from doctor_subject import Subject
-from installation import Portal, prepare
+from operations.wiring import Portal, prepare
 from tests.support.harness import Clock, settings_for
 from tests.support.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of

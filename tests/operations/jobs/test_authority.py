@@ -22,9 +22,9 @@ from app import create_app, portal_of
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from db_issuers import CrlRecord
-from installation import Portal
 from onboarding_credentials import Wanted
 from onboarding_renewal import Renewal
+from operations.wiring import Portal
 from tests.pki.test_conformance import RUN_PKILINT
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, PUMP, with_fields

@@ -19,8 +19,8 @@ import jobs_schedule
 from config import Settings
 from core.files import FileLock
 from db_tables import Delivery, IdempotencyKey
-from installation import Portal, open_portal
 from jobs_schedule import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
+from operations.wiring import Portal, open_portal
 from tests.support.harness import Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
 

@@ -21,7 +21,7 @@ from flask import Flask
 import ca_ocsp
 from app import portal_of
 from db_tables import Certificate
-from installation import Portal
+from operations.wiring import Portal
 from tests.support.exposition import samples_of, value_of
 from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
 from tests.support.ocsp import (

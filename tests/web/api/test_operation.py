@@ -15,7 +15,7 @@ from core.errors import DatabaseUnavailable
 from core.roles import Role
 from db import Database
 from enforcement import Enforcement
-from readiness import Readiness
+from operations.readiness import Readiness
 from tests.support.harness import Api, Clock, api_as, problem_of
 
 

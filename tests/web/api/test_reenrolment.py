@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
 from app import portal_of
-from installation import Portal
+from operations.wiring import Portal
 from tests.support.est import Device, certificates_of, csr_der, refused
 from tests.support.harness import Api, problem_of
 from tests.support.pki import PEM, Authority

@@ -21,7 +21,7 @@ import db_issuers
 import db_revocations
 from authority_crl import RevokedEntries, next_crl
 from db_tables import Certificate
-from installation import Portal
+from operations.wiring import Portal
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 _SERIALS = itertools.count(0xC0FFEE0000)

@@ -14,7 +14,7 @@ from authority import Issuers
 from ca import KeyType
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
-from installation import Portal, open_portal
+from operations.wiring import Portal, open_portal
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
 

@@ -20,7 +20,7 @@ from core.errors import Conflict, InputInvalid, NotFound, Unavailable
 from db_tables_events import Webhook, WebhookDelivery
 from db_webhooks import DeliveryRecord
 from events import EventType
-from installation import Portal, open_portal
+from operations.wiring import Portal, open_portal
 from tests.support.harness import ON_SQLITE, Clock
 from tests.support.receiver import Receiver, answer, receiving
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of

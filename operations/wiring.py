@@ -32,11 +32,7 @@ from core.throttle import Throttle
 from db import Database
 from db_tables import DEFAULT_TENANT
 from enforcement import Enforcement
-from installation_files import canary_files as canary_files
-from installation_files import is_current
-from installation_files import is_due as is_due
 from inventory import Inventory
-from monitoring import Monitoring
 from onboarding import Onboarding
 from onboarding_approval import Approvals
 from onboarding_clients import Clients
@@ -47,8 +43,12 @@ from onboarding_enrolment_tokens import EnrolmentTokens
 from onboarding_manufacturers import Manufacturers
 from onboarding_renewal import Renewals
 from onboarding_suspension import Suspensions
+from operations.monitoring import Monitoring
+from operations.own_certificates import canary_files as canary_files
+from operations.own_certificates import is_current
+from operations.own_certificates import is_due as is_due
+from operations.readiness import Readiness
 from operators import Operators
-from readiness import Readiness
 from responder import Responder
 from responder_certificates import ResponderCertificates
 from webhooks import Webhooks
