@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-import backup as backups
-import backup_restore
 from admin_plain import plainly, settings_here
+from operations.backup import backup as backups
+from operations.backup import restore as backup_restore
 from operations.wiring import utc_now
 
 

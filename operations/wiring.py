@@ -17,7 +17,6 @@ import db
 import db_access
 import db_issuers
 import events
-import restore_journal
 from authority import Authority, RecordedIssuer, open_authority
 from broker.files import FOLDER_MODE, broker_group
 from broker_provisioning import BrokerProvisioning, Canary
@@ -43,6 +42,7 @@ from onboarding_enrolment_tokens import EnrolmentTokens
 from onboarding_manufacturers import Manufacturers
 from onboarding_renewal import Renewals
 from onboarding_suspension import Suspensions
+from operations.backup import restore_journal
 from operations.monitoring import Monitoring
 from operations.own_certificates import canary_files as canary_files
 from operations.own_certificates import is_current

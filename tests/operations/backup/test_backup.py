@@ -25,10 +25,6 @@ import db_database
 import db_enrolment
 import db_issuers
 from app import create_app
-from backup import Made, back_up
-from backup_file import MANIFEST, Backup
-from backup_restore import Restored, restore
-from backup_revocations import Revocations
 from ca_pem import pem
 from config import Settings
 from core import roles
@@ -47,6 +43,10 @@ from core.roles import Role
 from db_enrolment import Terms
 from db_tables import Base, Certificate, Delivery
 from onboarding_terms import Registered
+from operations.backup.backup import Made, back_up
+from operations.backup.file import MANIFEST, Backup
+from operations.backup.restore import Restored, restore
+from operations.backup.revocations import Revocations
 from operations.wiring import Portal, alone, first_token, open_portal, prepare
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database

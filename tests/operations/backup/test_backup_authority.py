@@ -8,9 +8,9 @@ from pathlib import Path
 from cryptography import x509
 
 import jobs_authority
-from backup import back_up
-from backup_restore import restore
 from config import Settings
+from operations.backup.backup import back_up
+from operations.backup.restore import restore
 from operations.wiring import open_portal, prepare
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, with_fields

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
 
 import audit
-import backup_enrolment
 import ca
 import db
 import db_issuers
@@ -24,6 +23,7 @@ from core.device_status import DeviceStatus
 from core.errors import BackupRefused
 from db_issuers import CrlRecord, IssuerRecord
 from db_tables import Certificate, Device, IssuerRow, Token
+from operations.backup import enrolment
 
 T = TypeVar("T")
 _BATCH = 500
@@ -78,8 +78,8 @@ class Revocations:
             self._certificates(replaced, known)
             self._tokens(replaced)
             for ended in (
-                *backup_enrolment.end_tokens(self._tx, replaced.rows("enrolment_tokens")),
-                *backup_enrolment.remove_manufacturers(self._tx, replaced.rows("manufacturers")),
+                *enrolment.end_tokens(self._tx, replaced.rows("enrolment_tokens")),
+                *enrolment.remove_manufacturers(self._tx, replaced.rows("manufacturers")),
             ):
                 self._keep(ended.tenant_id, ended.target, ended.action, ended.what, "", ended.at)
         for issuer_id, crl in crls.items():

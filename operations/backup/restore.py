@@ -15,19 +15,10 @@ from cryptography import x509
 from sqlalchemy.engine import Connection
 
 import audit
-import backup
 import db
 import db_copy
 import db_issuers
 from authority import FIRST_ISSUING
-from backup_file import Backup
-from backup_placing import (
-    files_to_place,
-    free_name,
-    key_of,
-    replace_database,
-)
-from backup_revocations import Kept, Revocations, Tables, crl_record, match_crls, newest_crl
 from broker.crl import read_crls
 from broker.files import CRL_FILE, BrokerFiles
 from ca_algorithms import PrivateKey
@@ -37,8 +28,17 @@ from core.errors import BackupRefused, CaKeyUnavailable, PortalError, Projection
 from core.failpoints import failpoint
 from db import Database
 from db_tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
+from operations.backup import backup as backup_backup
+from operations.backup.file import Backup
+from operations.backup.placing import (
+    files_to_place,
+    free_name,
+    key_of,
+    replace_database,
+)
+from operations.backup.restore_journal import SQLITE_FILES, Journal, journaled, remove_database
+from operations.backup.revocations import Kept, Revocations, Tables, crl_record, match_crls, newest_crl
 from operations.wiring import alone
-from restore_journal import SQLITE_FILES, Journal, journaled, remove_database
 
 _UNDELIVERED = ("ready", "fetching")
 
@@ -61,7 +61,7 @@ class _Plan:
     """What is to be put back, and how."""
 
     settings: Settings
-    backup: Backup
+    backup_backup: Backup
     key: PrivateKey
     same: bool  # whether that is the key of the data folder, too
     puts: dict[Path, bytes]
@@ -157,7 +157,7 @@ def _replaced_sqlite(plan: _Plan, current: Path) -> Iterator[Tables | None]:
     with contextlib.ExitStack() as stack:
         replaced: Tables | None = None
         try:
-            database = stack.enter_context(contextlib.closing(backup.open_database(plan.settings)))
+            database = stack.enter_context(contextlib.closing(backup_backup.open_database(plan.settings)))
             with database.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
             tx = stack.enter_context(database.snapshot())
@@ -178,7 +178,7 @@ def _replaced_sqlite(plan: _Plan, current: Path) -> Iterator[Tables | None]:
 
 def _restore_postgresql(plan: _Plan) -> None:
     with journaled(plan.settings, None) as journal, contextlib.ExitStack() as stack:
-        database = stack.enter_context(contextlib.closing(backup.open_database(plan.settings)))
+        database = stack.enter_context(contextlib.closing(backup_backup.open_database(plan.settings)))
         replaced: Tables | None = None
         with database.snapshot() as tx:
             current = db_copy.revision(tx)
@@ -191,7 +191,7 @@ def _restore_postgresql(plan: _Plan) -> None:
                     before = free_name(plan.settings.data_dir / "before-restore.backup")
                     plan.done.before = before
         if plan.done.before is not None:
-            backup.write(plan.settings, database, plan.done.before, _sealing_key(plan), now=plan.now)
+            backup_backup.write(plan.settings, database, plan.done.before, _sealing_key(plan), now=plan.now)
             replaced = stack.enter_context(Backup(plan.done.before))
         with database.transaction() as tx:
             db_copy.clear(tx, plan.backup.manifest.revision)
@@ -204,7 +204,7 @@ def _sealing_key(plan: _Plan) -> PrivateKey:
     if plan.same:
         return plan.key
     try:
-        return KeyFiles(plan.settings.ca_dir, backup.passphrase_here(plan.settings)).load(FIRST_ISSUING)
+        return KeyFiles(plan.settings.ca_dir, backup_backup.passphrase_here(plan.settings)).load(FIRST_ISSUING)
     except CaKeyUnavailable:
         plan.done.notes.append(
             "The passphrase here does not open the CA key that was there, so the backup of what was there is sealed"

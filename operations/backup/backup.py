@@ -18,7 +18,6 @@ from sqlalchemy.engine import Connection
 import db_copy
 import db_issuers
 from authority import FIRST_ISSUING
-from backup_file import FORMAT, BackupWriter, Manifest
 from ca_algorithms import PrivateKey
 from ca_keys import MAX_FILE_BYTES, KeyFiles, passphrase
 from config import Settings
@@ -26,6 +25,7 @@ from core.errors import BackupRefused
 from core.files import fsync_directory
 from db import Database
 from db_tables import DEFAULT_TENANT
+from operations.backup.file import FORMAT, BackupWriter, Manifest
 from operations.wiring import occupied
 
 # What makes keys usable, and what is one machine's own.
