@@ -13,7 +13,6 @@ from datetime import datetime
 import click
 from flask import Flask, Response, current_app, g, request
 
-import admin
 import jobs
 from api import admission, paths, problems, requests
 from api.bulk import bulk
@@ -35,6 +34,7 @@ from api.webhooks import webhooks
 from config import Settings
 from core import errors, logs, metrics
 from core.errors import PortalError, StartupError
+from operations.commands import commands
 from operations.wiring import Portal, open_portal, utc_now
 
 log = logging.getLogger("portal.request")
@@ -84,7 +84,7 @@ def create_app(
     request, so that a command which needs none of them makes none.
     """
     app = Flask("portal", root_path=os.path.dirname(__file__), static_folder=None)
-    for command in admin.commands(create_app, portal_of):
+    for command in commands.commands(create_app, portal_of):
         app.cli.add_command(command)
     if settings is None:
         try:

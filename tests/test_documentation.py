@@ -11,9 +11,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-import admin
 from cli import SECTIONS, cli
 from config import Settings
+from operations.commands import commands as commands_commands
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("docs/*.md")])
@@ -120,7 +120,7 @@ def test_commands_of_the_cli_that_are_named_exist_with_their_options() -> None:
 
 def test_commands_of_the_server_that_are_named_exist() -> None:
     nothing: Callable[..., Any] = lambda *_, **__: None  # noqa: E731 - the commands are looked at, not run
-    known = {command.name for command in admin.commands(nothing, nothing)} | {"run", "routes", "shell"}
+    known = {command.name for command in commands_commands.commands(nothing, nothing)} | {"run", "routes", "shell"}
     calls = calls_of("flask --app app")
     assert calls
     assert {words[0] for _, words in calls} <= known

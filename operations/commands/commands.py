@@ -12,16 +12,14 @@ from typing import Any
 import click
 from flask import Flask
 
-import admin_backup
-import admin_ca
-import admin_doctor
 import audit
 import serving
-from admin_plain import plainly, settings_here
 from config import Settings
 from core import logs, metrics
 from core.files import own_until_exit, replace_file
 from onboarding_clients import CLIENT_CAS
+from operations.commands import backup, ca, doctor
+from operations.commands.plain import plainly, settings_here
 from operations.wiring import first_token, occupied, open_portal, prepare
 
 log = logging.getLogger("portal.admin")
@@ -91,10 +89,10 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
         serve,
         show_settings,
         audit_group,
-        admin_ca.ca_group,
-        admin_backup.backup,
-        admin_backup.restore,
-        admin_doctor.doctor,
+        ca.ca_group,
+        backup.backup,
+        backup.restore,
+        doctor.doctor,
     ]
 
 

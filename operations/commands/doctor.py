@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 import doctor as doctors
-from admin_plain import plainly, settings_here
 from doctor_findings import Finding, State, exit_status
+from operations.commands.plain import plainly, settings_here
 from operations.wiring import utc_now
 
 _COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from admin_plain import plainly, settings_here
 from operations.backup import backup as backups
 from operations.backup import restore as backup_restore
+from operations.commands.plain import plainly, settings_here
 from operations.wiring import utc_now
 
 

@@ -8,7 +8,7 @@ import audit
 import authority_rollover
 import db_issuers
 import jobs_authority
-from admin_plain import plainly, settings_here
+from operations.commands.plain import plainly, settings_here
 from operations.wiring import open_portal
 
 
