@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
-import doctor as doctors
-from doctor_findings import Finding, State, exit_status
 from operations.commands.plain import plainly, settings_here
+from operations.doctor import doctor as doctors
+from operations.doctor.findings import Finding, State, exit_status
 from operations.wiring import utc_now
 
 _COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}

@@ -16,16 +16,15 @@ import sqlalchemy as sa
 
 import db_access
 import db_issuers
-import doctor
-import doctor_ocsp
 from app import create_app, portal_of
 from config import AclStyle, Settings
 from core import roles
 from core.roles import Role
 from db_tables import Certificate, Delivery
-from doctor_findings import Finding, State, Verdict, exit_status, problem, together, warning, well
-from doctor_mosquitto import fleet_fits, read_configuration, traps, version_of
-from doctor_subject import Subject
+from operations.doctor import doctor, ocsp
+from operations.doctor.findings import Finding, State, Verdict, exit_status, problem, together, warning, well
+from operations.doctor.mosquitto import fleet_fits, read_configuration, traps, version_of
+from operations.doctor.subject import Subject
 from operations.wiring import Portal, prepare
 from tests.support.harness import Clock, settings_for
 from tests.support.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT
@@ -67,7 +66,7 @@ def examined(portal: Portal, *names: str) -> dict[str, Finding]:
 def test_a_sound_installation_is_well_but_for_what_does_not_run(
     portal: Portal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("doctor_mosquitto.version_of", lambda _: (2, 1, 2))
+    monkeypatch.setattr("operations.doctor.mosquitto.version_of", lambda _: (2, 1, 2))
     findings = examined(portal)
     assert {name: finding for name, finding in findings.items() if finding.state is not State.OK}.keys() == ABSENT
     assert list(findings) == [name for name, _ in doctor.CHECKS]
@@ -263,7 +262,7 @@ def asked_about_the_canaries(portal: Portal, monkeypatch: pytest.MonkeyPatch) ->
     def served(_subject: object, path: str) -> bytes:
         return portal.responder.answer(base64.b64decode(unquote(path.removeprefix("/ocsp/")))).der
 
-    monkeypatch.setattr(doctor_ocsp, "served", served)
+    monkeypatch.setattr(ocsp, "served", served)
     return examined(portal, "OCSP served")["OCSP served"]
 
 
@@ -281,7 +280,7 @@ def test_ocsp_that_has_no_answer_or_none_of_ours_is_a_problem(
 ) -> None:
     portal.responder.certificates.path("issuing-1").unlink()
     assert "it answers try_later" in asked_about_the_canaries(portal, monkeypatch).detail
-    monkeypatch.setattr(doctor_ocsp, "served", lambda *_: b"")
+    monkeypatch.setattr(ocsp, "served", lambda *_: b"")
     assert "it gives no OCSP answer" in examined(portal, "OCSP served")["OCSP served"].detail
 
 
@@ -442,7 +441,7 @@ def test_an_acl_too_slow_for_the_fleet_is_a_warning(
 def test_a_version_whose_reloads_harm_sleeping_sessions_is_a_warning(
     portal: Portal, monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], acl_style: str
 ) -> None:
-    monkeypatch.setattr("doctor_mosquitto.version_of", lambda _: version)
+    monkeypatch.setattr("operations.doctor.mosquitto.version_of", lambda _: version)
     finding = examined(portal, "broker version")["broker version"]
     if version >= (2, 1, 0):
         assert finding.state is State.OK

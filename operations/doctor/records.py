@@ -13,8 +13,8 @@ import db_copy
 import db_issuers
 from core import roles
 from db_tables import Delivery
-from doctor_findings import Verdict, problem, some, warning, well
-from doctor_subject import Subject
+from operations.doctor.findings import Verdict, problem, some, warning, well
+from operations.doctor.subject import Subject
 
 LATE = timedelta(minutes=5)
 

@@ -7,47 +7,41 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
-import doctor_authority
-import doctor_broker
-import doctor_files
-import doctor_mosquitto
-import doctor_network
-import doctor_ocsp
-import doctor_records
 from config import Settings
 from core.errors import PortalError
-from doctor_findings import Finding, Verdict, problem
-from doctor_subject import Subject
+from operations.doctor import authority, broker, files, mosquitto, network, ocsp, records
+from operations.doctor.findings import Finding, Verdict, problem
+from operations.doctor.subject import Subject
 
 log = logging.getLogger("portal.doctor")
 
 CHECKS: tuple[tuple[str, Callable[[Subject], Verdict]], ...] = (
-    ("data folder", doctor_files.data_folder),
-    ("secret files", doctor_files.secret_files),
-    ("disk space", doctor_files.disk_space),
-    ("clock", doctor_authority.clock),
-    ("database", doctor_records.database),
-    ("audit record", doctor_records.audit_record),
-    ("CA keys", doctor_authority.ca_keys),
-    ("CA chain", doctor_authority.ca_chain),
-    ("CRL", doctor_authority.crl),
-    ("CRL served", doctor_authority.crl_served),
-    ("OCSP responders", doctor_ocsp.responders),
-    ("OCSP served", doctor_ocsp.answers),
-    ("expiry", doctor_authority.expiry),
-    ("portal", doctor_network.portal),
-    ("portal certificate", doctor_network.portal_certificate),
-    ("broker", doctor_broker.broker),
-    ("broker version", doctor_mosquitto.broker_version),
-    ("broker configuration", doctor_mosquitto.broker_configuration),
-    ("broker certificate", doctor_network.broker_certificate),
-    ("broker files", doctor_broker.broker_files),
-    ("ACL entries", doctor_broker.acl_entries),
-    ("CRL entries", doctor_broker.crl_entries),
-    ("canaries", doctor_network.canaries),
-    ("generation", doctor_records.generation),
-    ("links", doctor_records.links),
-    ("tokens", doctor_records.tokens),
+    ("data folder", files.data_folder),
+    ("secret files", files.secret_files),
+    ("disk space", files.disk_space),
+    ("clock", authority.clock),
+    ("database", records.database),
+    ("audit record", records.audit_record),
+    ("CA keys", authority.ca_keys),
+    ("CA chain", authority.ca_chain),
+    ("CRL", authority.crl),
+    ("CRL served", authority.crl_served),
+    ("OCSP responders", ocsp.responders),
+    ("OCSP served", ocsp.answers),
+    ("expiry", authority.expiry),
+    ("portal", network.portal),
+    ("portal certificate", network.portal_certificate),
+    ("broker", broker.broker),
+    ("broker version", mosquitto.broker_version),
+    ("broker configuration", mosquitto.broker_configuration),
+    ("broker certificate", network.broker_certificate),
+    ("broker files", broker.broker_files),
+    ("ACL entries", broker.acl_entries),
+    ("CRL entries", broker.crl_entries),
+    ("canaries", network.canaries),
+    ("generation", records.generation),
+    ("links", records.links),
+    ("tokens", records.tokens),
 )
 
 

@@ -20,8 +20,8 @@ from broker.files import CA_FILE, SERVER_CERTIFICATE_FILE
 from broker.probe import Probe
 from config import Address
 from core.errors import PortalError
-from doctor_findings import Verdict, problem, well
-from doctor_subject import SECONDS, Subject, certificate_of
+from operations.doctor.findings import Verdict, problem, well
+from operations.doctor.subject import SECONDS, Subject, certificate_of
 
 _MOST_BYTES = 64 << 20  # a CRL of a million entries has some 40 MB
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where to ask who listens on every address

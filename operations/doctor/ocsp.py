@@ -17,9 +17,9 @@ from cryptography.x509.ocsp import OCSPCertStatus, OCSPRequestBuilder, OCSPRespo
 import ca
 import ca_ocsp
 from core.errors import IssuerUnusable
-from doctor_findings import Verdict, problem, together, warning
-from doctor_network import served
-from doctor_subject import Subject
+from operations.doctor.findings import Verdict, problem, together, warning
+from operations.doctor.network import served
+from operations.doctor.subject import Subject
 
 _START = "Start the portal, which makes a new one within a minute; else see its log."
 _LATE = timedelta(hours=1)

@@ -12,8 +12,8 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from broker.files import FILE_MODE, FOLDER_MODE
-from doctor_findings import Verdict, problem, together, warning, well
-from doctor_subject import Subject
+from operations.doctor.findings import Verdict, problem, together, warning, well
+from operations.doctor.subject import Subject
 
 LOW_BYTES, TOO_LOW_BYTES = 1 << 30, 100 << 20
 

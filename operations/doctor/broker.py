@@ -21,9 +21,9 @@ from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_un
 from config import AclStyle
 from core.installed_style import ACL_FILE
 from db_tables import Certificate, Device
-from doctor_findings import Verdict, problem, some, together, warning, well
-from doctor_subject import SECONDS, Subject
 from enforcement_acl import denials, put_into_acl
+from operations.doctor.findings import Verdict, problem, some, together, warning, well
+from operations.doctor.subject import SECONDS, Subject
 
 _REPAIRS = "The portal writes it anew within seconds while it runs: see that it does, and its log."
 _PENDING = "See the line on the generation."

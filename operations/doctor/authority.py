@@ -19,9 +19,9 @@ from ca_keys import KeyFiles, passphrase
 from core.errors import PortalError
 from db_issuers import CrlRecord, IssuerRecord
 from db_tables import AuditEntry, Certificate, Crl
-from doctor_findings import Verdict, problem, some, together, warning
-from doctor_network import https_date, served_crl
-from doctor_subject import Subject, certificate_of
+from operations.doctor.findings import Verdict, problem, some, together, warning
+from operations.doctor.network import https_date, served_crl
+from operations.doctor.subject import Subject, certificate_of
 
 SOON = timedelta(days=30)
 CA_SOON = timedelta(days=90)  # long enough to give all devices certificates of another

@@ -13,9 +13,9 @@ from pathlib import Path
 from broker.files import CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import AclStyle, Settings
 from core.installed_style import ACL_FILE
-from doctor_broker import active_devices, running_broker
-from doctor_findings import State, Verdict, problem, together, warning
-from doctor_subject import SECONDS, Subject
+from operations.doctor.broker import active_devices, running_broker
+from operations.doctor.findings import State, Verdict, problem, together, warning
+from operations.doctor.subject import SECONDS, Subject
 
 OLDEST = (2, 0, 11)
 FAST_ACL = (2, 1, 0)  # from here on a reload takes no time quadratic in the number of blocks
