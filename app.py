@@ -13,7 +13,6 @@ from datetime import datetime
 import click
 from flask import Flask, Response, current_app, g, request
 
-import jobs
 from api import admission, paths, problems, requests
 from api.bulk import bulk
 from api.description import description_of
@@ -35,6 +34,7 @@ from config import Settings
 from core import errors, logs, metrics
 from core.errors import PortalError, StartupError
 from operations.commands import commands
+from operations.jobs import jobs
 from operations.wiring import Portal, open_portal, utc_now
 
 log = logging.getLogger("portal.request")

@@ -7,8 +7,8 @@ import click
 import audit
 import authority_rollover
 import db_issuers
-import jobs_authority
 from operations.commands.plain import plainly, settings_here
+from operations.jobs import authority
 from operations.wiring import open_portal
 
 
@@ -55,7 +55,7 @@ def rollover(again: bool) -> None:
     """
     portal = open_portal(settings_here())
     try:
-        name = jobs_authority.roll_over(portal, audit.system_actor(portal.tenant_id), click.echo, again=again)
+        name = authority.roll_over(portal, audit.system_actor(portal.tenant_id), click.echo, again=again)
     finally:
         portal.close()
     click.echo(f"Done. Devices get certificates of {name}; move the root's key away again.")
@@ -68,7 +68,7 @@ def retire(name: str) -> None:
     """Trust a CA no more of which no device has a good certificate; it would happen by itself, too."""
     portal = open_portal(settings_here())
     try:
-        jobs_authority.retire(portal, audit.system_actor(portal.tenant_id), name)
+        authority.retire(portal, audit.system_actor(portal.tenant_id), name)
     finally:
         portal.close()
     click.echo(f"{name} is retired. Its CRL is still published.")

@@ -18,11 +18,11 @@ from flask import Flask
 from prometheus_client.parser import text_string_to_metric_families
 
 import db_issuers
-import jobs_authority
 from app import ROUTES, portal_of
 from core import metrics
 from core.roles import Role
 from db_tables import Base
+from operations.jobs import authority
 from tests.support.exposition import Samples, samples_of, total_of, value_of
 from tests.support.harness import PER_DEVICE, Api, Clock, api_as, csr_pem
 
@@ -107,7 +107,7 @@ def test_what_is_left_of_crls_and_certificates_is_told_and_falls(api: Api, app: 
         assert 89 * days < value_of(first, "portal_server_certificate_life_left_seconds", server=server) <= 90 * days
     clock.advance(days=8)
     assert value_of(scrape(api), "portal_crl_life_left_seconds", issuer="issuing-1") < 0
-    jobs_authority.renew_crls(portal_of(app))
+    authority.renew_crls(portal_of(app))
     assert value_of(scrape(api), "portal_crl_life_left_seconds", issuer="issuing-1") > 6.9 * days
 
 

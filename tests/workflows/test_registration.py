@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 import db
 import db_issuers
 import db_reads
-import jobs
 from audit import Actor
 from config import Settings
 from core.device_status import DeviceStatus
@@ -37,6 +36,7 @@ from core.errors import (
 )
 from db_tables import Certificate, Delivery
 from onboarding_terms import Registered, Registration
+from operations.jobs import jobs
 from operations.wiring import Portal, open_portal
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
 

@@ -11,13 +11,13 @@ from cryptography import x509
 
 import db_issuers
 import db_reads
-import jobs
 from core.errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevoked, StateConflict
 from db import CertificateRecord
 from db_device_lists import DeviceFilter
 from onboarding_credentials import Wanted
 from onboarding_renewal import MOST_VALID, Renewal, Renewed
 from onboarding_terms import Registered
+from operations.jobs import jobs
 from operations.wiring import Portal
 from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of, with_fields

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cryptography import x509
 
-import jobs_authority
 from config import Settings
 from operations.backup.backup import back_up
 from operations.backup.restore import restore
+from operations.jobs import authority
 from operations.wiring import open_portal, prepare
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, with_fields
@@ -24,7 +24,7 @@ def test_a_ca_that_the_copy_does_not_know_is_gone_and_its_key_never_used_again(
     portal = open_portal(settings, clock)
     older = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
     back_up(settings, tmp_path / "copy", now=clock())
-    assert jobs_authority.roll_over(portal, OPERATOR, lambda _: None) == "issuing-2"
+    assert authority.roll_over(portal, OPERATOR, lambda _: None) == "issuing-2"
     newer = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
     assert newer.chain is not None
     portal.close()
@@ -39,5 +39,5 @@ def test_a_ca_that_the_copy_does_not_know_is_gone_and_its_key_never_used_again(
     for path in (settings.tls_dir / "server.pem", settings.broker_file("server.pem")):
         assert x509.load_pem_x509_certificates(path.read_bytes())[1] == trusted[0]
     assert portal.inventory.device("default", older.device_id).certificate is not None
-    assert jobs_authority.roll_over(portal, OPERATOR, lambda _: None) == "issuing-3"
+    assert authority.roll_over(portal, OPERATOR, lambda _: None) == "issuing-3"
     portal.close()

@@ -16,14 +16,14 @@ from flask import Flask
 import authority
 import authority_rollover
 import db_issuers
-import jobs
-import jobs_authority
 from app import create_app, portal_of
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from db_issuers import CrlRecord
 from onboarding_credentials import Wanted
 from onboarding_renewal import Renewal
+from operations.jobs import authority as jobs_authority
+from operations.jobs import jobs
 from operations.wiring import Portal
 from tests.pki.test_conformance import RUN_PKILINT
 from tests.support.harness import ON_SQLITE, Clock, csr_pem

@@ -13,13 +13,11 @@ import sqlalchemy as sa
 from cryptography import x509
 
 import db_issuers
-import jobs
-import jobs_authority
-import jobs_schedule
 from config import Settings
 from core.files import FileLock
 from db_tables import Delivery, IdempotencyKey
-from jobs_schedule import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
+from operations.jobs import authority, jobs, schedule
+from operations.jobs.schedule import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
 from operations.wiring import Portal, open_portal
 from tests.support.harness import Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
@@ -67,10 +65,10 @@ def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> No
     issuer = portal.authority.issuing.id
     first = crl_number(portal, issuer)
     clock.advance(days=portal.settings.crl_days / 2 - 1)
-    jobs_authority.renew_crls(portal)
+    authority.renew_crls(portal)
     assert crl_number(portal, issuer) == first
     clock.advance(days=1)
-    jobs_authority.renew_crls(portal)
+    authority.renew_crls(portal)
     assert crl_number(portal, issuer) == first + 1
     crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
     assert crl.next_update_utc is not None
@@ -80,7 +78,7 @@ def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> No
 def test_after_a_long_downtime_the_first_renewal_makes_everything_current(portal: Portal, clock: Clock) -> None:
     clock.advance(days=400)
     assert {check.name for check in portal.readiness.checks() if check.problem} >= {"crl", "broker files"}
-    jobs_authority.renew_crls(portal)
+    authority.renew_crls(portal)
     assert not {check.name for check in portal.readiness.checks() if check.problem} & {"crl", "broker files"}
     assert portal.broker.damage() == []
 
@@ -89,7 +87,7 @@ def test_a_clock_that_goes_back_an_hour_leaves_no_crl_that_is_not_yet_valid(port
     for _ in range(3):
         portal.onboarding.revoke(OPERATOR, portal.onboarding.register(OPERATOR, PUMP).device_id, "unspecified")
     clock.advance(hours=-2)
-    jobs_authority.renew_crls(portal)
+    authority.renew_crls(portal)
     crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
     assert crl.last_update_utc <= clock()
 
@@ -102,10 +100,10 @@ def test_server_certificates_and_canaries_renew_themselves(portal: Portal, clock
         portal.settings.data_dir / "canaries" / "revoked.pem",
     ]
     before = [path.read_bytes() for path in paths]
-    jobs_authority.renew_certificates(portal)
+    authority.renew_certificates(portal)
     assert [path.read_bytes() for path in paths] == before
     clock.advance(days=61)
-    jobs_authority.renew_certificates(portal)
+    authority.renew_certificates(portal)
     for path, old in zip(paths, before, strict=True):
         assert path.read_bytes() != old
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
@@ -116,7 +114,7 @@ def test_a_new_name_in_the_settings_gets_a_new_server_certificate(
     make_settings: Callable[..., Settings], clock: Clock
 ) -> None:
     portal = open_portal(make_settings(PORTAL_SERVER_NAMES="localhost,portal.example"), clock)
-    jobs_authority.renew_certificates(portal)
+    authority.renew_certificates(portal)
     certificate = x509.load_pem_x509_certificate((portal.settings.tls_dir / "server.pem").read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert "portal.example" in names.get_values_for_type(x509.DNSName)
@@ -126,8 +124,8 @@ def test_a_new_name_in_the_settings_gets_a_new_server_certificate(
 def test_a_key_that_does_not_belong_to_its_certificate_is_replaced(portal: Portal) -> None:
     key = portal.settings.tls_dir / "server.key"
     key.write_bytes((portal.settings.data_dir / "canaries" / "good.key").read_bytes())
-    jobs_authority.renew_certificates(portal)
-    jobs_authority.renew_certificates(portal)
+    authority.renew_certificates(portal)
+    authority.renew_certificates(portal)
     assert key.read_bytes() != (portal.settings.data_dir / "canaries" / "good.key").read_bytes()
 
 
@@ -210,7 +208,7 @@ def test_a_clock_that_was_moved_and_moved_back_while_another_process_ran_the_job
         if ran.count("daily") == 1:
             clock.advance(days=365)
             other = threading.Event()
-            jobs_schedule.lead(portal, other, (daily, stop(other)), lambda: True)
+            schedule.lead(portal, other, (daily, stop(other)), lambda: True)
             clock.advance(days=-365)
         else:
             stopping.set()
@@ -222,7 +220,7 @@ def test_a_clock_that_was_moved_and_moved_back_while_another_process_ran_the_job
 def test_what_was_seen_of_the_clock_before_the_machine_started_anew_does_not_count(
     portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(jobs_schedule, "BOOT_ID", tmp_path / "hidden from the service")
+    monkeypatch.setattr(schedule, "BOOT_ID", tmp_path / "hidden from the service")
     ran: list[str] = []
 
     def run_and_stop(_: Portal) -> None:

@@ -16,10 +16,10 @@ from flask import Flask
 
 import authority
 import ca_ocsp
-import jobs_authority
 import responder
 from app import create_app, portal_of
 from config import Settings
+from operations.jobs import authority as jobs_authority
 from responder_certificates import RESPONDER_DAYS
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
 from tests.support.ocsp import ask, failure_of, get, issuing_of, nonce, post, read

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-import jobs
-import jobs_events
 import webhooks_dispatch
 from config import Settings
 from core.errors import Conflict, InputInvalid, NotFound, Unavailable
 from db_tables_events import Webhook, WebhookDelivery
 from db_webhooks import DeliveryRecord
 from events import EventType
+from operations.jobs import events, jobs
 from operations.wiring import Portal, open_portal
 from tests.support.harness import ON_SQLITE, Clock
 from tests.support.receiver import Receiver, answer, receiving
@@ -368,15 +367,15 @@ def test_a_certificate_past_two_thirds_of_its_life_is_announced_once(
     out = portal.onboarding.register(OPERATOR, dataclasses.replace(PUMP, validity_days=30)).device_id
     portal.onboarding.revoke(OPERATOR, out, "unspecified")
     clock.advance(days=19)
-    jobs_events.announce_expiring(portal)
+    events.announce_expiring(portal)
     assert deliveries(portal, webhook_id) == []
     clock.advance(days=2)
     for _ in range(2):
-        jobs_events.announce_expiring(portal)
+        events.announce_expiring(portal)
     assert [one.device_id for one in deliveries(portal, webhook_id)] == [short.device_id]
     assert caplog.text.count("should be renewed") == 1
     clock.advance(days=40)
-    jobs_events.announce_expiring(portal)
+    events.announce_expiring(portal)
     assert [one.device_id for one in deliveries(portal, webhook_id)] == [short.device_id, long.device_id]
     portal.dispatcher.send_due()
     assert {event["data"]["serial_number"] for event in bodies(receiver)} == {short.serial_number, long.serial_number}

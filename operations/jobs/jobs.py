@@ -14,10 +14,9 @@ import audit
 import db_deliveries
 import db_issuers
 import db_reads
-import jobs_events
-import jobs_schedule
-from jobs_authority import advance, renew_certificates, renew_crls, retire_unneeded
-from jobs_schedule import Job
+from operations.jobs import events, schedule
+from operations.jobs.authority import advance, renew_certificates, renew_crls, retire_unneeded
+from operations.jobs.schedule import Job
 from operations.wiring import Portal, canary_files
 
 log = logging.getLogger("portal.jobs")
@@ -62,7 +61,7 @@ def renew_responders(portal: Portal) -> None:
 
 def expire(portal: Portal) -> None:
     """End certificates whose overlap is over, destroy bundles whose links are, forget what is kept for a time only."""
-    jobs_events.prune_events(portal)
+    events.prune_events(portal)
     while portal.renewals.end_overlaps(portal.tenant_id):
         pass
     now = portal.clock()
@@ -128,13 +127,13 @@ JOBS = (
     Job("responder renewal", 60.0, renew_responders),
     Job("crl renewal", 300.0, renew_crls),
     Job("retirement of CAs", 3600.0, retire_unneeded, final=True),
-    Job("certificates that end", 600.0, jobs_events.announce_expiring),
+    Job("certificates that end", 600.0, events.announce_expiring),
 )
 
 
 def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS) -> None:
     """Run the jobs until ``stopping`` is set, in one process among all on the data folder; the body of a thread."""
-    jobs_schedule.run(portal, stopping, jobs)
+    schedule.run(portal, stopping, jobs)
 
 
 def start(portal: Portal) -> threading.Event:
