@@ -16,11 +16,11 @@ from sqlalchemy.engine import Connection
 import ca
 import db_issuers
 from authority_crl import ROOT_CRL_DAYS, RevokedEntries, next_crl
-from ca_keys import CaKeys
 from config import Settings
 from core.errors import CaKeyUnavailable, PortalError
 from db import Database
 from db_issuers import IssuerRecord
+from pki.keystore import CaKeys
 
 log = logging.getLogger("portal.authority")
 

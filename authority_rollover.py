@@ -13,11 +13,11 @@ import db
 import db_issuers
 from audit import Actor
 from authority import Authority
-from ca_keys import CaKeys
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from db import Database
 from db_tables import Certificate, IssuerRow
+from pki.keystore import CaKeys
 
 # By then no process can be about to record a certificate that it had the older CA sign.
 LEAST_TIME_MOVED = timedelta(hours=1)

@@ -20,7 +20,6 @@ from authority import Authority
 from bulk_making import Credentials, Job, Makers, Result, Setup
 from bulk_recording import Task, write_batch
 from bulk_terms import Candidate, RowDone, RowFailed, Source, failed
-from ca_requests import is_for_key_of
 from config import Settings
 from core import metrics
 from core.device_status import DeviceStatus
@@ -34,6 +33,7 @@ from enforcement import Enforcement
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Wanted
 from onboarding_terms import Registration
+from pki.csr import is_for_key_of
 
 BATCH = 256  # rows of a transaction, which keeps other writers waiting for some 15 ms
 AHEAD = 3  # batches under way: one is written while the processes are at work on the others

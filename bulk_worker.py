@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection
 
 from authority import open_authority
 from bulk_making import Setup, make_all
-from ca_keys import KeyFiles, passphrase
 from core.errors import PortalError
 from db import Database
 from onboarding_credentials import CredentialMaker
+from pki.keystore import KeyFiles, passphrase
 
 NICENESS = 5  # whoever waits for a single request goes first
 

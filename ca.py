@@ -13,7 +13,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from ca_algorithms import (
+from core.errors import IssuerUnusable, KeyRefused, SignatureCheckFailed
+from pki.algorithms import (
     KeyType,
     PrivateKey,
     PublicKey,
@@ -24,9 +25,11 @@ from ca_algorithms import (
     public_key_fingerprint,
     signature_hash,
 )
-from ca_issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
-from ca_pem import pem
-from ca_profiles import (
+from pki.crl import revoke_certificate, sign_crl
+from pki.csr import read_csr
+from pki.issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
+from pki.pem import pem
+from pki.profiles import (
     Extension,
     Profile,
     device_profile,
@@ -37,9 +40,6 @@ from ca_profiles import (
     root_profile,
     server_profile,
 )
-from ca_requests import read_csr
-from ca_revocation import revoke_certificate, sign_crl
-from core.errors import IssuerUnusable, KeyRefused, SignatureCheckFailed
 
 __all__ = [
     "Issued",
@@ -107,7 +107,7 @@ def create_issuing(
 def sign_certificate(
     issuer: Issuer, public_key: PublicKey, *, device_id: str, now: datetime, days: int, pki_url: str
 ) -> Issued:
-    """Sign a device's certificate: TLS client, named by its UUID (RFC 5280 profile in ``ca_profiles.py``).
+    """Sign a device's certificate: TLS client, named by its UUID (RFC 5280 profile in ``pki/profiles.py``).
 
     Valid from five minutes before ``now`` until ``days`` after it, within the life of the issuer. Raises
     ``InputInvalid`` for an id that is no UUID, ``KeyRefused`` for a key that is not certified, ``IssuerUnusable`` where

@@ -12,7 +12,6 @@ from datetime import datetime
 
 from sqlalchemy.engine import Connection
 
-import ca_pem
 import db_issuers
 import db_reads
 import db_revocations
@@ -30,6 +29,7 @@ from db_issuers import BrokerStateRecord, CrlRecord
 from db_revocations import CrlHead
 from enforcement_acl import DENIALS_KEPT, DENIED_FOR, denials, put_into_acl
 from events import EventType
+from pki import pem as pki_pem
 
 log = logging.getLogger("portal.enforcement")
 
@@ -92,7 +92,7 @@ class Enforcement:
         self._acl_generation = 0
         self._revoked = RevokedEntries()
         self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
-        self._crl_writers: dict[int, ca_pem.PemOfSuccessors] = {}  # by issuer
+        self._crl_writers: dict[int, pki_pem.PemOfSuccessors] = {}  # by issuer
         self._wanted = threading.Event()
         self._last_problem = ("", 0.0)
         self._said_pending: set[str] = set()
@@ -361,7 +361,7 @@ class Enforcement:
                 head = db_revocations.get_crl_head(tx, recorded.id)
                 if head is not None and head not in self._crl_pem:
                     crl = db_issuers.get_crl(tx, recorded.id)
-                    writer = self._crl_writers.setdefault(recorded.id, ca_pem.PemOfSuccessors("X509 CRL"))
+                    writer = self._crl_writers.setdefault(recorded.id, pki_pem.PemOfSuccessors("X509 CRL"))
                     self._crl_pem[head] = b"" if crl is None else writer.pem(crl.der)
                 if head is not None:
                     pem[head] = self._crl_pem[head]

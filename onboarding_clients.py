@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-import ca_clients
 import db_enrolment
 import db_manufacturers
 from authority import Authority
-from ca_clients import ClientCertificate
 from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import ClientCertificateRefused
 from core.files import FileLock, replace_file
 from db import CertificateRecord, Database
 from db_manufacturers import ManufacturerRecord
+from pki import client_certificates
+from pki.client_certificates import ClientCertificate
 
 CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
 _OUT_OF_DATE = "The client certificate has expired or is not valid yet."
@@ -56,14 +56,14 @@ class Clients:
 
         Raises ``ClientCertificateRefused`` where it is revoked or on hold, expired, or of no CA that counts here.
         """
-        client = ca_clients.read_client(der)
+        client = client_certificates.read_client(der)
         grace = timedelta(days=self._settings.renewal_grace_days)  # in which a device's own may still be renewed
         if not client.not_before <= self._clock() <= client.not_after + grace:
             raise ClientCertificateRefused(_OUT_OF_DATE)
-        if not ca_clients.may_identify_a_client(client):
+        if not client_certificates.may_identify_a_client(client):
             raise ClientCertificateRefused("The client certificate may not be used by a TLS client.")
         issuing = (item for item in self._authority.issuers if item.kind == "issuing")
-        if any(ca_clients.is_issued_by(client, item.issuer.certificate) for item in issuing):
+        if any(client_certificates.is_issued_by(client, item.issuer.certificate) for item in issuing):
             return self._device(client)
         return self._manufactured(client)
 
@@ -81,7 +81,7 @@ class Clients:
             raise ClientCertificateRefused(_OUT_OF_DATE)
         with self._database.snapshot() as tx:
             for record in db_manufacturers.registered_manufacturers(tx):
-                if self._clock() <= record.not_after and ca_clients.is_issued_by_der(client, record.der):
+                if self._clock() <= record.not_after and client_certificates.is_issued_by_der(client, record.der):
                     return ManufacturedClient(record.tenant_id, record, client)
         raise ClientCertificateRefused(
             "The client certificate is of no CA that is registered here; see POST /manufacturers."
@@ -94,6 +94,6 @@ class Clients:
             with self._database.snapshot() as tx:
                 manufacturers = db_manufacturers.registered_manufacturers(tx)
             issuing = [item.der for item in self._authority.issuers if item.kind == "issuing"]
-            content = ca_clients.pem_bundle([*issuing, *(record.der for record in manufacturers)])
+            content = client_certificates.pem_bundle([*issuing, *(record.der for record in manufacturers)])
             if not path.exists() or path.read_bytes() != content:
                 replace_file(path, content)

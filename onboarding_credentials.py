@@ -11,7 +11,6 @@ from datetime import datetime, timedelta
 from sqlalchemy.engine import Connection
 
 import ca
-import ca_enrolment
 import credential_delivery as delivery
 import db
 import db_deliveries
@@ -20,6 +19,7 @@ from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.topics import Topic, default_topics, expand
 from delivery.formats import BundleFormat
+from pki import est
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class CredentialMaker:
         """
         key = ca.generate_keypair(ca.KeyType(key_type))
         made = self._certify(device_id, key.public_key(), validity_days, now)
-        return dataclasses.replace(made, key=ca_enrolment.pkcs8(key))
+        return dataclasses.replace(made, key=est.pkcs8(key))
 
     def _certify(self, device_id: str, key: ca.PublicKey, validity_days: int | None, now: datetime) -> Made:
         signer = self._authority.issuing

@@ -14,7 +14,6 @@ import db
 import db_enrolment
 import db_manufacturers
 from audit import Actor
-from ca_enrolment import EnrolmentRequest
 from config import Settings
 from core import metrics
 from core.device_status import DeviceStatus, advance
@@ -28,6 +27,7 @@ from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Made
 from onboarding_enrolment_means import AskedMeanwhile, Enrolled, Issued, Means, Waiting
 from onboarding_reenrolment import EXPIRED, REVOKED, UNREGISTERED, Reenrolment, make, record_enrolled
+from pki.est import EnrolmentRequest
 
 _TRIES = 3
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")

@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 from sqlalchemy.exc import IntegrityError
 
 import audit
-import ca_manufacturers
 import db_manufacturers
 from audit import Actor
 from core.errors import Conflict, ProofInvalid
@@ -17,6 +16,7 @@ from db import Database
 from db_enrolment import Terms
 from db_manufacturers import ManufacturerRecord
 from onboarding_clients import Clients
+from pki import manufacturer_ca
 
 NONCE_LIFE = timedelta(hours=24)
 
@@ -35,7 +35,7 @@ class Manufacturers:
         Raises ``ManufacturerInvalid``, ``Conflict`` where the CA is there already.
         """
         now = self._clock()
-        authority = ca_manufacturers.read_manufacturer_ca(certificate, now=now)
+        authority = manufacturer_ca.read_manufacturer_ca(certificate, now=now)
         record = ManufacturerRecord(
             id=secrets.token_hex(8),
             tenant_id=actor.tenant_id,
@@ -81,9 +81,9 @@ class Manufacturers:
             if record.nonce_expires_at <= now:
                 raise ProofInvalid("The nonce has expired; remove the manufacturer and add it anew.")
             if certificate is not None:
-                ca_manufacturers.check_proof_by_certificate(record.der, record.nonce, certificate)
+                manufacturer_ca.check_proof_by_certificate(record.der, record.nonce, certificate)
             else:
-                ca_manufacturers.check_proof_by_signature(record.der, record.nonce, signature or "")
+                manufacturer_ca.check_proof_by_signature(record.der, record.nonce, signature or "")
         with self._database.transaction() as tx:
             record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
             if record.status == "removed":

@@ -15,7 +15,6 @@ import db_reenrolment
 import db_renewal
 import events
 from audit import Actor
-from ca_enrolment import EnrolmentRequest, is_for_key
 from core import metrics
 from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
@@ -25,6 +24,7 @@ from events import EventType
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Made, Wanted
 from onboarding_enrolment_means import AskedMeanwhile, Issued, Means, Waiting
+from pki.est import EnrolmentRequest, is_for_key
 
 # Each certificate that replaces another puts that one on the CRL; a device whose answers are lost asks again and again.
 MOST_IN_A_DAY = 5

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-import ca_ocsp
 import db_statuses
 from authority import Authority, RecordedIssuer
 from ca import Reason
-from ca_ocsp import GOOD, UNKNOWN, Failure, IssuerId, Request, Signer, Status, Verdict
 from config import Settings
 from core import metrics
 from core.errors import RequestMalformed, Unavailable
 from db import Database
 from db_statuses import CertificateStatus
+from pki import ocsp
+from pki.ocsp import GOOD, UNKNOWN, Failure, IssuerId, Request, Signer, Status, Verdict
 from responder_certificates import ResponderCertificates
 
 KEPT_ANSWERS = 5000  # some 2 KB each, in each worker process
@@ -95,7 +95,7 @@ class Responder:
     def fail(reason: Failure) -> Answer:
         """Say why there is no answer."""
         metrics.ocsp_answered(reason.name.lower(), kept=False)
-        return Answer(ca_ocsp.failure(reason))
+        return Answer(ocsp.failure(reason))
 
     def _answer(self, der: bytes) -> Answer:
         now = self._clock()
@@ -104,7 +104,7 @@ class Responder:
         if kept is not None and kept.issuers is issuers:
             request, recorded = kept.request, kept.recorded
         else:
-            kept, request = None, ca_ocsp.read_request(der)
+            kept, request = None, ocsp.read_request(der)
             known = self._known(issuers)
             answering = [known[question.issuer] for question in request.questions if question.issuer in known]
             if not answering:
@@ -121,7 +121,7 @@ class Responder:
         else:
             kept = None
             next_update = min(now + self._life, signer.not_after)
-            content = ca_ocsp.sign_answer(
+            content = ocsp.sign_answer(
                 signer,
                 list(zip(request.questions, statuses, strict=True)),
                 nonce=request.nonce,
@@ -141,7 +141,7 @@ class Responder:
         """The CAs by the names that requests may have for them, made again when there are others."""
         seen, known = self._directory
         if seen is not issuers:
-            known = {name: recorded for recorded in issuers for name in ca_ocsp.issuer_ids(recorded.issuer)}
+            known = {name: recorded for recorded in issuers for name in ocsp.issuer_ids(recorded.issuer)}
             self._directory = issuers, known
         return known
 

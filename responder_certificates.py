@@ -9,14 +9,14 @@ from pathlib import Path
 
 import audit
 import ca
-import ca_ocsp
 import db
 from authority import Authority, RecordedIssuer
-from ca_ocsp import Signer
 from config import Settings
 from core.errors import IssuerUnusable, PortalError
 from core.files import replace_file
 from db import Database
+from pki import ocsp
+from pki.ocsp import Signer
 
 log = logging.getLogger("portal.responder")
 
@@ -97,7 +97,7 @@ class ResponderCertificates:
             return None
         signer = None
         try:
-            signer = ca_ocsp.open_signer(content, issuer)
+            signer = ocsp.open_signer(content, issuer)
         except IssuerUnusable as error:
             log.error("an OCSP responder's file is of no use", extra={"problem": error.detail, "path": str(path)})
         self._read[issuer.name] = seen, signer

@@ -9,11 +9,11 @@ import dataclasses
 from api.client_certificate import presented
 from api.routing import Call
 from audit import Actor
-from ca_enrolment import EnrolmentRequest
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
 from db_enrolment import EnrolmentTokenRecord
 from onboarding_clients import DeviceClient, ManufacturedClient
 from onboarding_enrolment_means import Enrolled, Waiting, by_manufacturer, by_token
+from pki.est import EnrolmentRequest
 
 _NONE_GIVEN = (
     "An enrolment token is needed, as the password of HTTP Basic authentication, or a client certificate of a"

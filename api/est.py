@@ -7,7 +7,6 @@ import hashlib
 import ssl
 from collections.abc import Callable
 
-import ca_enrolment
 from api.enrolment_clients import (
     actor_of,
     certificate_holder,
@@ -27,6 +26,7 @@ from onboarding_clients import DeviceClient, ManufacturedClient
 from onboarding_credentials import Wanted
 from onboarding_enrolment_means import Waiting
 from onboarding_renewal import Renewal
+from pki import est as pki_est
 
 est = Routes("Enrolment by devices (EST)")
 
@@ -61,7 +61,7 @@ def est_cacerts(call: Call) -> Reply:
     """The CA certificates that a device is to trust (RFC 7030 section 4.1)."""
     notice(call)
     authority = call.portal.authority
-    return in_base64(ca_enrolment.certs_only([item.der for item in authority.issuers]), PKCS7)
+    return in_base64(pki_est.certs_only([item.der for item in authority.issuers]), PKCS7)
 
 
 @under_both_paths(
@@ -75,7 +75,7 @@ def est_csrattrs(call: Call) -> Reply:
         key_types = token.terms.key_types
     elif isinstance(holder, ManufacturedClient):
         key_types = holder.manufacturer.terms.key_types
-    return in_base64(ca_enrolment.csr_attributes(key_types), CSR_ATTRIBUTES)
+    return in_base64(pki_est.csr_attributes(key_types), CSR_ATTRIBUTES)
 
 
 @under_both_paths(
@@ -89,10 +89,10 @@ def est_csrattrs(call: Call) -> Reply:
 def est_simpleenroll(call: Call) -> Reply:
     """Enrol a device that has its own key (RFC 7030 section 4.2.1). A repeat with the same key answers the same."""
     client = newcomer(call)
-    outcome = enrolled(call, client, ca_enrolment.read_enrolment_request(call.body))
+    outcome = enrolled(call, client, pki_est.read_enrolment_request(call.body))
     if isinstance(outcome, Waiting):
         return waiting(outcome)
-    return in_base64(ca_enrolment.certs_only([outcome.certificate]), PKCS7)
+    return in_base64(pki_est.certs_only([outcome.certificate]), PKCS7)
 
 
 @under_both_paths(
@@ -109,8 +109,8 @@ def est_simplereenroll(call: Call) -> Reply:
         raise refusal(call, "A device renews with the certificate that it has from this portal; show it in TLS.")
     if not isinstance(holder, DeviceClient):
         raise ClientCertificateRefused("The client certificate is not one of this portal; use simpleenroll.")
-    request = ca_enrolment.read_enrolment_request(call.body)
-    ca_enrolment.check_same_names(request, holder.certificate.der)
+    request = pki_est.read_enrolment_request(call.body)
+    pki_est.check_same_names(request, holder.certificate.der)
     call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
     shown = holder.certificate.fingerprint
     actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
@@ -124,7 +124,7 @@ def est_simplereenroll(call: Call) -> Reply:
     )
     if renewed.certificate is None:
         raise AssertionError("a renewal for a CSR answers with the certificate")
-    return in_base64(ca_enrolment.certs_only([ssl.PEM_cert_to_DER_cert(renewed.certificate)]), PKCS7)
+    return in_base64(pki_est.certs_only([ssl.PEM_cert_to_DER_cert(renewed.certificate)]), PKCS7)
 
 
 @under_both_paths(
@@ -141,7 +141,7 @@ def est_serverkeygen(call: Call) -> Reply:
     if isinstance(holder, DeviceClient) and token_of(call) is None:
         return _renewed_with_key(call, holder)
     client = newcomer(call)
-    outcome = enrolled(call, client, ca_enrolment.read_key_request(call.body))
+    outcome = enrolled(call, client, pki_est.read_key_request(call.body))
     if isinstance(outcome, Waiting):
         return waiting(outcome)
     if outcome.key is None:
@@ -150,12 +150,12 @@ def est_serverkeygen(call: Call) -> Reply:
 
 
 def _renewed_with_key(call: Call, holder: DeviceClient) -> Reply:
-    request = ca_enrolment.read_key_request(call.body)
-    ca_enrolment.check_same_names(request, holder.certificate.der)
+    request = pki_est.read_key_request(call.body)
+    pki_est.check_same_names(request, holder.certificate.der)
     shown, settings = holder.certificate.fingerprint, call.portal.settings
     actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
     call.portal.renewals.used(actor, holder.device_id, shown)
-    key_type = ca_enrolment.key_type_of_certificate(holder.certificate.der)
+    key_type = pki_est.key_type_of_certificate(holder.certificate.der)
     certificate, key = call.portal.renewals.renew_with_key(
         actor,
         holder.device_id,

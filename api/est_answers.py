@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import secrets
 
-import ca_enrolment
 from api.routing import Answers, Reply
 from onboarding_enrolment_means import Waiting
+from pki import est
 
 PKCS7 = "application/pkcs7-mime; smime-type=certs-only"
 CSR_ATTRIBUTES = "application/csrattrs"
@@ -34,7 +34,7 @@ def in_base64(content: bytes, media_type: str) -> Reply:
 def key_with_certificate(key: bytes, certificate: bytes) -> Reply:
     """A private key (PKCS#8, DER), then its certificate, as two parts (RFC 7030 section 4.4.2)."""
     boundary = f"est-{secrets.token_hex(16)}"  # Base64 has no hyphen, so no part can hold it
-    parts = ((_PKCS8, key), (PKCS7, ca_enrolment.certs_only([certificate])))
+    parts = ((_PKCS8, key), (PKCS7, est.certs_only([certificate])))
     content = b"".join(_part(boundary, media_type, part) for media_type, part in parts) + f"--{boundary}--\r\n".encode()
     headers = {"Cache-Control": "no-store"}
     return Reply(content=content, media_type=f'multipart/mixed; boundary="{boundary}"', headers=headers)

@@ -8,7 +8,7 @@ import re
 
 from api.caching import cached
 from api.routing import Answers, Call, Octets, Reply, Routes
-from ca_ocsp import MOST_BYTES, Failure
+from pki.ocsp import MOST_BYTES, Failure
 from responder import Answer
 
 ocsp = Routes("Certificates, for anyone")

@@ -13,8 +13,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.x509.oid import SignatureAlgorithmOID
 
-from ca_signatures import VerifyingKey, children, take_apart, verifies
 from core.errors import ProjectionInvalid
+from pki.der import VerifyingKey, children, take_apart, verifies
 
 _PEM_CRL = re.compile(rb"-----BEGIN X509 CRL-----\r?\n([A-Za-z0-9+/=\r\n]+)-----END X509 CRL-----\s*")
 

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import PrivateFormat, load_pem_private_key, pkcs12
 
-from ca_pkcs8 import encrypt_private_key
+from pki.pkcs8 import encrypt_private_key
 
 # What OpenSSL 3 uses. pyca's MAC is fixed at this number, and can be guessed at just as well: more rounds for the
 # encryption would only look stronger. As with a ZIP it is the password's entropy that protects the file.

@@ -21,7 +21,6 @@ from authority import Authority, RecordedIssuer, open_authority
 from broker.files import FOLDER_MODE, broker_group
 from broker_provisioning import BrokerProvisioning, Canary
 from bulk import Bulk
-from ca_keys import CaKeys, KeyFiles, passphrase
 from config import Settings
 from core import roles
 from core.errors import PortalRunning, StartupError, Unavailable
@@ -49,6 +48,7 @@ from operations.own_certificates import is_current
 from operations.own_certificates import is_due as is_due
 from operations.readiness import Readiness
 from operators import Operators
+from pki.keystore import CaKeys, KeyFiles, passphrase
 from responder import Responder
 from responder_certificates import ResponderCertificates
 from webhooks import Webhooks

@@ -16,8 +16,8 @@ from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsag
 
 import ca
 import config
-from ca_algorithms import public_key_der
 from core.errors import CaKeyUnavailable, InputInvalid, IssuerUnusable, KeyRefused, SettingInvalid, SignatureCheckFailed
+from pki.algorithms import public_key_der
 from tests.support.ca_hierarchy import PKI_URL, HeldElsewhere, Hierarchy, make_hierarchy
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)

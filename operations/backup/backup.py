@@ -18,8 +18,6 @@ from sqlalchemy.engine import Connection
 import db_copy
 import db_issuers
 from authority import FIRST_ISSUING
-from ca_algorithms import PrivateKey
-from ca_keys import MAX_FILE_BYTES, KeyFiles, passphrase
 from config import Settings
 from core.errors import BackupRefused
 from core.files import fsync_directory
@@ -27,6 +25,8 @@ from db import Database
 from db_tables import DEFAULT_TENANT
 from operations.backup.file import FORMAT, BackupWriter, Manifest
 from operations.wiring import occupied
+from pki.algorithms import PrivateKey
+from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
 
 # What makes keys usable, and what is one machine's own.
 LEFT_OUT = ("ca-passphrase", "operator-token")

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 import db_copy
-from ca_algorithms import PrivateKey
-from ca_keys import MAX_FILE_BYTES
 from core.errors import BackupRefused
+from pki.algorithms import PrivateKey
+from pki.keystore import MAX_FILE_BYTES
 
 FORMAT = 1
 MANIFEST, SEAL = "manifest.json", "manifest.seal"

@@ -9,13 +9,13 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from ca_algorithms import PrivateKey
 from config import Settings
 from core.errors import BackupRefused, CaKeyUnavailable
 from core.failpoints import failpoint
 from core.files import fsync_directory
 from operations.backup.backup import LEFT_OUT, passphrase_here
 from operations.backup.file import Backup
+from pki.algorithms import PrivateKey
 
 ROOT_KEY = "root.key.pem"
 

@@ -21,8 +21,6 @@ import db_issuers
 from authority import FIRST_ISSUING
 from broker.crl import read_crls
 from broker.files import CRL_FILE, BrokerFiles
-from ca_algorithms import PrivateKey
-from ca_keys import KeyFiles
 from config import Settings
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
 from core.failpoints import failpoint
@@ -39,6 +37,8 @@ from operations.backup.placing import (
 from operations.backup.restore_journal import SQLITE_FILES, Journal, journaled, remove_database
 from operations.backup.revocations import Kept, Revocations, Tables, crl_record, match_crls, newest_crl
 from operations.wiring import alone
+from pki.algorithms import PrivateKey
+from pki.keystore import KeyFiles
 
 _UNDELIVERED = ("ready", "fetching")
 

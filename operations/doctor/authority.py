@@ -15,13 +15,13 @@ import ca
 import db_issuers
 from broker.crl import read_crls
 from broker.files import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
-from ca_keys import KeyFiles, passphrase
 from core.errors import PortalError
 from db_issuers import CrlRecord, IssuerRecord
 from db_tables import AuditEntry, Certificate, Crl
 from operations.doctor.findings import Verdict, problem, some, together, warning
 from operations.doctor.network import https_date, served_crl
 from operations.doctor.subject import Subject, certificate_of
+from pki.keystore import KeyFiles, passphrase
 
 SOON = timedelta(days=30)
 CA_SOON = timedelta(days=90)  # long enough to give all devices certificates of another

@@ -15,11 +15,11 @@ from cryptography.x509 import ocsp
 from cryptography.x509.ocsp import OCSPCertStatus, OCSPRequestBuilder, OCSPResponseStatus
 
 import ca
-import ca_ocsp
 from core.errors import IssuerUnusable
 from operations.doctor.findings import Verdict, problem, together, warning
 from operations.doctor.network import served
 from operations.doctor.subject import Subject
+from pki import ocsp as pki_ocsp
 
 _START = "Start the portal, which makes a new one within a minute; else see its log."
 _LATE = timedelta(hours=1)
@@ -34,7 +34,7 @@ def responders(subject: Subject) -> Verdict:
         path = subject.settings.ocsp_dir / f"{record.name}.pem"
         try:
             issuer = ca.Issuer(record.name, x509.load_der_x509_certificate(record.der))
-            signer = ca_ocsp.open_signer(path.read_bytes(), issuer)
+            signer = pki_ocsp.open_signer(path.read_bytes(), issuer)
         except OSError as error:
             found.append(problem(f"{path} cannot be read ({error.strerror}).", _START))
             continue

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from ca_algorithms import check_public_key
 from core.errors import KeyRefused
+from pki.algorithms import check_public_key
 
 
 def rsa_key(modulus: int) -> rsa.RSAPublicKey:

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ca
-from ca_algorithms import public_key_der
-from ca_parsing import failing_as
 from core.errors import CsrInvalid, KeyRefused
+from pki.algorithms import public_key_der
+from pki.parsing import failing_as
 
 P256 = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
 

@@ -14,9 +14,9 @@ from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 import ca
-import ca_ocsp
-from ca_ocsp import GOOD, MOST_CERTIFICATES, UNKNOWN, Failure, Status, Verdict
 from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
+from pki import ocsp as pki_ocsp
+from pki.ocsp import GOOD, MOST_CERTIFICATES, UNKNOWN, Failure, Status, Verdict
 from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, make_hierarchy
 from tests.support.ocsp import SERVICE_LOCATOR, Ocsp, ask, cert_id, extension, integer, nonce, sequence, tlv
 
@@ -38,13 +38,13 @@ def responder_pem(issuer: ca.Issuer) -> tuple[bytes, ca.Issued]:
 
 
 @pytest.fixture(scope="module")
-def signer(cas: Hierarchy) -> ca_ocsp.Signer:
-    return ca_ocsp.open_signer(responder_pem(cas.issuing)[0], cas.issuing)
+def signer(cas: Hierarchy) -> pki_ocsp.Signer:
+    return pki_ocsp.open_signer(responder_pem(cas.issuing)[0], cas.issuing)
 
 
-def answer(signer: ca_ocsp.Signer, der: bytes, *statuses: Status) -> bytes:
-    request = ca_ocsp.read_request(der)
-    return ca_ocsp.sign_answer(
+def answer(signer: pki_ocsp.Signer, der: bytes, *statuses: Status) -> bytes:
+    request = pki_ocsp.read_request(der)
+    return pki_ocsp.sign_answer(
         signer,
         list(zip(request.questions, statuses, strict=True)),
         nonce=request.nonce,
@@ -93,8 +93,8 @@ def test_a_responder_of_no_use_is_not_opened(cas: Hierarchy) -> None:
     unusable += [ca_pem + ca.chain_pem(cas.issuing.certificate).encode(), responder_pem(cas.root)[0]]
     for pem in unusable:
         with pytest.raises(IssuerUnusable, match="issuing-1"):
-            ca_ocsp.open_signer(pem, cas.issuing)
-    assert ca_ocsp.open_signer(issued.pem.encode() + key, cas.issuing).certificate == issued.certificate
+            pki_ocsp.open_signer(pem, cas.issuing)
+    assert pki_ocsp.open_signer(issued.pem.encode() + key, cas.issuing).certificate == issued.certificate
 
 
 # --- Requests -----------------------------------------------------------------------------------------------------
@@ -108,8 +108,8 @@ def test_a_ca_is_known_by_the_hashes_of_its_name_and_its_key(
 ) -> None:
     issuer: ca.Issuer = getattr(cas, of)
     der = Ocsp([cert_id(issuer.certificate, SERIAL_NUMBER, algorithm=algorithm, parameters=parameters)]).der()
-    [question] = ca_ocsp.read_request(der).questions
-    assert question.issuer in ca_ocsp.issuer_ids(issuer)
+    [question] = pki_ocsp.read_request(der).questions
+    assert question.issuer in pki_ocsp.issuer_ids(issuer)
     assert question.serial_number == "4a5b6c"
 
 
@@ -118,27 +118,27 @@ def test_requests_of_pyca_are_read(cas: Hierarchy, algorithm: str) -> None:
     certificate, issuer = cas.device().certificate, cas.issuing.certificate
     builder = ocsp.OCSPRequestBuilder().add_certificate(certificate, issuer, getattr(hashes, algorithm)())
     builder = builder.add_extension(x509.OCSPNonce(b"n" * 32), critical=False)
-    request = ca_ocsp.read_request(builder.build().public_bytes(Encoding.DER))
+    request = pki_ocsp.read_request(builder.build().public_bytes(Encoding.DER))
     assert [question.serial_number for question in request.questions] == [f"{certificate.serial_number:x}"]
-    assert request.questions[0].issuer in ca_ocsp.issuer_ids(cas.issuing)
+    assert request.questions[0].issuer in pki_ocsp.issuer_ids(cas.issuing)
     assert request.nonce == tlv(4, b"n" * 32)
 
 
 def test_both_hashes_must_be_those_of_one_ca(cas: Hierarchy) -> None:
-    known = ca_ocsp.issuer_ids(cas.issuing)
+    known = pki_ocsp.issuer_ids(cas.issuing)
     issuing, root = cas.issuing.certificate, cas.root.certificate
     for mixed in (cert_id(issuing, 1, name_of=root), cert_id(issuing, 1, key_of=root)):
-        assert ca_ocsp.read_request(Ocsp([mixed]).der()).questions[0].issuer not in known
+        assert pki_ocsp.read_request(Ocsp([mixed]).der()).questions[0].issuer not in known
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha224"])
 def test_a_hash_that_is_not_known_names_nobody(cas: Hierarchy, algorithm: str) -> None:
-    request = ca_ocsp.read_request(ask(cas.issuing.certificate, 1, algorithm=algorithm).der())
-    assert request.questions[0].issuer not in ca_ocsp.issuer_ids(cas.issuing)
+    request = pki_ocsp.read_request(ask(cas.issuing.certificate, 1, algorithm=algorithm).der())
+    assert request.questions[0].issuer not in pki_ocsp.issuer_ids(cas.issuing)
 
 
 def test_several_certificates_may_be_asked_about(cas: Hierarchy) -> None:
-    request = ca_ocsp.read_request(ask(cas.issuing.certificate, *range(1, MOST_CERTIFICATES + 1)).der())
+    request = pki_ocsp.read_request(ask(cas.issuing.certificate, *range(1, MOST_CERTIFICATES + 1)).der())
     assert [question.serial_number for question in request.questions] == [
         f"{number:x}" for number in range(1, MOST_CERTIFICATES + 1)
     ]
@@ -146,7 +146,7 @@ def test_several_certificates_may_be_asked_about(cas: Hierarchy) -> None:
 
 @pytest.mark.parametrize("number", [0, -1, 255, 1 << 159, 1 << 4000])
 def test_any_serial_number_may_be_asked_about(cas: Hierarchy, number: int) -> None:
-    assert ca_ocsp.read_request(ask(cas.issuing.certificate, number).der()).questions[0].serial_number == f"{number:x}"
+    assert pki_ocsp.read_request(ask(cas.issuing.certificate, number).der()).questions[0].serial_number == f"{number:x}"
 
 
 def test_what_is_of_no_account_is_passed_over(cas: Hierarchy) -> None:
@@ -161,13 +161,13 @@ def test_what_is_of_no_account_is_passed_over(cas: Hierarchy) -> None:
         {"single_extensions": locator},
         {"extensions": [extension("2a03", b"\x05\x00")]},
     ):
-        assert ca_ocsp.read_request(dataclasses.replace(plain, **more).der()).questions
+        assert pki_ocsp.read_request(dataclasses.replace(plain, **more).der()).questions
 
 
 @pytest.mark.parametrize("length", [1, 16, 32, 128])
 def test_a_nonce_of_1_to_128_bytes_is_kept_as_it_came(cas: Hierarchy, length: int) -> None:
     request = dataclasses.replace(ask(cas.issuing.certificate, 1), extensions=[nonce(b"n" * length)])
-    assert ca_ocsp.read_request(request.der()).nonce == tlv(4, b"n" * length)
+    assert pki_ocsp.read_request(request.der()).nonce == tlv(4, b"n" * length)
 
 
 MALFORMED = {
@@ -194,28 +194,28 @@ MALFORMED = {
 def test_a_request_with_a_fault_is_malformed(cas: Hierarchy, fault: str) -> None:
     der = MALFORMED[fault](ask(cas.issuing.certificate, 1)).der()
     with pytest.raises(RequestMalformed):
-        ca_ocsp.read_request(der)
+        pki_ocsp.read_request(der)
 
 
 @pytest.mark.parametrize("der", [b"", b"0", b"\x30\x00", b"\x30\x80\x00\x00", b"hello", b"\x00" * 40000, tlv(4, b"x")])
 def test_what_is_no_request_is_malformed(der: bytes) -> None:
     with pytest.raises(RequestMalformed):
-        ca_ocsp.read_request(der)
+        pki_ocsp.read_request(der)
 
 
 def test_a_request_that_is_cut_short_or_goes_on_is_malformed(cas: Hierarchy) -> None:
     der = ask(cas.issuing.certificate, 1).der()
     for length in range(len(der)):
         with pytest.raises(RequestMalformed):
-            ca_ocsp.read_request(der[:length])
+            pki_ocsp.read_request(der[:length])
     with pytest.raises(RequestMalformed):
-        ca_ocsp.read_request(der + b"\x00")
+        pki_ocsp.read_request(der + b"\x00")
 
 
 # --- Answers ------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_says_what_is_known_at_what_time(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+def test_an_answer_says_what_is_known_at_what_time(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
     der = answer(signer, ask(cas.issuing.certificate, SERIAL_NUMBER, algorithm="sha256").der(), GOOD)
     read = ocsp.load_der_ocsp_response(der)
     assert read.response_status is ocsp.OCSPResponseStatus.SUCCESSFUL
@@ -227,7 +227,7 @@ def test_an_answer_says_what_is_known_at_what_time(cas: Hierarchy, signer: ca_oc
 
 
 def test_an_answer_is_signed_by_the_responder_whose_certificate_is_in_it(
-    cas: Hierarchy, signer: ca_ocsp.Signer
+    cas: Hierarchy, signer: pki_ocsp.Signer
 ) -> None:
     read = ocsp.load_der_ocsp_response(answer(signer, ask(cas.issuing.certificate, 1).der(), GOOD))
     [certificate] = read.certificates
@@ -240,7 +240,7 @@ def test_an_answer_is_signed_by_the_responder_whose_certificate_is_in_it(
 
 @pytest.mark.parametrize("reason", [reason for reason in ca.Reason if reason is not ca.Reason.UNSPECIFIED])
 def test_a_revoked_certificate_is_told_with_time_and_reason(
-    cas: Hierarchy, signer: ca_ocsp.Signer, reason: ca.Reason
+    cas: Hierarchy, signer: pki_ocsp.Signer, reason: ca.Reason
 ) -> None:
     at = NOW - timedelta(days=3)
     der = answer(signer, ask(cas.issuing.certificate, 1).der(), Status(Verdict.REVOKED, at, reason))
@@ -250,7 +250,7 @@ def test_a_revoked_certificate_is_told_with_time_and_reason(
     assert read.revocation_reason is x509.ReasonFlags[reason.value]
 
 
-def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
     status = Status(Verdict.REVOKED, NOW, ca.Reason.UNSPECIFIED)
     assert (
         ocsp.load_der_ocsp_response(answer(signer, ask(cas.issuing.certificate, 1).der(), status)).revocation_reason
@@ -258,7 +258,7 @@ def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: ca_ocsp.S
     )
 
 
-def test_several_are_answered_in_their_order_each_under_its_id(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+def test_several_are_answered_in_their_order_each_under_its_id(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
     issuing = cas.issuing.certificate
     ids = [cert_id(issuing, 5), cert_id(issuing, 6, algorithm="sha256", parameters=b""), cert_id(issuing, 7)]
     statuses = [GOOD, Status(Verdict.REVOKED, NOW, ca.Reason.SUPERSEDED), UNKNOWN]
@@ -272,7 +272,7 @@ def test_several_are_answered_in_their_order_each_under_its_id(cas: Hierarchy, s
     assert all(each in der for each in ids)
 
 
-def test_the_nonce_comes_back(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+def test_the_nonce_comes_back(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
     request = dataclasses.replace(ask(cas.issuing.certificate, 1), extensions=[nonce(b"once")])
     read = ocsp.load_der_ocsp_response(answer(signer, request.der(), GOOD))
     assert read.extensions.get_extension_for_class(x509.OCSPNonce).value.nonce == b"once"
@@ -280,16 +280,16 @@ def test_the_nonce_comes_back(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
 
 @pytest.mark.parametrize("reason", Failure)
 def test_a_failure_is_told_without_a_signature(reason: Failure) -> None:
-    read = ocsp.load_der_ocsp_response(ca_ocsp.failure(reason))
+    read = ocsp.load_der_ocsp_response(pki_ocsp.failure(reason))
     assert read.response_status.value == reason
     assert read.response_status.name == reason.name
 
 
-def test_an_answer_that_does_not_verify_is_thrown_away(cas: Hierarchy, signer: ca_ocsp.Signer) -> None:
+def test_an_answer_that_does_not_verify_is_thrown_away(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
     damaged = dataclasses.replace(signer, key=HeldElsewhere(signer.key, damage=True))
     with pytest.raises(SignatureCheckFailed):
         answer(damaged, ask(cas.issuing.certificate, 1).der(), GOOD)
 
 
-def test_a_signer_never_shows_its_key(signer: ca_ocsp.Signer) -> None:
+def test_a_signer_never_shows_its_key(signer: pki_ocsp.Signer) -> None:
     assert "rivate" not in repr(signer)

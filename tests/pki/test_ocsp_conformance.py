@@ -14,8 +14,8 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import ca
-import ca_ocsp
-from ca_ocsp import GOOD, UNKNOWN, Status, Verdict
+from pki import ocsp
+from pki.ocsp import GOOD, UNKNOWN, Status, Verdict
 from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
 from tests.support.ocsp import Ocsp, ask, nonce
 
@@ -55,17 +55,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for issuer in (cas.root, cas.issuing):
         key = ca.generate_keypair(ca.KeyType.EC_P256)
         issued = ca.sign_responder_certificate(issuer, key.public_key(), now=cas.now, days=14)
-        signers[issuer] = ca_ocsp.open_signer(ca.private_key_pem(key) + issued.pem.encode(), issuer)
+        signers[issuer] = ocsp.open_signer(ca.private_key_pem(key) + issued.pem.encode(), issuer)
         certificates[f"responder-{issuer.name}"] = issued.certificate
     for name, certificate in certificates.items():
         (folder / f"{name}.pem").write_text(ca.chain_pem(certificate))
         (folder / f"{name}.cer").write_bytes(certificate.public_bytes(Encoding.DER))
 
     def write(name: str, request: Ocsp, *statuses: Status, issuer: ca.Issuer = cas.issuing) -> None:
-        read = ca_ocsp.read_request(request.der())
+        read = ocsp.read_request(request.der())
         answers = list(zip(read.questions, statuses, strict=True))
         end = cas.now + timedelta(hours=24)
-        der = ca_ocsp.sign_answer(signers[issuer], answers, nonce=read.nonce, now=cas.now, next_update=end)
+        der = ocsp.sign_answer(signers[issuer], answers, nonce=read.nonce, now=cas.now, next_update=end)
         (folder / f"{name}.ocsp").write_bytes(der)
 
     number = device.certificate.serial_number

@@ -25,7 +25,6 @@ import db_database
 import db_enrolment
 import db_issuers
 from app import create_app
-from ca_pem import pem
 from config import Settings
 from core import roles
 from core.device_status import DeviceStatus
@@ -48,6 +47,7 @@ from operations.backup.file import MANIFEST, Backup
 from operations.backup.restore import Restored, restore
 from operations.backup.revocations import Revocations
 from operations.wiring import Portal, alone, first_token, open_portal, prepare
+from pki.pem import pem
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database
 from tests.support.harness import PER_DEVICE, Clock, settings_for

@@ -18,10 +18,10 @@ from cryptography import x509
 from cryptography.x509.ocsp import OCSPCertStatus, OCSPResponseStatus
 from flask import Flask
 
-import ca_ocsp
 from app import portal_of
 from db_tables import Certificate
 from operations.wiring import Portal
+from pki import ocsp
 from tests.support.exposition import samples_of, value_of
 from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
 from tests.support.ocsp import (
@@ -212,7 +212,7 @@ def test_post_takes_nothing_but_ocsp_requests(app: Flask, anyone: Api) -> None:
 
 def test_a_request_of_64_kilobytes_is_too_large(anyone: Api) -> None:
     problem_of(post(anyone, b"\x30" * 65536), 413, "body_too_large")
-    problem_of(post(anyone, b"\x30" * (ca_ocsp.MOST_BYTES + 1), **CLEAR), 413, "body_too_large")
+    problem_of(post(anyone, b"\x30" * (ocsp.MOST_BYTES + 1), **CLEAR), 413, "body_too_large")
 
 
 def test_a_request_for_500_certificates_is_refused(app: Flask, anyone: Api) -> None:

@@ -15,11 +15,11 @@ from cryptography.x509.ocsp import OCSPCertStatus, OCSPResponseStatus
 from flask import Flask
 
 import authority
-import ca_ocsp
 import responder
 from app import create_app, portal_of
 from config import Settings
 from operations.jobs import authority as jobs_authority
+from pki import ocsp
 from responder_certificates import RESPONDER_DAYS
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
 from tests.support.ocsp import ask, failure_of, get, issuing_of, nonce, post, read
@@ -168,13 +168,13 @@ def test_each_ca_is_answered_for_by_its_own_before_a_rollover_and_after_its_reti
 def signatures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows with every answer that is signed from now on."""
     made: list[object] = []
-    sign = ca_ocsp.sign_answer
+    sign = ocsp.sign_answer
 
     def counted(*arguments: Any, **options: Any) -> bytes:
         made.append(arguments)
         return sign(*arguments, **options)
 
-    monkeypatch.setattr(ca_ocsp, "sign_answer", counted)
+    monkeypatch.setattr(ocsp, "sign_answer", counted)
     return made
 
 

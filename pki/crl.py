@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from ca_algorithms import check_public_key
-from ca_issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
-from ca_profiles import extension
-from ca_signatures import SEQUENCE, Signed, children, element, sign, take_apart, verifies
 from core.errors import SignatureCheckFailed
+from pki.algorithms import check_public_key
+from pki.der import SEQUENCE, Signed, children, element, sign, take_apart, verifies
+from pki.issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
+from pki.profiles import extension
 
 _SERIAL_NUMBER = re.compile(r"[0-9a-f]{1,40}")
 _INTEGER, _BIT_STRING, _UTC_TIME, _GENERALIZED_TIME, _EXTENSIONS_TAG = 0x02, 0x03, 0x17, 0x18, 0xA0

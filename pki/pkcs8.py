@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from cryptography.hazmat.primitives.padding import PKCS7
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from ca_algorithms import PrivateKey
-from ca_pem import pem
+from pki.algorithms import PrivateKey
+from pki.pem import pem
 
 # pyca's own encryption of PKCS#8 is fixed at 2048 rounds, too few for a passphrase that a person chose. This is what
 # OWASP advises for HMAC-SHA256; opening a key takes about 0.1 s.

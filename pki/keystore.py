@@ -13,11 +13,11 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from ca_algorithms import KeyType, PrivateKey, generate_keypair
-from ca_parsing import failing_as
-from ca_pkcs8 import encrypt_private_key
 from core.errors import CaKeyUnavailable
 from core.files import fsync_directory, private_folder, replace_file
+from pki.algorithms import KeyType, PrivateKey, generate_keypair
+from pki.parsing import failing_as
+from pki.pkcs8 import encrypt_private_key
 
 MAX_FILE_BYTES = 64 * 1024
 MIN_PASSPHRASE_BYTES = 16

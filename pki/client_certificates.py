@@ -12,9 +12,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ca_algorithms import PublicKey, check_public_key, public_key_fingerprint
-from ca_parsing import failing_as
 from core.errors import ClientCertificateRefused
+from pki.algorithms import PublicKey, check_public_key, public_key_fingerprint
+from pki.parsing import failing_as
 
 MAX_CERTIFICATE_BYTES = 16 * 1024
 T = TypeVar("T", bound=x509.ExtensionType)

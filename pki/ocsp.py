@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, ObjectIdentifier, OCSPExtensionOID, SignatureAlgorithmOID
 
 from ca import Issuer, Reason
-from ca_algorithms import public_key_der
-from ca_ocsp_asn1 import (
+from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
+from pki.algorithms import public_key_der
+from pki.ocsp_asn1 import (
     AlgorithmIdentifier,
     BasicResponse,
     CertId,
@@ -33,8 +34,7 @@ from ca_ocsp_asn1 import (
     SubjectPublicKeyInfo,
     Unknown,
 )
-from ca_parsing import failing_as
-from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
+from pki.parsing import failing_as
 
 MOST_BYTES = 32 * 1024  # of a request
 MOST_CERTIFICATES = 100  # in a request

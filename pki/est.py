@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, pkcs7
 from cryptography.x509.oid import NameOID
 
-from ca_algorithms import PrivateKey, PublicKey, check_public_key, public_key_fingerprint
-from ca_parsing import failing_as
-from ca_requests import MAX_CSR_CHARACTERS, check_csr, der_of
 from core.errors import CsrInvalid
+from pki.algorithms import PrivateKey, PublicKey, check_public_key, public_key_fingerprint
+from pki.csr import MAX_CSR_CHARACTERS, check_csr, der_of
+from pki.parsing import failing_as
 
 # With them a client asks for its key to be encrypted (RFC 7030 section 4.4.1.1, RFC 4108 section 2.2.5).
 _ENCRYPTED_KEY = frozenset({"1.2.840.113549.1.9.16.2.37", "1.2.840.113549.1.9.16.2.54"})

@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from ca_algorithms import check_public_key
-from ca_parsing import failing_as
 from core.errors import KeyRefused, ManufacturerInvalid, ProofInvalid
+from pki.algorithms import check_public_key
+from pki.parsing import failing_as
 
 MAX_PEM_CHARACTERS = 16 * 1024
 _ONE_PEM = "Send one certificate in PEM, BEGIN CERTIFICATE to END CERTIFICATE."

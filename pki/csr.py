@@ -9,9 +9,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from ca_algorithms import ACCEPTED, PublicKey, check_public_key, public_key_der
-from ca_parsing import failing_as
 from core.errors import CsrInvalid, KeyRefused
+from pki.algorithms import ACCEPTED, PublicKey, check_public_key, public_key_der
+from pki.parsing import failing_as
 
 MAX_CSR_CHARACTERS = 16 * 1024
 

@@ -10,9 +10,9 @@ from enum import StrEnum
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from ca_algorithms import PrivateKey, check_public_key, public_key_der, signature_hash
-from ca_profiles import Extension, extension
 from core.errors import CaKeyUnavailable, IssuerUnusable
+from pki.algorithms import PrivateKey, check_public_key, public_key_der, signature_hash
+from pki.profiles import Extension, extension
 
 SERIAL_BITS = 159  # with the sign bit, 20 bytes: the most that RFC 5280 §4.1.2.2 allows
 _ISSUER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
