@@ -13,29 +13,29 @@ from datetime import datetime
 import click
 from flask import Flask, Response, current_app, g, request
 
-from api import admission, paths, problems, requests
-from api.bulk import bulk
-from api.description import description_of
-from api.device_lifecycle import device_lifecycle
-from api.devices import devices
-from api.direct import DirectAnswers
-from api.downloads import downloads
-from api.enrolment import enrolment
-from api.est import est
-from api.manufacturers import manufacturers
-from api.ocsp import ocsp
-from api.operation import operation
-from api.pki import pki
-from api.responses import response_of
-from api.routing import Call, Route
-from api.tokens import tokens
-from api.webhooks import webhooks
 from config import Settings
 from core import errors, logs, metrics
 from core.errors import PortalError, StartupError
 from operations.commands import commands
 from operations.jobs import jobs
 from operations.wiring import Portal, open_portal, utc_now
+from web.api import admission, paths, problems, requests
+from web.api.bulk import bulk
+from web.api.description import description_of
+from web.api.device_lifecycle import device_lifecycle
+from web.api.devices import devices
+from web.api.direct import DirectAnswers
+from web.api.downloads import downloads
+from web.api.enrolment import enrolment
+from web.api.est import est
+from web.api.manufacturers import manufacturers
+from web.api.ocsp import ocsp
+from web.api.operation import operation
+from web.api.pki import pki
+from web.api.responses import response_of
+from web.api.routing import Call, Route
+from web.api.tokens import tokens
+from web.api.webhooks import webhooks
 
 log = logging.getLogger("portal.request")
 

@@ -13,7 +13,6 @@ import click
 from flask import Flask
 
 import audit
-import serving
 from config import Settings
 from core import logs, metrics
 from core.files import own_until_exit, replace_file
@@ -21,6 +20,7 @@ from onboarding_clients import CLIENT_CAS
 from operations.commands import backup, ca, doctor
 from operations.commands.plain import plainly, settings_here
 from operations.wiring import first_token, occupied, open_portal, prepare
+from web import serving
 
 log = logging.getLogger("portal.admin")
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from api.device_models import DeviceQuery, PatchRequest, RegisterRequest, RevokeRequest
-from api.operator_models import AuditQuery, TokenRequest
 from commands.bundle import NAMES, open_bundle
 from commands.errors import CheckFailed
 from core.errors import InputInvalid
 from inventory import _read_cursor
 from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle
+from web.api.device_models import DeviceQuery, PatchRequest, RegisterRequest, RevokeRequest
+from web.api.operator_models import AuditQuery, TokenRequest
 
 BODIES: tuple[type[BaseModel], ...] = (RegisterRequest, PatchRequest, RevokeRequest, TokenRequest)
 QUERIES: tuple[type[BaseModel], ...] = (DeviceQuery, AuditQuery)

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import serving_loop
 from config import Address, Settings
 from core.errors import PortalError, StartupError
-from serving import serve
-from transport import client_certificate
+from web import serving_loop
+from web.serving import serve
+from web.transport import client_certificate
 
 BIG = 20 * 1024 * 1024
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]

@@ -9,8 +9,8 @@ from gunicorn.http import errors, get_parser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving_framing import BegunRequest, RequestScanner, WholeRequest
-from serving_refusals import RequestRefused
+from web.serving_framing import BegunRequest, RequestScanner, WholeRequest
+from web.serving_refusals import RequestRefused
 
 LIMIT = 2000
 HEAD = b"POST /%d HTTP/1.1\r\nHost: localhost\r\n"

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import serving
 from config import Settings
 from tests.support.serving_process import (
     PATIENCE,
@@ -25,6 +24,7 @@ from tests.support.serving_process import (
     running,
     start,
 )
+from web import serving
 
 
 def failed_start(**changes: Any) -> str:

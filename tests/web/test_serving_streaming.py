@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from serving_worker import MOST_STREAMS
 from tests.support.serving_process import CHUNKED, Server, facts, is_closed, problem, request, response, running
+from web.serving_worker import MOST_STREAMS
 
 BULK = "/register/bulk"
 LIMIT = 200 << 20

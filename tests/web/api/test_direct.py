@@ -10,10 +10,10 @@ import pytest
 from flask import Flask
 from werkzeug.test import Client, TestResponse
 
-from api.direct import DirectAnswers
 from app import ROUTES, portal_of
 from core.errors import DatabaseUnavailable
 from tests.support.harness import ON_SQLITE
+from web.api.direct import DirectAnswers
 
 DOCUMENTS = ("/ca.pem", "/ca/root.cer", "/crl/issuing-1.crl")
 OCSP = {"content_type": "application/ocsp-request", "data": b"0"}

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 import pytest
 from flask import Flask
 
-from api.operation import FOR_OPERATORS
 from app import ROUTES, portal_of
 from core.errors import DatabaseUnavailable
 from core.roles import Role
@@ -17,6 +16,7 @@ from db import Database
 from enforcement import Enforcement
 from operations.readiness import Readiness
 from tests.support.harness import Api, Clock, api_as, problem_of
+from web.api.operation import FOR_OPERATORS
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import negative_data_rejection
 
-from api.fields import Metadata
-from api.openapi import openapi
-from api.problems import IN_PLAIN_TEXT
 from app import ROUTES
 from core.roles import Role
 from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem
 from tests.support.pki import PEM, Authority
+from web.api.fields import Metadata
+from web.api.openapi import openapi
+from web.api.problems import IN_PLAIN_TEXT
 
 CONFIG = {
     "seed": 1,

@@ -21,12 +21,12 @@ from schemathesis.core.parameters import ParameterLocation
 from schemathesis.engine.errors import is_inconsistent_replay
 from schemathesis.generation.stateful.state_machine import StepInput, StepOutput
 
-from api.openapi import openapi
 from app import ROUTES, portal_of
 from core.device_status import DeviceStatus
 from core.roles import Role
 from tests.support.harness import ON_SQLITE, Api, api_as
 from tests.web.api.test_schemathesis import CONFIG, Application, fit, things
+from web.api.openapi import openapi
 
 RUNS = int(os.environ.get("STATEFUL_RUNS", "60"))
 STEPS = 8

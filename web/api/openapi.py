@@ -1,0 +1,194 @@
+"""The OpenAPI 3.1 text, made from the routes with the models that check the requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from web.api import problems
+from web.api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS
+from web.api.links import links
+from web.api.openapi_bodies import request_body
+from web.api.operation_models import ReadyModel
+from web.api.problems import ProblemModel
+from web.api.routing import Answers, Route
+
+VERSION = "1"
+_ERROR_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    405: {"Allow": "The methods that the path takes"},
+    429: {"Retry-After": "Seconds"},
+    503: {"Retry-After": "Seconds"},
+}
+
+_BASIC = {"WWW-Authenticate": "Basic"}
+
+
+def openapi(routes: Sequence[Route], *, server_url: str) -> dict[str, Any]:
+    """Describe every route (OpenAPI 3.1.1)."""
+    schemas = _schemas(routes)
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        methods = paths.setdefault(route.path, {})
+        methods[route.method.lower()] = operation = _operation(route, schemas)
+        operation["responses"][str(route.answers.status)] |= links(route, routes)
+        if route.head_summary:
+            methods["head"] = _head_operation(route, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Device Onboarding Portal",
+            "version": VERSION,
+            "description": "Registers IoT devices, issues their certificates, gives them their topics on the MQTT"
+            " broker, and puts them out again.",
+        },
+        "servers": [{"url": server_url}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas["components"],
+            "securitySchemes": {
+                "operatorToken": {"type": "http", "scheme": "bearer", "description": "An operator token"}
+            },
+        },
+    }
+
+
+def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
+    inputs: dict[type[BaseModel], None] = {}
+    outputs: dict[type[BaseModel], None] = {ProblemModel: None, ReadyModel: None}
+    for route in routes:
+        for model in (route.body, route.query, route.rows):
+            if model is not None:
+                inputs[model] = None
+        if route.answers.model is not None:
+            outputs[route.answers.model] = None
+    references, definitions = models_json_schema(
+        [*((model, "validation") for model in inputs), *((model, "serialization") for model in outputs)],
+        ref_template="#/components/schemas/{model}",
+    )
+    named = {model: schema for (model, _mode), schema in references.items()}
+    return {"components": definitions.get("$defs", {}), "by_model": named}
+
+
+def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": pattern}}
+        for name, pattern in PATH_PARAMETERS.items()
+        if f"{{{name}}}" in route.path
+    ]
+    if route.query is not None:
+        parameters += _query_parameters(route.query, schemas)
+    if route.idempotency_key:
+        parameters.append(
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "required": False,
+                "description": "A repeat with the same key within 24 hours gets the first answer",
+                "schema": {"type": "string", "pattern": IDEMPOTENCY_KEY},
+            }
+        )
+    operation: dict[str, Any] = {
+        "operationId": route.name,
+        "summary": route.summary,
+        "tags": [route.tag],
+        "parameters": parameters,
+        "responses": _responses(route, schemas),
+        "security": _security(route),
+    }
+    body = request_body(route, schemas["by_model"])
+    if body is not None:
+        operation["requestBody"] = body
+    return operation
+
+
+def _security(route: Route) -> list[dict[str, list[str]]]:
+    if route.permission is not None:
+        return [{"operatorToken": []}]
+    return [{}, {"operatorToken": []}] if route.token_optional else []
+
+
+def _head_operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+    operation = _operation(route, schemas)
+    responses = {
+        status: {name: value for name, value in response.items() if name != "content"}
+        for status, response in operation["responses"].items()
+    }
+    return {
+        **operation,
+        "operationId": f"{route.name}_head",
+        "summary": route.head_summary,
+        "responses": responses,
+    }
+
+
+def _query_parameters(model: type[BaseModel], schemas: dict[str, Any]) -> list[dict[str, Any]]:
+    name = schemas["by_model"][model]["$ref"].rpartition("/")[2]
+    properties = schemas["components"][name]["properties"]
+    return [
+        {"name": field, "in": "query", "required": False, "schema": _without_null(schema)}
+        for field, schema in properties.items()
+    ]
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A query parameter is there or not; it is never null."""
+    options = [option for option in schema.get("anyOf", []) if option.get("type") != "null"]
+    rest = {name: value for name, value in schema.items() if name not in ("anyOf", "default") or value is not None}
+    if options:
+        rest.pop("anyOf")
+        rest |= options[0]
+    return rest
+
+
+def _responses(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+    answers = route.answers
+    responses = {str(answer.status): _success(answer, schemas) for answer in (answers, *route.also)}
+    if route.on_pki_listener and answers.model is None:
+        responses["304"] = {"description": "Not modified", "headers": _headers(answers.headers)}
+    plain = route.path.startswith(problems.IN_PLAIN_TEXT)
+    said = {problems.MEDIA_TYPE: {"schema": schemas["by_model"][ProblemModel]}}
+    for status in sorted(_error_statuses(route)):
+        responses[str(status)] = {
+            "description": HTTPStatus(status).phrase,
+            "content": {"text/plain": {"schema": {"type": "string"}}} if plain else said,
+            "headers": _headers(_BASIC if plain and status == 401 else _ERROR_HEADERS.get(status)),
+        }
+    if route.path == "/readyz":
+        responses["503"]["content"]["application/json"] = {"schema": schemas["by_model"][ReadyModel]}
+    return responses
+
+
+def _success(answers: Answers, schemas: dict[str, Any]) -> dict[str, Any]:
+    schema = {"type": "object"} if answers.media_type == "application/json" else {"type": "string", "format": "binary"}
+    if answers.model is not None:
+        schema = schemas["by_model"][answers.model]
+    return {
+        "description": answers.description,
+        "content": {kind: {"schema": schema} for kind in (answers.media_type, *answers.other_media_types)},
+        "headers": _headers(answers.headers),
+    }
+
+
+def _error_statuses(route: Route) -> set[int]:
+    statuses = {400, 405, *route.errors}
+    if route.permission is not None:
+        statuses |= {401, 403, 429, 503}
+    if route.body is not None:
+        statuses |= {413, 415, 422}
+    if route.octets is not None:
+        statuses |= {413, 415}
+    if route.rows is not None:
+        statuses |= {408, 413, 415, 422}
+    if route.query is not None or route.idempotency_key:
+        statuses |= {422}
+    return statuses
+
+
+def _headers(more: Mapping[str, str] | None = None) -> dict[str, Any]:
+    described = {"X-Request-Id": "Stands in the log and the audit record, too", **(more or {})}
+    return {name: {"description": description, "schema": {"type": "string"}} for name, description in described.items()}

@@ -1,0 +1,47 @@
+"""The portal about itself: alive, ready, in figures."""
+
+from __future__ import annotations
+
+from core import metrics, roles
+from core.roles import Permission
+from web.api.operation_models import CheckModel, HealthModel, ReadyModel
+from web.api.routing import Answers, Call, Reply, Routes
+
+operation = Routes("Operation")
+
+FOR_OPERATORS = "The reason is told to operators: ask with an operator token, or run doctor on the portal's machine."
+
+
+@operation.route("GET", "/healthz", permission=None, answers=Answers(HealthModel))
+def healthz(_call: Call) -> Reply:
+    """Say that the process is alive, with no work done."""
+    return Reply(HealthModel(status="ok"))
+
+
+@operation.route(
+    "GET", "/readyz", permission=None, token_optional=True, answers=Answers(ReadyModel), errors=(401, 429, 503)
+)
+def readyz(call: Call) -> Reply:
+    """Say whether database, CA, CRL and broker let the portal do its work, and tell operators why not."""
+    # The reasons name paths and generations: of use to who runs the portal, and to who looks for a way in.
+    told = roles.may(call.actor.role, Permission.READ)
+    checks = [
+        CheckModel(name=check.name, ok=True)
+        if check.problem is None
+        else CheckModel(name=check.name, ok=False, code=check.code, problem=check.problem if told else FOR_OPERATORS)
+        for check in call.portal.readiness.checks()
+    ]
+    ready = all(check.ok for check in checks)
+    return Reply(ReadyModel(status="ready" if ready else "not ready", checks=checks), status=200 if ready else 503)
+
+
+@operation.route(
+    "GET",
+    "/metrics",
+    permission=Permission.READ,
+    answers=Answers(media_type="text/plain", description="The text format of Prometheus, version 0.0.4"),
+)
+def read_metrics(call: Call) -> Reply:
+    """Give figures of the fleet, the broker and the requests to Prometheus."""
+    content = metrics.exposition(call.portal.monitoring.gauges())
+    return Reply(content=content, media_type=metrics.MEDIA_TYPE)

@@ -1,0 +1,94 @@
+"""The form of every error (RFC 9457)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+
+from pydantic import Field
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+
+from core.errors import FieldProblem, InputInvalid, PortalError, TooManyAttempts
+from web.api.fields import Output
+
+MEDIA_TYPE = "application/problem+json"
+# Below this path errors are a sentence in plain text, for a person who looks at what a device has received (RFC 7030
+# section 4.2.3).
+IN_PLAIN_TEXT = "/.well-known/est/"
+# What the web framework refuses by itself: code and detail for each status.
+_OF_THE_FRAMEWORK = {
+    400: ("malformed_request", "The request cannot be read; see GET /docs for its form."),
+    404: ("not_found", "There is nothing at this path; see GET /docs for what there is."),
+    405: ("method_not_allowed", "This path does not take this method; see the Allow header."),
+    413: ("body_too_large", "The body is longer than the portal takes; see PORTAL_MAX_BODY_BYTES."),
+}
+_OF_ANOTHER_KIND = ("refused", "The request cannot be taken as it is; see GET /docs.")
+
+
+class FieldErrorModel(Output):
+    """One thing wrong with one field."""
+
+    field: str
+    message: str
+
+
+class ProblemModel(Output):
+    """An error (RFC 9457): `detail` says in one sentence what is wrong and what to do, `code` is stable."""
+
+    type: str
+    title: str
+    status: int = Field(ge=400, le=599)
+    detail: str
+    code: str = Field(pattern="^[a-z_]+$")
+    request_id: str
+    errors: list[FieldErrorModel] | None = None
+
+
+def problem(
+    status: int, code: str, detail: str, *, request_id: str, errors: Iterable[FieldProblem] = ()
+) -> ProblemModel:
+    """Say what went wrong, as it is sent."""
+    return ProblemModel(
+        type=f"urn:onboarding-portal:error:{code}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        code=code,
+        request_id=request_id,
+        errors=[FieldErrorModel(field=item.field, message=item.message) for item in errors] or None,
+    )
+
+
+def of_error(
+    error: Exception, status_of: Mapping[type[PortalError], int], *, request_id: str, path: str = ""
+) -> tuple[ProblemModel, dict[str, str]]:
+    """Say what went wrong, with the headers that go with it; all that is no error of the caller's is one constant."""
+    plain = path.startswith(IN_PLAIN_TEXT)
+    headers: dict[str, str] = {}
+    status, code, detail = 500, "internal_error", "The portal failed; its log has the cause under this request id."
+    if isinstance(error, PortalError):
+        status = next(status_of[kind] for kind in type(error).__mro__ if kind in status_of)
+        if status != 500:
+            code, detail = error.code, error.detail
+    elif isinstance(error, HTTPException) and error.code is not None and 400 <= error.code < 500:
+        status = error.code
+        code, detail = _OF_THE_FRAMEWORK.get(status, _OF_ANOTHER_KIND)
+        if isinstance(error, MethodNotAllowed) and error.valid_methods:
+            headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    if status == 422 and plain:
+        status = 400
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="enrolment", charset="UTF-8"' if plain else "Bearer"
+    elif status == 503:
+        headers["Retry-After"] = "2"
+    elif isinstance(error, TooManyAttempts):
+        headers["Retry-After"] = str(error.retry_after)
+    invalid = error.errors if isinstance(error, InputInvalid) else ()
+    return problem(status, code, detail, request_id=request_id, errors=invalid), headers
+
+
+def as_sent(said: ProblemModel, path: str) -> tuple[str, str]:
+    """The body of an error with its media type."""
+    if path.startswith(IN_PLAIN_TEXT):
+        return f"{said.detail}\n", "text/plain; charset=utf-8"
+    return said.model_dump_json(exclude_none=True), MEDIA_TYPE

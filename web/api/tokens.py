@@ -1,0 +1,78 @@
+"""Operator tokens, and the audit record of what was done with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+
+from core.errors import FieldProblem, InputInvalid
+from core.roles import Permission, Role
+from db_access import TokenRecord
+from web.api.operator_models import (
+    AuditEntryModel,
+    AuditPage,
+    AuditQuery,
+    NewTokenModel,
+    TokenList,
+    TokenModel,
+    TokenRequest,
+)
+from web.api.routing import Answers, Call, Reply, Routes
+
+tokens = Routes("Tokens")
+
+
+@tokens.route("GET", "/tokens", permission=Permission.TOKENS, answers=Answers(TokenList))
+def list_tokens(call: Call) -> Reply:
+    """List operator tokens, newest first, without their secrets."""
+    records = call.portal.operators.tokens(call.actor.tenant_id)
+    return Reply(TokenList(tokens=[TokenModel(**_fields(record)) for record in records]))
+
+
+@tokens.route(
+    "POST",
+    "/tokens",
+    permission=Permission.TOKENS,
+    body=TokenRequest,
+    answers=Answers(NewTokenModel, status=201, description="The token, with its secret, shown this once"),
+)
+def create_token(call: Call) -> Reply:
+    """Make an operator token; its secret is in this answer and nowhere else."""
+    wanted: TokenRequest = call.body
+    life = None if wanted.expires_in_days is None else timedelta(days=wanted.expires_in_days)
+    secret, record = call.portal.operators.create(call.actor, wanted.name, Role(wanted.role), life)
+    return Reply(NewTokenModel(**_fields(record), token=secret), status=201)
+
+
+@tokens.route(
+    "DELETE",
+    "/tokens/{token_id}",
+    permission=Permission.TOKENS,
+    answers=Answers(TokenModel, description="The token is revoked, at once; a repeat answers the same"),
+    errors=(404,),
+)
+def revoke_token(call: Call) -> Reply:
+    """Revoke an operator token."""
+    return Reply(TokenModel(**_fields(call.portal.operators.revoke(call.actor, call.path["token_id"]))))
+
+
+@tokens.route("GET", "/audit", permission=Permission.AUDIT, query=AuditQuery, answers=Answers(AuditPage))
+def list_audit(call: Call) -> Reply:
+    """List the audit record, newest first."""
+    query: AuditQuery = call.query
+    if query.cursor is not None and not (query.cursor.isdigit() and len(query.cursor) < 19):
+        problem = FieldProblem("cursor", "must be the next_cursor of the page before")
+        raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem])
+    filters = query.model_dump(exclude={"limit", "cursor"}, exclude_none=True)
+    before = None if query.cursor is None else int(query.cursor)
+    found, more_before = call.portal.operators.audit(
+        call.actor.tenant_id, limit=query.limit, before=before, filters=filters
+    )
+    entries = [AuditEntryModel(**dataclasses.asdict(entry)) for entry in found]
+    return Reply(AuditPage(entries=entries, next_cursor=None if more_before is None else str(more_before)))
+
+
+def _fields(record: TokenRecord) -> dict[str, object]:
+    return {"token_id": record.id} | {
+        name: getattr(record, name) for name in TokenModel.model_fields if name != "token_id"
+    }

@@ -1,0 +1,141 @@
+"""Webhooks: subscribe a receiver to events, see what it was sent, send it again."""
+
+from __future__ import annotations
+
+from core.errors import FieldProblem, InputInvalid
+from core.roles import Permission
+from db_webhooks import Backlog, DeliveryRecord, WebhookRecord
+from events import EventType
+from web.api.routing import Answers, Call, Reply, Routes
+from web.api.webhook_models import (
+    NewWebhookModel,
+    RedeliverAnswer,
+    RedeliverRequest,
+    WebhookDeliveryModel,
+    WebhookDeliveryPage,
+    WebhookDeliveryQuery,
+    WebhookList,
+    WebhookModel,
+    WebhookRequest,
+    WebhookTestAnswer,
+)
+from webhooks import NOTHING
+
+webhooks = Routes("Webhooks")
+
+
+@webhooks.route("GET", "/webhooks", permission=Permission.WEBHOOKS, answers=Answers(WebhookList))
+def list_webhooks(call: Call) -> Reply:
+    """List webhooks, oldest first, with what waits for each."""
+    found = call.portal.webhooks.all(call.actor.tenant_id)
+    return Reply(WebhookList(webhooks=[WebhookModel(**_fields(record, backlog)) for record, backlog in found]))
+
+
+@webhooks.route(
+    "POST",
+    "/webhooks",
+    permission=Permission.WEBHOOKS,
+    body=WebhookRequest,
+    answers=Answers(NewWebhookModel, status=201, description="The webhook, with its secret, shown this once"),
+    errors=(409,),
+)
+def create_webhook(call: Call) -> Reply:
+    """Send events to a receiver from now on."""
+    wanted: WebhookRequest = call.body
+    types = [EventType(name) for name in wanted.events or ()]
+    secret, record = call.portal.webhooks.create(call.actor, wanted.name, wanted.url, types)
+    return Reply(NewWebhookModel(**_fields(record, NOTHING), secret=secret), status=201)
+
+
+@webhooks.route(
+    "DELETE",
+    "/webhooks/{webhook_id}",
+    permission=Permission.WEBHOOKS,
+    answers=Answers(WebhookModel, description="The webhook that is gone, with all that was on its way to it"),
+    errors=(404,),
+)
+def delete_webhook(call: Call) -> Reply:
+    """Send nothing more to a receiver."""
+    return Reply(WebhookModel(**_fields(*call.portal.webhooks.delete(call.actor, call.path["webhook_id"]))))
+
+
+@webhooks.route(
+    "GET",
+    "/webhooks/{webhook_id}/deliveries",
+    permission=Permission.WEBHOOKS,
+    query=WebhookDeliveryQuery,
+    answers=Answers(WebhookDeliveryPage),
+    errors=(404,),
+)
+def list_webhook_deliveries(call: Call) -> Reply:
+    """List what was or is to be sent to a receiver, newest first."""
+    query: WebhookDeliveryQuery = call.query
+    if query.cursor is not None and not (query.cursor.isdigit() and len(query.cursor) < 19):
+        problem = FieldProblem("cursor", "must be the next_cursor of the page before")
+        raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem])
+    found = call.portal.webhooks.deliveries(
+        call.actor.tenant_id,
+        call.path["webhook_id"],
+        limit=query.limit + 1,
+        before=None if query.cursor is None else int(query.cursor),
+        status=query.status,
+    )
+    page = [_delivery(record) for record in found[: query.limit]]
+    more = len(found) > query.limit
+    return Reply(WebhookDeliveryPage(deliveries=page, next_cursor=str(page[-1].delivery_id) if more else None))
+
+
+@webhooks.route(
+    "POST",
+    "/webhooks/{webhook_id}/redeliver",
+    permission=Permission.WEBHOOKS,
+    body=RedeliverRequest,
+    body_optional=True,
+    answers=Answers(RedeliverAnswer),
+    errors=(404,),
+)
+def redeliver(call: Call) -> Reply:
+    """Send again what was given up, or what is named."""
+    wanted: RedeliverRequest = call.body
+    count = call.portal.webhooks.redeliver(call.actor, call.path["webhook_id"], wanted.delivery_ids)
+    return Reply(RedeliverAnswer(redelivered=count))
+
+
+@webhooks.route(
+    "POST",
+    "/webhooks/{webhook_id}/test",
+    permission=Permission.WEBHOOKS,
+    answers=Answers(WebhookTestAnswer, description="How it ended; an event of the type test was sent, or was to be"),
+    errors=(404, 503),
+)
+def try_webhook(call: Call) -> Reply:
+    """Send a receiver a test event now, once."""
+    sent = call.portal.webhooks.test(call.actor, call.path["webhook_id"])
+    return Reply(
+        WebhookTestAnswer(
+            delivered=sent.delivered,
+            status=sent.status,
+            problem=sent.problem,
+            milliseconds=round(sent.seconds * 1000),
+        )
+    )
+
+
+def _fields(record: WebhookRecord, backlog: Backlog) -> dict[str, object]:
+    return {
+        "webhook_id": record.id,
+        "name": record.name,
+        "url": record.url,
+        "events": list(record.events),
+        "created_at": record.created_at,
+        "waiting": backlog.waiting,
+        "oldest_waiting_at": backlog.oldest,
+        "dead": backlog.dead,
+    }
+
+
+def _delivery(record: DeliveryRecord) -> WebhookDeliveryModel:
+    fields = {name: getattr(record, name) for name in WebhookDeliveryModel.model_fields if name != "delivery_id"}
+    if record.status != "waiting":
+        fields["next_at"] = None
+    return WebhookDeliveryModel(delivery_id=record.id, **fields)
