@@ -14,13 +14,13 @@ from cryptography import x509
 from sqlalchemy.engine import Connection
 
 import ca
-import db_issuers
 from authority_crl import ROOT_CRL_DAYS, RevokedEntries, next_crl
 from config import Settings
 from core.errors import CaKeyUnavailable, PortalError
 from db import Database
-from db_issuers import IssuerRecord
 from pki.keystore import CaKeys
+from store import issuers as store_issuers
+from store.issuers import IssuerRecord
 
 log = logging.getLogger("portal.authority")
 
@@ -73,7 +73,7 @@ class Authority:
         self._keys = keys
         self._lock = threading.Lock()
         with database.snapshot() as tx:
-            self._seen = tuple(db_issuers.list_issuers(tx, retired=True))
+            self._seen = tuple(store_issuers.list_issuers(tx, retired=True))
         self._current = self._load(self._seen, None)
         self._looked_at = time.monotonic()
 
@@ -132,7 +132,7 @@ class Authority:
         return self.current.with_crl()
 
     def _refresh(self, tx: Connection) -> Issuers:
-        records = tuple(db_issuers.list_issuers(tx, retired=True))
+        records = tuple(store_issuers.list_issuers(tx, retired=True))
         if [_identity(record) for record in records] != [_identity(record) for record in self._seen]:
             self._current = self._load(records, self._current)
             log.info("the issuers have changed", extra={"issuing": self._current.issuing.issuer.name})
@@ -176,7 +176,7 @@ def open_authority(database: Database, keys: CaKeys, settings: Settings, tenant_
     Raises ``CaKeyUnavailable`` where an issuing key is missing or does not open; the root's may be elsewhere.
     """
     with database.snapshot() as tx:
-        there = bool(db_issuers.list_issuers(tx))
+        there = bool(store_issuers.list_issuers(tx))
     if not there:
         _create(database, keys, settings, tenant_id, now)
     return Authority(database, keys)
@@ -200,7 +200,7 @@ def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str
     )
     with database.transaction() as tx:
         for name, kind, issued in ((ROOT, "root", root), (FIRST_ISSUING, "issuing", issuing)):
-            row_id = db_issuers.add_issuer(
+            row_id = store_issuers.add_issuer(
                 tx,
                 tenant_id=tenant_id,
                 name=name,
@@ -215,4 +215,4 @@ def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str
                 crl = next_crl(
                     tx, row_id, root_issuer, None, RevokedEntries(), days=ROOT_CRL_DAYS, generation=0, now=now
                 )
-                db_issuers.put_crl(tx, tenant_id, crl)
+                store_issuers.put_crl(tx, tenant_id, crl)

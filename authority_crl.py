@@ -9,9 +9,9 @@ from datetime import datetime, timedelta
 from sqlalchemy.engine import Connection
 
 import ca
-import db_revocations
-from db_issuers import CrlRecord
-from db_revocations import CrlHead, RevokedCertificate
+from store import revocations
+from store.issuers import CrlRecord
+from store.revocations import CrlHead, RevokedCertificate
 
 # The root's key is meant to be moved away, so its CRL, which lists issuing CAs only, lives long.
 ROOT_CRL_DAYS = 365
@@ -43,14 +43,14 @@ class RevokedEntries:
         """
         known = self._of.setdefault(issuer_id, _Known({}, 0, now))
         if known.generation and known.at <= now:
-            for row_id in db_revocations.revoked_ids(tx, issuer_id, after=known.at, until=now):
+            for row_id in revocations.revoked_ids(tx, issuer_id, after=known.at, until=now):
                 known.encoded.pop(row_id, None)
-            for entry in db_revocations.revoked_since(tx, issuer_id, known.generation, now=now):
+            for entry in revocations.revoked_since(tx, issuer_id, known.generation, now=now):
                 known.encoded[entry.id] = _encode(entry)
-        if len(known.encoded) != db_revocations.count_revoked(tx, issuer_id, now=now) or known.at > now:
+        if len(known.encoded) != revocations.count_revoked(tx, issuer_id, now=now) or known.at > now:
             known.complete(tx, issuer_id, now)
         known.generation, known.at = generation, now
-        held = db_revocations.held_certificates(tx, issuer_id, now=now)
+        held = revocations.held_certificates(tx, issuer_id, now=now)
         return [*known.encoded.values(), *map(_encode, held)]
 
 
@@ -64,10 +64,10 @@ class _Known:
 
     def complete(self, tx: Connection, issuer_id: int, now: datetime) -> None:
         """Ask for all that must be there, and read what is not."""
-        wanted = set(db_revocations.revoked_ids(tx, issuer_id, after=now))
+        wanted = set(revocations.revoked_ids(tx, issuer_id, after=now))
         for row_id in self.encoded.keys() - wanted:
             del self.encoded[row_id]
-        for entry in db_revocations.revoked_certificates(tx, sorted(wanted - self.encoded.keys())):
+        for entry in revocations.revoked_certificates(tx, sorted(wanted - self.encoded.keys())):
             self.encoded[entry.id] = _encode(entry)
 
 

@@ -10,14 +10,14 @@ from sqlalchemy.engine import Connection
 import audit
 import ca
 import db
-import db_issuers
 from audit import Actor
 from authority import Authority
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from db import Database
-from db_tables import Certificate, IssuerRow
 from pki.keystore import CaKeys
+from store import issuers as store_issuers
+from store.tables import Certificate, IssuerRow
 
 # By then no process can be about to record a certificate that it had the older CA sign.
 LEAST_TIME_MOVED = timedelta(hours=1)
@@ -33,8 +33,8 @@ def prepare_next(
     where the root's key is not here.
     """
     with database.snapshot() as tx:
-        issuers = db_issuers.list_issuers(tx, retired=True)
-        generation = db_issuers.get_broker_state(tx, actor.tenant_id).generation
+        issuers = store_issuers.list_issuers(tx, retired=True)
+        generation = store_issuers.get_broker_state(tx, actor.tenant_id).generation
     waiting = [record.name for record in issuers if record.kind == "issuing" and record.issuing_since is None]
     if waiting:
         return waiting[-1], generation
@@ -59,7 +59,7 @@ def prepare_next(
         pki_url=settings.pki_url,
     )
     with database.transaction() as tx:
-        db_issuers.add_issuer(
+        store_issuers.add_issuer(
             tx,
             tenant_id=actor.tenant_id,
             name=name,
@@ -112,7 +112,7 @@ def retire(database: Database, authority: Authority, actor: Actor, name: str, *,
     Its CRL goes on being published. Raises ``StateConflict`` where it is too early.
     """
     with database.transaction() as tx:
-        issuers = [record for record in db_issuers.list_issuers(tx) if record.kind == "issuing"]
+        issuers = [record for record in store_issuers.list_issuers(tx) if record.kind == "issuing"]
         issuing = authority.seen_by(tx).issuing
         wanted = next((record for record in issuers if record.name == name), None)
         if wanted is None:

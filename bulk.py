@@ -14,7 +14,6 @@ from datetime import datetime
 
 from sqlalchemy.exc import IntegrityError
 
-import db_bulk
 from audit import Actor
 from authority import Authority
 from bulk_making import Credentials, Job, Makers, Result, Setup
@@ -28,12 +27,13 @@ from core.failpoints import failpoint
 from core.files import FileLock
 from core.topics import new_device_id
 from db import Database
-from db_bulk import KnownDevice
 from enforcement import Enforcement
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Wanted
 from onboarding_terms import Registration
 from pki.csr import is_for_key_of
+from store import bulk
+from store.bulk import KnownDevice
 
 BATCH = 256  # rows of a transaction, which keeps other writers waiting for some 15 ms
 AHEAD = 3  # batches under way: one is written while the processes are at work on the others
@@ -139,7 +139,7 @@ class Bulk:
         known: dict[str, KnownDevice] = {}
         if external_ids:
             with self._database.snapshot() as tx:
-                known = db_bulk.find_known(tx, actor.tenant_id, external_ids)
+                known = bulk.find_known(tx, actor.tenant_id, external_ids)
         batch = _Batch(candidates, {}, [], [])
         tasks: list[Task] = []
         for candidate in candidates:

@@ -10,16 +10,15 @@ from sqlalchemy.engine import Connection
 
 import audit
 import db
-import db_access
-import db_bulk
 import events
 from audit import Actor
 from bulk_making import Credentials, Job
 from bulk_terms import Candidate
 from config import AclStyle
-from db_bulk import KnownDevice
 from events import EventType
 from onboarding_terms import Registration
+from store import access, bulk
+from store.bulk import KnownDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,8 @@ def write_batch(
     the broker must know, 0 where it need not be told.
     """
     tenant_id = actor.tenant_id
-    db_access.lock_audit_head(tx, tenant_id)  # taken anyhow; from here on no other upload writes
-    taken = db_bulk.find_known(
+    access.lock_audit_head(tx, tenant_id)  # taken anyhow; from here on no other upload writes
+    taken = bulk.find_known(
         tx, tenant_id, [id_ for task, _ in made if task.known is None and (id_ := task.candidate.external_id)]
     )
     refreshed = [task.known for task, _ in made if task.known is not None]
@@ -51,7 +50,7 @@ def write_batch(
     generation = db.next_generation(tx, tenant_id, at=now) if told or refreshed else 0
     superseded = set[str]()
     if refreshed:
-        superseded = db_bulk.supersede_unfetched(tx, tenant_id, refreshed, at=now, generation=generation)
+        superseded = bulk.supersede_unfetched(tx, tenant_id, refreshed, at=now, generation=generation)
     again, done = list[Candidate](), list[tuple[Task, Credentials]]()
     for task, credentials in made:
         lost = task.candidate.external_id in taken if task.known is None else task.job.device_id not in superseded
@@ -65,9 +64,9 @@ def write_batch(
         for task, _ in new
         if task.job.topics is not None
     }
-    db_bulk.add_devices(tx, tenant_id, [_device(task, since) for task, since in new], topics, created_at=now)
-    ids = db_bulk.add_certificates(tx, tenant_id, [_certificate(*one) for one in done], issued_at=now)
-    db_bulk.add_deliveries(
+    bulk.add_devices(tx, tenant_id, [_device(task, since) for task, since in new], topics, created_at=now)
+    ids = bulk.add_certificates(tx, tenant_id, [_certificate(*one) for one in done], issued_at=now)
+    bulk.add_deliveries(
         tx, tenant_id, [_delivery(*one, ids) for one in done if one[1].bundle is not None], created_at=now
     )
     if events.has_subscribers(tx):

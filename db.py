@@ -12,9 +12,9 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound
-from db_database import Database as Database
-from db_statements import Prepared
-from db_tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, UtcDateTime
+from store.database import Database as Database
+from store.statements import Prepared
+from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, UtcDateTime
 
 
 @dataclass(frozen=True, slots=True)

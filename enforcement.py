@@ -12,9 +12,6 @@ from datetime import datetime
 
 from sqlalchemy.engine import Connection
 
-import db_issuers
-import db_reads
-import db_revocations
 import events
 from authority import Authority, Issuers
 from authority_crl import RevokedEntries, crl_is_due, next_crl
@@ -25,11 +22,13 @@ from core.errors import LockUnavailable, PortalError
 from core.failpoints import failpoint
 from core.files import FileLock
 from db import Database
-from db_issuers import BrokerStateRecord, CrlRecord
-from db_revocations import CrlHead
 from enforcement_acl import DENIALS_KEPT, DENIED_FOR, denials, put_into_acl
 from events import EventType
 from pki import pem as pki_pem
+from store import issuers as store_issuers
+from store import reads, revocations
+from store.issuers import BrokerStateRecord, CrlRecord
+from store.revocations import CrlHead
 
 log = logging.getLogger("portal.enforcement")
 
@@ -194,7 +193,7 @@ class Enforcement:
         entries = RevokedEntries()
         try:
             with self._database.snapshot() as tx:
-                generation, now = db_issuers.get_broker_state(tx, self._tenant_id).generation, self._clock()
+                generation, now = store_issuers.get_broker_state(tx, self._tenant_id).generation, self._clock()
                 for recorded in self._authority.seen_by(tx).with_crl():
                     entries.listed(tx, recorded.id, generation=generation, now=now)
         except PortalError as error:
@@ -212,7 +211,7 @@ class Enforcement:
 
     def _state(self) -> BrokerStateRecord:
         with self._database.snapshot() as tx:
-            return db_issuers.get_broker_state(tx, self._tenant_id)
+            return store_issuers.get_broker_state(tx, self._tenant_id)
 
     def _pass(self, timeout: float) -> Outcome:
         started = time.monotonic()
@@ -236,7 +235,7 @@ class Enforcement:
             failpoint("apply.after_probe")
             with self._database.transaction() as tx:
                 now = self._clock()
-                db_issuers.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
+                store_issuers.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
                 for device_id in work.put_out:
                     events.record(
                         tx, self._tenant_id, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation
@@ -307,14 +306,14 @@ class Enforcement:
         now = self._clock()
         signed: list[CrlRecord] = []
         with self._database.snapshot() as tx:
-            state = db_issuers.get_broker_state(tx, self._tenant_id)
+            state = store_issuers.get_broker_state(tx, self._tenant_id)
             self._update_acl(tx, state, now)
             failpoint("apply.after_snapshot")
-            put_out = db_reads.devices_put_out(tx, self._tenant_id, since=state.applied_generation)
-            changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx)}
+            put_out = reads.devices_put_out(tx, self._tenant_id, since=state.applied_generation)
+            changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
             issuers = self._authority.seen_by(tx)
             for recorded in issuers.with_crl():
-                previous = db_revocations.get_crl_head(tx, recorded.id)
+                previous = revocations.get_crl_head(tx, recorded.id)
                 if crl_is_due(previous, changed_at=changed_at[recorded.id], now=now):
                     signed.append(
                         next_crl(
@@ -333,14 +332,14 @@ class Enforcement:
             failpoint("apply.after_crl_signed")
             with self._database.transaction() as tx:
                 for crl in signed:
-                    db_issuers.put_crl(tx, self._tenant_id, crl)
+                    store_issuers.put_crl(tx, self._tenant_id, crl)
             failpoint("apply.after_crl_committed")
         return _Work(state, put_out, signed, issuers)
 
     def _update_acl(self, tx: Connection, state: BrokerStateRecord, now: datetime) -> None:
         """Bring the ACL in memory from the generation of the last pass of this process to the newest."""
         since, per_device = self._acl_generation, self._settings.acl_style is AclStyle.PER_DEVICE
-        for change in db_reads.acl_changes(tx, self._tenant_id, since=since, defaults=per_device):
+        for change in reads.acl_changes(tx, self._tenant_id, since=since, defaults=per_device):
             put_into_acl(self._acl, change, now)
         if not per_device:
             if since == 0:
@@ -358,9 +357,9 @@ class Enforcement:
         pem: dict[CrlHead, bytes] = {}
         with self._database.snapshot() as tx:
             for recorded in work.issuers.with_crl():
-                head = db_revocations.get_crl_head(tx, recorded.id)
+                head = revocations.get_crl_head(tx, recorded.id)
                 if head is not None and head not in self._crl_pem:
-                    crl = db_issuers.get_crl(tx, recorded.id)
+                    crl = store_issuers.get_crl(tx, recorded.id)
                     writer = self._crl_writers.setdefault(recorded.id, pki_pem.PemOfSuccessors("X509 CRL"))
                     self._crl_pem[head] = b"" if crl is None else writer.pem(crl.der)
                 if head is not None:

@@ -7,10 +7,10 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
 
-import db_reads
 from broker_provisioning import Acl, add_device_acl, forget_device_acl, remove_device_acl
 from core.device_status import DeviceStatus
 from core.topics import Access, Topic
+from store import reads
 
 # In pattern style a device that is out is denied by name for longer than a connection can live that is half-way in
 # (95 s), and on for as long as its denial is among the newest: each one more makes the broker's reloads slower.
@@ -18,12 +18,12 @@ DENIED_FOR = timedelta(minutes=3)
 DENIALS_KEPT = 500
 
 
-def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> Sequence[db_reads.AclChange]:
+def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> Sequence[reads.AclChange]:
     """The devices that an ACL with a pattern must deny, because it may still have to keep them out (``Acl.thin``)."""
-    return db_reads.newly_out(tx, tenant_id, newest=DENIALS_KEPT, applied=applied, since=now - DENIED_FOR)
+    return reads.newly_out(tx, tenant_id, newest=DENIALS_KEPT, applied=applied, since=now - DENIED_FOR)
 
 
-def put_into_acl(acl: Acl, change: db_reads.AclChange, now: datetime) -> None:
+def put_into_acl(acl: Acl, change: reads.AclChange, now: datetime) -> None:
     """Give a device the place in the ACL that the database says."""
     if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
         remove_device_acl(acl, change.device_id, now)

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import db
-import db_device_lists
-import db_issuers
-import db_reads
-import db_revocations
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.topics import Access, Topic, default_topics, is_device_id
 from db import CertificateRecord, Database, DeviceRecord
-from db_device_lists import DeviceFilter, Place
-from db_issuers import CrlRecord
-from db_revocations import CrlHead
+from store import device_lists, issuers, reads, revocations
+from store.device_lists import DeviceFilter, Place
+from store.issuers import CrlRecord
+from store.revocations import CrlHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +49,9 @@ class Inventory:
         """Everything about one device; raises ``DeviceNotFound``."""
         with self._database.snapshot() as tx:
             device = db.get_device(tx, tenant_id, device_id)
-            certificate = db_reads.current_certificate(tx, tenant_id, device_id)
-            own = db_reads.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
-            state = db_issuers.get_broker_state(tx, tenant_id)
+            certificate = reads.current_certificate(tx, tenant_id, device_id)
+            own = reads.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
+            state = issuers.get_broker_state(tx, tenant_id)
         topics = tuple(Topic(pattern, Access(access)) for pattern, access in own)
         return DeviceDetails(
             device=device,
@@ -67,7 +64,7 @@ class Inventory:
         """Every certificate the device has had, newest first; raises ``DeviceNotFound``."""
         with self._database.snapshot() as tx:
             db.get_device(tx, tenant_id, device_id)
-            return db_reads.device_certificates(tx, tenant_id, device_id)
+            return reads.device_certificates(tx, tenant_id, device_id)
 
     def devices(self, tenant_id: str, wanted: DeviceFilter, *, limit: int, cursor: str | None) -> Page:
         """A page of devices, newest first, or with ``expires_before`` those that end soonest first.
@@ -77,7 +74,7 @@ class Inventory:
         """
         after = None if cursor is None else _read_cursor(cursor)
         with self._database.snapshot() as tx:
-            found = db_device_lists.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
+            found = device_lists.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
         page, next_place = found.devices[:limit], found.end
         if len(found.devices) > limit:
             last, not_after, _ = page[-1]
@@ -91,12 +88,12 @@ class Inventory:
         What is asked of the database each time is only which one that is: so it is never an old one, and is read once.
         """
         with self._database.snapshot() as tx:
-            head = db_revocations.get_crl_head(tx, issuer_id)
+            head = revocations.get_crl_head(tx, issuer_id)
             if head is None:
                 return None
             seen, record = self._crls.get(issuer_id, (None, None))
             if seen != head:
-                record = db_issuers.get_crl(tx, issuer_id)
+                record = issuers.get_crl(tx, issuer_id)
                 if record is not None:
                     self._crls[issuer_id] = (head, record)
         return record

@@ -15,7 +15,6 @@ from sqlalchemy.exc import IntegrityError
 
 import audit
 import db
-import db_bulk
 import events
 from audit import Actor
 from broker_provisioning import check_style
@@ -31,6 +30,7 @@ from events import EventType
 from onboarding_answers import KeptAnswers, Sealed
 from onboarding_credentials import CredentialMaker, Made, Wanted
 from onboarding_terms import Registered, Registration, Revoked
+from store import bulk
 
 log = logging.getLogger("portal.onboarding")
 
@@ -87,7 +87,7 @@ class Onboarding:
 
     @staticmethod
     def _check_free(tx: Connection, tenant_id: str, external_id: str) -> None:
-        device_id = db_bulk.owner_of(tx, tenant_id, external_id)
+        device_id = bulk.owner_of(tx, tenant_id, external_id)
         if device_id is not None:
             raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
 

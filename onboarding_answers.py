@@ -10,9 +10,9 @@ from datetime import datetime, timedelta
 from sqlalchemy.engine import Connection
 
 import credential_delivery as delivery
-import db_deliveries
 from core.errors import IdempotencyConflict
 from db import Database
+from store import deliveries
 
 ANSWERS_KEPT = timedelta(hours=24)
 
@@ -52,7 +52,7 @@ class KeptAnswers:
     def find(self, sealed: Sealed) -> Kept | None:
         """The answer given in the last 24 hours; raises ``IdempotencyConflict`` where it was to another request."""
         with self._database.snapshot() as tx:
-            kept = db_deliveries.find_answer(tx, sealed.tenant_id, sealed.seal.key_hash, now=self._clock())
+            kept = deliveries.find_answer(tx, sealed.tenant_id, sealed.seal.key_hash, now=self._clock())
         if kept is None:
             return None
         if not hmac.compare_digest(kept.request_hash, sealed.request_hash):
@@ -64,7 +64,7 @@ class KeptAnswers:
     def keep(self, tx: Connection, sealed: Sealed, content: bytes, *, generation: int) -> None:
         """Keep an answer in the transaction that it speaks of; the database refuses a second one under the key."""
         now = self._clock()
-        db_deliveries.add_answer(
+        deliveries.add_answer(
             tx,
             tenant_id=sealed.tenant_id,
             key_hash=sealed.seal.key_hash,

@@ -9,19 +9,19 @@ from sqlalchemy.engine import Connection
 
 import audit
 import db
-import db_enrolment
-import db_reenrolment
 import events
 from audit import Actor
 from core.device_status import DeviceStatus
 from core.errors import NotFound, StateConflict
 from core.topics import new_device_id
 from db import Database, DeviceRecord
-from db_enrolment import EnrolmentRecord
-from db_reenrolment import Asking, ReenrolmentRecord
 from events import EventType
 from onboarding import Onboarding
 from onboarding_terms import Registration
+from store import enrolment as store_enrolment
+from store import reenrolment
+from store.enrolment import EnrolmentRecord
+from store.reenrolment import Asking, ReenrolmentRecord
 
 REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that a rejected device is revoked with
 MOST_LISTED = 1000
@@ -82,7 +82,7 @@ class Approvals:
                     raise StateConflict("This key was rejected; the device has to ask with a new one.")
                 self._decide(tx, actor, device_id, asked, "approved", now)
             elif enrolment.status == "waiting":
-                db_enrolment.update_enrolment(tx, actor.tenant_id, enrolment.id, status="approved", decided_at=now)
+                store_enrolment.update_enrolment(tx, actor.tenant_id, enrolment.id, status="approved", decided_at=now)
                 audit.record(tx, actor, "device:approve", f"device:{device_id}", at=now, key_fingerprint=key)
         return device.status
 
@@ -104,7 +104,7 @@ class Approvals:
                 return device.status
             self._check_pending(device, "rejected")
             if enrolment is not None:
-                db_enrolment.update_enrolment(tx, actor.tenant_id, enrolment.id, status="rejected", decided_at=now)
+                store_enrolment.update_enrolment(tx, actor.tenant_id, enrolment.id, status="rejected", decided_at=now)
             # The broker has never been told to let it in, so there is nothing to tell it now.
             db.revoke_device(
                 tx, actor.tenant_id, device_id, revoked_at=now, reason=REJECTED, generation=device.generation
@@ -118,16 +118,16 @@ class Approvals:
     ) -> tuple[DeviceRecord, EnrolmentRecord | None, ReenrolmentRecord | None]:
         """A device, locked, with what it has asked for; the last is there while it is in and asks with another key."""
         device = db.get_device(tx, tenant_id, device_id, for_update=True)
-        enrolment = db_enrolment.last_enrolment(tx, tenant_id, device_id)
+        enrolment = store_enrolment.last_enrolment(tx, tenant_id, device_id)
         if enrolment is None or device.status is not DeviceStatus.ACTIVE:
             return device, enrolment, None
-        return device, enrolment, db_reenrolment.find(tx, tenant_id, enrolment.id)
+        return device, enrolment, reenrolment.find(tx, tenant_id, enrolment.id)
 
     def _decide(
         self, tx: Connection, actor: Actor, device_id: str, asked: ReenrolmentRecord, status: str, now: datetime
     ) -> None:
         key = asked.key_fingerprint
-        if db_reenrolment.decide(
+        if reenrolment.decide(
             tx, actor.tenant_id, asked.enrolment_id, key_fingerprint=key, status=status, decided_at=now
         ):
             action = "device:approve" if status == "approved" else "device:reject"
@@ -144,14 +144,14 @@ class Approvals:
         """
         with self._database.snapshot() as tx:
             db.get_device(tx, tenant_id, device_id)
-            enrolment = db_enrolment.last_enrolment(tx, tenant_id, device_id)
+            enrolment = store_enrolment.last_enrolment(tx, tenant_id, device_id)
             if enrolment is None:
                 raise NotFound("The device has never asked to be let in.")
-            return enrolment, db_reenrolment.find(tx, tenant_id, enrolment.id)
+            return enrolment, reenrolment.find(tx, tenant_id, enrolment.id)
 
     def asking(self, tenant_id: str) -> Sequence[Asking]:
         """The devices that wait for an operator, who has waited longest first; the first thousand."""
         with self._database.snapshot() as tx:
-            first = db_reenrolment.first_asking(tx, tenant_id, limit=MOST_LISTED)
-            again = db_reenrolment.asking_again(tx, tenant_id, limit=MOST_LISTED)
+            first = reenrolment.first_asking(tx, tenant_id, limit=MOST_LISTED)
+            again = reenrolment.asking_again(tx, tenant_id, limit=MOST_LISTED)
         return sorted((*first, *again), key=lambda asking: asking.asked_at)[:MOST_LISTED]

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-import db_enrolment
-import db_manufacturers
 from authority import Authority
 from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import ClientCertificateRefused
 from core.files import FileLock, replace_file
 from db import CertificateRecord, Database
-from db_manufacturers import ManufacturerRecord
 from pki import client_certificates
 from pki.client_certificates import ClientCertificate
+from store import enrolment
+from store import manufacturers as store_manufacturers
+from store.manufacturers import ManufacturerRecord
 
 CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
 _OUT_OF_DATE = "The client certificate has expired or is not valid yet."
@@ -69,7 +69,7 @@ class Clients:
 
     def _device(self, client: ClientCertificate) -> DeviceClient:
         with self._database.snapshot() as tx:
-            shown = db_enrolment.find_device_certificate(tx, client.fingerprint)
+            shown = enrolment.find_device_certificate(tx, client.fingerprint)
         if shown is None or shown.certificate.device_id is None:
             raise ClientCertificateRefused("The client certificate is not one of a device that is known here.")
         if shown.device_status is not DeviceStatus.ACTIVE or shown.certificate.revoked_at is not None:
@@ -80,7 +80,7 @@ class Clients:
         if client.not_after < self._clock():
             raise ClientCertificateRefused(_OUT_OF_DATE)
         with self._database.snapshot() as tx:
-            for record in db_manufacturers.registered_manufacturers(tx):
+            for record in store_manufacturers.registered_manufacturers(tx):
                 if self._clock() <= record.not_after and client_certificates.is_issued_by_der(client, record.der):
                     return ManufacturedClient(record.tenant_id, record, client)
         raise ClientCertificateRefused(
@@ -92,7 +92,7 @@ class Clients:
         path = self._settings.tls_dir / CLIENT_CAS
         with FileLock(self._settings.data_dir / ".client-cas.lock").hold():  # the newest state is written last
             with self._database.snapshot() as tx:
-                manufacturers = db_manufacturers.registered_manufacturers(tx)
+                manufacturers = store_manufacturers.registered_manufacturers(tx)
             issuing = [item.der for item in self._authority.issuers if item.kind == "issuing"]
             content = client_certificates.pem_bundle([*issuing, *(record.der for record in manufacturers)])
             if not path.exists() or path.read_bytes() != content:

@@ -13,13 +13,13 @@ from sqlalchemy.engine import Connection
 import ca
 import credential_delivery as delivery
 import db
-import db_deliveries
 from authority import Authority
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.topics import Topic, default_topics, expand
 from delivery.formats import BundleFormat
 from pki import est
+from store import deliveries
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class CredentialMaker:
             issued_at=now,
         )
         if made.bundle is not None:
-            db_deliveries.add_delivery(
+            deliveries.add_delivery(
                 tx,
                 tenant_id=tenant_id,
                 delivery_id=made.bundle.delivery_id,

@@ -7,7 +7,6 @@ from datetime import datetime, timedelta
 
 import audit
 import credential_delivery as delivery
-import db_deliveries
 import events
 from audit import Actor
 from config import Settings
@@ -18,6 +17,7 @@ from delivery.formats import BundleFormat
 from events import EventType
 from onboarding import Onboarding
 from onboarding_terms import Bundle
+from store import deliveries
 
 # A fetch holds its link for this long; a portal that dies meanwhile leaves the link to be fetched again after it.
 FETCH_LEASE = timedelta(seconds=30)
@@ -40,7 +40,7 @@ class Deliveries:
         self._link_keys = link_keys
         self._clock = clock
 
-    def check_download(self, token: str) -> db_deliveries.DeliveryRecord:
+    def check_download(self, token: str) -> deliveries.DeliveryRecord:
         """Look at what a link's token stands for and spend nothing.
 
         Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired``, ``LinkRevoked``.
@@ -51,7 +51,7 @@ class Deliveries:
             token, self._link_keys, now=now, max_age=timedelta(hours=self._settings.link_hours) + timedelta(days=1)
         )
         with self._database.snapshot() as tx:
-            return db_deliveries.get_delivery(tx, delivery_id, now=now)
+            return deliveries.get_delivery(tx, delivery_id, now=now)
 
     def claim_download(self, actor: Actor, token: str) -> Bundle:
         """Take the bundle behind a link for one fetch; call ``end_download`` before its end goes out.
@@ -65,7 +65,7 @@ class Deliveries:
         now = self._clock()
         grace = timedelta(seconds=self._settings.link_grace)
         with self._database.transaction() as tx:
-            content = db_deliveries.claim_delivery(tx, record.id, now=now, lease=FETCH_LEASE, grace=grace)
+            content = deliveries.claim_delivery(tx, record.id, now=now, lease=FETCH_LEASE, grace=grace)
             audit.record(tx, actor, "bundle:fetch", f"device:{record.device_id}", at=now, delivery=record.id)
         failpoint("deliver.after_claim")
         return Bundle(record.id, record.device_id, content, BundleFormat(record.format))
@@ -75,7 +75,7 @@ class Deliveries:
 
         Raises ``LinkRevoked`` where the device was revoked meanwhile; the end must not go out then.
         """
-        if not self._database.write(lambda tx: db_deliveries.close_delivery(tx, bundle.delivery_id)):
+        if not self._database.write(lambda tx: deliveries.close_delivery(tx, bundle.delivery_id)):
             raise LinkRevoked("What this link leads to has been revoked, so its bundle was destroyed.")
         failpoint("deliver.after_end")
 
@@ -84,7 +84,7 @@ class Deliveries:
         failpoint("deliver.before_finish")
         now = self._clock()
         with self._database.transaction() as tx:
-            if db_deliveries.finish_delivery(tx, bundle.delivery_id, delivered_at=now):
+            if deliveries.finish_delivery(tx, bundle.delivery_id, delivered_at=now):
                 events.record(tx, actor.tenant_id, EventType.DELIVERED, bundle.device_id, at=now)
                 audit.record(
                     tx, actor, "bundle:deliver", f"device:{bundle.device_id}", at=now, delivery=bundle.delivery_id
@@ -93,4 +93,4 @@ class Deliveries:
     def release_download(self, bundle: Bundle) -> None:
         """The fetch broke off: the same link may be used again within the grace time."""
         with self._database.transaction() as tx:
-            db_deliveries.release_delivery(tx, bundle.delivery_id, now=self._clock())
+            deliveries.release_delivery(tx, bundle.delivery_id, now=self._clock())

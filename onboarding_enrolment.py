@@ -11,8 +11,6 @@ from sqlalchemy.exc import IntegrityError
 
 import audit
 import db
-import db_enrolment
-import db_manufacturers
 from audit import Actor
 from config import Settings
 from core import metrics
@@ -22,12 +20,14 @@ from core.failpoints import failpoint
 from core.setting_values import AclStyle
 from core.topics import new_device_id
 from db import Database
-from db_enrolment import EnrolmentRecord, Terms
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Made
 from onboarding_enrolment_means import AskedMeanwhile, Enrolled, Issued, Means, Waiting
 from onboarding_reenrolment import EXPIRED, REVOKED, UNREGISTERED, Reenrolment, make, record_enrolled
 from pki.est import EnrolmentRequest
+from store import enrolment as store_enrolment
+from store import manufacturers
+from store.enrolment import EnrolmentRecord, Terms
 
 _TRIES = 3
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")
@@ -68,13 +68,13 @@ class Enrolment:
     def check_renewal_key(self, tenant_id: str, device_id: str, request: EnrolmentRequest) -> None:
         """Raise ``KeyRefused`` for a kind of key that is not allowed by what has let the device in."""
         with self._database.snapshot() as tx:
-            enrolment = db_enrolment.last_enrolment(tx, tenant_id, device_id)
+            enrolment = store_enrolment.last_enrolment(tx, tenant_id, device_id)
             if enrolment is None:
                 return
             if enrolment.token_id is not None:
-                terms = db_enrolment.get_enrolment_token(tx, tenant_id, enrolment.token_id).terms
+                terms = store_enrolment.get_enrolment_token(tx, tenant_id, enrolment.token_id).terms
             else:
-                terms = db_manufacturers.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").terms
+                terms = manufacturers.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").terms
         _check_key_type(request, terms)
 
     def _once(self, actor: Actor, means: Means, request: EnrolmentRequest) -> Issued | Waiting:
@@ -90,7 +90,7 @@ class Enrolment:
         raise Unavailable("The device has asked several times at once; try again in a few seconds.")
 
     def _find(self, tx: Connection, means: Means) -> EnrolmentRecord | None:
-        return db_enrolment.find_enrolment(
+        return store_enrolment.find_enrolment(
             tx,
             means.tenant_id,
             token_id=means.token_id,
@@ -117,7 +117,7 @@ class Enrolment:
                 # Under the pattern style a new device with the default topics is let in with no word to the broker.
                 told = means.device_id is not None or self._settings.acl_style is AclStyle.PER_DEVICE
                 generation, certificate_id = self._let_in(tx, means, device_id, made, now, told=told)
-            db_enrolment.add_enrolment(
+            store_enrolment.add_enrolment(
                 tx,
                 means.tenant_id,
                 device_id=device_id,
@@ -148,7 +148,7 @@ class Enrolment:
         if means.token_id is None:
             self._check_manufacturer(tx, means)
         else:
-            token = db_enrolment.lock_enrolment_token(tx, means.tenant_id, means.token_id)
+            token = store_enrolment.lock_enrolment_token(tx, means.tenant_id, means.token_id)
         if self._find(tx, means) is not None:
             raise AskedMeanwhile
         if means.token_id is None:
@@ -159,11 +159,11 @@ class Enrolment:
             raise EnrolmentRefused(EXPIRED)
         if token.uses >= token.uses_allowed:
             raise EnrolmentRefused("The enrolment token is used up; ask an operator for another one.")
-        db_enrolment.count_use(tx, means.tenant_id, means.token_id)
+        store_enrolment.count_use(tx, means.tenant_id, means.token_id)
         return token.uses + 1
 
     def _check_manufacturer(self, tx: Connection, means: Means) -> None:
-        record = db_manufacturers.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
+        record = manufacturers.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
         if record.status != "registered":
             raise EnrolmentRefused(UNREGISTERED)
 
@@ -190,13 +190,13 @@ class Enrolment:
     def _again(self, actor: Actor, means: Means, request: EnrolmentRequest, known: EnrolmentRecord) -> Issued | Waiting:
         with self._database.snapshot() as tx:
             if means.token_id is not None:
-                token = db_enrolment.get_enrolment_token(tx, means.tenant_id, means.token_id)
+                token = store_enrolment.get_enrolment_token(tx, means.tenant_id, means.token_id)
                 if token.revoked_at is not None:
                     raise EnrolmentRefused(REVOKED)
             device = db.get_device(tx, means.tenant_id, known.device_id)
             certificate = None
             if known.certificate_id is not None:
-                certificate = db_enrolment.get_certificate(tx, means.tenant_id, known.certificate_id)
+                certificate = store_enrolment.get_certificate(tx, means.tenant_id, known.certificate_id)
         if known.status == "rejected" or device.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
             raise EnrolmentRefused("The device has been rejected, revoked or suspended by an operator.")
         if certificate is not None:
@@ -206,7 +206,7 @@ class Enrolment:
         if known.key_fingerprint != request.key_fingerprint:
             with self._database.transaction() as tx:
                 key = request.key_fingerprint
-                db_enrolment.update_enrolment(tx, means.tenant_id, known.id, key_fingerprint=key)
+                store_enrolment.update_enrolment(tx, means.tenant_id, known.id, key_fingerprint=key)
         return Waiting(device.id)
 
     def _issue_approved(
@@ -224,7 +224,9 @@ class Enrolment:
             if device.status is not DeviceStatus.PENDING:
                 raise EnrolmentRefused("The device is not waiting to enrol any more.")
             generation, certificate_id = self._let_in(tx, means, known.device_id, made, now, told=True)
-            db_enrolment.update_enrolment(tx, means.tenant_id, known.id, status="issued", certificate_id=certificate_id)
+            store_enrolment.update_enrolment(
+                tx, means.tenant_id, known.id, status="issued", certificate_id=certificate_id
+            )
             self._record(tx, actor, known.device_id, request, made, now)
             return generation
 

@@ -8,13 +8,13 @@ from datetime import datetime, timedelta
 
 import audit
 import db
-import db_enrolment
 from audit import Actor
 from core.device_status import DeviceStatus
 from core.errors import StateConflict
 from core.roles import hash_token
 from db import Database
-from db_enrolment import EnrolmentTokenRecord, Terms
+from store import enrolment
+from store.enrolment import EnrolmentTokenRecord, Terms
 
 TOKEN_PREFIX = "en_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
 MOST_LISTED = 1000
@@ -53,7 +53,7 @@ class EnrolmentTokens:
                 device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
                 if device.status is not DeviceStatus.PENDING:
                     raise StateConflict(f"The device is {device.status}; only a pending one can enrol by a token.")
-            db_enrolment.add_enrolment_token(tx, record, secret_hash=hash_token(secret))
+            enrolment.add_enrolment_token(tx, record, secret_hash=hash_token(secret))
             detail = {"device_id": device_id} if device_id else {"count": count}
             audit.record(
                 tx, actor, "enrolment_token:create", f"enrolment_token:{record.id}", at=now, name=name, **detail
@@ -64,7 +64,7 @@ class EnrolmentTokens:
         """Revoke a token, at once; devices that have enrolled by it stay. Raises ``NotFound``."""
         now = self._clock()
         with self._database.transaction() as tx:
-            record = db_enrolment.revoke_enrolment_token(tx, actor.tenant_id, token_id, revoked_at=now)
+            record = enrolment.revoke_enrolment_token(tx, actor.tenant_id, token_id, revoked_at=now)
             if record.revoked_at == now:
                 audit.record(tx, actor, "enrolment_token:revoke", f"enrolment_token:{token_id}", at=now)
         return record
@@ -72,9 +72,9 @@ class EnrolmentTokens:
     def tokens(self, tenant_id: str) -> Sequence[EnrolmentTokenRecord]:
         """The newest thousand tokens, newest first."""
         with self._database.snapshot() as tx:
-            return db_enrolment.list_enrolment_tokens(tx, tenant_id, limit=MOST_LISTED)
+            return enrolment.list_enrolment_tokens(tx, tenant_id, limit=MOST_LISTED)
 
     def find(self, secret: str) -> EnrolmentTokenRecord | None:
         """The token with this secret, in whatever state; what it is still good for is decided where it is used."""
         with self._database.snapshot() as tx:
-            return db_enrolment.find_enrolment_token(tx, hash_token(secret))
+            return enrolment.find_enrolment_token(tx, hash_token(secret))

@@ -9,14 +9,14 @@ from datetime import datetime, timedelta
 from sqlalchemy.exc import IntegrityError
 
 import audit
-import db_manufacturers
 from audit import Actor
 from core.errors import Conflict, ProofInvalid
 from db import Database
-from db_enrolment import Terms
-from db_manufacturers import ManufacturerRecord
 from onboarding_clients import Clients
 from pki import manufacturer_ca
+from store import manufacturers as store_manufacturers
+from store.enrolment import Terms
+from store.manufacturers import ManufacturerRecord
 
 NONCE_LIFE = timedelta(hours=24)
 
@@ -53,7 +53,7 @@ class Manufacturers:
         )
         try:
             with self._database.transaction() as tx:
-                db_manufacturers.add_manufacturer(tx, record)
+                store_manufacturers.add_manufacturer(tx, record)
                 audit.record(
                     tx,
                     actor,
@@ -76,7 +76,7 @@ class Manufacturers:
         """
         now = self._clock()
         with self._database.snapshot() as tx:
-            record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+            record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
         if record.status == "unproven":
             if record.nonce_expires_at <= now:
                 raise ProofInvalid("The nonce has expired; remove the manufacturer and add it anew.")
@@ -85,16 +85,16 @@ class Manufacturers:
             else:
                 manufacturer_ca.check_proof_by_signature(record.der, record.nonce, signature or "")
         with self._database.transaction() as tx:
-            record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
+            record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
             if record.status == "removed":
                 raise Conflict("The manufacturer was removed; add it anew.")
             if record.status == "unproven":
-                db_manufacturers.update_manufacturer(
+                store_manufacturers.update_manufacturer(
                     tx, actor.tenant_id, manufacturer_id, status="registered", proven_at=now
                 )
                 by = "certificate" if certificate is not None else "signature"
                 audit.record(tx, actor, "manufacturer:prove", f"manufacturer:{manufacturer_id}", at=now, by=by)
-                record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+                record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
         self._clients.write_authorities()
         return record
 
@@ -102,22 +102,22 @@ class Manufacturers:
         """Let nobody in by this CA any more, at once; devices that have enrolled by it stay. Raises ``NotFound``."""
         now = self._clock()
         with self._database.transaction() as tx:
-            record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
+            record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
             if record.status != "removed":
-                db_manufacturers.update_manufacturer(
+                store_manufacturers.update_manufacturer(
                     tx, actor.tenant_id, manufacturer_id, status="removed", removed_at=now
                 )
                 audit.record(tx, actor, "manufacturer:remove", f"manufacturer:{manufacturer_id}", at=now)
-                record = db_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+                record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
         self._clients.write_authorities()
         return record
 
     def manufacturers(self, tenant_id: str) -> Sequence[ManufacturerRecord]:
         """Every manufacturer, newest first."""
         with self._database.snapshot() as tx:
-            return db_manufacturers.list_manufacturers(tx, tenant_id)
+            return store_manufacturers.list_manufacturers(tx, tenant_id)
 
     def manufacturer(self, tenant_id: str, manufacturer_id: str) -> ManufacturerRecord:
         """One manufacturer; raises ``NotFound``."""
         with self._database.snapshot() as tx:
-            return db_manufacturers.get_manufacturer(tx, tenant_id, manufacturer_id)
+            return store_manufacturers.get_manufacturer(tx, tenant_id, manufacturer_id)

@@ -9,22 +9,19 @@ from sqlalchemy.engine import Connection
 
 import audit
 import db
-import db_enrolment
-import db_manufacturers
-import db_reenrolment
-import db_renewal
 import events
 from audit import Actor
 from core import metrics
 from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
 from db import CertificateRecord, Database, DeviceRecord
-from db_enrolment import EnrolmentRecord
 from events import EventType
 from onboarding import Onboarding
 from onboarding_credentials import CredentialMaker, Made, Wanted
 from onboarding_enrolment_means import AskedMeanwhile, Issued, Means, Waiting
 from pki.est import EnrolmentRequest, is_for_key
+from store import enrolment, manufacturers, reenrolment, renewal
+from store.enrolment import EnrolmentRecord
 
 # Each certificate that replaces another puts that one on the CRL; a device whose answers are lost asks again and again.
 MOST_IN_A_DAY = 5
@@ -100,7 +97,7 @@ class Reenrolment:
 
     def _is_current(self, means: Means, certificate: CertificateRecord) -> bool:
         with self._database.snapshot() as tx:
-            return db_renewal.is_current(tx, means.tenant_id, certificate.device_id or "", certificate.fingerprint)
+            return renewal.is_current(tx, means.tenant_id, certificate.device_id or "", certificate.fingerprint)
 
     def _by_leave(
         self, actor: Actor, means: Means, request: EnrolmentRequest, known: EnrolmentRecord
@@ -111,12 +108,12 @@ class Reenrolment:
         """
         key = request.key_fingerprint
         with self._database.snapshot() as tx:
-            asked = db_reenrolment.find(tx, means.tenant_id, known.id)
+            asked = reenrolment.find(tx, means.tenant_id, known.id)
         if asked is None or asked.key_fingerprint != key:
             now = self._clock()
             with self._database.transaction() as tx:
                 self._check_manufacturer(tx, means)
-                db_reenrolment.ask(tx, means.tenant_id, known.id, key_fingerprint=key, asked_at=now)
+                reenrolment.ask(tx, means.tenant_id, known.id, key_fingerprint=key, asked_at=now)
                 audit.record(tx, actor, "device:ask_again", f"device:{known.device_id}", at=now, key_fingerprint=key)
             return Waiting(known.device_id)
         if asked.status == "rejected":
@@ -138,22 +135,22 @@ class Reenrolment:
             if device.status is not DeviceStatus.ACTIVE:
                 raise EnrolmentRefused("The device has been revoked or suspended by an operator.")
             if approved:
-                db_reenrolment.take(tx, means.tenant_id, known.id, request.key_fingerprint)
+                reenrolment.take(tx, means.tenant_id, known.id, request.key_fingerprint)
             elif self._find(tx, means) != known:
                 raise AskedMeanwhile
             since = now - timedelta(days=1)
-            if db_reenrolment.count_issued(tx, means.tenant_id, known.device_id, since=since) >= MOST_IN_A_DAY:
+            if reenrolment.count_issued(tx, means.tenant_id, known.device_id, since=since) >= MOST_IN_A_DAY:
                 sentence = f"The device was given {MOST_IN_A_DAY} certificates within a day; ask again tomorrow."
                 raise TooManyAttempts(sentence, retry_after=3600)
             generation = db.next_generation(tx, means.tenant_id, at=now)
-            unfetched = db_renewal.unfetched(tx, means.tenant_id, known.device_id)
-            db_renewal.drop_unfetched(tx, unfetched, now=now, generation=generation)
-            db_renewal.replace_current(tx, means.tenant_id, known.device_id, until=now, ends_when_used=False)
-            db_renewal.end_replaced(tx, means.tenant_id, known.device_id, now=now, generation=generation)
+            unfetched = renewal.unfetched(tx, means.tenant_id, known.device_id)
+            renewal.drop_unfetched(tx, unfetched, now=now, generation=generation)
+            renewal.replace_current(tx, means.tenant_id, known.device_id, until=now, ends_when_used=False)
+            renewal.end_replaced(tx, means.tenant_id, known.device_id, now=now, generation=generation)
             db.update_device(tx, means.tenant_id, known.device_id, {"generation": generation, "updated_at": now})
             certificate_id = self._credentials.record(tx, means.tenant_id, known.device_id, made, now=now)
             values = {"key_fingerprint": request.key_fingerprint, "certificate_id": certificate_id}
-            db_enrolment.update_enrolment(tx, means.tenant_id, known.id, **values)
+            enrolment.update_enrolment(tx, means.tenant_id, known.id, **values)
             record_enrolled(tx, actor, "device:enrol_again", known.device_id, request, made, now)
             return generation
 
@@ -162,7 +159,7 @@ class Reenrolment:
         return Issued(known.device_id, made.issued.der, generation, made.key)
 
     def _find(self, tx: Connection, means: Means) -> EnrolmentRecord | None:
-        return db_enrolment.find_enrolment(
+        return enrolment.find_enrolment(
             tx,
             means.tenant_id,
             token_id=means.token_id,
@@ -174,13 +171,13 @@ class Reenrolment:
         if means.token_id is None:
             self._check_manufacturer(tx, means)
             return
-        token = db_enrolment.lock_enrolment_token(tx, means.tenant_id, means.token_id)
+        token = enrolment.lock_enrolment_token(tx, means.tenant_id, means.token_id)
         if token.revoked_at is not None:
             raise EnrolmentRefused(REVOKED)
         if token.expires_at <= now:
             raise EnrolmentRefused(EXPIRED)
 
     def _check_manufacturer(self, tx: Connection, means: Means) -> None:
-        record = db_manufacturers.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
+        record = manufacturers.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
         if record.status != "registered":
             raise EnrolmentRefused(UNREGISTERED)

@@ -15,8 +15,6 @@ from sqlalchemy.exc import IntegrityError
 
 import audit
 import db
-import db_reads
-import db_renewal
 import events
 from audit import Actor
 from config import Settings
@@ -31,6 +29,8 @@ from events import EventType
 from onboarding import Onboarding
 from onboarding_answers import KeptAnswers, Sealed
 from onboarding_credentials import CredentialMaker, Made, Wanted
+from store import reads
+from store import renewal as store_renewal
 
 log = logging.getLogger("portal.onboarding")
 
@@ -182,7 +182,7 @@ class Renewals:
         now = self._clock()
         with self._database.snapshot() as tx:
             self._check(tx, db.get_device(tx, actor.tenant_id, device_id), renewal, now=now, shown=shown)
-            own = db_reads.device_topics(tx, actor.tenant_id, device_id)
+            own = reads.device_topics(tx, actor.tenant_id, device_id)
         topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
         if hand_over:
             wanted = renewal.wanted
@@ -222,7 +222,7 @@ class Renewals:
         if device.status is not DeviceStatus.ACTIVE:
             raise StateConflict(f"The device is {device.status}; it can renew once it is in.")
         if shown is not None:
-            dates = db_renewal.valid_dates(tx, device.tenant_id, device.id, shown)
+            dates = store_renewal.valid_dates(tx, device.tenant_id, device.id, shown)
             if dates is None:
                 raise StateConflict("The certificate that was shown is revoked or not the device's; use the newest.")
             check_renewal(
@@ -231,7 +231,7 @@ class Renewals:
                 from_percent=self._settings.renewal_from,
                 grace=timedelta(days=self._settings.renewal_grace_days),
             )
-        if self._overlap(renewal) and db_renewal.count_valid(tx, device.tenant_id, device.id, now=now) >= MOST_VALID:
+        if self._overlap(renewal) and store_renewal.count_valid(tx, device.tenant_id, device.id, now=now) >= MOST_VALID:
             raise StateConflict(
                 f"The device has {MOST_VALID} certificates that work; wait until the overlap of one is over, or renew"
                 " with an overlap of 0."
@@ -242,13 +242,13 @@ class Renewals:
     ) -> tuple[Renewed, int]:
         """The rows; with the generation at which something was revoked, 0 where nothing was."""
         tenant_id, overlap = actor.tenant_id, self._overlap(renewal)
-        unfetched = db_renewal.unfetched(tx, tenant_id, device_id)
+        unfetched = store_renewal.unfetched(tx, tenant_id, device_id)
         # Nothing is said to the broker where nothing ends: it knows the device by its id, not by its certificate.
         generation = db.next_generation(tx, tenant_id, at=now) if unfetched or not overlap else 0
-        db_renewal.drop_unfetched(tx, unfetched, now=now, generation=generation)
-        db_renewal.replace_current(tx, tenant_id, device_id, until=now + overlap, ends_when_used=renewal.when_used)
-        ended = 0 if overlap else db_renewal.end_replaced(tx, tenant_id, device_id, now=now, generation=generation)
-        goes_on_until = db_renewal.goes_on_until(tx, tenant_id, device_id, now=now)
+        store_renewal.drop_unfetched(tx, unfetched, now=now, generation=generation)
+        store_renewal.replace_current(tx, tenant_id, device_id, until=now + overlap, ends_when_used=renewal.when_used)
+        ended = 0 if overlap else store_renewal.end_replaced(tx, tenant_id, device_id, now=now, generation=generation)
+        goes_on_until = store_renewal.goes_on_until(tx, tenant_id, device_id, now=now)
         self._credentials.record(tx, tenant_id, device_id, made, now=now)
         answer = Renewed(
             device_id=device_id,
@@ -283,17 +283,17 @@ class Renewals:
         DER in hex. Call it where the handshake was seen; it costs two look-ups where there is nothing to do.
         """
         with self._database.snapshot() as tx:
-            if not db_renewal.ends_when_used(tx, actor.tenant_id, device_id):
+            if not store_renewal.ends_when_used(tx, actor.tenant_id, device_id):
                 return
         now = self._clock()
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
             if device.status is not DeviceStatus.ACTIVE:
                 return
-            if not db_renewal.is_current(tx, actor.tenant_id, device_id, fingerprint):
+            if not store_renewal.is_current(tx, actor.tenant_id, device_id, fingerprint):
                 return
             generation = db.next_generation(tx, actor.tenant_id, at=now)
-            ended = db_renewal.end_replaced(
+            ended = store_renewal.end_replaced(
                 tx, actor.tenant_id, device_id, now=now, generation=generation, when_used=True
             )
             audit.record(tx, actor, "certificate:supersede", f"device:{device_id}", at=now, ended=ended, because="used")
@@ -306,18 +306,18 @@ class Renewals:
         """
         now = self._clock()
         with self._database.snapshot() as tx:
-            if not db_renewal.overlaps_over(tx, now=now) and not db_renewal.unfetched_renewals(tx, now=now):
+            if not store_renewal.overlaps_over(tx, now=now) and not store_renewal.unfetched_renewals(tx, now=now):
                 return 0
         with self._database.transaction() as tx:
             generation = db.next_generation(tx, tenant_id, at=now)
-            undone = db_renewal.unfetched_renewals(tx, now=now)
+            undone = store_renewal.unfetched_renewals(tx, now=now)
             for renewal in undone:
-                db_renewal.undo(tx, renewal, now=now, generation=generation)
+                store_renewal.undo(tx, renewal, now=now, generation=generation)
                 actor, of = audit.system_actor(renewal.tenant_id), f"device:{renewal.device_id}"
                 audit.record(tx, actor, "device:renew_undone", of, at=now)
-            over = db_renewal.overlaps_over(tx, now=now)
+            over = store_renewal.overlaps_over(tx, now=now)
             for owner, device_id in over:
-                ended = db_renewal.end_replaced(tx, owner, device_id, now=now, generation=generation)
+                ended = store_renewal.end_replaced(tx, owner, device_id, now=now, generation=generation)
                 actor, of = audit.system_actor(owner), f"device:{device_id}"
                 audit.record(tx, actor, "certificate:supersede", of, at=now, ended=ended, because="overlap over")
         self._ended("", generation)

@@ -9,7 +9,6 @@ from datetime import datetime
 
 import audit
 import db
-import db_suspension
 import events
 from audit import Actor
 from core.device_status import DeviceStatus, advance
@@ -17,6 +16,7 @@ from core.failpoints import failpoint
 from db import Database
 from enforcement import Enforcement
 from events import EventType
+from store import suspension
 
 log = logging.getLogger("portal.onboarding")
 
@@ -56,10 +56,10 @@ class Suspensions:
             if device.status is not DeviceStatus.SUSPENDED:
                 advance(device.status, DeviceStatus.SUSPENDED)
                 generation = db.next_generation(tx, actor.tenant_id, at=now)
-                db_suspension.suspend_device(tx, actor.tenant_id, device_id, suspended_at=now, generation=generation)
+                suspension.suspend_device(tx, actor.tenant_id, device_id, suspended_at=now, generation=generation)
                 events.record(tx, actor.tenant_id, EventType.SUSPENDED, device_id, at=now)
                 audit.record(tx, actor, "device:suspend", f"device:{device_id}", at=now)
-            since = db_suspension.suspended_since(tx, actor.tenant_id, device_id)
+            since = suspension.suspended_since(tx, actor.tenant_id, device_id)
             failpoint("suspend.before_commit")
         failpoint("suspend.after_commit")
         return self._applied(device_id, DeviceStatus.SUSPENDED, since, generation)
@@ -77,7 +77,7 @@ class Suspensions:
                 if device.status is not DeviceStatus.SUSPENDED:
                     advance(device.status, DeviceStatus.SUSPENDED)  # which says why it cannot be
                 generation = db.next_generation(tx, actor.tenant_id, at=now)
-                db_suspension.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
+                suspension.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
                 events.record(tx, actor.tenant_id, EventType.RESUMED, device_id, at=now)
                 audit.record(tx, actor, "device:resume", f"device:{device_id}", at=now)
             failpoint("resume.before_commit")

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
 import audit
-import db_access
 from audit import Actor
 from core import roles
 from core.errors import TooManyAttempts
 from core.roles import Role
 from core.throttle import Throttle
 from db import Database
-from db_access import AuditRecord, TokenRecord
+from store import access
+from store.access import AuditRecord, TokenRecord
 
 LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit what no index serves
 
@@ -29,7 +29,7 @@ class Operators:
     def authenticate(self, secret: str) -> TokenRecord | None:
         """The token with this secret, if it is valid now."""
         with self._database.snapshot() as tx:
-            record = db_access.find_token(tx, roles.hash_token(secret))
+            record = access.find_token(tx, roles.hash_token(secret))
         return record if record is not None and roles.is_valid(record, self._clock()) else None
 
     def create(self, actor: Actor, name: str, role: Role, life: timedelta | None) -> tuple[str, TokenRecord]:
@@ -38,7 +38,7 @@ class Operators:
         expires_at = None if life is None else now + life
         secret, record = roles.new_token(actor.tenant_id, name, role, expires_at, now=now)
         with self._database.transaction() as tx:
-            db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
+            access.add_token(tx, record, token_hash=roles.hash_token(secret))
             audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
         return secret, record
 
@@ -46,7 +46,7 @@ class Operators:
         """Revoke a token, at once; raises ``NotFound``."""
         now = self._clock()
         with self._database.transaction() as tx:
-            record = db_access.revoke_token(tx, actor.tenant_id, token_id, revoked_at=now)
+            record = access.revoke_token(tx, actor.tenant_id, token_id, revoked_at=now)
             if record.revoked_at == now:
                 audit.record(tx, actor, "token:revoke", f"token:{token_id}", at=now)
         return record
@@ -54,7 +54,7 @@ class Operators:
     def tokens(self, tenant_id: str) -> Sequence[TokenRecord]:
         """Every token, newest first."""
         with self._database.snapshot() as tx:
-            return db_access.list_tokens(tx, tenant_id)
+            return access.list_tokens(tx, tenant_id)
 
     def audit(
         self, tenant_id: str, *, limit: int, before: int | None, filters: dict[str, str]
@@ -67,10 +67,10 @@ class Operators:
         after = None
         with self._database.snapshot() as tx:
             if filters.keys() - {"object"}:
-                after = db_access.audit_entry_before(
+                after = access.audit_entry_before(
                     tx, tenant_id, count=LOOKED_AT, before=before, of_object=filters.get("object")
                 )
-            found = db_access.list_audit_entries(
+            found = access.list_audit_entries(
                 tx, tenant_id, limit=limit + 1, before=before, after=after, filters=filters
             )
         if len(found) > limit:

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-import db_statuses
 from authority import Authority, RecordedIssuer
 from ca import Reason
 from config import Settings
 from core import metrics
 from core.errors import RequestMalformed, Unavailable
 from db import Database
-from db_statuses import CertificateStatus
 from pki import ocsp
 from pki.ocsp import GOOD, UNKNOWN, Failure, IssuerId, Request, Signer, Status, Verdict
 from responder_certificates import ResponderCertificates
+from store import statuses as store_statuses
+from store.statuses import CertificateStatus
 
 KEPT_ANSWERS = 5000  # some 2 KB each, in each worker process
 KEPT_REQUEST_BYTES = 512
@@ -151,7 +151,7 @@ class Responder:
         known = self._known(issuers)
         asked = [question for question in request.questions if known.get(question.issuer) is recorded]
         with self._database.snapshot() as tx:
-            found = db_statuses.certificate_statuses(tx, recorded.id, [question.serial_number for question in asked])
+            found = store_statuses.certificate_statuses(tx, recorded.id, [question.serial_number for question in asked])
         cas = _serial_numbers_of_cas(recorded, issuers) if recorded.kind == "root" else frozenset()
         return tuple(
             _status(found.get(question.serial_number), is_ca=question.serial_number in cas)

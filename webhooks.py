@@ -9,14 +9,14 @@ from datetime import datetime
 from pathlib import Path
 
 import audit
-import db_webhooks
 import events
 from audit import Actor
 from core.errors import Conflict, Unavailable
 from core.files import FileLock
 from db import Database
-from db_webhooks import Backlog, DeliveryRecord, WebhookRecord
 from events import EventType
+from store import webhooks
+from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
 from webhooks_addresses import Network, read_url
 from webhooks_sending import Message, Sender, Sent
 from webhooks_signature import SecretSeal, new_secret, shown
@@ -61,9 +61,9 @@ class Webhooks:
         with self._marker_lock.hold():
             self._marker.touch(mode=0o600)  # before the commit: from that on nothing may be missed
             with self._database.transaction() as tx:
-                if len(db_webhooks.list_webhooks(tx, actor.tenant_id)) >= MOST_WEBHOOKS:
+                if len(webhooks.list_webhooks(tx, actor.tenant_id)) >= MOST_WEBHOOKS:
                     raise Conflict(f"There are {MOST_WEBHOOKS} webhooks already; delete one that is not needed.")
-                db_webhooks.add_webhook(tx, record)
+                webhooks.add_webhook(tx, record)
                 audit.record(
                     tx, actor, "webhook:create", f"webhook:{webhook_id}", at=now, name=name, url=url, events=types
                 )
@@ -74,9 +74,9 @@ class Webhooks:
         now = self._clock()
         with self._marker_lock.hold():
             with self._database.transaction() as tx:
-                record = db_webhooks.get_webhook(tx, actor.tenant_id, webhook_id)
-                backlog = db_webhooks.backlog(tx, actor.tenant_id).get(webhook_id, NOTHING)
-                db_webhooks.remove_webhook(tx, actor.tenant_id, webhook_id)
+                record = webhooks.get_webhook(tx, actor.tenant_id, webhook_id)
+                backlog = webhooks.backlog(tx, actor.tenant_id).get(webhook_id, NOTHING)
+                webhooks.remove_webhook(tx, actor.tenant_id, webhook_id)
                 audit.record(tx, actor, "webhook:delete", f"webhook:{webhook_id}", at=now, url=record.url)
             self._look_for_any()
         return record, backlog
@@ -88,7 +88,7 @@ class Webhooks:
 
     def _look_for_any(self) -> None:
         with self._database.snapshot() as tx:
-            anybody = bool(db_webhooks.list_webhooks(tx))
+            anybody = bool(webhooks.list_webhooks(tx))
         if anybody:
             self._marker.touch(mode=0o600)
         else:
@@ -97,16 +97,16 @@ class Webhooks:
     def all(self, tenant_id: str) -> Sequence[tuple[WebhookRecord, Backlog]]:
         """Every subscription, oldest first, with what waits and what was given up."""
         with self._database.snapshot() as tx:
-            backlog = db_webhooks.backlog(tx, tenant_id)
-            return [(record, backlog.get(record.id, NOTHING)) for record in db_webhooks.list_webhooks(tx, tenant_id)]
+            backlog = webhooks.backlog(tx, tenant_id)
+            return [(record, backlog.get(record.id, NOTHING)) for record in webhooks.list_webhooks(tx, tenant_id)]
 
     def deliveries(
         self, tenant_id: str, webhook_id: str, *, limit: int, before: int | None, status: str | None
     ) -> Sequence[DeliveryRecord]:
         """What was or is to be sent to a receiver, newest first; raises ``NotFound``."""
         with self._database.snapshot() as tx:
-            db_webhooks.get_webhook(tx, tenant_id, webhook_id)
-            return db_webhooks.list_deliveries(tx, tenant_id, webhook_id, limit=limit, before=before, status=status)
+            webhooks.get_webhook(tx, tenant_id, webhook_id)
+            return webhooks.list_deliveries(tx, tenant_id, webhook_id, limit=limit, before=before, status=status)
 
     def redeliver(self, actor: Actor, webhook_id: str, ids: Sequence[int] | None) -> int:
         """Send again what has ended, or with ``None`` everything that was given up; returns how many.
@@ -115,8 +115,8 @@ class Webhooks:
         """
         now = self._clock()
         with self._database.transaction() as tx:
-            db_webhooks.get_webhook(tx, actor.tenant_id, webhook_id)
-            count = db_webhooks.redeliver(tx, actor.tenant_id, webhook_id, ids, now=now)
+            webhooks.get_webhook(tx, actor.tenant_id, webhook_id)
+            count = webhooks.redeliver(tx, actor.tenant_id, webhook_id, ids, now=now)
             if count:
                 audit.record(tx, actor, "webhook:redeliver", f"webhook:{webhook_id}", at=now, count=count)
         return count
@@ -125,7 +125,7 @@ class Webhooks:
         """Send an event of the type ``test`` now, once; raises ``NotFound``, ``Unavailable``."""
         now = self._clock()
         with self._database.transaction() as tx:
-            record = db_webhooks.get_webhook(tx, actor.tenant_id, webhook_id)
+            record = webhooks.get_webhook(tx, actor.tenant_id, webhook_id)
             audit.record(tx, actor, "webhook:test", f"webhook:{webhook_id}", at=now)
         if not self._trying.acquire(blocking=False):  # it may take long, and must not take every thread
             raise Unavailable("Another webhook is being tried; do it again in a few seconds.")

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
-import db_webhooks
 import events
 from core import metrics
 from core.errors import PortalError
 from core.failpoints import failpoint
 from db import Database
-from db_webhooks import Claim, WebhookRecord
+from store import webhooks
+from store.webhooks import Claim, WebhookRecord
 from webhooks_sending import Message, Sender, Sent
 
 log = logging.getLogger("portal.webhooks")
@@ -111,12 +111,12 @@ class Dispatcher:
             return []
         now = self._clock()
         with self._database.snapshot() as tx:
-            free = [webhook for webhook in db_webhooks.list_webhooks(tx) if self._is_free(webhook.id)]
-            wanting = [webhook for webhook in free if db_webhooks.due(tx, webhook.id, now=now, most=1)]
+            free = [webhook for webhook in webhooks.list_webhooks(tx) if self._is_free(webhook.id)]
+            wanting = [webhook for webhook in free if webhooks.due(tx, webhook.id, now=now, most=1)]
         began: list[_Lane] = []
         for webhook in wanting:
             with self._database.transaction() as tx:
-                claimed = db_webhooks.claim(tx, webhook.id, now=now, most=LANES * LANE_LENGTH, lease_until=now + LEASE)
+                claimed = webhooks.claim(tx, webhook.id, now=now, most=LANES * LANE_LENGTH, lease_until=now + LEASE)
             send = functools.partial(self._send, webhook)
             lanes = [_Lane(send, claimed[number::LANES], self._freed) for number in range(min(LANES, len(claimed)))]
             self._busy[webhook.id] = lanes
@@ -143,13 +143,13 @@ class Dispatcher:
         failpoint("events.after_send")
         now = self._clock()
         if sent.problem is None:
-            self._database.write(lambda tx: db_webhooks.end(tx, claimed, now=now))
+            self._database.write(lambda tx: webhooks.end(tx, claimed, now=now))
             metrics.event_sent("delivered")
             return True
         delay = delay_after(claimed.attempts, jitter=random.random())  # noqa: S311 - no secret
         until = None if delay is None else now + delay
         problem = sent.problem
-        self._database.write(lambda tx: db_webhooks.put_off(tx, claimed, until=until, problem=problem, now=now))
+        self._database.write(lambda tx: webhooks.put_off(tx, claimed, until=until, problem=problem, now=now))
         metrics.event_sent("failed" if until else "dead")
         self._say(webhook, claimed, sent, dead=until is None)
         return False

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from db import Database
-from db_tables import BrokerState, Certificate, Device, IssuerRow
+from store.tables import BrokerState, Certificate, Device, IssuerRow
 
 TENANT = "default"
 TYPES, LOCATIONS = 20, 200

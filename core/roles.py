@@ -7,7 +7,7 @@ import secrets
 from datetime import datetime
 from enum import StrEnum
 
-from db_access import TokenRecord
+from store.access import TokenRecord
 
 TOKEN_PREFIX = "op_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
 

@@ -10,12 +10,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import ca
-import db_issuers
-import db_revocations
 from authority import Authority
 from core.errors import PortalError
 from db import Database
 from enforcement import Enforcement
+from store import issuers, revocations
 
 log = logging.getLogger("portal.readiness")
 
@@ -92,7 +91,7 @@ class Readiness:
         now = self._clock()
         with self._database.snapshot() as tx:
             for recorded in self._authority.with_crl():
-                crl = db_revocations.get_crl_head(tx, recorded.id)
+                crl = revocations.get_crl_head(tx, recorded.id)
                 if crl is None:
                     return f"{recorded.issuer.name} has no CRL yet."
                 left = (crl.next_update - now) / (crl.next_update - crl.this_update)
@@ -101,7 +100,7 @@ class Readiness:
                         f"The CRL of {recorded.issuer.name} ends at {crl.next_update:%Y-%m-%d %H:%M} UTC and has not"
                         " been renewed; see the log for why."
                     )
-            root = db_issuers.get_crl(tx, self._authority.root.id)
+            root = issuers.get_crl(tx, self._authority.root.id)
             if root is not None and root.next_update - now < ROOT_CRL_LEAST:
                 return (
                     f"The root's CRL ends at {root.next_update:%Y-%m-%d %H:%M} UTC; bring the root's key back for as"
@@ -116,7 +115,7 @@ class Readiness:
         if not self._enforcement.broker_answers():
             return "The broker does not answer on its internal listener; start it, or see its log."
         with self._database.snapshot() as tx:
-            state = db_issuers.get_broker_state(tx, self._tenant_id)
+            state = issuers.get_broker_state(tx, self._tenant_id)
         if state.applied_generation < state.generation:
             return (
                 f"The broker enforces generation {state.applied_generation}, the newest is {state.generation};"

@@ -14,8 +14,6 @@ from pathlib import Path
 import audit
 import ca
 import db
-import db_access
-import db_issuers
 import events
 from authority import Authority, RecordedIssuer, open_authority
 from broker.files import FOLDER_MODE, broker_group
@@ -28,7 +26,6 @@ from core.files import FileLock, private_folder, remove_leftovers, replace_file,
 from core.roles import Role
 from core.throttle import Throttle
 from db import Database
-from db_tables import DEFAULT_TENANT
 from enforcement import Enforcement
 from inventory import Inventory
 from onboarding import Onboarding
@@ -51,6 +48,8 @@ from operators import Operators
 from pki.keystore import CaKeys, KeyFiles, passphrase
 from responder import Responder
 from responder_certificates import ResponderCertificates
+from store import access, issuers
+from store.tables import DEFAULT_TENANT
 from webhooks import Webhooks
 from webhooks_dispatch import Dispatcher
 from webhooks_sending import Sender
@@ -151,7 +150,7 @@ def _open(settings: Settings, clock: Callable[[], datetime], presence: ExitStack
         database.migrate()
         events.watch(database.engine, settings.data_dir / SUBSCRIBED)
         with database.transaction() as tx:
-            db_issuers.add_tenant(tx, DEFAULT_TENANT, created_at=clock())
+            issuers.add_tenant(tx, DEFAULT_TENANT, created_at=clock())
         keys = KeyFiles(settings.ca_dir, passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase"))
         authority = open_authority(database, keys, settings, DEFAULT_TENANT, now=clock())
         link_keys = secret_file(settings.secrets_dir / "link-keys", lambda: secrets.token_urlsafe(32)).split()
@@ -229,13 +228,13 @@ def first_token(portal: Portal) -> str:
     if path.exists():
         secret = secret_file(path, lambda: "")
         with portal.database.snapshot() as tx:
-            record = db_access.find_token(tx, roles.hash_token(secret))
+            record = access.find_token(tx, roles.hash_token(secret))
         if record is not None and roles.is_valid(record, now):
             return secret
         path.unlink()
     secret, record = roles.new_token(portal.tenant_id, "first operator", Role.ADMIN, None, now=now)
     with portal.database.transaction() as tx:
-        db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
+        access.add_token(tx, record, token_hash=roles.hash_token(secret))
         audit.record(
             tx, audit.system_actor(portal.tenant_id), "token:create", f"token:{record.id}", at=now, role=Role.ADMIN
         )
@@ -354,7 +353,7 @@ def _record(portal: Portal, signer: RecordedIssuer, issued: ca.Issued, *, purpos
         )
         if revoked:
             generation = db.next_generation(tx, portal.tenant_id, at=now)
-            db_issuers.touch_issuer(tx, signer.id, generation=generation)
+            issuers.touch_issuer(tx, signer.id, generation=generation)
         audit.record(
             tx,
             audit.system_actor(portal.tenant_id),

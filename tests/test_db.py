@@ -17,17 +17,14 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 import db
-import db_access
-import db_device_lists
-import db_engine
-import db_issuers
 from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
 from db import Database
-from db_device_lists import DeviceFilter
-from db_tables import AclEntry, AuditEntry, Base, Certificate, Delivery, Device
 from operations.wiring import Portal, open_portal
+from store import access, device_lists, engine, issuers
+from store.device_lists import DeviceFilter
+from store.tables import AclEntry, AuditEntry, Base, Certificate, Delivery, Device
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 
@@ -123,7 +120,7 @@ def test_a_certificate_that_contradicts_itself_is_refused(portal: Portal, values
 
 def test_a_certificate_belongs_to_the_tenant_of_its_device(portal: Portal) -> None:
     with portal.database.transaction() as tx:
-        db_issuers.add_tenant(tx, "another", created_at=NOW)
+        issuers.add_tenant(tx, "another", created_at=NOW)
         device_id = add_device(tx)
     refused(portal, lambda tx: add_certificate(tx, device_id, tenant_id="another"))
 
@@ -168,10 +165,10 @@ def test_a_topic_stands_once_for_a_device(portal: Portal) -> None:
 def test_the_applied_generation_is_never_ahead_of_the_newest_and_never_goes_back(portal: Portal) -> None:
     with portal.database.transaction() as tx:
         newest = db.next_generation(tx, "default", at=NOW)
-        db_issuers.set_applied_generation(tx, "default", newest, applied_at=NOW)
-        db_issuers.set_applied_generation(tx, "default", newest - 1, applied_at=NOW)
-        assert db_issuers.get_broker_state(tx, "default").applied_generation == newest
-    refused(portal, lambda tx: db_issuers.set_applied_generation(tx, "default", newest + 1, applied_at=NOW))
+        issuers.set_applied_generation(tx, "default", newest, applied_at=NOW)
+        issuers.set_applied_generation(tx, "default", newest - 1, applied_at=NOW)
+        assert issuers.get_broker_state(tx, "default").applied_generation == newest
+    refused(portal, lambda tx: issuers.set_applied_generation(tx, "default", newest + 1, applied_at=NOW))
 
 
 def test_a_transaction_that_fails_leaves_nothing(portal: Portal) -> None:
@@ -219,7 +216,7 @@ def test_devices_are_found_newest_first_by_every_filter(portal: Portal, wanted: 
         ):
             device_id = add_device(tx, name=name, type=kind, location=place, created_at=NOW + timedelta(hours=number))
             add_certificate(tx, device_id, not_after=NOW + timedelta(days=1 + 2 * number))
-        listed = db_device_lists.list_devices(tx, "default", wanted, limit=10)
+        listed = device_lists.list_devices(tx, "default", wanted, limit=10)
     assert [device.name for device, *_ in listed.devices] == found
 
 
@@ -228,7 +225,7 @@ def test_pages_hold_every_device_once_even_where_times_are_equal(portal: Portal)
         wanted = {add_device(tx) for _ in range(7)}
         seen: list[str] = []
         after = None
-        while page := db_device_lists.list_devices(tx, "default", DeviceFilter(), limit=3, after=after).devices:
+        while page := device_lists.list_devices(tx, "default", DeviceFilter(), limit=3, after=after).devices:
             seen += [device.id for device, *_ in page]
             after = (page[-1][0].created_at, page[-1][0].id)
     assert len(seen) == 7
@@ -244,7 +241,7 @@ def test_devices_that_end_soon_are_paged_by_their_end(portal: Portal) -> None:
             ends[device_id] = NOW + timedelta(days=days)
         wanted, seen = DeviceFilter(expires_before=NOW + timedelta(days=6)), []
         after = None
-        while page := db_device_lists.list_devices(tx, "default", wanted, limit=2, after=after).devices:
+        while page := device_lists.list_devices(tx, "default", wanted, limit=2, after=after).devices:
             seen += [(end, device.id) for device, end, _ in page]
             after = (page[-1][1] or NOW, page[-1][0].id)
     assert seen == sorted((end, device_id) for device_id, end in ends.items() if end < NOW + timedelta(days=6))
@@ -252,15 +249,15 @@ def test_devices_that_end_soon_are_paged_by_their_end(portal: Portal) -> None:
 
 def test_a_crl_with_a_number_that_is_not_higher_changes_nothing(portal: Portal) -> None:
     with portal.database.transaction() as tx:
-        newest = db_issuers.get_crl(tx, 2)
+        newest = issuers.get_crl(tx, 2)
         assert newest is not None
-        assert not db_issuers.put_crl(tx, "default", newest)
+        assert not issuers.put_crl(tx, "default", newest)
 
 
 def test_a_token_is_found_by_its_hash_only(portal: Portal) -> None:
     with portal.database.snapshot() as tx:
         columns = {column["name"] for column in sa.inspect(tx).get_columns("tokens")}
-        assert db_access.find_token(tx, "0" * 64) is None
+        assert access.find_token(tx, "0" * 64) is None
     assert "token_hash" in columns
     assert "token" not in columns
 
@@ -310,7 +307,7 @@ def test_the_sqlite_file_is_readable_by_its_owner_only(sqlite: Database, tmp_pat
 def test_a_lock_held_by_another_program_is_a_clear_error(
     sqlite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db_engine, "BUSY_TIMEOUT_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT_SECONDS", 0.0)
     impatient = Database(f"sqlite:///{tmp_path / 'portal.db'}", lock_path=tmp_path / "lock", threads=1)
     other = sqlite3.connect(tmp_path / "portal.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -318,7 +315,7 @@ def test_a_lock_held_by_another_program_is_a_clear_error(
         pass
     other.execute("ROLLBACK")
     with impatient.transaction() as tx:
-        db_issuers.add_tenant(tx, "default", created_at=NOW)
+        issuers.add_tenant(tx, "default", created_at=NOW)
     other.close()
     impatient.close()
     sqlite.close()

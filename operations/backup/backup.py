@@ -15,18 +15,18 @@ from typing import BinaryIO
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-import db_copy
-import db_issuers
 from authority import FIRST_ISSUING
 from config import Settings
 from core.errors import BackupRefused
 from core.files import fsync_directory
 from db import Database
-from db_tables import DEFAULT_TENANT
 from operations.backup.file import FORMAT, BackupWriter, Manifest
 from operations.wiring import occupied
 from pki.algorithms import PrivateKey
 from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
+from store import copy as store_copy
+from store import issuers
+from store.tables import DEFAULT_TENANT
 
 # What makes keys usable, and what is one machine's own.
 LEFT_OUT = ("ca-passphrase", "operator-token")
@@ -62,21 +62,21 @@ def back_up(settings: Settings, path: Path, *, now: datetime) -> Made:
 def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *, now: datetime) -> Made:
     """Write a backup of ``database`` and the files of ``settings``, sealed with the key of the first issuing CA."""
     with _new_file(path) as file, zipfile.ZipFile(file, "w") as archive, database.snapshot() as tx:
-        current = db_copy.revision(tx)
-        if current is None or current != db_copy.head():
+        current = store_copy.revision(tx)
+        if current is None or current != store_copy.head():
             raise BackupRefused(
                 "The database is not of this version of the portal; make the backup with the version that it is of,"
                 " or start this one once."
             )
         writer = BackupWriter(archive)
-        counts = {name: _add_table(writer, tx, name) for name in db_copy.table_names()}
+        counts = {name: _add_table(writer, tx, name) for name in store_copy.table_names()}
         for name, content in _small_files(settings):
             writer.add(name, [content])
         manifest = Manifest(
             format=FORMAT,
             made_at=now.isoformat(timespec="seconds"),
             revision=current,
-            generation=db_issuers.get_broker_state(tx, DEFAULT_TENANT).generation,
+            generation=issuers.get_broker_state(tx, DEFAULT_TENANT).generation,
             crl_numbers=_crl_numbers(tx),
             counts=counts,
             sealed_by=FIRST_ISSUING,
@@ -112,7 +112,7 @@ def _add_table(writer: BackupWriter, tx: Connection, name: str) -> int:
         nonlocal count
         gathered: list[str] = []
         size = 0
-        for line in db_copy.dump(tx, name):
+        for line in store_copy.dump(tx, name):
             count += 1
             gathered.append(line)
             size += len(line)
@@ -148,7 +148,7 @@ def _content(path: Path) -> bytes:
 
 
 def _crl_numbers(tx: Connection) -> dict[str, int]:
-    found = ((issuer.name, db_issuers.get_crl(tx, issuer.id)) for issuer in db_issuers.list_issuers(tx, retired=True))
+    found = ((issuer.name, issuers.get_crl(tx, issuer.id)) for issuer in issuers.list_issuers(tx, retired=True))
     return {name: crl.number for name, crl in found if crl is not None}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db_tables_enrolment import EnrolmentToken, Manufacturer
+from store.tables_enrolment import EnrolmentToken, Manufacturer
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-import db_copy
 from core.errors import BackupRefused
 from pki.algorithms import PrivateKey
 from pki.keystore import MAX_FILE_BYTES
+from store import copy as store_copy
 
 FORMAT = 1
 MANIFEST, SEAL = "manifest.json", "manifest.seal"
@@ -161,7 +161,7 @@ class Backup:
 
     def rows(self, table: str) -> Iterator[dict[str, Any]]:
         """A table's rows."""
-        return db_copy.read(self.lines(table))
+        return store_copy.read(self.lines(table))
 
     def _opened(self, name: str) -> Any:
         try:

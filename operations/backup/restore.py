@@ -16,8 +16,6 @@ from sqlalchemy.engine import Connection
 
 import audit
 import db
-import db_copy
-import db_issuers
 from authority import FIRST_ISSUING
 from broker.crl import read_crls
 from broker.files import CRL_FILE, BrokerFiles
@@ -25,7 +23,6 @@ from config import Settings
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
 from core.failpoints import failpoint
 from db import Database
-from db_tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
 from operations.backup import backup as backup_backup
 from operations.backup.file import Backup
 from operations.backup.placing import (
@@ -39,6 +36,9 @@ from operations.backup.revocations import Kept, Revocations, Tables, crl_record,
 from operations.wiring import alone
 from pki.algorithms import PrivateKey
 from pki.keystore import KeyFiles
+from store import copy as store_copy
+from store import issuers as store_issuers
+from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
 
 _UNDELIVERED = ("ready", "fetching")
 
@@ -81,7 +81,7 @@ class _OpenTables:
 
     def rows(self, table: str) -> Iterator[dict[str, Any]]:
         """The rows of a table."""
-        return db_copy.rows(self._tx, table)
+        return store_copy.rows(self._tx, table)
 
 
 def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, now: datetime) -> Restored:
@@ -92,7 +92,7 @@ def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, 
     ``BackupRefused``, ``DatabaseTooNew``, ``PortalRunning``, ``CaKeyUnavailable``, ``DatabaseUnavailable``.
     """
     with Backup(path) as copy:
-        db_copy.check_revision(copy.manifest.revision)
+        store_copy.check_revision(copy.manifest.revision)
         with alone(settings):
             key, same = key_of(copy, settings)
             copy.check()
@@ -136,7 +136,7 @@ def _restore_sqlite(plan: _Plan) -> None:
         with _replaced_sqlite(plan, current) as replaced:
             database = Database(f"sqlite:///{staged}", lock_path=plan.settings.data_dir / ".write.lock", threads=1)
             with contextlib.closing(database), database.transaction() as tx:
-                db_copy.upgrade(tx, plan.backup.manifest.revision)
+                store_copy.upgrade(tx, plan.backup.manifest.revision)
                 _fill(tx, plan, replaced, journal)
         kept = free_name(current.with_name(f"{current.name}.before-restore")) if current.exists() else None
         moves = list(plan.moves)
@@ -181,7 +181,7 @@ def _restore_postgresql(plan: _Plan) -> None:
         database = stack.enter_context(contextlib.closing(backup_backup.open_database(plan.settings)))
         replaced: Tables | None = None
         with database.snapshot() as tx:
-            current = db_copy.revision(tx)
+            current = store_copy.revision(tx)
             if current is not None:
                 readable = _readable(plan, tx)
                 if readable is None:
@@ -194,7 +194,7 @@ def _restore_postgresql(plan: _Plan) -> None:
             backup_backup.write(plan.settings, database, plan.done.before, _sealing_key(plan), now=plan.now)
             replaced = stack.enter_context(Backup(plan.done.before))
         with database.transaction() as tx:
-            db_copy.clear(tx, plan.backup.manifest.revision)
+            store_copy.clear(tx, plan.backup.manifest.revision)
             _fill(tx, plan, replaced, journal)
             journal.place(plan.puts, plan.moves, None)
 
@@ -215,7 +215,7 @@ def _sealing_key(plan: _Plan) -> PrivateKey:
 
 def _readable(plan: _Plan, tx: Connection) -> Tables | None:
     """The database being replaced, ``None`` where its schema is not this version's; raises ``BackupRefused``."""
-    if db_copy.revision(tx) != db_copy.head():
+    if store_copy.revision(tx) != store_copy.head():
         return None
     if count := _devices(tx):
         _allow(plan, f"The database has {count} devices")
@@ -237,16 +237,16 @@ def _allow(plan: _Plan, what: str) -> None:
 
 def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal) -> None:
     copy, done = plan.backup, plan.done
-    order = {name: number for number, name in enumerate(db_copy.table_names())}
+    order = {name: number for number, name in enumerate(store_copy.table_names())}
     for name in sorted(copy.manifest.counts, key=lambda name: order.get(name, len(order))):
-        if db_copy.load(tx, name, copy.lines(name)) != copy.manifest.counts[name]:
+        if store_copy.load(tx, name, copy.lines(name)) != copy.manifest.counts[name]:
             raise BackupRefused(f"The table {name} of the backup is not whole; use another backup.")
-    db_copy.upgrade(tx, "head")
-    db_copy.renumber(tx)
+    store_copy.upgrade(tx, "head")
+    store_copy.renumber(tx)
     verdict = audit.verify(tx, DEFAULT_TENANT)
     if verdict.problem is not None:
         done.notes.append(f"The audit record in the copy does not hold: {verdict.problem}")
-    issuers = db_issuers.list_issuers(tx, retired=True)
+    issuers = store_issuers.list_issuers(tx, retired=True)
     crls = match_crls(plan.crls, issuers)
     if len(crls) < len(plan.crls):
         done.notes.append("The broker's folder holds a CRL of a CA that the copy does not know; it was not asked.")
@@ -277,24 +277,24 @@ def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
 def _continue_crls(
     tx: Connection,
     crls: dict[int, x509.CertificateRevocationList],
-    issuers: Sequence[db_issuers.IssuerRecord],
+    issuers: Sequence[store_issuers.IssuerRecord],
     replaced: Tables | None,
     generation: int,
 ) -> None:
     """Let the next CRL of each issuer have a number and a time above those of any that is known."""
-    before: dict[str, db_issuers.CrlRecord] = {}
+    before: dict[str, store_issuers.CrlRecord] = {}
     if replaced is not None:
         fingerprints = {row["id"]: row["fingerprint"] for row in replaced.rows("issuers")}
         for row in replaced.rows("crls"):
             values = (row[name] for name in ("issuer_id", "number", "this_update", "next_update", "generation", "der"))
-            before[fingerprints[row["issuer_id"]]] = db_issuers.CrlRecord(*values)
+            before[fingerprints[row["issuer_id"]]] = store_issuers.CrlRecord(*values)
     for issuer in issuers:
         tenant_id = tx.execute(sa.select(IssuerRow.tenant_id).where(IssuerRow.id == issuer.id)).scalar_one()
         given = crl_record(issuer.id, crls[issuer.id]) if issuer.id in crls else None
         newest = newest_crl(given, before.get(issuer.fingerprint))
         if newest is not None:
             ours = dataclasses.replace(newest, issuer_id=issuer.id, generation=generation - 1)
-            db_issuers.put_crl(tx, tenant_id, ours)
+            store_issuers.put_crl(tx, tenant_id, ours)
 
 
 def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:

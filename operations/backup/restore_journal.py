@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import db_access
-import db_copy
 from config import Settings
 from core.errors import StartupError
 from core.failpoints import failpoint
 from core.files import fsync_directory, replace_file
 from db import Database
-from db_tables import DEFAULT_TENANT
+from store import access
+from store import copy as store_copy
+from store.tables import DEFAULT_TENANT
 
 NAME = ".restore.json"
 SQLITE_FILES = ("", "-wal", "-shm")
@@ -156,9 +156,9 @@ def _has_ended(settings: Settings, journal: Journal) -> bool:
         return journal.placing and not journal.staged.exists()
     database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
     with contextlib.closing(database), database.snapshot() as tx:
-        if db_copy.revision(tx) != db_copy.head():
+        if store_copy.revision(tx) != store_copy.head():
             return False
-        last = db_access.list_audit_entries(tx, DEFAULT_TENANT, limit=1, filters={"action": "backup:restore"})
+        last = access.list_audit_entries(tx, DEFAULT_TENANT, limit=1, filters={"action": "backup:restore"})
         return [entry.detail.get("restore") for entry in last] == [journal.id]
 
 

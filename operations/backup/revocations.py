@@ -17,13 +17,13 @@ from sqlalchemy.engine import Connection
 import audit
 import ca
 import db
-import db_issuers
-import db_suspension
 from core.device_status import DeviceStatus
 from core.errors import BackupRefused
-from db_issuers import CrlRecord, IssuerRecord
-from db_tables import Certificate, Device, IssuerRow, Token
 from operations.backup import enrolment
+from store import issuers as store_issuers
+from store import suspension
+from store.issuers import CrlRecord, IssuerRecord
+from store.tables import Certificate, Device, IssuerRow, Token
 
 T = TypeVar("T")
 _BATCH = 500
@@ -63,7 +63,7 @@ class Revocations:
         self._tx = tx
         self._generation = generation
         self._now = now
-        self._issuers = {issuer.id: issuer for issuer in db_issuers.list_issuers(tx, retired=True)}
+        self._issuers = {issuer.id: issuer for issuer in store_issuers.list_issuers(tx, retired=True)}
         self.kept: list[Kept] = []
 
     def keep(self, crls: Mapping[int, x509.CertificateRevocationList], replaced: Tables | None) -> None:
@@ -86,7 +86,7 @@ class Revocations:
             for entries in _batches(crl):
                 self._crl_entries(self._issuers[issuer_id], entries, known)
         for issuer_id in self._issuers:
-            db_issuers.touch_issuer(self._tx, issuer_id, generation=self._generation)
+            store_issuers.touch_issuer(self._tx, issuer_id, generation=self._generation)
 
     # --- From the database that is replaced
 
@@ -224,7 +224,7 @@ class Revocations:
         self._keep(tenant_id, f"device:{device_id}", "device:revoke", f"device {device_id} ({name})", reason, at)
 
     def _suspend_device(self, tenant_id: str, device_id: str, name: str, at: datetime) -> None:
-        db_suspension.suspend_device(self._tx, tenant_id, device_id, suspended_at=at, generation=self._generation)
+        suspension.suspend_device(self._tx, tenant_id, device_id, suspended_at=at, generation=self._generation)
         self._keep(tenant_id, f"device:{device_id}", "device:suspend", f"device {device_id} ({name})", HOLD, at)
 
     def _keep(self, tenant_id: str, of: str, action: str, what: str, reason: str, at: datetime) -> None:

@@ -6,10 +6,10 @@ import click
 
 import audit
 import authority_rollover
-import db_issuers
 from operations.commands.plain import plainly, settings_here
 from operations.jobs import authority
 from operations.wiring import open_portal
+from store import issuers as store_issuers
 
 
 @click.group("ca")
@@ -26,9 +26,9 @@ def list_cas() -> None:
         now = portal.clock()
         with portal.database.snapshot() as tx:
             issuers = portal.authority.seen_by(tx)
-            records = {record.id: record for record in db_issuers.list_issuers(tx, retired=True)}
+            records = {record.id: record for record in store_issuers.list_issuers(tx, retired=True)}
             for recorded in issuers.issuers:
-                crl = db_issuers.get_crl(tx, recorded.id)
+                crl = store_issuers.get_crl(tx, recorded.id)
                 if recorded.kind == "root":
                     does = "root, key here" if portal.keys.exists(recorded.issuer.name) else "root, key elsewhere"
                 elif recorded.retired:

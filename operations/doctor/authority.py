@@ -12,16 +12,16 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import ca
-import db_issuers
 from broker.crl import read_crls
 from broker.files import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.errors import PortalError
-from db_issuers import CrlRecord, IssuerRecord
-from db_tables import AuditEntry, Certificate, Crl
 from operations.doctor.findings import Verdict, problem, some, together, warning
 from operations.doctor.network import https_date, served_crl
 from operations.doctor.subject import Subject, certificate_of
 from pki.keystore import KeyFiles, passphrase
+from store import issuers as store_issuers
+from store.issuers import CrlRecord, IssuerRecord
+from store.tables import AuditEntry, Certificate, Crl
 
 SOON = timedelta(days=30)
 CA_SOON = timedelta(days=90)  # long enough to give all devices certificates of another
@@ -108,8 +108,8 @@ def _crl(subject: Subject) -> list[Verdict]:
     now, path = subject.clock(), subject.settings.broker_file(CRL_FILE)
     found: list[Verdict] = []
     with subject.snapshot() as tx:
-        newest = {issuer.name: db_issuers.get_crl(tx, issuer.id) for issuer in db_issuers.list_issuers(tx)}
-        kinds = {issuer.name: issuer.kind for issuer in db_issuers.list_issuers(tx)}
+        newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
+        kinds = {issuer.name: issuer.kind for issuer in store_issuers.list_issuers(tx)}
     try:
         in_folder = {item.public_bytes(Encoding.DER) for item in read_crls(path.read_bytes())}
     except (OSError, PortalError) as error:
@@ -148,7 +148,7 @@ def crl_served(subject: Subject) -> Verdict:
     found: list[Verdict] = []
     for attempt in range(TRIES):
         with subject.snapshot() as tx:
-            newest = {issuer.name: db_issuers.get_crl(tx, issuer.id) for issuer in db_issuers.list_issuers(tx)}
+            newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
         found = [
             problem(f"The CRL of {name} that is served is not the newest.", "Restart the portal; see its log.")
             for name, record in newest.items()

@@ -11,8 +11,6 @@ from pathlib import Path
 import sqlalchemy as sa
 from cryptography import x509
 
-import db_issuers
-import db_reads
 from broker.acl import DENY_ALL, GENERATION_TOPIC, PORTAL_USER, REFUSED_TOPIC, Acl
 from broker.crl import read_crls
 from broker.files import CRL_FILE, BrokerFiles
@@ -20,10 +18,11 @@ from broker.reload import peer_process
 from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import AclStyle
 from core.installed_style import ACL_FILE
-from db_tables import Certificate, Device
 from enforcement_acl import denials, put_into_acl
 from operations.doctor.findings import Verdict, problem, some, together, warning, well
 from operations.doctor.subject import SECONDS, Subject
+from store import issuers, reads
+from store.tables import Certificate, Device
 
 _REPAIRS = "The portal writes it anew within seconds while it runs: see that it does, and its log."
 _PENDING = "See the line on the generation."
@@ -52,7 +51,7 @@ def acl_entries(subject: Subject) -> Verdict:
         content = settings.broker_file(ACL_FILE).read_bytes()
         with subject.snapshot() as tx:
             per_device, now = settings.acl_style is AclStyle.PER_DEVICE, subject.clock()
-            changes = db_reads.acl_changes(tx, subject.tenant_id, since=0, defaults=per_device)
+            changes = reads.acl_changes(tx, subject.tenant_id, since=0, defaults=per_device)
             out = () if per_device else denials(tx, subject.tenant_id, applied=installed, now=now)
             for change in itertools.chain(changes, out):
                 if change.generation > installed:
@@ -62,7 +61,7 @@ def acl_entries(subject: Subject) -> Verdict:
             expected, there = _blocks(wanted.render(installed)), _blocks(content)
             # A denial that is needed no longer may stay until the next pass.
             denied = [user for user in there.keys() - expected.keys() if there[user] == DENY_ALL]
-            denied_still = db_reads.out_among(tx, subject.tenant_id, denied)
+            denied_still = reads.out_among(tx, subject.tenant_id, denied)
     found = compare_acl(expected, there, later | denied_still)
     if wanted.closed:
         found.append(
@@ -110,7 +109,7 @@ def crl_entries(subject: Subject) -> Verdict:
         crls = read_crls(subject.settings.broker_file(CRL_FILE).read_bytes())
         with subject.snapshot() as tx:
             pending = _is_pending(subject, tx)
-            for issuer in db_issuers.list_issuers(tx):
+            for issuer in issuers.list_issuers(tx):
                 if issuer.kind == "root":
                     continue
                 subject_name = x509.load_der_x509_certificate(issuer.der).subject
@@ -138,14 +137,14 @@ def crl_entries(subject: Subject) -> Verdict:
 
 def _is_pending(subject: Subject, tx: sa.Connection) -> bool:
     """Whether something was revoked that the newest CRL cannot have yet."""
-    for issuer in db_issuers.list_issuers(tx):
-        crl = db_issuers.get_crl(tx, issuer.id)
+    for issuer in issuers.list_issuers(tx):
+        crl = issuers.get_crl(tx, issuer.id)
         if issuer.kind == "issuing" and (crl is None or issuer.revoked_generation > crl.generation):
             return True
     installed = BrokerFiles(subject.settings, subject.clock).installed_generation() or 0
     return any(
         crl is not None and crl.generation > installed
-        for crl in (db_issuers.get_crl(tx, issuer.id) for issuer in db_issuers.list_issuers(tx))
+        for crl in (issuers.get_crl(tx, issuer.id) for issuer in issuers.list_issuers(tx))
     )
 
 
@@ -173,7 +172,7 @@ def broker(subject: Subject) -> Verdict:
     """Whether the broker answers, and obeys the generation that it was last seen to enforce."""
     settings = subject.settings
     with subject.snapshot() as tx:
-        applied = db_issuers.get_broker_state(tx, subject.tenant_id).applied_generation
+        applied = issuers.get_broker_state(tx, subject.tenant_id).applied_generation
     deadline = time.monotonic() + SECONDS
     try:
         with Session(connect_unix(settings.broker_socket, deadline), deadline) as session:
@@ -192,7 +191,7 @@ def broker(subject: Subject) -> Verdict:
             in_force = session.publish(f"{GENERATION_TOPIC}/{applied}") < FAILURE
             if not in_force:
                 with subject.snapshot() as tx:
-                    applied = db_issuers.get_broker_state(tx, subject.tenant_id).applied_generation
+                    applied = issuers.get_broker_state(tx, subject.tenant_id).applied_generation
                 in_force = session.publish(f"{GENERATION_TOPIC}/{applied}") < FAILURE
     except OSError as error:
         said = error.strerror or str(error) or type(error).__name__

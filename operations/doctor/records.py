@@ -8,13 +8,12 @@ from datetime import timedelta
 import sqlalchemy as sa
 
 import audit
-import db_access
-import db_copy
-import db_issuers
 from core import roles
-from db_tables import Delivery
 from operations.doctor.findings import Verdict, problem, some, warning, well
 from operations.doctor.subject import Subject
+from store import access, issuers
+from store import copy as store_copy
+from store.tables import Delivery
 
 LATE = timedelta(minutes=5)
 
@@ -22,7 +21,7 @@ LATE = timedelta(minutes=5)
 def database(subject: Subject) -> Verdict:
     """Whether it answers and has the schema of this version."""
     with subject.snapshot() as tx:
-        found, wanted = db_copy.revision(tx), db_copy.head()
+        found, wanted = store_copy.revision(tx), store_copy.head()
         if found != wanted:
             return problem(
                 f"The database has schema {found}, this version of the portal works with {wanted}.",
@@ -47,11 +46,11 @@ def audit_record(subject: Subject) -> Verdict:
 def generation(subject: Subject) -> Verdict:
     """Whether the broker was seen to enforce what the database says, now or after as long as a pass may take."""
     with subject.snapshot() as tx:
-        wanted = db_issuers.get_broker_state(tx, subject.tenant_id).generation
+        wanted = issuers.get_broker_state(tx, subject.tenant_id).generation
     deadline = time.monotonic() + subject.settings.enforce_timeout
     while True:
         with subject.snapshot() as tx:
-            state = db_issuers.get_broker_state(tx, subject.tenant_id)
+            state = issuers.get_broker_state(tx, subject.tenant_id)
         if state.applied_generation >= wanted:
             return well(f"The broker was seen to enforce generation {state.applied_generation}.")
         if time.monotonic() >= deadline:
@@ -91,8 +90,8 @@ def tokens(subject: Subject) -> Verdict:
     with subject.snapshot() as tx:
         own = None
         if path.exists():
-            own = db_access.find_token(tx, roles.hash_token(path.read_text(encoding="ascii").strip()))
-        valid = [token for token in db_access.list_tokens(tx, subject.tenant_id) if roles.is_valid(token, now)]
+            own = access.find_token(tx, roles.hash_token(path.read_text(encoding="ascii").strip()))
+        valid = [token for token in access.list_tokens(tx, subject.tenant_id) if roles.is_valid(token, now)]
     endless = [token.name for token in valid if token.expires_at is None and (own is None or token.id != own.id)]
     if endless:
         return warning(

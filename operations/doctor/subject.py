@@ -11,15 +11,15 @@ import sqlalchemy as sa
 from cryptography import x509
 from sqlalchemy.engine import Connection
 
-import db_issuers
 from broker.probe import Canaries
 from config import Settings
 from core.errors import DatabaseUnavailable
 from core.files import FileLock
 from db import Database
-from db_issuers import IssuerRecord
-from db_tables import DEFAULT_TENANT
 from operations.wiring import canary_files
+from store import issuers as store_issuers
+from store.issuers import IssuerRecord
+from store.tables import DEFAULT_TENANT
 
 SECONDS = 5.0  # that anything asked over a network may take
 
@@ -62,7 +62,7 @@ class Subject:
     def issuers(self) -> Sequence[IssuerRecord]:
         """The CAs as the database has them, the root first."""
         with self.snapshot() as tx:
-            return db_issuers.list_issuers(tx)
+            return store_issuers.list_issuers(tx)
 
     @contextlib.contextmanager
     def between_passes(self) -> Iterator[None]:

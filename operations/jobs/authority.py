@@ -11,8 +11,6 @@ from typing import Any
 import audit
 import authority_rollover
 import db
-import db_issuers
-import db_revocations
 from audit import Actor
 from authority import RecordedIssuer
 from authority_crl import ROOT_CRL_DAYS, RevokedEntries, crl_is_due, next_crl
@@ -20,6 +18,8 @@ from core.errors import BrokerUnavailable, LockUnavailable, StateConflict
 from core.files import FileLock, replace_file
 from operations.readiness import ROOT_CRL_SOON
 from operations.wiring import Portal, renew_own_certificates
+from store import issuers as store_issuers
+from store import revocations
 
 log = logging.getLogger("portal.jobs")
 
@@ -40,11 +40,11 @@ def renew_crls(portal: Portal) -> None:
     """
     now = portal.clock()
     with portal.database.snapshot() as tx:
-        changed_at = {record.id: record.revoked_generation for record in db_issuers.list_issuers(tx, retired=True)}
+        changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx, retired=True)}
         due = [
             recorded
             for recorded in portal.authority.seen_by(tx).issuers
-            if crl_is_due(db_revocations.get_crl_head(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
+            if crl_is_due(revocations.get_crl_head(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
         ]
     for recorded in due:
         if recorded.kind == "root":
@@ -62,23 +62,23 @@ def renew_crls(portal: Portal) -> None:
 
 def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime) -> None:
     with portal.database.transaction() as tx:
-        state = db_issuers.get_broker_state(tx, portal.tenant_id)
+        state = store_issuers.get_broker_state(tx, portal.tenant_id)
         crl = next_crl(
             tx,
             recorded.id,
             recorded.issuer,
-            db_revocations.get_crl_head(tx, recorded.id),
+            revocations.get_crl_head(tx, recorded.id),
             RevokedEntries(),
             days=days,
             generation=state.generation,
             now=now,
         )
-        db_issuers.put_crl(tx, portal.tenant_id, crl)
+        store_issuers.put_crl(tx, portal.tenant_id, crl)
 
 
 def _say_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> None:
     with portal.database.snapshot() as tx:
-        crl = db_revocations.get_crl_head(tx, root.id)
+        crl = revocations.get_crl_head(tx, root.id)
     said = _said.get(portal.settings.data_dir)
     if crl is None or crl.next_update - now > ROOT_CRL_SOON or (said is not None and abs(now - said) < SAID_AGAIN):
         return
@@ -161,7 +161,7 @@ def write_ca_file(portal: Portal) -> None:
 def _last_move(portal: Portal) -> datetime | None:
     """When issuance last moved from one CA to another; ``None`` where it never did, or has begun to again."""
     with portal.database.snapshot() as tx:
-        issuing = [record for record in db_issuers.list_issuers(tx) if record.kind == "issuing"]
+        issuing = [record for record in store_issuers.list_issuers(tx) if record.kind == "issuing"]
     return issuing[-1].issuing_since if len(issuing) > 1 else None
 
 
@@ -207,5 +207,5 @@ def advance(portal: Portal, action: str, **detail: Any) -> None:
 
 def _apply(portal: Portal) -> None:
     with portal.database.snapshot() as tx:
-        state = db_issuers.get_broker_state(tx, portal.tenant_id)
+        state = store_issuers.get_broker_state(tx, portal.tenant_id)
     portal.enforcement.apply(state.generation, timeout=portal.settings.enforce_timeout)

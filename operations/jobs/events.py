@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from datetime import timedelta
 
-import db_expiry
-import db_webhooks
 import events
 from events import EventType
 from operations.wiring import Portal
+from store import expiry, webhooks
 
 log = logging.getLogger("portal.jobs")
 
@@ -22,7 +21,7 @@ def announce_expiring(portal: Portal) -> None:
     while more:
         now = portal.clock()
         with portal.database.snapshot() as tx:
-            found = db_expiry.unannounced(tx, now=now, limit=BATCH)
+            found = expiry.unannounced(tx, now=now, limit=BATCH)
         if not found:
             return
         with portal.database.transaction() as tx:
@@ -37,7 +36,7 @@ def announce_expiring(portal: Portal) -> None:
                     serial_number=one.serial_number,
                     expires_at=one.not_after,
                 )
-            db_expiry.announced(tx, found, at=now)
+            expiry.announced(tx, found, at=now)
         for one in found:
             detail = {"device_id": one.device_id, "expires_at": one.not_after.isoformat()}
             log.warning("a device's certificate should be renewed", extra=detail)
@@ -50,7 +49,7 @@ def prune_events(portal: Portal) -> None:
         return
     before = portal.clock() - timedelta(days=portal.settings.event_days)
     with portal.database.snapshot() as tx:
-        pruned = BATCH if db_webhooks.anything_old(tx, before=before) else 0
+        pruned = BATCH if webhooks.anything_old(tx, before=before) else 0
     while pruned == BATCH:
         with portal.database.transaction() as tx:
-            pruned = db_webhooks.prune(tx, before=before, limit=BATCH)
+            pruned = webhooks.prune(tx, before=before, limit=BATCH)

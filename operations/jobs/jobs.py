@@ -11,13 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import audit
-import db_deliveries
-import db_issuers
-import db_reads
 from operations.jobs import events, schedule
 from operations.jobs.authority import advance, renew_certificates, renew_crls, retire_unneeded
 from operations.jobs.schedule import Job
 from operations.wiring import Portal, canary_files
+from store import deliveries, issuers, reads
 
 log = logging.getLogger("portal.jobs")
 
@@ -49,9 +47,9 @@ def repair_broker(portal: Portal) -> None:
         probe_broker(portal)  # a broker that read the damaged files may have let anybody in
 
 
-def _state(portal: Portal) -> db_issuers.BrokerStateRecord:
+def _state(portal: Portal) -> issuers.BrokerStateRecord:
     with portal.database.snapshot() as tx:
-        return db_issuers.get_broker_state(tx, portal.tenant_id)
+        return issuers.get_broker_state(tx, portal.tenant_id)
 
 
 def renew_responders(portal: Portal) -> None:
@@ -66,10 +64,10 @@ def expire(portal: Portal) -> None:
         pass
     now = portal.clock()
     with portal.database.snapshot() as tx:
-        if not db_deliveries.anything_due(tx, now=now):
+        if not deliveries.anything_due(tx, now=now):
             return
     with portal.database.transaction() as tx:
-        for tenant_id, device_id, delivery_id in db_deliveries.expire_deliveries(tx, now=now):
+        for tenant_id, device_id, delivery_id in deliveries.expire_deliveries(tx, now=now):
             audit.record(
                 tx,
                 audit.system_actor(tenant_id),
@@ -78,7 +76,7 @@ def expire(portal: Portal) -> None:
                 at=now,
                 delivery=delivery_id,
             )
-        db_deliveries.forget_answers(tx, now=now)
+        deliveries.forget_answers(tx, now=now)
 
 
 def record_refusals(portal: Portal) -> None:
@@ -93,8 +91,8 @@ def cut_late_sessions(portal: Portal) -> None:
     """
     since = portal.clock() - LATE_SESSIONS
     with portal.database.snapshot() as tx:
-        late = db_reads.devices_put_out_since(tx, portal.tenant_id, since)
-        superseded = dict(db_reads.superseded_between(tx, portal.tenant_id, since - LATE_SESSIONS, since))
+        late = reads.devices_put_out_since(tx, portal.tenant_id, since)
+        superseded = dict(reads.superseded_between(tx, portal.tenant_id, since - LATE_SESSIONS, since))
     done = _cut_again.setdefault(portal.settings.data_dir, set())
     done.intersection_update(superseded)
     late += [device_id for certificate_id, device_id in superseded.items() if certificate_id not in done]

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-import db_postgresql
 from core.errors import DatabaseUnavailable
 from db import Database
+from store import postgresql
 from tests.support.postgres import Cluster
 
 pytestmark = pytest.mark.system
 
 
 def test_a_server_that_is_stopped_is_given_up_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(db_postgresql, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(db_postgresql.PatientConnection, "patience", 0.5)
-    monkeypatch.setitem(db_postgresql.CONNECT_ARGUMENTS, "connect_timeout", 2)
+    monkeypatch.setattr(postgresql, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(postgresql.PatientConnection, "patience", 0.5)
+    monkeypatch.setitem(postgresql.CONNECT_ARGUMENTS, "connect_timeout", 2)
     with Cluster() as cluster:
         database = Database(cluster.url, lock_path=tmp_path / "lock", threads=2)
         database.migrate()

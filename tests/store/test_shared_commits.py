@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from db import Database
-from db_turns import SharedTransactions
+from store.shared_commits import SharedTransactions
 
 
 @pytest.fixture

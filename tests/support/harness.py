@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 from flask.testing import FlaskClient
 
-import db_access
 from app import portal_of
 from config import Settings
 from core import roles
 from core.roles import Role
-from db_tables import Base
 from operations.wiring import Portal, utc_now
+from store import access
+from store.tables import Base
 from tests.support.ports import free_port
 
 # For tests to which the database makes no difference.
@@ -110,7 +110,7 @@ def api_as(app: Flask, role: Role | None) -> Api:
     portal = portal_of(app)
     secret, record = roles.new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
     with portal.database.transaction() as tx:
-        db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
+        access.add_token(tx, record, token_hash=roles.hash_token(secret))
     return Api(app.test_client(), secret)
 
 

@@ -10,9 +10,9 @@ import pytest
 import sqlalchemy as sa
 
 import events
-from db_tables_events import Webhook, WebhookDelivery
 from events import EventType
 from operations.wiring import SUBSCRIBED, Portal
+from store.tables_events import Webhook, WebhookDelivery
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)

@@ -18,8 +18,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import db
-import db_issuers
-import db_reads
 from audit import Actor
 from config import Settings
 from core.device_status import DeviceStatus
@@ -34,10 +32,11 @@ from core.errors import (
     StateConflict,
     TopicRefused,
 )
-from db_tables import Certificate, Delivery
 from onboarding_terms import Registered, Registration
 from operations.jobs import jobs
 from operations.wiring import Portal, open_portal
+from store import issuers, reads
+from store.tables import Certificate, Delivery
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
 
 OPERATOR = Actor("default", "an operator", "operator", "request-1", "192.0.2.1")
@@ -70,7 +69,7 @@ def test_a_registration_records_device_certificate_bundle_and_audit_entry_togeth
     registered = portal.onboarding.register(OPERATOR, PUMP)
     with portal.database.snapshot() as tx:
         device = db.get_device(tx, "default", registered.device_id)
-        certificate = db_reads.current_certificate(tx, "default", registered.device_id)
+        certificate = reads.current_certificate(tx, "default", registered.device_id)
         bundle = tx.execute(sa.select(Delivery.bundle).where(Delivery.device_id == registered.device_id)).scalar_one()
     assert (device.status, device.name, device.metadata) == (DeviceStatus.ACTIVE, "pump-1", {"rack": 7})
     assert certificate is not None
@@ -317,7 +316,7 @@ def test_a_device_of_another_tenant_is_not_there(portal: Portal) -> None:
     registered = portal.onboarding.register(OPERATOR, PUMP)
     stranger = Actor("another", "an operator", "operator", "request-2", "192.0.2.2")
     with portal.database.transaction() as tx:
-        db_issuers.add_tenant(tx, "another", created_at=portal.clock())
+        issuers.add_tenant(tx, "another", created_at=portal.clock())
     with pytest.raises(DeviceNotFound):
         portal.onboarding.revoke(stranger, registered.device_id, "unspecified")
     with pytest.raises(DeviceNotFound):
@@ -330,7 +329,7 @@ def test_crl_numbers_and_this_update_rise_with_each_revocation(portal: Portal) -
         registered = portal.onboarding.register(OPERATOR, PUMP)
         portal.onboarding.revoke(OPERATOR, registered.device_id, "unspecified")
         with portal.database.snapshot() as tx:
-            crl = db_issuers.get_crl(tx, portal.authority.issuing.id)
+            crl = issuers.get_crl(tx, portal.authority.issuing.id)
         assert crl is not None
         seen.append((crl.number, crl.this_update))
     assert seen == sorted(set(seen))

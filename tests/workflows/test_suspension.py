@@ -13,12 +13,11 @@ import pytest
 from cryptography import x509
 
 import db
-import db_issuers
-import db_reads
 from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound, StateConflict
 from onboarding_terms import Registered
 from operations.wiring import Portal
+from store import issuers, reads
 from tests.support.harness import PER_DEVICE, Api, Clock, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 
@@ -26,7 +25,7 @@ from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 def status_of(portal: Portal, device_id: str) -> tuple[DeviceStatus, list[str]]:
     with portal.database.snapshot() as tx:
         device = db.get_device(tx, "default", device_id)
-        return device.status, [row.status for row in db_reads.device_certificates(tx, "default", device_id)]
+        return device.status, [row.status for row in reads.device_certificates(tx, "default", device_id)]
 
 
 def crl_entry(portal: Portal, registered: Registered) -> x509.RevokedCertificate | None:
@@ -61,13 +60,13 @@ def test_a_suspended_device_is_on_hold_in_the_crl_and_out_of_the_acl(portal: Por
 def test_openssl_refuses_a_suspended_device_and_accepts_it_again(portal: Portal, tmp_path: Path) -> None:
     registered = portal.onboarding.register(OPERATOR, PUMP)
     with portal.database.snapshot() as tx:
-        certificate = db_reads.current_certificate(tx, "default", registered.device_id)
+        certificate = reads.current_certificate(tx, "default", registered.device_id)
     assert certificate is not None
     (tmp_path / "device.der").write_bytes(certificate.der)
 
     def judged() -> str:
         with portal.database.snapshot() as tx:
-            crl = db_issuers.get_crl(tx, portal.authority.issuing.id)
+            crl = issuers.get_crl(tx, portal.authority.issuing.id)
         assert crl is not None
         (tmp_path / "crl.der").write_bytes(crl.der)
         command = ["openssl", "verify", "-x509_strict", "-crl_check"]

@@ -9,9 +9,9 @@ from typing import Any
 from core.device_status import DeviceStatus, renewable_from
 from core.roles import Permission
 from db import CertificateRecord, DeviceRecord
-from db_device_lists import DeviceFilter
 from inventory import DeviceDetails
 from onboarding_terms import Registration
+from store.device_lists import DeviceFilter
 from web.api.device_models import (
     CertificateList,
     CertificateModel,

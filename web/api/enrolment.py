@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 
 from core.roles import Permission
-from db_enrolment import EnrolmentTokenRecord, Terms
 from onboarding_terms import Registration
+from store.enrolment import EnrolmentTokenRecord, Terms
 from web.api.enrolment_models import (
     ApproveRequest,
     AskingList,

@@ -8,10 +8,10 @@ import dataclasses
 
 from audit import Actor
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
-from db_enrolment import EnrolmentTokenRecord
 from onboarding_clients import DeviceClient, ManufacturedClient
 from onboarding_enrolment_means import Enrolled, Waiting, by_manufacturer, by_token
 from pki.est import EnrolmentRequest
+from store.enrolment import EnrolmentTokenRecord
 from web.api.client_certificate import presented
 from web.api.routing import Call
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 
 from core.roles import Permission
-from db_manufacturers import ManufacturerRecord
+from store.manufacturers import ManufacturerRecord
 from web.api.enrolment import terms_fields, terms_of
 from web.api.enrolment_models import ManufacturerList, ManufacturerModel, ManufacturerRequest, ProofRequest
 from web.api.routing import Answers, Call, Reply, Routes

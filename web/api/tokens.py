@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission, Role
-from db_access import TokenRecord
+from store.access import TokenRecord
 from web.api.operator_models import (
     AuditEntryModel,
     AuditPage,

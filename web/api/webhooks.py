@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission
-from db_webhooks import Backlog, DeliveryRecord, WebhookRecord
 from events import EventType
+from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
 from web.api.routing import Answers, Call, Reply, Routes
 from web.api.webhook_models import (
     NewWebhookModel,

@@ -19,11 +19,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import audit
 import db
-import db_access
-import db_copy
-import db_database
-import db_enrolment
-import db_issuers
 from app import create_app
 from config import Settings
 from core import roles
@@ -39,8 +34,6 @@ from core.errors import (
 )
 from core.files import replace_file
 from core.roles import Role
-from db_enrolment import Terms
-from db_tables import Base, Certificate, Delivery
 from onboarding_terms import Registered
 from operations.backup.backup import Made, back_up
 from operations.backup.file import MANIFEST, Backup
@@ -48,6 +41,10 @@ from operations.backup.restore import Restored, restore
 from operations.backup.revocations import Revocations
 from operations.wiring import Portal, alone, first_token, open_portal, prepare
 from pki.pem import pem
+from store import access, database, enrolment, issuers
+from store import copy as store_copy
+from store.enrolment import Terms
+from store.tables import Base, Certificate, Delivery
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database
 from tests.support.harness import PER_DEVICE, Clock, settings_for
@@ -101,7 +98,7 @@ def copied(settings: Settings, file: Path, clock: Clock) -> Made:
 
 def contents(portal: Portal) -> dict[str, list[str]]:
     with portal.database.snapshot() as tx:
-        return {name: [repr(row) for row in db_copy.rows(tx, name)] for name in db_copy.table_names()}
+        return {name: [repr(row) for row in store_copy.rows(tx, name)] for name in store_copy.table_names()}
 
 
 def all_bytes(settings: Settings) -> dict[Path, bytes]:
@@ -231,18 +228,18 @@ def test_an_older_schema_is_restored_and_then_migrated(
     with opened(settings, clock) as portal:
         portal.onboarding.register(OPERATOR, PUMP)
     copied(settings, file, clock)
-    shutil.copytree(db_database.MIGRATIONS, tmp_path / "migrations")
+    shutil.copytree(database.MIGRATIONS, tmp_path / "migrations")
     (tmp_path / "migrations" / "versions" / "9000_colour.py").write_text(
-        f"from alembic import op\nimport sqlalchemy as sa\nrevision, down_revision = '9000', '{db_copy.head()}'\n"
+        f"from alembic import op\nimport sqlalchemy as sa\nrevision, down_revision = '9000', '{store_copy.head()}'\n"
         "branch_labels = depends_on = None\n"
         "def upgrade():\n"
         "    op.add_column('devices', sa.Column('colour', sa.String(8), server_default='grey', nullable=False))\n"
     )
-    monkeypatch.setattr(db_database, "MIGRATIONS", tmp_path / "migrations")
+    monkeypatch.setattr(database, "MIGRATIONS", tmp_path / "migrations")
     bring_passphrase(settings, elsewhere)
     put_back(elsewhere, file, clock)
     with opened(elsewhere, clock) as portal, portal.database.snapshot() as tx:
-        assert db_copy.revision(tx) == "9000"
+        assert store_copy.revision(tx) == "9000"
         assert tx.execute(sa.text("SELECT colour FROM devices")).scalars().all() == ["grey"]
 
 
@@ -388,10 +385,10 @@ class Story:
                 db.update_device(tx, "default", self.held.device_id, values)
                 held = sa.update(Certificate).where(Certificate.device_id == self.held.device_id)
                 tx.execute(held.values(status="held", revoked_at=clock(), revocation_reason="certificate_hold"))
-                db_issuers.touch_issuer(tx, 2, generation=generation)
+                issuers.touch_issuer(tx, 2, generation=generation)
             portal.enforcement.install()
             with portal.database.snapshot() as tx:
-                self.generation = db_issuers.get_broker_state(tx, "default").generation
+                self.generation = issuers.get_broker_state(tx, "default").generation
         self.number = crl_number(settings)
         self.on_crl = listed(settings)
         clock.advance(minutes=5)
@@ -432,7 +429,7 @@ def test_what_was_revoked_since_the_copy_stays_revoked(story: Story, clock: Cloc
         with portal.database.snapshot() as tx:
             device = db.get_device(tx, "default", story.goes.device_id)
             assert audit.verify(tx, "default").problem is None
-            assert db_issuers.get_broker_state(tx, "default").generation > story.generation
+            assert issuers.get_broker_state(tx, "default").generation > story.generation
         recorded = portal.operators.audit("default", limit=50, before=None, filters={})[0]
         assert portal.broker.damage() == []
         acl = settings.broker_file("acl").read_text()
@@ -507,15 +504,15 @@ def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: 
     with opened(settings, clock) as portal:
         secret, record = roles.new_token("default", "ci", Role.ADMIN, None, now=clock())
         with portal.database.transaction() as tx:
-            db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
+            access.add_token(tx, record, token_hash=roles.hash_token(secret))
         portal.onboarding.register(OPERATOR, PUMP)
         copied(settings, file, clock)
         with portal.database.transaction() as tx:
-            db_access.revoke_token(tx, "default", record.id, revoked_at=clock())
+            access.revoke_token(tx, "default", record.id, revoked_at=clock())
     done = put_back(settings, file, clock)
     assert [kept.what for kept in done.kept] == ["operator token ci"]
     with opened(settings, clock) as portal, portal.database.snapshot() as tx:
-        found = db_access.find_token(tx, roles.hash_token(secret))
+        found = access.find_token(tx, roles.hash_token(secret))
     assert found is not None
     assert found.revoked_at is not None
 
@@ -533,7 +530,7 @@ def test_an_enrolment_token_revoked_since_the_copy_stays_revoked_and_its_uses_st
         copied(settings, file, clock)
         portal.enrolment_tokens.revoke(OPERATOR, made[0][1].id)
         with portal.database.transaction() as tx:
-            db_enrolment.count_use(tx, "default", made[1][1].id)
+            enrolment.count_use(tx, "default", made[1][1].id)
     done = put_back(settings, file, clock)
     assert [kept.what for kept in done.kept] == ["enrolment token leaked"]
     with opened(settings, clock) as portal:
@@ -631,7 +628,7 @@ def test_the_commands_say_what_they_did(story: Story) -> None:
 def test_a_large_table_is_copied_bit_by_bit(settings: Settings, file: Path, clock: Clock) -> None:
     now = datetime(2027, 1, 1, 12, 30, 15, 123456, tzinfo=UTC)
     with opened(settings, clock) as portal, portal.database.transaction() as tx:
-        for number in range(2 * db_copy.BATCH + 7):
+        for number in range(2 * store_copy.BATCH + 7):
             db.add_device(
                 tx, tenant_id="default", device_id=f"00000000-0000-4000-8000-{number:012}", name='"\u20ac\n',
                 type="pump", location="", firmware="1", metadata={"n": [number, 0.1, None, "\u2028"]},

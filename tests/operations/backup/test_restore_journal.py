@@ -13,9 +13,9 @@ from config import Settings
 from core import failpoints
 from core.device_status import DeviceStatus
 from core.errors import BackupRefused, DatabaseUnavailable, StartupError
-from db_tables import DEFAULT_TENANT
 from operations.backup import restore_journal
 from operations.wiring import open_portal, prepare
+from store.tables import DEFAULT_TENANT
 from tests.conftest import DATABASES
 from tests.operations.backup.test_backup import (
     Story,

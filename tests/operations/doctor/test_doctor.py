@@ -14,18 +14,17 @@ from urllib.parse import unquote
 import pytest
 import sqlalchemy as sa
 
-import db_access
-import db_issuers
 from app import create_app, portal_of
 from config import AclStyle, Settings
 from core import roles
 from core.roles import Role
-from db_tables import Certificate, Delivery
 from operations.doctor import doctor, ocsp
 from operations.doctor.findings import Finding, State, Verdict, exit_status, problem, together, warning, well
 from operations.doctor.mosquitto import fleet_fits, read_configuration, traps, version_of
 from operations.doctor.subject import Subject
 from operations.wiring import Portal, prepare
+from store import access, issuers
+from store.tables import Certificate, Delivery
 from tests.support.harness import Clock, settings_for
 from tests.support.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
@@ -322,8 +321,8 @@ def test_a_pending_generation_is_a_problem_until_the_broker_was_seen_to_enforce_
     assert finding.state is State.PROBLEM
     assert "not in force" in finding.detail
     with portal.database.transaction() as tx:
-        state = db_issuers.get_broker_state(tx, "default")
-        db_issuers.set_applied_generation(tx, "default", state.generation, applied_at=portal.clock())
+        state = issuers.get_broker_state(tx, "default")
+        issuers.set_applied_generation(tx, "default", state.generation, applied_at=portal.clock())
     assert examined(portal, "generation")["generation"].state is State.OK
 
 
@@ -331,7 +330,7 @@ def test_a_token_without_an_end_is_a_warning(portal: Portal) -> None:
     for name, end in (("ci", None), ("factory", portal.clock() + timedelta(days=1))):
         secret, record = roles.new_token("default", name, Role.OPERATOR, end, now=portal.clock())
         with portal.database.transaction() as tx:
-            db_access.add_token(tx, record, token_hash=roles.hash_token(secret))
+            access.add_token(tx, record, token_hash=roles.hash_token(secret))
     finding = examined(portal, "tokens")["tokens"]
     assert finding.state is State.WARNING
     assert "1 operator tokens never expire: ci." in finding.detail

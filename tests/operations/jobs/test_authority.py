@@ -15,16 +15,16 @@ from flask import Flask
 
 import authority
 import authority_rollover
-import db_issuers
 from app import create_app, portal_of
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
-from db_issuers import CrlRecord
 from onboarding_credentials import Wanted
 from onboarding_renewal import Renewal
 from operations.jobs import authority as jobs_authority
 from operations.jobs import jobs
 from operations.wiring import Portal
+from store import issuers
+from store.issuers import CrlRecord
 from tests.pki.test_conformance import RUN_PKILINT
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, PUMP, with_fields
@@ -37,8 +37,8 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def crl_of(portal: Portal, name: str) -> CrlRecord:
     with portal.database.snapshot() as tx:
-        ids = {record.name: record.id for record in db_issuers.list_issuers(tx, retired=True)}
-        crl = db_issuers.get_crl(tx, ids[name])
+        ids = {record.name: record.id for record in issuers.list_issuers(tx, retired=True)}
+        crl = issuers.get_crl(tx, ids[name])
     assert crl is not None
     return crl
 

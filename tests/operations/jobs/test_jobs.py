@@ -12,20 +12,20 @@ import pytest
 import sqlalchemy as sa
 from cryptography import x509
 
-import db_issuers
 from config import Settings
 from core.files import FileLock
-from db_tables import Delivery, IdempotencyKey
 from operations.jobs import authority, jobs, schedule
 from operations.jobs.schedule import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
 from operations.wiring import Portal, open_portal
+from store import issuers
+from store.tables import Delivery, IdempotencyKey
 from tests.support.harness import Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
 
 
 def crl_number(portal: Portal, issuer_id: int) -> int:
     with portal.database.snapshot() as tx:
-        crl = db_issuers.get_crl(tx, issuer_id)
+        crl = issuers.get_crl(tx, issuer_id)
     assert crl is not None
     return crl.number
 

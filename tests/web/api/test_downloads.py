@@ -12,7 +12,7 @@ from flask import Flask
 
 from app import portal_of
 from core.roles import Role
-from db_tables import Delivery
+from store.tables import Delivery
 from tests.support.harness import Api, Clock, api_as, problem_of
 
 

@@ -19,9 +19,9 @@ from cryptography.x509.ocsp import OCSPCertStatus, OCSPResponseStatus
 from flask import Flask
 
 from app import portal_of
-from db_tables import Certificate
 from operations.wiring import Portal
 from pki import ocsp
+from store.tables import Certificate
 from tests.support.exposition import samples_of, value_of
 from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
 from tests.support.ocsp import (

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from flask import Flask
 
-import db_access
-import db_issuers
 from app import ROUTES, portal_of
 from core import roles as core_roles
 from core.roles import Role
+from store import access, issuers
 from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
 from tests.support.pki import PEM, Authority
 
@@ -154,9 +153,9 @@ def test_a_token_that_was_revoked_or_has_expired_opens_nothing(shared_app: Flask
     ended = now - timedelta(seconds=1)
     secret, record = core_roles.new_token("default", "of old", ADMIN, ended if state == "expired" else None, now=now)
     with portal.database.transaction() as tx:
-        db_access.add_token(tx, record, token_hash=core_roles.hash_token(secret))
+        access.add_token(tx, record, token_hash=core_roles.hash_token(secret))
         if state == "revoked":
-            db_access.revoke_token(tx, "default", record.id, revoked_at=ended)
+            access.revoke_token(tx, "default", record.id, revoked_at=ended)
     problem_of(call(Api(shared_app.test_client(), secret), route), 401, "unauthenticated")
 
 
@@ -166,8 +165,8 @@ def foreigner(shared_app: Flask) -> Api:
     portal = portal_of(shared_app)
     secret, record = core_roles.new_token("another", "a neighbour", ADMIN, None, now=portal.clock())
     with portal.database.transaction() as tx:
-        db_issuers.add_tenant(tx, "another", created_at=portal.clock())
-        db_access.add_token(tx, record, token_hash=core_roles.hash_token(secret))
+        issuers.add_tenant(tx, "another", created_at=portal.clock())
+        access.add_token(tx, record, token_hash=core_roles.hash_token(secret))
     return Api(shared_app.test_client(), secret)
 
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from flask import Flask
 
 from app import portal_of
-from db_tables import AuditEntry, Token
+from store.tables import AuditEntry, Token
 from tests.support.harness import Api, Clock, problem_of
 
 

@@ -17,11 +17,10 @@ from sqlalchemy.engine import Connection
 
 import ca
 import db
-import db_issuers
-import db_revocations
 from authority_crl import RevokedEntries, next_crl
-from db_tables import Certificate
 from operations.wiring import Portal
+from store import issuers, revocations
+from store.tables import Certificate
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 _SERIALS = itertools.count(0xC0FFEE0000)
@@ -57,9 +56,9 @@ class Process:
         """Sign the issuing CA's next CRL; returns its entries, but for the revoked canary's of the portal."""
         issuing = self.portal.authority.issuing
         with self.portal.database.transaction() as tx:
-            head = db_revocations.get_crl_head(tx, issuing.id)
+            head = revocations.get_crl_head(tx, issuing.id)
             crl = next_crl(tx, issuing.id, issuing.issuer, head, self.entries, days=7, generation=1, now=now)
-            assert db_issuers.put_crl(tx, "default", crl)
+            assert issuers.put_crl(tx, "default", crl)
         entries = {f"{entry.serial_number:x}": entry for entry in x509.load_der_x509_crl(crl.der)}
         return {serial: entry for serial, entry in entries.items() if serial.startswith("c0ffee")}
 
@@ -163,7 +162,7 @@ def test_a_process_reads_what_is_revoked_before_it_has_to_sign(portal: Portal, m
     stopping.set()
     portal.enforcement.run_grants(stopping)
     read_ahead = portal.enforcement._revoked
-    monkeypatch.setattr(db_revocations, "revoked_certificates", lambda *_: pytest.fail("they were known"))
+    monkeypatch.setattr(revocations, "revoked_certificates", lambda *_: pytest.fail("they were known"))
     with portal.database.snapshot() as tx:
         assert read_ahead.listed(tx, issuing, generation=1, now=portal.clock())
     assert not read_ahead.are_unread

@@ -9,12 +9,12 @@ from cryptography import x509
 
 import authority
 import authority_rollover
-import db_reads
 from authority import Issuers
 from ca import KeyType
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from operations.wiring import Portal, open_portal
+from store import reads
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
 
@@ -37,7 +37,7 @@ def names(issuers: Issuers) -> list[str]:
 
 def issuer_of(portal: Portal, device_id: str) -> x509.Certificate:
     with portal.database.snapshot() as tx:
-        record = db_reads.current_certificate(tx, "default", device_id)
+        record = reads.current_certificate(tx, "default", device_id)
     assert record is not None
     certificate = x509.load_der_x509_certificate(record.der)
     for recorded in portal.authority.issuers:

@@ -23,8 +23,8 @@ from app import create_app, portal_of
 from config import Settings
 from core.errors import DatabaseUnavailable
 from core.roles import Role
-from db_tables import Certificate, Delivery, Device
 from operations.jobs import jobs
+from store.tables import Certificate, Delivery, Device
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Api, Clock, api_as, csr_pem, problem_of
 
 DEVICE = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}

@@ -15,11 +15,11 @@ import sqlalchemy as sa
 import webhooks_dispatch
 from config import Settings
 from core.errors import Conflict, InputInvalid, NotFound, Unavailable
-from db_tables_events import Webhook, WebhookDelivery
-from db_webhooks import DeliveryRecord
 from events import EventType
 from operations.jobs import events, jobs
 from operations.wiring import Portal, open_portal
+from store.tables_events import Webhook, WebhookDelivery
+from store.webhooks import DeliveryRecord
 from tests.support.harness import ON_SQLITE, Clock
 from tests.support.receiver import Receiver, answer, receiving
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of

@@ -9,8 +9,8 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db_reads import CURRENT
-from db_tables import Certificate, Delivery, IssuerRow
+from store.reads import CURRENT
+from store.tables import Certificate, Delivery, IssuerRow
 
 SUPERSEDED = "superseded"
 # As the conditions of indexes say it, so that these serve.

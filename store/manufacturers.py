@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
-from db_enrolment import TERMS, Terms, terms_of, terms_values
-from db_tables_enrolment import Manufacturer
+from store.enrolment import TERMS, Terms, terms_of, terms_values
+from store.tables_enrolment import Manufacturer
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from sqlalchemy.engine import Connection
 from core import turnstile
 from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable
 from core.files import FileLock
-from db_engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage
-from db_postgresql import unhurried
-from db_tables import BrokerState, Tenant
-from db_turns import Result, SharedTransactions
+from store.engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage
+from store.postgresql import unhurried
+from store.shared_commits import Result, SharedTransactions
+from store.tables import BrokerState, Tenant
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Changes nothing, and is written to the disk.

@@ -9,7 +9,7 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db_tables import Certificate
+from store.tables import Certificate
 
 SERIAL_NUMBER_DIGITS = 40  # no certificate has more
 

@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
-from db_statements import Prepared
-from db_tables import AuditEntry, AuditHead, Token
+from store.statements import Prepared
+from store.tables import AuditEntry, AuditHead, Token
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
-from db_tables import Base, BigId, UtcDateTime
+from store.tables import Base, BigId, UtcDateTime
 
 _APPROVALS = "approval IN ('at_once', 'operator')"
 _VALIDITY = "validity_days BETWEEN 1 AND 36500"

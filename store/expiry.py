@@ -10,8 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db_tables import Certificate, Device, UtcDateTime
-from db_tables_events import ExpiryAnnouncement
+from store.tables import Certificate, Device, UtcDateTime
+from store.tables_events import ExpiryAnnouncement
 
 
 @dataclass(frozen=True, slots=True)

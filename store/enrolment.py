@@ -13,8 +13,8 @@ from sqlalchemy.engine import Connection
 from core.device_status import DeviceStatus
 from core.errors import NotFound
 from db import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
-from db_tables import Certificate, Device
-from db_tables_enrolment import Enrolment, EnrolmentToken
+from store.tables import Certificate, Device
+from store.tables_enrolment import Enrolment, EnrolmentToken
 
 
 @dataclass(frozen=True, slots=True)

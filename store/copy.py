@@ -19,10 +19,10 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
-import db_database
 from core.errors import BackupRefused, DatabaseTooNew
-from db_schema import METADATA
-from db_tables import UtcDateTime
+from store import database
+from store.schema import METADATA
+from store.tables import UtcDateTime
 
 BATCH = 500
 # What a column holds, in a way that survives a change of the tables: the names stand in the first line of a copy.
@@ -179,5 +179,5 @@ def renumber(tx: Connection) -> None:
 
 def _config() -> AlembicConfig:
     config = AlembicConfig()
-    config.set_main_option("script_location", str(db_database.MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("script_location", str(database.MIGRATIONS).replace("%", "%%"))
     return config

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import StateConflict
-from db_tables import Certificate, Device
-from db_tables_enrolment import Enrolment
-from db_tables_reenrolment import Reenrolment
+from store.tables import Certificate, Device
+from store.tables_enrolment import Enrolment
+from store.tables_reenrolment import Reenrolment
 
 # As the conditions of indexes say it, so that these serve.
 _FIRST_WAITS = sa.text("enrolments.status = 'waiting'")

@@ -15,7 +15,7 @@ from db import (
     CertificateRecord,
     certificate_record,
 )
-from db_tables import AclEntry, Certificate, Device
+from store.tables import AclEntry, Certificate, Device
 
 # Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it. Where
 # another condition narrows the same column, it stands before: SQLite reads the index by the first of them.

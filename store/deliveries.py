@@ -11,8 +11,8 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
-from db_statements import Prepared
-from db_tables import Delivery, Device, IdempotencyKey
+from store.statements import Prepared
+from store.tables import Delivery, Device, IdempotencyKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db_tables import UtcDateTime
-from db_tables_events import Webhook, WebhookDelivery
+from store.tables import UtcDateTime
+from store.tables_events import Webhook, WebhookDelivery
 
 _COLUMNS = (
     "tenant_id", "webhook_id", "event_id", "type", "device_id", "body", "created_at", "status", "attempts", "next_at",

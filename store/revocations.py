@@ -9,7 +9,7 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db_tables import Certificate, Crl
+from store.tables import Certificate, Crl
 
 _AT_ONCE = 500  # ids in one query
 # Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it.

@@ -9,8 +9,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-import db_postgresql
 from core.errors import StartupError
+from store import postgresql
 
 BUSY_TIMEOUT_SECONDS = 5.0
 LOCKED_SECONDS = 0.2  # what a writer waits where the last one waited in vain
@@ -35,7 +35,7 @@ def create_engine(url: str, threads: int) -> Engine:
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
     else:
-        options["connect_args"] = dict(db_postgresql.CONNECT_ARGUMENTS)
+        options["connect_args"] = dict(postgresql.CONNECT_ARGUMENTS)
         options["pool_pre_ping"] = True
     try:
         engine = sa.create_engine(url, **options)
@@ -47,7 +47,7 @@ def create_engine(url: str, threads: int) -> Engine:
         sa.event.listen(engine, "connect", _on_sqlite_connect)
         sa.event.listen(engine, "begin", _on_sqlite_begin)
     else:
-        db_postgresql.set_up(engine)
+        postgresql.set_up(engine)
     return engine
 
 

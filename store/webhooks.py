@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
-from db_tables import UtcDateTime
-from db_tables_events import Webhook, WebhookDelivery
+from store.tables import UtcDateTime
+from store.tables_events import Webhook, WebhookDelivery
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from db import update_device
-from db_tables import Certificate, IssuerRow
+from store.tables import Certificate, IssuerRow
 
 HOLD = "certificate_hold"
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from db import DEVICE_COLUMNS, DeviceRecord, device_record
-from db_tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
+from store.tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
 
 CURRENT = ("active", "held")
 

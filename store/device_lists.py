@@ -12,8 +12,8 @@ from sqlalchemy.engine import Connection
 
 from core.topics import is_device_id
 from db import DEVICE_COLUMNS, DeviceRecord, device_record
-from db_reads import CURRENT
-from db_tables import Certificate, Device
+from store.reads import CURRENT
+from store.tables import Certificate, Device
 
 # Where more than one thing narrows a list, no index has its rows one after the other. So a page ends after so many
 # devices that were looked at, however few of them it holds, and the next one goes on there.

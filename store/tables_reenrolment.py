@@ -7,7 +7,7 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
-from db_tables import Base, BigId, UtcDateTime
+from store.tables import Base, BigId, UtcDateTime
 
 
 class Reenrolment(Base):

@@ -8,8 +8,8 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db_reads import CURRENT
-from db_tables import AuditHead, Certificate, Crl, Delivery, Device, IssuerRow
+from store.reads import CURRENT
+from store.tables import AuditHead, Certificate, Crl, Delivery, Device, IssuerRow
 
 
 def devices_by_status(tx: Connection, tenant_id: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from db import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
-from db_tables import AuditHead, BrokerState, Certificate, Crl, IssuerRow, Tenant, UtcDateTime
+from store.tables import AuditHead, BrokerState, Certificate, Crl, IssuerRow, Tenant, UtcDateTime
 
 
 @dataclass(frozen=True, slots=True)
