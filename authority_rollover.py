@@ -7,10 +7,8 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-import audit
 import ca
 import db
-from audit import Actor
 from authority import Authority
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
@@ -18,6 +16,8 @@ from db import Database
 from pki.keystore import CaKeys
 from store import issuers as store_issuers
 from store.tables import Certificate, IssuerRow
+from workflows import audit
+from workflows.audit import Actor
 
 # By then no process can be about to record a certificate that it had the older CA sign.
 LEAST_TIME_MOVED = timedelta(hours=1)

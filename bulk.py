@@ -14,7 +14,6 @@ from datetime import datetime
 
 from sqlalchemy.exc import IntegrityError
 
-from audit import Actor
 from authority import Authority
 from bulk_making import Credentials, Job, Makers, Result, Setup
 from bulk_recording import Task, write_batch
@@ -27,13 +26,14 @@ from core.failpoints import failpoint
 from core.files import FileLock
 from core.topics import new_device_id
 from db import Database
-from enforcement import Enforcement
-from onboarding import Onboarding
-from onboarding_credentials import CredentialMaker, Wanted
-from onboarding_terms import Registration
 from pki.csr import is_for_key_of
 from store import bulk
 from store.bulk import KnownDevice
+from workflows.audit import Actor
+from workflows.credentials import CredentialMaker, Wanted
+from workflows.enforcement import Enforcement
+from workflows.registration import Onboarding
+from workflows.terms import Registration
 
 BATCH = 256  # rows of a transaction, which keeps other writers waiting for some 15 ms
 AHEAD = 3  # batches under way: one is written while the processes are at work on the others

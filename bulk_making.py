@@ -19,7 +19,7 @@ from config import Settings
 from core import processors
 from core.errors import PortalError, Unavailable
 from core.topics import Topic
-from onboarding_credentials import CredentialMaker, Made, Wanted
+from workflows.credentials import CredentialMaker, Made, Wanted
 
 PIECE = 32  # devices that a process is given at once: some 40 ms of work
 MOST_PROCESSES = 4  # unless the settings say how many; what writes to the database is one, and busy with so many

@@ -8,17 +8,16 @@ from datetime import datetime
 
 from sqlalchemy.engine import Connection
 
-import audit
 import db
-import events
-from audit import Actor
 from bulk_making import Credentials, Job
 from bulk_terms import Candidate
 from config import AclStyle
-from events import EventType
-from onboarding_terms import Registration
 from store import access, bulk
 from store.bulk import KnownDevice
+from workflows import audit, events
+from workflows.audit import Actor
+from workflows.events import EventType
+from workflows.terms import Registration
 
 
 @dataclass(frozen=True, slots=True)

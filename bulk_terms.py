@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Protocol
 
 from core.errors import FieldProblem, InputInvalid, PortalError
-from onboarding_terms import Registration
+from workflows.terms import Registration
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from authority import open_authority
 from bulk_making import Setup, make_all
 from core.errors import PortalError
 from db import Database
-from onboarding_credentials import CredentialMaker
 from pki.keystore import KeyFiles, passphrase
+from workflows.credentials import CredentialMaker
 
 NICENESS = 5  # whoever waits for a single request goes first
 

@@ -7,21 +7,20 @@ from datetime import datetime
 
 from sqlalchemy.engine import Connection
 
-import audit
 import db
-import events
-from audit import Actor
 from core.device_status import DeviceStatus
 from core.errors import NotFound, StateConflict
 from core.topics import new_device_id
 from db import Database, DeviceRecord
-from events import EventType
-from onboarding import Onboarding
-from onboarding_terms import Registration
 from store import enrolment as store_enrolment
 from store import reenrolment
 from store.enrolment import EnrolmentRecord
 from store.reenrolment import Asking, ReenrolmentRecord
+from workflows import audit, events
+from workflows.audit import Actor
+from workflows.events import EventType
+from workflows.registration import Onboarding
+from workflows.terms import Registration
 
 REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that a rejected device is revoked with
 MOST_LISTED = 1000

@@ -9,9 +9,7 @@ from datetime import datetime
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
-import audit
 import db
-from audit import Actor
 from config import Settings
 from core import metrics
 from core.device_status import DeviceStatus, advance
@@ -20,14 +18,16 @@ from core.failpoints import failpoint
 from core.setting_values import AclStyle
 from core.topics import new_device_id
 from db import Database
-from onboarding import Onboarding
-from onboarding_credentials import CredentialMaker, Made
 from onboarding_enrolment_means import AskedMeanwhile, Enrolled, Issued, Means, Waiting
 from onboarding_reenrolment import EXPIRED, REVOKED, UNREGISTERED, Reenrolment, make, record_enrolled
 from pki.est import EnrolmentRequest
 from store import enrolment as store_enrolment
 from store import manufacturers
 from store.enrolment import EnrolmentRecord, Terms
+from workflows import audit
+from workflows.audit import Actor
+from workflows.credentials import CredentialMaker, Made
+from workflows.registration import Onboarding
 
 _TRIES = 3
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")

@@ -6,15 +6,15 @@ import secrets
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
-import audit
 import db
-from audit import Actor
 from core.device_status import DeviceStatus
 from core.errors import StateConflict
 from core.roles import hash_token
 from db import Database
 from store import enrolment
 from store.enrolment import EnrolmentTokenRecord, Terms
+from workflows import audit
+from workflows.audit import Actor
 
 TOKEN_PREFIX = "en_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
 MOST_LISTED = 1000

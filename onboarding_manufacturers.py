@@ -8,8 +8,6 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.exc import IntegrityError
 
-import audit
-from audit import Actor
 from core.errors import Conflict, ProofInvalid
 from db import Database
 from onboarding_clients import Clients
@@ -17,6 +15,8 @@ from pki import manufacturer_ca
 from store import manufacturers as store_manufacturers
 from store.enrolment import Terms
 from store.manufacturers import ManufacturerRecord
+from workflows import audit
+from workflows.audit import Actor
 
 NONCE_LIFE = timedelta(hours=24)
 

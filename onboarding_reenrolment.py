@@ -7,21 +7,20 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
 
-import audit
 import db
-import events
-from audit import Actor
 from core import metrics
 from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
 from db import CertificateRecord, Database, DeviceRecord
-from events import EventType
-from onboarding import Onboarding
-from onboarding_credentials import CredentialMaker, Made, Wanted
 from onboarding_enrolment_means import AskedMeanwhile, Issued, Means, Waiting
 from pki.est import EnrolmentRequest, is_for_key
 from store import enrolment, manufacturers, reenrolment, renewal
 from store.enrolment import EnrolmentRecord
+from workflows import audit, events
+from workflows.audit import Actor
+from workflows.credentials import CredentialMaker, Made, Wanted
+from workflows.events import EventType
+from workflows.registration import Onboarding
 
 # Each certificate that replaces another puts that one on the CRL; a device whose answers are lost asks again and again.
 MOST_IN_A_DAY = 5

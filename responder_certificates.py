@@ -7,7 +7,6 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-import audit
 import ca
 import db
 from authority import Authority, RecordedIssuer
@@ -17,6 +16,7 @@ from core.files import replace_file
 from db import Database
 from pki import ocsp
 from pki.ocsp import Signer
+from workflows import audit
 
 log = logging.getLogger("portal.responder")
 

@@ -8,18 +8,17 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-import audit
-import events
-from audit import Actor
 from core.errors import Conflict, Unavailable
 from core.files import FileLock
 from db import Database
-from events import EventType
 from store import webhooks
 from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
 from webhooks_addresses import Network, read_url
 from webhooks_sending import Message, Sender, Sent
 from webhooks_signature import SecretSeal, new_secret, shown
+from workflows import audit, events
+from workflows.audit import Actor
+from workflows.events import EventType
 
 MOST_WEBHOOKS = 16
 NOTHING = Backlog(0, None, 0)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
-import events
 from core import metrics
 from core.errors import PortalError
 from core.failpoints import failpoint
@@ -18,6 +17,7 @@ from db import Database
 from store import webhooks
 from store.webhooks import Claim, WebhookRecord
 from webhooks_sending import Message, Sender, Sent
+from workflows import events
 
 log = logging.getLogger("portal.webhooks")
 

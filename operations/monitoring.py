@@ -12,9 +12,9 @@ from config import Settings
 from core.device_status import DeviceStatus
 from core.metrics import Gauge
 from db import Database
-from enforcement import Enforcement
 from store import figures, webhooks
 from store import issuers as store_issuers
+from workflows.enforcement import Enforcement
 
 EXPIRING = {"7d": timedelta(days=7), "30d": timedelta(days=30)}
 

@@ -13,8 +13,8 @@ import ca
 from authority import Authority
 from core.errors import PortalError
 from db import Database
-from enforcement import Enforcement
 from store import issuers, revocations
+from workflows.enforcement import Enforcement
 
 log = logging.getLogger("portal.readiness")
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import audit
 import ca
 import db
-import events
 from authority import Authority, RecordedIssuer, open_authority
 from broker.files import FOLDER_MODE, broker_group
 from broker_provisioning import BrokerProvisioning, Canary
@@ -26,25 +24,17 @@ from core.files import FileLock, private_folder, remove_leftovers, replace_file,
 from core.roles import Role
 from core.throttle import Throttle
 from db import Database
-from enforcement import Enforcement
-from inventory import Inventory
-from onboarding import Onboarding
 from onboarding_approval import Approvals
 from onboarding_clients import Clients
-from onboarding_credentials import CredentialMaker
-from onboarding_delivery import Deliveries
 from onboarding_enrolment import Enrolment
 from onboarding_enrolment_tokens import EnrolmentTokens
 from onboarding_manufacturers import Manufacturers
-from onboarding_renewal import Renewals
-from onboarding_suspension import Suspensions
 from operations.backup import restore_journal
 from operations.monitoring import Monitoring
 from operations.own_certificates import canary_files as canary_files
 from operations.own_certificates import is_current
 from operations.own_certificates import is_due as is_due
 from operations.readiness import Readiness
-from operators import Operators
 from pki.keystore import CaKeys, KeyFiles, passphrase
 from responder import Responder
 from responder_certificates import ResponderCertificates
@@ -54,6 +44,15 @@ from webhooks import Webhooks
 from webhooks_dispatch import Dispatcher
 from webhooks_sending import Sender
 from webhooks_signature import SecretSeal
+from workflows import audit, events
+from workflows.credentials import CredentialMaker
+from workflows.delivery import Deliveries
+from workflows.devices import Inventory
+from workflows.enforcement import Enforcement
+from workflows.operators import Operators
+from workflows.registration import Onboarding
+from workflows.renewal import Renewals
+from workflows.suspension import Suspensions
 
 log = logging.getLogger("portal.installation")
 

@@ -349,7 +349,7 @@ class AuditEntry(Base):
     request_id: Mapped[str] = mapped_column(sa.String(64))
     address: Mapped[str] = mapped_column(sa.String(64))
     detail: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
-    # From 1 on without a gap, each with the hash of the one before: see audit.py.
+    # From 1 on without a gap, each with the hash of the one before: see workflows/audit.py.
     number: Mapped[int] = mapped_column(sa.BigInteger)
     previous_hash: Mapped[str] = mapped_column(sa.String(64))
     hash: Mapped[str] = mapped_column(sa.String(64))

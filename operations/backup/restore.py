@@ -14,7 +14,6 @@ import sqlalchemy as sa
 from cryptography import x509
 from sqlalchemy.engine import Connection
 
-import audit
 import db
 from authority import FIRST_ISSUING
 from broker.crl import read_crls
@@ -39,6 +38,7 @@ from pki.keystore import KeyFiles
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
+from workflows import audit
 
 _UNDELIVERED = ("ready", "fetching")
 

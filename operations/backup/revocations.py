@@ -14,7 +14,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
 
-import audit
 import ca
 import db
 from core.device_status import DeviceStatus
@@ -24,6 +23,7 @@ from store import issuers as store_issuers
 from store import suspension
 from store.issuers import CrlRecord, IssuerRecord
 from store.tables import Certificate, Device, IssuerRow, Token
+from workflows import audit
 
 T = TypeVar("T")
 _BATCH = 500

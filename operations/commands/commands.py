@@ -12,7 +12,6 @@ from typing import Any
 import click
 from flask import Flask
 
-import audit
 from config import Settings
 from core import logs, metrics
 from core.files import own_until_exit, replace_file
@@ -21,6 +20,7 @@ from operations.commands import backup, ca, doctor
 from operations.commands.plain import plainly, settings_here
 from operations.wiring import first_token, occupied, open_portal, prepare
 from web import serving
+from workflows import audit
 
 log = logging.getLogger("portal.admin")
 

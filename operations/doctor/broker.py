@@ -18,11 +18,11 @@ from broker.reload import peer_process
 from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import AclStyle
 from core.installed_style import ACL_FILE
-from enforcement_acl import denials, put_into_acl
 from operations.doctor.findings import Verdict, problem, some, together, warning, well
 from operations.doctor.subject import SECONDS, Subject
 from store import issuers, reads
 from store.tables import Certificate, Device
+from workflows.enforcement_acl import denials, put_into_acl
 
 _REPAIRS = "The portal writes it anew within seconds while it runs: see that it does, and its log."
 _PENDING = "See the line on the generation."

@@ -7,13 +7,13 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 
-import audit
 from core import roles
 from operations.doctor.findings import Verdict, problem, some, warning, well
 from operations.doctor.subject import Subject
 from store import access, issuers
 from store import copy as store_copy
 from store.tables import Delivery
+from workflows import audit
 
 LATE = timedelta(minutes=5)
 

@@ -8,10 +8,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import audit
 import authority_rollover
 import db
-from audit import Actor
 from authority import RecordedIssuer
 from authority_crl import ROOT_CRL_DAYS, RevokedEntries, crl_is_due, next_crl
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict
@@ -20,6 +18,8 @@ from operations.readiness import ROOT_CRL_SOON
 from operations.wiring import Portal, renew_own_certificates
 from store import issuers as store_issuers
 from store import revocations
+from workflows import audit
+from workflows.audit import Actor
 
 log = logging.getLogger("portal.jobs")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from datetime import timedelta
 
-import events
-from events import EventType
 from operations.wiring import Portal
 from store import expiry, webhooks
+from workflows import events
+from workflows.events import EventType
 
 log = logging.getLogger("portal.jobs")
 

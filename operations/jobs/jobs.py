@@ -10,12 +10,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import audit
 from operations.jobs import events, schedule
 from operations.jobs.authority import advance, renew_certificates, renew_crls, retire_unneeded
 from operations.jobs.schedule import Job
 from operations.wiring import Portal, canary_files
 from store import deliveries, issuers, reads
+from workflows import audit
 
 log = logging.getLogger("portal.jobs")
 

@@ -18,8 +18,8 @@ from app import create_app, portal_of
 from config import LogFormat, Settings
 from core import logs
 from core.roles import Role
-from inventory import Inventory
 from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem
+from workflows.devices import Inventory
 
 pytestmark = ON_SQLITE
 

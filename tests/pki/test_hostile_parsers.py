@@ -14,10 +14,10 @@ from pydantic import BaseModel, ValidationError
 from commands.bundle import NAMES, open_bundle
 from commands.errors import CheckFailed
 from core.errors import InputInvalid
-from inventory import _read_cursor
 from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle
 from web.api.device_models import DeviceQuery, PatchRequest, RegisterRequest, RevokeRequest
 from web.api.operator_models import AuditQuery, TokenRequest
+from workflows.devices import _read_cursor
 
 BODIES: tuple[type[BaseModel], ...] = (RegisterRequest, PatchRequest, RevokeRequest, TokenRequest)
 QUERIES: tuple[type[BaseModel], ...] = (DeviceQuery, AuditQuery)

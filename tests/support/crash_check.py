@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 import requests
 from cryptography import x509
 
-from enforcement_acl import DENIALS_KEPT
 from tests.support.crash import (
     ANSWER_SECONDS,
     IN_THE_ACT_SECONDS,
@@ -25,6 +24,7 @@ from tests.support.crash import (
     read_crl,
 )
 from tests.support.deployment import wait_until
+from workflows.enforcement_acl import DENIALS_KEPT
 
 READY_SECONDS = 30.0
 

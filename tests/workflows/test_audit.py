@@ -10,10 +10,10 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-import audit
-from audit import Actor, Verdict
 from operations.wiring import Portal
 from tests.workflows.test_registration import OPERATOR, PUMP
+from workflows import audit
+from workflows.audit import Actor, Verdict
 
 
 def verdict(portal: Portal) -> Verdict:

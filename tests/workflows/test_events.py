@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-import events
-from events import EventType
 from operations.wiring import SUBSCRIBED, Portal
 from store.tables_events import Webhook, WebhookDelivery
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
+from workflows import events
+from workflows.events import EventType
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 DEVICE = "00000000-0000-4000-8000-000000000000"
@@ -66,7 +66,7 @@ def test_where_the_change_is_undone_there_is_no_event(portal: Portal, monkeypatc
         raise RuntimeError("the transaction of a test")
 
     with monkeypatch.context() as patch:
-        patch.setattr("audit.record", fail)
+        patch.setattr("workflows.audit.record", fail)
         with pytest.raises(RuntimeError):
             portal.onboarding.register(OPERATOR, PUMP)
     assert recorded(portal) == []

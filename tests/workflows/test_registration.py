@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import db
-from audit import Actor
 from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import (
@@ -32,12 +31,13 @@ from core.errors import (
     StateConflict,
     TopicRefused,
 )
-from onboarding_terms import Registered, Registration
 from operations.jobs import jobs
 from operations.wiring import Portal, open_portal
 from store import issuers, reads
 from store.tables import Certificate, Delivery
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
+from workflows.audit import Actor
+from workflows.terms import Registered, Registration
 
 OPERATOR = Actor("default", "an operator", "operator", "request-1", "192.0.2.1")
 PUMP = Registration(name="pump-1", type="pump", location="hall 1", firmware="1.0", metadata={"rack": 7})

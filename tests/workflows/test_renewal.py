@@ -11,15 +11,15 @@ from cryptography import x509
 
 from core.errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevoked, StateConflict
 from db import CertificateRecord
-from onboarding_credentials import Wanted
-from onboarding_renewal import MOST_VALID, Renewal, Renewed
-from onboarding_terms import Registered
 from operations.jobs import jobs
 from operations.wiring import Portal
 from store import issuers, reads
 from store.device_lists import DeviceFilter
 from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of, with_fields
+from workflows.credentials import Wanted
+from workflows.renewal import MOST_VALID, Renewal, Renewed
+from workflows.terms import Registered
 
 KEY = "a-key-of-16-chars"
 

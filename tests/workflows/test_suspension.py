@@ -15,11 +15,11 @@ from cryptography import x509
 import db
 from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound, StateConflict
-from onboarding_terms import Registered
 from operations.wiring import Portal
 from store import issuers, reads
 from tests.support.harness import PER_DEVICE, Api, Clock, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
+from workflows.terms import Registered
 
 
 def status_of(portal: Portal, device_id: str) -> tuple[DeviceStatus, list[str]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from flask import Request
 from werkzeug.routing import MapAdapter
 
-from audit import Actor
 from core.errors import Forbidden, Unauthenticated, Unavailable
 from core.roles import may
 from operations.wiring import Portal
 from web.api.routing import Route
+from workflows.audit import Actor
 
 
 def actor_of(portal: Portal, route: Route, request: Request, request_id: str) -> Actor:

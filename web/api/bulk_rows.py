@@ -13,9 +13,9 @@ from pydantic_core import from_json
 from bulk_rows import CsvRows, NdjsonRows, Row, Rows
 from bulk_terms import Candidate
 from core.errors import BodyTooLarge, FieldProblem, InputInvalid, PortalError, RowMalformed, TooManyRows
-from onboarding_terms import Registration
 from web.api.device_models import RegisterRequest
 from web.api.requests import input_invalid
+from workflows.terms import Registration
 
 NDJSON, CSV = "application/x-ndjson", "text/csv"
 GATHER_SECONDS = 0.02  # for which a batch that is not full waits for more

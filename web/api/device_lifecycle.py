@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from core.roles import Permission
-from onboarding_credentials import Wanted
-from onboarding_renewal import Renewal
-from onboarding_suspension import Suspended
 from web.api.lifecycle_models import RenewAnswer, RenewRequest, SuspensionAnswer
 from web.api.routing import Answers, Call, Reply, Routes
+from workflows.credentials import Wanted
+from workflows.renewal import Renewal
+from workflows.suspension import Suspended
 
 device_lifecycle = Routes("Devices")
 

@@ -9,8 +9,6 @@ from typing import Any
 from core.device_status import DeviceStatus, renewable_from
 from core.roles import Permission
 from db import CertificateRecord, DeviceRecord
-from inventory import DeviceDetails
-from onboarding_terms import Registration
 from store.device_lists import DeviceFilter
 from web.api.device_models import (
     CertificateList,
@@ -27,6 +25,8 @@ from web.api.device_models import (
     TopicModel,
 )
 from web.api.routing import Answers, Call, Reply, Routes
+from workflows.devices import DeviceDetails
+from workflows.terms import Registration
 
 devices = Routes("Devices")
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from flask import Response
 from werkzeug.datastructures import EnvironHeaders
 
-from audit import Actor
 from core.errors import PortalError
 from web.api.fields import PATH_PARAMETERS
 from web.api.responses import response_of
 from web.api.routing import Call, Route
+from workflows.audit import Actor
 
 if TYPE_CHECKING:
     from operations.wiring import Portal

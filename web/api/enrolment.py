@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 
 from core.roles import Permission
-from onboarding_terms import Registration
 from store.enrolment import EnrolmentTokenRecord, Terms
 from web.api.enrolment_models import (
     ApproveRequest,
@@ -22,6 +21,7 @@ from web.api.enrolment_models import (
     TermsRequest,
 )
 from web.api.routing import Answers, Call, Reply, Routes
+from workflows.terms import Registration
 
 enrolment = Routes("Enrolment")
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from werkzeug.datastructures import Headers
 
-from audit import Actor
 from core.roles import Permission
+from workflows.audit import Actor
 
 if TYPE_CHECKING:
     from operations.wiring import Portal

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from events import EventType
 from web.api.fields import Cursor, Input, Limit, Output, ShortText, Timestamp, WholeNumber
+from workflows.events import EventType
 
 EventName = Literal[
     "registered",

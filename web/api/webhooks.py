@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission
-from events import EventType
 from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
 from web.api.routing import Answers, Call, Reply, Routes
 from web.api.webhook_models import (
@@ -20,6 +19,7 @@ from web.api.webhook_models import (
     WebhookTestAnswer,
 )
 from webhooks import NOTHING
+from workflows.events import EventType
 
 webhooks = Routes("Webhooks")
 

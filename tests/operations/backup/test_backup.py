@@ -17,7 +17,6 @@ import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-import audit
 import db
 from app import create_app
 from config import Settings
@@ -34,7 +33,6 @@ from core.errors import (
 )
 from core.files import replace_file
 from core.roles import Role
-from onboarding_terms import Registered
 from operations.backup.backup import Made, back_up
 from operations.backup.file import MANIFEST, Backup
 from operations.backup.restore import Restored, restore
@@ -50,6 +48,8 @@ from tests.support.databases import postgres_database
 from tests.support.harness import PER_DEVICE, Clock, settings_for
 from tests.support.mosquitto import short_folder
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
+from workflows import audit
+from workflows.terms import Registered
 
 
 @contextlib.contextmanager

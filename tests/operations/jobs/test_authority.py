@@ -18,8 +18,6 @@ import authority_rollover
 from app import create_app, portal_of
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
-from onboarding_credentials import Wanted
-from onboarding_renewal import Renewal
 from operations.jobs import authority as jobs_authority
 from operations.jobs import jobs
 from operations.wiring import Portal
@@ -28,6 +26,8 @@ from store.issuers import CrlRecord
 from tests.pki.test_conformance import RUN_PKILINT
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, PUMP, with_fields
+from workflows.credentials import Wanted
+from workflows.renewal import Renewal
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from flask import Flask
 from app import ROUTES, STATUS_OF, portal_of
 from core import errors
 from core.roles import Role
-from inventory import Inventory
 from tests.support.harness import Api, Clock, api_as, csr_pem, problem_of, state_of
+from workflows.devices import Inventory
 
 PUMP = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 ID = "3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b"

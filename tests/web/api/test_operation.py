@@ -13,10 +13,10 @@ from app import ROUTES, portal_of
 from core.errors import DatabaseUnavailable
 from core.roles import Role
 from db import Database
-from enforcement import Enforcement
 from operations.readiness import Readiness
 from tests.support.harness import Api, Clock, api_as, problem_of
 from web.api.operation import FOR_OPERATORS
+from workflows.enforcement import Enforcement
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from cryptography import x509
 from flask import Flask
 
 from app import ROUTES, portal_of
-from inventory import Inventory
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
+from workflows.devices import Inventory
 
 pytestmark = ON_SQLITE
 

@@ -107,7 +107,7 @@ def test_the_record_can_be_narrowed(api: Api, query: str, found: int) -> None:
 def test_every_entry_that_fits_is_found_however_little_a_page_looks_at(
     api: Api, monkeypatch: pytest.MonkeyPatch, looked_at: int
 ) -> None:
-    monkeypatch.setattr("operators.LOOKED_AT", looked_at)
+    monkeypatch.setattr("workflows.operators.LOOKED_AT", looked_at)
     wanted = []
     for number in range(3):
         token = api.post("/tokens", {"name": f"token {number}", "role": "auditor"}).json

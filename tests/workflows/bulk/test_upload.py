@@ -16,7 +16,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from flask import Flask
 
-import audit
 import bulk
 import bulk_recording
 from app import create_app, portal_of
@@ -26,6 +25,7 @@ from core.roles import Role
 from operations.jobs import jobs
 from store.tables import Certificate, Delivery, Device
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Api, Clock, api_as, csr_pem, problem_of
+from workflows import audit
 
 DEVICE = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 NDJSON = "application/x-ndjson"

@@ -15,7 +15,6 @@ import sqlalchemy as sa
 import webhooks_dispatch
 from config import Settings
 from core.errors import Conflict, InputInvalid, NotFound, Unavailable
-from events import EventType
 from operations.jobs import events, jobs
 from operations.wiring import Portal, open_portal
 from store.tables_events import Webhook, WebhookDelivery
@@ -25,6 +24,7 @@ from tests.support.receiver import Receiver, answer, receiving
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from webhooks import MOST_WEBHOOKS
 from webhooks_dispatch import LANE_LENGTH, LANES, MOST_ATTEMPTS, Dispatcher, delay_after
+from workflows.events import EventType
 
 BROKEN = answer(500)
 

@@ -13,10 +13,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
-import audit
 import db
-import events
-from audit import Actor
 from config import Settings
 from core import metrics
 from core.device_status import DeviceStatus, check_renewal
@@ -24,13 +21,15 @@ from core.errors import StateConflict
 from core.failpoints import failpoint
 from core.topics import Access, Topic
 from db import Database, DeviceRecord
-from enforcement import Enforcement
-from events import EventType
-from onboarding import Onboarding
-from onboarding_answers import KeptAnswers, Sealed
-from onboarding_credentials import CredentialMaker, Made, Wanted
 from store import reads
 from store import renewal as store_renewal
+from workflows import audit, events
+from workflows.audit import Actor
+from workflows.credentials import CredentialMaker, Made, Wanted
+from workflows.enforcement import Enforcement
+from workflows.events import EventType
+from workflows.idempotency import KeptAnswers, Sealed
+from workflows.registration import Onboarding
 
 log = logging.getLogger("portal.onboarding")
 

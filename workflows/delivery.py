@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
-import audit
 import credential_delivery as delivery
-import events
-from audit import Actor
 from config import Settings
 from core.errors import LinkRevoked
 from core.failpoints import failpoint
 from db import Database
 from delivery.formats import BundleFormat
-from events import EventType
-from onboarding import Onboarding
-from onboarding_terms import Bundle
 from store import deliveries
+from workflows import audit, events
+from workflows.audit import Actor
+from workflows.events import EventType
+from workflows.registration import Onboarding
+from workflows.terms import Bundle
 
 # A fetch holds its link for this long; a portal that dies meanwhile leaves the link to be fetched again after it.
 FETCH_LEASE = timedelta(seconds=30)

@@ -12,7 +12,6 @@ from datetime import datetime
 
 from sqlalchemy.engine import Connection
 
-import events
 from authority import Authority, Issuers
 from authority_crl import RevokedEntries, crl_is_due, next_crl
 from broker_provisioning import Acl, BrokerProvisioning, Canaries, Projection
@@ -22,13 +21,14 @@ from core.errors import LockUnavailable, PortalError
 from core.failpoints import failpoint
 from core.files import FileLock
 from db import Database
-from enforcement_acl import DENIALS_KEPT, DENIED_FOR, denials, put_into_acl
-from events import EventType
 from pki import pem as pki_pem
 from store import issuers as store_issuers
 from store import reads, revocations
 from store.issuers import BrokerStateRecord, CrlRecord
 from store.revocations import CrlHead
+from workflows import events
+from workflows.enforcement_acl import DENIALS_KEPT, DENIED_FOR, denials, put_into_acl
+from workflows.events import EventType
 
 log = logging.getLogger("portal.enforcement")
 

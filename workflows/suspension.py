@@ -7,16 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-import audit
 import db
-import events
-from audit import Actor
 from core.device_status import DeviceStatus, advance
 from core.failpoints import failpoint
 from db import Database
-from enforcement import Enforcement
-from events import EventType
 from store import suspension
+from workflows import audit, events
+from workflows.audit import Actor
+from workflows.enforcement import Enforcement
+from workflows.events import EventType
 
 log = logging.getLogger("portal.onboarding")
 

@@ -13,10 +13,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
-import audit
 import db
-import events
-from audit import Actor
 from broker_provisioning import check_style
 from config import AclStyle, Settings
 from core import metrics
@@ -25,12 +22,14 @@ from core.errors import ExternalIdTaken, StateConflict, Unavailable
 from core.failpoints import failpoint
 from core.topics import Access, Topic, check_topics, default_topics, new_device_id
 from db import Database
-from enforcement import Enforcement
-from events import EventType
-from onboarding_answers import KeptAnswers, Sealed
-from onboarding_credentials import CredentialMaker, Made, Wanted
-from onboarding_terms import Registered, Registration, Revoked
 from store import bulk
+from workflows import audit, events
+from workflows.audit import Actor
+from workflows.credentials import CredentialMaker, Made, Wanted
+from workflows.enforcement import Enforcement
+from workflows.events import EventType
+from workflows.idempotency import KeptAnswers, Sealed
+from workflows.terms import Registered, Registration, Revoked
 
 log = logging.getLogger("portal.onboarding")
 

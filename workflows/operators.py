@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
-import audit
-from audit import Actor
 from core import roles
 from core.errors import TooManyAttempts
 from core.roles import Role
@@ -14,6 +12,8 @@ from core.throttle import Throttle
 from db import Database
 from store import access
 from store.access import AuditRecord, TokenRecord
+from workflows import audit as workflows_audit
+from workflows.audit import Actor
 
 LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit what no index serves
 
@@ -39,7 +39,7 @@ class Operators:
         secret, record = roles.new_token(actor.tenant_id, name, role, expires_at, now=now)
         with self._database.transaction() as tx:
             access.add_token(tx, record, token_hash=roles.hash_token(secret))
-            audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
+            workflows_audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
         return secret, record
 
     def revoke(self, actor: Actor, token_id: str) -> TokenRecord:
@@ -48,7 +48,7 @@ class Operators:
         with self._database.transaction() as tx:
             record = access.revoke_token(tx, actor.tenant_id, token_id, revoked_at=now)
             if record.revoked_at == now:
-                audit.record(tx, actor, "token:revoke", f"token:{token_id}", at=now)
+                workflows_audit.record(tx, actor, "token:revoke", f"token:{token_id}", at=now)
         return record
 
     def tokens(self, tenant_id: str) -> Sequence[TokenRecord]:
@@ -80,7 +80,7 @@ class Operators:
     def refused(self, actor: Actor, action: str, target: str, code: str) -> None:
         """Record that somebody was refused."""
         with self._database.transaction() as tx:
-            audit.record(tx, actor, action, target, at=self._clock(), outcome="refused", code=code)
+            workflows_audit.record(tx, actor, action, target, at=self._clock(), outcome="refused", code=code)
 
     def login_failed(self, actor: Actor, action: str, target: str, code: str) -> None:
         """Take note of a token or link that opens nothing; raises ``TooManyAttempts``.
@@ -105,9 +105,9 @@ class Operators:
         rest = self._throttle.take_unrecorded()
         if rest.count:
             with self._database.transaction() as tx:
-                audit.record(
+                workflows_audit.record(
                     tx,
-                    audit.system_actor(tenant_id),
+                    workflows_audit.system_actor(tenant_id),
                     "access:throttle",
                     "access",
                     at=self._clock(),
