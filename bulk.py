@@ -14,7 +14,6 @@ from datetime import datetime
 
 from sqlalchemy.exc import IntegrityError
 
-from authority import Authority
 from bulk_making import Credentials, Job, Makers, Result, Setup
 from bulk_recording import Task, write_batch
 from bulk_terms import Candidate, RowDone, RowFailed, Source, failed
@@ -30,6 +29,7 @@ from pki.csr import is_for_key_of
 from store import bulk
 from store.bulk import KnownDevice
 from workflows.audit import Actor
+from workflows.authority.issuers import Authority
 from workflows.credentials import CredentialMaker, Wanted
 from workflows.enforcement import Enforcement
 from workflows.registration import Onboarding

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from authority import Authority
 from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import ClientCertificateRefused
@@ -17,6 +16,7 @@ from pki.client_certificates import ClientCertificate
 from store import enrolment
 from store import manufacturers as store_manufacturers
 from store.manufacturers import ManufacturerRecord
+from workflows.authority.issuers import Authority
 
 CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
 _OUT_OF_DATE = "The client certificate has expired or is not valid yet."

@@ -10,10 +10,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import ca
-from authority import Authority
 from core.errors import PortalError
 from db import Database
 from store import issuers, revocations
+from workflows.authority.issuers import Authority
 from workflows.enforcement import Enforcement
 
 log = logging.getLogger("portal.readiness")

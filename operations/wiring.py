@@ -13,7 +13,6 @@ from pathlib import Path
 
 import ca
 import db
-from authority import Authority, RecordedIssuer, open_authority
 from broker.files import FOLDER_MODE, broker_group
 from broker_provisioning import BrokerProvisioning, Canary
 from bulk import Bulk
@@ -36,8 +35,6 @@ from operations.own_certificates import is_current
 from operations.own_certificates import is_due as is_due
 from operations.readiness import Readiness
 from pki.keystore import CaKeys, KeyFiles, passphrase
-from responder import Responder
-from responder_certificates import ResponderCertificates
 from store import access, issuers
 from store.tables import DEFAULT_TENANT
 from webhooks import Webhooks
@@ -45,6 +42,9 @@ from webhooks_dispatch import Dispatcher
 from webhooks_sending import Sender
 from webhooks_signature import SecretSeal
 from workflows import audit, events
+from workflows.authority.issuers import Authority, RecordedIssuer, open_authority
+from workflows.authority.ocsp_certificates import ResponderCertificates
+from workflows.authority.ocsp_responder import Responder
 from workflows.credentials import CredentialMaker
 from workflows.delivery import Deliveries
 from workflows.devices import Inventory

@@ -13,13 +13,13 @@ from sqlalchemy.engine import Connection
 import ca
 import credential_delivery as delivery
 import db
-from authority import Authority
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.topics import Topic, default_topics, expand
 from delivery.formats import BundleFormat
 from pki import est
 from store import deliveries
+from workflows.authority.issuers import Authority
 
 
 @dataclass(frozen=True, slots=True)

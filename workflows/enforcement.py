@@ -12,8 +12,6 @@ from datetime import datetime
 
 from sqlalchemy.engine import Connection
 
-from authority import Authority, Issuers
-from authority_crl import RevokedEntries, crl_is_due, next_crl
 from broker_provisioning import Acl, BrokerProvisioning, Canaries, Projection
 from config import AclStyle, Settings
 from core import metrics, turnstile
@@ -27,6 +25,8 @@ from store import reads, revocations
 from store.issuers import BrokerStateRecord, CrlRecord
 from store.revocations import CrlHead
 from workflows import events
+from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
+from workflows.authority.issuers import Authority, Issuers
 from workflows.enforcement_acl import DENIALS_KEPT, DENIED_FOR, denials, put_into_acl
 from workflows.events import EventType
 

@@ -15,7 +15,6 @@ from typing import BinaryIO
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from authority import FIRST_ISSUING
 from config import Settings
 from core.errors import BackupRefused
 from core.files import fsync_directory
@@ -27,6 +26,7 @@ from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
 from store import copy as store_copy
 from store import issuers
 from store.tables import DEFAULT_TENANT
+from workflows.authority.issuers import FIRST_ISSUING
 
 # What makes keys usable, and what is one machine's own.
 LEFT_OUT = ("ca-passphrase", "operator-token")

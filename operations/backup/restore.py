@@ -15,7 +15,6 @@ from cryptography import x509
 from sqlalchemy.engine import Connection
 
 import db
-from authority import FIRST_ISSUING
 from broker.crl import read_crls
 from broker.files import CRL_FILE, BrokerFiles
 from config import Settings
@@ -39,6 +38,7 @@ from store import copy as store_copy
 from store import issuers as store_issuers
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
 from workflows import audit
+from workflows.authority.issuers import FIRST_ISSUING
 
 _UNDELIVERED = ("ready", "fetching")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-import authority_rollover
 from operations.commands.plain import plainly, settings_here
 from operations.jobs import authority
 from operations.wiring import open_portal
 from store import issuers as store_issuers
 from workflows import audit
+from workflows.authority import rollover as authority_rollover
 
 
 @click.group("ca")

@@ -8,10 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import authority_rollover
 import db
-from authority import RecordedIssuer
-from authority_crl import ROOT_CRL_DAYS, RevokedEntries, crl_is_due, next_crl
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict
 from core.files import FileLock, replace_file
 from operations.readiness import ROOT_CRL_SOON
@@ -20,6 +17,9 @@ from store import issuers as store_issuers
 from store import revocations
 from workflows import audit
 from workflows.audit import Actor
+from workflows.authority import rollover
+from workflows.authority.crls import ROOT_CRL_DAYS, RevokedEntries, crl_is_due, next_crl
+from workflows.authority.issuers import RecordedIssuer
 
 log = logging.getLogger("portal.jobs")
 
@@ -125,7 +125,7 @@ def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, agai
         raise StateConflict(
             f"Issuance moved at {moved_at:%Y-%m-%d %H:%M} UTC, and all is done; --again makes one more CA."
         )
-    name, generation = authority_rollover.prepare_next(
+    name, generation = rollover.prepare_next(
         portal.database, portal.authority, portal.keys, portal.settings, actor, now=portal.clock()
     )
     say(f"{name} is made.")
@@ -140,7 +140,7 @@ def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, agai
         )
     say(f"{name} is trusted, by the broker too.")
     portal.responder.certificates.renew()
-    authority_rollover.move_to(portal.database, actor, name, now=portal.clock())
+    rollover.move_to(portal.database, actor, name, now=portal.clock())
     with portal.database.snapshot() as tx:
         portal.authority.seen_by(tx)
     say(f"{name} issues.")
@@ -171,7 +171,7 @@ def retire(portal: Portal, actor: Actor, name: str) -> None:
     Raises ``StateConflict`` where somebody does.
     """
     renew_certificates(portal)
-    authority_rollover.retire(portal.database, portal.authority, actor, name, now=portal.clock())
+    rollover.retire(portal.database, portal.authority, actor, name, now=portal.clock())
     write_ca_file(portal)
     _apply(portal)
 
@@ -182,11 +182,9 @@ def retire_unneeded(portal: Portal) -> None:
     with portal.database.snapshot() as tx:
         issuers = portal.authority.seen_by(tx)
         older = [recorded for recorded in issuers.with_crl() if recorded.id < issuers.issuing.id]
-        unneeded = [
-            recorded.issuer.name for recorded in older if not authority_rollover.is_in_use(tx, recorded.id, now=now)
-        ]
+        unneeded = [recorded.issuer.name for recorded in older if not rollover.is_in_use(tx, recorded.id, now=now)]
     moved_at = _last_move(portal)
-    if unneeded and moved_at is not None and now - moved_at >= authority_rollover.LEAST_TIME_MOVED:
+    if unneeded and moved_at is not None and now - moved_at >= rollover.LEAST_TIME_MOVED:
         for name in unneeded:
             retire(portal, audit.system_actor(portal.tenant_id), name)
             log.info("a CA has retired", extra={"issuer": name})

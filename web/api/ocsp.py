@@ -7,9 +7,9 @@ import binascii
 import re
 
 from pki.ocsp import MOST_BYTES, Failure
-from responder import Answer
 from web.api.caching import cached
 from web.api.routing import Answers, Call, Octets, Reply, Routes
+from workflows.authority.ocsp_responder import Answer
 
 ocsp = Routes("Certificates, for anyone")
 

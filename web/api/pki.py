@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from authority import RecordedIssuer
 from core.errors import NotFound
 from web.api.caching import cached, tag_of
 from web.api.routing import Answers, Call, Reply, Routes
+from workflows.authority.issuers import RecordedIssuer
 
 pki = Routes("Certificates, for anyone")
 

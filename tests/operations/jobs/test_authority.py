@@ -13,8 +13,6 @@ import pytest
 from cryptography import x509
 from flask import Flask
 
-import authority
-import authority_rollover
 from app import create_app, portal_of
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
@@ -26,13 +24,15 @@ from store.issuers import CrlRecord
 from tests.pki.test_conformance import RUN_PKILINT
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, PUMP, with_fields
+from workflows.authority import issuers as authority_issuers
+from workflows.authority import rollover
 from workflows.credentials import Wanted
 from workflows.renewal import Renewal
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authority, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(authority_issuers, "SECONDS_BETWEEN_LOOKS", 0.0)
 
 
 def crl_of(portal: Portal, name: str) -> CrlRecord:
@@ -99,7 +99,7 @@ def test_a_rollover_that_was_cut_off_is_gone_on_with(
     places = {
         "apply": portal.enforcement,
         "renew": portal.responder.certificates,
-        "move_to": authority_rollover,
+        "move_to": rollover,
         "renew_certificates": jobs_authority,
     }
     with monkeypatch.context() as patch:

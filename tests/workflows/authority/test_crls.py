@@ -17,10 +17,10 @@ from sqlalchemy.engine import Connection
 
 import ca
 import db
-from authority_crl import RevokedEntries, next_crl
 from operations.wiring import Portal
 from store import issuers, revocations
 from store.tables import Certificate
+from workflows.authority.crls import RevokedEntries, next_crl
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 _SERIALS = itertools.count(0xC0FFEE0000)

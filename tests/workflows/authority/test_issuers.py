@@ -7,9 +7,6 @@ from collections.abc import Callable
 import pytest
 from cryptography import x509
 
-import authority
-import authority_rollover
-from authority import Issuers
 from ca import KeyType
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
@@ -17,15 +14,18 @@ from operations.wiring import Portal, open_portal
 from store import reads
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
+from workflows.authority import issuers as authority_issuers
+from workflows.authority import rollover
+from workflows.authority.issuers import Issuers
 
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authority, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(authority_issuers, "SECONDS_BETWEEN_LOOKS", 0.0)
 
 
 def prepare_next(portal: Portal) -> str:
-    name, _ = authority_rollover.prepare_next(
+    name, _ = rollover.prepare_next(
         portal.database, portal.authority, portal.keys, portal.settings, OPERATOR, now=portal.clock()
     )
     return name
@@ -59,7 +59,7 @@ def test_another_process_trusts_a_new_ca_first_and_then_issues_by_it(
     assert there.authority.issuing == before
     assert there.authority.ca_pem.count("BEGIN CERTIFICATE") == 3
     assert prepare_next(here) == "issuing-2"
-    authority_rollover.move_to(here.database, OPERATOR, "issuing-2", now=clock())
+    rollover.move_to(here.database, OPERATOR, "issuing-2", now=clock())
     device = there.onboarding.register(OPERATOR, PUMP)
     assert issuer_of(there, device.device_id).subject.rfc4514_string() == "CN=Device Onboarding Issuing CA 2"
     for portal in (here, there):
@@ -109,11 +109,11 @@ def test_a_ca_retires_when_nobody_needs_it_and_its_crl_is_still_published(portal
     portal.onboarding.revoke(OPERATOR, portal.onboarding.register(OPERATOR, PUMP).device_id, "unspecified")
 
     def retire() -> None:
-        authority_rollover.retire(portal.database, portal.authority, OPERATOR, "issuing-1", now=clock())
+        rollover.retire(portal.database, portal.authority, OPERATOR, "issuing-1", now=clock())
 
     with pytest.raises(StateConflict, match="make another CA first"):
         retire()
-    authority_rollover.move_to(portal.database, OPERATOR, prepare_next(portal), now=clock())
+    rollover.move_to(portal.database, OPERATOR, prepare_next(portal), now=clock())
     with pytest.raises(StateConflict, match="an hour after that"):
         retire()
     clock.advance(hours=2)

@@ -14,16 +14,15 @@ from cryptography import x509
 from cryptography.x509.ocsp import OCSPCertStatus, OCSPResponseStatus
 from flask import Flask
 
-import authority
-import responder
 from app import create_app, portal_of
 from config import Settings
 from operations.jobs import authority as jobs_authority
 from pki import ocsp
-from responder_certificates import RESPONDER_DAYS
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
 from tests.support.ocsp import ask, failure_of, get, issuing_of, nonce, post, read
 from tests.workflows.test_registration import OPERATOR
+from workflows.authority import issuers, ocsp_responder
+from workflows.authority.ocsp_certificates import RESPONDER_DAYS
 
 TRY_LATER, UNAUTHORIZED = OCSPResponseStatus.TRY_LATER, OCSPResponseStatus.UNAUTHORIZED
 
@@ -138,7 +137,7 @@ def test_while_the_database_is_away_nothing_is_said_of_a_certificate(
 def test_each_ca_is_answered_for_by_its_own_before_a_rollover_and_after_its_retirement(
     api: Api, app: Flask, anyone: Api, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(authority, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(issuers, "SECONDS_BETWEEN_LOOKS", 0.0)
     portal, first = portal_of(app), issuing_of(app)
     older = api.register()
     jobs_authority.roll_over(portal, OPERATOR, lambda _: None)
@@ -238,7 +237,7 @@ def test_a_renewal_of_the_responder_by_another_process_is_noticed(
 
 
 def test_the_answers_used_last_are_kept_and_no_more_than_there_is_room_for() -> None:
-    kept = responder.KeptAnswers(3)
+    kept = ocsp_responder.KeptAnswers(3)
     for number in range(10):
         kept.put(bytes([number]), mock.sentinel.answer)
         assert kept.get(b"\x00") is mock.sentinel.answer

@@ -9,7 +9,6 @@ from sqlalchemy.engine import Connection
 
 import ca
 import db
-from authority import Authority
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from db import Database
@@ -18,6 +17,7 @@ from store import issuers as store_issuers
 from store.tables import Certificate, IssuerRow
 from workflows import audit
 from workflows.audit import Actor
+from workflows.authority.issuers import Authority
 
 # By then no process can be about to record a certificate that it had the older CA sign.
 LEAST_TIME_MOVED = timedelta(hours=1)

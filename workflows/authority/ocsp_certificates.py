@@ -9,7 +9,6 @@ from pathlib import Path
 
 import ca
 import db
-from authority import Authority, RecordedIssuer
 from config import Settings
 from core.errors import IssuerUnusable, PortalError
 from core.files import replace_file
@@ -17,6 +16,7 @@ from db import Database
 from pki import ocsp
 from pki.ocsp import Signer
 from workflows import audit
+from workflows.authority.issuers import Authority, RecordedIssuer
 
 log = logging.getLogger("portal.responder")
 

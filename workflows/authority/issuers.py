@@ -14,13 +14,13 @@ from cryptography import x509
 from sqlalchemy.engine import Connection
 
 import ca
-from authority_crl import ROOT_CRL_DAYS, RevokedEntries, next_crl
 from config import Settings
 from core.errors import CaKeyUnavailable, PortalError
 from db import Database
 from pki.keystore import CaKeys
 from store import issuers as store_issuers
 from store.issuers import IssuerRecord
+from workflows.authority.crls import ROOT_CRL_DAYS, RevokedEntries, next_crl
 
 log = logging.getLogger("portal.authority")
 

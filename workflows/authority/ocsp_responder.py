@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from authority import Authority, RecordedIssuer
 from ca import Reason
 from config import Settings
 from core import metrics
@@ -16,9 +15,10 @@ from core.errors import RequestMalformed, Unavailable
 from db import Database
 from pki import ocsp
 from pki.ocsp import GOOD, UNKNOWN, Failure, IssuerId, Request, Signer, Status, Verdict
-from responder_certificates import ResponderCertificates
 from store import statuses as store_statuses
 from store.statuses import CertificateStatus
+from workflows.authority.issuers import Authority, RecordedIssuer
+from workflows.authority.ocsp_certificates import ResponderCertificates
 
 KEPT_ANSWERS = 5000  # some 2 KB each, in each worker process
 KEPT_REQUEST_BYTES = 512
