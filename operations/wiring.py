@@ -15,7 +15,6 @@ import ca
 import db
 from broker.files import FOLDER_MODE, broker_group
 from broker_provisioning import BrokerProvisioning, Canary
-from bulk import Bulk
 from config import Settings
 from core import roles
 from core.errors import PortalRunning, StartupError, Unavailable
@@ -45,6 +44,7 @@ from workflows import audit, events
 from workflows.authority.issuers import Authority, RecordedIssuer, open_authority
 from workflows.authority.ocsp_certificates import ResponderCertificates
 from workflows.authority.ocsp_responder import Responder
+from workflows.bulk.upload import Bulk
 from workflows.credentials import CredentialMaker
 from workflows.delivery import Deliveries
 from workflows.devices import Inventory

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from bulk import Answer
-from bulk_terms import RowFailed
 from core.errors import BodyTooSlow
 from core.roles import Permission
 from web.api.bulk_models import RowAnswer
 from web.api.bulk_rows import CSV, NDJSON, Body, UploadedRows, WholeBody
 from web.api.device_models import RegisterRequest
 from web.api.routing import Answers, Call, Reply, Routes
+from workflows.bulk.terms import RowFailed
+from workflows.bulk.upload import Answer
 
 bulk = Routes("Devices")
 

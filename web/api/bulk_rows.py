@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from bulk_rows import CsvRows, NdjsonRows, Row, Rows
-from bulk_terms import Candidate
 from core.errors import BodyTooLarge, FieldProblem, InputInvalid, PortalError, RowMalformed, TooManyRows
 from web.api.device_models import RegisterRequest
 from web.api.requests import input_invalid
+from workflows.bulk.rows import CsvRows, NdjsonRows, Row, Rows
+from workflows.bulk.terms import Candidate
 from workflows.terms import Registration
 
 NDJSON, CSV = "application/x-ndjson", "text/csv"

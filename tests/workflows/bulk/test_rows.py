@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bulk_rows import ROW_MOST, CsvRows, NdjsonRows, Row, Rows
 from core.errors import InputInvalid
+from workflows.bulk.rows import ROW_MOST, CsvRows, NdjsonRows, Row, Rows
 
 COLUMNS = frozenset({"name", "type", "note"})
 REQUIRED = frozenset({"name"})

@@ -16,8 +16,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from flask import Flask
 
-import bulk
-import bulk_recording
 from app import create_app, portal_of
 from config import Settings
 from core.errors import DatabaseUnavailable
@@ -26,6 +24,8 @@ from operations.jobs import jobs
 from store.tables import Certificate, Delivery, Device
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Api, Clock, api_as, csr_pem, problem_of
 from workflows import audit
+from workflows.bulk import recording
+from workflows.bulk import upload as bulk_upload
 
 DEVICE = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 NDJSON = "application/x-ndjson"
@@ -249,7 +249,7 @@ def test_two_uploads_of_one_file_at_once_make_each_device_once(api: Api, app: Fl
 
 
 def test_processes_make_what_is_much(api: Api, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "BATCH", 40)
+    monkeypatch.setattr(bulk_upload, "BATCH", 40)
     changes = [{"external_id": f"a-{number}", "name": f"n-{number}"} for number in range(130)]
     changes[60]["csr"] = csr_pem()
     lines = upload(api, rows(*changes))
@@ -282,7 +282,7 @@ class Cut(io.BytesIO):
 def test_who_goes_away_leaves_whole_batches_and_sending_it_all_again_finishes_it(
     api: Api, app: Flask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "BATCH", 10)
+    monkeypatch.setattr(bulk_upload, "BATCH", 10)
     body = rows(*({"external_id": f"a-{number}"} for number in range(95))).encode()
     answer = api.call("POST", "/register/bulk", input_stream=Cut(body), headers={"Content-Type": NDJSON})
     with pytest.raises(ConnectionResetError):
@@ -341,8 +341,8 @@ def test_there_is_a_most_of_uploads_at_a_time(small: Flask) -> None:
 @ON_SQLITE
 def test_what_stops_the_portal_stops_the_upload_at_a_batch(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     body = rows(*({"external_id": f"a-{number}"} for number in range(30)))
-    monkeypatch.setattr(bulk, "BATCH", 10)
-    whole = bulk_recording.write_batch
+    monkeypatch.setattr(bulk_upload, "BATCH", 10)
+    whole = recording.write_batch
     written = 0
 
     def once(*arguments: Any, **options: Any) -> Any:
@@ -352,7 +352,7 @@ def test_what_stops_the_portal_stops_the_upload_at_a_batch(api: Api, monkeypatch
             raise DatabaseUnavailable("The database is away.")
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(bulk, "write_batch", once)
+    monkeypatch.setattr(bulk_upload, "write_batch", once)
     *done, last = upload(api, body)
     assert len(done) == 10
     assert last == {"row": 11, "code": "database_unavailable", "detail": "The database is away.", "stopped": True}

@@ -9,13 +9,13 @@ from datetime import datetime
 from sqlalchemy.engine import Connection
 
 import db
-from bulk_making import Credentials, Job
-from bulk_terms import Candidate
 from config import AclStyle
 from store import access, bulk
 from store.bulk import KnownDevice
 from workflows import audit, events
 from workflows.audit import Actor
+from workflows.bulk.terms import Candidate
+from workflows.bulk.workers import Credentials, Job
 from workflows.events import EventType
 from workflows.terms import Registration
 

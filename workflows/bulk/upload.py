@@ -14,9 +14,6 @@ from datetime import datetime
 
 from sqlalchemy.exc import IntegrityError
 
-from bulk_making import Credentials, Job, Makers, Result, Setup
-from bulk_recording import Task, write_batch
-from bulk_terms import Candidate, RowDone, RowFailed, Source, failed
 from config import Settings
 from core import metrics
 from core.device_status import DeviceStatus
@@ -30,6 +27,9 @@ from store import bulk
 from store.bulk import KnownDevice
 from workflows.audit import Actor
 from workflows.authority.issuers import Authority
+from workflows.bulk.recording import Task, write_batch
+from workflows.bulk.terms import Candidate, RowDone, RowFailed, Source, failed
+from workflows.bulk.workers import Credentials, Job, Makers, Result, Setup
 from workflows.credentials import CredentialMaker, Wanted
 from workflows.enforcement import Enforcement
 from workflows.registration import Onboarding

@@ -9,11 +9,11 @@ import sys
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 
-from bulk_making import Setup, make_all
 from core.errors import PortalError
 from db import Database
 from pki.keystore import KeyFiles, passphrase
 from workflows.authority.issuers import open_authority
+from workflows.bulk.workers import Setup, make_all
 from workflows.credentials import CredentialMaker
 
 NICENESS = 5  # whoever waits for a single request goes first
