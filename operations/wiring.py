@@ -22,11 +22,6 @@ from core.files import FileLock, private_folder, remove_leftovers, replace_file,
 from core.roles import Role
 from core.throttle import Throttle
 from db import Database
-from onboarding_approval import Approvals
-from onboarding_clients import Clients
-from onboarding_enrolment import Enrolment
-from onboarding_enrolment_tokens import EnrolmentTokens
-from onboarding_manufacturers import Manufacturers
 from operations.backup import restore_journal
 from operations.monitoring import Monitoring
 from operations.own_certificates import canary_files as canary_files
@@ -49,6 +44,11 @@ from workflows.credentials import CredentialMaker
 from workflows.delivery import Deliveries
 from workflows.devices import Inventory
 from workflows.enforcement import Enforcement
+from workflows.enrolment.approval import Approvals
+from workflows.enrolment.clients import Clients
+from workflows.enrolment.enrolment import Enrolment
+from workflows.enrolment.manufacturers import Manufacturers
+from workflows.enrolment.tokens import EnrolmentTokens
 from workflows.operators import Operators
 from workflows.registration import Onboarding
 from workflows.renewal import Renewals

@@ -15,12 +15,12 @@ from flask import Flask
 from config import Settings
 from core import logs, metrics
 from core.files import own_until_exit, replace_file
-from onboarding_clients import CLIENT_CAS
 from operations.commands import backup, ca, doctor
 from operations.commands.plain import plainly, settings_here
 from operations.wiring import first_token, occupied, open_portal, prepare
 from web import serving
 from workflows import audit
+from workflows.enrolment.clients import CLIENT_CAS
 
 log = logging.getLogger("portal.admin")
 

@@ -7,13 +7,13 @@ import contextlib
 import dataclasses
 
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
-from onboarding_clients import DeviceClient, ManufacturedClient
-from onboarding_enrolment_means import Enrolled, Waiting, by_manufacturer, by_token
 from pki.est import EnrolmentRequest
 from store.enrolment import EnrolmentTokenRecord
 from web.api.client_certificate import presented
 from web.api.routing import Call
 from workflows.audit import Actor
+from workflows.enrolment.clients import DeviceClient, ManufacturedClient
+from workflows.enrolment.means import Enrolled, Waiting, by_manufacturer, by_token
 
 _NONE_GIVEN = (
     "An enrolment token is needed, as the password of HTTP Basic authentication, or a client certificate of a"

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from config import KEY_TYPES
 from core.errors import ClientCertificateRefused
 from core.setting_values import EndOfPrevious
-from onboarding_clients import DeviceClient, ManufacturedClient
-from onboarding_enrolment_means import Waiting
 from pki import est as pki_est
 from web.api.enrolment_clients import (
     actor_of,
@@ -26,6 +24,8 @@ from web.api.enrolment_clients import (
 from web.api.est_answers import CSR_ATTRIBUTES, PKCS7, WAITING, in_base64, key_with_certificate, waiting
 from web.api.routing import Answers, Call, Octets, Reply, Routes
 from workflows.credentials import Wanted
+from workflows.enrolment.clients import DeviceClient, ManufacturedClient
+from workflows.enrolment.means import Waiting
 from workflows.renewal import Renewal
 
 est = Routes("Enrolment by devices (EST)")

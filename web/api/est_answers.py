@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import secrets
 
-from onboarding_enrolment_means import Waiting
 from pki import est
 from web.api.routing import Answers, Reply
+from workflows.enrolment.means import Waiting
 
 PKCS7 = "application/pkcs7-mime; smime-type=certs-only"
 CSR_ATTRIBUTES = "application/csrattrs"

@@ -17,11 +17,11 @@ from flask import Flask
 from app import create_app, portal_of
 from config import Settings
 from core.roles import Role
-from onboarding_clients import CLIENT_CAS
 from tests.support.est import Device, certificates_of, csr_der, in_base64, new_key, refused
 from tests.support.exposition import samples_of, value_of
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
 from tests.support.pki import PEM, Authority, key_pem
+from workflows.enrolment.clients import CLIENT_CAS
 
 pytestmark = ON_SQLITE
 

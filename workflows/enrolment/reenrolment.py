@@ -12,13 +12,13 @@ from core import metrics
 from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
 from db import CertificateRecord, Database, DeviceRecord
-from onboarding_enrolment_means import AskedMeanwhile, Issued, Means, Waiting
 from pki.est import EnrolmentRequest, is_for_key
 from store import enrolment, manufacturers, reenrolment, renewal
 from store.enrolment import EnrolmentRecord
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.credentials import CredentialMaker, Made, Wanted
+from workflows.enrolment.means import AskedMeanwhile, Issued, Means, Waiting
 from workflows.events import EventType
 from workflows.registration import Onboarding
 

@@ -10,13 +10,13 @@ from sqlalchemy.exc import IntegrityError
 
 from core.errors import Conflict, ProofInvalid
 from db import Database
-from onboarding_clients import Clients
 from pki import manufacturer_ca
 from store import manufacturers as store_manufacturers
 from store.enrolment import Terms
 from store.manufacturers import ManufacturerRecord
 from workflows import audit
 from workflows.audit import Actor
+from workflows.enrolment.clients import Clients
 
 NONCE_LIFE = timedelta(hours=24)
 

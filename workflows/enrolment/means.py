@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from onboarding_clients import ManufacturedClient
 from pki.est import EnrolmentRequest
 from store.enrolment import EnrolmentTokenRecord, Terms
+from workflows.enrolment.clients import ManufacturedClient
 
 RETRY_AFTER = 60  # seconds after which a device that waits for an operator is to ask again
 

@@ -18,8 +18,6 @@ from core.failpoints import failpoint
 from core.setting_values import AclStyle
 from core.topics import new_device_id
 from db import Database
-from onboarding_enrolment_means import AskedMeanwhile, Enrolled, Issued, Means, Waiting
-from onboarding_reenrolment import EXPIRED, REVOKED, UNREGISTERED, Reenrolment, make, record_enrolled
 from pki.est import EnrolmentRequest
 from store import enrolment as store_enrolment
 from store import manufacturers
@@ -27,6 +25,8 @@ from store.enrolment import EnrolmentRecord, Terms
 from workflows import audit
 from workflows.audit import Actor
 from workflows.credentials import CredentialMaker, Made
+from workflows.enrolment.means import AskedMeanwhile, Enrolled, Issued, Means, Waiting
+from workflows.enrolment.reenrolment import EXPIRED, REVOKED, UNREGISTERED, Reenrolment, make, record_enrolled
 from workflows.registration import Onboarding
 
 _TRIES = 3
