@@ -31,10 +31,6 @@ from operations.readiness import Readiness
 from pki.keystore import CaKeys, KeyFiles, passphrase
 from store import access, issuers
 from store.tables import DEFAULT_TENANT
-from webhooks import Webhooks
-from webhooks_dispatch import Dispatcher
-from webhooks_sending import Sender
-from webhooks_signature import SecretSeal
 from workflows import audit, events
 from workflows.authority.issuers import Authority, RecordedIssuer, open_authority
 from workflows.authority.ocsp_certificates import ResponderCertificates
@@ -53,6 +49,10 @@ from workflows.operators import Operators
 from workflows.registration import Onboarding
 from workflows.renewal import Renewals
 from workflows.suspension import Suspensions
+from workflows.webhooks.dispatch import Dispatcher
+from workflows.webhooks.sending import Sender
+from workflows.webhooks.signature import SecretSeal
+from workflows.webhooks.subscriptions import Webhooks
 
 log = logging.getLogger("portal.installation")
 

@@ -18,8 +18,8 @@ from web.api.webhook_models import (
     WebhookRequest,
     WebhookTestAnswer,
 )
-from webhooks import NOTHING
 from workflows.events import EventType
+from workflows.webhooks.subscriptions import NOTHING
 
 webhooks = Routes("Webhooks")
 

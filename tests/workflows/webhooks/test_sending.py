@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 
-import webhooks_addresses
-import webhooks_sending
 from core.errors import InputInvalid, Unavailable
 from tests.support.pki import PEM, Authority
 from tests.support.receiver import OK, Receiver, answer, receiving
-from webhooks_addresses import Network, may_reach, read_url
-from webhooks_sending import Message, Sender, Sent
-from webhooks_signature import SecretSeal, new_secret, shown, signature_of
+from workflows.webhooks import addresses, sending
+from workflows.webhooks.addresses import Network, may_reach, read_url
+from workflows.webhooks.sending import Message, Sender, Sent
+from workflows.webhooks.signature import SecretSeal, new_secret, shown, signature_of
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 SEAL = SecretSeal(bytes(32))
@@ -178,7 +177,7 @@ def drip(receiver: Receiver) -> Callable[[Any], None]:
 def test_a_receiver_that_hangs_or_drips_is_left(
     receiver: Receiver, slow: Callable[[Receiver], Callable[[Any], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhooks_sending, "TOTAL_SECONDS", 0.4)
+    monkeypatch.setattr(sending, "TOTAL_SECONDS", 0.4)
     receiver.behave = slow(receiver)
     sent = send(receiver.url)
     assert "did not answer within 0.4 seconds" in (sent.problem or "")
@@ -264,7 +263,7 @@ def test_the_connection_is_made_to_the_address_that_was_checked(
 
 
 def test_a_resolver_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch, receiver: Receiver) -> None:
-    monkeypatch.setattr(webhooks_sending, "RESOLVE_SECONDS", 0.2)
+    monkeypatch.setattr(sending, "RESOLVE_SECONDS", 0.2)
 
     def hang(*_: object, **__: object) -> list[Any]:
         receiver.stopped.wait(10)
@@ -305,7 +304,7 @@ def test_a_url_of_another_form_is_refused(url: str, problem: str) -> None:
 
 
 def test_http_is_for_what_the_setting_allows(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhooks_addresses, "_look_up", lambda *_: [ipaddress.ip_address("1.1.1.1")])
+    monkeypatch.setattr(addresses, "_look_up", lambda *_: [ipaddress.ip_address("1.1.1.1")])
     assert "https is needed" in (send("http://example.com/").problem or "")
     with pytest.raises(InputInvalid):
         read_url("http://1.1.1.1/", LOCAL)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-import webhooks_dispatch
 from config import Settings
 from core.errors import Conflict, InputInvalid, NotFound, Unavailable
 from operations.jobs import events, jobs
@@ -22,9 +21,10 @@ from store.webhooks import DeliveryRecord
 from tests.support.harness import ON_SQLITE, Clock
 from tests.support.receiver import Receiver, answer, receiving
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
-from webhooks import MOST_WEBHOOKS
-from webhooks_dispatch import LANE_LENGTH, LANES, MOST_ATTEMPTS, Dispatcher, delay_after
 from workflows.events import EventType
+from workflows.webhooks import dispatch
+from workflows.webhooks.dispatch import LANE_LENGTH, LANES, MOST_ATTEMPTS, Dispatcher, delay_after
+from workflows.webhooks.subscriptions import MOST_WEBHOOKS
 
 BROKEN = answer(500)
 
@@ -90,7 +90,7 @@ def test_what_was_before_the_subscription_is_not_told(portal: Portal, receiver: 
 def test_an_event_that_is_not_taken_is_sent_again_later_with_the_same_id(
     portal: Portal, receiver: Receiver, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhooks_dispatch, "LONGEST_REST_SECONDS", 0.0)
+    monkeypatch.setattr(dispatch, "LONGEST_REST_SECONDS", 0.0)
     receiver.behave = BROKEN
     webhook_id = subscribe(portal, receiver)
     register(portal)
@@ -122,14 +122,14 @@ def test_a_crash_between_sending_and_recording_sends_the_same_event_again(
         raise OSError(name)  # ends the lane, as a kill ends the process: nothing is recorded
 
     with monkeypatch.context() as patch:
-        patch.setattr(webhooks_dispatch, "failpoint", die)
+        patch.setattr(dispatch, "failpoint", die)
         portal.dispatcher.send_due()
     (waiting,) = deliveries(portal, webhook_id)
     assert (waiting.status, waiting.attempts) == ("waiting", 1)
     restarted = Dispatcher(portal.database, portal.dispatcher._sender, clock)
     restarted.send_due()
     assert len(receiver.requests) == 1, "its lease holds still"
-    clock.advance(seconds=webhooks_dispatch.LEASE.total_seconds())
+    clock.advance(seconds=dispatch.LEASE.total_seconds())
     restarted.send_due()
     first, second = receiver.requests
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
@@ -159,7 +159,7 @@ def test_a_late_failure_does_not_end_the_lease_of_whoever_took_over(
 
     def overtaken(connection: Any) -> None:
         receiver.behave = answer(200)
-        clock.advance(seconds=webhooks_dispatch.LEASE.total_seconds())
+        clock.advance(seconds=dispatch.LEASE.total_seconds())
         other.send_due()
         connection.sendall(BROKEN)
 
@@ -172,7 +172,7 @@ def test_a_late_failure_does_not_end_the_lease_of_whoever_took_over(
 def test_a_receiver_that_hangs_holds_nobody_else_up(
     portal: Portal, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhooks_dispatch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(dispatch, "POLL_SECONDS", 0.05)
     with receiving() as hanging:
 
         def hang(_: Any) -> None:
@@ -227,8 +227,8 @@ def test_the_time_between_attempts_doubles_to_two_hours_and_ends_after_a_day() -
 def test_what_was_given_up_is_seen_and_sent_again_when_somebody_asks(
     portal: Portal, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhooks_dispatch, "MOST_ATTEMPTS", 1)
-    monkeypatch.setattr(webhooks_dispatch, "LONGEST_REST_SECONDS", 0.0)
+    monkeypatch.setattr(dispatch, "MOST_ATTEMPTS", 1)
+    monkeypatch.setattr(dispatch, "LONGEST_REST_SECONDS", 0.0)
     receiver.behave = BROKEN
     webhook_id = subscribe(portal, receiver, EventType.REGISTERED)
     register(portal)

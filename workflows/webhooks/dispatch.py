@@ -16,8 +16,8 @@ from core.failpoints import failpoint
 from db import Database
 from store import webhooks
 from store.webhooks import Claim, WebhookRecord
-from webhooks_sending import Message, Sender, Sent
 from workflows import events
+from workflows.webhooks.sending import Message, Sender, Sent
 
 log = logging.getLogger("portal.webhooks")
 

@@ -13,12 +13,12 @@ from core.files import FileLock
 from db import Database
 from store import webhooks
 from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
-from webhooks_addresses import Network, read_url
-from webhooks_sending import Message, Sender, Sent
-from webhooks_signature import SecretSeal, new_secret, shown
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.events import EventType
+from workflows.webhooks.addresses import Network, read_url
+from workflows.webhooks.sending import Message, Sender, Sent
+from workflows.webhooks.signature import SecretSeal, new_secret, shown
 
 MOST_WEBHOOKS = 16
 NOTHING = Backlog(0, None, 0)

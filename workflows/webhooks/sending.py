@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 
 from core.errors import InputInvalid, StartupError, Unavailable
-from webhooks_addresses import Address, Network, Refused, Target, read_url, resolve
-from webhooks_signature import SecretSeal, signature_of
+from workflows.webhooks.addresses import Address, Network, Refused, Target, read_url, resolve
+from workflows.webhooks.signature import SecretSeal, signature_of
 
 RESOLVE_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
