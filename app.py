@@ -36,6 +36,7 @@ from web.api.responses import response_of
 from web.api.routing import Call, Route
 from web.api.tokens import tokens
 from web.api.webhooks import webhooks
+from web.serving import serve
 
 log = logging.getLogger("portal.request")
 
@@ -84,7 +85,7 @@ def create_app(
     request, so that a command which needs none of them makes none.
     """
     app = Flask("portal", root_path=os.path.dirname(__file__), static_folder=None)
-    for command in commands.commands(create_app, portal_of):
+    for command in commands.commands(create_app, portal_of, serve):
         app.cli.add_command(command)
     if settings is None:
         try:

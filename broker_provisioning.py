@@ -14,36 +14,15 @@ from broker.acl import (
     PORTAL_USER,
     REFUSED_TOPIC,
     Acl,
-    add_device_acl,
-    check_style,
-    forget_device_acl,
-    remove_device_acl,
-    validate_acl,
 )
-from broker.crl import validate_crl
-from broker.files import CA_FILE, BrokerFiles, Projection
-from broker.probe import Canaries, Canary, Probe, ProbeResult
+from broker.files import CA_FILE, BrokerFiles
+from broker.probe import Canaries, Probe, ProbeResult
 from broker.reload import peer_process, run_reload_command, signal_broker
 from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.failpoints import failpoint
-from core.topics import is_device_id
-
-__all__ = [
-    "Acl",
-    "BrokerProvisioning",
-    "Canaries",
-    "Canary",
-    "ProbeResult",
-    "Projection",
-    "add_device_acl",
-    "check_style",
-    "forget_device_acl",
-    "remove_device_acl",
-    "validate_acl",
-    "validate_crl",
-]
+from core.topics import Topic, is_device_id
 
 _CUTS_IN_FLIGHT = 8  # the broker's queue of connections on a unix socket is 10 long
 _HEALTH_SECONDS = 1.0
@@ -53,6 +32,24 @@ _SIGNAL_AGAIN_SECONDS = 0.1  # a reload takes the broker 4 to 8 ms; a signal tha
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def add_device_acl(acl: Acl, device_id: str, topics: Sequence[Topic] | None) -> None:
+    """Let the device use ``topics``, or the default ones where that is None, in place of what it had.
+
+    Topics that are not allowed, or cannot be expressed in the ACL's style, close the device instead (``acl.closed``):
+    it may then do nothing. Raises ``ValueError`` where ``device_id`` is no canonical UUID.
+    """
+    acl.grant(device_id, topics)
+
+
+def remove_device_acl(acl: Acl, device_id: str, at: datetime | None = None) -> None:
+    """Take everything from the device: no block in an allow-list, a deny block where the pattern would cover it.
+
+    With ``at``, the time now, that block may be forgotten once it is old (``Acl.thin``). Raises ``ValueError`` where
+    ``device_id`` is no canonical UUID.
+    """
+    acl.deny(device_id, at)
 
 
 class BrokerProvisioning(BrokerFiles):

@@ -19,14 +19,11 @@ from pki.algorithms import (
     PrivateKey,
     PublicKey,
     check_public_key,
-    generate_keypair,
-    private_key_pem,
+    generate_key,
     public_key_der,
-    public_key_fingerprint,
     signature_hash,
 )
-from pki.crl import revoke_certificate, sign_crl
-from pki.csr import read_csr
+from pki.crl import crl_entry
 from pki.issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
 from pki.pem import pem
 from pki.profiles import (
@@ -40,27 +37,6 @@ from pki.profiles import (
     root_profile,
     server_profile,
 )
-
-__all__ = [
-    "Issued",
-    "Issuer",
-    "KeyType",
-    "PrivateKey",
-    "PublicKey",
-    "Reason",
-    "chain_pem",
-    "create_issuing",
-    "create_root",
-    "generate_keypair",
-    "private_key_pem",
-    "public_key_fingerprint",
-    "read_csr",
-    "revoke_certificate",
-    "sign_certificate",
-    "sign_crl",
-    "sign_responder_certificate",
-    "sign_server_certificate",
-]
 
 BACKDATING = timedelta(minutes=5)  # for devices whose clocks run behind
 
@@ -79,6 +55,11 @@ class Issued:
 
 
 # --- Certificates -------------------------------------------------------------------------------------------------
+
+
+def generate_keypair(key_type: KeyType) -> PrivateKey:
+    """Make a new private key, which holds its public one, from the operating system's randomness."""
+    return generate_key(key_type)
 
 
 def create_root(key: PrivateKey, *, common_name: str, now: datetime, days: int) -> Issued:
@@ -126,6 +107,15 @@ def sign_server_certificate(
 def sign_responder_certificate(issuer: Issuer, public_key: PublicKey, *, now: datetime, days: int) -> Issued:
     """Sign the certificate that answers OCSP for this CA (RFC 6960 §4.2.2.2); raises as ``sign_certificate`` does."""
     return _sign(issuer, public_key, responder_profile(issuer.name), now=now, days=days, pki_url="")
+
+
+def revoke_certificate(serial_number: str, revoked_at: datetime, reason: Reason) -> bytes:
+    """Make the CRL entry of a certificate, as DER (RFC 5280 §5.1.2.6, §5.3); it can be kept, and stand in many CRLs.
+
+    ``serial_number`` is lower-case hex, ``revoked_at`` is cut to whole seconds. Raises ``ValueError`` for a
+    serial number of another form.
+    """
+    return crl_entry(serial_number, revoked_at, reason)
 
 
 def chain_pem(*certificates: x509.Certificate) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -12,68 +11,14 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound
-from store.database import Database as Database
+from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record, update_device
 from store.statements import Prepared
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, UtcDateTime
 
-
-@dataclass(frozen=True, slots=True)
-class DeviceRecord:
-    """A row of ``devices``."""
-
-    id: str
-    tenant_id: str
-    external_id: str | None
-    name: str
-    type: str
-    location: str
-    firmware: str
-    metadata: dict[str, Any]
-    own_topics: bool
-    status: DeviceStatus
-    created_at: datetime
-    updated_at: datetime
-    revoked_at: datetime | None
-    revocation_reason: str | None
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class CertificateRecord:
-    """A row of ``certificates``: serial number in lower-case hex, fingerprint SHA-256 in lower-case hex."""
-
-    id: int
-    issuer_id: int
-    device_id: str | None
-    purpose: str
-    serial_number: str
-    fingerprint: str
-    der: bytes
-    not_before: datetime
-    not_after: datetime
-    issued_at: datetime
-    status: str
-    revoked_at: datetime | None
-    revocation_reason: str | None
-
-
 # --- Devices ------------------------------------------------------------------------------------------------------
-
-DEVICE_COLUMNS = tuple(Device.__table__.c[name] for name in (
-    "id", "tenant_id", "external_id", "name", "type", "location", "firmware", "metadata", "own_topics", "status",
-    "created_at", "updated_at", "revoked_at", "revocation_reason", "generation",
-))  # fmt: skip
-
 
 # Statements of every registration and every request stand ready: building one takes longer than running it.
 _INSERT_DEVICE = Prepared(sa.insert(Device))
-
-
-def device_record(row: Sequence[Any]) -> DeviceRecord:
-    """Read a row of ``DEVICE_COLUMNS``."""
-    values = list(row)
-    values[9] = DeviceStatus(values[9])
-    return DeviceRecord(*values)
 
 
 def add_device(
@@ -127,11 +72,6 @@ def get_device(tx: Connection, tenant_id: str, device_id: str, *, for_update: bo
     if row is None:
         raise DeviceNotFound(f"There is no device {device_id}; check the id with GET /devices.")
     return device_record(row)
-
-
-def update_device(tx: Connection, tenant_id: str, device_id: str, values: dict[str, Any]) -> None:
-    """Set columns of a device, by the columns' names."""
-    tx.execute(sa.update(Device).where(Device.tenant_id == tenant_id, Device.id == device_id).values(values))
 
 
 def replace_topics(
@@ -191,18 +131,7 @@ def revoke_device(
 
 # --- Certificates -------------------------------------------------------------------------------------------------
 
-CERTIFICATE_COLUMNS = tuple(Certificate.__table__.c[name] for name in (
-    "id", "issuer_id", "device_id", "purpose", "serial_number", "fingerprint", "der", "not_before", "not_after",
-    "issued_at", "status", "revoked_at", "revocation_reason",
-))  # fmt: skip
-
-
 _INSERT_CERTIFICATE = Prepared(sa.insert(Certificate).returning(Certificate.id))
-
-
-def certificate_record(row: Sequence[Any]) -> CertificateRecord:
-    """Read a row of ``CERTIFICATE_COLUMNS``."""
-    return CertificateRecord(*row)
 
 
 def add_certificate(

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from db import Database
+from store.database import Database
 from store.tables import BrokerState, Certificate, Device, IssuerRow
 
 TENANT = "default"

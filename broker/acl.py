@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 
-from config import AclStyle
 from core.errors import FieldProblem, ProjectionInvalid, TopicRefused
+from core.setting_values import AclStyle
 from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id
 
 PORTAL_USER = "portal"  # the portal on the broker's internal listener
@@ -22,7 +22,7 @@ DENY_ALL = "topic deny #\n"
 
 
 class Acl:
-    """The ACL of one broker in one style; filled by the functions below, then rendered for a generation.
+    """The ACL of one broker in one style; filled device by device, then rendered for a generation.
 
     ``per-device``: an allow-list, a device without a block may do nothing. ``pattern``: one line lets each device do
     everything below its id, and blocks stand only for devices with topics of their own and for those that are out.
@@ -57,7 +57,48 @@ class Acl:
         for device_id, at in list(itertools.islice(self._denied.items(), max(0, len(self._denied) - newest))):
             if at >= since:
                 break
-            forget_device_acl(self, device_id)
+            self.forget(device_id)
+
+    def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
+        """Let the device use ``topics``; see ``broker_provisioning.add_device_acl``."""
+        _check_id(device_id)
+        self._closed.pop(device_id, None)
+        self._denied.pop(device_id, None)
+        if topics is None:
+            if self.style is AclStyle.PATTERN:
+                self._blocks.pop(device_id, None)
+            else:
+                self._blocks[device_id] = f"user {device_id}\n{self._default_lines.replace('{id}', device_id)}".encode()
+            return
+        try:
+            checked = check_topics(topics, device_id=device_id, prefix=self.prefix)
+            check_style(checked, self.style, self.prefix)
+        except TopicRefused as error:
+            self.deny(device_id)
+            self._closed[device_id] = error.detail
+            return
+        self._blocks[device_id] = f"user {device_id}\n{_topic_lines(device_id, checked)}".encode()
+
+    def deny(self, device_id: str, at: datetime | None = None) -> None:
+        """Take everything from the device; see ``broker_provisioning.remove_device_acl``."""
+        _check_id(device_id)
+        self._closed.pop(device_id, None)
+        self._denied.pop(device_id, None)
+        if self.style is AclStyle.PATTERN:
+            self._blocks[device_id] = f"user {device_id}\n{DENY_ALL}".encode()
+            if at is not None:
+                self._denied[device_id] = at
+        else:
+            self._blocks.pop(device_id, None)
+
+    def forget(self, device_id: str) -> None:
+        """Drop the block of a device whose certificates have all expired or never were, so none can come back.
+
+        In pattern style this ends the denial: only the CRL and the certificate's end keep the device out from then on.
+        """
+        self._closed.pop(device_id, None)
+        self._denied.pop(device_id, None)
+        self._blocks.pop(device_id, None)
 
     def render(self, generation: int) -> bytes:
         """The whole file, in Mosquitto's own format (mosquitto.conf(5), acl_file), for ``generation``."""
@@ -71,58 +112,6 @@ class Acl:
         )
         tail = f"# end {generation} {len(self._blocks)}\n"
         return b"".join([_WRITER, head.encode(), *self._blocks.values(), tail.encode()])
-
-
-def add_device_acl(acl: Acl, device_id: str, topics: Sequence[Topic] | None) -> None:
-    """Let the device use ``topics``, or the default ones where that is None, in place of what it had.
-
-    Topics that are not allowed, or cannot be expressed in the ACL's style, close the device instead (``acl.closed``):
-    it may then do nothing. Raises ``ValueError`` where ``device_id`` is no canonical UUID.
-    """
-    _check_id(device_id)
-    acl._closed.pop(device_id, None)
-    acl._denied.pop(device_id, None)
-    if topics is None:
-        if acl.style is AclStyle.PATTERN:
-            acl._blocks.pop(device_id, None)
-        else:
-            acl._blocks[device_id] = f"user {device_id}\n{acl._default_lines.replace('{id}', device_id)}".encode()
-        return
-    try:
-        checked = check_topics(topics, device_id=device_id, prefix=acl.prefix)
-        check_style(checked, acl.style, acl.prefix)
-    except TopicRefused as error:
-        remove_device_acl(acl, device_id)
-        acl._closed[device_id] = error.detail
-        return
-    acl._blocks[device_id] = f"user {device_id}\n{_topic_lines(device_id, checked)}".encode()
-
-
-def remove_device_acl(acl: Acl, device_id: str, at: datetime | None = None) -> None:
-    """Take everything from the device: no block in an allow-list, a deny block where the pattern would cover it.
-
-    With ``at``, the time now, that block may be forgotten once it is old (``Acl.thin``). Raises ``ValueError`` where
-    ``device_id`` is no canonical UUID.
-    """
-    _check_id(device_id)
-    acl._closed.pop(device_id, None)
-    acl._denied.pop(device_id, None)
-    if acl.style is AclStyle.PATTERN:
-        acl._blocks[device_id] = f"user {device_id}\n{DENY_ALL}".encode()
-        if at is not None:
-            acl._denied[device_id] = at
-    else:
-        acl._blocks.pop(device_id, None)
-
-
-def forget_device_acl(acl: Acl, device_id: str) -> None:
-    """Drop the block of a device whose certificates have all expired or never were, so none can come back.
-
-    In pattern style this ends the denial: only the CRL and the certificate's end keep the device out from then on.
-    """
-    acl._closed.pop(device_id, None)
-    acl._denied.pop(device_id, None)
-    acl._blocks.pop(device_id, None)
 
 
 def check_style(topics: Sequence[Topic] | None, style: AclStyle, prefix: str) -> None:

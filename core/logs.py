@@ -8,16 +8,14 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from config import LogFormat, Settings
-
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-def set_up(settings: Settings) -> None:
+def set_up(*, level: str, as_json: bool) -> None:
     """Send every event to standard error; raises nothing, replaces what handlers there were."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if settings.log_format is LogFormat.JSON else TextFormatter())
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for chatty in ("alembic", "sqlalchemy"):  # rows and statements are not for a log, at any level
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

@@ -11,9 +11,9 @@ from cryptography import x509
 from config import Settings
 from core.device_status import DeviceStatus
 from core.metrics import Gauge
-from db import Database
 from store import figures, webhooks
 from store import issuers as store_issuers
+from store.database import Database
 from workflows.enforcement import Enforcement
 
 EXPIRING = {"7d": timedelta(days=7), "30d": timedelta(days=30)}

@@ -9,9 +9,9 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-import ca
-from broker_provisioning import Canaries, Canary
+from broker.probe import Canaries, Canary
 from config import Settings
+from pki.issuers import Issuer
 
 
 def canary_files(settings: Settings) -> Canaries:
@@ -23,7 +23,7 @@ def canary_files(settings: Settings) -> Canaries:
     )
 
 
-def is_due(path: Path, key: Path, now: datetime, issuer: ca.Issuer, names: tuple[str, ...] = ()) -> bool:
+def is_due(path: Path, key: Path, now: datetime, issuer: Issuer, names: tuple[str, ...] = ()) -> bool:
     """Whether a certificate is to be issued anew.
 
     It is where a file is missing or unreadable, the two do not belong together (a write was cut off between them),

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import ca
 from core.errors import PortalError
-from db import Database
+from pki.crl import sign_crl
 from store import issuers, revocations
+from store.database import Database
 from workflows.authority.issuers import Authority
 from workflows.enforcement import Enforcement
 
@@ -84,7 +84,7 @@ class Readiness:
             return f"The issuing CA {issuer.name} has expired; nothing can be signed."
         # Signed, checked and thrown away: the key may be in a token that has gone away.
         now = self._clock()
-        ca.sign_crl(issuer, [], number=1, this_update=now, next_update=now + timedelta(seconds=1))
+        sign_crl(issuer, [], number=1, this_update=now, next_update=now + timedelta(seconds=1))
         return None
 
     def _crl_problem(self) -> str | None:

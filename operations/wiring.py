@@ -14,22 +14,24 @@ from pathlib import Path
 import ca
 import db
 from broker.files import FOLDER_MODE, broker_group
-from broker_provisioning import BrokerProvisioning, Canary
+from broker.probe import Canary
+from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core import roles
 from core.errors import PortalRunning, StartupError, Unavailable
 from core.files import FileLock, private_folder, remove_leftovers, replace_file, secret_file
 from core.roles import Role
 from core.throttle import Throttle
-from db import Database
 from operations.backup import restore_journal
 from operations.monitoring import Monitoring
 from operations.own_certificates import canary_files as canary_files
 from operations.own_certificates import is_current
 from operations.own_certificates import is_due as is_due
 from operations.readiness import Readiness
+from pki.algorithms import KeyType, private_key_pem
 from pki.keystore import CaKeys, KeyFiles, passphrase
 from store import access, issuers
+from store.database import Database
 from store.tables import DEFAULT_TENANT
 from workflows import audit, events
 from workflows.authority.issuers import Authority, RecordedIssuer, open_authority
@@ -45,7 +47,7 @@ from workflows.enrolment.clients import Clients
 from workflows.enrolment.enrolment import Enrolment
 from workflows.enrolment.manufacturers import Manufacturers
 from workflows.enrolment.tokens import EnrolmentTokens
-from workflows.operators import Operators
+from workflows.operators import Operators, new_token
 from workflows.registration import Onboarding
 from workflows.renewal import Renewals
 from workflows.suspension import Suspensions
@@ -228,10 +230,10 @@ def first_token(portal: Portal) -> str:
         secret = secret_file(path, lambda: "")
         with portal.database.snapshot() as tx:
             record = access.find_token(tx, roles.hash_token(secret))
-        if record is not None and roles.is_valid(record, now):
+        if record is not None and record.is_valid(now):
             return secret
         path.unlink()
-    secret, record = roles.new_token(portal.tenant_id, "first operator", Role.ADMIN, None, now=now)
+    secret, record = new_token(portal.tenant_id, "first operator", Role.ADMIN, None, now=now)
     with portal.database.transaction() as tx:
         access.add_token(tx, record, token_hash=roles.hash_token(secret))
         audit.record(
@@ -299,7 +301,7 @@ def renew_own_certificates(portal: Portal, *, served: bool = False) -> list[str]
 
 
 def _issue_server(portal: Portal, names: tuple[str, ...]) -> tuple[bytes, bytes]:
-    key, signer = ca.generate_keypair(ca.KeyType.EC_P256), portal.authority.issuing
+    key, signer = ca.generate_keypair(KeyType.EC_P256), portal.authority.issuing
     issued = ca.sign_server_certificate(
         signer.issuer,
         key.public_key(),
@@ -309,12 +311,12 @@ def _issue_server(portal: Portal, names: tuple[str, ...]) -> tuple[bytes, bytes]
         pki_url=portal.settings.pki_url,
     )
     _record(portal, signer, issued, purpose="server", revoked=False)
-    return signer.chain_pem(issued.pem).encode(), ca.private_key_pem(key)
+    return signer.chain_pem(issued.pem).encode(), private_key_pem(key)
 
 
 def _issue_canary(portal: Portal, canary: Canary, *, revoked: bool, served: bool = False) -> None:
     now = portal.clock()
-    key, signer = ca.generate_keypair(ca.KeyType.EC_P256), portal.authority.issuing
+    key, signer = ca.generate_keypair(KeyType.EC_P256), portal.authority.issuing
     issued = ca.sign_certificate(
         signer.issuer,
         key.public_key(),
@@ -328,7 +330,7 @@ def _issue_canary(portal: Portal, canary: Canary, *, revoked: bool, served: bool
     listed = not served or portal.enforcement.apply(generation).covers(generation)
     if not listed and portal.enforcement.broker_answers():
         raise Unavailable("The broker did not take the CRL with the new revoked canary; the next try is to come.")
-    replace_file(canary.key, ca.private_key_pem(key))
+    replace_file(canary.key, private_key_pem(key))
     replace_file(canary.certificate, signer.chain_pem(issued.pem).encode())
 
 

@@ -30,7 +30,7 @@ class KeyType(StrEnum):
     RSA_3072 = "rsa-3072"
 
 
-def generate_keypair(key_type: KeyType) -> PrivateKey:
+def generate_key(key_type: KeyType) -> PrivateKey:
     """Make a new private key from the operating system's randomness."""
     match key_type:
         case KeyType.EC_P256:

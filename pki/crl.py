@@ -41,7 +41,7 @@ def _reason_extensions(reason: Reason) -> bytes:
 _REASON_EXTENSIONS = {reason: _reason_extensions(reason) for reason in Reason}
 
 
-def revoke_certificate(serial_number: str, revoked_at: datetime, reason: Reason) -> bytes:
+def crl_entry(serial_number: str, revoked_at: datetime, reason: Reason) -> bytes:
     """Make the CRL entry of a certificate, as DER (RFC 5280 §5.1.2.6, §5.3); it can be kept, and stand in many CRLs.
 
     ``serial_number`` is lower-case hex, ``revoked_at`` is cut to whole seconds.
@@ -63,7 +63,7 @@ def revoke_certificate(serial_number: str, revoked_at: datetime, reason: Reason)
 def sign_crl(
     issuer: Issuer, entries: Iterable[bytes], *, number: int, this_update: datetime, next_update: datetime
 ) -> bytes:
-    """Sign a full v2 CRL (RFC 5280 §5) of ``revoke_certificate``'s entries, as DER; ``number`` must grow each time.
+    """Sign a full v2 CRL (RFC 5280 §5) of ``crl_entry``'s entries, as DER; ``number`` must grow each time.
 
     An issuer that is out of date still signs: revoking is never refused. Raises ``IssuerUnusable`` where the
     issuer's key is not here, ``SignatureCheckFailed`` where the result does not verify.

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from core.errors import CaKeyUnavailable
 from core.files import fsync_directory, private_folder, replace_file
-from pki.algorithms import KeyType, PrivateKey, generate_keypair
+from pki.algorithms import KeyType, PrivateKey, generate_key
 from pki.parsing import failing_as
 from pki.pkcs8 import encrypt_private_key
 
@@ -62,7 +62,7 @@ class KeyFiles:
         """Make a key and keep it durably; returned as read back from its file, so that it opens next time too."""
         path = self.path(name)
         if not self.exists(name):
-            content = encrypt_private_key(generate_keypair(kind), self._passphrase)
+            content = encrypt_private_key(generate_key(kind), self._passphrase)
             if _create_private_file(path, content):
                 return self.load(name)
         raise CaKeyUnavailable(f"There is a CA key at {path}; it is never replaced, so move it away yourself first.")

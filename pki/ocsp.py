@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, ObjectIdentifier, OCSPExtensionOID, SignatureAlgorithmOID
 
-from ca import Issuer, Reason
 from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
 from pki.algorithms import public_key_der
+from pki.issuers import Issuer, Reason
 from pki.ocsp_asn1 import (
     AlgorithmIdentifier,
     BasicResponse,

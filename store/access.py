@@ -27,6 +27,10 @@ class TokenRecord:
     expires_at: datetime | None
     revoked_at: datetime | None
 
+    def is_valid(self, now: datetime) -> bool:
+        """Whether the token may be used at ``now``."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
 
 @dataclass(frozen=True, slots=True)
 class AuditRecord:

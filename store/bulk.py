@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
-from db import DEVICE_COLUMNS, DeviceRecord, device_record
+from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record
 from store.tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
 
 CURRENT = ("active", "held")

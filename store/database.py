@@ -23,7 +23,7 @@ from store.postgresql import unhurried
 from store.shared_commits import Result, SharedTransactions
 from store.tables import BrokerState, Tenant
 
-MIGRATIONS = Path(__file__).parent / "migrations"
+MIGRATIONS = Path(__file__).parents[1] / "migrations"
 # Changes nothing, and is written to the disk.
 _REWRITE = sa.update(BrokerState).values(generation=BrokerState.generation)
 

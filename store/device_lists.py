@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.topics import is_device_id
-from db import DEVICE_COLUMNS, DeviceRecord, device_record
+from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record
 from store.reads import CURRENT
 from store.tables import Certificate, Device
 

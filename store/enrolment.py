@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.errors import NotFound
-from db import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
+from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
 from store.tables import Certificate, Device
 from store.tables_enrolment import Enrolment, EnrolmentToken
 

@@ -9,7 +9,7 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
+from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
 from store.tables import AuditHead, BrokerState, Certificate, Crl, IssuerRow, Tenant, UtcDateTime
 
 

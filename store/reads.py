@@ -10,11 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
-from db import (
-    CERTIFICATE_COLUMNS,
-    CertificateRecord,
-    certificate_record,
-)
+from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
 from store.tables import AclEntry, Certificate, Device
 
 # Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it. Where

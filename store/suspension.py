@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
-from db import update_device
+from store.devices import update_device
 from store.tables import Certificate, IssuerRow
 
 HOLD = "certificate_hold"

@@ -20,10 +20,13 @@ from pathlib import Path
 
 import pytest
 
-from broker.files import broker_group
+from broker.acl import Acl
+from broker.crl import validate_crl
+from broker.files import Projection, broker_group
+from broker.probe import Canaries, Canary
 from broker.reload import run_reload_command, signal_broker
 from broker.session import MAX_INCOMING_BYTES, Session
-from broker_provisioning import Acl, BrokerProvisioning, Canaries, Canary, Projection, add_device_acl, validate_crl
+from broker_provisioning import BrokerProvisioning, add_device_acl
 from config import Settings
 from core.errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
 from tests.support.mosquitto import mosquitto_program, short_folder

@@ -17,7 +17,8 @@ from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsag
 import ca
 import config
 from core.errors import CaKeyUnavailable, InputInvalid, IssuerUnusable, KeyRefused, SettingInvalid, SignatureCheckFailed
-from pki.algorithms import public_key_der
+from pki.algorithms import KeyType, PrivateKey, private_key_pem, public_key_der, public_key_fingerprint
+from pki.issuers import Issuer
 from tests.support.ca_hierarchy import PKI_URL, HeldElsewhere, Hierarchy, make_hierarchy
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
@@ -33,8 +34,8 @@ def cas() -> Hierarchy:
 
 
 @pytest.fixture(scope="module")
-def keys() -> dict[ca.KeyType, ca.PrivateKey]:
-    return {key_type: ca.generate_keypair(key_type) for key_type in ca.KeyType}
+def keys() -> dict[KeyType, PrivateKey]:
+    return {key_type: ca.generate_keypair(key_type) for key_type in KeyType}
 
 
 def value(certificate: x509.Certificate, kind: type[T], *, critical: bool) -> T:
@@ -53,33 +54,31 @@ def common_names(name: x509.Name) -> list[str | bytes]:
     return [attribute.value for attribute in name.get_attributes_for_oid(NameOID.COMMON_NAME)]
 
 
-def issuer_with_key(issuer: ca.Issuer, *, damage: bool) -> ca.Issuer:
+def issuer_with_key(issuer: Issuer, *, damage: bool) -> Issuer:
     assert isinstance(issuer.key, ec.EllipticCurvePrivateKey)
-    return ca.Issuer(issuer.name, issuer.certificate, HeldElsewhere(issuer.key, damage=damage))
+    return Issuer(issuer.name, issuer.certificate, HeldElsewhere(issuer.key, damage=damage))
 
 
 # --- Keys ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_key_types_are_those_of_the_settings() -> None:
-    assert tuple(ca.KeyType) == config.KEY_TYPES
+    assert tuple(KeyType) == config.KEY_TYPES
 
 
-@pytest.mark.parametrize("key_type", ca.KeyType)
-def test_a_private_key_is_written_as_pkcs8_that_loads_again(
-    key_type: ca.KeyType, keys: dict[ca.KeyType, ca.PrivateKey]
-) -> None:
-    pem = ca.private_key_pem(keys[key_type])
+@pytest.mark.parametrize("key_type", KeyType)
+def test_a_private_key_is_written_as_pkcs8_that_loads_again(key_type: KeyType, keys: dict[KeyType, PrivateKey]) -> None:
+    pem = private_key_pem(keys[key_type])
     loaded = load_pem_private_key(pem, None)
     assert pem.startswith(b"-----BEGIN PRIVATE KEY-----\n")
     assert loaded.public_key() == keys[key_type].public_key()
 
 
-def test_a_public_key_fingerprint_is_the_sha256_of_the_spki(keys: dict[ca.KeyType, ca.PrivateKey]) -> None:
-    public_key = keys[ca.KeyType.ED25519].public_key()
+def test_a_public_key_fingerprint_is_the_sha256_of_the_spki(keys: dict[KeyType, PrivateKey]) -> None:
+    public_key = keys[KeyType.ED25519].public_key()
     digest = hashes.Hash(hashes.SHA256())
     digest.update(public_key_der(public_key))
-    assert ca.public_key_fingerprint(public_key) == digest.finalize().hex()
+    assert public_key_fingerprint(public_key) == digest.finalize().hex()
 
 
 # --- CA certificates ----------------------------------------------------------------------------------------------
@@ -139,22 +138,22 @@ def test_an_issuer_that_is_out_of_date_signs_no_certificate(cas: Hierarchy, mome
 )
 def test_an_issuer_name_must_be_a_slug(cas: Hierarchy, name: str) -> None:
     with pytest.raises(IssuerUnusable):
-        ca.Issuer(name, cas.root.certificate)
+        Issuer(name, cas.root.certificate)
 
 
 def test_an_issuer_refuses_a_key_of_another_ca(cas: Hierarchy) -> None:
     with pytest.raises(CaKeyUnavailable, match="does not belong"):
-        ca.Issuer("root", cas.root.certificate, cas.issuing.key)
+        Issuer("root", cas.root.certificate, cas.issuing.key)
 
 
 def test_an_end_entity_is_no_issuer(cas: Hierarchy) -> None:
     with pytest.raises(IssuerUnusable):
-        ca.Issuer("device", cas.device().certificate)
+        Issuer("device", cas.device().certificate)
 
 
 def test_without_its_private_key_an_issuer_signs_nothing(cas: Hierarchy) -> None:
-    away = ca.Issuer("root", cas.root.certificate)
-    public_key = ca.generate_keypair(ca.KeyType.EC_P256).public_key()
+    away = Issuer("root", cas.root.certificate)
+    public_key = ca.generate_keypair(KeyType.EC_P256).public_key()
     with pytest.raises(IssuerUnusable, match="not on this machine"):
         ca.create_issuing(away, public_key, common_name="Issuing 2", now=NOW, days=10, pki_url=PKI_URL)
     with pytest.raises(IssuerUnusable, match="not on this machine"):
@@ -168,7 +167,7 @@ def test_an_issuer_does_not_show_its_key(cas: Hierarchy) -> None:
 @pytest.mark.parametrize("common_name", ["", "x" * 65, "Root\nCA", "Root\x00"])
 def test_a_ca_name_must_be_short_printable_text(common_name: str) -> None:
     with pytest.raises(SettingInvalid):
-        ca.create_root(ca.generate_keypair(ca.KeyType.EC_P384), common_name=common_name, now=NOW, days=10)
+        ca.create_root(ca.generate_keypair(KeyType.EC_P384), common_name=common_name, now=NOW, days=10)
 
 
 # --- Device certificates ------------------------------------------------------------------------------------------
@@ -183,9 +182,9 @@ def locations_of(certificate: x509.Certificate) -> tuple[str, str]:
     return name.value, access.access_location.value
 
 
-@pytest.mark.parametrize("key_type", ca.KeyType)
+@pytest.mark.parametrize("key_type", KeyType)
 def test_a_device_certificate_has_the_device_profile(
-    cas: Hierarchy, keys: dict[ca.KeyType, ca.PrivateKey], key_type: ca.KeyType
+    cas: Hierarchy, keys: dict[KeyType, PrivateKey], key_type: KeyType
 ) -> None:
     public_key = keys[key_type].public_key()
     certificate = cas.device(public_key, device_id=DEVICE_ID).certificate
@@ -222,7 +221,7 @@ def test_what_is_issued_says_of_the_certificate_what_the_certificate_says(cas: H
 
 
 def test_serial_numbers_are_20_bytes_positive_and_never_the_same(cas: Hierarchy) -> None:
-    public_key = ca.generate_keypair(ca.KeyType.EC_P256).public_key()
+    public_key = ca.generate_keypair(KeyType.EC_P256).public_key()
     serial_numbers = [cas.device(public_key).serial_number for _ in range(100)]
     assert len(set(serial_numbers)) == 100
     assert all(len(number) == 40 and 4 <= int(number[0], 16) <= 7 for number in serial_numbers)
@@ -262,7 +261,7 @@ def test_a_certificate_may_end_after_2049() -> None:
     ],
 )
 def test_a_device_id_must_be_a_uuid(cas: Hierarchy, device_id: str) -> None:
-    public_key = ca.generate_keypair(ca.KeyType.EC_P256).public_key()
+    public_key = ca.generate_keypair(KeyType.EC_P256).public_key()
     with pytest.raises(InputInvalid):
         ca.sign_certificate(cas.issuing, public_key, device_id=device_id, now=NOW, days=1, pki_url=PKI_URL)
 
@@ -280,7 +279,7 @@ def test_a_weak_key_is_refused_at_the_signature_too(cas: Hierarchy) -> None:
 
 @pytest.mark.parametrize("pki_url", ["", "pki.example.com", "http://pki.example.com/ä", "http://a b", "file:///etc"])
 def test_the_base_of_urls_must_be_plain_http(cas: Hierarchy, pki_url: str) -> None:
-    public_key = ca.generate_keypair(ca.KeyType.EC_P256).public_key()
+    public_key = ca.generate_keypair(KeyType.EC_P256).public_key()
     with pytest.raises(SettingInvalid):
         ca.sign_certificate(cas.issuing, public_key, device_id=DEVICE_ID, now=NOW, days=1, pki_url=pki_url)
 
@@ -341,7 +340,7 @@ def test_a_key_held_elsewhere_can_sign(cas: Hierarchy) -> None:
     issuer = issuer_with_key(cas.issuing, damage=False)
     issued = ca.sign_certificate(
         issuer,
-        ca.generate_keypair(ca.KeyType.EC_P256).public_key(),
+        ca.generate_keypair(KeyType.EC_P256).public_key(),
         device_id=str(uuid4()),
         now=NOW,
         days=1,
@@ -352,7 +351,7 @@ def test_a_key_held_elsewhere_can_sign(cas: Hierarchy) -> None:
 
 def test_a_certificate_with_a_wrong_signature_is_never_released(cas: Hierarchy) -> None:
     issuer = issuer_with_key(cas.issuing, damage=True)
-    public_key = ca.generate_keypair(ca.KeyType.EC_P256).public_key()
+    public_key = ca.generate_keypair(KeyType.EC_P256).public_key()
     with pytest.raises(SignatureCheckFailed):
         ca.sign_certificate(issuer, public_key, device_id=DEVICE_ID, now=NOW, days=1, pki_url=PKI_URL)
 

@@ -20,9 +20,9 @@ import db
 from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
-from db import Database
 from operations.wiring import Portal, open_portal
 from store import access, device_lists, engine, issuers
+from store.database import Database
 from store.device_lists import DeviceFilter
 from store.tables import AclEntry, AuditEntry, Base, Certificate, Delivery, Device
 

@@ -18,6 +18,8 @@ from core.errors import FieldProblem, InputInvalid
 from core.topics import Topic, default_topics, expand
 from delivery.formats import BundleFormat
 from pki import est
+from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem
+from pki.csr import read_csr
 from store import deliveries
 from workflows.authority.issuers import Authority
 
@@ -82,9 +84,9 @@ class CredentialMaker:
         ``topics`` are the device's own or ``None``. Raises ``InputInvalid`` (``CsrInvalid``, ``KeyRefused``),
         ``IssuerUnusable``, ``SignatureCheckFailed``.
         """
-        key: ca.PrivateKey | None = None
+        key: PrivateKey | None = None
         if wanted.csr is None:
-            key = ca.generate_keypair(ca.KeyType(wanted.key_type or self._settings.key_type))
+            key = ca.generate_keypair(KeyType(wanted.key_type or self._settings.key_type))
             public_key = key.public_key()
         elif wanted.key_type or wanted.bundle_password or wanted.bundle_format:
             raise InputInvalid(
@@ -92,7 +94,7 @@ class CredentialMaker:
                 [FieldProblem("csr", "goes with neither key_type nor bundle_password nor bundle_format")],
             )
         else:
-            public_key = ca.read_csr(wanted.csr)
+            public_key = read_csr(wanted.csr)
         made = self._certify(device_id, public_key, wanted.validity_days, now)
         if key is None:
             return made
@@ -104,11 +106,11 @@ class CredentialMaker:
 
         Raises ``IssuerUnusable``, ``SignatureCheckFailed``.
         """
-        key = ca.generate_keypair(ca.KeyType(key_type))
+        key = ca.generate_keypair(KeyType(key_type))
         made = self._certify(device_id, key.public_key(), validity_days, now)
         return dataclasses.replace(made, key=est.pkcs8(key))
 
-    def _certify(self, device_id: str, key: ca.PublicKey, validity_days: int | None, now: datetime) -> Made:
+    def _certify(self, device_id: str, key: PublicKey, validity_days: int | None, now: datetime) -> Made:
         signer = self._authority.issuing
         issued = ca.sign_certificate(
             signer.issuer,
@@ -123,7 +125,7 @@ class CredentialMaker:
     def _bundle(
         self,
         device_id: str,
-        key: ca.PrivateKey,
+        key: PrivateKey,
         issued: ca.Issued,
         chain: str,
         topics: Sequence[Topic] | None,
@@ -133,7 +135,7 @@ class CredentialMaker:
         example = (topics or default_topics(self._settings.topic_prefix))[0]
         credentials = delivery.Credentials(
             device_id=device_id,
-            key_pem=ca.private_key_pem(key),
+            key_pem=private_key_pem(key),
             certificate_pem=issued.pem,
             chain_pem=chain,
             ca_pem=self._authority.ca_pem,

@@ -9,9 +9,9 @@ import credential_delivery as delivery
 from config import Settings
 from core.errors import LinkRevoked
 from core.failpoints import failpoint
-from db import Database
 from delivery.formats import BundleFormat
 from store import deliveries
+from store.database import Database
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.events import EventType

@@ -12,9 +12,11 @@ import db
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.topics import Access, Topic, default_topics, is_device_id
-from db import CertificateRecord, Database, DeviceRecord
 from store import device_lists, issuers, reads, revocations
+from store.certificates import CertificateRecord
+from store.database import Database
 from store.device_lists import DeviceFilter, Place
+from store.devices import DeviceRecord
 from store.issuers import CrlRecord
 from store.revocations import CrlHead
 

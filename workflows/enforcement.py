@@ -12,16 +12,19 @@ from datetime import datetime
 
 from sqlalchemy.engine import Connection
 
-from broker_provisioning import Acl, BrokerProvisioning, Canaries, Projection
+from broker.acl import Acl
+from broker.files import Projection
+from broker.probe import Canaries
+from broker_provisioning import BrokerProvisioning
 from config import AclStyle, Settings
 from core import metrics, turnstile
 from core.errors import LockUnavailable, PortalError
 from core.failpoints import failpoint
 from core.files import FileLock
-from db import Database
 from pki import pem as pki_pem
 from store import issuers as store_issuers
 from store import reads, revocations
+from store.database import Database
 from store.issuers import BrokerStateRecord, CrlRecord
 from store.revocations import CrlHead
 from workflows import events

@@ -7,7 +7,8 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
 
-from broker_provisioning import Acl, add_device_acl, forget_device_acl, remove_device_acl
+from broker.acl import Acl
+from broker_provisioning import add_device_acl, remove_device_acl
 from core.device_status import DeviceStatus
 from core.topics import Access, Topic
 from store import reads
@@ -33,4 +34,4 @@ def put_into_acl(acl: Acl, change: reads.AclChange, now: datetime) -> None:
             own = tuple(Topic(pattern, Access(access)) for pattern, access in change.topics)
         add_device_acl(acl, change.device_id, own)
     else:
-        forget_device_acl(acl, change.device_id)
+        acl.forget(change.device_id)

@@ -11,8 +11,8 @@ from sqlalchemy.engine import Connection
 
 import credential_delivery as delivery
 from core.errors import IdempotencyConflict
-from db import Database
 from store import deliveries
+from store.database import Database
 
 ANSWERS_KEPT = timedelta(hours=24)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
@@ -9,9 +10,9 @@ from core import roles
 from core.errors import TooManyAttempts
 from core.roles import Role
 from core.throttle import Throttle
-from db import Database
 from store import access
 from store.access import AuditRecord, TokenRecord
+from store.database import Database
 from workflows import audit as workflows_audit
 from workflows.audit import Actor
 
@@ -30,13 +31,13 @@ class Operators:
         """The token with this secret, if it is valid now."""
         with self._database.snapshot() as tx:
             record = access.find_token(tx, roles.hash_token(secret))
-        return record if record is not None and roles.is_valid(record, self._clock()) else None
+        return record if record is not None and record.is_valid(self._clock()) else None
 
     def create(self, actor: Actor, name: str, role: Role, life: timedelta | None) -> tuple[str, TokenRecord]:
         """Make a token; returns its secret, which is stored nowhere, with its record."""
         now = self._clock()
         expires_at = None if life is None else now + life
-        secret, record = roles.new_token(actor.tenant_id, name, role, expires_at, now=now)
+        secret, record = new_token(actor.tenant_id, name, role, expires_at, now=now)
         with self._database.transaction() as tx:
             access.add_token(tx, record, token_hash=roles.hash_token(secret))
             workflows_audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
@@ -115,3 +116,20 @@ class Operators:
                     count=rest.count,
                     most=dict(rest.networks),
                 )
+
+
+def new_token(
+    tenant_id: str, name: str, role: Role, expires_at: datetime | None, *, now: datetime
+) -> tuple[str, TokenRecord]:
+    """Make a token of 256 random bits: the secret, shown once, with the record that does not hold it."""
+    secret = roles.TOKEN_PREFIX + secrets.token_urlsafe(32)
+    record = TokenRecord(
+        id=secrets.token_hex(8),
+        tenant_id=tenant_id,
+        name=name,
+        role=role,
+        created_at=now,
+        expires_at=expires_at,
+        revoked_at=None,
+    )
+    return secret, record

@@ -14,15 +14,16 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 import db
-from broker_provisioning import check_style
+from broker.acl import check_style
 from config import AclStyle, Settings
 from core import metrics
 from core.device_status import DeviceStatus, advance
 from core.errors import ExternalIdTaken, StateConflict, Unavailable
 from core.failpoints import failpoint
 from core.topics import Access, Topic, check_topics, default_topics, new_device_id
-from db import Database
 from store import bulk
+from store.database import Database
+from store.devices import update_device
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.credentials import CredentialMaker, Made, Wanted
@@ -180,7 +181,7 @@ class Onboarding:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
             if device.status is DeviceStatus.REVOKED:
                 raise StateConflict("The device is revoked, which is final; register it anew to change it.")
-            db.update_device(tx, actor.tenant_id, device_id, {**values, "updated_at": now})
+            update_device(tx, actor.tenant_id, device_id, {**values, "updated_at": now})
             if topics is not ...:
                 generation = db.next_generation(tx, actor.tenant_id, at=now)
                 pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]

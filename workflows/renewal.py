@@ -20,9 +20,10 @@ from core.device_status import DeviceStatus, check_renewal
 from core.errors import StateConflict
 from core.failpoints import failpoint
 from core.topics import Access, Topic
-from db import Database, DeviceRecord
 from store import reads
 from store import renewal as store_renewal
+from store.database import Database
+from store.devices import DeviceRecord
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.credentials import CredentialMaker, Made, Wanted

@@ -10,8 +10,8 @@ from datetime import datetime
 import db
 from core.device_status import DeviceStatus, advance
 from core.failpoints import failpoint
-from db import Database
 from store import suspension
+from store.database import Database
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.enforcement import Enforcement

@@ -18,13 +18,13 @@ from sqlalchemy.engine import Connection
 from config import Settings
 from core.errors import BackupRefused
 from core.files import fsync_directory
-from db import Database
 from operations.backup.file import FORMAT, BackupWriter, Manifest
 from operations.wiring import occupied
 from pki.algorithms import PrivateKey
 from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
 from store import copy as store_copy
 from store import issuers
+from store.database import Database
 from store.tables import DEFAULT_TENANT
 from workflows.authority.issuers import FIRST_ISSUING
 

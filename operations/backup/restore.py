@@ -20,8 +20,7 @@ from broker.files import CRL_FILE, BrokerFiles
 from config import Settings
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
 from core.failpoints import failpoint
-from db import Database
-from operations.backup import backup as backup_backup
+from operations.backup import backup as backups
 from operations.backup.file import Backup
 from operations.backup.placing import (
     files_to_place,
@@ -36,6 +35,7 @@ from pki.algorithms import PrivateKey
 from pki.keystore import KeyFiles
 from store import copy as store_copy
 from store import issuers as store_issuers
+from store.database import Database
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
 from workflows import audit
 from workflows.authority.issuers import FIRST_ISSUING
@@ -61,7 +61,7 @@ class _Plan:
     """What is to be put back, and how."""
 
     settings: Settings
-    backup_backup: Backup
+    backup: Backup
     key: PrivateKey
     same: bool  # whether that is the key of the data folder, too
     puts: dict[Path, bytes]
@@ -157,7 +157,7 @@ def _replaced_sqlite(plan: _Plan, current: Path) -> Iterator[Tables | None]:
     with contextlib.ExitStack() as stack:
         replaced: Tables | None = None
         try:
-            database = stack.enter_context(contextlib.closing(backup_backup.open_database(plan.settings)))
+            database = stack.enter_context(contextlib.closing(backups.open_database(plan.settings)))
             with database.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
             tx = stack.enter_context(database.snapshot())
@@ -178,7 +178,7 @@ def _replaced_sqlite(plan: _Plan, current: Path) -> Iterator[Tables | None]:
 
 def _restore_postgresql(plan: _Plan) -> None:
     with journaled(plan.settings, None) as journal, contextlib.ExitStack() as stack:
-        database = stack.enter_context(contextlib.closing(backup_backup.open_database(plan.settings)))
+        database = stack.enter_context(contextlib.closing(backups.open_database(plan.settings)))
         replaced: Tables | None = None
         with database.snapshot() as tx:
             current = store_copy.revision(tx)
@@ -191,7 +191,7 @@ def _restore_postgresql(plan: _Plan) -> None:
                     before = free_name(plan.settings.data_dir / "before-restore.backup")
                     plan.done.before = before
         if plan.done.before is not None:
-            backup_backup.write(plan.settings, database, plan.done.before, _sealing_key(plan), now=plan.now)
+            backups.write(plan.settings, database, plan.done.before, _sealing_key(plan), now=plan.now)
             replaced = stack.enter_context(Backup(plan.done.before))
         with database.transaction() as tx:
             store_copy.clear(tx, plan.backup.manifest.revision)
@@ -204,7 +204,7 @@ def _sealing_key(plan: _Plan) -> PrivateKey:
     if plan.same:
         return plan.key
     try:
-        return KeyFiles(plan.settings.ca_dir, backup_backup.passphrase_here(plan.settings)).load(FIRST_ISSUING)
+        return KeyFiles(plan.settings.ca_dir, backups.passphrase_here(plan.settings)).load(FIRST_ISSUING)
     except CaKeyUnavailable:
         plan.done.notes.append(
             "The passphrase here does not open the CA key that was there, so the backup of what was there is sealed"

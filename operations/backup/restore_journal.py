@@ -14,9 +14,9 @@ from config import Settings
 from core.errors import StartupError
 from core.failpoints import failpoint
 from core.files import fsync_directory, replace_file
-from db import Database
 from store import access
 from store import copy as store_copy
+from store.database import Database
 from store.tables import DEFAULT_TENANT
 
 NAME = ".restore.json"

@@ -14,11 +14,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
 
-import ca
 import db
 from core.device_status import DeviceStatus
 from core.errors import BackupRefused
 from operations.backup import enrolment
+from pki.issuers import Reason
 from store import issuers as store_issuers
 from store import suspension
 from store.issuers import CrlRecord, IssuerRecord
@@ -27,9 +27,9 @@ from workflows import audit
 
 T = TypeVar("T")
 _BATCH = 500
-HOLD = ca.Reason.CERTIFICATE_HOLD.value
+HOLD = Reason.CERTIFICATE_HOLD.value
 # Of a certificate that works, but that the database put back does not know and so could never revoke.
-UNKNOWN_REASON = ca.Reason.CESSATION_OF_OPERATION.value
+UNKNOWN_REASON = Reason.CESSATION_OF_OPERATION.value
 
 
 class Tables(Protocol):
@@ -278,9 +278,9 @@ def crl_record(issuer_id: int, crl: x509.CertificateRevocationList) -> CrlRecord
 
 def _reason(entry: x509.RevokedCertificate) -> str:
     try:
-        return ca.Reason(entry.extensions.get_extension_for_class(x509.CRLReason).value.reason.name).value
+        return Reason(entry.extensions.get_extension_for_class(x509.CRLReason).value.reason.name).value
     except (x509.ExtensionNotFound, ValueError):
-        return ca.Reason.UNSPECIFIED.value
+        return Reason.UNSPECIFIED.value
 
 
 def _authority_key(crl: x509.CertificateRevocationList) -> bytes | None:

@@ -12,21 +12,22 @@ from typing import Any
 import click
 from flask import Flask
 
-from config import Settings
+from config import LogFormat, Settings
 from core import logs, metrics
 from core.files import own_until_exit, replace_file
 from operations.commands import backup, ca, doctor
 from operations.commands.plain import plainly, settings_here
 from operations.wiring import first_token, occupied, open_portal, prepare
-from web import serving
 from workflows import audit
 from workflows.enrolment.clients import CLIENT_CAS
 
 log = logging.getLogger("portal.admin")
 
 
-def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]) -> list[click.Command]:
-    """The commands of ``flask --app app``; the two functions are the application's."""
+def commands(
+    create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any], serve_app: Callable[..., int]
+) -> list[click.Command]:
+    """The commands of ``flask --app app``; two functions are the application's, ``serve_app`` is the HTTP server."""
 
     @click.command("init")
     @plainly
@@ -48,7 +49,7 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
     @plainly
     def serve() -> None:
         """Serve the portal over HTTPS until it is told to stop."""
-        raise SystemExit(_serve(settings_here(), create_app, portal_of))
+        raise SystemExit(_serve(settings_here(), create_app, portal_of, serve_app))
 
     @click.command("settings")
     @plainly
@@ -96,8 +97,13 @@ def commands(create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]
     ]
 
 
-def _serve(settings: Settings, create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any]) -> int:
-    logs.set_up(settings)
+def _serve(
+    settings: Settings,
+    create_app: Callable[..., Flask],
+    portal_of: Callable[[Flask], Any],
+    serve_app: Callable[..., int],
+) -> int:
+    logs.set_up(level=settings.log_level, as_json=settings.log_format is LogFormat.JSON)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core: it would hold the issuing key
     environment = settings.data_dir / "operator.env"
     counts = settings.data_dir / "metrics"
@@ -126,7 +132,7 @@ def _serve(settings: Settings, create_app: Callable[..., Flask], portal_of: Call
         portal_of(app)
 
     with occupied(settings):
-        return serving.serve(
+        return serve_app(
             settings,
             functools.partial(create_app, settings),
             certificate=settings.tls_dir / "server.pem",

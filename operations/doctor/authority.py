@@ -11,13 +11,13 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 
-import ca
 from broker.crl import read_crls
 from broker.files import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.errors import PortalError
 from operations.doctor.findings import Verdict, problem, some, together, warning
 from operations.doctor.network import https_date, served_crl
 from operations.doctor.subject import Subject, certificate_of
+from pki.issuers import Issuer
 from pki.keystore import KeyFiles, passphrase
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
@@ -61,7 +61,7 @@ def ca_chain(subject: Subject) -> Verdict:
     found = []
     for name, certificate in certificates.items():
         try:
-            ca.Issuer(name, certificate)  # basic constraints, key usage, key identifier
+            Issuer(name, certificate)  # basic constraints, key usage, key identifier
             if not any(_verifies(certificate, root) for root in roots):
                 found.append(problem(f"{name} is not signed by the root.", "Restore a backup of the database."))
         except PortalError as error:

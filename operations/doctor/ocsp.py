@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 from cryptography.x509.ocsp import OCSPCertStatus, OCSPRequestBuilder, OCSPResponseStatus
 
-import ca
 from core.errors import IssuerUnusable
 from operations.doctor.findings import Verdict, problem, together, warning
 from operations.doctor.network import served
 from operations.doctor.subject import Subject
 from pki import ocsp as pki_ocsp
+from pki.issuers import Issuer
 
 _START = "Start the portal, which makes a new one within a minute; else see its log."
 _LATE = timedelta(hours=1)
@@ -33,7 +33,7 @@ def responders(subject: Subject) -> Verdict:
             continue
         path = subject.settings.ocsp_dir / f"{record.name}.pem"
         try:
-            issuer = ca.Issuer(record.name, x509.load_der_x509_certificate(record.der))
+            issuer = Issuer(record.name, x509.load_der_x509_certificate(record.der))
             signer = pki_ocsp.open_signer(path.read_bytes(), issuer)
         except OSError as error:
             found.append(problem(f"{path} cannot be read ({error.strerror}).", _START))

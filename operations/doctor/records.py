@@ -91,7 +91,7 @@ def tokens(subject: Subject) -> Verdict:
         own = None
         if path.exists():
             own = access.find_token(tx, roles.hash_token(path.read_text(encoding="ascii").strip()))
-        valid = [token for token in access.list_tokens(tx, subject.tenant_id) if roles.is_valid(token, now)]
+        valid = [token for token in access.list_tokens(tx, subject.tenant_id) if token.is_valid(now)]
     endless = [token.name for token in valid if token.expires_at is None and (own is None or token.id != own.id)]
     if endless:
         return warning(

@@ -15,9 +15,9 @@ from broker.probe import Canaries
 from config import Settings
 from core.errors import DatabaseUnavailable
 from core.files import FileLock
-from db import Database
 from operations.wiring import canary_files
 from store import issuers as store_issuers
+from store.database import Database
 from store.issuers import IssuerRecord
 from store.tables import DEFAULT_TENANT
 

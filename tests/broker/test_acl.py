@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker_provisioning import (
-    Acl,
-    add_device_acl,
-    check_style,
-    forget_device_acl,
-    remove_device_acl,
-    validate_acl,
-)
+from broker.acl import Acl, check_style, validate_acl
+from broker_provisioning import add_device_acl, remove_device_acl
 from config import AclStyle
 from core.errors import ProjectionInvalid, TopicRefused
 from core.topics import Access, Topic, default_topics
@@ -78,7 +72,7 @@ def test_a_device_out_of_the_pattern_is_denied_until_it_is_forgotten() -> None:
     acl = Acl(PATTERN, "devices")
     remove_device_acl(acl, ONE)
     assert rendered(acl)[-3:-1] == [f"user {ONE}", "topic deny #"]
-    forget_device_acl(acl, ONE)
+    acl.forget(ONE)
     assert ONE not in "\n".join(rendered(acl))
 
 

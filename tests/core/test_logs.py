@@ -72,7 +72,7 @@ def log(request: pytest.FixtureRequest, make_settings: Callable[..., Settings]) 
         output = io.StringIO()
         with logging_to(output):
             settings = make_settings(PORTAL_LOG_FORMAT=request.param, PORTAL_LOG_LEVEL="debug")
-            logs.set_up(settings)
+            logs.set_up(level=settings.log_level, as_json=settings.log_format is LogFormat.JSON)
             logged = Logged(settings, output)
             yield logged
             portal_of(logged.app).close()
@@ -186,7 +186,7 @@ def test_the_lines_of_flasks_own_server_show_no_link(log: Log) -> None:
 def test_the_log_level_leaves_out_what_is_below(make_settings: Callable[..., Settings]) -> None:
     output = io.StringIO()
     with logging_to(output):
-        logs.set_up(make_settings(PORTAL_LOG_LEVEL="warning"))
+        logs.set_up(level=make_settings(PORTAL_LOG_LEVEL="warning").log_level, as_json=False)
         logging.getLogger("portal.test").info("quiet")
         logging.getLogger("portal.test").warning("loud")
     assert output.getvalue().endswith("warning loud\n")

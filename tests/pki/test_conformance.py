@@ -16,10 +16,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import ca
+from pki.algorithms import KeyType, private_key_pem
+from pki.issuers import Reason
 from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
 
 DEVICE_ID = "3fa85f64-5717-4562-b3fc-2c963f66afa6"
-KEY_TYPES = [str(key_type) for key_type in ca.KeyType]
+KEY_TYPES = [str(key_type) for key_type in KeyType]
 
 # What pkilint calls errors because the package that it checks names with knows nine URL schemes, and neither names of
 # one label nor wildcards. They are right by RFC 3986 with RFC 9562 §4, by RFC 1034 §3.5, and by RFC 9525 §6.3.
@@ -59,12 +61,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("pki")
     cas = make_hierarchy(datetime.now(UTC))
     certificates: dict[str, x509.Certificate] = {"root": cas.root.certificate, "issuing": cas.issuing.certificate}
-    for key_type in ca.KeyType:
+    for key_type in KeyType:
         key = ca.generate_keypair(key_type)
-        (folder / f"device-{key_type}.key").write_bytes(ca.private_key_pem(key))
+        (folder / f"device-{key_type}.key").write_bytes(private_key_pem(key))
         certificates[f"device-{key_type}"] = cas.device(key.public_key(), device_id=DEVICE_ID).certificate
-    server_key = ca.generate_keypair(ca.KeyType.EC_P256)
-    (folder / "server.key").write_bytes(ca.private_key_pem(server_key))
+    server_key = ca.generate_keypair(KeyType.EC_P256)
+    (folder / "server.key").write_bytes(private_key_pem(server_key))
     names = ("localhost", "127.0.0.1", "::1", "*.example.com")
     certificates["server"] = cas.server(*names, public_key=server_key.public_key()).certificate
     certificates["server-long"] = cas.server(f"{'a' * 60}.example.com").certificate
@@ -76,10 +78,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
     crls = {"empty": cas.crl(), "root": cas.crl(issuer=cas.root)}
     entries = []
-    for number, reason in enumerate(ca.Reason, start=1):
+    for number, reason in enumerate(Reason, start=1):
         entries.append(ca.revoke_certificate(f"{number:x}", cas.now, reason))
         crls[f"reason-{reason}"] = cas.crl(entries[-1], number=number)
-    mine = ca.revoke_certificate(revoked.serial_number, cas.now, ca.Reason.KEY_COMPROMISE)
+    mine = ca.revoke_certificate(revoked.serial_number, cas.now, Reason.KEY_COMPROMISE)
     crls["all"] = cas.crl(*entries, mine, number=100)
     for name, der in crls.items():
         (folder / f"{name}.crl").write_bytes(der)
@@ -112,7 +114,7 @@ def _findings(report: dict[str, Any]) -> set[tuple[str, str]]:
 
 
 CERTIFICATES = ["root", "issuing", "server", "server-long", *(f"device-{key_type}" for key_type in KEY_TYPES)]
-CRLS = ["root", "empty", "all", *(f"reason-{reason}" for reason in ca.Reason)]
+CRLS = ["root", "empty", "all", *(f"reason-{reason}" for reason in Reason)]
 
 
 @pytest.mark.parametrize("file", [*(f"{name}.cer" for name in CERTIFICATES), *(f"{name}.crl" for name in CRLS)])

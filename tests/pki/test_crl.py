@@ -14,6 +14,9 @@ from cryptography.x509.oid import SignatureAlgorithmOID
 
 import ca
 from core.errors import SignatureCheckFailed
+from pki.algorithms import KeyType
+from pki.crl import sign_crl
+from pki.issuers import Issuer, Reason
 from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
@@ -27,7 +30,7 @@ def cas() -> Hierarchy:
 
 def test_a_crl_names_what_was_revoked(cas: Hierarchy) -> None:
     serial_number = cas.device().serial_number
-    entry = ca.revoke_certificate(serial_number, NOW, ca.Reason.KEY_COMPROMISE)
+    entry = ca.revoke_certificate(serial_number, NOW, Reason.KEY_COMPROMISE)
     crl = x509.load_der_x509_crl(cas.crl(entry, number=41))
 
     assert crl.issuer == cas.issuing.certificate.subject
@@ -44,8 +47,8 @@ def test_a_crl_names_what_was_revoked(cas: Hierarchy) -> None:
     assert found.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.key_compromise
 
 
-@pytest.mark.parametrize("reason", ca.Reason)
-def test_every_reason_of_a_full_crl_can_be_given_but_unspecified_is_left_out(cas: Hierarchy, reason: ca.Reason) -> None:
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_of_a_full_crl_can_be_given_but_unspecified_is_left_out(cas: Hierarchy, reason: Reason) -> None:
     [entry] = x509.load_der_x509_crl(cas.crl(ca.revoke_certificate("0a", NOW, reason)))
     codes = [extension.value for extension in entry.extensions]
     expected = [] if reason == "unspecified" else [x509.CRLReason(x509.ReasonFlags[reason.value])]
@@ -53,20 +56,20 @@ def test_every_reason_of_a_full_crl_can_be_given_but_unspecified_is_left_out(cas
 
 
 def test_the_reasons_are_all_of_rfc_5280_but_the_one_for_delta_crls() -> None:
-    assert {reason.value for reason in ca.Reason} == {flag.name for flag in x509.ReasonFlags} - {"remove_from_crl"}
+    assert {reason.value for reason in Reason} == {flag.name for flag in x509.ReasonFlags} - {"remove_from_crl"}
 
 
 def test_a_serial_number_goes_into_the_crl_as_it_came_from_the_certificate(cas: Hierarchy) -> None:
     for serial_number in ("1", "0a", "7f", "80", "ff", "8000", f"7{'f' * 39}", cas.device().serial_number):
-        [entry] = x509.load_der_x509_crl(cas.crl(ca.revoke_certificate(serial_number, NOW, ca.Reason.SUPERSEDED)))
+        [entry] = x509.load_der_x509_crl(cas.crl(ca.revoke_certificate(serial_number, NOW, Reason.SUPERSEDED)))
         assert entry.serial_number == int(serial_number, 16)
 
 
 @pytest.mark.parametrize("moment", [SECOND, datetime(2049, 12, 31, 23, 59, 59, tzinfo=UTC), SECOND.replace(year=2050)])
-@pytest.mark.parametrize("reason", [ca.Reason.UNSPECIFIED, ca.Reason.AA_COMPROMISE])
-def test_an_entry_is_encoded_as_a_general_library_encodes_it(moment: datetime, reason: ca.Reason) -> None:
+@pytest.mark.parametrize("reason", [Reason.UNSPECIFIED, Reason.AA_COMPROMISE])
+def test_an_entry_is_encoded_as_a_general_library_encodes_it(moment: datetime, reason: Reason) -> None:
     builder = x509.RevokedCertificateBuilder().serial_number(0xC0FFEE).revocation_date(moment)
-    if reason is not ca.Reason.UNSPECIFIED:
+    if reason is not Reason.UNSPECIFIED:
         builder = builder.add_extension(x509.CRLReason(x509.ReasonFlags[reason.value]), critical=False)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "any")])
@@ -76,13 +79,13 @@ def test_an_entry_is_encoded_as_a_general_library_encodes_it(moment: datetime, r
     assert ca.revoke_certificate("c0ffee", moment, reason) in der
 
 
-@pytest.mark.parametrize("key_type", [*ca.KeyType])
-def test_any_kind_of_ca_key_signs_a_crl_with_entries(key_type: ca.KeyType) -> None:
+@pytest.mark.parametrize("key_type", [*KeyType])
+def test_any_kind_of_ca_key_signs_a_crl_with_entries(key_type: KeyType) -> None:
     key = ca.generate_keypair(key_type)
-    root = ca.Issuer("root", ca.create_root(key, common_name="Any", now=NOW, days=9).certificate, key)
-    der = ca.sign_crl(
+    root = Issuer("root", ca.create_root(key, common_name="Any", now=NOW, days=9).certificate, key)
+    der = sign_crl(
         root,
-        [ca.revoke_certificate("aa", NOW, ca.Reason.SUPERSEDED)],
+        [ca.revoke_certificate("aa", NOW, Reason.SUPERSEDED)],
         number=3,
         this_update=NOW,
         next_update=NOW + timedelta(days=1),
@@ -94,7 +97,7 @@ def test_any_kind_of_ca_key_signs_a_crl_with_entries(key_type: ca.KeyType) -> No
 
 @pytest.mark.parametrize("damaged", [b"", b"\0", b"0\x03\x02\x01", SECOND.isoformat().encode()])
 def test_an_entry_that_is_damaged_makes_no_crl(cas: Hierarchy, damaged: bytes) -> None:
-    good = ca.revoke_certificate("aa", NOW, ca.Reason.SUPERSEDED)
+    good = ca.revoke_certificate("aa", NOW, Reason.SUPERSEDED)
     with pytest.raises(SignatureCheckFailed):
         cas.crl(good, damaged, good)
 
@@ -102,7 +105,7 @@ def test_an_entry_that_is_damaged_makes_no_crl(cas: Hierarchy, damaged: bytes) -
 @pytest.mark.parametrize("serial_number", ["", "0", "-1", "0x1", "FF", "a:b", "1_0", " 1", "1\n", "f" * 40, "1" * 41])
 def test_a_serial_number_that_is_none_is_not_revoked(serial_number: str) -> None:
     with pytest.raises(ValueError, match="serial number"):
-        ca.revoke_certificate(serial_number, NOW, ca.Reason.SUPERSEDED)
+        ca.revoke_certificate(serial_number, NOW, Reason.SUPERSEDED)
 
 
 def test_an_empty_crl_is_a_crl(cas: Hierarchy) -> None:
@@ -110,8 +113,8 @@ def test_an_empty_crl_is_a_crl(cas: Hierarchy) -> None:
 
 
 def test_the_entries_of_a_crl_may_come_from_a_generator(cas: Hierarchy) -> None:
-    entries = (ca.revoke_certificate(f"{number:x}", NOW, ca.Reason.SUPERSEDED) for number in itertools.count(1))
-    der = ca.sign_crl(
+    entries = (ca.revoke_certificate(f"{number:x}", NOW, Reason.SUPERSEDED) for number in itertools.count(1))
+    der = sign_crl(
         cas.issuing,
         itertools.islice(entries, 3000),
         number=1,
@@ -130,10 +133,10 @@ def test_a_crl_number_is_positive_and_at_most_20_bytes(cas: Hierarchy, number: i
 @pytest.mark.parametrize("life", [timedelta(0), timedelta(milliseconds=100), timedelta(days=-1)])
 def test_a_crl_must_live_for_a_while(cas: Hierarchy, life: timedelta) -> None:
     with pytest.raises(ValueError, match="nextUpdate"):
-        ca.sign_crl(cas.issuing, [], number=1, this_update=NOW, next_update=NOW + life)
+        sign_crl(cas.issuing, [], number=1, this_update=NOW, next_update=NOW + life)
 
 
 def test_an_issuer_that_is_out_of_date_still_revokes(cas: Hierarchy) -> None:
     after = cas.issuing.not_after + timedelta(days=1)
-    der = ca.sign_crl(cas.issuing, [], number=1, this_update=after, next_update=after + timedelta(days=1))
+    der = sign_crl(cas.issuing, [], number=1, this_update=after, next_update=after + timedelta(days=1))
     assert x509.load_der_x509_crl(der).last_update_utc == after

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 import ca
 from core.errors import CsrInvalid, KeyRefused
-from pki.algorithms import public_key_der
+from pki.algorithms import KeyType, public_key_der
+from pki.csr import read_csr
 from pki.parsing import failing_as
 
 P256 = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
@@ -90,7 +91,7 @@ def test_a_csr_of_openssl_is_accepted(request_of: OpensslRequests, arguments: li
     pem = request_of(*arguments)
     (tmp_path / "csr").write_text(pem)
     openssl("req", "-in", tmp_path / "csr", "-pubkey", "-noout", "-out", tmp_path / "public")
-    assert ca.read_csr(pem) == load_pem_public_key((tmp_path / "public").read_bytes())
+    assert read_csr(pem) == load_pem_public_key((tmp_path / "public").read_bytes())
 
 
 def test_a_compressed_point_is_accepted(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_compressed_point_is_accepted(tmp_path: Path) -> None:
     openssl("ec", "-in", usual, "-conv_form", "compressed", "-out", key)
     openssl("req", "-new", "-key", key, "-subj", "/CN=device", "-out", csr)
     pem = csr.read_text()
-    public_key = ca.read_csr(pem)
+    public_key = read_csr(pem)
     assert public_key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint) in der_of(pem)
 
 
@@ -113,7 +114,7 @@ def test_a_compressed_point_is_accepted(tmp_path: Path) -> None:
     ],
 )
 def test_white_space_does_not_matter(good: str, change: Callable[[str], str]) -> None:
-    assert ca.read_csr(change(good)) == ca.read_csr(good)
+    assert read_csr(change(good)) == read_csr(good)
 
 
 def pem_one_line(pem: str) -> str:
@@ -143,7 +144,7 @@ REFUSED_KEYS = {
 @pytest.mark.parametrize("arguments", REFUSED_KEYS.values(), ids=REFUSED_KEYS)
 def test_a_csr_with_a_weak_or_unknown_key_is_refused(request_of: OpensslRequests, arguments: list[str]) -> None:
     with pytest.raises(KeyRefused) as refusal:
-        ca.read_csr(request_of(*arguments))
+        read_csr(request_of(*arguments))
     assert refusal.value.errors[0].field == "csr"
 
 
@@ -153,16 +154,16 @@ def test_a_dsa_key_is_refused(tmp_path: Path) -> None:
     openssl("genpkey", "-paramfile", parameters, "-out", key)
     openssl("req", "-new", "-key", key, "-subj", "/CN=device", "-out", csr)
     with pytest.raises(KeyRefused):
-        ca.read_csr(csr.read_text())
+        read_csr(csr.read_text())
 
 
 def test_an_ec_point_off_the_curve_is_refused(good: str) -> None:
     der = bytearray(der_of(good))
-    public_key = ca.read_csr(good)
+    public_key = read_csr(good)
     point = public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     der[der.index(point) + 64] ^= 1
     with pytest.raises(KeyRefused):
-        ca.read_csr(pem_of(bytes(der)))
+        read_csr(pem_of(bytes(der)))
 
 
 def ed25519_request(public_key: bytes, signature: bytes) -> str:
@@ -183,7 +184,7 @@ def test_an_ed25519_key_of_small_order_is_refused(y: int, sign: int) -> None:
     public_key = (y | sign << 255).to_bytes(32, "little")
     # The identity as R with zero as S: verifies with no private key at all under the identity as the public key.
     with pytest.raises(KeyRefused, match="Ed25519"):
-        ca.read_csr(ed25519_request(public_key, b"\x01" + bytes(63)))
+        read_csr(ed25519_request(public_key, b"\x01" + bytes(63)))
 
 
 def test_a_point_of_order_8_is_what_the_list_says() -> None:
@@ -209,7 +210,7 @@ def test_a_point_of_order_8_is_what_the_list_says() -> None:
 )
 def test_a_csr_signed_with_a_weak_hash_is_refused(request_of: OpensslRequests, kind: str, digest: str) -> None:
     with pytest.raises(CsrInvalid, match="SHA-256") as refusal:
-        ca.read_csr(request_of(*ACCEPTED[kind], digest))
+        read_csr(request_of(*ACCEPTED[kind], digest))
     assert not isinstance(refusal.value, KeyRefused)
 
 
@@ -218,16 +219,16 @@ def test_a_csr_with_a_wrong_signature_is_refused(request_of: OpensslRequests, ki
     der = bytearray(der_of(request_of(*ACCEPTED[kind])))
     der[-1] ^= 1
     with pytest.raises(CsrInvalid, match="signature"):
-        ca.read_csr(pem_of(bytes(der)))
+        read_csr(pem_of(bytes(der)))
 
 
 def test_a_csr_signed_by_another_key_is_refused(good: str) -> None:
     der = der_of(good)
-    own = ca.read_csr(good).public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    own = read_csr(good).public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     other = ec.generate_private_key(ec.SECP256R1()).public_key()
     stolen = der.replace(own, other.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint))
     with pytest.raises(CsrInvalid, match="signature is wrong"):
-        ca.read_csr(pem_of(stolen))
+        read_csr(pem_of(stolen))
 
 
 def test_a_csr_whose_signature_is_of_another_kind_than_its_key_is_refused(good: str) -> None:
@@ -235,7 +236,7 @@ def test_a_csr_whose_signature_is_of_another_kind_than_its_key_is_refused(good: 
     ed25519_oid = bytes.fromhex("06032b6570") + b"\x05\x03abc"
     changed = der_of(good).replace(ecdsa_with_sha256, ed25519_oid)
     with pytest.raises(CsrInvalid):
-        ca.read_csr(pem_of(changed))
+        read_csr(pem_of(changed))
 
 
 MALFORMED: dict[str, Callable[[str], Any]] = {
@@ -274,13 +275,13 @@ MALFORMED: dict[str, Callable[[str], Any]] = {
 @pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_csr_is_refused(good: str, change: Callable[[str], Any]) -> None:
     with pytest.raises(CsrInvalid) as refusal:
-        ca.read_csr(change(good))
+        read_csr(change(good))
     assert refusal.value.detail.endswith(".")
     assert [problem.field for problem in refusal.value.errors] == ["csr"]
 
 
 def test_a_csr_of_the_greatest_length_is_read(good: str) -> None:
-    assert ca.read_csr(good + " " * (16 * 1024 - len(good))) == ca.read_csr(good)
+    assert read_csr(good + " " * (16 * 1024 - len(good))) == read_csr(good)
 
 
 def test_a_monstrous_rsa_key_is_refused_before_its_signature_is_checked() -> None:
@@ -295,7 +296,7 @@ def test_a_monstrous_rsa_key_is_refused_before_its_signature_is_checked() -> Non
     rest = csr.public_bytes(Encoding.DER)[4 + len(csr.tbs_certrequest_bytes) :]
     whole = request_info + rest
     with pytest.raises(KeyRefused, match="16384 bits"):
-        ca.read_csr(pem_of(b"\x30\x82" + len(whole).to_bytes(2, "big") + whole))
+        read_csr(pem_of(b"\x30\x82" + len(whole).to_bytes(2, "big") + whole))
 
 
 # --- Anything at all ----------------------------------------------------------------------------------------------
@@ -310,8 +311,8 @@ def pyca_request(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | r
     return builder.sign(key, algorithm, rsa_padding=rsa_padding).public_bytes(Encoding.DER)
 
 
-REQUESTS = [pyca_request(ca.generate_keypair(kind)) for kind in ca.KeyType if kind is not ca.KeyType.RSA_3072]
-KEYS = [ca.read_csr(pem_of(der)) for der in REQUESTS]
+REQUESTS = [pyca_request(ca.generate_keypair(kind)) for kind in KeyType if kind is not KeyType.RSA_3072]
+KEYS = [read_csr(pem_of(der)) for der in REQUESTS]
 
 
 @settings(max_examples=300, deadline=None)
@@ -327,7 +328,7 @@ def test_whatever_is_changed_in_a_csr_it_is_refused_or_gives_the_same_key(
         position = start % (len(der) + 1)
         der = der[:position] + replacement + der[position + length :]
     try:
-        key = ca.read_csr(pem_of(der))
+        key = read_csr(pem_of(der))
     except CsrInvalid:
         return
     assert key == KEYS[which]
@@ -337,7 +338,7 @@ def test_whatever_is_changed_in_a_csr_it_is_refused_or_gives_the_same_key(
 @given(st.one_of(st.text(), st.binary(max_size=300).map(pem_of)))
 def test_no_text_does_anything_but_being_refused(text: str) -> None:
     with pytest.raises(CsrInvalid):
-        ca.read_csr(text)
+        read_csr(text)
 
 
 def test_a_panic_of_the_parser_is_a_refusal() -> None:

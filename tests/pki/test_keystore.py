@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from ca import generate_keypair
 from core.errors import CaKeyUnavailable
 from pki import keystore
-from pki.algorithms import KeyType, PrivateKey, generate_keypair, public_key_der
+from pki.algorithms import KeyType, PrivateKey, public_key_der
 from pki.keystore import KeyFiles
 from pki.pkcs8 import PBKDF2_ROUNDS, encrypt_private_key
 

@@ -16,6 +16,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 import ca
 from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
 from pki import ocsp as pki_ocsp
+from pki.algorithms import KeyType, private_key_pem
+from pki.issuers import Issuer, Reason
 from pki.ocsp import GOOD, MOST_CERTIFICATES, UNKNOWN, Failure, Status, Verdict
 from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, make_hierarchy
 from tests.support.ocsp import SERVICE_LOCATOR, Ocsp, ask, cert_id, extension, integer, nonce, sequence, tlv
@@ -31,10 +33,10 @@ def cas() -> Hierarchy:
     return make_hierarchy(NOW)
 
 
-def responder_pem(issuer: ca.Issuer) -> tuple[bytes, ca.Issued]:
-    key = ca.generate_keypair(ca.KeyType.EC_P256)
+def responder_pem(issuer: Issuer) -> tuple[bytes, ca.Issued]:
+    key = ca.generate_keypair(KeyType.EC_P256)
     issued = ca.sign_responder_certificate(issuer, key.public_key(), now=NOW, days=14)
-    return ca.private_key_pem(key) + issued.pem.encode(), issued
+    return private_key_pem(key) + issued.pem.encode(), issued
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +88,9 @@ def test_a_responder_of_no_use_is_not_opened(cas: Hierarchy) -> None:
     good, issued = responder_pem(cas.issuing)
     of_another, _ = responder_pem(cas.issuing)
     key, other_key = (pem.partition(b"-----BEGIN CERTIFICATE")[0] for pem in (good, of_another))
-    device_key = ca.generate_keypair(ca.KeyType.EC_P256)
-    device = ca.private_key_pem(device_key) + cas.device(device_key.public_key()).pem.encode()
-    ca_pem = ca.private_key_pem(cas.issuing.key) if cas.issuing.key else b""
+    device_key = ca.generate_keypair(KeyType.EC_P256)
+    device = private_key_pem(device_key) + cas.device(device_key.public_key()).pem.encode()
+    ca_pem = private_key_pem(cas.issuing.key) if cas.issuing.key else b""
     unusable = [b"", key, issued.pem.encode(), other_key + issued.pem.encode(), good[:-100], device]
     unusable += [ca_pem + ca.chain_pem(cas.issuing.certificate).encode(), responder_pem(cas.root)[0]]
     for pem in unusable:
@@ -106,7 +108,7 @@ def test_a_responder_of_no_use_is_not_opened(cas: Hierarchy) -> None:
 def test_a_ca_is_known_by_the_hashes_of_its_name_and_its_key(
     cas: Hierarchy, algorithm: str, parameters: bytes, of: str
 ) -> None:
-    issuer: ca.Issuer = getattr(cas, of)
+    issuer: Issuer = getattr(cas, of)
     der = Ocsp([cert_id(issuer.certificate, SERIAL_NUMBER, algorithm=algorithm, parameters=parameters)]).der()
     [question] = pki_ocsp.read_request(der).questions
     assert question.issuer in pki_ocsp.issuer_ids(issuer)
@@ -238,9 +240,9 @@ def test_an_answer_is_signed_by_the_responder_whose_certificate_is_in_it(
     certificate.verify_directly_issued_by(cas.issuing.certificate)
 
 
-@pytest.mark.parametrize("reason", [reason for reason in ca.Reason if reason is not ca.Reason.UNSPECIFIED])
+@pytest.mark.parametrize("reason", [reason for reason in Reason if reason is not Reason.UNSPECIFIED])
 def test_a_revoked_certificate_is_told_with_time_and_reason(
-    cas: Hierarchy, signer: pki_ocsp.Signer, reason: ca.Reason
+    cas: Hierarchy, signer: pki_ocsp.Signer, reason: Reason
 ) -> None:
     at = NOW - timedelta(days=3)
     der = answer(signer, ask(cas.issuing.certificate, 1).der(), Status(Verdict.REVOKED, at, reason))
@@ -251,7 +253,7 @@ def test_a_revoked_certificate_is_told_with_time_and_reason(
 
 
 def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
-    status = Status(Verdict.REVOKED, NOW, ca.Reason.UNSPECIFIED)
+    status = Status(Verdict.REVOKED, NOW, Reason.UNSPECIFIED)
     assert (
         ocsp.load_der_ocsp_response(answer(signer, ask(cas.issuing.certificate, 1).der(), status)).revocation_reason
         is None
@@ -261,7 +263,7 @@ def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: pki_ocsp.
 def test_several_are_answered_in_their_order_each_under_its_id(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
     issuing = cas.issuing.certificate
     ids = [cert_id(issuing, 5), cert_id(issuing, 6, algorithm="sha256", parameters=b""), cert_id(issuing, 7)]
-    statuses = [GOOD, Status(Verdict.REVOKED, NOW, ca.Reason.SUPERSEDED), UNKNOWN]
+    statuses = [GOOD, Status(Verdict.REVOKED, NOW, Reason.SUPERSEDED), UNKNOWN]
     der = answer(signer, Ocsp(ids).der(), *statuses)
     said = list(ocsp.load_der_ocsp_response(der).responses)
     assert [(each.serial_number, each.certificate_status.name) for each in said] == [

@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import ca
 from pki import ocsp
+from pki.algorithms import KeyType, private_key_pem
+from pki.issuers import Issuer, Reason
 from pki.ocsp import GOOD, UNKNOWN, Status, Verdict
 from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
 from tests.support.ocsp import Ocsp, ask, nonce
@@ -53,15 +55,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     certificates = {"root": cas.root.certificate, "issuing": cas.issuing.certificate, "device": device.certificate}
     signers = {}
     for issuer in (cas.root, cas.issuing):
-        key = ca.generate_keypair(ca.KeyType.EC_P256)
+        key = ca.generate_keypair(KeyType.EC_P256)
         issued = ca.sign_responder_certificate(issuer, key.public_key(), now=cas.now, days=14)
-        signers[issuer] = ocsp.open_signer(ca.private_key_pem(key) + issued.pem.encode(), issuer)
+        signers[issuer] = ocsp.open_signer(private_key_pem(key) + issued.pem.encode(), issuer)
         certificates[f"responder-{issuer.name}"] = issued.certificate
     for name, certificate in certificates.items():
         (folder / f"{name}.pem").write_text(ca.chain_pem(certificate))
         (folder / f"{name}.cer").write_bytes(certificate.public_bytes(Encoding.DER))
 
-    def write(name: str, request: Ocsp, *statuses: Status, issuer: ca.Issuer = cas.issuing) -> None:
+    def write(name: str, request: Ocsp, *statuses: Status, issuer: Issuer = cas.issuing) -> None:
         read = ocsp.read_request(request.der())
         answers = list(zip(read.questions, statuses, strict=True))
         end = cas.now + timedelta(hours=24)
@@ -73,9 +75,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     revoked = {
         name: Status(Verdict.REVOKED, cas.now - timedelta(days=1), reason)
         for name, reason in (
-            ("revoked", ca.Reason.KEY_COMPROMISE),
-            ("held", ca.Reason.CERTIFICATE_HOLD),
-            ("unspecified", ca.Reason.UNSPECIFIED),
+            ("revoked", Reason.KEY_COMPROMISE),
+            ("held", Reason.CERTIFICATE_HOLD),
+            ("unspecified", Reason.UNSPECIFIED),
         )
     }
     for name, status in {"good": GOOD, "unknown": UNKNOWN, **revoked}.items():

@@ -10,8 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from core.errors import DatabaseUnavailable
-from db import Database
 from store import postgresql
+from store.database import Database
 from tests.support.postgres import Cluster
 
 pytestmark = pytest.mark.system

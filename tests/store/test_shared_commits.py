@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from db import Database
+from store.database import Database
 from store.shared_commits import SharedTransactions
 
 

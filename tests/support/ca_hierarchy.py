@@ -10,6 +10,9 @@ from uuid import uuid4
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import ca
+from pki.algorithms import KeyType, PublicKey
+from pki.crl import sign_crl
+from pki.issuers import Issuer
 
 PKI_URL = "http://pki.example.com:8080"
 
@@ -19,33 +22,33 @@ class Hierarchy:
     """A root with an issuing CA below it, both made at ``now``."""
 
     now: datetime
-    root: ca.Issuer
-    issuing: ca.Issuer
+    root: Issuer
+    issuing: Issuer
 
     def device(
-        self, public_key: ca.PublicKey | None = None, *, device_id: str | None = None, now: datetime | None = None
+        self, public_key: PublicKey | None = None, *, device_id: str | None = None, now: datetime | None = None
     ) -> ca.Issued:
         return ca.sign_certificate(
             self.issuing,
-            public_key or ca.generate_keypair(ca.KeyType.EC_P256).public_key(),
+            public_key or ca.generate_keypair(KeyType.EC_P256).public_key(),
             device_id=device_id or str(uuid4()),
             now=now or self.now,
             days=365,
             pki_url=PKI_URL,
         )
 
-    def server(self, *names: str, public_key: ca.PublicKey | None = None) -> ca.Issued:
+    def server(self, *names: str, public_key: PublicKey | None = None) -> ca.Issued:
         return ca.sign_server_certificate(
             self.issuing,
-            public_key or ca.generate_keypair(ca.KeyType.EC_P256).public_key(),
+            public_key or ca.generate_keypair(KeyType.EC_P256).public_key(),
             names=names,
             now=self.now,
             days=90,
             pki_url=PKI_URL,
         )
 
-    def crl(self, *revoked: bytes, number: int = 1, issuer: ca.Issuer | None = None) -> bytes:
-        return ca.sign_crl(
+    def crl(self, *revoked: bytes, number: int = 1, issuer: Issuer | None = None) -> bytes:
+        return sign_crl(
             issuer or self.issuing,
             revoked,
             number=number,
@@ -55,10 +58,10 @@ class Hierarchy:
 
 
 def make_hierarchy(now: datetime, *, root_days: int = 7300, issuing_days: int = 1825) -> Hierarchy:
-    root_key = ca.generate_keypair(ca.KeyType.EC_P384)
+    root_key = ca.generate_keypair(KeyType.EC_P384)
     created = ca.create_root(root_key, common_name="Test Root CA", now=now, days=root_days)
-    root = ca.Issuer("root", created.certificate, root_key)
-    issuing_key = ca.generate_keypair(ca.KeyType.EC_P256)
+    root = Issuer("root", created.certificate, root_key)
+    issuing_key = ca.generate_keypair(KeyType.EC_P256)
     issued = ca.create_issuing(
         root,
         issuing_key.public_key(),
@@ -67,7 +70,7 @@ def make_hierarchy(now: datetime, *, root_days: int = 7300, issuing_days: int = 
         days=issuing_days,
         pki_url=PKI_URL,
     )
-    return Hierarchy(now, root, ca.Issuer("issuing-1", issued.certificate, issuing_key))
+    return Hierarchy(now, root, Issuer("issuing-1", issued.certificate, issuing_key))
 
 
 class HeldElsewhere(ec.EllipticCurvePrivateKey):

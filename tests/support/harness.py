@@ -23,6 +23,7 @@ from operations.wiring import Portal, utc_now
 from store import access
 from store.tables import Base
 from tests.support.ports import free_port
+from workflows.operators import new_token
 
 # For tests to which the database makes no difference.
 ON_SQLITE = pytest.mark.parametrize("prepared", ["sqlite"], indirect=True)
@@ -108,7 +109,7 @@ def api_as(app: Flask, role: Role | None) -> Api:
     if role is None:
         return Api(app.test_client(), None)
     portal = portal_of(app)
-    secret, record = roles.new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
+    secret, record = new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
     with portal.database.transaction() as tx:
         access.add_token(tx, record, token_hash=roles.hash_token(secret))
     return Api(app.test_client(), secret)

@@ -23,16 +23,11 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from broker.acl import Acl
+from broker.files import Projection
+from broker.probe import Canaries, Canary
 from broker.session import Session, connect_unix
-from broker_provisioning import (
-    Acl,
-    BrokerProvisioning,
-    Canaries,
-    Canary,
-    Projection,
-    add_device_acl,
-    remove_device_acl,
-)
+from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.topics import Access, Topic, default_topics

@@ -10,10 +10,10 @@ import pytest
 from cryptography import x509
 
 from core.errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevoked, StateConflict
-from db import CertificateRecord
 from operations.jobs import jobs
 from operations.wiring import Portal
 from store import issuers, reads
+from store.certificates import CertificateRecord
 from store.device_lists import DeviceFilter
 from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of, with_fields

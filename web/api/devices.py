@@ -8,8 +8,9 @@ from typing import Any
 
 from core.device_status import DeviceStatus, renewable_from
 from core.roles import Permission
-from db import CertificateRecord, DeviceRecord
+from store.certificates import CertificateRecord
 from store.device_lists import DeviceFilter
+from store.devices import DeviceRecord
 from web.api.device_models import (
     CertificateList,
     CertificateModel,

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from ca import Reason
 from config import KEY_TYPES
+from pki.issuers import Reason
 
 # Control characters, line separators and what turns writing around would deceive whoever reads a list or a log.
 _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff"

@@ -9,6 +9,8 @@ from datetime import datetime, timedelta
 from sqlalchemy.engine import Connection
 
 import ca
+from pki.crl import sign_crl
+from pki.issuers import Issuer, Reason
 from store import revocations
 from store.issuers import CrlRecord
 from store.revocations import CrlHead, RevokedCertificate
@@ -72,7 +74,7 @@ class _Known:
 
 
 def _encode(entry: RevokedCertificate) -> bytes:
-    return ca.revoke_certificate(entry.serial_number, entry.revoked_at, ca.Reason(entry.reason))
+    return ca.revoke_certificate(entry.serial_number, entry.revoked_at, Reason(entry.reason))
 
 
 def crl_is_due(crl: CrlHead | None, *, changed_at: int, now: datetime) -> bool:
@@ -86,7 +88,7 @@ def crl_is_due(crl: CrlHead | None, *, changed_at: int, now: datetime) -> bool:
 def next_crl(
     tx: Connection,
     issuer_id: int,
-    issuer: ca.Issuer,
+    issuer: Issuer,
     previous: CrlHead | None,
     entries: RevokedEntries,
     *,
@@ -106,5 +108,5 @@ def next_crl(
     next_update = now + timedelta(days=days)
     number = 1 if previous is None else previous.number + 1
     listed = entries.listed(tx, issuer_id, generation=generation, now=now)
-    der = ca.sign_crl(issuer, listed, number=number, this_update=this_update, next_update=next_update)
+    der = sign_crl(issuer, listed, number=number, this_update=this_update, next_update=next_update)
     return CrlRecord(issuer_id, number, this_update, next_update, generation, der)

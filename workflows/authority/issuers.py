@@ -16,9 +16,11 @@ from sqlalchemy.engine import Connection
 import ca
 from config import Settings
 from core.errors import CaKeyUnavailable, PortalError
-from db import Database
+from pki.algorithms import KeyType
+from pki.issuers import Issuer
 from pki.keystore import CaKeys
 from store import issuers as store_issuers
+from store.database import Database
 from store.issuers import IssuerRecord
 from workflows.authority.crls import ROOT_CRL_DAYS, RevokedEntries, next_crl
 
@@ -36,7 +38,7 @@ class RecordedIssuer:
     id: int
     kind: str
     der: bytes
-    issuer: ca.Issuer
+    issuer: Issuer
     retired: bool = False
 
     def chain_pem(self, certificate_pem: str) -> str:
@@ -104,7 +106,7 @@ class Authority:
         root = self.current.root
         if not self._keys.exists(ROOT):
             return None
-        issuer = ca.Issuer(ROOT, root.issuer.certificate, self._keys.load(ROOT))
+        issuer = Issuer(ROOT, root.issuer.certificate, self._keys.load(ROOT))
         return dataclasses.replace(root, issuer=issuer)
 
     @property
@@ -162,7 +164,7 @@ class Authority:
             raise CaKeyUnavailable(
                 f"The key of {record.name} does not belong to its certificate; restore the right key file."
             )
-        issuer = ca.Issuer(record.name, certificate, key)
+        issuer = Issuer(record.name, certificate, key)
         return RecordedIssuer(record.id, record.kind, record.der, issuer, retired)
 
 
@@ -184,12 +186,12 @@ def open_authority(database: Database, keys: CaKeys, settings: Settings, tenant_
 
 def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str, now: datetime) -> None:
     # A key file may be there already where an earlier first start was cut off before its commit.
-    root_key = keys.load(ROOT) if keys.exists(ROOT) else keys.create(ROOT, ca.KeyType.EC_P384)
+    root_key = keys.load(ROOT) if keys.exists(ROOT) else keys.create(ROOT, KeyType.EC_P384)
     issuing_key = (
-        keys.load(FIRST_ISSUING) if keys.exists(FIRST_ISSUING) else keys.create(FIRST_ISSUING, ca.KeyType.EC_P256)
+        keys.load(FIRST_ISSUING) if keys.exists(FIRST_ISSUING) else keys.create(FIRST_ISSUING, KeyType.EC_P256)
     )
     root = ca.create_root(root_key, common_name=f"{settings.ca_name} Root CA", now=now, days=settings.root_days)
-    root_issuer = ca.Issuer(ROOT, root.certificate, root_key)
+    root_issuer = Issuer(ROOT, root.certificate, root_key)
     issuing = ca.create_issuing(
         root_issuer,
         issuing_key.public_key(),

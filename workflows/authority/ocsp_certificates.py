@@ -12,9 +12,11 @@ import db
 from config import Settings
 from core.errors import IssuerUnusable, PortalError
 from core.files import replace_file
-from db import Database
 from pki import ocsp
+from pki.algorithms import KeyType, private_key_pem
+from pki.issuers import Issuer
 from pki.ocsp import Signer
+from store.database import Database
 from workflows import audit
 from workflows.authority.issuers import Authority, RecordedIssuer
 
@@ -48,7 +50,7 @@ class ResponderCertificates:
         """Where key and certificate for a CA are."""
         return self._folder / f"{issuer_name}.pem"
 
-    def signer(self, issuer: ca.Issuer) -> Signer | None:
+    def signer(self, issuer: Issuer) -> Signer | None:
         """What answers for this CA now, read again whenever the file is another; ``None`` where nothing can."""
         now = self._clock()
         signer = self._current(issuer)
@@ -84,7 +86,7 @@ class ResponderCertificates:
         renewed_at = signer.not_before + (signer.not_after - signer.not_before) * 2 / 3
         return not signer.not_before <= now < renewed_at
 
-    def _current(self, issuer: ca.Issuer) -> Signer | None:
+    def _current(self, issuer: Issuer) -> Signer | None:
         path = self.path(issuer.name)
         try:
             status = path.stat()
@@ -104,7 +106,7 @@ class ResponderCertificates:
         return signer
 
     def _issue(self, recorded: RecordedIssuer, now: datetime) -> None:
-        key = ca.generate_keypair(ca.KeyType.EC_P256)
+        key = ca.generate_keypair(KeyType.EC_P256)
         issued = ca.sign_responder_certificate(recorded.issuer, key.public_key(), now=now, days=RESPONDER_DAYS)
         with self._database.transaction() as tx:
             db.add_certificate(
@@ -128,4 +130,4 @@ class ResponderCertificates:
                 purpose="ocsp",
                 issuer=recorded.issuer.name,
             )
-        replace_file(self.path(recorded.issuer.name), ca.private_key_pem(key) + issued.pem.encode())
+        replace_file(self.path(recorded.issuer.name), private_key_pem(key) + issued.pem.encode())

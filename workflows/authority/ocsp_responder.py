@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from ca import Reason
 from config import Settings
 from core import metrics
 from core.errors import RequestMalformed, Unavailable
-from db import Database
 from pki import ocsp
+from pki.issuers import Reason
 from pki.ocsp import GOOD, UNKNOWN, Failure, IssuerId, Request, Signer, Status, Verdict
 from store import statuses as store_statuses
+from store.database import Database
 from store.statuses import CertificateStatus
 from workflows.authority.issuers import Authority, RecordedIssuer
 from workflows.authority.ocsp_certificates import ResponderCertificates

@@ -11,9 +11,10 @@ import ca
 import db
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
-from db import Database
+from pki.algorithms import KeyType
 from pki.keystore import CaKeys
 from store import issuers as store_issuers
+from store.database import Database
 from store.tables import Certificate, IssuerRow
 from workflows import audit
 from workflows.audit import Actor
@@ -49,7 +50,7 @@ def prepare_next(
     # signed certificates that nobody knows of here, so it is never used again.
     number = next(n for n in range(2, MOST_ISSUERS) if f"issuing-{n}" not in taken and not keys.exists(f"issuing-{n}"))
     name = f"issuing-{number}"
-    key = keys.create(name, ca.KeyType.EC_P256)
+    key = keys.create(name, KeyType.EC_P256)
     issued = ca.create_issuing(
         root.issuer,
         key.public_key(),

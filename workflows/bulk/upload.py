@@ -21,10 +21,10 @@ from core.errors import ExternalIdTaken, LockUnavailable, PortalError, StateConf
 from core.failpoints import failpoint
 from core.files import FileLock
 from core.topics import new_device_id
-from db import Database
 from pki.csr import is_for_key_of
 from store import bulk
 from store.bulk import KnownDevice
+from store.database import Database
 from workflows.audit import Actor
 from workflows.authority.issuers import Authority
 from workflows.bulk.recording import Task, write_batch

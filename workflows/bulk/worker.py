@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 
 from core.errors import PortalError
-from db import Database
 from pki.keystore import KeyFiles, passphrase
+from store.database import Database
 from workflows.authority.issuers import open_authority
 from workflows.bulk.workers import Setup, make_all
 from workflows.credentials import CredentialMaker

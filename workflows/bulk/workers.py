@@ -154,7 +154,7 @@ class _Process:
 
     def __init__(self, setup: Setup) -> None:
         self._pipe, theirs = Pipe()
-        command = [sys.executable, str(Path(__file__).with_name("workflows/bulk/worker.py")), str(theirs.fileno())]
+        command = [sys.executable, "-m", "workflows.bulk.worker", str(theirs.fileno())]
         # Else it would take part in this process's counts.
         environment = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
         with theirs:
@@ -163,6 +163,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=environment,
+                cwd=Path(__file__).parents[2],  # where the module is found
                 pass_fds=[theirs.fileno()],
             )
         processors.of_this_process.let_use_all(self._process.pid)

@@ -11,9 +11,10 @@ import db
 from core.device_status import DeviceStatus
 from core.errors import NotFound, StateConflict
 from core.topics import new_device_id
-from db import Database, DeviceRecord
 from store import enrolment as store_enrolment
 from store import reenrolment
+from store.database import Database
+from store.devices import DeviceRecord
 from store.enrolment import EnrolmentRecord
 from store.reenrolment import Asking, ReenrolmentRecord
 from workflows import audit, events

@@ -10,11 +10,12 @@ from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import ClientCertificateRefused
 from core.files import FileLock, replace_file
-from db import CertificateRecord, Database
 from pki import client_certificates
 from pki.client_certificates import ClientCertificate
 from store import enrolment
 from store import manufacturers as store_manufacturers
+from store.certificates import CertificateRecord
+from store.database import Database
 from store.manufacturers import ManufacturerRecord
 from workflows.authority.issuers import Authority
 

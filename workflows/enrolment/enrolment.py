@@ -17,10 +17,11 @@ from core.errors import EnrolmentRefused, KeyRefused, StateConflict, Unavailable
 from core.failpoints import failpoint
 from core.setting_values import AclStyle
 from core.topics import new_device_id
-from db import Database
 from pki.est import EnrolmentRequest
 from store import enrolment as store_enrolment
 from store import manufacturers
+from store.database import Database
+from store.devices import update_device
 from store.enrolment import EnrolmentRecord, Terms
 from workflows import audit
 from workflows.audit import Actor
@@ -243,7 +244,7 @@ class Enrolment:
         generation = db.next_generation(tx, means.tenant_id, at=now) if told else 0
         status = advance(DeviceStatus.PENDING, DeviceStatus.ACTIVE)
         values = {"status": status, "generation": generation, "updated_at": now}
-        db.update_device(tx, means.tenant_id, device_id, values)
+        update_device(tx, means.tenant_id, device_id, values)
         return generation, self._credentials.record(tx, means.tenant_id, device_id, made, now=now)
 
     def _record(

@@ -9,9 +9,9 @@ from datetime import datetime, timedelta
 from sqlalchemy.exc import IntegrityError
 
 from core.errors import Conflict, ProofInvalid
-from db import Database
 from pki import manufacturer_ca
 from store import manufacturers as store_manufacturers
+from store.database import Database
 from store.enrolment import Terms
 from store.manufacturers import ManufacturerRecord
 from workflows import audit

@@ -11,9 +11,11 @@ import db
 from core import metrics
 from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
-from db import CertificateRecord, Database, DeviceRecord
 from pki.est import EnrolmentRequest, is_for_key
 from store import enrolment, manufacturers, reenrolment, renewal
+from store.certificates import CertificateRecord
+from store.database import Database
+from store.devices import DeviceRecord, update_device
 from store.enrolment import EnrolmentRecord
 from workflows import audit, events
 from workflows.audit import Actor
@@ -146,7 +148,7 @@ class Reenrolment:
             renewal.drop_unfetched(tx, unfetched, now=now, generation=generation)
             renewal.replace_current(tx, means.tenant_id, known.device_id, until=now, ends_when_used=False)
             renewal.end_replaced(tx, means.tenant_id, known.device_id, now=now, generation=generation)
-            db.update_device(tx, means.tenant_id, known.device_id, {"generation": generation, "updated_at": now})
+            update_device(tx, means.tenant_id, known.device_id, {"generation": generation, "updated_at": now})
             certificate_id = self._credentials.record(tx, means.tenant_id, known.device_id, made, now=now)
             values = {"key_fingerprint": request.key_fingerprint, "certificate_id": certificate_id}
             enrolment.update_enrolment(tx, means.tenant_id, known.id, **values)

@@ -10,8 +10,8 @@ import db
 from core.device_status import DeviceStatus
 from core.errors import StateConflict
 from core.roles import hash_token
-from db import Database
 from store import enrolment
+from store.database import Database
 from store.enrolment import EnrolmentTokenRecord, Terms
 from workflows import audit
 from workflows.audit import Actor

@@ -13,8 +13,8 @@ from datetime import datetime, timedelta
 from core import metrics
 from core.errors import PortalError
 from core.failpoints import failpoint
-from db import Database
 from store import webhooks
+from store.database import Database
 from store.webhooks import Claim, WebhookRecord
 from workflows import events
 from workflows.webhooks.sending import Message, Sender, Sent

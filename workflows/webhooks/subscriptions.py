@@ -10,8 +10,8 @@ from pathlib import Path
 
 from core.errors import Conflict, Unavailable
 from core.files import FileLock
-from db import Database
 from store import webhooks
+from store.database import Database
 from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
 from workflows import audit, events
 from workflows.audit import Actor

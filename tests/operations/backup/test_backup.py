@@ -41,6 +41,7 @@ from operations.wiring import Portal, alone, first_token, open_portal, prepare
 from pki.pem import pem
 from store import access, database, enrolment, issuers
 from store import copy as store_copy
+from store.devices import update_device
 from store.enrolment import Terms
 from store.tables import Base, Certificate, Delivery
 from tests.conftest import DATABASES
@@ -49,6 +50,7 @@ from tests.support.harness import PER_DEVICE, Clock, settings_for
 from tests.support.mosquitto import short_folder
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows import audit
+from workflows.operators import new_token
 from workflows.terms import Registered
 
 
@@ -382,7 +384,7 @@ class Story:
             with portal.database.transaction() as tx:
                 generation = db.next_generation(tx, "default", at=clock())
                 values = {"status": "suspended", "updated_at": clock(), "generation": generation}
-                db.update_device(tx, "default", self.held.device_id, values)
+                update_device(tx, "default", self.held.device_id, values)
                 held = sa.update(Certificate).where(Certificate.device_id == self.held.device_id)
                 tx.execute(held.values(status="held", revoked_at=clock(), revocation_reason="certificate_hold"))
                 issuers.touch_issuer(tx, 2, generation=generation)
@@ -502,7 +504,7 @@ def test_without_a_crl_the_restore_says_what_it_cannot_know(story: Story) -> Non
 
 def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: Path, clock: Clock) -> None:
     with opened(settings, clock) as portal:
-        secret, record = roles.new_token("default", "ci", Role.ADMIN, None, now=clock())
+        secret, record = new_token("default", "ci", Role.ADMIN, None, now=clock())
         with portal.database.transaction() as tx:
             access.add_token(tx, record, token_hash=roles.hash_token(secret))
         portal.onboarding.register(OPERATOR, PUMP)

@@ -28,6 +28,7 @@ from store.tables import Certificate, Delivery
 from tests.support.harness import Clock, settings_for
 from tests.support.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
+from workflows.operators import new_token
 
 # What cannot be well in these tests, where neither the server nor the broker runs.
 ABSENT = {
@@ -328,7 +329,7 @@ def test_a_pending_generation_is_a_problem_until_the_broker_was_seen_to_enforce_
 
 def test_a_token_without_an_end_is_a_warning(portal: Portal) -> None:
     for name, end in (("ci", None), ("factory", portal.clock() + timedelta(days=1))):
-        secret, record = roles.new_token("default", name, Role.OPERATOR, end, now=portal.clock())
+        secret, record = new_token("default", name, Role.OPERATOR, end, now=portal.clock())
         with portal.database.transaction() as tx:
             access.add_token(tx, record, token_hash=roles.hash_token(secret))
     finding = examined(portal, "tokens")["tokens"]

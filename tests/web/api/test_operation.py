@@ -12,8 +12,8 @@ from flask import Flask
 from app import ROUTES, portal_of
 from core.errors import DatabaseUnavailable
 from core.roles import Role
-from db import Database
 from operations.readiness import Readiness
+from store.database import Database
 from tests.support.harness import Api, Clock, api_as, problem_of
 from web.api.operation import FOR_OPERATORS
 from workflows.enforcement import Enforcement

@@ -17,6 +17,7 @@ from core.roles import Role
 from store import access, issuers
 from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
 from tests.support.pki import PEM, Authority
+from workflows.operators import new_token
 
 ANYONE = {*Role, None}
 ADMIN, OPERATOR, AUDITOR = Role.ADMIN, Role.OPERATOR, Role.AUDITOR
@@ -151,7 +152,7 @@ def test_a_token_that_was_revoked_or_has_expired_opens_nothing(shared_app: Flask
     portal = portal_of(shared_app)
     now = portal.clock()
     ended = now - timedelta(seconds=1)
-    secret, record = core_roles.new_token("default", "of old", ADMIN, ended if state == "expired" else None, now=now)
+    secret, record = new_token("default", "of old", ADMIN, ended if state == "expired" else None, now=now)
     with portal.database.transaction() as tx:
         access.add_token(tx, record, token_hash=core_roles.hash_token(secret))
         if state == "revoked":
@@ -163,7 +164,7 @@ def test_a_token_that_was_revoked_or_has_expired_opens_nothing(shared_app: Flask
 def foreigner(shared_app: Flask) -> Api:
     """The admin of another tenant of the same portal."""
     portal = portal_of(shared_app)
-    secret, record = core_roles.new_token("another", "a neighbour", ADMIN, None, now=portal.clock())
+    secret, record = new_token("another", "a neighbour", ADMIN, None, now=portal.clock())
     with portal.database.transaction() as tx:
         issuers.add_tenant(tx, "another", created_at=portal.clock())
         access.add_token(tx, record, token_hash=core_roles.hash_token(secret))

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 from cryptography import x509
 
-from ca import KeyType
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from operations.wiring import Portal, open_portal
+from pki.algorithms import KeyType
 from store import reads
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
