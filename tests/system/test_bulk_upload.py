@@ -49,7 +49,7 @@ def key_makers() -> set[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if len(words) > 1 and words[1].endswith(b"/bulk_worker.py"):
+        if words[1:3] == [b"-m", b"workflows.bulk.worker"]:
             found.add(int(path.parent.name))
     return found
 
