@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from core import turnstile
 from core.errors import LockUnavailable, StartupError
 
 LOCK_SECONDS = 60.0
@@ -117,12 +116,11 @@ def _take(descriptor: int, deadline: float, path: Path) -> None:
     if _taken(descriptor):
         return
     pause = _FIRST_PAUSE
-    with turnstile.of_requests.outside():
-        while not _taken(descriptor):
-            if time.monotonic() >= deadline:
-                raise LockUnavailable(_HELD_ELSEWHERE.format(path))
-            time.sleep(pause)
-            pause = min(pause * 1.05, _LONGEST_PAUSE)
+    while not _taken(descriptor):
+        if time.monotonic() >= deadline:
+            raise LockUnavailable(_HELD_ELSEWHERE.format(path))
+        time.sleep(pause)
+        pause = min(pause * 1.05, _LONGEST_PAUSE)
 
 
 def _taken(descriptor: int) -> bool:
@@ -149,12 +147,7 @@ class FileLock:
         where its file cannot be opened.
         """
         deadline = time.monotonic() + timeout
-        if not self._thread_lock.acquire(blocking=False):
-            with turnstile.of_requests.outside():
-                taken = self._thread_lock.acquire(timeout=timeout)
-        else:
-            taken = True
-        if not taken:
+        if not self._thread_lock.acquire(timeout=timeout):
             if not self._held:  # the thread that is before this one waits for another process
                 raise LockUnavailable(_HELD_ELSEWHERE.format(self._path))
             raise LockUnavailable(f"The portal waited for {self._path} in vain: it is busy; try again shortly.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -15,7 +15,6 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
-from core import turnstile
 from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable
 from core.files import FileLock
 from store.engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage
@@ -53,7 +52,7 @@ class Database:
         # once one has waited in vain, the next ones only look whether that is over.
         patience = LOCKED_SECONDS if self._locked else BUSY_TIMEOUT_SECONDS
         until = time.monotonic() + patience
-        with _translated(), self._patient(), ExitStack() as stack:
+        with _translated(), ExitStack() as stack:
             try:
                 if self._write_gate is not None:
                     stack.enter_context(self._write_gate.hold(patience))
@@ -71,8 +70,7 @@ class Database:
                 connection.rollback()
                 raise
             try:
-                with turnstile.of_requests.outside():
-                    connection.commit()
+                connection.commit()
             except sa.exc.OperationalError:
                 self._failed = True
                 raise
@@ -91,15 +89,11 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
         """A transaction that only reads and sees one state of the database throughout."""
-        with _translated(), self._patient(), self.engine.connect() as connection:
+        with _translated(), self.engine.connect() as connection:
             if not self.is_sqlite:
                 connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with connection.begin():
                 yield connection
-
-    def _patient(self) -> AbstractContextManager[None]:
-        """Where the database is another process, let other threads compute: this one waits at every statement."""
-        return nullcontext() if self.is_sqlite else turnstile.of_requests.outside()
 
     def migrate(self) -> None:
         """Bring the schema up to this version's; raises ``DatabaseTooNew`` where a newer portal has written it."""

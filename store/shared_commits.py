@@ -9,8 +9,6 @@ from typing import Generic, TypeVar
 
 from sqlalchemy.engine import Connection
 
-from core import turnstile
-
 Result = TypeVar("Result")
 
 
@@ -68,13 +66,9 @@ class SharedTransactions:
         turn = _Turn(work)
         with self._lock:
             self._waiting.append(turn)  # type: ignore[arg-type]  # a list of turns with results of any type
-        with turnstile.of_requests.outside():
-            self._leader.acquire()
-        try:
+        with self._leader:
             if not turn.done:
                 self._lead()
-        finally:
-            self._leader.release()
         return turn.outcome()
 
     def _lead(self) -> None:

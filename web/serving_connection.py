@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from core import turnstile
 from web.serving_framing import RequestScanner
 
 READ_SIZE = 64 * 1024
@@ -170,8 +169,7 @@ class Connection:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise ReaderTooSlow
-            with turnstile.of_requests.outside():
-                poller.poll(left * 1000)
+            poller.poll(left * 1000)
             self.flush()
 
     def end_sending(self) -> None:

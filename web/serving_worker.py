@@ -14,7 +14,6 @@ from typing import NoReturn
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
 
-from core import processors, turnstile
 from core.errors import PortalError
 from web.serving_connection import Connection
 from web.serving_framing import BegunRequest, WholeRequest
@@ -37,7 +36,6 @@ class PortalWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def init_process(self) -> None:
         """Make the loop, then load the application and run."""
         self.settings = self.app.settings
-        processors.of_this_process.keep_to_one(self.slot, of=self.settings.workers)
         listeners = dict(zip(self.sockets, self.app.names, strict=True))
         count = self.app.counts.of(self.slot)
         self.streams = threading.BoundedSemaphore(MOST_STREAMS)
@@ -95,7 +93,7 @@ class PortalWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     def dispatch(self, connection: Connection, request: WholeRequest | BegunRequest) -> None:
         """Have a thread of the pool work on a request, or one beside them on a request that will take its time."""
         if isinstance(request, WholeRequest):
-            self.tpool.submit(self.work_inside, connection, request)
+            self.tpool.submit(self.work, connection, request)
         elif self.streams.acquire(blocking=False):
             # A daemon: what waits for its client's next row must not keep the process from ending.
             threading.Thread(target=self.work_on_stream, args=(connection, request), daemon=True).start()
@@ -112,11 +110,6 @@ class PortalWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
                 self.log.exception("What was to follow a response failed.")
 
         self.tpool.submit(call)
-
-    def work_inside(self, connection: Connection, request: WholeRequest) -> None:
-        """In a thread of the pool: as ``work``, the only thread that computes, unless it takes long."""
-        with turnstile.of_requests.inside():
-            self.work(connection, request)
 
     def work_on_stream(self, connection: Connection, request: BegunRequest) -> None:
         """In a thread of its own: as ``work``, then make room for another stream."""

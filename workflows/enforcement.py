@@ -17,7 +17,7 @@ from broker.files import Projection
 from broker.probe import Canaries
 from broker_provisioning import BrokerProvisioning
 from config import AclStyle, Settings
-from core import metrics, turnstile
+from core import metrics
 from core.errors import LockUnavailable, PortalError
 from core.failpoints import failpoint
 from core.files import FileLock
@@ -130,8 +130,7 @@ class Enforcement:
                 with self._counter:
                     self._passes_begun += 1
                     number = self._passes_begun
-                with turnstile.of_requests.outside():
-                    outcome = self._pass(timeout)
+                outcome = self._pass(timeout)
                 self._last_pass = (number, outcome)
                 return outcome
         except LockUnavailable as error:

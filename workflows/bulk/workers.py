@@ -16,7 +16,6 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 
 from config import Settings
-from core import processors
 from core.errors import PortalError, Unavailable
 from core.topics import Topic
 from workflows.credentials import CredentialMaker, Made, Wanted
@@ -166,7 +165,6 @@ class _Process:
                 cwd=Path(__file__).parents[2],  # where the module is found
                 pass_fds=[theirs.fileno()],
             )
-        processors.of_this_process.let_use_all(self._process.pid)
         self._setup: Setup | None = setup
 
     def make(self, jobs: Sequence[Job]) -> list[Result]:
