@@ -19,20 +19,17 @@ from core.errors import PortalError, StartupError
 from operations.commands import commands
 from operations.jobs import jobs
 from operations.wiring import Portal, open_portal, utc_now
-from web.api import admission, paths, problems, requests
+from web.api import problems, routing
 from web.api.bulk import bulk
-from web.api.description import description_of
-from web.api.device_lifecycle import device_lifecycle
 from web.api.devices import devices
 from web.api.direct import DirectAnswers
 from web.api.downloads import downloads
-from web.api.enrolment import enrolment
+from web.api.enrolment import enrolment, manufacturers
 from web.api.est import est
-from web.api.manufacturers import manufacturers
-from web.api.ocsp import ocsp
+from web.api.lifecycle import lifecycle
+from web.api.openapi import description_of
 from web.api.operation import operation
 from web.api.pki import pki
-from web.api.responses import response_of
 from web.api.routing import Call, Route
 from web.api.tokens import tokens
 from web.api.webhooks import webhooks
@@ -43,10 +40,9 @@ log = logging.getLogger("portal.request")
 GROUPS = (
     devices,
     bulk,
-    device_lifecycle,
+    lifecycle,
     downloads,
     pki,
-    ocsp,
     enrolment,
     manufacturers,
     est,
@@ -95,11 +91,15 @@ def create_app(
     app.config["PORTAL_SETTINGS"] = settings
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.extensions["portal"] = _LazyPortal(settings, background=background, clock=clock)
-    app.url_map.converters.update(paths.CONVERTERS)
+    app.url_map.converters.update(routing.CONVERTERS)
     app.url_map.merge_slashes = False  # a path that is almost one is none: no redirects
     for route in ROUTES:
         app.add_url_rule(
-            paths.rule_of(route.path), route.name, _view(route), methods=[route.method], provide_automatic_options=False
+            routing.rule_of(route.path),
+            route.name,
+            _view(route),
+            methods=[route.method],
+            provide_automatic_options=False,
         )
     app.before_request(_begin)
     app.after_request(_end)
@@ -145,7 +145,7 @@ def _begin() -> None:
     g.actor = g.route = None
     if request.environ.get("portal.listener") == "pki":
         adapter = current_app.create_url_adapter(request)
-        if adapter is None or not admission.is_for_anyone_in_the_clear(adapter, _ROUTE_OF):
+        if adapter is None or not routing.is_for_anyone_in_the_clear(adapter, _ROUTE_OF):
             raise errors.NotFound(
                 "Only CRLs, OCSP and CA certificates are served here; use the portal's HTTPS address."
             )
@@ -155,20 +155,20 @@ def _view(route: Route) -> Callable[..., Response]:
     def view(**path: str) -> Response:
         g.route = route.path
         portal = portal_of(current_app)
-        g.actor = admission.actor_of(portal, route, request, g.request_id)
-        admission.check_permission(portal, route, g.actor)
+        g.actor = routing.actor_of(portal, route, request, g.request_id)
+        routing.check_permission(portal, route, g.actor)
         call = Call(
             portal=portal,
             actor=g.actor,
             method=request.method,
-            path=requests.read_path(path),
+            path=routing.read_path(path),
             headers=request.headers,  # case-insensitive
-            body=requests.read_body(route, request),
-            query=requests.read_query(route, request),
-            idempotency_key=requests.read_idempotency_key(route, request),
+            body=routing.read_body(route, request),
+            query=routing.read_query(route, request),
+            idempotency_key=routing.read_idempotency_key(route, request),
             environ=request.environ,
         )
-        return response_of(route.handler(call))
+        return routing.response_of(route.handler(call))
 
     return view
 

@@ -14,8 +14,7 @@ from werkzeug.datastructures import EnvironHeaders
 
 from core.errors import PortalError
 from web.api.fields import PATH_PARAMETERS
-from web.api.responses import response_of
-from web.api.routing import Call, Route
+from web.api.routing import Call, Route, response_of
 from workflows.audit import Actor
 
 if TYPE_CHECKING:

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import dataclasses
 import functools
 import hashlib
+import secrets
 import ssl
 from collections.abc import Callable
 
 from config import KEY_TYPES
-from core.errors import ClientCertificateRefused
+from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
 from core.setting_values import EndOfPrevious
 from pki import est as pki_est
-from web.api.enrolment_clients import (
-    actor_of,
-    certificate_holder,
-    check_label,
-    enrolled,
-    newcomer,
-    notice,
-    refusal,
-    token_of,
-)
-from web.api.est_answers import CSR_ATTRIBUTES, PKCS7, WAITING, in_base64, key_with_certificate, waiting
+from pki.est import EnrolmentRequest
+from store.enrolment import EnrolmentTokenRecord
+from web.api.client_certificate import presented
 from web.api.routing import Answers, Call, Octets, Reply, Routes
+from workflows.audit import Actor
 from workflows.credentials import Wanted
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
-from workflows.enrolment.means import Waiting
+from workflows.enrolment.means import Enrolled, Waiting, by_manufacturer, by_token
 from workflows.renewal import Renewal
 
 est = Routes("Enrolment by devices (EST)")
+
+PKCS7 = "application/pkcs7-mime; smime-type=certs-only"
+CSR_ATTRIBUTES = "application/csrattrs"
+_PKCS8 = "application/pkcs8"
+
+_RETRY = {"Retry-After": "Seconds after which to ask again, with the same key"}
+WAITING = Answers(media_type="text/plain", status=202, description="An operator has yet to decide", headers=_RETRY)
 
 PKCS10 = "application/pkcs10"
 MOST_BYTES = 32 * 1024
@@ -168,3 +172,130 @@ def _renewed_with_key(call: Call, holder: DeviceClient) -> Reply:
 
 def _when_used(call: Call) -> bool:
     return call.portal.settings.renewal_revoke_previous is EndOfPrevious.WHEN_USED
+
+
+def waiting(outcome: Waiting) -> Reply:
+    """Tell a device that an operator has yet to decide (RFC 7030 section 4.2.3)."""
+    sentence = f"Device {outcome.device_id} waits for an operator; ask again with the same key.\n"
+    headers = {"Retry-After": str(outcome.retry_after)}
+    return Reply(content=sentence.encode(), media_type="text/plain", status=202, headers=headers)
+
+
+def in_base64(content: bytes, media_type: str) -> Reply:
+    """Base64 in lines (RFC 2045 section 6.8): some clients read no longer ones (RFC 8951 section 3.1)."""
+    # RFC 8951 has clients ignore this header; those of RFC 7030 look for it.
+    headers = {"Content-Transfer-Encoding": "base64"}
+    return Reply(content=base64.encodebytes(content), media_type=media_type, headers=headers)
+
+
+def key_with_certificate(key: bytes, certificate: bytes) -> Reply:
+    """A private key (PKCS#8, DER), then its certificate, as two parts (RFC 7030 section 4.4.2)."""
+    boundary = f"est-{secrets.token_hex(16)}"  # Base64 has no hyphen, so no part can hold it
+    parts = ((_PKCS8, key), (PKCS7, pki_est.certs_only([certificate])))
+    content = b"".join(_part(boundary, media_type, part) for media_type, part in parts) + f"--{boundary}--\r\n".encode()
+    headers = {"Cache-Control": "no-store"}
+    return Reply(content=content, media_type=f'multipart/mixed; boundary="{boundary}"', headers=headers)
+
+
+def _part(boundary: str, media_type: str, content: bytes) -> bytes:
+    head = f"--{boundary}\r\nContent-Type: {media_type}\r\nContent-Transfer-Encoding: base64\r\n\r\n"
+    return head.encode() + base64.encodebytes(content).replace(b"\n", b"\r\n")
+
+
+_NONE_GIVEN = (
+    "An enrolment token is needed, as the password of HTTP Basic authentication, or a client certificate of a"
+    " manufacturer that is registered here."
+)
+
+Client = DeviceClient | ManufacturedClient | None
+
+
+def check_label(call: Call) -> None:
+    """Raise ``NotFound`` for a label (RFC 7030 section 3.2.2) that is not the name of the portal's tenant."""
+    if call.path.get("label", call.portal.tenant_id) != call.portal.tenant_id:
+        raise NotFound("There is nothing to enrol at under this label; leave it out, or use the tenant's name.")
+
+
+def certificate_holder(call: Call) -> Client:
+    """Whose certificate the client has shown, ``None`` where it has shown none.
+
+    Raises ``ClientCertificateRefused``, recorded as refused, and ``RequestMalformed``.
+    """
+    der = presented(call.environ, call.portal.settings.trusted_proxies)
+    if der is None:
+        return None
+    try:
+        return call.portal.clients.identify(der)
+    except PortalError as error:
+        call.portal.operators.came_too_late(call.actor, "device:enrol", "client certificate", error.code)
+        raise
+
+
+def notice(call: Call) -> Client:
+    """Take note of a certificate that was shown where none is asked for: its use may end the ones before it.
+
+    A device tries a new certificate in that way before it throws the old one away. Whoever shows what counts for
+    nothing is answered as anyone is, and ``None`` here.
+    """
+    with contextlib.suppress(PortalError):
+        der = presented(call.environ, call.portal.settings.trusted_proxies)
+        holder = None if der is None else call.portal.clients.identify(der)
+        if isinstance(holder, DeviceClient):
+            actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
+            call.portal.renewals.used(actor, holder.device_id, holder.certificate.fingerprint)
+        return holder
+    return None
+
+
+def token_of(call: Call) -> EnrolmentTokenRecord | None:
+    """The enrolment token that came with the request, ``None`` where there is no HTTP Basic authentication.
+
+    The user's name says nothing. Raises ``EnrolmentUnauthenticated``, recorded as refused, and ``TooManyAttempts``.
+    """
+    scheme, _, credentials = call.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    record = call.portal.enrolment_tokens.find(_password(credentials))
+    if record is None:
+        raise refusal(call, "The enrolment token is not known here; check that it was copied whole.")
+    return record
+
+
+def newcomer(call: Call) -> EnrolmentTokenRecord | ManufacturedClient:
+    """What lets a device in; a certificate that was shown must be good even where a token would do."""
+    holder = certificate_holder(call)
+    token = token_of(call)
+    if token is not None:
+        return token
+    if holder is None:
+        raise refusal(call)
+    if isinstance(holder, DeviceClient):
+        raise ClientCertificateRefused("The device has a certificate of this portal already; use simplereenroll.")
+    return holder
+
+
+def enrolled(
+    call: Call, client: EnrolmentTokenRecord | ManufacturedClient, request: EnrolmentRequest
+) -> Enrolled | Waiting:
+    """Let a device in by its token or manufacturer; raises as ``Enrolment.enrol`` does."""
+    means = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
+    return call.portal.enrolment.enrol(actor_of(call, means.tenant_id, means.label), means, request)
+
+
+def refusal(call: Call, sentence: str = _NONE_GIVEN) -> EnrolmentUnauthenticated:
+    """What to raise, once it is counted and recorded; raises ``TooManyAttempts``."""
+    error = EnrolmentUnauthenticated(sentence)
+    call.portal.operators.login_failed(call.actor, "device:enrol", "enrolment", error.code)
+    return error
+
+
+def actor_of(call: Call, tenant_id: str, name: str) -> Actor:
+    """The device, or what lets it in, as the audit record names it."""
+    return dataclasses.replace(call.actor, tenant_id=tenant_id, name=name, role="device")
+
+
+def _password(credentials: str) -> str:
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode("utf-8").partition(":")[2]
+    except ValueError:
+        return ""

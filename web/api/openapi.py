@@ -1,21 +1,23 @@
-"""The OpenAPI 3.1 text, made from the routes with the models that check the requests."""
+"""Describes the interface, from the routes and their models: as OpenAPI 3.1 for programs, as a page for people."""
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+from flask import render_template
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from web.api import problems
 from web.api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS
-from web.api.links import links
-from web.api.openapi_bodies import request_body
-from web.api.operation_models import ReadyModel
+from web.api.operation import ReadyModel
 from web.api.problems import ProblemModel
-from web.api.routing import Answers, Route
+from web.api.routing import Answers, Call, Reply, Route, Routes
 
 VERSION = "1"
 _ERROR_HEADERS = {
@@ -192,3 +194,71 @@ def _error_statuses(route: Route) -> set[int]:
 def _headers(more: Mapping[str, str] | None = None) -> dict[str, Any]:
     described = {"X-Request-Id": "Stands in the log and the audit record, too", **(more or {})}
     return {name: {"description": description, "schema": {"type": "string"}} for name, description in described.items()}
+
+
+def request_body(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str, Any] | None:
+    """Describe the body that a route takes, ``None`` for one that takes none; ``schemas`` holds those of the models."""
+    if route.body is not None:
+        content: dict[str, Any] = {"application/json": {"schema": schemas[route.body]}}
+        return {"required": not route.body_optional, "content": content}
+    if route.octets is not None:
+        content = {route.octets.media_type: {"schema": {"type": "string", "format": "binary"}}}
+        return {"required": True, "content": content}
+    if route.rows is not None:
+        row = schemas[route.rows]
+        return {
+            "required": True,
+            "description": "A row for each device, as the schema has one; of CSV, the first row names the columns",
+            "content": {kind: {"schema": {"type": "string"}, "x-row-schema": row} for kind in route.row_types},
+        }
+    return None
+
+
+def links(route: Route, routes: Sequence[Route]) -> dict[str, Any]:
+    """OpenAPI links from an answer 201 to every operation whose path speaks of what the answer names."""
+    model = route.answers.model
+    if route.answers.status != 201 or model is None:
+        return {}
+    found = {}
+    for other in routes:
+        names = re.findall(r"\{(\w+)\}", other.path)
+        if names and other is not route and set(names) <= set(model.model_fields):
+            parameters = {name: f"$response.body#/{name}" for name in names}
+            found[other.name] = {"operationId": other.name, "parameters": parameters}
+    return {"links": found} if found else {}
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'"
+}
+
+
+def description_of(others: Sequence[Route]) -> Routes:
+    """Routes that describe ``others`` with themselves."""
+    description = Routes("Operation")
+
+    @functools.cache
+    def described(server_url: str) -> dict[str, Any]:
+        return openapi([*others, *description.routes], server_url=server_url)
+
+    @functools.cache
+    def text(server_url: str) -> bytes:
+        return json.dumps(described(server_url)).encode()
+
+    @functools.cache
+    def page(server_url: str) -> bytes:
+        return render_template("docs.html", api=described(server_url)).encode()
+
+    @description.route("GET", "/openapi.json", permission=None, answers=Answers(media_type="application/json"))
+    def openapi_json(call: Call) -> Reply:
+        """Describe the interface in OpenAPI 3.1."""
+        return Reply(content=text(call.portal.settings.public_url))
+
+    @description.route("GET", "/docs", permission=None, answers=Answers(media_type="text/html"))
+    def docs(call: Call) -> Reply:
+        """Show the interface to people."""
+        content = page(call.portal.settings.public_url)
+        return Reply(content=content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+
+    return description

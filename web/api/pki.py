@@ -1,11 +1,65 @@
-"""CA certificates with CRLs, which anyone may fetch in plain HTTP."""
+"""CA certificates, CRLs and OCSP, which anyone may fetch over plain HTTP."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
+import re
+from datetime import datetime
+from email.utils import format_datetime, parsedate_to_datetime
+
 from core.errors import NotFound
-from web.api.caching import cached, tag_of
-from web.api.routing import Answers, Call, Reply, Routes
+from pki.ocsp import MOST_BYTES, Failure
+from web.api.routing import Answers, Call, Octets, Reply, Routes
 from workflows.authority.issuers import RecordedIssuer
+from workflows.authority.ocsp_responder import Answer
+
+
+def cached(
+    call: Call,
+    content: bytes,
+    media_type: str,
+    *,
+    max_age: int,
+    last_modified: datetime | None = None,
+    expires: datetime | None = None,
+    directives: str = "",
+    tag: str = "",
+) -> Reply:
+    """Give ``content`` to be kept for ``max_age`` seconds; answer 304 where the client has it (RFC 9110 section 13.1).
+
+    ``directives`` are further ones of Cache-Control, after a comma; ``tag`` names the content where its name is known.
+    """
+    etag = f'"{tag or tag_of(content)}"'
+    headers = {"ETag": etag, "Cache-Control": f"public, max-age={max_age}{directives}"}
+    if last_modified is not None:
+        headers["Last-Modified"] = format_datetime(last_modified, usegmt=True)
+    if expires is not None:
+        headers["Expires"] = format_datetime(expires, usegmt=True)
+    wanted = call.headers.get("If-None-Match")
+    if call.method not in ("GET", "HEAD"):
+        fresh = False
+    elif wanted is not None:
+        fresh = wanted.strip() == "*" or etag in [tag.strip().removeprefix("W/") for tag in wanted.split(",")]
+    else:
+        fresh = last_modified is not None and _not_modified_since(call.headers.get("If-Modified-Since"), last_modified)
+    if fresh:
+        return Reply(content=b"", media_type="", status=304, headers=headers)
+    return Reply(content=content, media_type=media_type, headers=headers)
+
+
+def tag_of(content: bytes) -> str:
+    """What names this content and no other, for an entity tag: the first half of its SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _not_modified_since(header: str | None, last_modified: datetime) -> bool:
+    try:
+        return header is not None and parsedate_to_datetime(header) >= last_modified.replace(microsecond=0)
+    except (ValueError, TypeError):
+        return False
+
 
 pki = Routes("Certificates, for anyone")
 
@@ -74,3 +128,61 @@ def _issuer(call: Call) -> RecordedIssuer:
         if recorded.issuer.name == call.path["issuer"]:
             return recorded
     raise NotFound("There is no issuer of this name; the chain of trust is at /ca.pem.")
+
+
+REQUEST, RESPONSE = "application/ocsp-request", "application/ocsp-response"
+MAX_AGE = 60  # seconds that a cache may go without asking; a revocation shows no later than that
+_ANSWERS = Answers(
+    media_type=RESPONSE,
+    description="An OCSPResponse, DER; it may say that there is no answer",
+    headers={
+        "ETag": "For If-None-Match",
+        "Last-Modified": "The answer's thisUpdate",
+        "Expires": "Its nextUpdate",
+        "Cache-Control": "For how long it may be kept",
+    },
+)
+
+
+@pki.route("GET", "/ocsp/{request}", permission=None, answers=_ANSWERS, on_pki_listener=True, direct=True)
+def ocsp_get(call: Call) -> Reply:
+    """Ask whether certificates are good, by an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
+    # Some encoders break lines, and some proxies take "+" in a path for a space.
+    text = re.sub(r"[\t\n\v\f\r]", "", call.path["request"]).replace(" ", "+").rstrip("=")
+    try:
+        der = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return _reply(call, call.portal.responder.fail(Failure.MALFORMED_REQUEST))
+    return _reply(call, call.portal.responder.answer(der))
+
+
+@pki.route(
+    "POST",
+    "/ocsp",
+    permission=None,
+    octets=Octets(REQUEST, MOST_BYTES),
+    answers=_ANSWERS,
+    on_pki_listener=True,
+    direct=True,
+)
+def ocsp_post(call: Call) -> Reply:
+    """Ask whether certificates are good, by an OCSPRequest (RFC 6960 appendix A.1)."""
+    return _reply(call, call.portal.responder.answer(call.body))
+
+
+def _reply(call: Call, answer: Answer) -> Reply:
+    if answer.this_update is None or answer.next_update is None:
+        return Reply(content=answer.der, media_type=RESPONSE)  # and not to be kept: that is the default
+    if not answer.for_anyone:
+        headers = {"Cache-Control": "private, max-age=0, must-revalidate"}
+        return Reply(content=answer.der, media_type=RESPONSE, headers=headers)
+    left = max(0, int((answer.next_update - call.portal.clock()).total_seconds()))
+    return cached(
+        call,
+        answer.der,
+        RESPONSE,
+        max_age=min(MAX_AGE, left),
+        last_modified=answer.this_update.replace(microsecond=0),
+        expires=answer.next_update,
+        directives=", no-transform, must-revalidate",  # RFC 5019 section 6.2
+    )

@@ -1,0 +1,179 @@
+"""A device's certificate over time: renew, suspend, resume, revoke."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from core.roles import Permission
+from web.api.fields import (
+    BundleFormatName,
+    BundlePassword,
+    DeviceId,
+    Fingerprint,
+    Hex,
+    Input,
+    KeyTypeName,
+    Output,
+    ReasonName,
+    Timestamp,
+    WholeNumber,
+)
+from web.api.routing import Answers, Call, Reply, Routes
+from workflows.credentials import Wanted
+from workflows.renewal import Renewal
+from workflows.suspension import Suspended
+
+
+class SuspensionAnswer(Output):
+    """`enforced`: the broker was seen to obey; `pending`: it is recorded, and the broker has yet to be told."""
+
+    device_id: DeviceId
+    status: Literal["suspended", "active"]
+    suspended_at: Timestamp | None
+    broker: Literal["enforced", "pending"]
+    broker_problem: str | None = None
+
+
+class RenewRequest(Input):
+    """How to renew. With a `csr` the device keeps its own key, and no bundle is made.
+
+    The certificate before goes on for `overlap_hours`; with `when_used` it ends earlier, once the device has shown the
+    new one to the portal in a TLS handshake.
+    """
+
+    csr: Annotated[str, Field(max_length=16384, description="PEM, PKCS#10")] | None = None
+    key_type: KeyTypeName | None = None
+    validity_days: Annotated[int, Field(ge=1, le=36500), WholeNumber] | None = None
+    bundle_password: BundlePassword | None = None
+    bundle_format: BundleFormatName | None = None
+    overlap_hours: Annotated[int, Field(ge=0, le=8760), WholeNumber] | None = None
+    revoke_previous: Literal["after_overlap", "when_used"] = "after_overlap"
+
+
+class RenewAnswer(Output):
+    """The new certificate; a link and a password, or with a `csr` the certificate and its chain.
+
+    `previous_valid_until`: until when a certificate before it goes on, if any does. `broker` is there where older
+    ones were to end at once: `enforced` once the broker was seen to refuse them.
+    """
+
+    device_id: DeviceId
+    fingerprint: Fingerprint
+    serial_number: Hex
+    issued_at: Timestamp
+    expires_at: Timestamp
+    previous_valid_until: Timestamp | None = None
+    download_url: str | None = None
+    download_expires_at: Timestamp | None = None
+    bundle_password: str | None = None
+    certificate: str | None = None
+    chain: str | None = None
+    broker: Literal["enforced", "pending"] | None = None
+    broker_problem: str | None = None
+
+
+class RevokeRequest(Input):
+    """Why a device is revoked: a reason of RFC 5280 section 5.3.1."""
+
+    reason: ReasonName = "unspecified"
+
+
+class RevokeAnswer(Output):
+    """`enforced`: the broker was seen to refuse it; `pending`: it is revoked, and the broker has yet to be told."""
+
+    device_id: DeviceId
+    status: Literal["revoked"]
+    revoked_at: Timestamp
+    reason: str
+    broker: Literal["enforced", "pending"]
+    broker_problem: str | None = None
+
+
+lifecycle = Routes("Devices")
+
+
+@lifecycle.route(
+    "POST",
+    "/devices/{device_id}/renew",
+    permission=Permission.CHANGE,
+    body=RenewRequest,
+    body_optional=True,
+    answers=Answers(RenewAnswer, status=201, description="The new certificate is recorded, durably"),
+    errors=(404, 409, 503),
+    idempotency_key=True,
+)
+def renew(call: Call) -> Reply:
+    """Give a device a new certificate; the one before goes on for a while."""
+    asked: RenewRequest = call.body
+    renewal = Renewal(
+        Wanted(asked.csr, asked.key_type, asked.validity_days, asked.bundle_password, asked.bundle_format),
+        asked.overlap_hours,
+        when_used=asked.revoke_previous == "when_used",
+    )
+    renewed = call.portal.renewals.renew(call.actor, call.path["device_id"], renewal, call.idempotency_key)
+    fields = {name: getattr(renewed, name) for name in RenewAnswer.model_fields if hasattr(renewed, name)}
+    broker = None if not renewed.ended else "enforced" if renewed.problem is None else "pending"
+    return Reply(RenewAnswer(**fields, broker=broker, broker_problem=renewed.problem), status=201, omit_none=True)
+
+
+@lifecycle.route(
+    "POST",
+    "/devices/{device_id}/suspend",
+    permission=Permission.CHANGE,
+    answers=Answers(SuspensionAnswer, description="The device is suspended, durably; a repeat answers the same"),
+    errors=(404, 409),
+)
+def suspend(call: Call) -> Reply:
+    """Put a device out until it is resumed (certificateHold)."""
+    return _reply(call.portal.suspensions.suspend(call.actor, call.path["device_id"]))
+
+
+@lifecycle.route(
+    "POST",
+    "/devices/{device_id}/resume",
+    permission=Permission.CHANGE,
+    answers=Answers(SuspensionAnswer, description="The device is in again, durably; a repeat answers the same"),
+    errors=(404, 409),
+)
+def resume(call: Call) -> Reply:
+    """Let a suspended device back in."""
+    return _reply(call.portal.suspensions.resume(call.actor, call.path["device_id"]))
+
+
+@lifecycle.route(
+    "POST",
+    "/revoke/{device_id}",
+    permission=Permission.CHANGE,
+    body=RevokeRequest,
+    body_optional=True,
+    answers=Answers(RevokeAnswer, description="The device is revoked, durably; a repeat answers the same"),
+    errors=(404,),
+)
+def revoke(call: Call) -> Reply:
+    """Revoke a device for good and put it out of the broker."""
+    wanted: RevokeRequest = call.body
+    revoked = call.portal.onboarding.revoke(call.actor, call.path["device_id"], wanted.reason)
+    return Reply(
+        RevokeAnswer(
+            device_id=revoked.device_id,
+            status="revoked",
+            revoked_at=revoked.revoked_at,
+            reason=revoked.reason,
+            broker="enforced" if revoked.enforced else "pending",
+            broker_problem=revoked.problem,
+        )
+    )
+
+
+def _reply(answer: Suspended) -> Reply:
+    return Reply(
+        SuspensionAnswer(
+            device_id=answer.device_id,
+            status="suspended" if answer.suspended_at else "active",
+            suspended_at=answer.suspended_at,
+            broker="enforced" if answer.enforced else "pending",
+            broker_problem=answer.problem,
+        )
+    )
