@@ -17,8 +17,7 @@ from itsdangerous import BadSignature, URLSafeTimedSerializer
 from itsdangerous.timed import TimestampSigner
 
 from core.errors import LinkExpired, LinkUnknown
-from delivery.formats import BundleFormat, encrypted_pem, pkcs12_file
-from delivery.zip import Entry, write_archive
+from delivery.formats import BundleFormat, Entry, encrypted_pem, pkcs12_file, write_archive
 
 README = """\
 Credentials of the device {device_id}

@@ -85,6 +85,18 @@ def test_an_altered_byte_in_an_encrypted_entry_is_noticed(bundle: bytes, name: s
         opened(altered, "correct horse").read(name)
 
 
+def test_an_empty_password_still_encrypts() -> None:
+    bundle = package_credentials(CREDENTIALS, "", now=NOW)
+    assert b"PRIVATE KEY" not in bundle
+    assert all(opened(bundle, None).getinfo(name).flag_bits & 1 for name in SECRET)
+
+
+def test_the_extracted_files_have_the_time_of_packing_and_secret_ones_are_their_owners_alone(bundle: bytes) -> None:
+    for entry in opened(bundle, None).infolist():
+        assert entry.date_time == (2027, 1, 1, 0, 0, 0)
+        assert entry.external_attr >> 16 == (0o100600 if entry.filename in SECRET else 0o100644)
+
+
 def test_the_public_part_reads_without_a_password(bundle: bytes) -> None:
     archive = opened(bundle, None)
     assert archive.read("device.pem").decode() == CREDENTIALS.certificate_pem
