@@ -12,15 +12,12 @@ import click
 from commands.access import login, logout, token
 from commands.context import CONNECTION, VERSION, connection_options
 from commands.delivery import download, unpack_command
-from commands.devices import certificates, list_devices, revoke, show, update
-from commands.enrolment import approve, expect, reject, waiting
-from commands.enrolment_tokens import enrolment
-from commands.export import export
+from commands.devices import certificates, expiring, export, list_devices, show, update
+from commands.enrolment import approve, enrolment, expect, manufacturer, reject, waiting
 from commands.imports import import_devices
-from commands.lifecycle import expiring, renew, resume, suspend
-from commands.manufacturers import manufacturer
+from commands.lifecycle import resume, revoke, suspend
 from commands.operation import audit, ca, completion, status
-from commands.registration import register
+from commands.registration import register, renew
 from commands.settings import Given
 from commands.webhooks import webhook
 

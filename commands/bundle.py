@@ -1,7 +1,8 @@
-"""Opens a device's bundle, which must hold credentials that belong together."""
+"""Opens a device's bundle, in any of its formats, and checks that its credentials belong together."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import lzma
 import re
@@ -17,7 +18,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key, pkcs12
 from cryptography.x509.oid import NameOID
 
 from commands.errors import BundleLocked, CheckFailed
@@ -26,9 +27,20 @@ from commands.files import NewFile
 KEY, CERTIFICATE, CHAIN, CA = "device.key", "device.pem", "chain.pem", "ca.pem"
 CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"
 NAMES = (KEY, CERTIFICATE, CHAIN, CA, CLIENT_CONFIGURATION, README)
-SECRET = (KEY, "device.p12")
+P12 = "device.p12"
+SECRET = (KEY, P12)
 ENCRYPTED = (KEY, CA)  # what the device keeps secret, and what it trusts
 REQUIRED = (KEY, CERTIFICATE, CHAIN, CA)
+
+
+FORMATS = ("zip", "p12", "pem")
+FILES = (*NAMES, P12)
+_DER_SEQUENCE = b"\x30"  # a PKCS#12 file begins with it, a ZIP with PK
+_LOCKED = "The password does not open this bundle, or the bundle was altered."
+_UNPROTECTED = (
+    "Nothing protects ca.pem in a bundle of this form (pem): before the device trusts it, compare it with portal ca."
+)
+
 
 BUNDLE_MOST = 1 << 20  # bytes
 ENTRIES_MOST = 32
@@ -101,7 +113,49 @@ class Checked:
     root: str
 
 
-def open_bundle(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENCRYPTED) -> Bundle:
+def extension_of(content: bytes) -> str:
+    """What the name of a bundle's file ends with."""
+    return "p12" if content.startswith(_DER_SEQUENCE) else "zip"
+
+
+def open_bundle(content: bytes, password: str) -> Bundle:
+    """Read a bundle of any form; raises ``BundleLocked`` for a wrong password, ``CheckFailed`` for one that is none.
+
+    The key of a ``p12`` stays in it, that of a ``pem`` stays encrypted: these are for programs that open them.
+    """
+    if content.startswith(_DER_SEQUENCE):
+        return _open_p12(content, password)
+    if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in content:
+        return _open_pem(content, password)
+    return _open_zip(content, password)
+
+
+def _open_p12(content: bytes, password: str) -> Bundle:
+    if len(content) > BUNDLE_MOST:
+        raise CheckFailed(f"This bundle is larger than the {BUNDLE_MOST} bytes that any has.")
+    try:
+        store = pkcs12.load_pkcs12(content, password.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        raise BundleLocked(_LOCKED) from None
+    if store.key is None or store.cert is None:
+        raise CheckFailed("There is no key with its certificate in this PKCS#12 file; it is not a device's bundle.")
+    leaf = store.cert.certificate
+    above = [other.certificate for other in store.additional_certs]
+    between = [certificate for certificate in above if certificate.issuer != certificate.subject]
+    files = {P12: content, CERTIFICATE: _pem(leaf), CHAIN: _pem(leaf, *between), CA: _pem(*above)}
+    return Bundle(files, (), store.key.public_key())
+
+
+def _open_pem(content: bytes, password: str) -> Bundle:
+    bundle = _open_zip(content, password, encrypted=())
+    try:
+        key = load_pem_private_key(bundle.files[KEY], password.encode())
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise BundleLocked(_LOCKED) from None
+    return dataclasses.replace(bundle, notes=(*bundle.notes, _UNPROTECTED), key=key.public_key())
+
+
+def _open_zip(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENCRYPTED) -> Bundle:
     """Read the known files of a bundle; what is not known is left out.
 
     Those in ``encrypted`` must have been so (WinZip AE, AES-256), since only that vouches for them.
@@ -161,7 +215,7 @@ def _read(archive: pyzipper.AESZipFile, entry: pyzipper.zipfile_aes.AESZipInfo, 
             content = bytes(file.read(ENTRY_MOST + 1))
     except _ZIP_ERRORS:
         if encrypted:
-            raise BundleLocked("The password does not open this bundle, or the bundle was altered.") from None
+            raise BundleLocked(_LOCKED) from None
         raise
     if len(content) > ENTRY_MOST:
         raise CheckFailed("This ZIP holds more than any bundle does, so it was not opened.")
@@ -243,6 +297,10 @@ def check_credentials(key: PublicKeyTypes, *, certificate: bytes, chain: bytes, 
 
 def _public_bytes(key: PublicKeyTypes) -> bytes:
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _pem(*certificates: x509.Certificate) -> bytes:
+    return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
 
 
 def _device_id(leaf: x509.Certificate) -> str:

@@ -1,24 +1,148 @@
-"""The commands that bring a device's credentials to its disk."""
+"""The commands that bring a device's credentials to its disk, without ever losing a bundle."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import click
 
-from commands.bundle import BUNDLE_MOST, README
+from commands.bundle import BUNDLE_MOST, FILES, README, Bundle, Checked, check_bundle, extension_of, open_bundle
 from commands.client import check_link
-from commands.context import Command, Portal
-from commands.files import Folder, read_input, require_writable
-from commands.formats import FILES
-from commands.unpack import bundle_password, fetch, show_files, unpack, unpack_fetched
+from commands.context import Command, Portal, ask_secret
+from commands.errors import BundleLocked, CheckFailed, CliError
+from commands.files import Folder, NewFile, read_input, read_secret, require_writable, write_new
+from commands.output import moment, text
+
+PASSWORD_VARIABLE = "PORTAL_BUNDLE_PASSWORD"  # noqa: S105 - a name, not a password
+ATTEMPTS = 3
+
 
 OUT_HELP = "Folder for the files; one named for the device, here, if not given."
 PASSWORD_HELP = "File that holds the bundle's password; - for standard input."  # noqa: S105 - a help text
 FORCE_HELP = "Replace files that are there."
+
+
+@dataclass(frozen=True)
+class Password:
+    """The password of a bundle; one that was ``asked`` for may be asked for again."""
+
+    text: str
+    asked: bool = False
+
+    def __repr__(self) -> str:
+        return "Password()"
+
+
+def bundle_password(password_file: str | None, *, before_asking: Callable[[], None] | None = None) -> Password:
+    """From the file, the environment or the terminal; asked for before the link is spent.
+
+    ``before_asking`` is called before somebody has to type it, and raises where that would be in vain.
+    """
+    if password_file is not None:
+        return Password(read_secret(password_file, "password"))
+    if os.environ.get(PASSWORD_VARIABLE):
+        return Password(os.environ[PASSWORD_VARIABLE])
+    if before_asking is not None and sys.stdin.isatty():
+        before_asking()
+    return Password(_ask(), asked=True)
+
+
+def _ask() -> str:
+    return ask_secret("Bundle password", instead=f"add --password-file FILE, or set {PASSWORD_VARIABLE}")
+
+
+def keep_bundle(content: bytes, where: Path) -> Path:
+    """Keep the encrypted bundle in a 0600 file, since its link works only once; raises ``CheckFailed``."""
+    path = where / f"bundle-{sha256(content).hexdigest()[:8]}.{extension_of(content)}"
+    write_new(path, NewFile(content, 0o600), force=True)
+    return path
+
+
+def unpack(portal: Portal, content: bytes, password: Password, *, folder: Folder | None, force: bool) -> dict[str, Any]:
+    """Open, check, then write; without a ``folder`` into one named for the device. Returns a summary for ``--json``.
+
+    Raises ``CheckFailed`` (``BundleLocked`` for a wrong password) with nothing written.
+    """
+    bundle = _open(portal, content, password)
+    checked = check_bundle(bundle, now=datetime.now(UTC))
+    folder = folder or Folder(Path(checked.device_id), FILES, force=force)
+    folder.write(bundle.new_files())
+    for note in bundle.notes:
+        portal.out.warning(note)
+    return summary(checked, folder.path, bundle.files)
+
+
+def _open(portal: Portal, content: bytes, password: Password) -> Bundle:
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return open_bundle(content, password.text)
+        except BundleLocked:
+            if not password.asked or not sys.stdin.isatty():
+                raise
+            portal.out.warning("That password does not open the bundle; try again.")
+            password = Password(_ask(), asked=True)
+    return open_bundle(content, password.text)
+
+
+def fetch(portal: Portal, link: str, where: Path) -> tuple[bytes, Path]:
+    """Spend the link; the bundle is on the disk, encrypted, before anything else is done with it."""
+    with portal.out.working("Fetching the bundle…"):
+        content = portal.client.fetch_bundle(link)
+    return content, keep_bundle(content, where)
+
+
+def unpack_fetched(
+    portal: Portal, content: bytes, kept: Path, password: Password, *, folder: Folder | None, force: bool
+) -> dict[str, Any]:
+    """As ``unpack``; the file of ``fetch`` goes once the files are written, and is pointed to where they are not."""
+    command = f"portal unpack {shlex.quote(str(kept))}"
+    try:
+        files = unpack(portal, content, password, folder=folder, force=force)
+    except CliError as error:
+        kept_in = f"The link is spent, so the encrypted bundle is kept in {kept}."
+        raise CheckFailed(error.sentence, hints=(*error.hints, kept_in, f"Try again: {command}")) from None
+    except click.Abort:
+        portal.out.warning(f"The link is spent; the encrypted bundle is kept. Go on with: {command}")
+        raise
+    kept.unlink(missing_ok=True)
+    return files
+
+
+def summary(checked: Checked, folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """What was written where, as ``--json`` shows it."""
+    return {
+        "device_id": checked.device_id,
+        "folder": str(folder.absolute()),
+        "files": sorted(names),
+        "fingerprint": checked.fingerprint,
+        "serial_number": checked.serial_number,
+        "expires_at": f"{checked.not_after:%Y-%m-%dT%H:%M:%SZ}",
+        "trusts": checked.root,
+    }
+
+
+def show_files(portal: Portal, files: dict[str, Any]) -> None:
+    """Say what was written, for people and plain."""
+    portal.out.done("Key, certificate and chain belong together.")
+    portal.out.done(f"{len(files['files'])} files written to {files['folder']}")
+    portal.out.fields(
+        {
+            "device_id": text(files["device_id"]),
+            "folder": text(files["folder"]),
+            "files": text(" ".join(files["files"])),
+            "fingerprint": text(files["fingerprint"]),
+            "expires_at": moment(files["expires_at"], expiry=True),
+        }
+    )
 
 
 @click.command(

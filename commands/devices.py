@@ -1,27 +1,33 @@
-"""The commands about devices that are registered."""
+"""The commands that list, show and change devices."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
+import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import click
 
-from commands.context import DEVICE_ID, Command, Portal, confirm, metadata_from, require_confirmable, topics_from
-from commands.errors import Unreachable
+from commands.context import DEVICE_ID, Command, Portal, metadata_from, topics_from
+from commands.errors import CheckFailed, Unreachable
+from commands.files import whole_file
 from commands.output import Cell, moment, state, text
 
 STATUSES = ("pending", "active", "suspended", "revoked")
-REASONS = (
-    "unspecified",
-    "key_compromise",
-    "affiliation_changed",
-    "superseded",
-    "cessation_of_operation",
-    "privilege_withdrawn",
-)
 DEFAULT_LIMIT = 50
+
+
+COLUMNS = (
+    "device_id", "external_id", "name", "type", "location", "firmware", "status", "created_at", "updated_at",
+    "expires_at", "revoked_at", "revocation_reason",
+)  # fmt: skip
+Write = Callable[[str], object]
 
 
 class Expiry(click.ParamType[str]):
@@ -105,6 +111,54 @@ def list_devices(
         portal.out.note(f"These are the newest {len(rows)}; --all shows all.")
     elif not rows and not filtered:
         portal.out.next_step("portal register NAME --type … --location … --firmware …")
+
+
+@click.command(
+    "expiring",
+    cls=Command,
+    examples=["portal expiring", "portal expiring --within 90d", "portal expiring | cut -f1 | xargs -n1 portal renew"],
+)
+@click.option("--within", type=Expiry(), default="30d", show_default=True, metavar="TIME", help="Days, date or time.")
+@click.pass_obj
+def expiring(portal: Portal, within: str) -> None:
+    """List the devices whose certificates end soon, soonest first.
+
+    Piped, each is a line of tab-separated columns: id, name, location, expiry, from when it may renew by itself.
+    """
+    filters: dict[str, str | None] = {"status": "active", "expires_before": within}
+    devices, _ = read_pages(portal, "/devices", "devices", most=None, cursor=None, filters=filters)
+    devices.sort(key=lambda device: str(device.get("expires_at")))
+    if portal.out.as_json:
+        portal.out.json({"devices": devices})
+        return
+    rows = [
+        (
+            text(device.get("device_id")),
+            text(device.get("name")),
+            text(device.get("location")),
+            moment(device.get("expires_at"), expiry=True, short=True),
+            _window(device.get("renewable_from")),
+        )
+        for device in devices
+    ]
+    portal.out.table(
+        ("id", "name", "location", "expires", "renews"),
+        rows,
+        empty="No certificate of a device that is in ends that soon.",
+        spare=("location", "renews"),
+    )
+    if rows:
+        portal.out.next_step("portal renew ID")
+
+
+def _window(opens: object) -> Cell:
+    """From when a device may renew by itself, for people ``now`` where that time has come."""
+    cell = moment(opens, short=True)
+    try:
+        begun = datetime.fromisoformat(str(opens)) <= datetime.now(UTC)
+    except (ValueError, TypeError):
+        return cell
+    return Cell(cell.plain, "now", "green") if begun else cell
 
 
 def read_pages(
@@ -217,57 +271,6 @@ def update(
     _show(portal, device)
 
 
-@click.command(
-    "revoke",
-    cls=Command,
-    examples=[
-        "portal revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --reason key_compromise",
-        "portal revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --yes",
-    ],
-)
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The device's id, in full.")
-@click.option("--reason", type=click.Choice(REASONS), help="Why (RFC 5280); it is published in the CRL.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@click.pass_obj
-def revoke(portal: Portal, device_id: str, reason: str | None, yes: bool) -> None:
-    """Put a device out, for good.
-
-    Its certificate is revoked, its session at the broker is cut. This cannot be undone.
-    """
-    name = ""
-    if not yes:
-        require_confirmable()
-        device = portal.client.get(f"/devices/{device_id}")
-        name = str(device.get("name") or "")
-        if device.get("status") != "revoked":
-            portal.out.question({"Name": text(name), "Id": text(device_id)})
-            confirm("Revoke this device? It cannot be undone.", yes=False)
-    with portal.out.working("Revoking, until the broker obeys…"):
-        answer = portal.client.call("POST", f"/revoke/{device_id}", body={"reason": reason} if reason else {}).json()
-    if portal.out.as_json:
-        portal.out.json(answer)
-    else:
-        portal.out.done(f"Revoked {name or device_id}")
-        portal.out.fields(
-            {
-                "device_id": text(answer.get("device_id")),
-                "status": state(answer.get("status")),
-                "revoked_at": moment(answer.get("revoked_at")),
-                "reason": text(answer.get("reason")),
-                "broker": state(answer.get("broker")),
-            }
-        )
-    if answer.get("broker") != "enforced":
-        if answer.get("broker_problem"):
-            portal.out.warning(str(answer["broker_problem"]))
-        portal.out.warning(
-            "THE BROKER DOES NOT ENFORCE THIS YET: the device may still be connected. "
-            "The portal goes on trying; see what keeps it with: portal status"
-        )
-    else:
-        portal.out.note("The broker has cut its session, and refuses its certificate.")
-
-
 @click.command("certificates", cls=Command, examples=["portal certificates 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The device's id, in full.")
 @click.pass_obj
@@ -298,3 +301,71 @@ def certificates(portal: Portal, device_id: str) -> None:
         empty="This device has no certificate.",
         spare=("reason", "fingerprint"),
     )
+
+
+@click.command(
+    "export",
+    cls=Command,
+    examples=[
+        "portal export --out fleet.csv",
+        "portal export --format ndjson --status active | jq -r .device_id",
+    ],
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="A file, made 0600; else to standard output."
+)
+@click.option("--format", "format_", type=click.Choice(["csv", "ndjson"]), help="By the name of FILE; else csv.")
+@click.option("--force", is_flag=True, help="Replace FILE where it is there.")
+@click.option("--status", type=click.Choice(STATUSES), help="Devices in this state.")
+@click.option("--type", "type_", metavar="TYPE", help="Devices of this type.")
+@click.option("--location", metavar="PLACE", help="Devices at this place.")
+@click.option("--q", metavar="TEXT", help="Look for this in names; or a whole id.")
+@click.option("--expires-before", type=Expiry(), metavar="TIME", help="A date, a time, or days from now such as 30d.")
+@click.pass_obj
+def export(
+    portal: Portal,
+    out: Path | None,
+    format_: str | None,
+    force: bool,
+    status: str | None,
+    type_: str | None,
+    location: str | None,
+    q: str | None,
+    expires_before: str | None,
+) -> None:
+    """Write the fleet as CSV or NDJSON, page by page.
+
+    A file is put in its place when it is whole, so that an export that broke off leaves none. With --json the answer
+    is the number of devices.
+    """
+    filters = {"status": status, "type": type_, "location": location, "q": q, "expires_before": expires_before}
+    as_csv = (format_ or ("ndjson" if out and out.suffix in (".ndjson", ".jsonl") else "csv")) == "csv"
+    if out is None:
+        _write_devices(portal, filters, sys.stdout.write, as_csv=as_csv)
+        return
+    if out.exists() and not force:
+        raise CheckFailed(f"{out} is there already; --force replaces it.")
+    with whole_file(out) as file, portal.out.working("Exporting"):
+        count = _write_devices(portal, filters, lambda text: file.write(text.encode()), as_csv=as_csv)
+    if portal.out.as_json:
+        portal.out.json({"devices": count, "file": str(out.absolute())})
+    else:
+        portal.out.done(f"{count} device{'s' * (count != 1)} written to {out}")
+
+
+def _write_devices(portal: Portal, filters: dict[str, str | None], write: Write, *, as_csv: bool) -> int:
+    if as_csv:
+        write(_line(COLUMNS))
+    count = 0
+    for page in portal.client.pages("/devices", "devices", most=None, cursor=None, **filters):
+        for device in page["devices"]:
+            write(_line([device.get(name) for name in COLUMNS]) if as_csv else json.dumps(device) + "\n")
+            count += 1
+    return count
+
+
+def _line(values: Any) -> str:
+    """A line of CSV (RFC 4180), with an empty text for what is not there."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\r\n").writerow(["" if value is None else value for value in values])
+    return buffer.getvalue()

@@ -17,9 +17,8 @@ from commands.client import check_link
 from commands.context import VERSION, Command, Portal
 from commands.errors import CliError, ConnectionLost, Misused
 from commands.files import NewFile, write_new
+from commands.import_files import FileRow, Results, fingerprint_of, form_of, read_rows
 from commands.import_http import Upload
-from commands.import_results import Results
-from commands.import_rows import FileRow, fingerprint_of, form_of, read_rows
 from commands.output import text
 
 SHOWN = 20  # problems that are shown one by one

@@ -1,19 +1,22 @@
-"""The commands for a device's way through its life."""
+"""The commands that revoke, suspend and resume a device."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import click
 
-from commands.context import DEVICE_ID, Command, Portal
-from commands.devices import Expiry, read_pages
-from commands.files import read_input, read_secret
-from commands.formats import FORMATS
-from commands.output import Cell, moment, state, text
-from commands.registration import KEY_TYPES, Asking, ask_by_csr, ask_for_bundle
+from commands.context import DEVICE_ID, Command, Portal, confirm, require_confirmable
+from commands.output import moment, state, text
+
+REASONS = (
+    "unspecified",
+    "key_compromise",
+    "affiliation_changed",
+    "superseded",
+    "cessation_of_operation",
+    "privilege_withdrawn",
+)
 
 
 @click.command("suspend", cls=Command, examples=["portal suspend 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
@@ -62,120 +65,51 @@ def _show(portal: Portal, answer: dict[str, Any], *, done: str) -> None:
 
 
 @click.command(
-    "renew",
+    "revoke",
     cls=Command,
     examples=[
-        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --out sensor-7-new",
-        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --csr sensor-7.csr --out sensor-7-new",
-        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --overlap-hours 0",
+        "portal revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --reason key_compromise",
+        "portal revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --yes",
     ],
 )
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The device's id, in full.")
-@click.option("--key-type", type=click.Choice(KEY_TYPES), help="Kind of key; the portal's default if not given.")
-@click.option("--days", type=click.IntRange(1, 36500), metavar="DAYS", help="Life of the new certificate.")
-@click.option(
-    "--overlap-hours",
-    type=click.IntRange(0, 8760),
-    metavar="HOURS",
-    help="How long the old one goes on; 0: not at all.",
-)
-@click.option("--when-used", is_flag=True, help="End the old one once the portal has seen the new one in use.")
-@click.option("--format", "format_", type=click.Choice(FORMATS), help="How the bundle is packed; zip if not given.")
-@click.option("--csr", metavar="FILE", help="The device's own request (PKCS#10, PEM); its key stays where it is.")
-@click.option(
-    "--password-file", metavar="FILE", help="File with a password to use for the bundle; - for standard input."
-)
-@click.option("--password-out", metavar="FILE", help="New file (0600) for the password that the portal made.")
-@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Fetch and unpack at once, into FOLDER.")
-@click.option("--force", is_flag=True, help="Replace files that are there.")
-@click.option(
-    "--idempotency-key", metavar="KEY", help="Repeat an earlier call within 24 hours, to get its answer again."
-)
+@click.option("--reason", type=click.Choice(REASONS), help="Why (RFC 5280); it is published in the CRL.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.pass_obj
-def renew(
-    portal: Portal,
-    device_id: str,
-    key_type: str | None,
-    days: int | None,
-    overlap_hours: int | None,
-    when_used: bool,
-    format_: str | None,
-    csr: str | None,
-    password_file: str | None,
-    password_out: str | None,
-    out: Path | None,
-    force: bool,
-    idempotency_key: str | None,
-) -> None:
-    """Give a device a new certificate; the old one goes on.
+def revoke(portal: Portal, device_id: str, reason: str | None, yes: bool) -> None:
+    """Put a device out, for good.
 
-    The new one works at once, in a bundle as after a registration or for the device's own CSR. The old one works on
-    until the overlap is over, a day if not told otherwise, and is then revoked.
+    Its certificate is revoked, its session at the broker is cut. This cannot be undone.
     """
-    if csr is not None and (key_type or format_ or password_file or password_out):
-        options = "--key-type, --format, --password-file or --password-out"
-        raise click.UsageError(f"With --csr there is no bundle, so no {options}.")
-    if password_file and password_out:
-        raise click.UsageError("Give --password-file for a password of your own, or --password-out for the portal's.")
-    optional = {
-        "key_type": key_type,
-        "validity_days": days,
-        "overlap_hours": overlap_hours,
-        "revoke_previous": "when_used" if when_used else None,
-        "bundle_format": format_,
-        "bundle_password": read_secret(password_file, "password") if password_file else None,
-    }
-    body = {field: value for field, value in optional.items() if value is not None}
-    asking = Asking(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed")
-    if csr is not None:
-        ask_by_csr(portal, asking, body, read_input(csr), out, force, idempotency_key)
-    else:
-        ask_for_bundle(portal, asking, body, password_out, out, force, idempotency_key)
-
-
-@click.command(
-    "expiring",
-    cls=Command,
-    examples=["portal expiring", "portal expiring --within 90d", "portal expiring | cut -f1 | xargs -n1 portal renew"],
-)
-@click.option("--within", type=Expiry(), default="30d", show_default=True, metavar="TIME", help="Days, date or time.")
-@click.pass_obj
-def expiring(portal: Portal, within: str) -> None:
-    """List the devices whose certificates end soon, soonest first.
-
-    Piped, each is a line of tab-separated columns: id, name, location, expiry, from when it may renew by itself.
-    """
-    filters: dict[str, str | None] = {"status": "active", "expires_before": within}
-    devices, _ = read_pages(portal, "/devices", "devices", most=None, cursor=None, filters=filters)
-    devices.sort(key=lambda device: str(device.get("expires_at")))
+    name = ""
+    if not yes:
+        require_confirmable()
+        device = portal.client.get(f"/devices/{device_id}")
+        name = str(device.get("name") or "")
+        if device.get("status") != "revoked":
+            portal.out.question({"Name": text(name), "Id": text(device_id)})
+            confirm("Revoke this device? It cannot be undone.", yes=False)
+    with portal.out.working("Revoking, until the broker obeys…"):
+        answer = portal.client.call("POST", f"/revoke/{device_id}", body={"reason": reason} if reason else {}).json()
     if portal.out.as_json:
-        portal.out.json({"devices": devices})
-        return
-    rows = [
-        (
-            text(device.get("device_id")),
-            text(device.get("name")),
-            text(device.get("location")),
-            moment(device.get("expires_at"), expiry=True, short=True),
-            _window(device.get("renewable_from")),
+        portal.out.json(answer)
+    else:
+        portal.out.done(f"Revoked {name or device_id}")
+        portal.out.fields(
+            {
+                "device_id": text(answer.get("device_id")),
+                "status": state(answer.get("status")),
+                "revoked_at": moment(answer.get("revoked_at")),
+                "reason": text(answer.get("reason")),
+                "broker": state(answer.get("broker")),
+            }
         )
-        for device in devices
-    ]
-    portal.out.table(
-        ("id", "name", "location", "expires", "renews"),
-        rows,
-        empty="No certificate of a device that is in ends that soon.",
-        spare=("location", "renews"),
-    )
-    if rows:
-        portal.out.next_step("portal renew ID")
-
-
-def _window(opens: object) -> Cell:
-    """From when a device may renew by itself, for people ``now`` where that time has come."""
-    cell = moment(opens, short=True)
-    try:
-        begun = datetime.fromisoformat(str(opens)) <= datetime.now(UTC)
-    except (ValueError, TypeError):
-        return cell
-    return Cell(cell.plain, "now", "green") if begun else cell
+    if answer.get("broker") != "enforced":
+        if answer.get("broker_problem"):
+            portal.out.warning(str(answer["broker_problem"]))
+        portal.out.warning(
+            "THE BROKER DOES NOT ENFORCE THIS YET: the device may still be connected. "
+            "The portal goes on trying; see what keeps it with: portal status"
+        )
+    else:
+        portal.out.note("The broker has cut its session, and refuses its certificate.")

@@ -1,4 +1,4 @@
-"""The command that registers a device."""
+"""The commands that give a device its certificate: register and renew."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any
 
 import click
 
-from commands.bundle import CA, CERTIFICATE, CHAIN, certificates_only, check_credentials, csr_public_key
+from commands.bundle import CA, CERTIFICATE, CHAIN, FILES, FORMATS, certificates_only, check_credentials, csr_public_key
 from commands.client import check_link
-from commands.context import Command, Portal, metadata_from, new_secret_file, require, topics_from
+from commands.context import DEVICE_ID, Command, Portal, metadata_from, new_secret_file, require, topics_from
+from commands.delivery import Password, fetch, show_files, summary, unpack_fetched
 from commands.errors import CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
-from commands.formats import FILES, FORMATS
 from commands.output import Cell, moment, text
-from commands.unpack import Password, fetch, show_files, summary, unpack_fetched
 
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072")
 LOST_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
@@ -268,3 +267,75 @@ def _show(portal: Portal, asking: Asking, answer: dict[str, Any], password: str,
     elif password_out:
         out.note(f"The bundle's password is in {password_out}.")
     out.next_step(f"portal download {shlex.quote(str(answer['download_url']))}")
+
+
+@click.command(
+    "renew",
+    cls=Command,
+    examples=[
+        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --out sensor-7-new",
+        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --csr sensor-7.csr --out sensor-7-new",
+        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --overlap-hours 0",
+    ],
+)
+@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The device's id, in full.")
+@click.option("--key-type", type=click.Choice(KEY_TYPES), help="Kind of key; the portal's default if not given.")
+@click.option("--days", type=click.IntRange(1, 36500), metavar="DAYS", help="Life of the new certificate.")
+@click.option(
+    "--overlap-hours",
+    type=click.IntRange(0, 8760),
+    metavar="HOURS",
+    help="How long the old one goes on; 0: not at all.",
+)
+@click.option("--when-used", is_flag=True, help="End the old one once the portal has seen the new one in use.")
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="How the bundle is packed; zip if not given.")
+@click.option("--csr", metavar="FILE", help="The device's own request (PKCS#10, PEM); its key stays where it is.")
+@click.option(
+    "--password-file", metavar="FILE", help="File with a password to use for the bundle; - for standard input."
+)
+@click.option("--password-out", metavar="FILE", help="New file (0600) for the password that the portal made.")
+@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Fetch and unpack at once, into FOLDER.")
+@click.option("--force", is_flag=True, help="Replace files that are there.")
+@click.option(
+    "--idempotency-key", metavar="KEY", help="Repeat an earlier call within 24 hours, to get its answer again."
+)
+@click.pass_obj
+def renew(
+    portal: Portal,
+    device_id: str,
+    key_type: str | None,
+    days: int | None,
+    overlap_hours: int | None,
+    when_used: bool,
+    format_: str | None,
+    csr: str | None,
+    password_file: str | None,
+    password_out: str | None,
+    out: Path | None,
+    force: bool,
+    idempotency_key: str | None,
+) -> None:
+    """Give a device a new certificate; the old one goes on.
+
+    The new one works at once, in a bundle as after a registration or for the device's own CSR. The old one works on
+    until the overlap is over, a day if not told otherwise, and is then revoked.
+    """
+    if csr is not None and (key_type or format_ or password_file or password_out):
+        options = "--key-type, --format, --password-file or --password-out"
+        raise click.UsageError(f"With --csr there is no bundle, so no {options}.")
+    if password_file and password_out:
+        raise click.UsageError("Give --password-file for a password of your own, or --password-out for the portal's.")
+    optional = {
+        "key_type": key_type,
+        "validity_days": days,
+        "overlap_hours": overlap_hours,
+        "revoke_previous": "when_used" if when_used else None,
+        "bundle_format": format_,
+        "bundle_password": read_secret(password_file, "password") if password_file else None,
+    }
+    body = {field: value for field, value in optional.items() if value is not None}
+    asking = Asking(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed")
+    if csr is not None:
+        ask_by_csr(portal, asking, body, read_input(csr), out, force, idempotency_key)
+    else:
+        ask_for_bundle(portal, asking, body, password_out, out, force, idempotency_key)

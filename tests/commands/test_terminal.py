@@ -143,8 +143,8 @@ def test_an_empty_list_is_a_sentence(session: Session, stub: PortalStub, command
 def test_every_command_that_prints_a_table_is_tried_with_an_empty_list() -> None:
     tabular = {
         f"{module.stem}.{function.name}"
-        for module in sorted(PROJECT.glob("cli_*.py"))
-        if module.stem != "cli_output"
+        for module in sorted((PROJECT / "commands").glob("*.py"))
+        if module.stem != "output"
         for function in ast.walk(ast.parse(module.read_text()))
         if isinstance(function, ast.FunctionDef) and ".table(" in ast.unparse(function)
     }

@@ -1,4 +1,4 @@
-"""The fleet as a file: whole or not there."""
+"""The commands that list, show and change devices."""
 
 from __future__ import annotations
 
