@@ -16,7 +16,7 @@ from broker.acl import (
     Acl,
 )
 from broker.files import CA_FILE, BrokerFiles
-from broker.probe import Canaries, Probe, ProbeResult
+from broker.probe import Probe, ProbeCertificates, ProbeResult
 from broker.reload import peer_process, run_reload_command, signal_broker
 from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import Settings
@@ -117,12 +117,12 @@ class BrokerProvisioning(BrokerFiles):
         except OSError as error:
             raise self._unavailable(error) from error
 
-    def probe(self, canaries: Canaries, deadline: float) -> ProbeResult:
+    def probe(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:
         """Show the broker a revoked certificate, which it must refuse as such, and a good one, which it must let in.
 
         Raises ``BrokerNotEnforcing`` where it does otherwise, ``BrokerUnavailable`` where it cannot be reached.
         """
-        return self._probe.run(canaries, deadline)
+        return self._probe.run(certificates, deadline)
 
     def reachable(self) -> bool:
         """Whether the broker answers the portal on its internal listener, asked for a second at most."""

@@ -1,4 +1,4 @@
-"""The proof, over the devices' own listener, that the broker refuses a revoked certificate."""
+"""Probes the broker on the devices' listener: it must refuse a revoked certificate and accept a good one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ALERTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Canary:
+class ProbeCertificate:
     """Paths of a client certificate (PEM, with its chain or not) and its clear private key (PEM, mode 0600)."""
 
     certificate: Path
@@ -40,16 +40,16 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True)
-class Canaries:
-    """Two certificates of the portal's own: one that the broker must let in, one revoked that it must refuse."""
+class ProbeCertificates:
+    """Two certificates of the portal's own: one that the broker must accept, one revoked that it must refuse."""
 
-    good: Canary
-    revoked: Canary
+    good: ProbeCertificate
+    revoked: ProbeCertificate
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What was seen: the TLS alert for the revoked canary, the CONNACK reason for the good one, each with seconds."""
+    """The TLS alert for the revoked certificate and the CONNACK reason for the good one, each with its seconds."""
 
     revoked_alert: int
     revoked_seconds: float
@@ -73,23 +73,23 @@ class Probe:
         self._host = host
         self._port = port
         self._ca_file = ca_file
-        self._contexts: dict[Canary, tuple[object, ssl.SSLContext]] = {}
+        self._contexts: dict[ProbeCertificate, tuple[object, ssl.SSLContext]] = {}
         self._lock = threading.Lock()
 
-    def run(self, canaries: Canaries, deadline: float) -> ProbeResult:
-        """Show both canaries by ``deadline``; raises ``BrokerNotEnforcing`` or ``BrokerUnavailable``."""
-        revoked = self._ask(canaries.revoked, deadline, share=0.5)
+    def run(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:
+        """Connect with both certificates by ``deadline``; raise ``BrokerNotEnforcing`` or ``BrokerUnavailable``."""
+        revoked = self._ask(certificates.revoked, deadline, share=0.5)
         if revoked.alert is None:
             raise BrokerNotEnforcing(
-                "The broker lets a revoked certificate in: check that its configuration names crlfile and that it"
+                "The broker accepts a revoked certificate: check that its configuration names crlfile and that it"
                 " was reloaded after the file was repaired."
             )
         if revoked.alert != CERTIFICATE_REVOKED:
             raise BrokerNotEnforcing(
-                f"The broker refuses the revoked test certificate with TLS alert {revoked.alert}, not"
+                f"The broker refuses the revoked probe certificate with TLS alert {revoked.alert}, not"
                 f" {CERTIFICATE_REVOKED}: its CRL or CA file is not the current one, so it may refuse every device."
             )
-        good = self._ask(canaries.good, deadline, share=0.1)
+        good = self._ask(certificates.good, deadline, share=0.1)
         if good.alert is not None or good.reason is None:
             raise BrokerNotEnforcing(
                 f"The broker refuses a good certificate with TLS alert {good.alert}: its CRL or CA file is not current."
@@ -101,10 +101,10 @@ class Probe:
             )
         return ProbeResult(revoked.alert, revoked.seconds, good.reason, good.seconds)
 
-    def _ask(self, canary: Canary, deadline: float, *, share: float) -> _Answer:
+    def _ask(self, shown: ProbeCertificate, deadline: float, *, share: float) -> _Answer:
         started = time.monotonic()
         alert = reason = None
-        context = self._context(canary)
+        context = self._context(shown)
         try:
             with socket.create_connection((self._host, self._port), timeout=remaining(deadline)) as plain:
                 plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -130,32 +130,32 @@ class Probe:
             ) from error
         return _Answer(alert, reason, time.monotonic() - started)
 
-    def _context(self, canary: Canary) -> ssl.SSLContext:
-        """A TLS context for the canary; kept until a file changes, since making one costs a millisecond."""
-        paths = (canary.certificate, canary.key, self._ca_file)
+    def _context(self, shown: ProbeCertificate) -> ssl.SSLContext:
+        """Return the TLS context for the certificate, cached until a file changes: making one costs a millisecond."""
+        paths = (shown.certificate, shown.key, self._ca_file)
         try:
             signature = tuple((status.st_mtime_ns, status.st_ino, status.st_size) for status in map(os.stat, paths))
             with self._lock:
-                known = self._contexts.get(canary)
+                known = self._contexts.get(shown)
                 if known is not None and known[0] == signature:
                     return known[1]
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
                 context.minimum_version = ssl.TLSVersion.TLSv1_2
                 context.load_verify_locations(self._ca_file)
-                context.load_cert_chain(canary.certificate, canary.key)
-                self._contexts[canary] = (signature, context)
+                context.load_cert_chain(shown.certificate, shown.key)
+                self._contexts[shown] = (signature, context)
         except OSError as error:
             raise BrokerUnavailable(
-                f"The test certificate {canary.certificate}, its key or {self._ca_file} cannot be read: {_said(error)}."
+                f"The probe certificate {shown.certificate}, its key or {self._ca_file} cannot be read: {_said(error)}."
             ) from error
         return context
 
 
 def _await_verdict(secure: ssl.SSLSocket, seconds: float) -> None:
-    """Wait until the server has judged our certificate; raises ``ssl.SSLError`` with its alert.
+    """Wait until the server has accepted or refused our certificate; raise ``ssl.SSLError`` with its alert.
 
-    In TLS 1.3 the handshake ends here before the server has looked at the certificate: its verdict is the next thing
-    to arrive, an alert or session tickets. Nothing may be sent before: data that meets a closed socket would be
+    In TLS 1.3 the client's handshake ends before the server has checked the client certificate; the next record is
+    an alert or session tickets (RFC 8446 section 4.4). Nothing may be sent before: data sent to a closed socket is
     answered with a reset, which destroys the alert. A server that sends no tickets is waited for ``seconds``.
     """
     if secure.version() != "TLSv1.3":
@@ -169,7 +169,7 @@ def _await_verdict(secure: ssl.SSLSocket, seconds: float) -> None:
 
 
 def _alert(error: ssl.SSLError) -> int | None:
-    """The number of the TLS alert that was received, 0 where it is an unusual one, None where it was no alert."""
+    """Return the number of the TLS alert received, 0 for one not in the table, ``None`` if it was not an alert."""
     name = re.search(r"ALERT_(\w+)", error.reason or "")
     return _ALERTS.get(name[1], 0) if name else None
 

@@ -1,7 +1,10 @@
-"""Looks at the files of the portal's own certificates."""
+"""Issues the portal's own certificates: those of its servers, and the two that it probes the broker with."""
 
 from __future__ import annotations
 
+import logging
+import uuid
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -9,25 +12,155 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from broker.probe import Canaries, Canary
+import ca
+import db
+from broker.probe import ProbeCertificate, ProbeCertificates
+from broker_provisioning import BrokerProvisioning
 from config import Settings
+from core.errors import Unavailable
+from core.files import replace_file
+from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer
+from store import issuers
+from store.database import Database
+from workflows import audit
+from workflows.authority.issuers import Authority, RecordedIssuer
+from workflows.enforcement import Enforcement
+
+log = logging.getLogger("portal.installation")
+
+PROBE_DAYS = 90
 
 
-def canary_files(settings: Settings) -> Canaries:
-    """Where the two canaries are, with which the portal tries the broker."""
+def probe_certificates(settings: Settings) -> ProbeCertificates:
+    """Return the files of the two client certificates, one good and one revoked, that the broker is probed with."""
     folder = settings.data_dir / "canaries"
-    return Canaries(
-        good=Canary(folder / "good.pem", folder / "good.key"),
-        revoked=Canary(folder / "revoked.pem", folder / "revoked.key"),
+    return ProbeCertificates(
+        good=ProbeCertificate(folder / "good.pem", folder / "good.key"),
+        revoked=ProbeCertificate(folder / "revoked.pem", folder / "revoked.key"),
     )
 
 
-def is_due(path: Path, key: Path, now: datetime, issuer: Issuer, names: tuple[str, ...] = ()) -> bool:
-    """Whether a certificate is to be issued anew.
+class OwnCertificates:
+    """Renews the certificates that the portal has issued to itself and to the broker."""
 
-    It is where a file is missing or unreadable, the two do not belong together (a write was cut off between them),
-    two thirds of the life are over, the issuer is another, or a name is missing.
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        authority: Authority,
+        broker: BrokerProvisioning,
+        enforcement: Enforcement,
+        clock: Callable[[], datetime],
+        tenant_id: str,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._authority = authority
+        self._broker = broker
+        self._enforcement = enforcement
+        self._clock = clock
+        self._tenant_id = tenant_id
+
+    def renew(self, *, served: bool = False) -> list[str]:
+        """Issue a new certificate for each that is due; return the names of those renewed.
+
+        Set ``served`` if portal and broker may be running meanwhile. Raise ``Unavailable`` if the running broker does
+        not load the CRL that lists the new revoked probe certificate.
+        """
+        settings = self._settings
+        probes = probe_certificates(settings)
+        renewed: list[str] = []
+        tls = settings.tls_dir / "server.pem", settings.tls_dir / "server.key"
+        if self._is_due(*tls, settings.server_names):
+            chain, key = self._issue_server(settings.server_names)
+            replace_file(tls[1], key)
+            replace_file(tls[0], chain)
+            renewed.append("portal server certificate")
+        broker_files = settings.broker_file("server.pem"), settings.broker_file("server.key")
+        if self._is_due(*broker_files, settings.broker_names):
+            self._broker.write_server_certificate(*self._issue_server(settings.broker_names))
+            renewed.append("broker server certificate")
+        if self._is_due(probes.good.certificate, probes.good.key):
+            self._issue_probe(probes.good, revoked=False)
+            renewed.append("good probe certificate")
+        if self._is_due(probes.revoked.certificate, probes.revoked.key):
+            # An expired one proves nothing: no probe could succeed before the new one is in its place.
+            usable = is_current(probes.revoked.certificate, self._clock())
+            self._issue_probe(probes.revoked, revoked=True, served=served and usable)
+            renewed.append("revoked probe certificate")
+        for name in renewed:
+            log.info("issued", extra={"what": name})
+        return renewed
+
+    def _is_due(self, path: Path, key: Path, names: tuple[str, ...] = ()) -> bool:
+        return is_due(path, key, self._clock(), self._authority.issuing.issuer, names)
+
+    def _issue_server(self, names: tuple[str, ...]) -> tuple[bytes, bytes]:
+        key, signer = ca.generate_keypair(KeyType.EC_P256), self._authority.issuing
+        issued = ca.sign_server_certificate(
+            signer.issuer,
+            key.public_key(),
+            names=names,
+            now=self._clock(),
+            days=self._settings.server_days,
+            pki_url=self._settings.pki_url,
+        )
+        self._record(signer, issued, purpose="server", revoked=False)
+        return signer.chain_pem(issued.pem).encode(), private_key_pem(key)
+
+    def _issue_probe(self, probe: ProbeCertificate, *, revoked: bool, served: bool = False) -> None:
+        key, signer = ca.generate_keypair(KeyType.EC_P256), self._authority.issuing
+        issued = ca.sign_certificate(
+            signer.issuer,
+            key.public_key(),
+            device_id=str(uuid.uuid4()),
+            now=self._clock(),
+            days=PROBE_DAYS,
+            pki_url=self._settings.pki_url,
+        )
+        generation = self._record(signer, issued, purpose="canary", revoked=revoked)
+        # A broker whose CRL does not list the certificate yet would accept it, and look as if it ignored revocations.
+        listed = not served or self._enforcement.apply(generation).covers(generation)
+        if not listed and self._enforcement.broker_answers():
+            raise Unavailable(
+                "The broker did not load the CRL that lists the new revoked probe certificate; the portal tries again"
+                " in a few minutes."
+            )
+        replace_file(probe.key, private_key_pem(key))
+        replace_file(probe.certificate, signer.chain_pem(issued.pem).encode())
+
+    def _record(self, signer: RecordedIssuer, issued: ca.Issued, *, purpose: str, revoked: bool) -> int:
+        """Record a certificate; return the generation from which the CRL lists it, 0 if it is not revoked."""
+        now, generation = self._clock(), 0
+        with self._database.transaction() as tx:
+            db.add_certificate(
+                tx,
+                tenant_id=self._tenant_id,
+                issuer_id=signer.id,
+                purpose=purpose,
+                serial_number=issued.serial_number,
+                fingerprint=issued.fingerprint,
+                der=issued.der,
+                not_before=issued.not_before,
+                not_after=issued.not_after,
+                issued_at=now,
+                revoked_at=now if revoked else None,
+                reason="cessation_of_operation" if revoked else None,
+            )
+            if revoked:
+                generation = db.next_generation(tx, self._tenant_id, at=now)
+                issuers.touch_issuer(tx, signer.id, generation=generation)
+            target = f"certificate:{issued.serial_number}"
+            audit.record(tx, audit.system_actor(self._tenant_id), "certificate:issue", target, at=now, purpose=purpose)
+        return generation
+
+
+def is_due(path: Path, key: Path, now: datetime, issuer: Issuer, names: tuple[str, ...] = ()) -> bool:
+    """Return whether a certificate must be replaced.
+
+    It must if a file is missing or unreadable, if certificate and key do not belong together (a crash between writing
+    the two), if two thirds of its lifetime have passed, if another issuer signed it, or if it lacks one of ``names``.
     """
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
@@ -50,7 +183,7 @@ def is_due(path: Path, key: Path, now: datetime, issuer: Issuer, names: tuple[st
 
 
 def is_current(path: Path, now: datetime) -> bool:
-    """Whether there is a certificate in the file, and ``now`` is within its life."""
+    """Return whether the file holds a certificate that is valid at ``now``."""
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError):

@@ -23,7 +23,7 @@ import pytest
 from broker.acl import Acl
 from broker.crl import validate_crl
 from broker.files import Projection, broker_group
-from broker.probe import Canaries, Canary
+from broker.probe import ProbeCertificate, ProbeCertificates
 from broker.reload import run_reload_command, signal_broker
 from broker.session import MAX_INCOMING_BYTES, Session
 from broker_provisioning import BrokerProvisioning, add_device_acl
@@ -436,7 +436,9 @@ def test_a_reload_command_that_fails_is_said(command: str) -> None:
 def test_no_broker_is_said_at_once(place: Place) -> None:
     place.broker.install(place.projection(1))
     assert not place.broker.reachable()
-    canaries = Canaries(*(Canary(*place.pki.issuing.issue("c").write(place.settings.data_dir, name)) for name in "gb"))
+    folder, issuing = place.settings.data_dir, place.pki.issuing
+    good, revoked = (ProbeCertificate(*issuing.issue("c").write(folder, name)) for name in "gb")
+    probe_certificates = ProbeCertificates(good, revoked)
     for call in (
         lambda: place.broker.enforce(1, soon()),
         lambda: place.broker.cut_sessions([DEVICE], soon()),
@@ -444,7 +446,7 @@ def test_no_broker_is_said_at_once(place: Place) -> None:
         with pytest.raises(BrokerUnavailable, match=r"portal\.sock"):
             call()
     with pytest.raises(BrokerUnavailable, match="does not answer at localhost"):
-        place.broker.probe(canaries, soon())
+        place.broker.probe(probe_certificates, soon())
 
 
 def test_only_device_ids_are_cut(place: Place) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from broker.acl import Acl
 from broker.files import Projection
-from broker.probe import Canaries
+from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning
 from config import AclStyle, Settings
 from core import metrics
@@ -75,7 +75,7 @@ class Enforcement:
         database: Database,
         authority: Authority,
         broker: BrokerProvisioning,
-        canaries: Callable[[], Canaries],
+        probe_certificates: ProbeCertificates,
         clock: Callable[[], datetime],
         tenant_id: str,
     ) -> None:
@@ -83,7 +83,7 @@ class Enforcement:
         self._database = database
         self._authority = authority
         self._broker = broker
-        self._canaries = canaries
+        self._probe_certificates = probe_certificates
         self._clock = clock
         self._tenant_id = tenant_id
         self._pass_lock = FileLock(settings.data_dir / ".pass.lock")
@@ -233,7 +233,7 @@ class Enforcement:
                 self._broker.cut_sessions(work.put_out, deadline)
             failpoint("apply.after_cut")
             if work.put_out or work.crls:
-                self._broker.probe(self._canaries(), deadline)
+                self._broker.probe(self._probe_certificates, deadline)
             failpoint("apply.after_probe")
             with self._database.transaction() as tx:
                 now = self._clock()

@@ -18,8 +18,8 @@ from sqlalchemy.engine import Connection
 from config import Settings
 from core.errors import BackupRefused
 from core.files import fsync_directory
+from operations import data_folder
 from operations.backup.file import FORMAT, BackupWriter, Manifest
-from operations.wiring import occupied
 from pki.algorithms import PrivateKey
 from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
 from store import copy as store_copy
@@ -54,7 +54,7 @@ def back_up(settings: Settings, path: Path, *, now: datetime) -> Made:
         raise BackupRefused(f"There is no folder {path.parent}; make it first.")
     if not settings.ca_dir.is_dir():
         raise BackupRefused(f"There is no portal in {settings.data_dir}; set PORTAL_DATA_DIR to its folder.")
-    with occupied(settings), contextlib.closing(open_database(settings)) as database:
+    with data_folder.shared(settings), contextlib.closing(open_database(settings)) as database:
         key = KeyFiles(settings.ca_dir, passphrase_here(settings)).load(FIRST_ISSUING)
         return write(settings, database, path, key, now=now)
 

@@ -20,17 +20,17 @@ from broker.files import CRL_FILE, BrokerFiles
 from config import Settings
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
 from core.failpoints import failpoint
+from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup.file import Backup
+from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_database
 from operations.backup.placing import (
     files_to_place,
     free_name,
     key_of,
     replace_database,
 )
-from operations.backup.restore_journal import SQLITE_FILES, Journal, journaled, remove_database
 from operations.backup.revocations import Kept, Revocations, Tables, crl_record, match_crls, newest_crl
-from operations.wiring import alone
 from pki.algorithms import PrivateKey
 from pki.keystore import KeyFiles
 from store import copy as store_copy
@@ -93,7 +93,7 @@ def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, 
     """
     with Backup(path) as copy:
         store_copy.check_revision(copy.manifest.revision)
-        with alone(settings):
+        with data_folder.exclusive(settings):
             key, same = key_of(copy, settings)
             copy.check()
             crls, notes = _broker_crls(settings)

@@ -15,9 +15,10 @@ from flask import Flask
 from config import LogFormat, Settings
 from core import logs, metrics
 from core.files import own_until_exit, replace_file
+from operations import data_folder
 from operations.commands import backup, ca, doctor
 from operations.commands.plain import plainly, settings_here
-from operations.wiring import first_token, occupied, open_portal, prepare
+from operations.wiring import first_token, open_portal, prepare
 from workflows import audit
 from workflows.enrolment.clients import CLIENT_CAS
 
@@ -131,7 +132,7 @@ def _serve(
         metrics.share(counts)  # first: nothing may have been counted yet
         portal_of(app)
 
-    with occupied(settings):
+    with data_folder.shared(settings):
         return serve_app(
             settings,
             functools.partial(create_app, settings),

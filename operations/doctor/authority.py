@@ -197,12 +197,12 @@ def expiry(subject: Subject) -> Verdict:
     now, found = subject.clock(), []
     for issuer in subject.issuers():
         found += _ca_end(issuer, now)
-    settings, canaries = subject.settings, subject.canaries
+    settings, probes = subject.settings, subject.probe_certificates
     own = {
         "The portal's certificate": settings.tls_dir / "server.pem",
         "The broker's certificate": settings.broker_file(SERVER_CERTIFICATE_FILE),
-        "The good canary": canaries.good.certificate,
-        "The revoked canary": canaries.revoked.certificate,
+        "The good probe certificate": probes.good.certificate,
+        "The revoked probe certificate": probes.revoked.certificate,
     }
     for what, path in own.items():
         found += _own_end(what, path, now)

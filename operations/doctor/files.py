@@ -79,8 +79,8 @@ def secret_files(subject: Subject) -> Verdict:
 
 def _secret_paths(subject: Subject) -> Iterator[Path]:
     settings = subject.settings
-    canaries = settings.data_dir / "canaries"
-    for folder in (settings.secrets_dir, settings.ca_dir, settings.tls_dir, settings.ocsp_dir, canaries):
+    probes = settings.data_dir / "canaries"
+    for folder in (settings.secrets_dir, settings.ca_dir, settings.tls_dir, settings.ocsp_dir, probes):
         if folder.is_dir():
             yield from sorted(folder.iterdir())
     yield from sorted(settings.data_dir.glob("before-restore.backup*"))

@@ -72,7 +72,7 @@ def broker_certificate(subject: Subject) -> Verdict:
     """The certificate that the broker shows: chain, names, days left, and whether it is the one on disk."""
     settings = subject.settings
     context = _context(settings.broker_file(CA_FILE))
-    context.load_cert_chain(subject.canaries.good.certificate, subject.canaries.good.key)
+    context.load_cert_chain(subject.probe_certificates.good.certificate, subject.probe_certificates.good.key)
     where = f"{settings.mqtt_host}:{settings.mqtt_port}"
     try:
         with (
@@ -96,7 +96,7 @@ def canaries(subject: Subject) -> Verdict:
     settings = subject.settings
     probe = Probe(settings.mqtt_host, settings.mqtt_port, settings.broker_file(CA_FILE))
     try:
-        seen = probe.run(subject.canaries, time.monotonic() + max(SECONDS, settings.enforce_timeout))
+        seen = probe.run(subject.probe_certificates, time.monotonic() + max(SECONDS, settings.enforce_timeout))
     except PortalError as error:
         return problem(error.detail, "")
     return well(

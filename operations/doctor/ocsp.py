@@ -50,18 +50,23 @@ def responders(subject: Subject) -> Verdict:
 
 
 def answers(subject: Subject) -> Verdict:
-    """What the plain HTTP listener says of the two canaries, and whether that is signed as it must be."""
+    """What the plain HTTP listener says of the two probe certificates, and whether that is signed as it must be."""
     found = []
-    canaries = (subject.canaries.good, OCSPCertStatus.GOOD), (subject.canaries.revoked, OCSPCertStatus.REVOKED)
-    for canary, wanted in canaries:
-        certificate, issuer = x509.load_pem_x509_certificates(canary.certificate.read_bytes())[:2]
+    probes = subject.probe_certificates
+    for probe, wanted in ((probes.good, OCSPCertStatus.GOOD), (probes.revoked, OCSPCertStatus.REVOKED)):
+        certificate, issuer = x509.load_pem_x509_certificates(probe.certificate.read_bytes())[:2]
         request = OCSPRequestBuilder().add_certificate(certificate, issuer, SHA256()).build()
         text = quote(base64.b64encode(request.public_bytes(Encoding.DER)).decode(), safe="")
         problem_seen = _problem(served(subject, f"/ocsp/{text}"), certificate, issuer, wanted, subject)
         if problem_seen is not None:
-            name = canary.certificate.stem
-            found.append(problem(f"Asked about the {name} canary, {problem_seen}.", "Restart the portal; see its log."))
-    return together(found, f"http://{subject.settings.pki_bind}/ocsp knows the good canary from the revoked one.")
+            name = probe.certificate.stem
+            found.append(
+                problem(
+                    f"Asked about the {name} probe certificate, {problem_seen}.", "Restart the portal; see its log."
+                )
+            )
+    url = f"http://{subject.settings.pki_bind}/ocsp"
+    return together(found, f"{url} tells the good probe certificate from the revoked one.")
 
 
 def _problem(

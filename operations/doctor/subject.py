@@ -11,11 +11,11 @@ import sqlalchemy as sa
 from cryptography import x509
 from sqlalchemy.engine import Connection
 
-from broker.probe import Canaries
+from broker.probe import ProbeCertificates
 from config import Settings
 from core.errors import DatabaseUnavailable
 from core.files import FileLock
-from operations.wiring import canary_files
+from operations.own_certificates import probe_certificates
 from store import issuers as store_issuers
 from store.database import Database
 from store.issuers import IssuerRecord
@@ -35,9 +35,9 @@ class Subject:
         self._database: Database | DatabaseUnavailable | None = None
 
     @property
-    def canaries(self) -> Canaries:
-        """The portal's two test certificates."""
-        return canary_files(self.settings)
+    def probe_certificates(self) -> ProbeCertificates:
+        """The two client certificates that the portal probes the broker with."""
+        return probe_certificates(self.settings)
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Connection]:

@@ -12,7 +12,7 @@ import db
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict
 from core.files import FileLock, replace_file
 from operations.readiness import ROOT_CRL_SOON
-from operations.wiring import Portal, renew_own_certificates
+from operations.wiring import Portal
 from store import issuers as store_issuers
 from store import revocations
 from workflows import audit
@@ -95,7 +95,7 @@ def _say_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> No
 def renew_certificates(portal: Portal) -> None:
     """Renew the portal's own certificates past two thirds of their life, or of a CA that issues no more."""
     with FileLock(portal.settings.data_dir / ".renewal.lock").hold():
-        renewed = renew_own_certificates(portal, served=True)
+        renewed = portal.own_certificates.renew(served=True)
         if renewed:
             advance(portal, "broker:renew", renewed=renewed)
             _apply(portal)

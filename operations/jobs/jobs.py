@@ -13,7 +13,8 @@ from pathlib import Path
 from operations.jobs import events, schedule
 from operations.jobs.authority import advance, renew_certificates, renew_crls, retire_unneeded
 from operations.jobs.schedule import Job
-from operations.wiring import Portal, canary_files
+from operations.own_certificates import probe_certificates
+from operations.wiring import Portal
 from store import deliveries, issuers, reads
 from workflows import audit
 
@@ -107,13 +108,13 @@ def write_client_authorities(portal: Portal) -> None:
 
 
 def probe_broker(portal: Portal) -> None:
-    """Show the broker the canaries, though nothing has changed: somebody else may have changed it."""
+    """Probe the broker although nothing has changed here: its configuration may have been changed."""
     if portal.broker.reachable():
-        portal.broker.probe(canary_files(portal.settings), time.monotonic() + portal.settings.enforce_timeout)
+        portal.broker.probe(probe_certificates(portal.settings), time.monotonic() + portal.settings.enforce_timeout)
 
 
-# In this order where several are due. After a clock was moved the canaries come before the CRLs: with a CRL that is
-# current the portal is ready, and it proves nothing with test certificates that have expired.
+# In this order if several are due. After the clock was moved the probe certificates come before the CRLs: a current CRL
+# makes the portal ready, and expired probe certificates would prove nothing.
 JOBS = (
     Job("certificate renewal", 600.0, renew_certificates),
     Job("repair", 2.0, repair_broker),

@@ -25,7 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from broker.acl import Acl
 from broker.files import Projection
-from broker.probe import Canaries, Canary
+from broker.probe import ProbeCertificate, ProbeCertificates
 from broker.session import Session, connect_unix
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
@@ -56,7 +56,7 @@ class Site:
     mosquitto: Mosquitto
     broker: BrokerProvisioning
     acl: Acl
-    canaries: Canaries
+    probe_certificates: ProbeCertificates
     revoked: list[Credentials]
     generation: int = 0
     known: dict[str, Credentials] = field(default_factory=dict)
@@ -205,7 +205,7 @@ def built(style: str) -> Iterator[Site]:
         Mosquitto(settings.broker_dir, port),
         broker,
         Acl(settings.acl_style, settings.topic_prefix),
-        Canaries(Canary(*good.write(folder, "good")), Canary(*bad.write(folder, "bad"))),
+        ProbeCertificates(ProbeCertificate(*good.write(folder, "good")), ProbeCertificate(*bad.write(folder, "bad"))),
         [bad],
     )
     server = pki.issuing.issue("localhost", server_names=["localhost"])
@@ -358,7 +358,7 @@ def test_a_revoked_device_is_silenced_cut_and_refused(site: Site) -> None:
         site.broker.cut_sessions([device_id], soon())
         assert device.cut.wait(SECONDS)
         device.close()
-        result = site.broker.probe(site.canaries, soon())
+        result = site.broker.probe(site.probe_certificates, soon())
         assert (result.revoked_alert, result.good_reason) == (44, 0)
 
         # OpenSSL's and Mosquitto's own clients are refused; neither the will nor anything else was delivered.
@@ -382,7 +382,7 @@ def test_a_revoked_device_stays_out_after_the_broker_is_restarted(site: Site) ->
     assert "SSL alert number 44" in site.s_client(device_id)
     assert site.mosquitto_pub(other_id, f"devices/{other_id}/x").returncode == 0
     assert site.broker.enforce(site.generation, soon()) == site.generation
-    site.broker.probe(site.canaries, soon())
+    site.broker.probe(site.probe_certificates, soon())
 
 
 def test_a_cut_discards_the_session_that_waits_for_the_device(strict: Site) -> None:
@@ -516,22 +516,22 @@ def test_a_broker_with_another_password_file_is_said(strict: Site) -> None:
         other.cut_sessions([str(uuid.uuid4())], soon())
 
 
-def test_the_probe_wants_to_see_both_canaries_treated_as_they_deserve(strict: Site) -> None:
-    one, two = strict.canaries.good, strict.canaries.revoked
-    with pytest.raises(BrokerNotEnforcing, match="lets a revoked certificate in"):
-        strict.broker.probe(Canaries(good=one, revoked=one), soon())
+def test_the_probe_wants_to_see_both_certificates_treated_as_they_deserve(strict: Site) -> None:
+    one, two = strict.probe_certificates.good, strict.probe_certificates.revoked
+    with pytest.raises(BrokerNotEnforcing, match="accepts a revoked certificate"):
+        strict.broker.probe(ProbeCertificates(good=one, revoked=one), soon())
     with pytest.raises(BrokerNotEnforcing, match="refuses a good certificate with TLS alert 44"):
-        strict.broker.probe(Canaries(good=two, revoked=two), soon())
+        strict.broker.probe(ProbeCertificates(good=two, revoked=two), soon())
     stranger = Pki()
-    paths = Canary(*stranger.issuing.issue("x").write(strict.folder, "stranger"))
+    paths = ProbeCertificate(*stranger.issuing.issue("x").write(strict.folder, "stranger"))
     with pytest.raises(BrokerNotEnforcing, match="TLS alert 48"):
-        strict.broker.probe(Canaries(good=one, revoked=paths), soon())
+        strict.broker.probe(ProbeCertificates(good=one, revoked=paths), soon())
 
 
 def test_the_probe_wants_to_see_the_brokers_own_certificate(strict: Site) -> None:
     strict.file("ca.pem").write_bytes(Pki().ca_bundle)
     with pytest.raises(BrokerUnavailable, match="broker's certificate is refused"):
-        strict.broker.probe(strict.canaries, soon())
+        strict.broker.probe(strict.probe_certificates, soon())
 
 
 # --- Files damaged by hand ----------------------------------------------------------------------------------------
@@ -547,7 +547,7 @@ def test_the_broker_does_not_start_on_a_damaged_file_until_it_is_repaired(stoppe
     stopped.broker.install(projection)
     assert stopped.broker.damage() == []
     stopped.mosquitto.start()
-    stopped.broker.probe(stopped.canaries, soon())
+    stopped.broker.probe(stopped.probe_certificates, soon())
 
 
 def test_a_crl_damaged_under_a_running_broker_is_noticed_and_repaired(strict: Site) -> None:
@@ -559,11 +559,11 @@ def test_a_crl_damaged_under_a_running_broker_is_noticed_and_repaired(strict: Si
     assert len(strict.broker.damage()) == 1
     strict.broker.enforce(strict.generation, soon())
     # The broker fails open here; the probe sees it.
-    with pytest.raises(BrokerNotEnforcing, match="lets a revoked certificate in"):
-        strict.broker.probe(strict.canaries, soon())
+    with pytest.raises(BrokerNotEnforcing, match="accepts a revoked certificate"):
+        strict.broker.probe(strict.probe_certificates, soon())
     strict.broker.install(projection)
     strict.broker.enforce(strict.generation, soon(), reload=True)
-    strict.broker.probe(strict.canaries, soon())
+    strict.broker.probe(strict.probe_certificates, soon())
     assert strict.broker.damage() == []
 
 

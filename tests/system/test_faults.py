@@ -379,10 +379,8 @@ class Timed(Faulty):
     def is_well(self) -> bool:
         """As ever, and the jobs have seen that the clock was moved: what they try the broker with is valid now."""
         now = datetime.now(UTC) + self.ahead
-        canaries = [
-            x509.load_pem_x509_certificate(path.read_bytes()) for path in (self.data / "canaries").glob("*.pem")
-        ]
-        current = [one.not_valid_before_utc <= now < one.not_valid_after_utc for one in canaries]
+        probes = [x509.load_pem_x509_certificate(path.read_bytes()) for path in (self.data / "canaries").glob("*.pem")]
+        current = [one.not_valid_before_utc <= now < one.not_valid_after_utc for one in probes]
         return len(current) == 2 and all(current) and super().is_well()
 
     def start_broker(self) -> Mosquitto:

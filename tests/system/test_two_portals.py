@@ -75,7 +75,7 @@ def test_registered_and_revoked_by_two_portals_at_once_all_agree(style: str, dat
         listed = {f"{entry.serial_number:x}".zfill(40) for entry in crl}
         revoked = {device["serial_number"].zfill(40) for device in answered if device["status"] == "revoked"}
         assert revoked <= listed
-        assert len(listed - revoked) == 1  # the canary
+        assert len(listed - revoked) == 1  # the probe certificate
         served = deployment.session.get(f"{deployment.pki_url}/crl/issuing-1.crl", timeout=10).content
         assert x509.load_der_x509_crl(served) == crl
 

@@ -33,11 +33,12 @@ from core.errors import (
 )
 from core.files import replace_file
 from core.roles import Role
+from operations import data_folder
 from operations.backup.backup import Made, back_up
 from operations.backup.file import MANIFEST, Backup
 from operations.backup.restore import Restored, restore
 from operations.backup.revocations import Revocations
-from operations.wiring import Portal, alone, first_token, open_portal, prepare
+from operations.wiring import Portal, first_token, open_portal, prepare
 from pki.pem import pem
 from store import access, database, enrolment, issuers
 from store import copy as store_copy
@@ -324,7 +325,7 @@ def test_no_restore_while_a_portal_is_at_work_and_no_portal_during_a_restore(
     copied(settings, file, clock)
     with opened(settings, clock), pytest.raises(PortalRunning, match="stop it first"):
         put_back(settings, file, clock)
-    with alone(settings), pytest.raises(PortalRunning, match="being restored"):
+    with data_folder.exclusive(settings), pytest.raises(PortalRunning, match="being restored"):
         open_portal(settings, clock)
     put_back(settings, file, clock)
 

@@ -206,7 +206,7 @@ def others_read_the_responder(portal: Portal) -> None:
     portal.responder.certificates.path("issuing-1").chmod(0o644)
 
 
-def the_canary_is_gone(portal: Portal) -> None:
+def the_probe_certificate_is_gone(portal: Portal) -> None:
     (portal.settings.data_dir / "canaries" / "good.pem").unlink()
 
 
@@ -239,7 +239,7 @@ def the_canary_is_gone(portal: Portal) -> None:
         (the_passwords_are_others, "broker files", "is not what the portal wrote"),
         (an_audit_entry_is_altered, "audit record", "Entry 2 was altered"),
         (the_schema_is_another, "database", "has schema 9999"),
-        (the_canary_is_gone, "expiry", "The good canary"),
+        (the_probe_certificate_is_gone, "expiry", "The good probe certificate"),
         (the_responder_is_gone, "OCSP responders", "issuing-1.pem cannot be read"),
         (the_responder_is_the_roots, "OCSP responders", "of CA issuing-1 cannot be used"),
         (others_read_the_responder, "secret files", "issuing-1.pem has mode 644"),
@@ -256,7 +256,7 @@ def test_a_trap_shows_as_its_line(portal: Portal, trap: Callable[[Portal], None]
 # --- OCSP ---------------------------------------------------------------------------------------------------------
 
 
-def asked_about_the_canaries(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> Finding:
+def asked_about_the_two(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> Finding:
     """What is found where the portal answers, without a network between."""
 
     def served(_subject: object, path: str) -> bytes:
@@ -266,20 +266,22 @@ def asked_about_the_canaries(portal: Portal, monkeypatch: pytest.MonkeyPatch) ->
     return examined(portal, "OCSP served")["OCSP served"]
 
 
-def test_ocsp_tells_the_good_canary_from_the_revoked_one(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asked_about_the_canaries(portal, monkeypatch).state is State.OK
+def test_ocsp_tells_the_good_probe_certificate_from_the_revoked_one(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert asked_about_the_two(portal, monkeypatch).state is State.OK
     folder = portal.settings.data_dir / "canaries"
     (folder / "revoked.pem").write_bytes((folder / "good.pem").read_bytes())
-    finding = asked_about_the_canaries(portal, monkeypatch)
+    finding = asked_about_the_two(portal, monkeypatch)
     assert finding.state is State.PROBLEM
-    assert "Asked about the revoked canary, it says good, not revoked." in finding.detail
+    assert "Asked about the revoked probe certificate, it says good, not revoked." in finding.detail
 
 
 def test_ocsp_that_has_no_answer_or_none_of_ours_is_a_problem(
     portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     portal.responder.certificates.path("issuing-1").unlink()
-    assert "it answers try_later" in asked_about_the_canaries(portal, monkeypatch).detail
+    assert "it answers try_later" in asked_about_the_two(portal, monkeypatch).detail
     monkeypatch.setattr(ocsp, "served", lambda *_: b"")
     assert "it gives no OCSP answer" in examined(portal, "OCSP served")["OCSP served"].detail
 

@@ -53,9 +53,9 @@ def signer_of(path: Path) -> str:
 
 def own_files(portal: Portal) -> list[Path]:
     settings = portal.settings
-    canaries = settings.data_dir / "canaries"
-    return [settings.tls_dir / "server.pem", settings.broker_file("server.pem"), canaries / "good.pem",
-            canaries / "revoked.pem"]  # fmt: skip
+    probes = settings.data_dir / "canaries"
+    return [settings.tls_dir / "server.pem", settings.broker_file("server.pem"), probes / "good.pem",
+            probes / "revoked.pem"]  # fmt: skip
 
 
 def trusted(path: Path) -> int:

@@ -92,7 +92,7 @@ def test_a_clock_that_goes_back_an_hour_leaves_no_crl_that_is_not_yet_valid(port
     assert crl.last_update_utc <= clock()
 
 
-def test_server_certificates_and_canaries_renew_themselves(portal: Portal, clock: Clock) -> None:
+def test_server_and_probe_certificates_renew_themselves(portal: Portal, clock: Clock) -> None:
     paths = [
         portal.settings.tls_dir / "server.pem",
         portal.settings.broker_file("server.pem"),

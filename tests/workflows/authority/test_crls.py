@@ -27,7 +27,7 @@ _SERIALS = itertools.count(0xC0FFEE0000)
 
 
 def add_certificate(tx: Connection, issuer_id: int, *, days: int = 30, reason: str | None = None) -> str:
-    """A canary's certificate, revoked where a reason is given; returns its serial number."""
+    """A probe certificate, revoked if a reason is given; returns its serial number."""
     serial_number = f"{next(_SERIALS):x}"
     db.add_certificate(
         tx, tenant_id="default", issuer_id=issuer_id, purpose="canary", serial_number=serial_number,
@@ -53,7 +53,7 @@ class Process:
         self.entries = RevokedEntries()
 
     def sign(self, now: datetime = NOW) -> dict[str, x509.RevokedCertificate]:
-        """Sign the issuing CA's next CRL; returns its entries, but for the revoked canary's of the portal."""
+        """Sign the issuing CA's next CRL; returns its entries, except the portal's revoked probe certificate."""
         issuing = self.portal.authority.issuing
         with self.portal.database.transaction() as tx:
             head = revocations.get_crl_head(tx, issuing.id)

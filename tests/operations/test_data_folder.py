@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from config import Settings
-from operations.wiring import make_folders
+from operations.data_folder import make_folders
 
 
 def test_processes_that_start_at_once_do_not_take_away_what_the_others_try_the_disk_with(tmp_path: Path) -> None:
