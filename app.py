@@ -15,61 +15,45 @@ from flask import Flask, Response, current_app, g, request
 
 from config import Settings
 from core import errors, logs, metrics
-from core.errors import PortalError, StartupError
+from core.errors import StartupError
 from operations.commands import commands
 from operations.jobs import jobs
 from operations.wiring import Portal, open_portal, utc_now
-from web.api import problems, routing
-from web.api.bulk import bulk
-from web.api.devices import devices
+from web.api import (
+    bulk,
+    devices,
+    downloads,
+    enrolment,
+    est,
+    lifecycle,
+    openapi,
+    operation,
+    pki,
+    problems,
+    routing,
+    tokens,
+    webhooks,
+)
 from web.api.direct import DirectAnswers
-from web.api.downloads import downloads
-from web.api.enrolment import enrolment, manufacturers
-from web.api.est import est
-from web.api.lifecycle import lifecycle
-from web.api.openapi import description_of
-from web.api.operation import operation
-from web.api.pki import pki
 from web.api.routing import Call, Route
-from web.api.tokens import tokens
-from web.api.webhooks import webhooks
 from web.serving import serve
 
 log = logging.getLogger("portal.request")
 
-GROUPS = (
-    devices,
-    bulk,
-    lifecycle,
-    downloads,
-    pki,
-    enrolment,
-    manufacturers,
-    est,
-    tokens,
-    webhooks,
-    operation,
+_DESCRIBED: tuple[Route, ...] = (
+    *devices.ROUTES,
+    *bulk.ROUTES,
+    *lifecycle.ROUTES,
+    *downloads.ROUTES,
+    *pki.ROUTES,
+    *enrolment.ROUTES,
+    *est.ROUTES,
+    *tokens.ROUTES,
+    *webhooks.ROUTES,
+    *operation.ROUTES,
 )
-ROUTES: tuple[Route, ...] = tuple(route for group in GROUPS for route in group.routes)
-ROUTES += tuple(description_of(ROUTES).routes)
+ROUTES = (*_DESCRIBED, *openapi.description_of(_DESCRIBED))
 _ROUTE_OF = {route.name: route for route in ROUTES}
-
-# The nearest class in an error's ancestry decides.
-STATUS_OF: dict[type[PortalError], int] = {
-    errors.RequestMalformed: 400,
-    errors.Unauthenticated: 401,
-    errors.Forbidden: 403,
-    errors.NotFound: 404,
-    errors.BodyTooSlow: 408,
-    errors.Conflict: 409,
-    errors.Gone: 410,
-    errors.BodyTooLarge: 413,
-    errors.MediaTypeUnsupported: 415,
-    errors.InputInvalid: 422,
-    errors.TooManyAttempts: 429,
-    errors.Unavailable: 503,
-    PortalError: 500,
-}
 
 
 def create_app(
@@ -145,7 +129,7 @@ def _begin() -> None:
     g.actor = g.route = None
     if request.environ.get("portal.listener") == "pki":
         adapter = current_app.create_url_adapter(request)
-        if adapter is None or not routing.is_for_anyone_in_the_clear(adapter, _ROUTE_OF):
+        if adapter is None or not routing.is_on_pki_listener(adapter, _ROUTE_OF):
             raise errors.NotFound(
                 "Only CRLs, OCSP and CA certificates are served here; use the portal's HTTPS address."
             )
@@ -157,18 +141,16 @@ def _view(route: Route) -> Callable[..., Response]:
         portal = portal_of(current_app)
         g.actor = routing.actor_of(portal, route, request, g.request_id)
         routing.check_permission(portal, route, g.actor)
+        arguments = routing.read_arguments(route, request, path)
         call = Call(
             portal=portal,
             actor=g.actor,
             method=request.method,
-            path=routing.read_path(path),
             headers=request.headers,  # case-insensitive
-            body=routing.read_body(route, request),
-            query=routing.read_query(route, request),
             idempotency_key=routing.read_idempotency_key(route, request),
             environ=request.environ,
         )
-        return routing.response_of(route.handler(call))
+        return routing.response_of(route.handler(call, **arguments))
 
     return view
 
@@ -201,7 +183,7 @@ def _ended(
 
 
 def _failed(error: Exception) -> Response:
-    problem, headers = problems.of_error(error, STATUS_OF, request_id=g.request_id, path=request.path)
+    problem, headers = problems.of_error(error, request_id=g.request_id, path=request.path)
     metrics.refused(problem.code)
     if problem.status == 500:
         log.error("failed", exc_info=error, extra={"request_id": g.request_id})

@@ -14,14 +14,13 @@ from pydantic_core import from_json
 
 from core.errors import BodyTooLarge, BodyTooSlow, FieldProblem, InputInvalid, PortalError, RowMalformed, TooManyRows
 from core.roles import Permission
-from web.api.devices import RegisterRequest
+from web.api.devices import RegisterRequest, registration_of
 from web.api.fields import DeviceId, Fingerprint, Hex, Output, Timestamp
 from web.api.problems import FieldErrorModel
-from web.api.routing import Answers, Call, Reply, Routes, input_invalid
+from web.api.routing import Answers, Call, Reply, Route, RowBody, input_invalid, tagged
 from workflows.bulk.rows import CsvRows, NdjsonRows, Row, Rows
 from workflows.bulk.terms import Candidate, RowFailed
 from workflows.bulk.upload import Answer
-from workflows.terms import Registration
 
 
 class RowAnswer(Output):
@@ -165,24 +164,7 @@ def candidate_of(row: Row) -> Candidate:
         if any(found["type"] == "json_invalid" for found in error.errors(include_input=False, include_url=False)):
             problem = RowMalformed("The row is not JSON in UTF-8.")
         return Candidate(row.number, None, problem, _external_id(row.content))
-    return Candidate(row.number, _registration(wanted), external_id=wanted.external_id)
-
-
-def _registration(wanted: RegisterRequest) -> Registration:
-    return Registration(
-        name=wanted.name,
-        type=wanted.type,
-        location=wanted.location,
-        firmware=wanted.firmware,
-        metadata=wanted.metadata,
-        csr=wanted.csr,
-        key_type=wanted.key_type,
-        validity_days=wanted.validity_days,
-        topics=None if wanted.topics is None else [(topic.filter, topic.access) for topic in wanted.topics],
-        bundle_password=wanted.bundle_password,
-        bundle_format=wanted.bundle_format,
-        external_id=wanted.external_id,
-    )
+    return Candidate(row.number, registration_of(wanted), external_id=wanted.external_id)
 
 
 def _json_of(cells: Mapping[str, str]) -> str:
@@ -216,25 +198,10 @@ def _external_id(content: bytes | Mapping[str, str]) -> str | None:
     return found if isinstance(found, str) and len(found) <= 128 and found.isprintable() else None
 
 
-bulk = Routes("Devices")
-
 _FIELDS = ("device_id", "fingerprint", "serial_number", "expires_at", "external_id", "download_url",
            "download_expires_at", "bundle_password", "certificate", "chain")  # fmt: skip
 
 
-@bulk.route(
-    "POST",
-    "/register/bulk",
-    permission=Permission.CHANGE,
-    rows=RegisterRequest,
-    row_types=(NDJSON, CSV),
-    answers=Answers(
-        RowAnswer,
-        media_type=NDJSON,
-        description="An answer for each row, in their order, a line each, as soon as what it says is durable",
-    ),
-    errors=(503,),
-)
 def register_bulk(call: Call) -> Reply:
     """Register a device for each row of NDJSON or CSV."""
     portal = call.portal
@@ -287,3 +254,21 @@ def line_of(answer: Answer) -> bytes:
         if answer.repeated:
             values["repeated"] = True
     return json.dumps(values, separators=(",", ":")).encode() + b"\n"
+
+
+ROUTES = tagged(
+    "Devices",
+    Route(
+        "POST",
+        "/register/bulk",
+        register_bulk,
+        Permission.CHANGE,
+        Answers(
+            RowAnswer,
+            media_type=NDJSON,
+            description="An answer for each row, in their order, a line each, as soon as what it says is durable",
+        ),
+        errors=(503,),
+        rows=RowBody(RegisterRequest, (NDJSON, CSV)),
+    ),
+)

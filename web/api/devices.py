@@ -34,7 +34,7 @@ from web.api.fields import (
     Timestamp,
     WholeNumber,
 )
-from web.api.routing import Answers, Call, Reply, Routes
+from web.api.routing import Answers, Call, Reply, Route, tagged
 from workflows.devices import DeviceDetails
 from workflows.terms import Registration
 
@@ -47,6 +47,17 @@ class TopicModel(Input):
 
 
 Topics = Annotated[list[TopicModel], Field(min_length=1, max_length=32)]
+
+
+class PendingRequest(Input):
+    """A device to be known, which enrols by itself later."""
+
+    name: Name
+    type: ShortText
+    location: Place
+    firmware: ShortText
+    metadata: Metadata = Field(default_factory=dict)
+    topics: Topics | None = None
 
 
 class RegisterRequest(Input):
@@ -178,38 +189,16 @@ class DeviceQuery(Input):
     cursor: Cursor | None = None
 
 
-devices = Routes("Devices")
-
-
-@devices.route(
-    "POST",
-    "/register",
-    permission=Permission.CHANGE,
-    body=RegisterRequest,
-    answers=Answers(
-        RegisterAnswer,
-        status=201,
-        description="The device is registered, durably",
-        headers={"Location": "The device's path"},
-    ),
-    errors=(409, 503),
-    idempotency_key=True,
-)
-def register(call: Call) -> Reply:
+def register(call: Call, body: RegisterRequest) -> Reply:
     """Register a device and make its credentials, or sign its CSR."""
-    wanted: RegisterRequest = call.body
-    fields = wanted.model_dump(exclude={"topics"})
-    registration = Registration(**fields, topics=_pairs(wanted.topics))
-    registered = call.portal.onboarding.register(call.actor, registration, call.idempotency_key)
+    registered = call.portal.onboarding.register(call.actor, registration_of(body), call.idempotency_key)
     location = {"Location": f"/devices/{registered.device_id}"}
     answer = RegisterAnswer.model_validate(registered, from_attributes=True)
     return Reply(answer, status=201, headers=location, omit_none=True)
 
 
-@devices.route("GET", "/devices", permission=Permission.READ, query=DeviceQuery, answers=Answers(DevicePage))
-def list_devices(call: Call) -> Reply:
+def list_devices(call: Call, query: DeviceQuery) -> Reply:
     """List devices, newest first; with `expires_before` those that end soonest first."""
-    query: DeviceQuery = call.query
     wanted = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}))
     page = call.portal.inventory.devices(call.actor.tenant_id, wanted, limit=query.limit, cursor=query.cursor)
     summaries = [
@@ -219,41 +208,28 @@ def list_devices(call: Call) -> Reply:
     return Reply(DevicePage(devices=summaries, next_cursor=page.cursor))
 
 
-@devices.route("GET", "/devices/{device_id}", permission=Permission.READ, answers=Answers(DeviceModel), errors=(404,))
-def show_device(call: Call) -> Reply:
+def show_device(call: Call, device_id: str) -> Reply:
     """Show a device with its current certificate, its topics and its broker state."""
-    return Reply(_device_model(call, call.portal.inventory.device(call.actor.tenant_id, call.path["device_id"])))
+    return Reply(_device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id)))
 
 
-@devices.route(
-    "PATCH",
-    "/devices/{device_id}",
-    permission=Permission.CHANGE,
-    body=PatchRequest,
-    answers=Answers(DeviceModel),
-    errors=(404, 409),
-)
-def update_device(call: Call) -> Reply:
+def update_device(call: Call, device_id: str, body: PatchRequest) -> Reply:
     """Change what is known of a device, or its topics."""
-    wanted: PatchRequest = call.body
-    device_id = call.path["device_id"]
-    values = wanted.model_dump(exclude_unset=True, exclude={"topics"})
-    topics = {"topics": _pairs(wanted.topics)} if "topics" in wanted.model_fields_set else {}
+    values = body.model_dump(exclude_unset=True, exclude={"topics"})
+    topics = {"topics": _pairs(body.topics)} if "topics" in body.model_fields_set else {}
     call.portal.onboarding.update(call.actor, device_id, values, **topics)
     return Reply(_device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id)))
 
 
-@devices.route(
-    "GET",
-    "/devices/{device_id}/certificates",
-    permission=Permission.READ,
-    answers=Answers(CertificateList),
-    errors=(404,),
-)
-def list_certificates(call: Call) -> Reply:
+def list_certificates(call: Call, device_id: str) -> Reply:
     """List every certificate a device has had, newest first."""
-    records = call.portal.inventory.certificates(call.actor.tenant_id, call.path["device_id"])
+    records = call.portal.inventory.certificates(call.actor.tenant_id, device_id)
     return Reply(CertificateList(certificates=[_certificate_model(record) for record in records]))
+
+
+def registration_of(body: PendingRequest | RegisterRequest) -> Registration:
+    """Return a device to register, or one that enrols by itself later, as the use cases take it."""
+    return Registration(**body.model_dump(exclude={"topics"}), topics=_pairs(body.topics))
 
 
 def _pairs(topics: list[TopicModel] | None) -> list[tuple[str, str]] | None:
@@ -291,3 +267,33 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
 def _certificate_model(record: CertificateRecord) -> CertificateModel:
     fields = {name: getattr(record, name) for name in CertificateModel.model_fields if name != "certificate"}
     return CertificateModel(**fields, certificate=ssl.DER_cert_to_PEM_cert(record.der))
+
+
+ROUTES = tagged(
+    "Devices",
+    Route(
+        "POST",
+        "/register",
+        register,
+        Permission.CHANGE,
+        Answers(
+            RegisterAnswer,
+            status=201,
+            description="The device is registered, durably",
+            headers={"Location": "The device's path"},
+        ),
+        errors=(409, 503),
+        idempotency_key=True,
+    ),
+    Route("GET", "/devices", list_devices, Permission.READ, Answers(DevicePage)),
+    Route("GET", "/devices/{device_id}", show_device, Permission.READ, Answers(DeviceModel), errors=(404,)),
+    Route("PATCH", "/devices/{device_id}", update_device, Permission.CHANGE, Answers(DeviceModel), errors=(404, 409)),
+    Route(
+        "GET",
+        "/devices/{device_id}/certificates",
+        list_certificates,
+        Permission.READ,
+        Answers(CertificateList),
+        errors=(404,),
+    ),
+)

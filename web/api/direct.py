@@ -59,7 +59,7 @@ class DirectAnswers:
         route, parts = found
         body = None
         if route.octets is not None:
-            body = _read(environ, route.octets.media_type, route.octets.most)
+            body = _read(environ, route.octets.media_type, route.octets.max_bytes)
             if body is None:
                 return self._framework(environ, start_response)
         elif "CONTENT_TYPE" in environ or environ.get("CONTENT_LENGTH", "0") != "0":
@@ -68,7 +68,8 @@ class DirectAnswers:
             portal, request_id = self._portal(), secrets.token_hex(8)
             actor = Actor(portal.tenant_id, "anyone", "none", request_id, environ.get("REMOTE_ADDR", ""))
             headers = EnvironHeaders(environ)
-            reply = route.handler(Call(portal, actor, method, parts, headers, body, environ=environ))
+            arguments = parts if body is None else {**parts, "body": body}
+            reply = route.handler(Call(portal, actor, method, headers, environ), **arguments)
         except PortalError:
             if body is not None:
                 environ["wsgi.input"] = BytesIO(body)

@@ -6,35 +6,21 @@ from collections.abc import Callable, Iterator
 
 from core.errors import Gone, LinkUnknown, PortalError
 from delivery.formats import BundleFormat
-from web.api.routing import Answers, Call, Reply, Routes
+from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
 from web.transport import HasDescriptor, client_is_gone
-
-downloads = Routes("Download")
 
 HELD_BACK = 256  # bytes: the end of the archive's directory is among them, or of the MAC
 
 
-@downloads.route(
-    "GET",
-    "/download/{token}",
-    permission=None,
-    answers=Answers(
-        media_type=BundleFormat.ZIP.media_type,
-        other_media_types=(BundleFormat.P12.media_type,),
-        description="The bundle; the link is used up",
-    ),
-    errors=(404, 409, 410, 429, 503),
-    head_summary="Look at a link and spend nothing",
-)
-def download(call: Call) -> Reply:
+def download(call: Call, token: str) -> Reply:
     """Fetch a bundle, once. HEAD spends nothing."""
     try:
         if call.method == "HEAD":
-            record = call.portal.deliveries.check_download(call.path["token"])
+            record = call.portal.deliveries.check_download(token)
             bundle_format = BundleFormat(record.format)
             headers = _headers(record.device_id, bundle_format, record.length)
             return Reply(content=b"", media_type=bundle_format.media_type, headers=headers)
-        bundle = call.portal.deliveries.claim_download(call.actor, call.path["token"])
+        bundle = call.portal.deliveries.claim_download(call.actor, token)
     except LinkUnknown as error:
         call.portal.operators.login_failed(call.actor, "bundle:fetch", "link", error.code)
         raise
@@ -108,3 +94,21 @@ class _Sending(Iterator[bytes]):
         when_done, self._when_done = self._when_done, None
         if when_done is not None:
             when_done(self._sent)
+
+
+ROUTES = tagged(
+    "Download",
+    Route(
+        "GET",
+        "/download/{token}",
+        download,
+        ANYONE,
+        Answers(
+            media_type=BundleFormat.ZIP.media_type,
+            other_media_types=(BundleFormat.P12.media_type,),
+            description="The bundle; the link is used up",
+        ),
+        errors=(404, 409, 410, 429, 503),
+        head_summary="Look at a link and spend nothing",
+    ),
+)

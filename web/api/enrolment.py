@@ -11,13 +11,12 @@ from pydantic import Field, model_validator
 from core.roles import Permission
 from store.enrolment import EnrolmentTokenRecord, Terms
 from store.manufacturers import ManufacturerRecord
-from web.api.devices import Topics
+from web.api.devices import PendingRequest, registration_of
 from web.api.fields import (
     DeviceId,
     Fingerprint,
     Input,
     KeyTypeName,
-    Metadata,
     Name,
     Output,
     Place,
@@ -26,24 +25,12 @@ from web.api.fields import (
     Timestamp,
     WholeNumber,
 )
-from web.api.routing import Answers, Call, Reply, Routes
-from workflows.terms import Registration
+from web.api.routing import Answers, Call, Reply, Route, tagged
 
 Approval = Literal["at_once", "operator"]
 KeyTypes = Annotated[list[KeyTypeName], Field(min_length=1, max_length=5)]
 Days = Annotated[int, Field(ge=1, le=36500), WholeNumber]
 Pem = Annotated[str, Field(max_length=16384, description="One certificate in PEM")]
-
-
-class PendingRequest(Input):
-    """A device to be known, which enrols by itself later."""
-
-    name: Name
-    type: ShortText
-    location: Place
-    firmware: ShortText
-    metadata: Metadata = Field(default_factory=dict)
-    topics: Topics | None = None
 
 
 class DecisionAnswer(Output):
@@ -197,38 +184,16 @@ class ManufacturerList(Output):
     manufacturers: list[ManufacturerModel]
 
 
-enrolment = Routes("Enrolment")
-
-
-@enrolment.route(
-    "POST",
-    "/devices",
-    permission=Permission.CHANGE,
-    body=PendingRequest,
-    answers=Answers(
-        DecisionAnswer, status=201, description="The device is pending", headers={"Location": "The device's path"}
-    ),
-)
-def expect_device(call: Call) -> Reply:
+def expect_device(call: Call, body: PendingRequest) -> Reply:
     """Make a device known that enrols by itself later."""
-    wanted: PendingRequest = call.body
-    topics = None if wanted.topics is None else [(topic.filter, topic.access) for topic in wanted.topics]
-    registration = Registration(**wanted.model_dump(exclude={"topics"}), topics=topics)
-    device_id = call.portal.approvals.expect(call.actor, registration)
+    device_id = call.portal.approvals.expect(call.actor, registration_of(body))
     headers = {"Location": f"/devices/{device_id}"}
     return Reply(DecisionAnswer(device_id=device_id, status="pending"), status=201, headers=headers)
 
 
-@enrolment.route(
-    "GET",
-    "/devices/{device_id}/enrolment",
-    permission=Permission.READ,
-    answers=Answers(EnrolmentModel),
-    errors=(404,),
-)
-def show_enrolment(call: Call) -> Reply:
+def show_enrolment(call: Call, device_id: str) -> Reply:
     """Show what a device has asked for last, with the fingerprint of its key."""
-    record, again = call.portal.approvals.request_of(call.actor.tenant_id, call.path["device_id"])
+    record, again = call.portal.approvals.request_of(call.actor.tenant_id, device_id)
     return Reply(
         EnrolmentModel(
             device_id=record.device_id,
@@ -241,7 +206,6 @@ def show_enrolment(call: Call) -> Reply:
     )
 
 
-@enrolment.route("GET", "/enrolments", permission=Permission.READ, answers=Answers(AskingList))
 def list_enrolments(call: Call) -> Reply:
     """List the devices that wait for an operator, who has waited longest first."""
     found = call.portal.approvals.asking(call.actor.tenant_id)
@@ -250,82 +214,43 @@ def list_enrolments(call: Call) -> Reply:
     return Reply(AskingList(enrolments=[AskingModel(**row, enrolment_token_id=token) for row, token in rows]))
 
 
-@enrolment.route(
-    "POST",
-    "/devices/{device_id}/approve",
-    permission=Permission.CHANGE,
-    body=ApproveRequest,
-    body_optional=True,
-    answers=Answers(DecisionAnswer, description="The device gets its certificate when it asks again"),
-    errors=(404, 409),
-)
-def approve(call: Call) -> Reply:
+def approve(call: Call, device_id: str, body: ApproveRequest) -> Reply:
     """Let a device in that has asked; a repeat answers the same."""
-    wanted: ApproveRequest = call.body
-    status = call.portal.approvals.approve(call.actor, call.path["device_id"], wanted.key_fingerprint)
-    return Reply(DecisionAnswer(device_id=call.path["device_id"], status=status))
+    status = call.portal.approvals.approve(call.actor, device_id, body.key_fingerprint)
+    return Reply(DecisionAnswer(device_id=device_id, status=status))
 
 
-@enrolment.route(
-    "POST",
-    "/devices/{device_id}/reject",
-    permission=Permission.CHANGE,
-    answers=Answers(DecisionAnswer, description="The device, or the other key of one that is in, is out for good"),
-    errors=(404, 409),
-)
-def reject(call: Call) -> Reply:
+def reject(call: Call, device_id: str) -> Reply:
     """Put a pending device out for good, or refuse a device that is in another key; a repeat answers the same."""
-    status = call.portal.approvals.reject(call.actor, call.path["device_id"])
-    return Reply(DecisionAnswer(device_id=call.path["device_id"], status=status))
+    status = call.portal.approvals.reject(call.actor, device_id)
+    return Reply(DecisionAnswer(device_id=device_id, status=status))
 
 
 # --- Tokens -------------------------------------------------------------------------------------------------------
 
 
-@enrolment.route(
-    "GET",
-    "/enrolment-tokens",
-    permission=Permission.READ,
-    answers=Answers(EnrolmentTokenList),
-)
 def list_enrolment_tokens(call: Call) -> Reply:
     """List enrolment tokens, newest first, without their secrets."""
     records = call.portal.enrolment_tokens.tokens(call.actor.tenant_id)
     return Reply(EnrolmentTokenList(enrolment_tokens=[EnrolmentTokenModel(**_fields(record)) for record in records]))
 
 
-@enrolment.route(
-    "POST",
-    "/enrolment-tokens",
-    permission=Permission.CHANGE,
-    body=EnrolmentTokenRequest,
-    answers=Answers(NewEnrolmentTokenModel, status=201, description="The token, with its secret, shown this once"),
-    errors=(404, 409),
-)
-def create_enrolment_token(call: Call) -> Reply:
+def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> Reply:
     """Make a token with which devices enrol; its secret is in this answer and nowhere else."""
-    wanted: EnrolmentTokenRequest = call.body
     secret, record = call.portal.enrolment_tokens.create(
         call.actor,
-        wanted.name,
-        terms_of(wanted),
-        device_id=wanted.device_id,
-        count=wanted.count,
-        life=timedelta(hours=wanted.expires_in_hours),
+        body.name,
+        terms_of(body),
+        device_id=body.device_id,
+        count=body.count,
+        life=timedelta(hours=body.expires_in_hours),
     )
     return Reply(NewEnrolmentTokenModel(**_fields(record), token=secret), status=201)
 
 
-@enrolment.route(
-    "DELETE",
-    "/enrolment-tokens/{enrolment_token_id}",
-    permission=Permission.CHANGE,
-    answers=Answers(EnrolmentTokenModel, description="The token is revoked, at once; a repeat answers the same"),
-    errors=(404,),
-)
-def revoke_enrolment_token(call: Call) -> Reply:
+def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> Reply:
     """Revoke an enrolment token; devices that have enrolled by it stay."""
-    record = call.portal.enrolment_tokens.revoke(call.actor, call.path["enrolment_token_id"])
+    record = call.portal.enrolment_tokens.revoke(call.actor, enrolment_token_id)
     return Reply(EnrolmentTokenModel(**_fields(record)))
 
 
@@ -346,70 +271,34 @@ def _fields(record: EnrolmentTokenRecord) -> dict[str, object]:
     return fields | {"enrolment_token_id": record.id, "count": record.uses_allowed} | terms_fields(record.terms)
 
 
-manufacturers = Routes("Manufacturers")
-
-
-@manufacturers.route("GET", "/manufacturers", permission=Permission.READ, answers=Answers(ManufacturerList))
 def list_manufacturers(call: Call) -> Reply:
     """List manufacturers, newest first."""
     records = call.portal.manufacturers.manufacturers(call.actor.tenant_id)
     return Reply(ManufacturerList(manufacturers=[_model(record) for record in records]))
 
 
-@manufacturers.route(
-    "POST",
-    "/manufacturers",
-    permission=Permission.TOKENS,
-    body=ManufacturerRequest,
-    answers=Answers(ManufacturerModel, status=201, description="The CA is taken down; it counts once it is proven"),
-    errors=(409,),
-)
-def add_manufacturer(call: Call) -> Reply:
+def add_manufacturer(call: Call, body: ManufacturerRequest) -> Reply:
     """Add a manufacturer's CA; it counts for nothing before its proof."""
-    wanted: ManufacturerRequest = call.body
-    record = call.portal.manufacturers.add(call.actor, wanted.name, wanted.certificate, terms_of(wanted))
+    record = call.portal.manufacturers.add(call.actor, body.name, body.certificate, terms_of(body))
     return Reply(_model(record), status=201)
 
 
-@manufacturers.route(
-    "GET",
-    "/manufacturers/{manufacturer_id}",
-    permission=Permission.READ,
-    answers=Answers(ManufacturerModel),
-    errors=(404,),
-)
-def show_manufacturer(call: Call) -> Reply:
+def show_manufacturer(call: Call, manufacturer_id: str) -> Reply:
     """Show a manufacturer, with the nonce to be signed while it is unproven."""
-    return Reply(_model(call.portal.manufacturers.manufacturer(call.actor.tenant_id, call.path["manufacturer_id"])))
+    return Reply(_model(call.portal.manufacturers.manufacturer(call.actor.tenant_id, manufacturer_id)))
 
 
-@manufacturers.route(
-    "POST",
-    "/manufacturers/{manufacturer_id}/proof",
-    permission=Permission.TOKENS,
-    body=ProofRequest,
-    answers=Answers(ManufacturerModel, description="The manufacturer is registered; a repeat answers the same"),
-    errors=(404, 409),
-)
-def prove_manufacturer(call: Call) -> Reply:
+def prove_manufacturer(call: Call, manufacturer_id: str, body: ProofRequest) -> Reply:
     """Show that somebody has the CA's key, and so register it."""
-    wanted: ProofRequest = call.body
     record = call.portal.manufacturers.prove(
-        call.actor, call.path["manufacturer_id"], certificate=wanted.certificate, signature=wanted.signature
+        call.actor, manufacturer_id, certificate=body.certificate, signature=body.signature
     )
     return Reply(_model(record))
 
 
-@manufacturers.route(
-    "DELETE",
-    "/manufacturers/{manufacturer_id}",
-    permission=Permission.TOKENS,
-    answers=Answers(ManufacturerModel, description="The CA lets nobody in any more; a repeat answers the same"),
-    errors=(404,),
-)
-def remove_manufacturer(call: Call) -> Reply:
+def remove_manufacturer(call: Call, manufacturer_id: str) -> Reply:
     """Let nobody in by this CA any more; devices that have enrolled by it stay."""
-    return Reply(_model(call.portal.manufacturers.remove(call.actor, call.path["manufacturer_id"])))
+    return Reply(_model(call.portal.manufacturers.remove(call.actor, manufacturer_id)))
 
 
 def _model(record: ManufacturerRecord) -> ManufacturerModel:
@@ -423,3 +312,93 @@ def _model(record: ManufacturerRecord) -> ManufacturerModel:
         nonce_expires_at=record.nonce_expires_at if unproven else None,
         certificate=ssl.DER_cert_to_PEM_cert(record.der),
     )
+
+
+ROUTES = tagged(
+    "Enrolment",
+    Route(
+        "POST",
+        "/devices",
+        expect_device,
+        Permission.CHANGE,
+        Answers(
+            DecisionAnswer, status=201, description="The device is pending", headers={"Location": "The device's path"}
+        ),
+    ),
+    Route(
+        "GET", "/devices/{device_id}/enrolment", show_enrolment, Permission.READ, Answers(EnrolmentModel), errors=(404,)
+    ),
+    Route("GET", "/enrolments", list_enrolments, Permission.READ, Answers(AskingList)),
+    Route(
+        "POST",
+        "/devices/{device_id}/approve",
+        approve,
+        Permission.CHANGE,
+        Answers(DecisionAnswer, description="The device gets its certificate when it asks again"),
+        body_optional=True,
+        errors=(404, 409),
+    ),
+    Route(
+        "POST",
+        "/devices/{device_id}/reject",
+        reject,
+        Permission.CHANGE,
+        Answers(DecisionAnswer, description="The device, or the other key of one that is in, is out for good"),
+        errors=(404, 409),
+    ),
+    Route("GET", "/enrolment-tokens", list_enrolment_tokens, Permission.READ, Answers(EnrolmentTokenList)),
+    Route(
+        "POST",
+        "/enrolment-tokens",
+        create_enrolment_token,
+        Permission.CHANGE,
+        Answers(NewEnrolmentTokenModel, status=201, description="The token, with its secret, shown this once"),
+        errors=(404, 409),
+    ),
+    Route(
+        "DELETE",
+        "/enrolment-tokens/{enrolment_token_id}",
+        revoke_enrolment_token,
+        Permission.CHANGE,
+        Answers(EnrolmentTokenModel, description="The token is revoked, at once; a repeat answers the same"),
+        errors=(404,),
+    ),
+)
+
+
+ROUTES += tagged(
+    "Manufacturers",
+    Route("GET", "/manufacturers", list_manufacturers, Permission.READ, Answers(ManufacturerList)),
+    Route(
+        "POST",
+        "/manufacturers",
+        add_manufacturer,
+        Permission.TOKENS,
+        Answers(ManufacturerModel, status=201, description="The CA is taken down; it counts once it is proven"),
+        errors=(409,),
+    ),
+    Route(
+        "GET",
+        "/manufacturers/{manufacturer_id}",
+        show_manufacturer,
+        Permission.READ,
+        Answers(ManufacturerModel),
+        errors=(404,),
+    ),
+    Route(
+        "POST",
+        "/manufacturers/{manufacturer_id}/proof",
+        prove_manufacturer,
+        Permission.TOKENS,
+        Answers(ManufacturerModel, description="The manufacturer is registered; a repeat answers the same"),
+        errors=(404, 409),
+    ),
+    Route(
+        "DELETE",
+        "/manufacturers/{manufacturer_id}",
+        remove_manufacturer,
+        Permission.TOKENS,
+        Answers(ManufacturerModel, description="The CA lets nobody in any more; a repeat answers the same"),
+        errors=(404,),
+    ),
+)

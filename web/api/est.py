@@ -9,7 +9,6 @@ import functools
 import hashlib
 import secrets
 import ssl
-from collections.abc import Callable
 
 from config import KEY_TYPES
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
@@ -18,49 +17,26 @@ from pki import est as pki_est
 from pki.est import EnrolmentRequest
 from store.enrolment import EnrolmentTokenRecord
 from web.api.client_certificate import presented
-from web.api.routing import Answers, Call, Octets, Reply, Routes
+from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, tagged
 from workflows.audit import Actor
 from workflows.credentials import Wanted
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
 from workflows.enrolment.means import Enrolled, Waiting, by_manufacturer, by_token
 from workflows.renewal import Renewal
 
-est = Routes("Enrolment by devices (EST)")
-
 PKCS7 = "application/pkcs7-mime; smime-type=certs-only"
-CSR_ATTRIBUTES = "application/csrattrs"
-_PKCS8 = "application/pkcs8"
-
-_RETRY = {"Retry-After": "Seconds after which to ask again, with the same key"}
-WAITING = Answers(media_type="text/plain", status=202, description="An operator has yet to decide", headers=_RETRY)
-
+PKCS8 = "application/pkcs8"
 PKCS10 = "application/pkcs10"
-MOST_BYTES = 32 * 1024
-ERRORS = (401, 403, 404, 409, 429, 503)
-
-
-def under_both_paths(
-    method: str, operation: str, **options: object
-) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
-    """Declare a handler under the plain path, and under that with a label (RFC 7030 section 3.2.2)."""
-
-    def declare(handler: Callable[[Call], Reply]) -> Callable[[Call], Reply]:
-        @functools.wraps(handler)
-        def labelled(call: Call) -> Reply:
-            check_label(call)
-            return handler(call)
-
-        labelled.__name__ = f"{handler.__name__}_labelled"
-        est.route(method, f"/.well-known/est/{operation}", permission=None, **options)(handler)  # type: ignore[arg-type]
-        est.route(method, f"/.well-known/est/{{label}}/{operation}", permission=None, **options)(labelled)  # type: ignore[arg-type]
-        return handler
-
-    return declare
-
-
-@under_both_paths(
-    "GET", "cacerts", answers=Answers(media_type=PKCS7, description="Issuing CAs and root"), errors=(404,)
+CSR_ATTRIBUTES = "application/csrattrs"
+CSR = Octets(PKCS10, max_bytes=32 * 1024)
+NO_CREDENTIALS = (
+    "An enrolment token is needed, as the password of HTTP Basic authentication, or a client certificate of a"
+    " manufacturer that is registered here."
 )
+
+Client = DeviceClient | ManufacturedClient | None
+
+
 def est_cacerts(call: Call) -> Reply:
     """The CA certificates that a device is to trust (RFC 7030 section 4.1)."""
     notice(call)
@@ -68,9 +44,6 @@ def est_cacerts(call: Call) -> Reply:
     return in_base64(pki_est.certs_only([item.der for item in authority.issuers]), PKCS7)
 
 
-@under_both_paths(
-    "GET", "csrattrs", answers=Answers(media_type=CSR_ATTRIBUTES, description="CsrAttrs"), errors=(401, 403, 404, 429)
-)
 def est_csrattrs(call: Call) -> Reply:
     """Which kind of key a CSR is to have (RFC 7030 section 4.5): what the token or the manufacturer allows first."""
     holder, token = notice(call), token_of(call)
@@ -82,38 +55,23 @@ def est_csrattrs(call: Call) -> Reply:
     return in_base64(pki_est.csr_attributes(key_types), CSR_ATTRIBUTES)
 
 
-@under_both_paths(
-    "POST",
-    "simpleenroll",
-    octets=Octets(PKCS10, MOST_BYTES),
-    answers=Answers(media_type=PKCS7, description="The device's certificate; the broker lets it in"),
-    also=(WAITING,),
-    errors=ERRORS,
-)
-def est_simpleenroll(call: Call) -> Reply:
+def est_simpleenroll(call: Call, body: bytes) -> Reply:
     """Enrol a device that has its own key (RFC 7030 section 4.2.1). A repeat with the same key answers the same."""
     client = newcomer(call)
-    outcome = enrolled(call, client, pki_est.read_enrolment_request(call.body))
+    outcome = enrolled(call, client, pki_est.read_enrolment_request(body))
     if isinstance(outcome, Waiting):
         return waiting(outcome)
     return in_base64(pki_est.certs_only([outcome.certificate]), PKCS7)
 
 
-@under_both_paths(
-    "POST",
-    "simplereenroll",
-    octets=Octets(PKCS10, MOST_BYTES),
-    answers=Answers(media_type=PKCS7, description="The device's new certificate; the one before goes on for a while"),
-    errors=ERRORS,
-)
-def est_simplereenroll(call: Call) -> Reply:
+def est_simplereenroll(call: Call, body: bytes) -> Reply:
     """Renew a device's certificate, by the one that it has (RFC 7030 section 4.2.2)."""
     holder = certificate_holder(call)
     if holder is None:
         raise refusal(call, "A device renews with the certificate that it has from this portal; show it in TLS.")
     if not isinstance(holder, DeviceClient):
         raise ClientCertificateRefused("The client certificate is not one of this portal; use simpleenroll.")
-    request = pki_est.read_enrolment_request(call.body)
+    request = pki_est.read_enrolment_request(body)
     pki_est.check_same_names(request, holder.certificate.der)
     call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
     shown = holder.certificate.fingerprint
@@ -131,21 +89,13 @@ def est_simplereenroll(call: Call) -> Reply:
     return in_base64(pki_est.certs_only([ssl.PEM_cert_to_DER_cert(renewed.certificate)]), PKCS7)
 
 
-@under_both_paths(
-    "POST",
-    "serverkeygen",
-    octets=Octets(PKCS10, MOST_BYTES),
-    answers=Answers(media_type="multipart/mixed", description="A new key (PKCS#8), with the device's certificate"),
-    also=(WAITING,),
-    errors=ERRORS,
-)
-def est_serverkeygen(call: Call) -> Reply:
+def est_serverkeygen(call: Call, body: bytes) -> Reply:
     """Enrol or renew a device that has its key made here (RFC 7030 section 4.4). A repeat gives another key."""
     holder = certificate_holder(call)
     if isinstance(holder, DeviceClient) and token_of(call) is None:
-        return _renewed_with_key(call, holder)
+        return _renewed_with_key(call, holder, body)
     client = newcomer(call)
-    outcome = enrolled(call, client, pki_est.read_key_request(call.body))
+    outcome = enrolled(call, client, pki_est.read_key_request(body))
     if isinstance(outcome, Waiting):
         return waiting(outcome)
     if outcome.key is None:
@@ -153,8 +103,8 @@ def est_serverkeygen(call: Call) -> Reply:
     return key_with_certificate(outcome.key, outcome.certificate)
 
 
-def _renewed_with_key(call: Call, holder: DeviceClient) -> Reply:
-    request = pki_est.read_key_request(call.body)
+def _renewed_with_key(call: Call, holder: DeviceClient, body: bytes) -> Reply:
+    request = pki_est.read_key_request(body)
     pki_est.check_same_names(request, holder.certificate.der)
     shown, settings = holder.certificate.fingerprint, call.portal.settings
     actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
@@ -191,7 +141,7 @@ def in_base64(content: bytes, media_type: str) -> Reply:
 def key_with_certificate(key: bytes, certificate: bytes) -> Reply:
     """A private key (PKCS#8, DER), then its certificate, as two parts (RFC 7030 section 4.4.2)."""
     boundary = f"est-{secrets.token_hex(16)}"  # Base64 has no hyphen, so no part can hold it
-    parts = ((_PKCS8, key), (PKCS7, pki_est.certs_only([certificate])))
+    parts = ((PKCS8, key), (PKCS7, pki_est.certs_only([certificate])))
     content = b"".join(_part(boundary, media_type, part) for media_type, part in parts) + f"--{boundary}--\r\n".encode()
     headers = {"Cache-Control": "no-store"}
     return Reply(content=content, media_type=f'multipart/mixed; boundary="{boundary}"', headers=headers)
@@ -200,20 +150,6 @@ def key_with_certificate(key: bytes, certificate: bytes) -> Reply:
 def _part(boundary: str, media_type: str, content: bytes) -> bytes:
     head = f"--{boundary}\r\nContent-Type: {media_type}\r\nContent-Transfer-Encoding: base64\r\n\r\n"
     return head.encode() + base64.encodebytes(content).replace(b"\n", b"\r\n")
-
-
-_NONE_GIVEN = (
-    "An enrolment token is needed, as the password of HTTP Basic authentication, or a client certificate of a"
-    " manufacturer that is registered here."
-)
-
-Client = DeviceClient | ManufacturedClient | None
-
-
-def check_label(call: Call) -> None:
-    """Raise ``NotFound`` for a label (RFC 7030 section 3.2.2) that is not the name of the portal's tenant."""
-    if call.path.get("label", call.portal.tenant_id) != call.portal.tenant_id:
-        raise NotFound("There is nothing to enrol at under this label; leave it out, or use the tenant's name.")
 
 
 def certificate_holder(call: Call) -> Client:
@@ -282,7 +218,7 @@ def enrolled(
     return call.portal.enrolment.enrol(actor_of(call, means.tenant_id, means.label), means, request)
 
 
-def refusal(call: Call, sentence: str = _NONE_GIVEN) -> EnrolmentUnauthenticated:
+def refusal(call: Call, sentence: str = NO_CREDENTIALS) -> EnrolmentUnauthenticated:
     """What to raise, once it is counted and recorded; raises ``TooManyAttempts``."""
     error = EnrolmentUnauthenticated(sentence)
     call.portal.operators.login_failed(call.actor, "device:enrol", "enrolment", error.code)
@@ -299,3 +235,75 @@ def _password(credentials: str) -> str:
         return base64.b64decode(credentials.strip(), validate=True).decode("utf-8").partition(":")[2]
     except ValueError:
         return ""
+
+
+def _labelled(route: Route) -> Route:
+    """Return the same operation under a path with a label (RFC 7030 section 3.2.2), which is the tenant's name."""
+
+    @functools.wraps(route.handler)
+    def labelled(call: Call, label: str, **arguments: bytes) -> Reply:
+        if label != call.portal.tenant_id:
+            raise NotFound("There is nothing to enrol at under this label; leave it out, or use the tenant's name.")
+        return route.handler(call, **arguments)
+
+    labelled.__name__ = f"{route.name}_labelled"
+    path = route.path.replace("/est/", "/est/{label}/")
+    return dataclasses.replace(route, path=path, handler=labelled)
+
+
+_ERRORS = (401, 403, 404, 409, 429, 503)
+_WAITING = Answers(
+    media_type="text/plain",
+    status=202,
+    description="An operator has yet to decide",
+    headers={"Retry-After": "Seconds after which to ask again, with the same key"},
+)
+_UNLABELLED = tagged(
+    "Enrolment by devices (EST)",
+    Route(
+        "GET",
+        "/.well-known/est/cacerts",
+        est_cacerts,
+        ANYONE,
+        Answers(media_type=PKCS7, description="Issuing CAs and root"),
+        errors=(404,),
+    ),
+    Route(
+        "GET",
+        "/.well-known/est/csrattrs",
+        est_csrattrs,
+        ANYONE,
+        Answers(media_type=CSR_ATTRIBUTES, description="CsrAttrs"),
+        errors=(401, 403, 404, 429),
+    ),
+    Route(
+        "POST",
+        "/.well-known/est/simpleenroll",
+        est_simpleenroll,
+        ANYONE,
+        Answers(media_type=PKCS7, description="The device's certificate; the broker lets it in"),
+        octets=CSR,
+        also=(_WAITING,),
+        errors=_ERRORS,
+    ),
+    Route(
+        "POST",
+        "/.well-known/est/simplereenroll",
+        est_simplereenroll,
+        ANYONE,
+        Answers(media_type=PKCS7, description="The device's new certificate; the one before goes on for a while"),
+        octets=CSR,
+        errors=_ERRORS,
+    ),
+    Route(
+        "POST",
+        "/.well-known/est/serverkeygen",
+        est_serverkeygen,
+        ANYONE,
+        Answers(media_type="multipart/mixed", description="A new key (PKCS#8), with the device's certificate"),
+        octets=CSR,
+        also=(_WAITING,),
+        errors=_ERRORS,
+    ),
+)
+ROUTES = tuple(each for route in _UNLABELLED for each in (route, _labelled(route)))

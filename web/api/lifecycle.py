@@ -20,7 +20,7 @@ from web.api.fields import (
     Timestamp,
     WholeNumber,
 )
-from web.api.routing import Answers, Call, Reply, Routes
+from web.api.routing import Answers, Call, Reply, Route, tagged
 from workflows.credentials import Wanted
 from workflows.renewal import Renewal
 from workflows.suspension import Suspended
@@ -91,70 +91,32 @@ class RevokeAnswer(Output):
     broker_problem: str | None = None
 
 
-lifecycle = Routes("Devices")
-
-
-@lifecycle.route(
-    "POST",
-    "/devices/{device_id}/renew",
-    permission=Permission.CHANGE,
-    body=RenewRequest,
-    body_optional=True,
-    answers=Answers(RenewAnswer, status=201, description="The new certificate is recorded, durably"),
-    errors=(404, 409, 503),
-    idempotency_key=True,
-)
-def renew(call: Call) -> Reply:
+def renew(call: Call, device_id: str, body: RenewRequest) -> Reply:
     """Give a device a new certificate; the one before goes on for a while."""
-    asked: RenewRequest = call.body
     renewal = Renewal(
-        Wanted(asked.csr, asked.key_type, asked.validity_days, asked.bundle_password, asked.bundle_format),
-        asked.overlap_hours,
-        when_used=asked.revoke_previous == "when_used",
+        Wanted(body.csr, body.key_type, body.validity_days, body.bundle_password, body.bundle_format),
+        body.overlap_hours,
+        when_used=body.revoke_previous == "when_used",
     )
-    renewed = call.portal.renewals.renew(call.actor, call.path["device_id"], renewal, call.idempotency_key)
+    renewed = call.portal.renewals.renew(call.actor, device_id, renewal, call.idempotency_key)
     fields = {name: getattr(renewed, name) for name in RenewAnswer.model_fields if hasattr(renewed, name)}
     broker = None if not renewed.ended else "enforced" if renewed.problem is None else "pending"
     return Reply(RenewAnswer(**fields, broker=broker, broker_problem=renewed.problem), status=201, omit_none=True)
 
 
-@lifecycle.route(
-    "POST",
-    "/devices/{device_id}/suspend",
-    permission=Permission.CHANGE,
-    answers=Answers(SuspensionAnswer, description="The device is suspended, durably; a repeat answers the same"),
-    errors=(404, 409),
-)
-def suspend(call: Call) -> Reply:
+def suspend(call: Call, device_id: str) -> Reply:
     """Put a device out until it is resumed (certificateHold)."""
-    return _reply(call.portal.suspensions.suspend(call.actor, call.path["device_id"]))
+    return _reply(call.portal.suspensions.suspend(call.actor, device_id))
 
 
-@lifecycle.route(
-    "POST",
-    "/devices/{device_id}/resume",
-    permission=Permission.CHANGE,
-    answers=Answers(SuspensionAnswer, description="The device is in again, durably; a repeat answers the same"),
-    errors=(404, 409),
-)
-def resume(call: Call) -> Reply:
+def resume(call: Call, device_id: str) -> Reply:
     """Let a suspended device back in."""
-    return _reply(call.portal.suspensions.resume(call.actor, call.path["device_id"]))
+    return _reply(call.portal.suspensions.resume(call.actor, device_id))
 
 
-@lifecycle.route(
-    "POST",
-    "/revoke/{device_id}",
-    permission=Permission.CHANGE,
-    body=RevokeRequest,
-    body_optional=True,
-    answers=Answers(RevokeAnswer, description="The device is revoked, durably; a repeat answers the same"),
-    errors=(404,),
-)
-def revoke(call: Call) -> Reply:
+def revoke(call: Call, device_id: str, body: RevokeRequest) -> Reply:
     """Revoke a device for good and put it out of the broker."""
-    wanted: RevokeRequest = call.body
-    revoked = call.portal.onboarding.revoke(call.actor, call.path["device_id"], wanted.reason)
+    revoked = call.portal.onboarding.revoke(call.actor, device_id, body.reason)
     return Reply(
         RevokeAnswer(
             device_id=revoked.device_id,
@@ -177,3 +139,43 @@ def _reply(answer: Suspended) -> Reply:
             broker_problem=answer.problem,
         )
     )
+
+
+ROUTES = tagged(
+    "Devices",
+    Route(
+        "POST",
+        "/devices/{device_id}/renew",
+        renew,
+        Permission.CHANGE,
+        Answers(RenewAnswer, status=201, description="The new certificate is recorded, durably"),
+        body_optional=True,
+        errors=(404, 409, 503),
+        idempotency_key=True,
+    ),
+    Route(
+        "POST",
+        "/devices/{device_id}/suspend",
+        suspend,
+        Permission.CHANGE,
+        Answers(SuspensionAnswer, description="The device is suspended, durably; a repeat answers the same"),
+        errors=(404, 409),
+    ),
+    Route(
+        "POST",
+        "/devices/{device_id}/resume",
+        resume,
+        Permission.CHANGE,
+        Answers(SuspensionAnswer, description="The device is in again, durably; a repeat answers the same"),
+        errors=(404, 409),
+    ),
+    Route(
+        "POST",
+        "/revoke/{device_id}",
+        revoke,
+        Permission.CHANGE,
+        Answers(RevokeAnswer, description="The device is revoked, durably; a repeat answers the same"),
+        body_optional=True,
+        errors=(404,),
+    ),
+)

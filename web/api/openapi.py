@@ -17,7 +17,7 @@ from web.api import problems
 from web.api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS
 from web.api.operation import ReadyModel
 from web.api.problems import ProblemModel
-from web.api.routing import Answers, Call, Reply, Route, Routes
+from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
 
 VERSION = "1"
 _ERROR_HEADERS = {
@@ -63,7 +63,7 @@ def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
     inputs: dict[type[BaseModel], None] = {}
     outputs: dict[type[BaseModel], None] = {ProblemModel: None, ReadyModel: None}
     for route in routes:
-        for model in (route.body, route.query, route.rows):
+        for model in (route.body, route.query, route.rows.model if route.rows else None):
             if model is not None:
                 inputs[model] = None
         if route.answers.model is not None:
@@ -205,11 +205,11 @@ def request_body(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[s
         content = {route.octets.media_type: {"schema": {"type": "string", "format": "binary"}}}
         return {"required": True, "content": content}
     if route.rows is not None:
-        row = schemas[route.rows]
+        row = schemas[route.rows.model]
         return {
             "required": True,
             "description": "A row for each device, as the schema has one; of CSV, the first row names the columns",
-            "content": {kind: {"schema": {"type": "string"}, "x-row-schema": row} for kind in route.row_types},
+            "content": {kind: {"schema": {"type": "string"}, "x-row-schema": row} for kind in route.rows.media_types},
         }
     return None
 
@@ -234,13 +234,12 @@ PAGE_HEADERS = {
 }
 
 
-def description_of(others: Sequence[Route]) -> Routes:
-    """Routes that describe ``others`` with themselves."""
-    description = Routes("Operation")
+def description_of(others: Sequence[Route]) -> tuple[Route, ...]:
+    """Return the routes that describe ``others`` and themselves."""
 
     @functools.cache
     def described(server_url: str) -> dict[str, Any]:
-        return openapi([*others, *description.routes], server_url=server_url)
+        return openapi([*others, *routes], server_url=server_url)
 
     @functools.cache
     def text(server_url: str) -> bytes:
@@ -250,15 +249,18 @@ def description_of(others: Sequence[Route]) -> Routes:
     def page(server_url: str) -> bytes:
         return render_template("docs.html", api=described(server_url)).encode()
 
-    @description.route("GET", "/openapi.json", permission=None, answers=Answers(media_type="application/json"))
     def openapi_json(call: Call) -> Reply:
         """Describe the interface in OpenAPI 3.1."""
         return Reply(content=text(call.portal.settings.public_url))
 
-    @description.route("GET", "/docs", permission=None, answers=Answers(media_type="text/html"))
     def docs(call: Call) -> Reply:
         """Show the interface to people."""
         content = page(call.portal.settings.public_url)
         return Reply(content=content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
-    return description
+    routes = tagged(
+        "Operation",
+        Route("GET", "/openapi.json", openapi_json, ANYONE, Answers()),
+        Route("GET", "/docs", docs, ANYONE, Answers(media_type="text/html")),
+    )
+    return routes

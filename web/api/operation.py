@@ -7,7 +7,7 @@ from typing import Literal
 from core import metrics, roles
 from core.roles import Permission
 from web.api.fields import Output
-from web.api.routing import Answers, Call, Reply, Routes
+from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
 
 
 class HealthModel(Output):
@@ -32,20 +32,14 @@ class ReadyModel(Output):
     checks: list[CheckModel]
 
 
-operation = Routes("Operation")
-
 FOR_OPERATORS = "The reason is told to operators: ask with an operator token, or run doctor on the portal's machine."
 
 
-@operation.route("GET", "/healthz", permission=None, answers=Answers(HealthModel))
 def healthz(_call: Call) -> Reply:
     """Say that the process is alive, with no work done."""
     return Reply(HealthModel(status="ok"))
 
 
-@operation.route(
-    "GET", "/readyz", permission=None, token_optional=True, answers=Answers(ReadyModel), errors=(401, 429, 503)
-)
 def readyz(call: Call) -> Reply:
     """Say whether database, CA, CRL and broker let the portal do its work, and tell operators why not."""
     # The reasons name paths and generations: of use to who runs the portal, and to who looks for a way in.
@@ -60,13 +54,21 @@ def readyz(call: Call) -> Reply:
     return Reply(ReadyModel(status="ready" if ready else "not ready", checks=checks), status=200 if ready else 503)
 
 
-@operation.route(
-    "GET",
-    "/metrics",
-    permission=Permission.READ,
-    answers=Answers(media_type="text/plain", description="The text format of Prometheus, version 0.0.4"),
-)
 def read_metrics(call: Call) -> Reply:
     """Give figures of the fleet, the broker and the requests to Prometheus."""
     content = metrics.exposition(call.portal.monitoring.gauges())
     return Reply(content=content, media_type=metrics.MEDIA_TYPE)
+
+
+ROUTES = tagged(
+    "Operation",
+    Route("GET", "/healthz", healthz, ANYONE, Answers(HealthModel)),
+    Route("GET", "/readyz", readyz, ANYONE, Answers(ReadyModel), token_optional=True, errors=(401, 429, 503)),
+    Route(
+        "GET",
+        "/metrics",
+        read_metrics,
+        Permission.READ,
+        Answers(media_type="text/plain", description="The text format of Prometheus, version 0.0.4"),
+    ),
+)

@@ -11,7 +11,7 @@ from email.utils import format_datetime, parsedate_to_datetime
 
 from core.errors import NotFound
 from pki.ocsp import MOST_BYTES, Failure
-from web.api.routing import Answers, Call, Octets, Reply, Routes
+from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, tagged
 from workflows.authority.issuers import RecordedIssuer
 from workflows.authority.ocsp_responder import Answer
 
@@ -61,54 +61,23 @@ def _not_modified_since(header: str | None, last_modified: datetime) -> bool:
         return False
 
 
-pki = Routes("Certificates, for anyone")
-
 _ETAG = {"ETag": "For If-None-Match"}
 _TIMES = {"Last-Modified": "The CRL's thisUpdate", "Expires": "Its nextUpdate"}
 
 
-@pki.route(
-    "GET",
-    "/ca.pem",
-    permission=None,
-    answers=Answers(media_type="application/x-pem-file", description="Issuing CAs and root, PEM", headers=_ETAG),
-    on_pki_listener=True,
-    direct=True,
-)
 def ca_pem(call: Call) -> Reply:
     """The chain of trust: issuing CAs and root."""
     return cached(call, call.portal.authority.ca_pem.encode(), "application/x-pem-file", max_age=3600)
 
 
-@pki.route(
-    "GET",
-    "/ca/{issuer}.cer",
-    permission=None,
-    answers=Answers(media_type="application/pkix-cert", description="One CA certificate, DER", headers=_ETAG),
-    errors=(404,),
-    on_pki_listener=True,
-    direct=True,
-)
-def ca_certificate(call: Call) -> Reply:
+def ca_certificate(call: Call, issuer: str) -> Reply:
     """One CA certificate (caIssuers of RFC 5280 section 4.2.2.1)."""
-    return cached(call, _issuer(call).der, "application/pkix-cert", max_age=3600)
+    return cached(call, _issuer(call, issuer).der, "application/pkix-cert", max_age=3600)
 
 
-@pki.route(
-    "GET",
-    "/crl/{issuer}.crl",
-    permission=None,
-    answers=Answers(
-        media_type="application/pkix-crl", description="The issuer's newest CRL, DER", headers=_ETAG | _TIMES
-    ),
-    errors=(404, 503),
-    on_pki_listener=True,
-    direct=True,
-)
-def crl(call: Call) -> Reply:
+def crl(call: Call, issuer: str) -> Reply:
     """The newest CRL of an issuer (RFC 5280 section 5)."""
-    issuer = _issuer(call)
-    record = call.portal.inventory.crl(issuer.id)
+    record = call.portal.inventory.crl(_issuer(call, issuer).id)
     if record is None:
         raise NotFound("This issuer has no CRL yet; try again in a few seconds.")
     left = max(0, int((record.next_update - call.portal.clock()).total_seconds()))
@@ -123,9 +92,9 @@ def crl(call: Call) -> Reply:
     )
 
 
-def _issuer(call: Call) -> RecordedIssuer:
+def _issuer(call: Call, name: str) -> RecordedIssuer:
     for recorded in call.portal.authority.issuers:
-        if recorded.issuer.name == call.path["issuer"]:
+        if recorded.issuer.name == name:
             return recorded
     raise NotFound("There is no issuer of this name; the chain of trust is at /ca.pem.")
 
@@ -144,11 +113,10 @@ _ANSWERS = Answers(
 )
 
 
-@pki.route("GET", "/ocsp/{request}", permission=None, answers=_ANSWERS, on_pki_listener=True, direct=True)
-def ocsp_get(call: Call) -> Reply:
+def ocsp_get(call: Call, request: str) -> Reply:
     """Ask whether certificates are good, by an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
     # Some encoders break lines, and some proxies take "+" in a path for a space.
-    text = re.sub(r"[\t\n\v\f\r]", "", call.path["request"]).replace(" ", "+").rstrip("=")
+    text = re.sub(r"[\t\n\v\f\r]", "", request).replace(" ", "+").rstrip("=")
     try:
         der = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
@@ -156,18 +124,9 @@ def ocsp_get(call: Call) -> Reply:
     return _reply(call, call.portal.responder.answer(der))
 
 
-@pki.route(
-    "POST",
-    "/ocsp",
-    permission=None,
-    octets=Octets(REQUEST, MOST_BYTES),
-    answers=_ANSWERS,
-    on_pki_listener=True,
-    direct=True,
-)
-def ocsp_post(call: Call) -> Reply:
+def ocsp_post(call: Call, body: bytes) -> Reply:
     """Ask whether certificates are good, by an OCSPRequest (RFC 6960 appendix A.1)."""
-    return _reply(call, call.portal.responder.answer(call.body))
+    return _reply(call, call.portal.responder.answer(body))
 
 
 def _reply(call: Call, answer: Answer) -> Reply:
@@ -186,3 +145,48 @@ def _reply(call: Call, answer: Answer) -> Reply:
         expires=answer.next_update,
         directives=", no-transform, must-revalidate",  # RFC 5019 section 6.2
     )
+
+
+ROUTES = tagged(
+    "Certificates, for anyone",
+    Route(
+        "GET",
+        "/ca.pem",
+        ca_pem,
+        ANYONE,
+        Answers(media_type="application/x-pem-file", description="Issuing CAs and root, PEM", headers=_ETAG),
+        on_pki_listener=True,
+        direct=True,
+    ),
+    Route(
+        "GET",
+        "/ca/{issuer}.cer",
+        ca_certificate,
+        ANYONE,
+        Answers(media_type="application/pkix-cert", description="One CA certificate, DER", headers=_ETAG),
+        errors=(404,),
+        on_pki_listener=True,
+        direct=True,
+    ),
+    Route(
+        "GET",
+        "/crl/{issuer}.crl",
+        crl,
+        ANYONE,
+        Answers(media_type="application/pkix-crl", description="The issuer's newest CRL, DER", headers=_ETAG | _TIMES),
+        errors=(404, 503),
+        on_pki_listener=True,
+        direct=True,
+    ),
+    Route("GET", "/ocsp/{request}", ocsp_get, ANYONE, _ANSWERS, on_pki_listener=True, direct=True),
+    Route(
+        "POST",
+        "/ocsp",
+        ocsp_post,
+        ANYONE,
+        _ANSWERS,
+        octets=Octets(REQUEST, MOST_BYTES),
+        on_pki_listener=True,
+        direct=True,
+    ),
+)

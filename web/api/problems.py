@@ -8,6 +8,7 @@ from http import HTTPStatus
 from pydantic import Field
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
+from core import errors
 from core.errors import FieldProblem, InputInvalid, PortalError, TooManyAttempts
 from web.api.fields import Output
 
@@ -15,8 +16,24 @@ MEDIA_TYPE = "application/problem+json"
 # Below this path errors are a sentence in plain text, for a person who looks at what a device has received (RFC 7030
 # section 4.2.3).
 IN_PLAIN_TEXT = "/.well-known/est/"
-# What the web framework refuses by itself: code and detail for each status.
-_OF_THE_FRAMEWORK = {
+# The status of each kind of error; one that is not named here has that of its nearest ancestor.
+STATUS_OF: Mapping[type[PortalError], int] = {
+    errors.RequestMalformed: 400,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.BodyTooSlow: 408,
+    errors.Conflict: 409,
+    errors.Gone: 410,
+    errors.BodyTooLarge: 413,
+    errors.MediaTypeUnsupported: 415,
+    errors.InputInvalid: 422,
+    errors.TooManyAttempts: 429,
+    errors.Unavailable: 503,
+    PortalError: 500,
+}
+# What Flask refuses by itself: code and detail for each status.
+_OF_FLASK = {
     400: ("malformed_request", "The request cannot be read; see GET /docs for its form."),
     404: ("not_found", "There is nothing at this path; see GET /docs for what there is."),
     405: ("method_not_allowed", "This path does not take this method; see the Allow header."),
@@ -45,7 +62,7 @@ class ProblemModel(Output):
 
 
 def problem(
-    status: int, code: str, detail: str, *, request_id: str, errors: Iterable[FieldProblem] = ()
+    status: int, code: str, detail: str, *, request_id: str, fields: Iterable[FieldProblem] = ()
 ) -> ProblemModel:
     """Say what went wrong, as it is sent."""
     return ProblemModel(
@@ -55,24 +72,22 @@ def problem(
         detail=detail,
         code=code,
         request_id=request_id,
-        errors=[FieldErrorModel(field=item.field, message=item.message) for item in errors] or None,
+        errors=[FieldErrorModel(field=item.field, message=item.message) for item in fields] or None,
     )
 
 
-def of_error(
-    error: Exception, status_of: Mapping[type[PortalError], int], *, request_id: str, path: str = ""
-) -> tuple[ProblemModel, dict[str, str]]:
+def of_error(error: Exception, *, request_id: str, path: str = "") -> tuple[ProblemModel, dict[str, str]]:
     """Say what went wrong, with the headers that go with it; all that is no error of the caller's is one constant."""
     plain = path.startswith(IN_PLAIN_TEXT)
     headers: dict[str, str] = {}
     status, code, detail = 500, "internal_error", "The portal failed; its log has the cause under this request id."
     if isinstance(error, PortalError):
-        status = next(status_of[kind] for kind in type(error).__mro__ if kind in status_of)
+        status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
         if status != 500:
             code, detail = error.code, error.detail
     elif isinstance(error, HTTPException) and error.code is not None and 400 <= error.code < 500:
         status = error.code
-        code, detail = _OF_THE_FRAMEWORK.get(status, _OF_ANOTHER_KIND)
+        code, detail = _OF_FLASK.get(status, _OF_ANOTHER_KIND)
         if isinstance(error, MethodNotAllowed) and error.valid_methods:
             headers["Allow"] = ", ".join(sorted(error.valid_methods))
     if status == 422 and plain:
@@ -84,7 +99,7 @@ def of_error(
     elif isinstance(error, TooManyAttempts):
         headers["Retry-After"] = str(error.retry_after)
     invalid = error.errors if isinstance(error, InputInvalid) else ()
-    return problem(status, code, detail, request_id=request_id, errors=invalid), headers
+    return problem(status, code, detail, request_id=request_id, fields=invalid), headers
 
 
 def as_sent(said: ProblemModel, path: str) -> tuple[str, str]:

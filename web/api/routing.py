@@ -1,8 +1,10 @@
-"""Routes: what each declares, how its request is read and authorized, how its reply is sent."""
+"""Routes: what each declares, how its request is authorized and read, how its reply is sent."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,36 +30,36 @@ from core.errors import (
     Unavailable,
 )
 from core.roles import Permission, may
-from operations.wiring import Portal
 from web.api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS, PATTERN_IN_WORDS
 from workflows.audit import Actor
 
 if TYPE_CHECKING:
     from operations.wiring import Portal
 
+JSON = "application/json"
+ANYONE: Permission | None = None  # in place of a permission: a route that asks for no token
+MAX_PROBLEMS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request that was let in and whose parameters were checked."""
+    """An authorized request. What its path, query and body hold are arguments of the handler beside it."""
 
     portal: Portal
     actor: Actor
     method: str
-    path: Mapping[str, str]
     headers: Headers
-    body: Any = None
-    query: Any = None
+    environ: dict[str, Any]
     idempotency_key: str | None = None
-    environ: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer: a model is sent as JSON; ``content`` are bytes, or an iterator of them, of ``media_type``."""
+    """An answer: ``model`` is sent as JSON; ``content`` is bytes, or an iterator of them, of ``media_type``."""
 
     model: BaseModel | None = None
-    content: bytes | Iterator[bytes] | None = None
-    media_type: str = "application/json"
+    content: bytes | Iterator[bytes] = b""
+    media_type: str = JSON
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     omit_none: bool = False
@@ -65,13 +67,13 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What a route may answer with success, for the OpenAPI text: a model, or bytes of ``media_type``.
+    """A successful answer, for the OpenAPI text: a model, or bytes of ``media_type``.
 
-    ``headers`` says in a few words what is in each header worth knowing.
+    ``headers`` maps each header worth knowing to a few words about it.
     """
 
     model: type[BaseModel] | None = None
-    media_type: str = "application/json"
+    media_type: str = JSON
     status: int = 200
     description: str = "Done"
     other_media_types: tuple[str, ...] = ()
@@ -80,35 +82,40 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Octets:
-    """A body that is handed on as the bytes it is: of ``media_type``, ``most`` bytes long at most."""
+    """A body that the handler gets as ``bytes``, of ``media_type`` and at most ``max_bytes`` long."""
 
     media_type: str
-    most: int
+    max_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
+class RowBody:
+    """A body of rows, each as ``model`` has it, which the handler reads while it arrives."""
+
+    model: type[BaseModel]
+    media_types: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Route:
-    """One method of one path. ``permission`` ``None`` means: open to anyone, a decision to be made each time.
+    """One method of one path.
 
-    ``token_optional``: anyone may call it, and who shows a valid token is known.
-    ``rows`` is the model of each row of a body that is read while it arrives, in one of the media types ``row_types``.
+    ``handler`` gets the ``Call``, each ``{part}`` of the path as a string under its own name, and by the annotations
+    of its parameters ``body`` and ``query`` a pydantic model (or, with ``octets``, the bytes of the body). Its name is
+    the operationId, the first line of its docstring the summary.
 
-    ``direct``: plain requests for it are answered by ``web/api/direct.py``.
-
-    Every GET answers HEAD, too; with a ``head_summary`` the OpenAPI text says so.
-    ``also`` are other answers than errors.
+    With ``token_optional`` a route for ``ANYONE`` checks a token that comes along. ``direct`` routes are answered by
+    ``web/api/direct.py``. Every GET answers HEAD, too; with ``head_summary`` the OpenAPI text says so. ``also`` are
+    further answers that are no errors.
     """
 
     method: str
     path: str
-    handler: Callable[[Call], Reply]
+    handler: Callable[..., Reply]
     permission: Permission | None
-    summary: str
     answers: Answers
-    tag: str
-    body: type[BaseModel] | None = None
     octets: Octets | None = None
-    query: type[BaseModel] | None = None
+    rows: RowBody | None = None
     also: tuple[Answers, ...] = ()
     errors: tuple[int, ...] = ()
     on_pki_listener: bool = False
@@ -116,34 +123,33 @@ class Route:
     idempotency_key: bool = False
     body_optional: bool = False
     token_optional: bool = False
-    rows: type[BaseModel] | None = None
-    row_types: tuple[str, ...] = ()
     head_summary: str = ""
+    tag: str = ""
+    body: type[BaseModel] | None = field(init=False)
+    query: type[BaseModel] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(self.handler)
+        object.__setattr__(self, "body", None if self.octets else hints.get("body"))
+        object.__setattr__(self, "query", hints.get("query"))
 
     @property
     def name(self) -> str:
-        """The handler's name: unique, and the operationId."""
+        """The handler's name."""
         return self.handler.__name__
 
+    @property
+    def summary(self) -> str:
+        """The first line of the handler's docstring."""
+        return (self.handler.__doc__ or "").partition("\n")[0]
 
-class Routes:
-    """The routes of one resource."""
 
-    def __init__(self, tag: str) -> None:
-        self.tag = tag
-        self.routes: list[Route] = []
+def tagged(tag: str, *routes: Route) -> tuple[Route, ...]:
+    """Return the routes of one resource, under the heading that they have in the OpenAPI text."""
+    return tuple(dataclasses.replace(route, tag=tag) for route in routes)
 
-    def route(
-        self, method: str, path: str, *, permission: Permission | None, answers: Answers, **options: Any
-    ) -> Callable[[Callable[[Call], Reply]], Callable[[Call], Reply]]:
-        """Declare the decorated function as the handler of a route; its docstring's first line is the summary."""
 
-        def declare(handler: Callable[[Call], Reply]) -> Callable[[Call], Reply]:
-            summary = (handler.__doc__ or "").partition("\n")[0]
-            self.routes.append(Route(method, path, handler, permission, summary, answers, self.tag, **options))
-            return handler
-
-        return declare
+# --- The path -----------------------------------------------------------------------------------------------------
 
 
 class SegmentConverter(BaseConverter):
@@ -153,111 +159,147 @@ class SegmentConverter(BaseConverter):
 
 
 class RestConverter(BaseConverter):
-    """All that follows, at most 8,192 characters: base64 has slashes."""
+    """The rest of the path, at most 8,192 characters: base64 has slashes."""
 
     regex = r"[\s\S]{1,8192}"
     part_isolating = False
 
 
-CONVERTERS: dict[str, type[BaseConverter]] = {"segment": SegmentConverter, "rest": RestConverter}
-_OF_MANY_SEGMENTS = {"request"}
-
-
-def rule_of(path: str) -> str:
-    """The rule by which the web framework matches a path such as ``/devices/{device_id}``."""
-    return re.sub(
-        r"\{(\w+)\}", lambda part: f"<{'rest' if part[1] in _OF_MANY_SEGMENTS else 'segment'}:{part[1]}>", path
-    )
-
-
-MEDIA_TYPE = "application/json"
-MOST_PROBLEMS = 32
-_PLAIN_WORDS = {"extra_forbidden": "is not a field of this request", "missing": "is missing"}
-_NOT_THERE: dict[str, PortalError] = {
-    "device_id": DeviceNotFound("This is no device's id; an id is a UUID in lower case, see GET /devices."),
-    "token": LinkUnknown("This download link is not known here; check that it was copied whole."),
-    "token_id": NotFound("This is no token's id; list them with GET /tokens."),
-    "request": RequestMalformed("The part after /ocsp/ must be an OCSP request in base64."),
-    "webhook_id": NotFound("This is no webhook's id; list them with GET /webhooks."),
-    "label": NotFound("There is nothing to enrol at under this label; leave it out, or use the tenant's name."),
-    "enrolment_token_id": NotFound("This is no enrolment token's id; list them with GET /enrolment-tokens."),
-    "manufacturer_id": NotFound("This is no manufacturer's id; list them with GET /manufacturers."),
-    "issuer": NotFound("There is no issuer of this name; the chain of trust is at /ca.pem."),
+CONVERTERS: Mapping[str, type[BaseConverter]] = {"segment": SegmentConverter, "rest": RestConverter}
+# What is raised for a part of a path that does not have the form of ``PATH_PARAMETERS``.
+_NOT_FOUND: Mapping[str, tuple[type[PortalError], str]] = {
+    "device_id": (DeviceNotFound, "This is no device's id; an id is a UUID in lower case, see GET /devices."),
+    "token": (LinkUnknown, "This download link is not known here; check that it was copied whole."),
+    "token_id": (NotFound, "This is no token's id; list them with GET /tokens."),
+    "request": (RequestMalformed, "The part after /ocsp/ must be an OCSP request in base64."),
+    "webhook_id": (NotFound, "This is no webhook's id; list them with GET /webhooks."),
+    "label": (NotFound, "There is nothing to enrol at under this label; leave it out, or use the tenant's name."),
+    "enrolment_token_id": (NotFound, "This is no enrolment token's id; list them with GET /enrolment-tokens."),
+    "manufacturer_id": (NotFound, "This is no manufacturer's id; list them with GET /manufacturers."),
+    "issuer": (NotFound, "There is no issuer of this name; the chain of trust is at /ca.pem."),
 }
 
 
-def read_path(path: Mapping[str, str]) -> Mapping[str, str]:
-    """The variable parts of the path; raises ``NotFound`` for one that can stand for nothing."""
+def rule_of(path: str) -> str:
+    """Return Flask's rule for a path such as ``/devices/{device_id}``."""
+    return re.sub(r"\{(\w+)\}", lambda part: f"<{'rest' if part[1] == 'request' else 'segment'}:{part[1]}>", path)
+
+
+# --- Who asks -----------------------------------------------------------------------------------------------------
+
+
+def actor_of(portal: Portal, route: Route, request: Request, request_id: str) -> Actor:
+    """Return who asks: an operator by token, or anyone, if the route is open to anyone.
+
+    Raises ``Unauthenticated``, recorded as refused, and ``TooManyAttempts``; a valid token is never told to wait.
+    """
+    anyone = Actor(portal.tenant_id, "anyone", "none", request_id, request.remote_addr or "")
+    if route.permission is None and not (route.token_optional and "Authorization" in request.headers):
+        return anyone
+    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    try:
+        token = portal.operators.authenticate(secret.strip()) if scheme.lower() == "bearer" and secret else None
+    except Unavailable:
+        if route.token_optional:
+            return anyone  # what is open to anyone is answered without a database, too
+        raise
+    if token is None:
+        portal.operators.login_failed(anyone, f"{route.method} {route.path}", "access", "unauthenticated")
+        raise Unauthenticated(
+            "A valid operator token is needed; send it as Authorization: Bearer <token>, or have an admin make one."
+        )
+    return Actor(token.tenant_id, f"{token.name} ({token.id})", token.role, request_id, anyone.address)
+
+
+def check_permission(portal: Portal, route: Route, actor: Actor) -> None:
+    """Raise ``Forbidden``, recorded as refused, if the actor's role does not allow the route."""
+    if route.permission is None or may(actor.role, route.permission):
+        return
+    portal.operators.refused(actor, f"{route.method} {route.path}", "access", "forbidden")
+    raise Forbidden(f"The role {actor.role} may not do this; it takes a role with the permission {route.permission}.")
+
+
+def is_on_pki_listener(adapter: MapAdapter, routes: Mapping[str, Route]) -> bool:
+    """Return whether the path asked for, by whatever method, is one that the plain HTTP listener serves."""
+    endpoints = (adapter.match(method=method)[0] for method in adapter.allowed_methods())
+    return any(routes[endpoint].on_pki_listener for endpoint in endpoints)
+
+
+# --- The request --------------------------------------------------------------------------------------------------
+
+
+def read_arguments(route: Route, request: Request, path: Mapping[str, str]) -> dict[str, str | bytes | BaseModel]:
+    """Return the handler's arguments: the parts of the path, and what it takes of body and query, checked.
+
+    Raises ``NotFound``, ``MediaTypeUnsupported``, ``BodyTooLarge``, ``RequestMalformed``, ``InputInvalid``.
+    """
     for name, value in path.items():
         if not re.fullmatch(PATH_PARAMETERS[name], value):
-            raise type(_NOT_THERE[name])(_NOT_THERE[name].detail)
-    return path
-
-
-def read_body(route: Route, request: Request) -> BaseModel | bytes | None:
-    """The body, checked; raises ``MediaTypeUnsupported``, ``BodyTooLarge``, ``RequestMalformed``, ``InputInvalid``.
-
-    One of rows is not read here, only its media type is checked.
-    """
-    if route.row_types and request.mimetype not in route.row_types:
-        kinds = " or ".join(route.row_types)
+            error, detail = _NOT_FOUND[name]
+            raise error(detail)
+    arguments: dict[str, str | bytes | BaseModel] = {**path}
+    if route.rows is not None and request.mimetype not in route.rows.media_types:
+        kinds = " or ".join(route.rows.media_types)
         raise MediaTypeUnsupported(f"The body must hold rows; send it with Content-Type: {kinds}.")
     if route.octets is not None:
-        return _read_octets(route.octets, request)
-    if route.body is None:
-        return None
-    content = request.get_data(cache=False)
-    if not content and route.body_optional:
-        return route.body()
-    if request.mimetype != MEDIA_TYPE:
-        raise MediaTypeUnsupported("The body must be JSON; send it with Content-Type: application/json.")
-    try:
-        return route.body.model_validate_json(content)
-    except ValidationError as error:
-        if any(problem["type"] == "json_invalid" for problem in error.errors(include_input=False)):
-            raise RequestMalformed("The body is not JSON in UTF-8; check it with a JSON parser.") from None
-        raise input_invalid(error) from None
-
-
-def _read_octets(wanted: Octets, request: Request) -> bytes:
-    if request.mimetype != wanted.media_type:
-        raise MediaTypeUnsupported(f"Send the body with Content-Type: {wanted.media_type}.")
-    too_long = BodyTooLarge(f"The body must not be longer than {wanted.most} bytes.")
-    if request.content_length is not None and request.content_length > wanted.most:
-        raise too_long
-    content = request.get_data(cache=False)
-    if len(content) > wanted.most:
-        raise too_long
-    return content
-
-
-def read_query(route: Route, request: Request) -> BaseModel | None:
-    """The query parameters, checked; raises ``InputInvalid``."""
-    if route.query is None:
-        return None
-    repeated = [name for name in request.args if len(request.args.getlist(name)) > 1]
-    if repeated:
-        raise _refused([FieldProblem(_shown(repeated[0]), "is given more than once")])
-    try:
-        return route.query.model_validate(request.args.to_dict())
-    except ValidationError as error:
-        raise input_invalid(error) from None
+        arguments["body"] = _read_octets(route.octets, request)
+    if route.body is not None:
+        arguments["body"] = _read_json(route.body, request, optional=route.body_optional)
+    if route.query is not None:
+        arguments["query"] = _read_query(route.query, request)
+    return arguments
 
 
 def read_idempotency_key(route: Route, request: Request) -> str | None:
-    """The ``Idempotency-Key`` where the route takes one; raises ``InputInvalid``."""
+    """Return the ``Idempotency-Key``, if the route takes one; raise ``InputInvalid``."""
     key = request.headers.get("Idempotency-Key") if route.idempotency_key else None
     if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
         raise _refused([FieldProblem("Idempotency-Key", "must be 16 to 255 printable ASCII characters, no spaces")])
     return key
 
 
+def _read_octets(octets: Octets, request: Request) -> bytes:
+    if request.mimetype != octets.media_type:
+        raise MediaTypeUnsupported(f"Send the body with Content-Type: {octets.media_type}.")
+    too_long = BodyTooLarge(f"The body must not be longer than {octets.max_bytes} bytes.")
+    if request.content_length is not None and request.content_length > octets.max_bytes:
+        raise too_long
+    content = request.get_data(cache=False)
+    if len(content) > octets.max_bytes:
+        raise too_long
+    return content
+
+
+def _read_json(model: type[BaseModel], request: Request, *, optional: bool) -> BaseModel:
+    content = request.get_data(cache=False)
+    if not content and optional:
+        return model()
+    if request.mimetype != JSON:
+        raise MediaTypeUnsupported("The body must be JSON; send it with Content-Type: application/json.")
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        if any(problem["type"] == "json_invalid" for problem in error.errors(include_input=False)):
+            raise RequestMalformed("The body is not JSON in UTF-8; check it with a JSON parser.") from None
+        raise input_invalid(error) from None
+
+
+def _read_query(model: type[BaseModel], request: Request) -> BaseModel:
+    repeated = [name for name in request.args if len(request.args.getlist(name)) > 1]
+    if repeated:
+        raise _refused([FieldProblem(_shown(repeated[0]), "is given more than once")])
+    try:
+        return model.model_validate(request.args.to_dict())
+    except ValidationError as error:
+        raise input_invalid(error) from None
+
+
 def input_invalid(error: ValidationError) -> InputInvalid:
-    """Say what is wrong with each field, and never what was in it: it may be a secret."""
+    """Return an error that says what is wrong with each field, never what was in it: it may be a secret."""
     return _refused(
         [
             FieldProblem(_shown(".".join(str(part) for part in problem["loc"])) or "body", _in_words(problem))
-            for problem in error.errors(include_input=False, include_url=False)[:MOST_PROBLEMS]
+            for problem in error.errors(include_input=False, include_url=False)[:MAX_PROBLEMS]
         ]
     )
 
@@ -268,56 +310,28 @@ def _refused(problems: list[FieldProblem]) -> InputInvalid:
 
 
 def _in_words(problem: ErrorDetails) -> str:
-    if problem["type"] == "string_pattern_mismatch":
-        return PATTERN_IN_WORDS.get(problem["ctx"]["pattern"], problem["msg"])
-    return _PLAIN_WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    match problem["type"]:
+        case "string_pattern_mismatch":
+            return PATTERN_IN_WORDS.get(problem["ctx"]["pattern"], problem["msg"])
+        case "extra_forbidden":
+            return "is not a field of this request"
+        case "missing":
+            return "is missing"
+        case _:
+            return problem["msg"].removeprefix("Value error, ")
 
 
 def _shown(name: str) -> str:
-    """A field's name, which whoever sent it made up, so that a terminal shows it and does nothing else with it."""
+    """Return a field's name, which the client chose, so that a terminal shows it and does nothing else with it."""
     return (name if name.isprintable() else ascii(name)[1:-1])[:128]
 
 
-def actor_of(portal: Portal, route: Route, request: Request, request_id: str) -> Actor:
-    """Who asks, where the route is not for anyone, or a token is shown to one that may be asked with it.
-
-    Raises ``Unauthenticated``, recorded as refused, and ``TooManyAttempts``; a valid token is never told to wait.
-    """
-    stranger = Actor(portal.tenant_id, "anyone", "none", request_id, request.remote_addr or "")
-    if route.permission is None and not (route.token_optional and "Authorization" in request.headers):
-        return stranger
-    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-    try:
-        token = portal.operators.authenticate(secret.strip()) if scheme.lower() == "bearer" and secret else None
-    except Unavailable:
-        if route.token_optional:
-            return stranger  # what is for anyone is answered without a database, too
-        raise
-    if token is None:
-        portal.operators.login_failed(stranger, f"{route.method} {route.path}", "access", "unauthenticated")
-        raise Unauthenticated(
-            "A valid operator token is needed; send it as Authorization: Bearer <token>, or have an admin make one."
-        )
-    return Actor(token.tenant_id, f"{token.name} ({token.id})", token.role, request_id, stranger.address)
-
-
-def check_permission(portal: Portal, route: Route, actor: Actor) -> None:
-    """Raise ``Forbidden``, recorded as refused, where the actor's role is not enough."""
-    if route.permission is None or may(actor.role, route.permission):
-        return
-    portal.operators.refused(actor, f"{route.method} {route.path}", "access", "forbidden")
-    raise Forbidden(f"The role {actor.role} may not do this; it takes a role with the permission {route.permission}.")
-
-
-def is_for_anyone_in_the_clear(adapter: MapAdapter, routes: dict[str, Route]) -> bool:
-    """Whether the path asked for, by whatever method, is one that the plain HTTP listener serves."""
-    endpoints = (adapter.match(method=method)[0] for method in adapter.allowed_methods())
-    return any(routes[endpoint].on_pki_listener for endpoint in endpoints)
+# --- The reply ----------------------------------------------------------------------------------------------------
 
 
 def response_of(reply: Reply) -> Response:
-    """A model becomes JSON; bytes, or an iterator of them, stay as they are."""
-    content: Any = reply.content
+    """Return the HTTP response: a model as JSON; bytes, or an iterator of them, as they are."""
+    content: bytes | Iterator[bytes] = reply.content
     if reply.model is not None:
         content = reply.model.model_dump_json(exclude_none=reply.omit_none).encode()
     response = Response(content, status=reply.status)

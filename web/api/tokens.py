@@ -12,7 +12,7 @@ from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission, Role
 from store.access import TokenRecord
 from web.api.fields import Cursor, Input, Limit, Output, Place, RoleName, ShortText, Timestamp, WholeNumber
-from web.api.routing import Answers, Call, Reply, Routes
+from web.api.routing import Answers, Call, Reply, Route, tagged
 
 
 class TokenRequest(Input):
@@ -81,47 +81,26 @@ class AuditPage(Output):
     next_cursor: str | None
 
 
-tokens = Routes("Tokens")
-
-
-@tokens.route("GET", "/tokens", permission=Permission.TOKENS, answers=Answers(TokenList))
 def list_tokens(call: Call) -> Reply:
     """List operator tokens, newest first, without their secrets."""
     records = call.portal.operators.tokens(call.actor.tenant_id)
     return Reply(TokenList(tokens=[TokenModel(**_fields(record)) for record in records]))
 
 
-@tokens.route(
-    "POST",
-    "/tokens",
-    permission=Permission.TOKENS,
-    body=TokenRequest,
-    answers=Answers(NewTokenModel, status=201, description="The token, with its secret, shown this once"),
-)
-def create_token(call: Call) -> Reply:
+def create_token(call: Call, body: TokenRequest) -> Reply:
     """Make an operator token; its secret is in this answer and nowhere else."""
-    wanted: TokenRequest = call.body
-    life = None if wanted.expires_in_days is None else timedelta(days=wanted.expires_in_days)
-    secret, record = call.portal.operators.create(call.actor, wanted.name, Role(wanted.role), life)
+    life = None if body.expires_in_days is None else timedelta(days=body.expires_in_days)
+    secret, record = call.portal.operators.create(call.actor, body.name, Role(body.role), life)
     return Reply(NewTokenModel(**_fields(record), token=secret), status=201)
 
 
-@tokens.route(
-    "DELETE",
-    "/tokens/{token_id}",
-    permission=Permission.TOKENS,
-    answers=Answers(TokenModel, description="The token is revoked, at once; a repeat answers the same"),
-    errors=(404,),
-)
-def revoke_token(call: Call) -> Reply:
+def revoke_token(call: Call, token_id: str) -> Reply:
     """Revoke an operator token."""
-    return Reply(TokenModel(**_fields(call.portal.operators.revoke(call.actor, call.path["token_id"]))))
+    return Reply(TokenModel(**_fields(call.portal.operators.revoke(call.actor, token_id))))
 
 
-@tokens.route("GET", "/audit", permission=Permission.AUDIT, query=AuditQuery, answers=Answers(AuditPage))
-def list_audit(call: Call) -> Reply:
+def list_audit(call: Call, query: AuditQuery) -> Reply:
     """List the audit record, newest first."""
-    query: AuditQuery = call.query
     if query.cursor is not None and not (query.cursor.isdigit() and len(query.cursor) < 19):
         problem = FieldProblem("cursor", "must be the next_cursor of the page before")
         raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem])
@@ -138,3 +117,25 @@ def _fields(record: TokenRecord) -> dict[str, object]:
     return {"token_id": record.id} | {
         name: getattr(record, name) for name in TokenModel.model_fields if name != "token_id"
     }
+
+
+ROUTES = tagged(
+    "Tokens",
+    Route("GET", "/tokens", list_tokens, Permission.TOKENS, Answers(TokenList)),
+    Route(
+        "POST",
+        "/tokens",
+        create_token,
+        Permission.TOKENS,
+        Answers(NewTokenModel, status=201, description="The token, with its secret, shown this once"),
+    ),
+    Route(
+        "DELETE",
+        "/tokens/{token_id}",
+        revoke_token,
+        Permission.TOKENS,
+        Answers(TokenModel, description="The token is revoked, at once; a repeat answers the same"),
+        errors=(404,),
+    ),
+    Route("GET", "/audit", list_audit, Permission.AUDIT, Answers(AuditPage)),
+)

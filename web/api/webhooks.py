@@ -10,7 +10,7 @@ from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission
 from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
 from web.api.fields import Cursor, Input, Limit, Output, ShortText, Timestamp, WholeNumber
-from web.api.routing import Answers, Call, Reply, Routes
+from web.api.routing import Answers, Call, Reply, Route, tagged
 from workflows.events import EventType
 from workflows.webhooks.subscriptions import NOTHING
 
@@ -118,61 +118,32 @@ class WebhookTestAnswer(Output):
     milliseconds: int
 
 
-webhooks = Routes("Webhooks")
-
-
-@webhooks.route("GET", "/webhooks", permission=Permission.WEBHOOKS, answers=Answers(WebhookList))
 def list_webhooks(call: Call) -> Reply:
     """List webhooks, oldest first, with what waits for each."""
     found = call.portal.webhooks.all(call.actor.tenant_id)
     return Reply(WebhookList(webhooks=[WebhookModel(**_fields(record, backlog)) for record, backlog in found]))
 
 
-@webhooks.route(
-    "POST",
-    "/webhooks",
-    permission=Permission.WEBHOOKS,
-    body=WebhookRequest,
-    answers=Answers(NewWebhookModel, status=201, description="The webhook, with its secret, shown this once"),
-    errors=(409,),
-)
-def create_webhook(call: Call) -> Reply:
+def create_webhook(call: Call, body: WebhookRequest) -> Reply:
     """Send events to a receiver from now on."""
-    wanted: WebhookRequest = call.body
-    types = [EventType(name) for name in wanted.events or ()]
-    secret, record = call.portal.webhooks.create(call.actor, wanted.name, wanted.url, types)
+    types = [EventType(name) for name in body.events or ()]
+    secret, record = call.portal.webhooks.create(call.actor, body.name, body.url, types)
     return Reply(NewWebhookModel(**_fields(record, NOTHING), secret=secret), status=201)
 
 
-@webhooks.route(
-    "DELETE",
-    "/webhooks/{webhook_id}",
-    permission=Permission.WEBHOOKS,
-    answers=Answers(WebhookModel, description="The webhook that is gone, with all that was on its way to it"),
-    errors=(404,),
-)
-def delete_webhook(call: Call) -> Reply:
+def delete_webhook(call: Call, webhook_id: str) -> Reply:
     """Send nothing more to a receiver."""
-    return Reply(WebhookModel(**_fields(*call.portal.webhooks.delete(call.actor, call.path["webhook_id"]))))
+    return Reply(WebhookModel(**_fields(*call.portal.webhooks.delete(call.actor, webhook_id))))
 
 
-@webhooks.route(
-    "GET",
-    "/webhooks/{webhook_id}/deliveries",
-    permission=Permission.WEBHOOKS,
-    query=WebhookDeliveryQuery,
-    answers=Answers(WebhookDeliveryPage),
-    errors=(404,),
-)
-def list_webhook_deliveries(call: Call) -> Reply:
+def list_webhook_deliveries(call: Call, webhook_id: str, query: WebhookDeliveryQuery) -> Reply:
     """List what was or is to be sent to a receiver, newest first."""
-    query: WebhookDeliveryQuery = call.query
     if query.cursor is not None and not (query.cursor.isdigit() and len(query.cursor) < 19):
         problem = FieldProblem("cursor", "must be the next_cursor of the page before")
         raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem])
     found = call.portal.webhooks.deliveries(
         call.actor.tenant_id,
-        call.path["webhook_id"],
+        webhook_id,
         limit=query.limit + 1,
         before=None if query.cursor is None else int(query.cursor),
         status=query.status,
@@ -182,32 +153,15 @@ def list_webhook_deliveries(call: Call) -> Reply:
     return Reply(WebhookDeliveryPage(deliveries=page, next_cursor=str(page[-1].delivery_id) if more else None))
 
 
-@webhooks.route(
-    "POST",
-    "/webhooks/{webhook_id}/redeliver",
-    permission=Permission.WEBHOOKS,
-    body=RedeliverRequest,
-    body_optional=True,
-    answers=Answers(RedeliverAnswer),
-    errors=(404,),
-)
-def redeliver(call: Call) -> Reply:
+def redeliver(call: Call, webhook_id: str, body: RedeliverRequest) -> Reply:
     """Send again what was given up, or what is named."""
-    wanted: RedeliverRequest = call.body
-    count = call.portal.webhooks.redeliver(call.actor, call.path["webhook_id"], wanted.delivery_ids)
+    count = call.portal.webhooks.redeliver(call.actor, webhook_id, body.delivery_ids)
     return Reply(RedeliverAnswer(redelivered=count))
 
 
-@webhooks.route(
-    "POST",
-    "/webhooks/{webhook_id}/test",
-    permission=Permission.WEBHOOKS,
-    answers=Answers(WebhookTestAnswer, description="How it ended; an event of the type test was sent, or was to be"),
-    errors=(404, 503),
-)
-def try_webhook(call: Call) -> Reply:
+def try_webhook(call: Call, webhook_id: str) -> Reply:
     """Send a receiver a test event now, once."""
-    sent = call.portal.webhooks.test(call.actor, call.path["webhook_id"])
+    sent = call.portal.webhooks.test(call.actor, webhook_id)
     return Reply(
         WebhookTestAnswer(
             delivered=sent.delivered,
@@ -236,3 +190,50 @@ def _delivery(record: DeliveryRecord) -> WebhookDeliveryModel:
     if record.status != "waiting":
         fields["next_at"] = None
     return WebhookDeliveryModel(delivery_id=record.id, **fields)
+
+
+ROUTES = tagged(
+    "Webhooks",
+    Route("GET", "/webhooks", list_webhooks, Permission.WEBHOOKS, Answers(WebhookList)),
+    Route(
+        "POST",
+        "/webhooks",
+        create_webhook,
+        Permission.WEBHOOKS,
+        Answers(NewWebhookModel, status=201, description="The webhook, with its secret, shown this once"),
+        errors=(409,),
+    ),
+    Route(
+        "DELETE",
+        "/webhooks/{webhook_id}",
+        delete_webhook,
+        Permission.WEBHOOKS,
+        Answers(WebhookModel, description="The webhook that is gone, with all that was on its way to it"),
+        errors=(404,),
+    ),
+    Route(
+        "GET",
+        "/webhooks/{webhook_id}/deliveries",
+        list_webhook_deliveries,
+        Permission.WEBHOOKS,
+        Answers(WebhookDeliveryPage),
+        errors=(404,),
+    ),
+    Route(
+        "POST",
+        "/webhooks/{webhook_id}/redeliver",
+        redeliver,
+        Permission.WEBHOOKS,
+        Answers(RedeliverAnswer),
+        body_optional=True,
+        errors=(404,),
+    ),
+    Route(
+        "POST",
+        "/webhooks/{webhook_id}/test",
+        try_webhook,
+        Permission.WEBHOOKS,
+        Answers(WebhookTestAnswer, description="How it ended; an event of the type test was sent, or was to be"),
+        errors=(404, 503),
+    ),
+)

@@ -18,10 +18,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flask import Flask
 
-from app import ROUTES, STATUS_OF, portal_of
+from app import ROUTES, portal_of
 from core import errors
 from core.roles import Role
 from tests.support.harness import Api, Clock, api_as, csr_pem, problem_of, state_of
+from web.api.problems import STATUS_OF
 from workflows.devices import Inventory
 
 PUMP = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
