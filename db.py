@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound
+from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record, update_device
 from store.statements import Prepared
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, UtcDateTime
@@ -110,22 +111,28 @@ def revoke_device(
             "generation": generation,
         },
     )
-    own = (Certificate.tenant_id == tenant_id, Certificate.device_id == device_id, Certificate.status != "revoked")
+    own = (
+        Certificate.tenant_id == tenant_id,
+        Certificate.device_id == device_id,
+        Certificate.status != CertificateStatus.REVOKED,
+    )
     issuers = sa.select(Certificate.issuer_id).where(*own)
     tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=generation))
     tx.execute(
         sa.update(Certificate)
         .where(*own)
-        .values(status="revoked", revoked_at=revoked_at, revocation_reason=reason, generation=generation)
+        .values(
+            status=CertificateStatus.REVOKED, revoked_at=revoked_at, revocation_reason=reason, generation=generation
+        )
     )
     tx.execute(
         sa.update(Delivery)
         .where(
             Delivery.tenant_id == tenant_id,
             Delivery.device_id == device_id,
-            Delivery.status.in_(("ready", "fetching")),
+            Delivery.status.in_(PENDING_DELIVERY),
         )
-        .values(status="revoked", bundle=None, lease_until=None)
+        .values(status=DeliveryStatus.REVOKED, bundle=None, lease_until=None)
     )
 
 
@@ -167,7 +174,7 @@ def add_certificate(
             "not_before": not_before,
             "not_after": not_after,
             "issued_at": issued_at,
-            "status": "active" if revoked_at is None else "revoked",
+            "status": CertificateStatus.ACTIVE if revoked_at is None else CertificateStatus.REVOKED,
             "revoked_at": revoked_at,
             "revocation_reason": reason,
         },

@@ -10,6 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from core.states import IssuerKind
 from store.database import Database
 from store.tables import BrokerState, Certificate, Device, IssuerRow
 
@@ -30,7 +31,7 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
     chance = random.Random(devices)  # noqa: S311 - the same fleet each time, no secret
     now = datetime.now(UTC)
     with database.snapshot() as tx:
-        issuer_id = tx.execute(sa.select(IssuerRow.id).where(IssuerRow.kind == "issuing")).scalars().first()
+        issuer_id = tx.execute(sa.select(IssuerRow.id).where(IssuerRow.kind == IssuerKind.ISSUING)).scalars().first()
     for start in range(0, devices, BATCH):
         rows = [
             _rows(chance, number, now, issuer_id, is_out=number < revoked, generation=int(per_device))

@@ -11,10 +11,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
+from core.states import CertificateStatus, DeliveryStatus
 from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record
 from store.tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
 
-CURRENT = ("active", "held")
+_REPLACEABLE = (DeliveryStatus.READY, DeliveryStatus.EXPIRED)  # nobody has begun to fetch the bundle
+CURRENT = (CertificateStatus.ACTIVE, CertificateStatus.HELD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class KnownDevice:
     fingerprint: str
     not_after: datetime | None
     der: bytes | None
-    certificate_status: str
+    certificate_status: CertificateStatus | None
     delivery_id: str | None
     waits: bool
 
@@ -75,10 +77,10 @@ def find_known(tx: Connection, tenant_id: str, external_ids: Sequence[str]) -> d
     rows = tx.execute(_FIND, {"of_tenant": tenant_id, "wanted": external_ids}).all()
     devices = [(device_record(row[:-9]), row[-9:]) for row in rows]
     own = _topics(tx, tenant_id, [device.id for device, _ in devices if device.own_topics])
-    in_use = _in_use(tx, tenant_id, [device.id for device, (*_, status) in devices if status in ("ready", "expired")])
+    in_use = _in_use(tx, tenant_id, [device.id for device, (*_, status) in devices if status in _REPLACEABLE])
     known: dict[str, KnownDevice] = {}
     for device, (certificate_id, issuer_id, serial, fingerprint, not_after, der, state, delivery, status) in devices:
-        waits = status in ("ready", "expired") and device.id not in in_use
+        waits = status in _REPLACEABLE and device.id not in in_use
         known[device.external_id or ""] = KnownDevice(
             device=device,
             topics=tuple(own.get(device.id, ())) if device.own_topics else None,
@@ -88,9 +90,9 @@ def find_known(tx: Connection, tenant_id: str, external_ids: Sequence[str]) -> d
             fingerprint=fingerprint or "",
             not_after=not_after,
             der=der,
-            certificate_status=state or "",
+            certificate_status=state,
             delivery_id=delivery,
-            waits=waits and state == "active",
+            waits=waits and state == CertificateStatus.ACTIVE,
         )
     return known
 
@@ -124,7 +126,7 @@ def _in_use(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[st
         sa.select(Certificate.device_id).where(
             Certificate.tenant_id == tenant_id,
             Certificate.device_id.in_(device_ids),
-            Certificate.status == "replaced",
+            Certificate.status == CertificateStatus.REPLACED,
         )
     ).scalars()
     return {objects[name] for name in found} | {device_id for device_id in renewed if device_id is not None}
@@ -182,7 +184,7 @@ def add_certificates(
     """
     if not certificates:
         return {}
-    same = {"tenant_id": tenant_id, "purpose": "device", "issued_at": issued_at, "status": "active"}
+    same = {"tenant_id": tenant_id, "purpose": "device", "issued_at": issued_at, "status": CertificateStatus.ACTIVE}
     tx.execute(_INSERT_CERTIFICATES, [{**certificate, **same} for certificate in certificates])
     fingerprints = [certificate["fingerprint"] for certificate in certificates]
     rows = tx.execute(_ROW_IDS, {"of_tenant": tenant_id, "wanted": fingerprints})
@@ -197,7 +199,7 @@ def add_deliveries(
     Each holds ``id``, ``device_id``, ``certificate_id``, ``bundle``, ``format``, ``expires_at``.
     """
     if deliveries:
-        same = {"tenant_id": tenant_id, "status": "ready", "created_at": created_at}
+        same = {"tenant_id": tenant_id, "status": DeliveryStatus.READY, "created_at": created_at}
         tx.execute(_INSERT_DELIVERIES, [{**delivery, **same} for delivery in deliveries])
 
 
@@ -211,21 +213,23 @@ def supersede_unfetched(
     waiting = [device.delivery_id for device in known if device.delivery_id is not None]
     destroyed = tx.execute(
         sa.update(Delivery)
-        .where(Delivery.tenant_id == tenant_id, Delivery.id.in_(waiting), Delivery.status == "ready")
-        .values(status="revoked", bundle=None)
+        .where(Delivery.tenant_id == tenant_id, Delivery.id.in_(waiting), Delivery.status == DeliveryStatus.READY)
+        .values(status=DeliveryStatus.REVOKED, bundle=None)
         .returning(Delivery.certificate_id)
     ).scalars()
     gone = set(destroyed)
     expired = tx.execute(
         sa.select(Delivery.certificate_id).where(
-            Delivery.tenant_id == tenant_id, Delivery.id.in_(waiting), Delivery.status == "expired"
+            Delivery.tenant_id == tenant_id, Delivery.id.in_(waiting), Delivery.status == DeliveryStatus.EXPIRED
         )
     ).scalars()
     gone |= set(expired)
     revoked = tx.execute(
         sa.update(Certificate)
-        .where(Certificate.tenant_id == tenant_id, Certificate.id.in_(gone), Certificate.status == "active")
-        .values(status="revoked", revoked_at=at, revocation_reason="superseded")
+        .where(
+            Certificate.tenant_id == tenant_id, Certificate.id.in_(gone), Certificate.status == CertificateStatus.ACTIVE
+        )
+        .values(status=CertificateStatus.REVOKED, revoked_at=at, revocation_reason="superseded")
         .returning(Certificate.device_id)
     ).scalars()
     done = {device_id for device_id in revoked if device_id is not None}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from core.states import CertificateStatus
 from store.tables import Certificate
 
 
@@ -24,7 +25,7 @@ class CertificateRecord:
     not_before: datetime
     not_after: datetime
     issued_at: datetime
-    status: str
+    status: CertificateStatus
     revoked_at: datetime | None
     revocation_reason: str | None
 

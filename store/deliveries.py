@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
+from core.states import PENDING_DELIVERY, DeliveryStatus
 from store.statements import Prepared
 from store.tables import Delivery, Device, IdempotencyKey
 
@@ -22,7 +23,7 @@ class DeliveryRecord:
     id: str
     device_id: str
     certificate_id: int
-    status: str
+    status: DeliveryStatus
     expires_at: datetime
     lease_until: datetime | None
     generation: int
@@ -62,7 +63,7 @@ def add_delivery(
             "tenant_id": tenant_id,
             "device_id": device_id,
             "certificate_id": certificate_id,
-            "status": "ready",
+            "status": DeliveryStatus.READY,
             "bundle": bundle,
             "format": bundle_format,
             "created_at": created_at,
@@ -96,11 +97,11 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> Delivery
     if row is None:
         raise LinkUnknown("This download link is not known here; ask for the device's link again.")
     record = DeliveryRecord(*row[:-1])
-    if record.status == "revoked":
+    if record.status == DeliveryStatus.REVOKED:
         raise LinkRevoked("What this link leads to has been revoked, so its bundle was destroyed.")
-    if record.status == "expired" or (record.status in ("ready", "fetching") and record.expires_at <= now):
+    if record.status == DeliveryStatus.EXPIRED or (record.status in PENDING_DELIVERY and record.expires_at <= now):
         raise LinkExpired("This link's time is over, so its bundle was destroyed; give the device new credentials.")
-    if record.status == "delivered" or (record.lease_until is not None and record.lease_until > now):
+    if record.status == DeliveryStatus.DELIVERED or (record.lease_until is not None and record.lease_until > now):
         raise LinkUsed("This link has been used; give the device new credentials if it was not you.")
     if row[-1] == DeviceStatus.SUSPENDED:
         raise StateConflict("The device of this link is suspended; fetch its bundle once it was resumed.")
@@ -123,9 +124,11 @@ def claim_delivery(tx: Connection, delivery_id: str, *, now: datetime, lease: ti
             Delivery.expires_at > now,
         )
         .values(
-            status="fetching",
+            status=DeliveryStatus.FETCHING,
             lease_until=now + lease,
-            expires_at=record.expires_at if record.status == "fetching" else min(record.expires_at, now + grace),
+            expires_at=record.expires_at
+            if record.status == DeliveryStatus.FETCHING
+            else min(record.expires_at, now + grace),
         )
         .returning(Delivery.bundle)
     ).one_or_none()
@@ -142,7 +145,7 @@ def close_delivery(tx: Connection, delivery_id: str) -> bool:
     """
     closed = tx.execute(
         sa.update(Delivery)
-        .where(Delivery.id == delivery_id, Delivery.status == "fetching")
+        .where(Delivery.id == delivery_id, Delivery.status == DeliveryStatus.FETCHING)
         .values(lease_until=Delivery.expires_at)
     )
     return closed.rowcount == 1
@@ -152,8 +155,8 @@ def finish_delivery(tx: Connection, delivery_id: str, *, delivered_at: datetime)
     """Destroy the bundle, which has arrived; returns whether it was still there (a revocation may have come first)."""
     done = tx.execute(
         sa.update(Delivery)
-        .where(Delivery.id == delivery_id, Delivery.status == "fetching")
-        .values(status="delivered", bundle=None, lease_until=None, delivered_at=delivered_at)
+        .where(Delivery.id == delivery_id, Delivery.status == DeliveryStatus.FETCHING)
+        .values(status=DeliveryStatus.DELIVERED, bundle=None, lease_until=None, delivered_at=delivered_at)
     )
     return done.rowcount == 1
 
@@ -161,13 +164,15 @@ def finish_delivery(tx: Connection, delivery_id: str, *, delivered_at: datetime)
 def release_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> None:
     """Let a fetch that broke off be repeated at once, within the grace time that its claim set."""
     tx.execute(
-        sa.update(Delivery).where(Delivery.id == delivery_id, Delivery.status == "fetching").values(lease_until=now)
+        sa.update(Delivery)
+        .where(Delivery.id == delivery_id, Delivery.status == DeliveryStatus.FETCHING)
+        .values(lease_until=now)
     )
 
 
 def anything_due(tx: Connection, *, now: datetime) -> bool:
     """Whether a bundle or a kept answer is past its time."""
-    bundle = sa.select(Delivery.id).where(Delivery.status.in_(("ready", "fetching")), Delivery.expires_at <= now)
+    bundle = sa.select(Delivery.id).where(Delivery.status.in_(PENDING_DELIVERY), Delivery.expires_at <= now)
     answer = sa.select(IdempotencyKey.key_hash).where(IdempotencyKey.expires_at <= now)
     return bool(tx.execute(sa.select(sa.or_(bundle.exists(), answer.exists()))).scalar_one())
 
@@ -180,7 +185,7 @@ def expire_deliveries(tx: Connection, *, now: datetime, limit: int = 1000) -> Se
     due = (
         sa.select(Delivery.id)
         .where(
-            Delivery.status.in_(("ready", "fetching")),
+            Delivery.status.in_(PENDING_DELIVERY),
             Delivery.expires_at <= now,
             sa.or_(Delivery.lease_until.is_(None), Delivery.lease_until <= now),
         )
@@ -189,7 +194,7 @@ def expire_deliveries(tx: Connection, *, now: datetime, limit: int = 1000) -> Se
     expired = tx.execute(
         sa.update(Delivery)
         .where(Delivery.id.in_(due))
-        .values(status="expired", bundle=None, lease_until=None)
+        .values(status=DeliveryStatus.EXPIRED, bundle=None, lease_until=None)
         .returning(Delivery.tenant_id, Delivery.device_id, Delivery.id)
     )
     return [(row.tenant_id, row.device_id, row.id) for row in expired]

@@ -43,9 +43,7 @@ DEVICE_COLUMNS = tuple(Device.__table__.c[name] for name in (
 
 def device_record(row: Sequence[Any]) -> DeviceRecord:
     """Read a row of ``DEVICE_COLUMNS``."""
-    values = list(row)
-    values[9] = DeviceStatus(values[9])
-    return DeviceRecord(*values)
+    return DeviceRecord(*row)
 
 
 def update_device(tx: Connection, tenant_id: str, device_id: str, values: dict[str, Any]) -> None:

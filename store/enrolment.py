@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.errors import NotFound
+from core.states import Approval, EnrolmentStatus
 from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
 from store.tables import Certificate, Device
 from store.tables_enrolment import Enrolment, EnrolmentToken
@@ -31,7 +32,7 @@ class Terms:
     name_template: str
     key_types: tuple[str, ...]
     validity_days: int | None
-    approval: str
+    approval: Approval
 
 
 TERMS = ("type", "location", "firmware", "name_template", "key_types", "validity_days", "approval")
@@ -139,7 +140,7 @@ class EnrolmentRecord:
     manufacturer_id: str | None
     identity: str
     key_fingerprint: str
-    status: str
+    status: EnrolmentStatus
     certificate_id: int | None
 
 
@@ -160,7 +161,11 @@ def find_enrolment(
 
 def undecided_enrolment(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentRecord | None:
     """The request of a device that waits for an operator."""
-    own = (Enrolment.tenant_id == tenant_id, Enrolment.device_id == device_id, Enrolment.status == "waiting")
+    own = (
+        Enrolment.tenant_id == tenant_id,
+        Enrolment.device_id == device_id,
+        Enrolment.status == EnrolmentStatus.WAITING,
+    )
     row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own).order_by(Enrolment.id).limit(1)).one_or_none()
     return None if row is None else EnrolmentRecord(*row)
 
@@ -203,7 +208,7 @@ def find_device_certificate(tx: Connection, fingerprint: str) -> ShownCertificat
         .where(Certificate.fingerprint == fingerprint, Certificate.purpose == "device")
     )
     row = tx.execute(query).one_or_none()
-    return None if row is None else ShownCertificate(row[0], certificate_record(row[2:]), DeviceStatus(row[1]))
+    return None if row is None else ShownCertificate(row[0], certificate_record(row[2:]), row[1])
 
 
 def get_certificate(tx: Connection, tenant_id: str, certificate_id: int) -> CertificateRecord:

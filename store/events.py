@@ -7,6 +7,7 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.states import EventDeliveryStatus
 from store.tables import UtcDateTime
 from store.tables_events import Webhook, WebhookDelivery
 
@@ -21,7 +22,7 @@ _WANTED = sa.select(
     sa.bindparam("device_id", type_=sa.String()),
     sa.bindparam("body", type_=sa.Text()),
     sa.bindparam("at", type_=UtcDateTime()),
-    sa.literal("waiting"),
+    sa.literal(EventDeliveryStatus.WAITING, WebhookDelivery.status.type),
     sa.literal(0),
     sa.bindparam("at", type_=UtcDateTime()),
 ).where(

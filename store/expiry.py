@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.states import CertificateStatus
 from store.tables import Certificate, Device, UtcDateTime
 from store.tables_events import ExpiryAnnouncement
 
@@ -50,7 +51,7 @@ def unannounced(tx: Connection, *, now: datetime, limit: int) -> Sequence[Expiri
             Certificate.not_after,
         )
         .join(Device, Device.id == Certificate.device_id)
-        .where(Certificate.status == "active", Certificate.not_after > now, past, ~announced.exists())
+        .where(Certificate.status == CertificateStatus.ACTIVE, Certificate.not_after > now, past, ~announced.exists())
         .order_by(Certificate.id)
         .limit(limit)
     )

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.states import PENDING_DELIVERY, IssuerStatus
 from store.reads import CURRENT
 from store.tables import AuditHead, Certificate, Crl, Delivery, Device, IssuerRow
 
@@ -43,7 +44,7 @@ def undelivered_bundles(tx: Connection, tenant_id: str) -> int:
     return tx.execute(
         sa.select(sa.func.count())
         .select_from(Delivery)
-        .where(Delivery.tenant_id == tenant_id, Delivery.status.in_(("ready", "fetching")))
+        .where(Delivery.tenant_id == tenant_id, Delivery.status.in_(PENDING_DELIVERY))
     ).scalar_one()
 
 
@@ -57,7 +58,7 @@ def issuer_ends(tx: Connection) -> list[tuple[str, datetime, datetime | None]]:
     rows = tx.execute(
         sa.select(IssuerRow.name, IssuerRow.not_after, Crl.next_update)
         .outerjoin_from(IssuerRow, Crl, Crl.issuer_id == IssuerRow.id)
-        .where(IssuerRow.status == "active")
+        .where(IssuerRow.status == IssuerStatus.ACTIVE)
         .order_by(IssuerRow.id)
     )
     return [(row.name, row.not_after, row.next_update) for row in rows]

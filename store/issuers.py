@@ -9,6 +9,7 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.states import IssuerKind, IssuerStatus
 from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
 from store.tables import AuditHead, BrokerState, Certificate, Crl, IssuerRow, Tenant, UtcDateTime
 
@@ -22,8 +23,8 @@ class IssuerRecord:
 
     id: int
     name: str
-    kind: str
-    status: str
+    kind: IssuerKind
+    status: IssuerStatus
     der: bytes
     fingerprint: str
     not_after: datetime
@@ -68,7 +69,7 @@ def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
 
 
 def add_issuer(
-    tx: Connection, *, tenant_id: str, name: str, kind: str, der: bytes, fingerprint: str, not_after: datetime,
+    tx: Connection, *, tenant_id: str, name: str, kind: IssuerKind, der: bytes, fingerprint: str, not_after: datetime,
     created_at: datetime, issuing_since: datetime | None,
 ) -> int:  # fmt: skip
     """Record a CA certificate and return its row's id."""
@@ -78,7 +79,7 @@ def add_issuer(
             "tenant_id": tenant_id,
             "name": name,
             "kind": kind,
-            "status": "active",
+            "status": IssuerStatus.ACTIVE,
             "der": der,
             "fingerprint": fingerprint,
             "not_after": not_after,
@@ -102,7 +103,7 @@ def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRec
             IssuerRow.revoked_generation,
             IssuerRow.issuing_since,
         )
-        .where(IssuerRow.status.in_(("active", "retired") if retired else ("active",)))
+        .where(IssuerRow.status.in_(tuple(IssuerStatus) if retired else (IssuerStatus.ACTIVE,)))
         .order_by(IssuerRow.id)
     )
     return [IssuerRecord(*row) for row in rows]

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
+from core.states import ManufacturerStatus
 from store.enrolment import TERMS, Terms, terms_of, terms_values
 from store.tables_enrolment import Manufacturer
 
@@ -25,7 +26,7 @@ class ManufacturerRecord:
     der: bytes = field(repr=False)
     fingerprint: str
     not_after: datetime
-    status: str
+    status: ManufacturerStatus
     nonce: str
     nonce_expires_at: datetime
     created_at: datetime
@@ -76,5 +77,5 @@ def list_manufacturers(tx: Connection, tenant_id: str) -> Sequence[ManufacturerR
 
 def registered_manufacturers(tx: Connection) -> Sequence[ManufacturerRecord]:
     """Those of every tenant whose certificates count: a TLS connection does not tell yet whose portal it is for."""
-    query = sa.select(*_COLUMNS).where(Manufacturer.status == "registered")
+    query = sa.select(*_COLUMNS).where(Manufacturer.status == ManufacturerStatus.REGISTERED)
     return [_record(row) for row in tx.execute(query.order_by(Manufacturer.id))]

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
+from core.states import CertificateStatus
 from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
 from store.tables import AclEntry, Certificate, Device
 
@@ -87,7 +88,7 @@ def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -
     query = query.order_by(Device.generation)
     for device_id, status, own_topics, generation in tx.execute(query.execution_options(yield_per=5000)):
         own = tuple(topics.get(device_id, ())) if own_topics else None
-        yield AclChange(device_id, DeviceStatus(status), own, generation)
+        yield AclChange(device_id, status, own, generation)
 
 
 def newly_out(tx: Connection, tenant_id: str, *, newest: int, applied: int, since: datetime) -> Sequence[AclChange]:
@@ -106,7 +107,7 @@ def newly_out(tx: Connection, tenant_id: str, *, newest: int, applied: int, sinc
         for device_id, status, generation, updated_at in rows:
             if len(found) >= newest and generation <= applied and updated_at <= since:
                 break
-            found.append(AclChange(device_id, DeviceStatus(status), None, generation))
+            found.append(AclChange(device_id, status, None, generation))
     return found[::-1]
 
 
@@ -136,7 +137,7 @@ def devices_put_out(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
         Certificate.generation > since,
         _ON_A_CRL,
         Certificate.tenant_id == tenant_id,
-        Certificate.status == "revoked",
+        Certificate.status == CertificateStatus.REVOKED,
         Certificate.device_id.is_not(None),
     )
     return [device_id for device_id in tx.execute(sa.union(out, lost_one)).scalars() if device_id]
@@ -154,7 +155,7 @@ def superseded_between(tx: Connection, tenant_id: str, start: datetime, end: dat
     """
     newest = (
         sa.select(Certificate.id, Certificate.device_id, Certificate.revoked_at, Certificate.revocation_reason)
-        .where(Certificate.tenant_id == tenant_id, _ON_A_CRL, Certificate.status == "revoked")
+        .where(Certificate.tenant_id == tenant_id, _ON_A_CRL, Certificate.status == CertificateStatus.REVOKED)
         .order_by(Certificate.generation.desc())
         .limit(1000)
         .subquery()

@@ -9,7 +9,9 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.device_status import DeviceStatus
 from core.errors import StateConflict
+from core.states import EnrolmentStatus
 from store.tables import Certificate, Device
 from store.tables_enrolment import Enrolment
 from store.tables_reenrolment import Reenrolment
@@ -25,7 +27,7 @@ class ReenrolmentRecord:
 
     enrolment_id: int
     key_fingerprint: str
-    status: str
+    status: EnrolmentStatus
 
 
 _COLUMNS = (Reenrolment.enrolment_id, Reenrolment.key_fingerprint, Reenrolment.status)
@@ -42,16 +44,22 @@ def ask(tx: Connection, tenant_id: str, enrolment_id: int, *, key_fingerprint: s
     """Record the key that a device asks for, in the place of another one, whatever was decided about that."""
     own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
     tx.execute(sa.delete(Reenrolment).where(*own))
-    values = {"key_fingerprint": key_fingerprint, "status": "waiting", "asked_at": asked_at}
+    values = {"key_fingerprint": key_fingerprint, "status": EnrolmentStatus.WAITING, "asked_at": asked_at}
     tx.execute(sa.insert(Reenrolment), {"tenant_id": tenant_id, "enrolment_id": enrolment_id, **values})
 
 
 def decide(
-    tx: Connection, tenant_id: str, enrolment_id: int, *, key_fingerprint: str, status: str, decided_at: datetime
+    tx: Connection,
+    tenant_id: str,
+    enrolment_id: int,
+    *,
+    key_fingerprint: str,
+    status: EnrolmentStatus,
+    decided_at: datetime,
 ) -> bool:
     """Record a decision about a key that waits for it; returns whether it still did."""
     own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
-    waits = (Reenrolment.key_fingerprint == key_fingerprint, Reenrolment.status == "waiting")
+    waits = (Reenrolment.key_fingerprint == key_fingerprint, Reenrolment.status == EnrolmentStatus.WAITING)
     values = {"status": status, "decided_at": decided_at}
     return tx.execute(sa.update(Reenrolment).where(*own, *waits).values(values)).rowcount == 1
 
@@ -59,7 +67,7 @@ def decide(
 def take(tx: Connection, tenant_id: str, enrolment_id: int, key_fingerprint: str) -> None:
     """Use up the approval of a key; raises ``StateConflict`` where there is none any more."""
     own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
-    approved = (Reenrolment.key_fingerprint == key_fingerprint, Reenrolment.status == "approved")
+    approved = (Reenrolment.key_fingerprint == key_fingerprint, Reenrolment.status == EnrolmentStatus.APPROVED)
     if tx.execute(sa.delete(Reenrolment).where(*own, *approved)).rowcount != 1:
         raise StateConflict("The device has asked with another key meanwhile; ask again.")
 
@@ -94,7 +102,7 @@ def first_asking(tx: Connection, tenant_id: str, *, limit: int) -> Sequence[Aski
             Device.id, Device.name, sa.false(), Enrolment.key_fingerprint, *_OF_BOTH, Enrolment.created_at
         )
         .join(Device, _DEVICE)
-        .where(Enrolment.tenant_id == tenant_id, _FIRST_WAITS, Device.status == "pending")
+        .where(Enrolment.tenant_id == tenant_id, _FIRST_WAITS, Device.status == DeviceStatus.PENDING)
     )  # fmt: skip
     rows = tx.execute(query.order_by(Enrolment.created_at, Enrolment.id).limit(limit))
     return [Asking(*row) for row in rows]
@@ -109,7 +117,7 @@ def asking_again(tx: Connection, tenant_id: str, *, limit: int) -> Sequence[Aski
         .select_from(Reenrolment)
         .join(Enrolment, Enrolment.id == Reenrolment.enrolment_id)
         .join(Device, _DEVICE)
-        .where(Reenrolment.tenant_id == tenant_id, _AGAIN_WAITS, Device.status == "active")
+        .where(Reenrolment.tenant_id == tenant_id, _AGAIN_WAITS, Device.status == DeviceStatus.ACTIVE)
     )  # fmt: skip
     rows = tx.execute(query.order_by(Reenrolment.asked_at, Reenrolment.enrolment_id).limit(limit))
     return [Asking(*row) for row in rows]

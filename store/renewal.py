@@ -9,9 +9,11 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from store.reads import CURRENT
 from store.tables import Certificate, Delivery, IssuerRow
 
+_USABLE = (CertificateStatus.ACTIVE, CertificateStatus.REPLACED)
 SUPERSEDED = "superseded"
 # As the conditions of indexes say it, so that these serve.
 _REPLACED = sa.text("certificates.status = 'replaced'")
@@ -20,14 +22,16 @@ _WAITING = sa.text("deliveries.status IN ('ready', 'fetching')")
 
 def count_valid(tx: Connection, tenant_id: str, device_id: str, *, now: datetime) -> int:
     """How many certificates a device can get in with at ``now``, those left out whose bundles nobody has fetched."""
-    waiting = sa.select(Delivery.certificate_id).where(Delivery.device_id == device_id, Delivery.status == "ready")
+    waiting = sa.select(Delivery.certificate_id).where(
+        Delivery.device_id == device_id, Delivery.status == DeliveryStatus.READY
+    )
     return tx.execute(
         sa.select(sa.func.count())
         .select_from(Certificate)
         .where(
             Certificate.tenant_id == tenant_id,
             Certificate.device_id == device_id,
-            Certificate.status.in_(("active", "replaced")),
+            Certificate.status.in_(_USABLE),
             Certificate.not_after > now,
             Certificate.id.not_in(waiting),
         )
@@ -38,7 +42,9 @@ def goes_on_until(tx: Connection, tenant_id: str, device_id: str, *, now: dateti
     """The time until which a device can get in with a certificate that was replaced, ``None`` where it cannot."""
     rows = tx.execute(
         sa.select(Certificate.replaced_until, Certificate.not_after).where(
-            Certificate.tenant_id == tenant_id, Certificate.device_id == device_id, Certificate.status == "replaced"
+            Certificate.tenant_id == tenant_id,
+            Certificate.device_id == device_id,
+            Certificate.status == CertificateStatus.REPLACED,
         )
     )
     ends = [min(until, not_after) for until, not_after in rows if until is not None and not_after > now]
@@ -52,7 +58,7 @@ def valid_dates(tx: Connection, tenant_id: str, device_id: str, fingerprint: str
             Certificate.tenant_id == tenant_id,
             Certificate.device_id == device_id,
             Certificate.fingerprint == fingerprint,
-            Certificate.status.in_(("active", "replaced")),
+            Certificate.status.in_(_USABLE),
         )
     ).one_or_none()
     return None if row is None else (row.not_before, row.not_after)
@@ -62,8 +68,12 @@ def replace_current(tx: Connection, tenant_id: str, device_id: str, *, until: da
     """Let a device's current certificate go on beside the next one, until a time at the longest."""
     tx.execute(
         sa.update(Certificate)
-        .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id, Certificate.status == "active")
-        .values(status="replaced", replaced_until=until, ends_when_used=ends_when_used)
+        .where(
+            Certificate.tenant_id == tenant_id,
+            Certificate.device_id == device_id,
+            Certificate.status == CertificateStatus.ACTIVE,
+        )
+        .values(status=CertificateStatus.REPLACED, replaced_until=until, ends_when_used=ends_when_used)
     )
 
 
@@ -72,7 +82,9 @@ def unfetched(tx: Connection, tenant_id: str, device_id: str) -> Sequence[int]:
     return list(
         tx.execute(
             sa.select(Delivery.certificate_id).where(
-                Delivery.tenant_id == tenant_id, Delivery.device_id == device_id, Delivery.status == "ready"
+                Delivery.tenant_id == tenant_id,
+                Delivery.device_id == device_id,
+                Delivery.status == DeliveryStatus.READY,
             )
         ).scalars()
     )
@@ -88,7 +100,9 @@ def end_replaced(
 ) -> int:
     """Revoke a device's replaced certificates, ``when_used`` those of which it was wanted; returns how many."""
     query = sa.select(Certificate.id).where(
-        Certificate.tenant_id == tenant_id, Certificate.device_id == device_id, Certificate.status == "replaced"
+        Certificate.tenant_id == tenant_id,
+        Certificate.device_id == device_id,
+        Certificate.status == CertificateStatus.REPLACED,
     )
     if when_used:
         query = query.where(Certificate.ends_when_used)
@@ -104,7 +118,11 @@ def overlaps_over(tx: Connection, *, now: datetime, limit: int = 500) -> Sequenc
     waits = (
         sa.select(Delivery.id)
         .join(newer, newer.id == Delivery.certificate_id)
-        .where(Delivery.device_id == Certificate.device_id, newer.status == "active", Delivery.status != "delivered")
+        .where(
+            Delivery.device_id == Certificate.device_id,
+            newer.status == CertificateStatus.ACTIVE,
+            Delivery.status != DeliveryStatus.DELIVERED,
+        )
     )
     rows = tx.execute(
         sa.select(Certificate.tenant_id, Certificate.device_id)
@@ -137,7 +155,7 @@ def unfetched_renewals(tx: Connection, *, now: datetime, limit: int = 500) -> Se
         sa.select(sa.func.max(before.id))
         .where(
             before.device_id == Certificate.device_id,
-            before.status.in_(("replaced", "held")),
+            before.status.in_((CertificateStatus.REPLACED, CertificateStatus.HELD)),
             before.replaced_until.is_not(None),
             before.not_after > now,
         )
@@ -146,7 +164,13 @@ def unfetched_renewals(tx: Connection, *, now: datetime, limit: int = 500) -> Se
     rows = tx.execute(
         sa.select(Certificate.tenant_id, Certificate.device_id, Certificate.id, newest_before)
         .join(Delivery, Delivery.certificate_id == Certificate.id)
-        .where(CURRENT, _WAITING, Delivery.status == "ready", Delivery.expires_at <= now, newest_before.is_not(None))
+        .where(
+            CURRENT,
+            _WAITING,
+            Delivery.status == DeliveryStatus.READY,
+            Delivery.expires_at <= now,
+            newest_before.is_not(None),
+        )
         .limit(limit)
     )
     return [Unfetched(*row) for row in rows]
@@ -155,7 +179,10 @@ def unfetched_renewals(tx: Connection, *, now: datetime, limit: int = 500) -> Se
 def undo(tx: Connection, renewal: Unfetched, *, now: datetime, generation: int) -> None:
     """Revoke the certificate of a renewal, and make the one before the device's again."""
     _supersede(tx, [renewal.certificate_id], now=now, generation=generation, sessions=False)
-    again = sa.case((Certificate.status == "held", "held"), else_="active")
+    again = sa.case(
+        (Certificate.status == CertificateStatus.HELD, Certificate.status),
+        else_=sa.literal(CertificateStatus.ACTIVE, Certificate.status.type),
+    )
     values = {"status": again, "replaced_until": None, "ends_when_used": False}
     tx.execute(sa.update(Certificate).where(Certificate.id == renewal.before_id).values(values))
 
@@ -167,7 +194,7 @@ def is_current(tx: Connection, tenant_id: str, device_id: str, fingerprint: str)
             Certificate.tenant_id == tenant_id,
             Certificate.device_id == device_id,
             Certificate.fingerprint == fingerprint,
-            Certificate.status == "active",
+            Certificate.status == CertificateStatus.ACTIVE,
         )
     )
     return found.one_or_none() is not None
@@ -181,7 +208,7 @@ def ends_when_used(tx: Connection, tenant_id: str, device_id: str) -> bool:
                 sa.exists().where(
                     Certificate.tenant_id == tenant_id,
                     Certificate.device_id == device_id,
-                    Certificate.status == "replaced",
+                    Certificate.status == CertificateStatus.REPLACED,
                     Certificate.ends_when_used,
                 )
             )
@@ -197,14 +224,16 @@ def _supersede(tx: Connection, ids: Sequence[int], *, now: datetime, generation:
     if not ids:
         return 0
     which = Certificate.id.in_(ids)
-    issuers = sa.select(Certificate.issuer_id).where(which, Certificate.status != "revoked")
+    issuers = sa.select(Certificate.issuer_id).where(which, Certificate.status != CertificateStatus.REVOKED)
     tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=generation))
-    values = {"status": "revoked", "revoked_at": now, "revocation_reason": SUPERSEDED}
+    values = {"status": CertificateStatus.REVOKED, "revoked_at": now, "revocation_reason": SUPERSEDED}
     values |= {"generation": generation if sessions else 0}
-    done = tx.execute(sa.update(Certificate).where(which, Certificate.status != "revoked").values(values))
+    done = tx.execute(
+        sa.update(Certificate).where(which, Certificate.status != CertificateStatus.REVOKED).values(values)
+    )
     tx.execute(
         sa.update(Delivery)
-        .where(Delivery.certificate_id.in_(ids), Delivery.status.in_(("ready", "fetching")))
-        .values(status="revoked", bundle=None, lease_until=None)
+        .where(Delivery.certificate_id.in_(ids), Delivery.status.in_(PENDING_DELIVERY))
+        .values(status=DeliveryStatus.REVOKED, bundle=None, lease_until=None)
     )
     return done.rowcount

@@ -9,13 +9,14 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.states import ON_CRL
 from store.tables import Certificate
 
 SERIAL_NUMBER_DIGITS = 40  # no certificate has more
 
 
 @dataclass(frozen=True, slots=True)
-class CertificateStatus:
+class RevocationState:
     """What is recorded of a certificate: ``revoked_at`` is ``None`` for one that is neither revoked nor held."""
 
     revoked_at: datetime | None
@@ -33,9 +34,7 @@ _OF_SEVERAL = sa.select(*_COLUMNS).where(
 )
 
 
-def certificate_statuses(
-    tx: Connection, issuer_id: int, serial_numbers: Collection[str]
-) -> dict[str, CertificateStatus]:
+def certificate_statuses(tx: Connection, issuer_id: int, serial_numbers: Collection[str]) -> dict[str, RevocationState]:
     """What is recorded of an issuer's certificates by serial number (lower-case hex); one never issued is left out."""
     wanted = sorted({number for number in serial_numbers if len(number) <= SERIAL_NUMBER_DIGITS})
     if not wanted:
@@ -45,9 +44,9 @@ def certificate_statuses(
     else:
         rows = tx.execute(_OF_SEVERAL, {"issuer_id": issuer_id, "serial_numbers": wanted})
     return {
-        serial_number: CertificateStatus(revoked_at, reason) if status in ("held", "revoked") else _GOOD
+        serial_number: RevocationState(revoked_at, reason) if status in ON_CRL else _GOOD
         for serial_number, status, revoked_at, reason in rows
     }
 
 
-_GOOD = CertificateStatus(None, None)
+_GOOD = RevocationState(None, None)

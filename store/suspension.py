@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
+from core.states import CertificateStatus
 from store.devices import update_device
 from store.tables import Certificate, IssuerRow
 
@@ -20,8 +21,13 @@ def suspend_device(tx: Connection, tenant_id: str, device_id: str, *, suspended_
     update_device(tx, tenant_id, device_id, values)
     _turn(
         tx,
-        (*_of(tenant_id, device_id), Certificate.status.in_(("active", "replaced"))),
-        {"status": "held", "revoked_at": suspended_at, "revocation_reason": HOLD, "generation": generation},
+        (*_of(tenant_id, device_id), Certificate.status.in_((CertificateStatus.ACTIVE, CertificateStatus.REPLACED))),
+        {
+            "status": CertificateStatus.HELD,
+            "revoked_at": suspended_at,
+            "revocation_reason": HOLD,
+            "generation": generation,
+        },
     )
 
 
@@ -29,10 +35,13 @@ def resume_device(tx: Connection, tenant_id: str, device_id: str, *, resumed_at:
     """Let a device back in: each certificate on hold becomes what it was."""
     values = {"status": DeviceStatus.ACTIVE, "updated_at": resumed_at, "generation": generation}
     update_device(tx, tenant_id, device_id, values)
-    was = sa.case((Certificate.replaced_until.is_(None), "active"), else_="replaced")
+    was = sa.case(
+        (Certificate.replaced_until.is_(None), sa.literal(CertificateStatus.ACTIVE, Certificate.status.type)),
+        else_=sa.literal(CertificateStatus.REPLACED, Certificate.status.type),
+    )
     _turn(
         tx,
-        (*_of(tenant_id, device_id), Certificate.status == "held"),
+        (*_of(tenant_id, device_id), Certificate.status == CertificateStatus.HELD),
         {"status": was, "revoked_at": None, "revocation_reason": None, "generation": generation},
     )
 
@@ -40,7 +49,7 @@ def resume_device(tx: Connection, tenant_id: str, device_id: str, *, resumed_at:
 def suspended_since(tx: Connection, tenant_id: str, device_id: str) -> datetime | None:
     """When the certificates of a device were put on hold, ``None`` where none is."""
     query = sa.select(sa.func.max(Certificate.revoked_at)).where(
-        *_of(tenant_id, device_id), Certificate.status == "held"
+        *_of(tenant_id, device_id), Certificate.status == CertificateStatus.HELD
     )
     since: datetime | None = tx.execute(query).scalar_one()
     return since

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from core.device_status import DeviceStatus
+from core.states import CertificateStatus, DeliveryStatus, IssuerKind, IssuerStatus
+
+StateName = TypeVar("StateName", bound=StrEnum)
 DEFAULT_TENANT = "default"
 
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only in INTEGER columns
@@ -37,8 +42,29 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
         return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
+class State(sa.TypeDecorator[StateName]):
+    """A text of which only the values of an enum are used; a row holds the member."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def __init__(self, states: type[StateName], length: int = 16) -> None:
+        """Take the enum, and the length that the column has in the database."""
+        super().__init__(length)
+        self.states = states
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Hand the member's text to the driver; a constraint of the table refuses any other."""
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> StateName | None:
+        """Return the member."""
+        return None if value is None else self.states(value)
+
+
 def _one_of(column: str, *values: str) -> str:
-    return f"{column} IN ({', '.join(repr(value) for value in values)})"
+    allowed = ", ".join(f"'{value}'" for value in values)
+    return f"{column} IN ({allowed})"
 
 
 class Base(DeclarativeBase):
@@ -71,7 +97,7 @@ class Device(Base):
     __table_args__ = (
         sa.UniqueConstraint("tenant_id", "id"),  # what composite foreign keys refer to
         sa.UniqueConstraint("tenant_id", "external_id"),
-        sa.CheckConstraint(_one_of("status", "pending", "active", "suspended", "revoked"), name="status"),
+        sa.CheckConstraint(_one_of("status", *DeviceStatus), name="status"),
         sa.CheckConstraint("(status = 'revoked') = (revoked_at IS NOT NULL)", name="revoked_at"),
         sa.CheckConstraint("(status = 'revoked') = (revocation_reason IS NOT NULL)", name="revocation_reason"),
         sa.CheckConstraint("length(id) = 36", name="id_is_uuid"),
@@ -112,7 +138,7 @@ class Device(Base):
     # "metadata" belongs to SQLAlchemy as an attribute; the column keeps the plain name.
     device_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", sa.JSON)
     own_topics: Mapped[bool] = mapped_column(default=False)
-    status: Mapped[str] = mapped_column(sa.String(16))
+    status: Mapped[DeviceStatus] = mapped_column(State(DeviceStatus))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -143,8 +169,8 @@ class IssuerRow(Base):
 
     __tablename__ = "issuers"
     __table_args__ = (
-        sa.CheckConstraint(_one_of("kind", "root", "issuing"), name="kind"),
-        sa.CheckConstraint(_one_of("status", "active", "retired"), name="status"),
+        sa.CheckConstraint(_one_of("kind", *IssuerKind), name="kind"),
+        sa.CheckConstraint(_one_of("status", *IssuerStatus), name="status"),
         sa.UniqueConstraint("name"),
         sa.UniqueConstraint("fingerprint"),
     )
@@ -152,8 +178,8 @@ class IssuerRow(Base):
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(sa.String(64))
-    kind: Mapped[str] = mapped_column(sa.String(16))
-    status: Mapped[str] = mapped_column(sa.String(16))
+    kind: Mapped[IssuerKind] = mapped_column(State(IssuerKind))
+    status: Mapped[IssuerStatus] = mapped_column(State(IssuerStatus))
     der: Mapped[bytes] = mapped_column(sa.LargeBinary)
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
     not_after: Mapped[datetime] = mapped_column(UtcDateTime)
@@ -195,7 +221,7 @@ class Certificate(Base):
         sa.UniqueConstraint("fingerprint"),
         sa.CheckConstraint(_one_of("purpose", "device", "server", "canary", "lost"), name="purpose"),
         sa.CheckConstraint("(purpose = 'device') = (device_id IS NOT NULL)", name="owner"),
-        sa.CheckConstraint(_one_of("status", "active", "replaced", "held", "revoked"), name="status"),
+        sa.CheckConstraint(_one_of("status", *CertificateStatus), name="status"),
         sa.CheckConstraint("(status IN ('held', 'revoked')) = (revoked_at IS NOT NULL)", name="revoked_at"),
         sa.CheckConstraint("(revoked_at IS NULL) = (revocation_reason IS NULL)", name="revocation_reason"),
         sa.CheckConstraint("not_before < not_after", name="validity"),
@@ -253,7 +279,7 @@ class Certificate(Base):
     not_before: Mapped[datetime] = mapped_column(UtcDateTime)
     not_after: Mapped[datetime] = mapped_column(UtcDateTime)
     issued_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    status: Mapped[str] = mapped_column(sa.String(16))
+    status: Mapped[CertificateStatus] = mapped_column(State(CertificateStatus))
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
     # Of one that another has replaced: until when it goes on, at the longest or until the other was seen in use.
@@ -269,7 +295,7 @@ class Delivery(Base):
     __tablename__ = "deliveries"
     __table_args__ = (
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
-        sa.CheckConstraint(_one_of("status", "ready", "fetching", "delivered", "expired", "revoked"), name="status"),
+        sa.CheckConstraint(_one_of("status", *DeliveryStatus), name="status"),
         sa.CheckConstraint("(status IN ('ready', 'fetching')) = (bundle IS NOT NULL)", name="bundle"),
         sa.CheckConstraint(_one_of("format", "zip", "p12", "pem"), name="format"),
         sa.CheckConstraint("(status = 'fetching') = (lease_until IS NOT NULL)", name="lease"),
@@ -286,7 +312,7 @@ class Delivery(Base):
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     device_id: Mapped[str] = mapped_column(sa.String(36))
     certificate_id: Mapped[int] = mapped_column(sa.ForeignKey("certificates.id"))
-    status: Mapped[str] = mapped_column(sa.String(16))
+    status: Mapped[DeliveryStatus] = mapped_column(State(DeliveryStatus))
     bundle: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
     format: Mapped[str] = mapped_column(sa.String(8), server_default="zip")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)

@@ -7,7 +7,8 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
-from store.tables import Base, BigId, UtcDateTime
+from core.states import Approval, EnrolmentStatus, ManufacturerStatus
+from store.tables import Base, BigId, State, UtcDateTime
 
 _APPROVALS = "approval IN ('at_once', 'operator')"
 _VALIDITY = "validity_days BETWEEN 1 AND 36500"
@@ -22,7 +23,7 @@ class _Terms:
     name_template: Mapped[str] = mapped_column(sa.String(128))
     key_types: Mapped[list[str]] = mapped_column(sa.JSON)
     validity_days: Mapped[int | None]
-    approval: Mapped[str] = mapped_column(sa.String(16))
+    approval: Mapped[Approval] = mapped_column(State(Approval))
 
 
 class EnrolmentToken(_Terms, Base):
@@ -78,7 +79,7 @@ class Manufacturer(_Terms, Base):
     der: Mapped[bytes] = mapped_column(sa.LargeBinary)
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
     not_after: Mapped[datetime] = mapped_column(UtcDateTime)
-    status: Mapped[str] = mapped_column(sa.String(16))
+    status: Mapped[ManufacturerStatus] = mapped_column(State(ManufacturerStatus))
     nonce: Mapped[str] = mapped_column(sa.String(64))
     nonce_expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
@@ -120,7 +121,7 @@ class Enrolment(Base):
     manufacturer_id: Mapped[str | None] = mapped_column(sa.String(32))
     identity: Mapped[str] = mapped_column(sa.String(64))
     key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
-    status: Mapped[str] = mapped_column(sa.String(16))
+    status: Mapped[EnrolmentStatus] = mapped_column(State(EnrolmentStatus))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     decided_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     certificate_id: Mapped[int | None] = mapped_column(sa.ForeignKey("certificates.id"))

@@ -7,7 +7,8 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
-from store.tables import Base, BigId, UtcDateTime
+from core.states import EventDeliveryStatus
+from store.tables import Base, BigId, State, UtcDateTime
 
 
 class Webhook(Base):
@@ -64,7 +65,7 @@ class WebhookDelivery(Base):
     device_id: Mapped[str | None] = mapped_column(sa.String(36))
     body: Mapped[str] = mapped_column(sa.Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    status: Mapped[str] = mapped_column(sa.String(16))
+    status: Mapped[EventDeliveryStatus] = mapped_column(State(EventDeliveryStatus))
     attempts: Mapped[int] = mapped_column(default=0)
     next_at: Mapped[datetime] = mapped_column(UtcDateTime)
     # Whoever sends it has it until then; after that it counts as not sent, and is sent again.

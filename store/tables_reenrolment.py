@@ -7,7 +7,8 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
-from store.tables import Base, BigId, UtcDateTime
+from core.states import EnrolmentStatus
+from store.tables import Base, BigId, State, UtcDateTime
 
 
 class Reenrolment(Base):
@@ -29,6 +30,6 @@ class Reenrolment(Base):
     enrolment_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("enrolments.id"), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
-    status: Mapped[str] = mapped_column(sa.String(16))
+    status: Mapped[EnrolmentStatus] = mapped_column(State(EnrolmentStatus))
     asked_at: Mapped[datetime] = mapped_column(UtcDateTime)
     decided_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

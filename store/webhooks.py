@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
+from core.states import EventDeliveryStatus
 from store.tables import UtcDateTime
 from store.tables_events import Webhook, WebhookDelivery
 
@@ -37,7 +38,7 @@ class DeliveryRecord:
     type: str
     device_id: str | None
     created_at: datetime
-    status: str
+    status: EventDeliveryStatus
     attempts: int
     next_at: datetime
     last_problem: str | None
@@ -218,14 +219,14 @@ def end(tx: Connection, taken: Claim, *, now: datetime) -> None:
     tx.execute(
         sa.update(WebhookDelivery)
         .where(WebhookDelivery.tenant_id == taken.tenant_id, WebhookDelivery.id == taken.id, _WAITING)
-        .values(status="delivered", ended_at=now, lease_until=None, last_problem=None)
+        .values(status=EventDeliveryStatus.DELIVERED, ended_at=now, lease_until=None, last_problem=None)
     )
 
 
 def put_off(tx: Connection, taken: Claim, *, until: datetime | None, problem: str, now: datetime) -> None:
     """It was not taken: try again at ``until``, or with ``None`` give it up. Whoever has taken it since goes on."""
     values: dict[str, Any] = {"lease_until": None, "last_problem": problem}
-    values |= {"status": "dead", "ended_at": now} if until is None else {"next_at": until}
+    values |= {"status": EventDeliveryStatus.DEAD, "ended_at": now} if until is None else {"next_at": until}
     tx.execute(
         sa.update(WebhookDelivery)
         .where(
@@ -246,7 +247,7 @@ def redeliver(tx: Connection, tenant_id: str, webhook_id: str, ids: Sequence[int
     else:
         ended = WebhookDelivery.ended_at.is_not(None)
         query = sa.update(WebhookDelivery).where(*chosen, WebhookDelivery.id.in_(ids), ended)
-    return tx.execute(query.values(status="waiting", ended_at=None, attempts=0, next_at=now)).rowcount
+    return tx.execute(query.values(status=EventDeliveryStatus.WAITING, ended_at=None, attempts=0, next_at=now)).rowcount
 
 
 def anything_old(tx: Connection, *, before: datetime) -> bool:

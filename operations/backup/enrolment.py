@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.states import ManufacturerStatus
 from store.tables_enrolment import EnrolmentToken, Manufacturer
 
 
@@ -42,10 +43,10 @@ def end_tokens(tx: Connection, replaced: Iterable[dict[str, Any]]) -> Iterator[E
 def remove_manufacturers(tx: Connection, replaced: Iterable[dict[str, Any]]) -> Iterator[Ended]:
     """Remove what was removed since."""
     for row in replaced:
-        if row["status"] != "removed":
+        if row["status"] != ManufacturerStatus.REMOVED:
             continue
-        ours = (Manufacturer.id == row["id"], Manufacturer.status != "removed")
-        values = {"status": "removed", "removed_at": row["removed_at"]}
+        ours = (Manufacturer.id == row["id"], Manufacturer.status != ManufacturerStatus.REMOVED)
+        values = {"status": ManufacturerStatus.REMOVED, "removed_at": row["removed_at"]}
         if tx.execute(sa.update(Manufacturer).where(*ours).values(values)).rowcount:
             target, what = f"manufacturer:{row['id']}", f"manufacturer {row['name']}"
             yield Ended(row["tenant_id"], target, "manufacturer:remove", what, row["removed_at"])

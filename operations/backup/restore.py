@@ -20,6 +20,7 @@ from broker.files import CRL_FILE, BrokerFiles
 from config import Settings
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
 from core.failpoints import failpoint
+from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup.file import Backup
@@ -39,8 +40,6 @@ from store.database import Database
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
 from workflows import audit
 from workflows.authority.issuers import FIRST_ISSUING
-
-_UNDELIVERED = ("ready", "fetching")
 
 
 @dataclass(slots=True)
@@ -304,18 +303,18 @@ def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
         query = (
             sa.select(Delivery.id)
             .join(Certificate, Certificate.id == Delivery.certificate_id)
-            .where(Delivery.status.in_(_UNDELIVERED), Certificate.status == "active")
+            .where(Delivery.status.in_(PENDING_DELIVERY), Certificate.status == CertificateStatus.ACTIVE)
         )
         good = set(tx.execute(query).scalars())
         if replaced is not None:
-            good &= {row["id"] for row in replaced.rows("deliveries") if row["status"] == "ready"}
-    waiting = tx.execute(sa.select(Delivery.id).where(Delivery.status.in_(_UNDELIVERED))).scalars().all()
+            good &= {row["id"] for row in replaced.rows("deliveries") if row["status"] == DeliveryStatus.READY}
+    waiting = tx.execute(sa.select(Delivery.id).where(Delivery.status.in_(PENDING_DELIVERY))).scalars().all()
     over = [{"of_delivery": delivery_id} for delivery_id in waiting if delivery_id not in good]
     if over:
         tx.execute(
             sa.update(Delivery)
             .where(Delivery.id == sa.bindparam("of_delivery"))
-            .values(status="expired", bundle=None, lease_until=None),
+            .values(status=DeliveryStatus.EXPIRED, bundle=None, lease_until=None),
             over,
         )
     return len(over)

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection
 import db
 from core.device_status import DeviceStatus
 from core.errors import BackupRefused
+from core.states import ON_CRL, CertificateStatus
 from operations.backup import enrolment
 from pki.issuers import Reason
 from store import issuers as store_issuers
@@ -124,16 +125,16 @@ class Revocations:
                 found = here.get((row["issuer_id"], row["serial_number"]))
                 if found is None:
                     self._carry_over(row)
-                elif row["status"] in ("held", "revoked"):
+                elif row["status"] in ON_CRL:
                     self._revoke(found, row["revoked_at"], row["revocation_reason"], known)
 
     def _carry_over(self, row: dict[str, Any]) -> None:
         """Take over a certificate that the copy does not know; one of a device then stands on the CRL."""
         values = {name: value for name, value in row.items() if name != "id"}
         if row["purpose"] in ("device", "lost"):
-            revoked = row["status"] == "revoked"
+            revoked = row["status"] == CertificateStatus.REVOKED
             at, reason = (row["revoked_at"], row["revocation_reason"]) if revoked else (self._now, UNKNOWN_REASON)
-            values |= {"purpose": "lost", "device_id": None, "status": "revoked"}
+            values |= {"purpose": "lost", "device_id": None, "status": CertificateStatus.REVOKED}
             values |= {"revoked_at": at, "revocation_reason": reason}
             owner = f" of device {row['device_id']}" if row["device_id"] else ""
             what = f"certificate {row['serial_number']}{owner}, which the copy does not know"
@@ -199,16 +200,23 @@ class Revocations:
 
     def _revoke(self, found: sa.Row[Any], at: datetime, reason: str, known: _Known) -> None:
         """Revoke a certificate that the copy knows, with its device where nothing says that the device went on."""
-        if found.status == "revoked" or (found.status == "held" and reason == HOLD):
+        if found.status == CertificateStatus.REVOKED or (found.status == CertificateStatus.HELD and reason == HOLD):
             return
         device_is_in = found.device_status not in (None, DeviceStatus.REVOKED)
-        is_current = found.status in ("active", "held") and found.device_id not in known.others
+        is_current = (
+            found.status in (CertificateStatus.ACTIVE, CertificateStatus.HELD) and found.device_id not in known.others
+        )
         if device_is_in and is_current and reason == HOLD:
             self._suspend_device(found.tenant_id, found.device_id, found.name, at)
         elif device_is_in and is_current and found.device_id not in known.out:
             self._revoke_device(found.tenant_id, found.device_id, found.name, at, reason)
-        settled = ("held", "revoked") if reason == HOLD else ("revoked",)
-        values = {"status": "revoked", "revoked_at": at, "revocation_reason": reason, "generation": self._generation}
+        settled = ON_CRL if reason == HOLD else (CertificateStatus.REVOKED,)
+        values = {
+            "status": CertificateStatus.REVOKED,
+            "revoked_at": at,
+            "revocation_reason": reason,
+            "generation": self._generation,
+        }
         done = self._tx.execute(
             sa.update(Certificate).where(Certificate.id == found.id, Certificate.status.not_in(settled)).values(values)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from core.states import IssuerKind
 from operations.commands.plain import plainly, settings_here
 from operations.jobs import authority
 from operations.wiring import open_portal
@@ -29,7 +30,7 @@ def list_cas() -> None:
             records = {record.id: record for record in store_issuers.list_issuers(tx, retired=True)}
             for recorded in issuers.issuers:
                 crl = store_issuers.get_crl(tx, recorded.id)
-                if recorded.kind == "root":
+                if recorded.kind == IssuerKind.ROOT:
                     does = "root, key here" if portal.keys.exists(recorded.issuer.name) else "root, key elsewhere"
                 elif recorded.retired:
                     does = "retired"
@@ -37,8 +38,10 @@ def list_cas() -> None:
                     does = "issues" if recorded.id == issuers.issuing.id else "is trusted"
                 ends = f"until {recorded.issuer.not_after:%Y-%m-%d}"
                 listed = "no CRL yet" if crl is None else f"CRL {crl.number} until {crl.next_update:%Y-%m-%d %H:%M} UTC"
-                count = authority_rollover.in_use(tx, recorded.id, now=now) if recorded.kind == "issuing" else 0
-                used = f"{count} device certificates" if recorded.kind == "issuing" else ""
+                count = (
+                    authority_rollover.in_use(tx, recorded.id, now=now) if recorded.kind == IssuerKind.ISSUING else 0
+                )
+                used = f"{count} device certificates" if recorded.kind == IssuerKind.ISSUING else ""
                 name = records[recorded.id].name
                 click.echo(f"{name:<12}  {does:<20}  {ends}  {listed}  {used}".rstrip())
     finally:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from broker.crl import read_crls
 from broker.files import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.errors import PortalError
+from core.states import CertificateStatus, IssuerKind
 from operations.doctor.findings import Verdict, problem, some, together, warning
 from operations.doctor.network import https_date, served_crl
 from operations.doctor.subject import Subject, certificate_of
@@ -37,7 +38,7 @@ def ca_keys(subject: Subject) -> Verdict:
     )
     found, root = [], "is kept elsewhere"
     for issuer in subject.issuers():
-        if issuer.kind == "root":
+        if issuer.kind == IssuerKind.ROOT:
             if not keys.exists(issuer.name):
                 continue
             root = "is here: better move it away"
@@ -57,7 +58,7 @@ def ca_chain(subject: Subject) -> Verdict:
     """Whether root and issuing CAs verify and are in time, and whether the files hold them (RFC 5280 section 6)."""
     now, issuers = subject.clock(), subject.issuers()
     certificates = {issuer.name: x509.load_der_x509_certificate(issuer.der) for issuer in issuers}
-    roots = [certificates[issuer.name] for issuer in issuers if issuer.kind == "root"]
+    roots = [certificates[issuer.name] for issuer in issuers if issuer.kind == IssuerKind.ROOT]
     found = []
     for name, certificate in certificates.items():
         try:
@@ -120,7 +121,7 @@ def _crl(subject: Subject) -> list[Verdict]:
             found.append(problem(f"{name} has no CRL.", "Start the portal, which makes one."))
             continue
         found += _freshness(name, kinds[name], record, now)
-        if kinds[name] == "issuing" and record.der not in in_folder:
+        if kinds[name] == IssuerKind.ISSUING and record.der not in in_folder:
             found.append(
                 problem(f"{path} does not hold the newest CRL of {name}, number {record.number}.", "Start the portal.")
             )
@@ -132,7 +133,7 @@ def _freshness(name: str, kind: str, record: CrlRecord, now: datetime) -> list[V
     left = (record.next_update - now) / (record.next_update - record.this_update)
     if now < record.this_update:
         return [problem(f"The CRL of {name} is not valid yet.", "Set the clock right.")]
-    if kind == "root":
+    if kind == IssuerKind.ROOT:
         advice = "Bring the root's key back for as long as the portal needs to sign a new one."
         if left <= 0:
             return [problem(f"The CRL of {name} is over: it {ends}.", advice)]
@@ -207,7 +208,11 @@ def expiry(subject: Subject) -> Verdict:
     for what, path in own.items():
         found += _own_end(what, path, now)
     with subject.snapshot() as tx:
-        living = (Certificate.purpose == "device", Certificate.status == "active", Certificate.not_after > now)
+        living = (
+            Certificate.purpose == "device",
+            Certificate.status == CertificateStatus.ACTIVE,
+            Certificate.not_after > now,
+        )
         soon = tx.execute(
             sa.select(sa.func.count()).select_from(Certificate).where(*living, Certificate.not_after <= now + SOON)
         ).scalar_one()

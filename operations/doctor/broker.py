@@ -18,6 +18,7 @@ from broker.reload import peer_process
 from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
 from config import AclStyle
 from core.installed_style import ACL_FILE
+from core.states import ON_CRL, IssuerKind
 from operations.doctor.findings import Verdict, problem, some, together, warning, well
 from operations.doctor.subject import SECONDS, Subject
 from store import issuers, reads
@@ -110,13 +111,13 @@ def crl_entries(subject: Subject) -> Verdict:
         with subject.snapshot() as tx:
             pending = _is_pending(subject, tx)
             for issuer in issuers.list_issuers(tx):
-                if issuer.kind == "root":
+                if issuer.kind == IssuerKind.ROOT:
                     continue
                 subject_name = x509.load_der_x509_certificate(issuer.der).subject
                 listed = {f"{entry.serial_number:x}" for crl in crls if crl.issuer == subject_name for entry in crl}
                 revoked = tx.execute(
                     sa.select(Certificate.serial_number, Certificate.not_after).where(
-                        Certificate.issuer_id == issuer.id, Certificate.status.in_(("held", "revoked"))
+                        Certificate.issuer_id == issuer.id, Certificate.status.in_(ON_CRL)
                     )
                 ).all()
                 count += len(listed)
@@ -139,7 +140,7 @@ def _is_pending(subject: Subject, tx: sa.Connection) -> bool:
     """Whether something was revoked that the newest CRL cannot have yet."""
     for issuer in issuers.list_issuers(tx):
         crl = issuers.get_crl(tx, issuer.id)
-        if issuer.kind == "issuing" and (crl is None or issuer.revoked_generation > crl.generation):
+        if issuer.kind == IssuerKind.ISSUING and (crl is None or issuer.revoked_generation > crl.generation):
             return True
     installed = BrokerFiles(subject.settings, subject.clock).installed_generation() or 0
     return any(

@@ -15,6 +15,7 @@ from cryptography.x509 import ocsp
 from cryptography.x509.ocsp import OCSPCertStatus, OCSPRequestBuilder, OCSPResponseStatus
 
 from core.errors import IssuerUnusable
+from core.states import IssuerKind
 from operations.doctor.findings import Verdict, problem, together, warning
 from operations.doctor.network import served
 from operations.doctor.subject import Subject
@@ -29,7 +30,7 @@ def responders(subject: Subject) -> Verdict:
     """Whether each issuing CA has a responder, of its own and renewed in time; the root's key may be away."""
     now, found = subject.clock(), []
     for record in subject.issuers():
-        if record.kind == "root":
+        if record.kind == IssuerKind.ROOT:
             continue
         path = subject.settings.ocsp_dir / f"{record.name}.pem"
         try:

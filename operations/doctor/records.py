@@ -8,6 +8,7 @@ from datetime import timedelta
 import sqlalchemy as sa
 
 from core import roles
+from core.states import PENDING_DELIVERY
 from operations.doctor.findings import Verdict, problem, some, warning, well
 from operations.doctor.subject import Subject
 from store import access, issuers
@@ -67,7 +68,7 @@ def generation(subject: Subject) -> Verdict:
 def links(subject: Subject) -> Verdict:
     """Bundles that wait for their download, and whether those whose time is over are destroyed."""
     now = subject.clock()
-    waiting = Delivery.status.in_(("ready", "fetching"))
+    waiting = Delivery.status.in_(PENDING_DELIVERY)
     with subject.snapshot() as tx:
         count, oldest = tx.execute(sa.select(sa.func.count(), sa.func.min(Delivery.created_at)).where(waiting)).one()
         over = tx.execute(

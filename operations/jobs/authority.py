@@ -11,6 +11,7 @@ from typing import Any
 import db
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict
 from core.files import FileLock, replace_file
+from core.states import IssuerKind
 from operations.readiness import ROOT_CRL_SOON
 from operations.wiring import Portal
 from store import issuers as store_issuers
@@ -47,7 +48,7 @@ def renew_crls(portal: Portal) -> None:
             if crl_is_due(revocations.get_crl_head(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
         ]
     for recorded in due:
-        if recorded.kind == "root":
+        if recorded.kind == IssuerKind.ROOT:
             root = portal.authority.root_with_key()
             if root is None:
                 _say_that_it_ends(portal, recorded, now)
@@ -55,7 +56,7 @@ def renew_crls(portal: Portal) -> None:
                 _sign_crl(portal, root, ROOT_CRL_DAYS, now)
         elif recorded.retired and recorded.issuer.key is not None and now < recorded.issuer.not_after:
             _sign_crl(portal, recorded, portal.settings.crl_days, now)
-    if any(recorded.kind == "issuing" and not recorded.retired for recorded in due):
+    if any(recorded.kind == IssuerKind.ISSUING and not recorded.retired for recorded in due):
         advance(portal, "broker:renew", renewed=["crl"])
         _apply(portal)  # its pass signs the CRL
 
@@ -161,7 +162,7 @@ def write_ca_file(portal: Portal) -> None:
 def _last_move(portal: Portal) -> datetime | None:
     """When issuance last moved from one CA to another; ``None`` where it never did, or has begun to again."""
     with portal.database.snapshot() as tx:
-        issuing = [record for record in store_issuers.list_issuers(tx) if record.kind == "issuing"]
+        issuing = [record for record in store_issuers.list_issuers(tx) if record.kind == IssuerKind.ISSUING]
     return issuing[-1].issuing_since if len(issuing) > 1 else None
 
 

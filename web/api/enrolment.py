@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from core.roles import Permission
+from core.states import Approval, ManufacturerStatus
 from store.enrolment import EnrolmentTokenRecord, Terms
 from store.manufacturers import ManufacturerRecord
 from web.api.devices import PendingRequest, registration_of
@@ -27,7 +28,7 @@ from web.api.fields import (
 )
 from web.api.routing import Answers, Call, Reply, Route, tagged
 
-Approval = Literal["at_once", "operator"]
+ApprovalName = Literal["at_once", "operator"]
 KeyTypes = Annotated[list[KeyTypeName], Field(min_length=1, max_length=5)]
 Days = Annotated[int, Field(ge=1, le=36500), WholeNumber]
 Pem = Annotated[str, Field(max_length=16384, description="One certificate in PEM")]
@@ -87,7 +88,7 @@ class TermsRequest(Input):
     name_template: Name = "{serial}"
     key_types: KeyTypes = Field(default_factory=lambda: list(get_args(KeyTypeName)))
     validity_days: Days | None = None
-    approval: Approval = "at_once"
+    approval: ApprovalName = "at_once"
 
 
 class EnrolmentTokenRequest(TermsRequest):
@@ -114,7 +115,7 @@ class TermsModel(Output):
     name_template: str
     key_types: list[str]
     validity_days: int | None
-    approval: Approval
+    approval: ApprovalName
 
 
 class EnrolmentTokenModel(TermsModel):
@@ -257,7 +258,7 @@ def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> Reply:
 def terms_of(wanted: TermsRequest) -> Terms:
     """What becomes of the devices, as the use cases take it."""
     fields = {name: getattr(wanted, name) for name in TermsRequest.model_fields}
-    return Terms(**{**fields, "key_types": tuple(wanted.key_types)})
+    return Terms(**{**fields, "key_types": tuple(wanted.key_types), "approval": Approval(wanted.approval)})
 
 
 def terms_fields(terms: Terms) -> dict[str, object]:
@@ -303,7 +304,7 @@ def remove_manufacturer(call: Call, manufacturer_id: str) -> Reply:
 
 def _model(record: ManufacturerRecord) -> ManufacturerModel:
     plain = ("name", "status", "fingerprint", "not_after", "created_at", "proven_at", "removed_at")
-    unproven = record.status == "unproven"
+    unproven = record.status is ManufacturerStatus.UNPROVEN
     return ManufacturerModel(
         **{name: getattr(record, name) for name in plain},
         **terms_fields(record.terms),

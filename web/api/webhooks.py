@@ -8,6 +8,7 @@ from pydantic import Field
 
 from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission
+from core.states import EventDeliveryStatus
 from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
 from web.api.fields import Cursor, Input, Limit, Output, ShortText, Timestamp, WholeNumber
 from web.api.routing import Answers, Call, Reply, Route, tagged
@@ -187,7 +188,7 @@ def _fields(record: WebhookRecord, backlog: Backlog) -> dict[str, object]:
 
 def _delivery(record: DeliveryRecord) -> WebhookDeliveryModel:
     fields = {name: getattr(record, name) for name in WebhookDeliveryModel.model_fields if name != "delivery_id"}
-    if record.status != "waiting":
+    if record.status is not EventDeliveryStatus.WAITING:
         fields["next_at"] = None
     return WebhookDeliveryModel(delivery_id=record.id, **fields)
 

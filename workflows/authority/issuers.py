@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 import ca
 from config import Settings
 from core.errors import CaKeyUnavailable, PortalError
+from core.states import IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
 from pki.issuers import Issuer
 from pki.keystore import CaKeys
@@ -60,7 +61,9 @@ class Issuers:
 
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
         """The issuers whose CRLs the broker needs: those that certify devices, or did and are trusted still."""
-        return tuple(recorded for recorded in self.issuers if recorded.kind == "issuing" and not recorded.retired)
+        return tuple(
+            recorded for recorded in self.issuers if recorded.kind == IssuerKind.ISSUING and not recorded.retired
+        )
 
 
 class Authority:
@@ -144,8 +147,8 @@ class Authority:
     def _load(self, records: Sequence[IssuerRecord], known: Issuers | None) -> Issuers:
         before = {} if known is None else {recorded.id: recorded for recorded in known.issuers}
         loaded = [self._recorded(record, before.get(record.id)) for record in records]
-        root = next(recorded for recorded in loaded if recorded.kind == "root")
-        trusted = [recorded for recorded in loaded if recorded.kind == "issuing" and not recorded.retired]
+        root = next(recorded for recorded in loaded if recorded.kind == IssuerKind.ROOT)
+        trusted = [recorded for recorded in loaded if recorded.kind == IssuerKind.ISSUING and not recorded.retired]
         begun = {record.id for record in records if record.issuing_since is not None}
         issuing = [recorded for recorded in trusted if recorded.id in begun]
         if not issuing:
@@ -154,11 +157,11 @@ class Authority:
         return Issuers(root=root, issuing=issuing[-1], issuers=tuple(loaded), ca_pem=ca_pem)
 
     def _recorded(self, record: IssuerRecord, known: RecordedIssuer | None) -> RecordedIssuer:
-        retired = record.status == "retired"
+        retired = record.status == IssuerStatus.RETIRED
         if known is not None and known.der == record.der:
             return dataclasses.replace(known, retired=retired)
         certificate = x509.load_der_x509_certificate(record.der)
-        needed = record.kind == "issuing" and not retired
+        needed = record.kind == IssuerKind.ISSUING and not retired
         key = self._keys.load(record.name) if needed or self._keys.exists(record.name) else None
         if key is not None and key.public_key() != certificate.public_key():
             raise CaKeyUnavailable(
@@ -201,7 +204,7 @@ def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str
         pki_url=settings.pki_url,
     )
     with database.transaction() as tx:
-        for name, kind, issued in ((ROOT, "root", root), (FIRST_ISSUING, "issuing", issuing)):
+        for name, kind, issued in ((ROOT, IssuerKind.ROOT, root), (FIRST_ISSUING, IssuerKind.ISSUING, issuing)):
             row_id = store_issuers.add_issuer(
                 tx,
                 tenant_id=tenant_id,

@@ -12,6 +12,7 @@ import db
 from config import Settings
 from core.errors import IssuerUnusable, PortalError
 from core.files import replace_file
+from core.states import IssuerKind
 from pki import ocsp
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer
@@ -68,7 +69,7 @@ class ResponderCertificates:
                 continue
             try:
                 # The root's key comes and goes while the portal runs.
-                able = self._authority.root_with_key() if recorded.kind == "root" else recorded
+                able = self._authority.root_with_key() if recorded.kind == IssuerKind.ROOT else recorded
                 if able is None or able.issuer.key is None:
                     continue
                 self._issue(able, now)

@@ -11,12 +11,13 @@ from datetime import datetime, timedelta
 from config import Settings
 from core import metrics
 from core.errors import RequestMalformed, Unavailable
+from core.states import IssuerKind
 from pki import ocsp
 from pki.issuers import Reason
 from pki.ocsp import GOOD, UNKNOWN, Failure, IssuerId, Request, Signer, Status, Verdict
 from store import statuses as store_statuses
 from store.database import Database
-from store.statuses import CertificateStatus
+from store.statuses import RevocationState
 from workflows.authority.issuers import Authority, RecordedIssuer
 from workflows.authority.ocsp_certificates import ResponderCertificates
 
@@ -113,7 +114,7 @@ class Responder:
         signer = self.certificates.signer(recorded.issuer)
         if signer is None:
             # The root's key is away as a rule; where that of an issuing CA is here, the jobs make one within a minute.
-            soon = recorded.kind == "issuing" and recorded.issuer.key is not None
+            soon = recorded.kind == IssuerKind.ISSUING and recorded.issuer.key is not None
             return self.fail(Failure.TRY_LATER if soon else Failure.UNAUTHORIZED)
         statuses = self._statuses(recorded, request, issuers)
         if kept is not None and kept.holds(signer, statuses, now):
@@ -152,7 +153,7 @@ class Responder:
         asked = [question for question in request.questions if known.get(question.issuer) is recorded]
         with self._database.snapshot() as tx:
             found = store_statuses.certificate_statuses(tx, recorded.id, [question.serial_number for question in asked])
-        cas = _serial_numbers_of_cas(recorded, issuers) if recorded.kind == "root" else frozenset()
+        cas = _serial_numbers_of_cas(recorded, issuers) if recorded.kind == IssuerKind.ROOT else frozenset()
         return tuple(
             _status(found.get(question.serial_number), is_ca=question.serial_number in cas)
             if known.get(question.issuer) is recorded
@@ -168,7 +169,7 @@ def _serial_numbers_of_cas(recorded: RecordedIssuer, issuers: tuple[RecordedIssu
     return frozenset(f"{each.serial_number:x}" for each in certificates if each.issuer == name)
 
 
-def _status(found: CertificateStatus | None, *, is_ca: bool) -> Status:
+def _status(found: RevocationState | None, *, is_ca: bool) -> Status:
     if found is None:
         return GOOD if is_ca else UNKNOWN
     if found.revoked_at is None:

@@ -11,6 +11,7 @@ import ca
 import db
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
+from core.states import CertificateStatus, IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
 from pki.keystore import CaKeys
 from store import issuers as store_issuers
@@ -36,7 +37,7 @@ def prepare_next(
     with database.snapshot() as tx:
         issuers = store_issuers.list_issuers(tx, retired=True)
         generation = store_issuers.get_broker_state(tx, actor.tenant_id).generation
-    waiting = [record.name for record in issuers if record.kind == "issuing" and record.issuing_since is None]
+    waiting = [record.name for record in issuers if record.kind == IssuerKind.ISSUING and record.issuing_since is None]
     if waiting:
         return waiting[-1], generation
     root = authority.root_with_key()
@@ -64,7 +65,7 @@ def prepare_next(
             tx,
             tenant_id=actor.tenant_id,
             name=name,
-            kind="issuing",
+            kind=IssuerKind.ISSUING,
             der=issued.der,
             fingerprint=issued.fingerprint,
             not_after=issued.not_after,
@@ -81,7 +82,7 @@ def move_to(database: Database, actor: Actor, name: str, *, now: datetime) -> No
     with database.transaction() as tx:
         begun = tx.execute(
             sa.update(IssuerRow)
-            .where(IssuerRow.name == name, IssuerRow.status == "active", IssuerRow.issuing_since.is_(None))
+            .where(IssuerRow.name == name, IssuerRow.status == IssuerStatus.ACTIVE, IssuerRow.issuing_since.is_(None))
             .values(issuing_since=now)
         )
         if begun.rowcount:
@@ -102,7 +103,7 @@ def _good(issuer_id: int, now: datetime) -> tuple[sa.ColumnElement[bool], ...]:
     return (
         Certificate.issuer_id == issuer_id,
         Certificate.purpose == "device",
-        Certificate.status != "revoked",
+        Certificate.status != CertificateStatus.REVOKED,
         Certificate.not_after > now,
     )
 
@@ -113,7 +114,7 @@ def retire(database: Database, authority: Authority, actor: Actor, name: str, *,
     Its CRL goes on being published. Raises ``StateConflict`` where it is too early.
     """
     with database.transaction() as tx:
-        issuers = [record for record in store_issuers.list_issuers(tx) if record.kind == "issuing"]
+        issuers = [record for record in store_issuers.list_issuers(tx) if record.kind == IssuerKind.ISSUING]
         issuing = authority.seen_by(tx).issuing
         wanted = next((record for record in issuers if record.name == name), None)
         if wanted is None:
@@ -127,7 +128,7 @@ def retire(database: Database, authority: Authority, actor: Actor, name: str, *,
             raise StateConflict(
                 f"{count} certificates of {name} are still good; renew or revoke their devices, or wait for their end."
             )
-        tx.execute(sa.update(IssuerRow).where(IssuerRow.id == wanted.id).values(status="retired"))
+        tx.execute(sa.update(IssuerRow).where(IssuerRow.id == wanted.id).values(status=IssuerStatus.RETIRED))
         generation = db.next_generation(tx, actor.tenant_id, at=now)
         audit.record(tx, actor, "ca:retire", f"issuer:{name}", at=now)
     return generation

@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection
 import db
 from core.device_status import DeviceStatus
 from core.errors import NotFound, StateConflict
+from core.states import EnrolmentStatus
 from core.topics import new_device_id
 from store import enrolment as store_enrolment
 from store import reenrolment
@@ -78,11 +79,13 @@ class Approvals:
             if key_fingerprint not in (None, key):
                 raise StateConflict("The device asks with another key by now; look at that one before you approve it.")
             if asked is not None:
-                if asked.status == "rejected":
+                if asked.status is EnrolmentStatus.REJECTED:
                     raise StateConflict("This key was rejected; the device has to ask with a new one.")
-                self._decide(tx, actor, device_id, asked, "approved", now)
-            elif enrolment.status == "waiting":
-                store_enrolment.update_enrolment(tx, actor.tenant_id, enrolment.id, status="approved", decided_at=now)
+                self._decide(tx, actor, device_id, asked, EnrolmentStatus.APPROVED, now)
+            elif enrolment.status is EnrolmentStatus.WAITING:
+                store_enrolment.update_enrolment(
+                    tx, actor.tenant_id, enrolment.id, status=EnrolmentStatus.APPROVED, decided_at=now
+                )
                 audit.record(tx, actor, "device:approve", f"device:{device_id}", at=now, key_fingerprint=key)
         return device.status
 
@@ -98,13 +101,15 @@ class Approvals:
             if device.status is DeviceStatus.REVOKED and device.revocation_reason == REJECTED:
                 return device.status
             if asked is not None:
-                if asked.status == "approved":
+                if asked.status is EnrolmentStatus.APPROVED:
                     raise StateConflict("This key is approved already; suspend or revoke the device to keep it out.")
-                self._decide(tx, actor, device_id, asked, "rejected", now)
+                self._decide(tx, actor, device_id, asked, EnrolmentStatus.REJECTED, now)
                 return device.status
             self._check_pending(device, "rejected")
             if enrolment is not None:
-                store_enrolment.update_enrolment(tx, actor.tenant_id, enrolment.id, status="rejected", decided_at=now)
+                store_enrolment.update_enrolment(
+                    tx, actor.tenant_id, enrolment.id, status=EnrolmentStatus.REJECTED, decided_at=now
+                )
             # The broker has never been told to let it in, so there is nothing to tell it now.
             db.revoke_device(
                 tx, actor.tenant_id, device_id, revoked_at=now, reason=REJECTED, generation=device.generation
@@ -124,13 +129,19 @@ class Approvals:
         return device, enrolment, reenrolment.find(tx, tenant_id, enrolment.id)
 
     def _decide(
-        self, tx: Connection, actor: Actor, device_id: str, asked: ReenrolmentRecord, status: str, now: datetime
+        self,
+        tx: Connection,
+        actor: Actor,
+        device_id: str,
+        asked: ReenrolmentRecord,
+        status: EnrolmentStatus,
+        now: datetime,
     ) -> None:
         key = asked.key_fingerprint
         if reenrolment.decide(
             tx, actor.tenant_id, asked.enrolment_id, key_fingerprint=key, status=status, decided_at=now
         ):
-            action = "device:approve" if status == "approved" else "device:reject"
+            action = "device:approve" if status is EnrolmentStatus.APPROVED else "device:reject"
             audit.record(tx, actor, action, f"device:{device_id}", at=now, key_fingerprint=key, again=True)
 
     def _check_pending(self, device: DeviceRecord, wanted: str) -> None:

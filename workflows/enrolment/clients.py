@@ -10,6 +10,7 @@ from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import ClientCertificateRefused
 from core.files import FileLock, replace_file
+from core.states import IssuerKind
 from pki import client_certificates
 from pki.client_certificates import ClientCertificate
 from store import enrolment
@@ -63,7 +64,7 @@ class Clients:
             raise ClientCertificateRefused(_OUT_OF_DATE)
         if not client_certificates.may_identify_a_client(client):
             raise ClientCertificateRefused("The client certificate may not be used by a TLS client.")
-        issuing = (item for item in self._authority.issuers if item.kind == "issuing")
+        issuing = (item for item in self._authority.issuers if item.kind == IssuerKind.ISSUING)
         if any(client_certificates.is_issued_by(client, item.issuer.certificate) for item in issuing):
             return self._device(client)
         return self._manufactured(client)
@@ -94,7 +95,7 @@ class Clients:
         with FileLock(self._settings.data_dir / ".client-cas.lock").hold():  # the newest state is written last
             with self._database.snapshot() as tx:
                 manufacturers = store_manufacturers.registered_manufacturers(tx)
-            issuing = [item.der for item in self._authority.issuers if item.kind == "issuing"]
+            issuing = [item.der for item in self._authority.issuers if item.kind == IssuerKind.ISSUING]
             content = client_certificates.pem_bundle([*issuing, *(record.der for record in manufacturers)])
             if not path.exists() or path.read_bytes() != content:
                 replace_file(path, content)

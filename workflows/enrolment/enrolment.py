@@ -16,6 +16,7 @@ from core.device_status import DeviceStatus, advance
 from core.errors import EnrolmentRefused, KeyRefused, StateConflict, Unavailable
 from core.failpoints import failpoint
 from core.setting_values import AclStyle
+from core.states import Approval, EnrolmentStatus, ManufacturerStatus
 from core.topics import new_device_id
 from pki.est import EnrolmentRequest
 from store import enrolment as store_enrolment
@@ -104,7 +105,7 @@ class Enrolment:
     def _first(self, actor: Actor, means: Means, request: EnrolmentRequest) -> Issued | Waiting:
         now = self._clock()
         device_id = means.device_id or new_device_id(now)
-        at_once = means.terms.approval == "at_once"
+        at_once = means.terms.approval is Approval.AT_ONCE
         made = make(self._credentials, device_id, means, request, now) if at_once else None
 
         def record(tx: Connection) -> int:
@@ -126,7 +127,7 @@ class Enrolment:
                 manufacturer_id=means.manufacturer_id,
                 identity=means.identity,
                 key_fingerprint=request.key_fingerprint,
-                status="waiting" if made is None else "issued",
+                status=EnrolmentStatus.WAITING if made is None else EnrolmentStatus.ISSUED,
                 created_at=now,
                 decided_at=None if made is None else now,
                 certificate_id=certificate_id,
@@ -165,7 +166,7 @@ class Enrolment:
 
     def _check_manufacturer(self, tx: Connection, means: Means) -> None:
         record = manufacturers.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
-        if record.status != "registered":
+        if record.status is not ManufacturerStatus.REGISTERED:
             raise EnrolmentRefused(UNREGISTERED)
 
     def _add_device(self, tx: Connection, means: Means, device_id: str, number: int, now: datetime) -> None:
@@ -198,11 +199,11 @@ class Enrolment:
             certificate = None
             if known.certificate_id is not None:
                 certificate = store_enrolment.get_certificate(tx, means.tenant_id, known.certificate_id)
-        if known.status == "rejected" or device.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
+        if known.status is EnrolmentStatus.REJECTED or device.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
             raise EnrolmentRefused("The device has been rejected, revoked or suspended by an operator.")
         if certificate is not None:
             return self._reenrolment.answer(actor, means, request, known, device, certificate)
-        if known.status == "approved":
+        if known.status is EnrolmentStatus.APPROVED:
             return self._issue_approved(actor, means, request, known)
         if known.key_fingerprint != request.key_fingerprint:
             with self._database.transaction() as tx:
@@ -226,7 +227,7 @@ class Enrolment:
                 raise EnrolmentRefused("The device is not waiting to enrol any more.")
             generation, certificate_id = self._let_in(tx, means, known.device_id, made, now, told=True)
             store_enrolment.update_enrolment(
-                tx, means.tenant_id, known.id, status="issued", certificate_id=certificate_id
+                tx, means.tenant_id, known.id, status=EnrolmentStatus.ISSUED, certificate_id=certificate_id
             )
             self._record(tx, actor, known.device_id, request, made, now)
             return generation

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from sqlalchemy.exc import IntegrityError
 
 from core.errors import Conflict, ProofInvalid
+from core.states import ManufacturerStatus
 from pki import manufacturer_ca
 from store import manufacturers as store_manufacturers
 from store.database import Database
@@ -43,7 +44,7 @@ class Manufacturers:
             der=authority.der,
             fingerprint=authority.fingerprint,
             not_after=authority.not_after,
-            status="unproven",
+            status=ManufacturerStatus.UNPROVEN,
             nonce=secrets.token_hex(32),
             nonce_expires_at=now + NONCE_LIFE,
             created_at=now,
@@ -77,7 +78,7 @@ class Manufacturers:
         now = self._clock()
         with self._database.snapshot() as tx:
             record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
-        if record.status == "unproven":
+        if record.status is ManufacturerStatus.UNPROVEN:
             if record.nonce_expires_at <= now:
                 raise ProofInvalid("The nonce has expired; remove the manufacturer and add it anew.")
             if certificate is not None:
@@ -86,11 +87,11 @@ class Manufacturers:
                 manufacturer_ca.check_proof_by_signature(record.der, record.nonce, signature or "")
         with self._database.transaction() as tx:
             record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
-            if record.status == "removed":
+            if record.status is ManufacturerStatus.REMOVED:
                 raise Conflict("The manufacturer was removed; add it anew.")
-            if record.status == "unproven":
+            if record.status is ManufacturerStatus.UNPROVEN:
                 store_manufacturers.update_manufacturer(
-                    tx, actor.tenant_id, manufacturer_id, status="registered", proven_at=now
+                    tx, actor.tenant_id, manufacturer_id, status=ManufacturerStatus.REGISTERED, proven_at=now
                 )
                 by = "certificate" if certificate is not None else "signature"
                 audit.record(tx, actor, "manufacturer:prove", f"manufacturer:{manufacturer_id}", at=now, by=by)
@@ -103,9 +104,9 @@ class Manufacturers:
         now = self._clock()
         with self._database.transaction() as tx:
             record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
-            if record.status != "removed":
+            if record.status is not ManufacturerStatus.REMOVED:
                 store_manufacturers.update_manufacturer(
-                    tx, actor.tenant_id, manufacturer_id, status="removed", removed_at=now
+                    tx, actor.tenant_id, manufacturer_id, status=ManufacturerStatus.REMOVED, removed_at=now
                 )
                 audit.record(tx, actor, "manufacturer:remove", f"manufacturer:{manufacturer_id}", at=now)
                 record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)

@@ -11,6 +11,7 @@ import db
 from core import metrics
 from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
+from core.states import EnrolmentStatus, ManufacturerStatus
 from pki.est import EnrolmentRequest, is_for_key
 from store import enrolment, manufacturers, reenrolment, renewal
 from store.certificates import CertificateRecord
@@ -117,9 +118,9 @@ class Reenrolment:
                 reenrolment.ask(tx, means.tenant_id, known.id, key_fingerprint=key, asked_at=now)
                 audit.record(tx, actor, "device:ask_again", f"device:{known.device_id}", at=now, key_fingerprint=key)
             return Waiting(known.device_id)
-        if asked.status == "rejected":
+        if asked.status is EnrolmentStatus.REJECTED:
             raise EnrolmentRefused("An operator has turned this key of the device down; ask with a new key.")
-        if asked.status == "waiting":
+        if asked.status is EnrolmentStatus.WAITING:
             return Waiting(known.device_id)
         return self._replace(actor, means, request, known, approved=True)
 
@@ -180,5 +181,5 @@ class Reenrolment:
 
     def _check_manufacturer(self, tx: Connection, means: Means) -> None:
         record = manufacturers.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
-        if record.status != "registered":
+        if record.status is not ManufacturerStatus.REGISTERED:
             raise EnrolmentRefused(UNREGISTERED)

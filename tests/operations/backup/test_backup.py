@@ -33,6 +33,7 @@ from core.errors import (
 )
 from core.files import replace_file
 from core.roles import Role
+from core.states import Approval
 from operations import data_folder
 from operations.backup.backup import Made, back_up
 from operations.backup.file import MANIFEST, Backup
@@ -523,7 +524,7 @@ def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: 
 def test_an_enrolment_token_revoked_since_the_copy_stays_revoked_and_its_uses_stay_counted(
     settings: Settings, file: Path, clock: Clock
 ) -> None:
-    terms = Terms("pump", "hall 1", "1", "{serial}", ("ec-p256",), None, "at_once")
+    terms = Terms("pump", "hall 1", "1", "{serial}", ("ec-p256",), None, Approval.AT_ONCE)
     with opened(settings, clock) as portal:
         made = [
             portal.enrolment_tokens.create(OPERATOR, name, terms, device_id=None, count=2, life=timedelta(days=9))
