@@ -47,7 +47,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path, monk
 
 def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys, files; from pathlib import Path; path = files.temporary_beside(Path(sys.argv[1]))"
+        "import os, signal, sys; from core import files; from pathlib import Path; "
+        "path = files.temporary_beside(Path(sys.argv[1]))"
     )
     path = tmp_path / "server.key"
     killed = f"{program}; path.write_bytes(b'key'); os.kill(os.getpid(), signal.SIGKILL)"
@@ -153,7 +154,7 @@ def test_what_a_process_owns_is_free_when_it_has_ended_though_its_child_lives(tm
     owner = """
 import os, sys
 from pathlib import Path
-from files import own_until_exit
+from core.files import own_until_exit
 assert own_until_exit(Path(sys.argv[1]))
 if os.fork() == 0:
     sys.stdin.read()

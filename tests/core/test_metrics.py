@@ -224,7 +224,7 @@ def test_every_role_may_look_and_a_stranger_may_not(app: Flask, role: Role) -> N
 COUNTING = """
 import sys
 from pathlib import Path
-import metrics
+from core import metrics
 folder = Path(sys.argv[1])
 metrics.share(folder)
 print("sharing", flush=True)

@@ -108,7 +108,7 @@ def test_the_table_never_grows_and_forgets_who_began_first(throttle: Throttle, t
 def test_all_who_use_the_table_count_together(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from throttle import Throttle
+from core.throttle import Throttle
 throttle = Throttle(Path({str(tmp_path / "attempts")!r}), 1000)
 print(*(throttle.failed("{HERE}", {NOW}).wait for _ in range(200)))
 """
