@@ -41,10 +41,8 @@ from workflows.operators import Operators, new_token
 from workflows.registration import Onboarding
 from workflows.renewal import Renewals
 from workflows.suspension import Suspensions
-from workflows.webhooks.dispatch import Dispatcher
-from workflows.webhooks.sending import Sender
-from workflows.webhooks.signature import SecretSeal
-from workflows.webhooks.subscriptions import Webhooks
+from workflows.webhooks.sending import SecretSeal, Sender
+from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
 # There while anybody may have subscribed to events.
 SUBSCRIBED = ".subscribed"

@@ -1,4 +1,4 @@
-"""Where events may be sent: addresses that are not the portal's own surroundings."""
+"""Decides where events may be sent: to public addresses, and to those that ``PORTAL_WEBHOOK_ALLOW`` names."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from core.errors import FieldProblem, InputInvalid
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-URL_MOST = 2048  # characters
-PORTS = (80, 443)  # and everything from 1024 on
-FIRST_FREE_PORT = 1024
-MOST_ADDRESSES = 8
+MAX_URL_LENGTH = 2048  # characters
+PORTS = (80, 443)  # and every unprivileged port
+FIRST_UNPRIVILEGED_PORT = 1024
+MAX_ADDRESSES = 8
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?")
 
-# Refused, whatever Python's list of global addresses says: protocol assignments (RFC 6890), transition mechanisms
-# that lead to any IPv4 address (RFC 3056, 3068, 4380, 4291, 8215), site-local addresses (RFC 3879), and the host of
-# Azure's metadata, which has a public address.
+# Refused although ``is_global`` accepts some of them: protocol assignments (RFC 6890), transition mechanisms that lead
+# to any IPv4 address (RFC 3056, 3068, 4380, 4291, 8215), site-local addresses (RFC 3879), and the metadata host of
+# Azure, which has a public address.
 _INTERNAL = tuple(
     ipaddress.ip_network(network)
     for network in (
@@ -39,16 +39,16 @@ _INTERNAL = tuple(
         "168.63.129.16/32",
     )
 )
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the IPv4 address stands in the last 32 bits
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are the IPv4 address
 
 
-class Refused(Exception):
-    """An address that nothing is sent to; the text is one sentence that says why."""
+class SendFailed(Exception):
+    """An event was not delivered; the text is one sentence that says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL taken apart: ``path`` with its query, ``host`` without brackets."""
+    """A parsed URL: ``path`` includes the query, ``host`` has no brackets."""
 
     https: bool
     host: str
@@ -57,15 +57,16 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """What the Host header says (RFC 9110 section 7.2)."""
+        """Return the value of the Host header (RFC 9110 section 7.2)."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.https else 80) else f"{host}:{self.port}"
 
 
 def read_url(url: str, allowed: Sequence[Network]) -> Target:
-    """Take apart a URL that events may be sent to; raises ``InputInvalid`` where its form rules that out.
+    """Parse a URL that events may be sent to; raises ``InputInvalid`` if its form rules that out.
 
-    ``http`` is for addresses in ``allowed`` only. What a name's addresses are is looked at each time something is sent.
+    ``http`` is accepted for addresses in ``allowed`` only. The addresses of a host name are checked each time an
+    event is sent, by ``resolve``.
     """
     problem = _problem_of(url, allowed)
     if problem is not None:
@@ -77,8 +78,8 @@ def read_url(url: str, allowed: Sequence[Network]) -> Target:
 
 
 def _problem_of(url: str, allowed: Sequence[Network]) -> str | None:
-    if len(url) > URL_MOST or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
-        return f"must be at most {URL_MOST} characters of ASCII without spaces or backslashes"
+    if len(url) > MAX_URL_LENGTH or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
+        return f"must be at most {MAX_URL_LENGTH} characters of ASCII without spaces or backslashes"
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -87,17 +88,21 @@ def _problem_of(url: str, allowed: Sequence[Network]) -> str | None:
     if parts.scheme not in ("http", "https") or not host:
         return "must begin with https:// and a host"
     if "@" in parts.netloc:
-        return "must not hold a name or password; the signature tells the receiver who sends"
+        return "must not contain a user name or password; the receiver authenticates the portal by the signature"
     if "#" in url:
-        return "must have no fragment"
-    if port is not None and port < FIRST_FREE_PORT and port not in PORTS:
-        return "must have the port 80, 443 or one from 1024 on"
+        return "must not have a fragment"
+    if port is not None and port < FIRST_UNPRIVILEGED_PORT and port not in PORTS:
+        return "must use port 80, 443, or a port of at least 1024"
+    return _problem_of_host(parts.scheme, host, allowed)
+
+
+def _problem_of_host(scheme: str, host: str, allowed: Sequence[Network]) -> str | None:
     literal = _literal(host)
     if literal is None and not _HOST.fullmatch(host):
         return "must have a host name of letters, digits, hyphens and dots, or an address"
     if literal is not None and not may_reach(literal, allowed):
-        return f"must not lead to {literal}, which is internal, unless PORTAL_WEBHOOK_ALLOW has it"
-    if parts.scheme == "http" and (not allowed or (literal is not None and not _is_in(literal, allowed))):
+        return f"must not lead to {literal}, which is internal; PORTAL_WEBHOOK_ALLOW permits internal addresses"
+    if scheme == "http" and (not allowed or (literal is not None and not _is_in(literal, allowed))):
         return "must begin with https://; http is for addresses in PORTAL_WEBHOOK_ALLOW"
     return None
 
@@ -110,7 +115,7 @@ def _literal(host: str) -> Address | None:
 
 
 def may_reach(address: Address, allowed: Sequence[Network]) -> bool:
-    """Whether something may be sent to an address: one of the internet's, or one in ``allowed``."""
+    """Tell whether events may be sent to an address: it is public, or in ``allowed``."""
     if isinstance(address, IPv6Address) and address.scope_id is not None:
         return False
     inner = _inner(address)
@@ -120,7 +125,7 @@ def may_reach(address: Address, allowed: Sequence[Network]) -> bool:
 
 
 def _inner(address: Address) -> Address:
-    """The IPv4 address that an IPv6 address stands for, where it does."""
+    """Return the IPv4 address that an IPv4-mapped or NAT64 address contains, else the address itself."""
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is not None:
             return address.ipv4_mapped
@@ -134,23 +139,24 @@ def _is_in(address: Address, networks: Sequence[Network]) -> bool:
 
 
 def resolve(target: Target, allowed: Sequence[Network], *, seconds: float) -> list[Address]:
-    """The addresses of a host, each of which may be reached; a connection is made to one of them, not to the name.
+    """Look up the addresses of a host once; connect to one of them, never to the name, which could change meanwhile.
 
-    Raises ``Refused`` where any of them may not: a name with an internal address among others is up to something.
+    Raises ``SendFailed`` if the name does not resolve within ``seconds``, or if any address is not allowed: a name
+    with an internal address among others is an attack or a mistake.
     """
-    found = _look_up(target, seconds)[:MOST_ADDRESSES]
+    found = _look_up(target, seconds)[:MAX_ADDRESSES]
     for address in found:
         if not may_reach(address, allowed):
-            raise Refused(
+            raise SendFailed(
                 f"{target.host} has the address {address}, which is internal and not in PORTAL_WEBHOOK_ALLOW."
             )
         if not target.https and not _is_in(address, allowed):
-            raise Refused(f"{target.host} has the address {address}, for which https is needed.")
+            raise SendFailed(f"{target.host} has the address {address}, for which https is needed.")
     return found
 
 
 def _look_up(target: Target, seconds: float) -> list[Address]:
-    """Ask the resolver, which knows no deadline, in a thread that is left to itself past ours."""
+    """Ask the resolver in a thread of its own, which is abandoned after ``seconds``: the call takes no timeout."""
     answer: queue.SimpleQueue[list[Address] | None] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -164,7 +170,7 @@ def _look_up(target: Target, seconds: float) -> list[Address]:
     try:
         addresses = answer.get(timeout=seconds)
     except queue.Empty:
-        raise Refused(f"The name {target.host} was not resolved within {seconds:g} seconds.") from None
+        raise SendFailed(f"The name {target.host} was not resolved within {seconds:g} seconds.") from None
     if not addresses:
-        raise Refused(f"The name {target.host} does not resolve.")
+        raise SendFailed(f"The name {target.host} does not resolve.")
     return addresses

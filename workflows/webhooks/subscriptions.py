@@ -1,32 +1,51 @@
-"""The use cases around subscriptions to events."""
+"""The use cases around subscriptions to events, and the dispatcher that sends each event at least once."""
 
 from __future__ import annotations
 
+import functools
+import logging
+import random
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
-from core.errors import Conflict, Unavailable
+from core import metrics
+from core.errors import Conflict, PortalError, Unavailable
+from core.failpoints import failpoint
 from core.files import FileLock
 from store import webhooks
 from store.database import Database
-from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
+from store.webhooks import Backlog, Claim, DeliveryRecord, WebhookRecord
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.events import EventType
 from workflows.webhooks.addresses import Network, read_url
-from workflows.webhooks.sending import Message, Sender, Sent
-from workflows.webhooks.signature import SecretSeal, new_secret, shown
+from workflows.webhooks.sending import Message, SecretSeal, Sender, Sent, new_secret, shown
 
-MOST_WEBHOOKS = 16
+log = logging.getLogger("portal.webhooks")
+
+MAX_WEBHOOKS = 16
 NOTHING = Backlog(0, None, 0)
-TEST = "test"  # the type of an event that is sent to try a receiver, and never otherwise
+TEST = "test"  # the type of the event that ``Webhooks.test`` sends
+
+POLL_SECONDS = 1.0
+# One process sends to one receiver over at most LANES connections at once, LANE_LENGTH events in turn on each.
+LANES = 4
+LANE_LENGTH = 4
+LEASE = timedelta(seconds=180)  # more than the events of a lane take if the receiver hangs
+
+FIRST_DELAY = timedelta(seconds=5)
+MAX_DELAY = timedelta(hours=2)
+MAX_ATTEMPTS = 24  # over about 27 hours
+# The pause after a receiver accepted nothing, so that a long backlog does not use up its attempts at once.
+MAX_REST_SECONDS = 60.0
 
 
 class Webhooks:
-    """Who is told what happens."""
+    """Creates, lists and deletes subscriptions, and sends again what a receiver missed."""
 
     def __init__(
         self,
@@ -37,7 +56,7 @@ class Webhooks:
         allowed: Sequence[Network],
         clock: Callable[[], datetime],
     ) -> None:
-        """``marker`` is the file without which no event is recorded: see ``events.watch``."""
+        """Use ``marker`` as the file that exists while anybody is subscribed: see ``events.watch``."""
         self._database = database
         self._sender = sender
         self._seal = seal
@@ -45,12 +64,12 @@ class Webhooks:
         self._marker_lock = FileLock(marker.with_name(f"{marker.name}.lock"))
         self._allowed = allowed
         self._clock = clock
-        self._trying = threading.Lock()
+        self._testing = threading.Lock()
 
     def create(self, actor: Actor, name: str, url: str, wanted: Sequence[EventType]) -> tuple[str, WebhookRecord]:
-        """Subscribe a receiver to some types of events, or with none given to all; returns the secret, shown once.
+        """Subscribe a receiver to some types of events, or to all if ``wanted`` is empty; returns the secret once.
 
-        Everything that happens after the return is sent to it. Raises ``InputInvalid``, ``Conflict``.
+        Every event after the return is sent to it. Raises ``InputInvalid``, ``Conflict``.
         """
         read_url(url, self._allowed)
         secret, webhook_id, now = new_secret(), secrets.token_hex(8), self._clock()
@@ -58,10 +77,10 @@ class Webhooks:
         sealed = self._seal.seal(secret, webhook_id)
         record = WebhookRecord(webhook_id, actor.tenant_id, name, url, types, sealed, now)
         with self._marker_lock.hold():
-            self._marker.touch(mode=0o600)  # before the commit: from that on nothing may be missed
+            self._marker.touch(mode=0o600)  # before the commit, after which no event may be missed
             with self._database.transaction() as tx:
-                if len(webhooks.list_webhooks(tx, actor.tenant_id)) >= MOST_WEBHOOKS:
-                    raise Conflict(f"There are {MOST_WEBHOOKS} webhooks already; delete one that is not needed.")
+                if len(webhooks.list_webhooks(tx, actor.tenant_id)) >= MAX_WEBHOOKS:
+                    raise Conflict(f"There are {MAX_WEBHOOKS} webhooks already; delete one that is not needed.")
                 webhooks.add_webhook(tx, record)
                 audit.record(
                     tx, actor, "webhook:create", f"webhook:{webhook_id}", at=now, name=name, url=url, events=types
@@ -69,7 +88,7 @@ class Webhooks:
         return shown(secret), record
 
     def delete(self, actor: Actor, webhook_id: str) -> tuple[WebhookRecord, Backlog]:
-        """End a subscription, with all that was on its way to it: what that was is returned. Raises ``NotFound``."""
+        """Delete a subscription with its unsent events; returns both. Raises ``NotFound``."""
         now = self._clock()
         with self._marker_lock.hold():
             with self._database.transaction() as tx:
@@ -77,24 +96,24 @@ class Webhooks:
                 backlog = webhooks.backlog(tx, actor.tenant_id).get(webhook_id, NOTHING)
                 webhooks.remove_webhook(tx, actor.tenant_id, webhook_id)
                 audit.record(tx, actor, "webhook:delete", f"webhook:{webhook_id}", at=now, url=record.url)
-            self._look_for_any()
+            self._update_marker()
         return record, backlog
 
     def look_for_any(self) -> None:
-        """Let events be recorded if anybody has subscribed; called at a start, after which a restore may have been."""
+        """Record events from now on if there is a subscription; called at each start, since a restore may precede."""
         with self._marker_lock.hold():
-            self._look_for_any()
+            self._update_marker()
 
-    def _look_for_any(self) -> None:
+    def _update_marker(self) -> None:
         with self._database.snapshot() as tx:
-            anybody = bool(webhooks.list_webhooks(tx))
-        if anybody:
+            subscribed = bool(webhooks.list_webhooks(tx))
+        if subscribed:
             self._marker.touch(mode=0o600)
         else:
             self._marker.unlink(missing_ok=True)
 
     def all(self, tenant_id: str) -> Sequence[tuple[WebhookRecord, Backlog]]:
-        """Every subscription, oldest first, with what waits and what was given up."""
+        """Return every subscription, oldest first, with its number of waiting and of dead events."""
         with self._database.snapshot() as tx:
             backlog = webhooks.backlog(tx, tenant_id)
             return [(record, backlog.get(record.id, NOTHING)) for record in webhooks.list_webhooks(tx, tenant_id)]
@@ -102,15 +121,15 @@ class Webhooks:
     def deliveries(
         self, tenant_id: str, webhook_id: str, *, limit: int, before: int | None, status: str | None
     ) -> Sequence[DeliveryRecord]:
-        """What was or is to be sent to a receiver, newest first; raises ``NotFound``."""
+        """Return the events of a subscription, newest first; raises ``NotFound``."""
         with self._database.snapshot() as tx:
             webhooks.get_webhook(tx, tenant_id, webhook_id)
             return webhooks.list_deliveries(tx, tenant_id, webhook_id, limit=limit, before=before, status=status)
 
     def redeliver(self, actor: Actor, webhook_id: str, ids: Sequence[int] | None) -> int:
-        """Send again what has ended, or with ``None`` everything that was given up; returns how many.
+        """Send delivered or dead events again, all dead ones if ``ids`` is ``None``; returns how many.
 
-        Each keeps its event's id. Raises ``NotFound``.
+        Each keeps its event id. Raises ``NotFound``.
         """
         now = self._clock()
         with self._database.transaction() as tx:
@@ -126,8 +145,8 @@ class Webhooks:
         with self._database.transaction() as tx:
             record = webhooks.get_webhook(tx, actor.tenant_id, webhook_id)
             audit.record(tx, actor, "webhook:test", f"webhook:{webhook_id}", at=now)
-        if not self._trying.acquire(blocking=False):  # it may take long, and must not take every thread
-            raise Unavailable("Another webhook is being tried; do it again in a few seconds.")
+        if not self._testing.acquire(blocking=False):  # a slow receiver must not occupy every thread of the server
+            raise Unavailable("Another webhook is being tested; try again in a few seconds.")
         try:
             event_id = secrets.token_hex(16)
             body = events.body_of(event_id, TEST, None, now, {})
@@ -135,4 +154,129 @@ class Webhooks:
                 Message(record.id, record.url, record.sealed_secret, event_id, body), now=self._clock()
             )
         finally:
-            self._trying.release()
+            self._testing.release()
+
+
+def delay_after(attempts: int, *, jitter: float) -> timedelta | None:
+    """Return the delay after a number of failed attempts: doubled each time, ``None`` to give up.
+
+    ``jitter``, from 0 to 1, spreads it between three quarters and five quarters.
+    """
+    if attempts >= MAX_ATTEMPTS:
+        return None
+    doubled: timedelta = FIRST_DELAY * int(2 ** (attempts - 1))
+    return min(doubled, MAX_DELAY) * (0.75 + jitter / 2)
+
+
+class _Lane(threading.Thread):
+    """Sends some events to one receiver, in turn; a daemon, so that no receiver delays the end of the process."""
+
+    def __init__(self, send: Callable[[Claim], bool], claimed: Sequence[Claim], finished: threading.Event) -> None:
+        super().__init__(name="webhook", daemon=True)
+        self._send = send
+        self._claimed = claimed
+        self._finished = finished
+        self.delivered_any = False
+
+    def run(self) -> None:
+        try:
+            for claimed in self._claimed:
+                self.delivered_any |= self._send(claimed)
+        except PortalError as error:
+            log.warning("the outcome of a webhook delivery could not be recorded", extra={"problem": error.detail})
+        except Exception:
+            log.exception("a webhook delivery failed unexpectedly")
+        finally:
+            self._finished.set()
+
+
+class Dispatcher:
+    """Sends waiting events; runs in every serving process. A claimed event is left alone by others for its lease."""
+
+    def __init__(self, database: Database, sender: Sender, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._sender = sender
+        self._clock = clock
+        self._finished = threading.Event()
+        self._busy: dict[str, list[_Lane]] = {}
+        self._resting: dict[str, tuple[int, float]] = {}  # by webhook: consecutive rests, end of this one
+
+    def run(self, stopping: threading.Event) -> None:
+        """Send due events until ``stopping`` is set; the body of a thread."""
+        while not stopping.is_set():
+            self._finished.clear()
+            started: list[_Lane] = []
+            try:
+                started = self._start_lanes()
+            except PortalError as error:
+                log.warning("webhook events cannot be sent now", extra={"problem": error.detail})
+            except Exception:
+                log.exception("webhook events cannot be sent now")
+            if started:
+                self._finished.wait(POLL_SECONDS)
+            else:
+                stopping.wait(POLL_SECONDS)
+
+    def send_due(self) -> None:
+        """Send due events, a few to each receiver, and return when that has finished."""
+        self._start_lanes()
+        self.join()
+
+    def join(self) -> None:
+        """Return when nothing is being sent any more."""
+        for lanes in list(self._busy.values()):
+            for lane in lanes:
+                lane.join()
+
+    def _start_lanes(self) -> list[_Lane]:
+        """Claim due events for receivers that are free, and start to send them."""
+        if not events.has_subscribers(self._database.engine):
+            return []
+        now = self._clock()
+        with self._database.snapshot() as tx:
+            free = [webhook for webhook in webhooks.list_webhooks(tx) if self._is_free(webhook.id)]
+            due = [webhook for webhook in free if webhooks.due(tx, webhook.id, now=now, most=1)]
+        started: list[_Lane] = []
+        for webhook in due:
+            with self._database.transaction() as tx:
+                claimed = webhooks.claim(tx, webhook.id, now=now, most=LANES * LANE_LENGTH, lease_until=now + LEASE)
+            send = functools.partial(self._send, webhook)
+            lanes = [_Lane(send, claimed[number::LANES], self._finished) for number in range(min(LANES, len(claimed)))]
+            self._busy[webhook.id] = lanes
+            for lane in lanes:
+                lane.start()
+            started += lanes
+        return started
+
+    def _is_free(self, webhook_id: str) -> bool:
+        lanes = self._busy.get(webhook_id, [])
+        if any(lane.is_alive() for lane in lanes):
+            return False
+        if lanes:
+            del self._busy[webhook_id]
+            rests = self._resting.pop(webhook_id, (0, 0.0))[0] + 1
+            if not any(lane.delivered_any for lane in lanes):
+                rest = min(2.0 ** (rests - 1), MAX_REST_SECONDS)
+                self._resting[webhook_id] = rests, time.monotonic() + rest
+        return self._resting.get(webhook_id, (0, 0.0))[1] <= time.monotonic()
+
+    def _send(self, webhook: WebhookRecord, claimed: Claim) -> bool:
+        message = Message(webhook.id, webhook.url, webhook.sealed_secret, claimed.event_id, claimed.body)
+        sent = self._sender.send(message, now=self._clock())
+        failpoint("events.after_send")
+        now = self._clock()
+        if sent.problem is None:
+            self._database.write(lambda tx: webhooks.end(tx, claimed, now=now))
+            metrics.event_sent("delivered")
+            return True
+        delay = delay_after(claimed.attempts, jitter=random.random())  # noqa: S311 - not a secret
+        until = None if delay is None else now + delay
+        problem = sent.problem
+        self._database.write(lambda tx: webhooks.put_off(tx, claimed, until=until, problem=problem, now=now))
+        metrics.event_sent("failed" if until else "dead")
+        detail = {"webhook": webhook.id, "event": claimed.event_id, "attempts": claimed.attempts, "problem": problem}
+        if until is None:
+            log.error("a webhook event was given up", extra=detail)
+        elif claimed.attempts == 1:
+            log.warning("a webhook event was not accepted; it is sent again later", extra=detail)
+        return False

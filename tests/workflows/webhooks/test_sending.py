@@ -19,8 +19,7 @@ from tests.support.pki import PEM, Authority
 from tests.support.receiver import OK, Receiver, answer, receiving
 from workflows.webhooks import addresses, sending
 from workflows.webhooks.addresses import Network, may_reach, read_url
-from workflows.webhooks.sending import Message, Sender, Sent
-from workflows.webhooks.signature import SecretSeal, new_secret, shown, signature_of
+from workflows.webhooks.sending import Message, SecretSeal, Sender, Sent, new_secret, shown, signature_of
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 SEAL = SecretSeal(bytes(32))
@@ -144,6 +143,7 @@ def test_tls_with_a_server_that_speaks_none_is_a_problem(receiver: Receiver) -> 
         (answer(307, "Location: https://example.com/"), "which is not followed"),
         (b"", "closed the connection without an answer"),
         (b"HTTP/1.1 2", "closed the connection without an answer"),
+        (b"HTTP/1.1 200 OK\r\nX-Cut: of", "closed the connection without an answer"),
         (b"SSH-2.0-OpenSSH\r\n\r\n", "is not HTTP/1.1"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10_000, "is longer than"),
     ],
@@ -181,6 +181,18 @@ def test_a_receiver_that_hangs_or_drips_is_left(
     receiver.behave = slow(receiver)
     sent = send(receiver.url)
     assert "did not answer within 0.4 seconds" in (sent.problem or "")
+    assert sent.seconds < 2
+
+
+def test_a_receiver_that_drips_over_tls_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "TOTAL_SECONDS", 0.6)
+    authority = Authority("A receiver's CA")
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_bytes(authority.certificate.public_bytes(PEM))
+    with receiving(authority.issue("receiver", server_names=["localhost"]).write(tmp_path, "good")) as receiver:
+        receiver.behave = drip(receiver)
+        sent = send(receiver.url, ca_file=ca_file)
+    assert "did not answer within 0.6 seconds" in (sent.problem or "")
     assert sent.seconds < 2
 
 

@@ -22,9 +22,8 @@ from tests.support.harness import ON_SQLITE, Clock
 from tests.support.receiver import Receiver, answer, receiving
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows.events import EventType
-from workflows.webhooks import dispatch
-from workflows.webhooks.dispatch import LANE_LENGTH, LANES, MOST_ATTEMPTS, Dispatcher, delay_after
-from workflows.webhooks.subscriptions import MOST_WEBHOOKS
+from workflows.webhooks import subscriptions
+from workflows.webhooks.subscriptions import LANE_LENGTH, LANES, MAX_ATTEMPTS, MAX_WEBHOOKS, Dispatcher, delay_after
 
 BROKEN = answer(500)
 
@@ -90,7 +89,7 @@ def test_what_was_before_the_subscription_is_not_told(portal: Portal, receiver: 
 def test_an_event_that_is_not_taken_is_sent_again_later_with_the_same_id(
     portal: Portal, receiver: Receiver, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "LONGEST_REST_SECONDS", 0.0)
+    monkeypatch.setattr(subscriptions, "MAX_REST_SECONDS", 0.0)
     receiver.behave = BROKEN
     webhook_id = subscribe(portal, receiver)
     register(portal)
@@ -122,14 +121,14 @@ def test_a_crash_between_sending_and_recording_sends_the_same_event_again(
         raise OSError(name)  # ends the lane, as a kill ends the process: nothing is recorded
 
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "failpoint", die)
+        patch.setattr(subscriptions, "failpoint", die)
         portal.dispatcher.send_due()
     (waiting,) = deliveries(portal, webhook_id)
     assert (waiting.status, waiting.attempts) == ("waiting", 1)
     restarted = Dispatcher(portal.database, portal.dispatcher._sender, clock)
     restarted.send_due()
     assert len(receiver.requests) == 1, "its lease holds still"
-    clock.advance(seconds=dispatch.LEASE.total_seconds())
+    clock.advance(seconds=subscriptions.LEASE.total_seconds())
     restarted.send_due()
     first, second = receiver.requests
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
@@ -159,7 +158,7 @@ def test_a_late_failure_does_not_end_the_lease_of_whoever_took_over(
 
     def overtaken(connection: Any) -> None:
         receiver.behave = answer(200)
-        clock.advance(seconds=dispatch.LEASE.total_seconds())
+        clock.advance(seconds=subscriptions.LEASE.total_seconds())
         other.send_due()
         connection.sendall(BROKEN)
 
@@ -172,7 +171,7 @@ def test_a_late_failure_does_not_end_the_lease_of_whoever_took_over(
 def test_a_receiver_that_hangs_holds_nobody_else_up(
     portal: Portal, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(subscriptions, "POLL_SECONDS", 0.05)
     with receiving() as hanging:
 
         def hang(_: Any) -> None:
@@ -215,11 +214,11 @@ def test_a_receiver_that_takes_nothing_is_left_alone_for_a_while(portal: Portal,
 
 
 def test_the_time_between_attempts_doubles_to_two_hours_and_ends_after_a_day() -> None:
-    delays = [delay_after(attempts, jitter=0.5) for attempts in range(1, MOST_ATTEMPTS)]
+    delays = [delay_after(attempts, jitter=0.5) for attempts in range(1, MAX_ATTEMPTS)]
     assert delays[:4] == [timedelta(seconds=seconds) for seconds in (5, 10, 20, 40)]
     assert delays[-1] == timedelta(hours=2)
     assert timedelta(hours=24) < sum((delay for delay in delays if delay), timedelta()) < timedelta(hours=30)
-    assert delay_after(MOST_ATTEMPTS, jitter=0.5) is None
+    assert delay_after(MAX_ATTEMPTS, jitter=0.5) is None
     assert delay_after(1, jitter=0.0) == timedelta(seconds=3.75)
     assert delay_after(1, jitter=1.0) == timedelta(seconds=6.25)
 
@@ -227,8 +226,8 @@ def test_the_time_between_attempts_doubles_to_two_hours_and_ends_after_a_day() -
 def test_what_was_given_up_is_seen_and_sent_again_when_somebody_asks(
     portal: Portal, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "MOST_ATTEMPTS", 1)
-    monkeypatch.setattr(dispatch, "LONGEST_REST_SECONDS", 0.0)
+    monkeypatch.setattr(subscriptions, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(subscriptions, "MAX_REST_SECONDS", 0.0)
     receiver.behave = BROKEN
     webhook_id = subscribe(portal, receiver, EventType.REGISTERED)
     register(portal)
@@ -297,7 +296,7 @@ def test_after_a_restart_the_subscriptions_hold_though_their_marker_is_gone(
 
 @ON_SQLITE
 def test_there_are_so_many_webhooks_and_no_more(portal: Portal, receiver: Receiver) -> None:
-    for _ in range(MOST_WEBHOOKS):
+    for _ in range(MAX_WEBHOOKS):
         subscribe(portal, receiver)
     with pytest.raises(Conflict):
         subscribe(portal, receiver)
