@@ -11,7 +11,7 @@ from pathlib import Path
 
 from core.errors import PortalError
 from pki.crl import sign_crl
-from store import issuers, revocations
+from store import generations, issuers
 from store.database import Database
 from workflows.authority.issuers import Authority
 from workflows.enforcement import Enforcement
@@ -91,7 +91,7 @@ class Readiness:
         now = self._clock()
         with self._database.snapshot() as tx:
             for recorded in self._authority.with_crl():
-                crl = revocations.get_crl_head(tx, recorded.id)
+                crl = issuers.get_crl_head(tx, recorded.id)
                 if crl is None:
                     return f"{recorded.issuer.name} has no CRL yet."
                 left = (crl.next_update - now) / (crl.next_update - crl.this_update)
@@ -115,7 +115,7 @@ class Readiness:
         if not self._enforcement.broker_answers():
             return "The broker does not answer on its internal listener; start it, or see its log."
         with self._database.snapshot() as tx:
-            state = issuers.get_broker_state(tx, self._tenant_id)
+            state = generations.get_broker_state(tx, self._tenant_id)
         if state.applied_generation < state.generation:
             return (
                 f"The broker enforces generation {state.applied_generation}, the newest is {state.generation};"

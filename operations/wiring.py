@@ -20,7 +20,7 @@ from operations.monitoring import Monitoring
 from operations.own_certificates import OwnCertificates, probe_certificates
 from operations.readiness import Readiness
 from pki.keystore import CaKeys, KeyFiles, passphrase
-from store import access, issuers
+from store import tenants
 from store.database import Database
 from store.tables import DEFAULT_TENANT
 from workflows import audit, events
@@ -127,7 +127,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     database.migrate()
     events.watch(database.engine, subscribed)
     with database.transaction() as tx:
-        issuers.add_tenant(tx, tenant_id, created_at=clock())
+        tenants.add_tenant(tx, tenant_id, created_at=clock())
     keys = KeyFiles(settings.ca_dir, passphrase(settings.ca_passphrase, folder / "ca-passphrase"))
     authority = open_authority(database, keys, settings, tenant_id, now=clock())
     replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
@@ -216,13 +216,13 @@ def first_token(portal: Portal) -> str:
     if path.exists():
         secret = secret_file(path, lambda: "")
         with portal.database.snapshot() as tx:
-            record = access.find_token(tx, roles.hash_token(secret))
+            record = tenants.find_token(tx, roles.hash_token(secret))
         if record is not None and record.is_valid(now):
             return secret
         path.unlink()
     secret, record = new_token(portal.tenant_id, "first operator", Role.ADMIN, None, now=now)
     with portal.database.transaction() as tx:
-        access.add_token(tx, record, token_hash=roles.hash_token(secret))
+        tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
         audit.record(
             tx, audit.system_actor(portal.tenant_id), "token:create", f"token:{record.id}", at=now, role=Role.ADMIN
         )

@@ -1,14 +1,23 @@
-"""The rows of certificates as records."""
+"""Certificates: their rows, which are current, which are good, which should be renewed soon."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from core.states import CertificateStatus
-from store.tables import Certificate
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from core.device_status import DeviceStatus
+from core.states import ON_CRL, CertificateStatus
+from store.tables import (
+    Certificate,
+    Device,
+    ExpiryAnnouncement,
+    UtcDateTime,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +48,183 @@ CERTIFICATE_COLUMNS = tuple(Certificate.__table__.c[name] for name in (
 def certificate_record(row: Sequence[Any]) -> CertificateRecord:
     """Read a row of ``CERTIFICATE_COLUMNS``."""
     return CertificateRecord(*row)
+
+
+# Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it. Where
+# another condition narrows the same column, it stands before: SQLite reads the index by the first of them.
+CURRENT = sa.and_(sa.text("certificates.status IN ('active', 'held')"), sa.text("certificates.replaced_until IS NULL"))
+
+
+def device_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
+    """Every certificate the device has had, newest first."""
+    rows = tx.execute(
+        sa.select(*CERTIFICATE_COLUMNS)
+        .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
+        .order_by(Certificate.id.desc())
+    )
+    return [certificate_record(row) for row in rows]
+
+
+def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> CertificateRecord | None:
+    """The certificate that a device uses now, or the last that it had; ``None`` before the first."""
+    row = tx.execute(
+        sa.select(*CERTIFICATE_COLUMNS)
+        .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
+        .order_by(sa.case((CURRENT, 0), else_=1), Certificate.id.desc())
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else certificate_record(row)
+
+
+def list_own_certificates(tx: Connection, tenant_id: str, purpose: str) -> Sequence[CertificateRecord]:
+    """Certificates of the portal's own, ``server`` or ``canary``, newest first."""
+    rows = tx.execute(
+        sa.select(*CERTIFICATE_COLUMNS)
+        .where(Certificate.tenant_id == tenant_id, Certificate.purpose == purpose)
+        .order_by(Certificate.id.desc())
+    )
+    return [certificate_record(row) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownCertificate:
+    """A certificate of this portal that a client has shown, with the state of its device."""
+
+    tenant_id: str
+    certificate: CertificateRecord
+    device_status: DeviceStatus
+
+
+def find_device_certificate(tx: Connection, fingerprint: str) -> ShownCertificate | None:
+    """A device's certificate by the SHA-256 of its DER, in whatever state."""
+    query = (
+        sa.select(Certificate.tenant_id, Device.status, *CERTIFICATE_COLUMNS)
+        .join(Device, sa.and_(Device.tenant_id == Certificate.tenant_id, Device.id == Certificate.device_id))
+        .where(Certificate.fingerprint == fingerprint, Certificate.purpose == "device")
+    )
+    row = tx.execute(query).one_or_none()
+    return None if row is None else ShownCertificate(row[0], certificate_record(row[2:]), row[1])
+
+
+def get_certificate(tx: Connection, tenant_id: str, certificate_id: int) -> CertificateRecord:
+    """A certificate by its row's id."""
+    own = (Certificate.tenant_id == tenant_id, Certificate.id == certificate_id)
+    return certificate_record(tx.execute(sa.select(*CERTIFICATE_COLUMNS).where(*own)).one())
+
+
+def count_issued(tx: Connection, tenant_id: str, device_id: str, *, since: datetime) -> int:
+    """How many certificates a device was given from a time on."""
+    own = (Certificate.tenant_id == tenant_id, Certificate.device_id == device_id, Certificate.issued_at >= since)
+    return tx.execute(sa.select(sa.func.count()).select_from(Certificate).where(*own)).scalar_one()
+
+
+# --- Whether certificates are good -----------------------------------------------------------------------------------
+
+SERIAL_NUMBER_DIGITS = 40  # no certificate has more
+
+
+@dataclass(frozen=True, slots=True)
+class RevocationState:
+    """What is recorded of a certificate: ``revoked_at`` is ``None`` for one that is neither revoked nor held."""
+
+    revoked_at: datetime | None
+    reason: str | None
+
+
+_STATE_COLUMNS = Certificate.serial_number, Certificate.status, Certificate.revoked_at, Certificate.revocation_reason
+# The question for one certificate stands apart because nearly all are that, and it is quicker.
+_STATE_OF_ONE = sa.select(*_STATE_COLUMNS).where(
+    Certificate.issuer_id == sa.bindparam("issuer_id"), Certificate.serial_number == sa.bindparam("serial_number")
+)
+_STATES_OF_SEVERAL = sa.select(*_STATE_COLUMNS).where(
+    Certificate.issuer_id == sa.bindparam("issuer_id"),
+    Certificate.serial_number.in_(sa.bindparam("serial_numbers", expanding=True)),
+)
+
+
+def revocation_states(tx: Connection, issuer_id: int, serial_numbers: Collection[str]) -> dict[str, RevocationState]:
+    """What is recorded of an issuer's certificates by serial number (lower-case hex); one never issued is left out."""
+    wanted = sorted({number for number in serial_numbers if len(number) <= SERIAL_NUMBER_DIGITS})
+    if not wanted:
+        return {}
+    if len(wanted) == 1:
+        rows = tx.execute(_STATE_OF_ONE, {"issuer_id": issuer_id, "serial_number": wanted[0]})
+    else:
+        rows = tx.execute(_STATES_OF_SEVERAL, {"issuer_id": issuer_id, "serial_numbers": wanted})
+    return {
+        serial_number: RevocationState(revoked_at, reason) if status in ON_CRL else _GOOD
+        for serial_number, status, revoked_at, reason in rows
+    }
+
+
+_GOOD = RevocationState(None, None)
+
+# --- Expiry ----------------------------------------------------------------------------------------------------------
+
+
+def count_expiring(tx: Connection, tenant_id: str, *, now: datetime, within: Sequence[timedelta]) -> list[int]:
+    """How many certificates that devices use now end within each of these times, and have not ended yet."""
+    counts = [
+        sa.func.sum(sa.case((Certificate.not_after <= sa.literal(now + time, Certificate.not_after.type), 1), else_=0))
+        for time in within
+    ]
+    row = tx.execute(
+        sa.select(*counts).where(
+            Certificate.tenant_id == tenant_id,
+            Certificate.purpose == "device",
+            CURRENT,
+            Certificate.not_after > now,
+            Certificate.not_after <= now + max(within),
+        )
+    ).one()
+    return [int(count or 0) for count in row]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpiringCertificate:
+    """A device's certificate that is past two thirds of its life."""
+
+    certificate_id: int
+    tenant_id: str
+    device_id: str
+    name: str
+    serial_number: str
+    not_after: datetime
+
+
+# The arithmetic of times, which no two databases share.
+_PAST_TWO_THIRDS = {
+    "sqlite": (
+        "julianday(certificates.not_before)"
+        " + (julianday(certificates.not_after) - julianday(certificates.not_before)) * 2 / 3 <= julianday(:now)"
+    ),
+    "postgresql": "certificates.not_before + (certificates.not_after - certificates.not_before) * 2 / 3 <= :now",
+}
+
+
+def renewals_to_announce(tx: Connection, *, now: datetime, limit: int) -> Sequence[ExpiringCertificate]:
+    """Certificates in use of which it was not yet said; the device is neither suspended nor revoked."""
+    past = sa.text(_PAST_TWO_THIRDS[tx.dialect.name]).bindparams(sa.bindparam("now", now, type_=UtcDateTime()))
+    announced = sa.select(ExpiryAnnouncement.certificate_id).where(ExpiryAnnouncement.certificate_id == Certificate.id)
+    query = (
+        sa.select(
+            Certificate.id,
+            Certificate.tenant_id,
+            Certificate.device_id,
+            Device.name,
+            Certificate.serial_number,
+            Certificate.not_after,
+        )
+        .join(Device, Device.id == Certificate.device_id)
+        .where(Certificate.status == CertificateStatus.ACTIVE, Certificate.not_after > now, past, ~announced.exists())
+        .order_by(Certificate.id)
+        .limit(limit)
+    )
+    rows: Sequence[Any] = tx.execute(query).all()
+    return [ExpiringCertificate(*row) for row in rows]
+
+
+def mark_announced(tx: Connection, expiring: Sequence[ExpiringCertificate], *, at: datetime) -> None:
+    """Record that it was said."""
+    rows = [{"certificate_id": one.certificate_id, "tenant_id": one.tenant_id, "announced_at": at} for one in expiring]
+    tx.execute(sa.insert(ExpiryAnnouncement), rows)

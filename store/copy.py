@@ -21,8 +21,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import BackupRefused, DatabaseTooNew
 from store import database
-from store.schema import METADATA
-from store.tables import UtcDateTime
+from store.tables import METADATA, UtcDateTime
 
 BATCH = 500
 # What a column holds, in a way that survives a change of the tables: the names stand in the first line of a copy.

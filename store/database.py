@@ -17,8 +17,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable
 from core.files import FileLock
-from store.engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage
-from store.postgresql import unhurried
+from store.engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage, unhurried
 from store.shared_commits import Result, SharedTransactions
 from store.tables import BrokerState, Tenant
 

@@ -1,4 +1,4 @@
-"""The database's part in a delivery: bundles that wait for one download, answers that may be repeated."""
+"""Bundles that wait for one download, and answers that may be repeated."""
 
 from __future__ import annotations
 
@@ -29,15 +29,6 @@ class DeliveryRecord:
     generation: int
     length: int
     format: str
-
-
-@dataclass(frozen=True, slots=True)
-class SealedAnswer:
-    """An answer kept for a repeat: ``sealed`` opens only with the idempotency key."""
-
-    request_hash: str
-    sealed: bytes
-    generation: int
 
 
 _INSERT_DELIVERY = Prepared(sa.insert(Delivery))
@@ -200,7 +191,25 @@ def expire_deliveries(tx: Connection, *, now: datetime, limit: int = 1000) -> Se
     return [(row.tenant_id, row.device_id, row.id) for row in expired]
 
 
-# --- Answers that may be repeated ----------------------------------------------------------------------------------
+def count_undelivered(tx: Connection, tenant_id: str) -> int:
+    """How many bundles wait for their download."""
+    return tx.execute(
+        sa.select(sa.func.count())
+        .select_from(Delivery)
+        .where(Delivery.tenant_id == tenant_id, Delivery.status.in_(PENDING_DELIVERY))
+    ).scalar_one()
+
+
+# --- Answers that may be repeated ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SealedAnswer:
+    """An answer kept for a repeat: ``sealed`` opens only with the idempotency key."""
+
+    request_hash: str
+    sealed: bytes
+    generation: int
 
 
 def find_answer(tx: Connection, tenant_id: str, key_hash: str, *, now: datetime) -> SealedAnswer | None:

@@ -1,9 +1,9 @@
-"""The database's record of enrolment tokens with the devices that have asked to be let in."""
+"""Enrolment tokens, manufacturer CAs, and the requests of the devices that enrol by them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -11,15 +11,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
-from core.errors import NotFound
-from core.states import Approval, EnrolmentStatus
-from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
-from store.tables import Certificate, Device
-from store.tables_enrolment import Enrolment, EnrolmentToken
+from core.errors import NotFound, StateConflict
+from core.states import Approval, EnrolmentStatus, ManufacturerStatus
+from store.tables import Device, Enrolment, EnrolmentToken, Manufacturer, Reenrolment
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class EnrolmentProfile:
     """What becomes of a device that is let in.
 
     ``name_template`` is its name with ``{number}`` and ``{serial}`` to be filled in; ``approval`` is ``at_once`` or
@@ -35,21 +33,21 @@ class Terms:
     approval: Approval
 
 
-TERMS = ("type", "location", "firmware", "name_template", "key_types", "validity_days", "approval")
+PROFILE_FIELDS = ("type", "location", "firmware", "name_template", "key_types", "validity_days", "approval")
 
 
-def terms_of(row: Sequence[Any]) -> Terms:
+def _profile(row: Sequence[Any]) -> EnrolmentProfile:
     """Read the columns ``TERMS``."""
-    values = dict(zip(TERMS, row, strict=True))
-    return Terms(**{**values, "key_types": tuple(values["key_types"])})
+    values = dict(zip(PROFILE_FIELDS, row, strict=True))
+    return EnrolmentProfile(**{**values, "key_types": tuple(values["key_types"])})
 
 
-def terms_values(terms: Terms) -> dict[str, Any]:
+def _profile_values(terms: EnrolmentProfile) -> dict[str, Any]:
     """The columns ``TERMS`` as they are stored."""
-    return {name: getattr(terms, name) for name in TERMS} | {"key_types": list(terms.key_types)}
+    return {name: getattr(terms, name) for name in PROFILE_FIELDS} | {"key_types": list(terms.key_types)}
 
 
-# --- Tokens -------------------------------------------------------------------------------------------------------
+# --- Tokens ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,40 +63,50 @@ class EnrolmentTokenRecord:
     created_at: datetime
     expires_at: datetime
     revoked_at: datetime | None
-    terms: Terms
+    terms: EnrolmentProfile
 
 
-_PLAIN = ("id", "tenant_id", "name", "device_id", "uses_allowed", "uses", "created_at", "expires_at", "revoked_at")
-_TOKEN_COLUMNS = tuple(EnrolmentToken.__table__.c[name] for name in (*_PLAIN, *TERMS))
+_TOKEN_FIELDS = (
+    "id",
+    "tenant_id",
+    "name",
+    "device_id",
+    "uses_allowed",
+    "uses",
+    "created_at",
+    "expires_at",
+    "revoked_at",
+)
+_TOKEN_COLUMNS = tuple(EnrolmentToken.__table__.c[name] for name in (*_TOKEN_FIELDS, *PROFILE_FIELDS))
 
 
-def _token(row: Sequence[Any]) -> EnrolmentTokenRecord:
-    plain = dict(zip(_PLAIN, row, strict=False))
-    return EnrolmentTokenRecord(**plain, terms=terms_of(row[len(_PLAIN) :]))
+def _token_record(row: Sequence[Any]) -> EnrolmentTokenRecord:
+    plain = dict(zip(_TOKEN_FIELDS, row, strict=False))
+    return EnrolmentTokenRecord(**plain, terms=_profile(row[len(_TOKEN_FIELDS) :]))
 
 
 def add_enrolment_token(tx: Connection, record: EnrolmentTokenRecord, *, secret_hash: str) -> None:
     """Record a token by the SHA-256 of its secret, in lower-case hex."""
-    values = {name: getattr(record, name) for name in _PLAIN} | terms_values(record.terms)
+    values = {name: getattr(record, name) for name in _TOKEN_FIELDS} | _profile_values(record.terms)
     tx.execute(sa.insert(EnrolmentToken), values | {"secret_hash": secret_hash})
 
 
 def find_enrolment_token(tx: Connection, secret_hash: str) -> EnrolmentTokenRecord | None:
     """Look a token up by the SHA-256 of its secret; it may be used up, expired or revoked."""
     row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(EnrolmentToken.secret_hash == secret_hash)).one_or_none()
-    return None if row is None else _token(row)
+    return None if row is None else _token_record(row)
 
 
 def lock_enrolment_token(tx: Connection, tenant_id: str, token_id: str) -> EnrolmentTokenRecord:
     """Read a token that nobody else may use until the transaction ends."""
     own = (EnrolmentToken.tenant_id == tenant_id, EnrolmentToken.id == token_id)
-    return _token(tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own).with_for_update()).one())
+    return _token_record(tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own).with_for_update()).one())
 
 
 def get_enrolment_token(tx: Connection, tenant_id: str, token_id: str) -> EnrolmentTokenRecord:
     """Read a token."""
     own = (EnrolmentToken.tenant_id == tenant_id, EnrolmentToken.id == token_id)
-    return _token(tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one())
+    return _token_record(tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one())
 
 
 def count_use(tx: Connection, tenant_id: str, token_id: str) -> None:
@@ -111,7 +119,7 @@ def list_enrolment_tokens(tx: Connection, tenant_id: str, *, limit: int) -> Sequ
     """The newest tokens, newest first."""
     query = sa.select(*_TOKEN_COLUMNS).where(EnrolmentToken.tenant_id == tenant_id)
     rows = tx.execute(query.order_by(EnrolmentToken.created_at.desc(), EnrolmentToken.id).limit(limit))
-    return [_token(row) for row in rows]
+    return [_token_record(row) for row in rows]
 
 
 def revoke_enrolment_token(
@@ -124,10 +132,82 @@ def revoke_enrolment_token(
     row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one_or_none()
     if row is None:
         raise NotFound("There is no enrolment token with this id; list them with GET /enrolment-tokens.")
-    return _token(row)
+    return _token_record(row)
 
 
-# --- Enrolments ---------------------------------------------------------------------------------------------------
+# --- Manufacturers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ManufacturerRecord:
+    """A manufacturer's CA: ``unproven`` until its key has signed ``nonce``, then ``registered``, then ``removed``."""
+
+    id: str
+    tenant_id: str
+    name: str
+    der: bytes = field(repr=False)
+    fingerprint: str
+    not_after: datetime
+    status: ManufacturerStatus
+    nonce: str
+    nonce_expires_at: datetime
+    created_at: datetime
+    proven_at: datetime | None
+    removed_at: datetime | None
+    terms: EnrolmentProfile
+
+
+_MANUFACTURER_FIELDS = (
+    "id", "tenant_id", "name", "der", "fingerprint", "not_after", "status", "nonce", "nonce_expires_at", "created_at",
+    "proven_at", "removed_at",
+)  # fmt: skip
+_MANUFACTURER_COLUMNS = tuple(Manufacturer.__table__.c[name] for name in (*_MANUFACTURER_FIELDS, *PROFILE_FIELDS))
+
+
+def _manufacturer_record(row: Sequence[Any]) -> ManufacturerRecord:
+    plain = dict(zip(_MANUFACTURER_FIELDS, row, strict=False))
+    return ManufacturerRecord(**plain, terms=_profile(row[len(_MANUFACTURER_FIELDS) :]))
+
+
+def add_manufacturer(tx: Connection, record: ManufacturerRecord) -> None:
+    """Record a manufacturer; the database refuses a second one of the same CA."""
+    values = {name: getattr(record, name) for name in _MANUFACTURER_FIELDS} | _profile_values(record.terms)
+    tx.execute(sa.insert(Manufacturer), values)
+
+
+def get_manufacturer(
+    tx: Connection, tenant_id: str, manufacturer_id: str, *, for_update: bool = False
+) -> ManufacturerRecord:
+    """Read a manufacturer; ``for_update`` keeps others from changing it meanwhile. Raises ``NotFound``."""
+    own = (Manufacturer.tenant_id == tenant_id, Manufacturer.id == manufacturer_id)
+    query = sa.select(*_MANUFACTURER_COLUMNS).where(*own)
+    row = tx.execute(query.with_for_update() if for_update else query).one_or_none()
+    if row is None:
+        raise NotFound("There is no manufacturer with this id; list them with GET /manufacturers.")
+    return _manufacturer_record(row)
+
+
+def update_manufacturer(tx: Connection, tenant_id: str, manufacturer_id: str, **values: Any) -> None:
+    """Set columns of a manufacturer."""
+    own = (Manufacturer.tenant_id == tenant_id, Manufacturer.id == manufacturer_id)
+    tx.execute(sa.update(Manufacturer).where(*own).values(values))
+
+
+def list_manufacturers(tx: Connection, tenant_id: str) -> Sequence[ManufacturerRecord]:
+    """Every manufacturer, newest first, those that were removed, too."""
+    query = sa.select(*_MANUFACTURER_COLUMNS).where(Manufacturer.tenant_id == tenant_id)
+    return [
+        _manufacturer_record(row) for row in tx.execute(query.order_by(Manufacturer.created_at.desc(), Manufacturer.id))
+    ]
+
+
+def registered_manufacturers(tx: Connection) -> Sequence[ManufacturerRecord]:
+    """Those of every tenant whose certificates count: a TLS connection does not tell yet whose portal it is for."""
+    query = sa.select(*_MANUFACTURER_COLUMNS).where(Manufacturer.status == ManufacturerStatus.REGISTERED)
+    return [_manufacturer_record(row) for row in tx.execute(query.order_by(Manufacturer.id))]
+
+
+# --- First requests --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +224,9 @@ class EnrolmentRecord:
     certificate_id: int | None
 
 
-_ENROLMENT = ("id", "device_id", "token_id", "manufacturer_id", "identity", "key_fingerprint", "status",
+_ENROLMENT_FIELDS = ("id", "device_id", "token_id", "manufacturer_id", "identity", "key_fingerprint", "status",
               "certificate_id")  # fmt: skip
-_ENROLMENT_COLUMNS = tuple(Enrolment.__table__.c[name] for name in _ENROLMENT)
+_ENROLMENT_COLUMNS = tuple(Enrolment.__table__.c[name] for name in _ENROLMENT_FIELDS)
 
 
 def find_enrolment(
@@ -188,30 +268,106 @@ def update_enrolment(tx: Connection, tenant_id: str, enrolment_id: int, **values
     tx.execute(sa.update(Enrolment).where(*own).values(values))
 
 
-# --- Certificates -------------------------------------------------------------------------------------------------
+# --- Requests with another key ---------------------------------------------------------------------------------------
+
+# As the conditions of indexes say it, so that these serve.
+_FIRST_WAITS = sa.text("enrolments.status = 'waiting'")
+_AGAIN_WAITS = sa.text("reenrolments.status = 'waiting'")
 
 
 @dataclass(frozen=True, slots=True)
-class ShownCertificate:
-    """A certificate of this portal that a client has shown, with the state of its device."""
+class ReenrolmentRecord:
+    """What a device that has enrolled asks for now; ``status`` is ``waiting``, ``approved`` or ``rejected``."""
 
-    tenant_id: str
-    certificate: CertificateRecord
-    device_status: DeviceStatus
+    enrolment_id: int
+    key_fingerprint: str
+    status: EnrolmentStatus
 
 
-def find_device_certificate(tx: Connection, fingerprint: str) -> ShownCertificate | None:
-    """A device's certificate by the SHA-256 of its DER, in whatever state."""
+_REENROLMENT_COLUMNS = (Reenrolment.enrolment_id, Reenrolment.key_fingerprint, Reenrolment.status)
+
+
+def find_reenrolment(tx: Connection, tenant_id: str, enrolment_id: int) -> ReenrolmentRecord | None:
+    """What the device of an enrolment asks for now, ``None`` where it does not."""
+    own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
+    row = tx.execute(sa.select(*_REENROLMENT_COLUMNS).where(*own)).one_or_none()
+    return None if row is None else ReenrolmentRecord(*row)
+
+
+def add_reenrolment(
+    tx: Connection, tenant_id: str, enrolment_id: int, *, key_fingerprint: str, asked_at: datetime
+) -> None:
+    """Record the key that a device asks for, in the place of another one, whatever was decided about that."""
+    own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
+    tx.execute(sa.delete(Reenrolment).where(*own))
+    values = {"key_fingerprint": key_fingerprint, "status": EnrolmentStatus.WAITING, "asked_at": asked_at}
+    tx.execute(sa.insert(Reenrolment), {"tenant_id": tenant_id, "enrolment_id": enrolment_id, **values})
+
+
+def decide_reenrolment(
+    tx: Connection,
+    tenant_id: str,
+    enrolment_id: int,
+    *,
+    key_fingerprint: str,
+    status: EnrolmentStatus,
+    decided_at: datetime,
+) -> bool:
+    """Record a decision about a key that waits for it; returns whether it still did."""
+    own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
+    waits = (Reenrolment.key_fingerprint == key_fingerprint, Reenrolment.status == EnrolmentStatus.WAITING)
+    values = {"status": status, "decided_at": decided_at}
+    return tx.execute(sa.update(Reenrolment).where(*own, *waits).values(values)).rowcount == 1
+
+
+def use_reenrolment(tx: Connection, tenant_id: str, enrolment_id: int, key_fingerprint: str) -> None:
+    """Use up the approval of a key; raises ``StateConflict`` where there is none any more."""
+    own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
+    approved = (Reenrolment.key_fingerprint == key_fingerprint, Reenrolment.status == EnrolmentStatus.APPROVED)
+    if tx.execute(sa.delete(Reenrolment).where(*own, *approved)).rowcount != 1:
+        raise StateConflict("The device has asked with another key meanwhile; ask again.")
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingDevice:
+    """A device about which an operator is to decide; ``again`` where it has a certificate and brings another key."""
+
+    device_id: str
+    name: str
+    again: bool
+    key_fingerprint: str
+    token_id: str | None
+    manufacturer_id: str | None
+    asked_at: datetime
+
+
+_CREDENTIAL = (Enrolment.token_id, Enrolment.manufacturer_id)
+_DEVICE_OF_ENROLMENT = sa.and_(Device.tenant_id == Enrolment.tenant_id, Device.id == Enrolment.device_id)
+
+
+def waiting_enrolments(tx: Connection, tenant_id: str, *, limit: int) -> Sequence[WaitingDevice]:
+    """The devices that wait to be let in, who has waited longest first."""
     query = (
-        sa.select(Certificate.tenant_id, Device.status, *CERTIFICATE_COLUMNS)
-        .join(Device, sa.and_(Device.tenant_id == Certificate.tenant_id, Device.id == Certificate.device_id))
-        .where(Certificate.fingerprint == fingerprint, Certificate.purpose == "device")
-    )
-    row = tx.execute(query).one_or_none()
-    return None if row is None else ShownCertificate(row[0], certificate_record(row[2:]), row[1])
+        sa.select(
+            Device.id, Device.name, sa.false(), Enrolment.key_fingerprint, *_CREDENTIAL, Enrolment.created_at
+        )
+        .join(Device, _DEVICE_OF_ENROLMENT)
+        .where(Enrolment.tenant_id == tenant_id, _FIRST_WAITS, Device.status == DeviceStatus.PENDING)
+    )  # fmt: skip
+    rows = tx.execute(query.order_by(Enrolment.created_at, Enrolment.id).limit(limit))
+    return [WaitingDevice(*row) for row in rows]
 
 
-def get_certificate(tx: Connection, tenant_id: str, certificate_id: int) -> CertificateRecord:
-    """A certificate by its row's id."""
-    own = (Certificate.tenant_id == tenant_id, Certificate.id == certificate_id)
-    return certificate_record(tx.execute(sa.select(*CERTIFICATE_COLUMNS).where(*own)).one())
+def waiting_reenrolments(tx: Connection, tenant_id: str, *, limit: int) -> Sequence[WaitingDevice]:
+    """The devices that are in and wait to be given a certificate for another key, who has waited longest first."""
+    query = (
+        sa.select(
+            Device.id, Device.name, sa.true(), Reenrolment.key_fingerprint, *_CREDENTIAL, Reenrolment.asked_at
+        )
+        .select_from(Reenrolment)
+        .join(Enrolment, Enrolment.id == Reenrolment.enrolment_id)
+        .join(Device, _DEVICE_OF_ENROLMENT)
+        .where(Reenrolment.tenant_id == tenant_id, _AGAIN_WAITS, Device.status == DeviceStatus.ACTIVE)
+    )  # fmt: skip
+    rows = tx.execute(query.order_by(Reenrolment.asked_at, Reenrolment.enrolment_id).limit(limit))
+    return [WaitingDevice(*row) for row in rows]

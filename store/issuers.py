@@ -1,8 +1,8 @@
-"""The database's record of the issuers, their CRLs and the generation that the broker has reached."""
+"""The CAs of the portal, their CRLs and the certificates that these list."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -10,8 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import IssuerKind, IssuerStatus
-from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
-from store.tables import AuditHead, BrokerState, Certificate, Crl, IssuerRow, Tenant, UtcDateTime
+from store.tables import Certificate, Crl, IssuerRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,42 +29,6 @@ class IssuerRecord:
     not_after: datetime
     revoked_generation: int
     issuing_since: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class CrlRecord:
-    """The newest CRL of an issuer."""
-
-    issuer_id: int
-    number: int
-    this_update: datetime
-    next_update: datetime
-    generation: int
-    der: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerStateRecord:
-    """The generation that the broker must reach, with the one it was last seen to enforce.
-
-    ``pending_since`` is since when the two have differed, ``None`` where they do not.
-    """
-
-    generation: int
-    applied_generation: int
-    applied_at: datetime | None
-    pending_since: datetime | None
-
-
-def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
-    """Record a tenant with its broker state and an empty audit record, unless it is there."""
-    if tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is None:
-        tx.execute(sa.insert(Tenant), {"id": tenant_id, "created_at": created_at})
-        tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, "number": 0, "hash": "0" * 64})
-        tx.execute(
-            sa.insert(BrokerState),
-            {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at},
-        )
 
 
 def add_issuer(
@@ -109,6 +72,37 @@ def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRec
     return [IssuerRecord(*row) for row in rows]
 
 
+def touch_issuer(tx: Connection, issuer_id: int, *, generation: int) -> None:
+    """Say that what the issuer's CRL must list has changed at ``generation``."""
+    tx.execute(sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(revoked_generation=generation))
+
+
+def issuer_expiries(tx: Connection) -> list[tuple[str, datetime, datetime | None]]:
+    """Each issuer's name, its certificate's not_after, and its newest CRL's nextUpdate, ``None`` before the first."""
+    rows = tx.execute(
+        sa.select(IssuerRow.name, IssuerRow.not_after, Crl.next_update)
+        .outerjoin_from(IssuerRow, Crl, Crl.issuer_id == IssuerRow.id)
+        .where(IssuerRow.status == IssuerStatus.ACTIVE)
+        .order_by(IssuerRow.id)
+    )
+    return [(row.name, row.not_after, row.next_update) for row in rows]
+
+
+# --- CRLs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CrlRecord:
+    """The newest CRL of an issuer."""
+
+    issuer_id: int
+    number: int
+    this_update: datetime
+    next_update: datetime
+    generation: int
+    der: bytes
+
+
 def get_crl(tx: Connection, issuer_id: int) -> CrlRecord | None:
     """The newest CRL of an issuer, ``None`` before the first."""
     row = tx.execute(
@@ -139,45 +133,90 @@ def put_crl(tx: Connection, tenant_id: str, record: CrlRecord) -> bool:
     return True
 
 
-def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:
-    """The broker's newest and reached generation."""
-    row = tx.execute(
-        sa.select(
-            BrokerState.generation,
-            BrokerState.applied_generation,
-            BrokerState.applied_at,
-            BrokerState.pending_since,
-        ).where(BrokerState.tenant_id == tenant_id)
-    ).one()
-    return BrokerStateRecord(*row)
+_AT_ONCE = 500  # ids in one query
+# Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it.
+_REVOKED = (sa.text("certificates.status IN ('held', 'revoked')"), sa.text("certificates.status = 'revoked'"))
+_HELD = (sa.text("certificates.status IN ('held', 'revoked')"), sa.text("certificates.status = 'held'"))
+# Made once: every fetch of a CRL asks it.
+_CRL_HEAD = sa.select(Crl.issuer_id, Crl.number, Crl.this_update, Crl.next_update, Crl.generation).where(
+    Crl.issuer_id == sa.bindparam("of_issuer")
+)
 
 
-def set_applied_generation(tx: Connection, tenant_id: str, generation: int, *, applied_at: datetime) -> None:
-    """Record that the broker enforces ``generation``; never goes back."""
-    tx.execute(
-        sa.update(BrokerState)
-        .where(BrokerState.tenant_id == tenant_id, BrokerState.applied_generation < generation)
-        .values(
-            applied_generation=generation,
-            applied_at=applied_at,
-            # What came while the pass ran has been pending from then on, at the latest from now on.
-            pending_since=sa.case(
-                (BrokerState.generation > generation, sa.literal(applied_at, UtcDateTime)), else_=None
-            ),
-        )
+@dataclass(frozen=True, slots=True)
+class RevokedCertificate:
+    """What a CRL says of the certificate of row ``id``: serial number in lower-case hex."""
+
+    id: int
+    serial_number: str
+    revoked_at: datetime
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CrlHead:
+    """Number, times and generation of the newest CRL of an issuer."""
+
+    issuer_id: int
+    number: int
+    this_update: datetime
+    next_update: datetime
+    generation: int
+
+
+def get_crl_head(tx: Connection, issuer_id: int) -> CrlHead | None:
+    """What the newest CRL of an issuer says of itself, without the CRL; ``None`` before the first."""
+    row = tx.execute(_CRL_HEAD, {"of_issuer": issuer_id}).one_or_none()
+    return None if row is None else CrlHead(*row)
+
+
+def count_revoked(tx: Connection, issuer_id: int, *, now: datetime) -> int:
+    """How many of the issuer's certificates are revoked for good and not expired at ``now``, from an index alone."""
+    conditions = (Certificate.issuer_id == issuer_id, *_REVOKED, Certificate.not_after > now)
+    return tx.execute(sa.select(sa.func.count()).select_from(Certificate).where(*conditions)).scalar_one()
+
+
+def revoked_ids(tx: Connection, issuer_id: int, *, after: datetime, until: datetime | None = None) -> Sequence[int]:
+    """Rows of the issuer's certificates that are revoked for good and end after a time, from an index alone.
+
+    With ``until``, only those that end then or before.
+    """
+    query = sa.select(Certificate.id).where(
+        Certificate.issuer_id == issuer_id, *_REVOKED, Certificate.not_after > after
+    )
+    if until is not None:
+        query = query.where(Certificate.not_after <= until)
+    return tx.execute(query).scalars().all()
+
+
+def revoked_since(tx: Connection, issuer_id: int, generation: int, *, now: datetime) -> Iterator[RevokedCertificate]:
+    """What a CRL says of the issuer's certificates revoked after a generation and not expired at ``now``."""
+    return _entries(
+        tx,
+        Certificate.generation > generation,  # before the next, by which SQLite would else read the index
+        sa.text("certificates.generation > 0"),
+        # An expression, so that no index of the issuer's serves it: that would be read from one end to the other.
+        Certificate.issuer_id + 0 == issuer_id,
+        sa.text("certificates.status = 'revoked'"),
+        Certificate.not_after > now,
     )
 
 
-def touch_issuer(tx: Connection, issuer_id: int, *, generation: int) -> None:
-    """Say that what the issuer's CRL must list has changed at ``generation``."""
-    tx.execute(sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(revoked_generation=generation))
+def revoked_certificates(tx: Connection, ids: Sequence[int]) -> Iterator[RevokedCertificate]:
+    """What a CRL says of the certificates of these rows."""
+    for start in range(0, len(ids), _AT_ONCE):
+        yield from _entries(tx, Certificate.id.in_(ids[start : start + _AT_ONCE]))
 
 
-def list_own_certificates(tx: Connection, tenant_id: str, purpose: str) -> Sequence[CertificateRecord]:
-    """Certificates of the portal's own, ``server`` or ``canary``, newest first."""
-    rows = tx.execute(
-        sa.select(*CERTIFICATE_COLUMNS)
-        .where(Certificate.tenant_id == tenant_id, Certificate.purpose == purpose)
-        .order_by(Certificate.id.desc())
-    )
-    return [certificate_record(row) for row in rows]
+def held_certificates(tx: Connection, issuer_id: int, *, now: datetime) -> Iterator[RevokedCertificate]:
+    """What a CRL says of the issuer's certificates that are on hold and not expired at ``now``."""
+    return _entries(tx, Certificate.issuer_id == issuer_id, *_HELD, Certificate.not_after > now)
+
+
+def _entries(tx: Connection, *conditions: sa.ColumnElement[bool] | sa.TextClause) -> Iterator[RevokedCertificate]:
+    query = sa.select(
+        Certificate.id, Certificate.serial_number, Certificate.revoked_at, Certificate.revocation_reason
+    ).where(*conditions)
+    for row_id, serial_number, revoked_at, reason in tx.execute(query):
+        if revoked_at is not None:  # a constraint of the table says so
+            yield RevokedCertificate(row_id, serial_number, revoked_at, reason or "unspecified")

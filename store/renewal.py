@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
-from store.reads import CURRENT
+from store.certificates import CURRENT
 from store.tables import Certificate, Delivery, IssuerRow
 
 _USABLE = (CertificateStatus.ACTIVE, CertificateStatus.REPLACED)

@@ -11,11 +11,19 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from core.device_status import DeviceStatus
-from core.states import CertificateStatus, DeliveryStatus, IssuerKind, IssuerStatus
+from core.states import (
+    Approval,
+    CertificateStatus,
+    DeliveryStatus,
+    EnrolmentStatus,
+    EventDeliveryStatus,
+    IssuerKind,
+    IssuerStatus,
+    ManufacturerStatus,
+)
 
 StateName = TypeVar("StateName", bound=StrEnum)
 DEFAULT_TENANT = "default"
-
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only in INTEGER columns
 
 
@@ -81,6 +89,9 @@ class Base(DeclarativeBase):
     )
 
 
+# --- Tenants ---------------------------------------------------------------------------------------------------------
+
+
 class Tenant(Base):
     """Who owns rows; one, ``default``, at first."""
 
@@ -88,6 +99,96 @@ class Tenant(Base):
 
     id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class IdempotencyKey(Base):
+    """The sealed answer to a request that may be repeated; the key itself is not here, only a hash of it."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (sa.Index("ix_idempotency_keys_expiry", "expires_at"),)
+
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
+    key_hash: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    request_hash: Mapped[str] = mapped_column(sa.String(64))
+    sealed_answer: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    generation: Mapped[int] = mapped_column(sa.BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Token(Base):
+    """An operator's token, by the hash of its secret."""
+
+    __tablename__ = "tokens"
+    __table_args__ = (
+        sa.CheckConstraint(_one_of("role", "admin", "operator", "auditor"), name="role"),
+        sa.UniqueConstraint("token_hash"),
+    )
+
+    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(sa.String(64))
+    role: Mapped[str] = mapped_column(sa.String(16))
+    token_hash: Mapped[str] = mapped_column(sa.String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class AuditEntry(Base):
+    """Who did what, to what, when, from where, with which outcome; never changed, never removed."""
+
+    __tablename__ = "audit_entries"
+    __table_args__ = (
+        sa.CheckConstraint(_one_of("outcome", "done", "refused"), name="outcome"),
+        sa.UniqueConstraint("tenant_id", "number"),
+        sa.Index("ix_audit_entries_object", "tenant_id", "object", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    actor: Mapped[str] = mapped_column(sa.String(128))
+    action: Mapped[str] = mapped_column(sa.String(64))
+    object: Mapped[str] = mapped_column(sa.String(128))
+    outcome: Mapped[str] = mapped_column(sa.String(16))
+    request_id: Mapped[str] = mapped_column(sa.String(64))
+    address: Mapped[str] = mapped_column(sa.String(64))
+    detail: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    # From 1 on without a gap, each with the hash of the one before: see workflows/audit.py.
+    number: Mapped[int] = mapped_column(sa.BigInteger)
+    previous_hash: Mapped[str] = mapped_column(sa.String(64))
+    hash: Mapped[str] = mapped_column(sa.String(64))
+
+
+class AuditHead(Base):
+    """The last entry of the audit record, so that a missing one is noticed."""
+
+    __tablename__ = "audit_heads"
+
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(sa.BigInteger)
+    hash: Mapped[str] = mapped_column(sa.String(64))
+
+
+class BrokerState(Base):
+    """Which generation the broker should hold, with the newest one it was seen to enforce."""
+
+    __tablename__ = "broker_state"
+    __table_args__ = (
+        sa.CheckConstraint("applied_generation <= generation", name="applied_generation"),
+        sa.CheckConstraint("generation >= 0", name="generation"),
+    )
+
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
+    generation: Mapped[int] = mapped_column(sa.BigInteger)
+    applied_generation: Mapped[int] = mapped_column(sa.BigInteger)
+    applied_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # Since when there has been a generation that the broker was not seen to enforce.
+    pending_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+# --- Devices, certificates and their issuers -------------------------------------------------------------------------
 
 
 class Device(Base):
@@ -321,88 +422,223 @@ class Delivery(Base):
     delivered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
-class IdempotencyKey(Base):
-    """The sealed answer to a request that may be repeated; the key itself is not here, only a hash of it."""
+# --- Enrolment -------------------------------------------------------------------------------------------------------
 
-    __tablename__ = "idempotency_keys"
-    __table_args__ = (sa.Index("ix_idempotency_keys_expiry", "expires_at"),)
+_APPROVALS = "approval IN ('at_once', 'operator')"
+_VALIDITY = "validity_days BETWEEN 1 AND 36500"
 
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
-    key_hash: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
-    request_hash: Mapped[str] = mapped_column(sa.String(64))
-    sealed_answer: Mapped[bytes] = mapped_column(sa.LargeBinary)
-    generation: Mapped[int] = mapped_column(sa.BigInteger)
+
+class _Profile:
+    """What becomes of a device that is let in: the columns of its registration, with what it must keep to."""
+
+    type: Mapped[str] = mapped_column(sa.String(64))
+    location: Mapped[str] = mapped_column(sa.String(128))
+    firmware: Mapped[str] = mapped_column(sa.String(64))
+    name_template: Mapped[str] = mapped_column(sa.String(128))
+    key_types: Mapped[list[str]] = mapped_column(sa.JSON)
+    validity_days: Mapped[int | None]
+    approval: Mapped[Approval] = mapped_column(State(Approval))
+
+
+class EnrolmentToken(_Profile, Base):
+    """A secret, by its hash, with which devices enrol: one that is known already, or as many as ``uses_allowed``."""
+
+    __tablename__ = "enrolment_tokens"
+    __table_args__ = (
+        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
+        sa.UniqueConstraint("secret_hash"),
+        sa.UniqueConstraint("tenant_id", "id"),
+        sa.CheckConstraint(_APPROVALS, name="approval"),
+        sa.CheckConstraint(_VALIDITY, name="validity_days"),
+        sa.CheckConstraint("uses BETWEEN 0 AND uses_allowed", name="uses"),
+        sa.CheckConstraint("device_id IS NULL OR uses_allowed = 1", name="one_device"),
+    )
+
+    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    secret_hash: Mapped[str] = mapped_column(sa.String(64))
+    name: Mapped[str] = mapped_column(sa.String(64))
+    device_id: Mapped[str | None] = mapped_column(sa.String(36))
+    uses_allowed: Mapped[int]
+    uses: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
-class Token(Base):
-    """An operator's token, by the hash of its secret."""
+class Manufacturer(_Profile, Base):
+    """A CA whose certificates devices are born with; it counts once somebody has shown to have its key."""
 
-    __tablename__ = "tokens"
+    __tablename__ = "manufacturers"
     __table_args__ = (
-        sa.CheckConstraint(_one_of("role", "admin", "operator", "auditor"), name="role"),
-        sa.UniqueConstraint("token_hash"),
+        sa.UniqueConstraint("tenant_id", "id"),
+        sa.CheckConstraint(_APPROVALS, name="approval"),
+        sa.CheckConstraint(_VALIDITY, name="validity_days"),
+        sa.CheckConstraint("status IN ('unproven', 'registered', 'removed')", name="status"),
+        sa.CheckConstraint("status != 'registered' OR proven_at IS NOT NULL", name="proven_at"),
+        sa.CheckConstraint("(status = 'removed') = (removed_at IS NOT NULL)", name="removed_at"),
+        sa.Index(
+            "uq_manufacturers_one_of_a_ca",
+            "tenant_id",
+            "fingerprint",
+            unique=True,
+            sqlite_where=sa.text("status != 'removed'"),
+            postgresql_where=sa.text("status != 'removed'"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(sa.String(64))
-    role: Mapped[str] = mapped_column(sa.String(16))
-    token_hash: Mapped[str] = mapped_column(sa.String(64))
+    der: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    fingerprint: Mapped[str] = mapped_column(sa.String(64))
+    not_after: Mapped[datetime] = mapped_column(UtcDateTime)
+    status: Mapped[ManufacturerStatus] = mapped_column(State(ManufacturerStatus))
+    nonce: Mapped[str] = mapped_column(sa.String(64))
+    nonce_expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    proven_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    removed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
-class AuditEntry(Base):
-    """Who did what, to what, when, from where, with which outcome; never changed, never removed."""
+class Enrolment(Base):
+    """A device that has asked to be let in, once however often it asks.
 
-    __tablename__ = "audit_entries"
+    ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
+    the key in its CSR, or of the key in the certificate it was born with.
+    """
+
+    __tablename__ = "enrolments"
     __table_args__ = (
-        sa.CheckConstraint(_one_of("outcome", "done", "refused"), name="outcome"),
-        sa.UniqueConstraint("tenant_id", "number"),
-        sa.Index("ix_audit_entries_object", "tenant_id", "object", "id"),
+        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
+        sa.ForeignKeyConstraint(["tenant_id", "token_id"], ["enrolment_tokens.tenant_id", "enrolment_tokens.id"]),
+        sa.ForeignKeyConstraint(["tenant_id", "manufacturer_id"], ["manufacturers.tenant_id", "manufacturers.id"]),
+        sa.UniqueConstraint("tenant_id", "token_id", "identity"),
+        sa.UniqueConstraint("tenant_id", "manufacturer_id", "identity"),
+        sa.CheckConstraint("(token_id IS NULL) != (manufacturer_id IS NULL)", name="means"),
+        sa.CheckConstraint("status IN ('waiting', 'approved', 'issued', 'rejected')", name="status"),
+        sa.CheckConstraint("(status = 'issued') = (certificate_id IS NOT NULL)", name="certificate"),
+        sa.Index("ix_enrolments_device", "tenant_id", "device_id"),
+        sa.Index(
+            "ix_enrolments_waiting",
+            "tenant_id",
+            "created_at",
+            sqlite_where=sa.text("status = 'waiting'"),
+            postgresql_where=sa.text("status = 'waiting'"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
-    at: Mapped[datetime] = mapped_column(UtcDateTime)
-    actor: Mapped[str] = mapped_column(sa.String(128))
-    action: Mapped[str] = mapped_column(sa.String(64))
-    object: Mapped[str] = mapped_column(sa.String(128))
-    outcome: Mapped[str] = mapped_column(sa.String(16))
-    request_id: Mapped[str] = mapped_column(sa.String(64))
-    address: Mapped[str] = mapped_column(sa.String(64))
-    detail: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
-    # From 1 on without a gap, each with the hash of the one before: see workflows/audit.py.
-    number: Mapped[int] = mapped_column(sa.BigInteger)
-    previous_hash: Mapped[str] = mapped_column(sa.String(64))
-    hash: Mapped[str] = mapped_column(sa.String(64))
+    device_id: Mapped[str] = mapped_column(sa.String(36))
+    token_id: Mapped[str | None] = mapped_column(sa.String(32))
+    manufacturer_id: Mapped[str | None] = mapped_column(sa.String(32))
+    identity: Mapped[str] = mapped_column(sa.String(64))
+    key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
+    status: Mapped[EnrolmentStatus] = mapped_column(State(EnrolmentStatus))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    decided_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    certificate_id: Mapped[int | None] = mapped_column(sa.ForeignKey("certificates.id"))
 
 
-class AuditHead(Base):
-    """The last entry of the audit record, so that a missing one is noticed."""
+class Reenrolment(Base):
+    """What a device that has enrolled asks for now, until it has it: one key, about which an operator decides."""
 
-    __tablename__ = "audit_heads"
-
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
-    number: Mapped[int] = mapped_column(sa.BigInteger)
-    hash: Mapped[str] = mapped_column(sa.String(64))
-
-
-class BrokerState(Base):
-    """Which generation the broker should hold, with the newest one it was seen to enforce."""
-
-    __tablename__ = "broker_state"
+    __tablename__ = "reenrolments"
     __table_args__ = (
-        sa.CheckConstraint("applied_generation <= generation", name="applied_generation"),
-        sa.CheckConstraint("generation >= 0", name="generation"),
+        sa.CheckConstraint("status IN ('waiting', 'approved', 'rejected')", name="status"),
+        sa.CheckConstraint("(status = 'waiting') = (decided_at IS NULL)", name="decided_at"),
+        sa.Index(
+            "ix_reenrolments_waiting",
+            "tenant_id",
+            "asked_at",
+            sqlite_where=sa.text("status = 'waiting'"),
+            postgresql_where=sa.text("status = 'waiting'"),
+        ),
     )
 
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
-    generation: Mapped[int] = mapped_column(sa.BigInteger)
-    applied_generation: Mapped[int] = mapped_column(sa.BigInteger)
-    applied_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    # Since when there has been a generation that the broker was not seen to enforce.
-    pending_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    enrolment_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("enrolments.id"), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
+    status: Mapped[EnrolmentStatus] = mapped_column(State(EnrolmentStatus))
+    asked_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    decided_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+# --- Events ----------------------------------------------------------------------------------------------------------
+
+
+class Webhook(Base):
+    """A subscription: the address that events are sent to, with its sealed secret."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (
+        sa.UniqueConstraint("tenant_id", "id"),  # what composite foreign keys refer to
+    )
+
+    id: Mapped[str] = mapped_column(sa.String(16), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(sa.String(64))
+    url: Mapped[str] = mapped_column(sa.String(2048))
+    # The types wanted, a comma on either side of each, or * for all of them, those of later versions too.
+    events: Mapped[str] = mapped_column(sa.String(512))
+    sealed_secret: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class WebhookDelivery(Base):
+    """An event on its way to one subscriber; ``waiting`` until it was taken or given up as ``dead``."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        sa.ForeignKeyConstraint(["tenant_id", "webhook_id"], ["webhooks.tenant_id", "webhooks.id"]),
+        sa.CheckConstraint("status IN ('waiting', 'delivered', 'dead')", name="status"),
+        sa.CheckConstraint("(status = 'waiting') = (ended_at IS NULL)", name="ended_at"),
+        sa.CheckConstraint("status = 'waiting' OR lease_until IS NULL", name="lease"),
+        sa.CheckConstraint("attempts >= 0", name="attempts"),
+        sa.Index("ix_webhook_deliveries_webhook", "webhook_id", "id"),
+        sa.Index("ix_webhook_deliveries_event", "event_id"),
+        sa.Index("ix_webhook_deliveries_ended", "ended_at"),
+        sa.Index(
+            "ix_webhook_deliveries_dead",
+            "webhook_id",
+            sqlite_where=sa.text("status = 'dead'"),
+            postgresql_where=sa.text("status = 'dead'"),
+        ),
+        sa.Index(
+            "ix_webhook_deliveries_due",
+            "webhook_id",
+            "next_at",
+            sqlite_where=sa.text("status = 'waiting'"),
+            postgresql_where=sa.text("status = 'waiting'"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(sa.String(64))
+    webhook_id: Mapped[str] = mapped_column(sa.String(16))
+    event_id: Mapped[str] = mapped_column(sa.String(32))
+    type: Mapped[str] = mapped_column(sa.String(32))
+    device_id: Mapped[str | None] = mapped_column(sa.String(36))
+    body: Mapped[str] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    status: Mapped[EventDeliveryStatus] = mapped_column(State(EventDeliveryStatus))
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    # Whoever sends it has it until then; after that it counts as not sent, and is sent again.
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_problem: Mapped[str | None] = mapped_column(sa.String(256))
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class ExpiryAnnouncement(Base):
+    """A certificate of which was said that it ends soon, so that it is said once."""
+
+    __tablename__ = "expiry_announcements"
+
+    certificate_id: Mapped[int] = mapped_column(sa.ForeignKey("certificates.id"), primary_key=True, autoincrement=False)
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
+    announced_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+METADATA = Base.metadata

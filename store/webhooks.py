@@ -1,4 +1,4 @@
-"""The database's part in subscriptions and in what is sent to them."""
+"""Webhooks and the events that are sent to them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
 from core.states import EventDeliveryStatus
-from store.tables import UtcDateTime
-from store.tables_events import Webhook, WebhookDelivery
+from store.tables import UtcDateTime, Webhook, WebhookDelivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class WebhookRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class DeliveryRecord:
+class EventDeliveryRecord:
     """An event on its way to one subscriber, or at its end."""
 
     id: int
@@ -46,7 +45,7 @@ class DeliveryRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class ClaimedEvent:
     """An event that is this process's to send until ``lease_until``; ``attempts`` counts this time, too."""
 
     id: int
@@ -105,8 +104,7 @@ _DUE = (
     .limit(sa.bindparam("most"))
 )
 
-
-# --- Subscriptions ------------------------------------------------------------------------------------------------
+# --- Subscriptions ---------------------------------------------------------------------------------------------------
 
 
 def _webhook_record(row: Sequence[Any]) -> WebhookRecord:
@@ -172,12 +170,67 @@ def backlog(tx: Connection, tenant_id: str) -> dict[str, Backlog]:
     return found
 
 
-# --- Deliveries ---------------------------------------------------------------------------------------------------
+# --- Events ----------------------------------------------------------------------------------------------------------
+
+_EVENT_COLUMNS = (
+    "tenant_id", "webhook_id", "event_id", "type", "device_id", "body", "created_at", "status", "attempts", "next_at",
+)  # fmt: skip
+_SUBSCRIBED = sa.select(
+    Webhook.tenant_id,
+    Webhook.id,
+    sa.bindparam("event_id", type_=sa.String()),
+    sa.bindparam("type", type_=sa.String()),
+    sa.bindparam("device_id", type_=sa.String()),
+    sa.bindparam("body", type_=sa.Text()),
+    sa.bindparam("at", type_=UtcDateTime()),
+    sa.literal(EventDeliveryStatus.WAITING, WebhookDelivery.status.type),
+    sa.literal(0),
+    sa.bindparam("at", type_=UtcDateTime()),
+).where(
+    Webhook.tenant_id == sa.bindparam("of_tenant"),
+    sa.or_(Webhook.events == "*", Webhook.events.like(sa.bindparam("pattern"))),
+)
+_ADD_EVENT = sa.insert(WebhookDelivery).from_select(_EVENT_COLUMNS, _SUBSCRIBED)
+_RECORDED_ALREADY = (
+    sa.select(WebhookDelivery.id)
+    .where(WebhookDelivery.webhook_id == Webhook.id, WebhookDelivery.event_id == sa.bindparam("event_id"))
+    .correlate(Webhook)
+)
+_ADD_EVENT_ONCE = sa.insert(WebhookDelivery).from_select(_EVENT_COLUMNS, _SUBSCRIBED.where(~_RECORDED_ALREADY.exists()))
+
+
+def add_event(
+    tx: Connection,
+    tenant_id: str,
+    *,
+    event_id: str,
+    type: str,  # noqa: A002 - the field's name in the interface
+    device_id: str | None,
+    body: str,
+    at: datetime,
+    once: bool,
+) -> None:
+    """Put an event on its way to every subscriber that wants its type; ``once``: unless one has that event already."""
+    tx.execute(
+        _ADD_EVENT_ONCE if once else _ADD_EVENT,
+        {
+            "of_tenant": tenant_id,
+            "pattern": f"%,{type},%",
+            "event_id": event_id,
+            "type": type,
+            "device_id": device_id,
+            "body": body,
+            "at": at,
+        },
+    )
+
+
+# --- Deliveries ------------------------------------------------------------------------------------------------------
 
 
 def list_deliveries(
     tx: Connection, tenant_id: str, webhook_id: str, *, limit: int, before: int | None, status: str | None
-) -> Sequence[DeliveryRecord]:
+) -> Sequence[EventDeliveryRecord]:
     """What was or is to be sent to a subscription, newest first, older than ``before``."""
     query = sa.select(*_DELIVERY_COLUMNS).where(
         WebhookDelivery.tenant_id == tenant_id, WebhookDelivery.webhook_id == webhook_id
@@ -187,7 +240,7 @@ def list_deliveries(
     if status is not None:
         query = query.where(WebhookDelivery.status == status)
     rows: Sequence[Any] = tx.execute(query.order_by(WebhookDelivery.id.desc()).limit(limit)).all()
-    return [DeliveryRecord(*row) for row in rows]
+    return [EventDeliveryRecord(*row) for row in rows]
 
 
 def due(tx: Connection, webhook_id: str, *, now: datetime, most: int) -> Sequence[int]:
@@ -195,7 +248,9 @@ def due(tx: Connection, webhook_id: str, *, now: datetime, most: int) -> Sequenc
     return tx.execute(_DUE, {"of_webhook": webhook_id, "now": now, "most": most}).scalars().all()
 
 
-def claim(tx: Connection, webhook_id: str, *, now: datetime, most: int, lease_until: datetime) -> Sequence[Claim]:
+def claim(
+    tx: Connection, webhook_id: str, *, now: datetime, most: int, lease_until: datetime
+) -> Sequence[ClaimedEvent]:
     """Take what is due for this process to send; nobody else is given it until the lease ends."""
     parameters = {"of_webhook": webhook_id, "now": now, "most": most}
     ids = tx.execute(_DUE.with_for_update(skip_locked=True), parameters).scalars().all()  # no lock on SQLite: alone
@@ -211,10 +266,10 @@ def claim(tx: Connection, webhook_id: str, *, now: datetime, most: int, lease_un
             WebhookDelivery.attempts,
         )
     )
-    return sorted((Claim(*row, lease_until) for row in taken), key=lambda claimed: claimed.id)
+    return sorted((ClaimedEvent(*row, lease_until) for row in taken), key=lambda claimed: claimed.id)
 
 
-def end(tx: Connection, taken: Claim, *, now: datetime) -> None:
+def mark_delivered(tx: Connection, taken: ClaimedEvent, *, now: datetime) -> None:
     """The receiver has it."""
     tx.execute(
         sa.update(WebhookDelivery)
@@ -223,7 +278,7 @@ def end(tx: Connection, taken: Claim, *, now: datetime) -> None:
     )
 
 
-def put_off(tx: Connection, taken: Claim, *, until: datetime | None, problem: str, now: datetime) -> None:
+def postpone(tx: Connection, taken: ClaimedEvent, *, until: datetime | None, problem: str, now: datetime) -> None:
     """It was not taken: try again at ``until``, or with ``None`` give it up. Whoever has taken it since goes on."""
     values: dict[str, Any] = {"lease_until": None, "last_problem": problem}
     values |= {"status": EventDeliveryStatus.DEAD, "ended_at": now} if until is None else {"next_at": until}
@@ -250,7 +305,7 @@ def redeliver(tx: Connection, tenant_id: str, webhook_id: str, ids: Sequence[int
     return tx.execute(query.values(status=EventDeliveryStatus.WAITING, ended_at=None, attempts=0, next_at=now)).rowcount
 
 
-def anything_old(tx: Connection, *, before: datetime) -> bool:
+def anything_to_prune(tx: Connection, *, before: datetime) -> bool:
     """Whether anything ended before a time."""
     return bool(tx.execute(sa.select(sa.exists().where(WebhookDelivery.ended_at < before))).scalar_one())
 

@@ -21,9 +21,9 @@ from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
 from operations.wiring import Portal, open_portal
-from store import access, device_lists, engine, issuers
+from store import devices, engine, generations, issuers, tenants
 from store.database import Database
-from store.device_lists import DeviceFilter
+from store.devices import DeviceFilter
 from store.tables import AclEntry, AuditEntry, Base, Certificate, Delivery, Device
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
@@ -120,7 +120,7 @@ def test_a_certificate_that_contradicts_itself_is_refused(portal: Portal, values
 
 def test_a_certificate_belongs_to_the_tenant_of_its_device(portal: Portal) -> None:
     with portal.database.transaction() as tx:
-        issuers.add_tenant(tx, "another", created_at=NOW)
+        tenants.add_tenant(tx, "another", created_at=NOW)
         device_id = add_device(tx)
     refused(portal, lambda tx: add_certificate(tx, device_id, tenant_id="another"))
 
@@ -165,10 +165,10 @@ def test_a_topic_stands_once_for_a_device(portal: Portal) -> None:
 def test_the_applied_generation_is_never_ahead_of_the_newest_and_never_goes_back(portal: Portal) -> None:
     with portal.database.transaction() as tx:
         newest = db.next_generation(tx, "default", at=NOW)
-        issuers.set_applied_generation(tx, "default", newest, applied_at=NOW)
-        issuers.set_applied_generation(tx, "default", newest - 1, applied_at=NOW)
-        assert issuers.get_broker_state(tx, "default").applied_generation == newest
-    refused(portal, lambda tx: issuers.set_applied_generation(tx, "default", newest + 1, applied_at=NOW))
+        generations.set_applied_generation(tx, "default", newest, applied_at=NOW)
+        generations.set_applied_generation(tx, "default", newest - 1, applied_at=NOW)
+        assert generations.get_broker_state(tx, "default").applied_generation == newest
+    refused(portal, lambda tx: generations.set_applied_generation(tx, "default", newest + 1, applied_at=NOW))
 
 
 def test_a_transaction_that_fails_leaves_nothing(portal: Portal) -> None:
@@ -216,7 +216,7 @@ def test_devices_are_found_newest_first_by_every_filter(portal: Portal, wanted: 
         ):
             device_id = add_device(tx, name=name, type=kind, location=place, created_at=NOW + timedelta(hours=number))
             add_certificate(tx, device_id, not_after=NOW + timedelta(days=1 + 2 * number))
-        listed = device_lists.list_devices(tx, "default", wanted, limit=10)
+        listed = devices.list_devices(tx, "default", wanted, limit=10)
     assert [device.name for device, *_ in listed.devices] == found
 
 
@@ -225,7 +225,7 @@ def test_pages_hold_every_device_once_even_where_times_are_equal(portal: Portal)
         wanted = {add_device(tx) for _ in range(7)}
         seen: list[str] = []
         after = None
-        while page := device_lists.list_devices(tx, "default", DeviceFilter(), limit=3, after=after).devices:
+        while page := devices.list_devices(tx, "default", DeviceFilter(), limit=3, after=after).devices:
             seen += [device.id for device, *_ in page]
             after = (page[-1][0].created_at, page[-1][0].id)
     assert len(seen) == 7
@@ -241,7 +241,7 @@ def test_devices_that_end_soon_are_paged_by_their_end(portal: Portal) -> None:
             ends[device_id] = NOW + timedelta(days=days)
         wanted, seen = DeviceFilter(expires_before=NOW + timedelta(days=6)), []
         after = None
-        while page := device_lists.list_devices(tx, "default", wanted, limit=2, after=after).devices:
+        while page := devices.list_devices(tx, "default", wanted, limit=2, after=after).devices:
             seen += [(end, device.id) for device, end, _ in page]
             after = (page[-1][1] or NOW, page[-1][0].id)
     assert seen == sorted((end, device_id) for device_id, end in ends.items() if end < NOW + timedelta(days=6))
@@ -257,7 +257,7 @@ def test_a_crl_with_a_number_that_is_not_higher_changes_nothing(portal: Portal) 
 def test_a_token_is_found_by_its_hash_only(portal: Portal) -> None:
     with portal.database.snapshot() as tx:
         columns = {column["name"] for column in sa.inspect(tx).get_columns("tokens")}
-        assert access.find_token(tx, "0" * 64) is None
+        assert tenants.find_token(tx, "0" * 64) is None
     assert "token_hash" in columns
     assert "token" not in columns
 
@@ -315,7 +315,7 @@ def test_a_lock_held_by_another_program_is_a_clear_error(
         pass
     other.execute("ROLLBACK")
     with impatient.transaction() as tx:
-        issuers.add_tenant(tx, "default", created_at=NOW)
+        tenants.add_tenant(tx, "default", created_at=NOW)
     other.close()
     impatient.close()
     sqlite.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from store import access
+from store import audit
 
 _HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "request_id", "address", "detail")
 
@@ -56,7 +56,7 @@ def record_all(
     outcome: str = "done",
 ) -> None:
     """Append an entry for each of ``acts``, which are action, object and detail; as ``record`` does for one."""
-    number, previous_hash = access.lock_audit_head(tx, actor.tenant_id)
+    number, previous_hash = audit.lock_audit_head(tx, actor.tenant_id)
     entries: list[dict[str, Any]] = []
     for action, object_, detail in acts:
         number += 1
@@ -75,7 +75,7 @@ def record_all(
         entry["hash"] = previous_hash = entry_hash(actor.tenant_id, entry)
         entries.append(entry)
     if entries:
-        access.add_audit_entries(tx, actor.tenant_id, entries)
+        audit.add_audit_entries(tx, actor.tenant_id, entries)
 
 
 def entry_hash(tenant_id: str, entry: Mapping[str, Any]) -> str:
@@ -98,7 +98,7 @@ class Verdict:
 def verify(tx: Connection, tenant_id: str) -> Verdict:
     """Follow the chain from the first entry to the last, and name the first that was altered, removed or moved."""
     number, previous_hash = 0, "0" * 64
-    with contextlib.closing(access.audit_chain(tx, tenant_id)) as entries:
+    with contextlib.closing(audit.audit_chain(tx, tenant_id)) as entries:
         for entry in entries:
             problem = None
             if entry["number"] != number + 1:
@@ -110,7 +110,7 @@ def verify(tx: Connection, tenant_id: str) -> Verdict:
             if problem is not None:
                 return Verdict(number, previous_hash, problem)
             number, previous_hash = entry["number"], entry["hash"]
-    last_number, last_hash = access.audit_head(tx, tenant_id)
+    last_number, last_hash = audit.audit_head(tx, tenant_id)
     if last_number > number:
         return Verdict(number, previous_hash, f"Entry {number + 1} is missing, at the end of the record.")
     if (last_number, last_hash) != (number, previous_hash):

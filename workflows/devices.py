@@ -12,13 +12,13 @@ import db
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.topics import Access, Topic, default_topics, is_device_id
-from store import device_lists, issuers, reads, revocations
+from store import certificates as store_certificates
+from store import devices as store_devices
+from store import generations, issuers
 from store.certificates import CertificateRecord
 from store.database import Database
-from store.device_lists import DeviceFilter, Place
-from store.devices import DeviceRecord
-from store.issuers import CrlRecord
-from store.revocations import CrlHead
+from store.devices import DeviceFilter, DeviceRecord, Place
+from store.issuers import CrlHead, CrlRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class Inventory:
         """Everything about one device; raises ``DeviceNotFound``."""
         with self._database.snapshot() as tx:
             device = db.get_device(tx, tenant_id, device_id)
-            certificate = reads.current_certificate(tx, tenant_id, device_id)
-            own = reads.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
-            state = issuers.get_broker_state(tx, tenant_id)
+            certificate = store_certificates.current_certificate(tx, tenant_id, device_id)
+            own = store_devices.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
+            state = generations.get_broker_state(tx, tenant_id)
         topics = tuple(Topic(pattern, Access(access)) for pattern, access in own)
         return DeviceDetails(
             device=device,
@@ -66,7 +66,7 @@ class Inventory:
         """Every certificate the device has had, newest first; raises ``DeviceNotFound``."""
         with self._database.snapshot() as tx:
             db.get_device(tx, tenant_id, device_id)
-            return reads.device_certificates(tx, tenant_id, device_id)
+            return store_certificates.device_certificates(tx, tenant_id, device_id)
 
     def devices(self, tenant_id: str, wanted: DeviceFilter, *, limit: int, cursor: str | None) -> Page:
         """A page of devices, newest first, or with ``expires_before`` those that end soonest first.
@@ -76,7 +76,7 @@ class Inventory:
         """
         after = None if cursor is None else _read_cursor(cursor)
         with self._database.snapshot() as tx:
-            found = device_lists.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
+            found = store_devices.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
         page, next_place = found.devices[:limit], found.end
         if len(found.devices) > limit:
             last, not_after, _ = page[-1]
@@ -90,7 +90,7 @@ class Inventory:
         What is asked of the database each time is only which one that is: so it is never an old one, and is read once.
         """
         with self._database.snapshot() as tx:
-            head = revocations.get_crl_head(tx, issuer_id)
+            head = issuers.get_crl_head(tx, issuer_id)
             if head is None:
                 return None
             seen, record = self._crls.get(issuer_id, (None, None))

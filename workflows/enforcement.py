@@ -22,11 +22,11 @@ from core.errors import LockUnavailable, PortalError
 from core.failpoints import failpoint
 from core.files import FileLock
 from pki import pem as pki_pem
+from store import generations
 from store import issuers as store_issuers
-from store import reads, revocations
 from store.database import Database
-from store.issuers import BrokerStateRecord, CrlRecord
-from store.revocations import CrlHead
+from store.generations import BrokerStateRecord
+from store.issuers import CrlHead, CrlRecord
 from workflows import events
 from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
 from workflows.authority.issuers import Authority, Issuers
@@ -195,7 +195,7 @@ class Enforcement:
         entries = RevokedEntries()
         try:
             with self._database.snapshot() as tx:
-                generation, now = store_issuers.get_broker_state(tx, self._tenant_id).generation, self._clock()
+                generation, now = generations.get_broker_state(tx, self._tenant_id).generation, self._clock()
                 for recorded in self._authority.seen_by(tx).with_crl():
                     entries.listed(tx, recorded.id, generation=generation, now=now)
         except PortalError as error:
@@ -213,7 +213,7 @@ class Enforcement:
 
     def _state(self) -> BrokerStateRecord:
         with self._database.snapshot() as tx:
-            return store_issuers.get_broker_state(tx, self._tenant_id)
+            return generations.get_broker_state(tx, self._tenant_id)
 
     def _pass(self, timeout: float) -> Outcome:
         started = time.monotonic()
@@ -237,7 +237,7 @@ class Enforcement:
             failpoint("apply.after_probe")
             with self._database.transaction() as tx:
                 now = self._clock()
-                store_issuers.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
+                generations.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
                 for device_id in work.put_out:
                     events.record(
                         tx, self._tenant_id, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation
@@ -308,14 +308,14 @@ class Enforcement:
         now = self._clock()
         signed: list[CrlRecord] = []
         with self._database.snapshot() as tx:
-            state = store_issuers.get_broker_state(tx, self._tenant_id)
+            state = generations.get_broker_state(tx, self._tenant_id)
             self._update_acl(tx, state, now)
             failpoint("apply.after_snapshot")
-            put_out = reads.devices_put_out(tx, self._tenant_id, since=state.applied_generation)
+            put_out = generations.devices_to_disconnect(tx, self._tenant_id, since=state.applied_generation)
             changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
             issuers = self._authority.seen_by(tx)
             for recorded in issuers.with_crl():
-                previous = revocations.get_crl_head(tx, recorded.id)
+                previous = store_issuers.get_crl_head(tx, recorded.id)
                 if crl_is_due(previous, changed_at=changed_at[recorded.id], now=now):
                     signed.append(
                         next_crl(
@@ -341,7 +341,7 @@ class Enforcement:
     def _update_acl(self, tx: Connection, state: BrokerStateRecord, now: datetime) -> None:
         """Bring the ACL in memory from the generation of the last pass of this process to the newest."""
         since, per_device = self._acl_generation, self._settings.acl_style is AclStyle.PER_DEVICE
-        for change in reads.acl_changes(tx, self._tenant_id, since=since, defaults=per_device):
+        for change in generations.acl_changes(tx, self._tenant_id, since=since, defaults=per_device):
             put_into_acl(self._acl, change, now)
         if not per_device:
             if since == 0:
@@ -359,7 +359,7 @@ class Enforcement:
         pem: dict[CrlHead, bytes] = {}
         with self._database.snapshot() as tx:
             for recorded in work.issuers.with_crl():
-                head = revocations.get_crl_head(tx, recorded.id)
+                head = store_issuers.get_crl_head(tx, recorded.id)
                 if head is not None and head not in self._crl_pem:
                     crl = store_issuers.get_crl(tx, recorded.id)
                     writer = self._crl_writers.setdefault(recorded.id, pki_pem.PemOfSuccessors("X509 CRL"))

@@ -11,7 +11,7 @@ from broker.acl import Acl
 from broker_provisioning import add_device_acl, remove_device_acl
 from core.device_status import DeviceStatus
 from core.topics import Access, Topic
-from store import reads
+from store import generations
 
 # In pattern style a device that is out is denied by name for longer than a connection can live that is half-way in
 # (95 s), and on for as long as its denial is among the newest: each one more makes the broker's reloads slower.
@@ -19,12 +19,12 @@ DENIED_FOR = timedelta(minutes=3)
 DENIALS_KEPT = 500
 
 
-def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> Sequence[reads.AclChange]:
+def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> Sequence[generations.AclChange]:
     """The devices that an ACL with a pattern must deny, because it may still have to keep them out (``Acl.thin``)."""
-    return reads.newly_out(tx, tenant_id, newest=DENIALS_KEPT, applied=applied, since=now - DENIED_FOR)
+    return generations.newest_denied(tx, tenant_id, newest=DENIALS_KEPT, applied=applied, since=now - DENIED_FOR)
 
 
-def put_into_acl(acl: Acl, change: reads.AclChange, now: datetime) -> None:
+def put_into_acl(acl: Acl, change: generations.AclChange, now: datetime) -> None:
     """Give a device the place in the ACL that the database says."""
     if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
         remove_device_acl(acl, change.device_id, now)

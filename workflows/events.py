@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
 
-from store import events
+from store import webhooks
 
 _MARKER = "portal_subscribed"  # the execution option of an engine that holds the marker's path
 
@@ -55,7 +55,7 @@ def record(
     event_id = secrets.token_hex(16)
     if once is not None:
         event_id = hashlib.sha256("\n".join((tenant_id, type, device_id, once)).encode()).hexdigest()[:32]
-    events.add_event(
+    webhooks.add_event(
         tx,
         tenant_id,
         event_id=event_id,

@@ -10,9 +10,11 @@ from core import roles
 from core.errors import TooManyAttempts
 from core.roles import Role
 from core.throttle import Throttle
-from store import access
-from store.access import AuditRecord, TokenRecord
+from store import audit as store_audit
+from store import tenants
+from store.audit import AuditRecord
 from store.database import Database
+from store.tenants import TokenRecord
 from workflows import audit as workflows_audit
 from workflows.audit import Actor
 
@@ -30,7 +32,7 @@ class Operators:
     def authenticate(self, secret: str) -> TokenRecord | None:
         """The token with this secret, if it is valid now."""
         with self._database.snapshot() as tx:
-            record = access.find_token(tx, roles.hash_token(secret))
+            record = tenants.find_token(tx, roles.hash_token(secret))
         return record if record is not None and record.is_valid(self._clock()) else None
 
     def create(self, actor: Actor, name: str, role: Role, life: timedelta | None) -> tuple[str, TokenRecord]:
@@ -39,7 +41,7 @@ class Operators:
         expires_at = None if life is None else now + life
         secret, record = new_token(actor.tenant_id, name, role, expires_at, now=now)
         with self._database.transaction() as tx:
-            access.add_token(tx, record, token_hash=roles.hash_token(secret))
+            tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
             workflows_audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
         return secret, record
 
@@ -47,7 +49,7 @@ class Operators:
         """Revoke a token, at once; raises ``NotFound``."""
         now = self._clock()
         with self._database.transaction() as tx:
-            record = access.revoke_token(tx, actor.tenant_id, token_id, revoked_at=now)
+            record = tenants.revoke_token(tx, actor.tenant_id, token_id, revoked_at=now)
             if record.revoked_at == now:
                 workflows_audit.record(tx, actor, "token:revoke", f"token:{token_id}", at=now)
         return record
@@ -55,7 +57,7 @@ class Operators:
     def tokens(self, tenant_id: str) -> Sequence[TokenRecord]:
         """Every token, newest first."""
         with self._database.snapshot() as tx:
-            return access.list_tokens(tx, tenant_id)
+            return tenants.list_tokens(tx, tenant_id)
 
     def audit(
         self, tenant_id: str, *, limit: int, before: int | None, filters: dict[str, str]
@@ -68,10 +70,10 @@ class Operators:
         after = None
         with self._database.snapshot() as tx:
             if filters.keys() - {"object"}:
-                after = access.audit_entry_before(
+                after = store_audit.audit_entry_before(
                     tx, tenant_id, count=LOOKED_AT, before=before, of_object=filters.get("object")
                 )
-            found = access.list_audit_entries(
+            found = store_audit.list_audit_entries(
                 tx, tenant_id, limit=limit + 1, before=before, after=after, filters=filters
             )
         if len(found) > limit:

@@ -20,7 +20,7 @@ from core.device_status import DeviceStatus, check_renewal
 from core.errors import StateConflict
 from core.failpoints import failpoint
 from core.topics import Access, Topic
-from store import reads
+from store import devices
 from store import renewal as store_renewal
 from store.database import Database
 from store.devices import DeviceRecord
@@ -182,7 +182,7 @@ class Renewals:
         now = self._clock()
         with self._database.snapshot() as tx:
             self._check(tx, db.get_device(tx, actor.tenant_id, device_id), renewal, now=now, shown=shown)
-            own = reads.device_topics(tx, actor.tenant_id, device_id)
+            own = devices.device_topics(tx, actor.tenant_id, device_id)
         topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
         if hand_over:
             wanted = renewal.wanted

@@ -10,7 +10,7 @@ from datetime import datetime
 import db
 from core.device_status import DeviceStatus, advance
 from core.failpoints import failpoint
-from store import suspension
+from store import devices
 from store.database import Database
 from workflows import audit, events
 from workflows.audit import Actor
@@ -55,10 +55,10 @@ class Suspensions:
             if device.status is not DeviceStatus.SUSPENDED:
                 advance(device.status, DeviceStatus.SUSPENDED)
                 generation = db.next_generation(tx, actor.tenant_id, at=now)
-                suspension.suspend_device(tx, actor.tenant_id, device_id, suspended_at=now, generation=generation)
+                devices.suspend_device(tx, actor.tenant_id, device_id, suspended_at=now, generation=generation)
                 events.record(tx, actor.tenant_id, EventType.SUSPENDED, device_id, at=now)
                 audit.record(tx, actor, "device:suspend", f"device:{device_id}", at=now)
-            since = suspension.suspended_since(tx, actor.tenant_id, device_id)
+            since = devices.suspended_since(tx, actor.tenant_id, device_id)
             failpoint("suspend.before_commit")
         failpoint("suspend.after_commit")
         return self._applied(device_id, DeviceStatus.SUSPENDED, since, generation)
@@ -76,7 +76,7 @@ class Suspensions:
                 if device.status is not DeviceStatus.SUSPENDED:
                     advance(device.status, DeviceStatus.SUSPENDED)  # which says why it cannot be
                 generation = db.next_generation(tx, actor.tenant_id, at=now)
-                suspension.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
+                devices.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
                 events.record(tx, actor.tenant_id, EventType.RESUMED, device_id, at=now)
                 audit.record(tx, actor, "device:resume", f"device:{device_id}", at=now)
             failpoint("resume.before_commit")

@@ -23,7 +23,7 @@ from operations.backup.file import FORMAT, BackupWriter, Manifest
 from pki.algorithms import PrivateKey
 from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
 from store import copy as store_copy
-from store import issuers
+from store import generations, issuers
 from store.database import Database
 from store.tables import DEFAULT_TENANT
 from workflows.authority.issuers import FIRST_ISSUING
@@ -76,7 +76,7 @@ def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *
             format=FORMAT,
             made_at=now.isoformat(timespec="seconds"),
             revision=current,
-            generation=issuers.get_broker_state(tx, DEFAULT_TENANT).generation,
+            generation=generations.get_broker_state(tx, DEFAULT_TENANT).generation,
             crl_numbers=_crl_numbers(tx),
             counts=counts,
             sealed_by=FIRST_ISSUING,

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import ManufacturerStatus
-from store.tables_enrolment import EnrolmentToken, Manufacturer
+from store.tables import EnrolmentToken, Manufacturer
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from config import Settings
 from core.errors import StartupError
 from core.failpoints import failpoint
 from core.files import fsync_directory, replace_file
-from store import access
+from store import audit
 from store import copy as store_copy
 from store.database import Database
 from store.tables import DEFAULT_TENANT
@@ -158,7 +158,7 @@ def _has_ended(settings: Settings, journal: Journal) -> bool:
     with contextlib.closing(database), database.snapshot() as tx:
         if store_copy.revision(tx) != store_copy.head():
             return False
-        last = access.list_audit_entries(tx, DEFAULT_TENANT, limit=1, filters={"action": "backup:restore"})
+        last = audit.list_audit_entries(tx, DEFAULT_TENANT, limit=1, filters={"action": "backup:restore"})
         return [entry.detail.get("restore") for entry in last] == [journal.id]
 
 

@@ -20,8 +20,8 @@ from core.errors import BackupRefused
 from core.states import ON_CRL, CertificateStatus
 from operations.backup import enrolment
 from pki.issuers import Reason
+from store import devices
 from store import issuers as store_issuers
-from store import suspension
 from store.issuers import CrlRecord, IssuerRecord
 from store.tables import Certificate, Device, IssuerRow, Token
 from workflows import audit
@@ -232,7 +232,7 @@ class Revocations:
         self._keep(tenant_id, f"device:{device_id}", "device:revoke", f"device {device_id} ({name})", reason, at)
 
     def _suspend_device(self, tenant_id: str, device_id: str, name: str, at: datetime) -> None:
-        suspension.suspend_device(self._tx, tenant_id, device_id, suspended_at=at, generation=self._generation)
+        devices.suspend_device(self._tx, tenant_id, device_id, suspended_at=at, generation=self._generation)
         self._keep(tenant_id, f"device:{device_id}", "device:suspend", f"device {device_id} ({name})", HOLD, at)
 
     def _keep(self, tenant_id: str, of: str, action: str, what: str, reason: str, at: datetime) -> None:

@@ -21,7 +21,7 @@ from core.installed_style import ACL_FILE
 from core.states import ON_CRL, IssuerKind
 from operations.doctor.findings import Verdict, problem, some, together, warning, well
 from operations.doctor.subject import SECONDS, Subject
-from store import issuers, reads
+from store import generations, issuers
 from store.tables import Certificate, Device
 from workflows.enforcement_acl import denials, put_into_acl
 
@@ -52,7 +52,7 @@ def acl_entries(subject: Subject) -> Verdict:
         content = settings.broker_file(ACL_FILE).read_bytes()
         with subject.snapshot() as tx:
             per_device, now = settings.acl_style is AclStyle.PER_DEVICE, subject.clock()
-            changes = reads.acl_changes(tx, subject.tenant_id, since=0, defaults=per_device)
+            changes = generations.acl_changes(tx, subject.tenant_id, since=0, defaults=per_device)
             out = () if per_device else denials(tx, subject.tenant_id, applied=installed, now=now)
             for change in itertools.chain(changes, out):
                 if change.generation > installed:
@@ -62,7 +62,7 @@ def acl_entries(subject: Subject) -> Verdict:
             expected, there = _blocks(wanted.render(installed)), _blocks(content)
             # A denial that is needed no longer may stay until the next pass.
             denied = [user for user in there.keys() - expected.keys() if there[user] == DENY_ALL]
-            denied_still = reads.out_among(tx, subject.tenant_id, denied)
+            denied_still = generations.denied_among(tx, subject.tenant_id, denied)
     found = compare_acl(expected, there, later | denied_still)
     if wanted.closed:
         found.append(
@@ -173,7 +173,7 @@ def broker(subject: Subject) -> Verdict:
     """Whether the broker answers, and obeys the generation that it was last seen to enforce."""
     settings = subject.settings
     with subject.snapshot() as tx:
-        applied = issuers.get_broker_state(tx, subject.tenant_id).applied_generation
+        applied = generations.get_broker_state(tx, subject.tenant_id).applied_generation
     deadline = time.monotonic() + SECONDS
     try:
         with Session(connect_unix(settings.broker_socket, deadline), deadline) as session:
@@ -192,7 +192,7 @@ def broker(subject: Subject) -> Verdict:
             in_force = session.publish(f"{GENERATION_TOPIC}/{applied}") < FAILURE
             if not in_force:
                 with subject.snapshot() as tx:
-                    applied = issuers.get_broker_state(tx, subject.tenant_id).applied_generation
+                    applied = generations.get_broker_state(tx, subject.tenant_id).applied_generation
                 in_force = session.publish(f"{GENERATION_TOPIC}/{applied}") < FAILURE
     except OSError as error:
         said = error.strerror or str(error) or type(error).__name__

@@ -11,8 +11,8 @@ from core import roles
 from core.states import PENDING_DELIVERY
 from operations.doctor.findings import Verdict, problem, some, warning, well
 from operations.doctor.subject import Subject
-from store import access, issuers
 from store import copy as store_copy
+from store import generations, tenants
 from store.tables import Delivery
 from workflows import audit
 
@@ -47,11 +47,11 @@ def audit_record(subject: Subject) -> Verdict:
 def generation(subject: Subject) -> Verdict:
     """Whether the broker was seen to enforce what the database says, now or after as long as a pass may take."""
     with subject.snapshot() as tx:
-        wanted = issuers.get_broker_state(tx, subject.tenant_id).generation
+        wanted = generations.get_broker_state(tx, subject.tenant_id).generation
     deadline = time.monotonic() + subject.settings.enforce_timeout
     while True:
         with subject.snapshot() as tx:
-            state = issuers.get_broker_state(tx, subject.tenant_id)
+            state = generations.get_broker_state(tx, subject.tenant_id)
         if state.applied_generation >= wanted:
             return well(f"The broker was seen to enforce generation {state.applied_generation}.")
         if time.monotonic() >= deadline:
@@ -91,8 +91,8 @@ def tokens(subject: Subject) -> Verdict:
     with subject.snapshot() as tx:
         own = None
         if path.exists():
-            own = access.find_token(tx, roles.hash_token(path.read_text(encoding="ascii").strip()))
-        valid = [token for token in access.list_tokens(tx, subject.tenant_id) if token.is_valid(now)]
+            own = tenants.find_token(tx, roles.hash_token(path.read_text(encoding="ascii").strip()))
+        valid = [token for token in tenants.list_tokens(tx, subject.tenant_id) if token.is_valid(now)]
     endless = [token.name for token in valid if token.expires_at is None and (own is None or token.id != own.id)]
     if endless:
         return warning(

@@ -14,8 +14,8 @@ from core.files import FileLock, replace_file
 from core.states import IssuerKind
 from operations.readiness import ROOT_CRL_SOON
 from operations.wiring import Portal
+from store import generations
 from store import issuers as store_issuers
-from store import revocations
 from workflows import audit
 from workflows.audit import Actor
 from workflows.authority import rollover
@@ -45,7 +45,7 @@ def renew_crls(portal: Portal) -> None:
         due = [
             recorded
             for recorded in portal.authority.seen_by(tx).issuers
-            if crl_is_due(revocations.get_crl_head(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
+            if crl_is_due(store_issuers.get_crl_head(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
         ]
     for recorded in due:
         if recorded.kind == IssuerKind.ROOT:
@@ -63,12 +63,12 @@ def renew_crls(portal: Portal) -> None:
 
 def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime) -> None:
     with portal.database.transaction() as tx:
-        state = store_issuers.get_broker_state(tx, portal.tenant_id)
+        state = generations.get_broker_state(tx, portal.tenant_id)
         crl = next_crl(
             tx,
             recorded.id,
             recorded.issuer,
-            revocations.get_crl_head(tx, recorded.id),
+            store_issuers.get_crl_head(tx, recorded.id),
             RevokedEntries(),
             days=days,
             generation=state.generation,
@@ -79,7 +79,7 @@ def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime
 
 def _say_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> None:
     with portal.database.snapshot() as tx:
-        crl = revocations.get_crl_head(tx, root.id)
+        crl = store_issuers.get_crl_head(tx, root.id)
     said = _said.get(portal.settings.data_dir)
     if crl is None or crl.next_update - now > ROOT_CRL_SOON or (said is not None and abs(now - said) < SAID_AGAIN):
         return
@@ -206,5 +206,5 @@ def advance(portal: Portal, action: str, **detail: Any) -> None:
 
 def _apply(portal: Portal) -> None:
     with portal.database.snapshot() as tx:
-        state = store_issuers.get_broker_state(tx, portal.tenant_id)
+        state = generations.get_broker_state(tx, portal.tenant_id)
     portal.enforcement.apply(state.generation, timeout=portal.settings.enforce_timeout)

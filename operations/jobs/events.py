@@ -6,7 +6,7 @@ import logging
 from datetime import timedelta
 
 from operations.wiring import Portal
-from store import expiry, webhooks
+from store import certificates, webhooks
 from workflows import events
 from workflows.events import EventType
 
@@ -21,7 +21,7 @@ def announce_expiring(portal: Portal) -> None:
     while more:
         now = portal.clock()
         with portal.database.snapshot() as tx:
-            found = expiry.unannounced(tx, now=now, limit=BATCH)
+            found = certificates.renewals_to_announce(tx, now=now, limit=BATCH)
         if not found:
             return
         with portal.database.transaction() as tx:
@@ -36,7 +36,7 @@ def announce_expiring(portal: Portal) -> None:
                     serial_number=one.serial_number,
                     expires_at=one.not_after,
                 )
-            expiry.announced(tx, found, at=now)
+            certificates.mark_announced(tx, found, at=now)
         for one in found:
             detail = {"device_id": one.device_id, "expires_at": one.not_after.isoformat()}
             log.warning("a device's certificate should be renewed", extra=detail)
@@ -49,7 +49,7 @@ def prune_events(portal: Portal) -> None:
         return
     before = portal.clock() - timedelta(days=portal.settings.event_days)
     with portal.database.snapshot() as tx:
-        pruned = BATCH if webhooks.anything_old(tx, before=before) else 0
+        pruned = BATCH if webhooks.anything_to_prune(tx, before=before) else 0
     while pruned == BATCH:
         with portal.database.transaction() as tx:
             pruned = webhooks.prune(tx, before=before, limit=BATCH)

@@ -15,7 +15,7 @@ from operations.jobs.authority import advance, renew_certificates, renew_crls, r
 from operations.jobs.schedule import Job
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
-from store import deliveries, issuers, reads
+from store import deliveries, generations
 from workflows import audit
 
 log = logging.getLogger("portal.jobs")
@@ -48,9 +48,9 @@ def repair_broker(portal: Portal) -> None:
         probe_broker(portal)  # a broker that read the damaged files may have let anybody in
 
 
-def _state(portal: Portal) -> issuers.BrokerStateRecord:
+def _state(portal: Portal) -> generations.BrokerStateRecord:
     with portal.database.snapshot() as tx:
-        return issuers.get_broker_state(tx, portal.tenant_id)
+        return generations.get_broker_state(tx, portal.tenant_id)
 
 
 def renew_responders(portal: Portal) -> None:
@@ -92,8 +92,8 @@ def cut_late_sessions(portal: Portal) -> None:
     """
     since = portal.clock() - LATE_SESSIONS
     with portal.database.snapshot() as tx:
-        late = reads.devices_put_out_since(tx, portal.tenant_id, since)
-        superseded = dict(reads.superseded_between(tx, portal.tenant_id, since - LATE_SESSIONS, since))
+        late = generations.devices_denied_since(tx, portal.tenant_id, since)
+        superseded = dict(generations.superseded_between(tx, portal.tenant_id, since - LATE_SESSIONS, since))
     done = _cut_again.setdefault(portal.settings.data_dir, set())
     done.intersection_update(superseded)
     late += [device_id for certificate_id, device_id in superseded.items() if certificate_id not in done]

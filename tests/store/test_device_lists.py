@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from operations.wiring import Portal
-from store import device_lists
-from store.device_lists import DeviceFilter, Listed
+from store import devices
+from store.devices import DeviceFilter, Listed
 from tests.test_db import add_certificate, add_device
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
@@ -34,7 +34,7 @@ def _pages(portal: Portal, wanted: DeviceFilter, limit: int) -> list[Listed]:
     after = None
     with portal.database.snapshot() as tx:
         while True:
-            page = device_lists.list_devices(tx, "default", wanted, limit=limit, after=after)
+            page = devices.list_devices(tx, "default", wanted, limit=limit, after=after)
             pages.append(page)
             if len(page.devices) == limit:
                 device, not_after, _ = page.devices[-1]
@@ -64,8 +64,8 @@ def test_every_device_is_found_once_however_little_a_page_looks_at(
     fleet: Portal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for looked_at, limit in itertools.product((1, 2, 3, 1000), (1, 2, 50)):
-        monkeypatch.setattr(device_lists, "LOOKED_AT", looked_at)
-        monkeypatch.setattr(device_lists, "LOOKED_AT_BY_END", looked_at)
+        monkeypatch.setattr(devices, "LOOKED_AT", looked_at)
+        monkeypatch.setattr(devices, "LOOKED_AT_BY_END", looked_at)
         for wanted, found in LISTS:
             pages = _pages(fleet, wanted, limit)
             assert [device.name[-2:] for page in pages for device, *_ in page.devices] == found, (wanted, looked_at)
@@ -73,13 +73,13 @@ def test_every_device_is_found_once_however_little_a_page_looks_at(
 
 
 def test_the_rarest_of_several_things_leads(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_lists, "LOOKED_AT", 5)
+    monkeypatch.setattr(devices, "LOOKED_AT", 5)
     [page] = _pages(fleet, DeviceFilter(status="active", type="pump", location="hall 2"), 50)
     assert [device.name for device, *_ in page.devices] == ["pump-09", "pump-03"]
 
 
 def test_a_whole_id_is_looked_up(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_lists, "LOOKED_AT", 1)
+    monkeypatch.setattr(devices, "LOOKED_AT", 1)
     [all_of_them] = _pages(fleet, DeviceFilter(), 50)
     oldest = all_of_them.devices[-1][0].id
     [page] = _pages(fleet, DeviceFilter(q=oldest.upper()), 50)

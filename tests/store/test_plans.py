@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from operations.wiring import Portal
-from store import access, device_lists, figures, reads, reenrolment, renewal, revocations
-from store.device_lists import DeviceFilter
+from store import certificates, devices, enrolment, generations, issuers, renewal, tenants
+from store.devices import DeviceFilter
 from store.tables import Device
 from tests.support.harness import ON_SQLITE
 
@@ -21,18 +21,18 @@ NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 Question = Callable[[Connection], object]
 
 OF_PASSES: dict[str, Question] = {
-    "what changed in the ACL": lambda tx: list(reads.acl_changes(tx, "default", since=7, defaults=True)),
-    "the ACL beside a pattern": lambda tx: list(reads.acl_changes(tx, "default", since=0, defaults=False)),
-    "the newest denials": lambda tx: reads.newly_out(tx, "default", newest=5, applied=7, since=NOW),
-    "who was put out": lambda tx: reads.devices_put_out(tx, "default", since=7),
-    "who was put out lately": lambda tx: reads.devices_put_out_since(tx, "default", NOW),
-    "how many are on the CRL": lambda tx: revocations.count_revoked(tx, 2, now=NOW),
-    "which are on the CRL": lambda tx: revocations.revoked_ids(tx, 2, after=NOW),
-    "which leave the CRL": lambda tx: revocations.revoked_ids(tx, 2, after=NOW, until=NOW),
-    "which come onto the CRL": lambda tx: list(revocations.revoked_since(tx, 2, 7, now=NOW)),
+    "what changed in the ACL": lambda tx: list(generations.acl_changes(tx, "default", since=7, defaults=True)),
+    "the ACL beside a pattern": lambda tx: list(generations.acl_changes(tx, "default", since=0, defaults=False)),
+    "the newest denials": lambda tx: generations.newest_denied(tx, "default", newest=5, applied=7, since=NOW),
+    "who was put out": lambda tx: generations.devices_to_disconnect(tx, "default", since=7),
+    "who was put out lately": lambda tx: generations.devices_denied_since(tx, "default", NOW),
+    "how many are on the CRL": lambda tx: issuers.count_revoked(tx, 2, now=NOW),
+    "which are on the CRL": lambda tx: issuers.revoked_ids(tx, 2, after=NOW),
+    "which leave the CRL": lambda tx: issuers.revoked_ids(tx, 2, after=NOW, until=NOW),
+    "which come onto the CRL": lambda tx: list(issuers.revoked_since(tx, 2, 7, now=NOW)),
     "whose overlap is over": lambda tx: renewal.overlaps_over(tx, now=NOW),
     "which renewals nobody fetched": lambda tx: renewal.unfetched_renewals(tx, now=NOW),
-    "which are held": lambda tx: list(revocations.held_certificates(tx, 2, now=NOW)),
+    "which are held": lambda tx: list(issuers.held_certificates(tx, 2, now=NOW)),
 }
 LISTS = {
     "all": DeviceFilter(),
@@ -47,12 +47,12 @@ LISTS = {
     "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
 }
 FIGURES: dict[str, Question] = {
-    "who waits to be let in": lambda tx: reenrolment.first_asking(tx, "default", limit=5),
-    "who waits with another key": lambda tx: reenrolment.asking_again(tx, "default", limit=5),
-    "what a device was given": lambda tx: reenrolment.count_issued(tx, "default", "x", since=NOW),
-    "ending soon": lambda tx: figures.certificates_ending(tx, "default", now=NOW, within=[timedelta(days=7)]),
-    "a token": lambda tx: access.find_token(tx, "0" * 64),
-    "a device's certificate": lambda tx: reads.current_certificate(tx, "default", "x"),
+    "who waits to be let in": lambda tx: enrolment.waiting_enrolments(tx, "default", limit=5),
+    "who waits with another key": lambda tx: enrolment.waiting_reenrolments(tx, "default", limit=5),
+    "what a device was given": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
+    "ending soon": lambda tx: certificates.count_expiring(tx, "default", now=NOW, within=[timedelta(days=7)]),
+    "a token": lambda tx: tenants.find_token(tx, "0" * 64),
+    "a device's certificate": lambda tx: certificates.current_certificate(tx, "default", "x"),
 }
 SMALL = {"acl_entries", "issuers", "tenants", "broker_state", "crls"}  # tables that may be read whole
 
@@ -123,7 +123,7 @@ def test_a_look_up_reads_nothing_whole(plans_of: Callable[[Question], list[str]]
 def test_a_page_is_read_from_an_index_in_its_order(
     plans_of: Callable[[Question], list[str]], name: str, after: tuple[datetime, str] | None
 ) -> None:
-    plans = plans_of(lambda tx: device_lists.list_devices(tx, "default", LISTS[name], limit=50, after=after))
+    plans = plans_of(lambda tx: devices.list_devices(tx, "default", LISTS[name], limit=50, after=after))
     assert plans
     for plan in plans:
         assert not read_whole(plan), plan
@@ -135,9 +135,9 @@ def test_a_page_is_read_from_an_index_in_its_order(
 def test_a_page_that_is_narrowed_twice_is_read_between_two_places(
     plans_of: Callable[[Question], list[str]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(device_lists, "_reach", lambda *_: (Device.type, (NOW, "f" * 36)))
+    monkeypatch.setattr(devices, "_reach", lambda *_: (Device.type, (NOW, "f" * 36)))
     after = (NOW - timedelta(days=1) if "expires" in name else NOW + timedelta(days=1), "0" * 36)
-    [plan] = plans_of(lambda tx: device_lists.list_devices(tx, "default", LISTS[name], limit=50, after=after))
+    [plan] = plans_of(lambda tx: devices.list_devices(tx, "default", LISTS[name], limit=50, after=after))
     read = re.search(r"INDEX ix_\w+ \((.*)\)|Index Cond: \((.*)\)", plan)
     assert read is not None, plan
     assert plan.count("ROW(") >= 2 or plan.count("(?,?)") == 2, plan

@@ -20,7 +20,7 @@ from config import Settings
 from core import roles
 from core.roles import Role
 from operations.wiring import Portal, utc_now
-from store import access
+from store import tenants
 from store.tables import Base
 from tests.support.ports import free_port
 from workflows.operators import new_token
@@ -111,7 +111,7 @@ def api_as(app: Flask, role: Role | None) -> Api:
     portal = portal_of(app)
     secret, record = new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
     with portal.database.transaction() as tx:
-        access.add_token(tx, record, token_hash=roles.hash_token(secret))
+        tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
     return Api(app.test_client(), secret)
 
 

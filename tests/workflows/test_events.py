@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from operations.wiring import SUBSCRIBED, Portal
-from store.tables_events import Webhook, WebhookDelivery
+from store.tables import Webhook, WebhookDelivery
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows import events
 from workflows.events import EventType

@@ -33,7 +33,7 @@ from core.errors import (
 )
 from operations.jobs import jobs
 from operations.wiring import Portal, open_portal
-from store import issuers, reads
+from store import certificates, issuers, tenants
 from store.tables import Certificate, Delivery
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
 from workflows.audit import Actor
@@ -69,7 +69,7 @@ def test_a_registration_records_device_certificate_bundle_and_audit_entry_togeth
     registered = portal.onboarding.register(OPERATOR, PUMP)
     with portal.database.snapshot() as tx:
         device = db.get_device(tx, "default", registered.device_id)
-        certificate = reads.current_certificate(tx, "default", registered.device_id)
+        certificate = certificates.current_certificate(tx, "default", registered.device_id)
         bundle = tx.execute(sa.select(Delivery.bundle).where(Delivery.device_id == registered.device_id)).scalar_one()
     assert (device.status, device.name, device.metadata) == (DeviceStatus.ACTIVE, "pump-1", {"rack": 7})
     assert certificate is not None
@@ -316,7 +316,7 @@ def test_a_device_of_another_tenant_is_not_there(portal: Portal) -> None:
     registered = portal.onboarding.register(OPERATOR, PUMP)
     stranger = Actor("another", "an operator", "operator", "request-2", "192.0.2.2")
     with portal.database.transaction() as tx:
-        issuers.add_tenant(tx, "another", created_at=portal.clock())
+        tenants.add_tenant(tx, "another", created_at=portal.clock())
     with pytest.raises(DeviceNotFound):
         portal.onboarding.revoke(stranger, registered.device_id, "unspecified")
     with pytest.raises(DeviceNotFound):

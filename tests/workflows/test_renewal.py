@@ -12,9 +12,10 @@ from cryptography import x509
 from core.errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevoked, StateConflict
 from operations.jobs import jobs
 from operations.wiring import Portal
-from store import issuers, reads
+from store import certificates as store_certificates
+from store import generations
 from store.certificates import CertificateRecord
-from store.device_lists import DeviceFilter
+from store.devices import DeviceFilter
 from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of, with_fields
 from workflows.credentials import Wanted
@@ -31,7 +32,7 @@ def by_csr(**changed: object) -> Renewal:
 def certificates(portal: Portal, device_id: str) -> list[CertificateRecord]:
     """Oldest first."""
     with portal.database.snapshot() as tx:
-        return list(reads.device_certificates(tx, "default", device_id))[::-1]
+        return list(store_certificates.device_certificates(tx, "default", device_id))[::-1]
 
 
 def statuses(portal: Portal, device_id: str) -> list[str]:
@@ -53,7 +54,7 @@ def register_by_csr(portal: Portal) -> Registered:
 
 def generation(portal: Portal) -> int:
     with portal.database.snapshot() as tx:
-        return issuers.get_broker_state(tx, "default").generation
+        return generations.get_broker_state(tx, "default").generation
 
 
 def listed(portal: Portal, certificate: CertificateRecord) -> x509.RevokedCertificate | None:
@@ -81,7 +82,7 @@ def test_a_renewed_device_has_two_certificates_until_the_overlap_is_over(portal:
     assert entry is not None
     assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.superseded
     with portal.database.snapshot() as tx:
-        assert reads.devices_put_out(tx, "default", since=before) == [device.device_id]
+        assert generations.devices_to_disconnect(tx, "default", since=before) == [device.device_id]
     actions = [entry.action for entry in portal.operators.audit("default", limit=2, before=None, filters={})[0]]
     assert actions == ["certificate:supersede", "device:renew"]
 
@@ -130,7 +131,9 @@ def test_a_bundle_that_was_not_fetched_is_destroyed_by_the_next_renewal(portal: 
     again = portal.renewals.renew(OPERATOR, device.device_id, Renewal())
     assert statuses(portal, device.device_id) == ["revoked", "revoked", "active"]
     with portal.database.snapshot() as tx:
-        assert reads.devices_put_out(tx, "default", since=0) == [], "no session can have begun with such a key"
+        assert generations.devices_to_disconnect(tx, "default", since=0) == [], (
+            "no session can have begun with such a key"
+        )
     fetch(portal, link(again))
 
 

@@ -16,7 +16,7 @@ import db
 from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound, StateConflict
 from operations.wiring import Portal
-from store import issuers, reads
+from store import certificates, issuers
 from tests.support.harness import PER_DEVICE, Api, Clock, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows.terms import Registered
@@ -25,7 +25,7 @@ from workflows.terms import Registered
 def status_of(portal: Portal, device_id: str) -> tuple[DeviceStatus, list[str]]:
     with portal.database.snapshot() as tx:
         device = db.get_device(tx, "default", device_id)
-        return device.status, [row.status for row in reads.device_certificates(tx, "default", device_id)]
+        return device.status, [row.status for row in certificates.device_certificates(tx, "default", device_id)]
 
 
 def crl_entry(portal: Portal, registered: Registered) -> x509.RevokedCertificate | None:
@@ -60,7 +60,7 @@ def test_a_suspended_device_is_on_hold_in_the_crl_and_out_of_the_acl(portal: Por
 def test_openssl_refuses_a_suspended_device_and_accepts_it_again(portal: Portal, tmp_path: Path) -> None:
     registered = portal.onboarding.register(OPERATOR, PUMP)
     with portal.database.snapshot() as tx:
-        certificate = reads.current_certificate(tx, "default", registered.device_id)
+        certificate = certificates.current_certificate(tx, "default", registered.device_id)
     assert certificate is not None
     (tmp_path / "device.der").write_bytes(certificate.der)
 

@@ -11,8 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from core.device_status import DeviceStatus, renewable_from
 from core.roles import Permission
 from store.certificates import CertificateRecord
-from store.device_lists import DeviceFilter
-from store.devices import DeviceRecord
+from store.devices import DeviceFilter, DeviceRecord
 from web.api.fields import (
     BundleFormatName,
     BundlePassword,

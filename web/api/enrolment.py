@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 
 from core.roles import Permission
 from core.states import Approval, ManufacturerStatus
-from store.enrolment import EnrolmentTokenRecord, Terms
-from store.manufacturers import ManufacturerRecord
+from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord, ManufacturerRecord
 from web.api.devices import PendingRequest, registration_of
 from web.api.fields import (
     DeviceId,
@@ -255,13 +254,13 @@ def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> Reply:
     return Reply(EnrolmentTokenModel(**_fields(record)))
 
 
-def terms_of(wanted: TermsRequest) -> Terms:
+def terms_of(wanted: TermsRequest) -> EnrolmentProfile:
     """What becomes of the devices, as the use cases take it."""
     fields = {name: getattr(wanted, name) for name in TermsRequest.model_fields}
-    return Terms(**{**fields, "key_types": tuple(wanted.key_types), "approval": Approval(wanted.approval)})
+    return EnrolmentProfile(**{**fields, "key_types": tuple(wanted.key_types), "approval": Approval(wanted.approval)})
 
 
-def terms_fields(terms: Terms) -> dict[str, object]:
+def terms_fields(terms: EnrolmentProfile) -> dict[str, object]:
     """The same, as it is shown."""
     return {name: getattr(terms, name) for name in TermsModel.model_fields} | {"key_types": list(terms.key_types)}
 

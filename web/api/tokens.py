@@ -10,7 +10,7 @@ from pydantic import Field
 
 from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission, Role
-from store.access import TokenRecord
+from store.tenants import TokenRecord
 from web.api.fields import Cursor, Input, Limit, Output, Place, RoleName, ShortText, Timestamp, WholeNumber
 from web.api.routing import Answers, Call, Reply, Route, tagged
 

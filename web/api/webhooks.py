@@ -9,7 +9,7 @@ from pydantic import Field
 from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission
 from core.states import EventDeliveryStatus
-from store.webhooks import Backlog, DeliveryRecord, WebhookRecord
+from store.webhooks import Backlog, EventDeliveryRecord, WebhookRecord
 from web.api.fields import Cursor, Input, Limit, Output, ShortText, Timestamp, WholeNumber
 from web.api.routing import Answers, Call, Reply, Route, tagged
 from workflows.events import EventType
@@ -186,7 +186,7 @@ def _fields(record: WebhookRecord, backlog: Backlog) -> dict[str, object]:
     }
 
 
-def _delivery(record: DeliveryRecord) -> WebhookDeliveryModel:
+def _delivery(record: EventDeliveryRecord) -> WebhookDeliveryModel:
     fields = {name: getattr(record, name) for name in WebhookDeliveryModel.model_fields if name != "delivery_id"}
     if record.status is not EventDeliveryStatus.WAITING:
         fields["next_at"] = None

@@ -11,9 +11,8 @@ from sqlalchemy.engine import Connection
 import ca
 from pki.crl import sign_crl
 from pki.issuers import Issuer, Reason
-from store import revocations
-from store.issuers import CrlRecord
-from store.revocations import CrlHead, RevokedCertificate
+from store import issuers
+from store.issuers import CrlHead, CrlRecord, RevokedCertificate
 
 # The root's key is meant to be moved away, so its CRL, which lists issuing CAs only, lives long.
 ROOT_CRL_DAYS = 365
@@ -45,14 +44,14 @@ class RevokedEntries:
         """
         known = self._of.setdefault(issuer_id, _Known({}, 0, now))
         if known.generation and known.at <= now:
-            for row_id in revocations.revoked_ids(tx, issuer_id, after=known.at, until=now):
+            for row_id in issuers.revoked_ids(tx, issuer_id, after=known.at, until=now):
                 known.encoded.pop(row_id, None)
-            for entry in revocations.revoked_since(tx, issuer_id, known.generation, now=now):
+            for entry in issuers.revoked_since(tx, issuer_id, known.generation, now=now):
                 known.encoded[entry.id] = _encode(entry)
-        if len(known.encoded) != revocations.count_revoked(tx, issuer_id, now=now) or known.at > now:
+        if len(known.encoded) != issuers.count_revoked(tx, issuer_id, now=now) or known.at > now:
             known.complete(tx, issuer_id, now)
         known.generation, known.at = generation, now
-        held = revocations.held_certificates(tx, issuer_id, now=now)
+        held = issuers.held_certificates(tx, issuer_id, now=now)
         return [*known.encoded.values(), *map(_encode, held)]
 
 
@@ -66,10 +65,10 @@ class _Known:
 
     def complete(self, tx: Connection, issuer_id: int, now: datetime) -> None:
         """Ask for all that must be there, and read what is not."""
-        wanted = set(revocations.revoked_ids(tx, issuer_id, after=now))
+        wanted = set(issuers.revoked_ids(tx, issuer_id, after=now))
         for row_id in self.encoded.keys() - wanted:
             del self.encoded[row_id]
-        for entry in revocations.revoked_certificates(tx, sorted(wanted - self.encoded.keys())):
+        for entry in issuers.revoked_certificates(tx, sorted(wanted - self.encoded.keys())):
             self.encoded[entry.id] = _encode(entry)
 
 

@@ -15,9 +15,9 @@ from core.states import IssuerKind
 from pki import ocsp
 from pki.issuers import Reason
 from pki.ocsp import GOOD, UNKNOWN, Failure, IssuerId, Request, Signer, Status, Verdict
-from store import statuses as store_statuses
+from store import certificates as store_certificates
+from store.certificates import RevocationState
 from store.database import Database
-from store.statuses import RevocationState
 from workflows.authority.issuers import Authority, RecordedIssuer
 from workflows.authority.ocsp_certificates import ResponderCertificates
 
@@ -152,7 +152,9 @@ class Responder:
         known = self._known(issuers)
         asked = [question for question in request.questions if known.get(question.issuer) is recorded]
         with self._database.snapshot() as tx:
-            found = store_statuses.certificate_statuses(tx, recorded.id, [question.serial_number for question in asked])
+            found = store_certificates.revocation_states(
+                tx, recorded.id, [question.serial_number for question in asked]
+            )
         cas = _serial_numbers_of_cas(recorded, issuers) if recorded.kind == IssuerKind.ROOT else frozenset()
         return tuple(
             _status(found.get(question.serial_number), is_ca=question.serial_number in cas)

@@ -14,6 +14,7 @@ from core.errors import CaKeyUnavailable, StateConflict
 from core.states import CertificateStatus, IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
 from pki.keystore import CaKeys
+from store import generations
 from store import issuers as store_issuers
 from store.database import Database
 from store.tables import Certificate, IssuerRow
@@ -36,7 +37,7 @@ def prepare_next(
     """
     with database.snapshot() as tx:
         issuers = store_issuers.list_issuers(tx, retired=True)
-        generation = store_issuers.get_broker_state(tx, actor.tenant_id).generation
+        generation = generations.get_broker_state(tx, actor.tenant_id).generation
     waiting = [record.name for record in issuers if record.kind == IssuerKind.ISSUING and record.issuing_since is None]
     if waiting:
         return waiting[-1], generation

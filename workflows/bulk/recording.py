@@ -10,7 +10,8 @@ from sqlalchemy.engine import Connection
 
 import db
 from config import AclStyle
-from store import access, bulk
+from store import audit as store_audit
+from store import bulk
 from store.bulk import KnownDevice
 from workflows import audit, events
 from workflows.audit import Actor
@@ -39,7 +40,7 @@ def write_batch(
     the broker must know, 0 where it need not be told.
     """
     tenant_id = actor.tenant_id
-    access.lock_audit_head(tx, tenant_id)  # taken anyhow; from here on no other upload writes
+    store_audit.lock_audit_head(tx, tenant_id)  # taken anyhow; from here on no other upload writes
     taken = bulk.find_known(
         tx, tenant_id, [id_ for task, _ in made if task.known is None and (id_ := task.candidate.external_id)]
     )

@@ -13,11 +13,9 @@ from core.errors import NotFound, StateConflict
 from core.states import EnrolmentStatus
 from core.topics import new_device_id
 from store import enrolment as store_enrolment
-from store import reenrolment
 from store.database import Database
 from store.devices import DeviceRecord
-from store.enrolment import EnrolmentRecord
-from store.reenrolment import Asking, ReenrolmentRecord
+from store.enrolment import EnrolmentRecord, ReenrolmentRecord, WaitingDevice
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.events import EventType
@@ -126,7 +124,7 @@ class Approvals:
         enrolment = store_enrolment.last_enrolment(tx, tenant_id, device_id)
         if enrolment is None or device.status is not DeviceStatus.ACTIVE:
             return device, enrolment, None
-        return device, enrolment, reenrolment.find(tx, tenant_id, enrolment.id)
+        return device, enrolment, store_enrolment.find_reenrolment(tx, tenant_id, enrolment.id)
 
     def _decide(
         self,
@@ -138,7 +136,7 @@ class Approvals:
         now: datetime,
     ) -> None:
         key = asked.key_fingerprint
-        if reenrolment.decide(
+        if store_enrolment.decide_reenrolment(
             tx, actor.tenant_id, asked.enrolment_id, key_fingerprint=key, status=status, decided_at=now
         ):
             action = "device:approve" if status is EnrolmentStatus.APPROVED else "device:reject"
@@ -158,11 +156,11 @@ class Approvals:
             enrolment = store_enrolment.last_enrolment(tx, tenant_id, device_id)
             if enrolment is None:
                 raise NotFound("The device has never asked to be let in.")
-            return enrolment, reenrolment.find(tx, tenant_id, enrolment.id)
+            return enrolment, store_enrolment.find_reenrolment(tx, tenant_id, enrolment.id)
 
-    def asking(self, tenant_id: str) -> Sequence[Asking]:
+    def asking(self, tenant_id: str) -> Sequence[WaitingDevice]:
         """The devices that wait for an operator, who has waited longest first; the first thousand."""
         with self._database.snapshot() as tx:
-            first = reenrolment.first_asking(tx, tenant_id, limit=MOST_LISTED)
-            again = reenrolment.asking_again(tx, tenant_id, limit=MOST_LISTED)
+            first = store_enrolment.waiting_enrolments(tx, tenant_id, limit=MOST_LISTED)
+            again = store_enrolment.waiting_reenrolments(tx, tenant_id, limit=MOST_LISTED)
         return sorted((*first, *again), key=lambda asking: asking.asked_at)[:MOST_LISTED]

@@ -13,11 +13,10 @@ from core.files import FileLock, replace_file
 from core.states import IssuerKind
 from pki import client_certificates
 from pki.client_certificates import ClientCertificate
-from store import enrolment
-from store import manufacturers as store_manufacturers
+from store import certificates, enrolment
 from store.certificates import CertificateRecord
 from store.database import Database
-from store.manufacturers import ManufacturerRecord
+from store.enrolment import ManufacturerRecord
 from workflows.authority.issuers import Authority
 
 CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
@@ -71,7 +70,7 @@ class Clients:
 
     def _device(self, client: ClientCertificate) -> DeviceClient:
         with self._database.snapshot() as tx:
-            shown = enrolment.find_device_certificate(tx, client.fingerprint)
+            shown = certificates.find_device_certificate(tx, client.fingerprint)
         if shown is None or shown.certificate.device_id is None:
             raise ClientCertificateRefused("The client certificate is not one of a device that is known here.")
         if shown.device_status is not DeviceStatus.ACTIVE or shown.certificate.revoked_at is not None:
@@ -82,7 +81,7 @@ class Clients:
         if client.not_after < self._clock():
             raise ClientCertificateRefused(_OUT_OF_DATE)
         with self._database.snapshot() as tx:
-            for record in store_manufacturers.registered_manufacturers(tx):
+            for record in enrolment.registered_manufacturers(tx):
                 if self._clock() <= record.not_after and client_certificates.is_issued_by_der(client, record.der):
                     return ManufacturedClient(record.tenant_id, record, client)
         raise ClientCertificateRefused(
@@ -94,7 +93,7 @@ class Clients:
         path = self._settings.tls_dir / CLIENT_CAS
         with FileLock(self._settings.data_dir / ".client-cas.lock").hold():  # the newest state is written last
             with self._database.snapshot() as tx:
-                manufacturers = store_manufacturers.registered_manufacturers(tx)
+                manufacturers = enrolment.registered_manufacturers(tx)
             issuing = [item.der for item in self._authority.issuers if item.kind == IssuerKind.ISSUING]
             content = client_certificates.pem_bundle([*issuing, *(record.der for record in manufacturers)])
             if not path.exists() or path.read_bytes() != content:

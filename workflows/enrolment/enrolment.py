@@ -19,11 +19,11 @@ from core.setting_values import AclStyle
 from core.states import Approval, EnrolmentStatus, ManufacturerStatus
 from core.topics import new_device_id
 from pki.est import EnrolmentRequest
+from store import certificates
 from store import enrolment as store_enrolment
-from store import manufacturers
 from store.database import Database
 from store.devices import update_device
-from store.enrolment import EnrolmentRecord, Terms
+from store.enrolment import EnrolmentProfile, EnrolmentRecord
 from workflows import audit
 from workflows.audit import Actor
 from workflows.credentials import CredentialMaker, Made
@@ -76,7 +76,7 @@ class Enrolment:
             if enrolment.token_id is not None:
                 terms = store_enrolment.get_enrolment_token(tx, tenant_id, enrolment.token_id).terms
             else:
-                terms = manufacturers.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").terms
+                terms = store_enrolment.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").terms
         _check_key_type(request, terms)
 
     def _once(self, actor: Actor, means: Means, request: EnrolmentRequest) -> Issued | Waiting:
@@ -165,7 +165,7 @@ class Enrolment:
         return token.uses + 1
 
     def _check_manufacturer(self, tx: Connection, means: Means) -> None:
-        record = manufacturers.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
+        record = store_enrolment.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
         if record.status is not ManufacturerStatus.REGISTERED:
             raise EnrolmentRefused(UNREGISTERED)
 
@@ -198,7 +198,7 @@ class Enrolment:
             device = db.get_device(tx, means.tenant_id, known.device_id)
             certificate = None
             if known.certificate_id is not None:
-                certificate = store_enrolment.get_certificate(tx, means.tenant_id, known.certificate_id)
+                certificate = certificates.get_certificate(tx, means.tenant_id, known.certificate_id)
         if known.status is EnrolmentStatus.REJECTED or device.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
             raise EnrolmentRefused("The device has been rejected, revoked or suspended by an operator.")
         if certificate is not None:
@@ -258,7 +258,7 @@ class Enrolment:
             audit.record(tx, actor, "device:ask", f"device:{device_id}", at=now, key_fingerprint=key)
 
 
-def _check_key_type(request: EnrolmentRequest, terms: Terms) -> None:
+def _check_key_type(request: EnrolmentRequest, terms: EnrolmentProfile) -> None:
     if not request.key_made_here and request.key_type not in terms.key_types:
         allowed = ", ".join(terms.key_types)
         raise KeyRefused(f"The CSR is for a key of the kind {request.key_type}; make one of: {allowed}.")

@@ -11,10 +11,9 @@ from sqlalchemy.exc import IntegrityError
 from core.errors import Conflict, ProofInvalid
 from core.states import ManufacturerStatus
 from pki import manufacturer_ca
-from store import manufacturers as store_manufacturers
+from store import enrolment
 from store.database import Database
-from store.enrolment import Terms
-from store.manufacturers import ManufacturerRecord
+from store.enrolment import EnrolmentProfile, ManufacturerRecord
 from workflows import audit
 from workflows.audit import Actor
 from workflows.enrolment.clients import Clients
@@ -30,7 +29,7 @@ class Manufacturers:
         self._clients = clients
         self._clock = clock
 
-    def add(self, actor: Actor, name: str, certificate: str, terms: Terms) -> ManufacturerRecord:
+    def add(self, actor: Actor, name: str, certificate: str, terms: EnrolmentProfile) -> ManufacturerRecord:
         """Take down a CA (PEM), which counts for nothing before ``prove``; the answer holds the nonce to be signed.
 
         Raises ``ManufacturerInvalid``, ``Conflict`` where the CA is there already.
@@ -54,7 +53,7 @@ class Manufacturers:
         )
         try:
             with self._database.transaction() as tx:
-                store_manufacturers.add_manufacturer(tx, record)
+                enrolment.add_manufacturer(tx, record)
                 audit.record(
                     tx,
                     actor,
@@ -77,7 +76,7 @@ class Manufacturers:
         """
         now = self._clock()
         with self._database.snapshot() as tx:
-            record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+            record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
         if record.status is ManufacturerStatus.UNPROVEN:
             if record.nonce_expires_at <= now:
                 raise ProofInvalid("The nonce has expired; remove the manufacturer and add it anew.")
@@ -86,16 +85,16 @@ class Manufacturers:
             else:
                 manufacturer_ca.check_proof_by_signature(record.der, record.nonce, signature or "")
         with self._database.transaction() as tx:
-            record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
+            record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
             if record.status is ManufacturerStatus.REMOVED:
                 raise Conflict("The manufacturer was removed; add it anew.")
             if record.status is ManufacturerStatus.UNPROVEN:
-                store_manufacturers.update_manufacturer(
+                enrolment.update_manufacturer(
                     tx, actor.tenant_id, manufacturer_id, status=ManufacturerStatus.REGISTERED, proven_at=now
                 )
                 by = "certificate" if certificate is not None else "signature"
                 audit.record(tx, actor, "manufacturer:prove", f"manufacturer:{manufacturer_id}", at=now, by=by)
-                record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+                record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
         self._clients.write_authorities()
         return record
 
@@ -103,22 +102,22 @@ class Manufacturers:
         """Let nobody in by this CA any more, at once; devices that have enrolled by it stay. Raises ``NotFound``."""
         now = self._clock()
         with self._database.transaction() as tx:
-            record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
+            record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
             if record.status is not ManufacturerStatus.REMOVED:
-                store_manufacturers.update_manufacturer(
+                enrolment.update_manufacturer(
                     tx, actor.tenant_id, manufacturer_id, status=ManufacturerStatus.REMOVED, removed_at=now
                 )
                 audit.record(tx, actor, "manufacturer:remove", f"manufacturer:{manufacturer_id}", at=now)
-                record = store_manufacturers.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+                record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
         self._clients.write_authorities()
         return record
 
     def manufacturers(self, tenant_id: str) -> Sequence[ManufacturerRecord]:
         """Every manufacturer, newest first."""
         with self._database.snapshot() as tx:
-            return store_manufacturers.list_manufacturers(tx, tenant_id)
+            return enrolment.list_manufacturers(tx, tenant_id)
 
     def manufacturer(self, tenant_id: str, manufacturer_id: str) -> ManufacturerRecord:
         """One manufacturer; raises ``NotFound``."""
         with self._database.snapshot() as tx:
-            return store_manufacturers.get_manufacturer(tx, tenant_id, manufacturer_id)
+            return enrolment.get_manufacturer(tx, tenant_id, manufacturer_id)

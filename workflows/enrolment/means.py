@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pki.est import EnrolmentRequest
-from store.enrolment import EnrolmentTokenRecord, Terms
+from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord
 from workflows.enrolment.clients import ManufacturedClient
 
 RETRY_AFTER = 60  # seconds after which a device that waits for an operator is to ask again
@@ -16,7 +16,7 @@ class Means:
     """What lets a device in. ``identity`` tells it from the others that come by the same token or manufacturer."""
 
     tenant_id: str
-    terms: Terms
+    terms: EnrolmentProfile
     identity: str
     serial: str
     label: str  # for the audit record

@@ -13,7 +13,7 @@ from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
 from core.states import EnrolmentStatus, ManufacturerStatus
 from pki.est import EnrolmentRequest, is_for_key
-from store import enrolment, manufacturers, reenrolment, renewal
+from store import certificates, enrolment, renewal
 from store.certificates import CertificateRecord
 from store.database import Database
 from store.devices import DeviceRecord, update_device
@@ -110,12 +110,12 @@ class Reenrolment:
         """
         key = request.key_fingerprint
         with self._database.snapshot() as tx:
-            asked = reenrolment.find(tx, means.tenant_id, known.id)
+            asked = enrolment.find_reenrolment(tx, means.tenant_id, known.id)
         if asked is None or asked.key_fingerprint != key:
             now = self._clock()
             with self._database.transaction() as tx:
                 self._check_manufacturer(tx, means)
-                reenrolment.ask(tx, means.tenant_id, known.id, key_fingerprint=key, asked_at=now)
+                enrolment.add_reenrolment(tx, means.tenant_id, known.id, key_fingerprint=key, asked_at=now)
                 audit.record(tx, actor, "device:ask_again", f"device:{known.device_id}", at=now, key_fingerprint=key)
             return Waiting(known.device_id)
         if asked.status is EnrolmentStatus.REJECTED:
@@ -137,11 +137,11 @@ class Reenrolment:
             if device.status is not DeviceStatus.ACTIVE:
                 raise EnrolmentRefused("The device has been revoked or suspended by an operator.")
             if approved:
-                reenrolment.take(tx, means.tenant_id, known.id, request.key_fingerprint)
+                enrolment.use_reenrolment(tx, means.tenant_id, known.id, request.key_fingerprint)
             elif self._find(tx, means) != known:
                 raise AskedMeanwhile
             since = now - timedelta(days=1)
-            if reenrolment.count_issued(tx, means.tenant_id, known.device_id, since=since) >= MOST_IN_A_DAY:
+            if certificates.count_issued(tx, means.tenant_id, known.device_id, since=since) >= MOST_IN_A_DAY:
                 sentence = f"The device was given {MOST_IN_A_DAY} certificates within a day; ask again tomorrow."
                 raise TooManyAttempts(sentence, retry_after=3600)
             generation = db.next_generation(tx, means.tenant_id, at=now)
@@ -180,6 +180,6 @@ class Reenrolment:
             raise EnrolmentRefused(EXPIRED)
 
     def _check_manufacturer(self, tx: Connection, means: Means) -> None:
-        record = manufacturers.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
+        record = enrolment.get_manufacturer(tx, means.tenant_id, means.manufacturer_id or "", for_update=True)
         if record.status is not ManufacturerStatus.REGISTERED:
             raise EnrolmentRefused(UNREGISTERED)

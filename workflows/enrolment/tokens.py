@@ -12,7 +12,7 @@ from core.errors import StateConflict
 from core.roles import hash_token
 from store import enrolment
 from store.database import Database
-from store.enrolment import EnrolmentTokenRecord, Terms
+from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord
 from workflows import audit
 from workflows.audit import Actor
 
@@ -28,7 +28,7 @@ class EnrolmentTokens:
         self._clock = clock
 
     def create(
-        self, actor: Actor, name: str, terms: Terms, *, device_id: str | None, count: int, life: timedelta
+        self, actor: Actor, name: str, terms: EnrolmentProfile, *, device_id: str | None, count: int, life: timedelta
     ) -> tuple[str, EnrolmentTokenRecord]:
         """Make a token for one device that is pending, or for ``count`` new ones; returns its secret with its record.
 

@@ -18,7 +18,7 @@ from core.failpoints import failpoint
 from core.files import FileLock
 from store import webhooks
 from store.database import Database
-from store.webhooks import Backlog, Claim, DeliveryRecord, WebhookRecord
+from store.webhooks import Backlog, ClaimedEvent, EventDeliveryRecord, WebhookRecord
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.events import EventType
@@ -120,7 +120,7 @@ class Webhooks:
 
     def deliveries(
         self, tenant_id: str, webhook_id: str, *, limit: int, before: int | None, status: str | None
-    ) -> Sequence[DeliveryRecord]:
+    ) -> Sequence[EventDeliveryRecord]:
         """Return the events of a subscription, newest first; raises ``NotFound``."""
         with self._database.snapshot() as tx:
             webhooks.get_webhook(tx, tenant_id, webhook_id)
@@ -171,7 +171,9 @@ def delay_after(attempts: int, *, jitter: float) -> timedelta | None:
 class _Lane(threading.Thread):
     """Sends some events to one receiver, in turn; a daemon, so that no receiver delays the end of the process."""
 
-    def __init__(self, send: Callable[[Claim], bool], claimed: Sequence[Claim], finished: threading.Event) -> None:
+    def __init__(
+        self, send: Callable[[ClaimedEvent], bool], claimed: Sequence[ClaimedEvent], finished: threading.Event
+    ) -> None:
         super().__init__(name="webhook", daemon=True)
         self._send = send
         self._claimed = claimed
@@ -260,19 +262,19 @@ class Dispatcher:
                 self._resting[webhook_id] = rests, time.monotonic() + rest
         return self._resting.get(webhook_id, (0, 0.0))[1] <= time.monotonic()
 
-    def _send(self, webhook: WebhookRecord, claimed: Claim) -> bool:
+    def _send(self, webhook: WebhookRecord, claimed: ClaimedEvent) -> bool:
         message = Message(webhook.id, webhook.url, webhook.sealed_secret, claimed.event_id, claimed.body)
         sent = self._sender.send(message, now=self._clock())
         failpoint("events.after_send")
         now = self._clock()
         if sent.problem is None:
-            self._database.write(lambda tx: webhooks.end(tx, claimed, now=now))
+            self._database.write(lambda tx: webhooks.mark_delivered(tx, claimed, now=now))
             metrics.event_sent("delivered")
             return True
         delay = delay_after(claimed.attempts, jitter=random.random())  # noqa: S311 - not a secret
         until = None if delay is None else now + delay
         problem = sent.problem
-        self._database.write(lambda tx: webhooks.put_off(tx, claimed, until=until, problem=problem, now=now))
+        self._database.write(lambda tx: webhooks.postpone(tx, claimed, until=until, problem=problem, now=now))
         metrics.event_sent("failed" if until else "dead")
         detail = {"webhook": webhook.id, "event": claimed.event_id, "attempts": claimed.attempts, "problem": problem}
         if until is None:

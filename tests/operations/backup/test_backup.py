@@ -41,10 +41,10 @@ from operations.backup.restore import Restored, restore
 from operations.backup.revocations import Revocations
 from operations.wiring import Portal, first_token, open_portal, prepare
 from pki.pem import pem
-from store import access, database, enrolment, issuers
 from store import copy as store_copy
+from store import database, enrolment, generations, issuers, tenants
 from store.devices import update_device
-from store.enrolment import Terms
+from store.enrolment import EnrolmentProfile
 from store.tables import Base, Certificate, Delivery
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database
@@ -392,7 +392,7 @@ class Story:
                 issuers.touch_issuer(tx, 2, generation=generation)
             portal.enforcement.install()
             with portal.database.snapshot() as tx:
-                self.generation = issuers.get_broker_state(tx, "default").generation
+                self.generation = generations.get_broker_state(tx, "default").generation
         self.number = crl_number(settings)
         self.on_crl = listed(settings)
         clock.advance(minutes=5)
@@ -433,7 +433,7 @@ def test_what_was_revoked_since_the_copy_stays_revoked(story: Story, clock: Cloc
         with portal.database.snapshot() as tx:
             device = db.get_device(tx, "default", story.goes.device_id)
             assert audit.verify(tx, "default").problem is None
-            assert issuers.get_broker_state(tx, "default").generation > story.generation
+            assert generations.get_broker_state(tx, "default").generation > story.generation
         recorded = portal.operators.audit("default", limit=50, before=None, filters={})[0]
         assert portal.broker.damage() == []
         acl = settings.broker_file("acl").read_text()
@@ -508,15 +508,15 @@ def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: 
     with opened(settings, clock) as portal:
         secret, record = new_token("default", "ci", Role.ADMIN, None, now=clock())
         with portal.database.transaction() as tx:
-            access.add_token(tx, record, token_hash=roles.hash_token(secret))
+            tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
         portal.onboarding.register(OPERATOR, PUMP)
         copied(settings, file, clock)
         with portal.database.transaction() as tx:
-            access.revoke_token(tx, "default", record.id, revoked_at=clock())
+            tenants.revoke_token(tx, "default", record.id, revoked_at=clock())
     done = put_back(settings, file, clock)
     assert [kept.what for kept in done.kept] == ["operator token ci"]
     with opened(settings, clock) as portal, portal.database.snapshot() as tx:
-        found = access.find_token(tx, roles.hash_token(secret))
+        found = tenants.find_token(tx, roles.hash_token(secret))
     assert found is not None
     assert found.revoked_at is not None
 
@@ -524,7 +524,7 @@ def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: 
 def test_an_enrolment_token_revoked_since_the_copy_stays_revoked_and_its_uses_stay_counted(
     settings: Settings, file: Path, clock: Clock
 ) -> None:
-    terms = Terms("pump", "hall 1", "1", "{serial}", ("ec-p256",), None, Approval.AT_ONCE)
+    terms = EnrolmentProfile("pump", "hall 1", "1", "{serial}", ("ec-p256",), None, Approval.AT_ONCE)
     with opened(settings, clock) as portal:
         made = [
             portal.enrolment_tokens.create(OPERATOR, name, terms, device_id=None, count=2, life=timedelta(days=9))

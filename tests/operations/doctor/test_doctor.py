@@ -23,7 +23,7 @@ from operations.doctor.findings import Finding, State, Verdict, exit_status, pro
 from operations.doctor.mosquitto import fleet_fits, read_configuration, traps, version_of
 from operations.doctor.subject import Subject
 from operations.wiring import Portal, prepare
-from store import access, issuers
+from store import generations, tenants
 from store.tables import Certificate, Delivery
 from tests.support.harness import Clock, settings_for
 from tests.support.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT
@@ -324,8 +324,8 @@ def test_a_pending_generation_is_a_problem_until_the_broker_was_seen_to_enforce_
     assert finding.state is State.PROBLEM
     assert "not in force" in finding.detail
     with portal.database.transaction() as tx:
-        state = issuers.get_broker_state(tx, "default")
-        issuers.set_applied_generation(tx, "default", state.generation, applied_at=portal.clock())
+        state = generations.get_broker_state(tx, "default")
+        generations.set_applied_generation(tx, "default", state.generation, applied_at=portal.clock())
     assert examined(portal, "generation")["generation"].state is State.OK
 
 
@@ -333,7 +333,7 @@ def test_a_token_without_an_end_is_a_warning(portal: Portal) -> None:
     for name, end in (("ci", None), ("factory", portal.clock() + timedelta(days=1))):
         secret, record = new_token("default", name, Role.OPERATOR, end, now=portal.clock())
         with portal.database.transaction() as tx:
-            access.add_token(tx, record, token_hash=roles.hash_token(secret))
+            tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
     finding = examined(portal, "tokens")["tokens"]
     assert finding.state is State.WARNING
     assert "1 operator tokens never expire: ci." in finding.detail

@@ -14,7 +14,7 @@ from flask import Flask
 from app import ROUTES, portal_of
 from core import roles as core_roles
 from core.roles import Role
-from store import access, issuers
+from store import tenants
 from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
 from tests.support.pki import PEM, Authority
 from workflows.operators import new_token
@@ -154,9 +154,9 @@ def test_a_token_that_was_revoked_or_has_expired_opens_nothing(shared_app: Flask
     ended = now - timedelta(seconds=1)
     secret, record = new_token("default", "of old", ADMIN, ended if state == "expired" else None, now=now)
     with portal.database.transaction() as tx:
-        access.add_token(tx, record, token_hash=core_roles.hash_token(secret))
+        tenants.add_token(tx, record, token_hash=core_roles.hash_token(secret))
         if state == "revoked":
-            access.revoke_token(tx, "default", record.id, revoked_at=ended)
+            tenants.revoke_token(tx, "default", record.id, revoked_at=ended)
     problem_of(call(Api(shared_app.test_client(), secret), route), 401, "unauthenticated")
 
 
@@ -166,8 +166,8 @@ def foreigner(shared_app: Flask) -> Api:
     portal = portal_of(shared_app)
     secret, record = new_token("another", "a neighbour", ADMIN, None, now=portal.clock())
     with portal.database.transaction() as tx:
-        issuers.add_tenant(tx, "another", created_at=portal.clock())
-        access.add_token(tx, record, token_hash=core_roles.hash_token(secret))
+        tenants.add_tenant(tx, "another", created_at=portal.clock())
+        tenants.add_token(tx, record, token_hash=core_roles.hash_token(secret))
     return Api(shared_app.test_client(), secret)
 
 

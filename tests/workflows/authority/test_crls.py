@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 import ca
 import db
 from operations.wiring import Portal
-from store import issuers, revocations
+from store import issuers
 from store.tables import Certificate
 from workflows.authority.crls import RevokedEntries, next_crl
 
@@ -56,7 +56,7 @@ class Process:
         """Sign the issuing CA's next CRL; returns its entries, except the portal's revoked probe certificate."""
         issuing = self.portal.authority.issuing
         with self.portal.database.transaction() as tx:
-            head = revocations.get_crl_head(tx, issuing.id)
+            head = issuers.get_crl_head(tx, issuing.id)
             crl = next_crl(tx, issuing.id, issuing.issuer, head, self.entries, days=7, generation=1, now=now)
             assert issuers.put_crl(tx, "default", crl)
         entries = {f"{entry.serial_number:x}": entry for entry in x509.load_der_x509_crl(crl.der)}
@@ -162,7 +162,7 @@ def test_a_process_reads_what_is_revoked_before_it_has_to_sign(portal: Portal, m
     stopping.set()
     portal.enforcement.run_grants(stopping)
     read_ahead = portal.enforcement._revoked
-    monkeypatch.setattr(revocations, "revoked_certificates", lambda *_: pytest.fail("they were known"))
+    monkeypatch.setattr(issuers, "revoked_certificates", lambda *_: pytest.fail("they were known"))
     with portal.database.snapshot() as tx:
         assert read_ahead.listed(tx, issuing, generation=1, now=portal.clock())
     assert not read_ahead.are_unread

@@ -11,7 +11,7 @@ from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from operations.wiring import Portal, open_portal
 from pki.algorithms import KeyType
-from store import reads
+from store import certificates
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
 from workflows.authority import issuers as authority_issuers
@@ -37,7 +37,7 @@ def names(issuers: Issuers) -> list[str]:
 
 def issuer_of(portal: Portal, device_id: str) -> x509.Certificate:
     with portal.database.snapshot() as tx:
-        record = reads.current_certificate(tx, "default", device_id)
+        record = certificates.current_certificate(tx, "default", device_id)
     assert record is not None
     certificate = x509.load_der_x509_certificate(record.der)
     for recorded in portal.authority.issuers:

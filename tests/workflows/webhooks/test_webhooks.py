@@ -16,8 +16,8 @@ from config import Settings
 from core.errors import Conflict, InputInvalid, NotFound, Unavailable
 from operations.jobs import events, jobs
 from operations.wiring import Portal, open_portal
-from store.tables_events import Webhook, WebhookDelivery
-from store.webhooks import DeliveryRecord
+from store.tables import Webhook, WebhookDelivery
+from store.webhooks import EventDeliveryRecord
 from tests.support.harness import ON_SQLITE, Clock
 from tests.support.receiver import Receiver, answer, receiving
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
@@ -49,7 +49,7 @@ def register(portal: Portal) -> str:
     return portal.onboarding.register(OPERATOR, PUMP).device_id
 
 
-def deliveries(portal: Portal, webhook_id: str) -> list[DeliveryRecord]:
+def deliveries(portal: Portal, webhook_id: str) -> list[EventDeliveryRecord]:
     """Oldest first."""
     found = portal.webhooks.deliveries("default", webhook_id, limit=200, before=None, status=None)
     return list(reversed(found))

@@ -1,4 +1,4 @@
-"""The database's record of who may ask, with what they did."""
+"""The audit record: entries chained by their hashes, never changed and never removed."""
 
 from __future__ import annotations
 
@@ -10,26 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.errors import NotFound
 from store.statements import Prepared
-from store.tables import AuditEntry, AuditHead, Token
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRecord:
-    """An operator token, without its secret; ``expires_at`` is ``None`` for one that lasts until revoked."""
-
-    id: str
-    tenant_id: str
-    name: str
-    role: str
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-
-    def is_valid(self, now: datetime) -> bool:
-        """Whether the token may be used at ``now``."""
-        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+from store.tables import AuditEntry, AuditHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +29,6 @@ class AuditRecord:
     detail: dict[str, Any]
 
 
-_TOKEN_COLUMNS = (
-    Token.id,
-    Token.tenant_id,
-    Token.name,
-    Token.role,
-    Token.created_at,
-    Token.expires_at,
-    Token.revoked_at,
-)
-_FIND_TOKEN = sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
 _INSERT_AUDIT_ENTRY = Prepared(sa.insert(AuditEntry))
 _INSERT_AUDIT_ENTRIES = sa.insert(AuditEntry)
 _LOCK_AUDIT_HEAD = Prepared(
@@ -69,46 +41,6 @@ _MOVE_AUDIT_HEAD = Prepared(
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
     .values(number=sa.bindparam("new_number"), hash=sa.bindparam("new_hash"))
 )
-
-
-def add_token(tx: Connection, record: TokenRecord, *, token_hash: str) -> None:
-    """Record a token by the SHA-256 of its secret, in lower-case hex."""
-    tx.execute(
-        sa.insert(Token),
-        {
-            "id": record.id,
-            "tenant_id": record.tenant_id,
-            "name": record.name,
-            "role": record.role,
-            "token_hash": token_hash,
-            "created_at": record.created_at,
-            "expires_at": record.expires_at,
-        },
-    )
-
-
-def find_token(tx: Connection, token_hash: str) -> TokenRecord | None:
-    """Look a token up by the SHA-256 of its secret; it may be expired or revoked."""
-    row = tx.execute(_FIND_TOKEN, {"wanted_hash": token_hash}).one_or_none()
-    return None if row is None else TokenRecord(*row)
-
-
-def list_tokens(tx: Connection, tenant_id: str) -> Sequence[TokenRecord]:
-    """Every token, newest first."""
-    rows = tx.execute(
-        sa.select(*_TOKEN_COLUMNS).where(Token.tenant_id == tenant_id).order_by(Token.created_at.desc(), Token.id)
-    )
-    return [TokenRecord(*row) for row in rows]
-
-
-def revoke_token(tx: Connection, tenant_id: str, token_id: str, *, revoked_at: datetime) -> TokenRecord:
-    """Revoke a token; one that is revoked already keeps its time. Raises ``NotFound``."""
-    own = (Token.tenant_id == tenant_id, Token.id == token_id)
-    tx.execute(sa.update(Token).where(*own, Token.revoked_at.is_(None)).values(revoked_at=revoked_at))
-    row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one_or_none()
-    if row is None:
-        raise NotFound("There is no token with this id; list them with GET /tokens.")
-    return TokenRecord(*row)
 
 
 def audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
@@ -186,3 +118,8 @@ def _entries_between(tenant_id: str, before: int | None, after: int | None) -> l
     conditions = [AuditEntry.tenant_id == tenant_id]
     conditions += [] if before is None else [AuditEntry.id < before]
     return conditions + ([] if after is None else [AuditEntry.id > after])
+
+
+def count_audit_entries(tx: Connection, tenant_id: str) -> int:
+    """How many entries the audit record has."""
+    return tx.execute(sa.select(AuditHead.number).where(AuditHead.tenant_id == tenant_id)).scalar_one()

@@ -1,4 +1,4 @@
-"""The database's questions: what belongs to a device, what the broker must be told."""
+"""The generation that the broker must reach, the one it has reached, and the changes since."""
 
 from __future__ import annotations
 
@@ -11,13 +11,54 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.states import CertificateStatus
-from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord, certificate_record
-from store.tables import AclEntry, Certificate, Device
+from store.tables import AclEntry, BrokerState, Certificate, Device, UtcDateTime
 
-# Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it. Where
-# another condition narrows the same column, it stands before: SQLite reads the index by the first of them.
-CURRENT = sa.and_(sa.text("certificates.status IN ('active', 'held')"), sa.text("certificates.replaced_until IS NULL"))
-_OUT = sa.text("devices.status IN ('revoked', 'suspended')")
+
+@dataclass(frozen=True, slots=True)
+class BrokerStateRecord:
+    """The generation that the broker must reach, with the one it was last seen to enforce.
+
+    ``pending_since`` is since when the two have differed, ``None`` where they do not.
+    """
+
+    generation: int
+    applied_generation: int
+    applied_at: datetime | None
+    pending_since: datetime | None
+
+
+def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:
+    """The broker's newest and reached generation."""
+    row = tx.execute(
+        sa.select(
+            BrokerState.generation,
+            BrokerState.applied_generation,
+            BrokerState.applied_at,
+            BrokerState.pending_since,
+        ).where(BrokerState.tenant_id == tenant_id)
+    ).one()
+    return BrokerStateRecord(*row)
+
+
+def set_applied_generation(tx: Connection, tenant_id: str, generation: int, *, applied_at: datetime) -> None:
+    """Record that the broker enforces ``generation``; never goes back."""
+    tx.execute(
+        sa.update(BrokerState)
+        .where(BrokerState.tenant_id == tenant_id, BrokerState.applied_generation < generation)
+        .values(
+            applied_generation=generation,
+            applied_at=applied_at,
+            # What came while the pass ran has been pending from then on, at the latest from now on.
+            pending_since=sa.case(
+                (BrokerState.generation > generation, sa.literal(applied_at, UtcDateTime)), else_=None
+            ),
+        )
+    )
+
+
+# --- What has changed ------------------------------------------------------------------------------------------------
+
+_DENIED = sa.text("devices.status IN ('revoked', 'suspended')")
 _ANY_GENERATION = (1 << 63) - 1
 _ON_A_CRL = sa.text("certificates.generation > 0")
 _CHANGED = sa.text("devices.generation > 0")
@@ -32,37 +73,6 @@ class AclChange:
     status: DeviceStatus
     topics: tuple[tuple[str, str], ...] | None
     generation: int
-
-
-def device_topics(tx: Connection, tenant_id: str, device_id: str) -> tuple[tuple[str, str], ...]:
-    """The topics of a device that has its own, as pairs of filter and access, in their order."""
-    rows = tx.execute(
-        sa.select(AclEntry.filter, AclEntry.access)
-        .where(AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id)
-        .order_by(AclEntry.position)
-    )
-    return tuple((row.filter, row.access) for row in rows)
-
-
-def device_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
-    """Every certificate the device has had, newest first."""
-    rows = tx.execute(
-        sa.select(*CERTIFICATE_COLUMNS)
-        .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
-        .order_by(Certificate.id.desc())
-    )
-    return [certificate_record(row) for row in rows]
-
-
-def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> CertificateRecord | None:
-    """The certificate that a device uses now, or the last that it had; ``None`` before the first."""
-    row = tx.execute(
-        sa.select(*CERTIFICATE_COLUMNS)
-        .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
-        .order_by(sa.case((CURRENT, 0), else_=1), Certificate.id.desc())
-        .limit(1)
-    ).one_or_none()
-    return None if row is None else certificate_record(row)
 
 
 def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -> Iterator[AclChange]:
@@ -91,7 +101,7 @@ def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -
         yield AclChange(device_id, status, own, generation)
 
 
-def newly_out(tx: Connection, tenant_id: str, *, newest: int, applied: int, since: datetime) -> Sequence[AclChange]:
+def newest_denied(tx: Connection, tenant_id: str, *, newest: int, applied: int, since: datetime) -> Sequence[AclChange]:
     """The devices that were revoked or suspended last, in that order.
 
     They are so many of the ``newest``, with all that the broker was not yet seen to put out (after generation
@@ -99,7 +109,7 @@ def newly_out(tx: Connection, tenant_id: str, *, newest: int, applied: int, sinc
     """
     query = (
         sa.select(Device.id, Device.status, Device.generation, Device.updated_at)
-        .where(Device.tenant_id == tenant_id, _OUT)
+        .where(Device.tenant_id == tenant_id, _DENIED)
         .order_by(Device.generation.desc())
     )
     found: list[AclChange] = []
@@ -111,18 +121,18 @@ def newly_out(tx: Connection, tenant_id: str, *, newest: int, applied: int, sinc
     return found[::-1]
 
 
-def out_among(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[str]:
+def denied_among(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[str]:
     """Which of these devices are revoked or suspended."""
     out: set[str] = set()
     for start in range(0, len(device_ids), 500):
         query = sa.select(Device.id).where(
-            Device.tenant_id == tenant_id, Device.id.in_(device_ids[start : start + 500]), _OUT
+            Device.tenant_id == tenant_id, Device.id.in_(device_ids[start : start + 500]), _DENIED
         )
         out.update(tx.execute(query).scalars())
     return out
 
 
-def devices_put_out(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
+def devices_to_disconnect(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
     """Devices whose sessions must end since generation ``since``.
 
     They were put out (revoked or suspended), or one certificate of theirs was revoked, with which the session may have
@@ -131,7 +141,7 @@ def devices_put_out(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
     out = sa.select(Device.id).where(
         Device.tenant_id == tenant_id,
         Device.generation > since,
-        _OUT,
+        _DENIED,
     )
     lost_one = sa.select(Certificate.device_id).where(
         Certificate.generation > since,
@@ -143,9 +153,9 @@ def devices_put_out(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
     return [device_id for device_id in tx.execute(sa.union(out, lost_one)).scalars() if device_id]
 
 
-def devices_put_out_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
+def devices_denied_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
     """Devices put out after a time: their half-open connections may still be on their way in."""
-    return [change.device_id for change in newly_out(tx, tenant_id, newest=0, applied=_ANY_GENERATION, since=since)]
+    return [change.device_id for change in newest_denied(tx, tenant_id, newest=0, applied=_ANY_GENERATION, since=since)]
 
 
 def superseded_between(tx: Connection, tenant_id: str, start: datetime, end: datetime) -> list[tuple[int, str]]:

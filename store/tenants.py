@@ -1,0 +1,93 @@
+"""Tenants and the tokens of their operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from core.errors import NotFound
+from store.tables import AuditHead, BrokerState, Tenant, Token
+
+
+def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
+    """Record a tenant with its broker state and an empty audit record, unless it is there."""
+    if tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is None:
+        tx.execute(sa.insert(Tenant), {"id": tenant_id, "created_at": created_at})
+        tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, "number": 0, "hash": "0" * 64})
+        tx.execute(
+            sa.insert(BrokerState),
+            {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """An operator token, without its secret; ``expires_at`` is ``None`` for one that lasts until revoked."""
+
+    id: str
+    tenant_id: str
+    name: str
+    role: str
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+    def is_valid(self, now: datetime) -> bool:
+        """Whether the token may be used at ``now``."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+
+_TOKEN_COLUMNS = (
+    Token.id,
+    Token.tenant_id,
+    Token.name,
+    Token.role,
+    Token.created_at,
+    Token.expires_at,
+    Token.revoked_at,
+)
+_FIND_TOKEN = sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
+
+
+def add_token(tx: Connection, record: TokenRecord, *, token_hash: str) -> None:
+    """Record a token by the SHA-256 of its secret, in lower-case hex."""
+    tx.execute(
+        sa.insert(Token),
+        {
+            "id": record.id,
+            "tenant_id": record.tenant_id,
+            "name": record.name,
+            "role": record.role,
+            "token_hash": token_hash,
+            "created_at": record.created_at,
+            "expires_at": record.expires_at,
+        },
+    )
+
+
+def find_token(tx: Connection, token_hash: str) -> TokenRecord | None:
+    """Look a token up by the SHA-256 of its secret; it may be expired or revoked."""
+    row = tx.execute(_FIND_TOKEN, {"wanted_hash": token_hash}).one_or_none()
+    return None if row is None else TokenRecord(*row)
+
+
+def list_tokens(tx: Connection, tenant_id: str) -> Sequence[TokenRecord]:
+    """Every token, newest first."""
+    rows = tx.execute(
+        sa.select(*_TOKEN_COLUMNS).where(Token.tenant_id == tenant_id).order_by(Token.created_at.desc(), Token.id)
+    )
+    return [TokenRecord(*row) for row in rows]
+
+
+def revoke_token(tx: Connection, tenant_id: str, token_id: str, *, revoked_at: datetime) -> TokenRecord:
+    """Revoke a token; one that is revoked already keeps its time. Raises ``NotFound``."""
+    own = (Token.tenant_id == tenant_id, Token.id == token_id)
+    tx.execute(sa.update(Token).where(*own, Token.revoked_at.is_(None)).values(revoked_at=revoked_at))
+    row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one_or_none()
+    if row is None:
+        raise NotFound("There is no token with this id; list them with GET /tokens.")
+    return TokenRecord(*row)
