@@ -1,4 +1,8 @@
-"""Counts failed logins by address, so that whoever has too many is told to wait."""
+"""Counts failed logins by address, so that a client with too many of them is told to wait.
+
+The counts are in a file of fixed size and not in the database, where each failed login would be a durable commit:
+``docs/dependencies.md`` has the measurement.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +23,21 @@ from core.files import FileLock
 WINDOW_SECONDS = 60.0
 RECORDED_OF_AN_ADDRESS = 5  # refusals a minute that are recorded one by one
 RECORDED_IN_ALL = 60
-MOST_SHOWN = 10
+MAX_NETWORKS_SHOWN = 10
 
-# The table: a head, then sets of slots. An address belongs into one set, which the head's salt decides, so that nobody
-# can choose addresses that push each other out; in it the slot that began first is given up for a new address.
+# The file: a header, then sets of slots. A keyed hash maps a network to one set, in which a new network replaces the
+# one whose minute began first. The key is a random salt in the header: an attacker who knew it could choose addresses
+# that replace the entry of the address from which passwords are guessed.
 SETS, WAYS = 512, 8
-_HEAD = struct.Struct("<8s16sdII")  # form of the table, salt, begin of the minute, recorded in it, not recorded
-_SLOT = struct.Struct("<16sdIII")  # network, begin of the minute, failures and recorded in it, not recorded
+_HEAD = struct.Struct("<8s16sdII")  # format, salt, start of the minute, refusals recorded in it, not recorded
+_SLOT = struct.Struct("<16sdIII")  # network, start of the minute, failures and recorded in it, not recorded
 _FORM = b"attempt1"
 _TABLE_BYTES = _HEAD.size + SETS * WAYS * _SLOT.size
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """What follows from a failed login: ``wait`` in seconds, 0 where there were not too many; whether to record it."""
+class FailedLogin:
+    """The consequence of a failed login: ``wait`` in seconds, 0 if allowed; ``recorded`` if the audit gets an entry."""
 
     wait: int
     recorded: bool
@@ -40,7 +45,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Unrecorded:
-    """Refusals that were counted only: all of them, with those of the networks that had most."""
+    """Refusals without an audit entry: their number, and the networks with the most of them."""
 
     count: int
     networks: tuple[tuple[str, int], ...]
@@ -60,34 +65,34 @@ class _Slot:
 
 
 class Throttle:
-    """A table in a file, which all processes on a data folder share; of fixed size, so that no flood fills anything.
+    """Counts in a file that all processes of a data folder share; its size is fixed, so that no flood fills the disk.
 
-    Only failures touch it. An IPv4 address counts by itself, IPv6 by its /64, which is what one client has. Times are
-    seconds since the epoch; where a clock is set back, counts begin anew.
+    Only failures read or write it, so a valid token never waits. An IPv4 address counts by itself, an IPv6 address by
+    its /64, which is what one client has. Times are seconds since the epoch; if the clock is set back, counts restart.
     """
 
     def __init__(self, path: Path, limit: int) -> None:
-        """``limit`` is how many failures an address may have in a minute."""
+        """Allow each address ``limit`` failures a minute."""
         self._path = path
         self._limit = limit
         self._lock = FileLock(path)
 
-    def failed(self, address: str, now: float, *, counts: bool = True) -> Failure:
-        """Take note of a refusal; without ``counts`` it is none of those after which an address must wait.
+    def failed(self, address: str, now: float, *, counts: bool = True) -> FailedLogin:
+        """Record a refusal; without ``counts`` it does not bring the address nearer to its limit.
 
-        Raises ``Unavailable`` where the table cannot be written.
+        Raises ``Unavailable`` if the file cannot be written.
         """
         network = network_of(address)
         with self._table() as file:
             form, salt, since, recorded_in_all, unrecorded = _HEAD.unpack(file.read(_HEAD.size))
-            if _is_over(since, now):
+            if _has_expired(since, now):
                 since, recorded_in_all = now, 0
             offset = _HEAD.size + _set_of(network, salt) * WAYS * _SLOT.size
             file.seek(offset)
             slots = [_Slot(*values) for values in _SLOT.iter_unpack(file.read(WAYS * _SLOT.size))]
             way = _way_of(slots, network)
             slot = slots[way] if slots[way].network == network else _Slot.of(network, now)
-            if _is_over(slot.since, now):
+            if _has_expired(slot.since, now):
                 slot.since, slot.failures, slot.recorded = now, 0, 0
             slot.failures = min(slot.failures + counts, 1 << 31)
             recorded = slot.recorded < RECORDED_OF_AN_ADDRESS and recorded_in_all < RECORDED_IN_ALL
@@ -100,10 +105,10 @@ class Throttle:
             file.seek(0)
             file.write(_HEAD.pack(form, salt, since, recorded_in_all, unrecorded))
         too_many = counts and slot.failures > self._limit
-        return Failure(max(1, math.ceil(slot.since + WINDOW_SECONDS - now)) if too_many else 0, recorded)
+        return FailedLogin(max(1, math.ceil(slot.since + WINDOW_SECONDS - now)) if too_many else 0, recorded)
 
     def take_unrecorded(self) -> Unrecorded:
-        """What was counted but not recorded since the last call."""
+        """Return the refusals since the last call that have no audit entry."""
         with self._table() as file:
             form, salt, since, recorded, count = _HEAD.unpack(file.read(_HEAD.size))
             if not count:
@@ -118,7 +123,7 @@ class Throttle:
                     file.write(_SLOT.pack(slot.network, slot.since, slot.failures, slot.recorded, 0))
             file.seek(0)
             file.write(_HEAD.pack(form, salt, since, recorded, 0))
-        most = sorted(networks, key=lambda item: -item[1])[:MOST_SHOWN]
+        most = sorted(networks, key=lambda item: -item[1])[:MAX_NETWORKS_SHOWN]
         return Unrecorded(count, tuple(most))
 
     @contextmanager
@@ -126,7 +131,7 @@ class Throttle:
         try:
             with self._lock.hold(), self._path.open("r+b", buffering=0) as file:
                 if self._path.stat().st_size != _TABLE_BYTES or file.read(len(_FORM)) != _FORM:
-                    # Written in full, so that there is room for it later, when the disk may have none.
+                    # Written in full, so that later writes succeed on a full disk.
                     file.seek(0)
                     file.truncate()
                     head = _HEAD.pack(_FORM, secrets.token_bytes(16), 0.0, 0, 0)
@@ -134,11 +139,11 @@ class Throttle:
                 file.seek(0)
                 yield file
         except OSError as error:
-            raise Unavailable("The portal cannot keep count of failed logins; see to the disk of its data.") from error
+            raise Unavailable("Failed logins cannot be counted; check the disk of the data folder.") from error
 
 
 def network_of(address: str) -> bytes:
-    """The 16 bytes that an address counts under; all that is no address counts as one."""
+    """Return the 16 bytes that an address is counted under; text that is not an address counts as one network."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -151,14 +156,14 @@ def network_of(address: str) -> bytes:
 
 
 def shown(network: bytes) -> str:
-    """What ``network_of`` made of an address, as text."""
+    """Return a network from ``network_of`` as text."""
     parsed = ipaddress.IPv6Address(network)
     if parsed.ipv4_mapped is not None:
         return str(parsed.ipv4_mapped)
     return f"{parsed}/64"
 
 
-def _is_over(since: float, now: float) -> bool:
+def _has_expired(since: float, now: float) -> bool:
     return not since <= now < since + WINDOW_SECONDS
 
 
@@ -170,4 +175,4 @@ def _way_of(slots: list[_Slot], network: bytes) -> int:
     for way, slot in enumerate(slots):
         if slot.network == network and slot.since:
             return way
-    return min(range(WAYS), key=lambda way: slots[way].since)  # free ones have never begun
+    return min(range(WAYS), key=lambda way: slots[way].since)  # unused slots have the time 0

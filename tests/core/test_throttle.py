@@ -1,4 +1,4 @@
-"""Failed logins counted by address: a table in a file, tried with times of our own."""
+"""Failed logins counted by address, in a file, at times that the tests choose."""
 
 from __future__ import annotations
 
@@ -105,6 +105,28 @@ def test_the_table_never_grows_and_forgets_who_began_first(throttle: Throttle, t
     assert throttle.take_unrecorded().count >= 3 * SETS * WAYS - RECORDED_IN_ALL
 
 
+def test_addresses_that_replace_another_in_one_file_do_not_in_the_next(throttle: Throttle, tmp_path: Path) -> None:
+    waits(throttle, (HERE, 0))
+    content = (tmp_path / "attempts").read_bytes()
+    slot_bytes = len(content) // (SETS * WAYS)
+    start = content.index(network_of(HERE))
+    chosen = []
+    for number in range(100 * SETS):  # an attacker's way to find addresses in the set of another, were there no salt
+        address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
+        throttle.failed(address, NOW)
+        place = (tmp_path / "attempts").read_bytes().find(network_of(address), start, start + WAYS * slot_bytes)
+        if place >= 0:
+            chosen.append(address)
+        if len(chosen) == WAYS:
+            break
+    assert waits(throttle, *[(HERE, 1)] * 4) == [0, 0, 0, 60], "they have replaced it here"
+    other = Throttle(tmp_path / "other", limit=3)
+    waits(other, *[(HERE, 0)] * 4)
+    for address in chosen:
+        other.failed(address, NOW)
+    assert waits(other, (HERE, 1)) == [59]
+
+
 def test_all_who_use_the_table_count_together(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
@@ -124,7 +146,7 @@ print(*(throttle.failed("{HERE}", {NOW}).wait for _ in range(200)))
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", bytes(200_000)])
-def test_a_damaged_table_is_made_anew(throttle: Throttle, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_table_is_replaced(throttle: Throttle, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "attempts").write_bytes(content)
     assert waits(throttle, *[(HERE, 0)] * 4) == [0, 0, 0, 60]
 
