@@ -24,8 +24,8 @@ from pki.algorithms import (
     signature_hash,
 )
 from pki.crl import crl_entry
+from pki.encoding import pem
 from pki.issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
-from pki.pem import pem
 from pki.profiles import (
     Extension,
     Profile,
@@ -109,8 +109,8 @@ def sign_responder_certificate(issuer: Issuer, public_key: PublicKey, *, now: da
     return _sign(issuer, public_key, responder_profile(issuer.name), now=now, days=days, pki_url="")
 
 
-def revoke_certificate(serial_number: str, revoked_at: datetime, reason: Reason) -> bytes:
-    """Make the CRL entry of a certificate, as DER (RFC 5280 §5.1.2.6, §5.3); it can be kept, and stand in many CRLs.
+def revoke_certificate(serial_number: str, revoked_at: datetime, reason: Reason) -> x509.RevokedCertificate:
+    """Make the CRL entry of a certificate (RFC 5280 §5.1.2.6, §5.3), which can be kept and put into many CRLs.
 
     ``serial_number`` is lower-case hex, ``revoked_at`` is cut to whole seconds. Raises ``ValueError`` for a
     serial number of another form.

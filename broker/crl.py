@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.x509.oid import SignatureAlgorithmOID
 
 from core.errors import ProjectionInvalid
-from pki.der import VerifyingKey, children, take_apart, verifies
+from pki.crl import VerifyingKey, is_signed_by
 
 _PEM_CRL = re.compile(rb"-----BEGIN X509 CRL-----\r?\n([A-Za-z0-9+/=\r\n]+)-----END X509 CRL-----\s*")
 
@@ -137,14 +136,8 @@ def _issuer_of(
 
 
 def _is_signed_by(crl: x509.CertificateRevocationList, der: bytes, key: VerifyingKey) -> bool:
-    """Verify the bytes as they stand: pyca's own check writes a list of 100,000 entries anew first, in 0.1 s."""
     try:
-        signed = take_apart(der)
-        if children(signed.content)[1] != signed.algorithm:  # RFC 5280 section 5.1.1.2: the two must be the same
-            return False
-        if crl.signature_algorithm_oid == SignatureAlgorithmOID.RSASSA_PSS:
-            raise UnsupportedAlgorithm("no CA of the portal signs so")
-        return verifies(key, crl.signature_hash_algorithm, signed.signature, bytes(signed.content))
+        return is_signed_by(crl, der, key)
     except (ValueError, TypeError, IndexError, UnsupportedAlgorithm) as error:
         raise ProjectionInvalid("A CRL has a signature of a kind that cannot be checked.") from error
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA1, SHA256
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from cryptography.hazmat.primitives.serialization import PrivateFormat, load_pem_private_key, pkcs12
 
-from pki.pkcs8 import encrypt_private_key
+from pki.algorithms import encrypt_private_key
 
 # The number that OpenSSL 3 uses. cryptography's MAC is fixed at it, and a password can be guessed by the MAC as well as
 # by the encryption, so more rounds for the encryption would add nothing. The password's entropy protects the file.

@@ -14,7 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from core.errors import ClientCertificateRefused
 from pki.algorithms import PublicKey, check_public_key, public_key_fingerprint
-from pki.parsing import failing_as
+from pki.encoding import failing_as
 
 MAX_CERTIFICATE_BYTES = 16 * 1024
 T = TypeVar("T", bound=x509.ExtensionType)

@@ -7,11 +7,11 @@ import re
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from core.errors import CsrInvalid, KeyRefused
 from pki.algorithms import ACCEPTED, PublicKey, check_public_key, public_key_der
-from pki.parsing import failing_as
+from pki.encoding import failing_as, sequence_elements
 
 MAX_CSR_CHARACTERS = 16 * 1024
 
@@ -22,12 +22,6 @@ _PEM = re.compile(
     r"-----END (NEW )?CERTIFICATE REQUEST-----\s*",
     re.ASCII,
 )
-# AlgorithmIdentifier of a public key, DER (RFC 3279 §2.3.1, RFC 5480 §2.1.1, RFC 8410 §3).
-_RSA_ENCRYPTION = bytes.fromhex("300d06092a864886f70d0101010500")
-_EC_P256 = bytes.fromhex("301306072a8648ce3d020106082a8648ce3d030107")
-_EC_P384 = bytes.fromhex("301006072a8648ce3d020106052b81040022")
-_ED25519 = bytes.fromhex("300506032b6570")
-
 _UNREADABLE = "The CSR is damaged: it is not a PKCS#10 request in DER."
 
 
@@ -50,7 +44,7 @@ def check_csr(der: bytes) -> tuple[x509.CertificateSigningRequest, PublicKey]:
         # Checked before the signature is: verifying under a monstrous RSA key would be slow.
         key = check_public_key(csr.public_key())
     with failing_as(CsrInvalid(_UNREADABLE)):
-        plainly_marked = _algorithm_identifier(key) in csr.tbs_certrequest_bytes
+        plainly_marked = _key_algorithm(csr) == sequence_elements(public_key_der(key))[0]
     if not plainly_marked:
         # pyca also reads keys marked for RSASSA-PSS only, and curves spelled out as numbers (RFC 5480 §2.1.1 forbids).
         # The certificate would say something else of the key than its owner does, and might not fit it.
@@ -75,12 +69,10 @@ def is_for_key_of(certificate: bytes, csr: str) -> bool:
     return public_key_der(key) == public_key_der(read_csr(csr))
 
 
-def _algorithm_identifier(key: PublicKey) -> bytes:
-    if isinstance(key, rsa.RSAPublicKey):
-        return _RSA_ENCRYPTION
-    if isinstance(key, ed25519.Ed25519PublicKey):
-        return _ED25519
-    return _EC_P256 if isinstance(key.curve, ec.SECP256R1) else _EC_P384
+def _key_algorithm(csr: x509.CertificateSigningRequest) -> bytes:
+    """Return the AlgorithmIdentifier of a CSR's public key (RFC 2986 §4.1) as it was encoded."""
+    _version, _subject, key_info, *_ = sequence_elements(csr.tbs_certrequest_bytes)
+    return sequence_elements(key_info)[0]
 
 
 def der_of(pem: str) -> bytes:

@@ -12,17 +12,20 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, pkcs7
 from cryptography.x509.oid import NameOID
+from pyasn1.codec.der import encoder
+from pyasn1.type import univ
+from pyasn1_modules import rfc5280
 
 from core.errors import CsrInvalid
 from pki.algorithms import PrivateKey, PublicKey, check_public_key, public_key_fingerprint
 from pki.csr import MAX_CSR_CHARACTERS, check_csr, der_of
-from pki.parsing import failing_as
+from pki.encoding import failing_as
 
 # With them a client asks for its key to be encrypted (RFC 7030 section 4.4.1.1, RFC 4108 section 2.2.5).
 _ENCRYPTED_KEY = frozenset({"1.2.840.113549.1.9.16.2.37", "1.2.840.113549.1.9.16.2.54"})
 _CHANGE_SUBJECT_NAME = "1.3.6.1.5.5.7.7.36"  # RFC 6402 section 2.8
 _WHITE_SPACE = re.compile(rb"[ \t\r\n]+")
-_SEQUENCE = 0x30  # what DER begins with, and Base64 of DER does not
+_SEQUENCE = b"\x30"  # the first byte of DER, and never of its Base64
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ def _request(
 def _der(body: bytes) -> bytes:
     if len(body) > 2 * MAX_CSR_CHARACTERS:
         raise CsrInvalid(f"The request is longer than {2 * MAX_CSR_CHARACTERS} bytes; send one PKCS#10 request.")
-    if body[:1] == bytes([_SEQUENCE]):
+    if body[:1] == _SEQUENCE:
         return body
     if body.lstrip().startswith(b"-----BEGIN"):
         with failing_as(CsrInvalid("The CSR's PEM block is damaged.")):
@@ -157,43 +160,35 @@ def pkcs8(key: PrivateKey) -> bytes:
     return key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _oid(text: str) -> bytes:
-    first, second, *rest = (int(part) for part in text.split("."))
-    content = bytearray()
-    for number in (first * 40 + second, *rest):
-        octets = [number & 0x7F]
-        while number := number >> 7:
-            octets.append(number & 0x7F | 0x80)
-        content += bytes(reversed(octets))
-    return _value(0x06, bytes(content))
-
-
-def _value(tag: int, content: bytes) -> bytes:
-    if len(content) > 127:
-        raise ValueError("CSR attributes are short")
-    return bytes([tag, len(content)]) + content
-
-
-def _attribute(oid: str, value: bytes) -> bytes:
-    return _value(_SEQUENCE, _oid(oid) + _value(0x31, value))
-
-
-def _rsa(bits: int) -> tuple[bytes, bytes]:
-    size = _value(0x02, bits.to_bytes(2, "big"))
-    return _attribute("1.2.840.113549.1.1.1", size), _oid("1.2.840.113549.1.1.11")
-
-
-# The kind of key with what it signs with (RFC 7030 section 4.5.2; RFC 5480, 8410, 4055).
-_CSR_ATTRIBUTES: dict[str, tuple[bytes, ...]] = {
-    "ec-p256": (_attribute("1.2.840.10045.2.1", _oid("1.2.840.10045.3.1.7")), _oid("1.2.840.10045.4.3.2")),
-    "ec-p384": (_attribute("1.2.840.10045.2.1", _oid("1.3.132.0.34")), _oid("1.2.840.10045.4.3.3")),
-    "ed25519": (_oid("1.3.101.112"),),
-    "rsa-2048": _rsa(2048),
-    "rsa-3072": _rsa(3072),
-}
-
-
 def csr_attributes(key_types: Iterable[str]) -> bytes:
-    """Say which kind of key a CSR is to have: the first of ``key_types``, as CsrAttrs in DER (RFC 8951 section 3.2)."""
-    first = next(iter(key_types))
-    return _value(_SEQUENCE, b"".join(_CSR_ATTRIBUTES[first]))
+    """Ask for the kind of key that a CSR is to have, the first of ``key_types``: CsrAttrs in DER (RFC 8951 §3.2)."""
+    return _CSR_ATTRIBUTES[next(iter(key_types))]
+
+
+def _key_attribute(key: str, value: univ.Integer | univ.ObjectIdentifier) -> rfc5280.Attribute:
+    attribute = rfc5280.Attribute()
+    attribute["type"] = key
+    attribute["values"][0] = encoder.encode(value)
+    return attribute
+
+
+def _encoded(*attributes: rfc5280.Attribute | univ.ObjectIdentifier) -> bytes:
+    items = univ.SequenceOf(componentType=univ.Any())
+    items.extend(encoder.encode(attribute) for attribute in attributes)
+    return bytes(encoder.encode(items))
+
+
+_EC, _RSA = "1.2.840.10045.2.1", "1.2.840.113549.1.1.1"
+_SHA256_WITH_RSA = univ.ObjectIdentifier("1.2.840.113549.1.1.11")
+# The kind of key, with the algorithm that it signs with (RFC 7030 §4.5.2; RFC 5480, 8410, 4055).
+_CSR_ATTRIBUTES = {
+    "ec-p256": _encoded(
+        _key_attribute(_EC, univ.ObjectIdentifier("1.2.840.10045.3.1.7")), univ.ObjectIdentifier("1.2.840.10045.4.3.2")
+    ),
+    "ec-p384": _encoded(
+        _key_attribute(_EC, univ.ObjectIdentifier("1.3.132.0.34")), univ.ObjectIdentifier("1.2.840.10045.4.3.3")
+    ),
+    "ed25519": _encoded(univ.ObjectIdentifier("1.3.101.112")),
+    "rsa-2048": _encoded(_key_attribute(_RSA, univ.Integer(2048)), _SHA256_WITH_RSA),
+    "rsa-3072": _encoded(_key_attribute(_RSA, univ.Integer(3072)), _SHA256_WITH_RSA),
+}

@@ -15,9 +15,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from core.errors import CaKeyUnavailable
 from core.files import fsync_directory, private_folder, replace_file
-from pki.algorithms import KeyType, PrivateKey, generate_key
-from pki.parsing import failing_as
-from pki.pkcs8 import encrypt_private_key
+from pki.algorithms import KeyType, PrivateKey, encrypt_private_key, generate_key
+from pki.encoding import failing_as
 
 MAX_FILE_BYTES = 64 * 1024
 MIN_PASSPHRASE_BYTES = 16

@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 
 from core.errors import KeyRefused, ManufacturerInvalid, ProofInvalid
 from pki.algorithms import check_public_key
-from pki.parsing import failing_as
+from pki.encoding import failing_as
 
 MAX_PEM_CHARACTERS = 16 * 1024
 _ONE_PEM = "Send one certificate in PEM, BEGIN CERTIFICATE to END CERTIFICATE."

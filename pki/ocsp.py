@@ -17,6 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ObjectIdentifier, OCSPExt
 
 from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
 from pki.algorithms import public_key_der
+from pki.encoding import failing_as
 from pki.issuers import Issuer, Reason
 from pki.ocsp_asn1 import (
     AlgorithmIdentifier,
@@ -34,7 +35,6 @@ from pki.ocsp_asn1 import (
     SubjectPublicKeyInfo,
     Unknown,
 )
-from pki.parsing import failing_as
 
 MOST_BYTES = 32 * 1024  # of a request
 MOST_CERTIFICATES = 100  # in a request

@@ -21,7 +21,7 @@ from core import metrics
 from core.errors import LockUnavailable, PortalError
 from core.failpoints import failpoint
 from core.files import FileLock
-from pki import pem as pki_pem
+from pki.encoding import PemOfSuccessors
 from store import generations
 from store import issuers as store_issuers
 from store.database import Database
@@ -94,7 +94,7 @@ class Enforcement:
         self._acl_generation = 0
         self._revoked = RevokedEntries()
         self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
-        self._crl_writers: dict[int, pki_pem.PemOfSuccessors] = {}  # by issuer
+        self._crl_writers: dict[int, PemOfSuccessors] = {}  # by issuer
         self._wanted = threading.Event()
         self._last_problem = ("", 0.0)
         self._said_pending: set[str] = set()
@@ -362,7 +362,7 @@ class Enforcement:
                 head = store_issuers.get_crl_head(tx, recorded.id)
                 if head is not None and head not in self._crl_pem:
                     crl = store_issuers.get_crl(tx, recorded.id)
-                    writer = self._crl_writers.setdefault(recorded.id, pki_pem.PemOfSuccessors("X509 CRL"))
+                    writer = self._crl_writers.setdefault(recorded.id, PemOfSuccessors("X509 CRL"))
                     self._crl_pem[head] = b"" if crl is None else writer.pem(crl.der)
                 if head is not None:
                     pem[head] = self._crl_pem[head]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import SignatureAlgorithmOID
 
 import ca
 from core.errors import SignatureCheckFailed
 from pki.algorithms import KeyType
-from pki.crl import sign_crl
+from pki.crl import is_signed_by, sign_crl
 from pki.issuers import Issuer, Reason
-from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
+from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, make_hierarchy
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
 SECOND = NOW.replace(microsecond=0)
@@ -65,18 +63,19 @@ def test_a_serial_number_goes_into_the_crl_as_it_came_from_the_certificate(cas: 
         assert entry.serial_number == int(serial_number, 16)
 
 
-@pytest.mark.parametrize("moment", [SECOND, datetime(2049, 12, 31, 23, 59, 59, tzinfo=UTC), SECOND.replace(year=2050)])
-@pytest.mark.parametrize("reason", [Reason.UNSPECIFIED, Reason.AA_COMPROMISE])
-def test_an_entry_is_encoded_as_a_general_library_encodes_it(moment: datetime, reason: Reason) -> None:
-    builder = x509.RevokedCertificateBuilder().serial_number(0xC0FFEE).revocation_date(moment)
-    if reason is not Reason.UNSPECIFIED:
-        builder = builder.add_extension(x509.CRLReason(x509.ReasonFlags[reason.value]), critical=False)
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "any")])
-    crl = x509.CertificateRevocationListBuilder().issuer_name(name).add_revoked_certificate(builder.build())
-    crl = crl.last_update(NOW).next_update(NOW + timedelta(days=1))
-    der = crl.sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
-    assert ca.revoke_certificate("c0ffee", moment, reason) in der
+@pytest.mark.parametrize(
+    ("moment", "encoded"),
+    [
+        (SECOND, b"\x17\x0d300615123045Z"),
+        (datetime(2049, 12, 31, 23, 59, 59, tzinfo=UTC), b"\x17\x0d491231235959Z"),
+        (datetime(2050, 1, 1, 1, tzinfo=timezone(timedelta(hours=1))), b"\x18\x0f20500101000000Z"),
+    ],
+)
+def test_a_date_is_encoded_as_utctime_until_2049_and_as_generalizedtime_from_then_on(
+    cas: Hierarchy, moment: datetime, encoded: bytes
+) -> None:
+    der = cas.crl(ca.revoke_certificate("c0ffee", moment, Reason.SUPERSEDED))
+    assert b"\x02\x04\x00\xc0\xff\xee" + encoded in der
 
 
 @pytest.mark.parametrize("key_type", [*KeyType])
@@ -95,11 +94,40 @@ def test_any_kind_of_ca_key_signs_a_crl_with_entries(key_type: KeyType) -> None:
     assert [entry.serial_number for entry in crl] == [0xAA]
 
 
-@pytest.mark.parametrize("damaged", [b"", b"\0", b"0\x03\x02\x01", SECOND.isoformat().encode()])
-def test_an_entry_that_is_damaged_makes_no_crl(cas: Hierarchy, damaged: bytes) -> None:
-    good = ca.revoke_certificate("aa", NOW, Reason.SUPERSEDED)
-    with pytest.raises(SignatureCheckFailed):
-        cas.crl(good, damaged, good)
+def test_a_crl_that_does_not_verify_is_thrown_away(cas: Hierarchy) -> None:
+    assert isinstance(cas.issuing.key, ec.EllipticCurvePrivateKey)
+    damaged = Issuer("issuing-1", cas.issuing.certificate, HeldElsewhere(cas.issuing.key, damage=True))
+    for entries in ([], [ca.revoke_certificate("aa", NOW, Reason.SUPERSEDED)]):
+        with pytest.raises(SignatureCheckFailed):
+            cas.crl(*entries, issuer=damaged)
+
+
+@pytest.mark.parametrize("signer", KeyType)
+@pytest.mark.parametrize("other", KeyType)
+def test_a_crl_is_signed_by_the_key_of_its_issuer_alone(signer: KeyType, other: KeyType) -> None:
+    key = ca.generate_keypair(signer)
+    issuer = Issuer("root", ca.create_root(key, common_name="Any", now=NOW, days=9).certificate, key)
+    entry = ca.revoke_certificate("aa", NOW, Reason.SUPERSEDED)
+    der = sign_crl(issuer, [entry], number=3, this_update=NOW, next_update=NOW + timedelta(days=1))
+    crl = x509.load_der_x509_crl(der)
+    assert is_signed_by(crl, der, key.public_key())
+    assert not is_signed_by(crl, der, ca.generate_keypair(other).public_key())
+    altered = der.replace(b"\x02\x02\x00\xaa", b"\x02\x02\x00\xab")
+    assert altered != der
+    assert not is_signed_by(x509.load_der_x509_crl(altered), altered, key.public_key())
+
+
+def test_a_crl_whose_two_signature_algorithms_differ_is_refused(cas: Hierarchy) -> None:
+    der = cas.crl()
+    ecdsa_with_sha256, ecdsa_with_sha384 = bytes.fromhex("2a8648ce3d040302"), bytes.fromhex("2a8648ce3d040303")
+    assert der.count(ecdsa_with_sha256) == 2
+    at = der.rindex(ecdsa_with_sha256)
+    outside = der[:at] + ecdsa_with_sha384 + der[at + 8 :]
+    inside = der.replace(ecdsa_with_sha256, ecdsa_with_sha384, 1)
+    assert x509.load_der_x509_crl(der).issuer == cas.issuing.certificate.subject
+    for changed in (outside, inside):
+        with pytest.raises(ValueError, match="do not match"):  # RFC 5280 §5.1.1.2; the broker's check relies on it
+            x509.load_der_x509_crl(changed)
 
 
 @pytest.mark.parametrize("serial_number", ["", "0", "-1", "0x1", "FF", "a:b", "1_0", " 1", "1\n", "f" * 40, "1" * 41])

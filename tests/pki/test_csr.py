@@ -22,7 +22,7 @@ import ca
 from core.errors import CsrInvalid, KeyRefused
 from pki.algorithms import KeyType, public_key_der
 from pki.csr import read_csr
-from pki.parsing import failing_as
+from pki.encoding import failing_as
 
 P256 = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
 

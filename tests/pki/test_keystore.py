@@ -22,9 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
 from ca import generate_keypair
 from core.errors import CaKeyUnavailable
 from pki import keystore
-from pki.algorithms import KeyType, PrivateKey, public_key_der
+from pki.algorithms import PBKDF2_ROUNDS, KeyType, PrivateKey, encrypt_private_key, public_key_der
 from pki.keystore import KeyFiles
-from pki.pkcs8 import PBKDF2_ROUNDS, encrypt_private_key
 
 PASSPHRASE = b"a passphrase for tests"
 

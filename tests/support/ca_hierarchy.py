@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import ca
@@ -47,7 +48,7 @@ class Hierarchy:
             pki_url=PKI_URL,
         )
 
-    def crl(self, *revoked: bytes, number: int = 1, issuer: Issuer | None = None) -> bytes:
+    def crl(self, *revoked: x509.RevokedCertificate, number: int = 1, issuer: Issuer | None = None) -> bytes:
         return sign_crl(
             issuer or self.issuing,
             revoked,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from cryptography import x509
 from sqlalchemy.engine import Connection
 
 import ca
@@ -37,7 +38,9 @@ class RevokedEntries:
         """Whether nothing is known of any issuer."""
         return not self._of
 
-    def listed(self, tx: Connection, issuer_id: int, *, generation: int, now: datetime) -> Sequence[bytes]:
+    def listed(
+        self, tx: Connection, issuer_id: int, *, generation: int, now: datetime
+    ) -> Sequence[x509.RevokedCertificate]:
         """What the issuer's CRL must list: revoked or held, not yet expired at ``now`` (RFC 5280 section 3.3).
 
         ``generation`` is that of the state which the transaction sees.
@@ -59,7 +62,7 @@ class RevokedEntries:
 class _Known:
     """Entries of one issuer by the certificates' rows, as of a generation (0: of none yet) and a time."""
 
-    encoded: dict[int, bytes]
+    encoded: dict[int, x509.RevokedCertificate]
     generation: int
     at: datetime
 
@@ -72,7 +75,7 @@ class _Known:
             self.encoded[entry.id] = _encode(entry)
 
 
-def _encode(entry: RevokedCertificate) -> bytes:
+def _encode(entry: RevokedCertificate) -> x509.RevokedCertificate:
     return ca.revoke_certificate(entry.serial_number, entry.revoked_at, Reason(entry.reason))
 
 

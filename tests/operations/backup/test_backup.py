@@ -40,7 +40,7 @@ from operations.backup.file import MANIFEST, Backup
 from operations.backup.restore import Restored, restore
 from operations.backup.revocations import Revocations
 from operations.wiring import Portal, first_token, open_portal, prepare
-from pki.pem import pem
+from pki.encoding import pem
 from store import copy as store_copy
 from store import database, enrolment, generations, issuers, tenants
 from store.devices import update_device

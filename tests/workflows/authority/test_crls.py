@@ -140,7 +140,7 @@ def test_an_entry_is_read_once_by_a_process(portal: Portal, one: Process, monkey
     encoded: list[str] = []
     real = ca.revoke_certificate
 
-    def counted(serial_number: str, *rest: Any) -> bytes:
+    def counted(serial_number: str, *rest: Any) -> x509.RevokedCertificate:
         encoded.append(serial_number)
         return real(serial_number, *rest)
 

@@ -7,7 +7,7 @@ import ssl
 
 import pytest
 
-from pki.pem import PemOfSuccessors, pem
+from pki.encoding import PemOfSuccessors, pem
 
 SIZES = (0, 1, 47, 48, 49, 49_151, 49_152, 49_153, 150_000)
 
