@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import db
@@ -53,6 +53,15 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+@dataclass(slots=True)
+class JobMemory:
+    """What the jobs of a process remember from one run to the next."""
+
+    damage: list[str] = field(default_factory=list)  # recorded already; it may last for many attempts at a repair
+    disconnected: set[int] = field(default_factory=set)  # superseded certificates, their devices disconnected twice
+    root_crl_logged_at: datetime | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Portal:
     """The parts of an open portal."""
@@ -84,6 +93,7 @@ class Portal:
     readiness: Readiness
     monitoring: Monitoring
     presence: ExitStack
+    memory: JobMemory = field(default_factory=JobMemory)
 
     def close(self) -> None:
         """Close the database's connections and give the data folder up."""

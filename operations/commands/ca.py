@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from core.states import IssuerKind
+from operations import authority
 from operations.commands.plain import plainly, settings_here
-from operations.jobs import authority
 from operations.wiring import open_portal
 from store import issuers as store_issuers
 from workflows import audit

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app import ROUTES, portal_of
 from core import metrics
 from core.roles import Role
-from operations.jobs import authority
+from operations import authority
 from store import generations
 from store.tables import Base
 from tests.support.exposition import Samples, samples_of, total_of, value_of

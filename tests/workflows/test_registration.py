@@ -31,7 +31,7 @@ from core.errors import (
     StateConflict,
     TopicRefused,
 )
-from operations.jobs import jobs
+from operations import jobs
 from operations.wiring import Portal, open_portal
 from store import certificates, issuers, tenants
 from store.tables import Certificate, Delivery

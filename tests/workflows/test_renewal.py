@@ -10,7 +10,7 @@ import pytest
 from cryptography import x509
 
 from core.errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevoked, StateConflict
-from operations.jobs import jobs
+from operations import jobs
 from operations.wiring import Portal
 from store import certificates as store_certificates
 from store import generations

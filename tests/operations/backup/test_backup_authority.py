@@ -8,9 +8,9 @@ from pathlib import Path
 from cryptography import x509
 
 from config import Settings
+from operations import authority
 from operations.backup.backup import back_up
 from operations.backup.restore import restore
-from operations.jobs import authority
 from operations.wiring import open_portal, prepare
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, with_fields

@@ -13,7 +13,7 @@ from app import create_app, portal_of
 from config import Settings
 from core.roles import Role
 from core.throttle import RECORDED_OF_AN_ADDRESS
-from operations.jobs import jobs
+from operations import jobs
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
 
 pytestmark = ON_SQLITE

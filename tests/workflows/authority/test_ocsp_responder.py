@@ -16,7 +16,7 @@ from flask import Flask
 
 from app import create_app, portal_of
 from config import Settings
-from operations.jobs import authority as jobs_authority
+from operations import authority as operations_authority
 from pki import ocsp
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
 from tests.support.ocsp import ask, failure_of, get, issuing_of, nonce, post, read
@@ -140,7 +140,7 @@ def test_each_ca_is_answered_for_by_its_own_before_a_rollover_and_after_its_reti
     monkeypatch.setattr(issuers, "SECONDS_BETWEEN_LOOKS", 0.0)
     portal, first = portal_of(app), issuing_of(app)
     older = api.register()
-    jobs_authority.roll_over(portal, OPERATOR, lambda _: None)
+    operations_authority.roll_over(portal, OPERATOR, lambda _: None)
     newer, second = api.register(), issuing_of(app)
     assert second != first
 
@@ -153,7 +153,7 @@ def test_each_ca_is_answered_for_by_its_own_before_a_rollover_and_after_its_reti
     assert (said(first, newer["serial_number"]), said(second, older["serial_number"])) == ("UNKNOWN", "UNKNOWN")
     api.post(f"/revoke/{older['device_id']}")
     clock.advance(hours=2)
-    jobs_authority.retire(portal, OPERATOR, "issuing-1")
+    operations_authority.retire(portal, OPERATOR, "issuing-1")
     clock.advance(days=10)
     assert portal.responder.certificates.renew() == ["root", "issuing-1", "issuing-2"]
     assert said(first, older["serial_number"]) == "REVOKED"

@@ -20,7 +20,7 @@ from app import create_app, portal_of
 from config import Settings
 from core.errors import DatabaseUnavailable
 from core.roles import Role
-from operations.jobs import jobs
+from operations import jobs
 from store.tables import Certificate, Delivery, Device
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Api, Clock, api_as, csr_pem, problem_of
 from workflows import audit

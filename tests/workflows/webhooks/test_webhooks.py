@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from config import Settings
 from core.errors import Conflict, InputInvalid, NotFound, Unavailable
-from operations.jobs import events, jobs
+from operations import jobs
 from operations.wiring import Portal, open_portal
 from store.tables import Webhook, WebhookDelivery
 from store.webhooks import EventDeliveryRecord
@@ -366,15 +366,15 @@ def test_a_certificate_past_two_thirds_of_its_life_is_announced_once(
     out = portal.onboarding.register(OPERATOR, dataclasses.replace(PUMP, validity_days=30)).device_id
     portal.onboarding.revoke(OPERATOR, out, "unspecified")
     clock.advance(days=19)
-    events.announce_expiring(portal)
+    jobs.announce_expiring(portal)
     assert deliveries(portal, webhook_id) == []
     clock.advance(days=2)
     for _ in range(2):
-        events.announce_expiring(portal)
+        jobs.announce_expiring(portal)
     assert [one.device_id for one in deliveries(portal, webhook_id)] == [short.device_id]
     assert caplog.text.count("should be renewed") == 1
     clock.advance(days=40)
-    events.announce_expiring(portal)
+    jobs.announce_expiring(portal)
     assert [one.device_id for one in deliveries(portal, webhook_id)] == [short.device_id, long.device_id]
     portal.dispatcher.send_due()
     assert {event["data"]["serial_number"] for event in bodies(receiver)} == {short.serial_number, long.serial_number}

@@ -14,8 +14,8 @@ from cryptography import x509
 
 from config import Settings
 from core.files import FileLock
-from operations.jobs import authority, jobs, schedule
-from operations.jobs.schedule import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
+from operations import authority, jobs
+from operations.jobs import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
 from operations.wiring import Portal, open_portal
 from store import issuers
 from store.tables import Delivery, IdempotencyKey
@@ -208,7 +208,7 @@ def test_a_clock_that_was_moved_and_moved_back_while_another_process_ran_the_job
         if ran.count("daily") == 1:
             clock.advance(days=365)
             other = threading.Event()
-            schedule.lead(portal, other, (daily, stop(other)), lambda: True)
+            jobs.lead(portal, other, (daily, stop(other)), lambda: True)
             clock.advance(days=-365)
         else:
             stopping.set()
@@ -220,7 +220,7 @@ def test_a_clock_that_was_moved_and_moved_back_while_another_process_ran_the_job
 def test_what_was_seen_of_the_clock_before_the_machine_started_anew_does_not_count(
     portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(schedule, "BOOT_ID", tmp_path / "hidden from the service")
+    monkeypatch.setattr(jobs, "BOOT_ID", tmp_path / "hidden from the service")
     ran: list[str] = []
 
     def run_and_stop(_: Portal) -> None:

@@ -1,11 +1,10 @@
-"""What is done about the CAs over the years: their CRLs, one following another, the end of those that nobody needs."""
+"""Looks after the CAs over the years: renews their CRLs, rolls issuance over to a new CA, retires unused ones."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import db
@@ -24,20 +23,16 @@ from workflows.authority.issuers import RecordedIssuer
 
 log = logging.getLogger("portal.jobs")
 
-SAID_AGAIN = timedelta(hours=12)
+LOG_AGAIN_AFTER = timedelta(hours=12)
 JUST_MOVED = timedelta(days=1)
-
-# By data folder: when it was last said that the root's CRL will end.
-_said: dict[Path, datetime] = {}
-
 
 # --- CRLs ---------------------------------------------------------------------------------------------------------
 
 
 def renew_crls(portal: Portal) -> None:
-    """Renew CRLs past half their life, or not yet valid because the clock was moved.
+    """Renew the CRLs past half of their lifetime, and those not yet valid because the clock was moved.
 
-    That of the root only while its key is here, that of a retired CA as long as its certificate lasts.
+    The root's needs the root's key in the CA folder; a retired CA's is renewed until its certificate expires.
     """
     now = portal.clock()
     with portal.database.snapshot() as tx:
@@ -51,14 +46,14 @@ def renew_crls(portal: Portal) -> None:
         if recorded.kind == IssuerKind.ROOT:
             root = portal.authority.root_with_key()
             if root is None:
-                _say_that_it_ends(portal, recorded, now)
+                _log_that_it_ends(portal, recorded, now)
             else:
                 _sign_crl(portal, root, ROOT_CRL_DAYS, now)
         elif recorded.retired and recorded.issuer.key is not None and now < recorded.issuer.not_after:
             _sign_crl(portal, recorded, portal.settings.crl_days, now)
     if any(recorded.kind == IssuerKind.ISSUING and not recorded.retired for recorded in due):
         advance(portal, "broker:renew", renewed=["crl"])
-        _apply(portal)  # its pass signs the CRL
+        _apply(portal)  # its reconciliation signs the CRL
 
 
 def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime) -> None:
@@ -77,15 +72,17 @@ def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime
         store_issuers.put_crl(tx, portal.tenant_id, crl)
 
 
-def _say_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> None:
+def _log_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> None:
     with portal.database.snapshot() as tx:
         crl = store_issuers.get_crl_head(tx, root.id)
-    said = _said.get(portal.settings.data_dir)
-    if crl is None or crl.next_update - now > ROOT_CRL_SOON or (said is not None and abs(now - said) < SAID_AGAIN):
+    logged_at = portal.memory.root_crl_logged_at
+    if crl is None or crl.next_update - now > ROOT_CRL_SOON:
         return
-    _said[portal.settings.data_dir] = now
+    if logged_at is not None and abs(now - logged_at) < LOG_AGAIN_AFTER:
+        return
+    portal.memory.root_crl_logged_at = now
     log.error(
-        "the root's CRL ends soon and its key is not here; bring the key back for as long as it takes to sign another",
+        "the root's CRL expires soon and the root's key is not in the CA folder; put it back until the CRL is renewed",
         extra={"ends": crl.next_update.isoformat(), "folder": str(portal.settings.ca_dir)},
     )
 
@@ -94,7 +91,7 @@ def _say_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> No
 
 
 def renew_certificates(portal: Portal) -> None:
-    """Renew the portal's own certificates past two thirds of their life, or of a CA that issues no more."""
+    """Renew the portal's own certificates past two thirds of their lifetime, or of a CA that issues no more."""
     with FileLock(portal.settings.data_dir / ".renewal.lock").hold():
         renewed = portal.own_certificates.renew(served=True)
         if renewed:
@@ -102,56 +99,57 @@ def renew_certificates(portal: Portal) -> None:
             _apply(portal)
 
 
-# --- One CA following another -------------------------------------------------------------------------------------
+# --- Rollover and retirement -------------------------------------------------------------------------------------
 
 
 def roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, again: bool = False) -> str:
-    """Make the next issuing CA, have it trusted, let it issue; returns its name. What was cut off is gone on with.
+    """Create the next issuing CA, make it trusted, let it issue; return its name. Continues an interrupted rollover.
 
-    Each step is done when the one before holds: the CA is in the portal's and the broker's files with its CRL before
-    it certifies anybody, and the portal's own certificates follow last. ``say`` is told of each. Raises
-    ``StateConflict`` where the last rollover is younger than a day (unless ``again``), ``CaKeyUnavailable`` where the
-    root's key is not here, ``BrokerUnavailable`` where the broker does not take the new CA.
+    Each step waits for the one before: the CA is in the portal's and the broker's files with its CRL before it issues
+    a certificate, and the portal's own certificates are renewed last. ``say`` is called with a sentence for each.
+    Raise ``StateConflict`` if the last rollover was within a day (unless ``again``), ``CaKeyUnavailable`` without the
+    root's key, ``BrokerUnavailable`` if the broker does not load the new CA.
     """
     with FileLock(portal.settings.data_dir / ".rollover.lock").try_hold() as free:
         if not free:
-            raise LockUnavailable("Another rollover is under way; wait for its end.")
+            raise LockUnavailable("Another rollover is running; wait for its end.")
         return _roll_over(portal, actor, say, again=again)
 
 
 def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, again: bool) -> str:
     moved_at = _last_move(portal)
     if not again and moved_at is not None and portal.clock() - moved_at < JUST_MOVED:
-        renew_certificates(portal)  # what a rollover that was cut off at its end has left
+        renew_certificates(portal)  # the last step of an interrupted rollover
         raise StateConflict(
-            f"Issuance moved at {moved_at:%Y-%m-%d %H:%M} UTC, and all is done; --again makes one more CA."
+            f"Issuance moved at {moved_at:%Y-%m-%d %H:%M} UTC and the rollover is complete;"
+            " use --again for one more CA."
         )
     name, generation = rollover.prepare_next(
         portal.database, portal.authority, portal.keys, portal.settings, actor, now=portal.clock()
     )
-    say(f"{name} is made.")
+    say(f"{name} is created.")
     write_ca_file(portal)
     outcome = portal.enforcement.apply(generation, timeout=portal.settings.enforce_timeout)
     if not outcome.covers(generation) and (
         outcome.installed < generation or portal.enforcement.broker_answers()
     ):  # a broker that is not running reads the files at its start
         raise BrokerUnavailable(
-            f"{name} is made and trusted here, but not by the broker yet, so the CA before it goes on issuing."
-            f" See to this, then run the command again: {outcome.problem}"
+            f"{name} is created and trusted by the portal, but not by the broker yet, so the previous CA keeps issuing."
+            f" Correct this, then run the command again: {outcome.problem}"
         )
-    say(f"{name} is trusted, by the broker too.")
+    say(f"{name} is trusted by the portal and the broker.")
     portal.responder.certificates.renew()
     rollover.move_to(portal.database, actor, name, now=portal.clock())
     with portal.database.snapshot() as tx:
         portal.authority.seen_by(tx)
     say(f"{name} issues.")
     renew_certificates(portal)
-    say("The portal's and the broker's certificates are of the new CA.")
+    say("The portal and the broker have certificates of the new CA.")
     return name
 
 
 def write_ca_file(portal: Portal) -> None:
-    """Bring the file of what clients trust to what the database says now."""
+    """Write the CAs that clients must trust to ``ca.pem``."""
     with portal.database.snapshot() as tx:
         ca_pem = portal.authority.seen_by(tx).ca_pem
     path = portal.settings.data_dir / "ca.pem"
@@ -160,16 +158,16 @@ def write_ca_file(portal: Portal) -> None:
 
 
 def _last_move(portal: Portal) -> datetime | None:
-    """When issuance last moved from one CA to another; ``None`` where it never did, or has begun to again."""
+    """Return when issuance last moved to another CA; ``None`` if it never did, or if a rollover is incomplete."""
     with portal.database.snapshot() as tx:
         issuing = [record for record in store_issuers.list_issuers(tx) if record.kind == IssuerKind.ISSUING]
     return issuing[-1].issuing_since if len(issuing) > 1 else None
 
 
 def retire(portal: Portal, actor: Actor, name: str) -> None:
-    """Take a CA that nobody needs any more from what the portal and the broker trust.
+    """Remove a CA without valid device certificates from those that the portal and the broker trust.
 
-    Raises ``StateConflict`` where somebody does.
+    Raise ``StateConflict`` if a device still has a valid certificate of it.
     """
     renew_certificates(portal)
     rollover.retire(portal.database, portal.authority, actor, name, now=portal.clock())
@@ -178,7 +176,7 @@ def retire(portal: Portal, actor: Actor, name: str) -> None:
 
 
 def retire_unneeded(portal: Portal) -> None:
-    """Retire the CAs that issued once and have no good certificate left."""
+    """Retire the CAs that issue no more and have no valid device certificate."""
     now = portal.clock()
     with portal.database.snapshot() as tx:
         issuers = portal.authority.seen_by(tx)
@@ -188,14 +186,14 @@ def retire_unneeded(portal: Portal) -> None:
     if unneeded and moved_at is not None and now - moved_at >= rollover.LEAST_TIME_MOVED:
         for name in unneeded:
             retire(portal, audit.system_actor(portal.tenant_id), name)
-            log.info("a CA has retired", extra={"issuer": name})
+            log.info("a CA was retired", extra={"issuer": name})
 
 
 # --- Shared -------------------------------------------------------------------------------------------------------
 
 
 def advance(portal: Portal, action: str, **detail: Any) -> None:
-    """Advance the generation because of something that the portal did by itself, and record that."""
+    """Advance the generation because of a change of the portal's own, with an audit entry."""
     now = portal.clock()
     with portal.database.transaction() as tx:
         generation = db.next_generation(tx, portal.tenant_id, at=now)

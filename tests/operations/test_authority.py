@@ -16,8 +16,8 @@ from flask import Flask
 from app import create_app, portal_of
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
-from operations.jobs import authority as jobs_authority
-from operations.jobs import jobs
+from operations import authority as operations_authority
+from operations import jobs
 from operations.wiring import Portal
 from store import issuers
 from store.issuers import CrlRecord
@@ -44,7 +44,7 @@ def crl_of(portal: Portal, name: str) -> CrlRecord:
 
 
 def roll_over(portal: Portal, **options: bool) -> str:
-    return jobs_authority.roll_over(portal, OPERATOR, lambda _: None, **options)
+    return operations_authority.roll_over(portal, OPERATOR, lambda _: None, **options)
 
 
 def signer_of(path: Path) -> str:
@@ -100,14 +100,14 @@ def test_a_rollover_that_was_cut_off_is_gone_on_with(
         "apply": portal.enforcement,
         "renew": portal.responder.certificates,
         "move_to": rollover,
-        "renew_certificates": jobs_authority,
+        "renew_certificates": operations_authority,
     }
     with monkeypatch.context() as patch:
         patch.setattr(places[step], step, cut_off)
         with pytest.raises(KeyboardInterrupt):
             roll_over(portal)
     if step == "renew_certificates":
-        with pytest.raises(StateConflict, match="all is done"):
+        with pytest.raises(StateConflict, match="rollover is complete"):
             roll_over(portal)
     else:
         assert portal.authority.issuing.issuer.name == "issuing-1"
@@ -120,7 +120,7 @@ def test_a_rollover_that_was_cut_off_is_gone_on_with(
 @ON_SQLITE
 def test_a_second_rollover_on_one_day_must_be_meant(portal: Portal) -> None:
     roll_over(portal)
-    with pytest.raises(StateConflict, match="--again makes one more"):
+    with pytest.raises(StateConflict, match="use --again for one more"):
         roll_over(portal)
     assert roll_over(portal, again=True) == "issuing-3"
 
@@ -138,19 +138,19 @@ def test_a_ca_retires_by_itself_when_its_devices_have_certificates_of_the_next(p
     device = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
     roll_over(portal)
     clock.advance(hours=2)
-    jobs_authority.retire_unneeded(portal)
+    operations_authority.retire_unneeded(portal)
     assert len(portal.authority.with_crl()) == 2
     portal.renewals.renew(OPERATOR, device.device_id, Renewal(Wanted(csr=csr_pem()), overlap_hours=1))
     clock.advance(hours=2)
     jobs.expire(portal)
-    jobs_authority.retire_unneeded(portal)
+    operations_authority.retire_unneeded(portal)
     assert [recorded.issuer.name for recorded in portal.authority.with_crl()] == ["issuing-2"]
     for path in (portal.settings.data_dir / "ca.pem", portal.settings.broker_file("ca.pem")):
         assert trusted(path) == 2
     assert portal.settings.broker_file("crl.pem").read_text().count("BEGIN X509 CRL") == 1
     before = crl_of(portal, "issuing-1")
     clock.advance(days=5)
-    jobs_authority.renew_crls(portal)
+    operations_authority.renew_crls(portal)
     after = crl_of(portal, "issuing-1")
     assert after.number == before.number + 1, "its CRL is still published"
     assert len(x509.load_der_x509_crl(after.der)) == len(x509.load_der_x509_crl(before.der)) > 0
@@ -166,10 +166,10 @@ def test_the_roots_crl_is_renewed_while_its_key_is_here_even_if_that_came_late(p
     away = key.rename(key.with_name("elsewhere"))
     first = crl_of(portal, "root")
     clock.advance(days=200)
-    jobs_authority.renew_crls(portal)
+    operations_authority.renew_crls(portal)
     assert crl_of(portal, "root") == first
     away.rename(key)
-    jobs_authority.renew_crls(portal)
+    operations_authority.renew_crls(portal)
     assert crl_of(portal, "root").number == first.number + 1
     assert crl_of(portal, "root").next_update > clock() + timedelta(days=360)
 
@@ -181,8 +181,8 @@ def test_a_root_crl_that_nobody_can_renew_is_loud_in_time(
     (portal.settings.ca_dir / "root.key.pem").unlink()
 
     def said() -> int:
-        jobs_authority.renew_crls(portal)
-        return sum("the root's CRL ends soon" in record.message for record in caplog.records)
+        operations_authority.renew_crls(portal)
+        return sum("the root's CRL expires soon" in record.message for record in caplog.records)
 
     def not_ready() -> str:
         return " ".join(check.problem or "" for check in portal.readiness.checks() if check.name == "crl")

@@ -1,0 +1,314 @@
+"""Does what must happen without a request: repairs of the broker's files, renewals, expiry of links, clean-up."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from core.errors import PortalError
+from core.files import FileLock
+from operations.authority import advance, renew_certificates, renew_crls, retire_unneeded
+from operations.own_certificates import probe_certificates
+from operations.wiring import Portal
+from store import certificates, deliveries, generations, webhooks
+from workflows import audit, events
+from workflows.events import EventType
+
+log = logging.getLogger("portal.jobs")
+
+# The broker drops a connection that was being made when its device was revoked after this time at the latest. Until
+# then a session without any rights may still appear, and is disconnected again.
+LATE_SESSIONS = timedelta(seconds=100)
+EVENTS_BATCH = 500
+
+LEADER_LOCK = ".jobs.lock"
+CLOCK_SEEN = ".jobs.clock"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+SILENT_SECONDS = 60.0  # a job may take long, so silence counts only after this time
+CLOCK_MOVED_SECONDS = 60.0
+CLOCK_TRUSTED_SECONDS = 3600.0
+
+
+def repair_broker(portal: Portal) -> None:
+    """Rewrite damaged files of the broker, and finish what a crash or a stopped broker left undone."""
+    problems = portal.enforcement.damage()
+    state = _state(portal)
+    recorded = portal.memory.damage
+    if problems and (problems != recorded or state.applied_generation >= state.generation):
+        log.error("the broker's files were damaged and are written again", extra={"problem": " ".join(problems)})
+        advance(portal, "broker:repair", problems=problems)
+        state = _state(portal)
+    portal.memory.damage = problems
+    if state.applied_generation < state.generation:
+        portal.enforcement.apply(state.generation, timeout=portal.settings.enforce_timeout)
+    if problems:
+        probe_broker(portal)  # a broker that loaded the damaged files may have accepted any client
+
+
+def _state(portal: Portal) -> generations.BrokerStateRecord:
+    with portal.database.snapshot() as tx:
+        return generations.get_broker_state(tx, portal.tenant_id)
+
+
+def renew_responders(portal: Portal) -> None:
+    """Renew the certificates that sign OCSP responses, and issue one for a new CA."""
+    portal.responder.certificates.renew()
+
+
+def expire(portal: Portal) -> None:
+    """Revoke certificates whose overlap has ended, destroy bundles whose links have expired, delete old records."""
+    prune_events(portal)
+    while portal.renewals.end_overlaps(portal.tenant_id):
+        pass
+    now = portal.clock()
+    with portal.database.snapshot() as tx:
+        if not deliveries.anything_due(tx, now=now):
+            return
+    with portal.database.transaction() as tx:
+        for tenant_id, device_id, delivery_id in deliveries.expire_deliveries(tx, now=now):
+            audit.record(
+                tx,
+                audit.system_actor(tenant_id),
+                "bundle:expire",
+                f"device:{device_id}",
+                at=now,
+                delivery=delivery_id,
+            )
+        deliveries.forget_answers(tx, now=now)
+
+
+def record_refusals(portal: Portal) -> None:
+    """Summarize in one audit entry the refused logins that were too many to be recorded one by one."""
+    portal.operators.record_the_rest(portal.tenant_id)
+
+
+def cut_late_sessions(portal: Portal) -> None:
+    """Disconnect devices again that were revoked or suspended just now: one may have been connecting meanwhile.
+
+    A device with a newer certificate is disconnected once, when no session can come from the older one any more.
+    """
+    since = portal.clock() - LATE_SESSIONS
+    with portal.database.snapshot() as tx:
+        late = generations.devices_denied_since(tx, portal.tenant_id, since)
+        superseded = dict(generations.superseded_between(tx, portal.tenant_id, since - LATE_SESSIONS, since))
+    done = portal.memory.disconnected
+    done.intersection_update(superseded)
+    late += [device_id for certificate_id, device_id in superseded.items() if certificate_id not in done]
+    if late and portal.broker.reachable():
+        portal.broker.cut_sessions(late, time.monotonic() + portal.settings.enforce_timeout)
+        done.update(superseded)
+
+
+def write_client_authorities(portal: Portal) -> None:
+    """Bring the list of CAs whose client certificates the TLS server asks for up to date with the database."""
+    portal.clients.write_authorities()
+
+
+def probe_broker(portal: Portal) -> None:
+    """Probe the broker although nothing has changed here: its configuration may have been changed."""
+    if portal.broker.reachable():
+        portal.broker.probe(probe_certificates(portal.settings), time.monotonic() + portal.settings.enforce_timeout)
+
+
+# --- Events ----------------------------------------------------------------------------------------------------------
+
+
+def announce_expiring(portal: Portal) -> None:
+    """Announce each certificate past two thirds of its lifetime once, in the log and as an event."""
+    more = True
+    while more:
+        now = portal.clock()
+        with portal.database.snapshot() as tx:
+            found = certificates.renewals_to_announce(tx, now=now, limit=EVENTS_BATCH)
+        if not found:
+            return
+        with portal.database.transaction() as tx:
+            for one in found:
+                events.record(
+                    tx,
+                    one.tenant_id,
+                    EventType.EXPIRING,
+                    one.device_id,
+                    at=now,
+                    name=one.name,
+                    serial_number=one.serial_number,
+                    expires_at=one.not_after,
+                )
+            certificates.mark_announced(tx, found, at=now)
+        for one in found:
+            detail = {"device_id": one.device_id, "expires_at": one.not_after.isoformat()}
+            log.warning("a device's certificate should be renewed", extra=detail)
+        more = len(found) == EVENTS_BATCH
+
+
+def prune_events(portal: Portal) -> None:
+    """Delete events that were delivered or given up ``PORTAL_EVENT_DAYS`` ago."""
+    if not events.has_subscribers(portal.database.engine):
+        return
+    before = portal.clock() - timedelta(days=portal.settings.event_days)
+    with portal.database.snapshot() as tx:
+        pruned = EVENTS_BATCH if webhooks.anything_to_prune(tx, before=before) else 0
+    while pruned == EVENTS_BATCH:
+        with portal.database.transaction() as tx:
+            pruned = webhooks.prune(tx, before=before, limit=EVENTS_BATCH)
+
+
+# --- When they run, and in which process -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A function of the portal to call every ``seconds``; ``final`` if its effect cannot be undone."""
+
+    name: str
+    seconds: float
+    run: Callable[[Portal], None]
+    final: bool = False
+
+
+# In this order if several are due. After the clock was moved the probe certificates come before the CRLs: a current CRL
+# makes the portal ready, and expired probe certificates would prove nothing.
+JOBS = (
+    Job("certificate renewal", 600.0, renew_certificates),
+    Job("repair", 2.0, repair_broker),
+    Job("client CAs", 10.0, write_client_authorities),
+    Job("late sessions", 20.0, cut_late_sessions),
+    Job("expiry", 30.0, expire, final=True),
+    Job("probe", 60.0, probe_broker),
+    Job("refusals", 60.0, record_refusals),
+    Job("responder renewal", 60.0, renew_responders),
+    Job("crl renewal", 300.0, renew_crls),
+    Job("retirement of CAs", 3600.0, retire_unneeded, final=True),
+    Job("certificates that end", 600.0, announce_expiring),
+)
+
+
+def start(portal: Portal) -> threading.Event:
+    """Start the threads of this process that grant, run the jobs and send events; setting the event stops them."""
+    stopping = threading.Event()
+    bodies: dict[str, Callable[[threading.Event], None]] = {
+        "grants": portal.enforcement.run_grants,
+        "jobs": functools.partial(run, portal),
+        "events": portal.dispatcher.run,
+    }
+    for name, body in bodies.items():
+        threading.Thread(target=body, args=(stopping,), name=name, daemon=True).start()
+    return stopping
+
+
+def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS) -> None:
+    """Run the jobs until ``stopping`` is set, in one process among all on the data folder; the body of a thread.
+
+    When the process that runs them dies, another takes over within a few seconds; while it is stopped or hangs,
+    another runs them beside it.
+    """
+    folder = portal.settings.data_dir
+    leader, stand_in = FileLock(folder / LEADER_LOCK), FileLock(folder / ".jobs.stand-in.lock")
+    while not stopping.is_set():
+        try:
+            with leader.try_hold() as leading:
+                if leading:
+                    lead(portal, stopping, jobs, functools.partial(_sign_of_life, folder))
+            # Twice, because a clock that was moved makes the last sign of life look old.
+            if not leading and _is_silent(folder) and not stopping.wait(2.5) and _is_silent(folder):
+                with stand_in.try_hold() as standing_in:
+                    if standing_in:
+                        log.error("the process that runs the jobs does not respond; this process runs them")
+                        lead(portal, stopping, jobs, lambda: _is_silent(folder))
+        except (PortalError, OSError) as error:
+            log.error("no job can run", extra={"problem": str(error)})
+        stopping.wait(2.0)
+
+
+def _sign_of_life(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        os.utime(folder / LEADER_LOCK, (time.time(), time.time()))
+    return True
+
+
+def _is_silent(folder: Path) -> bool:
+    return abs(time.time() - (folder / LEADER_LOCK).stat().st_mtime) > SILENT_SECONDS
+
+
+def lead(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...], goes_on: Callable[[], bool]) -> None:
+    """Run the jobs until ``stopping`` is set or ``goes_on()``, called between them, is false."""
+    next_at = {job.name: time.monotonic() for job in jobs}
+    seen = _ClockSeen(portal)
+    leading = goes_on()
+    while leading and not stopping.is_set():
+        if seen.was_moved():
+            log.warning("the clock was moved; every job with a date runs now")
+            next_at = dict.fromkeys(next_at, time.monotonic())
+            for job in jobs:
+                if job.final:  # what would be destroyed by a clock that may be wrong can wait
+                    next_at[job.name] += CLOCK_TRUSTED_SECONDS
+        for job in jobs:
+            if time.monotonic() < next_at[job.name] or stopping.is_set():
+                continue
+            try:
+                job.run(portal)
+            except PortalError as error:
+                log.error("a job failed", extra={"job": job.name, "problem": error.detail})
+            except Exception:
+                log.exception("a job failed", extra={"job": job.name})
+            next_at[job.name] = time.monotonic() + job.seconds
+        stopping.wait(max(0.0, min(next_at.values()) - time.monotonic()))
+        leading = goes_on()
+
+
+class _ClockSeen:
+    """The clock by which the jobs last ran, in this process or in one that replaced it for a while.
+
+    Kept in a file: if this process sleeps while the clock is moved and moved back, and another one runs the jobs in
+    between, the certificates and CRLs are of the other clock. The content has a fixed length, so that overwriting it
+    needs no space on the disk.
+    """
+
+    def __init__(self, portal: Portal) -> None:
+        self._portal = portal
+        self._file = portal.settings.data_dir / CLOCK_SEEN
+        self._behind = self._now()
+
+    def was_moved(self) -> bool:
+        """Return whether the clock was moved since the jobs last ran, and remember the current one."""
+        behind, kept = self._now(), self._kept()
+        moved = any(abs(behind - last) > CLOCK_MOVED_SECONDS for last in (self._behind, kept) if last is not None)
+        if moved or kept is None:
+            self._behind = behind
+            self._keep(behind)
+        return moved
+
+    def _now(self) -> float:
+        """Return a number of seconds that changes only when the clock is moved, by as much."""
+        return time.monotonic() - self._portal.clock().timestamp()
+
+    def _kept(self) -> float | None:
+        """Return the number written since the machine booted, or ``None``."""
+        with contextlib.suppress(OSError, ValueError):
+            boot, behind = self._file.read_text(encoding="ascii").split()
+            return float(behind) if boot == _boot_id() else None
+        return None
+
+    def _keep(self, behind: float) -> None:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(descriptor, f"{_boot_id():36} {behind:24.3f}\n".encode(), 0)
+            finally:
+                os.close(descriptor)
+
+
+def _boot_id() -> str:
+    """Return what distinguishes this boot of the machine from others: the monotonic clock restarts with each."""
+    with contextlib.suppress(OSError):
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    # Hidden from a sandboxed service; systemd gives each run of the service an id, which serves as well.
+    return os.environ.get("INVOCATION_ID", "unknown")[:36]
