@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import json
 import re
@@ -25,6 +26,7 @@ ANSWER_MOST = 32 << 20  # bytes
 PAGE_MOST = 200  # rows that the portal gives at once
 DETAIL_MOST = 1000  # characters of a sentence from the portal that are shown
 FIELDS_MOST = 50
+LINE_MOST = 1 << 20  # bytes of a line of an answer that comes line by line
 RETRY_PAUSES = (0.3, 1.0)  # seconds before the second and the third attempt
 
 _LINK = re.compile(r"/download/[A-Za-z0-9._~=-]{8,2048}")
@@ -37,6 +39,7 @@ _DEAD_LINK = {
     404: "The portal does not know this link; check that it was copied whole.",
     410: "This link is used, or its time is over, or its device is revoked; give the device new credentials.",
 }
+_SECONDS = re.compile("[0-9]{1,7}")
 _Cause = TypeVar("_Cause", bound=BaseException)
 
 
@@ -146,6 +149,18 @@ class Client:
         if answer.status >= 400:
             raise self.refusal(answer)
 
+    def register_rows(self, rows: bytes) -> Iterator[dict[str, Any]]:
+        """Register a device for each line of NDJSON; yield the answers, whose ``row`` counts from 1, as they arrive.
+
+        Raises as ``call`` does; repeats nothing, since the caller knows which rows have an answer.
+        """
+        url = self._settings.url + "/register/bulk"
+        headers = {"Content-Type": "application/x-ndjson"}
+        with self._open("POST", url, self._token(), headers, content=rows) as response:
+            if response.status_code != 200:
+                raise self.refusal(self._whole(response))
+            yield from map(_row_answer, _lines(response))
+
     def _token(self) -> str:
         if self._settings.token is None:
             raise Misused(
@@ -184,10 +199,23 @@ class Client:
         params: Mapping[str, Any] | None,
         content: bytes | None,
     ) -> Answer:
-        parts = urlsplit(url)
-        origin = f"{parts.scheme}://{parts.netloc}"
+        with self._open(method, url, token, headers, params=params, content=content) as response:
+            return self._whole(response)
+
+    @contextlib.contextmanager
+    def _open(
+        self,
+        method: str,
+        url: str,
+        token: str | None,
+        headers: dict[str, str],
+        *,
+        params: Mapping[str, Any] | None = None,
+        content: bytes | None = None,
+    ) -> Iterator[requests.Response]:
+        """Send a request; what goes wrong with the connection inside the block is raised as ``Unreachable``."""
         # A loopback address is never behind a proxy.
-        self._session.trust_env = not is_loopback(parts.hostname or "")
+        self._session.trust_env = not is_loopback(urlsplit(url).hostname or "")
         try:
             with self._session.request(
                 method,
@@ -202,12 +230,16 @@ class Client:
                 allow_redirects=False,
                 stream=True,
             ) as response:
-                body = _read(response, origin)
-                answer = Answer(response.status_code, response.headers, body, origin)
+                yield response
         except requests.exceptions.SSLError as error:
-            raise self._tls_failure(origin, error) from None
+            raise self._tls_failure(_origin(url), error) from None
         except requests.RequestException as error:
-            raise _connection_failure(origin, error) from None
+            raise _connection_failure(_origin(url), error) from None
+
+    @staticmethod
+    def _whole(response: requests.Response) -> Answer:
+        origin = _origin(response.url)
+        answer = Answer(response.status_code, response.headers, _read(response, origin), origin)
         if 300 <= answer.status < 400:
             raise Unreachable(
                 f"{origin} sends this request elsewhere (status {answer.status}), which the portal never does.",
@@ -249,10 +281,11 @@ class Client:
         """An answer that is an error, as the exception to be raised."""
         problem = _problem(answer)
         hints = []
+        retry_after = answer.headers.get("Retry-After", "").strip()
         if answer.status == 401 and self._settings.token is not None:
             hints.append(f"The token came from {self._settings.token_source}.")
-        again = _retry_after(answer.headers.get("Retry-After", ""))
-        if again:
+        seconds = int(retry_after) if _SECONDS.fullmatch(retry_after) else None
+        if again := _try_again(retry_after):
             hints.append(again)
         if problem is None:
             return Refused(
@@ -260,6 +293,7 @@ class Client:
                 "a proxy or another server may stand in its place.",
                 status=answer.status,
                 request_id=answer.headers.get("X-Request-Id", ""),
+                retry_after=seconds,
                 hints=hints,
             )
         sentence = problem.get("detail") or problem.get("title") or f"The portal answered with status {answer.status}."
@@ -269,6 +303,7 @@ class Client:
             code=str(problem.get("code", "")),
             fields=_fields(problem.get("errors")),
             request_id=answer.headers.get("X-Request-Id", ""),
+            retry_after=seconds,
             hints=hints,
         )
 
@@ -304,6 +339,30 @@ def check_link(link: str) -> str:
 
 def _present(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _lines(response: requests.Response) -> Iterator[bytes]:
+    rest = b""
+    for chunk in response.iter_content(65536):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+        if len(rest) > LINE_MOST:
+            raise Unreachable(f"A line of the answer of {_origin(response.url)} is longer than any of the portal's.")
+
+
+def _row_answer(line: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict) or not isinstance(answer.get("row"), int):
+        raise Unreachable("The portal's answer to a row cannot be read; it may be of another version.")
+    return answer
 
 
 def _read(response: requests.Response, origin: str) -> bytes:
@@ -368,9 +427,9 @@ def _fields(errors: object) -> list[tuple[str, str]]:
     return [(str(entry.get("field", ""))[:200], str(entry.get("message", ""))[:DETAIL_MOST]) for entry in entries]
 
 
-def _retry_after(value: str) -> str:
+def _try_again(value: str) -> str:
     """Say when to come back, from a Retry-After header (RFC 9110 section 10.2.3)."""
-    if re.fullmatch(r"[0-9]{1,7}", value.strip()):
+    if _SECONDS.fullmatch(value):
         seconds = int(value)
         return f"Try again in {seconds} second{'' if seconds == 1 else 's'}."
     try:

@@ -59,6 +59,7 @@ class Refused(CliError):
         code: str = "",
         fields: Iterable[tuple[str, str]] = (),
         request_id: str = "",
+        retry_after: int | None = None,
         hints: Iterable[str] = (),
     ) -> None:
         super().__init__(sentence, hints=hints)
@@ -66,6 +67,7 @@ class Refused(CliError):
         self.code = code
         self.fields = tuple(fields)
         self.request_id = request_id
+        self.retry_after = retry_after  # seconds
 
     def as_json(self) -> dict[str, Any]:
         """The error as ``--json`` shows it on standard error."""

@@ -233,10 +233,19 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
             self._file = None  # the rows can still be read
+
+    def sync(self) -> None:
+        """Make durable what was added; raises ``CheckFailed``."""
+        if self._file is None:
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise CheckFailed(f"{self.path} cannot be written: {reason(error)}.") from None
 
     def add(self, line: int, external_id: str, name: str, answer: Mapping[str, Any]) -> None:
         """Write down the answer to a row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,16 +14,29 @@ from typing import Any
 
 import click
 
-from commands.client import check_link
-from commands.context import VERSION, Command, Portal
-from commands.errors import CliError, ConnectionLost, Misused
+from commands.client import Client, check_link
+from commands.context import Command, Portal
+from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
-from commands.import_files import FileRow, Results, fingerprint_of, form_of, read_rows
-from commands.import_http import Upload
+from commands.import_files import Results, fingerprint_of, form_of, read_rows
 from commands.output import text
 
+BATCH_ROWS = 512  # two of the batches that the portal registers at once
+BATCH_BYTES = 256 * 1024  # the answers wait in the socket until a batch is sent, and the portal until they are read
+RETRY_PAUSES = (0.3, 1.0, 3.0)  # seconds before a batch is sent again after the connection was lost
+BUSY_ATTEMPTS = 30  # at a portal that is busy with other uploads and says when to come back
 SHOWN = 20  # problems that are shown one by one
 AGAIN = "Run the same command again: it goes on where this one stopped."
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of the file as it is sent."""
+
+    line: int
+    external_id: str
+    name: str
+    sent: bytes
 
 
 @dataclass(slots=True)
@@ -134,34 +148,59 @@ def _short(external_id: str) -> bytes:
 
 
 def _upload(portal: Portal, results: Results, tally: Tally, file: Path, kind: str) -> None:
-    sent: deque[tuple[int, str, str]] = deque()
-    answered = 0
-
-    def lines() -> Iterator[bytes]:
-        for row in read_rows(file, kind):
-            external_id = str(row.values.get("external_id") or results.external_id(row.line))
-            if external_id not in results.done:
-                sent.append((row.line, external_id, str(row.values.get("name", ""))))
-                yield _line(row, external_id)
-
-    upload = Upload(portal.settings, portal.client, version=VERSION)
+    """Register the rows that have no result yet, batch by batch; the results of one are durable before the next."""
     with portal.out.progress("Registering", tally.rows - tally.there_before) as advance:
-        for answer in upload.run(lines()):
-            if answer.get("stopped"):
-                raise ConnectionLost(f"The portal stopped at a row: {answer.get('detail')}")
-            answered += 1
-            if answer["row"] != answered or not sent:
-                raise CliError("The portal answers rows that were not sent; it may be of another version.")
-            line, external_id, name = sent.popleft()
-            results.add(line, external_id, name, answer)
-            _count(tally, answer)
-            advance()
-    if sent:
-        raise ConnectionLost("The answer ended before every row was answered.")
+        for batch in _batches(results, file, kind):
+            for row, answer in _send(portal.client, batch):
+                results.add(row.line, row.external_id, row.name, answer)
+                _count(tally, answer)
+                advance()
+            results.sync()
 
 
-def _line(row: FileRow, external_id: str) -> bytes:
-    return json.dumps({**row.values, "external_id": external_id}, separators=(",", ":")).encode() + b"\n"
+def _batches(results: Results, file: Path, kind: str) -> Iterator[deque[_Row]]:
+    batch, size = deque[_Row](), 0
+    for row in read_rows(file, kind):
+        external_id = str(row.values.get("external_id") or results.external_id(row.line))
+        if external_id in results.done:
+            continue
+        sent = json.dumps({**row.values, "external_id": external_id}, separators=(",", ":")).encode() + b"\n"
+        if len(batch) == BATCH_ROWS or (batch and size + len(sent) > BATCH_BYTES):
+            yield batch
+            batch, size = deque(), 0
+        batch.append(_Row(row.line, external_id, str(row.values.get("name", "")), sent))
+        size += len(sent)
+    if batch:
+        yield batch
+
+
+def _send(client: Client, rows: deque[_Row]) -> Iterator[tuple[_Row, dict[str, Any]]]:
+    """Send a batch; yields each row with its answer. Rows without one are sent again where that may help."""
+    attempts = 0
+    while rows:
+        try:
+            for number, answer in enumerate(client.register_rows(b"".join(row.sent for row in rows)), 1):
+                if answer.get("stopped"):
+                    raise ConnectionLost(f"The portal stopped at a row: {answer.get('detail')}")
+                if answer["row"] != number or not rows:
+                    raise CliError("The portal answered rows that were not sent; it may be of another version.")
+                attempts = 0
+                yield rows.popleft(), answer
+            if rows:
+                raise ConnectionLost("The answer ended before every row was answered.")
+        except (ConnectionLost, Refused) as error:
+            attempts += 1
+            pause = _pause(error, attempts)
+            if pause is None:
+                raise
+            time.sleep(pause)
+
+
+def _pause(error: ConnectionLost | Refused, attempts: int) -> float | None:
+    """Seconds before a batch is sent again, ``None`` where there is no use in that."""
+    if isinstance(error, ConnectionLost):
+        return RETRY_PAUSES[attempts - 1] if attempts <= len(RETRY_PAUSES) else None
+    return error.retry_after if error.retry_after is not None and attempts <= BUSY_ATTEMPTS else None
 
 
 def _count(tally: Tally, answer: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import re
 import ssl
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -49,6 +49,12 @@ def problem(
     if errors is not None:
         body["errors"] = errors
     return Reply(status, body, {"Content-Type": "application/problem+json", **(headers or {})})
+
+
+def rows_reply(answers: Iterable[Mapping[str, Any]], *, breaks_off: bool = False) -> Reply:
+    """Answers to the rows of an upload."""
+    lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+    return Reply(200, lines.encode(), {"Content-Type": "application/x-ndjson"}, breaks_off)
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ class PortalStub:
     def _authenticated(self, request: Request) -> Reply:
         routes: list[tuple[str, str, Answerer]] = [
             ("POST", "/register", self._register),
+            ("POST", "/register/bulk", self._register_rows),
             ("GET", "/devices", self._list),
             ("GET", "/devices/([^/]+)", self._show),
             ("PATCH", "/devices/([^/]+)", self._update),
@@ -194,6 +201,14 @@ class PortalStub:
             answer |= {"download_url": link, "download_expires_at": "2036-01-01T00:00:00Z", "bundle_password": password}
         self.answers[key] = answer
         return Reply(201, answer)
+
+    def _register_rows(self, request: Request) -> Reply:
+        answers = []
+        for number, row in enumerate(request.body, 1):
+            known = {device.get("external_id"): device_id for device_id, device in self.devices.items()}
+            device_id = known.get(row["external_id"]) or self.add_device(row["name"], external_id=row["external_id"])
+            answers.append({"row": number, "device_id": device_id, "repeated": row["external_id"] in known})
+        return rows_reply(answers)
 
     def _sign(self, device_id: str, csr: str) -> dict[str, str]:
         key = x509.load_pem_x509_csr(csr.encode()).public_key()
@@ -294,7 +309,10 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(length)
         parts = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-        body = json.loads(content) if content else {}
+        if self.headers.get("Content-Type") == "application/x-ndjson":
+            body: Any = [json.loads(line) for line in content.splitlines()]
+        else:
+            body = json.loads(content) if content else {}
         reply = self.stub.answer(Request(self.command, parts.path, query, dict(self.headers), body))
         sent = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body or {}).encode()
         headers = {"Content-Type": "application/json", "X-Request-Id": "request-1"} | dict(reply.headers)

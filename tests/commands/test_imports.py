@@ -1,0 +1,144 @@
+"""The import of a file, batch by batch, against a small portal."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import imports
+from tests.support.cli_session import Session
+from tests.support.portal_stub import PortalStub, Reply, problem, rows_reply
+
+pytest_plugins = ("tests.support.cli_fixtures",)
+
+BULK = ("POST", "/register/bulk")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imports, "BATCH_ROWS", 3)
+    monkeypatch.setattr(imports, "RETRY_PAUSES", (0.0, 0.0))
+
+
+def write_fleet(folder: Path, count: int, own: str = "") -> str:
+    rows = [{"name": f"pump-{n}", "type": "pump", "location": "hall 1", "firmware": "1"} for n in range(count)]
+    own_ids: list[dict[str, str]] = [{"external_id": f"{own}{n}"} if own else {} for n in range(count)]
+    path = folder / "fleet.ndjson"
+    path.write_text("".join(json.dumps(row | own_id) + "\n" for row, own_id in zip(rows, own_ids, strict=True)))
+    return str(path)
+
+
+def run(session: Session, file: str) -> tuple[dict[str, Any], int]:
+    result = session.run("import", file, "--out", "out", "--json")
+    return json.loads(result.stdout or result.stderr), result.exit_code
+
+
+def results(session: Session) -> list[dict[str, str]]:
+    with (session.folder / "out" / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def sent(stub: PortalStub) -> list[list[str]]:
+    """The names in each batch that was sent."""
+    return [[row["name"] for row in request.body] for request in stub.calls(*BULK)]
+
+
+def names(first: int, end: int) -> list[str]:
+    return [f"pump-{n}" for n in range(first, end)]
+
+
+def test_rows_are_sent_in_batches_in_their_order(session: Session, stub: PortalStub) -> None:
+    summary, status = run(session, write_fleet(session.folder, 7))
+    assert (status, summary["registered"], summary["failed"]) == (0, 7, 0)
+    assert sent(stub) == [names(0, 3), names(3, 6), names(6, 7)]
+    assert [row["name"] for row in results(session)] == names(0, 7)
+    ids = {row["external_id"] for row in results(session)}
+    assert len(ids) == 7  # rows without an id of their own are given one
+    assert ids == {device["external_id"] for device in stub.devices.values()}
+
+
+def test_a_batch_is_no_longer_than_the_portal_reads_before_it_answers(
+    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imports, "BATCH_BYTES", 250)
+    assert run(session, write_fleet(session.folder, 4))[1] == 0
+    assert sent(stub) == [names(0, 2), names(2, 4)]
+
+
+def test_the_results_of_a_batch_are_durable_before_the_next_is_sent(
+    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[int] = []
+    register = stub.answer
+
+    def answer(request: Any) -> Reply:
+        if (request.method, request.path) == BULK:
+            there.append(len(results(session)))
+        return register(request)
+
+    monkeypatch.setattr(stub, "answer", answer)
+    run(session, write_fleet(session.folder, 7))
+    assert there == [0, 3, 6]
+
+
+def test_only_rows_without_an_answer_are_sent_again(session: Session, stub: PortalStub) -> None:
+    answer = {"row": 1, "device_id": "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"}
+    stub.replies[BULK] = [rows_reply([answer]), rows_reply([{"row": 1, "stopped": True}])]
+    summary, status = run(session, write_fleet(session.folder, 3))
+    assert (status, summary["registered"]) == (0, 3)
+    assert sent(stub) == [names(0, 3), names(1, 3), names(1, 3)]
+    assert [row["name"] for row in results(session)] == names(0, 3)
+
+
+def test_a_portal_that_is_busy_is_waited_for_as_long_as_it_says(
+    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    busy = problem(503, "uploads_busy", "As many uploads as are allowed.", headers={"Retry-After": "7"})
+    stub.replies[BULK] = [busy, busy]
+    assert run(session, write_fleet(session.folder, 3))[0]["registered"] == 3
+    assert waited == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (Reply(breaks_off=True, body=b""), 3),
+        (rows_reply([{"row": 1, "stopped": True, "detail": "The portal is being stopped."}]), 3),
+        (rows_reply([{"row": 2, "device_id": "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"}]), 1),
+        (rows_reply([{"row": n, "code": "invalid"} for n in (1, 2, 3, 4)]), 1),
+        (Reply(200, b"Welcome to the proxy\n"), 3),
+        (problem(503, "unavailable", "The database is away."), 1),
+        (problem(403, "forbidden", "This token may not register devices."), 1),
+    ],
+)
+def test_what_stops_an_import_says_what_to_do(session: Session, stub: PortalStub, reply: Reply, expected: int) -> None:
+    stub.replies[BULK] = reply
+    file = write_fleet(session.folder, 3)
+    error, status = run(session, file)
+    assert status == expected
+    assert imports.AGAIN in error["error"]["hints"]
+    del stub.replies[BULK]
+    summary, status = run(session, file)
+    assert (status, summary["rows"], summary["failed"]) == (0, 3, 0)
+    assert len(results(session)) == 3
+
+
+def test_an_import_goes_on_where_it_stopped(session: Session, stub: PortalStub) -> None:
+    file = write_fleet(session.folder, 7, own="unit-")
+    stub.replies[BULK] = [
+        rows_reply({"row": n, "device_id": stub.add_device(external_id=f"unit-{n - 1}")} for n in (1, 2, 3)),
+        *[Reply(breaks_off=True, body=b"")] * 3,
+    ]
+    error, status = run(session, file)
+    assert (status, imports.AGAIN in error["error"]["hints"]) == (3, True)
+    assert [row["name"] for row in results(session)] == names(0, 3)
+    summary, status = run(session, file)
+    assert (status, summary["there_before"], summary["registered"]) == (0, 3, 4)
+    assert sent(stub)[-2:] == [names(3, 6), names(6, 7)]
+    assert len(stub.devices) == 7
