@@ -182,7 +182,7 @@ class Settings:
 
     link_hours: int = _setting("PORTAL_LINK_HOURS", "24", count(1, 8760), "Life of a download link, in hours")
     link_grace: float = _setting(
-        "PORTAL_LINK_GRACE", "300", seconds(0, 86400), "Seconds in which a download that broke off may be repeated"
+        "PORTAL_LINK_GRACE", "300", seconds(0, 86400), "Without effect: a link is spent by its first fetch"
     )
 
     webhook_allow: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = _setting(

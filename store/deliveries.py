@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -18,7 +18,10 @@ from store.tables import Delivery, Device, IdempotencyKey
 
 @dataclass(frozen=True, slots=True)
 class DeliveryRecord:
-    """What a link stands for; ``generation`` is what the broker must have reached before the bundle goes out."""
+    """What a link stands for; ``generation`` is what the broker must have reached before the bundle goes out.
+
+    Status "fetching" and ``lease_until`` are of fetches that an older version of the portal did not see the end of.
+    """
 
     id: str
     device_id: str
@@ -99,66 +102,24 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> Delivery
     return record
 
 
-def claim_delivery(tx: Connection, delivery_id: str, *, now: datetime, lease: timedelta, grace: timedelta) -> bytes:
-    """Take the bundle for one fetch; whoever else asks is refused while the ``lease`` lasts.
+def spend_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> bytes:
+    """Return the bundle and destroy it: the link is used from this transaction's commit on.
 
-    From the first fetch on the link lives for ``grace`` and no longer, so that a fetch that broke off, or whose
-    portal died, can be repeated. Raises as ``get_delivery`` does.
+    Raises as ``get_delivery`` does.
     """
-    record = get_delivery(tx, delivery_id, now=now)
-    claimed = tx.execute(
-        sa.update(Delivery)
-        .where(
-            Delivery.id == delivery_id,
-            Delivery.status == record.status,
-            Delivery.lease_until.is_(None) if record.lease_until is None else Delivery.lease_until <= now,
-            Delivery.expires_at > now,
-        )
-        .values(
-            status=DeliveryStatus.FETCHING,
-            lease_until=now + lease,
-            expires_at=record.expires_at
-            if record.status == DeliveryStatus.FETCHING
-            else min(record.expires_at, now + grace),
-        )
-        .returning(Delivery.bundle)
-    ).one_or_none()
-    if claimed is None or claimed.bundle is None:
+    # The row is locked before it is looked at, so that of several fetches at once one finds the bundle.
+    bundle: bytes | None = tx.execute(
+        sa.select(Delivery.bundle).where(Delivery.id == delivery_id).with_for_update()
+    ).scalar_one_or_none()
+    get_delivery(tx, delivery_id, now=now)
+    if bundle is None:
         raise LinkUsed("This link has been used; give the device new credentials if it was not you.")
-    bundle: bytes = claimed.bundle
-    return bundle
-
-
-def close_delivery(tx: Connection, delivery_id: str) -> bool:
-    """Let nobody else fetch the bundle, whatever becomes of the fetch that has it, unless that is released.
-
-    Returns whether the fetch still has it: a revocation may have come in between.
-    """
-    closed = tx.execute(
-        sa.update(Delivery)
-        .where(Delivery.id == delivery_id, Delivery.status == DeliveryStatus.FETCHING)
-        .values(lease_until=Delivery.expires_at)
-    )
-    return closed.rowcount == 1
-
-
-def finish_delivery(tx: Connection, delivery_id: str, *, delivered_at: datetime) -> bool:
-    """Destroy the bundle, which has arrived; returns whether it was still there (a revocation may have come first)."""
-    done = tx.execute(
-        sa.update(Delivery)
-        .where(Delivery.id == delivery_id, Delivery.status == DeliveryStatus.FETCHING)
-        .values(status=DeliveryStatus.DELIVERED, bundle=None, lease_until=None, delivered_at=delivered_at)
-    )
-    return done.rowcount == 1
-
-
-def release_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> None:
-    """Let a fetch that broke off be repeated at once, within the grace time that its claim set."""
     tx.execute(
         sa.update(Delivery)
-        .where(Delivery.id == delivery_id, Delivery.status == DeliveryStatus.FETCHING)
-        .values(lease_until=now)
+        .where(Delivery.id == delivery_id)
+        .values(status=DeliveryStatus.DELIVERED, bundle=None, lease_until=None, delivered_at=now)
     )
+    return bundle
 
 
 def anything_due(tx: Connection, *, now: datetime) -> bool:
@@ -169,10 +130,7 @@ def anything_due(tx: Connection, *, now: datetime) -> bool:
 
 
 def expire_deliveries(tx: Connection, *, now: datetime, limit: int = 1000) -> Sequence[tuple[str, str, str]]:
-    """Destroy bundles whose time is over; returns tenant, device and delivery of each.
-
-    One whose lease ran out was handed to a connection that nobody saw the end of: it counts as expired, too.
-    """
+    """Destroy bundles whose time is over; returns tenant, device and delivery of each."""
     due = (
         sa.select(Delivery.id)
         .where(

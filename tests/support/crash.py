@@ -31,8 +31,6 @@ from paho.mqtt.enums import CallbackAPIVersion
 from tests.support.deployment import ROOT, SECONDS, Deployment, is_answered, wait_until
 
 ANSWER_SECONDS = 30.0  # no answer in this time counts as a hang
-LEASE_SECONDS = 31.0  # a fetch that a killed portal was in the middle of holds its link for 30 s
-IN_THE_ACT_SECONDS = 3.0  # how long the portal may take to see that a bundle has arrived
 PLAIN = {"type": "pump", "firmware": "1.0"}
 
 

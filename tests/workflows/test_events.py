@@ -36,9 +36,7 @@ def recorded(portal: Portal) -> list[dict[str, Any]]:
 def test_a_devices_life_is_recorded_as_events(portal: Portal) -> None:
     subscribe(portal)
     device = portal.onboarding.register(OPERATOR, PUMP)
-    bundle = portal.deliveries.claim_download(OPERATOR, token_of(device))
-    portal.deliveries.end_download(bundle)
-    portal.deliveries.finish_download(OPERATOR, bundle)
+    portal.deliveries.deliver(OPERATOR, token_of(device))
     portal.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")
     portal.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")
     found = recorded(portal)

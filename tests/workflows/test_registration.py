@@ -31,7 +31,7 @@ from core.errors import (
     StateConflict,
     TopicRefused,
 )
-from operations import jobs
+from core.states import DeliveryStatus
 from operations.wiring import Portal, open_portal
 from store import certificates, issuers, tenants
 from store.tables import Certificate, Delivery
@@ -154,11 +154,10 @@ def test_the_kept_answer_does_not_open_without_the_idempotency_key(portal: Porta
 
 def test_a_bundle_is_handed_out_once_and_then_gone(portal: Portal) -> None:
     token = token_of(portal.onboarding.register(OPERATOR, PUMP))
-    bundle = portal.deliveries.claim_download(OPERATOR, token)
-    portal.deliveries.finish_download(OPERATOR, bundle)
+    bundle = portal.deliveries.deliver(OPERATOR, token)
     assert bundle.content.startswith(b"PK")
     with pytest.raises(LinkUsed):
-        portal.deliveries.claim_download(OPERATOR, token)
+        portal.deliveries.deliver(OPERATOR, token)
     with portal.database.snapshot() as tx:
         assert tx.execute(sa.select(Delivery.bundle)).scalars().all() == [None]
 
@@ -170,7 +169,7 @@ def test_of_many_fetches_at_once_exactly_one_gets_the_bundle(portal: Portal) -> 
     def fetch(_: int) -> bool:
         start.wait()
         try:
-            portal.deliveries.claim_download(OPERATOR, token)
+            portal.deliveries.deliver(OPERATOR, token)
         except LinkUsed:
             return False
         return True
@@ -179,65 +178,46 @@ def test_of_many_fetches_at_once_exactly_one_gets_the_bundle(portal: Portal) -> 
         assert sum(pool.map(fetch, range(8))) == 1
 
 
-def test_a_fetch_that_broke_off_may_be_repeated_within_the_grace_time(portal: Portal, clock: Clock) -> None:
+def test_a_bundle_is_gone_from_the_database_before_it_is_handed_out(portal: Portal) -> None:
     token = token_of(portal.onboarding.register(OPERATOR, PUMP))
-    first = portal.deliveries.claim_download(OPERATOR, token)
-    portal.deliveries.release_download(first)
-    assert portal.deliveries.claim_download(OPERATOR, token).content == first.content
-    clock.advance(seconds=portal.settings.link_grace + 1)
-    with pytest.raises(LinkExpired):
-        portal.deliveries.claim_download(OPERATOR, token)
-
-
-def test_a_fetch_whose_portal_died_may_be_repeated_after_its_lease(portal: Portal, clock: Clock) -> None:
-    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
-    portal.deliveries.claim_download(OPERATOR, token)
-    with pytest.raises(LinkUsed):
-        portal.deliveries.claim_download(OPERATOR, token)
-    clock.advance(seconds=31)
-    assert portal.deliveries.claim_download(OPERATOR, token).content.startswith(b"PK")
-
-
-def test_a_bundle_whose_end_went_out_is_not_fetched_again_though_the_portal_died(portal: Portal, clock: Clock) -> None:
-    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
-    portal.deliveries.end_download(portal.deliveries.claim_download(OPERATOR, token))
-    clock.advance(seconds=31)
-    with pytest.raises(LinkUsed):
-        portal.deliveries.claim_download(OPERATOR, token)
-    clock.advance(seconds=portal.settings.link_grace)
-    jobs.expire(portal)
+    assert portal.deliveries.deliver(OPERATOR, token).content
     with portal.database.snapshot() as tx:
-        assert tx.execute(sa.select(Delivery.bundle)).scalars().all() == [None]
+        row = tx.execute(sa.select(Delivery)).one()
+    assert (row.status, row.bundle) == ("delivered", None)
 
 
-def test_a_bundle_whose_end_the_client_did_not_take_may_be_fetched_again(portal: Portal) -> None:
+def test_a_fetch_that_an_older_version_did_not_see_the_end_of_may_be_repeated(portal: Portal, clock: Clock) -> None:
     token = token_of(portal.onboarding.register(OPERATOR, PUMP))
-    first = portal.deliveries.claim_download(OPERATOR, token)
-    portal.deliveries.end_download(first)
-    portal.deliveries.release_download(first)
-    assert portal.deliveries.claim_download(OPERATOR, token).content == first.content
+    with portal.database.transaction() as tx:
+        lease = clock() + timedelta(seconds=30)
+        tx.execute(sa.update(Delivery).values(status=DeliveryStatus.FETCHING, lease_until=lease))
+    with pytest.raises(LinkUsed):
+        portal.deliveries.deliver(OPERATOR, token)
+    clock.advance(seconds=31)
+    assert portal.deliveries.deliver(OPERATOR, token).content.startswith(b"PK")
+    with pytest.raises(LinkUsed):
+        portal.deliveries.deliver(OPERATOR, token)
 
 
-def test_a_device_revoked_during_its_fetch_does_not_get_the_end_of_its_bundle(portal: Portal) -> None:
+def test_the_link_of_a_revoked_device_gives_nothing(portal: Portal) -> None:
     registered = portal.onboarding.register(OPERATOR, PUMP)
-    bundle = portal.deliveries.claim_download(OPERATOR, token_of(registered))
     portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
     with pytest.raises(LinkRevoked):
-        portal.deliveries.end_download(bundle)
+        portal.deliveries.deliver(OPERATOR, token_of(registered))
 
 
 def test_looking_at_a_link_spends_nothing(portal: Portal) -> None:
     token = token_of(portal.onboarding.register(OPERATOR, PUMP))
     portal.deliveries.check_download(token)
     portal.deliveries.check_download(token)
-    assert portal.deliveries.claim_download(OPERATOR, token).content
+    assert portal.deliveries.deliver(OPERATOR, token).content
 
 
 def test_a_link_ends_with_its_time(portal: Portal, clock: Clock) -> None:
     token = token_of(portal.onboarding.register(OPERATOR, PUMP))
     clock.advance(hours=24, seconds=1)
     with pytest.raises(LinkExpired):
-        portal.deliveries.claim_download(OPERATOR, token)
+        portal.deliveries.deliver(OPERATOR, token)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +226,7 @@ def test_a_link_ends_with_its_time(portal: Portal, clock: Clock) -> None:
 def test_an_altered_link_is_unknown(portal: Portal, alter: Callable[[str], str]) -> None:
     token = token_of(portal.onboarding.register(OPERATOR, PUMP))
     with pytest.raises(LinkUnknown):
-        portal.deliveries.claim_download(OPERATOR, alter(token))
+        portal.deliveries.deliver(OPERATOR, alter(token))
 
 
 def test_a_link_signed_with_an_older_key_still_works_after_rotation(
@@ -259,7 +239,7 @@ def test_a_link_signed_with_an_older_key_still_works_after_rotation(
     keys = settings.secrets_dir / "link-keys"
     keys.write_text(keys.read_text() + "a-newer-key-of-many-characters\n")
     after = open_portal(settings, clock)
-    assert after.deliveries.claim_download(OPERATOR, token).content
+    assert after.deliveries.deliver(OPERATOR, token).content
     assert token_of(after.onboarding.register(OPERATOR, PUMP)) != token
     after.close()
 
@@ -302,7 +282,7 @@ def test_a_revocation_destroys_the_bundle_and_its_link(portal: Portal) -> None:
     registered = portal.onboarding.register(OPERATOR, PUMP)
     portal.onboarding.revoke(OPERATOR, registered.device_id, "unspecified")
     with pytest.raises(LinkRevoked):
-        portal.deliveries.claim_download(OPERATOR, token_of(registered))
+        portal.deliveries.deliver(OPERATOR, token_of(registered))
 
 
 def test_a_revoked_device_cannot_be_changed(portal: Portal) -> None:

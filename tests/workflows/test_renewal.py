@@ -7,15 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import sqlalchemy as sa
 from cryptography import x509
 
 from core.errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevoked, StateConflict
+from core.states import DeliveryStatus
 from operations import jobs
 from operations.wiring import Portal
 from store import certificates as store_certificates
 from store import generations
 from store.certificates import CertificateRecord
 from store.devices import DeviceFilter
+from store.tables import Delivery
 from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of, with_fields
 from workflows.credentials import Wanted
@@ -45,7 +48,7 @@ def link(renewed: Renewed) -> str:
 
 
 def fetch(portal: Portal, token: str) -> None:
-    portal.deliveries.finish_download(OPERATOR, portal.deliveries.claim_download(OPERATOR, token))
+    portal.deliveries.deliver(OPERATOR, token)
 
 
 def register_by_csr(portal: Portal) -> Registered:
@@ -116,7 +119,7 @@ def test_a_renewal_that_nobody_fetched_is_undone(portal: Portal, clock: Clock) -
     assert statuses(portal, device.device_id) == ["active", "revoked"]
     assert certificates(portal, device.device_id)[1].revocation_reason == "superseded"
     with pytest.raises(LinkRevoked):
-        portal.deliveries.claim_download(OPERATOR, link(renewed))
+        portal.deliveries.deliver(OPERATOR, link(renewed))
     clock.advance(days=30)
     jobs.expire(portal)
     assert statuses(portal, device.device_id) == ["active", "revoked"]
@@ -127,7 +130,7 @@ def test_a_bundle_that_was_not_fetched_is_destroyed_by_the_next_renewal(portal: 
     renewed = portal.renewals.renew(OPERATOR, device.device_id, Renewal())
     assert renewed.previous_valid_until is None
     with pytest.raises(LinkRevoked):
-        portal.deliveries.claim_download(OPERATOR, token_of(device))
+        portal.deliveries.deliver(OPERATOR, token_of(device))
     again = portal.renewals.renew(OPERATOR, device.device_id, Renewal())
     assert statuses(portal, device.device_id) == ["revoked", "revoked", "active"]
     with portal.database.snapshot() as tx:
@@ -257,14 +260,18 @@ def test_the_interface_gives_a_bundle_or_a_certificate(api: Api) -> None:
 
 
 @ON_SQLITE
-def test_a_link_that_was_given_up_half_way_leaves_both_certificates(portal: Portal, clock: Clock) -> None:
+def test_a_link_that_an_older_version_did_not_see_the_end_of_leaves_both_certificates(
+    portal: Portal, clock: Clock
+) -> None:
     device = register_by_csr(portal)
     renewed = portal.renewals.renew(OPERATOR, device.device_id, Renewal())
-    portal.deliveries.claim_download(OPERATOR, link(renewed))
+    with portal.database.transaction() as tx:
+        lease = clock() + timedelta(seconds=30)
+        tx.execute(sa.update(Delivery).values(status=DeliveryStatus.FETCHING, lease_until=lease))
     clock.advance(hours=25)
     jobs.expire(portal)
     with pytest.raises(LinkExpired):
-        portal.deliveries.claim_download(OPERATOR, link(renewed))
+        portal.deliveries.deliver(OPERATOR, link(renewed))
     jobs.expire(portal)
     assert statuses(portal, device.device_id) == ["replaced", "active"], "which of them arrived nobody knows"
 

@@ -134,9 +134,9 @@ def test_the_bundle_of_a_suspended_device_waits_until_it_is_resumed(portal: Port
     registered = portal.onboarding.register(OPERATOR, PUMP)
     portal.suspensions.suspend(OPERATOR, registered.device_id)
     with pytest.raises(StateConflict):
-        portal.deliveries.claim_download(OPERATOR, token_of(registered))
+        portal.deliveries.deliver(OPERATOR, token_of(registered))
     portal.suspensions.resume(OPERATOR, registered.device_id)
-    assert portal.deliveries.claim_download(OPERATOR, token_of(registered)).content.startswith(b"PK")
+    assert portal.deliveries.deliver(OPERATOR, token_of(registered)).content.startswith(b"PK")
 
 
 def test_a_device_that_is_not_there_cannot_be_suspended(portal: Portal) -> None:

@@ -198,7 +198,7 @@ def test_a_backup_moves_a_portal_to_any_database(
             issued = [row for row in after[name] if "'server'" not in row and "'canary'" not in row]
             assert issued == [row for row in before[name] if "'server'" not in row and "'canary'" not in row]
         assert after["audit_entries"][: len(before["audit_entries"])] == before["audit_entries"]
-        assert portal.deliveries.claim_download(OPERATOR, token_of(device)).content
+        assert portal.deliveries.deliver(OPERATOR, token_of(device)).content
         assert portal.onboarding.register(OPERATOR, PUMP).status is DeviceStatus.ACTIVE
         with portal.database.snapshot() as tx:
             assert audit.verify(tx, "default").problem is None
@@ -564,8 +564,7 @@ def test_links_kept_are_those_that_nobody_used_since(settings: Settings, file: P
     with opened(settings, clock) as portal:
         waits, fetched, gone = (portal.onboarding.register(OPERATOR, PUMP) for _ in range(3))
         copied(settings, file, clock)
-        bundle = portal.deliveries.claim_download(OPERATOR, token_of(fetched))
-        portal.deliveries.finish_download(OPERATOR, bundle)
+        portal.deliveries.deliver(OPERATOR, token_of(fetched))
         portal.onboarding.revoke(OPERATOR, gone.device_id, "superseded")
     assert put_back(settings, file, clock, keep_links=True).links_expired == 1
     with opened(settings, clock) as portal:

@@ -382,8 +382,6 @@ def test_a_certificate_past_two_thirds_of_its_life_is_announced_once(
 
 def test_a_delivered_bundle_is_told(portal: Portal, receiver: Receiver) -> None:
     subscribe(portal, receiver, EventType.DELIVERED)
-    bundle = portal.deliveries.claim_download(OPERATOR, token_of(portal.onboarding.register(OPERATOR, PUMP)))
-    portal.deliveries.end_download(bundle)
-    portal.deliveries.finish_download(OPERATOR, bundle)
+    portal.deliveries.deliver(OPERATOR, token_of(portal.onboarding.register(OPERATOR, PUMP)))
     portal.dispatcher.send_due()
     assert bodies(receiver)[0]["type"] == "delivered"
