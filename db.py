@@ -13,13 +13,12 @@ from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record, update_device
-from store.statements import Prepared
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, UtcDateTime
 
 # --- Devices ------------------------------------------------------------------------------------------------------
 
 # Statements of every registration and every request stand ready: building one takes longer than running it.
-_INSERT_DEVICE = Prepared(sa.insert(Device))
+_INSERT_DEVICE = sa.insert(Device)
 
 
 def add_device(
@@ -39,8 +38,8 @@ def add_device(
     external_id: str | None = None,
 ) -> None:
     """Insert a device; ``topics`` are pairs of filter and access, or ``None`` for the default ones."""
-    _INSERT_DEVICE.run(
-        tx,
+    tx.execute(
+        _INSERT_DEVICE,
         {
             "id": device_id,
             "tenant_id": tenant_id,
@@ -138,7 +137,7 @@ def revoke_device(
 
 # --- Certificates -------------------------------------------------------------------------------------------------
 
-_INSERT_CERTIFICATE = Prepared(sa.insert(Certificate).returning(Certificate.id))
+_INSERT_CERTIFICATE = sa.insert(Certificate).returning(Certificate.id)
 
 
 def add_certificate(
@@ -161,8 +160,8 @@ def add_certificate(
 
     The database refuses a second active one of the same device, and a serial number that its issuer has used.
     """
-    added = _INSERT_CERTIFICATE.run(
-        tx,
+    added = tx.execute(
+        _INSERT_CERTIFICATE,
         {
             "tenant_id": tenant_id,
             "issuer_id": issuer_id,
@@ -179,12 +178,12 @@ def add_certificate(
             "revocation_reason": reason,
         },
     )
-    return int(added[0])
+    return int(added.scalar_one())
 
 
 # --- The generation that the broker must reach ---------------------------------------------------------------------
 
-_ADVANCE = Prepared(
+_ADVANCE = (
     sa.update(BrokerState)
     .where(BrokerState.tenant_id == sa.bindparam("of_tenant"))
     .values(
@@ -197,4 +196,4 @@ _ADVANCE = Prepared(
 
 def next_generation(tx: Connection, tenant_id: str, *, at: datetime) -> int:
     """Advance the generation, in the transaction that makes the change, and return the new one."""
-    return int(_ADVANCE.run(tx, {"of_tenant": tenant_id, "at": at})[0])
+    return int(tx.execute(_ADVANCE, {"of_tenant": tenant_id, "at": at}).scalar_one())

@@ -10,7 +10,6 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from store.statements import Prepared
 from store.tables import AuditEntry, AuditHead
 
 
@@ -29,14 +28,13 @@ class AuditRecord:
     detail: dict[str, Any]
 
 
-_INSERT_AUDIT_ENTRY = Prepared(sa.insert(AuditEntry))
 _INSERT_AUDIT_ENTRIES = sa.insert(AuditEntry)
-_LOCK_AUDIT_HEAD = Prepared(
+_LOCK_AUDIT_HEAD = (
     sa.select(AuditHead.number, AuditHead.hash)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
     .with_for_update()
 )
-_MOVE_AUDIT_HEAD = Prepared(
+_MOVE_AUDIT_HEAD = (
     sa.update(AuditHead)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
     .values(number=sa.bindparam("new_number"), hash=sa.bindparam("new_hash"))
@@ -51,19 +49,16 @@ def audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
 
 def lock_audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
     """Number and hash of the last audit entry, which stays the last until the transaction ends."""
-    number, last_hash = _LOCK_AUDIT_HEAD.run(tx, {"of_tenant": tenant_id})
+    number, last_hash = tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one()
     return number, last_hash
 
 
 def add_audit_entries(tx: Connection, tenant_id: str, entries: Sequence[dict[str, Any]]) -> None:
     """Append to the audit record, in this order; each holds the columns of ``AuditEntry`` but for id and tenant."""
     rows = [{"tenant_id": tenant_id, **entry} for entry in entries]
-    if len(rows) == 1:
-        _INSERT_AUDIT_ENTRY.run(tx, rows[0])
-    else:
-        tx.execute(_INSERT_AUDIT_ENTRIES, rows)
+    tx.execute(_INSERT_AUDIT_ENTRIES, rows)
     last = entries[-1]
-    _MOVE_AUDIT_HEAD.run(tx, {"of_tenant": tenant_id, "new_number": last["number"], "new_hash": last["hash"]})
+    tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": tenant_id, "new_number": last["number"], "new_hash": last["hash"]})
 
 
 def audit_chain(tx: Connection, tenant_id: str) -> Generator[dict[str, Any], None, None]:

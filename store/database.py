@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable
 from core.files import FileLock
-from store.engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage, unhurried
+from store.engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage, without_time_limits
 from store.shared_commits import Result, SharedTransactions
 from store.tables import BrokerState, Tenant
 
@@ -109,7 +109,7 @@ class Database:
                     with ExitStack() as stack:
                         stack.enter_context(connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin())
                         if not self.is_sqlite:
-                            stack.enter_context(unhurried(connection))
+                            stack.enter_context(without_time_limits(connection))
                             # Of several portals that start at once, one migrates.
                             connection.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))
                         alembic.upgrade(config, "head")

@@ -12,7 +12,6 @@ from sqlalchemy.engine import Connection
 from core.device_status import DeviceStatus
 from core.errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
 from core.states import PENDING_DELIVERY, DeliveryStatus
-from store.statements import Prepared
 from store.tables import Delivery, Device, IdempotencyKey
 
 
@@ -34,7 +33,7 @@ class DeliveryRecord:
     format: str
 
 
-_INSERT_DELIVERY = Prepared(sa.insert(Delivery))
+_INSERT_DELIVERY = sa.insert(Delivery)
 
 
 def add_delivery(
@@ -50,8 +49,8 @@ def add_delivery(
     expires_at: datetime,
 ) -> None:
     """Keep an encrypted bundle for its one download."""
-    _INSERT_DELIVERY.run(
-        tx,
+    tx.execute(
+        _INSERT_DELIVERY,
         {
             "id": delivery_id,
             "tenant_id": tenant_id,

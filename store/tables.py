@@ -27,6 +27,10 @@ DEFAULT_TENANT = "default"
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only in INTEGER columns
 
 
+class NaiveTimeError(ValueError, sa.exc.DontWrapMixin):
+    """A time without a zone; SQLAlchemy raises it as it is."""
+
+
 class UtcDateTime(sa.TypeDecorator[datetime]):
     """An aware UTC time, to the microsecond; SQLite, which knows no zones, holds it as UTC."""
 
@@ -34,16 +38,16 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Refuse naive times: they are always a mistake."""
+        """Convert a time to UTC; raises ``NaiveTimeError`` for one without a zone, which is always a mistake."""
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError("a time without a zone must not reach the database")
+            raise NaiveTimeError("a time without a zone must not reach the database")
         value = value.astimezone(UTC)
         return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        """Give every time back aware, in UTC."""
+        """Return the time with its zone, UTC."""
         if value is None:
             return None
         time: datetime = value
