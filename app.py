@@ -16,8 +16,7 @@ from flask import Flask, Response, current_app, g, request
 from config import Settings
 from core import errors, logs, metrics
 from core.errors import StartupError
-from operations import jobs
-from operations.commands import commands
+from operations import commands, jobs
 from operations.wiring import Portal, open_portal, utc_now
 from web.api import (
     bulk,

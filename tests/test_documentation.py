@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from cli import SECTIONS, cli
 from config import Settings
-from operations.commands import commands as commands_commands
+from operations import commands as server_commands
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("docs/*.md")])
@@ -130,7 +130,7 @@ def test_commands_of_the_cli_that_are_named_exist_with_their_options() -> None:
 
 def test_commands_of_the_server_that_are_named_exist() -> None:
     nothing: Callable[..., Any] = lambda *_, **__: None  # noqa: E731 - the commands are looked at, not run
-    known = {command.name for command in commands_commands.commands(nothing, nothing, nothing)} | {
+    known = {command.name for command in server_commands.commands(nothing, nothing, nothing)} | {
         "run",
         "routes",
         "shell",

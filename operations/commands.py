@@ -1,0 +1,337 @@
+"""The server's own commands, ``flask --app app …``, for the machine it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import resource
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import click
+from flask import Flask, current_app
+
+from config import LogFormat, Settings
+from core import logs, metrics
+from core.errors import PortalError
+from core.files import own_until_exit, replace_file
+from core.states import IssuerKind
+from operations import authority, data_folder
+from operations.backup import backup as backups
+from operations.backup import restore as backup_restore
+from operations.doctor import doctor as doctors
+from operations.doctor.findings import Finding, State, exit_status
+from operations.wiring import Portal, first_token, open_portal, prepare, utc_now
+from store import issuers as store_issuers
+from workflows import audit
+from workflows.authority import rollover as authority_rollover
+from workflows.authority.issuers import Issuers, RecordedIssuer
+from workflows.enrolment.clients import CLIENT_CAS
+
+P = ParamSpec("P")
+log = logging.getLogger("portal.admin")
+
+_COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}
+
+
+def settings_of_app() -> Settings:
+    """Return the settings that the application was created with."""
+    settings: Settings = current_app.config["PORTAL_SETTINGS"]
+    return settings
+
+
+def opened_portal() -> contextlib.closing[Portal]:
+    """Open the portal for the body of a ``with``."""
+    return contextlib.closing(open_portal(settings_of_app()))
+
+
+def without_traceback(function: Callable[P, None]) -> Callable[P, None]:
+    """Report a portal's error as one sentence."""
+
+    @functools.wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> None:
+        try:
+            function(*arguments, **options)
+        except PortalError as error:
+            raise click.ClickException(error.detail) from error
+
+    return run
+
+
+# --- First start and serving --------------------------------------------------------------------------------------
+
+
+@click.command("init")
+@without_traceback
+def init() -> None:
+    """Create what is missing: data folder, database, CA, broker files, first operator token."""
+    settings = settings_of_app()
+    with opened_portal() as portal:
+        prepare(portal)
+        first_token(portal)
+        root = portal.authority.root.issuer.certificate
+    click.echo(f"Data folder    {settings.data_dir}")
+    click.echo(f"Trust anchor   {settings.data_dir / 'ca.pem'} ({root.subject.rfc4514_string()})")
+    click.echo(f"Broker files   {settings.broker_dir}")
+
+
+@click.command("settings")
+@without_traceback
+def show_settings() -> None:
+    """Print the effective paths and ports as shell lines."""
+    settings = settings_of_app()
+    for name, value in (
+        ("PORTAL_DATA_DIR", settings.data_dir),
+        ("PORTAL_BROKER_DIR", settings.broker_dir),
+        ("PORTAL_BROKER_SOCKET", settings.broker_socket),
+        ("PORTAL_BROKER_PID_FILE", settings.broker_pid_file),
+        ("PORTAL_MQTT_PORT", settings.mqtt_port),
+        ("PORTAL_BIND", settings.bind),
+        ("PORTAL_PUBLIC_URL", settings.public_url),
+    ):
+        click.echo(f"{name}={shlex.quote(str(value))}")
+
+
+def _serve(
+    settings: Settings,
+    create_app: Callable[..., Flask],
+    portal_of: Callable[[Flask], Any],
+    serve_app: Callable[..., int],
+) -> int:
+    logs.set_up(level=settings.log_level, as_json=settings.log_format is LogFormat.JSON)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the issuing key
+    environment = settings.data_dir / "operator.env"
+    counts = settings.data_dir / "metrics"
+    portal = open_portal(settings)
+    try:
+        prepare(portal)
+        token = first_token(portal)
+    finally:
+        portal.close()
+    # Of several portals on one data folder the first owns operator.env and the counters until it exits.
+    first = own_until_exit(settings.data_dir / ".serving.lock")
+    if first:
+        metrics.forget(counts)
+
+    def on_listening() -> None:
+        if first:
+            environment.unlink(missing_ok=True)  # written again once this portal answers
+
+    def on_ready() -> None:
+        if first:
+            replace_file(environment, _operator_environment(settings, token).encode())
+        log.info("serving", extra={"url": settings.public_url, "pki_url": settings.pki_url})
+
+    def on_worker_start(app: Flask) -> None:
+        metrics.share(counts)  # before anything is counted
+        portal_of(app)
+
+    with data_folder.shared(settings):
+        return serve_app(
+            settings,
+            functools.partial(create_app, settings),
+            certificate=settings.tls_dir / "server.pem",
+            key=settings.tls_dir / "server.key",
+            client_cas=settings.tls_dir / CLIENT_CAS,
+            on_ready=on_ready,
+            on_listening=on_listening,
+            on_worker_start=on_worker_start,
+        )
+
+
+def _operator_environment(settings: Settings, token: str) -> str:
+    values = {
+        "PORTAL_URL": settings.public_url,
+        "PORTAL_CA": str(settings.data_dir / "ca.pem"),
+        "PORTAL_TOKEN": token,
+        "PORTAL_MQTT_PORT": str(settings.mqtt_port),
+    }
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
+
+
+# --- The audit record -------------------------------------------------------------------------------------------------
+
+
+@click.group("audit")
+def audit_group() -> None:
+    """Look after the audit record."""
+
+
+@audit_group.command("verify")
+@without_traceback
+def verify_audit() -> None:
+    """Check the chain of hashes from the first entry to the last."""
+    with opened_portal() as portal, portal.database.snapshot() as tx:
+        verdict = audit.verify(tx, portal.tenant_id)
+    if verdict.problem is not None:
+        raise click.ClickException(f"{verdict.problem} The {verdict.entries} entries before it are sound.")
+    click.echo(f"All {verdict.entries} entries are sound. Hash of the last: {verdict.head}")
+
+
+# --- The CAs ----------------------------------------------------------------------------------------------------------
+
+
+@click.group("ca")
+def ca_group() -> None:
+    """Look after the certificate authorities."""
+
+
+@ca_group.command("list")
+@without_traceback
+def list_cas() -> None:
+    """List root and issuing CAs: role, end, CRL, number of valid device certificates."""
+    with opened_portal() as portal:
+        now = portal.clock()
+        with portal.database.snapshot() as tx:
+            issuers = portal.authority.seen_by(tx)
+            records = {record.id: record for record in store_issuers.list_issuers(tx, retired=True)}
+            for recorded in issuers.issuers:
+                role, used = _role_of(portal, issuers, recorded), ""
+                crl = store_issuers.get_crl(tx, recorded.id)
+                ends = f"until {recorded.issuer.not_after:%Y-%m-%d}"
+                listed = "no CRL yet" if crl is None else f"CRL {crl.number} until {crl.next_update:%Y-%m-%d %H:%M} UTC"
+                if recorded.kind == IssuerKind.ISSUING:
+                    used = f"{authority_rollover.in_use(tx, recorded.id, now=now)} device certificates"
+                name = records[recorded.id].name
+                click.echo(f"{name:<12}  {role:<20}  {ends}  {listed}  {used}".rstrip())
+
+
+def _role_of(portal: Portal, issuers: Issuers, recorded: RecordedIssuer) -> str:
+    if recorded.kind == IssuerKind.ROOT:
+        return "root, key here" if portal.keys.exists(recorded.issuer.name) else "root, key elsewhere"
+    if recorded.retired:
+        return "retired"
+    return "issues" if recorded.id == issuers.issuing.id else "is trusted"
+
+
+@ca_group.command("rollover")
+@click.option("--again", is_flag=True, help="Allow it within a day of the last rollover.")
+@without_traceback
+def rollover(again: bool) -> None:
+    """Create another issuing CA and let it issue from now on; the previous one stays trusted.
+
+    Needs the root's key. The portal may serve meanwhile. After an interruption, run the command again: it continues.
+    """
+    with opened_portal() as portal:
+        name = authority.roll_over(portal, audit.system_actor(portal.tenant_id), click.echo, again=again)
+    click.echo(f"Done. Devices get certificates of {name}; move the root's key away again.")
+
+
+@ca_group.command("retire")
+@click.argument("name")
+@without_traceback
+def retire(name: str) -> None:
+    """Stop trusting the CA NAME, which no valid device certificate needs; the portal also does so by itself."""
+    with opened_portal() as portal:
+        authority.retire(portal, audit.system_actor(portal.tenant_id), name)
+    click.echo(f"{name} is retired. Its CRL is still published.")
+
+
+# --- Backups ----------------------------------------------------------------------------------------------------------
+
+
+@click.command("backup")
+@click.argument("file", type=click.Path(path_type=Path))
+@without_traceback
+def backup(file: Path) -> None:
+    """Write a backup to FILE while the portal goes on serving.
+
+    FILE must not exist. It holds the database, the encrypted CA keys and the secrets, but not the passphrase of the CA
+    keys: keep that elsewhere.
+    """
+    made = backups.back_up(settings_of_app(), file.absolute(), now=utc_now())
+    counts = made.manifest.counts
+    click.echo(f"Backup         {file} ({made.size} bytes, mode 0600)")
+    click.echo(
+        f"Holds          {counts['devices']} devices, {counts['certificates']} certificates,"
+        f" {counts['audit_entries']} audit entries, of {made.manifest.made_at}"
+    )
+    click.echo(f"Not in it      the passphrase of the CA keys ({made.passphrase_at}): keep a copy of it, but elsewhere")
+
+
+@click.command("restore")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--replace", is_flag=True, help="Replace a database that has devices; the old one is kept.")
+@click.option("--keep-links", is_flag=True, help="Keep download links that have not been used since.")
+@without_traceback
+def restore(file: Path, replace: bool, keep_links: bool) -> None:
+    """Restore the backup FILE while no portal runs on this data folder.
+
+    Whatever was revoked since the backup stays revoked, if the broker's CRL or the database being replaced lists it.
+    """
+    done = backup_restore.restore(
+        settings_of_app(), file.absolute(), replace=replace, keep_links=keep_links, now=utc_now()
+    )
+    click.echo(f"Restored       {done.counts['devices']} devices, as of {done.made_at}")
+    if done.before is not None:
+        click.echo(f"Before         {done.before} holds what was there")
+    if done.links_expired:
+        click.echo(f"Links          {done.links_expired} bundles that waited for their download were destroyed")
+    for kept in done.kept:
+        why = f"{kept.reason}, " if kept.reason else ""
+        click.echo(f"Kept revoked   {kept.what} ({why}{kept.at.isoformat(timespec='seconds')})")
+    if not done.kept:
+        click.echo("Kept revoked   nothing: all that is known here as revoked is revoked in the backup")
+    for note in done.notes:
+        click.echo(f"Note           {note}")
+    click.echo(f"Next           start the portal: it brings the broker to generation {done.generation} and proves it")
+    if any("which the copy does not know" in kept.what for kept in done.kept):
+        click.echo("               and restart the broker, to end sessions of devices that the backup does not know")
+
+
+# --- The doctor -------------------------------------------------------------------------------------------------------
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of {name, state, detail, advice}.")
+@click.option(
+    "--broker-config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The broker's configuration file (default: the running broker's).",
+)
+@without_traceback
+def doctor(as_json: bool, broker_config: Path | None) -> None:
+    """Check this installation, one line for each check; nothing is changed.
+
+    Run it as the portal's user. The exit status is 0 if all is well, 1 if there is a problem, 2 if there are only
+    warnings.
+    """
+    findings: list[Finding] = []
+    for finding in doctors.examine(
+        settings_of_app(), utc_now, broker_config=broker_config.absolute() if broker_config else None
+    ):
+        findings.append(finding)
+        if not as_json:
+            click.echo(_line(finding))
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    sys.exit(exit_status(findings))
+
+
+def _line(finding: Finding) -> str:
+    state = click.style(f"{finding.state:<7}", fg=_COLOURS[finding.state])
+    advice = f" -> {finding.advice}" if finding.advice else ""
+    return f"{state}  {finding.name:<20}  {finding.detail}{advice}"
+
+
+# --- All of them ------------------------------------------------------------------------------------------------------
+
+
+def commands(
+    create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any], serve_app: Callable[..., int]
+) -> list[click.Command]:
+    """Return the commands of ``flask --app app``; ``serve_app`` is the HTTP server."""
+
+    @click.command("serve")
+    @without_traceback
+    def serve() -> None:
+        """Serve the portal over HTTPS until it is stopped."""
+        raise SystemExit(_serve(settings_of_app(), create_app, portal_of, serve_app))
+
+    return [init, serve, show_settings, audit_group, ca_group, backup, restore, doctor]
