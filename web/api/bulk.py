@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from core.errors import BodyTooLarge, BodyTooSlow, FieldProblem, InputInvalid, PortalError, RowMalformed, TooManyRows
 from core.roles import Permission
 from web.api.devices import RegisterRequest, registration_of
-from web.api.fields import DeviceId, Fingerprint, Hex, Output, Timestamp
+from web.api.fields import AnswerModel, DeviceId, Fingerprint, Hex, Timestamp
 from web.api.problems import FieldErrorModel
 from web.api.routing import Answers, Call, Reply, Route, RowBody, input_invalid, tagged
 from workflows.bulk.rows import CsvRows, NdjsonRows, Row, Rows
@@ -23,7 +23,7 @@ from workflows.bulk.terms import Candidate, RowFailed
 from workflows.bulk.upload import Answer
 
 
-class RowAnswer(Output):
+class RowAnswer(AnswerModel):
     """A device, or with `code` and `detail` what is wrong with the row; `stopped`: no row after it was looked at.
 
     `repeated`: the device was there already. Link and password, or certificate and chain, are there where a row

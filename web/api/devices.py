@@ -13,6 +13,7 @@ from core.roles import Permission
 from store.certificates import CertificateRecord
 from store.devices import DeviceFilter, DeviceRecord
 from web.api.fields import (
+    AnswerModel,
     BundleFormatName,
     BundlePassword,
     Cursor,
@@ -20,13 +21,12 @@ from web.api.fields import (
     ExternalId,
     Fingerprint,
     Hex,
-    Input,
     KeyTypeName,
     Limit,
     Metadata,
     Name,
-    Output,
     Place,
+    RequestModel,
     ShortText,
     StatusName,
     Time,
@@ -38,7 +38,7 @@ from workflows.devices import DeviceDetails
 from workflows.terms import Registration
 
 
-class TopicModel(Input):
+class TopicModel(RequestModel):
     """A topic filter with what the device may do there; `{id}` stands for its id."""
 
     filter: Annotated[str, Field(min_length=1, max_length=256, examples=["devices/{id}/#"])]
@@ -48,7 +48,7 @@ class TopicModel(Input):
 Topics = Annotated[list[TopicModel], Field(min_length=1, max_length=32)]
 
 
-class PendingRequest(Input):
+class PendingRequest(RequestModel):
     """A device to be known, which enrols by itself later."""
 
     name: Name
@@ -59,7 +59,7 @@ class PendingRequest(Input):
     topics: Topics | None = None
 
 
-class RegisterRequest(Input):
+class RegisterRequest(RequestModel):
     """A device to register. With a `csr` the device keeps its own key, and no bundle is made."""
 
     name: Name
@@ -76,7 +76,7 @@ class RegisterRequest(Input):
     external_id: ExternalId | None = None
 
 
-class RegisterAnswer(Output):
+class RegisterAnswer(AnswerModel):
     """The new device; a link and a password, or with a `csr` the certificate and its chain."""
 
     device_id: DeviceId
@@ -99,7 +99,7 @@ def _of_changes(schema: dict[str, Any]) -> None:
         field.pop("default", None)  # what is left out is kept
 
 
-class PatchRequest(Input):
+class PatchRequest(RequestModel):
     """What to change of a device; `topics: null` gives it the default topics again."""
 
     model_config = ConfigDict(json_schema_extra=_of_changes)
@@ -118,7 +118,7 @@ class PatchRequest(Input):
         return self
 
 
-class CertificateModel(Output):
+class CertificateModel(AnswerModel):
     """A certificate of a device."""
 
     serial_number: Hex
@@ -132,7 +132,7 @@ class CertificateModel(Output):
     certificate: str
 
 
-class DeviceSummary(Output):
+class DeviceSummary(AnswerModel):
     """A device as a list shows it; from `renewable_from` on it may renew its certificate by itself."""
 
     device_id: DeviceId
@@ -159,7 +159,7 @@ class DeviceModel(DeviceSummary):
     certificate: CertificateModel | None
 
 
-class DevicePage(Output):
+class DevicePage(AnswerModel):
     """Devices, newest first; `next_cursor` is null on the last page, and nothing else shows that it is the last.
 
     A page is short, or empty, where more than one filter, or `q`, had it look at many devices for few that fit.
@@ -169,13 +169,13 @@ class DevicePage(Output):
     next_cursor: str | None
 
 
-class CertificateList(Output):
+class CertificateList(AnswerModel):
     """Every certificate a device has had, newest first."""
 
     certificates: list[CertificateModel]
 
 
-class DeviceQuery(Input):
+class DeviceQuery(RequestModel):
     """Which devices to list."""
 
     status: StatusName | None = None
@@ -192,16 +192,15 @@ def register(call: Call, body: RegisterRequest) -> Reply:
     """Register a device and make its credentials, or sign its CSR."""
     registered = call.portal.onboarding.register(call.actor, registration_of(body), call.idempotency_key)
     location = {"Location": f"/devices/{registered.device_id}"}
-    answer = RegisterAnswer.model_validate(registered, from_attributes=True)
-    return Reply(answer, status=201, headers=location, omit_none=True)
+    return Reply(RegisterAnswer.of(registered), status=201, headers=location, omit_none=True)
 
 
 def list_devices(call: Call, query: DeviceQuery) -> Reply:
     """List devices, newest first; with `expires_before` those that end soonest first."""
-    wanted = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}))
-    page = call.portal.inventory.devices(call.actor.tenant_id, wanted, limit=query.limit, cursor=query.cursor)
+    filters = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}))
+    page = call.portal.inventory.devices(call.actor.tenant_id, filters, limit=query.limit, cursor=query.cursor)
     summaries = [
-        DeviceSummary(**_dates(call, device, not_before, not_after), **_fields(device))
+        DeviceSummary.of(device, device_id=device.id, **_dates(call, device, not_before, not_after))
         for device, not_after, not_before in page.devices
     ]
     return Reply(DevicePage(devices=summaries, next_cursor=page.cursor))
@@ -235,12 +234,6 @@ def _pairs(topics: list[TopicModel] | None) -> list[tuple[str, str]] | None:
     return None if topics is None else [(topic.filter, topic.access) for topic in topics]
 
 
-def _fields(record: DeviceRecord) -> dict[str, Any]:
-    others = ("device_id", "expires_at", "renewable_from")
-    fields = {name: getattr(record, name) for name in DeviceSummary.model_fields if name not in others}
-    return fields | {"device_id": record.id}
-
-
 def _dates(
     call: Call, device: DeviceRecord, not_before: datetime | None, not_after: datetime | None
 ) -> dict[str, datetime | None]:
@@ -253,10 +246,10 @@ def _dates(
 def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
     certificate = details.certificate
     not_before, not_after = (certificate.not_before, certificate.not_after) if certificate else (None, None)
-    return DeviceModel(
+    return DeviceModel.of(
+        details.device,
         **_dates(call, details.device, not_before, not_after),
-        **_fields(details.device),
-        metadata=details.device.metadata,
+        device_id=details.device.id,
         topics=[TopicModel(filter=topic.filter, access=topic.access.value) for topic in details.topics],
         broker="applied" if details.applied else "pending",
         certificate=None if certificate is None else _certificate_model(certificate),
@@ -264,8 +257,7 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
 
 
 def _certificate_model(record: CertificateRecord) -> CertificateModel:
-    fields = {name: getattr(record, name) for name in CertificateModel.model_fields if name != "certificate"}
-    return CertificateModel(**fields, certificate=ssl.DER_cert_to_PEM_cert(record.der))
+    return CertificateModel.of(record, certificate=ssl.DER_cert_to_PEM_cert(record.der))
 
 
 ROUTES = tagged(

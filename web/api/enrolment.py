@@ -13,13 +13,13 @@ from core.states import Approval, ManufacturerStatus
 from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord, ManufacturerRecord
 from web.api.devices import PendingRequest, registration_of
 from web.api.fields import (
+    AnswerModel,
     DeviceId,
     Fingerprint,
-    Input,
     KeyTypeName,
     Name,
-    Output,
     Place,
+    RequestModel,
     ShortText,
     StatusName,
     Timestamp,
@@ -33,20 +33,20 @@ Days = Annotated[int, Field(ge=1, le=36500), WholeNumber]
 Pem = Annotated[str, Field(max_length=16384, description="One certificate in PEM")]
 
 
-class DecisionAnswer(Output):
+class DecisionAnswer(AnswerModel):
     """A device about which an operator has decided."""
 
     device_id: DeviceId
     status: StatusName
 
 
-class ApproveRequest(Input):
+class ApproveRequest(RequestModel):
     """Which key to approve; left out, the one that the device has asked with."""
 
     key_fingerprint: Fingerprint | None = None
 
 
-class EnrolmentModel(Output):
+class EnrolmentModel(AnswerModel):
     """What a device has asked for last: `key_fingerprint` is the SHA-256 of its key, to be compared with the device.
 
     `again`: the device is in, and has asked for a certificate for another key.
@@ -60,7 +60,7 @@ class EnrolmentModel(Output):
     again: bool
 
 
-class AskingModel(Output):
+class AskingModel(AnswerModel):
     """A device that waits for an operator; `again` where it is in and asks for a certificate for another key."""
 
     device_id: DeviceId
@@ -72,13 +72,13 @@ class AskingModel(Output):
     asked_at: Timestamp
 
 
-class AskingList(Output):
+class AskingList(AnswerModel):
     """The thousand that have waited longest."""
 
     enrolments: list[AskingModel]
 
 
-class TermsRequest(Input):
+class TermsRequest(RequestModel):
     """What becomes of the devices: `name_template` is their name, `{serial}` standing for their own number."""
 
     type: ShortText = "device"
@@ -105,7 +105,7 @@ class EnrolmentTokenRequest(TermsRequest):
         return self
 
 
-class TermsModel(Output):
+class TermsModel(AnswerModel):
     """What becomes of the devices."""
 
     type: str
@@ -136,7 +136,7 @@ class NewEnrolmentTokenModel(EnrolmentTokenModel):
     token: str
 
 
-class EnrolmentTokenList(Output):
+class EnrolmentTokenList(AnswerModel):
     """The newest thousand tokens, newest first."""
 
     enrolment_tokens: list[EnrolmentTokenModel]
@@ -149,7 +149,7 @@ class ManufacturerRequest(TermsRequest):
     certificate: Pem
 
 
-class ProofRequest(Input):
+class ProofRequest(RequestModel):
     """That somebody has the CA's key: a certificate it has signed, the nonce its common name; or its signature."""
 
     certificate: Pem | None = None
@@ -178,7 +178,7 @@ class ManufacturerModel(TermsModel):
     certificate: str
 
 
-class ManufacturerList(Output):
+class ManufacturerList(AnswerModel):
     """Every manufacturer, newest first."""
 
     manufacturers: list[ManufacturerModel]
@@ -193,25 +193,14 @@ def expect_device(call: Call, body: PendingRequest) -> Reply:
 
 def show_enrolment(call: Call, device_id: str) -> Reply:
     """Show what a device has asked for last, with the fingerprint of its key."""
-    record, again = call.portal.approvals.request_of(call.actor.tenant_id, device_id)
-    return Reply(
-        EnrolmentModel(
-            device_id=record.device_id,
-            enrolment_token_id=record.token_id,
-            manufacturer_id=record.manufacturer_id,
-            key_fingerprint=(again or record).key_fingerprint,
-            status=(again or record).status,
-            again=again is not None,
-        )
-    )
+    first, again = call.portal.approvals.request_of(call.actor.tenant_id, device_id)
+    return Reply(EnrolmentModel.of(again or first, first, enrolment_token_id=first.token_id, again=again is not None))
 
 
 def list_enrolments(call: Call) -> Reply:
     """List the devices that wait for an operator, who has waited longest first."""
     found = call.portal.approvals.asking(call.actor.tenant_id)
-    plain = ("device_id", "name", "again", "key_fingerprint", "manufacturer_id", "asked_at")
-    rows = [({name: getattr(item, name) for name in plain}, item.token_id) for item in found]
-    return Reply(AskingList(enrolments=[AskingModel(**row, enrolment_token_id=token) for row, token in rows]))
+    return Reply(AskingList(enrolments=[AskingModel.of(item, enrolment_token_id=item.token_id) for item in found]))
 
 
 def approve(call: Call, device_id: str, body: ApproveRequest) -> Reply:
@@ -232,7 +221,7 @@ def reject(call: Call, device_id: str) -> Reply:
 def list_enrolment_tokens(call: Call) -> Reply:
     """List enrolment tokens, newest first, without their secrets."""
     records = call.portal.enrolment_tokens.tokens(call.actor.tenant_id)
-    return Reply(EnrolmentTokenList(enrolment_tokens=[EnrolmentTokenModel(**_fields(record)) for record in records]))
+    return Reply(EnrolmentTokenList(enrolment_tokens=[_token(record) for record in records]))
 
 
 def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> Reply:
@@ -240,52 +229,47 @@ def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> Reply:
     secret, record = call.portal.enrolment_tokens.create(
         call.actor,
         body.name,
-        terms_of(body),
+        _profile(body),
         device_id=body.device_id,
         count=body.count,
         life=timedelta(hours=body.expires_in_hours),
     )
-    return Reply(NewEnrolmentTokenModel(**_fields(record), token=secret), status=201)
+    return Reply(NewEnrolmentTokenModel.of(_token(record), token=secret), status=201)
 
 
 def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> Reply:
     """Revoke an enrolment token; devices that have enrolled by it stay."""
     record = call.portal.enrolment_tokens.revoke(call.actor, enrolment_token_id)
-    return Reply(EnrolmentTokenModel(**_fields(record)))
+    return Reply(_token(record))
 
 
-def terms_of(wanted: TermsRequest) -> EnrolmentProfile:
-    """What becomes of the devices, as the use cases take it."""
-    fields = {name: getattr(wanted, name) for name in TermsRequest.model_fields}
-    return EnrolmentProfile(**{**fields, "key_types": tuple(wanted.key_types), "approval": Approval(wanted.approval)})
+def _profile(body: TermsRequest) -> EnrolmentProfile:
+    fields = {name: getattr(body, name) for name in TermsRequest.model_fields}
+    return EnrolmentProfile(**{**fields, "key_types": tuple(body.key_types), "approval": Approval(body.approval)})
 
 
-def terms_fields(terms: EnrolmentProfile) -> dict[str, object]:
-    """The same, as it is shown."""
-    return {name: getattr(terms, name) for name in TermsModel.model_fields} | {"key_types": list(terms.key_types)}
+def _token(record: EnrolmentTokenRecord) -> EnrolmentTokenModel:
+    return EnrolmentTokenModel.of(record, record.terms, enrolment_token_id=record.id, count=record.uses_allowed)
 
 
-def _fields(record: EnrolmentTokenRecord) -> dict[str, object]:
-    plain = ("name", "device_id", "uses", "created_at", "expires_at", "revoked_at")
-    fields = {name: getattr(record, name) for name in plain}
-    return fields | {"enrolment_token_id": record.id, "count": record.uses_allowed} | terms_fields(record.terms)
+# --- Manufacturers ------------------------------------------------------------------------------------------------
 
 
 def list_manufacturers(call: Call) -> Reply:
     """List manufacturers, newest first."""
     records = call.portal.manufacturers.manufacturers(call.actor.tenant_id)
-    return Reply(ManufacturerList(manufacturers=[_model(record) for record in records]))
+    return Reply(ManufacturerList(manufacturers=[_manufacturer(record) for record in records]))
 
 
 def add_manufacturer(call: Call, body: ManufacturerRequest) -> Reply:
     """Add a manufacturer's CA; it counts for nothing before its proof."""
-    record = call.portal.manufacturers.add(call.actor, body.name, body.certificate, terms_of(body))
-    return Reply(_model(record), status=201)
+    record = call.portal.manufacturers.add(call.actor, body.name, body.certificate, _profile(body))
+    return Reply(_manufacturer(record), status=201)
 
 
 def show_manufacturer(call: Call, manufacturer_id: str) -> Reply:
     """Show a manufacturer, with the nonce to be signed while it is unproven."""
-    return Reply(_model(call.portal.manufacturers.manufacturer(call.actor.tenant_id, manufacturer_id)))
+    return Reply(_manufacturer(call.portal.manufacturers.manufacturer(call.actor.tenant_id, manufacturer_id)))
 
 
 def prove_manufacturer(call: Call, manufacturer_id: str, body: ProofRequest) -> Reply:
@@ -293,20 +277,19 @@ def prove_manufacturer(call: Call, manufacturer_id: str, body: ProofRequest) -> 
     record = call.portal.manufacturers.prove(
         call.actor, manufacturer_id, certificate=body.certificate, signature=body.signature
     )
-    return Reply(_model(record))
+    return Reply(_manufacturer(record))
 
 
 def remove_manufacturer(call: Call, manufacturer_id: str) -> Reply:
     """Let nobody in by this CA any more; devices that have enrolled by it stay."""
-    return Reply(_model(call.portal.manufacturers.remove(call.actor, manufacturer_id)))
+    return Reply(_manufacturer(call.portal.manufacturers.remove(call.actor, manufacturer_id)))
 
 
-def _model(record: ManufacturerRecord) -> ManufacturerModel:
-    plain = ("name", "status", "fingerprint", "not_after", "created_at", "proven_at", "removed_at")
+def _manufacturer(record: ManufacturerRecord) -> ManufacturerModel:
     unproven = record.status is ManufacturerStatus.UNPROVEN
-    return ManufacturerModel(
-        **{name: getattr(record, name) for name in plain},
-        **terms_fields(record.terms),
+    return ManufacturerModel.of(
+        record,
+        record.terms,
         manufacturer_id=record.id,
         nonce=record.nonce if unproven else None,
         nonce_expires_at=record.nonce_expires_at if unproven else None,

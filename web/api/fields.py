@@ -6,7 +6,7 @@ import json
 import math
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
@@ -138,13 +138,27 @@ WholeNumber = BeforeValidator(_read_whole_number)
 Cursor = Annotated[str, Field(max_length=128, pattern=_CURSOR)]
 
 
-class Input(BaseModel):
-    """A request: unknown fields are refused, nothing is converted silently."""
+class RequestModel(BaseModel):
+    """The body or the query of a request: unknown fields are refused, nothing is converted silently."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class Output(BaseModel):
-    """An answer."""
+class AnswerModel(BaseModel):
+    """The body of an answer, or a part of it."""
 
     model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def of(cls, *sources: object, **values: object) -> Self:
+        """Return an answer with ``values``; other fields are attributes of the same name of the first source with one.
+
+        Example::
+
+            TokenModel.of(record, token_id=record.id)
+        """
+        for source in sources:
+            for name in cls.model_fields:
+                if name not in values and hasattr(source, name):
+                    values[name] = getattr(source, name)
+        return cls.model_validate(values)

@@ -8,15 +8,15 @@ from pydantic import Field
 
 from core.roles import Permission
 from web.api.fields import (
+    AnswerModel,
     BundleFormatName,
     BundlePassword,
     DeviceId,
     Fingerprint,
     Hex,
-    Input,
     KeyTypeName,
-    Output,
     ReasonName,
+    RequestModel,
     Timestamp,
     WholeNumber,
 )
@@ -26,7 +26,7 @@ from workflows.renewal import Renewal
 from workflows.suspension import Suspended
 
 
-class SuspensionAnswer(Output):
+class SuspensionAnswer(AnswerModel):
     """`enforced`: the broker was seen to obey; `pending`: it is recorded, and the broker has yet to be told."""
 
     device_id: DeviceId
@@ -36,7 +36,7 @@ class SuspensionAnswer(Output):
     broker_problem: str | None = None
 
 
-class RenewRequest(Input):
+class RenewRequest(RequestModel):
     """How to renew. With a `csr` the device keeps its own key, and no bundle is made.
 
     The certificate before goes on for `overlap_hours`; with `when_used` it ends earlier, once the device has shown the
@@ -52,7 +52,7 @@ class RenewRequest(Input):
     revoke_previous: Literal["after_overlap", "when_used"] = "after_overlap"
 
 
-class RenewAnswer(Output):
+class RenewAnswer(AnswerModel):
     """The new certificate; a link and a password, or with a `csr` the certificate and its chain.
 
     `previous_valid_until`: until when a certificate before it goes on, if any does. `broker` is there where older
@@ -74,13 +74,13 @@ class RenewAnswer(Output):
     broker_problem: str | None = None
 
 
-class RevokeRequest(Input):
+class RevokeRequest(RequestModel):
     """Why a device is revoked: a reason of RFC 5280 section 5.3.1."""
 
     reason: ReasonName = "unspecified"
 
 
-class RevokeAnswer(Output):
+class RevokeAnswer(AnswerModel):
     """`enforced`: the broker was seen to refuse it; `pending`: it is revoked, and the broker has yet to be told."""
 
     device_id: DeviceId
@@ -99,9 +99,9 @@ def renew(call: Call, device_id: str, body: RenewRequest) -> Reply:
         when_used=body.revoke_previous == "when_used",
     )
     renewed = call.portal.renewals.renew(call.actor, device_id, renewal, call.idempotency_key)
-    fields = {name: getattr(renewed, name) for name in RenewAnswer.model_fields if hasattr(renewed, name)}
     broker = None if not renewed.ended else "enforced" if renewed.problem is None else "pending"
-    return Reply(RenewAnswer(**fields, broker=broker, broker_problem=renewed.problem), status=201, omit_none=True)
+    answer = RenewAnswer.of(renewed, broker=broker, broker_problem=renewed.problem)
+    return Reply(answer, status=201, omit_none=True)
 
 
 def suspend(call: Call, device_id: str) -> Reply:
@@ -118,11 +118,9 @@ def revoke(call: Call, device_id: str, body: RevokeRequest) -> Reply:
     """Revoke a device for good and put it out of the broker."""
     revoked = call.portal.onboarding.revoke(call.actor, device_id, body.reason)
     return Reply(
-        RevokeAnswer(
-            device_id=revoked.device_id,
+        RevokeAnswer.of(
+            revoked,
             status="revoked",
-            revoked_at=revoked.revoked_at,
-            reason=revoked.reason,
             broker="enforced" if revoked.enforced else "pending",
             broker_problem=revoked.problem,
         )

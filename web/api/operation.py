@@ -6,17 +6,17 @@ from typing import Literal
 
 from core import metrics, roles
 from core.roles import Permission
-from web.api.fields import Output
+from web.api.fields import AnswerModel
 from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
 
 
-class HealthModel(Output):
+class HealthModel(AnswerModel):
     """The portal is alive."""
 
     status: Literal["ok"]
 
 
-class CheckModel(Output):
+class CheckModel(AnswerModel):
     """One thing the portal depends on; `code` is stable, `problem` tells operators what is wrong and what to do."""
 
     name: str
@@ -25,7 +25,7 @@ class CheckModel(Output):
     problem: str | None = None
 
 
-class ReadyModel(Output):
+class ReadyModel(AnswerModel):
     """Whether the portal can do its work, each dependency by itself."""
 
     status: Literal["ready", "not ready"]

@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from core import errors
 from core.errors import FieldProblem, InputInvalid, PortalError, TooManyAttempts
-from web.api.fields import Output
+from web.api.fields import AnswerModel
 
 MEDIA_TYPE = "application/problem+json"
 # Below this path errors are a sentence in plain text, for a person who looks at what a device has received (RFC 7030
@@ -42,14 +42,14 @@ _OF_FLASK = {
 _OF_ANOTHER_KIND = ("refused", "The request cannot be taken as it is; see GET /docs.")
 
 
-class FieldErrorModel(Output):
+class FieldErrorModel(AnswerModel):
     """One thing wrong with one field."""
 
     field: str
     message: str
 
 
-class ProblemModel(Output):
+class ProblemModel(AnswerModel):
     """An error (RFC 9457): `detail` says in one sentence what is wrong and what to do, `code` is stable."""
 
     type: str

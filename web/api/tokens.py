@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
@@ -11,11 +10,11 @@ from pydantic import Field
 from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission, Role
 from store.tenants import TokenRecord
-from web.api.fields import Cursor, Input, Limit, Output, Place, RoleName, ShortText, Timestamp, WholeNumber
+from web.api.fields import AnswerModel, Cursor, Limit, Place, RequestModel, RoleName, ShortText, Timestamp, WholeNumber
 from web.api.routing import Answers, Call, Reply, Route, tagged
 
 
-class TokenRequest(Input):
+class TokenRequest(RequestModel):
     """A token to make; without `expires_in_days` it lasts until it is revoked."""
 
     name: ShortText
@@ -23,7 +22,7 @@ class TokenRequest(Input):
     expires_in_days: Annotated[int, Field(ge=1, le=3650), WholeNumber] | None = None
 
 
-class TokenModel(Output):
+class TokenModel(AnswerModel):
     """An operator token, without its secret."""
 
     token_id: str
@@ -40,13 +39,13 @@ class NewTokenModel(TokenModel):
     token: str
 
 
-class TokenList(Output):
+class TokenList(AnswerModel):
     """Every token, newest first."""
 
     tokens: list[TokenModel]
 
 
-class AuditQuery(Input):
+class AuditQuery(RequestModel):
     """Which entries of the audit record to list."""
 
     actor: ShortText | None = None
@@ -57,7 +56,7 @@ class AuditQuery(Input):
     cursor: Cursor | None = None
 
 
-class AuditEntryModel(Output):
+class AuditEntryModel(AnswerModel):
     """One entry of the audit record."""
 
     id: int
@@ -71,7 +70,7 @@ class AuditEntryModel(Output):
     detail: dict[str, Any]
 
 
-class AuditPage(Output):
+class AuditPage(AnswerModel):
     """Entries, newest first; `next_cursor` is null on the last page, and nothing else shows that it is the last.
 
     A page is short, or empty, where `actor`, `action` or `outcome` had it look at a thousand entries for fewer.
@@ -84,19 +83,19 @@ class AuditPage(Output):
 def list_tokens(call: Call) -> Reply:
     """List operator tokens, newest first, without their secrets."""
     records = call.portal.operators.tokens(call.actor.tenant_id)
-    return Reply(TokenList(tokens=[TokenModel(**_fields(record)) for record in records]))
+    return Reply(TokenList(tokens=[_token(record) for record in records]))
 
 
 def create_token(call: Call, body: TokenRequest) -> Reply:
     """Make an operator token; its secret is in this answer and nowhere else."""
     life = None if body.expires_in_days is None else timedelta(days=body.expires_in_days)
     secret, record = call.portal.operators.create(call.actor, body.name, Role(body.role), life)
-    return Reply(NewTokenModel(**_fields(record), token=secret), status=201)
+    return Reply(NewTokenModel.of(record, token_id=record.id, token=secret), status=201)
 
 
 def revoke_token(call: Call, token_id: str) -> Reply:
     """Revoke an operator token."""
-    return Reply(TokenModel(**_fields(call.portal.operators.revoke(call.actor, token_id))))
+    return Reply(_token(call.portal.operators.revoke(call.actor, token_id)))
 
 
 def list_audit(call: Call, query: AuditQuery) -> Reply:
@@ -109,14 +108,12 @@ def list_audit(call: Call, query: AuditQuery) -> Reply:
     found, more_before = call.portal.operators.audit(
         call.actor.tenant_id, limit=query.limit, before=before, filters=filters
     )
-    entries = [AuditEntryModel(**dataclasses.asdict(entry)) for entry in found]
+    entries = [AuditEntryModel.of(entry) for entry in found]
     return Reply(AuditPage(entries=entries, next_cursor=None if more_before is None else str(more_before)))
 
 
-def _fields(record: TokenRecord) -> dict[str, object]:
-    return {"token_id": record.id} | {
-        name: getattr(record, name) for name in TokenModel.model_fields if name != "token_id"
-    }
+def _token(record: TokenRecord) -> TokenModel:
+    return TokenModel.of(record, token_id=record.id)
 
 
 ROUTES = tagged(

@@ -10,7 +10,7 @@ from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission
 from core.states import EventDeliveryStatus
 from store.webhooks import Backlog, EventDeliveryRecord, WebhookRecord
-from web.api.fields import Cursor, Input, Limit, Output, ShortText, Timestamp, WholeNumber
+from web.api.fields import AnswerModel, Cursor, Limit, RequestModel, ShortText, Timestamp, WholeNumber
 from web.api.routing import Answers, Call, Reply, Route, tagged
 from workflows.events import EventType
 from workflows.webhooks.subscriptions import NOTHING
@@ -33,7 +33,7 @@ if set(EventName.__args__) != set(EventType):  # type: ignore[attr-defined]
     raise AssertionError("the interface's types of events must be those of the room below")
 
 
-class WebhookRequest(Input):
+class WebhookRequest(RequestModel):
     """A receiver to tell of events; without `events` of all of them, those of later versions too."""
 
     name: ShortText
@@ -41,7 +41,7 @@ class WebhookRequest(Input):
     events: Annotated[list[EventName], Field(min_length=1, max_length=32)] | None = None
 
 
-class WebhookModel(Output):
+class WebhookModel(AnswerModel):
     """A subscription; `events` is empty where it is to all. `oldest_waiting_at` is null where nothing waits."""
 
     webhook_id: str
@@ -60,13 +60,13 @@ class NewWebhookModel(WebhookModel):
     secret: str
 
 
-class WebhookList(Output):
+class WebhookList(AnswerModel):
     """Every subscription, oldest first."""
 
     webhooks: list[WebhookModel]
 
 
-class WebhookDeliveryQuery(Input):
+class WebhookDeliveryQuery(RequestModel):
     """Which deliveries to list."""
 
     status: DeliveryStatus | None = None
@@ -74,7 +74,7 @@ class WebhookDeliveryQuery(Input):
     cursor: Cursor | None = None
 
 
-class WebhookDeliveryModel(Output):
+class WebhookDeliveryModel(AnswerModel):
     """An event on its way to the receiver: `dead` is what was given up, `next_at` when a waiting one is tried again."""
 
     delivery_id: int
@@ -89,14 +89,14 @@ class WebhookDeliveryModel(Output):
     ended_at: Timestamp | None
 
 
-class WebhookDeliveryPage(Output):
+class WebhookDeliveryPage(AnswerModel):
     """Deliveries, newest first; `next_cursor` is null on the last page."""
 
     deliveries: list[WebhookDeliveryModel]
     next_cursor: str | None
 
 
-class RedeliverRequest(Input):
+class RedeliverRequest(RequestModel):
     """What to send again: the deliveries named, if they have ended, or without them all that were given up."""
 
     delivery_ids: (
@@ -104,13 +104,13 @@ class RedeliverRequest(Input):
     ) = None
 
 
-class RedeliverAnswer(Output):
+class RedeliverAnswer(AnswerModel):
     """How many deliveries are sent again, each with the id of its event."""
 
     redelivered: int
 
 
-class WebhookTestAnswer(Output):
+class WebhookTestAnswer(AnswerModel):
     """How a test event fared: the status that the receiver answered, or the problem in one sentence."""
 
     delivered: bool
@@ -122,19 +122,19 @@ class WebhookTestAnswer(Output):
 def list_webhooks(call: Call) -> Reply:
     """List webhooks, oldest first, with what waits for each."""
     found = call.portal.webhooks.all(call.actor.tenant_id)
-    return Reply(WebhookList(webhooks=[WebhookModel(**_fields(record, backlog)) for record, backlog in found]))
+    return Reply(WebhookList(webhooks=[_webhook(record, backlog) for record, backlog in found]))
 
 
 def create_webhook(call: Call, body: WebhookRequest) -> Reply:
     """Send events to a receiver from now on."""
     types = [EventType(name) for name in body.events or ()]
     secret, record = call.portal.webhooks.create(call.actor, body.name, body.url, types)
-    return Reply(NewWebhookModel(**_fields(record, NOTHING), secret=secret), status=201)
+    return Reply(NewWebhookModel.of(_webhook(record, NOTHING), secret=secret), status=201)
 
 
 def delete_webhook(call: Call, webhook_id: str) -> Reply:
     """Send nothing more to a receiver."""
-    return Reply(WebhookModel(**_fields(*call.portal.webhooks.delete(call.actor, webhook_id))))
+    return Reply(_webhook(*call.portal.webhooks.delete(call.actor, webhook_id)))
 
 
 def list_webhook_deliveries(call: Call, webhook_id: str, query: WebhookDeliveryQuery) -> Reply:
@@ -163,34 +163,16 @@ def redeliver(call: Call, webhook_id: str, body: RedeliverRequest) -> Reply:
 def try_webhook(call: Call, webhook_id: str) -> Reply:
     """Send a receiver a test event now, once."""
     sent = call.portal.webhooks.test(call.actor, webhook_id)
-    return Reply(
-        WebhookTestAnswer(
-            delivered=sent.delivered,
-            status=sent.status,
-            problem=sent.problem,
-            milliseconds=round(sent.seconds * 1000),
-        )
-    )
+    return Reply(WebhookTestAnswer.of(sent, milliseconds=round(sent.seconds * 1000)))
 
 
-def _fields(record: WebhookRecord, backlog: Backlog) -> dict[str, object]:
-    return {
-        "webhook_id": record.id,
-        "name": record.name,
-        "url": record.url,
-        "events": list(record.events),
-        "created_at": record.created_at,
-        "waiting": backlog.waiting,
-        "oldest_waiting_at": backlog.oldest,
-        "dead": backlog.dead,
-    }
+def _webhook(record: WebhookRecord, backlog: Backlog) -> WebhookModel:
+    return WebhookModel.of(record, backlog, webhook_id=record.id, oldest_waiting_at=backlog.oldest)
 
 
 def _delivery(record: EventDeliveryRecord) -> WebhookDeliveryModel:
-    fields = {name: getattr(record, name) for name in WebhookDeliveryModel.model_fields if name != "delivery_id"}
-    if record.status is not EventDeliveryStatus.WAITING:
-        fields["next_at"] = None
-    return WebhookDeliveryModel(delivery_id=record.id, **fields)
+    next_at = record.next_at if record.status is EventDeliveryStatus.WAITING else None
+    return WebhookDeliveryModel.of(record, delivery_id=record.id, next_at=next_at)
 
 
 ROUTES = tagged(
