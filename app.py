@@ -130,7 +130,7 @@ def _begin() -> None:
         adapter = current_app.create_url_adapter(request)
         if adapter is None or not routing.is_on_pki_listener(adapter, _ROUTE_OF):
             raise errors.NotFound(
-                "Only CRLs, OCSP and CA certificates are served here; use the portal's HTTPS address."
+                "Only CRLs, OCSP and CA certificates are served at this address; use the portal's HTTPS address."
             )
 
 

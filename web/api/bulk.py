@@ -24,10 +24,10 @@ from workflows.bulk.upload import Answer
 
 
 class RowAnswer(AnswerModel):
-    """A device, or with `code` and `detail` what is wrong with the row; `stopped`: no row after it was looked at.
+    """The device of a row, or in `code` and `detail` what is wrong with it; `stopped`: the rows after it were not read.
 
-    `repeated`: the device was there already. Link and password, or certificate and chain, are there where a row
-    makes new ones: for a device that was there, where its bundle had not been fetched; the link before is dead then.
+    `repeated`: the device existed already. Link and password, or certificate and chain, are present if the row made new
+    ones: for an existing device only if its bundle had not been fetched yet, and its previous link no longer works.
     """
 
     row: int
@@ -49,46 +49,46 @@ class RowAnswer(AnswerModel):
 
 
 NDJSON, CSV = "application/x-ndjson", "text/csv"
-GATHER_SECONDS = 0.02  # for which a batch that is not full waits for more
+GATHER_SECONDS = 0.02  # that a batch which is not full waits for more rows
 PART = 64 * 1024
 COLUMNS = frozenset(RegisterRequest.model_fields)
 REQUIRED = frozenset(name for name, field in RegisterRequest.model_fields.items() if field.is_required())
 _JSON_COLUMNS = ("metadata", "topics")
 
 
-class Body(Protocol):
-    """A body while it arrives: see ``serving_streaming.StreamedInput``."""
+class ArrivingBody(Protocol):
+    """A body that is read while it arrives, as ``web.serving_streaming.StreamedInput``."""
 
     def read_some(self, wait: float | None = None) -> bytes | None:
-        """What has arrived, empty at the end, ``None`` where nothing comes in ``wait`` seconds."""
+        """Return the bytes that have arrived, none at the end, ``None`` if nothing arrives in ``wait`` seconds."""
 
     def check(self) -> None:
-        """Raise ``PortalStopping`` where no more rows are to be begun."""
+        """Raise ``PortalStopping`` if the portal is stopping, so that no more rows are begun."""
 
 
 class WholeBody:
-    """The body under another server than the portal's, which knows its length."""
+    """The body under a server whose ``wsgi.input`` is read to a known length."""
 
     def __init__(self, environ: Mapping[str, Any], limit: int) -> None:
         self._file = environ["wsgi.input"]
         self._left = int(environ.get("CONTENT_LENGTH") or 0)
         if self._left > limit:
-            raise BodyTooLarge(f"The body of an upload must not be longer than {limit} bytes.")
+            raise BodyTooLarge(f"The body must not be longer than {limit} bytes; see PORTAL_BULK_MAX_BYTES.")
 
     def check(self) -> None:
-        """Never stop."""
+        """Do nothing."""
 
     def read_some(self, wait: float | None = None) -> bytes | None:
-        """The next part."""
+        """Return the next part, empty at the end."""
         part: bytes = self._file.read(min(PART, self._left))
         self._left -= len(part)
         return part
 
 
 class UploadedRows:
-    """The rows of a body, as ``bulk_terms.Source`` has them."""
+    """The rows of a body, as ``workflows.bulk.terms.Source`` describes them."""
 
-    def __init__(self, body: Body, media_type: str, *, most: int) -> None:
+    def __init__(self, body: ArrivingBody, media_type: str, *, most: int) -> None:
         self._body = body
         self._csv = CsvRows(COLUMNS, REQUIRED) if media_type == CSV else None
         self._rows: Rows = self._csv or NdjsonRows()
@@ -99,7 +99,7 @@ class UploadedRows:
         self._taken = 0
 
     def begin(self) -> None:
-        """Read the row that names the columns, where there is one; raises ``InputInvalid``, and what ends a body."""
+        """Read the row of a CSV that names the columns; raise ``InputInvalid``, or the error that ended the body."""
         if self._csv is None:
             return
         while not self._csv.has_header and not self._ended:
@@ -113,11 +113,11 @@ class UploadedRows:
 
     @property
     def next_row(self) -> int:
-        """The number of the row that comes after all that were taken."""
+        """Return the number of the next row to be taken, from 1 on."""
         return self._taken + 1
 
     def take(self, most: int, *, wait: bool) -> Sequence[Candidate] | None:
-        """At most so many rows; see ``bulk_terms.Source``."""
+        """Return at most ``most`` rows; see ``Source``."""
         self._body.check()
         while len(self._ready) < most and not self._ended:
             patience = None if wait and not self._ready else GATHER_SECONDS if wait else 0
@@ -132,7 +132,7 @@ class UploadedRows:
         return () if self._ended else None
 
     def _read(self, patience: float | None) -> bool:
-        """Read what arrives in so many seconds; returns whether anything did."""
+        """Read what arrives in ``patience`` seconds; return whether anything did."""
         try:
             part = self._body.read_some(patience)
             if part is None:
@@ -151,7 +151,7 @@ class UploadedRows:
 
 
 def candidate_of(row: Row) -> Candidate:
-    """A row as the use case wants it: checked by the model of ``POST /register``."""
+    """Return a row checked by the model of ``POST /register``."""
     if row.problem is not None:
         return Candidate(row.number, None, row.problem)
     try:
@@ -168,7 +168,7 @@ def candidate_of(row: Row) -> Candidate:
 
 
 def _json_of(cells: Mapping[str, str]) -> str:
-    """The cells of a row of CSV as the JSON object that they stand for; raises ``InputInvalid``."""
+    """Return the cells of a row of CSV as a JSON object; raise ``InputInvalid``."""
     values: dict[str, Any] = dict(cells)
     for name in _JSON_COLUMNS:
         if name in values:
@@ -185,11 +185,11 @@ def _json_of(cells: Mapping[str, str]) -> str:
 
 
 def _bad_cell(name: str, message: str) -> InputInvalid:
-    return InputInvalid(f"The row has fields to be corrected: {name} ({message}).", [FieldProblem(name, message)])
+    return InputInvalid(f"The row has invalid fields: {name} ({message}).", [FieldProblem(name, message)])
 
 
 def _external_id(content: bytes | Mapping[str, str]) -> str | None:
-    """The external id of a row that is refused, so that its answer can be told from others."""
+    """Return the external id of a refused row, so that its answer can be told from others."""
     try:
         values = from_json(content) if isinstance(content, bytes) else content
     except ValueError:
@@ -206,14 +206,16 @@ def register_bulk(call: Call) -> Reply:
     """Register a device for each row of NDJSON or CSV."""
     portal = call.portal
     stream = call.environ["wsgi.input"]
-    body: Body = stream if hasattr(stream, "read_some") else WholeBody(call.environ, portal.settings.bulk_max_bytes)
+    body: ArrivingBody = (
+        stream if hasattr(stream, "read_some") else WholeBody(call.environ, portal.settings.bulk_max_bytes)
+    )
     media_type = call.headers["Content-Type"].partition(";")[0].strip().lower()
     with contextlib.ExitStack() as stack:
         stack.enter_context(portal.bulk.place())
         source = UploadedRows(body, media_type, most=portal.settings.bulk_max_rows)
         try:
             source.begin()
-        except ConnectionError as error:  # nobody reads this any more
+        except ConnectionError as error:  # so nobody reads this error
             raise BodyTooSlow("The connection broke before the first row.") from error
         answers = portal.bulk.register(call.actor, source)
         stack.enter_context(contextlib.closing(answers))
@@ -221,7 +223,7 @@ def register_bulk(call: Call) -> Reply:
 
 
 class _Lines(Iterator[bytes]):
-    """The answers, a line each, which the server asks for and closes."""
+    """The answers, one line each; the server iterates over them and closes them."""
 
     def __init__(self, answers: Iterator[Sequence[Answer]], stack: contextlib.ExitStack) -> None:
         self._answers = answers
@@ -231,12 +233,12 @@ class _Lines(Iterator[bytes]):
         return b"".join(map(line_of, next(self._answers)))
 
     def close(self) -> None:
-        """End the upload, however far it has come."""
+        """End the upload, complete or not."""
         self._stack.close()
 
 
 def line_of(answer: Answer) -> bytes:
-    """An answer as a line of JSON; what is not there is left out."""
+    """Return an answer as a line of JSON, without the fields that are null."""
     values: dict[str, Any] = {"row": answer.row}
     if isinstance(answer, RowFailed):
         values |= {"code": answer.code, "detail": answer.detail}
@@ -266,7 +268,7 @@ ROUTES = tagged(
         Answers(
             RowAnswer,
             media_type=NDJSON,
-            description="An answer for each row, in their order, a line each, as soon as what it says is durable",
+            description="One line for each row, in their order, each sent once its result is durably recorded",
         ),
         errors=(503,),
         rows=RowBody(RegisterRequest, (NDJSON, CSV)),

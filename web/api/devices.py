@@ -49,7 +49,7 @@ Topics = Annotated[list[TopicModel], Field(min_length=1, max_length=32)]
 
 
 class PendingRequest(RequestModel):
-    """A device to be known, which enrols by itself later."""
+    """A device that is expected to enrol by itself later."""
 
     name: Name
     type: ShortText
@@ -77,7 +77,7 @@ class RegisterRequest(RequestModel):
 
 
 class RegisterAnswer(AnswerModel):
-    """The new device; a link and a password, or with a `csr` the certificate and its chain."""
+    """The new device, with a download link and a bundle password or, for a `csr`, its certificate and chain."""
 
     device_id: DeviceId
     name: str
@@ -96,11 +96,11 @@ class RegisterAnswer(AnswerModel):
 def _of_changes(schema: dict[str, Any]) -> None:
     schema["minProperties"] = 1
     for field in schema["properties"].values():
-        field.pop("default", None)  # what is left out is kept
+        field.pop("default", None)  # a field that is left out stays as it is
 
 
 class PatchRequest(RequestModel):
-    """What to change of a device; `topics: null` gives it the default topics again."""
+    """Fields of a device to change; `topics: null` restores the default topics."""
 
     model_config = ConfigDict(json_schema_extra=_of_changes)
 
@@ -133,7 +133,7 @@ class CertificateModel(AnswerModel):
 
 
 class DeviceSummary(AnswerModel):
-    """A device as a list shows it; from `renewable_from` on it may renew its certificate by itself."""
+    """A device in a list. From `renewable_from` on it may renew its certificate by itself."""
 
     device_id: DeviceId
     external_id: str | None
@@ -151,7 +151,7 @@ class DeviceSummary(AnswerModel):
 
 
 class DeviceModel(DeviceSummary):
-    """A device with its certificate, its topics and whether the broker knows its newest state."""
+    """A device with its certificate, its topics, and whether the broker applies its newest state."""
 
     metadata: dict[str, Any]
     topics: list[TopicModel]
@@ -160,9 +160,10 @@ class DeviceModel(DeviceSummary):
 
 
 class DevicePage(AnswerModel):
-    """Devices, newest first; `next_cursor` is null on the last page, and nothing else shows that it is the last.
+    """Devices, newest first. Only a null `next_cursor` marks the last page.
 
-    A page is short, or empty, where more than one filter, or `q`, had it look at many devices for few that fit.
+    A page before it can be short, or even empty: with `q` or with several filters a request stops after it has looked
+    at a limited number of devices.
     """
 
     devices: list[DeviceSummary]
@@ -176,7 +177,7 @@ class CertificateList(AnswerModel):
 
 
 class DeviceQuery(RequestModel):
-    """Which devices to list."""
+    """Filters of the list of devices."""
 
     status: StatusName | None = None
     type: ShortText | None = None
@@ -189,14 +190,14 @@ class DeviceQuery(RequestModel):
 
 
 def register(call: Call, body: RegisterRequest) -> Reply:
-    """Register a device and make its credentials, or sign its CSR."""
+    """Register a device: create its key and certificate, or sign its CSR."""
     registered = call.portal.onboarding.register(call.actor, registration_of(body), call.idempotency_key)
     location = {"Location": f"/devices/{registered.device_id}"}
     return Reply(RegisterAnswer.of(registered), status=201, headers=location, omit_none=True)
 
 
 def list_devices(call: Call, query: DeviceQuery) -> Reply:
-    """List devices, newest first; with `expires_before` those that end soonest first."""
+    """List devices, newest first; with `expires_before`, those that expire soonest first."""
     filters = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}))
     page = call.portal.inventory.devices(call.actor.tenant_id, filters, limit=query.limit, cursor=query.cursor)
     summaries = [
@@ -212,7 +213,7 @@ def show_device(call: Call, device_id: str) -> Reply:
 
 
 def update_device(call: Call, device_id: str, body: PatchRequest) -> Reply:
-    """Change what is known of a device, or its topics."""
+    """Change a device's description or topics."""
     values = body.model_dump(exclude_unset=True, exclude={"topics"})
     topics = {"topics": _pairs(body.topics)} if "topics" in body.model_fields_set else {}
     call.portal.onboarding.update(call.actor, device_id, values, **topics)
@@ -226,7 +227,7 @@ def list_certificates(call: Call, device_id: str) -> Reply:
 
 
 def registration_of(body: PendingRequest | RegisterRequest) -> Registration:
-    """Return a device to register, or one that enrols by itself later, as the use cases take it."""
+    """Return the device to register, or to expect, as the use cases take it."""
     return Registration(**body.model_dump(exclude={"topics"}), topics=_pairs(body.topics))
 
 
@@ -270,7 +271,7 @@ ROUTES = tagged(
         Answers(
             RegisterAnswer,
             status=201,
-            description="The device is registered, durably",
+            description="The device is registered and durably recorded",
             headers={"Location": "The device's path"},
         ),
         errors=(409, 503),

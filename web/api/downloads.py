@@ -1,4 +1,4 @@
-"""The one-time download of a bundle, where the signed link is the permission."""
+"""The one-time download of a bundle; the signed link is the permission."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
 
 
 def download(call: Call, token: str) -> Reply:
-    """Fetch a bundle, once. HEAD spends nothing."""
+    """Download a bundle, once. HEAD does not use the link."""
     try:
         if call.method == "HEAD":
             record = call.portal.deliveries.check_download(token)
@@ -44,9 +44,9 @@ ROUTES = tagged(
         Answers(
             media_type=BundleFormat.ZIP.media_type,
             other_media_types=(BundleFormat.P12.media_type,),
-            description="The bundle; the link is used up",
+            description="The bundle; the link cannot be used again",
         ),
         errors=(404, 409, 410, 429, 503),
-        head_summary="Look at a link and spend nothing",
+        head_summary="Check a link without using it.",
     ),
 )

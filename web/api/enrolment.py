@@ -34,22 +34,22 @@ Pem = Annotated[str, Field(max_length=16384, description="One certificate in PEM
 
 
 class DecisionAnswer(AnswerModel):
-    """A device about which an operator has decided."""
+    """The state of a device after an operator's decision."""
 
     device_id: DeviceId
     status: StatusName
 
 
 class ApproveRequest(RequestModel):
-    """Which key to approve; left out, the one that the device has asked with."""
+    """The key to approve: without `key_fingerprint`, the one of the device's latest request."""
 
     key_fingerprint: Fingerprint | None = None
 
 
 class EnrolmentModel(AnswerModel):
-    """What a device has asked for last: `key_fingerprint` is the SHA-256 of its key, to be compared with the device.
+    """The latest enrolment request of a device; compare `key_fingerprint`, the SHA-256 of its key, with the device's.
 
-    `again`: the device is in, and has asked for a certificate for another key.
+    `again`: the device has a certificate already, and has requested one for another key.
     """
 
     device_id: DeviceId
@@ -61,7 +61,7 @@ class EnrolmentModel(AnswerModel):
 
 
 class AskingModel(AnswerModel):
-    """A device that waits for an operator; `again` where it is in and asks for a certificate for another key."""
+    """A device that waits for an operator; `again`: it has a certificate, and requests one for another key."""
 
     device_id: DeviceId
     name: str
@@ -73,13 +73,13 @@ class AskingModel(AnswerModel):
 
 
 class AskingList(AnswerModel):
-    """The thousand that have waited longest."""
+    """The 1,000 devices that have waited longest."""
 
     enrolments: list[AskingModel]
 
 
 class TermsRequest(RequestModel):
-    """What becomes of the devices: `name_template` is their name, `{serial}` standing for their own number."""
+    """How devices are registered when they enrol: in `name_template`, `{serial}` is the serial number of a device."""
 
     type: ShortText = "device"
     location: Place = "unknown"
@@ -91,7 +91,7 @@ class TermsRequest(RequestModel):
 
 
 class EnrolmentTokenRequest(TermsRequest):
-    """A token for the pending device `device_id`, or for `count` new devices; in names `{number}` counts them."""
+    """A token for the pending device `device_id`, or for `count` new devices; in names, `{number}` counts them."""
 
     name: ShortText
     device_id: DeviceId | None = None
@@ -101,12 +101,12 @@ class EnrolmentTokenRequest(TermsRequest):
     @model_validator(mode="after")
     def _one_device_once(self) -> Self:
         if self.device_id is not None and self.count != 1:
-            raise ValueError("with a device_id the count is 1")
+            raise ValueError("with a device_id, count must be 1")
         return self
 
 
 class TermsModel(AnswerModel):
-    """What becomes of the devices."""
+    """How devices are registered when they enrol."""
 
     type: str
     location: str
@@ -118,7 +118,7 @@ class TermsModel(AnswerModel):
 
 
 class EnrolmentTokenModel(TermsModel):
-    """An enrolment token, without its secret."""
+    """An enrolment token without its secret."""
 
     enrolment_token_id: str
     name: str
@@ -131,29 +131,29 @@ class EnrolmentTokenModel(TermsModel):
 
 
 class NewEnrolmentTokenModel(EnrolmentTokenModel):
-    """A new enrolment token, with the secret that is shown this once."""
+    """A new enrolment token, with its secret, which is shown only once."""
 
     token: str
 
 
 class EnrolmentTokenList(AnswerModel):
-    """The newest thousand tokens, newest first."""
+    """The newest 1,000 tokens, newest first."""
 
     enrolment_tokens: list[EnrolmentTokenModel]
 
 
 class ManufacturerRequest(TermsRequest):
-    """A CA whose certificates devices are born with; `{serial}` is the serialNumber or common name in them."""
+    """A CA that issues factory certificates (IDevIDs); `{serial}` is the serialNumber or common name in them."""
 
     name: ShortText
     certificate: Pem
 
 
 class ProofRequest(RequestModel):
-    """That somebody has the CA's key: a certificate it has signed, the nonce its common name; or its signature."""
+    """Proof of possession of the CA's key: a certificate for the nonce as common name, or a signature of the nonce."""
 
     certificate: Pem | None = None
-    signature: Annotated[str, Field(max_length=4096, description="Of the nonce's text, in Base64")] | None = None
+    signature: Annotated[str, Field(max_length=4096, description="Of the nonce as text, in Base64")] | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
@@ -163,7 +163,7 @@ class ProofRequest(RequestModel):
 
 
 class ManufacturerModel(TermsModel):
-    """A manufacturer; `nonce` is what its CA is to sign while it is `unproven`."""
+    """A manufacturer. While it is `unproven`, its CA has to sign `nonce`."""
 
     manufacturer_id: str
     name: str
@@ -185,32 +185,32 @@ class ManufacturerList(AnswerModel):
 
 
 def expect_device(call: Call, body: PendingRequest) -> Reply:
-    """Make a device known that enrols by itself later."""
+    """Register a device that will enrol by itself."""
     device_id = call.portal.approvals.expect(call.actor, registration_of(body))
     headers = {"Location": f"/devices/{device_id}"}
     return Reply(DecisionAnswer(device_id=device_id, status="pending"), status=201, headers=headers)
 
 
 def show_enrolment(call: Call, device_id: str) -> Reply:
-    """Show what a device has asked for last, with the fingerprint of its key."""
+    """Show the latest enrolment request of a device, with the fingerprint of its key."""
     first, again = call.portal.approvals.request_of(call.actor.tenant_id, device_id)
     return Reply(EnrolmentModel.of(again or first, first, enrolment_token_id=first.token_id, again=again is not None))
 
 
 def list_enrolments(call: Call) -> Reply:
-    """List the devices that wait for an operator, who has waited longest first."""
+    """List the devices that wait for an operator, longest wait first."""
     found = call.portal.approvals.asking(call.actor.tenant_id)
     return Reply(AskingList(enrolments=[AskingModel.of(item, enrolment_token_id=item.token_id) for item in found]))
 
 
 def approve(call: Call, device_id: str, body: ApproveRequest) -> Reply:
-    """Let a device in that has asked; a repeat answers the same."""
+    """Approve the enrolment of a device; a repeat gets the same answer."""
     status = call.portal.approvals.approve(call.actor, device_id, body.key_fingerprint)
     return Reply(DecisionAnswer(device_id=device_id, status=status))
 
 
 def reject(call: Call, device_id: str) -> Reply:
-    """Put a pending device out for good, or refuse a device that is in another key; a repeat answers the same."""
+    """Reject a pending device permanently, or an active device's request for another key."""
     status = call.portal.approvals.reject(call.actor, device_id)
     return Reply(DecisionAnswer(device_id=device_id, status=status))
 
@@ -225,7 +225,7 @@ def list_enrolment_tokens(call: Call) -> Reply:
 
 
 def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> Reply:
-    """Make a token with which devices enrol; its secret is in this answer and nowhere else."""
+    """Create a token with which devices enrol; its secret is in this answer only."""
     secret, record = call.portal.enrolment_tokens.create(
         call.actor,
         body.name,
@@ -238,7 +238,7 @@ def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> Reply:
 
 
 def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> Reply:
-    """Revoke an enrolment token; devices that have enrolled by it stay."""
+    """Revoke an enrolment token; devices that have enrolled with it stay active."""
     record = call.portal.enrolment_tokens.revoke(call.actor, enrolment_token_id)
     return Reply(_token(record))
 
@@ -262,7 +262,7 @@ def list_manufacturers(call: Call) -> Reply:
 
 
 def add_manufacturer(call: Call, body: ManufacturerRequest) -> Reply:
-    """Add a manufacturer's CA; it counts for nothing before its proof."""
+    """Add a manufacturer's CA; it is not trusted before proof of possession."""
     record = call.portal.manufacturers.add(call.actor, body.name, body.certificate, _profile(body))
     return Reply(_manufacturer(record), status=201)
 
@@ -273,7 +273,7 @@ def show_manufacturer(call: Call, manufacturer_id: str) -> Reply:
 
 
 def prove_manufacturer(call: Call, manufacturer_id: str, body: ProofRequest) -> Reply:
-    """Show that somebody has the CA's key, and so register it."""
+    """Register a manufacturer by proof of possession of its CA's key."""
     record = call.portal.manufacturers.prove(
         call.actor, manufacturer_id, certificate=body.certificate, signature=body.signature
     )
@@ -281,7 +281,7 @@ def prove_manufacturer(call: Call, manufacturer_id: str, body: ProofRequest) -> 
 
 
 def remove_manufacturer(call: Call, manufacturer_id: str) -> Reply:
-    """Let nobody in by this CA any more; devices that have enrolled by it stay."""
+    """Stop trusting a manufacturer's CA; devices that have enrolled with it stay active."""
     return Reply(_manufacturer(call.portal.manufacturers.remove(call.actor, manufacturer_id)))
 
 
@@ -317,7 +317,10 @@ ROUTES = tagged(
         "/devices/{device_id}/approve",
         approve,
         Permission.CHANGE,
-        Answers(DecisionAnswer, description="The device gets its certificate when it asks again"),
+        Answers(
+            DecisionAnswer,
+            description="The device gets its certificate at its next request",
+        ),
         body_optional=True,
         errors=(404, 409),
     ),
@@ -326,7 +329,10 @@ ROUTES = tagged(
         "/devices/{device_id}/reject",
         reject,
         Permission.CHANGE,
-        Answers(DecisionAnswer, description="The device, or the other key of one that is in, is out for good"),
+        Answers(
+            DecisionAnswer,
+            description="The device, or its request for another key, is rejected",
+        ),
         errors=(404, 409),
     ),
     Route("GET", "/enrolment-tokens", list_enrolment_tokens, Permission.READ, Answers(EnrolmentTokenList)),
@@ -335,7 +341,7 @@ ROUTES = tagged(
         "/enrolment-tokens",
         create_enrolment_token,
         Permission.CHANGE,
-        Answers(NewEnrolmentTokenModel, status=201, description="The token, with its secret, shown this once"),
+        Answers(NewEnrolmentTokenModel, status=201, description="The token with its secret, which is shown only once"),
         errors=(404, 409),
     ),
     Route(
@@ -343,7 +349,7 @@ ROUTES = tagged(
         "/enrolment-tokens/{enrolment_token_id}",
         revoke_enrolment_token,
         Permission.CHANGE,
-        Answers(EnrolmentTokenModel, description="The token is revoked, at once; a repeat answers the same"),
+        Answers(EnrolmentTokenModel, description="The token is revoked at once; a repeat gets the same answer"),
         errors=(404,),
     ),
 )
@@ -357,7 +363,7 @@ ROUTES += tagged(
         "/manufacturers",
         add_manufacturer,
         Permission.TOKENS,
-        Answers(ManufacturerModel, status=201, description="The CA is taken down; it counts once it is proven"),
+        Answers(ManufacturerModel, status=201, description="The CA; it is trusted after proof of possession"),
         errors=(409,),
     ),
     Route(
@@ -373,7 +379,7 @@ ROUTES += tagged(
         "/manufacturers/{manufacturer_id}/proof",
         prove_manufacturer,
         Permission.TOKENS,
-        Answers(ManufacturerModel, description="The manufacturer is registered; a repeat answers the same"),
+        Answers(ManufacturerModel, description="The manufacturer is registered; a repeat gets the same answer"),
         errors=(404, 409),
     ),
     Route(
@@ -381,7 +387,7 @@ ROUTES += tagged(
         "/manufacturers/{manufacturer_id}",
         remove_manufacturer,
         Permission.TOKENS,
-        Answers(ManufacturerModel, description="The CA lets nobody in any more; a repeat answers the same"),
+        Answers(ManufacturerModel, description="The CA is no longer trusted; a repeat gets the same answer"),
         errors=(404,),
     ),
 )

@@ -1,4 +1,4 @@
-"""Enrolment over secure transport (RFC 7030, RFC 8951): what devices ask for by themselves."""
+"""Enrolment over secure transport (RFC 7030, RFC 8951): what devices request by themselves."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ PKCS10 = "application/pkcs10"
 CSR_ATTRIBUTES = "application/csrattrs"
 CSR = Octets(PKCS10, max_bytes=32 * 1024)
 NO_CREDENTIALS = (
-    "An enrolment token is needed, as the password of HTTP Basic authentication, or a client certificate of a"
-    " manufacturer that is registered here."
+    "Credentials are required: an enrolment token as the password of HTTP Basic authentication, or a client certificate"
+    " of a registered manufacturer."
 )
 
 Client = DeviceClient | ManufacturedClient | None
 
 
 def est_cacerts(call: Call) -> Reply:
-    """The CA certificates that a device is to trust (RFC 7030 section 4.1)."""
+    """Return the CA certificates that a device trusts (RFC 7030 section 4.1)."""
     notice(call)
     authority = call.portal.authority
     return in_base64(pki_est.certs_only([item.der for item in authority.issuers]), PKCS7)
 
 
 def est_csrattrs(call: Call) -> Reply:
-    """Which kind of key a CSR is to have (RFC 7030 section 4.5): what the token or the manufacturer allows first."""
+    """Return the type of key that a CSR should have (RFC 7030 section 4.5), by the token or the manufacturer."""
     holder, token = notice(call), token_of(call)
     key_types: tuple[str, ...] = (call.portal.settings.key_type,)
     if token is not None:
@@ -56,8 +56,8 @@ def est_csrattrs(call: Call) -> Reply:
 
 
 def est_simpleenroll(call: Call, body: bytes) -> Reply:
-    """Enrol a device that has its own key (RFC 7030 section 4.2.1). A repeat with the same key answers the same."""
-    client = newcomer(call)
+    """Enrol a device with its own key (RFC 7030 section 4.2.1). A repeat with the same key gets the same answer."""
+    client = enrolment_credential(call)
     outcome = enrolled(call, client, pki_est.read_enrolment_request(body))
     if isinstance(outcome, Waiting):
         return waiting(outcome)
@@ -65,12 +65,12 @@ def est_simpleenroll(call: Call, body: bytes) -> Reply:
 
 
 def est_simplereenroll(call: Call, body: bytes) -> Reply:
-    """Renew a device's certificate, by the one that it has (RFC 7030 section 4.2.2)."""
+    """Renew a device's certificate; it authenticates with its present one (RFC 7030 section 4.2.2)."""
     holder = certificate_holder(call)
     if holder is None:
-        raise refusal(call, "A device renews with the certificate that it has from this portal; show it in TLS.")
+        raise refusal(call, "To renew, a device must present its certificate as the TLS client certificate.")
     if not isinstance(holder, DeviceClient):
-        raise ClientCertificateRefused("The client certificate is not one of this portal; use simpleenroll.")
+        raise ClientCertificateRefused("The client certificate was not issued by this portal; use simpleenroll.")
     request = pki_est.read_enrolment_request(body)
     pki_est.check_same_names(request, holder.certificate.der)
     call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
@@ -85,21 +85,21 @@ def est_simplereenroll(call: Call, body: bytes) -> Reply:
         shown=shown,
     )
     if renewed.certificate is None:
-        raise AssertionError("a renewal for a CSR answers with the certificate")
+        raise AssertionError("a renewal by CSR returns the certificate")
     return in_base64(pki_est.certs_only([ssl.PEM_cert_to_DER_cert(renewed.certificate)]), PKCS7)
 
 
 def est_serverkeygen(call: Call, body: bytes) -> Reply:
-    """Enrol or renew a device that has its key made here (RFC 7030 section 4.4). A repeat gives another key."""
+    """Enrol or renew a device whose key is generated here (RFC 7030 section 4.4). A repeat gets another key."""
     holder = certificate_holder(call)
     if isinstance(holder, DeviceClient) and token_of(call) is None:
         return _renewed_with_key(call, holder, body)
-    client = newcomer(call)
+    client = enrolment_credential(call)
     outcome = enrolled(call, client, pki_est.read_key_request(body))
     if isinstance(outcome, Waiting):
         return waiting(outcome)
     if outcome.key is None:
-        raise AssertionError("the key was to be made here")
+        raise AssertionError("a request without a key of its own gets one")
     return key_with_certificate(outcome.key, outcome.certificate)
 
 
@@ -125,22 +125,22 @@ def _when_used(call: Call) -> bool:
 
 
 def waiting(outcome: Waiting) -> Reply:
-    """Tell a device that an operator has yet to decide (RFC 7030 section 4.2.3)."""
-    sentence = f"Device {outcome.device_id} waits for an operator; ask again with the same key.\n"
+    """Tell a device that it has to wait for an operator (RFC 7030 section 4.2.3)."""
+    sentence = f"Device {outcome.device_id} waits for approval by an operator; repeat the request with the same key.\n"
     headers = {"Retry-After": str(outcome.retry_after)}
     return Reply(content=sentence.encode(), media_type="text/plain", status=202, headers=headers)
 
 
 def in_base64(content: bytes, media_type: str) -> Reply:
-    """Base64 in lines (RFC 2045 section 6.8): some clients read no longer ones (RFC 8951 section 3.1)."""
+    """Return Base64 in lines (RFC 2045 section 6.8): some clients cannot read longer ones (RFC 8951 section 3.1)."""
     # RFC 8951 has clients ignore this header; those of RFC 7030 look for it.
     headers = {"Content-Transfer-Encoding": "base64"}
     return Reply(content=base64.encodebytes(content), media_type=media_type, headers=headers)
 
 
 def key_with_certificate(key: bytes, certificate: bytes) -> Reply:
-    """A private key (PKCS#8, DER), then its certificate, as two parts (RFC 7030 section 4.4.2)."""
-    boundary = f"est-{secrets.token_hex(16)}"  # Base64 has no hyphen, so no part can hold it
+    """Return a private key (PKCS#8, DER) and its certificate as two parts (RFC 7030 section 4.4.2)."""
+    boundary = f"est-{secrets.token_hex(16)}"  # Base64 has no hyphen, so no part can contain it
     parts = ((PKCS8, key), (PKCS7, pki_est.certs_only([certificate])))
     content = b"".join(_part(boundary, media_type, part) for media_type, part in parts) + f"--{boundary}--\r\n".encode()
     headers = {"Cache-Control": "no-store"}
@@ -153,7 +153,7 @@ def _part(boundary: str, media_type: str, content: bytes) -> bytes:
 
 
 def certificate_holder(call: Call) -> Client:
-    """Whose certificate the client has shown, ``None`` where it has shown none.
+    """Return whose client certificate was presented, ``None`` if there was none.
 
     Raises ``ClientCertificateRefused``, recorded as refused, and ``RequestMalformed``.
     """
@@ -168,10 +168,10 @@ def certificate_holder(call: Call) -> Client:
 
 
 def notice(call: Call) -> Client:
-    """Take note of a certificate that was shown where none is asked for: its use may end the ones before it.
+    """Record the use of a client certificate that was presented without need: it may end the previous ones.
 
-    A device tries a new certificate in that way before it throws the old one away. Whoever shows what counts for
-    nothing is answered as anyone is, and ``None`` here.
+    A device tries a new certificate in this way before it discards the old one. A certificate that is refused is
+    ignored: the client gets the public answer, and ``None`` is returned.
     """
     with contextlib.suppress(PortalError):
         der = presented(call.environ, call.portal.settings.trusted_proxies)
@@ -184,21 +184,21 @@ def notice(call: Call) -> Client:
 
 
 def token_of(call: Call) -> EnrolmentTokenRecord | None:
-    """The enrolment token that came with the request, ``None`` where there is no HTTP Basic authentication.
+    """Return the enrolment token of the request, ``None`` if it has no HTTP Basic authentication.
 
-    The user's name says nothing. Raises ``EnrolmentUnauthenticated``, recorded as refused, and ``TooManyAttempts``.
+    The user name is ignored. Raises ``EnrolmentUnauthenticated``, recorded as refused, and ``TooManyAttempts``.
     """
     scheme, _, credentials = call.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "basic":
         return None
     record = call.portal.enrolment_tokens.find(_password(credentials))
     if record is None:
-        raise refusal(call, "The enrolment token is not known here; check that it was copied whole.")
+        raise refusal(call, "Unknown enrolment token; check that it was copied completely.")
     return record
 
 
-def newcomer(call: Call) -> EnrolmentTokenRecord | ManufacturedClient:
-    """What lets a device in; a certificate that was shown must be good even where a token would do."""
+def enrolment_credential(call: Call) -> EnrolmentTokenRecord | ManufacturedClient:
+    """Return what authorizes a new device; a certificate that is presented must be valid even if there is a token."""
     holder = certificate_holder(call)
     token = token_of(call)
     if token is not None:
@@ -206,27 +206,27 @@ def newcomer(call: Call) -> EnrolmentTokenRecord | ManufacturedClient:
     if holder is None:
         raise refusal(call)
     if isinstance(holder, DeviceClient):
-        raise ClientCertificateRefused("The device has a certificate of this portal already; use simplereenroll.")
+        raise ClientCertificateRefused("The device already has a certificate of this portal; use simplereenroll.")
     return holder
 
 
 def enrolled(
     call: Call, client: EnrolmentTokenRecord | ManufacturedClient, request: EnrolmentRequest
 ) -> Enrolled | Waiting:
-    """Let a device in by its token or manufacturer; raises as ``Enrolment.enrol`` does."""
+    """Enrol a device by its token or manufacturer; raise as ``Enrolment.enrol`` does."""
     means = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
     return call.portal.enrolment.enrol(actor_of(call, means.tenant_id, means.label), means, request)
 
 
 def refusal(call: Call, sentence: str = NO_CREDENTIALS) -> EnrolmentUnauthenticated:
-    """What to raise, once it is counted and recorded; raises ``TooManyAttempts``."""
+    """Count and record a failed login; return the error to raise. Raises ``TooManyAttempts``."""
     error = EnrolmentUnauthenticated(sentence)
     call.portal.operators.login_failed(call.actor, "device:enrol", "enrolment", error.code)
     return error
 
 
 def actor_of(call: Call, tenant_id: str, name: str) -> Actor:
-    """The device, or what lets it in, as the audit record names it."""
+    """Return the device, or what authorizes it, as the audit record names it."""
     return dataclasses.replace(call.actor, tenant_id=tenant_id, name=name, role="device")
 
 
@@ -243,7 +243,7 @@ def _labelled(route: Route) -> Route:
     @functools.wraps(route.handler)
     def labelled(call: Call, label: str, **arguments: bytes) -> Reply:
         if label != call.portal.tenant_id:
-            raise NotFound("There is nothing to enrol at under this label; leave it out, or use the tenant's name.")
+            raise NotFound("Unknown EST label; leave it out, or use the tenant's name.")
         return route.handler(call, **arguments)
 
     labelled.__name__ = f"{route.name}_labelled"
@@ -255,8 +255,8 @@ _ERRORS = (401, 403, 404, 409, 429, 503)
 _WAITING = Answers(
     media_type="text/plain",
     status=202,
-    description="An operator has yet to decide",
-    headers={"Retry-After": "Seconds after which to ask again, with the same key"},
+    description="The device waits for an operator",
+    headers={"Retry-After": "Seconds after which to repeat the request, with the same key"},
 )
 _UNLABELLED = tagged(
     "Enrolment by devices (EST)",
@@ -281,7 +281,7 @@ _UNLABELLED = tagged(
         "/.well-known/est/simpleenroll",
         est_simpleenroll,
         ANYONE,
-        Answers(media_type=PKCS7, description="The device's certificate; the broker lets it in"),
+        Answers(media_type=PKCS7, description="The device's certificate; the device is active"),
         octets=CSR,
         also=(_WAITING,),
         errors=_ERRORS,
@@ -291,7 +291,7 @@ _UNLABELLED = tagged(
         "/.well-known/est/simplereenroll",
         est_simplereenroll,
         ANYONE,
-        Answers(media_type=PKCS7, description="The device's new certificate; the one before goes on for a while"),
+        Answers(media_type=PKCS7, description="The device's new certificate; the previous one stays valid for a while"),
         octets=CSR,
         errors=_ERRORS,
     ),
@@ -300,7 +300,7 @@ _UNLABELLED = tagged(
         "/.well-known/est/serverkeygen",
         est_serverkeygen,
         ANYONE,
-        Answers(media_type="multipart/mixed", description="A new key (PKCS#8), with the device's certificate"),
+        Answers(media_type="multipart/mixed", description="A new key (PKCS#8) and the device's certificate"),
         octets=CSR,
         also=(_WAITING,),
         errors=_ERRORS,

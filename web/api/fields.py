@@ -1,4 +1,4 @@
-"""The kinds of fields that requests with their answers are made of."""
+"""Types of the fields of requests and answers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import json
 import math
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from config import KEY_TYPES
 from pki.issuers import Reason
 
-# Control characters, line separators and what turns writing around would deceive whoever reads a list or a log.
+# Control characters, line separators and bidirectional overrides could deceive somebody who reads a list or a log.
 _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff"
 _TEXT = rf"^[^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?$"
 _UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
-_PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - the form of one
+_PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
 _CURSOR = "^[A-Za-z0-9_-]+$"
-# What a refused text is told, in place of its pattern.
+_NUMERIC_CURSOR = "^[0-9]{1,18}$"
+# Messages about values that do not match, in place of the pattern.
 PATTERN_IN_WORDS = {
-    _TEXT: "must not hold control or invisible characters, nor begin or end with white space",
+    _TEXT: "must not contain control or invisible characters, nor begin or end with white space",
     _PASSWORD: "must be 12 to 128 printable ASCII characters",
-    _CURSOR: "must be the next_cursor of the page before",
+    _NUMERIC_CURSOR: "must be the next_cursor of the previous page",
+    _CURSOR: "must be the next_cursor of the previous page",
 }
-# The parts of paths that vary; what does not fit is not there.
+# Patterns of the variable parts of paths.
 PATH_PARAMETERS = {
     "device_id": _UUID,
     "token_id": "^[0-9a-f]{16}$",
@@ -55,7 +57,7 @@ ExternalId = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, e
 BundlePassword = Annotated[str, Field(pattern=_PASSWORD)]
 BundleFormatName = Annotated[
     Literal["zip", "p12", "pem"],
-    Field(description="zip, unless said otherwise; p12 is PKCS#12; pem a plain ZIP with an encrypted key"),
+    Field(description="zip (the default): an encrypted ZIP; p12: PKCS#12; pem: a plain ZIP with an encrypted key"),
 ]
 DeviceId = Annotated[str, Field(pattern=_UUID, examples=["3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b"])]
 Hex = Annotated[str, Field(pattern="^[0-9a-f]+$")]
@@ -72,8 +74,8 @@ ReasonName = Literal[
 StatusName = Literal["pending", "active", "suspended", "revoked"]
 RoleName = Literal["admin", "operator", "auditor"]
 
-if set(KeyTypeName.__args__) != set(KEY_TYPES) or not set(ReasonName.__args__) <= set(Reason):  # type: ignore[attr-defined]
-    raise AssertionError("the interface's choices must be those of the rooms below")
+if set(get_args(KeyTypeName)) != set(KEY_TYPES) or not set(get_args(ReasonName)) <= set(Reason):
+    raise AssertionError("KeyTypeName and ReasonName must name values of config.KEY_TYPES and pki.issuers.Reason")
 
 
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
@@ -95,11 +97,11 @@ def _check_value(value: Any, depth: int) -> None:
             _check_value(inner, depth + 1)
     elif isinstance(value, str):
         if any(ord(character) < 32 or ord(character) == 127 for character in value):
-            raise ValueError("must not hold control characters")
+            raise ValueError("must not contain control characters")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("must hold finite numbers only")
+        raise ValueError("must contain finite numbers only")
     elif isinstance(value, int) and abs(value) > 2**53:
-        raise ValueError("must hold whole numbers of at most 53 bits")
+        raise ValueError("must contain only whole numbers of at most 53 bits")
 
 
 Metadata = Annotated[
@@ -125,17 +127,18 @@ def _read_time(value: Any) -> Any:
         return value
     try:
         if not _RFC_3339.fullmatch(value):
-            raise ValueError("of another form")
+            raise ValueError("not RFC 3339")
         return datetime.fromisoformat(value.upper()).astimezone(UTC)
     except (ValueError, OverflowError):
-        raise ValueError("must be an RFC 3339 time with its zone, such as 2027-01-31T00:00:00Z") from None
+        raise ValueError("must be an RFC 3339 time with a time zone, such as 2027-01-31T00:00:00Z") from None
 
 
 Time = Annotated[datetime, Field(json_schema_extra={"format": "date-time"}), BeforeValidator(_read_time)]
-# A BeforeValidator stands last: in front of the Field it would hide its limits from the OpenAPI text.
+# The BeforeValidator comes last: before the Field it would hide the limits from the OpenAPI text.
 Limit = Annotated[int, Field(ge=1, le=200), BeforeValidator(_read_integer)]
 WholeNumber = BeforeValidator(_read_whole_number)
 Cursor = Annotated[str, Field(max_length=128, pattern=_CURSOR)]
+NumericCursor = Annotated[str, Field(pattern=_NUMERIC_CURSOR)]
 
 
 class RequestModel(BaseModel):

@@ -27,7 +27,7 @@ from workflows.suspension import Suspended
 
 
 class SuspensionAnswer(AnswerModel):
-    """`enforced`: the broker was seen to obey; `pending`: it is recorded, and the broker has yet to be told."""
+    """`enforced`: the broker was seen to apply the change; `pending`: it is recorded, and not applied yet."""
 
     device_id: DeviceId
     status: Literal["suspended", "active"]
@@ -39,8 +39,8 @@ class SuspensionAnswer(AnswerModel):
 class RenewRequest(RequestModel):
     """How to renew. With a `csr` the device keeps its own key, and no bundle is made.
 
-    The certificate before goes on for `overlap_hours`; with `when_used` it ends earlier, once the device has shown the
-    new one to the portal in a TLS handshake.
+    The previous certificate stays valid for `overlap_hours`; with `when_used` it is revoked earlier, once the device
+    has presented the new one to the portal in a TLS handshake.
     """
 
     csr: Annotated[str, Field(max_length=16384, description="PEM, PKCS#10")] | None = None
@@ -53,10 +53,10 @@ class RenewRequest(RequestModel):
 
 
 class RenewAnswer(AnswerModel):
-    """The new certificate; a link and a password, or with a `csr` the certificate and its chain.
+    """The new certificate, with a download link and a bundle password or, for a `csr`, itself and its chain.
 
-    `previous_valid_until`: until when a certificate before it goes on, if any does. `broker` is there where older
-    ones were to end at once: `enforced` once the broker was seen to refuse them.
+    `previous_valid_until` says how long the previous certificate, if there is one, stays valid. `broker` is present if
+    older certificates were revoked at once: `enforced` if the broker was seen to refuse them.
     """
 
     device_id: DeviceId
@@ -75,13 +75,13 @@ class RenewAnswer(AnswerModel):
 
 
 class RevokeRequest(RequestModel):
-    """Why a device is revoked: a reason of RFC 5280 section 5.3.1."""
+    """Why a device is revoked (RFC 5280 section 5.3.1)."""
 
     reason: ReasonName = "unspecified"
 
 
 class RevokeAnswer(AnswerModel):
-    """`enforced`: the broker was seen to refuse it; `pending`: it is revoked, and the broker has yet to be told."""
+    """`enforced`: the broker was seen to refuse the device; `pending`: it is revoked, and not refused yet."""
 
     device_id: DeviceId
     status: Literal["revoked"]
@@ -92,7 +92,7 @@ class RevokeAnswer(AnswerModel):
 
 
 def renew(call: Call, device_id: str, body: RenewRequest) -> Reply:
-    """Give a device a new certificate; the one before goes on for a while."""
+    """Issue a new certificate for a device; the previous one stays valid for a while."""
     renewal = Renewal(
         Wanted(body.csr, body.key_type, body.validity_days, body.bundle_password, body.bundle_format),
         body.overlap_hours,
@@ -105,17 +105,17 @@ def renew(call: Call, device_id: str, body: RenewRequest) -> Reply:
 
 
 def suspend(call: Call, device_id: str) -> Reply:
-    """Put a device out until it is resumed (certificateHold)."""
+    """Suspend a device until it is resumed (certificateHold)."""
     return _reply(call.portal.suspensions.suspend(call.actor, device_id))
 
 
 def resume(call: Call, device_id: str) -> Reply:
-    """Let a suspended device back in."""
+    """Resume a suspended device."""
     return _reply(call.portal.suspensions.resume(call.actor, device_id))
 
 
 def revoke(call: Call, device_id: str, body: RevokeRequest) -> Reply:
-    """Revoke a device for good and put it out of the broker."""
+    """Revoke a device permanently and disconnect it from the broker."""
     revoked = call.portal.onboarding.revoke(call.actor, device_id, body.reason)
     return Reply(
         RevokeAnswer.of(
@@ -146,7 +146,7 @@ ROUTES = tagged(
         "/devices/{device_id}/renew",
         renew,
         Permission.CHANGE,
-        Answers(RenewAnswer, status=201, description="The new certificate is recorded, durably"),
+        Answers(RenewAnswer, status=201, description="The new certificate is issued and durably recorded"),
         body_optional=True,
         errors=(404, 409, 503),
         idempotency_key=True,
@@ -156,7 +156,7 @@ ROUTES = tagged(
         "/devices/{device_id}/suspend",
         suspend,
         Permission.CHANGE,
-        Answers(SuspensionAnswer, description="The device is suspended, durably; a repeat answers the same"),
+        Answers(SuspensionAnswer, description="The device is suspended; a repeat gets the same answer"),
         errors=(404, 409),
     ),
     Route(
@@ -164,7 +164,7 @@ ROUTES = tagged(
         "/devices/{device_id}/resume",
         resume,
         Permission.CHANGE,
-        Answers(SuspensionAnswer, description="The device is in again, durably; a repeat answers the same"),
+        Answers(SuspensionAnswer, description="The device is active again; a repeat gets the same answer"),
         errors=(404, 409),
     ),
     Route(
@@ -172,7 +172,7 @@ ROUTES = tagged(
         "/revoke/{device_id}",
         revoke,
         Permission.CHANGE,
-        Answers(RevokeAnswer, description="The device is revoked, durably; a repeat answers the same"),
+        Answers(RevokeAnswer, description="The device is revoked; a repeat gets the same answer"),
         body_optional=True,
         errors=(404,),
     ),

@@ -22,7 +22,7 @@ from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
 VERSION = "1"
 _ERROR_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
-    405: {"Allow": "The methods that the path takes"},
+    405: {"Allow": "The methods that the path allows"},
     429: {"Retry-After": "Seconds"},
     503: {"Retry-After": "Seconds"},
 }
@@ -31,7 +31,7 @@ _BASIC = {"WWW-Authenticate": "Basic"}
 
 
 def openapi(routes: Sequence[Route], *, server_url: str) -> dict[str, Any]:
-    """Describe every route (OpenAPI 3.1.1)."""
+    """Return the OpenAPI 3.1.1 description of the routes."""
     schemas = _schemas(routes)
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
@@ -45,8 +45,8 @@ def openapi(routes: Sequence[Route], *, server_url: str) -> dict[str, Any]:
         "info": {
             "title": "Device Onboarding Portal",
             "version": VERSION,
-            "description": "Registers IoT devices, issues their certificates, gives them their topics on the MQTT"
-            " broker, and puts them out again.",
+            "description": "Registers IoT devices, issues and revokes their certificates, and controls their access"
+            " to the MQTT broker.",
         },
         "servers": [{"url": server_url}],
         "paths": paths,
@@ -90,7 +90,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
                 "name": "Idempotency-Key",
                 "in": "header",
                 "required": False,
-                "description": "A repeat with the same key within 24 hours gets the first answer",
+                "description": "A repeat with the same key within 24 hours gets the same answer",
                 "schema": {"type": "string", "pattern": IDEMPOTENCY_KEY},
             }
         )
@@ -138,7 +138,7 @@ def _query_parameters(model: type[BaseModel], schemas: dict[str, Any]) -> list[d
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A query parameter is there or not; it is never null."""
+    """Return the schema of a query parameter, which may be missing but is never null."""
     options = [option for option in schema.get("anyOf", []) if option.get("type") != "null"]
     rest = {name: value for name, value in schema.items() if name not in ("anyOf", "default") or value is not None}
     if options:
@@ -192,12 +192,12 @@ def _error_statuses(route: Route) -> set[int]:
 
 
 def _headers(more: Mapping[str, str] | None = None) -> dict[str, Any]:
-    described = {"X-Request-Id": "Stands in the log and the audit record, too", **(more or {})}
+    described = {"X-Request-Id": "Is in the log and the audit record, too", **(more or {})}
     return {name: {"description": description, "schema": {"type": "string"}} for name, description in described.items()}
 
 
 def request_body(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str, Any] | None:
-    """Describe the body that a route takes, ``None`` for one that takes none; ``schemas`` holds those of the models."""
+    """Describe the body of a route, ``None`` if it has none; ``schemas`` has the schema of each model."""
     if route.body is not None:
         content: dict[str, Any] = {"application/json": {"schema": schemas[route.body]}}
         return {"required": not route.body_optional, "content": content}
@@ -208,14 +208,14 @@ def request_body(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[s
         row = schemas[route.rows.model]
         return {
             "required": True,
-            "description": "A row for each device, as the schema has one; of CSV, the first row names the columns",
+            "description": "One row for each device, as in x-row-schema; the first row of a CSV names the columns",
             "content": {kind: {"schema": {"type": "string"}, "x-row-schema": row} for kind in route.rows.media_types},
         }
     return None
 
 
 def links(route: Route, routes: Sequence[Route]) -> dict[str, Any]:
-    """OpenAPI links from an answer 201 to every operation whose path speaks of what the answer names."""
+    """Return OpenAPI links from an answer 201 to every operation whose path parameters it has."""
     model = route.answers.model
     if route.answers.status != 201 or model is None:
         return {}
@@ -250,11 +250,11 @@ def description_of(others: Sequence[Route]) -> tuple[Route, ...]:
         return render_template("docs.html", api=described(server_url)).encode()
 
     def openapi_json(call: Call) -> Reply:
-        """Describe the interface in OpenAPI 3.1."""
+        """Return the OpenAPI 3.1 description of the interface."""
         return Reply(content=text(call.portal.settings.public_url))
 
     def docs(call: Call) -> Reply:
-        """Show the interface to people."""
+        """Return the interface's documentation as a page."""
         content = page(call.portal.settings.public_url)
         return Reply(content=content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 

@@ -1,4 +1,4 @@
-"""The portal about itself: alive, ready, in figures."""
+"""Health, readiness and metrics of the portal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
 
 
 class HealthModel(AnswerModel):
-    """The portal is alive."""
+    """The process is alive."""
 
     status: Literal["ok"]
 
 
 class CheckModel(AnswerModel):
-    """One thing the portal depends on; `code` is stable, `problem` tells operators what is wrong and what to do."""
+    """One dependency of the portal; `code` is stable, `problem` tells operators what is wrong and what to do."""
 
     name: str
     ok: bool
@@ -26,23 +26,23 @@ class CheckModel(AnswerModel):
 
 
 class ReadyModel(AnswerModel):
-    """Whether the portal can do its work, each dependency by itself."""
+    """Whether the portal can do its work, and each of its dependencies."""
 
     status: Literal["ready", "not ready"]
     checks: list[CheckModel]
 
 
-FOR_OPERATORS = "The reason is told to operators: ask with an operator token, or run doctor on the portal's machine."
+FOR_OPERATORS = "Only operators see the reason: send an operator token, or run doctor on the portal's machine."
 
 
 def healthz(_call: Call) -> Reply:
-    """Say that the process is alive, with no work done."""
+    """Report that the process is alive, without doing any work."""
     return Reply(HealthModel(status="ok"))
 
 
 def readyz(call: Call) -> Reply:
-    """Say whether database, CA, CRL and broker let the portal do its work, and tell operators why not."""
-    # The reasons name paths and generations: of use to who runs the portal, and to who looks for a way in.
+    """Report whether database, CA, CRL and broker are usable, and tell operators why not."""
+    # The reasons name paths and generations, which help an attacker as much as an operator.
     told = roles.may(call.actor.role, Permission.READ)
     checks = [
         CheckModel(name=check.name, ok=True)
@@ -55,7 +55,7 @@ def readyz(call: Call) -> Reply:
 
 
 def read_metrics(call: Call) -> Reply:
-    """Give figures of the fleet, the broker and the requests to Prometheus."""
+    """Return metrics of devices, broker and requests for Prometheus."""
     content = metrics.exposition(call.portal.monitoring.gauges())
     return Reply(content=content, media_type=metrics.MEDIA_TYPE)
 

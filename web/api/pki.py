@@ -27,9 +27,9 @@ def cached(
     directives: str = "",
     tag: str = "",
 ) -> Reply:
-    """Give ``content`` to be kept for ``max_age`` seconds; answer 304 where the client has it (RFC 9110 section 13.1).
+    """Reply with ``content`` that may be cached for ``max_age`` seconds, or 304 (RFC 9110 section 13.1).
 
-    ``directives`` are further ones of Cache-Control, after a comma; ``tag`` names the content where its name is known.
+    ``directives`` are appended to Cache-Control; ``tag`` is an entity tag that is known without hashing the content.
     """
     etag = f'"{tag or tag_of(content)}"'
     headers = {"ETag": etag, "Cache-Control": f"public, max-age={max_age}{directives}"}
@@ -50,7 +50,7 @@ def cached(
 
 
 def tag_of(content: bytes) -> str:
-    """What names this content and no other, for an entity tag: the first half of its SHA-256."""
+    """Return an entity tag: the first half of the SHA-256 of the content."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
@@ -66,17 +66,17 @@ _TIMES = {"Last-Modified": "The CRL's thisUpdate", "Expires": "Its nextUpdate"}
 
 
 def ca_pem(call: Call) -> Reply:
-    """The chain of trust: issuing CAs and root."""
+    """Return the certificate chain: issuing CAs and root."""
     return cached(call, call.portal.authority.ca_pem.encode(), "application/x-pem-file", max_age=3600)
 
 
 def ca_certificate(call: Call, issuer: str) -> Reply:
-    """One CA certificate (caIssuers of RFC 5280 section 4.2.2.1)."""
+    """Return one CA certificate (caIssuers of RFC 5280 section 4.2.2.1)."""
     return cached(call, _issuer(call, issuer).der, "application/pkix-cert", max_age=3600)
 
 
 def crl(call: Call, issuer: str) -> Reply:
-    """The newest CRL of an issuer (RFC 5280 section 5)."""
+    """Return the newest CRL of an issuer (RFC 5280 section 5)."""
     record = call.portal.inventory.crl(_issuer(call, issuer).id)
     if record is None:
         raise NotFound("This issuer has no CRL yet; try again in a few seconds.")
@@ -85,10 +85,10 @@ def crl(call: Call, issuer: str) -> Reply:
         call,
         record.der,
         "application/pkix-crl",
-        max_age=min(60, left),  # a revocation makes a new one at once
+        max_age=min(60, left),  # a revocation publishes a new one at once
         last_modified=record.this_update,
         expires=record.next_update,
-        tag=tag_of(f"{record.issuer_id} {record.number} {record.this_update}".encode()),  # quicker than of megabytes
+        tag=tag_of(f"{record.issuer_id} {record.number} {record.this_update}".encode()),  # cheaper than of megabytes
     )
 
 
@@ -96,25 +96,25 @@ def _issuer(call: Call, name: str) -> RecordedIssuer:
     for recorded in call.portal.authority.issuers:
         if recorded.issuer.name == name:
             return recorded
-    raise NotFound("There is no issuer of this name; the chain of trust is at /ca.pem.")
+    raise NotFound("No issuer has this name; the certificate chain is at /ca.pem.")
 
 
 REQUEST, RESPONSE = "application/ocsp-request", "application/ocsp-response"
-MAX_AGE = 60  # seconds that a cache may go without asking; a revocation shows no later than that
+MAX_AGE = 60  # seconds; a revocation is visible no later than that
 _ANSWERS = Answers(
     media_type=RESPONSE,
-    description="An OCSPResponse, DER; it may say that there is no answer",
+    description="An OCSPResponse, DER; errors are OCSP responses, too",
     headers={
         "ETag": "For If-None-Match",
         "Last-Modified": "The answer's thisUpdate",
         "Expires": "Its nextUpdate",
-        "Cache-Control": "For how long it may be kept",
+        "Cache-Control": "How long it may be cached",
     },
 )
 
 
 def ocsp_get(call: Call, request: str) -> Reply:
-    """Ask whether certificates are good, by an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
+    """Answer an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
     # Some encoders break lines, and some proxies take "+" in a path for a space.
     text = re.sub(r"[\t\n\v\f\r]", "", request).replace(" ", "+").rstrip("=")
     try:
@@ -125,13 +125,13 @@ def ocsp_get(call: Call, request: str) -> Reply:
 
 
 def ocsp_post(call: Call, body: bytes) -> Reply:
-    """Ask whether certificates are good, by an OCSPRequest (RFC 6960 appendix A.1)."""
+    """Answer an OCSPRequest (RFC 6960 appendix A.1)."""
     return _reply(call, call.portal.responder.answer(body))
 
 
 def _reply(call: Call, answer: Answer) -> Reply:
     if answer.this_update is None or answer.next_update is None:
-        return Reply(content=answer.der, media_type=RESPONSE)  # and not to be kept: that is the default
+        return Reply(content=answer.der, media_type=RESPONSE)  # not to be cached: that is the default
     if not answer.for_anyone:
         headers = {"Cache-Control": "private, max-age=0, must-revalidate"}
         return Reply(content=answer.der, media_type=RESPONSE, headers=headers)

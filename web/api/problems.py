@@ -1,4 +1,4 @@
-"""The form of every error (RFC 9457)."""
+"""What a client sees of an error: its status, and a problem document (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from core.errors import FieldProblem, InputInvalid, PortalError, TooManyAttempts
 from web.api.fields import AnswerModel
 
 MEDIA_TYPE = "application/problem+json"
-# Below this path errors are a sentence in plain text, for a person who looks at what a device has received (RFC 7030
-# section 4.2.3).
+# Below this path an error is a sentence in plain text, for a person who reads what a device received (RFC 7030 section
+# 4.2.3).
 IN_PLAIN_TEXT = "/.well-known/est/"
 # The status of each kind of error; one that is not named here has that of its nearest ancestor.
 STATUS_OF: Mapping[type[PortalError], int] = {
@@ -34,12 +34,13 @@ STATUS_OF: Mapping[type[PortalError], int] = {
 }
 # What Flask refuses by itself: code and detail for each status.
 _OF_FLASK = {
-    400: ("malformed_request", "The request cannot be read; see GET /docs for its form."),
-    404: ("not_found", "There is nothing at this path; see GET /docs for what there is."),
-    405: ("method_not_allowed", "This path does not take this method; see the Allow header."),
-    413: ("body_too_large", "The body is longer than the portal takes; see PORTAL_MAX_BODY_BYTES."),
+    400: ("malformed_request", "The request is malformed; /docs describes every request."),
+    404: ("not_found", "Nothing is at this path; /docs lists all paths."),
+    405: ("method_not_allowed", "This path does not allow this method; see the Allow header."),
+    413: ("body_too_large", "The body is longer than PORTAL_MAX_BODY_BYTES allows."),
 }
-_OF_ANOTHER_KIND = ("refused", "The request cannot be taken as it is; see GET /docs.")
+UNEXPECTED = "Unexpected error; the portal's log has the cause under this request id."
+_OTHER = ("refused", "The request is refused; /docs describes every request.")
 
 
 class FieldErrorModel(AnswerModel):
@@ -50,7 +51,7 @@ class FieldErrorModel(AnswerModel):
 
 
 class ProblemModel(AnswerModel):
-    """An error (RFC 9457): `detail` says in one sentence what is wrong and what to do, `code` is stable."""
+    """An error (RFC 9457). `detail` is one sentence about what is wrong and what to do, `code` is stable."""
 
     type: str
     title: str
@@ -64,7 +65,7 @@ class ProblemModel(AnswerModel):
 def problem(
     status: int, code: str, detail: str, *, request_id: str, fields: Iterable[FieldProblem] = ()
 ) -> ProblemModel:
-    """Say what went wrong, as it is sent."""
+    """Return the problem document of an error."""
     return ProblemModel(
         type=f"urn:onboarding-portal:error:{code}",
         title=HTTPStatus(status).phrase,
@@ -77,17 +78,21 @@ def problem(
 
 
 def of_error(error: Exception, *, request_id: str, path: str = "") -> tuple[ProblemModel, dict[str, str]]:
-    """Say what went wrong, with the headers that go with it; all that is no error of the caller's is one constant."""
+    """Return the problem document of an error with its headers; every internal error has the same constant text."""
     plain = path.startswith(IN_PLAIN_TEXT)
     headers: dict[str, str] = {}
-    status, code, detail = 500, "internal_error", "The portal failed; its log has the cause under this request id."
+    status, code, detail = (
+        500,
+        "internal_error",
+        "Unexpected error; the portal's log has the cause under this request id.",
+    )
     if isinstance(error, PortalError):
         status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
         if status != 500:
             code, detail = error.code, error.detail
     elif isinstance(error, HTTPException) and error.code is not None and 400 <= error.code < 500:
         status = error.code
-        code, detail = _OF_FLASK.get(status, _OF_ANOTHER_KIND)
+        code, detail = _OF_FLASK.get(status, _OTHER)
         if isinstance(error, MethodNotAllowed) and error.valid_methods:
             headers["Allow"] = ", ".join(sorted(error.valid_methods))
     if status == 422 and plain:
@@ -103,7 +108,7 @@ def of_error(error: Exception, *, request_id: str, path: str = "") -> tuple[Prob
 
 
 def as_sent(said: ProblemModel, path: str) -> tuple[str, str]:
-    """The body of an error with its media type."""
+    """Return the body of an error and its media type."""
     if path.startswith(IN_PLAIN_TEXT):
         return f"{said.detail}\n", "text/plain; charset=utf-8"
     return said.model_dump_json(exclude_none=True), MEDIA_TYPE

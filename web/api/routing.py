@@ -168,15 +168,15 @@ class RestConverter(BaseConverter):
 CONVERTERS: Mapping[str, type[BaseConverter]] = {"segment": SegmentConverter, "rest": RestConverter}
 # What is raised for a part of a path that does not have the form of ``PATH_PARAMETERS``.
 _NOT_FOUND: Mapping[str, tuple[type[PortalError], str]] = {
-    "device_id": (DeviceNotFound, "This is no device's id; an id is a UUID in lower case, see GET /devices."),
+    "device_id": (DeviceNotFound, "No device has this id: ids are UUIDs in lower case."),
     "token": (LinkUnknown, "This download link is not known here; check that it was copied whole."),
-    "token_id": (NotFound, "This is no token's id; list them with GET /tokens."),
+    "token_id": (NotFound, "No operator token has this id: ids are 16 hexadecimal digits."),
     "request": (RequestMalformed, "The part after /ocsp/ must be an OCSP request in base64."),
-    "webhook_id": (NotFound, "This is no webhook's id; list them with GET /webhooks."),
-    "label": (NotFound, "There is nothing to enrol at under this label; leave it out, or use the tenant's name."),
-    "enrolment_token_id": (NotFound, "This is no enrolment token's id; list them with GET /enrolment-tokens."),
-    "manufacturer_id": (NotFound, "This is no manufacturer's id; list them with GET /manufacturers."),
-    "issuer": (NotFound, "There is no issuer of this name; the chain of trust is at /ca.pem."),
+    "webhook_id": (NotFound, "No webhook has this id: ids are 16 hexadecimal digits."),
+    "label": (NotFound, "Unknown EST label; leave it out, or use the tenant's name."),
+    "enrolment_token_id": (NotFound, "No enrolment token has this id: ids are 16 hexadecimal digits."),
+    "manufacturer_id": (NotFound, "No manufacturer has this id: ids are 16 hexadecimal digits."),
+    "issuer": (NotFound, "No issuer has this name; the certificate chain is at /ca.pem."),
 }
 
 
@@ -206,7 +206,7 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
     if token is None:
         portal.operators.login_failed(anyone, f"{route.method} {route.path}", "access", "unauthenticated")
         raise Unauthenticated(
-            "A valid operator token is needed; send it as Authorization: Bearer <token>, or have an admin make one."
+            "A valid operator token is required: send it as Authorization: Bearer <token>, or ask an admin for one."
         )
     return Actor(token.tenant_id, f"{token.name} ({token.id})", token.role, request_id, anyone.address)
 
@@ -216,7 +216,9 @@ def check_permission(portal: Portal, route: Route, actor: Actor) -> None:
     if route.permission is None or may(actor.role, route.permission):
         return
     portal.operators.refused(actor, f"{route.method} {route.path}", "access", "forbidden")
-    raise Forbidden(f"The role {actor.role} may not do this; it takes a role with the permission {route.permission}.")
+    raise Forbidden(
+        f"The role {actor.role} does not allow this; it takes a role with the permission {route.permission}."
+    )
 
 
 def is_on_pki_listener(adapter: MapAdapter, routes: Mapping[str, Route]) -> bool:
@@ -240,7 +242,7 @@ def read_arguments(route: Route, request: Request, path: Mapping[str, str]) -> d
     arguments: dict[str, str | bytes | BaseModel] = {**path}
     if route.rows is not None and request.mimetype not in route.rows.media_types:
         kinds = " or ".join(route.rows.media_types)
-        raise MediaTypeUnsupported(f"The body must hold rows; send it with Content-Type: {kinds}.")
+        raise MediaTypeUnsupported(f"The body must consist of rows; send it with Content-Type: {kinds}.")
     if route.octets is not None:
         arguments["body"] = _read_octets(route.octets, request)
     if route.body is not None:
@@ -306,7 +308,7 @@ def input_invalid(error: ValidationError) -> InputInvalid:
 
 def _refused(problems: list[FieldProblem]) -> InputInvalid:
     named = ", ".join(f"{problem.field} ({problem.message})" for problem in problems[:5])
-    return InputInvalid(f"The request has fields to be corrected: {named}.", problems)
+    return InputInvalid(f"The request has invalid fields: {named}.", problems)
 
 
 def _in_words(problem: ErrorDetails) -> str:

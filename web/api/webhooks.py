@@ -1,16 +1,15 @@
-"""Webhooks: subscribe a receiver to events, see what it was sent, send it again."""
+"""Webhooks: subscribe a receiver to events, list what was sent to it, send it again."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from core.errors import FieldProblem, InputInvalid
 from core.roles import Permission
 from core.states import EventDeliveryStatus
 from store.webhooks import Backlog, EventDeliveryRecord, WebhookRecord
-from web.api.fields import AnswerModel, Cursor, Limit, RequestModel, ShortText, Timestamp, WholeNumber
+from web.api.fields import AnswerModel, Limit, NumericCursor, RequestModel, ShortText, Timestamp, WholeNumber
 from web.api.routing import Answers, Call, Reply, Route, tagged
 from workflows.events import EventType
 from workflows.webhooks.subscriptions import NOTHING
@@ -29,12 +28,12 @@ EventName = Literal[
 ]
 DeliveryStatus = Literal["waiting", "delivered", "dead"]
 
-if set(EventName.__args__) != set(EventType):  # type: ignore[attr-defined]
-    raise AssertionError("the interface's types of events must be those of the room below")
+if set(get_args(EventName)) != set(EventType):
+    raise AssertionError("EventName must name the values of workflows.events.EventType")
 
 
 class WebhookRequest(RequestModel):
-    """A receiver to tell of events; without `events` of all of them, those of later versions too."""
+    """A receiver of events; without `events`, of all types, including those of later versions."""
 
     name: ShortText
     url: Annotated[str, Field(min_length=1, max_length=2048, examples=["https://example.com/portal-events"])]
@@ -42,7 +41,7 @@ class WebhookRequest(RequestModel):
 
 
 class WebhookModel(AnswerModel):
-    """A subscription; `events` is empty where it is to all. `oldest_waiting_at` is null where nothing waits."""
+    """A subscription. `events` is empty if it is to all types; `oldest_waiting_at` is null if no delivery waits."""
 
     webhook_id: str
     name: str
@@ -55,7 +54,7 @@ class WebhookModel(AnswerModel):
 
 
 class NewWebhookModel(WebhookModel):
-    """A new subscription, with the secret that signs what is sent, shown this once."""
+    """A new subscription with the secret that signs deliveries, which is shown only once."""
 
     secret: str
 
@@ -67,15 +66,15 @@ class WebhookList(AnswerModel):
 
 
 class WebhookDeliveryQuery(RequestModel):
-    """Which deliveries to list."""
+    """Filters of the list of deliveries."""
 
     status: DeliveryStatus | None = None
     limit: Limit = 50
-    cursor: Cursor | None = None
+    cursor: NumericCursor | None = None
 
 
 class WebhookDeliveryModel(AnswerModel):
-    """An event on its way to the receiver: `dead` is what was given up, `next_at` when a waiting one is tried again."""
+    """The delivery of an event. `dead`: it was given up; `next_at`: when a waiting one is tried again."""
 
     delivery_id: int
     event_id: str
@@ -97,7 +96,7 @@ class WebhookDeliveryPage(AnswerModel):
 
 
 class RedeliverRequest(RequestModel):
-    """What to send again: the deliveries named, if they have ended, or without them all that were given up."""
+    """The deliveries to send again, if they have ended; without `delivery_ids`, all that were given up."""
 
     delivery_ids: (
         Annotated[list[Annotated[int, Field(ge=1, lt=2**53), WholeNumber]], Field(min_length=1, max_length=200)] | None
@@ -111,7 +110,7 @@ class RedeliverAnswer(AnswerModel):
 
 
 class WebhookTestAnswer(AnswerModel):
-    """How a test event fared: the status that the receiver answered, or the problem in one sentence."""
+    """The result of a test event: the status that the receiver answered, or the problem in one sentence."""
 
     delivered: bool
     status: int | None
@@ -120,28 +119,25 @@ class WebhookTestAnswer(AnswerModel):
 
 
 def list_webhooks(call: Call) -> Reply:
-    """List webhooks, oldest first, with what waits for each."""
+    """List webhooks, oldest first, with the number of deliveries that wait."""
     found = call.portal.webhooks.all(call.actor.tenant_id)
     return Reply(WebhookList(webhooks=[_webhook(record, backlog) for record, backlog in found]))
 
 
 def create_webhook(call: Call, body: WebhookRequest) -> Reply:
-    """Send events to a receiver from now on."""
+    """Subscribe a receiver to events."""
     types = [EventType(name) for name in body.events or ()]
     secret, record = call.portal.webhooks.create(call.actor, body.name, body.url, types)
     return Reply(NewWebhookModel.of(_webhook(record, NOTHING), secret=secret), status=201)
 
 
 def delete_webhook(call: Call, webhook_id: str) -> Reply:
-    """Send nothing more to a receiver."""
+    """Delete a webhook; deliveries that wait are discarded."""
     return Reply(_webhook(*call.portal.webhooks.delete(call.actor, webhook_id)))
 
 
 def list_webhook_deliveries(call: Call, webhook_id: str, query: WebhookDeliveryQuery) -> Reply:
-    """List what was or is to be sent to a receiver, newest first."""
-    if query.cursor is not None and not (query.cursor.isdigit() and len(query.cursor) < 19):
-        problem = FieldProblem("cursor", "must be the next_cursor of the page before")
-        raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem])
+    """List the deliveries of a webhook, newest first."""
     found = call.portal.webhooks.deliveries(
         call.actor.tenant_id,
         webhook_id,
@@ -155,13 +151,13 @@ def list_webhook_deliveries(call: Call, webhook_id: str, query: WebhookDeliveryQ
 
 
 def redeliver(call: Call, webhook_id: str, body: RedeliverRequest) -> Reply:
-    """Send again what was given up, or what is named."""
+    """Send deliveries again: those that are named, or all that were given up."""
     count = call.portal.webhooks.redeliver(call.actor, webhook_id, body.delivery_ids)
     return Reply(RedeliverAnswer(redelivered=count))
 
 
 def try_webhook(call: Call, webhook_id: str) -> Reply:
-    """Send a receiver a test event now, once."""
+    """Send one test event now."""
     sent = call.portal.webhooks.test(call.actor, webhook_id)
     return Reply(WebhookTestAnswer.of(sent, milliseconds=round(sent.seconds * 1000)))
 
@@ -183,7 +179,7 @@ ROUTES = tagged(
         "/webhooks",
         create_webhook,
         Permission.WEBHOOKS,
-        Answers(NewWebhookModel, status=201, description="The webhook, with its secret, shown this once"),
+        Answers(NewWebhookModel, status=201, description="The webhook with its secret, which is shown only once"),
         errors=(409,),
     ),
     Route(
@@ -191,7 +187,7 @@ ROUTES = tagged(
         "/webhooks/{webhook_id}",
         delete_webhook,
         Permission.WEBHOOKS,
-        Answers(WebhookModel, description="The webhook that is gone, with all that was on its way to it"),
+        Answers(WebhookModel, description="The webhook that was deleted"),
         errors=(404,),
     ),
     Route(
@@ -216,7 +212,7 @@ ROUTES = tagged(
         "/webhooks/{webhook_id}/test",
         try_webhook,
         Permission.WEBHOOKS,
-        Answers(WebhookTestAnswer, description="How it ended; an event of the type test was sent, or was to be"),
+        Answers(WebhookTestAnswer, description="The result; the event has the type `test`"),
         errors=(404, 503),
     ),
 )

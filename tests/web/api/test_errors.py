@@ -471,7 +471,7 @@ def test_the_body_of_a_500_is_constant_and_its_cause_is_in_the_log_alone(
     monkeypatch.setattr(Inventory, "device", fails)
     answer = admin.get(f"/devices/{ID}")
     problem = problem_of(answer, 500, "internal_error")
-    assert problem["detail"] == "The portal failed; its log has the cause under this request id."
+    assert problem["detail"] == "Unexpected error; the portal's log has the cause under this request id."
     assert set(problem) == {"type", "title", "status", "detail", "code", "request_id"}
     assert "inner workings" not in answer.text
     [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
