@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -17,47 +17,49 @@ from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, I
 
 # --- Devices ------------------------------------------------------------------------------------------------------
 
-# Statements of every registration and every request stand ready: building one takes longer than running it.
-_INSERT_DEVICE = sa.insert(Device)
+_INSERT_DEVICES = sa.insert(Device)
 
 
-def add_device(
-    tx: Connection,
-    *,
-    tenant_id: str,
-    device_id: str,
-    name: str,
-    type: str,  # noqa: A002 - the field's name in the interface
-    location: str,
-    firmware: str,
-    metadata: dict[str, Any],
-    status: DeviceStatus,
-    topics: Sequence[tuple[str, str]] | None,
-    created_at: datetime,
-    generation: int,
-    external_id: str | None = None,
-) -> None:
-    """Insert a device; ``topics`` are pairs of filter and access, or ``None`` for the default ones."""
-    tx.execute(
-        _INSERT_DEVICE,
-        {
-            "id": device_id,
-            "tenant_id": tenant_id,
-            "external_id": external_id,
-            "name": name,
-            "type": type,
-            "location": location,
-            "firmware": firmware,
-            "metadata": metadata,
-            "own_topics": topics is not None,
-            "status": status,
-            "created_at": created_at,
-            "updated_at": created_at,
-            "generation": generation,
-        },
-    )
-    if topics is not None:
-        _insert_topics(tx, tenant_id, device_id, topics)
+class NewDevice(TypedDict):
+    """A device to insert; ``topics`` are pairs of filter and access, or ``None`` for the default ones."""
+
+    tenant_id: str
+    device_id: str
+    name: str
+    type: str
+    location: str
+    firmware: str
+    metadata: dict[str, Any]
+    status: DeviceStatus
+    topics: Sequence[tuple[str, str]] | None
+    created_at: datetime
+    generation: int
+    external_id: NotRequired[str | None]
+
+
+def add_device(tx: Connection, **device: Unpack[NewDevice]) -> None:
+    """Insert a device with its topics."""
+    add_devices(tx, [device])
+
+
+def add_devices(tx: Connection, devices: Sequence[NewDevice]) -> None:
+    """Insert devices with their topics, all by one statement each."""
+    rows = [_device_row(device) for device in devices]
+    if rows:
+        tx.execute(_INSERT_DEVICES, rows)
+    topics: list[dict[str, Any]] = []
+    for device in devices:
+        topics += _topic_rows(device["tenant_id"], device["device_id"], device["topics"])
+    if topics:
+        tx.execute(_INSERT_TOPICS, topics)
+
+
+def _device_row(device: NewDevice) -> dict[str, Any]:
+    row: dict[str, Any] = {"external_id": None, **device}
+    row["id"] = row.pop("device_id")
+    row["own_topics"] = row.pop("topics") is not None
+    row["updated_at"] = row["created_at"]
+    return row
 
 
 def get_device(tx: Connection, tenant_id: str, device_id: str, *, for_update: bool = False) -> DeviceRecord:
@@ -79,19 +81,19 @@ def replace_topics(
 ) -> None:
     """Give a device other topics of its own, or with ``None`` the default ones again."""
     tx.execute(sa.delete(AclEntry).where(AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id))
-    if topics is not None:
-        _insert_topics(tx, tenant_id, device_id, topics)
+    if rows := _topic_rows(tenant_id, device_id, topics):
+        tx.execute(_INSERT_TOPICS, rows)
     update_device(tx, tenant_id, device_id, {"own_topics": topics is not None, "generation": generation})
 
 
-def _insert_topics(tx: Connection, tenant_id: str, device_id: str, topics: Sequence[tuple[str, str]]) -> None:
-    tx.execute(
-        sa.insert(AclEntry),
-        [
-            {"tenant_id": tenant_id, "device_id": device_id, "position": position, "filter": pattern, "access": access}
-            for position, (pattern, access) in enumerate(topics)
-        ],
-    )
+_INSERT_TOPICS = sa.insert(AclEntry)
+
+
+def _topic_rows(tenant_id: str, device_id: str, topics: Sequence[tuple[str, str]] | None) -> list[dict[str, Any]]:
+    return [
+        {"tenant_id": tenant_id, "device_id": device_id, "position": position, "filter": pattern, "access": access}
+        for position, (pattern, access) in enumerate(topics or ())
+    ]
 
 
 def revoke_device(
@@ -138,47 +140,57 @@ def revoke_device(
 # --- Certificates -------------------------------------------------------------------------------------------------
 
 _INSERT_CERTIFICATE = sa.insert(Certificate).returning(Certificate.id)
+_INSERT_CERTIFICATES = sa.insert(Certificate)
+_CERTIFICATE_IDS = sa.select(Certificate.fingerprint, Certificate.id).where(
+    Certificate.tenant_id == sa.bindparam("of_tenant"),
+    Certificate.fingerprint.in_(sa.bindparam("wanted", expanding=True)),
+)
 
 
-def add_certificate(
-    tx: Connection,
-    *,
-    tenant_id: str,
-    issuer_id: int,
-    purpose: str,
-    serial_number: str,
-    fingerprint: str,
-    der: bytes,
-    not_before: datetime,
-    not_after: datetime,
-    issued_at: datetime,
-    device_id: str | None = None,
-    revoked_at: datetime | None = None,
-    reason: str | None = None,
-) -> int:
-    """Record a certificate, active or already revoked, and return its row's id.
+class NewCertificate(TypedDict):
+    """A certificate to insert: active, or already revoked where it has ``revoked_at`` and ``reason``."""
+
+    tenant_id: str
+    issuer_id: int
+    purpose: str
+    serial_number: str
+    fingerprint: str
+    der: bytes
+    not_before: datetime
+    not_after: datetime
+    issued_at: datetime
+    device_id: NotRequired[str | None]
+    revoked_at: NotRequired[datetime | None]
+    reason: NotRequired[str | None]
+
+
+def add_certificate(tx: Connection, **certificate: Unpack[NewCertificate]) -> int:
+    """Record a certificate, and return its row's id.
 
     The database refuses a second active one of the same device, and a serial number that its issuer has used.
     """
-    added = tx.execute(
-        _INSERT_CERTIFICATE,
-        {
-            "tenant_id": tenant_id,
-            "issuer_id": issuer_id,
-            "device_id": device_id,
-            "purpose": purpose,
-            "serial_number": serial_number,
-            "fingerprint": fingerprint,
-            "der": der,
-            "not_before": not_before,
-            "not_after": not_after,
-            "issued_at": issued_at,
-            "status": CertificateStatus.ACTIVE if revoked_at is None else CertificateStatus.REVOKED,
-            "revoked_at": revoked_at,
-            "revocation_reason": reason,
-        },
-    )
-    return int(added.scalar_one())
+    return add_certificates(tx, [certificate])[0]
+
+
+def add_certificates(tx: Connection, certificates: Sequence[NewCertificate]) -> list[int]:
+    """Record certificates of one tenant by one statement, and return their rows' ids in the same order."""
+    rows = [_certificate_row(certificate) for certificate in certificates]
+    if len(rows) == 1:
+        return [int(tx.execute(_INSERT_CERTIFICATE, rows).scalar_one())]
+    if not rows:
+        return []
+    tx.execute(_INSERT_CERTIFICATES, rows)
+    fingerprints = [row["fingerprint"] for row in rows]
+    parameters = {"of_tenant": rows[0]["tenant_id"], "wanted": fingerprints}
+    ids = {row.fingerprint: row.id for row in tx.execute(_CERTIFICATE_IDS, parameters)}
+    return [ids[fingerprint] for fingerprint in fingerprints]
+
+
+def _certificate_row(certificate: NewCertificate) -> dict[str, Any]:
+    row: dict[str, Any] = {"device_id": None, "revoked_at": None, "reason": None, **certificate}
+    row["revocation_reason"] = row.pop("reason")
+    row["status"] = CertificateStatus.ACTIVE if row["revoked_at"] is None else CertificateStatus.REVOKED
+    return row
 
 
 # --- The generation that the broker must reach ---------------------------------------------------------------------

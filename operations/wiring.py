@@ -28,7 +28,7 @@ from workflows.authority.issuers import Authority, open_authority
 from workflows.authority.ocsp_certificates import ResponderCertificates
 from workflows.authority.ocsp_responder import Responder
 from workflows.bulk.upload import Bulk
-from workflows.credentials import CredentialMaker
+from workflows.credentials import CredentialIssuer
 from workflows.delivery import Deliveries
 from workflows.devices import Inventory
 from workflows.enforcement import Enforcement
@@ -165,7 +165,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
 def _build(base: _Foundation, presence: ExitStack) -> Portal:
     settings, clock, tenant_id, database = base.settings, base.clock, base.tenant_id, base.database
     authority, enforcement, folder = base.authority, base.enforcement, settings.data_dir
-    credentials, links = CredentialMaker(settings, authority, base.link_keys), base.link_keys
+    credentials, links = CredentialIssuer(settings, authority, base.link_keys), base.link_keys
     onboarding = Onboarding(settings, database, enforcement, credentials, pepper=base.pepper, clock=clock)
     clients = Clients(settings, database, authority, clock)
     responders = ResponderCertificates(settings, database, authority, clock, tenant_id)
@@ -188,7 +188,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         enrolment=Enrolment(settings, database, onboarding, credentials, clock),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),
-        approvals=Approvals(database, onboarding, clock),
+        approvals=Approvals(settings, database, clock),
         inventory=Inventory(settings, database),
         operators=Operators(database, Throttle(folder / "attempts", settings.login_failures), clock),
         webhooks=base.webhooks,

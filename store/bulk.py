@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.device_status import DeviceStatus
 from core.states import CertificateStatus, DeliveryStatus
 from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record
 from store.tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
@@ -130,77 +128,6 @@ def _in_use(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[st
         )
     ).scalars()
     return {objects[name] for name in found} | {device_id for device_id in renewed if device_id is not None}
-
-
-# --- What is added ------------------------------------------------------------------------------------------------
-
-_INSERT_DEVICES = sa.insert(Device)
-_INSERT_TOPICS = sa.insert(AclEntry)
-_INSERT_CERTIFICATES = sa.insert(Certificate)
-_INSERT_DELIVERIES = sa.insert(Delivery)
-_ROW_IDS = sa.select(Certificate.fingerprint, Certificate.id).where(
-    Certificate.tenant_id == sa.bindparam("of_tenant"),
-    Certificate.fingerprint.in_(sa.bindparam("wanted", expanding=True)),
-)
-
-
-def add_devices(
-    tx: Connection,
-    tenant_id: str,
-    devices: Sequence[Mapping[str, Any]],
-    topics: Mapping[str, Sequence[tuple[str, str]]],
-    *,
-    created_at: datetime,
-) -> None:
-    """Insert active devices, ``topics`` being those of devices that have their own.
-
-    Each device holds ``id``, ``external_id``, ``name``, ``type``, ``location``, ``firmware``, ``metadata`` and
-    ``generation``.
-    """
-    if not devices:
-        return
-    same = {
-        "tenant_id": tenant_id,
-        "status": DeviceStatus.ACTIVE.value,
-        "created_at": created_at,
-        "updated_at": created_at,
-    }
-    tx.execute(_INSERT_DEVICES, [{**device, "own_topics": device["id"] in topics, **same} for device in devices])
-    entries = [
-        {"tenant_id": tenant_id, "device_id": device_id, "position": position, "filter": pattern, "access": access}
-        for device_id, own in topics.items()
-        for position, (pattern, access) in enumerate(own)
-    ]
-    if entries:
-        tx.execute(_INSERT_TOPICS, entries)
-
-
-def add_certificates(
-    tx: Connection, tenant_id: str, certificates: Sequence[Mapping[str, Any]], *, issued_at: datetime
-) -> dict[str, int]:
-    """Insert active certificates of devices; returns their row ids by fingerprint.
-
-    Each holds ``device_id``, ``issuer_id``, ``serial_number``, ``fingerprint``, ``der``, ``not_before``, ``not_after``.
-    """
-    if not certificates:
-        return {}
-    same = {"tenant_id": tenant_id, "purpose": "device", "issued_at": issued_at, "status": CertificateStatus.ACTIVE}
-    tx.execute(_INSERT_CERTIFICATES, [{**certificate, **same} for certificate in certificates])
-    fingerprints = [certificate["fingerprint"] for certificate in certificates]
-    rows = tx.execute(_ROW_IDS, {"of_tenant": tenant_id, "wanted": fingerprints})
-    return {row.fingerprint: row.id for row in rows}
-
-
-def add_deliveries(
-    tx: Connection, tenant_id: str, deliveries: Sequence[Mapping[str, Any]], *, created_at: datetime
-) -> None:
-    """Keep bundles for their downloads.
-
-    Each holds ``id``, ``device_id``, ``certificate_id``, ``bundle``, ``format``, ``expires_at``.
-    """
-    if deliveries:
-        same = {"tenant_id": tenant_id, "status": DeliveryStatus.READY, "created_at": created_at}
-        tx.execute(_INSERT_DELIVERIES, [{**delivery, **same} for delivery in deliveries])
 
 
 def supersede_unfetched(

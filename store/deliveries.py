@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypedDict
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -33,36 +34,27 @@ class DeliveryRecord:
     format: str
 
 
-_INSERT_DELIVERY = sa.insert(Delivery)
+_INSERT_DELIVERIES = sa.insert(Delivery)
 
 
-def add_delivery(
-    tx: Connection,
-    *,
-    tenant_id: str,
-    delivery_id: str,
-    device_id: str,
-    certificate_id: int,
-    bundle: bytes,
-    bundle_format: str,
-    created_at: datetime,
-    expires_at: datetime,
-) -> None:
-    """Keep an encrypted bundle for its one download."""
-    tx.execute(
-        _INSERT_DELIVERY,
-        {
-            "id": delivery_id,
-            "tenant_id": tenant_id,
-            "device_id": device_id,
-            "certificate_id": certificate_id,
-            "status": DeliveryStatus.READY,
-            "bundle": bundle,
-            "format": bundle_format,
-            "created_at": created_at,
-            "expires_at": expires_at,
-        },
-    )
+class NewDelivery(TypedDict):
+    """An encrypted bundle that waits for its one download."""
+
+    id: str
+    tenant_id: str
+    device_id: str
+    certificate_id: int
+    bundle: bytes
+    format: str
+    created_at: datetime
+    expires_at: datetime
+
+
+def add_deliveries(tx: Connection, deliveries: Sequence[NewDelivery]) -> None:
+    """Keep bundles for their downloads, all by one statement."""
+    rows = [{**delivery, "status": DeliveryStatus.READY} for delivery in deliveries]
+    if rows:
+        tx.execute(_INSERT_DELIVERIES, rows)
 
 
 def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> DeliveryRecord:

@@ -1,18 +1,17 @@
-"""Makes a device's credentials, with the rows that record them."""
+"""What credentials a device asks for, and how they are made: certificate, key and encrypted bundle."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-
-from sqlalchemy.engine import Connection
+from typing import Any, Self
 
 import ca
 import credential_delivery as delivery
-import db
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.topics import Topic, default_topics, expand
@@ -20,15 +19,14 @@ from delivery.formats import BundleFormat
 from pki import est
 from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem
 from pki.csr import read_csr
-from store import deliveries
 from workflows.authority.issuers import Authority
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What credentials are asked for: a certificate for the key of a ``csr`` (PEM), or a new key in a bundle.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialRequest:
+    """A certificate for the key of a ``csr`` (PEM), or a new key of ``key_type`` in an encrypted bundle.
 
-    ``None`` stands for what the settings say, and for a password of the portal's making.
+    ``None`` stands for the settings' value, and for a password that the portal makes.
     """
 
     csr: str | None = None
@@ -38,81 +36,142 @@ class Wanted:
     bundle_format: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRequest(CredentialRequest):
+    """A device to be added, with the credentials it is to have; ``topics`` are pairs of filter and access."""
+
+    name: str
+    type: str
+    location: str
+    firmware: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    topics: Sequence[tuple[str, str]] | None = None
+    external_id: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
-class BundleMade:
-    """An encrypted bundle that waits for one download, with what opens it."""
+class EncryptedBundle:
+    """A bundle that waits for one download, with what opens it."""
 
     delivery_id: str
     content: bytes = field(repr=False)
+    format: BundleFormat
     password: str = field(repr=False)
     download_url: str = field(repr=False)
-    download_expires_at: datetime
-    format: BundleFormat
+    expires_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """Credentials that exist nowhere else yet: ``record`` them before they are released.
+class IssuedCredentials:
+    """A certificate with its chain, PEM, and the key that was made for it, if any; it is in no database yet.
 
-    ``bundle`` is ``None`` where the device has its own key; ``certificate`` and ``chain`` (PEM) are what it then gets.
-    ``key`` (PKCS#8, DER) is one made here that is handed over at once, and kept nowhere.
+    Record it before it is released (``workflows/admission.py``). A new key is in the ``bundle``; ``key`` (PKCS#8, DER)
+    is one that is handed over at once and kept nowhere. It can be sent from one process to another.
     """
 
-    issued: ca.Issued
+    device_id: str
     issuer_id: int
+    serial_number: str
+    fingerprint: str
+    der: bytes = field(repr=False)
+    not_before: datetime
+    not_after: datetime
+    issued_at: datetime
+    certificate: str = field(repr=False)
     chain: str = field(repr=False)
-    bundle: BundleMade | None
+    bundle: EncryptedBundle | None = None
     key: bytes | None = field(default=None, repr=False)
 
-    @property
-    def certificate(self) -> str:
-        """The certificate as PEM."""
-        return self.issued.pem
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialAnswer:
+    """Credentials as whoever asked for them is answered: link and password, or certificate and chain for a CSR."""
+
+    device_id: str
+    fingerprint: str
+    serial_number: str
+    expires_at: datetime | None
+    download_url: str | None = field(default=None, repr=False)
+    download_expires_at: datetime | None = None
+    bundle_password: str | None = field(default=None, repr=False)
+    certificate: str | None = field(default=None, repr=False)
+    chain: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, issued: IssuedCredentials, **more: Any) -> Self:
+        """Return the answer about credentials; ``more`` are the fields of a subclass."""
+        bundle = issued.bundle
+        return cls(
+            device_id=issued.device_id,
+            fingerprint=issued.fingerprint,
+            serial_number=issued.serial_number,
+            expires_at=issued.not_after,
+            download_url=None if bundle is None else bundle.download_url,
+            download_expires_at=None if bundle is None else bundle.expires_at,
+            bundle_password=None if bundle is None else bundle.password,
+            certificate=issued.certificate if bundle is None else None,
+            chain=issued.chain if bundle is None else None,
+            **more,
+        )
+
+    def to_json(self) -> bytes:
+        """Return the answer as it is kept for a repeat; ``from_json`` reads it back."""
+        return json.dumps(dataclasses.asdict(self), default=datetime.isoformat).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Self:
+        """Read what ``to_json`` has written."""
+        values: dict[str, Any] = json.loads(text)
+        for name, value in values.items():
+            if value is not None and name in _TIMES:
+                values[name] = datetime.fromisoformat(value)
+        return cls(**values)
 
 
-class CredentialMaker:
-    """Whatever gives a device a certificate (registration, renewal, enrolment) has it made here."""
+_TIMES = frozenset({"issued_at", "expires_at", "download_expires_at", "previous_valid_until"})
+
+
+class CredentialIssuer:
+    """Issues the credentials of every device, whichever way it comes; touches no database."""
 
     def __init__(self, settings: Settings, authority: Authority, link_keys: Sequence[str]) -> None:
         self._settings = settings
         self._authority = authority
         self._link_keys = link_keys
 
-    def make(self, device_id: str, wanted: Wanted, topics: Sequence[Topic] | None, *, now: datetime) -> Made:
-        """Sign a certificate and, unless a CSR brings the key, make key and bundle; the database is not touched.
+    def issue(
+        self, device_id: str, request: CredentialRequest, topics: Sequence[Topic] | None, *, now: datetime
+    ) -> IssuedCredentials:
+        """Sign a certificate for the key of the CSR, or for a new key that goes into an encrypted bundle.
 
-        ``topics`` are the device's own or ``None``. Raises ``InputInvalid`` (``CsrInvalid``, ``KeyRefused``),
-        ``IssuerUnusable``, ``SignatureCheckFailed``.
+        ``topics`` are the device's own, ``None`` the default ones. Raises ``InputInvalid`` (``CsrInvalid``,
+        ``KeyRefused``), ``IssuerUnusable``, ``SignatureCheckFailed``.
         """
-        key: PrivateKey | None = None
-        if wanted.csr is None:
-            key = ca.generate_keypair(KeyType(wanted.key_type or self._settings.key_type))
-            public_key = key.public_key()
-        elif wanted.key_type or wanted.bundle_password or wanted.bundle_format:
+        if request.csr is None:
+            key = ca.generate_keypair(KeyType(request.key_type or self._settings.key_type))
+            issued = self._certify(device_id, key.public_key(), request.validity_days, now)
+            return dataclasses.replace(issued, bundle=self._bundle(key, issued, topics, request, now))
+        if request.key_type or request.bundle_password or request.bundle_format:
             raise InputInvalid(
                 "With a csr the device has its own key: leave out key_type, bundle_password and bundle_format.",
                 [FieldProblem("csr", "goes with neither key_type nor bundle_password nor bundle_format")],
             )
-        else:
-            public_key = read_csr(wanted.csr)
-        made = self._certify(device_id, public_key, wanted.validity_days, now)
-        if key is None:
-            return made
-        bundle = self._bundle(device_id, key, made.issued, made.chain, topics, wanted, now)
-        return dataclasses.replace(made, bundle=bundle)
+        return self._certify(device_id, read_csr(request.csr), request.validity_days, now)
 
-    def make_with_key(self, device_id: str, key_type: str, validity_days: int | None, *, now: datetime) -> Made:
-        """Make a new key of the kind ``key_type`` with its certificate, for a device that waits for both.
+    def issue_with_key(
+        self, device_id: str, key_type: str, validity_days: int | None, *, now: datetime
+    ) -> IssuedCredentials:
+        """Make a new key of ``key_type`` and sign its certificate, for a device that waits for both.
 
         Raises ``IssuerUnusable``, ``SignatureCheckFailed``.
         """
         key = ca.generate_keypair(KeyType(key_type))
-        made = self._certify(device_id, key.public_key(), validity_days, now)
-        return dataclasses.replace(made, key=est.pkcs8(key))
+        issued = self._certify(device_id, key.public_key(), validity_days, now)
+        return dataclasses.replace(issued, key=est.pkcs8(key))
 
-    def _certify(self, device_id: str, key: PublicKey, validity_days: int | None, now: datetime) -> Made:
+    def _certify(self, device_id: str, key: PublicKey, validity_days: int | None, now: datetime) -> IssuedCredentials:
         signer = self._authority.issuing
-        issued = ca.sign_certificate(
+        certificate = ca.sign_certificate(
             signer.issuer,
             key,
             device_id=device_id,
@@ -120,68 +179,48 @@ class CredentialMaker:
             days=validity_days or self._settings.device_days,
             pki_url=self._settings.pki_url,
         )
-        return Made(issued, signer.id, signer.chain_pem(issued.pem), None)
+        return IssuedCredentials(
+            device_id=device_id,
+            issuer_id=signer.id,
+            serial_number=certificate.serial_number,
+            fingerprint=certificate.fingerprint,
+            der=certificate.der,
+            not_before=certificate.not_before,
+            not_after=certificate.not_after,
+            issued_at=now,
+            certificate=certificate.pem,
+            chain=signer.chain_pem(certificate.pem),
+        )
 
     def _bundle(
         self,
-        device_id: str,
         key: PrivateKey,
-        issued: ca.Issued,
-        chain: str,
+        issued: IssuedCredentials,
         topics: Sequence[Topic] | None,
-        wanted: Wanted,
+        request: CredentialRequest,
         now: datetime,
-    ) -> BundleMade:
+    ) -> EncryptedBundle:
         example = (topics or default_topics(self._settings.topic_prefix))[0]
         credentials = delivery.Credentials(
-            device_id=device_id,
+            device_id=issued.device_id,
             key_pem=private_key_pem(key),
-            certificate_pem=issued.pem,
-            chain_pem=chain,
+            certificate_pem=issued.certificate,
+            chain_pem=issued.chain,
             ca_pem=self._authority.ca_pem,
             broker_host=self._settings.mqtt_host,
             broker_port=self._settings.mqtt_port,
-            example_topic=expand(example, device_id).replace("#", "hello").replace("+", "hello"),
+            example_topic=expand(example, issued.device_id).replace("#", "hello").replace("+", "hello"),
         )
         delivery_id = secrets.token_hex(16)
-        password = wanted.bundle_password or delivery.new_bundle_password()
-        bundle_format = BundleFormat(wanted.bundle_format or BundleFormat.ZIP)
-        return BundleMade(
+        password = request.bundle_password or delivery.new_bundle_password()
+        bundle_format = BundleFormat(request.bundle_format or BundleFormat.ZIP)
+        return EncryptedBundle(
             delivery_id,
             delivery.package_credentials(credentials, password, now=now, bundle_format=bundle_format),
+            bundle_format,
             password,
             delivery.generate_download_link(
                 delivery_id, self._link_keys, public_url=self._settings.public_url, now=now
             ),
             now + timedelta(hours=self._settings.link_hours),
-            bundle_format,
         )
-
-    def record(self, tx: Connection, tenant_id: str, device_id: str, made: Made, *, now: datetime) -> int:
-        """Insert the certificate and what is to be delivered; returns the certificate's row id."""
-        certificate_id = db.add_certificate(
-            tx,
-            tenant_id=tenant_id,
-            issuer_id=made.issuer_id,
-            device_id=device_id,
-            purpose="device",
-            serial_number=made.issued.serial_number,
-            fingerprint=made.issued.fingerprint,
-            der=made.issued.der,
-            not_before=made.issued.not_before,
-            not_after=made.issued.not_after,
-            issued_at=now,
-        )
-        if made.bundle is not None:
-            deliveries.add_delivery(
-                tx,
-                tenant_id=tenant_id,
-                delivery_id=made.bundle.delivery_id,
-                device_id=device_id,
-                certificate_id=certificate_id,
-                bundle=made.bundle.content,
-                bundle_format=made.bundle.format,
-                created_at=now,
-                expires_at=made.bundle.download_expires_at,
-            )
-        return certificate_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
@@ -17,7 +18,16 @@ from workflows import audit, events
 from workflows.audit import Actor
 from workflows.events import EventType
 from workflows.registration import Onboarding
-from workflows.terms import Bundle
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle on its way out: whoever sends it says afterwards whether it arrived."""
+
+    delivery_id: str
+    device_id: str
+    content: bytes
+    format: BundleFormat = BundleFormat.ZIP
 
 
 class Deliveries:

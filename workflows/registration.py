@@ -6,7 +6,8 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -14,25 +15,44 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 import db
-from broker.acl import check_style
-from config import AclStyle, Settings
+from config import Settings
 from core import metrics
 from core.device_status import DeviceStatus, advance
 from core.errors import ExternalIdTaken, StateConflict, Unavailable
 from core.failpoints import failpoint
-from core.topics import Access, Topic, check_topics, default_topics, new_device_id
+from core.topics import new_device_id
 from store import bulk
 from store.database import Database
 from store.devices import update_device
 from workflows import audit, events
+from workflows.admission import Admission, admit, checked_topics
 from workflows.audit import Actor
-from workflows.credentials import CredentialMaker, Made, Wanted
+from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
 from workflows.enforcement import Enforcement
 from workflows.events import EventType
 from workflows.idempotency import KeptAnswers, Sealed
-from workflows.terms import Registered, Registration, Revoked
 
 log = logging.getLogger("portal.onboarding")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered(CredentialAnswer):
+    """The answer to a registration."""
+
+    issued_at: datetime
+    name: str
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """The answer to a revocation: whether the broker was seen to refuse the device, or the ``problem`` that remains."""
+
+    device_id: str
+    revoked_at: datetime
+    reason: str
+    enforced: bool
+    problem: str | None
 
 
 class Onboarding:
@@ -43,7 +63,7 @@ class Onboarding:
         settings: Settings,
         database: Database,
         enforcement: Enforcement,
-        credentials: CredentialMaker,
+        credentials: CredentialIssuer,
         *,
         pepper: bytes,
         clock: Callable[[], datetime],
@@ -57,24 +77,24 @@ class Onboarding:
 
     # --- Register
 
-    def register(self, actor: Actor, wanted: Registration, idempotency_key: str | None = None) -> Registered:
+    def register(self, actor: Actor, request: DeviceRequest, idempotency_key: str | None = None) -> Registered:
         """Register a device, once however often the same ``idempotency_key`` comes within 24 hours.
 
         Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``), ``IdempotencyConflict``, ``ExternalIdTaken``,
         ``Unavailable``.
         """
-        sealed = self._answers.seal(actor.tenant_id, idempotency_key, _canonical(wanted)) if idempotency_key else None
+        sealed = self._answers.seal(actor.tenant_id, idempotency_key, _canonical(request)) if idempotency_key else None
         repeated = sealed and self._answers.find(sealed)
         if not repeated:
             try:
-                answer, generation = self._register(actor, wanted, sealed)
+                answer, generation = self._register(actor, request, sealed)
             except IntegrityError:
                 # Of two first requests with one key the database let one through: its answer is both's.
                 repeated = sealed and self._answers.find(sealed)
                 if not repeated:
-                    if wanted.external_id is not None:
+                    if request.external_id is not None:
                         with self._database.snapshot() as tx:
-                            self._check_free(tx, actor.tenant_id, wanted.external_id)
+                            self._check_free(tx, actor.tenant_id, request.external_id)
                     raise
         if repeated:
             answer, generation = Registered.from_json(repeated.content), repeated.generation
@@ -91,81 +111,36 @@ class Onboarding:
         if device_id is not None:
             raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
 
-    def _register(self, actor: Actor, wanted: Registration, sealed: Sealed | None) -> tuple[Registered, int]:
+    def _register(self, actor: Actor, request: DeviceRequest, sealed: Sealed | None) -> tuple[Registered, int]:
         now = self._clock()
         device_id = new_device_id(now)
-        topics = self.check_topics(wanted.topics, device_id)
-        made = self._credentials.make(
-            device_id,
-            Wanted(wanted.csr, wanted.key_type, wanted.validity_days, wanted.bundle_password, wanted.bundle_format),
-            topics,
-            now=now,
+        topics = checked_topics(self._settings, request.topics, device_id)
+        issued = self._credentials.issue(device_id, request, topics, now=now)
+        with_csr = issued.bundle is None
+        answer = Registered.of(issued, issued_at=now, name=request.name, status=DeviceStatus.ACTIVE)
+        admission = Admission(
+            credentials=issued,
+            name=request.name,
+            event=EventType.REGISTERED,
+            action="device:register",
+            detail={"key": "csr" if with_csr else "made here"},
+            request=request,
+            topics=topics,
         )
-        answer = _answer(device_id, wanted.name, made, now)
 
         def record(tx: Connection) -> int:
-            if wanted.external_id is not None:
-                self._check_free(tx, actor.tenant_id, wanted.external_id)
-            # Under the pattern style a device with the default topics is let in with no word to the broker.
-            told = topics is not None or self._settings.acl_style is AclStyle.PER_DEVICE
-            generation = db.next_generation(tx, actor.tenant_id, at=now) if told else 0
-            db.add_device(
-                tx,
-                tenant_id=actor.tenant_id,
-                device_id=device_id,
-                name=wanted.name,
-                type=wanted.type,
-                location=wanted.location,
-                firmware=wanted.firmware,
-                metadata=dict(wanted.metadata),
-                status=DeviceStatus.ACTIVE,
-                topics=None if topics is None else [(topic.filter, topic.access) for topic in topics],
-                created_at=now,
-                generation=generation,
-                external_id=wanted.external_id,
-            )
-            self._credentials.record(tx, actor.tenant_id, device_id, made, now=now)
+            if request.external_id is not None:
+                self._check_free(tx, actor.tenant_id, request.external_id)
+            admitted = admit(tx, actor, [admission], style=self._settings.acl_style, now=now)
             if sealed is not None:
-                self._answers.keep(tx, sealed, answer.to_json(), generation=generation)
-            events.record(
-                tx,
-                actor.tenant_id,
-                EventType.REGISTERED,
-                device_id,
-                at=now,
-                name=wanted.name,
-                serial_number=made.issued.serial_number,
-                fingerprint=made.issued.fingerprint,
-                expires_at=made.issued.not_after,
-            )
-            audit.record(
-                tx,
-                actor,
-                "device:register",
-                f"device:{device_id}",
-                at=now,
-                serial_number=made.issued.serial_number,
-                key="csr" if made.bundle is None else "made here",
-            )
+                self._answers.keep(tx, sealed, answer.to_json(), generation=admitted.generation)
             failpoint("register.before_commit")
-            return generation
+            return admitted.generation
 
         generation = self._database.write(record)
-        metrics.registered(with_csr=made.bundle is None)
+        metrics.registered(with_csr=with_csr)
         failpoint("register.after_commit")
         return answer, generation
-
-    def check_topics(self, topics: Sequence[tuple[str, str]] | None, device_id: str) -> tuple[Topic, ...] | None:
-        """Check topics that a device is to have as its own; ``None`` stands for the default ones.
-
-        Raises ``TopicRefused``.
-        """
-        if topics is None:
-            return None
-        wanted = [Topic(pattern, Access(access)) for pattern, access in topics]
-        checked = check_topics(wanted, device_id=device_id, prefix=self._settings.topic_prefix)
-        check_style(checked, self._settings.acl_style, self._settings.topic_prefix)
-        return None if checked == default_topics(self._settings.topic_prefix) else checked
 
     # --- Update
 
@@ -175,7 +150,7 @@ class Onboarding:
         Raises ``DeviceNotFound``, ``StateConflict`` for a revoked device, ``TopicRefused``.
         """
         now = self._clock()
-        checked = None if topics is ... else self.check_topics(topics, device_id)
+        checked = None if topics is ... else checked_topics(self._settings, topics, device_id)
         generation = 0
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
@@ -244,28 +219,8 @@ class Onboarding:
         raise Unavailable("The device is registered, but the broker does not know it yet; try again in a few seconds.")
 
 
-def _canonical(wanted: Registration) -> bytes:
-    values = dataclasses.asdict(wanted)
+def _canonical(request: DeviceRequest) -> bytes:
+    values = dataclasses.asdict(request)
     if values["external_id"] is None:
         del values["external_id"]  # as in answers kept by a portal that did not know the field
     return json.dumps(values, sort_keys=True, default=list).encode()
-
-
-def _answer(device_id: str, name: str, made: Made, now: datetime) -> Registered:
-    answer = Registered(
-        device_id=device_id,
-        name=name,
-        status=advance(DeviceStatus.PENDING, DeviceStatus.ACTIVE),
-        fingerprint=made.issued.fingerprint,
-        serial_number=made.issued.serial_number,
-        issued_at=now,
-        expires_at=made.issued.not_after,
-    )
-    if made.bundle is None:
-        return dataclasses.replace(answer, certificate=made.certificate, chain=made.chain)
-    return dataclasses.replace(
-        answer,
-        download_url=made.bundle.download_url,
-        download_expires_at=made.bundle.download_expires_at,
-        bundle_password=made.bundle.password,
-    )

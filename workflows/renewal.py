@@ -6,9 +6,8 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
@@ -24,9 +23,10 @@ from store import devices
 from store import renewal as store_renewal
 from store.database import Database
 from store.devices import DeviceRecord
-from workflows import audit, events
+from workflows import audit
+from workflows.admission import Issuance, record_issuances
 from workflows.audit import Actor
-from workflows.credentials import CredentialMaker, Made, Wanted
+from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.enforcement import Enforcement
 from workflows.events import EventType
 from workflows.idempotency import KeptAnswers, Sealed
@@ -38,53 +38,36 @@ log = logging.getLogger("portal.onboarding")
 MOST_VALID = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Renewal:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewalRequest(CredentialRequest):
     """What a renewal is asked for.
 
-    The certificate before goes on for ``overlap_hours`` (``None``: as the settings say), or, with ``when_used``, until
-    the new one was seen in use, if that comes first.
+    The certificate before keeps working for ``overlap_hours`` (``None``: as the settings say), or, with ``when_used``,
+    until the new one was seen in use, if that comes first.
     """
 
-    wanted: Wanted = field(default_factory=Wanted)
     overlap_hours: int | None = None
     when_used: bool = False
 
+    def canonical(self, device_id: str) -> bytes:
+        """Return the text by which one request is told from another under the same idempotency key."""
+        values = dataclasses.asdict(self)
+        own = {"overlap_hours": values.pop("overlap_hours"), "when_used": values.pop("when_used")}
+        return json.dumps(["renew", device_id, {"wanted": values, **own}], sort_keys=True).encode()
 
-@dataclass(frozen=True, slots=True)
-class Renewed:
-    """The answer: as a registration's, with the time until which the certificate before it goes on.
 
-    ``previous_valid_until`` is ``None`` where no older one goes on. Where older ones were to end at once (``ended``),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renewed(CredentialAnswer):
+    """The answer to a renewal, with the time until which the certificate before keeps working.
+
+    ``previous_valid_until`` is ``None`` where no older one does. Where older ones were to end at once (``ended``),
     ``problem`` says why the broker does not refuse them yet.
     """
 
-    device_id: str
-    fingerprint: str
-    serial_number: str
     issued_at: datetime
-    expires_at: datetime
     previous_valid_until: datetime | None
-    download_url: str | None = None
-    download_expires_at: datetime | None = None
-    bundle_password: str | None = field(default=None, repr=False)
-    certificate: str | None = None
-    chain: str | None = field(default=None, repr=False)
     ended: bool = False
     problem: str | None = None
-
-    def to_json(self) -> bytes:
-        """As it is sealed for a repeat; ``from_json`` reads it back."""
-        return json.dumps(dataclasses.asdict(self), default=datetime.isoformat).encode()
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Renewed:
-        """Read what ``to_json`` wrote."""
-        values: dict[str, Any] = json.loads(text)
-        for name in ("issued_at", "expires_at", "previous_valid_until", "download_expires_at"):
-            if values[name] is not None:
-                values[name] = datetime.fromisoformat(values[name])
-        return cls(**values)
 
 
 class Renewals:
@@ -95,7 +78,7 @@ class Renewals:
         settings: Settings,
         database: Database,
         enforcement: Enforcement,
-        credentials: CredentialMaker,
+        credentials: CredentialIssuer,
         onboarding: Onboarding,
         *,
         pepper: bytes,
@@ -113,7 +96,7 @@ class Renewals:
         self,
         actor: Actor,
         device_id: str,
-        renewal: Renewal,
+        renewal: RenewalRequest,
         idempotency_key: str | None = None,
         *,
         shown: str | None = None,
@@ -125,8 +108,7 @@ class Renewals:
         been lost. Raises ``DeviceNotFound``, ``StateConflict`` where the device is not in, has too many certificates or
         asks too early or too late, ``InputInvalid`` (``CsrInvalid``), ``IdempotencyConflict``, ``Unavailable``.
         """
-        request = json.dumps(["renew", device_id, dataclasses.asdict(renewal)], sort_keys=True).encode()
-        sealed = self._answers.seal(actor.tenant_id, idempotency_key, request)
+        sealed = self._answers.seal(actor.tenant_id, idempotency_key, renewal.canonical(device_id))
         kept = sealed and self._answers.find(sealed)
         if kept:
             answer, generation = Renewed.from_json(kept.content), kept.generation
@@ -156,7 +138,7 @@ class Renewals:
 
         The key is kept nowhere, so a repeat gives another one. Raises as ``renew`` does.
         """
-        renewal = Renewal(Wanted(key_type=key_type), when_used=when_used)
+        renewal = RenewalRequest(key_type=key_type, when_used=when_used)
         answer, generation, key = self._renew(actor, device_id, renewal, None, shown=shown, hand_over=True)
         if answer.ended:
             self._ended(device_id, generation)
@@ -173,7 +155,7 @@ class Renewals:
         self,
         actor: Actor,
         device_id: str,
-        renewal: Renewal,
+        renewal: RenewalRequest,
         sealed: Sealed | None,
         *,
         shown: str | None,
@@ -185,37 +167,22 @@ class Renewals:
             own = devices.device_topics(tx, actor.tenant_id, device_id)
         topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
         if hand_over:
-            wanted = renewal.wanted
-            made = self._credentials.make_with_key(device_id, wanted.key_type or "", wanted.validity_days, now=now)
+            issued = self._credentials.issue_with_key(device_id, renewal.key_type or "", renewal.validity_days, now=now)
         else:
-            made = self._credentials.make(device_id, renewal.wanted, topics, now=now)
+            issued = self._credentials.issue(device_id, renewal, topics, now=now)
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
             self._check(tx, device, renewal, now=now, shown=shown)
-            answer, generation = self._record(tx, actor, device_id, renewal, made, now)
+            answer, generation = self._record(tx, actor, device, renewal, issued, now)
             if sealed is not None:
                 self._answers.keep(tx, sealed, answer.to_json(), generation=generation)
-            serial_number, expires_at = answer.serial_number, answer.expires_at
-            events.record(
-                tx, actor.tenant_id, EventType.RENEWED, device_id, at=now, serial_number=serial_number,
-                expires_at=expires_at,
-            )  # fmt: skip
-            audit.record(
-                tx,
-                actor,
-                "device:renew",
-                f"device:{device_id}",
-                at=now,
-                serial_number=serial_number,
-                key="made here" if hand_over or made.bundle is not None else "csr",
-            )
             failpoint("renew.before_commit")
         failpoint("renew.after_commit")
         metrics.renewed(by_device=shown is not None)
-        return answer, generation, made.key
+        return answer, generation, issued.key
 
     def _check(
-        self, tx: Connection, device: DeviceRecord, renewal: Renewal, *, now: datetime, shown: str | None
+        self, tx: Connection, device: DeviceRecord, renewal: RenewalRequest, *, now: datetime, shown: str | None
     ) -> None:
         if device.status is DeviceStatus.REVOKED:
             raise StateConflict("The device is revoked, which is final; register it anew.")
@@ -238,10 +205,16 @@ class Renewals:
             )
 
     def _record(
-        self, tx: Connection, actor: Actor, device_id: str, renewal: Renewal, made: Made, now: datetime
+        self,
+        tx: Connection,
+        actor: Actor,
+        device: DeviceRecord,
+        renewal: RenewalRequest,
+        issued: IssuedCredentials,
+        now: datetime,
     ) -> tuple[Renewed, int]:
-        """The rows; with the generation at which something was revoked, 0 where nothing was."""
-        tenant_id, overlap = actor.tenant_id, self._overlap(renewal)
+        """Write the rows; returns the answer, with the generation at which something was revoked, 0 if nothing was."""
+        tenant_id, device_id, overlap = actor.tenant_id, device.id, self._overlap(renewal)
         unfetched = store_renewal.unfetched(tx, tenant_id, device_id)
         # Nothing is said to the broker where nothing ends: it knows the device by its id, not by its certificate.
         generation = db.next_generation(tx, tenant_id, at=now) if unfetched or not overlap else 0
@@ -249,28 +222,18 @@ class Renewals:
         store_renewal.replace_current(tx, tenant_id, device_id, until=now + overlap, ends_when_used=renewal.when_used)
         ended = 0 if overlap else store_renewal.end_replaced(tx, tenant_id, device_id, now=now, generation=generation)
         goes_on_until = store_renewal.goes_on_until(tx, tenant_id, device_id, now=now)
-        self._credentials.record(tx, tenant_id, device_id, made, now=now)
-        answer = Renewed(
-            device_id=device_id,
-            fingerprint=made.issued.fingerprint,
-            serial_number=made.issued.serial_number,
-            issued_at=now,
-            expires_at=made.issued.not_after,
-            previous_valid_until=goes_on_until,
-            ended=ended > 0,
+        with_csr = issued.bundle is None and issued.key is None
+        issuance = Issuance(
+            credentials=issued,
+            name=device.name,
+            event=EventType.RENEWED,
+            action="device:renew",
+            detail={"key": "csr" if with_csr else "made here"},
         )
-        if made.bundle is None:
-            answer = dataclasses.replace(answer, certificate=made.certificate, chain=made.chain)
-        else:
-            answer = dataclasses.replace(
-                answer,
-                download_url=made.bundle.download_url,
-                download_expires_at=made.bundle.download_expires_at,
-                bundle_password=made.bundle.password,
-            )
-        return answer, generation
+        record_issuances(tx, actor, [issuance], now=now)
+        return Renewed.of(issued, issued_at=now, previous_valid_until=goes_on_until, ended=ended > 0), generation
 
-    def _overlap(self, renewal: Renewal) -> timedelta:
+    def _overlap(self, renewal: RenewalRequest) -> timedelta:
         hours = renewal.overlap_hours
         return timedelta(hours=self._settings.renewal_overlap_hours if hours is None else hours)
 

@@ -26,8 +26,7 @@ from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, PUMP, with_fields
 from workflows.authority import issuers as authority_issuers
 from workflows.authority import rollover
-from workflows.credentials import Wanted
-from workflows.renewal import Renewal
+from workflows.renewal import RenewalRequest
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +139,7 @@ def test_a_ca_retires_by_itself_when_its_devices_have_certificates_of_the_next(p
     clock.advance(hours=2)
     operations_authority.retire_unneeded(portal)
     assert len(portal.authority.with_crl()) == 2
-    portal.renewals.renew(OPERATOR, device.device_id, Renewal(Wanted(csr=csr_pem()), overlap_hours=1))
+    portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest(csr=csr_pem(), overlap_hours=1))
     clock.advance(hours=2)
     jobs.expire(portal)
     operations_authority.retire_unneeded(portal)

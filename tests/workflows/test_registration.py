@@ -37,10 +37,11 @@ from store import certificates, issuers, tenants
 from store.tables import Certificate, Delivery
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
 from workflows.audit import Actor
-from workflows.terms import Registered, Registration
+from workflows.credentials import DeviceRequest
+from workflows.registration import Registered
 
 OPERATOR = Actor("default", "an operator", "operator", "request-1", "192.0.2.1")
-PUMP = Registration(name="pump-1", type="pump", location="hall 1", firmware="1.0", metadata={"rack": 7})
+PUMP = DeviceRequest(name="pump-1", type="pump", location="hall 1", firmware="1.0", metadata={"rack": 7})
 
 
 def csr_pem() -> str:
@@ -50,9 +51,9 @@ def csr_pem() -> str:
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
 
 
-def with_fields(**fields: object) -> Registration:
+def with_fields(**fields: object) -> DeviceRequest:
     values = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0", "metadata": {}} | fields
-    return Registration(**values)  # type: ignore[arg-type]  # each test says which
+    return DeviceRequest(**values)  # type: ignore[arg-type]  # each test says which
 
 
 def token_of(registered: Registered) -> str:

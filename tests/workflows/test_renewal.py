@@ -21,15 +21,14 @@ from store.devices import DeviceFilter
 from store.tables import Delivery
 from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of, with_fields
-from workflows.credentials import Wanted
-from workflows.renewal import MOST_VALID, Renewal, Renewed
-from workflows.terms import Registered
+from workflows.registration import Registered
+from workflows.renewal import MOST_VALID, RenewalRequest, Renewed
 
 KEY = "a-key-of-16-chars"
 
 
-def by_csr(**changed: object) -> Renewal:
-    return Renewal(Wanted(csr=csr_pem()), **changed)  # type: ignore[arg-type]  # each test says which
+def by_csr(**changed: object) -> RenewalRequest:
+    return RenewalRequest(csr=csr_pem(), **changed)  # type: ignore[arg-type]  # each test says which
 
 
 def certificates(portal: Portal, device_id: str) -> list[CertificateRecord]:
@@ -102,7 +101,7 @@ def test_an_overlap_of_nothing_ends_the_older_ones_at_once(portal: Portal) -> No
 
 def test_with_a_bundle_the_older_certificate_goes_on_until_the_bundle_was_fetched(portal: Portal, clock: Clock) -> None:
     device = register_by_csr(portal)
-    renewed = portal.renewals.renew(OPERATOR, device.device_id, Renewal(overlap_hours=1))
+    renewed = portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest(overlap_hours=1))
     clock.advance(hours=2)
     jobs.expire(portal)
     assert statuses(portal, device.device_id) == ["replaced", "active"]
@@ -113,7 +112,7 @@ def test_with_a_bundle_the_older_certificate_goes_on_until_the_bundle_was_fetche
 
 def test_a_renewal_that_nobody_fetched_is_undone(portal: Portal, clock: Clock) -> None:
     device = register_by_csr(portal)
-    renewed = portal.renewals.renew(OPERATOR, device.device_id, Renewal())
+    renewed = portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest())
     clock.advance(hours=24, seconds=1)
     jobs.expire(portal)
     assert statuses(portal, device.device_id) == ["active", "revoked"]
@@ -127,11 +126,11 @@ def test_a_renewal_that_nobody_fetched_is_undone(portal: Portal, clock: Clock) -
 
 def test_a_bundle_that_was_not_fetched_is_destroyed_by_the_next_renewal(portal: Portal) -> None:
     device = portal.onboarding.register(OPERATOR, PUMP)
-    renewed = portal.renewals.renew(OPERATOR, device.device_id, Renewal())
+    renewed = portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest())
     assert renewed.previous_valid_until is None
     with pytest.raises(LinkRevoked):
         portal.deliveries.deliver(OPERATOR, token_of(device))
-    again = portal.renewals.renew(OPERATOR, device.device_id, Renewal())
+    again = portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest())
     assert statuses(portal, device.device_id) == ["revoked", "revoked", "active"]
     with portal.database.snapshot() as tx:
         assert generations.devices_to_disconnect(tx, "default", since=0) == [], (
@@ -197,7 +196,7 @@ def test_only_a_device_that_is_in_renews(portal: Portal) -> None:
 def test_a_csr_goes_with_no_key_type(portal: Portal) -> None:
     device = register_by_csr(portal)
     with pytest.raises(InputInvalid):
-        portal.renewals.renew(OPERATOR, device.device_id, Renewal(Wanted(csr=csr_pem(), key_type="ed25519")))
+        portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest(csr=csr_pem(), key_type="ed25519"))
     assert statuses(portal, device.device_id) == ["active"]
 
 
@@ -264,7 +263,7 @@ def test_a_link_that_an_older_version_did_not_see_the_end_of_leaves_both_certifi
     portal: Portal, clock: Clock
 ) -> None:
     device = register_by_csr(portal)
-    renewed = portal.renewals.renew(OPERATOR, device.device_id, Renewal())
+    renewed = portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest())
     with portal.database.transaction() as tx:
         lease = clock() + timedelta(seconds=30)
         tx.execute(sa.update(Delivery).values(status=DeliveryStatus.FETCHING, lease_until=lease))

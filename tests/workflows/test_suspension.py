@@ -19,7 +19,7 @@ from operations.wiring import Portal
 from store import certificates, issuers
 from tests.support.harness import PER_DEVICE, Api, Clock, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
-from workflows.terms import Registered
+from workflows.registration import Registered
 
 
 def status_of(portal: Portal, device_id: str) -> tuple[DeviceStatus, list[str]]:

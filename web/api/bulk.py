@@ -18,9 +18,8 @@ from web.api.devices import RegisterRequest, registration_of
 from web.api.fields import AnswerModel, DeviceId, Fingerprint, Hex, Timestamp
 from web.api.problems import FieldErrorModel
 from web.api.routing import Answers, Call, Reply, Route, RowBody, input_invalid, tagged
+from workflows.bulk.batch import Candidate, RowDone, RowFailed
 from workflows.bulk.rows import CsvRows, NdjsonRows, Row, Rows
-from workflows.bulk.terms import Candidate, RowFailed
-from workflows.bulk.upload import Answer
 
 
 class RowAnswer(AnswerModel):
@@ -86,7 +85,7 @@ class WholeBody:
 
 
 class UploadedRows:
-    """The rows of a body, as ``workflows.bulk.terms.Source`` describes them."""
+    """The rows of a body, as ``workflows.bulk.upload.Source`` describes them."""
 
     def __init__(self, body: ArrivingBody, media_type: str, *, most: int) -> None:
         self._body = body
@@ -116,15 +115,15 @@ class UploadedRows:
         """Return the number of the next row to be taken, from 1 on."""
         return self._taken + 1
 
-    def take(self, most: int, *, wait: bool) -> Sequence[Candidate] | None:
-        """Return at most ``most`` rows; see ``Source``."""
+    def take(self, limit: int, *, wait: bool) -> Sequence[Candidate] | None:
+        """Return at most ``limit`` rows; see ``Source``."""
         self._body.check()
-        while len(self._ready) < most and not self._ended:
+        while len(self._ready) < limit and not self._ended:
             patience = None if wait and not self._ready else GATHER_SECONDS if wait else 0
             if not self._read(patience):
                 break
         if self._ready:
-            rows = [self._ready.popleft() for _ in range(min(most, len(self._ready)))]
+            rows = [self._ready.popleft() for _ in range(min(limit, len(self._ready)))]
             self._taken += len(rows)
             return [candidate_of(row) for row in rows]
         if self._failure is not None:
@@ -225,7 +224,7 @@ def register_bulk(call: Call) -> Reply:
 class _Lines(Iterator[bytes]):
     """The answers, one line each; the server iterates over them and closes them."""
 
-    def __init__(self, answers: Iterator[Sequence[Answer]], stack: contextlib.ExitStack) -> None:
+    def __init__(self, answers: Iterator[Sequence[RowDone | RowFailed]], stack: contextlib.ExitStack) -> None:
         self._answers = answers
         self._stack = stack
 
@@ -237,7 +236,7 @@ class _Lines(Iterator[bytes]):
         self._stack.close()
 
 
-def line_of(answer: Answer) -> bytes:
+def line_of(answer: RowDone | RowFailed) -> bytes:
     """Return an answer as a line of JSON, without the fields that are null."""
     values: dict[str, Any] = {"row": answer.row}
     if isinstance(answer, RowFailed):

@@ -34,8 +34,8 @@ from web.api.fields import (
     WholeNumber,
 )
 from web.api.routing import Answers, Call, Reply, Route, tagged
+from workflows.credentials import DeviceRequest
 from workflows.devices import DeviceDetails
-from workflows.terms import Registration
 
 
 class TopicModel(RequestModel):
@@ -226,9 +226,9 @@ def list_certificates(call: Call, device_id: str) -> Reply:
     return Reply(CertificateList(certificates=[_certificate_model(record) for record in records]))
 
 
-def registration_of(body: PendingRequest | RegisterRequest) -> Registration:
+def registration_of(body: PendingRequest | RegisterRequest) -> DeviceRequest:
     """Return the device to register, or to expect, as the use cases take it."""
-    return Registration(**body.model_dump(exclude={"topics"}), topics=_pairs(body.topics))
+    return DeviceRequest(**{**dict(body), "topics": _pairs(body.topics)})
 
 
 def _pairs(topics: list[TopicModel] | None) -> list[tuple[str, str]] | None:

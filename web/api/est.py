@@ -19,10 +19,9 @@ from store.enrolment import EnrolmentTokenRecord
 from web.api.client_certificate import presented
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, tagged
 from workflows.audit import Actor
-from workflows.credentials import Wanted
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
-from workflows.enrolment.means import Enrolled, Waiting, by_manufacturer, by_token
-from workflows.renewal import Renewal
+from workflows.enrolment.credential import Enrolled, Waiting, by_manufacturer, by_token
+from workflows.renewal import RenewalRequest
 
 PKCS7 = "application/pkcs7-mime; smime-type=certs-only"
 PKCS8 = "application/pkcs8"
@@ -80,7 +79,7 @@ def est_simplereenroll(call: Call, body: bytes) -> Reply:
     renewed = call.portal.renewals.renew(
         actor,
         holder.device_id,
-        Renewal(Wanted(csr=request.pem), when_used=_when_used(call)),
+        RenewalRequest(csr=request.pem, when_used=_when_used(call)),
         hashlib.sha256(f"{shown}\n{request.pem}".encode()).hexdigest(),  # the same request has the same answer
         shown=shown,
     )
@@ -214,8 +213,8 @@ def enrolled(
     call: Call, client: EnrolmentTokenRecord | ManufacturedClient, request: EnrolmentRequest
 ) -> Enrolled | Waiting:
     """Enrol a device by its token or manufacturer; raise as ``Enrolment.enrol`` does."""
-    means = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
-    return call.portal.enrolment.enrol(actor_of(call, means.tenant_id, means.label), means, request)
+    credential = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
+    return call.portal.enrolment.enrol(actor_of(call, credential.tenant_id, credential.label), credential, request)
 
 
 def refusal(call: Call, sentence: str = NO_CREDENTIALS) -> EnrolmentUnauthenticated:

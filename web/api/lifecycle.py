@@ -21,8 +21,7 @@ from web.api.fields import (
     WholeNumber,
 )
 from web.api.routing import Answers, Call, Reply, Route, tagged
-from workflows.credentials import Wanted
-from workflows.renewal import Renewal
+from workflows.renewal import RenewalRequest
 from workflows.suspension import Suspended
 
 
@@ -93,11 +92,8 @@ class RevokeAnswer(AnswerModel):
 
 def renew(call: Call, device_id: str, body: RenewRequest) -> Reply:
     """Issue a new certificate for a device; the previous one stays valid for a while."""
-    renewal = Renewal(
-        Wanted(body.csr, body.key_type, body.validity_days, body.bundle_password, body.bundle_format),
-        body.overlap_hours,
-        when_used=body.revoke_previous == "when_used",
-    )
+    when_used = body.revoke_previous == "when_used"
+    renewal = RenewalRequest(**body.model_dump(exclude={"revoke_previous"}), when_used=when_used)
     renewed = call.portal.renewals.renew(call.actor, device_id, renewal, call.idempotency_key)
     broker = None if not renewed.ended else "enforced" if renewed.problem is None else "pending"
     answer = RenewAnswer.of(renewed, broker=broker, broker_problem=renewed.problem)

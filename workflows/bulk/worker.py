@@ -14,7 +14,7 @@ from pki.keystore import KeyFiles, passphrase
 from store.database import Database
 from workflows.authority.issuers import open_authority
 from workflows.bulk.workers import Setup, make_all
-from workflows.credentials import CredentialMaker
+from workflows.credentials import CredentialIssuer
 
 NICENESS = 5  # whoever waits for a single request goes first
 
@@ -26,7 +26,7 @@ def main() -> None:
         os.nice(NICENESS)
     with Connection(int(sys.argv[1])) as pipe, contextlib.suppress(EOFError, OSError):
         setup: Setup = pipe.recv()
-        maker: CredentialMaker | None = None
+        maker: CredentialIssuer | None = None
         while True:
             jobs = pipe.recv()
             try:
@@ -36,14 +36,14 @@ def main() -> None:
                 pipe.send(error)
 
 
-def _maker(setup: Setup) -> CredentialMaker:
+def _maker(setup: Setup) -> CredentialIssuer:
     settings = setup.settings
     secret = passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase", make=False)
     database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
     authority = open_authority(
         database, KeyFiles(settings.ca_dir, secret), settings, setup.tenant_id, now=datetime.now(UTC)
     )
-    return CredentialMaker(settings, authority, setup.link_keys)
+    return CredentialIssuer(settings, authority, setup.link_keys)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from config import Settings
 from core.errors import PortalError, Unavailable
 from core.topics import Topic
-from workflows.credentials import CredentialMaker, Made, Wanted
+from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
 
 PIECE = 32  # devices that a process is given at once: some 40 ms of work
 MOST_PROCESSES = 4  # unless the settings say how many; what writes to the database is one, and busy with so many
@@ -33,32 +33,12 @@ class Job:
     """A device that needs credentials; ``topics`` are its own, ``None`` the default ones."""
 
     device_id: str
-    wanted: Wanted
+    request: DeviceRequest
     topics: tuple[Topic, ...] | None
     now: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """What was made, as it can go from one process to another; the last fields only where a bundle was."""
-
-    issuer_id: int
-    serial_number: str
-    fingerprint: str
-    der: bytes = field(repr=False)
-    not_before: datetime
-    not_after: datetime
-    certificate: str | None = None  # PEM, with the chain for a device that has its own key
-    chain: str | None = None
-    delivery_id: str = ""
-    bundle: bytes | None = field(default=None, repr=False)
-    bundle_format: str = ""
-    bundle_password: str | None = field(default=None, repr=False)
-    download_url: str | None = field(default=None, repr=False)
-    download_expires_at: datetime | None = None
-
-
-Result = Credentials | PortalError
+Result = IssuedCredentials | PortalError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,35 +50,19 @@ class Setup:
     link_keys: Sequence[str] = field(repr=False)
 
 
-def make_all(maker: CredentialMaker, jobs: Sequence[Job]) -> list[Result]:
+def make_all(maker: CredentialIssuer, jobs: Sequence[Job]) -> list[Result]:
     """Make the credentials of each, or say why not; one that fails hurts no other."""
     return [_make(maker, job) for job in jobs]
 
 
-def _make(maker: CredentialMaker, job: Job) -> Result:
+def _make(maker: CredentialIssuer, job: Job) -> Result:
     try:
-        return _portable(maker.make(job.device_id, job.wanted, job.topics, now=job.now))
+        return maker.issue(job.device_id, job.request, job.topics, now=job.now)
     except PortalError as error:
         return error
     except Exception:
         log.exception("credentials could not be made", extra={"device_id": job.device_id})
         return PortalError("The portal failed at this row; its log has the cause.")
-
-
-def _portable(made: Made) -> Credentials:
-    issued, bundle = made.issued, made.bundle
-    always = (made.issuer_id, issued.serial_number, issued.fingerprint, issued.der, issued.not_before, issued.not_after)
-    if bundle is None:
-        return Credentials(*always, certificate=issued.pem, chain=made.chain)
-    return Credentials(
-        *always,
-        delivery_id=bundle.delivery_id,
-        bundle=bundle.content,
-        bundle_format=bundle.format,
-        bundle_password=bundle.password,
-        download_url=bundle.download_url,
-        download_expires_at=bundle.download_expires_at,
-    )
 
 
 class Makers:
@@ -108,7 +72,7 @@ class Makers:
     them. Each loads the CA's key by itself.
     """
 
-    def __init__(self, setup: Setup, here: CredentialMaker) -> None:
+    def __init__(self, setup: Setup, here: CredentialIssuer) -> None:
         self._setup = setup
         self._here = here
         self._count = setup.settings.bulk_processes or min(MOST_PROCESSES, os.cpu_count() or 1)

@@ -8,6 +8,7 @@ from datetime import datetime
 from sqlalchemy.engine import Connection
 
 import db
+from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import NotFound, StateConflict
 from core.states import EnrolmentStatus
@@ -17,10 +18,10 @@ from store.database import Database
 from store.devices import DeviceRecord
 from store.enrolment import EnrolmentRecord, ReenrolmentRecord, WaitingDevice
 from workflows import audit, events
+from workflows.admission import add_pending, checked_topics
 from workflows.audit import Actor
+from workflows.credentials import DeviceRequest
 from workflows.events import EventType
-from workflows.registration import Onboarding
-from workflows.terms import Registration
 
 REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that a rejected device is revoked with
 MOST_LISTED = 1000
@@ -29,31 +30,18 @@ MOST_LISTED = 1000
 class Approvals:
     """What an operator decides about pending devices."""
 
-    def __init__(self, database: Database, onboarding: Onboarding, clock: Callable[[], datetime]) -> None:
+    def __init__(self, settings: Settings, database: Database, clock: Callable[[], datetime]) -> None:
+        self._settings = settings
         self._database = database
-        self._onboarding = onboarding
         self._clock = clock
 
-    def expect(self, actor: Actor, wanted: Registration) -> str:
+    def expect(self, actor: Actor, request: DeviceRequest) -> str:
         """Make a device known that is to enrol by itself, and return its id; raises ``TopicRefused``."""
         now = self._clock()
         device_id = new_device_id(now)
-        topics = self._onboarding.check_topics(wanted.topics, device_id)
+        topics = checked_topics(self._settings, request.topics, device_id)
         with self._database.transaction() as tx:
-            db.add_device(
-                tx,
-                tenant_id=actor.tenant_id,
-                device_id=device_id,
-                name=wanted.name,
-                type=wanted.type,
-                location=wanted.location,
-                firmware=wanted.firmware,
-                metadata=dict(wanted.metadata),
-                status=DeviceStatus.PENDING,
-                topics=None if topics is None else [(topic.filter, topic.access) for topic in topics],
-                created_at=now,
-                generation=0,
-            )
+            add_pending(tx, actor.tenant_id, device_id, request, topics, now=now)
             audit.record(tx, actor, "device:expect", f"device:{device_id}", at=now)
         return device_id
 

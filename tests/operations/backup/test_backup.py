@@ -53,7 +53,7 @@ from tests.support.mosquitto import short_folder
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows import audit
 from workflows.operators import new_token
-from workflows.terms import Registered
+from workflows.registration import Registered
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from operations import jobs
 from store.tables import Certificate, Delivery, Device
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Api, Clock, api_as, csr_pem, problem_of
 from workflows import audit
-from workflows.bulk import recording
+from workflows.admission import admit
 from workflows.bulk import upload as bulk_upload
 
 DEVICE = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
@@ -342,7 +342,7 @@ def test_there_is_a_most_of_uploads_at_a_time(small: Flask) -> None:
 def test_what_stops_the_portal_stops_the_upload_at_a_batch(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     body = rows(*({"external_id": f"a-{number}"} for number in range(30)))
     monkeypatch.setattr(bulk_upload, "BATCH", 10)
-    whole = recording.write_batch
+    whole = admit
     written = 0
 
     def once(*arguments: Any, **options: Any) -> Any:
@@ -352,7 +352,7 @@ def test_what_stops_the_portal_stops_the_upload_at_a_batch(api: Api, monkeypatch
             raise DatabaseUnavailable("The database is away.")
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(bulk_upload, "write_batch", once)
+    monkeypatch.setattr("workflows.bulk.batch.admit", once)
     *done, last = upload(api, body)
     assert len(done) == 10
     assert last == {"row": 11, "code": "database_unavailable", "detail": "The database is away.", "stopped": True}

@@ -1,0 +1,220 @@
+"""The one way in for a device, whether it is registered, uploaded or enrols by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+import db
+from broker.acl import check_style
+from config import AclStyle, Settings
+from core.device_status import DeviceStatus, advance
+from core.topics import Access, Topic, check_topics, default_topics
+from store import audit as store_audit
+from store import deliveries
+from store.deliveries import NewDelivery
+from store.devices import update_device
+from workflows import audit, events
+from workflows.audit import Actor
+from workflows.credentials import DeviceRequest, IssuedCredentials
+from workflows.events import EventType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Issuance:
+    """Credentials that a device is given, with what event and audit entry say of them.
+
+    ``name`` is the device's; ``action`` is that of the audit entry, and ``detail`` is in it beside the serial number.
+    """
+
+    credentials: IssuedCredentials
+    name: str
+    event: EventType
+    action: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission(Issuance):
+    """A device that is let in with its first credentials.
+
+    ``request`` and ``topics`` (``None`` for the default ones) are those of a new device; a device that is in the
+    database already, as pending, has no ``request``.
+    """
+
+    request: DeviceRequest | None
+    topics: Sequence[Topic] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The generation that the broker must reach (0: it need not be told), and the row ids of the certificates."""
+
+    generation: int
+    certificate_ids: Sequence[int]
+
+
+def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, style: AclStyle, now: datetime) -> Admitted:
+    """Let devices in: write device, topics, certificate, bundle, event, audit entry and the broker's next generation.
+
+    All of it is in the caller's transaction: nothing of ``admissions`` may be released before that is durable. Under
+    the pattern style of the ACL the broker need not be told of a new device with the default topics.
+    """
+    told = [
+        admission.request is None or admission.topics is not None or style is AclStyle.PER_DEVICE
+        for admission in admissions
+    ]
+    generation = db.next_generation(tx, actor.tenant_id, at=now) if any(told) else 0
+    if len(admissions) > 1:
+        # Two batches with the same external ids in another order would wait for each other's rows for ever.
+        store_audit.lock_audit_head(tx, actor.tenant_id)
+    new: list[db.NewDevice] = []
+    for admission, is_told in zip(admissions, told, strict=True):
+        device_id, since = admission.credentials.device_id, generation if is_told else 0
+        status = advance(DeviceStatus.PENDING, DeviceStatus.ACTIVE)
+        if admission.request is None:
+            values = {"status": status, "generation": since, "updated_at": now}
+            update_device(tx, actor.tenant_id, device_id, values)
+        else:
+            new.append(_new_device(actor.tenant_id, device_id, admission.request, admission.topics, status, now, since))
+    db.add_devices(tx, new)
+    return Admitted(generation, record_issuances(tx, actor, admissions, now=now))
+
+
+def add_pending(
+    tx: Connection,
+    tenant_id: str,
+    device_id: str,
+    request: DeviceRequest,
+    topics: Sequence[Topic] | None,
+    *,
+    now: datetime,
+) -> None:
+    """Make a device known that has no certificate yet; ``admit`` lets it in later."""
+    db.add_devices(tx, [_new_device(tenant_id, device_id, request, topics, DeviceStatus.PENDING, now, 0)])
+
+
+def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance], *, now: datetime) -> Sequence[int]:
+    """Write certificate, bundle, event and audit entry of each; returns the row ids of the certificates.
+
+    Call it late in a transaction: from here on others wait for the audit record.
+    """
+    certificates = [_new_certificate(actor.tenant_id, issuance.credentials) for issuance in issuances]
+    ids = db.add_certificates(tx, certificates)
+    deliveries.add_deliveries(
+        tx,
+        [
+            delivery
+            for issuance, certificate_id in zip(issuances, ids, strict=True)
+            for delivery in _new_deliveries(actor.tenant_id, issuance.credentials, certificate_id, now)
+        ],
+    )
+    if events.has_subscribers(tx):
+        for issuance in issuances:
+            _record_event(tx, actor.tenant_id, issuance, now)
+    acts = [
+        (
+            issuance.action,
+            f"device:{issuance.credentials.device_id}",
+            {"serial_number": issuance.credentials.serial_number, **issuance.detail},
+        )
+        for issuance in issuances
+    ]
+    audit.record_all(tx, actor, acts, at=now)
+    return ids
+
+
+def checked_topics(
+    settings: Settings, topics: Sequence[tuple[str, str]] | None, device_id: str
+) -> tuple[Topic, ...] | None:
+    """Check the topics that a device is to have as its own, pairs of filter and access; ``None`` for the default ones.
+
+    Raises ``TopicRefused``.
+    """
+    if topics is None:
+        return None
+    wanted = [Topic(pattern, Access(access)) for pattern, access in topics]
+    checked = check_topics(wanted, device_id=device_id, prefix=settings.topic_prefix)
+    check_style(checked, settings.acl_style, settings.topic_prefix)
+    return None if checked == default_topics(settings.topic_prefix) else checked
+
+
+# --- Rows ---------------------------------------------------------------------------------------------------------
+
+
+def _new_device(
+    tenant_id: str,
+    device_id: str,
+    request: DeviceRequest,
+    topics: Sequence[Topic] | None,
+    status: DeviceStatus,
+    now: datetime,
+    generation: int,
+) -> db.NewDevice:
+    return {
+        "tenant_id": tenant_id,
+        "device_id": device_id,
+        "external_id": request.external_id,
+        "name": request.name,
+        "type": request.type,
+        "location": request.location,
+        "firmware": request.firmware,
+        "metadata": dict(request.metadata),
+        "status": status,
+        "topics": None if topics is None else [(topic.filter, topic.access) for topic in topics],
+        "created_at": now,
+        "generation": generation,
+    }
+
+
+def _new_certificate(tenant_id: str, credentials: IssuedCredentials) -> db.NewCertificate:
+    return {
+        "tenant_id": tenant_id,
+        "issuer_id": credentials.issuer_id,
+        "device_id": credentials.device_id,
+        "purpose": "device",
+        "serial_number": credentials.serial_number,
+        "fingerprint": credentials.fingerprint,
+        "der": credentials.der,
+        "not_before": credentials.not_before,
+        "not_after": credentials.not_after,
+        "issued_at": credentials.issued_at,
+    }
+
+
+def _new_deliveries(
+    tenant_id: str, credentials: IssuedCredentials, certificate_id: int, now: datetime
+) -> Sequence[NewDelivery]:
+    bundle = credentials.bundle
+    if bundle is None:
+        return ()
+    delivery: NewDelivery = {
+        "id": bundle.delivery_id,
+        "tenant_id": tenant_id,
+        "device_id": credentials.device_id,
+        "certificate_id": certificate_id,
+        "bundle": bundle.content,
+        "format": bundle.format,
+        "created_at": now,
+        "expires_at": bundle.expires_at,
+    }
+    return (delivery,)
+
+
+def _record_event(tx: Connection, tenant_id: str, issuance: Issuance, now: datetime) -> None:
+    credentials = issuance.credentials
+    events.record(
+        tx,
+        tenant_id,
+        issuance.event,
+        credentials.device_id,
+        at=now,
+        name=issuance.name,
+        serial_number=credentials.serial_number,
+        fingerprint=credentials.fingerprint,
+        expires_at=credentials.not_after,
+    )

@@ -1,0 +1,337 @@
+"""A batch of an upload's rows, from what they ask for to what they are answered; each batch is one transaction."""
+
+from __future__ import annotations
+
+import dataclasses
+import ssl
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
+
+import db
+from config import Settings
+from core import metrics
+from core.device_status import DeviceStatus
+from core.errors import (
+    ExternalIdTaken,
+    FieldProblem,
+    InputInvalid,
+    LockUnavailable,
+    PortalError,
+    StateConflict,
+    Unavailable,
+)
+from core.failpoints import failpoint
+from core.topics import new_device_id
+from pki.csr import is_for_key_of
+from store import bulk
+from store.bulk import KnownDevice
+from store.database import Database
+from workflows.admission import Admission, Issuance, admit, checked_topics, record_issuances
+from workflows.audit import Actor
+from workflows.authority.issuers import Authority
+from workflows.bulk.workers import Job, Makers, Result
+from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredentials
+from workflows.events import EventType
+from workflows.registration import Onboarding
+
+FEW = 16  # rows that are not worth starting processes for
+ATTEMPTS = 3  # at a row whose external id another request is registering, too
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A row that asks for a device, or what is wrong with it; ``external_id`` as far as it could be read."""
+
+    row: int
+    request: DeviceRequest | None
+    problem: PortalError | None = None
+    external_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowDone(CredentialAnswer):
+    """A device is registered, durably, now or by an earlier row; link and password if there are new ones."""
+
+    row: int
+    external_id: str | None = None
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailed:
+    """A row was refused; ``stopped``: no row after it was looked at, and there are no answers for them."""
+
+    row: int
+    code: str
+    detail: str
+    errors: Sequence[FieldProblem] = ()
+    external_id: str | None = None
+    stopped: bool = False
+
+
+RowAnswer = RowDone | RowFailed
+
+
+def failed(row: int, error: PortalError, *, external_id: str | None = None, stopped: bool = False) -> RowFailed:
+    """Return the answer to a row that fails for ``error``."""
+    problems = error.errors if isinstance(error, InputInvalid) else ()
+    return RowFailed(row, error.code, error.detail, problems, external_id, stopped)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A row that needs credentials: for a new device, or for one that is ``known`` and has not fetched its own."""
+
+    candidate: Candidate
+    job: Job
+    known: KnownDevice | None
+
+
+_Issued = tuple[_Task, IssuedCredentials]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows under way, with the answers that are known already.
+
+    ``generation`` is what the broker must have reached before a certificate of the batch is released.
+    """
+
+    candidates: Sequence[Candidate]
+    answers: dict[int, RowAnswer]
+    tasks: Sequence[_Task]
+    results: Sequence[Future[list[Result]]]
+    generation: int = 0
+
+
+class Batches:
+    """Registers batches of rows: ``begin`` has the credentials made, ``finish`` writes and answers."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        authority: Authority,
+        onboarding: Onboarding,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._authority = authority
+        self._onboarding = onboarding
+        self._clock = clock
+
+    # --- Before the transaction
+
+    def begin(self, actor: Actor, candidates: Sequence[Candidate], makers: Makers) -> Batch:
+        """Look up which rows' devices are there already, and begin to make the credentials of the others."""
+        external_ids = [
+            row.external_id for row in candidates if row.request is not None and row.external_id is not None
+        ]
+        known: dict[str, KnownDevice] = {}
+        if external_ids:
+            with self._database.snapshot() as tx:
+                known = bulk.find_known(tx, actor.tenant_id, external_ids)
+        batch = Batch(candidates, {}, [], [])
+        tasks: list[_Task] = []
+        for candidate in candidates:
+            found = known.get(candidate.external_id or "")
+            try:
+                answer = self._begin_row(candidate, found)
+            except PortalError as error:
+                answer = failed(candidate.row, error, external_id=candidate.external_id)
+            if isinstance(answer, _Task):
+                tasks.append(answer)
+                continue
+            batch.answers[candidate.row] = answer
+            if found is not None and isinstance(answer, RowDone) and answer.certificate:
+                batch.generation = max(batch.generation, found.device.generation)
+        batch.tasks = tasks
+        if tasks:
+            batch.results = makers.make([task.job for task in tasks], few=len(tasks) <= FEW)
+        return batch
+
+    def _begin_row(self, candidate: Candidate, known: KnownDevice | None) -> _Task | RowAnswer:
+        if candidate.request is None:
+            raise candidate.problem or PortalError("The row could not be read.")
+        if known is not None:
+            self._check_same(candidate.request, known)
+            return self._repeated(candidate, candidate.request, known)
+        now = self._clock()
+        device_id = new_device_id(now)
+        topics = checked_topics(self._settings, candidate.request.topics, device_id)
+        return _Task(candidate, Job(device_id, candidate.request, topics, now), None)
+
+    def _check_same(self, request: DeviceRequest, known: KnownDevice) -> None:
+        """Raise unless the row says of the device what is known of it: else it may well be meant for another."""
+        device = known.device
+        if device.status is DeviceStatus.REVOKED:
+            raise StateConflict(
+                f"The external_id is that of device {device.id}, which is revoked; give the row another external_id."
+            )
+        topics = checked_topics(self._settings, request.topics, device.id)
+        same = {
+            name: getattr(request, name) == getattr(device, name) for name in ("name", "type", "location", "firmware")
+        }
+        same["metadata"] = dict(request.metadata) == device.metadata
+        same["topics"] = known.topics == (
+            None if topics is None else tuple((topic.filter, topic.access) for topic in topics)
+        )
+        other = [name for name, is_same in same.items() if not is_same]
+        if other:
+            raise ExternalIdTaken(
+                f"The external_id is that of device {device.id}, whose {' and '.join(other)} is another; change the"
+                " device with PATCH, or give the row another external_id."
+            )
+
+    def _repeated(self, candidate: Candidate, request: DeviceRequest, known: KnownDevice) -> _Task | RowDone:
+        """Return what a row gets whose device was there already."""
+        device = known.device
+        answer = RowDone(
+            row=candidate.row,
+            device_id=device.id,
+            fingerprint=known.fingerprint,
+            serial_number=known.serial_number,
+            expires_at=known.not_after,
+            external_id=candidate.external_id,
+            repeated=True,
+        )
+        if request.csr is not None:
+            return self._same_certificate(request.csr, known, answer)
+        if not known.waits or device.status is not DeviceStatus.ACTIVE:
+            return answer
+        topics = checked_topics(self._settings, known.topics, device.id)
+        return _Task(candidate, Job(device.id, request, topics, self._clock()), known)
+
+    def _same_certificate(self, csr: str, known: KnownDevice, answer: RowDone) -> RowDone:
+        if known.der is None:
+            return answer
+        if not is_for_key_of(known.der, csr):
+            raise ExternalIdTaken(
+                f"The external_id is that of device {answer.device_id}, which has a certificate for another key; renew"
+                " it with this csr, or give the row another external_id."
+            )
+        issuer = next(recorded for recorded in self._authority.issuers if recorded.id == known.issuer_id)
+        pem = ssl.DER_cert_to_PEM_cert(known.der)
+        return dataclasses.replace(answer, certificate=pem, chain=issuer.chain_pem(pem))
+
+    # --- The transaction, and the answers
+
+    def finish(self, actor: Actor, batch: Batch, makers: Makers, attempts: int = ATTEMPTS) -> Sequence[RowAnswer]:
+        """Write what was made, and return the answers in the rows' order, once they are durable.
+
+        Raises ``Unavailable`` where nothing of the batch was registered.
+        """
+        results = [result for piece in batch.results for result in piece.result()]
+        issued: list[_Issued] = []
+        for task, result in zip(batch.tasks, results, strict=True):
+            row = task.candidate
+            if isinstance(result, PortalError):
+                batch.answers[row.row] = failed(row.row, result, external_id=row.external_id)
+            else:
+                issued.append((task, result))
+        again = self._record(actor, batch, issued) if issued else ()
+        if again and attempts > 1:
+            rest = self.begin(actor, again, makers)
+            for answer in self.finish(actor, rest, makers, attempts - 1):
+                batch.answers[answer.row] = answer
+            batch.generation = max(batch.generation, rest.generation)
+        for row in again:
+            if row.row not in batch.answers:
+                error = LockUnavailable("Another request is registering this external_id; send the row again.")
+                batch.answers[row.row] = failed(row.row, error, external_id=row.external_id)
+        self._wait_for_certificates(batch)
+        return [batch.answers[row.row] for row in batch.candidates]
+
+    def _wait_for_certificates(self, batch: Batch) -> None:
+        """Release certificates, which can be used at once, only when the broker knows their devices."""
+        answers = [answer for answer in batch.answers.values() if isinstance(answer, RowDone) and answer.certificate]
+        if not answers:
+            return
+        try:
+            self._onboarding.wait_until_granted(batch.generation)
+        except Unavailable as error:
+            for answer in answers:
+                batch.answers[answer.row] = failed(answer.row, error, external_id=answer.external_id)
+
+    def _record(self, actor: Actor, batch: Batch, issued: Sequence[_Issued]) -> Sequence[Candidate]:
+        """Write credentials, and add the answers; returns the rows whose external id was registered meanwhile."""
+        try:
+            with self._database.transaction() as tx:
+                again, done, generation = self._write(tx, actor, issued, self._clock())
+                failpoint("bulk.before_commit")
+        except IntegrityError:  # another request has just registered one of the external ids
+            return [task.candidate for task, _ in issued]
+        failpoint("bulk.after_commit")
+        batch.generation = max(batch.generation, generation)
+        for with_csr in (False, True):
+            new = [task for task, made in done if task.known is None and (made.bundle is None) is with_csr]
+            metrics.registered(with_csr=with_csr, devices=len(new))
+        for task, credentials in done:
+            row = task.candidate
+            batch.answers[row.row] = RowDone.of(
+                credentials, row=row.row, external_id=row.external_id, repeated=task.known is not None
+            )
+        return again
+
+    def _write(
+        self, tx: Connection, actor: Actor, issued: Sequence[_Issued], now: datetime
+    ) -> tuple[Sequence[Candidate], Sequence[_Issued], int]:
+        """Admit the new devices, and give the known ones new credentials in place of those nobody has fetched.
+
+        Returns the rows of which something has changed meanwhile and nothing was written, what was written, and the
+        generation that the broker must reach, 0 if it need not be told.
+        """
+        tenant_id = actor.tenant_id
+        new_ids = [task.candidate.external_id for task, _ in issued if task.known is None]
+        taken = bulk.find_known(tx, tenant_id, [external_id for external_id in new_ids if external_id is not None])
+        replaced = [task.known for task, _ in issued if task.known is not None]
+        generation, superseded = 0, set[str]()
+        if replaced:
+            generation = db.next_generation(tx, tenant_id, at=now)
+            superseded = bulk.supersede_unfetched(tx, tenant_id, replaced, at=now, generation=generation)
+        admissions: list[Admission] = []
+        reissues: list[Issuance] = []
+        again, done = list[Candidate](), list[_Issued]()
+        for task, credentials in issued:
+            if task.known is None and task.candidate.external_id not in taken:
+                admissions.append(_admission(task, credentials))
+            elif task.known is not None and task.job.device_id in superseded:
+                reissues.append(_reissue(task, task.known, credentials))
+            else:
+                again.append(task.candidate)
+                continue
+            done.append((task, credentials))
+        if admissions:
+            admitted = admit(tx, actor, admissions, style=self._settings.acl_style, now=now)
+            generation = max(generation, admitted.generation)
+        if reissues:
+            record_issuances(tx, actor, reissues, now=now)
+        return again, done, generation
+
+
+def _admission(task: _Task, credentials: IssuedCredentials) -> Admission:
+    return Admission(
+        credentials=credentials,
+        name=task.job.request.name,
+        event=EventType.REGISTERED,
+        action="device:register",
+        detail={"key": "csr" if credentials.bundle is None else "made here", "row": task.candidate.row},
+        request=task.job.request,
+        topics=task.job.topics,
+    )
+
+
+def _reissue(task: _Task, known: KnownDevice, credentials: IssuedCredentials) -> Issuance:
+    return Issuance(
+        credentials=credentials,
+        name=known.device.name,
+        event=EventType.RENEWED,
+        action="device:reissue",
+        detail={"key": "made here", "row": task.candidate.row, "superseded": known.serial_number},
+    )

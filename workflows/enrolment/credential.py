@@ -1,0 +1,142 @@
+"""What admits a device that enrols by itself: an enrolment token, or the CA of its manufacturer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from core.errors import EnrolmentRefused
+from core.states import ManufacturerStatus
+from pki.est import EnrolmentRequest
+from store import enrolment
+from store.enrolment import EnrolmentProfile, EnrolmentRecord, EnrolmentTokenRecord
+from workflows.credentials import CredentialIssuer, CredentialRequest, IssuedCredentials
+from workflows.enrolment.clients import ManufacturedClient
+
+RETRY_AFTER = 60  # seconds after which a device that waits for an operator is to ask again
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolmentCredential:
+    """What a device shows to be admitted.
+
+    ``profile`` says what becomes of the device; ``identity`` tells it from the others that come with the same token or
+    from the same manufacturer.
+    """
+
+    tenant_id: str
+    profile: EnrolmentProfile
+    identity: str
+    serial: str
+    label: str  # for the audit record
+    token_id: str | None = None
+    manufacturer_id: str | None = None
+    device_id: str | None = None  # of the one device that a token is for
+
+    def find_enrolment(self, tx: Connection) -> EnrolmentRecord | None:
+        """Return the earlier enrolment of the same device, if there is one."""
+        return enrolment.find_enrolment(
+            tx,
+            self.tenant_id,
+            token_id=self.token_id,
+            manufacturer_id=self.manufacturer_id,
+            identity=self.identity,
+        )
+
+    def lock(self, tx: Connection) -> EnrolmentTokenRecord | None:
+        """Keep other devices from enrolling with the same token or manufacturer until the transaction ends.
+
+        Returns the token, to be checked with ``check_token``. Raises ``EnrolmentRefused`` for a manufacturer that is
+        not registered any more.
+        """
+        if self.token_id is not None:
+            return enrolment.lock_enrolment_token(tx, self.tenant_id, self.token_id)
+        record = enrolment.get_manufacturer(tx, self.tenant_id, self.manufacturer_id or "", for_update=True)
+        if record.status is not ManufacturerStatus.REGISTERED:
+            raise EnrolmentRefused("The CA of the client certificate is not registered here any more.")
+        return None
+
+    def check_not_revoked(self, tx: Connection) -> None:
+        """Raise ``EnrolmentRefused`` for a token that was revoked."""
+        if self.token_id is not None:
+            check_token(enrolment.get_enrolment_token(tx, self.tenant_id, self.token_id), None)
+
+
+def check_token(token: EnrolmentTokenRecord, now: datetime | None) -> None:
+    """Raise ``EnrolmentRefused`` for a token that was revoked, or has expired at ``now``."""
+    if token.revoked_at is not None:
+        raise EnrolmentRefused("The enrolment token was revoked; ask an operator for another one.")
+    if now is not None and token.expires_at <= now:
+        raise EnrolmentRefused("The enrolment token has expired; ask an operator for another one.")
+
+
+def by_token(token: EnrolmentTokenRecord, request: EnrolmentRequest) -> EnrolmentCredential:
+    """Return the credential of a device with an enrolment token: it is identified by the key of its CSR."""
+    return EnrolmentCredential(
+        token.tenant_id,
+        token.terms,
+        request.key_fingerprint,
+        request.name,
+        f"enrolment token {token.name} ({token.id})",
+        token_id=token.id,
+        device_id=token.device_id,
+    )
+
+
+def by_manufacturer(client: ManufacturedClient) -> EnrolmentCredential:
+    """Return the credential of a device that has shown its factory certificate (IDevID)."""
+    return EnrolmentCredential(
+        client.tenant_id,
+        client.manufacturer.terms,
+        client.certificate.key_fingerprint,
+        client.certificate.serial,
+        f"manufacturer {client.manufacturer.name} ({client.manufacturer.id})",
+        manufacturer_id=client.manufacturer.id,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """A device has its certificate, DER, with its key (PKCS#8, DER) if the portal made that.
+
+    The certificate works once the broker has reached ``generation``.
+    """
+
+    device_id: str
+    certificate: bytes = field(repr=False)
+    generation: int
+    key: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An operator has yet to decide; the device is to ask again, with the same key, in ``retry_after`` seconds."""
+
+    device_id: str
+    retry_after: int = RETRY_AFTER
+
+
+class EnrolledMeanwhile(Exception):
+    """Another request of the same device was recorded since this one looked."""
+
+
+def issue(
+    credentials: CredentialIssuer,
+    device_id: str,
+    credential: EnrolmentCredential,
+    request: EnrolmentRequest,
+    now: datetime,
+) -> IssuedCredentials:
+    """Certify the key of a device's CSR, or a new key of the kind that ``csrattrs`` names."""
+    days = credential.profile.validity_days
+    if request.key_made_here:
+        return credentials.issue_with_key(device_id, credential.profile.key_types[0], days, now=now)
+    return credentials.issue(device_id, CredentialRequest(csr=request.pem, validity_days=days), None, now=now)
+
+
+def audit_detail(request: EnrolmentRequest) -> dict[str, Any]:
+    """Return what the audit entry of a device that was given a certificate says of its key."""
+    return {"key": "made here"} if request.key_made_here else {"key_fingerprint": request.key_fingerprint}

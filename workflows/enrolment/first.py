@@ -1,0 +1,182 @@
+"""The use cases of a device that enrols for the first time: admitted at once, or once an operator has approved it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import datetime
+
+from sqlalchemy.engine import Connection
+
+import db
+from config import Settings
+from core import metrics
+from core.device_status import DeviceStatus
+from core.errors import EnrolmentRefused, StateConflict
+from core.failpoints import failpoint
+from core.states import Approval, EnrolmentStatus
+from core.topics import new_device_id
+from pki.est import EnrolmentRequest
+from store import enrolment as store_enrolment
+from store.database import Database
+from store.devices import DeviceRecord
+from store.enrolment import EnrolmentRecord
+from workflows import audit
+from workflows.admission import Admission, Admitted, add_pending, admit
+from workflows.audit import Actor
+from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
+from workflows.enrolment.credential import (
+    Enrolled,
+    EnrolledMeanwhile,
+    EnrolmentCredential,
+    Waiting,
+    audit_detail,
+    check_token,
+    issue,
+)
+from workflows.events import EventType
+
+_UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")
+
+
+class FirstEnrolment:
+    """Admits devices that have no certificate of this portal yet."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        credentials: CredentialIssuer,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._credentials = credentials
+        self._clock = clock
+
+    def enrol(self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest) -> Enrolled | Waiting:
+        """Admit a device that has not asked before, or have it wait for an operator, as the profile says.
+
+        Raises ``EnrolledMeanwhile``, ``EnrolmentRefused``.
+        """
+        now = self._clock()
+        device_id = credential.device_id or new_device_id(now)
+        at_once = credential.profile.approval is Approval.AT_ONCE
+        issued = issue(self._credentials, device_id, credential, request, now) if at_once else None
+
+        def record(tx: Connection) -> int:
+            number = self._count_use(tx, credential, now)
+            device = (
+                _device_request(credential, number)
+                if credential.device_id is None
+                else self._pending(tx, credential.tenant_id, device_id)
+            )
+            generation, certificate_id = 0, None
+            if issued is not None:
+                admitted = self._admit(tx, actor, device, request, issued, now)
+                generation, certificate_id = admitted.generation, admitted.certificate_ids[0]
+            elif isinstance(device, DeviceRequest):
+                add_pending(tx, credential.tenant_id, device_id, device, None, now=now)
+            store_enrolment.add_enrolment(
+                tx,
+                credential.tenant_id,
+                device_id=device_id,
+                token_id=credential.token_id,
+                manufacturer_id=credential.manufacturer_id,
+                identity=credential.identity,
+                key_fingerprint=request.key_fingerprint,
+                status=EnrolmentStatus.WAITING if issued is None else EnrolmentStatus.ISSUED,
+                created_at=now,
+                decided_at=None if issued is None else now,
+                certificate_id=certificate_id,
+            )
+            if issued is None:
+                key = request.key_fingerprint
+                audit.record(tx, actor, "device:ask", f"device:{device_id}", at=now, key_fingerprint=key)
+            failpoint("enrol.before_commit")
+            return generation
+
+        generation = self._database.write(record)
+        if issued is None:
+            return Waiting(device_id)
+        return self._enrolled(issued, request, generation)
+
+    def enrol_approved(
+        self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest, known: EnrolmentRecord
+    ) -> Enrolled:
+        """Admit a device that an operator has approved, with the key that was approved.
+
+        Raises ``EnrolmentRefused``, ``StateConflict`` for another key.
+        """
+        now = self._clock()
+        if known.key_fingerprint != request.key_fingerprint:
+            raise StateConflict("An operator has approved another key of this device; ask with that one.")
+        issued = issue(self._credentials, known.device_id, credential, request, now)
+
+        def record(tx: Connection) -> int:
+            device = self._pending(tx, credential.tenant_id, known.device_id)
+            if credential.manufacturer_id is not None:
+                credential.lock(tx)
+            admitted = self._admit(tx, actor, device, request, issued, now)
+            store_enrolment.update_enrolment(
+                tx,
+                credential.tenant_id,
+                known.id,
+                status=EnrolmentStatus.ISSUED,
+                certificate_id=admitted.certificate_ids[0],
+            )
+            return admitted.generation
+
+        return self._enrolled(issued, request, self._database.write(record))
+
+    def _count_use(self, tx: Connection, credential: EnrolmentCredential, now: datetime) -> int:
+        """Check that the token or manufacturer still admits devices; returns the number of the device for its name."""
+        token = credential.lock(tx)
+        if credential.find_enrolment(tx) is not None:
+            raise EnrolledMeanwhile
+        if token is None:
+            return 0
+        check_token(token, now)
+        if token.uses >= token.uses_allowed:
+            raise EnrolmentRefused("The enrolment token is used up; ask an operator for another one.")
+        store_enrolment.count_use(tx, credential.tenant_id, token.id)
+        return token.uses + 1
+
+    def _pending(self, tx: Connection, tenant_id: str, device_id: str) -> DeviceRecord:
+        device = db.get_device(tx, tenant_id, device_id, for_update=True)
+        if device.status is not DeviceStatus.PENDING:
+            raise EnrolmentRefused("The device is not waiting to enrol any more.")
+        return device
+
+    def _admit(
+        self,
+        tx: Connection,
+        actor: Actor,
+        device: DeviceRequest | DeviceRecord,
+        request: EnrolmentRequest,
+        issued: IssuedCredentials,
+        now: datetime,
+    ) -> Admitted:
+        admission = Admission(
+            credentials=issued,
+            name=device.name,
+            event=EventType.ENROLLED,
+            action="device:enrol",
+            detail=audit_detail(request),
+            request=device if isinstance(device, DeviceRequest) else None,
+        )
+        return admit(tx, actor, [admission], style=self._settings.acl_style, now=now)
+
+    def _enrolled(self, issued: IssuedCredentials, request: EnrolmentRequest, generation: int) -> Enrolled:
+        metrics.registered(with_csr=not request.key_made_here)
+        return Enrolled(issued.device_id, issued.der, generation, issued.key)
+
+
+def _device_request(credential: EnrolmentCredential, number: int) -> DeviceRequest:
+    """Return the device that a profile describes; ``number`` counts those of a token."""
+    profile = credential.profile
+    serial = _UNFIT_FOR_A_NAME.sub("-", credential.serial).strip("-") or credential.identity[:12]
+    name = profile.name_template.replace("{number}", str(number)).replace("{serial}", serial)
+    return DeviceRequest(
+        name=name[:128].rstrip(), type=profile.type, location=profile.location, firmware=profile.firmware
+    )
