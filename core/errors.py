@@ -1,4 +1,37 @@
-"""The one tree of exceptions that the portal's rooms raise."""
+"""The portal's exceptions: one tree, each class raised for what it means, never for a status.
+
+``web/api/problems.py`` maps the classes to HTTP statuses; one that has no status there has that of its parent::
+
+    PortalError                           500, and the client learns no more than that
+      RequestMalformed                    400
+        RowMalformed
+      InputInvalid                        422
+        CsrInvalid
+          KeyRefused
+        TopicRefused  ManufacturerInvalid  ProofInvalid
+      BodyTooLarge                        413
+        RowTooLong  TooManyRows
+      BodyTooSlow                         408
+      MediaTypeUnsupported                415
+      Unauthenticated                     401
+        EnrolmentUnauthenticated
+      Forbidden                           403
+        EnrolmentRefused  ClientCertificateRefused
+      TooManyAttempts                     429
+      NotFound                            404
+        DeviceNotFound  LinkUnknown
+      Conflict                            409
+        StateConflict  ExternalIdTaken  IdempotencyConflict
+      Gone                                410
+        LinkUsed  LinkExpired  LinkRevoked
+      Unavailable                         503
+        PortalStopping  UploadsBusy  DatabaseUnavailable  LockUnavailable  IssuerUnusable
+        BrokerUnavailable
+          BrokerNotEnforcing
+      ProjectionInvalid  SignatureCheckFailed
+      StartupError                        raised before there is anybody to answer
+        SettingInvalid  CaKeyUnavailable  DatabaseTooNew  PortalRunning  BackupRefused
+"""
 
 from __future__ import annotations
 
@@ -8,7 +41,7 @@ from typing import ClassVar
 
 
 class PortalError(Exception):
-    """Something that can be said to the caller: ``detail`` is one plain sentence, ``code`` is stable snake_case."""
+    """An error for the caller: ``detail`` is one sentence about what is wrong and what to do, ``code`` is stable."""
 
     code: ClassVar[str] = "internal_error"
 
@@ -35,7 +68,7 @@ class RequestMalformed(PortalError):
 
 
 class InputInvalid(PortalError):
-    """A field of the request has a value that is refused; ``errors`` names each."""
+    """Fields of the request have invalid values; ``errors`` names each."""
 
     code = "invalid_input"
 
@@ -45,7 +78,7 @@ class InputInvalid(PortalError):
 
 
 class CsrInvalid(InputInvalid):
-    """The certificate signing request cannot be parsed, is not signed by its own key, or asks for what is refused."""
+    """The certificate signing request cannot be parsed, is not signed by its own key, or is refused."""
 
     code = "csr_invalid"
 
@@ -54,25 +87,25 @@ class CsrInvalid(InputInvalid):
 
 
 class KeyRefused(CsrInvalid):
-    """The public key is of a kind, size or curve that the portal does not certify."""
+    """The public key has an algorithm, size or curve that the portal does not certify."""
 
     code = "key_refused"
 
 
 class TopicRefused(InputInvalid):
-    """A topic filter is malformed or reaches beyond the device it is for."""
+    """A topic filter is malformed or covers topics of other devices."""
 
     code = "topic_refused"
 
 
 class ManufacturerInvalid(InputInvalid):
-    """The certificate is not one of a CA that devices could be born with."""
+    """The certificate is not that of a CA that can issue factory certificates (IDevIDs)."""
 
     code = "manufacturer_invalid"
 
 
 class ProofInvalid(InputInvalid):
-    """What was sent does not show that its sender has the CA's key."""
+    """The proof of possession of a CA's key is invalid."""
 
     code = "proof_invalid"
 
@@ -90,13 +123,13 @@ class RowMalformed(RequestMalformed):
 
 
 class RowTooLong(BodyTooLarge):
-    """A row of an upload is longer than any that can be right."""
+    """A row of an upload is longer than any valid row can be."""
 
     code = "row_too_long"
 
 
 class TooManyRows(BodyTooLarge):
-    """An upload has more rows than it may."""
+    """An upload has more rows than the limit."""
 
     code = "too_many_rows"
 
@@ -108,7 +141,7 @@ class BodyTooSlow(PortalError):
 
 
 class MediaTypeUnsupported(PortalError):
-    """The body is of a media type that the endpoint does not read."""
+    """The body has a media type that the endpoint does not accept."""
 
     code = "unsupported_media_type"
 
@@ -123,17 +156,17 @@ class Unauthenticated(PortalError):
 
 
 class Forbidden(PortalError):
-    """The operator token is valid, its role is not enough."""
+    """The role of the operator token does not have the permission."""
 
     code = "forbidden"
 
 
 class EnrolmentUnauthenticated(Unauthenticated):
-    """A device that wants to enrol has brought neither a valid enrolment token nor a client certificate."""
+    """A device that enrols has sent neither a valid enrolment token nor a client certificate."""
 
 
 class EnrolmentRefused(Forbidden):
-    """A device may not enrol: its token is used up, expired or revoked, or an operator has said no."""
+    """A device may not enrol: its token is used up, expired or revoked, or an operator has rejected it."""
 
     code = "enrolment_refused"
 
@@ -145,7 +178,7 @@ class ClientCertificateRefused(Forbidden):
 
 
 class TooManyAttempts(PortalError):
-    """Too many failed logins came from the address; ``retry_after`` is when to try again, in seconds."""
+    """Too many failed logins came from the address; ``retry_after`` is the number of seconds to wait."""
 
     code = "too_many_attempts"
 
@@ -158,7 +191,7 @@ class TooManyAttempts(PortalError):
 
 
 class NotFound(PortalError):
-    """The thing asked for is not there for this tenant."""
+    """The requested thing does not exist for this tenant."""
 
     code = "not_found"
 
@@ -176,19 +209,19 @@ class LinkUnknown(NotFound):
 
 
 class Conflict(PortalError):
-    """The request does not fit the state of what it is about."""
+    """The request conflicts with the state of its object."""
 
     code = "conflict"
 
 
 class StateConflict(Conflict):
-    """A device cannot move from the state it is in to the one wanted."""
+    """A device cannot change from its present state to the requested one."""
 
     code = "state_conflict"
 
 
 class ExternalIdTaken(Conflict):
-    """The external id is that of another device, or of this one as it is not."""
+    """The external id belongs to another device, or to a device registered with other values."""
 
     code = "external_id_taken"
 
@@ -200,19 +233,19 @@ class IdempotencyConflict(Conflict):
 
 
 class Gone(PortalError):
-    """The thing was there and is not any more."""
+    """The requested thing existed and is gone."""
 
     code = "gone"
 
 
 class LinkUsed(Gone):
-    """The bundle was fetched, or is being fetched, by somebody else."""
+    """The bundle was downloaded already."""
 
     code = "link_used"
 
 
 class LinkExpired(Gone):
-    """The link's time is over."""
+    """The download link has expired."""
 
     code = "link_expired"
 
@@ -227,19 +260,19 @@ class LinkRevoked(Gone):
 
 
 class Unavailable(PortalError):
-    """Something the portal needs does not answer now; trying again later may help."""
+    """Something the portal depends on does not answer; a later retry may succeed."""
 
     code = "unavailable"
 
 
 class PortalStopping(Unavailable):
-    """The portal is being stopped, and what it was doing with it."""
+    """The portal is stopping, and has ended the request."""
 
     code = "stopping"
 
 
 class UploadsBusy(Unavailable):
-    """As many bulk uploads as are allowed at a time are under way."""
+    """The maximum number of concurrent bulk uploads is reached."""
 
     code = "too_many_uploads"
 
@@ -251,7 +284,7 @@ class DatabaseUnavailable(Unavailable):
 
 
 class LockUnavailable(Unavailable):
-    """A lock among the portal's processes is held for too long by another, or its file cannot be opened."""
+    """Another process of the portal holds a lock for too long, or the lock file cannot be opened."""
 
     code = "busy"
 
@@ -263,25 +296,25 @@ class BrokerUnavailable(Unavailable):
 
 
 class BrokerNotEnforcing(BrokerUnavailable):
-    """The broker answers but lets in what it must refuse, or refuses what it must let in."""
+    """The broker answers, but admits a client that it must refuse, or refuses one that it must admit."""
 
     code = "broker_not_enforcing"
 
 
 class IssuerUnusable(Unavailable):
-    """A CA cannot sign now: it is out of date, its private key is elsewhere, or its certificate is not a CA's."""
+    """A CA cannot sign: it has expired, its private key is not here, or its certificate is not a CA certificate."""
 
     code = "issuer_unusable"
 
 
 class ProjectionInvalid(PortalError):
-    """An ACL or CRL failed its checks, so it was not put in the broker's reach."""
+    """An ACL or CRL failed its checks, so it was not handed to the broker."""
 
     code = "projection_invalid"
 
 
 class SignatureCheckFailed(PortalError):
-    """What was just signed does not verify under the issuer's own certificate, so it was not released."""
+    """A new signature does not verify under the issuer's certificate, so it was not released."""
 
     code = "signature_check_failed"
 
@@ -296,7 +329,7 @@ class StartupError(PortalError):
 
 
 class SettingInvalid(StartupError):
-    """A setting has a value that cannot be used."""
+    """A setting has an invalid value."""
 
     code = "setting_invalid"
 
@@ -314,7 +347,7 @@ class DatabaseTooNew(StartupError):
 
 
 class PortalRunning(StartupError):
-    """The data folder is in use in a way that does not allow what is wanted."""
+    """Another process uses the data folder in a way that excludes the command."""
 
     code = "portal_running"
 

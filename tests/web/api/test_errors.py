@@ -490,6 +490,26 @@ def test_every_error_of_the_portal_has_a_status() -> None:
         assert (nearest == 500) == (kind is errors.PortalError or issubclass(kind, internal)), kind
 
 
+def test_the_tree_drawn_in_the_docstring_is_the_tree() -> None:
+    drawn: dict[str, tuple[str, int]] = {}
+    path: list[tuple[int, str]] = []
+    status = 500
+    for line in (errors.__doc__ or "").partition("::\n")[2].splitlines():
+        indent, words = len(line) - len(line.lstrip()), re.split(" {2,}", line.strip())
+        names = [word for word in words if word in vars(errors)]
+        while path and path[-1][0] >= indent:
+            path.pop()
+        if len(path) <= 1:
+            status = next((int(word[:3]) for word in words if word[:3].isdigit()), 500)
+        drawn.update(dict.fromkeys(names, (path[-1][1] if path else "Exception", status)))
+        path += [(indent, name) for name in names[:1]]
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PortalError)]
+    for kind in kinds:
+        nearest = next(STATUS_OF[ancestor] for ancestor in kind.__mro__ if ancestor in STATUS_OF)
+        assert drawn.pop(kind.__name__) == (kind.__bases__[0].__name__, nearest)
+    assert not drawn
+
+
 # --- The request id -----------------------------------------------------------------------------------------------
 
 
