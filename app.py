@@ -1,4 +1,4 @@
-"""Builds the Flask application: the parts once, every route, the answer to every error."""
+"""Builds the Flask application: its parts, its routes, and what is done for every request and error."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ _DESCRIBED: tuple[Route, ...] = (
     *operation.ROUTES,
 )
 ROUTES = (*_DESCRIBED, *openapi.description_of(_DESCRIBED))
-_ROUTE_OF = {route.name: route for route in ROUTES}
+_ON_PKI_LISTENER = frozenset(route.name for route in ROUTES if route.on_pki_listener)
 
 
 def create_app(
     settings: Settings | None = None, *, background: bool = True, clock: Callable[[], datetime] = utc_now
 ) -> Flask:
-    """Build the application on its data folder; the same one runs under ``flask --app app run`` and the server.
+    """Return the application, the same for ``flask --app app run`` and the server.
 
-    The parts are built, and with ``background`` the jobs started, by ``portal_of`` at the latest at the first
-    request, so that a command which needs none of them makes none.
+    ``portal_of`` builds its parts, and with ``background`` starts the jobs: at the first request at the latest, so that
+    commands which do not need them open no data folder. Raises ``click.ClickException`` if a setting is invalid.
     """
     app = Flask("portal", root_path=os.path.dirname(__file__), static_folder=None)
     for command in commands.commands(create_app, portal_of, serve):
@@ -75,7 +75,7 @@ def create_app(
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.extensions["portal"] = _LazyPortal(settings, background=background, clock=clock)
     app.url_map.converters.update(routing.CONVERTERS)
-    app.url_map.merge_slashes = False  # a path that is almost one is none: no redirects
+    app.url_map.merge_slashes = False  # no redirects for paths that are almost right
     for route in ROUTES:
         app.add_url_rule(
             routing.rule_of(route.path),
@@ -93,7 +93,7 @@ def create_app(
 
 
 class _LazyPortal:
-    """The parts, built once, by whoever needs them first."""
+    """Builds the parts once, when they are first needed."""
 
     def __init__(self, settings: Settings, *, background: bool, clock: Callable[[], datetime]) -> None:
         self._settings = settings
@@ -114,24 +114,30 @@ class _LazyPortal:
 
 
 def portal_of(app: Flask) -> Portal:
-    """The parts of an application; raises ``StartupError`` where they cannot be built."""
+    """Return the parts of an application; raise ``StartupError`` if they cannot be built."""
     portal: Portal = app.extensions["portal"].get()
     return portal
 
 
-# --- A request's way in and out -----------------------------------------------------------------------------------
+# --- Every request ------------------------------------------------------------------------------------------------
 
 
 def _begin() -> None:
     g.request_id = secrets.token_hex(8)
     g.started = time.perf_counter()
     g.actor = g.route = None
-    if request.environ.get("portal.listener") == "pki":
-        adapter = current_app.create_url_adapter(request)
-        if adapter is None or not routing.is_on_pki_listener(adapter, _ROUTE_OF):
-            raise errors.NotFound(
-                "Only CRLs, OCSP and CA certificates are served at this address; use the portal's HTTPS address."
-            )
+    if request.environ.get("portal.listener") == "pki" and not _is_on_pki_listener():
+        raise errors.NotFound(
+            "Only CRLs, OCSP and CA certificates are served at this address; use the portal's HTTPS address."
+        )
+
+
+def _is_on_pki_listener() -> bool:
+    """Return whether the plain listener serves the path, be it by another method than the one of the request."""
+    adapter = current_app.create_url_adapter(request)
+    if adapter is None:
+        return False
+    return any(adapter.match(method=method)[0] in _ON_PKI_LISTENER for method in adapter.allowed_methods())
 
 
 def _view(route: Route) -> Callable[..., Response]:
@@ -157,7 +163,7 @@ def _view(route: Route) -> Callable[..., Response]:
 def _end(response: Response) -> Response:
     return _ended(
         response,
-        # The rule, not the path: a path can hold a link's token.
+        # The rule, not the path: a path can contain a link's token.
         route=g.route,
         method=request.method,
         started=g.started,
@@ -182,12 +188,11 @@ def _ended(
 
 
 def _failed(error: Exception) -> Response:
-    problem, headers = problems.of_error(error, request_id=g.request_id, path=request.path)
+    problem = problems.of_error(error, request_id=g.request_id, path=request.path)
     metrics.refused(problem.code)
     if problem.status == 500:
         log.error("failed", exc_info=error, extra={"request_id": g.request_id})
     elif problem.status == 503:
         cause = {"problem": problem.detail, "cause": error.__cause__}
         log.warning("unavailable", extra={"request_id": g.request_id, **cause})
-    body, media_type = problems.as_sent(problem, request.path)
-    return Response(body, problem.status, headers, content_type=media_type)
+    return problems.response_of(problem, error, path=request.path)

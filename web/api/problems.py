@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 
+from flask import Response
 from pydantic import Field
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from core import errors
-from core.errors import FieldProblem, InputInvalid, PortalError, TooManyAttempts
+from core.errors import InputInvalid, PortalError, TooManyAttempts
 from web.api.fields import AnswerModel
 
 MEDIA_TYPE = "application/problem+json"
@@ -39,7 +40,6 @@ _OF_FLASK = {
     405: ("method_not_allowed", "This path does not allow this method; see the Allow header."),
     413: ("body_too_large", "The body is longer than PORTAL_MAX_BODY_BYTES allows."),
 }
-UNEXPECTED = "Unexpected error; the portal's log has the cause under this request id."
 _OTHER = ("refused", "The request is refused; /docs describes every request.")
 
 
@@ -62,10 +62,12 @@ class ProblemModel(AnswerModel):
     errors: list[FieldErrorModel] | None = None
 
 
-def problem(
-    status: int, code: str, detail: str, *, request_id: str, fields: Iterable[FieldProblem] = ()
-) -> ProblemModel:
-    """Return the problem document of an error."""
+def of_error(error: Exception, *, request_id: str, path: str) -> ProblemModel:
+    """Return the problem document of an error; all internal errors have one constant text."""
+    status, code, detail = _described(error)
+    if status == 422 and path.startswith(IN_PLAIN_TEXT):
+        status = 400
+    fields = error.errors if isinstance(error, InputInvalid) else ()
     return ProblemModel(
         type=f"urn:onboarding-portal:error:{code}",
         title=HTTPStatus(status).phrase,
@@ -77,38 +79,29 @@ def problem(
     )
 
 
-def of_error(error: Exception, *, request_id: str, path: str = "") -> tuple[ProblemModel, dict[str, str]]:
-    """Return the problem document of an error with its headers; every internal error has the same constant text."""
+def response_of(problem: ProblemModel, error: Exception, *, path: str) -> Response:
+    """Return the HTTP response of an error: its problem document, or below ``IN_PLAIN_TEXT`` its sentence."""
     plain = path.startswith(IN_PLAIN_TEXT)
     headers: dict[str, str] = {}
-    status, code, detail = (
-        500,
-        "internal_error",
-        "Unexpected error; the portal's log has the cause under this request id.",
-    )
-    if isinstance(error, PortalError):
-        status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
-        if status != 500:
-            code, detail = error.code, error.detail
-    elif isinstance(error, HTTPException) and error.code is not None and 400 <= error.code < 500:
-        status = error.code
-        code, detail = _OF_FLASK.get(status, _OTHER)
-        if isinstance(error, MethodNotAllowed) and error.valid_methods:
-            headers["Allow"] = ", ".join(sorted(error.valid_methods))
-    if status == 422 and plain:
-        status = 400
-    if status == 401:
+    if problem.status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="enrolment", charset="UTF-8"' if plain else "Bearer"
-    elif status == 503:
+    elif problem.status == 503:
         headers["Retry-After"] = "2"
     elif isinstance(error, TooManyAttempts):
         headers["Retry-After"] = str(error.retry_after)
-    invalid = error.errors if isinstance(error, InputInvalid) else ()
-    return problem(status, code, detail, request_id=request_id, fields=invalid), headers
+    elif isinstance(error, MethodNotAllowed) and error.valid_methods:
+        headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    if plain:
+        return Response(f"{problem.detail}\n", problem.status, headers, content_type="text/plain; charset=utf-8")
+    return Response(problem.model_dump_json(exclude_none=True), problem.status, headers, content_type=MEDIA_TYPE)
 
 
-def as_sent(said: ProblemModel, path: str) -> tuple[str, str]:
-    """Return the body of an error and its media type."""
-    if path.startswith(IN_PLAIN_TEXT):
-        return f"{said.detail}\n", "text/plain; charset=utf-8"
-    return said.model_dump_json(exclude_none=True), MEDIA_TYPE
+def _described(error: Exception) -> tuple[int, str, str]:
+    """Return status, code and detail of an error."""
+    if isinstance(error, PortalError):
+        status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+        if status != 500:
+            return status, error.code, error.detail
+    elif isinstance(error, HTTPException) and error.code is not None and 400 <= error.code < 500:
+        return error.code, *_OF_FLASK.get(error.code, _OTHER)
+    return 500, "internal_error", "Unexpected error; the portal's log has the cause under this request id."

@@ -13,7 +13,7 @@ from flask import Request, Response
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from werkzeug.datastructures import Headers
-from werkzeug.routing import BaseConverter, MapAdapter
+from werkzeug.routing import BaseConverter
 
 from core.errors import (
     BodyTooLarge,
@@ -219,12 +219,6 @@ def check_permission(portal: Portal, route: Route, actor: Actor) -> None:
     raise Forbidden(
         f"The role {actor.role} does not allow this; it takes a role with the permission {route.permission}."
     )
-
-
-def is_on_pki_listener(adapter: MapAdapter, routes: Mapping[str, Route]) -> bool:
-    """Return whether the path asked for, by whatever method, is one that the plain HTTP listener serves."""
-    endpoints = (adapter.match(method=method)[0] for method in adapter.allowed_methods())
-    return any(routes[endpoint].on_pki_listener for endpoint in endpoints)
 
 
 # --- The request --------------------------------------------------------------------------------------------------
