@@ -70,8 +70,9 @@ class Database:
                 raise
             try:
                 connection.commit()
-            except sa.exc.OperationalError:
-                self._failed = True
+            except BaseException as error:
+                self._failed |= isinstance(error, sa.exc.OperationalError)
+                connection.invalidate()  # it may still be in the transaction, which the next user would find
                 raise
             self._failed = False
 

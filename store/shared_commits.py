@@ -1,32 +1,32 @@
-"""Commits of requests that wait at the same time, made together."""
+"""Share one commit between requests that wait to write at the same time."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Generic, TypeVar
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy.engine import Connection
 
 Result = TypeVar("Result")
 
 
-class _Turn(Generic[Result]):
-    """One request's part of a shared transaction."""
+class _Request(Generic[Result]):
+    """The work of one caller, and what became of it."""
 
     def __init__(self, work: Callable[[Connection], Result]) -> None:
         self._work = work
-        self._result: list[Result] = []
+        self._results: list[Result] = []
         self.error: BaseException | None = None
         self.done = False
 
     def run(self, tx: Connection) -> None:
-        """Do the work, anew if it was done before."""
-        self._result = [self._work(tx)]
+        """Do the work, also for a second time."""
+        self._results = [self._work(tx)]
 
-    def run_apart(self, tx: Connection) -> None:
-        """Do the work; where it fails, only what it did is undone, and only its own caller hears of it."""
+    def run_in_savepoint(self, tx: Connection) -> None:
+        """Do the work; if it fails, undo only its own changes and keep the error for its caller."""
         savepoint = tx.begin_nested()
         try:
             self.run(tx)
@@ -39,72 +39,77 @@ class _Turn(Generic[Result]):
             savepoint.commit()
 
     def outcome(self) -> Result:
+        """Return the result of the work, or raise its error."""
         if self.error is not None:
             raise self.error
-        return self._result[0]
+        return self._results[0]
 
 
 class SharedTransactions:
-    """Whoever gets the database's write lock commits for all who wait: one sync to the disk for many requests.
+    """Runs the work of all callers that wait for the write lock in one transaction, so that one disk sync serves all.
 
-    ``transaction`` opens a transaction that writes. A caller returns only once the commit that holds its work is
-    durable, exactly as with a transaction of its own.
+    ``transaction`` opens a transaction that writes. A caller returns only after the commit that contains its work is
+    durable, as with a transaction of its own.
     """
 
     def __init__(self, transaction: Callable[[], AbstractContextManager[Connection]]) -> None:
         self._transaction = transaction
-        self._lock = threading.Lock()
-        self._waiting: list[_Turn[object]] = []
-        self._leader = threading.Lock()
+        self._lock = Lock()
+        self._waiting: list[_Request[Any]] = []
+        self._leader = Lock()
 
     def run(self, work: Callable[[Connection], Result]) -> Result:
-        """Run ``work`` in a transaction that others may share; returns its result, or raises what it raised.
+        """Run ``work`` in a transaction that others may share; return its result, or raise its error.
 
-        It is run once more where another's work, done before it in the same transaction, failed: so it must do nothing
-        but write to the database.
+        ``work`` runs a second time if the work of another caller in the same transaction failed. It must therefore do
+        nothing but write to the database.
         """
-        turn = _Turn(work)
+        request = _Request(work)
         with self._lock:
-            self._waiting.append(turn)  # type: ignore[arg-type]  # a list of turns with results of any type
+            self._waiting.append(request)
         with self._leader:
-            if not turn.done:
+            if not request.done:
                 self._lead()
-        return turn.outcome()
+        return request.outcome()
 
     def _lead(self) -> None:
-        turns: list[_Turn[object]] = []
+        """Commit the work of all callers that wait."""
+        requests: list[_Request[Any]] = []
         try:
             with self._transaction() as tx:
-                with self._lock:  # only now: while this one waited for the write lock, others came
-                    turns, self._waiting = self._waiting, []
-                if len(turns) == 1:
-                    turns[0].run(tx)
+                requests = self._take_waiting()  # only now, because others came while this one waited for the lock
+                if len(requests) == 1:
+                    requests[0].run(tx)
                 else:
-                    _run_together(turns, tx)
+                    _run_together(requests, tx)
         except BaseException as error:
-            if not turns:  # the transaction did not even begin: none of those who wait gets one
-                with self._lock:
-                    turns, self._waiting = self._waiting, []
-            for turn in turns:
-                turn.error = turn.error or error
+            if not requests:  # the transaction did not begin, so it fails for everyone who waits
+                requests = self._take_waiting()
+            for request in requests:
+                request.error = request.error or error
             if not isinstance(error, Exception):
                 raise
         finally:
-            for turn in turns:
-                turn.done = True
+            for request in requests:
+                request.done = True
+
+    def _take_waiting(self) -> list[_Request[Any]]:
+        with self._lock:
+            requests, self._waiting = self._waiting, []
+        return requests
 
 
-def _run_together(turns: Sequence[_Turn[object]], tx: Connection) -> None:
-    """Do the work of all as one; the rare one that fails is found by doing all of it again, each apart."""
+def _run_together(requests: Sequence[_Request[Any]], tx: Connection) -> None:
+    """Do the work of all in one savepoint; if any fails, which is rare, undo it and use a savepoint for each."""
     savepoint = tx.begin_nested()
     try:
-        for turn in turns:
-            turn.run(tx)
+        for request in requests:
+            request.run(tx)
     except BaseException as error:
         savepoint.rollback()
         if not isinstance(error, Exception):
             raise
-        for turn in turns:
-            turn.run_apart(tx)
+        for request in requests:
+            request.run_in_savepoint(tx)
     else:
         savepoint.commit()

@@ -1,23 +1,45 @@
-"""Commits made together: durable for each, undone for the one that failed."""
+"""Commits made together: durable for each caller, undone for the one that failed, and really one commit."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from store import shared_commits
 from store.database import Database
-from store.shared_commits import SharedTransactions
+
+SECONDS = 10
+Work = Callable[[Connection], int]
+
+
+class AnnouncedLock:
+    """A lock that announces each thread that is about to wait for it."""
+
+    waiting = threading.Semaphore(0)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.waiting.release()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    monkeypatch.setattr(AnnouncedLock, "waiting", threading.Semaphore(0))
+    monkeypatch.setattr(shared_commits, "Lock", AnnouncedLock)
     made = Database(f"sqlite:///{tmp_path / 'portal.db'}", lock_path=tmp_path / "lock", threads=8)
     with made.transaction() as tx:
         tx.exec_driver_sql("CREATE TABLE seen (number INTEGER PRIMARY KEY)")
@@ -30,7 +52,7 @@ def seen(database: Database) -> set[int]:
         return set(tx.execute(sa.text("SELECT number FROM seen")).scalars())
 
 
-def insert(number: int) -> Callable[[Connection], int]:
+def insert(number: int) -> Work:
     def work(tx: Connection) -> int:
         tx.exec_driver_sql("INSERT INTO seen VALUES (?)", (number,))
         return number
@@ -38,78 +60,96 @@ def insert(number: int) -> Callable[[Connection], int]:
     return work
 
 
-class Gate:
-    """Opens transactions of a database once ``open`` is set, and counts them."""
+@contextmanager
+def while_writing(database: Database) -> Iterator[None]:
+    """Keep the write lock in another thread, with ``insert(-1)``, until the block ends."""
+    begun, end = threading.Event(), threading.Event()
 
-    def __init__(self, database: Database) -> None:
-        self.database = database
-        self.open = threading.Event()
-        self.waiting = threading.Event()
-        self.opened = 0
-        self.fails: Exception | None = None
+    def work(tx: Connection) -> int:
+        begun.set()
+        assert end.wait(SECONDS)
+        return insert(-1)(tx)
 
-    def transaction(self) -> AbstractContextManager[Connection]:
-        @contextmanager
-        def begin() -> Iterator[Connection]:
-            self.waiting.set()
-            assert self.open.wait(10)
-            self.opened += 1
-            with self.database.transaction() as tx:
-                yield tx
-                if self.fails is not None:
-                    raise self.fails
-
-        return begin()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(database.write, work)
+        try:
+            assert begun.wait(SECONDS)
+            yield
+        finally:
+            end.set()
+        future.result(SECONDS)
 
 
-def together(gate: Gate, works: list[Callable[[Connection], int]]) -> list[Future[int]]:
-    """Have all of them wait before the first transaction begins; returns what became of each."""
-    shared = SharedTransactions(gate.transaction)
-    pool = ThreadPoolExecutor(len(works))
-    first = pool.submit(shared.run, works[0])
-    assert gate.waiting.wait(10)
-    queued = threading.Semaphore(0)
-
-    def enter(work: Callable[[Connection], int]) -> int:
-        queued.release()
-        return shared.run(work)
-
-    others = [pool.submit(enter, work) for work in works[1:]]
-    for _ in others:
-        assert queued.acquire(timeout=10)
-    gate.open.set()
-    pool.shutdown(wait=True)
-    return [first, *others]
+def together(database: Database, works: list[Work]) -> list[Future[int]]:
+    """Let all of them wait, in this order, until the writer before them has committed; return what became of each."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        with while_writing(database):
+            futures = []
+            for work in works:
+                futures.append(pool.submit(database.write, work))
+                assert AnnouncedLock.waiting.acquire(timeout=SECONDS), "nobody waits to share a commit"
+        return futures
 
 
-def test_all_who_wait_are_committed(database: Database) -> None:
-    gate = Gate(database)
-    results = [future.result() for future in together(gate, [insert(number) for number in range(6)])]
-    assert results == list(range(6))
-    assert seen(database) == set(range(6))
-    assert 1 <= gate.opened <= 6
+@pytest.fixture
+def commits(database: Database) -> list[None]:
+    """Grows by one with each commit."""
+    counted: list[None] = []
+    sa.event.listen(database.engine, "commit", lambda _connection: counted.append(None))
+    return counted
 
 
-def test_one_that_fails_is_undone_and_hurts_no_other(database: Database) -> None:
+def test_all_who_wait_share_one_commit(database: Database, commits: list[None]) -> None:
+    futures = together(database, [insert(number) for number in range(6)])
+    assert [future.result() for future in futures] == list(range(6))
+    assert len(commits) == 2, "one of the writer that held the lock, and one for all who waited"
+    assert seen(database) == {-1, *range(6)}
+
+
+def test_nobody_is_answered_before_the_shared_commit(database: Database) -> None:
+    answered: list[int] = []
+    at_commit: list[list[int]] = []
+    sa.event.listen(database.engine, "commit", lambda _connection: at_commit.append(list(answered)))
+
+    with ThreadPoolExecutor(3) as pool, while_writing(database):
+        for number in range(3):
+            pool.submit(database.write, insert(number)).add_done_callback(
+                lambda future: answered.append(future.result())
+            )
+            assert AnnouncedLock.waiting.acquire(timeout=SECONDS)
+    assert at_commit == [[], []]
+    assert sorted(answered) == [0, 1, 2]
+
+
+def test_one_that_fails_is_undone_and_hurts_no_other(database: Database, commits: list[None]) -> None:
     def fail(tx: Connection) -> int:
         insert(100)(tx)
         insert(0)(tx)
         return 100
 
-    futures = together(Gate(database), [insert(0), fail, insert(1), insert(2)])
+    futures = together(database, [insert(0), fail, insert(1), insert(2)])
     with pytest.raises(sa.exc.IntegrityError):
         futures[1].result()
     assert [futures[number].result() for number in (0, 2, 3)] == [0, 1, 2]
-    assert seen(database) == {0, 1, 2}
+    assert len(commits) == 2
+    assert seen(database) == {-1, 0, 1, 2}
 
 
 def test_where_the_commit_fails_nobody_is_told_that_it_succeeded(database: Database) -> None:
-    gate = Gate(database)
-    gate.fails = OSError("no room")
-    for future in together(gate, [insert(number) for number in range(4)]):
+    commits: list[None] = []
+
+    def fail_from_the_second_on(_connection: Connection) -> None:
+        commits.append(None)
+        if len(commits) > 1:
+            raise OSError("no room")
+
+    sa.event.listen(database.engine, "commit", fail_from_the_second_on)
+    for future in together(database, [insert(number) for number in range(4)]):
         with pytest.raises(OSError, match="no room"):
             future.result()
-    assert seen(database) == set()
+    assert len(commits) == 2
+    sa.event.remove(database.engine, "commit", fail_from_the_second_on)
+    assert seen(database) == {-1}
 
 
 def test_a_failure_alone_is_raised_as_it_is(database: Database) -> None:
@@ -128,12 +168,7 @@ def test_work_that_was_done_is_done_again_where_anothers_failed_and_counts_once(
         runs.append(1)
         return insert(5)(tx)
 
-    def fail(tx: Connection) -> int:
-        return insert(5)(tx)
-
-    futures = together(Gate(database), [insert(0), counted, fail])
-    outcomes = [future.exception() for future in futures]
-    assert outcomes[0] is None
-    assert sum(outcome is None for outcome in outcomes[1:]) == 1
-    assert seen(database) == {0, 5}
-    assert runs
+    futures = together(database, [insert(0), counted, insert(5)])
+    assert [future.exception() is None for future in futures] == [True, True, False]
+    assert len(runs) == 2
+    assert seen(database) == {-1, 0, 5}
