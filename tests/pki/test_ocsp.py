@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -18,9 +21,9 @@ from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
 from pki import ocsp as pki_ocsp
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer, Reason
-from pki.ocsp import GOOD, MOST_CERTIFICATES, UNKNOWN, Failure, Status, Verdict
+from pki.ocsp import GOOD, MAX_BYTES, MAX_CERTIFICATES, MAX_EXTENSIONS, MAX_LAX_BYTES, UNKNOWN, Failure, Status, Verdict
 from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, make_hierarchy
-from tests.support.ocsp import SERVICE_LOCATOR, Ocsp, ask, cert_id, extension, integer, nonce, sequence, tlv
+from tests.support.ocsp import NONCE, SERVICE_LOCATOR, Ocsp, ask, cert_id, extension, integer, nonce, sequence, tlv
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
 SECOND = NOW.replace(microsecond=0)
@@ -46,7 +49,7 @@ def signer(cas: Hierarchy) -> pki_ocsp.Signer:
 
 def answer(signer: pki_ocsp.Signer, der: bytes, *statuses: Status) -> bytes:
     request = pki_ocsp.read_request(der)
-    return pki_ocsp.sign_answer(
+    return pki_ocsp.sign_response(
         signer,
         list(zip(request.questions, statuses, strict=True)),
         nonce=request.nonce,
@@ -126,6 +129,72 @@ def test_requests_of_pyca_are_read(cas: Hierarchy, algorithm: str) -> None:
     assert request.nonce == tlv(4, b"n" * 32)
 
 
+OPENSSL = {
+    "one certificate": ["-no_nonce"],
+    "a nonce": [],
+    "SHA-256": ["-sha256", "-no_nonce"],
+    "signed, with the signer's name": ["-signer", "signer.pem", "-signkey", "signer.key"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(cas: Hierarchy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the issuer, two devices, and somebody who signs a request, all in PEM."""
+    folder = tmp_path_factory.mktemp("openssl")
+    key = ca.generate_keypair(KeyType.EC_P256)
+    (folder / "signer.key").write_bytes(private_key_pem(key))
+    certificates = {"issuer": cas.issuing.certificate, "signer": cas.device(key.public_key()).certificate}
+    certificates |= {name: cas.device().certificate for name in ("first", "second")}
+    for name, certificate in certificates.items():
+        (folder / f"{name}.pem").write_text(ca.chain_pem(certificate))
+    return folder
+
+
+@pytest.mark.parametrize("devices", [["first"], ["first", "second"]], ids=["one", "two"])
+@pytest.mark.parametrize("options", OPENSSL.values(), ids=OPENSSL)
+def test_requests_of_openssl_are_read(cas: Hierarchy, folder: Path, options: list[str], devices: list[str]) -> None:
+    certificates = [f"-cert={name}.pem" for name in devices]
+    command = ["openssl", "ocsp", *[part for part in options if part == "-sha256"], "-issuer", "issuer.pem"]
+    command += [part for certificate in certificates for part in certificate.split("=")]
+    command += [*[part for part in options if part != "-sha256"], "-reqout", "request.der"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    request = pki_ocsp.read_request((folder / "request.der").read_bytes())
+    serial_numbers = [
+        f"{x509.load_pem_x509_certificate((folder / f'{name}.pem').read_bytes()).serial_number:x}" for name in devices
+    ]
+    assert [question.serial_number for question in request.questions] == serial_numbers
+    assert all(question.issuer in pki_ocsp.issuer_ids(cas.issuing) for question in request.questions)
+    assert (request.nonce is None) == ("-no_nonce" in options)
+
+
+ACCEPTABLE_RESPONSES, PREFERRED_SIGNATURES = "2b0601050507300104", "2b0601050507300108"
+BASIC_RESPONSE = sequence(tlv(6, bytes.fromhex("2b0601050507300101")))
+ECDSA_WITH_SHA256 = sequence(sequence(sequence(tlv(6, bytes.fromhex("2a8648ce3d040302")))))
+EXPLICIT_FALSE = sequence(tlv(6, bytes.fromhex(ACCEPTABLE_RESPONSES)), tlv(1, b"\x00"), tlv(4, BASIC_RESPONSE))
+CLIENTS = {
+    "Java: a nonce of 16 bytes": {"extensions": [nonce(b"n" * 16)]},
+    "Java: a nonce that is critical": {"extensions": [extension(NONCE, tlv(4, b"n" * 32), critical=True)]},
+    "GnuTLS: a nonce of 23 bytes": {"extensions": [nonce(b"n" * 23)]},
+    "NSS: the acceptable responses": {"extensions": [extension(ACCEPTABLE_RESPONSES, BASIC_RESPONSE)]},
+    "Go, BouncyCastle: signatures preferred": {"extensions": [extension(PREFERRED_SIGNATURES, ECDSA_WITH_SHA256)]},
+    "nonce and acceptable responses": {"extensions": [nonce(b"n"), extension(ACCEPTABLE_RESPONSES, BASIC_RESPONSE)]},
+    "the default version": {"version": tlv(0xA0, integer(0))},
+    "the default criticality": {"extensions": [EXPLICIT_FALSE]},
+    "the default criticality, of one": {"single_extensions": EXPLICIT_FALSE},
+}
+
+
+@pytest.mark.parametrize("serial_numbers", [[5], [5, 6, 7]], ids=["one", "several"])
+@pytest.mark.parametrize("parts", CLIENTS.values(), ids=CLIENTS)
+def test_requests_with_the_parts_that_other_clients_write_are_read(
+    cas: Hierarchy, parts: dict[str, Any], serial_numbers: list[int]
+) -> None:
+    plain = ask(cas.issuing.certificate, *serial_numbers)
+    request = pki_ocsp.read_request(dataclasses.replace(plain, **parts).der())
+    assert [question.serial_number for question in request.questions] == [f"{number:x}" for number in serial_numbers]
+    assert (request.nonce is not None) == any(NONCE in each.hex() for each in parts.get("extensions", []))
+
+
 def test_both_hashes_must_be_those_of_one_ca(cas: Hierarchy) -> None:
     known = pki_ocsp.issuer_ids(cas.issuing)
     issuing, root = cas.issuing.certificate, cas.root.certificate
@@ -140,9 +209,9 @@ def test_a_hash_that_is_not_known_names_nobody(cas: Hierarchy, algorithm: str) -
 
 
 def test_several_certificates_may_be_asked_about(cas: Hierarchy) -> None:
-    request = pki_ocsp.read_request(ask(cas.issuing.certificate, *range(1, MOST_CERTIFICATES + 1)).der())
+    request = pki_ocsp.read_request(ask(cas.issuing.certificate, *range(1, MAX_CERTIFICATES + 1)).der())
     assert [question.serial_number for question in request.questions] == [
-        f"{number:x}" for number in range(1, MOST_CERTIFICATES + 1)
+        f"{number:x}" for number in range(1, MAX_CERTIFICATES + 1)
     ]
 
 
@@ -172,7 +241,58 @@ def test_a_nonce_of_1_to_128_bytes_is_kept_as_it_came(cas: Hierarchy, length: in
     assert pki_ocsp.read_request(request.der()).nonce == tlv(4, b"n" * length)
 
 
+def test_a_nonce_is_repeated_even_if_it_is_not_the_only_extension(cas: Hierarchy) -> None:
+    extensions = [nonce(b"n" * 20), extension(ACCEPTABLE_RESPONSES, BASIC_RESPONSE)]
+    request = dataclasses.replace(ask(cas.issuing.certificate, 1), extensions=extensions)
+    assert pki_ocsp.read_request(request.der()).nonce == tlv(4, b"n" * 20)
+
+
+def unknown_extensions(count: int) -> list[bytes]:
+    return [extension(f"2a{number:02x}", b"") for number in range(1, count + 1)]
+
+
+def lax(plain: Ocsp, size: int) -> bytes:
+    """A request of ``size`` bytes that is not quite DER: it has the default version."""
+    whole = dataclasses.replace(plain, version=tlv(0xA0, integer(0)), requestor=tlv(0xA1, tlv(0x82, b"x" * 1000)))
+    more = size - len(whole.der())
+    return dataclasses.replace(whole, requestor=tlv(0xA1, tlv(0x82, b"x" * (1000 + more)))).der()
+
+
+def test_a_request_that_is_not_quite_der_may_have_4096_bytes(cas: Hierarchy) -> None:
+    plain = ask(cas.issuing.certificate, 1)
+    assert len(lax(plain, MAX_LAX_BYTES)) == MAX_LAX_BYTES
+    assert pki_ocsp.read_request(lax(plain, MAX_LAX_BYTES)).questions
+    with pytest.raises(RequestMalformed):
+        pki_ocsp.read_request(lax(plain, MAX_LAX_BYTES + 1))
+
+
+def test_a_request_has_at_most_32_kib(cas: Hierarchy) -> None:
+    plain = ask(cas.issuing.certificate, 1)
+    name = b"x" * (MAX_BYTES - len(dataclasses.replace(plain, requestor=tlv(0xA1, tlv(0x82, b"x" * 30_000))).der()))
+    longest = dataclasses.replace(plain, requestor=tlv(0xA1, tlv(0x82, b"x" * 30_000 + name)))
+    assert len(longest.der()) == MAX_BYTES
+    assert pki_ocsp.read_request(longest.der()).questions
+    longer = dataclasses.replace(plain, requestor=tlv(0xA1, tlv(0x82, b"x" * 30_001 + name)))
+    with pytest.raises(RequestMalformed, match="longer"):
+        pki_ocsp.read_request(longer.der())
+
+
+@pytest.mark.parametrize("serial_numbers", [[5], [5, 6]], ids=["one", "two"])
+def test_as_many_extensions_as_a_list_may_have_are_read(cas: Hierarchy, serial_numbers: list[int]) -> None:
+    plain = ask(cas.issuing.certificate, *serial_numbers)
+    most = unknown_extensions(MAX_EXTENSIONS)
+    request = dataclasses.replace(plain, extensions=most, single_extensions=b"".join(most))
+    assert len(pki_ocsp.read_request(request.der()).questions) == len(serial_numbers)
+
+
 MALFORMED = {
+    "nine extensions": lambda plain: dataclasses.replace(plain, extensions=unknown_extensions(MAX_EXTENSIONS + 1)),
+    "nine extensions of one": lambda plain: dataclasses.replace(
+        plain, single_extensions=b"".join(unknown_extensions(MAX_EXTENSIONS + 1))
+    ),
+    "a hash with parameters": lambda plain: dataclasses.replace(
+        plain, cert_ids=[plain.cert_ids[0].replace(b"\x05\x00", b"\x01\x00", 1)]
+    ),
     "no certificate": lambda plain: dataclasses.replace(plain, cert_ids=[]),
     "101 certificates": lambda plain: dataclasses.replace(plain, cert_ids=[*plain.cert_ids] * 101),
     "500 certificates": lambda plain: dataclasses.replace(plain, cert_ids=[*plain.cert_ids] * 500),

@@ -67,7 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         read = ocsp.read_request(request.der())
         answers = list(zip(read.questions, statuses, strict=True))
         end = cas.now + timedelta(hours=24)
-        der = ocsp.sign_answer(signers[issuer], answers, nonce=read.nonce, now=cas.now, next_update=end)
+        der = ocsp.sign_response(signers[issuer], answers, nonce=read.nonce, now=cas.now, next_update=end)
         (folder / f"{name}.ocsp").write_bytes(der)
 
     number = device.certificate.serial_number

@@ -10,7 +10,7 @@ from datetime import datetime
 from email.utils import format_datetime, parsedate_to_datetime
 
 from core.errors import NotFound
-from pki.ocsp import MOST_BYTES, Failure
+from pki.ocsp import MAX_BYTES, Failure
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, tagged
 from workflows.authority.issuers import RecordedIssuer
 from workflows.authority.ocsp_responder import Answer
@@ -185,7 +185,7 @@ ROUTES = tagged(
         ocsp_post,
         ANYONE,
         _ANSWERS,
-        octets=Octets(REQUEST, MOST_BYTES),
+        octets=Octets(REQUEST, MAX_BYTES),
         on_pki_listener=True,
         direct=True,
     ),

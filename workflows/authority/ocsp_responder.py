@@ -122,7 +122,7 @@ class Responder:
         else:
             kept = None
             next_update = min(now + self._life, signer.not_after)
-            content = ocsp.sign_answer(
+            content = ocsp.sign_response(
                 signer,
                 list(zip(request.questions, statuses, strict=True)),
                 nonce=request.nonce,

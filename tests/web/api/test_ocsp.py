@@ -212,7 +212,7 @@ def test_post_takes_nothing_but_ocsp_requests(app: Flask, anyone: Api) -> None:
 
 def test_a_request_of_64_kilobytes_is_too_large(anyone: Api) -> None:
     problem_of(post(anyone, b"\x30" * 65536), 413, "body_too_large")
-    problem_of(post(anyone, b"\x30" * (ocsp.MOST_BYTES + 1), **CLEAR), 413, "body_too_large")
+    problem_of(post(anyone, b"\x30" * (ocsp.MAX_BYTES + 1), **CLEAR), 413, "body_too_large")
 
 
 def test_a_request_for_500_certificates_is_refused(app: Flask, anyone: Api) -> None:

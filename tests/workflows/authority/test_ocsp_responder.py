@@ -167,13 +167,13 @@ def test_each_ca_is_answered_for_by_its_own_before_a_rollover_and_after_its_reti
 def signatures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows with every answer that is signed from now on."""
     made: list[object] = []
-    sign = ocsp.sign_answer
+    sign = ocsp.sign_response
 
     def counted(*arguments: Any, **options: Any) -> bytes:
         made.append(arguments)
         return sign(*arguments, **options)
 
-    monkeypatch.setattr(ocsp, "sign_answer", counted)
+    monkeypatch.setattr(ocsp, "sign_response", counted)
     return made
 
 
