@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
 import http.client
@@ -116,7 +117,6 @@ class Sender:
         """Trust the CA certificates in ``ca_file`` (PEM) beside the system's; raises ``StartupError``."""
         self._allowed = allowed
         self._seal = seal
-        self._tls = ssl.create_default_context()
         if ca_file is not None:
             try:
                 self._tls.load_verify_locations(ca_file)
@@ -124,6 +124,11 @@ class Sender:
                 raise StartupError(
                     f"PORTAL_WEBHOOK_CA_FILE names {ca_file}, which holds no CA certificates in PEM."
                 ) from error
+
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Load the system's CA certificates, at the first use: most portals send nothing."""
+        return ssl.create_default_context()
 
     def send(self, message: Message, *, now: datetime) -> Sent:
         """Send once and report any failure in the result; returns within about 15 seconds."""
