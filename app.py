@@ -25,7 +25,6 @@ from web.api import (
     enrolment,
     est,
     lifecycle,
-    openapi,
     operation,
     pki,
     problems,
@@ -51,7 +50,7 @@ _DESCRIBED: tuple[Route, ...] = (
     *webhooks.ROUTES,
     *operation.ROUTES,
 )
-ROUTES = (*_DESCRIBED, *openapi.description_of(_DESCRIBED))
+ROUTES = (*_DESCRIBED, *operation.description_of(_DESCRIBED))
 _ON_PKI_LISTENER = frozenset(route.name for route in ROUTES if route.on_pki_listener)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from pydantic import ValidationError
@@ -197,10 +196,6 @@ def _external_id(content: bytes | Mapping[str, str]) -> str | None:
     return found if isinstance(found, str) and len(found) <= 128 and found.isprintable() else None
 
 
-_FIELDS = ("device_id", "fingerprint", "serial_number", "expires_at", "external_id", "download_url",
-           "download_expires_at", "bundle_password", "certificate", "chain")  # fmt: skip
-
-
 def register_bulk(call: Call) -> Reply:
     """Register a device for each row of NDJSON or CSV."""
     portal = call.portal
@@ -238,23 +233,12 @@ class _Lines(Iterator[bytes]):
 
 def line_of(answer: RowDone | RowFailed) -> bytes:
     """Return an answer as a line of JSON, without the fields that are null."""
-    values: dict[str, Any] = {"row": answer.row}
     if isinstance(answer, RowFailed):
-        values |= {"code": answer.code, "detail": answer.detail}
-        if answer.errors:
-            values["errors"] = [{"field": problem.field, "message": problem.message} for problem in answer.errors]
-        if answer.external_id is not None:
-            values["external_id"] = answer.external_id
-        if answer.stopped:
-            values["stopped"] = True
+        errors = [FieldErrorModel.of(problem) for problem in answer.errors]
+        model = RowAnswer.of(answer, errors=errors or None, stopped=answer.stopped or None)
     else:
-        for name in _FIELDS:
-            value = getattr(answer, name)
-            if value is not None:
-                values[name] = value.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if isinstance(value, datetime) else value
-        if answer.repeated:
-            values["repeated"] = True
-    return json.dumps(values, separators=(",", ":")).encode() + b"\n"
+        model = RowAnswer.of(answer, repeated=answer.repeated or None)
+    return model.model_dump_json(exclude_none=True).encode() + b"\n"
 
 
 ROUTES = tagged(

@@ -38,44 +38,42 @@ Client = DeviceClient | ManufacturedClient | None
 
 def est_cacerts(call: Call) -> Reply:
     """Return the CA certificates that a device trusts (RFC 7030 section 4.1)."""
-    notice(call)
+    _noticed_client(call)
     authority = call.portal.authority
-    return in_base64(pki_est.certs_only([item.der for item in authority.issuers]), PKCS7)
+    return _base64_reply(pki_est.certs_only([item.der for item in authority.issuers]), PKCS7)
 
 
 def est_csrattrs(call: Call) -> Reply:
     """Return the type of key that a CSR should have (RFC 7030 section 4.5), by the token or the manufacturer."""
-    holder, token = notice(call), token_of(call)
+    holder, token = _noticed_client(call), _enrolment_token(call)
     key_types: tuple[str, ...] = (call.portal.settings.key_type,)
     if token is not None:
         key_types = token.terms.key_types
     elif isinstance(holder, ManufacturedClient):
         key_types = holder.manufacturer.terms.key_types
-    return in_base64(pki_est.csr_attributes(key_types), CSR_ATTRIBUTES)
+    return _base64_reply(pki_est.csr_attributes(key_types), CSR_ATTRIBUTES)
 
 
 def est_simpleenroll(call: Call, body: bytes) -> Reply:
     """Enrol a device with its own key (RFC 7030 section 4.2.1). A repeat with the same key gets the same answer."""
-    client = enrolment_credential(call)
-    outcome = enrolled(call, client, pki_est.read_enrolment_request(body))
+    client = _credential(call)
+    outcome = _enrolled(call, client, pki_est.read_enrolment_request(body))
     if isinstance(outcome, Waiting):
-        return waiting(outcome)
-    return in_base64(pki_est.certs_only([outcome.certificate]), PKCS7)
+        return _waiting_reply(outcome)
+    return _base64_reply(pki_est.certs_only([outcome.certificate]), PKCS7)
 
 
 def est_simplereenroll(call: Call, body: bytes) -> Reply:
     """Renew a device's certificate; it authenticates with its present one (RFC 7030 section 4.2.2)."""
-    holder = certificate_holder(call)
+    holder = _client(call)
     if holder is None:
-        raise refusal(call, "To renew, a device must present its certificate as the TLS client certificate.")
+        raise _unauthenticated(call, "To renew, a device must present its certificate as the TLS client certificate.")
     if not isinstance(holder, DeviceClient):
         raise ClientCertificateRefused("The client certificate was not issued by this portal; use simpleenroll.")
     request = pki_est.read_enrolment_request(body)
     pki_est.check_same_names(request, holder.certificate.der)
     call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
-    shown = holder.certificate.fingerprint
-    actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
-    call.portal.renewals.used(actor, holder.device_id, shown)  # TLS has shown that the device has its key
+    actor, shown = _used(call, holder), holder.certificate.fingerprint
     renewed = call.portal.renewals.renew(
         actor,
         holder.device_id,
@@ -85,59 +83,56 @@ def est_simplereenroll(call: Call, body: bytes) -> Reply:
     )
     if renewed.certificate is None:
         raise AssertionError("a renewal by CSR returns the certificate")
-    return in_base64(pki_est.certs_only([ssl.PEM_cert_to_DER_cert(renewed.certificate)]), PKCS7)
+    return _base64_reply(pki_est.certs_only([ssl.PEM_cert_to_DER_cert(renewed.certificate)]), PKCS7)
 
 
 def est_serverkeygen(call: Call, body: bytes) -> Reply:
     """Enrol or renew a device whose key is generated here (RFC 7030 section 4.4). A repeat gets another key."""
-    holder = certificate_holder(call)
-    if isinstance(holder, DeviceClient) and token_of(call) is None:
+    holder = _client(call)
+    if isinstance(holder, DeviceClient) and _enrolment_token(call) is None:
         return _renewed_with_key(call, holder, body)
-    client = enrolment_credential(call)
-    outcome = enrolled(call, client, pki_est.read_key_request(body))
+    client = _credential(call)
+    outcome = _enrolled(call, client, pki_est.read_key_request(body))
     if isinstance(outcome, Waiting):
-        return waiting(outcome)
+        return _waiting_reply(outcome)
     if outcome.key is None:
         raise AssertionError("a request without a key of its own gets one")
-    return key_with_certificate(outcome.key, outcome.certificate)
+    return _key_reply(outcome.key, outcome.certificate)
 
 
 def _renewed_with_key(call: Call, holder: DeviceClient, body: bytes) -> Reply:
-    request = pki_est.read_key_request(body)
-    pki_est.check_same_names(request, holder.certificate.der)
-    shown, settings = holder.certificate.fingerprint, call.portal.settings
-    actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
-    call.portal.renewals.used(actor, holder.device_id, shown)
+    pki_est.check_same_names(pki_est.read_key_request(body), holder.certificate.der)
+    actor = _used(call, holder)
     key_type = pki_est.key_type_of_certificate(holder.certificate.der)
     certificate, key = call.portal.renewals.renew_with_key(
         actor,
         holder.device_id,
-        key_type if key_type in KEY_TYPES else settings.key_type,
-        shown=shown,
+        key_type if key_type in KEY_TYPES else call.portal.settings.key_type,
+        shown=holder.certificate.fingerprint,
         when_used=_when_used(call),
     )
-    return key_with_certificate(key, ssl.PEM_cert_to_DER_cert(certificate))
+    return _key_reply(key, ssl.PEM_cert_to_DER_cert(certificate))
 
 
 def _when_used(call: Call) -> bool:
     return call.portal.settings.renewal_revoke_previous is EndOfPrevious.WHEN_USED
 
 
-def waiting(outcome: Waiting) -> Reply:
+def _waiting_reply(outcome: Waiting) -> Reply:
     """Tell a device that it has to wait for an operator (RFC 7030 section 4.2.3)."""
     sentence = f"Device {outcome.device_id} waits for approval by an operator; repeat the request with the same key.\n"
     headers = {"Retry-After": str(outcome.retry_after)}
     return Reply(content=sentence.encode(), media_type="text/plain", status=202, headers=headers)
 
 
-def in_base64(content: bytes, media_type: str) -> Reply:
+def _base64_reply(content: bytes, media_type: str) -> Reply:
     """Return Base64 in lines (RFC 2045 section 6.8): some clients cannot read longer ones (RFC 8951 section 3.1)."""
     # RFC 8951 has clients ignore this header; those of RFC 7030 look for it.
     headers = {"Content-Transfer-Encoding": "base64"}
     return Reply(content=base64.encodebytes(content), media_type=media_type, headers=headers)
 
 
-def key_with_certificate(key: bytes, certificate: bytes) -> Reply:
+def _key_reply(key: bytes, certificate: bytes) -> Reply:
     """Return a private key (PKCS#8, DER) and its certificate as two parts (RFC 7030 section 4.4.2)."""
     boundary = f"est-{secrets.token_hex(16)}"  # Base64 has no hyphen, so no part can contain it
     parts = ((PKCS8, key), (PKCS7, pki_est.certs_only([certificate])))
@@ -151,7 +146,7 @@ def _part(boundary: str, media_type: str, content: bytes) -> bytes:
     return head.encode() + base64.encodebytes(content).replace(b"\n", b"\r\n")
 
 
-def certificate_holder(call: Call) -> Client:
+def _client(call: Call) -> Client:
     """Return whose client certificate was presented, ``None`` if there was none.
 
     Raises ``ClientCertificateRefused``, recorded as refused, and ``RequestMalformed``.
@@ -166,7 +161,7 @@ def certificate_holder(call: Call) -> Client:
         raise
 
 
-def notice(call: Call) -> Client:
+def _noticed_client(call: Call) -> Client:
     """Record the use of a client certificate that was presented without need: it may end the previous ones.
 
     A device tries a new certificate in this way before it discards the old one. A certificate that is refused is
@@ -176,13 +171,19 @@ def notice(call: Call) -> Client:
         der = presented(call.environ, call.portal.settings.trusted_proxies)
         holder = None if der is None else call.portal.clients.identify(der)
         if isinstance(holder, DeviceClient):
-            actor = actor_of(call, holder.tenant_id, f"device {holder.device_id}")
-            call.portal.renewals.used(actor, holder.device_id, holder.certificate.fingerprint)
+            _used(call, holder)
         return holder
     return None
 
 
-def token_of(call: Call) -> EnrolmentTokenRecord | None:
+def _used(call: Call, holder: DeviceClient) -> Actor:
+    """Record that a device has used its certificate, in TLS with proof of its key; return the device as the actor."""
+    actor = _actor(call, holder.tenant_id, f"device {holder.device_id}")
+    call.portal.renewals.used(actor, holder.device_id, holder.certificate.fingerprint)
+    return actor
+
+
+def _enrolment_token(call: Call) -> EnrolmentTokenRecord | None:
     """Return the enrolment token of the request, ``None`` if it has no HTTP Basic authentication.
 
     The user name is ignored. Raises ``EnrolmentUnauthenticated``, recorded as refused, and ``TooManyAttempts``.
@@ -192,39 +193,39 @@ def token_of(call: Call) -> EnrolmentTokenRecord | None:
         return None
     record = call.portal.enrolment_tokens.find(_password(credentials))
     if record is None:
-        raise refusal(call, "Unknown enrolment token; check that it was copied completely.")
+        raise _unauthenticated(call, "Unknown enrolment token; check that it was copied completely.")
     return record
 
 
-def enrolment_credential(call: Call) -> EnrolmentTokenRecord | ManufacturedClient:
+def _credential(call: Call) -> EnrolmentTokenRecord | ManufacturedClient:
     """Return what authorizes a new device; a certificate that is presented must be valid even if there is a token."""
-    holder = certificate_holder(call)
-    token = token_of(call)
+    holder = _client(call)
+    token = _enrolment_token(call)
     if token is not None:
         return token
     if holder is None:
-        raise refusal(call)
+        raise _unauthenticated(call)
     if isinstance(holder, DeviceClient):
         raise ClientCertificateRefused("The device already has a certificate of this portal; use simplereenroll.")
     return holder
 
 
-def enrolled(
+def _enrolled(
     call: Call, client: EnrolmentTokenRecord | ManufacturedClient, request: EnrolmentRequest
 ) -> Enrolled | Waiting:
     """Enrol a device by its token or manufacturer; raise as ``Enrolment.enrol`` does."""
     credential = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
-    return call.portal.enrolment.enrol(actor_of(call, credential.tenant_id, credential.label), credential, request)
+    return call.portal.enrolment.enrol(_actor(call, credential.tenant_id, credential.label), credential, request)
 
 
-def refusal(call: Call, sentence: str = NO_CREDENTIALS) -> EnrolmentUnauthenticated:
+def _unauthenticated(call: Call, sentence: str = NO_CREDENTIALS) -> EnrolmentUnauthenticated:
     """Count and record a failed login; return the error to raise. Raises ``TooManyAttempts``."""
     error = EnrolmentUnauthenticated(sentence)
     call.portal.operators.login_failed(call.actor, "device:enrol", "enrolment", error.code)
     return error
 
 
-def actor_of(call: Call, tenant_id: str, name: str) -> Actor:
+def _actor(call: Call, tenant_id: str, name: str) -> Actor:
     """Return the device, or what authorizes it, as the audit record names it."""
     return dataclasses.replace(call.actor, tenant_id=tenant_id, name=name, role="device")
 

@@ -1,23 +1,19 @@
-"""Describes the interface, from the routes and their models: as OpenAPI 3.1 for programs, as a page for people."""
+"""The OpenAPI 3.1 description of the interface, made from the routes and the models that check requests."""
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from flask import render_template
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from web.api import problems
 from web.api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS
-from web.api.operation import ReadyModel
 from web.api.problems import ProblemModel
-from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
+from web.api.routing import Answers, Route
 
 VERSION = "1"
 _ERROR_HEADERS = {
@@ -61,13 +57,12 @@ def openapi(routes: Sequence[Route], *, server_url: str) -> dict[str, Any]:
 
 def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
     inputs: dict[type[BaseModel], None] = {}
-    outputs: dict[type[BaseModel], None] = {ProblemModel: None, ReadyModel: None}
+    outputs: dict[type[BaseModel], None] = {ProblemModel: None}
     for route in routes:
         for model in (route.body, route.query, route.rows.model if route.rows else None):
             if model is not None:
                 inputs[model] = None
-        if route.answers.model is not None:
-            outputs[route.answers.model] = None
+        outputs |= {answer.model: None for answer in (route.answers, *route.also) if answer.model is not None}
     references, definitions = models_json_schema(
         [*((model, "validation") for model in inputs), *((model, "serialization") for model in outputs)],
         ref_template="#/components/schemas/{model}",
@@ -149,7 +144,7 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _responses(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     answers = route.answers
-    responses = {str(answer.status): _success(answer, schemas) for answer in (answers, *route.also)}
+    responses = {str(answers.status): _success(answers, schemas)}
     if route.on_pki_listener and answers.model is None:
         responses["304"] = {"description": "Not modified", "headers": _headers(answers.headers)}
     plain = route.path.startswith(problems.IN_PLAIN_TEXT)
@@ -160,8 +155,9 @@ def _responses(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
             "content": {"text/plain": {"schema": {"type": "string"}}} if plain else said,
             "headers": _headers(_BASIC if plain and status == 401 else _ERROR_HEADERS.get(status)),
         }
-    if route.path == "/readyz":
-        responses["503"]["content"]["application/json"] = {"schema": schemas["by_model"][ReadyModel]}
+    for answer in route.also:
+        described = _success(answer, schemas)
+        responses.setdefault(str(answer.status), described)["content"] |= described["content"]
     return responses
 
 
@@ -226,41 +222,3 @@ def links(route: Route, routes: Sequence[Route]) -> dict[str, Any]:
             parameters = {name: f"$response.body#/{name}" for name in names}
             found[other.name] = {"operationId": other.name, "parameters": parameters}
     return {"links": found} if found else {}
-
-
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'"
-}
-
-
-def description_of(others: Sequence[Route]) -> tuple[Route, ...]:
-    """Return the routes that describe ``others`` and themselves."""
-
-    @functools.cache
-    def described(server_url: str) -> dict[str, Any]:
-        return openapi([*others, *routes], server_url=server_url)
-
-    @functools.cache
-    def text(server_url: str) -> bytes:
-        return json.dumps(described(server_url)).encode()
-
-    @functools.cache
-    def page(server_url: str) -> bytes:
-        return render_template("docs.html", api=described(server_url)).encode()
-
-    def openapi_json(call: Call) -> Reply:
-        """Return the OpenAPI 3.1 description of the interface."""
-        return Reply(content=text(call.portal.settings.public_url))
-
-    def docs(call: Call) -> Reply:
-        """Return the interface's documentation as a page."""
-        content = page(call.portal.settings.public_url)
-        return Reply(content=content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
-
-    routes = tagged(
-        "Operation",
-        Route("GET", "/openapi.json", openapi_json, ANYONE, Answers()),
-        Route("GET", "/docs", docs, ANYONE, Answers(media_type="text/html")),
-    )
-    return routes

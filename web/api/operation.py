@@ -1,12 +1,18 @@
-"""Health, readiness and metrics of the portal."""
+"""Health, readiness, metrics and the description of the interface."""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from flask import render_template
 
 from core import metrics, roles
 from core.roles import Permission
 from web.api.fields import AnswerModel
+from web.api.openapi import openapi
 from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
 
 
@@ -32,6 +38,10 @@ class ReadyModel(AnswerModel):
     checks: list[CheckModel]
 
 
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'"
+}
 FOR_OPERATORS = "Only operators see the reason: send an operator token, or run doctor on the portal's machine."
 
 
@@ -60,10 +70,51 @@ def read_metrics(call: Call) -> Reply:
     return Reply(content=content, media_type=metrics.MEDIA_TYPE)
 
 
+def description_of(others: Sequence[Route]) -> tuple[Route, ...]:
+    """Return the routes that describe ``others`` and themselves."""
+
+    @functools.cache
+    def described(server_url: str) -> dict[str, Any]:
+        return openapi([*others, *routes], server_url=server_url)
+
+    @functools.cache
+    def text(server_url: str) -> bytes:
+        return json.dumps(described(server_url)).encode()
+
+    @functools.cache
+    def page(server_url: str) -> bytes:
+        return render_template("docs.html", api=described(server_url)).encode()
+
+    def openapi_json(call: Call) -> Reply:
+        """Return the OpenAPI 3.1 description of the interface."""
+        return Reply(content=text(call.portal.settings.public_url))
+
+    def docs(call: Call) -> Reply:
+        """Return the interface's documentation as a page."""
+        content = page(call.portal.settings.public_url)
+        return Reply(content=content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+
+    routes = tagged(
+        "Operation",
+        Route("GET", "/openapi.json", openapi_json, ANYONE, Answers()),
+        Route("GET", "/docs", docs, ANYONE, Answers(media_type="text/html")),
+    )
+    return routes
+
+
 ROUTES = tagged(
     "Operation",
     Route("GET", "/healthz", healthz, ANYONE, Answers(HealthModel)),
-    Route("GET", "/readyz", readyz, ANYONE, Answers(ReadyModel), token_optional=True, errors=(401, 429, 503)),
+    Route(
+        "GET",
+        "/readyz",
+        readyz,
+        ANYONE,
+        Answers(ReadyModel),
+        also=(Answers(ReadyModel, status=503),),
+        token_optional=True,
+        errors=(401, 429, 503),
+    ),
     Route(
         "GET",
         "/metrics",

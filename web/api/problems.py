@@ -75,7 +75,7 @@ def of_error(error: Exception, *, request_id: str, path: str) -> ProblemModel:
         detail=detail,
         code=code,
         request_id=request_id,
-        errors=[FieldErrorModel(field=item.field, message=item.message) for item in fields] or None,
+        errors=[FieldErrorModel.of(field) for field in fields] or None,
     )
 
 
