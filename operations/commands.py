@@ -275,14 +275,15 @@ def restore(file: Path, replace: bool, keep_links: bool) -> None:
         click.echo(f"Links          {done.links_expired} bundles that waited for their download were destroyed")
     for kept in done.kept:
         why = f"{kept.reason}, " if kept.reason else ""
-        click.echo(f"Kept revoked   {kept.what} ({why}{kept.at.isoformat(timespec='seconds')})")
+        unknown = ", which is not in the backup" if kept.unknown else ""
+        click.echo(f"Kept revoked   {kept.what}{unknown} ({why}{kept.at.isoformat(timespec='seconds')})")
     if not done.kept:
         click.echo("Kept revoked   nothing: all that is known here as revoked is revoked in the backup")
     for note in done.notes:
         click.echo(f"Note           {note}")
     click.echo(f"Next           start the portal: it brings the broker to generation {done.generation} and proves it")
-    if any("which the copy does not know" in kept.what for kept in done.kept):
-        click.echo("               and restart the broker, to end sessions of devices that the backup does not know")
+    if any(kept.unknown for kept in done.kept):
+        click.echo("               and restart the broker, to end sessions of devices that are not in the backup")
 
 
 # --- The doctor -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Writes a backup of a portal that goes on serving."""
+"""Writes a backup while the portal keeps serving."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from config import Settings
 from core.errors import BackupRefused
 from core.files import fsync_directory
 from operations import data_folder
-from operations.backup.file import FORMAT, BackupWriter, Manifest
+from operations.backup.archive import FORMAT, BackupWriter, Manifest
 from pki.algorithms import PrivateKey
 from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
 from store import copy as store_copy
@@ -28,30 +28,30 @@ from store.database import Database
 from store.tables import DEFAULT_TENANT
 from workflows.authority.issuers import FIRST_ISSUING
 
-# What makes keys usable, and what is one machine's own.
+# The passphrase makes the keys usable; the token belongs to one machine.
 LEFT_OUT = ("ca-passphrase", "operator-token")
 _BATCH_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A backup that was written: its size in bytes, and where the passphrase is, which is not in it."""
+class WrittenBackup:
+    """A backup that was written: its size in bytes, and where the passphrase is, which it does not contain."""
 
     manifest: Manifest
     size: int
     passphrase_at: str
 
 
-def back_up(settings: Settings, path: Path, *, now: datetime) -> Made:
-    """Write a backup to ``path``, mode 0600, whole or not at all; it is one state of the database.
+def back_up(settings: Settings, path: Path, *, now: datetime) -> WrittenBackup:
+    """Write a backup of one state of the database to ``path``, mode 0600, completely or not at all.
 
-    Raises ``BackupRefused`` where there is a file already, or no portal to back up, ``CaKeyUnavailable``,
+    Raise ``BackupRefused`` if the file exists or there is no portal to back up, ``CaKeyUnavailable``,
     ``DatabaseUnavailable``.
     """
     if os.path.lexists(path):
-        raise BackupRefused(f"{path} is there already and is not overwritten; give another name.")
+        raise BackupRefused(f"{path} exists and is not overwritten; give another name.")
     if not path.parent.is_dir():
-        raise BackupRefused(f"There is no folder {path.parent}; make it first.")
+        raise BackupRefused(f"There is no folder {path.parent}; create it first.")
     if not settings.ca_dir.is_dir():
         raise BackupRefused(f"There is no portal in {settings.data_dir}; set PORTAL_DATA_DIR to its folder.")
     with data_folder.shared(settings), contextlib.closing(open_database(settings)) as database:
@@ -59,14 +59,14 @@ def back_up(settings: Settings, path: Path, *, now: datetime) -> Made:
         return write(settings, database, path, key, now=now)
 
 
-def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *, now: datetime) -> Made:
+def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *, now: datetime) -> WrittenBackup:
     """Write a backup of ``database`` and the files of ``settings``, sealed with the key of the first issuing CA."""
     with _new_file(path) as file, zipfile.ZipFile(file, "w") as archive, database.snapshot() as tx:
         current = store_copy.revision(tx)
         if current is None or current != store_copy.head():
             raise BackupRefused(
-                "The database is not of this version of the portal; make the backup with the version that it is of,"
-                " or start this one once."
+                "The database has the schema of another version of the portal; make the backup with that version, or"
+                " start this version once."
             )
         writer = BackupWriter(archive)
         counts = {name: _add_table(writer, tx, name) for name in store_copy.table_names()}
@@ -86,19 +86,16 @@ def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *
     at = str(settings.ca_passphrase_file or settings.secrets_dir / "ca-passphrase")
     if settings.ca_passphrase and not settings.ca_passphrase_file:
         at = "PORTAL_CA_PASSPHRASE"
-    return Made(manifest, path.stat().st_size, at)
+    return WrittenBackup(manifest, path.stat().st_size, at)
 
 
 def passphrase_here(settings: Settings) -> bytes:
-    """The passphrase of the CA keys; unlike a first start this never makes one.
-
-    Raises ``CaKeyUnavailable``.
-    """
+    """Return the passphrase of the CA keys, without creating one; raise ``CaKeyUnavailable`` if there is none."""
     return passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase", make=False)
 
 
 def open_database(settings: Settings) -> Database:
-    """Open the portal's database as it is; raises ``BackupRefused`` where SQLite would have to make a new one."""
+    """Open the portal's database; raise ``BackupRefused`` if there is no SQLite file."""
     url = sa.make_url(settings.database_url)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise BackupRefused(f"There is no database at {url.database}.")
@@ -106,7 +103,7 @@ def open_database(settings: Settings) -> Database:
 
 
 def _add_table(writer: BackupWriter, tx: Connection, name: str) -> int:
-    count = -1  # the first line names the columns
+    count = -1  # the first line has the names of the columns
 
     def parts() -> Iterator[bytes]:
         nonlocal count
@@ -129,7 +126,9 @@ def _small_files(settings: Settings) -> Iterator[tuple[str, bytes]]:
     for path in sorted(settings.ca_dir.glob("*.key.pem")):
         content = _content(path)
         if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" not in content:
-            raise BackupRefused(f"{path} is not an encrypted key, so it is not put into a backup; see what it is.")
+            raise BackupRefused(
+                f"{path} is not an encrypted key, so it must not be in a backup; encrypt it or move it away."
+            )
         yield f"ca/{path.name}", content
     for path in sorted(settings.secrets_dir.iterdir()):
         if path.name not in LEFT_OUT and not path.name.startswith(".") and path.suffix != ".lock":
@@ -143,7 +142,7 @@ def _content(path: Path) -> bytes:
     except OSError as error:
         raise BackupRefused(f"{path} cannot be read ({error.strerror}); run this as the portal's user.") from error
     if len(content) > MAX_FILE_BYTES:
-        raise BackupRefused(f"{path} is too long to be one of the portal's; move it away.")
+        raise BackupRefused(f"{path} is too large for a file of the portal; move it away.")
     return content
 
 
@@ -154,7 +153,7 @@ def _crl_numbers(tx: Connection) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name, mode 0600, when all of it is on the disk, and only where the name is free."""
+    """Open a file, mode 0600, that gets its name only when complete and on the disk, and if the name is free."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -163,11 +162,11 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(staged, path)  # unlike a rename, never replaces what is there
+            os.link(staged, path)  # unlike a rename, never replaces a file
         finally:
             staged.unlink(missing_ok=True)
         fsync_directory(path.parent)
     except FileExistsError as error:
-        raise BackupRefused(f"{path} is there already and is not overwritten; give another name.") from error
+        raise BackupRefused(f"{path} exists and is not overwritten; give another name.") from error
     except OSError as error:
         raise BackupRefused(f"{path} cannot be written: {error.strerror}.") from error

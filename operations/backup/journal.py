@@ -1,4 +1,4 @@
-"""Takes back a restore that was cut off before its end."""
+"""Undoes an interrupted restore."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ log = logging.getLogger("portal.restore")
 
 @dataclass(slots=True)
 class Journal:
-    """What a restore is about to change, on the disk before anything is changed.
+    """The changes that a restore is about to make, written to the disk before the first of them.
 
-    A restore ends in one step: with SQLite ``staged`` takes the database's name, with PostgreSQL (``staged`` is
-    ``None``) the transaction is committed that records ``id`` in the audit record. Before that step all is taken
-    back, from it on all stands.
+    A restore is committed in one step: with SQLite ``staged`` is renamed to the database, with PostgreSQL (``staged``
+    is ``None``) the transaction that records ``id`` in the audit record is committed. Before that step everything is
+    undone, after it everything is kept.
     """
 
     folder: Path
     staged: Path | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     linked: Path | None = None  # a second name for the database being replaced
-    moved: Sequence[tuple[Path, Path]] = ()  # files with the names under which they are kept
-    made: Sequence[Path] = ()  # files that were not there before
-    placing: bool = False  # whether anything but ``staged`` may have been changed yet
+    moved: Sequence[tuple[Path, Path]] = ()  # files, and the names under which they are kept
+    made: Sequence[Path] = ()  # files that did not exist before
+    placing: bool = False  # whether anything but ``staged`` may have been changed
 
     def place(self, puts: Mapping[Path, bytes], moves: Sequence[tuple[Path, Path]], linked: Path | None) -> None:
-        """Move files to the names beside them, then write files, the one or the other whole."""
+        """Move files aside, then write files, each atomically."""
         self.placing, self.linked, self.moved = True, linked, moves
         away = {path for path, _kept in moves}
         self.made = [path for path in puts if path not in away]
@@ -58,17 +58,17 @@ class Journal:
         failpoint("restore.placed")
 
     def write(self) -> None:
-        """Make the journal durable as it stands."""
+        """Write the journal to the disk."""
         replace_file(self.folder / NAME, json.dumps(asdict(self), default=str).encode())
         failpoint("restore.journaled")
 
     def close(self) -> None:
-        """Forget it: all stands, or all is taken back."""
+        """Delete the journal: the restore is complete or undone."""
         (self.folder / NAME).unlink()
         fsync_directory(self.folder)
 
-    def take_back(self) -> None:
-        """Undo whatever was done of it; may be cut off and done again."""
+    def undo(self) -> None:
+        """Undo what was done; may be interrupted and repeated."""
         folders = {self.folder}
         for path, kept in self.moved:
             if kept.exists():
@@ -83,12 +83,12 @@ class Journal:
             if folder.is_dir():
                 fsync_directory(folder)
         if self.staged is not None:
-            remove_database(self.staged)  # last: while it is there, nothing stands
+            remove_database(self.staged)  # last: while it exists, nothing is committed
 
 
 @contextlib.contextmanager
 def journaled(settings: Settings, staged: Path | None) -> Iterator[Journal]:
-    """A journal for the body of the ``with``, which makes its changes stand by ending well."""
+    """Keep a journal for the body of a ``with``: its changes are kept if it succeeds, else undone."""
     journal = Journal(settings.data_dir, staged)
     journal.write()
     try:
@@ -101,35 +101,35 @@ def journaled(settings: Settings, staged: Path | None) -> Iterator[Journal]:
 
 
 def is_unsettled(settings: Settings) -> bool:
-    """Whether a restore was cut off in this data folder, or is going on."""
+    """Return whether a restore was interrupted in this data folder, or is running."""
     return (settings.data_dir / NAME).exists()
 
 
 def settle(settings: Settings) -> bool:
-    """Take back a restore that was cut off, or let it stand where it had come to its end; returns whether it stands.
+    """Undo an interrupted restore, or keep it if it was committed; return whether it was.
 
-    The caller has the data folder alone. Raises ``StartupError`` where the journal cannot be read or the disk
-    written, ``DatabaseUnavailable`` where PostgreSQL cannot be asked which of the two it is.
+    The caller holds the data folder exclusively. Raise ``StartupError`` if the journal cannot be read or the disk not
+    written, ``DatabaseUnavailable`` if PostgreSQL does not answer.
     """
     path = settings.data_dir / NAME
     try:
         journal = _read(path)
-        stands = _has_ended(settings, journal)
-        if not stands:
-            journal.take_back()
+        committed = _is_committed(settings, journal)
+        if not committed:
+            journal.undo()
         journal.close()
     except FileNotFoundError:
         return False
     except OSError as error:
         raise StartupError(
-            f"A restore was cut off here and cannot be taken back ({error.strerror}); see to the disk of"
+            f"A restore was interrupted here and cannot be undone ({error.strerror}); check the disk of"
             f" {settings.data_dir}, then start again."
         ) from error
-    if stands:
-        log.warning("a restore was cut off after its last step: the copy is in place")
+    if committed:
+        log.warning("a restore was interrupted after its last step: the backup is restored")
     else:
-        log.warning("a restore was cut off and has been taken back: all is as before it")
-    return stands
+        log.warning("an interrupted restore was undone: everything is as before it")
+    return committed
 
 
 def _read(path: Path) -> Journal:
@@ -146,12 +146,12 @@ def _read(path: Path) -> Journal:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise StartupError(
-            f"{path} is damaged, so a restore that was cut off cannot be taken back; run the restore again on an empty"
-            " data folder."
+            f"{path} is damaged, so an interrupted restore cannot be undone; run the restore again on an empty data"
+            " folder."
         ) from error
 
 
-def _has_ended(settings: Settings, journal: Journal) -> bool:
+def _is_committed(settings: Settings, journal: Journal) -> bool:
     if journal.staged is not None:
         return journal.placing and not journal.staged.exists()
     database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
@@ -163,6 +163,6 @@ def _has_ended(settings: Settings, journal: Journal) -> bool:
 
 
 def remove_database(path: Path) -> None:
-    """Remove a SQLite file with what belongs to it, the file itself last."""
+    """Remove a SQLite file and its -wal and -shm files, the file itself last."""
     for suffix in reversed(SQLITE_FILES):
         path.with_name(path.name + suffix).unlink(missing_ok=True)

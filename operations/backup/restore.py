@@ -1,9 +1,10 @@
-"""Puts a backup back, all or nothing."""
+"""Restores a backup, completely or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +13,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sqlalchemy.engine import Connection
 
 import db
@@ -20,17 +24,12 @@ from broker.files import CRL_FILE, BrokerFiles
 from config import Settings
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
 from core.failpoints import failpoint
+from core.files import fsync_directory
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from operations import data_folder
 from operations.backup import backup as backups
-from operations.backup.file import Backup
+from operations.backup.archive import Backup
 from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_database
-from operations.backup.placing import (
-    files_to_place,
-    free_name,
-    key_of,
-    replace_database,
-)
 from operations.backup.revocations import Kept, Revocations, Tables, crl_record, match_crls, newest_crl
 from pki.algorithms import PrivateKey
 from pki.keystore import KeyFiles
@@ -41,10 +40,12 @@ from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Dev
 from workflows import audit
 from workflows.authority.issuers import FIRST_ISSUING
 
+ROOT_KEY = "root.key.pem"
+
 
 @dataclass(slots=True)
 class Restored:
-    """What a restore has done: what it kept revoked, what else is to be known, where the old database is."""
+    """The result of a restore: what it revoked again, notes for the operator, where the old database is."""
 
     made_at: str
     counts: dict[str, int]
@@ -55,14 +56,14 @@ class Restored:
     before: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """What is to be put back, and how."""
+    """What is to be restored, and how."""
 
     settings: Settings
     backup: Backup
     key: PrivateKey
-    same: bool  # whether that is the key of the data folder, too
+    same: bool  # whether it is also the key of the data folder
     puts: dict[Path, bytes]
     moves: list[tuple[Path, Path]]
     crls: Sequence[x509.CertificateRevocationList]
@@ -73,34 +74,48 @@ class _Plan:
 
 
 class _OpenTables:
-    """A database as it stands, within a snapshot."""
+    """The tables of a database within a snapshot."""
 
     def __init__(self, tx: Connection) -> None:
         self._tx = tx
 
     def rows(self, table: str) -> Iterator[dict[str, Any]]:
-        """The rows of a table."""
+        """Yield the rows of a table."""
         return store_copy.rows(self._tx, table)
 
 
 def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, now: datetime) -> Restored:
-    """Put a backup back into the data folder and the database of ``settings``; nothing is touched where it fails.
+    """Restore a backup to the data folder and the database of ``settings``; nothing changes if it fails.
 
-    Whatever the broker's CRL or the database being replaced knows as revoked stays revoked. ``replace`` allows to
-    replace a database that has devices; ``keep_links`` leaves download links of the copy open. Raises
+    Everything revoked according to the broker's CRL or the database being replaced stays revoked. ``replace`` allows
+    replacing a database that has devices; ``keep_links`` keeps download links of the backup. Raise
     ``BackupRefused``, ``DatabaseTooNew``, ``PortalRunning``, ``CaKeyUnavailable``, ``DatabaseUnavailable``.
     """
-    with Backup(path) as copy:
-        store_copy.check_revision(copy.manifest.revision)
+    with Backup(path) as backup:
+        store_copy.check_revision(backup.manifest.revision)
         with data_folder.exclusive(settings):
-            key, same = key_of(copy, settings)
-            copy.check()
+            key, same = _key_of(backup, settings)
+            backup.check()
             crls, notes = _broker_crls(settings)
-            done = Restored(copy.manifest.made_at, dict(copy.manifest.counts), notes=notes)
-            puts, moves = files_to_place(copy, settings, same=same)
-            plan = _Plan(settings, copy, key, same, puts, moves, crls, replace, keep_links, now, done)
-            if same and "root.key.pem" in copy.small_files("ca") and not (settings.ca_dir / "root.key.pem").exists():
-                notes.append("The root key stays away: it is in the copy, but was moved out of this data folder.")
+            done = Restored(backup.manifest.made_at, dict(backup.manifest.counts), notes=notes)
+            puts, moves = _files_to_place(backup, settings, same=same)
+            plan = _Plan(
+                settings=settings,
+                backup=backup,
+                key=key,
+                same=same,
+                puts=puts,
+                moves=moves,
+                crls=crls,
+                replace=replace,
+                keep_links=keep_links,
+                now=now,
+                done=done,
+            )
+            if same and ROOT_KEY in backup.small_files("ca") and not (settings.ca_dir / ROOT_KEY).exists():
+                notes.append(
+                    "The root key was not restored: it is in the backup, but was moved out of this data folder."
+                )
             try:
                 if settings.database_url.startswith("sqlite"):
                     _restore_sqlite(plan)
@@ -116,15 +131,84 @@ def _broker_crls(settings: Settings) -> tuple[Sequence[x509.CertificateRevocatio
     try:
         return read_crls(path.read_bytes()), []
     except FileNotFoundError:
-        return [], [f"There is no {path}, so it could not be asked for revocations that the copy does not have."]
+        return [], [f"There is no {path}, so revocations after the backup could not be read from it."]
     except (OSError, ProjectionInvalid) as error:
         raise BackupRefused(
-            f"{path} cannot be read, so what was revoked since the copy is not known; put it right, or move it away"
-            " to go on without it."
+            f"{path} cannot be read, so it is not known what was revoked after the backup; repair it, or move it away"
+            " to restore without it."
         ) from error
 
 
-# --- SQLite: a new file takes the place of the old one ---------------------------------------------------------------
+# --- The key and the files --------------------------------------------------------------------------------------------
+
+
+def _key_of(backup: Backup, settings: Settings) -> tuple[PrivateKey, bool]:
+    """Return the CA key that sealed a backup, and whether it is the key of this data folder.
+
+    Raise ``CaKeyUnavailable`` if the configured passphrase decrypts neither the key here nor the one in the backup,
+    ``BackupRefused`` if the backup was changed after it was written.
+    """
+    passphrase = backups.passphrase_here(settings)
+    name = f"{backup.manifest.sealed_by}.key.pem"
+    here = settings.ca_dir / name
+    copied = backup.small_files("ca").get(name)
+    opened = False
+    for content, same in ((here.read_bytes() if here.is_file() else None, True), (copied, False)):
+        key = None if content is None else _opened(content, passphrase)
+        if key is None:
+            continue
+        if backup.is_sealed_with(key):
+            return key, same
+        opened = opened or not same
+    if opened:
+        raise BackupRefused(f"{backup.path} was changed after it was written; use another backup.")
+    raise CaKeyUnavailable(
+        "The configured passphrase does not decrypt the CA key in the backup: put the backup's passphrase into"
+        f" PORTAL_CA_PASSPHRASE or {settings.secrets_dir / 'ca-passphrase'}."
+    )
+
+
+def _opened(content: bytes, passphrase: bytes) -> PrivateKey | None:
+    try:
+        key = load_pem_private_key(content, passphrase)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) else None
+
+
+def _files_to_place(
+    backup: Backup, settings: Settings, *, same: bool
+) -> tuple[dict[Path, bytes], list[tuple[Path, Path]]]:
+    """Return the files to write, and those to move aside, with the names under which they are kept.
+
+    A data folder of the same CA (``same``) keeps its files, which are as new as those of the backup or newer, and a
+    root key that was moved out of it is not restored. In any other folder all files are the backup's.
+    """
+    puts: dict[Path, bytes] = {}
+    for name, content in backup.small_files("secrets").items():
+        path = settings.secrets_dir / name
+        if name not in backups.LEFT_OUT and not (same and path.exists()):
+            puts[path] = content
+    # The keys come last: once they exist, the folder counts as that of the backup's CA.
+    for name, content in backup.small_files("ca").items():
+        path = settings.ca_dir / name
+        if not (same and (path.exists() or name == ROOT_KEY)):
+            puts[path] = content
+    moves = [] if same else [path for path in settings.ca_dir.glob("*.key.pem") if path not in puts]
+    moves += [path for path in puts if path.exists()]
+    return puts, [(path, _free_name(path.with_name(f"{path.name}.before-restore"))) for path in moves]
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path, with a number appended if it exists."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+# --- SQLite: a new file replaces the old one ---------------------------------------------------------------
 
 
 def _restore_sqlite(plan: _Plan) -> None:
@@ -137,14 +221,14 @@ def _restore_sqlite(plan: _Plan) -> None:
             with contextlib.closing(database), database.transaction() as tx:
                 store_copy.upgrade(tx, plan.backup.manifest.revision)
                 _fill(tx, plan, replaced, journal)
-        kept = free_name(current.with_name(f"{current.name}.before-restore")) if current.exists() else None
+        kept = _free_name(current.with_name(f"{current.name}.before-restore")) if current.exists() else None
         moves = list(plan.moves)
-        for suffix in SQLITE_FILES[1:]:  # there only where the old file could not be read and closed
+        for suffix in SQLITE_FILES[1:]:  # they exist only if the old file could not be read and closed
             path = current.with_name(current.name + suffix)
             if kept is not None and path.exists():
                 moves.append((path, kept.with_name(kept.name + suffix)))
         journal.place(plan.puts, moves, kept)
-        replace_database(staged, current, kept)
+        _replace_database(staged, current, kept)
     plan.done.before = kept
 
 
@@ -168,11 +252,33 @@ def _replaced_sqlite(plan: _Plan, current: Path) -> Iterator[Tables | None]:
             replaced = None
         if replaced is None:
             _allow(plan, f"The database {current} cannot be read")
-            plan.done.notes.append(f"The database {current} could not be read: only the broker's CRL was asked.")
+            plan.done.notes.append(
+                f"The database {current} could not be read: only the broker's CRL says what was revoked after the"
+                " backup."
+            )
         yield replaced
 
 
-# --- PostgreSQL: its tables are filled anew in one transaction -------------------------------------------------------
+def _replace_database(staged: Path, current: Path, kept: Path | None) -> None:
+    """Replace a closed SQLite file by another one in one step; ``kept`` becomes a second name of the old file."""
+    _sync(staged)
+    if kept is not None:
+        os.link(current, kept)
+    fsync_directory(current.parent)
+    failpoint("restore.linked")
+    staged.rename(current)
+    fsync_directory(current.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- PostgreSQL: its tables are replaced in one transaction -------------------------------------------------------
 
 
 def _restore_postgresql(plan: _Plan) -> None:
@@ -185,9 +291,9 @@ def _restore_postgresql(plan: _Plan) -> None:
                 readable = _readable(plan, tx)
                 if readable is None:
                     _allow(plan, f"The database has another schema ({current})")
-                    plan.done.notes.append("The database that was there could not be read: its schema is another.")
+                    plan.done.notes.append("The replaced database could not be read: it has another schema.")
                 elif _devices(tx):
-                    before = free_name(plan.settings.data_dir / "before-restore.backup")
+                    before = _free_name(plan.settings.data_dir / "before-restore.backup")
                     plan.done.before = before
         if plan.done.before is not None:
             backups.write(plan.settings, database, plan.done.before, _sealing_key(plan), now=plan.now)
@@ -199,21 +305,21 @@ def _restore_postgresql(plan: _Plan) -> None:
 
 
 def _sealing_key(plan: _Plan) -> PrivateKey:
-    """The key of the portal that is replaced, under which its own backup can be put back."""
+    """Return the key of the portal being replaced, which seals the backup of its database."""
     if plan.same:
         return plan.key
     try:
         return KeyFiles(plan.settings.ca_dir, backups.passphrase_here(plan.settings)).load(FIRST_ISSUING)
     except CaKeyUnavailable:
         plan.done.notes.append(
-            "The passphrase here does not open the CA key that was there, so the backup of what was there is sealed"
-            " with the key of the copy; to put it back, put its own CA keys and passphrase back by hand."
+            "The configured passphrase does not decrypt the previous CA key, so the backup of the replaced database is"
+            " sealed with the key of the restored one; to restore it, first put its own CA keys and passphrase back."
         )
         return plan.key
 
 
 def _readable(plan: _Plan, tx: Connection) -> Tables | None:
-    """The database being replaced, ``None`` where its schema is not this version's; raises ``BackupRefused``."""
+    """Return the database being replaced, ``None`` if it has another schema; raise ``BackupRefused``."""
     if store_copy.revision(tx) != store_copy.head():
         return None
     if count := _devices(tx):
@@ -228,27 +334,27 @@ def _devices(tx: Connection) -> int:
 
 def _allow(plan: _Plan, what: str) -> None:
     if not plan.replace:
-        raise BackupRefused(f"{what}; to replace it by the copy of {plan.done.made_at}, say --replace.")
+        raise BackupRefused(f"{what}; use --replace to replace it by the backup of {plan.done.made_at}.")
 
 
-# --- What both do -----------------------------------------------------------------------------------------------------
+# --- Both kinds of database -------------------------------------------------------------------------------------------
 
 
 def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal) -> None:
-    copy, done = plan.backup, plan.done
+    backup, done = plan.backup, plan.done
     order = {name: number for number, name in enumerate(store_copy.table_names())}
-    for name in sorted(copy.manifest.counts, key=lambda name: order.get(name, len(order))):
-        if store_copy.load(tx, name, copy.lines(name)) != copy.manifest.counts[name]:
-            raise BackupRefused(f"The table {name} of the backup is not whole; use another backup.")
+    for name in sorted(backup.manifest.counts, key=lambda name: order.get(name, len(order))):
+        if store_copy.load(tx, name, backup.lines(name)) != backup.manifest.counts[name]:
+            raise BackupRefused(f"The table {name} of the backup is incomplete; use another backup.")
     store_copy.upgrade(tx, "head")
     store_copy.renumber(tx)
     verdict = audit.verify(tx, DEFAULT_TENANT)
     if verdict.problem is not None:
-        done.notes.append(f"The audit record in the copy does not hold: {verdict.problem}")
+        done.notes.append(f"The audit record in the backup is damaged: {verdict.problem}")
     issuers = store_issuers.list_issuers(tx, retired=True)
     crls = match_crls(plan.crls, issuers)
     if len(crls) < len(plan.crls):
-        done.notes.append("The broker's folder holds a CRL of a CA that the copy does not know; it was not asked.")
+        done.notes.append("The broker's folder has a CRL of a CA that is not in the backup; it was ignored.")
     done.generation = _advance(tx, plan, replaced)
     revocations = Revocations(tx, generation=done.generation, now=plan.now)
     revocations.keep(crls, replaced)
@@ -257,15 +363,15 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
     done.links_expired = _expire_links(tx, plan, replaced)
     if replaced is None:
         done.notes.append(
-            f"Not known here, and so as the copy has it: operator tokens revoked since {done.made_at}, and devices"
-            " registered since, whose certificates work until they end."
+            f"Not known, so as in the backup: operator tokens revoked after {done.made_at}, and devices registered"
+            " since, whose certificates are valid until they expire."
         )
     _record(tx, plan, replaced, journal)
     failpoint("restore.filled")
 
 
 def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
-    """Make the generation higher than any that the broker was given, and return it."""
+    """Advance the generation beyond any that the broker has had, and return it."""
     recorded = BrokerFiles(plan.settings, lambda: plan.now).installed_generation() or 0
     before = max((row["generation"] for row in replaced.rows("broker_state")), default=0) if replaced else 0
     generation = max(recorded + 1, before + 1, db.next_generation(tx, DEFAULT_TENANT, at=plan.now))
@@ -280,7 +386,7 @@ def _continue_crls(
     replaced: Tables | None,
     generation: int,
 ) -> None:
-    """Let the next CRL of each issuer have a number and a time above those of any that is known."""
+    """Let the next CRL of each issuer have a number and a thisUpdate above those of any known one."""
     before: dict[str, store_issuers.CrlRecord] = {}
     if replaced is not None:
         fingerprints = {row["id"]: row["fingerprint"] for row in replaced.rows("issuers")}
@@ -297,7 +403,7 @@ def _continue_crls(
 
 
 def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
-    """Destroy the bundles that wait in the copy: they may have been delivered since. Returns how many."""
+    """Destroy undelivered bundles of the backup, which may have been delivered since; return their number."""
     good: set[str] = set()
     if plan.keep_links:
         query = (

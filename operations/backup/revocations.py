@@ -1,4 +1,4 @@
-"""Keeps revoked, in a database that was put back, whatever has been revoked since it was copied."""
+"""Applies to a restored database everything that was revoked after the backup was made."""
 
 from __future__ import annotations
 
@@ -17,48 +17,51 @@ from sqlalchemy.engine import Connection
 import db
 from core.device_status import DeviceStatus
 from core.errors import BackupRefused
-from core.states import ON_CRL, CertificateStatus
-from operations.backup import enrolment
+from core.states import ON_CRL, CertificateStatus, ManufacturerStatus
 from pki.issuers import Reason
 from store import devices
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
-from store.tables import Certificate, Device, IssuerRow, Token
+from store.tables import Certificate, Device, EnrolmentToken, IssuerRow, Manufacturer, Token
 from workflows import audit
 
 T = TypeVar("T")
 _BATCH = 500
 HOLD = Reason.CERTIFICATE_HOLD.value
-# Of a certificate that works, but that the database put back does not know and so could never revoke.
+# For a valid certificate that the backup does not have, so that the portal could never revoke it later.
 UNKNOWN_REASON = Reason.CESSATION_OF_OPERATION.value
 
 
 class Tables(Protocol):
-    """A database that is read table by table: the one being replaced."""
+    """The database being replaced, read table by table."""
 
     def rows(self, table: str) -> Iterator[dict[str, Any]]:
-        """The rows of a table."""
+        """Yield the rows of a table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Something that the copy had as good, and that stays out: ``what`` is such as ``device <id> (<name>)``."""
+    """Something that was valid in the backup and was revoked again; ``what`` is such as ``device <id> (<name>)``.
+
+    ``unknown`` is set for a certificate that the backup does not have.
+    """
 
     what: str
     reason: str
     at: datetime
+    unknown: bool = False
 
 
 @dataclass(slots=True)
 class _Known:
-    """What the replaced database says of devices: those that are out, those that are in."""
+    """The devices of the replaced database: the revoked and suspended ones, and the others."""
 
-    out: dict[str, tuple[str, datetime, str]] = field(default_factory=dict)
+    denied: dict[str, tuple[str, datetime, str]] = field(default_factory=dict)
     others: set[str] = field(default_factory=set)
 
 
 class Revocations:
-    """Works in the transaction that puts a copy back."""
+    """Works in the transaction that restores a backup."""
 
     def __init__(self, tx: Connection, *, generation: int, now: datetime) -> None:
         self._tx = tx
@@ -68,43 +71,40 @@ class Revocations:
         self.kept: list[Kept] = []
 
     def keep(self, crls: Mapping[int, x509.CertificateRevocationList], replaced: Tables | None) -> None:
-        """Take over what ``crls`` (by issuer's id) revoke, and what the replaced database has revoked.
+        """Revoke what ``crls`` (by the issuer's id) and the replaced database have as revoked.
 
-        Certificates that the copy does not know are kept on the CRL: those that are on it, and, where the replaced
-        database could be read, those of devices registered since the copy.
+        Certificates that the backup does not have stay on the CRL: those that are on it, and, if the replaced database
+        could be read, those of devices registered after the backup.
         """
         known = _Known()
         if replaced is not None:
             known = self._devices(replaced)
             self._certificates(replaced, known)
             self._tokens(replaced)
-            for ended in (
-                *enrolment.end_tokens(self._tx, replaced.rows("enrolment_tokens")),
-                *enrolment.remove_manufacturers(self._tx, replaced.rows("manufacturers")),
-            ):
-                self._keep(ended.tenant_id, ended.target, ended.action, ended.what, "", ended.at)
+            self._enrolment_tokens(replaced)
+            self._manufacturers(replaced)
         for issuer_id, crl in crls.items():
             for entries in _batches(crl):
                 self._crl_entries(self._issuers[issuer_id], entries, known)
         for issuer_id in self._issuers:
             store_issuers.touch_issuer(self._tx, issuer_id, generation=self._generation)
 
-    # --- From the database that is replaced
+    # --- From the replaced database
 
     def _devices(self, replaced: Tables) -> _Known:
         known = _Known()
         for row in replaced.rows("devices"):
             status = row["status"]
             if status == DeviceStatus.REVOKED:
-                known.out[row["id"]] = (status, row["revoked_at"], row["revocation_reason"])
+                known.denied[row["id"]] = (status, row["revoked_at"], row["revocation_reason"])
             elif status == DeviceStatus.SUSPENDED:
-                known.out[row["id"]] = (status, row["updated_at"], HOLD)
+                known.denied[row["id"]] = (status, row["updated_at"], HOLD)
             else:
                 known.others.add(row["id"])
-        for ids in _batches(known.out):
+        for ids in _batches(known.denied):
             query = sa.select(Device.id, Device.tenant_id, Device.name, Device.status).where(Device.id.in_(ids))
             for device_id, tenant_id, name, status in self._tx.execute(query).all():
-                wanted, at, reason = known.out[device_id]
+                wanted, at, reason = known.denied[device_id]
                 if wanted == DeviceStatus.REVOKED and status != DeviceStatus.REVOKED:
                     self._revoke_device(tenant_id, device_id, name, at, reason)
                 elif wanted == DeviceStatus.SUSPENDED and status == DeviceStatus.ACTIVE:
@@ -129,7 +129,7 @@ class Revocations:
                     self._revoke(found, row["revoked_at"], row["revocation_reason"], known)
 
     def _carry_over(self, row: dict[str, Any]) -> None:
-        """Take over a certificate that the copy does not know; one of a device then stands on the CRL."""
+        """Copy a certificate that the backup does not have; a device's is put on the CRL."""
         values = {name: value for name, value in row.items() if name != "id"}
         if row["purpose"] in ("device", "lost"):
             revoked = row["status"] == CertificateStatus.REVOKED
@@ -137,8 +137,9 @@ class Revocations:
             values |= {"purpose": "lost", "device_id": None, "status": CertificateStatus.REVOKED}
             values |= {"revoked_at": at, "revocation_reason": reason}
             owner = f" of device {row['device_id']}" if row["device_id"] else ""
-            what = f"certificate {row['serial_number']}{owner}, which the copy does not know"
-            self._keep(row["tenant_id"], f"certificate:{row['serial_number']}", "certificate:revoke", what, reason, at)
+            what = f"certificate {row['serial_number']}{owner}"
+            target = f"certificate:{row['serial_number']}"
+            self._keep(row["tenant_id"], target, "certificate:revoke", what, reason, at, unknown=True)
         self._tx.execute(sa.insert(Certificate), values)
 
     def _tokens(self, replaced: Tables) -> None:
@@ -150,6 +151,29 @@ class Revocations:
             ).one_or_none()
             if row is not None:
                 self._keep(row.tenant_id, f"token:{token_id}", "token:revoke", f"operator token {row.name}", "", at)
+
+    def _enrolment_tokens(self, replaced: Tables) -> None:
+        # Uses since the backup are counted too: a forgotten use would admit one more device.
+        for row in replaced.rows("enrolment_tokens"):
+            ours = (EnrolmentToken.id == row["id"], EnrolmentToken.uses < row["uses"])
+            self._tx.execute(sa.update(EnrolmentToken).where(*ours).values(uses=row["uses"]))
+            if row["revoked_at"] is None:
+                continue
+            valid = (EnrolmentToken.id == row["id"], EnrolmentToken.revoked_at.is_(None))
+            done = self._tx.execute(sa.update(EnrolmentToken).where(*valid).values(revoked_at=row["revoked_at"]))
+            if done.rowcount:
+                target, what = f"enrolment_token:{row['id']}", f"enrolment token {row['name']}"
+                self._keep(row["tenant_id"], target, "enrolment_token:revoke", what, "", row["revoked_at"])
+
+    def _manufacturers(self, replaced: Tables) -> None:
+        for row in replaced.rows("manufacturers"):
+            if row["status"] != ManufacturerStatus.REMOVED:
+                continue
+            ours = (Manufacturer.id == row["id"], Manufacturer.status != ManufacturerStatus.REMOVED)
+            values = {"status": ManufacturerStatus.REMOVED, "removed_at": row["removed_at"]}
+            if self._tx.execute(sa.update(Manufacturer).where(*ours).values(values)).rowcount:
+                target, what = f"manufacturer:{row['id']}", f"manufacturer {row['name']}"
+                self._keep(row["tenant_id"], target, "manufacturer:remove", what, "", row["removed_at"])
 
     # --- From the broker's CRLs
 
@@ -164,7 +188,7 @@ class Revocations:
                 self._add_lost(issuer, serial_number, at, reason)
 
     def _add_lost(self, issuer: IssuerRecord, serial_number: str, at: datetime, reason: str) -> None:
-        # Nothing but the serial number is known of it. It ends with its issuer at the latest.
+        # Only the serial number is known. It expires with its issuer at the latest.
         certificate = x509.load_der_x509_certificate(issuer.der)
         tenant_id = self._tx.execute(sa.select(IssuerRow.tenant_id).where(IssuerRow.id == issuer.id)).scalar_one()
         db.add_certificate(
@@ -181,10 +205,10 @@ class Revocations:
             revoked_at=at,
             reason=reason,
         )
-        what = f"certificate {serial_number}, which the copy does not know"
-        self._keep(tenant_id, f"certificate:{serial_number}", "certificate:revoke", what, reason, at)
+        target, what = f"certificate:{serial_number}", f"certificate {serial_number}"
+        self._keep(tenant_id, target, "certificate:revoke", what, reason, at, unknown=True)
 
-    # --- What both do
+    # --- Of both
 
     def _here(self, serial_numbers: Sequence[str]) -> dict[tuple[int, str], sa.Row[Any]]:
         query = (
@@ -199,16 +223,16 @@ class Revocations:
         return {(row.issuer_id, row.serial_number): row for row in rows}
 
     def _revoke(self, found: sa.Row[Any], at: datetime, reason: str, known: _Known) -> None:
-        """Revoke a certificate that the copy knows, with its device where nothing says that the device went on."""
+        """Revoke a certificate of the backup, and its device unless the device is known to have a newer one."""
         if found.status == CertificateStatus.REVOKED or (found.status == CertificateStatus.HELD and reason == HOLD):
             return
-        device_is_in = found.device_status not in (None, DeviceStatus.REVOKED)
+        device_admitted = found.device_status not in (None, DeviceStatus.REVOKED)
         is_current = (
             found.status in (CertificateStatus.ACTIVE, CertificateStatus.HELD) and found.device_id not in known.others
         )
-        if device_is_in and is_current and reason == HOLD:
+        if device_admitted and is_current and reason == HOLD:
             self._suspend_device(found.tenant_id, found.device_id, found.name, at)
-        elif device_is_in and is_current and found.device_id not in known.out:
+        elif device_admitted and is_current and found.device_id not in known.denied:
             self._revoke_device(found.tenant_id, found.device_id, found.name, at, reason)
         settled = ON_CRL if reason == HOLD else (CertificateStatus.REVOKED,)
         values = {
@@ -225,8 +249,8 @@ class Revocations:
             self._keep(found.tenant_id, f"certificate:{found.serial_number}", "certificate:revoke", what, reason, at)
 
     def _revoke_device(self, tenant_id: str, device_id: str, name: str, at: datetime, reason: str) -> None:
-        now_revoked = self._tx.execute(sa.select(Device.status).where(Device.id == device_id)).scalar_one()
-        if now_revoked == DeviceStatus.REVOKED:
+        status = self._tx.execute(sa.select(Device.status).where(Device.id == device_id)).scalar_one()
+        if status == DeviceStatus.REVOKED:
             return
         db.revoke_device(self._tx, tenant_id, device_id, revoked_at=at, reason=reason, generation=self._generation)
         self._keep(tenant_id, f"device:{device_id}", "device:revoke", f"device {device_id} ({name})", reason, at)
@@ -235,11 +259,13 @@ class Revocations:
         devices.suspend_device(self._tx, tenant_id, device_id, suspended_at=at, generation=self._generation)
         self._keep(tenant_id, f"device:{device_id}", "device:suspend", f"device {device_id} ({name})", HOLD, at)
 
-    def _keep(self, tenant_id: str, of: str, action: str, what: str, reason: str, at: datetime) -> None:
-        self.kept.append(Kept(what, reason, at))
+    def _keep(
+        self, tenant_id: str, target: str, action: str, what: str, reason: str, at: datetime, *, unknown: bool = False
+    ) -> None:
+        self.kept.append(Kept(what, reason, at, unknown))
         detail = {"reason": reason} if reason else {}
         detail |= {"because": "the backup that was restored did not have it", "revoked_at": at.isoformat()}
-        audit.record(self._tx, audit.system_actor(tenant_id), action, of, at=self._now, **detail)
+        audit.record(self._tx, audit.system_actor(tenant_id), action, target, at=self._now, **detail)
 
 
 # --- CRLs ---------------------------------------------------------------------------------------------------------
@@ -248,10 +274,9 @@ class Revocations:
 def match_crls(
     crls: Sequence[x509.CertificateRevocationList], issuers: Sequence[IssuerRecord]
 ) -> dict[int, x509.CertificateRevocationList]:
-    """The CRLs that issuers have signed, by the issuers' ids; those of other CAs are left out.
+    """Return the CRLs that ``issuers`` signed, by the issuers' ids, without those of other CAs.
 
-    Raises ``BackupRefused`` where a CRL bears the key identifier of an issuer and not its signature: what it revokes
-    cannot be known.
+    Raise ``BackupRefused`` if a CRL has the key identifier of an issuer but not its signature (RFC 5280 section 5).
     """
     matched = {}
     for crl in crls:
@@ -262,19 +287,20 @@ def match_crls(
             key: Any = certificate.public_key()
             if not crl.is_signature_valid(key):
                 raise BackupRefused(
-                    f"The broker's CRL of {issuer.name} was altered, so what was revoked since the copy is not known."
+                    f"The signature of the broker's CRL of {issuer.name} does not verify, so it is not known what was"
+                    " revoked after the backup; move crl.pem of the broker's folder away to restore without it."
                 )
             matched[issuer.id] = crl
     return matched
 
 
 def newest_crl(*records: CrlRecord | None) -> CrlRecord | None:
-    """The CRL with the highest number."""
+    """Return the CRL with the highest number."""
     return max((record for record in records if record is not None), key=lambda record: record.number, default=None)
 
 
 def crl_record(issuer_id: int, crl: x509.CertificateRevocationList) -> CrlRecord | None:
-    """A CRL as the database keeps it, ``None`` where it has no number or no end."""
+    """Return a CRL as the database keeps it, ``None`` if it has no number or no nextUpdate."""
     try:
         number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     except (x509.ExtensionNotFound, ValueError):

@@ -35,8 +35,8 @@ from core.files import replace_file
 from core.roles import Role
 from core.states import Approval
 from operations import data_folder
-from operations.backup.backup import Made, back_up
-from operations.backup.file import MANIFEST, Backup
+from operations.backup.archive import MANIFEST, Backup
+from operations.backup.backup import WrittenBackup, back_up
 from operations.backup.restore import Restored, restore
 from operations.backup.revocations import Revocations
 from operations.wiring import Portal, first_token, open_portal, prepare
@@ -96,7 +96,7 @@ def put_back(settings: Settings, file: Path, clock: Clock, **options: bool) -> R
     return restore(settings, file, **({"replace": True, "keep_links": False} | options), now=clock())
 
 
-def copied(settings: Settings, file: Path, clock: Clock) -> Made:
+def copied(settings: Settings, file: Path, clock: Clock) -> WrittenBackup:
     return back_up(settings, file, now=clock())
 
 
@@ -216,7 +216,7 @@ def test_the_data_folder_of_another_portal_becomes_the_copys(
         other = portal.authority.ca_pem
     bring_passphrase(settings, elsewhere)
     done = put_back(elsewhere, file, clock, replace=False)
-    assert any("CA that the copy does not know" in note for note in done.notes)
+    assert any("CA that is not in the backup" in note for note in done.notes)
     with opened(elsewhere, clock) as portal:
         prepare(portal)
         assert portal.authority.ca_pem != other
@@ -269,11 +269,16 @@ def with_revision(content: bytes) -> bytes:
     [
         ("tables/tokens.jsonl", lambda content: content.replace(b"admin", b"adm1n"), BackupRefused, "is damaged"),
         ("tables/devices.jsonl", lambda content: content + b"[]\n", BackupRefused, "is damaged"),
-        (MANIFEST, lambda content: content.replace(b"tokens", b"tokenz"), BackupRefused, "changed after it was made"),
+        (
+            MANIFEST,
+            lambda content: content.replace(b"tokens", b"tokenz"),
+            BackupRefused,
+            "changed after it was written",
+        ),
         (MANIFEST, with_revision, DatabaseTooNew, "newer version"),
-        (MANIFEST, lambda _: b"{}", BackupRefused, "no backup"),
-        (MANIFEST, lambda content: content.replace(b'"format": 1', b'"format": 2'), BackupRefused, "no backup"),
-        ("manifest.seal", lambda _: b"0" * 64, BackupRefused, "changed after it was made"),
+        (MANIFEST, lambda _: b"{}", BackupRefused, "not a backup"),
+        (MANIFEST, lambda content: content.replace(b'"format": 1', b'"format": 2'), BackupRefused, "not a backup"),
+        ("manifest.seal", lambda _: b"0" * 64, BackupRefused, "changed after it was written"),
     ],
 )
 def test_a_backup_that_was_changed_is_refused_and_nothing_is_touched(
@@ -315,7 +320,7 @@ def test_the_passphrase_must_open_the_issuing_key(
     with pytest.raises(CaKeyUnavailable, match="passphrase"):
         put_back(elsewhere, file, clock)
     replace_file(elsewhere.secrets_dir / "ca-passphrase", b"this is another passphrase\n")
-    with pytest.raises(CaKeyUnavailable, match="does not open the CA key in the backup"):
+    with pytest.raises(CaKeyUnavailable, match="does not decrypt the CA key in the backup"):
         put_back(elsewhere, file, clock)
     assert not list(elsewhere.ca_dir.iterdir())
 
@@ -489,7 +494,7 @@ def test_a_crl_that_was_altered_stops_the_restore(story: Story) -> None:
     der = bytearray(crl.public_bytes(Encoding.DER))
     der[-1] ^= 1
     path.write_bytes(pem("X509 CRL", bytes(der)).encode())
-    with pytest.raises(BackupRefused, match="altered"):
+    with pytest.raises(BackupRefused, match="signature of the broker's CRL"):
         story.put_back()
     path.write_bytes(b"nonsense")
     with pytest.raises(BackupRefused, match="move it away"):

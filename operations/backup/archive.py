@@ -1,4 +1,4 @@
-"""The file of a backup: its members, its manifest, the seal that shows a change."""
+"""The file of a backup: a ZIP archive with a manifest of its members, and a seal that detects changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from store import copy as store_copy
 
 FORMAT = 1
 MANIFEST, SEAL = "manifest.json", "manifest.seal"
-MOST_MANIFEST_BYTES = 1 << 20
+MAX_MANIFEST_BYTES = 1 << 20
 _CHUNK = 1 << 20
 _SMALL_FILE = re.compile(r"(ca|secrets)/([a-z0-9][a-z0-9.-]{0,80})")
 _TABLE = re.compile(r"tables/([a-z_]{1,64})\.jsonl")
@@ -32,7 +32,7 @@ _TABLE = re.compile(r"tables/([a-z_]{1,64})\.jsonl")
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the file, apart from the manifest and its seal: size in bytes, SHA-256 in lower-case hex."""
+    """A member of the archive except manifest and seal: size in bytes, SHA-256 in lower-case hex."""
 
     size: int
     sha256: str
@@ -40,7 +40,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a backup says of itself; ``made_at`` is RFC 3339 in UTC, ``sealed_by`` the name of a CA."""
+    """The description of a backup; ``made_at`` is RFC 3339 in UTC, ``sealed_by`` the name of a CA."""
 
     format: int
     made_at: str
@@ -52,14 +52,14 @@ class Manifest:
     members: Mapping[str, Member]
 
     def to_json(self) -> bytes:
-        """The manifest as its member holds it."""
+        """Return the manifest as it is stored."""
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
 
 
 def seal_of(manifest: bytes, key: PrivateKey) -> str:
-    """HMAC-SHA256 of the manifest in hex, under a key derived from a CA's private key (RFC 5869).
+    """Return HMAC-SHA256 of the manifest in hex, with a key derived from a CA's private key (HKDF, RFC 5869).
 
-    Who cannot open the CA's key cannot change a backup without its showing.
+    Nobody can change a backup unnoticed without the CA's key.
     """
     secret = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
     derived = HKDF(hashes.SHA256(), 32, salt=None, info=b"onboarding portal: seal of a backup").derive(secret)
@@ -67,14 +67,14 @@ def seal_of(manifest: bytes, key: PrivateKey) -> str:
 
 
 class BackupWriter:
-    """Writes the members of a backup one after the other."""
+    """Writes the members of a backup one by one."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
         self.members: dict[str, Member] = {}
 
     def add(self, name: str, parts: Iterable[bytes]) -> None:
-        """Write a member from its parts, each given up once it is written."""
+        """Write a member from its parts, which are not kept in memory."""
         size, digest = 0, hashlib.sha256()
         with self._archive.open(_entry(name), "w", force_zip64=True) as member:
             for part in parts:
@@ -84,7 +84,7 @@ class BackupWriter:
         self.members[name] = Member(size, digest.hexdigest())
 
     def finish(self, manifest: Manifest, key: PrivateKey) -> None:
-        """Write the manifest with its seal."""
+        """Write the manifest and its seal."""
         content = manifest.to_json()
         self._archive.writestr(_entry(MANIFEST), content)
         self._archive.writestr(_entry(SEAL), seal_of(content, key))
@@ -98,10 +98,10 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 
 class Backup:
-    """A backup opened for reading; nothing of it is to be believed before ``is_sealed_with`` and ``check``."""
+    """A backup opened for reading; its content is untrusted until ``is_sealed_with`` and ``check`` succeed."""
 
     def __init__(self, path: Path) -> None:
-        """Read the manifest; raises ``BackupRefused`` where the file is no backup."""
+        """Read the manifest; raise ``BackupRefused`` if the file is not a backup."""
         self.path = path
         try:
             self._archive = zipfile.ZipFile(path)
@@ -109,11 +109,13 @@ class Backup:
             said = error.strerror if isinstance(error, OSError) else "it is damaged, or something else"
             raise BackupRefused(f"{path} cannot be read as a backup: {said}.") from error
         try:
-            self._manifest = self._whole(MANIFEST, MOST_MANIFEST_BYTES)
+            self._manifest = self._whole(MANIFEST, MAX_MANIFEST_BYTES)
             self._seal = self._whole(SEAL, 200).decode("ascii", "replace")
             manifest = _manifest(self._manifest)
             if manifest is None:
-                raise BackupRefused(f"{path} is no backup that this version reads; use the version that made it.")
+                raise BackupRefused(
+                    f"{path} is not a backup that this version can read; use the version that wrote it."
+                )
             self.manifest = manifest
         except BaseException:
             self._archive.close()
@@ -128,11 +130,11 @@ class Backup:
         self._archive.close()
 
     def is_sealed_with(self, key: PrivateKey) -> bool:
-        """Whether the manifest is as somebody wrote it who had this key of a CA."""
+        """Return whether the manifest was written with this CA key."""
         return hmac.compare_digest(self._seal, seal_of(self._manifest, key))
 
     def check(self) -> None:
-        """Raise ``BackupRefused`` unless every member is there as the manifest says, with no other."""
+        """Raise ``BackupRefused`` unless the members are exactly those of the manifest."""
         names = self._archive.namelist()
         wanted = self.manifest.members
         if sorted(names) != sorted([*wanted, MANIFEST, SEAL]):
@@ -150,17 +152,17 @@ class Backup:
                 raise BackupRefused(f"{name} in {self.path} is damaged; use another backup.")
 
     def small_files(self, folder: str) -> dict[str, bytes]:
-        """The files kept from ``ca`` or ``secrets``, by their names there."""
+        """Return the files of ``ca`` or ``secrets`` by name."""
         found = ((name, _SMALL_FILE.fullmatch(name)) for name in self.manifest.members)
         return {match[2]: self._whole(name, MAX_FILE_BYTES) for name, match in found if match and match[1] == folder}
 
     def lines(self, table: str) -> Iterator[bytes]:
-        """A table's lines, as ``db_copy.dump`` wrote them."""
+        """Yield a table's lines as ``store.copy.dump`` wrote them."""
         with self._opened(f"tables/{table}.jsonl") as member:
             yield from member
 
     def rows(self, table: str) -> Iterator[dict[str, Any]]:
-        """A table's rows."""
+        """Yield a table's rows."""
         return store_copy.read(self.lines(table))
 
     def _opened(self, name: str) -> Any:
@@ -177,11 +179,11 @@ class Backup:
         except (OSError, zipfile.BadZipFile, EOFError) as error:
             raise BackupRefused(f"{name} in {self.path} is damaged; use another backup.") from error
 
-    def _whole(self, name: str, most: int) -> bytes:
+    def _whole(self, name: str, limit: int) -> bytes:
         content = b""
         for part in self._parts(name):
             content += part
-            if len(content) > most:
+            if len(content) > limit:
                 raise BackupRefused(f"{name} in {self.path} is longer than it can be; use another backup.")
         return content
 
