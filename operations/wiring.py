@@ -97,6 +97,7 @@ class Portal:
 
     def close(self) -> None:
         """Close the database's connections and give the data folder up."""
+        self.bulk.close()
         self.database.close()
         self.presence.close()
 

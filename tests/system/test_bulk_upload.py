@@ -41,16 +41,22 @@ def rows(first: int, last: int) -> str:
     return "".join(f"unit-{number},pump-{number},pump,hall 1,1.0\n" for number in range(first, last))
 
 
-def key_makers() -> set[int]:
-    """The processes on this machine that make credentials for an upload."""
-    found = set()
+def issuing_processes(deployment: Deployment) -> set[int]:
+    """The processes of the server that issue credentials for an upload."""
+    return {pid for pid, parent in spawned_processes().items() if parent in deployment.workers()}
+
+
+def spawned_processes() -> dict[int, int]:
+    """The processes on this machine that Python's multiprocessing has started, each with its parent."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
+            status = (path.parent / "status").read_text()
         except OSError:
             continue
-        if words[1:3] == [b"-m", b"workflows.bulk.worker"]:
-            found.add(int(path.parent.name))
+        if b"--multiprocessing-fork" in words:
+            found[int(path.parent.name)] = int(status.partition("\nPPid:")[2].split()[0])
     return found
 
 
@@ -78,19 +84,18 @@ def test_a_file_becomes_devices_that_the_broker_lets_in(deployment: Deployment, 
 
 
 def test_answers_come_before_the_upload_ends_and_a_killed_portal_leaves_whole_batches(deployment: Deployment) -> None:
-    others = key_makers()
     with subprocess.Popen(curl(deployment, "."), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as upload:
         assert upload.stdin is not None
         assert upload.stdout is not None
         upload.stdin.write(HEADER + rows(400, 500))
         upload.stdin.flush()
         answers = [json.loads(upload.stdout.readline()) for _ in range(100)]
-        ours = key_makers() - others
+        ours = issuing_processes(deployment)
         assert ours
         kill_servers(deployment)
         upload.stdin.close()
         assert upload.wait(20) != 0
-    wait_until(lambda: not ours & key_makers())
+    wait_until(lambda: not ours & spawned_processes().keys())
     deployment.start_portal()
     text = HEADER + rows(400, 520)
     done = subprocess.run(curl(deployment, "."), input=text, check=True, capture_output=True, text=True)

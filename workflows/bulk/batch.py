@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import ssl
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -34,12 +33,11 @@ from store.database import Database
 from workflows.admission import Admission, Issuance, admit, checked_topics, record_issuances
 from workflows.audit import Actor
 from workflows.authority.issuers import Authority
-from workflows.bulk.workers import Job, Makers, Result
+from workflows.bulk.processes import CredentialProcesses, Issuing, Job
 from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredentials
 from workflows.events import EventType
 from workflows.registration import Onboarding
 
-FEW = 16  # rows that are not worth starting processes for
 ATTEMPTS = 3  # at a row whose external id another request is registering, too
 
 
@@ -105,7 +103,7 @@ class Batch:
     candidates: Sequence[Candidate]
     answers: dict[int, RowAnswer]
     tasks: Sequence[_Task]
-    results: Sequence[Future[list[Result]]]
+    issuing: Issuing
     generation: int = 0
 
 
@@ -118,17 +116,19 @@ class Batches:
         database: Database,
         authority: Authority,
         onboarding: Onboarding,
+        processes: CredentialProcesses,
         clock: Callable[[], datetime],
     ) -> None:
         self._settings = settings
         self._database = database
         self._authority = authority
         self._onboarding = onboarding
+        self._processes = processes
         self._clock = clock
 
     # --- Before the transaction
 
-    def begin(self, actor: Actor, candidates: Sequence[Candidate], makers: Makers) -> Batch:
+    def begin(self, actor: Actor, candidates: Sequence[Candidate]) -> Batch:
         """Look up which rows' devices are there already, and begin to make the credentials of the others."""
         external_ids = [
             row.external_id for row in candidates if row.request is not None and row.external_id is not None
@@ -137,7 +137,7 @@ class Batches:
         if external_ids:
             with self._database.snapshot() as tx:
                 known = bulk.find_known(tx, actor.tenant_id, external_ids)
-        batch = Batch(candidates, {}, [], [])
+        batch = Batch(candidates, {}, [], Issuing())
         tasks: list[_Task] = []
         for candidate in candidates:
             found = known.get(candidate.external_id or "")
@@ -153,7 +153,7 @@ class Batches:
                 batch.generation = max(batch.generation, found.device.generation)
         batch.tasks = tasks
         if tasks:
-            batch.results = makers.make([task.job for task in tasks], few=len(tasks) <= FEW)
+            batch.issuing = self._processes.issue([task.job for task in tasks])
         return batch
 
     def _begin_row(self, candidate: Candidate, known: KnownDevice | None) -> _Task | RowAnswer:
@@ -222,12 +222,12 @@ class Batches:
 
     # --- The transaction, and the answers
 
-    def finish(self, actor: Actor, batch: Batch, makers: Makers, attempts: int = ATTEMPTS) -> Sequence[RowAnswer]:
+    def finish(self, actor: Actor, batch: Batch, attempts: int = ATTEMPTS) -> Sequence[RowAnswer]:
         """Write what was made, and return the answers in the rows' order, once they are durable.
 
         Raises ``Unavailable`` where nothing of the batch was registered.
         """
-        results = [result for piece in batch.results for result in piece.result()]
+        results = self._processes.results(batch.issuing)
         issued: list[_Issued] = []
         for task, result in zip(batch.tasks, results, strict=True):
             row = task.candidate
@@ -237,8 +237,8 @@ class Batches:
                 issued.append((task, result))
         again = self._record(actor, batch, issued) if issued else ()
         if again and attempts > 1:
-            rest = self.begin(actor, again, makers)
-            for answer in self.finish(actor, rest, makers, attempts - 1):
+            rest = self.begin(actor, again)
+            for answer in self.finish(actor, rest, attempts - 1):
                 batch.answers[answer.row] = answer
             batch.generation = max(batch.generation, rest.generation)
         for row in again:

@@ -17,7 +17,7 @@ from store.database import Database
 from workflows.audit import Actor
 from workflows.authority.issuers import Authority
 from workflows.bulk.batch import Batch, Batches, Candidate, RowAnswer, RowDone, RowFailed, failed
-from workflows.bulk.workers import Makers, Setup
+from workflows.bulk.processes import CredentialProcesses
 from workflows.credentials import CredentialIssuer
 from workflows.enforcement import Enforcement
 from workflows.registration import Onboarding
@@ -58,9 +58,12 @@ class Bulk:
     ) -> None:
         self._settings = settings
         self._enforcement = enforcement
-        self._credentials = credentials
-        self._link_keys = link_keys
-        self._batches = Batches(settings, database, authority, onboarding, clock)
+        self._processes = CredentialProcesses(settings, link_keys, credentials)
+        self._batches = Batches(settings, database, authority, onboarding, self._processes, clock)
+
+    def close(self) -> None:
+        """End the processes that issue credentials."""
+        self._processes.close()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -79,17 +82,17 @@ class Bulk:
         A row that fails hurts no other. What stops all (the source, the database) is said in a last answer. To be
         closed; what is under way then is not registered.
         """
-        setup = Setup(self._settings, actor.tenant_id, self._link_keys)
-        makers = Makers(setup, self._credentials)
-        try:
-            for answers in self._pipeline(actor, source, makers):
-                _count(answers)
-                yield answers
-        finally:
-            makers.close()
-
-    def _pipeline(self, actor: Actor, source: Source, makers: Makers) -> Iterator[Sequence[RowAnswer]]:
         pending: deque[Batch] = deque()
+        with self._processes.in_use():
+            try:
+                for answers in self._pipeline(actor, source, pending):
+                    _count(answers)
+                    yield answers
+            finally:
+                for batch in pending:
+                    batch.issuing.cancel()
+
+    def _pipeline(self, actor: Actor, source: Source, pending: deque[Batch]) -> Iterator[Sequence[RowAnswer]]:
         last: RowFailed | None = None
         ended = False
         waking = _Waking(self._enforcement)
@@ -101,12 +104,12 @@ class Bulk:
                     taken, last = (), failed(source.next_row, error, stopped=True)
                 if taken is not None:
                     ended = not taken
-                    pending.extend(self._batches.begin(actor, rows, makers) for rows in _apart(taken))
+                    pending.extend(self._batches.begin(actor, rows) for rows in _apart(taken))
                     continue
             if pending:
                 batch = pending.popleft()
                 try:
-                    answers = self._batches.finish(actor, batch, makers)
+                    answers = self._batches.finish(actor, batch)
                 except Unavailable as error:
                     yield [failed(batch.candidates[0].row, error, stopped=True)]
                     return
