@@ -29,7 +29,7 @@ def names_of(page: Any) -> list[str]:
 # --- Register -----------------------------------------------------------------------------------------------------
 
 
-def test_a_registration_answers_with_link_and_password_and_says_where_the_device_is(api: Api) -> None:
+def test_a_registration_returns_link_password_and_the_location_of_the_device(api: Api) -> None:
     answer = api.post("/register", PUMP)
     assert answer.status_code == 201
     assert set(answer.json) == COMMON_FIELDS | BUNDLE_FIELDS
@@ -40,7 +40,7 @@ def test_a_registration_answers_with_link_and_password_and_says_where_the_device
     assert api.get(answer.headers["Location"]).json["name"] == "pump-1"
 
 
-def test_with_a_csr_the_answer_carries_certificate_and_chain_in_place_of_a_bundle(api: Api) -> None:
+def test_a_registration_by_csr_returns_certificate_and_chain_instead_of_a_bundle(api: Api) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     registered = api.register(csr=csr_pem(key))
     assert set(registered) == COMMON_FIELDS | CSR_FIELDS
@@ -67,14 +67,14 @@ def test_with_a_csr_the_answer_carries_certificate_and_chain_in_place_of_a_bundl
         {"csr": None, "key_type": None, "topics": None, "bundle_password": None, "validity_days": None},
     ],
 )
-def test_what_a_registration_may_ask_for(api: Api, fields: dict[str, Any]) -> None:
+def test_the_optional_fields_of_a_registration(api: Api, fields: dict[str, Any]) -> None:
     device = api.get(f"/devices/{api.register(**fields)['device_id']}").json
     for field in ("name", "location", "metadata", "topics"):
         if fields.get(field) is not None:
             assert device[field] == fields[field]
 
 
-def test_a_certificate_lives_as_long_as_asked_for(api: Api) -> None:
+def test_a_certificate_is_valid_for_the_requested_days(api: Api) -> None:
     registered = api.register(validity_days=30)
     issued, ends = (datetime.fromisoformat(registered[name]) for name in ("issued_at", "expires_at"))
     assert timedelta(days=30) - timedelta(seconds=1) <= ends - issued <= timedelta(days=30)
@@ -87,7 +87,7 @@ def test_a_repeat_under_the_same_idempotency_key_gets_the_first_answer(api: Api)
 
 
 @PER_DEVICE
-def test_a_device_is_active_at_once_and_the_broker_hears_of_it_later(api: Api) -> None:
+def test_a_device_is_active_at_once_and_applied_on_the_broker_later(api: Api) -> None:
     device = api.get(f"/devices/{api.register()['device_id']}").json
     assert (device["status"], device["broker"]) == ("active", "pending")
     assert device["topics"] == [{"filter": "devices/{id}/#", "access": "readwrite"}]
@@ -97,7 +97,7 @@ def test_a_device_is_active_at_once_and_the_broker_hears_of_it_later(api: Api) -
 # --- List ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_list_is_newest_first_and_its_pages_miss_nothing_though_devices_come_and_go(api: Api) -> None:
+def test_a_list_is_newest_first_and_its_pages_miss_nothing_while_devices_are_added_and_revoked(api: Api) -> None:
     for number in range(5):
         api.register(name=f"pump-{number}")
     first = api.get("/devices?limit=2").json
@@ -112,7 +112,7 @@ def test_a_list_is_newest_first_and_its_pages_miss_nothing_though_devices_come_a
     assert third["next_cursor"] is None
 
 
-def test_devices_of_one_moment_are_paged_without_loss(api: Api, app: Flask) -> None:
+def test_devices_created_at_the_same_time_are_paged_without_loss(api: Api, app: Flask) -> None:
     moment = datetime(2030, 1, 1, tzinfo=UTC)
     registered = {api.register()["device_id"] for _ in range(5)}
     with portal_of(app).database.transaction() as tx:
@@ -148,7 +148,7 @@ def test_devices_of_one_moment_are_paged_without_loss(api: Api, app: Flask) -> N
         ("expires_before=2100-01-01t00:00:00.5%2B02:00", ["Ärger 100%", "valve_1"]),
     ],
 )
-def test_a_list_can_be_narrowed(api: Api, query: str, found: list[str]) -> None:
+def test_a_list_can_be_filtered(api: Api, query: str, found: list[str]) -> None:
     gone = api.register()["device_id"]
     api.register(name="valve_1", type="valve", location="hall 2")
     api.register(name="Ärger 100%")
@@ -180,7 +180,7 @@ def test_a_device_is_found_by_its_id(api: Api) -> None:
         {"topics": [{"filter": "devices/{id}/up", "access": "write"}]},
     ],
 )
-def test_a_change_changes_what_it_names_and_nothing_else(api: Api, clock: Clock, change: dict[str, Any]) -> None:
+def test_a_change_affects_the_named_fields_only(api: Api, clock: Clock, change: dict[str, Any]) -> None:
     device_id = api.register(metadata={"rack": 7})["device_id"]
     before = api.get(f"/devices/{device_id}").json
     clock.advance(seconds=5)
@@ -201,13 +201,13 @@ def test_topics_narrower_than_the_default_are_refused_by_a_new_installation(api:
 
 
 @PER_DEVICE
-def test_null_gives_a_device_the_default_topics_again(api: Api) -> None:
+def test_null_restores_the_default_topics(api: Api) -> None:
     device_id = api.register(topics=[{"filter": "devices/{id}/up", "access": "write"}])["device_id"]
     changed = api.patch(f"/devices/{device_id}", {"topics": None})
     assert changed.json["topics"] == [{"filter": "devices/{id}/#", "access": "readwrite"}]
 
 
-def test_the_certificates_of_a_device_are_listed_with_what_became_of_them(api: Api, app: Flask) -> None:
+def test_the_certificates_of_a_device_are_listed_with_their_status(api: Api, app: Flask) -> None:
     registered = api.register()
     path = f"/devices/{registered['device_id']}"
     [certificate] = api.get(f"{path}/certificates").json["certificates"]
@@ -235,7 +235,7 @@ def test_the_certificates_of_a_device_are_listed_with_what_became_of_them(api: A
         ({"json": {"reason": "cessation_of_operation"}}, "cessation_of_operation"),
     ],
 )
-def test_a_revocation_says_honestly_that_the_broker_is_yet_to_be_told(
+def test_a_revocation_is_pending_while_the_broker_does_not_refuse_the_device(
     api: Api, request_: dict[str, Any], reason: str
 ) -> None:
     device_id = api.register()["device_id"]
@@ -250,7 +250,7 @@ def test_a_revocation_says_honestly_that_the_broker_is_yet_to_be_told(
     assert device["expires_at"] == device["certificate"]["not_after"]
 
 
-def test_revoking_twice_answers_the_same_and_is_recorded_once(api: Api, clock: Clock) -> None:
+def test_revoking_twice_returns_the_same_and_is_recorded_once(api: Api, clock: Clock) -> None:
     device_id = api.register()["device_id"]
     first = api.post(f"/revoke/{device_id}", {"reason": "key_compromise"})
     clock.advance(minutes=1)
@@ -259,7 +259,7 @@ def test_revoking_twice_answers_the_same_and_is_recorded_once(api: Api, clock: C
     assert len(api.get(f"/audit?action=device:revoke&object=device:{device_id}").json["entries"]) == 1
 
 
-def test_revoked_is_final(api: Api) -> None:
+def test_a_revocation_is_final(api: Api) -> None:
     device_id = api.register()["device_id"]
     api.post(f"/revoke/{device_id}")
     problem_of(api.patch(f"/devices/{device_id}", {"name": "back again"}), 409, "state_conflict")

@@ -29,7 +29,7 @@ def state_of_delivery(app: Flask) -> tuple[str, bool]:
 
 
 def fetch(anyone: Api, path: str) -> Any:
-    """Fetch a bundle to its end."""
+    """Download a bundle completely."""
     answer = anyone.get(path)
     assert answer.data
     return answer
@@ -57,7 +57,7 @@ def test_the_link_is_on_the_portals_public_address(api: Api, app: Flask) -> None
     assert api.register()["download_url"].startswith(portal_of(app).settings.public_url + "/download/")
 
 
-def test_head_spends_nothing_and_says_how_long_the_bundle_is(api: Api, anyone: Api) -> None:
+def test_head_does_not_use_the_link_and_returns_the_length_of_the_bundle(api: Api, anyone: Api) -> None:
     path = path_of(api.register())
     looked = [anyone.call("HEAD", path) for _ in range(3)]
     assert {(answer.status_code, answer.data) for answer in looked} == {(200, b"")}
@@ -80,7 +80,7 @@ def test_a_link_is_used_before_the_first_byte_leaves(api: Api, anyone: Api, app:
     problem_of(anyone.get(path), 410, "link_used")
 
 
-def test_a_link_that_is_over_is_gone(api: Api, anyone: Api, clock: Clock) -> None:
+def test_an_expired_link_is_gone(api: Api, anyone: Api, clock: Clock) -> None:
     path = path_of(api.register())
     clock.advance(hours=24, seconds=1)
     problem_of(anyone.get(path), 410, "link_expired")
@@ -110,7 +110,7 @@ def test_the_link_of_a_revoked_device_is_gone_with_its_bundle(api: Api, anyone: 
         lambda token: "a.b.c",
     ],
 )
-def test_an_altered_link_is_unknown_and_spends_nothing(api: Api, anyone: Api, alter: Any) -> None:
+def test_an_altered_link_is_unknown_and_uses_no_link(api: Api, anyone: Api, alter: Any) -> None:
     path = path_of(api.register())
     altered = "/download/" + alter(path.rpartition("/")[2])
     problem_of(anyone.get(altered), 404, "link_unknown")
@@ -121,7 +121,7 @@ def test_an_operator_token_opens_no_link(api: Api) -> None:
     problem_of(api.get("/download/a.b.c"), 404, "link_unknown")
 
 
-def test_fetches_are_recorded_and_refused_ones_too_without_the_link(api: Api, anyone: Api, app: Flask) -> None:
+def test_downloads_and_refused_downloads_are_recorded_without_the_link(api: Api, anyone: Api, app: Flask) -> None:
     registered = api.register()
     path = path_of(registered)
     asked = [fetch(anyone, path), anyone.get(path), anyone.get("/download/a.b.c")]
@@ -138,5 +138,5 @@ def test_fetches_are_recorded_and_refused_ones_too_without_the_link(api: Api, an
 
 
 @pytest.mark.parametrize("role", [Role.AUDITOR, None])
-def test_who_holds_the_link_needs_no_role(api: Api, app: Flask, role: Role | None) -> None:
+def test_the_link_is_enough_without_any_role(api: Api, app: Flask, role: Role | None) -> None:
     assert api_as(app, role).get(path_of(api.register())).status_code == 200

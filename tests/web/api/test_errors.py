@@ -32,7 +32,7 @@ OTHER = "00000000-0000-4000-8000-000000000000"
 
 @dataclass(frozen=True)
 class Bad:
-    """A request to be refused; ``{active}`` and ``{revoked}`` in its path are devices that exist."""
+    """An invalid request; ``{active}`` and ``{revoked}`` in its path are existing devices."""
 
     request: str
     status: int
@@ -374,12 +374,12 @@ def test_a_bad_csr_gets_a_clear_error_and_changes_nothing(shared_app: Flask, adm
 
 
 @pytest.mark.parametrize("also", [{"key_type": "ed25519"}, {"bundle_password": "a long enough one"}])
-def test_a_csr_goes_with_nothing_that_is_for_a_key_made_here(admin: Api, also: dict[str, str]) -> None:
+def test_a_csr_excludes_the_fields_of_a_generated_key(admin: Api, also: dict[str, str]) -> None:
     problem = problem_of(admin.post("/register", {**PUMP, "csr": csr_pem(), **also}), 422, "invalid_input")
     assert problem["errors"][0]["field"] == "csr"
 
 
-def test_a_certificate_is_no_csr(admin: Api) -> None:
+def test_a_certificate_is_refused_as_a_csr(admin: Api) -> None:
     certificate = admin.get("/ca.pem").text
     problem_of(admin.post("/register", {**PUMP, "csr": certificate}), 422, "csr_invalid")
 
@@ -404,7 +404,7 @@ def test_the_key_of_the_ca_itself_is_not_certified(shared_app: Flask, admin: Api
         {**PUMP, "bundle_password": "hunter2hunter2", "nmae": "hunter2"},
     ],
 )
-def test_an_error_never_holds_what_was_in_a_field(
+def test_an_error_never_contains_the_value_of_a_field(
     admin: Api, body: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -417,7 +417,7 @@ def test_an_error_never_holds_what_was_in_a_field(
 # --- Tokens and conflicts -----------------------------------------------------------------------------------------
 
 
-def test_an_expired_and_a_revoked_token_open_nothing(api: Api, app: Flask, clock: Clock) -> None:
+def test_expired_and_revoked_tokens_are_refused(api: Api, app: Flask, clock: Clock) -> None:
     expired, revoked = (
         api.post("/tokens", {"name": "x", "role": "admin", "expires_in_days": 1}).json for _ in range(2)
     )
@@ -437,7 +437,7 @@ def test_an_idempotency_key_with_another_body_is_a_conflict(api: Api, app: Flask
     assert state_of(portal_of(app)) == before
 
 
-def test_what_the_portal_depends_on_may_be_away(admin: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_dependency_is_a_503(admin: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> None:
         raise errors.DatabaseUnavailable("The database does not answer or has no room left; try again shortly.")
 
@@ -462,7 +462,7 @@ def test_what_the_portal_depends_on_may_be_away(admin: Api, monkeypatch: pytest.
     ],
     ids=lambda failure: type(failure).__name__,
 )
-def test_the_body_of_a_500_is_constant_and_its_cause_is_in_the_log_alone(
+def test_the_body_of_a_500_is_constant_and_only_the_log_has_its_cause(
     admin: Api, failure: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: object, **__: object) -> None:
@@ -514,7 +514,7 @@ def test_the_tree_drawn_in_the_docstring_is_the_tree() -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-def test_every_answer_carries_the_request_id_that_stands_in_the_log(
+def test_every_answer_has_the_request_id_that_is_in_the_log(
     admin: Api, route: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="portal.request")
@@ -529,7 +529,7 @@ def test_every_answer_carries_the_request_id_that_stands_in_the_log(
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_a_csr_is_read_for_its_key_alone(api: Api) -> None:
+def test_only_the_key_of_a_csr_is_used(api: Api) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     wish = x509.SubjectAlternativeName([x509.DNSName("broker.example.com")])
     authority = x509.BasicConstraints(ca=True, path_length=None)

@@ -1,4 +1,4 @@
-"""Enrolment over secure transport: what a device asks for, and what it is refused."""
+"""Enrolment over EST with a token: what a device gets, and what is refused."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytestmark = ON_SQLITE
 
 
 @pytest.mark.parametrize("path", ["/.well-known/est/", "/.well-known/est/default/"])
-def test_cacerts_are_the_chain_of_trust(api: Api, app: Flask, path: str) -> None:
+def test_cacerts_returns_the_certificate_chain(api: Api, app: Flask, path: str) -> None:
     found = certificates_of(Device(api, path=path).call("GET", "cacerts"))
     trusted = x509.load_pem_x509_certificates(portal_of(app).authority.ca_pem.encode())
     assert set(found) == set(trusted)
     assert len(found) == 2
 
 
-def test_another_label_is_nothing(api: Api) -> None:
+def test_an_unknown_label_is_not_found(api: Api) -> None:
     refused(Device(api, path="/.well-known/est/other/").call("GET", "cacerts"), 404)
 
 
@@ -46,7 +46,7 @@ def test_another_label_is_nothing(api: Api) -> None:
         ("rsa-3072", ["rsaEncryption", "0C00", "sha256WithRSAEncryption"]),
     ],
 )
-def test_csrattrs_say_which_key_the_token_wants(api: Api, key_type: str, said: list[str]) -> None:
+def test_csrattrs_names_the_key_type_of_the_token(api: Api, key_type: str, said: list[str]) -> None:
     answer = device(api, key_types=[key_type]).call("GET", "csrattrs")
     assert answer.content_type == "application/csrattrs"
     der = base64.b64decode(answer.data)
@@ -54,14 +54,14 @@ def test_csrattrs_say_which_key_the_token_wants(api: Api, key_type: str, said: l
     assert [line.rpartition(":")[2].strip() for line in shown.stdout.decode().splitlines() if "prim" in line] == said
 
 
-def test_csrattrs_without_a_token_say_what_the_settings_say(api: Api) -> None:
+def test_csrattrs_without_a_token_names_the_key_type_of_the_settings(api: Api) -> None:
     assert Device(api).call("GET", "csrattrs").status_code == 200
 
 
 # --- Enrolment by a token -----------------------------------------------------------------------------------------
 
 
-def test_a_device_enrols_by_a_token_of_a_batch(api: Api) -> None:
+def test_a_device_enrols_with_a_token_for_several_devices(api: Api) -> None:
     key, terms = new_key(), {"location": "hall 1", "firmware": "7", "validity_days": 9}
     answer = device(api, name_template="pump-{number} {serial}", **terms).enrol(csr_der(key, "sn 42"))
     [certificate] = certificates_of(answer)
@@ -75,7 +75,7 @@ def test_a_device_enrols_by_a_token_of_a_batch(api: Api) -> None:
 
 
 @PER_DEVICE
-def test_the_certificate_is_held_back_until_the_broker_has_the_device(api: Api, app: Flask) -> None:
+def test_the_certificate_is_held_back_until_the_broker_admits_the_device(api: Api, app: Flask) -> None:
     certificates_of(device(api).enrol())
     portal = portal_of(app)
     acl = (portal.settings.broker_dir / "acl").read_text()
@@ -84,7 +84,7 @@ def test_the_certificate_is_held_back_until_the_broker_has_the_device(api: Api, 
 
 
 @PER_DEVICE
-def test_a_device_that_is_known_enrols_by_a_token_of_its_own(api: Api) -> None:
+def test_a_pending_device_enrols_with_a_token_of_its_own(api: Api) -> None:
     wanted = {"name": "pump-7", "type": "pump", "location": "hall 2", "firmware": "1"}
     topics = [{"filter": "devices/{id}/up", "access": "write"}]
     device_id = api.post("/devices", wanted | {"topics": topics}).json["device_id"]
@@ -116,7 +116,7 @@ def test_a_request_may_be_encoded_as_clients_do_it(api: Api, form: Callable[[byt
 
 
 @pytest.mark.parametrize("credentials", [None, "Basic !", "Basic ZGV2aWNl", "Basic ZGV2aWNlOmVuX25vbmU=", "Bearer x"])
-def test_without_a_token_a_device_is_asked_for_one(api: Api, credentials: str | None) -> None:
+def test_a_device_without_credentials_is_asked_for_a_token(api: Api, credentials: str | None) -> None:
     headers = {} if credentials is None else {"Authorization": credentials}
     answer = Device(api).call("POST", "simpleenroll", in_base64(csr_der()), headers=headers)
     assert "enrolment token" in refused(answer, 401)
@@ -124,11 +124,11 @@ def test_without_a_token_a_device_is_asked_for_one(api: Api, credentials: str | 
     assert api.get("/audit?limit=1").json["entries"][0]["outcome"] == "refused"
 
 
-def test_an_operator_s_token_is_no_enrolment_token(api: Api) -> None:
+def test_an_operator_token_is_refused_as_an_enrolment_token(api: Api) -> None:
     refused(Device(api, api.token).enrol(), 401)
 
 
-def test_too_many_failures_must_wait(make_settings: Callable[..., Settings]) -> None:
+def test_a_client_with_too_many_failures_has_to_wait(make_settings: Callable[..., Settings]) -> None:
     built = create_app(make_settings(PORTAL_LOGIN_FAILURES="2"), background=False)
     stranger = Device(Api(built.test_client(), None), "en_guess")
     answers = [stranger.enrol() for _ in range(3)]
@@ -137,7 +137,7 @@ def test_too_many_failures_must_wait(make_settings: Callable[..., Settings]) -> 
     portal_of(built).close()
 
 
-def test_a_token_that_is_over_lets_nobody_in(api: Api, clock: Clock) -> None:
+def test_an_expired_used_up_or_revoked_token_is_refused(api: Api, clock: Clock) -> None:
     used_up, expired, revoked = device(api), device(api, expires_in_hours=1), device(api)
     certificates_of(used_up.enrol())
     newest = api.get("/enrolment-tokens").json["enrolment_tokens"][0]["enrolment_token_id"]
@@ -149,7 +149,7 @@ def test_a_token_that_is_over_lets_nobody_in(api: Api, clock: Clock) -> None:
     assert len(api.get("/devices").json["devices"]) == 1
 
 
-def test_a_device_that_has_enrolled_may_ask_again_after_the_token_s_end_but_not_once_it_is_revoked(
+def test_an_enrolled_device_can_repeat_its_request_after_the_token_expired_but_not_once_it_is_revoked(
     api: Api, clock: Clock
 ) -> None:
     one, request = device(api, expires_in_hours=1), csr_der()
@@ -161,7 +161,7 @@ def test_a_device_that_has_enrolled_may_ask_again_after_the_token_s_end_but_not_
     refused(one.enrol(request), 403)
 
 
-def test_a_revoked_device_gets_its_certificate_no_more(api: Api) -> None:
+def test_a_revoked_device_does_not_get_its_certificate_again(api: Api) -> None:
     one, request = device(api), csr_der()
     [certificate] = certificates_of(one.enrol(request))
     device_id = certificate.subject.rfc4514_string().removeprefix("CN=")
@@ -178,7 +178,7 @@ def test_a_revoked_device_gets_its_certificate_no_more(api: Api) -> None:
     ],
     ids=["P-384", "Ed25519", "RSA"],
 )
-def test_a_key_of_another_kind_than_the_token_allows_is_refused(api: Api, key: Any) -> None:
+def test_a_key_type_that_the_token_does_not_allow_is_refused(api: Api, key: Any) -> None:
     one = device(api, key_types=["ec-p256"])
     assert "ec-p256" in refused(one.enrol(csr_der(key)), 400)
     assert api.get("/enrolment-tokens").json["enrolment_tokens"][0]["uses"] == 0
@@ -197,11 +197,11 @@ def test_a_key_of_another_kind_than_the_token_allows_is_refused(api: Api, key: A
         (base64.b64encode(csr_der()[:-1] + b"\x00"), "signature"),
     ],
 )
-def test_a_request_that_is_none_is_refused_in_a_sentence(api: Api, body: bytes, word: str) -> None:
+def test_a_malformed_request_is_refused_with_a_sentence(api: Api, body: bytes, word: str) -> None:
     assert word in refused(device(api).call("POST", "simpleenroll", body), 400)
 
 
-def test_pkcs7_is_no_request(api: Api) -> None:
+def test_pkcs7_is_refused_as_a_request(api: Api) -> None:
     one = device(api)
     message = one.call("GET", "cacerts").data
     assert "damaged" in refused(one.call("POST", "simpleenroll", message), 400)
@@ -218,7 +218,7 @@ def test_a_request_of_another_media_type_is_refused(api: Api) -> None:
     assert "application/pkcs10" in refused(answer, 415)
 
 
-def test_a_method_of_another_kind_is_refused_in_plain_text(api: Api) -> None:
+def test_another_method_is_refused_in_plain_text(api: Api) -> None:
     answer = Device(api).call("GET", "simpleenroll")
     refused(answer, 405)
     assert answer.headers["Allow"] == "POST"

@@ -1,4 +1,4 @@
-"""Devices that show a client certificate: born with one, or renewing the one they have from the portal."""
+"""EST with a client certificate: the factory certificate of a new device, or the portal's own for a renewal."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def added(api: Api, maker: Authority, **fields: Any) -> dict[str, Any]:
 
 
 def registered(api: Api, maker: Authority, **fields: Any) -> str:
-    """Add a manufacturer with its proof; returns its path."""
+    """Register a manufacturer; return its path."""
     record = added(api, maker, **fields)
     path = f"/manufacturers/{record['manufacturer_id']}"
     proof = maker.issue(record["nonce"]).certificate.public_bytes(PEM).decode()
@@ -54,7 +54,7 @@ def born(api: Api, maker: Authority, serial: str = "sn-1") -> Device:
     return Device(api, certificate=der(maker.issue(serial).certificate))
 
 
-def test_a_device_enrols_by_the_certificate_it_was_born_with(api: Api, app: Flask) -> None:
+def test_a_device_enrols_with_its_factory_certificate(api: Api, app: Flask) -> None:
     maker = Authority("A maker's CA")
     registered(api, maker, type="pump", name_template="pump {serial}")
     one, request = born(api, maker), csr_der()
@@ -66,7 +66,7 @@ def test_a_device_enrols_by_the_certificate_it_was_born_with(api: Api, app: Flas
     assert maker.certificate in x509.load_pem_x509_certificates(file)
 
 
-def test_csrattrs_say_which_key_the_manufacturer_allows(api: Api) -> None:
+def test_csrattrs_names_the_key_types_of_the_manufacturer(api: Api) -> None:
     maker = Authority("A maker's CA")
     registered(api, maker, key_types=["ed25519"])
     ed25519 = bytes.fromhex("06032b6570")
@@ -74,7 +74,7 @@ def test_csrattrs_say_which_key_the_manufacturer_allows(api: Api) -> None:
     assert ed25519 not in base64.b64decode(Device(api).call("GET", "csrattrs").data)
 
 
-def test_a_manufacturer_s_device_waits_where_an_operator_is_to_decide(api: Api) -> None:
+def test_a_device_of_a_manufacturer_waits_if_an_operator_has_to_approve_it(api: Api) -> None:
     maker = Authority("A maker's CA")
     registered(api, maker, approval="operator")
     one, request = born(api, maker), csr_der()
@@ -94,7 +94,7 @@ def test_openssl_s_signature_of_the_nonce_is_a_proof(api: Api, tmp_path: Path) -
     assert api.post(path, {"signature": base64.b64encode(signed).decode()}).json["status"] == "registered"
 
 
-def test_a_manufacturer_without_proof_lets_nobody_in(api: Api, app: Flask) -> None:
+def test_devices_of_an_unproven_manufacturer_are_refused(api: Api, app: Flask) -> None:
     maker, other = Authority("A maker's CA"), Authority("Another CA")
     record = added(api, maker)
     path = f"/manufacturers/{record['manufacturer_id']}/proof"
@@ -108,7 +108,7 @@ def test_a_manufacturer_without_proof_lets_nobody_in(api: Api, app: Flask) -> No
     assert not file.exists() or maker.certificate not in x509.load_pem_x509_certificates(file.read_bytes())
 
 
-def test_a_manufacturer_that_was_removed_lets_nobody_in(api: Api, app: Flask) -> None:
+def test_devices_of_a_removed_manufacturer_are_refused(api: Api, app: Flask) -> None:
     maker = Authority("A maker's CA")
     path = registered(api, maker)
     assert api.post("/manufacturers", {"name": "again", "certificate": pem(maker)}).status_code == 409
@@ -120,12 +120,12 @@ def test_a_manufacturer_that_was_removed_lets_nobody_in(api: Api, app: Flask) ->
 
 
 @pytest.mark.parametrize("certificate", ["x", pem(Authority("A")) + pem(Authority("B"))])
-def test_what_is_no_ca_is_no_manufacturer(api: Api, certificate: str) -> None:
+def test_a_certificate_that_is_not_a_usable_ca_is_refused_as_a_manufacturer(api: Api, certificate: str) -> None:
     answer = api.post("/manufacturers", {"name": "A maker", "certificate": certificate})
     assert (answer.status_code, answer.json["code"]) == (422, "manufacturer_invalid")
 
 
-def test_a_device_s_certificate_is_no_manufacturer(api: Api) -> None:
+def test_a_device_certificate_is_refused_as_a_manufacturer(api: Api) -> None:
     leaf = Authority("A maker's CA").issue("sn-1").certificate.public_bytes(PEM).decode()
     assert api.post("/manufacturers", {"name": "A maker", "certificate": leaf}).status_code == 422
 
@@ -134,13 +134,13 @@ def test_a_device_s_certificate_is_no_manufacturer(api: Api) -> None:
 
 
 def enrolled(api: Api, **terms: Any) -> tuple[str, Device]:
-    """A device that has enrolled by a token, with its certificate in hand."""
+    """A device that has enrolled with a token, and its certificate."""
     secret = api.post("/enrolment-tokens", {"name": "a batch"} | terms).json["token"]
     [certificate] = certificates_of(Device(api, secret).enrol())
     return certificate.subject.rfc4514_string()[3:], Device(api, certificate=der(certificate))
 
 
-def test_a_device_renews_by_the_certificate_it_has(api: Api, clock: Clock) -> None:
+def test_a_device_renews_with_its_present_certificate(api: Api, clock: Clock) -> None:
     device_id, one = enrolled(api)
     key = new_key()
     request = csr_der(key, device_id, names=[x509.UniformResourceIdentifier(f"urn:uuid:{device_id}")])
@@ -168,7 +168,7 @@ def test_a_renewal_under_another_name_is_refused(api: Api, clock: Clock) -> None
         refused(one.enrol(request, "simplereenroll"), 400)
 
 
-def test_a_renewal_keeps_to_the_kinds_of_keys_that_the_token_allows(api: Api, clock: Clock) -> None:
+def test_a_renewal_is_limited_to_the_key_types_of_the_token(api: Api, clock: Clock) -> None:
     device_id, one = enrolled(api, key_types=["ec-p256"])
     clock.advance(days=300)
     other = ec.generate_private_key(ec.SECP384R1())
@@ -176,7 +176,7 @@ def test_a_renewal_keeps_to_the_kinds_of_keys_that_the_token_allows(api: Api, cl
     certificates_of(one.enrol(csr_der(None, device_id), "simplereenroll"))
 
 
-def test_who_shows_no_certificate_of_the_portal_renews_nothing(api: Api) -> None:
+def test_a_client_without_a_certificate_of_the_portal_cannot_renew(api: Api) -> None:
     device_id, one = enrolled(api)
     answer = Device(api).enrol(csr_der(None, device_id), "simplereenroll")
     refused(answer, 401)
@@ -188,7 +188,7 @@ def test_who_shows_no_certificate_of_the_portal_renews_nothing(api: Api) -> None
 
 
 @pytest.mark.parametrize("act", ["revoke", "suspend"])
-def test_a_certificate_that_is_revoked_or_on_hold_here_is_refused(api: Api, clock: Clock, act: str) -> None:
+def test_a_revoked_or_held_certificate_is_refused(api: Api, clock: Clock, act: str) -> None:
     device_id, one = enrolled(api)
     clock.advance(days=300)
     api.post(f"/revoke/{device_id}" if act == "revoke" else f"/devices/{device_id}/suspend", {})
@@ -210,14 +210,14 @@ def in_header(certificate: bytes) -> dict[str, str]:
     return {"Client-Cert": f":{base64.b64encode(certificate).decode()}:"}
 
 
-def test_a_forged_header_gets_nowhere(api: Api) -> None:
+def test_a_forged_client_cert_header_is_ignored(api: Api) -> None:
     maker = Authority("A maker's CA")
     registered(api, maker)
     forged = in_header(der(maker.issue("sn-1").certificate))
     refused(Device(api).call("POST", "simpleenroll", in_base64(csr_der()), headers=forged), 401)
 
 
-def test_a_trusted_proxy_s_header_counts_and_its_own_certificate_does_not(
+def test_the_client_cert_header_of_a_trusted_proxy_counts_and_its_own_certificate_does_not(
     make_settings: Callable[..., Settings],
 ) -> None:
     built = create_app(make_settings(PORTAL_TRUSTED_PROXIES="10.0.0.0/8, 127.0.0.1"), background=False)
@@ -241,7 +241,7 @@ def test_a_trusted_proxy_s_header_counts_and_its_own_certificate_does_not(
 
 
 @pytest.mark.parametrize("operation", ["cacerts", "csrattrs"])
-def test_a_certificate_that_is_shown_ends_the_one_before_where_that_is_wanted(
+def test_using_a_new_certificate_revokes_the_previous_one_if_configured(
     make_settings: Callable[..., Settings], clock: Clock, operation: str
 ) -> None:
     built = create_app(make_settings(PORTAL_RENEWAL_REVOKE_PREVIOUS="when_used"), background=False, clock=clock)
@@ -263,7 +263,7 @@ def test_a_certificate_that_is_shown_ends_the_one_before_where_that_is_wanted(
     portal_of(built).close()
 
 
-def test_renewals_are_counted_by_who_asked(api: Api, clock: Clock) -> None:
+def test_renewals_are_counted_by_requester(api: Api, clock: Clock) -> None:
     device_id, one = enrolled(api)
     clock.advance(days=300)
     before = {by: counted(api, by) for by in ("operator", "device")}

@@ -1,4 +1,4 @@
-"""Devices that ask again, all at once, or wait for an operator: what each database must get right."""
+"""Repeated and concurrent enrolment requests, and approval by an operator, on each database."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tests.support.est import Device, certificates_of, csr_der, device, key_and_
 from tests.support.harness import Api
 
 
-def test_a_lost_answer_costs_nothing(api: Api) -> None:
+def test_a_repeat_after_a_lost_answer_uses_no_second_place(api: Api) -> None:
     one, request = device(api, count=1), csr_der()
     first, again = certificates_of(one.enrol(request)), certificates_of(one.enrol(request))
     assert first == again
     assert len(api.get("/devices").json["devices"]) == 1
 
 
-def test_devices_that_ask_at_once_are_counted_once_each(api: Api) -> None:
+def test_concurrent_devices_are_counted_once_each(api: Api) -> None:
     secret, keys = token(api, count=2), [new_key(), new_key()]
     requests = [csr_der(key) for key in keys] * 2
     with ThreadPoolExecutor(4) as pool:
@@ -48,7 +48,7 @@ def test_a_device_waits_until_an_operator_approves_it(api: Api) -> None:
         assert api.post(f"{path}/{decision}").status_code == 409
 
 
-def test_a_device_that_an_operator_rejects_is_out_for_good(api: Api) -> None:
+def test_a_rejected_device_stays_rejected(api: Api) -> None:
     one, request = device(api, approval="operator"), csr_der()
     one.enrol(request)
     [pending] = api.get("/devices?status=pending").json["devices"]
@@ -60,7 +60,7 @@ def test_a_device_that_an_operator_rejects_is_out_for_good(api: Api) -> None:
     assert api.get(path).json["revocation_reason"] == "privilege_withdrawn"
 
 
-def test_a_device_that_never_asked_is_not_approved(api: Api) -> None:
+def test_a_device_without_a_request_cannot_be_approved(api: Api) -> None:
     wanted = {"name": "pump-7", "type": "pump", "location": "hall 2", "firmware": "1"}
     answer = api.post("/devices", wanted)
     assert (answer.status_code, answer.json["status"]) == (201, "pending")
@@ -73,7 +73,7 @@ def test_a_device_that_never_asked_is_not_approved(api: Api) -> None:
     assert api.post("/enrolment-tokens", {"name": "late", "device_id": answer.json["device_id"]}).status_code == 409
 
 
-def test_a_lost_answer_is_made_good_by_another_key_and_the_first_one_ends(api: Api) -> None:
+def test_after_a_lost_answer_a_second_key_is_issued_and_the_first_one_revoked(api: Api) -> None:
     one, request = device(api, count=1), csr_der()
     _, first = key_and_certificate(one.enrol(request, "serverkeygen"))
     _, second = key_and_certificate(one.enrol(request, "serverkeygen"))

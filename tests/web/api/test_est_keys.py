@@ -1,4 +1,4 @@
-"""Keys that are made for devices over EST (serverkeygen), judged by openssl; no trace of them stays."""
+"""Keys generated for devices over EST (serverkeygen), checked by openssl; no copy of them is left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_device_is_given_a_key_with_its_certificate(api: Api) -> None:
     assert (shown["name"], shown["status"]) == ("pump-sn-9", "active")
 
 
-def test_the_key_is_nowhere_once_it_is_handed_over(
+def test_no_copy_of_the_key_is_left_after_the_answer(
     api: Api, app: Flask, caplog: pytest.LogCaptureFixture, clock: Clock
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -61,7 +61,7 @@ def test_the_key_is_nowhere_once_it_is_handed_over(
     assert api.get("/audit?action=device:enrol").json["entries"][0]["detail"]["key"] == "made here"
 
 
-def test_a_key_is_made_again_only_while_the_token_lasts_and_before_a_renewal(api: Api, clock: Clock) -> None:
+def test_a_key_is_generated_again_only_while_the_token_is_valid_and_before_a_renewal(api: Api, clock: Clock) -> None:
     one, request = device(api, expires_in_hours=1), csr_der()
     _, certificate = key_and_certificate(one.enrol(request, "serverkeygen"))
     device_id = certificate.subject.rfc4514_string()[3:]
@@ -77,7 +77,7 @@ def test_a_key_is_made_again_only_while_the_token_lasts_and_before_a_renewal(api
     refused(other.enrol(request, "serverkeygen"), 403)
 
 
-def test_a_device_waits_for_an_operator_here_too(api: Api) -> None:
+def test_a_device_waits_for_an_operator_with_serverkeygen_too(api: Api) -> None:
     one, request = device(api, approval="operator"), csr_der()
     answer = one.enrol(request, "serverkeygen")
     assert (answer.status_code, int(answer.headers["Retry-After"]) > 0) == (202, True)
@@ -88,7 +88,7 @@ def test_a_device_waits_for_an_operator_here_too(api: Api) -> None:
     assert api.get("/enrolments").json["enrolments"] == []
 
 
-def test_a_device_is_let_in_by_the_certificate_it_was_born_with(api: Api) -> None:
+def test_a_device_gets_a_key_with_its_factory_certificate(api: Api) -> None:
     maker = Authority("A maker's CA")
     record = api.post(
         "/manufacturers", {"name": "A maker", "certificate": maker.certificate.public_bytes(PEM).decode()}
@@ -101,7 +101,7 @@ def test_a_device_is_let_in_by_the_certificate_it_was_born_with(api: Api) -> Non
     key_and_certificate(one.enrol(None, "serverkeygen"))
 
 
-def test_a_renewal_with_a_key_made_here_keeps_to_the_window_names_and_kind_of_key(api: Api, clock: Clock) -> None:
+def test_a_renewal_by_serverkeygen_keeps_window_names_and_key_type(api: Api, clock: Clock) -> None:
     [certificate] = certificates_of(device(api).enrol())
     device_id = certificate.subject.rfc4514_string()[3:]
     one = Device(api, certificate=certificate.public_bytes(Encoding.DER))
@@ -115,7 +115,7 @@ def test_a_renewal_with_a_key_made_here_keeps_to_the_window_names_and_kind_of_ke
     assert api.get(f"/devices/{device_id}/certificates").json["certificates"][-1]["revoked_at"] is None
 
 
-def test_neither_key_nor_signature_of_the_request_count(api: Api) -> None:
+def test_key_and_signature_of_the_request_are_ignored(api: Api) -> None:
     weak = openssl("genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024", data=b"")
     request = bytearray(_csr_by_openssl(weak))
     request[-1] ^= 1
@@ -127,7 +127,7 @@ def _csr_by_openssl(key: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("oid", ["1.2.840.113549.1.9.16.2.37", "1.2.840.113549.1.9.16.2.54"])
-def test_a_key_that_is_to_be_encrypted_beyond_tls_is_refused(api: Api, oid: str) -> None:
+def test_a_request_for_an_encrypted_key_is_refused(api: Api, oid: str) -> None:
     request = csr_der(attributes=[(oid, b"\x04\x08the-key1")])
     one = device(api)
     assert "DecryptKeyIdentifier" in refused(one.enrol(request, "serverkeygen"), 400)
@@ -137,11 +137,11 @@ def test_a_key_that_is_to_be_encrypted_beyond_tls_is_refused(api: Api, oid: str)
 @pytest.mark.parametrize(
     ("body", "status"), [(b"", 400), (b"!", 400), (b"MAMCAQE=", 400), (b"TUlJ" * 8000, 400), (b"TUlJ" * 20000, 413)]
 )
-def test_a_request_that_is_none_is_refused(api: Api, body: bytes, status: int) -> None:
+def test_a_malformed_key_request_is_refused(api: Api, body: bytes, status: int) -> None:
     refused(device(api).call("POST", "serverkeygen", body), status)
 
 
-def test_who_brings_no_token_or_a_wrong_one_gets_no_key(api: Api) -> None:
+def test_a_client_without_a_valid_token_gets_no_key(api: Api) -> None:
     answer = Device(api).enrol(None, "serverkeygen")
     refused(answer, 401)
     assert answer.headers["WWW-Authenticate"].startswith('Basic realm="')

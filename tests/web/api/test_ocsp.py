@@ -1,4 +1,4 @@
-"""OCSP as relying parties meet it: by GET and POST, on both listeners, judged by pyca's reader of answers."""
+"""OCSP by GET and POST, on both listeners; cryptography parses the answers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def anyone(app: Flask) -> Api:
 # --- What is said -------------------------------------------------------------------------------------------------
 
 
-def test_a_device_is_good_until_it_is_revoked_and_then_so_with_time_and_reason(
+def test_a_device_is_good_until_it_is_revoked_and_then_revoked_with_time_and_reason(
     api: Api, app: Flask, anyone: Api
 ) -> None:
     device = api.register()
@@ -109,7 +109,7 @@ def test_a_certificate_that_was_replaced_is_good_until_it_is_revoked(api: Api, a
     assert said_of(anyone, ask(issuing_of(app), int(number, 16))) == ["good"]
 
 
-def test_the_portals_own_certificates_are_answered_for(app: Flask, anyone: Api) -> None:
+def test_the_status_of_the_portals_own_certificates_is_known(app: Flask, anyone: Api) -> None:
     portal = portal_of(app)
     folder = portal.settings.data_dir
     own = [folder / "tls" / "server.pem", folder / "canaries" / "good.pem", folder / "canaries" / "revoked.pem",
@@ -135,7 +135,7 @@ def test_a_chain_in_one_request_is_answered_by_the_first_ones_ca(api: Api, app: 
     assert said_of(anyone, Ocsp(chain[::-1])) == ["good", "unknown"]
 
 
-def test_for_the_cas_of_others_there_is_no_authority(app: Flask, anyone: Api) -> None:
+def test_requests_about_other_cas_are_unauthorized(app: Flask, anyone: Api) -> None:
     portal = portal_of(app)
     root, issuing = portal.authority.root.issuer.certificate, issuing_of(app)
     stranger = x509.load_pem_x509_certificate((portal.settings.data_dir / "canaries" / "good.pem").read_bytes())
@@ -155,7 +155,7 @@ def test_for_the_cas_of_others_there_is_no_authority(app: Flask, anyone: Api) ->
 
 
 def with_slash_and_plus(app: Flask) -> bytes:
-    """A request whose base64 has both, twice in a row for the slash."""
+    """A request whose base64 contains a plus and two slashes in a row."""
     for number in range(1, 1 << 40):
         der = ask(issuing_of(app), number << 200 | 0xFFFFFF).der()
         text = base64.b64encode(der).decode()
@@ -177,7 +177,7 @@ def with_slash_and_plus(app: Flask) -> bytes:
     ],
     ids=["URL-encoded", "raw", "slashes raw", "no padding", "spaces for plus", "in lines"],
 )
-def test_get_takes_base64_however_it_was_put_into_the_url(
+def test_get_accepts_every_encoding_of_base64_in_the_url(
     app: Flask, anyone: Api, form: Callable[[str], str], listener: dict[str, Any]
 ) -> None:
     der = with_slash_and_plus(app)
@@ -187,11 +187,11 @@ def test_get_takes_base64_however_it_was_put_into_the_url(
 
 
 @pytest.mark.parametrize("path", ["/ocsp/AAAA", "/ocsp/A", "/ocsp/MA==MA==", "/ocsp/====", "/ocsp//", "/ocsp/ "])
-def test_get_of_what_is_no_request_is_malformed(anyone: Api, path: str) -> None:
+def test_get_of_another_der_structure_is_malformed(anyone: Api, path: str) -> None:
     assert failure_of(anyone.get(path)) is MALFORMED
 
 
-def test_get_of_what_is_no_base64_is_refused(anyone: Api) -> None:
+def test_get_of_invalid_base64_is_refused(anyone: Api) -> None:
     for path in ("/ocsp/%00", "/ocsp/a-b", "/ocsp/%F0%9F%98%80", "/ocsp/../ca.pem"):
         problem_of(anyone.get(path), 400, "malformed_request")
     for path in ("/ocsp/", "/ocsp/" + "A" * 8193):
@@ -200,11 +200,11 @@ def test_get_of_what_is_no_base64_is_refused(anyone: Api) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"0", b"\x30\x03\x02\x01\x01", b"GET / HTTP/1.1", b"\x30\x84\xff\xff\xff\xff"])
-def test_post_of_what_is_no_request_is_malformed(anyone: Api, body: bytes) -> None:
+def test_post_of_another_body_is_malformed(anyone: Api, body: bytes) -> None:
     assert failure_of(post(anyone, body)) is MALFORMED
 
 
-def test_post_takes_nothing_but_ocsp_requests(app: Flask, anyone: Api) -> None:
+def test_post_accepts_only_the_media_type_of_ocsp_requests(app: Flask, anyone: Api) -> None:
     der = ask(issuing_of(app), 1).der()
     for media_type in ("application/json", "application/x-www-form-urlencoded", "", "application/ocsp-response"):
         problem_of(anyone.call("POST", "/ocsp", data=der, content_type=media_type), 415, "unsupported_media_type")
@@ -224,7 +224,7 @@ def test_a_request_for_500_certificates_is_refused(app: Flask, anyone: Api) -> N
 
 
 @pytest.mark.parametrize("length", [1, 16, 32, 128])
-def test_a_nonce_comes_back_in_an_answer_that_nobody_else_is_given(app: Flask, anyone: Api, length: int) -> None:
+def test_a_nonce_is_returned_in_an_answer_that_is_not_cached(app: Flask, anyone: Api, length: int) -> None:
     value = secrets.token_bytes(length)
     request = dataclasses.replace(ask(issuing_of(app), 1), extensions=[nonce(value)]).der()
     for fetch in (get, post):
@@ -237,7 +237,7 @@ def test_a_nonce_comes_back_in_an_answer_that_nobody_else_is_given(app: Flask, a
 @pytest.mark.parametrize(
     "bad", [nonce(b""), nonce(b"n" * 129), extension(NONCE, b"bare"), extension("2a03", b"", critical=True)]
 )
-def test_a_nonce_of_another_length_and_what_is_critical_and_unknown_are_malformed(
+def test_a_nonce_of_another_length_and_unknown_critical_extensions_are_malformed(
     app: Flask, anyone: Api, bad: bytes
 ) -> None:
     request = dataclasses.replace(ask(issuing_of(app), 1), extensions=[bad]).der()
@@ -247,7 +247,7 @@ def test_a_nonce_of_another_length_and_what_is_critical_and_unknown_are_malforme
 # --- Caching ------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_says_how_long_it_may_be_kept(api: Api, app: Flask, anyone: Api) -> None:
+def test_an_answer_says_how_long_it_may_be_cached(api: Api, app: Flask, anyone: Api) -> None:
     request = ask(issuing_of(app), int(api.register()["serial_number"], 16)).der()
     got, posted = get(anyone, request, **CLEAR), post(anyone, request)
     for answer in (got, posted):
@@ -302,8 +302,8 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
 
 
 @ON_SQLITE
-def test_whatever_is_asked_is_answered_and_never_called_good(shared_app: Flask) -> None:
-    """Of 2,000 mutated requests, each gets an OCSP answer; one that is good is for the certificate that is."""
+def test_mutated_requests_are_answered_and_never_good(shared_app: Flask) -> None:
+    """Each of 2,000 mutated requests gets an OCSP answer, and good only if it is about the good certificate."""
     issuing, anyone = issuing_of(shared_app), api_as(shared_app, None)
     portal = portal_of(shared_app)
     good = x509.load_pem_x509_certificate((portal.settings.data_dir / "canaries" / "good.pem").read_bytes())

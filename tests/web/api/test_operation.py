@@ -1,4 +1,4 @@
-"""The portal about itself: alive, ready, described."""
+"""Health, readiness and the description of the interface."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def auditor(app: Flask) -> Api:
 
 
 def problems_of(asking: Api, told: str = "problem") -> dict[str, str]:
-    """What ``/readyz`` says is wrong, by the name of the check."""
+    """The problems that ``/readyz`` reports, by the name of the check."""
     answer = asking.get("/readyz")
     problems = {check["name"]: check[told] for check in answer.json["checks"] if not check["ok"]}
     assert answer.content_type == "application/json"
@@ -42,12 +42,12 @@ def fail(*_: object, **__: object) -> None:
     raise DatabaseUnavailable("The database does not answer or has no room left; try again shortly.")
 
 
-def test_healthz_says_alive(anyone: Api) -> None:
+def test_healthz_reports_ok(anyone: Api) -> None:
     answer = anyone.get("/healthz")
     assert (answer.status_code, answer.json) == (200, {"status": "ok"})
 
 
-def test_healthz_asks_nobody(anyone: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_healthz_uses_neither_database_nor_broker(anyone: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     assert anyone.get("/healthz").status_code == 200
     monkeypatch.setattr(Database, "snapshot", fail)
     monkeypatch.setattr(Database, "transaction", fail)
@@ -59,7 +59,7 @@ def test_readyz_names_the_broker_that_does_not_run_and_nothing_else(auditor: Api
     assert "start it" in problems_of(auditor)["broker"]
 
 
-def test_readyz_is_ready_where_all_is_well(auditor: Api, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readyz_is_ready_if_all_checks_pass(auditor: Api, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     portal = portal_of(app)
     monkeypatch.setattr(Enforcement, "broker_answers", lambda _: True)
     assert "generation" in problems_of(auditor)["broker"]
@@ -73,7 +73,7 @@ def test_readyz_names_a_damaged_file_of_the_broker(auditor: Api, app: Flask) -> 
     assert "acl" in problems_of(auditor)["broker files"]
 
 
-def test_readyz_names_a_crl_that_nobody_renews(auditor: Api, clock: Clock) -> None:
+def test_readyz_names_an_expired_crl(auditor: Api, clock: Clock) -> None:
     clock.advance(days=5)
     assert "issuing-1" in problems_of(auditor)["crl"]
 
@@ -89,7 +89,9 @@ def test_readyz_names_a_database_that_does_not_answer(auditor: Api, monkeypatch:
     assert problems_of(auditor, "code")["database"] == "database_unavailable"
 
 
-def test_readyz_tells_a_stranger_nothing_of_a_check_that_broke(auditor: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readyz_does_not_tell_anyone_the_exception_of_a_failed_check(
+    auditor: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(_: object) -> None:
         raise RuntimeError("secret inner workings")
 
@@ -105,7 +107,7 @@ def test_readyz_survives_a_broker_folder_that_is_gone(auditor: Api, app: Flask) 
     assert {"broker", "broker files"} <= set(problems_of(auditor))
 
 
-def test_readyz_tells_a_stranger_codes_and_no_reason(anyone: Api, app: Flask, clock: Clock) -> None:
+def test_readyz_tells_anyone_codes_without_reasons(anyone: Api, app: Flask, clock: Clock) -> None:
     settings = portal_of(app).settings
     settings.broker_file("acl").write_text("topic readwrite #\n")
     clock.advance(days=5)
@@ -154,14 +156,14 @@ def test_every_operation_has_a_name_a_summary_and_the_request_id_on_every_answer
             assert answer["description"]
 
 
-def test_every_reference_in_the_openapi_text_leads_somewhere(anyone: Api) -> None:
+def test_every_reference_in_the_openapi_text_resolves(anyone: Api) -> None:
     text = anyone.get("/openapi.json")
     for reference in {line.split('"')[3] for line in json.dumps(text.json, indent=1).splitlines() if '"$ref"' in line}:
         assert reference.removeprefix("#/components/schemas/") in text.json["components"]["schemas"]
 
 
 class Page(HTMLParser):
-    """What a page loads, links to and says."""
+    """What a page loads, links to and shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +180,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_shows_every_route_and_needs_nothing_from_elsewhere(anyone: Api) -> None:
+def test_the_page_shows_every_route_and_loads_nothing_from_elsewhere(anyone: Api) -> None:
     answer = anyone.get("/docs")
     assert (answer.status_code, answer.content_type) == (200, "text/html; charset=utf-8")
     page = Page()

@@ -1,4 +1,4 @@
-"""What anyone may fetch in plain HTTP: CA certificates, CRLs, and nothing else."""
+"""What the plain HTTP listener serves: CA certificates and CRLs, and no other route."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def anyone(shared_app: Flask) -> Api:
         ("/ca.pem", "application/x-pem-file", x509.load_pem_x509_certificates),
     ],
 )
-def test_it_is_served_on_both_listeners_in_its_form(
+def test_public_documents_are_served_on_both_listeners(
     anyone: Api, path: str, media_type: str, read: Callable[[bytes], object], listener: dict[str, Any]
 ) -> None:
     answer = anyone.get(path, **listener)
@@ -81,7 +81,7 @@ def test_a_revocation_is_in_the_next_crl(api: Api, app: Flask) -> None:
 # --- Caching ------------------------------------------------------------------------------------------------------
 
 
-def test_a_crl_says_until_when_it_may_be_kept(anyone: Api) -> None:
+def test_a_crl_says_how_long_it_may_be_cached(anyone: Api) -> None:
     answer = anyone.get("/crl/issuing-1.crl", **CLEAR)
     crl = x509.load_der_x509_crl(answer.data)
     assert parsedate_to_datetime(answer.headers["Last-Modified"]) == crl.last_update_utc
@@ -90,7 +90,7 @@ def test_a_crl_says_until_when_it_may_be_kept(anyone: Api) -> None:
     assert re.fullmatch(r'"[0-9a-f]{32}"', answer.headers["ETag"])
 
 
-def test_a_crl_that_is_over_is_not_to_be_kept(app: Flask, clock: Clock) -> None:
+def test_an_expired_crl_is_not_cached(app: Flask, clock: Clock) -> None:
     clock.advance(days=400)
     assert api_as(app, None).get("/crl/issuing-1.crl").headers["Cache-Control"] == "public, max-age=0"
 
@@ -100,7 +100,7 @@ def test_a_crl_that_is_over_is_not_to_be_kept(app: Flask, clock: Clock) -> None:
     [("{}", 304), ("W/{}", 304), ('"other", {}', 304), ("*", 304), ('"other"', 200), ("", 200), ("{}x", 200)],
 )
 @pytest.mark.parametrize("path", PKI)
-def test_who_has_it_already_is_not_sent_it_again(anyone: Api, path: str, tag: str, status: int) -> None:
+def test_a_client_with_the_current_version_gets_304(anyone: Api, path: str, tag: str, status: int) -> None:
     etag = anyone.get(path).headers["ETag"]
     answer = anyone.get(path, headers={"If-None-Match": tag.format(etag)}, **CLEAR)
     assert (answer.status_code, bool(answer.data)) == (status, status == 200)
@@ -119,11 +119,11 @@ def test_a_crl_is_sent_if_modified_since(anyone: Api, seconds: int, status: int)
     "since",
     ["", "yesterday", "Mon, 01 Jan 2035 00:00:00", "Mon, 01 Jan 99999 00:00:00 GMT", "Mon, 01 Jan 0001 00:00:00 +9999"],
 )
-def test_a_date_that_is_none_is_passed_over(anyone: Api, since: str) -> None:
+def test_an_invalid_date_is_ignored(anyone: Api, since: str) -> None:
     assert anyone.get("/crl/issuing-1.crl", headers={"If-Modified-Since": since}).status_code == 200
 
 
-def test_the_entity_tag_goes_before_the_date(anyone: Api) -> None:
+def test_the_entity_tag_has_precedence_over_the_date(anyone: Api) -> None:
     later = {"If-None-Match": '"other"', "If-Modified-Since": "Mon, 01 Jan 2035 00:00:00 GMT"}
     assert anyone.get("/crl/issuing-1.crl", headers=later).status_code == 200
 
@@ -141,7 +141,7 @@ def test_head_is_get_without_the_content(anyone: Api) -> None:
 
 @pytest.mark.parametrize("route", [route for route in ROUTES if not route.on_pki_listener], ids=lambda r: r.path)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE", "OPTIONS"])
-def test_the_plain_listener_knows_of_no_other_route(shared_app: Flask, route: Any, method: str) -> None:
+def test_the_plain_listener_serves_no_other_route(shared_app: Flask, route: Any, method: str) -> None:
     path = re.sub(r"\{device_id\}", "00000000-0000-4000-8000-000000000000", route.path)
     answer = api_as(shared_app, None).call(method, re.sub(r"\{\w+\}", "0" * 16, path), **CLEAR)
     assert answer.status_code == 404
@@ -151,7 +151,7 @@ def test_the_plain_listener_knows_of_no_other_route(shared_app: Flask, route: An
         problem_of(answer, 404, "not_found")
 
 
-def test_even_a_good_token_opens_nothing_on_the_plain_listener(api: Api) -> None:
+def test_a_valid_token_is_useless_on_the_plain_listener(api: Api) -> None:
     problem_of(api.get("/devices", **CLEAR), 404, "not_found")
 
 
@@ -173,7 +173,7 @@ def test_the_routes_of_the_plain_listener_are_these(anyone: Api) -> None:
     ["/ca/nobody.cer", "/crl/nobody.crl", "/ca/.cer", "/ca/root", "/ca/%2e%2e.cer", "/crl/root%00.crl", "/ca/ROOT.cer",
      "/ca/..%2froot.cer", "//ca.pem", "/ca.pem/", "/", "/ca", "/secrets/operator-token"],
 )  # fmt: skip
-def test_what_is_not_there_is_not_found(anyone: Api, path: str) -> None:
+def test_unknown_issuers_are_not_found(anyone: Api, path: str) -> None:
     nothing: dict[str, Any] = {}
     for listener in (nothing, CLEAR):
         problem_of(anyone.client.open(path, **listener), 404, "not_found")

@@ -1,4 +1,4 @@
-"""A manufacturer's device that was reset: it comes back with another key, and an operator decides."""
+"""A device of a manufacturer that was reset enrols again with another key, after approval by an operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAKER = Authority("A maker's CA")
 
 @pytest.fixture
 def born(api: Api) -> Device:
-    """A device with the certificate that it was born with, of a registered manufacturer."""
+    """A device with the factory certificate of a registered manufacturer."""
     certificate = MAKER.certificate.public_bytes(PEM).decode()
     record = api.post("/manufacturers", {"name": "A maker", "certificate": certificate}).json
     proof = MAKER.issue(record["nonce"]).certificate.public_bytes(PEM).decode()
@@ -30,7 +30,7 @@ def born(api: Api) -> Device:
 
 @pytest.fixture
 def before(born: Device) -> tuple[str, Device]:
-    """Its first enrolment: its path, and itself as it then renews."""
+    """The device after its first enrolment: its path, and the client with its certificate."""
     [certificate] = certificates_of(born.enrol())
     device_id = certificate.subject.rfc4514_string()[3:]
     return f"/devices/{device_id}", Device(born.api, certificate=certificate.public_bytes(Encoding.DER))
@@ -41,7 +41,7 @@ def asking(api: Api) -> list[dict[str, Any]]:
     return found
 
 
-def test_with_an_operator_s_leave_it_keeps_its_name_and_loses_its_older_certificates(
+def test_an_approved_device_keeps_its_name_and_loses_its_older_certificates(
     api: Api, born: Device, before: tuple[str, Device], app: Flask
 ) -> None:
     path, older = before
@@ -79,7 +79,7 @@ def serials_on_crl(portal: Portal) -> set[str]:
     return {f"{entry.serial_number:x}" for one in lists for entry in one}
 
 
-def test_a_key_that_an_operator_turns_down_stays_out_and_the_device_stays_in(
+def test_a_rejected_key_gets_no_certificate_and_the_device_stays_active(
     api: Api, born: Device, before: tuple[str, Device]
 ) -> None:
     path, _ = before
@@ -93,7 +93,7 @@ def test_a_key_that_an_operator_turns_down_stays_out_and_the_device_stays_in(
     assert api.get(path).json["status"] == "active"
 
 
-def test_an_approval_is_of_the_key_that_was_looked_at(api: Api, born: Device, before: tuple[str, Device]) -> None:
+def test_an_approval_is_for_the_key_that_the_operator_saw(api: Api, born: Device, before: tuple[str, Device]) -> None:
     path, _ = before
     request = csr_der()
     born.enrol(request)
@@ -106,7 +106,7 @@ def test_an_approval_is_of_the_key_that_was_looked_at(api: Api, born: Device, be
 
 
 @pytest.mark.parametrize("act", ["suspend", "revoke"])
-def test_a_device_that_is_out_does_not_come_back_by_a_reset(
+def test_a_revoked_device_does_not_come_back_by_a_reset(
     api: Api, born: Device, before: tuple[str, Device], act: str
 ) -> None:
     path, _ = before
@@ -118,7 +118,7 @@ def test_a_device_that_is_out_does_not_come_back_by_a_reset(
     assert asking(api) == []
 
 
-def test_a_device_that_was_revoked_comes_back_as_another_by_a_token(
+def test_a_revoked_device_can_enrol_as_a_new_one_with_a_token(
     api: Api, born: Device, before: tuple[str, Device]
 ) -> None:
     path, _ = before
@@ -129,9 +129,7 @@ def test_a_device_that_was_revoked_comes_back_as_another_by_a_token(
     assert f"/devices/{certificate.subject.rfc4514_string()[3:]}" != path
 
 
-def test_who_waits_is_listed_with_who_has_waited_longest_first(
-    api: Api, born: Device, before: tuple[str, Device]
-) -> None:
+def test_waiting_devices_are_listed_longest_wait_first(api: Api, born: Device, before: tuple[str, Device]) -> None:
     born.enrol()
     token = api.post("/enrolment-tokens", {"name": "a batch", "approval": "operator"}).json
     Device(api, token["token"]).enrol()

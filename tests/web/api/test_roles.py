@@ -1,4 +1,4 @@
-"""Who may call what: every route with its decision written out."""
+"""Which role may call which route, written out."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def clients(shared_app: Flask) -> dict[Role | None, Api]:
 
 
 def call(api: Api, route: str, method: str | None = None) -> Any:
-    """Ask for nothing that exists, with a body that changes nothing."""
+    """Call a route for a thing that does not exist, with a body that changes nothing."""
     declared, path = route.split(" ")
     path = re.sub(r"\{device_id\}", "00000000-0000-4000-8000-000000000000", path)
     path = re.sub(r"\{\w+\}", "0" * 16, path)
@@ -116,7 +116,7 @@ def test_a_role_may_call_what_the_table_says_and_nothing_else(
 @ON_SQLITE
 @pytest.mark.parametrize("role", [*Role, None])
 @pytest.mark.parametrize("route", [route for route in MAY_CALL if route.startswith("GET ")])
-def test_head_is_decided_as_get_is(clients: dict[Role | None, Api], route: str, role: Role | None) -> None:
+def test_head_needs_the_same_role_as_get(clients: dict[Role | None, Api], route: str, role: Role | None) -> None:
     answer = call(clients[role], route, "HEAD")
     assert (answer.status_code in (401, 403)) == (role not in MAY_CALL[route])
     assert answer.data == b""
@@ -136,7 +136,7 @@ def test_a_refusal_is_recorded_under_the_request_id(
 
 
 @ON_SQLITE
-def test_a_refused_request_is_told_nothing_of_what_there_is(clients: dict[Role | None, Api]) -> None:
+def test_a_refused_request_does_not_show_whether_a_thing_exists(clients: dict[Role | None, Api]) -> None:
     known = clients[ADMIN].register()["device_id"]
     there, not_there = (clients[None].get(f"/devices/{name}").json for name in (known, "no-id"))
     assert {**there, "request_id": ""} == {**not_there, "request_id": ""}
@@ -148,7 +148,7 @@ GUARDED = [route for route, roles in MAY_CALL.items() if None not in roles]
 @ON_SQLITE
 @pytest.mark.parametrize("route", GUARDED)
 @pytest.mark.parametrize("state", ["revoked", "expired"])
-def test_a_token_that_was_revoked_or_has_expired_opens_nothing(shared_app: Flask, route: str, state: str) -> None:
+def test_a_revoked_or_expired_token_is_refused_on_every_route(shared_app: Flask, route: str, state: str) -> None:
     portal = portal_of(shared_app)
     now = portal.clock()
     ended = now - timedelta(seconds=1)
@@ -176,7 +176,7 @@ OF_ONE_THING = [route for route in GUARDED if "_id}" in route]
 
 @ON_SQLITE
 @pytest.mark.parametrize("route", OF_ONE_THING)
-def test_what_is_anothers_is_not_there(clients: dict[Role | None, Api], foreigner: Api, route: str) -> None:
+def test_things_of_another_tenant_are_not_found(clients: dict[Role | None, Api], foreigner: Api, route: str) -> None:
     device_id = clients[ADMIN].register()["device_id"]
     token_id = clients[ADMIN].post("/tokens", {"name": "mine", "role": "auditor"}).json["token_id"]
     webhook_id = clients[ADMIN].post("/webhooks", {"name": "mine", "url": "https://example.com"}).json["webhook_id"]
@@ -205,7 +205,7 @@ def test_what_is_anothers_is_not_there(clients: dict[Role | None, Api], foreigne
     ("route", "field"),
     [("/devices", "devices"), ("/tokens", "tokens"), ("/audit", "entries"), ("/webhooks", "webhooks")],
 )
-def test_a_list_holds_nothing_of_anothers(
+def test_a_list_contains_nothing_of_another_tenant(
     clients: dict[Role | None, Api], foreigner: Api, route: str, field: str
 ) -> None:
     own = {str(item) for item in clients[ADMIN].get(route).json[field]}

@@ -1,4 +1,4 @@
-"""Calls that follow one another, made up from the OpenAPI text: every answer is of a kind that is described.
+"""Sequences of calls, generated from the OpenAPI text: every answer is described there.
 
 ``STATEFUL_RUNS`` asks for more than the few runs of the suite.
 """
@@ -37,7 +37,7 @@ CHECKS = {**CONFIG["checks"], "ignored_auth": {"enabled": False}}  # type: ignor
 
 
 def described() -> dict[str, Any]:
-    """The OpenAPI text with one link more, which it cannot express: the token stands inside of ``download_url``."""
+    """The OpenAPI text with one more link, which it cannot express: the token is a part of ``download_url``."""
     text = openapi(ROUTES, server_url="http://localhost")
     made = text["paths"]["/register"]["post"]["responses"]["201"]
     made["links"]["download"] = {"operationId": "download", "parameters": {"token": "$response.body#/device_id"}}
@@ -57,7 +57,7 @@ FINAL = {DeviceStatus.REVOKED.value}
 
 
 class Calls(schema.as_state_machine()):  # type: ignore[misc]  # made at run time
-    """What was answered is asked for again: devices with their links, tokens, webhooks."""
+    """The newest devices, links, tokens and webhooks of answers are used in later calls."""
 
     app: ClassVar[Flask]
     answered: ClassVar[dict[str, int]]
@@ -65,26 +65,26 @@ class Calls(schema.as_state_machine()):  # type: ignore[misc]  # made at run tim
     runs: ClassVar[int]
 
     def setup(self) -> None:
-        """Begin each run with things of its own, so that the same calls get the same answers."""
+        """Begin each run with new things, so that the same calls get the same answers."""
         Calls.runs += 1
         self.there = things(self.app)
         self.calls = itertools.count()
 
     def teardown(self) -> None:
-        """Make room: a portal has few webhooks."""
+        """Delete webhooks: a portal may have only a few."""
         for webhook in self.there.api.get("/webhooks").json["webhooks"]:
             self.there.api.delete(f"/webhooks/{webhook['webhook_id']}")
 
     @initialize(target=Bundle("catch_all"))
     def begin_with_a_device(self) -> StepOutput:
-        """Have a device to speak of in every run, whatever chance would begin with."""
+        """Register a device in every run, whatever call comes first."""
         body: Any = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
         case = schema["/register"]["POST"].Case(body=body, media_type="application/json")
         step: StepOutput = self.RANDOM__POST_register(StepInput.initial(case))
         return step
 
     def before_call(self, case: schemathesis.Case[Any]) -> None:
-        """Let what was made up fit, and every other path speak of the newest thing of its kind."""
+        """Make generated values valid, and use the newest thing in every other path."""
         if case.meta is not None and case.meta.generation.mode.is_positive:
             followed = dict(case.path_parameters)
             fit(case, self.there)
@@ -95,7 +95,7 @@ class Calls(schema.as_state_machine()):  # type: ignore[misc]  # made at run tim
                 case.path_parameters.update(followed)
 
     def after_call(self, response: schemathesis.Response, case: schemathesis.Case[Any]) -> None:
-        """Count it, and remember the newest things."""
+        """Count the call, and remember the newest things."""
         name = f"{case.operation.method.upper()} {case.operation.path} {response.status_code}"
         self.answered[name] = self.answered.get(name, 0) + 1
         if response.status_code != 201:
@@ -112,7 +112,7 @@ class Calls(schema.as_state_machine()):  # type: ignore[misc]  # made at run tim
         return {"headers": {"Authorization": f"Bearer {self.there.api.token}"}}
 
     def validate_response(self, *arguments: Any, **options: Any) -> None:
-        """Remember what failed, whatever hypothesis then makes of it."""
+        """Remember the failure, whatever hypothesis does with it."""
         try:
             super().validate_response(*arguments, **options)
         except Exception as failure:
@@ -147,7 +147,7 @@ def explore(runs: int) -> None:
 
 
 @ON_SQLITE
-def test_calls_that_follow_one_another_are_answered_as_described(shared_app: Flask) -> None:
+def test_sequences_of_calls_are_answered_as_described(shared_app: Flask) -> None:
     application.made = Calls.app = shared_app
     Calls.answered, Calls.failed, Calls.runs = {}, [], 0
     explore(RUNS)
@@ -159,7 +159,7 @@ def test_calls_that_follow_one_another_are_answered_as_described(shared_app: Fla
 
 
 def revoked_is_final(app: Flask, admin: Api) -> None:
-    """After all that, no device that the record says was revoked is anything else."""
+    """Assert that each device which the record says was revoked still is."""
     entries = portal_of(app).operators.audit("default", limit=1000, before=None, filters={"action": "device:revoke"})[0]
     revoked = {entry.object.removeprefix("device:") for entry in entries if entry.outcome == "done"}
     assert revoked

@@ -1,4 +1,4 @@
-"""Too many failed logins from an address are told to wait; whoever may come in never is."""
+"""An address with too many failed logins has to wait; a valid token never has to."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def fail(app: Flask, times: int = LIMIT, **options: Any) -> None:
 
 
 def audited(app: Flask) -> list[Any]:
-    """The refusals of logins in the audit record, newest first."""
+    """Return the refused logins in the audit record, newest first."""
     entries = portal_of(app).operators.audit("default", limit=200, before=None, filters={"outcome": "refused"})[0]
     return [entry for entry in entries if entry.action != "bundle:fetch"]
 
 
 @pytest.mark.parametrize("token", [GUESS, None])
-def test_too_many_failed_logins_are_answered_429_with_when_to_try_again(app: Flask, token: str | None) -> None:
+def test_too_many_failed_logins_get_429_with_retry_after(app: Flask, token: str | None) -> None:
     fail(app, token=token)
     answer = get(app, token=token)
     problem = problem_of(answer, 429, "too_many_attempts")
@@ -79,7 +79,7 @@ def test_bulk_work_with_a_valid_token_is_not_throttled(app: Flask, admin: Api) -
     assert {get(app, "/ca.pem", token=None).status_code for _ in range(5 * LIMIT)} == {200}
 
 
-def test_it_recovers_by_itself(app: Flask, clock: Clock) -> None:
+def test_an_address_recovers_by_itself(app: Flask, clock: Clock) -> None:
     fail(app)
     wait = int(get(app).headers["Retry-After"])
     clock.advance(seconds=wait - 30)
@@ -88,7 +88,7 @@ def test_it_recovers_by_itself(app: Flask, clock: Clock) -> None:
     fail(app)
 
 
-def test_another_address_is_not_concerned_but_another_of_the_same_64_is(app: Flask) -> None:
+def test_other_addresses_are_not_affected_but_those_of_the_same_64_network_are(app: Flask) -> None:
     fail(app, address="2001:db8::1")
     assert get(app, address="2001:db8::abcd").status_code == 429
     assert get(app, address="2001:db8:0:1::1").status_code == 401
@@ -104,7 +104,7 @@ def test_unknown_links_count_as_failed_logins(app: Flask, admin: Api) -> None:
     assert get(app, re.sub(r"^https://[^/]+", "", link), token=None).status_code == 200
 
 
-def test_used_links_are_not_guesses_and_fill_no_record(app: Flask, admin: Api) -> None:
+def test_used_links_do_not_count_and_do_not_fill_the_record(app: Flask, admin: Api) -> None:
     link = re.sub(r"^https://[^/]+", "", admin.register()["download_url"])
     assert get(app, link, token=None).status_code == 200
     assert {get(app, link, token=None).status_code for _ in range(3 * LIMIT)} == {410}
@@ -113,7 +113,7 @@ def test_used_links_are_not_guesses_and_fill_no_record(app: Flask, admin: Api) -
     assert len([entry for entry in entries if entry.outcome == "refused"]) == RECORDED_OF_AN_ADDRESS
 
 
-def test_a_flood_leaves_a_few_entries_in_the_audit_record_and_one_that_sums_it_up(app: Flask, clock: Clock) -> None:
+def test_a_flood_leaves_a_few_entries_in_the_audit_record_and_a_summary(app: Flask, clock: Clock) -> None:
     for _ in range(200):
         get(app)
     assert len(audited(app)) == RECORDED_OF_AN_ADDRESS

@@ -1,4 +1,4 @@
-"""Operator tokens over HTTP, with the audit record."""
+"""Operator tokens and the audit record over HTTP."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.support.harness import Api, Clock, problem_of
 
 
 def holding(api: Api, token: str) -> Api:
-    """The same application, asked with another token."""
+    """The same application, called with another token."""
     return Api(api.client, token)
 
 
-def test_a_new_token_works_and_its_secret_is_shown_this_once(api: Api, app: Flask) -> None:
+def test_a_new_token_works_and_its_secret_is_shown_once(api: Api, app: Flask) -> None:
     answer = api.post("/tokens", {"name": "ci", "role": "operator", "expires_in_days": 30})
     assert answer.status_code == 201
     secret = answer.json["token"]
@@ -31,7 +31,7 @@ def test_a_new_token_works_and_its_secret_is_shown_this_once(api: Api, app: Flas
     assert secret.removeprefix("op_") not in str(rows)
 
 
-def test_a_token_ends_with_its_time(api: Api, clock: Clock) -> None:
+def test_a_token_expires(api: Api, clock: Clock) -> None:
     short = holding(api, api.post("/tokens", {"name": "ci", "role": "auditor", "expires_in_days": 1}).json["token"])
     clock.advance(hours=23, minutes=59)
     assert short.get("/devices").status_code == 200
@@ -39,7 +39,7 @@ def test_a_token_ends_with_its_time(api: Api, clock: Clock) -> None:
     problem_of(short.get("/devices"), 401, "unauthenticated")
 
 
-def test_a_revoked_token_ends_at_once_and_a_repeat_answers_the_same(api: Api, clock: Clock) -> None:
+def test_a_revoked_token_is_refused_at_once_and_a_repeat_returns_the_same(api: Api, clock: Clock) -> None:
     made = api.post("/tokens", {"name": "ci", "role": "auditor"}).json
     first = api.delete(f"/tokens/{made['token_id']}")
     assert first.status_code == 200
@@ -51,7 +51,7 @@ def test_a_revoked_token_ends_at_once_and_a_repeat_answers_the_same(api: Api, cl
 
 
 @pytest.mark.parametrize("header", ["Bearer {}", "bearer {}", "BEARER   {}", "Bearer {} "])
-def test_how_a_token_may_be_sent(api: Api, header: str) -> None:
+def test_accepted_forms_of_the_authorization_header(api: Api, header: str) -> None:
     headers = {"Authorization": header.format(api.token)}
     assert Api(api.client, None).get("/devices", headers=headers).status_code == 200
 
@@ -59,7 +59,7 @@ def test_how_a_token_may_be_sent(api: Api, header: str) -> None:
 # --- Audit --------------------------------------------------------------------------------------------------------
 
 
-def test_every_change_is_recorded_with_who_from_where_and_the_request_id(api: Api) -> None:
+def test_every_change_is_recorded_with_actor_address_and_request_id(api: Api) -> None:
     answer = api.post("/register", {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"})
     entry = api.get("/audit?limit=1").json["entries"][0]
     assert (entry["action"], entry["object"]) == ("device:register", f"device:{answer.json['device_id']}")
@@ -95,7 +95,7 @@ def test_the_record_is_paged_newest_first_without_loss(api: Api) -> None:
         ("actor=nobody", 0),
     ],
 )
-def test_the_record_can_be_narrowed(api: Api, query: str, found: int) -> None:
+def test_the_record_can_be_filtered(api: Api, query: str, found: int) -> None:
     device_id = api.register()["device_id"]
     api.register()
     api.post(f"/revoke/{device_id}")
@@ -104,7 +104,7 @@ def test_the_record_can_be_narrowed(api: Api, query: str, found: int) -> None:
 
 
 @pytest.mark.parametrize("looked_at", [1, 3, 1000])
-def test_every_entry_that_fits_is_found_however_little_a_page_looks_at(
+def test_every_matching_entry_is_found_however_few_entries_a_page_looks_at(
     api: Api, monkeypatch: pytest.MonkeyPatch, looked_at: int
 ) -> None:
     monkeypatch.setattr("workflows.operators.LOOKED_AT", looked_at)

@@ -17,7 +17,7 @@ def create(api: Api, **fields: Any) -> Any:
     return api.post("/webhooks", {"name": "inventory", "url": URL} | fields)
 
 
-def test_a_webhook_is_made_listed_and_deleted_and_its_secret_is_shown_once(api: Api) -> None:
+def test_a_webhook_is_created_listed_and_deleted_and_its_secret_shown_once(api: Api) -> None:
     made = create(api, events=["revoked", "registered", "revoked"])
     assert made.status_code == 201, made.text
     assert made.json["secret"].startswith("whsec_")
@@ -45,7 +45,7 @@ def test_a_webhook_is_made_listed_and_deleted_and_its_secret_is_shown_once(api: 
         {"secret": "mine"},
     ],
 )
-def test_what_cannot_be_a_webhook_is_refused_with_the_field(api: Api, fields: dict[str, Any]) -> None:
+def test_an_invalid_webhook_is_refused_with_the_field(api: Api, fields: dict[str, Any]) -> None:
     problem = problem_of(create(api, **fields), 422, "invalid_input")
     assert problem["errors"][0]["field"].startswith(next(iter(fields)))
 
@@ -70,7 +70,7 @@ def test_deliveries_are_listed_page_by_page_and_sent_again(api: Api) -> None:
     assert "portal_events_waiting 3.0" in api.get("/metrics").text
 
 
-def test_a_test_tells_in_one_sentence_what_is_wrong(api: Api) -> None:
+def test_a_test_event_reports_the_problem_in_one_sentence(api: Api) -> None:
     webhook_id = create(api, url="https://localhost:9999/").json["webhook_id"]
     answer = api.post(f"/webhooks/{webhook_id}/test").json
     assert (answer["delivered"], answer["status"]) == (False, None)
