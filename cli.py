@@ -1,4 +1,4 @@
-"""The operator's command line, which speaks HTTP only."""
+"""The operator's command line: the command groups, error handling and exit statuses."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ SECTIONS = {
 
 
 class PortalGroup(click.Group):
-    """The commands in sections, with one place where every failure ends as a sentence and an exit status."""
+    """Shows the commands in sections; turns every failure into a sentence and an exit status."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands, section by section."""
+        """Write the commands section by section."""
         width = max(len(name) for name in self.commands)
         for title, commands in SECTIONS.items():
             with formatter.section(title):
@@ -65,10 +65,10 @@ class PortalGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> NoReturn:
-        """Run the command, then exit: 0 done, 1 refused, 2 misused, 3 portal not reached, 130 interrupted."""
+        """Run the command, then exit: 0 success, 1 failure, 2 usage error, 3 portal not reached, 130 interrupted."""
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # a name may have letters that a terminal lacks
+                stream.reconfigure(errors="backslashreplace")  # the terminal may lack letters of a name
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
             sys.stdout.flush()
@@ -79,15 +79,15 @@ class PortalGroup(click.Group):
             sys.stderr.write("\n")
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
-            # The reader went away, as head does; keep the interpreter from saying so at its end.
+            # The reader, such as head, has ended; keep the interpreter from reporting that when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(1)
         except Exception as error:
             if os.environ.get("PORTAL_DEBUG"):
                 raise
-            # The kind only: a message could hold what was sent.
-            sys.stderr.write(f"Error: This failed in an unforeseen way ({type(error).__name__}). ")
-            sys.stderr.write("PORTAL_DEBUG=1 shows where.\n")
+            # Only the type: the message could contain a secret.
+            sys.stderr.write(f"Error: Unexpected error ({type(error).__name__}). ")
+            sys.stderr.write("Set PORTAL_DEBUG=1 to see where it occurred.\n")
             sys.exit(1)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -101,11 +101,11 @@ class PortalGroup(click.Group):
 @click.version_option(VERSION, prog_name="portal")
 @click.pass_context
 def cli(ctx: click.Context, /, **given: str | None) -> None:
-    """Register IoT devices, hand out their credentials, put them out again.
+    """Register IoT devices, deliver their credentials, revoke them.
 
     \b
-    Settings come from options, else from the environment, else from portal login.
-    Those of a portal on this machine:  . data/operator.env
+    Settings are taken from options, the environment, or the saved login, in this order.
+    To use a portal on this machine:  . data/operator.env
     """
     ctx.meta["given"] = Given(**{name: given[name] for name in CONNECTION})
 

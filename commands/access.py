@@ -1,4 +1,4 @@
-"""The commands about who may use the portal."""
+"""The commands about access to the portal: login, logout, operator tokens."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from commands.context import (
     ROLES,
     TOKEN_ID,
     VERSION,
+    YES,
     Command,
     Portal,
     ask_secret,
     confirm,
     make_with_secret,
     new_secret_file,
+    show_created,
 )
 from commands.errors import Misused
 from commands.output import Cell, moment, text
 from commands.settings import Login, Settings, login_path, read_login, remove_login, resolve, save_login
 
-CA_HERE = Path("data/ca.pem")  # of a portal that is run from this folder
+LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
 
 
 @click.command(
@@ -39,9 +41,9 @@ CA_HERE = Path("data/ca.pem")  # of a portal that is run from this folder
 )
 @click.pass_obj
 def login(portal: Portal) -> None:
-    """Remember the portal, its CA file, your token.
+    """Save the portal's URL, CA file and your token.
 
-    What is not given by option or environment is asked for. The token is tried at the portal first, then saved in a
+    Asks for what is not given by options or the environment. The token is tested at the portal and then saved in a
     file that only you can read.
     """
     settings = _asked(portal)
@@ -57,7 +59,7 @@ def login(portal: Portal) -> None:
 
 
 def _asked(portal: Portal) -> Settings:
-    # An earlier login is what this one replaces, so its token is not used, but its portal is offered.
+    # This replaces an earlier login, so its token is not used, but its portal is the default.
     given = portal.given
     url = given.url or os.environ.get("PORTAL_URL") or None
     ca_file = given.ca_file or os.environ.get("PORTAL_CA") or None
@@ -65,8 +67,8 @@ def _asked(portal: Portal) -> Settings:
         saved = _saved()
         url = click.prompt("Portal", default=saved.url if saved else "https://127.0.0.1:8443", err=True)
         if ca_file is None:
-            default = saved.ca_file if saved and saved.url == url else "data/ca.pem" if CA_HERE.is_file() else ""
-            ca_file = click.prompt("CA file (none for the system's CAs)", default=default or "", err=True)
+            default = saved.ca_file if saved and saved.url == url else "data/ca.pem" if LOCAL_CA.is_file() else ""
+            ca_file = click.prompt("CA file (empty: the CAs of this system)", default=default or "", err=True)
     given = dataclasses.replace(given, url=url, ca_file=ca_file or None)
     if given.token or given.token_file or os.environ.get("PORTAL_TOKEN"):
         return resolve(given, os.environ, use_login=False)
@@ -85,18 +87,18 @@ def _saved() -> Login | None:
 @click.command("logout", cls=Command, connects=False, examples=["portal logout"])
 @click.pass_obj
 def logout(portal: Portal) -> None:
-    """Forget what login saved.
+    """Delete the saved login.
 
-    The token itself stays valid; see: portal token revoke.
+    The token itself stays valid; to revoke it, use portal token revoke.
     """
     removed = remove_login(login_path(os.environ))
     if portal.out.as_json:
         portal.out.json({"removed": removed})
     elif removed:
         portal.out.done("Logged out.")
-        portal.out.note("The token itself is still valid; portal token revoke ends it.")
+        portal.out.note("The token is still valid; to revoke it, use portal token revoke.")
     else:
-        portal.out.note("There was no saved login.")
+        portal.out.note("There is no saved login.")
 
 
 @click.group("token")
@@ -113,7 +115,7 @@ def _expiry(row: dict[str, Any]) -> Cell:
 def token_list(portal: Portal) -> None:
     """List operator tokens, newest first.
 
-    Piped, each is a line: id, name, role, created, expiry, revoked.
+    When piped, prints tab-separated lines: id, name, role, created, expiry, revoked.
     """
     answer = portal.client.get("/tokens")
     if portal.out.as_json:
@@ -133,7 +135,7 @@ def token_list(portal: Portal) -> None:
             for row in answer.get("tokens") or ()
             if isinstance(row, dict)
         ],
-        empty="There is no operator token.",
+        empty="No operator tokens.",
     )
 
 
@@ -145,40 +147,40 @@ def token_list(portal: Portal) -> None:
         "portal token create audit --role auditor --token-out audit.token",
     ],
 )
-@click.argument("name", help="What it is for, as the record will show it.")
-@click.option("--role", type=click.Choice(ROLES), required=True, help="What it may do.")
+@click.argument("name", help="Name of the token, shown in the audit log.")
+@click.option("--role", type=click.Choice(ROLES), required=True, help="Permissions of the token.")
 @click.option(
-    "--days", type=click.IntRange(1, 3650), metavar="DAYS", help="How long it lasts; until revoked if not given."
+    "--days",
+    "expires_in_days",
+    type=click.IntRange(1, 3650),
+    metavar="DAYS",
+    help="Validity.  [default: no expiry]",
 )
-@click.option("--token-out", metavar="FILE", help="New file (0600) for the token.")
+@click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
 @click.pass_obj
-def token_create(portal: Portal, name: str, role: str, days: int | None, token_out: str | None) -> None:
-    """Make an operator token, which is shown once."""
+def token_create(portal: Portal, /, token_out: str | None, **options: Any) -> None:
+    """Create an operator token, which is shown once."""
     path = new_secret_file(token_out, "--token-out", "token", out=portal.out)
-    body = {"name": name, "role": role} | ({"expires_in_days": days} if days else {})
+    body = {field: value for field, value in options.items() if value is not None}
     answer = make_with_secret(portal, "/tokens", body, shown_once="token", into=path)
     if portal.out.as_json:
         portal.out.json(answer)
         return
-    portal.out.done(f"Made the token {name}")
     fields = {
         "token_id": text(answer.get("token_id")),
         "role": text(answer.get("role")),
         "expires_at": _expiry(answer),
     }
-    if path is None:
-        fields["token"] = Cell(str(answer["token"]), style="bold")
-    portal.out.fields(fields)
-    portal.out.note(f"It is in {path}." if path else "The token is shown this once.")
+    show_created(portal, f"Created the token {body['name']}", fields, answer, shown_once="token", into=path)
 
 
 @token.command("revoke", cls=Command, examples=["portal token revoke 1e66977361d81fe2"])
-@click.argument("token_id", metavar="ID", type=TOKEN_ID, help="The token's id, in full (portal token list).")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.argument("token_id", metavar="ID", type=TOKEN_ID, help="The full token id (see: portal token list).")
+@YES
 @click.pass_obj
 def token_revoke(portal: Portal, token_id: str, yes: bool) -> None:
-    """End an operator token at once."""
-    confirm(f"Revoke the token {token_id}? Whoever uses it is shut out at once.", yes=yes)
+    """Revoke an operator token immediately."""
+    confirm(f"Revoke the token {token_id}? Clients that use it lose access immediately.", yes=yes)
     answer = portal.client.call("DELETE", f"/tokens/{token_id}").json()
     if portal.out.as_json:
         portal.out.json(answer or {"token_id": token_id, "revoked": True})

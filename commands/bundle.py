@@ -1,4 +1,4 @@
-"""Opens a device's bundle, in any of its formats, and checks that its credentials belong together."""
+"""Opens a device's bundle, in any of its formats, and checks that its credentials match."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"
 NAMES = (KEY, CERTIFICATE, CHAIN, CA, CLIENT_CONFIGURATION, README)
 P12 = "device.p12"
 SECRET = (KEY, P12)
-ENCRYPTED = (KEY, CA)  # what the device keeps secret, and what it trusts
+ENCRYPTED = (KEY, CA)  # the secret of the device, and the CA that it trusts
 REQUIRED = (KEY, CERTIFICATE, CHAIN, CA)
 
 
 FORMATS = ("zip", "p12", "pem")
 FILES = (*NAMES, P12)
 _DER_SEQUENCE = b"\x30"  # a PKCS#12 file begins with it, a ZIP with PK
-_LOCKED = "The password does not open this bundle, or the bundle was altered."
+_LOCKED = "The password is wrong, or the bundle was modified."
 _UNPROTECTED = (
-    "Nothing protects ca.pem in a bundle of this form (pem): before the device trusts it, compare it with portal ca."
+    "ca.pem is not protected in a bundle of the format pem: compare it with portal ca before the device trusts it."
 )
 
 
-BUNDLE_MOST = 1 << 20  # bytes
-ENTRIES_MOST = 32
-ENTRY_MOST = 64 * 1024  # bytes
-CHAIN_MOST = 8  # certificates from the device to the root
+MAX_BUNDLE = 1 << 20  # bytes
+MAX_ENTRIES = 32
+MAX_ENTRY = 64 * 1024  # bytes
+MAX_CHAIN = 8  # certificates from the device to the root
 AES_256 = 3  # the strength field of WinZip's AE-2
 AES_OVERHEAD = 16 + 2 + 10  # bytes of salt, password verifier, authentication code
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-# What a damaged or hostile ZIP was seen to raise in zipfile, its decoders included.
+# Errors that zipfile and its decoders raised for damaged and malicious archives in tests.
 _ZIP_ERRORS = (
     pyzipper.BadZipFile,
     RuntimeError,
@@ -66,7 +66,7 @@ _ZIP_ERRORS = (
     zlib.error,
     lzma.LZMAError,
 )
-# An altered configuration must not turn checks off or point elsewhere, so these options only, files by their own names.
+# A modified configuration must not disable checks or use other files, so only these options and names are accepted.
 _CLIENT_FILES = {"--cafile": CA, "--cert": CHAIN, "--key": KEY}
 _CLIENT_VALUES = {
     "-h": re.compile(r"[A-Za-z0-9.:_-]{1,253}"),
@@ -78,9 +78,9 @@ _CLIENT_VALUES = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """The content of a bundle by name; ``notes`` say what was left out.
+    """The content of a bundle by file name; ``notes`` say what was left out.
 
-    ``key`` is the public part of the private key, where no file holds that in the clear.
+    ``key`` is the public key if the private key is encrypted in its file.
     """
 
     files: Mapping[str, bytes]
@@ -91,7 +91,7 @@ class Bundle:
         return f"Bundle({', '.join(self.files)})"
 
     def new_files(self) -> dict[str, NewFile]:
-        """As they are to be written: the key for its owner only."""
+        """Return the files with their modes: the key for its owner only."""
         certificates = (CERTIFICATE, CHAIN, CA)
         return {
             name: NewFile(
@@ -103,7 +103,7 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Credentials that belong together: serial number and SHA-256 fingerprint in lower-case hex, times in UTC."""
+    """Matching credentials: serial number and SHA-256 fingerprint in lower-case hex, times in UTC."""
 
     device_id: str
     serial_number: str
@@ -114,14 +114,14 @@ class Checked:
 
 
 def extension_of(content: bytes) -> str:
-    """What the name of a bundle's file ends with."""
+    """Return the file name extension for a bundle."""
     return "p12" if content.startswith(_DER_SEQUENCE) else "zip"
 
 
 def open_bundle(content: bytes, password: str) -> Bundle:
-    """Read a bundle of any form; raises ``BundleLocked`` for a wrong password, ``CheckFailed`` for one that is none.
+    """Read a bundle of any format; raises ``BundleLocked`` for a wrong password, ``CheckFailed`` for other content.
 
-    The key of a ``p12`` stays in it, that of a ``pem`` stays encrypted: these are for programs that open them.
+    The key of a ``p12`` bundle stays in its file and that of a ``pem`` bundle stays encrypted, as programs expect them.
     """
     if content.startswith(_DER_SEQUENCE):
         return _open_p12(content, password)
@@ -131,14 +131,14 @@ def open_bundle(content: bytes, password: str) -> Bundle:
 
 
 def _open_p12(content: bytes, password: str) -> Bundle:
-    if len(content) > BUNDLE_MOST:
-        raise CheckFailed(f"This bundle is larger than the {BUNDLE_MOST} bytes that any has.")
+    if len(content) > MAX_BUNDLE:
+        raise CheckFailed(f"This is not a bundle: it is larger than {MAX_BUNDLE} bytes.")
     try:
         store = pkcs12.load_pkcs12(content, password.encode())
     except (ValueError, UnsupportedAlgorithm):
         raise BundleLocked(_LOCKED) from None
     if store.key is None or store.cert is None:
-        raise CheckFailed("There is no key with its certificate in this PKCS#12 file; it is not a device's bundle.")
+        raise CheckFailed("This PKCS#12 file is not a device bundle: it has no key with a certificate.")
     leaf = store.cert.certificate
     above = [other.certificate for other in store.additional_certs]
     between = [certificate for certificate in above if certificate.issuer != certificate.subject]
@@ -156,74 +156,74 @@ def _open_pem(content: bytes, password: str) -> Bundle:
 
 
 def _open_zip(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENCRYPTED) -> Bundle:
-    """Read the known files of a bundle; what is not known is left out.
+    """Read the known files of a ZIP bundle; leave out others.
 
-    Those in ``encrypted`` must have been so (WinZip AE, AES-256), since only that vouches for them.
-    Raises ``BundleLocked`` for a wrong password, ``CheckFailed`` for a ZIP that is none, too large or incomplete.
+    The files in ``encrypted`` must be encrypted (WinZip AE, AES-256), because only that authenticates them.
+    Raises ``BundleLocked`` for a wrong password, ``CheckFailed`` for a file that is not a ZIP, too large or incomplete.
     """
-    if len(content) > BUNDLE_MOST:
-        raise CheckFailed(f"This bundle is larger than the {BUNDLE_MOST} bytes that any has.")
+    if len(content) > MAX_BUNDLE:
+        raise CheckFailed(f"This is not a bundle: it is larger than {MAX_BUNDLE} bytes.")
     try:
         with pyzipper.AESZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             _check_entries(entries, encrypted)
             notes = [
-                f"{e.filename!r} is no part of a bundle and was left out." for e in entries if e.filename not in NAMES
+                f"{e.filename!r} is not part of a bundle and was left out." for e in entries if e.filename not in NAMES
             ]
             files = {e.filename: _read(archive, e, password) for e in entries if e.filename in NAMES}
     except _ZIP_ERRORS:
-        raise CheckFailed("This is no bundle, or it was damaged on its way; ask for a new one.") from None
+        raise CheckFailed("This is not a bundle, or it is damaged; renew the device to get a new one.") from None
     for name in (CLIENT_CONFIGURATION, README):
         if name in files and not _is_harmless(name, files[name]):
             del files[name]
-            notes.append(f"{name} was altered or is not one of the portal's, and was left out.")
+            notes.append(f"{name} was modified and was left out.")
     return Bundle(files, tuple(notes))
 
 
 def _check_entries(entries: Iterable[pyzipper.zipfile_aes.AESZipInfo], encrypted: tuple[str, ...]) -> None:
     entries = list(entries)
     names = [entry.filename for entry in entries]
-    if len(entries) > ENTRIES_MOST or any(entry.file_size > ENTRY_MOST for entry in entries):
-        raise CheckFailed("This ZIP holds more than any bundle does, so it was not opened.")
+    if len(entries) > MAX_ENTRIES or any(entry.file_size > MAX_ENTRY for entry in entries):
+        raise CheckFailed("This ZIP file is larger than a bundle, so it was not opened.")
     if len(set(names)) != len(names):
-        raise CheckFailed("This ZIP holds two files of one name, so it was not opened.")
+        raise CheckFailed("This ZIP file has two files with the same name, so it was not opened.")
     missing = [name for name in REQUIRED if name not in names]
     if missing:
-        raise CheckFailed(f"There is no {' and no '.join(missing)} in this ZIP; it is not a device's bundle.")
+        raise CheckFailed(f"This ZIP file is not a device bundle: it has no {' and no '.join(missing)}.")
     for entry in entries:
         if entry.filename in encrypted:
             _check_encrypted(entry)
         elif entry.filename in NAMES and entry.compress_type not in (pyzipper.ZIP_STORED, pyzipper.ZIP_DEFLATED):
-            raise CheckFailed(f"{entry.filename} is packed in a way that no bundle uses.")
+            raise CheckFailed(f"{entry.filename} is compressed in a way that bundles do not use.")
 
 
 def _check_encrypted(entry: pyzipper.zipfile_aes.AESZipInfo) -> None:
     if not entry.flag_bits & 1 or entry.wz_aes_version is None or entry.wz_aes_strength != AES_256:
         raise CheckFailed(
-            f"{entry.filename} is not encrypted with AES-256 in this bundle, so somebody may have put it there; "
+            f"{entry.filename} is not encrypted with AES-256 in this bundle, so it may have been replaced; "
             "nothing was unpacked. Revoke the device and register it again."
         )
-    # The sizes are not authenticated: a smaller one would cut the content short.
+    # The sizes are not authenticated: a smaller one would truncate the content.
     if entry.compress_type != pyzipper.ZIP_STORED or entry.file_size != entry.compress_size - AES_OVERHEAD:
-        raise CheckFailed(f"The size of {entry.filename} in this bundle was altered; nothing was unpacked.")
+        raise CheckFailed(f"The size of {entry.filename} in this bundle was modified; nothing was unpacked.")
 
 
 def _read(archive: pyzipper.AESZipFile, entry: pyzipper.zipfile_aes.AESZipInfo, password: str) -> bytes:
     encrypted = bool(entry.flag_bits & 1)
     try:
         with archive.open(entry, pwd=password.encode() if encrypted else None) as file:
-            content = bytes(file.read(ENTRY_MOST + 1))
+            content = bytes(file.read(MAX_ENTRY + 1))
     except _ZIP_ERRORS:
         if encrypted:
             raise BundleLocked(_LOCKED) from None
         raise
-    if len(content) > ENTRY_MOST:
-        raise CheckFailed("This ZIP holds more than any bundle does, so it was not opened.")
+    if len(content) > MAX_ENTRY:
+        raise CheckFailed("This ZIP file is larger than a bundle, so it was not opened.")
     return content
 
 
 def _is_harmless(name: str, content: bytes) -> bool:
-    """Whether a file that came in the clear is plain text, and a configuration has nothing in it but what it should."""
+    """Return whether an unencrypted file is plain text, and a configuration has only the expected options."""
     try:
         text = content.decode("ascii")
     except UnicodeDecodeError:
@@ -247,7 +247,7 @@ def _is_client_option(line: str) -> bool:
 
 
 def check_bundle(bundle: Bundle, *, now: datetime) -> Checked:
-    """Check that key, certificate, chain and CA of a bundle belong together; raises ``CheckFailed``."""
+    """Check that key, certificate, chain and CA of a bundle match; raises ``CheckFailed``."""
     try:
         key = bundle.key or load_pem_private_key(bundle.files[KEY], password=None).public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -258,7 +258,7 @@ def check_bundle(bundle: Bundle, *, now: datetime) -> Checked:
 
 
 def csr_public_key(pem: bytes) -> PublicKeyTypes:
-    """The public key that a certificate signing request is for; raises ``CheckFailed``."""
+    """Return the public key of a certificate signing request; raises ``CheckFailed``."""
     try:
         return x509.load_pem_x509_csr(pem).public_key()
     except (ValueError, UnsupportedAlgorithm):
@@ -276,11 +276,9 @@ def check_credentials(key: PublicKeyTypes, *, certificate: bytes, chain: bytes, 
         links = x509.load_pem_x509_certificates(chain)
         anchors = x509.load_pem_x509_certificates(ca)
         if more or links[0] != leaf:
-            raise CheckFailed(
-                "The chain does not begin with the device's certificate, so these files are not of one bundle."
-            )
+            raise CheckFailed("The chain does not begin with the device's certificate, so the files do not match.")
         if _public_bytes(leaf.public_key()) != _public_bytes(key):
-            raise CheckFailed("The certificate is not for this private key; ask for a new bundle.")
+            raise CheckFailed("The certificate is not for this private key; renew the device to get new ones.")
         device_id = _device_id(leaf)
         root = _path_to_root(leaf, links[1:], anchors, now)
         return Checked(
@@ -306,7 +304,7 @@ def _pem(*certificates: x509.Certificate) -> bytes:
 def _device_id(leaf: x509.Certificate) -> str:
     names = [str(attribute.value) for attribute in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if len(names) != 1 or _UUID.fullmatch(names[0]) is None or _is_ca(leaf):
-        raise CheckFailed("The certificate is not a device's: its common name is not a device id.")
+        raise CheckFailed("This is not the certificate of a device: its common name is not a device id.")
     return names[0]
 
 
@@ -323,7 +321,7 @@ def _path_to_root(
     leaf: x509.Certificate, links: list[x509.Certificate], anchors: list[x509.Certificate], now: datetime
 ) -> x509.Certificate:
     current = leaf
-    for _ in range(CHAIN_MOST):
+    for _ in range(MAX_CHAIN):
         _check_validity(current, now)
         if current in anchors and _signed(current, current):
             return current
@@ -332,7 +330,7 @@ def _path_to_root(
             break
         current = issuer
     raise CheckFailed(
-        "The certificate is not signed by the CA in the bundle's ca.pem; do not use it, ask for a new one."
+        "The certificate is not signed by the CA in ca.pem; do not use it, and renew the device to get a new one."
     )
 
 
@@ -349,23 +347,23 @@ def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 def _check_validity(certificate: x509.Certificate, now: datetime) -> None:
     if now < certificate.not_valid_before_utc:
         raise CheckFailed(
-            f"The certificate is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC only; "
-            "check this machine's clock."
+            f"The certificate is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; "
+            "check the clock of this machine."
         )
     if now > certificate.not_valid_after_utc:
         raise CheckFailed(f"The certificate expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC.")
 
 
 def certificates_only(pem: bytes) -> bytes:
-    """The certificates of a PEM file without anything around them; raises ``CheckFailed``."""
+    """Return the certificates of a PEM file without other text; raises ``CheckFailed``."""
     try:
         return b"".join(found.public_bytes(Encoding.PEM) for found in x509.load_pem_x509_certificates(pem))
     except (ValueError, UnsupportedAlgorithm):
-        raise CheckFailed("The answer holds no certificate that can be read.") from None
+        raise CheckFailed("The answer contains no readable certificate.") from None
 
 
 def describe(pem: bytes) -> list[dict[str, str]]:
-    """What is in a file of certificates, for showing; raises ``CheckFailed``."""
+    """Describe the certificates of a PEM file; raises ``CheckFailed``."""
     try:
         return [
             {
@@ -379,4 +377,4 @@ def describe(pem: bytes) -> list[dict[str, str]]:
             for certificate in x509.load_pem_x509_certificates(pem)
         ]
     except (ValueError, UnsupportedAlgorithm):
-        raise CheckFailed("The answer holds no certificate that can be read.") from None
+        raise CheckFailed("The answer contains no readable certificate.") from None

@@ -22,11 +22,11 @@ from commands.settings import Settings, is_loopback
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0  # a revocation or a download waits for the broker
-ANSWER_MOST = 32 << 20  # bytes
-PAGE_MOST = 200  # rows that the portal gives at once
-DETAIL_MOST = 1000  # characters of a sentence from the portal that are shown
-FIELDS_MOST = 50
-LINE_MOST = 1 << 20  # bytes of a line of an answer that comes line by line
+MAX_ANSWER = 32 << 20  # bytes
+MAX_PAGE = 200  # rows that the portal returns at once
+MAX_DETAIL = 1000  # characters of a sentence from the portal that are shown
+MAX_FIELDS = 50
+MAX_LINE = 1 << 20  # bytes of a line of an answer that is read line by line
 RETRY_PAUSES = (0.3, 1.0)  # seconds before the second and the third attempt
 
 _LINK = re.compile(r"/download/[A-Za-z0-9._~=-]{8,2048}")
@@ -34,10 +34,21 @@ _LINK = re.compile(r"/download/[A-Za-z0-9._~=-]{8,2048}")
 _ANCHOR_UNKNOWN = (2, 7, 18, 19, 20, 21, 30)
 _NAME_DIFFERS = (62, 64)  # host name, IP address
 _NOT_NOW = (9, 10)  # not yet valid, expired
-# Words of our own, since an answer to HEAD has none.
+# The answer to a HEAD request has no body with a reason.
 _DEAD_LINK = {
-    404: "The portal does not know this link; check that it was copied whole.",
-    410: "This link is used, or its time is over, or its device is revoked; give the device new credentials.",
+    404: "The portal does not know this link; check that it was copied completely.",
+    410: "This link was used or has expired, or its device is revoked; renew the device or register it again.",
+}
+_REQUEST = re.compile(r"\b(?:GET|POST|PUT|PATCH|DELETE) /[a-z-]+(?:/[a-z{][a-z_{}-]*)*")
+_COMMANDS = {
+    "GET /devices": "portal list",
+    "GET /tokens": "portal token list",
+    "GET /webhooks": "portal webhook list",
+    "GET /enrolments": "portal waiting",
+    "GET /enrolment-tokens": "portal enrolment list",
+    "GET /manufacturers": "portal manufacturer list",
+    "POST /manufacturers": "portal manufacturer add",
+    "POST /register": "portal register",
 }
 _SECONDS = re.compile("[0-9]{1,7}")
 _Cause = TypeVar("_Cause", bound=BaseException)
@@ -45,7 +56,7 @@ _Cause = TypeVar("_Cause", bound=BaseException)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back: ``body`` is the whole of it, header names are case-insensitive."""
+    """A complete answer; header names are case-insensitive."""
 
     status: int
     headers: Mapping[str, str]
@@ -53,7 +64,7 @@ class Answer:
     origin: str
 
     def json(self) -> dict[str, Any]:
-        """The body as a JSON object; raises ``Unreachable`` where it is none."""
+        """Return the body as a JSON object; raises ``Unreachable`` if it is not one."""
         if self.status == 204 or not self.body:
             return {}
         try:
@@ -63,15 +74,15 @@ class Answer:
         if not isinstance(data, dict):
             kind = self.headers.get("Content-Type", "").split(";")[0] or "no media type"
             raise Unreachable(
-                f"The answer of {self.origin} is not the portal's (status {self.status}, {kind}, "
+                f"The answer of {self.origin} does not come from the portal (status {self.status}, {kind}, "
                 f"{len(self.body)} bytes).",
-                hints=["Check the URL, and whether a proxy or another server answers in the portal's place."],
+                hints=["Check the URL, and whether a proxy or another server answers instead of the portal."],
             )
         return data
 
 
 class Client:
-    """One portal, spoken to over verified TLS; every failure is raised as one of ``cli_errors``."""
+    """Talks to one portal over verified TLS; raises every failure as a ``CliError``."""
 
     def __init__(self, settings: Settings, *, version: str, pause: Callable[[float], None] = time.sleep) -> None:
         self._settings = settings
@@ -91,10 +102,10 @@ class Client:
         repeatable: bool = True,
         accept: tuple[int, ...] = (),
     ) -> Answer:
-        """Ask the portal; a connection that breaks is tried again where the request is ``repeatable``.
+        """Send a request; send it again if the connection breaks and the request is ``repeatable``.
 
-        Raises ``Refused`` for a status of 400 and above that is not in ``accept``, ``Unreachable`` where no answer
-        came, ``Misused`` where a token is needed and there is none.
+        Raises ``Refused`` for a status of 400 and above that is not in ``accept``, ``Unreachable`` if no answer
+        arrives, ``Misused`` if a token is needed and there is none.
         """
         token = None if anonymous else self._token()
         url = self._settings.url + path
@@ -109,40 +120,51 @@ class Client:
         return answer
 
     def get(self, path: str, **params: Any) -> dict[str, Any]:
-        """The JSON object at ``path``; parameters that are ``None`` are left out."""
+        """Return the JSON object at ``path``; leaves out parameters that are ``None``."""
         return self.call("GET", path, params=_present(params)).json()
 
     def pages(
-        self, path: str, key: str, *, most: int | None, cursor: str | None, **params: Any
+        self, path: str, key: str, *, limit: int | None = None, cursor: str | None = None, **params: Any
     ) -> Iterator[dict[str, Any]]:
-        """Follow the cursor from page to page until ``most`` rows (``None`` for all) have come."""
+        """Follow the cursor from page to page until ``limit`` rows (``None`` for all) have come."""
         seen: set[str] = set()
-        while most is None or most > 0:
-            limit = PAGE_MOST if most is None else min(most, PAGE_MOST)
-            page = self.get(path, limit=limit, cursor=cursor, **params)
+        while limit is None or limit > 0:
+            count = MAX_PAGE if limit is None else min(limit, MAX_PAGE)
+            page = self.get(path, limit=count, cursor=cursor, **params)
             rows = page.get(key)
-            if not isinstance(rows, list):
-                raise Unreachable(f"The answer of {self._settings.url} has no list of {key}; is it another version?")
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise Unreachable(f"The answer of {self._settings.url} has no list of {key}; its version may differ.")
             yield page
             cursor = page.get("next_cursor")
             if not cursor or cursor in seen:
                 return
             seen.add(cursor)
-            most = None if most is None else most - len(rows)
+            limit = None if limit is None else limit - len(rows)
+
+    def read_pages(
+        self, path: str, key: str, *, limit: int | None = None, cursor: str | None = None, **params: Any
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """Return the rows of all pages up to ``limit``, and the cursor of the page after them, if there is one."""
+        rows: list[dict[str, Any]] = []
+        next_cursor = None
+        for page in self.pages(path, key, limit=limit, cursor=cursor, **params):
+            rows += page[key]
+            next_cursor = page.get("next_cursor")
+        return rows, next_cursor
 
     def fetch_bundle(self, link: str) -> bytes:
-        """The encrypted bundle behind a one-time link, which needs no token; raises as ``call`` does."""
+        """Return the encrypted bundle of a one-time link, which needs no token; raises as ``call`` does."""
         answer = self._send("GET", link, None, {"Connection": "close"})
         if answer.status >= 400:
             raise self.refusal(answer)
         if not answer.body.startswith((b"PK", b"\x30")):  # a ZIP, a PKCS#12 file
             raise Unreachable(
-                f"The answer of {answer.origin} is no bundle; check the link, and whether a proxy answers."
+                f"The answer of {answer.origin} is not a bundle; check the link, and whether a proxy answers."
             )
         return answer.body
 
-    def look_at_link(self, link: str) -> None:
-        """Ask whether the link would give a bundle, which spends nothing; raises as ``fetch_bundle`` does."""
+    def check_link_works(self, link: str) -> None:
+        """Raise as ``fetch_bundle`` would, without using the link up."""
         answer = self._send("HEAD", link, None, {})
         if answer.status in _DEAD_LINK:
             raise Refused(_DEAD_LINK[answer.status], status=answer.status)
@@ -165,7 +187,7 @@ class Client:
         if self._settings.token is None:
             raise Misused(
                 "There is no operator token.",
-                hints=["Run portal login, or load what the server wrote: . data/operator.env"],
+                hints=["Run portal login, or load the settings that the server wrote: . data/operator.env"],
             )
         return self._settings.token
 
@@ -242,8 +264,8 @@ class Client:
         answer = Answer(response.status_code, response.headers, _read(response, origin), origin)
         if 300 <= answer.status < 400:
             raise Unreachable(
-                f"{origin} sends this request elsewhere (status {answer.status}), which the portal never does.",
-                hints=["Check the URL, and whether a proxy answers in the portal's place."],
+                f"{origin} redirects the request (status {answer.status}), which the portal never does.",
+                hints=["Check the URL, and whether a proxy answers instead of the portal."],
             )
         return answer
 
@@ -251,34 +273,34 @@ class Client:
         cause = _find(error, ssl.SSLCertVerificationError)
         if cause is None:
             return Unreachable(
-                f"{origin} does not speak TLS as the portal does.",
-                hints=["Check the port: 8443 is the portal's own default."],
+                f"The TLS connection to {origin} failed.",
+                hints=["Check the port; the portal's default is 8443."],
             )
         code = cause.verify_code
         ca_file = self._settings.ca_file
         if code in _NAME_DIFFERS:
             return Unreachable(
                 f"The certificate of {origin} is for another name.",
-                hints=["Use a name from it, or add this one to PORTAL_SERVER_NAMES of the portal."],
+                hints=["Use a name in the certificate, or add this one to PORTAL_SERVER_NAMES on the portal's server."],
             )
         if code in _NOT_NOW:
             return Unreachable(
-                f"The certificate of {origin} is not valid at this time; check this machine's clock first."
+                f"The certificate of {origin} is expired or not yet valid; check the clock of this machine first."
             )
         if code not in _ANCHOR_UNKNOWN:
             return Unreachable(f"The certificate of {origin} was refused: {cause.verify_message}.")
         if ca_file is None:
             return Unreachable(
                 f"The certificate of {origin} is not signed by a CA that this system trusts.",
-                hints=["Name the portal's own ca.pem (in its data folder) with --ca-file or PORTAL_CA."],
+                hints=["Give the portal's ca.pem (in its data folder) with --ca-file or PORTAL_CA."],
             )
         return Unreachable(
             f"The certificate of {origin} is not signed by the CA in {ca_file}.",
-            hints=["Check that this is the ca.pem of that very portal (in its data folder), and the URL."],
+            hints=["Check the URL, and that this is the ca.pem of the same portal (in its data folder)."],
         )
 
     def refusal(self, answer: Answer) -> Refused:
-        """An answer that is an error, as the exception to be raised."""
+        """Return the exception for an answer with an error status."""
         problem = _problem(answer)
         hints = []
         retry_after = answer.headers.get("Retry-After", "").strip()
@@ -289,8 +311,8 @@ class Client:
             hints.append(again)
         if problem is None:
             return Refused(
-                f"{answer.origin} answered with status {answer.status}, and not in the portal's words: "
-                "a proxy or another server may stand in its place.",
+                f"{answer.origin} answered with status {answer.status}, but not as the portal does; "
+                "a proxy or another server may answer instead.",
                 status=answer.status,
                 request_id=answer.headers.get("X-Request-Id", ""),
                 retry_after=seconds,
@@ -298,7 +320,7 @@ class Client:
             )
         sentence = problem.get("detail") or problem.get("title") or f"The portal answered with status {answer.status}."
         return Refused(
-            str(sentence)[:DETAIL_MOST],
+            _in_words_of_the_cli(str(sentence)[:MAX_DETAIL]),
             status=answer.status,
             code=str(problem.get("code", "")),
             fields=_fields(problem.get("errors")),
@@ -309,7 +331,7 @@ class Client:
 
 
 class _Bearer(requests.auth.AuthBase):
-    """The operator token, if any; being given, it also keeps a ~/.netrc from being asked."""
+    """Sends the operator token, if any; also keeps requests from reading ~/.netrc."""
 
     def __init__(self, token: str | None) -> None:
         self._token = token
@@ -321,7 +343,7 @@ class _Bearer(requests.auth.AuthBase):
 
 
 def check_link(link: str) -> str:
-    """Return a download link that may be fetched; raises ``Misused``, without the link in it."""
+    """Return a valid download link; raises ``Misused``, without the link in the message."""
     try:
         parts = urlsplit(link.strip())
         host = parts.hostname or ""
@@ -330,7 +352,7 @@ def check_link(link: str) -> str:
     whole = host and not parts.query and not parts.fragment and "@" not in parts.netloc
     if not whole or re.search(_LINK.pattern + "$", parts.path) is None:
         raise Misused(
-            "This is no download link; it looks like https://portal.example.com:8443/download/… and is one word."
+            "This is not a download link; it must look like https://portal.example.com:8443/download/… without spaces."
         )
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
         raise Misused("A download link must begin with https://.")
@@ -351,7 +373,7 @@ def _lines(response: requests.Response) -> Iterator[bytes]:
     for chunk in response.iter_content(65536):
         *lines, rest = (rest + chunk).split(b"\n")
         yield from lines
-        if len(rest) > LINE_MOST:
+        if len(rest) > MAX_LINE:
             raise Unreachable(f"A line of the answer of {_origin(response.url)} is longer than any of the portal's.")
 
 
@@ -361,7 +383,7 @@ def _row_answer(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict) or not isinstance(answer.get("row"), int):
-        raise Unreachable("The portal's answer to a row cannot be read; it may be of another version.")
+        raise Unreachable("The portal's answer to a row cannot be read; its version may differ.")
     return answer
 
 
@@ -369,34 +391,34 @@ def _read(response: requests.Response, origin: str) -> bytes:
     body = bytearray()
     for chunk in response.iter_content(65536):
         body += chunk
-        if len(body) > ANSWER_MOST:
-            raise Unreachable(f"The answer of {origin} is longer than any that the portal gives.")
+        if len(body) > MAX_ANSWER:
+            raise Unreachable(f"The answer of {origin} is longer than any of the portal's.")
     return bytes(body)
 
 
 def _connection_failure(origin: str, error: requests.RequestException) -> Unreachable:
     if isinstance(error, requests.exceptions.ProxyError):
-        return Unreachable(f"The proxy to {origin} does not answer; check HTTPS_PROXY and NO_PROXY.")
+        return Unreachable(f"The proxy for {origin} does not answer; check HTTPS_PROXY and NO_PROXY.")
     if _find(error, urllib3.exceptions.NameResolutionError):
-        return Unreachable(f"The name in {origin} is not known; check --url or PORTAL_URL.")
+        return Unreachable(f"The host name in {origin} cannot be resolved; check --url or PORTAL_URL.")
     refused = _find(error, urllib3.exceptions.NewConnectionError)
     if isinstance(error, requests.exceptions.ConnectTimeout) or refused:
         return Unreachable(
             f"The portal does not answer at {origin}.",
-            hints=["Check that it runs, and the address: --url, PORTAL_URL or portal login."],
+            hints=["Check that it is running, and the address: --url, PORTAL_URL or portal login."],
         )
     if isinstance(error, requests.exceptions.ReadTimeout):
-        return ConnectionLost(f"{origin} took the request but gave no answer in {ANSWER_SECONDS:.0f} seconds.")
+        return ConnectionLost(f"{origin} accepted the request but did not answer within {ANSWER_SECONDS:.0f} seconds.")
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidHeader):
         return Unreachable(f"The address {origin} cannot be used; check --url or PORTAL_URL.")
     return ConnectionLost(
-        f"The connection to {origin} broke before the answer was complete.",
-        hints=["Check the network between, and the port: 8443 is the portal's own default."],
+        f"The connection to {origin} was lost before the answer was complete.",
+        hints=["Check the network and the port; the portal's default is 8443."],
     )
 
 
 def _find(error: BaseException, kind: type[_Cause]) -> _Cause | None:
-    """The cause of that kind in what requests and urllib3 wrap around each other."""
+    """Return the cause of that type among the errors that requests and urllib3 wrap around each other."""
     waiting: list[object] = [error]
     for _ in range(20):
         if not waiting:
@@ -407,6 +429,17 @@ def _find(error: BaseException, kind: type[_Cause]) -> _Cause | None:
         if isinstance(found, BaseException):
             waiting += [found.__cause__, found.__context__, getattr(found, "reason", None), *found.args]
     return None
+
+
+def _in_words_of_the_cli(sentence: str) -> str:
+    """Replace the requests that a sentence of the portal names by commands; drop the clause if there is none."""
+    match = _REQUEST.search(sentence)
+    if match is None:
+        return sentence
+    command = _COMMANDS.get(match[0])
+    if command is not None:
+        return sentence.replace(match[0], command)
+    return re.split("[;:,]", sentence[: match.start()])[0].rstrip(" .") + "."
 
 
 def _problem(answer: Answer) -> dict[str, Any] | None:
@@ -423,12 +456,12 @@ def _problem(answer: Answer) -> dict[str, Any] | None:
 def _fields(errors: object) -> list[tuple[str, str]]:
     if not isinstance(errors, list):
         return []
-    entries = [entry for entry in errors[:FIELDS_MOST] if isinstance(entry, dict)]
-    return [(str(entry.get("field", ""))[:200], str(entry.get("message", ""))[:DETAIL_MOST]) for entry in entries]
+    entries = [entry for entry in errors[:MAX_FIELDS] if isinstance(entry, dict)]
+    return [(str(entry.get("field", ""))[:200], str(entry.get("message", ""))[:MAX_DETAIL]) for entry in entries]
 
 
 def _try_again(value: str) -> str:
-    """Say when to come back, from a Retry-After header (RFC 9110 section 10.2.3)."""
+    """Return a sentence for a Retry-After header (RFC 9110 section 10.2.3)."""
     if _SECONDS.fullmatch(value):
         seconds = int(value)
         return f"Try again in {seconds} second{'' if seconds == 1 else 's'}."

@@ -1,4 +1,4 @@
-"""What every command has in common: its options, its help, the portal that it talks to."""
+"""What commands share: connection options, help layout, parameter types, questions, secrets shown once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,16 @@ import click
 from commands.client import Client
 from commands.errors import CliError, Unreachable
 from commands.files import ReservedFile
-from commands.output import Output
+from commands.output import Cell, Output
 from commands.settings import STDIN, Given, Settings, resolve
 
 VERSION = "0.1.0"
 CONNECTION = tuple(field.name for field in dataclasses.fields(Given))
 ROLES = ("admin", "operator", "auditor")
 
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_TOKEN_ID = re.compile(r"[0-9a-f-]{16,36}")
-
 
 class Portal:
-    """What a command is given: where its output goes, with the portal it was told to talk to."""
+    """The portal that a command talks to, and where its output goes."""
 
     def __init__(self, given: Given, *, as_json: bool) -> None:
         self.given = given
@@ -36,30 +33,28 @@ class Portal:
 
     @cached_property
     def settings(self) -> Settings:
-        """Where to connect; raises ``Misused``."""
+        """URL, CA file and token to use; raises ``Misused``."""
         settings = resolve(self.given, os.environ)
         if self.given.token not in (None, STDIN):
             self.out.note(
                 "Note: other users of this machine can see a token on the command line; "
-                "PORTAL_TOKEN or --token-file keeps it private."
+                "use PORTAL_TOKEN or --token-file to keep it private."
             )
         return settings
 
     @cached_property
     def client(self) -> Client:
-        """The HTTP client, with the operator's token where there is one."""
+        """The HTTP client, with the operator's token if there is one."""
         return Client(self.settings, version=VERSION)
 
 
 def connection_options() -> list[click.Option]:
-    """The options that say where to connect; each command takes them, as does ``portal`` itself."""
+    """Return the connection options, which ``portal`` and each of its commands accept."""
     return [
-        click.Option(["--url"], metavar="URL", help="The portal, such as https://127.0.0.1:8443.  [PORTAL_URL]"),
-        click.Option(["--ca-file"], metavar="FILE", help="The portal's ca.pem, which signs for it.  [PORTAL_CA]"),
-        click.Option(
-            ["--token-file"], metavar="FILE", help="File that holds the operator token; - for standard input."
-        ),
-        click.Option(["--token"], metavar="TOKEN", help="The token itself; better in the environment.  [PORTAL_TOKEN]"),
+        click.Option(["--url"], metavar="URL", help="Portal URL, such as https://127.0.0.1:8443.  [PORTAL_URL]"),
+        click.Option(["--ca-file"], metavar="FILE", help="CA certificate of the portal (its ca.pem).  [PORTAL_CA]"),
+        click.Option(["--token-file"], metavar="FILE", help="File with the operator token; - for standard input."),
+        click.Option(["--token"], metavar="TOKEN", help="Operator token; better in the environment.  [PORTAL_TOKEN]"),
     ]
 
 
@@ -70,21 +65,21 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = tuple(examples)
         self.connection = connection_options() if connects else []
-        self.params += [click.Option(["--json", "as_json"], is_flag=True, help="Print JSON, for programs.")]
+        self.params += [click.Option(["--json", "as_json"], is_flag=True, help="Print JSON.")]
         self.params += self.connection
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command with its ``Portal``; an error carries out whether it is to be shown as JSON."""
+        """Run the command with its ``Portal``; show an error as text or JSON and exit with its status."""
         as_json = ctx.params.pop("as_json")
         ctx.obj = Portal(_given(ctx), as_json=as_json)
         try:
             return super().invoke(ctx)
         except CliError as error:
-            ctx.obj.out.error(error)
+            ctx.obj.out.error(error, options=_options_of_fields(self))
             ctx.exit(error.exit_status)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, those of the connection apart."""
+        """Write the options, the connection options in a section of their own."""
         records = [(param, param.get_help_record(ctx)) for param in self.get_params(ctx)]
         options = [(param, record) for param, record in records if record and not isinstance(param, click.Argument)]
         own = [record for param, record in options if param not in self.connection]
@@ -102,7 +97,7 @@ class Command(click.Command):
 
 
 def _given(ctx: click.Context) -> Given:
-    """The connection options, those after the command winning over those before it."""
+    """Return the connection options; those after the command's name override those before it."""
     given: Given = ctx.find_root().meta.get("given", Given())
     here = {name: ctx.params.pop(name) for name in CONNECTION if name in ctx.params}
     if here.get("token") is not None or here.get("token_file") is not None:
@@ -110,40 +105,60 @@ def _given(ctx: click.Context) -> Given:
     return dataclasses.replace(given, **{name: value for name, value in here.items() if value is not None})
 
 
-class DeviceId(click.ParamType[str]):
-    """A device's id, in full: an abbreviation could name another one tomorrow."""
+def _options_of_fields(command: click.Command) -> dict[str, str]:
+    """Return which option or argument of a command sets which field of its request."""
+    return {
+        param.name: param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+        for param in command.params
+        if param.name
+    }
+
+
+_PAGING = (
+    click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Maximum number to list."),
+    click.option("--all", "all_", is_flag=True, help="List all of them."),
+    click.option("--cursor", metavar="CURSOR", help="Continue after an earlier --json answer (its next_cursor)."),
+)
+
+
+def paging_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a command that lists page by page."""
+    for option in reversed(_PAGING):
+        command = option(command)
+    return command
+
+
+class Id(click.ParamType[str]):
+    """A full id: an abbreviation could match another one tomorrow."""
 
     name = "id"
 
+    def __init__(self, pattern: str, problem: str) -> None:
+        self._pattern = re.compile(pattern)
+        self._problem = problem
+
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the UUID in lower case."""
+        """Return the id in lower case; never shows a wrong value, which may be a token."""
         text = value.strip().lower()
-        if _UUID.fullmatch(text) is None:
-            self.fail(
-                "an id is given in full, such as 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 (see: portal list).", param, ctx
-            )
+        if self._pattern.fullmatch(text) is None:
+            self.fail(self._problem, param, ctx)
         return text
 
 
-class TokenId(click.ParamType[str]):
-    """An operator token's id, in full, which is not the token itself."""
-
-    name = "id"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the id, without showing a value that is none: it may be a token."""
-        text = value.strip().lower()
-        if _TOKEN_ID.fullmatch(text) is None:
-            self.fail("an id is given in full, as portal token list shows it; it is not the token.", param, ctx)
-        return text
+DEVICE_ID = Id(
+    "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+    "use the full id, such as 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 (see: portal list).",
+)
+TOKEN_ID = Id("[0-9a-f-]{16,36}", "use the full id (see: portal token list); it is not the token itself.")
 
 
-DEVICE_ID = DeviceId()
-TOKEN_ID = TokenId()
+def short_id(listed_by: str) -> Id:
+    """Return the type of the other ids, 16 hexadecimal digits, which the command ``listed_by`` lists."""
+    return Id("[0-9a-f]{16}", f"use the full id (see: {listed_by}).")
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask before something that cannot be undone; raises ``UsageError`` where nobody is there to answer."""
+    """Ask for confirmation; raises ``UsageError`` if there is no terminal, ``CliError`` if the answer is no."""
     if yes:
         return
     require_confirmable()
@@ -152,33 +167,33 @@ def confirm(question: str, *, yes: bool) -> None:
 
 
 def require_confirmable() -> None:
-    """Raise ``UsageError`` where standard input is no terminal."""
+    """Raise ``UsageError`` if standard input is not a terminal."""
     if not sys.stdin.isatty():
-        raise click.UsageError("There is no terminal to confirm this on; add --yes.")
+        raise click.UsageError("There is no terminal to ask for confirmation; add --yes.")
 
 
 def ask_secret(what: str, *, instead: str) -> str:
-    """Ask for a secret without showing it; ``instead`` says how to give it where there is no terminal."""
+    """Ask for a secret without echoing it; ``instead`` says what to do if there is no terminal."""
     if not sys.stdin.isatty():
-        raise click.UsageError(f"There is no terminal to ask for the {what.lower()} on; {instead}.")
+        raise click.UsageError(f"There is no terminal to ask for the {what.lower()}; {instead}.")
     return str(click.prompt(what, hide_input=True, err=True))
 
 
 def require(data: dict[str, Any], *names: str) -> None:
-    """Raise ``Unreachable`` where an answer lacks what the command lives on."""
+    """Raise ``Unreachable`` if an answer lacks one of these fields."""
     missing = [name for name in names if not isinstance(data.get(name), str)]
     if missing:
-        raise Unreachable(f"The portal's answer has no {' and no '.join(missing)}; it may be of another version.")
+        raise Unreachable(f"The portal's answer has no {' and no '.join(missing)}; its version may differ.")
 
 
 def new_secret_file(path: str | None, option: str, what: str, *, out: Output) -> Path | None:
-    """Where a secret that is shown once is to go; raises ``UsageError`` where it would end up in a pipe or log."""
+    """Return the file for a secret that is shown once; raises ``UsageError`` if it would go into a pipe or a log."""
     if path is not None:
         return Path(path)
     if not out.as_json and not out.for_people:
         raise click.UsageError(
-            f"The {what} is shown once, and standard output is no terminal; "
-            f"add {option} FILE to keep it in a file, or --json to have it in the answer."
+            f"The {what} is shown only once, and standard output is not a terminal; "
+            f"add {option} FILE to save it, or --json to get it in the answer."
         )
     return None
 
@@ -186,14 +201,14 @@ def new_secret_file(path: str | None, option: str, what: str, *, out: Output) ->
 def make_with_secret(
     portal: Portal, path: str, body: dict[str, Any], *, shown_once: str, into: Path | None, needs: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Have something made with a secret, the field ``shown_once``; returns the answer, without it if it is in a file.
+    """Create a resource with a secret, the field ``shown_once``; return the answer, without the secret if saved.
 
-    The file ``into`` is made first, and is gone again where nothing was made. Raises ``Unreachable`` where the answer
-    lacks the secret, or one of the fields that the command ``needs``.
+    The file ``into`` is created first, and removed if the request fails. Raises ``Unreachable`` if the answer lacks
+    the secret or one of the fields in ``needs``.
     """
     reserved = ReservedFile(into) if into is not None else None
     try:
-        # Not repeated where the connection breaks: that would make a second one.
+        # Not repeated if the connection breaks: that would create a second one.
         answer: dict[str, Any] = portal.client.call("POST", path, body=body, repeatable=False).json()
         require(answer, *needs, shown_once)
         if reserved is not None:
@@ -204,13 +219,27 @@ def make_with_secret(
     return answer
 
 
+def show_created(
+    portal: Portal, done: str, fields: dict[str, Cell], answer: dict[str, Any], *, shown_once: str, into: Path | None
+) -> None:
+    """Show what ``make_with_secret`` returned: its fields, and the secret or the file that it is in."""
+    portal.out.done(done)
+    if into is None:
+        fields[shown_once] = Cell(str(answer[shown_once]), style="bold")
+    portal.out.fields(fields)
+    portal.out.note(f"The {shown_once} is in {into}." if into else f"The {shown_once} is shown only once.")
+
+
+YES = click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
+
+
 def metadata_from(pairs: Iterable[str]) -> dict[str, str]:
     """Parse ``key=value`` texts; raises ``BadParameter``."""
     metadata: dict[str, str] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key or key in metadata:
-            raise click.BadParameter("give each as key=value, and each key once.", param_hint="--metadata")
+            raise click.BadParameter("use KEY=VALUE, and each key only once.", param_hint="--metadata")
         metadata[key] = value
     return metadata
 
@@ -222,7 +251,7 @@ def topics_from(texts: Iterable[str]) -> list[dict[str, str]]:
         filter_, separator, access = text.rpartition(":")
         if not separator or not filter_ or access not in ("read", "write", "readwrite"):
             raise click.BadParameter(
-                "give each as FILTER:ACCESS, such as 'devices/{id}/#:readwrite' (read, write or readwrite).",
+                "use FILTER:ACCESS, such as 'devices/{id}/#:readwrite' (read, write or readwrite).",
                 param_hint="--topic",
             )
         topics.append({"filter": filter_, "access": access})

@@ -1,4 +1,4 @@
-"""The commands that bring a device's credentials to its disk, without ever losing a bundle."""
+"""The commands that download and unpack a device's credentials, without ever losing a bundle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from commands.bundle import BUNDLE_MOST, FILES, README, Bundle, Checked, check_bundle, extension_of, open_bundle
+from commands.bundle import FILES, MAX_BUNDLE, README, Bundle, Checked, check_bundle, extension_of, open_bundle
 from commands.client import check_link
 from commands.context import Command, Portal, ask_secret
 from commands.errors import BundleLocked, CheckFailed, CliError
@@ -26,14 +26,14 @@ PASSWORD_VARIABLE = "PORTAL_BUNDLE_PASSWORD"  # noqa: S105 - a name, not a passw
 ATTEMPTS = 3
 
 
-OUT_HELP = "Folder for the files; one named for the device, here, if not given."
-PASSWORD_HELP = "File that holds the bundle's password; - for standard input."  # noqa: S105 - a help text
-FORCE_HELP = "Replace files that are there."
+OUT_HELP = "Folder for the files.  [default: the device id]"
+PASSWORD_HELP = "File with the bundle password; - for standard input."  # noqa: S105 - a help text
+FORCE_HELP = "Replace existing files."
 
 
 @dataclass(frozen=True)
 class Password:
-    """The password of a bundle; one that was ``asked`` for may be asked for again."""
+    """The password of a bundle; if it was ``asked`` for, it may be asked for again."""
 
     text: str
     asked: bool = False
@@ -43,9 +43,9 @@ class Password:
 
 
 def bundle_password(password_file: str | None, *, before_asking: Callable[[], None] | None = None) -> Password:
-    """From the file, the environment or the terminal; asked for before the link is spent.
+    """Return the password from the file, the environment or the terminal.
 
-    ``before_asking`` is called before somebody has to type it, and raises where that would be in vain.
+    ``before_asking`` is called before the user has to type it, and raises if there is no use in that.
     """
     if password_file is not None:
         return Password(read_secret(password_file, "password"))
@@ -61,16 +61,16 @@ def _ask() -> str:
 
 
 def keep_bundle(content: bytes, where: Path) -> Path:
-    """Keep the encrypted bundle in a 0600 file, since its link works only once; raises ``CheckFailed``."""
+    """Save the encrypted bundle in a 0600 file, since its link works only once; raises ``CheckFailed``."""
     path = where / f"bundle-{sha256(content).hexdigest()[:8]}.{extension_of(content)}"
     write_new(path, NewFile(content, 0o600), force=True)
     return path
 
 
 def unpack(portal: Portal, content: bytes, password: Password, *, folder: Folder | None, force: bool) -> dict[str, Any]:
-    """Open, check, then write; without a ``folder`` into one named for the device. Returns a summary for ``--json``.
+    """Open, check and write a bundle, by default into a folder named after the device; return a summary for JSON.
 
-    Raises ``CheckFailed`` (``BundleLocked`` for a wrong password) with nothing written.
+    Raises ``CheckFailed`` (``BundleLocked`` for a wrong password) and writes nothing then.
     """
     bundle = _open(portal, content, password)
     checked = check_bundle(bundle, now=datetime.now(UTC))
@@ -88,14 +88,14 @@ def _open(portal: Portal, content: bytes, password: Password) -> Bundle:
         except BundleLocked:
             if not password.asked or not sys.stdin.isatty():
                 raise
-            portal.out.warning("That password does not open the bundle; try again.")
+            portal.out.warning("Wrong password; try again.")
             password = Password(_ask(), asked=True)
     return open_bundle(content, password.text)
 
 
 def fetch(portal: Portal, link: str, where: Path) -> tuple[bytes, Path]:
-    """Spend the link; the bundle is on the disk, encrypted, before anything else is done with it."""
-    with portal.out.working("Fetching the bundle…"):
+    """Download the bundle and save it, encrypted, before anything else is done with it; uses the link up."""
+    with portal.out.working("Downloading the bundle…"):
         content = portal.client.fetch_bundle(link)
     return content, keep_bundle(content, where)
 
@@ -103,22 +103,22 @@ def fetch(portal: Portal, link: str, where: Path) -> tuple[bytes, Path]:
 def unpack_fetched(
     portal: Portal, content: bytes, kept: Path, password: Password, *, folder: Folder | None, force: bool
 ) -> dict[str, Any]:
-    """As ``unpack``; the file of ``fetch`` goes once the files are written, and is pointed to where they are not."""
+    """Unpack what ``fetch`` saved; delete that file afterwards, or say where it is if something fails."""
     command = f"portal unpack {shlex.quote(str(kept))}"
     try:
         files = unpack(portal, content, password, folder=folder, force=force)
     except CliError as error:
-        kept_in = f"The link is spent, so the encrypted bundle is kept in {kept}."
+        kept_in = f"The link is used up; the encrypted bundle is saved in {kept}."
         raise CheckFailed(error.sentence, hints=(*error.hints, kept_in, f"Try again: {command}")) from None
     except click.Abort:
-        portal.out.warning(f"The link is spent; the encrypted bundle is kept. Go on with: {command}")
+        portal.out.warning(f"The link is used up; the encrypted bundle is saved. Continue with: {command}")
         raise
     kept.unlink(missing_ok=True)
     return files
 
 
 def summary(checked: Checked, folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """What was written where, as ``--json`` shows it."""
+    """Return what was written where, for JSON."""
     return {
         "device_id": checked.device_id,
         "folder": str(folder.absolute()),
@@ -131,9 +131,9 @@ def summary(checked: Checked, folder: Path, names: Iterable[str]) -> dict[str, A
 
 
 def show_files(portal: Portal, files: dict[str, Any]) -> None:
-    """Say what was written, for people and plain."""
-    portal.out.done("Key, certificate and chain belong together.")
-    portal.out.done(f"{len(files['files'])} files written to {files['folder']}")
+    """Show what was written."""
+    portal.out.done("Key, certificate and chain match.")
+    portal.out.done(f"Wrote {len(files['files'])} files to {files['folder']}")
     portal.out.fields(
         {
             "device_id": text(files["device_id"]),
@@ -153,22 +153,22 @@ def show_files(portal: Portal, files: dict[str, Any]) -> None:
         "portal download 'https://…' --out sensor-7 --password-file password.txt",
     ],
 )
-@click.argument("link", help="The one-time link, in quotes.")
+@click.argument("link", help="The one-time download link, in quotes.")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.pass_obj
 def download(portal: Portal, link: str, out: Path | None, password_file: str | None, force: bool) -> None:
-    """Fetch a device's bundle, check it, write its files.
+    """Download a device's bundle, check it and unpack it.
 
-    The link works once, and needs no operator token. The password is read from the file, from
-    PORTAL_BUNDLE_PASSWORD or from the terminal. Key, certificate and chain must belong together, else nothing is
-    written. Should anything go wrong after the fetch, the encrypted bundle is kept for: portal unpack.
+    The link works once and needs no operator token. The password is read from the file, from PORTAL_BUNDLE_PASSWORD or
+    from the terminal. Files are written only if key, certificate and chain match. If anything fails after the
+    download, the encrypted bundle is saved for portal unpack.
     """
     link = check_link(link)
-    _ = portal.settings  # a wrong one shows before the password is asked for
+    _ = portal.settings  # a wrong setting is reported before the password is asked for
     with _folder(out, force=force) as folder:
-        password = bundle_password(password_file, before_asking=lambda: portal.client.look_at_link(link))
+        password = bundle_password(password_file, before_asking=lambda: portal.client.check_link_works(link))
         content, kept = fetch(portal, link, folder.path if folder else Path())
         files = unpack_fetched(portal, content, kept, password, folder=folder, force=force)
     _show(portal, files)
@@ -183,17 +183,17 @@ def download(portal: Portal, link: str, out: Path | None, password_file: str | N
         "portal unpack bundle.zip --out sensor-7 --password-file password.txt",
     ],
 )
-@click.argument("bundle", type=click.Path(dir_okay=False), help="The encrypted bundle.")
+@click.argument("bundle", type=click.Path(dir_okay=False), help="File of the encrypted bundle.")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.pass_obj
 def unpack_command(portal: Portal, bundle: str, out: Path | None, password_file: str | None, force: bool) -> None:
-    """Check a bundle that was fetched before, write its files.
+    """Check and unpack a bundle that was downloaded before.
 
-    The second half of portal download. The file is left where it is; delete it once the files are written.
+    The file of the bundle is kept; delete it after unpacking.
     """
-    content = read_input(bundle, most=BUNDLE_MOST)
+    content = read_input(bundle, limit=MAX_BUNDLE)
     with _folder(out, force=force) as folder:
         files = unpack(portal, content, bundle_password(password_file), folder=folder, force=force)
     _show(portal, files)

@@ -1,4 +1,4 @@
-"""The commands about devices that enrol by themselves: tokens, manufacturers, expected and waiting devices."""
+"""The commands about enrolment: enrolment tokens, manufacturers, expected devices, approval."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from commands.context import (
     DEVICE_ID,
+    YES,
     Command,
     Portal,
     confirm,
@@ -20,6 +21,8 @@ from commands.context import (
     new_secret_file,
     require,
     require_confirmable,
+    short_id,
+    show_created,
     topics_from,
 )
 from commands.errors import Misused
@@ -27,64 +30,50 @@ from commands.files import read_input
 from commands.output import Cell, moment, state, text
 from commands.registration import KEY_TYPES
 
-_ID = re.compile("[0-9a-f]{16}")
+ENROLMENT_TOKEN_ID = short_id("portal enrolment list")
+MANUFACTURER_ID = short_id("portal manufacturer list")
+PROFILE_FIELDS = ("type", "location", "firmware", "name_template", "validity_days", "approval")
 
-
-class MeansId(click.ParamType[str]):
-    """The id of an enrolment token or of a manufacturer, in full."""
-
-    name = "id"
-
-    def __init__(self, listed_by: str) -> None:
-        self.listed_by = listed_by
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the id, without showing a value that is none: it may be a secret."""
-        text = value.strip().lower()
-        if _ID.fullmatch(text) is None:
-            self.fail(f"an id is given in full, as {self.listed_by} shows it.", param, ctx)
-        return text
-
-
-_OPTIONS = (
-    click.option("--type", "type_", metavar="TYPE", help="What kind of device it is; device if not given."),
-    click.option("--location", metavar="PLACE", help="Where it stands."),
-    click.option("--firmware", metavar="VERSION", help="The firmware that it runs."),
+# The enrolment profile: what is recorded of a device that enrols, and which certificate it gets.
+_PROFILE = (
+    click.option("--type", metavar="TYPE", help="Type of the devices.  [default: device]"),
+    click.option("--location", metavar="PLACE", help="Location of the devices."),
+    click.option("--firmware", metavar="VERSION", help="Firmware version of the devices."),
     click.option(
         "--name-template",
         metavar="NAME",
-        help="Its name; {serial} stands for its own number, {number} counts the devices of a token.",
+        help="Name of the devices; {serial} is replaced by the serial number, {number} by a count.",
     ),
-    click.option("--key-type", "key_types", type=click.Choice(KEY_TYPES), multiple=True, help="Allowed. Repeatable."),
-    click.option("--days", type=click.IntRange(1, 36500), metavar="DAYS", help="Life of its certificate."),
-    click.option("--approval", type=click.Choice(("at_once", "operator")), help="Who decides; at_once if not given."),
+    click.option(
+        "--key-type", "key_types", type=click.Choice(KEY_TYPES), multiple=True, help="Allowed type of key. Repeatable."
+    ),
+    click.option(
+        "--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity of their certificates."
+    ),
+    click.option(
+        "--approval", type=click.Choice(("at_once", "operator")), help="Who approves a device.  [default: at_once]"
+    ),
 )
 
 
-def terms_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say what becomes of the devices that are let in; ``terms_from`` reads them."""
-    for option in reversed(_OPTIONS):
+def profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of an enrolment profile, named as the portal names them."""
+    for option in reversed(_PROFILE):
         command = option(command)
     return command
 
 
-def terms_from(options: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a request for the options that were given."""
-    names = {"type_": "type", "days": "validity_days"}
-    given = {names.get(name, name): value for name, value in options.items() if value not in (None, ())}
-    if "key_types" in given:
-        given["key_types"] = list(given["key_types"])
-    return given
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request: the options that were used."""
+    fields = {name: value for name, value in options.items() if value not in (None, ())}
+    if "key_types" in fields:
+        fields["key_types"] = list(fields["key_types"])
+    return fields
 
 
-def terms_fields(answer: dict[str, Any]) -> dict[str, Cell]:
-    """The same as an answer has them, to be shown."""
-    plain = ("type", "location", "firmware", "name_template", "validity_days", "approval")
-    fields = {name: text(answer.get(name)) for name in plain}
+def _profile(answer: dict[str, Any]) -> dict[str, Cell]:
+    fields = {name: text(answer.get(name)) for name in PROFILE_FIELDS}
     return fields | {"key_types": text(" ".join(map(str, answer.get("key_types") or ())))}
-
-
-ENROLMENT_TOKEN_ID = MeansId("portal enrolment list")
 
 
 @click.group("enrolment")
@@ -97,7 +86,8 @@ def enrolment() -> None:
 def enrolment_list(portal: Portal) -> None:
     """List enrolment tokens, newest first.
 
-    Piped, each is a line: id, name, the one device it is for, uses, uses allowed, approval, expiry, revoked.
+    When piped, prints tab-separated lines: id, name, device (if for one device), uses, allowed uses, approval, expiry,
+    revoked.
     """
     answer = portal.client.get("/enrolment-tokens")
     if portal.out.as_json:
@@ -119,7 +109,7 @@ def enrolment_list(portal: Portal) -> None:
             for row in answer.get("enrolment_tokens") or ()
             if isinstance(row, dict)
         ],
-        empty="There is no enrolment token yet.",
+        empty="No enrolment tokens yet.",
         spare=("device", "approval"),
     )
 
@@ -132,53 +122,45 @@ def enrolment_list(portal: Portal) -> None:
         "portal enrolment create line-4 --count 500 --hours 72 --type pump --name-template 'pump {serial}'",
     ],
 )
-@click.argument("name", help="What it is for, as the record will show it.")
-@click.option("--device", "device_id", metavar="ID", type=DEVICE_ID, help="The pending device that it is for.")
-@click.option("--count", type=click.IntRange(1, 1000000), metavar="N", help="For so many new devices; 1 if not given.")
-@click.option("--hours", type=click.IntRange(1, 8760), metavar="HOURS", help="How long it lasts; 24 if not given.")
-@terms_options
-@click.option("--token-out", metavar="FILE", help="New file (0600) for the token.")
+@click.argument("name", help="Name of the token, shown in the audit log.")
+@click.option("--device", "device_id", metavar="ID", type=DEVICE_ID, help="The expected device that the token is for.")
+@click.option("--count", type=click.IntRange(1, 1000000), metavar="N", help="Number of new devices.  [default: 1]")
+@click.option(
+    "--hours",
+    "expires_in_hours",
+    type=click.IntRange(1, 8760),
+    metavar="HOURS",
+    help="Validity of the token.  [default: 24]",
+)
+@profile_options
+@click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
 @click.pass_obj
-def enrolment_create(
-    portal: Portal,
-    /,
-    name: str,
-    device_id: str | None,
-    count: int | None,
-    hours: int | None,
-    token_out: str | None,
-    **terms: Any,
-) -> None:
-    """Make an enrolment token, which is shown once.
+def enrolment_create(portal: Portal, /, token_out: str | None, **options: Any) -> None:
+    """Create an enrolment token, which is shown once.
 
-    For one device that portal expect has made known (--device), or for new ones.
+    It is valid for one expected device (--device, see portal expect), or for new devices.
     """
     path = new_secret_file(token_out, "--token-out", "token", out=portal.out)
-    given = {"name": name, "device_id": device_id, "count": count, "expires_in_hours": hours}
-    body = {field: value for field, value in given.items() if value is not None} | terms_from(terms)
+    body = _given(options)
     answer = make_with_secret(
         portal, "/enrolment-tokens", body, shown_once="token", into=path, needs=("enrolment_token_id",)
     )
     if portal.out.as_json:
         portal.out.json(answer)
         return
-    portal.out.done(f"Made the enrolment token {name}")
-    whom = "device_id" if answer.get("device_id") else "count"
-    fields = {name: text(answer.get(name)) for name in ("enrolment_token_id", whom)}
-    fields |= terms_fields(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
-    if path is None:
-        fields["token"] = Cell(str(answer["token"]), style="bold")
-    portal.out.fields(fields)
-    portal.out.note(f"It is in {path}." if path else "The token is shown this once.")
+    scope = "device_id" if answer.get("device_id") else "count"
+    fields = {name: text(answer.get(name)) for name in ("enrolment_token_id", scope)}
+    fields |= _profile(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
+    show_created(portal, f"Created the enrolment token {body['name']}", fields, answer, shown_once="token", into=path)
 
 
 @enrolment.command("revoke", cls=Command, examples=["portal enrolment revoke 1e66977361d81fe2"])
-@click.argument("token_id", metavar="ID", type=ENROLMENT_TOKEN_ID, help="The token's id (portal enrolment list).")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.argument("token_id", metavar="ID", type=ENROLMENT_TOKEN_ID, help="The full id (see: portal enrolment list).")
+@YES
 @click.pass_obj
 def enrolment_revoke(portal: Portal, token_id: str, yes: bool) -> None:
-    """End an enrolment token; who has enrolled by it stays in."""
-    confirm(f"Revoke the enrolment token {token_id}? No device enrols by it any more.", yes=yes)
+    """Revoke an enrolment token; enrolled devices stay active."""
+    confirm(f"Revoke the enrolment token {token_id}? No more devices can enrol with it.", yes=yes)
     answer = portal.client.call("DELETE", f"/enrolment-tokens/{token_id}").json()
     if portal.out.as_json:
         portal.out.json(answer)
@@ -186,12 +168,9 @@ def enrolment_revoke(portal: Portal, token_id: str, yes: bool) -> None:
     portal.out.done(f"Revoked the enrolment token {answer.get('name') or token_id}")
 
 
-MANUFACTURER_ID = MeansId("portal manufacturer list")
-
-
 @click.group("manufacturer")
 def manufacturer() -> None:
-    """Manufacturers' CAs: list, show, add, prove, remove."""
+    """Manufacturer CAs: list, show, add, prove, remove."""
 
 
 @manufacturer.command("list", cls=Command, examples=["portal manufacturer list"])
@@ -199,7 +178,7 @@ def manufacturer() -> None:
 def manufacturer_list(portal: Portal) -> None:
     """List manufacturers, newest first.
 
-    Piped, each is a line: id, name, status, approval, end of the CA, fingerprint of its certificate.
+    When piped, prints tab-separated lines: id, name, status, approval, expiry and fingerprint of the CA certificate.
     """
     answer = portal.client.get("/manufacturers")
     if portal.out.as_json:
@@ -219,18 +198,18 @@ def manufacturer_list(portal: Portal) -> None:
             for row in answer.get("manufacturers") or ()
             if isinstance(row, dict)
         ],
-        empty="There is no manufacturer yet.",
+        empty="No manufacturers yet.",
         spare=("approval", "fingerprint"),
         whole=("status",),
     )
 
 
 @manufacturer.command("show", cls=Command, examples=["portal manufacturer show 1e66977361d81fe2"])
-@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The manufacturer's id.")
+@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
 @click.pass_obj
 def manufacturer_show(portal: Portal, manufacturer_id: str) -> None:
-    """Show a manufacturer, with the nonce that its CA is to sign."""
-    _show(portal, portal.client.get(f"/manufacturers/{manufacturer_id}"))
+    """Show a manufacturer and the nonce that its CA must sign."""
+    _show_manufacturer(portal, portal.client.get(f"/manufacturers/{manufacturer_id}"))
 
 
 @manufacturer.command(
@@ -238,17 +217,20 @@ def manufacturer_show(portal: Portal, manufacturer_id: str) -> None:
     cls=Command,
     examples=["portal manufacturer add acme --certificate acme-ca.pem --type pump --name-template 'pump {serial}'"],
 )
-@click.argument("name", help="What it is called, as the record will show it.")
-@click.option("--certificate", metavar="FILE", required=True, help="Its CA's certificate, PEM; - for standard input.")
-@terms_options
+@click.argument("name", help="Name of the manufacturer, shown in the audit log.")
+@click.option("--certificate", metavar="FILE", required=True, help="CA certificate (PEM); - for standard input.")
+@profile_options
 @click.pass_obj
-def manufacturer_add(portal: Portal, /, name: str, certificate: str, **terms: Any) -> None:
-    """Add a manufacturer's CA; it lets nobody in before its proof."""
-    body = {"name": name, "certificate": _pem(certificate)} | terms_from(terms)
+def manufacturer_add(portal: Portal, /, certificate: str, **options: Any) -> None:
+    """Add a manufacturer CA; it must be proven before use.
+
+    Devices with a factory certificate of this CA can enrol once portal manufacturer prove has succeeded.
+    """
+    body = _given(options) | {"certificate": _pem(certificate)}
     answer = portal.client.call("POST", "/manufacturers", body=body, repeatable=False).json()
     require(answer, "manufacturer_id", "nonce")
-    _show(portal, answer, done=f"Added {name}, which lets nobody in yet")
-    portal.out.note("Have the CA sign the nonce:")
+    _show_manufacturer(portal, answer, done=f"Added {body['name']}; devices can enrol once its CA is proven")
+    portal.out.note("Sign the nonce with the key of the CA:")
     portal.out.note(f"  printf %s {answer['nonce']} | openssl dgst -sha256 -sign ca.key -out nonce.sig")
     portal.out.next_step(f"portal manufacturer prove {answer['manufacturer_id']} --signature nonce.sig")
 
@@ -261,26 +243,26 @@ def manufacturer_add(portal: Portal, /, name: str, certificate: str, **terms: An
         "portal manufacturer prove 1e66977361d81fe2 --certificate nonce.pem",
     ],
 )
-@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The manufacturer's id.")
-@click.option("--signature", metavar="FILE", help="The CA's signature of the nonce, as openssl dgst -sign writes it.")
-@click.option("--certificate", metavar="FILE", help="A certificate, PEM, that the CA has made with the nonce as CN.")
+@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
+@click.option("--signature", metavar="FILE", help="Signature of the nonce, as openssl dgst -sign writes it.")
+@click.option("--certificate", metavar="FILE", help="Certificate (PEM) issued by the CA, with the nonce as its CN.")
 @click.pass_obj
 def manufacturer_prove(portal: Portal, manufacturer_id: str, signature: str | None, certificate: str | None) -> None:
-    """Show that somebody has the CA's key, so that it counts."""
+    """Prove possession of a manufacturer's CA key."""
     if (signature is None) == (certificate is None):
-        raise click.UsageError("Give either --signature or --certificate.")
+        raise click.UsageError("Use either --signature or --certificate.")
     body = {"certificate": _pem(certificate)} if certificate is not None else {"signature": _base64(signature or "")}
     answer = portal.client.call("POST", f"/manufacturers/{manufacturer_id}/proof", body=body).json()
-    _show(portal, answer, done=f"Registered {answer.get('name') or manufacturer_id}")
+    _show_manufacturer(portal, answer, done=f"Registered {answer.get('name') or manufacturer_id}")
 
 
 @manufacturer.command("remove", cls=Command, examples=["portal manufacturer remove 1e66977361d81fe2"])
-@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The manufacturer's id.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
+@YES
 @click.pass_obj
 def manufacturer_remove(portal: Portal, manufacturer_id: str, yes: bool) -> None:
-    """Let nobody in by a CA any more; who has enrolled stays in."""
-    confirm(f"Remove the manufacturer {manufacturer_id}? No device enrols by its CA any more.", yes=yes)
+    """Remove a manufacturer CA; enrolled devices stay active."""
+    confirm(f"Remove the manufacturer {manufacturer_id}? No more devices can enrol with its CA.", yes=yes)
     answer = portal.client.call("DELETE", f"/manufacturers/{manufacturer_id}").json()
     if portal.out.as_json:
         portal.out.json(answer)
@@ -304,7 +286,7 @@ def _base64(path: str) -> str:
     return b"".join(content.split()).decode()
 
 
-def _show(portal: Portal, answer: dict[str, Any], *, done: str = "") -> None:
+def _show_manufacturer(portal: Portal, answer: dict[str, Any], *, done: str = "") -> None:
     if portal.out.as_json:
         portal.out.json(answer)
         return
@@ -312,13 +294,10 @@ def _show(portal: Portal, answer: dict[str, Any], *, done: str = "") -> None:
         portal.out.done(done)
     fields: dict[str, Cell] = {name: text(answer.get(name)) for name in ("manufacturer_id", "name")}
     fields |= {"status": state(answer.get("status")), "fingerprint": text(answer.get("fingerprint"))}
-    fields |= {"not_after": moment(answer.get("not_after"), expiry=True)} | terms_fields(answer)
+    fields |= {"not_after": moment(answer.get("not_after"), expiry=True)} | _profile(answer)
     if answer.get("nonce"):
         fields |= {"nonce": text(answer["nonce"]), "nonce_expires_at": moment(answer.get("nonce_expires_at"))}
     portal.out.fields(fields)
-
-
-_FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
 @click.command(
@@ -326,34 +305,27 @@ _FINGERPRINT = re.compile("[0-9a-f]{64}")
     cls=Command,
     examples=["portal expect pump-9 --type pump --location 'Hall 2' --firmware 1.0"],
 )
-@click.argument("name", help="What people call it.")
-@click.option("--type", "type_", metavar="TYPE", required=True, help="What kind of device it is.")
-@click.option("--location", metavar="PLACE", required=True, help="Where it stands.")
-@click.option("--firmware", metavar="VERSION", required=True, help="The firmware that it runs.")
-@click.option("--metadata", metavar="KEY=VALUE", multiple=True, help="More about it; may be repeated.")
-@click.option("--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="In place of its own; may be repeated.")
+@click.argument("name", help="Name of the device.")
+@click.option("--type", metavar="TYPE", required=True, help="Type of the device.")
+@click.option("--location", metavar="PLACE", required=True, help="Location of the device.")
+@click.option("--firmware", metavar="VERSION", required=True, help="Firmware version of the device.")
+@click.option("--metadata", metavar="KEY=VALUE", multiple=True, help="Additional information. Repeatable.")
+@click.option(
+    "--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces the default topics. Repeatable."
+)
 @click.pass_obj
-def expect(
-    portal: Portal,
-    name: str,
-    type_: str,
-    location: str,
-    firmware: str,
-    metadata: tuple[str, ...],
-    topics: tuple[str, ...],
-) -> None:
-    """Make a device known that enrols by itself later."""
-    body: dict[str, Any] = {"name": name, "type": type_, "location": location, "firmware": firmware}
-    body["metadata"] = metadata_from(metadata)
+def expect(portal: Portal, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: str) -> None:
+    """Add a device that will enrol by itself later."""
+    body: dict[str, Any] = {**options, "metadata": metadata_from(metadata)}
     if topics:
         body["topics"] = topics_from(topics)
-    # Not repeated where the connection breaks: that would make a second device.
+    # Not repeated if the connection breaks: that would create a second device.
     answer = portal.client.call("POST", "/devices", body=body, repeatable=False).json()
     require(answer, "device_id")
     if portal.out.as_json:
         portal.out.json(answer)
         return
-    portal.out.done(f"Expecting {name} as {answer['device_id']}")
+    portal.out.done(f"Expecting {options['name']} as {answer['device_id']}")
     portal.out.fields({"device_id": text(answer["device_id"]), "status": state(answer.get("status"))})
     portal.out.next_step(f"portal enrolment create NAME --device {answer['device_id']}")
 
@@ -361,10 +333,10 @@ def expect(
 @click.command("waiting", cls=Command, examples=["portal waiting"])
 @click.pass_obj
 def waiting(portal: Portal) -> None:
-    """List the devices that wait for an operator, longest first.
+    """List devices that wait for approval, longest first.
 
-    Piped, each is a line: device id, name, whether it is in and brings another key (again) or is new, since when,
-    enrolment token or manufacturer, fingerprint of its key.
+    When piped, prints tab-separated lines: device id, name, new or again (an enrolled device with another key), waiting
+    since, enrolment token or manufacturer, key fingerprint.
     """
     answer = portal.client.get("/enrolments")
     if portal.out.as_json:
@@ -384,7 +356,7 @@ def waiting(portal: Portal) -> None:
             )
             for row in rows
         ],
-        empty="No device waits for an operator.",
+        empty="No devices wait for approval.",
         spare=("by", "key"),
     )
     if rows:
@@ -392,15 +364,15 @@ def waiting(portal: Portal) -> None:
 
 
 class Fingerprint(click.ParamType[str]):
-    """The SHA-256 of a device's key."""
+    """The SHA-256 fingerprint of a device's public key."""
 
     name = "fingerprint"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return 64 lower-case hex digits; colons, as openssl has them, are left out."""
+        """Return 64 lower-case hex digits; accepts colons between them, as openssl prints them."""
         digits = value.strip().lower().replace(":", "")
-        if _FINGERPRINT.fullmatch(digits) is None:
-            self.fail("a key's fingerprint has 64 hexadecimal digits.", param, ctx)
+        if re.fullmatch("[0-9a-f]{64}", digits) is None:
+            self.fail("the fingerprint of a key has 64 hexadecimal digits.", param, ctx)
         return digits
 
 
@@ -412,27 +384,28 @@ class Fingerprint(click.ParamType[str]):
         'portal approve 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --key "$(cat key.sha256)"',
     ],
 )
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The device's id, in full (portal waiting).")
-@click.option("--key", type=Fingerprint(), metavar="SHA256", help="Only this key, with no question.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id (see: portal waiting).")
+@click.option(
+    "--key", "key_fingerprint", type=Fingerprint(), metavar="SHA256", help="Approve only this key, without a question."
+)
+@YES
 @click.pass_obj
-def approve(portal: Portal, device_id: str, key: str | None, yes: bool) -> None:
-    """Let a device in that has asked, with the key you have seen.
+def approve(portal: Portal, device_id: str, key_fingerprint: str | None, yes: bool) -> None:
+    """Approve a waiting device and its key.
 
     Compare the fingerprint with the device: it is the SHA-256 of its public key (SubjectPublicKeyInfo, DER).
     """
-    if key is None:
-        key = _looked_at(portal, device_id, yes=yes)
+    key = key_fingerprint or _confirmed_key(portal, device_id, yes=yes)
     answer = portal.client.call("POST", f"/devices/{device_id}/approve", body={"key_fingerprint": key}).json()
     if portal.out.as_json:
         portal.out.json(answer)
         return
     portal.out.done(f"Approved {device_id}")
-    portal.out.note("It gets its certificate when it asks again.")
+    portal.out.note("It gets its certificate with its next request.")
 
 
-def _looked_at(portal: Portal, device_id: str, *, yes: bool) -> str:
-    """The key that a device has asked with, once somebody has said yes to it: no other key is approved then."""
+def _confirmed_key(portal: Portal, device_id: str, *, yes: bool) -> str:
+    """Ask whether the key of the waiting device is right; returns its fingerprint, so that no other is approved."""
     if not yes:
         require_confirmable()
     asked = portal.client.get(f"/devices/{device_id}/enrolment")
@@ -442,23 +415,25 @@ def _looked_at(portal: Portal, device_id: str, *, yes: bool) -> str:
         fields["By"] = text(asked.get("enrolment_token_id") or asked.get("manufacturer_id"))
         portal.out.question(fields)
         if asked.get("again"):
-            portal.out.warning("The device is in. Its certificates end once it has one for this key.")
-        confirm("Is this the device's key?", yes=False)
+            portal.out.warning(
+                "The device is enrolled already. Its certificates are revoked once it has one for this key."
+            )
+        confirm("Is this the key of the device?", yes=False)
     return str(asked["key_fingerprint"])
 
 
 @click.command("reject", cls=Command, examples=["portal reject 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --yes"])
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The device's id, in full (portal waiting).")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id (see: portal waiting).")
+@YES
 @click.pass_obj
 def reject(portal: Portal, device_id: str, yes: bool) -> None:
-    """Turn down a device that waits, or its other key, for good."""
-    confirm(f"Reject {device_id}? A pending device is out for good; one that is in keeps what it has.", yes=yes)
+    """Reject a waiting device, or its new key, permanently."""
+    confirm(f"Reject {device_id}? A new device is revoked permanently; an enrolled one keeps its present key.", yes=yes)
     answer = portal.client.call("POST", f"/devices/{device_id}/reject").json()
     if portal.out.as_json:
         portal.out.json(answer)
         return
     if answer.get("status") == "revoked":
-        portal.out.done(f"Rejected {device_id}, for good")
+        portal.out.done(f"Rejected {device_id} permanently")
     else:
-        portal.out.done(f"Rejected the other key of {device_id}, which stays in")
+        portal.out.done(f"Rejected the new key of {device_id}, which stays active")

@@ -1,4 +1,13 @@
-"""What can go wrong at the command line, each with its exit status."""
+"""The errors of the command line and their exit statuses.
+
+CliError 1
+├── CheckFailed 1
+│   └── BundleLocked 1
+├── Misused 2
+├── Unreachable 3
+│   └── ConnectionLost 3
+└── Refused 1
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,7 @@ from typing import Any, ClassVar
 
 
 class CliError(Exception):
-    """One plain sentence for a person; ``hints`` are further lines that say what to do next. Never holds a secret."""
+    """A sentence for the user; ``hints`` are further lines that say what to do. Never contains a secret."""
 
     exit_status: ClassVar[int] = 1
 
@@ -17,7 +26,7 @@ class CliError(Exception):
         self.hints = tuple(hints)
 
     def as_json(self) -> dict[str, Any]:
-        """The error as ``--json`` shows it on standard error."""
+        """Return the error as ``--json`` prints it on standard error."""
         error: dict[str, Any] = {"detail": self.sentence}
         if self.hints:
             error["hints"] = list(self.hints)
@@ -25,27 +34,27 @@ class CliError(Exception):
 
 
 class CheckFailed(CliError):
-    """What was received or found on this machine is not fit for use."""
+    """A file or an answer is not valid."""
 
 
 class BundleLocked(CheckFailed):
-    """The password does not open the bundle."""
+    """The bundle password is wrong."""
 
 
 class Misused(CliError):
-    """The command cannot start as it was called: a setting is missing or makes no sense."""
+    """The command was called incorrectly: a setting is missing or invalid."""
 
     exit_status = 2
 
 
 class Unreachable(CliError):
-    """The portal does not answer, or what answers is not the portal."""
+    """The portal does not answer, or another server does."""
 
     exit_status = 3
 
 
 class ConnectionLost(Unreachable):
-    """The connection broke after it stood, so the portal may or may not have done what was asked."""
+    """The connection was lost after it was established, so the request may have been carried out or not."""
 
 
 class Refused(CliError):
@@ -70,7 +79,7 @@ class Refused(CliError):
         self.retry_after = retry_after  # seconds
 
     def as_json(self) -> dict[str, Any]:
-        """The error as ``--json`` shows it on standard error."""
+        """Return the error as ``--json`` prints it on standard error."""
         shown = super().as_json()
         shown["error"] |= {"status": self.status, "code": self.code, "request_id": self.request_id}
         if self.fields:

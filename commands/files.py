@@ -1,4 +1,4 @@
-"""The command line's files: private, whole, never written over by accident."""
+"""Reads and writes files: private, atomically, never replaced by accident."""
 
 from __future__ import annotations
 
@@ -14,58 +14,58 @@ from typing import BinaryIO
 
 from commands.errors import CheckFailed, Misused
 
-SECRET_MOST = 4096  # bytes of a password or token in a file
-INPUT_MOST = 1 << 20  # bytes of any other file that is read
+MAX_SECRET = 4096  # bytes of a password or token in a file
+MAX_INPUT = 1 << 20  # bytes of any other file that is read
 
 
 @dataclass(frozen=True, slots=True)
 class NewFile:
-    """A file to be written: its content with its mode."""
+    """The content and mode of a file to be written."""
 
     content: bytes
     mode: int = 0o644
 
 
 def reason(error: OSError) -> str:
-    """Say why the system refused, in its own words, such as ``permission denied``."""
+    """Return the system's reason, such as ``permission denied``."""
     return (error.strerror or type(error).__name__).lower()
 
 
-def read_input(path: str, *, most: int = INPUT_MOST) -> bytes:
-    """Read a file, or standard input for ``-``; raises ``Misused`` where that fails or is over ``most`` bytes."""
+def read_input(path: str, *, limit: int = MAX_INPUT) -> bytes:
+    """Read a file, or standard input for ``-``; raises ``Misused`` if that fails or it exceeds ``limit`` bytes."""
     try:
         if path == "-":
-            content = sys.stdin.buffer.read(most + 1)
+            content = sys.stdin.buffer.read(limit + 1)
         else:
             with Path(path).expanduser().open("rb") as file:
-                content = file.read(most + 1)
+                content = file.read(limit + 1)
     except OSError as error:
         raise Misused(f"{path} cannot be read: {reason(error)}.") from None
-    if len(content) > most:
-        raise Misused(f"{'Standard input' if path == '-' else path} is longer than {most} bytes.")
+    if len(content) > limit:
+        raise Misused(f"{'Standard input' if path == '-' else path} is longer than {limit} bytes.")
     return content
 
 
 def read_secret(path: str, what: str) -> str:
-    """The first line of a file (``-`` for standard input), which holds ``what``; raises ``Misused``."""
+    """Return the first line of a file (``-`` for standard input) as a secret; raises ``Misused``."""
     try:
-        secret = read_input(path, most=SECRET_MOST).decode().split("\n", 1)[0].rstrip("\r")
+        secret = read_input(path, limit=MAX_SECRET).decode().split("\n", 1)[0].rstrip("\r")
     except UnicodeDecodeError:
         raise Misused(f"The {what} in {path} is not UTF-8 text.") from None
     if not secret:
-        raise Misused(f"There is no {what} in {'standard input' if path == '-' else path}.")
+        raise Misused(f"{'Standard input' if path == '-' else path} contains no {what}.")
     return secret
 
 
 class ReservedFile:
-    """A new 0600 file that is made before the secret it will hold, so that the secret always finds its place."""
+    """A new 0600 file, created before the secret exists so that the secret can always be saved."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         except FileExistsError:
-            raise Misused(f"{path} is there already; name a new file.") from None
+            raise Misused(f"{path} already exists; choose a new file.") from None
         except OSError as error:
             raise Misused(f"{path} cannot be written: {reason(error)}.") from None
 
@@ -81,7 +81,7 @@ class ReservedFile:
             raise CheckFailed(f"{self.path} cannot be written: {reason(error)}.") from None
 
     def discard(self) -> None:
-        """Remove the file where nothing was written into it."""
+        """Remove the file if nothing was written to it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -89,15 +89,15 @@ class ReservedFile:
 
 
 def replace_file(path: Path, content: bytes, *, mode: int) -> None:
-    """Put ``content`` at ``path`` whole: temporary file, fsync, rename. Raises ``OSError``."""
+    """Write a file atomically: temporary file, fsync, rename. Raises ``OSError``."""
     os.replace(_temporary(path, NewFile(content, mode)), path)
     _sync(path.parent)
 
 
 def write_new(path: Path, file: NewFile, *, force: bool) -> None:
-    """Write one file whole; raises ``CheckFailed`` where it exists (without ``force``) or cannot be written."""
+    """Write a file atomically; raises ``CheckFailed`` if it exists (without ``force``) or cannot be written."""
     if not force and os.path.lexists(path):
-        raise CheckFailed(f"{path} is there already; --force replaces it.")
+        raise CheckFailed(f"{path} already exists; use --force to replace it.")
     try:
         replace_file(path, file.content, mode=file.mode)
     except OSError as error:
@@ -106,9 +106,9 @@ def write_new(path: Path, file: NewFile, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file (0600) bit by bit that is there under its name only when the block has ended well.
+    """Write a file (0600) in parts; it gets its name only if the block succeeds.
 
-    Raises ``CheckFailed`` where it cannot be written.
+    Raises ``CheckFailed`` if it cannot be written.
     """
     try:
         with _new_beside(path, mode=0o600) as (temporary, writer):
@@ -123,12 +123,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 class Folder:
-    """Where a device's files go: 0700 where it is new or empty, else one that others cannot write to."""
+    """A folder for a device's files: 0700 if it is new or empty, otherwise not writable by others."""
 
     def __init__(self, path: Path, names: tuple[str, ...], *, force: bool) -> None:
-        """Make ready, before anything is asked of the portal.
+        """Prepare the folder, before a request is sent to the portal.
 
-        Raises ``CheckFailed`` where one of ``names`` is there already (without ``force``) or nothing can be written.
+        Raises ``CheckFailed`` if one of ``names`` exists (without ``force``) or files cannot be written.
         """
         self.path = path
         try:
@@ -141,15 +141,15 @@ class Folder:
         except OSError as error:
             raise CheckFailed(f"{path} cannot be written to: {reason(error)}.") from None
         if mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise CheckFailed(f"Others may write to {path}; make it private with chmod 700, or choose another folder.")
+            raise CheckFailed(f"Others can write to {path}; make it private with chmod 700, or choose another folder.")
         there = [name for name in names if os.path.lexists(path / name)]
         if there and not force:
             raise CheckFailed(
-                f"{path} holds {', '.join(there)} already; choose another folder with --out, or --force to replace."
+                f"{path} already contains {', '.join(there)}; choose another folder with --out, or use --force."
             )
 
     def write(self, files: Mapping[str, NewFile]) -> None:
-        """Write all of the files or none: every one is on the disk before the first gets its name."""
+        """Write all of the files or none: all are on disk before the first gets its name."""
         ready: list[tuple[Path, Path]] = []
         try:
             for name, file in files.items():
@@ -164,7 +164,7 @@ class Folder:
                 temporary.unlink(missing_ok=True)
 
     def leave(self) -> None:
-        """Remove the folder again where it was made here and nothing came of it."""
+        """Remove the folder if it was created here and is still empty."""
         if self._made and self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
 
@@ -177,8 +177,8 @@ def _temporary(path: Path, file: NewFile) -> Path:
 
 @contextlib.contextmanager
 def _new_beside(path: Path, *, mode: int) -> Iterator[tuple[Path, BinaryIO]]:
-    """Make a file beside ``path``, on the disk at the end of the block; gone again where that raises."""
-    # The mode is set before the content is written, so a secret is never readable to others.
+    """Create a temporary file next to ``path``, synced at the end of the block, removed if the block fails."""
+    # The mode is set before the content is written, so a secret is never readable by others.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
@@ -201,7 +201,7 @@ def _sync(folder: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise ``CheckFailed`` where no file can be made in a folder."""
+    """Raise ``CheckFailed`` if no file can be created in a folder."""
     try:
         _temporary(path / "test", NewFile(b"")).unlink()
     except OSError as error:

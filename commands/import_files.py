@@ -1,4 +1,4 @@
-"""The files of an import: the rows of its input, and the folder of its results."""
+"""The files of an import: the rows of the input, and the folder of results."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from commands.bundle import FORMATS
 from commands.errors import CheckFailed, Misused
 from commands.files import Folder, NewFile, reason, replace_file, write_new
 from commands.registration import KEY_TYPES
 
-REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # with the most characters
+REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # maximum number of characters
 OPTIONAL = {"external_id": 128, "csr": 16384, "bundle_password": 128}
 JSON_COLUMNS = ("metadata", "topics")
 FIELDS = (*REQUIRED, *OPTIONAL, *JSON_COLUMNS, "key_type", "validity_days", "bundle_format")
-BUNDLE_FORMATS = ("zip", "p12", "pem")
-ROW_MOST = 128 * 1024  # bytes
-FORMS = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson"}
+MAX_ROW = 128 * 1024  # bytes
+FORMAT_OF_SUFFIX = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson"}
 
 
 @dataclass(frozen=True, slots=True)
 class FileRow:
-    """A device of the file, with the line on which it begins; ``problem`` is what is wrong with it, in words."""
+    """A row of the file, with the line on which it begins; ``problem`` says what is wrong with it."""
 
     line: int
     values: Mapping[str, Any]
     problem: str | None = None
 
 
-def form_of(path: Path, form: str | None) -> str:
-    """``csv`` or ``ndjson``: what was said, or else what the name says; raises ``Misused``."""
-    found = form or FORMS.get(path.suffix.lower())
+def format_of(path: Path, form: str | None) -> str:
+    """Return ``csv`` or ``ndjson``, by the option or else by the name of the file; raises ``Misused``."""
+    found = form or FORMAT_OF_SUFFIX.get(path.suffix.lower())
     if found is None:
-        raise Misused(f"The name of {path} does not say what it holds; add --format csv or --format ndjson.")
+        raise Misused(f"The format of {path} is unknown; add --format csv or --format ndjson.")
     return found
 
 
 def fingerprint_of(path: Path) -> str:
-    """SHA-256 of the file in hex; raises ``Misused`` where it cannot be read."""
+    """Return the SHA-256 of the file in hex; raises ``Misused`` if it cannot be read."""
     try:
         with path.open("rb") as file:
             digest = sha256()
@@ -56,7 +56,7 @@ def fingerprint_of(path: Path) -> str:
 
 
 def read_rows(path: Path, form: str) -> Iterator[FileRow]:
-    """The devices of a file, one after the other; raises ``Misused`` where it is not of that form at all."""
+    """Yield the rows of a file; raises ``Misused`` if it does not have that format at all."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from _read_csv(file) if form == "csv" else _read_ndjson(file)
@@ -92,11 +92,11 @@ def _read_csv(lines: Iterator[str]) -> Iterator[FileRow]:
             if header is None:
                 header = _header(cells)
             elif len(cells) != len(header):
-                yield FileRow(began, {}, f"has {len(cells)} cells, where the first row names {len(header)} columns")
+                yield FileRow(began, {}, f"has {len(cells)} cells, but the first row names {len(header)} columns")
             else:
                 yield _row(began, {name: cell for name, cell in zip(header, cells, strict=True) if cell})
     except csv.Error as error:
-        raise Misused(f"From line {line} on the file is not CSV (RFC 4180): {error}.") from None
+        raise Misused(f"The file is not valid CSV (RFC 4180) from line {line} on: {error}.") from None
     if header is None:
         raise Misused("The file is empty; its first row must name the columns.")
 
@@ -106,8 +106,8 @@ def _header(cells: list[str]) -> list[str]:
     unknown = [name for name in names if name not in FIELDS]
     missing = [name for name in REQUIRED if name not in names]
     if unknown or missing or len(set(names)) < len(names):
-        what = f"{unknown[0]!r} is none" if unknown else f"{missing[0]} is missing" if missing else "one is there twice"
-        raise Misused(f"The first row must name the columns: {what}.", hints=[f"There may be {', '.join(FIELDS)}."])
+        what = f"{unknown[0]!r} is unknown" if unknown else f"{missing[0]} is missing" if missing else "one is repeated"
+        raise Misused(f"The first row must name the columns: {what}.", hints=[f"Columns: {', '.join(FIELDS)}."])
     return names
 
 
@@ -128,9 +128,9 @@ def _row(line: int, cells: dict[str, str]) -> FileRow:
 
 
 def _problem(values: Mapping[str, Any], length: int) -> str | None:
-    """What of a row the portal would certainly refuse."""
-    if length > ROW_MOST:
-        return f"is longer than {ROW_MOST} bytes"
+    """Return a problem for which the portal would refuse the row, if there is one."""
+    if length > MAX_ROW:
+        return f"is longer than {MAX_ROW} bytes"
     for name in values:
         if name not in FIELDS:
             return f"{name[:64]!r} is not a field"
@@ -149,9 +149,9 @@ def _problem_of_choice(values: Mapping[str, Any]) -> str | None:
     if days is not None and (not isinstance(days, int) or not 1 <= days <= 36500):
         return "validity_days is not a whole number from 1 to 36500"
     if key_type is not None and key_type not in KEY_TYPES:
-        return f"key_type is none of {', '.join(KEY_TYPES)}"
-    if values.get("bundle_format") not in (None, *BUNDLE_FORMATS):
-        return f"bundle_format is none of {', '.join(BUNDLE_FORMATS)}"
+        return f"key_type is not one of {', '.join(KEY_TYPES)}"
+    if values.get("bundle_format") not in (None, *FORMATS):
+        return f"bundle_format is not one of {', '.join(FORMATS)}"
     if not isinstance(values.get("metadata", {}), dict):
         return "metadata is not a JSON object"
     if not isinstance(values.get("topics") or [], list):
@@ -168,10 +168,10 @@ DONE = ("registered", "repeated")
 
 
 class Results:
-    """The folder of an import: ``results.csv`` (0600) with a row for each device, and what belongs to it."""
+    """The folder of an import: ``results.csv`` (0600) with a row for each device, bundles and certificates."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        """Make the folder, or go on in it; raises ``CheckFailed``, and ``Misused`` where it is another file's."""
+        """Create the folder or continue in it; raises ``CheckFailed``, ``Misused`` if it belongs to another file."""
         self.folder = Folder(folder, (), force=True).path
         self.path = self.folder / RESULTS
         self.done: set[str] = set()
@@ -183,7 +183,7 @@ class Results:
         path = self.folder / STATE
         if not os.path.lexists(path):
             if os.path.lexists(self.path):
-                raise CheckFailed(f"{self.folder} holds a {RESULTS} of something else; choose another folder.")
+                raise CheckFailed(f"{self.folder} contains a {RESULTS} of something else; choose another folder.")
             state = {"file_sha256": fingerprint, "prefix": secrets.token_hex(8)}
             write_new(path, NewFile(json.dumps(state).encode(), 0o600), force=False)
             return state
@@ -194,17 +194,17 @@ class Results:
             raise CheckFailed(f"{path} is damaged; choose another folder.") from None
         if state["file_sha256"] != fingerprint:
             raise Misused(
-                f"{self.folder} holds the import of another file, or of this one before it was changed.",
-                hints=["Choose another folder; devices with an external_id are made only once anyhow."],
+                f"{self.folder} contains the import of another file, or of this file before it was changed.",
+                hints=["Choose another folder. A row with an external_id never registers a second device."],
             )
         return state
 
     def external_id(self, line: int) -> str:
-        """The id of a row that has none of its own: always the same for the same line."""
+        """Return the external id for a row without one: always the same for the same line."""
         return f"import-{self._prefix}-{line}"
 
     def __enter__(self) -> Self:
-        """Read what is there, leaving out what failed, and open the file to add to it."""
+        """Open the file to add results; keeps earlier results except failures."""
         try:
             if os.path.lexists(self.path):
                 self._file = self._rewrite()
@@ -248,7 +248,7 @@ class Results:
             raise CheckFailed(f"{self.path} cannot be written: {reason(error)}.") from None
 
     def add(self, line: int, external_id: str, name: str, answer: Mapping[str, Any]) -> None:
-        """Write down the answer to a row."""
+        """Add the answer to a row."""
         if self._file is None:
             raise CheckFailed(f"{self.path} is not open.")
         row = {column: str(answer.get(column) or "") for column in COLUMNS}
@@ -266,32 +266,32 @@ class Results:
 
     def _keep_certificate(self, device_id: str, chain: str) -> None:
         if not _is_id(device_id):
-            raise CheckFailed("The portal's answer holds a device_id that is none.")
+            raise CheckFailed("The portal's answer contains an invalid device_id.")
         folder = self.folder / CERTIFICATES
         folder.mkdir(mode=0o700, exist_ok=True)
         replace_file(folder / f"{device_id}.pem", chain.encode(), mode=0o644)
 
     def rows(self) -> Iterator[dict[str, str]]:
-        """Every whole row of the file."""
+        """Yield every complete row of the file."""
         if self._file is not None:
             self._file.flush()
         with self.path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                if None not in row and all(isinstance(value, str) for value in row.values()):  # else it was cut off
+                if None not in row and all(isinstance(value, str) for value in row.values()):  # else it was truncated
                     yield row
 
     def bundle_path(self, device_id: str, content: bytes) -> Path:
-        """Where the bundle of a device goes, in a folder of mode 0700: a ZIP, or else a PKCS#12 file."""
+        """Return the path for the bundle of a device, a ZIP or a PKCS#12 file, in a folder of mode 0700."""
         return self._bundles(device_id) / f"{device_id}{'.zip' if content.startswith(b'PK') else '.p12'}"
 
     def has_bundle(self, device_id: str) -> bool:
-        """Whether the bundle of a device is here."""
+        """Return whether the bundle of a device was downloaded."""
         folder = self._bundles(device_id)
         return any((folder / f"{device_id}{suffix}").exists() for suffix in (".zip", ".p12"))
 
     def _bundles(self, device_id: str) -> Path:
         if not _is_id(device_id):
-            raise CheckFailed(f"{self.path} holds a device_id that is none.")
+            raise CheckFailed(f"{self.path} contains an invalid device_id.")
         folder = self.folder / BUNDLES
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder

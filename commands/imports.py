@@ -18,7 +18,7 @@ from commands.client import Client, check_link
 from commands.context import Command, Portal
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
-from commands.import_files import Results, fingerprint_of, form_of, read_rows
+from commands.import_files import Results, fingerprint_of, format_of, read_rows
 from commands.output import text
 
 BATCH_ROWS = 512  # two of the batches that the portal registers at once
@@ -26,7 +26,7 @@ BATCH_BYTES = 256 * 1024  # the answers wait in the socket until a batch is sent
 RETRY_PAUSES = (0.3, 1.0, 3.0)  # seconds before a batch is sent again after the connection was lost
 BUSY_ATTEMPTS = 30  # at a portal that is busy with other uploads and says when to come back
 SHOWN = 20  # problems that are shown one by one
-AGAIN = "Run the same command again: it goes on where this one stopped."
+AGAIN = "Run the same command again to continue where this one stopped."
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class _Row:
 
 @dataclass(slots=True)
 class Tally:
-    """What has come of the rows."""
+    """Counts the results of the rows."""
 
     rows: int = 0
     registered: int = 0
@@ -53,7 +53,7 @@ class Tally:
     codes: Counter[str] = field(default_factory=Counter)
 
     def as_json(self) -> dict[str, Any]:
-        """As ``--json`` shows it."""
+        """Return the counts for JSON."""
         names = ("rows", "registered", "repeated", "there_before", "failed", "downloaded", "not_downloaded")
         return {name: getattr(self, name) for name in names} | {"failures": dict(self.codes)}
 
@@ -66,37 +66,35 @@ class Tally:
         "portal import fleet.csv --out fleet --download",
     ],
 )
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="CSV or NDJSON, a device a row.")
-@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for results and bundles.")
-@click.option(
-    "--format", "form", type=click.Choice(("csv", "ndjson")), help="What the file holds, if its name does not say."
-)
-@click.option("--dry-run", is_flag=True, help="Check the file and send nothing.")
-@click.option("--download", is_flag=True, help="Fetch the encrypted bundles, too.")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="CSV or NDJSON file, one device per row.")
+@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for the results and bundles.")
+@click.option("--format", "form", type=click.Choice(("csv", "ndjson")), help="Format of FILE.  [default: by its name]")
+@click.option("--dry-run", is_flag=True, help="Only check the file; send nothing.")
+@click.option("--download", is_flag=True, help="Also download the encrypted bundles.")
 @click.pass_context
 def import_devices(
     ctx: click.Context, file: Path, out: Path | None, form: str | None, dry_run: bool, download: bool
 ) -> None:
     """Register a device for each row of a file.
 
-    The first row of a CSV names the columns: name, type, location, firmware, and if wanted external_id, metadata, csr,
-    key_type, validity_days, bundle_password, bundle_format, topics. FOLDER/results.csv gets link and password of each
-    device. An import that was interrupted goes on where it stopped when the same command is run again; no device is
-    made twice. The exit status is 1 where a row failed, 3 where the connection was lost.
+    The first row of a CSV file names the columns: name, type, location, firmware, and optionally external_id,
+    metadata, csr, key_type, validity_days, bundle_password, bundle_format, topics. FOLDER/results.csv gets the download
+    link and the bundle password of each device. To continue an interrupted import, run the same command again; no
+    device is registered twice. The exit status is 1 if a row failed, 3 if the connection was lost.
     """
     portal: Portal = ctx.obj
     if out is None and not dry_run:
-        raise Misused("Name a folder for the results with --out, or only check the file with --dry-run.")
-    kind = form_of(file, form)
+        raise Misused("Give a folder for the results with --out, or only check the file with --dry-run.")
+    kind = format_of(file, form)
     fingerprint = fingerprint_of(file)
     rows = _check(portal, file, kind)
     if dry_run or out is None:
         if portal.out.as_json:
             portal.out.json({"rows": rows, "problems": 0})
         else:
-            portal.out.done(f"{rows} rows, nothing wrong with them as far as can be seen from here.")
+            portal.out.done(f"Checked {rows} rows; found no problems.")
         return
-    portal.client.get("/devices", limit=1)  # whatever is wrong with address, certificate or token shows here
+    portal.client.get("/devices", limit=1)  # reports a wrong address, CA file or token before the folder is created
     tally = Tally(rows)
     with Results(out, fingerprint) as results:
         tally.there_before = len(results.done)
@@ -116,7 +114,7 @@ def import_devices(
 
 
 def _check(portal: Portal, file: Path, kind: str) -> int:
-    """Look at every row; returns how many there are. Raises ``CliError`` where one is wrong."""
+    """Check every row and return their number; raises ``CliError`` if one is wrong."""
     seen: dict[bytes, int] = {}
     count = problems = 0
     found: list[dict[str, Any]] = []
@@ -128,7 +126,7 @@ def _check(portal: Portal, file: Path, kind: str) -> int:
             if problem is None and external_id is not None:
                 first = seen.setdefault(_short(external_id), row.line)
                 if first != row.line:
-                    problem = f"has the external_id of line {first}"
+                    problem = f"has the same external_id as line {first}"
             if problem is not None:
                 problems += 1
                 if len(found) < SHOWN:
@@ -139,8 +137,8 @@ def _check(portal: Portal, file: Path, kind: str) -> int:
         portal.out.json({"rows": count, "problems": problems, "found": found})
     for one in found:
         portal.out.note(f"line {one['line']}: {one['problem']}")
-    more = f" The first {SHOWN} are above." if problems > SHOWN else ""
-    raise CliError(f"{problems} of {count} rows are wrong, so nothing was sent.{more}")
+    more = f" The first {SHOWN} are listed above." if problems > SHOWN else ""
+    raise CliError(f"{problems} of {count} rows have problems; nothing was sent.{more}")
 
 
 def _short(external_id: str) -> bytes:
@@ -175,15 +173,15 @@ def _batches(results: Results, file: Path, kind: str) -> Iterator[deque[_Row]]:
 
 
 def _send(client: Client, rows: deque[_Row]) -> Iterator[tuple[_Row, dict[str, Any]]]:
-    """Send a batch; yields each row with its answer. Rows without one are sent again where that may help."""
+    """Send a batch; yield each row with its answer. Rows without an answer are sent again if that may help."""
     attempts = 0
     while rows:
         try:
             for number, answer in enumerate(client.register_rows(b"".join(row.sent for row in rows)), 1):
                 if answer.get("stopped"):
-                    raise ConnectionLost(f"The portal stopped at a row: {answer.get('detail')}")
+                    raise ConnectionLost(f"The portal stopped the import: {answer.get('detail')}")
                 if answer["row"] != number or not rows:
-                    raise CliError("The portal answered rows that were not sent; it may be of another version.")
+                    raise CliError("The portal answered rows that were not sent; its version may differ.")
                 attempts = 0
                 yield rows.popleft(), answer
             if rows:
@@ -197,7 +195,7 @@ def _send(client: Client, rows: deque[_Row]) -> Iterator[tuple[_Row, dict[str, A
 
 
 def _pause(error: ConnectionLost | Refused, attempts: int) -> float | None:
-    """Seconds before a batch is sent again, ``None`` where there is no use in that."""
+    """Return the seconds to wait before a batch is sent again, ``None`` if it should not be."""
     if isinstance(error, ConnectionLost):
         return RETRY_PAUSES[attempts - 1] if attempts <= len(RETRY_PAUSES) else None
     return error.retry_after if error.retry_after is not None and attempts <= BUSY_ATTEMPTS else None
@@ -214,7 +212,7 @@ def _count(tally: Tally, answer: dict[str, Any]) -> None:
 
 
 def _download(portal: Portal, results: Results, tally: Tally) -> None:
-    """Fetch every bundle that is not here yet; one that cannot be fetched hurts no other."""
+    """Download every bundle that is missing; one that fails does not stop the others."""
     newest = {row["device_id"]: row["download_url"] for row in results.rows() if row["download_url"]}
     waiting = {device: link for device, link in newest.items() if not results.has_bundle(device)}
     with portal.out.progress("Downloading", len(waiting)) as advance:
@@ -228,7 +226,7 @@ def _download(portal: Portal, results: Results, tally: Tally) -> None:
             except CliError as error:
                 tally.not_downloaded += 1
                 if tally.not_downloaded <= SHOWN:
-                    portal.out.warning(f"The bundle of {device_id} was not fetched: {error.sentence}")
+                    portal.out.warning(f"The bundle of {device_id} was not downloaded: {error.sentence}")
             advance()
 
 
@@ -241,7 +239,7 @@ def _show(portal: Portal, results: Results, tally: Tally) -> None:
         for _ in range(SHOWN):
             row = next(failed)
             portal.out.note(f"line {row['line']}: {row['detail']}")
-    portal.out.done(f"{tally.registered} registered, {tally.repeated} there already, {tally.failed} failed.")
+    portal.out.done(f"{tally.registered} registered, {tally.repeated} registered before, {tally.failed} failed.")
     fields = {
         "rows": text(str(tally.rows)),
         "registered": text(str(tally.registered)),
@@ -253,4 +251,4 @@ def _show(portal: Portal, results: Results, tally: Tally) -> None:
     if tally.downloaded or tally.not_downloaded:
         fields |= {"downloaded": text(str(tally.downloaded)), "not_downloaded": text(str(tally.not_downloaded))}
     portal.out.fields(fields | {"results": text(str(results.path))})
-    portal.out.note("results.csv holds links and passwords; send them by two ways, and delete it afterwards.")
+    portal.out.note("results.csv contains links and passwords: send them on different channels, then delete it.")

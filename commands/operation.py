@@ -1,4 +1,4 @@
-"""The commands about the portal itself."""
+"""The commands about the portal itself: status, CA certificates, audit log, shell completion."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import click
 from click.shell_completion import get_completion_class
 
 from commands.bundle import certificates_only, describe
-from commands.context import Command, Portal
-from commands.devices import DEFAULT_LIMIT, read_pages
+from commands.context import Command, Portal, paging_options
+from commands.delivery import FORCE_HELP
 from commands.errors import Unreachable
 from commands.files import NewFile, write_new
 from commands.output import Cell, moment, state, text
@@ -28,17 +28,17 @@ SHELLS = {
 )
 @click.pass_context
 def status(ctx: click.Context) -> None:
-    """Say whether the portal is ready, or what keeps it.
+    """Check whether the portal is ready, and if not, why.
 
-    The exit status is 1 where it is not.
+    The exit status is 1 if it is not ready.
     """
     portal: Portal = ctx.obj
     alive = portal.client.call("GET", "/healthz", anonymous=True, accept=(503,)).status == 200
-    # The reasons are for operators; without a token it says only what fails.
+    # Without a token the portal names the failed checks, but not the reasons.
     answer = portal.client.call("GET", "/readyz", anonymous=portal.settings.token is None, accept=(503,))
     checks = answer.json().get("checks")
     if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
-        raise Unreachable(f"The answer of {answer.origin} does not say what it checked; it may be of another version.")
+        raise Unreachable(f"The answer of {answer.origin} has no list of checks; its version may differ.")
     ready = alive and answer.status == 200
     if portal.out.as_json:
         portal.out.json({"alive": alive, "ready": ready, "checks": checks})
@@ -55,17 +55,18 @@ def _yes(good: bool) -> Cell:
 
 def _check(check: dict[str, Any]) -> Cell:
     good = check.get("ok") is True
-    return _yes(good) if good else Cell(f"no: {check.get('problem') or 'no reason was given'}", style="bold red")
+    return _yes(good) if good else Cell(f"no: {check.get('problem') or 'no reason given'}", style="bold red")
 
 
 @click.command("ca", cls=Command, examples=["portal ca", "portal ca --out ca.pem"])
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Save it in this file.")
-@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Save them in FILE.")
+@click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.pass_obj
 def ca(portal: Portal, out: Path | None, force: bool) -> None:
     """Print or save the portal's CA certificates.
 
-    Issuing CA first, root last. Compare the root's fingerprint with what the portal's operator tells you.
+    The issuing CA comes first, the root last. Compare the fingerprint of the root with the one that the portal's
+    operator tells you.
     """
     pem = certificates_only(portal.client.call("GET", "/ca.pem", anonymous=True).body)
     found = describe(pem)
@@ -88,7 +89,7 @@ def ca(portal: Portal, out: Path | None, force: bool) -> None:
     if out is None:
         portal.out.raw(pem.decode())
     else:
-        portal.out.done(f"Saved in {out}")
+        portal.out.done(f"Saved the CA certificates in {out}")
 
 
 @click.command(
@@ -96,31 +97,20 @@ def ca(portal: Portal, out: Path | None, force: bool) -> None:
     cls=Command,
     examples=["portal audit --limit 20", "portal audit --action device:revoke --all --json"],
 )
-@click.option("--action", metavar="TAG", help="Such as device:register.")
-@click.option("--actor", metavar="WHO", help="Who did it, as the record shows it.")
-@click.option("--object", "object_", metavar="WHAT", help="What it was done to, such as device:ID.")
-@click.option("--outcome", type=click.Choice(("done", "refused")), help="How it ended.")
-@click.option("--limit", type=click.IntRange(1), default=DEFAULT_LIMIT, show_default=True, help="How many at the most.")
-@click.option("--all", "all_", is_flag=True, help="All of them, however many.")
-@click.option("--cursor", metavar="CURSOR", help="Go on where an earlier --json answer ended (next_cursor).")
+@click.option("--action", metavar="TAG", help="Only this action, such as device:register.")
+@click.option("--actor", metavar="ACTOR", help="Only actions of this actor, such as token:factory.")
+@click.option("--object", metavar="OBJECT", help="Only actions on this object, such as device:ID.")
+@click.option("--outcome", type=click.Choice(("done", "refused")), help="Only actions with this outcome.")
+@paging_options
 @click.pass_obj
-def audit(
-    portal: Portal,
-    action: str | None,
-    actor: str | None,
-    object_: str | None,
-    outcome: str | None,
-    limit: int,
-    all_: bool,
-    cursor: str | None,
-) -> None:
-    """Read the audit record, newest first.
+def audit(portal: Portal, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
+    """Read the audit log, newest entry first.
 
-    Piped, each entry is a line: time, actor, action, object, outcome, address, request id, detail.
+    When piped, prints tab-separated lines: time, actor, action, object, outcome, address, request id, detail.
     """
-    filters = {"action": action, "actor": actor, "object": object_, "outcome": outcome}
-    most = None if all_ else limit
-    entries, next_cursor = read_pages(portal, "/audit", "entries", most=most, cursor=cursor, filters=filters)
+    entries, next_cursor = portal.client.read_pages(
+        "/audit", "entries", limit=None if all_ else limit, cursor=cursor, **filters
+    )
     if portal.out.as_json:
         portal.out.json({"entries": entries, "next_cursor": next_cursor})
         return
@@ -139,22 +129,21 @@ def audit(
             )
             for entry in entries
         ],
-        empty="No entry fits." if any(filters.values()) else "There is no entry.",
+        empty="No matching entries." if any(filters.values()) else "No entries yet.",
         spare=("address", "request id", "detail"),
         whole=("action", "outcome"),
+        more=next_cursor,
     )
-    if next_cursor:
-        portal.out.note(f"These are the newest {len(entries)}; --all shows all.")
 
 
 @click.command("completion", cls=Command, connects=False, examples=list(SHELLS.values()))
 @click.argument("shell", type=click.Choice(tuple(SHELLS)), help="bash, zsh or fish.")
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the completion script of a shell."""
+    """Print a shell completion script."""
     portal: Portal = ctx.obj
     found = get_completion_class(shell)
-    if found is None:  # click knows all three
+    if found is None:  # click supports all three
         raise click.UsageError(f"There is no completion for {shell}.")
     script = found(ctx.find_root().command, {}, "portal", "_PORTAL_COMPLETE").source()
     if portal.out.as_json:

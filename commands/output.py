@@ -1,4 +1,4 @@
-"""How the command line shows things to people or to programs."""
+"""Prints results, messages and progress: coloured and aligned for people, plain or JSON for programs."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ _STATUS_STYLES = {
 }
 _ABBREVIATIONS = ("ca", "crl")
 EXPIRES_SOON_DAYS = 30
-PROGRESS_SECONDS = 10.0  # between two lines of a progress that nobody watches
+PROGRESS_SECONDS = 10.0  # between two lines of progress if standard error is not a terminal
 
 
 def clean(value: object) -> str:
-    """Text that is safe on a terminal: what could steer it is shown as an escape such as ``\\x1b``."""
+    """Return text that is safe to print on a terminal, with control characters as escapes such as ``\\x1b``."""
     text = str(value)
     if text.isascii() and text.isprintable():
         return text
@@ -62,7 +62,7 @@ def _escaped(char: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A value as programs read it (``plain``) with how people see it; both are cleaned when they are shown."""
+    """A value for programs (``plain``) and for people (``shown``); both are cleaned when they are printed."""
 
     plain: str
     shown: str = ""
@@ -70,7 +70,7 @@ class Cell:
 
 
 def text(value: object) -> Cell:
-    """Any value of an answer; ``None`` is empty, ``-`` for people."""
+    """Return a cell for any value of an answer; ``None`` is empty for programs, ``-`` for people."""
     if value is None or value == "":
         return Cell("", "-", "dim")
     if isinstance(value, str | int | float):
@@ -79,14 +79,14 @@ def text(value: object) -> Cell:
 
 
 def state(value: object) -> Cell:
-    """A state, in its colour."""
+    """Return a cell for a status, in its colour."""
     return Cell(str(value or ""), style=_STATUS_STYLES.get(str(value), ""))
 
 
 def moment(value: object, *, expiry: bool = False, short: bool = False) -> Cell:
-    """A time of an answer (RFC 3339): itself for programs, date and distance for people (``short``: the date).
+    """Return a cell for a time (RFC 3339): as it is for programs, date and distance (``short``: date) for people.
 
-    An ``expiry`` is coloured where it is near or past.
+    An ``expiry`` is coloured if it is near or past.
     """
     try:
         at = datetime.fromisoformat(str(value))
@@ -112,7 +112,7 @@ def _distance(seconds: float) -> str:
 
 
 class Output:
-    """Standard output for what was asked, standard error for the rest; colours and tables on a terminal only."""
+    """Results go to standard output, messages to standard error; colours and tables only to a terminal."""
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
@@ -121,11 +121,11 @@ class Output:
         self._err = _console(sys.stderr)
 
     def json(self, data: object) -> None:
-        """Print one JSON document; ASCII only, so nothing in it can steer a terminal."""
+        """Print one JSON document; ASCII only, so it cannot control a terminal."""
         self.raw(json.dumps(data, indent=2).replace("\x7f", "\\u007f"))
 
     def raw(self, content: str) -> None:
-        """Print text that is known to be safe, such as PEM, as it is."""
+        """Print text that is known to be safe, such as PEM, unchanged."""
         sys.stdout.write(content if content.endswith("\n") else content + "\n")
         sys.stdout.flush()
 
@@ -137,20 +137,27 @@ class Output:
         empty: str,
         spare: Sequence[str] = (),
         whole: Sequence[str] = (),
+        more: str | None = None,
     ) -> None:
-        """A table for people; for programs a tab-separated line a row, without titles.
+        """Print a table for people, or tab-separated lines without titles for programs.
 
-        With no row there is no table, but the sentence ``empty`` on standard error. On a terminal that is too narrow
-        the ``spare`` columns are left out, the last first; what is too long in the others is cut, but never the first
-        column, nor those of ``whole``.
+        Without rows, says ``empty`` on standard error; with a cursor for ``more`` rows, says how to see all. On a
+        narrow terminal the ``spare`` columns are left out, the last one first, and long values are cut, except in the
+        first column and in those of ``whole``.
         """
         if not rows:
             self.note(empty)
-            return
-        if not self.for_people:
+        elif self.for_people:
+            self._print_table(titles, rows, spare, whole)
+        else:
             for row in rows:
                 self.raw("\t".join(clean(cell.plain) for cell in row))
-            return
+        if rows and more:
+            self.note(f"Only the first {len(rows)} are shown; use --all to list all.")
+
+    def _print_table(
+        self, titles: Sequence[str], rows: Sequence[Sequence[Cell]], spare: Sequence[str], whole: Sequence[str]
+    ) -> None:
         texts = [[Text(clean(cell.shown or cell.plain), style=cell.style) for cell in row] for row in rows]
         widths = [max(len(title), *(line[i].cell_len for line in texts)) for i, title in enumerate(titles)]
         kept = list(range(len(titles)))
@@ -166,7 +173,7 @@ class Output:
         self._out.print(table)
 
     def fields(self, fields: Mapping[str, Cell]) -> None:
-        """One thing, a field a line: aligned for people; name, tab and value for programs."""
+        """Print one object, a field a line: aligned for people; name, tab and value for programs."""
         shown = {clean(name): cell for name, cell in fields.items()}
         width = max((len(name) for name in shown), default=0)
         for name, cell in shown.items():
@@ -177,22 +184,22 @@ class Output:
                 self.raw(f"{name}\t{clean(cell.plain)}")
 
     def question(self, fields: Mapping[str, Cell]) -> None:
-        """Show on standard error what a question is about."""
+        """Show on standard error the object that a question is about."""
         width = max(len(name) for name in fields)
         for name, cell in fields.items():
             line = _words((f"{name:<{width + 2}}", "bold"), clean(cell.shown or cell.plain))
             self._err.print(line, soft_wrap=True)
 
     def done(self, sentence: str) -> None:
-        """Say on standard error that something was done."""
+        """Report success on standard error; silent with ``--json``."""
         self._note(_words(("✓ ", "green"), clean(sentence)))
 
     def note(self, sentence: str) -> None:
-        """Say something in passing on standard error; silent with ``--json``."""
+        """Print a remark on standard error; silent with ``--json``."""
         self._note(Text(clean(sentence), style="dim"))
 
     def next_step(self, command: str) -> None:
-        """Say which command comes next."""
+        """Suggest the next command; silent with ``--json``."""
         self._note(_words(("Next: ", "bold"), clean(command)))
 
     def _note(self, line: Text) -> None:
@@ -200,14 +207,14 @@ class Output:
             self._err.print(line, soft_wrap=True)
 
     def warning(self, sentence: str) -> None:
-        """Say something on standard error that must not be missed, with ``--json`` too."""
+        """Print a warning on standard error, also with ``--json``."""
         self._err.print(_words(("Warning: ", "bold yellow"), clean(sentence)), soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, words: str, total: int) -> Iterator[Callable[[], None]]:
-        """Show how far something is, with its rate and the time left; yields what is to be called at each step.
+        """Show progress, rate and time left; yields a function to be called after each step.
 
-        A bar where standard error is a terminal, else a line now and then; nothing with ``--json``.
+        A bar if standard error is a terminal, else a line every ten seconds; nothing with ``--json``.
         """
         if self.as_json or self._err.color_system is None:
             yield _PlainProgress(self, words, total).advance
@@ -219,22 +226,24 @@ class Output:
 
     @contextlib.contextmanager
     def working(self, words: str) -> Iterator[None]:
-        """Show that something goes on, where standard error is a terminal."""
+        """Show a spinner if standard error is a terminal."""
         if self.as_json or self._err.color_system is None:
             yield
             return
         with self._err.status(Text(clean(words))):
             yield
 
-    def error(self, error: CliError) -> None:
-        """Say what went wrong: a sentence and what to do, or JSON."""
+    def error(self, error: CliError, *, options: Mapping[str, str]) -> None:
+        """Print an error as a sentence with hints, or as JSON; ``options`` are the options that set a field."""
         if self.as_json:
             sys.stderr.write(json.dumps(error.as_json()) + "\n")
             return
         self._err.print(_words(("Error: ", "bold red"), clean(error.sentence)), soft_wrap=True)
         if isinstance(error, Refused):
             for field, message in error.fields:
-                self._err.print(_words((f"  {clean(field)}: ", "bold"), clean(message)), soft_wrap=True)
+                root, _, inner = field.partition(".")
+                option = f"{options[root]} ({field})" if inner and root in options else options.get(field, field)
+                self._err.print(_words((f"  {clean(option)}: ", "bold"), clean(message)), soft_wrap=True)
         for hint in error.hints:
             self._err.print(Text(clean(hint)), soft_wrap=True)
         if isinstance(error, Refused) and error.request_id:
@@ -242,15 +251,15 @@ class Output:
 
 
 class _Rate(ProgressColumn):
-    """Steps a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
-        """The rate, once there is one."""
+        """Return the rate, if it is known."""
         return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
 
 class _PlainProgress:
-    """A line every so many seconds."""
+    """A line every ten seconds."""
 
     def __init__(self, out: Output, words: str, total: int) -> None:
         self._out = out
@@ -260,7 +269,7 @@ class _PlainProgress:
         self._started = self._said = time.monotonic()
 
     def advance(self) -> None:
-        """Take a step."""
+        """Count a step."""
         self._done += 1
         now = time.monotonic()
         if now - self._said < PROGRESS_SECONDS:
@@ -272,14 +281,14 @@ class _PlainProgress:
 
 
 def _words(*parts: str | tuple[str, str]) -> Text:
-    """A line of words, each with its own style; ``Text + Text`` would spread the style of the first."""
+    """Return a line of words, each with its own style; ``Text + Text`` would spread the style of the first."""
     return Text.assemble(*parts)
 
 
 def _label(name: str) -> str:
     group, _, number = name.rpartition(".")
     if number.isdigit():
-        name = f"{group.removesuffix('s')} {int(number) + 1}"  # topics.0 is a person's first topic
+        name = f"{group.removesuffix('s')} {int(number) + 1}"  # topics.0 is the first topic
     words = name.replace("_", " ").replace(".", " ")
     return words[:1].upper() + words[1:] if words not in _ABBREVIATIONS else words.upper()
 

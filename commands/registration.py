@@ -1,11 +1,11 @@
-"""The commands that give a device its certificate: register and renew."""
+"""The commands that give a device a certificate: register and renew."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,22 +13,31 @@ from typing import Any
 
 import click
 
-from commands.bundle import CA, CERTIFICATE, CHAIN, FILES, FORMATS, certificates_only, check_credentials, csr_public_key
+from commands.bundle import (
+    CA,
+    CERTIFICATE,
+    CHAIN,
+    FILES,
+    FORMATS,
+    certificates_only,
+    check_credentials,
+    csr_public_key,
+)
 from commands.client import check_link
 from commands.context import DEVICE_ID, Command, Portal, metadata_from, new_secret_file, require, topics_from
-from commands.delivery import Password, fetch, show_files, summary, unpack_fetched
+from commands.delivery import FORCE_HELP, Password, fetch, show_files, summary, unpack_fetched
 from commands.errors import CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
 from commands.output import Cell, moment, text
 
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072")
-LOST_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
-NEW_CERTIFICATE = (CERTIFICATE, CHAIN, CA)
+SAVED_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
+CERTIFICATE_FILES = (CERTIFICATE, CHAIN, CA)
 
 
-@dataclass(frozen=True)
-class Asking:
-    """What the portal is asked to do, in the words that go with it."""
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A request to the portal that issues a certificate, and the words that describe its progress."""
 
     path: str
     doing: str
@@ -36,15 +45,44 @@ class Asking:
     is_done: str
 
 
-REGISTRATION = Asking("/register", "Registering…", "Registered", "is registered")
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """The options that say how the credentials are delivered."""
+
+    csr: str | None
+    password_file: str | None
+    password_out: str | None
+    out: Path | None
+    force: bool
+    idempotency_key: str | None
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where the results go, made ready before the portal is asked; ``None`` where it was not wanted."""
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Where the results are written, prepared before the request is sent; ``None`` if not asked for."""
 
     folder: Folder | None
     password_file: ReservedFile | None
+
+
+_ISSUING = (
+    click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of key.  [default: set at the portal]"),
+    click.option("--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity in days."),
+    click.option("--format", "bundle_format", type=click.Choice(FORMATS), help="Bundle format.  [default: zip]"),
+    click.option("--csr", metavar="FILE", help="The device's own CSR (PKCS#10, PEM); its key stays on the device."),
+    click.option("--password-file", metavar="FILE", help="Use the bundle password in FILE; - for standard input."),
+    click.option("--password-out", metavar="FILE", help="Write the generated bundle password to FILE (new, 0600)."),
+    click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Download and unpack into FOLDER."),
+    click.option("--force", is_flag=True, help=FORCE_HELP),
+    click.option("--idempotency-key", metavar="KEY", help="Repeat an earlier call (24 hours) and get its answer."),
+)
+
+
+def issuing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that ``register`` and ``renew`` share; ``_issue`` reads them."""
+    for option in reversed(_ISSUING):
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -57,216 +95,29 @@ class Places:
         "portal register sensor-7 --type … --location … --firmware … --csr sensor-7.csr --out sensor-7",
     ],
 )
-@click.argument("name", help="What people call the device.")
-@click.option("--type", "type_", metavar="TYPE", required=True, help="What kind of device it is.")
-@click.option("--location", metavar="PLACE", required=True, help="Where it stands.")
-@click.option("--firmware", metavar="VERSION", required=True, help="The firmware that it runs.")
-@click.option("--metadata", metavar="KEY=VALUE", multiple=True, help="Anything else to remember; may be repeated.")
+@click.argument("name", help="Name of the device.")
+@click.option("--type", metavar="TYPE", required=True, help="Type of the device.")
+@click.option("--location", metavar="PLACE", required=True, help="Location of the device.")
+@click.option("--firmware", metavar="VERSION", required=True, help="Firmware version of the device.")
+@click.option("--metadata", metavar="KEY=VALUE", multiple=True, help="Additional information. Repeatable.")
 @click.option(
     "--topic",
     "topics",
     metavar="FILTER:ACCESS",
     multiple=True,
-    help="What it may do: read, write or readwrite; {id} stands for its id. May be repeated.",
+    help="MQTT topic filter, and read, write or readwrite; {id} is replaced by the device id. Repeatable.",
 )
-@click.option("--key-type", type=click.Choice(KEY_TYPES), help="Kind of key; the portal's default if not given.")
-@click.option("--days", type=click.IntRange(1, 36500), metavar="DAYS", help="Life of its certificate.")
-@click.option("--format", "format_", type=click.Choice(FORMATS), help="How the bundle is packed; zip if not given.")
-@click.option("--csr", metavar="FILE", help="The device's own request (PKCS#10, PEM); its key stays where it is.")
-@click.option(
-    "--password-file", metavar="FILE", help="File with a password to use for the bundle; - for standard input."
-)
-@click.option("--password-out", metavar="FILE", help="New file (0600) for the password that the portal made.")
-@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Fetch and unpack at once, into FOLDER.")
-@click.option("--force", is_flag=True, help="Replace files that are there.")
-@click.option(
-    "--idempotency-key", metavar="KEY", help="Repeat an earlier call within 24 hours, to get its answer again."
-)
+@issuing_options
 @click.pass_obj
-def register(
-    portal: Portal,
-    name: str,
-    type_: str,
-    location: str,
-    firmware: str,
-    metadata: tuple[str, ...],
-    topics: tuple[str, ...],
-    key_type: str | None,
-    days: int | None,
-    format_: str | None,
-    csr: str | None,
-    password_file: str | None,
-    password_out: str | None,
-    out: Path | None,
-    force: bool,
-    idempotency_key: str | None,
-) -> None:
-    """Register a device: a certificate, its topics, a bundle.
+def register(portal: Portal, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: Any) -> None:
+    """Register a device: certificate, topics, credential bundle.
 
-    The portal answers with a one-time link to the device's bundle. The password that opens it is shown once, here;
-    send it to the device by another way than the link.
+    The portal answers with a one-time link to the device's encrypted bundle. The bundle password is shown once; send
+    it to the device on a different channel than the link.
     """
-    if csr is not None and (key_type or format_ or password_file or password_out):
-        options = "--key-type, --format, --password-file or --password-out"
-        raise click.UsageError(f"With --csr there is no bundle, so no {options}.")
-    if password_file and password_out:
-        raise click.UsageError("Give --password-file for a password of your own, or --password-out for the portal's.")
-    body: dict[str, Any] = {"name": name, "type": type_, "location": location, "firmware": firmware}
-    optional = {
-        "metadata": metadata_from(metadata),
-        "topics": topics_from(topics),
-        "key_type": key_type,
-        "validity_days": days,
-        "bundle_format": format_,
-        "bundle_password": read_secret(password_file, "password") if password_file else None,
-    }
-    body |= {field: value for field, value in optional.items() if value}
-    if csr is not None:
-        ask_by_csr(portal, REGISTRATION, body, read_input(csr), out, force, idempotency_key)
-    else:
-        ask_for_bundle(portal, REGISTRATION, body, password_out, out, force, idempotency_key)
-
-
-def ask_for_bundle(
-    portal: Portal,
-    asking: Asking,
-    body: dict[str, Any],
-    password_out: str | None,
-    out: Path | None,
-    force: bool,
-    key: str | None,
-) -> None:
-    """Have the portal make key and bundle; fetch and unpack it where ``out`` is a folder, and show the rest."""
-    chosen = "bundle_password" in body
-    if not chosen and out is None:
-        new_secret_file(password_out, "--password-out", "bundle's password", out=portal.out)
-    with _places(out, FILES, None if chosen else password_out, force=force) as places:
-        answer = _post(portal, asking, body, key)
-        require(answer, "device_id", "download_url")
-        # What was chosen is known to who chose it, so it is not shown again.
-        password = str(answer.pop("bundle_password", None) or "")
-        if places.password_file is not None:
-            require({"bundle_password": password or None}, "bundle_password")
-            places.password_file.write(password)
-        if places.folder is not None:
-            opener = body["bundle_password"] if chosen else password
-            answer["files"] = _deliver(portal, asking, answer, opener, places, show=not chosen)
-    shown = "" if chosen or places.folder or places.password_file else password
-    _show(portal, asking, answer, shown, password_out)
-
-
-def _deliver(
-    portal: Portal, asking: Asking, answer: dict[str, Any], password: str, places: Places, *, show: bool
-) -> dict[str, Any]:
-    folder = places.folder
-    if folder is None:
-        return {}
-    link = check_link(answer["download_url"])
-    hints: tuple[str, ...] = (f"Fetch it with: portal download {shlex.quote(link)}",)
-    try:
-        content, kept = fetch(portal, link, folder.path)
-        hints = ()
-        return unpack_fetched(portal, content, kept, Password(password), folder=folder, force=True)
-    except CliError as error:
-        portal.out.warning(f"{answer['device_id']} {asking.is_done}, but its bundle is not unpacked.")
-        if show and places.password_file is None:
-            path = folder.path / LOST_PASSWORD
-            write_new(path, NewFile(password.encode() + b"\n", 0o600), force=True)
-            hints = (*hints, f"The bundle's password is kept in {path}.")
-        error.hints = (*error.hints, *hints)
-        raise
-
-
-def ask_by_csr(
-    portal: Portal, asking: Asking, body: dict[str, Any], csr: bytes, out: Path | None, force: bool, key: str | None
-) -> None:
-    """Have the portal certify the key of a CSR; write what it answers where ``out`` is a folder."""
-    public_key = csr_public_key(csr)
-    body["csr"] = csr.decode("ascii", "replace")
-    with _places(out, NEW_CERTIFICATE, None, force=force) as places:
-        answer = _post(portal, asking, body, key)
-        require(answer, "device_id", "certificate", "chain")
-        certificate, chain = answer["certificate"], answer["chain"]
-        if not chain.strip().startswith(certificate.strip()):
-            chain = f"{certificate.rstrip()}\n{chain}"
-        ca = portal.client.call("GET", "/ca.pem", anonymous=True).body
-        checked = check_credentials(
-            public_key, certificate=certificate.encode(), chain=chain.encode(), ca=ca, now=datetime.now(UTC)
-        )
-        if places.folder is not None:
-            contents = dict(zip(NEW_CERTIFICATE, (certificate.encode(), chain.encode(), ca), strict=True))
-            places.folder.write({name: NewFile(certificates_only(pem)) for name, pem in contents.items()})
-            answer["files"] = summary(checked, places.folder.path, contents)
-    if not portal.out.as_json and places.folder is None:
-        portal.out.done(_done(asking, answer))
-        portal.out.raw(certificates_only(chain.encode()).decode())
-        return
-    _show(portal, asking, answer, "", None)
-
-
-@contextlib.contextmanager
-def _places(out: Path | None, names: tuple[str, ...], password_out: str | None, *, force: bool) -> Iterator[Places]:
-    folder = Folder(out, names, force=force) if out is not None else None
-    password_file = None
-    try:
-        password_file = ReservedFile(Path(password_out)) if password_out is not None else None
-        yield Places(folder, password_file)
-    finally:
-        if password_file is not None:
-            password_file.discard()
-        if folder is not None:
-            folder.leave()
-
-
-def _post(portal: Portal, asking: Asking, body: dict[str, Any], key: str | None) -> dict[str, Any]:
-    # 192 random bits: the portal seals the answer under this key.
-    sent = key or secrets.token_urlsafe(24)
-    try:
-        with portal.out.working(asking.doing):
-            return portal.client.call("POST", asking.path, body=body, headers={"Idempotency-Key": sent}).json()
-    except (ConnectionLost, Refused) as error:
-        if isinstance(error, ConnectionLost) or error.status >= 500:
-            hint = f"It may have been done; to find out, repeat the command with --idempotency-key {sent}"
-            error.hints = (*error.hints, hint)
-        raise
-
-
-def _previous(answer: dict[str, Any]) -> dict[str, Cell]:
-    until = answer.get("previous_valid_until")
-    return {"previous_valid_until": moment(until)} if until else {}
-
-
-def _done(asking: Asking, answer: dict[str, Any]) -> str:
-    name = answer.get("name")
-    return f"{asking.done} {name} as {answer['device_id']}" if name else f"{asking.done} {answer['device_id']}"
-
-
-def _show(portal: Portal, asking: Asking, answer: dict[str, Any], password: str, password_out: str | None) -> None:
-    out, files = portal.out, answer.get("files")
-    if out.as_json:
-        out.json(answer | ({"bundle_password": password} if password else {}))
-        return
-    out.done(_done(asking, answer))
-    if files:
-        show_files(portal, files)
-        out.next_step(f"portal show {answer['device_id']}")
-        return
-    fields = {
-        "device_id": text(answer["device_id"]),
-        "fingerprint": text(answer.get("fingerprint")),
-        "expires_at": moment(answer.get("expires_at"), expiry=True),
-        **_previous(answer),
-        "download_url": text(answer.get("download_url")),
-        "download_expires_at": moment(answer.get("download_expires_at")),
-    }
-    if password:
-        fields["bundle_password"] = Cell(password, style="bold")
-    out.fields(fields)
-    if password:
-        out.note("The password is shown this once; send it by another way than the link.")
-    elif password_out:
-        out.note(f"The bundle's password is in {password_out}.")
-    out.next_step(f"portal download {shlex.quote(str(answer['download_url']))}")
+    given = {"metadata": metadata_from(metadata), "topics": topics_from(topics)}
+    options |= {field: value for field, value in given.items() if value}
+    _issue(portal, Operation("/register", "Registering…", "Registered", "is registered"), options)
 
 
 @click.command(
@@ -278,64 +129,175 @@ def _show(portal: Portal, asking: Asking, answer: dict[str, Any], password: str,
         "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --overlap-hours 0",
     ],
 )
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The device's id, in full.")
-@click.option("--key-type", type=click.Choice(KEY_TYPES), help="Kind of key; the portal's default if not given.")
-@click.option("--days", type=click.IntRange(1, 36500), metavar="DAYS", help="Life of the new certificate.")
+@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
 @click.option(
     "--overlap-hours",
     type=click.IntRange(0, 8760),
     metavar="HOURS",
-    help="How long the old one goes on; 0: not at all.",
+    help="How long the old certificate stays valid; 0 revokes it at once.  [default: 24]",
 )
-@click.option("--when-used", is_flag=True, help="End the old one once the portal has seen the new one in use.")
-@click.option("--format", "format_", type=click.Choice(FORMATS), help="How the bundle is packed; zip if not given.")
-@click.option("--csr", metavar="FILE", help="The device's own request (PKCS#10, PEM); its key stays where it is.")
-@click.option(
-    "--password-file", metavar="FILE", help="File with a password to use for the bundle; - for standard input."
-)
-@click.option("--password-out", metavar="FILE", help="New file (0600) for the password that the portal made.")
-@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Fetch and unpack at once, into FOLDER.")
-@click.option("--force", is_flag=True, help="Replace files that are there.")
-@click.option(
-    "--idempotency-key", metavar="KEY", help="Repeat an earlier call within 24 hours, to get its answer again."
-)
+@click.option("--when-used", is_flag=True, help="Revoke the old certificate once the new one has been used.")
+@issuing_options
 @click.pass_obj
-def renew(
-    portal: Portal,
-    device_id: str,
-    key_type: str | None,
-    days: int | None,
-    overlap_hours: int | None,
-    when_used: bool,
-    format_: str | None,
-    csr: str | None,
-    password_file: str | None,
-    password_out: str | None,
-    out: Path | None,
-    force: bool,
-    idempotency_key: str | None,
-) -> None:
-    """Give a device a new certificate; the old one goes on.
+def renew(portal: Portal, /, device_id: str, when_used: bool, **options: Any) -> None:
+    """Issue a new certificate for a device.
 
-    The new one works at once, in a bundle as after a registration or for the device's own CSR. The old one works on
-    until the overlap is over, a day if not told otherwise, and is then revoked.
+    The new certificate is valid at once. It is delivered in a bundle as after a registration, or signs the device's
+    own CSR. The old certificate is revoked when the overlap ends, after 24 hours by default.
     """
-    if csr is not None and (key_type or format_ or password_file or password_out):
-        options = "--key-type, --format, --password-file or --password-out"
-        raise click.UsageError(f"With --csr there is no bundle, so no {options}.")
-    if password_file and password_out:
-        raise click.UsageError("Give --password-file for a password of your own, or --password-out for the portal's.")
-    optional = {
-        "key_type": key_type,
-        "validity_days": days,
-        "overlap_hours": overlap_hours,
-        "revoke_previous": "when_used" if when_used else None,
-        "bundle_format": format_,
-        "bundle_password": read_secret(password_file, "password") if password_file else None,
-    }
-    body = {field: value for field, value in optional.items() if value is not None}
-    asking = Asking(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed")
-    if csr is not None:
-        ask_by_csr(portal, asking, body, read_input(csr), out, force, idempotency_key)
+    options["revoke_previous"] = "when_used" if when_used else None
+    _issue(portal, Operation(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed"), options)
+
+
+def _issue(portal: Portal, operation: Operation, options: dict[str, Any]) -> None:
+    """Send the request and deliver what the portal issues: a bundle, or a certificate for a CSR."""
+    delivery = Delivery(**{name: options.pop(name) for name in Delivery.__dataclass_fields__})
+    body = {field: value for field, value in options.items() if value is not None}
+    if delivery.csr is not None and (
+        {"key_type", "bundle_format"} & set(body) or delivery.password_file or delivery.password_out
+    ):
+        excluded = "--key-type, --format, --password-file or --password-out"
+        raise click.UsageError(f"--csr cannot be used with {excluded}: there is no bundle.")
+    if delivery.password_file and delivery.password_out:
+        raise click.UsageError("Use --password-file to choose a password, or --password-out to save a generated one.")
+    if delivery.csr is not None:
+        _issue_for_csr(portal, operation, body, read_input(delivery.csr), delivery)
     else:
-        ask_for_bundle(portal, asking, body, password_out, out, force, idempotency_key)
+        _issue_bundle(portal, operation, body, delivery)
+
+
+def _issue_bundle(portal: Portal, operation: Operation, body: dict[str, Any], delivery: Delivery) -> None:
+    """Let the portal make key and bundle; unpack it into the folder of ``--out``, or show its link."""
+    chosen = read_secret(delivery.password_file, "password") if delivery.password_file else None
+    if chosen is not None:
+        body["bundle_password"] = chosen
+    elif delivery.out is None:
+        new_secret_file(delivery.password_out, "--password-out", "bundle password", out=portal.out)
+    with _targets(delivery, FILES) as targets:
+        answer = _post(portal, operation, body, delivery.idempotency_key)
+        require(answer, "device_id", "download_url")
+        # A chosen password is known to the caller, so it is not shown again.
+        password = str(answer.pop("bundle_password", None) or "")
+        if targets.password_file is not None:
+            require({"bundle_password": password or None}, "bundle_password")
+            targets.password_file.write(password)
+        if targets.folder is not None:
+            keep_password = chosen is None and targets.password_file is None
+            with _undelivered(
+                portal, operation, answer["device_id"], password if keep_password else "", targets.folder
+            ):
+                answer["files"] = _unpack(portal, answer, chosen or password, targets.folder)
+    shown = "" if chosen is not None or targets.folder or targets.password_file else password
+    _show(portal, operation, answer, shown, delivery.password_out)
+
+
+def _unpack(portal: Portal, answer: dict[str, Any], password: str, folder: Folder) -> dict[str, Any]:
+    link = check_link(answer["download_url"])
+    try:
+        content, kept = fetch(portal, link, folder.path)
+    except CliError as error:
+        error.hints = (*error.hints, f"Download it with: portal download {shlex.quote(link)}")
+        raise
+    return unpack_fetched(portal, content, kept, Password(password), folder=folder, force=True)
+
+
+@contextlib.contextmanager
+def _undelivered(portal: Portal, operation: Operation, device_id: str, password: str, folder: Folder) -> Iterator[None]:
+    """Say that the request itself succeeded if the delivery fails, and save a password that is shown nowhere."""
+    try:
+        yield
+    except CliError as error:
+        portal.out.warning(f"{device_id} {operation.is_done}, but its bundle is not unpacked.")
+        if password:
+            path = folder.path / SAVED_PASSWORD
+            write_new(path, NewFile(password.encode() + b"\n", 0o600), force=True)
+            error.hints = (*error.hints, f"The bundle password is in {path}.")
+        raise
+
+
+def _issue_for_csr(portal: Portal, operation: Operation, body: dict[str, Any], csr: bytes, delivery: Delivery) -> None:
+    """Let the portal certify the key of a CSR; write the certificate into the folder of ``--out``, or print it."""
+    public_key = csr_public_key(csr)
+    body["csr"] = csr.decode("ascii", "replace")
+    with _targets(delivery, CERTIFICATE_FILES) as targets:
+        answer = _post(portal, operation, body, delivery.idempotency_key)
+        require(answer, "device_id", "certificate", "chain")
+        certificate, chain = answer["certificate"], answer["chain"]
+        if not chain.strip().startswith(certificate.strip()):
+            chain = f"{certificate.rstrip()}\n{chain}"
+        ca = portal.client.call("GET", "/ca.pem", anonymous=True).body
+        checked = check_credentials(
+            public_key, certificate=certificate.encode(), chain=chain.encode(), ca=ca, now=datetime.now(UTC)
+        )
+        if targets.folder is not None:
+            contents = dict(zip(CERTIFICATE_FILES, (certificate.encode(), chain.encode(), ca), strict=True))
+            targets.folder.write({name: NewFile(certificates_only(pem)) for name, pem in contents.items()})
+            answer["files"] = summary(checked, targets.folder.path, contents)
+    if not portal.out.as_json and targets.folder is None:
+        portal.out.done(_done(operation, answer))
+        portal.out.raw(certificates_only(chain.encode()).decode())
+        return
+    _show(portal, operation, answer, "", None)
+
+
+@contextlib.contextmanager
+def _targets(delivery: Delivery, names: tuple[str, ...]) -> Iterator[Targets]:
+    folder = Folder(delivery.out, names, force=delivery.force) if delivery.out is not None else None
+    password_file = None
+    try:
+        password_file = ReservedFile(Path(delivery.password_out)) if delivery.password_out is not None else None
+        yield Targets(folder, password_file)
+    finally:
+        if password_file is not None:
+            password_file.discard()
+        if folder is not None:
+            folder.leave()
+
+
+def _post(portal: Portal, operation: Operation, body: dict[str, Any], key: str | None) -> dict[str, Any]:
+    # 192 random bits: the portal encrypts the stored answer with this key.
+    sent = key or secrets.token_urlsafe(24)
+    try:
+        with portal.out.working(operation.doing):
+            return portal.client.call("POST", operation.path, body=body, headers={"Idempotency-Key": sent}).json()
+    except (ConnectionLost, Refused) as error:
+        if isinstance(error, ConnectionLost) or error.status >= 500:
+            hint = f"It may have succeeded; to find out, repeat the command with --idempotency-key {sent}"
+            error.hints = (*error.hints, hint)
+        raise
+
+
+def _done(operation: Operation, answer: dict[str, Any]) -> str:
+    name = answer.get("name")
+    return f"{operation.done} {name} as {answer['device_id']}" if name else f"{operation.done} {answer['device_id']}"
+
+
+def _show(
+    portal: Portal, operation: Operation, answer: dict[str, Any], password: str, password_out: str | None
+) -> None:
+    out, files = portal.out, answer.get("files")
+    if out.as_json:
+        out.json(answer | ({"bundle_password": password} if password else {}))
+        return
+    out.done(_done(operation, answer))
+    if files:
+        show_files(portal, files)
+        out.next_step(f"portal show {answer['device_id']}")
+        return
+    fields = {
+        "device_id": text(answer["device_id"]),
+        "fingerprint": text(answer.get("fingerprint")),
+        "expires_at": moment(answer.get("expires_at"), expiry=True),
+    }
+    if answer.get("previous_valid_until"):
+        fields["previous_valid_until"] = moment(answer["previous_valid_until"])
+    fields["download_url"] = text(answer.get("download_url"))
+    fields["download_expires_at"] = moment(answer.get("download_expires_at"))
+    if password:
+        fields["bundle_password"] = Cell(password, style="bold")
+    out.fields(fields)
+    if password:
+        out.note("The password is shown only once; send it on a different channel than the link.")
+    elif password_out:
+        out.note(f"The bundle password is in {password_out}.")
+    out.next_step(f"portal download {shlex.quote(str(answer['download_url']))}")

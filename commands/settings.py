@@ -1,4 +1,4 @@
-"""Which portal the command line talks to, with which CA file, as whom."""
+"""Determines the portal's URL, CA file and token, from options, the environment or the saved login."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from commands.files import read_secret, reason, replace_file
 
 DEFAULT_URL = "https://127.0.0.1:8443"
 STDIN = "-"
-LOGIN_MOST = 64 * 1024  # bytes of a login file that are read
+MAX_LOGIN = 64 * 1024  # bytes of a login file that are read
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What stood on the command line; ``None`` where nothing did."""
+    """The connection options; ``None`` if not given."""
 
     url: str | None = None
     ca_file: str | None = None
@@ -34,7 +34,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Settings:
-    """Where to connect; ``ca_file`` is ``None`` for the CAs of the system, ``token_source`` says where it came from."""
+    """How to connect; without ``ca_file`` the CAs of the system are trusted; ``token_source`` is for messages."""
 
     url: str
     ca_file: Path | None
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Login:
-    """What ``portal login`` saved."""
+    """The content of the file that ``portal login`` writes."""
 
     url: str
     ca_file: str | None
@@ -58,16 +58,16 @@ class Login:
 
 
 def login_path(environment: Mapping[str, str]) -> Path:
-    """Where the login is kept, below the XDG configuration folder."""
+    """Return the path of the saved login, in the XDG configuration folder."""
     base = environment.get("XDG_CONFIG_HOME", "")
     folder = Path(base) if base.startswith("/") else Path.home() / ".config"
     return folder / "device-onboarding-portal" / "login.json"
 
 
 def resolve(given: Given, environment: Mapping[str, str], *, use_login: bool = True) -> Settings:
-    """Join the sources: an option wins over the environment, and that over the saved login.
+    """Combine the sources: options override the environment, which overrides the saved login.
 
-    A saved token is sent to no other portal than the one it was saved for. Raises ``Misused``.
+    A saved token is sent only to the portal that it was saved for. Raises ``Misused``.
     """
     url, ca, token, source = _explicit(given, environment)
     login = None if (url and ca and token) or not use_login else read_login(login_path(environment))
@@ -81,7 +81,7 @@ def resolve(given: Given, environment: Mapping[str, str], *, use_login: bool = T
 
 def _explicit(given: Given, environment: Mapping[str, str]) -> tuple[str, str | None, str, str]:
     if given.token is not None and given.token_file is not None:
-        raise Misused("Give the token once: --token or --token-file.")
+        raise Misused("Use either --token or --token-file.")
     if given.token_file is not None or given.token == STDIN:
         path = given.token_file or STDIN
         token, source = read_secret(path, "token"), "standard input" if path == STDIN else path
@@ -94,7 +94,7 @@ def _explicit(given: Given, environment: Mapping[str, str]) -> tuple[str, str | 
 
 
 def portal_url(text: str) -> str:
-    """The URL without a closing slash; raises ``Misused`` where it is none, or where a token would travel in clear."""
+    """Return the URL without a final slash; raises ``Misused`` if it is invalid or would send a token unencrypted."""
     try:
         parts = urlsplit(text.strip())
         host, _ = parts.hostname, parts.port
@@ -103,14 +103,12 @@ def portal_url(text: str) -> str:
     if not host or parts.scheme not in ("https", "http") or parts.query or parts.fragment or "@" in parts.netloc:
         raise Misused("The portal's URL must look like https://portal.example.com:8443 (--url or PORTAL_URL).")
     if parts.scheme == "http" and not is_loopback(host):
-        raise Misused(
-            "The portal's URL must begin with https://; plain http:// is for this machine's own address only."
-        )
+        raise Misused("The portal's URL must begin with https://; http:// is allowed only for a loopback address.")
     return text.strip().rstrip("/")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` names this machine itself."""
+    """Return whether ``host`` is a loopback address or localhost."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -119,7 +117,7 @@ def is_loopback(host: str) -> bool:
 
 def _token(token: str, source: str) -> str | None:
     if token and not re.fullmatch(r"[!-~]{1,4096}", token):
-        raise Misused(f"The token from {source} has characters that no token has; check that it was copied whole.")
+        raise Misused(f"The token from {source} has invalid characters; check that it was copied completely.")
     return token or None
 
 
@@ -130,17 +128,17 @@ def _ca_file(path: str | None) -> Path | None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=ca_file)
     except ssl.SSLError:
-        raise Misused(f"The CA file {ca_file} holds no PEM certificate.") from None
+        raise Misused(f"The CA file {ca_file} contains no PEM certificate.") from None
     except OSError as error:
         raise Misused(
             f"The CA file {ca_file} cannot be read: {reason(error)}.",
-            hints=["It is ca.pem in the portal's data folder; name it with --ca-file or PORTAL_CA."],
+            hints=["It is ca.pem in the portal's data folder; set it with --ca-file or PORTAL_CA."],
         ) from None
     return ca_file
 
 
 def read_login(path: Path) -> Login | None:
-    """The saved login, ``None`` where there is none; raises ``Misused`` where others could read it."""
+    """Return the saved login, or ``None``; raises ``Misused`` if others can read it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):
@@ -151,12 +149,12 @@ def read_login(path: Path) -> Login | None:
         status = os.fstat(descriptor)
         if stat.S_IMODE(status.st_mode) & 0o077:
             raise Misused(
-                f"The saved login {path} can be read by others, so its token may be known to them.",
+                f"The saved login {path} is readable by others, so they may know its token.",
                 hints=["Revoke that token, then run: portal logout; portal login"],
             )
         if status.st_uid != os.geteuid():
             raise Misused(f"The saved login {path} belongs to another user; run portal login as yourself.")
-        content = file.read(LOGIN_MOST)
+        content = file.read(MAX_LOGIN)
     return _parse_login(path, content)
 
 
@@ -172,7 +170,7 @@ def _parse_login(path: Path, content: bytes) -> Login:
 
 
 def save_login(path: Path, login: Login) -> None:
-    """Write the login whole into a 0600 file in a 0700 folder; raises ``Misused``."""
+    """Write the login to a 0600 file in a 0700 folder; raises ``Misused``."""
     content = {"url": login.url, "ca_file": login.ca_file, "token": login.token}
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -182,7 +180,7 @@ def save_login(path: Path, login: Login) -> None:
 
 
 def remove_login(path: Path) -> bool:
-    """Remove the saved login; says whether there was one."""
+    """Remove the saved login; return whether there was one."""
     try:
         path.unlink()
     except (FileNotFoundError, NotADirectoryError):

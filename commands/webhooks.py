@@ -1,18 +1,25 @@
-"""The commands about webhooks: who is told of events, what was sent, what is sent again."""
+"""The commands about webhooks, which send events to other systems."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import click
 
-from commands.context import Command, Portal, confirm, make_with_secret, new_secret_file
-from commands.devices import read_pages
+from commands.context import (
+    YES,
+    Command,
+    Portal,
+    confirm,
+    make_with_secret,
+    new_secret_file,
+    paging_options,
+    short_id,
+    show_created,
+)
 from commands.errors import CliError
 from commands.output import Cell, moment, state, text
 
-DEFAULT_LIMIT = 50
 EVENTS = (
     "registered",
     "enrolled",
@@ -27,25 +34,12 @@ EVENTS = (
 )
 
 
-class WebhookId(click.ParamType[str]):
-    """A webhook's id, in full."""
-
-    name = "id"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the id."""
-        text = value.strip().lower()
-        if re.fullmatch("[0-9a-f]{16}", text) is None:
-            self.fail("an id is given in full, as portal webhook list shows it.", param, ctx)
-        return text
-
-
-WEBHOOK_ID = WebhookId()
+WEBHOOK_ID = short_id("portal webhook list")
 
 
 @click.group("webhook")
 def webhook() -> None:
-    """Webhooks: who is told of events."""
+    """Webhooks: send events to other systems."""
 
 
 @webhook.command("list", cls=Command, examples=["portal webhook list"])
@@ -53,7 +47,8 @@ def webhook() -> None:
 def webhook_list(portal: Portal) -> None:
     """List webhooks, oldest first.
 
-    Piped, each is a line: id, name, events, how many wait, since when, how many were given up, URL.
+    When piped, prints tab-separated lines: id, name, events, waiting, waiting since, dead, URL. Dead events are those
+    whose delivery was given up.
     """
     answer = portal.client.get("/webhooks")
     if portal.out.as_json:
@@ -74,7 +69,7 @@ def webhook_list(portal: Portal) -> None:
             )
             for row in rows
         ],
-        empty="There is no webhook yet.",
+        empty="No webhooks yet.",
         spare=("since", "url"),
     )
 
@@ -96,44 +91,40 @@ def _dead(row: dict[str, Any]) -> Cell:
         "portal webhook create alarm --target https://… --event revoked --secret-out alarm.secret",
     ],
 )
-@click.argument("name", help="What it is for, as the record will show it.")
-@click.option("--target", metavar="URL", required=True, help="Where events are posted to.")
+@click.argument("name", help="Name of the webhook.")
+@click.option("--target", metavar="URL", required=True, help="URL that events are posted to.")
 @click.option(
-    "--event", "events", type=click.Choice(EVENTS), multiple=True, help="What to tell of; all if not given. Repeatable."
+    "--event", "events", type=click.Choice(EVENTS), multiple=True, help="Event to send. Repeatable.  [default: all]"
 )
-@click.option("--secret-out", metavar="FILE", help="New file (0600) for the secret that signs what is sent.")
+@click.option("--secret-out", metavar="FILE", help="Write the signing secret to FILE (new, 0600).")
 @click.pass_obj
 def webhook_create(portal: Portal, name: str, target: str, events: tuple[str, ...], secret_out: str | None) -> None:
-    """Send events to a receiver; its secret is shown once."""
+    """Create a webhook; its signing secret is shown once."""
     path = new_secret_file(secret_out, "--secret-out", "secret", out=portal.out)
     body = {"name": name, "url": target} | ({"events": list(events)} if events else {})
     answer = make_with_secret(portal, "/webhooks", body, shown_once="secret", into=path, needs=("webhook_id",))
     if portal.out.as_json:
         portal.out.json(answer)
         return
-    portal.out.done(f"Made the webhook {name}")
     fields = {"webhook_id": text(answer["webhook_id"]), "url": text(answer.get("url")), "events": _events(answer)}
-    if path is None:
-        fields["secret"] = Cell(str(answer["secret"]), style="bold")
-    portal.out.fields(fields)
-    portal.out.note(f"The secret is in {path}." if path else "The secret is shown this once.")
+    show_created(portal, f"Created the webhook {name}", fields, answer, shown_once="secret", into=path)
     portal.out.next_step(f"portal webhook test {answer['webhook_id']}")
 
 
 @webhook.command("delete", cls=Command, examples=["portal webhook delete 1e66977361d81fe2"])
-@click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The webhook's id.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
+@YES
 @click.pass_obj
 def webhook_delete(portal: Portal, webhook_id: str, yes: bool) -> None:
-    """Send nothing more; what waits is dropped."""
-    confirm(f"Delete the webhook {webhook_id}? What waits to be sent to it is dropped.", yes=yes)
+    """Delete a webhook and its waiting events."""
+    confirm(f"Delete the webhook {webhook_id} and its waiting events?", yes=yes)
     answer = portal.client.call("DELETE", f"/webhooks/{webhook_id}").json()
     if portal.out.as_json:
         portal.out.json(answer)
         return
     portal.out.done(f"Deleted the webhook {answer.get('name') or webhook_id}")
     if answer.get("waiting") or answer.get("dead"):
-        portal.out.note(f"{answer.get('waiting', 0)} waiting and {answer.get('dead', 0)} dead events went with it.")
+        portal.out.note(f"{answer.get('waiting', 0)} waiting and {answer.get('dead', 0)} dead events were deleted.")
 
 
 @webhook.command(
@@ -141,19 +132,20 @@ def webhook_delete(portal: Portal, webhook_id: str, yes: bool) -> None:
     cls=Command,
     examples=["portal webhook deliveries 1e66977361d81fe2 --status dead"],
 )
-@click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The webhook's id.")
-@click.option("--status", type=click.Choice(("waiting", "delivered", "dead")), help="Only these.")
-@click.option("--limit", type=click.IntRange(1), default=DEFAULT_LIMIT, show_default=True, help="How many at the most.")
-@click.option("--all", "all_", is_flag=True, help="All of them, however many.")
+@click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
+@click.option("--status", type=click.Choice(("waiting", "delivered", "dead")), help="Only events with this status.")
+@paging_options
 @click.pass_obj
-def webhook_deliveries(portal: Portal, webhook_id: str, status: str | None, limit: int, all_: bool) -> None:
-    """List what was or is to be sent, newest first.
+def webhook_deliveries(
+    portal: Portal, webhook_id: str, status: str | None, limit: int, all_: bool, cursor: str | None
+) -> None:
+    """List the events of a webhook, newest first.
 
-    Piped, each is a line: id, time, event, device, status, attempts, next attempt, problem.
+    When piped, prints tab-separated lines: id, time, event, device, status, attempts, next attempt, problem.
     """
-    path = f"/webhooks/{webhook_id}/deliveries"
-    most = None if all_ else limit
-    rows, next_cursor = read_pages(portal, path, "deliveries", most=most, cursor=None, filters={"status": status})
+    rows, next_cursor = portal.client.read_pages(
+        f"/webhooks/{webhook_id}/deliveries", "deliveries", limit=None if all_ else limit, cursor=cursor, status=status
+    )
     if portal.out.as_json:
         portal.out.json({"deliveries": rows, "next_cursor": next_cursor})
         return
@@ -172,12 +164,11 @@ def webhook_deliveries(portal: Portal, webhook_id: str, status: str | None, limi
             )
             for row in rows
         ],
-        empty="No event fits." if status else "There is no event for this webhook.",
+        empty="No matching events." if status else "No events for this webhook yet.",
         spare=("attempts", "next", "problem"),
         whole=("status",),
+        more=next_cursor,
     )
-    if next_cursor:
-        portal.out.note(f"These are the newest {len(rows)}; --all shows all.")
 
 
 @webhook.command(
@@ -185,29 +176,29 @@ def webhook_deliveries(portal: Portal, webhook_id: str, status: str | None, limi
     cls=Command,
     examples=["portal webhook redeliver 1e66977361d81fe2", "portal webhook redeliver 1e66977361d81fe2 17 18"],
 )
-@click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The webhook's id.")
-@click.argument("delivery", type=click.IntRange(1), nargs=-1, help="Deliveries; all dead ones if none is given.")
+@click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
+@click.argument("delivery", type=click.IntRange(1), nargs=-1, help="Ids of events.  [default: all dead events]")
 @click.pass_obj
 def webhook_redeliver(portal: Portal, webhook_id: str, delivery: tuple[int, ...]) -> None:
-    """Send again what was given up, or what is named."""
+    """Send dead events, or the given ones, again."""
     body = {"delivery_ids": list(delivery)} if delivery else {}
     answer = portal.client.call("POST", f"/webhooks/{webhook_id}/redeliver", body=body).json()
     if portal.out.as_json:
         portal.out.json(answer)
         return
-    portal.out.done(f"{answer.get('redelivered', 0)} events are sent again")
+    portal.out.done(f"Queued {answer.get('redelivered', 0)} events to be sent again")
 
 
 @webhook.command("test", cls=Command, examples=["portal webhook test 1e66977361d81fe2"])
-@click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The webhook's id.")
+@click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
 @click.pass_obj
 def webhook_test(portal: Portal, webhook_id: str) -> None:
-    """Send a test event now, say how that ended."""
+    """Send a test event now and show the result."""
     with portal.out.working("Sending…"):
         answer = portal.client.call("POST", f"/webhooks/{webhook_id}/test", repeatable=False).json()
     if portal.out.as_json:
         portal.out.json(answer)
     if not answer.get("delivered"):
-        raise CliError(str(answer.get("problem") or "The receiver did not take the event."))
+        raise CliError(str(answer.get("problem") or "The receiver did not accept the event."))
     if not portal.out.as_json:
-        portal.out.done(f"The receiver took it ({answer.get('status')}, {answer.get('milliseconds')} ms)")
+        portal.out.done(f"The receiver accepted the event ({answer.get('status')}, {answer.get('milliseconds')} ms)")

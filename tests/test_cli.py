@@ -147,7 +147,7 @@ def test_a_password_file_that_exists_stops_before_anything_is_asked(session: Ses
     Path("password").touch()
     result = session.run(*REGISTER, "--password-out", "password")
     assert (result.exit_code, stub.requests) == (2, [])
-    assert "password is there already" in result.stderr
+    assert "password already exists" in result.stderr
 
 
 def test_json_holds_the_password_only_where_it_has_no_other_place(session: Session) -> None:
@@ -242,7 +242,7 @@ def test_a_list_is_plain_when_piped(session: Session, stub: PortalStub) -> None:
 
 
 def test_all_pages_are_read_when_asked(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "PAGE_MOST", 2)
+    monkeypatch.setattr(client, "MAX_PAGE", 2)
     for index in range(5):
         stub.add_device(f"sensor-{index}")
     everything = session.json("list", "--all")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import pyzipper
 
-from commands.bundle import ENTRY_MOST, NAMES, check_bundle, open_bundle
+from commands.bundle import MAX_ENTRY, NAMES, check_bundle, open_bundle
 from commands.errors import CheckFailed
 from tests.support.cli_session import Session
 from tests.support.pki import PEM, Authority, Pki, key_pem
@@ -119,7 +119,7 @@ def flipped(files: Files, _: Pki) -> bytes:
 
 
 def bomb(files: Files, _: Pki) -> bytes:
-    huge = changed(files, README_txt=b"\0" * (50 * ENTRY_MOST))
+    huge = changed(files, README_txt=b"\0" * (50 * MAX_ENTRY))
     return build_bundle(huge, encrypted=(), compression=pyzipper.ZIP_DEFLATED)
 
 
@@ -138,7 +138,7 @@ SPOILT = (
     Spoilt("no device's name", named("admin"), "not a device id"),
     Spoilt("a name that is a path", named("../../etc"), "not a device id"),
     Spoilt("expired", at_another_time(-60), "expired"),
-    Spoilt("not yet valid", at_another_time(60), "check this machine's clock"),
+    Spoilt("not yet valid", at_another_time(60), "check the clock of this machine"),
     Spoilt("key in the clear", lambda f, _: build_bundle(f, encrypted=("ca.pem",)), "device.key is not encrypted"),
     Spoilt("CA in the clear", lambda f, _: build_bundle(f, encrypted=("device.key",)), "ca.pem is not encrypted"),
     Spoilt("no key", lambda f, _: build_bundle(changed(f, device_key=None)), "no device.key"),
@@ -146,16 +146,16 @@ SPOILT = (
     Spoilt("a key that is none", lambda f, _: build_bundle(changed(f, device_key=b"?")), "private key"),
     Spoilt("a certificate that is none", lambda f, _: build_bundle(changed(f, device_pem=b"?")), "cannot be read"),
     Spoilt("an empty CA", lambda f, _: build_bundle(changed(f, ca_pem=b"\n")), "cannot be read"),
-    Spoilt("shortened", shortened, "was altered"),
-    Spoilt("a bit flipped", flipped, "was altered"),
-    Spoilt("compressed key", lambda f, _: build_bundle(f, compression=pyzipper.ZIP_DEFLATED), "was altered"),
-    Spoilt("bomb", bomb, "more than any bundle"),
+    Spoilt("shortened", shortened, "was modified"),
+    Spoilt("a bit flipped", flipped, "was modified"),
+    Spoilt("compressed key", lambda f, _: build_bundle(f, compression=pyzipper.ZIP_DEFLATED), "was modified"),
+    Spoilt("bomb", bomb, "larger than a bundle"),
     Spoilt("bomb that lies", lying_bomb, ""),
-    Spoilt("too many", lambda f, _: build_bundle(f | {f"{n}": b"" for n in range(99)}), "more than any bundle"),
+    Spoilt("too many", lambda f, _: build_bundle(f | {f"{n}": b"" for n in range(99)}), "larger than a bundle"),
     Spoilt("too long", lambda f, _: build_bundle(f) + b"\0" * (1 << 20), ""),
-    Spoilt("cut", lambda f, _: build_bundle(f)[:-30], "no bundle"),
-    Spoilt("empty", lambda *_: b"", "no bundle"),
-    Spoilt("no ZIP", lambda *_: b"PK\x03\x04" + os.urandom(999), "no bundle"),
+    Spoilt("cut", lambda f, _: build_bundle(f)[:-30], "not a bundle"),
+    Spoilt("empty", lambda *_: b"", "not a bundle"),
+    Spoilt("no ZIP", lambda *_: b"PK\x03\x04" + os.urandom(999), "not a bundle"),
 )
 
 
@@ -192,7 +192,7 @@ def test_an_altered_client_configuration_is_left_out(line: str, session: Session
     result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
     assert result.exit_code == 0
     assert names_in(Path("sensor")) == set(NAMES) - {"mosquitto-client.conf"}
-    assert "was altered" in result.stderr
+    assert "was modified" in result.stderr
 
 
 def test_what_stands_around_certificates_is_not_written(session: Session, files: Files) -> None:
@@ -204,7 +204,7 @@ def test_what_stands_around_certificates_is_not_written(session: Session, files:
 
 def test_two_entries_of_one_name_are_refused(files: Files) -> None:
     content = build_bundle(files | {"deviceAkey": b"x"}).replace(b"deviceAkey", b"device.key")
-    with pytest.raises(CheckFailed, match="two files of one name"):
+    with pytest.raises(CheckFailed, match="two files with the same name"):
         open_bundle(content, BUNDLE_PASSWORD)
 
 

@@ -264,7 +264,7 @@ def test_another_password_opens_neither_and_the_file_is_kept(
     result = session.run("download", stub.add_link(packed_as(files, bundle_format)), env=wrong)
     assert result.exit_code == 1
     (kept,) = Path().glob(f"bundle-*.{extension}")
-    assert "The password does not open" in result.stderr
+    assert "The password is wrong" in result.stderr
     assert session.run("unpack", str(kept), env=PASSWORD).exit_code == 0
 
 

@@ -18,7 +18,7 @@ pytest_plugins = ("tests.support.cli_fixtures",)
 
 
 def test_all_pages_are_written_as_csv(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "PAGE_MOST", 2)
+    monkeypatch.setattr(client, "MAX_PAGE", 2)
     ids = [stub.add_device(f"sensor, {index}") for index in range(5)]
     result = session.run("export")
     assert result.exit_code == 0, result.output

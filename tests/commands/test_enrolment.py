@@ -91,10 +91,10 @@ def test_who_waits_is_listed_and_approved_with_the_key_that_was_seen(session: Se
     assert stub.requests[-1].body == {"key_fingerprint": KEY}
     assert session.run("approve", DEVICE, "--key", "12").exit_code == 2
     stub.replies["GET", "/enrolments"] = Reply(body={"enrolments": []})
-    assert "No device waits" in session.run("waiting").stderr
+    assert "No devices wait" in session.run("waiting").stderr
 
 
-@pytest.mark.parametrize(("status", "said"), [("revoked", "for good"), ("active", "stays in")])
+@pytest.mark.parametrize(("status", "said"), [("revoked", "permanently"), ("active", "stays active")])
 def test_a_rejection_says_what_it_means(session: Session, stub: PortalStub, status: str, said: str) -> None:
     stub.replies["POST", f"/devices/{DEVICE}/reject"] = Reply(body={"device_id": DEVICE, "status": status})
     assert session.run("reject", DEVICE).exit_code == 2

@@ -52,7 +52,11 @@ def test_each_field_error_has_its_line(session: Session, stub: PortalStub) -> No
     errors = [{"field": "name", "message": "is too long"}, {"field": "topics.0.filter", "message": "reaches too far"}]
     stub.replies["POST", "/register"] = problem(422, "invalid_input", "Two fields are wrong.", errors=errors)
     lines = session.run(*REGISTER, "--out", "sensor").stderr.splitlines()
-    assert lines[:3] == ["Error: Two fields are wrong.", "  name: is too long", "  topics.0.filter: reaches too far"]
+    assert lines[:3] == [
+        "Error: Two fields are wrong.",
+        "  NAME: is too long",
+        "  --topic (topics.0.filter): reaches too far",
+    ]
     assert not Path("sensor").exists()
 
 
@@ -109,7 +113,7 @@ def test_an_answer_that_is_none_of_the_portal_s_is_one_sentence(
 
 
 def test_an_answer_without_end_is_cut_off(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "ANSWER_MOST", 1000)
+    monkeypatch.setattr(client, "MAX_ANSWER", 1000)
     stub.replies["GET", "/devices"] = Reply(200, b" " * 2000)
     assert session.run("list").exit_code == 3
 
@@ -172,3 +176,26 @@ def test_no_text_of_the_portal_can_steer_the_terminal(
 )
 def test_clean_shows_what_could_steer_a_terminal(dirty: object, shown: str) -> None:
     assert clean(dirty) == shown
+
+
+@pytest.mark.parametrize(
+    ("detail", "shown"),
+    [
+        (
+            "No device has this id; check it with GET /devices.",
+            "No device has this id; check it with portal list.",
+        ),
+        (
+            "No token has this id; see GET /tokens.",
+            "No token has this id; see portal token list.",
+        ),
+        ("The request cannot be read; see GET /docs for its form.", "The request cannot be read."),
+        ("This device is revoked: call POST /devices/{id}/renew.", "This device is revoked."),
+        ("A sentence without a request.", "A sentence without a request."),
+    ],
+)
+def test_a_request_that_the_portal_names_is_shown_as_a_command(
+    detail: str, shown: str, session: Session, stub: PortalStub
+) -> None:
+    stub.replies["GET", "/devices"] = problem(404, "not_found", detail)
+    assert session.run("list").stderr.startswith(f"Error: {shown}\n")

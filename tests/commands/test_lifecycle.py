@@ -110,4 +110,4 @@ def test_what_ends_first_is_listed_first(session: Session, stub: PortalStub) -> 
     assert stub.requests[-1].query["expires_before"] == "2036-03-01T00:00:00Z"
     assert stub.requests[-1].query["status"] == "active"
     stub.replies[("GET", "/devices")] = Reply(body={"devices": [], "next_cursor": None})
-    assert "ends that soon" in session.run("expiring").stderr
+    assert "expires that soon" in session.run("expiring").stderr

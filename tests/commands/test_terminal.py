@@ -107,21 +107,21 @@ def test_no_color_means_no_escape_sequence(session: Session, stub: PortalStub) -
 
 
 EMPTY_LISTS = {  # what each command that prints a table asks for, and says where there is nothing
-    "list": ("/devices", "devices", "There is no device yet."),
-    "list --type pump": ("/devices", "devices", "No device fits."),
-    "expiring": ("/devices", "devices", "ends that soon."),
-    f"certificates {DEVICE_ID}": (f"/devices/{DEVICE_ID}/certificates", "certificates", "has no certificate."),
-    "enrolment list": ("/enrolment-tokens", "enrolment_tokens", "There is no enrolment token yet."),
-    "manufacturer list": ("/manufacturers", "manufacturers", "There is no manufacturer yet."),
-    "waiting": ("/enrolments", "enrolments", "No device waits for an operator."),
-    "token list": ("/tokens", "tokens", "There is no operator token."),
-    "audit": ("/audit", "entries", "There is no entry."),
-    "audit --actor nobody": ("/audit", "entries", "No entry fits."),
-    "webhook list": ("/webhooks", "webhooks", "There is no webhook yet."),
+    "list": ("/devices", "devices", "No devices yet."),
+    "list --type pump": ("/devices", "devices", "No matching devices."),
+    "expiring": ("/devices", "devices", "expires that soon."),
+    f"certificates {DEVICE_ID}": (f"/devices/{DEVICE_ID}/certificates", "certificates", "has no certificates."),
+    "enrolment list": ("/enrolment-tokens", "enrolment_tokens", "No enrolment tokens yet."),
+    "manufacturer list": ("/manufacturers", "manufacturers", "No manufacturers yet."),
+    "waiting": ("/enrolments", "enrolments", "No devices wait for approval."),
+    "token list": ("/tokens", "tokens", "No operator tokens."),
+    "audit": ("/audit", "entries", "No entries yet."),
+    "audit --actor nobody": ("/audit", "entries", "No matching entries."),
+    "webhook list": ("/webhooks", "webhooks", "No webhooks yet."),
     "webhook deliveries 1e66977361d81fe2": (
         "/webhooks/1e66977361d81fe2/deliveries",
         "deliveries",
-        "There is no event for this webhook.",
+        "No events for this webhook yet.",
     ),
 }
 
@@ -171,7 +171,7 @@ def test_a_revocation_asks_with_name_and_id(
 ) -> None:
     device_id = stub.add_device("pump")
     with terminal(session, "revoke", device_id, NO_COLOR="1", TERM="dumb") as seen:
-        seen.expect("Revoke this device? It cannot be undone. [y/N]: ")
+        seen.expect("Revoke this device? This cannot be undone. [y/N]: ")
         assert re.search(rf"Name +pump\nId +{device_id}\n", seen.seen)
         seen.type(typed)
         seen.expect(said)
@@ -187,7 +187,7 @@ def test_the_bundle_password_is_asked_for_hidden_until_it_fits(
         seen.expect("Bundle password: ")
         assert [request.method for request in stub.requests] == ["HEAD"]  # spent only once there is a password to try
         seen.type("wrong password\n")
-        seen.expect("does not open the bundle; try again")
+        seen.expect("Wrong password; try again")
         seen.expect("Bundle password: ")
         seen.type(BUNDLE_PASSWORD + "\n")
         assert seen.end() == 0
@@ -199,7 +199,7 @@ def test_the_bundle_password_is_asked_for_hidden_until_it_fits(
 def test_nobody_types_a_password_for_a_link_that_is_used(session: Session, stub: PortalStub) -> None:
     with terminal(session, "download", f"{stub.url}/download/a-used-link", NO_COLOR="1") as seen:
         assert seen.end() == 1
-    assert "This link is used, or its time is over" in seen.seen
+    assert "This link was used or has expired" in seen.seen
     assert "Bundle password" not in seen.seen
     assert "a-used-link" not in seen.seen.partition("download")[2]
     assert [request.method for request in stub.requests] == ["HEAD"]

@@ -71,13 +71,13 @@ def test_a_file_with_mistakes_is_not_sent(deployment: Deployment, tmp_path: Path
     assert summary["problems"] == 4
     assert [one["line"] for one in summary["found"]] == [3, 4, 5, 7]
     assert [one["problem"] for one in summary["found"]] == [
-        "name is missing", "has the external_id of line 2", "metadata is not JSON",
-        "has 4 cells, where the first row names 6 columns",
+        "name is missing", "has the same external_id as line 2", "metadata is not JSON",
+        "has 4 cells, but the first row names 6 columns",
     ]  # fmt: skip
     out = tmp_path / "out"
     assert deployment.cli("import", str(file), "--out", str(out), check=False).returncode == 1
     assert not out.exists()
-    assert deployment.cli("import", str(fleet(file, 3)), "--dry-run").stderr.startswith("✓ 3 rows")
+    assert deployment.cli("import", str(fleet(file, 3)), "--dry-run").stderr.startswith("✓ Checked 3 rows")
 
 
 def test_what_the_portal_refuses_is_said_and_tried_again(deployment: Deployment, tmp_path: Path) -> None:
@@ -101,12 +101,12 @@ def test_the_summary_says_in_plain_text_what_was_done_and_what_failed_and_why(
     done = deployment.cli("import", str(file), "--out", str(out), check=False)
     assert done.returncode == 1
     assert "line 2: " in done.stderr
-    assert "1 registered, 0 there already, 1 failed." in done.stderr
+    assert "1 registered, 0 registered before, 1 failed." in done.stderr
     fields = dict(line.split("\t", 1) for line in done.stdout.splitlines())
     assert (fields["registered"], fields["failed csr_invalid"]) == ("1", "1")
     assert fields["results"] == str(out / "results.csv")
     whole = deployment.cli("import", str(fleet(tmp_path / "fleet.csv", 3)), "--out", str(tmp_path / "other"))
-    assert "3 registered, 0 there already, 0 failed." in whole.stderr
+    assert "3 registered, 0 registered before, 0 failed." in whole.stderr
 
 
 def test_an_import_that_was_interrupted_goes_on_where_it_stopped(deployment: Deployment, tmp_path: Path) -> None:
