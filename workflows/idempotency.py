@@ -6,15 +6,19 @@ import hmac
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
 
 import credential_delivery as delivery
 from core.errors import IdempotencyConflict
 from store import deliveries
 from store.database import Database
+from store.deliveries import SealedAnswer
 
 ANSWERS_KEPT = timedelta(hours=24)
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +28,6 @@ class Sealed:
     tenant_id: str
     seal: delivery.AnswerSeal = field(repr=False)
     request_hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """The answer to an earlier request with the same key and body, with the generation that it was made at."""
-
-    content: bytes = field(repr=False)
-    generation: int
 
 
 class KeptAnswers:
@@ -49,8 +45,28 @@ class KeptAnswers:
         seal = delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper)
         return Sealed(tenant_id, seal, seal.request_hash(request))
 
-    def find(self, sealed: Sealed) -> Kept | None:
-        """The answer given in the last 24 hours; raises ``IdempotencyConflict`` where it was to another request."""
+    def once(
+        self, sealed: Sealed | None, read: Callable[[bytes], Answer], make: Callable[[], tuple[Answer, int]]
+    ) -> tuple[Answer, int]:
+        """Return the answer kept for the same request, with the generation it was made at, else ``make`` one.
+
+        ``make`` must call ``keep`` in its transaction. Raises ``IdempotencyConflict`` for a key that came with another
+        request in the last 24 hours.
+        """
+        if sealed is None:
+            return make()
+        kept = self._find(sealed)
+        if kept is None:
+            try:
+                return make()
+            except IntegrityError:
+                # Of two first requests with one key the database accepted one: its answer is both's.
+                kept = self._find(sealed)
+                if kept is None:
+                    raise
+        return read(sealed.seal.open(kept.sealed)), kept.generation
+
+    def _find(self, sealed: Sealed) -> SealedAnswer | None:
         with self._database.snapshot() as tx:
             kept = deliveries.find_answer(tx, sealed.tenant_id, sealed.seal.key_hash, now=self._clock())
         if kept is None:
@@ -59,7 +75,7 @@ class KeptAnswers:
             raise IdempotencyConflict(
                 "This Idempotency-Key was used with another body in the last 24 hours; use a new key."
             )
-        return Kept(sealed.seal.open(kept.sealed), kept.generation)
+        return kept
 
     def keep(self, tx: Connection, sealed: Sealed, content: bytes, *, generation: int) -> None:
         """Keep an answer in the transaction that it speaks of; the database refuses a second one under the key."""

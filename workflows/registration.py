@@ -84,20 +84,15 @@ class Onboarding:
         ``Unavailable``.
         """
         sealed = self._answers.seal(actor.tenant_id, idempotency_key, _canonical(request)) if idempotency_key else None
-        repeated = sealed and self._answers.find(sealed)
-        if not repeated:
-            try:
-                answer, generation = self._register(actor, request, sealed)
-            except IntegrityError:
-                # Of two first requests with one key the database let one through: its answer is both's.
-                repeated = sealed and self._answers.find(sealed)
-                if not repeated:
-                    if request.external_id is not None:
-                        with self._database.snapshot() as tx:
-                            self._check_free(tx, actor.tenant_id, request.external_id)
-                    raise
-        if repeated:
-            answer, generation = Registered.from_json(repeated.content), repeated.generation
+        try:
+            answer, generation = self._answers.once(
+                sealed, Registered.from_json, lambda: self._register(actor, request, sealed)
+            )
+        except IntegrityError:
+            if request.external_id is not None:
+                with self._database.snapshot() as tx:
+                    self._check_free(tx, actor.tenant_id, request.external_id)
+            raise
         if answer.certificate is not None:
             self.wait_until_granted(generation)
         elif generation:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import IntegrityError
 
 import db
 from config import Settings
@@ -109,27 +108,10 @@ class Renewals:
         asks too early or too late, ``InputInvalid`` (``CsrInvalid``), ``IdempotencyConflict``, ``Unavailable``.
         """
         sealed = self._answers.seal(actor.tenant_id, idempotency_key, renewal.canonical(device_id))
-        kept = sealed and self._answers.find(sealed)
-        if kept:
-            answer, generation = Renewed.from_json(kept.content), kept.generation
-        else:
-            try:
-                answer, generation, _ = self._renew(actor, device_id, renewal, sealed, shown=shown)
-            except IntegrityError:
-                # Of two first requests with one key the database let one through: its answer is both's.
-                kept = sealed and self._answers.find(sealed)
-                if not kept:
-                    raise
-                answer, generation = Renewed.from_json(kept.content), kept.generation
-        if answer.ended:
-            answer = dataclasses.replace(answer, problem=self._ended(device_id, generation))
-        elif generation:
-            self._enforcement.wake()
-        if answer.certificate is not None:
-            with self._database.snapshot() as tx:
-                device = db.get_device(tx, actor.tenant_id, device_id)
-            self._onboarding.wait_until_granted(device.generation)
-        return answer
+        answer, generation = self._answers.once(
+            sealed, Renewed.from_json, lambda: self._renew(actor, device_id, renewal, sealed, shown=shown)[:2]
+        )
+        return self._release(actor, answer, generation)
 
     def renew_with_key(
         self, actor: Actor, device_id: str, key_type: str, *, shown: str, when_used: bool = False
@@ -140,16 +122,22 @@ class Renewals:
         """
         renewal = RenewalRequest(key_type=key_type, when_used=when_used)
         answer, generation, key = self._renew(actor, device_id, renewal, None, shown=shown, hand_over=True)
-        if answer.ended:
-            self._ended(device_id, generation)
-        elif generation:
-            self._enforcement.wake()
-        with self._database.snapshot() as tx:
-            device = db.get_device(tx, actor.tenant_id, device_id)
-        self._onboarding.wait_until_granted(device.generation)
+        self._release(actor, answer, generation)
         if answer.certificate is None or key is None:
             raise AssertionError("a key that is handed over comes with its certificate")
         return answer.certificate, key
+
+    def _release(self, actor: Actor, answer: Renewed, generation: int) -> Renewed:
+        """Tell the broker what has ended, and return the answer once its certificate works."""
+        if answer.ended:
+            answer = dataclasses.replace(answer, problem=self._ended(answer.device_id, generation))
+        elif generation:
+            self._enforcement.wake()
+        if answer.certificate is not None:
+            with self._database.snapshot() as tx:
+                device = db.get_device(tx, actor.tenant_id, answer.device_id)
+            self._onboarding.wait_until_granted(device.generation)
+        return answer
 
     def _renew(
         self,
