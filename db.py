@@ -13,7 +13,8 @@ from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record, update_device
-from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow, UtcDateTime
+from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow
+from store.types import UtcDateTime
 
 # --- Devices ------------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from store.tables import (
     Certificate,
     Device,
     ExpiryAnnouncement,
-    UtcDateTime,
 )
+from store.types import UtcDateTime
 
 
 @dataclass(frozen=True, slots=True)

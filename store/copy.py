@@ -21,7 +21,8 @@ from sqlalchemy.engine import Connection
 
 from core.errors import BackupRefused, DatabaseTooNew
 from store import database
-from store.tables import METADATA, UtcDateTime
+from store.tables import METADATA
+from store.types import UtcDateTime
 
 BATCH = 500
 # What a column holds, in a way that survives a change of the tables: the names stand in the first line of a copy.

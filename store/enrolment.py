@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from core.device_status import DeviceStatus
 from core.errors import NotFound, StateConflict
 from core.states import Approval, EnrolmentStatus, ManufacturerStatus
-from store.tables import Device, Enrolment, EnrolmentToken, Manufacturer, Reenrolment
+from store.tables import Device, EnrolmentRow, EnrolmentToken, Manufacturer, ReenrolmentRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,15 +226,15 @@ class EnrolmentRecord:
 
 _ENROLMENT_FIELDS = ("id", "device_id", "token_id", "manufacturer_id", "identity", "key_fingerprint", "status",
               "certificate_id")  # fmt: skip
-_ENROLMENT_COLUMNS = tuple(Enrolment.__table__.c[name] for name in _ENROLMENT_FIELDS)
+_ENROLMENT_COLUMNS = tuple(EnrolmentRow.__table__.c[name] for name in _ENROLMENT_FIELDS)
 
 
 def find_enrolment(
     tx: Connection, tenant_id: str, *, token_id: str | None, manufacturer_id: str | None, identity: str
 ) -> EnrolmentRecord | None:
     """What a device has asked for by this token or manufacturer, ``None`` the first time."""
-    means = Enrolment.token_id == token_id if token_id else Enrolment.manufacturer_id == manufacturer_id
-    own = (Enrolment.tenant_id == tenant_id, means, Enrolment.identity == identity)
+    means = EnrolmentRow.token_id == token_id if token_id else EnrolmentRow.manufacturer_id == manufacturer_id
+    own = (EnrolmentRow.tenant_id == tenant_id, means, EnrolmentRow.identity == identity)
     row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own)).one_or_none()
     return None if row is None else EnrolmentRecord(*row)
 
@@ -242,30 +242,30 @@ def find_enrolment(
 def undecided_enrolment(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentRecord | None:
     """The request of a device that waits for an operator."""
     own = (
-        Enrolment.tenant_id == tenant_id,
-        Enrolment.device_id == device_id,
-        Enrolment.status == EnrolmentStatus.WAITING,
+        EnrolmentRow.tenant_id == tenant_id,
+        EnrolmentRow.device_id == device_id,
+        EnrolmentRow.status == EnrolmentStatus.WAITING,
     )
-    row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own).order_by(Enrolment.id).limit(1)).one_or_none()
+    row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own).order_by(EnrolmentRow.id).limit(1)).one_or_none()
     return None if row is None else EnrolmentRecord(*row)
 
 
 def last_enrolment(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentRecord | None:
     """The newest request of a device."""
-    own = (Enrolment.tenant_id == tenant_id, Enrolment.device_id == device_id)
-    row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own).order_by(Enrolment.id.desc()).limit(1)).one_or_none()
+    own = (EnrolmentRow.tenant_id == tenant_id, EnrolmentRow.device_id == device_id)
+    row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own).order_by(EnrolmentRow.id.desc()).limit(1)).one_or_none()
     return None if row is None else EnrolmentRecord(*row)
 
 
 def add_enrolment(tx: Connection, tenant_id: str, **values: Any) -> None:
     """Record a device's request; ``values`` are the columns of ``Enrolment`` but for id and tenant."""
-    tx.execute(sa.insert(Enrolment), {"tenant_id": tenant_id, **values})
+    tx.execute(sa.insert(EnrolmentRow), {"tenant_id": tenant_id, **values})
 
 
 def update_enrolment(tx: Connection, tenant_id: str, enrolment_id: int, **values: Any) -> None:
     """Set columns of a request."""
-    own = (Enrolment.tenant_id == tenant_id, Enrolment.id == enrolment_id)
-    tx.execute(sa.update(Enrolment).where(*own).values(values))
+    own = (EnrolmentRow.tenant_id == tenant_id, EnrolmentRow.id == enrolment_id)
+    tx.execute(sa.update(EnrolmentRow).where(*own).values(values))
 
 
 # --- Requests with another key ---------------------------------------------------------------------------------------
@@ -284,12 +284,12 @@ class ReenrolmentRecord:
     status: EnrolmentStatus
 
 
-_REENROLMENT_COLUMNS = (Reenrolment.enrolment_id, Reenrolment.key_fingerprint, Reenrolment.status)
+_REENROLMENT_COLUMNS = (ReenrolmentRow.enrolment_id, ReenrolmentRow.key_fingerprint, ReenrolmentRow.status)
 
 
 def find_reenrolment(tx: Connection, tenant_id: str, enrolment_id: int) -> ReenrolmentRecord | None:
     """What the device of an enrolment asks for now, ``None`` where it does not."""
-    own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
+    own = (ReenrolmentRow.tenant_id == tenant_id, ReenrolmentRow.enrolment_id == enrolment_id)
     row = tx.execute(sa.select(*_REENROLMENT_COLUMNS).where(*own)).one_or_none()
     return None if row is None else ReenrolmentRecord(*row)
 
@@ -298,10 +298,10 @@ def add_reenrolment(
     tx: Connection, tenant_id: str, enrolment_id: int, *, key_fingerprint: str, asked_at: datetime
 ) -> None:
     """Record the key that a device asks for, in the place of another one, whatever was decided about that."""
-    own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
-    tx.execute(sa.delete(Reenrolment).where(*own))
+    own = (ReenrolmentRow.tenant_id == tenant_id, ReenrolmentRow.enrolment_id == enrolment_id)
+    tx.execute(sa.delete(ReenrolmentRow).where(*own))
     values = {"key_fingerprint": key_fingerprint, "status": EnrolmentStatus.WAITING, "asked_at": asked_at}
-    tx.execute(sa.insert(Reenrolment), {"tenant_id": tenant_id, "enrolment_id": enrolment_id, **values})
+    tx.execute(sa.insert(ReenrolmentRow), {"tenant_id": tenant_id, "enrolment_id": enrolment_id, **values})
 
 
 def decide_reenrolment(
@@ -314,17 +314,17 @@ def decide_reenrolment(
     decided_at: datetime,
 ) -> bool:
     """Record a decision about a key that waits for it; returns whether it still did."""
-    own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
-    waits = (Reenrolment.key_fingerprint == key_fingerprint, Reenrolment.status == EnrolmentStatus.WAITING)
+    own = (ReenrolmentRow.tenant_id == tenant_id, ReenrolmentRow.enrolment_id == enrolment_id)
+    waits = (ReenrolmentRow.key_fingerprint == key_fingerprint, ReenrolmentRow.status == EnrolmentStatus.WAITING)
     values = {"status": status, "decided_at": decided_at}
-    return tx.execute(sa.update(Reenrolment).where(*own, *waits).values(values)).rowcount == 1
+    return tx.execute(sa.update(ReenrolmentRow).where(*own, *waits).values(values)).rowcount == 1
 
 
 def use_reenrolment(tx: Connection, tenant_id: str, enrolment_id: int, key_fingerprint: str) -> None:
     """Use up the approval of a key; raises ``StateConflict`` where there is none any more."""
-    own = (Reenrolment.tenant_id == tenant_id, Reenrolment.enrolment_id == enrolment_id)
-    approved = (Reenrolment.key_fingerprint == key_fingerprint, Reenrolment.status == EnrolmentStatus.APPROVED)
-    if tx.execute(sa.delete(Reenrolment).where(*own, *approved)).rowcount != 1:
+    own = (ReenrolmentRow.tenant_id == tenant_id, ReenrolmentRow.enrolment_id == enrolment_id)
+    approved = (ReenrolmentRow.key_fingerprint == key_fingerprint, ReenrolmentRow.status == EnrolmentStatus.APPROVED)
+    if tx.execute(sa.delete(ReenrolmentRow).where(*own, *approved)).rowcount != 1:
         raise StateConflict("The device has asked with another key meanwhile; ask again.")
 
 
@@ -341,20 +341,20 @@ class WaitingDevice:
     asked_at: datetime
 
 
-_CREDENTIAL = (Enrolment.token_id, Enrolment.manufacturer_id)
-_DEVICE_OF_ENROLMENT = sa.and_(Device.tenant_id == Enrolment.tenant_id, Device.id == Enrolment.device_id)
+_CREDENTIAL = (EnrolmentRow.token_id, EnrolmentRow.manufacturer_id)
+_DEVICE_OF_ENROLMENT = sa.and_(Device.tenant_id == EnrolmentRow.tenant_id, Device.id == EnrolmentRow.device_id)
 
 
 def waiting_enrolments(tx: Connection, tenant_id: str, *, limit: int) -> Sequence[WaitingDevice]:
     """The devices that wait to be let in, who has waited longest first."""
     query = (
         sa.select(
-            Device.id, Device.name, sa.false(), Enrolment.key_fingerprint, *_CREDENTIAL, Enrolment.created_at
+            Device.id, Device.name, sa.false(), EnrolmentRow.key_fingerprint, *_CREDENTIAL, EnrolmentRow.created_at
         )
         .join(Device, _DEVICE_OF_ENROLMENT)
-        .where(Enrolment.tenant_id == tenant_id, _FIRST_WAITS, Device.status == DeviceStatus.PENDING)
+        .where(EnrolmentRow.tenant_id == tenant_id, _FIRST_WAITS, Device.status == DeviceStatus.PENDING)
     )  # fmt: skip
-    rows = tx.execute(query.order_by(Enrolment.created_at, Enrolment.id).limit(limit))
+    rows = tx.execute(query.order_by(EnrolmentRow.created_at, EnrolmentRow.id).limit(limit))
     return [WaitingDevice(*row) for row in rows]
 
 
@@ -362,12 +362,12 @@ def waiting_reenrolments(tx: Connection, tenant_id: str, *, limit: int) -> Seque
     """The devices that are in and wait to be given a certificate for another key, who has waited longest first."""
     query = (
         sa.select(
-            Device.id, Device.name, sa.true(), Reenrolment.key_fingerprint, *_CREDENTIAL, Reenrolment.asked_at
+            Device.id, Device.name, sa.true(), ReenrolmentRow.key_fingerprint, *_CREDENTIAL, ReenrolmentRow.asked_at
         )
-        .select_from(Reenrolment)
-        .join(Enrolment, Enrolment.id == Reenrolment.enrolment_id)
+        .select_from(ReenrolmentRow)
+        .join(EnrolmentRow, EnrolmentRow.id == ReenrolmentRow.enrolment_id)
         .join(Device, _DEVICE_OF_ENROLMENT)
-        .where(Reenrolment.tenant_id == tenant_id, _AGAIN_WAITS, Device.status == DeviceStatus.ACTIVE)
+        .where(ReenrolmentRow.tenant_id == tenant_id, _AGAIN_WAITS, Device.status == DeviceStatus.ACTIVE)
     )  # fmt: skip
-    rows = tx.execute(query.order_by(Reenrolment.asked_at, Reenrolment.enrolment_id).limit(limit))
+    rows = tx.execute(query.order_by(ReenrolmentRow.asked_at, ReenrolmentRow.enrolment_id).limit(limit))
     return [WaitingDevice(*row) for row in rows]

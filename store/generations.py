@@ -11,7 +11,8 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.states import CertificateStatus
-from store.tables import AclEntry, BrokerState, Certificate, Device, UtcDateTime
+from store.tables import AclEntry, BrokerState, Certificate, Device
+from store.types import UtcDateTime
 
 
 @dataclass(frozen=True, slots=True)

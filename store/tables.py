@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from core.device_status import DeviceStatus
@@ -21,57 +20,13 @@ from core.states import (
     IssuerStatus,
     ManufacturerStatus,
 )
+from store.types import BigId, StateText, UtcDateTime
 
-StateName = TypeVar("StateName", bound=StrEnum)
 DEFAULT_TENANT = "default"
-BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only in INTEGER columns
-
-
-class NaiveTimeError(ValueError, sa.exc.DontWrapMixin):
-    """A time without a zone; SQLAlchemy raises it as it is."""
-
-
-class UtcDateTime(sa.TypeDecorator[datetime]):
-    """An aware UTC time, to the microsecond; SQLite, which knows no zones, holds it as UTC."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert a time to UTC; raises ``NaiveTimeError`` for one without a zone, which is always a mistake."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise NaiveTimeError("a time without a zone must not reach the database")
-        value = value.astimezone(UTC)
-        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        """Return the time with its zone, UTC."""
-        if value is None:
-            return None
-        time: datetime = value
-        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-
-
-class State(sa.TypeDecorator[StateName]):
-    """A text of which only the values of an enum are used; a row holds the member."""
-
-    impl = sa.String
-    cache_ok = True
-
-    def __init__(self, states: type[StateName], length: int = 16) -> None:
-        """Take the enum, and the length that the column has in the database."""
-        super().__init__(length)
-        self.states = states
-
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """Hand the member's text to the driver; a constraint of the table refuses any other."""
-        return None if value is None else str(value)
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> StateName | None:
-        """Return the member."""
-        return None if value is None else self.states(value)
+STATES: tuple[type[StrEnum], ...] = (
+    Approval, CertificateStatus, DeliveryStatus, DeviceStatus, EnrolmentStatus, EventDeliveryStatus, IssuerKind,
+    IssuerStatus, ManufacturerStatus,
+)  # fmt: skip
 
 
 def _one_of(column: str, *values: str) -> str:
@@ -79,9 +34,17 @@ def _one_of(column: str, *values: str) -> str:
     return f"{column} IN ({allowed})"
 
 
+def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
+    return sa.Index(name, *columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+
+
 class Base(DeclarativeBase):
     """Names every constraint, so that a migration can find it and an error can be told from another."""
 
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UtcDateTime,
+        **{states: StateText(states) for states in STATES},
+    }
     metadata = sa.MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -102,7 +65,7 @@ class Tenant(Base):
     __tablename__ = "tenants"
 
     id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime]
 
 
 class IdempotencyKey(Base):
@@ -114,10 +77,10 @@ class IdempotencyKey(Base):
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
     key_hash: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     request_hash: Mapped[str] = mapped_column(sa.String(64))
-    sealed_answer: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    sealed_answer: Mapped[bytes]
     generation: Mapped[int] = mapped_column(sa.BigInteger)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
 
 
 class Token(Base):
@@ -134,9 +97,9 @@ class Token(Base):
     name: Mapped[str] = mapped_column(sa.String(64))
     role: Mapped[str] = mapped_column(sa.String(16))
     token_hash: Mapped[str] = mapped_column(sa.String(64))
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
 
 
 class AuditEntry(Base):
@@ -151,7 +114,7 @@ class AuditEntry(Base):
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
-    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    at: Mapped[datetime]
     actor: Mapped[str] = mapped_column(sa.String(128))
     action: Mapped[str] = mapped_column(sa.String(64))
     object: Mapped[str] = mapped_column(sa.String(128))
@@ -187,9 +150,9 @@ class BrokerState(Base):
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
     generation: Mapped[int] = mapped_column(sa.BigInteger)
     applied_generation: Mapped[int] = mapped_column(sa.BigInteger)
-    applied_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    applied_at: Mapped[datetime | None]
     # Since when there has been a generation that the broker was not seen to enforce.
-    pending_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    pending_since: Mapped[datetime | None]
 
 
 # --- Devices, certificates and their issuers -------------------------------------------------------------------------
@@ -210,27 +173,9 @@ class Device(Base):
         sa.Index("ix_devices_status", "tenant_id", "status", "created_at", "id"),
         sa.Index("ix_devices_type", "tenant_id", "type", "created_at", "id"),
         sa.Index("ix_devices_location", "tenant_id", "location", "created_at", "id"),
-        sa.Index(
-            "ix_devices_generation",
-            "tenant_id",
-            "generation",
-            sqlite_where=sa.text("generation > 0"),
-            postgresql_where=sa.text("generation > 0"),
-        ),
-        sa.Index(
-            "ix_devices_own_topics",
-            "tenant_id",
-            "generation",
-            sqlite_where=sa.text("own_topics"),
-            postgresql_where=sa.text("own_topics"),
-        ),
-        sa.Index(
-            "ix_devices_out",
-            "tenant_id",
-            "generation",
-            sqlite_where=sa.text("status IN ('revoked', 'suspended')"),
-            postgresql_where=sa.text("status IN ('revoked', 'suspended')"),
-        ),
+        _partial_index("ix_devices_generation", "tenant_id", "generation", where="generation > 0"),
+        _partial_index("ix_devices_own_topics", "tenant_id", "generation", where="own_topics"),
+        _partial_index("ix_devices_out", "tenant_id", "generation", where="status IN ('revoked', 'suspended')"),
     )
 
     id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
@@ -243,10 +188,10 @@ class Device(Base):
     # "metadata" belongs to SQLAlchemy as an attribute; the column keeps the plain name.
     device_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", sa.JSON)
     own_topics: Mapped[bool] = mapped_column(default=False)
-    status: Mapped[DeviceStatus] = mapped_column(State(DeviceStatus))
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    status: Mapped[DeviceStatus]
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
     # The generation at which the broker's view of it last changed; 0: the broker need not be told.
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
@@ -283,14 +228,14 @@ class IssuerRow(Base):
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(sa.String(64))
-    kind: Mapped[IssuerKind] = mapped_column(State(IssuerKind))
-    status: Mapped[IssuerStatus] = mapped_column(State(IssuerStatus))
-    der: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    kind: Mapped[IssuerKind]
+    status: Mapped[IssuerStatus]
+    der: Mapped[bytes]
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
-    not_after: Mapped[datetime] = mapped_column(UtcDateTime)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    not_after: Mapped[datetime]
+    created_at: Mapped[datetime]
     # The last active one that has it is the one that issues; NULL: trusted already, not issuing yet.
-    issuing_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    issuing_since: Mapped[datetime | None]
     # The generation of the last change to what its CRL must list.
     revoked_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
 
@@ -307,10 +252,14 @@ class Crl(Base):
     issuer_id: Mapped[int] = mapped_column(sa.ForeignKey("issuers.id"), primary_key=True, autoincrement=False)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     number: Mapped[int] = mapped_column(sa.BigInteger)
-    this_update: Mapped[datetime] = mapped_column(UtcDateTime)
-    next_update: Mapped[datetime] = mapped_column(UtcDateTime)
+    this_update: Mapped[datetime]
+    next_update: Mapped[datetime]
     generation: Mapped[int] = mapped_column(sa.BigInteger)
-    der: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    der: Mapped[bytes]
+
+
+# A device has at most one such certificate.
+_CURRENT = "status IN ('active', 'held') AND replaced_until IS NULL"
 
 
 class Certificate(Base):
@@ -334,42 +283,26 @@ class Certificate(Base):
             "status IN ('held', 'revoked') OR (status = 'replaced') = (replaced_until IS NOT NULL)",
             name="replaced_until",
         ),
-        sa.Index(
+        _partial_index(
             "uq_certificates_one_active_a_device",
             "device_id",
+            where=_CURRENT,
             unique=True,
-            sqlite_where=sa.text("status IN ('active', 'held') AND replaced_until IS NULL"),
-            postgresql_where=sa.text("status IN ('active', 'held') AND replaced_until IS NULL"),
         ),
-        sa.Index(
-            "ix_certificates_generation",
-            "generation",
-            sqlite_where=sa.text("generation > 0"),
-            postgresql_where=sa.text("generation > 0"),
-        ),
-        sa.Index(
-            "ix_certificates_replaced",
-            "replaced_until",
-            sqlite_where=sa.text("status = 'replaced'"),
-            postgresql_where=sa.text("status = 'replaced'"),
-        ),
+        _partial_index("ix_certificates_generation", "generation", where="generation > 0"),
+        _partial_index("ix_certificates_replaced", "replaced_until", where="status = 'replaced'"),
         sa.Index("ix_certificates_device", "device_id", "id"),
-        sa.Index(
-            "ix_certificates_end",  # of those in use
+        # of those in use
+        _partial_index(
+            "ix_certificates_end",
             "tenant_id",
             "not_after",
             "device_id",
-            sqlite_where=sa.text("status IN ('active', 'held') AND replaced_until IS NULL"),
-            postgresql_where=sa.text("status IN ('active', 'held') AND replaced_until IS NULL"),
+            where=_CURRENT,
         ),
-        sa.Index(
-            "ix_certificates_crl",  # with the id, so that which ones there are is read from it alone
-            "issuer_id",
-            "status",
-            "not_after",
-            "id",
-            sqlite_where=sa.text("status IN ('held', 'revoked')"),
-            postgresql_where=sa.text("status IN ('held', 'revoked')"),
+        # with the id, so that which ones there are is read from it alone
+        _partial_index(
+            "ix_certificates_crl", "issuer_id", "status", "not_after", "id", where="status IN ('held', 'revoked')"
         ),
     )
 
@@ -380,15 +313,15 @@ class Certificate(Base):
     purpose: Mapped[str] = mapped_column(sa.String(16))
     serial_number: Mapped[str] = mapped_column(sa.String(40))
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
-    der: Mapped[bytes] = mapped_column(sa.LargeBinary)
-    not_before: Mapped[datetime] = mapped_column(UtcDateTime)
-    not_after: Mapped[datetime] = mapped_column(UtcDateTime)
-    issued_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    status: Mapped[CertificateStatus] = mapped_column(State(CertificateStatus))
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    der: Mapped[bytes]
+    not_before: Mapped[datetime]
+    not_after: Mapped[datetime]
+    issued_at: Mapped[datetime]
+    status: Mapped[CertificateStatus]
+    revoked_at: Mapped[datetime | None]
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
     # Of one that another has replaced: until when it goes on, at the longest or until the other was seen in use.
-    replaced_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    replaced_until: Mapped[datetime | None]
     ends_when_used: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     # The generation at which it last came onto its issuer's CRL or went from it; 0: it never was on one.
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
@@ -405,25 +338,20 @@ class Delivery(Base):
         sa.CheckConstraint(_one_of("format", "zip", "p12", "pem"), name="format"),
         sa.CheckConstraint("(status = 'fetching') = (lease_until IS NOT NULL)", name="lease"),
         sa.Index("ix_deliveries_device", "device_id"),
-        sa.Index(
-            "ix_deliveries_expiry",
-            "expires_at",
-            sqlite_where=sa.text("status IN ('ready', 'fetching')"),
-            postgresql_where=sa.text("status IN ('ready', 'fetching')"),
-        ),
+        _partial_index("ix_deliveries_expiry", "expires_at", where="status IN ('ready', 'fetching')"),
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     device_id: Mapped[str] = mapped_column(sa.String(36))
     certificate_id: Mapped[int] = mapped_column(sa.ForeignKey("certificates.id"))
-    status: Mapped[DeliveryStatus] = mapped_column(State(DeliveryStatus))
-    bundle: Mapped[bytes | None] = mapped_column(sa.LargeBinary)
+    status: Mapped[DeliveryStatus]
+    bundle: Mapped[bytes | None]
     format: Mapped[str] = mapped_column(sa.String(8), server_default="zip")
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    delivered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    lease_until: Mapped[datetime | None]
+    delivered_at: Mapped[datetime | None]
 
 
 # --- Enrolment -------------------------------------------------------------------------------------------------------
@@ -441,7 +369,7 @@ class _Profile:
     name_template: Mapped[str] = mapped_column(sa.String(128))
     key_types: Mapped[list[str]] = mapped_column(sa.JSON)
     validity_days: Mapped[int | None]
-    approval: Mapped[Approval] = mapped_column(State(Approval))
+    approval: Mapped[Approval]
 
 
 class EnrolmentToken(_Profile, Base):
@@ -465,9 +393,9 @@ class EnrolmentToken(_Profile, Base):
     device_id: Mapped[str | None] = mapped_column(sa.String(36))
     uses_allowed: Mapped[int]
     uses: Mapped[int] = mapped_column(default=0)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
 
 
 class Manufacturer(_Profile, Base):
@@ -481,31 +409,26 @@ class Manufacturer(_Profile, Base):
         sa.CheckConstraint("status IN ('unproven', 'registered', 'removed')", name="status"),
         sa.CheckConstraint("status != 'registered' OR proven_at IS NOT NULL", name="proven_at"),
         sa.CheckConstraint("(status = 'removed') = (removed_at IS NOT NULL)", name="removed_at"),
-        sa.Index(
-            "uq_manufacturers_one_of_a_ca",
-            "tenant_id",
-            "fingerprint",
-            unique=True,
-            sqlite_where=sa.text("status != 'removed'"),
-            postgresql_where=sa.text("status != 'removed'"),
+        _partial_index(
+            "uq_manufacturers_one_of_a_ca", "tenant_id", "fingerprint", where="status != 'removed'", unique=True
         ),
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(sa.String(64))
-    der: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    der: Mapped[bytes]
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
-    not_after: Mapped[datetime] = mapped_column(UtcDateTime)
-    status: Mapped[ManufacturerStatus] = mapped_column(State(ManufacturerStatus))
+    not_after: Mapped[datetime]
+    status: Mapped[ManufacturerStatus]
     nonce: Mapped[str] = mapped_column(sa.String(64))
-    nonce_expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    proven_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    removed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    nonce_expires_at: Mapped[datetime]
+    created_at: Mapped[datetime]
+    proven_at: Mapped[datetime | None]
+    removed_at: Mapped[datetime | None]
 
 
-class Enrolment(Base):
+class EnrolmentRow(Base):
     """A device that has asked to be let in, once however often it asks.
 
     ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
@@ -523,13 +446,7 @@ class Enrolment(Base):
         sa.CheckConstraint("status IN ('waiting', 'approved', 'issued', 'rejected')", name="status"),
         sa.CheckConstraint("(status = 'issued') = (certificate_id IS NOT NULL)", name="certificate"),
         sa.Index("ix_enrolments_device", "tenant_id", "device_id"),
-        sa.Index(
-            "ix_enrolments_waiting",
-            "tenant_id",
-            "created_at",
-            sqlite_where=sa.text("status = 'waiting'"),
-            postgresql_where=sa.text("status = 'waiting'"),
-        ),
+        _partial_index("ix_enrolments_waiting", "tenant_id", "created_at", where="status = 'waiting'"),
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
@@ -539,34 +456,28 @@ class Enrolment(Base):
     manufacturer_id: Mapped[str | None] = mapped_column(sa.String(32))
     identity: Mapped[str] = mapped_column(sa.String(64))
     key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
-    status: Mapped[EnrolmentStatus] = mapped_column(State(EnrolmentStatus))
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    decided_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    status: Mapped[EnrolmentStatus]
+    created_at: Mapped[datetime]
+    decided_at: Mapped[datetime | None]
     certificate_id: Mapped[int | None] = mapped_column(sa.ForeignKey("certificates.id"))
 
 
-class Reenrolment(Base):
+class ReenrolmentRow(Base):
     """What a device that has enrolled asks for now, until it has it: one key, about which an operator decides."""
 
     __tablename__ = "reenrolments"
     __table_args__ = (
         sa.CheckConstraint("status IN ('waiting', 'approved', 'rejected')", name="status"),
         sa.CheckConstraint("(status = 'waiting') = (decided_at IS NULL)", name="decided_at"),
-        sa.Index(
-            "ix_reenrolments_waiting",
-            "tenant_id",
-            "asked_at",
-            sqlite_where=sa.text("status = 'waiting'"),
-            postgresql_where=sa.text("status = 'waiting'"),
-        ),
+        _partial_index("ix_reenrolments_waiting", "tenant_id", "asked_at", where="status = 'waiting'"),
     )
 
     enrolment_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("enrolments.id"), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
-    status: Mapped[EnrolmentStatus] = mapped_column(State(EnrolmentStatus))
-    asked_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    decided_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    status: Mapped[EnrolmentStatus]
+    asked_at: Mapped[datetime]
+    decided_at: Mapped[datetime | None]
 
 
 # --- Events ----------------------------------------------------------------------------------------------------------
@@ -586,8 +497,8 @@ class Webhook(Base):
     url: Mapped[str] = mapped_column(sa.String(2048))
     # The types wanted, a comma on either side of each, or * for all of them, those of later versions too.
     events: Mapped[str] = mapped_column(sa.String(512))
-    sealed_secret: Mapped[bytes] = mapped_column(sa.LargeBinary)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    sealed_secret: Mapped[bytes]
+    created_at: Mapped[datetime]
 
 
 class WebhookDelivery(Base):
@@ -603,19 +514,8 @@ class WebhookDelivery(Base):
         sa.Index("ix_webhook_deliveries_webhook", "webhook_id", "id"),
         sa.Index("ix_webhook_deliveries_event", "event_id"),
         sa.Index("ix_webhook_deliveries_ended", "ended_at"),
-        sa.Index(
-            "ix_webhook_deliveries_dead",
-            "webhook_id",
-            sqlite_where=sa.text("status = 'dead'"),
-            postgresql_where=sa.text("status = 'dead'"),
-        ),
-        sa.Index(
-            "ix_webhook_deliveries_due",
-            "webhook_id",
-            "next_at",
-            sqlite_where=sa.text("status = 'waiting'"),
-            postgresql_where=sa.text("status = 'waiting'"),
-        ),
+        _partial_index("ix_webhook_deliveries_dead", "webhook_id", where="status = 'dead'"),
+        _partial_index("ix_webhook_deliveries_due", "webhook_id", "next_at", where="status = 'waiting'"),
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
@@ -625,14 +525,14 @@ class WebhookDelivery(Base):
     type: Mapped[str] = mapped_column(sa.String(32))
     device_id: Mapped[str | None] = mapped_column(sa.String(36))
     body: Mapped[str] = mapped_column(sa.Text)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    status: Mapped[EventDeliveryStatus] = mapped_column(State(EventDeliveryStatus))
+    created_at: Mapped[datetime]
+    status: Mapped[EventDeliveryStatus]
     attempts: Mapped[int] = mapped_column(default=0)
-    next_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    next_at: Mapped[datetime]
     # Whoever sends it has it until then; after that it counts as not sent, and is sent again.
-    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    lease_until: Mapped[datetime | None]
     last_problem: Mapped[str | None] = mapped_column(sa.String(256))
-    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ended_at: Mapped[datetime | None]
 
 
 class ExpiryAnnouncement(Base):
@@ -642,7 +542,7 @@ class ExpiryAnnouncement(Base):
 
     certificate_id: Mapped[int] = mapped_column(sa.ForeignKey("certificates.id"), primary_key=True, autoincrement=False)
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
-    announced_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    announced_at: Mapped[datetime]
 
 
 METADATA = Base.metadata

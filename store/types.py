@@ -1,0 +1,60 @@
+"""Types of columns: UTC times, states, numbers that the database gives."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+
+StateName = TypeVar("StateName", bound=StrEnum)
+BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only in INTEGER columns
+
+
+class NaiveTimeError(ValueError, sa.exc.DontWrapMixin):
+    """A time without a zone; SQLAlchemy raises it as it is."""
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """An aware UTC time, to the microsecond; SQLite, which knows no zones, holds it as UTC."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Convert a time to UTC; raises ``NaiveTimeError`` for one without a zone, which is always a mistake."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise NaiveTimeError("a time without a zone must not reach the database")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """Return the time with its zone, UTC."""
+        if value is None:
+            return None
+        time: datetime = value
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+class StateText(sa.TypeDecorator[StateName]):
+    """A text of which only the values of an enum are used; a row holds the member."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def __init__(self, states: type[StateName], length: int = 16) -> None:
+        """Take the enum, and the length that the column has in the database."""
+        super().__init__(length)
+        self.states = states
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Hand the member's text to the driver; a constraint of the table refuses any other."""
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> StateName | None:
+        """Return the member."""
+        return None if value is None else self.states(value)
