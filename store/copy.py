@@ -13,14 +13,13 @@ from typing import Any
 
 import sqlalchemy as sa
 from alembic import command as alembic
-from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
 from core.errors import BackupRefused, DatabaseTooNew
-from store import database
+from store.database import MIGRATION_LOCK, migration_config
 from store.tables import METADATA
 from store.types import UtcDateTime
 
@@ -127,13 +126,13 @@ def revision(tx: Connection) -> str | None:
 
 def head() -> str | None:
     """The revision of the schema that this version works with."""
-    return ScriptDirectory.from_config(_config()).get_current_head()
+    return ScriptDirectory.from_config(migration_config()).get_current_head()
 
 
 def check_revision(wanted: str) -> None:
     """Raise ``DatabaseTooNew`` where a revision of the schema is none that this version knows."""
     try:
-        known = ScriptDirectory.from_config(_config()).get_revision(wanted)
+        known = ScriptDirectory.from_config(migration_config()).get_revision(wanted)
     except CommandError:
         known = None
     if known is None:
@@ -144,14 +143,14 @@ def check_revision(wanted: str) -> None:
 
 def upgrade(tx: Connection, wanted: str) -> None:
     """Bring the schema to a revision, within the transaction."""
-    config = _config()
+    config = migration_config()
     config.attributes["connection"] = tx
     alembic.upgrade(config, wanted)
 
 
 def clear(tx: Connection, wanted: str) -> None:
     """Leave a PostgreSQL database with the tables of a revision, all of them empty, within the transaction."""
-    tx.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))  # as a migration does
+    tx.execute(MIGRATION_LOCK)
     current = revision(tx)
     here = [name for name in sa.inspect(tx).get_table_names() if name in METADATA.tables]
     if current == wanted:
@@ -175,9 +174,3 @@ def renumber(tx: Connection) -> None:
         if sequence is not None:
             newest = sa.select(sa.func.max(table.c[column])).scalar_subquery()
             tx.execute(sa.select(sa.func.setval(sequence, sa.func.coalesce(newest, 1), newest.is_not(None))))
-
-
-def _config() -> AlembicConfig:
-    config = AlembicConfig()
-    config.set_main_option("script_location", str(database.MIGRATIONS).replace("%", "%%"))
-    return config

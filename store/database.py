@@ -1,67 +1,68 @@
-"""The database as a whole: transactions that are durable once they end, the schema brought up to date."""
+"""The database as a whole: connections, transactions that are durable once they end, and the schema's version.
+
+On SQLite writers take turns, and callers that wait for their turn share a commit, so that one disk sync serves all.
+"""
 
 from __future__ import annotations
 
+import os
+import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
+import psycopg
 import sqlalchemy as sa
 from alembic import command as alembic
 from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
-from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable
+from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable, StartupError
 from core.files import FileLock
-from store.engine import BUSY_TIMEOUT_SECONDS, LOCKED_SECONDS, create_engine, is_damage, without_time_limits
-from store.shared_commits import Result, SharedTransactions
 from store.tables import BrokerState, Tenant
 
+Result = TypeVar("Result")
+BUSY_TIMEOUT_SECONDS = 5.0
+LOCKED_SECONDS = 0.2  # how long a writer waits if the previous one waited in vain
+# Connections of a process beside those of its request threads: for reconciliation, jobs and probes.
+SPARE_CONNECTIONS = 8
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
-# Changes nothing, and is written to the disk.
-_REWRITE = sa.update(BrokerState).values(generation=BrokerState.generation)
+MIGRATION_LOCK = sa.text("SELECT pg_advisory_xact_lock(8443)")  # of several portals that start at once, one migrates
+_REWRITE = sa.update(BrokerState).values(generation=BrokerState.generation)  # changes nothing, and is written to disk
 
 
 class Database:
-    """One engine with its rules: WAL and synchronous=FULL on SQLite, writers one at a time, foreign keys on."""
+    """One engine with its rules: WAL and synchronous=FULL on SQLite, one writer at a time, foreign keys on."""
 
     def __init__(self, url: str, *, lock_path: Path, threads: int) -> None:
-        """``url`` is a SQLAlchemy URL of SQLite or PostgreSQL; ``lock_path`` queues SQLite's writers fairly."""
+        """Take a SQLAlchemy URL of SQLite or PostgreSQL; SQLite's writers queue at the lock file ``lock_path``."""
         self.engine = create_engine(url, threads)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
-        # SQLite lets one write at a time and lets the others poll for their turn, which costs tens of
-        # milliseconds; a lock of the kernel wakes the next one at once. PostgreSQL queues by itself.
+        # SQLite's own lock is polled by those who wait for it, which costs tens of milliseconds; a lock of the kernel
+        # wakes the next writer at once. PostgreSQL queues writers itself.
         self._write_gate = FileLock(lock_path) if self.is_sqlite else None
         self._shared = SharedTransactions(self.transaction)
         self._locked = False  # whether the last writer waited in vain for the database to be free
-        self._failed = False  # whether the last transaction that writes failed for the database's sake
+        self._failed = False  # whether the last transaction that writes failed because of the database
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A transaction that writes: durable when the block ends, undone if it raises.
+        """Open a transaction that writes: durable when the block ends, undone if it raises. Never nest it in another.
 
-        Raises ``DatabaseUnavailable`` where the database does not answer, is locked by others, or has no room,
-        ``LockUnavailable`` where other writers of the portal do not end. Never nest one in another.
+        Raises ``DatabaseUnavailable`` if the database does not answer, is locked by others or has no room, and
+        ``LockUnavailable`` if other writers of the portal do not end.
         """
-        # Somebody else who keeps the database locked holds up a thread for each writer, and so the readers in the end:
-        # once one has waited in vain, the next ones only look whether that is over.
+        # If another program keeps the database locked, each writer that waits holds up a thread, and so readers in the
+        # end. Once one has waited in vain, the next ones only look whether the lock is gone.
         patience = LOCKED_SECONDS if self._locked else BUSY_TIMEOUT_SECONDS
-        until = time.monotonic() + patience
         with _translated(), ExitStack() as stack:
-            try:
-                if self._write_gate is not None:
-                    stack.enter_context(self._write_gate.hold(patience))
-                connection = stack.enter_context(self.engine.connect())
-                connection.execution_options(portal_writes=max(0.0, until - time.monotonic()))  # read at its begin
-                connection.begin()
-            except (LockUnavailable, sa.exc.OperationalError):
-                self._locked = self._failed = True
-                raise
-            self._locked = False
+            connection = self._begin(stack, patience)
             try:
                 yield connection
             except BaseException as error:
@@ -76,10 +77,25 @@ class Database:
                 raise
             self._failed = False
 
-    def write(self, work: Callable[[Connection], Result]) -> Result:
-        """Run ``work`` in a transaction as above, which on SQLite requests that wait at the same time share.
+    def _begin(self, stack: ExitStack, patience: float) -> Connection:
+        """Return a connection whose transaction has begun and may write; ``stack`` ends what it takes."""
+        until = time.monotonic() + patience
+        try:
+            if self._write_gate is not None:
+                stack.enter_context(self._write_gate.hold(patience))
+            connection = stack.enter_context(self.engine.connect())
+            connection.execution_options(portal_writes=max(0.0, until - time.monotonic()))  # see _on_sqlite_begin
+            connection.begin()
+        except (LockUnavailable, sa.exc.OperationalError):
+            self._locked = self._failed = True
+            raise
+        self._locked = False
+        return connection
 
-        Returns what ``work`` returns once that is durable. Where it raises, its own part is undone and no other.
+    def write(self, work: Callable[[Connection], Result]) -> Result:
+        """Run ``work`` in such a transaction, on SQLite shared with other callers that wait; return its result.
+
+        If ``work`` raises, its own changes are undone and no others.
         """
         if self.is_sqlite:
             return self._shared.run(work)
@@ -88,7 +104,7 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
-        """A transaction that only reads and sees one state of the database throughout."""
+        """Open a transaction that only reads and sees one state of the database throughout."""
         with _translated(), self.engine.connect() as connection:
             if not self.is_sqlite:
                 connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
@@ -96,24 +112,21 @@ class Database:
                 yield connection
 
     def migrate(self) -> None:
-        """Bring the schema up to this version's; raises ``DatabaseTooNew`` where a newer portal has written it."""
-        config = AlembicConfig()
-        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+        """Bring the schema up to this version's; raises ``DatabaseTooNew`` if a newer portal has written it."""
+        config = migration_config()
         head = ScriptDirectory.from_config(config).get_current_head()
         with _translated():
             with self.engine.connect() as connection:
                 if MigrationContext.configure(connection).get_current_revision() == head:
                     return
-            with self.engine.connect() as connection:
+            with self.engine.connect() as connection, ExitStack() as stack:
                 config.attributes["connection"] = connection
+                stack.enter_context(connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin())
+                if not self.is_sqlite:
+                    stack.enter_context(without_time_limits(connection))
+                    connection.execute(MIGRATION_LOCK)
                 try:
-                    with ExitStack() as stack:
-                        stack.enter_context(connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin())
-                        if not self.is_sqlite:
-                            stack.enter_context(without_time_limits(connection))
-                            # Of several portals that start at once, one migrates.
-                            connection.execute(sa.text("SELECT pg_advisory_xact_lock(8443)"))
-                        alembic.upgrade(config, "head")
+                    alembic.upgrade(config, "head")
                 except CommandError as error:
                     raise DatabaseTooNew(
                         "The database was written by a newer version of the portal; start that version or restore"
@@ -121,7 +134,7 @@ class Database:
                     ) from error
 
     def ping(self) -> None:
-        """Raise ``DatabaseUnavailable`` unless the database answers a query, and writes where it has just failed to."""
+        """Raise ``DatabaseUnavailable`` unless the database answers a query, and writes if it has just failed to."""
         if self._failed:
             with self.transaction() as tx:
                 tx.execute(_REWRITE)
@@ -133,13 +146,258 @@ class Database:
         self.engine.dispose()
 
 
+def migration_config() -> AlembicConfig:
+    """Return the configuration of the migrations, which lacks their connection."""
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    return config
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
+    """Raise the portal's errors in place of SQLAlchemy's."""
     try:
         yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError) as error:
         raise DatabaseUnavailable("The database does not answer or has no room left; try again shortly.") from error
     except sa.exc.DatabaseError as error:
-        if not is_damage(error):
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the primary code, without the extended part
+        if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise
         raise DatabaseUnavailable("The database file is damaged; restore a backup, with --replace.") from error
+
+
+# --- Shared commits --------------------------------------------------------------------------------------------------
+
+
+class _Request(Generic[Result]):
+    """The work of one caller, and what became of it."""
+
+    def __init__(self, work: Callable[[Connection], Result]) -> None:
+        self._work = work
+        self._results: list[Result] = []
+        self.error: BaseException | None = None
+        self.done = False
+
+    def run(self, tx: Connection) -> None:
+        """Do the work, also for a second time."""
+        self._results = [self._work(tx)]
+
+    def run_in_savepoint(self, tx: Connection) -> None:
+        """Do the work; if it fails, undo only its own changes and keep the error for its caller."""
+        savepoint = tx.begin_nested()
+        try:
+            self.run(tx)
+        except BaseException as error:
+            savepoint.rollback()
+            if not isinstance(error, Exception):
+                raise
+            self.error = error
+        else:
+            savepoint.commit()
+
+    def outcome(self) -> Result:
+        """Return the result of the work, or raise its error."""
+        if self.error is not None:
+            raise self.error
+        return self._results[0]
+
+
+class SharedTransactions:
+    """Runs the work of all callers that wait for the write lock in one transaction, so that one disk sync serves all.
+
+    ``transaction`` opens a transaction that writes. A caller returns only after the commit that contains its work is
+    durable, as with a transaction of its own.
+    """
+
+    def __init__(self, transaction: Callable[[], AbstractContextManager[Connection]]) -> None:
+        self._transaction = transaction
+        self._lock = Lock()
+        self._waiting: list[_Request[Any]] = []
+        self._leader = Lock()
+
+    def run(self, work: Callable[[Connection], Result]) -> Result:
+        """Run ``work`` in a transaction that others may share; return its result, or raise its error.
+
+        ``work`` runs a second time if the work of another caller in the same transaction failed. It must therefore do
+        nothing but write to the database.
+        """
+        request = _Request(work)
+        with self._lock:
+            self._waiting.append(request)
+        with self._leader:
+            if not request.done:
+                self._lead()
+        return request.outcome()
+
+    def _lead(self) -> None:
+        """Commit the work of all callers that wait."""
+        requests: list[_Request[Any]] = []
+        try:
+            with self._transaction() as tx:
+                requests = self._take_waiting()  # only now, because others came while this one waited for the lock
+                if len(requests) == 1:
+                    requests[0].run(tx)
+                else:
+                    _run_together(requests, tx)
+        except BaseException as error:
+            if not requests:  # the transaction did not begin, so it fails for everyone who waits
+                requests = self._take_waiting()
+            for request in requests:
+                request.error = request.error or error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            for request in requests:
+                request.done = True
+
+    def _take_waiting(self) -> list[_Request[Any]]:
+        with self._lock:
+            requests, self._waiting = self._waiting, []
+        return requests
+
+
+def _run_together(requests: Sequence[_Request[Any]], tx: Connection) -> None:
+    """Do the work of all in one savepoint; if any fails, which is rare, undo it and use a savepoint for each."""
+    savepoint = tx.begin_nested()
+    try:
+        for request in requests:
+            request.run(tx)
+    except BaseException as error:
+        savepoint.rollback()
+        if not isinstance(error, Exception):
+            raise
+        for request in requests:
+            request.run_in_savepoint(tx)
+    else:
+        savepoint.commit()
+
+
+# --- Engines ---------------------------------------------------------------------------------------------------------
+
+
+def create_engine(url: str, threads: int) -> Engine:
+    """Return an engine for a SQLite or PostgreSQL URL, with room for ``threads`` connections and a few more.
+
+    It opens no connection yet. Raises ``StartupError`` if the URL cannot be read.
+    """
+    if url.startswith("postgresql://"):
+        url = "postgresql+psycopg://" + url.removeprefix("postgresql://")
+    options: dict[str, Any] = {
+        "pool_size": threads + SPARE_CONNECTIONS,
+        "max_overflow": 0,
+        "pool_use_lifo": True,  # the connection used last has its pages and statements cached
+        "hide_parameters": True,  # else they would appear in tracebacks
+        "pool_timeout": BUSY_TIMEOUT_SECONDS,
+    }
+    if url.startswith("sqlite"):
+        options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
+    else:
+        options["connect_args"] = dict(CONNECT_ARGUMENTS)
+        options["pool_pre_ping"] = True
+    try:
+        engine = sa.create_engine(url, **options)
+    except sa.exc.ArgumentError as error:
+        raise StartupError("PORTAL_DATABASE_URL cannot be read as a database URL.") from error
+    if engine.dialect.name == "sqlite":
+        # SQLite would create it with the process's umask. Its WAL takes over the file's mode.
+        os.close(os.open(engine.url.database or "", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        sa.event.listen(engine, "connect", _on_sqlite_connect)
+        sa.event.listen(engine, "begin", _on_sqlite_begin)
+    else:
+        sa.event.listen(engine, "do_connect", _connect)
+        sa.event.listen(engine, "connect", _on_connect)
+    return engine
+
+
+def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # the driver would send BEGIN too late: see _on_sqlite_begin
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")  # NORMAL loses acknowledged commits at a power cut
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA secure_delete = ON")  # a deleted bundle is overwritten
+    cursor.execute("PRAGMA trusted_schema = OFF")
+    cursor.close()
+
+
+def _on_sqlite_begin(connection: Connection) -> None:
+    # A writer takes the write lock at once: a transaction that begins as a reader may fail at its first write.
+    seconds = connection.get_execution_options().get("portal_writes")
+    if seconds is None:
+        connection.exec_driver_sql("BEGIN")
+    elif seconds > BUSY_TIMEOUT_SECONDS - 0.5:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        finally:
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000)}")
+
+
+# --- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+LOCK_SECONDS, STATEMENT_SECONDS, IDLE_SECONDS = 5, 30, 120
+# Longer than any statement may take: only a server that is stopped or gone stays silent for this long.
+ANSWER_SECONDS = 35.0
+CONNECT_ARGUMENTS = {
+    "connect_timeout": 5,
+    # A machine that is gone is noticed after 10 to 25 s.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15000,
+}
+
+
+class PatientConnection(psycopg.Connection[Any]):
+    """A connection that is closed if the server says nothing for ``patience`` seconds; ``None`` waits without limit."""
+
+    patience: float | None = ANSWER_SECONDS
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        """Wait as psycopg does, but with a limit; raises ``psycopg.OperationalError`` past it."""
+        if timeout is not None or self.patience is None:
+            return super().wait(gen, interval, timeout)
+        deadline = time.monotonic() + self.patience
+        try:
+            return super().wait(gen, interval, self.patience)
+        except psycopg.OperationalError:
+            if time.monotonic() < deadline:  # an error that the server reported
+                raise
+            self.pgconn.finish()
+            raise psycopg.OperationalError("the server does not answer") from None
+
+
+@contextmanager
+def without_time_limits(connection: Connection) -> Iterator[None]:
+    """Run a transaction that may take as long as it needs, such as a migration."""
+    driver: Any = connection.connection.driver_connection
+    driver.patience = None
+    try:
+        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
+        yield
+    finally:
+        driver.patience = ANSWER_SECONDS
+
+
+def _connect(_dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]) -> PatientConnection:
+    return PatientConnection.connect(*arguments, **parameters)
+
+
+def _on_connect(connection: PatientConnection, _record: object) -> None:
+    # "off" loses acknowledged commits when the server crashes; every other value is at least as strict as "on".
+    settings = {
+        "lock_timeout": f"{LOCK_SECONDS}s",
+        "statement_timeout": f"{STATEMENT_SECONDS}s",
+        "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+    }
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+        )
+        for name, value in settings.items():
+            cursor.execute("SELECT set_config(%s, %s, false)", (name, value))
+    connection.commit()

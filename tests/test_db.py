@@ -21,7 +21,8 @@ from config import Settings
 from core.device_status import DeviceStatus
 from core.errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
 from operations.wiring import Portal, open_portal
-from store import devices, engine, generations, issuers, tenants
+from store import database as database_module
+from store import devices, generations, issuers, tenants
 from store.database import Database
 from store.devices import DeviceFilter
 from store.tables import AclEntry, AuditEntry, Base, Certificate, Delivery, Device
@@ -307,7 +308,7 @@ def test_the_sqlite_file_is_readable_by_its_owner_only(sqlite: Database, tmp_pat
 def test_a_lock_held_by_another_program_is_a_clear_error(
     sqlite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "BUSY_TIMEOUT_SECONDS", 0.0)
+    monkeypatch.setattr(database_module, "BUSY_TIMEOUT_SECONDS", 0.0)
     impatient = Database(f"sqlite:///{tmp_path / 'portal.db'}", lock_path=tmp_path / "lock", threads=1)
     other = sqlite3.connect(tmp_path / "portal.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from store import shared_commits
+from store import database as database_module
 from store.database import Database
 
 SECONDS = 10
@@ -39,7 +39,7 @@ class AnnouncedLock:
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     monkeypatch.setattr(AnnouncedLock, "waiting", threading.Semaphore(0))
-    monkeypatch.setattr(shared_commits, "Lock", AnnouncedLock)
+    monkeypatch.setattr(database_module, "Lock", AnnouncedLock)
     made = Database(f"sqlite:///{tmp_path / 'portal.db'}", lock_path=tmp_path / "lock", threads=8)
     with made.transaction() as tx:
         tx.exec_driver_sql("CREATE TABLE seen (number INTEGER PRIMARY KEY)")
