@@ -26,7 +26,7 @@ from operations import authority, data_folder
 from operations.backup import backup as backups
 from operations.backup import restore as backup_restore
 from operations.doctor import doctor as doctors
-from operations.doctor.findings import Finding, State, exit_status
+from operations.doctor.base import Finding, State
 from operations.wiring import Portal, first_token, open_portal, prepare, utc_now
 from store import issuers as store_issuers
 from workflows import audit
@@ -312,7 +312,7 @@ def doctor(as_json: bool, broker_config: Path | None) -> None:
             click.echo(_line(finding))
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
-    sys.exit(exit_status(findings))
+    sys.exit(doctors.exit_status(findings))
 
 
 def _line(finding: Finding) -> str:

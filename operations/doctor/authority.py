@@ -1,23 +1,29 @@
-"""Checks of the certificate authority: keys, chain, CRLs, what ends soon, the clock."""
+"""Checks of the certificate authority: keys, chain, CRLs, OCSP, the clock, what expires soon."""
 
 from __future__ import annotations
 
+import base64
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import ocsp
+from cryptography.x509.ocsp import OCSPCertStatus, OCSPRequestBuilder, OCSPResponseStatus
 
 from broker.crl import read_crls
 from broker.files import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
-from core.errors import PortalError
+from core.errors import IssuerUnusable, PortalError
 from core.states import CertificateStatus, IssuerKind
-from operations.doctor.findings import Verdict, problem, some, together, warning
-from operations.doctor.network import https_date, served_crl
-from operations.doctor.subject import Subject, certificate_of
+from operations.doctor.base import Finding, Installation, certificate_of, combine, problem, summarize, warning
+from operations.doctor.network import https_date, served
+from pki import ocsp as pki_ocsp
 from pki.issuers import Issuer
 from pki.keystore import KeyFiles, passphrase
 from store import issuers as store_issuers
@@ -25,38 +31,43 @@ from store.issuers import CrlRecord, IssuerRecord
 from store.tables import AuditEntry, Certificate, Crl
 
 SOON = timedelta(days=30)
-CA_SOON = timedelta(days=90)  # long enough to give all devices certificates of another
-SLACK = timedelta(seconds=60)  # between two clocks, or a record and the look at it
-TRIES = 4  # where two places are compared that change one after the other
+CA_SOON = timedelta(days=90)  # long enough to give all devices certificates of another CA
+SLACK = timedelta(seconds=60)  # tolerated between two clocks, or a record and its check
+TRIES = 4  # when two places are compared that change one after the other
+_START_RESPONDER = "Start the portal, which issues a new one within a minute; otherwise see its log."
+_RESPONDER_LATE = timedelta(hours=1)
 
 
-def ca_keys(subject: Subject) -> Verdict:
-    """Whether the keys open with the passphrase and belong to the certificates."""
-    settings = subject.settings
+def ca_keys(installation: Installation) -> Finding:
+    """Check that the passphrase decrypts the keys, and that they belong to the certificates."""
+    settings = installation.settings
     keys = KeyFiles(
         settings.ca_dir, passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase", make=False)
     )
-    found, root = [], "is kept elsewhere"
-    for issuer in subject.issuers():
+    found, root = [], "is not in the CA folder"
+    for issuer in installation.issuers():
         if issuer.kind == IssuerKind.ROOT:
             if not keys.exists(issuer.name):
                 continue
-            root = "is here: better move it away"
+            root = "is in the CA folder: better move it away"
         try:
             key = keys.load(issuer.name)
         except PortalError as error:
-            found.append(problem(error.detail, ""))
+            found.append(problem(error.detail, "Restore the key from a backup, or correct PORTAL_CA_PASSPHRASE."))
             continue
         if key.public_key() != x509.load_der_x509_certificate(issuer.der).public_key():
             found.append(
-                problem(f"The key of {issuer.name} is not that of its certificate.", "Restore the right key file.")
+                problem(
+                    f"The key of {issuer.name} does not belong to its certificate.",
+                    "Restore its key file from a backup.",
+                )
             )
-    return together(found, f"The issuing keys open with the passphrase; the root's {root}.")
+    return combine(found, f"The passphrase decrypts the issuing keys; the root's key {root}.")
 
 
-def ca_chain(subject: Subject) -> Verdict:
-    """Whether root and issuing CAs verify and are in time, and whether the files hold them (RFC 5280 section 6)."""
-    now, issuers = subject.clock(), subject.issuers()
+def ca_chain(installation: Installation) -> Finding:
+    """Check that root and issuing CAs verify (RFC 5280 section 6), and that the files of CAs are up to date."""
+    now, issuers = installation.clock(), installation.issuers()
     certificates = {issuer.name: x509.load_der_x509_certificate(issuer.der) for issuer in issuers}
     roots = [certificates[issuer.name] for issuer in issuers if issuer.kind == IssuerKind.ROOT]
     found = []
@@ -68,19 +79,21 @@ def ca_chain(subject: Subject) -> Verdict:
         except PortalError as error:
             found.append(problem(error.detail, "Restore a backup of the database."))
         if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
-            found.append(problem(f"{name} is not valid now.", "Set the clock right, or make a new CA."))
-    wanted = set(certificates.values())
-    for path in (subject.settings.data_dir / "ca.pem", subject.settings.broker_file(CA_FILE)):
+            found.append(
+                problem(f"{name} is not valid now.", "Set the clock, or create a new CA: flask --app app ca rollover.")
+            )
+    expected = set(certificates.values())
+    for path in (installation.settings.data_dir / "ca.pem", installation.settings.broker_file(CA_FILE)):
         try:
             there = set(x509.load_pem_x509_certificates(path.read_bytes()))
         except (OSError, ValueError):
             there = set()
-        if there != wanted:
+        if there != expected:
             found.append(
-                problem(f"{path} does not hold exactly the portal's CAs.", "Restart the portal, which writes it.")
+                problem(f"{path} does not contain exactly the portal's CAs.", "Restart the portal, which writes it.")
             )
     ends = min(certificate.not_valid_after_utc for certificate in certificates.values())
-    return together(found, f"{some(list(certificates))} verify; the first of them ends {ends:%Y-%m-%d}.")
+    return combine(found, f"{summarize(list(certificates))} verify; the first expires {ends:%Y-%m-%d}.")
 
 
 def _verifies(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
@@ -94,21 +107,21 @@ def _verifies(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 # --- CRLs ---------------------------------------------------------------------------------------------------------
 
 
-def crl(subject: Subject) -> Verdict:
-    """Whether each CRL is current, well before its end, and the same in the database and the broker's folder."""
-    found: list[Verdict] = []
+def crl(installation: Installation) -> Finding:
+    """Check that each CRL is renewed in time, and the same in the database and the broker's folder."""
+    found: list[Finding] = []
     for attempt in range(TRIES):
-        found = _crl(subject)
+        found = _crl(installation)
         if not found or attempt == TRIES - 1:
             break
-        time.sleep(0.3)  # a pass may be under way between the two
-    return together(found, "Every CRL is current, the same in the database and in the broker's folder.")
+        time.sleep(0.3)  # a reconciliation may be running between the two
+    return combine(found, "Every CRL is current, and the same in the database and in the broker's folder.")
 
 
-def _crl(subject: Subject) -> list[Verdict]:
-    now, path = subject.clock(), subject.settings.broker_file(CRL_FILE)
-    found: list[Verdict] = []
-    with subject.snapshot() as tx:
+def _crl(installation: Installation) -> list[Finding]:
+    now, path = installation.clock(), installation.settings.broker_file(CRL_FILE)
+    found: list[Finding] = []
+    with installation.snapshot() as tx:
         newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
         kinds = {issuer.name: issuer.kind for issuer in store_issuers.list_issuers(tx)}
     try:
@@ -118,87 +131,166 @@ def _crl(subject: Subject) -> list[Verdict]:
         return [problem(said, "Start the portal, which writes it, then restart the broker.")]
     for name, record in newest.items():
         if record is None:
-            found.append(problem(f"{name} has no CRL.", "Start the portal, which makes one."))
+            found.append(problem(f"{name} has no CRL.", "Start the portal, which signs one."))
             continue
         found += _freshness(name, kinds[name], record, now)
         if kinds[name] == IssuerKind.ISSUING and record.der not in in_folder:
             found.append(
-                problem(f"{path} does not hold the newest CRL of {name}, number {record.number}.", "Start the portal.")
+                problem(
+                    f"{path} does not contain the newest CRL of {name}, number {record.number}.", "Start the portal."
+                )
             )
     return found
 
 
-def _freshness(name: str, kind: str, record: CrlRecord, now: datetime) -> list[Verdict]:
-    ends = f"ends {record.next_update:%Y-%m-%d %H:%M} UTC"
+def _freshness(name: str, kind: str, record: CrlRecord, now: datetime) -> list[Finding]:
+    ends = f"expires {record.next_update:%Y-%m-%d %H:%M} UTC"
     left = (record.next_update - now) / (record.next_update - record.this_update)
     if now < record.this_update:
-        return [problem(f"The CRL of {name} is not valid yet.", "Set the clock right.")]
+        return [problem(f"The CRL of {name} is not valid yet.", "Set the clock (NTP).")]
     if kind == IssuerKind.ROOT:
-        advice = "Bring the root's key back for as long as the portal needs to sign a new one."
+        advice = "Put the root's key back into the CA folder until the portal has signed a new CRL."
         if left <= 0:
-            return [problem(f"The CRL of {name} is over: it {ends}.", advice)]
+            return [problem(f"The CRL of {name} has expired: it {ends}.", advice)]
         return [warning(f"The CRL of {name} {ends}.", advice)] if record.next_update - now < SOON else []
-    advice = "The portal renews it at half its life while it runs: see its log."
+    advice = "A running portal renews it at half its lifetime: see its log."
     if left < 1 / 3:
         return [problem(f"The CRL of {name} {ends}, and was not renewed.", advice)]
     return [warning(f"The CRL of {name} {ends}, and should have been renewed.", advice)] if left < 0.45 else []
 
 
-def crl_served(subject: Subject) -> Verdict:
-    """Whether the plain HTTP listener serves the CRLs that the database has."""
-    found: list[Verdict] = []
+def crl_served(installation: Installation) -> Finding:
+    """Check that the plain HTTP listener serves the newest CRLs of the database."""
+    found: list[Finding] = []
     for attempt in range(TRIES):
-        with subject.snapshot() as tx:
+        with installation.snapshot() as tx:
             newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
         found = [
-            problem(f"The CRL of {name} that is served is not the newest.", "Restart the portal; see its log.")
+            problem(f"The CRL of {name} that the portal serves is not the newest.", "Restart the portal; see its log.")
             for name, record in newest.items()
-            if record is not None and served_crl(subject, name) != record.der
+            if record is not None and served(installation, f"/crl/{name}.crl") != record.der
         ]
         if not found or attempt == TRIES - 1:
             break
         time.sleep(0.3)
-    return together(found, f"http://{subject.settings.pki_bind} serves the newest.")
+    return combine(found, f"http://{installation.settings.pki_bind} serves the newest CRLs.")
+
+
+# --- OCSP -------------------------------------------------------------------------------------------------------------
+
+
+def ocsp_responders(installation: Installation) -> Finding:
+    """Check that each issuing CA has an OCSP responder certificate that is renewed in time (RFC 6960)."""
+    now, found = installation.clock(), []
+    for record in installation.issuers():
+        if record.kind == IssuerKind.ROOT:
+            continue
+        path = installation.settings.ocsp_dir / f"{record.name}.pem"
+        try:
+            issuer = Issuer(record.name, x509.load_der_x509_certificate(record.der))
+            signer = pki_ocsp.open_signer(path.read_bytes(), issuer)
+        except OSError as error:
+            found.append(problem(f"{path} cannot be read ({error.strerror}).", _START_RESPONDER))
+            continue
+        except IssuerUnusable as error:
+            found.append(problem(error.detail, _START_RESPONDER))
+            continue
+        said = f"The OCSP responder of {record.name} expires {signer.not_after:%Y-%m-%d %H:%M} UTC"
+        if not signer.not_before <= now < signer.not_after:
+            found.append(problem(f"{said}, so it is not valid now.", _START_RESPONDER))
+        elif now > signer.not_before + (signer.not_after - signer.not_before) * 2 / 3 + _RESPONDER_LATE:
+            found.append(warning(f"{said}, and should have been renewed.", "A running portal renews it: see its log."))
+    return combine(found, "Each issuing CA has an OCSP responder that is renewed in time.")
+
+
+def ocsp_served(installation: Installation) -> Finding:
+    """Check the signed OCSP responses of the plain HTTP listener about the two probe certificates (RFC 6960)."""
+    found = []
+    probes = installation.probe_certificates
+    for probe, expected in ((probes.good, OCSPCertStatus.GOOD), (probes.revoked, OCSPCertStatus.REVOKED)):
+        certificate, issuer = x509.load_pem_x509_certificates(probe.certificate.read_bytes())[:2]
+        request = OCSPRequestBuilder().add_certificate(certificate, issuer, SHA256()).build()
+        text = quote(base64.b64encode(request.public_bytes(Encoding.DER)).decode(), safe="")
+        problem_seen = _problem_of_response(
+            served(installation, f"/ocsp/{text}"), certificate, issuer, expected, installation
+        )
+        if problem_seen is not None:
+            name = probe.certificate.stem
+            found.append(
+                problem(
+                    f"Asked about the {name} probe certificate, {problem_seen}.", "Restart the portal; see its log."
+                )
+            )
+    url = f"http://{installation.settings.pki_bind}/ocsp"
+    return combine(found, f"{url} tells the good probe certificate from the revoked one.")
+
+
+def _problem_of_response(
+    der: bytes,
+    certificate: x509.Certificate,
+    issuer: x509.Certificate,
+    expected: OCSPCertStatus,
+    installation: Installation,
+) -> str | None:
+    try:
+        answer = ocsp.load_der_ocsp_response(der)
+    except ValueError:
+        return "the portal does not send an OCSP response"
+    if answer.response_status is not OCSPResponseStatus.SUCCESSFUL:
+        return f"the portal answers {answer.response_status.name.lower()}"
+    try:
+        responder = answer.certificates[0]
+        responder.verify_directly_issued_by(issuer)
+        key = responder.public_key()
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(answer.signature, answer.tbs_response_bytes, ec.ECDSA(SHA256()))
+    except (IndexError, ValueError, TypeError, InvalidSignature):
+        return "the response is not signed by a responder of the CA"
+    if answer.serial_number != certificate.serial_number or answer.certificate_status is not expected:
+        return f"the portal says {answer.certificate_status.name.lower()}, not {expected.name.lower()}"
+    if answer.next_update_utc is None or answer.next_update_utc <= installation.clock():
+        return "the response has expired"
+    return None
 
 
 # --- Time ---------------------------------------------------------------------------------------------------------
 
 
-def clock(subject: Subject) -> Verdict:
-    """Whether the clock agrees with the portal's, and lies behind nothing that was recorded."""
-    found: list[Verdict] = []
-    with subject.snapshot() as tx:
+def clock(installation: Installation) -> Finding:
+    """Check that the clock agrees with the running portal's, and is not behind a recorded time."""
+    found: list[Finding] = []
+    with installation.snapshot() as tx:
         entry = tx.execute(sa.select(sa.func.max(AuditEntry.at))).scalar_one()
         this_update = tx.execute(sa.select(sa.func.max(Crl.this_update))).scalar_one()
-    now = subject.clock()
+    now = installation.clock()
     for what, recorded in (("An audit entry", entry), ("The newest CRL", this_update)):
         if recorded is not None and recorded > now + SLACK:
             found.append(
                 problem(
-                    f"{what} is of {recorded:%Y-%m-%d %H:%M:%S} UTC, which is yet to come: the clock was set back.",
-                    "Set the clock right (NTP); CRLs and certificates are judged by it.",
+                    f"{what} is dated {recorded:%Y-%m-%d %H:%M:%S} UTC, in the future: the clock was set back.",
+                    "Set the clock (NTP); the validity of CRLs and certificates depends on it.",
                 )
             )
-    compared = "the portal was not asked, it does not answer"
+    compared = "the portal does not answer, so its clock was not compared"
     try:
-        served = https_date(subject)
+        served_date = https_date(installation)
     except (OSError, ValueError):
-        served = None
-    if served is not None:
+        served_date = None
+    if served_date is not None:
         compared = "the portal's clock agrees"
-        if abs(served - subject.clock()) > SLACK:
+        if abs(served_date - installation.clock()) > SLACK:
             found.append(
-                problem(f"The portal says that it is {served:%Y-%m-%d %H:%M:%S} UTC.", "See why two clocks differ.")
+                problem(f"The portal says that it is {served_date:%Y-%m-%d %H:%M:%S} UTC.", "Set both clocks (NTP).")
             )
-    return together(found, f"It is {now:%Y-%m-%d %H:%M:%S} UTC; {compared}.")
+    return combine(found, f"It is {now:%Y-%m-%d %H:%M:%S} UTC; {compared}.")
 
 
-def expiry(subject: Subject) -> Verdict:
-    """What ends soon: CAs within 90 days, everything else within 30."""
-    now, found = subject.clock(), []
-    for issuer in subject.issuers():
-        found += _ca_end(issuer, now)
-    settings, probes = subject.settings, subject.probe_certificates
+def expiry(installation: Installation) -> Finding:
+    """Find what expires soon: CAs within 90 days, everything else within 30."""
+    now, found = installation.clock(), []
+    for issuer in installation.issuers():
+        found += _ca_expiry(issuer, now)
+    settings, probes = installation.settings, installation.probe_certificates
     own = {
         "The portal's certificate": settings.tls_dir / "server.pem",
         "The broker's certificate": settings.broker_file(SERVER_CERTIFICATE_FILE),
@@ -206,8 +298,8 @@ def expiry(subject: Subject) -> Verdict:
         "The revoked probe certificate": probes.revoked.certificate,
     }
     for what, path in own.items():
-        found += _own_end(what, path, now)
-    with subject.snapshot() as tx:
+        found += _own_expiry(what, path, now)
+    with installation.snapshot() as tx:
         living = (
             Certificate.purpose == "device",
             Certificate.status == CertificateStatus.ACTIVE,
@@ -218,29 +310,35 @@ def expiry(subject: Subject) -> Verdict:
         ).scalar_one()
     if soon:
         found.append(
-            warning(f"{soon} device certificates end within 30 days.", "Find them: GET /devices?expires_before=….")
+            warning(
+                f"{soon} device certificates expire within 30 days.", "List them: ./portal list --expires-before 30d."
+            )
         )
-    return together(found, "Nothing ends within 30 days, no CA within 90.")
+    return combine(found, "Nothing expires within 30 days, no CA within 90.")
 
 
-def _ca_end(issuer: IssuerRecord, now: datetime) -> list[Verdict]:
-    said = f"The CA {issuer.name} ends {issuer.not_after:%Y-%m-%d}."
+def _ca_expiry(issuer: IssuerRecord, now: datetime) -> list[Finding]:
+    said = f"The CA {issuer.name} expires {issuer.not_after:%Y-%m-%d}."
     if issuer.not_after <= now:
-        return [problem(said, "Nothing that it has signed is valid any more: make a new CA.")]
+        return [
+            problem(said, "Nothing that it signed is valid any more: create a new CA (flask --app app ca rollover).")
+        ]
     if issuer.not_after - now < CA_SOON:
-        return [warning(said, "Plan a new CA (flask --app app ca rollover): its devices' certificates end with it.")]
+        return [
+            warning(said, "Plan a new CA (flask --app app ca rollover): certificates of its devices expire with it.")
+        ]
     return []
 
 
-def _own_end(what: str, path: Path, now: datetime) -> list[Verdict]:
+def _own_expiry(what: str, path: Path, now: datetime) -> list[Finding]:
     try:
         certificate = certificate_of(path)
     except (OSError, ValueError, IndexError):
-        return [problem(f"{what} ({path}) cannot be read.", "Start the portal, which makes a new one.")]
+        return [problem(f"{what} ({path}) cannot be read.", "Start the portal, which issues a new one.")]
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if end <= now:
-        return [problem(f"{what} ended {end:%Y-%m-%d}.", "Start the portal, which makes a new one.")]
-    # They are renewed at two thirds of their life, within ten minutes; short ones end soon at any time.
+        return [problem(f"{what} expired {end:%Y-%m-%d}.", "Start the portal, which issues a new one.")]
+    # They are renewed at two thirds of their lifetime, within ten minutes; short ones always expire soon.
     if end - now < SOON and now > start + (end - start) * 2 / 3 + timedelta(hours=1):
-        return [warning(f"{what} ends {end:%Y-%m-%d}.", "The portal renews it while it runs: see its log.")]
+        return [warning(f"{what} expires {end:%Y-%m-%d}.", "A running portal renews it: see its log.")]
     return []

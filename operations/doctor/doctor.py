@@ -1,33 +1,34 @@
-"""Examines a living installation, check by check, none left out because another failed."""
+"""Examines a running installation; a check that fails prevents no other."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from config import Settings
 from core.errors import PortalError
-from operations.doctor import authority, broker, files, mosquitto, network, ocsp, records
-from operations.doctor.findings import Finding, Verdict, problem
-from operations.doctor.subject import Subject
+from operations.doctor import authority, broker, data, mosquitto, network
+from operations.doctor.base import Finding, Installation, State, problem
 
 log = logging.getLogger("portal.doctor")
 
-CHECKS: tuple[tuple[str, Callable[[Subject], Verdict]], ...] = (
-    ("data folder", files.data_folder),
-    ("secret files", files.secret_files),
-    ("disk space", files.disk_space),
+Check = Callable[[Installation], Finding]
+CHECKS: tuple[tuple[str, Check], ...] = (
+    ("data folder", data.data_folder),
+    ("secret files", data.secret_files),
+    ("disk space", data.disk_space),
     ("clock", authority.clock),
-    ("database", records.database),
-    ("audit record", records.audit_record),
+    ("database", data.database),
+    ("audit record", data.audit_record),
     ("CA keys", authority.ca_keys),
     ("CA chain", authority.ca_chain),
     ("CRL", authority.crl),
     ("CRL served", authority.crl_served),
-    ("OCSP responders", ocsp.responders),
-    ("OCSP served", ocsp.answers),
+    ("OCSP responders", authority.ocsp_responders),
+    ("OCSP served", authority.ocsp_served),
     ("expiry", authority.expiry),
     ("portal", network.portal),
     ("portal certificate", network.portal_certificate),
@@ -38,10 +39,10 @@ CHECKS: tuple[tuple[str, Callable[[Subject], Verdict]], ...] = (
     ("broker files", broker.broker_files),
     ("ACL entries", broker.acl_entries),
     ("CRL entries", broker.crl_entries),
-    ("canaries", network.canaries),
-    ("generation", records.generation),
-    ("links", records.links),
-    ("tokens", records.tokens),
+    ("canaries", network.probe),
+    ("generation", data.generation),
+    ("links", data.links),
+    ("tokens", data.tokens),
 )
 
 
@@ -50,27 +51,36 @@ def examine(
     clock: Callable[[], datetime],
     *,
     broker_config: Path | None = None,
-    checks: tuple[tuple[str, Callable[[Subject], Verdict]], ...] = CHECKS,
+    checks: tuple[tuple[str, Check], ...] = CHECKS,
 ) -> Iterator[Finding]:
-    """Make every check, each by itself; ``broker_config`` is the broker's configuration where it is not found."""
-    subject = Subject(settings, clock, broker_config)
+    """Yield the finding of each check; ``broker_config`` is the broker's configuration if it is not to be searched."""
+    installation = Installation(settings, clock, broker_config)
     try:
         for name, check in checks:
-            verdict = _made(check, subject)
-            yield Finding(name, verdict.state, verdict.detail, verdict.advice)
+            yield dataclasses.replace(_result(check, installation), name=name)
     finally:
-        subject.close()
+        installation.close()
 
 
-def _made(check: Callable[[Subject], Verdict], subject: Subject) -> Verdict:
+def exit_status(findings: Sequence[Finding]) -> int:
+    """Return 0 if all is well, 1 if there is a problem, 2 if there are only warnings."""
+    states = {finding.state for finding in findings}
+    if State.PROBLEM in states:
+        return 1
+    return 2 if State.WARNING in states else 0
+
+
+def _result(check: Check, installation: Installation) -> Finding:
     try:
-        return check(subject)
+        return check(installation)
     except PortalError as error:
-        return problem(f"The check could not be made: {error.detail}", "See to that first.")
+        return problem(f"The check could not be made: {error.detail}", "Correct that first.")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         said = error.strerror or str(error) or type(error).__name__
-        return problem(f"The check could not be made: {where}{said}.", "See to that first.")
+        return problem(f"The check could not be made: {where}{said}.", "Correct that first.")
     except Exception as error:
         log.debug("a check failed unexpectedly", exc_info=True)
-        return problem(f"The check failed unexpectedly ({type(error).__name__}).", "See the other lines first.")
+        return problem(
+            f"The check failed unexpectedly ({type(error).__name__}).", "Correct what the other lines say first."
+        )

@@ -1,4 +1,4 @@
-"""Checks of the broker's version and configuration, where traps are known that it falls into silently."""
+"""Checks of Mosquitto's version and configuration for known mistakes that it does not report."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from pathlib import Path
 from broker.files import CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import AclStyle, Settings
 from core.installed_style import ACL_FILE
+from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, warning, well
 from operations.doctor.broker import active_devices, running_broker
-from operations.doctor.findings import State, Verdict, problem, together, warning
-from operations.doctor.subject import SECONDS, Subject
 
 OLDEST = (2, 0, 11)
-FAST_ACL = (2, 1, 0)  # from here on a reload takes no time quadratic in the number of blocks
-SAFE_RELOAD = (2, 1, 0)  # from here on a reload leaves sessions alone that are not connected
-MOST_BLOCKS = 10_000  # before that, a pause of a third of a second
-_MOST_BYTES = 1 << 20
-_MOST_FILES = 100
-# Those that count for the listener they stand below, or, before any, for the default one.
+FAST_ACL = (2, 1, 0)  # since then a reload does not take time quadratic in the number of blocks
+SAFE_RELOAD = (2, 1, 0)  # since then a reload keeps sessions that are not connected
+MAX_BLOCKS = 10_000  # with these an older version pauses for a third of a second
+_MAX_BYTES = 1 << 20
+_MAX_FILES = 100
+# Options that belong to the listener above them, or to the default one if there is none above.
 _OF_A_LISTENER = frozenset(
     [
         "bind_address",
@@ -55,7 +54,7 @@ _INSTALL = "Install mosquitto/portal.conf as mosquitto/README.md says, then rest
 
 @dataclass(slots=True)
 class Listener:
-    """A listener: its port, 0 for a Unix socket, its address or path, its own options, the last of each."""
+    """A listener: port (0 for a Unix socket), address or path, and its own options, the last of each."""
 
     port: int
     address: str
@@ -64,14 +63,14 @@ class Listener:
 
 @dataclass(slots=True)
 class Configuration:
-    """A configuration of Mosquitto: options for all, the last of each, and listeners (mosquitto.conf(5))."""
+    """A configuration of Mosquitto: global options, the last of each, and listeners (mosquitto.conf(5))."""
 
     options: dict[str, str] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
 
 
 def read_configuration(path: Path) -> Configuration:
-    """Read a configuration with what it includes; raises ``OSError``, ``ValueError`` for a port that is none."""
+    """Read a configuration and the files that it includes; raise ``OSError``, or ``ValueError`` for a bad port."""
     configuration = Configuration()
     default = Listener(1883, "")
     current = default
@@ -92,31 +91,30 @@ def read_configuration(path: Path) -> Configuration:
 
 def _lines(path: Path, depth: int) -> Iterator[tuple[str, str]]:
     with path.open("rb") as file:
-        text = file.read(_MOST_BYTES).decode("utf-8", "replace")
+        text = file.read(_MAX_BYTES).decode("utf-8", "replace")
     for line in text.splitlines():
         if line.startswith("#") or not line.strip():
             continue
         option, _, value = line.strip().partition(" ")
         if option == "include_dir" and depth == 0:
-            for included in sorted(Path(value.strip()).glob("*.conf"))[:_MOST_FILES]:
+            for included in sorted(Path(value.strip()).glob("*.conf"))[:_MAX_FILES]:
                 yield from _lines(included, depth=1)
         else:
             yield option, value.strip()
 
 
-def find_configuration(subject: Subject) -> Path | None:
-    """The file that was named, else the running broker's, else one that names the portal's socket where it may be."""
-    if subject.broker_config is not None:
-        return subject.broker_config
-    running = running_broker(subject)
-    if running is not None and running.pid and (named := _named_by(running.pid)) is not None:
+def find_configuration(installation: Installation) -> Path | None:
+    """Return the given file, else the running broker's, else a usual one that names the portal's socket."""
+    if installation.broker_config is not None:
+        return installation.broker_config
+    if (pid := running_broker(installation)) and (named := _named_by(pid)) is not None:
         return named
     candidates = [
-        subject.settings.broker_dir / "mosquitto.conf",
+        installation.settings.broker_dir / "mosquitto.conf",
         Path("/etc/mosquitto/portal.conf"),
         Path("/etc/mosquitto/mosquitto.conf"),  # which includes conf.d/*.conf
     ]
-    return next((path for path in candidates if _is_of_the_portal(path, subject.settings)), None)
+    return next((path for path in candidates if _is_of_the_portal(path, installation.settings)), None)
 
 
 def _is_of_the_portal(path: Path, settings: Settings) -> bool:
@@ -128,7 +126,7 @@ def _is_of_the_portal(path: Path, settings: Settings) -> bool:
 
 
 def _named_by(pid: int) -> Path | None:
-    """The file behind ``-c`` on a process's command line."""
+    """Return the file after ``-c`` on a process's command line."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
         if "-c" not in words[:-1]:
@@ -142,35 +140,35 @@ def _named_by(pid: int) -> Path | None:
 # --- Configuration ------------------------------------------------------------------------------------------------
 
 
-def broker_configuration(subject: Subject) -> Verdict:
-    """Whether the configuration has none of the traps."""
-    path = find_configuration(subject)
+def broker_configuration(installation: Installation) -> Finding:
+    """Check the configuration for known mistakes."""
+    path = find_configuration(installation)
     if path is None:
-        return warning("The broker's configuration was not found.", "Name it: --broker-config FILE.")
+        return warning("The broker's configuration was not found.", "Give its name: --broker-config FILE.")
     try:
         configuration = read_configuration(path)
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
-        return problem(f"{path} cannot be read: {said}.", "Name the right file: --broker-config FILE.")
-    found = traps(configuration, subject.settings)
+        return problem(f"{path} cannot be read: {said}.", "Give the right file: --broker-config FILE.")
+    found = mistakes(configuration, installation.settings)
     if found:
-        found.insert(0, Verdict(State.OK, f"In {path}:"))
-    return together(found, f"{path} has none of the known traps.")
+        found.insert(0, well(f"In {path}:"))
+    return combine(found, f"Found no problems in {path}.")
 
 
-def traps(configuration: Configuration, settings: Settings) -> list[Verdict]:
-    """Everything in a configuration that lets in or leaves open what it should not."""
-    found = [*_for_all(configuration.options, settings)]
+def mistakes(configuration: Configuration, settings: Settings) -> list[Finding]:
+    """Return everything in a configuration that admits clients, or grants topics, that it must not."""
+    found = [*_global_mistakes(configuration.options, settings)]
     internal = [one for one in configuration.listeners if one.port == 0 and Path(one.address) == settings.broker_socket]
     of_devices = [one for one in configuration.listeners if one.port == settings.mqtt_port]
     if not internal:
         found.append(
-            problem(f"There is no listener 0 {settings.broker_socket}, by which the portal asks it.", _INSTALL)
+            problem(f"There is no listener 0 {settings.broker_socket}, which the portal connects to.", _INSTALL)
         )
     if not of_devices:
         found.append(problem(f"There is no listener {settings.mqtt_port} for devices.", _INSTALL))
     for listener in of_devices:
-        found += _for_devices(listener.options, settings)
+        found += _listener_mistakes(listener.options, settings)
     for listener in configuration.listeners:
         if (
             listener not in internal
@@ -179,22 +177,26 @@ def traps(configuration: Configuration, settings: Settings) -> list[Verdict]:
         ):
             name = f"{listener.port} {listener.address}".strip()
             found.append(
-                problem(f"Another listener, {name}, asks for no certificate.", "Remove it, or see that it is safe.")
+                problem(
+                    f"Another listener, {name}, does not require a certificate.", "Remove it from the configuration."
+                )
             )
     return found
 
 
-def _for_all(options: Mapping[str, str], settings: Settings) -> Iterator[Verdict]:
+def _global_mistakes(options: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
     if _is_true(options, "per_listener_settings"):
-        yield problem("per_listener_settings is true: the access list counts for one listener only.", _INSTALL)
+        yield problem("per_listener_settings is true: the ACL applies to one listener only.", _INSTALL)
     if _is_true(options, "allow_anonymous"):
-        yield problem("allow_anonymous is true: clients without a certificate or password are let in.", _INSTALL)
-    yield from _names_file(options, "acl_file", settings, ACL_FILE, "everybody may do everything")
+        yield problem("allow_anonymous is true: clients without a certificate or password are accepted.", _INSTALL)
+    yield from _names_file(options, "acl_file", settings, ACL_FILE, "every client may do everything")
     yield from _names_file(
-        options, "password_file", settings, PASSWORD_FILE, "the portal cannot ask it or cut sessions"
+        options, "password_file", settings, PASSWORD_FILE, "the portal can neither query it nor disconnect devices"
     )
     if not _is_true(options, "check_retain_source"):
-        yield problem("check_retain_source is not true: retained messages of a revoked device are handed on.", _INSTALL)
+        yield problem(
+            "check_retain_source is not true: retained messages of a revoked device are still delivered.", _INSTALL
+        )
     if not _is_true(options, "set_tcp_nodelay"):
         yield warning("set_tcp_nodelay is not true: each connect takes 40 ms longer.", _INSTALL)
     if not settings.broker_reload and options.get("pid_file") != str(settings.broker_pid_file):
@@ -207,30 +209,33 @@ def _for_all(options: Mapping[str, str], settings: Settings) -> Iterator[Verdict
         )
     for plugin in ("plugin", "auth_plugin", "global_plugin"):
         if plugin in options:
-            yield warning(f"{plugin} is set: what it lets in is not the portal's to say.", "See that it is needed.")
+            yield warning(
+                f"{plugin} is set: it may accept clients that the portal does not know.",
+                f"Remove {plugin} if it is not needed.",
+            )
 
 
-def _for_devices(options: Mapping[str, str], settings: Settings) -> Iterator[Verdict]:
+def _listener_mistakes(options: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
     for option, why in (
-        ("require_certificate", "clients without a certificate are let in"),
-        ("use_identity_as_username", "the access list does not know who a device is"),
-        ("use_username_as_clientid", "a device can take over the session of another, and none can be cut"),
+        ("require_certificate", "clients without a certificate are accepted"),
+        ("use_identity_as_username", "the ACL cannot tell devices apart"),
+        ("use_username_as_clientid", "a device can take over the session of another, and none can be disconnected"),
     ):
         if not _is_true(options, option):
             yield problem(f"{option} is not true: {why}.", _INSTALL)
     if _is_true(options, "use_subject_as_username"):
-        yield problem("use_subject_as_username is true: the access list does not know who a device is.", _INSTALL)
+        yield problem("use_subject_as_username is true: the ACL cannot tell devices apart.", _INSTALL)
     if "capath" in options:
-        yield problem("capath is set: devices of other CAs may be let in.", _INSTALL)
+        yield problem("capath is set: devices of other CAs may be accepted.", _INSTALL)
     if options.get("tls_version") in ("tlsv1", "tlsv1.0", "tlsv1.1"):
-        yield warning(f"tls_version is {options['tls_version']}, which is not safe any more.", _INSTALL)
-    yield from _names_file(options, "cafile", settings, CA_FILE, "devices are judged by other CAs")
-    yield from _names_file(options, "crlfile", settings, CRL_FILE, "revoked certificates are let in")
+        yield warning(f"tls_version is {options['tls_version']}, which is insecure.", _INSTALL)
+    yield from _names_file(options, "cafile", settings, CA_FILE, "devices are verified with other CAs")
+    yield from _names_file(options, "crlfile", settings, CRL_FILE, "revoked certificates are accepted")
     yield from _names_file(options, "certfile", settings, SERVER_CERTIFICATE_FILE, "its certificate is not renewed")
     yield from _names_file(options, "keyfile", settings, SERVER_KEY_FILE, "its certificate is not renewed")
 
 
-def _names_file(options: Mapping[str, str], option: str, settings: Settings, name: str, why: str) -> Iterator[Verdict]:
+def _names_file(options: Mapping[str, str], option: str, settings: Settings, name: str, why: str) -> Iterator[Finding]:
     wanted = settings.broker_file(name)
     value = options.get(option)
     if value is None:
@@ -246,39 +251,44 @@ def _is_true(options: Mapping[str, str], option: str) -> bool:
 # --- Version ------------------------------------------------------------------------------------------------------
 
 
-def broker_version(subject: Subject) -> Verdict:
-    """Whether the running broker is of a version that works, fast enough for the fleet and the ACL's style."""
-    running = running_broker(subject)
+def broker_version(installation: Installation) -> Finding:
+    """Check that the running broker's version works, and is fast enough for the fleet and the ACL's style."""
+    pid = running_broker(installation)
     program = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
     found = []
-    if running is not None and running.pid and (own := _program_of(running.pid)) is not None:
+    if pid and (own := _program_of(pid)) is not None:
         if own.endswith(" (deleted)"):
             found.append(
-                warning("The broker's program was replaced since it started.", "Restart the broker at a quiet time.")
+                warning("The broker's program was updated since it started.", "Restart the broker at a quiet time.")
             )
-        elif _is_of_root(own):
+        elif _is_owned_by_root(own):
             program = own
     if program is None:
-        return warning("The program mosquitto is not on this machine, so its version is not known.", "Look there.")
+        return warning(
+            "The program mosquitto is not on this machine, so its version is unknown.",
+            "Run mosquitto -h on the broker's machine.",
+        )
     version = version_of(program)
     if version is None:
-        return warning(f"{program} does not say its version.", "See that it is Mosquitto.")
+        return warning(f"{program} does not print its version.", f"Check that {program} is Mosquitto.")
     said = ".".join(map(str, version))
     if version < OLDEST:
         found.append(
-            warning(f"Mosquitto {said} is older than 2.0.11, the oldest that was tried.", "Install a newer one.")
+            warning(f"Mosquitto {said} is older than 2.0.11, the oldest that was tested.", "Install a newer Mosquitto.")
         )
-    devices = active_devices(subject)
-    found += reloads_harm(version, subject.settings.acl_style)
-    found += fleet_fits(version, subject.settings.acl_style, devices)
-    found += _room(subject, devices)
-    return together(found, f"Mosquitto {said}, with {devices} active devices in style {subject.settings.acl_style}.")
+    devices = active_devices(installation)
+    found += reload_warnings(version, installation.settings.acl_style)
+    found += size_warnings(version, installation.settings.acl_style, devices)
+    found += _connection_warnings(installation, devices)
+    return combine(
+        found, f"Mosquitto {said}, with {devices} active devices in style {installation.settings.acl_style}."
+    )
 
 
 def version_of(
     program: str, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
 ) -> tuple[int, ...] | None:
-    """The version that a Mosquitto program says it has."""
+    """Return the version that a Mosquitto program prints."""
     try:
         done = run([program, "-h"], capture_output=True, text=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -287,8 +297,8 @@ def version_of(
     return tuple(int(number) for number in match.groups()) if match else None
 
 
-def reloads_harm(version: tuple[int, ...], style: AclStyle) -> list[Verdict]:
-    """Whether a reload of a broker of this version harms sessions that are asleep: persistent, not connected."""
+def reload_warnings(version: tuple[int, ...], style: AclStyle) -> list[Finding]:
+    """Warn if a reload of this version harms sleeping sessions: persistent, not connected."""
     if version >= SAFE_RELOAD:
         return []
     fewer = "" if style is AclStyle.PATTERN else f"set PORTAL_ACL_STYLE={AclStyle.PATTERN}, "
@@ -297,36 +307,39 @@ def reloads_harm(version: tuple[int, ...], style: AclStyle) -> list[Verdict]:
             f"Each reload (SIGHUP) of Mosquitto {'.'.join(map(str, version))} harms sleeping sessions: persistent ones"
             " that are not connected lose QoS 1 messages, and the broker may crash when they come back.",
             f"Have few reloads: {fewer}give devices the default topics, let logrotate send no signal"
-            " (docs/operating.md, Few reloads). Mosquitto 2.1 ends it.",
+            " (docs/operating.md, Few reloads). Mosquitto 2.1 does not have this fault.",
         )
     ]
 
 
-def fleet_fits(version: tuple[int, ...], style: AclStyle, devices: int) -> list[Verdict]:
-    """Whether a broker of this version takes an ACL of this size without a pause that devices feel."""
-    if style is AclStyle.PATTERN or version >= FAST_ACL or devices <= MOST_BLOCKS:
+def size_warnings(version: tuple[int, ...], style: AclStyle, devices: int) -> list[Finding]:
+    """Warn if this version pauses noticeably while it reloads an ACL of this size."""
+    if style is AclStyle.PATTERN or version >= FAST_ACL or devices <= MAX_BLOCKS:
         return []
     return [
         warning(
-            f"With {devices} devices Mosquitto {'.'.join(map(str, version))} stands still at each reload of a"
-            " per-device list: a third of a second at 10,000, 40 s at 100,000.",
+            f"With {devices} devices Mosquitto {'.'.join(map(str, version))} stops at each reload of a"
+            " per-device ACL: a third of a second at 10,000, 40 s at 100,000.",
             "Install Mosquitto 2.1, or set PORTAL_ACL_STYLE=pattern.",
         )
     ]
 
 
-def _room(subject: Subject, devices: int) -> Iterator[Verdict]:
-    path = find_configuration(subject)
+def _connection_warnings(installation: Installation, devices: int) -> Iterator[Finding]:
+    path = find_configuration(installation)
     if path is None:
         return
     try:
         listeners = read_configuration(path).listeners
     except (OSError, ValueError):
-        return  # another check says so
+        return  # reported by another check
     for listener in listeners:
-        most = listener.options.get("max_connections", "")
-        if listener.port == subject.settings.mqtt_port and most.isdigit() and int(most) < devices:
-            yield warning(f"max_connections is {most}, for {devices} active devices.", "Raise it, and LimitNOFILE.")
+        limit = listener.options.get("max_connections", "")
+        if listener.port == installation.settings.mqtt_port and limit.isdigit() and int(limit) < devices:
+            yield warning(
+                f"max_connections is {limit}, for {devices} active devices.",
+                "Raise max_connections, and LimitNOFILE of its service.",
+            )
 
 
 def _program_of(pid: int) -> str | None:
@@ -336,8 +349,8 @@ def _program_of(pid: int) -> str | None:
         return None
 
 
-def _is_of_root(program: str) -> bool:
-    """Whether only root can have put the program there: it is about to be run."""
+def _is_owned_by_root(program: str) -> bool:
+    """Return whether only root can have installed the program, which is about to be run."""
     try:
         status = os.stat(program)
     except OSError:

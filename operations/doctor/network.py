@@ -1,4 +1,4 @@
-"""Checks over the network: what the portal's two listeners and the broker's TLS port show to a client."""
+"""Checks over the network: the answers and certificates of the portal's two listeners and the broker's TLS port."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from broker.files import CA_FILE, SERVER_CERTIFICATE_FILE
 from broker.probe import Probe
 from config import Address
 from core.errors import PortalError
-from operations.doctor.findings import Verdict, problem, well
-from operations.doctor.subject import SECONDS, Subject, certificate_of
+from operations.doctor.base import SECONDS, Finding, Installation, certificate_of, problem, well
 
-_MOST_BYTES = 64 << 20  # a CRL of a million entries has some 40 MB
-_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where to ask who listens on every address
+_MAX_BYTES = 64 << 20  # a CRL of a million entries has about 40 MB
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the addresses to connect to for a listener on every address
 _START_PORTAL = "Start the portal, or see its log."
 _START_BROKER = "Start the broker, or see its log."
 
@@ -36,43 +35,47 @@ class _Answer:
     body: bytes
 
 
-def portal(subject: Subject) -> Verdict:
-    """What the portal says of itself at ``/readyz``."""
+def portal(installation: Installation) -> Finding:
+    """Check that the portal is ready (``/readyz``)."""
     try:
-        answer = _ask_https(subject, "/readyz")
+        answer = _ask_https(installation, "/readyz")
     except OSError as error:
-        return problem(f"The portal does not answer at https://{subject.settings.bind}: {_said(error)}.", _START_PORTAL)
+        return problem(
+            f"The portal does not answer at https://{installation.settings.bind}: {_said(error)}.", _START_PORTAL
+        )
     if answer.status == http.client.OK:
-        return well("It answers and says that it is ready.")
+        return well("The portal answers and is ready.")
     try:
         checks = json.loads(answer.body)["checks"]
         failing = ", ".join(f"{check['name']} ({check['code']})" for check in checks if not check["ok"])
     except (ValueError, KeyError, TypeError):
-        failing = f"it answers with status {answer.status}"
-    return problem(f"It is not ready: {failing}.", "The other checks say what to do.")
+        failing = f"/readyz answers with status {answer.status}"
+    return problem(f"The portal is not ready: {failing}.", "The other lines say what to do.")
 
 
-def portal_certificate(subject: Subject) -> Verdict:
-    """The certificate that the portal shows: chain, names, days left, and whether it is the one on disk."""
-    settings = subject.settings
+def portal_certificate(installation: Installation) -> Finding:
+    """Check the portal's server certificate: chain, names, days left, and that it is the one on disk."""
+    settings = installation.settings
     try:
-        with _https(subject) as secure:
+        with _https(installation) as secure:
             der = secure.getpeercert(binary_form=True) or b""
     except ssl.SSLCertVerificationError as error:
         return problem(
-            f"The portal's certificate is refused: {error.verify_message}.",
-            "Restart the portal; see PORTAL_SERVER_NAMES.",
+            f"The portal's certificate does not verify: {error.verify_message}.",
+            "Restart the portal; check PORTAL_SERVER_NAMES.",
         )
     except OSError as error:
         return problem(f"The portal does not answer at https://{settings.bind}: {_said(error)}.", _START_PORTAL)
-    return _judge(subject, der, settings.tls_dir / "server.pem", settings.server_names, "Restart the portal.")
+    return _check_certificate(
+        installation, der, settings.tls_dir / "server.pem", settings.server_names, "Restart the portal."
+    )
 
 
-def broker_certificate(subject: Subject) -> Verdict:
-    """The certificate that the broker shows: chain, names, days left, and whether it is the one on disk."""
-    settings = subject.settings
+def broker_certificate(installation: Installation) -> Finding:
+    """Check the broker's server certificate: chain, names, days left, and that it is the one on disk."""
+    settings = installation.settings
     context = _context(settings.broker_file(CA_FILE))
-    context.load_cert_chain(subject.probe_certificates.good.certificate, subject.probe_certificates.good.key)
+    context.load_cert_chain(installation.probe_certificates.good.certificate, installation.probe_certificates.good.key)
     where = f"{settings.mqtt_host}:{settings.mqtt_port}"
     try:
         with (
@@ -82,41 +85,38 @@ def broker_certificate(subject: Subject) -> Verdict:
             der = secure.getpeercert(binary_form=True) or b""
     except ssl.SSLCertVerificationError as error:
         return problem(
-            f"The broker's certificate is refused: {error.verify_message}.",
-            "See that certfile in its configuration names the portal's file, and PORTAL_BROKER_NAMES.",
+            f"The broker's certificate does not verify: {error.verify_message}.",
+            "Set certfile in its configuration to the portal's file; check PORTAL_BROKER_NAMES.",
         )
     except OSError as error:
         return problem(f"The broker does not answer at {where}: {_said(error)}.", _START_BROKER)
     path = settings.broker_file(SERVER_CERTIFICATE_FILE)
-    return _judge(subject, der, path, settings.broker_names, "Reload the broker; see certfile in its configuration.")
-
-
-def canaries(subject: Subject) -> Verdict:
-    """Whether the broker refuses the revoked test certificate and lets the good one in."""
-    settings = subject.settings
-    probe = Probe(settings.mqtt_host, settings.mqtt_port, settings.broker_file(CA_FILE))
-    try:
-        seen = probe.run(subject.probe_certificates, time.monotonic() + max(SECONDS, settings.enforce_timeout))
-    except PortalError as error:
-        return problem(error.detail, "")
-    return well(
-        f"The broker refuses a revoked certificate with TLS alert {seen.revoked_alert}, and lets a good one in."
+    return _check_certificate(
+        installation, der, path, settings.broker_names, "Reload the broker; check certfile in its configuration."
     )
 
 
-def https_date(subject: Subject) -> datetime:
-    """The portal's own time; raises ``OSError`` where it does not answer, ``ValueError`` where it says none."""
-    return parsedate_to_datetime(_ask_https(subject, "/healthz").date)
+def probe(installation: Installation) -> Finding:
+    """Check that the broker refuses the revoked probe certificate and accepts the good one."""
+    settings = installation.settings
+    prober = Probe(settings.mqtt_host, settings.mqtt_port, settings.broker_file(CA_FILE))
+    try:
+        result = prober.run(installation.probe_certificates, time.monotonic() + max(SECONDS, settings.enforce_timeout))
+    except PortalError as error:
+        return problem(error.detail, "Correct the broker's configuration or files, then reload the broker.")
+    return well(
+        f"The broker refuses a revoked certificate with TLS alert {result.revoked_alert}, and accepts a good one."
+    )
 
 
-def served_crl(subject: Subject, name: str) -> bytes:
-    """A CRL as the plain HTTP listener serves it; raises ``OSError``."""
-    return served(subject, f"/crl/{name}.crl")
+def https_date(installation: Installation) -> datetime:
+    """Return the running portal's time; raise ``OSError`` if it does not answer, ``ValueError`` without a date."""
+    return parsedate_to_datetime(_ask_https(installation, "/healthz").date)
 
 
-def served(subject: Subject, path: str) -> bytes:
-    """What the plain HTTP listener serves at a path; raises ``OSError``."""
-    host, port = _reached(subject.settings.pki_bind)
+def served(installation: Installation, path: str) -> bytes:
+    """Return what the plain HTTP listener serves at a path; raise ``OSError``."""
+    host, port = _target(installation.settings.pki_bind)
     connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
     try:
         return _get(connection, path).body
@@ -124,21 +124,21 @@ def served(subject: Subject, path: str) -> bytes:
         connection.close()
 
 
-# --- How it is asked ----------------------------------------------------------------------------------------------
+# --- Connections ----------------------------------------------------------------------------------------------
 
 
-def _ask_https(subject: Subject, path: str) -> _Answer:
-    with _https(subject) as secure:
-        connection = http.client.HTTPConnection(str(subject.settings.bind), timeout=SECONDS)
+def _ask_https(installation: Installation, path: str) -> _Answer:
+    with _https(installation) as secure:
+        connection = http.client.HTTPConnection(str(installation.settings.bind), timeout=SECONDS)
         connection.sock = secure
         return _get(connection, path)
 
 
-def _https(subject: Subject) -> ssl.SSLSocket:
-    settings = subject.settings
+def _https(installation: Installation) -> ssl.SSLSocket:
+    settings = installation.settings
     name = urlsplit(settings.public_url).hostname or settings.bind.host
     context = _context(settings.data_dir / "ca.pem")
-    plain = socket.create_connection(_reached(settings.bind), timeout=SECONDS)
+    plain = socket.create_connection(_target(settings.bind), timeout=SECONDS)
     try:
         return context.wrap_socket(plain, server_hostname=name)
     except BaseException:
@@ -150,9 +150,9 @@ def _get(connection: http.client.HTTPConnection, path: str) -> _Answer:
     try:
         connection.request("GET", path, headers={"Connection": "close"})
         response = connection.getresponse()
-        return _Answer(response.status, response.headers.get("Date", ""), response.read(_MOST_BYTES))
+        return _Answer(response.status, response.headers.get("Date", ""), response.read(_MAX_BYTES))
     except http.client.HTTPException as error:
-        raise ConnectionError(f"no answer in HTTP ({type(error).__name__})") from error
+        raise ConnectionError(f"not an HTTP response ({type(error).__name__})") from error
 
 
 def _context(ca_file: Path) -> ssl.SSLContext:
@@ -162,20 +162,22 @@ def _context(ca_file: Path) -> ssl.SSLContext:
     return context
 
 
-def _reached(address: Address) -> tuple[str, int]:
+def _target(address: Address) -> tuple[str, int]:
     return _ANY.get(address.host, address.host), address.port
 
 
-def _judge(subject: Subject, der: bytes, path: Path, names: tuple[str, ...], advice: str) -> Verdict:
+def _check_certificate(
+    installation: Installation, der: bytes, path: Path, names: tuple[str, ...], advice: str
+) -> Finding:
     certificate = x509.load_der_x509_certificate(der)
     present = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     missing = sorted(set(names) - {str(name.value) for name in present})
-    left = certificate.not_valid_after_utc - subject.clock()
+    left = certificate.not_valid_after_utc - installation.clock()
     if missing:
         return problem(f"The certificate does not name {', '.join(missing)}.", advice)
     if certificate != certificate_of(path):
-        return problem(f"The certificate shown is not the one in {path}.", advice)
-    return well(f"It verifies, names {', '.join(names)}, and has {left.days} days left.")
+        return problem(f"The certificate that is served is not the one in {path}.", advice)
+    return well(f"The certificate verifies, names {', '.join(names)}, and has {left.days} days left.")
 
 
 def _said(error: OSError) -> str:

@@ -25,7 +25,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from operations.doctor.findings import Finding, State, exit_status
+from operations.doctor.base import Finding, State
+from operations.doctor.doctor import exit_status
 from operations.doctor.mosquitto import SAFE_RELOAD, version_of
 from tests.support.mosquitto import Mosquitto, mosquitto_program, short_folder
 from tests.support.ports import free_port

@@ -18,10 +18,10 @@ from app import create_app, portal_of
 from config import AclStyle, Settings
 from core import roles
 from core.roles import Role
-from operations.doctor import doctor, ocsp
-from operations.doctor.findings import Finding, State, Verdict, exit_status, problem, together, warning, well
-from operations.doctor.mosquitto import fleet_fits, read_configuration, traps, version_of
-from operations.doctor.subject import Subject
+from operations.doctor import authority, doctor
+from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
+from operations.doctor.doctor import exit_status
+from operations.doctor.mosquitto import mistakes, read_configuration, size_warnings, version_of
 from operations.wiring import Portal, prepare
 from store import generations, tenants
 from store.tables import Certificate, Delivery
@@ -221,9 +221,9 @@ def the_probe_certificate_is_gone(portal: Portal) -> None:
         (a_folder_is_missing, "data folder", "canaries is missing"),
         (the_passphrase_is_another, "CA keys", "does not open"),
         (the_issuing_key_is_lost, "CA keys", "issuing-1.key.pem"),
-        (the_issuing_key_is_the_roots, "CA keys", "not that of its certificate"),
-        (ca_pem_is_cut_off, "CA chain", "ca.pem does not hold"),
-        (the_crl_is_an_older_one, "CRL", "does not hold the newest CRL"),
+        (the_issuing_key_is_the_roots, "CA keys", "does not belong to its certificate"),
+        (ca_pem_is_cut_off, "CA chain", "ca.pem does not contain"),
+        (the_crl_is_an_older_one, "CRL", "does not contain the newest CRL"),
         (the_crl_is_an_older_one, "CRL entries", "1 revoked certificates are not on the CRL"),
         (the_crl_is_an_older_one, "broker files", "was changed since generation"),
         (the_crl_is_gone, "CRL", "cannot be read"),
@@ -231,10 +231,10 @@ def the_probe_certificate_is_gone(portal: Portal) -> None:
         (
             the_acl_lets_somebody_in,
             "ACL entries",
-            "1 entries should not be there: 00000000-",
+            "1 entries of the ACL should not exist: 00000000-",
         ),
-        (the_acl_leaves_somebody_out, "ACL entries", "1 entries are missing"),
-        (the_acl_gives_more, "ACL entries", "1 entries give other topics"),
+        (the_acl_leaves_somebody_out, "ACL entries", "1 entries of the ACL are missing"),
+        (the_acl_gives_more, "ACL entries", "1 entries of the ACL grant other topics"),
         (a_revocation_is_undone, "CRL entries", "1 certificates are on the CRL but not revoked"),
         (the_passwords_are_others, "broker files", "is not what the portal wrote"),
         (an_audit_entry_is_altered, "audit record", "Entry 2 was altered"),
@@ -259,10 +259,10 @@ def test_a_trap_shows_as_its_line(portal: Portal, trap: Callable[[Portal], None]
 def asked_about_the_two(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> Finding:
     """What is found where the portal answers, without a network between."""
 
-    def served(_subject: object, path: str) -> bytes:
+    def served(_installation: object, path: str) -> bytes:
         return portal.responder.answer(base64.b64decode(unquote(path.removeprefix("/ocsp/")))).der
 
-    monkeypatch.setattr(ocsp, "served", served)
+    monkeypatch.setattr(authority, "served", served)
     return examined(portal, "OCSP served")["OCSP served"]
 
 
@@ -274,16 +274,16 @@ def test_ocsp_tells_the_good_probe_certificate_from_the_revoked_one(
     (folder / "revoked.pem").write_bytes((folder / "good.pem").read_bytes())
     finding = asked_about_the_two(portal, monkeypatch)
     assert finding.state is State.PROBLEM
-    assert "Asked about the revoked probe certificate, it says good, not revoked." in finding.detail
+    assert "Asked about the revoked probe certificate, the portal says good, not revoked." in finding.detail
 
 
 def test_ocsp_that_has_no_answer_or_none_of_ours_is_a_problem(
     portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     portal.responder.certificates.path("issuing-1").unlink()
-    assert "it answers try_later" in asked_about_the_two(portal, monkeypatch).detail
-    monkeypatch.setattr(ocsp, "served", lambda *_: b"")
-    assert "it gives no OCSP answer" in examined(portal, "OCSP served")["OCSP served"].detail
+    assert "the portal answers try_later" in asked_about_the_two(portal, monkeypatch).detail
+    monkeypatch.setattr(authority, "served", lambda *_: b"")
+    assert "the portal does not send an OCSP response" in examined(portal, "OCSP served")["OCSP served"].detail
 
 
 # --- Time ---------------------------------------------------------------------------------------------------------
@@ -300,14 +300,14 @@ def test_ocsp_that_has_no_answer_or_none_of_ours_is_a_problem(
         ({"days": 9}, "OCSP responders", State.OK, "renewed in time"),
         ({"days": 10}, "OCSP responders", State.WARNING, "should have been renewed"),
         ({"days": 14}, "OCSP responders", State.PROBLEM, "not valid now"),
-        ({"days": 59}, "expiry", State.OK, "Nothing ends"),
-        ({"days": 61}, "expiry", State.WARNING, "The portal's certificate ends"),
-        ({"days": 91}, "expiry", State.PROBLEM, "The broker's certificate ended"),
-        ({"days": 340}, "expiry", State.PROBLEM, "1 device certificates end within 30 days"),
-        ({"days": 350}, "CRL", State.PROBLEM, "The CRL of root ends"),
-        ({"days": 1825 - 60}, "expiry", State.PROBLEM, "The CA issuing-1 ends"),
+        ({"days": 59}, "expiry", State.OK, "Nothing expires"),
+        ({"days": 61}, "expiry", State.WARNING, "The portal's certificate expires"),
+        ({"days": 91}, "expiry", State.PROBLEM, "The broker's certificate expired"),
+        ({"days": 340}, "expiry", State.PROBLEM, "1 device certificates expire within 30 days"),
+        ({"days": 350}, "CRL", State.PROBLEM, "The CRL of root expires"),
+        ({"days": 1825 - 60}, "expiry", State.PROBLEM, "The CA issuing-1 expires"),
         ({"days": 1826}, "CA chain", State.PROBLEM, "issuing-1 is not valid now"),
-        ({"hours": 25}, "links", State.WARNING, "1 bundles are still there"),
+        ({"hours": 25}, "links", State.WARNING, "1 bundles still exist"),
     ],
 )
 def test_what_the_time_brings_is_said(
@@ -376,7 +376,7 @@ def with_line(line: str) -> Callable[[str], str]:
         (with_line("per_listener_settings true"), State.PROBLEM, "per_listener_settings is true"),
         (without("acl_file"), State.PROBLEM, "acl_file is missing"),
         (with_line("acl_file /etc/mosquitto/acl"), State.PROBLEM, "acl_file is /etc/mosquitto/acl, not"),
-        (without("crlfile"), State.PROBLEM, "crlfile is missing: revoked certificates are let in"),
+        (without("crlfile"), State.PROBLEM, "crlfile is missing: revoked certificates are accepted"),
         (with_line("crlfile /etc/ssl/crl.pem"), State.PROBLEM, "crlfile is /etc/ssl/crl.pem"),
         (with_line("cafile /etc/ssl/certs/ca.pem"), State.PROBLEM, "cafile is /etc/ssl"),
         (with_line("capath /etc/ssl/certs"), State.PROBLEM, "capath is set"),
@@ -385,11 +385,11 @@ def with_line(line: str) -> Callable[[str], str]:
         (with_line("keyfile /x"), State.PROBLEM, "keyfile is /x"),
         (without("pid_file"), State.PROBLEM, "pid_file is not"),
         (with_line("tls_version tlsv1.1"), State.WARNING, "tls_version is tlsv1.1"),
-        (with_line("listener 1883"), State.PROBLEM, "Another listener, 1883, asks for no certificate"),
+        (with_line("listener 1883"), State.PROBLEM, "Another listener, 1883, does not require a certificate"),
         (with_line("plugin /usr/lib/x.so"), State.WARNING, "plugin is set"),
         (with_line("persistent_client_expiration 14d"), State.WARNING, "persistent_client_expiration is set"),
         (without("listener"), State.PROBLEM, "There is no listener"),
-        (lambda text: text.replace("\n", "\r\n"), State.OK, "none of the known traps"),
+        (lambda text: text.replace("\n", "\r\n"), State.OK, "Found no problems in"),
     ],
 )
 def test_a_trap_of_the_configuration_is_named(
@@ -398,9 +398,9 @@ def test_a_trap_of_the_configuration_is_named(
     settings = settings_for(tmp_path)
     path = tmp_path / "mosquitto.conf"
     path.write_text(installed_configuration(settings))
-    assert traps(read_configuration(path), settings) == []
+    assert mistakes(read_configuration(path), settings) == []
     path.write_text(change(path.read_text()))
-    verdict = together(traps(read_configuration(path), settings), "It has none of the known traps.")
+    verdict = combine(mistakes(read_configuration(path), settings), "Found no problems in it.")
     assert verdict.state is state, verdict
     assert said in verdict.detail
 
@@ -409,7 +409,7 @@ def test_included_files_count(tmp_path: Path, portal: Portal) -> None:
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d" / "portal.conf").write_text((portal.settings.broker_dir / "mosquitto.conf").read_text())
     (tmp_path / "mosquitto.conf").write_text(f"include_dir {tmp_path / 'conf.d'}\n")
-    assert traps(read_configuration(tmp_path / "mosquitto.conf"), portal.settings) == []
+    assert mistakes(read_configuration(tmp_path / "mosquitto.conf"), portal.settings) == []
 
 
 def test_a_configuration_that_is_not_there_is_said(portal: Portal) -> None:
@@ -435,7 +435,7 @@ def test_a_configuration_that_is_not_there_is_said(portal: Portal) -> None:
 def test_an_acl_too_slow_for_the_fleet_is_a_warning(
     version: tuple[int, ...], style: AclStyle, devices: int, slow: bool
 ) -> None:
-    assert bool(fleet_fits(version, style, devices)) is slow
+    assert bool(size_warnings(version, style, devices)) is slow
 
 
 @pytest.mark.parametrize("version", [(2, 0, 11), (2, 0, 22), (2, 1, 0), (2, 1, 2)])
@@ -478,12 +478,12 @@ def test_the_version_is_what_the_program_says(output: str, version: tuple[int, .
     ("states", "status"),
     [([], 0), ([well("")], 0), ([well(""), warning("", "")], 2), ([warning("", ""), problem("", "")], 1)],
 )
-def test_the_exit_status_tells_problems_from_warnings(states: list[Verdict], status: int) -> None:
+def test_the_exit_status_tells_problems_from_warnings(states: list[Finding], status: int) -> None:
     assert exit_status([Finding("", verdict.state, "", "") for verdict in states]) == status
 
 
 def test_a_check_that_fails_unexpectedly_is_a_line_of_its_own(portal: Portal) -> None:
-    def fail(_: Subject) -> Verdict:
+    def fail(_: Installation) -> Finding:
         raise ZeroDivisionError("a mistake in the check")
 
     findings = list(doctor.examine(portal.settings, portal.clock, checks=(("one", fail), ("two", lambda _: well("x")))))

@@ -1,0 +1,221 @@
+"""Checks of the data folder and the database: access to files, disk space, schema, audit record, links, tokens."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from broker.files import FILE_MODE, FOLDER_MODE
+from core import roles
+from core.states import PENDING_DELIVERY
+from operations.doctor.base import Finding, Installation, combine, problem, summarize, warning, well
+from store import copy as store_copy
+from store import generations, tenants
+from store.tables import Delivery
+from workflows import audit
+
+LOW_BYTES, TOO_LOW_BYTES = 1 << 30, 100 << 20
+LATE = timedelta(minutes=5)
+
+
+def data_folder(installation: Installation) -> Finding:
+    """Check modes and owners of the folders, and that this is the portal's user."""
+    settings = installation.settings
+    if not settings.data_dir.is_dir():
+        return problem(
+            f"There is no {settings.data_dir}.",
+            "Set PORTAL_DATA_DIR to the portal's folder, or run: flask --app app init.",
+        )
+    owner = settings.data_dir.stat().st_uid
+    folders = {
+        settings.data_dir: {0o711, 0o700},
+        settings.secrets_dir: {0o700},
+        settings.ca_dir: {0o700},
+        settings.tls_dir: {0o700},
+        settings.ocsp_dir: {0o700},
+        settings.data_dir / "canaries": {0o700},
+        settings.broker_dir: {FOLDER_MODE, 0o700},
+    }
+    found = []
+    if os.geteuid() != owner:
+        name = _user(owner)
+        found.append(
+            warning(f"The data folder belongs to {name}.", f"Run the doctor as {name}: other checks depend on it.")
+        )
+    for path, modes in folders.items():
+        if not path.is_dir():
+            found.append(problem(f"{path} is missing.", "Start the portal, which creates it."))
+            continue
+        status = path.lstat()
+        if stat.S_IMODE(status.st_mode) not in modes:
+            wanted = f"{max(modes):o}"
+            found.append(
+                problem(f"{path} has mode {stat.S_IMODE(status.st_mode):o}, not {wanted}.", f"chmod {wanted} {path}")
+            )
+        if status.st_uid != owner and path != settings.broker_dir:
+            found.append(problem(f"{path} belongs to {_user(status.st_uid)}.", f"chown {_user(owner)} {path}"))
+    return combine(found, f"{settings.data_dir} with its folders is as it should be.")
+
+
+def secret_files(installation: Installation) -> Finding:
+    """Check that nobody else can read the files of keys and secrets."""
+    settings = installation.settings
+    owner = settings.data_dir.stat().st_uid
+    found, count = [], 0
+    for path in _secret_paths(installation):
+        count += 1
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            found.append(problem(f"{path} is not a plain file.", f"Find out who created it, then remove it: rm {path}"))
+        elif status.st_mode & 0o077:
+            mode = stat.S_IMODE(status.st_mode)
+            found.append(
+                problem(
+                    f"{path} has mode {mode:o}, not 600.",
+                    f"Others may have read it, so replace it, then: chmod 600 {path}",
+                )
+            )
+        elif status.st_uid != owner:
+            found.append(problem(f"{path} belongs to {_user(status.st_uid)}.", f"chown {_user(owner)} {path}"))
+    key = settings.broker_file("server.key")
+    if key.exists() and stat.S_IMODE(key.lstat().st_mode) & ~FILE_MODE:
+        found.append(
+            problem(f"{key} can be read by others.", f"Others may have read it, so replace it, then: chmod 640 {key}")
+        )
+    return combine(found, f"{count} files of keys and secrets can be read only by their owner.")
+
+
+def _secret_paths(installation: Installation) -> Iterator[Path]:
+    settings = installation.settings
+    probes = settings.data_dir / "canaries"
+    for folder in (settings.secrets_dir, settings.ca_dir, settings.tls_dir, settings.ocsp_dir, probes):
+        if folder.is_dir():
+            yield from sorted(folder.iterdir())
+    yield from sorted(settings.data_dir.glob("before-restore.backup*"))
+    environment = settings.data_dir / "operator.env"
+    if environment.exists():
+        yield environment
+    url = sa.make_url(settings.database_url)
+    if url.get_backend_name() == "sqlite":
+        database = Path(url.database or "")
+        yield from sorted(database.parent.glob(f"{database.name}*"))
+
+
+def disk_space(installation: Installation) -> Finding:
+    """Check the disk space where the portal and the broker write."""
+    folders = {installation.settings.data_dir, installation.settings.broker_dir}
+    free = {folder: shutil.disk_usage(folder).free for folder in folders if folder.is_dir()}
+    if not free:
+        return problem("There is no data folder.", "Set PORTAL_DATA_DIR to the portal's folder.")
+    folder, least = min(free.items(), key=lambda item: item[1])
+    said = f"{least // (1 << 20)} MiB are free in {folder}."
+    advice = "Free disk space: without it neither a registration nor a revocation can be recorded."
+    if least < TOO_LOW_BYTES:
+        return problem(said, advice)
+    return warning(said, advice) if least < LOW_BYTES else well(said)
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+# --- The database -----------------------------------------------------------------------------------------------------
+
+
+def database(installation: Installation) -> Finding:
+    """Check that the database answers and has the schema of this version."""
+    with installation.snapshot() as tx:
+        found, expected = store_copy.revision(tx), store_copy.head()
+        if found != expected:
+            return problem(
+                f"The database has schema {found}, this version of the portal needs {expected}.",
+                "Start the portal of this version, which migrates an older schema, or install the version that wrote"
+                " it.",
+            )
+        if tx.dialect.name == "sqlite":
+            sound = tx.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+            if sound != "ok":
+                return problem(
+                    f"The database file is damaged: {sound}.",
+                    "Stop the portal and restore a backup: flask --app app restore FILE.",
+                )
+    return well(f"It answers, with schema {found}.")
+
+
+def audit_record(installation: Installation) -> Finding:
+    """Check the chain of hashes from the first entry to the last."""
+    with installation.snapshot() as tx:
+        verdict = audit.verify(tx, installation.tenant_id)
+    if verdict.problem is not None:
+        return problem(verdict.problem, "Somebody changed the database by hand: compare it with a backup.")
+    return well(f"All {verdict.entries} entries are sound.")
+
+
+def generation(installation: Installation) -> Finding:
+    """Check that the broker enforces the newest generation, now or within ``PORTAL_ENFORCE_TIMEOUT``."""
+    with installation.snapshot() as tx:
+        wanted = generations.get_broker_state(tx, installation.tenant_id).generation
+    deadline = time.monotonic() + installation.settings.enforce_timeout
+    while True:
+        with installation.snapshot() as tx:
+            state = generations.get_broker_state(tx, installation.tenant_id)
+        if state.applied_generation >= wanted:
+            return well(f"The broker enforces generation {state.applied_generation}.")
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    since = f" since {state.applied_at:%Y-%m-%d %H:%M:%S} UTC" if state.applied_at else ""
+    return problem(
+        f"The broker enforces generation {state.applied_generation}{since}, the newest is {wanted}:"
+        " revocations made since are not in force.",
+        "The portal keeps trying; its log and /readyz say what prevents it.",
+    )
+
+
+def links(installation: Installation) -> Finding:
+    """Check that bundles whose links have expired are destroyed."""
+    now = installation.clock()
+    waiting = Delivery.status.in_(PENDING_DELIVERY)
+    with installation.snapshot() as tx:
+        count, oldest = tx.execute(sa.select(sa.func.count(), sa.func.min(Delivery.created_at)).where(waiting)).one()
+        expired = tx.execute(
+            sa.select(sa.func.count()).select_from(Delivery).where(waiting, Delivery.expires_at <= now - LATE)
+        ).scalar_one()
+    if expired:
+        return warning(
+            f"{expired} bundles still exist although their links have expired.",
+            "A running portal destroys them within a minute: check that it runs, and its log.",
+        )
+    return well(
+        f"{count} bundles wait for their download" + (f", since {oldest:%Y-%m-%d %H:%M} UTC." if count else ".")
+    )
+
+
+def tokens(installation: Installation) -> Finding:
+    """Check that operator tokens expire, except the one kept on this machine."""
+    now = installation.clock()
+    path = installation.settings.secrets_dir / "operator-token"
+    with installation.snapshot() as tx:
+        own = None
+        if path.exists():
+            own = tenants.find_token(tx, roles.hash_token(path.read_text(encoding="ascii").strip()))
+        valid = [token for token in tenants.list_tokens(tx, installation.tenant_id) if token.is_valid(now)]
+    endless = [token.name for token in valid if token.expires_at is None and (own is None or token.id != own.id)]
+    if endless:
+        return warning(
+            f"{len(endless)} operator tokens never expire: {summarize(endless)}.",
+            "Create new ones that expire (./portal token create NAME --days 90), then revoke these (./portal token"
+            " revoke).",
+        )
+    return well(f"{len(valid)} operator tokens are valid; each expires, except the one in {path.name}.")
