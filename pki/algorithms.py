@@ -99,6 +99,13 @@ def public_key_fingerprint(key: PublicKey) -> str:
     return hashlib.sha256(public_key_der(key)).hexdigest()
 
 
+def key_type_of(key: PublicKey) -> str:
+    """Name the kind of a public key, as ``KeyType`` does, or ``rsa-4096``."""
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return "ec-p256" if isinstance(key.curve, ec.SECP256R1) else "ec-p384"
+    return "ed25519" if isinstance(key, ed25519.Ed25519PublicKey) else f"rsa-{key.key_size}"
+
+
 def signature_hash(key: PublicKey) -> hashes.SHA256 | hashes.SHA384 | None:
     """Choose the hash that this key signs with: as strong as the key (RFC 5758 §3.2), none for Ed25519 (RFC 8410)."""
     if isinstance(key, ed25519.Ed25519PublicKey):

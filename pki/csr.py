@@ -1,17 +1,22 @@
-"""Reads certificate signing requests (PKCS#10) from anybody."""
+"""Read certificate signing requests (PKCS#10, RFC 2986), which may come from anybody."""
 
 from __future__ import annotations
 
 import base64
 import re
+from dataclasses import dataclass, field
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+from pyasn1.type import univ
+from pyasn1_modules import rfc5480, rfc8410
 
 from core.errors import CsrInvalid, KeyRefused
-from pki.algorithms import ACCEPTED, PublicKey, check_public_key, public_key_der
-from pki.encoding import failing_as, sequence_elements
+from pki.algorithms import ACCEPTED, PublicKey, check_public_key, key_type_of, public_key_der, public_key_fingerprint
+from pki.encoding import encode, encode_sequence, failing_as
 
 MAX_CSR_CHARACTERS = 16 * 1024
 
@@ -25,30 +30,83 @@ _PEM = re.compile(
 _UNREADABLE = "The CSR is damaged: it is not a PKCS#10 request in DER."
 
 
-def read_csr(pem: str) -> PublicKey:
-    """Return the public key of a CSR (RFC 2986) that is signed by the private key belonging to it.
+# The AlgorithmIdentifier of each kind of public key, DER (RFC 3279 §2.3.1, RFC 5480 §2.1.1, RFC 8410 §3).
+_RSA = encode_sequence(encode(rfc5480.rsaEncryption), encode(univ.Null("")))
+_ALGORITHMS = {
+    "ec-p256": encode_sequence(encode(rfc5480.id_ecPublicKey), encode(rfc5480.secp256r1)),
+    "ec-p384": encode_sequence(encode(rfc5480.id_ecPublicKey), encode(rfc5480.secp384r1)),
+    "ed25519": encode_sequence(encode(rfc8410.id_Ed25519)),
+}
 
-    ``pem`` is one PEM block of at most 16 KiB. Subject, extensions and attributes are not read: the portal decides on
-    them. Raises ``KeyRefused`` for a key that the portal does not certify, ``CsrInvalid`` for everything else.
+
+@dataclass(frozen=True, slots=True)
+class Csr:
+    """A CSR that is signed by the private key belonging to its ``public_key``, which is of a kind that is certified.
+
+    Only ``read_csr`` and ``read_csr_der`` make them, so wherever there is one, its signature was verified. Subject,
+    extensions and attributes do not count: the portal decides on them. ``pem`` is the text as it came.
     """
-    return check_csr(der_of(pem))[1]
+
+    pem: str = field(repr=False)
+    public_key: PublicKey = field(repr=False)
+
+    @property
+    def key_type(self) -> str:
+        """Name the kind of the key, as ``KeyType`` does, or ``rsa-4096``."""
+        return key_type_of(self.public_key)
+
+    @property
+    def key_fingerprint(self) -> str:
+        """Name the key: SHA-256 of its SubjectPublicKeyInfo, 64 lower-case hex digits."""
+        return public_key_fingerprint(self.public_key)
+
+    def is_for_key_of(self, certificate: bytes) -> bool:
+        """Return whether a certificate of this CA (DER) is for the same key."""
+        return x509.load_der_x509_certificate(certificate).public_key() == self.public_key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the key as DER, for the processes that issue the certificates of an upload."""
+        return _unpickle, (self.pem, public_key_der(self.public_key))
 
 
-def check_csr(der: bytes) -> tuple[x509.CertificateSigningRequest, PublicKey]:
-    """Read a CSR in DER, of at most 16 KiB, as ``read_csr`` does; returns it with its public key."""
+def _unpickle(pem: str, public_key: bytes) -> Csr:
+    return Csr(pem, check_public_key(load_der_public_key(public_key)))
+
+
+def read_csr(pem: str) -> Csr:
+    """Read a CSR, one PEM block of at most 16 KiB, and verify its signature.
+
+    Raises ``KeyRefused`` for a key that the portal does not certify, ``CsrInvalid`` for everything else.
+    """
+    _, key = read_csr_der(der_of(pem))
+    return Csr(pem, key)
+
+
+def read_csr_der(der: bytes) -> tuple[x509.CertificateSigningRequest, PublicKey]:
+    """Read a CSR in DER, of at most 16 KiB, and verify its signature; returns it with its public key."""
+    csr = load_csr(der)
+    with failing_as(KeyRefused(f"The public key in the CSR cannot be read or is of an unknown kind. {ACCEPTED}")):
+        # Checked before the signature is: verifying under a very large RSA key would be slow.
+        key = check_public_key(csr.public_key())
+    with failing_as(CsrInvalid(_UNREADABLE)):
+        plainly_marked = _ALGORITHMS.get(key_type_of(key), _RSA) in csr.tbs_certrequest_bytes
+    if not plainly_marked:
+        # cryptography also reads keys marked for RSASSA-PSS only, and curves given by their parameters, which RFC 5480
+        # §2.1.1 forbids. The certificate would name another algorithm than the key's owner does.
+        raise KeyRefused("The public key must be marked as plain rsaEncryption or by the name of its curve.")
+    _check_signature(csr, key)
+    return csr, key
+
+
+def load_csr(der: bytes) -> x509.CertificateSigningRequest:
+    """Load a CSR in DER, of at most 16 KiB, without a check of its key or signature; raises ``CsrInvalid``."""
     if len(der) > MAX_CSR_CHARACTERS:
         raise CsrInvalid(f"The CSR is longer than {MAX_CSR_CHARACTERS} bytes.")
     with failing_as(CsrInvalid(_UNREADABLE)):
-        csr = x509.load_der_x509_csr(der)
-    with failing_as(KeyRefused(f"The public key in the CSR cannot be read or is of an unknown kind. {ACCEPTED}")):
-        # Checked before the signature is: verifying under a monstrous RSA key would be slow.
-        key = check_public_key(csr.public_key())
-    with failing_as(CsrInvalid(_UNREADABLE)):
-        plainly_marked = _key_algorithm(csr) == sequence_elements(public_key_der(key))[0]
-    if not plainly_marked:
-        # pyca also reads keys marked for RSASSA-PSS only, and curves spelled out as numbers (RFC 5480 §2.1.1 forbids).
-        # The certificate would say something else of the key than its owner does, and might not fit it.
-        raise KeyRefused("The public key must be marked as plain rsaEncryption or by the name of its curve.")
+        return x509.load_der_x509_csr(der)
+
+
+def _check_signature(csr: x509.CertificateSigningRequest, key: PublicKey) -> None:
     with failing_as(CsrInvalid("The CSR is signed with an algorithm that is not accepted. Sign it with SHA-256.")):
         algorithm = csr.signature_hash_algorithm
     if not isinstance(key, ed25519.Ed25519PublicKey) and not isinstance(
@@ -56,27 +114,14 @@ def check_csr(der: bytes) -> tuple[x509.CertificateSigningRequest, PublicKey]:
     ):
         name = algorithm.name if algorithm else "an algorithm of another kind of key"
         raise CsrInvalid(f"The CSR is signed with {name}. Sign it with SHA-256, SHA-384 or SHA-512.")
-    with failing_as(CsrInvalid("The CSR's signature cannot be checked. Make the CSR anew.")):
+    with failing_as(CsrInvalid("The CSR's signature cannot be checked. Make the CSR again.")):
         valid = csr.is_signature_valid
     if not valid:
         raise CsrInvalid("The CSR's signature is wrong: it must be signed with the private key it is for.")
-    return csr, key
-
-
-def is_for_key_of(certificate: bytes, csr: str) -> bool:
-    """Whether a certificate of this CA (DER) is for the key that a CSR is signed with; raises as ``read_csr`` does."""
-    key = check_public_key(x509.load_der_x509_certificate(certificate).public_key())
-    return public_key_der(key) == public_key_der(read_csr(csr))
-
-
-def _key_algorithm(csr: x509.CertificateSigningRequest) -> bytes:
-    """Return the AlgorithmIdentifier of a CSR's public key (RFC 2986 §4.1) as it was encoded."""
-    _version, _subject, key_info, *_ = sequence_elements(csr.tbs_certrequest_bytes)
-    return sequence_elements(key_info)[0]
 
 
 def der_of(pem: str) -> bytes:
-    """What a PEM block of a CSR holds; raises ``CsrInvalid``."""
+    """Return the DER in the PEM block of a CSR; raises ``CsrInvalid``."""
     if not isinstance(pem, str) or not pem.strip():
         raise CsrInvalid("The CSR is empty. Send a PKCS#10 request in PEM.")
     if len(pem) > MAX_CSR_CHARACTERS:

@@ -6,10 +6,9 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, pkcs7
 from cryptography.x509.oid import NameOID
 from pyasn1.codec.der import encoder
@@ -17,8 +16,8 @@ from pyasn1.type import univ
 from pyasn1_modules import rfc5280
 
 from core.errors import CsrInvalid
-from pki.algorithms import PrivateKey, PublicKey, check_public_key, public_key_fingerprint
-from pki.csr import MAX_CSR_CHARACTERS, check_csr, der_of
+from pki.algorithms import PrivateKey, check_public_key, key_type_of, public_key_fingerprint
+from pki.csr import MAX_CSR_CHARACTERS, Csr, der_of, load_csr, read_csr_der
 from pki.encoding import failing_as
 
 # With them a client asks for its key to be encrypted (RFC 7030 section 4.4.1.1, RFC 4108 section 2.2.5).
@@ -30,19 +29,17 @@ _SEQUENCE = b"\x30"  # the first byte of DER, and never of its Base64
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentRequest:
-    """A CSR whose signature was checked. ``key_fingerprint`` is the SHA-256 of its SubjectPublicKeyInfo, in hex.
+    """A request to enrol or to re-enrol. ``key_fingerprint`` is the SHA-256 of the key's SubjectPublicKeyInfo, in hex.
 
-    Where the key is to be ``key_made_here``, neither signature nor kind of key was looked at, and the fingerprint does
-    nothing but tell one request from another (RFC 7030 section 4.4.1).
+    ``csr`` is None if the portal is to make the key: then neither signature nor kind of key was checked, and the
+    fingerprint only tells one request from another (RFC 7030 §4.4.1).
     """
 
-    pem: str = field(repr=False)
-    key_type: str  # as in KeyType, and rsa-4096; empty with ``key_made_here``
+    csr: Csr | None
     key_fingerprint: str
     subject: x509.Name
     alternative_names: x509.SubjectAlternativeName | None
     attributes: frozenset[str]  # dotted OIDs
-    key_made_here: bool = False
 
     @property
     def name(self) -> str:
@@ -59,8 +56,9 @@ def read_enrolment_request(body: bytes) -> EnrolmentRequest:
 
     DER and PEM are read, too. Raises ``CsrInvalid``, ``KeyRefused``.
     """
-    csr, key = check_csr(_der(body))
-    return _request(csr, key_type_of(key), public_key_fingerprint(key))
+    csr, key = read_csr_der(_der(body))
+    checked = Csr(csr.public_bytes(Encoding.PEM).decode(), key)
+    return _request(csr, checked, checked.key_fingerprint)
 
 
 def read_key_request(body: bytes) -> EnrolmentRequest:
@@ -68,14 +66,10 @@ def read_key_request(body: bytes) -> EnrolmentRequest:
 
     Raises ``CsrInvalid``, for a request that the key be encrypted beyond TLS, too.
     """
-    der = _der(body)
-    if len(der) > MAX_CSR_CHARACTERS:
-        raise CsrInvalid(f"The CSR is longer than {MAX_CSR_CHARACTERS} bytes.")
-    with failing_as(CsrInvalid("The CSR is damaged: it is not a PKCS#10 request in DER.")):
-        csr = x509.load_der_x509_csr(der)
+    csr = load_csr(_der(body))
     with failing_as(CsrInvalid("The public key in the CSR cannot be read. Use any key; it will not be certified.")):
         key = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    request = _request(csr, "", hashlib.sha256(key).hexdigest(), key_made_here=True)
+    request = _request(csr, None, hashlib.sha256(key).hexdigest())
     if not request.attributes.isdisjoint(_ENCRYPTED_KEY):
         raise CsrInvalid(
             "The portal sends a key that it makes in the clear inside TLS, and encrypts it no further; leave out"
@@ -84,9 +78,7 @@ def read_key_request(body: bytes) -> EnrolmentRequest:
     return request
 
 
-def _request(
-    csr: x509.CertificateSigningRequest, key_type: str, fingerprint: str, *, key_made_here: bool = False
-) -> EnrolmentRequest:
+def _request(csr: x509.CertificateSigningRequest, checked: Csr | None, fingerprint: str) -> EnrolmentRequest:
     with failing_as(CsrInvalid("The CSR is damaged: its subject, extensions or attributes cannot be read.")):
         subject = csr.subject
         attributes = frozenset(attribute.oid.dotted_string for attribute in csr.attributes)
@@ -94,8 +86,7 @@ def _request(
             names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         except x509.ExtensionNotFound:
             names = None
-        pem = csr.public_bytes(Encoding.PEM).decode()
-    return EnrolmentRequest(pem, key_type, fingerprint, subject, names, attributes, key_made_here)
+    return EnrolmentRequest(checked, fingerprint, subject, names, attributes)
 
 
 def _der(body: bytes) -> bytes:
@@ -113,13 +104,6 @@ def _der(body: bytes) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise CsrInvalid("The request is not valid Base64; send a PKCS#10 request in Base64.") from error
-
-
-def key_type_of(key: PublicKey) -> str:
-    """Name the kind of a public key, as ``KeyType`` does."""
-    if isinstance(key, ec.EllipticCurvePublicKey):
-        return "ec-p256" if isinstance(key.curve, ec.SECP256R1) else "ec-p384"
-    return "ed25519" if isinstance(key, ed25519.Ed25519PublicKey) else f"rsa-{key.key_size}"
 
 
 def key_type_of_certificate(der: bytes) -> str:

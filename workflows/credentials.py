@@ -18,18 +18,18 @@ from core.topics import Topic, default_topics, expand
 from delivery.formats import BundleFormat
 from pki import est
 from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem
-from pki.csr import read_csr
+from pki.csr import Csr
 from workflows.authority.issuers import Authority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CredentialRequest:
-    """A certificate for the key of a ``csr`` (PEM), or a new key of ``key_type`` in an encrypted bundle.
+    """A certificate for the key of a ``csr``, or a new key of ``key_type`` in an encrypted bundle.
 
     ``None`` stands for the settings' value, and for a password that the portal makes.
     """
 
-    csr: str | None = None
+    csr: Csr | None = None
     key_type: str | None = None
     validity_days: int | None = None
     bundle_password: str | None = field(default=None, repr=False)
@@ -156,7 +156,7 @@ class CredentialIssuer:
                 "With a csr the device has its own key: leave out key_type, bundle_password and bundle_format.",
                 [FieldProblem("csr", "goes with neither key_type nor bundle_password nor bundle_format")],
             )
-        return self._certify(device_id, read_csr(request.csr), request.validity_days, now)
+        return self._certify(device_id, request.csr.public_key, request.validity_days, now)
 
     def issue_with_key(
         self, device_id: str, key_type: str, validity_days: int | None, *, now: datetime

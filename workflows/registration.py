@@ -215,7 +215,8 @@ class Onboarding:
 
 
 def _canonical(request: DeviceRequest) -> bytes:
-    values = dataclasses.asdict(request)
+    values = dataclasses.asdict(dataclasses.replace(request, csr=None))
+    values["csr"] = request.csr and request.csr.pem
     if values["external_id"] is None:
         del values["external_id"]  # as in answers kept by a portal that did not know the field
     return json.dumps(values, sort_keys=True, default=list).encode()

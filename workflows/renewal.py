@@ -50,7 +50,8 @@ class RenewalRequest(CredentialRequest):
 
     def canonical(self, device_id: str) -> bytes:
         """Return the text by which one request is told from another under the same idempotency key."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, csr=None))
+        values["csr"] = self.csr and self.csr.pem
         own = {"overlap_hours": values.pop("overlap_hours"), "when_used": values.pop("when_used")}
         return json.dumps(["renew", device_id, {"wanted": values, **own}], sort_keys=True).encode()
 

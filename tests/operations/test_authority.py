@@ -19,6 +19,7 @@ from core.errors import CaKeyUnavailable, StateConflict
 from operations import authority as operations_authority
 from operations import jobs
 from operations.wiring import Portal
+from pki.csr import read_csr
 from store import issuers
 from store.issuers import CrlRecord
 from tests.pki.test_conformance import RUN_PKILINT
@@ -139,7 +140,7 @@ def test_a_ca_retires_by_itself_when_its_devices_have_certificates_of_the_next(p
     clock.advance(hours=2)
     operations_authority.retire_unneeded(portal)
     assert len(portal.authority.with_crl()) == 2
-    portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest(csr=csr_pem(), overlap_hours=1))
+    portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest(csr=read_csr(csr_pem()), overlap_hours=1))
     clock.advance(hours=2)
     jobs.expire(portal)
     operations_authority.retire_unneeded(portal)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import pickle
 import subprocess
 import textwrap
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from hypothesis import strategies as st
 
 import ca
 from core.errors import CsrInvalid, KeyRefused
-from pki.algorithms import KeyType, public_key_der
-from pki.csr import read_csr
+from pki.algorithms import KeyType, PublicKey, public_key_der, public_key_fingerprint
+from pki.csr import Csr, read_csr
 from pki.encoding import failing_as
+from tests.support.ca_hierarchy import make_hierarchy
 
 P256 = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
 
@@ -66,6 +69,10 @@ def pem_of(der: bytes, label: str = "CERTIFICATE REQUEST") -> str:
     return f"-----BEGIN {label}-----\n{body}\n-----END {label}-----\n"
 
 
+def key_of(pem: str) -> PublicKey:
+    return read_csr(pem).public_key
+
+
 # --- Accepted -----------------------------------------------------------------------------------------------------
 
 ACCEPTED = {
@@ -91,7 +98,7 @@ def test_a_csr_of_openssl_is_accepted(request_of: OpensslRequests, arguments: li
     pem = request_of(*arguments)
     (tmp_path / "csr").write_text(pem)
     openssl("req", "-in", tmp_path / "csr", "-pubkey", "-noout", "-out", tmp_path / "public")
-    assert read_csr(pem) == load_pem_public_key((tmp_path / "public").read_bytes())
+    assert key_of(pem) == load_pem_public_key((tmp_path / "public").read_bytes())
 
 
 def test_a_compressed_point_is_accepted(tmp_path: Path) -> None:
@@ -100,7 +107,7 @@ def test_a_compressed_point_is_accepted(tmp_path: Path) -> None:
     openssl("ec", "-in", usual, "-conv_form", "compressed", "-out", key)
     openssl("req", "-new", "-key", key, "-subj", "/CN=device", "-out", csr)
     pem = csr.read_text()
-    public_key = read_csr(pem)
+    public_key = key_of(pem)
     assert public_key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint) in der_of(pem)
 
 
@@ -114,12 +121,30 @@ def test_a_compressed_point_is_accepted(tmp_path: Path) -> None:
     ],
 )
 def test_white_space_does_not_matter(good: str, change: Callable[[str], str]) -> None:
-    assert read_csr(change(good)) == read_csr(good)
+    assert key_of(change(good)) == key_of(good)
 
 
 def pem_one_line(pem: str) -> str:
     lines = pem.splitlines()
     return "\n".join([lines[0], "".join(lines[1:-1]), lines[-1]])
+
+
+@pytest.mark.parametrize("kind", ["ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-4096"])
+def test_a_csr_names_its_key_and_goes_from_one_process_to_another(request_of: OpensslRequests, kind: str) -> None:
+    csr = read_csr(request_of(*ACCEPTED[kind]))
+    assert csr.key_type == kind
+    assert csr.key_fingerprint == public_key_fingerprint(csr.public_key)
+    copied: Csr = pickle.loads(pickle.dumps(csr))  # noqa: S301 - its own
+    assert copied == csr
+    assert copied.pem == request_of(*ACCEPTED[kind])
+
+
+def test_a_csr_is_for_the_key_of_a_certificate_or_not(request_of: OpensslRequests) -> None:
+    cas = make_hierarchy(datetime(2030, 1, 1, tzinfo=UTC))
+    csr = read_csr(request_of(*P256))
+    assert csr.is_for_key_of(cas.device(csr.public_key).der)
+    assert not csr.is_for_key_of(cas.device().der)
+    assert not csr.is_for_key_of(cas.device(key_of(request_of(*ACCEPTED["rsa-2048"]))).der)
 
 
 # --- Refused for its key ------------------------------------------------------------------------------------------
@@ -159,7 +184,7 @@ def test_a_dsa_key_is_refused(tmp_path: Path) -> None:
 
 def test_an_ec_point_off_the_curve_is_refused(good: str) -> None:
     der = bytearray(der_of(good))
-    public_key = read_csr(good)
+    public_key = key_of(good)
     point = public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     der[der.index(point) + 64] ^= 1
     with pytest.raises(KeyRefused):
@@ -224,7 +249,7 @@ def test_a_csr_with_a_wrong_signature_is_refused(request_of: OpensslRequests, ki
 
 def test_a_csr_signed_by_another_key_is_refused(good: str) -> None:
     der = der_of(good)
-    own = read_csr(good).public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    own = key_of(good).public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     other = ec.generate_private_key(ec.SECP256R1()).public_key()
     stolen = der.replace(own, other.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint))
     with pytest.raises(CsrInvalid, match="signature is wrong"):
@@ -281,7 +306,7 @@ def test_a_malformed_csr_is_refused(good: str, change: Callable[[str], Any]) -> 
 
 
 def test_a_csr_of_the_greatest_length_is_read(good: str) -> None:
-    assert read_csr(good + " " * (16 * 1024 - len(good))) == read_csr(good)
+    assert key_of(good + " " * (16 * 1024 - len(good))) == key_of(good)
 
 
 def test_a_monstrous_rsa_key_is_refused_before_its_signature_is_checked() -> None:
@@ -312,7 +337,7 @@ def pyca_request(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | r
 
 
 REQUESTS = [pyca_request(ca.generate_keypair(kind)) for kind in KeyType if kind is not KeyType.RSA_3072]
-KEYS = [read_csr(pem_of(der)) for der in REQUESTS]
+KEYS = [key_of(pem_of(der)) for der in REQUESTS]
 
 
 @settings(max_examples=300, deadline=None)
@@ -328,7 +353,7 @@ def test_whatever_is_changed_in_a_csr_it_is_refused_or_gives_the_same_key(
         position = start % (len(der) + 1)
         der = der[:position] + replacement + der[position + length :]
     try:
-        key = read_csr(pem_of(der))
+        key = key_of(pem_of(der))
     except CsrInvalid:
         return
     assert key == KEYS[which]

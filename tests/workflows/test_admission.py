@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from config import Settings
 from core.states import Approval
 from operations.wiring import Portal, open_portal
+from pki.csr import read_csr
 from pki.est import read_enrolment_request
 from store.enrolment import EnrolmentProfile
 from store.tables import Base
@@ -50,7 +51,7 @@ def request_of(number: int, *, csr: bool) -> DeviceRequest:
         type="pump",
         location="hall 1",
         firmware="1.0",
-        csr=csr_pem() if csr else None,
+        csr=read_csr(csr_pem()) if csr else None,
         validity_days=9,
         bundle_password=None if csr else "a long enough one",
     )

@@ -9,6 +9,7 @@ import pytest
 
 from core.states import Approval
 from operations.wiring import Portal
+from pki.csr import read_csr
 from pki.est import read_enrolment_request
 from store import generations
 from store.enrolment import EnrolmentProfile
@@ -93,11 +94,11 @@ def test_under_the_pattern_style_the_broker_need_not_be_told_of_a_device_with_th
 
 
 def renew(portal: Portal, device_id: str, *, overlap_hours: int) -> None:
-    portal.renewals.renew(OPERATOR, device_id, RenewalRequest(csr=csr_pem(), overlap_hours=overlap_hours))
+    portal.renewals.renew(OPERATOR, device_id, RenewalRequest(csr=read_csr(csr_pem()), overlap_hours=overlap_hours))
 
 
 def renew_until_used(portal: Portal, device_id: str) -> None:
-    renewed = portal.renewals.renew(OPERATOR, device_id, RenewalRequest(csr=csr_pem(), when_used=True))
+    renewed = portal.renewals.renew(OPERATOR, device_id, RenewalRequest(csr=read_csr(csr_pem()), when_used=True))
     portal.renewals.used(OPERATOR, device_id, renewed.fingerprint)
 
 

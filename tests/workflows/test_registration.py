@@ -33,6 +33,7 @@ from core.errors import (
 )
 from core.states import DeliveryStatus
 from operations.wiring import Portal, open_portal
+from pki.csr import read_csr
 from store import certificates, issuers, tenants
 from store.tables import Certificate, Delivery
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
@@ -53,6 +54,8 @@ def csr_pem() -> str:
 
 def with_fields(**fields: object) -> DeviceRequest:
     values = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0", "metadata": {}} | fields
+    if isinstance(values.get("csr"), str):
+        values["csr"] = read_csr(str(values["csr"]))
     return DeviceRequest(**values)  # type: ignore[arg-type]  # each test says which
 
 

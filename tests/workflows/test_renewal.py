@@ -14,6 +14,7 @@ from core.errors import IdempotencyConflict, InputInvalid, LinkExpired, LinkRevo
 from core.states import DeliveryStatus
 from operations import jobs
 from operations.wiring import Portal
+from pki.csr import read_csr
 from store import certificates as store_certificates
 from store import generations
 from store.certificates import CertificateRecord
@@ -28,7 +29,7 @@ KEY = "a-key-of-16-chars"
 
 
 def by_csr(**changed: object) -> RenewalRequest:
-    return RenewalRequest(csr=csr_pem(), **changed)  # type: ignore[arg-type]  # each test says which
+    return RenewalRequest(csr=read_csr(csr_pem()), **changed)  # type: ignore[arg-type]  # each test says which
 
 
 def certificates(portal: Portal, device_id: str) -> list[CertificateRecord]:
@@ -196,7 +197,7 @@ def test_only_a_device_that_is_in_renews(portal: Portal) -> None:
 def test_a_csr_goes_with_no_key_type(portal: Portal) -> None:
     device = register_by_csr(portal)
     with pytest.raises(InputInvalid):
-        portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest(csr=csr_pem(), key_type="ed25519"))
+        portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest(csr=read_csr(csr_pem()), key_type="ed25519"))
     assert statuses(portal, device.device_id) == ["active"]
 
 

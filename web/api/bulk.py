@@ -155,6 +155,7 @@ def candidate_of(row: Row) -> Candidate:
     try:
         text = row.content if isinstance(row.content, bytes) else _json_of(row.content)
         wanted = RegisterRequest.model_validate_json(text)
+        registration = registration_of(wanted)
     except InputInvalid as error:
         return Candidate(row.number, None, error, _external_id(row.content))
     except ValidationError as error:
@@ -162,7 +163,7 @@ def candidate_of(row: Row) -> Candidate:
         if any(found["type"] == "json_invalid" for found in error.errors(include_input=False, include_url=False)):
             problem = RowMalformed("The row is not JSON in UTF-8.")
         return Candidate(row.number, None, problem, _external_id(row.content))
-    return Candidate(row.number, registration_of(wanted), external_id=wanted.external_id)
+    return Candidate(row.number, registration, external_id=wanted.external_id)
 
 
 def _json_of(cells: Mapping[str, str]) -> str:

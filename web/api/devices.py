@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from core.device_status import DeviceStatus, renewable_from
 from core.roles import Permission
+from pki.csr import read_csr
 from store.certificates import CertificateRecord
 from store.devices import DeviceFilter, DeviceRecord
 from web.api.fields import (
@@ -227,8 +228,11 @@ def list_certificates(call: Call, device_id: str) -> Reply:
 
 
 def registration_of(body: PendingRequest | RegisterRequest) -> DeviceRequest:
-    """Return the device to register, or to expect, as the use cases take it."""
-    return DeviceRequest(**{**dict(body), "topics": _pairs(body.topics)})
+    """Return the device to register, or to expect, with its CSR parsed; raises ``CsrInvalid``, ``KeyRefused``."""
+    values = dict(body)
+    if values.get("csr") is not None:
+        values["csr"] = read_csr(values["csr"])
+    return DeviceRequest(**{**values, "topics": _pairs(body.topics)})
 
 
 def _pairs(topics: list[TopicModel] | None) -> list[tuple[str, str]] | None:

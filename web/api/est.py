@@ -71,14 +71,16 @@ def est_simplereenroll(call: Call, body: bytes) -> Reply:
     if not isinstance(holder, DeviceClient):
         raise ClientCertificateRefused("The client certificate was not issued by this portal; use simpleenroll.")
     request = pki_est.read_enrolment_request(body)
+    if request.csr is None:
+        raise AssertionError("a request for a certificate has a key of its own")
     pki_est.check_same_names(request, holder.certificate.der)
     call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
     actor, shown = _used(call, holder), holder.certificate.fingerprint
     renewed = call.portal.renewals.renew(
         actor,
         holder.device_id,
-        RenewalRequest(csr=request.pem, when_used=_when_used(call)),
-        hashlib.sha256(f"{shown}\n{request.pem}".encode()).hexdigest(),  # the same request has the same answer
+        RenewalRequest(csr=request.csr, when_used=_when_used(call)),
+        hashlib.sha256(f"{shown}\n{request.csr.pem}".encode()).hexdigest(),  # the same request has the same answer
         shown=shown,
     )
     if renewed.certificate is None:

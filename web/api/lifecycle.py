@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from core.roles import Permission
+from pki.csr import read_csr
 from web.api.fields import (
     AnswerModel,
     BundleFormatName,
@@ -93,7 +94,8 @@ class RevokeAnswer(AnswerModel):
 def renew(call: Call, device_id: str, body: RenewRequest) -> Reply:
     """Issue a new certificate for a device; the previous one stays valid for a while."""
     when_used = body.revoke_previous == "when_used"
-    renewal = RenewalRequest(**body.model_dump(exclude={"revoke_previous"}), when_used=when_used)
+    csr = None if body.csr is None else read_csr(body.csr)
+    renewal = RenewalRequest(**body.model_dump(exclude={"revoke_previous", "csr"}), csr=csr, when_used=when_used)
     renewed = call.portal.renewals.renew(call.actor, device_id, renewal, call.idempotency_key)
     broker = None if not renewed.ended else "enforced" if renewed.problem is None else "pending"
     answer = RenewAnswer.of(renewed, broker=broker, broker_problem=renewed.problem)

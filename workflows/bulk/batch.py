@@ -26,7 +26,7 @@ from core.errors import (
 )
 from core.failpoints import failpoint
 from core.topics import new_device_id
-from pki.csr import is_for_key_of
+from pki.csr import Csr
 from store import bulk
 from store.bulk import KnownDevice
 from store.database import Database
@@ -208,10 +208,10 @@ class Batches:
         topics = checked_topics(self._settings, known.topics, device.id)
         return _Task(candidate, Job(device.id, request, topics, self._clock()), known)
 
-    def _same_certificate(self, csr: str, known: KnownDevice, answer: RowDone) -> RowDone:
+    def _same_certificate(self, csr: Csr, known: KnownDevice, answer: RowDone) -> RowDone:
         if known.der is None:
             return answer
-        if not is_for_key_of(known.der, csr):
+        if not csr.is_for_key_of(known.der):
             raise ExternalIdTaken(
                 f"The external_id is that of device {answer.device_id}, which has a certificate for another key; renew"
                 " it with this csr, or give the row another external_id."

@@ -132,11 +132,11 @@ def issue(
 ) -> IssuedCredentials:
     """Certify the key of a device's CSR, or a new key of the kind that ``csrattrs`` names."""
     days = credential.profile.validity_days
-    if request.key_made_here:
+    if request.csr is None:
         return credentials.issue_with_key(device_id, credential.profile.key_types[0], days, now=now)
-    return credentials.issue(device_id, CredentialRequest(csr=request.pem, validity_days=days), None, now=now)
+    return credentials.issue(device_id, CredentialRequest(csr=request.csr, validity_days=days), None, now=now)
 
 
 def audit_detail(request: EnrolmentRequest) -> dict[str, Any]:
     """Return what the audit entry of a device that was given a certificate says of its key."""
-    return {"key": "made here"} if request.key_made_here else {"key_fingerprint": request.key_fingerprint}
+    return {"key": "made here"} if request.csr is None else {"key_fingerprint": request.key_fingerprint}

@@ -106,6 +106,6 @@ class Enrolment:
 
 
 def _check_key_type(request: EnrolmentRequest, profile: EnrolmentProfile) -> None:
-    if not request.key_made_here and request.key_type not in profile.key_types:
+    if request.csr is not None and request.csr.key_type not in profile.key_types:
         allowed = ", ".join(profile.key_types)
-        raise KeyRefused(f"The CSR is for a key of the kind {request.key_type}; make one of: {allowed}.")
+        raise KeyRefused(f"The CSR is for a key of the kind {request.csr.key_type}; make one of: {allowed}.")

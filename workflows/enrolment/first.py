@@ -168,7 +168,7 @@ class FirstEnrolment:
         return admit(tx, actor, [admission], style=self._settings.acl_style, now=now)
 
     def _enrolled(self, issued: IssuedCredentials, request: EnrolmentRequest, generation: int) -> Enrolled:
-        metrics.registered(with_csr=not request.key_made_here)
+        metrics.registered(with_csr=request.csr is not None)
         return Enrolled(issued.device_id, issued.der, generation, issued.key)
 
 

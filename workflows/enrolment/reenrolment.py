@@ -67,8 +67,8 @@ class Reenrolment:
         Raises ``EnrolmentRefused``, ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
         """
         own_key = is_for_key(certificate.der, known.key_fingerprint)
-        if known.key_fingerprint == request.key_fingerprint and own_key is not request.key_made_here:
-            if not request.key_made_here:
+        if known.key_fingerprint == request.key_fingerprint and own_key is (request.csr is not None):
+            if request.csr is not None:
                 if certificate.revoked_at is None and certificate.not_after > self._clock():
                     return Enrolled(device.id, certificate.der, device.generation)
             elif self._is_current(credential, certificate):

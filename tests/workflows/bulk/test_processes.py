@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from core.errors import CsrInvalid, Unavailable
+from core.errors import InputInvalid, Unavailable
 from operations.wiring import Portal
+from pki.csr import read_csr
 from tests.support.deployment import wait_until
-from tests.support.harness import ON_SQLITE
+from tests.support.harness import ON_SQLITE, csr_pem
 from workflows.bulk import processes
 from workflows.bulk.processes import FEW, NICENESS, CredentialProcesses, Job
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
@@ -55,10 +56,13 @@ def test_results_come_in_the_order_of_their_jobs_and_one_that_fails_stops_no_oth
     issuing: CredentialProcesses, jobs: Callable[[int], list[Job]]
 ) -> None:
     wanted = jobs(100)
-    bad = DeviceRequest(name="pump-2", type="pump", location="hall 1", firmware="1.0", csr="none")
+    csr = read_csr(csr_pem())
+    bad = DeviceRequest(
+        name="pump-2", type="pump", location="hall 1", firmware="1.0", csr=csr, bundle_password="a long enough one"
+    )
     wanted[50] = Job(str(uuid.uuid4()), bad, None, wanted[0].now)
     results = issuing.results(issuing.issue(wanted))
-    assert isinstance(results.pop(50), CsrInvalid)
+    assert isinstance(results.pop(50), InputInvalid)
     assert [result.device_id for result in results if isinstance(result, IssuedCredentials)] == [
         job.device_id for job in wanted if job.request.csr is None
     ]
