@@ -129,9 +129,9 @@ def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, agai
     )
     say(f"{name} is created.")
     write_ca_file(portal)
-    outcome = portal.enforcement.apply(generation, timeout=portal.settings.enforce_timeout)
+    outcome = portal.reconciler.apply(generation, timeout=portal.settings.enforce_timeout)
     if not outcome.covers(generation) and (
-        outcome.installed < generation or portal.enforcement.broker_answers()
+        outcome.installed < generation or portal.reconciler.broker_answers()
     ):  # a broker that is not running reads the files at its start
         raise BrokerUnavailable(
             f"{name} is created and trusted by the portal, but not by the broker yet, so the previous CA keeps issuing."
@@ -205,4 +205,4 @@ def advance(portal: Portal, action: str, **detail: Any) -> None:
 def _apply(portal: Portal) -> None:
     with portal.database.snapshot() as tx:
         state = generations.get_broker_state(tx, portal.tenant_id)
-    portal.enforcement.apply(state.generation, timeout=portal.settings.enforce_timeout)
+    portal.reconciler.apply(state.generation, timeout=portal.settings.enforce_timeout)

@@ -39,7 +39,7 @@ CLOCK_TRUSTED_SECONDS = 3600.0
 
 def repair_broker(portal: Portal) -> None:
     """Rewrite damaged files of the broker, and finish what a crash or a stopped broker left undone."""
-    problems = portal.enforcement.damage()
+    problems = portal.reconciler.damage()
     state = _state(portal)
     recorded = portal.memory.damage
     if problems and (problems != recorded or state.applied_generation >= state.generation):
@@ -48,7 +48,7 @@ def repair_broker(portal: Portal) -> None:
         state = _state(portal)
     portal.memory.damage = problems
     if state.applied_generation < state.generation:
-        portal.enforcement.apply(state.generation, timeout=portal.settings.enforce_timeout)
+        portal.reconciler.apply(state.generation, timeout=portal.settings.enforce_timeout)
     if problems:
         probe_broker(portal)  # a broker that loaded the damaged files may have accepted any client
 
@@ -195,7 +195,7 @@ def start(portal: Portal) -> threading.Event:
     """Start the threads of this process that grant, run the jobs and send events; setting the event stops them."""
     stopping = threading.Event()
     bodies: dict[str, Callable[[threading.Event], None]] = {
-        "grants": portal.enforcement.run_grants,
+        "grants": portal.reconciler.run_requested,
         "jobs": functools.partial(run, portal),
         "events": portal.dispatcher.run,
     }

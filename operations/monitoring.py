@@ -15,7 +15,7 @@ from store import audit, certificates, deliveries, generations, webhooks
 from store import devices as store_devices
 from store import issuers as store_issuers
 from store.database import Database
-from workflows.enforcement import Enforcement
+from workflows.reconciliation import Reconciler
 
 EXPIRING = {"7d": timedelta(days=7), "30d": timedelta(days=30)}
 
@@ -27,12 +27,12 @@ class Monitoring:
         self,
         settings: Settings,
         database: Database,
-        enforcement: Enforcement,
+        reconciler: Reconciler,
         clock: Callable[[], datetime],
         tenant_id: str,
     ) -> None:
         self._database = database
-        self._enforcement = enforcement
+        self._reconciler = reconciler
         self._clock = clock
         self._tenant_id = tenant_id
         self._ocsp_dir = settings.ocsp_dir
@@ -112,7 +112,7 @@ class Monitoring:
             _figure(
                 "portal_broker_up",
                 "1 where the broker answers on its internal listener, else 0.",
-                float(self._enforcement.broker_answers()),
+                float(self._reconciler.broker_answers()),
             ),
         ]
 

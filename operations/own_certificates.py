@@ -25,7 +25,7 @@ from store import issuers
 from store.database import Database
 from workflows import audit
 from workflows.authority.issuers import Authority, RecordedIssuer
-from workflows.enforcement import Enforcement
+from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.installation")
 
@@ -50,7 +50,7 @@ class OwnCertificates:
         database: Database,
         authority: Authority,
         broker: BrokerProvisioning,
-        enforcement: Enforcement,
+        reconciler: Reconciler,
         clock: Callable[[], datetime],
         tenant_id: str,
     ) -> None:
@@ -58,7 +58,7 @@ class OwnCertificates:
         self._database = database
         self._authority = authority
         self._broker = broker
-        self._enforcement = enforcement
+        self._reconciler = reconciler
         self._clock = clock
         self._tenant_id = tenant_id
 
@@ -121,8 +121,8 @@ class OwnCertificates:
         )
         generation = self._record(signer, issued, purpose="canary", revoked=revoked)
         # A broker whose CRL does not list the certificate yet would accept it, and look as if it ignored revocations.
-        listed = not served or self._enforcement.apply(generation).covers(generation)
-        if not listed and self._enforcement.broker_answers():
+        listed = not served or self._reconciler.apply(generation).covers(generation)
+        if not listed and self._reconciler.broker_answers():
             raise Unavailable(
                 "The broker did not load the CRL that lists the new revoked probe certificate; the portal tries again"
                 " in a few minutes."

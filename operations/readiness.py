@@ -14,7 +14,7 @@ from pki.crl import sign_crl
 from store import generations, issuers
 from store.database import Database
 from workflows.authority.issuers import Authority
-from workflows.enforcement import Enforcement
+from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.readiness")
 
@@ -41,7 +41,7 @@ class Readiness:
         self,
         database: Database,
         authority: Authority,
-        enforcement: Enforcement,
+        reconciler: Reconciler,
         clock: Callable[[], datetime],
         tenant_id: str,
         folders: Sequence[Path] = (),
@@ -49,7 +49,7 @@ class Readiness:
         """``folders`` are those whose disks must have room."""
         self._database = database
         self._authority = authority
-        self._enforcement = enforcement
+        self._reconciler = reconciler
         self._clock = clock
         self._tenant_id = tenant_id
         self._folders = folders
@@ -109,10 +109,10 @@ class Readiness:
         return None
 
     def _files_problem(self) -> str | None:
-        return " ".join(self._enforcement.damage()) or None
+        return " ".join(self._reconciler.damage()) or None
 
     def _broker_problem(self) -> str | None:
-        if not self._enforcement.broker_answers():
+        if not self._reconciler.broker_answers():
             return "The broker does not answer on its internal listener; start it, or see its log."
         with self._database.snapshot() as tx:
             state = generations.get_broker_state(tx, self._tenant_id)

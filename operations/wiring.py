@@ -31,16 +31,16 @@ from workflows.bulk.upload import Bulk
 from workflows.credentials import CredentialIssuer
 from workflows.delivery import Deliveries
 from workflows.devices import Inventory
-from workflows.enforcement import Enforcement
 from workflows.enrolment.approval import Approvals
 from workflows.enrolment.clients import Clients
 from workflows.enrolment.enrolment import Enrolment
 from workflows.enrolment.manufacturers import Manufacturers
 from workflows.enrolment.tokens import EnrolmentTokens
 from workflows.operators import Operators, new_token
-from workflows.registration import Onboarding
+from workflows.reconciliation import Reconciler
+from workflows.registration import Registrations
 from workflows.renewal import Renewals
-from workflows.suspension import Suspensions
+from workflows.revocation import Revocations
 from workflows.webhooks.sending import SecretSeal, Sender
 from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
@@ -73,12 +73,12 @@ class Portal:
     keys: CaKeys
     authority: Authority
     broker: BrokerProvisioning
-    enforcement: Enforcement
+    reconciler: Reconciler
     own_certificates: OwnCertificates
-    onboarding: Onboarding
+    registrations: Registrations
     bulk: Bulk
     deliveries: Deliveries
-    suspensions: Suspensions
+    revocations: Revocations
     renewals: Renewals
     clients: Clients
     enrolment: Enrolment
@@ -113,7 +113,7 @@ class _Foundation:
     keys: CaKeys
     authority: Authority
     broker: BrokerProvisioning
-    enforcement: Enforcement
+    reconciler: Reconciler
     link_keys: list[str]
     pepper: bytes
     sender: Sender
@@ -155,7 +155,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         keys=keys,
         authority=authority,
         broker=broker,
-        enforcement=Enforcement(settings, database, authority, broker, probes, clock, tenant_id),
+        reconciler=Reconciler(settings, database, authority, broker, probes, clock, tenant_id),
         link_keys=secret_file(folder / "link-keys", lambda: secrets.token_urlsafe(32)).split(),
         pepper=bytes.fromhex(secret_file(folder / "idempotency-pepper", lambda: secrets.token_hex(32))),
         sender=sender,
@@ -165,9 +165,8 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
 
 def _build(base: _Foundation, presence: ExitStack) -> Portal:
     settings, clock, tenant_id, database = base.settings, base.clock, base.tenant_id, base.database
-    authority, enforcement, folder = base.authority, base.enforcement, settings.data_dir
-    credentials, links = CredentialIssuer(settings, authority, base.link_keys), base.link_keys
-    onboarding = Onboarding(settings, database, enforcement, credentials, pepper=base.pepper, clock=clock)
+    authority, reconciler, folder = base.authority, base.reconciler, settings.data_dir
+    pepper, credentials, links = base.pepper, CredentialIssuer(settings, authority, base.link_keys), base.link_keys
     clients = Clients(settings, database, authority, clock)
     responders = ResponderCertificates(settings, database, authority, clock, tenant_id)
     return Portal(
@@ -178,15 +177,15 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         keys=base.keys,
         authority=authority,
         broker=base.broker,
-        enforcement=enforcement,
-        own_certificates=OwnCertificates(settings, database, authority, base.broker, enforcement, clock, tenant_id),
-        onboarding=onboarding,
-        bulk=Bulk(settings, database, authority, enforcement, onboarding, credentials, link_keys=links, clock=clock),
-        deliveries=Deliveries(settings, database, onboarding, links, clock),
-        suspensions=Suspensions(database, enforcement, clock),
-        renewals=Renewals(settings, database, enforcement, credentials, onboarding, pepper=base.pepper, clock=clock),
+        reconciler=reconciler,
+        own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, tenant_id),
+        registrations=Registrations(settings, database, reconciler, credentials, pepper=pepper, clock=clock),
+        bulk=Bulk(settings, database, authority, reconciler, credentials, link_keys=links, clock=clock),
+        deliveries=Deliveries(settings, database, reconciler, links, clock),
+        revocations=Revocations(database, reconciler, clock),
+        renewals=Renewals(settings, database, reconciler, credentials, pepper=pepper, clock=clock),
         clients=clients,
-        enrolment=Enrolment(settings, database, onboarding, credentials, clock),
+        enrolment=Enrolment(settings, database, reconciler, credentials, clock),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),
         approvals=Approvals(settings, database, clock),
@@ -195,8 +194,8 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, base.sender, clock),
         responder=Responder(settings, database, authority, responders, clock),
-        readiness=Readiness(database, authority, enforcement, clock, tenant_id, (folder, settings.broker_dir)),
-        monitoring=Monitoring(settings, database, enforcement, clock, tenant_id),
+        readiness=Readiness(database, authority, reconciler, clock, tenant_id, (folder, settings.broker_dir)),
+        monitoring=Monitoring(settings, database, reconciler, clock, tenant_id),
         presence=presence.pop_all(),
     )
 
@@ -214,7 +213,7 @@ def prepare(portal: Portal) -> None:
         with portal.database.transaction() as tx:
             # A setting or a file may have changed while no portal ran, so the broker gets everything again.
             db.next_generation(tx, portal.tenant_id, at=portal.clock())
-        portal.enforcement.install()
+        portal.reconciler.install()
 
 
 def first_token(portal: Portal) -> str:

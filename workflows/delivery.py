@@ -17,7 +17,7 @@ from store.database import Database
 from workflows import audit, events
 from workflows.audit import Actor
 from workflows.events import EventType
-from workflows.registration import Onboarding
+from workflows.reconciliation import Reconciler
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,13 @@ class Deliveries:
         self,
         settings: Settings,
         database: Database,
-        onboarding: Onboarding,
+        reconciler: Reconciler,
         link_keys: Sequence[str],
         clock: Callable[[], datetime],
     ) -> None:
         self._settings = settings
         self._database = database
-        self._onboarding = onboarding
+        self._reconciler = reconciler
         self._link_keys = link_keys
         self._clock = clock
 
@@ -67,7 +67,7 @@ class Deliveries:
         Raises as ``check_download`` does, and ``Unavailable`` while the broker does not know the device.
         """
         record = self.check_download(token)
-        self._onboarding.wait_until_granted(record.generation)
+        self._reconciler.wait_until_granted(record.generation)
         now = self._clock()
         device = f"device:{record.device_id}"
 

@@ -1,11 +1,10 @@
-"""The use cases: register, update, revoke."""
+"""The use cases of an operator: register a device, and change what is known of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,22 +16,22 @@ from sqlalchemy.exc import IntegrityError
 import db
 from config import Settings
 from core import metrics
-from core.device_status import DeviceStatus, advance
-from core.errors import ExternalIdTaken, StateConflict, Unavailable
+from core.device_status import DeviceStatus
+from core.errors import ExternalIdTaken, StateConflict
 from core.failpoints import failpoint
 from core.topics import new_device_id
 from store import bulk
 from store.database import Database
 from store.devices import update_device
-from workflows import audit, events
+from workflows import audit
 from workflows.admission import Admission, admit, checked_topics
 from workflows.audit import Actor
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
-from workflows.enforcement import Enforcement
 from workflows.events import EventType
 from workflows.idempotency import KeptAnswers, Sealed
+from workflows.reconciliation import Reconciler
 
-log = logging.getLogger("portal.onboarding")
+log = logging.getLogger("portal.registrations")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,25 +43,14 @@ class Registered(CredentialAnswer):
     status: str
 
 
-@dataclass(frozen=True, slots=True)
-class Revoked:
-    """The answer to a revocation: whether the broker was seen to refuse the device, or the ``problem`` that remains."""
-
-    device_id: str
-    revoked_at: datetime
-    reason: str
-    enforced: bool
-    problem: str | None
-
-
-class Onboarding:
-    """What is done to devices; every way in (REST, later EST, bulk, web) goes through here."""
+class Registrations:
+    """Registers devices, one at a time, and changes what is known of them."""
 
     def __init__(
         self,
         settings: Settings,
         database: Database,
-        enforcement: Enforcement,
+        reconciler: Reconciler,
         credentials: CredentialIssuer,
         *,
         pepper: bytes,
@@ -70,7 +58,7 @@ class Onboarding:
     ) -> None:
         self._settings = settings
         self._database = database
-        self._enforcement = enforcement
+        self._reconciler = reconciler
         self._credentials = credentials
         self._answers = KeptAnswers(database, pepper, clock)
         self._clock = clock
@@ -94,9 +82,9 @@ class Onboarding:
                     self._check_free(tx, actor.tenant_id, request.external_id)
             raise
         if answer.certificate is not None:
-            self.wait_until_granted(generation)
+            self._reconciler.wait_until_granted(generation)
         elif generation:
-            self._enforcement.wake()
+            self._reconciler.wake()
         failpoint("register.before_answer")
         return answer
 
@@ -159,59 +147,7 @@ class Onboarding:
             changed = sorted(values) + ([] if topics is ... else ["topics"])
             audit.record(tx, actor, "device:update", f"device:{device_id}", at=now, changed=changed)
         if generation:
-            self._enforcement.apply(generation)  # taking topics away is a revocation: it does not lag
-
-    # --- Revoke
-
-    def revoke(self, actor: Actor, device_id: str, reason: str) -> Revoked:
-        """Put a device out for good; a repeat gives the first answer's time and reason.
-
-        Returns once the broker was seen to refuse it, or once that failed. Raises ``DeviceNotFound``.
-        """
-        started, now = time.monotonic(), self._clock()
-        with self._database.transaction() as tx:
-            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
-            repeated = device.status is DeviceStatus.REVOKED
-            if repeated:
-                generation, revoked_at, reason = (
-                    device.generation,
-                    device.revoked_at,
-                    device.revocation_reason or reason,
-                )
-            else:
-                advance(device.status, DeviceStatus.REVOKED)
-                generation, revoked_at = db.next_generation(tx, actor.tenant_id, at=now), now
-                db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
-                events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=reason)
-                audit.record(tx, actor, "device:revoke", f"device:{device_id}", at=now, reason=reason)
-            failpoint("revoke.before_commit")
-        failpoint("revoke.after_commit")
-        if not repeated:
-            metrics.revoked()
-        outcome = self._enforcement.apply(generation)
-        enforced = outcome.covers(generation)
-        if enforced and not repeated:
-            metrics.enforced(time.monotonic() - started)
-        if not enforced:
-            log.error(
-                "a revocation is not enforced by the broker yet",
-                extra={"device_id": device_id, "problem": outcome.problem},
-            )
-        return Revoked(device_id, revoked_at or now, reason, enforced, None if enforced else outcome.problem)
-
-    # --- Credentials that are about to leave
-
-    def wait_until_granted(self, generation: int) -> None:
-        """Return once credentials made at ``generation`` will work; raises ``Unavailable`` where that takes too long.
-
-        A broker that is not running will read the files at its start, so for it they are enough.
-        """
-        outcome = self._enforcement.apply(generation)
-        if outcome.covers(generation):
-            return
-        if outcome.installed >= generation and not self._enforcement.broker_answers():
-            return
-        raise Unavailable("The device is registered, but the broker does not know it yet; try again in a few seconds.")
+            self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
 
 
 def _canonical(request: DeviceRequest) -> bytes:

@@ -26,12 +26,11 @@ from workflows import audit
 from workflows.admission import Issuance, record_issuances
 from workflows.audit import Actor
 from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
-from workflows.enforcement import Enforcement
 from workflows.events import EventType
 from workflows.idempotency import KeptAnswers, Sealed
-from workflows.registration import Onboarding
+from workflows.reconciliation import Reconciler
 
-log = logging.getLogger("portal.onboarding")
+log = logging.getLogger("portal.registrations")
 
 # A device whose answers are lost asks again and again; each certificate that it has makes a stolen key worth more.
 MOST_VALID = 5
@@ -77,18 +76,16 @@ class Renewals:
         self,
         settings: Settings,
         database: Database,
-        enforcement: Enforcement,
+        reconciler: Reconciler,
         credentials: CredentialIssuer,
-        onboarding: Onboarding,
         *,
         pepper: bytes,
         clock: Callable[[], datetime],
     ) -> None:
         self._settings = settings
         self._database = database
-        self._enforcement = enforcement
+        self._reconciler = reconciler
         self._credentials = credentials
-        self._onboarding = onboarding
         self._answers = KeptAnswers(database, pepper, clock)
         self._clock = clock
 
@@ -133,11 +130,11 @@ class Renewals:
         if answer.ended:
             answer = dataclasses.replace(answer, problem=self._ended(answer.device_id, generation))
         elif generation:
-            self._enforcement.wake()
+            self._reconciler.wake()
         if answer.certificate is not None:
             with self._database.snapshot() as tx:
                 device = db.get_device(tx, actor.tenant_id, answer.device_id)
-            self._onboarding.wait_until_granted(device.generation)
+            self._reconciler.wait_until_granted(device.generation)
         return answer
 
     def _renew(
@@ -276,7 +273,7 @@ class Renewals:
         return len(undone) + len(over)
 
     def _ended(self, device_id: str, generation: int) -> str | None:
-        outcome = self._enforcement.apply(generation)
+        outcome = self._reconciler.apply(generation)
         if outcome.covers(generation):
             return None
         log.error(

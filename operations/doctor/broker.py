@@ -21,7 +21,7 @@ from core.states import ON_CRL, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, summarize, warning, well
 from store import generations, issuers
 from store.tables import Certificate, Device
-from workflows.enforcement_acl import denials, put_into_acl
+from workflows.reconciliation import denials, update_acl
 
 _REPAIRS = "A running portal writes the file again within seconds: check that it runs, and its log."
 _PENDING = "See the line 'generation'."
@@ -56,7 +56,7 @@ def acl_entries(installation: Installation) -> Finding:
                 if change.generation > installed:
                     pending.add(change.device_id)  # not installed at the broker yet
                 else:
-                    put_into_acl(expected_acl, change, now)
+                    update_acl(expected_acl, change, now)
             expected, installed_blocks = _blocks(expected_acl.render(installed)), _blocks(content)
             # A denial that is not needed any more may stay until the next reconciliation.
             denied = [user for user in installed_blocks.keys() - expected.keys() if installed_blocks[user] == DENY_ALL]

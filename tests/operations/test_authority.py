@@ -66,9 +66,9 @@ def trusted(path: Path) -> int:
 
 
 def test_after_a_rollover_both_are_trusted_and_the_new_one_issues(portal: Portal) -> None:
-    older = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
+    older = portal.registrations.register(OPERATOR, with_fields(csr=csr_pem()))
     assert roll_over(portal) == "issuing-2"
-    newer = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
+    newer = portal.registrations.register(OPERATOR, with_fields(csr=csr_pem()))
     assert older.chain is not None
     assert newer.chain is not None
     names = [x509.load_pem_x509_certificates(chain.encode())[1].subject for chain in (older.chain, newer.chain)]
@@ -78,7 +78,7 @@ def test_after_a_rollover_both_are_trusted_and_the_new_one_issues(portal: Portal
         assert trusted(path) == 3
     assert portal.settings.broker_file("crl.pem").read_text().count("BEGIN X509 CRL") == 2
     for device in (older, newer):
-        portal.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")
+        portal.revocations.revoke(OPERATOR, device.device_id, "key_compromise")
     crls = [x509.load_der_x509_crl(crl_of(portal, name).der) for name in ("issuing-1", "issuing-2")]
     for crl, device in zip(crls, (older, newer), strict=True):
         assert crl.get_revoked_certificate_by_serial_number(int(device.serial_number, 16))
@@ -97,7 +97,7 @@ def test_a_rollover_that_was_cut_off_is_gone_on_with(
         raise KeyboardInterrupt
 
     places = {
-        "apply": portal.enforcement,
+        "apply": portal.reconciler,
         "renew": portal.responder.certificates,
         "move_to": rollover,
         "renew_certificates": operations_authority,
@@ -135,7 +135,7 @@ def test_without_the_roots_key_nothing_changes(portal: Portal) -> None:
 
 
 def test_a_ca_retires_by_itself_when_its_devices_have_certificates_of_the_next(portal: Portal, clock: Clock) -> None:
-    device = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
+    device = portal.registrations.register(OPERATOR, with_fields(csr=csr_pem()))
     roll_over(portal)
     clock.advance(hours=2)
     operations_authority.retire_unneeded(portal)
@@ -205,12 +205,12 @@ def test_openssl_and_pkilint_accept_what_is_served_of_every_ca(
 ) -> None:
     app: Flask = create_app(make_settings(), background=False, clock=clock)
     portal, client = portal_of(app), app.test_client()
-    devices = [portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))]
-    portal.suspensions.suspend(OPERATOR, portal.onboarding.register(OPERATOR, PUMP).device_id)
+    devices = [portal.registrations.register(OPERATOR, with_fields(csr=csr_pem()))]
+    portal.revocations.suspend(OPERATOR, portal.registrations.register(OPERATOR, PUMP).device_id)
     roll_over(portal)
-    devices.append(portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem())))
-    gone = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
-    portal.onboarding.revoke(OPERATOR, gone.device_id, "unspecified")
+    devices.append(portal.registrations.register(OPERATOR, with_fields(csr=csr_pem())))
+    gone = portal.registrations.register(OPERATOR, with_fields(csr=csr_pem()))
+    portal.revocations.revoke(OPERATOR, gone.device_id, "unspecified")
     (tmp_path / "ca.pem").write_bytes(client.get("/ca.pem").data)
     crls = []
     for name in ("root", "issuing-1", "issuing-2"):

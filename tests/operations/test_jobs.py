@@ -85,7 +85,7 @@ def test_after_a_long_downtime_the_first_renewal_makes_everything_current(portal
 
 def test_a_clock_that_goes_back_an_hour_leaves_no_crl_that_is_not_yet_valid(portal: Portal, clock: Clock) -> None:
     for _ in range(3):
-        portal.onboarding.revoke(OPERATOR, portal.onboarding.register(OPERATOR, PUMP).device_id, "unspecified")
+        portal.revocations.revoke(OPERATOR, portal.registrations.register(OPERATOR, PUMP).device_id, "unspecified")
     clock.advance(hours=-2)
     authority.renew_crls(portal)
     crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
@@ -130,7 +130,7 @@ def test_a_key_that_does_not_belong_to_its_certificate_is_replaced(portal: Porta
 
 
 def test_bundles_and_answers_whose_time_is_over_are_destroyed(portal: Portal, clock: Clock) -> None:
-    portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
     jobs.expire(portal)
     with portal.database.snapshot() as tx:
         assert tx.execute(sa.select(Delivery.status)).scalars().all() == ["ready"]

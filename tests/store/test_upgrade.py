@@ -137,7 +137,7 @@ def test_a_device_is_revoked_and_the_crl_holds_it_beside_those_revoked_before(
 ) -> None:
     before = {certificates_of(api, facts[name])[0]["serial_number"] for name in ("revoked", "suspended")}
     assert api.post(f"/revoke/{facts['active']}", {"reason": "key_compromise"}).status_code in (200, 202)
-    portal.enforcement.install()
+    portal.reconciler.install()
     now = {certificates_of(api, facts["active"])[0]["serial_number"]}
     assert serials_on_crls(portal) >= before | now
     assert api.get(f"/devices/{facts['active']}").json["status"] == "revoked"

@@ -22,7 +22,7 @@ from tests.support.crash import (
     read_crl,
 )
 from tests.support.deployment import wait_until
-from workflows.enforcement_acl import DENIALS_KEPT
+from workflows.reconciliation import MAX_DENIALS
 
 READY_SECONDS = 30.0
 
@@ -109,7 +109,7 @@ class Check:
         denied = {device_id for device_id, lines in blocks.items() if lines == ["topic deny #"]}
         granted = set(blocks) - denied
         # With more of them, the oldest are left to the CRL alone.
-        all_denied = self.style == "pattern" and len(listed) <= DENIALS_KEPT
+        all_denied = self.style == "pattern" and len(listed) <= MAX_DENIALS
         for known in self.ledger.answered():
             assert known.answer is not None
             device = by_name.get(known.name)

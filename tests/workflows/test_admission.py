@@ -62,7 +62,7 @@ def request_of(number: int, *, csr: bool) -> DeviceRequest:
 
 def register(portal: Portal, *, count: int, csr: bool = True) -> list[str]:
     requests = [request_of(number, csr=csr) for number in range(1, count + 1)]
-    return [portal.onboarding.register(OPERATOR, request).device_id for request in requests]
+    return [portal.registrations.register(OPERATOR, request).device_id for request in requests]
 
 
 class Rows:

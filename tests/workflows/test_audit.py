@@ -36,9 +36,9 @@ def tamper(portal: Portal, *statements: str) -> None:
 @pytest.fixture
 def recorded(portal: Portal) -> Portal:
     """A portal with some history; its first start left seven entries."""
-    device = portal.onboarding.register(OPERATOR, PUMP)
-    portal.onboarding.update(OPERATOR, device.device_id, {"name": "pump-2"})
-    portal.onboarding.revoke(OPERATOR, device.device_id, "superseded")
+    device = portal.registrations.register(OPERATOR, PUMP)
+    portal.registrations.update(OPERATOR, device.device_id, {"name": "pump-2"})
+    portal.revocations.revoke(OPERATOR, device.device_id, "superseded")
     return portal
 
 

@@ -35,10 +35,10 @@ def recorded(portal: Portal) -> list[dict[str, Any]]:
 
 def test_a_devices_life_is_recorded_as_events(portal: Portal) -> None:
     subscribe(portal)
-    device = portal.onboarding.register(OPERATOR, PUMP)
+    device = portal.registrations.register(OPERATOR, PUMP)
     portal.deliveries.deliver(OPERATOR, token_of(device))
-    portal.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")
-    portal.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")
+    portal.revocations.revoke(OPERATOR, device.device_id, "key_compromise")
+    portal.revocations.revoke(OPERATOR, device.device_id, "key_compromise")
     found = recorded(portal)
     assert [event["type"] for event in found] == ["registered", "delivered", "revoked", "broker_pending"]
     assert {event["device_id"] for event in found} == {device.device_id}
@@ -51,7 +51,7 @@ def test_a_devices_life_is_recorded_as_events(portal: Portal) -> None:
 def test_a_subscriber_gets_the_types_it_asked_for(portal: Portal) -> None:
     subscribe(portal, ",revoked,renewed,", "1" * 16)
     subscribe(portal, ",registered,", "2" * 16)
-    portal.onboarding.revoke(OPERATOR, portal.onboarding.register(OPERATOR, PUMP).device_id, "unspecified")
+    portal.revocations.revoke(OPERATOR, portal.registrations.register(OPERATOR, PUMP).device_id, "unspecified")
     with portal.database.snapshot() as tx:
         rows = tx.execute(sa.select(WebhookDelivery.webhook_id, WebhookDelivery.type).order_by(WebhookDelivery.id))
         assert [tuple(row) for row in rows] == [("2" * 16, "registered"), ("1" * 16, "revoked")]
@@ -66,7 +66,7 @@ def test_where_the_change_is_undone_there_is_no_event(portal: Portal, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("workflows.audit.record_all", fail)
         with pytest.raises(RuntimeError):
-            portal.onboarding.register(OPERATOR, PUMP)
+            portal.registrations.register(OPERATOR, PUMP)
     assert recorded(portal) == []
 
 

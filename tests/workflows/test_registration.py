@@ -70,7 +70,7 @@ def count(portal: Portal, table: type[Certificate | Delivery]) -> int:
 
 
 def test_a_registration_records_device_certificate_bundle_and_audit_entry_together(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
+    registered = portal.registrations.register(OPERATOR, PUMP)
     with portal.database.snapshot() as tx:
         device = db.get_device(tx, "default", registered.device_id)
         certificate = certificates.current_certificate(tx, "default", registered.device_id)
@@ -85,7 +85,7 @@ def test_a_registration_records_device_certificate_bundle_and_audit_entry_togeth
 
 
 def test_the_device_key_stands_nowhere_in_the_clear(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
+    registered = portal.registrations.register(OPERATOR, PUMP)
     with portal.database.snapshot() as tx:
         bundle = tx.execute(sa.select(Delivery.bundle).where(Delivery.device_id == registered.device_id)).scalar_one()
     assert bundle is not None
@@ -94,7 +94,7 @@ def test_the_device_key_stands_nowhere_in_the_clear(portal: Portal) -> None:
 
 def test_a_csr_gets_a_certificate_for_its_key_under_the_portals_subject(portal: Portal) -> None:
     pem = csr_pem()
-    registered = portal.onboarding.register(OPERATOR, with_fields(csr=pem))
+    registered = portal.registrations.register(OPERATOR, with_fields(csr=pem))
     assert registered.certificate is not None
     assert registered.bundle_password is None
     certificate = x509.load_pem_x509_certificate(registered.certificate.encode())
@@ -105,7 +105,7 @@ def test_a_csr_gets_a_certificate_for_its_key_under_the_portals_subject(portal: 
 @pytest.mark.parametrize("also", [{"key_type": "ed25519"}, {"bundle_password": "a long enough one"}])
 def test_a_csr_goes_with_no_key_type_and_no_bundle_password(portal: Portal, also: dict[str, str]) -> None:
     with pytest.raises(InputInvalid):
-        portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem(), **also))
+        portal.registrations.register(OPERATOR, with_fields(csr=csr_pem(), **also))
 
 
 @pytest.mark.parametrize(
@@ -114,25 +114,25 @@ def test_a_csr_goes_with_no_key_type_and_no_bundle_password(portal: Portal, also
 def test_a_topic_that_reaches_another_device_is_refused_and_nothing_is_recorded(portal: Portal, pattern: str) -> None:
     before = count(portal, Certificate)
     with pytest.raises(TopicRefused):
-        portal.onboarding.register(OPERATOR, with_fields(topics=[(pattern, "read")]))
+        portal.registrations.register(OPERATOR, with_fields(topics=[(pattern, "read")]))
     assert count(portal, Certificate) == before
 
 
 def test_one_idempotency_key_makes_one_device_and_the_same_answer(portal: Portal) -> None:
-    first = portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
-    assert portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars") == first
+    first = portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    assert portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars") == first
 
 
 def test_an_idempotency_key_with_another_body_is_a_conflict(portal: Portal) -> None:
-    portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
     with pytest.raises(IdempotencyConflict):
-        portal.onboarding.register(OPERATOR, with_fields(name="pump-2"), "a-key-of-16-chars")
+        portal.registrations.register(OPERATOR, with_fields(name="pump-2"), "a-key-of-16-chars")
 
 
 def test_an_idempotency_key_is_free_again_after_24_hours(portal: Portal, clock: Clock) -> None:
-    first = portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    first = portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
     clock.advance(hours=24, seconds=1)
-    assert portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars").device_id != first.device_id
+    assert portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars").device_id != first.device_id
 
 
 def test_registrations_at_once_under_one_idempotency_key_make_one_device(portal: Portal) -> None:
@@ -140,7 +140,7 @@ def test_registrations_at_once_under_one_idempotency_key_make_one_device(portal:
 
     def register(_: int) -> Registered:
         start.wait()
-        return portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+        return portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
 
     with ThreadPoolExecutor(8) as pool:
         answers = set(pool.map(register, range(8)))
@@ -148,7 +148,7 @@ def test_registrations_at_once_under_one_idempotency_key_make_one_device(portal:
 
 
 def test_the_kept_answer_does_not_open_without_the_idempotency_key(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    registered = portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
     with portal.database.snapshot() as tx:
         row = tx.execute(sa.text("SELECT key_hash, sealed_answer FROM idempotency_keys")).one()
     assert registered.bundle_password is not None
@@ -157,7 +157,7 @@ def test_the_kept_answer_does_not_open_without_the_idempotency_key(portal: Porta
 
 
 def test_a_bundle_is_handed_out_once_and_then_gone(portal: Portal) -> None:
-    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    token = token_of(portal.registrations.register(OPERATOR, PUMP))
     bundle = portal.deliveries.deliver(OPERATOR, token)
     assert bundle.content.startswith(b"PK")
     with pytest.raises(LinkUsed):
@@ -167,7 +167,7 @@ def test_a_bundle_is_handed_out_once_and_then_gone(portal: Portal) -> None:
 
 
 def test_of_many_fetches_at_once_exactly_one_gets_the_bundle(portal: Portal) -> None:
-    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    token = token_of(portal.registrations.register(OPERATOR, PUMP))
     start = threading.Barrier(8)
 
     def fetch(_: int) -> bool:
@@ -183,7 +183,7 @@ def test_of_many_fetches_at_once_exactly_one_gets_the_bundle(portal: Portal) -> 
 
 
 def test_a_bundle_is_gone_from_the_database_before_it_is_handed_out(portal: Portal) -> None:
-    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    token = token_of(portal.registrations.register(OPERATOR, PUMP))
     assert portal.deliveries.deliver(OPERATOR, token).content
     with portal.database.snapshot() as tx:
         row = tx.execute(sa.select(Delivery)).one()
@@ -191,7 +191,7 @@ def test_a_bundle_is_gone_from_the_database_before_it_is_handed_out(portal: Port
 
 
 def test_a_fetch_that_an_older_version_did_not_see_the_end_of_may_be_repeated(portal: Portal, clock: Clock) -> None:
-    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    token = token_of(portal.registrations.register(OPERATOR, PUMP))
     with portal.database.transaction() as tx:
         lease = clock() + timedelta(seconds=30)
         tx.execute(sa.update(Delivery).values(status=DeliveryStatus.FETCHING, lease_until=lease))
@@ -204,21 +204,21 @@ def test_a_fetch_that_an_older_version_did_not_see_the_end_of_may_be_repeated(po
 
 
 def test_the_link_of_a_revoked_device_gives_nothing(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
-    portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise")
     with pytest.raises(LinkRevoked):
         portal.deliveries.deliver(OPERATOR, token_of(registered))
 
 
 def test_looking_at_a_link_spends_nothing(portal: Portal) -> None:
-    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    token = token_of(portal.registrations.register(OPERATOR, PUMP))
     portal.deliveries.check_download(token)
     portal.deliveries.check_download(token)
     assert portal.deliveries.deliver(OPERATOR, token).content
 
 
 def test_a_link_ends_with_its_time(portal: Portal, clock: Clock) -> None:
-    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    token = token_of(portal.registrations.register(OPERATOR, PUMP))
     clock.advance(hours=24, seconds=1)
     with pytest.raises(LinkExpired):
         portal.deliveries.deliver(OPERATOR, token)
@@ -228,7 +228,7 @@ def test_a_link_ends_with_its_time(portal: Portal, clock: Clock) -> None:
     "alter", [lambda t: t[:-1], lambda t: "A" + t[1:], lambda t: t + ".x", lambda _: "", lambda _: "é" * 40]
 )
 def test_an_altered_link_is_unknown(portal: Portal, alter: Callable[[str], str]) -> None:
-    token = token_of(portal.onboarding.register(OPERATOR, PUMP))
+    token = token_of(portal.registrations.register(OPERATOR, PUMP))
     with pytest.raises(LinkUnknown):
         portal.deliveries.deliver(OPERATOR, alter(token))
 
@@ -238,19 +238,19 @@ def test_a_link_signed_with_an_older_key_still_works_after_rotation(
 ) -> None:
     settings = make_settings()
     before = open_portal(settings, clock)
-    token = token_of(before.onboarding.register(OPERATOR, PUMP))
+    token = token_of(before.registrations.register(OPERATOR, PUMP))
     before.close()
     keys = settings.secrets_dir / "link-keys"
     keys.write_text(keys.read_text() + "a-newer-key-of-many-characters\n")
     after = open_portal(settings, clock)
     assert after.deliveries.deliver(OPERATOR, token).content
-    assert token_of(after.onboarding.register(OPERATOR, PUMP)) != token
+    assert token_of(after.registrations.register(OPERATOR, PUMP)) != token
     after.close()
 
 
 def test_a_revocation_is_recorded_though_the_broker_does_not_run(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
-    revoked = portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    revoked = portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise")
     assert not revoked.enforced
     assert revoked.problem is not None
     with portal.database.snapshot() as tx:
@@ -263,8 +263,8 @@ def test_a_revocation_is_recorded_though_the_broker_does_not_run(portal: Portal)
 
 @PER_DEVICE
 def test_a_revoked_device_stands_in_the_crl_and_not_in_the_acl_that_the_broker_will_read(portal: Portal) -> None:
-    stays, goes = (portal.onboarding.register(OPERATOR, PUMP) for _ in range(2))
-    portal.onboarding.revoke(OPERATOR, goes.device_id, "key_compromise")
+    stays, goes = (portal.registrations.register(OPERATOR, PUMP) for _ in range(2))
+    portal.revocations.revoke(OPERATOR, goes.device_id, "key_compromise")
     acl = portal.settings.broker_file("acl").read_text()
     assert stays.device_id in acl
     assert goes.device_id not in acl
@@ -276,33 +276,33 @@ def test_a_revoked_device_stands_in_the_crl_and_not_in_the_acl_that_the_broker_w
 
 
 def test_revoking_twice_answers_the_same(portal: Portal, clock: Clock) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
-    first = portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    first = portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise")
     clock.advance(minutes=5)
-    assert portal.onboarding.revoke(OPERATOR, registered.device_id, "superseded") == first
+    assert portal.revocations.revoke(OPERATOR, registered.device_id, "superseded") == first
 
 
 def test_a_revocation_destroys_the_bundle_and_its_link(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
-    portal.onboarding.revoke(OPERATOR, registered.device_id, "unspecified")
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.revoke(OPERATOR, registered.device_id, "unspecified")
     with pytest.raises(LinkRevoked):
         portal.deliveries.deliver(OPERATOR, token_of(registered))
 
 
 def test_a_revoked_device_cannot_be_changed(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
-    portal.onboarding.revoke(OPERATOR, registered.device_id, "unspecified")
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.revoke(OPERATOR, registered.device_id, "unspecified")
     with pytest.raises(StateConflict):
-        portal.onboarding.update(OPERATOR, registered.device_id, {"name": "back again"})
+        portal.registrations.update(OPERATOR, registered.device_id, {"name": "back again"})
 
 
 def test_a_device_of_another_tenant_is_not_there(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
+    registered = portal.registrations.register(OPERATOR, PUMP)
     stranger = Actor("another", "an operator", "operator", "request-2", "192.0.2.2")
     with portal.database.transaction() as tx:
         tenants.add_tenant(tx, "another", created_at=portal.clock())
     with pytest.raises(DeviceNotFound):
-        portal.onboarding.revoke(stranger, registered.device_id, "unspecified")
+        portal.revocations.revoke(stranger, registered.device_id, "unspecified")
     with pytest.raises(DeviceNotFound):
         portal.inventory.device("another", registered.device_id)
 
@@ -310,8 +310,8 @@ def test_a_device_of_another_tenant_is_not_there(portal: Portal) -> None:
 def test_crl_numbers_and_this_update_rise_with_each_revocation(portal: Portal) -> None:
     seen = []
     for _ in range(3):
-        registered = portal.onboarding.register(OPERATOR, PUMP)
-        portal.onboarding.revoke(OPERATOR, registered.device_id, "unspecified")
+        registered = portal.registrations.register(OPERATOR, PUMP)
+        portal.revocations.revoke(OPERATOR, registered.device_id, "unspecified")
         with portal.database.snapshot() as tx:
             crl = issuers.get_crl(tx, portal.authority.issuing.id)
         assert crl is not None
@@ -324,22 +324,22 @@ def test_crl_numbers_and_this_update_rise_with_each_revocation(portal: Portal) -
 @pytest.mark.parametrize("acl_style", ["", "per-device"], indirect=True)
 def test_an_upgraded_portal_goes_on_in_the_style_of_its_files(portal: Portal, clock: Clock, acl_style: str) -> None:
     narrower = with_fields(topics=[("devices/{id}/up/#", "write")])
-    portal.enforcement.install()
+    portal.reconciler.install()
     with contextlib.closing(open_portal(settings_for(portal.settings.data_dir), clock)) as again:
         record = json.loads(again.settings.broker_file("projection.json").read_text())
         assert record["style"] == again.settings.acl_style == (acl_style or "pattern")
         if acl_style:
-            again.onboarding.register(OPERATOR, narrower)
+            again.registrations.register(OPERATOR, narrower)
             return
         with pytest.raises(TopicRefused, match="PORTAL_ACL_STYLE=per-device"):
-            again.onboarding.register(OPERATOR, narrower)
+            again.registrations.register(OPERATOR, narrower)
 
 
 @PER_DEVICE
 def test_topics_of_its_own_reach_the_acl_and_null_gives_the_default_back(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, with_fields(topics=[("devices/{id}/up/#", "write")]))
-    portal.enforcement.install()
+    registered = portal.registrations.register(OPERATOR, with_fields(topics=[("devices/{id}/up/#", "write")]))
+    portal.reconciler.install()
     acl = portal.settings.broker_file("acl")
     assert f"topic write devices/{registered.device_id}/up/#\n" in acl.read_text()
-    portal.onboarding.update(OPERATOR, registered.device_id, {}, topics=None)
+    portal.registrations.update(OPERATOR, registered.device_id, {}, topics=None)
     assert f"topic readwrite devices/{registered.device_id}/#\n" in acl.read_text()

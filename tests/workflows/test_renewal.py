@@ -52,7 +52,7 @@ def fetch(portal: Portal, token: str) -> None:
 
 
 def register_by_csr(portal: Portal) -> Registered:
-    return portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
+    return portal.registrations.register(OPERATOR, with_fields(csr=csr_pem()))
 
 
 def generation(portal: Portal) -> int:
@@ -126,7 +126,7 @@ def test_a_renewal_that_nobody_fetched_is_undone(portal: Portal, clock: Clock) -
 
 
 def test_a_bundle_that_was_not_fetched_is_destroyed_by_the_next_renewal(portal: Portal) -> None:
-    device = portal.onboarding.register(OPERATOR, PUMP)
+    device = portal.registrations.register(OPERATOR, PUMP)
     renewed = portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest())
     assert renewed.previous_valid_until is None
     with pytest.raises(LinkRevoked):
@@ -185,10 +185,10 @@ def test_renewals_at_once_each_make_one(portal: Portal) -> None:
 @ON_SQLITE
 def test_only_a_device_that_is_in_renews(portal: Portal) -> None:
     device = register_by_csr(portal)
-    portal.suspensions.suspend(OPERATOR, device.device_id)
+    portal.revocations.suspend(OPERATOR, device.device_id)
     with pytest.raises(StateConflict, match="suspended"):
         portal.renewals.renew(OPERATOR, device.device_id, by_csr())
-    portal.onboarding.revoke(OPERATOR, device.device_id, "unspecified")
+    portal.revocations.revoke(OPERATOR, device.device_id, "unspecified")
     with pytest.raises(StateConflict, match="revoked"):
         portal.renewals.renew(OPERATOR, device.device_id, by_csr())
 
@@ -204,13 +204,13 @@ def test_a_csr_goes_with_no_key_type(portal: Portal) -> None:
 def test_suspending_holds_every_certificate_and_resuming_gives_each_back(portal: Portal) -> None:
     device = register_by_csr(portal)
     portal.renewals.renew(OPERATOR, device.device_id, by_csr())
-    portal.suspensions.suspend(OPERATOR, device.device_id)
+    portal.revocations.suspend(OPERATOR, device.device_id)
     assert statuses(portal, device.device_id) == ["held", "held"]
     assert all(listed(portal, certificate) for certificate in certificates(portal, device.device_id))
     assert len(portal.inventory.devices("default", DeviceFilter(), limit=5, cursor=None).devices) == 1
-    portal.suspensions.resume(OPERATOR, device.device_id)
+    portal.revocations.resume(OPERATOR, device.device_id)
     assert statuses(portal, device.device_id) == ["replaced", "active"]
-    portal.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")
+    portal.revocations.revoke(OPERATOR, device.device_id, "key_compromise")
     assert statuses(portal, device.device_id) == ["revoked", "revoked"]
     assert all(listed(portal, certificate) for certificate in certificates(portal, device.device_id))
 

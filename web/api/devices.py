@@ -192,7 +192,7 @@ class DeviceQuery(RequestModel):
 
 def register(call: Call, body: RegisterRequest) -> Reply:
     """Register a device: create its key and certificate, or sign its CSR."""
-    registered = call.portal.onboarding.register(call.actor, registration_of(body), call.idempotency_key)
+    registered = call.portal.registrations.register(call.actor, registration_of(body), call.idempotency_key)
     location = {"Location": f"/devices/{registered.device_id}"}
     return Reply(RegisterAnswer.of(registered), status=201, headers=location, omit_none=True)
 
@@ -217,7 +217,7 @@ def update_device(call: Call, device_id: str, body: PatchRequest) -> Reply:
     """Change a device's description or topics."""
     values = body.model_dump(exclude_unset=True, exclude={"topics"})
     topics = {"topics": _pairs(body.topics)} if "topics" in body.model_fields_set else {}
-    call.portal.onboarding.update(call.actor, device_id, values, **topics)
+    call.portal.registrations.update(call.actor, device_id, values, **topics)
     return Reply(_device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id)))
 
 

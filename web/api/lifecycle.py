@@ -23,7 +23,7 @@ from web.api.fields import (
 )
 from web.api.routing import Answers, Call, Reply, Route, tagged
 from workflows.renewal import RenewalRequest
-from workflows.suspension import Suspended
+from workflows.revocation import Suspended
 
 
 class SuspensionAnswer(AnswerModel):
@@ -104,17 +104,17 @@ def renew(call: Call, device_id: str, body: RenewRequest) -> Reply:
 
 def suspend(call: Call, device_id: str) -> Reply:
     """Suspend a device until it is resumed (certificateHold)."""
-    return _reply(call.portal.suspensions.suspend(call.actor, device_id))
+    return _reply(call.portal.revocations.suspend(call.actor, device_id))
 
 
 def resume(call: Call, device_id: str) -> Reply:
     """Resume a suspended device."""
-    return _reply(call.portal.suspensions.resume(call.actor, device_id))
+    return _reply(call.portal.revocations.resume(call.actor, device_id))
 
 
 def revoke(call: Call, device_id: str, body: RevokeRequest) -> Reply:
     """Revoke a device permanently and disconnect it from the broker."""
-    revoked = call.portal.onboarding.revoke(call.actor, device_id, body.reason)
+    revoked = call.portal.revocations.revoke(call.actor, device_id, body.reason)
     return Reply(
         RevokeAnswer.of(
             revoked,

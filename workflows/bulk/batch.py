@@ -36,7 +36,7 @@ from workflows.authority.issuers import Authority
 from workflows.bulk.processes import CredentialProcesses, Issuing, Job
 from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredentials
 from workflows.events import EventType
-from workflows.registration import Onboarding
+from workflows.reconciliation import Reconciler
 
 ATTEMPTS = 3  # at a row whose external id another request is registering, too
 
@@ -115,14 +115,14 @@ class Batches:
         settings: Settings,
         database: Database,
         authority: Authority,
-        onboarding: Onboarding,
+        reconciler: Reconciler,
         processes: CredentialProcesses,
         clock: Callable[[], datetime],
     ) -> None:
         self._settings = settings
         self._database = database
         self._authority = authority
-        self._onboarding = onboarding
+        self._reconciler = reconciler
         self._processes = processes
         self._clock = clock
 
@@ -254,7 +254,7 @@ class Batches:
         if not answers:
             return
         try:
-            self._onboarding.wait_until_granted(batch.generation)
+            self._reconciler.wait_until_granted(batch.generation)
         except Unavailable as error:
             for answer in answers:
                 batch.answers[answer.row] = failed(answer.row, error, external_id=answer.external_id)

@@ -19,12 +19,11 @@ from workflows.authority.issuers import Authority
 from workflows.bulk.batch import Batch, Batches, Candidate, RowAnswer, RowDone, RowFailed, failed
 from workflows.bulk.processes import CredentialProcesses
 from workflows.credentials import CredentialIssuer
-from workflows.enforcement import Enforcement
-from workflows.registration import Onboarding
+from workflows.reconciliation import Reconciler
 
 BATCH = 256  # rows of a transaction, which keeps other writers waiting for some 15 ms
 AHEAD = 3  # batches under way: one is written while the processes are at work on the others
-GRANT_SECONDS = 1.0  # between two calls for a broker pass
+WAKE_SECONDS = 1.0  # between two reconciliations during an upload
 
 
 class Source(Protocol):
@@ -49,17 +48,16 @@ class Bulk:
         settings: Settings,
         database: Database,
         authority: Authority,
-        enforcement: Enforcement,
-        onboarding: Onboarding,
+        reconciler: Reconciler,
         credentials: CredentialIssuer,
         *,
         link_keys: Sequence[str],
         clock: Callable[[], datetime],
     ) -> None:
         self._settings = settings
-        self._enforcement = enforcement
+        self._reconciler = reconciler
         self._processes = CredentialProcesses(settings, link_keys, credentials)
-        self._batches = Batches(settings, database, authority, onboarding, self._processes, clock)
+        self._batches = Batches(settings, database, authority, reconciler, self._processes, clock)
 
     def close(self) -> None:
         """End the processes that issue credentials."""
@@ -95,7 +93,7 @@ class Bulk:
     def _pipeline(self, actor: Actor, source: Source, pending: deque[Batch]) -> Iterator[Sequence[RowAnswer]]:
         last: RowFailed | None = None
         ended = False
-        waking = _Waking(self._enforcement)
+        waking = _Waking(self._reconciler)
         while pending or not ended:
             if not ended and len(pending) < AHEAD:
                 try:
@@ -120,18 +118,18 @@ class Bulk:
 
 
 class _Waking:
-    """Calls for broker passes while an upload goes on, not too often."""
+    """Asks for reconciliations during an upload, not too often."""
 
-    def __init__(self, enforcement: Enforcement) -> None:
-        self._enforcement = enforcement
+    def __init__(self, reconciler: Reconciler) -> None:
+        self._reconciler = reconciler
         self._called = time.monotonic()
         self._wanted = False
 
     def granted(self, generation: int, *, soon: bool) -> None:
         self._wanted |= generation > 0
         now = time.monotonic()
-        if self._wanted and (soon or now - self._called >= GRANT_SECONDS):
-            self._enforcement.wake()
+        if self._wanted and (soon or now - self._called >= WAKE_SECONDS):
+            self._reconciler.wake()
             self._called, self._wanted = now, False
 
 

@@ -23,7 +23,7 @@ from workflows.credentials import CredentialIssuer
 from workflows.enrolment.credential import Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
 from workflows.enrolment.first import FirstEnrolment
 from workflows.enrolment.reenrolment import Reenrolment
-from workflows.registration import Onboarding
+from workflows.reconciliation import Reconciler
 
 _TRIES = 3
 
@@ -35,14 +35,14 @@ class Enrolment:
         self,
         settings: Settings,
         database: Database,
-        onboarding: Onboarding,
+        reconciler: Reconciler,
         credentials: CredentialIssuer,
         clock: Callable[[], datetime],
     ) -> None:
         self._database = database
-        self._onboarding = onboarding
+        self._reconciler = reconciler
         self._first = FirstEnrolment(settings, database, credentials, clock)
-        self._reenrolment = Reenrolment(database, onboarding, credentials, clock)
+        self._reenrolment = Reenrolment(database, reconciler, credentials, clock)
 
     def enrol(self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest) -> Enrolled | Waiting:
         """Certify the key of a device's CSR, or one made for it, or have it wait, as the profile says.
@@ -55,7 +55,7 @@ class Enrolment:
         if isinstance(outcome, Waiting):
             return outcome
         failpoint("enrol.after_commit")
-        self._onboarding.wait_until_granted(outcome.generation)
+        self._reconciler.wait_until_granted(outcome.generation)
         return outcome
 
     def check_renewal_key(self, tenant_id: str, device_id: str, request: EnrolmentRequest) -> None:

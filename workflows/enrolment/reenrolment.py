@@ -32,7 +32,7 @@ from workflows.enrolment.credential import (
     issue,
 )
 from workflows.events import EventType
-from workflows.registration import Onboarding
+from workflows.reconciliation import Reconciler
 
 # Each certificate that replaces another puts that one on the CRL; a device whose answers are lost asks again and again.
 MAX_IN_A_DAY = 5
@@ -44,12 +44,12 @@ class Reenrolment:
     def __init__(
         self,
         database: Database,
-        onboarding: Onboarding,
+        reconciler: Reconciler,
         credentials: CredentialIssuer,
         clock: Callable[[], datetime],
     ) -> None:
         self._database = database
-        self._onboarding = onboarding
+        self._reconciler = reconciler
         self._credentials = credentials
         self._clock = clock
 
@@ -73,7 +73,7 @@ class Reenrolment:
                     return Enrolled(device.id, certificate.der, device.generation)
             elif self._is_current(credential, certificate):
                 # Where the broker is what kept the answer back, another key would be kept back, too.
-                self._onboarding.wait_until_granted(device.generation)
+                self._reconciler.wait_until_granted(device.generation)
                 return self._replace(actor, credential, request, known, approved=False)
         if credential.manufacturer_id is None:
             raise StateConflict(

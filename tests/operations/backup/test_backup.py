@@ -133,9 +133,9 @@ def status_of(portal: Portal, device: Registered) -> DeviceStatus:
 
 def test_a_backup_is_one_private_file_made_while_the_portal_works(settings: Settings, file: Path, clock: Clock) -> None:
     with opened(settings, clock) as portal:
-        portal.onboarding.register(OPERATOR, PUMP)
+        portal.registrations.register(OPERATOR, PUMP)
         made = copied(settings, file, clock)
-        portal.onboarding.register(OPERATOR, PUMP)
+        portal.registrations.register(OPERATOR, PUMP)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert made.manifest.counts["devices"] == 1
     assert list(file.parent.iterdir()) == [file]
@@ -151,7 +151,7 @@ def test_what_is_there_is_never_overwritten(settings: Settings, file: Path, cloc
 def test_a_backup_alone_can_sign_nothing_and_opens_nothing(settings: Settings, file: Path, clock: Clock) -> None:
     with opened(settings, clock) as portal:
         token = first_token(portal)
-        registered = portal.onboarding.register(OPERATOR, PUMP, "a-key-of-16-chars")
+        registered = portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
     copied(settings, file, clock)
     passphrase = (settings.secrets_dir / "ca-passphrase").read_bytes().strip()
     with zipfile.ZipFile(file) as archive:
@@ -184,9 +184,9 @@ def test_a_backup_moves_a_portal_to_any_database(
     settings: Settings, elsewhere: Settings, file: Path, clock: Clock
 ) -> None:
     with opened(settings, clock) as portal:
-        device = portal.onboarding.register(OPERATOR, PUMP)
-        gone = portal.onboarding.register(OPERATOR, PUMP)
-        portal.onboarding.revoke(OPERATOR, gone.device_id, "key_compromise")
+        device = portal.registrations.register(OPERATOR, PUMP)
+        gone = portal.registrations.register(OPERATOR, PUMP)
+        portal.revocations.revoke(OPERATOR, gone.device_id, "key_compromise")
         before = contents(portal)
     copied(settings, file, clock)
     bring_passphrase(settings, elsewhere)
@@ -199,7 +199,7 @@ def test_a_backup_moves_a_portal_to_any_database(
             assert issued == [row for row in before[name] if "'server'" not in row and "'canary'" not in row]
         assert after["audit_entries"][: len(before["audit_entries"])] == before["audit_entries"]
         assert portal.deliveries.deliver(OPERATOR, token_of(device)).content
-        assert portal.onboarding.register(OPERATOR, PUMP).status is DeviceStatus.ACTIVE
+        assert portal.registrations.register(OPERATOR, PUMP).status is DeviceStatus.ACTIVE
         with portal.database.snapshot() as tx:
             assert audit.verify(tx, "default").problem is None
         assert listed(elsewhere)[gone.serial_number]
@@ -209,7 +209,7 @@ def test_the_data_folder_of_another_portal_becomes_the_copys(
     settings: Settings, elsewhere: Settings, file: Path, clock: Clock
 ) -> None:
     with opened(settings, clock) as portal:
-        portal.onboarding.register(OPERATOR, PUMP)
+        portal.registrations.register(OPERATOR, PUMP)
     copied(settings, file, clock)
     with opened(elsewhere, clock) as portal:  # a first start there, by mistake
         prepare(portal)
@@ -230,7 +230,7 @@ def test_an_older_schema_is_restored_and_then_migrated(
     settings: Settings, elsewhere: Settings, file: Path, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(settings, clock) as portal:
-        portal.onboarding.register(OPERATOR, PUMP)
+        portal.registrations.register(OPERATOR, PUMP)
     copied(settings, file, clock)
     shutil.copytree(database.MIGRATIONS, tmp_path / "migrations")
     (tmp_path / "migrations" / "versions" / "9000_colour.py").write_text(
@@ -339,7 +339,7 @@ def test_no_restore_while_a_portal_is_at_work_and_no_portal_during_a_restore(
 def test_a_database_with_devices_is_replaced_only_when_told(settings: Settings, file: Path, clock: Clock) -> None:
     copied(settings, file, clock)
     with opened(settings, clock) as portal:
-        portal.onboarding.register(OPERATOR, PUMP)
+        portal.registrations.register(OPERATOR, PUMP)
         before = contents(portal)
     with pytest.raises(BackupRefused, match=r"1 devices.*--replace"):
         put_back(settings, file, clock, replace=False)
@@ -356,7 +356,7 @@ def test_a_restore_that_fails_half_way_changes_nothing(
 ) -> None:
     copied(settings, file, clock)
     with opened(settings, clock) as portal:
-        portal.onboarding.register(OPERATOR, PUMP)
+        portal.registrations.register(OPERATOR, PUMP)
         before = contents(portal)
 
     def fail(*_: Any) -> None:
@@ -381,13 +381,13 @@ class Story:
         self.settings, self.file, self.clock = settings, file, clock
         with opened(settings, clock) as portal:
             prepare(portal)
-            self.stays, self.goes, self.held = (portal.onboarding.register(OPERATOR, PUMP) for _ in range(3))
+            self.stays, self.goes, self.held = (portal.registrations.register(OPERATOR, PUMP) for _ in range(3))
             copied(settings, file, clock)
             clock.advance(minutes=5)
-            self.late = portal.onboarding.register(OPERATOR, PUMP)
-            self.late_and_gone = portal.onboarding.register(OPERATOR, PUMP)
+            self.late = portal.registrations.register(OPERATOR, PUMP)
+            self.late_and_gone = portal.registrations.register(OPERATOR, PUMP)
             for device in (self.goes, self.late_and_gone):
-                portal.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")
+                portal.revocations.revoke(OPERATOR, device.device_id, "key_compromise")
             with portal.database.transaction() as tx:
                 generation = db.next_generation(tx, "default", at=clock())
                 values = {"status": "suspended", "updated_at": clock(), "generation": generation}
@@ -395,7 +395,7 @@ class Story:
                 held = sa.update(Certificate).where(Certificate.device_id == self.held.device_id)
                 tx.execute(held.values(status="held", revoked_at=clock(), revocation_reason="certificate_hold"))
                 issuers.touch_issuer(tx, 2, generation=generation)
-            portal.enforcement.install()
+            portal.reconciler.install()
             with portal.database.snapshot() as tx:
                 self.generation = generations.get_broker_state(tx, "default").generation
         self.number = crl_number(settings)
@@ -514,7 +514,7 @@ def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: 
         secret, record = new_token("default", "ci", Role.ADMIN, None, now=clock())
         with portal.database.transaction() as tx:
             tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
-        portal.onboarding.register(OPERATOR, PUMP)
+        portal.registrations.register(OPERATOR, PUMP)
         copied(settings, file, clock)
         with portal.database.transaction() as tx:
             tenants.revoke_token(tx, "default", record.id, revoked_at=clock())
@@ -535,7 +535,7 @@ def test_an_enrolment_token_revoked_since_the_copy_stays_revoked_and_its_uses_st
             portal.enrolment_tokens.create(OPERATOR, name, terms, device_id=None, count=2, life=timedelta(days=9))
             for name in ("leaked", "used")
         ]
-        portal.onboarding.register(OPERATOR, PUMP)
+        portal.registrations.register(OPERATOR, PUMP)
         copied(settings, file, clock)
         portal.enrolment_tokens.revoke(OPERATOR, made[0][1].id)
         with portal.database.transaction() as tx:
@@ -555,7 +555,7 @@ def test_an_enrolment_token_revoked_since_the_copy_stays_revoked_and_its_uses_st
 
 def test_bundles_of_a_copy_are_destroyed(settings: Settings, file: Path, clock: Clock) -> None:
     with opened(settings, clock) as portal:
-        device = portal.onboarding.register(OPERATOR, PUMP)
+        device = portal.registrations.register(OPERATOR, PUMP)
     copied(settings, file, clock)
     assert put_back(settings, file, clock).links_expired == 1
     with opened(settings, clock) as portal:
@@ -567,10 +567,10 @@ def test_bundles_of_a_copy_are_destroyed(settings: Settings, file: Path, clock: 
 
 def test_links_kept_are_those_that_nobody_used_since(settings: Settings, file: Path, clock: Clock) -> None:
     with opened(settings, clock) as portal:
-        waits, fetched, gone = (portal.onboarding.register(OPERATOR, PUMP) for _ in range(3))
+        waits, fetched, gone = (portal.registrations.register(OPERATOR, PUMP) for _ in range(3))
         copied(settings, file, clock)
         portal.deliveries.deliver(OPERATOR, token_of(fetched))
-        portal.onboarding.revoke(OPERATOR, gone.device_id, "superseded")
+        portal.revocations.revoke(OPERATOR, gone.device_id, "superseded")
     assert put_back(settings, file, clock, keep_links=True).links_expired == 1
     with opened(settings, clock) as portal:
         assert portal.deliveries.check_download(token_of(waits)).status == "ready"
@@ -598,7 +598,7 @@ def test_keys_and_secrets_that_are_there_stay_and_a_root_key_moved_away_stays_aw
 
 def test_the_old_sqlite_file_is_kept_beside_each_time(settings: Settings, file: Path, clock: Clock) -> None:
     with opened(settings, clock) as portal:
-        portal.onboarding.register(OPERATOR, PUMP)
+        portal.registrations.register(OPERATOR, PUMP)
     copied(settings, file, clock)
     first, second = put_back(settings, file, clock).before, put_back(settings, file, clock).before
     assert first is not None

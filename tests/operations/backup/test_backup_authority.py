@@ -22,10 +22,10 @@ def test_a_ca_that_the_copy_does_not_know_is_gone_and_its_key_never_used_again(
 ) -> None:
     settings = make_settings()
     portal = open_portal(settings, clock)
-    older = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
+    older = portal.registrations.register(OPERATOR, with_fields(csr=csr_pem()))
     back_up(settings, tmp_path / "copy", now=clock())
     assert authority.roll_over(portal, OPERATOR, lambda _: None) == "issuing-2"
-    newer = portal.onboarding.register(OPERATOR, with_fields(csr=csr_pem()))
+    newer = portal.registrations.register(OPERATOR, with_fields(csr=csr_pem()))
     assert newer.chain is not None
     portal.close()
     restore(settings, tmp_path / "copy", replace=True, keep_links=False, now=clock())

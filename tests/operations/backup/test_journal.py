@@ -108,8 +108,8 @@ def test_over_a_lost_database_a_restore_can_simply_be_run_again(story: Story, cl
 def another(elsewhere: Settings, settings: Settings, file: Path, clock: Clock) -> tuple[Settings, str]:
     """A data folder of another CA, in which a backup is to be put back, with that CA."""
     with opened(settings, clock) as portal:
-        gone = portal.onboarding.register(OPERATOR, PUMP)
-        portal.onboarding.revoke(OPERATOR, gone.device_id, "key_compromise")
+        gone = portal.registrations.register(OPERATOR, PUMP)
+        portal.revocations.revoke(OPERATOR, gone.device_id, "key_compromise")
     copied(settings, file, clock)
     bring_passphrase(settings, elsewhere)
     with opened(elsewhere, clock) as portal:
@@ -173,7 +173,7 @@ def test_a_damaged_journal_stops_the_start(settings: Settings, clock: Clock) -> 
 def test_the_backup_of_what_was_there_can_be_put_back(another: tuple[Settings, str], file: Path, clock: Clock) -> None:
     settings, ca_pem = another
     with opened(settings, clock) as portal:
-        device = portal.onboarding.register(OPERATOR, PUMP)
+        device = portal.registrations.register(OPERATOR, PUMP)
     before = put_back(settings, file, clock).before
     assert before is not None
     put_back(settings, before, clock)

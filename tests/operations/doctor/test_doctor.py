@@ -44,9 +44,9 @@ def portal(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Por
     built = portal_of(app)
     prepare(built)
     for _ in range(2):
-        device = built.onboarding.register(OPERATOR, PUMP)
-    built.onboarding.revoke(OPERATOR, device.device_id, "key_compromise")
-    built.enforcement.install()
+        device = built.registrations.register(OPERATOR, PUMP)
+    built.revocations.revoke(OPERATOR, device.device_id, "key_compromise")
+    built.reconciler.install()
     (built.settings.broker_dir / "mosquitto.conf").write_text(installed_configuration(built.settings))
     yield built
     built.close()
@@ -142,9 +142,9 @@ def the_crl_is_an_older_one(portal: Portal) -> None:
 
 
 def revoke_another(portal: Portal) -> None:
-    device = portal.onboarding.register(OPERATOR, PUMP)
-    portal.onboarding.revoke(OPERATOR, device.device_id, "superseded")
-    portal.enforcement.install()
+    device = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.revoke(OPERATOR, device.device_id, "superseded")
+    portal.reconciler.install()
 
 
 def the_crl_is_gone(portal: Portal) -> None:
@@ -340,7 +340,7 @@ def test_a_token_without_an_end_is_a_warning(portal: Portal) -> None:
 
 
 def test_bundles_that_wait_are_counted(portal: Portal) -> None:
-    waits = portal.onboarding.register(OPERATOR, PUMP)
+    waits = portal.registrations.register(OPERATOR, PUMP)
     assert token_of(waits)
     assert examined(portal, "links")["links"].detail.startswith("2 bundles wait")
 

@@ -16,7 +16,7 @@ from operations.readiness import Readiness
 from store.database import Database
 from tests.support.harness import Api, Clock, api_as, problem_of
 from web.api.operation import FOR_OPERATORS
-from workflows.enforcement import Enforcement
+from workflows.reconciliation import Reconciler
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_readyz_names_the_broker_that_does_not_run_and_nothing_else(auditor: Api
 
 def test_readyz_is_ready_if_all_checks_pass(auditor: Api, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     portal = portal_of(app)
-    monkeypatch.setattr(Enforcement, "broker_answers", lambda _: True)
+    monkeypatch.setattr(Reconciler, "broker_answers", lambda _: True)
     assert "generation" in problems_of(auditor)["broker"]
     with portal.database.transaction() as tx:
         tx.exec_driver_sql("UPDATE broker_state SET applied_generation = generation")

@@ -157,11 +157,11 @@ def test_a_process_reads_what_is_revoked_before_it_has_to_sign(portal: Portal, m
     issuing = portal.authority.issuing.id
     with portal.database.transaction() as tx:
         add_certificate(tx, issuing, reason="superseded")
-    monkeypatch.setattr(portal.enforcement, "_revoked", RevokedEntries())
+    monkeypatch.setattr(portal.reconciler, "_revoked", RevokedEntries())
     stopping = threading.Event()
     stopping.set()
-    portal.enforcement.run_grants(stopping)
-    read_ahead = portal.enforcement._revoked
+    portal.reconciler.run_requested(stopping)
+    read_ahead = portal.reconciler._revoked
     monkeypatch.setattr(issuers, "revoked_certificates", lambda *_: pytest.fail("they were known"))
     with portal.database.snapshot() as tx:
         assert read_ahead.listed(tx, issuing, generation=1, now=portal.clock())

@@ -60,7 +60,7 @@ def test_another_process_trusts_a_new_ca_first_and_then_issues_by_it(
     assert there.authority.ca_pem.count("BEGIN CERTIFICATE") == 3
     assert prepare_next(here) == "issuing-2"
     rollover.move_to(here.database, OPERATOR, "issuing-2", now=clock())
-    device = there.onboarding.register(OPERATOR, PUMP)
+    device = there.registrations.register(OPERATOR, PUMP)
     assert issuer_of(there, device.device_id).subject.rfc4514_string() == "CN=Device Onboarding Issuing CA 2"
     for portal in (here, there):
         portal.close()
@@ -69,7 +69,7 @@ def test_another_process_trusts_a_new_ca_first_and_then_issues_by_it(
 @ON_SQLITE
 def test_a_pass_knows_the_issuers_of_its_own_snapshot(portal: Portal) -> None:
     prepare_next(portal)
-    portal.enforcement.install()
+    portal.reconciler.install()
     files = portal.settings.broker_dir
     assert len(x509.load_pem_x509_certificates((files / "ca.pem").read_bytes())) == 3
     assert (files / "crl.pem").read_text().count("BEGIN X509 CRL") == 2
@@ -105,8 +105,8 @@ def test_a_process_that_cannot_open_the_new_key_goes_on_with_the_old_one(portal:
 
 @pytest.mark.usefixtures("no_waiting")
 def test_a_ca_retires_when_nobody_needs_it_and_its_crl_is_still_published(portal: Portal, clock: Clock) -> None:
-    device = portal.onboarding.register(OPERATOR, PUMP)
-    portal.onboarding.revoke(OPERATOR, portal.onboarding.register(OPERATOR, PUMP).device_id, "unspecified")
+    device = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.revoke(OPERATOR, portal.registrations.register(OPERATOR, PUMP).device_id, "unspecified")
 
     def retire() -> None:
         rollover.retire(portal.database, portal.authority, OPERATOR, "issuing-1", now=clock())
@@ -119,12 +119,12 @@ def test_a_ca_retires_when_nobody_needs_it_and_its_crl_is_still_published(portal
     clock.advance(hours=2)
     with pytest.raises(StateConflict, match="1 certificates of issuing-1 are still good"):
         retire()
-    portal.onboarding.revoke(OPERATOR, device.device_id, "superseded")
+    portal.revocations.revoke(OPERATOR, device.device_id, "superseded")
     retire()
     assert names(portal.authority.current) == ["issuing-2"]
     assert [recorded.issuer.name for recorded in portal.authority.issuers] == ["root", "issuing-1", "issuing-2"]
     assert portal.inventory.crl(portal.authority.issuers[1].id) is not None
-    portal.enforcement.install()
+    portal.reconciler.install()
     assert (portal.settings.broker_dir / "crl.pem").read_text().count("BEGIN X509 CRL") == 1
     with pytest.raises(StateConflict, match="There is no issuing CA issuing-1 in use"):
         retire()

@@ -145,7 +145,7 @@ def test_a_row_that_was_there_is_no_second_device_and_gets_fresh_credentials(api
     assert "repeated" not in other
     # On the CRL, as the next pass makes it:
     portal = portal_of(app)
-    portal.enforcement.install()
+    portal.reconciler.install()
     crl = x509.load_der_x509_crl(portal.inventory.crl(portal.authority.issuing.id).der)  # type: ignore[union-attr]
     assert crl.get_revoked_certificate_by_serial_number(int(first["serial_number"], 16)) is not None
 

@@ -46,7 +46,7 @@ def subscribe(portal: Portal, receiver: Receiver, *types: EventType) -> str:
 
 
 def register(portal: Portal) -> str:
-    return portal.onboarding.register(OPERATOR, PUMP).device_id
+    return portal.registrations.register(OPERATOR, PUMP).device_id
 
 
 def deliveries(portal: Portal, webhook_id: str) -> list[EventDeliveryRecord]:
@@ -65,7 +65,7 @@ def bodies(receiver: Receiver) -> list[dict[str, Any]]:
 def test_a_registered_and_revoked_device_is_told_to_the_receiver(portal: Portal, receiver: Receiver) -> None:
     webhook_id = subscribe(portal, receiver, EventType.REGISTERED, EventType.REVOKED)
     device_id = register(portal)
-    portal.onboarding.revoke(OPERATOR, device_id, "key_compromise")
+    portal.revocations.revoke(OPERATOR, device_id, "key_compromise")
     portal.dispatcher.send_due()
     told = sorted(bodies(receiver), key=lambda event: event["at"])
     assert [(event["type"], event["device_id"]) for event in told] == [
@@ -361,10 +361,10 @@ def test_a_certificate_past_two_thirds_of_its_life_is_announced_once(
     portal: Portal, receiver: Receiver, clock: Clock, caplog: Any
 ) -> None:
     webhook_id = subscribe(portal, receiver, EventType.EXPIRING)
-    short = portal.onboarding.register(OPERATOR, dataclasses.replace(PUMP, validity_days=30))
-    long = portal.onboarding.register(OPERATOR, dataclasses.replace(PUMP, validity_days=90))
-    out = portal.onboarding.register(OPERATOR, dataclasses.replace(PUMP, validity_days=30)).device_id
-    portal.onboarding.revoke(OPERATOR, out, "unspecified")
+    short = portal.registrations.register(OPERATOR, dataclasses.replace(PUMP, validity_days=30))
+    long = portal.registrations.register(OPERATOR, dataclasses.replace(PUMP, validity_days=90))
+    out = portal.registrations.register(OPERATOR, dataclasses.replace(PUMP, validity_days=30)).device_id
+    portal.revocations.revoke(OPERATOR, out, "unspecified")
     clock.advance(days=19)
     jobs.announce_expiring(portal)
     assert deliveries(portal, webhook_id) == []
@@ -382,6 +382,6 @@ def test_a_certificate_past_two_thirds_of_its_life_is_announced_once(
 
 def test_a_delivered_bundle_is_told(portal: Portal, receiver: Receiver) -> None:
     subscribe(portal, receiver, EventType.DELIVERED)
-    portal.deliveries.deliver(OPERATOR, token_of(portal.onboarding.register(OPERATOR, PUMP)))
+    portal.deliveries.deliver(OPERATOR, token_of(portal.registrations.register(OPERATOR, PUMP)))
     portal.dispatcher.send_due()
     assert bodies(receiver)[0]["type"] == "delivered"

@@ -1,4 +1,4 @@
-"""Brings the broker to the newest generation of the database, one pass for all who wait."""
+"""Brings the broker to the newest generation of the database: one reconciliation for all requests that wait."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
 
 from broker.acl import Acl
 from broker.files import Projection
 from broker.probe import ProbeCertificates
-from broker_provisioning import BrokerProvisioning
+from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import AclStyle, Settings
 from core import metrics
-from core.errors import LockUnavailable, PortalError
+from core.device_status import DeviceStatus
+from core.errors import LockUnavailable, PortalError, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
+from core.topics import Access, Topic
 from pki.encoding import PemOfSuccessors
 from store import generations
 from store import issuers as store_issuers
@@ -30,22 +32,26 @@ from store.issuers import CrlHead, CrlRecord
 from workflows import events
 from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
 from workflows.authority.issuers import Authority, Issuers
-from workflows.enforcement_acl import DENIALS_KEPT, DENIED_FOR, denials, put_into_acl
 from workflows.events import EventType
 
-log = logging.getLogger("portal.enforcement")
+log = logging.getLogger("portal.reconciliation")
 
-# Grants come in bursts, and each reload costs the broker a pause: passes that only grant keep this distance, whichever
-# process runs them, and where a pass takes longer, as long as it took. Whoever waits for a grant has a pass at once.
-GRANT_INTERVAL_SECONDS = 0.4
+# Under the pattern style a revoked or suspended device is denied by name for longer than a connection that is being
+# set up can take (95 s), and after that as long as its denial is among the newest: more make the reloads slower.
+DENIED_FOR = timedelta(minutes=3)
+MAX_DENIALS = 500
+
+# Admissions come in bursts, and each reload costs the broker a pause: reconciliations that nobody waits for keep this
+# distance, whichever process runs them, or as long as one takes. A request that waits for one has it at once.
+INTERVAL_SECONDS = 0.4
 PROBLEM_REPEATED_SECONDS = 60.0
-PASS_AFTER_FAILURE_SECONDS = 1.0
-PASSES_AHEAD = 3  # whoever waits for a pass waits for so many of others', at their longest, before its own
+AFTER_FAILURE_SECONDS = 1.0
+MAX_AHEAD = 3  # reconciliations of others, at their longest, that a request waits for before its own
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a pass ended: which generation stands in the files, which one the broker was seen to enforce."""
+    """How a reconciliation ended: the generation in the broker's files, and the one it was seen to enforce."""
 
     installed: int
     enforced: int
@@ -57,17 +63,26 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
-    """What one snapshot of the database says that the broker must know."""
+class _Target:
+    """What one snapshot of the database says that the broker must enforce; ``disconnected`` are ids of devices."""
 
     state: BrokerStateRecord
-    put_out: Sequence[str]
+    disconnected: Sequence[str]
     crls: Sequence[CrlRecord]
     issuers: Issuers
 
 
-class Enforcement:
-    """Runs the passes: snapshot, ACL and CRLs, files, reload, cut sessions, probe, record."""
+@dataclass(slots=True)
+class _Progress:
+    """How far a reconciliation has come."""
+
+    target: _Target | None = None
+    installed: int = 0
+    enforced: int = 0
+
+
+class Reconciler:
+    """Makes the broker enforce what the database says: ACL and CRLs, files, reload, disconnections, probe, record."""
 
     def __init__(
         self,
@@ -86,97 +101,107 @@ class Enforcement:
         self._probe_certificates = probe_certificates
         self._clock = clock
         self._tenant_id = tenant_id
-        self._pass_lock = FileLock(settings.data_dir / ".pass.lock")
-        self._counter = threading.Lock()
-        self._passes_begun = 0
-        self._last_pass: tuple[int, Outcome] = (0, Outcome(0, 0))
+        self._lock = FileLock(settings.data_dir / ".pass.lock")
+        self._counting = threading.Lock()
+        self._begun = 0
+        self._last: tuple[int, Outcome] = (0, Outcome(0, 0))
         self._acl = Acl(settings.acl_style, settings.topic_prefix)
         self._acl_generation = 0
         self._revoked = RevokedEntries()
         self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
         self._crl_writers: dict[int, PemOfSuccessors] = {}  # by issuer
-        self._wanted = threading.Event()
+        self._woken = threading.Event()
         self._last_problem = ("", 0.0)
-        self._said_pending: set[str] = set()
+        self._announced: set[str] = set()
 
     # --- What others ask for
 
     def apply(self, generation: int, *, timeout: float | None = None) -> Outcome:
-        """Return once the broker enforces ``generation``, or once a pass begun after this call has failed to.
+        """Return once the broker enforces ``generation``, or once a reconciliation begun after this call has failed to.
 
-        All who wait share a pass, whichever thread or process runs it. Never raises for the broker's sake: the
+        All requests that wait share one, whichever thread or process runs it. Never raises because of the broker: the
         outcome says what is wrong.
         """
-        if self._last_pass[1].covers(generation):
-            return self._last_pass[1]
-        with self._counter:
-            begun_before = self._passes_begun
+        if self._last[1].covers(generation):
+            return self._last[1]
+        with self._counting:
+            begun_before = self._begun
         applied = self.applied_generation()
         if applied >= generation:
             return Outcome(applied, applied)
         if timeout is None:
             timeout = self._settings.enforce_timeout
-            if self._last_pass[1].problem is not None:
-                # The jobs go on trying with all patience. Requests that did would take up every thread meanwhile.
-                timeout = min(timeout, PASS_AFTER_FAILURE_SECONDS)
+            if self._last[1].problem is not None:
+                # The jobs keep trying with the whole timeout. Requests that did would take up every thread meanwhile.
+                timeout = min(timeout, AFTER_FAILURE_SECONDS)
         try:
-            with self._pass_lock.hold(PASSES_AHEAD * timeout):
-                number, outcome = self._last_pass
+            with self._lock.hold(MAX_AHEAD * timeout):
+                number, outcome = self._last
                 if outcome.covers(generation) or number > begun_before:
                     return outcome
                 state = self._state()
                 if state.applied_generation >= generation:
                     return Outcome(state.applied_generation, state.applied_generation)
-                with self._counter:
-                    self._passes_begun += 1
-                    number = self._passes_begun
-                outcome = self._pass(timeout)
-                self._last_pass = (number, outcome)
+                with self._counting:
+                    self._begun += 1
+                    number = self._begun
+                outcome = self._reconcile(timeout)
+                self._last = (number, outcome)
                 return outcome
         except LockUnavailable as error:
             self._log_problem(error.detail, applied, applied)
             return Outcome(applied, applied, error.detail)
 
+    def wait_until_granted(self, generation: int) -> None:
+        """Return once credentials made at ``generation`` work; raises ``Unavailable`` if that takes too long.
+
+        A broker that is not running will read the files at its start, so that they are enough.
+        """
+        outcome = self.apply(generation)
+        if outcome.covers(generation) or (outcome.installed >= generation and not self.broker_answers()):
+            return
+        raise Unavailable("The device is registered, but the broker does not know it yet; try again in a few seconds.")
+
     def install(self) -> Outcome:
-        """Write the files of the newest generation with no word to the broker, which may not run yet."""
-        with self._pass_lock.hold():
-            work = self._prepare()
-            self._install(work)
-            return Outcome(work.state.generation, work.state.applied_generation)
+        """Write the files of the newest generation without telling the broker, which may not run yet."""
+        with self._lock.hold():
+            target = self._prepare()
+            self._install(target)
+            return Outcome(target.state.generation, target.state.applied_generation)
 
     def applied_generation(self) -> int:
-        """The newest generation that the broker was seen to enforce, in any process."""
+        """Return the newest generation that the broker was seen to enforce, by any process."""
         return self._state().applied_generation
 
     def damage(self) -> list[str]:
-        """What is wrong with the broker's files, a sentence each; looked at again where a pass may be writing."""
+        """Return what is wrong with the broker's files, a sentence each; checked again if they may be being written."""
         if not self._broker.damage():
             return []
         try:
-            with self._pass_lock.hold(self._settings.enforce_timeout):
+            with self._lock.hold(self._settings.enforce_timeout):
                 return self._broker.damage()
         except LockUnavailable as error:
             return [error.detail]
 
     def broker_answers(self) -> bool:
-        """Whether the broker runs and answers on its internal listener."""
+        """Return whether the broker runs and answers on its internal listener."""
         return self._broker.reachable()
 
     def wake(self) -> None:
-        """Ask for a pass soon, without waiting: what was granted is to be known to the broker within a second."""
-        self._wanted.set()
+        """Ask for a reconciliation within a second, without waiting for it."""
+        self._woken.set()
 
-    def run_grants(self, stopping: threading.Event) -> None:
-        """Run the passes asked for by ``wake`` until ``stopping`` is set; the body of a thread."""
+    def run_requested(self, stopping: threading.Event) -> None:
+        """Run the reconciliations that ``wake`` asks for until ``stopping`` is set; the body of a thread."""
         self._read_ahead()
         interval, ended = 0.0, time.monotonic()
         while not stopping.is_set():
-            if not self._wanted.wait(timeout=1.0):
+            if not self._woken.wait(timeout=1.0):
                 continue
-            self._wanted.clear()
+            self._woken.clear()
             started = time.monotonic()
             try:
-                quiet = min(started - ended, self._seconds_since_pass())
+                quiet = min(started - ended, self._seconds_since_last())
                 if stopping.wait(interval - quiet):
                     return
                 started = time.monotonic()
@@ -184,11 +209,11 @@ class Enforcement:
                 if state.applied_generation < state.generation:
                     self.apply(state.generation, timeout=self._settings.enforce_timeout)
             except PortalError as error:
-                log.warning("granting pass failed", extra={"problem": error.detail})
+                log.warning("reconciliation failed", extra={"problem": error.detail})
             except Exception:
-                log.exception("granting pass failed")
+                log.exception("reconciliation failed")
             ended = time.monotonic()
-            interval = max(GRANT_INTERVAL_SECONDS, ended - started)
+            interval = max(INTERVAL_SECONDS, ended - started)
 
     def _read_ahead(self) -> None:
         """Read what the CRLs list before the first revocation has to: for 100,000 entries that takes a second."""
@@ -201,13 +226,13 @@ class Enforcement:
         except PortalError as error:
             log.warning("the CRLs' entries were not read ahead", extra={"problem": error.detail})
             return
-        if self._revoked.are_unread:  # else a pass was quicker; one that runs now goes on with those that it has
+        if self._revoked.are_unread:  # else a reconciliation was quicker, and works with those that it has read
             self._revoked = entries
 
-    # --- A pass
+    # --- One reconciliation
 
-    def _seconds_since_pass(self) -> float:
-        """How long ago the broker was last seen to obey, to any process."""
+    def _seconds_since_last(self) -> float:
+        """Return how long ago the broker was last seen to obey, by any process."""
         applied_at = self._state().applied_at
         return math.inf if applied_at is None else max(0.0, (self._clock() - applied_at).total_seconds())
 
@@ -215,61 +240,57 @@ class Enforcement:
         with self._database.snapshot() as tx:
             return generations.get_broker_state(tx, self._tenant_id)
 
-    def _pass(self, timeout: float) -> Outcome:
+    def _reconcile(self, timeout: float) -> Outcome:
         started = time.monotonic()
-        deadline = started + timeout
-        installed = enforced = 0
-        work: _Work | None = None
+        progress = _Progress()
         try:
-            failpoint("apply.begin")
-            work = self._prepare()
-            generation, enforced = work.state.generation, work.state.applied_generation
-            self._install(work)
-            installed = generation
-            failpoint("apply.after_install")
-            self._broker.enforce(generation, deadline)
-            failpoint("apply.after_reload")
-            if work.put_out:
-                self._broker.cut_sessions(work.put_out, deadline)
-            failpoint("apply.after_cut")
-            if work.put_out or work.crls:
-                self._broker.probe(self._probe_certificates, deadline)
-            failpoint("apply.after_probe")
-            with self._database.transaction() as tx:
-                now = self._clock()
-                generations.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
-                for device_id in work.put_out:
-                    events.record(
-                        tx, self._tenant_id, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation
-                    )
-                failpoint("apply.before_recorded")
-            failpoint("apply.after_recorded")
+            self._run(progress, started + timeout)
         except PortalError as error:
             metrics.broker_pass(ended_well=False)
-            self._log_problem(error.detail, installed, enforced)
-            if work is not None:
-                self._say_pending(work, error.detail)
-            return Outcome(installed, enforced, error.detail)
+            self._log_problem(error.detail, progress.installed, progress.enforced)
+            if progress.target is not None:
+                self._announce_pending(progress.target, error.detail)
+            return Outcome(progress.installed, progress.enforced, error.detail)
         except Exception:
             metrics.broker_pass(ended_well=False)
-            log.exception("a pass failed unexpectedly")
-            return Outcome(installed, enforced, "The pass failed unexpectedly; the portal's log has the cause.")
+            log.exception("reconciliation failed unexpectedly")
+            problem = "Unexpected error; the portal's log has the cause."
+            return Outcome(progress.installed, progress.enforced, problem)
         self._last_problem = ("", 0.0)
-        self._said_pending.clear()
+        self._announced.clear()
         metrics.broker_pass(ended_well=True)
-        log.info(
-            "broker enforces",
-            extra={
-                "generation": generation,
-                "cut": len(work.put_out),
-                "crl": bool(work.crls),
-                "ms": round((time.monotonic() - started) * 1000, 1),
-            },
-        )
-        return Outcome(generation, generation)
+        return Outcome(progress.enforced, progress.enforced)
+
+    def _run(self, progress: _Progress, deadline: float) -> None:
+        started = time.monotonic()
+        failpoint("apply.begin")
+        target = progress.target = self._prepare()
+        generation, progress.enforced = target.state.generation, target.state.applied_generation
+        self._install(target)
+        progress.installed = generation
+        failpoint("apply.after_install")
+        self._broker.enforce(generation, deadline)
+        failpoint("apply.after_reload")
+        if target.disconnected:
+            self._broker.cut_sessions(target.disconnected, deadline)
+        failpoint("apply.after_cut")
+        if target.disconnected or target.crls:
+            self._broker.probe(self._probe_certificates, deadline)
+        failpoint("apply.after_probe")
+        with self._database.transaction() as tx:
+            now = self._clock()
+            generations.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
+            for device_id in target.disconnected:
+                events.record(tx, self._tenant_id, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation)
+            failpoint("apply.before_recorded")
+        failpoint("apply.after_recorded")
+        progress.enforced = generation
+        figures = {"cut": len(target.disconnected), "crl": bool(target.crls)}
+        took = round((time.monotonic() - started) * 1000, 1)
+        log.info("broker enforces", extra={"generation": generation, **figures, "ms": took})
 
     def _log_problem(self, problem: str, installed: int, enforced: int) -> None:
-        """Say it when it is new, and then once a minute: the repair job tries every two seconds."""
+        """Log a problem when it is new, and then once a minute: the repair job tries every two seconds."""
         said, when = self._last_problem
         now = time.monotonic()
         if problem == said and now - when < PROBLEM_REPEATED_SECONDS:
@@ -280,12 +301,12 @@ class Enforcement:
             extra={"generation": installed, "enforced": enforced, "problem": problem},
         )
 
-    def _say_pending(self, work: _Work, problem: str) -> None:
-        """Record once of each device that is to be put out that the broker was not seen to do so yet."""
-        new = [device_id for device_id in work.put_out if device_id not in self._said_pending]
+    def _announce_pending(self, target: _Target, problem: str) -> None:
+        """Record an event, once for each device that the broker was not seen to disconnect yet."""
+        new = [device_id for device_id in target.disconnected if device_id not in self._announced]
         if not new or not events.has_subscribers(self._database.engine):
             return
-        since = f"since {work.state.applied_generation}"  # the same in every process while this lasts
+        since = f"since {target.state.applied_generation}"  # the same in every process while this lasts
         try:
             with self._database.transaction() as tx:
                 for device_id in new:
@@ -301,9 +322,9 @@ class Enforcement:
         except PortalError as error:
             log.warning("a pending revocation was not announced", extra={"problem": error.detail})
         else:
-            self._said_pending.update(new)
+            self._announced.update(new)
 
-    def _prepare(self) -> _Work:
+    def _prepare(self) -> _Target:
         """Read one snapshot, bring the ACL in memory to it, sign the CRLs that are due, and record them."""
         now = self._clock()
         signed: list[CrlRecord] = []
@@ -311,7 +332,7 @@ class Enforcement:
             state = generations.get_broker_state(tx, self._tenant_id)
             self._update_acl(tx, state, now)
             failpoint("apply.after_snapshot")
-            put_out = generations.devices_to_disconnect(tx, self._tenant_id, since=state.applied_generation)
+            disconnected = generations.devices_to_disconnect(tx, self._tenant_id, since=state.applied_generation)
             changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
             issuers = self._authority.seen_by(tx)
             for recorded in issuers.with_crl():
@@ -336,21 +357,21 @@ class Enforcement:
                 for crl in signed:
                     store_issuers.put_crl(tx, self._tenant_id, crl)
             failpoint("apply.after_crl_committed")
-        return _Work(state, put_out, signed, issuers)
+        return _Target(state, disconnected, signed, issuers)
 
     def _update_acl(self, tx: Connection, state: BrokerStateRecord, now: datetime) -> None:
-        """Bring the ACL in memory from the generation of the last pass of this process to the newest."""
+        """Bring the ACL in memory from the last generation that this process has seen to the newest."""
         since, per_device = self._acl_generation, self._settings.acl_style is AclStyle.PER_DEVICE
         for change in generations.acl_changes(tx, self._tenant_id, since=since, defaults=per_device):
-            put_into_acl(self._acl, change, now)
+            update_acl(self._acl, change, now)
         if not per_device:
             if since == 0:
                 applied = state.applied_generation
                 for change in denials(tx, self._tenant_id, applied=applied, now=now):
-                    put_into_acl(self._acl, change, now)
-            self._acl.thin(newest=DENIALS_KEPT, since=now - DENIED_FOR)
+                    update_acl(self._acl, change, now)
+            self._acl.thin(newest=MAX_DENIALS, since=now - DENIED_FOR)
 
-    def _install(self, work: _Work) -> None:
+    def _install(self, target: _Target) -> None:
         if self._acl.closed:
             log.error(
                 "devices are denied everything because their topics do not fit the settings",
@@ -358,7 +379,7 @@ class Enforcement:
             )
         pem: dict[CrlHead, bytes] = {}
         with self._database.snapshot() as tx:
-            for recorded in work.issuers.with_crl():
+            for recorded in target.issuers.with_crl():
                 head = store_issuers.get_crl_head(tx, recorded.id)
                 if head is not None and head not in self._crl_pem:
                     crl = store_issuers.get_crl(tx, recorded.id)
@@ -369,9 +390,30 @@ class Enforcement:
         self._crl_pem = pem
         self._broker.install(
             Projection(
-                generation=work.state.generation,
-                acl=self._acl.render(work.state.generation),
+                generation=target.state.generation,
+                acl=self._acl.render(target.state.generation),
                 crl=b"".join(pem.values()),
-                ca=work.issuers.ca_pem.encode(),
+                ca=target.issuers.ca_pem.encode(),
             )
         )
+
+
+# --- The broker's ACL ---------------------------------------------------------------------------------------------
+
+
+def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> Sequence[generations.AclChange]:
+    """Return the devices that an ACL with a pattern must deny by name (see ``MAX_DENIALS``)."""
+    return generations.newest_denied(tx, tenant_id, newest=MAX_DENIALS, applied=applied, since=now - DENIED_FOR)
+
+
+def update_acl(acl: Acl, change: generations.AclChange, now: datetime) -> None:
+    """Let a device use its topics in the ACL, or deny it everything, as its status says."""
+    if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
+        remove_device_acl(acl, change.device_id, now)
+    elif change.status is DeviceStatus.ACTIVE:
+        own = None
+        if change.topics is not None:
+            own = tuple(Topic(pattern, Access(access)) for pattern, access in change.topics)
+        add_device_acl(acl, change.device_id, own)
+    else:
+        acl.forget(change.device_id)

@@ -17,8 +17,8 @@ from tests.support.est import csr_der
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, csr_pem
 from tests.workflows.test_admission import OPERATOR, Rows, request_of
 from workflows.bulk.batch import Candidate
-from workflows.enforcement import Outcome
 from workflows.enrolment.credential import Waiting, by_token
+from workflows.reconciliation import Outcome
 from workflows.renewal import RenewalRequest
 
 pytestmark = ON_SQLITE
@@ -40,13 +40,13 @@ def asked(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(wanted)
         return Outcome(wanted, wanted)
 
-    monkeypatch.setattr(portal.enforcement, "wake", lambda: found.append(generation(portal)))
-    monkeypatch.setattr(portal.enforcement, "apply", apply)
+    monkeypatch.setattr(portal.reconciler, "wake", lambda: found.append(generation(portal)))
+    monkeypatch.setattr(portal.reconciler, "apply", apply)
     return found
 
 
 def registered(portal: Portal, *, csr: bool = True) -> str:
-    return portal.onboarding.register(OPERATOR, request_of(1, csr=csr)).device_id
+    return portal.registrations.register(OPERATOR, request_of(1, csr=csr)).device_id
 
 
 def upload(portal: Portal, *, csr: bool) -> None:
@@ -103,15 +103,15 @@ def renew_until_used(portal: Portal, device_id: str) -> None:
 
 
 def resume(portal: Portal, device_id: str) -> None:
-    portal.suspensions.suspend(OPERATOR, device_id)
-    portal.suspensions.resume(OPERATOR, device_id)
+    portal.revocations.suspend(OPERATOR, device_id)
+    portal.revocations.resume(OPERATOR, device_id)
 
 
 CHANGES: dict[str, Callable[[Portal, str], object]] = {
-    "a revocation": lambda portal, device_id: portal.onboarding.revoke(OPERATOR, device_id, "key_compromise"),
-    "a suspension": lambda portal, device_id: portal.suspensions.suspend(OPERATOR, device_id),
+    "a revocation": lambda portal, device_id: portal.revocations.revoke(OPERATOR, device_id, "key_compromise"),
+    "a suspension": lambda portal, device_id: portal.revocations.suspend(OPERATOR, device_id),
     "a resumption": resume,
-    "other topics": lambda portal, device_id: portal.onboarding.update(OPERATOR, device_id, {}, topics=None),
+    "other topics": lambda portal, device_id: portal.registrations.update(OPERATOR, device_id, {}, topics=None),
     "a renewal without overlap": lambda portal, device_id: renew(portal, device_id, overlap_hours=0),
     "the use of a new certificate": renew_until_used,
 }
@@ -146,13 +146,13 @@ def test_whoever_gets_a_certificate_waits_until_the_broker_knows_the_device(
     portal: Portal, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    apply = portal.enforcement.apply
+    apply = portal.reconciler.apply
 
     def noticed(wanted: int, *, timeout: float | None = None) -> Outcome:
         order.append("applied")
         return apply(wanted, timeout=timeout)
 
-    monkeypatch.setattr(portal.enforcement, "apply", noticed)
+    monkeypatch.setattr(portal.reconciler, "apply", noticed)
     registered(portal)
     order.append("answered")
     assert order == ["applied", "answered"]

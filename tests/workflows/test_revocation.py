@@ -43,8 +43,8 @@ def actions(portal: Portal, count: int) -> list[str]:
 
 @PER_DEVICE
 def test_a_suspended_device_is_on_hold_in_the_crl_and_out_of_the_acl(portal: Portal, clock: Clock) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
-    answer = portal.suspensions.suspend(OPERATOR, registered.device_id)
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    answer = portal.revocations.suspend(OPERATOR, registered.device_id)
     assert (answer.status, answer.suspended_at is not None, answer.enforced) == ("suspended", True, False)
     assert answer.problem is not None
     assert status_of(portal, registered.device_id) == (DeviceStatus.SUSPENDED, ["held"])
@@ -54,11 +54,11 @@ def test_a_suspended_device_is_on_hold_in_the_crl_and_out_of_the_acl(portal: Por
     assert not stands_in_acl(portal, registered.device_id)
     assert actions(portal, 1) == ["device:suspend"]
     clock.advance(minutes=1)
-    assert portal.suspensions.suspend(OPERATOR, registered.device_id) == answer
+    assert portal.revocations.suspend(OPERATOR, registered.device_id) == answer
 
 
 def test_openssl_refuses_a_suspended_device_and_accepts_it_again(portal: Portal, tmp_path: Path) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
+    registered = portal.registrations.register(OPERATOR, PUMP)
     with portal.database.snapshot() as tx:
         certificate = certificates.current_certificate(tx, "default", registered.device_id)
     assert certificate is not None
@@ -74,31 +74,31 @@ def test_openssl_refuses_a_suspended_device_and_accepts_it_again(portal: Portal,
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         return f"{done.stdout}{done.stderr}"
 
-    portal.suspensions.suspend(OPERATOR, registered.device_id)
+    portal.revocations.suspend(OPERATOR, registered.device_id)
     assert "certificate revoked" in judged()
-    portal.suspensions.resume(OPERATOR, registered.device_id)
+    portal.revocations.resume(OPERATOR, registered.device_id)
     assert judged().endswith(": OK\n")
 
 
 @PER_DEVICE
 def test_a_resumed_device_leaves_the_crl_and_is_as_it_was(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
-    portal.suspensions.suspend(OPERATOR, registered.device_id)
-    answer = portal.suspensions.resume(OPERATOR, registered.device_id)
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.suspend(OPERATOR, registered.device_id)
+    answer = portal.revocations.resume(OPERATOR, registered.device_id)
     assert (answer.status, answer.suspended_at) == ("active", None)
     assert status_of(portal, registered.device_id) == (DeviceStatus.ACTIVE, ["active"])
     assert crl_entry(portal, registered) is None
     assert stands_in_acl(portal, registered.device_id)
     assert actions(portal, 2) == ["device:resume", "device:suspend"]
-    assert portal.suspensions.resume(OPERATOR, registered.device_id).status == "active"
+    assert portal.revocations.resume(OPERATOR, registered.device_id).status == "active"
     assert actions(portal, 1) == ["device:resume"]
 
 
 def test_a_suspended_device_can_be_revoked_and_then_stays_out(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
-    portal.suspensions.suspend(OPERATOR, registered.device_id)
-    portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise")
-    for move in (portal.suspensions.resume, portal.suspensions.suspend):
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.suspend(OPERATOR, registered.device_id)
+    portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise")
+    for move in (portal.revocations.resume, portal.revocations.suspend):
         with pytest.raises(StateConflict, match="revoked cannot become"):
             move(OPERATOR, registered.device_id)
     assert status_of(portal, registered.device_id) == (DeviceStatus.REVOKED, ["revoked"])
@@ -108,12 +108,12 @@ def test_a_suspended_device_can_be_revoked_and_then_stays_out(portal: Portal) ->
 
 
 def test_suspend_resume_and_revoke_at_once_have_one_order_and_revoked_wins(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
+    registered = portal.registrations.register(OPERATOR, PUMP)
     start = threading.Barrier(7)
     moves: list[Callable[[], object]] = [
-        *[lambda: portal.suspensions.suspend(OPERATOR, registered.device_id)] * 3,
-        *[lambda: portal.suspensions.resume(OPERATOR, registered.device_id)] * 3,
-        lambda: portal.onboarding.revoke(OPERATOR, registered.device_id, "key_compromise"),
+        *[lambda: portal.revocations.suspend(OPERATOR, registered.device_id)] * 3,
+        *[lambda: portal.revocations.resume(OPERATOR, registered.device_id)] * 3,
+        lambda: portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise"),
     ]
 
     def run(move: Callable[[], object]) -> None:
@@ -131,17 +131,17 @@ def test_suspend_resume_and_revoke_at_once_have_one_order_and_revoked_wins(porta
 
 
 def test_the_bundle_of_a_suspended_device_waits_until_it_is_resumed(portal: Portal) -> None:
-    registered = portal.onboarding.register(OPERATOR, PUMP)
-    portal.suspensions.suspend(OPERATOR, registered.device_id)
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.suspend(OPERATOR, registered.device_id)
     with pytest.raises(StateConflict):
         portal.deliveries.deliver(OPERATOR, token_of(registered))
-    portal.suspensions.resume(OPERATOR, registered.device_id)
+    portal.revocations.resume(OPERATOR, registered.device_id)
     assert portal.deliveries.deliver(OPERATOR, token_of(registered)).content.startswith(b"PK")
 
 
 def test_a_device_that_is_not_there_cannot_be_suspended(portal: Portal) -> None:
     with pytest.raises(DeviceNotFound):
-        portal.suspensions.suspend(OPERATOR, "00000000-0000-4000-8000-000000000000")
+        portal.revocations.suspend(OPERATOR, "00000000-0000-4000-8000-000000000000")
 
 
 def test_the_interface_tells_what_became_of_it(api: Api) -> None:
