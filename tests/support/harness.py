@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from store.tables import Base
 from tests.support.ports import free_port
 from workflows.operators import new_token
 
+# Whether `scripts/test --all` runs the tests: those that generate their input make more of it then.
+ALL = os.environ.get("PORTAL_TEST_ALL") == "yes"
 # For tests to which the database makes no difference.
 ON_SQLITE = pytest.mark.parametrize("prepared", ["sqlite"], indirect=True)
 # For tests of what the allow-list alone does: narrower topics, a block for each device that is in.

@@ -24,11 +24,11 @@ from schemathesis.generation.stateful.state_machine import StepInput, StepOutput
 from app import ROUTES, portal_of
 from core.device_status import DeviceStatus
 from core.roles import Role
-from tests.support.harness import ON_SQLITE, Api, api_as
+from tests.support.harness import ALL, ON_SQLITE, Api, api_as
 from tests.web.api.test_schemathesis import CONFIG, Application, fit, things
 from web.api.openapi import openapi
 
-RUNS = int(os.environ.get("STATEFUL_RUNS", "60"))
+RUNS = int(os.environ.get("STATEFUL_RUNS", "60" if ALL else "15"))
 STEPS = 8
 TOGETHER = 20  # runs that hypothesis makes from what it has learnt in those before
 
