@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from commands.access import login, logout, token
+from commands.connection import ConnectionOptions
 from commands.context import CONNECTION, VERSION, connection_options
 from commands.delivery import download, unpack_command
 from commands.devices import certificates, expiring, export, list_devices, show, update
@@ -18,7 +19,6 @@ from commands.imports import import_devices
 from commands.lifecycle import resume, revoke, suspend
 from commands.operation import audit, ca, completion, status
 from commands.registration import register, renew
-from commands.settings import Given
 from commands.webhooks import webhook
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
@@ -107,7 +107,7 @@ def cli(ctx: click.Context, /, **given: str | None) -> None:
     Settings are taken from options, the environment, or the saved login, in this order.
     To use a portal on this machine:  . data/operator.env
     """
-    ctx.meta["given"] = Given(**{name: given[name] for name in CONNECTION})
+    ctx.meta["given"] = ConnectionOptions(**{name: given[name] for name in CONNECTION})
 
 
 for _commands in SECTIONS.values():

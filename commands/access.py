@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from commands.client import Client
+from commands.connection import ConnectionSettings, Login, login_path, read_login, remove_login, resolve, save_login
 from commands.context import (
     ROLES,
     TOKEN_ID,
     VERSION,
     YES,
     Command,
-    Portal,
+    Remote,
     ask_secret,
     confirm,
     make_with_secret,
@@ -26,7 +27,6 @@ from commands.context import (
 )
 from commands.errors import Misused
 from commands.output import Cell, moment, text
-from commands.settings import Login, Settings, login_path, read_login, remove_login, resolve, save_login
 
 LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
 
@@ -40,7 +40,7 @@ LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
     ],
 )
 @click.pass_obj
-def login(portal: Portal) -> None:
+def login(portal: Remote) -> None:
     """Save the portal's URL, CA file and your token.
 
     Asks for what is not given by options or the environment. The token is tested at the portal and then saved in a
@@ -58,7 +58,7 @@ def login(portal: Portal) -> None:
     portal.out.next_step("portal list")
 
 
-def _asked(portal: Portal) -> Settings:
+def _asked(portal: Remote) -> ConnectionSettings:
     # This replaces an earlier login, so its token is not used, but its portal is the default.
     given = portal.given
     url = given.url or os.environ.get("PORTAL_URL") or None
@@ -86,7 +86,7 @@ def _saved() -> Login | None:
 
 @click.command("logout", cls=Command, connects=False, examples=["portal logout"])
 @click.pass_obj
-def logout(portal: Portal) -> None:
+def logout(portal: Remote) -> None:
     """Delete the saved login.
 
     The token itself stays valid; to revoke it, use portal token revoke.
@@ -112,7 +112,7 @@ def _expiry(row: dict[str, Any]) -> Cell:
 
 @token.command("list", cls=Command, examples=["portal token list"])
 @click.pass_obj
-def token_list(portal: Portal) -> None:
+def token_list(portal: Remote) -> None:
     """List operator tokens, newest first.
 
     When piped, prints tab-separated lines: id, name, role, created, expiry, revoked.
@@ -158,7 +158,7 @@ def token_list(portal: Portal) -> None:
 )
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
 @click.pass_obj
-def token_create(portal: Portal, /, token_out: str | None, **options: Any) -> None:
+def token_create(portal: Remote, /, token_out: str | None, **options: Any) -> None:
     """Create an operator token, which is shown once."""
     path = new_secret_file(token_out, "--token-out", "token", out=portal.out)
     body = {field: value for field, value in options.items() if value is not None}
@@ -178,7 +178,7 @@ def token_create(portal: Portal, /, token_out: str | None, **options: Any) -> No
 @click.argument("token_id", metavar="ID", type=TOKEN_ID, help="The full token id (see: portal token list).")
 @YES
 @click.pass_obj
-def token_revoke(portal: Portal, token_id: str, yes: bool) -> None:
+def token_revoke(portal: Remote, token_id: str, yes: bool) -> None:
     """Revoke an operator token immediately."""
     confirm(f"Revoke the token {token_id}? Clients that use it lose access immediately.", yes=yes)
     answer = portal.client.call("DELETE", f"/tokens/{token_id}").json()

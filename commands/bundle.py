@@ -77,7 +77,7 @@ _CLIENT_VALUES = {
 
 
 @dataclass(frozen=True)
-class Bundle:
+class DeviceBundle:
     """The content of a bundle by file name; ``notes`` say what was left out.
 
     ``key`` is the public key if the private key is encrypted in its file.
@@ -88,7 +88,7 @@ class Bundle:
     key: PublicKeyTypes | None = None
 
     def __repr__(self) -> str:  # never the key
-        return f"Bundle({', '.join(self.files)})"
+        return f"DeviceBundle({', '.join(self.files)})"
 
     def new_files(self) -> dict[str, NewFile]:
         """Return the files with their modes: the key for its owner only."""
@@ -118,7 +118,7 @@ def extension_of(content: bytes) -> str:
     return "p12" if content.startswith(_DER_SEQUENCE) else "zip"
 
 
-def open_bundle(content: bytes, password: str) -> Bundle:
+def open_bundle(content: bytes, password: str) -> DeviceBundle:
     """Read a bundle of any format; raises ``BundleLocked`` for a wrong password, ``CheckFailed`` for other content.
 
     The key of a ``p12`` bundle stays in its file and that of a ``pem`` bundle stays encrypted, as programs expect them.
@@ -130,7 +130,7 @@ def open_bundle(content: bytes, password: str) -> Bundle:
     return _open_zip(content, password)
 
 
-def _open_p12(content: bytes, password: str) -> Bundle:
+def _open_p12(content: bytes, password: str) -> DeviceBundle:
     if len(content) > MAX_BUNDLE:
         raise CheckFailed(f"This is not a bundle: it is larger than {MAX_BUNDLE} bytes.")
     try:
@@ -143,10 +143,10 @@ def _open_p12(content: bytes, password: str) -> Bundle:
     above = [other.certificate for other in store.additional_certs]
     between = [certificate for certificate in above if certificate.issuer != certificate.subject]
     files = {P12: content, CERTIFICATE: _pem(leaf), CHAIN: _pem(leaf, *between), CA: _pem(*above)}
-    return Bundle(files, (), store.key.public_key())
+    return DeviceBundle(files, (), store.key.public_key())
 
 
-def _open_pem(content: bytes, password: str) -> Bundle:
+def _open_pem(content: bytes, password: str) -> DeviceBundle:
     bundle = _open_zip(content, password, encrypted=())
     try:
         key = load_pem_private_key(bundle.files[KEY], password.encode())
@@ -155,7 +155,7 @@ def _open_pem(content: bytes, password: str) -> Bundle:
     return dataclasses.replace(bundle, notes=(*bundle.notes, _UNPROTECTED), key=key.public_key())
 
 
-def _open_zip(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENCRYPTED) -> Bundle:
+def _open_zip(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENCRYPTED) -> DeviceBundle:
     """Read the known files of a ZIP bundle; leave out others.
 
     The files in ``encrypted`` must be encrypted (WinZip AE, AES-256), because only that authenticates them.
@@ -177,7 +177,7 @@ def _open_zip(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENC
         if name in files and not _is_harmless(name, files[name]):
             del files[name]
             notes.append(f"{name} was modified and was left out.")
-    return Bundle(files, tuple(notes))
+    return DeviceBundle(files, tuple(notes))
 
 
 def _check_entries(entries: Iterable[pyzipper.zipfile_aes.AESZipInfo], encrypted: tuple[str, ...]) -> None:
@@ -246,7 +246,7 @@ def _is_client_option(line: str) -> bool:
     return option in _CLIENT_VALUES and _CLIENT_VALUES[option].fullmatch(value) is not None
 
 
-def check_bundle(bundle: Bundle, *, now: datetime) -> Checked:
+def check_bundle(bundle: DeviceBundle, *, now: datetime) -> Checked:
     """Check that key, certificate, chain and CA of a bundle match; raises ``CheckFailed``."""
     try:
         key = bundle.key or load_pem_private_key(bundle.files[KEY], password=None).public_key()

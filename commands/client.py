@@ -8,7 +8,7 @@ import json
 import re
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import requests
 import urllib3.exceptions
 
+from commands.connection import ConnectionSettings, is_loopback
 from commands.errors import ConnectionLost, Misused, Refused, Unreachable
-from commands.settings import Settings, is_loopback
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0  # a revocation or a download waits for the broker
@@ -55,7 +55,7 @@ _Cause = TypeVar("_Cause", bound=BaseException)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpAnswer:
     """A complete answer; header names are case-insensitive."""
 
     status: int
@@ -84,9 +84,8 @@ class Answer:
 class Client:
     """Talks to one portal over verified TLS; raises every failure as a ``CliError``."""
 
-    def __init__(self, settings: Settings, *, version: str, pause: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, settings: ConnectionSettings, *, version: str) -> None:
         self._settings = settings
-        self._pause = pause
         self._session = requests.Session()
         self._session.headers.update({"User-Agent": f"portal-cli/{version}", "Accept-Encoding": "identity"})
 
@@ -101,7 +100,7 @@ class Client:
         anonymous: bool = False,
         repeatable: bool = True,
         accept: tuple[int, ...] = (),
-    ) -> Answer:
+    ) -> HttpAnswer:
         """Send a request; send it again if the connection breaks and the request is ``repeatable``.
 
         Raises ``Refused`` for a status of 400 and above that is not in ``accept``, ``Unreachable`` if no answer
@@ -201,7 +200,7 @@ class Client:
         params: Mapping[str, Any] | None = None,
         content: bytes | None = None,
         repeatable: bool = True,
-    ) -> Answer:
+    ) -> HttpAnswer:
         pauses = iter(RETRY_PAUSES if repeatable else ())
         while True:
             try:
@@ -210,7 +209,7 @@ class Client:
                 pause = next(pauses, None)
                 if pause is None:
                     raise
-                self._pause(pause)
+                time.sleep(pause)
 
     def _attempt(
         self,
@@ -220,7 +219,7 @@ class Client:
         headers: dict[str, str],
         params: Mapping[str, Any] | None,
         content: bytes | None,
-    ) -> Answer:
+    ) -> HttpAnswer:
         with self._open(method, url, token, headers, params=params, content=content) as response:
             return self._whole(response)
 
@@ -246,7 +245,7 @@ class Client:
                 data=content,
                 headers=headers,
                 auth=_Bearer(token),
-                # Given here and not on the session, where REQUESTS_CA_BUNDLE would win over it.
+                # ConnectionOptions here and not on the session, where REQUESTS_CA_BUNDLE would win over it.
                 verify=str(self._settings.ca_file) if self._settings.ca_file else True,
                 timeout=(CONNECT_SECONDS, ANSWER_SECONDS),
                 allow_redirects=False,
@@ -259,9 +258,9 @@ class Client:
             raise _connection_failure(_origin(url), error) from None
 
     @staticmethod
-    def _whole(response: requests.Response) -> Answer:
+    def _whole(response: requests.Response) -> HttpAnswer:
         origin = _origin(response.url)
-        answer = Answer(response.status_code, response.headers, _read(response, origin), origin)
+        answer = HttpAnswer(response.status_code, response.headers, _read(response, origin), origin)
         if 300 <= answer.status < 400:
             raise Unreachable(
                 f"{origin} redirects the request (status {answer.status}), which the portal never does.",
@@ -299,7 +298,7 @@ class Client:
             hints=["Check the URL, and that this is the ca.pem of the same portal (in its data folder)."],
         )
 
-    def refusal(self, answer: Answer) -> Refused:
+    def refusal(self, answer: HttpAnswer) -> Refused:
         """Return the exception for an answer with an error status."""
         problem = _problem(answer)
         hints = []
@@ -442,7 +441,7 @@ def _in_words_of_the_cli(sentence: str) -> str:
     return re.split("[;:,]", sentence[: match.start()])[0].rstrip(" .") + "."
 
 
-def _problem(answer: Answer) -> dict[str, Any] | None:
+def _problem(answer: HttpAnswer) -> dict[str, Any] | None:
     kind = answer.headers.get("Content-Type", "").split(";")[0].strip().lower()
     if kind not in ("application/problem+json", "application/json"):
         return None

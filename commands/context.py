@@ -14,25 +14,25 @@ from typing import Any
 import click
 
 from commands.client import Client
+from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
 from commands.errors import CliError, Unreachable
 from commands.files import ReservedFile
 from commands.output import Cell, Output
-from commands.settings import STDIN, Given, Settings, resolve
 
 VERSION = "0.1.0"
-CONNECTION = tuple(field.name for field in dataclasses.fields(Given))
+CONNECTION = tuple(field.name for field in dataclasses.fields(ConnectionOptions))
 ROLES = ("admin", "operator", "auditor")
 
 
-class Portal:
+class Remote:
     """The portal that a command talks to, and where its output goes."""
 
-    def __init__(self, given: Given, *, as_json: bool) -> None:
+    def __init__(self, given: ConnectionOptions, *, as_json: bool) -> None:
         self.given = given
         self.out = Output(as_json=as_json)
 
     @cached_property
-    def settings(self) -> Settings:
+    def settings(self) -> ConnectionSettings:
         """URL, CA file and token to use; raises ``Misused``."""
         settings = resolve(self.given, os.environ)
         if self.given.token not in (None, STDIN):
@@ -69,9 +69,9 @@ class Command(click.Command):
         self.params += self.connection
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command with its ``Portal``; show an error as text or JSON and exit with its status."""
+        """Run the command with its ``Remote``; show an error as text or JSON and exit with its status."""
         as_json = ctx.params.pop("as_json")
-        ctx.obj = Portal(_given(ctx), as_json=as_json)
+        ctx.obj = Remote(_given(ctx), as_json=as_json)
         try:
             return super().invoke(ctx)
         except CliError as error:
@@ -96,9 +96,9 @@ class Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
 
-def _given(ctx: click.Context) -> Given:
+def _given(ctx: click.Context) -> ConnectionOptions:
     """Return the connection options; those after the command's name override those before it."""
-    given: Given = ctx.find_root().meta.get("given", Given())
+    given: ConnectionOptions = ctx.find_root().meta.get("given", ConnectionOptions())
     here = {name: ctx.params.pop(name) for name in CONNECTION if name in ctx.params}
     if here.get("token") is not None or here.get("token_file") is not None:
         given = dataclasses.replace(given, token=None, token_file=None)
@@ -199,7 +199,13 @@ def new_secret_file(path: str | None, option: str, what: str, *, out: Output) ->
 
 
 def make_with_secret(
-    portal: Portal, path: str, body: dict[str, Any], *, shown_once: str, into: Path | None, needs: tuple[str, ...] = ()
+    portal: Remote,
+    path: str,
+    body: dict[str, Any],
+    *,
+    shown_once: str,
+    into: Path | None,
+    needs: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Create a resource with a secret, the field ``shown_once``; return the answer, without the secret if saved.
 
@@ -220,7 +226,13 @@ def make_with_secret(
 
 
 def show_created(
-    portal: Portal, done: str, fields: dict[str, Cell], answer: dict[str, Any], *, shown_once: str, into: Path | None
+    portal: Remote,
+    done: str,
+    fields: dict[str, Cell],
+    answer: dict[str, Any],
+    *,
+    shown_once: str,
+    into: Path | None,
 ) -> None:
     """Show what ``make_with_secret`` returned: its fields, and the secret or the file that it is in."""
     portal.out.done(done)

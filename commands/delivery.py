@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
-from commands.bundle import FILES, MAX_BUNDLE, README, Bundle, Checked, check_bundle, extension_of, open_bundle
+from commands.bundle import FILES, MAX_BUNDLE, README, Checked, DeviceBundle, check_bundle, extension_of, open_bundle
 from commands.client import check_link
-from commands.context import Command, Portal, ask_secret
+from commands.context import Command, Remote, ask_secret
 from commands.errors import BundleLocked, CheckFailed, CliError
 from commands.files import Folder, NewFile, read_input, read_secret, require_writable, write_new
 from commands.output import moment, text
@@ -67,7 +67,7 @@ def keep_bundle(content: bytes, where: Path) -> Path:
     return path
 
 
-def unpack(portal: Portal, content: bytes, password: Password, *, folder: Folder | None, force: bool) -> dict[str, Any]:
+def unpack(portal: Remote, content: bytes, password: Password, *, folder: Folder | None, force: bool) -> dict[str, Any]:
     """Open, check and write a bundle, by default into a folder named after the device; return a summary for JSON.
 
     Raises ``CheckFailed`` (``BundleLocked`` for a wrong password) and writes nothing then.
@@ -81,7 +81,7 @@ def unpack(portal: Portal, content: bytes, password: Password, *, folder: Folder
     return summary(checked, folder.path, bundle.files)
 
 
-def _open(portal: Portal, content: bytes, password: Password) -> Bundle:
+def _open(portal: Remote, content: bytes, password: Password) -> DeviceBundle:
     for _ in range(ATTEMPTS - 1):
         try:
             return open_bundle(content, password.text)
@@ -93,7 +93,7 @@ def _open(portal: Portal, content: bytes, password: Password) -> Bundle:
     return open_bundle(content, password.text)
 
 
-def fetch(portal: Portal, link: str, where: Path) -> tuple[bytes, Path]:
+def fetch(portal: Remote, link: str, where: Path) -> tuple[bytes, Path]:
     """Download the bundle and save it, encrypted, before anything else is done with it; uses the link up."""
     with portal.out.working("Downloading the bundle…"):
         content = portal.client.fetch_bundle(link)
@@ -101,7 +101,7 @@ def fetch(portal: Portal, link: str, where: Path) -> tuple[bytes, Path]:
 
 
 def unpack_fetched(
-    portal: Portal, content: bytes, kept: Path, password: Password, *, folder: Folder | None, force: bool
+    portal: Remote, content: bytes, kept: Path, password: Password, *, folder: Folder | None, force: bool
 ) -> dict[str, Any]:
     """Unpack what ``fetch`` saved; delete that file afterwards, or say where it is if something fails."""
     command = f"portal unpack {shlex.quote(str(kept))}"
@@ -130,7 +130,7 @@ def summary(checked: Checked, folder: Path, names: Iterable[str]) -> dict[str, A
     }
 
 
-def show_files(portal: Portal, files: dict[str, Any]) -> None:
+def show_files(portal: Remote, files: dict[str, Any]) -> None:
     """Show what was written."""
     portal.out.done("Key, certificate and chain match.")
     portal.out.done(f"Wrote {len(files['files'])} files to {files['folder']}")
@@ -158,7 +158,7 @@ def show_files(portal: Portal, files: dict[str, Any]) -> None:
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.pass_obj
-def download(portal: Portal, link: str, out: Path | None, password_file: str | None, force: bool) -> None:
+def download(portal: Remote, link: str, out: Path | None, password_file: str | None, force: bool) -> None:
     """Download a device's bundle, check it and unpack it.
 
     The link works once and needs no operator token. The password is read from the file, from PORTAL_BUNDLE_PASSWORD or
@@ -188,7 +188,7 @@ def download(portal: Portal, link: str, out: Path | None, password_file: str | N
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.pass_obj
-def unpack_command(portal: Portal, bundle: str, out: Path | None, password_file: str | None, force: bool) -> None:
+def unpack_command(portal: Remote, bundle: str, out: Path | None, password_file: str | None, force: bool) -> None:
     """Check and unpack a bundle that was downloaded before.
 
     The file of the bundle is kept; delete it after unpacking.
@@ -212,7 +212,7 @@ def _folder(out: Path | None, *, force: bool) -> Iterator[Folder | None]:
         folder.leave()
 
 
-def _show(portal: Portal, files: dict[str, Any]) -> None:
+def _show(portal: Remote, files: dict[str, Any]) -> None:
     if portal.out.as_json:
         portal.out.json(files)
         return

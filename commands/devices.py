@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from commands.context import DEVICE_ID, Command, Portal, metadata_from, paging_options, topics_from
+from commands.context import DEVICE_ID, Command, Remote, metadata_from, paging_options, topics_from
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
 from commands.files import whole_file
@@ -80,7 +80,7 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @filter_options
 @paging_options
 @click.pass_obj
-def list_devices(portal: Portal, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
+def list_devices(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
     """List devices, newest first.
 
     When piped, prints tab-separated lines: id, name, type, location, status, expiry.
@@ -122,7 +122,7 @@ def list_devices(portal: Portal, /, limit: int, all_: bool, cursor: str | None, 
     "--within", type=Time(), default="30d", show_default=True, metavar="TIME", help="A date, a time, or days from now."
 )
 @click.pass_obj
-def expiring(portal: Portal, within: str) -> None:
+def expiring(portal: Remote, within: str) -> None:
     """List devices whose certificates expire soon, soonest first.
 
     When piped, prints tab-separated lines: id, name, location, expiry, earliest time at which the device may renew by
@@ -165,7 +165,7 @@ def _renewable(start: object) -> Cell:
 @click.command("show", cls=Command, examples=["portal show 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
 @click.pass_obj
-def show(portal: Portal, device_id: str) -> None:
+def show(portal: Remote, device_id: str) -> None:
     """Show a device: certificate, broker state, topics."""
     device = portal.client.get(f"/devices/{device_id}")
     if portal.out.as_json:
@@ -174,7 +174,7 @@ def show(portal: Portal, device_id: str) -> None:
     _show(portal, device)
 
 
-def _show(portal: Portal, device: dict[str, Any]) -> None:
+def _show(portal: Remote, device: dict[str, Any]) -> None:
     fields: dict[str, Cell] = {"device_id": text(device.get("device_id"))}
     shown_below = {"device_id", "certificate", "topics", "metadata"}
     for name, value in device.items():
@@ -224,7 +224,7 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
 @click.option("--default-topics", is_flag=True, help="Restore the default topics.")
 @click.pass_obj
 def update(
-    portal: Portal,
+    portal: Remote,
     /,
     device_id: str,
     metadata: tuple[str, ...],
@@ -256,7 +256,7 @@ def update(
 @click.command("certificates", cls=Command, examples=["portal certificates 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
 @click.pass_obj
-def certificates(portal: Portal, device_id: str) -> None:
+def certificates(portal: Remote, device_id: str) -> None:
     """List a device's certificates, newest first.
 
     When piped, prints tab-separated lines: serial number, status, issued, expiry, revoked, reason, fingerprint.
@@ -302,7 +302,7 @@ def certificates(portal: Portal, device_id: str) -> None:
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @filter_options
 @click.pass_obj
-def export(portal: Portal, /, out: Path | None, format_: str | None, force: bool, **filters: str | None) -> None:
+def export(portal: Remote, /, out: Path | None, format_: str | None, force: bool, **filters: str | None) -> None:
     """Write all devices as CSV or NDJSON.
 
     FILE appears only when it is complete, so an interrupted export leaves no file. With --json, prints the number of
@@ -322,7 +322,7 @@ def export(portal: Portal, /, out: Path | None, format_: str | None, force: bool
         portal.out.done(f"Wrote {count} device{'s' * (count != 1)} to {out}")
 
 
-def _write_devices(portal: Portal, filters: dict[str, Any], write: Callable[[str], object], *, as_csv: bool) -> int:
+def _write_devices(portal: Remote, filters: dict[str, Any], write: Callable[[str], object], *, as_csv: bool) -> int:
     if as_csv:
         write(_csv_line(COLUMNS))
     count = 0

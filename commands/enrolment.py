@@ -14,7 +14,7 @@ from commands.context import (
     DEVICE_ID,
     YES,
     Command,
-    Portal,
+    Remote,
     confirm,
     make_with_secret,
     metadata_from,
@@ -83,7 +83,7 @@ def enrolment() -> None:
 
 @enrolment.command("list", cls=Command, examples=["portal enrolment list"])
 @click.pass_obj
-def enrolment_list(portal: Portal) -> None:
+def enrolment_list(portal: Remote) -> None:
     """List enrolment tokens, newest first.
 
     When piped, prints tab-separated lines: id, name, device (if for one device), uses, allowed uses, approval, expiry,
@@ -135,7 +135,7 @@ def enrolment_list(portal: Portal) -> None:
 @profile_options
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
 @click.pass_obj
-def enrolment_create(portal: Portal, /, token_out: str | None, **options: Any) -> None:
+def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -> None:
     """Create an enrolment token, which is shown once.
 
     It is valid for one expected device (--device, see portal expect), or for new devices.
@@ -158,7 +158,7 @@ def enrolment_create(portal: Portal, /, token_out: str | None, **options: Any) -
 @click.argument("token_id", metavar="ID", type=ENROLMENT_TOKEN_ID, help="The full id (see: portal enrolment list).")
 @YES
 @click.pass_obj
-def enrolment_revoke(portal: Portal, token_id: str, yes: bool) -> None:
+def enrolment_revoke(portal: Remote, token_id: str, yes: bool) -> None:
     """Revoke an enrolment token; enrolled devices stay active."""
     confirm(f"Revoke the enrolment token {token_id}? No more devices can enrol with it.", yes=yes)
     answer = portal.client.call("DELETE", f"/enrolment-tokens/{token_id}").json()
@@ -175,7 +175,7 @@ def manufacturer() -> None:
 
 @manufacturer.command("list", cls=Command, examples=["portal manufacturer list"])
 @click.pass_obj
-def manufacturer_list(portal: Portal) -> None:
+def manufacturer_list(portal: Remote) -> None:
     """List manufacturers, newest first.
 
     When piped, prints tab-separated lines: id, name, status, approval, expiry and fingerprint of the CA certificate.
@@ -207,7 +207,7 @@ def manufacturer_list(portal: Portal) -> None:
 @manufacturer.command("show", cls=Command, examples=["portal manufacturer show 1e66977361d81fe2"])
 @click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
 @click.pass_obj
-def manufacturer_show(portal: Portal, manufacturer_id: str) -> None:
+def manufacturer_show(portal: Remote, manufacturer_id: str) -> None:
     """Show a manufacturer and the nonce that its CA must sign."""
     _show_manufacturer(portal, portal.client.get(f"/manufacturers/{manufacturer_id}"))
 
@@ -221,7 +221,7 @@ def manufacturer_show(portal: Portal, manufacturer_id: str) -> None:
 @click.option("--certificate", metavar="FILE", required=True, help="CA certificate (PEM); - for standard input.")
 @profile_options
 @click.pass_obj
-def manufacturer_add(portal: Portal, /, certificate: str, **options: Any) -> None:
+def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> None:
     """Add a manufacturer CA; it must be proven before use.
 
     Devices with a factory certificate of this CA can enrol once portal manufacturer prove has succeeded.
@@ -247,7 +247,7 @@ def manufacturer_add(portal: Portal, /, certificate: str, **options: Any) -> Non
 @click.option("--signature", metavar="FILE", help="Signature of the nonce, as openssl dgst -sign writes it.")
 @click.option("--certificate", metavar="FILE", help="Certificate (PEM) issued by the CA, with the nonce as its CN.")
 @click.pass_obj
-def manufacturer_prove(portal: Portal, manufacturer_id: str, signature: str | None, certificate: str | None) -> None:
+def manufacturer_prove(portal: Remote, manufacturer_id: str, signature: str | None, certificate: str | None) -> None:
     """Prove possession of a manufacturer's CA key."""
     if (signature is None) == (certificate is None):
         raise click.UsageError("Use either --signature or --certificate.")
@@ -260,7 +260,7 @@ def manufacturer_prove(portal: Portal, manufacturer_id: str, signature: str | No
 @click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
 @YES
 @click.pass_obj
-def manufacturer_remove(portal: Portal, manufacturer_id: str, yes: bool) -> None:
+def manufacturer_remove(portal: Remote, manufacturer_id: str, yes: bool) -> None:
     """Remove a manufacturer CA; enrolled devices stay active."""
     confirm(f"Remove the manufacturer {manufacturer_id}? No more devices can enrol with its CA.", yes=yes)
     answer = portal.client.call("DELETE", f"/manufacturers/{manufacturer_id}").json()
@@ -286,7 +286,7 @@ def _base64(path: str) -> str:
     return b"".join(content.split()).decode()
 
 
-def _show_manufacturer(portal: Portal, answer: dict[str, Any], *, done: str = "") -> None:
+def _show_manufacturer(portal: Remote, answer: dict[str, Any], *, done: str = "") -> None:
     if portal.out.as_json:
         portal.out.json(answer)
         return
@@ -314,7 +314,7 @@ def _show_manufacturer(portal: Portal, answer: dict[str, Any], *, done: str = ""
     "--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces the default topics. Repeatable."
 )
 @click.pass_obj
-def expect(portal: Portal, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: str) -> None:
+def expect(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: str) -> None:
     """Add a device that will enrol by itself later."""
     body: dict[str, Any] = {**options, "metadata": metadata_from(metadata)}
     if topics:
@@ -332,7 +332,7 @@ def expect(portal: Portal, /, metadata: tuple[str, ...], topics: tuple[str, ...]
 
 @click.command("waiting", cls=Command, examples=["portal waiting"])
 @click.pass_obj
-def waiting(portal: Portal) -> None:
+def waiting(portal: Remote) -> None:
     """List devices that wait for approval, longest first.
 
     When piped, prints tab-separated lines: device id, name, new or again (an enrolled device with another key), waiting
@@ -390,7 +390,7 @@ class Fingerprint(click.ParamType[str]):
 )
 @YES
 @click.pass_obj
-def approve(portal: Portal, device_id: str, key_fingerprint: str | None, yes: bool) -> None:
+def approve(portal: Remote, device_id: str, key_fingerprint: str | None, yes: bool) -> None:
     """Approve a waiting device and its key.
 
     Compare the fingerprint with the device: it is the SHA-256 of its public key (SubjectPublicKeyInfo, DER).
@@ -404,7 +404,7 @@ def approve(portal: Portal, device_id: str, key_fingerprint: str | None, yes: bo
     portal.out.note("It gets its certificate with its next request.")
 
 
-def _confirmed_key(portal: Portal, device_id: str, *, yes: bool) -> str:
+def _confirmed_key(portal: Remote, device_id: str, *, yes: bool) -> str:
     """Ask whether the key of the waiting device is right; returns its fingerprint, so that no other is approved."""
     if not yes:
         require_confirmable()
@@ -426,7 +426,7 @@ def _confirmed_key(portal: Portal, device_id: str, *, yes: bool) -> str:
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id (see: portal waiting).")
 @YES
 @click.pass_obj
-def reject(portal: Portal, device_id: str, yes: bool) -> None:
+def reject(portal: Remote, device_id: str, yes: bool) -> None:
     """Reject a waiting device, or its new key, permanently."""
     confirm(f"Reject {device_id}? A new device is revoked permanently; an enrolled one keeps its present key.", yes=yes)
     answer = portal.client.call("POST", f"/devices/{device_id}/reject").json()

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from commands.client import Client, check_link
-from commands.context import Command, Portal
+from commands.context import Command, Remote
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
 from commands.import_files import Results, fingerprint_of, format_of, read_rows
@@ -82,7 +82,7 @@ def import_devices(
     link and the bundle password of each device. To continue an interrupted import, run the same command again; no
     device is registered twice. The exit status is 1 if a row failed, 3 if the connection was lost.
     """
-    portal: Portal = ctx.obj
+    portal: Remote = ctx.obj
     if out is None and not dry_run:
         raise Misused("Give a folder for the results with --out, or only check the file with --dry-run.")
     kind = format_of(file, form)
@@ -113,7 +113,7 @@ def import_devices(
         ctx.exit(1)
 
 
-def _check(portal: Portal, file: Path, kind: str) -> int:
+def _check(portal: Remote, file: Path, kind: str) -> int:
     """Check every row and return their number; raises ``CliError`` if one is wrong."""
     seen: dict[bytes, int] = {}
     count = problems = 0
@@ -145,7 +145,7 @@ def _short(external_id: str) -> bytes:
     return blake2b(external_id.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
-def _upload(portal: Portal, results: Results, tally: Tally, file: Path, kind: str) -> None:
+def _upload(portal: Remote, results: Results, tally: Tally, file: Path, kind: str) -> None:
     """Register the rows that have no result yet, batch by batch; the results of one are durable before the next."""
     with portal.out.progress("Registering", tally.rows - tally.there_before) as advance:
         for batch in _batches(results, file, kind):
@@ -211,7 +211,7 @@ def _count(tally: Tally, answer: dict[str, Any]) -> None:
         tally.registered += 1
 
 
-def _download(portal: Portal, results: Results, tally: Tally) -> None:
+def _download(portal: Remote, results: Results, tally: Tally) -> None:
     """Download every bundle that is missing; one that fails does not stop the others."""
     newest = {row["device_id"]: row["download_url"] for row in results.rows() if row["download_url"]}
     waiting = {device: link for device, link in newest.items() if not results.has_bundle(device)}
@@ -230,7 +230,7 @@ def _download(portal: Portal, results: Results, tally: Tally) -> None:
             advance()
 
 
-def _show(portal: Portal, results: Results, tally: Tally) -> None:
+def _show(portal: Remote, results: Results, tally: Tally) -> None:
     if portal.out.as_json:
         portal.out.json(tally.as_json() | {"results": str(results.path.absolute())})
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from commands.context import DEVICE_ID, YES, Command, Portal, confirm, require_confirmable
+from commands.context import DEVICE_ID, YES, Command, Remote, confirm, require_confirmable
 from commands.output import moment, state, text
 
 REASONS = (
@@ -22,7 +22,7 @@ REASONS = (
 @click.command("suspend", cls=Command, examples=["portal suspend 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
 @click.pass_obj
-def suspend(portal: Portal, device_id: str) -> None:
+def suspend(portal: Remote, device_id: str) -> None:
     """Suspend a device until it is resumed.
 
     Its certificate is put on hold and its broker session is disconnected. portal resume reverses this.
@@ -36,7 +36,7 @@ def suspend(portal: Portal, device_id: str) -> None:
 @click.command("resume", cls=Command, examples=["portal resume 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
 @click.pass_obj
-def resume(portal: Portal, device_id: str) -> None:
+def resume(portal: Remote, device_id: str) -> None:
     """Resume a suspended device with its existing certificate."""
     with portal.out.working("Resuming; waiting for the broker…"):
         answer = portal.client.call("POST", f"/devices/{device_id}/resume").json()
@@ -59,7 +59,7 @@ def resume(portal: Portal, device_id: str) -> None:
 @click.option("--reason", type=click.Choice(REASONS), help="Reason (RFC 5280); it is published in the CRL.")
 @YES
 @click.pass_obj
-def revoke(portal: Portal, device_id: str, reason: str | None, yes: bool) -> None:
+def revoke(portal: Remote, device_id: str, reason: str | None, yes: bool) -> None:
     """Revoke a device permanently.
 
     Its certificate is revoked and its broker session is disconnected. This cannot be undone.
@@ -71,7 +71,7 @@ def revoke(portal: Portal, device_id: str, reason: str | None, yes: bool) -> Non
     _say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate.")
 
 
-def _confirmed(portal: Portal, device_id: str) -> str:
+def _confirmed(portal: Remote, device_id: str) -> str:
     """Ask whether to revoke a device, unless it is revoked; returns its name."""
     require_confirmable()
     device = portal.client.get(f"/devices/{device_id}")
@@ -82,7 +82,7 @@ def _confirmed(portal: Portal, device_id: str) -> str:
     return name
 
 
-def _show(portal: Portal, done: str, answer: dict[str, Any], *more: str) -> None:
+def _show(portal: Remote, done: str, answer: dict[str, Any], *more: str) -> None:
     if portal.out.as_json:
         portal.out.json(answer)
         return
@@ -94,7 +94,7 @@ def _show(portal: Portal, done: str, answer: dict[str, Any], *more: str) -> None
     portal.out.fields(fields | {"broker": state(answer.get("broker"))})
 
 
-def _say_whether_enforced(portal: Portal, answer: dict[str, Any], enforced: str) -> None:
+def _say_whether_enforced(portal: Remote, answer: dict[str, Any], enforced: str) -> None:
     if answer.get("broker") == "enforced":
         portal.out.note(enforced)
         return

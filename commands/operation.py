@@ -10,7 +10,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from commands.bundle import certificates_only, describe
-from commands.context import Command, Portal, paging_options
+from commands.context import Command, Remote, paging_options
 from commands.delivery import FORCE_HELP
 from commands.errors import Unreachable
 from commands.files import NewFile, write_new
@@ -32,7 +32,7 @@ def status(ctx: click.Context) -> None:
 
     The exit status is 1 if it is not ready.
     """
-    portal: Portal = ctx.obj
+    portal: Remote = ctx.obj
     alive = portal.client.call("GET", "/healthz", anonymous=True, accept=(503,)).status == 200
     # Without a token the portal names the failed checks, but not the reasons.
     answer = portal.client.call("GET", "/readyz", anonymous=portal.settings.token is None, accept=(503,))
@@ -62,7 +62,7 @@ def _check(check: dict[str, Any]) -> Cell:
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Save them in FILE.")
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @click.pass_obj
-def ca(portal: Portal, out: Path | None, force: bool) -> None:
+def ca(portal: Remote, out: Path | None, force: bool) -> None:
     """Print or save the portal's CA certificates.
 
     The issuing CA comes first, the root last. Compare the fingerprint of the root with the one that the portal's
@@ -103,7 +103,7 @@ def ca(portal: Portal, out: Path | None, force: bool) -> None:
 @click.option("--outcome", type=click.Choice(("done", "refused")), help="Only actions with this outcome.")
 @paging_options
 @click.pass_obj
-def audit(portal: Portal, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
+def audit(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
     """Read the audit log, newest entry first.
 
     When piped, prints tab-separated lines: time, actor, action, object, outcome, address, request id, detail.
@@ -141,7 +141,7 @@ def audit(portal: Portal, /, limit: int, all_: bool, cursor: str | None, **filte
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
     """Print a shell completion script."""
-    portal: Portal = ctx.obj
+    portal: Remote = ctx.obj
     found = get_completion_class(shell)
     if found is None:  # click supports all three
         raise click.UsageError(f"There is no completion for {shell}.")

@@ -24,7 +24,7 @@ from commands.bundle import (
     csr_public_key,
 )
 from commands.client import check_link
-from commands.context import DEVICE_ID, Command, Portal, metadata_from, new_secret_file, require, topics_from
+from commands.context import DEVICE_ID, Command, Remote, metadata_from, new_secret_file, require, topics_from
 from commands.delivery import FORCE_HELP, Password, fetch, show_files, summary, unpack_fetched
 from commands.errors import CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
@@ -46,7 +46,7 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
+class DeliveryOptions:
     """The options that say how the credentials are delivered."""
 
     csr: str | None
@@ -109,7 +109,7 @@ def issuing_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @issuing_options
 @click.pass_obj
-def register(portal: Portal, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: Any) -> None:
+def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: Any) -> None:
     """Register a device: certificate, topics, credential bundle.
 
     The portal answers with a one-time link to the device's encrypted bundle. The bundle password is shown once; send
@@ -139,7 +139,7 @@ def register(portal: Portal, /, metadata: tuple[str, ...], topics: tuple[str, ..
 @click.option("--when-used", is_flag=True, help="Revoke the old certificate once the new one has been used.")
 @issuing_options
 @click.pass_obj
-def renew(portal: Portal, /, device_id: str, when_used: bool, **options: Any) -> None:
+def renew(portal: Remote, /, device_id: str, when_used: bool, **options: Any) -> None:
     """Issue a new certificate for a device.
 
     The new certificate is valid at once. It is delivered in a bundle as after a registration, or signs the device's
@@ -149,9 +149,9 @@ def renew(portal: Portal, /, device_id: str, when_used: bool, **options: Any) ->
     _issue(portal, Operation(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed"), options)
 
 
-def _issue(portal: Portal, operation: Operation, options: dict[str, Any]) -> None:
+def _issue(portal: Remote, operation: Operation, options: dict[str, Any]) -> None:
     """Send the request and deliver what the portal issues: a bundle, or a certificate for a CSR."""
-    delivery = Delivery(**{name: options.pop(name) for name in Delivery.__dataclass_fields__})
+    delivery = DeliveryOptions(**{name: options.pop(name) for name in DeliveryOptions.__dataclass_fields__})
     body = {field: value for field, value in options.items() if value is not None}
     if delivery.csr is not None and (
         {"key_type", "bundle_format"} & set(body) or delivery.password_file or delivery.password_out
@@ -166,7 +166,7 @@ def _issue(portal: Portal, operation: Operation, options: dict[str, Any]) -> Non
         _issue_bundle(portal, operation, body, delivery)
 
 
-def _issue_bundle(portal: Portal, operation: Operation, body: dict[str, Any], delivery: Delivery) -> None:
+def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], delivery: DeliveryOptions) -> None:
     """Let the portal make key and bundle; unpack it into the folder of ``--out``, or show its link."""
     chosen = read_secret(delivery.password_file, "password") if delivery.password_file else None
     if chosen is not None:
@@ -191,7 +191,7 @@ def _issue_bundle(portal: Portal, operation: Operation, body: dict[str, Any], de
     _show(portal, operation, answer, shown, delivery.password_out)
 
 
-def _unpack(portal: Portal, answer: dict[str, Any], password: str, folder: Folder) -> dict[str, Any]:
+def _unpack(portal: Remote, answer: dict[str, Any], password: str, folder: Folder) -> dict[str, Any]:
     link = check_link(answer["download_url"])
     try:
         content, kept = fetch(portal, link, folder.path)
@@ -202,7 +202,7 @@ def _unpack(portal: Portal, answer: dict[str, Any], password: str, folder: Folde
 
 
 @contextlib.contextmanager
-def _undelivered(portal: Portal, operation: Operation, device_id: str, password: str, folder: Folder) -> Iterator[None]:
+def _undelivered(portal: Remote, operation: Operation, device_id: str, password: str, folder: Folder) -> Iterator[None]:
     """Say that the request itself succeeded if the delivery fails, and save a password that is shown nowhere."""
     try:
         yield
@@ -215,7 +215,9 @@ def _undelivered(portal: Portal, operation: Operation, device_id: str, password:
         raise
 
 
-def _issue_for_csr(portal: Portal, operation: Operation, body: dict[str, Any], csr: bytes, delivery: Delivery) -> None:
+def _issue_for_csr(
+    portal: Remote, operation: Operation, body: dict[str, Any], csr: bytes, delivery: DeliveryOptions
+) -> None:
     """Let the portal certify the key of a CSR; write the certificate into the folder of ``--out``, or print it."""
     public_key = csr_public_key(csr)
     body["csr"] = csr.decode("ascii", "replace")
@@ -241,7 +243,7 @@ def _issue_for_csr(portal: Portal, operation: Operation, body: dict[str, Any], c
 
 
 @contextlib.contextmanager
-def _targets(delivery: Delivery, names: tuple[str, ...]) -> Iterator[Targets]:
+def _targets(delivery: DeliveryOptions, names: tuple[str, ...]) -> Iterator[Targets]:
     folder = Folder(delivery.out, names, force=delivery.force) if delivery.out is not None else None
     password_file = None
     try:
@@ -254,7 +256,7 @@ def _targets(delivery: Delivery, names: tuple[str, ...]) -> Iterator[Targets]:
             folder.leave()
 
 
-def _post(portal: Portal, operation: Operation, body: dict[str, Any], key: str | None) -> dict[str, Any]:
+def _post(portal: Remote, operation: Operation, body: dict[str, Any], key: str | None) -> dict[str, Any]:
     # 192 random bits: the portal encrypts the stored answer with this key.
     sent = key or secrets.token_urlsafe(24)
     try:
@@ -273,7 +275,7 @@ def _done(operation: Operation, answer: dict[str, Any]) -> str:
 
 
 def _show(
-    portal: Portal, operation: Operation, answer: dict[str, Any], password: str, password_out: str | None
+    portal: Remote, operation: Operation, answer: dict[str, Any], password: str, password_out: str | None
 ) -> None:
     out, files = portal.out, answer.get("files")
     if out.as_json:

@@ -9,7 +9,7 @@ import click
 from commands.context import (
     YES,
     Command,
-    Portal,
+    Remote,
     confirm,
     make_with_secret,
     new_secret_file,
@@ -44,7 +44,7 @@ def webhook() -> None:
 
 @webhook.command("list", cls=Command, examples=["portal webhook list"])
 @click.pass_obj
-def webhook_list(portal: Portal) -> None:
+def webhook_list(portal: Remote) -> None:
     """List webhooks, oldest first.
 
     When piped, prints tab-separated lines: id, name, events, waiting, waiting since, dead, URL. Dead events are those
@@ -98,7 +98,7 @@ def _dead(row: dict[str, Any]) -> Cell:
 )
 @click.option("--secret-out", metavar="FILE", help="Write the signing secret to FILE (new, 0600).")
 @click.pass_obj
-def webhook_create(portal: Portal, name: str, target: str, events: tuple[str, ...], secret_out: str | None) -> None:
+def webhook_create(portal: Remote, name: str, target: str, events: tuple[str, ...], secret_out: str | None) -> None:
     """Create a webhook; its signing secret is shown once."""
     path = new_secret_file(secret_out, "--secret-out", "secret", out=portal.out)
     body = {"name": name, "url": target} | ({"events": list(events)} if events else {})
@@ -115,7 +115,7 @@ def webhook_create(portal: Portal, name: str, target: str, events: tuple[str, ..
 @click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
 @YES
 @click.pass_obj
-def webhook_delete(portal: Portal, webhook_id: str, yes: bool) -> None:
+def webhook_delete(portal: Remote, webhook_id: str, yes: bool) -> None:
     """Delete a webhook and its waiting events."""
     confirm(f"Delete the webhook {webhook_id} and its waiting events?", yes=yes)
     answer = portal.client.call("DELETE", f"/webhooks/{webhook_id}").json()
@@ -137,7 +137,7 @@ def webhook_delete(portal: Portal, webhook_id: str, yes: bool) -> None:
 @paging_options
 @click.pass_obj
 def webhook_deliveries(
-    portal: Portal, webhook_id: str, status: str | None, limit: int, all_: bool, cursor: str | None
+    portal: Remote, webhook_id: str, status: str | None, limit: int, all_: bool, cursor: str | None
 ) -> None:
     """List the events of a webhook, newest first.
 
@@ -179,7 +179,7 @@ def webhook_deliveries(
 @click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
 @click.argument("delivery", type=click.IntRange(1), nargs=-1, help="Ids of events.  [default: all dead events]")
 @click.pass_obj
-def webhook_redeliver(portal: Portal, webhook_id: str, delivery: tuple[int, ...]) -> None:
+def webhook_redeliver(portal: Remote, webhook_id: str, delivery: tuple[int, ...]) -> None:
     """Send dead events, or the given ones, again."""
     body = {"delivery_ids": list(delivery)} if delivery else {}
     answer = portal.client.call("POST", f"/webhooks/{webhook_id}/redeliver", body=body).json()
@@ -192,7 +192,7 @@ def webhook_redeliver(portal: Portal, webhook_id: str, delivery: tuple[int, ...]
 @webhook.command("test", cls=Command, examples=["portal webhook test 1e66977361d81fe2"])
 @click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
 @click.pass_obj
-def webhook_test(portal: Portal, webhook_id: str) -> None:
+def webhook_test(portal: Remote, webhook_id: str) -> None:
     """Send a test event now and show the result."""
     with portal.out.working("Sending…"):
         answer = portal.client.call("POST", f"/webhooks/{webhook_id}/test", repeatable=False).json()

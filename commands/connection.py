@@ -23,7 +23,7 @@ MAX_LOGIN = 64 * 1024  # bytes of a login file that are read
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class ConnectionOptions:
     """The connection options; ``None`` if not given."""
 
     url: str | None = None
@@ -33,7 +33,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ConnectionSettings:
     """How to connect; without ``ca_file`` the CAs of the system are trusted; ``token_source`` is for messages."""
 
     url: str
@@ -42,7 +42,7 @@ class Settings:
     token_source: str
 
     def __repr__(self) -> str:  # never the token
-        return f"Settings(url={self.url!r}, ca_file={self.ca_file!r}, token_source={self.token_source!r})"
+        return f"ConnectionSettings(url={self.url!r}, ca_file={self.ca_file!r}, token_source={self.token_source!r})"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def login_path(environment: Mapping[str, str]) -> Path:
     return folder / "device-onboarding-portal" / "login.json"
 
 
-def resolve(given: Given, environment: Mapping[str, str], *, use_login: bool = True) -> Settings:
+def resolve(given: ConnectionOptions, environment: Mapping[str, str], *, use_login: bool = True) -> ConnectionSettings:
     """Combine the sources: options override the environment, which overrides the saved login.
 
     A saved token is sent only to the portal that it was saved for. Raises ``Misused``.
@@ -76,10 +76,10 @@ def resolve(given: Given, environment: Mapping[str, str], *, use_login: bool = T
         ca = ca or login.ca_file
         if not token:
             token, source = login.token, "the saved login"
-    return Settings(url, _ca_file(ca), _token(token, source), source)
+    return ConnectionSettings(url, _ca_file(ca), _token(token, source), source)
 
 
-def _explicit(given: Given, environment: Mapping[str, str]) -> tuple[str, str | None, str, str]:
+def _explicit(given: ConnectionOptions, environment: Mapping[str, str]) -> tuple[str, str | None, str, str]:
     if given.token is not None and given.token_file is not None:
         raise Misused("Use either --token or --token-file.")
     if given.token_file is not None or given.token == STDIN:
