@@ -1,4 +1,4 @@
-"""The certificate authority: the only room that signs."""
+"""The certificate authority: makes key pairs, signs certificates and revokes them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from pki.algorithms import (
     signature_hash,
 )
 from pki.crl import crl_entry
-from pki.encoding import pem
-from pki.issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
-from pki.profiles import (
+from pki.issuers import (
+    SERIAL_BITS,
     Extension,
+    Issuer,
     Profile,
+    Reason,
     device_profile,
     extension,
     issuing_profile,
@@ -36,14 +37,16 @@ from pki.profiles import (
     responder_profile,
     root_profile,
     server_profile,
+    signing_key,
+    whole_second,
 )
 
-BACKDATING = timedelta(minutes=5)  # for devices whose clocks run behind
+BACKDATING = timedelta(minutes=5)  # for devices with slow clocks
 
 
 @dataclass(frozen=True)
 class Issued:
-    """A new certificate whose signature has been checked; times are aware UTC, ``pem`` ends with a newline."""
+    """A new certificate whose signature was verified; times are in UTC, ``pem`` ends with a newline."""
 
     certificate: x509.Certificate = field(repr=False)
     der: bytes = field(repr=False)
@@ -58,7 +61,7 @@ class Issued:
 
 
 def generate_keypair(key_type: KeyType) -> PrivateKey:
-    """Make a new private key, which holds its public one, from the operating system's randomness."""
+    """Make a new private key from the operating system's randomness."""
     return generate_key(key_type)
 
 
@@ -78,7 +81,7 @@ def create_root(key: PrivateKey, *, common_name: str, now: datetime, days: int) 
 def create_issuing(
     root: Issuer, public_key: PublicKey, *, common_name: str, now: datetime, days: int, pki_url: str
 ) -> Issued:
-    """Sign the certificate of an issuing CA, for ``days`` or as long as the root lives.
+    """Sign the certificate of an issuing CA, for ``days`` or until the root expires.
 
     ``pki_url`` is the base of the URLs put into certificates. Raises as ``sign_certificate`` does.
     """
@@ -88,11 +91,11 @@ def create_issuing(
 def sign_certificate(
     issuer: Issuer, public_key: PublicKey, *, device_id: str, now: datetime, days: int, pki_url: str
 ) -> Issued:
-    """Sign a device's certificate: TLS client, named by its UUID (RFC 5280 profile in ``pki/profiles.py``).
+    """Sign a device's certificate: TLS client, named by its UUID (RFC 5280; its profile is in ``pki/issuers.py``).
 
-    Valid from five minutes before ``now`` until ``days`` after it, within the life of the issuer. Raises
-    ``InputInvalid`` for an id that is no UUID, ``KeyRefused`` for a key that is not certified, ``IssuerUnusable`` where
-    the issuer is out of date or its key is not here, ``SignatureCheckFailed`` where the result does not verify.
+    Valid from five minutes before ``now`` until ``days`` after it, within the validity of the issuer. Raises
+    ``InputInvalid`` for an id that is not a UUID, ``KeyRefused`` for a key that is not certified, ``IssuerUnusable`` if
+    the issuer has expired or its key is not on this machine, ``SignatureCheckFailed`` if the result does not verify.
     """
     return _sign(issuer, public_key, device_profile(device_id), now=now, days=days, pki_url=pki_url)
 
@@ -105,7 +108,7 @@ def sign_server_certificate(
 
 
 def sign_responder_certificate(issuer: Issuer, public_key: PublicKey, *, now: datetime, days: int) -> Issued:
-    """Sign the certificate that answers OCSP for this CA (RFC 6960 §4.2.2.2); raises as ``sign_certificate`` does."""
+    """Sign the certificate of this CA's OCSP responder (RFC 6960 §4.2.2.2); raises as ``sign_certificate`` does."""
     return _sign(issuer, public_key, responder_profile(issuer.name), now=now, days=days, pki_url="")
 
 
@@ -119,8 +122,8 @@ def revoke_certificate(serial_number: str, revoked_at: datetime, reason: Reason)
 
 
 def chain_pem(*certificates: x509.Certificate) -> str:
-    """Write certificates as PEM, one after the other: the leaf first (RFC 8446 §4.4.2)."""
-    return "".join(pem("CERTIFICATE", certificate.public_bytes(Encoding.DER)) for certificate in certificates)
+    """Encode certificates as PEM, one after the other: the leaf first (RFC 8446 §4.4.2)."""
+    return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
 
 
 def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datetime, days: int, pki_url: str) -> Issued:
@@ -171,7 +174,7 @@ def _signed(
     *,
     issuer_certificate: x509.Certificate | None,
 ) -> Issued:
-    """Sign, then read back what is to be released and verify it under the issuer's certificate (its own if None)."""
+    """Sign, then read the result back and verify it under the issuer's certificate (or itself, if that is None)."""
     der = builder.sign(key, algorithm).public_bytes(Encoding.DER)
     certificate = x509.load_der_x509_certificate(der)
     try:
@@ -183,7 +186,7 @@ def _signed(
     return Issued(
         certificate=certificate,
         der=der,
-        pem=pem("CERTIFICATE", der),
+        pem=certificate.public_bytes(Encoding.PEM).decode(),
         serial_number=f"{certificate.serial_number:x}",
         fingerprint=hashlib.sha256(der).hexdigest(),
         not_before=certificate.not_valid_before_utc,
@@ -195,11 +198,11 @@ def _signed(
 
 
 def _new_serial_number() -> int:
-    """Draw 158 random bits below a one: always 20 bytes, never zero, 40 hex digits in every tool."""
+    """Draw 158 random bits after a leading 1: always 20 bytes, never zero, 40 hex digits in every tool."""
     return 1 << (SERIAL_BITS - 1) | secrets.randbits(SERIAL_BITS - 1)
 
 
 def _end(now: datetime, days: int) -> datetime:
     if days < 1:
-        raise ValueError("a certificate lives at least one day")
+        raise ValueError("a certificate is valid for at least one day")
     return whole_second(now) + timedelta(days=days)

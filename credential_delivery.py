@@ -1,4 +1,4 @@
-"""The encrypted bundle of a device's credentials, behind a signed link."""
+"""Pack a device's credentials as an encrypted bundle, and sign the one-time link to it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CLIENT_CONFIGURATION = """\
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a bundle holds: PEM texts, with where the broker is. ``key_pem`` is the device's key, unencrypted."""
+    """The content of a bundle: PEM texts and the broker's address. ``key_pem`` is the device's key, unencrypted."""
 
     device_id: str
     key_pem: bytes
@@ -69,7 +69,7 @@ class Credentials:
 
 
 def new_bundle_password() -> str:
-    """A password of 132 random bits: 22 characters of the URL-safe base64 alphabet."""
+    """Return a password of 132 random bits: 22 characters of the URL-safe base64 alphabet."""
     return secrets.token_urlsafe(17)[:22]
 
 
@@ -78,8 +78,8 @@ def package_credentials(
 ) -> bytes:
     """Pack a bundle: a ZIP whose ``device.key`` and ``ca.pem`` are AES-256 encrypted and authenticated (WinZip AE-2).
 
-    The rest is public and altering it opens nothing, so it stays in the clear. Opens with 7z and pyzipper. As ``p12``
-    it is a PKCS#12 file; as ``pem`` a ZIP in which nothing is encrypted or authenticated but the key in itself.
+    The other files are public and not encrypted: changing them gives nobody access. 7z and pyzipper open it. As ``p12``
+    it is a PKCS#12 file; as ``pem`` a ZIP in which only the key itself is encrypted, and nothing is authenticated.
     """
     if bundle_format is BundleFormat.P12:
         return pkcs12_file(
@@ -114,37 +114,37 @@ def package_credentials(
 
 
 def generate_download_link(delivery_id: str, keys: Sequence[str], *, public_url: str, now: datetime) -> str:
-    """The one-time URL of a delivery, signed with the last of ``keys`` (the others verify older links still)."""
+    """Return the one-time URL of a delivery, signed with the last of ``keys``; the others still verify older links."""
     return f"{public_url}/download/{_serializer(keys, now).dumps(delivery_id)}"
 
 
 def read_download_token(token: str, keys: Sequence[str], *, now: datetime, max_age: timedelta) -> str:
-    """The delivery that a link's token names, its signature checked in constant time.
+    """Return the delivery that a link's token names, after verifying its signature in constant time.
 
-    Raises ``LinkUnknown`` where the token was altered or never signed here, ``LinkExpired`` where it is older than
+    Raises ``LinkUnknown`` if the token was altered or not signed by these keys, ``LinkExpired`` if it is older than
     ``max_age``.
     """
     try:
-        # Without its max_age, which refuses links from before the clock was set back.
+        # Without max_age: that also refuses links that were signed before the clock was set back.
         delivery_id, made_at = _serializer(keys, now).loads(token, return_timestamp=True)
     except BadSignature:
         delivery_id, made_at = None, now
     if now - made_at > max_age:
-        raise LinkExpired("This link's time is over, so its bundle was destroyed; give the device new credentials.")
+        raise LinkExpired("This link has expired, so its bundle was destroyed; issue new credentials for the device.")
     if not isinstance(delivery_id, str) or len(delivery_id) > 64:
         raise LinkUnknown("This download link is not known here; check that it was copied whole.")
     return delivery_id
 
 
 class _Signer(TimestampSigner):
-    """Signs with the time it is given: itsdangerous would look at the clock."""
+    """Signs with the given time, where itsdangerous would read the clock."""
 
     def __init__(self, *keys: Any, now: datetime, **options: Any) -> None:
         super().__init__(*keys, **options)
         self._seconds = int(now.timestamp())
 
     def get_timestamp(self) -> int:
-        """Seconds since 1970, UTC."""
+        """Return the time in seconds since 1970, UTC."""
         return self._seconds
 
 
@@ -157,12 +157,12 @@ def _serializer(keys: Sequence[str], now: datetime) -> URLSafeTimedSerializer:
     )
 
 
-# --- Answers kept for a repeat --------------------------------------------------------------------------------------
+# --- Responses kept for a repeated request --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerSeal:
-    """Seals an answer under an idempotency key, of which only ``key_hash`` is stored."""
+    """Encrypts a response under an idempotency key, of which only ``key_hash`` is stored."""
 
     key_hash: str
     _seal_key: bytes
@@ -170,20 +170,20 @@ class AnswerSeal:
 
     @classmethod
     def of(cls, idempotency_key: str, *, pepper: bytes) -> AnswerSeal:
-        """Derive all from the key; ``pepper``, kept outside the database, makes guessing from a copy hopeless."""
+        """Derive the keys; ``pepper`` is kept outside the database, so that nobody can guess keys from a copy of it."""
         derivation = HKDF(SHA256(), 96, salt=pepper, info=b"onboarding-portal/idempotency")
         derived = derivation.derive(idempotency_key.encode())
         return cls(derived[:32].hex(), derived[32:64], derived[64:])
 
     def request_hash(self, request: bytes) -> str:
-        """HMAC-SHA-256 of a request in hex: tells a repeat from another body, and nothing of what was in it."""
+        """Return the HMAC-SHA-256 of a request in hex, by which a repeat is told from another request."""
         return hmac.new(self._request_key, request, "sha256").hexdigest()
 
     def seal(self, answer: bytes) -> bytes:
-        """Encrypt and authenticate (AES-256-GCM, random 96-bit nonce in front)."""
+        """Encrypt and authenticate a response (AES-256-GCM, after its random 96-bit nonce)."""
         nonce = secrets.token_bytes(12)
         return nonce + AESGCM(self._seal_key).encrypt(nonce, answer, self.key_hash.encode())
 
     def open(self, sealed: bytes) -> bytes:
-        """Decrypt what ``seal`` made; raises ``cryptography.exceptions.InvalidTag`` where it was altered."""
+        """Decrypt the result of ``seal``; raises ``cryptography.exceptions.InvalidTag`` if it was altered."""
         return AESGCM(self._seal_key).decrypt(sealed[:12], sealed[12:], self.key_hash.encode())

@@ -57,7 +57,7 @@ def generate_key(key_type: KeyType) -> PrivateKey:
 
 
 def private_key_pem(key: PrivateKey) -> bytes:
-    """Encode a private key as PKCS#8 PEM, in the clear: for memory only, never for a disk or a log."""
+    """Encode a private key as unencrypted PKCS#8 PEM: for memory only, never for a disk or a log."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
@@ -107,7 +107,7 @@ def key_type_of(key: PublicKey) -> str:
 
 
 def signature_hash(key: PublicKey) -> hashes.SHA256 | hashes.SHA384 | None:
-    """Choose the hash that this key signs with: as strong as the key (RFC 5758 §3.2), none for Ed25519 (RFC 8410)."""
+    """Return the hash that this key signs with: as strong as the key (RFC 5758 §3.2), none for Ed25519 (RFC 8410)."""
     if isinstance(key, ed25519.Ed25519PublicKey):
         return None
     if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.key_size > 256:
@@ -116,7 +116,7 @@ def signature_hash(key: PublicKey) -> hashes.SHA256 | hashes.SHA384 | None:
 
 
 def check_public_key(key: object) -> PublicKey:
-    """Return ``key`` if it is of a kind, size and quality that the portal certifies, else raise ``KeyRefused``."""
+    """Return ``key`` if the portal certifies keys of its kind, size and quality; raises ``KeyRefused``."""
     if isinstance(key, ec.EllipticCurvePublicKey):
         if not isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1):
             raise KeyRefused(f"The curve {key.curve.name} is not accepted. {ACCEPTED}")
@@ -133,8 +133,8 @@ def check_public_key(key: object) -> PublicKey:
 # --- Ed25519 ------------------------------------------------------------------------------------------------------
 
 _FIELD = 2**255 - 19
-# The y coordinates of the eight points of small order. With such a "key" anybody can make signatures that verify, so a
-# CSR would prove nothing.
+# The y coordinates of the eight points of small order. Anybody can make signatures that verify under such a key, so a
+# CSR for it would prove nothing.
 _ORDER_8_Y = int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little")
 _SMALL_ORDER_Y = frozenset({0, 1, _FIELD - 1, _ORDER_8_Y, _FIELD - _ORDER_8_Y})
 
@@ -142,7 +142,7 @@ _SMALL_ORDER_Y = frozenset({0, 1, _FIELD - 1, _ORDER_8_Y, _FIELD - _ORDER_8_Y})
 def _check_ed25519(key: ed25519.Ed25519PublicKey) -> None:
     y = int.from_bytes(key.public_bytes_raw(), "little") & (2**255 - 1)
     if y >= _FIELD or y in _SMALL_ORDER_Y:
-        raise KeyRefused("The Ed25519 public key is not one that a key generator makes. Make a new key pair.")
+        raise KeyRefused("The Ed25519 public key has a small order. Make a new key pair.")
 
 
 # --- RSA ----------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def _powers_of_65537(prime: int) -> frozenset[int]:
 
 
 # CVE-2017-15361 (ROCA), common in security chips: modulo every small prime, the modulus is a power of 65537. These are
-# the primes where few residues are; a sound key passes all of them by chance once in 2^27.
+# the primes with few such powers; a sound key has this property for all of them by chance once in 2^27.
 _ROCA_PRIMES = (11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157)
 _ROCA_RESIDUES = tuple((prime, _powers_of_65537(prime)) for prime in _ROCA_PRIMES)
 
@@ -182,7 +182,7 @@ def _check_rsa(key: rsa.RSAPublicKey) -> None:
 
 
 def _has_close_primes(modulus: int) -> bool:
-    """Try Fermat's factorisation for a few rounds (CVE-2022-26320): sound keys are out of its reach for ever."""
+    """Try Fermat's factorisation for a few rounds (CVE-2022-26320), which never succeeds for a sound key."""
     a = math.isqrt(modulus)
     if a * a == modulus:
         return True

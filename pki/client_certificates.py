@@ -1,7 +1,8 @@
-"""Reads the certificate that a TLS client has shown."""
+"""Read the certificates of TLS clients, and those of the manufacturers' CAs that devices bring certificates from."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -9,24 +10,28 @@ from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from core.errors import ClientCertificateRefused
+from core.errors import ClientCertificateRefused, KeyRefused, ManufacturerInvalid, ProofInvalid
 from pki.algorithms import PublicKey, check_public_key, public_key_fingerprint
 from pki.encoding import failing_as
 
 MAX_CERTIFICATE_BYTES = 16 * 1024
+MAX_PEM_CHARACTERS = 16 * 1024
+_ONE_PEM = "Send one certificate in PEM, BEGIN CERTIFICATE to END CERTIFICATE."
 T = TypeVar("T", bound=x509.ExtensionType)
 _UNREADABLE = "The client certificate cannot be read."
 
 
 @dataclass(frozen=True, slots=True)
 class ClientCertificate:
-    """A certificate with what is asked about it; nobody has vouched for it yet.
+    """A client's certificate with its properties; its issuer has not been checked.
 
     ``fingerprint`` is the SHA-256 of its DER, ``key_fingerprint`` that of its SubjectPublicKeyInfo, both in hex.
-    ``serial`` is the serialNumber of its subject (IEEE 802.1AR section 8.6), else the common name, else empty.
+    ``serial`` is the serialNumber of its subject (IEEE 802.1AR §8.6), else the common name, else empty.
     """
 
     certificate: x509.Certificate = field(repr=False)
@@ -66,7 +71,7 @@ def _key_fingerprint(key: object) -> str:
 
 
 def is_issued_by(client: ClientCertificate, issuer: x509.Certificate) -> bool:
-    """Whether the CA has signed the certificate and bears the name of its issuer (RFC 5280 section 6.1.3)."""
+    """Return whether the CA has signed the certificate and has the name of its issuer (RFC 5280 §6.1.3)."""
     try:
         client.certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, InvalidSignature):
@@ -75,14 +80,14 @@ def is_issued_by(client: ClientCertificate, issuer: x509.Certificate) -> bool:
 
 
 def is_issued_by_der(client: ClientCertificate, issuer: bytes) -> bool:
-    """As ``is_issued_by``, for a CA certificate in DER."""
+    """Do the same as ``is_issued_by`` for a CA certificate in DER."""
     return is_issued_by(client, x509.load_der_x509_certificate(issuer))
 
 
 def may_identify_a_client(client: ClientCertificate) -> bool:
-    """Whether the certificate is an end entity's that may be used so: no CA, and no other purpose named.
+    """Return whether the certificate is that of an end entity, and not limited to other purposes than TLS client.
 
-    Certificates that a device is born with often name no purpose at all (IEEE 802.1AR section 8.11).
+    Factory certificates (IDevID) often name no purpose at all (IEEE 802.1AR §8.11).
     """
     with failing_as(ClientCertificateRefused(_UNREADABLE)):
         extensions = client.certificate.extensions
@@ -106,5 +111,80 @@ def _value(extensions: x509.Extensions, kind: type[T]) -> T | None:
 
 
 def pem_bundle(certificates: list[bytes]) -> bytes:
-    """Several certificates, DER, as one PEM file."""
+    """Encode certificates (DER) as one PEM file."""
     return b"".join(x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM) for der in certificates)
+
+
+# --- Manufacturers' CAs --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ManufacturerCa:
+    """The certificate of a manufacturer's CA: ``fingerprint`` is the SHA-256 of its DER, 64 lower-case hex digits."""
+
+    der: bytes = field(repr=False)
+    fingerprint: str
+    not_after: datetime
+
+
+def _read_pem(pem: str, failure: ManufacturerInvalid | ProofInvalid) -> x509.Certificate:
+    if len(pem) > MAX_PEM_CHARACTERS or pem.count("-----BEGIN") != 1:
+        raise failure
+    with failing_as(failure):
+        return x509.load_pem_x509_certificate(pem.encode("ascii"))
+
+
+def read_manufacturer_ca(pem: str, *, now: datetime) -> ManufacturerCa:
+    """Read the certificate of a CA that issues factory certificates (IDevID); it need not be a root.
+
+    Raises ``ManufacturerInvalid`` if it is not that of a CA, is not valid now, or its key is not of an accepted kind.
+    """
+    certificate = _read_pem(pem, ManufacturerInvalid(f"The certificate cannot be read. {_ONE_PEM}"))
+    try:
+        check_public_key(certificate.public_key())
+    except KeyRefused as error:
+        raise ManufacturerInvalid(f"The CA's key is not accepted. {error.detail}") from error
+    except ValueError as error:
+        raise ManufacturerInvalid("The CA's key cannot be read.") from error
+    with failing_as(ManufacturerInvalid("The CA's certificate has extensions that cannot be read.")):
+        extensions = certificate.extensions
+        constraints = [item.value for item in extensions if isinstance(item.value, x509.BasicConstraints)]
+        usage = [item.value for item in extensions if isinstance(item.value, x509.KeyUsage)]
+    if not constraints or not constraints[0].ca or (usage and not usage[0].key_cert_sign):
+        raise ManufacturerInvalid("The certificate is not that of a CA; send the one that signs the devices' own.")
+    if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
+        raise ManufacturerInvalid("The CA's certificate has expired or is not valid yet.")
+    der = certificate.public_bytes(Encoding.DER)
+    return ManufacturerCa(der, hashlib.sha256(der).hexdigest(), certificate.not_valid_after_utc)
+
+
+def check_proof_by_certificate(ca_der: bytes, nonce: str, pem: str) -> None:
+    """Raise ``ProofInvalid`` unless ``pem`` is a certificate, signed by the CA, whose common name is the nonce."""
+    proof = _read_pem(pem, ProofInvalid(f"The proof cannot be read. {_ONE_PEM}"))
+    failure = ProofInvalid("The proof is not a certificate that this CA has signed.")
+    with failing_as(failure):
+        names = [attribute.value for attribute in proof.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        proof.verify_directly_issued_by(x509.load_der_x509_certificate(ca_der))
+    if names != [nonce]:
+        raise ProofInvalid("The proof's common name is not the nonce; make a certificate whose common name it is.")
+
+
+def check_proof_by_signature(ca_der: bytes, nonce: str, signature: str) -> None:
+    """Raise ``ProofInvalid`` unless ``signature`` (Base64) is one of the nonce's text, in ASCII, by the CA's key.
+
+    ECDSA or RSA (PKCS#1 v1.5) with SHA-256, as ``openssl dgst -sha256 -sign`` makes it, or Ed25519.
+    """
+    key = x509.load_der_x509_certificate(ca_der).public_key()
+    message = nonce.encode("ascii")
+    try:
+        raw = base64.b64decode("".join(signature.split()), validate=True)
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(raw, message, ec.ECDSA(hashes.SHA256()))
+        elif isinstance(key, rsa.RSAPublicKey):
+            key.verify(raw, message, padding.PKCS1v15(), hashes.SHA256())
+        elif isinstance(key, ed25519.Ed25519PublicKey):
+            key.verify(raw, message)
+        else:
+            raise ProofInvalid("The CA's key is of a kind that is not accepted.")
+    except (ValueError, InvalidSignature) as error:
+        raise ProofInvalid("The proof is not a signature of the nonce's text by this CA's key.") from error

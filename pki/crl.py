@@ -15,8 +15,7 @@ from cryptography.x509.oid import SignatureAlgorithmOID
 from core.errors import SignatureCheckFailed
 from pki.algorithms import check_public_key
 from pki.encoding import sequence_elements
-from pki.issuers import SERIAL_BITS, Issuer, Reason, signing_key, whole_second
-from pki.profiles import Extension, extension
+from pki.issuers import SERIAL_BITS, Extension, Issuer, Reason, extension, signing_key, whole_second
 
 VerifyingKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
 

@@ -1,4 +1,4 @@
-"""What enrolment over secure transport (EST) needs of certificates: requests read, answers encoded."""
+"""Read the requests of Enrolment over Secure Transport (EST, RFC 7030), and encode the responses."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pki.algorithms import PrivateKey, check_public_key, key_type_of, public_key
 from pki.csr import MAX_CSR_CHARACTERS, Csr, der_of, load_csr, read_csr_der
 from pki.encoding import failing_as
 
-# With them a client asks for its key to be encrypted (RFC 7030 section 4.4.1.1, RFC 4108 section 2.2.5).
+# Attributes by which a client asks for its key to be encrypted (RFC 7030 §4.4.1.1, RFC 4108 §2.2.5).
 _ENCRYPTED_KEY = frozenset({"1.2.840.113549.1.9.16.2.37", "1.2.840.113549.1.9.16.2.54"})
-_CHANGE_SUBJECT_NAME = "1.3.6.1.5.5.7.7.36"  # RFC 6402 section 2.8
+_CHANGE_SUBJECT_NAME = "1.3.6.1.5.5.7.7.36"  # RFC 6402 §2.8
 _WHITE_SPACE = re.compile(rb"[ \t\r\n]+")
 _SEQUENCE = b"\x30"  # the first byte of DER, and never of its Base64
 
@@ -43,7 +43,7 @@ class EnrolmentRequest:
 
     @property
     def name(self) -> str:
-        """The serialNumber of the subject, else its common name, else nothing."""
+        """Return the serialNumber of the subject, else its common name, else an empty text."""
         for oid in (NameOID.SERIAL_NUMBER, NameOID.COMMON_NAME):
             for attribute in self.subject.get_attributes_for_oid(oid):
                 if isinstance(attribute.value, str):
@@ -52,9 +52,9 @@ class EnrolmentRequest:
 
 
 def read_enrolment_request(body: bytes) -> EnrolmentRequest:
-    """Read the body of an EST request: a PKCS#10 request, Base64 with or without white space (RFC 8951 section 3.1).
+    """Read the body of an EST request: a PKCS#10 request, Base64 with or without white space (RFC 8951 §3.1).
 
-    DER and PEM are read, too. Raises ``CsrInvalid``, ``KeyRefused``.
+    DER and PEM are accepted, too. Raises ``CsrInvalid``, ``KeyRefused``.
     """
     csr, key = read_csr_der(_der(body))
     checked = Csr(csr.public_bytes(Encoding.PEM).decode(), key)
@@ -62,9 +62,9 @@ def read_enrolment_request(body: bytes) -> EnrolmentRequest:
 
 
 def read_key_request(body: bytes) -> EnrolmentRequest:
-    """Read the same where the key is to be made here: neither key nor signature counts (RFC 7030 section 4.4.1).
+    """Read a request for a key that the portal makes: neither its key nor its signature counts (RFC 7030 §4.4.1).
 
-    Raises ``CsrInvalid``, for a request that the key be encrypted beyond TLS, too.
+    Raises ``CsrInvalid``, also if it asks for the key to be encrypted beyond TLS.
     """
     csr = load_csr(_der(body))
     with failing_as(CsrInvalid("The public key in the CSR cannot be read. Use any key; it will not be certified.")):
@@ -72,7 +72,7 @@ def read_key_request(body: bytes) -> EnrolmentRequest:
     request = _request(csr, None, hashlib.sha256(key).hexdigest())
     if not request.attributes.isdisjoint(_ENCRYPTED_KEY):
         raise CsrInvalid(
-            "The portal sends a key that it makes in the clear inside TLS, and encrypts it no further; leave out"
+            "The portal protects a key that it makes by TLS only, and does not encrypt it further; leave out"
             " DecryptKeyIdentifier and AsymmetricDecryptKeyIdentifier, or make the key on the device (simpleenroll)."
         )
     return request
@@ -107,20 +107,20 @@ def _der(body: bytes) -> bytes:
 
 
 def key_type_of_certificate(der: bytes) -> str:
-    """Name the kind of the key in a certificate of this CA, DER."""
+    """Name the kind of the key in a certificate of this CA (DER)."""
     return key_type_of(check_public_key(x509.load_der_x509_certificate(der).public_key()))
 
 
 def is_for_key(der: bytes, key_fingerprint: str) -> bool:
-    """Whether a certificate of this CA, DER, is for the key with this fingerprint."""
+    """Return whether a certificate of this CA (DER) is for the key with this fingerprint."""
     key = check_public_key(x509.load_der_x509_certificate(der).public_key())
     return public_key_fingerprint(key) == key_fingerprint
 
 
 def check_same_names(request: EnrolmentRequest, certificate_der: bytes) -> None:
-    """Raise ``CsrInvalid`` where a request names another than the certificate does (RFC 7030 section 4.2.2).
+    """Raise ``CsrInvalid`` if a request has other names than the certificate to be renewed (RFC 7030 §4.2.2).
 
-    A request without alternative names asks for no others: they are left out by clients that cannot set them.
+    A request may lack the alternative names, since some clients cannot set them.
     """
     certificate = x509.load_der_x509_certificate(certificate_der)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -131,16 +131,16 @@ def check_same_names(request: EnrolmentRequest, certificate_der: bytes) -> None:
         )
 
 
-# --- Answers --------------------------------------------------------------------------------------------------------
+# --- Responses ------------------------------------------------------------------------------------------------------
 
 
 def certs_only(certificates: Sequence[bytes]) -> bytes:
-    """Certificates, DER, as a certs-only PKCS#7 message, DER (RFC 5272 section 4.1)."""
+    """Encode certificates (DER) as a certs-only PKCS#7 message in DER (RFC 5272 §4.1)."""
     return pkcs7.serialize_certificates([x509.load_der_x509_certificate(der) for der in certificates], Encoding.DER)
 
 
 def pkcs8(key: PrivateKey) -> bytes:
-    """A private key as PKCS#8 DER, in the clear: for the TLS connection to the device that asked for it."""
+    """Encode a private key as unencrypted PKCS#8 DER, for the TLS connection to the device that asked for it."""
     return key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
 
 

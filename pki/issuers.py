@@ -1,25 +1,43 @@
-"""What a certificate authority is: its certificate with the key that signs."""
+"""Describe a certificate authority, and the certificates that it signs (RFC 5280)."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
 
-from core.errors import CaKeyUnavailable, IssuerUnusable
+from core.errors import CaKeyUnavailable, InputInvalid, IssuerUnusable, SettingInvalid
 from pki.algorithms import PrivateKey, check_public_key, public_key_der, signature_hash
-from pki.profiles import Extension, extension
 
+COMMON_NAME_LIMIT = 64  # characters: ub-common-name of RFC 5280 appendix A.1
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_DNS_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_URL = re.compile(r"https?://[!-~]+")
 SERIAL_BITS = 159  # with the sign bit, 20 bytes: the most that RFC 5280 §4.1.2.2 allows
 _ISSUER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
+Extension = x509.Extension[x509.ExtensionType]
+
+
+def extension(value: x509.ExtensionType, *, critical: bool = False) -> Extension:
+    """Return an extension with this value."""
+    return x509.Extension(value.oid, critical, value)
+
+
+# --- The authority ------------------------------------------------------------------------------------------------
+
 
 class Reason(StrEnum):
-    """Why a certificate was revoked (RFC 5280 §5.3.1); removeFromCRL belongs to delta CRLs only."""
+    """Why a certificate was revoked (RFC 5280 §5.3.1); removeFromCRL is for delta CRLs only."""
 
     UNSPECIFIED = "unspecified"
     KEY_COMPROMISE = "key_compromise"
@@ -34,10 +52,10 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Issuer:
-    """A CA: ``name`` is its slug in URLs, ``key`` is None where the private key is kept elsewhere.
+    """A CA: ``name`` identifies it in URLs, ``key`` is None if the private key is not on this machine.
 
-    Raises ``IssuerUnusable`` where the certificate is not that of a CA, ``CaKeyUnavailable`` where the key does not
-    belong to it.
+    Raises ``IssuerUnusable`` if the certificate is not that of a CA, ``CaKeyUnavailable`` if the key does not belong
+    to it.
     """
 
     name: str
@@ -69,14 +87,14 @@ class Issuer:
 
 
 def signing_key(issuer: Issuer) -> PrivateKey:
-    """The issuer's private key; raises ``IssuerUnusable`` where it is not on this machine."""
+    """Return the issuer's private key; raises ``IssuerUnusable`` if it is not on this machine."""
     if issuer.key is None:
         raise IssuerUnusable(f"The private key of CA {issuer.name} is not on this machine, so it cannot sign.")
     return issuer.key
 
 
 def _authority_key_identifier(name: str, certificate: x509.Certificate) -> Extension:
-    """Make the AKI of what this CA signs (RFC 5280 §4.2.1.1), after making sure that it may sign at all."""
+    """Make the AKI of the certificates that this CA signs (RFC 5280 §4.2.1.1); checks that it may sign."""
     try:
         extensions = certificate.extensions
         may_sign = extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -90,7 +108,149 @@ def _authority_key_identifier(name: str, certificate: x509.Certificate) -> Exten
 
 
 def whole_second(moment: datetime) -> datetime:
-    """A time in UTC cut to whole seconds, as certificates and CRLs hold it; raises ``ValueError`` where it is naive."""
+    """Return a time in UTC cut to whole seconds, as in certificates and CRLs; raises ``ValueError`` for a naive one."""
     if moment.tzinfo is None:
         raise ValueError("times must be aware")
     return moment.astimezone(UTC).replace(microsecond=0)
+
+
+# --- What stands in its certificates ------------------------------------------------------------------------------
+
+
+class RevocationInfo(StrEnum):
+    """Where a certificate says that its revocation status is published."""
+
+    CRL_AND_OCSP = "crl and ocsp"
+    CRL = "crl"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The part of a certificate that depends on its purpose, and not on its key or issuer."""
+
+    subject: x509.Name
+    extensions: tuple[Extension, ...]
+    revocation: RevocationInfo = RevocationInfo.CRL_AND_OCSP
+
+
+def _key_usage(*, digital_signature: bool = False, ca: bool = False) -> Extension:
+    return extension(
+        x509.KeyUsage(
+            digital_signature=digital_signature,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            key_cert_sign=ca,
+            crl_sign=ca,
+            encipher_only=False,
+            decipher_only=False,
+        ),
+        critical=True,
+    )
+
+
+_ROOT = (
+    extension(x509.BasicConstraints(ca=True, path_length=1), critical=True),
+    _key_usage(ca=True),
+)
+# digitalSignature lets the CA sign OCSP responses under its own name (RFC 6960 §4.2.2.2, RFC 5280 §4.2.1.3). The
+# extended key usages limit the certificates below it to TLS; OCSPSigning counts in the responder's certificate only.
+_ISSUING = (
+    extension(x509.BasicConstraints(ca=True, path_length=0), critical=True),
+    _key_usage(digital_signature=True, ca=True),
+    extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])),
+)
+_END_ENTITY = (
+    extension(x509.BasicConstraints(ca=False, path_length=None), critical=True),
+    _key_usage(digital_signature=True),  # for RSA, too: in TLS with forward secrecy a key only signs
+)
+_DEVICE = (*_END_ENTITY, extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])))
+_SERVER = (*_END_ENTITY, extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])))
+_RESPONDER = (
+    *_END_ENTITY,
+    extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.OCSP_SIGNING])),
+    extension(x509.OCSPNoCheck()),
+)
+
+
+def root_profile(common_name: str) -> Profile:
+    """Return the profile of a root: it signs issuing CAs, which cannot sign further CAs."""
+    return Profile(_ca_subject(common_name), _ROOT)
+
+
+def issuing_profile(common_name: str) -> Profile:
+    """Return the profile of a CA that signs end entities only (pathLenConstraint 0).
+
+    Its own revocation is published by the root's CRL only. The root's key is usually kept offline, so an OCSP URL would
+    lead to no response, and strict clients would then reject everything below this CA.
+    """
+    return Profile(_ca_subject(common_name), _ISSUING, RevocationInfo.CRL)
+
+
+def device_profile(device_id: str) -> Profile:
+    """Return the profile of a TLS client named by its UUID, in lower case, as CN and as urn:uuid (RFC 9562 §4)."""
+    if not _UUID.fullmatch(device_id):
+        raise InputInvalid("The device id must be a UUID in lower-case text.")
+    san = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"urn:uuid:{device_id}")])
+    return Profile(_subject(device_id), (*_DEVICE, extension(san)))
+
+
+def server_profile(names: Sequence[str]) -> Profile:
+    """Return the profile of a TLS server (RFC 9525); raises ``SettingInvalid`` unless names are DNS names or IPs."""
+    if not names:
+        raise SettingInvalid("A server certificate needs at least one DNS name or IP address.")
+    fits = len(names[0]) <= COMMON_NAME_LIMIT
+    subject = _subject(names[0]) if fits else x509.Name([])
+    san = x509.SubjectAlternativeName([_server_name(name) for name in dict.fromkeys(names)])
+    # With an empty subject the alternative names must be critical (RFC 5280 §4.1.2.6).
+    return Profile(subject, (*_SERVER, extension(san, critical=not fits)))
+
+
+def responder_profile(issuer_name: str) -> Profile:
+    """Return the profile of a CA's OCSP responder, whose own revocation is not checked (RFC 6960 §4.2.2.2.1)."""
+    return Profile(_subject(f"OCSP responder of {issuer_name}"[:COMMON_NAME_LIMIT]), _RESPONDER, RevocationInfo.NONE)
+
+
+@lru_cache(maxsize=64)
+def locations(pki_url: str, issuer_name: str, revocation: RevocationInfo) -> tuple[Extension, ...]:
+    """Return the extensions with the URLs of CRL, issuer and OCSP (RFC 5280 §4.2.1.13, §4.2.2.1), below ``pki_url``."""
+    if revocation is RevocationInfo.NONE:
+        return ()
+    if not _URL.fullmatch(pki_url):
+        raise SettingInvalid("The base of the URLs in certificates must be an http:// URL in ASCII.")
+    base = pki_url.rstrip("/")
+    crl = x509.UniformResourceIdentifier(f"{base}/crl/{issuer_name}.crl")
+    certificate = x509.UniformResourceIdentifier(f"{base}/ca/{issuer_name}.cer")
+    point = x509.DistributionPoint(full_name=[crl], relative_name=None, reasons=None, crl_issuer=None)
+    access = [x509.AccessDescription(AuthorityInformationAccessOID.CA_ISSUERS, certificate)]
+    if revocation is RevocationInfo.CRL_AND_OCSP:
+        ocsp = x509.UniformResourceIdentifier(f"{base}/ocsp")
+        access.append(x509.AccessDescription(AuthorityInformationAccessOID.OCSP, ocsp))
+    return extension(x509.CRLDistributionPoints([point])), extension(x509.AuthorityInformationAccess(access))
+
+
+def _subject(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _ca_subject(common_name: str) -> x509.Name:
+    if not 1 <= len(common_name) <= COMMON_NAME_LIMIT or not common_name.isprintable():
+        raise SettingInvalid(f"The name of a CA must have 1 to {COMMON_NAME_LIMIT} printable characters.")
+    return _subject(common_name)
+
+
+def _server_name(name: str) -> x509.GeneralName:
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        pass
+    else:
+        if "%" in name:
+            raise SettingInvalid(f"{name!r} has a zone; a server certificate can only hold the address without it.")
+        return x509.IPAddress(address)
+    labels = name.removeprefix("*.").split(".")
+    if len(name) > 253 or labels[-1].isdigit() or not all(_DNS_LABEL.fullmatch(label) for label in labels):
+        raise SettingInvalid(f"{name!r} cannot be in a server certificate; it must be a DNS name or an IP address.")
+    return x509.DNSName(name)

@@ -1,4 +1,4 @@
-"""Where the private keys of the CAs live."""
+"""Keep the private keys of the CAs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 class CaKeys(Protocol):
-    """What the portal asks of any place that keeps CA keys; each raises ``CaKeyUnavailable`` where it cannot."""
+    """The interface of a backend that keeps CA keys; each method raises ``CaKeyUnavailable`` if it fails."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is a key of that name here; a root's key may have been moved away."""
+        """Return whether the backend has a key of that name; a root's key may have been moved away."""
         ...
 
     def create(self, name: str, kind: KeyType) -> PrivateKey:
-        """Make and keep a new key; one that is there is never replaced."""
+        """Make and keep a new key; an existing one is never replaced."""
         ...
 
     def load(self, name: str) -> PrivateKey:
@@ -48,26 +48,26 @@ class KeyFiles:
         self._passphrase = passphrase
 
     def path(self, name: str) -> Path:
-        """Path of the file that holds the key ``name``."""
+        """Return the path of the file that holds the key ``name``."""
         if not _NAME.fullmatch(name):
             raise CaKeyUnavailable("The name of a CA must have 1 to 63 lower-case letters, digits and inner hyphens.")
         return self._folder / f"{name}.key.pem"
 
     def exists(self, name: str) -> bool:
-        """Whether a file of that name is there, whatever its state; a link that leads nowhere counts too."""
+        """Return whether a file of that name exists, readable or not; a dangling symbolic link counts, too."""
         return os.path.lexists(self.path(name))
 
     def create(self, name: str, kind: KeyType) -> PrivateKey:
-        """Make a key and keep it durably; returned as read back from its file, so that it opens next time too."""
+        """Make a key and keep it durably; it is read back from its file, which shows that it can be opened again."""
         path = self.path(name)
         if not self.exists(name):
             content = encrypt_private_key(generate_key(kind), self._passphrase)
             if _create_private_file(path, content):
                 return self.load(name)
-        raise CaKeyUnavailable(f"There is a CA key at {path}; it is never replaced, so move it away yourself first.")
+        raise CaKeyUnavailable(f"There is a CA key at {path}, and keys are never replaced; move it away first.")
 
     def load(self, name: str) -> PrivateKey:
-        """Read and decrypt a key (about 0.1 s: the passphrase is stretched)."""
+        """Read and decrypt a key, which takes about 0.1 s for the derivation from the passphrase."""
         path = self.path(name)
         content = _read_private_file(path, "CA key", "restore it from a backup")
         if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" not in content:
@@ -89,15 +89,15 @@ class KeyFiles:
 
 
 def passphrase(settings_value: str, path: Path, *, make: bool = True) -> bytes:
-    """Return the passphrase of the CA keys: the one given, else the content of the file.
+    """Return the passphrase of the CA keys: the setting's value, else the content of the file.
 
-    A file that is missing is made (with ``make``), mode 0600 with 256 random bits, its folder gets mode 0700. Raises
-    ``CaKeyUnavailable`` where the file is readable by others, too short, or cannot be read or written.
+    With ``make``, a missing file is created with 256 random bits and mode 0600, in a folder of mode 0700. Raises
+    ``CaKeyUnavailable`` if the file is readable by others, too short, or cannot be read or written.
     """
     if settings_value:
         return settings_value.encode()
     if make and not os.path.lexists(path):
-        _create_private_file(path, secrets.token_urlsafe(32).encode() + b"\n")  # or another process was faster
+        _create_private_file(path, secrets.token_urlsafe(32).encode() + b"\n")  # unless another process was faster
     content = _read_private_file(
         path, "passphrase file", "restore it from a backup or set PORTAL_CA_PASSPHRASE"
     ).strip()
@@ -107,13 +107,13 @@ def passphrase(settings_value: str, path: Path, *, make: bool = True) -> bytes:
 
 
 def _create_private_file(path: Path, content: bytes) -> bool:
-    """Write a whole, durable 0600 file into a folder of mode 0700, unless the name is taken; says whether it did."""
+    """Write a durable file of mode 0600 into a folder of mode 0700, and return True, unless the name is taken."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     try:
         private_folder(path.parent)
         replace_file(staged, content, mode=0o600)
         try:
-            os.link(staged, path)  # unlike a rename, never replaces what is there
+            os.link(staged, path)  # unlike a rename, this never replaces a file
         except FileExistsError:
             return False
         finally:
@@ -126,7 +126,7 @@ def _create_private_file(path: Path, content: bytes) -> bool:
 
 def _read_private_file(path: Path, what: str, remedy: str) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would block for ever
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO would block
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):

@@ -65,7 +65,7 @@ class Failure(IntEnum):
     UNAUTHORIZED = 6
 
 
-class Verdict(StrEnum):
+class CertStatus(StrEnum):
     """The status of a certificate (RFC 6960 §2.2)."""
 
     GOOD = "good"
@@ -77,13 +77,13 @@ class Verdict(StrEnum):
 class Status:
     """The status of a certificate; ``revoked_at`` and ``reason`` count only if it is revoked."""
 
-    verdict: Verdict
+    cert_status: CertStatus
     revoked_at: datetime | None = None
     reason: Reason = Reason.UNSPECIFIED
 
 
-UNKNOWN = Status(Verdict.UNKNOWN)
-GOOD = Status(Verdict.GOOD)
+UNKNOWN = Status(CertStatus.UNKNOWN)
+GOOD = Status(CertStatus.GOOD)
 
 
 # --- Requests -----------------------------------------------------------------------------------------------------
@@ -374,8 +374,8 @@ def _cert_id(question: Question) -> bytes:
 
 
 def _cert_status(status: Status) -> bytes:
-    if status.verdict is not Verdict.REVOKED:
-        return _NOT_REVOKED[status.verdict]
+    if status.cert_status is not CertStatus.REVOKED:
+        return _NOT_REVOKED[status.cert_status]
     if status.revoked_at is None:
         raise ValueError("a revoked certificate was revoked at some time")
     cert_status = rfc6960.CertStatus()
@@ -385,13 +385,13 @@ def _cert_status(status: Status) -> bytes:
     return encode(cert_status)
 
 
-def _not_revoked(verdict: Verdict) -> bytes:
-    cert_status = rfc6960.CertStatus()
-    cert_status[verdict.value] = ""
-    return encode(cert_status)
+def _not_revoked(cert_status: CertStatus) -> bytes:
+    encoded = rfc6960.CertStatus()
+    encoded[cert_status.value] = ""
+    return encode(encoded)
 
 
-_NOT_REVOKED = {verdict: _not_revoked(verdict) for verdict in (Verdict.GOOD, Verdict.UNKNOWN)}
+_NOT_REVOKED = {cert_status: _not_revoked(cert_status) for cert_status in (CertStatus.GOOD, CertStatus.UNKNOWN)}
 
 
 def _time(moment: datetime) -> bytes:

@@ -85,7 +85,7 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> Delivery
     if record.status == DeliveryStatus.REVOKED:
         raise LinkRevoked("What this link leads to has been revoked, so its bundle was destroyed.")
     if record.status == DeliveryStatus.EXPIRED or (record.status in PENDING_DELIVERY and record.expires_at <= now):
-        raise LinkExpired("This link's time is over, so its bundle was destroyed; give the device new credentials.")
+        raise LinkExpired("This link has expired, so its bundle was destroyed; issue new credentials for the device.")
     if record.status == DeliveryStatus.DELIVERED or (record.lease_until is not None and record.lease_until > now):
         raise LinkUsed("This link has been used; give the device new credentials if it was not you.")
     if row[-1] == DeviceStatus.SUSPENDED:

@@ -21,7 +21,17 @@ from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
 from pki import ocsp as pki_ocsp
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer, Reason
-from pki.ocsp import GOOD, MAX_BYTES, MAX_CERTIFICATES, MAX_EXTENSIONS, MAX_LAX_BYTES, UNKNOWN, Failure, Status, Verdict
+from pki.ocsp import (
+    GOOD,
+    MAX_BYTES,
+    MAX_CERTIFICATES,
+    MAX_EXTENSIONS,
+    MAX_LAX_BYTES,
+    UNKNOWN,
+    CertStatus,
+    Failure,
+    Status,
+)
 from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, make_hierarchy
 from tests.support.ocsp import NONCE, SERVICE_LOCATOR, Ocsp, ask, cert_id, extension, integer, nonce, sequence, tlv
 
@@ -365,7 +375,7 @@ def test_a_revoked_certificate_is_told_with_time_and_reason(
     cas: Hierarchy, signer: pki_ocsp.Signer, reason: Reason
 ) -> None:
     at = NOW - timedelta(days=3)
-    der = answer(signer, ask(cas.issuing.certificate, 1).der(), Status(Verdict.REVOKED, at, reason))
+    der = answer(signer, ask(cas.issuing.certificate, 1).der(), Status(CertStatus.REVOKED, at, reason))
     read = ocsp.load_der_ocsp_response(der)
     assert read.certificate_status is ocsp.OCSPCertStatus.REVOKED
     assert read.revocation_time_utc == at.replace(microsecond=0)
@@ -373,7 +383,7 @@ def test_a_revoked_certificate_is_told_with_time_and_reason(
 
 
 def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
-    status = Status(Verdict.REVOKED, NOW, Reason.UNSPECIFIED)
+    status = Status(CertStatus.REVOKED, NOW, Reason.UNSPECIFIED)
     assert (
         ocsp.load_der_ocsp_response(answer(signer, ask(cas.issuing.certificate, 1).der(), status)).revocation_reason
         is None
@@ -383,7 +393,7 @@ def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: pki_ocsp.
 def test_several_are_answered_in_their_order_each_under_its_id(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
     issuing = cas.issuing.certificate
     ids = [cert_id(issuing, 5), cert_id(issuing, 6, algorithm="sha256", parameters=b""), cert_id(issuing, 7)]
-    statuses = [GOOD, Status(Verdict.REVOKED, NOW, Reason.SUPERSEDED), UNKNOWN]
+    statuses = [GOOD, Status(CertStatus.REVOKED, NOW, Reason.SUPERSEDED), UNKNOWN]
     der = answer(signer, Ocsp(ids).der(), *statuses)
     said = list(ocsp.load_der_ocsp_response(der).responses)
     assert [(each.serial_number, each.certificate_status.name) for each in said] == [

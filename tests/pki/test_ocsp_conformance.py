@@ -17,7 +17,7 @@ import ca
 from pki import ocsp
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer, Reason
-from pki.ocsp import GOOD, UNKNOWN, Status, Verdict
+from pki.ocsp import GOOD, UNKNOWN, CertStatus, Status
 from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
 from tests.support.ocsp import Ocsp, ask, nonce
 
@@ -73,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     number = device.certificate.serial_number
     issuing, plain = cas.issuing.certificate, ask(cas.issuing.certificate, number)
     revoked = {
-        name: Status(Verdict.REVOKED, cas.now - timedelta(days=1), reason)
+        name: Status(CertStatus.REVOKED, cas.now - timedelta(days=1), reason)
         for name, reason in (
             ("revoked", Reason.KEY_COMPROMISE),
             ("held", Reason.CERTIFICATE_HOLD),

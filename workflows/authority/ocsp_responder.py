@@ -14,7 +14,7 @@ from core.errors import RequestMalformed, Unavailable
 from core.states import IssuerKind
 from pki import ocsp
 from pki.issuers import Reason
-from pki.ocsp import GOOD, UNKNOWN, Failure, IssuerId, Request, Signer, Status, Verdict
+from pki.ocsp import GOOD, UNKNOWN, CertStatus, Failure, IssuerId, Request, Signer, Status
 from store import certificates as store_certificates
 from store.certificates import RevocationState
 from store.database import Database
@@ -135,7 +135,7 @@ class Responder:
                 until = now + (next_update - now) / 2
                 self._kept.put(der, _Kept(issuers, recorded, request, signer, statuses, answer, now, until))
         for status in statuses:
-            metrics.ocsp_answered(status.verdict, kept=kept is not None)
+            metrics.ocsp_answered(status.cert_status, kept=kept is not None)
         return answer
 
     def _known(self, issuers: tuple[RecordedIssuer, ...]) -> dict[IssuerId, RecordedIssuer]:
@@ -176,7 +176,7 @@ def _status(found: RevocationState | None, *, is_ca: bool) -> Status:
         return GOOD if is_ca else UNKNOWN
     if found.revoked_at is None:
         return GOOD
-    return Status(Verdict.REVOKED, found.revoked_at, Reason(found.reason or Reason.UNSPECIFIED))
+    return Status(CertStatus.REVOKED, found.revoked_at, Reason(found.reason or Reason.UNSPECIFIED))
 
 
 class KeptAnswers:

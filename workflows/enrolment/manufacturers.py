@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from core.errors import Conflict, ProofInvalid
 from core.states import ManufacturerStatus
-from pki import manufacturer_ca
+from pki import client_certificates
 from store import enrolment
 from store.database import Database
 from store.enrolment import EnrolmentProfile, ManufacturerRecord
@@ -35,7 +35,7 @@ class Manufacturers:
         Raises ``ManufacturerInvalid``, ``Conflict`` where the CA is there already.
         """
         now = self._clock()
-        authority = manufacturer_ca.read_manufacturer_ca(certificate, now=now)
+        authority = client_certificates.read_manufacturer_ca(certificate, now=now)
         record = ManufacturerRecord(
             id=secrets.token_hex(8),
             tenant_id=actor.tenant_id,
@@ -81,9 +81,9 @@ class Manufacturers:
             if record.nonce_expires_at <= now:
                 raise ProofInvalid("The nonce has expired; remove the manufacturer and add it anew.")
             if certificate is not None:
-                manufacturer_ca.check_proof_by_certificate(record.der, record.nonce, certificate)
+                client_certificates.check_proof_by_certificate(record.der, record.nonce, certificate)
             else:
-                manufacturer_ca.check_proof_by_signature(record.der, record.nonce, signature or "")
+                client_certificates.check_proof_by_signature(record.der, record.nonce, signature or "")
         with self._database.transaction() as tx:
             record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
             if record.status is ManufacturerStatus.REMOVED:
