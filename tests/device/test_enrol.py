@@ -1,4 +1,4 @@
-"""The device's own tool: what it makes of answers that are none."""
+"""How the enrolment tool for devices reads the portal's answers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def enrol() -> ModuleType:
         (base64.encodebytes(bytes.fromhex("300b06092a864886f70d010702")), "no certificate"),
     ],
 )
-def test_an_answer_that_is_no_pkcs7_is_a_reason_to_come_back_later(enrol: ModuleType, answer: bytes, said: str) -> None:
-    with pytest.raises(enrol.End, match=said) as raised:
+def test_an_answer_that_is_not_pkcs7_is_a_temporary_failure(enrol: ModuleType, answer: bytes, said: str) -> None:
+    with pytest.raises(enrol.EnrolError, match=said) as raised:
         enrol.certificates(answer)
     assert raised.value.status == enrol.LATER
 
 
-def test_an_answer_is_read_however_its_base64_is_broken_into_lines(enrol: ModuleType) -> None:
+def test_white_space_in_the_base64_of_an_answer_is_ignored(enrol: ModuleType) -> None:
     certificate = Authority("A CA").certificate
     der = pkcs7.serialize_certificates([certificate], Encoding.DER)
     spaced = base64.encodebytes(der).replace(b"\n", b" \r\n")
