@@ -1,247 +1,28 @@
-"""The portal's settings, read once from the environment."""
+"""The portal's settings: one frozen object, read once from the environment."""
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import ipaddress
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
+from pydantic import Field, PlainValidator, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from core.acl_style import AclStyle, installed_style
 from core.errors import SettingInvalid
-from core.installed_style import installed_style
-from core.setting_values import (
-    KEY_TYPES,
-    AclStyle,
-    Address,
-    EndOfPrevious,
-    LogFormat,
-    Network,
-    choice,
-    count,
-    parse_address,
-    parse_database_url,
-    parse_distinguished_name_part,
-    parse_key_type,
-    parse_names,
-    parse_networks,
-    parse_path,
-    parse_secret,
-    parse_text,
-    parse_topic_prefix,
-    parse_url,
-    seconds,
-)
 
-__all__ = ["KEY_TYPES", "AclStyle", "Address", "LogFormat", "Settings"]
-
-UNIX_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the closing NUL
-
-
-def _setting(env: str, default: str, parse: Callable[[str], Any], help_text: str) -> Any:
-    shown = parse not in (parse_secret, parse_database_url)  # a database URL may hold a password
-    return dataclasses.field(metadata={"env": env, "default": default, "parse": parse, "help": help_text}, repr=shown)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that can be set, each from one environment variable; build it with ``Settings.from_env``.
-
-    Times are in the unit that the name says. Paths are absolute. An empty text means: derive it (see the
-    ``effective`` properties below).
-    """
-
-    data_dir: Path = _setting(
-        "PORTAL_DATA_DIR", "data", parse_path, "Folder of the database, CA, keys and broker files"
-    )
-    bind: Address = _setting("PORTAL_BIND", "127.0.0.1:8443", parse_address, "HTTPS listener")
-    pki_bind: Address = _setting(
-        "PORTAL_PKI_BIND", "127.0.0.1:8080", parse_address, "Plain HTTP listener: CRLs, OCSP and CA certificates only"
-    )
-    public_url: str = _setting(
-        "PORTAL_PUBLIC_URL", "", parse_url, "Base of download links; https:// and the HTTPS listener if empty"
-    )
-    pki_url: str = _setting(
-        "PORTAL_PKI_URL", "", parse_url, "Base of the URLs put into certificates; http:// and the PKI listener if empty"
-    )
-    database_url: str = _setting(
-        "PORTAL_DATABASE_URL",
-        "",
-        parse_database_url,
-        "SQLAlchemy URL (sqlite or postgresql); portal.db in the data folder if empty",
-    )
-    server_names: tuple[str, ...] = _setting(
-        "PORTAL_SERVER_NAMES", "localhost,127.0.0.1", parse_names, "Names and addresses in the portal's own certificate"
-    )
-    workers: int = _setting("PORTAL_WORKERS", "2", count(1, 64), "Worker processes; as many as processors are best")
-    threads: int = _setting("PORTAL_THREADS", "8", count(1, 128), "Threads in each worker process")
-    max_connections: int = _setting(
-        "PORTAL_MAX_CONNECTIONS", "1000", count(16, 65536), "Open connections in each worker process"
-    )
-    max_body_bytes: int = _setting(
-        "PORTAL_MAX_BODY_BYTES", "1048576", count(1024, 1 << 30), "Longest request body, in bytes"
-    )
-    request_timeout: float = _setting(
-        "PORTAL_REQUEST_TIMEOUT", "15", seconds(1, 600), "Seconds a client has for its handshake and its request"
-    )
-    bulk_max_bytes: int = _setting(
-        "PORTAL_BULK_MAX_BYTES", "1073741824", count(1024, 1 << 40), "Longest bulk upload, in bytes"
-    )
-    bulk_max_rows: int = _setting("PORTAL_BULK_MAX_ROWS", "1000000", count(1, 100000000), "Most rows of a bulk upload")
-    bulk_uploads: int = _setting("PORTAL_BULK_UPLOADS", "2", count(1, 8), "Bulk uploads at a time")
-    bulk_processes: int = _setting(
-        "PORTAL_BULK_PROCESSES",
-        "0",
-        count(0, 64),
-        "Processes that make an upload's keys; 0: a processor each, 4 at most",
-    )
-    login_failures: int = _setting(
-        "PORTAL_LOGIN_FAILURES", "20", count(1, 1000000), "Failed logins a minute after which an address must wait"
-    )
-    trusted_proxies: tuple[Network, ...] = _setting(
-        "PORTAL_TRUSTED_PROXIES",
-        "",
-        parse_networks,
-        "Proxies whose Client-Cert header is believed: addresses and networks; none if empty",
-    )
-    log_format: LogFormat = _setting("PORTAL_LOG_FORMAT", "text", choice(LogFormat), "text or json")
-    log_level: str = _setting("PORTAL_LOG_LEVEL", "info", parse_text, "debug, info, warning or error")
-
-    ca_name: str = _setting(
-        "PORTAL_CA_NAME", "Device Onboarding", parse_distinguished_name_part, "Begins the common names of the CAs"
-    )
-    ca_passphrase: str = _setting(
-        "PORTAL_CA_PASSPHRASE", "", parse_secret, "Opens the CA keys; a 0600 file made at first start if empty"
-    )
-    ca_passphrase_file: Path | None = _setting(
-        "PORTAL_CA_PASSPHRASE_FILE", "", parse_path, "File with the passphrase, such as a service's credential"
-    )
-    root_days: int = _setting("PORTAL_ROOT_DAYS", "7300", count(2, 36500), "Life of the root CA, in days")
-    issuing_days: int = _setting("PORTAL_ISSUING_DAYS", "1825", count(1, 36500), "Life of an issuing CA, in days")
-    device_days: int = _setting("PORTAL_DEVICE_DAYS", "365", count(1, 36500), "Life of a device certificate, in days")
-    server_days: int = _setting(
-        "PORTAL_SERVER_DAYS", "90", count(1, 398), "Life of the portal's and the broker's certificates, in days"
-    )
-    renewal_from: int = _setting(
-        "PORTAL_RENEWAL_FROM", "66", count(0, 99), "Percent of a certificate's life after which a device may renew"
-    )
-    renewal_grace_days: int = _setting(
-        "PORTAL_RENEWAL_GRACE_DAYS", "0", count(0, 3650), "Days after its end in which a certificate may be renewed"
-    )
-    renewal_overlap_hours: int = _setting(
-        "PORTAL_RENEWAL_OVERLAP_HOURS", "24", count(0, 8760), "Hours for which a renewed certificate goes on"
-    )
-    renewal_revoke_previous: EndOfPrevious = _setting(
-        "PORTAL_RENEWAL_REVOKE_PREVIOUS",
-        "after_overlap",
-        choice(EndOfPrevious),
-        "When a device that renews by itself loses the one before: after_overlap, or when_used if that is earlier",
-    )
-    crl_days: int = _setting("PORTAL_CRL_DAYS", "7", count(1, 365), "Life of a CRL, in days")
-    ocsp_hours: int = _setting("PORTAL_OCSP_HOURS", "24", count(1, 96), "Life of an OCSP answer, in hours")
-    key_type: str = _setting("PORTAL_KEY_TYPE", "ec-p256", parse_key_type, "Device keys: " + ", ".join(KEY_TYPES))
-
-    acl_style: AclStyle = _setting(
-        "PORTAL_ACL_STYLE",
-        "",
-        choice(AclStyle),
-        "per-device (an allow-list) or pattern (one line for all); as the ACL file says if empty, pattern if new",
-    )
-    topic_prefix: str = _setting("PORTAL_TOPIC_PREFIX", "devices", parse_topic_prefix, "What every topic begins with")
-    mqtt_host: str = _setting("PORTAL_MQTT_HOST", "localhost", parse_text, "The broker's name, as devices reach it")
-    mqtt_port: int = _setting("PORTAL_MQTT_PORT", "8883", count(1, 65535), "The broker's TLS port")
-    broker_names: tuple[str, ...] = _setting(
-        "PORTAL_BROKER_NAMES", "localhost,127.0.0.1", parse_names, "Names and addresses in the broker's certificate"
-    )
-    broker_dir: Path = _setting(
-        "PORTAL_BROKER_DIR", "", parse_path, "Folder of the broker's files; broker in the data folder if empty"
-    )
-    broker_socket: Path = _setting(
-        "PORTAL_BROKER_SOCKET",
-        "",
-        parse_path,
-        "The broker's internal listener; portal.sock in the broker folder if empty",
-    )
-    broker_pid_file: Path = _setting(
-        "PORTAL_BROKER_PID_FILE", "", parse_path, "The broker's pid file; mosquitto.pid in the broker folder if empty"
-    )
-    broker_reload: str = _setting(
-        "PORTAL_BROKER_RELOAD", "", parse_text, "Command that reloads the broker; SIGHUP by pid file if empty"
-    )
-    broker_group: str = _setting(
-        "PORTAL_BROKER_GROUP",
-        "",
-        parse_text,
-        "Group that may read the broker's files; mosquitto if empty and permitted",
-    )
-    enforce_timeout: float = _setting(
-        "PORTAL_ENFORCE_TIMEOUT", "5", seconds(0.1, 120), "Seconds a request waits for the broker"
-    )
-
-    link_hours: int = _setting("PORTAL_LINK_HOURS", "24", count(1, 8760), "Life of a download link, in hours")
-    link_grace: float = _setting(
-        "PORTAL_LINK_GRACE", "300", seconds(0, 86400), "Without effect: a link is spent by its first fetch"
-    )
-
-    webhook_allow: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = _setting(
-        "PORTAL_WEBHOOK_ALLOW", "", parse_networks, "Internal networks (CIDR) that events may be sent to; none if empty"
-    )
-    webhook_ca_file: Path | None = _setting(
-        "PORTAL_WEBHOOK_CA_FILE", "", parse_path, "CA certificates (PEM) of receivers, beside the system's"
-    )
-    event_days: int = _setting(
-        "PORTAL_EVENT_DAYS", "30", count(1, 3650), "Days for which events that were sent or given up are kept"
-    )
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read and check all settings; raises ``SettingInvalid`` with a sentence that names the variable."""
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            env = field.metadata["env"]
-            text = environ.get(env, "").strip() or field.metadata["default"]
-            if not text:
-                values[field.name] = None
-                continue
-            try:
-                values[field.name] = field.metadata["parse"](text)
-            except ValueError as error:
-                raise SettingInvalid(f"{env} {error}.") from None
-        unknown = sorted(name for name in environ if name.startswith("PORTAL_") and name not in _known_variables())
-        if unknown:
-            raise SettingInvalid(f"{unknown[0]} is not a setting of the portal; see the table in docs/operating.md.")
-        return cls(**_derived(values))
-
-    def broker_file(self, name: str) -> Path:
-        """Path of a file in the broker's folder."""
-        return self.broker_dir / name
-
-    @property
-    def secrets_dir(self) -> Path:
-        """Folder, 0700, of what must never be read by anybody but the portal."""
-        return self.data_dir / "secrets"
-
-    @property
-    def ca_dir(self) -> Path:
-        """Folder, 0700, of the encrypted CA keys."""
-        return self.data_dir / "ca"
-
-    @property
-    def tls_dir(self) -> Path:
-        """Folder, 0700, of the portal's own server certificate and key."""
-        return self.data_dir / "tls"
-
-    @property
-    def ocsp_dir(self) -> Path:
-        """Folder, 0700, of the certificates with their keys that answer OCSP."""
-        return self.data_dir / "ocsp"
-
-
-def _known_variables() -> frozenset[str]:
-    # The last three are what operator.env holds for the CLI; they may stand in a server's environment too.
-    return frozenset(field.metadata["env"] for field in dataclasses.fields(Settings)) | {
+KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+UNIX_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path without the closing NUL
+# The operator's commands and the tests read these; they may be in the server's environment, too.
+OTHER_VARIABLES = frozenset(
+    [
         "PORTAL_URL",
         "PORTAL_CA",
         "PORTAL_TOKEN",
@@ -250,66 +31,405 @@ def _known_variables() -> frozenset[str]:
         "PORTAL_DEBUG",
         "PORTAL_TEST_POSTGRES_URL",
         "PORTAL_VENV",
-    }
+    ]
+)
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-def _passphrase(given: str | None, path: Path | None) -> str:
-    if path is None:
-        return given or ""
-    if given:
-        raise SettingInvalid("PORTAL_CA_PASSPHRASE and PORTAL_CA_PASSPHRASE_FILE cannot both be set.")
-    try:  # a group may read it: systemd shows a service its credentials so
-        if path.stat().st_mode & 0o007:
-            raise SettingInvalid(f"PORTAL_CA_PASSPHRASE_FILE names a file that is open to others; chmod 600 {path}.")
-        return parse_secret(path.read_text(encoding="utf-8").strip())
-    except OSError as error:
-        raise SettingInvalid(
-            f"PORTAL_CA_PASSPHRASE_FILE names {path}, which cannot be read ({error.strerror})."
-        ) from None
-    except ValueError as error:
-        raise SettingInvalid(f"PORTAL_CA_PASSPHRASE_FILE names {path}, whose content {error}.") from None
+class Address(NamedTuple):
+    """A host and a TCP port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
 
 
-def _is_wildcard(host: str) -> bool:
+class EndOfPrevious(StrEnum):
+    """When a device that renews by itself loses its previous certificate."""
+
+    AFTER_OVERLAP = "after_overlap"
+    WHEN_USED = "when_used"
+
+
+class LogFormat(StrEnum):
+    """The format of the log's lines."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+# --- Parsers of the values -------------------------------------------------------------------------------------------
+# Each raises ``ValueError`` with the end of a sentence that begins with the name of the setting.
+
+
+def parse_path(value: str) -> Path:
+    """Return an absolute path; ``~`` is the home folder."""
+    return Path(value).expanduser().absolute()
+
+
+def parse_names(value: str) -> tuple[str, ...]:
+    """Return DNS names and IP addresses, separated by commas."""
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9.:_*-]{1,253}", name):
+            raise ValueError(f"{name!r} is neither a DNS name nor an IP address")
+    return names
+
+
+def parse_networks(value: str) -> tuple[Network, ...]:
+    """Return IP networks (CIDR) separated by commas; a single address is a network, too."""
     try:
-        return ipaddress.ip_address(host).is_unspecified
+        return tuple(ipaddress.ip_network(part.strip()) for part in value.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"must be networks such as 10.1.0.0/16 or fd00::/8, separated by commas ({error})") from None
+
+
+def parse_address(value: str) -> Address:
+    """Return a listening address from ``HOST:PORT``."""
+    host, separator, port = value.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:8443")
+    return Address(host.strip("[]"), int(port))
+
+
+def parse_url(value: str) -> str:
+    """Return an http or https URL without query, fragment and closing slash."""
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("must be an http:// or https:// URL without query or fragment")
+    return value.rstrip("/")
+
+
+def count(low: int, high: int) -> PlainValidator:
+    """Accept a whole number from ``low`` to ``high``."""
+
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", value) or not low <= int(value) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(value)
+
+    return PlainValidator(parse)
+
+
+def seconds(low: float, high: float) -> PlainValidator:
+    """Accept a number of seconds from ``low`` to ``high``."""
+
+    def parse(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) or not low <= float(value) <= high:
+            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
+        return float(value)
+
+    return PlainValidator(parse)
+
+
+def choice(values: Iterable[str], kind: Callable[[str], str] = str) -> PlainValidator:
+    """Accept one of ``values``, and return it as a ``kind``."""
+    allowed = tuple(values)
+
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError("must be one of " + ", ".join(allowed))
+        return kind(value)
+
+    return PlainValidator(parse)
+
+
+def parse_distinguished_name_part(value: str) -> str:
+    """Return a text for a common name."""
+    if not re.fullmatch(r"[A-Za-z0-9 '()+,./:=?_-]{1,40}", value):
+        raise ValueError("must be 1 to 40 letters, digits, spaces or simple punctuation")
+    return value
+
+
+def parse_topic_prefix(value: str) -> str:
+    """Return one or more topic levels without wildcards."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,7}", value):
+        raise ValueError("must be one or more topic levels of letters, digits, - and _, such as devices")
+    return value
+
+
+def parse_database_url(value: str) -> str:
+    """Return a SQLAlchemy URL of SQLite or PostgreSQL."""
+    if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
+        raise ValueError("must begin with sqlite:/// or postgresql://")
+    return value
+
+
+def parse_passphrase(value: str) -> SecretStr:
+    """Return a passphrase of at least 16 characters; empty stays empty."""
+    return _long_enough(value) if value else SecretStr("")
+
+
+def _long_enough(passphrase: str) -> SecretStr:
+    if len(passphrase) < 16:
+        raise ValueError("must have at least 16 characters")
+    return SecretStr(passphrase)
+
+
+def _optional_path(value: str) -> Path | None:
+    return parse_path(value) if value else None
+
+
+PathSetting = Annotated[Path, PlainValidator(parse_path)]
+OptionalPath = Annotated[Path | None, PlainValidator(_optional_path)]
+AddressSetting = Annotated[Address, PlainValidator(parse_address)]
+Names = Annotated[tuple[str, ...], PlainValidator(parse_names)]
+Networks = Annotated[tuple[Network, ...], PlainValidator(parse_networks)]
+Text = Annotated[str, PlainValidator(str)]
+Url = Annotated[str, PlainValidator(parse_url)]
+
+
+# --- The settings ---------------------------------------------------------------------------------------------------
+
+
+def setting(default: str, description: str, *, shown: bool = True) -> Any:
+    """Return a field whose default is a text as in the environment; its type is that of the parsed value."""
+    return Field(default, description=description, repr=shown)
+
+
+def derived(default: Callable[[dict[str, Any]], Any], description: str, *, shown: bool = True) -> Any:
+    """Return a field whose default follows from the fields above it."""
+    return Field(default_factory=default, description=description, repr=shown)
+
+
+def _base_url(scheme: str, address: Address, variable: str) -> str:
+    try:
+        on_all_addresses = ipaddress.ip_address(address.host).is_unspecified
     except ValueError:
-        return False
+        on_all_addresses = False
+    if on_all_addresses:
+        raise SettingInvalid(f"{variable} must be set, because the portal listens on every address ({address}).")
+    return f"{scheme}://{address}"
 
 
-def _derived(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what follows from other settings, then check what only several together can show."""
-    data_dir: Path = values["data_dir"]
-    for name, scheme, bind in (("public_url", "https", values["bind"]), ("pki_url", "http", values["pki_bind"])):
-        if values[name] is None:
-            if _is_wildcard(bind.host):
-                env = "PORTAL_PUBLIC_URL" if name == "public_url" else "PORTAL_PKI_URL"
-                raise SettingInvalid(f"{env} must be set, because the portal listens on every address ({bind}).")
-            values[name] = f"{scheme}://{bind}"
-    host = urlsplit(values["public_url"]).hostname
-    if host and host not in values["server_names"]:
-        values["server_names"] = (*values["server_names"], host)
-    if values["mqtt_host"] not in values["broker_names"]:
-        values["broker_names"] = (*values["broker_names"], values["mqtt_host"])
-    values["database_url"] = values["database_url"] or f"sqlite:///{data_dir / 'portal.db'}"
-    values["broker_dir"] = values["broker_dir"] or data_dir / "broker"
-    values["broker_socket"] = values["broker_socket"] or values["broker_dir"] / "portal.sock"
-    values["broker_pid_file"] = values["broker_pid_file"] or values["broker_dir"] / "mosquitto.pid"
-    values["acl_style"] = values["acl_style"] or installed_style(values["broker_dir"]) or AclStyle.PATTERN
-    if len(str(values["broker_socket"]).encode()) > UNIX_SOCKET_PATH_LIMIT:
-        raise SettingInvalid(
-            f"The path of the broker's internal socket is longer than {UNIX_SOCKET_PATH_LIMIT} bytes;"
-            " set PORTAL_BROKER_SOCKET or PORTAL_DATA_DIR to a shorter one."
-        )
-    if values["log_level"] not in ("debug", "info", "warning", "error"):
-        raise SettingInvalid("PORTAL_LOG_LEVEL must be one of debug, info, warning, error.")
-    if values["bind"] == values["pki_bind"]:
-        raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.")
-    if values["issuing_days"] >= values["root_days"]:
-        raise SettingInvalid("PORTAL_ISSUING_DAYS must be less than PORTAL_ROOT_DAYS.")
-    values["ca_passphrase"] = _passphrase(values["ca_passphrase"], values["ca_passphrase_file"])
-    values["trusted_proxies"] = values["trusted_proxies"] or ()
-    for name in ("broker_reload", "broker_group"):
-        values[name] = values[name] or ""
-    values["webhook_allow"] = values["webhook_allow"] or ()
-    return values
+class Settings(BaseSettings):
+    """All settings, each from one environment variable; create it with ``Settings.from_env``.
+
+    Times are in the unit that the name says. Paths are absolute.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="PORTAL_",
+        enable_decoding=False,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        validate_default=True,
+    )
+
+    data_dir: PathSetting = setting("data", "Folder of the database, CA, keys and broker files")
+    bind: AddressSetting = setting("127.0.0.1:8443", "HTTPS listener")
+    pki_bind: AddressSetting = setting("127.0.0.1:8080", "Plain HTTP listener: CRLs, OCSP and CA certificates only")
+    public_url: Url = derived(
+        lambda data: _base_url("https", data["bind"], "PORTAL_PUBLIC_URL"),
+        "Base of download links; https:// and the HTTPS listener if empty",
+    )
+    pki_url: Url = derived(
+        lambda data: _base_url("http", data["pki_bind"], "PORTAL_PKI_URL"),
+        "Base of the URLs put into certificates; http:// and the PKI listener if empty",
+    )
+    database_url: Annotated[str, PlainValidator(parse_database_url)] = derived(
+        lambda data: f"sqlite:///{data['data_dir'] / 'portal.db'}",
+        "SQLAlchemy URL (sqlite or postgresql); portal.db in the data folder if empty",
+        shown=False,
+    )
+    server_names: Names = setting("localhost,127.0.0.1", "Names and addresses in the portal's own certificate")
+    workers: Annotated[int, count(1, 64)] = setting("2", "Worker processes; as many as processors are best")
+    threads: Annotated[int, count(1, 128)] = setting("8", "Threads in each worker process")
+    max_connections: Annotated[int, count(16, 65536)] = setting("1000", "Open connections in each worker process")
+    max_body_bytes: Annotated[int, count(1024, 1 << 30)] = setting("1048576", "Longest request body, in bytes")
+    request_timeout: Annotated[float, seconds(1, 600)] = setting(
+        "15", "Seconds a client has for its handshake and its request"
+    )
+    bulk_max_bytes: Annotated[int, count(1024, 1 << 40)] = setting("1073741824", "Longest bulk upload, in bytes")
+    bulk_max_rows: Annotated[int, count(1, 100000000)] = setting("1000000", "Most rows of a bulk upload")
+    bulk_uploads: Annotated[int, count(1, 8)] = setting("2", "Bulk uploads at a time")
+    bulk_processes: Annotated[int, count(0, 64)] = setting(
+        "0", "Processes that make an upload's keys; 0: a processor each, 4 at most"
+    )
+    login_failures: Annotated[int, count(1, 1000000)] = setting(
+        "20", "Failed logins a minute after which an address must wait"
+    )
+    trusted_proxies: Networks = setting(
+        "", "Proxies whose Client-Cert header is believed: addresses and networks; none if empty"
+    )
+    log_format: Annotated[LogFormat, choice(LogFormat, LogFormat)] = setting("text", "text or json")
+    log_level: Annotated[str, choice(LOG_LEVELS)] = setting("info", "debug, info, warning or error")
+
+    ca_name: Annotated[str, PlainValidator(parse_distinguished_name_part)] = setting(
+        "Device Onboarding", "Begins the common names of the CAs"
+    )
+    ca_passphrase_file: OptionalPath = setting("", "File with the passphrase, such as a service's credential")
+    ca_passphrase: Annotated[SecretStr, PlainValidator(parse_passphrase)] = setting(
+        "", "Opens the CA keys; a 0600 file made at first start if empty", shown=False
+    )
+    root_days: Annotated[int, count(2, 36500)] = setting("7300", "Life of the root CA, in days")
+    issuing_days: Annotated[int, count(1, 36500)] = setting("1825", "Life of an issuing CA, in days")
+    device_days: Annotated[int, count(1, 36500)] = setting("365", "Life of a device certificate, in days")
+    server_days: Annotated[int, count(1, 398)] = setting(
+        "90", "Life of the portal's and the broker's certificates, in days"
+    )
+    renewal_from: Annotated[int, count(0, 99)] = setting(
+        "66", "Percent of a certificate's life after which a device may renew"
+    )
+    renewal_grace_days: Annotated[int, count(0, 3650)] = setting(
+        "0", "Days after its end in which a certificate may be renewed"
+    )
+    renewal_overlap_hours: Annotated[int, count(0, 8760)] = setting(
+        "24", "Hours for which a renewed certificate goes on"
+    )
+    renewal_revoke_previous: Annotated[EndOfPrevious, choice(EndOfPrevious, EndOfPrevious)] = setting(
+        "after_overlap",
+        "When a device that renews by itself loses the one before: after_overlap, or when_used if that is earlier",
+    )
+    crl_days: Annotated[int, count(1, 365)] = setting("7", "Life of a CRL, in days")
+    ocsp_hours: Annotated[int, count(1, 96)] = setting("24", "Life of an OCSP answer, in hours")
+    key_type: Annotated[str, choice(KEY_TYPES)] = setting("ec-p256", "Device keys: " + ", ".join(KEY_TYPES))
+
+    topic_prefix: Annotated[str, PlainValidator(parse_topic_prefix)] = setting(
+        "devices", "What every topic begins with"
+    )
+    mqtt_host: Text = setting("localhost", "The broker's name, as devices reach it")
+    mqtt_port: Annotated[int, count(1, 65535)] = setting("8883", "The broker's TLS port")
+    broker_names: Names = setting("localhost,127.0.0.1", "Names and addresses in the broker's certificate")
+    broker_dir: PathSetting = derived(
+        lambda data: data["data_dir"] / "broker", "Folder of the broker's files; broker in the data folder if empty"
+    )
+    acl_style: Annotated[AclStyle, choice(AclStyle, AclStyle)] = derived(
+        lambda data: installed_style(data["broker_dir"]) or AclStyle.PATTERN,
+        "per-device (an allow-list) or pattern (one line for all); as the ACL file says if empty, pattern if new",
+    )
+    broker_socket: PathSetting = derived(
+        lambda data: data["broker_dir"] / "portal.sock",
+        "The broker's internal listener; portal.sock in the broker folder if empty",
+    )
+    broker_pid_file: PathSetting = derived(
+        lambda data: data["broker_dir"] / "mosquitto.pid",
+        "The broker's pid file; mosquitto.pid in the broker folder if empty",
+    )
+    broker_reload: Text = setting("", "Command that reloads the broker; SIGHUP by pid file if empty")
+    broker_group: Text = setting("", "Group that may read the broker's files; mosquitto if empty and permitted")
+    enforce_timeout: Annotated[float, seconds(0.1, 120)] = setting("5", "Seconds a request waits for the broker")
+
+    link_hours: Annotated[int, count(1, 8760)] = setting("24", "Life of a download link, in hours")
+    link_grace: Annotated[float, seconds(0, 86400)] = setting(
+        "300", "Without effect: a link is spent by its first fetch"
+    )
+
+    webhook_allow: Networks = setting("", "Internal networks (CIDR) that events may be sent to; none if empty")
+    webhook_ca_file: OptionalPath = setting("", "CA certificates (PEM) of receivers, beside the system's")
+    event_days: Annotated[int, count(1, 3650)] = setting(
+        "30", "Days for which events that were sent or given up are kept"
+    )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Read and check all settings; raise ``SettingInvalid`` with a sentence that names the variable."""
+        variables = {variable_of(name): name for name in cls.model_fields}
+        _refuse_unknown(environ, variables)
+        source = EnvSettingsSource(cls)
+        stripped = {name.lower(): environ.get(name, "").strip() for name in variables}
+        source.env_vars = {name: value for name, value in stripped.items() if value}
+        try:
+            return cls(**source())
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            reason = first.get("ctx", {}).get("error", "cannot be used")
+            raise SettingInvalid(f"{variable_of(str(first['loc'][0]))} {reason}.") from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take the values given by ``from_env`` only, never those of this process's environment or of files."""
+        return (init_settings,)
+
+    @field_validator("server_names", "broker_names", mode="after")
+    @classmethod
+    def _add_own_name(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if info.field_name == "broker_names":
+            host = info.data.get("mqtt_host")
+        else:
+            host = urlsplit(info.data.get("public_url", "")).hostname
+        return (*names, host) if host and host not in names else names
+
+    @field_validator("ca_passphrase", mode="after")
+    @classmethod
+    def _read_passphrase(cls, given: SecretStr, info: ValidationInfo) -> SecretStr:
+        path: Path | None = info.data.get("ca_passphrase_file")
+        if path is None:
+            return given
+        if given:
+            raise SettingInvalid("PORTAL_CA_PASSPHRASE and PORTAL_CA_PASSPHRASE_FILE cannot both be set.")
+        try:
+            if path.stat().st_mode & 0o007:  # a group may read it, as it may read systemd's credentials
+                raise SettingInvalid(
+                    f"PORTAL_CA_PASSPHRASE_FILE names a file that is open to others; chmod 600 {path}."
+                )
+            return _long_enough(path.read_text(encoding="utf-8").strip())
+        except OSError as error:
+            raise SettingInvalid(
+                f"PORTAL_CA_PASSPHRASE_FILE names {path}, which cannot be read ({error.strerror})."
+            ) from None
+        except ValueError as error:
+            raise SettingInvalid(f"PORTAL_CA_PASSPHRASE_FILE names {path}, whose content {error}.") from None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if len(str(self.broker_socket).encode()) > UNIX_SOCKET_PATH_LIMIT:
+            raise SettingInvalid(
+                f"The path of the broker's internal socket is longer than {UNIX_SOCKET_PATH_LIMIT} bytes;"
+                " set PORTAL_BROKER_SOCKET or PORTAL_DATA_DIR to a shorter one."
+            )
+        if self.bind == self.pki_bind:
+            raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.")
+        if self.issuing_days >= self.root_days:
+            raise SettingInvalid("PORTAL_ISSUING_DAYS must be less than PORTAL_ROOT_DAYS.")
+        return self
+
+    def broker_file(self, name: str) -> Path:
+        """Return the path of a file in the broker's folder."""
+        return self.broker_dir / name
+
+    @property
+    def secrets_dir(self) -> Path:
+        """The folder, mode 0700, of secrets that only the portal may read."""
+        return self.data_dir / "secrets"
+
+    @property
+    def ca_dir(self) -> Path:
+        """The folder, mode 0700, of the encrypted CA keys."""
+        return self.data_dir / "ca"
+
+    @property
+    def tls_dir(self) -> Path:
+        """The folder, mode 0700, of the portal's own server certificate and key."""
+        return self.data_dir / "tls"
+
+    @property
+    def ocsp_dir(self) -> Path:
+        """The folder, mode 0700, of the certificates and keys that sign OCSP responses."""
+        return self.data_dir / "ocsp"
+
+
+def variable_of(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return f"PORTAL_{name.upper()}"
+
+
+def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
+    names = {*known, *OTHER_VARIABLES}
+    unknown = sorted(name for name in environ if name.startswith("PORTAL_") and name not in names)
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], sorted(known), n=1, cutoff=0.8)
+        hint = f"did you mean {nearest[0]}? See" if nearest else "see"
+        raise SettingInvalid(f"{unknown[0]} is not a setting of the portal; {hint} the table in docs/operating.md.")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 
+from core.acl_style import STYLE_LINE, AclStyle
 from core.errors import FieldProblem, ProjectionInvalid, TopicRefused
-from core.setting_values import AclStyle
 from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id
 
 PORTAL_USER = "portal"  # the portal on the broker's internal listener
@@ -138,15 +138,16 @@ def validate_acl(content: bytes, generation: int, *, style: AclStyle | None = No
     """
     if not content.startswith(_WRITER):
         raise ProjectionInvalid("The ACL does not begin with the portal's header.")
-    head = re.compile(rb"# generation ([0-9]{1,18})\n# style ([a-z-]{1,20})\n").match(content, len(_WRITER))
+    head = re.compile(rb"# generation ([0-9]{1,18})\n").match(content, len(_WRITER))
     if head is None or int(head[1]) != generation:
         raise ProjectionInvalid(f"The ACL is not of generation {generation}.")
-    if head[2].decode() not in set(AclStyle) or (style is not None and head[2].decode() != style):
+    stated = STYLE_LINE.match(content, head.end())
+    if stated is None or stated[1].decode() not in set(AclStyle) or (style is not None and stated[1].decode() != style):
         raise ProjectionInvalid("The ACL is not of the style that is set.")
     tail = re.compile(rb"# end ([0-9]{1,18}) ([0-9]{1,9})\n\Z").search(content, max(0, len(content) - 64))
     if tail is None or int(tail[1]) != generation:
         raise ProjectionInvalid("The ACL is truncated: its last line is missing.")
-    fixed = _fixed_lines(AclStyle(head[2].decode()), generation, prefix).match(content, head.end())
+    fixed = _fixed_lines(AclStyle(stated[1].decode()), generation, prefix).match(content, stated.end() + 1)
     if fixed is None:
         raise ProjectionInvalid("The ACL's lines for the portal itself are not as they must be.")
     body = _blocks(prefix).match(content, fixed.end(), tail.start())

@@ -24,10 +24,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from broker.acl import PORTAL_USER, validate_acl
 from broker.crl import CrlWindow, issuing_certificates, read_window, validate_crl
 from config import Settings
+from core.acl_style import ACL_FILE, RECORD_FILE
 from core.errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
 from core.failpoints import failpoint
 from core.files import FileLock, fsync_directory, private_folder, replace_file, temporary_beside
-from core.installed_style import ACL_FILE, RECORD_FILE
 
 CRL_FILE, CA_FILE = "crl.pem", "ca.pem"
 PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE = "passwords", "server.pem", "server.key"

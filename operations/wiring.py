@@ -139,7 +139,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     events.watch(database.engine, subscribed)
     with database.transaction() as tx:
         tenants.add_tenant(tx, tenant_id, created_at=clock())
-    keys = KeyFiles(settings.ca_dir, passphrase(settings.ca_passphrase, folder / "ca-passphrase"))
+    keys = KeyFiles(settings.ca_dir, passphrase(settings.ca_passphrase.get_secret_value(), folder / "ca-passphrase"))
     authority = open_authority(database, keys, settings, tenant_id, now=clock())
     replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
     seal = SecretSeal(bytes.fromhex(secret_file(folder / "webhook-key", lambda: secrets.token_hex(32))))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
+import traceback
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from config import AclStyle, Address, Settings
+from config import Address, Settings, variable_of
+from core.acl_style import AclStyle
 from core.errors import SettingInvalid
 
 
@@ -82,11 +85,14 @@ def test_an_acl_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
         ("PORTAL_ISSUING_DAYS", "7300", "less than PORTAL_ROOT_DAYS"),
         ("PORTAL_SERVER_NAMES", "a b", "DNS name"),
         ("PORTAL_BROKER_SOCKET", "/" + "x" * 120, "longer than 107 bytes"),
-        ("PORTAL_TYPO", "1", "PORTAL_TYPO is not a setting"),
+        ("PORTAL_TYPO", "1", "PORTAL_TYPO is not a setting of the portal; see the table in docs/operating.md"),
+        ("PORTAL_BIN", "1", "PORTAL_BIN is not a setting of the portal; did you mean PORTAL_BIND?"),
+        ("PORTAL_SERVICE_HOST", "10.0.0.1", "PORTAL_SERVICE_HOST is not a setting"),  # Kubernetes' service links
+        ("PORTAL_PORT", "tcp://10.0.0.1:80", "PORTAL_PORT is not a setting"),
     ],
 )
 def test_a_bad_setting_is_refused_with_a_sentence(tmp_path: Path, name: str, value: str, said: str) -> None:
-    with pytest.raises(SettingInvalid, match=said.replace("(", "\\(")) as caught:
+    with pytest.raises(SettingInvalid, match=re.escape(said)) as caught:
         Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), name: value})
     assert caught.value.detail.endswith(".")
 
@@ -125,13 +131,41 @@ def test_secrets_do_not_stand_in_the_representation(tmp_path: Path) -> None:
             "PORTAL_DATABASE_URL": "postgresql://portal:pass-to-keep@db/portal",
         }
     )
-    assert "to keep" not in repr(settings)
-    assert "pass-to-keep" not in repr(settings)
+    for text in (repr(settings), str(settings), f"{settings.ca_passphrase}"):
+        assert "to keep" not in text
+        assert "pass-to-keep" not in text
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PORTAL_CA_PASSPHRASE": "to keep"},
+        {"PORTAL_DATABASE_URL": "mysql://portal:to keep@db/portal"},
+        {"PORTAL_CA_PASSPHRASE": "a passphrase to keep", "PORTAL_WORKERS": "0"},
+        {"PORTAL_CA_PASSPHRASE": "a passphrase to keep", "PORTAL_CA_PASSPHRASE_FILE": "/some/file"},
+        {"PORTAL_CA_PASSPHRASE": "a passphrase to keep", "PORTAL_ISSUING_DAYS": "7300"},
+    ],
+)
+def test_secrets_do_not_stand_in_errors(tmp_path: Path, environment: dict[str, str]) -> None:
+    with pytest.raises(SettingInvalid) as caught:
+        Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), **environment})
+    assert "to keep" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_settings_cannot_be_changed(tmp_path: Path) -> None:
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path)})
+    with pytest.raises(ValidationError):
+        setattr(settings, "workers", 3)  # noqa: B010 - mypy knows that it is frozen
+
+
+def test_only_the_given_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTAL_WORKERS", "7")
+    assert Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path)}).workers == 2
 
 
 def test_every_setting_stands_in_the_operators_guide() -> None:
     guide = (Path(__file__).parent.parent / "docs" / "operating.md").read_text()
-    for field in dataclasses.fields(Settings):
-        name, default = field.metadata["env"], field.metadata["default"]
-        row = f"| `{name}` | {f'`{default}`' if default else ''} | {field.metadata['help']} |"
+    for name, field in Settings.model_fields.items():
+        default = field.default if isinstance(field.default, str) else ""
+        row = f"| `{variable_of(name)}` | {f'`{default}`' if default else ''} | {field.description} |"
         assert row.replace("|  |", "| |") in guide, row

@@ -109,7 +109,7 @@ def test_the_passphrase_comes_from_a_credential(tmp_path: Path) -> None:
     path.write_text("a passphrase to be kept\n")
     path.chmod(0o440)
     settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_CA_PASSPHRASE_FILE": str(path)})
-    assert settings.ca_passphrase == "a passphrase to be kept"
+    assert settings.ca_passphrase.get_secret_value() == "a passphrase to be kept"
     assert "to be kept" not in repr(settings)
 
 

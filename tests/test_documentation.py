@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli import SECTIONS, cli
-from config import Settings
+from config import Settings, variable_of
 from operations import commands as server_commands
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +142,7 @@ def test_commands_of_the_server_that_are_named_exist() -> None:
 
 @each_document
 def test_variables_that_are_named_are_settings(document: Path) -> None:
-    settings = {field.metadata["env"] for field in Settings.__dataclass_fields__.values()}
+    settings = {variable_of(name) for name in Settings.model_fields}
     assert set(re.findall(r"PORTAL_[A-Z_]+[A-Z]", document.read_text())) <= settings | OTHER_VARIABLES
 
 

@@ -11,7 +11,8 @@ from sqlalchemy.engine import Connection
 
 import db
 from broker.acl import check_style
-from config import AclStyle, Settings
+from config import Settings
+from core.acl_style import AclStyle
 from core.device_status import DeviceStatus, advance
 from core.topics import Access, Topic, check_topics, default_topics
 from store import audit as store_audit

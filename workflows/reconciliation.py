@@ -16,8 +16,9 @@ from broker.acl import Acl
 from broker.files import Projection
 from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
-from config import AclStyle, Settings
+from config import Settings
 from core import metrics
+from core.acl_style import AclStyle
 from core.device_status import DeviceStatus
 from core.errors import LockUnavailable, PortalError, Unavailable
 from core.failpoints import failpoint

@@ -91,7 +91,7 @@ def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *
 
 def passphrase_here(settings: Settings) -> bytes:
     """Return the passphrase of the CA keys, without creating one; raise ``CaKeyUnavailable`` if there is none."""
-    return passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase", make=False)
+    return passphrase(settings.ca_passphrase.get_secret_value(), settings.secrets_dir / "ca-passphrase", make=False)
 
 
 def open_database(settings: Settings) -> Database:

@@ -21,11 +21,12 @@ from broker.crl import read_crls
 from broker.files import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.errors import IssuerUnusable, PortalError
 from core.states import CertificateStatus, IssuerKind
+from operations.backup.backup import passphrase_here
 from operations.doctor.base import Finding, Installation, certificate_of, combine, problem, summarize, warning
 from operations.doctor.network import https_date, served
 from pki import ocsp as pki_ocsp
 from pki.issuers import Issuer
-from pki.keystore import KeyFiles, passphrase
+from pki.keystore import KeyFiles
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
 from store.tables import AuditEntry, Certificate, Crl
@@ -41,9 +42,7 @@ _RESPONDER_LATE = timedelta(hours=1)
 def ca_keys(installation: Installation) -> Finding:
     """Check that the passphrase decrypts the keys, and that they belong to the certificates."""
     settings = installation.settings
-    keys = KeyFiles(
-        settings.ca_dir, passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase", make=False)
-    )
+    keys = KeyFiles(settings.ca_dir, passphrase_here(settings))
     found, root = [], "is not in the CA folder"
     for issuer in installation.issuers():
         if issuer.kind == IssuerKind.ROOT:

@@ -15,8 +15,7 @@ from broker.crl import read_crls
 from broker.files import CRL_FILE, BrokerFiles
 from broker.reload import peer_process
 from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
-from config import AclStyle
-from core.installed_style import ACL_FILE
+from core.acl_style import ACL_FILE, AclStyle
 from core.states import ON_CRL, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, summarize, warning, well
 from store import generations, issuers

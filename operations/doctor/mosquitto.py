@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from broker.files import CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
-from config import AclStyle, Settings
-from core.installed_style import ACL_FILE
+from config import Settings
+from core.acl_style import ACL_FILE, AclStyle
 from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, warning, well
 from operations.doctor.broker import active_devices, running_broker
 

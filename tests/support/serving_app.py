@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -105,7 +104,7 @@ def main(options: dict[str, Any]) -> int:
     serving_loop.SLOWEST_READER = options.pop("slowest_reader", serving_loop.SLOWEST_READER)
     for name in ("bind", "pki_bind"):
         options[name] = Address(*options[name])
-    settings = dataclasses.replace(Settings.from_env({}), **options)
+    settings = Settings.from_env({}).model_copy(update=options)
 
     def make_app() -> Callable[..., Iterable[bytes]]:
         if broken == "one of two" and is_the_other(certificate.with_name("first")):

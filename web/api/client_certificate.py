@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from config import Network
 from core.errors import RequestMalformed
-from core.setting_values import Network
 from web.transport import client_certificate
 
 _BYTE_SEQUENCE = re.compile(r":([A-Za-z0-9+/]{1,24576}={0,2}):")  # RFC 9651 section 4.2.7

@@ -10,9 +10,8 @@ import hashlib
 import secrets
 import ssl
 
-from config import KEY_TYPES
+from config import KEY_TYPES, EndOfPrevious
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
-from core.setting_values import EndOfPrevious
 from pki import est as pki_est
 from pki.est import EnrolmentRequest
 from store.enrolment import EnrolmentTokenRecord

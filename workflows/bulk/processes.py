@@ -206,7 +206,9 @@ def _start(lifeline: Connection, setup: _Setup) -> None:
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     settings = setup.settings
     try:
-        secret = passphrase(settings.ca_passphrase, settings.secrets_dir / "ca-passphrase", make=False)
+        secret = passphrase(
+            settings.ca_passphrase.get_secret_value(), settings.secrets_dir / "ca-passphrase", make=False
+        )
         database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
         _opened = CredentialIssuer(settings, Authority(database, KeyFiles(settings.ca_dir, secret)), setup.link_keys)
     except PortalError as error:

@@ -15,8 +15,9 @@ import pytest
 import sqlalchemy as sa
 
 from app import create_app, portal_of
-from config import AclStyle, Settings
+from config import Settings
 from core import roles
+from core.acl_style import AclStyle
 from core.roles import Role
 from operations.doctor import authority, doctor
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
@@ -504,11 +505,12 @@ def test_the_command_prints_a_line_a_check_or_json(make_settings: Callable[..., 
 
 
 def test_with_everything_gone_every_check_still_says_something(tmp_path: Path, portal: Portal) -> None:
-    settings = dataclasses.replace(
-        portal.settings,
-        data_dir=tmp_path / "nothing",
-        database_url=f"sqlite:///{tmp_path / 'nothing.db'}",
-        broker_dir=tmp_path / "none",
+    settings = portal.settings.model_copy(
+        update={
+            "data_dir": tmp_path / "nothing",
+            "database_url": f"sqlite:///{tmp_path / 'nothing.db'}",
+            "broker_dir": tmp_path / "none",
+        }
     )
     findings = list(doctor.examine(settings, portal.clock))
     assert len(findings) == len(doctor.CHECKS)
