@@ -1,4 +1,4 @@
-"""The database: devices with their certificates, in transactions that are durable once they end."""
+"""Devices and their certificates in the database: add, get and revoke them, within the caller's transaction."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def get_device(tx: Connection, tenant_id: str, device_id: str, *, for_update: bo
     """
     query = sa.select(*DEVICE_COLUMNS).where(Device.tenant_id == tenant_id, Device.id == device_id)
     if for_update:
-        query = query.with_for_update()  # nothing on SQLite, where a writer is alone anyway
+        query = query.with_for_update()  # no effect on SQLite, where one writer excludes all others
     row = tx.execute(query).one_or_none()
     if row is None:
         raise DeviceNotFound(f"There is no device {device_id}; check the id with GET /devices.")
@@ -80,7 +80,7 @@ def get_device(tx: Connection, tenant_id: str, device_id: str, *, for_update: bo
 def replace_topics(
     tx: Connection, tenant_id: str, device_id: str, topics: Sequence[tuple[str, str]] | None, *, generation: int
 ) -> None:
-    """Give a device other topics of its own, or with ``None`` the default ones again."""
+    """Replace a device's own topics, or with ``None`` return to the default ones."""
     tx.execute(sa.delete(AclEntry).where(AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id))
     if rows := _topic_rows(tenant_id, device_id, topics):
         tx.execute(_INSERT_TOPICS, rows)
@@ -100,7 +100,7 @@ def _topic_rows(tenant_id: str, device_id: str, topics: Sequence[tuple[str, str]
 def revoke_device(
     tx: Connection, tenant_id: str, device_id: str, *, revoked_at: datetime, reason: str, generation: int
 ) -> None:
-    """Revoke a device with all certificates of it that are not yet, and destroy the bundles that wait for it."""
+    """Revoke a device and all its certificates that are not revoked yet, and destroy its undelivered bundles."""
     update_device(
         tx,
         tenant_id,
@@ -149,7 +149,7 @@ _CERTIFICATE_IDS = sa.select(Certificate.fingerprint, Certificate.id).where(
 
 
 class NewCertificate(TypedDict):
-    """A certificate to insert: active, or already revoked where it has ``revoked_at`` and ``reason``."""
+    """A certificate to insert: active, or already revoked if it has ``revoked_at`` and ``reason``."""
 
     tenant_id: str
     issuer_id: int
@@ -208,5 +208,5 @@ _ADVANCE = (
 
 
 def next_generation(tx: Connection, tenant_id: str, *, at: datetime) -> int:
-    """Advance the generation, in the transaction that makes the change, and return the new one."""
+    """Advance the generation that the broker must reach, in the transaction of the change, and return the new one."""
     return int(tx.execute(_ADVANCE, {"of_tenant": tenant_id, "at": at}).scalar_one())

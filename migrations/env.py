@@ -1,4 +1,4 @@
-"""Runs the migrations on the connection that the portal hands over."""
+"""Run the migrations on the connection that the portal passes in."""
 
 from __future__ import annotations
 

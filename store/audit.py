@@ -42,19 +42,19 @@ _MOVE_AUDIT_HEAD = (
 
 
 def audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
-    """Number and hash of the last audit entry, as one state of the database has them."""
+    """Return the number and the hash of the last audit entry."""
     row = tx.execute(sa.select(AuditHead.number, AuditHead.hash).where(AuditHead.tenant_id == tenant_id)).one()
     return row.number, row.hash
 
 
 def lock_audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
-    """Number and hash of the last audit entry, which stays the last until the transaction ends."""
+    """Return number and hash of the last audit entry, and let nobody else add one until the transaction ends."""
     number, last_hash = tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one()
     return number, last_hash
 
 
 def add_audit_entries(tx: Connection, tenant_id: str, entries: Sequence[dict[str, Any]]) -> None:
-    """Append to the audit record, in this order; each holds the columns of ``AuditEntry`` but for id and tenant."""
+    """Append entries in this order; each holds the columns of ``AuditEntry`` except id and tenant."""
     rows = [{"tenant_id": tenant_id, **entry} for entry in entries]
     tx.execute(_INSERT_AUDIT_ENTRIES, rows)
     last = entries[-1]
@@ -62,10 +62,10 @@ def add_audit_entries(tx: Connection, tenant_id: str, entries: Sequence[dict[str
 
 
 def audit_chain(tx: Connection, tenant_id: str) -> Generator[dict[str, Any], None, None]:
-    """Every entry of the audit record as it stands, by number, all columns but the id."""
+    """Yield every entry by number, with all columns except the id."""
     columns = [column for column in AuditEntry.__table__.c if column.name != "id"]
     query = sa.select(*columns).where(AuditEntry.tenant_id == tenant_id).order_by(AuditEntry.number)
-    with tx.execute(query.execution_options(yield_per=1000)) as rows:  # a cursor of the server's, to be closed
+    with tx.execute(query.execution_options(yield_per=1000)) as rows:  # a cursor of the server, which must be closed
         for row in rows.mappings():
             yield dict(row)
 
@@ -79,7 +79,7 @@ def list_audit_entries(
     after: int | None = None,
     filters: dict[str, str] | None = None,
 ) -> Sequence[AuditRecord]:
-    """Entries newest first, older than entry ``before``, newer than ``after``; ``filters`` match columns exactly."""
+    """Return entries newest first, older than entry ``before``, newer than ``after``; ``filters`` match exactly."""
     query = sa.select(
         AuditEntry.id,
         AuditEntry.at,
@@ -99,9 +99,9 @@ def list_audit_entries(
 def audit_entry_before(
     tx: Connection, tenant_id: str, *, count: int, before: int | None, of_object: str | None
 ) -> int | None:
-    """The entry ``count`` + 1 places before another, or before the end; ``None`` where there are not so many.
+    """Return the id of the entry ``count`` + 1 places before ``before``, or before the end; ``None`` if there is none.
 
-    With ``of_object`` only those of that object count.
+    With ``of_object`` only entries of that object count.
     """
     query = sa.select(AuditEntry.id).where(*_entries_between(tenant_id, before, None))
     if of_object is not None:
@@ -116,5 +116,5 @@ def _entries_between(tenant_id: str, before: int | None, after: int | None) -> l
 
 
 def count_audit_entries(tx: Connection, tenant_id: str) -> int:
-    """How many entries the audit record has."""
+    """Return how many entries the audit record has."""
     return tx.execute(sa.select(AuditHead.number).where(AuditHead.tenant_id == tenant_id)).scalar_one()

@@ -1,4 +1,4 @@
-"""The database's part in bulk registration: many rows in few statements."""
+"""Find the devices that an upload names again, and replace credentials that nobody has fetched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeliveryStatus
-from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record
+from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record, topics_by_device
 from store.tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
 
 _REPLACEABLE = (DeliveryStatus.READY, DeliveryStatus.EXPIRED)  # nobody has begun to fetch the bundle
@@ -19,7 +19,7 @@ CURRENT = (CertificateStatus.ACTIVE, CertificateStatus.HELD)
 
 @dataclass(frozen=True, slots=True)
 class KnownDevice:
-    """A device that has the external id asked for, with its current certificate and the bundle of that, if any.
+    """A device found by its external id, with its current certificate and the bundle of that, if any.
 
     ``topics`` are pairs of filter and access, ``None`` for the default ones. ``waits`` says whether the bundle waits
     still for its first fetch, or has expired without one.
@@ -61,20 +61,14 @@ _FIND = (
 )
 
 
-def owner_of(tx: Connection, tenant_id: str, external_id: str) -> str | None:
-    """The id of the device that has an external id."""
-    return tx.execute(
-        sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.external_id == external_id)
-    ).scalar_one_or_none()
-
-
 def find_known(tx: Connection, tenant_id: str, external_ids: Sequence[str]) -> dict[str, KnownDevice]:
-    """The devices that have these external ids, by them."""
+    """Return the devices that have these external ids, by external id."""
     if not external_ids:
         return {}
     rows = tx.execute(_FIND, {"of_tenant": tenant_id, "wanted": external_ids}).all()
     devices = [(device_record(row[:-9]), row[-9:]) for row in rows]
-    own = _topics(tx, tenant_id, [device.id for device, _ in devices if device.own_topics])
+    with_topics = [device.id for device, _ in devices if device.own_topics]
+    own = topics_by_device(tx, AclEntry.tenant_id == tenant_id, AclEntry.device_id.in_(with_topics))
     in_use = _in_use(tx, tenant_id, [device.id for device, (*_, status) in devices if status in _REPLACEABLE])
     known: dict[str, KnownDevice] = {}
     for device, (certificate_id, issuer_id, serial, fingerprint, not_after, der, state, delivery, status) in devices:
@@ -95,21 +89,8 @@ def find_known(tx: Connection, tenant_id: str, external_ids: Sequence[str]) -> d
     return known
 
 
-def _topics(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    topics: dict[str, list[tuple[str, str]]] = {}
-    if device_ids:
-        query = (
-            sa.select(AclEntry.device_id, AclEntry.filter, AclEntry.access)
-            .where(AclEntry.tenant_id == tenant_id, AclEntry.device_id.in_(device_ids))
-            .order_by(AclEntry.device_id, AclEntry.position)
-        )
-        for device_id, pattern, access in tx.execute(query):
-            topics.setdefault(device_id, []).append((pattern, access))
-    return topics
-
-
 def _in_use(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[str]:
-    """Those of the devices of which some bundle was fetched, however that ended, or a certificate was renewed."""
+    """Return the devices of which a bundle was fetched or a certificate was renewed."""
     if not device_ids:
         return set()
     objects = {f"device:{device_id}": device_id for device_id in device_ids}
@@ -133,7 +114,7 @@ def _in_use(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[st
 def supersede_unfetched(
     tx: Connection, tenant_id: str, known: Sequence[KnownDevice], *, at: datetime, generation: int
 ) -> set[str]:
-    """Destroy bundles that wait, with their links, and revoke their certificates as superseded.
+    """Destroy undelivered bundles with their links, and revoke their certificates as superseded.
 
     Returns the ids of the devices of which that was still possible: of the others something has changed meanwhile.
     """

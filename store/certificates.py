@@ -50,13 +50,13 @@ def certificate_record(row: Sequence[Any]) -> CertificateRecord:
     return CertificateRecord(*row)
 
 
-# Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it. Where
-# another condition narrows the same column, it stands before: SQLite reads the index by the first of them.
+# Literals, not parameters: a database uses a partial index only if the query contains the index's condition as text. A
+# further condition on the same column must come first, because SQLite searches the index by the first one.
 CURRENT = sa.and_(sa.text("certificates.status IN ('active', 'held')"), sa.text("certificates.replaced_until IS NULL"))
 
 
 def device_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
-    """Every certificate the device has had, newest first."""
+    """Return every certificate that a device has had, newest first."""
     rows = tx.execute(
         sa.select(*CERTIFICATE_COLUMNS)
         .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
@@ -66,7 +66,7 @@ def device_certificates(tx: Connection, tenant_id: str, device_id: str) -> Seque
 
 
 def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> CertificateRecord | None:
-    """The certificate that a device uses now, or the last that it had; ``None`` before the first."""
+    """Return the current certificate of a device, or else the last that it had; ``None`` before the first."""
     row = tx.execute(
         sa.select(*CERTIFICATE_COLUMNS)
         .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
@@ -88,7 +88,7 @@ def list_own_certificates(tx: Connection, tenant_id: str, purpose: str) -> Seque
 
 @dataclass(frozen=True, slots=True)
 class ShownCertificate:
-    """A certificate of this portal that a client has shown, with the state of its device."""
+    """A certificate of this portal that a client has presented, with the state of its device."""
 
     tenant_id: str
     certificate: CertificateRecord
@@ -96,7 +96,7 @@ class ShownCertificate:
 
 
 def find_device_certificate(tx: Connection, fingerprint: str) -> ShownCertificate | None:
-    """A device's certificate by the SHA-256 of its DER, in whatever state."""
+    """Return a device's certificate by the SHA-256 of its DER in hex, whatever its state."""
     query = (
         sa.select(Certificate.tenant_id, Device.status, *CERTIFICATE_COLUMNS)
         .join(Device, sa.and_(Device.tenant_id == Certificate.tenant_id, Device.id == Certificate.device_id))
@@ -107,32 +107,32 @@ def find_device_certificate(tx: Connection, fingerprint: str) -> ShownCertificat
 
 
 def get_certificate(tx: Connection, tenant_id: str, certificate_id: int) -> CertificateRecord:
-    """A certificate by its row's id."""
+    """Return a certificate by the id of its row."""
     own = (Certificate.tenant_id == tenant_id, Certificate.id == certificate_id)
     return certificate_record(tx.execute(sa.select(*CERTIFICATE_COLUMNS).where(*own)).one())
 
 
 def count_issued(tx: Connection, tenant_id: str, device_id: str, *, since: datetime) -> int:
-    """How many certificates a device was given from a time on."""
+    """Return how many certificates a device was issued since a time."""
     own = (Certificate.tenant_id == tenant_id, Certificate.device_id == device_id, Certificate.issued_at >= since)
     return tx.execute(sa.select(sa.func.count()).select_from(Certificate).where(*own)).scalar_one()
 
 
-# --- Whether certificates are good -----------------------------------------------------------------------------------
+# --- Revocation states -----------------------------------------------------------------------------------------------
 
-SERIAL_NUMBER_DIGITS = 40  # no certificate has more
+SERIAL_NUMBER_DIGITS = 40  # RFC 5280 section 4.1.2.2: at most 20 octets
 
 
 @dataclass(frozen=True, slots=True)
 class RevocationState:
-    """What is recorded of a certificate: ``revoked_at`` is ``None`` for one that is neither revoked nor held."""
+    """When and why a certificate was revoked or put on hold; ``None`` if it is neither."""
 
     revoked_at: datetime | None
     reason: str | None
 
 
 _STATE_COLUMNS = Certificate.serial_number, Certificate.status, Certificate.revoked_at, Certificate.revocation_reason
-# The question for one certificate stands apart because nearly all are that, and it is quicker.
+# A query of its own for one certificate, because nearly all requests ask for one and it is quicker.
 _STATE_OF_ONE = sa.select(*_STATE_COLUMNS).where(
     Certificate.issuer_id == sa.bindparam("issuer_id"), Certificate.serial_number == sa.bindparam("serial_number")
 )
@@ -143,7 +143,7 @@ _STATES_OF_SEVERAL = sa.select(*_STATE_COLUMNS).where(
 
 
 def revocation_states(tx: Connection, issuer_id: int, serial_numbers: Collection[str]) -> dict[str, RevocationState]:
-    """What is recorded of an issuer's certificates by serial number (lower-case hex); one never issued is left out."""
+    """Return the states of an issuer's certificates by serial number (lower-case hex), without those never issued."""
     wanted = sorted({number for number in serial_numbers if len(number) <= SERIAL_NUMBER_DIGITS})
     if not wanted:
         return {}
@@ -163,7 +163,7 @@ _GOOD = RevocationState(None, None)
 
 
 def count_expiring(tx: Connection, tenant_id: str, *, now: datetime, within: Sequence[timedelta]) -> list[int]:
-    """How many certificates that devices use now end within each of these times, and have not ended yet."""
+    """Return how many current certificates expire within each of these times, without those that have expired."""
     counts = [
         sa.func.sum(sa.case((Certificate.not_after <= sa.literal(now + time, Certificate.not_after.type), 1), else_=0))
         for time in within
@@ -192,7 +192,7 @@ class ExpiringCertificate:
     not_after: datetime
 
 
-# The arithmetic of times, which no two databases share.
+# The two databases calculate with times in different ways.
 _PAST_TWO_THIRDS = {
     "sqlite": (
         "julianday(certificates.not_before)"
@@ -203,7 +203,7 @@ _PAST_TWO_THIRDS = {
 
 
 def renewals_to_announce(tx: Connection, *, now: datetime, limit: int) -> Sequence[ExpiringCertificate]:
-    """Certificates in use of which it was not yet said; the device is neither suspended nor revoked."""
+    """Return active certificates that should be renewed and were not announced yet."""
     past = sa.text(_PAST_TWO_THIRDS[tx.dialect.name]).bindparams(sa.bindparam("now", now, type_=UtcDateTime()))
     announced = sa.select(ExpiryAnnouncement.certificate_id).where(ExpiryAnnouncement.certificate_id == Certificate.id)
     query = (
@@ -225,6 +225,6 @@ def renewals_to_announce(tx: Connection, *, now: datetime, limit: int) -> Sequen
 
 
 def mark_announced(tx: Connection, expiring: Sequence[ExpiringCertificate], *, at: datetime) -> None:
-    """Record that it was said."""
+    """Record that the expiry of these certificates was announced."""
     rows = [{"certificate_id": one.certificate_id, "tenant_id": one.tenant_id, "announced_at": at} for one in expiring]
     tx.execute(sa.insert(ExpiryAnnouncement), rows)

@@ -1,4 +1,4 @@
-"""Tables as lines of JSON, which any database of the portal writes and takes."""
+"""Dump tables as lines of JSON and load them, from any of the portal's databases to any other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from store.tables import METADATA
 from store.types import UtcDateTime
 
 BATCH = 500
-# What a column holds, in a way that survives a change of the tables: the names stand in the first line of a copy.
+# The kinds of columns, which the first line of a dump names, so that a dump outlives changes of the tables.
 _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
     "time": UtcDateTime(),
     "bytes": sa.LargeBinary(),
@@ -34,15 +34,15 @@ _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
 
 
 def table_names() -> list[str]:
-    """Every table, each after those that it refers to."""
+    """Return the name of every table, each after those that it refers to."""
     return [table.name for table in METADATA.sorted_tables]
 
 
-# --- Out ----------------------------------------------------------------------------------------------------------
+# --- Dump ---------------------------------------------------------------------------------------------------------
 
 
 def rows(tx: Connection, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a table by its key, read bit by bit."""
+    """Yield the rows of a table in the order of its key."""
     table = METADATA.tables[name]
     query = sa.select(table).order_by(*table.primary_key).execution_options(yield_per=BATCH)
     with contextlib.closing(tx.execute(query)) as result:
@@ -51,7 +51,7 @@ def rows(tx: Connection, name: str) -> Iterator[dict[str, Any]]:
 
 
 def dump(tx: Connection, name: str) -> Iterator[str]:
-    """A table as lines of JSON: first its columns as pairs of name and kind, then an array a row."""
+    """Yield a table as lines of JSON: its columns as pairs of name and kind, then an array for each row."""
     kinds = [(column.name, _kind(column.type)) for column in METADATA.tables[name].c]
     yield json.dumps({"columns": kinds}) + "\n"
     for row in rows(tx, name):
@@ -71,17 +71,17 @@ def _to_json(value: Any, kind: str) -> Any:
     return value.isoformat() if kind == "time" else base64.b64encode(value).decode()
 
 
-# --- In -----------------------------------------------------------------------------------------------------------
+# --- Load ---------------------------------------------------------------------------------------------------------
 
 
 def read(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The rows that ``dump`` wrote; raises ``BackupRefused`` where the lines are none of its."""
+    """Yield the rows that ``dump`` wrote; raises ``BackupRefused`` if the lines are not its."""
     _, found = _read(lines)
     return found
 
 
 def load(tx: Connection, name: str, lines: Iterable[bytes]) -> int:
-    """Insert into a table the rows that ``dump`` wrote, at the schema that they are of; returns how many."""
+    """Insert the rows that ``dump`` wrote into a table of the same schema revision; return how many."""
     kinds, found = _read(lines)
     table = sa.table(name, *(sa.column(column, _TYPES[kind]) for column, kind in kinds))
     statement, count = sa.insert(table), 0
@@ -120,17 +120,17 @@ def _from_json(value: Any, kind: str) -> Any:
 
 
 def revision(tx: Connection) -> str | None:
-    """The revision of the schema that a database has, ``None`` where it has none."""
+    """Return the schema revision of a database, ``None`` if it has none."""
     return MigrationContext.configure(tx).get_current_revision()
 
 
 def head() -> str | None:
-    """The revision of the schema that this version works with."""
+    """Return the schema revision of this version of the portal."""
     return ScriptDirectory.from_config(migration_config()).get_current_head()
 
 
 def check_revision(wanted: str) -> None:
-    """Raise ``DatabaseTooNew`` where a revision of the schema is none that this version knows."""
+    """Raise ``DatabaseTooNew`` if this version does not know a schema revision."""
     try:
         known = ScriptDirectory.from_config(migration_config()).get_revision(wanted)
     except CommandError:
@@ -142,14 +142,14 @@ def check_revision(wanted: str) -> None:
 
 
 def upgrade(tx: Connection, wanted: str) -> None:
-    """Bring the schema to a revision, within the transaction."""
+    """Upgrade the schema to a revision, within the transaction."""
     config = migration_config()
     config.attributes["connection"] = tx
     alembic.upgrade(config, wanted)
 
 
 def clear(tx: Connection, wanted: str) -> None:
-    """Leave a PostgreSQL database with the tables of a revision, all of them empty, within the transaction."""
+    """Give a PostgreSQL database the empty tables of a revision, within the transaction."""
     tx.execute(MIGRATION_LOCK)
     current = revision(tx)
     here = [name for name in sa.inspect(tx).get_table_names() if name in METADATA.tables]
@@ -163,7 +163,7 @@ def clear(tx: Connection, wanted: str) -> None:
 
 
 def renumber(tx: Connection) -> None:
-    """Let the database number new rows above those that came with their numbers; SQLite does so by itself."""
+    """Make PostgreSQL number new rows above those that were loaded with their numbers; SQLite does so by itself."""
     if tx.dialect.name == "sqlite":
         return
     for table in METADATA.sorted_tables:

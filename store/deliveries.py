@@ -1,4 +1,4 @@
-"""Bundles that wait for one download, and answers that may be repeated."""
+"""Bundles that wait for their one download, and answers that are kept for a repeated request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from store.tables import Delivery, Device, IdempotencyKey
 
 @dataclass(frozen=True, slots=True)
 class DeliveryRecord:
-    """What a link stands for; ``generation`` is what the broker must have reached before the bundle goes out.
+    """The delivery of a link; the broker must have reached ``generation`` before the bundle is released.
 
     Status "fetching" and ``lease_until`` are of fetches that an older version of the portal did not see the end of.
     """
@@ -51,7 +51,7 @@ class NewDelivery(TypedDict):
 
 
 def add_deliveries(tx: Connection, deliveries: Sequence[NewDelivery]) -> None:
-    """Keep bundles for their downloads, all by one statement."""
+    """Insert bundles for their downloads, all by one statement."""
     rows = [{**delivery, "status": DeliveryStatus.READY} for delivery in deliveries]
     if rows:
         tx.execute(_INSERT_DELIVERIES, rows)
@@ -83,13 +83,13 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> Delivery
         raise LinkUnknown("This download link is not known here; ask for the device's link again.")
     record = DeliveryRecord(*row[:-1])
     if record.status == DeliveryStatus.REVOKED:
-        raise LinkRevoked("What this link leads to has been revoked, so its bundle was destroyed.")
+        raise LinkRevoked("The device or certificate of this link has been revoked, so its bundle was destroyed.")
     if record.status == DeliveryStatus.EXPIRED or (record.status in PENDING_DELIVERY and record.expires_at <= now):
         raise LinkExpired("This link has expired, so its bundle was destroyed; issue new credentials for the device.")
     if record.status == DeliveryStatus.DELIVERED or (record.lease_until is not None and record.lease_until > now):
         raise LinkUsed("This link has been used; give the device new credentials if it was not you.")
     if row[-1] == DeviceStatus.SUSPENDED:
-        raise StateConflict("The device of this link is suspended; fetch its bundle once it was resumed.")
+        raise StateConflict("The device of this link is suspended; fetch its bundle once it has been resumed.")
     return record
 
 
@@ -98,7 +98,7 @@ def spend_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> bytes:
 
     Raises as ``get_delivery`` does.
     """
-    # The row is locked before it is looked at, so that of several fetches at once one finds the bundle.
+    # The row is locked before it is read, so that of several fetches at once only one finds the bundle.
     bundle: bytes | None = tx.execute(
         sa.select(Delivery.bundle).where(Delivery.id == delivery_id).with_for_update()
     ).scalar_one_or_none()
@@ -114,14 +114,14 @@ def spend_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> bytes:
 
 
 def anything_due(tx: Connection, *, now: datetime) -> bool:
-    """Whether a bundle or a kept answer is past its time."""
+    """Return whether a bundle or a kept answer has expired."""
     bundle = sa.select(Delivery.id).where(Delivery.status.in_(PENDING_DELIVERY), Delivery.expires_at <= now)
     answer = sa.select(IdempotencyKey.key_hash).where(IdempotencyKey.expires_at <= now)
     return bool(tx.execute(sa.select(sa.or_(bundle.exists(), answer.exists()))).scalar_one())
 
 
 def expire_deliveries(tx: Connection, *, now: datetime, limit: int = 1000) -> Sequence[tuple[str, str, str]]:
-    """Destroy bundles whose time is over; returns tenant, device and delivery of each."""
+    """Destroy expired bundles; return tenant, device and delivery of each."""
     due = (
         sa.select(Delivery.id)
         .where(
@@ -141,7 +141,7 @@ def expire_deliveries(tx: Connection, *, now: datetime, limit: int = 1000) -> Se
 
 
 def count_undelivered(tx: Connection, tenant_id: str) -> int:
-    """How many bundles wait for their download."""
+    """Return how many bundles wait for their download."""
     return tx.execute(
         sa.select(sa.func.count())
         .select_from(Delivery)
@@ -149,12 +149,12 @@ def count_undelivered(tx: Connection, tenant_id: str) -> int:
     ).scalar_one()
 
 
-# --- Answers that may be repeated ------------------------------------------------------------------------------------
+# --- Answers kept for a repeated request -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class SealedAnswer:
-    """An answer kept for a repeat: ``sealed`` opens only with the idempotency key."""
+    """An answer kept for a repeated request: ``sealed`` can be opened only with the idempotency key."""
 
     request_hash: str
     sealed: bytes
@@ -162,7 +162,7 @@ class SealedAnswer:
 
 
 def find_answer(tx: Connection, tenant_id: str, key_hash: str, *, now: datetime) -> SealedAnswer | None:
-    """Look up the answer given under an idempotency key in the last 24 hours, by the key's hash."""
+    """Return the answer given under an idempotency key that has not expired, by the key's hash."""
     row = tx.execute(
         sa.select(IdempotencyKey.request_hash, IdempotencyKey.sealed_answer, IdempotencyKey.generation).where(
             IdempotencyKey.tenant_id == tenant_id,
@@ -207,5 +207,5 @@ def add_answer(
 
 
 def forget_answers(tx: Connection, *, now: datetime) -> int:
-    """Delete the answers whose 24 hours are over; returns how many."""
+    """Delete expired answers; return how many."""
     return tx.execute(sa.delete(IdempotencyKey).where(IdempotencyKey.expires_at <= now)).rowcount

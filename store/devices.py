@@ -50,12 +50,19 @@ def device_record(row: Sequence[Any]) -> DeviceRecord:
 
 
 def update_device(tx: Connection, tenant_id: str, device_id: str, values: dict[str, Any]) -> None:
-    """Set columns of a device, by the columns' names."""
+    """Set columns of a device, by their names."""
     tx.execute(sa.update(Device).where(Device.tenant_id == tenant_id, Device.id == device_id).values(values))
 
 
+def owner_of(tx: Connection, tenant_id: str, external_id: str) -> str | None:
+    """Return the id of the device with an external id."""
+    return tx.execute(
+        sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.external_id == external_id)
+    ).scalar_one_or_none()
+
+
 def devices_by_status(tx: Connection, tenant_id: str) -> dict[str, int]:
-    """How many devices there are in each status that any is in."""
+    """Return how many devices there are in each status; a status without devices is left out."""
     rows = tx.execute(
         sa.select(Device.status, sa.func.count()).where(Device.tenant_id == tenant_id).group_by(Device.status)
     )
@@ -66,27 +73,32 @@ def devices_by_status(tx: Connection, tenant_id: str) -> dict[str, int]:
 
 
 def device_topics(tx: Connection, tenant_id: str, device_id: str) -> tuple[tuple[str, str], ...]:
-    """The topics of a device that has its own, as pairs of filter and access, in their order."""
-    rows = tx.execute(
-        sa.select(AclEntry.filter, AclEntry.access)
-        .where(AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id)
-        .order_by(AclEntry.position)
-    )
-    return tuple((row.filter, row.access) for row in rows)
+    """Return a device's own topics as pairs of filter and access, in their order."""
+    topics = topics_by_device(tx, AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id)
+    return tuple(topics.get(device_id, ()))
+
+
+def topics_by_device(tx: Connection, *conditions: sa.ColumnElement[bool]) -> dict[str, list[tuple[str, str]]]:
+    """Return devices' own topics as pairs of filter and access, by device id; the conditions are on ``AclEntry``."""
+    query = sa.select(AclEntry.device_id, AclEntry.filter, AclEntry.access).where(*conditions)
+    topics: dict[str, list[tuple[str, str]]] = {}
+    for device_id, pattern, access in tx.execute(query.order_by(AclEntry.device_id, AclEntry.position)):
+        topics.setdefault(device_id, []).append((pattern, access))
+    return topics
 
 
 # --- Lists -----------------------------------------------------------------------------------------------------------
 
-# Where more than one thing narrows a list, no index has its rows one after the other. So a page ends after so many
-# devices that were looked at, however few of them it holds, and the next one goes on there.
+# If several conditions narrow a list, no index holds its rows one after the other. A page therefore ends after this
+# many devices were read, however few of them match, and the next page continues there.
 LOOKED_AT = 1000
-LOOKED_AT_BY_END = 200  # in the order of the certificates' ends: each of them has its device looked up
-Place = tuple[datetime, str]  # in a list: creation time, or else not_after, and id of a device
+LOOKED_AT_BY_END = 200  # in the order of expiry, where each certificate needs a look at its device
+Place = tuple[datetime, str]  # in a list: creation time or not_after, and the id of a device
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFilter:
-    """Which devices a list is to hold; ``None`` does not narrow it. ``q`` is a part of a name, or a whole id."""
+    """The conditions of a list; ``None`` sets none. ``q`` is a part of a name, or a whole id."""
 
     status: str | None = None
     type: str | None = None
@@ -98,7 +110,7 @@ class DeviceFilter:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """Devices with the not_after and not_before of their certificates; ``end`` is where looking at them stopped."""
+    """Devices with the not_after and not_before of their certificates; ``end`` is the place where reading stopped."""
 
     devices: Sequence[tuple[DeviceRecord, datetime | None, datetime | None]]
     end: Place | None
@@ -107,7 +119,7 @@ class Listed:
 def list_devices(
     tx: Connection, tenant_id: str, wanted: DeviceFilter, *, limit: int, after: Place | None = None
 ) -> Listed:
-    """A page of devices, newest first; in the order of their certificates' not_after where one asks by that.
+    """Return a page of devices, newest first, or with ``expires_before`` in the order of their certificates' expiry.
 
     ``after`` is the place of the last device of the page before, or its ``end`` (keyset paging). Each filter and each
     order has an index; with several of them so many devices are looked at, and ``end`` says that there are more.
@@ -124,17 +136,17 @@ def list_devices(
     else:
         query = query.join_from(Certificate, Device, current)
     for column, value in equal:
-        # Of several indexes a database may choose any: an expression leaves it the one that leads.
+        # An expression hides the other indexes from the database, so that it uses the one of ``lead``.
         query = query.where(column == value if column is lead else column.concat("") == value)
     if wanted.q is not None and not is_device_id(wanted.q.lower()):
-        # The database folds both sides, each in its way.
+        # Each database folds the case of both sides in its own way.
         query = query.where(Device.name.icontains(wanted.q, autoescape=True))
     rows = tx.execute(_between(query, tenant_id, wanted, place, after, end).limit(limit))
     return Listed([(device_record(row[:-2]), row[-2], row[-1]) for row in rows], end)
 
 
 def _equalities(wanted: DeviceFilter) -> list[tuple[Any, str]]:
-    """The columns that must have a value; first those that one device has at the most."""
+    """Return the columns that must equal a value, unique ones first."""
     q = None if wanted.q is None else wanted.q.lower()
     values = (
         (Device.id, q if q is not None and is_device_id(q) else None),
@@ -154,9 +166,9 @@ def _reach(
     place: tuple[Any, Any],
     after: Place | None,
 ) -> tuple[Any, Place | None]:
-    """The column whose index the page is read from, and where the page must end; ``None``: nowhere.
+    """Return the column whose index the page is read from, and the place where it must end (``None`` for no limit).
 
-    The one that leads is that of which as many rows reach furthest: the rarest, at this place of the list.
+    It is the column of the rarest value here: the one of which a fixed number of rows reaches furthest in the list.
     """
     if equal and equal[0][0] in (Device.id, Device.external_id):
         return equal[0][0], None
@@ -188,7 +200,7 @@ def _between(
     after: Place | None,
     end: Place | None,
 ) -> sa.Select[Any]:
-    """Narrow a query to what comes after one place and not after another, in the order of the list."""
+    """Narrow a query to the rows after one place and up to another, in the order of the list."""
     here, kind = sa.tuple_(*place), place[0].type
     first, last = (sa.tuple_(sa.literal(at[0], kind), at[1]) if at is not None else None for at in (after, end))
     if wanted.expires_before is None:
@@ -198,7 +210,7 @@ def _between(
     else:
         query = query.where(Certificate.tenant_id == tenant_id).order_by(*place)
         bounds = [] if first is None else [here > first]
-        # One or the other: a database takes only one of them for the end of what it reads of the index.
+        # Only one of them, because a database uses only one condition as the upper bound of an index scan.
         bounds.append(Certificate.not_after < wanted.expires_before if last is None else here <= last)
     return query.where(*bounds)
 
@@ -209,7 +221,7 @@ HOLD = "certificate_hold"
 
 
 def suspend_device(tx: Connection, tenant_id: str, device_id: str, *, suspended_at: datetime, generation: int) -> None:
-    """Suspend a device and put every certificate with which it could get in on hold (RFC 5280 section 5.3.1)."""
+    """Suspend a device and put all its usable certificates on hold (RFC 5280 section 5.3.1)."""
     values = {"status": DeviceStatus.SUSPENDED, "updated_at": suspended_at, "generation": generation}
     update_device(tx, tenant_id, device_id, values)
     _change_certificates(
@@ -228,7 +240,7 @@ def suspend_device(tx: Connection, tenant_id: str, device_id: str, *, suspended_
 
 
 def resume_device(tx: Connection, tenant_id: str, device_id: str, *, resumed_at: datetime, generation: int) -> None:
-    """Let a device back in: each certificate on hold becomes what it was."""
+    """Make a suspended device active again; each certificate on hold returns to its former state."""
     values = {"status": DeviceStatus.ACTIVE, "updated_at": resumed_at, "generation": generation}
     update_device(tx, tenant_id, device_id, values)
     was = sa.case(
@@ -243,7 +255,7 @@ def resume_device(tx: Connection, tenant_id: str, device_id: str, *, resumed_at:
 
 
 def suspended_since(tx: Connection, tenant_id: str, device_id: str) -> datetime | None:
-    """When the certificates of a device were put on hold, ``None`` where none is."""
+    """Return when the certificates of a device were put on hold, ``None`` if none is."""
     query = sa.select(sa.func.max(Certificate.revoked_at)).where(
         *_certificates_of(tenant_id, device_id), Certificate.status == CertificateStatus.HELD
     )
@@ -256,7 +268,7 @@ def _certificates_of(tenant_id: str, device_id: str) -> tuple[sa.ColumnElement[b
 
 
 def _change_certificates(tx: Connection, which: tuple[sa.ColumnElement[bool], ...], values: dict[str, object]) -> None:
-    """Change certificates, and say to their issuers that their CRLs must follow."""
+    """Update certificates, and mark their issuers so that new CRLs are signed."""
     issuers = sa.select(Certificate.issuer_id).where(*which)
     tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=values["generation"]))
     tx.execute(sa.update(Certificate).where(*which).values(values))

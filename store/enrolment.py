@@ -18,7 +18,7 @@ from store.tables import Device, EnrolmentRow, EnrolmentToken, Manufacturer, Ree
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentProfile:
-    """What becomes of a device that is let in.
+    """The data that a device is registered with when it enrols, and the conditions for it.
 
     ``name_template`` is its name with ``{number}`` and ``{serial}`` to be filled in; ``approval`` is ``at_once`` or
     ``operator``; ``validity_days`` is ``None`` for what the settings say.
@@ -37,13 +37,13 @@ PROFILE_FIELDS = ("type", "location", "firmware", "name_template", "key_types", 
 
 
 def _profile(row: Sequence[Any]) -> EnrolmentProfile:
-    """Read the columns ``TERMS``."""
+    """Read the columns ``PROFILE_FIELDS``."""
     values = dict(zip(PROFILE_FIELDS, row, strict=True))
     return EnrolmentProfile(**{**values, "key_types": tuple(values["key_types"])})
 
 
 def _profile_values(terms: EnrolmentProfile) -> dict[str, Any]:
-    """The columns ``TERMS`` as they are stored."""
+    """Return the columns ``PROFILE_FIELDS`` as they are stored."""
     return {name: getattr(terms, name) for name in PROFILE_FIELDS} | {"key_types": list(terms.key_types)}
 
 
@@ -52,7 +52,7 @@ def _profile_values(terms: EnrolmentProfile) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentTokenRecord:
-    """An enrolment token, without its secret; ``device_id`` is that of the one device it is for."""
+    """An enrolment token, without its secret; one for a single device has its ``device_id``."""
 
     id: str
     tenant_id: str
@@ -92,13 +92,13 @@ def add_enrolment_token(tx: Connection, record: EnrolmentTokenRecord, *, secret_
 
 
 def find_enrolment_token(tx: Connection, secret_hash: str) -> EnrolmentTokenRecord | None:
-    """Look a token up by the SHA-256 of its secret; it may be used up, expired or revoked."""
+    """Return a token by the SHA-256 of its secret; it may be used up, expired or revoked."""
     row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(EnrolmentToken.secret_hash == secret_hash)).one_or_none()
     return None if row is None else _token_record(row)
 
 
 def lock_enrolment_token(tx: Connection, tenant_id: str, token_id: str) -> EnrolmentTokenRecord:
-    """Read a token that nobody else may use until the transaction ends."""
+    """Read a token and lock it, so that nobody else uses it until the transaction ends."""
     own = (EnrolmentToken.tenant_id == tenant_id, EnrolmentToken.id == token_id)
     return _token_record(tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own).with_for_update()).one())
 
@@ -110,13 +110,13 @@ def get_enrolment_token(tx: Connection, tenant_id: str, token_id: str) -> Enrolm
 
 
 def count_use(tx: Connection, tenant_id: str, token_id: str) -> None:
-    """Count one use of a token; the database refuses more than are allowed."""
+    """Count one use of a token; a constraint refuses more uses than are allowed."""
     own = (EnrolmentToken.tenant_id == tenant_id, EnrolmentToken.id == token_id)
     tx.execute(sa.update(EnrolmentToken).where(*own).values(uses=EnrolmentToken.uses + 1))
 
 
 def list_enrolment_tokens(tx: Connection, tenant_id: str, *, limit: int) -> Sequence[EnrolmentTokenRecord]:
-    """The newest tokens, newest first."""
+    """Return the newest ``limit`` tokens, newest first."""
     query = sa.select(*_TOKEN_COLUMNS).where(EnrolmentToken.tenant_id == tenant_id)
     rows = tx.execute(query.order_by(EnrolmentToken.created_at.desc(), EnrolmentToken.id).limit(limit))
     return [_token_record(row) for row in rows]
@@ -170,7 +170,7 @@ def _manufacturer_record(row: Sequence[Any]) -> ManufacturerRecord:
 
 
 def add_manufacturer(tx: Connection, record: ManufacturerRecord) -> None:
-    """Record a manufacturer; the database refuses a second one of the same CA."""
+    """Record a manufacturer; a unique index refuses a second one with the same CA."""
     values = {name: getattr(record, name) for name in _MANUFACTURER_FIELDS} | _profile_values(record.terms)
     tx.execute(sa.insert(Manufacturer), values)
 
@@ -178,7 +178,7 @@ def add_manufacturer(tx: Connection, record: ManufacturerRecord) -> None:
 def get_manufacturer(
     tx: Connection, tenant_id: str, manufacturer_id: str, *, for_update: bool = False
 ) -> ManufacturerRecord:
-    """Read a manufacturer; ``for_update`` keeps others from changing it meanwhile. Raises ``NotFound``."""
+    """Read a manufacturer, with ``for_update`` locked until the transaction ends. Raises ``NotFound``."""
     own = (Manufacturer.tenant_id == tenant_id, Manufacturer.id == manufacturer_id)
     query = sa.select(*_MANUFACTURER_COLUMNS).where(*own)
     row = tx.execute(query.with_for_update() if for_update else query).one_or_none()
@@ -194,7 +194,7 @@ def update_manufacturer(tx: Connection, tenant_id: str, manufacturer_id: str, **
 
 
 def list_manufacturers(tx: Connection, tenant_id: str) -> Sequence[ManufacturerRecord]:
-    """Every manufacturer, newest first, those that were removed, too."""
+    """Return every manufacturer, newest first, including removed ones."""
     query = sa.select(*_MANUFACTURER_COLUMNS).where(Manufacturer.tenant_id == tenant_id)
     return [
         _manufacturer_record(row) for row in tx.execute(query.order_by(Manufacturer.created_at.desc(), Manufacturer.id))
@@ -202,7 +202,7 @@ def list_manufacturers(tx: Connection, tenant_id: str) -> Sequence[ManufacturerR
 
 
 def registered_manufacturers(tx: Connection) -> Sequence[ManufacturerRecord]:
-    """Those of every tenant whose certificates count: a TLS connection does not tell yet whose portal it is for."""
+    """Return the registered manufacturers of all tenants, because a TLS connection does not name its tenant."""
     query = sa.select(*_MANUFACTURER_COLUMNS).where(Manufacturer.status == ManufacturerStatus.REGISTERED)
     return [_manufacturer_record(row) for row in tx.execute(query.order_by(Manufacturer.id))]
 
@@ -212,7 +212,7 @@ def registered_manufacturers(tx: Connection) -> Sequence[ManufacturerRecord]:
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentRecord:
-    """A device that has asked to be let in."""
+    """A device's first request for a certificate, and what became of it."""
 
     id: int
     device_id: str
@@ -232,7 +232,7 @@ _ENROLMENT_COLUMNS = tuple(EnrolmentRow.__table__.c[name] for name in _ENROLMENT
 def find_enrolment(
     tx: Connection, tenant_id: str, *, token_id: str | None, manufacturer_id: str | None, identity: str
 ) -> EnrolmentRecord | None:
-    """What a device has asked for by this token or manufacturer, ``None`` the first time."""
+    """Return the request of a device by this token or manufacturer, ``None`` if there is none yet."""
     means = EnrolmentRow.token_id == token_id if token_id else EnrolmentRow.manufacturer_id == manufacturer_id
     own = (EnrolmentRow.tenant_id == tenant_id, means, EnrolmentRow.identity == identity)
     row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own)).one_or_none()
@@ -240,7 +240,7 @@ def find_enrolment(
 
 
 def undecided_enrolment(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentRecord | None:
-    """The request of a device that waits for an operator."""
+    """Return the request of a device that waits for an operator."""
     own = (
         EnrolmentRow.tenant_id == tenant_id,
         EnrolmentRow.device_id == device_id,
@@ -251,14 +251,14 @@ def undecided_enrolment(tx: Connection, tenant_id: str, device_id: str) -> Enrol
 
 
 def last_enrolment(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentRecord | None:
-    """The newest request of a device."""
+    """Return the newest request of a device."""
     own = (EnrolmentRow.tenant_id == tenant_id, EnrolmentRow.device_id == device_id)
     row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own).order_by(EnrolmentRow.id.desc()).limit(1)).one_or_none()
     return None if row is None else EnrolmentRecord(*row)
 
 
 def add_enrolment(tx: Connection, tenant_id: str, **values: Any) -> None:
-    """Record a device's request; ``values`` are the columns of ``Enrolment`` but for id and tenant."""
+    """Record a device's request; ``values`` are the columns of ``EnrolmentRow`` except id and tenant."""
     tx.execute(sa.insert(EnrolmentRow), {"tenant_id": tenant_id, **values})
 
 
@@ -270,14 +270,14 @@ def update_enrolment(tx: Connection, tenant_id: str, enrolment_id: int, **values
 
 # --- Requests with another key ---------------------------------------------------------------------------------------
 
-# As the conditions of indexes say it, so that these serve.
+# As text, like the conditions of the partial indexes, so that the database uses these.
 _FIRST_WAITS = sa.text("enrolments.status = 'waiting'")
 _AGAIN_WAITS = sa.text("reenrolments.status = 'waiting'")
 
 
 @dataclass(frozen=True, slots=True)
 class ReenrolmentRecord:
-    """What a device that has enrolled asks for now; ``status`` is ``waiting``, ``approved`` or ``rejected``."""
+    """The request of an enrolled device for another key; ``status`` is ``waiting``, ``approved`` or ``rejected``."""
 
     enrolment_id: int
     key_fingerprint: str
@@ -288,7 +288,7 @@ _REENROLMENT_COLUMNS = (ReenrolmentRow.enrolment_id, ReenrolmentRow.key_fingerpr
 
 
 def find_reenrolment(tx: Connection, tenant_id: str, enrolment_id: int) -> ReenrolmentRecord | None:
-    """What the device of an enrolment asks for now, ``None`` where it does not."""
+    """Return the pending request of an enrolled device for another key, ``None`` if there is none."""
     own = (ReenrolmentRow.tenant_id == tenant_id, ReenrolmentRow.enrolment_id == enrolment_id)
     row = tx.execute(sa.select(*_REENROLMENT_COLUMNS).where(*own)).one_or_none()
     return None if row is None else ReenrolmentRecord(*row)
@@ -297,7 +297,7 @@ def find_reenrolment(tx: Connection, tenant_id: str, enrolment_id: int) -> Reenr
 def add_reenrolment(
     tx: Connection, tenant_id: str, enrolment_id: int, *, key_fingerprint: str, asked_at: datetime
 ) -> None:
-    """Record the key that a device asks for, in the place of another one, whatever was decided about that."""
+    """Record a request for a key; it replaces an earlier request, decided or not."""
     own = (ReenrolmentRow.tenant_id == tenant_id, ReenrolmentRow.enrolment_id == enrolment_id)
     tx.execute(sa.delete(ReenrolmentRow).where(*own))
     values = {"key_fingerprint": key_fingerprint, "status": EnrolmentStatus.WAITING, "asked_at": asked_at}
@@ -313,7 +313,7 @@ def decide_reenrolment(
     status: EnrolmentStatus,
     decided_at: datetime,
 ) -> bool:
-    """Record a decision about a key that waits for it; returns whether it still did."""
+    """Record a decision about a key; return whether the request was still waiting for it."""
     own = (ReenrolmentRow.tenant_id == tenant_id, ReenrolmentRow.enrolment_id == enrolment_id)
     waits = (ReenrolmentRow.key_fingerprint == key_fingerprint, ReenrolmentRow.status == EnrolmentStatus.WAITING)
     values = {"status": status, "decided_at": decided_at}
@@ -321,7 +321,7 @@ def decide_reenrolment(
 
 
 def use_reenrolment(tx: Connection, tenant_id: str, enrolment_id: int, key_fingerprint: str) -> None:
-    """Use up the approval of a key; raises ``StateConflict`` where there is none any more."""
+    """Use up the approval of a key; raises ``StateConflict`` if it is gone."""
     own = (ReenrolmentRow.tenant_id == tenant_id, ReenrolmentRow.enrolment_id == enrolment_id)
     approved = (ReenrolmentRow.key_fingerprint == key_fingerprint, ReenrolmentRow.status == EnrolmentStatus.APPROVED)
     if tx.execute(sa.delete(ReenrolmentRow).where(*own, *approved)).rowcount != 1:
@@ -330,7 +330,7 @@ def use_reenrolment(tx: Connection, tenant_id: str, enrolment_id: int, key_finge
 
 @dataclass(frozen=True, slots=True)
 class WaitingDevice:
-    """A device about which an operator is to decide; ``again`` where it has a certificate and brings another key."""
+    """A device about which an operator must decide; ``again`` if it is enrolled and asks for another key."""
 
     device_id: str
     name: str
@@ -346,7 +346,7 @@ _DEVICE_OF_ENROLMENT = sa.and_(Device.tenant_id == EnrolmentRow.tenant_id, Devic
 
 
 def waiting_enrolments(tx: Connection, tenant_id: str, *, limit: int) -> Sequence[WaitingDevice]:
-    """The devices that wait to be let in, who has waited longest first."""
+    """Return the devices whose first request waits, the longest waiting first."""
     query = (
         sa.select(
             Device.id, Device.name, sa.false(), EnrolmentRow.key_fingerprint, *_CREDENTIAL, EnrolmentRow.created_at
@@ -359,7 +359,7 @@ def waiting_enrolments(tx: Connection, tenant_id: str, *, limit: int) -> Sequenc
 
 
 def waiting_reenrolments(tx: Connection, tenant_id: str, *, limit: int) -> Sequence[WaitingDevice]:
-    """The devices that are in and wait to be given a certificate for another key, who has waited longest first."""
+    """Return the active devices whose request for another key waits, the longest waiting first."""
     query = (
         sa.select(
             Device.id, Device.name, sa.true(), ReenrolmentRow.key_fingerprint, *_CREDENTIAL, ReenrolmentRow.asked_at

@@ -11,13 +11,14 @@ from sqlalchemy.engine import Connection
 
 from core.device_status import DeviceStatus
 from core.states import CertificateStatus
+from store.devices import topics_by_device
 from store.tables import AclEntry, BrokerState, Certificate, Device
 from store.types import UtcDateTime
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerStateRecord:
-    """The generation that the broker must reach, with the one it was last seen to enforce.
+    """The generation that the broker must reach, and the last one that it was seen to enforce.
 
     ``pending_since`` is since when the two have differed, ``None`` where they do not.
     """
@@ -29,7 +30,7 @@ class BrokerStateRecord:
 
 
 def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:
-    """The broker's newest and reached generation."""
+    """Return the generation that the broker must reach and the one that it has reached."""
     row = tx.execute(
         sa.select(
             BrokerState.generation,
@@ -42,14 +43,14 @@ def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:
 
 
 def set_applied_generation(tx: Connection, tenant_id: str, generation: int, *, applied_at: datetime) -> None:
-    """Record that the broker enforces ``generation``; never goes back."""
+    """Record that the broker enforces ``generation``; a lower one than recorded changes nothing."""
     tx.execute(
         sa.update(BrokerState)
         .where(BrokerState.tenant_id == tenant_id, BrokerState.applied_generation < generation)
         .values(
             applied_generation=generation,
             applied_at=applied_at,
-            # What came while the pass ran has been pending from then on, at the latest from now on.
+            # A change that came during the reconciliation has been pending since then, which is at the latest now.
             pending_since=sa.case(
                 (BrokerState.generation > generation, sa.literal(applied_at, UtcDateTime)), else_=None
             ),
@@ -68,7 +69,7 @@ _OWN_TOPICS = sa.text("devices.own_topics")
 
 @dataclass(frozen=True, slots=True)
 class AclChange:
-    """What the broker must know of a device: ``topics`` are pairs of filter and access, ``None`` the default ones."""
+    """A device as the ACL needs it: ``topics`` are pairs of filter and access, ``None`` for the default ones."""
 
     device_id: str
     status: DeviceStatus
@@ -77,36 +78,32 @@ class AclChange:
 
 
 def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -> Iterator[AclChange]:
-    """Every device whose place in the ACL changed after generation ``since``, in the order of the changes.
+    """Yield every device whose ACL entry changed after generation ``since``, in the order of the changes.
 
-    From 0 this is the whole ACL where ``defaults`` says that devices which are active with the default topics are
-    wanted, too. Without them (a pattern line stands for them all) it is only the active devices with topics of their
-    own, which ``newly_out`` completes.
+    From generation 0 on this is the whole ACL, if ``defaults`` includes active devices with the default topics. Without
+    these, which a pattern line covers, it is the active devices with their own topics; ``newest_denied`` adds the rest.
     """
     query = sa.select(Device.id, Device.status, Device.own_topics, Device.generation).where(
         Device.tenant_id == tenant_id
     )
-    entries = sa.select(AclEntry.device_id, AclEntry.filter, AclEntry.access).where(AclEntry.tenant_id == tenant_id)
+    own = [AclEntry.tenant_id == tenant_id]
     if since > 0:
         query = query.where(Device.generation > since, _CHANGED)
         changed = sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.generation > since, _CHANGED)
-        entries = entries.where(AclEntry.device_id.in_(changed))
+        own.append(AclEntry.device_id.in_(changed))
     elif not defaults:
         query = query.where(_OWN_TOPICS, Device.status == DeviceStatus.ACTIVE)
-    topics: dict[str, list[tuple[str, str]]] = {}
-    for device_id, pattern, access in tx.execute(entries.order_by(AclEntry.device_id, AclEntry.position)):
-        topics.setdefault(device_id, []).append((pattern, access))
+    topics = topics_by_device(tx, *own)
     query = query.order_by(Device.generation)
     for device_id, status, own_topics, generation in tx.execute(query.execution_options(yield_per=5000)):
-        own = tuple(topics.get(device_id, ())) if own_topics else None
-        yield AclChange(device_id, status, own, generation)
+        yield AclChange(device_id, status, tuple(topics.get(device_id, ())) if own_topics else None, generation)
 
 
 def newest_denied(tx: Connection, tenant_id: str, *, newest: int, applied: int, since: datetime) -> Sequence[AclChange]:
-    """The devices that were revoked or suspended last, in that order.
+    """Return the devices that were revoked or suspended last, in that order.
 
-    They are so many of the ``newest``, with all that the broker was not yet seen to put out (after generation
-    ``applied``), or that were put out or changed after the time ``since``.
+    These are at least the ``newest`` ones, all that the broker has not been seen to refuse (changed after generation
+    ``applied``), and all that changed after the time ``since``.
     """
     query = (
         sa.select(Device.id, Device.status, Device.generation, Device.updated_at)
@@ -123,46 +120,46 @@ def newest_denied(tx: Connection, tenant_id: str, *, newest: int, applied: int, 
 
 
 def denied_among(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[str]:
-    """Which of these devices are revoked or suspended."""
-    out: set[str] = set()
+    """Return those of the devices that are revoked or suspended."""
+    denied: set[str] = set()
     for start in range(0, len(device_ids), 500):
         query = sa.select(Device.id).where(
             Device.tenant_id == tenant_id, Device.id.in_(device_ids[start : start + 500]), _DENIED
         )
-        out.update(tx.execute(query).scalars())
-    return out
+        denied.update(tx.execute(query).scalars())
+    return denied
 
 
 def devices_to_disconnect(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
-    """Devices whose sessions must end since generation ``since``.
+    """Return the devices whose sessions must end because of a change after generation ``since``.
 
-    They were put out (revoked or suspended), or one certificate of theirs was revoked, with which the session may have
-    begun: a device that has another connects again with it.
+    They were revoked or suspended, or one of their certificates was revoked, with which the session may have begun; a
+    device that has another certificate connects again.
     """
-    out = sa.select(Device.id).where(
+    denied = sa.select(Device.id).where(
         Device.tenant_id == tenant_id,
         Device.generation > since,
         _DENIED,
     )
-    lost_one = sa.select(Certificate.device_id).where(
+    lost_certificate = sa.select(Certificate.device_id).where(
         Certificate.generation > since,
         _ON_A_CRL,
         Certificate.tenant_id == tenant_id,
         Certificate.status == CertificateStatus.REVOKED,
         Certificate.device_id.is_not(None),
     )
-    return [device_id for device_id in tx.execute(sa.union(out, lost_one)).scalars() if device_id]
+    return [device_id for device_id in tx.execute(sa.union(denied, lost_certificate)).scalars() if device_id]
 
 
 def devices_denied_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
-    """Devices put out after a time: their half-open connections may still be on their way in."""
+    """Return devices revoked or suspended after a time; a connection of theirs may have been half open then."""
     return [change.device_id for change in newest_denied(tx, tenant_id, newest=0, applied=_ANY_GENERATION, since=since)]
 
 
 def superseded_between(tx: Connection, tenant_id: str, start: datetime, end: datetime) -> list[tuple[int, str]]:
-    """Certificates of devices that are in, superseded in a span of time, as pairs of row id and device.
+    """Return certificates of active devices that were superseded in a span of time, as pairs of row id and device.
 
-    Only the newest thousand revocations are looked at.
+    Only the newest thousand revocations are examined.
     """
     newest = (
         sa.select(Certificate.id, Certificate.device_id, Certificate.revoked_at, Certificate.revocation_reason)

@@ -15,9 +15,9 @@ from store.tables import Certificate, Crl, IssuerRow
 
 @dataclass(frozen=True, slots=True)
 class IssuerRecord:
-    """A CA certificate of the portal's; ``revoked_generation`` is when what its CRL must list last changed.
+    """A CA certificate of the portal; the list of its revoked certificates last changed at ``revoked_generation``.
 
-    The last of the active issuing CAs that has an ``issuing_since`` signs new certificates; ``None``: trusted only.
+    The active issuing CA with the latest ``issuing_since`` signs new certificates; one without it is only trusted.
     """
 
     id: int
@@ -53,7 +53,7 @@ def add_issuer(
 
 
 def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRecord]:
-    """All CA certificates in use, with ``retired`` those that were, the root first."""
+    """Return all active CA certificates, with ``retired`` also the retired ones, the root first."""
     rows = tx.execute(
         sa.select(
             IssuerRow.id,
@@ -73,12 +73,12 @@ def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRec
 
 
 def touch_issuer(tx: Connection, issuer_id: int, *, generation: int) -> None:
-    """Say that what the issuer's CRL must list has changed at ``generation``."""
+    """Record that the list of the issuer's revoked certificates changed at ``generation``."""
     tx.execute(sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(revoked_generation=generation))
 
 
 def issuer_expiries(tx: Connection) -> list[tuple[str, datetime, datetime | None]]:
-    """Each issuer's name, its certificate's not_after, and its newest CRL's nextUpdate, ``None`` before the first."""
+    """Return each active issuer's name, not_after, and its newest CRL's nextUpdate (``None`` before the first)."""
     rows = tx.execute(
         sa.select(IssuerRow.name, IssuerRow.not_after, Crl.next_update)
         .outerjoin_from(IssuerRow, Crl, Crl.issuer_id == IssuerRow.id)
@@ -104,7 +104,7 @@ class CrlRecord:
 
 
 def get_crl(tx: Connection, issuer_id: int) -> CrlRecord | None:
-    """The newest CRL of an issuer, ``None`` before the first."""
+    """Return the newest CRL of an issuer, ``None`` before the first."""
     row = tx.execute(
         sa.select(Crl.issuer_id, Crl.number, Crl.this_update, Crl.next_update, Crl.generation, Crl.der).where(
             Crl.issuer_id == issuer_id
@@ -114,7 +114,7 @@ def get_crl(tx: Connection, issuer_id: int) -> CrlRecord | None:
 
 
 def put_crl(tx: Connection, tenant_id: str, record: CrlRecord) -> bool:
-    """Make a CRL the newest of its issuer; returns False, changing nothing, where its number is not higher."""
+    """Make a CRL the newest of its issuer; return False and change nothing if its number is not higher."""
     values = {
         "number": record.number,
         "this_update": record.this_update,
@@ -134,10 +134,10 @@ def put_crl(tx: Connection, tenant_id: str, record: CrlRecord) -> bool:
 
 
 _AT_ONCE = 500  # ids in one query
-# Literals, not parameters: a partial index serves a query only where the text of its condition is seen in it.
+# Literals, not parameters: a database uses a partial index only if the query contains the index's condition as text.
 _REVOKED = (sa.text("certificates.status IN ('held', 'revoked')"), sa.text("certificates.status = 'revoked'"))
 _HELD = (sa.text("certificates.status IN ('held', 'revoked')"), sa.text("certificates.status = 'held'"))
-# Made once: every fetch of a CRL asks it.
+# Built once, because every fetch of a CRL runs it.
 _CRL_HEAD = sa.select(Crl.issuer_id, Crl.number, Crl.this_update, Crl.next_update, Crl.generation).where(
     Crl.issuer_id == sa.bindparam("of_issuer")
 )
@@ -145,7 +145,7 @@ _CRL_HEAD = sa.select(Crl.issuer_id, Crl.number, Crl.this_update, Crl.next_updat
 
 @dataclass(frozen=True, slots=True)
 class RevokedCertificate:
-    """What a CRL says of the certificate of row ``id``: serial number in lower-case hex."""
+    """The entry of a CRL for the certificate of row ``id``; the serial number is in lower-case hex."""
 
     id: int
     serial_number: str
@@ -165,21 +165,21 @@ class CrlHead:
 
 
 def get_crl_head(tx: Connection, issuer_id: int) -> CrlHead | None:
-    """What the newest CRL of an issuer says of itself, without the CRL; ``None`` before the first."""
+    """Return number, times and generation of an issuer's newest CRL; ``None`` before the first."""
     row = tx.execute(_CRL_HEAD, {"of_issuer": issuer_id}).one_or_none()
     return None if row is None else CrlHead(*row)
 
 
 def count_revoked(tx: Connection, issuer_id: int, *, now: datetime) -> int:
-    """How many of the issuer's certificates are revoked for good and not expired at ``now``, from an index alone."""
+    """Return how many of the issuer's certificates are revoked and not expired at ``now``, from an index alone."""
     conditions = (Certificate.issuer_id == issuer_id, *_REVOKED, Certificate.not_after > now)
     return tx.execute(sa.select(sa.func.count()).select_from(Certificate).where(*conditions)).scalar_one()
 
 
 def revoked_ids(tx: Connection, issuer_id: int, *, after: datetime, until: datetime | None = None) -> Sequence[int]:
-    """Rows of the issuer's certificates that are revoked for good and end after a time, from an index alone.
+    """Return the row ids of the issuer's revoked certificates that expire after a time, from an index alone.
 
-    With ``until``, only those that end then or before.
+    With ``until``, only those that expire then or before.
     """
     query = sa.select(Certificate.id).where(
         Certificate.issuer_id == issuer_id, *_REVOKED, Certificate.not_after > after
@@ -190,12 +190,12 @@ def revoked_ids(tx: Connection, issuer_id: int, *, after: datetime, until: datet
 
 
 def revoked_since(tx: Connection, issuer_id: int, generation: int, *, now: datetime) -> Iterator[RevokedCertificate]:
-    """What a CRL says of the issuer's certificates revoked after a generation and not expired at ``now``."""
+    """Yield CRL entries of the issuer's certificates revoked after a generation and not expired at ``now``."""
     return _entries(
         tx,
-        Certificate.generation > generation,  # before the next, by which SQLite would else read the index
+        Certificate.generation > generation,  # first, because SQLite searches the index by the first condition
         sa.text("certificates.generation > 0"),
-        # An expression, so that no index of the issuer's serves it: that would be read from one end to the other.
+        # An expression, so that the database does not choose an index of the issuer and read all of it.
         Certificate.issuer_id + 0 == issuer_id,
         sa.text("certificates.status = 'revoked'"),
         Certificate.not_after > now,
@@ -203,13 +203,13 @@ def revoked_since(tx: Connection, issuer_id: int, generation: int, *, now: datet
 
 
 def revoked_certificates(tx: Connection, ids: Sequence[int]) -> Iterator[RevokedCertificate]:
-    """What a CRL says of the certificates of these rows."""
+    """Yield CRL entries of the certificates of these rows."""
     for start in range(0, len(ids), _AT_ONCE):
         yield from _entries(tx, Certificate.id.in_(ids[start : start + _AT_ONCE]))
 
 
 def held_certificates(tx: Connection, issuer_id: int, *, now: datetime) -> Iterator[RevokedCertificate]:
-    """What a CRL says of the issuer's certificates that are on hold and not expired at ``now``."""
+    """Yield CRL entries of the issuer's certificates that are on hold and not expired at ``now``."""
     return _entries(tx, Certificate.issuer_id == issuer_id, *_HELD, Certificate.not_after > now)
 
 
@@ -218,5 +218,5 @@ def _entries(tx: Connection, *conditions: sa.ColumnElement[bool] | sa.TextClause
         Certificate.id, Certificate.serial_number, Certificate.revoked_at, Certificate.revocation_reason
     ).where(*conditions)
     for row_id, serial_number, revoked_at, reason in tx.execute(query):
-        if revoked_at is not None:  # a constraint of the table says so
+        if revoked_at is not None:  # always true, by a constraint of the table
             yield RevokedCertificate(row_id, serial_number, revoked_at, reason or "unspecified")

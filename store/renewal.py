@@ -1,4 +1,4 @@
-"""The database's side of renewals: certificates replaced, going on for a while, ended."""
+"""Renewals: certificates that were replaced, keep working for an overlap, and are then revoked."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from store.tables import Certificate, Delivery, IssuerRow
 
 _USABLE = (CertificateStatus.ACTIVE, CertificateStatus.REPLACED)
 SUPERSEDED = "superseded"
-# As the conditions of indexes say it, so that these serve.
+# As text, like the conditions of the partial indexes, so that the database uses these.
 _REPLACED = sa.text("certificates.status = 'replaced'")
 _WAITING = sa.text("deliveries.status IN ('ready', 'fetching')")
 
 
 def count_valid(tx: Connection, tenant_id: str, device_id: str, *, now: datetime) -> int:
-    """How many certificates a device can get in with at ``now``, those left out whose bundles nobody has fetched."""
+    """Return how many usable certificates a device has at ``now``, without those whose bundles nobody has fetched."""
     waiting = sa.select(Delivery.certificate_id).where(
         Delivery.device_id == device_id, Delivery.status == DeliveryStatus.READY
     )
@@ -38,8 +38,8 @@ def count_valid(tx: Connection, tenant_id: str, device_id: str, *, now: datetime
     ).scalar_one()
 
 
-def goes_on_until(tx: Connection, tenant_id: str, device_id: str, *, now: datetime) -> datetime | None:
-    """The time until which a device can get in with a certificate that was replaced, ``None`` where it cannot."""
+def works_until(tx: Connection, tenant_id: str, device_id: str, *, now: datetime) -> datetime | None:
+    """Return until when a replaced certificate of a device keeps working, ``None`` if there is none."""
     rows = tx.execute(
         sa.select(Certificate.replaced_until, Certificate.not_after).where(
             Certificate.tenant_id == tenant_id,
@@ -52,7 +52,7 @@ def goes_on_until(tx: Connection, tenant_id: str, device_id: str, *, now: dateti
 
 
 def valid_dates(tx: Connection, tenant_id: str, device_id: str, fingerprint: str) -> tuple[datetime, datetime] | None:
-    """The not_before and not_after of a device's certificate, by its SHA-256 in hex; ``None`` unless it is good."""
+    """Return not_before and not_after of a device's certificate by its SHA-256 in hex; ``None`` unless it is usable."""
     row = tx.execute(
         sa.select(Certificate.not_before, Certificate.not_after).where(
             Certificate.tenant_id == tenant_id,
@@ -65,7 +65,7 @@ def valid_dates(tx: Connection, tenant_id: str, device_id: str, fingerprint: str
 
 
 def replace_current(tx: Connection, tenant_id: str, device_id: str, *, until: datetime, ends_when_used: bool) -> None:
-    """Let a device's current certificate go on beside the next one, until a time at the longest."""
+    """Mark a device's current certificate as replaced: it keeps working beside the next one, at most until a time."""
     tx.execute(
         sa.update(Certificate)
         .where(
@@ -77,8 +77,8 @@ def replace_current(tx: Connection, tenant_id: str, device_id: str, *, until: da
     )
 
 
-def unfetched(tx: Connection, tenant_id: str, device_id: str) -> Sequence[int]:
-    """The certificates of a device whose keys are nowhere but in a bundle that nobody has begun to fetch."""
+def unfetched_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[int]:
+    """Return the row ids of certificates whose keys are only in a bundle that nobody has fetched."""
     return list(
         tx.execute(
             sa.select(Delivery.certificate_id).where(
@@ -90,15 +90,15 @@ def unfetched(tx: Connection, tenant_id: str, device_id: str) -> Sequence[int]:
     )
 
 
-def drop_unfetched(tx: Connection, certificate_ids: Sequence[int], *, now: datetime, generation: int) -> None:
-    """Revoke what ``unfetched`` found, and destroy the bundles; no session can have begun with such a key."""
+def revoke_unfetched(tx: Connection, certificate_ids: Sequence[int], *, now: datetime, generation: int) -> None:
+    """Revoke unfetched certificates and destroy their bundles; no session can have begun with such a key."""
     _supersede(tx, certificate_ids, now=now, generation=generation, sessions=False)
 
 
-def end_replaced(
+def revoke_replaced(
     tx: Connection, tenant_id: str, device_id: str, *, now: datetime, generation: int, when_used: bool = False
 ) -> int:
-    """Revoke a device's replaced certificates, ``when_used`` those of which it was wanted; returns how many."""
+    """Revoke a device's replaced certificates, with ``when_used`` only those marked so; return how many."""
     query = sa.select(Certificate.id).where(
         Certificate.tenant_id == tenant_id,
         Certificate.device_id == device_id,
@@ -109,10 +109,10 @@ def end_replaced(
     return _supersede(tx, list(tx.execute(query).scalars()), now=now, generation=generation, sessions=True)
 
 
-def overlaps_over(tx: Connection, *, now: datetime, limit: int = 500) -> Sequence[tuple[str, str]]:
-    """Tenant and id of devices with a certificate whose overlap is over.
+def ended_overlaps(tx: Connection, *, now: datetime, limit: int = 500) -> Sequence[tuple[str, str]]:
+    """Return tenant and id of devices with a replaced certificate whose overlap has ended.
 
-    Where the bundle with the newer key did not arrive for certain, the older one goes on: it may be all there is.
+    While the bundle of the newer key is undelivered, the older certificate keeps working: it may be the only one.
     """
     newer = sa.orm.aliased(Certificate)
     waits = (
@@ -129,7 +129,7 @@ def overlaps_over(tx: Connection, *, now: datetime, limit: int = 500) -> Sequenc
         .where(
             _REPLACED,
             Certificate.replaced_until <= now,
-            Certificate.not_after > now,  # one that has expired keeps itself out
+            Certificate.not_after > now,  # an expired one is refused anyway
             ~waits.exists(),
         )
         .distinct()
@@ -139,8 +139,8 @@ def overlaps_over(tx: Connection, *, now: datetime, limit: int = 500) -> Sequenc
 
 
 @dataclass(frozen=True, slots=True)
-class Unfetched:
-    """A renewal whose bundle nobody fetched in time: the row ids of its certificate, and of the one before."""
+class UnfetchedRenewal:
+    """A renewal whose bundle nobody fetched in time: the row ids of its certificate and of the previous one."""
 
     tenant_id: str
     device_id: str
@@ -148,8 +148,8 @@ class Unfetched:
     before_id: int
 
 
-def unfetched_renewals(tx: Connection, *, now: datetime, limit: int = 500) -> Sequence[Unfetched]:
-    """The renewals that nobody fetched in time, of devices that have an older certificate in time."""
+def unfetched_renewals(tx: Connection, *, now: datetime, limit: int = 500) -> Sequence[UnfetchedRenewal]:
+    """Return renewals whose bundle has expired unfetched, of devices whose previous certificate is still valid."""
     before = sa.orm.aliased(Certificate)
     newest_before = (
         sa.select(sa.func.max(before.id))
@@ -173,11 +173,11 @@ def unfetched_renewals(tx: Connection, *, now: datetime, limit: int = 500) -> Se
         )
         .limit(limit)
     )
-    return [Unfetched(*row) for row in rows]
+    return [UnfetchedRenewal(*row) for row in rows]
 
 
-def undo(tx: Connection, renewal: Unfetched, *, now: datetime, generation: int) -> None:
-    """Revoke the certificate of a renewal, and make the one before the device's again."""
+def undo_renewal(tx: Connection, renewal: UnfetchedRenewal, *, now: datetime, generation: int) -> None:
+    """Revoke the certificate of a renewal, and make the previous one current again."""
     _supersede(tx, [renewal.certificate_id], now=now, generation=generation, sessions=False)
     again = sa.case(
         (Certificate.status == CertificateStatus.HELD, Certificate.status),
@@ -188,7 +188,7 @@ def undo(tx: Connection, renewal: Unfetched, *, now: datetime, generation: int) 
 
 
 def is_current(tx: Connection, tenant_id: str, device_id: str, fingerprint: str) -> bool:
-    """Whether a certificate, by its SHA-256 in hex, is the newest of a device that is in."""
+    """Return whether a certificate, by its SHA-256 in hex, is the active one of a device."""
     found = tx.execute(
         sa.select(Certificate.id).where(
             Certificate.tenant_id == tenant_id,
@@ -201,7 +201,7 @@ def is_current(tx: Connection, tenant_id: str, device_id: str, fingerprint: str)
 
 
 def ends_when_used(tx: Connection, tenant_id: str, device_id: str) -> bool:
-    """Whether a certificate of the device is to end once its successor is used."""
+    """Return whether a replaced certificate of the device is to be revoked once its successor is used."""
     return bool(
         tx.execute(
             sa.select(
@@ -217,9 +217,9 @@ def ends_when_used(tx: Connection, tenant_id: str, device_id: str) -> bool:
 
 
 def _supersede(tx: Connection, ids: Sequence[int], *, now: datetime, generation: int, sessions: bool) -> int:
-    """Revoke certificates as superseded, with the bundles that still hold their keys.
+    """Revoke certificates as superseded, and destroy the bundles that still hold their keys.
 
-    With ``sessions`` those of the device are cut, since one may have begun with such a certificate.
+    With ``sessions`` the sessions of the device end, because one may have begun with such a certificate.
     """
     if not ids:
         return 0

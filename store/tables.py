@@ -1,4 +1,4 @@
-"""The tables of the database with the constraints that have the last word."""
+"""The tables of the database, with the constraints that have the last word."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -
 
 
 class Base(DeclarativeBase):
-    """Names every constraint, so that a migration can find it and an error can be told from another."""
+    """The base of all tables; names every constraint, so that migrations and errors can refer to it."""
 
     type_annotation_map: ClassVar[dict[Any, Any]] = {
         datetime: UtcDateTime,
@@ -60,7 +60,7 @@ class Base(DeclarativeBase):
 
 
 class Tenant(Base):
-    """Who owns rows; one, ``default``, at first."""
+    """An owner of rows; at first there is one, ``default``."""
 
     __tablename__ = "tenants"
 
@@ -69,7 +69,7 @@ class Tenant(Base):
 
 
 class IdempotencyKey(Base):
-    """The sealed answer to a request that may be repeated; the key itself is not here, only a hash of it."""
+    """The sealed answer to a request that may be repeated, by a hash of its idempotency key."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (sa.Index("ix_idempotency_keys_expiry", "expires_at"),)
@@ -122,14 +122,14 @@ class AuditEntry(Base):
     request_id: Mapped[str] = mapped_column(sa.String(64))
     address: Mapped[str] = mapped_column(sa.String(64))
     detail: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
-    # From 1 on without a gap, each with the hash of the one before: see workflows/audit.py.
+    # From 1 on without a gap; each entry holds the hash of the previous one: see workflows/audit.py.
     number: Mapped[int] = mapped_column(sa.BigInteger)
     previous_hash: Mapped[str] = mapped_column(sa.String(64))
     hash: Mapped[str] = mapped_column(sa.String(64))
 
 
 class AuditHead(Base):
-    """The last entry of the audit record, so that a missing one is noticed."""
+    """The number and hash of the last audit entry, so that a missing entry is noticed."""
 
     __tablename__ = "audit_heads"
 
@@ -139,7 +139,7 @@ class AuditHead(Base):
 
 
 class BrokerState(Base):
-    """Which generation the broker should hold, with the newest one it was seen to enforce."""
+    """The generation that the broker must reach, and the newest one that it was seen to enforce."""
 
     __tablename__ = "broker_state"
     __table_args__ = (
@@ -151,7 +151,7 @@ class BrokerState(Base):
     generation: Mapped[int] = mapped_column(sa.BigInteger)
     applied_generation: Mapped[int] = mapped_column(sa.BigInteger)
     applied_at: Mapped[datetime | None]
-    # Since when there has been a generation that the broker was not seen to enforce.
+    # Since when the two have differed.
     pending_since: Mapped[datetime | None]
 
 
@@ -185,7 +185,7 @@ class Device(Base):
     type: Mapped[str] = mapped_column(sa.String(64))
     location: Mapped[str] = mapped_column(sa.String(128))
     firmware: Mapped[str] = mapped_column(sa.String(64))
-    # "metadata" belongs to SQLAlchemy as an attribute; the column keeps the plain name.
+    # SQLAlchemy reserves the attribute "metadata"; the column is named so.
     device_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", sa.JSON)
     own_topics: Mapped[bool] = mapped_column(default=False)
     status: Mapped[DeviceStatus]
@@ -193,12 +193,12 @@ class Device(Base):
     updated_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
-    # The generation at which the broker's view of it last changed; 0: the broker need not be told.
+    # The generation at which its ACL entry last changed; 0 if the broker need not be told.
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
 
 
 class AclEntry(Base):
-    """A topic of a device that has topics of its own; a device without any has the default ones."""
+    """A topic of a device that has its own topics; a device without any has the default ones."""
 
     __tablename__ = "acl_entries"
     __table_args__ = (
@@ -215,7 +215,7 @@ class AclEntry(Base):
 
 
 class IssuerRow(Base):
-    """A certificate authority of the portal; its key is elsewhere."""
+    """A CA of the portal; its key is in the key store."""
 
     __tablename__ = "issuers"
     __table_args__ = (
@@ -234,9 +234,9 @@ class IssuerRow(Base):
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
     not_after: Mapped[datetime]
     created_at: Mapped[datetime]
-    # The last active one that has it is the one that issues; NULL: trusted already, not issuing yet.
+    # The active issuer with the latest time signs; NULL if it is trusted but does not sign yet.
     issuing_since: Mapped[datetime | None]
-    # The generation of the last change to what its CRL must list.
+    # The generation of the last change to the list of its revoked certificates.
     revoked_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
 
 
@@ -263,7 +263,7 @@ _CURRENT = "status IN ('active', 'held') AND replaced_until IS NULL"
 
 
 class Certificate(Base):
-    """A certificate the portal issued: to a device, a server of its own, or a canary.
+    """A certificate that the portal issued: to a device, to a server of its own, or to its probe (``canary``).
 
     A ``lost`` one was issued after the copy that a restore has put back: it stays on the CRL.
     """
@@ -292,7 +292,7 @@ class Certificate(Base):
         _partial_index("ix_certificates_generation", "generation", where="generation > 0"),
         _partial_index("ix_certificates_replaced", "replaced_until", where="status = 'replaced'"),
         sa.Index("ix_certificates_device", "device_id", "id"),
-        # of those in use
+        # of current certificates
         _partial_index(
             "ix_certificates_end",
             "tenant_id",
@@ -300,7 +300,7 @@ class Certificate(Base):
             "device_id",
             where=_CURRENT,
         ),
-        # with the id, so that which ones there are is read from it alone
+        # with the id, so that the row ids are read from the index alone
         _partial_index(
             "ix_certificates_crl", "issuer_id", "status", "not_after", "id", where="status IN ('held', 'revoked')"
         ),
@@ -320,15 +320,15 @@ class Certificate(Base):
     status: Mapped[CertificateStatus]
     revoked_at: Mapped[datetime | None]
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
-    # Of one that another has replaced: until when it goes on, at the longest or until the other was seen in use.
+    # For a replaced one: until when it keeps working, or until its successor was used if that comes first.
     replaced_until: Mapped[datetime | None]
     ends_when_used: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
-    # The generation at which it last came onto its issuer's CRL or went from it; 0: it never was on one.
+    # The generation at which it was last put on its issuer's CRL or removed from it; 0 if it never was on one.
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
 
 
 class Delivery(Base):
-    """A bundle that waits for its one download; the bundle is gone once delivered, expired or revoked."""
+    """A bundle that waits for its one download; it is deleted once delivered, expired or revoked."""
 
     __tablename__ = "deliveries"
     __table_args__ = (
@@ -361,7 +361,7 @@ _VALIDITY = "validity_days BETWEEN 1 AND 36500"
 
 
 class _Profile:
-    """What becomes of a device that is let in: the columns of its registration, with what it must keep to."""
+    """The data that a device is registered with when it enrols, and the conditions for it."""
 
     type: Mapped[str] = mapped_column(sa.String(64))
     location: Mapped[str] = mapped_column(sa.String(128))
@@ -373,7 +373,7 @@ class _Profile:
 
 
 class EnrolmentToken(_Profile, Base):
-    """A secret, by its hash, with which devices enrol: one that is known already, or as many as ``uses_allowed``."""
+    """A secret, by its hash, with which devices enrol: one known device, or at most ``uses_allowed`` new ones."""
 
     __tablename__ = "enrolment_tokens"
     __table_args__ = (
@@ -399,7 +399,7 @@ class EnrolmentToken(_Profile, Base):
 
 
 class Manufacturer(_Profile, Base):
-    """A CA whose certificates devices are born with; it counts once somebody has shown to have its key."""
+    """A CA of factory certificates (IDevID); it is trusted once possession of its key was proven."""
 
     __tablename__ = "manufacturers"
     __table_args__ = (
@@ -429,7 +429,7 @@ class Manufacturer(_Profile, Base):
 
 
 class EnrolmentRow(Base):
-    """A device that has asked to be let in, once however often it asks.
+    """A device's first request for a certificate, however often it is repeated.
 
     ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
     the key in its CSR, or of the key in the certificate it was born with.
@@ -463,7 +463,7 @@ class EnrolmentRow(Base):
 
 
 class ReenrolmentRow(Base):
-    """What a device that has enrolled asks for now, until it has it: one key, about which an operator decides."""
+    """The request of an enrolled device for another key, about which an operator decides."""
 
     __tablename__ = "reenrolments"
     __table_args__ = (
@@ -495,14 +495,14 @@ class Webhook(Base):
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(sa.String(64))
     url: Mapped[str] = mapped_column(sa.String(2048))
-    # The types wanted, a comma on either side of each, or * for all of them, those of later versions too.
+    # The subscribed types with a comma on either side of each, or * for all, including those of later versions.
     events: Mapped[str] = mapped_column(sa.String(512))
     sealed_secret: Mapped[bytes]
     created_at: Mapped[datetime]
 
 
 class WebhookDelivery(Base):
-    """An event on its way to one subscriber; ``waiting`` until it was taken or given up as ``dead``."""
+    """An event for one webhook; ``waiting`` until it is delivered, or ``dead`` after the last attempt failed."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
@@ -529,14 +529,14 @@ class WebhookDelivery(Base):
     status: Mapped[EventDeliveryStatus]
     attempts: Mapped[int] = mapped_column(default=0)
     next_at: Mapped[datetime]
-    # Whoever sends it has it until then; after that it counts as not sent, and is sent again.
+    # The sender has until then; afterwards the event counts as not sent, and is sent again.
     lease_until: Mapped[datetime | None]
     last_problem: Mapped[str | None] = mapped_column(sa.String(256))
     ended_at: Mapped[datetime | None]
 
 
 class ExpiryAnnouncement(Base):
-    """A certificate of which was said that it ends soon, so that it is said once."""
+    """A certificate whose expiry was announced, so that it is announced once."""
 
     __tablename__ = "expiry_announcements"
 

@@ -14,7 +14,7 @@ from store.tables import AuditHead, BrokerState, Tenant, Token
 
 
 def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
-    """Record a tenant with its broker state and an empty audit record, unless it is there."""
+    """Record a tenant with its broker state and an empty audit record, unless it exists."""
     if tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is None:
         tx.execute(sa.insert(Tenant), {"id": tenant_id, "created_at": created_at})
         tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, "number": 0, "hash": "0" * 64})
@@ -37,7 +37,7 @@ class TokenRecord:
     revoked_at: datetime | None
 
     def is_valid(self, now: datetime) -> bool:
-        """Whether the token may be used at ``now``."""
+        """Return whether the token may be used at ``now``."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
@@ -70,13 +70,13 @@ def add_token(tx: Connection, record: TokenRecord, *, token_hash: str) -> None:
 
 
 def find_token(tx: Connection, token_hash: str) -> TokenRecord | None:
-    """Look a token up by the SHA-256 of its secret; it may be expired or revoked."""
+    """Return a token by the SHA-256 of its secret; it may be expired or revoked."""
     row = tx.execute(_FIND_TOKEN, {"wanted_hash": token_hash}).one_or_none()
     return None if row is None else TokenRecord(*row)
 
 
 def list_tokens(tx: Connection, tenant_id: str) -> Sequence[TokenRecord]:
-    """Every token, newest first."""
+    """Return every token, newest first."""
     rows = tx.execute(
         sa.select(*_TOKEN_COLUMNS).where(Token.tenant_id == tenant_id).order_by(Token.created_at.desc(), Token.id)
     )
@@ -84,7 +84,7 @@ def list_tokens(tx: Connection, tenant_id: str) -> Sequence[TokenRecord]:
 
 
 def revoke_token(tx: Connection, tenant_id: str, token_id: str, *, revoked_at: datetime) -> TokenRecord:
-    """Revoke a token; one that is revoked already keeps its time. Raises ``NotFound``."""
+    """Revoke a token and return it; an already revoked one keeps its time. Raises ``NotFound``."""
     own = (Token.tenant_id == tenant_id, Token.id == token_id)
     tx.execute(sa.update(Token).where(*own, Token.revoked_at.is_(None)).values(revoked_at=revoked_at))
     row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one_or_none()

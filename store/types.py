@@ -1,4 +1,4 @@
-"""Types of columns: UTC times, states, numbers that the database gives."""
+"""Types of columns: times in UTC, states, and row ids."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 
 StateName = TypeVar("StateName", bound=StrEnum)
-BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only in INTEGER columns
+BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows only in INTEGER columns
 
 
 class NaiveTimeError(ValueError, sa.exc.DontWrapMixin):
-    """A time without a zone; SQLAlchemy raises it as it is."""
+    """A time without a zone; SQLAlchemy passes this error on unwrapped."""
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """An aware UTC time, to the microsecond; SQLite, which knows no zones, holds it as UTC."""
+    """An aware time in UTC, to the microsecond; SQLite, which has no zones, stores it without one."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -41,18 +41,18 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
 
 
 class StateText(sa.TypeDecorator[StateName]):
-    """A text of which only the values of an enum are used; a row holds the member."""
+    """A text column that holds the values of an enum; a row that is read holds the member."""
 
     impl = sa.String
     cache_ok = True
 
     def __init__(self, states: type[StateName], length: int = 16) -> None:
-        """Take the enum, and the length that the column has in the database."""
+        """Take the enum, and the length of the column in the database."""
         super().__init__(length)
         self.states = states
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """Hand the member's text to the driver; a constraint of the table refuses any other."""
+        """Return the member's text for the driver; a constraint of the table refuses any other text."""
         return None if value is None else str(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> StateName | None:

@@ -18,7 +18,7 @@ from store.types import UtcDateTime
 
 @dataclass(frozen=True, slots=True)
 class WebhookRecord:
-    """A subscription; ``events`` are the types wanted, empty for all of them."""
+    """A subscription; ``events`` are the subscribed types, empty for all."""
 
     id: str
     tenant_id: str
@@ -31,7 +31,7 @@ class WebhookRecord:
 
 @dataclass(frozen=True, slots=True)
 class EventDeliveryRecord:
-    """An event on its way to one subscriber, or at its end."""
+    """An event for one webhook, with the state of its delivery."""
 
     id: int
     event_id: str
@@ -47,7 +47,7 @@ class EventDeliveryRecord:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedEvent:
-    """An event that is this process's to send until ``lease_until``; ``attempts`` counts this time, too."""
+    """An event that this process may send until ``lease_until``; ``attempts`` counts this attempt, too."""
 
     id: int
     tenant_id: str
@@ -59,14 +59,14 @@ class ClaimedEvent:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """How much of a subscription waits, since when the oldest does, and how much was given up."""
+    """How many events of a webhook wait, since when the oldest does, and how many are dead."""
 
     waiting: int
     oldest: datetime | None
     dead: int
 
 
-# Written out: SQLite uses an index of some rows only where a statement has the index's condition word for word.
+# As text: SQLite uses a partial index only if the statement contains the index's condition word for word.
 _WAITING = sa.text("webhook_deliveries.status = 'waiting'")
 _DEAD = sa.text("webhook_deliveries.status = 'dead'")
 _WEBHOOK_COLUMNS = (
@@ -102,7 +102,7 @@ _DUE = (
         ),
     )
     .order_by(WebhookDelivery.next_at)
-    .limit(sa.bindparam("most"))
+    .limit(sa.bindparam("limit"))
 )
 
 # --- Subscriptions ---------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def _webhook_record(row: Sequence[Any]) -> WebhookRecord:
 
 
 def add_webhook(tx: Connection, record: WebhookRecord) -> None:
-    """Record a subscription."""
+    """Record a webhook."""
     tx.execute(
         sa.insert(Webhook),
         {
@@ -131,7 +131,7 @@ def add_webhook(tx: Connection, record: WebhookRecord) -> None:
 
 
 def get_webhook(tx: Connection, tenant_id: str, webhook_id: str) -> WebhookRecord:
-    """Read a subscription; raises ``NotFound``."""
+    """Read a webhook; raises ``NotFound``."""
     query = sa.select(*_WEBHOOK_COLUMNS).where(Webhook.tenant_id == tenant_id, Webhook.id == webhook_id)
     row = tx.execute(query).one_or_none()
     if row is None:
@@ -140,7 +140,7 @@ def get_webhook(tx: Connection, tenant_id: str, webhook_id: str) -> WebhookRecor
 
 
 def list_webhooks(tx: Connection, tenant_id: str | None = None) -> Sequence[WebhookRecord]:
-    """The subscriptions of a tenant, or of all, oldest first."""
+    """Return the webhooks of a tenant, or of all tenants, oldest first."""
     query = sa.select(*_WEBHOOK_COLUMNS).order_by(Webhook.created_at, Webhook.id)
     if tenant_id is not None:
         query = query.where(Webhook.tenant_id == tenant_id)
@@ -148,14 +148,14 @@ def list_webhooks(tx: Connection, tenant_id: str | None = None) -> Sequence[Webh
 
 
 def remove_webhook(tx: Connection, tenant_id: str, webhook_id: str) -> None:
-    """Delete a subscription with everything that was on its way to it."""
+    """Delete a webhook with all its deliveries."""
     own = (WebhookDelivery.tenant_id == tenant_id, WebhookDelivery.webhook_id == webhook_id)
     tx.execute(sa.delete(WebhookDelivery).where(*own))
     tx.execute(sa.delete(Webhook).where(Webhook.tenant_id == tenant_id, Webhook.id == webhook_id))
 
 
 def backlog(tx: Connection, tenant_id: str) -> dict[str, Backlog]:
-    """What waits and what was given up, by the subscription's id, for those that have any."""
+    """Return the backlog by webhook id, without webhooks that have none."""
     of_tenant = WebhookDelivery.tenant_id == tenant_id
     by_webhook = WebhookDelivery.webhook_id
     waiting = tx.execute(
@@ -211,7 +211,7 @@ def add_event(
     at: datetime,
     once: bool,
 ) -> None:
-    """Put an event on its way to every subscriber that wants its type; ``once``: unless one has that event already."""
+    """Queue an event for every webhook that subscribed to its type; with ``once`` unless it has the event already."""
     tx.execute(
         _ADD_EVENT_ONCE if once else _ADD_EVENT,
         {
@@ -232,7 +232,7 @@ def add_event(
 def list_deliveries(
     tx: Connection, tenant_id: str, webhook_id: str, *, limit: int, before: int | None, status: str | None
 ) -> Sequence[EventDeliveryRecord]:
-    """What was or is to be sent to a subscription, newest first, older than ``before``."""
+    """Return the deliveries of a webhook, newest first, older than ``before``."""
     query = sa.select(*_DELIVERY_COLUMNS).where(
         WebhookDelivery.tenant_id == tenant_id, WebhookDelivery.webhook_id == webhook_id
     )
@@ -244,17 +244,19 @@ def list_deliveries(
     return [EventDeliveryRecord(*row) for row in rows]
 
 
-def due(tx: Connection, webhook_id: str, *, now: datetime, most: int) -> Sequence[int]:
-    """The ids of what is to be sent to a subscription now, that which is due longest first."""
-    return tx.execute(_DUE, {"of_webhook": webhook_id, "now": now, "most": most}).scalars().all()
+def due(tx: Connection, webhook_id: str, *, now: datetime, limit: int) -> Sequence[int]:
+    """Return the ids of the deliveries that are due, the longest due first."""
+    return tx.execute(_DUE, {"of_webhook": webhook_id, "now": now, "limit": limit}).scalars().all()
 
 
 def claim(
-    tx: Connection, webhook_id: str, *, now: datetime, most: int, lease_until: datetime
+    tx: Connection, webhook_id: str, *, now: datetime, limit: int, lease_until: datetime
 ) -> Sequence[ClaimedEvent]:
-    """Take what is due for this process to send; nobody else is given it until the lease ends."""
-    parameters = {"of_webhook": webhook_id, "now": now, "most": most}
-    ids = tx.execute(_DUE.with_for_update(skip_locked=True), parameters).scalars().all()  # no lock on SQLite: alone
+    """Claim due deliveries for this process to send; nobody else gets them until the lease ends."""
+    parameters = {"of_webhook": webhook_id, "now": now, "limit": limit}
+    ids = (
+        tx.execute(_DUE.with_for_update(skip_locked=True), parameters).scalars().all()
+    )  # no effect on SQLite, where one writer excludes all others
     taken = tx.execute(
         sa.update(WebhookDelivery)
         .where(WebhookDelivery.id.in_(ids))
@@ -271,7 +273,7 @@ def claim(
 
 
 def mark_delivered(tx: Connection, taken: ClaimedEvent, *, now: datetime) -> None:
-    """The receiver has it."""
+    """Record that the receiver accepted an event."""
     tx.execute(
         sa.update(WebhookDelivery)
         .where(WebhookDelivery.tenant_id == taken.tenant_id, WebhookDelivery.id == taken.id, _WAITING)
@@ -280,7 +282,7 @@ def mark_delivered(tx: Connection, taken: ClaimedEvent, *, now: datetime) -> Non
 
 
 def postpone(tx: Connection, taken: ClaimedEvent, *, until: datetime | None, problem: str, now: datetime) -> None:
-    """It was not taken: try again at ``until``, or with ``None`` give it up. Whoever has taken it since goes on."""
+    """Record a failed attempt: try again at ``until``, or with ``None`` never. A later claim is not touched."""
     values: dict[str, Any] = {"lease_until": None, "last_problem": problem}
     values |= {"status": EventDeliveryStatus.DEAD, "ended_at": now} if until is None else {"next_at": until}
     tx.execute(
@@ -296,7 +298,7 @@ def postpone(tx: Connection, taken: ClaimedEvent, *, until: datetime | None, pro
 
 
 def redeliver(tx: Connection, tenant_id: str, webhook_id: str, ids: Sequence[int] | None, *, now: datetime) -> int:
-    """Send again, from the first try on: the given ones that have ended, or with ``None`` all dead ones; how many."""
+    """Queue deliveries again, those of ``ids`` that have ended or with ``None`` all dead ones; return how many."""
     chosen = [WebhookDelivery.tenant_id == tenant_id, WebhookDelivery.webhook_id == webhook_id]
     if ids is None:
         query = sa.update(WebhookDelivery).where(*chosen, _DEAD)
@@ -307,11 +309,11 @@ def redeliver(tx: Connection, tenant_id: str, webhook_id: str, ids: Sequence[int
 
 
 def anything_to_prune(tx: Connection, *, before: datetime) -> bool:
-    """Whether anything ended before a time."""
+    """Return whether any delivery ended before a time."""
     return bool(tx.execute(sa.select(sa.exists().where(WebhookDelivery.ended_at < before))).scalar_one())
 
 
 def prune(tx: Connection, *, before: datetime, limit: int = 1000) -> int:
-    """Delete what ended before a time, delivered or dead; returns how many, ``limit`` at the most."""
+    """Delete at most ``limit`` deliveries that ended before a time; return how many."""
     old = sa.select(WebhookDelivery.id).where(WebhookDelivery.ended_at < before).limit(limit)
     return tx.execute(sa.delete(WebhookDelivery).where(WebhookDelivery.id.in_(old))).rowcount

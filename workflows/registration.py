@@ -20,9 +20,8 @@ from core.device_status import DeviceStatus
 from core.errors import ExternalIdTaken, StateConflict
 from core.failpoints import failpoint
 from core.topics import new_device_id
-from store import bulk
 from store.database import Database
-from store.devices import update_device
+from store.devices import owner_of, update_device
 from workflows import audit
 from workflows.admission import Admission, admit, checked_topics
 from workflows.audit import Actor
@@ -90,7 +89,7 @@ class Registrations:
 
     @staticmethod
     def _check_free(tx: Connection, tenant_id: str, external_id: str) -> None:
-        device_id = bulk.owner_of(tx, tenant_id, external_id)
+        device_id = owner_of(tx, tenant_id, external_id)
         if device_id is not None:
             raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
 

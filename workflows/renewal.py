@@ -201,13 +201,15 @@ class Renewals:
     ) -> tuple[Renewed, int]:
         """Write the rows; returns the answer, with the generation at which something was revoked, 0 if nothing was."""
         tenant_id, device_id, overlap = actor.tenant_id, device.id, self._overlap(renewal)
-        unfetched = store_renewal.unfetched(tx, tenant_id, device_id)
+        unfetched = store_renewal.unfetched_certificates(tx, tenant_id, device_id)
         # Nothing is said to the broker where nothing ends: it knows the device by its id, not by its certificate.
         generation = db.next_generation(tx, tenant_id, at=now) if unfetched or not overlap else 0
-        store_renewal.drop_unfetched(tx, unfetched, now=now, generation=generation)
+        store_renewal.revoke_unfetched(tx, unfetched, now=now, generation=generation)
         store_renewal.replace_current(tx, tenant_id, device_id, until=now + overlap, ends_when_used=renewal.when_used)
-        ended = 0 if overlap else store_renewal.end_replaced(tx, tenant_id, device_id, now=now, generation=generation)
-        goes_on_until = store_renewal.goes_on_until(tx, tenant_id, device_id, now=now)
+        ended = (
+            0 if overlap else store_renewal.revoke_replaced(tx, tenant_id, device_id, now=now, generation=generation)
+        )
+        goes_on_until = store_renewal.works_until(tx, tenant_id, device_id, now=now)
         with_csr = issued.bundle is None and issued.key is None
         issuance = Issuance(
             credentials=issued,
@@ -242,7 +244,7 @@ class Renewals:
             if not store_renewal.is_current(tx, actor.tenant_id, device_id, fingerprint):
                 return
             generation = db.next_generation(tx, actor.tenant_id, at=now)
-            ended = store_renewal.end_replaced(
+            ended = store_renewal.revoke_replaced(
                 tx, actor.tenant_id, device_id, now=now, generation=generation, when_used=True
             )
             audit.record(tx, actor, "certificate:supersede", f"device:{device_id}", at=now, ended=ended, because="used")
@@ -255,18 +257,18 @@ class Renewals:
         """
         now = self._clock()
         with self._database.snapshot() as tx:
-            if not store_renewal.overlaps_over(tx, now=now) and not store_renewal.unfetched_renewals(tx, now=now):
+            if not store_renewal.ended_overlaps(tx, now=now) and not store_renewal.unfetched_renewals(tx, now=now):
                 return 0
         with self._database.transaction() as tx:
             generation = db.next_generation(tx, tenant_id, at=now)
             undone = store_renewal.unfetched_renewals(tx, now=now)
             for renewal in undone:
-                store_renewal.undo(tx, renewal, now=now, generation=generation)
+                store_renewal.undo_renewal(tx, renewal, now=now, generation=generation)
                 actor, of = audit.system_actor(renewal.tenant_id), f"device:{renewal.device_id}"
                 audit.record(tx, actor, "device:renew_undone", of, at=now)
-            over = store_renewal.overlaps_over(tx, now=now)
+            over = store_renewal.ended_overlaps(tx, now=now)
             for owner, device_id in over:
-                ended = store_renewal.end_replaced(tx, owner, device_id, now=now, generation=generation)
+                ended = store_renewal.revoke_replaced(tx, owner, device_id, now=now, generation=generation)
                 actor, of = audit.system_actor(owner), f"device:{device_id}"
                 audit.record(tx, actor, "certificate:supersede", of, at=now, ended=ended, because="overlap over")
         self._ended("", generation)

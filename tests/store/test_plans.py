@@ -30,7 +30,7 @@ OF_PASSES: dict[str, Question] = {
     "which are on the CRL": lambda tx: issuers.revoked_ids(tx, 2, after=NOW),
     "which leave the CRL": lambda tx: issuers.revoked_ids(tx, 2, after=NOW, until=NOW),
     "which come onto the CRL": lambda tx: list(issuers.revoked_since(tx, 2, 7, now=NOW)),
-    "whose overlap is over": lambda tx: renewal.overlaps_over(tx, now=NOW),
+    "whose overlap is over": lambda tx: renewal.ended_overlaps(tx, now=NOW),
     "which renewals nobody fetched": lambda tx: renewal.unfetched_renewals(tx, now=NOW),
     "which are held": lambda tx: list(issuers.held_certificates(tx, 2, now=NOW)),
 }

@@ -138,10 +138,10 @@ class Reenrolment:
                 sentence = f"The device was given {MAX_IN_A_DAY} certificates within a day; ask again tomorrow."
                 raise TooManyAttempts(sentence, retry_after=3600)
             generation = db.next_generation(tx, credential.tenant_id, at=now)
-            unfetched = renewal.unfetched(tx, credential.tenant_id, known.device_id)
-            renewal.drop_unfetched(tx, unfetched, now=now, generation=generation)
+            unfetched = renewal.unfetched_certificates(tx, credential.tenant_id, known.device_id)
+            renewal.revoke_unfetched(tx, unfetched, now=now, generation=generation)
             renewal.replace_current(tx, credential.tenant_id, known.device_id, until=now, ends_when_used=False)
-            renewal.end_replaced(tx, credential.tenant_id, known.device_id, now=now, generation=generation)
+            renewal.revoke_replaced(tx, credential.tenant_id, known.device_id, now=now, generation=generation)
             update_device(tx, credential.tenant_id, known.device_id, {"generation": generation, "updated_at": now})
             issuance = Issuance(
                 credentials=issued,

@@ -237,11 +237,11 @@ class Dispatcher:
         now = self._clock()
         with self._database.snapshot() as tx:
             free = [webhook for webhook in webhooks.list_webhooks(tx) if self._is_free(webhook.id)]
-            due = [webhook for webhook in free if webhooks.due(tx, webhook.id, now=now, most=1)]
+            due = [webhook for webhook in free if webhooks.due(tx, webhook.id, now=now, limit=1)]
         started: list[_Lane] = []
         for webhook in due:
             with self._database.transaction() as tx:
-                claimed = webhooks.claim(tx, webhook.id, now=now, most=LANES * LANE_LENGTH, lease_until=now + LEASE)
+                claimed = webhooks.claim(tx, webhook.id, now=now, limit=LANES * LANE_LENGTH, lease_until=now + LEASE)
             send = functools.partial(self._send, webhook)
             lanes = [_Lane(send, claimed[number::LANES], self._finished) for number in range(min(LANES, len(claimed)))]
             self._busy[webhook.id] = lanes
