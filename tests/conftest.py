@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from core.roles import Role
 from operations.wiring import Portal, first_token, open_portal, prepare
 from pki.algorithms import encrypt_private_key
 from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, drop_database, url_of
-from tests.support.harness import Api, Clock, api_as, settings_for
+from tests.support.harness import Api, Clock, api_as, copy_with_groups, settings_for
 from tests.support.mosquitto import short_folder
 
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
@@ -71,9 +70,7 @@ def _fresh_settings(prepared: Prepared) -> Iterator[Callable[..., Settings]]:
     def make(**environment: str) -> Settings:
         folder = short_folder(in_memory=True)
         folders.append(folder)
-        shutil.copytree(prepared.folder, folder, dirs_exist_ok=True)
-        for path in prepared.folder.rglob("*"):
-            os.chown(folder / path.relative_to(prepared.folder), -1, path.stat().st_gid)
+        copy_with_groups(prepared.folder, folder)
         if prepared.databases is not None:
             lent.append(prepared.databases.lend())
             environment.setdefault("PORTAL_DATABASE_URL", url_of(lent[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +30,16 @@ from paho.mqtt.properties import Properties
 from operations.doctor.base import Finding, State
 from operations.doctor.doctor import exit_status
 from operations.doctor.mosquitto import SAFE_RELOAD, version_of
+from tests.support.harness import copy_with_groups
 from tests.support.mosquitto import Mosquitto, mosquitto_program, short_folder
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0  # what a machine with much other work may take
 PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}  # a registration
+
+
+_made: dict[tuple[tuple[str, str], ...], Path] = {}  # data folders by the settings with which they were made
 
 
 class Deployment:
@@ -64,7 +70,7 @@ class Deployment:
 
     def __enter__(self) -> Self:
         try:
-            self.run_flask("init")
+            self._make_data_folder()
             self.start_broker()
             self.start_portal()
         except BaseException:
@@ -82,6 +88,20 @@ class Deployment:
         self.stop_broker()
         self.session.close()
         shutil.rmtree(self.folder)
+
+    def _make_data_folder(self) -> None:
+        """Run ``flask init``; further portals with the same settings on SQLite start from a copy of its result."""
+        own = {"PORTAL_DATA_DIR", "PORTAL_BIND", "PORTAL_PKI_BIND", "PORTAL_MQTT_PORT"}
+        settings = tuple(sorted(item for item in self.environment.items() if item[0].startswith("PORTAL_")))
+        key = tuple(item for item in settings if item[0] not in own)
+        if "PORTAL_DATABASE_URL" in self.environment or key not in _made:
+            self.run_flask("init")
+            if "PORTAL_DATABASE_URL" not in self.environment:
+                _made[key] = Path(tempfile.mkdtemp(prefix="made-"))
+                atexit.register(shutil.rmtree, _made[key], ignore_errors=True)
+                copy_with_groups(self.data, _made[key])
+        else:
+            copy_with_groups(_made[key], self.data)
 
     # --- Processes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,13 @@ def settings_for(folder: Path, **environment: str) -> Settings:
     quick = {"PORTAL_ENFORCE_TIMEOUT": "5", "PORTAL_MQTT_PORT": str(free_port())}
     quick |= {"PORTAL_LOGIN_FAILURES": "1000000"}  # tests have one address, from which they try many bad tokens
     return Settings.from_env({"PORTAL_DATA_DIR": str(folder), **ports, **quick, **environment})
+
+
+def copy_with_groups(source: Path, target: Path) -> None:
+    """Copy a data folder with the groups of its files, which are how the broker may read some of them."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    for path in source.rglob("*"):
+        os.chown(target / path.relative_to(source), -1, path.stat().st_gid)
 
 
 def state_of(portal: Portal) -> dict[str, object]:

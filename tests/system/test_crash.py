@@ -200,6 +200,7 @@ def test_a_fetch_cut_off_has_used_its_link_if_and_only_if_that_was_committed(vic
     assert (second.status_code, second.json()["code"]) == (410, "link_used")
 
 
+@pytest.mark.long
 def test_killed_again_and_again_under_load_nothing_that_was_answered_is_lost() -> None:
     with Victim(PORTAL_ACL_STYLE="per-device") as victim:
         csr = make_csr(victim.folder)

@@ -24,6 +24,7 @@ from bench.harness import make_csr
 from tests.support.crash import Ledger, Load, Victim, acl_blocks, group_members, let_in, read_crl
 from tests.support.crash_check import Check
 from tests.support.deployment import PLAIN, wait_until
+from tests.support.harness import ALL
 from tests.support.mosquitto import Mosquitto
 from tests.support.ports import free_port
 from tests.support.postgres import Cluster
@@ -299,7 +300,7 @@ def test_a_database_that_another_process_keeps_locked(
     faulty: Faulty, pair: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
     revoked, kept = pair
-    seconds = float(os.environ.get("FAULT_SECONDS", "8"))
+    seconds = float(os.environ.get("FAULT_SECONDS", "8" if ALL else "3"))
     other = sqlite3.connect(faulty.data / "portal.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     over, threads, until = threading.Event(), [], time.monotonic() + seconds
@@ -325,6 +326,7 @@ def test_a_database_that_another_process_keeps_locked(
     faulty.recovers(revoked=[revoked], active=[kept])
 
 
+@pytest.mark.long
 def test_a_postgresql_that_crashes_under_load_and_comes_back() -> None:
     with Cluster() as cluster, Faulty(PORTAL_DATABASE_URL=cluster.url, PORTAL_ACL_STYLE="per-device") as faulty:
         ledger = Ledger(faulty.csr, seed=3)
