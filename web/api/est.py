@@ -138,8 +138,7 @@ def _key_reply(key: bytes, certificate: bytes) -> Reply:
     boundary = f"est-{secrets.token_hex(16)}"  # Base64 has no hyphen, so no part can contain it
     parts = ((PKCS8, key), (PKCS7, pki_est.certs_only([certificate])))
     content = b"".join(_part(boundary, media_type, part) for media_type, part in parts) + f"--{boundary}--\r\n".encode()
-    headers = {"Cache-Control": "no-store"}
-    return Reply(content=content, media_type=f'multipart/mixed; boundary="{boundary}"', headers=headers)
+    return Reply(content=content, media_type=f'multipart/mixed; boundary="{boundary}"')
 
 
 def _part(boundary: str, media_type: str, content: bytes) -> bytes:

@@ -314,6 +314,28 @@ def test_bad_input_gets_a_clear_error_and_changes_nothing(
     assert state_of(portal_of(shared_app)) == before
 
 
+def test_an_error_names_at_most_32_fields(admin: Api) -> None:
+    answer = admin.post("/register", PUMP | {f"field-{number}": 1 for number in range(100)})
+    assert len(problem_of(answer, 422, "invalid_input")["errors"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("request_line", "form"),
+    [
+        ("GET /devices/{}", "UUID"),
+        ("DELETE /tokens/{}", "hexadecimal"),
+        ("DELETE /webhooks/{}", "hexadecimal"),
+        ("DELETE /enrolment-tokens/{}", "hexadecimal"),
+        ("GET /manufacturers/{}", "hexadecimal"),
+    ],
+)
+def test_an_id_of_another_form_is_refused_with_the_form_of_ids(admin: Api, request_line: str, form: str) -> None:
+    method, path = request_line.format("x%00y").split(" ")
+    answer = admin.call(method, path)
+    assert answer.status_code == 404
+    assert form in answer.json["detail"]
+
+
 # --- CSRs ---------------------------------------------------------------------------------------------------------
 
 

@@ -195,6 +195,8 @@ def test_a_revoked_or_held_certificate_is_refused(api: Api, clock: Clock, act: s
     refused(one.enrol(csr_der(None, device_id), "simplereenroll"), 403)
     one.token = api.post("/enrolment-tokens", {"name": "a batch"}).json["token"]
     refused(one.enrol(), 403)  # a good token does not make up for it
+    found = api.get("/audit?action=device:enrol&outcome=refused").json["entries"]
+    assert [entry["object"] for entry in found] == ["client certificate"] * 2
 
 
 def test_an_expired_certificate_is_refused(api: Api, clock: Clock) -> None:
