@@ -183,7 +183,7 @@ def retire_unneeded(portal: Portal) -> None:
         older = [recorded for recorded in issuers.with_crl() if recorded.id < issuers.issuing.id]
         unneeded = [recorded.issuer.name for recorded in older if not rollover.is_in_use(tx, recorded.id, now=now)]
     moved_at = _last_move(portal)
-    if unneeded and moved_at is not None and now - moved_at >= rollover.LEAST_TIME_MOVED:
+    if unneeded and moved_at is not None and now - moved_at >= rollover.MIN_TIME_SINCE_MOVE:
         for name in unneeded:
             retire(portal, audit.system_actor(portal.tenant_id), name)
             log.info("a CA was retired", extra={"issuer": name})

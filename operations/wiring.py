@@ -25,15 +25,14 @@ from store.database import Database
 from store.tables import DEFAULT_TENANT
 from workflows import audit, events
 from workflows.authority.issuers import Authority, open_authority
-from workflows.authority.ocsp_certificates import ResponderCertificates
-from workflows.authority.ocsp_responder import Responder
+from workflows.authority.ocsp import Responder, ResponderCertificates
 from workflows.bulk.upload import Bulk
 from workflows.credentials import CredentialIssuer
 from workflows.delivery import Deliveries
 from workflows.devices import Inventory
 from workflows.enrolment.approval import Approvals
 from workflows.enrolment.clients import Clients
-from workflows.enrolment.enrolment import Enrolment
+from workflows.enrolment.enrolment import Enrolments
 from workflows.enrolment.manufacturers import Manufacturers
 from workflows.enrolment.tokens import EnrolmentTokens
 from workflows.operators import Operators, new_token
@@ -81,7 +80,7 @@ class Portal:
     revocations: Revocations
     renewals: Renewals
     clients: Clients
-    enrolment: Enrolment
+    enrolment: Enrolments
     enrolment_tokens: EnrolmentTokens
     manufacturers: Manufacturers
     approvals: Approvals
@@ -185,7 +184,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         revocations=Revocations(database, reconciler, clock),
         renewals=Renewals(settings, database, reconciler, credentials, pepper=pepper, clock=clock),
         clients=clients,
-        enrolment=Enrolment(settings, database, reconciler, credentials, clock),
+        enrolment=Enrolments(settings, database, reconciler, credentials, clock),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),
         approvals=Approvals(settings, database, clock),

@@ -87,7 +87,7 @@ def entry_hash(tenant_id: str, entry: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class AuditVerdict:
     """What a check of the whole record found: how many entries hold, the last hash, the first that does not hold."""
 
     entries: int
@@ -95,7 +95,7 @@ class Verdict:
     problem: str | None
 
 
-def verify(tx: Connection, tenant_id: str) -> Verdict:
+def verify(tx: Connection, tenant_id: str) -> AuditVerdict:
     """Follow the chain from the first entry to the last, and name the first that was altered, removed or moved."""
     number, previous_hash = 0, "0" * 64
     with contextlib.closing(audit.audit_chain(tx, tenant_id)) as entries:
@@ -108,14 +108,14 @@ def verify(tx: Connection, tenant_id: str) -> Verdict:
             elif entry["hash"] != entry_hash(tenant_id, entry):
                 problem = f"Entry {number + 1} was altered: {entry['action']} of {entry['object']}."
             if problem is not None:
-                return Verdict(number, previous_hash, problem)
+                return AuditVerdict(number, previous_hash, problem)
             number, previous_hash = entry["number"], entry["hash"]
     last_number, last_hash = audit.audit_head(tx, tenant_id)
     if last_number > number:
-        return Verdict(number, previous_hash, f"Entry {number + 1} is missing, at the end of the record.")
+        return AuditVerdict(number, previous_hash, f"Entry {number + 1} is missing, at the end of the record.")
     if (last_number, last_hash) != (number, previous_hash):
-        return Verdict(number, previous_hash, f"Entry {number} is not the one that was recorded last.")
-    return Verdict(number, previous_hash, None)
+        return AuditVerdict(number, previous_hash, f"Entry {number} is not the one that was recorded last.")
+    return AuditVerdict(number, previous_hash, None)
 
 
 def system_actor(tenant_id: str) -> Actor:

@@ -21,7 +21,7 @@ from workflows.reconciliation import Reconciler
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
+class DeliveredBundle:
     """A bundle on its way out: whoever sends it says afterwards whether it arrived."""
 
     delivery_id: str
@@ -60,7 +60,7 @@ class Deliveries:
         with self._database.snapshot() as tx:
             return deliveries.get_delivery(tx, delivery_id, now=now)
 
-    def deliver(self, actor: Actor, token: str) -> Bundle:
+    def deliver(self, actor: Actor, token: str) -> DeliveredBundle:
         """Return the bundle behind a link; the link is used, and the bundle destroyed, before this returns.
 
         Whether the bundle reaches the client cannot be known, so nothing that happens afterwards opens the link again.
@@ -81,4 +81,4 @@ class Deliveries:
 
         content = self._database.write(spend)
         failpoint("deliver.after_commit")
-        return Bundle(record.id, record.device_id, content, BundleFormat(record.format))
+        return DeliveredBundle(record.id, record.device_id, content, BundleFormat(record.format))

@@ -13,10 +13,10 @@ from sqlalchemy.engine import Connection
 from operations.wiring import Portal
 from tests.workflows.test_registration import OPERATOR, PUMP
 from workflows import audit
-from workflows.audit import Actor, Verdict
+from workflows.audit import Actor, AuditVerdict
 
 
-def verdict(portal: Portal) -> Verdict:
+def verdict(portal: Portal) -> AuditVerdict:
     with portal.database.snapshot() as tx:
         return audit.verify(tx, "default")
 

@@ -13,7 +13,7 @@ from core.errors import NotFound
 from pki.ocsp import MAX_BYTES, Failure
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, tagged
 from workflows.authority.issuers import RecordedIssuer
-from workflows.authority.ocsp_responder import Answer
+from workflows.authority.ocsp import OcspAnswer
 
 
 def cached(
@@ -114,7 +114,7 @@ _ANSWERS = Answers(
 
 
 def ocsp_get(call: Call, request: str) -> Reply:
-    """Answer an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
+    """OcspAnswer an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
     # Some encoders break lines, and some proxies take "+" in a path for a space.
     text = re.sub(r"[\t\n\v\f\r]", "", request).replace(" ", "+").rstrip("=")
     try:
@@ -125,11 +125,11 @@ def ocsp_get(call: Call, request: str) -> Reply:
 
 
 def ocsp_post(call: Call, body: bytes) -> Reply:
-    """Answer an OCSPRequest (RFC 6960 appendix A.1)."""
+    """OcspAnswer an OCSPRequest (RFC 6960 appendix A.1)."""
     return _reply(call, call.portal.responder.answer(body))
 
 
-def _reply(call: Call, answer: Answer) -> Reply:
+def _reply(call: Call, answer: OcspAnswer) -> Reply:
     if answer.this_update is None or answer.next_update is None:
         return Reply(content=answer.der, media_type=RESPONSE)  # not to be cached: that is the default
     if not answer.for_anyone:

@@ -1,7 +1,8 @@
-"""Records the steps by which one issuing CA follows another."""
+"""The steps by which one issuing CA replaces another (rollover)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
@@ -17,23 +18,24 @@ from pki.keystore import CaKeys
 from store import generations
 from store import issuers as store_issuers
 from store.database import Database
+from store.issuers import IssuerRecord
 from store.tables import Certificate, IssuerRow
 from workflows import audit
 from workflows.audit import Actor
 from workflows.authority.issuers import Authority
 
 # By then no process can be about to record a certificate that it had the older CA sign.
-LEAST_TIME_MOVED = timedelta(hours=1)
-MOST_ISSUERS = 100
+MIN_TIME_SINCE_MOVE = timedelta(hours=1)
+MAX_ISSUERS = 100
 
 
 def prepare_next(
     database: Database, authority: Authority, keys: CaKeys, settings: Settings, actor: Actor, *, now: datetime
 ) -> tuple[str, int]:
-    """Make the next issuing CA, trusted but not issuing yet, or find the one that an earlier call has made.
+    """Create the next issuing CA, trusted but not issuing yet, or find the one that an earlier call has created.
 
     Returns its name, and the generation that the broker must reach before it may issue. Raises ``CaKeyUnavailable``
-    where the root's key is not here.
+    if the root's key is not here.
     """
     with database.snapshot() as tx:
         issuers = store_issuers.list_issuers(tx, retired=True)
@@ -47,10 +49,7 @@ def prepare_next(
             f"The root's key is not in {settings.ca_dir}, and only the root can sign a new CA: bring the key back for"
             " this command, then move it away again."
         )
-    taken = {record.name for record in issuers}
-    # A key without a CA was left by a call that was cut off, or by a database that was put back since: it may have
-    # signed certificates that nobody knows of here, so it is never used again.
-    number = next(n for n in range(2, MOST_ISSUERS) if f"issuing-{n}" not in taken and not keys.exists(f"issuing-{n}"))
+    number = _next_number(issuers, keys)
     name = f"issuing-{number}"
     key = keys.create(name, KeyType.EC_P256)
     issued = ca.create_issuing(
@@ -78,8 +77,19 @@ def prepare_next(
     return name, generation
 
 
+def _next_number(issuers: Sequence[IssuerRecord], keys: CaKeys) -> int:
+    """Return the number of the next issuing CA, which has neither a certificate nor a key yet.
+
+    A key without a CA was left by a call that was cut off, or by a database that was restored since: it may have signed
+    certificates that are not known here, so it is never used again.
+    """
+    taken = {record.name for record in issuers}
+    numbers = range(2, MAX_ISSUERS)
+    return next(n for n in numbers if f"issuing-{n}" not in taken and not keys.exists(f"issuing-{n}"))
+
+
 def move_to(database: Database, actor: Actor, name: str, *, now: datetime) -> None:
-    """Let a CA that is trusted everywhere issue from now on."""
+    """Let a CA issue from now on; clients and broker must trust it already."""
     with database.transaction() as tx:
         begun = tx.execute(
             sa.update(IssuerRow)
@@ -91,12 +101,12 @@ def move_to(database: Database, actor: Actor, name: str, *, now: datetime) -> No
 
 
 def in_use(tx: Connection, issuer_id: int, *, now: datetime) -> int:
-    """How many devices' certificates of an issuer are still good."""
+    """Return how many valid certificates of devices an issuer has."""
     return tx.execute(sa.select(sa.func.count()).select_from(Certificate).where(*_good(issuer_id, now))).scalar_one()
 
 
 def is_in_use(tx: Connection, issuer_id: int, *, now: datetime) -> bool:
-    """Whether any is, which is known sooner than how many."""
+    """Return whether an issuer has any valid certificate of a device: quicker than ``in_use``."""
     return tx.execute(sa.select(Certificate.id).where(*_good(issuer_id, now)).limit(1)).first() is not None
 
 
@@ -110,9 +120,9 @@ def _good(issuer_id: int, now: datetime) -> tuple[sa.ColumnElement[bool], ...]:
 
 
 def retire(database: Database, authority: Authority, actor: Actor, name: str, *, now: datetime) -> int:
-    """Trust a CA no more, since nobody has a certificate of it that is still good; returns the generation.
+    """Stop trusting a CA that has no valid certificate of a device any more; returns the generation.
 
-    Its CRL goes on being published. Raises ``StateConflict`` where it is too early.
+    Its CRL is still published. Raises ``StateConflict`` if it is too early.
     """
     with database.transaction() as tx:
         issuers = [record for record in store_issuers.list_issuers(tx) if record.kind == IssuerKind.ISSUING]
@@ -123,11 +133,12 @@ def retire(database: Database, authority: Authority, actor: Actor, name: str, *,
         moved_at = next(record.issuing_since for record in issuers if record.id == issuing.id)
         if wanted.id >= issuing.id or moved_at is None:
             raise StateConflict(f"{name} issues, or is to; make another CA first: flask --app app ca rollover")
-        if now - moved_at < LEAST_TIME_MOVED:
+        if now - moved_at < MIN_TIME_SINCE_MOVE:
             raise StateConflict(f"{name} issued until {moved_at:%H:%M} UTC; it can retire an hour after that.")
         if count := in_use(tx, wanted.id, now=now):
             raise StateConflict(
-                f"{count} certificates of {name} are still good; renew or revoke their devices, or wait for their end."
+                f"{count} certificates of {name} are still valid; renew or revoke their devices, or wait until they"
+                " expire."
             )
         tx.execute(sa.update(IssuerRow).where(IssuerRow.id == wanted.id).values(status=IssuerStatus.RETIRED))
         generation = db.next_generation(tx, actor.tenant_id, at=now)

@@ -33,7 +33,7 @@ from store.database import Database
 from workflows.admission import Admission, Issuance, admit, checked_topics, record_issuances
 from workflows.audit import Actor
 from workflows.authority.issuers import Authority
-from workflows.bulk.processes import CredentialProcesses, Issuing, Job
+from workflows.bulk.processes import CredentialJob, CredentialProcesses, Issuing
 from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredentials
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
@@ -86,7 +86,7 @@ class _Task:
     """A row that needs credentials: for a new device, or for one that is ``known`` and has not fetched its own."""
 
     candidate: Candidate
-    job: Job
+    job: CredentialJob
     known: KnownDevice | None
 
 
@@ -165,7 +165,7 @@ class Batches:
         now = self._clock()
         device_id = new_device_id(now)
         topics = checked_topics(self._settings, candidate.request.topics, device_id)
-        return _Task(candidate, Job(device_id, candidate.request, topics, now), None)
+        return _Task(candidate, CredentialJob(device_id, candidate.request, topics, now), None)
 
     def _check_same(self, request: DeviceRequest, known: KnownDevice) -> None:
         """Raise unless the row says of the device what is known of it: else it may well be meant for another."""
@@ -206,7 +206,7 @@ class Batches:
         if not known.waits or device.status is not DeviceStatus.ACTIVE:
             return answer
         topics = checked_topics(self._settings, known.topics, device.id)
-        return _Task(candidate, Job(device.id, request, topics, self._clock()), known)
+        return _Task(candidate, CredentialJob(device.id, request, topics, self._clock()), known)
 
     def _same_certificate(self, csr: Csr, known: KnownDevice, answer: RowDone) -> RowDone:
         if known.der is None:

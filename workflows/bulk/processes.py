@@ -36,7 +36,7 @@ log = logging.getLogger("portal.bulk")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class CredentialJob:
     """A device that needs credentials; ``topics`` are its own, ``None`` the default ones."""
 
     device_id: str
@@ -54,12 +54,12 @@ class _Setup:
     link_keys: Sequence[str] = field(repr=False)
 
 
-def issue_all(credentials: CredentialIssuer, jobs: Sequence[Job]) -> list[Result]:
+def issue_all(credentials: CredentialIssuer, jobs: Sequence[CredentialJob]) -> list[Result]:
     """Issue the credentials of each device, or say why not; one that fails does not stop the others."""
     return [_issue(credentials, job) for job in jobs]
 
 
-def _issue(credentials: CredentialIssuer, job: Job) -> Result:
+def _issue(credentials: CredentialIssuer, job: CredentialJob) -> Result:
     try:
         return credentials.issue(job.device_id, job.request, job.topics, now=job.now)
     except PortalError as error:
@@ -85,7 +85,7 @@ class _Pool:
             initargs=(self._watched, setup),
         )
 
-    def submit(self, jobs: Sequence[Job]) -> list[Future[list[Result]]]:
+    def submit(self, jobs: Sequence[CredentialJob]) -> list[Future[list[Result]]]:
         pieces = (jobs[start : start + PIECE] for start in range(0, len(jobs), PIECE))
         return [self.executor.submit(_issue_here, piece) for piece in pieces]
 
@@ -140,7 +140,7 @@ class CredentialProcesses:
                     self._idle.daemon = True
                     self._idle.start()
 
-    def issue(self, jobs: Sequence[Job]) -> Issuing:
+    def issue(self, jobs: Sequence[CredentialJob]) -> Issuing:
         """Begin to issue credentials; raises ``Unavailable`` if no process can be started."""
         if len(jobs) <= FEW and self._pool is None:
             done: Future[list[Result]] = Future()
@@ -221,7 +221,7 @@ def _end_with(lifeline: Connection) -> None:
     os._exit(0)
 
 
-def _issue_here(jobs: Sequence[Job]) -> list[Result]:
+def _issue_here(jobs: Sequence[CredentialJob]) -> list[Result]:
     if isinstance(_opened, PortalError):
         raise _opened
     return issue_all(_opened, jobs)

@@ -21,14 +21,14 @@ from store.enrolment import EnrolmentProfile, EnrolmentRecord
 from workflows.audit import Actor
 from workflows.credentials import CredentialIssuer
 from workflows.enrolment.credential import Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
-from workflows.enrolment.first import FirstEnrolment
-from workflows.enrolment.reenrolment import Reenrolment
+from workflows.enrolment.first import FirstEnrolments
+from workflows.enrolment.reenrolment import Reenrolments
 from workflows.reconciliation import Reconciler
 
 _TRIES = 3
 
 
-class Enrolment:
+class Enrolments:
     """Answers the same however often a device asks, so that an answer that was lost costs it nothing."""
 
     def __init__(
@@ -41,8 +41,8 @@ class Enrolment:
     ) -> None:
         self._database = database
         self._reconciler = reconciler
-        self._first = FirstEnrolment(settings, database, credentials, clock)
-        self._reenrolment = Reenrolment(database, reconciler, credentials, clock)
+        self._first = FirstEnrolments(settings, database, credentials, clock)
+        self._reenrolment = Reenrolments(database, reconciler, credentials, clock)
 
     def enrol(self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest) -> Enrolled | Waiting:
         """Certify the key of a device's CSR, or one made for it, or have it wait, as the profile says.

@@ -39,7 +39,7 @@ from workflows.events import EventType
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")
 
 
-class FirstEnrolment:
+class FirstEnrolments:
     """Admits devices that have no certificate of this portal yet."""
 
     def __init__(
@@ -64,42 +64,52 @@ class FirstEnrolment:
         at_once = credential.profile.approval is Approval.AT_ONCE
         issued = issue(self._credentials, device_id, credential, request, now) if at_once else None
 
-        def record(tx: Connection) -> int:
-            number = self._count_use(tx, credential, now)
-            device = (
-                _device_request(credential, number)
-                if credential.device_id is None
-                else self._pending(tx, credential.tenant_id, device_id)
-            )
-            generation, certificate_id = 0, None
-            if issued is not None:
-                admitted = self._admit(tx, actor, device, request, issued, now)
-                generation, certificate_id = admitted.generation, admitted.certificate_ids[0]
-            elif isinstance(device, DeviceRequest):
-                add_pending(tx, credential.tenant_id, device_id, device, None, now=now)
-            store_enrolment.add_enrolment(
-                tx,
-                credential.tenant_id,
-                device_id=device_id,
-                token_id=credential.token_id,
-                manufacturer_id=credential.manufacturer_id,
-                identity=credential.identity,
-                key_fingerprint=request.key_fingerprint,
-                status=EnrolmentStatus.WAITING if issued is None else EnrolmentStatus.ISSUED,
-                created_at=now,
-                decided_at=None if issued is None else now,
-                certificate_id=certificate_id,
-            )
-            if issued is None:
-                key = request.key_fingerprint
-                audit.record(tx, actor, "device:ask", f"device:{device_id}", at=now, key_fingerprint=key)
-            failpoint("enrol.before_commit")
-            return generation
-
-        generation = self._database.write(record)
+        generation = self._database.write(
+            lambda tx: self._record_first(tx, actor, credential, request, device_id, issued, now)
+        )
         if issued is None:
             return Waiting(device_id)
         return self._enrolled(issued, request, generation)
+
+    def _record_first(
+        self,
+        tx: Connection,
+        actor: Actor,
+        credential: EnrolmentCredential,
+        request: EnrolmentRequest,
+        device_id: str,
+        issued: IssuedCredentials | None,
+        now: datetime,
+    ) -> int:
+        """Write a device that has not asked before, with what was issued for it; returns the generation."""
+        number, tenant_id = self._count_use(tx, credential, now), credential.tenant_id
+        device: DeviceRequest | DeviceRecord = _device_request(credential, number)
+        if credential.device_id is not None:
+            device = self._pending(tx, tenant_id, device_id)
+        generation, certificate_id = 0, None
+        if issued is not None:
+            admitted = self._admit(tx, actor, device, request, issued, now)
+            generation, certificate_id = admitted.generation, admitted.certificate_ids[0]
+        elif isinstance(device, DeviceRequest):
+            add_pending(tx, tenant_id, device_id, device, None, now=now)
+        store_enrolment.add_enrolment(
+            tx,
+            tenant_id,
+            device_id=device_id,
+            token_id=credential.token_id,
+            manufacturer_id=credential.manufacturer_id,
+            identity=credential.identity,
+            key_fingerprint=request.key_fingerprint,
+            status=EnrolmentStatus.WAITING if issued is None else EnrolmentStatus.ISSUED,
+            created_at=now,
+            decided_at=None if issued is None else now,
+            certificate_id=certificate_id,
+        )
+        if issued is None:
+            key = request.key_fingerprint
+            audit.record(tx, actor, "device:ask", f"device:{device_id}", at=now, key_fingerprint=key)
+        failpoint("enrol.before_commit")
+        return generation
 
     def enrol_approved(
         self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest, known: EnrolmentRecord

@@ -38,8 +38,8 @@ from workflows.reconciliation import Reconciler
 MAX_IN_A_DAY = 5
 
 
-class Reenrolment:
-    """Decides what a device is answered that has enrolled before, and replaces its certificates where it may."""
+class Reenrolments:
+    """Answers devices that have enrolled before, and replaces their certificates if that is allowed."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Reenrolment:
         device: DeviceRecord,
         certificate: CertificateRecord,
     ) -> Enrolled | Waiting:
-        """Give the same certificate for the same key. A device with another one waits for an operator.
+        """Return the same certificate for the same key. A device with another key waits for an operator.
 
         Raises ``EnrolmentRefused``, ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
         """
@@ -72,26 +72,26 @@ class Reenrolment:
                 if certificate.revoked_at is None and certificate.not_after > self._clock():
                     return Enrolled(device.id, certificate.der, device.generation)
             elif self._is_current(credential, certificate):
-                # Where the broker is what kept the answer back, another key would be kept back, too.
+                # If the last answer was held back because of the broker, one with another key would be, too.
                 self._reconciler.wait_until_granted(device.generation)
                 return self._replace(actor, credential, request, known, approved=False)
         if credential.manufacturer_id is None:
             raise StateConflict(
-                "The device has enrolled, and the certificate is over, renewed, or not for this key; make a new key,"
-                " and ask an operator for another enrolment token."
+                "The device has enrolled, and the certificate has expired, was renewed, or is not for this key; make a"
+                " new key, and ask an operator for another enrolment token."
             )
-        return self._by_leave(actor, credential, request, known)
+        return self._ask_operator(actor, credential, request, known)
 
     def _is_current(self, credential: EnrolmentCredential, certificate: CertificateRecord) -> bool:
         with self._database.snapshot() as tx:
             return renewal.is_current(tx, credential.tenant_id, certificate.device_id or "", certificate.fingerprint)
 
-    def _by_leave(
+    def _ask_operator(
         self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest, known: EnrolmentRecord
     ) -> Enrolled | Waiting:
         """Have a device that comes with another key than before wait for an operator.
 
-        Until then it is let in as before: whoever has taken a birth certificate out of a device cannot put that out.
+        Until then its certificate keeps working: a thief of its factory certificate cannot disconnect it.
         """
         key = request.key_fingerprint
         with self._database.snapshot() as tx:
@@ -104,7 +104,7 @@ class Reenrolment:
                 audit.record(tx, actor, "device:ask_again", f"device:{known.device_id}", at=now, key_fingerprint=key)
             return Waiting(known.device_id)
         if asked.status is EnrolmentStatus.REJECTED:
-            raise EnrolmentRefused("An operator has turned this key of the device down; ask with a new key.")
+            raise EnrolmentRefused("An operator has rejected this key of the device; ask with a new key.")
         if asked.status is EnrolmentStatus.WAITING:
             return Waiting(known.device_id)
         return self._replace(actor, credential, request, known, approved=True)
@@ -118,31 +118,17 @@ class Reenrolment:
         *,
         approved: bool,
     ) -> Enrolled:
-        """Give a device a certificate in the place of all that it has, which end at once: it has lost their keys."""
+        """Give a device a certificate in place of all that it has, which are revoked: it has lost their keys."""
         now = self._clock()
         issued = issue(self._credentials, known.device_id, credential, request, now)
 
         def record(tx: Connection) -> int:
-            device = db.get_device(tx, credential.tenant_id, known.device_id, for_update=True)
-            token = credential.lock(tx)
-            if token is not None:
-                check_token(token, now)
-            if device.status is not DeviceStatus.ACTIVE:
-                raise EnrolmentRefused("The device has been revoked or suspended by an operator.")
+            device = self._check_replaceable(tx, credential, known, now)
             if approved:
                 enrolment.use_reenrolment(tx, credential.tenant_id, known.id, request.key_fingerprint)
             elif credential.find_enrolment(tx) != known:
                 raise EnrolledMeanwhile
-            since = now - timedelta(days=1)
-            if certificates.count_issued(tx, credential.tenant_id, known.device_id, since=since) >= MAX_IN_A_DAY:
-                sentence = f"The device was given {MAX_IN_A_DAY} certificates within a day; ask again tomorrow."
-                raise TooManyAttempts(sentence, retry_after=3600)
-            generation = db.next_generation(tx, credential.tenant_id, at=now)
-            unfetched = renewal.unfetched_certificates(tx, credential.tenant_id, known.device_id)
-            renewal.revoke_unfetched(tx, unfetched, now=now, generation=generation)
-            renewal.replace_current(tx, credential.tenant_id, known.device_id, until=now, ends_when_used=False)
-            renewal.revoke_replaced(tx, credential.tenant_id, known.device_id, now=now, generation=generation)
-            update_device(tx, credential.tenant_id, known.device_id, {"generation": generation, "updated_at": now})
+            generation = _end_all(tx, device, now)
             issuance = Issuance(
                 credentials=issued,
                 name=device.name,
@@ -158,3 +144,31 @@ class Reenrolment:
         generation = self._database.write(record)
         metrics.renewed(by_device=True)
         return Enrolled(known.device_id, issued.der, generation, issued.key)
+
+    def _check_replaceable(
+        self, tx: Connection, credential: EnrolmentCredential, known: EnrolmentRecord, now: datetime
+    ) -> DeviceRecord:
+        """Return the device, locked, with its token or manufacturer, if it may be given another certificate now."""
+        device = db.get_device(tx, credential.tenant_id, known.device_id, for_update=True)
+        token = credential.lock(tx)
+        if token is not None:
+            check_token(token, now)
+        if device.status is not DeviceStatus.ACTIVE:
+            raise EnrolmentRefused("The device has been revoked or suspended by an operator.")
+        since = now - timedelta(days=1)
+        if certificates.count_issued(tx, credential.tenant_id, known.device_id, since=since) >= MAX_IN_A_DAY:
+            sentence = f"The device was given {MAX_IN_A_DAY} certificates within a day; ask again tomorrow."
+            raise TooManyAttempts(sentence, retry_after=3600)
+        return device
+
+
+def _end_all(tx: Connection, device: DeviceRecord, now: datetime) -> int:
+    """Revoke every certificate of a device, and its bundles; returns the generation that the broker must reach."""
+    tenant_id, device_id = device.tenant_id, device.id
+    generation = db.next_generation(tx, tenant_id, at=now)
+    unfetched = renewal.unfetched_certificates(tx, tenant_id, device_id)
+    renewal.revoke_unfetched(tx, unfetched, now=now, generation=generation)
+    renewal.replace_current(tx, tenant_id, device_id, until=now, ends_when_used=False)
+    renewal.revoke_replaced(tx, tenant_id, device_id, now=now, generation=generation)
+    update_device(tx, tenant_id, device_id, {"generation": generation, "updated_at": now})
+    return generation

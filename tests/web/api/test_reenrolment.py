@@ -87,7 +87,7 @@ def test_a_rejected_key_gets_no_certificate_and_the_device_stays_active(
     born.enrol(request)
     for _ in range(2):
         assert api.post(f"{path}/reject").json["status"] == "active"
-    assert "turned this key" in refused(born.enrol(request), 403)
+    assert "rejected this key" in refused(born.enrol(request), 403)
     problem_of(api.post(f"{path}/approve"), 409, "state_conflict")
     assert born.enrol().status_code == 202  # another key is another question
     assert api.get(path).json["status"] == "active"

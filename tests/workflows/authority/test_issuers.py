@@ -117,7 +117,7 @@ def test_a_ca_retires_when_nobody_needs_it_and_its_crl_is_still_published(portal
     with pytest.raises(StateConflict, match="an hour after that"):
         retire()
     clock.advance(hours=2)
-    with pytest.raises(StateConflict, match="1 certificates of issuing-1 are still good"):
+    with pytest.raises(StateConflict, match="1 certificates of issuing-1 are still valid"):
         retire()
     portal.revocations.revoke(OPERATOR, device.device_id, "superseded")
     retire()

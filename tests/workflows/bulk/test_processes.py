@@ -18,7 +18,7 @@ from pki.csr import read_csr
 from tests.support.deployment import wait_until
 from tests.support.harness import ON_SQLITE, csr_pem
 from workflows.bulk import processes
-from workflows.bulk.processes import FEW, NICENESS, CredentialProcesses, Job
+from workflows.bulk.processes import FEW, NICENESS, CredentialJob, CredentialProcesses
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
 
 LINK_KEYS = ["a-key-of-many-characters"]
@@ -33,10 +33,10 @@ def issuing(portal: Portal) -> Iterator[CredentialProcesses]:
 
 
 @pytest.fixture
-def jobs(portal: Portal) -> Callable[[int], list[Job]]:
-    def make(count: int) -> list[Job]:
+def jobs(portal: Portal) -> Callable[[int], list[CredentialJob]]:
+    def make(count: int) -> list[CredentialJob]:
         request = DeviceRequest(name="pump-1", type="pump", location="hall 1", firmware="1.0")
-        return [Job(str(uuid.uuid4()), request, None, portal.clock()) for _ in range(count)]
+        return [CredentialJob(str(uuid.uuid4()), request, None, portal.clock()) for _ in range(count)]
 
     return make
 
@@ -46,21 +46,23 @@ def running() -> list[int]:
 
 
 @ON_SQLITE
-def test_a_few_devices_are_worth_no_process(issuing: CredentialProcesses, jobs: Callable[[int], list[Job]]) -> None:
+def test_a_few_devices_are_worth_no_process(
+    issuing: CredentialProcesses, jobs: Callable[[int], list[CredentialJob]]
+) -> None:
     assert len(issuing.results(issuing.issue(jobs(FEW)))) == FEW
     assert running() == []
 
 
 @ON_SQLITE
 def test_results_come_in_the_order_of_their_jobs_and_one_that_fails_stops_no_other(
-    issuing: CredentialProcesses, jobs: Callable[[int], list[Job]]
+    issuing: CredentialProcesses, jobs: Callable[[int], list[CredentialJob]]
 ) -> None:
     wanted = jobs(100)
     csr = read_csr(csr_pem())
     bad = DeviceRequest(
         name="pump-2", type="pump", location="hall 1", firmware="1.0", csr=csr, bundle_password="a long enough one"
     )
-    wanted[50] = Job(str(uuid.uuid4()), bad, None, wanted[0].now)
+    wanted[50] = CredentialJob(str(uuid.uuid4()), bad, None, wanted[0].now)
     results = issuing.results(issuing.issue(wanted))
     assert isinstance(results.pop(50), InputInvalid)
     assert [result.device_id for result in results if isinstance(result, IssuedCredentials)] == [
@@ -70,7 +72,7 @@ def test_results_come_in_the_order_of_their_jobs_and_one_that_fails_stops_no_oth
 
 @ON_SQLITE
 def test_the_processes_yield_to_the_server_and_survive_an_interrupt_from_the_terminal(
-    issuing: CredentialProcesses, jobs: Callable[[int], list[Job]]
+    issuing: CredentialProcesses, jobs: Callable[[int], list[CredentialJob]]
 ) -> None:
     issuing.results(issuing.issue(jobs(100)))
     for pid in running():
@@ -81,7 +83,7 @@ def test_the_processes_yield_to_the_server_and_survive_an_interrupt_from_the_ter
 
 @ON_SQLITE
 def test_a_killed_process_fails_what_was_under_way_and_is_replaced(
-    issuing: CredentialProcesses, jobs: Callable[[int], list[Job]]
+    issuing: CredentialProcesses, jobs: Callable[[int], list[CredentialJob]]
 ) -> None:
     issuing.results(issuing.issue(jobs(100)))
     killed = running()
@@ -96,7 +98,7 @@ def test_a_killed_process_fails_what_was_under_way_and_is_replaced(
 
 @ON_SQLITE
 def test_a_process_that_hangs_is_ended(
-    issuing: CredentialProcesses, jobs: Callable[[int], list[Job]], monkeypatch: pytest.MonkeyPatch
+    issuing: CredentialProcesses, jobs: Callable[[int], list[CredentialJob]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     issuing.results(issuing.issue(jobs(100)))
     hanging = running()
@@ -112,7 +114,7 @@ def test_a_process_that_hangs_is_ended(
 
 @ON_SQLITE
 def test_the_processes_stay_for_the_next_part_of_a_file_and_end_when_none_comes(
-    issuing: CredentialProcesses, jobs: Callable[[int], list[Job]], monkeypatch: pytest.MonkeyPatch
+    issuing: CredentialProcesses, jobs: Callable[[int], list[CredentialJob]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with issuing.in_use():
         issuing.results(issuing.issue(jobs(100)))

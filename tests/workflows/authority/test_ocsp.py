@@ -21,8 +21,9 @@ from pki import ocsp
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
 from tests.support.ocsp import ask, failure_of, get, issuing_of, nonce, post, read
 from tests.workflows.test_registration import OPERATOR
-from workflows.authority import issuers, ocsp_responder
-from workflows.authority.ocsp_certificates import RESPONDER_DAYS
+from workflows.authority import issuers
+from workflows.authority import ocsp as ocsp_responder
+from workflows.authority.ocsp import RESPONDER_DAYS
 
 TRY_LATER, UNAUTHORIZED = OCSPResponseStatus.TRY_LATER, OCSPResponseStatus.UNAUTHORIZED
 
@@ -237,7 +238,7 @@ def test_a_renewal_of_the_responder_by_another_process_is_noticed(
 
 
 def test_the_answers_used_last_are_kept_and_no_more_than_there_is_room_for() -> None:
-    kept = ocsp_responder.KeptAnswers(3)
+    kept = ocsp_responder.AnswerCache(3)
     for number in range(10):
         kept.put(bytes([number]), mock.sentinel.answer)
         assert kept.get(b"\x00") is mock.sentinel.answer
