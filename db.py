@@ -9,9 +9,8 @@ from typing import Any, NotRequired, TypedDict, Unpack
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound
-from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
+from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus, DeviceStatus
 from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record, update_device
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow
 from store.types import UtcDateTime

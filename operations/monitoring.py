@@ -9,8 +9,8 @@ from pathlib import Path
 from cryptography import x509
 
 from config import Settings
-from core.device_status import DeviceStatus
 from core.metrics import Gauge
+from core.states import DeviceStatus
 from store import audit, certificates, deliveries, generations, webhooks
 from store import devices as store_devices
 from store import issuers as store_issuers

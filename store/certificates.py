@@ -10,8 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.device_status import DeviceStatus
-from core.states import ON_CRL, CertificateStatus
+from core.states import ON_CRL, CertificateStatus, DeviceStatus
 from store.tables import (
     Certificate,
     Device,

@@ -10,9 +10,8 @@ from typing import TypedDict
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.device_status import DeviceStatus
 from core.errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
-from core.states import PENDING_DELIVERY, DeliveryStatus
+from core.states import PENDING_DELIVERY, DeliveryStatus, DeviceStatus
 from store.tables import Delivery, Device, IdempotencyKey
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.device_status import DeviceStatus
-from core.states import CertificateStatus
+from core.states import CertificateStatus, DeviceStatus
 from core.topics import is_device_id
 from store.certificates import CURRENT
 from store.tables import AclEntry, Certificate, Device, IssuerRow
@@ -121,20 +120,20 @@ def list_devices(
 ) -> Listed:
     """Return a page of devices, newest first, or with ``expires_before`` in the order of their certificates' expiry.
 
-    ``after`` is the place of the last device of the page before, or its ``end`` (keyset paging). Each filter and each
-    order has an index; with several of them so many devices are looked at, and ``end`` says that there are more.
+    ``after`` is the place of the last device of the previous page, or its ``end`` (keyset paging). Each filter and each
+    order has an index; with several filters only ``LOOKED_AT`` devices are read, and ``end`` says that there are more.
     """
-    place = (Device.created_at, Device.id)
-    if wanted.expires_before is not None:
-        place = (Certificate.not_after, Certificate.device_id)  # type: ignore[assignment]
-    equal = _equalities(wanted)
-    lead, end = _reach(tx, tenant_id, wanted, equal, place, after)
+    place: tuple[Any, Any]
     query = sa.select(*DEVICE_COLUMNS, Certificate.not_after, Certificate.not_before)
     current = sa.and_(Certificate.device_id == Device.id, CURRENT)
     if wanted.expires_before is None:
+        place = (Device.created_at, Device.id)
         query = query.outerjoin_from(Device, Certificate, current)
     else:
+        place = (Certificate.not_after, Certificate.device_id)
         query = query.join_from(Certificate, Device, current)
+    equal = _equalities(wanted)
+    lead, end = _reach(tx, tenant_id, wanted, equal, place, after)
     for column, value in equal:
         # An expression hides the other indexes from the database, so that it uses the one of ``lead``.
         query = query.where(column == value if column is lead else column.concat("") == value)

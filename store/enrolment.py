@@ -10,9 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.device_status import DeviceStatus
 from core.errors import NotFound, StateConflict
-from core.states import Approval, EnrolmentStatus, ManufacturerStatus
+from core.states import Approval, DeviceStatus, EnrolmentStatus, ManufacturerStatus
 from store.tables import Device, EnrolmentRow, EnrolmentToken, Manufacturer, ReenrolmentRow
 
 

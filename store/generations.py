@@ -9,8 +9,7 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.device_status import DeviceStatus
-from core.states import CertificateStatus
+from core.states import CertificateStatus, DeviceStatus
 from store.devices import topics_by_device
 from store.tables import AclEntry, BrokerState, Certificate, Device
 from store.types import UtcDateTime

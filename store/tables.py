@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from core.device_status import DeviceStatus
 from core.states import (
     Approval,
     CertificateStatus,
     DeliveryStatus,
+    DeviceStatus,
     EnrolmentStatus,
     EventDeliveryStatus,
     IssuerKind,

@@ -18,8 +18,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 import db
 from config import Settings
-from core.device_status import DeviceStatus
 from core.errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
+from core.states import DeviceStatus
 from operations.wiring import Portal, open_portal
 from store import database as database_module
 from store import devices, generations, issuers, tenants

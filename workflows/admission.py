@@ -13,7 +13,7 @@ import db
 from broker.acl import check_style
 from config import Settings
 from core.acl_style import AclStyle
-from core.device_status import DeviceStatus, advance
+from core.states import DeviceStatus, advance
 from core.topics import Access, Topic, check_topics, default_topics
 from store import audit as store_audit
 from store import deliveries

@@ -19,10 +19,10 @@ from broker_provisioning import BrokerProvisioning, add_device_acl, remove_devic
 from config import Settings
 from core import metrics
 from core.acl_style import AclStyle
-from core.device_status import DeviceStatus
 from core.errors import LockUnavailable, PortalError, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
+from core.states import DeviceStatus
 from core.topics import Access, Topic
 from pki.encoding import PemOfSuccessors
 from store import generations

@@ -16,9 +16,9 @@ from sqlalchemy.exc import IntegrityError
 import db
 from config import Settings
 from core import metrics
-from core.device_status import DeviceStatus
 from core.errors import ExternalIdTaken, StateConflict
 from core.failpoints import failpoint
+from core.states import DeviceStatus
 from core.topics import new_device_id
 from store.database import Database
 from store.devices import owner_of, update_device

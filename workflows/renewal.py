@@ -14,9 +14,9 @@ from sqlalchemy.engine import Connection
 import db
 from config import Settings
 from core import metrics
-from core.device_status import DeviceStatus, check_renewal
 from core.errors import StateConflict
 from core.failpoints import failpoint
+from core.states import DeviceStatus, check_renewal
 from core.topics import Access, Topic
 from store import devices
 from store import renewal as store_renewal

@@ -10,8 +10,8 @@ from datetime import datetime
 
 import db
 from core import metrics
-from core.device_status import DeviceStatus, advance
 from core.failpoints import failpoint
+from core.states import DeviceStatus, advance
 from store import devices
 from store.database import Database
 from workflows import audit, events

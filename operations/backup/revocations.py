@@ -15,9 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
 
 import db
-from core.device_status import DeviceStatus
 from core.errors import BackupRefused
-from core.states import ON_CRL, CertificateStatus, ManufacturerStatus
+from core.states import ON_CRL, CertificateStatus, DeviceStatus, ManufacturerStatus
 from pki.issuers import Reason
 from store import devices
 from store import issuers as store_issuers

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import db
 from config import Settings
-from core.device_status import DeviceStatus
 from core.errors import (
     DeviceNotFound,
     IdempotencyConflict,
@@ -31,7 +30,7 @@ from core.errors import (
     StateConflict,
     TopicRefused,
 )
-from core.states import DeliveryStatus
+from core.states import DeliveryStatus, DeviceStatus
 from operations.wiring import Portal, open_portal
 from pki.csr import read_csr
 from store import certificates, issuers, tenants

@@ -13,8 +13,8 @@ import pytest
 from cryptography import x509
 
 import db
-from core.device_status import DeviceStatus
 from core.errors import DeviceNotFound, StateConflict
+from core.states import DeviceStatus
 from operations.wiring import Portal
 from store import certificates, issuers
 from tests.support.harness import PER_DEVICE, Api, Clock, problem_of

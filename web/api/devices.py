@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from core.device_status import DeviceStatus, renewable_from
 from core.roles import Permission
+from core.states import DeviceStatus, renewable_from
 from pki.csr import read_csr
 from store.certificates import CertificateRecord
 from store.devices import DeviceFilter, DeviceRecord

@@ -14,7 +14,6 @@ from sqlalchemy.exc import IntegrityError
 import db
 from config import Settings
 from core import metrics
-from core.device_status import DeviceStatus
 from core.errors import (
     ExternalIdTaken,
     FieldProblem,
@@ -25,6 +24,7 @@ from core.errors import (
     Unavailable,
 )
 from core.failpoints import failpoint
+from core.states import DeviceStatus
 from core.topics import new_device_id
 from pki.csr import Csr
 from store import bulk

@@ -9,9 +9,8 @@ from sqlalchemy.engine import Connection
 
 import db
 from config import Settings
-from core.device_status import DeviceStatus
 from core.errors import NotFound, StateConflict
-from core.states import EnrolmentStatus
+from core.states import DeviceStatus, EnrolmentStatus
 from core.topics import new_device_id
 from store import enrolment as store_enrolment
 from store.database import Database

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from config import Settings
-from core.device_status import DeviceStatus
 from core.errors import ClientCertificateRefused
 from core.files import FileLock, replace_file
-from core.states import IssuerKind
+from core.states import DeviceStatus, IssuerKind
 from pki import client_certificates
 from pki.client_certificates import ClientCertificate
 from store import certificates, enrolment

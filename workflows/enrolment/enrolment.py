@@ -9,10 +9,9 @@ from sqlalchemy.exc import IntegrityError
 
 import db
 from config import Settings
-from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, KeyRefused, Unavailable
 from core.failpoints import failpoint
-from core.states import EnrolmentStatus
+from core.states import DeviceStatus, EnrolmentStatus
 from pki.est import EnrolmentRequest
 from store import certificates
 from store import enrolment as store_enrolment

@@ -11,10 +11,9 @@ from sqlalchemy.engine import Connection
 import db
 from config import Settings
 from core import metrics
-from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, StateConflict
 from core.failpoints import failpoint
-from core.states import Approval, EnrolmentStatus
+from core.states import Approval, DeviceStatus, EnrolmentStatus
 from core.topics import new_device_id
 from pki.est import EnrolmentRequest
 from store import enrolment as store_enrolment

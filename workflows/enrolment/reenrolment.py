@@ -9,9 +9,8 @@ from sqlalchemy.engine import Connection
 
 import db
 from core import metrics
-from core.device_status import DeviceStatus
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
-from core.states import EnrolmentStatus
+from core.states import DeviceStatus, EnrolmentStatus
 from pki.est import EnrolmentRequest, is_for_key
 from store import certificates, enrolment, renewal
 from store.certificates import CertificateRecord

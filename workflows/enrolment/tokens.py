@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
 import db
-from core.device_status import DeviceStatus
 from core.errors import StateConflict
 from core.roles import hash_token
+from core.states import DeviceStatus
 from store import enrolment
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord

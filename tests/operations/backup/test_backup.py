@@ -21,7 +21,6 @@ import db
 from app import create_app
 from config import Settings
 from core import roles
-from core.device_status import DeviceStatus
 from core.errors import (
     BackupRefused,
     CaKeyUnavailable,
@@ -33,7 +32,7 @@ from core.errors import (
 )
 from core.files import replace_file
 from core.roles import Role
-from core.states import Approval
+from core.states import Approval, DeviceStatus
 from operations import data_folder
 from operations.backup.archive import MANIFEST, Backup
 from operations.backup.backup import WrittenBackup, back_up

@@ -11,8 +11,8 @@ import pytest
 
 from config import Settings
 from core import failpoints
-from core.device_status import DeviceStatus
 from core.errors import BackupRefused, DatabaseUnavailable, StartupError
+from core.states import DeviceStatus
 from operations.backup import journal as restore_journal
 from operations.wiring import open_portal, prepare
 from store.tables import DEFAULT_TENANT

@@ -22,8 +22,8 @@ from schemathesis.engine.errors import is_inconsistent_replay
 from schemathesis.generation.stateful.state_machine import StepInput, StepOutput
 
 from app import ROUTES, portal_of
-from core.device_status import DeviceStatus
 from core.roles import Role
+from core.states import DeviceStatus
 from tests.support.harness import ALL, ON_SQLITE, Api, api_as
 from tests.web.api.test_schemathesis import CONFIG, Application, fit, things
 from web.api.openapi import openapi

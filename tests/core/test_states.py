@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from core.device_status import DeviceStatus, advance, check_renewal
 from core.errors import StateConflict
+from core.states import DeviceStatus, advance, check_renewal
 
 ALLOWED = {
     ("pending", "active"),
