@@ -117,12 +117,23 @@ def test_a_bad_row_hurts_no_other(api: Api) -> None:
 
 @ON_SQLITE
 def test_cells_that_do_not_fit_are_said_by_column(api: Api) -> None:
-    bad = ("{,", ",x", ",0", "[],", ",²")
+    bad = ("{,", ",x", ",0", "[],", ",²", f",{'9' * 5000}")
     csv = "name,type,location,firmware,metadata,validity_days\n" + "".join(f"a,b,c,1,{cells}\n" for cells in bad)
     lines = upload(api, csv, "text/csv")
     assert [line["errors"][0]["field"] for line in lines] == [
-        "metadata", "validity_days", "validity_days", "metadata", "validity_days"
+        "metadata", "validity_days", "validity_days", "metadata", "validity_days", "validity_days"
     ]  # fmt: skip
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("external_id", "shown"), [("line-4/17", "line-4/17"), ("\x1b[2J", None), ("x" * 129, None), (5, None)]
+)
+def test_a_refused_row_is_named_by_its_external_id_if_a_terminal_can_show_it(
+    api: Api, external_id: object, shown: str | None
+) -> None:
+    [line] = upload(api, json.dumps(DEVICE | {"name": "", "external_id": external_id}))
+    assert (line["code"], line.get("external_id")) == ("invalid_input", shown)
 
 
 # --- The same row again -------------------------------------------------------------------------------------------
