@@ -32,7 +32,6 @@ from web.api import (
     tokens,
     webhooks,
 )
-from web.api.direct import DirectAnswers
 from web.api.routing import Call, Route
 from web.serving import serve
 
@@ -86,7 +85,6 @@ def create_app(
     app.before_request(_begin)
     app.after_request(_end)
     app.register_error_handler(Exception, _failed)
-    setattr(app, "wsgi_app", DirectAnswers(ROUTES, app.wsgi_app, lambda: portal_of(app), _ended))  # noqa: B010
     logs.hide_links()
     return app
 
@@ -160,29 +158,22 @@ def _view(route: Route) -> Callable[..., Response]:
 
 
 def _end(response: Response) -> Response:
-    return _ended(
-        response,
-        # The rule, not the path: a path can contain a link's token.
-        route=g.route,
-        method=request.method,
-        started=g.started,
-        request_id=g.request_id,
-        actor=g.actor.name if g.actor else None,
-        address=request.remote_addr,
-        device_id=(request.view_args or {}).get("device_id"),
-    )
-
-
-def _ended(
-    response: Response, *, route: str | None, method: str, started: float, request_id: str, **logged: str | None
-) -> Response:
-    response.headers["X-Request-Id"] = request_id
+    response.headers["X-Request-Id"] = g.request_id
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("Cache-Control", "no-store")
-    seconds = time.perf_counter() - started
-    metrics.answered(route, method, response.status_code, seconds)
-    facts = {"request_id": request_id, "method": method, "route": route, "status": response.status_code}
-    log.info("request", extra={**facts, "ms": round(seconds * 1000, 1), "device_id": None, **logged})
+    seconds = time.perf_counter() - g.started
+    metrics.answered(g.route, request.method, response.status_code, seconds)
+    facts = {
+        "request_id": g.request_id,
+        "method": request.method,
+        "route": g.route,  # the rule, not the path: a path can hold a link's token
+        "status": response.status_code,
+        "ms": round(seconds * 1000, 1),
+        "device_id": (request.view_args or {}).get("device_id"),
+        "actor": g.actor.name if g.actor else None,
+        "address": request.remote_addr,
+    }
+    log.info("request", extra=facts)
     return response
 
 

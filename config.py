@@ -38,12 +38,19 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Address(NamedTuple):
-    """A host and a TCP port."""
+    """A host and a TCP port; or, as the host, the path of a Unix socket, with port 0."""
 
     host: str
     port: int
 
+    @property
+    def is_unix(self) -> bool:
+        """Whether this is a Unix socket."""
+        return self.host.startswith("/")
+
     def __str__(self) -> str:
+        if self.is_unix:
+            return f"unix:{self.host}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
@@ -94,6 +101,16 @@ def parse_address(value: str) -> Address:
     if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError("must be HOST:PORT, such as 127.0.0.1:8443")
     return Address(host.strip("[]"), int(port))
+
+
+def parse_address_or_socket(value: str) -> Address:
+    """Return a listening address from ``HOST:PORT`` or ``unix:/PATH``."""
+    if not value.startswith("unix:"):
+        return parse_address(value)
+    path = value.removeprefix("unix:")
+    if not path.startswith("/") or len(path.encode()) > UNIX_SOCKET_PATH_LIMIT:
+        raise ValueError(f"must be unix: and an absolute path of at most {UNIX_SOCKET_PATH_LIMIT} bytes")
+    return Address(path, 0)
 
 
 def parse_url(value: str) -> str:
@@ -197,6 +214,8 @@ def derived(default: Callable[[dict[str, Any]], Any], description: str, *, shown
 
 
 def _base_url(scheme: str, address: Address, variable: str) -> str:
+    if address.is_unix:
+        raise SettingInvalid(f"{variable} must be set, because the portal listens on {address}.")
     try:
         on_all_addresses = ipaddress.ip_address(address.host).is_unspecified
     except ValueError:
@@ -222,7 +241,9 @@ class Settings(BaseSettings):
     )
 
     data_dir: PathSetting = setting("data", "Folder of the database, CA, keys and broker files")
-    bind: AddressSetting = setting("127.0.0.1:8443", "HTTPS listener")
+    bind: Annotated[Address, PlainValidator(parse_address_or_socket)] = setting(
+        "127.0.0.1:8443", "HTTPS listener; or unix:/PATH, for a front server"
+    )
     pki_bind: AddressSetting = setting("127.0.0.1:8080", "Plain HTTP listener: CRLs, OCSP and CA certificates only")
     public_url: Url = derived(
         lambda data: _base_url("https", data["bind"], "PORTAL_PUBLIC_URL"),

@@ -93,7 +93,6 @@ class _Counts:
             "Events sent to a receiver: delivered, failed for now, or given up as dead.",
             "outcome",
         )
-        self.shed = self._counter("portal_connections_shed", "Connections closed because there were too many.")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -160,11 +159,6 @@ def ocsp_answered(answer: str, *, kept: bool) -> None:
 def event_sent(outcome: str) -> None:
     """An event was sent to a receiver: ``delivered``, ``failed`` (to be sent again) or ``dead``."""
     _counts.events.labels(outcome).inc()
-
-
-def shed() -> None:
-    """A connection was closed to make room for others."""
-    _counts.shed.inc()
 
 
 # --- Several processes --------------------------------------------------------------------------------------------

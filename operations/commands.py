@@ -135,7 +135,7 @@ def _serve(
     with data_folder.shared(settings):
         return serve_app(
             settings,
-            functools.partial(create_app, settings),
+            lambda listener: create_app(settings, background=listener == "main"),
             certificate=settings.tls_dir / "server.pem",
             key=settings.tls_dir / "server.key",
             client_cas=settings.tls_dir / CLIENT_CAS,

@@ -1,38 +1,52 @@
-"""Runs a WSGI application on two listeners, HTTPS for everything with plain HTTP for certificates."""
+"""Runs the WSGI application under gunicorn: HTTPS for everything, and plain HTTP for certificates.
+
+``serve`` runs two gunicorns with threaded workers: the main one, in this process, and in a child process a small one on
+PORTAL_PKI_BIND. Both end together.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import logging
 import os
+import select
+import signal
+import socket
+import ssl
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
-from gunicorn.errors import HaltServer
 from gunicorn.glogging import Logger
 
 from config import Settings
-from core.errors import PortalError, StartupError
-from web.serving_balance import ConnectionCounts
-from web.serving_listeners import ServerTls, allow_open_files, listen
-from web.serving_worker import PortalWorker
+from core.errors import BodyTooSlow, PortalError, PortalStopping, RequestMalformed, StartupError
+from web.listeners import ClientSocket, ClientTooSlow, ServerTls, allow_open_files, listen
 
 GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server stops
 WORKER_TIMEOUT = 60  # seconds without a sign of life after which a worker is replaced
+KEEPALIVE = 75  # seconds that an idle connection is kept
+START_AGAIN = 1.0  # seconds between two tries to start a worker
 SPARE_FILES = 256  # file descriptors of a worker beyond its connections: database, logs, pipes
+PKI_THREADS = 8
+READ_AHEAD = 1024  # bytes that gunicorn waits for where an application reads less
 
 log = logging.getLogger("portal.serving")
 
 WsgiApp = Callable[..., Iterable[bytes]]
+Listener = Literal["main", "pki"]
+LISTENERS: tuple[Listener, ...] = ("main", "pki")
 
 
 def serve(
     settings: Settings,
-    app_factory: Callable[[], WsgiApp],
+    app_factory: Callable[[Listener], WsgiApp],
     *,
     certificate: Path,
     key: Path,
@@ -41,104 +55,252 @@ def serve(
     on_listening: Callable[[], None] | None = None,
     on_worker_start: Callable[[Any], None] | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status, which is 0 after a graceful stop.
+    """Serve until SIGTERM or SIGINT; return the exit status, which is 0 after a graceful stop.
 
     ``certificate`` (a chain, PEM), ``key`` and ``client_cas`` (PEM, the CAs whose certificates a client may present)
-    are read again when they change on disk. ``app_factory`` is called in each worker process, ``on_worker_start`` right
-    after it with the application, ``on_listening`` once in the master, when the ports are its own, ``on_ready`` when
-    the first worker answers. The application finds in its WSGI environ ``portal.listener``, "main" or "pki", and
-    ``gunicorn.socket``, the ``ssl.SSLSocket`` of the client.
+    are read again when they change on disk. ``app_factory`` is called here, once for each listener; ``on_worker_start``
+    is called in each worker process with the application, which must open nothing before that; ``on_listening`` is
+    called here when the ports are bound, ``on_ready`` in the first worker that is ready. The application finds in its
+    WSGI environ ``portal.listener``, "main" or "pki", and ``gunicorn.socket``, the client's socket.
     Raises ``StartupError``.
     """
-    tls = ServerTls(certificate, key, client_cas)
+    tls = None if settings.bind.is_unix else ServerTls(certificate, key, client_cas, settings.request_timeout)
     allow_open_files(settings.max_connections + SPARE_FILES)
+    start = _Start(on_worker_start or (lambda _app: None), on_ready)
     with contextlib.ExitStack() as stack:
-        listeners = [
-            stack.enter_context(listen(settings.bind, "PORTAL_BIND")),
-            stack.enter_context(listen(settings.pki_bind, "PORTAL_PKI_BIND")),
-        ]
+        main_socket = stack.enter_context(listen(settings.bind, "PORTAL_BIND", settings.request_timeout))
+        pki_socket = stack.enter_context(listen(settings.pki_bind, "PORTAL_PKI_BIND", settings.request_timeout))
         if on_listening is not None:
             on_listening()
-        application = _Application(settings, app_factory, tls, on_worker_start or (lambda _app: None))
-        arbiter = _Master(application, on_ready)
-        arbiter.LISTENERS = listeners
-        status: object = 0
+        apps = {listener: app_factory(listener) for listener in LISTENERS}
+        main_end, pki_end = socket.socketpair()
+        child = os.fork()
+        if not child:
+            main_socket.close()
+            main_end.close()
+            os.environ.pop("NOTIFY_SOCKET", None)  # systemd listens to the main process only
+            _Gunicorn("pki", settings, apps["pki"], start, pki_socket, pki_end).run_and_exit()
+        pki_end.close()
+        pki_socket.close()
         try:
-            arbiter.run()
-        except SystemExit as stopped:
-            status = stopped.code
-    if arbiter.failure is not None:
-        raise arbiter.failure
-    return status if isinstance(status, int) else int(status is not None)
+            status = _Gunicorn("main", settings, apps["main"], start, main_socket, main_end, tls).run_to_end()
+        finally:
+            main_end.close()
+            with contextlib.suppress(ChildProcessError):  # gunicorn waits for all children of its process
+                os.waitpid(child, 0)
+    sentence = start.failure()
+    if sentence:
+        raise StartupError(sentence)
+    return status
+
+
+# --- A request's body ---------------------------------------------------------------------------------------------
+
+
+class RequestBody:
+    """What WSGI calls ``wsgi.input``; gunicorn's, with errors that the application knows.
+
+    ``wanted`` says whether the server still runs.
+    """
+
+    def __init__(self, environ: dict[str, Any], wanted: Callable[[], bool]) -> None:
+        self._input = environ["wsgi.input"]
+        self._socket: socket.socket = environ["gunicorn.socket"]
+        self._left = int(environ["CONTENT_LENGTH"]) if "CONTENT_LENGTH" in environ else None
+        self._wanted = wanted
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as a file does; raises ``BodyTooSlow`` and ``RequestMalformed``."""
+        try:
+            return self._receive(self._input.read, size)
+        except ConnectionError:
+            raise RequestMalformed("The connection ended before the body did.") from None
+
+    def read_some(self, wait: float | None = None) -> bytes | None:
+        """Return what has arrived of a long body, empty at the end, ``None`` where nothing comes in ``wait`` seconds.
+
+        Raises ``BodyTooSlow``, ``RequestMalformed`` for bad framing, ``PortalStopping``, and ``ConnectionResetError``
+        where the client is gone before the end.
+        """
+        if wait is not None and not self._arrives(wait):
+            return None
+        if isinstance(self._socket, ClientSocket):
+            self._socket.wanted = self._wanted
+            self._socket.extend()
+        parts = [self._receive(self._input.readline, 1)]
+        held = self._held()[0] if parts[0] else 0
+        while held:
+            # Below READ_AHEAD a line at a time, since gunicorn's read would wait for more than has arrived.
+            part = self._receive(self._input.read if held >= READ_AHEAD else self._input.readline, held)
+            parts.append(part)
+            held -= len(part)
+        return b"".join(parts)
+
+    def check(self) -> None:
+        """Raise ``PortalStopping`` where the server is being stopped: whoever reads has to come to an end."""
+        if not self._wanted():
+            raise PortalStopping("The portal is being stopped; send what is not done yet again.")
+
+    def _held(self) -> tuple[int, int]:
+        """Return how many bytes of the body gunicorn holds already, and how many of the body with its framing.
+
+        Both are 0 where it does not say. A reader has to know, because gunicorn waits until it has as many bytes as it
+        is asked for: rows that have arrived would wait for those that have not.
+        """
+        reader = getattr(self._input, "reader", None)
+        unreader = getattr(getattr(reader, "req", reader), "unreader", None)
+        held, framed = (buffer.tell() if (buffer := getattr(of, "buf", None)) else 0 for of in (reader, unreader))
+        return (held, held + framed) if self._left is None else (min(framed, self._left),) * 2
+
+    def _arrives(self, wait: float) -> bool:
+        if self._held()[1] or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+            return True
+        return bool(select.select([self._socket], [], [], wait)[0])
+
+    def _receive(self, read: Callable[[int | None], bytes], size: int) -> bytes:
+        try:
+            data = read(size if size >= 0 else None)
+        except PortalError:
+            raise
+        except (ClientTooSlow, BlockingIOError) as error:
+            raise BodyTooSlow("The body did not arrive in time; send what is not done yet again.") from error
+        except OSError as error:
+            raise ConnectionResetError(errno.ECONNRESET, "the client went away in the middle of a body") from error
+        except Exception as error:  # of gunicorn's parser, which says in many classes that the framing is bad
+            raise RequestMalformed("The body is not framed as RFC 9112 section 7.1 says.") from error
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left and (not data or size < 0 or (read == self._input.read and len(data) < size)):
+                raise ConnectionResetError(errno.ECONNRESET, "the client went away in the middle of a body")
+        return data
 
 
 # --- Processes ----------------------------------------------------------------------------------------------------
 
 
-class WorkerReports:
-    """A pipe by which workers tell the master that they answer, or in a sentence why they cannot start."""
+class _Start:
+    """What master and workers know together of the start: whether one of them has been ready, or cannot be."""
 
-    def __init__(self) -> None:
-        self._reading, self._writing = os.pipe()
-        os.set_blocking(self._reading, False)
+    STARTING, READY, FAILED = b"s", b"r", b"f"
 
-    def ready(self) -> None:
-        """Say, in a worker, that it answers."""
-        os.write(self._writing, b"\n")
+    def __init__(self, on_worker_start: Callable[[Any], None], on_ready: Callable[[], None]) -> None:
+        self._on_worker_start = on_worker_start
+        self._on_ready = on_ready
+        # A pipe that holds the state, one byte. Whoever has taken it out is the only one to decide what it becomes.
+        self._state, self._state_in = os.pipe()
+        os.write(self._state_in, self.STARTING)
+        self._failures, self._failures_in = os.pipe()
+        os.set_blocking(self._failures, False)
 
-    def failed(self, sentence: str) -> None:
-        """Say, in a worker, why it ends."""
-        os.write(self._writing, sentence.replace("\n", " ").encode()[:4000] + b"\n")
+    def _decide(self, new: bytes) -> bytes:
+        """Return the state; where that is still STARTING, it becomes ``new``."""
+        state = os.read(self._state, 1)
+        os.write(self._state_in, new if state == self.STARTING else state)
+        return state
 
-    def read(self) -> list[str]:
-        """In the master, what workers said since the last call; an empty text is a worker that answers."""
+    def fail(self, sentence: str) -> None:
+        """Say why the server ends."""
+        os.write(self._failures_in, sentence.replace("\n", " ").encode()[:4000] + b"\n")
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether somebody has said why the server ends."""
+        return bool(select.select([self._failures], [], [], 0)[0])
+
+    def failure(self) -> str:
+        """Take out the sentence that was said first, empty where there is none."""
         try:
-            return os.read(self._reading, 65536).decode(errors="replace").split("\n")[:-1]
+            return os.read(self._failures, 65536).decode(errors="replace").partition("\n")[0]
         except BlockingIOError:
-            return []
+            return ""
+
+    def work(self, app: Any, listener: Listener) -> None:
+        """In a worker that is about to serve: prepare the application, or end the process and say why."""
+        try:
+            self._on_worker_start(app)
+        except PortalError as error:
+            self._give_up(error.detail)
+        except Exception:
+            log.exception("The application could not be made.")
+            self._give_up("The portal could not start because of an error in it; the log says where.")
+        if listener == "main" and self._decide(self.READY) == self.STARTING:
+            try:
+                self._on_ready()
+            except PortalError as error:
+                self.fail(error.detail)
+                sys.exit(Arbiter.WORKER_BOOT_ERROR)
+
+    def _give_up(self, sentence: str) -> NoReturn:
+        state = self._decide(self.FAILED)
+        if state == self.STARTING:
+            self.fail(sentence)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)  # at which gunicorn ends the server
+        if state == self.READY:
+            # It did start before: what keeps it from starting now (a full disk, a database that is away) may pass.
+            log.error("A worker could not start and is tried again: %s", sentence)
+        time.sleep(START_AGAIN)
+        sys.exit(1)
+
+    def shows(self, record: logging.LogRecord) -> bool:
+        """Decide whether a message of gunicorn's is logged, and take what clients have sent out of it."""
+        if self.has_failed or (record.exc_info and isinstance(record.exc_info[1], BlockingIOError)):
+            return False  # the sentence says it all; a client that is too slow is no error
+        text = record.getMessage()
+        if text.startswith("Invalid request from"):
+            record.msg, record.args = text.partition(": ")[0] + " was refused.", ()
+        elif text.startswith("Error handling request"):
+            record.msg, record.args = "A request failed in the server.", ()
+        return True
 
 
-class _Log(Logger):  # type: ignore[misc]  # gunicorn has no types
+class _Log(Logger):
     """gunicorn's own messages, through the root logger; requests are the application's to log."""
 
     def setup(self, cfg: Any) -> None:
         """Leave handlers and formats to the root logger."""
-        self.cfg = cfg
-        self._access_log_enabled = False
+        super().setup(cfg)
+        for handler in list(self.error_log.handlers):
+            self.error_log.removeHandler(handler)
         self.error_log.propagate = True
         self.error_log.setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.WARNING)
 
 
-class _Application(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's settings with what a worker needs to know."""
-
-    names = ("main", "pki")  # of the listeners, in their order
+class _Gunicorn(BaseApplication):
+    """One gunicorn on one listener; ``link`` connects it with the process of the other."""
 
     def __init__(
         self,
+        listener: Listener,
         settings: Settings,
-        app_factory: Callable[[], WsgiApp],
-        tls: ServerTls,
-        on_worker_start: Callable[[Any], None],
+        app: WsgiApp,
+        start: _Start,
+        bound: socket.socket,
+        link: socket.socket,
+        tls: ServerTls | None = None,
     ) -> None:
-        self.settings = settings
-        self.load = app_factory
-        self.tls = tls
-        self.reports = WorkerReports()
-        self.counts = ConnectionCounts()
-        self.on_worker_start = on_worker_start
-        self.served = False  # in a worker: whether the server had answered before it was started
+        self._listener = listener
+        self._settings = settings
+        self._app = app
+        self._start = start
+        self._bound = bound
+        self._link = link
+        self._tls = tls
+        self._worker: Any = None
         super().__init__()
 
     def load_config(self) -> None:
         """Set everything that gunicorn would else take from its environment, or that trusts a header of a client."""
-        options = {
-            "worker_class": PortalWorker,
-            "workers": self.settings.workers,
-            "threads": self.settings.threads,
-            "worker_connections": self.settings.max_connections,
+        main = self._listener == "main"
+        options: dict[str, Any] = {
+            "bind": f"fd://{self._bound.detach()}",
+            "worker_class": "gthread",
+            "preload_app": True,
+            "workers": self._settings.workers if main else 1,
+            "threads": self._settings.threads if main else PKI_THREADS,
+            "worker_connections": self._settings.max_connections,
             "timeout": WORKER_TIMEOUT,
             "graceful_timeout": GRACEFUL_TIMEOUT,
+            "keepalive": KEEPALIVE,
             "limit_request_line": 8190,
             "limit_request_field_size": 8190,
             "limit_request_fields": 100,
@@ -149,100 +311,106 @@ class _Application(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
             "logger_class": _Log,
             "sendfile": False,
             "control_socket_disable": True,
-            "pre_fork": lambda _master, worker: setattr(worker, "slot", self.counts.claim()),
-            "child_exit": lambda _master, worker: self.counts.release(worker.slot),
+            "when_ready": self._when_ready,
+            "post_fork": self._post_fork,
+            "post_worker_init": self._post_worker_init,
+            "worker_exit": self._worker_exit,
         }
+        if (tls := self._tls) is not None:
+            options |= {"certfile": str(tls.certificate), "keyfile": str(tls.key)}
+            options["ssl_context"] = lambda _config, _default: tls.context()  # called for each connection
         for name, value in options.items():
             self.cfg.set(name, value)
 
+    def load(self) -> WsgiApp:
+        """Return the application for gunicorn to call."""
+        return self._call
 
-class _Master(Arbiter):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's master process, that knows when the server is ready, or will never be."""
-
-    def __init__(self, application: _Application, on_ready: Callable[[], None]) -> None:
-        super().__init__(application)
-        self.failure: PortalError | None = None
-        self._halting = False
-        self._stopping = False
-        self._application = application
-        self._reports = application.reports
-        self._on_ready: Callable[[], None] | None = on_ready
-
-    def wait_for_signals(self, timeout: float = 1.0) -> list[int]:
-        """Wait as gunicorn does, looking out for the first worker that answers."""
-        signals: list[int] = super().wait_for_signals(timeout if self._on_ready is None else 0.02)
-        self._hear()
-        return signals
-
-    def _hear(self) -> None:
-        for sentence in self._reports.read():
-            if sentence and self._on_ready is None:
-                # It did start before: what keeps it from starting now (a full disk, a database that is away) may pass.
-                self.log.error("A worker could not start and is tried again: %s", sentence)
-            elif sentence:
-                self.failure = self.failure or StartupError(sentence)
-                self.log.error_log.disabled = True  # the sentence says it all
-            elif self._on_ready is not None and not self._stopping:
-                on_ready, self._on_ready = self._on_ready, None
-                self._application.served = True
-                if self.failure is not None:  # another worker's, which was heard before this one answered
-                    self.log.error_log.disabled = False
-                    self.log.error("A worker could not start and is tried again: %s", self.failure.detail)
-                    self.failure = None
-                try:
-                    on_ready()
-                except PortalError as error:
-                    self.failure = error
-                    raise HaltServer(error.detail, 1) from None
-
-    def stop(self, graceful: bool = True) -> None:
-        """Stop as gunicorn does; a worker that comes to answer meanwhile, its ports closed, makes no server ready."""
-        self._stopping = True
-        super().stop(graceful)
-
-    def reap_workers(self) -> None:
-        """Hear why a worker ended before acting on it; one that could not start stops a server that never answered."""
-        self._hear()
-        while True:
-            before = dict(self.WORKERS)
-            try:
-                super().reap_workers()
-            except HaltServer:
-                for pid in before.keys() - self.WORKERS.keys():
-                    if not before[pid].tmp._tmp.closed:
-                        before[pid].tmp.close()
-                        self.cfg.child_exit(self, before[pid])
-                if self._on_ready is None:
-                    continue
-                if not self._halting:  # else gunicorn is here because it waits for the others
-                    self._halting = True
-                    raise
-            return
-
-    def spawn_worker(self) -> int:
-        """Start a worker process, which ends here: nothing of the master's stack is run in it."""
+    def run_to_end(self) -> int:
+        """Run until stopped; return the exit status."""
         try:
-            return int(super().spawn_worker())
+            self.run()
         except SystemExit as stopped:
-            if os.getpid() == self.pid:
-                raise
-            _end(stopped.code)
+            return _status(stopped)
+        return 0
 
-    def handle_int(self) -> None:
-        """Stop gracefully at the first Ctrl-C; a second one is taken as a wish to stop at once."""
-        self.handle_term()
+    def run_and_exit(self) -> NoReturn:
+        """Run in a process of its own, which ends here."""
+        status = 1
+        try:
+            status = self.run_to_end()
+        except Exception:
+            log.exception("The server of PORTAL_PKI_BIND failed.")
+        finally:
+            _exit(status)
 
-    def handle_hup(self) -> None:
-        """Stop when the terminal is closed: there is nothing to reload but the certificate, which is noticed anyway."""
-        self.handle_term()
+    def _call(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        environ["portal.listener"] = self._listener
+        environ["wsgi.input"] = RequestBody(environ, lambda: bool(self._worker.alive))
+        if environ["gunicorn.socket"].family == socket.AF_UNIX:  # whose other end is the front server, and trusted
+            environ["REMOTE_ADDR"] = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
+            environ["wsgi.url_scheme"] = "https"
+        return self._app(environ, start_response)
 
-    def handle_usr2(self) -> None:
-        """Refuse to start a second master: it could not have the listeners."""
+    # --- gunicorn's hooks, in the order in which they are called
+
+    def _when_ready(self, server: Any) -> None:
+        """In the master, which listens: give signals their meaning, and watch the process of the other listener."""
+        logging.getLogger("gunicorn.error").addFilter(self._start.shows)
+        stop: Any = signal.getsignal(signal.SIGTERM)  # gunicorn's
+
+        def end(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGIO, signal.SIG_IGN)
+            with contextlib.suppress(OSError):
+                self._link.shutdown(socket.SHUT_RDWR)  # tells the other one
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, at_once)
+            stop(signal.SIGTERM, frame)
+
+        def end_with_other(_number: int, frame: Any) -> None:
+            if self._listener == "main" and server.LISTENERS and not self._start.has_failed:
+                self._start.fail("The server of PORTAL_PKI_BIND has ended; the log says why.")
+            stop(signal.SIGTERM, frame)
+
+        if self._listener == "main":
+            at_once = signal.getsignal(signal.SIGINT)  # for a second Ctrl-C
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, end)
+        else:
+            for number in (signal.SIGINT, signal.SIGHUP):  # the main one is told, too
+                signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a second master could not have the listeners
+        signal.signal(signal.SIGIO, end_with_other)
+        # The kernel sends SIGIO when all other ends are closed: fcntl(2), F_SETOWN and O_ASYNC.
+        fcntl.fcntl(self._link, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(self._link, fcntl.F_SETFL, fcntl.fcntl(self._link, fcntl.F_GETFL) | os.O_ASYNC)
+        if select.select([self._link], [], [], 0)[0]:  # closed already
+            os.kill(os.getpid(), signal.SIGIO)
+
+    def _post_fork(self, _server: Any, _worker: Any) -> None:
+        """In a new worker: keep nothing that tells the other process that this one's master lives."""
+        self._link.close()
+
+    def _post_worker_init(self, worker: Any) -> None:
+        """In a worker about to serve: leave Ctrl-C and a closed terminal to the master, prepare the application."""
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        self._worker = worker
+        self._start.work(self._app, self._listener)
+
+    def _worker_exit(self, _server: Any, _worker: Any) -> None:
+        """In a worker that ends: let nothing of the master's stack run in it."""
+        stopped = sys.exc_info()[1]
+        _exit(_status(stopped) if isinstance(stopped, SystemExit) else 1)
 
 
-def _end(code: object) -> NoReturn:
+def _status(stopped: SystemExit) -> int:
+    return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+
+
+def _exit(status: int) -> NoReturn:
     logging.shutdown()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+    os._exit(status)

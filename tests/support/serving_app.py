@@ -14,30 +14,41 @@ from typing import Any
 
 from config import Address, Settings
 from core.errors import PortalError, StartupError
-from web import serving_loop
-from web.serving import serve
-from web.transport import client_certificate
+from web.api.client_certificate import client_certificate
+from web.serving import Listener, serve
 
 BIG = 20 * 1024 * 1024
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 
 
 def application(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    try:
+        return answer(environ, start_response)
+    except PortalError as error:
+        start_response("400 Bad Request", [("Content-Type", "text/plain"), ("Content-Length", str(len(error.code)))])
+        return [error.code.encode()]
+
+
+def pki_application(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    return application(environ, start_response)
+
+
+def answer(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
     path = environ["PATH_INFO"]
     if path == "/register/bulk" and environ["portal.listener"] == "main":
         return stream(environ, start_response)
     body = environ["wsgi.input"].read()
     if path == "/fail":
-        raise OSError("The secret of the application.")
+        raise RuntimeError("The secret of the application.")
     if path == "/pieces":
         start_response("200 OK", [("Content-Type", "text/plain")])
         return pieces()
     if path == "/wait":  # tells that it has begun, then waits until the test opens the other end
         print("waiting", flush=True)
         Path(environ["QUERY_STRING"]).read_bytes()
-    answer = b"x" * BIG if path == "/big" else json.dumps(facts(environ, body)).encode()
-    start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(answer)))])
-    return [answer]
+    content = b"x" * BIG if path == "/big" else json.dumps(facts(environ, body)).encode()
+    start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(content)))])
+    return [content]
 
 
 def facts(environ: dict[str, Any], body: bytes) -> dict[str, Any]:
@@ -64,13 +75,13 @@ def stream(environ: dict[str, Any], start_response: StartResponse) -> Iterable[b
     if environ["QUERY_STRING"] == "file":
         file = environ["wsgi.input"]
         return [json.dumps([file.read(3).decode(), file.read(2).decode(), len(file.read()), len(file.read())]).encode()]
-    return lengths(environ["wsgi.input"], 20_000 if environ["QUERY_STRING"] == "wordy" else 1)
+    return lengths(environ["wsgi.input"])
 
 
-def lengths(body: Any, times: int) -> Iterator[bytes]:
+def lengths(body: Any) -> Iterator[bytes]:
     try:
         while part := body.read_some():
-            yield b"%d\n" % len(part) * times
+            yield b"%d\n" % len(part)
     except PortalError as error:
         yield error.code.encode()
 
@@ -101,20 +112,24 @@ def main(options: dict[str, Any]) -> int:
     certificate, key = Path(options.pop("certificate")), Path(options.pop("key"))
     client_cas = certificate.with_name("client-cas.pem")
     broken = options.pop("broken", None)
-    serving_loop.SLOWEST_READER = options.pop("slowest_reader", serving_loop.SLOWEST_READER)
     for name in ("bind", "pki_bind"):
         options[name] = Address(*options[name])
     settings = Settings.from_env({}).model_copy(update=options)
 
-    def make_app() -> Callable[..., Iterable[bytes]]:
+    def make_app(listener: Listener) -> Callable[..., Iterable[bytes]]:
+        return application if listener == "main" else pki_application
+
+    def begin(app: Any) -> None:
+        if app is pki_application:
+            return
         if broken == "one of two" and is_the_other(certificate.with_name("first")):
             until_told_to_end()
-            return application
-        if broken in ("startup", "one of two"):
+        elif broken == "the other" and is_the_other(certificate.with_name("first")):
+            raise StartupError("The disk is full.")
+        elif broken in ("startup", "one of two"):
             raise StartupError("The database is from a newer version.")
-        if broken == "bug":
+        elif broken == "bug":
             raise ZeroDivisionError
-        return application
 
     try:
         return serve(
@@ -124,6 +139,7 @@ def main(options: dict[str, Any]) -> int:
             key=key,
             client_cas=client_cas,
             on_ready=lambda: print("ready", flush=True),
+            on_worker_start=begin,
         )
     except PortalError as error:
         print(error.detail, file=sys.stderr)

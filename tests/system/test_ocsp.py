@@ -110,14 +110,17 @@ def test_a_revocation_shows_at_once_in_every_worker_process(deployment: Deployme
     certificate = certificate_of(deployment, device["device_id"], asking.folder)
     asking.openssl("-cert", str(certificate), "-no_nonce", "-reqout", "request.der")
     request = (asking.folder / "request.der").read_bytes()
-    sessions = [requests.Session() for _ in range(24)]  # connections spread over the processes
+    sessions = [requests.Session() for _ in range(24)]  # connections spread over the processes of both listeners
+    for session in sessions:
+        session.trust_env = False
+        session.verify = deployment.session.verify
 
     def said() -> tuple[set[str], int]:
         answers = []
-        for session in sessions:
-            answer = session.post(
-                f"{deployment.pki_url}/ocsp", request, headers={"Content-Type": "application/ocsp-request"}, timeout=10
-            )
+        for number, session in enumerate(sessions):
+            url = (deployment.url, deployment.pki_url)[number % 2]
+            headers = {"Content-Type": "application/ocsp-request"}
+            answer = session.post(f"{url}/ocsp", request, headers=headers, timeout=10)
             answers.append(answer.content)
         return {ocsp.load_der_ocsp_response(each).certificate_status.name for each in answers}, len(set(answers))
 

@@ -63,7 +63,8 @@ def test_a_client_may_show_a_certificate_of_a_ca_that_was_added_while_the_server
 def test_a_certificate_of_another_ca_ends_the_handshake_and_nothing_else(server: Server) -> None:
     maker, other = Authority("A maker's CA"), Authority("Another CA")
     trust(server, maker)
-    wait_until(lambda: not refused(server, maker))
+    known = maker.issue("sn-2")
+    wait_until(lambda: not refused(server, maker) and seen(server, context_of(server, known)) == fingerprint(known))
     with pytest.raises((ssl.SSLError, ConnectionError)):
         seen(server, context_of(server, other.issue("sn-3"), "foreign"))
     assert seen(server, server.context()) == NONE

@@ -55,32 +55,44 @@ _JSON_COLUMNS = ("metadata", "topics")
 
 
 class ArrivingBody(Protocol):
-    """A body that is read while it arrives, as ``web.serving_streaming.StreamedInput``."""
+    """A body while it arrives: see ``web.serving.RequestBody``."""
 
     def read_some(self, wait: float | None = None) -> bytes | None:
-        """Return the bytes that have arrived, none at the end, ``None`` if nothing arrives in ``wait`` seconds."""
+        """Return a part, empty at the end, ``None`` where none begins to come in ``wait`` seconds."""
 
     def check(self) -> None:
         """Raise ``PortalStopping`` if the portal is stopping, so that no more rows are begun."""
 
 
-class WholeBody:
-    """The body under a server whose ``wsgi.input`` is read to a known length."""
+class UploadBody:
+    """The body of an upload, of at most ``limit`` bytes; read in blocks under a server other than the portal's."""
 
     def __init__(self, environ: Mapping[str, Any], limit: int) -> None:
-        self._file = environ["wsgi.input"]
-        self._left = int(environ.get("CONTENT_LENGTH") or 0)
-        if self._left > limit:
-            raise BodyTooLarge(f"The body must not be longer than {limit} bytes; see PORTAL_BULK_MAX_BYTES.")
+        self._stream = environ["wsgi.input"]
+        self._limit = limit
+        self._length = int(environ.get("CONTENT_LENGTH") or 0)
+        self._received = 0
+        self._check_length(self._length)
 
     def check(self) -> None:
-        """Do nothing."""
+        """Raise ``PortalStopping`` where the server is being stopped."""
+        if hasattr(self._stream, "check"):
+            self._stream.check()
 
     def read_some(self, wait: float | None = None) -> bytes | None:
-        """Return the next part, empty at the end."""
-        part: bytes = self._file.read(min(PART, self._left))
-        self._left -= len(part)
+        """Return a part; raises ``BodyTooLarge``, and as ``web.serving.RequestBody.read_some`` does."""
+        part: bytes | None
+        if hasattr(self._stream, "read_some"):
+            part = self._stream.read_some(wait)
+        else:
+            part = self._stream.read(min(PART, self._length - self._received))
+        self._received += len(part or b"")
+        self._check_length(self._received)
         return part
+
+    def _check_length(self, length: int) -> None:
+        if length > self._limit:
+            raise BodyTooLarge(f"The body must not be longer than {self._limit} bytes; see PORTAL_BULK_MAX_BYTES.")
 
 
 class UploadedRows:
@@ -200,10 +212,7 @@ def _external_id(content: bytes | Mapping[str, str]) -> str | None:
 def register_bulk(call: Call) -> Reply:
     """Register a device for each row of NDJSON or CSV."""
     portal = call.portal
-    stream = call.environ["wsgi.input"]
-    body: ArrivingBody = (
-        stream if hasattr(stream, "read_some") else WholeBody(call.environ, portal.settings.bulk_max_bytes)
-    )
+    body = UploadBody(call.environ, portal.settings.bulk_max_bytes)
     media_type = call.headers["Content-Type"].partition(";")[0].strip().lower()
     with contextlib.ExitStack() as stack:
         stack.enter_context(portal.bulk.place())

@@ -156,7 +156,6 @@ ROUTES = tagged(
         ANYONE,
         Answers(media_type="application/x-pem-file", description="Issuing CAs and root, PEM", headers=_ETAG),
         on_pki_listener=True,
-        direct=True,
     ),
     Route(
         "GET",
@@ -166,7 +165,6 @@ ROUTES = tagged(
         Answers(media_type="application/pkix-cert", description="One CA certificate, DER", headers=_ETAG),
         errors=(404,),
         on_pki_listener=True,
-        direct=True,
     ),
     Route(
         "GET",
@@ -176,9 +174,8 @@ ROUTES = tagged(
         Answers(media_type="application/pkix-crl", description="The issuer's newest CRL, DER", headers=_ETAG | _TIMES),
         errors=(404, 503),
         on_pki_listener=True,
-        direct=True,
     ),
-    Route("GET", "/ocsp/{request}", ocsp_get, ANYONE, _ANSWERS, on_pki_listener=True, direct=True),
+    Route("GET", "/ocsp/{request}", ocsp_get, ANYONE, _ANSWERS, on_pki_listener=True),
     Route(
         "POST",
         "/ocsp",
@@ -187,6 +184,5 @@ ROUTES = tagged(
         _ANSWERS,
         octets=Octets(REQUEST, MAX_BYTES),
         on_pki_listener=True,
-        direct=True,
     ),
 )

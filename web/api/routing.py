@@ -119,7 +119,6 @@ class Route:
     also: tuple[Answers, ...] = ()
     errors: tuple[int, ...] = ()
     on_pki_listener: bool = False
-    direct: bool = False
     idempotency_key: bool = False
     body_optional: bool = False
     token_optional: bool = False

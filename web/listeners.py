@@ -1,0 +1,223 @@
+"""What the server listens with: its sockets, its TLS context, connections that must not take for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from config import Address
+from core.errors import PortalStopping, StartupError
+
+BACKLOG = 1024
+LOOK_UP = 0.5  # seconds between looks whether the server still runs, where an upload is waited for
+PLAIN_HTTP = (
+    b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 33\r\n\r\nThis port speaks HTTPS, not HTTP."
+)
+CONTEXT_LIFE = 86400.0  # seconds after which the keys of the session tickets are replaced
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"  # of TLS 1.2; those of TLS 1.3 are all good
+# X509_V_FLAG_NO_CHECK_TIME of OpenSSL: the application tells a client with an expired certificate so in a sentence.
+NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
+CLIENT_CHECKS = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
+
+log = logging.getLogger("portal.serving")
+
+# --- Listeners ----------------------------------------------------------------------------------------------------
+
+
+def listen(address: Address, variable: str, timeout: float) -> socket.socket:
+    """Return a socket that listens on ``address``; raises ``StartupError``, which names the setting ``variable``.
+
+    A plain connection that it accepts ends a read or a write that takes longer than ``timeout`` seconds.
+    """
+    try:
+        family, kind, target = _resolved(address)
+    except OSError:
+        raise StartupError(f"The host name {address.host} cannot be resolved; set {variable}.") from None
+    listener = socket.socket(family, kind)
+    try:
+        if address.is_unix:
+            _remove_stale(address.host)
+        else:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by the connections
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # inherited, too: socket(7)
+            listener.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(timeout), int(timeout % 1 * 1e6)))
+        listener.bind(target)
+        if address.is_unix:  # whoever may connect may say which certificate a client has shown
+            os.chmod(address.host, 0o660)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StartupError(_why_not(error, address, variable)) from None
+    return listener
+
+
+def _resolved(address: Address) -> tuple[socket.AddressFamily, socket.SocketKind, Any]:
+    if address.is_unix:
+        return socket.AF_UNIX, socket.SOCK_STREAM, address.host
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, _, _, target = found[0]
+    return family, kind, target
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the Unix socket of a server that is gone; raises ``OSError`` where one answers."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _why_not(error: OSError, address: Address, variable: str) -> str:
+    if error.errno == errno.EADDRINUSE and address.is_unix:
+        return f"Another server answers at {address}; stop it or set {variable}."
+    if error.errno == errno.EADDRINUSE:
+        return f"Port {address.port} on {address.host} is in use; stop what uses it or set {variable}."
+    if error.errno in (errno.EACCES, errno.EPERM) and not address.is_unix:
+        return f"Port {address.port} may not be opened by this user; set {variable} to a port from 1024 on."
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{address.host} is not an address of this machine; set {variable}."
+    return f"The portal cannot listen on {address} ({error.strerror}); set {variable}."
+
+
+def allow_open_files(wanted: int) -> None:
+    """Let this process and its children open ``wanted`` files each; raises ``StartupError``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise StartupError(
+            f"This machine allows a process {hard} open files, too few for PORTAL_MAX_CONNECTIONS; raise the limit"
+            " or set PORTAL_MAX_CONNECTIONS lower."
+        )
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# --- TLS ----------------------------------------------------------------------------------------------------------
+
+
+class ClientTooSlow(ConnectionResetError):
+    """The client did not send its request in time."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ECONNRESET, "the client is too slow")
+
+
+class ClientSocket(ssl.SSLSocket):
+    """A TLS connection on which a handshake, and then each request, must arrive within ``patience`` seconds."""
+
+    patience = 15.0
+    deadline = 0.0  # on the monotonic clock
+    wanted: Callable[[], bool] | None = None  # says whether the server still runs, where that is to be looked at
+
+    def setblocking(self, flag: bool) -> None:
+        """Begin to count the time of a request: gunicorn calls this before it reads one."""
+        self.extend()
+        self.settimeout(self.patience if flag else 0.0)
+
+    def extend(self) -> None:
+        """Give the client ``patience`` seconds from now on."""
+        self.deadline = time.monotonic() + self.patience
+
+    def do_handshake(self, block: bool = False) -> None:
+        """Complete the handshake; raises ``ConnectionResetError``, as for a client that is gone, where it fails."""
+        self.setblocking(True)
+        try:
+            super().do_handshake(block)
+        except (ssl.SSLError, TimeoutError) as error:
+            if getattr(error, "reason", None) == "HTTP_REQUEST":
+                socket.socket.send(self, PLAIN_HTTP)
+            raise ConnectionResetError(errno.ECONNRESET, "the TLS handshake failed") from None
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Receive; raises ``ClientTooSlow``, and ``PortalStopping`` where ``wanted`` says that the server stops."""
+        if self.gettimeout() != self.patience:  # gunicorn has set a time of its own
+            return super().recv(buflen, flags)
+        try:
+            while (left := self.deadline - time.monotonic()) > 0:
+                if self.wanted is not None and not self.wanted():
+                    raise PortalStopping("The portal is being stopped; send what is not done yet again.")
+                self.settimeout(min(left, LOOK_UP))
+                with contextlib.suppress(TimeoutError):
+                    return super().recv(buflen, flags)
+            raise ClientTooSlow
+        finally:
+            self.settimeout(self.patience)
+
+
+class ServerTls:
+    """The TLS context of the main listener, made anew when the certificate on disk changes, or the file of client CAs.
+
+    Where ``client_cas`` (PEM) is there and not empty, clients are asked for a certificate and need not have one. One
+    that none of these CAs has issued ends the handshake; all else about a certificate is for the application to judge.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_cas: Path | None, timeout: float) -> None:
+        class Timed(ClientSocket):
+            patience = timeout
+
+        self.certificate, self.key = certificate, key
+        self._client_cas = client_cas
+        self._socket_class = Timed
+        self._seen = self._signature()
+        self._checked = self._made = time.monotonic()
+        try:
+            self._context = self._make()
+        except OSError as error:
+            raise StartupError(f"The server certificate {certificate} or its key cannot be used: {error}.") from None
+
+    def _make(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.sslsocket_class = self._socket_class
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(CIPHERS)
+        context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+        context.num_tickets = 1
+        context.set_alpn_protocols(["http/1.1"])
+        context.load_cert_chain(self.certificate, self.key)
+        if self._client_cas is not None and self._client_cas.exists() and self._client_cas.stat().st_size:
+            context.verify_mode = ssl.CERT_OPTIONAL
+            context.verify_flags = CLIENT_CHECKS
+            context.load_verify_locations(self._client_cas)
+        return context
+
+    def _signature(self) -> list[tuple[int, int, int]]:
+        signature = []
+        for path in (self.certificate, self.key, *((self._client_cas,) if self._client_cas else ())):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                signature.append((status.st_mtime_ns, status.st_size, status.st_ino))
+        return signature
+
+    def context(self) -> ssl.SSLContext:
+        """Look at the files, at most once a second; while they do not fit each other the old context stays."""
+        now = time.monotonic()
+        if now - self._checked < 1:
+            return self._context
+        self._checked = now
+        seen = self._signature()
+        if seen == self._seen and now - self._made < CONTEXT_LIFE:
+            return self._context
+        try:
+            self._context = self._make()
+        except OSError as error:
+            log.warning("The TLS files on disk cannot be used, those before stay: %s", error)
+        else:
+            self._made = now
+            log.info("The TLS files were read again.")
+        self._seen = seen
+        return self._context
