@@ -1,4 +1,4 @@
-"""Makes the broker obey what the portal has decided."""
+"""Makes the broker enforce what the portal has decided."""
 
 from __future__ import annotations
 
@@ -17,14 +17,22 @@ from broker.acl import (
 )
 from broker.files import CA_FILE, BrokerFiles
 from broker.probe import Probe, ProbeCertificates, ProbeResult
-from broker.reload import peer_process, run_reload_command, signal_broker
-from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
+from broker.session import (
+    FAILURE,
+    NOT_AUTHORISED,
+    SUCCESS,
+    Session,
+    connect_unix,
+    peer_process,
+    run_reload_command,
+    signal_broker,
+)
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.failpoints import failpoint
 from core.topics import Topic, is_device_id
 
-_CUTS_IN_FLIGHT = 8  # the broker's queue of connections on a unix socket is 10 long
+_DISCONNECTS_IN_FLIGHT = 8  # the broker's queue of connections on a unix socket is 10 long
 _HEALTH_SECONDS = 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _SIGNAL_AGAIN_SECONDS = 0.1  # a reload takes the broker 4 to 8 ms; a signal that arrives during one may be lost
@@ -35,49 +43,50 @@ def _now() -> datetime:
 
 
 def add_device_acl(acl: Acl, device_id: str, topics: Sequence[Topic] | None) -> None:
-    """Let the device use ``topics``, or the default ones where that is None, in place of what it had.
+    """Grant the device ``topics``, or the default ones if ``None``, instead of those it had.
 
-    Topics that are not allowed, or cannot be expressed in the ACL's style, close the device instead (``acl.closed``):
-    it may then do nothing. Raises ``ValueError`` where ``device_id`` is no canonical UUID.
+    If a topic is not allowed, or cannot be expressed in the ACL's style, the device is denied everything and is listed
+    in ``acl.closed``. Raise ``ValueError`` if ``device_id`` is not a canonical UUID.
     """
     acl.grant(device_id, topics)
 
 
 def remove_device_acl(acl: Acl, device_id: str, at: datetime | None = None) -> None:
-    """Take everything from the device: no block in an allow-list, a deny block where the pattern would cover it.
+    """Deny the device everything: no block in an allow-list, a deny block in an ACL with the pattern.
 
-    With ``at``, the time now, that block may be forgotten once it is old (``Acl.thin``). Raises ``ValueError`` where
-    ``device_id`` is no canonical UUID.
+    With ``at``, the current time, the deny block may be removed once it is old (``Acl.prune``). Raise ``ValueError``
+    if ``device_id`` is not a canonical UUID.
     """
     acl.deny(device_id, at)
 
 
-class BrokerProvisioning(BrokerFiles):
-    """One broker: its files, and what makes the running process obey them.
+class BrokerProvisioning:
+    """One broker: its ``files``, and how the running process is made to enforce them.
 
-    ``clock`` gives the time that CRLs are judged by. A ``deadline`` is a value of ``time.monotonic``. Methods may be
-    called from several threads; ``install`` and ``enforce`` from one process at a time.
+    ``clock`` gives the time at which CRLs must be current. A ``deadline`` is a value of ``time.monotonic``. Methods may
+    be called from several threads; ``files.install`` and ``enforce`` from one process at a time.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], datetime] = _now) -> None:
-        super().__init__(settings, clock)
+        self.files = BrokerFiles(settings, clock)
+        self._settings = settings
         self._probe = Probe(settings.mqtt_host, settings.mqtt_port, settings.broker_file(CA_FILE))
 
     def enforce(self, generation: int, deadline: float, *, reload: bool = False) -> int:
-        """Make the running broker obey the installed files; returns the generation that is then in force.
+        """Make the running broker load the installed files; return the generation that is then in force.
 
-        That is ``generation``, or a newer one where that was installed in the meantime. It returns at once where the
-        generation is in force already, unless ``reload`` asks for a reload in any case: after a repair that left the
-        generation as it was, or a new server certificate. Raises ``BrokerUnavailable`` where the broker is not
-        there, or not obeying by the deadline, and ``BrokerNotEnforcing`` where it runs without its ACL.
+        That is ``generation``, or a newer one installed meanwhile. Return at once if the generation is in force
+        already, unless ``reload`` demands a reload: after a repair that kept the generation, or with a new server
+        certificate. Raise ``BrokerUnavailable`` if the broker does not answer or does not load the files by the
+        deadline, ``BrokerNotEnforcing`` if it runs without its ACL.
         """
         answered, refused = False, SUCCESS
         while True:
             try:
                 sock = connect_unix(self._settings.broker_socket, deadline)
                 with Session(sock, deadline) as session:
-                    # Any CONNACK, even a refusal, shows that the broker's start is over and a signal will not kill it.
-                    reason = session.connect(_client_id(), PORTAL_USER, self.password())
+                    # Any CONNACK, even a refusal, shows that the broker has started: a signal cannot kill it now.
+                    reason = session.connect(_client_id(), PORTAL_USER, self.files.password())
                     answered, broker = True, peer_process(sock)
                     if reason == SUCCESS:
                         return self._await_generation(session, broker, generation, deadline, reload=reload)
@@ -87,26 +96,26 @@ class BrokerProvisioning(BrokerFiles):
             except OSError as error:
                 if refused != SUCCESS and isinstance(error, TimeoutError):
                     raise BrokerUnavailable(_password_refused(refused)) from error
-                # Not there at all: say so now. Gone in the middle: it may be starting again.
+                # Never answered: give up now. Disconnected after an answer: it may be restarting.
                 if not answered or time.monotonic() >= deadline:
                     raise self._unavailable(error) from error
             time.sleep(_LONGEST_PAUSE)
 
-    def cut_sessions(self, device_ids: Sequence[str], deadline: float) -> None:
+    def disconnect(self, device_ids: Sequence[str], deadline: float) -> None:
         """End the devices' sessions: connections are closed, queues and subscriptions discarded.
 
-        Works by taking over each session with clean start (MQTT 5.0 section 3.1.4). A device without a session is no
-        error. Cut only after ``enforce``: the broker would let the device in again. Raises ``BrokerUnavailable``.
+        Take over each session with clean start (MQTT 5.0 section 3.1.4); a device without a session is not an error.
+        Call it only after ``enforce``, or the broker accepts the device again. Raise ``BrokerUnavailable``.
         """
         for device_id in device_ids:
             if not is_device_id(device_id):
                 raise ValueError("a device's id must be a UUID in lower case with hyphens")
-        password = self.password()
+        password = self.files.password()
         try:
-            for start in range(0, len(device_ids), _CUTS_IN_FLIGHT):
+            for start in range(0, len(device_ids), _DISCONNECTS_IN_FLIGHT):
                 with ExitStack() as stack:
                     sessions = []
-                    for device_id in device_ids[start : start + _CUTS_IN_FLIGHT]:
+                    for device_id in device_ids[start : start + _DISCONNECTS_IN_FLIGHT]:
                         sock = connect_unix(self._settings.broker_socket, deadline)
                         session = stack.enter_context(Session(sock, deadline))
                         session.send_connect(device_id, PORTAL_USER, password)
@@ -118,25 +127,25 @@ class BrokerProvisioning(BrokerFiles):
             raise self._unavailable(error) from error
 
     def probe(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:
-        """Show the broker a revoked certificate, which it must refuse as such, and a good one, which it must let in.
+        """Check that the broker refuses the revoked certificate as revoked, and accepts the good one.
 
-        Raises ``BrokerNotEnforcing`` where it does otherwise, ``BrokerUnavailable`` where it cannot be reached.
+        Raise ``BrokerNotEnforcing`` if it does not, ``BrokerUnavailable`` if it does not answer.
         """
         return self._probe.run(certificates, deadline)
 
     def reachable(self) -> bool:
-        """Whether the broker answers the portal on its internal listener, asked for a second at most."""
+        """Return whether the broker answers the portal on its internal listener within a second."""
         deadline = time.monotonic() + _HEALTH_SECONDS
         try:
             with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
-                return session.connect(_client_id(), PORTAL_USER, self.password()) == SUCCESS
+                return session.connect(_client_id(), PORTAL_USER, self.files.password()) == SUCCESS
         except (OSError, BrokerUnavailable):
             return False
 
     def _await_generation(
         self, session: Session, broker: int, generation: int, deadline: float, *, reload: bool
     ) -> int:
-        """Signal, then ask again and again until the answers show that the reload has happened."""
+        """Signal the broker, then query it repeatedly until the answers show that it has reloaded."""
         if reload:
             self._reload(broker, deadline)
             # The broker looks at its reload flag after each round of packets: at the second answer it has reloaded.
@@ -144,12 +153,12 @@ class BrokerProvisioning(BrokerFiles):
                 session.publish(REFUSED_TOPIC)
         pause, signalled = _FIRST_PAUSE, time.monotonic() if reload else None
         while True:
-            wanted = max(generation, self.installed_generation() or 0)
-            allowed = session.publish(f"{GENERATION_TOPIC}/{wanted}") < FAILURE
-            # A broker whose ACL could not be read lets everybody do everything: then this is allowed as well.
+            newest = max(generation, self.files.installed_generation() or 0)
+            allowed = session.publish(f"{GENERATION_TOPIC}/{newest}") < FAILURE
+            # A broker that could not read its ACL allows everything, this topic as well.
             open_to_all = allowed and session.publish(REFUSED_TOPIC) != NOT_AUTHORISED
             if allowed and not open_to_all:
-                return wanted
+                return newest
             if signalled is None or time.monotonic() - signalled >= _SIGNAL_AGAIN_SECONDS:
                 self._reload(broker, deadline)
                 signalled = time.monotonic()
@@ -158,9 +167,9 @@ class BrokerProvisioning(BrokerFiles):
                 pause = min(2 * pause, _LONGEST_PAUSE)
             if time.monotonic() >= deadline:
                 if open_to_all:
-                    raise BrokerNotEnforcing("The broker runs without an access list: stop it, repair its ACL file.")
+                    raise BrokerNotEnforcing("The broker runs without an ACL: stop it, then repair its ACL file.")
                 raise BrokerUnavailable(
-                    f"The broker did not take generation {wanted} in time: see its log,"
+                    f"The broker did not load generation {newest} in time: see its log,"
                     " and that acl_file in its configuration names the portal's file."
                 )
 
@@ -175,7 +184,7 @@ class BrokerProvisioning(BrokerFiles):
         said = error.strerror or str(error) or type(error).__name__
         return BrokerUnavailable(
             f"The broker's internal listener {self._settings.broker_socket} does not answer: {said};"
-            " see that the broker runs with the portal's configuration."
+            " check that the broker runs with the portal's configuration."
         )
 
 

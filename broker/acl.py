@@ -14,7 +14,7 @@ from core.topics import Access, Topic, check_topics, default_topics, expand, is_
 
 PORTAL_USER = "portal"  # the portal on the broker's internal listener
 GENERATION_TOPIC = "portal/generation"  # below it, the only topic that the portal may write, one for each generation
-# Never granted by a valid ACL: an answer other than "not authorised" shows that the broker runs without its ACL.
+# Never granted by a valid ACL: any answer but "not authorised" shows that the broker runs without its ACL.
 REFUSED_TOPIC = "portal/refused"
 
 _WRITER = b"# Written by the device onboarding portal. A change by hand is damage to it and is overwritten.\n"
@@ -24,11 +24,10 @@ DENY_ALL = "topic deny #\n"
 class Acl:
     """The ACL of one broker in one style; filled device by device, then rendered for a generation.
 
-    ``per-device``: an allow-list, a device without a block may do nothing. ``pattern``: one line lets each device do
-    everything below its id, and blocks stand only for devices with topics of their own and for those that are out.
-    The broker lets a deny entry win over everything else of that user, patterns too, and adds the pattern to a user's
-    own topics; so in this style topics narrower than the default cannot be expressed, and such a device is denied
-    everything. ``closed`` names the devices shut out for such a reason, with the reason, for the log.
+    ``per-device``: an allow-list, a device without a block may do nothing. ``pattern``: one line grants each device
+    everything below its id, and only devices with topics of their own and denied devices have blocks.
+    In Mosquitto a deny entry overrides all others of its user, patterns too, and the pattern is added to a user's own
+    topics. So this style cannot express topics narrower than the default, and such a device is denied everything.
     """
 
     def __init__(self, style: AclStyle, prefix: str) -> None:
@@ -36,23 +35,23 @@ class Acl:
         self.prefix = prefix
         self._blocks: dict[str, bytes] = {}
         self._closed: dict[str, str] = {}
-        self._denied: dict[str, datetime] = {}  # deny blocks of devices that are out, the oldest first
+        self._denied: dict[str, datetime] = {}  # deny blocks of revoked and suspended devices, the oldest first
         self._default_lines = _topic_lines("{id}", default_topics(prefix))
 
     @property
     def closed(self) -> Mapping[str, str]:
-        """Devices that may do nothing because what is wanted for them cannot be granted, each with the reason."""
+        """Devices that are denied everything because their topics cannot be granted, each with the reason."""
         return MappingProxyType(self._closed)
 
     def __len__(self) -> int:
-        """How many devices have a block."""
+        """Return the number of devices with a block."""
         return len(self._blocks)
 
-    def thin(self, *, newest: int, since: datetime) -> None:
-        """Forget the denials of devices that were put out before ``since``, except for so many of the newest.
+    def prune(self, *, newest: int, since: datetime) -> None:
+        """Remove the deny blocks of devices denied before ``since``, except the ``newest`` ones.
 
-        Mosquitto's time for a reload grows with the square of its users. A denial is needed as long as a connection
-        may live whose handshake was over before the CRL that lists the device; from then on the CRL keeps it out.
+        The time Mosquitto needs for a reload grows with the square of the number of users. A deny block is needed as
+        long as a connection may exist whose handshake ended before the CRL listed the device; then the CRL suffices.
         """
         for device_id, at in list(itertools.islice(self._denied.items(), max(0, len(self._denied) - newest))):
             if at >= since:
@@ -60,7 +59,7 @@ class Acl:
             self.forget(device_id)
 
     def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
-        """Let the device use ``topics``; see ``broker_provisioning.add_device_acl``."""
+        """Grant ``topics``; see ``broker_provisioning.add_device_acl``."""
         _check_id(device_id)
         self._closed.pop(device_id, None)
         self._denied.pop(device_id, None)
@@ -80,7 +79,7 @@ class Acl:
         self._blocks[device_id] = f"user {device_id}\n{_topic_lines(device_id, checked)}".encode()
 
     def deny(self, device_id: str, at: datetime | None = None) -> None:
-        """Take everything from the device; see ``broker_provisioning.remove_device_acl``."""
+        """Deny everything; see ``broker_provisioning.remove_device_acl``."""
         _check_id(device_id)
         self._closed.pop(device_id, None)
         self._denied.pop(device_id, None)
@@ -92,20 +91,20 @@ class Acl:
             self._blocks.pop(device_id, None)
 
     def forget(self, device_id: str) -> None:
-        """Drop the block of a device whose certificates have all expired or never were, so none can come back.
+        """Remove the block of a device that has no certificate, or only expired ones, so it cannot connect.
 
-        In pattern style this ends the denial: only the CRL and the certificate's end keep the device out from then on.
+        In pattern style this ends the denial: only the CRL and the certificate's expiry refuse the device then.
         """
         self._closed.pop(device_id, None)
         self._denied.pop(device_id, None)
         self._blocks.pop(device_id, None)
 
     def render(self, generation: int) -> bytes:
-        """The whole file, in Mosquitto's own format (mosquitto.conf(5), acl_file), for ``generation``."""
+        """Return the file for ``generation`` in Mosquitto's format (mosquitto.conf(5), acl_file)."""
         pattern, portal_deny = "", ""
         if self.style is AclStyle.PATTERN:
             pattern = f"pattern readwrite {self.prefix}/%u/#\n"
-            portal_deny = f"topic deny {self.prefix}/{PORTAL_USER}/#\n"  # what the pattern gives this user
+            portal_deny = f"topic deny {self.prefix}/{PORTAL_USER}/#\n"  # what the pattern grants this user
         head = (
             f"# generation {generation}\n# style {self.style}\n{pattern}"
             f"user {PORTAL_USER}\ntopic write {GENERATION_TOPIC}/{generation}\n{portal_deny}"
@@ -115,7 +114,7 @@ class Acl:
 
 
 def check_style(topics: Sequence[Topic] | None, style: AclStyle, prefix: str) -> None:
-    """Raise ``TopicRefused`` where ``topics``, in normal form, cannot be enforced in ``style``."""
+    """Raise ``TopicRefused`` if ``topics``, in normal form, cannot be enforced in ``style``."""
     if style is AclStyle.PATTERN and topics is not None and default_topics(prefix)[0] not in topics:
         message = f"topics narrower than the default need PORTAL_ACL_STYLE={AclStyle.PER_DEVICE}"
         raise TopicRefused(f"{message}.", [FieldProblem("topics", message)])
@@ -131,10 +130,10 @@ def _topic_lines(device_id: str, topics: Sequence[Topic]) -> str:
 
 
 def validate_acl(content: bytes, generation: int, *, style: AclStyle | None = None, prefix: str | None = None) -> None:
-    """Read an ACL as if it came from elsewhere; raise ``ProjectionInvalid`` where it is not what was meant.
+    """Parse an ACL as untrusted input; raise ``ProjectionInvalid`` if it is not valid for ``generation``.
 
-    Checked: header, every line, one block a user, and the last line, which shows a truncated file. With ``prefix``
-    also that each filter stays below it and names no other device.
+    Checked: header, every line, one block for each user, and the last line, which shows a truncated file. With
+    ``prefix`` also that each filter is below it and names no other device.
     """
     if not content.startswith(_WRITER):
         raise ProjectionInvalid("The ACL does not begin with the portal's header.")
@@ -149,14 +148,14 @@ def validate_acl(content: bytes, generation: int, *, style: AclStyle | None = No
         raise ProjectionInvalid("The ACL is truncated: its last line is missing.")
     fixed = _fixed_lines(AclStyle(stated[1].decode()), generation, prefix).match(content, stated.end() + 1)
     if fixed is None:
-        raise ProjectionInvalid("The ACL's lines for the portal itself are not as they must be.")
+        raise ProjectionInvalid("The ACL's lines for the portal itself are wrong.")
     body = _blocks(prefix).match(content, fixed.end(), tail.start())
     if body is None or body.end() != tail.start():
         line = content.count(b"\n", 0, body.end() if body else fixed.end()) + 1
         raise ProjectionInvalid(f"The ACL is malformed, or grants too much, in the block that begins at line {line}.")
     users = re.findall(rb"^user (.+)$", content[fixed.end() : tail.start()], re.MULTILINE)
     if len(users) != int(tail[2]) or len(set(users)) != len(users):
-        raise ProjectionInvalid("The ACL does not hold as many devices as its last line says, each once.")
+        raise ProjectionInvalid("The ACL does not contain as many devices as its last line says, each once.")
 
 
 def _fixed_lines(style: AclStyle, generation: int, prefix: str | None) -> re.Pattern[bytes]:
@@ -170,11 +169,11 @@ def _fixed_lines(style: AclStyle, generation: int, prefix: str | None) -> re.Pat
 
 
 def _blocks(prefix: str | None) -> re.Pattern[bytes]:
-    """All device blocks; each ends at a line's end, so that a match that stops early shows which block is wrong."""
+    """Match all device blocks; each ends at a line's end, so a match that stops early shows the wrong block."""
     uuid = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
     below = re.escape(prefix) if prefix is not None else r"[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*?"
     other = r"(?:[0-9A-Fa-f]-?){32}(?:/|\n)"
-    # The level after the prefix is the block's own id, or a name that holds no wildcard and is no other id.
+    # The level after the prefix is the block's own id, or a name without a wildcard that is not another id.
     place = rf"(?:(?P=id)|(?!{other})[^\x00-\x1f\x7f-\xff/+#%{{}}]+)"
     rest = r"(?:/[^\x00-\x1f\x7f-\xff/+#%{}]+|/\+)*(?:/#)?"
     grant = rf"topic (?:{'|'.join(Access)}) {below}/{place}{rest}\n"

@@ -1,4 +1,4 @@
-"""Checks of the CRLs that the broker is to refuse by."""
+"""Checks the CRLs and CA certificates that the broker verifies devices with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CrlWindow:
     next_update: datetime
 
     def problem(self, now: datetime) -> str | None:
-        """What is wrong with the CRLs at ``now``, as the end of a sentence, or None."""
+        """Return what is wrong with the CRLs at ``now``, as the end of a sentence, or ``None``."""
         if now < self.this_update:
             return f"is not valid before {self.this_update.isoformat()}"
         if now >= self.next_update:
@@ -40,14 +40,14 @@ class CrlWindow:
 
 
 def validate_crl(pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: datetime) -> CrlWindow:
-    """Check a file of CRLs (PEM, RFC 5280 section 5) as the broker would have to; returns when it is current.
+    """Check a file of CRLs (PEM, RFC 5280 section 5) as strictly as the broker needs it; return when it is current.
 
-    It must hold exactly one CRL of each certificate in ``issuers``, and no other, each a full CRL signed with that
-    issuer's key, with thisUpdate <= ``now`` < nextUpdate. Anything else raises ``ProjectionInvalid``: the broker
-    would let revoked certificates in, or everybody out.
+    It must contain exactly one CRL of each certificate in ``issuers``, and no other, each a full CRL signed with that
+    issuer's key, with thisUpdate <= ``now`` < nextUpdate. Otherwise raise ``ProjectionInvalid``: with such a file the
+    broker would accept revoked certificates, or refuse every device.
     """
     if not issuers:
-        raise ProjectionInvalid("There is no issuing CA to check a CRL by.")
+        raise ProjectionInvalid("There is no issuing CA to check a CRL with.")
     missing = list(issuers)
     windows = []
     for crl, der in _load_crls(pem_bundle):
@@ -69,19 +69,19 @@ def validate_crl(pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: da
 
 
 def read_window(pem_bundle: bytes) -> CrlWindow:
-    """When the CRLs of a file are current; raises ``ProjectionInvalid`` where it is no file of CRLs."""
+    """Return when the CRLs of a file are current; raise ``ProjectionInvalid`` if it is not a file of CRLs."""
     return _window([read.crl for read in _load_crls(pem_bundle)])
 
 
 def read_crls(pem_bundle: bytes) -> list[x509.CertificateRevocationList]:
-    """The CRLs of a file, unchecked; raises ``ProjectionInvalid`` where it is no file of CRLs."""
+    """Return the CRLs of a file, unchecked; raise ``ProjectionInvalid`` if it is not a file of CRLs."""
     return [read.crl for read in _load_crls(pem_bundle)]
 
 
 def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
-    """The issuing CAs of a bundle (PEM): those below another CA, or the roots where there are no others.
+    """Return the issuing CAs of a bundle (PEM): those below another CA, or the roots if there are no others.
 
-    Raises ``ProjectionInvalid`` where the bundle is malformed, holds what is no CA, or lacks the issuer of one.
+    Raise ``ProjectionInvalid`` if the bundle is malformed, contains a certificate that is not a CA, or lacks an issuer.
     """
     try:
         certificates = x509.load_pem_x509_certificates(ca_bundle)
@@ -89,7 +89,7 @@ def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
     except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
         raise ProjectionInvalid("The file of CA certificates is malformed.") from error
     if ca_bundle.count(b"-----BEGIN ") != len(certificates) or not all(one.ca for one in constraints):
-        raise ProjectionInvalid("The file of CA certificates holds something other than CA certificates.")
+        raise ProjectionInvalid("The file of CA certificates contains something other than CA certificates.")
     roots = [one for one in certificates if one.subject == one.issuer]
     issuing = [one for one in certificates if one.subject != one.issuer]
     for certificate in certificates:
@@ -102,7 +102,7 @@ def _load_crls(pem_bundle: bytes) -> list[_Read]:
     crls = []
     position = 0
     while position < len(pem_bundle):
-        # Block by block and nothing between: a damaged block must not hide behind a good one.
+        # Block by block with nothing between: a damaged block must not go unnoticed beside a good one.
         block = _PEM_CRL.match(pem_bundle, position)
         if block is None:
             raise ProjectionInvalid("The file of CRLs is malformed or truncated.")
@@ -110,7 +110,7 @@ def _load_crls(pem_bundle: bytes) -> list[_Read]:
             der = binascii.a2b_base64(block[1].translate(None, b"\r\n"), strict_mode=True)
             crls.append(_Read(x509.load_der_x509_crl(der), der))
         except ValueError as error:
-            raise ProjectionInvalid("The file of CRLs holds a block that is no CRL.") from error
+            raise ProjectionInvalid("The file of CRLs contains a block that is not a CRL.") from error
         position = block.end()
     if not crls:
         raise ProjectionInvalid("The file of CRLs is empty.")

@@ -1,4 +1,4 @@
-"""The broker's files on disk: replaced whole, recorded, watched for damage."""
+"""The broker's files on disk: replaced atomically, recorded, checked for damage."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from core.files import FileLock, fsync_directory, private_folder, replace_file, 
 CRL_FILE, CA_FILE = "crl.pem", "ca.pem"
 PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE = "passwords", "server.pem", "server.key"
 FILE_MODE = 0o640
-# The broker, as another user, makes its socket, pid file and database here: so its group may write. Set-group-id keeps
-# those in its group; sticky keeps it from replacing the portal's files.
+# The broker, as another user, creates its socket, pid file and database here, so its group may write. Set-group-id
+# gives those its group; the sticky bit keeps it from replacing the portal's files.
 FOLDER_MODE = 0o3770
 PASSWORD_ITERATIONS = 101  # Mosquitto's default; the password has 256 random bits, so more would not help
 _MAX_RECORD_BYTES = 4096
@@ -41,7 +41,7 @@ _MAX_RECORD_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """What the broker is to know, of one generation: ACL, CRLs and CA certificates (both PEM), as file contents."""
+    """What the broker must enforce, of one generation: ACL, CRLs and CA certificates (PEM), as file contents."""
 
     generation: int
     acl: bytes
@@ -54,7 +54,7 @@ _NEVER = CrlWindow(datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A file as it was when last looked at."""
+    """A file as it was when last read."""
 
     signature: tuple[int, ...]
     digest: str
@@ -73,11 +73,11 @@ class BrokerFiles:
         self._lock = threading.Lock()
 
     def install(self, projection: Projection, *, even_older: bool = False) -> None:
-        """Check all of ``projection``, then put it in the broker's reach; the broker is not told.
+        """Check all of ``projection``, then write it to the broker's folder; the broker is not reloaded.
 
-        Raises ``ProjectionInvalid`` where a check fails or a newer generation is installed (unless ``even_older``),
-        and ``BrokerUnavailable`` where a file cannot be written. Then no file is changed. Files that already hold
-        the content stay untouched. One process at a time: the caller holds the lock.
+        Raise ``ProjectionInvalid`` if a check fails or a newer generation is installed (unless ``even_older``), and
+        ``BrokerUnavailable`` if a file cannot be written; then no file is changed. Files that already have the content
+        stay untouched. One process at a time: the caller holds the lock.
         """
         self.check(projection)
         installed = self.installed_generation()
@@ -101,7 +101,7 @@ class BrokerFiles:
         self.password()
 
     def check(self, projection: Projection) -> None:
-        """Raise ``ProjectionInvalid`` where the broker must not be given ``projection``."""
+        """Raise ``ProjectionInvalid`` if the broker must not get ``projection``."""
         if not 0 <= projection.generation < 1 << 63:
             raise ProjectionInvalid("A generation must be a whole number that is not negative.")
         settings = self._settings
@@ -109,7 +109,7 @@ class BrokerFiles:
         validate_acl(projection.acl, projection.generation, style=settings.acl_style, prefix=settings.topic_prefix)
 
     def _check_crl(self, projection: Projection) -> CrlWindow:
-        """Check the CRLs in full where they are not those of the last time; when they are current is always asked."""
+        """Check the CRLs completely if they are not those checked last, and always that they are current."""
         digest = hashlib.sha256(hashlib.sha256(projection.ca).digest() + projection.crl).hexdigest()
         seen, window = self._checked
         if digest != seen or window.problem(self._clock()):
@@ -118,14 +118,14 @@ class BrokerFiles:
         return window
 
     def installed_generation(self) -> int | None:
-        """Generation of the files as recorded with them, or None where there is no readable record."""
+        """Return the generation recorded with the files, or ``None`` without a readable record."""
         record = self._record()
         return record[0] if record else None
 
     def damage(self) -> list[str]:
-        """One sentence for each file that is not as it was installed, or whose CRL is not current.
+        """Return a sentence for each file that is not as it was installed, or whose CRL is not current.
 
-        A file is read again only where its inode, size, times, mode or owner changed since it was last looked at.
+        A file is read again only if its inode, size or times changed since it was last read.
         """
         record = self._record()
         if record is None:
@@ -138,10 +138,10 @@ class BrokerFiles:
         return [problem for problem in [*problems, self._password_damage()] if problem is not None]
 
     def write_server_certificate(self, chain: bytes, key: bytes) -> bool:
-        """Put the broker's own certificate with its issuers (PEM) and private key (PEM, PKCS#8, clear) in place.
+        """Write the broker's own certificate with its issuers (PEM) and private key (PEM, PKCS#8, not encrypted).
 
-        Returns whether anything changed: the broker then has to be reloaded. Raises ``ProjectionInvalid`` where they
-        do not belong together, ``BrokerUnavailable`` where they cannot be written.
+        Return whether anything changed: then the broker has to be reloaded. Raise ``ProjectionInvalid`` if they do not
+        belong together, ``BrokerUnavailable`` if they cannot be written.
         """
         try:
             certificate = x509.load_pem_x509_certificates(chain)[0]
@@ -150,18 +150,19 @@ class BrokerFiles:
             raise ProjectionInvalid("The broker's certificate or key cannot be read.") from error
         if not matches:
             raise ProjectionInvalid("The broker's key is not the one of its certificate.")
-        wanted = {SERVER_CERTIFICATE_FILE: chain, SERVER_KEY_FILE: key}
+        contents = {SERVER_CERTIFICATE_FILE: chain, SERVER_KEY_FILE: key}
         with self._lock:
             same = [
-                self._file_problem(name) is None and self._path(name).read_bytes() == wanted[name] for name in wanted
+                self._file_problem(name) is None and self._path(name).read_bytes() == contents[name]
+                for name in contents
             ]
             if all(same):
                 return False
-            self._replace(wanted)
+            self._replace(contents)
         return True
 
     def password(self) -> str:
-        """The portal's password on the internal listener, 256 bits, made at first use with its file for the broker."""
+        """Return the portal's password on the internal listener, 256 bits, created at first use."""
         path = self._settings.secrets_dir / "broker-password"
         try:
             if not path.exists():
@@ -173,7 +174,7 @@ class BrokerFiles:
         except (OSError, UnicodeDecodeError) as error:
             raise BrokerUnavailable(f"{path} cannot be used; give it to the portal's user, mode 0600.") from error
         if not re.fullmatch(r"[A-Za-z0-9_-]{43,}", password):
-            raise BrokerUnavailable(f"{path} does not hold a password of the portal's; remove it to get a new one.")
+            raise BrokerUnavailable(f"{path} does not contain a password of the portal; remove it to get a new one.")
         if self._password_damage(password):
             self.write_password_file(password)
         return password
@@ -192,7 +193,7 @@ class BrokerFiles:
         return self._settings.broker_file(name)
 
     def _replace(self, contents: Mapping[str, bytes]) -> None:
-        """Replace several files; none is changed before all are durable under another name."""
+        """Replace several files; none is changed before all are on the disk under another name."""
         staged = {name: temporary_beside(self._path(name)) for name in contents}
         path = self._settings.broker_dir
         try:
@@ -209,7 +210,7 @@ class BrokerFiles:
         except OSError as error:
             raise BrokerUnavailable(
                 f"{path} cannot be written: {error.strerror};"
-                " give the folder to the portal's user and see that its disk has room."
+                " give the folder to the portal's user and check that its disk has space."
             ) from error
         finally:
             for path in staged.values():
@@ -222,7 +223,7 @@ class BrokerFiles:
             private_folder(folder, mode=0o700 if self._group is None else FOLDER_MODE, group=self._group)
         elif self._group is not None:
             status = folder.stat()
-            ours = status.st_uid == os.geteuid()  # else it is the operator's, who gave it the mode it has
+            ours = status.st_uid == os.geteuid()  # else the operator created it and chose its mode
             if ours and (status.st_gid, stat.S_IMODE(status.st_mode)) != (self._group, FOLDER_MODE):
                 private_folder(folder, mode=FOLDER_MODE, group=self._group)
 
@@ -238,20 +239,20 @@ class BrokerFiles:
         return generation, digests
 
     def _file_problem(self, name: str) -> str | None:
-        """What is wrong with a file's presence, mode or group, or None."""
+        """Return what is wrong with a file's presence, mode or group, or ``None``."""
         path = self._path(name)
         try:
             status = path.lstat()
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}."
         if not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) != FILE_MODE:
-            return f"{path} is not a plain file with mode 0640."
+            return f"{path} is not a regular file with mode 0640."
         if self._group is not None and status.st_gid != self._group:
             return f"{path} is not in the broker's group."
         return None
 
-    def _look(self, name: str) -> _Seen:
-        """Digest of a file, and when its CRLs are current; read where it changed. Raises ``OSError``."""
+    def _read(self, name: str) -> _Seen:
+        """Return a file's digest, and when its CRLs are current; read it only if it changed. Raise ``OSError``."""
         path = self._path(name)
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -267,7 +268,7 @@ class BrokerFiles:
         return seen
 
     def _remember(self, name: str, digest: str, window: CrlWindow | None, size: int) -> None:
-        """Note a file that was just written as one looked at, so that it need not be read to know what is in it."""
+        """Remember a file that was just written, so that it need not be read again."""
         self._seen.pop(name, None)
         with contextlib.suppress(OSError):
             status = self._path(name).stat()
@@ -276,7 +277,7 @@ class BrokerFiles:
 
     def _digest(self, name: str) -> str | None:
         try:
-            return self._look(name).digest
+            return self._read(name).digest
         except OSError:
             return None
 
@@ -285,7 +286,7 @@ class BrokerFiles:
             return problem
         path = self._path(name)
         try:
-            seen = self._look(name)
+            seen = self._read(name)
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}."
         if seen.digest != digest:
@@ -321,7 +322,7 @@ def _password_hash(password: str, salt: bytes, iterations: int) -> str:
 
 
 def broker_group(settings: Settings) -> int | None:
-    """Group id that the broker's files get; None where they keep the portal's own. Raises ``SettingInvalid``."""
+    """Return the group id of the broker's files, ``None`` for the portal's own; raise ``SettingInvalid``."""
     if settings.broker_group:
         try:
             return grp.getgrnam(settings.broker_group).gr_gid

@@ -1,24 +1,34 @@
-"""A minimal MQTT 5 client over a socket that is already connected."""
+"""Talks to the running broker: a minimal MQTT 5 client, and how the process is told to reload its files."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import shlex
+import signal
 import socket
 import struct
+import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from core.errors import BrokerUnavailable
+
+log = logging.getLogger("portal.broker")
+
 SUCCESS = 0x00
 FAILURE = 0x80  # reason codes from here on are failures (MQTT 5.0 section 2.4)
 NOT_AUTHORISED = 0x87
-MAX_INCOMING_BYTES = 4096  # longest packet that is read; what is asked for here is answered with far less
+MAX_INCOMING_BYTES = 4096  # the longest packet that is read; the expected answers are much shorter
+_MAX_LOGGED_BYTES = 2000
 _CONNECT, _CONNACK, _PUBLISH_QOS1, _PUBACK, _DISCONNECT = 0x10, 0x20, 0x32, 0x40, 0xE0
 
 
 def remaining(deadline: float) -> float:
-    """Seconds until ``deadline`` (of ``time.monotonic``); raises ``TimeoutError`` where it is over."""
+    """Return the seconds until ``deadline`` (of ``time.monotonic``); raise ``TimeoutError`` if it has passed."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise TimeoutError("no answer in time")
@@ -26,14 +36,14 @@ def remaining(deadline: float) -> float:
 
 
 def connect_unix(path: Path, deadline: float) -> socket.socket:
-    """Connect to a unix socket; raises ``OSError``, ``TimeoutError`` where its queue stays full."""
+    """Connect to a unix socket; raise ``OSError``, and ``TimeoutError`` if its queue stays full."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         while True:
             sock.settimeout(remaining(deadline))
             try:
                 sock.connect(str(path))
-            except BlockingIOError:  # the listener's queue is full: the kernel does not wait for room here
+            except BlockingIOError:  # the listener's queue is full, and the kernel does not wait
                 time.sleep(0.002)
             else:
                 return sock
@@ -46,8 +56,8 @@ class Session:
     """One MQTT 5 session (OASIS MQTT 5.0), with clean start and no expiry, so nothing of it is kept by the broker.
 
     Every wait ends at ``deadline`` (of ``time.monotonic``). All failures are ``OSError``: ``TimeoutError`` at the
-    deadline, ``ConnectionError`` where the broker closes or breaks the protocol, ``ssl.SSLError`` from TLS. As a
-    context manager it says goodbye and closes the socket.
+    deadline, ``ConnectionError`` if the broker closes or breaks the protocol, ``ssl.SSLError`` from TLS. As a
+    context manager it sends DISCONNECT and closes the socket.
     """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
@@ -64,7 +74,7 @@ class Session:
         self.close()
 
     def connect(self, client_id: str, username: str = "", password: str = "") -> int:
-        """Open the session; returns the reason code of CONNACK."""
+        """Open the session; return the reason code of CONNACK."""
         self.send_connect(client_id, username, password)
         return self.receive_connack()
 
@@ -76,11 +86,11 @@ class Session:
         self._send(_CONNECT, body)
 
     def receive_connack(self) -> int:
-        """Wait for CONNACK (section 3.2); returns its reason code."""
+        """Wait for CONNACK (section 3.2); return its reason code."""
         return self._receive(_CONNACK, shortest=2)[1]
 
     def publish(self, topic: str, payload: bytes = b"") -> int:
-        """Publish with QoS 1 (section 3.3); returns the reason code of PUBACK, 0x87 where the ACL refuses it."""
+        """Publish with QoS 1 (section 3.3); return the reason code of PUBACK, 0x87 if the ACL refuses it."""
         self._packet_id = self._packet_id % 0xFFFF + 1
         packet_id = struct.pack(">H", self._packet_id)
         self._send(_PUBLISH_QOS1, _text(topic) + packet_id + b"\x00" + payload)
@@ -90,7 +100,7 @@ class Session:
         return body[2] if len(body) > 2 else SUCCESS
 
     def close(self) -> None:
-        """Send DISCONNECT where that is possible, then close the socket; raises nothing."""
+        """Send DISCONNECT if possible, then close the socket; raise nothing."""
         with contextlib.suppress(OSError):
             self._send(_DISCONNECT, b"")
         with contextlib.suppress(OSError):
@@ -100,7 +110,7 @@ class Session:
         self._socket.settimeout(remaining(self._deadline))
         self._socket.sendall(bytes([kind]) + _variable_length(len(body)) + body)
 
-    def _receive(self, wanted: int, *, shortest: int) -> bytes:
+    def _receive(self, expected: int, *, shortest: int) -> bytes:
         kind = self._exactly(1)[0]
         length, shift = 0, 0
         while True:
@@ -116,7 +126,7 @@ class Session:
         body = self._exactly(length)
         if kind == _DISCONNECT:
             raise ConnectionError(f"the broker closed the session with reason 0x{body[0] if body else 0:02x}")
-        if kind != wanted or length < shortest:
+        if kind != expected or length < shortest:
             raise ConnectionError("the broker sent another packet than expected")
         return body
 
@@ -137,10 +147,90 @@ def _text(value: str) -> bytes:
 
 
 def _variable_length(length: int) -> bytes:
-    """The length as MQTT writes it (section 1.5.5): 7 bits a byte, low ones first."""
+    """Encode a length as MQTT does (section 1.5.5): 7 bits a byte, the low ones first."""
     encoded = bytearray()
     while True:
         length, low = divmod(length, 128)
         encoded.append(low | (0x80 if length else 0))
         if not length:
             return bytes(encoded)
+
+
+# --- The process ------------------------------------------------------------------------------------------------------
+
+
+def peer_process(sock: socket.socket) -> int:
+    """Return the process id of the listener at the other end of a unix socket, 0 if it is not visible here."""
+    pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(pid)
+
+
+def signal_broker(pid_file: Path, listening: int) -> None:
+    """Send SIGHUP to the broker named in ``pid_file``; raise ``BrokerUnavailable`` unless it is certainly the broker.
+
+    ``listening`` is the process that answers on the internal listener. Call this only once it has answered: SIGHUP
+    kills a broker that is still starting. The process is held by a descriptor while it is examined, so a pid that was
+    reused by another process meanwhile is never signalled.
+    """
+    pid = _read_pid(pid_file)
+    if listening and pid != listening:
+        raise BrokerUnavailable(
+            f"{pid_file} names process {pid}, but process {listening} answers on the broker's internal listener;"
+            " make PORTAL_BROKER_PID_FILE and PORTAL_BROKER_SOCKET those of one broker."
+        )
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError as error:
+        raise BrokerUnavailable(f"{pid_file} names process {pid}, which does not exist: start the broker.") from error
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+        if not name.startswith("mosquitto"):
+            raise BrokerUnavailable(f"{pid_file} names process {pid}, which is not Mosquitto: start the broker.")
+        signal.pidfd_send_signal(descriptor, signal.SIGHUP)
+    except OSError as error:
+        raise BrokerUnavailable(
+            f"The broker (process {pid}) could not be signalled: {error.strerror};"
+            " run it as the portal's user, or set PORTAL_BROKER_RELOAD to a command that may reload it."
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def run_reload_command(command: str, deadline: float) -> None:
+    """Run ``command``, split as a shell would but without one; raise ``BrokerUnavailable`` if it fails."""
+    try:
+        done = subprocess.run(  # noqa: S603 - the operator's own setting, and no shell
+            shlex.split(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=remaining(deadline),
+            check=False,
+        )
+    except (OSError, ValueError) as error:
+        raise BrokerUnavailable("The command in PORTAL_BROKER_RELOAD could not be run; check its spelling.") from error
+    except subprocess.TimeoutExpired as error:
+        raise BrokerUnavailable("The command in PORTAL_BROKER_RELOAD did not end in time.") from error
+    if done.stdout:
+        log.debug("output of the broker reload command: %s", done.stdout[:_MAX_LOGGED_BYTES].decode(errors="replace"))
+    if done.returncode != 0:
+        raise BrokerUnavailable(
+            f"The command in PORTAL_BROKER_RELOAD ended with status {done.returncode};"
+            " run it by hand, its output is in the log at level debug."
+        )
+
+
+def _read_pid(pid_file: Path) -> int:
+    try:
+        with pid_file.open("rb") as file:
+            text = file.read(32).strip()
+    except OSError as error:
+        raise BrokerUnavailable(
+            f"The broker's pid file {pid_file} cannot be read: {error.strerror};"
+            " start the broker, or set PORTAL_BROKER_PID_FILE or PORTAL_BROKER_RELOAD."
+        ) from error
+    if not text.isdigit() or not 1 < int(text) < 1 << 31:
+        raise BrokerUnavailable(
+            f"The broker's pid file {pid_file} does not contain a process id; start the broker again."
+        )
+    return int(text)

@@ -90,7 +90,7 @@ def record_refusals(portal: Portal) -> None:
     portal.operators.record_the_rest(portal.tenant_id)
 
 
-def cut_late_sessions(portal: Portal) -> None:
+def disconnect_again(portal: Portal) -> None:
     """Disconnect devices again that were revoked or suspended just now: one may have been connecting meanwhile.
 
     A device with a newer certificate is disconnected once, when no session can come from the older one any more.
@@ -103,7 +103,7 @@ def cut_late_sessions(portal: Portal) -> None:
     done.intersection_update(superseded)
     late += [device_id for certificate_id, device_id in superseded.items() if certificate_id not in done]
     if late and portal.broker.reachable():
-        portal.broker.cut_sessions(late, time.monotonic() + portal.settings.enforce_timeout)
+        portal.broker.disconnect(late, time.monotonic() + portal.settings.enforce_timeout)
         done.update(superseded)
 
 
@@ -180,7 +180,7 @@ JOBS = (
     Job("certificate renewal", 600.0, renew_certificates),
     Job("repair", 2.0, repair_broker),
     Job("client CAs", 10.0, write_client_authorities),
-    Job("late sessions", 20.0, cut_late_sessions),
+    Job("late sessions", 20.0, disconnect_again),
     Job("expiry", 30.0, expire, final=True),
     Job("probe", 60.0, probe_broker),
     Job("refusals", 60.0, record_refusals),

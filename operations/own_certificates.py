@@ -79,7 +79,7 @@ class OwnCertificates:
             renewed.append("portal server certificate")
         broker_files = settings.broker_file("server.pem"), settings.broker_file("server.key")
         if self._is_due(*broker_files, settings.broker_names):
-            self._broker.write_server_certificate(*self._issue_server(settings.broker_names))
+            self._broker.files.write_server_certificate(*self._issue_server(settings.broker_names))
             renewed.append("broker server certificate")
         if self._is_due(probes.good.certificate, probes.good.key):
             self._issue_probe(probes.good, revoked=False)

@@ -205,7 +205,7 @@ def prepare(portal: Portal) -> None:
     with FileLock(settings.data_dir / ".setup.lock").hold():
         for folder in (settings.data_dir, *data_folder.own_folders(settings), settings.broker_dir):
             remove_leftovers(folder)
-        portal.broker.password()  # created, with its file for the broker, if it is missing
+        portal.broker.files.password()  # created, with its file for the broker, if it is missing
         portal.own_certificates.renew()
         portal.responder.certificates.renew()
         portal.clients.write_authorities()

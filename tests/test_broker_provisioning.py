@@ -24,8 +24,7 @@ from broker.acl import Acl
 from broker.crl import validate_crl
 from broker.files import Projection, broker_group
 from broker.probe import ProbeCertificate, ProbeCertificates
-from broker.reload import run_reload_command, signal_broker
-from broker.session import MAX_INCOMING_BYTES, Session
+from broker.session import MAX_INCOMING_BYTES, Session, run_reload_command, signal_broker
 from broker_provisioning import BrokerProvisioning, add_device_acl
 from config import Settings
 from core.errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
@@ -82,16 +81,16 @@ def soon(seconds: float = 5) -> float:
 
 def test_a_projection_is_installed_with_its_record(place: Place) -> None:
     projection = place.projection(3)
-    place.broker.install(projection)
+    place.broker.files.install(projection)
     files = place.files()
     assert (files["acl"], files["crl.pem"], files["ca.pem"]) == (projection.acl, projection.crl, projection.ca)
     assert json.loads(files["projection.json"])["generation"] == 3
-    assert place.broker.installed_generation() == 3
-    assert place.broker.damage() == []
+    assert place.broker.files.installed_generation() == 3
+    assert place.broker.files.damage() == []
 
 
 def test_files_are_for_the_broker_and_nobody_else(place: Place) -> None:
-    place.broker.install(place.projection(1))
+    place.broker.files.install(place.projection(1))
     for path in place.settings.broker_dir.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
     assert stat.S_IMODE(place.settings.broker_dir.stat().st_mode) & 0o007 == 0
@@ -102,27 +101,27 @@ def test_files_are_for_the_broker_and_nobody_else(place: Place) -> None:
 
 def test_a_folder_that_the_broker_could_not_write_in_is_opened_to_its_group(place: Place) -> None:
     place.settings.broker_dir.mkdir(mode=0o750)
-    place.broker.install(place.projection(1))
+    place.broker.files.install(place.projection(1))
     group_may_write = bool(place.settings.broker_dir.stat().st_mode & stat.S_IWGRP)
     assert group_may_write == (broker_group(place.settings) is not None)
 
 
 def test_only_what_changed_is_written(place: Place) -> None:
     crl = place.pki.issuing.crl()
-    place.broker.install(place.projection(1, crl))
+    place.broker.files.install(place.projection(1, crl))
     before = {name: (place.settings.broker_dir / name).stat().st_ino for name in NAMES}
-    place.broker.install(place.projection(2, crl))
+    place.broker.files.install(place.projection(2, crl))
     after = {name: (place.settings.broker_dir / name).stat().st_ino for name in NAMES}
     assert {name for name in NAMES if before[name] != after[name]} == {"acl", "projection.json"}
 
 
 def test_an_older_generation_never_replaces_a_newer_one_by_itself(place: Place) -> None:
-    place.broker.install(place.projection(5))
+    place.broker.files.install(place.projection(5))
     with pytest.raises(ProjectionInvalid, match="generation 5, newer than 4"):
-        place.broker.install(place.projection(4))
-    place.broker.install(place.projection(5))
-    place.broker.install(place.projection(4), even_older=True)
-    assert place.broker.installed_generation() == 4
+        place.broker.files.install(place.projection(4))
+    place.broker.files.install(place.projection(5))
+    place.broker.files.install(place.projection(4), even_older=True)
+    assert place.broker.files.installed_generation() == 4
 
 
 def _other_ca(place: Place) -> bytes:
@@ -165,13 +164,13 @@ BAD_CRLS: dict[str, Callable[[Place], bytes]] = {
 
 @pytest.mark.parametrize("kind", BAD_CRLS)
 def test_a_bad_crl_is_refused_with_the_old_files_intact(place: Place, kind: str) -> None:
-    place.broker.install(place.projection(1))
+    place.broker.files.install(place.projection(1))
     before = place.files()
     with pytest.raises(ProjectionInvalid):
-        place.broker.install(place.projection(2, BAD_CRLS[kind](place)))
+        place.broker.files.install(place.projection(2, BAD_CRLS[kind](place)))
     assert place.files() == before
-    assert place.broker.installed_generation() == 1
-    assert place.broker.damage() == []
+    assert place.broker.files.installed_generation() == 1
+    assert place.broker.files.damage() == []
 
 
 def test_every_issuing_ca_needs_a_crl_of_its_own(place: Place) -> None:
@@ -179,9 +178,9 @@ def test_every_issuing_ca_needs_a_crl_of_its_own(place: Place) -> None:
     bundle = place.pki.ca_bundle + second.certificate.public_bytes(PEM)
     one = replace(place.projection(1), ca=bundle)
     with pytest.raises(ProjectionInvalid, match="no CRL of CN=Second issuing"):
-        place.broker.install(one)
-    place.broker.install(replace(one, crl=one.crl + second.crl()))
-    assert place.broker.damage() == []
+        place.broker.files.install(one)
+    place.broker.files.install(replace(one, crl=one.crl + second.crl()))
+    assert place.broker.files.damage() == []
 
 
 def test_two_keys_under_one_name_are_two_issuing_cas(place: Place) -> None:
@@ -213,19 +212,19 @@ def test_a_bad_ca_file_is_refused(place: Place, kind: str) -> None:
         "no root": place.pki.issuing.certificate.public_bytes(PEM),
     }[kind]
     with pytest.raises(ProjectionInvalid):
-        place.broker.install(replace(place.projection(1), ca=bad))
+        place.broker.files.install(replace(place.projection(1), ca=bad))
     assert not place.settings.broker_dir.exists()
 
 
 def test_an_acl_of_another_generation_is_refused(place: Place) -> None:
     with pytest.raises(ProjectionInvalid, match="not of generation 2"):
-        place.broker.install(replace(place.projection(1), generation=2))
+        place.broker.files.install(replace(place.projection(1), generation=2))
 
 
 def test_a_folder_that_cannot_be_made_is_said_with_its_path(place: Place) -> None:
     place.settings.broker_dir.write_text("a file where the folder should be")
     with pytest.raises(BrokerUnavailable, match=str(place.settings.broker_dir)):
-        place.broker.install(place.projection(1))
+        place.broker.files.install(place.projection(1))
 
 
 def test_a_read_only_folder_is_said_with_its_path(folder: Path, pki: Pki) -> None:
@@ -233,11 +232,11 @@ def test_a_read_only_folder_is_said_with_its_path(folder: Path, pki: Pki) -> Non
     settings = Settings.from_env({"PORTAL_DATA_DIR": str(folder), "PORTAL_BROKER_DIR": "/proc/self"})
     place = Place(settings, BrokerProvisioning(settings), pki, datetime.now(UTC))
     with pytest.raises(BrokerUnavailable, match=r"/proc/self.* cannot be written"):
-        place.broker.install(place.projection(1))
+        place.broker.files.install(place.projection(1))
 
 
 def test_a_write_that_fails_midway_changes_no_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    place.broker.install(place.projection(1))
+    place.broker.files.install(place.projection(1))
     before = place.files()
     write, calls = os.write, iter([True, False])
 
@@ -248,7 +247,7 @@ def test_a_write_that_fails_midway_changes_no_file(place: Place, monkeypatch: py
 
     monkeypatch.setattr("core.files.os.write", disk_full_at_the_second)
     with pytest.raises(BrokerUnavailable, match="No space left on device"):
-        place.broker.install(place.projection(2))
+        place.broker.files.install(place.projection(2))
     monkeypatch.undo()
     assert place.files() == before
 
@@ -292,59 +291,59 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_seen_and_repaired_by_installing_again(place: Place, name: str, kind: str) -> None:
     projection = place.projection(1)
-    place.broker.install(projection)
-    assert place.broker.damage() == []
+    place.broker.files.install(projection)
+    assert place.broker.files.damage() == []
     path = place.settings.broker_dir / name
     DAMAGE[kind](path)
-    problems = place.broker.damage()
+    problems = place.broker.files.damage()
     assert len(problems) == 1
     assert str(path) in problems[0]
-    place.broker.install(projection)
-    assert place.broker.damage() == []
+    place.broker.files.install(projection)
+    assert place.broker.files.damage() == []
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b'{"generation": "1", "sha256": {}}', b"\xff"])
 def test_a_damaged_record_is_damage(place: Place, content: bytes | None) -> None:
-    place.broker.install(place.projection(1))
+    place.broker.files.install(place.projection(1))
     record = place.settings.broker_dir / "projection.json"
     if content is None:
         record.unlink()
     else:
         record.write_bytes(content)
-    assert place.broker.installed_generation() is None
-    assert place.broker.damage() == [f"{record} is missing or unreadable."]
+    assert place.broker.files.installed_generation() is None
+    assert place.broker.files.damage() == [f"{record} is missing or unreadable."]
 
 
 def test_a_crl_that_expires_where_it_lies_is_damage(place: Place) -> None:
-    place.broker.install(place.projection(1))
+    place.broker.files.install(place.projection(1))
     place.now += timedelta(days=8)
-    (problem,) = place.broker.damage()
+    (problem,) = place.broker.files.damage()
     assert "crl.pem expired at" in problem
     place.now -= timedelta(days=16)
-    (problem,) = place.broker.damage()
+    (problem,) = place.broker.files.damage()
     assert "crl.pem is not valid before" in problem
 
 
 def test_an_unchanged_file_is_not_read_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    place.broker.install(place.projection(1))
-    assert place.broker.damage() == []
+    place.broker.files.install(place.projection(1))
+    assert place.broker.files.damage() == []
     monkeypatch.setattr("broker.files.hashlib.sha256", lambda content: pytest.fail("read again"))
-    assert place.broker.damage() == []
+    assert place.broker.files.damage() == []
 
 
 # --- Password, server certificate ---------------------------------------------------------------------------------
 
 
 def test_the_password_is_made_once_and_kept(place: Place) -> None:
-    password = place.broker.password()
+    password = place.broker.files.password()
     assert len(password) == 43
-    assert BrokerProvisioning(place.settings).password() == password
+    assert BrokerProvisioning(place.settings).files.password() == password
 
 
 def test_several_threads_at_first_use_get_one_password(place: Place) -> None:
     passwords: list[str] = []
     brokers = [BrokerProvisioning(place.settings) for _ in range(8)]
-    threads = [threading.Thread(target=lambda b=b: passwords.append(b.password())) for b in brokers]
+    threads = [threading.Thread(target=lambda b=b: passwords.append(b.files.password())) for b in brokers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -354,7 +353,7 @@ def test_several_threads_at_first_use_get_one_password(place: Place) -> None:
 
 
 def test_the_password_file_is_as_mosquitto_passwd_writes_it(place: Place) -> None:
-    place.broker.write_password_file("correct horse")
+    place.broker.files.write_password_file("correct horse")
     line = (place.settings.broker_dir / "passwords").read_text().strip()
     name, line = line.split(":")
     empty, kind, iterations, salt, digest = line.split("$")
@@ -371,8 +370,8 @@ def test_the_password_file_is_as_mosquitto_passwd_writes_it(place: Place) -> Non
 def test_a_server_certificate_is_written_once_with_its_key(place: Place) -> None:
     server = place.pki.issuing.issue("localhost", server_names=["localhost"])
     chain = server.certificate.public_bytes(PEM) + place.pki.issuing.certificate.public_bytes(PEM)
-    assert place.broker.write_server_certificate(chain, key_pem(server.key))
-    assert not place.broker.write_server_certificate(chain, key_pem(server.key))
+    assert place.broker.files.write_server_certificate(chain, key_pem(server.key))
+    assert not place.broker.files.write_server_certificate(chain, key_pem(server.key))
     assert stat.S_IMODE((place.settings.broker_dir / "server.key").stat().st_mode) == 0o640
 
 
@@ -380,7 +379,7 @@ def test_a_server_certificate_with_another_key_is_refused(place: Place) -> None:
     one, two = (place.pki.issuing.issue("localhost", server_names=["localhost"]) for _ in range(2))
     for key in (key_pem(two.key), b"no key"):
         with pytest.raises(ProjectionInvalid):
-            place.broker.write_server_certificate(one.certificate.public_bytes(PEM), key)
+            place.broker.files.write_server_certificate(one.certificate.public_bytes(PEM), key)
 
 
 # --- Signals ------------------------------------------------------------------------------------------------------
@@ -434,14 +433,14 @@ def test_a_reload_command_that_fails_is_said(command: str) -> None:
 
 
 def test_no_broker_is_said_at_once(place: Place) -> None:
-    place.broker.install(place.projection(1))
+    place.broker.files.install(place.projection(1))
     assert not place.broker.reachable()
     folder, issuing = place.settings.data_dir, place.pki.issuing
     good, revoked = (ProbeCertificate(*issuing.issue("c").write(folder, name)) for name in "gb")
     probe_certificates = ProbeCertificates(good, revoked)
     for call in (
         lambda: place.broker.enforce(1, soon()),
-        lambda: place.broker.cut_sessions([DEVICE], soon()),
+        lambda: place.broker.disconnect([DEVICE], soon()),
     ):
         with pytest.raises(BrokerUnavailable, match=r"portal\.sock"):
             call()
@@ -451,12 +450,12 @@ def test_no_broker_is_said_at_once(place: Place) -> None:
 
 def test_only_device_ids_are_cut(place: Place) -> None:
     with pytest.raises(ValueError, match="UUID"):
-        place.broker.cut_sessions(["portal"], soon())
+        place.broker.disconnect(["portal"], soon())
 
 
 def test_a_broker_that_has_not_answered_yet_is_not_signalled(place: Place) -> None:
     """One that still starts would die of it: so no CONNACK, no signal."""
-    place.broker.install(place.projection(1))
+    place.broker.files.install(place.projection(1))
     program = shutil.copy(shutil.which("sleep") or "sleep", place.settings.data_dir / "mosquitto")
     with (
         subprocess.Popen([program, "60"]) as starting,
@@ -525,5 +524,5 @@ def test_ten_thousand_devices_are_rendered_and_checked(place: Place) -> None:
     acl = Acl(place.settings.acl_style, place.settings.topic_prefix)
     for _ in range(10_000):
         add_device_acl(acl, str(uuid.uuid4()), None)
-    place.broker.install(Projection(1, acl.render(1), place.pki.issuing.crl(), place.pki.ca_bundle))
+    place.broker.files.install(Projection(1, acl.render(1), place.pki.issuing.crl(), place.pki.ca_bundle))
     assert place.files()["acl"].count(b"\nuser ") == 10_001

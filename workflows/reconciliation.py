@@ -176,11 +176,11 @@ class Reconciler:
 
     def damage(self) -> list[str]:
         """Return what is wrong with the broker's files, a sentence each; checked again if they may be being written."""
-        if not self._broker.damage():
+        if not self._broker.files.damage():
             return []
         try:
             with self._lock.hold(self._settings.enforce_timeout):
-                return self._broker.damage()
+                return self._broker.files.damage()
         except LockUnavailable as error:
             return [error.detail]
 
@@ -273,7 +273,7 @@ class Reconciler:
         self._broker.enforce(generation, deadline)
         failpoint("apply.after_reload")
         if target.disconnected:
-            self._broker.cut_sessions(target.disconnected, deadline)
+            self._broker.disconnect(target.disconnected, deadline)
         failpoint("apply.after_cut")
         if target.disconnected or target.crls:
             self._broker.probe(self._probe_certificates, deadline)
@@ -370,7 +370,7 @@ class Reconciler:
                 applied = state.applied_generation
                 for change in denials(tx, self._tenant_id, applied=applied, now=now):
                     update_acl(self._acl, change, now)
-            self._acl.thin(newest=MAX_DENIALS, since=now - DENIED_FOR)
+            self._acl.prune(newest=MAX_DENIALS, since=now - DENIED_FOR)
 
     def _install(self, target: _Target) -> None:
         if self._acl.closed:
@@ -389,7 +389,7 @@ class Reconciler:
                 if head is not None:
                     pem[head] = self._crl_pem[head]
         self._crl_pem = pem
-        self._broker.install(
+        self._broker.files.install(
             Projection(
                 generation=target.state.generation,
                 acl=self._acl.render(target.state.generation),

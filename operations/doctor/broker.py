@@ -13,8 +13,7 @@ from cryptography import x509
 from broker.acl import DENY_ALL, GENERATION_TOPIC, PORTAL_USER, REFUSED_TOPIC, Acl
 from broker.crl import read_crls
 from broker.files import CRL_FILE, BrokerFiles
-from broker.reload import peer_process
-from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix
+from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix, peer_process
 from core.acl_style import ACL_FILE, AclStyle
 from core.states import ON_CRL, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, summarize, warning, well

@@ -218,10 +218,10 @@ def test_old_denials_are_forgotten_except_for_the_newest() -> None:
         remove_device_acl(acl, device_id, noon + timedelta(minutes=minute))
     add_device_acl(acl, out[1], None)
     add_device_acl(acl, ONE, NARROWER)  # denied for another reason, which does not grow old
-    acl.thin(newest=2, since=noon + timedelta(minutes=3))
+    acl.prune(newest=2, since=noon + timedelta(minutes=3))
     assert [line for line in rendered(acl) if line.startswith("user ")] == [
         "user portal",
         *[f"user {device_id}" for device_id in (*out[3:], ONE)],
     ]
-    acl.thin(newest=2, since=noon + timedelta(hours=1))
+    acl.prune(newest=2, since=noon + timedelta(hours=1))
     assert len(acl) == 2 + 1

@@ -154,7 +154,7 @@ def test_a_ca_retires_by_itself_when_its_devices_have_certificates_of_the_next(p
     after = crl_of(portal, "issuing-1")
     assert after.number == before.number + 1, "its CRL is still published"
     assert len(x509.load_der_x509_crl(after.der)) == len(x509.load_der_x509_crl(before.der)) > 0
-    assert portal.broker.damage() == []
+    assert portal.broker.files.damage() == []
 
 
 # --- The root's CRL -----------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_a_damaged_broker_file_is_written_anew_and_recorded(portal: Portal, name
         path.write_bytes(damage)
     assert any(check.name == "broker files" and check.problem for check in portal.readiness.checks())
     jobs.repair_broker(portal)
-    assert portal.broker.damage() == []
+    assert portal.broker.files.damage() == []
     assert "broker:repair" in {
         entry.action for entry in portal.operators.audit("default", limit=5, before=None, filters={})[0]
     }
@@ -58,7 +58,7 @@ def test_damage_that_cannot_be_repaired_is_recorded_once(portal: Portal, monkeyp
     entries = portal.operators.audit("default", limit=50, before=None, filters={"action": "broker:repair"})[0]
     assert len(entries) == 1
     jobs.repair_broker(portal)
-    assert portal.broker.damage() == []
+    assert portal.broker.files.damage() == []
 
 
 def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> None:
@@ -80,7 +80,7 @@ def test_after_a_long_downtime_the_first_renewal_makes_everything_current(portal
     assert {check.name for check in portal.readiness.checks() if check.problem} >= {"crl", "broker files"}
     authority.renew_crls(portal)
     assert not {check.name for check in portal.readiness.checks() if check.problem} & {"crl", "broker files"}
-    assert portal.broker.damage() == []
+    assert portal.broker.files.damage() == []
 
 
 def test_a_clock_that_goes_back_an_hour_leaves_no_crl_that_is_not_yet_valid(portal: Portal, clock: Clock) -> None:

@@ -84,7 +84,7 @@ class Site:
             self.pki.issuing.crl(*self.revoked),
             self.pki.ca_bundle,
         )
-        self.broker.install(projection)
+        self.broker.files.install(projection)
         return projection
 
     def apply(self) -> None:
@@ -210,7 +210,7 @@ def built(style: str) -> Iterator[Site]:
     )
     server = pki.issuing.issue("localhost", server_names=["localhost"])
     site.install()
-    broker.write_server_certificate(
+    broker.files.write_server_certificate(
         server.certificate.public_bytes(PEM) + pki.issuing.certificate.public_bytes(PEM), key_pem(server.key)
     )
     try:
@@ -321,7 +321,7 @@ def test_a_device_cannot_take_another_ones_client_id(site: Site) -> None:
 def test_the_internal_user_may_write_its_generation_and_nothing_else(site: Site) -> None:
     site.apply()
     with Session(connect_unix(site.settings.broker_socket, soon()), soon()) as session:
-        assert session.connect("x", "portal", site.broker.password()) == 0
+        assert session.connect("x", "portal", site.broker.files.password()) == 0
         assert session.publish(f"portal/generation/{site.generation}") in DELIVERED
         for topic in (f"portal/generation/{site.generation - 1}", "portal/refused", "devices/portal/x", "x"):
             assert session.publish(topic) == NOT_AUTHORISED
@@ -355,7 +355,7 @@ def test_a_revoked_device_is_silenced_cut_and_refused(site: Site) -> None:
         assert device.publish("devices/shared/a", b"after") == NOT_AUTHORISED
         assert device.publish(f"devices/{device_id}/x", b"after") == NOT_AUTHORISED
 
-        site.broker.cut_sessions([device_id], soon())
+        site.broker.disconnect([device_id], soon())
         assert device.cut.wait(SECONDS)
         device.close()
         result = site.broker.probe(site.probe_certificates, soon())
@@ -393,7 +393,7 @@ def test_a_cut_discards_the_session_that_waits_for_the_device(strict: Site) -> N
     device = Device(strict, device_id, expiry=3600).connect(clean=False)
     assert device.session_present
     device.close()
-    strict.broker.cut_sessions([device_id], soon())
+    strict.broker.disconnect([device_id], soon())
     device = Device(strict, device_id, expiry=3600).connect(clean=False)
     assert not device.session_present
     device.close()
@@ -404,7 +404,7 @@ def test_many_sessions_are_cut_at_once(strict: Site) -> None:
     strict.apply()
     devices = [Device(strict, device_id).connect() for device_id in ids]
     try:
-        strict.broker.cut_sessions([*ids, str(uuid.uuid4())], soon())
+        strict.broker.disconnect([*ids, str(uuid.uuid4())], soon())
         assert all(device.cut.wait(SECONDS) for device in devices)
     finally:
         for device in devices:
@@ -444,7 +444,7 @@ def test_a_newer_generation_answers_for_an_older_one(strict: Site) -> None:
 
 
 def test_a_generation_that_is_not_installed_is_not_in_force(strict: Site) -> None:
-    with pytest.raises(BrokerUnavailable, match="did not take generation 99 in time"):
+    with pytest.raises(BrokerUnavailable, match="did not load generation 99 in time"):
         strict.broker.enforce(99, soon(0.3))
 
 
@@ -513,7 +513,7 @@ def test_a_broker_with_another_password_file_is_said(strict: Site) -> None:
     with pytest.raises(BrokerUnavailable, match="reason 0x87: password_file in its configuration"):
         other.enforce(1, soon(0.3))
     with pytest.raises(BrokerUnavailable, match="reason 0x87"):
-        other.cut_sessions([str(uuid.uuid4())], soon())
+        other.disconnect([str(uuid.uuid4())], soon())
 
 
 def test_the_probe_wants_to_see_both_certificates_treated_as_they_deserve(strict: Site) -> None:
@@ -541,11 +541,11 @@ def test_the_probe_wants_to_see_the_brokers_own_certificate(strict: Site) -> Non
 def test_the_broker_does_not_start_on_a_damaged_file_until_it_is_repaired(stopped: Site, name: str) -> None:
     projection = stopped.install()
     stopped.file(name).write_bytes(b"damaged\n")
-    assert [problem for problem in stopped.broker.damage() if name in problem]
+    assert [problem for problem in stopped.broker.files.damage() if name in problem]
     with pytest.raises(StartFailed):
         stopped.mosquitto.start()
-    stopped.broker.install(projection)
-    assert stopped.broker.damage() == []
+    stopped.broker.files.install(projection)
+    assert stopped.broker.files.damage() == []
     stopped.mosquitto.start()
     stopped.broker.probe(stopped.probe_certificates, soon())
 
@@ -556,15 +556,15 @@ def test_a_crl_damaged_under_a_running_broker_is_noticed_and_repaired(strict: Si
     strict.file("crl.pem").write_bytes(b"damaged\n")
     strict.mosquitto.hang_up()
     strict.mosquitto.wait_for_log("Reloading config", times=2)
-    assert len(strict.broker.damage()) == 1
+    assert len(strict.broker.files.damage()) == 1
     strict.broker.enforce(strict.generation, soon())
     # The broker fails open here; the probe sees it.
     with pytest.raises(BrokerNotEnforcing, match="accepts a revoked certificate"):
         strict.broker.probe(strict.probe_certificates, soon())
-    strict.broker.install(projection)
+    strict.broker.files.install(projection)
     strict.broker.enforce(strict.generation, soon(), reload=True)
     strict.broker.probe(strict.probe_certificates, soon())
-    assert strict.broker.damage() == []
+    assert strict.broker.files.damage() == []
 
 
 def test_an_acl_lost_under_a_running_broker_is_noticed_and_repaired(strict: Site) -> None:
@@ -576,8 +576,8 @@ def test_an_acl_lost_under_a_running_broker_is_noticed_and_repaired(strict: Site
     strict.mosquitto.wait_for_log("Reloading config", times=2)
     with connected(strict, device_id) as device:
         assert device.publish("anything") in DELIVERED  # the broker fails open
-        with pytest.raises(BrokerNotEnforcing, match="without an access list"):
+        with pytest.raises(BrokerNotEnforcing, match="without an ACL"):
             strict.broker.enforce(strict.generation, soon(0.3))
-        strict.broker.install(projection)
+        strict.broker.files.install(projection)
         strict.broker.enforce(strict.generation, soon())
         assert device.publish("anything") == NOT_AUTHORISED

@@ -284,13 +284,13 @@ def test_a_session_that_was_half_way_in_is_cut_once_more_when_no_other_can_come(
     device = register_by_csr(portal)
     portal.renewals.renew(OPERATOR, device.device_id, by_csr(overlap_hours=0))
     monkeypatch.setattr(portal.broker, "reachable", lambda: True)
-    monkeypatch.setattr(portal.broker, "cut_sessions", lambda devices, _deadline: cut.extend(devices))
-    jobs.cut_late_sessions(portal)
+    monkeypatch.setattr(portal.broker, "disconnect", lambda devices, _deadline: cut.extend(devices))
+    jobs.disconnect_again(portal)
     assert cut == []
     clock.advance(seconds=101)
-    jobs.cut_late_sessions(portal)
-    jobs.cut_late_sessions(portal)
+    jobs.disconnect_again(portal)
+    jobs.disconnect_again(portal)
     assert cut == [device.device_id]
     clock.advance(seconds=200)
-    jobs.cut_late_sessions(portal)
+    jobs.disconnect_again(portal)
     assert cut == [device.device_id]

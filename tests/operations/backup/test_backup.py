@@ -439,7 +439,7 @@ def test_what_was_revoked_since_the_copy_stays_revoked(story: Story, clock: Cloc
             assert audit.verify(tx, "default").problem is None
             assert generations.get_broker_state(tx, "default").generation > story.generation
         recorded = portal.operators.audit("default", limit=50, before=None, filters={})[0]
-        assert portal.broker.damage() == []
+        assert portal.broker.files.damage() == []
         acl = settings.broker_file("acl").read_text()
     assert device.revocation_reason == "key_compromise"
     assert device.revoked_at is not None
