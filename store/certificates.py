@@ -75,16 +75,6 @@ def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> Certi
     return None if row is None else certificate_record(row)
 
 
-def list_own_certificates(tx: Connection, tenant_id: str, purpose: str) -> Sequence[CertificateRecord]:
-    """Certificates of the portal's own, ``server`` or ``canary``, newest first."""
-    rows = tx.execute(
-        sa.select(*CERTIFICATE_COLUMNS)
-        .where(Certificate.tenant_id == tenant_id, Certificate.purpose == purpose)
-        .order_by(Certificate.id.desc())
-    )
-    return [certificate_record(row) for row in rows]
-
-
 @dataclass(frozen=True, slots=True)
 class ShownCertificate:
     """A certificate of this portal that a client has presented, with the state of its device."""

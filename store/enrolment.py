@@ -41,9 +41,9 @@ def _profile(row: Sequence[Any]) -> EnrolmentProfile:
     return EnrolmentProfile(**{**values, "key_types": tuple(values["key_types"])})
 
 
-def _profile_values(terms: EnrolmentProfile) -> dict[str, Any]:
+def _profile_values(profile: EnrolmentProfile) -> dict[str, Any]:
     """Return the columns ``PROFILE_FIELDS`` as they are stored."""
-    return {name: getattr(terms, name) for name in PROFILE_FIELDS} | {"key_types": list(terms.key_types)}
+    return {name: getattr(profile, name) for name in PROFILE_FIELDS} | {"key_types": list(profile.key_types)}
 
 
 # --- Tokens ----------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class EnrolmentTokenRecord:
     created_at: datetime
     expires_at: datetime
     revoked_at: datetime | None
-    terms: EnrolmentProfile
+    profile: EnrolmentProfile
 
 
 _TOKEN_FIELDS = (
@@ -81,12 +81,12 @@ _TOKEN_COLUMNS = tuple(EnrolmentToken.__table__.c[name] for name in (*_TOKEN_FIE
 
 def _token_record(row: Sequence[Any]) -> EnrolmentTokenRecord:
     plain = dict(zip(_TOKEN_FIELDS, row, strict=False))
-    return EnrolmentTokenRecord(**plain, terms=_profile(row[len(_TOKEN_FIELDS) :]))
+    return EnrolmentTokenRecord(**plain, profile=_profile(row[len(_TOKEN_FIELDS) :]))
 
 
 def add_enrolment_token(tx: Connection, record: EnrolmentTokenRecord, *, secret_hash: str) -> None:
     """Record a token by the SHA-256 of its secret, in lower-case hex."""
-    values = {name: getattr(record, name) for name in _TOKEN_FIELDS} | _profile_values(record.terms)
+    values = {name: getattr(record, name) for name in _TOKEN_FIELDS} | _profile_values(record.profile)
     tx.execute(sa.insert(EnrolmentToken), values | {"secret_hash": secret_hash})
 
 
@@ -153,7 +153,7 @@ class ManufacturerRecord:
     created_at: datetime
     proven_at: datetime | None
     removed_at: datetime | None
-    terms: EnrolmentProfile
+    profile: EnrolmentProfile
 
 
 _MANUFACTURER_FIELDS = (
@@ -165,12 +165,12 @@ _MANUFACTURER_COLUMNS = tuple(Manufacturer.__table__.c[name] for name in (*_MANU
 
 def _manufacturer_record(row: Sequence[Any]) -> ManufacturerRecord:
     plain = dict(zip(_MANUFACTURER_FIELDS, row, strict=False))
-    return ManufacturerRecord(**plain, terms=_profile(row[len(_MANUFACTURER_FIELDS) :]))
+    return ManufacturerRecord(**plain, profile=_profile(row[len(_MANUFACTURER_FIELDS) :]))
 
 
 def add_manufacturer(tx: Connection, record: ManufacturerRecord) -> None:
     """Record a manufacturer; a unique index refuses a second one with the same CA."""
-    values = {name: getattr(record, name) for name in _MANUFACTURER_FIELDS} | _profile_values(record.terms)
+    values = {name: getattr(record, name) for name in _MANUFACTURER_FIELDS} | _profile_values(record.profile)
     tx.execute(sa.insert(Manufacturer), values)
 
 
@@ -235,17 +235,6 @@ def find_enrolment(
     means = EnrolmentRow.token_id == token_id if token_id else EnrolmentRow.manufacturer_id == manufacturer_id
     own = (EnrolmentRow.tenant_id == tenant_id, means, EnrolmentRow.identity == identity)
     row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own)).one_or_none()
-    return None if row is None else EnrolmentRecord(*row)
-
-
-def undecided_enrolment(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentRecord | None:
-    """Return the request of a device that waits for an operator."""
-    own = (
-        EnrolmentRow.tenant_id == tenant_id,
-        EnrolmentRow.device_id == device_id,
-        EnrolmentRow.status == EnrolmentStatus.WAITING,
-    )
-    row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own).order_by(EnrolmentRow.id).limit(1)).one_or_none()
     return None if row is None else EnrolmentRecord(*row)
 
 

@@ -13,7 +13,7 @@ import db
 from broker.acl import check_style
 from config import Settings
 from core.acl_style import AclStyle
-from core.states import DeviceStatus, advance
+from core.states import DeviceStatus
 from core.topics import Access, Topic, check_topics, default_topics
 from store import audit as store_audit
 from store import deliveries
@@ -76,7 +76,7 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
     new: list[db.NewDevice] = []
     for admission, is_told in zip(admissions, told, strict=True):
         device_id, since = admission.credentials.device_id, generation if is_told else 0
-        status = advance(DeviceStatus.PENDING, DeviceStatus.ACTIVE)
+        status = DeviceStatus.ACTIVE
         if admission.request is None:
             values = {"status": status, "generation": since, "updated_at": now}
             update_device(tx, actor.tenant_id, device_id, values)

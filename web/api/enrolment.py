@@ -249,7 +249,7 @@ def _profile(body: TermsRequest) -> EnrolmentProfile:
 
 
 def _token(record: EnrolmentTokenRecord) -> EnrolmentTokenModel:
-    return EnrolmentTokenModel.of(record, record.terms, enrolment_token_id=record.id, count=record.uses_allowed)
+    return EnrolmentTokenModel.of(record, record.profile, enrolment_token_id=record.id, count=record.uses_allowed)
 
 
 # --- Manufacturers ------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def _manufacturer(record: ManufacturerRecord) -> ManufacturerModel:
     unproven = record.status is ManufacturerStatus.UNPROVEN
     return ManufacturerModel.of(
         record,
-        record.terms,
+        record.profile,
         manufacturer_id=record.id,
         nonce=record.nonce if unproven else None,
         nonce_expires_at=record.nonce_expires_at if unproven else None,

@@ -47,9 +47,9 @@ def est_csrattrs(call: Call) -> Reply:
     holder, token = _noticed_client(call), _enrolment_token(call)
     key_types: tuple[str, ...] = (call.portal.settings.key_type,)
     if token is not None:
-        key_types = token.terms.key_types
+        key_types = token.profile.key_types
     elif isinstance(holder, ManufacturedClient):
-        key_types = holder.manufacturer.terms.key_types
+        key_types = holder.manufacturer.profile.key_types
     return _base64_reply(pki_est.csr_attributes(key_types), CSR_ATTRIBUTES)
 
 

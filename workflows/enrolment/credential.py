@@ -77,7 +77,7 @@ def by_token(token: EnrolmentTokenRecord, request: EnrolmentRequest) -> Enrolmen
     """Return the credential of a device with an enrolment token: it is identified by the key of its CSR."""
     return EnrolmentCredential(
         token.tenant_id,
-        token.terms,
+        token.profile,
         request.key_fingerprint,
         request.name,
         f"enrolment token {token.name} ({token.id})",
@@ -90,7 +90,7 @@ def by_manufacturer(client: ManufacturedClient) -> EnrolmentCredential:
     """Return the credential of a device that has shown its factory certificate (IDevID)."""
     return EnrolmentCredential(
         client.tenant_id,
-        client.manufacturer.terms,
+        client.manufacturer.profile,
         client.certificate.key_fingerprint,
         client.certificate.serial,
         f"manufacturer {client.manufacturer.name} ({client.manufacturer.id})",

@@ -64,9 +64,9 @@ class Enrolments:
             if enrolment is None:
                 return
             if enrolment.token_id is not None:
-                profile = store_enrolment.get_enrolment_token(tx, tenant_id, enrolment.token_id).terms
+                profile = store_enrolment.get_enrolment_token(tx, tenant_id, enrolment.token_id).profile
             else:
-                profile = store_enrolment.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").terms
+                profile = store_enrolment.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").profile
         _check_key_type(request, profile)
 
     def _once(self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest) -> Enrolled | Waiting:

@@ -29,7 +29,7 @@ class Manufacturers:
         self._clients = clients
         self._clock = clock
 
-    def add(self, actor: Actor, name: str, certificate: str, terms: EnrolmentProfile) -> ManufacturerRecord:
+    def add(self, actor: Actor, name: str, certificate: str, profile: EnrolmentProfile) -> ManufacturerRecord:
         """Take down a CA (PEM), which counts for nothing before ``prove``; the answer holds the nonce to be signed.
 
         Raises ``ManufacturerInvalid``, ``Conflict`` where the CA is there already.
@@ -49,7 +49,7 @@ class Manufacturers:
             created_at=now,
             proven_at=None,
             removed_at=None,
-            terms=terms,
+            profile=profile,
         )
         try:
             with self._database.transaction() as tx:

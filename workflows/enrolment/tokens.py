@@ -28,7 +28,7 @@ class EnrolmentTokens:
         self._clock = clock
 
     def create(
-        self, actor: Actor, name: str, terms: EnrolmentProfile, *, device_id: str | None, count: int, life: timedelta
+        self, actor: Actor, name: str, profile: EnrolmentProfile, *, device_id: str | None, count: int, life: timedelta
     ) -> tuple[str, EnrolmentTokenRecord]:
         """Make a token for one device that is pending, or for ``count`` new ones; returns its secret with its record.
 
@@ -46,7 +46,7 @@ class EnrolmentTokens:
             created_at=now,
             expires_at=now + life,
             revoked_at=None,
-            terms=terms,
+            profile=profile,
         )
         with self._database.transaction() as tx:
             if device_id is not None:
