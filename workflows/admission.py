@@ -1,4 +1,4 @@
-"""The one way in for a device, whether it is registered, uploaded or enrols by itself."""
+"""Admits devices: the one write path of registration, upload and enrolment."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Issuance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission(Issuance):
-    """A device that is let in with its first credentials.
+    """A device that becomes active with its first credentials.
 
     ``request`` and ``topics`` (``None`` for the default ones) are those of a new device; a device that is in the
     database already, as pending, has no ``request``.
@@ -53,17 +53,17 @@ class Admission(Issuance):
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The generation that the broker must reach (0: it need not be told), and the row ids of the certificates."""
+    """The generation that the broker must reach, 0 if it need not be told, and the row ids of the certificates."""
 
     generation: int
     certificate_ids: Sequence[int]
 
 
 def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, style: AclStyle, now: datetime) -> Admitted:
-    """Let devices in: write device, topics, certificate, bundle, event, audit entry and the broker's next generation.
+    """Write device, topics, certificate, bundle, event, audit entry and the broker's next generation.
 
-    All of it is in the caller's transaction: nothing of ``admissions`` may be released before that is durable. Under
-    the pattern style of the ACL the broker need not be told of a new device with the default topics.
+    It is all in the caller's transaction: release no credentials before that is durable. Under the pattern style of
+    the ACL the broker need not be told of a new device with the default topics.
     """
     told = [
         admission.request is None or admission.topics is not None or style is AclStyle.PER_DEVICE
@@ -76,12 +76,12 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
     new: list[db.NewDevice] = []
     for admission, is_told in zip(admissions, told, strict=True):
         device_id, since = admission.credentials.device_id, generation if is_told else 0
-        status = DeviceStatus.ACTIVE
         if admission.request is None:
-            values = {"status": status, "generation": since, "updated_at": now}
+            values = {"status": DeviceStatus.ACTIVE, "generation": since, "updated_at": now}
             update_device(tx, actor.tenant_id, device_id, values)
         else:
-            new.append(_new_device(actor.tenant_id, device_id, admission.request, admission.topics, status, now, since))
+            row = _new_device(actor.tenant_id, device_id, admission.request, admission.topics, now)
+            new.append({**row, "status": DeviceStatus.ACTIVE, "generation": since})
     db.add_devices(tx, new)
     return Admitted(generation, record_issuances(tx, actor, admissions, now=now))
 
@@ -95,8 +95,8 @@ def add_pending(
     *,
     now: datetime,
 ) -> None:
-    """Make a device known that has no certificate yet; ``admit`` lets it in later."""
-    db.add_devices(tx, [_new_device(tenant_id, device_id, request, topics, DeviceStatus.PENDING, now, 0)])
+    """Add a device that has no certificate yet; ``admit`` makes it active later."""
+    db.add_devices(tx, [_new_device(tenant_id, device_id, request, topics, now)])
 
 
 def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance], *, now: datetime) -> Sequence[int]:
@@ -152,10 +152,9 @@ def _new_device(
     device_id: str,
     request: DeviceRequest,
     topics: Sequence[Topic] | None,
-    status: DeviceStatus,
     now: datetime,
-    generation: int,
 ) -> db.NewDevice:
+    """Return the row of a pending device."""
     return {
         "tenant_id": tenant_id,
         "device_id": device_id,
@@ -165,10 +164,10 @@ def _new_device(
         "location": request.location,
         "firmware": request.firmware,
         "metadata": dict(request.metadata),
-        "status": status,
+        "status": DeviceStatus.PENDING,
         "topics": None if topics is None else [(topic.filter, topic.access) for topic in topics],
         "created_at": now,
-        "generation": generation,
+        "generation": 0,
     }
 
 

@@ -1,4 +1,4 @@
-"""The append-only record of who did what."""
+"""The audit record: who did what, append-only, each entry with the hash of the one before it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "r
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who asks: ``name`` is what the record shows, such as ``token:ci-factory`` or ``link``."""
+    """The client of a request: ``name`` is what the audit record shows, such as ``token:ci-factory`` or ``link``."""
 
     tenant_id: str
     name: str
@@ -38,11 +38,11 @@ def record(
     outcome: str = "done",
     **detail: Any,
 ) -> None:
-    """Append an entry in the transaction that makes the change it speaks of.
+    """Append an entry in the transaction that makes the change it is about.
 
     ``action`` is a tag such as ``device:register``; ``object`` names what it was done to, such as ``device:<id>``.
     ``detail`` never holds a secret: no key, password, token or link. Call it last in a transaction: from here to its
-    end the transaction holds the end of the record, for which others wait.
+    end, other transactions that append wait for this one.
     """
     record_all(tx, actor, [(action, object, detail)], at=at, outcome=outcome)
 
@@ -55,7 +55,7 @@ def record_all(
     at: datetime,
     outcome: str = "done",
 ) -> None:
-    """Append an entry for each of ``acts``, which are action, object and detail; as ``record`` does for one."""
+    """Append an entry for each of ``acts`` (action, object, detail), as ``record`` does for one."""
     number, previous_hash = audit.lock_audit_head(tx, actor.tenant_id)
     entries: list[dict[str, Any]] = []
     for action, object_, detail in acts:
@@ -79,7 +79,7 @@ def record_all(
 
 
 def entry_hash(tenant_id: str, entry: Mapping[str, Any]) -> str:
-    """SHA-256 in hex over an entry in canonical JSON, which holds the hash of the entry before it."""
+    """Return the SHA-256, in hex, of an entry in canonical JSON, which contains the hash of the entry before it."""
     at = entry["at"].astimezone(UTC).isoformat(timespec="microseconds")
     values = [tenant_id, at, *(entry[name] for name in _HASHED)]
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -88,7 +88,7 @@ def entry_hash(tenant_id: str, entry: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AuditVerdict:
-    """What a check of the whole record found: how many entries hold, the last hash, the first that does not hold."""
+    """The result of a check: how many entries are intact, the hash of the last one, and what is wrong after it."""
 
     entries: int
     head: str
@@ -96,7 +96,7 @@ class AuditVerdict:
 
 
 def verify(tx: Connection, tenant_id: str) -> AuditVerdict:
-    """Follow the chain from the first entry to the last, and name the first that was altered, removed or moved."""
+    """Check the hashes from the first entry to the last; the result names the first altered, removed or moved one."""
     number, previous_hash = 0, "0" * 64
     with contextlib.closing(audit.audit_chain(tx, tenant_id)) as entries:
         for entry in entries:
@@ -119,5 +119,5 @@ def verify(tx: Connection, tenant_id: str) -> AuditVerdict:
 
 
 def system_actor(tenant_id: str) -> Actor:
-    """The portal itself, for what it does with nobody asking."""
+    """Return the portal itself as the actor, for what no client asked for."""
     return Actor(tenant_id=tenant_id, name="portal", role="system", request_id="", address="")

@@ -1,4 +1,4 @@
-"""The use case of a download: a bundle handed out once."""
+"""The use case of a download: the bundle behind a link is handed out once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workflows.reconciliation import Reconciler
 
 @dataclass(frozen=True, slots=True)
 class DeliveredBundle:
-    """A bundle on its way out: whoever sends it says afterwards whether it arrived."""
+    """A bundle that was taken from the database, and is nowhere else."""
 
     delivery_id: str
     device_id: str

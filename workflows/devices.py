@@ -1,4 +1,4 @@
-"""What an operator may ask about devices: pages, details, histories."""
+"""What operators read about devices: lists, details, certificates; and the CRLs that are published."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from store.issuers import CrlHead, CrlRecord
 
 @dataclass(frozen=True, slots=True)
 class DeviceDetails:
-    """A device with its certificate (the last, for one that has none any more) and what the broker knows."""
+    """A device with its current or last certificate; ``applied``: the broker enforces its latest change."""
 
     device: DeviceRecord
     certificate: CertificateRecord | None
@@ -40,7 +40,7 @@ class Page:
 
 
 class Inventory:
-    """Reads only; each question is answered from one state of the database."""
+    """Reads only, and each answer from one state of the database."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._settings = settings
@@ -48,7 +48,7 @@ class Inventory:
         self._crls: dict[int, tuple[CrlHead, CrlRecord]] = {}  # by issuer, as read last
 
     def device(self, tenant_id: str, device_id: str) -> DeviceDetails:
-        """Everything about one device; raises ``DeviceNotFound``."""
+        """Return one device; raises ``DeviceNotFound``."""
         with self._database.snapshot() as tx:
             device = db.get_device(tx, tenant_id, device_id)
             certificate = store_certificates.current_certificate(tx, tenant_id, device_id)
@@ -63,13 +63,13 @@ class Inventory:
         )
 
     def certificates(self, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
-        """Every certificate the device has had, newest first; raises ``DeviceNotFound``."""
+        """Return every certificate the device has had, newest first; raises ``DeviceNotFound``."""
         with self._database.snapshot() as tx:
             db.get_device(tx, tenant_id, device_id)
             return store_certificates.device_certificates(tx, tenant_id, device_id)
 
     def devices(self, tenant_id: str, wanted: DeviceFilter, *, limit: int, cursor: str | None) -> Page:
-        """A page of devices, newest first, or with ``expires_before`` those that end soonest first.
+        """Return a page of devices, newest first, or with ``expires_before`` those that expire soonest first.
 
         Where several things narrow the list, a page may hold fewer than ``limit``, or none, and lead to another.
         Raises ``InputInvalid`` for a cursor that no page gave.
@@ -85,7 +85,7 @@ class Inventory:
         return Page(page, None if next_place is None else _make_cursor(next_place))
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
-        """The newest CRL of an issuer, ``None`` before the first.
+        """Return the newest CRL of an issuer, ``None`` before the first.
 
         What is asked of the database each time is only which one that is: so it is never an old one, and is read once.
         """

@@ -1,4 +1,4 @@
-"""Records events for those who subscribed to them."""
+"""Events: what happens to devices, recorded for delivery to webhooks in the transaction that makes the change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MARKER = "portal_subscribed"  # the execution option of an engine that holds th
 
 
 class EventType(StrEnum):
-    """What can happen; the text is what subscribers see."""
+    """The types of events; the text is what subscribers see."""
 
     REGISTERED = "registered"
     ENROLLED = "enrolled"
@@ -43,7 +43,7 @@ def record(
     once: str | None = None,
     **facts: Any,
 ) -> None:
-    """Record an event in the transaction that makes the change it speaks of, before the audit entry of that.
+    """Record an event in the transaction that makes the change it is about, before its audit entry.
 
     ``facts`` go to the subscribers as they are, times as RFC 3339: never a secret. Two calls with the same ``once``,
     for the same device and type, are one event. Where nobody has subscribed this costs a look at a file and no
@@ -68,13 +68,13 @@ def record(
 
 
 def has_subscribers(database: Connection | Engine) -> bool:
-    """Whether there may be any; ``False`` is certain."""
+    """Return whether there may be subscribers; ``False`` is certain."""
     marker = database.get_execution_options().get(_MARKER)
     return marker is None or os.path.exists(marker)
 
 
 def body_of(event_id: str, type: str, device_id: str | None, at: datetime, facts: dict[str, Any]) -> str:  # noqa: A002
-    """What is sent: one JSON object, always the same text for the same event."""
+    """Return the body that is sent: one JSON object, always the same text for the same event."""
     values = {"id": event_id, "type": str(type), "at": at, "device_id": device_id, "data": facts}
     return json.dumps(values, separators=(",", ":"), default=_plain)
 

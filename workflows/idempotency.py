@@ -1,4 +1,4 @@
-"""Answers kept for 24 hours, so that a request may be repeated."""
+"""Idempotency keys: answers are kept for 24 hours, encrypted, so that a request can be repeated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sealed:
 
 
 class KeptAnswers:
-    """Keeps answers sealed under their idempotency keys, of which only hashes are stored."""
+    """Keeps answers encrypted under their idempotency keys, of which only hashes are stored."""
 
     def __init__(self, database: Database, pepper: bytes, clock: Callable[[], datetime]) -> None:
         self._database = database
@@ -39,7 +39,7 @@ class KeptAnswers:
         self._clock = clock
 
     def seal(self, tenant_id: str, idempotency_key: str | None, request: bytes) -> Sealed | None:
-        """Prepare for a ``request``, in a form in which equal ones are the same bytes; ``None`` without a key."""
+        """Return what ``once`` and ``keep`` need, ``None`` without a key; equal requests must be the same bytes."""
         if not idempotency_key:
             return None
         seal = delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper)
@@ -78,7 +78,7 @@ class KeptAnswers:
         return kept
 
     def keep(self, tx: Connection, sealed: Sealed, content: bytes, *, generation: int) -> None:
-        """Keep an answer in the transaction that it speaks of; the database refuses a second one under the key."""
+        """Keep an answer in the transaction that it is about; the database refuses a second one under the same key."""
         now = self._clock()
         deliveries.add_answer(
             tx,

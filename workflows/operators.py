@@ -1,4 +1,4 @@
-"""The use cases around operators: make a token, revoke it, find whose it is."""
+"""The use cases of operators: their tokens, failed logins, and reading the audit record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit wh
 
 
 class Operators:
-    """Who may ask the portal for something."""
+    """Authenticates operators by tokens, and records and slows down those who fail to."""
 
     def __init__(self, database: Database, throttle: Throttle, clock: Callable[[], datetime]) -> None:
         self._database = database
@@ -30,13 +30,13 @@ class Operators:
         self._clock = clock
 
     def authenticate(self, secret: str) -> TokenRecord | None:
-        """The token with this secret, if it is valid now."""
+        """Return the token with this secret, if it is valid now."""
         with self._database.snapshot() as tx:
             record = tenants.find_token(tx, roles.hash_token(secret))
         return record if record is not None and record.is_valid(self._clock()) else None
 
     def create(self, actor: Actor, name: str, role: Role, life: timedelta | None) -> tuple[str, TokenRecord]:
-        """Make a token; returns its secret, which is stored nowhere, with its record."""
+        """Create a token; returns its secret, which is stored nowhere, with its record."""
         now = self._clock()
         expires_at = None if life is None else now + life
         secret, record = new_token(actor.tenant_id, name, role, expires_at, now=now)
@@ -46,7 +46,7 @@ class Operators:
         return secret, record
 
     def revoke(self, actor: Actor, token_id: str) -> TokenRecord:
-        """Revoke a token, at once; raises ``NotFound``."""
+        """Revoke a token at once; raises ``NotFound``."""
         now = self._clock()
         with self._database.transaction() as tx:
             record = tenants.revoke_token(tx, actor.tenant_id, token_id, revoked_at=now)
@@ -55,14 +55,14 @@ class Operators:
         return record
 
     def tokens(self, tenant_id: str) -> Sequence[TokenRecord]:
-        """Every token, newest first."""
+        """Return every token, newest first."""
         with self._database.snapshot() as tx:
             return tenants.list_tokens(tx, tenant_id)
 
     def audit(
         self, tenant_id: str, *, limit: int, before: int | None, filters: dict[str, str]
     ) -> tuple[Sequence[AuditRecord], int | None]:
-        """The audit record, newest first, older than entry ``before``, and before which entry to go on, if any.
+        """Return audit entries older than ``before``, newest first, and the ``before`` of the next page, if any.
 
         ``filters`` match exactly. An index serves only that by object: with another, a page ends after so many entries
         that were looked at, however few of them fit.
@@ -81,14 +81,14 @@ class Operators:
         return found, None if after is None else after + 1
 
     def refused(self, actor: Actor, action: str, target: str, code: str) -> None:
-        """Record that somebody was refused."""
+        """Record that a client was refused."""
         with self._database.transaction() as tx:
             workflows_audit.record(tx, actor, action, target, at=self._clock(), outcome="refused", code=code)
 
     def login_failed(self, actor: Actor, action: str, target: str, code: str) -> None:
-        """Take note of a token or link that opens nothing; raises ``TooManyAttempts``.
+        """Count and record a token or link that is unknown; raises ``TooManyAttempts``.
 
-        Whoever holds a valid one is never asked here, so nobody is locked out by what others at the address do.
+        It is not called for valid ones, so that other clients at the same address cannot lock anyone out.
         """
         failure = self._throttle.failed(actor.address, self._clock().timestamp())
         if failure.recorded:
@@ -99,12 +99,12 @@ class Operators:
             )
 
     def came_too_late(self, actor: Actor, action: str, target: str, code: str) -> None:
-        """Take note of one that was valid and is over: nobody has guessed it, and a flood of them fills no record."""
+        """Record one that was valid and has expired, without counting it as a guess; a flood of them is summarized."""
         if self._throttle.failed(actor.address, self._clock().timestamp(), counts=False).recorded:
             self.refused(actor, action, target, code)
 
     def record_the_rest(self, tenant_id: str) -> None:
-        """Record in one entry how many refusals were counted only since the last time."""
+        """Record in one entry how many refusals were counted but not recorded since the last time."""
         rest = self._throttle.take_unrecorded()
         if rest.count:
             with self._database.transaction() as tx:
@@ -123,7 +123,7 @@ class Operators:
 def new_token(
     tenant_id: str, name: str, role: Role, expires_at: datetime | None, *, now: datetime
 ) -> tuple[str, TokenRecord]:
-    """Make a token of 256 random bits: the secret, shown once, with the record that does not hold it."""
+    """Create a token of 256 random bits: the secret, shown once, and the record, which does not contain it."""
     secret = roles.TOKEN_PREFIX + secrets.token_urlsafe(32)
     record = TokenRecord(
         id=secrets.token_hex(8),

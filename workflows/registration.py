@@ -65,16 +65,19 @@ class Registrations:
     # --- Register
 
     def register(self, actor: Actor, request: DeviceRequest, idempotency_key: str | None = None) -> Registered:
-        """Register a device, once however often the same ``idempotency_key`` comes within 24 hours.
+        """Register a device; requests with the same ``idempotency_key`` within 24 hours register one.
 
         Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``), ``IdempotencyConflict``, ``ExternalIdTaken``,
         ``Unavailable``.
         """
-        sealed = self._answers.seal(actor.tenant_id, idempotency_key, _canonical(request)) if idempotency_key else None
         try:
-            answer, generation = self._answers.once(
-                sealed, Registered.from_json, lambda: self._register(actor, request, sealed)
-            )
+            if idempotency_key:
+                sealed = self._answers.seal(actor.tenant_id, idempotency_key, _canonical(request))
+                answer, generation = self._answers.once(
+                    sealed, Registered.from_json, lambda: self._register(actor, request, sealed)
+                )
+            else:
+                answer, generation = self._register(actor, request, None)
         except IntegrityError:
             if request.external_id is not None:
                 with self._database.snapshot() as tx:
@@ -137,7 +140,7 @@ class Registrations:
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
             if device.status is DeviceStatus.REVOKED:
-                raise StateConflict("The device is revoked, which is final; register it anew to change it.")
+                raise StateConflict("The device is revoked, which is final; register it again instead.")
             update_device(tx, actor.tenant_id, device_id, {**values, "updated_at": now})
             if topics is not ...:
                 generation = db.next_generation(tx, actor.tenant_id, at=now)

@@ -1,4 +1,4 @@
-"""The use cases of a renewal: a new certificate, and the end of the one before it."""
+"""The use cases of a renewal: a new certificate, and the end of the previous one."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.registrations")
 
-# A device whose answers are lost asks again and again; each certificate that it has makes a stolen key worth more.
-MOST_VALID = 5
+# A device whose answers are lost asks again and again, and each valid certificate makes a stolen key worth more.
+MAX_VALID = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenewalRequest(CredentialRequest):
-    """What a renewal is asked for.
+    """A renewal to be made.
 
-    The certificate before keeps working for ``overlap_hours`` (``None``: as the settings say), or, with ``when_used``,
-    until the new one was seen in use, if that comes first.
+    The previous certificate keeps working for ``overlap_hours`` (``None``: as the settings say), or, with
+    ``when_used``, until the new one was seen in use, if that comes first.
     """
 
     overlap_hours: int | None = None
@@ -57,7 +57,7 @@ class RenewalRequest(CredentialRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renewed(CredentialAnswer):
-    """The answer to a renewal, with the time until which the certificate before keeps working.
+    """The answer to a renewal, with the time until which the previous certificate keeps working.
 
     ``previous_valid_until`` is ``None`` where no older one does. Where older ones were to end at once (``ended``),
     ``problem`` says why the broker does not refuse them yet.
@@ -70,7 +70,7 @@ class Renewed(CredentialAnswer):
 
 
 class Renewals:
-    """Gives devices that are in a further certificate; every way in (REST, EST) goes through here."""
+    """Gives active devices a new certificate, whether an operator or the device itself asks."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Renewals:
         *,
         shown: str | None = None,
     ) -> Renewed:
-        """Give a device a new certificate, which works at once; the one before goes on until its overlap is over.
+        """Give a device a new certificate, which works at once; the previous one keeps working until its overlap ends.
 
         An operator may renew at any time; a device that asks by itself in the window of the certificate that it has
         ``shown`` (the SHA-256 of the DER in hex), which need not be its newest: the answer that brought that may have
@@ -114,9 +114,9 @@ class Renewals:
     def renew_with_key(
         self, actor: Actor, device_id: str, key_type: str, *, shown: str, when_used: bool = False
     ) -> tuple[str, bytes]:
-        """Renew as a device asks for that has a new key made here: the certificate (PEM), the key (PKCS#8, DER).
+        """Renew with a new key that the portal makes; returns the certificate (PEM) and the key (PKCS#8, DER).
 
-        The key is kept nowhere, so a repeat gives another one. Raises as ``renew`` does.
+        The key is kept nowhere, so that a repeat returns another one. Raises as ``renew`` does.
         """
         renewal = RenewalRequest(key_type=key_type, when_used=when_used)
         answer, generation, key = self._renew(actor, device_id, renewal, None, shown=shown, hand_over=True)
@@ -171,9 +171,9 @@ class Renewals:
         self, tx: Connection, device: DeviceRecord, renewal: RenewalRequest, *, now: datetime, shown: str | None
     ) -> None:
         if device.status is DeviceStatus.REVOKED:
-            raise StateConflict("The device is revoked, which is final; register it anew.")
+            raise StateConflict("The device is revoked, which is final; register it again.")
         if device.status is not DeviceStatus.ACTIVE:
-            raise StateConflict(f"The device is {device.status}; it can renew once it is in.")
+            raise StateConflict(f"The device is {device.status}; it can renew once it is active.")
         if shown is not None:
             dates = store_renewal.valid_dates(tx, device.tenant_id, device.id, shown)
             if dates is None:
@@ -184,9 +184,9 @@ class Renewals:
                 from_percent=self._settings.renewal_from,
                 grace=timedelta(days=self._settings.renewal_grace_days),
             )
-        if self._overlap(renewal) and store_renewal.count_valid(tx, device.tenant_id, device.id, now=now) >= MOST_VALID:
+        if self._overlap(renewal) and store_renewal.count_valid(tx, device.tenant_id, device.id, now=now) >= MAX_VALID:
             raise StateConflict(
-                f"The device has {MOST_VALID} certificates that work; wait until the overlap of one is over, or renew"
+                f"The device has {MAX_VALID} valid certificates; wait until the overlap of one has ended, or renew"
                 " with an overlap of 0."
             )
 
@@ -202,7 +202,7 @@ class Renewals:
         """Write the rows; returns the answer, with the generation at which something was revoked, 0 if nothing was."""
         tenant_id, device_id, overlap = actor.tenant_id, device.id, self._overlap(renewal)
         unfetched = store_renewal.unfetched_certificates(tx, tenant_id, device_id)
-        # Nothing is said to the broker where nothing ends: it knows the device by its id, not by its certificate.
+        # If nothing is revoked the broker need not be told: it knows the device by its id, not by its certificate.
         generation = db.next_generation(tx, tenant_id, at=now) if unfetched or not overlap else 0
         store_renewal.revoke_unfetched(tx, unfetched, now=now, generation=generation)
         store_renewal.replace_current(tx, tenant_id, device_id, until=now + overlap, ends_when_used=renewal.when_used)
@@ -225,12 +225,12 @@ class Renewals:
         hours = renewal.overlap_hours
         return timedelta(hours=self._settings.renewal_overlap_hours if hours is None else hours)
 
-    # --- The end of the certificate before
+    # --- The end of the previous certificate
 
     def used(self, actor: Actor, device_id: str, fingerprint: str) -> None:
-        """Say that a device has shown that it holds the key of a certificate, in a TLS handshake with the portal.
+        """Note that a device has proven in a TLS handshake with the portal that it has the key of a certificate.
 
-        Ends the certificates before it where that was asked for at the renewal. ``fingerprint`` is the SHA-256 of the
+        Revokes its previous certificates if the renewal asked for that. ``fingerprint`` is the SHA-256 of the
         DER in hex. Call it where the handshake was seen; it costs two look-ups where there is nothing to do.
         """
         with self._database.snapshot() as tx:
@@ -251,9 +251,9 @@ class Renewals:
         self._ended(device_id, generation)
 
     def end_overlaps(self, tenant_id: str) -> int:
-        """Revoke certificates whose overlap is over, and undo renewals that nobody fetched, some hundreds at a time.
+        """Revoke certificates whose overlap has ended, and undo renewals that nobody fetched, some hundreds at a time.
 
-        Returns how many, so that it can be called until there is none: before bundles past their time are destroyed.
+        Returns how many: call it until there are none, and before expired bundles are destroyed.
         """
         now = self._clock()
         with self._database.snapshot() as tx:

@@ -23,7 +23,7 @@ from store.tables import Delivery
 from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of, with_fields
 from workflows.registration import Registered
-from workflows.renewal import MOST_VALID, RenewalRequest, Renewed
+from workflows.renewal import MAX_VALID, RenewalRequest, Renewed
 
 KEY = "a-key-of-16-chars"
 
@@ -153,9 +153,9 @@ def test_a_lost_answer_is_repeated_by_its_key_and_asking_anew_gives_another(port
 
 def test_a_device_has_a_few_certificates_at_a_time_and_no_more(portal: Portal, clock: Clock) -> None:
     device = register_by_csr(portal)
-    for _ in range(MOST_VALID - 1):
+    for _ in range(MAX_VALID - 1):
         portal.renewals.renew(OPERATOR, device.device_id, by_csr())
-    with pytest.raises(StateConflict, match=f"has {MOST_VALID} certificates that work"):
+    with pytest.raises(StateConflict, match=f"has {MAX_VALID} valid certificates"):
         portal.renewals.renew(OPERATOR, device.device_id, by_csr())
     clock.advance(hours=25)
     jobs.expire(portal)

@@ -1,4 +1,4 @@
-"""The issuers' next CRLs."""
+"""Certificate revocation lists: what an issuer's next CRL contains, and when it is due (RFC 5280 section 5)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pki.issuers import Issuer, Reason
 from store import issuers
 from store.issuers import CrlHead, CrlRecord, RevokedCertificate
 
-# The root's key is meant to be moved away, so its CRL, which lists issuing CAs only, lives long.
+# The root's key is meant to be kept elsewhere, so its CRL, which lists issuing CAs only, is valid for long.
 ROOT_CRL_DAYS = 365
-# Relying parties with slow clocks, and revocations that come faster than one a second, need room behind now.
+# thisUpdate lies in the past for relying parties whose clocks are slow, and since it rises with each CRL by a second.
 CRL_BACKDATE = timedelta(hours=1)
 
 
@@ -35,13 +35,13 @@ class RevokedEntries:
 
     @property
     def are_unread(self) -> bool:
-        """Whether nothing is known of any issuer."""
+        """Return whether no issuer's entries have been read yet."""
         return not self._of
 
     def listed(
         self, tx: Connection, issuer_id: int, *, generation: int, now: datetime
     ) -> Sequence[x509.RevokedCertificate]:
-        """What the issuer's CRL must list: revoked or held, not yet expired at ``now`` (RFC 5280 section 3.3).
+        """Return the entries of the issuer's CRL: revoked or on hold, not expired at ``now`` (RFC 5280 section 3.3).
 
         ``generation`` is that of the state which the transaction sees.
         """
@@ -67,7 +67,7 @@ class _Known:
     at: datetime
 
     def complete(self, tx: Connection, issuer_id: int, now: datetime) -> None:
-        """Ask for all that must be there, and read what is not."""
+        """Read the entries that are missing, and drop those that have expired."""
         wanted = set(issuers.revoked_ids(tx, issuer_id, after=now))
         for row_id in self.encoded.keys() - wanted:
             del self.encoded[row_id]
@@ -80,7 +80,7 @@ def _encode(entry: RevokedCertificate) -> x509.RevokedCertificate:
 
 
 def crl_is_due(crl: CrlHead | None, *, changed_at: int, now: datetime) -> bool:
-    """Whether a new CRL is wanted: none yet, a change after its generation, half its life over, or the clock moved."""
+    """Return whether a new CRL is due: the first, after a change, at half its life, or if the clock was moved."""
     if crl is None or changed_at > crl.generation:
         return True
     half = crl.this_update + (crl.next_update - crl.this_update) / 2
@@ -98,7 +98,7 @@ def next_crl(
     generation: int,
     now: datetime,
 ) -> CrlRecord:
-    """Sign the issuer's next CRL from what the transaction sees; expired certificates are left out.
+    """Sign the issuer's next CRL from what the transaction sees, without expired certificates.
 
     thisUpdate rises with each CRL as long as the clock lets it and is never in the future: a broker given one that
     is not yet valid refuses every connection.

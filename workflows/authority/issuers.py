@@ -1,4 +1,4 @@
-"""The portal's issuers, as the database knows them, with the keys that sign."""
+"""The portal's CAs as the database knows them, with the keys that sign."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class RecordedIssuer:
-    """An issuer with its row's id and its certificate's DER; a ``retired`` one certifies nobody any more."""
+    """An issuer with its row's id and its certificate, DER; a ``retired`` one issues no certificates any more."""
 
     id: int
     kind: str
@@ -43,13 +43,13 @@ class RecordedIssuer:
     retired: bool = False
 
     def chain_pem(self, certificate_pem: str) -> str:
-        """A certificate that it signed, followed by its own: what a TLS client sends (RFC 8446 section 4.4.2)."""
+        """Return a certificate that it signed, followed by its own: what a TLS client sends (RFC 8446 4.4.2)."""
         return certificate_pem + ca.chain_pem(self.issuer.certificate)
 
 
 @dataclass(frozen=True, slots=True)
 class Issuers:
-    """All issuers at one moment, the retired ones, whose CRLs are still published, among them.
+    """All issuers at one moment, with the retired ones, whose CRLs are still published.
 
     ``issuing`` is the one that signs new certificates, ``ca_pem`` what clients are to trust.
     """
@@ -60,20 +60,20 @@ class Issuers:
     ca_pem: str
 
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
-        """The issuers whose CRLs the broker needs: those that certify devices, or did and are trusted still."""
+        """Return the issuers whose CRLs the broker needs: those of devices' certificates that are still trusted."""
         return tuple(
             recorded for recorded in self.issuers if recorded.kind == IssuerKind.ISSUING and not recorded.retired
         )
 
 
 class Authority:
-    """The issuers as the database knows them now: a change made by another process is seen within a second.
+    """The current issuers; a change made by another process is seen within a second.
 
-    Read it at the moment of use, and once where two uses must agree.
+    Read it at the moment of use, and only once if two uses must agree.
     """
 
     def __init__(self, database: Database, keys: CaKeys) -> None:
-        """Load the issuers, of which there are some; raises ``CaKeyUnavailable``."""
+        """Load the issuers from a database that has them; raises ``CaKeyUnavailable``."""
         self._database = database
         self._keys = keys
         self._lock = threading.Lock()
@@ -84,27 +84,27 @@ class Authority:
 
     @property
     def current(self) -> Issuers:
-        """The issuers, at most a second old; older ones where the database or a new key cannot be read."""
+        """Return the issuers, at most a second old, or older if the database or a new key cannot be read."""
         if time.monotonic() - self._looked_at >= SECONDS_BETWEEN_LOOKS and self._lock.acquire(blocking=False):
             try:
                 self._looked_at = time.monotonic()
                 with self._database.snapshot() as tx:
                     self._refresh(tx)
             except PortalError as error:
-                log.error("the issuers cannot be read; those known go on", extra={"problem": error.detail})
+                log.error("the issuers cannot be read; the known ones stay in use", extra={"problem": error.detail})
             finally:
                 self._lock.release()
         return self._current
 
     def seen_by(self, tx: Connection) -> Issuers:
-        """The issuers exactly as a transaction sees them; raises ``CaKeyUnavailable`` where a new key is not here."""
+        """Return the issuers exactly as a transaction sees them; raises ``CaKeyUnavailable`` if a key is missing."""
         with self._lock:
             return self._refresh(tx)
 
     def root_with_key(self) -> RecordedIssuer | None:
-        """The root with its key, ``None`` where that is elsewhere; it may come and go while the portal runs.
+        """Return the root with its key, ``None`` if that is kept elsewhere; it can be moved while the portal runs.
 
-        Raises ``CaKeyUnavailable`` where it does not open.
+        Raises ``CaKeyUnavailable`` if it cannot be decrypted.
         """
         root = self.current.root
         if not self._keys.exists(ROOT):
@@ -114,26 +114,26 @@ class Authority:
 
     @property
     def root(self) -> RecordedIssuer:
-        """The trust anchor."""
+        """Return the trust anchor."""
         return self.current.root
 
     @property
     def issuing(self) -> RecordedIssuer:
-        """The issuer that signs new certificates."""
+        """Return the issuer that signs new certificates."""
         return self.current.issuing
 
     @property
     def issuers(self) -> tuple[RecordedIssuer, ...]:
-        """All issuers, the retired ones too."""
+        """Return all issuers, with the retired ones."""
         return self.current.issuers
 
     @property
     def ca_pem(self) -> str:
-        """What clients are to trust: issuing CAs and root, PEM."""
+        """Return what clients are to trust: issuing CAs and root, PEM."""
         return self.current.ca_pem
 
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
-        """The issuers whose CRLs the broker needs."""
+        """Return the issuers whose CRLs the broker needs."""
         return self.current.with_crl()
 
     def _refresh(self, tx: Connection) -> Issuers:
@@ -176,9 +176,9 @@ def _identity(record: IssuerRecord) -> tuple[object, ...]:
 
 
 def open_authority(database: Database, keys: CaKeys, settings: Settings, tenant_id: str, *, now: datetime) -> Authority:
-    """Load the issuers, making root and issuing CA at the first start.
+    """Load the issuers; the first start creates root and issuing CA.
 
-    Raises ``CaKeyUnavailable`` where an issuing key is missing or does not open; the root's may be elsewhere.
+    Raises ``CaKeyUnavailable`` if an issuing key is missing or cannot be decrypted; the root's may be elsewhere.
     """
     with database.snapshot() as tx:
         there = bool(store_issuers.list_issuers(tx))
@@ -188,7 +188,7 @@ def open_authority(database: Database, keys: CaKeys, settings: Settings, tenant_
 
 
 def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str, now: datetime) -> None:
-    # A key file may be there already where an earlier first start was cut off before its commit.
+    # A key file may exist already, if an earlier first start was cut off before its commit.
     root_key = keys.load(ROOT) if keys.exists(ROOT) else keys.create(ROOT, KeyType.EC_P384)
     issuing_key = (
         keys.load(FIRST_ISSUING) if keys.exists(FIRST_ISSUING) else keys.create(FIRST_ISSUING, KeyType.EC_P256)

@@ -10,12 +10,11 @@ from typing import Protocol
 
 from core.errors import FieldProblem, InputInvalid, PortalError, RowMalformed, RowTooLong
 
-ROW_MOST = 128 * 1024  # bytes of a row; the longest that can be right is shorter
-COLUMNS_MOST = 64
+MAX_ROW_BYTES = 128 * 1024  # bytes of a row; the longest that can be right is shorter
 
 _BOM = b"\xef\xbb\xbf"
 _QUOTE_OR_NEWLINE = re.compile(rb'["\n]')
-_TOO_LONG = f"The row is longer than {ROW_MOST} bytes."
+_TOO_LONG = f"The row is longer than {MAX_ROW_BYTES} bytes."
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +59,14 @@ class _Splitter:
         while (end := self._find_end()) >= 0:
             if self._skipping:
                 self._skipping = False
-            elif end - start > ROW_MOST:
+            elif end - start > MAX_ROW_BYTES:
                 self._add_problem(RowTooLong(_TOO_LONG))
             else:
                 self._take(bytes(buffer[start:end]))
             start = self._searched = end + 1
         del buffer[:start]
         self._move(start)
-        if self._skipping or len(buffer) > ROW_MOST:
+        if self._skipping or len(buffer) > MAX_ROW_BYTES:
             if not self._skipping:
                 self._add_problem(RowTooLong(_TOO_LONG))
             self._skip()

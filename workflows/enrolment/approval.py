@@ -1,4 +1,4 @@
-"""The use cases around devices that are known and have no certificate yet: make known, approve, reject."""
+"""The use cases of devices that wait for an operator: expect, approve, reject, list."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from workflows.credentials import DeviceRequest
 from workflows.events import EventType
 
 REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that a rejected device is revoked with
-MOST_LISTED = 1000
+MAX_LISTED = 1000
 
 
 class Approvals:
-    """What an operator decides about pending devices."""
+    """Decides about devices that are pending, or ask for a certificate for another key."""
 
     def __init__(self, settings: Settings, database: Database, clock: Callable[[], datetime]) -> None:
         self._settings = settings
@@ -35,7 +35,7 @@ class Approvals:
         self._clock = clock
 
     def expect(self, actor: Actor, request: DeviceRequest) -> str:
-        """Make a device known that is to enrol by itself, and return its id; raises ``TopicRefused``."""
+        """Add a device that is to enrol by itself, and return its id; raises ``TopicRefused``."""
         now = self._clock()
         device_id = new_device_id(now)
         topics = checked_topics(self._settings, request.topics, device_id)
@@ -45,11 +45,11 @@ class Approvals:
         return device_id
 
     def approve(self, actor: Actor, device_id: str, key_fingerprint: str | None = None) -> DeviceStatus:
-        """Let a device in that has asked: it gets its certificate when it asks again. A repeat changes nothing.
+        """Approve a device that has asked: it gets its certificate when it asks again. A repeat changes nothing.
 
-        A device that is in and asks with another key is given a certificate for that one, and loses those it has. With
-        a ``key_fingerprint`` nothing is approved but that key. Returns the device's status. Raises ``DeviceNotFound``,
-        ``StateConflict`` where the device has not asked, or with another key.
+        An active device that asks with another key is given a certificate for that key, and its others are revoked.
+        With a ``key_fingerprint`` only that key is approved. Returns the device's status. Raises ``DeviceNotFound``,
+        and ``StateConflict`` if the device has not asked, or asks with another key.
         """
         now = self._clock()
         with self._database.transaction() as tx:
@@ -58,11 +58,12 @@ class Approvals:
                 self._check_pending(device, "approved")
             if enrolment is None:
                 raise StateConflict(
-                    "The device has not asked to be let in yet; give it an enrolment token, which lets it in at once."
+                    "The device has not asked for a certificate yet; give it an enrolment token, which admits it at"
+                    " once."
                 )
             key = enrolment.key_fingerprint if asked is None else asked.key_fingerprint
             if key_fingerprint not in (None, key):
-                raise StateConflict("The device asks with another key by now; look at that one before you approve it.")
+                raise StateConflict("The device asks with another key now; check that key before you approve it.")
             if asked is not None:
                 if asked.status is EnrolmentStatus.REJECTED:
                     raise StateConflict("This key was rejected; the device has to ask with a new one.")
@@ -75,10 +76,10 @@ class Approvals:
         return device.status
 
     def reject(self, actor: Actor, device_id: str) -> DeviceStatus:
-        """Put a pending device out for good; a repeat changes nothing.
+        """Revoke a pending device for good; a repeat changes nothing.
 
-        For a device that is in and asks with another key, only that key is rejected. Returns the device's status.
-        Raises ``DeviceNotFound``, ``StateConflict`` where the device has not asked.
+        If an active device asks with another key, only that key is rejected. Returns the device's status. Raises
+        ``DeviceNotFound``, and ``StateConflict`` if the device has not asked.
         """
         now = self._clock()
         with self._database.transaction() as tx:
@@ -87,7 +88,7 @@ class Approvals:
                 return device.status
             if asked is not None:
                 if asked.status is EnrolmentStatus.APPROVED:
-                    raise StateConflict("This key is approved already; suspend or revoke the device to keep it out.")
+                    raise StateConflict("This key is approved already; suspend or revoke the device instead.")
                 self._decide(tx, actor, device_id, asked, EnrolmentStatus.REJECTED, now)
                 return device.status
             self._check_pending(device, "rejected")
@@ -95,7 +96,7 @@ class Approvals:
                 store_enrolment.update_enrolment(
                     tx, actor.tenant_id, enrolment.id, status=EnrolmentStatus.REJECTED, decided_at=now
                 )
-            # The broker has never been told to let it in, so there is nothing to tell it now.
+            # The broker was never told to admit it, so there is nothing to tell it now.
             db.revoke_device(
                 tx, actor.tenant_id, device_id, revoked_at=now, reason=REJECTED, generation=device.generation
             )
@@ -106,7 +107,7 @@ class Approvals:
     def _asked(
         self, tx: Connection, tenant_id: str, device_id: str
     ) -> tuple[DeviceRecord, EnrolmentRecord | None, ReenrolmentRecord | None]:
-        """A device, locked, with what it has asked for; the last is there while it is in and asks with another key."""
+        """Return a device, locked, its enrolment, and the other key that it asks for while it is active, if it does."""
         device = db.get_device(tx, tenant_id, device_id, for_update=True)
         enrolment = store_enrolment.last_enrolment(tx, tenant_id, device_id)
         if enrolment is None or device.status is not DeviceStatus.ACTIVE:
@@ -134,20 +135,20 @@ class Approvals:
             raise StateConflict(f"The device is {device.status}; only one that is pending can be {wanted}.")
 
     def request_of(self, tenant_id: str, device_id: str) -> tuple[EnrolmentRecord, ReenrolmentRecord | None]:
-        """What a device has asked for last, and what it asks for now with another key, if it does.
+        """Return a device's enrolment, and the other key that it asks for now, if it does.
 
-        Raises ``DeviceNotFound``, ``NotFound`` where it never has asked.
+        Raises ``DeviceNotFound``, and ``NotFound`` if it has never asked.
         """
         with self._database.snapshot() as tx:
             db.get_device(tx, tenant_id, device_id)
             enrolment = store_enrolment.last_enrolment(tx, tenant_id, device_id)
             if enrolment is None:
-                raise NotFound("The device has never asked to be let in.")
+                raise NotFound("The device has never asked for a certificate.")
             return enrolment, store_enrolment.find_reenrolment(tx, tenant_id, enrolment.id)
 
     def asking(self, tenant_id: str) -> Sequence[WaitingDevice]:
-        """The devices that wait for an operator, who has waited longest first; the first thousand."""
+        """Return the devices that wait for an operator, the longest waiting first, at most a thousand."""
         with self._database.snapshot() as tx:
-            first = store_enrolment.waiting_enrolments(tx, tenant_id, limit=MOST_LISTED)
-            again = store_enrolment.waiting_reenrolments(tx, tenant_id, limit=MOST_LISTED)
-        return sorted((*first, *again), key=lambda asking: asking.asked_at)[:MOST_LISTED]
+            first = store_enrolment.waiting_enrolments(tx, tenant_id, limit=MAX_LISTED)
+            again = store_enrolment.waiting_reenrolments(tx, tenant_id, limit=MAX_LISTED)
+        return sorted((*first, *again), key=lambda asking: asking.asked_at)[:MAX_LISTED]

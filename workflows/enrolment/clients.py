@@ -1,4 +1,4 @@
-"""Finds out who a client certificate belongs to, and whether it still counts."""
+"""Identifies the device behind a TLS client certificate, and checks whether that is still accepted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OUT_OF_DATE = "The client certificate has expired or is not valid yet."
 
 @dataclass(frozen=True, slots=True)
 class DeviceClient:
-    """A device that has shown the certificate it has from this portal, which is in force."""
+    """A device that has shown a valid certificate of this portal."""
 
     tenant_id: str
     device_id: str
@@ -33,7 +33,7 @@ class DeviceClient:
 
 @dataclass(frozen=True, slots=True)
 class ManufacturedClient:
-    """A device that has shown the certificate it was born with, of a registered manufacturer's CA."""
+    """A device that has shown its factory certificate (IDevID), issued by a registered manufacturer's CA."""
 
     tenant_id: str
     manufacturer: ManufacturerRecord
@@ -41,7 +41,7 @@ class ManufacturedClient:
 
 
 class Clients:
-    """The TLS layer has checked the chain once; here it is checked again, with all that may have changed since."""
+    """Checks client certificates for each request: the TLS layer did it only when the connection was set up."""
 
     def __init__(
         self, settings: Settings, database: Database, authority: Authority, clock: Callable[[], datetime]
@@ -54,10 +54,10 @@ class Clients:
     def identify(self, der: bytes) -> DeviceClient | ManufacturedClient:
         """Find out whose certificate, DER, a client has shown.
 
-        Raises ``ClientCertificateRefused`` where it is revoked or on hold, expired, or of no CA that counts here.
+        Raises ``ClientCertificateRefused`` if it is revoked, on hold or expired, or its CA is not registered here.
         """
         client = client_certificates.read_client(der)
-        grace = timedelta(days=self._settings.renewal_grace_days)  # in which a device's own may still be renewed
+        grace = timedelta(days=self._settings.renewal_grace_days)  # in which an expired one may still be renewed
         if not client.not_before <= self._clock() <= client.not_after + grace:
             raise ClientCertificateRefused(_OUT_OF_DATE)
         if not client_certificates.may_identify_a_client(client):
@@ -83,14 +83,12 @@ class Clients:
             for record in enrolment.registered_manufacturers(tx):
                 if self._clock() <= record.not_after and client_certificates.is_issued_by_der(client, record.der):
                     return ManufacturedClient(record.tenant_id, record, client)
-        raise ClientCertificateRefused(
-            "The client certificate is of no CA that is registered here; see POST /manufacturers."
-        )
+        raise ClientCertificateRefused("The client certificate's CA is not registered here; see POST /manufacturers.")
 
     def write_authorities(self) -> None:
-        """Bring the file of the CAs that clients are asked for up to date; a worker notices within a second."""
+        """Update the file of the CAs whose client certificates TLS accepts; a worker notices within a second."""
         path = self._settings.tls_dir / CLIENT_CAS
-        with FileLock(self._settings.data_dir / ".client-cas.lock").hold():  # the newest state is written last
+        with FileLock(self._settings.data_dir / ".client-cas.lock").hold():  # so that the newest state is written last
             with self._database.snapshot() as tx:
                 manufacturers = enrolment.registered_manufacturers(tx)
             issuing = [item.der for item in self._authority.issuers if item.kind == IssuerKind.ISSUING]

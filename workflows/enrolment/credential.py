@@ -1,4 +1,4 @@
-"""What admits a device that enrols by itself: an enrolment token, or the CA of its manufacturer."""
+"""The credential of a device that enrols: an enrolment token, or a certificate of its manufacturer's CA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The use cases around manufacturer CAs: add, prove, list, remove."""
+"""The use cases of manufacturer CAs: add, prove, list, remove."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NONCE_LIFE = timedelta(hours=24)
 
 
 class Manufacturers:
-    """CAs whose certificates devices are born with, each counting only once somebody has shown to have its key."""
+    """CAs that issue factory certificates (IDevIDs); each counts once the possession of its key was proven."""
 
     def __init__(self, database: Database, clients: Clients, clock: Callable[[], datetime]) -> None:
         self._database = database
@@ -30,9 +30,9 @@ class Manufacturers:
         self._clock = clock
 
     def add(self, actor: Actor, name: str, certificate: str, profile: EnrolmentProfile) -> ManufacturerRecord:
-        """Take down a CA (PEM), which counts for nothing before ``prove``; the answer holds the nonce to be signed.
+        """Add a CA (PEM), which admits no device before ``prove``; returns it with the nonce to be signed.
 
-        Raises ``ManufacturerInvalid``, ``Conflict`` where the CA is there already.
+        Raises ``ManufacturerInvalid``, and ``Conflict`` if the CA exists already.
         """
         now = self._clock()
         authority = client_certificates.read_manufacturer_ca(certificate, now=now)
@@ -64,7 +64,7 @@ class Manufacturers:
                     fingerprint=record.fingerprint,
                 )
         except IntegrityError:
-            raise Conflict("This CA is there already; see GET /manufacturers, and remove it to add it anew.") from None
+            raise Conflict("This CA exists already; see GET /manufacturers, and remove it to add it again.") from None
         return record
 
     def prove(
@@ -79,7 +79,7 @@ class Manufacturers:
             record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
         if record.status is ManufacturerStatus.UNPROVEN:
             if record.nonce_expires_at <= now:
-                raise ProofInvalid("The nonce has expired; remove the manufacturer and add it anew.")
+                raise ProofInvalid("The nonce has expired; remove the manufacturer and add it again.")
             if certificate is not None:
                 client_certificates.check_proof_by_certificate(record.der, record.nonce, certificate)
             else:
@@ -87,7 +87,7 @@ class Manufacturers:
         with self._database.transaction() as tx:
             record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
             if record.status is ManufacturerStatus.REMOVED:
-                raise Conflict("The manufacturer was removed; add it anew.")
+                raise Conflict("The manufacturer was removed; add it again.")
             if record.status is ManufacturerStatus.UNPROVEN:
                 enrolment.update_manufacturer(
                     tx, actor.tenant_id, manufacturer_id, status=ManufacturerStatus.REGISTERED, proven_at=now
@@ -99,7 +99,7 @@ class Manufacturers:
         return record
 
     def remove(self, actor: Actor, manufacturer_id: str) -> ManufacturerRecord:
-        """Let nobody in by this CA any more, at once; devices that have enrolled by it stay. Raises ``NotFound``."""
+        """Remove a CA: it admits no device any more; those that have enrolled keep working. Raises ``NotFound``."""
         now = self._clock()
         with self._database.transaction() as tx:
             record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
@@ -113,11 +113,11 @@ class Manufacturers:
         return record
 
     def manufacturers(self, tenant_id: str) -> Sequence[ManufacturerRecord]:
-        """Every manufacturer, newest first."""
+        """Return every manufacturer, newest first."""
         with self._database.snapshot() as tx:
             return enrolment.list_manufacturers(tx, tenant_id)
 
     def manufacturer(self, tenant_id: str, manufacturer_id: str) -> ManufacturerRecord:
-        """One manufacturer; raises ``NotFound``."""
+        """Return one manufacturer; raises ``NotFound``."""
         with self._database.snapshot() as tx:
             return enrolment.get_manufacturer(tx, tenant_id, manufacturer_id)

@@ -1,4 +1,4 @@
-"""The use cases around enrolment tokens: make, list, revoke, find."""
+"""The use cases of enrolment tokens: create, list, revoke, find."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workflows import audit
 from workflows.audit import Actor
 
 TOKEN_PREFIX = "en_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
-MOST_LISTED = 1000
+MAX_LISTED = 1000
 
 
 class EnrolmentTokens:
@@ -30,7 +30,7 @@ class EnrolmentTokens:
     def create(
         self, actor: Actor, name: str, profile: EnrolmentProfile, *, device_id: str | None, count: int, life: timedelta
     ) -> tuple[str, EnrolmentTokenRecord]:
-        """Make a token for one device that is pending, or for ``count`` new ones; returns its secret with its record.
+        """Create a token for one pending device, or for ``count`` new ones; returns its secret with its record.
 
         Raises ``DeviceNotFound``, ``StateConflict`` for a device that is not pending.
         """
@@ -52,7 +52,7 @@ class EnrolmentTokens:
             if device_id is not None:
                 device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
                 if device.status is not DeviceStatus.PENDING:
-                    raise StateConflict(f"The device is {device.status}; only a pending one can enrol by a token.")
+                    raise StateConflict(f"The device is {device.status}; only a pending one can enrol with a token.")
             enrolment.add_enrolment_token(tx, record, secret_hash=hash_token(secret))
             detail = {"device_id": device_id} if device_id else {"count": count}
             audit.record(
@@ -61,7 +61,7 @@ class EnrolmentTokens:
         return secret, record
 
     def revoke(self, actor: Actor, token_id: str) -> EnrolmentTokenRecord:
-        """Revoke a token, at once; devices that have enrolled by it stay. Raises ``NotFound``."""
+        """Revoke a token at once; devices that have enrolled with it keep working. Raises ``NotFound``."""
         now = self._clock()
         with self._database.transaction() as tx:
             record = enrolment.revoke_enrolment_token(tx, actor.tenant_id, token_id, revoked_at=now)
@@ -70,11 +70,11 @@ class EnrolmentTokens:
         return record
 
     def tokens(self, tenant_id: str) -> Sequence[EnrolmentTokenRecord]:
-        """The newest thousand tokens, newest first."""
+        """Return the newest thousand tokens, newest first."""
         with self._database.snapshot() as tx:
-            return enrolment.list_enrolment_tokens(tx, tenant_id, limit=MOST_LISTED)
+            return enrolment.list_enrolment_tokens(tx, tenant_id, limit=MAX_LISTED)
 
     def find(self, secret: str) -> EnrolmentTokenRecord | None:
-        """The token with this secret, in whatever state; what it is still good for is decided where it is used."""
+        """Return the token with this secret, in any state: whether it admits devices is checked where it is used."""
         with self._database.snapshot() as tx:
             return enrolment.find_enrolment_token(tx, hash_token(secret))

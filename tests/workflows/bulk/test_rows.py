@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.errors import InputInvalid
-from workflows.bulk.rows import ROW_MOST, CsvRows, NdjsonRows, Row, Rows
+from workflows.bulk.rows import MAX_ROW_BYTES, CsvRows, NdjsonRows, Row, Rows
 
 COLUMNS = frozenset({"name", "type", "note"})
 REQUIRED = frozenset({"name"})
@@ -34,7 +34,7 @@ fragments = st.sampled_from(
         b"\0",
         b" ",
         b"{",
-        b"x" * ROW_MOST,
+        b"x" * MAX_ROW_BYTES,
     ]
 )
 
@@ -92,13 +92,13 @@ def test_no_more_is_kept_than_a_row_may_have(parts: list[bytes]) -> None:
         rows.feed(HEADER)
         for part in parts:
             rows.feed(part)
-            assert len(rows._buffer) <= ROW_MOST
+            assert len(rows._buffer) <= MAX_ROW_BYTES
 
 
 @pytest.mark.parametrize("rows", [NdjsonRows(), csv_rows()])
 def test_a_row_that_is_too_long_hurts_no_other(rows: Rows) -> None:
-    stream = HEADER + b"a,b,c\n" + b"x" * (3 * ROW_MOST) + b"\nd,e,f\n" + b"y" * (ROW_MOST + 1)
-    found = codes(rows_of(rows, stream, [ROW_MOST, 2 * ROW_MOST]))
+    stream = HEADER + b"a,b,c\n" + b"x" * (3 * MAX_ROW_BYTES) + b"\nd,e,f\n" + b"y" * (MAX_ROW_BYTES + 1)
+    found = codes(rows_of(rows, stream, [MAX_ROW_BYTES, 2 * MAX_ROW_BYTES]))
     assert found[-4:] == [None, "row_too_long", None, "row_too_long"]
 
 
