@@ -39,7 +39,7 @@ _DEAD_LINK = {
     404: "The portal does not know this link; check that it was copied completely.",
     410: "This link was used or has expired, or its device is revoked; renew the device or register it again.",
 }
-_REQUEST = re.compile(r"\b(?:GET|POST|PUT|PATCH|DELETE) /[a-z-]+(?:/[a-z{][a-z_{}-]*)*")
+_REQUEST = re.compile(r"\b(?:(?:GET|POST|PUT|PATCH|DELETE) /[a-z-]+(?:/[a-z{][a-z_{}-]*)*|send it as Authorization)")
 _COMMANDS = {
     "GET /devices": "portal list",
     "GET /tokens": "portal token list",

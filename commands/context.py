@@ -105,12 +105,12 @@ def _given(ctx: click.Context) -> ConnectionOptions:
     return dataclasses.replace(given, **{name: value for name, value in here.items() if value is not None})
 
 
-def _options_of_fields(command: click.Command) -> dict[str, str]:
+def _options_of_fields(command: Command) -> dict[str, str]:
     """Return which option or argument of a command sets which field of its request."""
     return {
-        param.name: param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+        param.name.rstrip("_"): param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
         for param in command.params
-        if param.name
+        if param.name and param not in command.connection
     }
 
 

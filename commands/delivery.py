@@ -218,4 +218,4 @@ def _show(portal: Remote, files: dict[str, Any]) -> None:
         return
     show_files(portal, files)
     if README in files["files"]:
-        portal.out.note(f"{README} there says how to connect.")
+        portal.out.note(f"{README} in this folder explains how to connect.")

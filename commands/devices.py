@@ -200,7 +200,7 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
         return state(value)
     if name in ("expires_at", "not_after"):
         return moment(value, expiry=device.get("status") != "revoked")
-    if name.endswith("_at") or name == "not_before":
+    if name.endswith("_at") or name in ("not_before", "renewable_from"):
         return moment(value)
     return text(value)
 

@@ -239,7 +239,8 @@ def _show(portal: Remote, results: Results, tally: Tally) -> None:
         for _ in range(SHOWN):
             row = next(failed)
             portal.out.note(f"line {row['line']}: {row['detail']}")
-    portal.out.done(f"{tally.registered} registered, {tally.repeated} registered before, {tally.failed} failed.")
+    before = tally.repeated + tally.there_before
+    portal.out.done(f"{tally.registered} registered, {before} registered before, {tally.failed} failed.")
     fields = {
         "rows": text(str(tally.rows)),
         "registered": text(str(tally.registered)),

@@ -14,7 +14,7 @@ from commands.context import Command, Remote, paging_options
 from commands.delivery import FORCE_HELP
 from commands.errors import Unreachable
 from commands.files import NewFile, write_new
-from commands.output import Cell, moment, state, text
+from commands.output import Cell, moment, state, text, timestamp
 
 SHELLS = {
     "bash": 'eval "$(portal completion bash)"    # in ~/.bashrc',
@@ -118,7 +118,7 @@ def audit(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filte
         ("time", "actor", "action", "object", "outcome", "address", "request id", "detail"),
         [
             (
-                Cell(str(entry.get("at", "")), str(entry.get("at", ""))[:19].replace("T", " ")),
+                timestamp(entry.get("at")),
                 text(entry.get("actor")),
                 text(entry.get("action")),
                 text(entry.get("object")),

@@ -43,7 +43,7 @@ _STATUS_STYLES = {
     "revoked": "red",
     "refused": "red",
 }
-_ABBREVIATIONS = ("ca", "crl")
+_ABBREVIATIONS = ("ca", "crl", "url")
 EXPIRES_SOON_DAYS = 30
 PROGRESS_SECONDS = 10.0  # between two lines of progress if standard error is not a terminal
 
@@ -99,6 +99,11 @@ def moment(value: object, *, expiry: bool = False, short: bool = False) -> Cell:
         style = "yellow" if seconds > 0 else "red"
     shown = f"{at:%Y-%m-%d}" if short else f"{at:%Y-%m-%d %H:%M} UTC ({_distance(seconds)})"
     return Cell(str(value), shown, style)
+
+
+def timestamp(value: object) -> Cell:
+    """Return a cell for the time of an event (RFC 3339, UTC), for people without fractions of seconds."""
+    return Cell(str(value), str(value)[:19].replace("T", " ")) if value else text(value)
 
 
 def _distance(seconds: float) -> str:
@@ -238,12 +243,15 @@ class Output:
         if self.as_json:
             sys.stderr.write(json.dumps(error.as_json()) + "\n")
             return
-        self._err.print(_words(("Error: ", "bold red"), clean(error.sentence)), soft_wrap=True)
-        if isinstance(error, Refused):
-            for field, message in error.fields:
-                root, _, inner = field.partition(".")
-                option = f"{options[root]} ({field})" if inner and root in options else options.get(field, field)
-                self._err.print(_words((f"  {clean(option)}: ", "bold"), clean(message)), soft_wrap=True)
+        fields = error.fields if isinstance(error, Refused) else ()
+        repeated = bool(fields) and all(message in error.sentence for _, message in fields)
+        sentence = "The portal does not accept these values:" if repeated else error.sentence
+        self._err.print(_words(("Error: ", "bold red"), clean(sentence)), soft_wrap=True)
+        for field, message in fields:
+            root, _, inner = field.partition(".")
+            option = options.get(root.lower().replace("-", "_"))
+            label = field if option is None else f"{option} ({field})" if inner else option
+            self._err.print(_words((f"  {clean(label)}: ", "bold"), clean(message)), soft_wrap=True)
         for hint in error.hints:
             self._err.print(Text(clean(hint)), soft_wrap=True)
         if isinstance(error, Refused) and error.request_id:
@@ -289,8 +297,10 @@ def _label(name: str) -> str:
     group, _, number = name.rpartition(".")
     if number.isdigit():
         name = f"{group.removesuffix('s')} {int(number) + 1}"  # topics.0 is the first topic
-    words = name.replace("_", " ").replace(".", " ")
-    return words[:1].upper() + words[1:] if words not in _ABBREVIATIONS else words.upper()
+    first, *more = (
+        word.upper() if word in _ABBREVIATIONS else word for word in name.replace("_", " ").replace(".", " ").split(" ")
+    )
+    return " ".join((first[:1].upper() + first[1:], *more))
 
 
 def _console(file: TextIO) -> Console:

@@ -18,7 +18,7 @@ from commands.context import (
     show_created,
 )
 from commands.errors import CliError
-from commands.output import Cell, moment, state, text
+from commands.output import Cell, moment, state, text, timestamp
 
 EVENTS = (
     "registered",
@@ -92,16 +92,16 @@ def _dead(row: dict[str, Any]) -> Cell:
     ],
 )
 @click.argument("name", help="Name of the webhook.")
-@click.option("--target", metavar="URL", required=True, help="URL that events are posted to.")
+@click.option("--target", "url_", metavar="URL", required=True, help="URL that events are posted to.")
 @click.option(
     "--event", "events", type=click.Choice(EVENTS), multiple=True, help="Event to send. Repeatable.  [default: all]"
 )
 @click.option("--secret-out", metavar="FILE", help="Write the signing secret to FILE (new, 0600).")
 @click.pass_obj
-def webhook_create(portal: Remote, name: str, target: str, events: tuple[str, ...], secret_out: str | None) -> None:
+def webhook_create(portal: Remote, name: str, url_: str, events: tuple[str, ...], secret_out: str | None) -> None:
     """Create a webhook; its signing secret is shown once."""
     path = new_secret_file(secret_out, "--secret-out", "secret", out=portal.out)
-    body = {"name": name, "url": target} | ({"events": list(events)} if events else {})
+    body = {"name": name, "url": url_} | ({"events": list(events)} if events else {})
     answer = make_with_secret(portal, "/webhooks", body, shown_once="secret", into=path, needs=("webhook_id",))
     if portal.out.as_json:
         portal.out.json(answer)
@@ -154,19 +154,19 @@ def webhook_deliveries(
         [
             (
                 text(row.get("delivery_id")),
-                moment(row.get("created_at"), short=True),
+                timestamp(row.get("created_at")),
                 text(row.get("type")),
                 text(row.get("device_id")),
                 state(row.get("status")),
                 text(row.get("attempts")),
-                moment(row.get("next_at"), short=True),
+                timestamp(row.get("next_at")),
                 text(row.get("last_problem")),
             )
             for row in rows
         ],
         empty="No matching events." if status else "No events for this webhook yet.",
-        spare=("attempts", "next", "problem"),
-        whole=("status",),
+        spare=("attempts", "next"),
+        whole=("time", "event", "device", "status"),
         more=next_cursor,
     )
 
@@ -186,7 +186,11 @@ def webhook_redeliver(portal: Remote, webhook_id: str, delivery: tuple[int, ...]
     if portal.out.as_json:
         portal.out.json(answer)
         return
-    portal.out.done(f"Queued {answer.get('redelivered', 0)} events to be sent again")
+    count = answer.get("redelivered") or 0
+    if count:
+        portal.out.done(f"Queued {count} event{'s' * (count != 1)} to be sent again")
+    else:
+        portal.out.note("No events to send again.")
 
 
 @webhook.command("test", cls=Command, examples=["portal webhook test 1e66977361d81fe2"])

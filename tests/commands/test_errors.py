@@ -60,6 +60,24 @@ def test_each_field_error_has_its_line(session: Session, stub: PortalStub) -> No
     assert not Path("sensor").exists()
 
 
+def test_field_errors_are_not_said_twice(session: Session, stub: PortalStub) -> None:
+    errors = [{"field": "validity_days", "message": "must be 1 to 9"}, {"field": "location", "message": "is too long"}]
+    detail = "The request has invalid fields: validity_days (must be 1 to 9), location (is too long)."
+    stub.replies["POST", "/register"] = problem(422, "invalid_input", detail, errors=errors)
+    assert session.run(*REGISTER, "--out", "sensor").stderr.splitlines()[:3] == [
+        "Error: The portal does not accept these values:",
+        "  --days: must be 1 to 9",
+        "  --location: is too long",
+    ]
+
+
+def test_a_field_is_never_named_after_a_connection_option(session: Session, stub: PortalStub) -> None:
+    errors = [{"field": "url", "message": "must use port 443"}]
+    stub.replies["POST", "/webhooks"] = problem(422, "invalid_input", "The url must use port 443.", errors=errors)
+    stderr = session.run("webhook", "create", "x", "--target", "https://example.com:1", "--secret-out", "s").stderr
+    assert "  --target: must use port 443\n" in stderr
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -191,6 +209,7 @@ def test_clean_shows_what_could_steer_a_terminal(dirty: object, shown: str) -> N
         ),
         ("The request cannot be read; see GET /docs for its form.", "The request cannot be read."),
         ("This device is revoked: call POST /devices/{id}/renew.", "This device is revoked."),
+        ("A token is required: send it as Authorization: Bearer <token>.", "A token is required."),
         ("A sentence without a request.", "A sentence without a request."),
     ],
 )
