@@ -115,7 +115,7 @@ def _options_of_fields(command: Command) -> dict[str, str]:
 
 
 _PAGING = (
-    click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Maximum number to list."),
+    click.option("--limit", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="List at most N."),
     click.option("--all", "all_", is_flag=True, help="List all of them."),
     click.option("--cursor", metavar="CURSOR", help="Continue after an earlier --json answer (its next_cursor)."),
 )

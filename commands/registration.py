@@ -66,7 +66,7 @@ class Targets:
 
 
 _ISSUING = (
-    click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of key.  [default: set at the portal]"),
+    click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of key.  [default: the portal's]"),
     click.option("--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity in days."),
     click.option("--format", "bundle_format", type=click.Choice(FORMATS), help="Bundle format.  [default: zip]"),
     click.option("--csr", metavar="FILE", help="The device's own CSR (PKCS#10, PEM); its key stays on the device."),
@@ -142,8 +142,8 @@ def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ..
 def renew(portal: Remote, /, device_id: str, when_used: bool, **options: Any) -> None:
     """Issue a new certificate for a device.
 
-    The new certificate is valid at once. It is delivered in a bundle as after a registration, or signs the device's
-    own CSR. The old certificate is revoked when the overlap ends, after 24 hours by default.
+    The new certificate is valid at once. It is delivered in a bundle as after a registration, or issued for the
+    device's own CSR. The old certificate is revoked when the overlap ends, after 24 hours by default.
     """
     options["revoke_previous"] = "when_used" if when_used else None
     _issue(portal, Operation(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed"), options)
