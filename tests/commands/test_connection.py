@@ -15,9 +15,6 @@ from tests.support.pki import PEM, Authority, Pki
 from tests.support.portal_stub import TOKEN, PortalStub, running
 
 pytest_plugins = ("tests.support.cli_fixtures",)
-REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
-UNKNOWN = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
-EVIL = "\x1b]0;owned\x07\x1b[2Jname\r\n\u202egnp"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import stat
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from commands import client
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
 
+UNKNOWN = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 pytest_plugins = ("tests.support.cli_fixtures",)
 
 
@@ -60,3 +63,87 @@ def test_filters_go_to_the_portal(session: Session, stub: PortalStub) -> None:
         "location": "hall",
         "q": "x",
     }
+
+
+def test_a_list_is_plain_when_piped(session: Session, stub: PortalStub) -> None:
+    device_id = stub.add_device()
+    result = session.run("list")
+    assert result.stdout == f"{device_id}\tsensor-7\tthermometer\tHall 2\tactive\t2036-01-01T00:00:00Z\n"
+    assert result.stderr == ""
+
+
+def test_all_pages_are_read_when_asked(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_PAGE", 2)
+    for index in range(5):
+        stub.add_device(f"sensor-{index}")
+    everything = session.json("list", "--all")
+    assert [device["name"] for device in everything["devices"]] == [f"sensor-{index}" for index in range(5)]
+    assert everything["next_cursor"] is None
+    some = session.json("list", "--limit", "3")
+    assert len(some["devices"]) == 3
+    rest = session.json("list", "--cursor", some["next_cursor"])
+    assert [device["name"] for device in rest["devices"]] == ["sensor-3", "sensor-4"]
+
+
+def test_a_cursor_that_goes_in_circles_ends(session: Session, stub: PortalStub) -> None:
+    stub.replies["GET", "/devices"] = Reply(body={"devices": [{"device_id": UNKNOWN}], "next_cursor": "again"})
+    assert session.run("list", "--all").exit_code == 0
+    assert len(stub.requests) == 2
+
+
+def test_filters_reach_the_portal(session: Session, stub: PortalStub) -> None:
+    session.run(
+        "list", "--status", "active", "--type", "t", "--location", "l", "--q", "x", "--expires-before", "2027-01-31"
+    )
+    assert stub.requests[0].query == {
+        "status": "active",
+        "type": "t",
+        "location": "l",
+        "q": "x",
+        "expires_before": "2027-01-31T00:00:00Z",
+        "limit": "50",
+    }
+    session.run("list", "--expires-before", "30d")
+    before = datetime.fromisoformat(stub.requests[1].query["expires_before"])
+    assert abs(before - datetime.now(UTC) - timedelta(days=30)) < timedelta(minutes=1)
+
+
+def test_a_device_is_shown_field_by_field(session: Session, stub: PortalStub) -> None:
+    device_id = stub.add_device(metadata={"owner": "ops"})
+    lines = session.run("show", device_id.upper()).stdout.splitlines()
+    assert f"device_id\t{device_id}" in lines
+    assert {"metadata.owner\tops", "topics.0\tdevices/{id}/#:readwrite", "broker\tapplied"} <= set(lines)
+    assert session.json("show", device_id) == stub.devices[device_id]
+
+
+def test_a_device_is_changed(session: Session, stub: PortalStub) -> None:
+    device_id = stub.add_device()
+    assert session.run("update", device_id, "--name", "new", "--topic", "devices/news:read").exit_code == 0
+    assert session.run("update", device_id, "--default-topics", "--no-metadata").exit_code == 0
+    bodies = [request.body for request in stub.calls("PATCH", f"/devices/{device_id}")]
+    assert bodies == [
+        {"name": "new", "topics": [{"filter": "devices/news", "access": "read"}]},
+        {"metadata": {}, "topics": None},
+    ]
+
+
+def test_a_change_of_nothing_is_a_usage_error(session: Session) -> None:
+    assert session.run("update", UNKNOWN).exit_code == 2
+
+
+def test_what_ends_first_is_listed_first(session: Session, stub: PortalStub) -> None:
+    def device(name: str, end: str) -> dict[str, Any]:
+        return {"device_id": stub.add_device(), "name": name, "location": "hall 1"} | {
+            "expires_at": end,
+            "renewable_from": "2035-01-01T00:00:00Z",
+        }
+
+    page = [device("later", "2036-02-01T00:00:00Z"), device("sooner", "2036-01-01T00:00:00Z")]
+    stub.replies[("GET", "/devices")] = Reply(body={"devices": page, "next_cursor": None})
+    lines = session.run("expiring", "--within", "2036-03-01").stdout.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["sooner", "later"]
+    assert [line.split("\t")[4] for line in lines] == ["2035-01-01T00:00:00Z"] * 2
+    assert stub.requests[-1].query["expires_before"] == "2036-03-01T00:00:00Z"
+    assert stub.requests[-1].query["status"] == "active"
+    stub.replies[("GET", "/devices")] = Reply(body={"devices": [], "next_cursor": None})
+    assert "expires that soon" in session.run("expiring").stderr

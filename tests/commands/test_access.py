@@ -1,0 +1,35 @@
+"""The commands about operator tokens, against a small portal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.cli_session import Session
+from tests.support.portal_stub import PortalStub, Reply
+
+pytest_plugins = ("tests.support.cli_fixtures",)
+UNKNOWN = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
+
+
+def test_a_new_token_is_shown_once_and_never_in_a_pipe(session: Session, stub: PortalStub) -> None:
+    create = ("token", "create", "factory", "--role", "operator")
+    assert session.run(*create).exit_code == 2
+    assert stub.requests == []
+    result = session.run(*create, "--days", "9", "--token-out", "token")
+    assert "secret-of-new-token" not in result.output
+    assert Path("token").read_text() == "secret-of-new-token\n"
+    assert stub.requests[0].body == {"name": "factory", "role": "operator", "expires_in_days": 9}
+    assert session.json(*create)["token"] == "secret-of-new-token"
+
+
+def test_a_token_is_not_made_twice_where_the_connection_breaks(session: Session, stub: PortalStub) -> None:
+    stub.replies["POST", "/tokens"] = Reply(breaks_off=True, body=b"")
+    assert session.run("token", "create", "x", "--role", "admin", "--token-out", "token").exit_code == 3
+    assert len(stub.requests) == 1
+    assert not Path("token").exists()
+
+
+def test_tokens_are_listed_and_revoked(session: Session) -> None:
+    assert session.run("token", "list").stdout.split("\t")[:3] == [UNKNOWN, "factory", "operator"]
+    assert session.run("token", "revoke", UNKNOWN).exit_code == 2
+    assert session.run("token", "revoke", UNKNOWN, "--yes").exit_code == 0

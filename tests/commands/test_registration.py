@@ -1,0 +1,227 @@
+"""The commands register and renew, against a small portal."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.support.cli_session import Session
+from tests.support.harness import csr_pem
+from tests.support.pki import PEM
+from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, problem, sign_key
+
+pytest_plugins = ("tests.support.cli_fixtures",)
+REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
+
+
+def test_a_registration_sends_what_was_given(session: Session, stub: PortalStub) -> None:
+    session.json(
+        *REGISTER,
+        "--metadata",
+        "owner=ops=2",
+        "--topic",
+        "devices/{id}/a:b:write",
+        "--key-type",
+        "ed25519",
+        "--days",
+        "9",
+    )
+    (request,) = stub.calls("POST", "/register")
+    assert request.body == {
+        "name": "sensor-7",
+        "type": "thermometer",
+        "location": "Hall 2",
+        "firmware": "1.4.2",
+        "metadata": {"owner": "ops=2"},
+        "topics": [{"filter": "devices/{id}/a:b", "access": "write"}],
+        "key_type": "ed25519",
+        "validity_days": 9,
+    }
+
+
+def test_each_registration_has_an_idempotency_key_of_its_own(session: Session, stub: PortalStub) -> None:
+    session.json(*REGISTER)
+    session.json(*REGISTER)
+    keys = [request.headers["Idempotency-Key"] for request in stub.calls("POST", "/register")]
+    assert len(set(keys)) == 2
+    assert min(len(key) for key in keys) >= 32
+
+
+def test_a_broken_connection_is_tried_again_with_the_same_key(session: Session, stub: PortalStub) -> None:
+    stub.replies["POST", "/register"] = [
+        Reply(breaks_off=True, body=b""),
+        Reply(201, {"a": "b" * 99}, breaks_off=True),
+    ]
+    answer = session.json(*REGISTER)
+    keys = {request.headers["Idempotency-Key"] for request in stub.calls("POST", "/register")}
+    assert answer["device_id"] in stub.devices
+    assert (len(stub.calls("POST", "/register")), len(keys)) == (3, 1)
+
+
+@pytest.mark.parametrize("failure", [Reply(breaks_off=True, body=b""), problem(503, "unavailable", "Not now.")])
+def test_a_registration_of_unknown_end_says_how_to_find_out(failure: Reply, session: Session, stub: PortalStub) -> None:
+    stub.replies["POST", "/register"] = failure
+    result = session.run(*REGISTER, "--password-out", "password")
+    key = stub.calls("POST", "/register")[0].headers["Idempotency-Key"]
+    assert f"--idempotency-key {key}" in result.stderr
+    assert not Path("password").exists()
+    del stub.replies["POST", "/register"]
+    assert session.json(*REGISTER, "--idempotency-key", key)["device_id"] in stub.devices
+
+
+def test_a_password_never_goes_into_a_pipe_unasked(session: Session, stub: PortalStub) -> None:
+    result = session.run(*REGISTER)
+    assert result.exit_code == 2
+    assert "--password-out" in result.stderr
+    assert stub.requests == []
+
+
+def test_a_password_goes_into_a_new_private_file(session: Session) -> None:
+    result = session.run(*REGISTER, "--password-out", "password")
+    assert result.exit_code == 0
+    assert Path("password").read_text() == BUNDLE_PASSWORD + "\n"
+    assert stat.S_IMODE(Path("password").stat().st_mode) == 0o600
+    assert BUNDLE_PASSWORD not in result.output
+    assert "Next: portal download http" in result.stderr
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [
+        "device_id",
+        "fingerprint",
+        "expires_at",
+        "download_url",
+        "download_expires_at",
+    ]
+
+
+def test_a_password_file_that_exists_stops_before_anything_is_asked(session: Session, stub: PortalStub) -> None:
+    Path("password").touch()
+    result = session.run(*REGISTER, "--password-out", "password")
+    assert (result.exit_code, stub.requests) == (2, [])
+    assert "password already exists" in result.stderr
+
+
+def test_json_holds_the_password_only_where_it_has_no_other_place(session: Session) -> None:
+    assert session.json(*REGISTER)["bundle_password"] == BUNDLE_PASSWORD
+    assert "bundle_password" not in session.json(*REGISTER, "--password-out", "password")
+    assert "bundle_password" not in session.json(*REGISTER, "--out", "files")
+    Path("chosen").write_text("chosen by myself\n")
+    assert "bundle_password" not in session.json(*REGISTER, "--password-file", "chosen")
+
+
+def test_register_and_unpack_at_once(session: Session, stub: PortalStub) -> None:
+    result = session.run(*REGISTER, "--out", "sensor")
+    assert result.exit_code == 0, result.output
+    (device_id,) = stub.devices
+    assert stat.S_IMODE(Path("sensor").stat().st_mode) == 0o700
+    assert stat.S_IMODE(Path("sensor/device.key").stat().st_mode) == 0o600
+    assert sorted(path.name for path in Path("sensor").iterdir()) == sorted(
+        ["device.key", "device.pem", "chain.pem", "ca.pem", "mosquitto-client.conf", "README.txt"]
+    )
+    assert f"device_id\t{device_id}\n" in result.stdout
+    assert BUNDLE_PASSWORD not in result.output
+    (download,) = [request for request in stub.requests if request.path.startswith("/download/")]
+    assert "Authorization" not in download.headers
+
+
+def test_a_chosen_password_opens_the_bundle_at_once(session: Session, stub: PortalStub) -> None:
+    result = session.run(*REGISTER, "--password-file", "-", "--out", "sensor", stdin="chosen by myself\n")
+    assert result.exit_code == 0, result.output
+    assert stub.calls("POST", "/register")[0].body["bundle_password"] == "chosen by myself"
+    assert Path("sensor/device.key").is_file()
+
+
+def test_a_folder_that_is_in_use_stops_before_anything_is_asked(session: Session, stub: PortalStub) -> None:
+    Path("sensor").mkdir(mode=0o700)
+    Path("sensor/device.key").write_text("another")
+    result = session.run(*REGISTER, "--out", "sensor")
+    assert (result.exit_code, stub.requests) == (1, [])
+    assert Path("sensor/device.key").read_text() == "another"
+
+
+def test_a_fetch_that_fails_loses_neither_link_nor_password(session: Session, stub: PortalStub) -> None:
+    stub.replies["GET", "/download/signed-link-token-0"] = problem(503, "broker_unavailable", "The broker is away.")
+    result = session.run(*REGISTER, "--out", "sensor")
+    assert result.exit_code == 1
+    assert "The broker is away." in result.stderr
+    assert BUNDLE_PASSWORD not in result.output
+    assert Path("sensor/bundle-password.txt").read_text() == BUNDLE_PASSWORD + "\n"
+    assert stat.S_IMODE(Path("sensor/bundle-password.txt").stat().st_mode) == 0o600
+    link = re.search(r"portal download '?(\S+)", result.stderr)
+    assert link is not None
+    stub.replies.clear()
+    again = session.run("download", link[1], "--out", "sensor", "--password-file", "sensor/bundle-password.txt")
+    assert again.exit_code == 0, again.output
+
+
+def test_a_csr_brings_its_certificate(session: Session, stub: PortalStub) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    Path("sensor.csr").write_bytes(csr.public_bytes(PEM))
+    result = session.run(*REGISTER, "--csr", "sensor.csr")
+    assert result.exit_code == 0, result.output
+    assert len(x509.load_pem_x509_certificates(result.stdout.encode())) == 2
+    files = session.json(*REGISTER, "--csr", "sensor.csr", "--out", "sensor")["files"]
+    assert files["files"] == ["ca.pem", "chain.pem", "device.pem"]
+    assert Path("sensor/ca.pem").read_bytes() == stub.pki.ca_bundle
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--csr", "x", "--key-type", "ed25519"),
+        ("--password-file", "x", "--password-out", "y"),
+        ("--topic", "devices/{id}/#"),
+        ("--topic", "devices/{id}/#:everything"),
+        ("--metadata", "novalue"),
+        ("--metadata", "a=1", "--metadata", "a=2"),
+        ("--days", "0"),
+        ("--key-type", "rsa-1024"),
+        ("--csr", "not-there.csr"),
+        ("--password-file", "not-there"),
+    ],
+)
+def test_what_makes_no_sense_is_a_usage_error(extra: tuple[str, ...], session: Session, stub: PortalStub) -> None:
+    assert (session.run(*REGISTER, *extra).exit_code, stub.requests) == (2, [])
+
+
+def renewal(stub: PortalStub, device_id: str, **changed: Any) -> Reply:
+    answer = {"device_id": device_id, "fingerprint": "cd" * 32, "serial_number": "0a1b"}
+    answer |= {"expires_at": "2036-01-01T00:00:00Z", "previous_valid_until": "2026-01-02T00:00:00Z"}
+    return Reply(201, answer | changed)
+
+
+def test_a_renewal_shows_the_link_and_until_when_the_old_one_goes_on(session: Session, stub: PortalStub) -> None:
+    device_id = stub.add_device()
+    reply = renewal(stub, device_id, download_url=f"{stub.url}/download/x", bundle_password="a-password-of-22-chars")
+    stub.replies[("POST", f"/devices/{device_id}/renew")] = reply
+    options = ("--password-out", "password.txt", "--overlap-hours", "0", "--when-used", "--days", "9")
+    result = session.run("renew", device_id, *options)
+    assert result.exit_code == 0, result.output
+    assert "previous_valid_until\t2026-01-02T00:00:00Z" in result.stdout
+    assert f"Renewed {device_id}" in result.stderr
+    (request,) = stub.calls("POST", f"/devices/{device_id}/renew")
+    assert request.body == {"overlap_hours": 0, "revoke_previous": "when_used", "validity_days": 9}
+    assert len(request.headers["Idempotency-Key"]) == 32
+
+
+def test_a_renewal_by_csr_is_checked_before_it_is_written(session: Session, stub: PortalStub, tmp_path: Path) -> None:
+    device_id = stub.add_device()
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = sign_key(stub.pki.issuing, device_id, key.public_key()).decode()
+    chain = certificate + stub.pki.issuing.certificate.public_bytes(PEM).decode()
+    stub.replies[("POST", f"/devices/{device_id}/renew")] = renewal(
+        stub, device_id, certificate=certificate, chain=chain
+    )
+    (tmp_path / "own.csr").write_text(csr_pem(key))
+    (tmp_path / "others.csr").write_text(csr_pem())
+    refused = session.run("renew", device_id, "--csr", str(tmp_path / "others.csr"), "--out", str(tmp_path / "no"))
+    assert refused.exit_code == 1
+    result = session.run("renew", device_id, "--csr", str(tmp_path / "own.csr"), "--out", str(tmp_path / "new"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "new" / "chain.pem").read_text() == chain
