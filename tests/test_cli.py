@@ -41,7 +41,7 @@ def test_every_command_has_a_summary_an_example_and_json(named: Named, session: 
     assert "--json" in result.output
 
 
-def test_the_version_is_the_project_s(session: Session) -> None:
+def test_the_version_is_that_of_the_project(session: Session) -> None:
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     assert project["version"] == VERSION
     assert session.run("--version").output == f"portal, version {VERSION}\n"

@@ -160,9 +160,7 @@ SPOILT = (
 
 
 @pytest.mark.parametrize("spoilt", SPOILT, ids=lambda spoilt: spoilt.what)
-def test_what_does_not_belong_together_is_not_written(
-    spoilt: Spoilt, session: Session, files: Files, cli_pki: Pki
-) -> None:
+def test_files_that_do_not_match_are_not_written(spoilt: Spoilt, session: Session, files: Files, cli_pki: Pki) -> None:
     Path("bundle.zip").write_bytes(spoilt.make(files, cli_pki))
     result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
     assert result.exit_code in (1, 2), result.output
@@ -171,7 +169,7 @@ def test_what_does_not_belong_together_is_not_written(
     assert "PRIVATE KEY" not in result.output
 
 
-def test_unknown_names_are_left_out_wherever_they_point(session: Session, files: Files) -> None:
+def test_unknown_file_names_are_left_out(session: Session, files: Files) -> None:
     strange = {"../escaped": b"x", "/tmp/escaped": b"x", ".bashrc": b"x", "a/device.key": b"x", "\x1b[2J": b"x"}
     Path("bundle.zip").write_bytes(build_bundle(files | strange))
     result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
@@ -186,7 +184,7 @@ def test_unknown_names_are_left_out_wherever_they_point(session: Session, files:
     "line",
     ["--insecure", "--cafile /etc/ssl/certs/x", "-h evil;x", "--capath /tmp", "--key device.key x", "\x1b[2J", "é"],
 )
-def test_an_altered_client_configuration_is_left_out(line: str, session: Session, files: Files) -> None:
+def test_a_modified_client_configuration_is_left_out(line: str, session: Session, files: Files) -> None:
     altered = files["mosquitto-client.conf"] + line.encode() + b"\n"
     Path("bundle.zip").write_bytes(build_bundle(changed(files, **{"mosquitto-client_conf": altered})))
     result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
@@ -195,20 +193,20 @@ def test_an_altered_client_configuration_is_left_out(line: str, session: Session
     assert "was modified" in result.stderr
 
 
-def test_what_stands_around_certificates_is_not_written(session: Session, files: Files) -> None:
+def test_text_around_certificates_is_not_written(session: Session, files: Files) -> None:
     dressed = changed(files, chain_pem=b"\x1b]0;owned\x07\n" + files["chain.pem"])
     Path("bundle.zip").write_bytes(build_bundle(dressed))
     assert session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD).exit_code == 0
     assert Path("sensor/chain.pem").read_bytes() == files["chain.pem"]
 
 
-def test_two_entries_of_one_name_are_refused(files: Files) -> None:
+def test_two_entries_with_the_same_name_are_refused(files: Files) -> None:
     content = build_bundle(files | {"deviceAkey": b"x"}).replace(b"deviceAkey", b"device.key")
     with pytest.raises(CheckFailed, match="two files with the same name"):
         open_bundle(content, BUNDLE_PASSWORD)
 
 
-def test_old_zip_encryption_is_no_encryption(tmp_path: Path, files: Files) -> None:
+def test_old_zip_encryption_does_not_count_as_encryption(tmp_path: Path, files: Files) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     pack = ["7z", "a", "-tzip", "-mm=Copy", "-mem=ZipCrypto", f"-p{BUNDLE_PASSWORD}", "bundle.zip", *NAMES]
@@ -217,7 +215,7 @@ def test_old_zip_encryption_is_no_encryption(tmp_path: Path, files: Files) -> No
         open_bundle((tmp_path / "bundle.zip").read_bytes(), BUNDLE_PASSWORD)
 
 
-def test_no_secret_shows_in_what_a_traceback_would_show(files: Files) -> None:
+def test_the_repr_of_secrets_does_not_show_them(files: Files) -> None:
     bundle = open_bundle(build_bundle(files), BUNDLE_PASSWORD)
     assert "PRIVATE" not in repr(bundle)
     with pytest.raises(CheckFailed) as caught:

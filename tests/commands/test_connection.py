@@ -69,7 +69,7 @@ def test_a_port_without_tls_is_named(session: Session, stub: PortalStub) -> None
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a certificate"])
-def test_a_ca_file_of_no_use_is_named(content: bytes | None, session: Session) -> None:
+def test_an_unusable_ca_file_is_named(content: bytes | None, session: Session) -> None:
     if content is not None:
         Path("ca.pem").write_bytes(content)
     result = session.run("list", "--ca-file", "ca.pem")
@@ -93,7 +93,7 @@ def test_a_url_that_would_not_be_safe_is_refused(url: str, session: Session) -> 
     assert session.run("list", "--url", url).exit_code == 2
 
 
-def test_an_option_wins_over_the_environment_wherever_it_stands(session: Session, stub: PortalStub) -> None:
+def test_an_option_overrides_the_environment_before_and_after_the_command(session: Session, stub: PortalStub) -> None:
     Path("token").write_text("from-a-file\n")
     session.run("list", "--token-file", "token")
     session.run("--token-file", "token", "list")
@@ -103,18 +103,18 @@ def test_an_option_wins_over_the_environment_wherever_it_stands(session: Session
     assert [request.headers["Authorization"] for request in stub.requests] == ["Bearer from-a-file"] * 5
 
 
-def test_a_token_on_the_command_line_is_remarked_on(session: Session) -> None:
+def test_a_token_on_the_command_line_causes_a_note(session: Session) -> None:
     assert "can see a token on the command line" in session.run("list", "--token", TOKEN).stderr
 
 
 @pytest.mark.parametrize("token", ["two words", "line\nbreak", "ümlaut"])
-def test_a_token_that_is_none_is_refused_without_being_shown(token: str, session: Session, stub: PortalStub) -> None:
+def test_an_invalid_token_is_refused_without_being_shown(token: str, session: Session, stub: PortalStub) -> None:
     result = session.run("list", env={"PORTAL_TOKEN": token})
     assert (result.exit_code, stub.requests) == (2, [])
     assert token not in result.output
 
 
-def test_without_a_token_the_way_to_one_is_said(session: Session) -> None:
+def test_without_a_token_the_error_says_how_to_get_one(session: Session) -> None:
     result = session.run("list", env={"PORTAL_TOKEN": ""})
     assert result.exit_code == 2
     assert "portal login" in result.stderr
@@ -147,7 +147,7 @@ def test_login_refuses_a_token_that_does_not_work(session: Session) -> None:
     assert session.run("login", env={"PORTAL_TOKEN": ""}).exit_code == 2
 
 
-def test_a_saved_token_goes_to_no_other_portal(session: Session, cli_pki: Pki) -> None:
+def test_a_saved_token_is_not_sent_to_another_portal(session: Session, cli_pki: Pki) -> None:
     assert session.run("login").exit_code == 0
     with running(PortalStub(cli_pki)) as other:
         result = session.run("list", env={"PORTAL_URL": other.url, "PORTAL_TOKEN": ""})

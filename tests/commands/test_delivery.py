@@ -45,7 +45,9 @@ def mode_of(path: Path) -> int:
 # --- Download -----------------------------------------------------------------------------------------------------
 
 
-def test_a_download_becomes_a_folder_named_for_the_device(session: Session, stub: PortalStub, files: Files) -> None:
+def test_a_download_is_unpacked_into_a_folder_named_after_the_device(
+    session: Session, stub: PortalStub, files: Files
+) -> None:
     result = session.run("download", stub.add_link(build_bundle(files)), env=PASSWORD)
     assert result.exit_code == 0, result.output
     folder = Path(DEVICE_ID)
@@ -73,7 +75,7 @@ def test_json_says_where_the_files_are(session: Session, stub: PortalStub, files
     assert "password" not in json.dumps(answer)
 
 
-def test_the_real_bundle_is_understood(session: Session, files: Files) -> None:
+def test_a_bundle_of_the_server_is_unpacked(session: Session, files: Files) -> None:
     credentials = credential_delivery.Credentials(
         DEVICE_ID,
         files["device.key"],
@@ -95,7 +97,7 @@ def test_the_real_bundle_is_understood(session: Session, files: Files) -> None:
         subprocess.run(verify, cwd=DEVICE_ID, check=True, capture_output=True)
 
 
-def test_a_bundle_made_by_7z_is_understood(session: Session, files: Files) -> None:
+def test_a_bundle_made_by_7z_is_unpacked(session: Session, files: Files) -> None:
     for name, content in files.items():
         Path(name).write_bytes(content)
     pack = ["7z", "a", "-tzip", "-mm=Copy"]
@@ -108,13 +110,13 @@ def test_a_bundle_made_by_7z_is_understood(session: Session, files: Files) -> No
 @pytest.mark.parametrize(
     "link", ["x", "https://x/", "http://x/download/aaaaaaaa", "https://x/download/", "https://u@x/download/aaaaaaaa"]
 )
-def test_what_is_no_link_is_refused_without_being_repeated(link: str, session: Session, stub: PortalStub) -> None:
+def test_an_invalid_link_is_refused_without_being_shown(link: str, session: Session, stub: PortalStub) -> None:
     result = session.run("download", link, env=PASSWORD)
     assert (result.exit_code, stub.requests) == (2, [])
     assert "aaaaaaaa" not in result.output
 
 
-def test_the_link_is_not_spent_where_no_password_can_be_had(session: Session, stub: PortalStub, files: Files) -> None:
+def test_the_link_is_not_used_up_without_a_password(session: Session, stub: PortalStub, files: Files) -> None:
     link = stub.add_link(build_bundle(files))
     assert session.run("download", link).exit_code == 2
     assert session.run("download", link, "--password-file", "not-there").exit_code == 2
@@ -123,7 +125,9 @@ def test_the_link_is_not_spent_where_no_password_can_be_had(session: Session, st
     assert names_in(Path()) == set()
 
 
-def test_the_link_is_not_spent_where_the_files_have_no_place(session: Session, stub: PortalStub, files: Files) -> None:
+def test_the_link_is_not_used_up_if_the_files_cannot_be_written(
+    session: Session, stub: PortalStub, files: Files
+) -> None:
     link = stub.add_link(build_bundle(files))
     Path("full").mkdir(mode=0o700)
     Path("full/ca.pem").write_text("another")
@@ -137,7 +141,7 @@ def test_the_link_is_not_spent_where_the_files_have_no_place(session: Session, s
     assert Path("full/ca.pem").read_text() == "another"
 
 
-def test_force_replaces_what_is_there(session: Session, stub: PortalStub, files: Files) -> None:
+def test_force_replaces_existing_files(session: Session, stub: PortalStub, files: Files) -> None:
     Path("full").mkdir(mode=0o700)
     Path("full/ca.pem").write_text("another")
     link = stub.add_link(build_bundle(files))
@@ -198,7 +202,7 @@ def test_either_all_files_are_written_or_none(tmp_path: Path) -> None:
     assert names_in(folder.path) == set()
 
 
-def test_a_folder_that_was_there_stays_as_it_was(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "sensor").mkdir(mode=0o755)
     (tmp_path / "sensor/own").touch()
     Folder(tmp_path / "sensor", NAMES, force=False).leave()
@@ -232,9 +236,7 @@ def packed_as(files: Files, bundle_format: str) -> bytes:
     )
 
 
-def test_a_p12_is_checked_and_written_as_it_is_beside_its_certificates(
-    session: Session, stub: PortalStub, files: Files
-) -> None:
+def test_a_p12_is_checked_and_written_with_its_certificates(session: Session, stub: PortalStub, files: Files) -> None:
     content = packed_as(files, "p12")
     result = session.run("download", stub.add_link(content), env=PASSWORD)
     assert result.exit_code == 0, result.output
@@ -246,7 +248,7 @@ def test_a_p12_is_checked_and_written_as_it_is_beside_its_certificates(
     assert (folder / "chain.pem").read_bytes() == files["chain.pem"]
 
 
-def test_a_pem_keeps_its_key_encrypted_and_says_what_nothing_vouches_for(
+def test_a_pem_keeps_its_key_encrypted_and_warns_of_the_unprotected_ca(
     session: Session, stub: PortalStub, files: Files
 ) -> None:
     result = session.run("download", stub.add_link(packed_as(files, "pem")), env=PASSWORD)
@@ -257,7 +259,7 @@ def test_a_pem_keeps_its_key_encrypted_and_says_what_nothing_vouches_for(
 
 
 @pytest.mark.parametrize(("bundle_format", "extension"), [("p12", "p12"), ("pem", "zip")])
-def test_another_password_opens_neither_and_the_file_is_kept(
+def test_a_wrong_password_keeps_the_file_of_every_format(
     bundle_format: str, extension: str, session: Session, stub: PortalStub, files: Files
 ) -> None:
     wrong = {"PORTAL_BUNDLE_PASSWORD": "another password"}
@@ -268,7 +270,7 @@ def test_another_password_opens_neither_and_the_file_is_kept(
     assert session.run("unpack", str(kept), env=PASSWORD).exit_code == 0
 
 
-def test_the_form_is_asked_for(session: Session, stub: PortalStub) -> None:
+def test_the_format_is_sent(session: Session, stub: PortalStub) -> None:
     plain = ("register", "sensor-7", "--type", "t", "--location", "l", "--firmware", "1", "--format", "p12")
     session.json(*plain)
     assert stub.requests[-1].body["bundle_format"] == "p12"

@@ -39,7 +39,7 @@ def test_a_file_is_private_and_its_name_says_the_format(session: Session, stub: 
     assert json.loads(file.read_text())["device_id"] == device_id
 
 
-def test_a_file_that_is_there_is_kept_unless_forced(session: Session, stub: PortalStub, tmp_path: Path) -> None:
+def test_an_existing_file_is_kept_without_force(session: Session, stub: PortalStub, tmp_path: Path) -> None:
     file = tmp_path / "fleet.csv"
     file.write_text("mine")
     assert session.run("export", "--out", str(file)).exit_code == 1
@@ -48,7 +48,7 @@ def test_a_file_that_is_there_is_kept_unless_forced(session: Session, stub: Port
     assert file.read_text().startswith("device_id,")
 
 
-def test_an_export_that_broke_off_leaves_no_file(session: Session, stub: PortalStub, tmp_path: Path) -> None:
+def test_an_interrupted_export_leaves_no_file(session: Session, stub: PortalStub, tmp_path: Path) -> None:
     stub.replies["GET", "/devices"] = Reply(403, {"title": "Forbidden", "status": 403, "detail": "No.", "code": "no"})
     assert session.run("export", "--out", str(tmp_path / "fleet.csv")).exit_code == 1
     assert list(tmp_path.glob("*fleet*")) == []
@@ -85,7 +85,7 @@ def test_all_pages_are_read_when_asked(session: Session, stub: PortalStub, monke
     assert [device["name"] for device in rest["devices"]] == ["sensor-3", "sensor-4"]
 
 
-def test_a_cursor_that_goes_in_circles_ends(session: Session, stub: PortalStub) -> None:
+def test_a_cursor_that_repeats_ends_the_list(session: Session, stub: PortalStub) -> None:
     stub.replies["GET", "/devices"] = Reply(body={"devices": [{"device_id": UNKNOWN}], "next_cursor": "again"})
     assert session.run("list", "--all").exit_code == 0
     assert len(stub.requests) == 2
@@ -131,7 +131,7 @@ def test_a_change_of_nothing_is_a_usage_error(session: Session) -> None:
     assert session.run("update", UNKNOWN).exit_code == 2
 
 
-def test_what_ends_first_is_listed_first(session: Session, stub: PortalStub) -> None:
+def test_the_certificate_that_expires_first_is_listed_first(session: Session, stub: PortalStub) -> None:
     def device(name: str, end: str) -> dict[str, Any]:
         return {"device_id": stub.add_device(), "name": name, "location": "hall 1"} | {
             "expires_at": end,

@@ -23,7 +23,7 @@ MANUFACTURER = {"manufacturer_id": ID, "name": "acme", "status": "unproven", "fi
 MANUFACTURER |= {"not_after": "2037-01-01T00:00:00Z", "nonce": "ef" * 32, "nonce_expires_at": "2027-01-02T00:00:00Z"}
 
 
-def test_an_enrolment_token_goes_to_a_file_or_to_whoever_asked_for_json(session: Session, stub: PortalStub) -> None:
+def test_an_enrolment_token_is_written_to_a_file_or_to_json(session: Session, stub: PortalStub) -> None:
     stub.replies["POST", "/enrolment-tokens"] = Reply(201, TOKEN | {"token": "en_secret"})
     create = (
         *("enrolment", "create", "line-4", "--count", "500", "--hours", "72", "--type", "pump", "--days", "9"),
@@ -43,7 +43,7 @@ def test_an_enrolment_token_goes_to_a_file_or_to_whoever_asked_for_json(session:
     }  # fmt: skip
 
 
-def test_a_token_is_made_for_one_device_that_is_expected(session: Session, stub: PortalStub) -> None:
+def test_a_token_can_be_for_one_expected_device(session: Session, stub: PortalStub) -> None:
     stub.replies["POST", "/devices"] = Reply(201, {"device_id": DEVICE, "status": "pending"})
     options = ("--type", "pump", "--location", "hall 1", "--firmware", "1", "--topic", "devices/{id}/up:write")
     result = session.run("expect", "pump-9", *options, "--metadata", "line=4")
@@ -73,7 +73,9 @@ def asked(stub: PortalStub, **changed: Any) -> None:
     stub.replies["GET", f"/devices/{DEVICE}/enrolment"] = Reply(body=answer)
 
 
-def test_who_waits_is_listed_and_approved_with_the_key_that_was_seen(session: Session, stub: PortalStub) -> None:
+def test_a_waiting_device_is_listed_and_approved_with_the_key_that_was_shown(
+    session: Session, stub: PortalStub
+) -> None:
     row = {"device_id": DEVICE, "name": "pump-9", "again": True, "key_fingerprint": KEY, "manufacturer_id": ID}
     row |= {"enrolment_token_id": None, "asked_at": "2027-01-01T00:00:00Z"}
     stub.replies["GET", "/enrolments"] = Reply(body={"enrolments": [row]})

@@ -120,7 +120,7 @@ def test_a_refused_token_says_where_it_came_from(session: Session) -> None:
         (Reply(200, {"devices": [{}], "next_cursor": 7}, breaks_off=True), 3),
     ],
 )
-def test_an_answer_that_is_none_of_the_portal_s_is_one_sentence(
+def test_an_answer_of_another_server_is_one_sentence(
     reply: Reply, exit_code: int, session: Session, stub: PortalStub
 ) -> None:
     stub.replies["GET", "/devices"] = reply
@@ -150,7 +150,7 @@ def test_a_portal_that_is_away_is_exit_status_3(options: tuple[str, ...], sessio
     assert "http://127.0.0.1:9" in result.stderr
 
 
-def test_an_unforeseen_failure_shows_no_traceback_and_no_secret(
+def test_an_unexpected_error_shows_no_traceback_and_no_secret(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -164,7 +164,7 @@ def test_an_unforeseen_failure_shows_no_traceback_and_no_secret(
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_no_text_of_the_portal_can_steer_the_terminal(
+def test_no_text_of_the_portal_can_control_the_terminal(
     options: tuple[str, ...], session: Session, stub: PortalStub
 ) -> None:
     device_id = stub.add_device(EVIL, metadata={EVIL: EVIL}, type="\x9b31m", location="\ud800")
@@ -192,7 +192,7 @@ def test_no_text_of_the_portal_can_steer_the_terminal(
         (None, "None"),
     ],
 )
-def test_clean_shows_what_could_steer_a_terminal(dirty: object, shown: str) -> None:
+def test_clean_escapes_characters_that_control_a_terminal(dirty: object, shown: str) -> None:
     assert clean(dirty) == shown
 
 

@@ -94,7 +94,7 @@ def test_only_rows_without_an_answer_are_sent_again(session: Session, stub: Port
     assert [row["name"] for row in results(session)] == names(0, 3)
 
 
-def test_a_portal_that_is_busy_is_waited_for_as_long_as_it_says(
+def test_a_busy_portal_is_asked_again_after_the_time_that_it_says(
     session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
@@ -117,7 +117,9 @@ def test_a_portal_that_is_busy_is_waited_for_as_long_as_it_says(
         (problem(403, "forbidden", "This token may not register devices."), 1),
     ],
 )
-def test_what_stops_an_import_says_what_to_do(session: Session, stub: PortalStub, reply: Reply, expected: int) -> None:
+def test_an_import_that_stops_says_how_to_continue(
+    session: Session, stub: PortalStub, reply: Reply, expected: int
+) -> None:
     stub.replies[BULK] = reply
     file = write_fleet(session.folder, 3)
     error, status = run(session, file)
@@ -129,7 +131,7 @@ def test_what_stops_an_import_says_what_to_do(session: Session, stub: PortalStub
     assert len(results(session)) == 3
 
 
-def test_an_import_goes_on_where_it_stopped(session: Session, stub: PortalStub) -> None:
+def test_an_import_continues_where_it_stopped(session: Session, stub: PortalStub) -> None:
     file = write_fleet(session.folder, 7, own="unit-")
     stub.replies[BULK] = [
         rows_reply({"row": n, "device_id": stub.add_device(external_id=f"unit-{n - 1}")} for n in (1, 2, 3)),

@@ -26,7 +26,7 @@ def test_a_suspension_says_that_it_is_enforced(session: Session, stub: PortalStu
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_suspension_that_is_not_enforced_yet_is_loud(
+def test_a_suspension_that_is_not_enforced_yet_causes_a_warning(
     options: tuple[str, ...], session: Session, stub: PortalStub
 ) -> None:
     device_id = stub.add_device()
@@ -45,7 +45,7 @@ def test_a_device_is_resumed(session: Session, stub: PortalStub) -> None:
     assert session.run("resume", device_id).stdout.splitlines()[1:] == ["status\tactive", "broker\tenforced"]
 
 
-def test_a_revoked_device_stays_out(session: Session, stub: PortalStub) -> None:
+def test_a_revoked_device_is_not_resumed(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device()
     refused = problem(409, "state_conflict", "A device that is revoked cannot become active.")
     stub.replies[("POST", f"/devices/{device_id}/resume")] = refused
@@ -62,7 +62,7 @@ def test_a_revocation_without_a_terminal_needs_yes(session: Session, stub: Porta
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_revocation_that_is_not_enforced_yet_is_loud(
+def test_a_revocation_that_is_not_enforced_yet_causes_a_warning(
     options: tuple[str, ...], session: Session, stub: PortalStub
 ) -> None:
     device_id = stub.add_device()

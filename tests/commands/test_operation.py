@@ -28,7 +28,7 @@ def test_certificates_and_audit_are_lines(session: Session, stub: PortalStub) ->
     assert stub.requests[-1].query["action"] == "device:register"
 
 
-def test_status_says_what_keeps_the_portal(session: Session, stub: PortalStub) -> None:
+def test_status_says_why_the_portal_is_not_ready(session: Session, stub: PortalStub) -> None:
     assert session.run("status").exit_code == 0
     checks = [{"name": "database", "ok": True}, {"name": "broker", "ok": False, "problem": "It does not answer."}]
     stub.replies["GET", "/readyz"] = Reply(503, {"status": "not ready", "checks": checks})

@@ -66,7 +66,9 @@ def test_a_broken_connection_is_tried_again_with_the_same_key(session: Session, 
 
 
 @pytest.mark.parametrize("failure", [Reply(breaks_off=True, body=b""), problem(503, "unavailable", "Not now.")])
-def test_a_registration_of_unknown_end_says_how_to_find_out(failure: Reply, session: Session, stub: PortalStub) -> None:
+def test_a_registration_with_unknown_result_says_how_to_find_out(
+    failure: Reply, session: Session, stub: PortalStub
+) -> None:
     stub.replies["POST", "/register"] = failure
     result = session.run(*REGISTER, "--password-out", "password")
     key = stub.calls("POST", "/register")[0].headers["Idempotency-Key"]
@@ -99,14 +101,14 @@ def test_a_password_goes_into_a_new_private_file(session: Session) -> None:
     ]
 
 
-def test_a_password_file_that_exists_stops_before_anything_is_asked(session: Session, stub: PortalStub) -> None:
+def test_an_existing_password_file_stops_the_registration_before_a_request(session: Session, stub: PortalStub) -> None:
     Path("password").touch()
     result = session.run(*REGISTER, "--password-out", "password")
     assert (result.exit_code, stub.requests) == (2, [])
     assert "password already exists" in result.stderr
 
 
-def test_json_holds_the_password_only_where_it_has_no_other_place(session: Session) -> None:
+def test_json_contains_the_password_only_if_it_is_saved_nowhere_else(session: Session) -> None:
     assert session.json(*REGISTER)["bundle_password"] == BUNDLE_PASSWORD
     assert "bundle_password" not in session.json(*REGISTER, "--password-out", "password")
     assert "bundle_password" not in session.json(*REGISTER, "--out", "files")
@@ -136,7 +138,7 @@ def test_a_chosen_password_opens_the_bundle_at_once(session: Session, stub: Port
     assert Path("sensor/device.key").is_file()
 
 
-def test_a_folder_that_is_in_use_stops_before_anything_is_asked(session: Session, stub: PortalStub) -> None:
+def test_a_folder_with_files_stops_the_registration_before_a_request(session: Session, stub: PortalStub) -> None:
     Path("sensor").mkdir(mode=0o700)
     Path("sensor/device.key").write_text("another")
     result = session.run(*REGISTER, "--out", "sensor")
@@ -186,7 +188,7 @@ def test_a_csr_brings_its_certificate(session: Session, stub: PortalStub) -> Non
         ("--password-file", "not-there"),
     ],
 )
-def test_what_makes_no_sense_is_a_usage_error(extra: tuple[str, ...], session: Session, stub: PortalStub) -> None:
+def test_contradictory_options_are_a_usage_error(extra: tuple[str, ...], session: Session, stub: PortalStub) -> None:
     assert (session.run(*REGISTER, *extra).exit_code, stub.requests) == (2, [])
 
 
@@ -196,7 +198,7 @@ def renewal(stub: PortalStub, device_id: str, **changed: Any) -> Reply:
     return Reply(201, answer | changed)
 
 
-def test_a_renewal_shows_the_link_and_until_when_the_old_one_goes_on(session: Session, stub: PortalStub) -> None:
+def test_a_renewal_shows_the_link_and_how_long_the_old_certificate_is_valid(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device()
     reply = renewal(stub, device_id, download_url=f"{stub.url}/download/x", bundle_password="a-password-of-22-chars")
     stub.replies[("POST", f"/devices/{device_id}/renew")] = reply

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import pty
 import re
@@ -12,15 +11,19 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
-from tests.support.cli_session import PROJECT, Session
+from cli import cli
+from tests.support.cli_session import Session
 from tests.support.pki import Pki
 from tests.support.portal_stub import BUNDLE_PASSWORD, TOKEN, PortalStub, Reply, build_bundle, device_files
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 
+SHORT_ID = "1e66977361d81fe2"
 DEVICE_ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
 GROUPS = ("enrolment", "manufacturer", "token", "webhook")  # commands that are named by two words
@@ -140,18 +143,107 @@ def test_an_empty_list_is_a_sentence(session: Session, stub: PortalStub, command
     assert session.json(*command.split())[name] == []
 
 
-def test_every_command_that_prints_a_table_is_tried_with_an_empty_list() -> None:
-    tabular = {
-        f"{module.stem}.{function.name}"
-        for module in sorted((PROJECT / "commands").glob("*.py"))
-        if module.stem != "output"
-        for function in ast.walk(ast.parse(module.read_text()))
-        if isinstance(function, ast.FunctionDef) and ".table(" in ast.unparse(function)
+ROW = {  # a row of any list
+    "device_id": DEVICE_ID,
+    "name": "pump",
+    "serial_number": "0a1b",
+    **dict.fromkeys(("token_id", "enrolment_token_id", "manufacturer_id", "webhook_id"), SHORT_ID),
+    "delivery_id": 1,
+    "at": "2026-01-01T00:00:00Z",
+    "actor": "token:factory",
+}
+
+
+@pytest.mark.parametrize("command", [command for command in EMPTY_LISTS if "--" not in command])
+def test_a_list_is_a_table_on_a_terminal_and_lines_in_a_pipe(session: Session, stub: PortalStub, command: str) -> None:
+    path, name, _ = EMPTY_LISTS[command]
+    stub.replies["GET", path] = Reply(body={name: [ROW, ROW], "next_cursor": None})
+    with terminal(session, *command.split(), NO_COLOR="1") as seen:
+        assert seen.end() == 0, seen.seen
+    titles, *lines = seen.seen.splitlines()
+    first = "time" if command == "audit" else "serial number" if name == "certificates" else "id"
+    assert titles.lower().startswith(first)
+    piped = session.run(*command.split()).stdout.splitlines()
+    assert len(piped) == 2
+    assert all(lines[0].startswith(line.split("\t")[0][:10]) for line in piped)
+
+
+DONE = {"device_id": DEVICE_ID, "status": "active", "broker": "enforced"}
+MANUFACTURER = {"manufacturer_id": SHORT_ID, "name": "acme", "nonce": "n", "status": "pending"}
+COMMANDS: dict[str, tuple[str, str, dict[str, Any]] | None] = {  # with the answer, where the small portal has none
+    f"show {DEVICE_ID}": ("GET", f"/devices/{DEVICE_ID}", DONE),
+    f"update {DEVICE_ID} --name x": ("PATCH", f"/devices/{DEVICE_ID}", DONE),
+    f"suspend {DEVICE_ID}": ("POST", f"/devices/{DEVICE_ID}/suspend", DONE),
+    f"resume {DEVICE_ID}": ("POST", f"/devices/{DEVICE_ID}/resume", DONE),
+    f"revoke {DEVICE_ID} --yes": ("POST", f"/revoke/{DEVICE_ID}", DONE),
+    f"renew {DEVICE_ID} --password-out {{new}}": (
+        "POST",
+        f"/devices/{DEVICE_ID}/renew",
+        DONE | {"download_url": "https://example.com/download/x", "bundle_password": "p"},
+    ),
+    "register x --type t --location l --firmware 1 --password-out {new}": None,
+    "import {file} --dry-run": None,
+    "export": None,
+    "expect x --type t --location l --firmware 1": ("POST", "/devices", DONE),
+    f"approve {DEVICE_ID} --key {'ab' * 32}": ("POST", f"/devices/{DEVICE_ID}/approve", DONE),
+    f"reject {DEVICE_ID} --yes": ("POST", f"/devices/{DEVICE_ID}/reject", DONE),
+    "enrolment create x --token-out {new}": (
+        "POST",
+        "/enrolment-tokens",
+        {"enrolment_token_id": SHORT_ID, "token": "t", "count": 1},
+    ),
+    f"enrolment revoke {SHORT_ID} --yes": ("DELETE", f"/enrolment-tokens/{SHORT_ID}", {"name": "x"}),
+    f"manufacturer show {SHORT_ID}": ("GET", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
+    "manufacturer add acme --certificate {file}": ("POST", "/manufacturers", MANUFACTURER),
+    f"manufacturer prove {SHORT_ID} --signature {{file}}": ("POST", f"/manufacturers/{SHORT_ID}/proof", MANUFACTURER),
+    f"manufacturer remove {SHORT_ID} --yes": ("DELETE", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
+    "login": None,
+    "logout": None,
+    "token create x --role admin --token-out {new}": None,
+    f"token revoke {DEVICE_ID} --yes": None,
+    "status": None,
+    "ca": None,
+    "completion bash": None,
+    "webhook create x --target https://example.com --secret-out {new}": (
+        "POST",
+        "/webhooks",
+        {"webhook_id": SHORT_ID, "secret": "s"},
+    ),
+    f"webhook delete {SHORT_ID} --yes": ("DELETE", f"/webhooks/{SHORT_ID}", {"name": "x", "waiting": 1}),
+    f"webhook redeliver {SHORT_ID}": ("POST", f"/webhooks/{SHORT_ID}/redeliver", {"redelivered": 1}),
+    f"webhook test {SHORT_ID}": ("POST", f"/webhooks/{SHORT_ID}/test", {"delivered": True, "status": 200}),
+}
+ELSEWHERE = {"download", "unpack"}  # on a terminal below, in a pipe in test_delivery.py
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_works_on_a_terminal_in_a_pipe_and_as_json(session: Session, stub: PortalStub, command: str) -> None:
+    answer = COMMANDS[command]
+    if answer is not None:
+        method, path, body = answer
+        stub.replies[method, path] = Reply(body=body)
+    (session.folder / "file.csv").write_text("name,type,location,firmware\na,b,c,d\n")
+    words = [command.format(file="file.csv", new=f"new-{number}").split() for number in range(3)]
+    with terminal(session, *words[0], NO_COLOR="1") as seen:
+        assert seen.end() == 0, seen.seen
+    assert session.run(*words[1]).exit_code == 0
+    if command != "export":
+        session.json(*words[2])
+
+
+def test_every_command_is_tested_on_a_terminal() -> None:
+    tested = {_name_of(command) for command in (*EMPTY_LISTS, *COMMANDS)} | ELSEWHERE
+    named = {
+        f"{name} {inner}" if inner else name
+        for name, command in cli.commands.items()
+        for inner in (command.commands if isinstance(command, click.Group) else ("",))
     }
-    tried = {
-        " ".join(command.split()[:2]) if command.split()[0] in GROUPS else command.split()[0] for command in EMPTY_LISTS
-    }
-    assert len(tabular) == len(tried), tabular
+    assert tested == named
+
+
+def _name_of(command: str) -> str:
+    first, *more = command.split()
+    return f"{first} {more[0]}" if first in GROUPS else first
 
 
 def test_a_registration_shows_password_and_next_step(session: Session, stub: PortalStub) -> None:
@@ -179,7 +271,7 @@ def test_a_revocation_asks_with_name_and_id(
     assert stub.devices[device_id]["status"] == status
 
 
-def test_the_bundle_password_is_asked_for_hidden_until_it_fits(
+def test_the_bundle_password_is_asked_for_without_echo_until_it_is_right(
     session: Session, stub: PortalStub, cli_pki: Pki
 ) -> None:
     link = stub.add_link(build_bundle(device_files(cli_pki, DEVICE_ID)))
@@ -253,7 +345,7 @@ def test_a_pipe_gets_no_escape_sequence_even_when_colour_is_forced(session: Sess
         assert "\x1b" not in result.stdout + result.stderr
 
 
-def test_a_reader_that_goes_away_is_no_failure_to_speak_of(session: Session, stub: PortalStub) -> None:
+def test_a_reader_that_ends_early_causes_no_message(session: Session, stub: PortalStub) -> None:
     for index in range(300):
         stub.add_device(f"sensor-{index}")
     command = [*session.command("list", "--all")]
@@ -266,7 +358,7 @@ def test_a_reader_that_goes_away_is_no_failure_to_speak_of(session: Session, stu
         assert process.stderr.read() == b""
 
 
-def test_names_that_the_terminal_has_no_letters_for_are_escaped(session: Session, stub: PortalStub) -> None:
+def test_letters_that_the_terminal_lacks_are_escaped(session: Session, stub: PortalStub) -> None:
     stub.add_device("Größe 漢字")
     session.environment |= {"PYTHONIOENCODING": "ascii"}
     result = session.spawn("list")

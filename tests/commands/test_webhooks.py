@@ -20,7 +20,7 @@ WEBHOOK = {
 }
 
 
-def test_the_secret_goes_to_a_file_or_to_whoever_asked_for_json(session: Session, stub: PortalStub) -> None:
+def test_the_secret_is_written_to_a_file_or_to_json(session: Session, stub: PortalStub) -> None:
     stub.replies["POST", "/webhooks"] = Reply(201, WEBHOOK | {"secret": "whsec_c2VjcmV0"})
     create = ("webhook", "create", "inventory", "--target", URL, "--event", "revoked")
     assert session.run(*create).exit_code == 2, "standard output is no terminal"
