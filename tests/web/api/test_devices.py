@@ -263,3 +263,19 @@ def test_a_revocation_is_final(api: Api) -> None:
     device_id = api.register()["device_id"]
     api.post(f"/revoke/{device_id}")
     problem_of(api.patch(f"/devices/{device_id}", {"name": "back again"}), 409, "state_conflict")
+
+
+def test_only_an_active_device_has_a_date_from_which_it_may_renew(api: Api) -> None:
+    path = f"/devices/{api.register()['device_id']}"
+
+    def renewable_from() -> list[str | None]:
+        return [api.get(path).json["renewable_from"], api.get("/devices").json["devices"][0]["renewable_from"]]
+
+    active = renewable_from()
+    assert None not in active
+    api.post(f"{path}/suspend")
+    assert renewable_from() == [None, None]
+    api.post(f"{path}/resume")
+    assert renewable_from() == active
+    api.post(path.replace("/devices/", "/revoke/"))
+    assert renewable_from() == [None, None]
