@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from flask import Flask
 
+from app import portal_of
+from store import webhooks
 from tests.support.harness import ON_SQLITE, Api, problem_of
 
 pytestmark = ON_SQLITE
@@ -68,6 +71,22 @@ def test_deliveries_are_listed_page_by_page_and_sent_again(api: Api) -> None:
     problem_of(api.get("/webhooks/0000000000000000/deliveries"), 404, "not_found")
     problem_of(api.get("/webhooks/nonsense/deliveries"), 404, "not_found")
     assert "portal_events_waiting 3.0" in api.get("/metrics").text
+
+
+def test_a_delivery_has_a_next_attempt_only_while_it_waits(api: Api, app: Flask) -> None:
+    portal, webhook_id = portal_of(app), create(api).json["webhook_id"]
+    api.register()
+
+    def shown() -> tuple[str, bool, bool]:
+        (one,) = api.get(f"/webhooks/{webhook_id}/deliveries").json["deliveries"]
+        return one["status"], one["next_at"] is not None, one["ended_at"] is not None
+
+    assert shown() == ("waiting", True, False)
+    now = portal.clock()
+    with portal.database.transaction() as tx:
+        (taken,) = webhooks.claim(tx, webhook_id, now=now, limit=1, lease_until=now)
+        webhooks.postpone(tx, taken, until=None, problem="no answer", now=now)
+    assert shown() == ("dead", False, True)
 
 
 def test_a_test_event_reports_the_problem_in_one_sentence(api: Api) -> None:
