@@ -27,30 +27,25 @@ class HasPeer(Protocol):
 
 
 def presented(environ: dict[str, Any], trusted_proxies: Sequence[Network]) -> bytes | None:
-    """Return the client's certificate, DER, ``None`` where it has shown none.
+    """Return the client's certificate, DER, ``None`` if it has presented none; raise ``RequestMalformed``.
 
-    A resumed TLS session brings the one of its beginning (RFC 8446 section 4.6.1), so what has happened to the
-    certificate since then is for the caller to find out. On the Unix socket, and from a trusted proxy's address, the
-    headers ``Client-Cert`` (RFC 9440) and ``X-SSL-Client-Cert`` (PEM, URL-encoded, nginx's
-    ``$ssl_client_escaped_cert``) count, and the proxy's own certificate does not; from any other address the headers
-    are as if they were not there. Raises ``RequestMalformed``.
+    A resumed TLS session has the certificate of its beginning (RFC 8446 section 4.6.1), so the caller checks what has
+    happened to it since. From a trusted proxy's address the header ``Client-Cert`` (RFC 9440) counts in place of the
+    proxy's own certificate. On the Unix socket ``X-SSL-Client-Cert`` (URL-encoded PEM, nginx's
+    ``$ssl_client_escaped_cert``) counts, too, and the front server must set or remove both. It does not count from an
+    address: proxies there are told to remove ``Client-Cert`` alone, and would pass on what a client makes up.
     """
-    if not comes_from_front(environ, trusted_proxies):
+    if getattr(environ.get("gunicorn.socket"), "family", None) == socket.AF_UNIX:
+        byte_sequence, escaped = environ.get("HTTP_CLIENT_CERT"), environ.get("HTTP_X_SSL_CLIENT_CERT")
+        if byte_sequence and escaped:
+            raise RequestMalformed("The proxy sends both Client-Cert and X-SSL-Client-Cert; let it send one.")
+        if escaped:
+            return _of_escaped_pem(escaped)
+    elif _is_trusted(environ.get("REMOTE_ADDR", ""), trusted_proxies):
+        byte_sequence = environ.get("HTTP_CLIENT_CERT")
+    else:
         return client_certificate(environ.get("gunicorn.socket"))
-    byte_sequence, escaped = environ.get("HTTP_CLIENT_CERT"), environ.get("HTTP_X_SSL_CLIENT_CERT")
-    if byte_sequence and escaped:
-        raise RequestMalformed("The proxy sends both Client-Cert and X-SSL-Client-Cert; let it send one.")
-    if byte_sequence:
-        return _of_byte_sequence(byte_sequence)
-    return _of_escaped_pem(escaped) if escaped else None
-
-
-def comes_from_front(environ: dict[str, Any], trusted_proxies: Sequence[Network]) -> bool:
-    """Whether the request was passed on by a server whose headers about the client are believed."""
-    connection = environ.get("gunicorn.socket")
-    if getattr(connection, "family", None) == socket.AF_UNIX:
-        return True
-    return _is_trusted(environ.get("REMOTE_ADDR", ""), trusted_proxies)
+    return _of_byte_sequence(byte_sequence) if byte_sequence else None
 
 
 def client_certificate(connection: object) -> bytes | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from cryptography import x509
@@ -237,6 +239,33 @@ def test_the_client_cert_header_of_a_trusted_proxy_counts_and_its_own_certificat
         environ_base=elsewhere,
     )  # fmt: skip
     refused(answer, 401)
+    portal_of(built).close()
+
+
+def test_nginx_s_header_counts_on_the_unix_socket_and_not_from_an_address(
+    make_settings: Callable[..., Settings],
+) -> None:
+    built = create_app(make_settings(PORTAL_TRUSTED_PROXIES="127.0.0.1"), background=False)
+    api, maker = api_as(built, Role.ADMIN), Authority("A maker's CA")
+    registered(api, maker)
+    certificate = maker.issue("sn-1").certificate
+    escaped = {"X-SSL-Client-Cert": quote(certificate.public_bytes(PEM).decode())}
+    left, right = socket.socketpair(socket.AF_UNIX)
+    with left, right:
+
+        def enrol(headers: dict[str, str], **environ: object) -> Any:
+            path = "/.well-known/est/simpleenroll"
+            kind, body = "application/pkcs10", in_base64(csr_der())
+            return api.client.post(path, data=body, headers=headers, content_type=kind, environ_overrides=environ)
+
+        on_unix_socket = {"gunicorn.socket": left, "REMOTE_ADDR": "192.0.2.1"}
+        refused(enrol(escaped), 401)  # a client could have sent it through the proxy
+        refused(enrol(escaped, REMOTE_ADDR="192.0.2.1"), 401)
+        refused(enrol({}, **on_unix_socket), 401)
+        refused(enrol(escaped | in_header(der(certificate)), **on_unix_socket), 400)
+        for damaged in ("x", quote("-----BEGIN CERTIFICATE-----\nA\n-----END CERTIFICATE-----\n"), "%00"):
+            refused(enrol({"X-SSL-Client-Cert": damaged}, **on_unix_socket), 400)
+        certificates_of(enrol(escaped, **on_unix_socket))
     portal_of(built).close()
 
 
