@@ -21,7 +21,6 @@ from operations.wiring import Portal, open_portal, utc_now
 from web.api import (
     bulk,
     devices,
-    downloads,
     enrolment,
     est,
     lifecycle,
@@ -41,7 +40,6 @@ _DESCRIBED: tuple[Route, ...] = (
     *devices.ROUTES,
     *bulk.ROUTES,
     *lifecycle.ROUTES,
-    *downloads.ROUTES,
     *pki.ROUTES,
     *enrolment.ROUTES,
     *est.ROUTES,

@@ -1,4 +1,4 @@
-"""Devices: register, list, show, change."""
+"""Devices: register, download the bundle, list, show, change."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from core.errors import Gone, LinkUnknown
 from core.roles import Permission
 from core.states import DeviceStatus, renewable_from
+from delivery.formats import BundleFormat
 from pki.csr import read_csr
 from store.certificates import CertificateRecord
 from store.devices import DeviceFilter, DeviceRecord
@@ -34,7 +36,7 @@ from web.api.fields import (
     Timestamp,
     WholeNumber,
 )
-from web.api.routing import Answers, Call, Reply, Route, tagged
+from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
 from workflows.credentials import DeviceRequest
 from workflows.devices import DeviceDetails
 
@@ -197,6 +199,33 @@ def register(call: Call, body: RegisterRequest) -> Reply:
     return Reply(RegisterAnswer.of(registered), status=201, headers=location, omit_none=True)
 
 
+def download(call: Call, token: str) -> Reply:
+    """Download a bundle, once. HEAD does not use the link."""
+    try:
+        if call.method == "HEAD":
+            record = call.portal.deliveries.check_download(token)
+            bundle_format = BundleFormat(record.format)
+            headers = _bundle_headers(record.device_id, bundle_format, record.length)
+            return Reply(content=b"", media_type=bundle_format.media_type, headers=headers)
+        bundle = call.portal.deliveries.deliver(call.actor, token)
+    except LinkUnknown as error:
+        call.portal.operators.login_failed(call.actor, "bundle:fetch", "link", error.code)
+        raise
+    except Gone as error:
+        # Somebody was not the first to use the link: worth knowing.
+        call.portal.operators.came_too_late(call.actor, "bundle:fetch", "link", error.code)
+        raise
+    headers = _bundle_headers(bundle.device_id, bundle.format, len(bundle.content))
+    return Reply(content=bundle.content, media_type=bundle.format.media_type, headers=headers)
+
+
+def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int) -> dict[str, str]:
+    return {
+        "Content-Disposition": f'attachment; filename="{device_id}.{bundle_format.extension}"',
+        "Content-Length": str(length),
+    }
+
+
 def list_devices(call: Call, query: DeviceQuery) -> Reply:
     """List devices, newest first; with `expires_before`, those that expire soonest first."""
     filters = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}))
@@ -291,5 +320,21 @@ ROUTES = tagged(
         Permission.READ,
         Answers(CertificateList),
         errors=(404,),
+    ),
+)
+ROUTES += tagged(
+    "Download",
+    Route(
+        "GET",
+        "/download/{token}",
+        download,
+        ANYONE,
+        Answers(
+            media_type=BundleFormat.ZIP.media_type,
+            other_media_types=(BundleFormat.P12.media_type,),
+            description="The bundle; the link cannot be used again",
+        ),
+        errors=(404, 409, 410, 429, 503),
+        head_summary="Check a link without using it.",
     ),
 )
