@@ -11,7 +11,7 @@ import db
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict
 from core.files import FileLock, replace_file
 from core.states import IssuerKind
-from operations.readiness import ROOT_CRL_SOON
+from operations.monitoring import ROOT_CRL_SOON
 from operations.wiring import Portal
 from store import generations
 from store import issuers as store_issuers

@@ -35,6 +35,9 @@ from workflows.authority.issuers import Issuers, RecordedIssuer
 from workflows.enrolment.clients import CLIENT_CAS
 
 P = ParamSpec("P")
+CreateApp = Callable[..., Flask]
+PortalOf = Callable[[Flask], Any]
+ServeApp = Callable[..., int]
 log = logging.getLogger("portal.admin")
 
 _COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}
@@ -98,22 +101,14 @@ def show_settings() -> None:
         click.echo(f"{name}={shlex.quote(str(value))}")
 
 
-def _serve(
-    settings: Settings,
-    create_app: Callable[..., Flask],
-    portal_of: Callable[[Flask], Any],
-    serve_app: Callable[..., int],
-) -> int:
+def _serve(settings: Settings, create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp) -> int:
     logs.set_up(level=settings.log_level, as_json=settings.log_format is LogFormat.JSON)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the issuing key
     environment = settings.data_dir / "operator.env"
     counts = settings.data_dir / "metrics"
-    portal = open_portal(settings)
-    try:
+    with contextlib.closing(open_portal(settings)) as portal:
         prepare(portal)
         token = first_token(portal)
-    finally:
-        portal.close()
     # Of several portals on one data folder the first owns operator.env and the counters until it exits.
     first = own_until_exit(settings.data_dir / ".serving.lock")
     if first:
@@ -324,9 +319,7 @@ def _line(finding: Finding) -> str:
 # --- All of them ------------------------------------------------------------------------------------------------------
 
 
-def commands(
-    create_app: Callable[..., Flask], portal_of: Callable[[Flask], Any], serve_app: Callable[..., int]
-) -> list[click.Command]:
+def commands(create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp) -> list[click.Command]:
     """Return the commands of ``flask --app app``; ``serve_app`` is the HTTP server."""
 
     @click.command("serve")

@@ -16,9 +16,8 @@ from core.files import FileLock, remove_leftovers, replace_file, secret_file
 from core.roles import Role
 from core.throttle import Throttle
 from operations import data_folder
-from operations.monitoring import Monitoring
+from operations.monitoring import Monitoring, Readiness
 from operations.own_certificates import OwnCertificates, probe_certificates
-from operations.readiness import Readiness
 from pki.keystore import CaKeys, KeyFiles, passphrase
 from store import tenants
 from store.database import Database

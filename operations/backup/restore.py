@@ -30,7 +30,7 @@ from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup.archive import Backup
 from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_database
-from operations.backup.revocations import Kept, Revocations, Tables, crl_record, match_crls, newest_crl
+from operations.backup.revocations import Kept, RevocationReplay, Tables, crl_record, match_crls, newest_crl
 from pki.algorithms import PrivateKey
 from pki.keystore import KeyFiles
 from store import copy as store_copy
@@ -356,7 +356,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
     if len(crls) < len(plan.crls):
         done.notes.append("The broker's folder has a CRL of a CA that is not in the backup; it was ignored.")
     done.generation = _advance(tx, plan, replaced)
-    revocations = Revocations(tx, generation=done.generation, now=plan.now)
+    revocations = RevocationReplay(tx, generation=done.generation, now=plan.now)
     revocations.keep(crls, replaced)
     done.kept = revocations.kept
     _continue_crls(tx, crls, issuers, replaced, done.generation)

@@ -59,7 +59,7 @@ class _Known:
     others: set[str] = field(default_factory=set)
 
 
-class Revocations:
+class RevocationReplay:
     """Works in the transaction that restores a backup."""
 
     def __init__(self, tx: Connection, *, generation: int, now: datetime) -> None:

@@ -193,7 +193,7 @@ def test_a_root_crl_that_nobody_can_renew_is_loud_in_time(
     assert (said(), said(), not_ready()) == (1, 1, "")
     clock.advance(days=20)
     assert said() == 2
-    assert "bring the root's key back" in not_ready()
+    assert "put the root's key back" in not_ready()
 
 
 # --- As others judge it -------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from operations import data_folder
 from operations.backup.archive import MANIFEST, Backup
 from operations.backup.backup import WrittenBackup, back_up
 from operations.backup.restore import Restored, restore
-from operations.backup.revocations import Revocations
+from operations.backup.revocations import RevocationReplay
 from operations.wiring import Portal, first_token, open_portal, prepare
 from pki.encoding import pem
 from store import copy as store_copy
@@ -362,7 +362,7 @@ def test_a_restore_that_fails_half_way_changes_nothing(
         raise RuntimeError("the power went")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Revocations, "keep", fail)
+        patch.setattr(RevocationReplay, "keep", fail)
         with pytest.raises(RuntimeError):
             put_back(settings, file, clock)
     assert not list(settings.data_dir.glob("portal.db.*"))

@@ -12,7 +12,7 @@ from flask import Flask
 from app import ROUTES, portal_of
 from core.errors import DatabaseUnavailable
 from core.roles import Role
-from operations.readiness import Readiness
+from operations.monitoring import Readiness
 from store.database import Database
 from tests.support.harness import Api, Clock, api_as, problem_of
 from web.api.operation import FOR_OPERATORS
