@@ -18,8 +18,7 @@ from store import issuers as store_issuers
 from workflows import audit
 from workflows.audit import Actor
 from workflows.authority import rollover
-from workflows.authority.crls import ROOT_CRL_DAYS, RevokedEntries, crl_is_due, next_crl
-from workflows.authority.issuers import RecordedIssuer
+from workflows.authority.issuers import ROOT_CRL_DAYS, RecordedIssuer, RevokedEntries, crl_is_due, next_crl
 
 log = logging.getLogger("portal.jobs")
 

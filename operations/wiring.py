@@ -31,14 +31,14 @@ from workflows.delivery import Deliveries
 from workflows.devices import Inventory
 from workflows.enrolment.approval import Approvals
 from workflows.enrolment.clients import Clients
+from workflows.enrolment.credentials import EnrolmentTokens
 from workflows.enrolment.enrolment import Enrolments
 from workflows.enrolment.manufacturers import Manufacturers
-from workflows.enrolment.tokens import EnrolmentTokens
 from workflows.operators import Operators, new_token
 from workflows.reconciliation import Reconciler
 from workflows.registration import Registrations
 from workflows.renewal import Renewals
-from workflows.revocation import Revocations
+from workflows.revocation import DeviceRevocations
 from workflows.webhooks.sending import SecretSeal, Sender
 from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
@@ -76,7 +76,7 @@ class Portal:
     registrations: Registrations
     bulk: Bulk
     deliveries: Deliveries
-    revocations: Revocations
+    revocations: DeviceRevocations
     renewals: Renewals
     clients: Clients
     enrolment: Enrolments
@@ -180,7 +180,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         registrations=Registrations(settings, database, reconciler, credentials, pepper=pepper, clock=clock),
         bulk=Bulk(settings, database, authority, reconciler, credentials, link_keys=links, clock=clock),
         deliveries=Deliveries(settings, database, reconciler, links, clock),
-        revocations=Revocations(database, reconciler, clock),
+        revocations=DeviceRevocations(database, reconciler, clock),
         renewals=Renewals(settings, database, reconciler, credentials, pepper=pepper, clock=clock),
         clients=clients,
         enrolment=Enrolments(settings, database, reconciler, credentials, clock),

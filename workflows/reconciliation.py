@@ -31,8 +31,7 @@ from store.database import Database
 from store.generations import BrokerStateRecord
 from store.issuers import CrlHead, CrlRecord
 from workflows import events
-from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
-from workflows.authority.issuers import Authority, Issuers
+from workflows.authority.issuers import Authority, Issuers, RevokedEntries, crl_is_due, next_crl
 from workflows.events import EventType
 
 log = logging.getLogger("portal.reconciliation")

@@ -47,7 +47,7 @@ class Suspended:
     problem: str | None
 
 
-class Revocations:
+class DeviceRevocations:
     """Revokes, suspends and resumes devices; each answer comes once the broker obeys, or has failed to."""
 
     def __init__(self, database: Database, reconciler: Reconciler, clock: Callable[[], datetime]) -> None:

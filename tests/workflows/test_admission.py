@@ -23,7 +23,7 @@ from tests.workflows.test_events import subscribe
 from workflows.audit import Actor
 from workflows.bulk.batch import Candidate, RowDone
 from workflows.credentials import DeviceRequest
-from workflows.enrolment.credential import Enrolled, Waiting, by_token
+from workflows.enrolment.credentials import Enrolled, Waiting, by_token
 
 OPERATOR = Actor("default", "somebody", "operator", "request-1", "192.0.2.1")
 OPEN = Callable[[], Portal]

@@ -17,7 +17,7 @@ from tests.support.est import csr_der
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, csr_pem
 from tests.workflows.test_admission import OPERATOR, Rows, request_of
 from workflows.bulk.batch import Candidate
-from workflows.enrolment.credential import Waiting, by_token
+from workflows.enrolment.credentials import Waiting, by_token
 from workflows.reconciliation import Outcome
 from workflows.renewal import RenewalRequest
 

@@ -19,7 +19,7 @@ from web.api.client_certificate import presented
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, tagged
 from workflows.audit import Actor
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
-from workflows.enrolment.credential import Enrolled, Waiting, by_manufacturer, by_token
+from workflows.enrolment.credentials import Enrolled, Waiting, by_manufacturer, by_token
 from workflows.renewal import RenewalRequest
 
 PKCS7 = "application/pkcs7-mime; smime-type=certs-only"

@@ -19,7 +19,7 @@ from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord
 from workflows.audit import Actor
 from workflows.credentials import CredentialIssuer
-from workflows.enrolment.credential import Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
+from workflows.enrolment.credentials import Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.reenrolment import Reenrolments
 from workflows.reconciliation import Reconciler

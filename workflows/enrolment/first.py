@@ -24,7 +24,7 @@ from workflows import audit
 from workflows.admission import Admission, Admitted, add_pending, admit
 from workflows.audit import Actor
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
-from workflows.enrolment.credential import (
+from workflows.enrolment.credentials import (
     Enrolled,
     EnrolledMeanwhile,
     EnrolmentCredential,

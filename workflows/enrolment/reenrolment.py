@@ -21,7 +21,7 @@ from workflows import audit
 from workflows.admission import Issuance, record_issuances
 from workflows.audit import Actor
 from workflows.credentials import CredentialIssuer
-from workflows.enrolment.credential import (
+from workflows.enrolment.credentials import (
     Enrolled,
     EnrolledMeanwhile,
     EnrolmentCredential,

@@ -20,7 +20,7 @@ import db
 from operations.wiring import Portal
 from store import issuers
 from store.tables import Certificate
-from workflows.authority.crls import RevokedEntries, next_crl
+from workflows.authority.issuers import RevokedEntries, next_crl
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 _SERIALS = itertools.count(0xC0FFEE0000)

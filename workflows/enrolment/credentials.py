@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from core.errors import EnrolmentRefused
-from core.states import ManufacturerStatus
+import db
+from core.errors import EnrolmentRefused, StateConflict
+from core.roles import hash_token
+from core.states import DeviceStatus, ManufacturerStatus
 from pki.est import EnrolmentRequest
 from store import enrolment
+from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord, EnrolmentTokenRecord
+from workflows import audit
+from workflows.audit import Actor
 from workflows.credentials import CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.enrolment.clients import ManufacturedClient
 
+TOKEN_PREFIX = "en_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
+MAX_LISTED = 1000
 RETRY_AFTER = 60  # seconds after which a device that waits for an operator is to ask again
 
 
@@ -140,3 +149,66 @@ def issue(
 def audit_detail(request: EnrolmentRequest) -> dict[str, Any]:
     """Return what the audit entry of a device that was given a certificate says of its key."""
     return {"key": "made here"} if request.csr is None else {"key_fingerprint": request.key_fingerprint}
+
+
+# --- Tokens -------------------------------------------------------------------------------------------------------
+
+
+class EnrolmentTokens:
+    """Secrets with which devices enrol; the database holds their hashes only."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._clock = clock
+
+    def create(
+        self, actor: Actor, name: str, profile: EnrolmentProfile, *, device_id: str | None, count: int, life: timedelta
+    ) -> tuple[str, EnrolmentTokenRecord]:
+        """Create a token for one pending device, or for ``count`` new ones; returns its secret with its record.
+
+        Raises ``DeviceNotFound``, ``StateConflict`` for a device that is not pending.
+        """
+        now = self._clock()
+        secret = TOKEN_PREFIX + secrets.token_urlsafe(32)
+        record = EnrolmentTokenRecord(
+            id=secrets.token_hex(8),
+            tenant_id=actor.tenant_id,
+            name=name,
+            device_id=device_id,
+            uses_allowed=count,
+            uses=0,
+            created_at=now,
+            expires_at=now + life,
+            revoked_at=None,
+            profile=profile,
+        )
+        with self._database.transaction() as tx:
+            if device_id is not None:
+                device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+                if device.status is not DeviceStatus.PENDING:
+                    raise StateConflict(f"The device is {device.status}; only a pending one can enrol with a token.")
+            enrolment.add_enrolment_token(tx, record, secret_hash=hash_token(secret))
+            detail = {"device_id": device_id} if device_id else {"count": count}
+            audit.record(
+                tx, actor, "enrolment_token:create", f"enrolment_token:{record.id}", at=now, name=name, **detail
+            )
+        return secret, record
+
+    def revoke(self, actor: Actor, token_id: str) -> EnrolmentTokenRecord:
+        """Revoke a token at once; devices that have enrolled with it keep working. Raises ``NotFound``."""
+        now = self._clock()
+        with self._database.transaction() as tx:
+            record = enrolment.revoke_enrolment_token(tx, actor.tenant_id, token_id, revoked_at=now)
+            if record.revoked_at == now:
+                audit.record(tx, actor, "enrolment_token:revoke", f"enrolment_token:{token_id}", at=now)
+        return record
+
+    def tokens(self, tenant_id: str) -> Sequence[EnrolmentTokenRecord]:
+        """Return the newest thousand tokens, newest first."""
+        with self._database.snapshot() as tx:
+            return enrolment.list_enrolment_tokens(tx, tenant_id, limit=MAX_LISTED)
+
+    def find(self, secret: str) -> EnrolmentTokenRecord | None:
+        """Return the token with this secret, in any state: whether it admits devices is checked where it is used."""
+        with self._database.snapshot() as tx:
+            return enrolment.find_enrolment_token(tx, hash_token(secret))
