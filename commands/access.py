@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from commands.context import (
     show_created,
 )
 from commands.errors import Misused
-from commands.output import Cell, moment, text
+from commands.output import Cell, date_of, moment, text
 
 LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
 
@@ -51,10 +52,8 @@ def login(portal: Remote) -> None:
     path = login_path(os.environ)
     ca_file = str(settings.ca_file) if settings.ca_file else None
     save_login(path, Login(settings.url, ca_file, settings.token or ""))
-    if portal.out.as_json:
-        portal.out.json({"url": settings.url, "ca_file": ca_file, "saved": str(path)})
-        return
-    portal.out.done(f"The token works at {settings.url}; saved in {path}")
+    answer = {"url": settings.url, "ca_file": ca_file, "saved": str(path)}
+    portal.out.result(answer, done=f"The token works at {settings.url}; saved in {path}")
     portal.out.next_step("portal list")
 
 
@@ -92,13 +91,10 @@ def logout(portal: Remote) -> None:
     The token itself stays valid; to revoke it, use portal token revoke.
     """
     removed = remove_login(login_path(os.environ))
-    if portal.out.as_json:
-        portal.out.json({"removed": removed})
-    elif removed:
-        portal.out.done("Logged out.")
-        portal.out.note("The token is still valid; to revoke it, use portal token revoke.")
-    else:
-        portal.out.note("There is no saved login.")
+    portal.out.result({"removed": removed}, done="Logged out." if removed else "")
+    portal.out.note(
+        "The token is still valid; to revoke it, use portal token revoke." if removed else "There is no saved login."
+    )
 
 
 @click.group("token")
@@ -106,7 +102,7 @@ def token() -> None:
     """Operator tokens: list, create, revoke."""
 
 
-def _expiry(row: dict[str, Any]) -> Cell:
+def _expiry(row: Mapping[str, Any]) -> Cell:
     return moment(row["expires_at"], expiry=True, short=True) if row.get("expires_at") else Cell("", "never", "dim")
 
 
@@ -118,23 +114,17 @@ def token_list(portal: Remote) -> None:
     When piped, prints tab-separated lines: id, name, role, created, expiry, revoked.
     """
     answer = portal.client.get("/tokens")
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
     portal.out.table(
-        ("id", "name", "role", "created", "expires", "revoked"),
-        [
-            (
-                text(row.get("token_id")),
-                text(row.get("name")),
-                text(row.get("role")),
-                moment(row.get("created_at"), short=True),
-                _expiry(row),
-                moment(row.get("revoked_at"), short=True),
-            )
-            for row in answer.get("tokens") or ()
-            if isinstance(row, dict)
-        ],
+        answer,
+        "tokens",
+        {
+            "id": "token_id",
+            "name": "name",
+            "role": "role",
+            "created": date_of("created_at"),
+            "expires": _expiry,
+            "revoked": date_of("revoked_at"),
+        },
         empty="No operator tokens.",
     )
 
@@ -163,9 +153,6 @@ def token_create(portal: Remote, /, token_out: str | None, **options: Any) -> No
     path = new_secret_file(token_out, "--token-out", "token", out=portal.out)
     body = {field: value for field, value in options.items() if value is not None}
     answer = make_with_secret(portal, "/tokens", body, shown_once="token", into=path)
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
     fields = {
         "token_id": text(answer.get("token_id")),
         "role": text(answer.get("role")),
@@ -182,7 +169,5 @@ def token_revoke(portal: Remote, token_id: str, yes: bool) -> None:
     """Revoke an operator token immediately."""
     confirm(f"Revoke the token {token_id}? Clients that use it lose access immediately.", yes=yes)
     answer = portal.client.call("DELETE", f"/tokens/{token_id}").json()
-    if portal.out.as_json:
-        portal.out.json(answer or {"token_id": token_id, "revoked": True})
-        return
-    portal.out.done(f"Revoked the token {answer.get('name') or token_id}")
+    done = f"Revoked the token {answer.get('name') or token_id}"
+    portal.out.result(answer or {"token_id": token_id, "revoked": True}, done=done)

@@ -142,14 +142,14 @@ class Client:
 
     def read_pages(
         self, path: str, key: str, *, limit: int | None = None, cursor: str | None = None, **params: Any
-    ) -> tuple[list[dict[str, Any]], str | None]:
-        """Return the rows of all pages up to ``limit``, and the cursor of the page after them, if there is one."""
+    ) -> dict[str, Any]:
+        """Return the rows of all pages up to ``limit``, as one answer with the cursor of the page after them."""
         rows: list[dict[str, Any]] = []
         next_cursor = None
         for page in self.pages(path, key, limit=limit, cursor=cursor, **params):
             rows += page[key]
             next_cursor = page.get("next_cursor")
-        return rows, next_cursor
+        return {key: rows, "next_cursor": next_cursor}
 
     def fetch_bundle(self, link: str) -> bytes:
         """Return the encrypted bundle of a one-time link, which needs no token; raises as ``call`` does."""

@@ -235,10 +235,9 @@ def show_created(
     into: Path | None,
 ) -> None:
     """Show what ``make_with_secret`` returned: its fields, and the secret or the file that it is in."""
-    portal.out.done(done)
     if into is None:
         fields[shown_once] = Cell(str(answer[shown_once]), style="bold")
-    portal.out.fields(fields)
+    portal.out.result(answer, fields, done=done)
     portal.out.note(f"The {shown_once} is in {into}." if into else f"The {shown_once} is shown only once.")
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from commands.context import DEVICE_ID, Command, Remote, metadata_from, paging_o
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
 from commands.files import whole_file
-from commands.output import Cell, moment, state, text
+from commands.output import Cell, date_of, moment, state, status_of, text
 
 STATUSES = ("pending", "active", "suspended", "revoked")
 COLUMNS = (
@@ -85,31 +85,23 @@ def list_devices(portal: Remote, /, limit: int, all_: bool, cursor: str | None, 
 
     When piped, prints tab-separated lines: id, name, type, location, status, expiry.
     """
-    devices, next_cursor = portal.client.read_pages(
-        "/devices", "devices", limit=None if all_ else limit, cursor=cursor, **filters
-    )
-    if portal.out.as_json:
-        portal.out.json({"devices": devices, "next_cursor": next_cursor})
-        return
+    answer = portal.client.read_pages("/devices", "devices", limit=None if all_ else limit, cursor=cursor, **filters)
     filtered = any(filters.values())
     portal.out.table(
-        ("id", "name", "type", "location", "status", "expires"),
-        [
-            (
-                text(device.get("device_id")),
-                text(device.get("name")),
-                text(device.get("type")),
-                text(device.get("location")),
-                state(device.get("status")),
-                moment(device.get("expires_at"), expiry=device.get("status") != "revoked", short=True),
-            )
-            for device in devices
-        ],
+        answer,
+        "devices",
+        {
+            "id": "device_id",
+            "name": "name",
+            "type": "type",
+            "location": "location",
+            "status": status_of,
+            "expires": lambda row: moment(row.get("expires_at"), expiry=row.get("status") != "revoked", short=True),
+        },
         empty="No matching devices." if filtered else "No devices yet.",
         spare=("location", "type"),
-        more=next_cursor,
     )
-    if not devices and not filtered:
+    if not answer["devices"] and not filtered:
         portal.out.next_step("portal register NAME --type … --location … --firmware …")
 
 
@@ -128,23 +120,18 @@ def expiring(portal: Remote, within: str) -> None:
     When piped, prints tab-separated lines: id, name, location, expiry, earliest time at which the device may renew by
     itself.
     """
-    devices, _ = portal.client.read_pages("/devices", "devices", status="active", expires_before=within)
-    devices.sort(key=lambda device: str(device.get("expires_at")))
-    if portal.out.as_json:
-        portal.out.json({"devices": devices})
-        return
+    answer = portal.client.read_pages("/devices", "devices", status="active", expires_before=within)
+    devices = sorted(answer["devices"], key=lambda device: str(device.get("expires_at")))
     portal.out.table(
-        ("id", "name", "location", "expires", "renewable"),
-        [
-            (
-                text(device.get("device_id")),
-                text(device.get("name")),
-                text(device.get("location")),
-                moment(device.get("expires_at"), expiry=True, short=True),
-                _renewable(device.get("renewable_from")),
-            )
-            for device in devices
-        ],
+        {"devices": devices},
+        "devices",
+        {
+            "id": "device_id",
+            "name": "name",
+            "location": "location",
+            "expires": date_of("expires_at", expiry=True),
+            "renewable": _renewable,
+        },
         empty="No active device has a certificate that expires that soon.",
         spare=("location", "renewable"),
     )
@@ -152,8 +139,9 @@ def expiring(portal: Remote, within: str) -> None:
         portal.out.next_step("portal renew ID")
 
 
-def _renewable(start: object) -> Cell:
-    """From when a device may renew by itself; ``now`` for people if that time has come."""
+def _renewable(row: Mapping[str, Any]) -> Cell:
+    """Return the cell for when a device may renew by itself; ``now`` for people if that time has come."""
+    start = row.get("renewable_from")
     cell = moment(start, short=True)
     try:
         begun = datetime.fromisoformat(str(start)) <= datetime.now(UTC)
@@ -168,13 +156,10 @@ def _renewable(start: object) -> Cell:
 def show(portal: Remote, device_id: str) -> None:
     """Show a device: certificate, broker state, topics."""
     device = portal.client.get(f"/devices/{device_id}")
-    if portal.out.as_json:
-        portal.out.json(device)
-        return
     _show(portal, device)
 
 
-def _show(portal: Remote, device: dict[str, Any]) -> None:
+def _show(portal: Remote, device: dict[str, Any], *, done: str = "") -> None:
     fields: dict[str, Cell] = {"device_id": text(device.get("device_id"))}
     shown_below = {"device_id", "certificate", "topics", "metadata"}
     for name, value in device.items():
@@ -188,7 +173,7 @@ def _show(portal: Remote, device: dict[str, Any]) -> None:
     for name, value in _items(device.get("certificate")):
         if name not in ("pem", "certificate", "chain"):
             fields[f"certificate.{name}"] = _value(name, value, device)
-    portal.out.fields(fields)
+    portal.out.result(device, fields, done=done)
 
 
 def _items(value: object) -> list[tuple[str, Any]]:
@@ -246,11 +231,7 @@ def update(
     if not changes:
         raise click.UsageError("Nothing to change: use at least one of --name, --type, --location, --firmware, …")
     device = portal.client.call("PATCH", f"/devices/{device_id}", body=changes).json()
-    if portal.out.as_json:
-        portal.out.json(device)
-        return
-    portal.out.done(f"Changed {', '.join(changes)} of {device.get('name') or device_id}")
-    _show(portal, device)
+    _show(portal, device, done=f"Changed {', '.join(changes)} of {device.get('name') or device_id}")
 
 
 @click.command("certificates", cls=Command, examples=["portal certificates 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
@@ -262,24 +243,18 @@ def certificates(portal: Remote, device_id: str) -> None:
     When piped, prints tab-separated lines: serial number, status, issued, expiry, revoked, reason, fingerprint.
     """
     answer = portal.client.get(f"/devices/{device_id}/certificates")
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
     portal.out.table(
-        ("serial number", "status", "issued", "expires", "revoked", "reason", "fingerprint"),
-        [
-            (
-                text(row.get("serial_number")),
-                state(row.get("status")),
-                moment(row.get("issued_at"), short=True),
-                moment(row.get("not_after"), expiry=row.get("status") == "active", short=True),
-                moment(row.get("revoked_at"), short=True),
-                text(row.get("revocation_reason")),
-                text(row.get("fingerprint")),
-            )
-            for row in answer.get("certificates") or ()
-            if isinstance(row, dict)
-        ],
+        answer,
+        "certificates",
+        {
+            "serial number": "serial_number",
+            "status": status_of,
+            "issued": date_of("issued_at"),
+            "expires": lambda row: moment(row.get("not_after"), expiry=row.get("status") == "active", short=True),
+            "revoked": date_of("revoked_at"),
+            "reason": "revocation_reason",
+            "fingerprint": "fingerprint",
+        },
         empty="This device has no certificates.",
         spare=("reason", "fingerprint"),
     )
@@ -316,10 +291,8 @@ def export(portal: Remote, /, out: Path | None, format_: str | None, force: bool
         raise CheckFailed(f"{out} already exists; use --force to replace it.")
     with whole_file(out) as file, portal.out.working("Exporting…"):
         count = _write_devices(portal, filters, lambda content: file.write(content.encode()), as_csv=as_csv)
-    if portal.out.as_json:
-        portal.out.json({"devices": count, "file": str(out.absolute())})
-    else:
-        portal.out.done(f"Wrote {count} device{'s' * (count != 1)} to {out}")
+    answer = {"devices": count, "file": str(out.absolute())}
+    portal.out.result(answer, done=f"Wrote {count} device{'s' * (count != 1)} to {out}")
 
 
 def _write_devices(portal: Remote, filters: dict[str, Any], write: Callable[[str], object], *, as_csv: bool) -> int:

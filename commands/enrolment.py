@@ -27,7 +27,7 @@ from commands.context import (
 )
 from commands.errors import Misused
 from commands.files import read_input
-from commands.output import Cell, moment, state, text
+from commands.output import Cell, date_of, moment, status_of, text
 from commands.registration import KEY_TYPES
 
 ENROLMENT_TOKEN_ID = short_id("portal enrolment list")
@@ -90,25 +90,19 @@ def enrolment_list(portal: Remote) -> None:
     revoked.
     """
     answer = portal.client.get("/enrolment-tokens")
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
     portal.out.table(
-        ("id", "name", "device", "used", "of", "approval", "expires", "revoked"),
-        [
-            (
-                text(row.get("enrolment_token_id")),
-                text(row.get("name")),
-                text(row.get("device_id")),
-                text(row.get("uses")),
-                text(row.get("count")),
-                text(row.get("approval")),
-                moment(row.get("expires_at"), expiry=True, short=True),
-                moment(row.get("revoked_at"), short=True),
-            )
-            for row in answer.get("enrolment_tokens") or ()
-            if isinstance(row, dict)
-        ],
+        answer,
+        "enrolment_tokens",
+        {
+            "id": "enrolment_token_id",
+            "name": "name",
+            "device": "device_id",
+            "used": "uses",
+            "of": "count",
+            "approval": "approval",
+            "expires": date_of("expires_at", expiry=True),
+            "revoked": date_of("revoked_at"),
+        },
         empty="No enrolment tokens yet.",
         spare=("device", "approval"),
     )
@@ -145,9 +139,6 @@ def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -
     answer = make_with_secret(
         portal, "/enrolment-tokens", body, shown_once="token", into=path, needs=("enrolment_token_id",)
     )
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
     scope = "device_id" if answer.get("device_id") else "count"
     fields = {name: text(answer.get(name)) for name in ("enrolment_token_id", scope)}
     fields |= _profile(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
@@ -162,10 +153,7 @@ def enrolment_revoke(portal: Remote, token_id: str, yes: bool) -> None:
     """Revoke an enrolment token; enrolled devices stay active."""
     confirm(f"Revoke the enrolment token {token_id}? No more devices can enrol with it.", yes=yes)
     answer = portal.client.call("DELETE", f"/enrolment-tokens/{token_id}").json()
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    portal.out.done(f"Revoked the enrolment token {answer.get('name') or token_id}")
+    portal.out.result(answer, done=f"Revoked the enrolment token {answer.get('name') or token_id}")
 
 
 @click.group("manufacturer")
@@ -181,23 +169,17 @@ def manufacturer_list(portal: Remote) -> None:
     When piped, prints tab-separated lines: id, name, status, approval, expiry and fingerprint of the CA certificate.
     """
     answer = portal.client.get("/manufacturers")
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
     portal.out.table(
-        ("id", "name", "status", "approval", "expires", "fingerprint"),
-        [
-            (
-                text(row.get("manufacturer_id")),
-                text(row.get("name")),
-                state(row.get("status")),
-                text(row.get("approval")),
-                moment(row.get("not_after"), expiry=True, short=True),
-                text(row.get("fingerprint")),
-            )
-            for row in answer.get("manufacturers") or ()
-            if isinstance(row, dict)
-        ],
+        answer,
+        "manufacturers",
+        {
+            "id": "manufacturer_id",
+            "name": "name",
+            "status": status_of,
+            "approval": "approval",
+            "expires": date_of("not_after", expiry=True),
+            "fingerprint": "fingerprint",
+        },
         empty="No manufacturers yet.",
         spare=("approval", "fingerprint"),
         whole=("status",),
@@ -264,10 +246,7 @@ def manufacturer_remove(portal: Remote, manufacturer_id: str, yes: bool) -> None
     """Remove a manufacturer CA; enrolled devices stay active."""
     confirm(f"Remove the manufacturer {manufacturer_id}? No more devices can enrol with its CA.", yes=yes)
     answer = portal.client.call("DELETE", f"/manufacturers/{manufacturer_id}").json()
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    portal.out.done(f"Removed {answer.get('name') or manufacturer_id}")
+    portal.out.result(answer, done=f"Removed {answer.get('name') or manufacturer_id}")
 
 
 def _pem(path: str) -> str:
@@ -287,17 +266,12 @@ def _base64(path: str) -> str:
 
 
 def _show_manufacturer(portal: Remote, answer: dict[str, Any], *, done: str = "") -> None:
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    if done:
-        portal.out.done(done)
     fields: dict[str, Cell] = {name: text(answer.get(name)) for name in ("manufacturer_id", "name")}
-    fields |= {"status": state(answer.get("status")), "fingerprint": text(answer.get("fingerprint"))}
+    fields |= {"status": status_of(answer), "fingerprint": text(answer.get("fingerprint"))}
     fields |= {"not_after": moment(answer.get("not_after"), expiry=True)} | _profile(answer)
     if answer.get("nonce"):
         fields |= {"nonce": text(answer["nonce"]), "nonce_expires_at": moment(answer.get("nonce_expires_at"))}
-    portal.out.fields(fields)
+    portal.out.result(answer, fields, done=done)
 
 
 @click.command(
@@ -322,11 +296,8 @@ def expect(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...]
     # Not repeated if the connection breaks: that would create a second device.
     answer = portal.client.call("POST", "/devices", body=body, repeatable=False).json()
     require(answer, "device_id")
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    portal.out.done(f"Expecting {options['name']} as {answer['device_id']}")
-    portal.out.fields({"device_id": text(answer["device_id"]), "status": state(answer.get("status"))})
+    fields = {"device_id": text(answer["device_id"]), "status": status_of(answer)}
+    portal.out.result(answer, fields, done=f"Expecting {options['name']} as {answer['device_id']}")
     portal.out.next_step(f"portal enrolment create NAME --device {answer['device_id']}")
 
 
@@ -339,27 +310,21 @@ def waiting(portal: Remote) -> None:
     since, enrolment token or manufacturer, key fingerprint.
     """
     answer = portal.client.get("/enrolments")
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    rows = [row for row in answer.get("enrolments") or () if isinstance(row, dict)]
     portal.out.table(
-        ("id", "name", "asks", "since", "by", "key"),
-        [
-            (
-                text(row.get("device_id")),
-                text(row.get("name")),
-                text("again" if row.get("again") else "new"),
-                moment(row.get("asked_at"), short=True),
-                text(row.get("enrolment_token_id") or row.get("manufacturer_id")),
-                text(row.get("key_fingerprint")),
-            )
-            for row in rows
-        ],
+        answer,
+        "enrolments",
+        {
+            "id": "device_id",
+            "name": "name",
+            "asks": lambda row: text("again" if row.get("again") else "new"),
+            "since": date_of("asked_at"),
+            "by": lambda row: text(row.get("enrolment_token_id") or row.get("manufacturer_id")),
+            "key": "key_fingerprint",
+        },
         empty="No devices wait for approval.",
         spare=("by", "key"),
     )
-    if rows:
+    if answer.get("enrolments"):
         portal.out.next_step("portal approve ID")
 
 
@@ -397,10 +362,7 @@ def approve(portal: Remote, device_id: str, key_fingerprint: str | None, yes: bo
     """
     key = key_fingerprint or _confirmed_key(portal, device_id, yes=yes)
     answer = portal.client.call("POST", f"/devices/{device_id}/approve", body={"key_fingerprint": key}).json()
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    portal.out.done(f"Approved {device_id}")
+    portal.out.result(answer, done=f"Approved {device_id}")
     portal.out.note("It gets its certificate with its next request.")
 
 
@@ -430,10 +392,5 @@ def reject(portal: Remote, device_id: str, yes: bool) -> None:
     """Reject a waiting device, or its new key, permanently."""
     confirm(f"Reject {device_id}? A new device is revoked permanently; an enrolled one keeps its present key.", yes=yes)
     answer = portal.client.call("POST", f"/devices/{device_id}/reject").json()
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    if answer.get("status") == "revoked":
-        portal.out.done(f"Rejected {device_id} permanently")
-    else:
-        portal.out.done(f"Rejected the new key of {device_id}, which stays active")
+    kept = f"Rejected the new key of {device_id}, which stays active"
+    portal.out.result(answer, done=f"Rejected {device_id} permanently" if answer.get("status") == "revoked" else kept)

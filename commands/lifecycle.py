@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from commands.context import DEVICE_ID, YES, Command, Remote, confirm, require_confirmable
-from commands.output import moment, state, text
+from commands.output import moment, state, status_of, text
 
 REASONS = (
     "unspecified",
@@ -83,15 +83,11 @@ def _confirmed(portal: Remote, device_id: str) -> str:
 
 
 def _show(portal: Remote, done: str, answer: dict[str, Any], *more: str) -> None:
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    portal.out.done(done)
-    fields = {"device_id": text(answer.get("device_id")), "status": state(answer.get("status"))}
+    fields = {"device_id": text(answer.get("device_id")), "status": status_of(answer)}
     for name in more:
         value = answer.get(name)
         fields[name] = moment(value) if name.endswith("_at") else text(value)
-    portal.out.fields(fields | {"broker": state(answer.get("broker"))})
+    portal.out.result(answer, fields | {"broker": state(answer.get("broker"))}, done=done)
 
 
 def _say_whether_enforced(portal: Remote, answer: dict[str, Any], enforced: str) -> None:

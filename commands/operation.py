@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from commands.context import Command, Remote, paging_options
 from commands.delivery import FORCE_HELP
 from commands.errors import Unreachable
 from commands.files import NewFile, write_new
-from commands.output import Cell, moment, state, text, timestamp
+from commands.output import Cell, moment, state, text, time_of
 
 SHELLS = {
     "bash": 'eval "$(portal completion bash)"    # in ~/.bashrc',
@@ -40,11 +39,9 @@ def status(ctx: click.Context) -> None:
     if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
         raise Unreachable(f"The answer of {answer.origin} has no list of checks; its version may differ.")
     ready = alive and answer.status == 200
-    if portal.out.as_json:
-        portal.out.json({"alive": alive, "ready": ready, "checks": checks})
-    else:
-        fields = {"portal": text(portal.settings.url), "alive": _yes(alive), "ready": _yes(ready)}
-        portal.out.fields(fields | {str(check.get("name")): _check(check) for check in checks})
+    fields = {"portal": text(portal.settings.url), "alive": _yes(alive), "ready": _yes(ready)}
+    fields |= {str(check.get("name")): _check(check) for check in checks}
+    portal.out.result({"alive": alive, "ready": ready, "checks": checks}, fields)
     if not ready:
         ctx.exit(1)
 
@@ -108,31 +105,23 @@ def audit(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filte
 
     When piped, prints tab-separated lines: time, actor, action, object, outcome, address, request id, detail.
     """
-    entries, next_cursor = portal.client.read_pages(
-        "/audit", "entries", limit=None if all_ else limit, cursor=cursor, **filters
-    )
-    if portal.out.as_json:
-        portal.out.json({"entries": entries, "next_cursor": next_cursor})
-        return
+    answer = portal.client.read_pages("/audit", "entries", limit=None if all_ else limit, cursor=cursor, **filters)
     portal.out.table(
-        ("time", "actor", "action", "object", "outcome", "address", "request id", "detail"),
-        [
-            (
-                timestamp(entry.get("at")),
-                text(entry.get("actor")),
-                text(entry.get("action")),
-                text(entry.get("object")),
-                state(entry.get("outcome")),
-                text(entry.get("address")),
-                text(entry.get("request_id")),
-                text(json.dumps(entry["detail"], sort_keys=True) if entry.get("detail") else None),
-            )
-            for entry in entries
-        ],
+        answer,
+        "entries",
+        {
+            "time": time_of("at"),
+            "actor": "actor",
+            "action": "action",
+            "object": "object",
+            "outcome": lambda row: state(row.get("outcome")),
+            "address": "address",
+            "request id": "request_id",
+            "detail": lambda row: text(row.get("detail") or None),
+        },
         empty="No matching entries." if any(filters.values()) else "No entries yet.",
         spare=("address", "request id", "detail"),
         whole=("action", "outcome"),
-        more=next_cursor,
     )
 
 
@@ -148,5 +137,5 @@ def completion(ctx: click.Context, shell: str) -> None:
     script = found(ctx.find_root().command, {}, "portal", "_PORTAL_COMPLETE").source()
     if portal.out.as_json:
         portal.out.json({"shell": shell, "script": script})
-        return
-    portal.out.raw(script)
+    else:
+        portal.out.raw(script)

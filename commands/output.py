@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -27,6 +27,9 @@ from rich.table import Table
 from rich.text import Text
 
 from commands.errors import CliError, Refused
+
+# The name of a field, which is shown as text, or a function of the row.
+Column = str | Callable[[Mapping[str, Any]], "Cell"]
 
 # Control and format characters (terminal sequences, newlines, bidirectional overrides), lone surrogates, separators.
 _UNSAFE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
@@ -101,9 +104,24 @@ def moment(value: object, *, expiry: bool = False, short: bool = False) -> Cell:
     return Cell(str(value), shown, style)
 
 
-def timestamp(value: object) -> Cell:
-    """Return a cell for the time of an event (RFC 3339, UTC), for people without fractions of seconds."""
-    return Cell(str(value), str(value)[:19].replace("T", " ")) if value else text(value)
+def status_of(row: Mapping[str, Any]) -> Cell:
+    """Return a cell for the status of a row."""
+    return state(row.get("status"))
+
+
+def date_of(name: str, *, expiry: bool = False) -> Callable[[Mapping[str, Any]], Cell]:
+    """Return a column with the date in a field; an ``expiry`` is coloured if it is near or past."""
+    return lambda row: moment(row.get(name), expiry=expiry, short=True)
+
+
+def time_of(name: str) -> Callable[[Mapping[str, Any]], Cell]:
+    """Return a column with date and time (UTC) in a field, for people without fractions of seconds."""
+
+    def column(row: Mapping[str, Any]) -> Cell:
+        value = row.get(name)
+        return Cell(str(value), str(value)[:19].replace("T", " ")) if value else text(value)
+
+    return column
 
 
 def _distance(seconds: float) -> str:
@@ -134,30 +152,48 @@ class Output:
         sys.stdout.write(content if content.endswith("\n") else content + "\n")
         sys.stdout.flush()
 
+    def result(self, answer: object, fields: Mapping[str, Cell] | None = None, *, done: str = "") -> None:
+        """Print an answer as JSON, or report what was ``done`` and print the fields."""
+        if self.as_json:
+            self.json(answer)
+            return
+        if done:
+            self.done(done)
+        if fields:
+            self.fields(fields)
+
     def table(
         self,
-        titles: Sequence[str],
-        rows: Sequence[Sequence[Cell]],
+        answer: Mapping[str, Any],
+        key: str,
+        columns: Mapping[str, Column],
         *,
         empty: str,
         spare: Sequence[str] = (),
         whole: Sequence[str] = (),
-        more: str | None = None,
     ) -> None:
-        """Print a table for people, or tab-separated lines without titles for programs.
+        """Print the rows under ``key``: the answer as JSON, a table for people, or tab-separated lines for programs.
 
-        Without rows, says ``empty`` on standard error; with a cursor for ``more`` rows, says how to see all. On a
+        Without rows, says ``empty`` on standard error; if the answer has a cursor for more, says how to list all. On a
         narrow terminal the ``spare`` columns are left out, the last one first, and long values are cut, except in the
         first column and in those of ``whole``.
         """
+        if self.as_json:
+            self.json(answer)
+            return
+        rows = [
+            [text(row.get(column)) if isinstance(column, str) else column(row) for column in columns.values()]
+            for row in answer.get(key) or ()
+            if isinstance(row, dict)
+        ]
         if not rows:
             self.note(empty)
         elif self.for_people:
-            self._print_table(titles, rows, spare, whole)
+            self._print_table(list(columns), rows, spare, whole)
         else:
             for row in rows:
                 self.raw("\t".join(clean(cell.plain) for cell in row))
-        if rows and more:
+        if rows and answer.get("next_cursor"):
             self.note(f"Only the first {len(rows)} are shown; use --all to list all.")
 
     def _print_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -18,7 +19,7 @@ from commands.context import (
     show_created,
 )
 from commands.errors import CliError
-from commands.output import Cell, moment, state, text, timestamp
+from commands.output import Cell, date_of, status_of, text, time_of
 
 EVENTS = (
     "registered",
@@ -51,34 +52,28 @@ def webhook_list(portal: Remote) -> None:
     whose delivery was given up.
     """
     answer = portal.client.get("/webhooks")
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    rows = [row for row in answer.get("webhooks") or () if isinstance(row, dict)]
     portal.out.table(
-        ("id", "name", "events", "waiting", "since", "dead", "url"),
-        [
-            (
-                text(row.get("webhook_id")),
-                text(row.get("name")),
-                _events(row),
-                text(row.get("waiting")),
-                moment(row.get("oldest_waiting_at"), short=True),
-                _dead(row),
-                text(row.get("url")),
-            )
-            for row in rows
-        ],
+        answer,
+        "webhooks",
+        {
+            "id": "webhook_id",
+            "name": "name",
+            "events": _events,
+            "waiting": "waiting",
+            "since": date_of("oldest_waiting_at"),
+            "dead": _dead,
+            "url": "url",
+        },
         empty="No webhooks yet.",
         spare=("since", "url"),
     )
 
 
-def _events(row: dict[str, Any]) -> Cell:
+def _events(row: Mapping[str, Any]) -> Cell:
     return text(" ".join(map(str, row.get("events") or ("all",))))
 
 
-def _dead(row: dict[str, Any]) -> Cell:
+def _dead(row: Mapping[str, Any]) -> Cell:
     dead = row.get("dead")
     return Cell(str(dead), style="red") if dead else text(dead)
 
@@ -103,9 +98,6 @@ def webhook_create(portal: Remote, name: str, url_: str, events: tuple[str, ...]
     path = new_secret_file(secret_out, "--secret-out", "secret", out=portal.out)
     body = {"name": name, "url": url_} | ({"events": list(events)} if events else {})
     answer = make_with_secret(portal, "/webhooks", body, shown_once="secret", into=path, needs=("webhook_id",))
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
     fields = {"webhook_id": text(answer["webhook_id"]), "url": text(answer.get("url")), "events": _events(answer)}
     show_created(portal, f"Created the webhook {name}", fields, answer, shown_once="secret", into=path)
     portal.out.next_step(f"portal webhook test {answer['webhook_id']}")
@@ -119,10 +111,7 @@ def webhook_delete(portal: Remote, webhook_id: str, yes: bool) -> None:
     """Delete a webhook and its waiting events."""
     confirm(f"Delete the webhook {webhook_id} and its waiting events?", yes=yes)
     answer = portal.client.call("DELETE", f"/webhooks/{webhook_id}").json()
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
-    portal.out.done(f"Deleted the webhook {answer.get('name') or webhook_id}")
+    portal.out.result(answer, done=f"Deleted the webhook {answer.get('name') or webhook_id}")
     if answer.get("waiting") or answer.get("dead"):
         portal.out.note(f"{answer.get('waiting', 0)} waiting and {answer.get('dead', 0)} dead events were deleted.")
 
@@ -143,31 +132,28 @@ def webhook_deliveries(
 
     When piped, prints tab-separated lines: id, time, event, device, status, attempts, next attempt, problem.
     """
-    rows, next_cursor = portal.client.read_pages(
-        f"/webhooks/{webhook_id}/deliveries", "deliveries", limit=None if all_ else limit, cursor=cursor, status=status
-    )
-    if portal.out.as_json:
-        portal.out.json({"deliveries": rows, "next_cursor": next_cursor})
-        return
     portal.out.table(
-        ("id", "time", "event", "device", "status", "attempts", "next", "problem"),
-        [
-            (
-                text(row.get("delivery_id")),
-                timestamp(row.get("created_at")),
-                text(row.get("type")),
-                text(row.get("device_id")),
-                state(row.get("status")),
-                text(row.get("attempts")),
-                timestamp(row.get("next_at")),
-                text(row.get("last_problem")),
-            )
-            for row in rows
-        ],
+        portal.client.read_pages(
+            f"/webhooks/{webhook_id}/deliveries",
+            "deliveries",
+            limit=None if all_ else limit,
+            cursor=cursor,
+            status=status,
+        ),
+        "deliveries",
+        {
+            "id": "delivery_id",
+            "time": time_of("created_at"),
+            "event": "type",
+            "device": "device_id",
+            "status": status_of,
+            "attempts": "attempts",
+            "next": time_of("next_at"),
+            "problem": "last_problem",
+        },
         empty="No matching events." if status else "No events for this webhook yet.",
         spare=("attempts", "next"),
         whole=("time", "event", "device", "status"),
-        more=next_cursor,
     )
 
 
@@ -183,13 +169,9 @@ def webhook_redeliver(portal: Remote, webhook_id: str, delivery: tuple[int, ...]
     """Send dead events, or the given ones, again."""
     body = {"delivery_ids": list(delivery)} if delivery else {}
     answer = portal.client.call("POST", f"/webhooks/{webhook_id}/redeliver", body=body).json()
-    if portal.out.as_json:
-        portal.out.json(answer)
-        return
     count = answer.get("redelivered") or 0
-    if count:
-        portal.out.done(f"Queued {count} event{'s' * (count != 1)} to be sent again")
-    else:
+    portal.out.result(answer, done=f"Queued {count} event{'s' * (count != 1)} to be sent again" if count else "")
+    if not count:
         portal.out.note("No events to send again.")
 
 
@@ -204,5 +186,4 @@ def webhook_test(portal: Remote, webhook_id: str) -> None:
         portal.out.json(answer)
     if not answer.get("delivered"):
         raise CliError(str(answer.get("problem") or "The receiver did not accept the event."))
-    if not portal.out.as_json:
-        portal.out.done(f"The receiver accepted the event ({answer.get('status')}, {answer.get('milliseconds')} ms)")
+    portal.out.done(f"The receiver accepted the event ({answer.get('status')}, {answer.get('milliseconds')} ms)")
