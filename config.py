@@ -276,7 +276,7 @@ class Settings(BaseSettings):
         "20", "Failed logins a minute after which an address must wait"
     )
     trusted_proxies: Networks = setting(
-        "", "Proxies whose Client-Cert header is believed: addresses and networks; none if empty"
+        "", "Front servers whose headers about a client's certificate are believed: addresses and networks"
     )
     log_format: Annotated[LogFormat, choice(LogFormat, LogFormat)] = setting("text", "text or json")
     log_level: Annotated[str, choice(LOG_LEVELS)] = setting("info", "debug, info, warning or error")
@@ -416,6 +416,16 @@ class Settings(BaseSettings):
         if self.issuing_days >= self.root_days:
             raise SettingInvalid("PORTAL_ISSUING_DAYS must be less than PORTAL_ROOT_DAYS.")
         return self
+
+    @property
+    def faces_network(self) -> bool:
+        """Whether other machines reach the HTTPS listener with no front server that waits for slow clients."""
+        if self.bind.is_unix or self.trusted_proxies:
+            return False
+        try:
+            return not ipaddress.ip_address(self.bind.host).is_loopback
+        except ValueError:
+            return self.bind.host != "localhost"
 
     def broker_file(self, name: str) -> Path:
         """Return the path of a file in the broker's folder."""

@@ -39,6 +39,10 @@ CreateApp = Callable[..., Flask]
 PortalOf = Callable[[Flask], Any]
 ServeApp = Callable[..., int]
 log = logging.getLogger("portal.admin")
+NO_FRONT_SERVER = (
+    "Slow clients on the network hold up all others; put nginx in front (deploy/README.md), or name the front server"
+    " in PORTAL_TRUSTED_PROXIES."
+)
 
 _COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}
 
@@ -127,6 +131,8 @@ def _serve(settings: Settings, create_app: CreateApp, portal_of: PortalOf, serve
         metrics.share(counts)  # before anything is counted
         portal_of(app)
 
+    if settings.faces_network:
+        log.warning("no front server", extra={"bind": settings.bind, "advice": NO_FRONT_SERVER})
     with data_folder.shared(settings):
         return serve_app(
             settings,

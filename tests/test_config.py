@@ -66,6 +66,10 @@ def test_an_acl_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
     [
         ("PORTAL_BIND", "8443", "HOST:PORT"),
         ("PORTAL_BIND", "127.0.0.1:99999", "HOST:PORT"),
+        ("PORTAL_BIND", "unix:relative", "absolute path"),
+        ("PORTAL_BIND", "unix:/" + "x" * 120, "at most 107 bytes"),
+        ("PORTAL_BIND", "unix:/run/portal.sock", "PORTAL_PUBLIC_URL must be set"),
+        ("PORTAL_PKI_BIND", "unix:/run/portal.sock", "HOST:PORT"),
         ("PORTAL_BIND", "0.0.0.0:8443", "PORTAL_PUBLIC_URL must be set"),
         ("PORTAL_PKI_BIND", "[::]:8080", "PORTAL_PKI_URL must be set"),
         ("PORTAL_PKI_BIND", "127.0.0.1:8443", "must differ"),
@@ -169,3 +173,22 @@ def test_every_setting_stands_in_the_operators_guide() -> None:
         default = field.default if isinstance(field.default, str) else ""
         row = f"| `{variable_of(name)}` | {f'`{default}`' if default else ''} | {field.description} |"
         assert row.replace("|  |", "| |") in guide, row
+
+
+@pytest.mark.parametrize(
+    ("environment", "faces"),
+    [
+        ({}, False),
+        ({"PORTAL_BIND": "localhost:8443"}, False),
+        ({"PORTAL_BIND": "[::1]:8443"}, False),
+        ({"PORTAL_BIND": "192.0.2.1:8443"}, True),
+        ({"PORTAL_BIND": "portal.example:8443"}, True),
+        ({"PORTAL_BIND": "0.0.0.0:8443", "PORTAL_PUBLIC_URL": "https://portal.example"}, True),
+        ({"PORTAL_BIND": "192.0.2.1:8443", "PORTAL_TRUSTED_PROXIES": "192.0.2.7"}, False),
+        ({"PORTAL_BIND": "unix:/run/portal.sock", "PORTAL_PUBLIC_URL": "https://portal.example"}, False),
+    ],
+)
+def test_a_listener_that_other_machines_reach_with_no_front_server_is_known(
+    environment: dict[str, str], faces: bool
+) -> None:
+    assert Settings.from_env(environment).faces_network is faces

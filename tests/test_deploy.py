@@ -95,8 +95,9 @@ def test_the_example_configuration_sets_secrets_nowhere_and_nothing_that_the_uni
 
 def test_the_unit_has_room_for_what_the_example_configuration_allows(example: dict[str, str]) -> None:
     settings = Settings.from_env({"PORTAL_DATA_DIR": "/var/lib/onboarding-portal", **example})
-    allowed = {f"tcp:{settings.bind.port}", f"tcp:{settings.pki_bind.port}"}
-    assert set(unit_values("SocketBindAllow")) == allowed
+    assert unit_values("SocketBindAllow") == [f"tcp:{settings.pki_bind.port}"]
+    assert settings.bind.host.startswith(f"/run/{unit_values('RuntimeDirectory')[0]}/")
+    assert not settings.faces_network
     assert int(unit_values("LimitNOFILE")[0]) >= 2 * settings.max_connections
     assert unit_values("MemoryMax") == ["1G"]
     assert settings.workers * 164 < 1024

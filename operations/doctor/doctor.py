@@ -32,6 +32,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("expiry", authority.expiry),
     ("portal", network.portal),
     ("portal certificate", network.portal_certificate),
+    ("front server", network.front_server),
     ("broker", broker.broker),
     ("broker version", mosquitto.broker_version),
     ("broker configuration", mosquitto.broker_configuration),

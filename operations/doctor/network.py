@@ -18,9 +18,9 @@ from cryptography import x509
 
 from broker.files import CA_FILE, SERVER_CERTIFICATE_FILE
 from broker.probe import Probe
-from config import Address
+from config import Address, Settings
 from core.errors import PortalError
-from operations.doctor.base import SECONDS, Finding, Installation, certificate_of, problem, well
+from operations.doctor.base import SECONDS, Finding, Installation, certificate_of, problem, warning, well
 
 _MAX_BYTES = 64 << 20  # a CRL of a million entries has about 40 MB
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the addresses to connect to for a listener on every address
@@ -41,7 +41,7 @@ def portal(installation: Installation) -> Finding:
         answer = _ask_https(installation, "/readyz")
     except OSError as error:
         return problem(
-            f"The portal does not answer at https://{installation.settings.bind}: {_said(error)}.", _START_PORTAL
+            f"The portal does not answer at {_listener(installation.settings)}: {_said(error)}.", _START_PORTAL
         )
     if answer.status == http.client.OK:
         return well("The portal answers and is ready.")
@@ -51,6 +51,17 @@ def portal(installation: Installation) -> Finding:
     except (ValueError, KeyError, TypeError):
         failing = f"/readyz answers with status {answer.status}"
     return problem(f"The portal is not ready: {failing}.", "The other lines say what to do.")
+
+
+def front_server(installation: Installation) -> Finding:
+    """Check that slow clients on the network meet a front server, which can wait for them."""
+    settings = installation.settings
+    if settings.faces_network:
+        return warning(
+            f"Clients on the network reach the portal itself at {settings.bind}, where slow ones hold up all others.",
+            "Put nginx in front; see deploy/README.md. Or name the front server in PORTAL_TRUSTED_PROXIES.",
+        )
+    return well(f"The portal listens on {settings.bind}, where slow clients on the network do not reach it directly.")
 
 
 def portal_certificate(installation: Installation) -> Finding:
@@ -65,7 +76,7 @@ def portal_certificate(installation: Installation) -> Finding:
             "Restart the portal; check PORTAL_SERVER_NAMES.",
         )
     except OSError as error:
-        return problem(f"The portal does not answer at https://{settings.bind}: {_said(error)}.", _START_PORTAL)
+        return problem(f"The portal does not answer at {_secured(settings)}: {_said(error)}.", _START_PORTAL)
     return _check_certificate(
         installation, der, settings.tls_dir / "server.pem", settings.server_names, "Restart the portal."
     )
@@ -128,17 +139,41 @@ def served(installation: Installation, path: str) -> bytes:
 
 
 def _ask_https(installation: Installation, path: str) -> _Answer:
-    with _https(installation) as secure:
-        connection = http.client.HTTPConnection(str(installation.settings.bind), timeout=SECONDS)
-        connection.sock = secure
+    """Ask the HTTPS listener; on a Unix socket, where the front server would, in plain HTTP."""
+    bind = installation.settings.bind
+    with _unix(bind.host) if bind.is_unix else _https(installation) as connected:
+        connection = http.client.HTTPConnection("localhost" if bind.is_unix else str(bind), timeout=SECONDS)
+        connection.sock = connected
         return _get(connection, path)
+
+
+def _unix(path: str) -> socket.socket:
+    plain = socket.socket(socket.AF_UNIX)
+    try:
+        plain.settimeout(SECONDS)
+        plain.connect(path)
+    except BaseException:
+        plain.close()
+        raise
+    return plain
+
+
+def _listener(settings: Settings) -> str:
+    return str(settings.bind) if settings.bind.is_unix else f"https://{settings.bind}"
+
+
+def _secured(settings: Settings) -> str:
+    """Return where TLS ends: at the HTTPS listener, or at the front server of a Unix socket."""
+    return settings.public_url if settings.bind.is_unix else f"https://{settings.bind}"
 
 
 def _https(installation: Installation) -> ssl.SSLSocket:
     settings = installation.settings
     name = urlsplit(settings.public_url).hostname or settings.bind.host
     context = _context(settings.data_dir / "ca.pem")
-    plain = socket.create_connection(_target(settings.bind), timeout=SECONDS)
+    front = urlsplit(settings.public_url)
+    target = (front.hostname or "", front.port or 443) if settings.bind.is_unix else _target(settings.bind)
+    plain = socket.create_connection(target, timeout=SECONDS)
     try:
         return context.wrap_socket(plain, server_hostname=name)
     except BaseException:

@@ -83,7 +83,9 @@ class Clients:
             for record in enrolment.registered_manufacturers(tx):
                 if self._clock() <= record.not_after and client_certificates.is_issued_by_der(client, record.der):
                     return ManufacturedClient(record.tenant_id, record, client)
-        raise ClientCertificateRefused("The client certificate's CA is not registered here; see POST /manufacturers.")
+        raise ClientCertificateRefused(
+            "The CA that issued the client certificate directly is not registered here; see POST /manufacturers."
+        )
 
     def write_authorities(self) -> None:
         """Update the file of the CAs whose client certificates TLS accepts; a worker notices within a second."""
