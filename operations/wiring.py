@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -44,11 +45,7 @@ from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
 # There while anybody may have subscribed to events.
 SUBSCRIBED = ".subscribed"
-
-
-def utc_now() -> datetime:
-    """Return the current time: the portal's clock."""
-    return datetime.now(UTC)
+utc_now = functools.partial(datetime.now, UTC)  # the clock of a portal, unless a test has one of its own
 
 
 @dataclass(slots=True)
