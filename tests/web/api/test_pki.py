@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from flask import Flask
 
 from app import ROUTES, portal_of
@@ -58,7 +59,9 @@ def test_the_urls_in_a_certificate_lead_to_its_issuer_and_its_crl(api: Api, app:
     issuer = x509.load_der_x509_certificate(api_as(app, None).get(issuer_url.removeprefix(base), **CLEAR).data)
     crl = x509.load_der_x509_crl(api_as(app, None).get(crl_url.removeprefix(base), **CLEAR).data)
     leaf.verify_directly_issued_by(issuer)
-    assert crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]  # an EC key
+    key = issuer.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert crl.is_signature_valid(key)
 
 
 def test_the_pem_is_issuing_ca_and_root(anyone: Api) -> None:

@@ -27,7 +27,7 @@ from web.api.fields import Metadata
 from web.api.openapi import openapi
 from web.api.problems import IN_PLAIN_TEXT
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "seed": 1,
     "generation": {"deterministic": True, "max-examples": 60 if ALL else 15, "database": "none"},
     "checks": {

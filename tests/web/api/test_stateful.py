@@ -32,8 +32,8 @@ RUNS = int(os.environ.get("STATEFUL_RUNS", "60" if ALL else "15"))
 STEPS = 8
 TOGETHER = 20  # runs that hypothesis makes from what it has learnt in those before
 
-# Who may call what is decided in test_api_roles.py; here the check takes the admin's own token for one made up.
-CHECKS = {**CONFIG["checks"], "ignored_auth": {"enabled": False}}  # type: ignore[dict-item]
+# Who may call what is decided in test_roles.py; here the check takes the admin's own token for one made up.
+CHECKS = {**CONFIG["checks"], "ignored_auth": {"enabled": False}}
 
 
 def described() -> dict[str, Any]:
@@ -46,7 +46,7 @@ def described() -> dict[str, Any]:
 
 application = Application()
 whole = schemathesis.openapi.from_dict(described(), config=SchemathesisConfig.from_dict({**CONFIG, "checks": CHECKS}))
-# Left to test_api_schemathesis.py: what nobody can make up (a proof of a CA's key), and what has no links to follow.
+# Left to test_schemathesis.py: what nobody can make up (a proof of a CA's key), and what has no links to follow.
 schema: Any = whole.exclude(path_regex=r"^/(manufacturers/.*/proof|\.well-known/est|ocsp)")
 schema.app = application
 # A body's ``external_id`` is taken for the identifier of a thing that nothing makes, and a call with such a field for
