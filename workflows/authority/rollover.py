@@ -51,15 +51,19 @@ def prepare_next(
         )
     number = _next_number(issuers, keys)
     name = f"issuing-{number}"
-    key = keys.create(name, KeyType.EC_P256)
     issued = ca.create_issuing(
         root.issuer,
-        key.public_key(),
+        keys.create(name, KeyType.EC_P256).public_key(),
         common_name=f"{settings.ca_name} Issuing CA {number}",
         now=now,
         days=settings.issuing_days,
         pki_url=settings.pki_url,
     )
+    return name, _add(database, actor, name, issued, now)
+
+
+def _add(database: Database, actor: Actor, name: str, issued: ca.Issued, now: datetime) -> int:
+    """Record an issuing CA that does not issue yet; returns the generation at which the broker trusts it."""
     with database.transaction() as tx:
         store_issuers.add_issuer(
             tx,
@@ -74,7 +78,7 @@ def prepare_next(
         )
         generation = db.next_generation(tx, actor.tenant_id, at=now)
         audit.record(tx, actor, "ca:create", f"issuer:{name}", at=now, fingerprint=issued.fingerprint)
-    return name, generation
+    return generation
 
 
 def _next_number(issuers: Sequence[IssuerRecord], keys: CaKeys) -> int:
