@@ -85,7 +85,7 @@ class IssuedCredentials:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CredentialAnswer:
-    """Credentials as whoever asked for them is answered: link and password, or certificate and chain for a CSR."""
+    """The answer to a request for credentials: link and password, or for a CSR the certificate and its chain."""
 
     device_id: str
     fingerprint: str

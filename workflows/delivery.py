@@ -48,7 +48,7 @@ class Deliveries:
         self._clock = clock
 
     def check_download(self, token: str) -> deliveries.DeliveryRecord:
-        """Look at what a link's token stands for and spend nothing.
+        """Return what a link's token leads to, without using the link.
 
         Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired``, ``LinkRevoked``.
         """

@@ -46,7 +46,7 @@ def record(
     """Record an event in the transaction that makes the change it is about, before its audit entry.
 
     ``facts`` go to the subscribers as they are, times as RFC 3339: never a secret. Two calls with the same ``once``,
-    for the same device and type, are one event. Where nobody has subscribed this costs a look at a file and no
+    for the same device and type, are one event. Without subscribers this costs a check for a file and no
     statement. Raises ``ValueError`` for a type that is none.
     """
     if not has_subscribers(tx):
@@ -88,6 +88,6 @@ def _plain(value: object) -> str:
 def watch(engine: Engine, marker: Path) -> None:
     """Let ``record`` on this engine's connections do nothing while the file ``marker`` is not there.
 
-    Whoever adds a subscription makes the file before the commit, in every process's sight.
+    The file is created before a subscription is committed, so that every process sees it.
     """
     engine.update_execution_options(**{_MARKER: str(marker)})

@@ -58,7 +58,7 @@ class Outcome:
     problem: str | None = None
 
     def covers(self, generation: int) -> bool:
-        """Whether the broker enforces ``generation``."""
+        """Return whether the broker enforces ``generation``."""
         return self.enforced >= generation
 
 

@@ -236,7 +236,7 @@ class RevokedEntries:
     What is revoked stays so, with its date and reason, until it expires: an entry is read and encoded once, and what
     is known here is never wrong, only incomplete. The database's count tells whether it is complete. A process that
     comes to it late, or missed something, reads what it lacks.
-    Those on hold may come, go, and come again with another date: they are read anew each time.
+    Those on hold can return with another date after a resumption: they are read each time.
     """
 
     def __init__(self) -> None:

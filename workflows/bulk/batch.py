@@ -1,4 +1,4 @@
-"""A batch of an upload's rows, from what they ask for to what they are answered; each batch is one transaction."""
+"""Bulk registration: a batch of rows from request to answer, written in one transaction."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Batches:
         return _Task(candidate, CredentialJob(device_id, candidate.request, topics, now), None)
 
     def _check_same(self, request: DeviceRequest, known: KnownDevice) -> None:
-        """Raise unless the row says of the device what is known of it: else it may well be meant for another."""
+        """Raise if the row describes the device differently: it may be meant for another one."""
         device = known.device
         if device.status is DeviceStatus.REVOKED:
             raise StateConflict(

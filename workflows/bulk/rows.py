@@ -1,4 +1,4 @@
-"""Cuts an upload into its rows, whatever the pieces it arrives in."""
+"""Splits an upload into rows, NDJSON or CSV, as it arrives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 from core.errors import FieldProblem, InputInvalid, PortalError, RowMalformed, RowTooLong
 
-MAX_ROW_BYTES = 128 * 1024  # bytes of a row; the longest that can be right is shorter
+MAX_ROW_BYTES = 128 * 1024  # the longest valid row is shorter
 
 _BOM = b"\xef\xbb\xbf"
 _QUOTE_OR_NEWLINE = re.compile(rb'["\n]')
@@ -27,17 +27,17 @@ class Row:
 
 
 class Rows(Protocol):
-    """A form that rows come in."""
+    """A format of rows."""
 
     def feed(self, data: bytes) -> list[Row]:
-        """The rows that are complete with ``data``."""
+        """Return the rows that ``data`` completes."""
 
     def end(self) -> list[Row]:
-        """The row that the end completes, if any."""
+        """Return the row that the end completes, if any."""
 
 
 class _Splitter:
-    """What the forms have in common; a row ends with a line feed, white space alone is none."""
+    """What the formats have in common: a row ends with a line feed, and white space alone is not a row."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -48,7 +48,7 @@ class _Splitter:
         self._number = 0
 
     def feed(self, data: bytes) -> list[Row]:
-        """The rows that are complete with ``data``; a row that is bad is one with a problem."""
+        """Return the rows that ``data`` completes; a malformed one has a ``problem``."""
         buffer = self._buffer
         buffer += data
         if not self._begun:
@@ -73,7 +73,7 @@ class _Splitter:
         return self._taken()
 
     def end(self) -> list[Row]:
-        """The last row, where no line feed ended it."""
+        """Return the last row, if no line feed ended it."""
         if not self._begun:
             self._begin()
         if not self._skipping:
@@ -88,18 +88,18 @@ class _Splitter:
             del self._buffer[: len(_BOM)]
 
     def _find_end(self) -> int:
-        """Where the next line feed is that ends a row, or -1 and ``_searched`` is the end of the buffer."""
+        """Return where the next line feed is that ends a row, or -1; then ``_searched`` is the end of the buffer."""
         end = self._buffer.find(b"\n", self._searched)
         if end < 0:
             self._searched = len(self._buffer)
         return end
 
     def _move(self, count: int) -> None:
-        """Go on with a buffer that has lost so many bytes at its front."""
+        """Note that ``count`` bytes were removed from the front of the buffer."""
         self._searched -= count
 
     def _skip(self) -> None:
-        """Forget the beginning of a row that is too long; it ends with the next line feed."""
+        """Discard the beginning of a row that is too long; the row ends with the next line feed."""
         self._skipping = True
         self._buffer.clear()
         self._searched = 0
@@ -121,7 +121,7 @@ class _Splitter:
 
 
 class NdjsonRows(_Splitter):
-    """A JSON value a line, in UTF-8; what is in the lines is for others to read."""
+    """NDJSON: one JSON value a line, in UTF-8; the values are parsed elsewhere."""
 
     def _take(self, record: bytes) -> None:
         record = record.strip(b" \t\r")
@@ -133,11 +133,11 @@ class CsvRows(_Splitter):
     """CSV as of RFC 4180, in UTF-8, with a first row that names the columns; line feeds alone may end rows.
 
     ``feed`` raises ``InputInvalid`` for a first row that names no columns. A cell that is empty is left out. A quote
-    that is never closed takes in the rows after it, up to the next quote or to the most that a row may have.
+    that is never closed swallows the rows after it, up to the next quote or to ``MAX_ROW_BYTES``.
     """
 
     def __init__(self, columns: frozenset[str], required: frozenset[str]) -> None:
-        """``columns`` are those that there may be, ``required`` those that there must be."""
+        """``columns`` are the allowed ones, ``required`` the ones that must be present."""
         super().__init__()
         self._columns = columns
         self._required = required
@@ -147,7 +147,7 @@ class CsvRows(_Splitter):
 
     @property
     def has_header(self) -> bool:
-        """Whether the first row has come."""
+        """Return whether the first row has arrived."""
         return self._header is not None
 
     def _find_end(self) -> int:
@@ -209,7 +209,7 @@ class CsvRows(_Splitter):
         if missing:
             raise _bad_header(f"The column {missing[0]} is missing")
         if len(set(names)) != len(names):
-            raise _bad_header("A column stands there twice")
+            raise _bad_header("A column is named twice")
         self._header = names
 
 

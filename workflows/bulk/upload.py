@@ -1,4 +1,4 @@
-"""Registers devices by the hundred, each hundred in one transaction."""
+"""Bulk registration: the batches of an upload, one being written while the processes work on the next ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Source(Protocol):
 
     @property
     def next_row(self) -> int:
-        """The number of the row that comes after all that were taken."""
+        """Return the number of the next row to be taken."""
 
     def take(self, limit: int, *, wait: bool) -> Sequence[Candidate] | None:
         """Return at most ``limit`` rows; none at the end, ``None`` if none has come yet and ``wait`` is false.
@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 class Bulk:
-    """Many registrations in one request."""
+    """Registers the rows of uploads."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Bulk:
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Hold one of the places that there are for uploads, among all processes; raises ``UploadsBusy``."""
+        """Hold one of the places for uploads, which all server processes share; raises ``UploadsBusy``."""
         with contextlib.ExitStack() as stack:
             for number in range(self._settings.bulk_uploads):
                 lock = FileLock(self._settings.data_dir / f".bulk-{number}.lock")
@@ -75,7 +75,7 @@ class Bulk:
         raise UploadsBusy("As many uploads as are allowed at a time are under way; try again when one has ended.")
 
     def register(self, actor: Actor, source: Source) -> Generator[Sequence[RowAnswer], None, None]:
-        """Register what ``source`` gives; yields answers, in the rows' order, as soon as what they say is durable.
+        """Register the rows of ``source``; yields answers, in the rows' order, once what they say is durable.
 
         A row that fails hurts no other. What stops all (the source, the database) is said in a last answer. To be
         closed; what is under way then is not registered.
@@ -123,18 +123,18 @@ class _Waking:
     def __init__(self, reconciler: Reconciler) -> None:
         self._reconciler = reconciler
         self._called = time.monotonic()
-        self._wanted = False
+        self._pending = False
 
     def granted(self, generation: int, *, soon: bool) -> None:
-        self._wanted |= generation > 0
+        self._pending |= generation > 0
         now = time.monotonic()
-        if self._wanted and (soon or now - self._called >= WAKE_SECONDS):
+        if self._pending and (soon or now - self._called >= WAKE_SECONDS):
             self._reconciler.wake()
-            self._called, self._wanted = now, False
+            self._called, self._pending = now, False
 
 
 def _apart(candidates: Sequence[Candidate]) -> Iterator[Sequence[Candidate]]:
-    """Cut before a row whose external id stands before it, so that the first is there when the second comes."""
+    """Split rows before one whose external id occurs again, so that the first is registered when the second is read."""
     seen: set[str] = set()
     start = 0
     for position, candidate in enumerate(candidates):
