@@ -11,12 +11,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import ON_CRL, CertificateStatus, DeviceStatus
+from store.base import UtcDateTime
 from store.tables import (
     Certificate,
     Device,
     ExpiryAnnouncement,
 )
-from store.types import UtcDateTime
 
 
 @dataclass(frozen=True, slots=True)

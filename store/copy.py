@@ -19,9 +19,9 @@ from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
 from core.errors import BackupRefused, DatabaseTooNew
+from store.base import UtcDateTime
 from store.database import MIGRATION_LOCK, migration_config
 from store.tables import METADATA
-from store.types import UtcDateTime
 
 BATCH = 500
 # The kinds of columns, which the first line of a dump names, so that a dump outlives changes of the tables.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime
-from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 
 from core.states import (
     Approval,
@@ -20,41 +19,9 @@ from core.states import (
     IssuerStatus,
     ManufacturerStatus,
 )
-from store.types import BigId, StateText, UtcDateTime
+from store.base import Base, BigId, one_of, partial_index
 
 DEFAULT_TENANT = "default"
-STATES: tuple[type[StrEnum], ...] = (
-    Approval, CertificateStatus, DeliveryStatus, DeviceStatus, EnrolmentStatus, EventDeliveryStatus, IssuerKind,
-    IssuerStatus, ManufacturerStatus,
-)  # fmt: skip
-
-
-def _one_of(column: str, *values: str) -> str:
-    allowed = ", ".join(f"'{value}'" for value in values)
-    return f"{column} IN ({allowed})"
-
-
-def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
-    return sa.Index(name, *columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
-
-
-class Base(DeclarativeBase):
-    """The base of all tables; names every constraint, so that migrations and errors can refer to it."""
-
-    type_annotation_map: ClassVar[dict[Any, Any]] = {
-        datetime: UtcDateTime,
-        **{states: StateText(states) for states in STATES},
-    }
-    metadata = sa.MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-
 
 # --- Tenants ---------------------------------------------------------------------------------------------------------
 
@@ -88,7 +55,7 @@ class Token(Base):
 
     __tablename__ = "tokens"
     __table_args__ = (
-        sa.CheckConstraint(_one_of("role", "admin", "operator", "auditor"), name="role"),
+        sa.CheckConstraint(one_of("role", "admin", "operator", "auditor"), name="role"),
         sa.UniqueConstraint("token_hash"),
     )
 
@@ -107,7 +74,7 @@ class AuditEntry(Base):
 
     __tablename__ = "audit_entries"
     __table_args__ = (
-        sa.CheckConstraint(_one_of("outcome", "done", "refused"), name="outcome"),
+        sa.CheckConstraint(one_of("outcome", "done", "refused"), name="outcome"),
         sa.UniqueConstraint("tenant_id", "number"),
         sa.Index("ix_audit_entries_object", "tenant_id", "object", "id"),
     )
@@ -165,7 +132,7 @@ class Device(Base):
     __table_args__ = (
         sa.UniqueConstraint("tenant_id", "id"),  # what composite foreign keys refer to
         sa.UniqueConstraint("tenant_id", "external_id"),
-        sa.CheckConstraint(_one_of("status", *DeviceStatus), name="status"),
+        sa.CheckConstraint(one_of("status", *DeviceStatus), name="status"),
         sa.CheckConstraint("(status = 'revoked') = (revoked_at IS NOT NULL)", name="revoked_at"),
         sa.CheckConstraint("(status = 'revoked') = (revocation_reason IS NOT NULL)", name="revocation_reason"),
         sa.CheckConstraint("length(id) = 36", name="id_is_uuid"),
@@ -173,9 +140,9 @@ class Device(Base):
         sa.Index("ix_devices_status", "tenant_id", "status", "created_at", "id"),
         sa.Index("ix_devices_type", "tenant_id", "type", "created_at", "id"),
         sa.Index("ix_devices_location", "tenant_id", "location", "created_at", "id"),
-        _partial_index("ix_devices_generation", "tenant_id", "generation", where="generation > 0"),
-        _partial_index("ix_devices_own_topics", "tenant_id", "generation", where="own_topics"),
-        _partial_index("ix_devices_out", "tenant_id", "generation", where="status IN ('revoked', 'suspended')"),
+        partial_index("ix_devices_generation", "tenant_id", "generation", where="generation > 0"),
+        partial_index("ix_devices_own_topics", "tenant_id", "generation", where="own_topics"),
+        partial_index("ix_devices_out", "tenant_id", "generation", where="status IN ('revoked', 'suspended')"),
     )
 
     id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
@@ -204,7 +171,7 @@ class AclEntry(Base):
     __table_args__ = (
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
         sa.UniqueConstraint("device_id", "filter"),
-        sa.CheckConstraint(_one_of("access", "read", "write", "readwrite"), name="access"),
+        sa.CheckConstraint(one_of("access", "read", "write", "readwrite"), name="access"),
     )
 
     device_id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
@@ -219,8 +186,8 @@ class IssuerRow(Base):
 
     __tablename__ = "issuers"
     __table_args__ = (
-        sa.CheckConstraint(_one_of("kind", *IssuerKind), name="kind"),
-        sa.CheckConstraint(_one_of("status", *IssuerStatus), name="status"),
+        sa.CheckConstraint(one_of("kind", *IssuerKind), name="kind"),
+        sa.CheckConstraint(one_of("status", *IssuerStatus), name="status"),
         sa.UniqueConstraint("name"),
         sa.UniqueConstraint("fingerprint"),
     )
@@ -273,9 +240,9 @@ class Certificate(Base):
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
         sa.UniqueConstraint("issuer_id", "serial_number"),
         sa.UniqueConstraint("fingerprint"),
-        sa.CheckConstraint(_one_of("purpose", "device", "server", "canary", "lost"), name="purpose"),
+        sa.CheckConstraint(one_of("purpose", "device", "server", "canary", "lost"), name="purpose"),
         sa.CheckConstraint("(purpose = 'device') = (device_id IS NOT NULL)", name="owner"),
-        sa.CheckConstraint(_one_of("status", *CertificateStatus), name="status"),
+        sa.CheckConstraint(one_of("status", *CertificateStatus), name="status"),
         sa.CheckConstraint("(status IN ('held', 'revoked')) = (revoked_at IS NOT NULL)", name="revoked_at"),
         sa.CheckConstraint("(revoked_at IS NULL) = (revocation_reason IS NULL)", name="revocation_reason"),
         sa.CheckConstraint("not_before < not_after", name="validity"),
@@ -283,17 +250,17 @@ class Certificate(Base):
             "status IN ('held', 'revoked') OR (status = 'replaced') = (replaced_until IS NOT NULL)",
             name="replaced_until",
         ),
-        _partial_index(
+        partial_index(
             "uq_certificates_one_active_a_device",
             "device_id",
             where=_CURRENT,
             unique=True,
         ),
-        _partial_index("ix_certificates_generation", "generation", where="generation > 0"),
-        _partial_index("ix_certificates_replaced", "replaced_until", where="status = 'replaced'"),
+        partial_index("ix_certificates_generation", "generation", where="generation > 0"),
+        partial_index("ix_certificates_replaced", "replaced_until", where="status = 'replaced'"),
         sa.Index("ix_certificates_device", "device_id", "id"),
         # of current certificates
-        _partial_index(
+        partial_index(
             "ix_certificates_end",
             "tenant_id",
             "not_after",
@@ -301,7 +268,7 @@ class Certificate(Base):
             where=_CURRENT,
         ),
         # with the id, so that the row ids are read from the index alone
-        _partial_index(
+        partial_index(
             "ix_certificates_crl", "issuer_id", "status", "not_after", "id", where="status IN ('held', 'revoked')"
         ),
     )
@@ -333,12 +300,12 @@ class Delivery(Base):
     __tablename__ = "deliveries"
     __table_args__ = (
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
-        sa.CheckConstraint(_one_of("status", *DeliveryStatus), name="status"),
+        sa.CheckConstraint(one_of("status", *DeliveryStatus), name="status"),
         sa.CheckConstraint("(status IN ('ready', 'fetching')) = (bundle IS NOT NULL)", name="bundle"),
-        sa.CheckConstraint(_one_of("format", "zip", "p12", "pem"), name="format"),
+        sa.CheckConstraint(one_of("format", "zip", "p12", "pem"), name="format"),
         sa.CheckConstraint("(status = 'fetching') = (lease_until IS NOT NULL)", name="lease"),
         sa.Index("ix_deliveries_device", "device_id"),
-        _partial_index("ix_deliveries_expiry", "expires_at", where="status IN ('ready', 'fetching')"),
+        partial_index("ix_deliveries_expiry", "expires_at", where="status IN ('ready', 'fetching')"),
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
@@ -409,7 +376,7 @@ class Manufacturer(_Profile, Base):
         sa.CheckConstraint("status IN ('unproven', 'registered', 'removed')", name="status"),
         sa.CheckConstraint("status != 'registered' OR proven_at IS NOT NULL", name="proven_at"),
         sa.CheckConstraint("(status = 'removed') = (removed_at IS NOT NULL)", name="removed_at"),
-        _partial_index(
+        partial_index(
             "uq_manufacturers_one_of_a_ca", "tenant_id", "fingerprint", where="status != 'removed'", unique=True
         ),
     )
@@ -446,7 +413,7 @@ class EnrolmentRow(Base):
         sa.CheckConstraint("status IN ('waiting', 'approved', 'issued', 'rejected')", name="status"),
         sa.CheckConstraint("(status = 'issued') = (certificate_id IS NOT NULL)", name="certificate"),
         sa.Index("ix_enrolments_device", "tenant_id", "device_id"),
-        _partial_index("ix_enrolments_waiting", "tenant_id", "created_at", where="status = 'waiting'"),
+        partial_index("ix_enrolments_waiting", "tenant_id", "created_at", where="status = 'waiting'"),
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
@@ -469,7 +436,7 @@ class ReenrolmentRow(Base):
     __table_args__ = (
         sa.CheckConstraint("status IN ('waiting', 'approved', 'rejected')", name="status"),
         sa.CheckConstraint("(status = 'waiting') = (decided_at IS NULL)", name="decided_at"),
-        _partial_index("ix_reenrolments_waiting", "tenant_id", "asked_at", where="status = 'waiting'"),
+        partial_index("ix_reenrolments_waiting", "tenant_id", "asked_at", where="status = 'waiting'"),
     )
 
     enrolment_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("enrolments.id"), primary_key=True)
@@ -514,8 +481,8 @@ class WebhookDelivery(Base):
         sa.Index("ix_webhook_deliveries_webhook", "webhook_id", "id"),
         sa.Index("ix_webhook_deliveries_event", "event_id"),
         sa.Index("ix_webhook_deliveries_ended", "ended_at"),
-        _partial_index("ix_webhook_deliveries_dead", "webhook_id", where="status = 'dead'"),
-        _partial_index("ix_webhook_deliveries_due", "webhook_id", "next_at", where="status = 'waiting'"),
+        partial_index("ix_webhook_deliveries_dead", "webhook_id", where="status = 'dead'"),
+        partial_index("ix_webhook_deliveries_due", "webhook_id", "next_at", where="status = 'waiting'"),
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)

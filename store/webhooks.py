@@ -12,8 +12,8 @@ from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
 from core.states import EventDeliveryStatus
+from store.base import UtcDateTime
 from store.tables import Webhook, WebhookDelivery
-from store.types import UtcDateTime
 
 
 @dataclass(frozen=True, slots=True)

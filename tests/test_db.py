@@ -25,7 +25,7 @@ from store import database as database_module
 from store import devices, generations, issuers, tenants
 from store.database import Database
 from store.devices import DeviceFilter
-from store.tables import AclEntry, AuditEntry, Base, Certificate, Delivery, Device
+from store.tables import METADATA, AclEntry, AuditEntry, Certificate, Delivery, Device
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 
@@ -269,7 +269,7 @@ def test_a_token_is_found_by_its_hash_only(portal: Portal) -> None:
 def test_the_migrations_make_what_the_tables_say(portal: Portal) -> None:
     with portal.database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, Base.metadata) == []
+        assert compare_metadata(context, METADATA) == []
 
 
 def test_a_database_from_a_newer_version_is_refused(portal: Portal) -> None:

@@ -22,7 +22,7 @@ from core import metrics
 from core.roles import Role
 from operations import authority
 from store import generations
-from store.tables import Base
+from store.tables import METADATA
 from tests.support.exposition import Samples, samples_of, total_of, value_of
 from tests.support.harness import PER_DEVICE, Api, Clock, api_as, csr_pem
 
@@ -127,9 +127,7 @@ def test_looking_at_the_figures_changes_nothing(api: Api, app: Flask) -> None:
     def rows() -> dict[str, int]:
         with portal_of(app).database.snapshot() as tx:
             counts = sa.select(sa.func.count())
-            return {
-                table.name: tx.execute(counts.select_from(table)).scalar_one() for table in Base.metadata.sorted_tables
-            }
+            return {table.name: tx.execute(counts.select_from(table)).scalar_one() for table in METADATA.sorted_tables}
 
     before = rows()
     scrape(api)

@@ -23,7 +23,7 @@ from core import roles
 from core.roles import Role
 from operations.wiring import Portal, utc_now
 from store import tenants
-from store.tables import Base
+from store.tables import METADATA
 from tests.support.ports import free_port
 from workflows.operators import new_token
 
@@ -68,7 +68,7 @@ def state_of(portal: Portal) -> dict[str, object]:
     """All that a portal keeps, but for the audit record: what a request that is refused must leave as it was."""
     state: dict[str, object] = {}
     with portal.database.snapshot() as tx:
-        for table in Base.metadata.sorted_tables:
+        for table in METADATA.sorted_tables:
             if not table.name.startswith("audit_"):
                 state[table.name] = sorted(repr(tuple(row)) for row in tx.execute(sa.select(table)))
     for path in portal.settings.data_dir.rglob("*"):

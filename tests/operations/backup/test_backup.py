@@ -44,7 +44,7 @@ from store import copy as store_copy
 from store import database, enrolment, generations, issuers, tenants
 from store.devices import update_device
 from store.enrolment import EnrolmentProfile
-from store.tables import Base, Certificate, Delivery
+from store.tables import METADATA, Certificate, Delivery
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database
 from tests.support.harness import PER_DEVICE, Clock, settings_for
@@ -416,7 +416,7 @@ def lose_the_database(settings: Settings) -> None:
             path.write_bytes(b"torn" * 1000)
     else:
         engine = sa.create_engine(settings.database_url.replace("postgresql://", "postgresql+psycopg://"))
-        Base.metadata.drop_all(engine)
+        METADATA.drop_all(engine)
         with engine.begin() as connection:
             connection.execute(sa.text("DROP TABLE alembic_version"))
         engine.dispose()

@@ -1,13 +1,26 @@
-"""Types of columns: times in UTC, states, and row ids."""
+"""What the tables are made of: their base, the types of their columns, conditions and partial indexes."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase
+
+from core.states import (
+    Approval,
+    CertificateStatus,
+    DeliveryStatus,
+    DeviceStatus,
+    EnrolmentStatus,
+    EventDeliveryStatus,
+    IssuerKind,
+    IssuerStatus,
+    ManufacturerStatus,
+)
 
 StateName = TypeVar("StateName", bound=StrEnum)
 BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows only in INTEGER columns
@@ -58,3 +71,38 @@ class StateText(sa.TypeDecorator[StateName]):
     def process_result_value(self, value: Any, dialect: Dialect) -> StateName | None:
         """Return the member."""
         return None if value is None else self.states(value)
+
+
+STATES: tuple[type[StrEnum], ...] = (
+    Approval, CertificateStatus, DeliveryStatus, DeviceStatus, EnrolmentStatus, EventDeliveryStatus, IssuerKind,
+    IssuerStatus, ManufacturerStatus,
+)  # fmt: skip
+
+
+class Base(DeclarativeBase):
+    """The base of all tables; names every constraint, so that migrations and errors can refer to it."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UtcDateTime,
+        **{states: StateText(states) for states in STATES},
+    }
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+def one_of(column: str, *values: str) -> str:
+    """Return the condition that a column has one of these values."""
+    allowed = ", ".join(f"'{value}'" for value in values)
+    return f"{column} IN ({allowed})"
+
+
+def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
+    """Return an index of the rows that fulfil a condition, on either database."""
+    return sa.Index(name, *columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
