@@ -148,7 +148,8 @@ def read_request(der: bytes) -> Request:
     """Read an OCSPRequest (RFC 6960 §4.1.1); neither its signature nor its requestor's name is checked.
 
     Raises ``RequestMalformed`` if it is not DER of that form, asks about no certificate or more than
-    ``MAX_CERTIFICATES``, has a nonce that is not 1 to 128 bytes long (RFC 9654 §2.1), or an unknown critical extension.
+    ``MAX_CERTIFICATES``, has a nonce that is not 1 to 128 bytes long (RFC 9654 §2.1), an unknown critical extension,
+    or in one place the same extension twice or more than ``MAX_EXTENSIONS``.
     An unknown hash algorithm is no error: it names an issuer that is not one of the portal's.
     """
     if len(der) > MAX_BYTES:
@@ -221,7 +222,10 @@ def _extensions(encoded: univ.SequenceOf) -> list[rfc5280.Extension]:
         return []
     if len(encoded) > MAX_EXTENSIONS:
         raise RequestMalformed(f"An OCSP request has at most {MAX_EXTENSIONS} extensions in one place.")
-    return [decoder.decode(bytes(item), asn1Spec=rfc5280.Extension())[0] for item in encoded]
+    extensions = [decoder.decode(bytes(item), asn1Spec=rfc5280.Extension())[0] for item in encoded]
+    if len({str(item["extnID"]) for item in extensions}) < len(extensions):
+        raise RequestMalformed("An OCSP request may have an extension only once in one place.")
+    return extensions
 
 
 def _nonce(extensions: Sequence[rfc5280.Extension]) -> bytes | None:
@@ -230,7 +234,7 @@ def _nonce(extensions: Sequence[rfc5280.Extension]) -> bytes | None:
     if not nonces:
         return None
     value, rest = decoder.decode(nonces[0], asn1Spec=univ.OctetString())
-    if len(nonces) > 1 or rest or len(value) not in NONCE_BYTES:
+    if rest or len(value) not in NONCE_BYTES:
         raise RequestMalformed("An OCSP request may have one nonce, of 1 to 128 bytes.")
     return nonces[0]
 

@@ -71,6 +71,7 @@ def test_what_is_secret_or_trusted_is_aes_256_encrypted_and_authenticated(bundle
     for name in SECRET:
         assert entries[name].flag_bits & 1
         assert (entries[name].wz_aes_version, entries[name].wz_aes_strength) == (2, 3)
+        assert (entries[name].extract_version, entries[name].CRC) == (51, 0)
     for name in PUBLIC:
         assert not entries[name].flag_bits & 1
     assert b"PRIVATE KEY" not in bundle

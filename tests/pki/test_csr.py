@@ -327,7 +327,7 @@ def test_a_monstrous_rsa_key_is_refused_before_its_signature_is_checked() -> Non
 # --- Anything at all ----------------------------------------------------------------------------------------------
 
 
-def pyca_request(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) -> bytes:
+def cryptography_request(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) -> bytes:
     algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "device")])
     san = x509.SubjectAlternativeName([x509.DNSName("example.com")])
@@ -336,7 +336,7 @@ def pyca_request(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | r
     return builder.sign(key, algorithm, rsa_padding=rsa_padding).public_bytes(Encoding.DER)
 
 
-REQUESTS = [pyca_request(ca.generate_keypair(kind)) for kind in KeyType if kind is not KeyType.RSA_3072]
+REQUESTS = [cryptography_request(ca.generate_keypair(kind)) for kind in KeyType if kind is not KeyType.RSA_3072]
 KEYS = [key_of(pem_of(der)) for der in REQUESTS]
 
 

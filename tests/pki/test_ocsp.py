@@ -1,4 +1,4 @@
-"""How OCSP requests are read and answers signed, judged by pyca's own reader of both."""
+"""How OCSP requests are read and answers signed, judged by the classes of cryptography."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def cas() -> Hierarchy:
     return make_hierarchy(NOW)
 
 
-def responder_pem(issuer: Issuer) -> tuple[bytes, ca.Issued]:
-    key = ca.generate_keypair(KeyType.EC_P256)
+def responder_pem(issuer: Issuer, key_type: KeyType = KeyType.EC_P256) -> tuple[bytes, ca.Issued]:
+    key = ca.generate_keypair(key_type)
     issued = ca.sign_responder_certificate(issuer, key.public_key(), now=NOW, days=14)
     return private_key_pem(key) + issued.pem.encode(), issued
 
@@ -105,6 +105,7 @@ def test_a_responder_of_no_use_is_not_opened(cas: Hierarchy) -> None:
     device = private_key_pem(device_key) + cas.device(device_key.public_key()).pem.encode()
     ca_pem = private_key_pem(cas.issuing.key) if cas.issuing.key else b""
     unusable = [b"", key, issued.pem.encode(), other_key + issued.pem.encode(), good[:-100], device]
+    unusable += [responder_pem(cas.issuing, kind)[0] for kind in (KeyType.RSA_2048, KeyType.ED25519)]
     unusable += [ca_pem + ca.chain_pem(cas.issuing.certificate).encode(), responder_pem(cas.root)[0]]
     for pem in unusable:
         with pytest.raises(IssuerUnusable, match="issuing-1"):
@@ -129,7 +130,7 @@ def test_a_ca_is_known_by_the_hashes_of_its_name_and_its_key(
 
 
 @pytest.mark.parametrize("algorithm", ["SHA1", "SHA256", "SHA384", "SHA512"])
-def test_requests_of_pyca_are_read(cas: Hierarchy, algorithm: str) -> None:
+def test_requests_of_cryptography_are_read(cas: Hierarchy, algorithm: str) -> None:
     certificate, issuer = cas.device().certificate, cas.issuing.certificate
     builder = ocsp.OCSPRequestBuilder().add_certificate(certificate, issuer, getattr(hashes, algorithm)())
     builder = builder.add_extension(x509.OCSPNonce(b"n" * 32), critical=False)
@@ -276,6 +277,10 @@ def test_a_request_that_is_not_quite_der_may_have_4096_bytes(cas: Hierarchy) -> 
         pki_ocsp.read_request(lax(plain, MAX_LAX_BYTES + 1))
 
 
+def test_the_limits_of_a_request_are_the_documented_ones() -> None:
+    assert (MAX_BYTES, MAX_LAX_BYTES, MAX_CERTIFICATES, MAX_EXTENSIONS) == (32_768, 4096, 100, 8)
+
+
 def test_a_request_has_at_most_32_kib(cas: Hierarchy) -> None:
     plain = ask(cas.issuing.certificate, 1)
     name = b"x" * (MAX_BYTES - len(dataclasses.replace(plain, requestor=tlv(0xA1, tlv(0x82, b"x" * 30_000))).der()))
@@ -296,6 +301,13 @@ def test_as_many_extensions_as_a_list_may_have_are_read(cas: Hierarchy, serial_n
 
 
 MALFORMED = {
+    "a nonce with bytes after it": lambda plain: dataclasses.replace(
+        plain, extensions=[extension(NONCE, tlv(4, b"n") + b"\x00")]
+    ),
+    "an extension twice": lambda plain: dataclasses.replace(plain, extensions=[*unknown_extensions(1)] * 2),
+    "an extension of one twice": lambda plain: dataclasses.replace(
+        plain, single_extensions=b"".join(unknown_extensions(1) * 2)
+    ),
     "nine extensions": lambda plain: dataclasses.replace(plain, extensions=unknown_extensions(MAX_EXTENSIONS + 1)),
     "nine extensions of one": lambda plain: dataclasses.replace(
         plain, single_extensions=b"".join(unknown_extensions(MAX_EXTENSIONS + 1))
@@ -322,9 +334,10 @@ MALFORMED = {
 }
 
 
+@pytest.mark.parametrize("serial_numbers", [[5], [5, 6]], ids=["one", "two"])
 @pytest.mark.parametrize("fault", MALFORMED)
-def test_a_request_with_a_fault_is_malformed(cas: Hierarchy, fault: str) -> None:
-    der = MALFORMED[fault](ask(cas.issuing.certificate, 1)).der()
+def test_a_request_with_a_fault_is_malformed(cas: Hierarchy, fault: str, serial_numbers: list[int]) -> None:
+    der = MALFORMED[fault](ask(cas.issuing.certificate, *serial_numbers)).der()
     with pytest.raises(RequestMalformed):
         pki_ocsp.read_request(der)
 

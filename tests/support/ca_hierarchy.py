@@ -75,7 +75,7 @@ def make_hierarchy(now: datetime, *, root_days: int = 7300, issuing_days: int = 
 
 
 class HeldElsewhere(ec.EllipticCurvePrivateKey):
-    """A private key that pyca does not hold itself, as a PKCS#11 token's would be; it can be made to sign wrongly."""
+    """A private key outside of cryptography, as in a PKCS#11 token; it can be made to sign wrongly."""
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, *, damage: bool) -> None:
         self._key = key

@@ -1,4 +1,4 @@
-"""OCSP requests that are as wanted, made of bytes, since pyca makes none with a fault; how they are asked."""
+"""OCSP requests that are as wanted, made of bytes, since cryptography makes none with a fault; how they are asked."""
 
 from __future__ import annotations
 

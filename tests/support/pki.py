@@ -1,4 +1,4 @@
-"""A small certificate authority for tests, made by pyca alone so that it can judge the portal's own."""
+"""A small certificate authority for tests, made by cryptography alone so that it can judge the portal's own."""
 
 from __future__ import annotations
 
