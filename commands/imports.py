@@ -22,7 +22,9 @@ from commands.import_files import Results, fingerprint_of, format_of, read_rows
 from commands.output import text
 
 BATCH_ROWS = 512  # two of the batches that the portal registers at once
-BATCH_BYTES = 256 * 1024  # the answers wait in the socket until a batch is sent, and the portal until they are read
+# A batch is sent completely before an answer is read, and the portal may stop reading until its answers are read. So a
+# batch must fit into the buffers of a TCP connection, with what the portal reads before it answers.
+BATCH_BYTES = 128 * 1024
 RETRY_PAUSES = (0.3, 1.0, 3.0)  # seconds before a batch is sent again after the connection was lost
 BUSY_ATTEMPTS = 30  # at a portal that is busy with other uploads and says when to come back
 SHOWN = 20  # problems that are shown one by one

@@ -61,9 +61,7 @@ def test_rows_are_sent_in_batches_in_their_order(session: Session, stub: PortalS
     assert ids == {device["external_id"] for device in stub.devices.values()}
 
 
-def test_a_batch_is_no_longer_than_the_portal_reads_before_it_answers(
-    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_has_a_maximum_length(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imports, "BATCH_BYTES", 250)
     assert run(session, write_fleet(session.folder, 4))[1] == 0
     assert sent(stub) == [names(0, 2), names(2, 4)]
