@@ -1,4 +1,4 @@
-"""Finds the certificate that a client has shown: in its TLS connection, or in a header of the front server."""
+"""Finds the certificate that a client has presented: in its TLS connection, or in a header of a front server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def presented(environ: dict[str, Any], trusted_proxies: Sequence[Network]) -> by
 
 
 def client_certificate(connection: object) -> bytes | None:
-    """Return the certificate, DER, that a TLS client has shown with proof of its key, ``None`` where it has none."""
+    """Return the certificate, DER, that a TLS client has presented with proof of its key, ``None`` if it has none."""
     if not isinstance(connection, HasPeer):
         return None
     return connection.getpeercert(binary_form=True)
