@@ -18,21 +18,21 @@ from store.tables import Device
 from tests.support.harness import ON_SQLITE
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
-Question = Callable[[Connection], object]
+Query = Callable[[Connection], object]
 
-OF_PASSES: dict[str, Question] = {
+OF_JOBS: dict[str, Query] = {
     "what changed in the ACL": lambda tx: list(generations.acl_changes(tx, "default", since=7, defaults=True)),
     "the ACL beside a pattern": lambda tx: list(generations.acl_changes(tx, "default", since=0, defaults=False)),
     "the newest denials": lambda tx: generations.newest_denied(tx, "default", newest=5, applied=7, since=NOW),
-    "who was put out": lambda tx: generations.devices_to_disconnect(tx, "default", since=7),
-    "who was put out lately": lambda tx: generations.devices_denied_since(tx, "default", NOW),
-    "how many are on the CRL": lambda tx: issuers.count_revoked(tx, 2, now=NOW),
-    "which are on the CRL": lambda tx: issuers.revoked_ids(tx, 2, after=NOW),
-    "which leave the CRL": lambda tx: issuers.revoked_ids(tx, 2, after=NOW, until=NOW),
-    "which come onto the CRL": lambda tx: list(issuers.revoked_since(tx, 2, 7, now=NOW)),
-    "whose overlap is over": lambda tx: renewal.ended_overlaps(tx, now=NOW),
-    "which renewals nobody fetched": lambda tx: renewal.unfetched_renewals(tx, now=NOW),
-    "which are held": lambda tx: list(issuers.held_certificates(tx, 2, now=NOW)),
+    "devices to disconnect": lambda tx: generations.devices_to_disconnect(tx, "default", since=7),
+    "devices denied since a time": lambda tx: generations.devices_denied_since(tx, "default", NOW),
+    "number of certificates on the CRL": lambda tx: issuers.count_revoked(tx, 2, now=NOW),
+    "certificates on the CRL": lambda tx: issuers.revoked_ids(tx, 2, after=NOW),
+    "certificates that leave the CRL": lambda tx: issuers.revoked_ids(tx, 2, after=NOW, until=NOW),
+    "certificates new on the CRL": lambda tx: list(issuers.revoked_since(tx, 2, 7, now=NOW)),
+    "ended overlaps": lambda tx: renewal.ended_overlaps(tx, now=NOW),
+    "unfetched renewals": lambda tx: renewal.unfetched_renewals(tx, now=NOW),
+    "certificates on hold": lambda tx: list(issuers.held_certificates(tx, 2, now=NOW)),
 }
 LISTS = {
     "all": DeviceFilter(),
@@ -46,11 +46,11 @@ LISTS = {
     "type and status": DeviceFilter(type="pump", status="active"),
     "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
 }
-FIGURES: dict[str, Question] = {
-    "who waits to be let in": lambda tx: enrolment.waiting_enrolments(tx, "default", limit=5),
-    "who waits with another key": lambda tx: enrolment.waiting_reenrolments(tx, "default", limit=5),
-    "what a device was given": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
-    "ending soon": lambda tx: certificates.count_expiring(tx, "default", now=NOW, within=[timedelta(days=7)]),
+LOOK_UPS: dict[str, Query] = {
+    "first requests that wait": lambda tx: enrolment.waiting_enrolments(tx, "default", limit=5),
+    "requests for another key that wait": lambda tx: enrolment.waiting_reenrolments(tx, "default", limit=5),
+    "certificates issued to a device": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
+    "expiring soon": lambda tx: certificates.count_expiring(tx, "default", now=NOW, within=[timedelta(days=7)]),
     "a token": lambda tx: tenants.find_token(tx, "0" * 64),
     "a device's certificate": lambda tx: certificates.current_certificate(tx, "default", "x"),
 }
@@ -58,27 +58,27 @@ SMALL = {"acl_entries", "issuers", "tenants", "broker_state", "crls"}  # tables 
 
 
 @pytest.fixture
-def plans_of(portal: Portal) -> Callable[[Question], list[str]]:
-    """Asks the database how it answers each query of a question."""
-    asked: list[tuple[str, Any]] = []
+def plans_of(portal: Portal) -> Callable[[Query], list[str]]:
+    """Return the database's plans for each statement that a query sends."""
+    sent: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
         if statement.startswith("SELECT"):
-            asked.append((statement, parameters))
+            sent.append((statement, parameters))
 
-    def plans(question: Question) -> list[str]:
+    def plans(query: Query) -> list[str]:
         with portal.database.snapshot() as tx:
-            asked.clear()
+            sent.clear()
             sa.event.listen(portal.database.engine, "before_cursor_execute", note)
-            question(tx)
+            query(tx)
             sa.event.remove(portal.database.engine, "before_cursor_execute", note)
             if portal.database.is_sqlite:
-                explained = [tx.exec_driver_sql("EXPLAIN QUERY PLAN " + text, given) for text, given in asked]
+                explained = [tx.exec_driver_sql("EXPLAIN QUERY PLAN " + text, given) for text, given in sent]
                 return ["\n".join(row[3] for row in rows) for rows in explained]
-            # A test's tables are so small that reading them whole is cheapest; what else there is, is the question.
+            # Reading the small tables of a test whole is cheapest; this shows which other plan there is.
             for setting in ("seqscan", "bitmapscan", "sort", "hashjoin", "mergejoin"):
                 tx.exec_driver_sql(f"SET LOCAL enable_{setting} = off")
-            explained = [tx.exec_driver_sql("EXPLAIN " + text, given) for text, given in asked]
+            explained = [tx.exec_driver_sql("EXPLAIN " + text, given) for text, given in sent]
             return ["\n".join(row[0] for row in rows) for rows in explained]
 
     return plans
@@ -89,9 +89,9 @@ def read_whole(plan: str) -> set[str]:
     return {one or other for one, other in re.findall(r"SCAN (?!CONSTANT)(\w+)|Seq Scan on (\w+)", plan)}
 
 
-@pytest.mark.parametrize("name", OF_PASSES)
-def test_a_pass_reads_nothing_whole(plans_of: Callable[[Question], list[str]], name: str) -> None:
-    plans = plans_of(OF_PASSES[name])
+@pytest.mark.parametrize("name", OF_JOBS)
+def test_a_reconciliation_reads_no_table_whole(plans_of: Callable[[Query], list[str]], name: str) -> None:
+    plans = plans_of(OF_JOBS[name])
     assert plans
     for plan in plans:
         assert read_whole(plan) <= SMALL, plan
@@ -102,26 +102,26 @@ def test_a_pass_reads_nothing_whole(plans_of: Callable[[Question], list[str]], n
     ("name", "index"),
     [
         ("what changed in the ACL", "ix_devices_generation"),
-        ("who was put out", "ix_devices_out"),
-        ("which come onto the CRL", "ix_certificates_generation"),
+        ("devices to disconnect", "ix_devices_out"),
+        ("certificates new on the CRL", "ix_certificates_generation"),
     ],
 )
 def test_what_is_new_is_read_from_the_index_of_generations(
-    plans_of: Callable[[Question], list[str]], name: str, index: str
+    plans_of: Callable[[Query], list[str]], name: str, index: str
 ) -> None:
-    assert any(index in plan for plan in plans_of(OF_PASSES[name]))
+    assert any(index in plan for plan in plans_of(OF_JOBS[name]))
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_look_up_reads_nothing_whole(plans_of: Callable[[Question], list[str]], name: str) -> None:
-    for plan in plans_of(FIGURES[name]):
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_a_look_up_reads_no_table_whole(plans_of: Callable[[Query], list[str]], name: str) -> None:
+    for plan in plans_of(LOOK_UPS[name]):
         assert read_whole(plan) <= SMALL, plan
 
 
 @pytest.mark.parametrize("after", [None, (NOW, "0" * 36)], ids=["first page", "later page"])
 @pytest.mark.parametrize("name", LISTS)
 def test_a_page_is_read_from_an_index_in_its_order(
-    plans_of: Callable[[Question], list[str]], name: str, after: tuple[datetime, str] | None
+    plans_of: Callable[[Query], list[str]], name: str, after: tuple[datetime, str] | None
 ) -> None:
     plans = plans_of(lambda tx: devices.list_devices(tx, "default", LISTS[name], limit=50, after=after))
     assert plans
@@ -133,7 +133,7 @@ def test_a_page_is_read_from_an_index_in_its_order(
 
 @pytest.mark.parametrize("name", ["q", "type and status", "expires_before and type"])
 def test_a_page_that_is_narrowed_twice_is_read_between_two_places(
-    plans_of: Callable[[Question], list[str]], monkeypatch: pytest.MonkeyPatch, name: str
+    plans_of: Callable[[Query], list[str]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(devices, "_reach", lambda *_: (Device.type, (NOW, "f" * 36)))
     after = (NOW - timedelta(days=1) if "expires" in name else NOW + timedelta(days=1), "0" * 36)

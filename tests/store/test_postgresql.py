@@ -1,4 +1,4 @@
-"""A PostgreSQL that is stopped is waited for no longer than wanted."""
+"""A PostgreSQL server that stops answering is given up after a time limit; its connections are durable."""
 
 from __future__ import annotations
 

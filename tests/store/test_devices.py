@@ -1,4 +1,4 @@
-"""A page of a list looks at so many devices at the most, and no device is lost between the pages."""
+"""A page of a list reads at most ``LOOKED_AT`` devices, and no device is lost between the pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOON = NOW + timedelta(days=2)
 
 @pytest.fixture
 def fleet(portal: Portal) -> Portal:
-    """Twelve devices: every second one a valve, every third in hall 2; those of hall 2 end soonest."""
+    """Twelve devices: every second one a valve, every third in hall 2; those of hall 2 expire first."""
     with portal.database.transaction() as tx:
         for number in range(12):
             kind, hall = ("valve", "pump")[number % 2], ("hall 2", "hall 1")[number % 3 > 0]
@@ -60,7 +60,7 @@ LISTS: tuple[tuple[DeviceFilter, list[str]], ...] = (
 )
 
 
-def test_every_device_is_found_once_however_little_a_page_looks_at(
+def test_every_device_is_found_once_however_few_devices_a_page_reads(
     fleet: Portal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for looked_at, limit in itertools.product((1, 2, 3, 1000), (1, 2, 50)):
@@ -72,7 +72,7 @@ def test_every_device_is_found_once_however_little_a_page_looks_at(
             assert all(len(page.devices) <= looked_at for page in pages)
 
 
-def test_the_rarest_of_several_things_leads(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_of_the_rarest_value_is_read(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "LOOKED_AT", 5)
     [page] = _pages(fleet, DeviceFilter(status="active", type="pump", location="hall 2"), 50)
     assert [device.name for device, *_ in page.devices] == ["pump-09", "pump-03"]
