@@ -176,7 +176,9 @@ class RunningPortal:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Return the processes that a process has started, and those below them, as the plain listener's are."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(below for child in children for below in _children(child))]
 
 
 def _cpu_seconds(pid: int) -> float:

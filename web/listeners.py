@@ -1,4 +1,4 @@
-"""What the server listens with: its sockets, its TLS context, connections that must not take for ever."""
+"""What the server is reached by: sockets, TLS context, connections and request bodies with their time limits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import resource
+import select
 import socket
 import ssl
 import struct
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from config import Address
-from core.errors import PortalStopping, StartupError
+from core.errors import BodyTooSlow, PortalError, PortalStopping, RequestMalformed, StartupError
 
 BACKLOG = 1024
+READ_AHEAD = 1024  # bytes that gunicorn waits for where an application reads less
 LOOK_UP = 0.5  # seconds between looks whether the server still runs, where an upload is waited for
 PLAIN_HTTP = (
     b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 33\r\n\r\nThis port speaks HTTPS, not HTTP."
@@ -221,3 +223,84 @@ class ServerTls:
             log.info("The TLS files were read again.")
         self._seen = seen
         return self._context
+
+
+# --- A request's body ---------------------------------------------------------------------------------------------
+
+
+class RequestBody:
+    """What WSGI calls ``wsgi.input``; gunicorn's, with errors that the application knows.
+
+    ``wanted`` says whether the server still runs.
+    """
+
+    def __init__(self, environ: dict[str, Any], wanted: Callable[[], bool]) -> None:
+        self._input = environ["wsgi.input"]
+        self._socket: socket.socket = environ["gunicorn.socket"]
+        self._left = int(environ["CONTENT_LENGTH"]) if "CONTENT_LENGTH" in environ else None
+        self._wanted = wanted
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as a file does; raises ``BodyTooSlow`` and ``RequestMalformed``."""
+        try:
+            return self._receive(self._input.read, size)
+        except ConnectionError:
+            raise RequestMalformed("The connection ended before the body did.") from None
+
+    def read_some(self, wait: float | None = None) -> bytes | None:
+        """Return what has arrived of a long body, empty at the end, ``None`` where nothing comes in ``wait`` seconds.
+
+        Raises ``BodyTooSlow``, ``RequestMalformed`` for bad framing, ``PortalStopping``, and ``ConnectionResetError``
+        where the client is gone before the end.
+        """
+        if wait is not None and not self._arrives(wait):
+            return None
+        if isinstance(self._socket, ClientSocket):
+            self._socket.wanted = self._wanted
+            self._socket.extend()
+        parts = [self._receive(self._input.readline, 1)]
+        held = self._held()[0] if parts[0] else 0
+        while held:
+            # Below READ_AHEAD a line at a time, since gunicorn's read would wait for more than has arrived.
+            part = self._receive(self._input.read if held >= READ_AHEAD else self._input.readline, held)
+            parts.append(part)
+            held -= len(part)
+        return b"".join(parts)
+
+    def check(self) -> None:
+        """Raise ``PortalStopping`` where the server is being stopped: whoever reads has to come to an end."""
+        if not self._wanted():
+            raise PortalStopping("The portal is being stopped; send what is not done yet again.")
+
+    def _held(self) -> tuple[int, int]:
+        """Return how many bytes of the body gunicorn holds already, and how many of the body with its framing.
+
+        Both are 0 where it does not say. A reader has to know, because gunicorn waits until it has as many bytes as it
+        is asked for: rows that have arrived would wait for those that have not.
+        """
+        reader = getattr(self._input, "reader", None)
+        unreader = getattr(getattr(reader, "req", reader), "unreader", None)
+        held, framed = (buffer.tell() if (buffer := getattr(of, "buf", None)) else 0 for of in (reader, unreader))
+        return (held, held + framed) if self._left is None else (min(framed, self._left),) * 2
+
+    def _arrives(self, wait: float) -> bool:
+        if self._held()[1] or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+            return True
+        return bool(select.select([self._socket], [], [], wait)[0])
+
+    def _receive(self, read: Callable[[int | None], bytes], size: int) -> bytes:
+        try:
+            data = read(size if size >= 0 else None)
+        except PortalError:
+            raise
+        except (ClientTooSlow, BlockingIOError) as error:
+            raise BodyTooSlow("The body did not arrive in time; send what is not done yet again.") from error
+        except OSError as error:
+            raise ConnectionResetError(errno.ECONNRESET, "the client went away in the middle of a body") from error
+        except Exception as error:  # of gunicorn's parser, which says in many classes that the framing is bad
+            raise RequestMalformed("The body is not framed as RFC 9112 section 7.1 says.") from error
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left and (not data or size < 0 or (read == self._input.read and len(data) < size)):
+                raise ConnectionResetError(errno.ECONNRESET, "the client went away in the middle of a body")
+        return data

@@ -160,9 +160,9 @@ class Deployment:
         return statuses
 
     def workers(self) -> list[int]:
-        """The processes that the server's master has started."""
+        """The processes that serve HTTPS; the first child of the master, which has the plain listener, is left out."""
         master = self.processes[0].pid
-        return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+        return [int(pid) for pid in Path(f"/proc/{master}/task/{master}/children").read_text().split()][1:]
 
     # --- The portal's interface
 

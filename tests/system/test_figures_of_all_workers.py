@@ -60,7 +60,9 @@ def test_killed_workers_take_no_counts_with_them_and_leave_no_files(deployment: 
         os.kill(there[0], signal.SIGKILL)
         wait_until(lambda gone=there[0]: gone not in deployment.workers() and len(deployment.workers()) == 3)
     assert counted(deployment) == before + 12
-    assert len([*(deployment.data / "metrics").glob("*.db")]) <= 8
+    assert (
+        len([*(deployment.data / "metrics").glob("*.db")]) <= 14
+    )  # two for each process of both listeners, and a spare
 
 
 def test_the_workers_count_failed_logins_together(deployment: Deployment) -> None:
