@@ -137,7 +137,7 @@ def token_list(portal: Remote) -> None:
         "portal token create audit --role auditor --token-out audit.token",
     ],
 )
-@click.argument("name", help="Name of the token, shown in the audit log.")
+@click.argument("name", help="Name of the token, shown in the audit record.")
 @click.option("--role", type=click.Choice(ROLES), required=True, help="Permissions of the token.")
 @click.option(
     "--days",

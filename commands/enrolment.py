@@ -116,7 +116,7 @@ def enrolment_list(portal: Remote) -> None:
         "portal enrolment create line-4 --count 500 --hours 72 --type pump --name-template 'pump {serial}'",
     ],
 )
-@click.argument("name", help="Name of the token, shown in the audit log.")
+@click.argument("name", help="Name of the token, shown in the audit record.")
 @click.option("--device", "device_id", metavar="ID", type=DEVICE_ID, help="The expected device that the token is for.")
 @click.option("--count", type=click.IntRange(1, 1000000), metavar="N", help="Number of new devices.  [default: 1]")
 @click.option(
@@ -199,7 +199,7 @@ def manufacturer_show(portal: Remote, manufacturer_id: str) -> None:
     cls=Command,
     examples=["portal manufacturer add acme --certificate acme-ca.pem --type pump --name-template 'pump {serial}'"],
 )
-@click.argument("name", help="Name of the manufacturer, shown in the audit log.")
+@click.argument("name", help="Name of the manufacturer, shown in the audit record.")
 @click.option("--certificate", metavar="FILE", required=True, help="CA certificate (PEM); - for standard input.")
 @profile_options
 @click.pass_obj

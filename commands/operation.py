@@ -1,4 +1,4 @@
-"""The commands about the portal itself: status, CA certificates, audit log, shell completion."""
+"""The commands about the portal itself: status, CA certificates, audit record, shell completion."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def ca(portal: Remote, out: Path | None, force: bool) -> None:
 @paging_options
 @click.pass_obj
 def audit(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
-    """Read the audit log, newest entry first.
+    """Read the audit record, newest entry first.
 
     When piped, prints tab-separated lines: time, actor, action, object, outcome, address, request id, detail.
     """
