@@ -259,7 +259,7 @@ class Settings(BaseSettings):
         shown=False,
     )
     server_names: Names = setting("localhost,127.0.0.1", "Names and addresses in the portal's own certificate")
-    workers: Annotated[int, count(1, 64)] = setting("2", "Worker processes; as many as processors are best")
+    workers: Annotated[int, count(1, 64)] = setting("2", "Worker processes; best is one for each processor")
     threads: Annotated[int, count(1, 128)] = setting("8", "Threads in each worker process")
     max_connections: Annotated[int, count(16, 65536)] = setting("1000", "Open connections in each worker process")
     max_body_bytes: Annotated[int, count(1024, 1 << 30)] = setting("1048576", "Longest request body, in bytes")
@@ -267,10 +267,10 @@ class Settings(BaseSettings):
         "15", "Seconds a client has for its handshake and its request"
     )
     bulk_max_bytes: Annotated[int, count(1024, 1 << 40)] = setting("1073741824", "Longest bulk upload, in bytes")
-    bulk_max_rows: Annotated[int, count(1, 100000000)] = setting("1000000", "Most rows of a bulk upload")
+    bulk_max_rows: Annotated[int, count(1, 100000000)] = setting("1000000", "Maximum rows of a bulk upload")
     bulk_uploads: Annotated[int, count(1, 8)] = setting("2", "Bulk uploads at a time")
     bulk_processes: Annotated[int, count(0, 64)] = setting(
-        "0", "Processes that make an upload's keys; 0: a processor each, 4 at most"
+        "0", "Processes that create an upload's keys; 0: one for each processor, at most 4"
     )
     login_failures: Annotated[int, count(1, 1000000)] = setting(
         "20", "Failed logins a minute after which an address must wait"
@@ -286,7 +286,7 @@ class Settings(BaseSettings):
     )
     ca_passphrase_file: OptionalPath = setting("", "File with the passphrase, such as a service's credential")
     ca_passphrase: Annotated[SecretStr, PlainValidator(parse_passphrase)] = setting(
-        "", "Opens the CA keys; a 0600 file made at first start if empty", shown=False
+        "", "Decrypts the CA keys; a 0600 file created at the first start if empty", shown=False
     )
     root_days: Annotated[int, count(2, 36500)] = setting("7300", "Life of the root CA, in days")
     issuing_days: Annotated[int, count(1, 36500)] = setting("1825", "Life of an issuing CA, in days")
@@ -298,17 +298,18 @@ class Settings(BaseSettings):
         "66", "Percent of a certificate's life after which a device may renew"
     )
     renewal_grace_days: Annotated[int, count(0, 3650)] = setting(
-        "0", "Days after its end in which a certificate may be renewed"
+        "0", "Days after its expiry in which a certificate may be renewed"
     )
     renewal_overlap_hours: Annotated[int, count(0, 8760)] = setting(
-        "24", "Hours for which a renewed certificate goes on"
+        "24", "Hours for which the previous certificate keeps working after a renewal"
     )
     renewal_revoke_previous: Annotated[EndOfPrevious, choice(EndOfPrevious, EndOfPrevious)] = setting(
         "after_overlap",
-        "When a device that renews by itself loses the one before: after_overlap, or when_used if that is earlier",
+        "When a device that renews by itself loses its previous certificate: after_overlap, or when_used if that is"
+        " earlier",
     )
     crl_days: Annotated[int, count(1, 365)] = setting("7", "Life of a CRL, in days")
-    ocsp_hours: Annotated[int, count(1, 96)] = setting("24", "Life of an OCSP answer, in hours")
+    ocsp_hours: Annotated[int, count(1, 96)] = setting("24", "Life of an OCSP response, in hours")
     key_type: Annotated[str, choice(KEY_TYPES)] = setting("ec-p256", "Device keys: " + ", ".join(KEY_TYPES))
 
     topic_prefix: Annotated[str, PlainValidator(parse_topic_prefix)] = setting(
