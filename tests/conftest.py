@@ -44,7 +44,7 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
     prepare(portal)
     first_token(portal)
     portal.close()
-    _derive_quickly(folder)
+    derive_quickly(folder)
     databases = DatabaseCopies(name) if name else None
     yield Prepared(folder, databases)
     shutil.rmtree(folder)
@@ -53,7 +53,7 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
         drop_database(name)
 
 
-def _derive_quickly(folder: Path) -> None:
+def derive_quickly(folder: Path) -> None:
     """Encrypt the CA keys again with one round of PBKDF2: to open a portal takes 0.03 s in place of 0.2 s."""
     passphrase = (folder / "secrets" / "ca-passphrase").read_bytes().strip()
     for path in (folder / "ca").glob("*.key.pem"):

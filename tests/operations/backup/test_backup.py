@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -35,97 +34,30 @@ from core.roles import Role
 from core.states import Approval, DeviceStatus
 from operations import data_folder
 from operations.backup.archive import MANIFEST, Backup
-from operations.backup.backup import WrittenBackup, back_up
-from operations.backup.restore import Restored, restore
 from operations.backup.revocations import RevocationReplay
-from operations.wiring import Portal, first_token, open_portal, prepare
+from operations.wiring import first_token, open_portal, prepare
 from pki.encoding import pem
 from store import copy as store_copy
-from store import database, enrolment, generations, issuers, tenants
-from store.devices import update_device
+from store import database, enrolment, generations, tenants
 from store.enrolment import EnrolmentProfile
-from store.tables import METADATA, Certificate, Delivery
-from tests.conftest import DATABASES
-from tests.support.databases import postgres_database
+from store.tables import Certificate, Delivery
+from tests.support.backups import (
+    Story,
+    all_bytes,
+    bring_passphrase,
+    contents,
+    copied,
+    crl_number,
+    listed,
+    lose_the_database,
+    opened,
+    put_back,
+    status_of,
+)
 from tests.support.harness import PER_DEVICE, Clock, settings_for
-from tests.support.mosquitto import short_folder
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows import audit
 from workflows.operators import new_token
-from workflows.registration import Registered
-
-
-@contextlib.contextmanager
-def opened(settings: Settings, clock: Clock) -> Iterator[Portal]:
-    portal = open_portal(settings, clock)
-    try:
-        yield portal
-    finally:
-        portal.close()
-
-
-@pytest.fixture
-def settings(make_settings: Callable[..., Settings]) -> Settings:
-    return make_settings()
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "portal.backup"
-
-
-@pytest.fixture(params=DATABASES)
-def elsewhere(request: pytest.FixtureRequest) -> Iterator[Settings]:
-    """An empty data folder with an empty database, where only the passphrase has been put."""
-    folder = short_folder()
-    if request.param == "sqlite":
-        yield settings_for(folder)
-    else:
-        with postgres_database() as url:
-            yield settings_for(folder, PORTAL_DATABASE_URL=url)
-    shutil.rmtree(folder)
-
-
-def bring_passphrase(source: Settings, target: Settings) -> None:
-    target.secrets_dir.mkdir(mode=0o700, exist_ok=True)
-    replace_file(target.secrets_dir / "ca-passphrase", (source.secrets_dir / "ca-passphrase").read_bytes())
-
-
-def put_back(settings: Settings, file: Path, clock: Clock, **options: bool) -> Restored:
-    return restore(settings, file, **({"replace": True, "keep_links": False} | options), now=clock())
-
-
-def copied(settings: Settings, file: Path, clock: Clock) -> WrittenBackup:
-    return back_up(settings, file, now=clock())
-
-
-def contents(portal: Portal) -> dict[str, list[str]]:
-    with portal.database.snapshot() as tx:
-        return {name: [repr(row) for row in store_copy.rows(tx, name)] for name in store_copy.table_names()}
-
-
-def all_bytes(settings: Settings) -> dict[Path, bytes]:
-    return {
-        path: path.read_bytes()
-        for path in settings.data_dir.rglob("*")
-        if path.is_file() and path.suffix != ".lock" and path.name != "portal.db-shm"
-    }
-
-
-def listed(settings: Settings) -> dict[str, x509.RevokedCertificate]:
-    crl = x509.load_pem_x509_crl(settings.broker_file("crl.pem").read_bytes())
-    return {f"{entry.serial_number:x}": entry for entry in crl}
-
-
-def crl_number(settings: Settings) -> int:
-    crl = x509.load_pem_x509_crl(settings.broker_file("crl.pem").read_bytes())
-    return crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-
-
-def status_of(portal: Portal, device: Registered) -> DeviceStatus:
-    with portal.database.snapshot() as tx:
-        return db.get_device(tx, "default", device.device_id).status
-
 
 # --- The file -----------------------------------------------------------------------------------------------------
 
@@ -371,55 +303,6 @@ def test_a_restore_that_fails_half_way_changes_nothing(
 
 
 # --- Nobody comes back --------------------------------------------------------------------------------------------
-
-
-class Story:
-    """Three devices in a copy; since then one was revoked, one suspended, another registered."""
-
-    def __init__(self, settings: Settings, file: Path, clock: Clock) -> None:
-        self.settings, self.file, self.clock = settings, file, clock
-        with opened(settings, clock) as portal:
-            prepare(portal)
-            self.stays, self.goes, self.held = (portal.registrations.register(OPERATOR, PUMP) for _ in range(3))
-            copied(settings, file, clock)
-            clock.advance(minutes=5)
-            self.late = portal.registrations.register(OPERATOR, PUMP)
-            self.late_and_gone = portal.registrations.register(OPERATOR, PUMP)
-            for device in (self.goes, self.late_and_gone):
-                portal.revocations.revoke(OPERATOR, device.device_id, "key_compromise")
-            with portal.database.transaction() as tx:
-                generation = db.next_generation(tx, "default", at=clock())
-                values = {"status": "suspended", "updated_at": clock(), "generation": generation}
-                update_device(tx, "default", self.held.device_id, values)
-                held = sa.update(Certificate).where(Certificate.device_id == self.held.device_id)
-                tx.execute(held.values(status="held", revoked_at=clock(), revocation_reason="certificate_hold"))
-                issuers.touch_issuer(tx, 2, generation=generation)
-            portal.reconciler.install()
-            with portal.database.snapshot() as tx:
-                self.generation = generations.get_broker_state(tx, "default").generation
-        self.number = crl_number(settings)
-        self.on_crl = listed(settings)
-        clock.advance(minutes=5)
-
-    def put_back(self) -> Restored:
-        return put_back(self.settings, self.file, self.clock)
-
-
-@pytest.fixture
-def story(settings: Settings, file: Path, clock: Clock) -> Story:
-    return Story(settings, file, clock)
-
-
-def lose_the_database(settings: Settings) -> None:
-    if settings.database_url.startswith("sqlite"):
-        for path in settings.data_dir.glob("portal.db*"):
-            path.write_bytes(b"torn" * 1000)
-    else:
-        engine = sa.create_engine(settings.database_url.replace("postgresql://", "postgresql+psycopg://"))
-        METADATA.drop_all(engine)
-        with engine.begin() as connection:
-            connection.execute(sa.text("DROP TABLE alembic_version"))
-        engine.dispose()
 
 
 @PER_DEVICE

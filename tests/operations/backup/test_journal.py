@@ -17,26 +17,20 @@ from operations.backup import journal as restore_journal
 from operations.wiring import open_portal, prepare
 from store.tables import DEFAULT_TENANT
 from tests.conftest import DATABASES
-from tests.operations.backup.test_backup import (
+from tests.support.backups import (
     Story,
     all_bytes,
     bring_passphrase,
     contents,
     copied,
-    elsewhere,
-    file,
     listed,
     lose_the_database,
     opened,
     put_back,
-    settings,
     status_of,
-    story,
 )
-from tests.support.harness import ON_SQLITE, Clock
+from tests.support.harness import ON_SQLITE, Clock, copy_with_groups
 from tests.workflows.test_registration import OPERATOR, PUMP
-
-__all__ = ["elsewhere", "file", "settings", "story"]  # fixtures of those tests, used here, too
 
 STEPS = ["restore.journaled", "restore.filled", "restore.journaled:2", "restore.placed", "restore.ended"]
 STEPS_OF_ANOTHERS_FOLDER = ["restore.moved", "restore.put", "restore.put:3", "restore.placed", "restore.ended"]
@@ -105,12 +99,17 @@ def test_over_a_lost_database_a_restore_can_simply_be_run_again(story: Story, cl
 
 
 @pytest.fixture
-def another(elsewhere: Settings, settings: Settings, file: Path, clock: Clock) -> tuple[Settings, str]:
+def another(
+    elsewhere: Settings, settings: Settings, file: Path, clock: Clock, other_folder: Path
+) -> tuple[Settings, str]:
     """A data folder of another CA, in which a backup is to be put back, with that CA."""
     with opened(settings, clock) as portal:
         gone = portal.registrations.register(OPERATOR, PUMP)
         portal.revocations.revoke(OPERATOR, gone.device_id, "key_compromise")
     copied(settings, file, clock)
+    if elsewhere.database_url.startswith("sqlite"):
+        copy_with_groups(other_folder, elsewhere.data_dir)
+        return elsewhere, (other_folder / "ca.pem").read_text()
     bring_passphrase(settings, elsewhere)
     with opened(elsewhere, clock) as portal:
         prepare(portal)
