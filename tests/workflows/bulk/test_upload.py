@@ -402,3 +402,25 @@ def test_a_single_registration_takes_an_external_id_which_is_no_other_devices(ap
     assert first["device_id"] in problem_of(answer, 409, "external_id_taken")["detail"]
     (line,) = upload(api, rows({"external_id": "a-1"}))
     assert line["device_id"] == first["device_id"]
+
+
+def test_uploads_and_registrations_of_the_same_devices_at_once_do_not_wait_for_each_other(api: Api, app: Flask) -> None:
+    names = [f"a-{number}" for number in range(10)]
+    found: list[int | str] = []
+
+    def send(order: list[str]) -> None:
+        found.extend(line.get("code", 200) for line in upload(Api(app.test_client(), api.token), rows(
+            *({"external_id": name} for name in order)
+        )))  # fmt: skip
+
+    def register() -> None:
+        one = Api(app.test_client(), api.token)
+        found.extend(one.post("/register", DEVICE | {"external_id": name}).status_code for name in reversed(names))
+
+    threads = [threading.Thread(target=send, args=(order,)) for order in (names, names[::-1])]
+    threads.append(threading.Thread(target=register))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(found) <= {200, 201, 409, "busy"}  # nobody has waited until the database ended it
