@@ -218,8 +218,6 @@ def _question(der: bytes) -> Question:
 
 
 def _extensions(encoded: univ.SequenceOf) -> list[rfc5280.Extension]:
-    if not encoded.isValue:
-        return []
     if len(encoded) > MAX_EXTENSIONS:
         raise RequestMalformed(f"An OCSP request has at most {MAX_EXTENSIONS} extensions in one place.")
     extensions = [decoder.decode(bytes(item), asn1Spec=rfc5280.Extension())[0] for item in encoded]

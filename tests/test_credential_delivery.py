@@ -158,3 +158,12 @@ def test_the_hash_of_a_request_depends_on_the_idempotency_key() -> None:
     one, two = (AnswerSeal.of(key, pepper=b"p" * 32) for key in ("a first key here", "a second key here"))
     assert one.request_hash(b"body") == one.request_hash(b"body")
     assert one.request_hash(b"body") not in (one.request_hash(b"other"), two.request_hash(b"body"))
+
+
+def test_responses_and_links_of_earlier_versions_still_open() -> None:
+    seal = AnswerSeal.of("an idempotency key", pepper=b"p" * 32)
+    assert seal.key_hash == "56abe63d8c7e7d337f4d7b338980d933df5f9e76810a54c89fefcc717071bbf7"
+    assert seal.request_hash(b"body") == "bc51812e0e48e92b8a0c84e825ab10231fcd473c3b40626e06d69bba0526df0a"
+    token = ".eJxTSiEAlADfiAzF.azbsgA.ygdH4hYBtTKyiEVhMAMsAdKeElyWSvweV-CKuypipww"
+    keys = ["a-signing-key-of-many-characters"]
+    assert read_download_token(token, keys, now=NOW, max_age=DAY) == "d" * 32

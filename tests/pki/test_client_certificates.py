@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -216,6 +216,19 @@ def test_one_certificate_is_to_be_sent() -> None:
     for text in ("", "none", pem + pem, pem[:100], longest + "\n", pem.replace("M", "\uff2d", 1), "ä" + pem):
         with pytest.raises(ManufacturerInvalid, match="Send one certificate"):
             read_manufacturer_ca(text, now=NOW)
+
+
+def test_the_limits_are_the_documented_ones() -> None:
+    assert (MAX_CERTIFICATE_BYTES, MAX_PEM_CHARACTERS) == (16_384, 16_384)
+
+
+def test_a_key_of_a_kind_that_is_not_accepted_gives_no_proof() -> None:
+    key = ed448.Ed448PrivateKey.generate()
+    builder = x509.CertificateBuilder().subject_name(name(COMMON_NAME="CA")).issuer_name(name(COMMON_NAME="CA"))
+    builder = builder.public_key(key.public_key()).serial_number(7).not_valid_before(NOW).not_valid_after(NOW + SECOND)
+    der = der_of(builder.sign(key, None))
+    with pytest.raises(ProofInvalid, match="kind"):
+        check_proof_by_signature(der, NONCE, base64.b64encode(key.sign(NONCE.encode())).decode())
 
 
 def proof(nonce: str, key: PrivateKey = KEY, issuer: x509.Name | None = None) -> str:
