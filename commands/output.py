@@ -48,6 +48,7 @@ _STATUS_STYLES = {
 }
 _ABBREVIATIONS = ("ca", "crl", "url")
 EXPIRES_SOON_DAYS = 30
+MIN_COLUMN = 8  # characters that remain of a column that is cut
 PROGRESS_SECONDS = 10.0  # between two lines of progress if standard error is not a terminal
 
 
@@ -194,7 +195,7 @@ class Output:
             for row in rows:
                 self.raw("\t".join(clean(cell.plain) for cell in row))
         if rows and answer.get("next_cursor"):
-            self.note(f"Only the first {len(rows)} are shown; use --all to list all.")
+            self.note("There are more; use --all to list all.")
 
     def _print_table(
         self, titles: Sequence[str], rows: Sequence[Sequence[Cell]], spare: Sequence[str], whole: Sequence[str]
@@ -205,10 +206,16 @@ class Output:
         for title in reversed(spare):
             if sum(widths[i] + 2 for i in kept) > self._out.width:
                 kept.remove(titles.index(title))
+        # rich would cut off the columns on the right, whatever their minimum width is.
+        flexible = [i for i in kept if i != 0 and titles[i] not in whole]
+        while flexible and sum(widths[i] + 2 for i in kept) > self._out.width + 2:
+            widest = max(flexible, key=lambda i: widths[i])
+            if widths[widest] <= MIN_COLUMN:
+                break
+            widths[widest] -= 1
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i in kept:
-            least = widths[i] if i == 0 or titles[i] in whole else None
-            table.add_column(titles[i].upper(), no_wrap=True, overflow="ellipsis", min_width=least)
+            table.add_column(titles[i].upper(), no_wrap=True, overflow="ellipsis", width=widths[i])
         for line in texts:
             table.add_row(*(line[i] for i in kept))
         self._out.print(table)

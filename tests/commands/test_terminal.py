@@ -168,6 +168,18 @@ def test_a_list_is_a_table_on_a_terminal_and_lines_in_a_pipe(session: Session, s
     assert all(lines[0].startswith(line.split("\t")[0][:10]) for line in piped)
 
 
+def test_a_column_that_must_be_whole_is_not_cut_by_a_long_one_before_it(session: Session, stub: PortalStub) -> None:
+    entry = {"at": "2026-01-01T00:00:00Z", "actor": "operator " * 9, "action": "device:register", "outcome": "refused"}
+    stub.replies["GET", "/audit"] = Reply(body={"entries": [entry | {"object": f"device:{DEVICE_ID}"}]})
+    with terminal(session, "audit", NO_COLOR="1", COLUMNS="80") as seen:
+        assert seen.end() == 0
+    line = seen.seen.splitlines()[1].rstrip()
+    assert line.endswith("refused")
+    assert "device:register" in line
+    assert "operator opera…" in line
+    assert len(line) <= 80
+
+
 DONE = {"device_id": DEVICE_ID, "status": "active", "broker": "enforced"}
 MANUFACTURER = {"manufacturer_id": SHORT_ID, "name": "acme", "nonce": "n", "status": "pending"}
 COMMANDS: dict[str, tuple[str, str, dict[str, Any]] | None] = {  # with the answer, where the small portal has none
