@@ -76,7 +76,7 @@ def _request(url: SplitResult, arguments: argparse.Namespace) -> bytes:
 
 
 def _race(connections: list[socket.socket], request: bytes, arguments: argparse.Namespace) -> tuple[float, list[float]]:
-    """Have one request under way on each connection until the time is over; returns seconds, milliseconds of each."""
+    """Keep one request under way on each connection until the time has passed; returns seconds and times."""
     times: list[float] = []
     selector = selectors.DefaultSelector()
     begun: dict[socket.socket, float] = {}

@@ -102,7 +102,7 @@ class RunningPortal:
             self._run("init").wait()
             if self._fill is not None:
                 self._fill(self.data)
-                self._run("init").wait()  # writes the broker's files anew
+                self._run("init").wait()  # writes the broker's files again
             self._broker.start()
             started = time.monotonic()
             self._server = self._run("serve")

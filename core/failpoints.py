@@ -1,4 +1,4 @@
-"""Named places at which a test makes the portal die or fail."""
+"""Named steps at which a test makes the portal crash or fail."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ _ACT = re.compile(r"kill|killgroup|error|sleep:(?P<seconds>[0-9]{1,4}(?:\.[0-9]{
 
 
 class _Plan:
-    """What is to happen where: ``[AFTER>]NAME[:N][=kill|killgroup|error|sleep:SECONDS]``, at the N-th time, once."""
+    """An action at the N-th time a step is reached: ``[AFTER>]NAME[:N][=kill|killgroup|error|sleep:SECONDS]``."""
 
     def __init__(self, text: str) -> None:
         form = _FORM.fullmatch(text)
         act = _ACT.fullmatch((form and form["act"]) or "kill")
         if form is None or act is None or not {form["name"], form["after"] or form["name"]} <= set(NAMES):
             form_of_it = "[AFTER>]NAME[:N][=kill|killgroup|error|sleep:SECONDS]"
-            raise SystemExit(f"{VARIABLE} must be {form_of_it}, where a name is one of {', '.join(NAMES)}.")
+            raise SystemExit(f"{VARIABLE} must be {form_of_it}; the names are {', '.join(NAMES)}.")
         self._name, self._after = form["name"], form["after"]
         self._left = int(form["times"] or 1)
         self._act = act
@@ -94,10 +94,10 @@ _plan = _Plan(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
 
 
 def failpoint(name: str) -> None:
-    """Do what ``PORTAL_FAILPOINT`` says of ``name``, one of ``NAMES``: nothing, unless it was set at the start.
+    """Perform the action that ``PORTAL_FAILPOINT`` has for the step ``name``; without that variable do nothing.
 
-    It kills the process, or its whole group, with SIGKILL, raises ``OSError`` (EIO) or waits; ``AFTER>`` begins to
-    count once the process has passed that other name.
+    The actions are to kill the process or its process group with SIGKILL, to raise ``OSError`` (EIO), and to wait.
+    With ``AFTER>`` the count starts once the process has reached that other step.
     """
     if _plan is not None:
         _plan.reach(name)

@@ -1,4 +1,4 @@
-"""Durable files: whole replacement, private modes, locks between processes."""
+"""Durable files: atomic replacement, private modes, locks between processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from core.errors import LockUnavailable, StartupError
 
 LOCK_SECONDS = 60.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.00005, 0.005
+_FIRST_PAUSE, _MAX_PAUSE = 0.00005, 0.005
 
 
 def fsync_directory(folder: Path) -> None:
-    """Make the names in ``folder`` durable (a rename is not until its directory is synced)."""
+    """Sync a directory: without that a rename in it is not durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -29,12 +29,12 @@ def fsync_directory(folder: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name for what is to replace ``path``, of which ``remove_leftovers`` can tell whether its writer lives."""
+    """Return a temporary path beside ``path`` that contains the process id, which ``remove_leftovers`` looks at."""
     return path.with_name(f".{path.name[-100:]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what writers that were killed have left of files not yet in place, keys perhaps; returns what it was."""
+    """Remove and return the temporary files of processes that were killed; they may contain keys."""
     removed = []
     for path in folder.glob(".*.tmp"):
         name = re.fullmatch(r"\..+\.([0-9]+)\.[0-9a-f]{12}\.tmp", path.name)
@@ -49,14 +49,14 @@ def _is_alive(process: int) -> bool:
         status = Path(f"/proc/{process}/stat").read_text()
     except OSError:
         return False
-    return status.rpartition(")")[2].split()[0] not in "ZX"  # dead, though nobody has asked how it ended
+    return status.rpartition(")")[2].split()[0] not in "ZX"  # a zombie has ended
 
 
 def replace_file(path: Path, content: bytes, *, mode: int = 0o600, group: int | None = None) -> None:
-    """Put ``content`` at ``path`` whole and durably: temporary file, fsync, rename, fsync of the folder.
+    """Replace a file atomically and durably: temporary file, fsync, rename, fsync of the folder.
 
     Readers see the old file or the new one, never a part. The mode and the group are set before any content is
-    written, so a secret is never readable to others. Raises ``OSError`` and leaves the old file where it fails.
+    written, so a secret is never readable to others. On ``OSError`` the old file is unchanged.
     """
     temporary = temporary_beside(path)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -79,19 +79,19 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o600, group: int | 
 
 
 def private_folder(path: Path, *, mode: int = 0o700, group: int | None = None) -> Path:
-    """Create ``path`` where it is missing; its mode, and its group if given, are set unless they are right."""
+    """Create a folder if it is missing, and set its mode, and its group if given, if they differ."""
     path.mkdir(mode=mode & 0o777, parents=True, exist_ok=True)
     if group is not None and path.stat().st_gid != group:
         os.chown(path, -1, group)
     if stat.S_IMODE(path.stat().st_mode) != mode:
-        path.chmod(mode)  # a service that is confined may not set every bit, even where it is set
+        path.chmod(mode)  # only if it differs: a confined service may not set some bits even to their present value
     return path
 
 
 def secret_file(path: Path, make: Callable[[], str]) -> str:
-    """The secret kept at ``path`` (0600), made by ``make`` and written durably where there is none yet.
+    """Return the secret in the file ``path`` (mode 0600); if there is no file, write the result of ``make`` to it.
 
-    Raises ``StartupError`` where others may read the file, or where it is empty or unreadable.
+    Raises ``StartupError`` if others may read the file, or if it is empty or unreadable.
     """
     try:
         if path.stat().st_mode & 0o077:
@@ -108,11 +108,11 @@ def secret_file(path: Path, make: Callable[[], str]) -> str:
     return secret
 
 
-_HELD_ELSEWHERE = "The portal waited for {} in vain: another of its processes holds it, or is stopped."
+_HELD_ELSEWHERE = "Timed out waiting for {}: another process of the portal holds it, or is stopped."
 
 
 def _take(descriptor: int, deadline: float, path: Path) -> None:
-    # The kernel's own wait knows no deadline. Asking costs microseconds, and only one thread of a process asks.
+    # flock has no timeout. To poll costs microseconds, and only one thread of a process does.
     if _taken(descriptor):
         return
     pause = _FIRST_PAUSE
@@ -120,7 +120,7 @@ def _take(descriptor: int, deadline: float, path: Path) -> None:
         if time.monotonic() >= deadline:
             raise LockUnavailable(_HELD_ELSEWHERE.format(path))
         time.sleep(pause)
-        pause = min(pause * 1.05, _LONGEST_PAUSE)
+        pause = min(pause * 1.05, _MAX_PAUSE)
 
 
 def _taken(descriptor: int) -> bool:
@@ -132,25 +132,25 @@ def _taken(descriptor: int) -> bool:
 
 
 class FileLock:
-    """An advisory lock on a file: one holder among all threads of all processes; the kernel frees it at death."""
+    """An advisory lock on a file, held by one thread of one process; the kernel releases it when the process ends."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._thread_lock = threading.Lock()
-        self._held = False  # whether a thread of this process that has the lock above has the file's, too
+        self._held = False  # whether the holder of the thread lock also holds the lock on the file
 
     @contextmanager
     def hold(self, timeout: float = LOCK_SECONDS) -> Iterator[None]:
-        """Wait for the lock, hold it for the body of the ``with``.
+        """Wait for the lock and hold it for the body of the ``with``.
 
-        Raises ``LockUnavailable`` where it is not free within ``timeout`` seconds (its holder may be stopped), or
-        where its file cannot be opened.
+        Raises ``LockUnavailable`` if it is not free within ``timeout`` seconds (its holder may be stopped), or if its
+        file cannot be opened.
         """
         deadline = time.monotonic() + timeout
         if not self._thread_lock.acquire(timeout=timeout):
-            if not self._held:  # the thread that is before this one waits for another process
+            if not self._held:  # the thread in front of this one waits for another process
                 raise LockUnavailable(_HELD_ELSEWHERE.format(self._path))
-            raise LockUnavailable(f"The portal waited for {self._path} in vain: it is busy; try again shortly.")
+            raise LockUnavailable(f"Timed out waiting for {self._path}: the portal is busy; try again shortly.")
         try:
             with self._descriptor() as descriptor:
                 _take(descriptor, deadline, self._path)
@@ -164,7 +164,7 @@ class FileLock:
 
     @contextmanager
     def try_hold(self) -> Iterator[bool]:
-        """Take the lock if it is free; yields whether it was. Raises ``LockUnavailable`` where its file cannot be."""
+        """Take the lock if it is free; yields whether it was. Raises ``LockUnavailable`` if its file is unusable."""
         if not self._thread_lock.acquire(blocking=False):
             yield False
             return
@@ -181,7 +181,7 @@ class FileLock:
 
     @contextmanager
     def try_share(self) -> Iterator[bool]:
-        """Hold the lock beside others who share it, unless somebody holds it alone; yields whether it was possible."""
+        """Share the lock with other holders, unless one holds it exclusively; yields whether that was possible."""
         with self._descriptor() as descriptor:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -192,11 +192,11 @@ class FileLock:
 
     @contextmanager
     def _descriptor(self) -> Iterator[int]:
-        # Opened at each use, so that a fork never shares the open file description, and with it the lock.
+        # Opened at each use, so that a forked process never inherits the open file description and with it the lock.
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise LockUnavailable(f"{self._path} cannot be opened ({error.strerror}); see to its disk.") from error
+            raise LockUnavailable(f"{self._path} cannot be opened ({error.strerror}); check its disk.") from error
         try:
             yield descriptor
         finally:
@@ -204,14 +204,14 @@ class FileLock:
 
 
 def own_until_exit(path: Path) -> bool:
-    """Take the file at ``path`` for this process alone until it ends, however it ends; says whether it was free.
+    """Lock a file for this process until it ends, in whatever way; returns whether it was free.
 
-    Processes that are forked later do not hold it. Raises ``LockUnavailable`` where the file cannot be opened.
+    Forked processes do not inherit the lock. Raises ``LockUnavailable`` if the file cannot be opened.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # open until the end: it is the lock
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # stays open
     except OSError as error:
-        raise LockUnavailable(f"{path} cannot be opened ({error.strerror}); see to its disk.") from error
+        raise LockUnavailable(f"{path} cannot be opened ({error.strerror}); check its disk.") from error
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

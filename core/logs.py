@@ -1,4 +1,4 @@
-"""The log: one line an event, as text or as JSON."""
+"""Writes the log: one line for each event, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 def set_up(*, level: str, as_json: bool) -> None:
-    """Send every event to standard error; raises nothing, replaces what handlers there were."""
+    """Send every event to standard error, in place of all present handlers."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for chatty in ("alembic", "sqlalchemy"):  # rows and statements are not for a log, at any level
+    for chatty in ("alembic", "sqlalchemy"):  # rows and statements must not be logged, at any level
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def hide_links() -> None:
-    """Keep the lines of Flask's own server that show a download's path, which holds a link's token, from the log."""
+    """Drop the access log lines of Flask's own server for downloads, whose path contains the token of the link."""
     logging.getLogger("werkzeug").addFilter(_shows_no_link)
 
 
@@ -30,7 +30,7 @@ def _shows_no_link(record: logging.LogRecord) -> bool:
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What was given as ``extra`` to the event."""
+    """Return the values that were given as ``extra`` to the event."""
     return {name: value for name, value in vars(record).items() if name not in _STANDARD}
 
 
@@ -65,7 +65,7 @@ class TextFormatter(logging.Formatter):
 
 def _plain(value: Any) -> str:
     text = str(value)
-    # Quoted as JSON, so that nothing a client sent can begin a line of its own.
+    # Quoted as JSON, so that no text from a client can start a line of its own.
     return text if text and text.isascii() and text.isprintable() and not set(' "=') & set(text) else json.dumps(text)
 
 

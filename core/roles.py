@@ -1,4 +1,4 @@
-"""Roles of operators, what each may do, and how their tokens are kept."""
+"""The roles of operators with their permissions, and the hash by which their tokens are stored."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MAY: dict[Role, frozenset[Permission]] = {
 
 
 def may(role: str, permission: Permission) -> bool:
-    """Whether a role, which for who has shown no token is none of ``Role``, has the permission."""
+    """Tell whether a role has the permission; a client without a token has a role that is not in ``Role``, and none."""
     return any(role == known and permission in permissions for known, permissions in MAY.items())
 
 
 def hash_token(secret: str) -> str:
-    """SHA-256 in hex: enough, because what it hides has 256 random bits; the look-up by it leaks no timing of use."""
+    """Return the SHA-256 in hex; 256 random bits need no slow hash, and a lookup by it leaks no useful timing."""
     return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Which MQTT topic filters a device may be given."""
+"""Decides which MQTT topic filters a device may be given."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PRINTABLE_ASCII = re.compile(r"[ -~]+")
 
 
 class Access(StrEnum):
-    """What a device may do with the topics of a filter; the text is Mosquitto's own word for it."""
+    """What a device may do with the topics of a filter; the text is the keyword of Mosquitto's ACL."""
 
     READ = "read"
     WRITE = "write"
@@ -29,21 +29,21 @@ class Access(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One topic filter, where ``{id}`` stands for the device's id, with what the device may do there."""
+    """A topic filter, in which ``{id}`` is a placeholder for the device's id, and the access to its topics."""
 
     filter: str
     access: Access
 
 
 def is_device_id(text: str) -> bool:
-    """Whether ``text`` is a UUID as devices carry it: lower case, with hyphens (RFC 9562 section 4)."""
+    """Tell whether ``text`` is a UUID in the form of device ids: lower case, with hyphens (RFC 9562 section 4)."""
     return _CANONICAL_UUID.fullmatch(text) is not None
 
 
 def new_device_id(now: datetime) -> str:
-    """Make a device's id: a UUID that begins with the time (version 7 of RFC 9562 section 5.7), 74 bits random.
+    """Return a UUID that begins with the time (version 7, RFC 9562 section 5.7) and has 74 random bits.
 
-    Rows of devices that come one after the other then lie side by side in every index: a commit writes fewer pages.
+    Devices that are registered one after the other are then neighbours in every index: a commit writes fewer pages.
     """
     milliseconds = int(now.timestamp() * 1000) & (1 << 48) - 1
     random = secrets.randbits(74)
@@ -52,22 +52,22 @@ def new_device_id(now: datetime) -> str:
 
 
 def default_topics(prefix: str) -> tuple[Topic, ...]:
-    """The topics of a device that was given none of its own: everything below its id."""
+    """Return the topics of a device for which none were requested: everything below its id."""
     return (Topic(f"{prefix}/{DEVICE_ID}/#", Access.READWRITE),)
 
 
 def expand(topic: Topic, device_id: str) -> str:
-    """The filter of ``topic`` as the broker reads it, with the device's id in the place of ``{id}``."""
+    """Return the filter of ``topic`` with the device's id in place of ``{id}``, as the broker is given it."""
     return topic.filter.replace(DEVICE_ID, device_id)
 
 
 def check_topics(topics: Iterable[Topic], *, device_id: str | None, prefix: str) -> tuple[Topic, ...]:
     """Return the topics in normal form (the device's own id becomes ``{id}``) or raise ``TopicRefused``.
 
-    A filter is allowed where it begins with the levels of ``prefix``, followed by a level that is ``{id}``, the
-    device's own id, or a literal that is no UUID in any spelling, and is a valid topic filter (MQTT 5.0 section
-    4.7) of printable ASCII. No wildcard can therefore stand where another device's id could. ``device_id`` is None
-    for a device that has no id yet. The error names each field refused, as ``topics.<index>.filter``.
+    A filter is allowed if it is a valid topic filter (MQTT 5.0 section 4.7) of printable ASCII that begins with the
+    levels of ``prefix``, followed by a level that is ``{id}``, the device's own id, or a literal that is not a UUID in
+    any spelling. So no wildcard can match the id of another device. ``device_id`` is None for a device that has no id
+    yet. The error names each field refused, as ``topics.<index>.filter``.
     """
     topics = tuple(topics)
     if not 1 <= len(topics) <= MAX_TOPICS:
@@ -119,7 +119,10 @@ def _syntax_problem(filter_: str) -> str | None:
         return "must not begin or end with a space"
     if "%" in filter_:
         return "must not contain %, which the broker would replace"
-    levels = filter_.split("/")
+    return _level_problem(filter_.split("/"))
+
+
+def _level_problem(levels: list[str]) -> str | None:
     if "" in levels:
         return "must have no empty level, and not begin or end with /"
     for index, level in enumerate(levels):
@@ -138,13 +141,13 @@ def _reach_problem(levels: list[str], prefix: str) -> str | None:
         return f"must begin with {prefix}/{DEVICE_ID} or {prefix}/ and a name"
     place = levels[len(wanted)]
     if place in ("+", "#"):
-        return f"must have no wildcard where a device's id stands, directly after {prefix}/"
+        return f"must have no wildcard directly after {prefix}/, where the device's id is"
     if place != DEVICE_ID and _bare_uuid(place) is not None:
         return f"must not name another device; use {DEVICE_ID} for this one"
     return None
 
 
 def _bare_uuid(level: str) -> str | None:
-    """The 32 hex digits of a UUID in any common spelling, or None where the text is none."""
+    """Return the 32 hex digits of a UUID in any common spelling, or None if the text is not a UUID."""
     digits = level.lower().removeprefix("urn:uuid:").strip("{}").replace("-", "")
     return digits if re.fullmatch(r"[0-9a-f]{32}", digits) else None

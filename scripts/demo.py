@@ -122,7 +122,7 @@ def tell(story: Story, at_the_end: contextlib.ExitStack) -> None:
         alert = site.tls_alert("pump-1")
         expect("certificate revoked" in alert, f"the TLS handshake ended with {alert!r}")
     story.detail(alert)
-    with story.step("display-1 is in all the same: it was not cut off, and may come back"):
+    with story.step("display-1 is still connected, and may connect again"):
         expect(watching.is_connected(), "display-1 was cut off, too")
         answer = site.publish("display-1", f"devices/{display['device_id']}/status", "well")
         expect(answer == "", f"display-1 was told {answer!r}")

@@ -293,7 +293,7 @@ def running() -> Iterator[Site]:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Put a Ctrl-C off until after the body: a process that is being started would go on, known to nobody."""
+    """Delay a Ctrl-C until after the body: a process that is just being started would never be stopped."""
     pending: list[int] = []
     handlers = {
         number: signal.signal(number, lambda received, _: pending.append(received))

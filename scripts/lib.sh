@@ -73,7 +73,7 @@ make_venv() {
             "$python" -c 'import ensurepip, venv' 2>/dev/null ||
                 fail "Python's venv module is needed. Install it with: apt-get install python3-venv"
         fi
-        # A broken one is made anew, but nothing else is ever cleared away.
+        # A broken one is made again, but nothing else is ever removed.
         if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
             fail "$VENV is no virtual environment; set PORTAL_VENV to another folder."
         fi

@@ -117,7 +117,7 @@ def test_another_process_holds_a_lock_until_it_dies(tmp_path: Path) -> None:
         assert holder.stdout.readline() == b"held\n"
         with lock.try_hold() as held:
             assert not held
-        with pytest.raises(LockUnavailable, match="another of its processes holds it"), lock.hold(0.05):
+        with pytest.raises(LockUnavailable, match="another process of the portal holds it"), lock.hold(0.05):
             pass
         holder.kill()
         holder.wait()

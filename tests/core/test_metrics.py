@@ -337,7 +337,7 @@ def test_without_room_for_the_files_a_process_counts_for_itself_and_says_so(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with caplog.at_level(logging.ERROR):
         metrics.share(folder)
-    assert "stay out of /metrics" in caplog.text
+    assert "missing from /metrics" in caplog.text
     before = value_of(samples_of(metrics.exposition([]).decode()), "portal_revocations_total")
     metrics.revoked()
     assert value_of(samples_of(metrics.exposition([]).decode()), "portal_revocations_total") == before + 1

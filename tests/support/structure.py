@@ -187,6 +187,31 @@ class ModuleTrace:
         return "" if name.startswith((*self._excluded, ".venv/")) else name
 
 
+class CallOrder:
+    """Records the functions below ``root`` in the order of their first calls in the current thread.
+
+    Each is ``path.py:Class.method``, as docs/changing.md names them.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._prefix = f"{root.resolve()}/"
+        self._before: Callable[..., Any] | None = None
+        self.functions: dict[str, None] = {}
+
+    def __enter__(self) -> CallOrder:
+        self._before = sys.getprofile()
+        sys.setprofile(self._called)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._before)
+
+    def _called(self, frame: FrameType, event: str, _argument: object) -> None:
+        filename = frame.f_code.co_filename
+        if event == "call" and filename.startswith(self._prefix):
+            self.functions.setdefault(f"{filename.removeprefix(self._prefix)}:{frame.f_code.co_qualname}")
+
+
 def figures(root: Path) -> Mapping[str, Any]:
     """Return everything that can be counted without running the product, under the names that are printed."""
     paths = product_files(root)

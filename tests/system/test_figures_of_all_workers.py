@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -31,12 +32,34 @@ def counted(deployment: Deployment) -> float:
     return total_of(scrape(deployment), "portal_http_requests_total", route="/healthz")
 
 
+@contextmanager
+def answered_by(deployment: Deployment, worker: int) -> Iterator[None]:
+    """Stop all workers but one, so that this one answers every new connection."""
+    others = [pid for pid in deployment.workers() if pid != worker]
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_every_worker_tells_the_same_and_all_of_it(deployment: Deployment) -> None:
     before = counted(deployment)
-    for _ in range(12):
-        deployment.session.close()
-        assert deployment.call("GET", "/healthz").status_code == 200
-    assert {counted(deployment) for _ in range(6)} == {before + 12}
+    workers = deployment.workers()
+    assert len(workers) == 3
+    for worker in workers:
+        with answered_by(deployment, worker):
+            for _ in range(4):
+                deployment.session.close()
+                assert deployment.call("GET", "/healthz").status_code == 200
+    told = []
+    for worker in workers:
+        with answered_by(deployment, worker):
+            told.append(counted(deployment))
+    assert told == [before + 12] * 3
+    assert deployment.workers() == workers
 
 
 def test_a_revocation_is_counted_with_the_time_until_the_broker_refused_the_device(deployment: Deployment) -> None:
