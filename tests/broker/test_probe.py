@@ -1,0 +1,85 @@
+"""The probe against a stand-in for the broker that goes wrong in ways that a real one does not on request."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from broker.probe import CERTIFICATE_REVOKED, Probe, ProbeCertificate, ProbeCertificates
+from core.errors import BrokerNotEnforcing, BrokerUnavailable
+from tests.support.mosquitto import short_folder
+from tests.support.pki import Pki
+
+
+class StandIn:
+    """A TLS listener that checks client certificates against a CRL, and answers CONNECT with ``reason``."""
+
+    def __init__(self, folder: Path, *, name: str = "localhost") -> None:
+        self.pki, self.folder, self.reason = Pki(), folder, 0
+        good, revoked = self.pki.issuing.issue("good"), self.pki.issuing.issue("revoked")
+        self.certificates = ProbeCertificates(
+            ProbeCertificate(*good.write(folder, "good")), ProbeCertificate(*revoked.write(folder, "revoked"))
+        )
+        (folder / "ca.pem").write_bytes(self.pki.ca_bundle)
+        (folder / "crl.pem").write_bytes(self.pki.issuing.crl(revoked))
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(*self.pki.issuing.issue("server", server_names=[name]).write(folder, "server"))
+        self.context.load_verify_locations(folder / "ca.pem")
+        self.context.load_verify_locations(folder / "crl.pem")
+        self.context.verify_mode = ssl.CERT_REQUIRED
+        self.context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._serve, daemon=True).start()
+        self.probe = Probe("localhost", self.listener.getsockname()[1], folder / "ca.pem")
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                plain, _ = self.listener.accept()
+                with plain, contextlib.suppress(OSError), self.context.wrap_socket(plain, server_side=True) as secure:
+                    secure.recv(1000)
+                    secure.sendall(bytes([0x20, 3, 0, self.reason, 0]))
+                    secure.recv(1000)
+
+    def run(self) -> int:
+        return self.probe.run(self.certificates, time.monotonic() + 5).revoked_alert
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    folder = short_folder()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_listener_that_refuses_and_accepts_as_it_must_passes(folder: Path) -> None:
+    assert StandIn(folder).run() == CERTIFICATE_REVOKED
+
+
+def test_a_good_certificate_that_mqtt_refuses_is_a_fault(folder: Path) -> None:
+    broker = StandIn(folder)
+    broker.reason = 0x87
+    with pytest.raises(BrokerNotEnforcing, match="MQTT reason 0x87"):
+        broker.run()
+
+
+def test_a_certificate_of_another_host_is_refused(folder: Path) -> None:
+    with pytest.raises(BrokerUnavailable, match="certificate is refused"):
+        StandIn(folder, name="broker.example").run()
+
+
+def test_a_probe_certificate_that_was_replaced_is_read_again(folder: Path) -> None:
+    broker = StandIn(folder)
+    broker.run()
+    for name in ("pem", "key"):
+        shutil.copy(folder / f"revoked.{name}", folder / f"good.{name}")
+    with pytest.raises(BrokerNotEnforcing, match=f"refuses a good certificate with TLS alert {CERTIFICATE_REVOKED}"):
+        broker.run()
