@@ -7,7 +7,10 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import SignatureAlgorithmOID
 
 import ca
@@ -51,6 +54,7 @@ def test_every_reason_of_a_full_crl_can_be_given_but_unspecified_is_left_out(cas
     codes = [extension.value for extension in entry.extensions]
     expected = [] if reason == "unspecified" else [x509.CRLReason(x509.ReasonFlags[reason.value])]
     assert codes == expected
+    assert not any(extension.critical for extension in entry.extensions)  # RFC 5280 §5.3.1
 
 
 def test_the_reasons_are_all_of_rfc_5280_but_the_one_for_delta_crls() -> None:
@@ -128,6 +132,16 @@ def test_a_crl_whose_two_signature_algorithms_differ_is_refused(cas: Hierarchy) 
     for changed in (outside, inside):
         with pytest.raises(ValueError, match="do not match"):  # RFC 5280 §5.1.1.2; the broker's check relies on it
             x509.load_der_x509_crl(changed)
+
+
+def test_a_crl_signed_with_rsassa_pss_cannot_be_checked(cas: Hierarchy) -> None:
+    key = rsa.generate_private_key(65537, 2048)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(cas.root.certificate.subject)
+    builder = builder.last_update(NOW).next_update(NOW + timedelta(days=1))
+    pss = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.DIGEST_LENGTH)
+    crl = builder.sign(key, hashes.SHA256(), rsa_padding=pss)
+    with pytest.raises(UnsupportedAlgorithm):
+        is_signed_by(crl, crl.public_bytes(Encoding.DER), key.public_key())
 
 
 @pytest.mark.parametrize("serial_number", ["", "0", "-1", "0x1", "FF", "a:b", "1_0", " 1", "1\n", "f" * 40, "1" * 41])
