@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import BackupRefused, DatabaseTooNew
 from store.base import UtcDateTime
-from store.database import MIGRATION_LOCK, migration_config
+from store.database import MIGRATION_LOCK, migration_config, newest_revision
 from store.tables import METADATA
 
 BATCH = 500
@@ -126,7 +126,7 @@ def revision(tx: Connection) -> str | None:
 
 def head() -> str | None:
     """Return the schema revision of this version of the portal."""
-    return ScriptDirectory.from_config(migration_config()).get_current_head()
+    return newest_revision()
 
 
 def check_revision(wanted: str) -> None:

@@ -5,6 +5,7 @@ On SQLite writers take turns, and callers that wait for their turn share a commi
 
 from __future__ import annotations
 
+import functools
 import os
 import sqlite3
 import time
@@ -114,7 +115,7 @@ class Database:
     def migrate(self) -> None:
         """Bring the schema up to this version's; raises ``DatabaseTooNew`` if a newer portal has written it."""
         config = migration_config()
-        head = ScriptDirectory.from_config(config).get_current_head()
+        head = newest_revision()
         with _translated():
             with self.engine.connect() as connection:
                 if MigrationContext.configure(connection).get_current_revision() == head:
@@ -144,6 +145,16 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def newest_revision() -> str | None:
+    """Return the schema revision of this version of the portal."""
+    return _newest_of(MIGRATIONS)
+
+
+@functools.cache
+def _newest_of(migrations: Path) -> str | None:
+    return ScriptDirectory(str(migrations)).get_current_head()  # cached: it executes the file of every migration
 
 
 def migration_config() -> AlembicConfig:
