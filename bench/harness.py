@@ -92,6 +92,7 @@ class RunningPortal:
             "PORTAL_MQTT_PORT": str(self.mqtt_port),
             "PORTAL_BIND": f"127.0.0.1:{free_port()}",
             "PORTAL_PKI_BIND": pki_bind,
+            "PORTAL_THREADS": "32",  # a connection that was opened and has sent no request yet holds a thread
             **environment,
         }
         self._broker = Mosquitto(self.data / "broker", self.mqtt_port)
