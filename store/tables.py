@@ -295,7 +295,7 @@ class Certificate(Base):
 
 
 class Delivery(Base):
-    """A bundle that waits for its one download; it is deleted once delivered, expired or revoked."""
+    """A bundle that waits for its one download; it is removed, and the row kept, once delivered, expired or revoked."""
 
     __tablename__ = "deliveries"
     __table_args__ = (
@@ -399,7 +399,7 @@ class EnrolmentRow(Base):
     """A device's first request for a certificate, however often it is repeated.
 
     ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
-    the key in its CSR, or of the key in the certificate it was born with.
+    the key in its CSR, or of the key in its factory certificate.
     """
 
     __tablename__ = "enrolments"

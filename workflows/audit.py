@@ -19,7 +19,11 @@ _HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "r
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """The client of a request: ``name`` is what the audit record shows, such as ``token:ci-factory`` or ``link``."""
+    """The client of a request.
+
+    ``name`` is what the audit record shows: ``NAME (ID)`` of an operator's token, the credential of a
+    device, ``anyone``, or ``portal`` for a job.
+    """
 
     tenant_id: str
     name: str

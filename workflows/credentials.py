@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, Self
 
 import ca
-import credential_delivery as delivery
+import credential_delivery
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.topics import Topic, default_topics, expand
@@ -201,7 +201,7 @@ class CredentialIssuer:
         now: datetime,
     ) -> EncryptedBundle:
         example = (topics or default_topics(self._settings.topic_prefix))[0]
-        credentials = delivery.Credentials(
+        credentials = credential_delivery.Credentials(
             device_id=issued.device_id,
             key_pem=private_key_pem(key),
             certificate_pem=issued.certificate,
@@ -212,14 +212,14 @@ class CredentialIssuer:
             example_topic=expand(example, issued.device_id).replace("#", "hello").replace("+", "hello"),
         )
         delivery_id = secrets.token_hex(16)
-        password = request.bundle_password or delivery.new_bundle_password()
+        password = request.bundle_password or credential_delivery.new_bundle_password()
         bundle_format = BundleFormat(request.bundle_format or BundleFormat.ZIP)
         return EncryptedBundle(
             delivery_id,
-            delivery.package_credentials(credentials, password, now=now, bundle_format=bundle_format),
+            credential_delivery.package_credentials(credentials, password, now=now, bundle_format=bundle_format),
             bundle_format,
             password,
-            delivery.generate_download_link(
+            credential_delivery.generate_download_link(
                 delivery_id, self._link_keys, public_url=self._settings.public_url, now=now
             ),
             now + timedelta(hours=self._settings.link_hours),

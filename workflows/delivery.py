@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
 
-import credential_delivery as delivery
+import credential_delivery
 from config import Settings
 from core.failpoints import failpoint
 from delivery.formats import BundleFormat
@@ -54,7 +54,7 @@ class Deliveries:
         """
         now = self._clock()
         # The signature's own age limit is the longest a link can live; what counts is the time in the database.
-        delivery_id = delivery.read_download_token(
+        delivery_id = credential_delivery.read_download_token(
             token, self._link_keys, now=now, max_age=timedelta(hours=self._settings.link_hours) + timedelta(days=1)
         )
         with self._database.snapshot() as tx:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
-import credential_delivery as delivery
+import credential_delivery
 from core.errors import IdempotencyConflict
 from store import deliveries
 from store.database import Database
@@ -26,7 +26,7 @@ class Sealed:
     """A request that came with an idempotency key."""
 
     tenant_id: str
-    seal: delivery.AnswerSeal = field(repr=False)
+    seal: credential_delivery.AnswerSeal = field(repr=False)
     request_hash: str
 
 
@@ -42,7 +42,7 @@ class KeptAnswers:
         """Return what ``once`` and ``keep`` need, ``None`` without a key; equal requests must be the same bytes."""
         if not idempotency_key:
             return None
-        seal = delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper)
+        seal = credential_delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper)
         return Sealed(tenant_id, seal, seal.request_hash(request))
 
     def once(

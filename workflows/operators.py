@@ -98,7 +98,7 @@ class Operators:
                 f"Too many logins from this address have failed; try again in {failure.wait} seconds.", failure.wait
             )
 
-    def came_too_late(self, actor: Actor, action: str, target: str, code: str) -> None:
+    def record_late_use(self, actor: Actor, action: str, target: str, code: str) -> None:
         """Record one that was valid and has expired, without counting it as a guess; a flood of them is summarized."""
         if self._throttle.failed(actor.address, self._clock().timestamp(), counts=False).recorded:
             self.refused(actor, action, target, code)

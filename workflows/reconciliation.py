@@ -160,7 +160,7 @@ class Reconciler:
         outcome = self.apply(generation)
         if outcome.covers(generation) or (outcome.installed >= generation and not self.broker_answers()):
             return
-        raise Unavailable("The device is registered, but the broker does not know it yet; try again in a few seconds.")
+        raise Unavailable("The broker does not know the device's newest state yet; try again in a few seconds.")
 
     def install(self) -> Outcome:
         """Write the files of the newest generation without telling the broker, which may not run yet."""

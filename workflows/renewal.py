@@ -30,7 +30,7 @@ from workflows.events import EventType
 from workflows.idempotency import KeptAnswers, Sealed
 from workflows.reconciliation import Reconciler
 
-log = logging.getLogger("portal.registrations")
+log = logging.getLogger("portal.renewals")
 
 # A device whose answers are lost asks again and again, and each valid certificate makes a stolen key worth more.
 MAX_VALID = 5
@@ -102,8 +102,8 @@ class Renewals:
 
         An operator may renew at any time; a device that asks by itself in the window of the certificate that it has
         ``shown`` (the SHA-256 of the DER in hex), which need not be its newest: the answer that brought that may have
-        been lost. Raises ``DeviceNotFound``, ``StateConflict`` where the device is not in, has too many certificates or
-        asks too early or too late, ``InputInvalid`` (``CsrInvalid``), ``IdempotencyConflict``, ``Unavailable``.
+        been lost. Raises ``DeviceNotFound``, ``StateConflict`` if the device is not active, has too many certificates
+        or asks too early or too late, ``InputInvalid`` (``CsrInvalid``), ``IdempotencyConflict``, ``Unavailable``.
         """
         sealed = self._answers.seal(actor.tenant_id, idempotency_key, renewal.canonical(device_id))
         answer, generation = self._answers.once(

@@ -10,6 +10,7 @@ from datetime import datetime
 
 import db
 from core import metrics
+from core.errors import StateConflict
 from core.failpoints import failpoint
 from core.states import DeviceStatus, advance
 from store import devices
@@ -113,8 +114,9 @@ class DeviceRevocations:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
             generation = device.generation
             if device.status is not DeviceStatus.ACTIVE:
-                if device.status is not DeviceStatus.SUSPENDED:
-                    advance(device.status, DeviceStatus.SUSPENDED)  # which says why it cannot be
+                if device.status is DeviceStatus.PENDING:  # its certificate makes it active, nothing else
+                    raise StateConflict("A device that is pending cannot be resumed: it was never suspended.")
+                advance(device.status, DeviceStatus.ACTIVE)
                 generation = db.next_generation(tx, actor.tenant_id, at=now)
                 devices.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
                 events.record(tx, actor.tenant_id, EventType.RESUMED, device_id, at=now)

@@ -21,6 +21,8 @@ from tests.support.harness import PER_DEVICE, Api, Clock, problem_of
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows.registration import Registered
 
+PENDING = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
+
 
 def status_of(portal: Portal, device_id: str) -> tuple[DeviceStatus, list[str]]:
     with portal.database.snapshot() as tx:
@@ -98,13 +100,36 @@ def test_a_suspended_device_can_be_revoked_and_then_stays_out(portal: Portal) ->
     registered = portal.registrations.register(OPERATOR, PUMP)
     portal.revocations.suspend(OPERATOR, registered.device_id)
     portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise")
-    for move in (portal.revocations.resume, portal.revocations.suspend):
-        with pytest.raises(StateConflict, match="revoked cannot become"):
-            move(OPERATOR, registered.device_id)
+    with pytest.raises(StateConflict, match="revoked cannot become active"):
+        portal.revocations.resume(OPERATOR, registered.device_id)
+    with pytest.raises(StateConflict, match="revoked cannot become suspended"):
+        portal.revocations.suspend(OPERATOR, registered.device_id)
     assert status_of(portal, registered.device_id) == (DeviceStatus.REVOKED, ["revoked"])
     entry = crl_entry(portal, registered)
     assert entry is not None
     assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.key_compromise
+
+
+def test_a_pending_device_cannot_be_resumed(portal: Portal, clock: Clock) -> None:
+    with portal.database.transaction() as tx:
+        db.add_device(
+            tx,
+            tenant_id="default",
+            device_id=PENDING,
+            name="pump",
+            type="pump",
+            location="Hall 2",
+            firmware="1.0",
+            metadata={},
+            status=DeviceStatus.PENDING,
+            topics=None,
+            created_at=clock(),
+            generation=0,
+        )
+    with pytest.raises(StateConflict, match="pending cannot be resumed"):
+        portal.revocations.resume(OPERATOR, PENDING)
+    assert status_of(portal, PENDING) == (DeviceStatus.PENDING, [])
+    assert "device:resume" not in actions(portal, 1)
 
 
 def test_suspend_resume_and_revoke_at_once_have_one_order_and_revoked_wins(portal: Portal) -> None:

@@ -55,7 +55,7 @@ _JSON_COLUMNS = ("metadata", "topics")
 
 
 class ArrivingBody(Protocol):
-    """A body while it arrives: see ``web.serving.RequestBody``."""
+    """A body while it arrives: see ``web.listeners.RequestBody``."""
 
     def read_some(self, wait: float | None = None) -> bytes | None:
         """Return a part, empty at the end, ``None`` where none begins to come in ``wait`` seconds."""
@@ -80,7 +80,7 @@ class UploadBody:
             self._stream.check()
 
     def read_some(self, wait: float | None = None) -> bytes | None:
-        """Return a part; raises ``BodyTooLarge``, and as ``web.serving.RequestBody.read_some`` does."""
+        """Return a part; raises ``BodyTooLarge``, and as ``web.listeners.RequestBody.read_some`` does."""
         part: bytes | None
         if hasattr(self._stream, "read_some"):
             part = self._stream.read_some(wait)

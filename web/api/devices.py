@@ -213,7 +213,7 @@ def download(call: Call, token: str) -> Reply:
         raise
     except Gone as error:
         # Somebody was not the first to use the link: worth knowing.
-        call.portal.operators.came_too_late(call.actor, "bundle:fetch", "link", error.code)
+        call.portal.operators.record_late_use(call.actor, "bundle:fetch", "link", error.code)
         raise
     headers = _bundle_headers(bundle.device_id, bundle.format, len(bundle.content))
     return Reply(content=bundle.content, media_type=bundle.format.media_type, headers=headers)

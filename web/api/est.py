@@ -157,7 +157,7 @@ def _client(call: Call) -> Client:
     try:
         return call.portal.clients.identify(der)
     except PortalError as error:
-        call.portal.operators.came_too_late(call.actor, "device:enrol", "client certificate", error.code)
+        call.portal.operators.record_late_use(call.actor, "device:enrol", "client certificate", error.code)
         raise
 
 

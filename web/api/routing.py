@@ -104,9 +104,8 @@ class Route:
     of its parameters ``body`` and ``query`` a pydantic model (or, with ``octets``, the bytes of the body). Its name is
     the operationId, the first line of its docstring the summary.
 
-    With ``token_optional`` a route for ``ANYONE`` checks a token that comes along. ``direct`` routes are answered by
-    ``web/api/direct.py``. Every GET answers HEAD, too; with ``head_summary`` the OpenAPI text says so. ``also`` are
-    further answers that are no errors.
+    With ``token_optional`` a route for ``ANYONE`` checks a token that comes along. Every GET answers HEAD, too; with
+    ``head_summary`` the OpenAPI text says so. ``also`` are further answers that are no errors.
     """
 
     method: str
