@@ -1,4 +1,4 @@
-"""Compares what clients were told with database, broker files and what the broker lets in."""
+"""Compares what clients were told with database, broker files and the devices that the broker accepts."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Check:
                 self.ledger.lost("database and ACL disagree", device["name"])
 
     def broker(self, number: int) -> None:
-        """What the broker lets in, of devices whose keys are here."""
+        """Which devices the broker accepts, of those whose keys are here."""
         self.refuses(number)
         for known in self.sample(lambda known: has_certificate(known) and not known.revoke_sent, number):
             if why := self.connect(known):

@@ -62,7 +62,7 @@ def in_base64(der: bytes) -> bytes:
 
 @dataclass
 class Device:
-    """A device with what it is let in by: an enrolment token, a client certificate (DER), or neither."""
+    """A device with its enrolment credential: an enrolment token, a client certificate (DER), or neither."""
 
     api: Api
     token: str | None = None

@@ -31,7 +31,7 @@ from workflows.operators import new_token
 ALL = os.environ.get("PORTAL_TEST_ALL") == "yes"
 # For tests to which the database makes no difference.
 ON_SQLITE = pytest.mark.parametrize("prepared", ["sqlite"], indirect=True)
-# For tests of what the allow-list alone does: narrower topics, a block for each device that is in.
+# For tests of what the allow-list alone does: narrower topics, a block for each active device.
 PER_DEVICE = pytest.mark.parametrize("acl_style", ["per-device"], indirect=True)
 
 

@@ -1,4 +1,4 @@
-"""The real broker obeys: who may do what, who is put out, how a damaged file is noticed."""
+"""The real broker obeys: who may do what, which devices it disconnects and refuses, how a damaged file is noticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A portal that is killed at any moment loses nothing that it answered, and lets nobody in who was put out."""
+"""A portal that is killed at any moment loses nothing that it answered, and never accepts a revoked device."""
 
 from __future__ import annotations
 

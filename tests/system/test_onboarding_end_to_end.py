@@ -1,4 +1,4 @@
-"""A device onboarded through the CLI, talking to the real broker, and put out again."""
+"""A device onboarded through the CLI, talking to the real broker, and revoked."""
 
 from __future__ import annotations
 

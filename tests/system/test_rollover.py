@@ -85,7 +85,7 @@ def test_devices_of_both_cas_are_at_work_before_during_and_after(deployment: Dep
     for device in (older, newer):
         assert verified(deployment, device, tmp_path).endswith(": OK\n")
 
-    # Each can be put out by the CRL of its own CA.
+    # Each can be revoked by the CRL of its own CA.
     gone = deployment.onboard("gone")
     for device in (revoked, gone):
         assert deployment.call("POST", f"/revoke/{device.id}").json()["broker"] == "enforced"

@@ -1,4 +1,4 @@
-"""A backup is whole, closed and honest; a restore brings nobody back who was put out since."""
+"""A backup is whole, closed and honest; a restore does not bring back a device that was revoked since."""
 
 from __future__ import annotations
 

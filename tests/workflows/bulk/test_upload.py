@@ -154,7 +154,7 @@ def test_a_row_that_was_there_is_no_second_device_and_gets_fresh_credentials(api
     assert (newest["status"], newest["fingerprint"]) == ("active", again["fingerprint"])
     assert (oldest["status"], oldest["revocation_reason"]) == ("revoked", "superseded")
     assert "repeated" not in other
-    # On the CRL, as the next pass makes it:
+    # On the CRL, as the next reconciliation makes it:
     portal = portal_of(app)
     portal.reconciler.install()
     crl = x509.load_der_x509_crl(portal.inventory.crl(portal.authority.issuing.id).der)  # type: ignore[union-attr]
