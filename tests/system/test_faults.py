@@ -441,7 +441,7 @@ def test_a_clock_that_is_moved_and_moved_back(ahead: timedelta) -> None:
 def test_a_portal_that_was_stopped_while_it_holds_a_lock_holds_no_other_up(
     faulty: Faulty, pair: tuple[dict[str, Any], dict[str, Any]], held: str
 ) -> None:
-    """``revoke.before_commit`` holds write gate and SQLite lock, ``apply.after_install`` in a reconciliation."""
+    """``revoke.before_commit`` is reached with the write lock held, ``apply.after_install`` during a reconciliation."""
     revoked, kept = pair
     mine = {"PORTAL_BIND": f"127.0.0.1:{free_port()}", "PORTAL_PKI_BIND": f"127.0.0.1:{free_port()}"}
     sleeps = {"PORTAL_FAILPOINT": f"revoke.after_commit>{held}=sleep:600"}
