@@ -20,6 +20,7 @@ from config import Address
 from core.errors import BodyTooSlow, PortalError, PortalStopping, RequestMalformed, StartupError
 
 BACKLOG = 1024
+KILLED_PORTAL_SECONDS = 5.0
 READ_AHEAD = 1024  # bytes that gunicorn waits for where an application reads less
 LOOK_UP = 0.5  # seconds between looks whether the server still runs, where an upload is waited for
 PLAIN_HTTP = (
@@ -54,7 +55,7 @@ def listen(address: Address, variable: str, timeout: float) -> socket.socket:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by the connections
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # inherited, too: socket(7)
             listener.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(timeout), int(timeout % 1 * 1e6)))
-        listener.bind(target)
+        _bind(listener, target)
         if address.is_unix:  # whoever may connect may say which certificate a client has shown
             os.chmod(address.host, 0o660)
         listener.listen(BACKLOG)
@@ -62,6 +63,18 @@ def listen(address: Address, variable: str, timeout: float) -> socket.socket:
         listener.close()
         raise StartupError(_why_not(error, address, variable)) from None
     return listener
+
+
+def _bind(listener: socket.socket, target: Any) -> None:
+    """Bind; wait for the workers of a portal that was killed a moment ago, which hold its ports until they notice."""
+    deadline = time.monotonic() + KILLED_PORTAL_SECONDS
+    while True:
+        try:
+            return listener.bind(target)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 def _resolved(address: Address) -> tuple[socket.AddressFamily, socket.SocketKind, Any]:
