@@ -6,6 +6,7 @@ import dataclasses
 import io
 import lzma
 import re
+import secrets
 import shlex
 import struct
 import zlib
@@ -137,6 +138,8 @@ def _open_p12(content: bytes, password: str) -> DeviceBundle:
         store = pkcs12.load_pkcs12(content, password.encode())
     except (ValueError, UnsupportedAlgorithm):
         raise BundleLocked(_LOCKED) from None
+    if _opens_with(content, secrets.token_hex().encode()):  # no MAC (RFC 7292 section 4): anybody can have made it
+        raise BundleLocked(_LOCKED)
     if store.key is None or store.cert is None:
         raise CheckFailed("This PKCS#12 file is not a device bundle: it has no key with a certificate.")
     leaf = store.cert.certificate
@@ -144,6 +147,14 @@ def _open_p12(content: bytes, password: str) -> DeviceBundle:
     between = [certificate for certificate in above if certificate.issuer != certificate.subject]
     files = {P12: content, CERTIFICATE: _pem(leaf), CHAIN: _pem(leaf, *between), CA: _pem(*above)}
     return DeviceBundle(files, (), store.key.public_key())
+
+
+def _opens_with(content: bytes, password: bytes) -> bool:
+    try:
+        pkcs12.load_pkcs12(content, password)
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    return True
 
 
 def _open_pem(content: bytes, password: str) -> DeviceBundle:

@@ -16,7 +16,7 @@ import pytest
 import pyzipper
 
 from commands.bundle import MAX_ENTRY, NAMES, check_bundle, open_bundle
-from commands.errors import CheckFailed
+from commands.errors import BundleLocked, CheckFailed
 from tests.support.cli_session import Session
 from tests.support.pki import PEM, Authority, Pki, key_pem
 from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle, device_files
@@ -232,3 +232,16 @@ def test_a_damaged_bundle_is_always_one_sentence(cut: int, files: Files) -> None
         content[place] ^= 0xFF
     with pytest.raises(CheckFailed):
         check_bundle(open_bundle(bytes(content), BUNDLE_PASSWORD), now=datetime.now(UTC))
+
+
+def test_a_pkcs12_file_that_no_password_protects_is_refused(tmp_path: Path) -> None:
+    """Anybody can make one, and it would open with every password."""
+    forged = Authority("somebody").issue("a device that somebody made up")
+    certificate, key = forged.write(tmp_path, "forged")
+    packed = subprocess.run(
+        ["openssl", "pkcs12", "-export", "-inkey", key, "-in", certificate, "-passout", "pass:",
+         "-nomac", "-keypbe", "NONE", "-certpbe", "NONE"],
+        check=True, capture_output=True,
+    ).stdout  # fmt: skip
+    with pytest.raises(BundleLocked):
+        open_bundle(packed, BUNDLE_PASSWORD)
