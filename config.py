@@ -259,7 +259,9 @@ class Settings(BaseSettings):
         shown=False,
     )
     server_names: Names = setting("localhost,127.0.0.1", "Names and addresses in the portal's own certificate")
-    workers: Annotated[int, count(1, 64)] = setting("2", "Worker processes; best is one for each processor")
+    workers: Annotated[int, count(1, 64)] = setting(
+        "2", "Worker processes of each of the two listeners; best is one for each processor"
+    )
     threads: Annotated[int, count(1, 128)] = setting("8", "Threads in each worker process")
     max_connections: Annotated[int, count(16, 65536)] = setting("1000", "Open connections in each worker process")
     max_body_bytes: Annotated[int, count(1024, 1 << 30)] = setting("1048576", "Longest request body, in bytes")

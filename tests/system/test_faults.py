@@ -373,6 +373,9 @@ class Timed(Faulty):
         self.session.verify = False  # this process's own clock is not moved
         self.move(timedelta(days=-10))
 
+    def _make_data_folder(self) -> None:
+        self.run_flask("init")  # at this clock: a copy would be of another time
+
     def move(self, ahead: timedelta) -> None:
         self.ahead = ahead
         (self.folder / "clock.new").write_text(f"{ahead.total_seconds():+.0f}")
@@ -467,7 +470,7 @@ def test_a_portal_that_was_stopped_while_it_holds_a_lock_holds_no_other_up(
     else:
         assert registered.status_code == 201
         assert answer.json()["broker"] == "pending"
-        assert "another of its processes holds it" in answer.json()["broker_problem"]
+        assert "another process of the portal holds it" in answer.json()["broker_problem"]
         assert "broker" in faulty.problems()
     os.killpg(other.pid, signal.SIGKILL)
     stuck.join()
