@@ -315,7 +315,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = json.loads(content) if content else {}
         reply = self.stub.answer(Request(self.command, parts.path, query, dict(self.headers), body))
         sent = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body or {}).encode()
-        headers = {"Content-Type": "application/json", "X-Request-Id": "request-1"} | dict(reply.headers)
+        headers = {"Content-Type": "application/json", "X-Request-Id": "request-1", "Connection": "close"}
+        headers |= dict(reply.headers)
         self.close_connection = True
         if reply.breaks_off and not sent:
             return
