@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import subprocess
 import uuid
@@ -17,29 +16,12 @@ import pyzipper
 
 from commands.bundle import MAX_ENTRY, NAMES, check_bundle, open_bundle
 from commands.errors import BundleLocked, CheckFailed
+from tests.support.bundle_files import DEVICE_ID, PASSWORD, Files, names_in
 from tests.support.cli_session import Session
 from tests.support.pki import PEM, Authority, Pki, key_pem
 from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle, device_files
 
 pytest_plugins = ("tests.support.cli_fixtures",)
-
-DEVICE_ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
-PASSWORD = {"PORTAL_BUNDLE_PASSWORD": BUNDLE_PASSWORD}
-WRONG = {"PORTAL_BUNDLE_PASSWORD": "not the password"}
-Files = dict[str, bytes]
-
-
-@pytest.fixture
-def files(cli_pki: Pki) -> Files:
-    return device_files(cli_pki, DEVICE_ID)
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def mode_of(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 # --- What is in the bundle ----------------------------------------------------------------------------------------

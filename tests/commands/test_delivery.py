@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,29 +16,11 @@ from commands.bundle import NAMES
 from commands.errors import CheckFailed
 from commands.files import Folder, NewFile
 from delivery.formats import BundleFormat
+from tests.support.bundle_files import DEVICE_ID, PASSWORD, WRONG, Files, mode_of, names_in
 from tests.support.cli_session import Session
-from tests.support.pki import Pki
-from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, build_bundle, device_files, problem
+from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, build_bundle, problem
 
 pytest_plugins = ("tests.support.cli_fixtures",)
-
-DEVICE_ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
-PASSWORD = {"PORTAL_BUNDLE_PASSWORD": BUNDLE_PASSWORD}
-WRONG = {"PORTAL_BUNDLE_PASSWORD": "not the password"}
-Files = dict[str, bytes]
-
-
-@pytest.fixture
-def files(cli_pki: Pki) -> Files:
-    return device_files(cli_pki, DEVICE_ID)
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def mode_of(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 # --- Download -----------------------------------------------------------------------------------------------------

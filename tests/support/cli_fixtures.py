@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from commands import client
+from tests.support.bundle_files import DEVICE_ID, Files
 from tests.support.cli_session import Session, session_for
 from tests.support.pki import Pki
-from tests.support.portal_stub import PortalStub, running
+from tests.support.portal_stub import PortalStub, device_files, running
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +29,9 @@ def stub(cli_pki: Pki, monkeypatch: pytest.MonkeyPatch) -> Iterator[PortalStub]:
 @pytest.fixture
 def session(stub: PortalStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
     return session_for(stub, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def files(cli_pki: Pki) -> Files:
+    """The files of a device's bundle, by name."""
+    return device_files(cli_pki, DEVICE_ID)
