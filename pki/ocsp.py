@@ -33,15 +33,17 @@ MAX_EXTENSIONS = 8  # in a list; RFC 6960 §4.4 knows three for a whole request,
 MAX_LAX_BYTES = 4096
 NONCE_BYTES = range(1, 129)  # RFC 9654 §2.1: shorter and longer ones are to be refused as malformed
 
-# The hashes by which a request may name an issuer, with their OIDs. Most clients use SHA-1, which proves nothing here.
-_HASHES = {
-    "sha1": "1.3.14.3.2.26",
-    "sha256": "2.16.840.1.101.3.4.2.1",
-    "sha384": "2.16.840.1.101.3.4.2.2",
-    "sha512": "2.16.840.1.101.3.4.2.3",
+# The hashes by which a request may name an issuer, by OID. Most clients use SHA-1, which proves nothing here.
+_HASHES: dict[str, hashes.HashAlgorithm] = {
+    "1.3.14.3.2.26": hashes.SHA1(),  # noqa: S303
+    "2.16.840.1.101.3.4.2.1": hashes.SHA256(),
+    "2.16.840.1.101.3.4.2.2": hashes.SHA384(),
+    "2.16.840.1.101.3.4.2.3": hashes.SHA512(),
 }
+_OIDS = {algorithm.name: oid for oid, algorithm in _HASHES.items()}
 _NONCE = OCSPExtensionOID.NONCE.dotted_string
-_ECDSA = ec.ECDSA(hashes.SHA256())
+_SHA256 = hashes.SHA256()
+_ECDSA = ec.ECDSA(_SHA256)
 _NULL = encode(univ.Null(""))
 # CRLReason (RFC 5280 §5.3.1); "unspecified" is expressed by leaving the reason out.
 _REASON_NUMBERS = {
@@ -86,6 +88,8 @@ class Status:
 
 UNKNOWN = Status(CertStatus.UNKNOWN)
 GOOD = Status(CertStatus.GOOD)
+_CERT_STATUSES = {cert_status: ocsp.OCSPCertStatus[cert_status.name] for cert_status in CertStatus}
+_REASON_FLAGS = {reason: x509.ReasonFlags[reason.value] for reason in _REASON_NUMBERS}
 
 
 # --- Requests -----------------------------------------------------------------------------------------------------
@@ -173,7 +177,7 @@ def _read_plain(request: ocsp.OCSPRequest, der: bytes) -> Request | None:
     are none of those if the parts that it gives, encoded again, are the same bytes.
     """
     try:
-        if request.hash_algorithm.name not in _HASHES:
+        if request.hash_algorithm.name not in _OIDS:
             return None
         name_hash, key_hash, algorithm = request.issuer_name_hash, request.issuer_key_hash, request.hash_algorithm
         builder = ocsp.OCSPRequestBuilder().add_certificate_by_hash(
@@ -189,7 +193,7 @@ def _read_plain(request: ocsp.OCSPRequest, der: bytes) -> Request | None:
             return None
     except (ValueError, UnsupportedAlgorithm):  # an unknown hash, or a serial number that cryptography does not write
         return None
-    return Request((Question((_HASHES[algorithm.name], name_hash, key_hash), f"{request.serial_number:x}"),), nonce)
+    return Request((Question((_OIDS[algorithm.name], name_hash, key_hash), f"{request.serial_number:x}"),), nonce)
 
 
 def _read_any(der: bytes) -> Request:
@@ -248,10 +252,10 @@ def issuer_ids(issuer: Issuer) -> list[IssuerId]:
     info, _ = decoder.decode(issuer.public_key_der, asn1Spec=rfc5280.SubjectPublicKeyInfo())
     key = info["subjectPublicKey"].asOctets()
 
-    def digest(algorithm: str, content: bytes) -> bytes:
-        return hashlib.new(algorithm, content, usedforsecurity=False).digest()
+    def digest(algorithm: hashes.HashAlgorithm, content: bytes) -> bytes:
+        return hashlib.new(algorithm.name, content, usedforsecurity=False).digest()
 
-    return [(oid, digest(algorithm, name), digest(algorithm, key)) for algorithm, oid in _HASHES.items()]
+    return [(oid, digest(algorithm, name), digest(algorithm, key)) for oid, algorithm in _HASHES.items()]
 
 
 # --- Responses ----------------------------------------------------------------------------------------------------
@@ -261,7 +265,8 @@ def issuer_ids(issuer: Issuer) -> list[IssuerId]:
 class Signer:
     """Key and certificate that respond for the CA ``issuer_name``.
 
-    ``responder_id`` and ``certificates`` are the parts of a response that tell the responder, in DER.
+    ``responder_id`` and ``certificates`` are the parts of a response that tell the responder, in DER; ``builder`` has
+    them, too.
     """
 
     issuer_name: str
@@ -269,6 +274,7 @@ class Signer:
     key: ec.EllipticCurvePrivateKey = field(repr=False)
     responder_id: bytes = field(repr=False)
     certificates: bytes = field(repr=False)
+    builder: ocsp.OCSPResponseBuilder = field(repr=False)
     not_before: datetime
     not_after: datetime
 
@@ -336,6 +342,9 @@ def open_signer(pem: bytes, issuer: Issuer) -> Signer:
             certificates=encode(
                 [certificate.public_bytes(Encoding.DER)], explicit(0, univ.SequenceOf(componentType=univ.Any()))
             ),
+            builder=ocsp.OCSPResponseBuilder()
+            .responder_id(ocsp.OCSPResponderEncoding.HASH, certificate)
+            .certificates([certificate]),
             not_before=certificate.not_valid_before_utc,
             not_after=certificate.not_valid_after_utc,
         )
@@ -351,10 +360,56 @@ def sign_response(
 ) -> bytes:
     """Sign an OCSPResponse (RFC 6960 §4.2.1) that answers every question of a request, as DER.
 
-    ``now``, cut to whole seconds, is producedAt and thisUpdate. Raises ``SignatureCheckFailed`` if the result does
-    not verify.
+    ``now``, cut to whole seconds, is thisUpdate. producedAt is the same, or what the machine's clock says when the
+    response is signed, if that is between thisUpdate and ``next_update``.
+    Raises ``SignatureCheckFailed`` if the result does not verify.
     """
-    content = _response_data(signer, answers, nonce, _time(whole_second(now)), _time(whole_second(next_update)))
+    start, end = whole_second(now), whole_second(next_update)
+    try:
+        response = _sign_one(signer, *answers[0], nonce, start, end) if len(answers) == 1 else None
+        if response is None or not start <= response.produced_at_utc <= end:
+            response = ocsp.load_der_ocsp_response(_sign_any(signer, answers, nonce, _time(start), _time(end)))
+        signer.key.public_key().verify(response.signature, response.tbs_response_bytes, _ECDSA)
+    except (InvalidSignature, ValueError) as error:
+        raise SignatureCheckFailed(
+            "A new OCSP response did not verify and was thrown away; check the machine and the responder's key."
+        ) from error
+    return response.public_bytes(Encoding.DER)
+
+
+def _sign_one(
+    signer: Signer, question: Question, status: Status, nonce: bytes | None, start: datetime, end: datetime
+) -> ocsp.OCSPResponse | None:
+    """Sign the response for one certificate by ``cryptography``; None if it cannot repeat the certificate's id.
+
+    It writes the parameters of a hash algorithm as NULL, knows no serial number below zero, and takes producedAt from
+    the machine's clock.
+    """
+    oid, name_hash, key_hash = question.issuer
+    serial_number = int(question.serial_number, 16)
+    if oid not in _HASHES or question.parameters != _NULL or serial_number < 0:
+        return None
+    revoked = status.cert_status is CertStatus.REVOKED
+    builder = signer.builder.add_response_by_hash(
+        name_hash,
+        key_hash,
+        serial_number,
+        _HASHES[oid],
+        _CERT_STATUSES[status.cert_status],
+        start,
+        end,
+        whole_second(status.revoked_at) if revoked and status.revoked_at else None,
+        _REASON_FLAGS.get(status.reason) if revoked else None,
+    )
+    if nonce is not None:
+        builder = builder.add_extension(x509.UnrecognizedExtension(OCSPExtensionOID.NONCE, nonce), critical=False)
+    return builder.sign(signer.key, _SHA256)
+
+
+def _sign_any(
+    signer: Signer, answers: Sequence[tuple[Question, Status]], nonce: bytes | None, start: bytes, end: bytes
+) -> bytes:
+    content = _response_data(signer, answers, nonce, start, end)
     basic = {
         "data": content,
         "signature_algorithm": _ECDSA_WITH_SHA256,
@@ -362,15 +417,7 @@ def sign_response(
         "certificates": signer.certificates,
     }
     response_bytes = {"response_type": rfc6960.id_pkix_ocsp_basic, "response": encode(basic, _BASIC_RESPONSE)}
-    der = encode({"status": _SUCCESSFUL, "response_bytes": response_bytes}, _RESPONSE)
-    try:
-        read = ocsp.load_der_ocsp_response(der)
-        signer.key.public_key().verify(read.signature, read.tbs_response_bytes, _ECDSA)
-    except (InvalidSignature, ValueError) as error:
-        raise SignatureCheckFailed(
-            "A new OCSP response did not verify and was thrown away; check the machine and the responder's key."
-        ) from error
-    return der
+    return encode({"status": _SUCCESSFUL, "response_bytes": response_bytes}, _RESPONSE)
 
 
 def failure(reason: Failure) -> bytes:

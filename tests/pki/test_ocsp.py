@@ -57,15 +57,21 @@ def signer(cas: Hierarchy) -> pki_ocsp.Signer:
     return pki_ocsp.open_signer(responder_pem(cas.issuing)[0], cas.issuing)
 
 
-def answer(signer: pki_ocsp.Signer, der: bytes, *statuses: Status) -> bytes:
+def answer(signer: pki_ocsp.Signer, der: bytes, *statuses: Status, now: datetime = NOW) -> bytes:
     request = pki_ocsp.read_request(der)
     return pki_ocsp.sign_response(
         signer,
         list(zip(request.questions, statuses, strict=True)),
         nonce=request.nonce,
-        now=NOW,
-        next_update=NOW + timedelta(hours=24),
+        now=now,
+        next_update=now + timedelta(hours=24),
     )
+
+
+@pytest.fixture(params=["the machine's time", "another time"])
+def now(request: pytest.FixtureRequest) -> datetime:
+    """The time of an answer: cryptography encodes only those of the machine's own time."""
+    return datetime.now(UTC) if request.param == "the machine's time" else NOW
 
 
 # --- The responder's certificate ----------------------------------------------------------------------------------
@@ -360,21 +366,39 @@ def test_a_request_that_is_cut_short_or_goes_on_is_malformed(cas: Hierarchy) -> 
 # --- Answers ------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_says_what_is_known_at_what_time(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
-    der = answer(signer, ask(cas.issuing.certificate, SERIAL_NUMBER, algorithm="sha256").der(), GOOD)
+@pytest.mark.parametrize("algorithm", HASHES)
+def test_an_answer_says_what_is_known_at_what_time(
+    cas: Hierarchy, signer: pki_ocsp.Signer, algorithm: str, now: datetime
+) -> None:
+    request = ask(cas.issuing.certificate, SERIAL_NUMBER, algorithm=algorithm)
+    der = answer(signer, request.der(), GOOD, now=now)
     read = ocsp.load_der_ocsp_response(der)
     assert read.response_status is ocsp.OCSPResponseStatus.SUCCESSFUL
     assert read.certificate_status is ocsp.OCSPCertStatus.GOOD
-    assert (read.serial_number, type(read.hash_algorithm)) == (SERIAL_NUMBER, hashes.SHA256)
-    assert (read.produced_at_utc, read.this_update_utc) == (SECOND, SECOND)
-    assert read.next_update_utc == SECOND + timedelta(hours=24)
+    assert request.cert_ids[0] in der
+    assert (read.serial_number, read.hash_algorithm.name) == (SERIAL_NUMBER, algorithm)
+    assert read.this_update_utc == now.replace(microsecond=0)
+    assert read.next_update_utc == read.this_update_utc + timedelta(hours=24)
     assert len(read.extensions) == 0
 
 
-def test_an_answer_is_signed_by_the_responder_whose_certificate_is_in_it(
-    cas: Hierarchy, signer: pki_ocsp.Signer
+@pytest.mark.parametrize("hours", [-25, -1, 1])
+def test_an_answer_is_produced_when_its_status_was_known_or_when_it_was_signed_and_never_before(
+    cas: Hierarchy, signer: pki_ocsp.Signer, hours: int
 ) -> None:
-    read = ocsp.load_der_ocsp_response(answer(signer, ask(cas.issuing.certificate, 1).der(), GOOD))
+    now = datetime.now(UTC) + timedelta(hours=hours)
+    request = ask(cas.issuing.certificate, 1).der()
+    read = ocsp.load_der_ocsp_response(answer(signer, request, GOOD, now=now))
+    assert read.this_update_utc == now.replace(microsecond=0)
+    assert read.next_update_utc is not None
+    assert read.this_update_utc <= read.produced_at_utc <= read.next_update_utc
+    assert read.produced_at_utc == read.this_update_utc or hours == -1
+
+
+def test_an_answer_is_signed_by_the_responder_whose_certificate_is_in_it(
+    cas: Hierarchy, signer: pki_ocsp.Signer, now: datetime
+) -> None:
+    read = ocsp.load_der_ocsp_response(answer(signer, ask(cas.issuing.certificate, 1).der(), GOOD, now=now))
     [certificate] = read.certificates
     public_key = certificate.public_key()
     assert isinstance(public_key, ec.EllipticCurvePublicKey)
@@ -385,22 +409,31 @@ def test_an_answer_is_signed_by_the_responder_whose_certificate_is_in_it(
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason is not Reason.UNSPECIFIED])
 def test_a_revoked_certificate_is_told_with_time_and_reason(
-    cas: Hierarchy, signer: pki_ocsp.Signer, reason: Reason
+    cas: Hierarchy, signer: pki_ocsp.Signer, reason: Reason, now: datetime
 ) -> None:
-    at = NOW - timedelta(days=3)
-    der = answer(signer, ask(cas.issuing.certificate, 1).der(), Status(CertStatus.REVOKED, at, reason))
+    at = now - timedelta(days=3)
+    der = answer(signer, ask(cas.issuing.certificate, 1).der(), Status(CertStatus.REVOKED, at, reason), now=now)
     read = ocsp.load_der_ocsp_response(der)
     assert read.certificate_status is ocsp.OCSPCertStatus.REVOKED
     assert read.revocation_time_utc == at.replace(microsecond=0)
     assert read.revocation_reason is x509.ReasonFlags[reason.value]
 
 
-def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
-    status = Status(CertStatus.REVOKED, NOW, Reason.UNSPECIFIED)
-    assert (
-        ocsp.load_der_ocsp_response(answer(signer, ask(cas.issuing.certificate, 1).der(), status)).revocation_reason
-        is None
-    )
+def test_unspecified_is_said_by_saying_nothing(cas: Hierarchy, signer: pki_ocsp.Signer, now: datetime) -> None:
+    status = Status(CertStatus.REVOKED, now, Reason.UNSPECIFIED)
+    der = answer(signer, ask(cas.issuing.certificate, 1).der(), status, now=now)
+    assert ocsp.load_der_ocsp_response(der).revocation_reason is None
+
+
+@pytest.mark.parametrize("serial_number", [0, -1, 127, 128, 1 << 159, 1 << 4000])
+@pytest.mark.parametrize("parameters", [b"\x05\x00", b""], ids=["NULL", "absent"])
+def test_an_answer_repeats_the_id_of_the_certificate_as_it_came(
+    cas: Hierarchy, signer: pki_ocsp.Signer, serial_number: int, parameters: bytes, now: datetime
+) -> None:
+    asked = cert_id(cas.issuing.certificate, serial_number, parameters=parameters)
+    der = answer(signer, Ocsp([asked]).der(), UNKNOWN, now=now)
+    assert asked in der
+    assert ocsp.load_der_ocsp_response(der).certificate_status is ocsp.OCSPCertStatus.UNKNOWN
 
 
 def test_several_are_answered_in_their_order_each_under_its_id(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
@@ -417,10 +450,14 @@ def test_several_are_answered_in_their_order_each_under_its_id(cas: Hierarchy, s
     assert all(each in der for each in ids)
 
 
-def test_the_nonce_comes_back(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
-    request = dataclasses.replace(ask(cas.issuing.certificate, 1), extensions=[nonce(b"once")])
-    read = ocsp.load_der_ocsp_response(answer(signer, request.der(), GOOD))
-    assert read.extensions.get_extension_for_class(x509.OCSPNonce).value.nonce == b"once"
+@pytest.mark.parametrize("asked", [nonce(b"once"), extension(NONCE, b"\x04\x81\x04once")], ids=["DER", "BER"])
+def test_the_nonce_comes_back_as_it_was(cas: Hierarchy, signer: pki_ocsp.Signer, asked: bytes, now: datetime) -> None:
+    request = dataclasses.replace(ask(cas.issuing.certificate, 1), extensions=[asked])
+    der = answer(signer, request.der(), GOOD, now=now)
+    assert asked in der
+    if asked == nonce(b"once"):
+        read = ocsp.load_der_ocsp_response(der)
+        assert read.extensions.get_extension_for_class(x509.OCSPNonce).value.nonce == b"once"
 
 
 @pytest.mark.parametrize("reason", Failure)
@@ -430,10 +467,10 @@ def test_a_failure_is_told_without_a_signature(reason: Failure) -> None:
     assert read.response_status.name == reason.name
 
 
-def test_an_answer_that_does_not_verify_is_thrown_away(cas: Hierarchy, signer: pki_ocsp.Signer) -> None:
+def test_an_answer_that_does_not_verify_is_thrown_away(cas: Hierarchy, signer: pki_ocsp.Signer, now: datetime) -> None:
     damaged = dataclasses.replace(signer, key=HeldElsewhere(signer.key, damage=True))
     with pytest.raises(SignatureCheckFailed):
-        answer(damaged, ask(cas.issuing.certificate, 1).der(), GOOD)
+        answer(damaged, ask(cas.issuing.certificate, 1).der(), GOOD, now=now)
 
 
 def test_a_signer_never_shows_its_key(signer: pki_ocsp.Signer) -> None:

@@ -43,7 +43,18 @@ class World:
         return str(self.folder / name)
 
 
-ANSWERS = ["good", "unknown", "revoked", "held", "unspecified", "several", "sha512", "nonce", "of-the-root"]
+ANSWERS = [
+    "good",
+    "unknown",
+    "revoked",
+    "held",
+    "unspecified",
+    "several",
+    "several-nonce",
+    "sha512",
+    "nonce",
+    "of-the-root",
+]
 RESPONDERS = ["responder-root", "responder-issuing-1"]
 
 
@@ -82,7 +93,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     }
     for name, status in {"good": GOOD, "unknown": UNKNOWN, **revoked}.items():
         write(name, plain, status)
-    write("several", ask(issuing, number, 5, 6), GOOD, revoked["revoked"], UNKNOWN)
+    several = ask(issuing, number, 5, 6)
+    write("several", several, GOOD, revoked["revoked"], UNKNOWN)
+    several = dataclasses.replace(several, extensions=[nonce(b"n" * 32)])
+    write("several-nonce", several, GOOD, revoked["held"], UNKNOWN)
     write("sha512", ask(issuing, number, algorithm="sha512"), GOOD)
     write("nonce", dataclasses.replace(plain, extensions=[nonce(b"n" * 32)]), GOOD)
     write("of-the-root", ask(cas.root.certificate, issuing.serial_number), GOOD, issuer=cas.root)
