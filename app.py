@@ -38,10 +38,12 @@ log = logging.getLogger("portal.request")
 
 _DESCRIBED: tuple[Route, ...] = (
     *devices.ROUTES,
+    *devices.DOWNLOAD,
     *bulk.ROUTES,
     *lifecycle.ROUTES,
     *pki.ROUTES,
     *enrolment.ROUTES,
+    *enrolment.MANUFACTURERS,
     *est.ROUTES,
     *tokens.ROUTES,
     *webhooks.ROUTES,
@@ -150,7 +152,7 @@ def _view(route: Route) -> Callable[..., Response]:
             idempotency_key=routing.read_idempotency_key(route, request),
             environ=request.environ,
         )
-        return routing.response_of(route.handler(call, **arguments))
+        return routing.response_of(route, route.handler(call, **arguments))
 
     return view
 

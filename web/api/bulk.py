@@ -16,9 +16,11 @@ from core.roles import Permission
 from web.api.devices import RegisterRequest, registration_of
 from web.api.fields import AnswerModel, DeviceId, Fingerprint, Hex, Timestamp
 from web.api.problems import FieldErrorModel
-from web.api.routing import Answers, Call, Reply, Route, RowBody, input_invalid, tagged
+from web.api.routing import Answers, Call, Reply, Routes, RowBody, input_invalid
 from workflows.bulk.batch import Candidate, RowDone, RowFailed
 from workflows.bulk.rows import CsvRows, NdjsonRows, Row, Rows
+
+ROUTES = Routes("Devices")
 
 
 class RowAnswer(AnswerModel):
@@ -209,6 +211,17 @@ def _external_id(content: bytes | Mapping[str, str]) -> str | None:
     return found if isinstance(found, str) and len(found) <= 128 and found.isprintable() else None
 
 
+@ROUTES.add(
+    "POST",
+    "/register/bulk",
+    Permission.CHANGE,
+    Answers(
+        "One line for each row, in their order, each sent once its result is durably recorded",
+        model=RowAnswer,
+        media_type=NDJSON,
+    ),
+    rows=RowBody(RegisterRequest, (NDJSON, CSV)),
+)
 def register_bulk(call: Call) -> Reply:
     """Register a device for each row of NDJSON or CSV."""
     portal = call.portal
@@ -249,21 +262,3 @@ def line_of(answer: RowDone | RowFailed) -> bytes:
     else:
         model = RowAnswer.of(answer, repeated=answer.repeated or None)
     return model.model_dump_json(exclude_none=True).encode() + b"\n"
-
-
-ROUTES = tagged(
-    "Devices",
-    Route(
-        "POST",
-        "/register/bulk",
-        register_bulk,
-        Permission.CHANGE,
-        Answers(
-            RowAnswer,
-            media_type=NDJSON,
-            description="One line for each row, in their order, each sent once its result is durably recorded",
-        ),
-        errors=(503,),
-        rows=RowBody(RegisterRequest, (NDJSON, CSV)),
-    ),
-)

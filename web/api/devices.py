@@ -36,9 +36,12 @@ from web.api.fields import (
     Timestamp,
     WholeNumber,
 )
-from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
+from web.api.routing import ANYONE, Answers, Call, Reply, Routes
 from workflows.credentials import DeviceRequest
 from workflows.devices import DeviceDetails
+
+ROUTES = Routes("Devices")
+DOWNLOAD = Routes("Download")
 
 
 class TopicModel(RequestModel):
@@ -81,6 +84,8 @@ class RegisterRequest(RequestModel):
 
 class RegisterAnswer(AnswerModel):
     """The new device, with a download link and a bundle password or, for a `csr`, its certificate and chain."""
+
+    omit_none = True
 
     device_id: DeviceId
     name: str
@@ -192,13 +197,38 @@ class DeviceQuery(RequestModel):
     cursor: Cursor | None = None
 
 
+@ROUTES.add(
+    "POST",
+    "/register",
+    Permission.CHANGE,
+    Answers(
+        "The device is registered and durably recorded",
+        model=RegisterAnswer,
+        status=201,
+        headers={"Location": "The device's path"},
+    ),
+    errors=(409,),
+    idempotency_key=True,
+)
 def register(call: Call, body: RegisterRequest) -> Reply:
     """Register a device: create its key and certificate, or sign its CSR."""
     registered = call.portal.registrations.register(call.actor, registration_of(body), call.idempotency_key)
     location = {"Location": f"/devices/{registered.device_id}"}
-    return Reply(RegisterAnswer.of(registered), status=201, headers=location, omit_none=True)
+    return Reply(RegisterAnswer.of(registered), headers=location)
 
 
+@DOWNLOAD.add(
+    "GET",
+    "/download/{token}",
+    ANYONE,
+    Answers(
+        "The bundle; the link cannot be used again",
+        media_type=BundleFormat.ZIP.media_type,
+        other_media_types=(BundleFormat.P12.media_type,),
+    ),
+    errors=(409, 410, 429, 503),
+    head_summary="Check a link without using it.",
+)
 def download(call: Call, token: str) -> Reply:
     """Download a bundle, once. HEAD does not use the link."""
     try:
@@ -226,7 +256,8 @@ def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int) ->
     }
 
 
-def list_devices(call: Call, query: DeviceQuery) -> Reply:
+@ROUTES.add("GET", "/devices", Permission.READ)
+def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
     """List devices, newest first; with `expires_before`, those that expire soonest first."""
     filters = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}))
     page = call.portal.inventory.devices(call.actor.tenant_id, filters, limit=query.limit, cursor=query.cursor)
@@ -234,26 +265,29 @@ def list_devices(call: Call, query: DeviceQuery) -> Reply:
         DeviceSummary.of(device, device_id=device.id, **_dates(call, device, not_before, not_after))
         for device, not_after, not_before in page.devices
     ]
-    return Reply(DevicePage(devices=summaries, next_cursor=page.cursor))
+    return DevicePage(devices=summaries, next_cursor=page.cursor)
 
 
-def show_device(call: Call, device_id: str) -> Reply:
+@ROUTES.add("GET", "/devices/{device_id}", Permission.READ)
+def show_device(call: Call, device_id: str) -> DeviceModel:
     """Show a device with its current certificate, its topics and its broker state."""
-    return Reply(_device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id)))
+    return _device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id))
 
 
-def update_device(call: Call, device_id: str, body: PatchRequest) -> Reply:
+@ROUTES.add("PATCH", "/devices/{device_id}", Permission.CHANGE, errors=(409,))
+def update_device(call: Call, device_id: str, body: PatchRequest) -> DeviceModel:
     """Change a device's description or topics."""
     values = body.model_dump(exclude_unset=True, exclude={"topics"})
     topics = {"topics": _pairs(body.topics)} if "topics" in body.model_fields_set else {}
     call.portal.registrations.update(call.actor, device_id, values, **topics)
-    return Reply(_device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id)))
+    return _device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id))
 
 
-def list_certificates(call: Call, device_id: str) -> Reply:
+@ROUTES.add("GET", "/devices/{device_id}/certificates", Permission.READ)
+def list_certificates(call: Call, device_id: str) -> CertificateList:
     """List every certificate a device has had, newest first."""
     records = call.portal.inventory.certificates(call.actor.tenant_id, device_id)
-    return Reply(CertificateList(certificates=[_certificate_model(record) for record in records]))
+    return CertificateList(certificates=[_certificate_model(record) for record in records])
 
 
 def registration_of(body: PendingRequest | RegisterRequest) -> DeviceRequest:
@@ -292,49 +326,3 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
 
 def _certificate_model(record: CertificateRecord) -> CertificateModel:
     return CertificateModel.of(record, certificate=ssl.DER_cert_to_PEM_cert(record.der))
-
-
-ROUTES = tagged(
-    "Devices",
-    Route(
-        "POST",
-        "/register",
-        register,
-        Permission.CHANGE,
-        Answers(
-            RegisterAnswer,
-            status=201,
-            description="The device is registered and durably recorded",
-            headers={"Location": "The device's path"},
-        ),
-        errors=(409, 503),
-        idempotency_key=True,
-    ),
-    Route("GET", "/devices", list_devices, Permission.READ, Answers(DevicePage)),
-    Route("GET", "/devices/{device_id}", show_device, Permission.READ, Answers(DeviceModel), errors=(404,)),
-    Route("PATCH", "/devices/{device_id}", update_device, Permission.CHANGE, Answers(DeviceModel), errors=(404, 409)),
-    Route(
-        "GET",
-        "/devices/{device_id}/certificates",
-        list_certificates,
-        Permission.READ,
-        Answers(CertificateList),
-        errors=(404,),
-    ),
-)
-ROUTES += tagged(
-    "Download",
-    Route(
-        "GET",
-        "/download/{token}",
-        download,
-        ANYONE,
-        Answers(
-            media_type=BundleFormat.ZIP.media_type,
-            other_media_types=(BundleFormat.P12.media_type,),
-            description="The bundle; the link cannot be used again",
-        ),
-        errors=(404, 409, 410, 429, 503),
-        head_summary="Check a link without using it.",
-    ),
-)

@@ -25,7 +25,10 @@ from web.api.fields import (
     Timestamp,
     WholeNumber,
 )
-from web.api.routing import Answers, Call, Reply, Route, tagged
+from web.api.routing import Answers, Call, Reply, Routes
+
+ROUTES = Routes("Enrolment")
+MANUFACTURERS = Routes("Manufacturers")
 
 ApprovalName = Literal["at_once", "operator"]
 KeyTypes = Annotated[list[KeyTypeName], Field(min_length=1, max_length=5)]
@@ -184,47 +187,78 @@ class ManufacturerList(AnswerModel):
     manufacturers: list[ManufacturerModel]
 
 
+@ROUTES.add(
+    "POST",
+    "/devices",
+    Permission.CHANGE,
+    Answers("The device is pending", model=DecisionAnswer, status=201, headers={"Location": "The device's path"}),
+)
 def expect_device(call: Call, body: PendingRequest) -> Reply:
     """Register a device that will enrol by itself."""
     device_id = call.portal.approvals.expect(call.actor, registration_of(body))
     headers = {"Location": f"/devices/{device_id}"}
-    return Reply(DecisionAnswer(device_id=device_id, status="pending"), status=201, headers=headers)
+    return Reply(DecisionAnswer(device_id=device_id, status="pending"), headers=headers)
 
 
-def show_enrolment(call: Call, device_id: str) -> Reply:
+@ROUTES.add("GET", "/devices/{device_id}/enrolment", Permission.READ)
+def show_enrolment(call: Call, device_id: str) -> EnrolmentModel:
     """Show the latest enrolment request of a device, with the fingerprint of its key."""
     first, again = call.portal.approvals.request_of(call.actor.tenant_id, device_id)
-    return Reply(EnrolmentModel.of(again or first, first, enrolment_token_id=first.token_id, again=again is not None))
+    return EnrolmentModel.of(again or first, first, enrolment_token_id=first.token_id, again=again is not None)
 
 
-def list_enrolments(call: Call) -> Reply:
+@ROUTES.add("GET", "/enrolments", Permission.READ)
+def list_enrolments(call: Call) -> AskingList:
     """List the devices that wait for an operator, longest wait first."""
     found = call.portal.approvals.asking(call.actor.tenant_id)
-    return Reply(AskingList(enrolments=[AskingModel.of(item, enrolment_token_id=item.token_id) for item in found]))
+    return AskingList(enrolments=[AskingModel.of(item, enrolment_token_id=item.token_id) for item in found])
 
 
-def approve(call: Call, device_id: str, body: ApproveRequest) -> Reply:
+@ROUTES.add(
+    "POST",
+    "/devices/{device_id}/approve",
+    Permission.CHANGE,
+    Answers("The device gets its certificate at its next request"),
+    body_optional=True,
+    errors=(409,),
+)
+def approve(call: Call, device_id: str, body: ApproveRequest) -> DecisionAnswer:
     """Approve the enrolment of a device; a repeat gets the same answer."""
     status = call.portal.approvals.approve(call.actor, device_id, body.key_fingerprint)
-    return Reply(DecisionAnswer(device_id=device_id, status=status))
+    return DecisionAnswer(device_id=device_id, status=status)
 
 
-def reject(call: Call, device_id: str) -> Reply:
+@ROUTES.add(
+    "POST",
+    "/devices/{device_id}/reject",
+    Permission.CHANGE,
+    Answers("The device, or its request for another key, is rejected"),
+    errors=(409,),
+)
+def reject(call: Call, device_id: str) -> DecisionAnswer:
     """Reject a pending device permanently, or an active device's request for another key."""
     status = call.portal.approvals.reject(call.actor, device_id)
-    return Reply(DecisionAnswer(device_id=device_id, status=status))
+    return DecisionAnswer(device_id=device_id, status=status)
 
 
 # --- Tokens -------------------------------------------------------------------------------------------------------
 
 
-def list_enrolment_tokens(call: Call) -> Reply:
+@ROUTES.add("GET", "/enrolment-tokens", Permission.READ)
+def list_enrolment_tokens(call: Call) -> EnrolmentTokenList:
     """List enrolment tokens, newest first, without their secrets."""
     records = call.portal.enrolment_tokens.tokens(call.actor.tenant_id)
-    return Reply(EnrolmentTokenList(enrolment_tokens=[_token(record) for record in records]))
+    return EnrolmentTokenList(enrolment_tokens=[_token(record) for record in records])
 
 
-def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> Reply:
+@ROUTES.add(
+    "POST",
+    "/enrolment-tokens",
+    Permission.CHANGE,
+    Answers("The token with its secret, which is shown only once", status=201),
+    errors=(404, 409),
+)
+def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> NewEnrolmentTokenModel:
     """Create a token with which devices enrol; its secret is in this answer only."""
     secret, record = call.portal.enrolment_tokens.create(
         call.actor,
@@ -234,13 +268,19 @@ def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> Reply:
         count=body.count,
         life=timedelta(hours=body.expires_in_hours),
     )
-    return Reply(NewEnrolmentTokenModel.of(_token(record), token=secret), status=201)
+    return NewEnrolmentTokenModel.of(_token(record), token=secret)
 
 
-def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> Reply:
+@ROUTES.add(
+    "DELETE",
+    "/enrolment-tokens/{enrolment_token_id}",
+    Permission.CHANGE,
+    Answers("The token is revoked at once; a repeat gets the same answer"),
+)
+def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> EnrolmentTokenModel:
     """Revoke an enrolment token; devices that have enrolled with it stay active."""
     record = call.portal.enrolment_tokens.revoke(call.actor, enrolment_token_id)
-    return Reply(_token(record))
+    return _token(record)
 
 
 def _profile(body: TermsRequest) -> EnrolmentProfile:
@@ -255,34 +295,56 @@ def _token(record: EnrolmentTokenRecord) -> EnrolmentTokenModel:
 # --- Manufacturers ------------------------------------------------------------------------------------------------
 
 
-def list_manufacturers(call: Call) -> Reply:
+@MANUFACTURERS.add("GET", "/manufacturers", Permission.READ)
+def list_manufacturers(call: Call) -> ManufacturerList:
     """List manufacturers, newest first."""
     records = call.portal.manufacturers.manufacturers(call.actor.tenant_id)
-    return Reply(ManufacturerList(manufacturers=[_manufacturer(record) for record in records]))
+    return ManufacturerList(manufacturers=[_manufacturer(record) for record in records])
 
 
-def add_manufacturer(call: Call, body: ManufacturerRequest) -> Reply:
+@MANUFACTURERS.add(
+    "POST",
+    "/manufacturers",
+    Permission.TOKENS,
+    Answers("The CA; it is trusted after proof of possession", status=201),
+    errors=(409,),
+)
+def add_manufacturer(call: Call, body: ManufacturerRequest) -> ManufacturerModel:
     """Add a manufacturer's CA; it is not trusted before proof of possession."""
     record = call.portal.manufacturers.add(call.actor, body.name, body.certificate, _profile(body))
-    return Reply(_manufacturer(record), status=201)
+    return _manufacturer(record)
 
 
-def show_manufacturer(call: Call, manufacturer_id: str) -> Reply:
+@MANUFACTURERS.add("GET", "/manufacturers/{manufacturer_id}", Permission.READ)
+def show_manufacturer(call: Call, manufacturer_id: str) -> ManufacturerModel:
     """Show a manufacturer, with the nonce to be signed while it is unproven."""
-    return Reply(_manufacturer(call.portal.manufacturers.manufacturer(call.actor.tenant_id, manufacturer_id)))
+    return _manufacturer(call.portal.manufacturers.manufacturer(call.actor.tenant_id, manufacturer_id))
 
 
-def prove_manufacturer(call: Call, manufacturer_id: str, body: ProofRequest) -> Reply:
+@MANUFACTURERS.add(
+    "POST",
+    "/manufacturers/{manufacturer_id}/proof",
+    Permission.TOKENS,
+    Answers("The manufacturer is registered; a repeat gets the same answer"),
+    errors=(409,),
+)
+def prove_manufacturer(call: Call, manufacturer_id: str, body: ProofRequest) -> ManufacturerModel:
     """Register a manufacturer by proof of possession of its CA's key."""
     record = call.portal.manufacturers.prove(
         call.actor, manufacturer_id, certificate=body.certificate, signature=body.signature
     )
-    return Reply(_manufacturer(record))
+    return _manufacturer(record)
 
 
-def remove_manufacturer(call: Call, manufacturer_id: str) -> Reply:
+@MANUFACTURERS.add(
+    "DELETE",
+    "/manufacturers/{manufacturer_id}",
+    Permission.TOKENS,
+    Answers("The CA is no longer trusted; a repeat gets the same answer"),
+)
+def remove_manufacturer(call: Call, manufacturer_id: str) -> ManufacturerModel:
     """Stop trusting a manufacturer's CA; devices that have enrolled with it stay active."""
-    return Reply(_manufacturer(call.portal.manufacturers.remove(call.actor, manufacturer_id)))
+    return _manufacturer(call.portal.manufacturers.remove(call.actor, manufacturer_id))
 
 
 def _manufacturer(record: ManufacturerRecord) -> ManufacturerModel:
@@ -295,99 +357,3 @@ def _manufacturer(record: ManufacturerRecord) -> ManufacturerModel:
         nonce_expires_at=record.nonce_expires_at if unproven else None,
         certificate=ssl.DER_cert_to_PEM_cert(record.der),
     )
-
-
-ROUTES = tagged(
-    "Enrolment",
-    Route(
-        "POST",
-        "/devices",
-        expect_device,
-        Permission.CHANGE,
-        Answers(
-            DecisionAnswer, status=201, description="The device is pending", headers={"Location": "The device's path"}
-        ),
-    ),
-    Route(
-        "GET", "/devices/{device_id}/enrolment", show_enrolment, Permission.READ, Answers(EnrolmentModel), errors=(404,)
-    ),
-    Route("GET", "/enrolments", list_enrolments, Permission.READ, Answers(AskingList)),
-    Route(
-        "POST",
-        "/devices/{device_id}/approve",
-        approve,
-        Permission.CHANGE,
-        Answers(
-            DecisionAnswer,
-            description="The device gets its certificate at its next request",
-        ),
-        body_optional=True,
-        errors=(404, 409),
-    ),
-    Route(
-        "POST",
-        "/devices/{device_id}/reject",
-        reject,
-        Permission.CHANGE,
-        Answers(
-            DecisionAnswer,
-            description="The device, or its request for another key, is rejected",
-        ),
-        errors=(404, 409),
-    ),
-    Route("GET", "/enrolment-tokens", list_enrolment_tokens, Permission.READ, Answers(EnrolmentTokenList)),
-    Route(
-        "POST",
-        "/enrolment-tokens",
-        create_enrolment_token,
-        Permission.CHANGE,
-        Answers(NewEnrolmentTokenModel, status=201, description="The token with its secret, which is shown only once"),
-        errors=(404, 409),
-    ),
-    Route(
-        "DELETE",
-        "/enrolment-tokens/{enrolment_token_id}",
-        revoke_enrolment_token,
-        Permission.CHANGE,
-        Answers(EnrolmentTokenModel, description="The token is revoked at once; a repeat gets the same answer"),
-        errors=(404,),
-    ),
-)
-
-
-ROUTES += tagged(
-    "Manufacturers",
-    Route("GET", "/manufacturers", list_manufacturers, Permission.READ, Answers(ManufacturerList)),
-    Route(
-        "POST",
-        "/manufacturers",
-        add_manufacturer,
-        Permission.TOKENS,
-        Answers(ManufacturerModel, status=201, description="The CA; it is trusted after proof of possession"),
-        errors=(409,),
-    ),
-    Route(
-        "GET",
-        "/manufacturers/{manufacturer_id}",
-        show_manufacturer,
-        Permission.READ,
-        Answers(ManufacturerModel),
-        errors=(404,),
-    ),
-    Route(
-        "POST",
-        "/manufacturers/{manufacturer_id}/proof",
-        prove_manufacturer,
-        Permission.TOKENS,
-        Answers(ManufacturerModel, description="The manufacturer is registered; a repeat gets the same answer"),
-        errors=(404, 409),
-    ),
-    Route(
-        "DELETE",
-        "/manufacturers/{manufacturer_id}",
-        remove_manufacturer,
-        Permission.TOKENS,
-        Answers(ManufacturerModel, description="The CA is no longer trusted; a repeat gets the same answer"),
-        errors=(404,),
-    ),
-)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import secrets
 import ssl
+from typing import Any
 
 from config import KEY_TYPES, EndOfPrevious
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
@@ -16,7 +17,7 @@ from pki import est as pki_est
 from pki.est import EnrolmentRequest
 from store.enrolment import EnrolmentTokenRecord
 from web.api.client_certificate import presented
-from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, tagged
+from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, Routes
 from workflows.audit import Actor
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
 from workflows.enrolment.credentials import Enrolled, Waiting, by_manufacturer, by_token
@@ -33,8 +34,19 @@ NO_CREDENTIALS = (
 )
 
 Client = DeviceClient | ManufacturedClient | None
+_UNLABELLED = Routes("Enrolment by devices (EST)")
+_ERRORS = (401, 403, 404, 409, 429, 503)
+_WAITING = Answers(
+    "The device waits for an operator",
+    media_type="text/plain",
+    status=202,
+    headers={"Retry-After": "Seconds after which to repeat the request, with the same key"},
+)
 
 
+@_UNLABELLED.add(
+    "GET", "/.well-known/est/cacerts", ANYONE, Answers("Issuing CAs and root", media_type=PKCS7), errors=(404,)
+)
 def est_cacerts(call: Call) -> Reply:
     """Return the CA certificates that a device trusts (RFC 7030 section 4.1)."""
     _noticed_client(call)
@@ -42,6 +54,13 @@ def est_cacerts(call: Call) -> Reply:
     return _base64_reply(pki_est.certs_only([item.der for item in authority.issuers]), PKCS7)
 
 
+@_UNLABELLED.add(
+    "GET",
+    "/.well-known/est/csrattrs",
+    ANYONE,
+    Answers("CsrAttrs", media_type=CSR_ATTRIBUTES),
+    errors=(401, 403, 404, 429),
+)
 def est_csrattrs(call: Call) -> Reply:
     """Return the type of key that a CSR should have (RFC 7030 section 4.5), by the token or the manufacturer."""
     holder, token = _noticed_client(call), _enrolment_token(call)
@@ -53,6 +72,15 @@ def est_csrattrs(call: Call) -> Reply:
     return _base64_reply(pki_est.csr_attributes(key_types), CSR_ATTRIBUTES)
 
 
+@_UNLABELLED.add(
+    "POST",
+    "/.well-known/est/simpleenroll",
+    ANYONE,
+    Answers("The device's certificate; the device is active", media_type=PKCS7),
+    octets=CSR,
+    also=(_WAITING,),
+    errors=_ERRORS,
+)
 def est_simpleenroll(call: Call, body: bytes) -> Reply:
     """Enrol a device with its own key (RFC 7030 section 4.2.1). A repeat with the same key gets the same answer."""
     client = _credential(call)
@@ -62,6 +90,14 @@ def est_simpleenroll(call: Call, body: bytes) -> Reply:
     return _base64_reply(pki_est.certs_only([outcome.certificate]), PKCS7)
 
 
+@_UNLABELLED.add(
+    "POST",
+    "/.well-known/est/simplereenroll",
+    ANYONE,
+    Answers("The device's new certificate; the previous one stays valid for a while", media_type=PKCS7),
+    octets=CSR,
+    errors=_ERRORS,
+)
 def est_simplereenroll(call: Call, body: bytes) -> Reply:
     """Renew a device's certificate; it authenticates with its present one (RFC 7030 section 4.2.2)."""
     holder = _client(call)
@@ -87,6 +123,15 @@ def est_simplereenroll(call: Call, body: bytes) -> Reply:
     return _base64_reply(pki_est.certs_only([ssl.PEM_cert_to_DER_cert(renewed.certificate)]), PKCS7)
 
 
+@_UNLABELLED.add(
+    "POST",
+    "/.well-known/est/serverkeygen",
+    ANYONE,
+    Answers("A new key (PKCS#8) and the device's certificate", media_type="multipart/mixed"),
+    octets=CSR,
+    also=(_WAITING,),
+    errors=_ERRORS,
+)
 def est_serverkeygen(call: Call, body: bytes) -> Reply:
     """Enrol or renew a device whose key is generated here (RFC 7030 section 4.4). A repeat gets another key."""
     holder = _client(call)
@@ -241,7 +286,7 @@ def _labelled(route: Route) -> Route:
     """Return the same operation under a path with a label (RFC 7030 section 3.2.2), which is the tenant's name."""
 
     @functools.wraps(route.handler)
-    def labelled(call: Call, label: str, **arguments: bytes) -> Reply:
+    def labelled(call: Call, label: str, **arguments: bytes) -> Any:
         if label != call.portal.tenant_id:
             raise NotFound("Unknown EST label; leave it out, or use the tenant's name.")
         return route.handler(call, **arguments)
@@ -251,59 +296,4 @@ def _labelled(route: Route) -> Route:
     return dataclasses.replace(route, path=path, handler=labelled)
 
 
-_ERRORS = (401, 403, 404, 409, 429, 503)
-_WAITING = Answers(
-    media_type="text/plain",
-    status=202,
-    description="The device waits for an operator",
-    headers={"Retry-After": "Seconds after which to repeat the request, with the same key"},
-)
-_UNLABELLED = tagged(
-    "Enrolment by devices (EST)",
-    Route(
-        "GET",
-        "/.well-known/est/cacerts",
-        est_cacerts,
-        ANYONE,
-        Answers(media_type=PKCS7, description="Issuing CAs and root"),
-        errors=(404,),
-    ),
-    Route(
-        "GET",
-        "/.well-known/est/csrattrs",
-        est_csrattrs,
-        ANYONE,
-        Answers(media_type=CSR_ATTRIBUTES, description="CsrAttrs"),
-        errors=(401, 403, 404, 429),
-    ),
-    Route(
-        "POST",
-        "/.well-known/est/simpleenroll",
-        est_simpleenroll,
-        ANYONE,
-        Answers(media_type=PKCS7, description="The device's certificate; the device is active"),
-        octets=CSR,
-        also=(_WAITING,),
-        errors=_ERRORS,
-    ),
-    Route(
-        "POST",
-        "/.well-known/est/simplereenroll",
-        est_simplereenroll,
-        ANYONE,
-        Answers(media_type=PKCS7, description="The device's new certificate; the previous one stays valid for a while"),
-        octets=CSR,
-        errors=_ERRORS,
-    ),
-    Route(
-        "POST",
-        "/.well-known/est/serverkeygen",
-        est_serverkeygen,
-        ANYONE,
-        Answers(media_type="multipart/mixed", description="A new key (PKCS#8) and the device's certificate"),
-        octets=CSR,
-        also=(_WAITING,),
-        errors=_ERRORS,
-    ),
-)
 ROUTES = tuple(each for route in _UNLABELLED for each in (route, _labelled(route)))

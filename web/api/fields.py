@@ -6,7 +6,7 @@ import json
 import math
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
@@ -16,7 +16,7 @@ from pki.issuers import Reason
 # Control characters, line separators and bidirectional overrides could deceive somebody who reads a list or a log.
 _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff"
 _TEXT = rf"^[^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?$"
-_UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
 _CURSOR = "^[A-Za-z0-9_-]+$"
 _NUMERIC_CURSOR = "^[0-9]{1,18}$"
@@ -27,19 +27,6 @@ PATTERN_IN_WORDS = {
     _NUMERIC_CURSOR: "must be the next_cursor of the previous page",
     _CURSOR: "must be the next_cursor of the previous page",
 }
-# Patterns of the variable parts of paths.
-PATH_PARAMETERS = {
-    "device_id": _UUID,
-    "token_id": "^[0-9a-f]{16}$",
-    "webhook_id": "^[0-9a-f]{16}$",
-    "enrolment_token_id": "^[0-9a-f]{16}$",
-    "manufacturer_id": "^[0-9a-f]{16}$",
-    "label": "^[A-Za-z0-9._-]{1,64}$",
-    "issuer": "^[a-z0-9-]{1,63}$",
-    "token": "^[A-Za-z0-9._-]{1,512}$",
-    "request": r"^[A-Za-z0-9+/=\s]{1,8192}$",
-}
-IDEMPOTENCY_KEY = "^[!-~]{16,255}$"
 
 METADATA_BYTES = 8192
 METADATA_DEPTH = 5
@@ -59,7 +46,7 @@ BundleFormatName = Annotated[
     Literal["zip", "p12", "pem"],
     Field(description="zip (the default): an encrypted ZIP; p12: PKCS#12; pem: a plain ZIP with an encrypted key"),
 ]
-DeviceId = Annotated[str, Field(pattern=_UUID, examples=["3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b"])]
+DeviceId = Annotated[str, Field(pattern=UUID, examples=["3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b"])]
 Hex = Annotated[str, Field(pattern="^[0-9a-f]+$")]
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 KeyTypeName = Literal["ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072"]
@@ -151,6 +138,7 @@ class AnswerModel(BaseModel):
     """The body of an answer, or a part of it."""
 
     model_config = ConfigDict(frozen=True)
+    omit_none: ClassVar[bool] = False  # whether fields that are null are left out of the answer
 
     @classmethod
     def of(cls, *sources: object, **values: object) -> Self:

@@ -21,9 +21,11 @@ from web.api.fields import (
     Timestamp,
     WholeNumber,
 )
-from web.api.routing import Answers, Call, Reply, Route, tagged
+from web.api.routing import Answers, Call, Routes
 from workflows.renewal import RenewalRequest
 from workflows.revocation import Suspended
+
+ROUTES = Routes("Devices")
 
 
 class SuspensionAnswer(AnswerModel):
@@ -59,6 +61,8 @@ class RenewAnswer(AnswerModel):
     older certificates were revoked at once: `enforced` if the broker was seen to refuse them.
     """
 
+    omit_none = True
+
     device_id: DeviceId
     fingerprint: Fingerprint
     serial_number: Hex
@@ -91,87 +95,71 @@ class RevokeAnswer(AnswerModel):
     broker_problem: str | None = None
 
 
-def renew(call: Call, device_id: str, body: RenewRequest) -> Reply:
+@ROUTES.add(
+    "POST",
+    "/devices/{device_id}/renew",
+    Permission.CHANGE,
+    Answers("The new certificate is issued and durably recorded", status=201),
+    body_optional=True,
+    errors=(409,),
+    idempotency_key=True,
+)
+def renew(call: Call, device_id: str, body: RenewRequest) -> RenewAnswer:
     """Issue a new certificate for a device; the previous one stays valid for a while."""
     when_used = body.revoke_previous == "when_used"
     csr = None if body.csr is None else read_csr(body.csr)
     renewal = RenewalRequest(**body.model_dump(exclude={"revoke_previous", "csr"}), csr=csr, when_used=when_used)
     renewed = call.portal.renewals.renew(call.actor, device_id, renewal, call.idempotency_key)
     broker = None if not renewed.ended else "enforced" if renewed.problem is None else "pending"
-    answer = RenewAnswer.of(renewed, broker=broker, broker_problem=renewed.problem)
-    return Reply(answer, status=201, omit_none=True)
+    return RenewAnswer.of(renewed, broker=broker, broker_problem=renewed.problem)
 
 
-def suspend(call: Call, device_id: str) -> Reply:
+@ROUTES.add(
+    "POST",
+    "/devices/{device_id}/suspend",
+    Permission.CHANGE,
+    Answers("The device is suspended; a repeat gets the same answer"),
+    errors=(409,),
+)
+def suspend(call: Call, device_id: str) -> SuspensionAnswer:
     """Suspend a device until it is resumed (certificateHold)."""
-    return _reply(call.portal.revocations.suspend(call.actor, device_id))
+    return _suspension(call.portal.revocations.suspend(call.actor, device_id))
 
 
-def resume(call: Call, device_id: str) -> Reply:
+@ROUTES.add(
+    "POST",
+    "/devices/{device_id}/resume",
+    Permission.CHANGE,
+    Answers("The device is active again; a repeat gets the same answer"),
+    errors=(409,),
+)
+def resume(call: Call, device_id: str) -> SuspensionAnswer:
     """Resume a suspended device."""
-    return _reply(call.portal.revocations.resume(call.actor, device_id))
+    return _suspension(call.portal.revocations.resume(call.actor, device_id))
 
 
-def revoke(call: Call, device_id: str, body: RevokeRequest) -> Reply:
+@ROUTES.add(
+    "POST",
+    "/revoke/{device_id}",
+    Permission.CHANGE,
+    Answers("The device is revoked; a repeat gets the same answer"),
+    body_optional=True,
+)
+def revoke(call: Call, device_id: str, body: RevokeRequest) -> RevokeAnswer:
     """Revoke a device permanently and disconnect it from the broker."""
     revoked = call.portal.revocations.revoke(call.actor, device_id, body.reason)
-    return Reply(
-        RevokeAnswer.of(
-            revoked,
-            status="revoked",
-            broker="enforced" if revoked.enforced else "pending",
-            broker_problem=revoked.problem,
-        )
+    return RevokeAnswer.of(
+        revoked,
+        status="revoked",
+        broker="enforced" if revoked.enforced else "pending",
+        broker_problem=revoked.problem,
     )
 
 
-def _reply(answer: Suspended) -> Reply:
-    return Reply(
-        SuspensionAnswer(
-            device_id=answer.device_id,
-            status="suspended" if answer.suspended_at else "active",
-            suspended_at=answer.suspended_at,
-            broker="enforced" if answer.enforced else "pending",
-            broker_problem=answer.problem,
-        )
+def _suspension(answer: Suspended) -> SuspensionAnswer:
+    return SuspensionAnswer.of(
+        answer,
+        status="suspended" if answer.suspended_at else "active",
+        broker="enforced" if answer.enforced else "pending",
+        broker_problem=answer.problem,
     )
-
-
-ROUTES = tagged(
-    "Devices",
-    Route(
-        "POST",
-        "/devices/{device_id}/renew",
-        renew,
-        Permission.CHANGE,
-        Answers(RenewAnswer, status=201, description="The new certificate is issued and durably recorded"),
-        body_optional=True,
-        errors=(404, 409, 503),
-        idempotency_key=True,
-    ),
-    Route(
-        "POST",
-        "/devices/{device_id}/suspend",
-        suspend,
-        Permission.CHANGE,
-        Answers(SuspensionAnswer, description="The device is suspended; a repeat gets the same answer"),
-        errors=(404, 409),
-    ),
-    Route(
-        "POST",
-        "/devices/{device_id}/resume",
-        resume,
-        Permission.CHANGE,
-        Answers(SuspensionAnswer, description="The device is active again; a repeat gets the same answer"),
-        errors=(404, 409),
-    ),
-    Route(
-        "POST",
-        "/revoke/{device_id}",
-        revoke,
-        Permission.CHANGE,
-        Answers(RevokeAnswer, description="The device is revoked; a repeat gets the same answer"),
-        body_optional=True,
-        errors=(404,),
-    ),
-)

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from core.errors import NotFound
 from web.api import problems
-from web.api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS
 from web.api.problems import ProblemModel
-from web.api.routing import Answers, Route
+from web.api.routing import IDEMPOTENCY_KEY, PATH_PARTS, Answers, Route
 
 VERSION = "1"
 _ERROR_HEADERS = {
@@ -74,7 +74,7 @@ def _schemas(routes: Sequence[Route]) -> dict[str, Any]:
 def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": pattern}}
-        for name, pattern in PATH_PARAMETERS.items()
+        for name, (pattern, _, _) in PATH_PARTS.items()
         if f"{{{name}}}" in route.path
     ]
     if route.query is not None:
@@ -174,6 +174,8 @@ def _success(answers: Answers, schemas: dict[str, Any]) -> dict[str, Any]:
 
 def _error_statuses(route: Route) -> set[int]:
     statuses = {400, 405, *route.errors}
+    if any(f"{{{name}}}" in route.path and issubclass(error, NotFound) for name, (_, error, _) in PATH_PARTS.items()):
+        statuses |= {404}
     if route.permission is not None:
         statuses |= {401, 403, 429, 503}
     if route.body is not None:

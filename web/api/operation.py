@@ -13,7 +13,7 @@ from core import metrics, roles
 from core.roles import Permission
 from web.api.fields import AnswerModel
 from web.api.openapi import openapi
-from web.api.routing import ANYONE, Answers, Call, Reply, Route, tagged
+from web.api.routing import ANYONE, Answers, Call, Reply, Route, Routes
 
 
 class HealthModel(AnswerModel):
@@ -38,6 +38,7 @@ class ReadyModel(AnswerModel):
     checks: list[CheckModel]
 
 
+ROUTES = Routes("Operation")
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'none'"
@@ -45,11 +46,21 @@ PAGE_HEADERS = {
 FOR_OPERATORS = "Only operators see the reason: send an operator token, or run doctor on the portal's machine."
 
 
-def healthz(_call: Call) -> Reply:
+@ROUTES.add("GET", "/healthz", ANYONE)
+def healthz(_call: Call) -> HealthModel:
     """Report that the process is alive, without doing any work."""
-    return Reply(HealthModel(status="ok"))
+    return HealthModel(status="ok")
 
 
+@ROUTES.add(
+    "GET",
+    "/readyz",
+    ANYONE,
+    Answers(model=ReadyModel),
+    also=(Answers(model=ReadyModel, status=503),),
+    token_optional=True,
+    errors=(401, 429, 503),
+)
 def readyz(call: Call) -> Reply:
     """Report whether database, CA, CRL and broker are usable, and tell operators why not."""
     # The reasons name paths and generations, which help an attacker as much as an operator.
@@ -64,6 +75,9 @@ def readyz(call: Call) -> Reply:
     return Reply(ReadyModel(status="ready" if ready else "not ready", checks=checks), status=200 if ready else 503)
 
 
+@ROUTES.add(
+    "GET", "/metrics", Permission.READ, Answers("The text format of Prometheus, version 0.0.4", media_type="text/plain")
+)
 def read_metrics(call: Call) -> Reply:
     """Return metrics of devices, broker and requests for Prometheus."""
     content = metrics.exposition(call.portal.monitoring.gauges())
@@ -85,41 +99,17 @@ def description_of(others: Sequence[Route]) -> tuple[Route, ...]:
     def page(server_url: str) -> bytes:
         return render_template("docs.html", api=described(server_url)).encode()
 
+    routes = Routes("Operation")
+
+    @routes.add("GET", "/openapi.json", ANYONE)
     def openapi_json(call: Call) -> Reply:
         """Return the OpenAPI 3.1 description of the interface."""
         return Reply(content=text(call.portal.settings.public_url))
 
+    @routes.add("GET", "/docs", ANYONE, Answers(media_type="text/html"))
     def docs(call: Call) -> Reply:
         """Return the interface's documentation as a page."""
         content = page(call.portal.settings.public_url)
         return Reply(content=content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
-    routes = tagged(
-        "Operation",
-        Route("GET", "/openapi.json", openapi_json, ANYONE, Answers()),
-        Route("GET", "/docs", docs, ANYONE, Answers(media_type="text/html")),
-    )
-    return routes
-
-
-ROUTES = tagged(
-    "Operation",
-    Route("GET", "/healthz", healthz, ANYONE, Answers(HealthModel)),
-    Route(
-        "GET",
-        "/readyz",
-        readyz,
-        ANYONE,
-        Answers(ReadyModel),
-        also=(Answers(ReadyModel, status=503),),
-        token_optional=True,
-        errors=(401, 429, 503),
-    ),
-    Route(
-        "GET",
-        "/metrics",
-        read_metrics,
-        Permission.READ,
-        Answers(media_type="text/plain", description="The text format of Prometheus, version 0.0.4"),
-    ),
-)
+    return tuple(routes)

@@ -11,9 +11,11 @@ from email.utils import format_datetime, parsedate_to_datetime
 
 from core.errors import NotFound
 from pki.ocsp import MAX_BYTES, Failure
-from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, tagged
+from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Routes
 from workflows.authority.issuers import RecordedIssuer
 from workflows.authority.ocsp import OcspAnswer
+
+ROUTES = Routes("Certificates, for anyone")
 
 
 def cached(
@@ -65,16 +67,38 @@ _ETAG = {"ETag": "For If-None-Match"}
 _TIMES = {"Last-Modified": "The CRL's thisUpdate", "Expires": "Its nextUpdate"}
 
 
+@ROUTES.add(
+    "GET",
+    "/ca.pem",
+    ANYONE,
+    Answers("Issuing CAs and root, PEM", media_type="application/x-pem-file", headers=_ETAG),
+    on_pki_listener=True,
+)
 def ca_pem(call: Call) -> Reply:
     """Return the certificate chain: issuing CAs and root."""
     return cached(call, call.portal.authority.ca_pem.encode(), "application/x-pem-file", max_age=3600)
 
 
+@ROUTES.add(
+    "GET",
+    "/ca/{issuer}.cer",
+    ANYONE,
+    Answers("One CA certificate, DER", media_type="application/pkix-cert", headers=_ETAG),
+    on_pki_listener=True,
+)
 def ca_certificate(call: Call, issuer: str) -> Reply:
     """Return one CA certificate (caIssuers of RFC 5280 section 4.2.2.1)."""
     return cached(call, _issuer(call, issuer).der, "application/pkix-cert", max_age=3600)
 
 
+@ROUTES.add(
+    "GET",
+    "/crl/{issuer}.crl",
+    ANYONE,
+    Answers("The issuer's newest CRL, DER", media_type="application/pkix-crl", headers=_ETAG | _TIMES),
+    errors=(503,),
+    on_pki_listener=True,
+)
 def crl(call: Call, issuer: str) -> Reply:
     """Return the newest CRL of an issuer (RFC 5280 section 5)."""
     record = call.portal.inventory.crl(_issuer(call, issuer).id)
@@ -102,8 +126,8 @@ def _issuer(call: Call, name: str) -> RecordedIssuer:
 REQUEST, RESPONSE = "application/ocsp-request", "application/ocsp-response"
 MAX_AGE = 60  # seconds; a revocation is visible no later than that
 _ANSWERS = Answers(
+    "An OCSPResponse, DER; errors are OCSP responses, too",
     media_type=RESPONSE,
-    description="An OCSPResponse, DER; errors are OCSP responses, too",
     headers={
         "ETag": "For If-None-Match",
         "Last-Modified": "The answer's thisUpdate",
@@ -113,6 +137,7 @@ _ANSWERS = Answers(
 )
 
 
+@ROUTES.add("GET", "/ocsp/{request}", ANYONE, _ANSWERS, on_pki_listener=True)
 def ocsp_get(call: Call, request: str) -> Reply:
     """OcspAnswer an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
     # Some encoders break lines, and some proxies take "+" in a path for a space.
@@ -124,6 +149,7 @@ def ocsp_get(call: Call, request: str) -> Reply:
     return _reply(call, call.portal.responder.answer(der))
 
 
+@ROUTES.add("POST", "/ocsp", ANYONE, _ANSWERS, octets=Octets(REQUEST, MAX_BYTES), on_pki_listener=True)
 def ocsp_post(call: Call, body: bytes) -> Reply:
     """OcspAnswer an OCSPRequest (RFC 6960 appendix A.1)."""
     return _reply(call, call.portal.responder.answer(body))
@@ -145,44 +171,3 @@ def _reply(call: Call, answer: OcspAnswer) -> Reply:
         expires=answer.next_update,
         directives=", no-transform, must-revalidate",  # RFC 5019 section 6.2
     )
-
-
-ROUTES = tagged(
-    "Certificates, for anyone",
-    Route(
-        "GET",
-        "/ca.pem",
-        ca_pem,
-        ANYONE,
-        Answers(media_type="application/x-pem-file", description="Issuing CAs and root, PEM", headers=_ETAG),
-        on_pki_listener=True,
-    ),
-    Route(
-        "GET",
-        "/ca/{issuer}.cer",
-        ca_certificate,
-        ANYONE,
-        Answers(media_type="application/pkix-cert", description="One CA certificate, DER", headers=_ETAG),
-        errors=(404,),
-        on_pki_listener=True,
-    ),
-    Route(
-        "GET",
-        "/crl/{issuer}.crl",
-        crl,
-        ANYONE,
-        Answers(media_type="application/pkix-crl", description="The issuer's newest CRL, DER", headers=_ETAG | _TIMES),
-        errors=(404, 503),
-        on_pki_listener=True,
-    ),
-    Route("GET", "/ocsp/{request}", ocsp_get, ANYONE, _ANSWERS, on_pki_listener=True),
-    Route(
-        "POST",
-        "/ocsp",
-        ocsp_post,
-        ANYONE,
-        _ANSWERS,
-        octets=Octets(REQUEST, MAX_BYTES),
-        on_pki_listener=True,
-    ),
-)

@@ -7,7 +7,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flask import Request, Response
 from pydantic import BaseModel, ValidationError
@@ -30,7 +30,7 @@ from core.errors import (
     Unavailable,
 )
 from core.roles import Permission, may
-from web.api.fields import IDEMPOTENCY_KEY, PATH_PARAMETERS, PATTERN_IN_WORDS
+from web.api.fields import PATTERN_IN_WORDS, UUID, AnswerModel
 from workflows.audit import Actor
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 JSON = "application/json"
 ANYONE: Permission | None = None  # in place of a permission: a route that asks for no token
 MAX_PROBLEMS = 32
+IDEMPOTENCY_KEY = "^[!-~]{16,255}$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,20 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer: ``model`` is sent as JSON; ``content`` is bytes, or an iterator of them, of ``media_type``."""
+    """An answer: ``model`` is sent as JSON; ``content`` is bytes, or an iterator of them, of ``media_type``.
 
-    model: BaseModel | None = None
+    Without a ``status`` it has the one that its route declares.
+    """
+
+    model: AnswerModel | None = None
     content: bytes | Iterator[bytes] = b""
     media_type: str = JSON
-    status: int = 200
+    status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    omit_none: bool = False
+
+
+Handler = Callable[..., Reply | AnswerModel]
+_H = TypeVar("_H", bound=Handler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +79,15 @@ class Answers:
     ``headers`` maps each header worth knowing to a few words about it.
     """
 
+    description: str = "Done"
     model: type[BaseModel] | None = None
     media_type: str = JSON
     status: int = 200
-    description: str = "Done"
     other_media_types: tuple[str, ...] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+_DONE = Answers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +112,19 @@ class Route:
 
     ``handler`` gets the ``Call``, each ``{part}`` of the path as a string under its own name, and by the annotations
     of its parameters ``body`` and ``query`` a pydantic model (or, with ``octets``, the bytes of the body). Its name is
-    the operationId, the first line of its docstring the summary.
+    the operationId, the first line of its docstring the summary. If its return annotation is a model, that is the
+    answer's.
 
     With ``token_optional`` a route for ``ANYONE`` checks a token that comes along. Every GET answers HEAD, too; with
-    ``head_summary`` the OpenAPI text says so. ``also`` are further answers that are no errors.
+    ``head_summary`` the OpenAPI text says so. ``also`` are further answers that are no errors; ``errors`` need not name
+    the statuses that follow from the path, the permission and the body.
     """
 
     method: str
     path: str
-    handler: Callable[..., Reply]
+    handler: Handler
     permission: Permission | None
-    answers: Answers
+    answers: Answers = _DONE
     octets: Octets | None = None
     rows: RowBody | None = None
     also: tuple[Answers, ...] = ()
@@ -130,6 +142,8 @@ class Route:
         hints = typing.get_type_hints(self.handler)
         object.__setattr__(self, "body", None if self.octets else hints.get("body"))
         object.__setattr__(self, "query", hints.get("query"))
+        if issubclass(hints["return"], BaseModel):
+            object.__setattr__(self, "answers", dataclasses.replace(self.answers, model=hints["return"]))
 
     @property
     def name(self) -> str:
@@ -142,9 +156,23 @@ class Route:
         return (self.handler.__doc__ or "").partition("\n")[0]
 
 
-def tagged(tag: str, *routes: Route) -> tuple[Route, ...]:
-    """Return the routes of one resource, under the heading that they have in the OpenAPI text."""
-    return tuple(dataclasses.replace(route, tag=tag) for route in routes)
+class Routes(list[Route]):
+    """The routes of one resource, under the heading ``tag`` that they have in the OpenAPI text."""
+
+    def __init__(self, tag: str) -> None:
+        super().__init__()
+        self.tag = tag
+
+    def add(
+        self, method: str, path: str, permission: Permission | None, answers: Answers = _DONE, **options: Any
+    ) -> Callable[[_H], _H]:
+        """Add the decorated handler as a route, whose fields the arguments are."""
+
+        def decorate(handler: _H) -> _H:
+            self.append(Route(method, path, handler, permission, answers, tag=self.tag, **options))
+            return handler
+
+        return decorate
 
 
 # --- The path -----------------------------------------------------------------------------------------------------
@@ -164,17 +192,26 @@ class RestConverter(BaseConverter):
 
 
 CONVERTERS: Mapping[str, type[BaseConverter]] = {"segment": SegmentConverter, "rest": RestConverter}
-# What is raised for a part of a path that does not have the form of ``PATH_PARAMETERS``.
-_NOT_FOUND: Mapping[str, tuple[type[PortalError], str]] = {
-    "device_id": (DeviceNotFound, "No device has this id: ids are UUIDs in lower case."),
-    "token": (LinkUnknown, "This download link is not known here; check that it was copied whole."),
-    "token_id": (NotFound, "No operator token has this id: ids are 16 hexadecimal digits."),
-    "request": (RequestMalformed, "The part after /ocsp/ must be an OCSP request in base64."),
-    "webhook_id": (NotFound, "No webhook has this id: ids are 16 hexadecimal digits."),
-    "label": (NotFound, "Unknown EST label; leave it out, or use the tenant's name."),
-    "enrolment_token_id": (NotFound, "No enrolment token has this id: ids are 16 hexadecimal digits."),
-    "manufacturer_id": (NotFound, "No manufacturer has this id: ids are 16 hexadecimal digits."),
-    "issuer": (NotFound, "No issuer has this name; the certificate chain is at /ca.pem."),
+_HEX = "^[0-9a-f]{16}$"
+# The variable parts of paths: the pattern, and what is raised for a part that does not match it.
+PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
+    "device_id": (UUID, DeviceNotFound, "No device has this id: ids are UUIDs in lower case."),
+    "token_id": (_HEX, NotFound, "No operator token has this id: ids are 16 hexadecimal digits."),
+    "webhook_id": (_HEX, NotFound, "No webhook has this id: ids are 16 hexadecimal digits."),
+    "enrolment_token_id": (_HEX, NotFound, "No enrolment token has this id: ids are 16 hexadecimal digits."),
+    "manufacturer_id": (_HEX, NotFound, "No manufacturer has this id: ids are 16 hexadecimal digits."),
+    "label": ("^[A-Za-z0-9._-]{1,64}$", NotFound, "Unknown EST label; leave it out, or use the tenant's name."),
+    "issuer": ("^[a-z0-9-]{1,63}$", NotFound, "No issuer has this name; the certificate chain is at /ca.pem."),
+    "token": (
+        "^[A-Za-z0-9._-]{1,512}$",
+        LinkUnknown,
+        "This download link is not known here; check that it was copied whole.",
+    ),
+    "request": (
+        r"^[A-Za-z0-9+/=\s]{1,8192}$",
+        RequestMalformed,
+        "The part after /ocsp/ must be an OCSP request in base64.",
+    ),
 }
 
 
@@ -228,8 +265,8 @@ def read_arguments(route: Route, request: Request, path: Mapping[str, str]) -> d
     Raises ``NotFound``, ``MediaTypeUnsupported``, ``BodyTooLarge``, ``RequestMalformed``, ``InputInvalid``.
     """
     for name, value in path.items():
-        if not re.fullmatch(PATH_PARAMETERS[name], value):
-            error, detail = _NOT_FOUND[name]
+        pattern, error, detail = PATH_PARTS[name]
+        if not re.fullmatch(pattern, value):
             raise error(detail)
     arguments: dict[str, str | bytes | BaseModel] = {**path}
     if route.rows is not None and request.mimetype not in route.rows.media_types:
@@ -323,12 +360,13 @@ def _shown(name: str) -> str:
 # --- The reply ----------------------------------------------------------------------------------------------------
 
 
-def response_of(reply: Reply) -> Response:
+def response_of(route: Route, answer: Reply | AnswerModel) -> Response:
     """Return the HTTP response: a model as JSON; bytes, or an iterator of them, as they are."""
+    reply = answer if isinstance(answer, Reply) else Reply(answer)
     content: bytes | Iterator[bytes] = reply.content
     if reply.model is not None:
-        content = reply.model.model_dump_json(exclude_none=reply.omit_none).encode()
-    response = Response(content, status=reply.status)
+        content = reply.model.model_dump_json(exclude_none=reply.model.omit_none).encode()
+    response = Response(content, status=reply.status or route.answers.status)
     if reply.media_type:
         response.headers["Content-Type"] = reply.media_type
     else:

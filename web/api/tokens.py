@@ -20,7 +20,9 @@ from web.api.fields import (
     Timestamp,
     WholeNumber,
 )
-from web.api.routing import Answers, Call, Reply, Route, tagged
+from web.api.routing import Answers, Call, Routes
+
+ROUTES = Routes("Tokens")
 
 
 class TokenRequest(RequestModel):
@@ -90,25 +92,36 @@ class AuditPage(AnswerModel):
     next_cursor: str | None
 
 
-def list_tokens(call: Call) -> Reply:
+@ROUTES.add("GET", "/tokens", Permission.TOKENS)
+def list_tokens(call: Call) -> TokenList:
     """List operator tokens, newest first, without their secrets."""
     records = call.portal.operators.tokens(call.actor.tenant_id)
-    return Reply(TokenList(tokens=[_token(record) for record in records]))
+    return TokenList(tokens=[_token(record) for record in records])
 
 
-def create_token(call: Call, body: TokenRequest) -> Reply:
+@ROUTES.add(
+    "POST", "/tokens", Permission.TOKENS, Answers("The token with its secret, which is shown only once", status=201)
+)
+def create_token(call: Call, body: TokenRequest) -> NewTokenModel:
     """Create an operator token; its secret is in this answer only."""
     life = None if body.expires_in_days is None else timedelta(days=body.expires_in_days)
     secret, record = call.portal.operators.create(call.actor, body.name, Role(body.role), life)
-    return Reply(NewTokenModel.of(record, token_id=record.id, token=secret), status=201)
+    return NewTokenModel.of(record, token_id=record.id, token=secret)
 
 
-def revoke_token(call: Call, token_id: str) -> Reply:
+@ROUTES.add(
+    "DELETE",
+    "/tokens/{token_id}",
+    Permission.TOKENS,
+    Answers("The token is revoked at once; a repeat gets the same answer"),
+)
+def revoke_token(call: Call, token_id: str) -> TokenModel:
     """Revoke an operator token."""
-    return Reply(_token(call.portal.operators.revoke(call.actor, token_id)))
+    return _token(call.portal.operators.revoke(call.actor, token_id))
 
 
-def list_audit(call: Call, query: AuditQuery) -> Reply:
+@ROUTES.add("GET", "/audit", Permission.AUDIT)
+def list_audit(call: Call, query: AuditQuery) -> AuditPage:
     """List the audit record, newest first."""
     filters = query.model_dump(exclude={"limit", "cursor"}, exclude_none=True)
     before = None if query.cursor is None else int(query.cursor)
@@ -116,30 +129,8 @@ def list_audit(call: Call, query: AuditQuery) -> Reply:
         call.actor.tenant_id, limit=query.limit, before=before, filters=filters
     )
     entries = [AuditEntryModel.of(entry) for entry in found]
-    return Reply(AuditPage(entries=entries, next_cursor=None if more_before is None else str(more_before)))
+    return AuditPage(entries=entries, next_cursor=None if more_before is None else str(more_before))
 
 
 def _token(record: TokenRecord) -> TokenModel:
     return TokenModel.of(record, token_id=record.id)
-
-
-ROUTES = tagged(
-    "Tokens",
-    Route("GET", "/tokens", list_tokens, Permission.TOKENS, Answers(TokenList)),
-    Route(
-        "POST",
-        "/tokens",
-        create_token,
-        Permission.TOKENS,
-        Answers(NewTokenModel, status=201, description="The token with its secret, which is shown only once"),
-    ),
-    Route(
-        "DELETE",
-        "/tokens/{token_id}",
-        revoke_token,
-        Permission.TOKENS,
-        Answers(TokenModel, description="The token is revoked at once; a repeat gets the same answer"),
-        errors=(404,),
-    ),
-    Route("GET", "/audit", list_audit, Permission.AUDIT, Answers(AuditPage)),
-)

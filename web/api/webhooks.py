@@ -10,9 +10,11 @@ from core.roles import Permission
 from core.states import EventDeliveryStatus
 from store.webhooks import Backlog, EventDeliveryRecord, WebhookRecord
 from web.api.fields import AnswerModel, Limit, NumericCursor, RequestModel, ShortText, Timestamp, WholeNumber
-from web.api.routing import Answers, Call, Reply, Route, tagged
+from web.api.routing import Answers, Call, Routes
 from workflows.events import EventType
 from workflows.webhooks.subscriptions import NOTHING
+
+ROUTES = Routes("Webhooks")
 
 EventName = Literal[
     "registered",
@@ -118,25 +120,35 @@ class WebhookTestAnswer(AnswerModel):
     milliseconds: int
 
 
-def list_webhooks(call: Call) -> Reply:
+@ROUTES.add("GET", "/webhooks", Permission.WEBHOOKS)
+def list_webhooks(call: Call) -> WebhookList:
     """List webhooks, oldest first, with the number of deliveries that wait."""
     found = call.portal.webhooks.all(call.actor.tenant_id)
-    return Reply(WebhookList(webhooks=[_webhook(record, backlog) for record, backlog in found]))
+    return WebhookList(webhooks=[_webhook(record, backlog) for record, backlog in found])
 
 
-def create_webhook(call: Call, body: WebhookRequest) -> Reply:
+@ROUTES.add(
+    "POST",
+    "/webhooks",
+    Permission.WEBHOOKS,
+    Answers("The webhook with its secret, which is shown only once", status=201),
+    errors=(409,),
+)
+def create_webhook(call: Call, body: WebhookRequest) -> NewWebhookModel:
     """Subscribe a receiver to events."""
     types = [EventType(name) for name in body.events or ()]
     secret, record = call.portal.webhooks.create(call.actor, body.name, body.url, types)
-    return Reply(NewWebhookModel.of(_webhook(record, NOTHING), secret=secret), status=201)
+    return NewWebhookModel.of(_webhook(record, NOTHING), secret=secret)
 
 
-def delete_webhook(call: Call, webhook_id: str) -> Reply:
+@ROUTES.add("DELETE", "/webhooks/{webhook_id}", Permission.WEBHOOKS, Answers("The webhook that was deleted"))
+def delete_webhook(call: Call, webhook_id: str) -> WebhookModel:
     """Delete a webhook; deliveries that wait are discarded."""
-    return Reply(_webhook(*call.portal.webhooks.delete(call.actor, webhook_id)))
+    return _webhook(*call.portal.webhooks.delete(call.actor, webhook_id))
 
 
-def list_webhook_deliveries(call: Call, webhook_id: str, query: WebhookDeliveryQuery) -> Reply:
+@ROUTES.add("GET", "/webhooks/{webhook_id}/deliveries", Permission.WEBHOOKS)
+def list_webhook_deliveries(call: Call, webhook_id: str, query: WebhookDeliveryQuery) -> WebhookDeliveryPage:
     """List the deliveries of a webhook, newest first."""
     found = call.portal.webhooks.deliveries(
         call.actor.tenant_id,
@@ -147,19 +159,23 @@ def list_webhook_deliveries(call: Call, webhook_id: str, query: WebhookDeliveryQ
     )
     page = [_delivery(record) for record in found[: query.limit]]
     more = len(found) > query.limit
-    return Reply(WebhookDeliveryPage(deliveries=page, next_cursor=str(page[-1].delivery_id) if more else None))
+    return WebhookDeliveryPage(deliveries=page, next_cursor=str(page[-1].delivery_id) if more else None)
 
 
-def redeliver(call: Call, webhook_id: str, body: RedeliverRequest) -> Reply:
+@ROUTES.add("POST", "/webhooks/{webhook_id}/redeliver", Permission.WEBHOOKS, body_optional=True)
+def redeliver(call: Call, webhook_id: str, body: RedeliverRequest) -> RedeliverAnswer:
     """Send deliveries again: those that are named, or all that were given up."""
     count = call.portal.webhooks.redeliver(call.actor, webhook_id, body.delivery_ids)
-    return Reply(RedeliverAnswer(redelivered=count))
+    return RedeliverAnswer(redelivered=count)
 
 
-def try_webhook(call: Call, webhook_id: str) -> Reply:
+@ROUTES.add(
+    "POST", "/webhooks/{webhook_id}/test", Permission.WEBHOOKS, Answers("The result; the event has the type `test`")
+)
+def try_webhook(call: Call, webhook_id: str) -> WebhookTestAnswer:
     """Send one test event now."""
     sent = call.portal.webhooks.test(call.actor, webhook_id)
-    return Reply(WebhookTestAnswer.of(sent, milliseconds=round(sent.seconds * 1000)))
+    return WebhookTestAnswer.of(sent, milliseconds=round(sent.seconds * 1000))
 
 
 def _webhook(record: WebhookRecord, backlog: Backlog) -> WebhookModel:
@@ -169,50 +185,3 @@ def _webhook(record: WebhookRecord, backlog: Backlog) -> WebhookModel:
 def _delivery(record: EventDeliveryRecord) -> WebhookDeliveryModel:
     next_at = record.next_at if record.status is EventDeliveryStatus.WAITING else None
     return WebhookDeliveryModel.of(record, delivery_id=record.id, next_at=next_at)
-
-
-ROUTES = tagged(
-    "Webhooks",
-    Route("GET", "/webhooks", list_webhooks, Permission.WEBHOOKS, Answers(WebhookList)),
-    Route(
-        "POST",
-        "/webhooks",
-        create_webhook,
-        Permission.WEBHOOKS,
-        Answers(NewWebhookModel, status=201, description="The webhook with its secret, which is shown only once"),
-        errors=(409,),
-    ),
-    Route(
-        "DELETE",
-        "/webhooks/{webhook_id}",
-        delete_webhook,
-        Permission.WEBHOOKS,
-        Answers(WebhookModel, description="The webhook that was deleted"),
-        errors=(404,),
-    ),
-    Route(
-        "GET",
-        "/webhooks/{webhook_id}/deliveries",
-        list_webhook_deliveries,
-        Permission.WEBHOOKS,
-        Answers(WebhookDeliveryPage),
-        errors=(404,),
-    ),
-    Route(
-        "POST",
-        "/webhooks/{webhook_id}/redeliver",
-        redeliver,
-        Permission.WEBHOOKS,
-        Answers(RedeliverAnswer),
-        body_optional=True,
-        errors=(404,),
-    ),
-    Route(
-        "POST",
-        "/webhooks/{webhook_id}/test",
-        try_webhook,
-        Permission.WEBHOOKS,
-        Answers(WebhookTestAnswer, description="The result; the event has the type `test`"),
-        errors=(404, 503),
-    ),
-)
