@@ -15,7 +15,7 @@ from broker.crl import read_crls
 from broker.files import CRL_FILE, BrokerFiles
 from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix, peer_process
 from core.acl_style import ACL_FILE, AclStyle
-from core.states import ON_CRL, IssuerKind
+from core.states import ON_CRL, DeviceStatus, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, summarize, warning, well
 from store import generations, issuers
 from store.tables import Certificate, Device
@@ -210,6 +210,6 @@ def active_devices(installation: Installation) -> int:
         count: int = tx.execute(
             sa.select(sa.func.count())
             .select_from(Device)
-            .where(Device.tenant_id == installation.tenant_id, Device.status == "active")
+            .where(Device.tenant_id == installation.tenant_id, Device.status == DeviceStatus.ACTIVE)
         ).scalar_one()
     return count

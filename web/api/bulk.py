@@ -16,7 +16,7 @@ from core.roles import Permission
 from web.api.devices import RegisterRequest, registration_of
 from web.api.fields import AnswerModel, DeviceId, Fingerprint, Hex, Timestamp
 from web.api.problems import FieldErrorModel
-from web.api.routing import Answers, Call, Reply, Routes, RowBody, input_invalid
+from web.api.routing import Answers, Call, Reply, Routes, RowBody, input_invalid, is_no_json
 from workflows.bulk.batch import Candidate, RowDone, RowFailed
 from workflows.bulk.rows import CsvRows, NdjsonRows, Row, Rows
 
@@ -174,7 +174,7 @@ def candidate_of(row: Row) -> Candidate:
         return Candidate(row.number, None, error, _external_id(row.content))
     except ValidationError as error:
         problem: PortalError = input_invalid(error)
-        if any(found["type"] == "json_invalid" for found in error.errors(include_input=False, include_url=False)):
+        if is_no_json(error):
             problem = RowMalformed("The row is not JSON in UTF-8.")
         return Candidate(row.number, None, problem, _external_id(row.content))
     return Candidate(row.number, registration, external_id=wanted.external_id)

@@ -66,9 +66,9 @@ if set(get_args(KeyTypeName)) != set(KEY_TYPES) or not set(get_args(ReasonName))
 
 
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
-    _check_value(value, depth=1)
-    if len(json.dumps(value, ensure_ascii=False).encode()) > METADATA_BYTES:
+    if len(json.dumps(value, ensure_ascii=False).encode()) > METADATA_BYTES:  # first: it bounds what follows
         raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
+    _check_value(value, depth=1)
     return value
 
 

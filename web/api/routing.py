@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 JSON = "application/json"
 ANYONE: Permission | None = None  # in place of a permission: a route that asks for no token
 MAX_PROBLEMS = 32
+MAX_COUNTED = 1000  # of more problems none is named: pydantic can only list all of them, which takes long
 IDEMPOTENCY_KEY = "^[!-~]{16,255}$"
 
 
@@ -310,7 +311,7 @@ def _read_json(model: type[BaseModel], request: Request, *, optional: bool) -> B
     try:
         return model.model_validate_json(content)
     except ValidationError as error:
-        if any(problem["type"] == "json_invalid" for problem in error.errors(include_input=False)):
+        if is_no_json(error):
             raise RequestMalformed("The body is not JSON in UTF-8; check it with a JSON parser.") from None
         raise input_invalid(error) from None
 
@@ -325,8 +326,15 @@ def _read_query(model: type[BaseModel], request: Request) -> BaseModel:
         raise input_invalid(error) from None
 
 
+def is_no_json(error: ValidationError) -> bool:
+    """Tell whether a body was refused because it is not JSON; pydantic reports nothing else then."""
+    return error.error_count() == 1 and error.errors(include_input=False)[0]["type"] == "json_invalid"
+
+
 def input_invalid(error: ValidationError) -> InputInvalid:
     """Return an error that says what is wrong with each field, never what was in it: it may be a secret."""
+    if error.error_count() > MAX_COUNTED:
+        return _refused([FieldProblem("body", f"has {error.error_count()} unknown or invalid fields; see /docs")])
     return _refused(
         [
             FieldProblem(_shown(".".join(str(part) for part in problem["loc"])) or "body", _in_words(problem))

@@ -24,8 +24,8 @@ MAX_ADDRESSES = 8
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?")
 
 # Refused although ``is_global`` accepts some of them: protocol assignments (RFC 6890), transition mechanisms that lead
-# to any IPv4 address (RFC 3056, 3068, 4380, 4291, 8215), site-local addresses (RFC 3879), and the metadata host of
-# Azure, which has a public address.
+# to any IPv4 address (RFC 3056, 3068, 4380, 4291, 8215), site-local addresses (RFC 3879), addresses of examples (RFC
+# 9637), and the metadata host of Azure, which has a public address.
 _INTERNAL = tuple(
     ipaddress.ip_network(network)
     for network in (
@@ -36,6 +36,7 @@ _INTERNAL = tuple(
         "::/96",
         "64:ff9b:1::/48",
         "fec0::/10",
+        "3fff::/20",
         "168.63.129.16/32",
     )
 )

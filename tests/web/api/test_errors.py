@@ -319,6 +319,18 @@ def test_an_error_names_at_most_32_fields(admin: Api) -> None:
     assert len(problem_of(answer, 422, "invalid_input")["errors"]) == 32
 
 
+def test_of_thousands_of_unknown_fields_only_their_number_is_answered(admin: Api) -> None:
+    answer = admin.post("/register", PUMP | {f"field-{number}": 1 for number in range(20_000)})
+    (error,) = problem_of(answer, 422, "invalid_input")["errors"]
+    assert error == {"field": "body", "message": "has 20000 unknown or invalid fields; see /docs"}
+
+
+def test_metadata_that_are_too_long_are_refused_before_their_values_are_looked_at(admin: Api) -> None:
+    answer = admin.post("/register", PUMP | {"metadata": {"a": ["\n"] * 60_000}})
+    (error,) = problem_of(answer, 422, "invalid_input")["errors"]
+    assert error == {"field": "metadata", "message": "must be at most 8192 bytes of JSON"}
+
+
 @pytest.mark.parametrize(
     ("request_line", "form"),
     [
