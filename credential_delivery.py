@@ -176,7 +176,7 @@ class AnswerSeal:
         return cls(derived[:32].hex(), derived[32:64], derived[64:])
 
     def request_hash(self, request: bytes) -> str:
-        """Return the HMAC-SHA-256 of a request in hex, by which a repeat is told from another request."""
+        """Return the HMAC-SHA-256 of a request in hex, which distinguishes a repeat from another request."""
         return hmac.new(self._request_key, request, "sha256").hexdigest()
 
     def seal(self, answer: bytes) -> bytes:

@@ -70,7 +70,7 @@ class Cfssl:
         self._stop()
 
     def racer(self, csr: Path | None) -> list[str]:
-        """What ``bench/client.py`` is to be told: a new key with its certificate, or the certificate for a CSR."""
+        """Return what ``bench/client.py`` needs: a new key with its certificate, or the certificate for a CSR."""
         if csr is None:
             path = "newcert"
             body: dict[str, object] = {

@@ -25,7 +25,7 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
     """Write ``devices`` devices with a certificate each, the first ``revoked`` of them revoked a day ago.
 
     ``data`` is the data folder of a portal that was made and does not run; ``url`` its database where that is not
-    the folder's own. ``per_device`` says that the broker must be told of each of them.
+    the folder's own. ``per_device`` says that the broker must learn of each of them.
     """
     database = Database(url or f"sqlite:///{data / 'portal.db'}", lock_path=data / ".write.lock", threads=1)
     chance = random.Random(devices)  # noqa: S311 - the same fleet each time, no secret

@@ -1,4 +1,4 @@
-"""Counts failed logins by address, so that a client with too many of them is told to wait.
+"""Counts failed logins by address, so that a client with too many of them has to wait.
 
 The counts are in a file of fixed size and not in the database, where each failed login would be a durable commit:
 ``docs/dependencies.md`` has the measurement.

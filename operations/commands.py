@@ -241,7 +241,7 @@ def retire(name: str) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @without_traceback
 def backup(file: Path) -> None:
-    """Write a backup to FILE while the portal goes on serving.
+    """Write a backup to FILE while the portal keeps serving.
 
     FILE must not exist. It holds the database, the encrypted CA keys and the secrets, but not the passphrase of the CA
     keys: keep that elsewhere.

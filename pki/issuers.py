@@ -114,7 +114,7 @@ def whole_second(moment: datetime) -> datetime:
     return moment.astimezone(UTC).replace(microsecond=0)
 
 
-# --- What stands in its certificates ------------------------------------------------------------------------------
+# --- What its certificates contain ---------------------------------------------------------------------------------
 
 
 class RevocationInfo(StrEnum):

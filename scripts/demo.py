@@ -114,18 +114,18 @@ def tell(story: Story, at_the_end: contextlib.ExitStack) -> None:
         expect(staying.is_connected(), "pump-1 is not connected")
     cut, answered = site.revoke(pump["device_id"], staying)
     story.happened("The operator revokes pump-1, and the broker cuts its session", cut)
-    story.happened("… and the operator is told: revoked, and the broker was seen to enforce it", answered)
+    story.happened("… and the operator sees: revoked, and the broker was seen to enforce it", answered)
     with story.step("pump-1 comes back by itself, with the same certificate: refused"):
         refusal = staying.wait_refused()
     story.detail(refusal)
-    with story.step("Another TLS client with pump-1's key is told why, by the broker's alert"):
+    with story.step("Another TLS client with pump-1's key learns why from the broker's alert"):
         alert = site.tls_alert("pump-1")
         expect("certificate revoked" in alert, f"the TLS handshake ended with {alert!r}")
     story.detail(alert)
     with story.step("display-1 is still connected, and may connect again"):
         expect(watching.is_connected(), "display-1 was cut off, too")
         answer = site.publish("display-1", f"devices/{display['device_id']}/status", "well")
-        expect(answer == "", f"display-1 was told {answer!r}")
+        expect(answer == "", f"display-1 got the answer {answer!r}")
     began = time.monotonic()
     at_the_end.close()
     expect(not site.folder.exists() and not site.answers(), "something was left behind")

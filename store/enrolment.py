@@ -232,8 +232,8 @@ def find_enrolment(
     tx: Connection, tenant_id: str, *, token_id: str | None, manufacturer_id: str | None, identity: str
 ) -> EnrolmentRecord | None:
     """Return the request of a device by this token or manufacturer, ``None`` if there is none yet."""
-    means = EnrolmentRow.token_id == token_id if token_id else EnrolmentRow.manufacturer_id == manufacturer_id
-    own = (EnrolmentRow.tenant_id == tenant_id, means, EnrolmentRow.identity == identity)
+    credential = EnrolmentRow.token_id == token_id if token_id else EnrolmentRow.manufacturer_id == manufacturer_id
+    own = (EnrolmentRow.tenant_id == tenant_id, credential, EnrolmentRow.identity == identity)
     row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own)).one_or_none()
     return None if row is None else EnrolmentRecord(*row)
 

@@ -160,7 +160,7 @@ class Device(Base):
     updated_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
-    # The generation at which its ACL entry last changed; 0 if the broker need not be told.
+    # The generation at which its ACL entry last changed; 0 if the broker need not learn of it.
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
 
 

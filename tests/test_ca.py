@@ -309,7 +309,7 @@ def test_a_server_certificate_has_the_server_profile(cas: Hierarchy) -> None:
     assert certificate.not_valid_after_utc == SECOND + timedelta(days=90)
 
 
-def test_a_name_too_long_for_a_common_name_stands_in_a_critical_san_alone(cas: Hierarchy) -> None:
+def test_a_name_too_long_for_a_common_name_is_in_a_critical_san_alone(cas: Hierarchy) -> None:
     name = f"{'a' * 60}.example.com"
     certificate = cas.server(name).certificate
     assert list(certificate.subject) == []

@@ -167,7 +167,7 @@ def test_only_the_given_environment_counts(tmp_path: Path, monkeypatch: pytest.M
     assert Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path)}).workers == 2
 
 
-def test_every_setting_stands_in_the_operators_guide() -> None:
+def test_every_setting_is_in_the_operators_guide() -> None:
     guide = (Path(__file__).parent.parent / "docs" / "operating.md").read_text()
     for name, field in Settings.model_fields.items():
         default = field.default if isinstance(field.default, str) else ""

@@ -156,7 +156,7 @@ def test_a_bundle_stays_only_while_its_link_is_open(portal: Portal) -> None:
     assert "bundle" in said
 
 
-def test_a_topic_stands_once_for_a_device(portal: Portal) -> None:
+def test_a_topic_is_listed_once_for_a_device(portal: Portal) -> None:
     refused(portal, lambda tx: add_device(tx, topics=[("devices/{id}/a", "read"), ("devices/{id}/a", "write")]))
     refused(portal, lambda tx: add_device(tx, topics=[("devices/{id}/a", "everything")]))
     with portal.database.snapshot() as tx:

@@ -45,7 +45,7 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: 
 
 
 def code(text: str) -> list[str]:
-    """What stands in backticks, and each line of the blocks."""
+    """What is in backticks, and each line of the blocks."""
     fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     without = re.sub(r"^```\w*\n.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     indented = re.findall(r"^ {4,}(.+)$", without, re.MULTILINE)

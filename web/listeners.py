@@ -56,7 +56,7 @@ def listen(address: Address, variable: str, timeout: float) -> socket.socket:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # inherited, too: socket(7)
             listener.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(timeout), int(timeout % 1 * 1e6)))
         _bind(listener, target)
-        if address.is_unix:  # whoever may connect may say which certificate a client has shown
+        if address.is_unix:  # a process that may connect may say which certificate a client has shown
             os.chmod(address.host, 0o660)
         listener.listen(BACKLOG)
     except OSError as error:
@@ -175,7 +175,7 @@ class ClientSocket(ssl.SSLSocket):
 
 
 class ServerTls:
-    """The TLS context of the main listener, made anew when the certificate on disk changes, or the file of client CAs.
+    """The TLS context of the main listener, made again when the certificate on disk changes, or the file of client CAs.
 
     Where ``client_cas`` (PEM) is there and not empty, clients are asked for a certificate and need not have one. One
     that none of these CAs has issued ends the handshake; all else about a certificate is for the application to judge.
@@ -281,7 +281,7 @@ class RequestBody:
         return b"".join(parts)
 
     def check(self) -> None:
-        """Raise ``PortalStopping`` where the server is being stopped: whoever reads has to come to an end."""
+        """Raise ``PortalStopping`` if the server is being stopped, so that the reader ends."""
         if not self._wanted():
             raise PortalStopping("The portal is being stopped; send what is not done yet again.")
 

@@ -101,7 +101,7 @@ class _Start:
     def __init__(self, on_worker_start: Callable[[Any], None], on_ready: Callable[[], None]) -> None:
         self._on_worker_start = on_worker_start
         self._on_ready = on_ready
-        # A pipe that holds the state, one byte. Whoever has taken it out is the only one to decide what it becomes.
+        # A pipe that holds the state, one byte. Only the process that has read it decides what it becomes.
         self._state, self._state_in = os.pipe()
         os.write(self._state_in, self.STARTING)
         self._failures, self._failures_in = os.pipe()
@@ -291,7 +291,7 @@ class _Gunicorn(BaseApplication):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, end)
         else:
-            for number in (signal.SIGINT, signal.SIGHUP):  # the main one is told, too
+            for number in (signal.SIGINT, signal.SIGHUP):  # the main one gets it, too
                 signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a second master could not have the listeners
         signal.signal(signal.SIGIO, end_with_other)

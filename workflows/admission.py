@@ -53,7 +53,7 @@ class Admission(Issuance):
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The generation that the broker must reach, 0 if it need not be told, and the row ids of the certificates."""
+    """The generation that the broker must reach, 0 if it need not learn of it, and the row ids of the certificates."""
 
     generation: int
     certificate_ids: Sequence[int]
@@ -63,19 +63,19 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
     """Write device, topics, certificate, bundle, event, audit entry and the broker's next generation.
 
     It is all in the caller's transaction: release no credentials before that is durable. Under the pattern style of
-    the ACL the broker need not be told of a new device with the default topics.
+    the ACL the broker need not learn of a new device with the default topics.
     """
-    told = [
+    must_learn = [
         admission.request is None or admission.topics is not None or style is AclStyle.PER_DEVICE
         for admission in admissions
     ]
-    generation = db.next_generation(tx, actor.tenant_id, at=now) if any(told) else 0
+    generation = db.next_generation(tx, actor.tenant_id, at=now) if any(must_learn) else 0
     if any(admission.request is not None and admission.request.external_id for admission in admissions):
         # Else two transactions with the same external ids could wait for each other: for a row, and for the audit head.
         store_audit.lock_audit_head(tx, actor.tenant_id)
     new: list[db.NewDevice] = []
-    for admission, is_told in zip(admissions, told, strict=True):
-        device_id, since = admission.credentials.device_id, generation if is_told else 0
+    for admission, is_new_there in zip(admissions, must_learn, strict=True):
+        device_id, since = admission.credentials.device_id, generation if is_new_there else 0
         if admission.request is None:
             values = {"status": DeviceStatus.ACTIVE, "generation": since, "updated_at": now}
             update_device(tx, actor.tenant_id, device_id, values)

@@ -64,8 +64,8 @@ class Operators:
     ) -> tuple[Sequence[AuditRecord], int | None]:
         """Return audit entries older than ``before``, newest first, and the ``before`` of the next page, if any.
 
-        ``filters`` match exactly. An index serves only that by object: with another, a page ends after so many entries
-        that were looked at, however few of them fit.
+        ``filters`` match exactly. An index serves only that by object: with another, a page ends after a maximum
+        number of entries that were looked at, however few of them match.
         """
         after = None
         with self._database.snapshot() as tx:

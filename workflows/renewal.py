@@ -48,7 +48,7 @@ class RenewalRequest(CredentialRequest):
     when_used: bool = False
 
     def canonical(self, device_id: str) -> bytes:
-        """Return the text by which one request is told from another under the same idempotency key."""
+        """Return the text that distinguishes one request from another under the same idempotency key."""
         values = dataclasses.asdict(dataclasses.replace(self, csr=None))
         values["csr"] = self.csr and self.csr.pem
         own = {"overlap_hours": values.pop("overlap_hours"), "when_used": values.pop("when_used")}
@@ -202,7 +202,7 @@ class Renewals:
         """Write the rows; returns the answer, with the generation at which something was revoked, 0 if nothing was."""
         tenant_id, device_id, overlap = actor.tenant_id, device.id, self._overlap(renewal)
         unfetched = store_renewal.unfetched_certificates(tx, tenant_id, device_id)
-        # If nothing is revoked the broker need not be told: it knows the device by its id, not by its certificate.
+        # If nothing is revoked the broker need not learn of it: it knows the device by its id, not by its certificate.
         generation = db.next_generation(tx, tenant_id, at=now) if unfetched or not overlap else 0
         store_renewal.revoke_unfetched(tx, unfetched, now=now, generation=generation)
         store_renewal.replace_current(tx, tenant_id, device_id, until=now + overlap, ends_when_used=renewal.when_used)

@@ -1,4 +1,4 @@
-"""The access list as text: what stands in it, what its checker refuses."""
+"""The access list as text: what is in it, what its checker refuses."""
 
 from __future__ import annotations
 

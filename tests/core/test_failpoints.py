@@ -1,4 +1,4 @@
-"""Failpoints: each stands in the code once, does what the variable says, costs nothing without it."""
+"""Failpoints: each is in the code once, does what the variable says, costs nothing without it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(plan: str, *names: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_each_name_stands_at_one_place_in_the_code_and_every_place_has_a_name() -> None:
+def test_each_name_is_at_one_place_in_the_code_and_every_place_has_a_name() -> None:
     modules = [path for path in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(path.relative_to(ROOT).parts)]
     used = [
         name

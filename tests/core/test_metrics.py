@@ -39,7 +39,7 @@ def scrape(api: Api) -> Samples:
 # --- Facts --------------------------------------------------------------------------------------------------------
 
 
-def test_devices_are_told_by_status_every_status_always(api: Api) -> None:
+def test_devices_are_counted_by_status_every_status_always(api: Api) -> None:
     ids = [api.register()["device_id"] for _ in range(3)]
     api.post(f"/revoke/{ids[0]}")
     samples = scrape(api)
@@ -48,7 +48,7 @@ def test_devices_are_told_by_status_every_status_always(api: Api) -> None:
     assert ("portal_devices", frozenset({("status", "suspended")})) in samples
 
 
-def test_bundles_that_wait_and_entries_of_the_record_are_told(api: Api) -> None:
+def test_bundles_that_wait_and_entries_of_the_record_are_counted(api: Api) -> None:
     before = scrape(api)
     path = api.register()["download_url"].partition("/download/")[2]
     api.register(csr=csr_pem())
@@ -59,7 +59,7 @@ def test_bundles_that_wait_and_entries_of_the_record_are_told(api: Api) -> None:
     assert value_of(scrape(api), "portal_bundles_undelivered") == value_of(before, "portal_bundles_undelivered")
 
 
-def test_certificates_about_to_end_are_told_as_long_as_they_are_in_use(api: Api, clock: Clock) -> None:
+def test_certificates_about_to_expire_are_counted_as_long_as_they_are_in_use(api: Api, clock: Clock) -> None:
     for days in (5, 20, 200):
         api.register(validity_days=days)
     revoked = api.register(validity_days=5)["device_id"]
@@ -76,7 +76,7 @@ def test_certificates_about_to_end_are_told_as_long_as_they_are_in_use(api: Api,
 
 
 @PER_DEVICE
-def test_how_long_the_broker_has_lagged_behind_is_told(api: Api, app: Flask, clock: Clock) -> None:
+def test_how_long_the_broker_has_lagged_behind_is_reported(api: Api, app: Flask, clock: Clock) -> None:
     portal = portal_of(app)
     with portal.database.transaction() as tx:
         newest = generations.get_broker_state(tx, "default").generation
@@ -97,7 +97,7 @@ def test_how_long_the_broker_has_lagged_behind_is_told(api: Api, app: Flask, clo
     assert value_of(scrape(api), "portal_generation_pending_seconds") == 0
 
 
-def test_what_is_left_of_crls_and_certificates_is_told_and_falls(api: Api, app: Flask, clock: Clock) -> None:
+def test_the_remaining_time_of_crls_and_certificates_is_reported_and_falls(api: Api, app: Flask, clock: Clock) -> None:
     days = 86400
     first = scrape(api)
     assert 6.9 * days < value_of(first, "portal_crl_life_left_seconds", issuer="issuing-1") <= 7 * days
@@ -201,7 +201,7 @@ def test_every_metric_has_the_portals_name_and_a_sentence(api: Api) -> None:
         assert family.documentation.endswith(".")
 
 
-def test_every_metric_stands_in_the_operators_guide_and_every_one_there_is(api: Api) -> None:
+def test_every_metric_is_in_the_operators_guide_and_every_one_there_exists(api: Api) -> None:
     guide = (ROOT / "docs" / "operating.md").read_text()
     told = {
         family.name + ("_total" if family.type == "counter" else "")
@@ -297,7 +297,7 @@ def test_the_counts_of_all_processes_add_up_whichever_is_asked(folder: Path) -> 
             assert value_of(samples, "portal_refusals_total", code="forbidden") == 30
 
 
-def test_a_killed_process_takes_nothing_with_it_and_its_successor_goes_on_in_its_files(folder: Path) -> None:
+def test_a_killed_process_takes_nothing_with_it_and_its_successor_continues_in_its_files(folder: Path) -> None:
     with counting(folder, 2) as processes:
         for process in processes:
             process.do("revoked 5")

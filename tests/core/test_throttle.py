@@ -39,10 +39,10 @@ def waits(throttle: Throttle, *moments: tuple[str, float]) -> list[int]:
     ("moments", "expected"),
     [
         pytest.param([(HERE, 0)] * 5, [0, 0, 0, 60, 60], id="the fourth of three must wait"),
-        pytest.param([(HERE, 0), (HERE, 1), (HERE, 2), (HERE, 10.5)], [0, 0, 0, 50], id="until its minute is over"),
+        pytest.param([(HERE, 0), (HERE, 1), (HERE, 2), (HERE, 10.5)], [0, 0, 0, 50], id="until its minute has passed"),
         pytest.param([(HERE, 0)] * 4 + [(HERE, 59.99)], [0, 0, 0, 60, 1], id="a second at least"),
-        pytest.param([(HERE, 0)] * 4 + [(HERE, 60)] * 4, [0, 0, 0, 60] * 2, id="and begins anew afterwards"),
-        pytest.param([(HERE, n) for n in range(0, 600, 20)], [0] * 30, id="three a minute may go on"),
+        pytest.param([(HERE, 0)] * 4 + [(HERE, 60)] * 4, [0, 0, 0, 60] * 2, id="and begins again afterwards"),
+        pytest.param([(HERE, n) for n in range(0, 600, 20)], [0] * 30, id="three a minute may continue"),
         pytest.param([(HERE, 0)] * 4 + [("192.0.2.8", 0)], [0, 0, 0, 60, 0], id="another address need not"),
         pytest.param([(HERE, 0)] * 4 + [(HERE, -3600)], [0, 0, 0, 60, 0], id="a clock that is set back frees all"),
         pytest.param([(HERE, 0)] * 4 + [(HERE, 1e9)], [0, 0, 0, 60, 0], id="a clock that is set ahead, too"),

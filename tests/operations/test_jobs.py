@@ -32,7 +32,7 @@ def crl_number(portal: Portal, issuer_id: int) -> int:
 
 @pytest.mark.parametrize("name", ["acl", "crl.pem", "ca.pem"])
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])
-def test_a_damaged_broker_file_is_written_anew_and_recorded(portal: Portal, name: str, damage: bytes | None) -> None:
+def test_a_damaged_broker_file_is_written_again_and_recorded(portal: Portal, name: str, damage: bytes | None) -> None:
     path = portal.settings.broker_file(name)
     if damage is None:
         path.unlink()
@@ -217,7 +217,7 @@ def test_a_clock_that_was_moved_and_moved_back_while_another_process_ran_the_job
     assert ran == ["daily"] * 3
 
 
-def test_what_was_seen_of_the_clock_before_the_machine_started_anew_does_not_count(
+def test_what_was_seen_of_the_clock_before_the_machine_restarted_does_not_count(
     portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(jobs, "BOOT_ID", tmp_path / "hidden from the service")
@@ -234,7 +234,7 @@ def test_what_was_seen_of_the_clock_before_the_machine_started_anew_does_not_cou
         too_late.start()
         jobs.run(portal, stopping, (Job("expiry", 60, run_and_stop, final=True),))
         too_late.cancel()
-        clock.advance(days=1)  # as the monotonic clock falls behind when it begins anew
+        clock.advance(days=1)  # as the monotonic clock falls behind when it begins again
     assert ran == ["first", "second"]
 
 

@@ -153,7 +153,7 @@ def test_a_key_that_was_moved_away_is_missing(keys: keystore.CaKeys, folder: Pat
         keys.load("root")
 
 
-def test_a_wrong_passphrase_is_told_without_being_shown(folder: Path) -> None:
+def test_a_wrong_passphrase_is_reported_without_being_shown(folder: Path) -> None:
     put(folder, encrypted(generate_keypair(KeyType.EC_P384)))
     with pytest.raises(CaKeyUnavailable, match=r"root\.key\.pem does not open: .*PORTAL_CA_PASSPHRASE") as refusal:
         KeyFiles(folder, b"another passphrase").load("root")
@@ -218,7 +218,7 @@ def test_a_folder_or_a_pipe_in_place_of_a_key_is_refused(keys: keystore.CaKeys, 
         keys.load("pipe")
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CaKeyUnavailable, match=r"cannot be written"):
         KeyFiles(tmp_path / "file" / "ca", PASSPHRASE).create("root", KeyType.EC_P256)

@@ -92,7 +92,9 @@ def test_a_responder_certificate_is_for_ocsp_alone_and_not_to_be_checked_itself(
     assert certificate.not_valid_after_utc == SECOND + timedelta(days=14)
 
 
-def test_a_device_and_a_server_are_told_of_ocsp_and_an_issuing_ca_of_the_crl_alone(cas: Hierarchy) -> None:
+def test_certificates_of_devices_and_servers_name_the_responder_and_an_issuing_cas_the_crl_alone(
+    cas: Hierarchy,
+) -> None:
     def told(certificate: x509.Certificate) -> list[str]:
         access = certificate.extensions.get_extension_for_class(x509.AuthorityInformationAccess).value
         return [str(item.access_location.value) for item in access]
@@ -354,7 +356,7 @@ def test_what_is_no_request_is_malformed(der: bytes) -> None:
         pki_ocsp.read_request(der)
 
 
-def test_a_request_that_is_cut_short_or_goes_on_is_malformed(cas: Hierarchy) -> None:
+def test_a_request_that_is_cut_short_or_too_long_is_malformed(cas: Hierarchy) -> None:
     der = ask(cas.issuing.certificate, 1).der()
     for length in range(len(der)):
         with pytest.raises(RequestMalformed):
@@ -408,7 +410,7 @@ def test_an_answer_is_signed_by_the_responder_whose_certificate_is_in_it(
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason is not Reason.UNSPECIFIED])
-def test_a_revoked_certificate_is_told_with_time_and_reason(
+def test_a_revoked_certificate_is_answered_with_time_and_reason(
     cas: Hierarchy, signer: pki_ocsp.Signer, reason: Reason, now: datetime
 ) -> None:
     at = now - timedelta(days=3)
@@ -461,7 +463,7 @@ def test_the_nonce_comes_back_as_it_was(cas: Hierarchy, signer: pki_ocsp.Signer,
 
 
 @pytest.mark.parametrize("reason", Failure)
-def test_a_failure_is_told_without_a_signature(reason: Failure) -> None:
+def test_a_failure_is_answered_without_a_signature(reason: Failure) -> None:
     read = ocsp.load_der_ocsp_response(pki_ocsp.failure(reason))
     assert read.response_status.value == reason
     assert read.response_status.name == reason.name

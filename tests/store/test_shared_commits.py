@@ -135,7 +135,7 @@ def test_one_that_fails_is_undone_and_hurts_no_other(database: Database, commits
     assert seen(database) == {-1, 0, 1, 2}
 
 
-def test_where_the_commit_fails_nobody_is_told_that_it_succeeded(database: Database) -> None:
+def test_if_the_commit_fails_no_caller_sees_a_success(database: Database) -> None:
     commits: list[None] = []
 
     def fail_from_the_second_on(_connection: Connection) -> None:

@@ -193,7 +193,7 @@ def test_an_answer_is_repeated_for_the_idempotency_key_of_before(api: Api, facts
     assert (answer.status_code, answer.json["device_id"]) == (201, facts["repeated"])
 
 
-def test_the_audit_record_goes_on_soundly(api: Api, portal: Portal) -> None:
+def test_the_audit_record_continues_soundly(api: Api, portal: Portal) -> None:
     api.register()
     with portal.database.snapshot() as tx:
         verdict = audit.verify(tx, portal.tenant_id)

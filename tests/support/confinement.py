@@ -1,7 +1,7 @@
 """Runs a program under the system call filter of a systemd unit: ``confinement.py UNIT PROGRAM [ARGUMENT ...]``.
 
-Stands in for systemd, which the machine that runs the tests may not have as its first process. What the names of sets
-stand for is asked of ``systemd-analyze``; the filter itself is made by libseccomp, as systemd's is.
+Takes the place of systemd, which the machine that runs the tests may not have as its first process. What the names of
+sets stand for is asked of ``systemd-analyze``; the filter itself is made by libseccomp, as systemd's is.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class Known:
     key: str
     body: dict[str, Any]
     answer: dict[str, Any] | None = None
-    places: list[str] = field(default_factory=list)  # asked for, in order; those before ``placed`` are over
+    places: list[str] = field(default_factory=list)  # asked for, in order; those before ``placed`` have ended
     placed: int = 0  # how many of them were answered
     revoke_sent: bool = False
     revoked: str = ""  # "enforced" or "pending", as answered
@@ -352,8 +352,8 @@ class Load:
 # --- A device at the broker ----------------------------------------------------------------------------------------
 
 
-def let_in(ca: str, chain: str, key: Path, device_id: str, port: int, folder: Path) -> str:
-    """What the broker says to the device: "" where it lets it in, else why not."""
+def refusal_of(ca: str, chain: str, key: Path, device_id: str, port: int, folder: Path) -> str:
+    """What the broker says to the device: "" if it accepts it, else why not."""
     certificate = folder / f"{secrets.token_hex(8)}.pem"
     certificate.write_text(chain)
     said: queue.Queue[str] = queue.Queue()

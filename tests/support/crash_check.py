@@ -18,8 +18,8 @@ from tests.support.crash import (
     Victim,
     acl_blocks,
     every_device,
-    let_in,
     read_crl,
+    refusal_of,
 )
 from tests.support.deployment import wait_until
 from workflows.reconciliation import MAX_DENIALS
@@ -134,7 +134,7 @@ class Check:
         for known in self.sample(lambda known: has_certificate(known) and not known.revoke_sent, number):
             if why := self.connect(known):
                 self.ledger.lost("broker refuses an active device", f"{known.name}: {why}")
-            self.done["active devices let in"] += 1
+            self.done["active devices accepted"] += 1
 
     def refuses(self, number: int, answered: str = "") -> None:
         """That the broker refuses devices whose revocation was answered (as ``answered``)."""
@@ -149,7 +149,7 @@ class Check:
         assert known.answer is not None
         ca = str(self.victim.data / "ca.pem")
         folder = self.victim.folder
-        return let_in(ca, known.answer["chain"], self.key, known.id, self.victim.mqtt_port, folder)
+        return refusal_of(ca, known.answer["chain"], self.key, known.id, self.victim.mqtt_port, folder)
 
     def whole(self, known: Known, device: dict[str, Any]) -> None:
         """A registration that nobody was told of is there with all that belongs to it."""
@@ -171,7 +171,7 @@ class Check:
                 self._link(known)
 
     def _was_killed_in(self, known: Known) -> bool:
-        """Whether the portal was killed while the fetch went on."""
+        """Whether the portal was killed during the fetch."""
         began = known.fetches[-1][0]
         return any(0 <= kill - began < ANSWER_SECONDS for kill in self.ledger.kills)
 

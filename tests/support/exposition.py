@@ -8,7 +8,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def samples_of(text: str) -> Samples:
-    """Every sample by its name and labels; fails where one stands there twice."""
+    """Every sample by its name and labels; fails if one is there twice."""
     found: Samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

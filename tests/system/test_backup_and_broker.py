@@ -47,7 +47,7 @@ def put_back(deployment: Deployment, file: Path, *options: str) -> str:
 
 @pytest.mark.parametrize("style", ["per-device", "pattern"], indirect=True)
 @pytest.mark.parametrize("lost", [False, True], ids=["the old database is readable", "only the CRL is left"])
-def test_who_was_revoked_since_the_copy_is_not_let_in_after_its_restore(
+def test_a_device_revoked_since_the_copy_is_refused_after_its_restore(
     running: Deployment, style: str, lost: bool
 ) -> None:
     stays, goes = running.onboard("stays"), running.onboard("goes")

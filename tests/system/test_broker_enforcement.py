@@ -49,7 +49,7 @@ def soon(seconds: float = SECONDS) -> float:
 
 @dataclass
 class Site:
-    """A portal's broker room with a real broker beside it."""
+    """A portal's broker files with a real broker beside them."""
 
     settings: Settings
     pki: Pki
@@ -371,7 +371,7 @@ def test_a_revoked_device_is_silenced_cut_and_refused(site: Site) -> None:
         assert not watcher.cut.is_set()
 
 
-def test_a_revoked_device_stays_out_after_the_broker_is_restarted(site: Site) -> None:
+def test_a_revoked_device_stays_refused_after_the_broker_is_restarted(site: Site) -> None:
     device_id, other_id = site.admit(), site.admit()
     site.apply()
     assert site.mosquitto_pub(device_id, f"devices/{device_id}/x").returncode == 0
@@ -411,7 +411,7 @@ def test_many_sessions_are_cut_at_once(strict: Site) -> None:
             device.close()
 
 
-def test_a_retained_message_of_a_device_that_is_out_is_not_delivered(strict: Site) -> None:
+def test_a_retained_message_of_a_revoked_device_is_not_delivered(strict: Site) -> None:
     shared = Topic("devices/shared/#", Access.READWRITE)
     sender_id, other_id, watcher_id = strict.admit([shared]), strict.admit([shared]), strict.admit([shared])
     strict.apply()

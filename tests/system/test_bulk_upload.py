@@ -67,7 +67,7 @@ def kill_servers(deployment: Deployment) -> None:
     deployment.processes.pop().wait()
 
 
-def test_a_file_becomes_devices_that_the_broker_lets_in(deployment: Deployment, tmp_path: Path) -> None:
+def test_a_file_becomes_devices_that_the_broker_accepts(deployment: Deployment, tmp_path: Path) -> None:
     file = tmp_path / "fleet.csv"
     file.write_text(HEADER + rows(0, 400))
     done = subprocess.run(curl(deployment, str(file)), check=True, capture_output=True, text=True)
@@ -104,7 +104,9 @@ def test_answers_come_before_the_upload_ends_and_a_killed_portal_leaves_whole_ba
     assert [answer["device_id"] for answer in again[:100]] == [answer["device_id"] for answer in answers]
 
 
-def test_who_may_not_is_told_so_without_being_asked_for_the_file(deployment: Deployment, tmp_path: Path) -> None:
+def test_an_operator_without_the_permission_is_refused_before_the_file_is_sent(
+    deployment: Deployment, tmp_path: Path
+) -> None:
     file = tmp_path / "fleet.csv"
     file.write_text(HEADER + rows(0, 100_000))
     command = curl(deployment, str(file))

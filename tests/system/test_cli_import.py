@@ -109,7 +109,7 @@ def test_the_summary_says_in_plain_text_what_was_done_and_what_failed_and_why(
     assert "3 registered, 0 registered before, 0 failed." in whole.stderr
 
 
-def test_an_import_that_was_interrupted_goes_on_where_it_stopped(deployment: Deployment, tmp_path: Path) -> None:
+def test_an_import_that_was_interrupted_continues_where_it_stopped(deployment: Deployment, tmp_path: Path) -> None:
     file, out = fleet(tmp_path / "fleet.csv", 1500), tmp_path / "out"
     command = [sys.executable, str(ROOT / "cli.py"), "import", str(file), "--out", str(out)]
     with subprocess.Popen(command, env=deployment.environment | deployment.operator, stderr=subprocess.PIPE) as process:

@@ -47,7 +47,7 @@ def test_the_server_is_confined(deployment: Deployment) -> None:
         assert "\nSeccomp:\t2\n" in Path(f"/proc/{pid}/status").read_text()
 
 
-def test_a_device_is_registered_talks_and_is_put_out(deployment: Deployment) -> None:
+def test_a_device_is_registered_publishes_and_is_revoked(deployment: Deployment) -> None:
     device = deployment.onboard()
     client = device.client()
     assert deployment.call("POST", f"/revoke/{device.id}").json()["broker"] == "enforced"

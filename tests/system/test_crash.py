@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from bench.harness import make_csr
-from tests.support.crash import Ledger, Load, Victim, acl_blocks, let_in, read_crl
+from tests.support.crash import Ledger, Load, Victim, acl_blocks, read_crl, refusal_of
 from tests.support.crash_check import Check
 from tests.support.deployment import PLAIN, wait_until
 from tests.support.receiver import Receiver, receiving
@@ -59,9 +59,9 @@ def start_again(victim: Victim) -> None:
     victim.wait_ready()
 
 
-def is_let_in(victim: Victim, device: dict[str, str]) -> bool:
+def is_accepted(victim: Victim, device: dict[str, str]) -> bool:
     key, ca = victim.folder / "device.key", victim.operator["PORTAL_CA"]
-    return let_in(ca, device["chain"], key, device["device_id"], victim.mqtt_port, victim.folder) == ""
+    return refusal_of(ca, device["chain"], key, device["device_id"], victim.mqtt_port, victim.folder) == ""
 
 
 REGISTER_STEPS = {
@@ -115,16 +115,16 @@ def test_a_revocation_cut_off_is_finished_by_the_next_start_with_nobody_asking(v
     start_again(victim)
     csr = (victim.folder / "device.csr").read_text()
     device, other = (victim.register(name=name, csr=csr) for name in ("to be revoked", "to stay"))
-    assert is_let_in(victim, device)
+    assert is_accepted(victim, device)
     killed_at(victim, step, "POST", f"{victim.url}/revoke/{device['device_id']}")
     broker = victim.data / "broker"
-    assert read_crl(broker, victim.data / "ca.pem")[1] == ""  # whatever stands there is whole and current
+    assert read_crl(broker, victim.data / "ca.pem")[1] == ""  # what is there is whole and current
     start_again(victim)
     committed = REVOKE_STEPS[step]
     status = victim.call("GET", f"/devices/{device['device_id']}").json()["status"]
     assert status == ("revoked" if committed else "active")
-    assert is_let_in(victim, device) is not committed
-    assert is_let_in(victim, other)
+    assert is_accepted(victim, device) is not committed
+    assert is_accepted(victim, other)
     assert (device["device_id"] in acl_blocks(broker)) is not committed
     listed, problem = read_crl(broker, victim.data / "ca.pem")
     assert problem == ""
@@ -153,15 +153,15 @@ def test_what_was_cut_off_in_suspending_resuming_or_renewing_is_whole_or_not_don
         arm(victim, step)
         assert victim.call("GET", path).json()["status"] == status
         assert len(victim.call("GET", f"{path}/certificates").json()["certificates"]) == 1
-        assert is_let_in(victim, device) is (status == "active")
+        assert is_accepted(victim, device) is (status == "active")
         operation = step.partition(".")[0]
         die(victim, "POST", f"{victim.url}{path}/{operation}", **(renewal if operation == "renew" else {}))
     start_again(victim)
-    assert not is_let_in(victim, device)  # its certificate was to end at once, and ends with nobody asking
+    assert not is_accepted(victim, device)  # its certificate was to end at once, and ends with nobody asking
     answer = victim.session.post(f"{victim.url}{path}/renew", timeout=20, **renewal)
     assert answer.status_code == 201
     assert len(victim.call("GET", f"{path}/certificates").json()["certificates"]) == 2
-    assert is_let_in(victim, device | answer.json())
+    assert is_accepted(victim, device | answer.json())
 
 
 def test_an_event_whose_portal_was_killed_before_it_was_sent_is_sent_by_the_next_start(victim: Victim) -> None:

@@ -51,7 +51,7 @@ def left_behind(folder: Path) -> list[str]:
     return processes + [str(path) for path in (folder / "tmp").iterdir()]
 
 
-def test_the_story_is_told_to_its_end_and_leaves_nothing_behind(folder: Path) -> None:
+def test_the_demo_runs_to_its_end_and_leaves_nothing_behind(folder: Path) -> None:
     with started(folder) as demo:
         printed, errors = demo.communicate(timeout=180)
     assert (demo.returncode, errors) == (0, "")

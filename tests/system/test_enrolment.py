@@ -48,7 +48,7 @@ def run(deployment: Deployment, block: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_device_enrols_publishes_renews_is_put_out(deployment: Deployment) -> None:
+def test_a_device_enrols_publishes_renews_and_is_revoked(deployment: Deployment) -> None:
     make_token, enrol, renew, _ = BLOCKS
     for block in (make_token, enrol):
         done = run(deployment, block)
@@ -124,7 +124,7 @@ def test_the_device_s_tool_survives_being_cut_off_at_any_step(deployment: Deploy
     for cut in CUTS:  # each run begins where the one before was cut off
         assert tool(deployment, cut=cut).returncode == -9, cut
     assert tool(deployment).returncode == 0
-    for cut in ("request", "answer", "stored", "moved"):  # no more: older certificates go on for a while
+    for cut in ("request", "answer", "stored", "moved"):  # no more: older certificates keep working for a while
         before = (current / "device.pem").read_text()
         assert tool(deployment, "--renew", cut=cut).returncode == -9, cut
         verify = ["openssl", "verify", "-CAfile", "ca.pem", "device.pem"]

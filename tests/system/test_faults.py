@@ -21,7 +21,7 @@ import requests
 from cryptography import x509
 
 from bench.harness import make_csr
-from tests.support.crash import Ledger, Load, Victim, acl_blocks, group_members, let_in, read_crl
+from tests.support.crash import Ledger, Load, Victim, acl_blocks, group_members, read_crl, refusal_of
 from tests.support.crash_check import Check
 from tests.support.deployment import PLAIN, wait_until
 from tests.support.harness import ALL
@@ -76,13 +76,13 @@ class Faulty(Victim):
     def revoke(self, device: dict[str, Any]) -> requests.Response:
         return self.ask("POST", f"/revoke/{device['device_id']}")
 
-    def put_out(self, device: dict[str, Any]) -> None:
+    def revoke_until_enforced(self, device: dict[str, Any]) -> None:
         """Revoke it, and ask again until the broker is known to refuse it: a busy machine's may need more time."""
         wait_until(lambda: self.revoke(device).json()["broker"] == "enforced")
 
-    def is_let_in(self, device: dict[str, Any]) -> bool:
+    def is_accepted(self, device: dict[str, Any]) -> bool:
         key, ca = self.folder / "device.key", self.operator["PORTAL_CA"]
-        return let_in(ca, device["chain"], key, device["device_id"], self.mqtt_port, self.folder) == ""
+        return refusal_of(ca, device["chain"], key, device["device_id"], self.mqtt_port, self.folder) == ""
 
     def problems(self) -> list[str]:
         """The checks of /readyz that fail."""
@@ -111,11 +111,11 @@ class Faulty(Victim):
         self.files_are_good()
         for device in revoked or []:
             assert self.ask("GET", f"/devices/{device['device_id']}").json()["status"] == "revoked"
-            assert not self.is_let_in(device)
+            assert not self.is_accepted(device)
         for device in active or []:
             assert self.ask("GET", f"/devices/{device['device_id']}").json()["status"] == "active"
-            assert self.is_let_in(device)
-        assert self.is_let_in(self.device())
+            assert self.is_accepted(device)
+        assert self.is_accepted(self.device())
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def pair(faulty: Faulty) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextlib.contextmanager
 def small_disk_below(faulty: Faulty, folder: Path) -> Iterator[Path]:
-    """A running deployment goes on with one of its folders on a disk of 48 MB of its own."""
+    """A running deployment continues with one of its folders on a disk of 48 MB of its own."""
     faulty.stop_portal()
     faulty.stop_broker()
     before = folder.with_name(f"{folder.name}-before")
@@ -279,7 +279,7 @@ def test_a_broker_that_is_slow(faulty: Faulty, pair: tuple[dict[str, Any], dict[
         over.set()
         thread.join()
     if answer["broker"] == "enforced":
-        assert not faulty.is_let_in(revoked)
+        assert not faulty.is_accepted(revoked)
     faulty.recovers(revoked=[revoked], active=[kept])
 
 
@@ -322,7 +322,7 @@ def test_a_database_that_another_process_keeps_locked(
     for thread in threads:
         thread.join()
     assert 503 in faulty.statuses
-    faulty.put_out(revoked)
+    faulty.revoke_until_enforced(revoked)
     faulty.recovers(revoked=[revoked], active=[kept])
 
 
@@ -423,10 +423,10 @@ def test_a_clock_that_is_moved_and_moved_back(ahead: timedelta) -> None:
         wait_until(faulty.is_well)
         revoked, other, kept = (faulty.device() for _ in range(3))
         bundle = faulty.register()
-        faulty.put_out(revoked)
+        faulty.revoke_until_enforced(revoked)
         faulty.move(ahead)
         wait_until(faulty.is_well)
-        faulty.put_out(other)
+        faulty.revoke_until_enforced(other)
         looked = faulty.session.head(bundle["download_url"], timeout=20).status_code
         assert looked == (410 if ahead > timedelta(0) else 200)
         faulty.move(timedelta(0))
@@ -474,7 +474,7 @@ def test_a_portal_that_was_stopped_while_it_holds_a_lock_holds_no_other_up(
         assert "broker" in faulty.problems()
     os.killpg(other.pid, signal.SIGKILL)
     stuck.join()
-    faulty.put_out(revoked)
+    faulty.revoke_until_enforced(revoked)
     faulty.recovers(revoked=[revoked], active=[kept])
 
 

@@ -45,7 +45,7 @@ def answered_by(deployment: Deployment, worker: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def test_every_worker_tells_the_same_and_all_of_it(deployment: Deployment) -> None:
+def test_every_worker_reports_the_same_and_all_of_it(deployment: Deployment) -> None:
     before = counted(deployment)
     workers = deployment.workers()
     assert len(workers) == 3

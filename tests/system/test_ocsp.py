@@ -156,7 +156,9 @@ def test_the_commands_of_the_guide_run_and_believe_the_answers(deployment: Deplo
     assert told() == ["revoked", "revoked"]
 
 
-def test_a_request_of_64_kilobytes_and_what_is_none_are_refused(deployment: Deployment, asking: Asking) -> None:
+def test_a_request_of_64_kilobytes_and_a_body_that_is_no_request_are_refused(
+    deployment: Deployment, asking: Asking
+) -> None:
     url, headers = f"{deployment.pki_url}/ocsp", {"Content-Type": "application/ocsp-request"}
     assert requests.post(url, b"\x30" * 65536, headers=headers, timeout=10).status_code == 413
     malformed = requests.post(url, b"hello", headers=headers, timeout=10)

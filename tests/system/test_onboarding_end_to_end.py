@@ -96,7 +96,7 @@ def test_a_bundle_works_the_moment_it_can_be_fetched(deployment: Deployment) -> 
         client.close()
 
 
-def test_a_revoked_device_is_cut_off_silenced_and_kept_out(deployment: Deployment) -> None:
+def test_a_revoked_device_is_disconnected_silenced_and_stays_refused(deployment: Deployment) -> None:
     device, witness = deployment.onboard("goes"), deployment.onboard("stays")
     listening = witness.client()
     client = device.client()
@@ -127,10 +127,10 @@ def test_a_registration_on_a_new_installation_leaves_a_sleeping_device_its_messa
         asleep.close()
         reloads = deployment.broker.log.count("Reloading config")
 
-        newcomer = deployment.onboard("newcomer").client()
+        other = deployment.onboard("another").client()
         # In either style it is in once this is granted; in per-device it took a reload.
-        wait_until(lambda: newcomer.publish(f"devices/{newcomer.device.id}/up") != "Not authorized")
-        newcomer.close()
+        wait_until(lambda: other.publish(f"devices/{other.device.id}/up") != "Not authorized")
+        other.close()
         deployment.wait_ready()
         assert deployment.broker.log.count("Reloading config") == reloads
         assert talking.publish("devices/line/news", b"while it slept") == "Success"
@@ -143,7 +143,7 @@ def test_a_registration_on_a_new_installation_leaves_a_sleeping_device_its_messa
         assert deployment.broker.running
 
 
-def test_it_stays_out_after_broker_and_portal_have_been_restarted() -> None:
+def test_it_stays_refused_after_broker_and_portal_have_been_restarted() -> None:
     with deployed() as deployment:
         device, witness = deployment.onboard("goes"), deployment.onboard("stays")
         deployment.cli("revoke", device.id, "--yes")
@@ -156,7 +156,7 @@ def test_it_stays_out_after_broker_and_portal_have_been_restarted() -> None:
         witness.client().close()
 
 
-def test_a_device_revoked_while_the_broker_is_down_is_pending_then_kept_out() -> None:
+def test_a_device_revoked_while_the_broker_is_down_is_pending_then_refused() -> None:
     with deployed(PORTAL_ENFORCE_TIMEOUT="0.5") as deployment:
         device, witness = deployment.onboard("goes"), deployment.onboard("stays")
         deployment.stop_broker()
@@ -170,7 +170,7 @@ def test_a_device_revoked_while_the_broker_is_down_is_pending_then_kept_out() ->
         witness.client().close()
 
 
-def test_a_revocation_survives_kill_9_before_the_broker_is_told() -> None:
+def test_a_revocation_survives_kill_9_before_the_broker_is_reloaded() -> None:
     with deployed(PORTAL_ENFORCE_TIMEOUT="0.5") as deployment:
         device = deployment.onboard("goes")
         deployment.stop_broker()

@@ -1,4 +1,4 @@
-"""One use is one use, whoever asks how often at once, over HTTPS and with several processes that answer."""
+"""One use is one use, however many ask at once, over HTTPS and with several processes that answer."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_a_device_renews_while_it_is_connected_and_both_certificates_work(deploy
         assert client.publish(f"devices/{device.id}/up") in ("Success", "No matching subscribers")
         client.close()
 
-    # Again, and the older ones end at once: the session that one of them began is cut, the newest goes on.
+    # Again, and the older ones end at once: the session that one of them began is cut, the newest continues.
     client = device.client()
     out = deployment.folder / f"again-{device.id}"
     answer = deployment.cli("renew", device.id, "--overlap-hours", "0", "--out", str(out), "--json").stdout

@@ -67,7 +67,7 @@ def test_devices_of_both_cas_are_at_work_before_during_and_after(deployment: Dep
     assert issuer_of(older) == "1"
     done = deployment.run_flask("ca", "rollover")
     assert "issuing-2 issues." in done.stdout
-    assert talks(session), "the session of a device of the first CA goes on"
+    assert talks(session), "the session of a device of the first CA continues"
     assert broker_file(deployment, "crl.pem").count("BEGIN X509 CRL") == 2
 
     def all_workers_issue_by_it() -> bool:
@@ -79,7 +79,7 @@ def test_devices_of_both_cas_are_at_work_before_during_and_after(deployment: Dep
     assert talks(with_newer)
     assert talks(session)
     session.close()
-    session = older.client()  # and connects anew, to a broker that shows a certificate of the second CA
+    session = older.client()  # and connects again, to a broker that shows a certificate of the second CA
     assert talks(session)
     deployment.wait_ready()
     for device in (older, newer):

@@ -40,7 +40,7 @@ def what_it_prints(text: str, project: str, data: str) -> str:
     return masked(re.sub(SET_UP, "", text).replace(data, "<data>").replace(project, "<project>")).strip()
 
 
-def test_it_serves_stops_and_goes_on_with_the_same_data(folder: Path) -> None:
+def test_it_serves_stops_and_continues_with_the_same_data(folder: Path) -> None:
     data = folder / "data"
     with Run(data) as run:
         run.wait_ready()

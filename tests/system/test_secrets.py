@@ -1,4 +1,4 @@
-"""After a run of everything, no secret of a device or an operator stands anywhere in the clear."""
+"""After a run of everything, no secret of a device or an operator is anywhere in the clear."""
 
 from __future__ import annotations
 

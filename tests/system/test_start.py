@@ -46,7 +46,7 @@ def test_a_port_in_use(stopped: Deployment, name: str) -> None:
 
 def test_a_data_folder_that_cannot_be_written(tmp_path: Path) -> None:
     deployment = Deployment()
-    (tmp_path / "file").write_text("a file stands where the folder should be")
+    (tmp_path / "file").write_text("a file is where the folder should be")
     deployment.environment["PORTAL_DATA_DIR"] = str(tmp_path / "file" / "data")
     sentence = said(deployment, "init")
     assert "cannot be written" in sentence
@@ -88,7 +88,7 @@ def test_a_database_older_than_what_the_broker_was_given(stopped: Deployment) ->
     assert "newer" in said(stopped)
 
 
-def test_a_setting_that_is_none(stopped: Deployment) -> None:
+def test_an_unknown_setting(stopped: Deployment) -> None:
     stopped.environment["PORTAL_WORKERS"] = "many"
     assert said(stopped) == "Error: PORTAL_WORKERS must be a whole number from 1 to 64."
 

@@ -70,7 +70,7 @@ def test_registered_and_revoked_by_two_portals_at_once_all_agree(style: str, dat
         deployment.wait_ready()
         said = {device["device_id"]: device["status"] for device in answered}
         assert said == recorded(deployment)
-        wait_until(lambda: let_in(deployment, style, said) == {i for i, s in said.items() if s == "active"})
+        wait_until(lambda: refusal_of(deployment, style, said) == {i for i, s in said.items() if s == "active"})
         crl = x509.load_pem_x509_crl((deployment.data / "broker" / "crl.pem").read_bytes())
         listed = {f"{entry.serial_number:x}".zfill(40) for entry in crl}
         revoked = {device["serial_number"].zfill(40) for device in answered if device["status"] == "revoked"}
@@ -92,7 +92,7 @@ def recorded(deployment: Deployment) -> dict[str, str]:
         cursor = f"&cursor={page['next_cursor']}"
 
 
-def let_in(deployment: Deployment, style: str, known: dict[str, str]) -> set[str]:
+def refusal_of(deployment: Deployment, style: str, known: dict[str, str]) -> set[str]:
     """The devices of ``known`` to which the ACL on the broker's disk gives something."""
     acl = (deployment.data / "broker" / "acl").read_text()
     blocks = dict(re.findall(r"^user (\S{36})\n((?:topic .*\n)+)", acl, re.MULTILINE))

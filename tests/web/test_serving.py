@@ -128,7 +128,7 @@ def test_a_chunked_body_is_put_together(server: Server) -> None:
         assert facts(client)["path"] == "/next"
 
 
-def test_a_client_that_asks_before_it_sends_is_told_to_go_on(server: Server) -> None:
+def test_a_client_that_expects_100_continue_gets_it(server: Server) -> None:
     with server.tls() as client:
         client.sendall(request("/", "Content-Length: 2", "Expect: 100-continue", method="POST"))
         assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"

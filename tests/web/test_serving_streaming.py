@@ -120,13 +120,13 @@ def peak(server: Server) -> int:
     return max(int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) for pid in children)
 
 
-def test_a_client_that_pauses_for_too_long_is_told_so(hasty_server: Server) -> None:
+def test_a_client_that_pauses_for_too_long_is_refused(hasty_server: Server) -> None:
     with hasty_server.tls() as client:
         client.sendall(upload(body=chunk(KIB)))
         assert response(client, "POST").read() == b"1024\nrequest_timeout"
 
 
-def test_a_client_that_only_trickles_is_told_so(hasty_server: Server) -> None:
+def test_a_client_that_only_trickles_is_refused(hasty_server: Server) -> None:
     with hasty_server.tls() as client:
         client.sendall(upload())
         for _ in range(10):  # no pause is too long, all of them together are

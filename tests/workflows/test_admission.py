@@ -164,7 +164,7 @@ def test_each_way_in_leaves_the_rows_of_a_registration(
 
 @PER_DEVICE
 @pytest.mark.parametrize("way", [upload, enrol, enrol_once_approved])
-def test_where_the_broker_must_be_told_each_way_says_so(new_portal: OPEN, way: Callable[..., list[str]]) -> None:
+def test_if_the_broker_must_learn_of_a_device_each_way_says_so(new_portal: OPEN, way: Callable[..., list[str]]) -> None:
     one, other = new_portal(), new_portal()
     registered = state(one, register(one, count=1))
     assert state(other, way(other, count=1)) == registered

@@ -78,14 +78,14 @@ ADMISSIONS: dict[str, UseCase] = {
 
 @PER_DEVICE
 @pytest.mark.parametrize("admit", ADMISSIONS.values(), ids=ADMISSIONS)
-def test_the_broker_is_told_of_a_device_that_it_must_know(portal: Portal, asked: list[int], admit: UseCase) -> None:
+def test_the_broker_is_updated_for_a_device_that_it_must_know(portal: Portal, asked: list[int], admit: UseCase) -> None:
     before = generation(portal)
     admit(portal)
     assert before < generation(portal) == max(asked)
 
 
 @pytest.mark.parametrize("admit", [ADMISSIONS["a registration"], ADMISSIONS["an upload"]], ids=["one", "upload"])
-def test_under_the_pattern_style_the_broker_need_not_be_told_of_a_device_with_the_default_topics(
+def test_under_the_pattern_style_the_broker_is_not_updated_for_a_device_with_the_default_topics(
     portal: Portal, asked: list[int], admit: UseCase
 ) -> None:
     before = generation(portal)
@@ -118,7 +118,7 @@ CHANGES: dict[str, Callable[[Portal, str], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_broker_is_told_of_a_change(
+def test_the_broker_is_updated_after_a_change(
     portal: Portal, asked: list[int], change: Callable[[Portal, str], object]
 ) -> None:
     device_id = registered(portal)
@@ -127,13 +127,13 @@ def test_the_broker_is_told_of_a_change(
     assert before < generation(portal) == max(asked)
 
 
-def test_the_broker_is_told_of_a_bundle_that_a_renewal_destroys(portal: Portal, asked: list[int]) -> None:
+def test_the_broker_is_updated_after_a_renewal_destroys_a_bundle(portal: Portal, asked: list[int]) -> None:
     device_id = registered(portal, csr=False)
     portal.renewals.renew(OPERATOR, device_id, RenewalRequest())
     assert generation(portal) == max(asked)
 
 
-def test_the_broker_is_told_when_an_overlap_ends(portal: Portal, asked: list[int], clock: Clock) -> None:
+def test_the_broker_is_updated_when_an_overlap_ends(portal: Portal, asked: list[int], clock: Clock) -> None:
     device_id = registered(portal)
     renew(portal, device_id, overlap_hours=1)
     before = generation(portal)
@@ -142,7 +142,7 @@ def test_the_broker_is_told_when_an_overlap_ends(portal: Portal, asked: list[int
     assert before < generation(portal) == max(asked)
 
 
-def test_whoever_gets_a_certificate_waits_until_the_broker_knows_the_device(
+def test_a_client_that_gets_a_certificate_waits_until_the_broker_knows_the_device(
     portal: Portal, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []

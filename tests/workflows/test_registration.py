@@ -83,7 +83,7 @@ def test_a_registration_records_device_certificate_bundle_and_audit_entry_togeth
     ]
 
 
-def test_the_device_key_stands_nowhere_in_the_clear(portal: Portal) -> None:
+def test_the_device_key_is_nowhere_in_the_clear(portal: Portal) -> None:
     registered = portal.registrations.register(OPERATOR, PUMP)
     with portal.database.snapshot() as tx:
         bundle = tx.execute(sa.select(Delivery.bundle).where(Delivery.device_id == registered.device_id)).scalar_one()
@@ -261,7 +261,7 @@ def test_a_revocation_is_recorded_though_the_broker_does_not_run(portal: Portal)
 
 
 @PER_DEVICE
-def test_a_revoked_device_stands_in_the_crl_and_not_in_the_acl_that_the_broker_will_read(portal: Portal) -> None:
+def test_a_revoked_device_is_in_the_crl_and_not_in_the_acl_that_the_broker_will_read(portal: Portal) -> None:
     stays, goes = (portal.registrations.register(OPERATOR, PUMP) for _ in range(2))
     portal.revocations.revoke(OPERATOR, goes.device_id, "key_compromise")
     acl = portal.settings.broker_file("acl").read_text()
@@ -321,7 +321,7 @@ def test_crl_numbers_and_this_update_rise_with_each_revocation(portal: Portal) -
 
 @ON_SQLITE
 @pytest.mark.parametrize("acl_style", ["", "per-device"], indirect=True)
-def test_an_upgraded_portal_goes_on_in_the_style_of_its_files(portal: Portal, clock: Clock, acl_style: str) -> None:
+def test_an_upgraded_portal_keeps_the_style_of_its_files(portal: Portal, clock: Clock, acl_style: str) -> None:
     narrower = with_fields(topics=[("devices/{id}/up/#", "write")])
     portal.reconciler.install()
     with contextlib.closing(open_portal(settings_for(portal.settings.data_dir), clock)) as again:

@@ -65,7 +65,7 @@ def listed(portal: Portal, certificate: CertificateRecord) -> x509.RevokedCertif
     return crl.get_revoked_certificate_by_serial_number(int(certificate.serial_number, 16))
 
 
-def test_a_renewed_device_has_two_certificates_until_the_overlap_is_over(portal: Portal, clock: Clock) -> None:
+def test_a_renewed_device_has_two_certificates_until_the_overlap_has_ended(portal: Portal, clock: Clock) -> None:
     device = register_by_csr(portal)
     before = generation(portal)
     renewed = portal.renewals.renew(OPERATOR, device.device_id, by_csr())
@@ -75,7 +75,7 @@ def test_a_renewed_device_has_two_certificates_until_the_overlap_is_over(portal:
     )
     assert renewed.previous_valid_until == renewed.issued_at + timedelta(hours=24)
     assert statuses(portal, device.device_id) == ["replaced", "active"]
-    assert generation(portal) == before, "the broker need not be told: it knows the device by its id"
+    assert generation(portal) == before, "nothing changes for the broker: it knows the device by its id"
     jobs.expire(portal)
     assert statuses(portal, device.device_id) == ["replaced", "active"]
     clock.advance(hours=24, seconds=1)
@@ -100,7 +100,9 @@ def test_an_overlap_of_nothing_ends_the_older_ones_at_once(portal: Portal) -> No
     assert listed(portal, certificates(portal, device.device_id)[0])
 
 
-def test_with_a_bundle_the_older_certificate_goes_on_until_the_bundle_was_fetched(portal: Portal, clock: Clock) -> None:
+def test_with_a_bundle_the_older_certificate_keeps_working_until_the_bundle_was_fetched(
+    portal: Portal, clock: Clock
+) -> None:
     device = register_by_csr(portal)
     renewed = portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest(overlap_hours=1))
     clock.advance(hours=2)
@@ -140,7 +142,7 @@ def test_a_bundle_that_was_not_fetched_is_destroyed_by_the_next_renewal(portal: 
     fetch(portal, link(again))
 
 
-def test_a_lost_answer_is_repeated_by_its_key_and_asking_anew_gives_another(portal: Portal) -> None:
+def test_a_lost_answer_is_repeated_by_its_key_and_another_key_gives_another(portal: Portal) -> None:
     device = register_by_csr(portal)
     renewal = by_csr()
     first = portal.renewals.renew(OPERATOR, device.device_id, renewal, KEY)

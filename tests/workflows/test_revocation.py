@@ -44,7 +44,7 @@ def actions(portal: Portal, count: int) -> list[str]:
 
 
 @PER_DEVICE
-def test_a_suspended_device_is_on_hold_in_the_crl_and_out_of_the_acl(portal: Portal, clock: Clock) -> None:
+def test_a_suspended_device_is_on_hold_in_the_crl_and_not_in_the_acl(portal: Portal, clock: Clock) -> None:
     registered = portal.registrations.register(OPERATOR, PUMP)
     answer = portal.revocations.suspend(OPERATOR, registered.device_id)
     assert (answer.status, answer.suspended_at is not None, answer.enforced) == ("suspended", True, False)
@@ -96,7 +96,7 @@ def test_a_resumed_device_leaves_the_crl_and_is_as_it_was(portal: Portal) -> Non
     assert actions(portal, 1) == ["device:resume"]
 
 
-def test_a_suspended_device_can_be_revoked_and_then_stays_out(portal: Portal) -> None:
+def test_a_suspended_device_can_be_revoked_and_stays_revoked(portal: Portal) -> None:
     registered = portal.registrations.register(OPERATOR, PUMP)
     portal.revocations.suspend(OPERATOR, registered.device_id)
     portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise")
@@ -169,7 +169,7 @@ def test_a_device_that_is_not_there_cannot_be_suspended(portal: Portal) -> None:
         portal.revocations.suspend(OPERATOR, "00000000-0000-4000-8000-000000000000")
 
 
-def test_the_interface_tells_what_became_of_it(api: Api) -> None:
+def test_the_interface_shows_what_became_of_it(api: Api) -> None:
     device_id = api.register()["device_id"]
     suspended = api.post(f"/devices/{device_id}/suspend")
     assert (suspended.status_code, suspended.json["status"], suspended.json["broker"]) == (200, "suspended", "pending")

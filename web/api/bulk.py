@@ -202,7 +202,7 @@ def _bad_cell(name: str, message: str) -> InputInvalid:
 
 
 def _external_id(content: bytes | Mapping[str, str]) -> str | None:
-    """Return the external id of a refused row, so that its answer can be told from others."""
+    """Return the external id of a refused row, which distinguishes its answer from others."""
     try:
         values = from_json(content) if isinstance(content, bytes) else content
     except ValueError:

@@ -33,7 +33,7 @@ def presented(environ: dict[str, Any], trusted_proxies: Sequence[Network]) -> by
     happened to it since. From a trusted proxy's address the header ``Client-Cert`` (RFC 9440) counts in place of the
     proxy's own certificate. On the Unix socket ``X-SSL-Client-Cert`` (URL-encoded PEM, nginx's
     ``$ssl_client_escaped_cert``) counts, too, and the front server must set or remove both. It does not count from an
-    address: proxies there are told to remove ``Client-Cert`` alone, and would pass on what a client makes up.
+    address: proxies there are configured to remove ``Client-Cert`` alone, and would pass on what a client makes up.
     """
     if getattr(environ.get("gunicorn.socket"), "family", None) == socket.AF_UNIX:
         byte_sequence, escaped = environ.get("HTTP_CLIENT_CERT"), environ.get("HTTP_X_SSL_CLIENT_CERT")

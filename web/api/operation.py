@@ -64,11 +64,13 @@ def healthz(_call: Call) -> HealthModel:
 def readyz(call: Call) -> Reply:
     """Report whether database, CA, CRL and broker are usable, and tell operators why not."""
     # The reasons name paths and generations, which help an attacker as much as an operator.
-    told = roles.may(call.actor.role, Permission.READ)
+    is_operator = roles.may(call.actor.role, Permission.READ)
     checks = [
         CheckModel(name=check.name, ok=True)
         if check.problem is None
-        else CheckModel(name=check.name, ok=False, code=check.code, problem=check.problem if told else FOR_OPERATORS)
+        else CheckModel(
+            name=check.name, ok=False, code=check.code, problem=check.problem if is_operator else FOR_OPERATORS
+        )
         for check in call.portal.readiness.checks()
     ]
     ready = all(check.ok for check in checks)

@@ -227,7 +227,7 @@ def rule_of(path: str) -> str:
 def actor_of(portal: Portal, route: Route, request: Request, request_id: str) -> Actor:
     """Return who asks: an operator by token, or anyone, if the route is open to anyone.
 
-    Raises ``Unauthenticated``, recorded as refused, and ``TooManyAttempts``; a valid token is never told to wait.
+    Raises ``Unauthenticated``, recorded as refused, and ``TooManyAttempts``; a valid token is never throttled.
     """
     anyone = Actor(portal.tenant_id, "anyone", "none", request_id, request.remote_addr or "")
     if route.permission is None and not (route.token_optional and "Authorization" in request.headers):

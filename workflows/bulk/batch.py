@@ -285,7 +285,7 @@ class Batches:
         """Admit the new devices, and give the known ones new credentials in place of those nobody has fetched.
 
         Returns the rows of which something has changed meanwhile and nothing was written, what was written, and the
-        generation that the broker must reach, 0 if it need not be told.
+        generation that the broker must reach, 0 if it need not learn of it.
         """
         tenant_id = actor.tenant_id
         new_ids = [task.candidate.external_id for task, _ in issued if task.known is None]

@@ -27,7 +27,7 @@ from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredent
 
 FEW = 16  # devices that are not worth starting processes for
 PIECE = 32  # devices that a process is given at once: some 40 ms of work
-MAX_PROCESSES = 4  # unless the settings say how many: so many keep the one process busy that writes to the database
+MAX_PROCESSES = 4  # unless the settings say how many: these keep the one process busy that writes to the database
 ANSWER_SECONDS = 120.0  # a process that takes longer hangs
 IDLE_SECONDS = 60.0  # for which the processes stay after an upload, since the next one may be a part of the same file
 NICENESS = 5  # single requests go first

@@ -96,7 +96,7 @@ class Approvals:
                 store_enrolment.update_enrolment(
                     tx, actor.tenant_id, enrolment.id, status=EnrolmentStatus.REJECTED, decided_at=now
                 )
-            # The broker was never told to admit it, so there is nothing to tell it now.
+            # The broker never admitted it, so nothing changes there.
             db.revoke_device(
                 tx, actor.tenant_id, device_id, revoked_at=now, reason=REJECTED, generation=device.generation
             )

@@ -267,7 +267,7 @@ def test_no_restore_while_a_portal_is_at_work_and_no_portal_during_a_restore(
     put_back(settings, file, clock)
 
 
-def test_a_database_with_devices_is_replaced_only_when_told(settings: Settings, file: Path, clock: Clock) -> None:
+def test_a_database_with_devices_is_replaced_only_with_force(settings: Settings, file: Path, clock: Clock) -> None:
     copied(settings, file, clock)
     with opened(settings, clock) as portal:
         portal.registrations.register(OPERATOR, PUMP)
@@ -358,7 +358,7 @@ def test_a_restore_can_be_done_again_and_then_forgets_nothing(story: Story, cloc
     assert story.late_and_gone.serial_number in listed(story.settings)
 
 
-def test_a_device_whose_old_certificate_was_superseded_goes_on(story: Story, clock: Clock) -> None:
+def test_a_device_whose_old_certificate_was_superseded_keeps_working(story: Story, clock: Clock) -> None:
     with opened(story.settings, clock) as portal, portal.database.transaction() as tx:
         renewed = sa.update(Certificate).where(Certificate.device_id == story.stays.device_id)
         tx.execute(renewed.values(status="revoked", revoked_at=clock(), revocation_reason="superseded"))

@@ -152,13 +152,13 @@ def the_crl_is_gone(portal: Portal) -> None:
     portal.settings.broker_file("crl.pem").unlink()
 
 
-def the_acl_lets_somebody_in(portal: Portal) -> None:
+def the_acl_admits_an_unknown_device(portal: Portal) -> None:
     path = portal.settings.broker_file("acl")
     stranger = "user 00000000-0000-4000-8000-000000000000\ntopic readwrite #\n# end"
     path.write_text(path.read_text().replace("# end", stranger))
 
 
-def the_acl_leaves_somebody_out(portal: Portal) -> None:
+def the_acl_lacks_a_device(portal: Portal) -> None:
     path = portal.settings.broker_file("acl")
     lines = path.read_text().splitlines(keepends=True)
     at = next(number for number, line in enumerate(lines) if line.startswith("user ") and "-" in line)
@@ -230,11 +230,11 @@ def the_probe_certificate_is_gone(portal: Portal) -> None:
         (the_crl_is_gone, "CRL", "cannot be read"),
         (the_crl_is_gone, "CRL entries", "crl.pem"),
         (
-            the_acl_lets_somebody_in,
+            the_acl_admits_an_unknown_device,
             "ACL entries",
             "1 entries of the ACL should not exist: 00000000-",
         ),
-        (the_acl_leaves_somebody_out, "ACL entries", "1 entries of the ACL are missing"),
+        (the_acl_lacks_a_device, "ACL entries", "1 entries of the ACL are missing"),
         (the_acl_gives_more, "ACL entries", "1 entries of the ACL grant other topics"),
         (a_revocation_is_undone, "CRL entries", "1 certificates are on the CRL but not revoked"),
         (the_passwords_are_others, "broker files", "is not what the portal wrote"),

@@ -22,7 +22,7 @@ from workflows.operators import new_token
 ANYONE = {*Role, None}
 ADMIN, OPERATOR, AUDITOR = Role.ADMIN, Role.OPERATOR, Role.AUDITOR
 
-# A route that is not in this table fails the first test: whoever adds one decides here who may call it.
+# A route that is not in this table fails the first test: the author of a route decides here who may call it.
 MAY_CALL: dict[str, set[Role | None]] = {
     "POST /register": {ADMIN, OPERATOR},
     "POST /register/bulk": {ADMIN, OPERATOR},

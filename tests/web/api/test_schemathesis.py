@@ -87,7 +87,7 @@ def there(shared_app: Flask) -> There:
 
 
 def things(app: Flask) -> There:
-    """One of each thing that a path can speak of, made anew."""
+    """One of each thing that a path can speak of, made again."""
     api = api_as(app, Role.ADMIN)
     parts = {
         "device_id": api.register()["device_id"],

@@ -121,7 +121,7 @@ class Calls(schema.as_state_machine()):  # type: ignore[misc]  # made at run tim
 
 
 def explore(runs: int) -> None:
-    """Make so many runs, a few at a time.
+    """Make ``runs`` runs, a few at a time.
 
     Hypothesis ends where calls that it makes again are answered otherwise, which a portal that lives on may do; what is
     left is then made with another seed. Raises what failed.
@@ -151,7 +151,7 @@ def test_sequences_of_calls_are_answered_as_described(shared_app: Flask) -> None
     application.made = Calls.app = shared_app
     Calls.answered, Calls.failed, Calls.runs = {}, [], 0
     explore(RUNS)
-    # Which calls are made up changes with every route; that each run begins with a device and goes on does not.
+    # Which calls are made up changes with every route; that each run begins with a device and continues does not.
     done = {name.rpartition(" ")[0] for name in Calls.answered if name.endswith((" 200", " 201"))}
     assert "POST /register" in done
     assert len(done) >= 12, sorted(Calls.answered.items())

@@ -60,7 +60,7 @@ def test_too_many_failed_logins_get_429_with_retry_after(app: Flask, token: str 
     assert f"{wait} seconds" in problem["detail"]
 
 
-def test_a_valid_token_is_never_told_to_wait(app: Flask, admin: Api) -> None:
+def test_a_valid_token_is_never_throttled(app: Flask, admin: Api) -> None:
     fail(app)
     for _ in range(3):
         assert get(app).status_code == 429

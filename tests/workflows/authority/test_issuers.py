@@ -93,7 +93,7 @@ def test_a_key_that_was_left_behind_is_not_used_again(portal: Portal) -> None:
 
 @ON_SQLITE
 @pytest.mark.usefixtures("no_waiting")
-def test_a_process_that_cannot_open_the_new_key_goes_on_with_the_old_one(portal: Portal, clock: Clock) -> None:
+def test_a_process_that_cannot_open_the_new_key_keeps_using_the_old_one(portal: Portal, clock: Clock) -> None:
     other = open_portal(portal.settings, clock)
     prepare_next(portal)
     (portal.settings.ca_dir / "issuing-2.key.pem").chmod(0o644)

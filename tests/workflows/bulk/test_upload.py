@@ -192,7 +192,7 @@ def test_a_repeated_csr_gets_the_certificate_that_it_had(api: Api) -> None:
     assert other["code"] == "external_id_taken"
 
 
-def test_an_expired_bundle_is_made_anew_unless_it_was_fetched(api: Api, clock: Clock, app: Flask) -> None:
+def test_an_expired_bundle_is_made_again_unless_it_was_fetched(api: Api, clock: Clock, app: Flask) -> None:
     body = rows({"external_id": "a-1"}, {"external_id": "a-2"})
     first, second = upload(api, body)
     assert api.get(path_of(second)).status_code == 200
@@ -229,7 +229,7 @@ def test_a_revoked_device_is_not_registered_again(api: Api) -> None:
 
 
 @ON_SQLITE
-def test_an_external_id_that_stands_twice_in_an_upload_is_one_device(api: Api) -> None:
+def test_an_external_id_that_is_twice_in_an_upload_is_one_device(api: Api) -> None:
     lines = upload(api, rows({"external_id": "a-1"}, {"external_id": "b"}, {"external_id": "a-1"}))
     assert [line.get("repeated") for line in lines] == [None, None, True]
     assert lines[0]["device_id"] == lines[2]["device_id"]

@@ -62,7 +62,7 @@ def bodies(receiver: Receiver) -> list[dict[str, Any]]:
 # --- On the way ---------------------------------------------------------------------------------------------------
 
 
-def test_a_registered_and_revoked_device_is_told_to_the_receiver(portal: Portal, receiver: Receiver) -> None:
+def test_a_registration_and_a_revocation_are_sent_to_the_receiver(portal: Portal, receiver: Receiver) -> None:
     webhook_id = subscribe(portal, receiver, EventType.REGISTERED, EventType.REVOKED)
     device_id = register(portal)
     portal.revocations.revoke(OPERATOR, device_id, "key_compromise")
@@ -80,7 +80,7 @@ def test_a_registered_and_revoked_device_is_told_to_the_receiver(portal: Portal,
     assert len(receiver.requests) == 2
 
 
-def test_what_was_before_the_subscription_is_not_told(portal: Portal, receiver: Receiver) -> None:
+def test_events_before_the_subscription_are_not_sent(portal: Portal, receiver: Receiver) -> None:
     register(portal)
     webhook_id = subscribe(portal, receiver)
     assert deliveries(portal, webhook_id) == []
@@ -149,7 +149,7 @@ def test_two_processes_send_nothing_twice(portal: Portal, receiver: Receiver, cl
     assert len(ids) == len(set(ids)) == 12
 
 
-def test_a_late_failure_does_not_end_the_lease_of_whoever_took_over(
+def test_a_late_failure_does_not_end_the_lease_of_the_process_that_took_over(
     portal: Portal, receiver: Receiver, clock: Clock
 ) -> None:
     webhook_id = subscribe(portal, receiver)
@@ -310,7 +310,7 @@ def test_a_webhook_that_leads_inside_is_refused_and_leaves_nothing(portal: Porta
 
 
 @ON_SQLITE
-def test_the_secret_stands_nowhere_in_the_clear(portal: Portal, receiver: Receiver, caplog: Any) -> None:
+def test_the_secret_is_nowhere_in_the_clear(portal: Portal, receiver: Receiver, caplog: Any) -> None:
     secret, record = portal.webhooks.create(OPERATOR, "a test", receiver.url, ())
     register(portal)
     portal.dispatcher.send_due()
@@ -335,7 +335,7 @@ def test_where_the_sealing_key_was_lost_the_event_waits_and_says_so(portal: Port
 
 
 @ON_SQLITE
-def test_a_test_event_is_sent_at_once_and_tells_how_it_ended(portal: Portal, receiver: Receiver) -> None:
+def test_a_test_event_is_sent_at_once_and_its_outcome_is_answered(portal: Portal, receiver: Receiver) -> None:
     webhook_id = subscribe(portal, receiver, EventType.REVOKED)
     assert portal.webhooks.test(OPERATOR, webhook_id).delivered
     assert bodies(receiver)[0]["type"] == "test"
@@ -380,7 +380,7 @@ def test_a_certificate_past_two_thirds_of_its_life_is_announced_once(
     assert {event["data"]["serial_number"] for event in bodies(receiver)} == {short.serial_number, long.serial_number}
 
 
-def test_a_delivered_bundle_is_told(portal: Portal, receiver: Receiver) -> None:
+def test_a_delivered_bundle_is_an_event(portal: Portal, receiver: Receiver) -> None:
     subscribe(portal, receiver, EventType.DELIVERED)
     portal.deliveries.deliver(OPERATOR, token_of(portal.registrations.register(OPERATOR, PUMP)))
     portal.dispatcher.send_due()
