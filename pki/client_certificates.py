@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from core.errors import ClientCertificateRefused, KeyRefused, ManufacturerInvalid, ProofInvalid
-from pki.algorithms import PublicKey, check_public_key, public_key_fingerprint
-from pki.encoding import failing_as
+from core.errors import ClientCertificateRefused, KeyRefused, ManufacturerInvalid, PortalError, ProofInvalid
+from pki import foreign
+from pki.algorithms import check_public_key, public_key_fingerprint
+from pki.encoding import failing_as, pem
+from pki.foreign import ForeignCertificate, texts_of
 
 MAX_CERTIFICATE_BYTES = 16 * 1024
 MAX_PEM_CHARACTERS = 16 * 1024
+_PEM = re.compile(r"-----BEGIN (?:X509 )?CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END", re.ASCII)
 _ONE_PEM = "Send one certificate in PEM, BEGIN CERTIFICATE to END CERTIFICATE."
 T = TypeVar("T", bound=x509.ExtensionType)
-_UNREADABLE = "The client certificate cannot be read."
+_SERIAL_NUMBER, _COMMON_NAME = "2.5.4.5", "2.5.4.3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class ClientCertificate:
     ``serial`` is the serialNumber of its subject (IEEE 802.1AR §8.6), else the common name, else empty.
     """
 
-    certificate: x509.Certificate = field(repr=False)
+    certificate: ForeignCertificate = field(repr=False)
     fingerprint: str
     key_fingerprint: str
     serial: str
@@ -46,42 +50,42 @@ def read_client(der: bytes) -> ClientCertificate:
     """Read a client's certificate; raises ``ClientCertificateRefused``."""
     if len(der) > MAX_CERTIFICATE_BYTES:
         raise ClientCertificateRefused(f"The client certificate is longer than {MAX_CERTIFICATE_BYTES} bytes.")
-    with failing_as(ClientCertificateRefused(_UNREADABLE)):
-        certificate = x509.load_der_x509_certificate(der)
-        key = certificate.public_key()
-        names = [
-            attribute.value
-            for oid in (NameOID.SERIAL_NUMBER, NameOID.COMMON_NAME)
-            for attribute in certificate.subject.get_attributes_for_oid(oid)
-            if isinstance(attribute.value, str)
-        ]
-        return ClientCertificate(
-            certificate=certificate,
-            fingerprint=hashlib.sha256(der).hexdigest(),
-            key_fingerprint=_key_fingerprint(key),
-            serial=names[0] if names else "",
-            not_before=certificate.not_valid_before_utc,
-            not_after=certificate.not_valid_after_utc,
-        )
+    certificate = _read(der, ClientCertificateRefused, "The client certificate")
+    with failing_as(ClientCertificateRefused("The key in the client certificate cannot be read.")):
+        key = check_public_key(certificate.strict.public_key())
+    names = texts_of(certificate.subject, _SERIAL_NUMBER, _COMMON_NAME)
+    return ClientCertificate(
+        certificate=certificate,
+        fingerprint=hashlib.sha256(der).hexdigest(),
+        key_fingerprint=public_key_fingerprint(key),
+        serial=names[0] if names else "",
+        not_before=certificate.strict.not_valid_before_utc,
+        not_after=certificate.strict.not_valid_after_utc,
+    )
 
 
-def _key_fingerprint(key: object) -> str:
-    checked: PublicKey = check_public_key(key)
-    return public_key_fingerprint(checked)
-
-
-def is_issued_by(client: ClientCertificate, issuer: x509.Certificate) -> bool:
-    """Return whether the CA has signed the certificate and has the name of its issuer (RFC 5280 §6.1.3)."""
+def _read(der: bytes, refusal: type[PortalError], what: str) -> ForeignCertificate:
     try:
-        client.certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+        return foreign.read_certificate(der)
+    except ValueError as error:
+        raise refusal(f"{what} cannot be read: it {error}.") from error
+
+
+def is_issued_by(certificate: ForeignCertificate, issuer_der: bytes) -> bool:
+    """Return whether the CA has signed the certificate and has the name of its issuer (RFC 5280 §6.1.3)."""
+    issuer = _authority(issuer_der)
+    if certificate.issuer != issuer.subject:
         return False
-    return True
+    try:
+        return foreign.is_signed_by(issuer.strict.public_key(), certificate.strict, certificate.content)
+    except (ValueError, UnsupportedAlgorithm):
+        return False
 
 
-def is_issued_by_der(client: ClientCertificate, issuer: bytes) -> bool:
-    """Do the same as ``is_issued_by`` for a CA certificate in DER."""
-    return is_issued_by(client, x509.load_der_x509_certificate(issuer))
+@lru_cache(maxsize=256)
+def _authority(der: bytes) -> ForeignCertificate:
+    """Read the certificate of a CA that is known here, for each of its clients."""
+    return foreign.read_certificate(der)
 
 
 def may_identify_a_client(client: ClientCertificate) -> bool:
@@ -89,12 +93,11 @@ def may_identify_a_client(client: ClientCertificate) -> bool:
 
     Factory certificates (IDevID) often name no purpose at all (IEEE 802.1AR §8.11).
     """
-    with failing_as(ClientCertificateRefused(_UNREADABLE)):
-        extensions = client.certificate.extensions
-        unknown = [item for item in extensions if item.critical and isinstance(item.value, x509.UnrecognizedExtension)]
-        constraints = _value(extensions, x509.BasicConstraints)
-        usage = _value(extensions, x509.KeyUsage)
-        purposes = _value(extensions, x509.ExtendedKeyUsage)
+    extensions = client.certificate.strict.extensions
+    unknown = [item for item in extensions if item.critical and isinstance(item.value, x509.UnrecognizedExtension)]
+    constraints = _value(extensions, x509.BasicConstraints)
+    usage = _value(extensions, x509.KeyUsage)
+    purposes = _value(extensions, x509.ExtendedKeyUsage)
     if unknown or (constraints is not None and constraints.ca):
         return False
     if usage is not None and not usage.digital_signature:
@@ -112,7 +115,7 @@ def _value(extensions: x509.Extensions, kind: type[T]) -> T | None:
 
 def pem_bundle(certificates: list[bytes]) -> bytes:
     """Encode certificates (DER) as one PEM file."""
-    return b"".join(x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM) for der in certificates)
+    return "".join(pem("CERTIFICATE", der) for der in certificates).encode()
 
 
 # --- Manufacturers' CAs --------------------------------------------------------------------------------------------
@@ -127,11 +130,18 @@ class ManufacturerCa:
     not_after: datetime
 
 
-def _read_pem(pem: str, failure: ManufacturerInvalid | ProofInvalid) -> x509.Certificate:
+def _read_pem(pem: str, refusal: type[PortalError], what: str) -> ForeignCertificate:
+    """Read a certificate in PEM, with any text around the block (RFC 7468 §2)."""
     if len(pem) > MAX_PEM_CHARACTERS or pem.count("-----BEGIN") != 1:
-        raise failure
-    with failing_as(failure):
-        return x509.load_pem_x509_certificate(pem.encode("ascii"))
+        raise refusal(f"{what} cannot be read. {_ONE_PEM}")
+    found = _PEM.search(pem)
+    try:
+        der = base64.b64decode("".join(found[1].split()), validate=True) if found else b""
+    except ValueError:
+        der = b""
+    if not der:
+        raise refusal(f"{what} cannot be read. {_ONE_PEM}")
+    return _read(der, refusal, what)
 
 
 def read_manufacturer_ca(pem: str, *, now: datetime) -> ManufacturerCa:
@@ -139,32 +149,30 @@ def read_manufacturer_ca(pem: str, *, now: datetime) -> ManufacturerCa:
 
     Raises ``ManufacturerInvalid`` if it is not that of a CA, is not valid now, or its key is not of an accepted kind.
     """
-    certificate = _read_pem(pem, ManufacturerInvalid(f"The certificate cannot be read. {_ONE_PEM}"))
+    certificate = _read_pem(pem, ManufacturerInvalid, "The certificate")
     try:
-        check_public_key(certificate.public_key())
+        check_public_key(certificate.strict.public_key())
     except KeyRefused as error:
         raise ManufacturerInvalid(f"The CA's key is not accepted. {error.detail}") from error
     except ValueError as error:
         raise ManufacturerInvalid("The CA's key cannot be read.") from error
-    with failing_as(ManufacturerInvalid("The CA's certificate has extensions that cannot be read.")):
-        extensions = certificate.extensions
-        constraints = [item.value for item in extensions if isinstance(item.value, x509.BasicConstraints)]
-        usage = [item.value for item in extensions if isinstance(item.value, x509.KeyUsage)]
+    extensions = certificate.strict.extensions
+    constraints = [item.value for item in extensions if isinstance(item.value, x509.BasicConstraints)]
+    usage = [item.value for item in extensions if isinstance(item.value, x509.KeyUsage)]
     if not constraints or not constraints[0].ca or (usage and not usage[0].key_cert_sign):
         raise ManufacturerInvalid("The certificate is not that of a CA; send the one that signs the devices' own.")
-    if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
+    not_after = certificate.strict.not_valid_after_utc
+    if not certificate.strict.not_valid_before_utc <= now < not_after:
         raise ManufacturerInvalid("The CA's certificate has expired or is not valid yet.")
-    der = certificate.public_bytes(Encoding.DER)
-    return ManufacturerCa(der, hashlib.sha256(der).hexdigest(), certificate.not_valid_after_utc)
+    return ManufacturerCa(certificate.der, hashlib.sha256(certificate.der).hexdigest(), not_after)
 
 
 def check_proof_by_certificate(ca_der: bytes, nonce: str, pem: str) -> None:
     """Raise ``ProofInvalid`` unless ``pem`` is a certificate, signed by the CA, whose common name is the nonce."""
-    proof = _read_pem(pem, ProofInvalid(f"The proof cannot be read. {_ONE_PEM}"))
-    failure = ProofInvalid("The proof is not a certificate that this CA has signed.")
-    with failing_as(failure):
-        names = [attribute.value for attribute in proof.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-        proof.verify_directly_issued_by(x509.load_der_x509_certificate(ca_der))
+    proof = _read_pem(pem, ProofInvalid, "The proof")
+    names = texts_of(proof.subject, _COMMON_NAME)
+    if not is_issued_by(proof, ca_der):
+        raise ProofInvalid("The proof is not a certificate that this CA has signed.")
     if names != [nonce]:
         raise ProofInvalid("The proof's common name is not the nonce; make a certificate whose common name it is.")
 
@@ -174,7 +182,7 @@ def check_proof_by_signature(ca_der: bytes, nonce: str, signature: str) -> None:
 
     ECDSA or RSA (PKCS#1 v1.5) with SHA-256, as ``openssl dgst -sha256 -sign`` makes it, or Ed25519.
     """
-    key = x509.load_der_x509_certificate(ca_der).public_key()
+    key = _authority(ca_der).strict.public_key()
     message = nonce.encode("ascii")
     try:
         raw = base64.b64decode("".join(signature.split()), validate=True)

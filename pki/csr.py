@@ -15,20 +15,17 @@ from pyasn1.type import univ
 from pyasn1_modules import rfc5480, rfc8410
 
 from core.errors import CsrInvalid, KeyRefused
+from pki import foreign
 from pki.algorithms import ACCEPTED, PublicKey, check_public_key, key_type_of, public_key_der, public_key_fingerprint
 from pki.encoding import encode, encode_sequence, failing_as
+from pki.foreign import ForeignCsr
 
 MAX_CSR_CHARACTERS = 16 * 1024
 
-# One block and nothing else (RFC 7468 §7). No quantifier is nested, so the time is linear.
-_PEM = re.compile(
-    r"\s*-----BEGIN (NEW )?CERTIFICATE REQUEST-----[ \t]*\r?\n"
-    r"([A-Za-z0-9+/=\s]+)"
-    r"-----END (NEW )?CERTIFICATE REQUEST-----\s*",
-    re.ASCII,
-)
-_UNREADABLE = "The CSR is damaged: it is not a PKCS#10 request in DER."
-
+_BEGIN = re.compile(r"-----BEGIN ([A-Z0-9 ]{1,64})-----")
+_END = "-----END"
+_LABELS = ("CERTIFICATE REQUEST", "NEW CERTIFICATE REQUEST")  # the second is that of Netscape and Microsoft
+_SEQUENCE = b"\x30"  # the first byte of DER, and never of its Base64
 
 # The AlgorithmIdentifier of each kind of public key, DER (RFC 3279 §2.3.1, RFC 5480 §2.1.1, RFC 8410 §3).
 _RSA = encode_sequence(encode(rfc5480.rsaEncryption), encode(univ.Null("")))
@@ -43,7 +40,7 @@ _ALGORITHMS = {
 class Csr:
     """A CSR that is signed by the private key belonging to its ``public_key``, which is of a kind that is certified.
 
-    Only ``read_csr`` and ``read_csr_der`` make them, so wherever there is one, its signature was verified. Subject,
+    Only ``read_csr`` and ``checked`` make them, so wherever there is one, its signature was verified. Subject,
     extensions and attributes do not count: the portal decides on them. ``pem`` is the text as it came.
     """
 
@@ -74,62 +71,82 @@ def _unpickle(pem: str, public_key: bytes) -> Csr:
 
 
 def read_csr(pem: str) -> Csr:
-    """Read a CSR, one PEM block of at most 16 KiB, and verify its signature.
+    """Read a CSR of at most 16 KiB, in the forms that ``csr_der`` knows, and verify its signature.
 
     Raises ``KeyRefused`` for a key that the portal does not certify, ``CsrInvalid`` for everything else.
     """
-    _, key = read_csr_der(der_of(pem))
-    return Csr(pem, key)
+    if len(pem) > MAX_CSR_CHARACTERS:
+        raise CsrInvalid(f"The CSR is longer than {MAX_CSR_CHARACTERS} characters.")
+    return checked(load_csr(csr_der(pem)), pem)
 
 
-def read_csr_der(der: bytes) -> tuple[x509.CertificateSigningRequest, PublicKey]:
-    """Read a CSR in DER, of at most 16 KiB, and verify its signature; returns it with its public key."""
-    csr = load_csr(der)
+def checked(csr: ForeignCsr, pem: str) -> Csr:
+    """Check the key of a CSR and the proof that its owner has made it; raises ``KeyRefused``, ``CsrInvalid``."""
     with failing_as(KeyRefused(f"The public key in the CSR cannot be read or is of an unknown kind. {ACCEPTED}")):
         # Checked before the signature is: verifying under a very large RSA key would be slow.
-        key = check_public_key(csr.public_key())
-    with failing_as(CsrInvalid(_UNREADABLE)):
-        plainly_marked = _ALGORITHMS.get(key_type_of(key), _RSA) in csr.tbs_certrequest_bytes
-    if not plainly_marked:
+        key = check_public_key(csr.strict.public_key())
+    if _ALGORITHMS.get(key_type_of(key), _RSA) not in csr.public_key:
         # cryptography also reads keys marked for RSASSA-PSS only, and curves given by their parameters, which RFC 5480
         # §2.1.1 forbids. The certificate would name another algorithm than the key's owner does.
         raise KeyRefused("The public key must be marked as plain rsaEncryption or by the name of its curve.")
     _check_signature(csr, key)
-    return csr, key
+    return Csr(pem, key)
 
 
-def load_csr(der: bytes) -> x509.CertificateSigningRequest:
+def load_csr(der: bytes) -> ForeignCsr:
     """Load a CSR in DER, of at most 16 KiB, without a check of its key or signature; raises ``CsrInvalid``."""
     if len(der) > MAX_CSR_CHARACTERS:
         raise CsrInvalid(f"The CSR is longer than {MAX_CSR_CHARACTERS} bytes.")
-    with failing_as(CsrInvalid(_UNREADABLE)):
-        return x509.load_der_x509_csr(der)
+    try:
+        return foreign.read_csr(der)
+    except ValueError as error:
+        raise CsrInvalid(f"The CSR {error}. Send a PKCS#10 request (RFC 2986).") from error
 
 
-def _check_signature(csr: x509.CertificateSigningRequest, key: PublicKey) -> None:
+def _check_signature(csr: ForeignCsr, key: PublicKey) -> None:
     with failing_as(CsrInvalid("The CSR is signed with an algorithm that is not accepted. Sign it with SHA-256.")):
-        algorithm = csr.signature_hash_algorithm
+        algorithm = csr.strict.signature_hash_algorithm
     if not isinstance(key, ed25519.Ed25519PublicKey) and not isinstance(
         algorithm, hashes.SHA256 | hashes.SHA384 | hashes.SHA512
     ):
         name = algorithm.name if algorithm else "an algorithm of another kind of key"
         raise CsrInvalid(f"The CSR is signed with {name}. Sign it with SHA-256, SHA-384 or SHA-512.")
     with failing_as(CsrInvalid("The CSR's signature cannot be checked. Make the CSR again.")):
-        valid = csr.is_signature_valid
+        valid = foreign.is_signed_by(key, csr.strict, csr.content)
     if not valid:
         raise CsrInvalid("The CSR's signature is wrong: it must be signed with the private key it is for.")
 
 
-def der_of(pem: str) -> bytes:
-    """Return the DER in the PEM block of a CSR; raises ``CsrInvalid``."""
-    if not isinstance(pem, str) or not pem.strip():
-        raise CsrInvalid("The CSR is empty. Send a PKCS#10 request in PEM.")
-    if len(pem) > MAX_CSR_CHARACTERS:
-        raise CsrInvalid(f"The CSR is longer than {MAX_CSR_CHARACTERS} characters.")
-    match = _PEM.fullmatch(pem)
-    if match is None or match[1] != match[3]:
-        raise CsrInvalid("The CSR must be one PEM block, BEGIN CERTIFICATE REQUEST to END CERTIFICATE REQUEST, alone.")
+def csr_der(content: str | bytes) -> bytes:
+    """Return the DER of a CSR: given as such, in Base64, or as a PEM block with any text around it (RFC 7468 §2).
+
+    Raises ``CsrInvalid``, also if there is another block beside it: that could be the private key.
+    """
+    if isinstance(content, bytes):
+        if content.startswith(_SEQUENCE):
+            return content
+        content = content.decode("utf-8", "replace")
+    if not content.strip():
+        raise CsrInvalid("The CSR is empty. Send a PKCS#10 request.")
+    blocks = list(_BEGIN.finditer(content))
+    body = _body(content, blocks) if blocks else content
     try:
-        return base64.b64decode("".join(match[2].split()), validate=True)
+        return base64.b64decode("".join(body.split()), validate=True)
     except ValueError as error:
-        raise CsrInvalid("The CSR's PEM block is damaged: it is not valid Base64.") from error
+        raise CsrInvalid(
+            "The CSR is not valid Base64. Send a PKCS#10 request in PEM, BEGIN CERTIFICATE REQUEST to END CERTIFICATE"
+            " REQUEST, or the same in Base64 alone."
+        ) from error
+
+
+def _body(content: str, blocks: list[re.Match[str]]) -> str:
+    """Return what is in the one PEM block of a CSR."""
+    if len(blocks) > 1:
+        raise CsrInvalid(f"There are {len(blocks)} PEM blocks. Send the CSR alone, and never a private key.")
+    begin = blocks[0]
+    if begin[1] not in _LABELS:
+        raise CsrInvalid("The PEM block is not a CERTIFICATE REQUEST. Send the CSR, and never a private key.")
+    end = content.find(_END, begin.end())
+    if end < 0:
+        raise CsrInvalid("The CSR's PEM block was cut off: it has no END CERTIFICATE REQUEST.")
+    return content[begin.end() : end]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from pyasn1.codec.der import decoder, encoder
 from pyasn1.error import PyAsn1Error
@@ -17,7 +18,7 @@ _BLOCK = 48 << 10  # bytes: a multiple of the 48 that fill a line
 
 
 @contextmanager
-def failing_as(failure: PortalError) -> Iterator[None]:
+def failing_as(failure: Exception) -> Iterator[None]:
     """Raise ``failure`` in place of every error in the body of the ``with``, except the portal's own errors.
 
     The errors that ``cryptography`` documents are several unrelated classes. For malicious input it may also raise a
@@ -60,6 +61,71 @@ def sequence_elements(der: bytes) -> list[bytes]:
     if rest:
         raise ValueError("a DER SEQUENCE is followed by other bytes")
     return [bytes(element) for element in elements]
+
+
+# --- Elements, without a schema -------------------------------------------------------------------------------------
+
+SEQUENCE, BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OBJECT_IDENTIFIER = 0x30, 0x01, 0x02, 0x03, 0x04, 0x06
+UTF8_STRING, SET = 0x0C, 0x31
+MAX_ELEMENTS = 1000
+_MAX_LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """One element of DER: its tag in one byte, its content, and the whole of it."""
+
+    tag: int
+    content: bytes
+    der: bytes
+
+
+def split(content: bytes) -> list[Element]:
+    """Split concatenated DER into its elements, at most ``MAX_ELEMENTS``, without looking into them.
+
+    Lengths must be definite, but may be longer than needed. Raises ``ValueError``.
+    """
+    elements: list[Element] = []
+    position = 0
+    while position < len(content):
+        if len(elements) == MAX_ELEMENTS:
+            raise ValueError(f"has more than {MAX_ELEMENTS} elements in one place")
+        begin, end = _bounds(content, position)
+        elements.append(Element(content[position], content[begin:end], content[position:end]))
+        position = end
+    return elements
+
+
+def _bounds(content: bytes, position: int) -> tuple[int, int]:
+    """Return where the content of the element at ``position`` begins and ends."""
+    header = content[position : position + 2]
+    if len(header) < 2 or header[0] & 0x1F == 0x1F:
+        raise ValueError("is not DER: it has an element without a length, or with a tag of several bytes")
+    begin, length = position + 2, header[1]
+    if length == 0x80:
+        raise ValueError("is not DER: it has an element of indefinite length")
+    if length > 0x80:
+        count = length - 0x80
+        if count > _MAX_LENGTH_BYTES:
+            raise ValueError(f"is not DER: it has a length of more than {_MAX_LENGTH_BYTES} bytes")
+        begin += count
+        length = int.from_bytes(content[position + 2 : begin], "big")
+    if begin + length > len(content):
+        raise ValueError("is not DER, or was cut off: an element is longer than what contains it")
+    return begin, begin + length
+
+
+def join(tag: int, *contents: bytes) -> bytes:
+    """Encode one element of DER with this tag, in one byte, and content."""
+    content = b"".join(contents)
+    size = len(content)
+    if size < 0x80:
+        return bytes([tag, size]) + content
+    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    return bytes([tag, 0x80 | len(length)]) + length + content
+
+
+# --- PEM ------------------------------------------------------------------------------------------------------------
 
 
 def pem(label: str, der: bytes) -> str:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, pkcs7
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, pkcs7
 from pyasn1.codec.der import encoder
 from pyasn1.type import univ
 from pyasn1_modules import rfc5280
 
 from core.errors import CsrInvalid
 from pki.algorithms import PrivateKey, check_public_key, key_type_of, public_key_fingerprint
-from pki.csr import MAX_CSR_CHARACTERS, Csr, der_of, load_csr, read_csr_der
-from pki.encoding import failing_as
+from pki.csr import MAX_CSR_CHARACTERS, Csr, checked, csr_der, load_csr
+from pki.encoding import pem
+from pki.foreign import ForeignCsr, Name, read_alternative_names, read_name, texts_of
 
 # Attributes by which a client asks for its key to be encrypted (RFC 7030 §4.4.1.1, RFC 4108 §2.2.5).
 _ENCRYPTED_KEY = frozenset({"1.2.840.113549.1.9.16.2.37", "1.2.840.113549.1.9.16.2.54"})
 _CHANGE_SUBJECT_NAME = "1.3.6.1.5.5.7.7.36"  # RFC 6402 §2.8
-_WHITE_SPACE = re.compile(rb"[ \t\r\n]+")
-_SEQUENCE = b"\x30"  # the first byte of DER, and never of its Base64
+_SERIAL_NUMBER, _COMMON_NAME = "2.5.4.5", "2.5.4.3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +34,14 @@ class EnrolmentRequest:
 
     csr: Csr | None
     key_fingerprint: str
-    subject: x509.Name
-    alternative_names: x509.SubjectAlternativeName | None
+    subject: Name
+    alternative_names: tuple[tuple[bytes, ...], ...]  # the names in DER, once for each time that they are requested
     attributes: frozenset[str]  # dotted OIDs
 
     @property
     def name(self) -> str:
         """Return the serialNumber of the subject, else its common name, else an empty text."""
-        for oid in (NameOID.SERIAL_NUMBER, NameOID.COMMON_NAME):
-            for attribute in self.subject.get_attributes_for_oid(oid):
-                if isinstance(attribute.value, str):
-                    return attribute.value
-        return ""
+        return next(iter(texts_of(self.subject, _SERIAL_NUMBER, _COMMON_NAME)), "")
 
 
 def read_enrolment_request(body: bytes) -> EnrolmentRequest:
@@ -56,9 +49,10 @@ def read_enrolment_request(body: bytes) -> EnrolmentRequest:
 
     DER and PEM are accepted, too. Raises ``CsrInvalid``, ``KeyRefused``.
     """
-    csr, key = read_csr_der(_der(body))
-    checked = Csr(csr.public_bytes(Encoding.PEM).decode(), key)
-    return _request(csr, checked, checked.key_fingerprint)
+    der = _der(body)
+    csr = load_csr(der)
+    own = checked(csr, pem("CERTIFICATE REQUEST", der))
+    return _request(csr, own, own.key_fingerprint)
 
 
 def read_key_request(body: bytes) -> EnrolmentRequest:
@@ -67,9 +61,7 @@ def read_key_request(body: bytes) -> EnrolmentRequest:
     Raises ``CsrInvalid``, also if it asks for the key to be encrypted beyond TLS.
     """
     csr = load_csr(_der(body))
-    with failing_as(CsrInvalid("The public key in the CSR cannot be read. Use any key; it will not be certified.")):
-        key = csr.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    request = _request(csr, None, hashlib.sha256(key).hexdigest())
+    request = _request(csr, None, hashlib.sha256(csr.public_key).hexdigest())
     if not request.attributes.isdisjoint(_ENCRYPTED_KEY):
         raise CsrInvalid(
             "The portal protects a key that it makes by TLS only, and does not encrypt it further; leave out"
@@ -78,32 +70,14 @@ def read_key_request(body: bytes) -> EnrolmentRequest:
     return request
 
 
-def _request(csr: x509.CertificateSigningRequest, checked: Csr | None, fingerprint: str) -> EnrolmentRequest:
-    with failing_as(CsrInvalid("The CSR is damaged: its subject, extensions or attributes cannot be read.")):
-        subject = csr.subject
-        attributes = frozenset(attribute.oid.dotted_string for attribute in csr.attributes)
-        try:
-            names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        except x509.ExtensionNotFound:
-            names = None
-    return EnrolmentRequest(checked, fingerprint, subject, names, attributes)
+def _request(csr: ForeignCsr, own: Csr | None, fingerprint: str) -> EnrolmentRequest:
+    return EnrolmentRequest(own, fingerprint, csr.subject, csr.alternative_names, csr.attributes)
 
 
 def _der(body: bytes) -> bytes:
     if len(body) > 2 * MAX_CSR_CHARACTERS:
         raise CsrInvalid(f"The request is longer than {2 * MAX_CSR_CHARACTERS} bytes; send one PKCS#10 request.")
-    if body[:1] == _SEQUENCE:
-        return body
-    if body.lstrip().startswith(b"-----BEGIN"):
-        with failing_as(CsrInvalid("The CSR's PEM block is damaged.")):
-            return der_of(body.decode("ascii"))
-    text = _WHITE_SPACE.sub(b"", body)
-    if not text:
-        raise CsrInvalid("The request is empty; send a PKCS#10 request in Base64.")
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise CsrInvalid("The request is not valid Base64; send a PKCS#10 request in Base64.") from error
+    return csr_der(body)
 
 
 def key_type_of_certificate(der: bytes) -> str:
@@ -123,8 +97,10 @@ def check_same_names(request: EnrolmentRequest, certificate_der: bytes) -> None:
     A request may lack the alternative names, since some clients cannot set them.
     """
     certificate = x509.load_der_x509_certificate(certificate_der)
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    same = request.subject == certificate.subject and request.alternative_names in (None, names)
+    extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    names = read_alternative_names(extension.public_bytes())
+    same = request.subject == read_name(certificate.subject.public_bytes())
+    same = same and all(requested == names for requested in request.alternative_names)
     if not same or _CHANGE_SUBJECT_NAME in request.attributes:
         raise CsrInvalid(
             "The CSR names another subject than the certificate that is to be renewed; use the same subject and names."

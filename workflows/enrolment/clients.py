@@ -63,7 +63,7 @@ class Clients:
         if not client_certificates.may_identify_a_client(client):
             raise ClientCertificateRefused("The client certificate may not be used by a TLS client.")
         issuing = (item for item in self._authority.issuers if item.kind == IssuerKind.ISSUING)
-        if any(client_certificates.is_issued_by(client, item.issuer.certificate) for item in issuing):
+        if any(client_certificates.is_issued_by(client.certificate, item.der) for item in issuing):
             return self._device(client)
         return self._manufactured(client)
 
@@ -81,7 +81,9 @@ class Clients:
             raise ClientCertificateRefused(_OUT_OF_DATE)
         with self._database.snapshot() as tx:
             for record in enrolment.registered_manufacturers(tx):
-                if self._clock() <= record.not_after and client_certificates.is_issued_by_der(client, record.der):
+                if self._clock() <= record.not_after and client_certificates.is_issued_by(
+                    client.certificate, record.der
+                ):
                     return ManufacturedClient(record.tenant_id, record, client)
         raise ClientCertificateRefused(
             "The CA that issued the client certificate directly is not registered here; see POST /manufacturers."
