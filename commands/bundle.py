@@ -10,7 +10,7 @@ import secrets
 import shlex
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -264,20 +264,18 @@ def check_bundle(bundle: DeviceBundle, *, now: datetime) -> Checked:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise CheckFailed("The private key in the bundle cannot be read.") from None
     return check_credentials(
-        key, certificate=bundle.files[CERTIFICATE], chain=bundle.files[CHAIN], ca=bundle.files[CA], now=now
+        lambda certified: _public_bytes(certified) == _public_bytes(key),
+        certificate=bundle.files[CERTIFICATE],
+        chain=bundle.files[CHAIN],
+        ca=bundle.files[CA],
+        now=now,
     )
 
 
-def csr_public_key(pem: bytes) -> PublicKeyTypes:
-    """Return the public key of a certificate signing request; raises ``CheckFailed``."""
-    try:
-        return x509.load_pem_x509_csr(pem).public_key()
-    except (ValueError, UnsupportedAlgorithm):
-        raise CheckFailed("The certificate signing request cannot be read; it must be PKCS#10 in PEM.") from None
-
-
-def check_credentials(key: PublicKeyTypes, *, certificate: bytes, chain: bytes, ca: bytes, now: datetime) -> Checked:
-    """Check that a certificate is for ``key``, for a device, valid ``now``, and signed up to a root in ``ca``.
+def check_credentials(
+    is_own: Callable[[PublicKeyTypes], bool], *, certificate: bytes, chain: bytes, ca: bytes, now: datetime
+) -> Checked:
+    """Check that a certificate is for an own key, for a device, valid ``now``, and signed up to a root in ``ca``.
 
     All are PEM; ``chain`` begins with the certificate. The path is built by signatures (RFC 5280 section 6.1: issuer
     and subject names, basicConstraints, keyUsage, validity of each). Raises ``CheckFailed``.
@@ -288,7 +286,7 @@ def check_credentials(key: PublicKeyTypes, *, certificate: bytes, chain: bytes, 
         anchors = x509.load_pem_x509_certificates(ca)
         if more or links[0] != leaf:
             raise CheckFailed("The chain does not begin with the device's certificate, so the files do not match.")
-        if _public_bytes(leaf.public_key()) != _public_bytes(key):
+        if not is_own(leaf.public_key()):
             raise CheckFailed("The certificate is not for this private key; renew the device to get new ones.")
         device_id = _device_id(leaf)
         root = _path_to_root(leaf, links[1:], anchors, now)

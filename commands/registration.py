@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import re
 import secrets
 import shlex
+import ssl
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from commands.bundle import (
     CA,
@@ -21,18 +27,20 @@ from commands.bundle import (
     FORMATS,
     certificates_only,
     check_credentials,
-    csr_public_key,
 )
 from commands.client import check_link
 from commands.context import DEVICE_ID, Command, Remote, metadata_from, new_secret_file, require, topics_from
 from commands.delivery import FORCE_HELP, Password, fetch, show_files, summary, unpack_fetched
-from commands.errors import CliError, ConnectionLost, Refused
+from commands.errors import CheckFailed, CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
 from commands.output import Cell, moment, text
 
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072")
 SAVED_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
 CERTIFICATE_FILES = (CERTIFICATE, CHAIN, CA)
+_BEGIN = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,64})-----")
+_BLOCK = re.compile(rb"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----([A-Za-z0-9+/=\s]*)-----END")
+_DER_SEQUENCE = b"\x30"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,9 @@ _ISSUING = (
     click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of key.  [default: the portal's]"),
     click.option("--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity in days."),
     click.option("--format", "bundle_format", type=click.Choice(FORMATS), help="Bundle format.  [default: zip]"),
-    click.option("--csr", metavar="FILE", help="The device's own CSR (PKCS#10, PEM); its key stays on the device."),
+    click.option(
+        "--csr", metavar="FILE", help="The device's own CSR (PKCS#10, PEM or DER); its key stays on the device."
+    ),
     click.option("--password-file", metavar="FILE", help="Use the bundle password in FILE; - for standard input."),
     click.option("--password-out", metavar="FILE", help="Write the generated bundle password to FILE (new, 0600)."),
     click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Download and unpack into FOLDER."),
@@ -219,8 +229,8 @@ def _issue_for_csr(
     portal: Remote, operation: Operation, body: dict[str, Any], csr: bytes, delivery: DeliveryOptions
 ) -> None:
     """Let the portal certify the key of a CSR; write the certificate into the folder of ``--out``, or print it."""
-    public_key = csr_public_key(csr)
-    body["csr"] = csr.decode("ascii", "replace")
+    own = CsrFile.of(csr)
+    body["csr"] = own.pem
     with _targets(delivery, CERTIFICATE_FILES) as targets:
         answer = _post(portal, operation, body, delivery.idempotency_key)
         require(answer, "device_id", "certificate", "chain")
@@ -229,7 +239,7 @@ def _issue_for_csr(
             chain = f"{certificate.rstrip()}\n{chain}"
         ca = portal.client.call("GET", "/ca.pem", anonymous=True).body
         checked = check_credentials(
-            public_key, certificate=certificate.encode(), chain=chain.encode(), ca=ca, now=datetime.now(UTC)
+            own.has_key, certificate=certificate.encode(), chain=chain.encode(), ca=ca, now=datetime.now(UTC)
         )
         if targets.folder is not None:
             contents = dict(zip(CERTIFICATE_FILES, (certificate.encode(), chain.encode(), ca), strict=True))
@@ -303,3 +313,55 @@ def _show(
     elif password_out:
         out.note(f"The bundle password is in {password_out}.")
     out.next_step(f"portal download {shlex.quote(str(answer['download_url']))}")
+
+
+# --- A device's own CSR, which is the portal's to judge -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CsrFile:
+    """What a file with a CSR holds, DER."""
+
+    der: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, content: bytes) -> CsrFile:
+        """Find the CSR in a file: DER, or PEM with any text around it; raises ``CheckFailed``.
+
+        A file with another PEM block is refused, since that could be the private key, which must not be sent.
+        """
+        if content.startswith(_DER_SEQUENCE):
+            return cls(content)
+        labels = _BEGIN.findall(content)
+        if any(b"PRIVATE KEY" in label for label in labels):
+            raise CheckFailed("The file holds a private key, which was not sent; use a file with the CSR alone.")
+        found = _BLOCK.search(content)
+        if found is None or len(labels) != 1:
+            raise CheckFailed(
+                "The file must hold one CSR (PKCS#10, PEM): BEGIN CERTIFICATE REQUEST to END CERTIFICATE REQUEST."
+            )
+        try:
+            return cls(base64.b64decode(b"".join(found[1].split()), validate=True))
+        except ValueError:
+            raise CheckFailed("The CSR in the file is not valid Base64; copy the file again.") from None
+
+    @property
+    def pem(self) -> str:
+        """Return the CSR as the portal takes it, without what was around it in the file."""
+        return ssl.DER_cert_to_PEM_cert(self.der).replace("CERTIFICATE-----", "CERTIFICATE REQUEST-----")
+
+    def has_key(self, key: PublicKeyTypes) -> bool:
+        """Return whether the CSR holds this public key, in whatever form its algorithm allows."""
+        return any(form in self.der for form in _forms(key))
+
+
+def _forms(key: PublicKeyTypes) -> tuple[bytes, ...]:
+    """Return the bytes that encodings of a public key have in common."""
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        point = key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        return point[1:], key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+    if isinstance(key, rsa.RSAPublicKey):
+        return (key.public_numbers().n.to_bytes(key.key_size // 8, "big"),)
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return (key.public_bytes_raw(),)
+    return ()

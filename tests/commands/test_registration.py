@@ -10,14 +10,20 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from commands.registration import CsrFile
+from pki.csr import csr_der, load_csr
+from tests.support import foreign
 from tests.support.cli_session import Session
 from tests.support.harness import csr_pem
-from tests.support.pki import PEM
+from tests.support.pki import PEM, key_pem
 from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, problem, sign_key
 
 pytest_plugins = ("tests.support.cli_fixtures",)
+KEY = ec.generate_private_key(ec.SECP256R1())
 REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
 
 
@@ -171,6 +177,63 @@ def test_a_csr_brings_its_certificate(session: Session, stub: PortalStub) -> Non
     files = session.json(*REGISTER, "--csr", "sensor.csr", "--out", "sensor")["files"]
     assert files["files"] == ["ca.pem", "chain.pem", "device.pem"]
     assert Path("sensor/ca.pem").read_bytes() == stub.pki.ca_bundle
+
+
+@pytest.mark.parametrize("path", foreign.FILES, ids=[path.stem for path in foreign.FILES])
+def test_a_csr_of_another_program_is_for_the_portal_to_judge(path: Path, session: Session, stub: PortalStub) -> None:
+    sentence = "The CSR is refused for a reason that is named."
+    stub.replies["POST", "/register"] = problem(422, "csr_invalid", sentence)
+    result = session.run(*REGISTER, "--csr", str(path))
+    assert (result.exit_code, "Unexpected" in result.output) == (1, False)
+    assert sentence in result.stderr
+    (request,) = stub.calls("POST", "/register")
+    assert load_csr(csr_der(request.body["csr"])).content == load_csr(csr_der(path.read_bytes())).content
+
+
+def test_the_text_around_a_csr_is_not_sent(session: Session, stub: PortalStub) -> None:
+    csr = csr_pem()
+    Path("sensor.csr").write_text(f"Certificate Request: Ünit\n{csr}the end\n")
+    assert session.run(*REGISTER, "--csr", "sensor.csr").exit_code == 0
+    (request,) = stub.calls("POST", "/register")
+    assert request.body["csr"] == csr
+
+
+def test_a_csr_in_der_is_sent_as_pem(session: Session, stub: PortalStub) -> None:
+    csr = csr_pem()
+    Path("sensor.csr").write_bytes(csr_der(csr))
+    assert session.run(*REGISTER, "--csr", "sensor.csr").exit_code == 0
+    (request,) = stub.calls("POST", "/register")
+    assert request.body["csr"] == csr
+
+
+@pytest.mark.parametrize("content", [key_pem(KEY).decode(), csr_pem() + key_pem(KEY).decode(), csr_pem() * 2, "x", ""])
+def test_a_file_with_more_or_less_than_a_csr_is_not_sent(content: str, session: Session, stub: PortalStub) -> None:
+    Path("sensor.csr").write_text(content)
+    assert (session.run(*REGISTER, "--csr", "sensor.csr").exit_code, stub.requests) == (1, [])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [KEY, ec.generate_private_key(ec.SECP384R1()), rsa.generate_private_key(65537, 2048), Ed25519PrivateKey.generate()],
+    ids=["ec-p256", "ec-p384", "rsa-2048", "ed25519"],
+)
+def test_the_certificate_must_be_for_the_key_of_the_csr(key: Any) -> None:
+    algorithm = None if isinstance(key, Ed25519PrivateKey) else hashes.SHA256()
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, algorithm)
+    own = CsrFile.of(csr.public_bytes(PEM))
+    assert own.has_key(key.public_key())
+    assert not own.has_key(ec.generate_private_key(ec.SECP256R1()).public_key())
+    assert not own.has_key(Ed25519PrivateKey.generate().public_key())
+
+
+@pytest.mark.parametrize("form", [PublicFormat.CompressedPoint, PublicFormat.UncompressedPoint])
+def test_a_point_is_found_in_each_form(form: PublicFormat) -> None:
+    point = KEY.public_key().public_bytes(Encoding.X962, form)
+    assert CsrFile(b"0" + point).has_key(KEY.public_key())
+    assert CsrFile(b"0\x06" + KEY.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]).has_key(
+        KEY.public_key()
+    )
+    assert not CsrFile(b"0" + point[:-1]).has_key(KEY.public_key())
 
 
 @pytest.mark.parametrize(
