@@ -1,7 +1,11 @@
-"""Named steps at which a test makes the portal crash or fail."""
+"""Named steps at which a test makes the portal crash or fail.
+
+``failpoint(NAME)`` raises an audit event of Python (PEP 578), which nothing hears unless ``PORTAL_FAILPOINT`` is set.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -50,12 +54,17 @@ NAMES = (
     "restore.ended",
 )
 VARIABLE = "PORTAL_FAILPOINT"
+EVENT = "portal.failpoint"
 _FORM = re.compile(r"(?:(?P<after>[a-z._]+)>)?(?P<name>[a-z._]+)(?::(?P<times>[0-9]{1,6}))?(?:=(?P<act>.+))?")
 _ACT = re.compile(r"kill|killgroup|error|sleep:(?P<seconds>[0-9]{1,4}(?:\.[0-9]{1,3})?)")
 
 
-class _Plan:
-    """An action at the N-th time a step is reached: ``[AFTER>]NAME[:N][=kill|killgroup|error|sleep:SECONDS]``."""
+class Plan:
+    """An action at the N-th time a step is reached: ``[AFTER>]NAME[:N][=kill|killgroup|error|sleep:SECONDS]``.
+
+    The actions are to kill the process or its process group with SIGKILL, to raise ``OSError`` (EIO), and to wait.
+    With ``AFTER>`` the count starts once the process has reached that other step.
+    """
 
     def __init__(self, text: str) -> None:
         form = _FORM.fullmatch(text)
@@ -69,7 +78,11 @@ class _Plan:
         self._lock = threading.Lock()
         sys.stderr.write(f"{VARIABLE} is set: this portal will fail at {text}.\n")
 
-    def reach(self, name: str) -> None:
+    def __call__(self, event: str, arguments: tuple[str, ...]) -> None:
+        """Act on an audit event if it is the step; Python calls this for its other events, too."""
+        if event != EVENT:
+            return
+        name = arguments[0]
         with self._lock:
             if self._after is not None:
                 if name == self._after:
@@ -90,14 +103,6 @@ class _Plan:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-_plan = _Plan(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
-
-
-def failpoint(name: str) -> None:
-    """Perform the action that ``PORTAL_FAILPOINT`` has for the step ``name``; without that variable do nothing.
-
-    The actions are to kill the process or its process group with SIGKILL, to raise ``OSError`` (EIO), and to wait.
-    With ``AFTER>`` the count starts once the process has reached that other step.
-    """
-    if _plan is not None:
-        _plan.reach(name)
+failpoint = functools.partial(sys.audit, EVENT)
+if os.environ.get(VARIABLE):
+    sys.addaudithook(Plan(os.environ[VARIABLE]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def killed(step: str, restoring: Callable[[], object]) -> None:
     child = os.fork()
     if child == 0:
         try:
-            failpoints._plan = failpoints._Plan(step)
+            sys.addaudithook(failpoints.Plan(step))
             restoring()
         finally:
             os._exit(99)
@@ -152,7 +153,8 @@ def test_a_restore_whose_disk_fails_takes_itself_back(
     another: tuple[Settings, str], file: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, ca_pem = another
-    monkeypatch.setattr(failpoints, "_plan", failpoints._Plan("restore.put:2=error"))
+    plan = failpoints.Plan("restore.put:2=error")
+    monkeypatch.setattr(restore_journal, "failpoint", lambda step: plan(failpoints.EVENT, (step,)))
     with pytest.raises(BackupRefused, match="cannot be written"):
         put_back(settings, file, clock)
     is_whole(settings)
