@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import DeviceNotFound
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus, DeviceStatus
-from store.base import UtcDateTime
+from store.database import UtcDateTime
 from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record, update_device
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import ON_CRL, CertificateStatus, DeviceStatus
-from store.base import UtcDateTime
+from store.database import UtcDateTime
 from store.tables import (
     Certificate,
     Device,

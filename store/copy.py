@@ -19,8 +19,7 @@ from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
 from core.errors import BackupRefused, DatabaseTooNew
-from store.base import UtcDateTime
-from store.database import MIGRATION_LOCK, migration_config, newest_revision
+from store.database import MIGRATION_LOCK, UtcDateTime, migration_config, newest_revision
 from store.tables import METADATA
 
 BATCH = 500

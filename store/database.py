@@ -1,4 +1,4 @@
-"""The database as a whole: connections, transactions that are durable once they end, and the schema's version.
+"""The database as a whole: how rows hold times and states, transactions that are durable once they end, the schema.
 
 On SQLite writers take turns, and callers that wait for their turn share a commit, so that one disk sync serves all.
 """
@@ -11,9 +11,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import psycopg
 import sqlalchemy as sa
@@ -22,11 +24,11 @@ from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.orm import DeclarativeBase
 
 from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable, StartupError
 from core.files import FileLock
-from store.tables import BrokerState, Tenant
 
 Result = TypeVar("Result")
 BUSY_TIMEOUT_SECONDS = 5.0
@@ -35,7 +37,61 @@ LOCKED_SECONDS = 0.2  # how long a writer waits if the previous one waited in va
 SPARE_CONNECTIONS = 8
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
 MIGRATION_LOCK = sa.text("SELECT pg_advisory_xact_lock(8443)")  # of several portals that start at once, one migrates
-_REWRITE = sa.update(BrokerState).values(generation=BrokerState.generation)  # changes nothing, and is written to disk
+_REWRITE = sa.text("UPDATE broker_state SET generation = generation")  # changes nothing, and is written to disk
+
+
+# --- Columns ---------------------------------------------------------------------------------------------------------
+
+
+class NaiveTimeError(ValueError, sa.exc.DontWrapMixin):
+    """A time without a zone; SQLAlchemy passes this error on unwrapped."""
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """An aware time in UTC, to the microsecond; SQLite, which has no zones, stores it without one."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Convert a time to UTC; raises ``NaiveTimeError`` for one without a zone, which is always a mistake."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise NaiveTimeError("a time without a zone must not reach the database")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """Return the time with its zone, UTC."""
+        if value is None:
+            return None
+        time: datetime = value
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    """The base of all tables; names every constraint, so that migrations and errors can refer to it."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UtcDateTime,
+        # A column annotated with an enum holds its values as text, and a row that is read its members.
+        StrEnum: sa.Enum(
+            StrEnum, native_enum=False, length=16, values_callable=lambda kind: [state.value for state in kind]
+        ),
+    }
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+# --- Transactions ----------------------------------------------------------------------------------------------------
 
 
 class Database:
@@ -140,7 +196,7 @@ class Database:
             with self.transaction() as tx:
                 tx.execute(_REWRITE)
         with self.snapshot() as tx:
-            tx.execute(sa.select(sa.func.count()).select_from(Tenant)).scalar_one()
+            tx.execute(sa.text("SELECT count(*) FROM tenants")).scalar_one()
 
     def close(self) -> None:
         """Close all connections."""

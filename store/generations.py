@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeviceStatus
-from store.base import UtcDateTime
+from store.database import UtcDateTime
 from store.devices import topics_by_device
 from store.tables import AclEntry, BrokerState, Certificate, Device
 

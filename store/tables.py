@@ -8,20 +8,23 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
-from core.states import (
-    Approval,
-    CertificateStatus,
-    DeliveryStatus,
-    DeviceStatus,
-    EnrolmentStatus,
-    EventDeliveryStatus,
-    IssuerKind,
-    IssuerStatus,
-    ManufacturerStatus,
-)
-from store.base import Base, BigId, one_of, partial_index
+from core import states
+from store.database import Base
 
 DEFAULT_TENANT = "default"
+BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows only in INTEGER columns
+
+
+def one_of(column: str, *values: str) -> str:
+    """Return the condition that a column has one of these values."""
+    allowed = ", ".join(f"'{value}'" for value in values)
+    return f"{column} IN ({allowed})"
+
+
+def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
+    """Return an index of the rows that fulfil a condition, on either database."""
+    return sa.Index(name, *columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+
 
 # --- Tenants ---------------------------------------------------------------------------------------------------------
 
@@ -33,6 +36,12 @@ class Tenant(Base):
 
     id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     created_at: Mapped[datetime]
+
+
+class _OfTenant:
+    """A row with its owner."""
+
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
 
 
 class IdempotencyKey(Base):
@@ -50,7 +59,7 @@ class IdempotencyKey(Base):
     expires_at: Mapped[datetime]
 
 
-class Token(Base):
+class Token(_OfTenant, Base):
     """An operator's token, by the hash of its secret."""
 
     __tablename__ = "tokens"
@@ -60,7 +69,6 @@ class Token(Base):
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(sa.String(64))
     role: Mapped[str] = mapped_column(sa.String(16))
     token_hash: Mapped[str] = mapped_column(sa.String(64))
@@ -69,7 +77,7 @@ class Token(Base):
     revoked_at: Mapped[datetime | None]
 
 
-class AuditEntry(Base):
+class AuditEntry(_OfTenant, Base):
     """Who did what, to what, when, from where, with which outcome; never changed, never removed."""
 
     __tablename__ = "audit_entries"
@@ -80,7 +88,6 @@ class AuditEntry(Base):
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     at: Mapped[datetime]
     actor: Mapped[str] = mapped_column(sa.String(128))
     action: Mapped[str] = mapped_column(sa.String(64))
@@ -125,14 +132,14 @@ class BrokerState(Base):
 # --- Devices, certificates and their issuers -------------------------------------------------------------------------
 
 
-class Device(Base):
+class Device(_OfTenant, Base):
     """A device, under the UUID that is its identity everywhere."""
 
     __tablename__ = "devices"
     __table_args__ = (
         sa.UniqueConstraint("tenant_id", "id"),  # what composite foreign keys refer to
         sa.UniqueConstraint("tenant_id", "external_id"),
-        sa.CheckConstraint(one_of("status", *DeviceStatus), name="status"),
+        sa.CheckConstraint(one_of("status", *states.DeviceStatus), name="status"),
         sa.CheckConstraint("(status = 'revoked') = (revoked_at IS NOT NULL)", name="revoked_at"),
         sa.CheckConstraint("(status = 'revoked') = (revocation_reason IS NOT NULL)", name="revocation_reason"),
         sa.CheckConstraint("length(id) = 36", name="id_is_uuid"),
@@ -146,7 +153,6 @@ class Device(Base):
     )
 
     id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     external_id: Mapped[str | None] = mapped_column(sa.String(128))
     name: Mapped[str] = mapped_column(sa.String(128))
     type: Mapped[str] = mapped_column(sa.String(64))
@@ -155,7 +161,7 @@ class Device(Base):
     # SQLAlchemy reserves the attribute "metadata"; the column is named so.
     device_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", sa.JSON)
     own_topics: Mapped[bool] = mapped_column(default=False)
-    status: Mapped[DeviceStatus]
+    status: Mapped[states.DeviceStatus]
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
@@ -181,22 +187,21 @@ class AclEntry(Base):
     access: Mapped[str] = mapped_column(sa.String(16))
 
 
-class IssuerRow(Base):
+class IssuerRow(_OfTenant, Base):
     """A CA of the portal; its key is in the key store."""
 
     __tablename__ = "issuers"
     __table_args__ = (
-        sa.CheckConstraint(one_of("kind", *IssuerKind), name="kind"),
-        sa.CheckConstraint(one_of("status", *IssuerStatus), name="status"),
+        sa.CheckConstraint(one_of("kind", *states.IssuerKind), name="kind"),
+        sa.CheckConstraint(one_of("status", *states.IssuerStatus), name="status"),
         sa.UniqueConstraint("name"),
         sa.UniqueConstraint("fingerprint"),
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(sa.String(64))
-    kind: Mapped[IssuerKind]
-    status: Mapped[IssuerStatus]
+    kind: Mapped[states.IssuerKind]
+    status: Mapped[states.IssuerStatus]
     der: Mapped[bytes]
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
     not_after: Mapped[datetime]
@@ -207,7 +212,7 @@ class IssuerRow(Base):
     revoked_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
 
 
-class Crl(Base):
+class Crl(_OfTenant, Base):
     """The newest CRL of an issuer."""
 
     __tablename__ = "crls"
@@ -217,7 +222,6 @@ class Crl(Base):
     )
 
     issuer_id: Mapped[int] = mapped_column(sa.ForeignKey("issuers.id"), primary_key=True, autoincrement=False)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     number: Mapped[int] = mapped_column(sa.BigInteger)
     this_update: Mapped[datetime]
     next_update: Mapped[datetime]
@@ -229,7 +233,7 @@ class Crl(Base):
 _CURRENT = "status IN ('active', 'held') AND replaced_until IS NULL"
 
 
-class Certificate(Base):
+class Certificate(_OfTenant, Base):
     """A certificate that the portal issued: to a device, to a server of its own, or to its probe (``canary``).
 
     A ``lost`` one was issued after the copy that a restore has put back: it stays on the CRL.
@@ -242,7 +246,7 @@ class Certificate(Base):
         sa.UniqueConstraint("fingerprint"),
         sa.CheckConstraint(one_of("purpose", "device", "server", "canary", "lost"), name="purpose"),
         sa.CheckConstraint("(purpose = 'device') = (device_id IS NOT NULL)", name="owner"),
-        sa.CheckConstraint(one_of("status", *CertificateStatus), name="status"),
+        sa.CheckConstraint(one_of("status", *states.CertificateStatus), name="status"),
         sa.CheckConstraint("(status IN ('held', 'revoked')) = (revoked_at IS NOT NULL)", name="revoked_at"),
         sa.CheckConstraint("(revoked_at IS NULL) = (revocation_reason IS NULL)", name="revocation_reason"),
         sa.CheckConstraint("not_before < not_after", name="validity"),
@@ -250,23 +254,11 @@ class Certificate(Base):
             "status IN ('held', 'revoked') OR (status = 'replaced') = (replaced_until IS NOT NULL)",
             name="replaced_until",
         ),
-        partial_index(
-            "uq_certificates_one_active_a_device",
-            "device_id",
-            where=_CURRENT,
-            unique=True,
-        ),
+        partial_index("uq_certificates_one_active_a_device", "device_id", where=_CURRENT, unique=True),
         partial_index("ix_certificates_generation", "generation", where="generation > 0"),
         partial_index("ix_certificates_replaced", "replaced_until", where="status = 'replaced'"),
         sa.Index("ix_certificates_device", "device_id", "id"),
-        # of current certificates
-        partial_index(
-            "ix_certificates_end",
-            "tenant_id",
-            "not_after",
-            "device_id",
-            where=_CURRENT,
-        ),
+        partial_index("ix_certificates_end", "tenant_id", "not_after", "device_id", where=_CURRENT),
         # with the id, so that the row ids are read from the index alone
         partial_index(
             "ix_certificates_crl", "issuer_id", "status", "not_after", "id", where="status IN ('held', 'revoked')"
@@ -274,7 +266,6 @@ class Certificate(Base):
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     issuer_id: Mapped[int] = mapped_column(sa.ForeignKey("issuers.id"))
     device_id: Mapped[str | None] = mapped_column(sa.String(36))
     purpose: Mapped[str] = mapped_column(sa.String(16))
@@ -284,7 +275,7 @@ class Certificate(Base):
     not_before: Mapped[datetime]
     not_after: Mapped[datetime]
     issued_at: Mapped[datetime]
-    status: Mapped[CertificateStatus]
+    status: Mapped[states.CertificateStatus]
     revoked_at: Mapped[datetime | None]
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
     # For a replaced one: until when it keeps working, or until its successor was used if that comes first.
@@ -294,13 +285,13 @@ class Certificate(Base):
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
 
 
-class Delivery(Base):
+class Delivery(_OfTenant, Base):
     """A bundle that waits for its one download; it is removed, and the row kept, once delivered, expired or revoked."""
 
     __tablename__ = "deliveries"
     __table_args__ = (
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
-        sa.CheckConstraint(one_of("status", *DeliveryStatus), name="status"),
+        sa.CheckConstraint(one_of("status", *states.DeliveryStatus), name="status"),
         sa.CheckConstraint("(status IN ('ready', 'fetching')) = (bundle IS NOT NULL)", name="bundle"),
         sa.CheckConstraint(one_of("format", "zip", "p12", "pem"), name="format"),
         sa.CheckConstraint("(status = 'fetching') = (lease_until IS NOT NULL)", name="lease"),
@@ -309,10 +300,9 @@ class Delivery(Base):
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     device_id: Mapped[str] = mapped_column(sa.String(36))
     certificate_id: Mapped[int] = mapped_column(sa.ForeignKey("certificates.id"))
-    status: Mapped[DeliveryStatus]
+    status: Mapped[states.DeliveryStatus]
     bundle: Mapped[bytes | None]
     format: Mapped[str] = mapped_column(sa.String(8), server_default="zip")
     created_at: Mapped[datetime]
@@ -336,10 +326,10 @@ class _Profile:
     name_template: Mapped[str] = mapped_column(sa.String(128))
     key_types: Mapped[list[str]] = mapped_column(sa.JSON)
     validity_days: Mapped[int | None]
-    approval: Mapped[Approval]
+    approval: Mapped[states.Approval]
 
 
-class EnrolmentToken(_Profile, Base):
+class EnrolmentToken(_OfTenant, _Profile, Base):
     """A secret, by its hash, with which devices enrol: one known device, or at most ``uses_allowed`` new ones."""
 
     __tablename__ = "enrolment_tokens"
@@ -354,7 +344,6 @@ class EnrolmentToken(_Profile, Base):
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     secret_hash: Mapped[str] = mapped_column(sa.String(64))
     name: Mapped[str] = mapped_column(sa.String(64))
     device_id: Mapped[str | None] = mapped_column(sa.String(36))
@@ -365,7 +354,7 @@ class EnrolmentToken(_Profile, Base):
     revoked_at: Mapped[datetime | None]
 
 
-class Manufacturer(_Profile, Base):
+class Manufacturer(_OfTenant, _Profile, Base):
     """A CA of factory certificates (IDevID); it is trusted once possession of its key was proven."""
 
     __tablename__ = "manufacturers"
@@ -382,12 +371,11 @@ class Manufacturer(_Profile, Base):
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(sa.String(64))
     der: Mapped[bytes]
     fingerprint: Mapped[str] = mapped_column(sa.String(64))
     not_after: Mapped[datetime]
-    status: Mapped[ManufacturerStatus]
+    status: Mapped[states.ManufacturerStatus]
     nonce: Mapped[str] = mapped_column(sa.String(64))
     nonce_expires_at: Mapped[datetime]
     created_at: Mapped[datetime]
@@ -395,7 +383,7 @@ class Manufacturer(_Profile, Base):
     removed_at: Mapped[datetime | None]
 
 
-class EnrolmentRow(Base):
+class EnrolmentRow(_OfTenant, Base):
     """A device's first request for a certificate, however often it is repeated.
 
     ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
@@ -417,19 +405,18 @@ class EnrolmentRow(Base):
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     device_id: Mapped[str] = mapped_column(sa.String(36))
     token_id: Mapped[str | None] = mapped_column(sa.String(32))
     manufacturer_id: Mapped[str | None] = mapped_column(sa.String(32))
     identity: Mapped[str] = mapped_column(sa.String(64))
     key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
-    status: Mapped[EnrolmentStatus]
+    status: Mapped[states.EnrolmentStatus]
     created_at: Mapped[datetime]
     decided_at: Mapped[datetime | None]
     certificate_id: Mapped[int | None] = mapped_column(sa.ForeignKey("certificates.id"))
 
 
-class ReenrolmentRow(Base):
+class ReenrolmentRow(_OfTenant, Base):
     """The request of an enrolled device for another key, about which an operator decides."""
 
     __tablename__ = "reenrolments"
@@ -440,9 +427,8 @@ class ReenrolmentRow(Base):
     )
 
     enrolment_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("enrolments.id"), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
-    status: Mapped[EnrolmentStatus]
+    status: Mapped[states.EnrolmentStatus]
     asked_at: Mapped[datetime]
     decided_at: Mapped[datetime | None]
 
@@ -450,16 +436,13 @@ class ReenrolmentRow(Base):
 # --- Events ----------------------------------------------------------------------------------------------------------
 
 
-class Webhook(Base):
+class Webhook(_OfTenant, Base):
     """A subscription: the address that events are sent to, with its sealed secret."""
 
     __tablename__ = "webhooks"
-    __table_args__ = (
-        sa.UniqueConstraint("tenant_id", "id"),  # what composite foreign keys refer to
-    )
+    __table_args__ = (sa.UniqueConstraint("tenant_id", "id"),)
 
     id: Mapped[str] = mapped_column(sa.String(16), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(sa.String(64))
     url: Mapped[str] = mapped_column(sa.String(2048))
     # The subscribed types with a comma on either side of each, or * for all, including those of later versions.
@@ -493,7 +476,7 @@ class WebhookDelivery(Base):
     device_id: Mapped[str | None] = mapped_column(sa.String(36))
     body: Mapped[str] = mapped_column(sa.Text)
     created_at: Mapped[datetime]
-    status: Mapped[EventDeliveryStatus]
+    status: Mapped[states.EventDeliveryStatus]
     attempts: Mapped[int] = mapped_column(default=0)
     next_at: Mapped[datetime]
     # The sender has until then; afterwards the event counts as not sent, and is sent again.
@@ -502,13 +485,12 @@ class WebhookDelivery(Base):
     ended_at: Mapped[datetime | None]
 
 
-class ExpiryAnnouncement(Base):
+class ExpiryAnnouncement(_OfTenant, Base):
     """A certificate whose expiry was announced, so that it is announced once."""
 
     __tablename__ = "expiry_announcements"
 
     certificate_id: Mapped[int] = mapped_column(sa.ForeignKey("certificates.id"), primary_key=True, autoincrement=False)
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
     announced_at: Mapped[datetime]
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
 from core.states import EventDeliveryStatus
-from store.base import UtcDateTime
+from store.database import UtcDateTime
 from store.tables import Webhook, WebhookDelivery
 
 

@@ -15,7 +15,7 @@ from core.states import Approval
 from operations.wiring import Portal, open_portal
 from pki.csr import read_csr
 from pki.est import read_enrolment_request
-from store.base import Base
+from store.database import Base
 from store.enrolment import EnrolmentProfile
 from tests.support.est import csr_der
 from tests.support.harness import PER_DEVICE, csr_pem
