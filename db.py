@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from core.errors import DeviceNotFound
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus, DeviceStatus
 from store.database import UtcDateTime
-from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record, update_device
+from store.devices import DEVICE_COLUMNS, DeviceRecord, update_device
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow
 
 # --- Devices ------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def get_device(tx: Connection, tenant_id: str, device_id: str, *, for_update: bo
     row = tx.execute(query).one_or_none()
     if row is None:
         raise DeviceNotFound(f"There is no device {device_id}; check the id with GET /devices.")
-    return device_record(row)
+    return DeviceRecord(*row)
 
 
 def replace_topics(

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 import db
 from broker_provisioning import BrokerProvisioning
 from config import Settings
-from core import roles
 from core.files import FileLock, remove_leftovers, replace_file, secret_file
 from core.roles import Role
 from core.throttle import Throttle
@@ -221,13 +220,13 @@ def first_token(portal: Portal) -> str:
     if path.exists():
         secret = secret_file(path, lambda: "")
         with portal.database.snapshot() as tx:
-            record = tenants.find_token(tx, roles.hash_token(secret))
+            record = tenants.find_token(tx, secret)
         if record is not None and record.is_valid(now):
             return secret
         path.unlink()
     secret, record = new_token(portal.tenant_id, "first operator", Role.ADMIN, None, now=now)
     with portal.database.transaction() as tx:
-        tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
+        tenants.add_token(tx, record, secret=secret)
         audit.record(
             tx, audit.system_actor(portal.tenant_id), "token:create", f"token:{record.id}", at=now, role=Role.ADMIN
         )

@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from store.database import columns_of
 from store.tables import AuditEntry, AuditHead
 
 
@@ -80,17 +81,7 @@ def list_audit_entries(
     filters: dict[str, str] | None = None,
 ) -> Sequence[AuditRecord]:
     """Return entries newest first, older than entry ``before``, newer than ``after``; ``filters`` match exactly."""
-    query = sa.select(
-        AuditEntry.id,
-        AuditEntry.at,
-        AuditEntry.actor,
-        AuditEntry.action,
-        AuditEntry.object,
-        AuditEntry.outcome,
-        AuditEntry.request_id,
-        AuditEntry.address,
-        AuditEntry.detail,
-    ).where(*_entries_between(tenant_id, before, after))
+    query = sa.select(*columns_of(AuditRecord, AuditEntry)).where(*_entries_between(tenant_id, before, after))
     for column, value in (filters or {}).items():
         query = query.where(AuditEntry.__table__.c[column] == value)
     return [AuditRecord(*row) for row in tx.execute(query.order_by(AuditEntry.id.desc()).limit(limit))]

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeliveryStatus
-from store.devices import DEVICE_COLUMNS, DeviceRecord, device_record, topics_by_device
+from store.devices import DEVICE_COLUMNS, DeviceRecord, topics_by_device
 from store.tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
 
 _REPLACEABLE = (DeliveryStatus.READY, DeliveryStatus.EXPIRED)  # nobody has begun to fetch the bundle
@@ -66,7 +66,7 @@ def find_known(tx: Connection, tenant_id: str, external_ids: Sequence[str]) -> d
     if not external_ids:
         return {}
     rows = tx.execute(_FIND, {"of_tenant": tenant_id, "wanted": external_ids}).all()
-    devices = [(device_record(row[:-9]), row[-9:]) for row in rows]
+    devices = [(DeviceRecord(*row[:-9]), row[-9:]) for row in rows]
     with_topics = [device.id for device, _ in devices if device.own_topics]
     own = topics_by_device(tx, AclEntry.tenant_id == tenant_id, AclEntry.device_id.in_(with_topics))
     in_use = _in_use(tx, tenant_id, [device.id for device, (*_, status) in devices if status in _REPLACEABLE])

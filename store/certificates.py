@@ -11,12 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import ON_CRL, CertificateStatus, DeviceStatus
-from store.database import UtcDateTime
-from store.tables import (
-    Certificate,
-    Device,
-    ExpiryAnnouncement,
-)
+from store.database import UtcDateTime, columns_of
+from store.tables import Certificate, Device, ExpiryAnnouncement
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +34,7 @@ class CertificateRecord:
     revocation_reason: str | None
 
 
-CERTIFICATE_COLUMNS = tuple(Certificate.__table__.c[name] for name in (
-    "id", "issuer_id", "device_id", "purpose", "serial_number", "fingerprint", "der", "not_before", "not_after",
-    "issued_at", "status", "revoked_at", "revocation_reason",
-))  # fmt: skip
-
-
-def certificate_record(row: Sequence[Any]) -> CertificateRecord:
-    """Read a row of ``CERTIFICATE_COLUMNS``."""
-    return CertificateRecord(*row)
+_COLUMNS = columns_of(CertificateRecord, Certificate)
 
 
 # Literals, not parameters: a database uses a partial index only if the query contains the index's condition as text. A
@@ -57,22 +45,22 @@ CURRENT = sa.and_(sa.text("certificates.status IN ('active', 'held')"), sa.text(
 def device_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
     """Return every certificate that a device has had, newest first."""
     rows = tx.execute(
-        sa.select(*CERTIFICATE_COLUMNS)
+        sa.select(*_COLUMNS)
         .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
         .order_by(Certificate.id.desc())
     )
-    return [certificate_record(row) for row in rows]
+    return [CertificateRecord(*row) for row in rows]
 
 
 def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> CertificateRecord | None:
     """Return the current certificate of a device, or else the last that it had; ``None`` before the first."""
     row = tx.execute(
-        sa.select(*CERTIFICATE_COLUMNS)
+        sa.select(*_COLUMNS)
         .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
         .order_by(sa.case((CURRENT, 0), else_=1), Certificate.id.desc())
         .limit(1)
     ).one_or_none()
-    return None if row is None else certificate_record(row)
+    return None if row is None else CertificateRecord(*row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +75,18 @@ class ShownCertificate:
 def find_device_certificate(tx: Connection, fingerprint: str) -> ShownCertificate | None:
     """Return a device's certificate by the SHA-256 of its DER in hex, whatever its state."""
     query = (
-        sa.select(Certificate.tenant_id, Device.status, *CERTIFICATE_COLUMNS)
+        sa.select(Certificate.tenant_id, Device.status, *_COLUMNS)
         .join(Device, sa.and_(Device.tenant_id == Certificate.tenant_id, Device.id == Certificate.device_id))
         .where(Certificate.fingerprint == fingerprint, Certificate.purpose == "device")
     )
     row = tx.execute(query).one_or_none()
-    return None if row is None else ShownCertificate(row[0], certificate_record(row[2:]), row[1])
+    return None if row is None else ShownCertificate(row[0], CertificateRecord(*row[2:]), row[1])
 
 
 def get_certificate(tx: Connection, tenant_id: str, certificate_id: int) -> CertificateRecord:
     """Return a certificate by the id of its row."""
     own = (Certificate.tenant_id == tenant_id, Certificate.id == certificate_id)
-    return certificate_record(tx.execute(sa.select(*CERTIFICATE_COLUMNS).where(*own)).one())
+    return CertificateRecord(*tx.execute(sa.select(*_COLUMNS).where(*own)).one())
 
 
 def count_issued(tx: Connection, tenant_id: str, device_id: str, *, since: datetime) -> int:

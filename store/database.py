@@ -5,7 +5,9 @@ On SQLite writers take turns, and callers that wait for their turn share a commi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import os
 import sqlite3
 import time
@@ -89,6 +91,19 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
+
+
+def hash_of(secret: str) -> str:
+    """Return the SHA-256, in hex, by which rows hold a secret of 256 random bits.
+
+    So many need no slow hash, and a look-up by it leaks no useful timing.
+    """
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def columns_of(record: type, table: type[Base]) -> tuple[Any, ...]:
+    """Return the columns that have the names of the fields of a record, a dataclass, in their order."""
+    return tuple(table.__table__.c[field.name] for field in dataclasses.fields(record))
 
 
 # --- Transactions ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 from core.states import CertificateStatus, DeviceStatus
 from core.topics import is_device_id
 from store.certificates import CURRENT
+from store.database import columns_of
 from store.tables import AclEntry, Certificate, Device, IssuerRow
 
 
@@ -37,15 +38,7 @@ class DeviceRecord:
     generation: int
 
 
-DEVICE_COLUMNS = tuple(Device.__table__.c[name] for name in (
-    "id", "tenant_id", "external_id", "name", "type", "location", "firmware", "metadata", "own_topics", "status",
-    "created_at", "updated_at", "revoked_at", "revocation_reason", "generation",
-))  # fmt: skip
-
-
-def device_record(row: Sequence[Any]) -> DeviceRecord:
-    """Read a row of ``DEVICE_COLUMNS``."""
-    return DeviceRecord(*row)
+DEVICE_COLUMNS = columns_of(DeviceRecord, Device)
 
 
 def update_device(tx: Connection, tenant_id: str, device_id: str, values: dict[str, Any]) -> None:
@@ -141,7 +134,7 @@ def list_devices(
         # Each database folds the case of both sides in its own way.
         query = query.where(Device.name.icontains(wanted.q, autoescape=True))
     rows = tx.execute(_between(query, tenant_id, wanted, place, after, end).limit(limit))
-    return Listed([(device_record(row[:-2]), row[-2], row[-1]) for row in rows], end)
+    return Listed([(DeviceRecord(*row[:-2]), row[-2], row[-1]) for row in rows], end)
 
 
 def _equalities(wanted: DeviceFilter) -> list[tuple[Any, str]]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound, StateConflict
 from core.states import Approval, DeviceStatus, EnrolmentStatus, ManufacturerStatus
+from store.database import columns_of, hash_of
 from store.tables import Device, EnrolmentRow, EnrolmentToken, Manufacturer, ReenrolmentRow
 
 
@@ -32,18 +34,29 @@ class EnrolmentProfile:
     approval: Approval
 
 
-PROFILE_FIELDS = ("type", "location", "firmware", "name_template", "key_types", "validity_days", "approval")
+_PROFILE_FIELDS = len(dataclasses.fields(EnrolmentProfile))
+Record = TypeVar("Record", "EnrolmentTokenRecord", "ManufacturerRecord")
 
 
-def _profile(row: Sequence[Any]) -> EnrolmentProfile:
-    """Read the columns ``PROFILE_FIELDS``."""
-    values = dict(zip(PROFILE_FIELDS, row, strict=True))
-    return EnrolmentProfile(**{**values, "key_types": tuple(values["key_types"])})
+def _columns(record: type[Record], table: type[EnrolmentToken | Manufacturer]) -> tuple[Any, ...]:
+    """Return the columns of a record, with those of its profile, its last field, at the end."""
+    names = [field.name for part in (record, EnrolmentProfile) for field in dataclasses.fields(part)]
+    return tuple(table.__table__.c[name] for name in names if name != "profile")
 
 
-def _profile_values(profile: EnrolmentProfile) -> dict[str, Any]:
-    """Return the columns ``PROFILE_FIELDS`` as they are stored."""
-    return {name: getattr(profile, name) for name in PROFILE_FIELDS} | {"key_types": list(profile.key_types)}
+def _record(kind: type[Record], row: Sequence[Any]) -> Record:
+    """Read a row of such columns."""
+    profile = EnrolmentProfile(*row[-_PROFILE_FIELDS:])
+    profile = dataclasses.replace(profile, key_types=tuple(profile.key_types))
+    values: Sequence[Any] = (*row[:-_PROFILE_FIELDS], profile)
+    return kind(*values)
+
+
+def _values(record: EnrolmentTokenRecord | ManufacturerRecord) -> dict[str, Any]:
+    """Return such columns with their values."""
+    values = dataclasses.asdict(record)
+    profile: dict[str, Any] = values.pop("profile")
+    return {**values, **profile}
 
 
 # --- Tokens ----------------------------------------------------------------------------------------------------------
@@ -65,47 +78,30 @@ class EnrolmentTokenRecord:
     profile: EnrolmentProfile
 
 
-_TOKEN_FIELDS = (
-    "id",
-    "tenant_id",
-    "name",
-    "device_id",
-    "uses_allowed",
-    "uses",
-    "created_at",
-    "expires_at",
-    "revoked_at",
-)
-_TOKEN_COLUMNS = tuple(EnrolmentToken.__table__.c[name] for name in (*_TOKEN_FIELDS, *PROFILE_FIELDS))
+_TOKEN_COLUMNS = _columns(EnrolmentTokenRecord, EnrolmentToken)
 
 
-def _token_record(row: Sequence[Any]) -> EnrolmentTokenRecord:
-    plain = dict(zip(_TOKEN_FIELDS, row, strict=False))
-    return EnrolmentTokenRecord(**plain, profile=_profile(row[len(_TOKEN_FIELDS) :]))
+def add_enrolment_token(tx: Connection, record: EnrolmentTokenRecord, *, secret: str) -> None:
+    """Record a token with the hash of its secret."""
+    tx.execute(sa.insert(EnrolmentToken), _values(record) | {"secret_hash": hash_of(secret)})
 
 
-def add_enrolment_token(tx: Connection, record: EnrolmentTokenRecord, *, secret_hash: str) -> None:
-    """Record a token by the SHA-256 of its secret, in lower-case hex."""
-    values = {name: getattr(record, name) for name in _TOKEN_FIELDS} | _profile_values(record.profile)
-    tx.execute(sa.insert(EnrolmentToken), values | {"secret_hash": secret_hash})
-
-
-def find_enrolment_token(tx: Connection, secret_hash: str) -> EnrolmentTokenRecord | None:
-    """Return a token by the SHA-256 of its secret; it may be used up, expired or revoked."""
-    row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(EnrolmentToken.secret_hash == secret_hash)).one_or_none()
-    return None if row is None else _token_record(row)
+def find_enrolment_token(tx: Connection, secret: str) -> EnrolmentTokenRecord | None:
+    """Return a token by its secret; it may be used up, expired or revoked."""
+    row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(EnrolmentToken.secret_hash == hash_of(secret))).one_or_none()
+    return None if row is None else _record(EnrolmentTokenRecord, row)
 
 
 def lock_enrolment_token(tx: Connection, tenant_id: str, token_id: str) -> EnrolmentTokenRecord:
     """Read a token and lock it, so that nobody else uses it until the transaction ends."""
     own = (EnrolmentToken.tenant_id == tenant_id, EnrolmentToken.id == token_id)
-    return _token_record(tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own).with_for_update()).one())
+    return _record(EnrolmentTokenRecord, tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own).with_for_update()).one())
 
 
 def get_enrolment_token(tx: Connection, tenant_id: str, token_id: str) -> EnrolmentTokenRecord:
     """Read a token."""
     own = (EnrolmentToken.tenant_id == tenant_id, EnrolmentToken.id == token_id)
-    return _token_record(tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one())
+    return _record(EnrolmentTokenRecord, tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one())
 
 
 def count_use(tx: Connection, tenant_id: str, token_id: str) -> None:
@@ -118,7 +114,7 @@ def list_enrolment_tokens(tx: Connection, tenant_id: str, *, limit: int) -> Sequ
     """Return the newest ``limit`` tokens, newest first."""
     query = sa.select(*_TOKEN_COLUMNS).where(EnrolmentToken.tenant_id == tenant_id)
     rows = tx.execute(query.order_by(EnrolmentToken.created_at.desc(), EnrolmentToken.id).limit(limit))
-    return [_token_record(row) for row in rows]
+    return [_record(EnrolmentTokenRecord, row) for row in rows]
 
 
 def revoke_enrolment_token(
@@ -131,7 +127,7 @@ def revoke_enrolment_token(
     row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one_or_none()
     if row is None:
         raise NotFound("There is no enrolment token with this id; list them with GET /enrolment-tokens.")
-    return _token_record(row)
+    return _record(EnrolmentTokenRecord, row)
 
 
 # --- Manufacturers ---------------------------------------------------------------------------------------------------
@@ -156,22 +152,12 @@ class ManufacturerRecord:
     profile: EnrolmentProfile
 
 
-_MANUFACTURER_FIELDS = (
-    "id", "tenant_id", "name", "der", "fingerprint", "not_after", "status", "nonce", "nonce_expires_at", "created_at",
-    "proven_at", "removed_at",
-)  # fmt: skip
-_MANUFACTURER_COLUMNS = tuple(Manufacturer.__table__.c[name] for name in (*_MANUFACTURER_FIELDS, *PROFILE_FIELDS))
-
-
-def _manufacturer_record(row: Sequence[Any]) -> ManufacturerRecord:
-    plain = dict(zip(_MANUFACTURER_FIELDS, row, strict=False))
-    return ManufacturerRecord(**plain, profile=_profile(row[len(_MANUFACTURER_FIELDS) :]))
+_MANUFACTURER_COLUMNS = _columns(ManufacturerRecord, Manufacturer)
 
 
 def add_manufacturer(tx: Connection, record: ManufacturerRecord) -> None:
     """Record a manufacturer; a unique index refuses a second one with the same CA."""
-    values = {name: getattr(record, name) for name in _MANUFACTURER_FIELDS} | _profile_values(record.profile)
-    tx.execute(sa.insert(Manufacturer), values)
+    tx.execute(sa.insert(Manufacturer), _values(record))
 
 
 def get_manufacturer(
@@ -183,7 +169,7 @@ def get_manufacturer(
     row = tx.execute(query.with_for_update() if for_update else query).one_or_none()
     if row is None:
         raise NotFound("There is no manufacturer with this id; list them with GET /manufacturers.")
-    return _manufacturer_record(row)
+    return _record(ManufacturerRecord, row)
 
 
 def update_manufacturer(tx: Connection, tenant_id: str, manufacturer_id: str, **values: Any) -> None:
@@ -196,14 +182,15 @@ def list_manufacturers(tx: Connection, tenant_id: str) -> Sequence[ManufacturerR
     """Return every manufacturer, newest first, including removed ones."""
     query = sa.select(*_MANUFACTURER_COLUMNS).where(Manufacturer.tenant_id == tenant_id)
     return [
-        _manufacturer_record(row) for row in tx.execute(query.order_by(Manufacturer.created_at.desc(), Manufacturer.id))
+        _record(ManufacturerRecord, row)
+        for row in tx.execute(query.order_by(Manufacturer.created_at.desc(), Manufacturer.id))
     ]
 
 
 def registered_manufacturers(tx: Connection) -> Sequence[ManufacturerRecord]:
     """Return the registered manufacturers of all tenants, because a TLS connection does not name its tenant."""
     query = sa.select(*_MANUFACTURER_COLUMNS).where(Manufacturer.status == ManufacturerStatus.REGISTERED)
-    return [_manufacturer_record(row) for row in tx.execute(query.order_by(Manufacturer.id))]
+    return [_record(ManufacturerRecord, row) for row in tx.execute(query.order_by(Manufacturer.id))]
 
 
 # --- First requests --------------------------------------------------------------------------------------------------
@@ -223,9 +210,7 @@ class EnrolmentRecord:
     certificate_id: int | None
 
 
-_ENROLMENT_FIELDS = ("id", "device_id", "token_id", "manufacturer_id", "identity", "key_fingerprint", "status",
-              "certificate_id")  # fmt: skip
-_ENROLMENT_COLUMNS = tuple(EnrolmentRow.__table__.c[name] for name in _ENROLMENT_FIELDS)
+_ENROLMENT_COLUMNS = columns_of(EnrolmentRecord, EnrolmentRow)
 
 
 def find_enrolment(
@@ -272,13 +257,10 @@ class ReenrolmentRecord:
     status: EnrolmentStatus
 
 
-_REENROLMENT_COLUMNS = (ReenrolmentRow.enrolment_id, ReenrolmentRow.key_fingerprint, ReenrolmentRow.status)
-
-
 def find_reenrolment(tx: Connection, tenant_id: str, enrolment_id: int) -> ReenrolmentRecord | None:
     """Return the pending request of an enrolled device for another key, ``None`` if there is none."""
     own = (ReenrolmentRow.tenant_id == tenant_id, ReenrolmentRow.enrolment_id == enrolment_id)
-    row = tx.execute(sa.select(*_REENROLMENT_COLUMNS).where(*own)).one_or_none()
+    row = tx.execute(sa.select(*columns_of(ReenrolmentRecord, ReenrolmentRow)).where(*own)).one_or_none()
     return None if row is None else ReenrolmentRecord(*row)
 
 

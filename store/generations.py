@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeviceStatus
-from store.database import UtcDateTime
+from store.database import UtcDateTime, columns_of
 from store.devices import topics_by_device
 from store.tables import AclEntry, BrokerState, Certificate, Device
 
@@ -30,15 +30,8 @@ class BrokerStateRecord:
 
 def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:
     """Return the generation that the broker must reach and the one that it has reached."""
-    row = tx.execute(
-        sa.select(
-            BrokerState.generation,
-            BrokerState.applied_generation,
-            BrokerState.applied_at,
-            BrokerState.pending_since,
-        ).where(BrokerState.tenant_id == tenant_id)
-    ).one()
-    return BrokerStateRecord(*row)
+    query = sa.select(*columns_of(BrokerStateRecord, BrokerState)).where(BrokerState.tenant_id == tenant_id)
+    return BrokerStateRecord(*tx.execute(query).one())
 
 
 def set_applied_generation(tx: Connection, tenant_id: str, generation: int, *, applied_at: datetime) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import IssuerKind, IssuerStatus
+from store.database import columns_of
 from store.tables import Certificate, Crl, IssuerRow
 
 
@@ -55,17 +57,7 @@ def add_issuer(
 def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRecord]:
     """Return all active CA certificates, with ``retired`` also the retired ones, the root first."""
     rows = tx.execute(
-        sa.select(
-            IssuerRow.id,
-            IssuerRow.name,
-            IssuerRow.kind,
-            IssuerRow.status,
-            IssuerRow.der,
-            IssuerRow.fingerprint,
-            IssuerRow.not_after,
-            IssuerRow.revoked_generation,
-            IssuerRow.issuing_since,
-        )
+        sa.select(*columns_of(IssuerRecord, IssuerRow))
         .where(IssuerRow.status.in_(tuple(IssuerStatus) if retired else (IssuerStatus.ACTIVE,)))
         .order_by(IssuerRow.id)
     )
@@ -92,44 +84,37 @@ def issuer_expiries(tx: Connection) -> list[tuple[str, datetime, datetime | None
 
 
 @dataclass(frozen=True, slots=True)
-class CrlRecord:
-    """The newest CRL of an issuer."""
+class CrlHead:
+    """Number, times and generation of the newest CRL of an issuer."""
 
     issuer_id: int
     number: int
     this_update: datetime
     next_update: datetime
     generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class CrlRecord(CrlHead):
+    """The newest CRL of an issuer."""
+
     der: bytes
 
 
 def get_crl(tx: Connection, issuer_id: int) -> CrlRecord | None:
     """Return the newest CRL of an issuer, ``None`` before the first."""
-    row = tx.execute(
-        sa.select(Crl.issuer_id, Crl.number, Crl.this_update, Crl.next_update, Crl.generation, Crl.der).where(
-            Crl.issuer_id == issuer_id
-        )
-    ).one_or_none()
+    row = tx.execute(sa.select(*columns_of(CrlRecord, Crl)).where(Crl.issuer_id == issuer_id)).one_or_none()
     return None if row is None else CrlRecord(*row)
 
 
 def put_crl(tx: Connection, tenant_id: str, record: CrlRecord) -> bool:
     """Make a CRL the newest of its issuer; return False and change nothing if its number is not higher."""
-    values = {
-        "number": record.number,
-        "this_update": record.this_update,
-        "next_update": record.next_update,
-        "generation": record.generation,
-        "der": record.der,
-    }
-    updated = tx.execute(
-        sa.update(Crl).where(Crl.issuer_id == record.issuer_id, Crl.number < record.number).values(values)
-    )
-    if updated.rowcount == 1:
+    values, own = dataclasses.asdict(record), Crl.issuer_id == record.issuer_id
+    if tx.execute(sa.update(Crl).where(own, Crl.number < record.number).values(values)).rowcount == 1:
         return True
-    if tx.execute(sa.select(Crl.number).where(Crl.issuer_id == record.issuer_id)).one_or_none() is not None:
+    if tx.execute(sa.select(Crl.number).where(own)).one_or_none() is not None:
         return False
-    tx.execute(sa.insert(Crl), {"tenant_id": tenant_id, "issuer_id": record.issuer_id, **values})
+    tx.execute(sa.insert(Crl), {"tenant_id": tenant_id, **values})
     return True
 
 
@@ -138,9 +123,7 @@ _AT_ONCE = 500  # ids in one query
 _REVOKED = (sa.text("certificates.status IN ('held', 'revoked')"), sa.text("certificates.status = 'revoked'"))
 _HELD = (sa.text("certificates.status IN ('held', 'revoked')"), sa.text("certificates.status = 'held'"))
 # Built once, because every fetch of a CRL runs it.
-_CRL_HEAD = sa.select(Crl.issuer_id, Crl.number, Crl.this_update, Crl.next_update, Crl.generation).where(
-    Crl.issuer_id == sa.bindparam("of_issuer")
-)
+_CRL_HEAD = sa.select(*columns_of(CrlHead, Crl)).where(Crl.issuer_id == sa.bindparam("of_issuer"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +134,6 @@ class RevokedCertificate:
     serial_number: str
     revoked_at: datetime
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class CrlHead:
-    """Number, times and generation of the newest CRL of an issuer."""
-
-    issuer_id: int
-    number: int
-    this_update: datetime
-    next_update: datetime
-    generation: int
 
 
 def get_crl_head(tx: Connection, issuer_id: int) -> CrlHead | None:

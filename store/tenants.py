@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
+from store.database import columns_of, hash_of
 from store.tables import AuditHead, BrokerState, Tenant, Token
 
 
@@ -41,37 +43,18 @@ class TokenRecord:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
-_TOKEN_COLUMNS = (
-    Token.id,
-    Token.tenant_id,
-    Token.name,
-    Token.role,
-    Token.created_at,
-    Token.expires_at,
-    Token.revoked_at,
-)
+_TOKEN_COLUMNS = columns_of(TokenRecord, Token)
 _FIND_TOKEN = sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
 
 
-def add_token(tx: Connection, record: TokenRecord, *, token_hash: str) -> None:
-    """Record a token by the SHA-256 of its secret, in lower-case hex."""
-    tx.execute(
-        sa.insert(Token),
-        {
-            "id": record.id,
-            "tenant_id": record.tenant_id,
-            "name": record.name,
-            "role": record.role,
-            "token_hash": token_hash,
-            "created_at": record.created_at,
-            "expires_at": record.expires_at,
-        },
-    )
+def add_token(tx: Connection, record: TokenRecord, *, secret: str) -> None:
+    """Record a token with the hash of its secret."""
+    tx.execute(sa.insert(Token), dataclasses.asdict(record) | {"token_hash": hash_of(secret)})
 
 
-def find_token(tx: Connection, token_hash: str) -> TokenRecord | None:
-    """Return a token by the SHA-256 of its secret; it may be expired or revoked."""
-    row = tx.execute(_FIND_TOKEN, {"wanted_hash": token_hash}).one_or_none()
+def find_token(tx: Connection, secret: str) -> TokenRecord | None:
+    """Return a token by its secret; it may be expired or revoked."""
+    row = tx.execute(_FIND_TOKEN, {"wanted_hash": hash_of(secret)}).one_or_none()
     return None if row is None else TokenRecord(*row)
 
 

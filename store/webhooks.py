@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
 from core.states import EventDeliveryStatus
-from store.database import UtcDateTime
+from store.database import UtcDateTime, columns_of
 from store.tables import Webhook, WebhookDelivery
 
 
@@ -69,27 +70,8 @@ class Backlog:
 # As text: SQLite uses a partial index only if the statement contains the index's condition word for word.
 _WAITING = sa.text("webhook_deliveries.status = 'waiting'")
 _DEAD = sa.text("webhook_deliveries.status = 'dead'")
-_WEBHOOK_COLUMNS = (
-    Webhook.id,
-    Webhook.tenant_id,
-    Webhook.name,
-    Webhook.url,
-    Webhook.events,
-    Webhook.sealed_secret,
-    Webhook.created_at,
-)
-_DELIVERY_COLUMNS = (
-    WebhookDelivery.id,
-    WebhookDelivery.event_id,
-    WebhookDelivery.type,
-    WebhookDelivery.device_id,
-    WebhookDelivery.created_at,
-    WebhookDelivery.status,
-    WebhookDelivery.attempts,
-    WebhookDelivery.next_at,
-    WebhookDelivery.last_problem,
-    WebhookDelivery.ended_at,
-)
+_WEBHOOK_COLUMNS = columns_of(WebhookRecord, Webhook)
+_DELIVERY_COLUMNS = columns_of(EventDeliveryRecord, WebhookDelivery)
 _DUE = (
     sa.select(WebhookDelivery.id)
     .where(
@@ -109,25 +91,15 @@ _DUE = (
 
 
 def _webhook_record(row: Sequence[Any]) -> WebhookRecord:
-    values = list(row)
-    values[4] = tuple(name for name in values[4].split(",") if name not in ("", "*"))
-    return WebhookRecord(*values)
+    record = WebhookRecord(*row)
+    names = tuple(name for name in row[4].split(",") if name not in ("", "*"))
+    return dataclasses.replace(record, events=names)
 
 
 def add_webhook(tx: Connection, record: WebhookRecord) -> None:
     """Record a webhook."""
-    tx.execute(
-        sa.insert(Webhook),
-        {
-            "id": record.id,
-            "tenant_id": record.tenant_id,
-            "name": record.name,
-            "url": record.url,
-            "events": f",{','.join(record.events)}," if record.events else "*",
-            "sealed_secret": record.sealed_secret,
-            "created_at": record.created_at,
-        },
-    )
+    names = f",{','.join(record.events)}," if record.events else "*"
+    tx.execute(sa.insert(Webhook), dataclasses.asdict(record) | {"events": names})
 
 
 def get_webhook(tx: Connection, tenant_id: str, webhook_id: str) -> WebhookRecord:
@@ -261,15 +233,9 @@ def claim(
         sa.update(WebhookDelivery)
         .where(WebhookDelivery.id.in_(ids))
         .values(lease_until=lease_until, attempts=WebhookDelivery.attempts + 1)
-        .returning(
-            WebhookDelivery.id,
-            WebhookDelivery.tenant_id,
-            WebhookDelivery.event_id,
-            WebhookDelivery.body,
-            WebhookDelivery.attempts,
-        )
+        .returning(*columns_of(ClaimedEvent, WebhookDelivery))
     )
-    return sorted((ClaimedEvent(*row, lease_until) for row in taken), key=lambda claimed: claimed.id)
+    return sorted((ClaimedEvent(*row) for row in taken), key=lambda claimed: claimed.id)
 
 
 def mark_delivered(tx: Connection, taken: ClaimedEvent, *, now: datetime) -> None:

@@ -32,7 +32,7 @@ class Operators:
     def authenticate(self, secret: str) -> TokenRecord | None:
         """Return the token with this secret, if it is valid now."""
         with self._database.snapshot() as tx:
-            record = tenants.find_token(tx, roles.hash_token(secret))
+            record = tenants.find_token(tx, secret)
         return record if record is not None and record.is_valid(self._clock()) else None
 
     def create(self, actor: Actor, name: str, role: Role, life: timedelta | None) -> tuple[str, TokenRecord]:
@@ -41,7 +41,7 @@ class Operators:
         expires_at = None if life is None else now + life
         secret, record = new_token(actor.tenant_id, name, role, expires_at, now=now)
         with self._database.transaction() as tx:
-            tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
+            tenants.add_token(tx, record, secret=secret)
             workflows_audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
         return secret, record
 

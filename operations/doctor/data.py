@@ -14,7 +14,6 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from broker.files import FILE_MODE, FOLDER_MODE
-from core import roles
 from core.states import PENDING_DELIVERY
 from operations.doctor.base import Finding, Installation, combine, problem, summarize, warning, well
 from store import copy as store_copy
@@ -209,7 +208,7 @@ def tokens(installation: Installation) -> Finding:
     with installation.snapshot() as tx:
         own = None
         if path.exists():
-            own = tenants.find_token(tx, roles.hash_token(path.read_text(encoding="ascii").strip()))
+            own = tenants.find_token(tx, path.read_text(encoding="ascii").strip())
         valid = [token for token in tenants.list_tokens(tx, installation.tenant_id) if token.is_valid(now)]
     endless = [token.name for token in valid if token.expires_at is None and (own is None or token.id != own.id)]
     if endless:

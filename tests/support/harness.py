@@ -19,7 +19,6 @@ from flask.testing import FlaskClient
 
 from app import portal_of
 from config import Settings
-from core import roles
 from core.roles import Role
 from operations.wiring import Portal, utc_now
 from store import tenants
@@ -122,7 +121,7 @@ def api_as(app: Flask, role: Role | None) -> Api:
     portal = portal_of(app)
     secret, record = new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
     with portal.database.transaction() as tx:
-        tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
+        tenants.add_token(tx, record, secret=secret)
     return Api(app.test_client(), secret)
 
 

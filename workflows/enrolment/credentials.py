@@ -12,7 +12,6 @@ from sqlalchemy.engine import Connection
 
 import db
 from core.errors import EnrolmentRefused, StateConflict
-from core.roles import hash_token
 from core.states import DeviceStatus, ManufacturerStatus
 from pki.est import EnrolmentRequest
 from store import enrolment
@@ -187,7 +186,7 @@ class EnrolmentTokens:
                 device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
                 if device.status is not DeviceStatus.PENDING:
                     raise StateConflict(f"The device is {device.status}; only a pending one can enrol with a token.")
-            enrolment.add_enrolment_token(tx, record, secret_hash=hash_token(secret))
+            enrolment.add_enrolment_token(tx, record, secret=secret)
             detail = {"device_id": device_id} if device_id else {"count": count}
             audit.record(
                 tx, actor, "enrolment_token:create", f"enrolment_token:{record.id}", at=now, name=name, **detail
@@ -211,4 +210,4 @@ class EnrolmentTokens:
     def find(self, secret: str) -> EnrolmentTokenRecord | None:
         """Return the token with this secret, in any state: whether it admits devices is checked where it is used."""
         with self._database.snapshot() as tx:
-            return enrolment.find_enrolment_token(tx, hash_token(secret))
+            return enrolment.find_enrolment_token(tx, secret)

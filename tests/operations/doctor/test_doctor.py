@@ -16,7 +16,6 @@ import sqlalchemy as sa
 
 from app import create_app, portal_of
 from config import Settings
-from core import roles
 from core.acl_style import AclStyle
 from core.roles import Role
 from operations.doctor import authority, doctor
@@ -334,7 +333,7 @@ def test_a_token_without_an_end_is_a_warning(portal: Portal) -> None:
     for name, end in (("ci", None), ("factory", portal.clock() + timedelta(days=1))):
         secret, record = new_token("default", name, Role.OPERATOR, end, now=portal.clock())
         with portal.database.transaction() as tx:
-            tenants.add_token(tx, record, token_hash=roles.hash_token(secret))
+            tenants.add_token(tx, record, secret=secret)
     finding = examined(portal, "tokens")["tokens"]
     assert finding.state is State.WARNING
     assert "1 operator tokens never expire: ci." in finding.detail

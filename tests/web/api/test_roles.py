@@ -12,7 +12,6 @@ import pytest
 from flask import Flask
 
 from app import ROUTES, portal_of
-from core import roles as core_roles
 from core.roles import Role
 from store import tenants
 from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
@@ -154,7 +153,7 @@ def test_a_revoked_or_expired_token_is_refused_on_every_route(shared_app: Flask,
     ended = now - timedelta(seconds=1)
     secret, record = new_token("default", "of old", ADMIN, ended if state == "expired" else None, now=now)
     with portal.database.transaction() as tx:
-        tenants.add_token(tx, record, token_hash=core_roles.hash_token(secret))
+        tenants.add_token(tx, record, secret=secret)
         if state == "revoked":
             tenants.revoke_token(tx, "default", record.id, revoked_at=ended)
     problem_of(call(Api(shared_app.test_client(), secret), route), 401, "unauthenticated")
@@ -167,7 +166,7 @@ def foreigner(shared_app: Flask) -> Api:
     secret, record = new_token("another", "a neighbour", ADMIN, None, now=portal.clock())
     with portal.database.transaction() as tx:
         tenants.add_tenant(tx, "another", created_at=portal.clock())
-        tenants.add_token(tx, record, token_hash=core_roles.hash_token(secret))
+        tenants.add_token(tx, record, secret=secret)
     return Api(shared_app.test_client(), secret)
 
 
