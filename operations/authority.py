@@ -13,10 +13,9 @@ from core.files import FileLock, replace_file
 from core.states import IssuerKind
 from operations.monitoring import ROOT_CRL_SOON
 from operations.wiring import Portal
-from store import generations
+from store import audit, generations
 from store import issuers as store_issuers
-from workflows import audit
-from workflows.audit import Actor
+from store.audit import Actor
 from workflows.authority import rollover
 from workflows.authority.issuers import ROOT_CRL_DAYS, RecordedIssuer, RevokedEntries, crl_is_due, next_crl
 

@@ -28,8 +28,8 @@ from operations.backup import restore as backup_restore
 from operations.doctor import doctor as doctors
 from operations.doctor.base import Finding, State
 from operations.wiring import Portal, first_token, open_portal, prepare, utc_now
+from store import audit
 from store import issuers as store_issuers
-from workflows import audit
 from workflows.authority import rollover as authority_rollover
 from workflows.authority.issuers import Issuers, RecordedIssuer
 from workflows.enrolment.clients import CLIENT_CAS

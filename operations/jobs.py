@@ -18,8 +18,8 @@ from core.files import FileLock
 from operations.authority import advance, renew_certificates, renew_crls, retire_unneeded
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
-from store import certificates, deliveries, generations, webhooks
-from workflows import audit, events
+from store import audit, certificates, deliveries, generations, webhooks
+from workflows import events
 from workflows.events import EventType
 
 log = logging.getLogger("portal.jobs")

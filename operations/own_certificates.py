@@ -21,9 +21,8 @@ from core.errors import Unavailable
 from core.files import replace_file
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer
-from store import issuers
+from store import audit, issuers
 from store.database import Database
-from workflows import audit
 from workflows.authority.issuers import Authority, RecordedIssuer
 from workflows.reconciliation import Reconciler
 

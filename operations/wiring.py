@@ -19,10 +19,10 @@ from operations import data_folder
 from operations.monitoring import Monitoring, Readiness
 from operations.own_certificates import OwnCertificates, probe_certificates
 from pki.keystore import CaKeys, KeyFiles, passphrase
-from store import tenants
+from store import audit, tenants
 from store.database import Database
 from store.tables import DEFAULT_TENANT
-from workflows import audit, events
+from workflows import events
 from workflows.authority.issuers import Authority, open_authority
 from workflows.authority.ocsp import Responder, ResponderCertificates
 from workflows.bulk.upload import Bulk

@@ -1,10 +1,12 @@
-"""The audit record: entries chained by their hashes, never changed and never removed."""
+"""The audit record: who did what, each entry with the hash of the one before it; never changed and never removed."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,6 +14,141 @@ from sqlalchemy.engine import Connection
 
 from store.database import columns_of
 from store.tables import AuditEntry, AuditHead
+
+_HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "request_id", "address", "detail")
+_INSERT_AUDIT_ENTRIES = sa.insert(AuditEntry)
+_AUDIT_HEAD = sa.select(AuditHead.number, AuditHead.hash).where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
+_LOCK_AUDIT_HEAD = _AUDIT_HEAD.with_for_update()
+_MOVE_AUDIT_HEAD = (
+    sa.update(AuditHead)
+    .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
+    .values(number=sa.bindparam("new_number"), hash=sa.bindparam("new_hash"))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """The client of a request.
+
+    ``name`` is what the audit record shows: ``NAME (ID)`` of an operator's token, the credential of a
+    device, ``anyone``, or ``portal`` for a job.
+    """
+
+    tenant_id: str
+    name: str
+    role: str
+    request_id: str
+    address: str
+
+
+def system_actor(tenant_id: str) -> Actor:
+    """Return the portal itself as the actor, for what no client asked for."""
+    return Actor(tenant_id=tenant_id, name="portal", role="system", request_id="", address="")
+
+
+def record(
+    tx: Connection,
+    actor: Actor,
+    action: str,
+    object: str,  # noqa: A002 - the field's name in the record
+    *,
+    at: datetime,
+    outcome: str = "done",
+    **detail: Any,
+) -> None:
+    """Append an entry in the transaction that makes the change it is about.
+
+    ``action`` is a tag such as ``device:register``; ``object`` names what it was done to, such as ``device:<id>``.
+    ``detail`` never holds a secret: no key, password, token or link. Call it last in a transaction: from here to its
+    end, other transactions that append wait for this one.
+    """
+    record_all(tx, actor, [(action, object, detail)], at=at, outcome=outcome)
+
+
+def record_all(
+    tx: Connection,
+    actor: Actor,
+    acts: Iterable[tuple[str, str, Mapping[str, Any]]],
+    *,
+    at: datetime,
+    outcome: str = "done",
+) -> None:
+    """Append an entry for each of ``acts`` (action, object, detail), as ``record`` does for one."""
+    number, previous_hash = lock_audit_head(tx, actor.tenant_id)
+    entries: list[dict[str, Any]] = []
+    for action, object_, detail in acts:
+        number += 1
+        entry: dict[str, Any] = {
+            "tenant_id": actor.tenant_id,
+            "number": number,
+            "previous_hash": previous_hash,
+            "at": at,
+            "actor": actor.name[:128],
+            "action": action,
+            "object": object_[:128],
+            "outcome": outcome,
+            "request_id": actor.request_id,
+            "address": actor.address[:64],
+            "detail": dict(detail),
+        }
+        entry["hash"] = previous_hash = _hash_of(entry)
+        entries.append(entry)
+    if entries:
+        tx.execute(_INSERT_AUDIT_ENTRIES, entries)
+        tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": actor.tenant_id, "new_number": number, "new_hash": previous_hash})
+
+
+def lock_audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
+    """Return number and hash of the last audit entry, and let nobody else add one until the transaction ends."""
+    number, last_hash = tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one()
+    return number, last_hash
+
+
+def _hash_of(entry: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hex, of an entry in canonical JSON, which contains the hash of the entry before it."""
+    at = entry["at"].astimezone(UTC).isoformat(timespec="microseconds")
+    values = [entry["tenant_id"], at, *(entry[name] for name in _HASHED)]
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- Check --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AuditVerdict:
+    """The result of a check: how many entries are intact, the hash of the last one, and what is wrong after it."""
+
+    entries: int
+    head: str
+    problem: str | None
+
+
+def verify(tx: Connection, tenant_id: str) -> AuditVerdict:
+    """Check the hashes from the first entry to the last; the result names the first altered, removed or moved one."""
+    number, previous_hash = 0, "0" * 64
+    query = sa.select(AuditEntry.__table__).where(AuditEntry.tenant_id == tenant_id).order_by(AuditEntry.number)
+    with tx.execute(query.execution_options(yield_per=1000)) as rows:  # a cursor of the server, which must be closed
+        for entry in rows.mappings():
+            problem = None
+            if entry["number"] != number + 1:
+                problem = f"Entry {number + 1} is missing: after {number} comes {entry['number']}."
+            elif entry["previous_hash"] != previous_hash:
+                problem = f"Entry {number + 1} does not follow entry {number}: one of them was replaced or moved."
+            elif entry["hash"] != _hash_of(dict(entry)):
+                problem = f"Entry {number + 1} was altered: {entry['action']} of {entry['object']}."
+            if problem is not None:
+                return AuditVerdict(number, previous_hash, problem)
+            number, previous_hash = entry["number"], entry["hash"]
+    last_number, last_hash = tx.execute(_AUDIT_HEAD, {"of_tenant": tenant_id}).one()
+    if last_number > number:
+        return AuditVerdict(number, previous_hash, f"Entry {number + 1} is missing, at the end of the record.")
+    if (last_number, last_hash) != (number, previous_hash):
+        return AuditVerdict(number, previous_hash, f"Entry {number} is not the one that was recorded last.")
+    return AuditVerdict(number, previous_hash, None)
+
+
+# --- Lists --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,48 +164,6 @@ class AuditRecord:
     request_id: str
     address: str
     detail: dict[str, Any]
-
-
-_INSERT_AUDIT_ENTRIES = sa.insert(AuditEntry)
-_LOCK_AUDIT_HEAD = (
-    sa.select(AuditHead.number, AuditHead.hash)
-    .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
-    .with_for_update()
-)
-_MOVE_AUDIT_HEAD = (
-    sa.update(AuditHead)
-    .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
-    .values(number=sa.bindparam("new_number"), hash=sa.bindparam("new_hash"))
-)
-
-
-def audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
-    """Return the number and the hash of the last audit entry."""
-    row = tx.execute(sa.select(AuditHead.number, AuditHead.hash).where(AuditHead.tenant_id == tenant_id)).one()
-    return row.number, row.hash
-
-
-def lock_audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
-    """Return number and hash of the last audit entry, and let nobody else add one until the transaction ends."""
-    number, last_hash = tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one()
-    return number, last_hash
-
-
-def add_audit_entries(tx: Connection, tenant_id: str, entries: Sequence[dict[str, Any]]) -> None:
-    """Append entries in this order; each holds the columns of ``AuditEntry`` except id and tenant."""
-    rows = [{"tenant_id": tenant_id, **entry} for entry in entries]
-    tx.execute(_INSERT_AUDIT_ENTRIES, rows)
-    last = entries[-1]
-    tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": tenant_id, "new_number": last["number"], "new_hash": last["hash"]})
-
-
-def audit_chain(tx: Connection, tenant_id: str) -> Generator[dict[str, Any], None, None]:
-    """Yield every entry by number, with all columns except the id."""
-    columns = [column for column in AuditEntry.__table__.c if column.name != "id"]
-    query = sa.select(*columns).where(AuditEntry.tenant_id == tenant_id).order_by(AuditEntry.number)
-    with tx.execute(query.execution_options(yield_per=1000)) as rows:  # a cursor of the server, which must be closed
-        for row in rows.mappings():
-            yield dict(row)
 
 
 def list_audit_entries(

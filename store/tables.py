@@ -96,7 +96,7 @@ class AuditEntry(_OfTenant, Base):
     request_id: Mapped[str] = mapped_column(sa.String(64))
     address: Mapped[str] = mapped_column(sa.String(64))
     detail: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
-    # From 1 on without a gap; each entry holds the hash of the previous one: see workflows/audit.py.
+    # From 1 on without a gap; each entry holds the hash of the previous one: see store/audit.py.
     number: Mapped[int] = mapped_column(sa.BigInteger)
     previous_hash: Mapped[str] = mapped_column(sa.String(64))
     hash: Mapped[str] = mapped_column(sa.String(64))

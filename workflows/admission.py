@@ -15,12 +15,11 @@ from config import Settings
 from core.acl_style import AclStyle
 from core.states import DeviceStatus
 from core.topics import Access, Topic, check_topics, default_topics
-from store import audit as store_audit
-from store import deliveries
+from store import audit, deliveries
+from store.audit import Actor
 from store.deliveries import NewDelivery
 from store.devices import update_device
-from workflows import audit, events
-from workflows.audit import Actor
+from workflows import events
 from workflows.credentials import DeviceRequest, IssuedCredentials
 from workflows.events import EventType
 
@@ -72,7 +71,7 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
     generation = db.next_generation(tx, actor.tenant_id, at=now) if any(must_learn) else 0
     if any(admission.request is not None and admission.request.external_id for admission in admissions):
         # Else two transactions with the same external ids could wait for each other: for a row, and for the audit head.
-        store_audit.lock_audit_head(tx, actor.tenant_id)
+        audit.lock_audit_head(tx, actor.tenant_id)
     new: list[db.NewDevice] = []
     for admission, is_new_there in zip(admissions, must_learn, strict=True):
         device_id, since = admission.credentials.device_id, generation if is_new_there else 0

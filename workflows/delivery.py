@@ -12,10 +12,10 @@ import credential_delivery
 from config import Settings
 from core.failpoints import failpoint
 from delivery.formats import BundleFormat
-from store import deliveries
+from store import audit, deliveries
+from store.audit import Actor
 from store.database import Database
-from workflows import audit, events
-from workflows.audit import Actor
+from workflows import events
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
 

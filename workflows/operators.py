@@ -10,13 +10,10 @@ from core import roles
 from core.errors import TooManyAttempts
 from core.roles import Role
 from core.throttle import Throttle
-from store import audit as store_audit
-from store import tenants
-from store.audit import AuditRecord
+from store import audit, tenants
+from store.audit import Actor, AuditRecord
 from store.database import Database
 from store.tenants import TokenRecord
-from workflows import audit as workflows_audit
-from workflows.audit import Actor
 
 LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit what no index serves
 
@@ -42,7 +39,7 @@ class Operators:
         secret, record = new_token(actor.tenant_id, name, role, expires_at, now=now)
         with self._database.transaction() as tx:
             tenants.add_token(tx, record, secret=secret)
-            workflows_audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
+            audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
         return secret, record
 
     def revoke(self, actor: Actor, token_id: str) -> TokenRecord:
@@ -51,7 +48,7 @@ class Operators:
         with self._database.transaction() as tx:
             record = tenants.revoke_token(tx, actor.tenant_id, token_id, revoked_at=now)
             if record.revoked_at == now:
-                workflows_audit.record(tx, actor, "token:revoke", f"token:{token_id}", at=now)
+                audit.record(tx, actor, "token:revoke", f"token:{token_id}", at=now)
         return record
 
     def tokens(self, tenant_id: str) -> Sequence[TokenRecord]:
@@ -70,10 +67,10 @@ class Operators:
         after = None
         with self._database.snapshot() as tx:
             if filters.keys() - {"object"}:
-                after = store_audit.audit_entry_before(
+                after = audit.audit_entry_before(
                     tx, tenant_id, count=LOOKED_AT, before=before, of_object=filters.get("object")
                 )
-            found = store_audit.list_audit_entries(
+            found = audit.list_audit_entries(
                 tx, tenant_id, limit=limit + 1, before=before, after=after, filters=filters
             )
         if len(found) > limit:
@@ -83,7 +80,7 @@ class Operators:
     def refused(self, actor: Actor, action: str, target: str, code: str) -> None:
         """Record that a client was refused."""
         with self._database.transaction() as tx:
-            workflows_audit.record(tx, actor, action, target, at=self._clock(), outcome="refused", code=code)
+            audit.record(tx, actor, action, target, at=self._clock(), outcome="refused", code=code)
 
     def login_failed(self, actor: Actor, action: str, target: str, code: str) -> None:
         """Count and record a token or link that is unknown; raises ``TooManyAttempts``.
@@ -108,9 +105,9 @@ class Operators:
         rest = self._throttle.take_unrecorded()
         if rest.count:
             with self._database.transaction() as tx:
-                workflows_audit.record(
+                audit.record(
                     tx,
-                    workflows_audit.system_actor(tenant_id),
+                    audit.system_actor(tenant_id),
                     "access:throttle",
                     "access",
                     at=self._clock(),

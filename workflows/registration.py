@@ -20,11 +20,11 @@ from core.errors import ExternalIdTaken, StateConflict
 from core.failpoints import failpoint
 from core.states import DeviceStatus
 from core.topics import new_device_id
+from store import audit
+from store.audit import Actor
 from store.database import Database
 from store.devices import owner_of, update_device
-from workflows import audit
 from workflows.admission import Admission, admit, checked_topics
-from workflows.audit import Actor
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
 from workflows.events import EventType
 from workflows.idempotency import KeptAnswers, Sealed

@@ -18,13 +18,12 @@ from core.errors import StateConflict
 from core.failpoints import failpoint
 from core.states import DeviceStatus, check_renewal
 from core.topics import Access, Topic
-from store import devices
+from store import audit, devices
 from store import renewal as store_renewal
+from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
-from workflows import audit
 from workflows.admission import Issuance, record_issuances
-from workflows.audit import Actor
 from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.events import EventType
 from workflows.idempotency import KeptAnswers, Sealed

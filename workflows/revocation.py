@@ -13,10 +13,10 @@ from core import metrics
 from core.errors import StateConflict
 from core.failpoints import failpoint
 from core.states import DeviceStatus, advance
-from store import devices
+from store import audit, devices
+from store.audit import Actor
 from store.database import Database
-from workflows import audit, events
-from workflows.audit import Actor
+from workflows import events
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
 

@@ -33,11 +33,11 @@ from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_d
 from operations.backup.revocations import Kept, RevocationReplay, Tables, crl_record, match_crls, newest_crl
 from pki.algorithms import PrivateKey
 from pki.keystore import KeyFiles
+from store import audit
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
-from workflows import audit
 from workflows.authority.issuers import FIRST_ISSUING
 
 ROOT_KEY = "root.key.pem"

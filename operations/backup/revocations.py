@@ -18,11 +18,10 @@ import db
 from core.errors import BackupRefused
 from core.states import ON_CRL, CertificateStatus, DeviceStatus, ManufacturerStatus
 from pki.issuers import Reason
-from store import devices
+from store import audit, devices
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
 from store.tables import Certificate, Device, EnrolmentToken, IssuerRow, Manufacturer, Token
-from workflows import audit
 
 T = TypeVar("T")
 _BATCH = 500

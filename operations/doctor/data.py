@@ -16,10 +16,9 @@ import sqlalchemy as sa
 from broker.files import FILE_MODE, FOLDER_MODE
 from core.states import PENDING_DELIVERY
 from operations.doctor.base import Finding, Installation, combine, problem, summarize, warning, well
+from store import audit, generations, tenants
 from store import copy as store_copy
-from store import generations, tenants
 from store.tables import Delivery
-from workflows import audit
 
 LOW_BYTES, TOO_LOW_BYTES = 1 << 30, 100 << 20
 LATE = timedelta(minutes=5)

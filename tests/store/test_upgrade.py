@@ -20,12 +20,12 @@ from flask import Flask
 
 from app import create_app, portal_of
 from operations.wiring import Portal
+from store import audit
 from store.tables import METADATA
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database
 from tests.support.harness import Api, problem_of, settings_for
 from tests.support.mosquitto import short_folder
-from workflows import audit
 
 ARCHIVES = Path(__file__).parent / "upgrade"
 

@@ -15,12 +15,12 @@ from core.states import Approval
 from operations.wiring import Portal, open_portal
 from pki.csr import read_csr
 from pki.est import read_enrolment_request
+from store.audit import Actor
 from store.database import Base
 from store.enrolment import EnrolmentProfile
 from tests.support.est import csr_der
 from tests.support.harness import PER_DEVICE, csr_pem
 from tests.workflows.test_events import subscribe
-from workflows.audit import Actor
 from workflows.bulk.batch import Candidate, RowDone
 from workflows.credentials import DeviceRequest
 from workflows.enrolment.credentials import Enrolled, Waiting, by_token

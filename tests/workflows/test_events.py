@@ -64,7 +64,7 @@ def test_where_the_change_is_undone_there_is_no_event(portal: Portal, monkeypatc
         raise RuntimeError("the transaction of a test")
 
     with monkeypatch.context() as patch:
-        patch.setattr("workflows.audit.record_all", fail)
+        patch.setattr("store.audit.record_all", fail)
         with pytest.raises(RuntimeError):
             portal.registrations.register(OPERATOR, PUMP)
     assert recorded(portal) == []

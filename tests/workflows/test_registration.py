@@ -34,9 +34,9 @@ from core.states import DeliveryStatus, DeviceStatus
 from operations.wiring import Portal, open_portal
 from pki.csr import read_csr
 from store import certificates, issuers, tenants
+from store.audit import Actor
 from store.tables import Certificate, Delivery
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
-from workflows.audit import Actor
 from workflows.credentials import DeviceRequest
 from workflows.registration import Registered
 

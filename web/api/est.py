@@ -15,10 +15,10 @@ from config import KEY_TYPES, EndOfPrevious
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError
 from pki import est as pki_est
 from pki.est import EnrolmentRequest
+from store.audit import Actor
 from store.enrolment import EnrolmentTokenRecord
 from web.api.client_certificate import presented
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, Routes
-from workflows.audit import Actor
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
 from workflows.enrolment.credentials import Enrolled, Waiting, by_manufacturer, by_token
 from workflows.renewal import RenewalRequest

@@ -30,8 +30,8 @@ from core.errors import (
     Unavailable,
 )
 from core.roles import MAY, Permission
+from store.audit import Actor
 from web.api.fields import PATTERN_IN_WORDS, UUID, AnswerModel
-from workflows.audit import Actor
 
 if TYPE_CHECKING:
     from operations.wiring import Portal

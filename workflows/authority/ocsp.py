@@ -21,10 +21,10 @@ from pki import ocsp
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer, Reason
 from pki.ocsp import GOOD, UNKNOWN, CertStatus, Failure, IssuerId, Request, Signer, Status
+from store import audit
 from store import certificates as store_certificates
 from store.certificates import RevocationState
 from store.database import Database
-from workflows import audit
 from workflows.authority.issuers import Authority, RecordedIssuer
 
 log = logging.getLogger("portal.responder")

@@ -15,13 +15,12 @@ from core.errors import CaKeyUnavailable, StateConflict
 from core.states import CertificateStatus, IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
 from pki.keystore import CaKeys
-from store import generations
+from store import audit, generations
 from store import issuers as store_issuers
+from store.audit import Actor
 from store.database import Database
 from store.issuers import IssuerRecord
 from store.tables import Certificate, IssuerRow
-from workflows import audit
-from workflows.audit import Actor
 from workflows.authority.issuers import Authority
 
 # By then no process can be about to record a certificate that it had the older CA sign.

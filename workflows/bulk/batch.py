@@ -28,10 +28,10 @@ from core.states import DeviceStatus
 from core.topics import new_device_id
 from pki.csr import Csr
 from store import bulk
+from store.audit import Actor
 from store.bulk import KnownDevice
 from store.database import Database
 from workflows.admission import Admission, Issuance, admit, checked_topics, record_issuances
-from workflows.audit import Actor
 from workflows.authority.issuers import Authority
 from workflows.bulk.processes import CredentialJob, CredentialProcesses, Issuing
 from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredentials

@@ -13,8 +13,8 @@ from config import Settings
 from core import metrics
 from core.errors import PortalError, Unavailable, UploadsBusy
 from core.files import FileLock
+from store.audit import Actor
 from store.database import Database
-from workflows.audit import Actor
 from workflows.authority.issuers import Authority
 from workflows.bulk.batch import Batch, Batches, Candidate, RowAnswer, RowDone, RowFailed, failed
 from workflows.bulk.processes import CredentialProcesses

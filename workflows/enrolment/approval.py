@@ -12,13 +12,14 @@ from config import Settings
 from core.errors import NotFound, StateConflict
 from core.states import DeviceStatus, EnrolmentStatus
 from core.topics import new_device_id
+from store import audit
 from store import enrolment as store_enrolment
+from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
 from store.enrolment import EnrolmentRecord, ReenrolmentRecord, WaitingDevice
-from workflows import audit, events
+from workflows import events
 from workflows.admission import add_pending, checked_topics
-from workflows.audit import Actor
 from workflows.credentials import DeviceRequest
 from workflows.events import EventType
 

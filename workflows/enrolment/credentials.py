@@ -14,11 +14,10 @@ import db
 from core.errors import EnrolmentRefused, StateConflict
 from core.states import DeviceStatus, ManufacturerStatus
 from pki.est import EnrolmentRequest
-from store import enrolment
+from store import audit, enrolment
+from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord, EnrolmentTokenRecord
-from workflows import audit
-from workflows.audit import Actor
 from workflows.credentials import CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.enrolment.clients import ManufacturedClient
 

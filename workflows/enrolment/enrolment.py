@@ -15,9 +15,9 @@ from core.states import DeviceStatus, EnrolmentStatus
 from pki.est import EnrolmentRequest
 from store import certificates
 from store import enrolment as store_enrolment
+from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord
-from workflows.audit import Actor
 from workflows.credentials import CredentialIssuer
 from workflows.enrolment.credentials import Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
 from workflows.enrolment.first import FirstEnrolments

@@ -16,13 +16,13 @@ from core.failpoints import failpoint
 from core.states import Approval, DeviceStatus, EnrolmentStatus
 from core.topics import new_device_id
 from pki.est import EnrolmentRequest
+from store import audit
 from store import enrolment as store_enrolment
+from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
 from store.enrolment import EnrolmentRecord
-from workflows import audit
 from workflows.admission import Admission, Admitted, add_pending, admit
-from workflows.audit import Actor
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
 from workflows.enrolment.credentials import (
     Enrolled,

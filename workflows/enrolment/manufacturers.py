@@ -11,11 +11,10 @@ from sqlalchemy.exc import IntegrityError
 from core.errors import Conflict, ProofInvalid
 from core.states import ManufacturerStatus
 from pki import client_certificates
-from store import enrolment
+from store import audit, enrolment
+from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, ManufacturerRecord
-from workflows import audit
-from workflows.audit import Actor
 from workflows.enrolment.clients import Clients
 
 NONCE_LIFE = timedelta(hours=24)

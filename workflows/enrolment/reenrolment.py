@@ -12,14 +12,13 @@ from core import metrics
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
 from core.states import DeviceStatus, EnrolmentStatus
 from pki.est import EnrolmentRequest, is_for_key
-from store import certificates, enrolment, renewal
+from store import audit, certificates, enrolment, renewal
+from store.audit import Actor
 from store.certificates import CertificateRecord
 from store.database import Database
 from store.devices import DeviceRecord, update_device
 from store.enrolment import EnrolmentRecord
-from workflows import audit
 from workflows.admission import Issuance, record_issuances
-from workflows.audit import Actor
 from workflows.credentials import CredentialIssuer
 from workflows.enrolment.credentials import (
     Enrolled,

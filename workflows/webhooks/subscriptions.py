@@ -16,11 +16,11 @@ from core import metrics
 from core.errors import Conflict, PortalError, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
-from store import webhooks
+from store import audit, webhooks
+from store.audit import Actor
 from store.database import Database
 from store.webhooks import Backlog, ClaimedEvent, EventDeliveryRecord, WebhookRecord
-from workflows import audit, events
-from workflows.audit import Actor
+from workflows import events
 from workflows.events import EventType
 from workflows.webhooks.addresses import Network, read_url
 from workflows.webhooks.sending import Message, SecretSeal, Sender, Sent, new_secret, shown

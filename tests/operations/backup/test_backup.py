@@ -36,8 +36,8 @@ from operations.backup.archive import MANIFEST, Backup
 from operations.backup.revocations import RevocationReplay
 from operations.wiring import first_token, open_portal, prepare
 from pki.encoding import pem
+from store import audit, database, enrolment, generations, tenants
 from store import copy as store_copy
-from store import database, enrolment, generations, tenants
 from store.enrolment import EnrolmentProfile
 from store.tables import Certificate, Delivery
 from tests.support.backups import (
@@ -55,7 +55,6 @@ from tests.support.backups import (
 )
 from tests.support.harness import PER_DEVICE, Clock, settings_for
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
-from workflows import audit
 from workflows.operators import new_token
 
 # --- The file -----------------------------------------------------------------------------------------------------

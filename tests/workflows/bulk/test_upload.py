@@ -21,9 +21,9 @@ from config import Settings
 from core.errors import DatabaseUnavailable
 from core.roles import Role
 from operations import jobs
+from store import audit
 from store.tables import Certificate, Delivery, Device
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Api, Clock, api_as, csr_pem, problem_of
-from workflows import audit
 from workflows.admission import admit
 from workflows.bulk import upload as bulk_upload
 

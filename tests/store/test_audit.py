@@ -11,9 +11,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from operations.wiring import Portal
+from store import audit
+from store.audit import Actor, AuditVerdict
 from tests.workflows.test_registration import OPERATOR, PUMP
-from workflows import audit
-from workflows.audit import Actor, AuditVerdict
 
 
 def verdict(portal: Portal) -> AuditVerdict:
