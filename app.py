@@ -162,7 +162,9 @@ def _end(response: Response) -> Response:
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("Cache-Control", "no-store")
     seconds = time.perf_counter() - g.started
-    metrics.answered(g.route, request.method, response.status_code, seconds)
+    route, method = g.route or "none", request.method if request.method in metrics.METHODS else "other"
+    metrics.counts.requests.labels(route, method, str(response.status_code)).inc()
+    metrics.counts.request_seconds.labels(route).observe(seconds)
     facts = {
         "request_id": g.request_id,
         "method": request.method,
@@ -179,7 +181,7 @@ def _end(response: Response) -> Response:
 
 def _failed(error: Exception) -> Response:
     problem = problems.of_error(error, request_id=g.request_id, path=request.path)
-    metrics.refused(problem.code)
+    metrics.counts.refusals.labels(problem.code).inc()
     if problem.status == 500:
         log.error("failed", exc_info=error, extra={"request_id": g.request_id})
     elif problem.status == 503:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import uuid
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -18,6 +20,17 @@ from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, I
 # --- Devices ------------------------------------------------------------------------------------------------------
 
 _INSERT_DEVICES = sa.insert(Device)
+
+
+def new_device_id(now: datetime) -> str:
+    """Return a UUID that begins with the time (version 7, RFC 9562 section 5.7) and has 74 random bits.
+
+    Devices that are registered one after the other are then neighbours in every index: a commit writes fewer pages.
+    """
+    milliseconds = int(now.timestamp() * 1000) & (1 << 48) - 1
+    random = secrets.randbits(74)
+    bits = milliseconds << 80 | 7 << 76 | random >> 62 << 64 | 2 << 62 | random & (1 << 62) - 1
+    return str(uuid.UUID(int=bits))
 
 
 class NewDevice(TypedDict):

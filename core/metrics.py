@@ -47,7 +47,7 @@ class Gauge:
     samples: Sequence[tuple[Sequence[str], float]]
 
 
-class _Counts:
+class Counts:
     """The counters of one process, continued from the previous process in the same slot."""
 
     def __init__(self) -> None:
@@ -85,66 +85,8 @@ class _Counts:
 
 
 disable_created_metrics()
-_counts = _Counts()
+counts = Counts()  # read it at each use, since ``share`` replaces it
 _shared_in: Path | None = None
-
-
-# --- What happens -------------------------------------------------------------------------------------------------
-
-
-def answered(route: str | None, method: str, status: int, seconds: float) -> None:
-    """Count a response; ``route`` is a template such as ``/devices/{device_id}``, ``None`` for an unknown path."""
-    template = route or "none"
-    _counts.requests.labels(template, method if method in METHODS else "other", str(status)).inc()
-    _counts.request_seconds.labels(template).observe(seconds)
-
-
-def refused(code: str) -> None:
-    """Count a request that was refused with the ``code`` of an error."""
-    _counts.refusals.labels(code).inc()
-
-
-def registered(*, with_csr: bool, devices: int = 1) -> None:
-    """Count devices whose registration is durable."""
-    if devices:
-        _counts.registrations.labels("device" if with_csr else "portal").inc(devices)
-
-
-def renewed(*, by_device: bool) -> None:
-    """Count a further certificate for a device, once it is durable."""
-    _counts.renewals.labels("device" if by_device else "operator").inc()
-
-
-def bulk_rows(**rows: int) -> None:
-    """Count the rows of an upload by outcome: registered, repeated, refused."""
-    for outcome, number in rows.items():
-        if number:
-            _counts.bulk_rows.labels(outcome).inc(number)
-
-
-def revoked() -> None:
-    """Count a device whose revocation is durable."""
-    _counts.revocations.inc()
-
-
-def enforced(seconds: float) -> None:
-    """Record the time from the request of a revocation until the broker was seen to enforce it."""
-    _counts.enforce_seconds.observe(seconds)
-
-
-def broker_pass(*, ended_well: bool) -> None:
-    """Count a finished reconciliation with the broker."""
-    _counts.passes.labels("enforced" if ended_well else "failed").inc()
-
-
-def ocsp_answered(answer: str, *, kept: bool) -> None:
-    """Count an OCSP answer: ``good``, ``revoked``, ``unknown``, or the name of an error; ``kept`` if it was cached."""
-    _counts.ocsp.labels(answer, "yes" if kept else "no").inc()
-
-
-def event_sent(outcome: str) -> None:
-    """Count an attempt to send an event: ``delivered``, ``failed`` (to be sent again) or ``dead``."""
-    _counts.events.labels(outcome).inc()
 
 
 # --- Several processes --------------------------------------------------------------------------------------------
@@ -157,7 +99,7 @@ def share(folder: Path) -> None:
     process that replaces another continues its counts, so that they never fall and files do not accumulate. If the
     files cannot be created, this process counts for itself, and the log says so.
     """
-    global _counts, _shared_in
+    global counts, _shared_in
     try:
         slot = _claim(folder)
         for kind in KINDS:
@@ -168,7 +110,7 @@ def share(folder: Path) -> None:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)  # which the class below reads
     shared: Any = values.MultiProcessValue(lambda: slot)
     values.ValueClass = shared
-    _counts, _shared_in = _Counts(), folder
+    counts, _shared_in = Counts(), folder
 
 
 def forget(folder: Path) -> None:
@@ -237,6 +179,6 @@ def exposition(gauges: Iterable[Gauge]) -> bytes:
     registry = CollectorRegistry()
     registry.register(_Gauges(gauges))
     if _shared_in is None:
-        return generate_latest(_counts.registry) + generate_latest(registry)
+        return generate_latest(counts.registry) + generate_latest(registry)
     MultiProcessCollector(registry, path=str(_shared_in))
     return generate_latest(registry)

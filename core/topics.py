@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import secrets
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 
 from core.errors import FieldProblem, TopicRefused
@@ -38,17 +35,6 @@ class Topic:
 def is_device_id(text: str) -> bool:
     """Tell whether ``text`` is a UUID in the form of device ids: lower case, with hyphens (RFC 9562 section 4)."""
     return _CANONICAL_UUID.fullmatch(text) is not None
-
-
-def new_device_id(now: datetime) -> str:
-    """Return a UUID that begins with the time (version 7, RFC 9562 section 5.7) and has 74 random bits.
-
-    Devices that are registered one after the other are then neighbours in every index: a commit writes fewer pages.
-    """
-    milliseconds = int(now.timestamp() * 1000) & (1 << 48) - 1
-    random = secrets.randbits(74)
-    bits = milliseconds << 80 | 7 << 76 | random >> 62 << 64 | 2 << 62 | random & (1 << 62) - 1
-    return str(uuid.UUID(int=bits))
 
 
 def default_topics(prefix: str) -> tuple[Topic, ...]:

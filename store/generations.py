@@ -28,10 +28,14 @@ class BrokerStateRecord:
     pending_since: datetime | None
 
 
+_BROKER_STATE = sa.select(*columns_of(BrokerStateRecord, BrokerState)).where(
+    BrokerState.tenant_id == sa.bindparam("of_tenant")
+)
+
+
 def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:
     """Return the generation that the broker must reach and the one that it has reached."""
-    query = sa.select(*columns_of(BrokerStateRecord, BrokerState)).where(BrokerState.tenant_id == tenant_id)
-    return BrokerStateRecord(*tx.execute(query).one())
+    return BrokerStateRecord(*tx.execute(_BROKER_STATE, {"of_tenant": tenant_id}).one())
 
 
 def set_applied_generation(tx: Connection, tenant_id: str, generation: int, *, applied_at: datetime) -> None:

@@ -33,6 +33,9 @@ class IssuerRecord:
     issuing_since: datetime | None
 
 
+_COLUMNS = columns_of(IssuerRecord, IssuerRow)
+
+
 def add_issuer(
     tx: Connection, *, tenant_id: str, name: str, kind: IssuerKind, der: bytes, fingerprint: str, not_after: datetime,
     created_at: datetime, issuing_since: datetime | None,
@@ -57,7 +60,7 @@ def add_issuer(
 def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRecord]:
     """Return all active CA certificates, with ``retired`` also the retired ones, the root first."""
     rows = tx.execute(
-        sa.select(*columns_of(IssuerRecord, IssuerRow))
+        sa.select(*_COLUMNS)
         .where(IssuerRow.status.in_(tuple(IssuerStatus) if retired else (IssuerStatus.ACTIVE,)))
         .order_by(IssuerRow.id)
     )
@@ -101,9 +104,16 @@ class CrlRecord(CrlHead):
     der: bytes
 
 
+# Built once, because every fetch of a CRL runs one of them.
+_CRL_HEAD, _CRL = (
+    sa.select(*columns_of(record, Crl)).where(Crl.issuer_id == sa.bindparam("of_issuer"))
+    for record in (CrlHead, CrlRecord)
+)
+
+
 def get_crl(tx: Connection, issuer_id: int) -> CrlRecord | None:
     """Return the newest CRL of an issuer, ``None`` before the first."""
-    row = tx.execute(sa.select(*columns_of(CrlRecord, Crl)).where(Crl.issuer_id == issuer_id)).one_or_none()
+    row = tx.execute(_CRL, {"of_issuer": issuer_id}).one_or_none()
     return None if row is None else CrlRecord(*row)
 
 
@@ -122,8 +132,6 @@ _AT_ONCE = 500  # ids in one query
 # Literals, not parameters: a database uses a partial index only if the query contains the index's condition as text.
 _REVOKED = (sa.text("certificates.status IN ('held', 'revoked')"), sa.text("certificates.status = 'revoked'"))
 _HELD = (sa.text("certificates.status IN ('held', 'revoked')"), sa.text("certificates.status = 'held'"))
-# Built once, because every fetch of a CRL runs it.
-_CRL_HEAD = sa.select(*columns_of(CrlHead, Crl)).where(Crl.issuer_id == sa.bindparam("of_issuer"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import db
 from config import Settings
 from core.errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, StartupError
 from core.states import DeviceStatus
+from core.topics import is_device_id
 from operations.wiring import Portal, open_portal
 from store import database as database_module
 from store import devices, generations, issuers, tenants
@@ -338,3 +339,15 @@ def test_two_portals_on_one_new_data_folder_become_one(make_settings: Callable[.
     assert first.authority.ca_pem == second.authority.ca_pem
     first.close()
     second.close()
+
+
+def test_a_new_device_id_is_a_uuid_of_version_7_that_begins_with_the_time() -> None:
+    made = uuid.UUID(db.new_device_id(datetime(2027, 1, 31, 12, tzinfo=UTC)))
+    assert (made.version, made.variant) == (7, uuid.RFC_4122)
+    assert datetime.fromtimestamp((made.int >> 80) / 1000, UTC) == datetime(2027, 1, 31, 12, tzinfo=UTC)
+    assert is_device_id(str(made))
+
+
+def test_ids_made_at_the_same_time_differ() -> None:
+    now = datetime(2027, 1, 31, tzinfo=UTC)
+    assert len({db.new_device_id(now) for _ in range(1000)}) == 1000

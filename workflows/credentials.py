@@ -14,7 +14,7 @@ import ca
 import credential_delivery
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
-from core.topics import Topic, default_topics, expand
+from core.topics import DEVICE_ID, Topic, default_topics
 from delivery.formats import BundleFormat
 from pki import est
 from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem
@@ -138,6 +138,7 @@ class CredentialIssuer:
         self._settings = settings
         self._authority = authority
         self._link_keys = link_keys
+        self._default_topics = default_topics(settings.topic_prefix)
 
     def issue(
         self, device_id: str, request: CredentialRequest, topics: Sequence[Topic] | None, *, now: datetime
@@ -200,7 +201,7 @@ class CredentialIssuer:
         request: CredentialRequest,
         now: datetime,
     ) -> EncryptedBundle:
-        example = (topics or default_topics(self._settings.topic_prefix))[0]
+        example = (topics or self._default_topics)[0].filter.replace(DEVICE_ID, issued.device_id)
         credentials = credential_delivery.Credentials(
             device_id=issued.device_id,
             key_pem=private_key_pem(key),
@@ -209,7 +210,7 @@ class CredentialIssuer:
             ca_pem=self._authority.ca_pem,
             broker_host=self._settings.mqtt_host,
             broker_port=self._settings.mqtt_port,
-            example_topic=expand(example, issued.device_id).replace("#", "hello").replace("+", "hello"),
+            example_topic=example.replace("#", "hello").replace("+", "hello"),
         )
         delivery_id = secrets.token_hex(16)
         password = request.bundle_password or credential_delivery.new_bundle_password()

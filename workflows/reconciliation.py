@@ -246,19 +246,19 @@ class Reconciler:
         try:
             self._run(progress, started + timeout)
         except PortalError as error:
-            metrics.broker_pass(ended_well=False)
+            metrics.counts.passes.labels("failed").inc()
             self._log_problem(error.detail, progress.installed, progress.enforced)
             if progress.target is not None:
                 self._announce_pending(progress.target, error.detail)
             return Outcome(progress.installed, progress.enforced, error.detail)
         except Exception:
-            metrics.broker_pass(ended_well=False)
+            metrics.counts.passes.labels("failed").inc()
             log.exception("reconciliation failed unexpectedly")
             problem = "Unexpected error; the portal's log has the cause."
             return Outcome(progress.installed, progress.enforced, problem)
         self._last_problem = ("", 0.0)
         self._announced.clear()
-        metrics.broker_pass(ended_well=True)
+        metrics.counts.passes.labels("enforced").inc()
         return Outcome(progress.enforced, progress.enforced)
 
     def _run(self, progress: _Progress, deadline: float) -> None:

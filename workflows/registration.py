@@ -19,7 +19,6 @@ from core import metrics
 from core.errors import ExternalIdTaken, StateConflict
 from core.failpoints import failpoint
 from core.states import DeviceStatus
-from core.topics import new_device_id
 from store import audit
 from store.audit import Actor
 from store.database import Database
@@ -98,7 +97,7 @@ class Registrations:
 
     def _register(self, actor: Actor, request: DeviceRequest, sealed: Sealed | None) -> tuple[Registered, int]:
         now = self._clock()
-        device_id = new_device_id(now)
+        device_id = db.new_device_id(now)
         topics = checked_topics(self._settings, request.topics, device_id)
         issued = self._credentials.issue(device_id, request, topics, now=now)
         with_csr = issued.bundle is None
@@ -123,7 +122,7 @@ class Registrations:
             return admitted.generation
 
         generation = self._database.write(record)
-        metrics.registered(with_csr=with_csr)
+        metrics.counts.registrations.labels("device" if with_csr else "portal").inc()
         failpoint("register.after_commit")
         return answer, generation
 

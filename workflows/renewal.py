@@ -163,7 +163,7 @@ class Renewals:
                 self._answers.keep(tx, sealed, answer.to_json(), generation=generation)
             failpoint("renew.before_commit")
         failpoint("renew.after_commit")
-        metrics.renewed(by_device=shown is not None)
+        metrics.counts.renewals.labels("operator" if shown is None else "device").inc()
         return answer, generation, issued.key
 
     def _check(

@@ -77,10 +77,10 @@ class DeviceRevocations:
             failpoint("revoke.before_commit")
         failpoint("revoke.after_commit")
         if not repeated:
-            metrics.revoked()
+            metrics.counts.revocations.inc()
         enforced, problem = self._apply(device_id, DeviceStatus.REVOKED, generation)
         if enforced and not repeated:
-            metrics.enforced(time.monotonic() - started)
+            metrics.counts.enforce_seconds.observe(time.monotonic() - started)
         return Revoked(device_id, revoked_at, reason, enforced, problem)
 
     def suspend(self, actor: Actor, device_id: str) -> Suspended:

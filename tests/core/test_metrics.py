@@ -230,10 +230,10 @@ for line in sys.stdin:
     word, _, times = line.strip().partition(" ")
     for _ in range(int(times or 1)):
         if word == "revoked":
-            metrics.revoked()
-            metrics.enforced(0.3)
+            metrics.counts.revocations.inc()
+            metrics.counts.enforce_seconds.observe(0.3)
         elif word == "refused":
-            metrics.refused("forbidden")
+            metrics.counts.refusals.labels("forbidden").inc()
     print(metrics.exposition([]).decode() if word == "show" else word, end="\\0", flush=True)
 """
 
@@ -339,5 +339,5 @@ def test_without_room_for_the_files_a_process_counts_for_itself_and_says_so(
         metrics.share(folder)
     assert "missing from /metrics" in caplog.text
     before = value_of(samples_of(metrics.exposition([]).decode()), "portal_revocations_total")
-    metrics.revoked()
+    metrics.counts.revocations.inc()
     assert value_of(samples_of(metrics.exposition([]).decode()), "portal_revocations_total") == before + 1

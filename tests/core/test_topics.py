@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from paho.mqtt.client import topic_matches_sub
 
 from core.errors import TopicRefused
-from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id, new_device_id
+from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id
 
 OWN = "3f2b8c1e-9d4a-4e6b-8a57-1c0d2e3f4a5b"
 OTHER = "a1b2c3d4-e5f6-4a7b-8c9d-0e1f2a3b4c5d"
@@ -197,15 +196,3 @@ def test_no_accepted_filter_matches_a_topic_of_another_device(filter_: str, othe
     assert granted.startswith("devices/")
     assert granted.isprintable()
     assert check_topics([topic], device_id=OWN, prefix="devices") == (topic,)
-
-
-def test_a_new_device_id_is_a_uuid_of_version_7_that_begins_with_the_time() -> None:
-    made = uuid.UUID(new_device_id(datetime(2027, 1, 31, 12, tzinfo=UTC)))
-    assert (made.version, made.variant) == (7, uuid.RFC_4122)
-    assert datetime.fromtimestamp((made.int >> 80) / 1000, UTC) == datetime(2027, 1, 31, 12, tzinfo=UTC)
-    assert is_device_id(str(made))
-
-
-def test_ids_made_at_the_same_time_differ() -> None:
-    now = datetime(2027, 1, 31, tzinfo=UTC)
-    assert len({new_device_id(now) for _ in range(1000)}) == 1000

@@ -215,7 +215,7 @@ class Responder:
     @staticmethod
     def fail(reason: Failure) -> OcspAnswer:
         """Return an unsigned answer that says why there is no other."""
-        metrics.ocsp_answered(reason.name.lower(), kept=False)
+        metrics.counts.ocsp.labels(reason.name.lower(), "no").inc()
         return OcspAnswer(ocsp.failure(reason))
 
     def _answer(self, der: bytes) -> OcspAnswer:
@@ -255,7 +255,7 @@ class Responder:
                 until = now + (next_update - now) / 2
                 self._kept.put(der, _Kept(issuers, recorded, request, signer, statuses, answer, now, until))
         for status in statuses:
-            metrics.ocsp_answered(status.cert_status, kept=kept is not None)
+            metrics.counts.ocsp.labels(status.cert_status, "no" if kept is None else "yes").inc()
         return answer
 
     def _known(self, issuers: tuple[RecordedIssuer, ...]) -> dict[IssuerId, RecordedIssuer]:

@@ -25,7 +25,6 @@ from core.errors import (
 )
 from core.failpoints import failpoint
 from core.states import DeviceStatus
-from core.topics import new_device_id
 from pki.csr import Csr
 from store import bulk
 from store.audit import Actor
@@ -163,7 +162,7 @@ class Batches:
             self._check_same(candidate.request, known)
             return self._repeated(candidate, candidate.request, known)
         now = self._clock()
-        device_id = new_device_id(now)
+        device_id = db.new_device_id(now)
         topics = checked_topics(self._settings, candidate.request.topics, device_id)
         return _Task(candidate, CredentialJob(device_id, candidate.request, topics, now), None)
 
@@ -269,11 +268,10 @@ class Batches:
             return [task.candidate for task, _ in issued]
         failpoint("bulk.after_commit")
         batch.generation = max(batch.generation, generation)
-        for with_csr in (False, True):
-            new = [task for task, made in done if task.known is None and (made.bundle is None) is with_csr]
-            metrics.registered(with_csr=with_csr, devices=len(new))
         for task, credentials in done:
             row = task.candidate
+            if task.known is None:
+                metrics.counts.registrations.labels("device" if credentials.bundle is None else "portal").inc()
             batch.answers[row.row] = RowDone.of(
                 credentials, row=row.row, external_id=row.external_id, repeated=task.known is not None
             )

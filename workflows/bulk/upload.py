@@ -151,4 +151,7 @@ def _apart(candidates: Sequence[Candidate]) -> Iterator[Sequence[Candidate]]:
 def _count(answers: Sequence[RowAnswer]) -> None:
     failures = sum(isinstance(answer, RowFailed) for answer in answers)
     repeated = sum(isinstance(answer, RowDone) and answer.repeated for answer in answers)
-    metrics.bulk_rows(registered=len(answers) - failures - repeated, repeated=repeated, refused=failures)
+    outcomes = {"registered": len(answers) - failures - repeated, "repeated": repeated, "refused": failures}
+    for outcome, number in outcomes.items():
+        if number:
+            metrics.counts.bulk_rows.labels(outcome).inc(number)

@@ -11,7 +11,6 @@ import db
 from config import Settings
 from core.errors import NotFound, StateConflict
 from core.states import DeviceStatus, EnrolmentStatus
-from core.topics import new_device_id
 from store import audit
 from store import enrolment as store_enrolment
 from store.audit import Actor
@@ -38,7 +37,7 @@ class Approvals:
     def expect(self, actor: Actor, request: DeviceRequest) -> str:
         """Add a device that is to enrol by itself, and return its id; raises ``TopicRefused``."""
         now = self._clock()
-        device_id = new_device_id(now)
+        device_id = db.new_device_id(now)
         topics = checked_topics(self._settings, request.topics, device_id)
         with self._database.transaction() as tx:
             add_pending(tx, actor.tenant_id, device_id, request, topics, now=now)

@@ -14,7 +14,6 @@ from core import metrics
 from core.errors import EnrolmentRefused, StateConflict
 from core.failpoints import failpoint
 from core.states import Approval, DeviceStatus, EnrolmentStatus
-from core.topics import new_device_id
 from pki.est import EnrolmentRequest
 from store import audit
 from store import enrolment as store_enrolment
@@ -59,7 +58,7 @@ class FirstEnrolments:
         Raises ``EnrolledMeanwhile``, ``EnrolmentRefused``.
         """
         now = self._clock()
-        device_id = credential.device_id or new_device_id(now)
+        device_id = credential.device_id or db.new_device_id(now)
         at_once = credential.profile.approval is Approval.AT_ONCE
         issued = issue(self._credentials, device_id, credential, request, now) if at_once else None
 
@@ -177,7 +176,7 @@ class FirstEnrolments:
         return admit(tx, actor, [admission], style=self._settings.acl_style, now=now)
 
     def _enrolled(self, issued: IssuedCredentials, request: EnrolmentRequest, generation: int) -> Enrolled:
-        metrics.registered(with_csr=request.csr is not None)
+        metrics.counts.registrations.labels("portal" if request.csr is None else "device").inc()
         return Enrolled(issued.device_id, issued.der, generation, issued.key)
 
 

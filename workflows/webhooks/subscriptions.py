@@ -269,13 +269,13 @@ class Dispatcher:
         now = self._clock()
         if sent.problem is None:
             self._database.write(lambda tx: webhooks.mark_delivered(tx, claimed, now=now))
-            metrics.event_sent("delivered")
+            metrics.counts.events.labels("delivered").inc()
             return True
         delay = delay_after(claimed.attempts, jitter=random.random())  # noqa: S311 - not a secret
         until = None if delay is None else now + delay
         problem = sent.problem
         self._database.write(lambda tx: webhooks.postpone(tx, claimed, until=until, problem=problem, now=now))
-        metrics.event_sent("failed" if until else "dead")
+        metrics.counts.events.labels("failed" if until else "dead").inc()
         detail = {"webhook": webhook.id, "event": claimed.event_id, "attempts": claimed.attempts, "problem": problem}
         if until is None:
             log.error("a webhook event was given up", extra=detail)
