@@ -1,29 +1,26 @@
-"""Talks to the running broker: a minimal MQTT 5 client, and how the process is told to reload its files."""
+"""Talks to the running broker: a minimal MQTT 5 client, which on the internal listener is the portal."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import shlex
-import signal
+import secrets
 import socket
 import struct
-import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from config import Settings
 from core.errors import BrokerUnavailable
 
-log = logging.getLogger("portal.broker")
+PORTAL_USER = "portal"  # the portal on the broker's internal listener
 
 SUCCESS = 0x00
 FAILURE = 0x80  # reason codes from here on are failures (MQTT 5.0 section 2.4)
 NOT_AUTHORISED = 0x87
 MAX_INCOMING_BYTES = 4096  # the longest packet that is read; the expected answers are much shorter
-_MAX_LOGGED_BYTES = 2000
 _CONNECT, _CONNACK, _PUBLISH_QOS1, _PUBACK, _DISCONNECT = 0x10, 0x20, 0x32, 0x40, 0xE0
 
 
@@ -156,81 +153,29 @@ def _variable_length(length: int) -> bytes:
             return bytes(encoded)
 
 
-# --- The process ------------------------------------------------------------------------------------------------------
-
-
 def peer_process(sock: socket.socket) -> int:
     """Return the process id of the listener at the other end of a unix socket, 0 if it is not visible here."""
     pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return int(pid)
 
 
-def signal_broker(pid_file: Path, listening: int) -> None:
-    """Send SIGHUP to the broker named in ``pid_file``; raise ``BrokerUnavailable`` unless it is certainly the broker.
-
-    ``listening`` is the process that answers on the internal listener. Call this only once it has answered: SIGHUP
-    kills a broker that is still starting. The process is held by a descriptor while it is examined, so a pid that was
-    reused by another process meanwhile is never signalled.
-    """
-    pid = _read_pid(pid_file)
-    if listening and pid != listening:
-        raise BrokerUnavailable(
-            f"{pid_file} names process {pid}, but process {listening} answers on the broker's internal listener;"
-            " make PORTAL_BROKER_PID_FILE and PORTAL_BROKER_SOCKET those of one broker."
-        )
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OSError as error:
-        raise BrokerUnavailable(f"{pid_file} names process {pid}, which does not exist: start the broker.") from error
-    try:
-        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
-        if not name.startswith("mosquitto"):
-            raise BrokerUnavailable(f"{pid_file} names process {pid}, which is not Mosquitto: start the broker.")
-        signal.pidfd_send_signal(descriptor, signal.SIGHUP)
-    except OSError as error:
-        raise BrokerUnavailable(
-            f"The broker (process {pid}) could not be signalled: {error.strerror};"
-            " run it as the portal's user, or set PORTAL_BROKER_RELOAD to a command that may reload it."
-        ) from error
-    finally:
-        os.close(descriptor)
+def client_id() -> str:
+    """Return a client id for a session of the portal's own."""
+    return f"portal-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def run_reload_command(command: str, deadline: float) -> None:
-    """Run ``command``, split as a shell would but without one; raise ``BrokerUnavailable`` if it fails."""
-    try:
-        done = subprocess.run(  # noqa: S603 - the operator's own setting, and no shell
-            shlex.split(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=remaining(deadline),
-            check=False,
-        )
-    except (OSError, ValueError) as error:
-        raise BrokerUnavailable("The command in PORTAL_BROKER_RELOAD could not be run; check its spelling.") from error
-    except subprocess.TimeoutExpired as error:
-        raise BrokerUnavailable("The command in PORTAL_BROKER_RELOAD did not end in time.") from error
-    if done.stdout:
-        log.debug("output of the broker reload command: %s", done.stdout[:_MAX_LOGGED_BYTES].decode(errors="replace"))
-    if done.returncode != 0:
-        raise BrokerUnavailable(
-            f"The command in PORTAL_BROKER_RELOAD ended with status {done.returncode};"
-            " run it by hand, its output is in the log at level debug."
-        )
+def unavailable(settings: Settings, error: OSError) -> BrokerUnavailable:
+    """Return the error that says why the internal listener could not be used."""
+    said = error.strerror or str(error) or type(error).__name__
+    return BrokerUnavailable(
+        f"The broker's internal listener {settings.broker_socket} does not answer: {said};"
+        " check that the broker runs with the portal's configuration."
+    )
 
 
-def _read_pid(pid_file: Path) -> int:
-    try:
-        with pid_file.open("rb") as file:
-            text = file.read(32).strip()
-    except OSError as error:
-        raise BrokerUnavailable(
-            f"The broker's pid file {pid_file} cannot be read: {error.strerror};"
-            " start the broker, or set PORTAL_BROKER_PID_FILE or PORTAL_BROKER_RELOAD."
-        ) from error
-    if not text.isdigit() or not 1 < int(text) < 1 << 31:
-        raise BrokerUnavailable(
-            f"The broker's pid file {pid_file} does not contain a process id; start the broker again."
-        )
-    return int(text)
+def password_refused(reason: int) -> str:
+    """Return the sentence that says why the portal cannot use the internal listener."""
+    return (
+        f"The broker refuses the portal on its internal listener with reason 0x{reason:02x}:"
+        " password_file in its configuration must name the portal's file."
+    )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from broker.files import FOLDER_MODE, broker_group
+from broker.folder import FOLDER_MODE, broker_group
 from config import Settings
 from core.errors import PortalRunning, StartupError
 from core.files import FileLock, private_folder

@@ -20,11 +20,13 @@ from pathlib import Path
 
 import pytest
 
-from broker.acl import Acl
 from broker.crl import validate_crl
-from broker.files import Projection, broker_group
+from broker.files.acl import Acl
+from broker.files.control import BrokerFiles, Projection
+from broker.files.reload import run_reload_command, signal_broker
+from broker.folder import broker_group
 from broker.probe import ProbeCertificate, ProbeCertificates
-from broker.session import MAX_INCOMING_BYTES, Session, run_reload_command, signal_broker
+from broker.session import MAX_INCOMING_BYTES, Session
 from broker_provisioning import BrokerProvisioning, add_device_acl
 from config import Settings
 from core.errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
@@ -48,6 +50,11 @@ class Place:
         acl = Acl(self.settings.acl_style, self.settings.topic_prefix)
         add_device_acl(acl, DEVICE, None)
         return Projection(generation, acl.render(generation), crl or self.pki.issuing.crl(), self.pki.ca_bundle)
+
+    @property
+    def written(self) -> BrokerFiles:
+        assert isinstance(self.broker.files, BrokerFiles)
+        return self.broker.files
 
     def files(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.settings.broker_dir.iterdir()}
@@ -81,16 +88,16 @@ def soon(seconds: float = 5) -> float:
 
 def test_a_projection_is_installed_with_its_record(place: Place) -> None:
     projection = place.projection(3)
-    place.broker.files.install(projection)
+    place.written.install(projection)
     files = place.files()
     assert (files["acl"], files["crl.pem"], files["ca.pem"]) == (projection.acl, projection.crl, projection.ca)
     assert json.loads(files["projection.json"])["generation"] == 3
-    assert place.broker.files.installed_generation() == 3
-    assert place.broker.files.damage() == []
+    assert place.written.installed_generation() == 3
+    assert place.written.damage() == []
 
 
 def test_files_are_for_the_broker_and_nobody_else(place: Place) -> None:
-    place.broker.files.install(place.projection(1))
+    place.written.install(place.projection(1))
     for path in place.settings.broker_dir.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
     assert stat.S_IMODE(place.settings.broker_dir.stat().st_mode) & 0o007 == 0
@@ -101,27 +108,27 @@ def test_files_are_for_the_broker_and_nobody_else(place: Place) -> None:
 
 def test_a_folder_that_the_broker_could_not_write_in_is_opened_to_its_group(place: Place) -> None:
     place.settings.broker_dir.mkdir(mode=0o750)
-    place.broker.files.install(place.projection(1))
+    place.written.install(place.projection(1))
     group_may_write = bool(place.settings.broker_dir.stat().st_mode & stat.S_IWGRP)
     assert group_may_write == (broker_group(place.settings) is not None)
 
 
 def test_only_what_changed_is_written(place: Place) -> None:
     crl = place.pki.issuing.crl()
-    place.broker.files.install(place.projection(1, crl))
+    place.written.install(place.projection(1, crl))
     before = {name: (place.settings.broker_dir / name).stat().st_ino for name in NAMES}
-    place.broker.files.install(place.projection(2, crl))
+    place.written.install(place.projection(2, crl))
     after = {name: (place.settings.broker_dir / name).stat().st_ino for name in NAMES}
     assert {name for name in NAMES if before[name] != after[name]} == {"acl", "projection.json"}
 
 
 def test_an_older_generation_never_replaces_a_newer_one_by_itself(place: Place) -> None:
-    place.broker.files.install(place.projection(5))
+    place.written.install(place.projection(5))
     with pytest.raises(ProjectionInvalid, match="generation 5, newer than 4"):
-        place.broker.files.install(place.projection(4))
-    place.broker.files.install(place.projection(5))
-    place.broker.files.install(place.projection(4), even_older=True)
-    assert place.broker.files.installed_generation() == 4
+        place.written.install(place.projection(4))
+    place.written.install(place.projection(5))
+    place.written.install(place.projection(4), even_older=True)
+    assert place.written.installed_generation() == 4
 
 
 def _other_ca(place: Place) -> bytes:
@@ -164,13 +171,13 @@ BAD_CRLS: dict[str, Callable[[Place], bytes]] = {
 
 @pytest.mark.parametrize("kind", BAD_CRLS)
 def test_a_bad_crl_is_refused_with_the_old_files_intact(place: Place, kind: str) -> None:
-    place.broker.files.install(place.projection(1))
+    place.written.install(place.projection(1))
     before = place.files()
     with pytest.raises(ProjectionInvalid):
-        place.broker.files.install(place.projection(2, BAD_CRLS[kind](place)))
+        place.written.install(place.projection(2, BAD_CRLS[kind](place)))
     assert place.files() == before
-    assert place.broker.files.installed_generation() == 1
-    assert place.broker.files.damage() == []
+    assert place.written.installed_generation() == 1
+    assert place.written.damage() == []
 
 
 def test_every_issuing_ca_needs_a_crl_of_its_own(place: Place) -> None:
@@ -178,9 +185,9 @@ def test_every_issuing_ca_needs_a_crl_of_its_own(place: Place) -> None:
     bundle = place.pki.ca_bundle + second.certificate.public_bytes(PEM)
     one = replace(place.projection(1), ca=bundle)
     with pytest.raises(ProjectionInvalid, match="no CRL of CN=Second issuing"):
-        place.broker.files.install(one)
-    place.broker.files.install(replace(one, crl=one.crl + second.crl()))
-    assert place.broker.files.damage() == []
+        place.written.install(one)
+    place.written.install(replace(one, crl=one.crl + second.crl()))
+    assert place.written.damage() == []
 
 
 def test_two_keys_under_one_name_are_two_issuing_cas(place: Place) -> None:
@@ -212,19 +219,19 @@ def test_a_bad_ca_file_is_refused(place: Place, kind: str) -> None:
         "no root": place.pki.issuing.certificate.public_bytes(PEM),
     }[kind]
     with pytest.raises(ProjectionInvalid):
-        place.broker.files.install(replace(place.projection(1), ca=bad))
+        place.written.install(replace(place.projection(1), ca=bad))
     assert not place.settings.broker_dir.exists()
 
 
 def test_an_acl_of_another_generation_is_refused(place: Place) -> None:
     with pytest.raises(ProjectionInvalid, match="not of generation 2"):
-        place.broker.files.install(replace(place.projection(1), generation=2))
+        place.written.install(replace(place.projection(1), generation=2))
 
 
 def test_a_folder_that_cannot_be_made_is_said_with_its_path(place: Place) -> None:
     place.settings.broker_dir.write_text("a file where the folder should be")
     with pytest.raises(BrokerUnavailable, match=str(place.settings.broker_dir)):
-        place.broker.files.install(place.projection(1))
+        place.written.install(place.projection(1))
 
 
 def test_a_read_only_folder_is_said_with_its_path(folder: Path, pki: Pki) -> None:
@@ -232,11 +239,11 @@ def test_a_read_only_folder_is_said_with_its_path(folder: Path, pki: Pki) -> Non
     settings = Settings.from_env({"PORTAL_DATA_DIR": str(folder), "PORTAL_BROKER_DIR": "/proc/self"})
     place = Place(settings, BrokerProvisioning(settings), pki, datetime.now(UTC))
     with pytest.raises(BrokerUnavailable, match=r"/proc/self.* cannot be written"):
-        place.broker.files.install(place.projection(1))
+        place.written.install(place.projection(1))
 
 
 def test_a_write_that_fails_midway_changes_no_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    place.broker.files.install(place.projection(1))
+    place.written.install(place.projection(1))
     before = place.files()
     write, calls = os.write, iter([True, False])
 
@@ -247,7 +254,7 @@ def test_a_write_that_fails_midway_changes_no_file(place: Place, monkeypatch: py
 
     monkeypatch.setattr("core.files.os.write", disk_full_at_the_second)
     with pytest.raises(BrokerUnavailable, match="No space left on device"):
-        place.broker.files.install(place.projection(2))
+        place.written.install(place.projection(2))
     monkeypatch.undo()
     assert place.files() == before
 
@@ -291,51 +298,51 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_seen_and_repaired_by_installing_again(place: Place, name: str, kind: str) -> None:
     projection = place.projection(1)
-    place.broker.files.install(projection)
-    assert place.broker.files.damage() == []
+    place.written.install(projection)
+    assert place.written.damage() == []
     path = place.settings.broker_dir / name
     DAMAGE[kind](path)
-    problems = place.broker.files.damage()
+    problems = place.written.damage()
     assert len(problems) == 1
     assert str(path) in problems[0]
-    place.broker.files.install(projection)
-    assert place.broker.files.damage() == []
+    place.written.install(projection)
+    assert place.written.damage() == []
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b'{"generation": "1", "sha256": {}}', b"\xff"])
 def test_a_damaged_record_is_damage(place: Place, content: bytes | None) -> None:
-    place.broker.files.install(place.projection(1))
+    place.written.install(place.projection(1))
     record = place.settings.broker_dir / "projection.json"
     if content is None:
         record.unlink()
     else:
         record.write_bytes(content)
-    assert place.broker.files.installed_generation() is None
-    assert place.broker.files.damage() == [f"{record} is missing or unreadable."]
+    assert place.written.installed_generation() is None
+    assert place.written.damage() == [f"{record} is missing or unreadable."]
 
 
 def test_a_crl_that_expires_where_it_lies_is_damage(place: Place) -> None:
-    place.broker.files.install(place.projection(1))
+    place.written.install(place.projection(1))
     place.now += timedelta(days=8)
-    (problem,) = place.broker.files.damage()
+    (problem,) = place.written.damage()
     assert "crl.pem expired at" in problem
     place.now -= timedelta(days=16)
-    (problem,) = place.broker.files.damage()
+    (problem,) = place.written.damage()
     assert "crl.pem is not valid before" in problem
 
 
 def test_an_unchanged_file_is_not_read_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    place.broker.files.install(place.projection(1))
-    assert place.broker.files.damage() == []
-    monkeypatch.setattr("broker.files.hashlib.sha256", lambda content: pytest.fail("read again"))
-    assert place.broker.files.damage() == []
+    place.written.install(place.projection(1))
+    assert place.written.damage() == []
+    monkeypatch.setattr("broker.folder.hashlib.sha256", lambda content: pytest.fail("read again"))
+    assert place.written.damage() == []
 
 
 # --- Password, server certificate ---------------------------------------------------------------------------------
 
 
 def test_the_password_is_made_once_and_kept(place: Place) -> None:
-    password = place.broker.files.password()
+    password = place.written.password()
     assert len(password) == 43
     assert BrokerProvisioning(place.settings).files.password() == password
 
@@ -353,7 +360,7 @@ def test_several_threads_at_first_use_get_one_password(place: Place) -> None:
 
 
 def test_the_password_file_is_as_mosquitto_passwd_writes_it(place: Place) -> None:
-    place.broker.files.write_password_file("correct horse")
+    place.written.write_password_file("correct horse")
     line = (place.settings.broker_dir / "passwords").read_text().strip()
     name, line = line.split(":")
     empty, kind, iterations, salt, digest = line.split("$")
@@ -370,8 +377,8 @@ def test_the_password_file_is_as_mosquitto_passwd_writes_it(place: Place) -> Non
 def test_a_server_certificate_is_written_once_with_its_key(place: Place) -> None:
     server = place.pki.issuing.issue("localhost", server_names=["localhost"])
     chain = server.certificate.public_bytes(PEM) + place.pki.issuing.certificate.public_bytes(PEM)
-    assert place.broker.files.write_server_certificate(chain, key_pem(server.key))
-    assert not place.broker.files.write_server_certificate(chain, key_pem(server.key))
+    assert place.written.write_server_certificate(chain, key_pem(server.key))
+    assert not place.written.write_server_certificate(chain, key_pem(server.key))
     assert stat.S_IMODE((place.settings.broker_dir / "server.key").stat().st_mode) == 0o640
 
 
@@ -379,7 +386,7 @@ def test_a_server_certificate_with_another_key_is_refused(place: Place) -> None:
     one, two = (place.pki.issuing.issue("localhost", server_names=["localhost"]) for _ in range(2))
     for key in (key_pem(two.key), b"no key"):
         with pytest.raises(ProjectionInvalid):
-            place.broker.files.write_server_certificate(one.certificate.public_bytes(PEM), key)
+            place.written.write_server_certificate(one.certificate.public_bytes(PEM), key)
 
 
 # --- Signals ------------------------------------------------------------------------------------------------------
@@ -433,7 +440,7 @@ def test_a_reload_command_that_fails_is_said(command: str) -> None:
 
 
 def test_no_broker_is_said_at_once(place: Place) -> None:
-    place.broker.files.install(place.projection(1))
+    place.written.install(place.projection(1))
     assert not place.broker.reachable()
     folder, issuing = place.settings.data_dir, place.pki.issuing
     good, revoked = (ProbeCertificate(*issuing.issue("c").write(folder, name)) for name in "gb")
@@ -455,7 +462,7 @@ def test_only_device_ids_are_cut(place: Place) -> None:
 
 def test_a_broker_that_has_not_answered_yet_is_not_signalled(place: Place) -> None:
     """One that still starts would die of it: so no CONNACK, no signal."""
-    place.broker.files.install(place.projection(1))
+    place.written.install(place.projection(1))
     program = shutil.copy(shutil.which("sleep") or "sleep", place.settings.data_dir / "mosquitto")
     with (
         subprocess.Popen([program, "60"]) as starting,
@@ -524,5 +531,5 @@ def test_ten_thousand_devices_are_rendered_and_checked(place: Place) -> None:
     acl = Acl(place.settings.acl_style, place.settings.topic_prefix)
     for _ in range(10_000):
         add_device_acl(acl, str(uuid.uuid4()), None)
-    place.broker.files.install(Projection(1, acl.render(1), place.pki.issuing.crl(), place.pki.ca_bundle))
+    place.written.install(Projection(1, acl.render(1), place.pki.issuing.crl(), place.pki.ca_bundle))
     assert place.files()["acl"].count(b"\nuser ") == 10_001

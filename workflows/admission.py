@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 import db
-from broker.acl import check_style
+from broker.files.acl import check_style
 from config import Settings
 from core.acl_style import AclStyle
 from core.states import DeviceStatus

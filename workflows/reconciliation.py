@@ -8,17 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from sqlalchemy.engine import Connection
 
-from broker.acl import Acl
-from broker.files import Projection
+from broker.control import DeviceAccess, Draft
+from broker.files.acl import DENIED_FOR, MAX_DENIALS
+from broker.folder import Trust
 from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
 from core import metrics
-from core.acl_style import AclStyle
 from core.errors import LockUnavailable, PortalError, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
@@ -35,11 +35,6 @@ from workflows.authority.issuers import Authority, Issuers, RevokedEntries, crl_
 from workflows.events import EventType
 
 log = logging.getLogger("portal.reconciliation")
-
-# Under the pattern style a revoked or suspended device is denied by name for longer than a connection that is being
-# set up can take (95 s), and after that as long as its denial is among the newest: more make the reloads slower.
-DENIED_FOR = timedelta(minutes=3)
-MAX_DENIALS = 500
 
 # Admissions come in bursts, and each reload costs the broker a pause: reconciliations that nobody waits for keep this
 # distance, whichever process runs them, or as long as one takes. A request that waits for one has it at once.
@@ -67,6 +62,7 @@ class _Target:
     """What one snapshot of the database says that the broker must enforce; ``disconnected`` are ids of devices."""
 
     state: BrokerStateRecord
+    draft: Draft
     disconnected: Sequence[str]
     crls: Sequence[CrlRecord]
     issuers: Issuers
@@ -105,8 +101,6 @@ class Reconciler:
         self._counting = threading.Lock()
         self._begun = 0
         self._last: tuple[int, Outcome] = (0, Outcome(0, 0))
-        self._acl = Acl(settings.acl_style, settings.topic_prefix)
-        self._acl_generation = 0
         self._revoked = RevokedEntries()
         self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
         self._crl_writers: dict[int, PemOfSuccessors] = {}  # by issuer
@@ -325,12 +319,12 @@ class Reconciler:
             self._announced.update(new)
 
     def _prepare(self) -> _Target:
-        """Read one snapshot, bring the ACL in memory to it, sign the CRLs that are due, and record them."""
+        """Read one snapshot, draft what the broker must enforce, sign the CRLs that are due, and record them."""
         now = self._clock()
         signed: list[CrlRecord] = []
         with self._database.snapshot() as tx:
             state = generations.get_broker_state(tx, self._tenant_id)
-            self._update_acl(tx, state, now)
+            draft = self._draft(tx, state, now)
             failpoint("apply.after_snapshot")
             disconnected = generations.devices_to_disconnect(tx, self._tenant_id, since=state.applied_generation)
             changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
@@ -350,32 +344,30 @@ class Reconciler:
                             now=now,
                         )
                     )
-        self._acl_generation = state.generation
         if signed:
             failpoint("apply.after_crl_signed")
             with self._database.transaction() as tx:
                 for crl in signed:
                     store_issuers.put_crl(tx, self._tenant_id, crl)
             failpoint("apply.after_crl_committed")
-        return _Target(state, disconnected, signed, issuers)
+        return _Target(state, draft, disconnected, signed, issuers)
 
-    def _update_acl(self, tx: Connection, state: BrokerStateRecord, now: datetime) -> None:
-        """Bring the ACL in memory from the last generation that this process has seen to the newest."""
-        since, per_device = self._acl_generation, self._settings.acl_style is AclStyle.PER_DEVICE
-        for change in generations.acl_changes(tx, self._tenant_id, since=since, defaults=per_device):
-            update_acl(self._acl, change, now)
-        if not per_device:
-            if since == 0:
-                applied = state.applied_generation
-                for change in denials(tx, self._tenant_id, applied=applied, now=now):
-                    update_acl(self._acl, change, now)
-            self._acl.prune(newest=MAX_DENIALS, since=now - DENIED_FOR)
+    def _draft(self, tx: Connection, state: BrokerStateRecord, now: datetime) -> Draft:
+        """Return the broker's next generation, with all that has changed since the one that it is based on."""
+        draft = self._broker.draft()
+        since, every = draft.since, draft.lists_every_device
+        for change in generations.acl_changes(tx, self._tenant_id, since=since, defaults=every):
+            update_access(draft, change, now)
+        if since == 0 and not every:
+            for change in denials(tx, self._tenant_id, applied=state.applied_generation, now=now):
+                update_access(draft, change, now)
+        return draft
 
     def _install(self, target: _Target) -> None:
-        if self._acl.closed:
+        if target.draft.closed:
             log.error(
                 "devices are denied everything because their topics do not fit the settings",
-                extra={"devices": len(self._acl.closed), "first": next(iter(self._acl.closed.items()))},
+                extra={"devices": len(target.draft.closed), "first": next(iter(target.draft.closed.items()))},
             )
         pem: dict[CrlHead, bytes] = {}
         with self._database.snapshot() as tx:
@@ -388,17 +380,10 @@ class Reconciler:
                 if head is not None:
                     pem[head] = self._crl_pem[head]
         self._crl_pem = pem
-        self._broker.files.install(
-            Projection(
-                generation=target.state.generation,
-                acl=self._acl.render(target.state.generation),
-                crl=b"".join(pem.values()),
-                ca=target.issuers.ca_pem.encode(),
-            )
-        )
+        target.draft.install(target.state.generation, Trust(b"".join(pem.values()), target.issuers.ca_pem.encode()))
 
 
-# --- The broker's ACL ---------------------------------------------------------------------------------------------
+# --- What devices may do ------------------------------------------------------------------------------------------
 
 
 def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> Sequence[generations.AclChange]:
@@ -406,14 +391,14 @@ def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> S
     return generations.newest_denied(tx, tenant_id, newest=MAX_DENIALS, applied=applied, since=now - DENIED_FOR)
 
 
-def update_acl(acl: Acl, change: generations.AclChange, now: datetime) -> None:
-    """Let a device use its topics in the ACL, or deny it everything, as its status says."""
+def update_access(access: DeviceAccess, change: generations.AclChange, now: datetime) -> None:
+    """Let a device use its topics, or deny it everything, as its status says."""
     if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
-        remove_device_acl(acl, change.device_id, now)
+        remove_device_acl(access, change.device_id, now)
     elif change.status is DeviceStatus.ACTIVE:
         own = None
         if change.topics is not None:
             own = tuple(Topic(pattern, Access(access)) for pattern, access in change.topics)
-        add_device_acl(acl, change.device_id, own)
+        add_device_acl(access, change.device_id, own)
     else:
-        acl.forget(change.device_id)
+        access.forget(change.device_id)

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 
 import db
 from broker.crl import read_crls
-from broker.files import CRL_FILE, BrokerFiles
+from broker.folder import CRL_FILE, BrokerFolder
 from config import Settings
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
 from core.failpoints import failpoint
@@ -372,7 +372,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
 
 def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
     """Advance the generation beyond any that the broker has had, and return it."""
-    recorded = BrokerFiles(plan.settings, lambda: plan.now).installed_generation() or 0
+    recorded = BrokerFolder(plan.settings, lambda: plan.now).installed_generation() or 0
     before = max((row["generation"] for row in replaced.rows("broker_state")), default=0) if replaced else 0
     generation = max(recorded + 1, before + 1, db.next_generation(tx, DEFAULT_TENANT, at=plan.now))
     tx.execute(sa.update(BrokerState).where(BrokerState.tenant_id == DEFAULT_TENANT).values(generation=generation))

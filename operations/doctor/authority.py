@@ -18,7 +18,7 @@ from cryptography.x509 import ocsp
 from cryptography.x509.ocsp import OCSPCertStatus, OCSPRequestBuilder, OCSPResponseStatus
 
 from broker.crl import read_crls
-from broker.files import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
+from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.errors import IssuerUnusable, PortalError
 from core.states import CertificateStatus, IssuerKind
 from operations.backup.backup import passphrase_here

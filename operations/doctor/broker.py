@@ -10,16 +10,17 @@ from pathlib import Path
 import sqlalchemy as sa
 from cryptography import x509
 
-from broker.acl import DENY_ALL, GENERATION_TOPIC, PORTAL_USER, REFUSED_TOPIC, Acl
 from broker.crl import read_crls
-from broker.files import CRL_FILE, BrokerFiles
-from broker.session import FAILURE, NOT_AUTHORISED, SUCCESS, Session, connect_unix, peer_process
+from broker.files.acl import DENY_ALL, GENERATION_TOPIC, REFUSED_TOPIC, Acl
+from broker.files.control import BrokerFiles
+from broker.folder import CRL_FILE
+from broker.session import FAILURE, NOT_AUTHORISED, PORTAL_USER, SUCCESS, Session, connect_unix, peer_process
 from core.acl_style import ACL_FILE, AclStyle
 from core.states import ON_CRL, DeviceStatus, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, summarize, warning, well
 from store import generations, issuers
 from store.tables import Certificate, Device
-from workflows.reconciliation import denials, update_acl
+from workflows.reconciliation import denials, update_access
 
 _REPAIRS = "A running portal writes the file again within seconds: check that it runs, and its log."
 _PENDING = "See the line 'generation'."
@@ -54,7 +55,7 @@ def acl_entries(installation: Installation) -> Finding:
                 if change.generation > installed:
                     pending.add(change.device_id)  # not installed at the broker yet
                 else:
-                    update_acl(expected_acl, change, now)
+                    update_access(expected_acl, change, now)
             expected, installed_blocks = _blocks(expected_acl.render(installed)), _blocks(content)
             # A denial that is not needed any more may stay until the next reconciliation.
             denied = [user for user in installed_blocks.keys() - expected.keys() if installed_blocks[user] == DENY_ALL]

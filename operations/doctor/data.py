@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from broker.files import FILE_MODE, FOLDER_MODE
+from broker.folder import FILE_MODE, FOLDER_MODE
 from core.states import PENDING_DELIVERY
 from operations.doctor.base import Finding, Installation, combine, problem, summarize, warning, well
 from store import audit, generations, tenants

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from broker.files import CA_FILE, CRL_FILE, PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
+from broker.files.control import PASSWORD_FILE
+from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import Settings
 from core.acl_style import ACL_FILE, AclStyle
 from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, warning, well

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from broker.files import CA_FILE, SERVER_CERTIFICATE_FILE
+from broker.folder import CA_FILE, SERVER_CERTIFICATE_FILE
 from broker.probe import Probe
 from config import Address, Settings
 from core.errors import PortalError

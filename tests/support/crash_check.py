@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import requests
 from cryptography import x509
 
+from broker.files.acl import MAX_DENIALS
 from tests.support.crash import (
     ANSWER_SECONDS,
     Known,
@@ -22,7 +23,6 @@ from tests.support.crash import (
     refusal_of,
 )
 from tests.support.deployment import wait_until
-from workflows.reconciliation import MAX_DENIALS
 
 READY_SECONDS = 30.0
 

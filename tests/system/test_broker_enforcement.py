@@ -23,8 +23,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from broker.acl import Acl
-from broker.files import Projection
+from broker.files.acl import Acl
+from broker.files.control import BrokerFiles, Projection
 from broker.probe import ProbeCertificate, ProbeCertificates
 from broker.session import Session, connect_unix
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
@@ -62,6 +62,11 @@ class Site:
     known: dict[str, Credentials] = field(default_factory=dict)
 
     @property
+    def files(self) -> BrokerFiles:
+        assert isinstance(self.broker.files, BrokerFiles)
+        return self.broker.files
+
+    @property
     def folder(self) -> Path:
         return self.settings.data_dir
 
@@ -84,7 +89,7 @@ class Site:
             self.pki.issuing.crl(*self.revoked),
             self.pki.ca_bundle,
         )
-        self.broker.files.install(projection)
+        self.files.install(projection)
         return projection
 
     def apply(self) -> None:
@@ -541,11 +546,11 @@ def test_the_probe_wants_to_see_the_brokers_own_certificate(strict: Site) -> Non
 def test_the_broker_does_not_start_on_a_damaged_file_until_it_is_repaired(stopped: Site, name: str) -> None:
     projection = stopped.install()
     stopped.file(name).write_bytes(b"damaged\n")
-    assert [problem for problem in stopped.broker.files.damage() if name in problem]
+    assert [problem for problem in stopped.files.damage() if name in problem]
     with pytest.raises(StartFailed):
         stopped.mosquitto.start()
-    stopped.broker.files.install(projection)
-    assert stopped.broker.files.damage() == []
+    stopped.files.install(projection)
+    assert stopped.files.damage() == []
     stopped.mosquitto.start()
     stopped.broker.probe(stopped.probe_certificates, soon())
 
@@ -556,15 +561,15 @@ def test_a_crl_damaged_under_a_running_broker_is_noticed_and_repaired(strict: Si
     strict.file("crl.pem").write_bytes(b"damaged\n")
     strict.mosquitto.hang_up()
     strict.mosquitto.wait_for_log("Reloading config", times=2)
-    assert len(strict.broker.files.damage()) == 1
+    assert len(strict.files.damage()) == 1
     strict.broker.enforce(strict.generation, soon())
     # The broker fails open here; the probe sees it.
     with pytest.raises(BrokerNotEnforcing, match="accepts a revoked certificate"):
         strict.broker.probe(strict.probe_certificates, soon())
-    strict.broker.files.install(projection)
+    strict.files.install(projection)
     strict.broker.enforce(strict.generation, soon(), reload=True)
     strict.broker.probe(strict.probe_certificates, soon())
-    assert strict.broker.files.damage() == []
+    assert strict.files.damage() == []
 
 
 def test_an_acl_lost_under_a_running_broker_is_noticed_and_repaired(strict: Site) -> None:
@@ -578,6 +583,6 @@ def test_an_acl_lost_under_a_running_broker_is_noticed_and_repaired(strict: Site
         assert device.publish("anything") in DELIVERED  # the broker fails open
         with pytest.raises(BrokerNotEnforcing, match="without an ACL"):
             strict.broker.enforce(strict.generation, soon(0.3))
-        strict.broker.files.install(projection)
+        strict.files.install(projection)
         strict.broker.enforce(strict.generation, soon())
         assert device.publish("anything") == NOT_AUTHORISED

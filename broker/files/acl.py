@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import MappingProxyType
 
+from broker.session import PORTAL_USER
 from core.acl_style import STYLE_LINE, AclStyle
 from core.errors import FieldProblem, ProjectionInvalid, TopicRefused
 from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id
 
-PORTAL_USER = "portal"  # the portal on the broker's internal listener
 GENERATION_TOPIC = "portal/generation"  # below it, the only topic that the portal may write, one for each generation
 # Never granted by a valid ACL: any answer but "not authorised" shows that the broker runs without its ACL.
 REFUSED_TOPIC = "portal/refused"
+
+# Under the pattern style a revoked or suspended device is denied by name for longer than a connection that is being
+# set up can take (95 s), and after that as long as its denial is among the newest: more make the reloads slower.
+DENIED_FOR = timedelta(minutes=3)
+MAX_DENIALS = 500
 
 _WRITER = b"# Written by the device onboarding portal. A change by hand is damage to it and is overwritten.\n"
 DENY_ALL = "topic deny #\n"

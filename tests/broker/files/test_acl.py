@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.acl import Acl, check_style, validate_acl
+from broker.files.acl import Acl, check_style, validate_acl
 from broker_provisioning import add_device_acl, remove_device_acl
 from core.acl_style import AclStyle
 from core.errors import ProjectionInvalid, TopicRefused

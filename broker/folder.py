@@ -1,12 +1,10 @@
-"""The broker's files on disk: replaced atomically, recorded, checked for damage."""
+"""The folder of the broker's files: replaced atomically, recorded, checked for damage."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import grp
 import hashlib
-import hmac
 import json
 import os
 import re
@@ -21,30 +19,26 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from broker.acl import PORTAL_USER, validate_acl
 from broker.crl import CrlWindow, issuing_certificates, read_window, validate_crl
 from config import Settings
-from core.acl_style import ACL_FILE, RECORD_FILE
+from core.acl_style import RECORD_FILE
 from core.errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
 from core.failpoints import failpoint
 from core.files import FileLock, fsync_directory, private_folder, replace_file, temporary_beside
 
 CRL_FILE, CA_FILE = "crl.pem", "ca.pem"
-PASSWORD_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE = "passwords", "server.pem", "server.key"
+SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE = "server.pem", "server.key"
 FILE_MODE = 0o640
 # The broker, as another user, creates its socket, pid file and database here, so its group may write. Set-group-id
 # gives those its group; the sticky bit keeps it from replacing the portal's files.
 FOLDER_MODE = 0o3770
-PASSWORD_ITERATIONS = 101  # Mosquitto's default; the password has 256 random bits, so more would not help
 _MAX_RECORD_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
-    """What the broker must enforce, of one generation: ACL, CRLs and CA certificates (PEM), as file contents."""
+class Trust:
+    """What the broker verifies clients with: CRLs of the issuing CAs and the CA certificates, each in PEM."""
 
-    generation: int
-    acl: bytes
     crl: bytes
     ca: bytes
 
@@ -61,8 +55,13 @@ class _Seen:
     window: CrlWindow | None
 
 
-class BrokerFiles:
-    """The files of ``settings.broker_dir`` that the portal writes for the broker."""
+class BrokerFolder:
+    """The files of ``settings.broker_dir`` that the portal writes for the broker, whatever its control.
+
+    A control adds those of its own by ``_RECORDED`` and ``_other_damage``.
+    """
+
+    _RECORDED: tuple[str, ...] = (CA_FILE, CRL_FILE)  # the files whose digests are recorded
 
     def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
         self._settings = settings
@@ -72,50 +71,45 @@ class BrokerFiles:
         self._checked: tuple[str, CrlWindow] = ("", _NEVER)  # the CRLs checked last, by the digest of CRLs and CAs
         self._lock = threading.Lock()
 
-    def install(self, projection: Projection, *, even_older: bool = False) -> None:
-        """Check all of ``projection``, then write it to the broker's folder; the broker is not reloaded.
+    def _check(self, generation: int, trust: Trust) -> None:
+        """Raise ``ProjectionInvalid`` if the broker must not get ``trust``, or not as of ``generation``.
 
-        Raise ``ProjectionInvalid`` if a check fails or a newer generation is installed (unless ``even_older``), and
-        ``BrokerUnavailable`` if a file cannot be written; then no file is changed. Files that already have the content
-        stay untouched. One process at a time: the caller holds the lock.
+        The CRLs are checked completely if they are not those checked last, and always that they are current.
         """
-        self.check(projection)
-        installed = self.installed_generation()
-        if installed is not None and installed > projection.generation and not even_older:
-            raise ProjectionInvalid(
-                f"The broker's files are of generation {installed}, newer than {projection.generation}:"
-                " the database is older than they are, so revocations may be missing from it."
-            )
-        contents = {CA_FILE: projection.ca, CRL_FILE: projection.crl, ACL_FILE: projection.acl}
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        style = self._settings.acl_style
-        record = json.dumps({"style": style, "generation": projection.generation, "sha256": digests}, indent=1) + "\n"
-        with self._lock:
-            for name in (CA_FILE, CRL_FILE, ACL_FILE):
-                if self._file_problem(name) is None and self._digest(name) == digests[name]:
-                    del contents[name]
-            self._replace({**contents, RECORD_FILE: record.encode()})
-            for name, content in contents.items():
-                window = self._checked[1] if name == CRL_FILE else None
-                self._remember(name, digests[name], window, len(content))
-        self.password()
-
-    def check(self, projection: Projection) -> None:
-        """Raise ``ProjectionInvalid`` if the broker must not get ``projection``."""
-        if not 0 <= projection.generation < 1 << 63:
+        if not 0 <= generation < 1 << 63:
             raise ProjectionInvalid("A generation must be a whole number that is not negative.")
-        settings = self._settings
-        self._check_crl(projection)
-        validate_acl(projection.acl, projection.generation, style=settings.acl_style, prefix=settings.topic_prefix)
-
-    def _check_crl(self, projection: Projection) -> CrlWindow:
-        """Check the CRLs completely if they are not those checked last, and always that they are current."""
-        digest = hashlib.sha256(hashlib.sha256(projection.ca).digest() + projection.crl).hexdigest()
+        digest = hashlib.sha256(hashlib.sha256(trust.ca).digest() + trust.crl).hexdigest()
         seen, window = self._checked
         if digest != seen or window.problem(self._clock()):
-            window = validate_crl(projection.crl, issuing_certificates(projection.ca), self._clock())
-            self._checked = (digest, window)
-        return window
+            self._checked = (digest, validate_crl(trust.crl, issuing_certificates(trust.ca), self._clock()))
+
+    def _check_order(self, generation: int) -> None:
+        """Raise ``ProjectionInvalid`` if a newer generation is installed."""
+        installed = self.installed_generation()
+        if installed is not None and installed > generation:
+            raise ProjectionInvalid(
+                f"The broker's files are of generation {installed}, newer than {generation}:"
+                " the database is older than they are, so revocations may be missing from it."
+            )
+
+    def _write(self, generation: int, contents: Mapping[str, bytes], stated: Mapping[str, object]) -> None:
+        """Write the recorded files, those that already have the content excepted, and the record.
+
+        ``stated`` is what the record says besides. Raise ``BrokerUnavailable`` if a file cannot be written; then no
+        file is changed. One process at a time: the caller holds the lock.
+        """
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        record = json.dumps({**stated, "generation": generation, "sha256": digests}, indent=1) + "\n"
+        with self._lock:
+            changed = {
+                name: content
+                for name, content in contents.items()
+                if self._file_problem(name) is not None or self._digest(name) != digests[name]
+            }
+            self._replace({**changed, RECORD_FILE: record.encode()})
+            for name, content in changed.items():
+                window = self._checked[1] if name == CRL_FILE else None
+                self._remember(name, digests[name], window, len(content))
 
     def installed_generation(self) -> int | None:
         """Return the generation recorded with the files, or ``None`` without a readable record."""
@@ -132,10 +126,12 @@ class BrokerFiles:
             return [f"{self._path(RECORD_FILE)} is missing or unreadable."]
         generation, digests = record
         with self._lock:
-            problems = [
-                self._file_damage(name, digests.get(name), generation) for name in (CA_FILE, CRL_FILE, ACL_FILE)
-            ]
-        return [problem for problem in [*problems, self._password_damage()] if problem is not None]
+            problems = [self._file_damage(name, digests.get(name), generation) for name in self._RECORDED]
+        return [problem for problem in [*problems, self._other_damage()] if problem is not None]
+
+    def _other_damage(self) -> str | None:
+        """Return what is wrong with files that are not recorded."""
+        return None
 
     def write_server_certificate(self, chain: bytes, key: bytes) -> bool:
         """Write the broker's own certificate with its issuers (PEM) and private key (PEM, PKCS#8, not encrypted).
@@ -175,19 +171,7 @@ class BrokerFiles:
             raise BrokerUnavailable(f"{path} cannot be used; give it to the portal's user, mode 0600.") from error
         if not re.fullmatch(r"[A-Za-z0-9_-]{43,}", password):
             raise BrokerUnavailable(f"{path} does not contain a password of the portal; remove it to get a new one.")
-        if self._password_damage(password):
-            self.write_password_file(password)
         return password
-
-    def write_password_file(self, password: str) -> None:
-        """Write the broker's password file with the one user of the internal listener, as mosquitto_passwd would.
-
-        Format: ``user:$7$iterations$salt$hash``, PBKDF2-HMAC-SHA512, salt and hash in base64.
-        """
-        salt = secrets.token_bytes(12)
-        line = f"{PORTAL_USER}:{_password_hash(password, salt, PASSWORD_ITERATIONS)}\n"
-        with self._lock:
-            self._replace({PASSWORD_FILE: line.encode()})
 
     def _path(self, name: str) -> Path:
         return self._settings.broker_file(name)
@@ -295,30 +279,9 @@ class BrokerFiles:
             return f"{path} {problem}."
         return None
 
-    def _password_damage(self, password: str | None = None) -> str | None:
-        path = self._path(PASSWORD_FILE)
-        if problem := self._file_problem(PASSWORD_FILE):
-            return problem
-        try:
-            text = path.read_text(encoding="ascii")
-            password = password or (self._settings.secrets_dir / "broker-password").read_text(encoding="ascii").strip()
-            parts = re.fullmatch(rf"{PORTAL_USER}:(\$7\$([0-9]{{1,6}})\$([A-Za-z0-9+/=]{{8,64}})\$\S{{88}})\n", text)
-            if parts and hmac.compare_digest(
-                parts[1], _password_hash(password, base64.b64decode(parts[3]), int(parts[2]))
-            ):
-                return None
-        except (OSError, ValueError):
-            pass
-        return f"{path} is not what the portal wrote."
-
 
 def _signature(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_dev, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _password_hash(password: str, salt: bytes, iterations: int) -> str:
-    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, iterations)
-    return f"$7${iterations}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
 def broker_group(settings: Settings) -> int | None:

@@ -1,0 +1,72 @@
+"""The contract of what makes a broker enforce the portal's decisions: a sub-package for each control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Protocol
+
+from broker.folder import BrokerFolder, Trust
+from core.topics import Topic
+
+
+class DeviceAccess(Protocol):
+    """What devices may do on the broker."""
+
+    def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
+        """Grant ``topics``; see ``broker_provisioning.add_device_acl``."""
+
+    def deny(self, device_id: str, at: datetime | None = None) -> None:
+        """Deny everything; see ``broker_provisioning.remove_device_acl``."""
+
+    def forget(self, device_id: str) -> None:
+        """Remove a device that has no certificate, or only expired ones, so it cannot connect."""
+
+
+class Draft(DeviceAccess, Protocol):
+    """The next generation of what the broker must enforce, until it is installed or dropped.
+
+    It lacks what changed in the database after generation ``since``, 0 if it lacks everything; the caller adds that.
+    """
+
+    @property
+    def since(self) -> int:
+        """The generation whose changes, and those before, are in it already."""
+
+    @property
+    def lists_every_device(self) -> bool:
+        """Whether it has to be told of every device.
+
+        Otherwise one rule covers the devices with the default topics, and only the newest denials are listed.
+        """
+
+    @property
+    def closed(self) -> Mapping[str, str]:
+        """Devices that are denied everything because their topics cannot be granted, each with the reason."""
+
+    def install(self, generation: int, trust: Trust) -> None:
+        """Write it for the broker as ``generation``, which need not be in force then: see ``BrokerControl.enforce``.
+
+        Raise ``ProjectionInvalid`` if a check fails or a newer generation is installed, ``BrokerUnavailable`` if it
+        cannot be written; then nothing has changed for the broker. One process at a time: the caller holds the lock.
+        """
+
+
+class BrokerControl(Protocol):
+    """How one broker is made to enforce what the portal has decided, and to prove that it does."""
+
+    @property
+    def files(self) -> BrokerFolder:
+        """The files that it writes for the broker, with the generation that they are of, and their damage."""
+
+    def draft(self) -> Draft:
+        """Begin the next generation; the caller holds the lock until it is installed."""
+
+    def enforce(self, generation: int, deadline: float, *, reload: bool = False) -> int:
+        """Make the installed generation effective; return the generation that is then proven to be in force.
+
+        That is ``generation``, or a newer one installed meanwhile. ``reload`` demands that what was installed is read
+        again: after a repair that kept the generation, or with a new server certificate. Raise ``BrokerUnavailable``
+        if the broker does not answer or does not prove it by ``deadline`` (of ``time.monotonic``),
+        ``BrokerNotEnforcing`` if it does not enforce what the portal decides.
+        """
