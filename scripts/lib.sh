@@ -48,6 +48,13 @@ ensure_package() {
     return 1
 }
 
+# ensure_header FILE PACKAGE: a C header is there, or the package that brings it can be installed.
+ensure_header() {
+    [ -e "/usr/include/$1" ] || { install_package "$2" && [ -e "/usr/include/$1" ]; } && return
+    say "The header $1 is missing and could not be installed. Install it with: apt-get install $2" >&2
+    return 1
+}
+
 # Print the first Python that is new enough.
 find_python() {
     local candidate

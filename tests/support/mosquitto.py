@@ -88,11 +88,7 @@ class Mosquitto:
 
     def launch(self) -> None:
         """Start the process without waiting for anything."""
-        text = CONFIGURATION.read_text()
-        assert INSTALLED_FOLDER in text
-        self.configuration.write_text(
-            text.replace(INSTALLED_FOLDER, str(self.folder)).replace(INSTALLED_PORT, str(self.port))
-        )
+        self.configuration.write_text(self.configuration_text())
         self.configuration.chmod(0o644)
         self._lines.clear()
         self._process = subprocess.Popen(
@@ -105,6 +101,12 @@ class Mosquitto:
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
+
+    def configuration_text(self) -> str:
+        """The configuration that an operator installs, for this folder and port."""
+        text = CONFIGURATION.read_text()
+        assert INSTALLED_FOLDER in text
+        return text.replace(INSTALLED_FOLDER, str(self.folder)).replace(INSTALLED_PORT, str(self.port))
 
     def stop(self) -> None:
         if self._process is None:

@@ -1,0 +1,106 @@
+#include "certificate.h"
+
+#include "openssl.h"
+
+#include <string.h>
+
+/* An issuer's name is the same for thousands of clients: its hash is remembered by its bytes. */
+#define REMEMBERED 16
+#define MAX_REMEMBERED_BYTES 512
+
+static struct {
+    size_t length;
+    uint8_t der[MAX_REMEMBERED_BYTES];
+    uint8_t hash[HASH_BYTES];
+} remembered[REMEMBERED];
+static unsigned next_to_replace;
+
+void sha256_of(const char *text, size_t length, uint8_t hash[HASH_BYTES])
+{
+    SHA256((const unsigned char *)text, length, hash);
+}
+
+static void hash_name(const uint8_t *der, size_t length, uint8_t hash[HASH_BYTES])
+{
+    for (unsigned i = 0; i < REMEMBERED; i++) {
+        if (remembered[i].length == length && memcmp(remembered[i].der, der, length) == 0) {
+            memcpy(hash, remembered[i].hash, HASH_BYTES);
+            return;
+        }
+    }
+    SHA256(der, length, hash);
+    if (length <= MAX_REMEMBERED_BYTES) {
+        unsigned i = next_to_replace++ % REMEMBERED;
+        remembered[i].length = length;
+        memcpy(remembered[i].der, der, length);
+        memcpy(remembered[i].hash, hash, HASH_BYTES);
+    }
+}
+
+static bool read_issuer(const X509 *x509, struct certificate *into)
+{
+    const X509_NAME *name = X509_get_issuer_name(x509);
+    const unsigned char *der = NULL;
+    size_t length = 0;
+
+    if (name == NULL || X509_NAME_get0_der(name, &der, &length) != 1 || der == NULL || length == 0) {
+        return false;
+    }
+    hash_name(der, length, into->issuer);
+    return true;
+}
+
+static bool read_serial(const X509 *x509, struct certificate *into)
+{
+    const ASN1_STRING *number = X509_get0_serialNumber(x509);
+    const uint8_t *bytes;
+    int length;
+
+    if (number == NULL || ASN1_STRING_type(number) != TYPE_INTEGER) {
+        return false;
+    }
+    bytes = ASN1_STRING_get0_data(number);
+    length = ASN1_STRING_length(number);
+    for (; length > 0 && *bytes == 0; length--, bytes++) {
+    }
+    if (bytes == NULL || length > MAX_SERIAL_BYTES) {
+        return false;
+    }
+    into->serial.length = (uint8_t)length;
+    memcpy(into->serial.bytes, bytes, (size_t)length);
+    return true;
+}
+
+/* Say whether the first common name is exactly `username`: the same that use_identity_as_username takes. */
+static bool is_named(const X509 *x509, const char *username)
+{
+    const X509_NAME *subject = X509_get_subject_name(x509);
+    int index = subject == NULL ? -1 : X509_NAME_get_index_by_NID(subject, NID_COMMON_NAME, -1);
+    const X509_NAME_ENTRY *entry = index < 0 ? NULL : X509_NAME_get_entry(subject, index);
+    const ASN1_STRING *name = entry == NULL ? NULL : X509_NAME_ENTRY_get_data(entry);
+    size_t length;
+
+    if (name == NULL || username == NULL) {
+        return false;
+    }
+    length = strlen(username);
+    return length > 0 && ASN1_STRING_length(name) == (int)length &&
+           memcmp(ASN1_STRING_get0_data(name), username, length) == 0;
+}
+
+enum reading certificate_read(void *x509, const char *username, struct certificate *into)
+{
+    bool good;
+
+    if (x509 == NULL) {
+        return NO_CERTIFICATE;
+    }
+    memset(into, 0, sizeof *into);
+    good = read_issuer(x509, into);
+    if (good) {
+        into->has_serial = read_serial(x509, into);
+        into->named = is_named(x509, username);
+    }
+    X509_free(x509);
+    return good ? CERTIFICATE : BAD_CERTIFICATE;
+}

@@ -1,0 +1,219 @@
+/* The entry points that the broker calls. */
+#include "clients.h"
+#include "guard.h"
+#include "kicks.h"
+#include "log.h"
+#include "portal.h"
+#include "presence.h"
+#include "verdict.h"
+
+#include <mosquitto.h>
+#include <mosquitto_broker.h>
+#include <mosquitto_plugin.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define PLUGIN_API 5
+#define TICK_SECONDS 1 /* a check looks at the journal itself if there was no tick for longer than this */
+
+static mosquitto_plugin_id_t *identifier; /* NULL while the plugin is not loaded */
+static char *journal_path;
+static time_t last_look;
+
+static time_t seconds_now(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return now.tv_sec;
+}
+
+static void look(void)
+{
+    last_look = seconds_now();
+    guard_look(false);
+}
+
+/* End who is to be ended, except connections of `except`. While nothing is believed, sessions stay as they are. */
+static void kick(const char *except)
+{
+    if (guard_is_good()) {
+        verdict_settle();
+        kicks_flush(except);
+    }
+}
+
+static void tell_state(bool good, const char *what)
+{
+    if (good) {
+        log_notice("%s", what);
+    } else {
+        log_error("%s", what);
+    }
+}
+
+/* --- Events ----------------------------------------------------------------------------------------------------- */
+
+static int on_acl_check(int event, void *data, void *user)
+{
+    struct mosquitto_evt_acl_check *check = data;
+    bool granted;
+
+    (void)event;
+    (void)user;
+    if (check->client == NULL || check->topic == NULL) {
+        return MOSQ_ERR_ACL_DENIED;
+    }
+    if (is_portal(check->client)) {
+        granted = portal_may(check->client, check->access, check->topic);
+        kick(PORTAL_USER);
+        return granted ? MOSQ_ERR_SUCCESS : MOSQ_ERR_ACL_DENIED;
+    }
+    if (seconds_now() - last_look > TICK_SECONDS) { /* the broker is slow, or set up so that it never ticks */
+        look();
+    }
+    switch (verdict_of(check->client, check->access, check->topic)) {
+    case GRANTED:
+        return MOSQ_ERR_SUCCESS;
+    case NOT_OURS:
+        return MOSQ_ERR_PLUGIN_DEFER;
+    default:
+        return MOSQ_ERR_ACL_DENIED;
+    }
+}
+
+static int authentication_result(enum verdict verdict)
+{
+    return verdict == GRANTED ? MOSQ_ERR_SUCCESS : verdict == NOT_OURS ? MOSQ_ERR_PLUGIN_DEFER : MOSQ_ERR_AUTH;
+}
+
+static int on_basic_auth(int event, void *data, void *user)
+{
+    struct mosquitto_evt_basic_auth *connect = data;
+
+    (void)event;
+    (void)user;
+    return authentication_result(verdict_of_password(connect->client, connect->username, connect->password));
+}
+
+static int on_extended_auth(int event, void *data, void *user)
+{
+    struct mosquitto_evt_extended_auth *connect = data;
+
+    (void)event;
+    (void)user;
+    return authentication_result(verdict_of_method(connect->client));
+}
+
+static int on_disconnect(int event, void *data, void *user)
+{
+    struct mosquitto_evt_disconnect *end = data;
+
+    (void)event;
+    (void)user;
+    verdict_ended(end->client);
+    return MOSQ_ERR_SUCCESS;
+}
+
+#if LIBMOSQUITTO_VERSION_NUMBER >= 2001000
+static int on_connect(int event, void *data, void *user)
+{
+    struct mosquitto_evt_connect *begin = data;
+
+    (void)event;
+    (void)user;
+    verdict_connected(begin->client);
+    return MOSQ_ERR_SUCCESS;
+}
+#endif
+
+static int on_tick(int event, void *data, void *user)
+{
+    (void)event;
+    (void)data;
+    (void)user;
+    look();
+    kick(NULL);
+    presence_flush();
+    return MOSQ_ERR_SUCCESS;
+}
+
+static const struct {
+    int event;
+    MOSQ_FUNC_generic_callback callback;
+} callbacks[] = {
+    {MOSQ_EVT_ACL_CHECK, on_acl_check},
+    {MOSQ_EVT_BASIC_AUTH, on_basic_auth},
+    {MOSQ_EVT_EXT_AUTH_START, on_extended_auth},
+    {MOSQ_EVT_DISCONNECT, on_disconnect},
+#if LIBMOSQUITTO_VERSION_NUMBER >= 2001000
+    {MOSQ_EVT_CONNECT, on_connect},
+#endif
+    {MOSQ_EVT_TICK, on_tick},
+};
+
+/* --- Loading and unloading -------------------------------------------------------------------------------------- */
+
+#pragma GCC visibility push(default) /* all else is hidden */
+
+mosq_plugin_EXPORT int mosquitto_plugin_version(int supported_version_count, const int *supported_versions)
+{
+    for (int i = 0; i < supported_version_count; i++) {
+        if (supported_versions[i] == PLUGIN_API) {
+            return PLUGIN_API;
+        }
+    }
+    return -1;
+}
+
+mosq_plugin_EXPORT int mosquitto_plugin_init(
+    mosquitto_plugin_id_t *id, void **user, struct mosquitto_opt *options, int option_count)
+{
+    static const struct guard_listener listener = {verdict_lost, verdict_replaced, tell_state};
+    const char *path = NULL;
+
+    (void)user;
+    for (int i = 0; i < option_count; i++) {
+        if (strcmp(options[i].key, "journal") == 0) {
+            path = options[i].value;
+        }
+    }
+    if (identifier != NULL || path == NULL || path[0] != '/' || (journal_path = strdup(path)) == NULL) {
+        log_error("Give plugin_opt_journal the path of the portal's journal, and load the plugin once.");
+        return MOSQ_ERR_INVAL;
+    }
+    identifier = id;
+    guard_open(journal_path, &listener);
+    look();
+    for (size_t i = 0; i < sizeof callbacks / sizeof *callbacks; i++) {
+        int result = mosquitto_callback_register(id, callbacks[i].event, callbacks[i].callback, NULL, NULL);
+        if (result != MOSQ_ERR_SUCCESS) {
+            log_error("The broker does not let the plugin register event %d.", callbacks[i].event);
+            return result;
+        }
+    }
+    return MOSQ_ERR_SUCCESS;
+}
+
+mosq_plugin_EXPORT int mosquitto_plugin_cleanup(void *user, struct mosquitto_opt *options, int option_count)
+{
+    (void)user;
+    (void)options;
+    (void)option_count;
+    if (identifier != NULL) {
+        for (size_t i = 0; i < sizeof callbacks / sizeof *callbacks; i++) {
+            mosquitto_callback_unregister(identifier, callbacks[i].event, callbacks[i].callback, NULL);
+        }
+    }
+    identifier = NULL;
+    presence_clear();
+    kicks_clear();
+    verdict_clear();
+    guard_close();
+    free(journal_path);
+    journal_path = NULL;
+    return MOSQ_ERR_SUCCESS;
+}
+
+#pragma GCC visibility pop

@@ -1,0 +1,105 @@
+#include "portal.h"
+
+#include "guard.h"
+#include "line.h"
+#include "match.h"
+#include "presence.h"
+#include "verdict.h"
+
+#include <mosquitto.h>
+#include <mosquitto_plugin.h>
+#include <string.h>
+
+#define MAX_QUESTION_BYTES 128
+
+static bool answer_prove(struct mosquitto *client, char *first, char *second)
+{
+    uint64_t epoch, sequence;
+
+    (void)client;
+    return second != NULL && parse_number(first, &epoch) && parse_number(second, &sequence) &&
+           guard_prove(epoch, sequence);
+}
+
+static bool answer_epoch(struct mosquitto *client, char *first, char *second)
+{
+    uint64_t epoch;
+
+    (void)client;
+    return second == NULL && parse_number(first, &epoch) && guard_confirm(epoch);
+}
+
+static bool answer_identify(struct mosquitto *client, char *first, char *second)
+{
+    (void)client;
+    guard_look(true);
+    return second == NULL && is_id(first) && guard_is_good() && registry_standing(guard_registry(), first) == ALLOWED;
+}
+
+static bool answer_version(struct mosquitto *client, char *first, char *second)
+{
+    uint64_t version;
+
+    (void)client;
+    return second == NULL && parse_number(first, &version) && version == GUARD_VERSION;
+}
+
+static bool answer_report(struct mosquitto *client, char *first, char *second)
+{
+    const char *id = mosquitto_client_id(client);
+
+    (void)second;
+    return *first == '\0' && id != NULL && presence_report(client, id, guard_epoch(), guard_sequence());
+}
+
+/* The question `refused` is not here: its answer is no, as that of any other. */
+static const struct {
+    const char *word;
+    bool (*answer)(struct mosquitto *client, char *first, char *second);
+} questions[] = {
+    {"prove", answer_prove},
+    {"epoch", answer_epoch},
+    {"identify", answer_identify},
+    {"version", answer_version},
+    {"report", answer_report},
+};
+
+static bool answer(struct mosquitto *client, const char *topic)
+{
+    char question[MAX_QUESTION_BYTES], *first, *second;
+
+    topic += strlen(PORTAL_TOPICS) - 1; /* what is below portal/guard/ */
+    if (strlen(topic) >= sizeof question) {
+        return false;
+    }
+    strcpy(question, topic);
+    first = question + strcspn(question, "/");
+    if (*first != '\0') {
+        *first++ = '\0';
+    }
+    second = strchr(first, '/');
+    if (second != NULL) {
+        *second++ = '\0';
+    }
+    for (size_t i = 0; i < sizeof questions / sizeof *questions; i++) {
+        if (strcmp(question, questions[i].word) == 0) {
+            return questions[i].answer(client, first, second);
+        }
+    }
+    guard_look(true);
+    return false;
+}
+
+bool portal_may(struct mosquitto *client, int access, const char *topic)
+{
+    switch (access) {
+    case MOSQ_ACL_WRITE:
+        return strncmp(topic, PORTAL_TOPICS, strlen(PORTAL_TOPICS) - 1) == 0 && answer(client, topic);
+    case MOSQ_ACL_READ:
+        return filter_matches(PORTAL_TOPICS, topic);
+    case MOSQ_ACL_SUBSCRIBE:
+        return filter_contains(PORTAL_TOPICS, topic);
+    default:
+        return access == MOSQ_ACL_UNSUBSCRIBE;
+    }
+}

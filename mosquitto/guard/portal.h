@@ -1,0 +1,13 @@
+/* What the portal asks, by publishing below portal/guard/: the reason code of PUBACK is the answer. */
+#ifndef GUARD_PORTAL_H
+#define GUARD_PORTAL_H
+
+#include <mosquitto_broker.h>
+#include <stdbool.h>
+
+#define GUARD_VERSION 1 /* of the protocol with the portal; raised with each change of it */
+
+/* Decide a check of the broker's for the portal's own connection. */
+bool portal_may(struct mosquitto *client, int access, const char *topic);
+
+#endif

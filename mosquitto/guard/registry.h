@@ -1,0 +1,85 @@
+/* What a journal says, in memory: identities with their topics, serial numbers, issuers, the portal's password.
+ *
+ * Made for a million identities: an identity is 24 bytes in an open hash table, a UUID being 16 of them; own topic
+ * filters are in one arena, in which the identity itself takes one byte. Default topics take no memory. */
+#ifndef GUARD_REGISTRY_H
+#define GUARD_REGISTRY_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define HASH_BYTES 32        /* of SHA-256 */
+#define MAX_SERIAL_BYTES 20  /* RFC 5280 section 4.1.2.2 */
+#define MAX_ID_BYTES 64
+#define MAX_FILTERS 64       /* of one identity */
+#define MAX_FILTER_BYTES 32768
+#define MAX_PREFIX_BYTES 1024
+#define MAX_ISSUERS 256
+
+enum standing { UNKNOWN, ALLOWED, DENIED, FORGOTTEN };
+
+enum access { NO_ACCESS = 0, READ = 1, WRITE = 2, READ_WRITE = 3 };
+
+enum outcome {
+    DONE,
+    RIGHTS_LOST,    /* done, and the identity may do less than before */
+    SERIAL_REVOKED, /* done, and connections with that certificate may do nothing */
+    REFUSED,        /* not done: it is malformed, or too much */
+    NO_MEMORY,      /* not done */
+};
+
+struct filter {
+    enum access access;
+    const char *text; /* well-formed, its first level no wildcard and not beginning with `$` */
+};
+
+struct serial_number {
+    uint8_t length;
+    uint8_t bytes[MAX_SERIAL_BYTES]; /* big-endian, without leading zeros */
+};
+
+struct registry;
+
+/* Return an empty registry, NULL if there is no memory. */
+struct registry *registry_new(void);
+void registry_free(struct registry *registry);
+
+/* Say whether `id` is an identity's name: 1 to 64 of A-Z a-z 0-9 . _ - */
+bool is_id(const char *id);
+
+/* Say whether `name` has the form of a UUID, in lower or upper case. */
+bool is_uuid(const char *name);
+
+/* Change what is known, each a line of the journal. */
+enum outcome registry_set_portal(struct registry *registry, const uint8_t hash[HASH_BYTES]);
+enum outcome registry_set_prefix(struct registry *registry, const char *prefix);
+enum outcome registry_add_issuer(struct registry *registry, const uint8_t hash[HASH_BYTES]);
+enum outcome registry_allow(struct registry *registry, const char *id, const struct filter *filters, size_t count);
+enum outcome registry_revoke(struct registry *registry, const char *id, enum standing standing);
+enum outcome registry_add_serial(
+    struct registry *registry, const uint8_t issuer[HASH_BYTES], const struct serial_number *serial);
+enum outcome registry_remove_serial(
+    struct registry *registry, const uint8_t issuer[HASH_BYTES], const struct serial_number *serial);
+
+/* Ask. The hash of the portal's password is NULL if there is none. */
+const uint8_t *registry_portal(const struct registry *registry);
+bool registry_is_issuer(const struct registry *registry, const uint8_t hash[HASH_BYTES]);
+bool registry_has_serial(
+    const struct registry *registry, const uint8_t issuer[HASH_BYTES], const struct serial_number *serial);
+enum standing registry_standing(const struct registry *registry, const char *id);
+size_t registry_count(const struct registry *registry);
+
+/* Say whether an allowed identity may publish to, or receive from, a topic. */
+bool registry_may(const struct registry *registry, const char *id, enum access access, const char *topic);
+
+/* Say whether some topic that the filter matches can be read by the identity. */
+bool registry_may_subscribe(const struct registry *registry, const char *id, const char *filter);
+
+/* Say whether every topic that the filter matches can be read by the identity, by one of its filters. */
+bool registry_may_share(const struct registry *registry, const char *id, const char *filter);
+
+/* Say whether the identity may do less by `now` than by `before`. */
+bool registry_lost_rights(const struct registry *before, const struct registry *now, const char *id);
+
+#endif

@@ -1,0 +1,415 @@
+#include "verdict.h"
+
+#include "certificate.h"
+#include "clients.h"
+#include "guard.h"
+#include "kicks.h"
+#include "log.h"
+#include "match.h"
+#include "names.h"
+#include "presence.h"
+
+#include <mosquitto.h>
+#include <mosquitto_plugin.h>
+#include <string.h>
+
+#define SHARED "$share/"
+
+/* Names that are not UUIDs and have come with a certificate of a portal CA: they are decided for while asleep, too. */
+static struct names remembered;
+
+/* UUIDs that the journal does not know and that the operator has let in with a password: they are not. */
+static struct names foreign;
+
+/* Client ids whose last connection had a certificate that is not accepted. Its will is published when no certificate is
+ * to be seen any more, so these publish nothing until the device itself has connected. */
+static struct names tainted;
+static bool all_tainted; /* there was no memory to say whose */
+
+/* Identities with a revoked serial number, whose connections are to be looked at. */
+static struct names superseded;
+
+/* A client as it comes to be checked. */
+struct claim {
+    const char *name;
+    bool has_certificate;
+    const char *refusal; /* why it may do nothing whatever the journal says of its name; NULL if there is no such reason */
+    bool kick;           /* whether it is also to be disconnected for that */
+    struct certificate certificate;
+};
+
+static bool is_known(const char *name)
+{
+    const struct registry *registry = guard_registry();
+
+    return registry != NULL && is_id(name) && registry_standing(registry, name) != UNKNOWN;
+}
+
+static const char *name_of(const struct mosquitto *client)
+{
+    const char *username = mosquitto_client_username(client);
+
+    return username != NULL ? username : mosquitto_client_id(client);
+}
+
+bool is_portal(const struct mosquitto *client)
+{
+    const struct client *found = clients_find(client);
+
+    return found != NULL && found->kind == PORTAL;
+}
+
+/* --- Who it is -------------------------------------------------------------------------------------------------- */
+
+/* Judge a certificate; NOT_OURS if its issuer is not one of the portal's. */
+static enum verdict judge_certificate(struct claim *claim)
+{
+    const struct certificate *certificate = &claim->certificate;
+    const struct registry *registry = guard_registry();
+
+    if (registry == NULL) {
+        claim->refusal = "no journal was read yet";
+        return NOT_GRANTED;
+    }
+    if (!registry_is_issuer(registry, certificate->issuer)) {
+        return NOT_OURS;
+    }
+    if (!certificate->named) {
+        claim->refusal = "its username is not the common name of its certificate";
+    } else if (!certificate->has_serial) {
+        claim->refusal = "its certificate has no serial number of at most 20 octets";
+    } else if (registry_has_serial(registry, certificate->issuer, &certificate->serial)) {
+        claim->refusal = "its certificate is revoked or superseded";
+        claim->kick = true;
+    } else {
+        return GRANTED;
+    }
+    return NOT_GRANTED;
+}
+
+static enum verdict identify_without_certificate(const struct mosquitto *client, struct claim *claim)
+{
+    const struct client *found = clients_find(client);
+    bool uuid = is_uuid(claim->name);
+
+    if (found != NULL && found->kind == PLAIN) { /* the operator has let it in */
+        if (is_known(claim->name)) {
+            claim->refusal = "it has the name of a device and no certificate";
+            return NOT_GRANTED;
+        }
+        if (uuid && names_find(&foreign, claim->name) == NULL) {
+            (void)names_add(&foreign, claim->name); /* if there is no memory, it is denied while asleep */
+        }
+        return NOT_OURS;
+    }
+    if (is_known(claim->name) || names_find(&remembered, claim->name) != NULL) {
+        return GRANTED;
+    }
+    return uuid && names_find(&foreign, claim->name) == NULL ? GRANTED : NOT_OURS;
+}
+
+/* Find out who a client is: GRANTED if the journal decides, by the claim's name. */
+static enum verdict identify(struct mosquitto *client, struct claim *claim)
+{
+    const char *username = mosquitto_client_username(client);
+    enum reading reading = certificate_read(mosquitto_client_certificate(client), username, &claim->certificate);
+
+    claim->name = name_of(client);
+    claim->has_certificate = reading != NO_CERTIFICATE;
+    claim->refusal = NULL;
+    claim->kick = false;
+    if (claim->name == NULL) {
+        claim->name = "";
+        claim->refusal = "it has no name";
+        return NOT_GRANTED;
+    }
+    if (reading == BAD_CERTIFICATE) {
+        claim->refusal = "its certificate cannot be read";
+        return NOT_GRANTED;
+    }
+    if (reading == CERTIFICATE) {
+        return judge_certificate(claim);
+    }
+    if (username != NULL && strcmp(username, PORTAL_USER) == 0) { /* the portal itself was told apart before */
+        claim->refusal = "it has the name of the portal and has not shown its password";
+        return NOT_GRANTED;
+    }
+    return identify_without_certificate(client, claim);
+}
+
+/* --- What it may do --------------------------------------------------------------------------------------------- */
+
+/* Say whether a shared subscription `$share/GROUP/FILTER` takes only what is the identity's to read: what its members
+ * are handed in turn and may not read is lost for the others. */
+static bool may_share(const struct registry *registry, const char *name, const char *subscription)
+{
+    const char *group = subscription + strlen(SHARED), *filter = strchr(group, '/');
+
+    return filter != NULL && filter != group && strcspn(group, "+#") > (size_t)(filter - group) &&
+           !filters_intersect(PORTAL_TOPICS, filter + 1) && registry_may_share(registry, name, filter + 1);
+}
+
+/* Say whether an identity may do what is asked; the journal in force is good. */
+static bool may(const char *name, int access, const char *topic)
+{
+    const struct registry *registry = guard_registry();
+
+    if (access == MOSQ_ACL_SUBSCRIBE && strncmp(topic, SHARED, strlen(SHARED)) == 0) {
+        return may_share(registry, name, topic);
+    }
+    if (topic[0] == '$' || filter_matches(PORTAL_TOPICS, topic)) {
+        return false;
+    }
+    switch (access) {
+    case MOSQ_ACL_READ:
+        return registry_may(registry, name, READ, topic);
+    case MOSQ_ACL_WRITE:
+        return registry_may(registry, name, WRITE, topic);
+    case MOSQ_ACL_SUBSCRIBE:
+        return registry_may_subscribe(registry, name, topic);
+    default:
+        return false;
+    }
+}
+
+static bool is_tainted(const struct mosquitto *client)
+{
+    const char *id = mosquitto_client_id(client);
+
+    return all_tainted || id == NULL || names_find(&tainted, id) != NULL;
+}
+
+/* Forget a connection; if it was an identity's, the portal is told. */
+static void forget(const void *client)
+{
+    const struct client *found = clients_find(client);
+
+    if (found != NULL && found->kind == DEVICE && found->admitted) {
+        presence_disconnected(found->name);
+    }
+    clients_remove(client);
+}
+
+/* Note the connection of a device; NULL if there is no memory. */
+static struct client *note_device(const struct mosquitto *client, const struct claim *claim)
+{
+    struct client *found = clients_find(client);
+
+    if (found == NULL || found->kind != DEVICE || strcmp(found->name, claim->name) != 0) {
+        forget(client); /* the end of an earlier one was not seen */
+        found = clients_note(client, DEVICE, claim->name);
+        if (!is_uuid(claim->name) && names_find(&remembered, claim->name) == NULL) {
+            (void)names_add(&remembered, claim->name);
+        }
+    }
+    if (found != NULL) {
+        found->certificate = claim->certificate;
+    }
+    return found;
+}
+
+/* Have a connection ended that is refused everything. */
+static void doom(const struct mosquitto *client, const struct claim *claim, const char *reason)
+{
+    struct client *found = note_device(client, claim);
+
+    if (found == NULL || !found->doomed) {
+        log_refusal("Client %s is refused everything: %s.", claim->name, reason);
+        kicks_add(claim->name);
+    }
+    if (found != NULL) {
+        found->doomed = true;
+    }
+}
+
+/* Admit the connection of a device that the journal allows. */
+static void admit(const struct mosquitto *client, const struct claim *claim)
+{
+    struct client *found = note_device(client, claim);
+
+    if (found != NULL && !found->admitted) {
+        found->admitted = true;
+        presence_connected(found->name);
+    }
+    if (tainted.used > 0 && mosquitto_client_id(client) != NULL) {
+        names_remove(&tainted, mosquitto_client_id(client));
+    }
+}
+
+/* Decide whether the client may do anything at all. */
+static enum verdict judge(struct mosquitto *client, struct claim *claim)
+{
+    enum verdict verdict = identify(client, claim);
+
+    if (verdict == NOT_OURS) {
+        return NOT_OURS;
+    }
+    if (verdict == NOT_GRANTED) {
+        if (claim->kick && !kicks_going_on()) {
+            doom(client, claim, claim->refusal);
+        } else if (!claim->kick) {
+            log_refusal("Client %s is refused everything: %s.", claim->name, claim->refusal);
+        }
+        return NOT_GRANTED;
+    }
+    if (!guard_is_good()) {
+        return NOT_GRANTED;
+    }
+    if (registry_standing(guard_registry(), claim->name) != ALLOWED) {
+        if (claim->has_certificate && !kicks_going_on()) {
+            doom(client, claim, "the journal does not allow it");
+        }
+        return NOT_GRANTED;
+    }
+    if (claim->has_certificate) {
+        admit(client, claim);
+    }
+    return GRANTED;
+}
+
+enum verdict verdict_of(struct mosquitto *client, int access, const char *topic)
+{
+    struct claim claim;
+    enum verdict verdict = judge(client, &claim);
+
+    if (claim.kick && access == MOSQ_ACL_SUBSCRIBE && kicks_going_on()) {
+        verdict = GRANTED; /* the session's subscriptions are the identity's, which has another certificate */
+    }
+    if (verdict == NOT_OURS || access == MOSQ_ACL_UNSUBSCRIBE) {
+        return verdict == NOT_OURS ? NOT_OURS : GRANTED;
+    }
+    if (verdict == NOT_GRANTED || (access == MOSQ_ACL_WRITE && !claim.has_certificate && is_tainted(client))) {
+        return NOT_GRANTED;
+    }
+    return may(claim.name, access, topic) ? GRANTED : NOT_GRANTED;
+}
+
+/* --- Connections that begin and end ----------------------------------------------------------------------------- */
+
+static bool is_right_password(const char *password)
+{
+    uint8_t given[HASH_BYTES], difference = 0;
+    const uint8_t *right = guard_portal();
+
+    if (password == NULL || right == NULL) {
+        return false;
+    }
+    sha256_of(password, strlen(password), given);
+    for (size_t i = 0; i < HASH_BYTES; i++) { /* in constant time */
+        difference |= given[i] ^ right[i];
+    }
+    return difference == 0;
+}
+
+/* Say whether nobody but a device, or the portal, may connect with this name as user or client id. */
+static bool is_taken(const char *name)
+{
+    return name != NULL && (is_known(name) || presence_is_recipient(name));
+}
+
+enum verdict verdict_of_password(struct mosquitto *client, const char *username, const char *password)
+{
+    struct certificate certificate;
+
+    if (certificate_read(mosquitto_client_certificate(client), username, &certificate) != NO_CERTIFICATE) {
+        return NOT_OURS;
+    }
+    if (username == NULL || strcmp(username, PORTAL_USER) != 0) {
+        return verdict_of_method(client);
+    }
+    if (!is_right_password(password) || clients_note(client, PORTAL, NULL) == NULL) {
+        log_refusal("A client that calls itself the portal has not shown its password.");
+        return NOT_GRANTED;
+    }
+    return GRANTED;
+}
+
+enum verdict verdict_of_method(struct mosquitto *client)
+{
+    const char *username = mosquitto_client_username(client), *id = mosquitto_client_id(client);
+
+    if (is_taken(username) || is_taken(id) || clients_note(client, PLAIN, NULL) == NULL) {
+        log_refusal("A client without a certificate is not let in as user %s, client id %s: that is a device's.",
+            username == NULL ? "(none)" : username, id == NULL ? "(none)" : id);
+        return NOT_GRANTED;
+    }
+    return NOT_OURS;
+}
+
+void verdict_connected(struct mosquitto *client)
+{
+    struct claim claim;
+
+    if (!is_portal(client)) {
+        (void)judge(client, &claim);
+    }
+}
+
+void verdict_ended(struct mosquitto *client)
+{
+    const char *username = mosquitto_client_username(client), *id = mosquitto_client_id(client);
+    struct claim claim = {.name = username};
+
+    if (certificate_read(mosquitto_client_certificate(client), username, &claim.certificate) == CERTIFICATE &&
+        judge_certificate(&claim) == NOT_GRANTED && id != NULL && names_find(&tainted, id) == NULL &&
+        !names_add(&tainted, id)) {
+        all_tainted = true;
+    }
+    presence_ended(client);
+    forget(client);
+}
+
+/* --- Changes of the journal --------------------------------------------------------------------------------------- */
+
+void verdict_lost(const char *id, enum outcome outcome)
+{
+    if (outcome == RIGHTS_LOST || (names_find(&superseded, id) == NULL && !names_add(&superseded, id))) {
+        kicks_add(id);
+    }
+}
+
+void verdict_replaced(const struct registry *before, const struct registry *now)
+{
+    const struct client *client;
+
+    for (size_t at = 0; (client = clients_next(&at)) != NULL;) {
+        if (client->kind == DEVICE && (registry_standing(now, client->name) != ALLOWED ||
+                                          registry_lost_rights(before, now, client->name) ||
+                                          registry_has_serial(now, client->certificate.issuer, &client->certificate.serial))) {
+            kicks_add(client->name);
+        }
+    }
+}
+
+void verdict_settle(void)
+{
+    const struct registry *registry = guard_registry();
+    const struct client *client;
+    const struct name *name;
+
+    if (superseded.used == 0 || registry == NULL) {
+        return;
+    }
+    for (size_t at = 0; (client = clients_next(&at)) != NULL;) {
+        if (client->kind == DEVICE && names_find(&superseded, client->name) != NULL) {
+            if (registry_has_serial(registry, client->certificate.issuer, &client->certificate.serial)) {
+                kicks_add(client->name);
+            }
+            names_remove(&superseded, client->name);
+        }
+    }
+    for (size_t at = 0; (name = names_next(&superseded, &at)) != NULL;) {
+        kicks_add(name->text); /* connected and never checked, or not connected */
+    }
+    names_clear(&superseded);
+}
+
+void verdict_clear(void)
+{
+    names_clear(&remembered);
+    names_clear(&foreign);
+    names_clear(&tainted);
+    names_clear(&superseded);
+    all_tainted = false;
+    clients_clear();
+}

@@ -1,0 +1,572 @@
+"""The guard in a real Mosquitto: whom it decides for, what it grants, when it believes the journal, what it tells."""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.guard import SOURCES, GuardedBroker, guarded_broker, hash_of
+from tests.support.mosquitto import StartFailed
+from tests.support.mqtt import NOT_AUTHORISED, Message, MqttClient, Will, connect_socket, connect_tls
+from tests.support.pki import PEM, Authority, Credentials
+
+pytestmark = pytest.mark.system
+
+GRANTED_QOS_1 = 1
+DELIVERED = (0x00, 0x10)  # success; success with nobody subscribed
+BAD_CREDENTIALS = 0x87
+THEIRS = "a password of the operator's users"
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[GuardedBroker]:
+    """A broker whose journal is good at the beginning and the end of each test."""
+    with guarded_broker() as running:
+        yield running
+
+
+@pytest.fixture
+def own_broker() -> Iterator[GuardedBroker]:
+    """A broker for a test that damages or replaces the journal, or restarts it."""
+    with guarded_broker() as running:
+        yield running
+
+
+def may_publish(client: MqttClient, topic: str) -> bool:
+    code = client.publish(topic)
+    assert code in (*DELIVERED, NOT_AUTHORISED)
+    return code in DELIVERED
+
+
+def may_subscribe(client: MqttClient, filter_: str) -> bool:
+    code = client.subscribe(filter_)
+    assert code in (GRANTED_QOS_1, NOT_AUTHORISED)
+    return code == GRANTED_QOS_1
+
+
+def is_admitted(broker: GuardedBroker, identity: str, credentials: Credentials) -> bool:
+    with broker.device(credentials) as device:
+        return may_publish(device, f"devices/{identity}/probe")
+
+
+# --- The plugin by itself -----------------------------------------------------------------------------------------
+
+
+def test_the_matcher_agrees_with_mosquitto_and_mutated_journals_are_survived(tmp_path: Path) -> None:
+    subprocess.run(["make", "-s", "-C", SOURCES, f"BUILD={tmp_path}", "test"], check=True)
+
+
+@pytest.mark.long
+def test_ten_minutes_of_mutated_journals_and_filters_are_survived(tmp_path: Path) -> None:
+    subprocess.run(["make", "-s", "-C", SOURCES, f"BUILD={tmp_path}", "fuzz", "SECONDS=600"], check=True)
+
+
+def test_the_plugin_is_installed_below_the_prefix(tmp_path: Path) -> None:
+    subprocess.run(
+        ["make", "-s", "-C", SOURCES, f"BUILD={tmp_path}", f"DESTDIR={tmp_path}/root", "PREFIX=/usr", "install"],
+        check=True,
+    )
+    installed = tmp_path / "root/usr/lib/onboarding-portal/portal_guard.so"
+    assert installed.stat().st_mode & 0o777 == 0o644
+    needed = subprocess.run(["readelf", "-d", installed], check=True, capture_output=True, text=True).stdout
+    assert [line.split("[")[1].rstrip("]") for line in needed.splitlines() if "(NEEDED)" in line] == ["libc.so.6"]
+
+
+def test_a_broker_without_the_journals_path_does_not_start() -> None:
+    with guarded_broker(start=False) as broker:
+        text = broker.configuration_text()
+        broker.configuration_text = lambda: text.replace("plugin_opt_journal", "plugin_opt_other")  # type: ignore[method-assign]
+        with pytest.raises(StartFailed, match="Give plugin_opt_journal"):
+            broker.start()
+
+
+# --- Topics ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_reaches_its_default_topics_and_no_other(broker: GuardedBroker) -> None:
+    one, credentials = broker.admit()
+    two, neighbour_credentials = broker.admit()
+    with broker.device(credentials) as device, broker.device(neighbour_credentials) as neighbour:
+        assert may_subscribe(device, f"devices/{one}/#")
+        for topic in (f"devices/{one}", f"devices/{one}/a", f"devices/{one}/a/b"):
+            assert may_publish(device, topic)
+            assert device.receive() == Message(topic, b"hello")
+        for topic in (f"devices/{two}/a", f"devices/{one}x/a", "devices", "a", "portal/guard/refused", "$SYS/broker/x"):
+            assert not may_publish(device, topic)
+        assert not may_publish(neighbour, f"devices/{one}/a")
+        assert not may_subscribe(neighbour, f"devices/{one}/#")
+        neighbour.ping()
+        assert neighbour.messages == []
+
+
+def test_own_filters_replace_the_default_topics_and_have_their_own_access(broker: GuardedBroker) -> None:
+    identity = str(uuid.uuid4())
+    broker.tell(f"allow {identity} r:plant/+/state w:plant/7/command rw:mine/{identity}/# r:caf%C3%A9/a%20b/%25")
+    with broker.device(broker.issue(identity)) as device:
+        assert may_subscribe(device, "plant/+/state")
+        assert not may_publish(device, "plant/7/state")
+        assert may_publish(device, "plant/7/command")
+        assert not may_subscribe(device, "plant/7/command")
+        assert may_subscribe(device, "café/a b/%")
+        assert may_publish(device, f"mine/{identity}/x")
+        assert not may_publish(device, f"devices/{identity}/x")
+
+
+def test_another_prefix_stands_in_the_journal(own_broker: GuardedBroker) -> None:
+    identity = str(uuid.uuid4())
+    journal = own_broker.new_journal(2)
+    journal.line("prefix factory/devices")
+    journal.line(f"allow {identity}")
+    own_broker.journal = journal.write()
+    assert own_broker.ask("epoch/2")
+    with own_broker.device(own_broker.issue(identity)) as device:
+        assert may_publish(device, f"factory/devices/{identity}/x")
+        assert not may_publish(device, f"devices/{identity}/x")
+
+
+def test_a_subscription_is_granted_if_it_can_match_something_readable_and_delivery_filters_it(
+    broker: GuardedBroker,
+) -> None:
+    one, credentials = broker.admit()
+    _, sender_credentials = broker.admit("rw:devices/#")
+    with broker.device(credentials) as device, broker.device(sender_credentials) as sender:
+        for filter_ in ("#", "+/+/#", "devices/+/x", "+/+/x/#"):
+            assert may_subscribe(device, filter_)
+        assert not may_subscribe(device, "other/#")
+        assert not may_subscribe(device, "+")
+        sender.publish("devices/other/x")
+        sender.publish(f"devices/{one}/x")
+        assert device.receive().topic == f"devices/{one}/x"
+        device.ping()
+        assert {message.topic for message in device.messages} <= {f"devices/{one}/x"}
+
+
+@pytest.mark.parametrize(
+    "filter_", ["$SYS/#", "$CONTROL/#", "$other", "$share/g", "$share//a", "$share/g/#", "$share/g/+/x"]
+)
+def test_a_subscription_outside_of_the_devices_topics_is_refused(broker: GuardedBroker, filter_: str) -> None:
+    _, credentials = broker.admit()
+    with broker.tls(credentials) as device:
+        device.connect("any")
+        try:
+            assert not may_subscribe(device, filter_)
+        except ConnectionError:  # the broker itself takes it for malformed
+            assert filter_ in ("$share/g", "$share//a")
+
+
+def test_a_shared_subscription_is_granted_only_if_all_of_it_is_readable(broker: GuardedBroker) -> None:
+    one, credentials = broker.admit()
+    two, other_credentials = broker.admit("r:fleet/+/up", "r:fleet/7/#", "w:fleet/8/#")
+    with broker.device(credentials) as device, broker.device(other_credentials) as other:
+        assert may_subscribe(device, f"$share/g/devices/{one}/#")
+        assert may_subscribe(device, f"$share/g/devices/{one}/+/x")
+        for filter_ in (f"devices/{two}/#", "devices/+/x", "devices/#", "#", f"devices/{one}x/#"):
+            assert not may_subscribe(device, f"$share/g/{filter_}")
+        assert may_subscribe(other, "$share/g/fleet/+/up")
+        assert may_subscribe(other, "$share/g/fleet/7/#")
+        assert not may_subscribe(other, "$share/g/fleet/#")
+        assert not may_subscribe(other, "$share/g/fleet/8/#")
+
+
+def test_a_device_that_tries_to_join_a_group_takes_nothing_from_it(broker: GuardedBroker) -> None:
+    group = uuid.uuid4().hex
+    _, application_credentials = broker.admit("r:telemetry/#")
+    _, second_credentials = broker.admit("r:telemetry/#")
+    _, sender_credentials = broker.admit("w:telemetry/#")
+    _, intruder_credentials = broker.admit()
+    with (
+        broker.device(application_credentials) as first,
+        broker.device(second_credentials) as other,
+        broker.device(sender_credentials) as publisher,
+        broker.device(intruder_credentials) as intruder,
+    ):
+        assert may_subscribe(first, f"$share/{group}/telemetry/#")
+        assert may_subscribe(other, f"$share/{group}/telemetry/#")
+        assert not may_subscribe(intruder, f"$share/{group}/telemetry/#")
+        for number in range(30):
+            publisher.publish("telemetry/x", b"%d" % number)
+        first.ping()
+        other.ping()
+        got = sorted(int(message.payload) for client in (first, other) for message in client.messages)
+    assert got == list(range(30))
+
+
+def test_unsubscribing_is_always_granted(broker: GuardedBroker) -> None:
+    _, credentials = broker.admit()
+    with broker.device(credentials) as device:
+        assert device.unsubscribe("other/#") in (0x00, 0x11)
+
+
+# --- Whom it decides for ------------------------------------------------------------------------------------------
+
+
+def test_a_certificate_of_a_portal_ca_is_not_enough_whatever_its_name(broker: GuardedBroker) -> None:
+    for name in (str(uuid.uuid4()), "telegraf", "portal", "x" * 64, "odd name, with spaces", f"{uuid.uuid4()}x"):
+        with broker.device(broker.issue(name)) as device:
+            assert not may_publish(device, f"devices/{name}/x")
+            device.wait_until_cut()
+
+
+def test_the_name_in_upper_case_is_another_name(broker: GuardedBroker) -> None:
+    identity, _ = broker.admit()
+    with broker.device(broker.issue(identity.upper())) as device:
+        assert not may_publish(device, f"devices/{identity}/x")
+    with broker.device(broker.issue(identity.upper())) as device:
+        assert not may_publish(device, f"devices/{identity.upper()}/x")
+
+
+def test_an_identity_need_not_be_a_uuid(broker: GuardedBroker) -> None:
+    name = f"telegraf-{uuid.uuid4().hex}"
+    broker.tell(f"allow {name} r:devices/#")
+    with broker.device(broker.issue(name)) as application:
+        assert may_subscribe(application, "devices/#")
+        assert not may_publish(application, "devices/x")
+
+
+@dataclass
+class Operator:
+    """What an operator has beside the portal: a CA, users, an ACL."""
+
+    broker: GuardedBroker
+    ca: Authority
+    user_with_uuid: str
+
+    @contextmanager
+    def client(self, client_id: str, username: str | None = None, password: str = THEIRS) -> Iterator[MqttClient]:
+        with MqttClient(connect_socket(self.broker.socket)) as client:
+            given = None if username is None else password
+            assert client.connect(client_id, username=username, password=given) == 0
+            yield client
+
+    def refuses(self, client_id: str, username: str | None = None, password: str | None = None) -> bool:
+        with MqttClient(connect_socket(self.broker.socket)) as client:
+            return client.connect(client_id, username=username, password=password) == BAD_CREDENTIALS
+
+
+@pytest.fixture(scope="module")
+def operator() -> Iterator[Operator]:
+    with guarded_broker(start=False) as broker:
+        passwords, acl = broker.root / "passwords", broker.root / "acl"
+        passwords.touch()
+        identity = str(uuid.uuid4())
+        for user in ("operator", "portal", identity):
+            subprocess.run(["mosquitto_passwd", "-b", passwords, user, THEIRS], check=True, stderr=subprocess.DEVNULL)
+        passwords.chmod(0o644)
+        acl.write_text("topic readwrite open/#\nuser operator\ntopic readwrite plant/#\npattern readwrite own/%u/#\n")
+        acl.chmod(0o644)
+        foreign = Authority("Their own CA")
+        broker.ca.write_bytes(broker.ca.read_bytes() + foreign.certificate.public_bytes(PEM))
+        broker.extra = f"password_file {passwords}\nacl_file {acl}\nallow_anonymous true\n"
+        broker.start()
+        yield Operator(broker, foreign, identity)
+
+
+def test_password_users_of_the_operator_are_left_to_the_acl_file(operator: Operator) -> None:
+    with operator.client("any", "operator") as client:
+        assert may_publish(client, "plant/x")
+        assert may_publish(client, "own/operator/x")
+        assert not may_publish(client, "devices/x")
+        assert may_subscribe(client, "#")  # acl_file grants every subscription
+    assert operator.refuses("any", "operator", "wrong")
+
+
+def test_a_user_whose_name_is_a_uuid_that_the_journal_does_not_know_is_the_operators(operator: Operator) -> None:
+    user = operator.user_with_uuid
+    with operator.client("any", user) as client:
+        assert may_publish(client, f"own/{user}/x")
+        assert not may_publish(client, f"devices/{user}/x")
+
+
+def test_anonymous_clients_are_left_to_the_acl_file(operator: Operator) -> None:
+    with operator.client(str(uuid.uuid4())) as client:
+        assert may_publish(client, "open/x")
+        assert not may_publish(client, "plant/x")
+
+
+def test_a_certificate_of_a_foreign_ca_is_left_to_the_acl_file(operator: Operator) -> None:
+    for name in ("pump", "portal", str(uuid.uuid4())):
+        with operator.broker.device(operator.broker.issue(name, operator.ca)) as device:
+            assert may_publish(device, f"own/{name}/x")
+            assert not may_publish(device, f"devices/{name}/x")
+
+
+def test_a_foreign_certificate_with_the_name_of_a_device_has_none_of_its_rights(operator: Operator) -> None:
+    identity, _ = operator.broker.admit()
+    with operator.broker.device(operator.broker.issue(identity, operator.ca)) as device:
+        assert not may_publish(device, f"devices/{identity}/x")
+
+
+def test_devices_of_the_portal_have_nothing_of_the_acl_file(operator: Operator) -> None:
+    identity, credentials = operator.broker.admit()
+    with operator.broker.device(credentials) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+        assert not may_publish(device, "open/x")
+        assert not may_publish(device, f"own/{identity}/x")
+
+
+def test_nobody_becomes_a_device_by_a_password_or_by_its_client_id(operator: Operator) -> None:
+    identity, _ = operator.broker.admit()
+    assert operator.refuses(identity)
+    assert operator.refuses("any", identity, THEIRS)
+    assert operator.refuses(identity, "operator", THEIRS)
+
+
+def test_a_user_whose_name_becomes_a_device_loses_everything(operator: Operator) -> None:
+    with operator.client("any", operator.user_with_uuid) as client:
+        assert may_publish(client, f"own/{operator.user_with_uuid}/x")
+        operator.broker.tell(f"allow {operator.user_with_uuid}")
+        assert not may_publish(client, f"own/{operator.user_with_uuid}/x")
+        assert not may_publish(client, f"devices/{operator.user_with_uuid}/x")
+    operator.broker.tell(f"forget {operator.user_with_uuid}")
+
+
+def test_the_portals_password_alone_makes_the_portal(operator: Operator) -> None:
+    assert operator.refuses("any", "portal", THEIRS)  # though the operator's password_file has that user
+    assert operator.refuses("any", "portal", "guessed")
+    assert operator.refuses("any", "portal")
+    with operator.broker.device(operator.broker.issue("portal", operator.ca)) as device:
+        assert not may_publish(device, "portal/guard/version/1")
+
+
+def test_without_files_of_the_operators_only_devices_and_the_portal_connect(broker: GuardedBroker) -> None:
+    for client_id, username, password in (
+        ("any", None, None),
+        ("any", "operator", "x"),
+        (str(uuid.uuid4()), None, None),
+    ):
+        with MqttClient(connect_socket(broker.socket)) as client:
+            assert client.connect(client_id, username=username, password=password) == BAD_CREDENTIALS
+
+
+def test_the_portal_may_do_nothing_but_ask(broker: GuardedBroker) -> None:
+    with broker.portal() as portal:
+        for topic in ("devices/x", "portal/other", "portal/guard", "$CONTROL/x"):
+            assert not may_publish(portal, topic)
+        for filter_ in ("#", "devices/#", "portal/#", "$share/g/portal/guard/#"):
+            assert not may_subscribe(portal, filter_)
+        assert may_subscribe(portal, "portal/guard/presence")
+
+
+def test_a_device_with_a_wide_filter_does_not_reach_the_portals_topics(broker: GuardedBroker) -> None:
+    _, credentials = broker.admit("rw:portal/#")
+    with broker.device(credentials) as device:
+        assert not may_publish(device, "portal/guard/version/1")
+        assert not may_subscribe(device, "$share/g/portal/#")
+        assert may_subscribe(device, "portal/#")
+        assert broker.ask("version/1")
+        device.ping()
+        assert device.messages == []
+
+
+def test_a_listener_on_which_the_username_is_not_the_certificates_gives_no_devices_rights() -> None:
+    with guarded_broker(start=False) as broker:
+        text = broker.configuration_text().replace("use_identity_as_username true", "")
+        passwords = broker.root / "passwords"
+        passwords.touch()
+        victim, _ = str(uuid.uuid4()), None
+        subprocess.run(["mosquitto_passwd", "-b", passwords, victim, "x"], check=True, stderr=subprocess.DEVNULL)
+        passwords.chmod(0o644)
+        broker.configuration_text = lambda: f"{text}\npassword_file {passwords}\n"  # type: ignore[method-assign]
+        broker.start()
+        broker.tell(f"allow {victim}")
+        with broker.tls(broker.issue(str(uuid.uuid4()))) as thief:
+            assert thief.connect("any", username=victim, password="x") == 0
+            assert not may_publish(thief, f"devices/{victim}/x")
+
+
+# --- Denials --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["deny", "forget"])
+def test_a_denied_device_is_refused_and_cut_before_the_proof_is_given(broker: GuardedBroker, word: str) -> None:
+    identity, credentials = broker.admit()
+    with broker.device(credentials) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+        broker.tell(f"{word} {identity}")
+        device.wait_until_cut()
+    with broker.device(credentials) as device:
+        assert not may_publish(device, f"devices/{identity}/x")
+        device.wait_until_cut()
+    with broker.device(credentials) as device:
+        assert not may_subscribe(device, f"devices/{identity}/#")
+    broker.tell(f"allow {identity}")
+    assert is_admitted(broker, identity, credentials)
+
+
+def test_a_denial_is_read_without_being_asked_for(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    with broker.device(credentials) as device:
+        broker.journal.append(f"deny {identity}")
+        device.wait_until_cut()
+
+
+def test_a_device_that_was_connected_and_silent_is_cut(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    with broker.device(credentials) as device:
+        broker.tell(f"deny {identity}")
+        device.wait_until_cut()
+
+
+def test_a_device_that_loses_a_filter_is_cut_and_one_that_gains_some_is_not(broker: GuardedBroker) -> None:
+    loser, loser_credentials = broker.admit("rw:a/#", "r:b/+")
+    winner, winner_credentials = broker.admit("r:a/b", "r:b/c")
+    with broker.device(loser_credentials) as losing, broker.device(winner_credentials) as winning:
+        broker.tell(f"allow {winner} r:a/# rw:b/+", f"allow {loser} r:a/# r:b/+")
+        losing.wait_until_cut()
+        assert may_publish(winning, "b/x")
+
+
+def test_a_denied_device_gets_nothing_from_a_subscription_it_has(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit("r:news/#")
+    _, sender_credentials = broker.admit("w:news/#")
+    with broker.tls(credentials) as device, broker.device(sender_credentials) as sender:
+        device.connect("any", clean=False, expiry=600)
+        assert may_subscribe(device, "news/#")
+        device.drop()
+        broker.wait_until_closed(identity)
+        broker.tell(f"deny {identity}")
+        sender.publish("news/secret")
+        broker.tell(f"allow {identity} r:news/#")
+        sender.publish("news/open")
+        with broker.tls(credentials) as again:
+            again.connect("any", clean=False, expiry=600)
+            assert again.session_present
+            assert again.receive().topic == "news/open"
+
+
+def test_the_will_of_a_denied_device_is_not_published(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    _, reader_credentials = broker.admit("r:devices/#")
+    with broker.device(reader_credentials) as reader, broker.tls(credentials) as device:
+        assert may_subscribe(reader, f"devices/{identity}/#")
+        device.connect("any", will=Will(f"devices/{identity}/will", b"x"))
+        broker.tell(f"deny {identity}")
+        device.wait_until_cut()
+        reader.ping()
+        assert reader.messages == []
+
+
+def test_retained_messages_of_a_denied_device_are_withheld(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    _, reader_credentials = broker.admit("r:devices/#")
+    with broker.device(credentials) as device:
+        device.publish(f"devices/{identity}/state", retain=True)
+    with broker.device(reader_credentials) as reader:
+        reader.subscribe(f"devices/{identity}/#")
+        assert reader.receive().topic == f"devices/{identity}/state"
+    broker.tell(f"deny {identity}")
+    with broker.device(reader_credentials) as reader:
+        reader.subscribe(f"devices/{identity}/#")
+        reader.ping()
+        assert reader.messages == []
+
+
+# --- Serial numbers ---------------------------------------------------------------------------------------------------
+
+
+def serial_line(broker: GuardedBroker, word: str, identity: str, credentials: Credentials) -> str:
+    line = f"{word} {broker.issuer} {credentials.certificate.serial_number:x}"
+    return line if word == "unserial" else f"{line} {identity}"
+
+
+def test_a_superseded_certificate_is_refused_and_cut_and_the_new_one_stays(broker: GuardedBroker) -> None:
+    identity, old = broker.admit()
+    new = broker.issue(identity)
+    with broker.device(old) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+        broker.tell(serial_line(broker, "serial", identity, old))
+        device.wait_until_cut()
+    with broker.device(new) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+        with broker.device(old) as intruder:  # takes the session over, and may do nothing
+            assert not may_publish(intruder, f"devices/{identity}/x")
+            intruder.wait_until_cut()
+    broker.tell(serial_line(broker, "unserial", identity, old))
+    assert is_admitted(broker, identity, old)
+
+
+def test_a_renewed_device_is_not_cut_when_its_previous_certificate_is_revoked(broker: GuardedBroker) -> None:
+    identity, old = broker.admit()
+    with broker.device(broker.issue(identity)) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+        broker.tell(serial_line(broker, "serial", identity, old))
+        assert may_publish(device, f"devices/{identity}/x")
+
+
+def test_a_silent_connection_with_a_superseded_certificate_is_cut(broker: GuardedBroker) -> None:
+    identity, old = broker.admit()
+    with broker.device(old) as device:
+        broker.tell(serial_line(broker, "serial", identity, old))
+        device.wait_until_cut()
+
+
+def test_a_device_whose_old_certificate_is_revoked_keeps_its_session_with_subscriptions(broker: GuardedBroker) -> None:
+    identity, old = broker.admit()
+    with broker.tls(old) as device:
+        device.connect("any", clean=False, expiry=600)
+        assert may_subscribe(device, f"devices/{identity}/#")
+        broker.tell(serial_line(broker, "serial", identity, old))
+        device.wait_until_cut()
+    _, sender_credentials = broker.admit("w:devices/#")
+    with broker.device(sender_credentials) as publisher:
+        publisher.publish(f"devices/{identity}/command")
+    with broker.tls(broker.issue(identity)) as device:
+        device.connect("any", clean=False, expiry=600)
+        assert device.session_present
+        assert device.receive().topic == f"devices/{identity}/command"
+
+
+def test_a_serial_number_counts_for_its_issuer_alone(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    other = hash_of(broker.pki.root.certificate.subject)
+    broker.tell(f"serial {other} {credentials.certificate.serial_number:x} {identity}")
+    assert is_admitted(broker, identity, credentials)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_resumed_tls_session_shows_its_certificate(broker: GuardedBroker, version: str) -> None:
+    identity, credentials = broker.admit()
+    context = broker.context(credentials)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    with MqttClient(connect_tls(broker.port, context)) as device:
+        device.connect("any")
+        assert may_publish(device, f"devices/{identity}/x")
+        assert isinstance(device.socket, ssl.SSLSocket)
+        session = device.socket.session
+    with MqttClient(connect_tls(broker.port, context, session)) as device:
+        assert isinstance(device.socket, ssl.SSLSocket)
+        assert device.socket.session_reused
+        device.connect("any")
+        assert may_publish(device, f"devices/{identity}/x")
+        broker.tell(serial_line(broker, "serial", identity, credentials))
+        device.wait_until_cut()
+    with MqttClient(connect_tls(broker.port, context, session)) as device:
+        assert isinstance(device.socket, ssl.SSLSocket)
+        assert device.socket.session_reused
+        device.connect("any")
+        assert not may_publish(device, f"devices/{identity}/x")
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_the_will_of_a_superseded_certificate_is_not_published(broker: GuardedBroker, delay: int) -> None:
+    identity, old = broker.admit()
+    _, reader_credentials = broker.admit("r:devices/#")
+    broker.tell(serial_line(broker, "serial", identity, old))
+    with broker.device(reader_credentials) as reader, broker.tls(old) as thief:
+        assert may_subscribe(reader, f"devices/{identity}/#")
+        thief.connect("any", expiry=60 * delay, will=Will(f"devices/{identity}/will", b"x", delay))
+        thief.drop()
+        broker.wait_until_closed(identity)
+        with broker.tls(broker.issue(identity)) as device:  # ends a will that waits
+            device.connect("any", expiry=0)
+            assert may_publish(device, f"devices/{identity}/x")
+        assert [reader.receive().topic] == [f"devices/{identity}/x"]
+        reader.ping()
+        assert reader.messages == []
