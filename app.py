@@ -131,6 +131,8 @@ def _begin() -> None:
 
 def _is_on_pki_listener() -> bool:
     """Return whether the plain listener serves the path, be it by another method than the one of the request."""
+    if request.url_rule is not None and request.url_rule.endpoint in _ON_PKI_LISTENER:
+        return True
     adapter = current_app.create_url_adapter(request)
     if adapter is None:
         return False
@@ -141,12 +143,12 @@ def _view(route: Route) -> Callable[..., Response]:
     def view(**path: str) -> Response:
         g.route = route.path
         portal = portal_of(current_app)
-        g.actor = routing.actor_of(portal, route, request, g.request_id)
-        routing.check_permission(portal, route, g.actor)
+        g.actor = actor = routing.actor_of(portal, route, request, g.request_id)
+        routing.check_permission(portal, route, actor)
         arguments = routing.read_arguments(route, request, path)
         call = Call(
             portal=portal,
-            actor=g.actor,
+            actor=actor,
             method=request.method,
             headers=request.headers,  # case-insensitive
             idempotency_key=routing.read_idempotency_key(route, request),
@@ -158,21 +160,22 @@ def _view(route: Route) -> Callable[..., Response]:
 
 
 def _end(response: Response) -> Response:
-    response.headers["X-Request-Id"] = g.request_id
-    response.headers.setdefault("X-Content-Type-Options", "nosniff")
-    response.headers.setdefault("Cache-Control", "no-store")
+    headers, method, route, request_id, actor = response.headers, request.method, g.route, g.request_id, g.actor
+    headers["X-Request-Id"] = request_id
+    headers.setdefault("X-Content-Type-Options", "nosniff")
+    headers.setdefault("Cache-Control", "no-store")
     seconds = time.perf_counter() - g.started
-    route, method = g.route or "none", request.method if request.method in metrics.METHODS else "other"
-    metrics.counts.requests.labels(route, method, str(response.status_code)).inc()
-    metrics.counts.request_seconds.labels(route).observe(seconds)
+    counted = route or "none", method if method in metrics.METHODS else "other", str(response.status_code)
+    metrics.counts.requests.labels(*counted).inc()
+    metrics.counts.request_seconds.labels(counted[0]).observe(seconds)
     facts = {
-        "request_id": g.request_id,
-        "method": request.method,
-        "route": g.route,  # the rule, not the path: a path can hold a link's token
+        "request_id": request_id,
+        "method": method,
+        "route": route,  # the rule, not the path: a path can hold a link's token
         "status": response.status_code,
         "ms": round(seconds * 1000, 1),
         "device_id": (request.view_args or {}).get("device_id"),
-        "actor": g.actor.name if g.actor else None,
+        "actor": actor.name if actor else None,
         "address": request.remote_addr,
     }
     log.info("request", extra=facts)

@@ -139,7 +139,7 @@ _ANSWERS = Answers(
 
 @ROUTES.add("GET", "/ocsp/{request}", ANYONE, _ANSWERS, on_pki_listener=True)
 def ocsp_get(call: Call, request: str) -> Reply:
-    """OcspAnswer an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
+    """Answer an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
     # Some encoders break lines, and some proxies take "+" in a path for a space.
     text = re.sub(r"[\t\n\v\f\r]", "", request).replace(" ", "+").rstrip("=")
     try:
@@ -151,7 +151,7 @@ def ocsp_get(call: Call, request: str) -> Reply:
 
 @ROUTES.add("POST", "/ocsp", ANYONE, _ANSWERS, octets=Octets(REQUEST, MAX_BYTES), on_pki_listener=True)
 def ocsp_post(call: Call, body: bytes) -> Reply:
-    """OcspAnswer an OCSPRequest (RFC 6960 appendix A.1)."""
+    """Answer an OCSPRequest (RFC 6960 appendix A.1)."""
     return _reply(call, call.portal.responder.answer(body))
 
 

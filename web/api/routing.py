@@ -374,10 +374,8 @@ def response_of(route: Route, answer: Reply | AnswerModel) -> Response:
     content: bytes | Iterator[bytes] = reply.content
     if reply.model is not None:
         content = reply.model.model_dump_json(exclude_none=reply.model.omit_none).encode()
-    response = Response(content, status=reply.status or route.answers.status)
-    if reply.media_type:
-        response.headers["Content-Type"] = reply.media_type
-    else:
-        response.headers.pop("Content-Type", None)
-    response.headers.update(dict(reply.headers))
+    headers = {"Content-Type": reply.media_type, **reply.headers}
+    response = Response(content, reply.status or route.answers.status, headers)
+    if not reply.media_type:
+        del response.headers["Content-Type"]
     return response
