@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote
@@ -22,7 +23,7 @@ from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.errors import IssuerUnusable, PortalError
 from core.states import CertificateStatus, IssuerKind
 from operations.backup.backup import passphrase_here
-from operations.doctor.base import Finding, Installation, certificate_of, combine, problem, summarize, warning
+from operations.doctor.base import Finding, Findings, Installation, certificate_of, combine, problem, summarize, warning
 from operations.doctor.network import https_date, served
 from pki import ocsp as pki_ocsp
 from pki.issuers import Issuer
@@ -43,7 +44,7 @@ def ca_keys(installation: Installation) -> Finding:
     """Check that the passphrase decrypts the keys, and that they belong to the certificates."""
     settings = installation.settings
     keys = KeyFiles(settings.ca_dir, passphrase_here(settings))
-    found, root = [], "is not in the CA folder"
+    found, root = Findings(), "is not in the CA folder"
     for issuer in installation.issuers():
         if issuer.kind == IssuerKind.ROOT:
             if not keys.exists(issuer.name):
@@ -52,14 +53,11 @@ def ca_keys(installation: Installation) -> Finding:
         try:
             key = keys.load(issuer.name)
         except PortalError as error:
-            found.append(problem(error.detail, "Restore the key from a backup, or correct PORTAL_CA_PASSPHRASE."))
+            found.problem(error.detail, "Restore the key from a backup, or correct PORTAL_CA_PASSPHRASE.")
             continue
         if key.public_key() != x509.load_der_x509_certificate(issuer.der).public_key():
-            found.append(
-                problem(
-                    f"The key of {issuer.name} does not belong to its certificate.",
-                    "Restore its key file from a backup.",
-                )
+            found.problem(
+                f"The key of {issuer.name} does not belong to its certificate.", "Restore its key file from a backup."
             )
     return combine(found, f"The passphrase decrypts the issuing keys; the root's key {root}.")
 
@@ -69,17 +67,17 @@ def ca_chain(installation: Installation) -> Finding:
     now, issuers = installation.clock(), installation.issuers()
     certificates = {issuer.name: x509.load_der_x509_certificate(issuer.der) for issuer in issuers}
     roots = [certificates[issuer.name] for issuer in issuers if issuer.kind == IssuerKind.ROOT]
-    found = []
+    found = Findings()
     for name, certificate in certificates.items():
         try:
             Issuer(name, certificate)  # basic constraints, key usage, key identifier
             if not any(_verifies(certificate, root) for root in roots):
-                found.append(problem(f"{name} is not signed by the root.", "Restore a backup of the database."))
+                found.problem(f"{name} is not signed by the root.", "Restore a backup of the database.")
         except PortalError as error:
-            found.append(problem(error.detail, "Restore a backup of the database."))
+            found.problem(error.detail, "Restore a backup of the database.")
         if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
-            found.append(
-                problem(f"{name} is not valid now.", "Set the clock, or create a new CA: flask --app app ca rollover.")
+            found.problem(
+                f"{name} is not valid now.", "Set the clock, or create a new CA: flask --app app ca rollover."
             )
     expected = set(certificates.values())
     for path in (installation.settings.data_dir / "ca.pem", installation.settings.broker_file(CA_FILE)):
@@ -88,9 +86,7 @@ def ca_chain(installation: Installation) -> Finding:
         except (OSError, ValueError):
             there = set()
         if there != expected:
-            found.append(
-                problem(f"{path} does not contain exactly the portal's CAs.", "Restart the portal, which writes it.")
-            )
+            found.problem(f"{path} does not contain exactly the portal's CAs.", "Restart the portal, which writes it.")
     ends = min(certificate.not_valid_after_utc for certificate in certificates.values())
     return combine(found, f"{summarize(list(certificates))} verify; the first expires {ends:%Y-%m-%d}.")
 
@@ -108,18 +104,22 @@ def _verifies(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 def crl(installation: Installation) -> Finding:
     """Check that each CRL is renewed in time, and the same in the database and the broker's folder."""
-    found: list[Finding] = []
-    for attempt in range(TRIES):
-        found = _crl(installation)
-        if not found or attempt == TRIES - 1:
-            break
-        time.sleep(0.3)  # a reconciliation may be running between the two
+    found = _settled(lambda: _crl(installation))
     return combine(found, "Every CRL is current, and the same in the database and in the broker's folder.")
+
+
+def _settled(look: Callable[[], list[Finding]]) -> list[Finding]:
+    """Look again for a while as long as there are findings: a reconciliation may be running between two places."""
+    for _ in range(TRIES - 1):
+        if not (found := look()):
+            return found
+        time.sleep(0.3)
+    return look()
 
 
 def _crl(installation: Installation) -> list[Finding]:
     now, path = installation.clock(), installation.settings.broker_file(CRL_FILE)
-    found: list[Finding] = []
+    found = Findings()
     with installation.snapshot() as tx:
         newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
         kinds = {issuer.name: issuer.kind for issuer in store_issuers.list_issuers(tx)}
@@ -130,14 +130,12 @@ def _crl(installation: Installation) -> list[Finding]:
         return [problem(said, "Start the portal, which writes it, then restart the broker.")]
     for name, record in newest.items():
         if record is None:
-            found.append(problem(f"{name} has no CRL.", "Start the portal, which signs one."))
+            found.problem(f"{name} has no CRL.", "Start the portal, which signs one.")
             continue
         found += _freshness(name, kinds[name], record, now)
         if kinds[name] == IssuerKind.ISSUING and record.der not in in_folder:
-            found.append(
-                problem(
-                    f"{path} does not contain the newest CRL of {name}, number {record.number}.", "Start the portal."
-                )
+            found.problem(
+                f"{path} does not contain the newest CRL of {name}, number {record.number}.", "Start the portal."
             )
     return found
 
@@ -160,19 +158,18 @@ def _freshness(name: str, kind: str, record: CrlRecord, now: datetime) -> list[F
 
 def crl_served(installation: Installation) -> Finding:
     """Check that the plain HTTP listener serves the newest CRLs of the database."""
-    found: list[Finding] = []
-    for attempt in range(TRIES):
-        with installation.snapshot() as tx:
-            newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
-        found = [
-            problem(f"The CRL of {name} that the portal serves is not the newest.", "Restart the portal; see its log.")
-            for name, record in newest.items()
-            if record is not None and served(installation, f"/crl/{name}.crl") != record.der
-        ]
-        if not found or attempt == TRIES - 1:
-            break
-        time.sleep(0.3)
+    found = _settled(lambda: _crl_served(installation))
     return combine(found, f"http://{installation.settings.pki_bind} serves the newest CRLs.")
+
+
+def _crl_served(installation: Installation) -> list[Finding]:
+    with installation.snapshot() as tx:
+        newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
+    return [
+        problem(f"The CRL of {name} that the portal serves is not the newest.", "Restart the portal; see its log.")
+        for name, record in newest.items()
+        if record is not None and served(installation, f"/crl/{name}.crl") != record.der
+    ]
 
 
 # --- OCSP -------------------------------------------------------------------------------------------------------------
@@ -180,7 +177,7 @@ def crl_served(installation: Installation) -> Finding:
 
 def ocsp_responders(installation: Installation) -> Finding:
     """Check that each issuing CA has an OCSP responder certificate that is renewed in time (RFC 6960)."""
-    now, found = installation.clock(), []
+    now, found = installation.clock(), Findings()
     for record in installation.issuers():
         if record.kind == IssuerKind.ROOT:
             continue
@@ -189,22 +186,22 @@ def ocsp_responders(installation: Installation) -> Finding:
             issuer = Issuer(record.name, x509.load_der_x509_certificate(record.der))
             signer = pki_ocsp.open_signer(path.read_bytes(), issuer)
         except OSError as error:
-            found.append(problem(f"{path} cannot be read ({error.strerror}).", _START_RESPONDER))
+            found.problem(f"{path} cannot be read ({error.strerror}).", _START_RESPONDER)
             continue
         except IssuerUnusable as error:
-            found.append(problem(error.detail, _START_RESPONDER))
+            found.problem(error.detail, _START_RESPONDER)
             continue
         said = f"The OCSP responder of {record.name} expires {signer.not_after:%Y-%m-%d %H:%M} UTC"
         if not signer.not_before <= now < signer.not_after:
-            found.append(problem(f"{said}, so it is not valid now.", _START_RESPONDER))
+            found.problem(f"{said}, so it is not valid now.", _START_RESPONDER)
         elif now > signer.not_before + (signer.not_after - signer.not_before) * 2 / 3 + _RESPONDER_LATE:
-            found.append(warning(f"{said}, and should have been renewed.", "A running portal renews it: see its log."))
+            found.warning(f"{said}, and should have been renewed.", "A running portal renews it: see its log.")
     return combine(found, "Each issuing CA has an OCSP responder that is renewed in time.")
 
 
 def ocsp_served(installation: Installation) -> Finding:
     """Check the signed OCSP responses of the plain HTTP listener about the two probe certificates (RFC 6960)."""
-    found = []
+    found = Findings()
     probes = installation.probe_certificates
     for probe, expected in ((probes.good, OCSPCertStatus.GOOD), (probes.revoked, OCSPCertStatus.REVOKED)):
         certificate, issuer = x509.load_pem_x509_certificates(probe.certificate.read_bytes())[:2]
@@ -215,10 +212,8 @@ def ocsp_served(installation: Installation) -> Finding:
         )
         if problem_seen is not None:
             name = probe.certificate.stem
-            found.append(
-                problem(
-                    f"Asked about the {name} probe certificate, {problem_seen}.", "Restart the portal; see its log."
-                )
+            found.problem(
+                f"Asked about the {name} probe certificate, {problem_seen}.", "Restart the portal; see its log."
             )
     url = f"http://{installation.settings.pki_bind}/ocsp"
     return combine(found, f"{url} tells the good probe certificate from the revoked one.")
@@ -257,18 +252,16 @@ def _problem_of_response(
 
 def clock(installation: Installation) -> Finding:
     """Check that the clock agrees with the running portal's, and is not behind a recorded time."""
-    found: list[Finding] = []
+    found = Findings()
     with installation.snapshot() as tx:
         entry = tx.execute(sa.select(sa.func.max(AuditEntry.at))).scalar_one()
         this_update = tx.execute(sa.select(sa.func.max(Crl.this_update))).scalar_one()
     now = installation.clock()
     for what, recorded in (("An audit entry", entry), ("The newest CRL", this_update)):
         if recorded is not None and recorded > now + SLACK:
-            found.append(
-                problem(
-                    f"{what} is dated {recorded:%Y-%m-%d %H:%M:%S} UTC, in the future: the clock was set back.",
-                    "Set the clock (NTP); the validity of CRLs and certificates depends on it.",
-                )
+            found.problem(
+                f"{what} is dated {recorded:%Y-%m-%d %H:%M:%S} UTC, in the future: the clock was set back.",
+                "Set the clock (NTP); the validity of CRLs and certificates depends on it.",
             )
     compared = "the portal does not answer, so its clock was not compared"
     try:
@@ -278,15 +271,13 @@ def clock(installation: Installation) -> Finding:
     if served_date is not None:
         compared = "the portal's clock agrees"
         if abs(served_date - installation.clock()) > SLACK:
-            found.append(
-                problem(f"The portal says that it is {served_date:%Y-%m-%d %H:%M:%S} UTC.", "Set both clocks (NTP).")
-            )
+            found.problem(f"The portal says that it is {served_date:%Y-%m-%d %H:%M:%S} UTC.", "Set both clocks (NTP).")
     return combine(found, f"It is {now:%Y-%m-%d %H:%M:%S} UTC; {compared}.")
 
 
 def expiry(installation: Installation) -> Finding:
     """Find what expires soon: CAs within 90 days, everything else within 30."""
-    now, found = installation.clock(), []
+    now, found = installation.clock(), Findings()
     for issuer in installation.issuers():
         found += _ca_expiry(issuer, now)
     settings, probes = installation.settings, installation.probe_certificates
@@ -308,10 +299,8 @@ def expiry(installation: Installation) -> Finding:
             sa.select(sa.func.count()).select_from(Certificate).where(*living, Certificate.not_after <= now + SOON)
         ).scalar_one()
     if soon:
-        found.append(
-            warning(
-                f"{soon} device certificates expire within 30 days.", "List them: ./portal list --expires-before 30d."
-            )
+        found.warning(
+            f"{soon} device certificates expire within 30 days.", "List them: ./portal list --expires-before 30d."
         )
     return combine(found, "Nothing expires within 30 days, no CA within 90.")
 

@@ -62,6 +62,18 @@ def problem(detail: str, advice: str) -> Finding:
     return Finding("", State.PROBLEM, detail, advice)
 
 
+class Findings(list[Finding]):
+    """What a check finds while it looks at several things."""
+
+    def warning(self, detail: str, advice: str) -> None:
+        """Add a warning."""
+        self.append(warning(detail, advice))
+
+    def problem(self, detail: str, advice: str) -> None:
+        """Add a problem."""
+        self.append(problem(detail, advice))
+
+
 def combine(findings: Sequence[Finding], otherwise: str) -> Finding:
     """Return one finding with the details of all and the worst state; ``well(otherwise)`` if there are none."""
     if not findings:

@@ -17,7 +17,7 @@ from broker.folder import CRL_FILE
 from broker.session import FAILURE, NOT_AUTHORISED, PORTAL_USER, SUCCESS, Session, connect_unix, peer_process
 from core.acl_style import ACL_FILE, AclStyle
 from core.states import ON_CRL, DeviceStatus, IssuerKind
-from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, summarize, warning, well
+from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, well
 from store import generations, issuers
 from store.tables import Certificate, Device
 from workflows.reconciliation import denials, update_access
@@ -62,29 +62,27 @@ def acl_entries(installation: Installation) -> Finding:
             denied_still = generations.denied_among(tx, installation.tenant_id, denied)
     found = compare_acl(expected, installed_blocks, pending | denied_still)
     if expected_acl.closed:
-        found.append(
-            warning(
-                f"{len(expected_acl.closed)} devices may do nothing, because the settings do not allow their topics:"
-                f" {summarize(list(expected_acl.closed))}.",
-                "Change their topics (./portal update), or PORTAL_ACL_STYLE and PORTAL_TOPIC_PREFIX.",
-            )
+        found.warning(
+            f"{len(expected_acl.closed)} devices may do nothing, because the settings do not allow their topics:"
+            f" {summarize(list(expected_acl.closed))}.",
+            "Change their topics (./portal update), or PORTAL_ACL_STYLE and PORTAL_TOPIC_PREFIX.",
         )
     more = f" {len(pending)} more will be installed soon." if pending else ""
     return combine(found, f"The ACL is what the database says: {len(expected_acl)} devices.{more}")
 
 
-def compare_acl(expected: Mapping[str, str], installed: Mapping[str, str], ignored: set[str]) -> list[Finding]:
+def compare_acl(expected: Mapping[str, str], installed: Mapping[str, str], ignored: set[str]) -> Findings:
     """Return the differences of two ACLs, each the text of the block by user, except for the users in ``ignored``."""
     missing = sorted(expected.keys() - installed.keys() - ignored)
     unknown = sorted(installed.keys() - expected.keys() - ignored)
     other = sorted(user for user in expected.keys() & installed.keys() - ignored if expected[user] != installed[user])
-    found = []
+    found = Findings()
     if missing:
-        found.append(problem(f"{len(missing)} entries of the ACL are missing: {summarize(missing)}.", _REPAIRS))
+        found.problem(f"{len(missing)} entries of the ACL are missing: {summarize(missing)}.", _REPAIRS)
     if unknown:
-        found.append(problem(f"{len(unknown)} entries of the ACL should not exist: {summarize(unknown)}.", _REPAIRS))
+        found.problem(f"{len(unknown)} entries of the ACL should not exist: {summarize(unknown)}.", _REPAIRS)
     if other:
-        found.append(problem(f"{len(other)} entries of the ACL grant other topics: {summarize(other)}.", _REPAIRS))
+        found.problem(f"{len(other)} entries of the ACL grant other topics: {summarize(other)}.", _REPAIRS)
     return found
 
 
@@ -102,7 +100,7 @@ def _blocks(content: bytes) -> dict[str, str]:
 
 def crl_entries(installation: Installation) -> Finding:
     """Check that the CRL lists every revoked certificate that has not expired, and no other."""
-    now, found, count = installation.clock(), [], 0
+    now, found, count = installation.clock(), Findings(), 0
     with installation.between_reconciliations():
         crls = read_crls(installation.settings.broker_file(CRL_FILE).read_bytes())
         with installation.snapshot() as tx:
@@ -121,33 +119,28 @@ def crl_entries(installation: Installation) -> Finding:
                 missing = sorted({serial for serial, end in revoked if end > now} - listed)
                 extra = sorted(listed - {serial for serial, _ in revoked})
                 if missing and pending:
-                    found.append(warning(f"{len(missing)} revoked certificates will be on the next CRL.", _PENDING))
+                    found.warning(f"{len(missing)} revoked certificates will be on the next CRL.", _PENDING)
                 elif missing:
-                    found.append(
-                        problem(
-                            f"{len(missing)} revoked certificates are not on the CRL: {summarize(missing)}.", _REPAIRS
-                        )
+                    found.problem(
+                        f"{len(missing)} revoked certificates are not on the CRL: {summarize(missing)}.", _REPAIRS
                     )
                 if extra:
-                    found.append(
-                        problem(
-                            f"{len(extra)} certificates are on the CRL but not revoked: {summarize(extra)}.", _REPAIRS
-                        )
+                    found.problem(
+                        f"{len(extra)} certificates are on the CRL but not revoked: {summarize(extra)}.", _REPAIRS
                     )
     return combine(found, f"The CRL is what the database says: {count} certificates.")
 
 
 def _is_pending(installation: Installation, tx: sa.Connection) -> bool:
     """Return whether something was revoked that the newest CRL cannot list yet."""
+    installed = BrokerFiles(installation.settings, installation.clock).installed_generation() or 0
     for issuer in issuers.list_issuers(tx):
         crl = issuers.get_crl(tx, issuer.id)
         if issuer.kind == IssuerKind.ISSUING and (crl is None or issuer.revoked_generation > crl.generation):
             return True
-    installed = BrokerFiles(installation.settings, installation.clock).installed_generation() or 0
-    return any(
-        crl is not None and crl.generation > installed
-        for crl in (issuers.get_crl(tx, issuer.id) for issuer in issuers.list_issuers(tx))
-    )
+        if crl is not None and crl.generation > installed:
+            return True
+    return False
 
 
 # --- The running broker --------------------------------------------------------------------------------------------

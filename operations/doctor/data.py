@@ -15,7 +15,8 @@ import sqlalchemy as sa
 
 from broker.folder import FILE_MODE, FOLDER_MODE
 from core.states import PENDING_DELIVERY
-from operations.doctor.base import Finding, Installation, combine, problem, summarize, warning, well
+from operations.data_folder import own_folders
+from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
 from store import audit, generations, tenants
 from store import copy as store_copy
 from store.tables import Delivery
@@ -35,31 +36,23 @@ def data_folder(installation: Installation) -> Finding:
     owner = settings.data_dir.stat().st_uid
     folders = {
         settings.data_dir: {0o711, 0o700},
-        settings.secrets_dir: {0o700},
-        settings.ca_dir: {0o700},
-        settings.tls_dir: {0o700},
-        settings.ocsp_dir: {0o700},
-        settings.data_dir / "canaries": {0o700},
+        **{folder: {0o700} for folder in own_folders(settings)},
         settings.broker_dir: {FOLDER_MODE, 0o700},
     }
-    found = []
+    found = Findings()
     if os.geteuid() != owner:
         name = _user(owner)
-        found.append(
-            warning(f"The data folder belongs to {name}.", f"Run the doctor as {name}: other checks depend on it.")
-        )
+        found.warning(f"The data folder belongs to {name}.", f"Run the doctor as {name}: other checks depend on it.")
     for path, modes in folders.items():
         if not path.is_dir():
-            found.append(problem(f"{path} is missing.", "Start the portal, which creates it."))
+            found.problem(f"{path} is missing.", "Start the portal, which creates it.")
             continue
         status = path.lstat()
         if stat.S_IMODE(status.st_mode) not in modes:
             wanted = f"{max(modes):o}"
-            found.append(
-                problem(f"{path} has mode {stat.S_IMODE(status.st_mode):o}, not {wanted}.", f"chmod {wanted} {path}")
-            )
+            found.problem(f"{path} has mode {stat.S_IMODE(status.st_mode):o}, not {wanted}.", f"chmod {wanted} {path}")
         if status.st_uid != owner and path != settings.broker_dir:
-            found.append(problem(f"{path} belongs to {_user(status.st_uid)}.", f"chown {_user(owner)} {path}"))
+            found.problem(f"{path} belongs to {_user(status.st_uid)}.", f"chown {_user(owner)} {path}")
     return combine(found, f"{settings.data_dir} with its folders is as it should be.")
 
 
@@ -67,34 +60,28 @@ def secret_files(installation: Installation) -> Finding:
     """Check that nobody else can read the files of keys and secrets."""
     settings = installation.settings
     owner = settings.data_dir.stat().st_uid
-    found, count = [], 0
+    found, count = Findings(), 0
     for path in _secret_paths(installation):
         count += 1
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
-            found.append(problem(f"{path} is not a plain file.", f"Find out who created it, then remove it: rm {path}"))
+            found.problem(f"{path} is not a plain file.", f"Find out who created it, then remove it: rm {path}")
         elif status.st_mode & 0o077:
             mode = stat.S_IMODE(status.st_mode)
-            found.append(
-                problem(
-                    f"{path} has mode {mode:o}, not 600.",
-                    f"Others may have read it, so replace it, then: chmod 600 {path}",
-                )
+            found.problem(
+                f"{path} has mode {mode:o}, not 600.", f"Others may have read it, so replace it, then: chmod 600 {path}"
             )
         elif status.st_uid != owner:
-            found.append(problem(f"{path} belongs to {_user(status.st_uid)}.", f"chown {_user(owner)} {path}"))
+            found.problem(f"{path} belongs to {_user(status.st_uid)}.", f"chown {_user(owner)} {path}")
     key = settings.broker_file("server.key")
     if key.exists() and stat.S_IMODE(key.lstat().st_mode) & ~FILE_MODE:
-        found.append(
-            problem(f"{key} can be read by others.", f"Others may have read it, so replace it, then: chmod 640 {key}")
-        )
+        found.problem(f"{key} can be read by others.", f"Others may have read it, so replace it, then: chmod 640 {key}")
     return combine(found, f"{count} files of keys and secrets can be read only by their owner.")
 
 
 def _secret_paths(installation: Installation) -> Iterator[Path]:
     settings = installation.settings
-    probes = settings.data_dir / "canaries"
-    for folder in (settings.secrets_dir, settings.ca_dir, settings.tls_dir, settings.ocsp_dir, probes):
+    for folder in own_folders(settings):
         if folder.is_dir():
             yield from sorted(folder.iterdir())
     yield from sorted(settings.data_dir.glob("before-restore.backup*"))

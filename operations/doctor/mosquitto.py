@@ -14,7 +14,7 @@ from broker.files.control import PASSWORD_FILE
 from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import Settings
 from core.acl_style import ACL_FILE, AclStyle
-from operations.doctor.base import SECONDS, Finding, Installation, combine, problem, warning, well
+from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, warning, well
 from operations.doctor.broker import active_devices, running_broker
 
 OLDEST = (2, 0, 11)
@@ -23,31 +23,20 @@ SAFE_RELOAD = (2, 1, 0)  # since then a reload keeps sessions that are not conne
 MAX_BLOCKS = 10_000  # with these an older version pauses for a third of a second
 _MAX_BYTES = 1 << 20
 _MAX_FILES = 100
-# Options that belong to the listener above them, or to the default one if there is none above.
+# Options that are checked, and belong to the listener above them, or to the default one if there is none above.
 _OF_A_LISTENER = frozenset(
     [
-        "bind_address",
-        "bind_interface",
         "cafile",
         "capath",
         "certfile",
         "keyfile",
         "crlfile",
-        "ciphers",
-        "ciphers_tls1.3",
-        "dhparamfile",
         "require_certificate",
         "use_identity_as_username",
         "use_subject_as_username",
         "use_username_as_clientid",
         "tls_version",
         "max_connections",
-        "max_topic_alias",
-        "mount_point",
-        "protocol",
-        "psk_hint",
-        "socket_domain",
-        "accept_protocol_versions",
     ]
 )
 _INSTALL = "Install mosquitto/portal.conf as mosquitto/README.md says, then restart the broker."
@@ -55,7 +44,7 @@ _INSTALL = "Install mosquitto/portal.conf as mosquitto/README.md says, then rest
 
 @dataclass(slots=True)
 class Listener:
-    """A listener: port (0 for a Unix socket), address or path, and its own options, the last of each."""
+    """A listener: port (0 for a Unix socket), address or path, and those of its own options that are checked."""
 
     port: int
     address: str
@@ -159,15 +148,13 @@ def broker_configuration(installation: Installation) -> Finding:
 
 def mistakes(configuration: Configuration, settings: Settings) -> list[Finding]:
     """Return everything in a configuration that admits clients, or grants topics, that it must not."""
-    found = [*_global_mistakes(configuration.options, settings)]
+    found = Findings(_global_mistakes(configuration.options, settings))
     internal = [one for one in configuration.listeners if one.port == 0 and Path(one.address) == settings.broker_socket]
     of_devices = [one for one in configuration.listeners if one.port == settings.mqtt_port]
     if not internal:
-        found.append(
-            problem(f"There is no listener 0 {settings.broker_socket}, which the portal connects to.", _INSTALL)
-        )
+        found.problem(f"There is no listener 0 {settings.broker_socket}, which the portal connects to.", _INSTALL)
     if not of_devices:
-        found.append(problem(f"There is no listener {settings.mqtt_port} for devices.", _INSTALL))
+        found.problem(f"There is no listener {settings.mqtt_port} for devices.", _INSTALL)
     for listener in of_devices:
         found += _listener_mistakes(listener.options, settings)
     for listener in configuration.listeners:
@@ -177,10 +164,8 @@ def mistakes(configuration: Configuration, settings: Settings) -> list[Finding]:
             and not _is_true(listener.options, "require_certificate")
         ):
             name = f"{listener.port} {listener.address}".strip()
-            found.append(
-                problem(
-                    f"Another listener, {name}, does not require a certificate.", "Remove it from the configuration."
-                )
+            found.problem(
+                f"Another listener, {name}, does not require a certificate.", "Remove it from the configuration."
             )
     return found
 
@@ -256,12 +241,10 @@ def broker_version(installation: Installation) -> Finding:
     """Check that the running broker's version works, and is fast enough for the fleet and the ACL's style."""
     pid = running_broker(installation)
     program = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-    found = []
+    found = Findings()
     if pid and (own := _program_of(pid)) is not None:
         if own.endswith(" (deleted)"):
-            found.append(
-                warning("The broker's program was updated since it started.", "Restart the broker at a quiet time.")
-            )
+            found.warning("The broker's program was updated since it started.", "Restart the broker at a quiet time.")
         elif _is_owned_by_root(own):
             program = own
     if program is None:
@@ -274,8 +257,8 @@ def broker_version(installation: Installation) -> Finding:
         return warning(f"{program} does not print its version.", f"Check that {program} is Mosquitto.")
     said = ".".join(map(str, version))
     if version < OLDEST:
-        found.append(
-            warning(f"Mosquitto {said} is older than 2.0.11, the oldest that was tested.", "Install a newer Mosquitto.")
+        found.warning(
+            f"Mosquitto {said} is older than 2.0.11, the oldest that was tested.", "Install a newer Mosquitto."
         )
     devices = active_devices(installation)
     found += reload_warnings(version, installation.settings.acl_style)
