@@ -18,9 +18,9 @@ from commands.context import (
     TOKEN_ID,
     VERSION,
     YES,
-    Command,
     Remote,
     ask_secret,
+    command,
     confirm,
     make_with_secret,
     new_secret_file,
@@ -32,15 +32,13 @@ from commands.output import Cell, date_of, moment, text
 LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
 
 
-@click.command(
+@command(
     "login",
-    cls=Command,
     examples=[
         "portal login --url https://portal.example.com:8443 --ca-file ca.pem",
         "portal login --token-file token.txt",
     ],
 )
-@click.pass_obj
 def login(portal: Remote) -> None:
     """Save the portal's URL, CA file and your token.
 
@@ -83,8 +81,7 @@ def _saved() -> Login | None:
         return None
 
 
-@click.command("logout", cls=Command, connects=False, examples=["portal logout"])
-@click.pass_obj
+@command("logout", connects=False, examples=["portal logout"])
 def logout(portal: Remote) -> None:
     """Delete the saved login.
 
@@ -106,8 +103,7 @@ def _expiry(row: Mapping[str, Any]) -> Cell:
     return moment(row["expires_at"], expiry=True, short=True) if row.get("expires_at") else Cell("", "never", "dim")
 
 
-@token.command("list", cls=Command, examples=["portal token list"])
-@click.pass_obj
+@command("list", token, examples=["portal token list"])
 def token_list(portal: Remote) -> None:
     """List operator tokens, newest first.
 
@@ -129,9 +125,9 @@ def token_list(portal: Remote) -> None:
     )
 
 
-@token.command(
+@command(
     "create",
-    cls=Command,
+    token,
     examples=[
         "portal token create factory --role operator --days 90",
         "portal token create audit --role auditor --token-out audit.token",
@@ -147,7 +143,6 @@ def token_list(portal: Remote) -> None:
     help="Validity.  [default: no expiry]",
 )
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
-@click.pass_obj
 def token_create(portal: Remote, /, token_out: str | None, **options: Any) -> None:
     """Create an operator token, which is shown once."""
     path = new_secret_file(token_out, "--token-out", "token", out=portal.out)
@@ -161,10 +156,9 @@ def token_create(portal: Remote, /, token_out: str | None, **options: Any) -> No
     show_created(portal, f"Created the token {body['name']}", fields, answer, shown_once="token", into=path)
 
 
-@token.command("revoke", cls=Command, examples=["portal token revoke 1e66977361d81fe2"])
+@command("revoke", token, examples=["portal token revoke 1e66977361d81fe2"])
 @click.argument("token_id", metavar="ID", type=TOKEN_ID, help="The full token id (see: portal token list).")
 @YES
-@click.pass_obj
 def token_revoke(portal: Remote, token_id: str, yes: bool) -> None:
     """Revoke an operator token immediately."""
     confirm(f"Revoke the token {token_id}? Clients that use it lose access immediately.", yes=yes)

@@ -96,6 +96,25 @@ class Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
 
+def command(
+    name: str, group: click.Group | None = None, *, examples: Iterable[str], connects: bool = True
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function a command of ``portal``, or of one of its groups; its first argument is the ``Remote``."""
+    made_by = group.command if group else click.command
+    return lambda function: made_by(name, cls=Command, examples=examples, connects=connects)(click.pass_obj(function))
+
+
+def option_group(*added: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a decorator that adds several options to a command."""
+
+    def add(function: Any) -> Any:
+        for option in reversed(added):
+            function = option(function)
+        return function
+
+    return add
+
+
 def _given(ctx: click.Context) -> ConnectionOptions:
     """Return the connection options; those after the command's name override those before it."""
     given: ConnectionOptions = ctx.find_root().meta.get("given", ConnectionOptions())
@@ -105,27 +124,21 @@ def _given(ctx: click.Context) -> ConnectionOptions:
     return dataclasses.replace(given, **{name: value for name, value in here.items() if value is not None})
 
 
-def _options_of_fields(command: Command) -> dict[str, str]:
+def _options_of_fields(of: Command) -> dict[str, str]:
     """Return which option or argument of a command sets which field of its request."""
     return {
         param.name.rstrip("_"): param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
-        for param in command.params
-        if param.name and param not in command.connection
+        for param in of.params
+        if param.name and param not in of.connection
     }
 
 
-_PAGING = (
+# The options of a command that lists page by page.
+paging_options = option_group(
     click.option("--limit", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="List at most N."),
     click.option("--all", "all_", is_flag=True, help="List all of them."),
     click.option("--cursor", metavar="CURSOR", help="Continue after an earlier --json answer (its next_cursor)."),
 )
-
-
-def paging_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a command that lists page by page."""
-    for option in reversed(_PAGING):
-        command = option(command)
-    return command
 
 
 class Id(click.ParamType[str]):

@@ -17,7 +17,7 @@ import click
 
 from commands.bundle import FILES, MAX_BUNDLE, README, Checked, DeviceBundle, check_bundle, extension_of, open_bundle
 from commands.client import check_link
-from commands.context import Command, Remote, ask_secret
+from commands.context import Remote, ask_secret, command
 from commands.errors import BundleLocked, CheckFailed, CliError
 from commands.files import Folder, NewFile, read_input, read_secret, require_writable, write_new
 from commands.output import moment, text
@@ -145,9 +145,8 @@ def show_files(portal: Remote, files: dict[str, Any]) -> None:
     )
 
 
-@click.command(
+@command(
     "download",
-    cls=Command,
     examples=[
         "portal download 'https://127.0.0.1:8443/download/…'",
         "portal download 'https://…' --out sensor-7 --password-file password.txt",
@@ -157,7 +156,6 @@ def show_files(portal: Remote, files: dict[str, Any]) -> None:
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
-@click.pass_obj
 def download(portal: Remote, link: str, out: Path | None, password_file: str | None, force: bool) -> None:
     """Download a device's bundle, check it and unpack it.
 
@@ -174,9 +172,8 @@ def download(portal: Remote, link: str, out: Path | None, password_file: str | N
     _show(portal, files)
 
 
-@click.command(
+@command(
     "unpack",
-    cls=Command,
     connects=False,
     examples=[
         "portal unpack bundle-1f2e3d4c.zip",
@@ -187,7 +184,6 @@ def download(portal: Remote, link: str, out: Path | None, password_file: str | N
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
-@click.pass_obj
 def unpack_command(portal: Remote, bundle: str, out: Path | None, password_file: str | None, force: bool) -> None:
     """Check and unpack a bundle that was downloaded before.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from commands.context import DEVICE_ID, Command, Remote, metadata_from, paging_options, topics_from
+from commands.context import DEVICE_ID, Remote, command, metadata_from, option_group, paging_options, topics_from
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
 from commands.files import whole_file
@@ -46,7 +46,8 @@ class Time(click.ParamType[str]):
         return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-_FILTERS = (
+# The options that select devices, named as the portal names them.
+filter_options = option_group(
     click.option("--status", type=click.Choice(STATUSES), help="Only devices with this status."),
     click.option("--type", metavar="TYPE", help="Only devices of this type."),
     click.option("--location", metavar="PLACE", help="Only devices at this location."),
@@ -60,16 +61,8 @@ _FILTERS = (
 )
 
 
-def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that select devices, named as the portal names them."""
-    for option in reversed(_FILTERS):
-        command = option(command)
-    return command
-
-
-@click.command(
+@command(
     "list",
-    cls=Command,
     examples=[
         "portal list --status active --location 'Hall 2'",
         "portal list --expires-before 30d --all",
@@ -79,7 +72,6 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @filter_options
 @paging_options
-@click.pass_obj
 def list_devices(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
     """List devices, newest first.
 
@@ -105,15 +97,13 @@ def list_devices(portal: Remote, /, limit: int, all_: bool, cursor: str | None, 
         portal.out.next_step("portal register NAME --type … --location … --firmware …")
 
 
-@click.command(
+@command(
     "expiring",
-    cls=Command,
     examples=["portal expiring", "portal expiring --within 90d", "portal expiring | cut -f1 | xargs -n1 portal renew"],
 )
 @click.option(
     "--within", type=Time(), default="30d", show_default=True, metavar="TIME", help="A date, a time, or days from now."
 )
-@click.pass_obj
 def expiring(portal: Remote, within: str) -> None:
     """List devices whose certificates expire soon, soonest first.
 
@@ -150,9 +140,8 @@ def _renewable(row: Mapping[str, Any]) -> Cell:
     return Cell(cell.plain, "now", "green") if begun else cell
 
 
-@click.command("show", cls=Command, examples=["portal show 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
+@command("show", examples=["portal show 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
-@click.pass_obj
 def show(portal: Remote, device_id: str) -> None:
     """Show a device: certificate, broker state, topics."""
     device = portal.client.get(f"/devices/{device_id}")
@@ -190,9 +179,8 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
     return text(value)
 
 
-@click.command(
+@command(
     "update",
-    cls=Command,
     examples=[
         "portal update 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --firmware 1.5.0",
         "portal update 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --topic 'devices/{id}/#:write' --topic devices/news:read",
@@ -207,7 +195,6 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
 @click.option("--no-metadata", is_flag=True, help="Remove all metadata.")
 @click.option("--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces all topics. Repeatable.")
 @click.option("--default-topics", is_flag=True, help="Restore the default topics.")
-@click.pass_obj
 def update(
     portal: Remote,
     /,
@@ -234,9 +221,8 @@ def update(
     _show(portal, device, done=f"Changed {', '.join(changes)} of {device.get('name') or device_id}")
 
 
-@click.command("certificates", cls=Command, examples=["portal certificates 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
+@command("certificates", examples=["portal certificates 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
-@click.pass_obj
 def certificates(portal: Remote, device_id: str) -> None:
     """List a device's certificates, newest first.
 
@@ -260,13 +246,9 @@ def certificates(portal: Remote, device_id: str) -> None:
     )
 
 
-@click.command(
+@command(
     "export",
-    cls=Command,
-    examples=[
-        "portal export --out fleet.csv",
-        "portal export --format ndjson --status active | jq -r .device_id",
-    ],
+    examples=["portal export --out fleet.csv", "portal export --format ndjson --status active | jq -r .device_id"],
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE (0600).  [default: standard output]"
@@ -276,7 +258,6 @@ def certificates(portal: Remote, device_id: str) -> None:
 )
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @filter_options
-@click.pass_obj
 def export(portal: Remote, /, out: Path | None, format_: str | None, force: bool, **filters: str | None) -> None:
     """Write all devices as CSV or NDJSON.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -13,12 +12,13 @@ import click
 from commands.context import (
     DEVICE_ID,
     YES,
-    Command,
     Remote,
+    command,
     confirm,
     make_with_secret,
     metadata_from,
     new_secret_file,
+    option_group,
     require,
     require_confirmable,
     short_id,
@@ -35,7 +35,7 @@ MANUFACTURER_ID = short_id("portal manufacturer list")
 PROFILE_FIELDS = ("type", "location", "firmware", "name_template", "validity_days", "approval")
 
 # The enrolment profile: what is recorded of a device that enrols, and which certificate it gets.
-_PROFILE = (
+profile_options = option_group(
     click.option("--type", metavar="TYPE", help="Type of the devices.  [default: device]"),
     click.option("--location", metavar="PLACE", help="Location of the devices."),
     click.option("--firmware", metavar="VERSION", help="Firmware version of the devices."),
@@ -56,13 +56,6 @@ _PROFILE = (
 )
 
 
-def profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of an enrolment profile, named as the portal names them."""
-    for option in reversed(_PROFILE):
-        command = option(command)
-    return command
-
-
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a request: the options that were used."""
     fields = {name: value for name, value in options.items() if value not in (None, ())}
@@ -81,8 +74,7 @@ def enrolment() -> None:
     """Enrolment tokens for devices: list, create, revoke."""
 
 
-@enrolment.command("list", cls=Command, examples=["portal enrolment list"])
-@click.pass_obj
+@command("list", enrolment, examples=["portal enrolment list"])
 def enrolment_list(portal: Remote) -> None:
     """List enrolment tokens, newest first.
 
@@ -108,9 +100,9 @@ def enrolment_list(portal: Remote) -> None:
     )
 
 
-@enrolment.command(
+@command(
     "create",
-    cls=Command,
+    enrolment,
     examples=[
         "portal enrolment create pump-9 --device 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --token-out pump-9.token",
         "portal enrolment create line-4 --count 500 --hours 72 --type pump --name-template 'pump {serial}'",
@@ -128,7 +120,6 @@ def enrolment_list(portal: Remote) -> None:
 )
 @profile_options
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
-@click.pass_obj
 def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -> None:
     """Create an enrolment token, which is shown once.
 
@@ -145,10 +136,9 @@ def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -
     show_created(portal, f"Created the enrolment token {body['name']}", fields, answer, shown_once="token", into=path)
 
 
-@enrolment.command("revoke", cls=Command, examples=["portal enrolment revoke 1e66977361d81fe2"])
+@command("revoke", enrolment, examples=["portal enrolment revoke 1e66977361d81fe2"])
 @click.argument("token_id", metavar="ID", type=ENROLMENT_TOKEN_ID, help="The full id (see: portal enrolment list).")
 @YES
-@click.pass_obj
 def enrolment_revoke(portal: Remote, token_id: str, yes: bool) -> None:
     """Revoke an enrolment token; enrolled devices stay active."""
     confirm(f"Revoke the enrolment token {token_id}? No more devices can enrol with it.", yes=yes)
@@ -161,8 +151,7 @@ def manufacturer() -> None:
     """Manufacturer CAs: list, show, add, prove, remove."""
 
 
-@manufacturer.command("list", cls=Command, examples=["portal manufacturer list"])
-@click.pass_obj
+@command("list", manufacturer, examples=["portal manufacturer list"])
 def manufacturer_list(portal: Remote) -> None:
     """List manufacturers, newest first.
 
@@ -186,23 +175,21 @@ def manufacturer_list(portal: Remote) -> None:
     )
 
 
-@manufacturer.command("show", cls=Command, examples=["portal manufacturer show 1e66977361d81fe2"])
+@command("show", manufacturer, examples=["portal manufacturer show 1e66977361d81fe2"])
 @click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
-@click.pass_obj
 def manufacturer_show(portal: Remote, manufacturer_id: str) -> None:
     """Show a manufacturer and the nonce that its CA must sign."""
     _show_manufacturer(portal, portal.client.get(f"/manufacturers/{manufacturer_id}"))
 
 
-@manufacturer.command(
+@command(
     "add",
-    cls=Command,
+    manufacturer,
     examples=["portal manufacturer add acme --certificate acme-ca.pem --type pump --name-template 'pump {serial}'"],
 )
 @click.argument("name", help="Name of the manufacturer, shown in the audit record.")
 @click.option("--certificate", metavar="FILE", required=True, help="CA certificate (PEM); - for standard input.")
 @profile_options
-@click.pass_obj
 def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> None:
     """Add a manufacturer CA; it must be proven before use.
 
@@ -217,9 +204,9 @@ def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> Non
     portal.out.next_step(f"portal manufacturer prove {answer['manufacturer_id']} --signature nonce.sig")
 
 
-@manufacturer.command(
+@command(
     "prove",
-    cls=Command,
+    manufacturer,
     examples=[
         "portal manufacturer prove 1e66977361d81fe2 --signature nonce.sig",
         "portal manufacturer prove 1e66977361d81fe2 --certificate nonce.pem",
@@ -228,7 +215,6 @@ def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> Non
 @click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
 @click.option("--signature", metavar="FILE", help="Signature of the nonce, as openssl dgst -sign writes it.")
 @click.option("--certificate", metavar="FILE", help="Certificate (PEM) issued by the CA, with the nonce as its CN.")
-@click.pass_obj
 def manufacturer_prove(portal: Remote, manufacturer_id: str, signature: str | None, certificate: str | None) -> None:
     """Prove possession of a manufacturer's CA key."""
     if (signature is None) == (certificate is None):
@@ -238,10 +224,9 @@ def manufacturer_prove(portal: Remote, manufacturer_id: str, signature: str | No
     _show_manufacturer(portal, answer, done=f"Registered {answer.get('name') or manufacturer_id}")
 
 
-@manufacturer.command("remove", cls=Command, examples=["portal manufacturer remove 1e66977361d81fe2"])
+@command("remove", manufacturer, examples=["portal manufacturer remove 1e66977361d81fe2"])
 @click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
 @YES
-@click.pass_obj
 def manufacturer_remove(portal: Remote, manufacturer_id: str, yes: bool) -> None:
     """Remove a manufacturer CA; enrolled devices stay active."""
     confirm(f"Remove the manufacturer {manufacturer_id}? No more devices can enrol with its CA.", yes=yes)
@@ -274,11 +259,7 @@ def _show_manufacturer(portal: Remote, answer: dict[str, Any], *, done: str = ""
     portal.out.result(answer, fields, done=done)
 
 
-@click.command(
-    "expect",
-    cls=Command,
-    examples=["portal expect pump-9 --type pump --location 'Hall 2' --firmware 1.0"],
-)
+@command("expect", examples=["portal expect pump-9 --type pump --location 'Hall 2' --firmware 1.0"])
 @click.argument("name", help="Name of the device.")
 @click.option("--type", metavar="TYPE", required=True, help="Type of the device.")
 @click.option("--location", metavar="PLACE", required=True, help="Location of the device.")
@@ -287,7 +268,6 @@ def _show_manufacturer(portal: Remote, answer: dict[str, Any], *, done: str = ""
 @click.option(
     "--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces the default topics. Repeatable."
 )
-@click.pass_obj
 def expect(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: str) -> None:
     """Add a device that will enrol by itself later."""
     body: dict[str, Any] = {**options, "metadata": metadata_from(metadata)}
@@ -301,8 +281,7 @@ def expect(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...]
     portal.out.next_step(f"portal enrolment create NAME --device {answer['device_id']}")
 
 
-@click.command("waiting", cls=Command, examples=["portal waiting"])
-@click.pass_obj
+@command("waiting", examples=["portal waiting"])
 def waiting(portal: Remote) -> None:
     """List devices that wait for approval, longest first.
 
@@ -341,9 +320,8 @@ class Fingerprint(click.ParamType[str]):
         return digits
 
 
-@click.command(
+@command(
     "approve",
-    cls=Command,
     examples=[
         "portal approve 0f9d2c4e-5b1a-4c7d-9e8f-102030405060",
         'portal approve 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --key "$(cat key.sha256)"',
@@ -354,7 +332,6 @@ class Fingerprint(click.ParamType[str]):
     "--key", "key_fingerprint", type=Fingerprint(), metavar="SHA256", help="Approve only this key, without a question."
 )
 @YES
-@click.pass_obj
 def approve(portal: Remote, device_id: str, key_fingerprint: str | None, yes: bool) -> None:
     """Approve a waiting device and its key.
 
@@ -384,10 +361,9 @@ def _confirmed_key(portal: Remote, device_id: str, *, yes: bool) -> str:
     return str(asked["key_fingerprint"])
 
 
-@click.command("reject", cls=Command, examples=["portal reject 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --yes"])
+@command("reject", examples=["portal reject 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --yes"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id (see: portal waiting).")
 @YES
-@click.pass_obj
 def reject(portal: Remote, device_id: str, yes: bool) -> None:
     """Reject a waiting device, or its new key, permanently."""
     confirm(f"Reject {device_id}? A new device is revoked permanently; an enrolled one keeps its present key.", yes=yes)

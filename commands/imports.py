@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from commands.client import Client, check_link
-from commands.context import Command, Remote
+from commands.context import Remote, command
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
 from commands.import_files import Results, fingerprint_of, format_of, read_rows
@@ -60,22 +60,14 @@ class Tally:
         return {name: getattr(self, name) for name in names} | {"failures": dict(self.codes)}
 
 
-@click.command(
-    "import",
-    cls=Command,
-    examples=[
-        "portal import fleet.csv --dry-run",
-        "portal import fleet.csv --out fleet --download",
-    ],
-)
+@command("import", examples=["portal import fleet.csv --dry-run", "portal import fleet.csv --out fleet --download"])
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="CSV or NDJSON file, one device per row.")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for the results and bundles.")
 @click.option("--format", "form", type=click.Choice(("csv", "ndjson")), help="Format of FILE.  [default: by its name]")
 @click.option("--dry-run", is_flag=True, help="Only check the file; send nothing.")
 @click.option("--download", is_flag=True, help="Also download the encrypted bundles.")
-@click.pass_context
 def import_devices(
-    ctx: click.Context, file: Path, out: Path | None, form: str | None, dry_run: bool, download: bool
+    portal: Remote, file: Path, out: Path | None, form: str | None, dry_run: bool, download: bool
 ) -> None:
     """Register a device for each row of a file.
 
@@ -84,7 +76,6 @@ def import_devices(
     link and the bundle password of each device. To continue an interrupted import, run the same command again; no
     device is registered twice. The exit status is 1 if a row failed, 3 if the connection was lost.
     """
-    portal: Remote = ctx.obj
     if out is None and not dry_run:
         raise Misused("Give a folder for the results with --out, or only check the file with --dry-run.")
     kind = format_of(file, form)
@@ -112,7 +103,7 @@ def import_devices(
             raise
     _show(portal, results, tally)
     if tally.failed or tally.not_downloaded:
-        ctx.exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _check(portal: Remote, file: Path, kind: str) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from commands.context import DEVICE_ID, YES, Command, Remote, confirm, require_confirmable
+from commands.context import DEVICE_ID, YES, Remote, command, confirm, require_confirmable
 from commands.output import moment, state, status_of, text
 
 REASONS = (
@@ -19,9 +19,8 @@ REASONS = (
 )
 
 
-@click.command("suspend", cls=Command, examples=["portal suspend 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
+@command("suspend", examples=["portal suspend 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
-@click.pass_obj
 def suspend(portal: Remote, device_id: str) -> None:
     """Suspend a device until it is resumed.
 
@@ -33,9 +32,8 @@ def suspend(portal: Remote, device_id: str) -> None:
     _say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate until resumed.")
 
 
-@click.command("resume", cls=Command, examples=["portal resume 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
+@command("resume", examples=["portal resume 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
-@click.pass_obj
 def resume(portal: Remote, device_id: str) -> None:
     """Resume a suspended device with its existing certificate."""
     with portal.out.working("Resuming; waiting for the broker…"):
@@ -47,9 +45,8 @@ def resume(portal: Remote, device_id: str) -> None:
         portal.out.warning("The broker does not accept the device yet. The portal keeps trying; see: portal status")
 
 
-@click.command(
+@command(
     "revoke",
-    cls=Command,
     examples=[
         "portal revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --reason key_compromise",
         "portal revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --yes",
@@ -58,7 +55,6 @@ def resume(portal: Remote, device_id: str) -> None:
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
 @click.option("--reason", type=click.Choice(REASONS), help="Reason (RFC 5280); it is published in the CRL.")
 @YES
-@click.pass_obj
 def revoke(portal: Remote, device_id: str, reason: str | None, yes: bool) -> None:
     """Revoke a device permanently.
 

@@ -9,7 +9,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from commands.bundle import certificates_only, describe
-from commands.context import Command, Remote, paging_options
+from commands.context import Remote, command, paging_options
 from commands.delivery import FORCE_HELP
 from commands.errors import Unreachable
 from commands.files import NewFile, write_new
@@ -22,16 +22,12 @@ SHELLS = {
 }
 
 
-@click.command(
-    "status", cls=Command, examples=["portal status", "portal status --json | jq '.checks[] | select(.ok | not)'"]
-)
-@click.pass_context
-def status(ctx: click.Context) -> None:
+@command("status", examples=["portal status", "portal status --json | jq '.checks[] | select(.ok | not)'"])
+def status(portal: Remote) -> None:
     """Check whether the portal is ready, and if not, why.
 
     The exit status is 1 if it is not ready.
     """
-    portal: Remote = ctx.obj
     alive = portal.client.call("GET", "/healthz", anonymous=True, accept=(503,)).status == 200
     # Without a token the portal names the failed checks, but not the reasons.
     answer = portal.client.call("GET", "/readyz", anonymous=portal.settings.token is None, accept=(503,))
@@ -43,7 +39,7 @@ def status(ctx: click.Context) -> None:
     fields |= {str(check.get("name")): _check(check) for check in checks}
     portal.out.result({"alive": alive, "ready": ready, "checks": checks}, fields)
     if not ready:
-        ctx.exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _yes(good: bool) -> Cell:
@@ -55,10 +51,9 @@ def _check(check: dict[str, Any]) -> Cell:
     return _yes(good) if good else Cell(f"no: {check.get('problem') or 'no reason given'}", style="bold red")
 
 
-@click.command("ca", cls=Command, examples=["portal ca", "portal ca --out ca.pem"])
+@command("ca", examples=["portal ca", "portal ca --out ca.pem"])
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Save them in FILE.")
 @click.option("--force", is_flag=True, help=FORCE_HELP)
-@click.pass_obj
 def ca(portal: Remote, out: Path | None, force: bool) -> None:
     """Print or save the portal's CA certificates.
 
@@ -89,17 +84,12 @@ def ca(portal: Remote, out: Path | None, force: bool) -> None:
         portal.out.done(f"Saved the CA certificates in {out}")
 
 
-@click.command(
-    "audit",
-    cls=Command,
-    examples=["portal audit --limit 20", "portal audit --action device:revoke --all --json"],
-)
+@command("audit", examples=["portal audit --limit 20", "portal audit --action device:revoke --all --json"])
 @click.option("--action", metavar="TAG", help="Only this action, such as device:register.")
 @click.option("--actor", metavar="ACTOR", help="Only actions of this actor, such as token:factory.")
 @click.option("--object", metavar="OBJECT", help="Only actions on this object, such as device:ID.")
 @click.option("--outcome", type=click.Choice(("done", "refused")), help="Only actions with this outcome.")
 @paging_options
-@click.pass_obj
 def audit(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
     """Read the audit record, newest entry first.
 
@@ -125,16 +115,14 @@ def audit(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filte
     )
 
 
-@click.command("completion", cls=Command, connects=False, examples=list(SHELLS.values()))
+@command("completion", connects=False, examples=list(SHELLS.values()))
 @click.argument("shell", type=click.Choice(tuple(SHELLS)), help="bash, zsh or fish.")
-@click.pass_context
-def completion(ctx: click.Context, shell: str) -> None:
+def completion(portal: Remote, shell: str) -> None:
     """Print a shell completion script."""
-    portal: Remote = ctx.obj
     found = get_completion_class(shell)
     if found is None:  # click supports all three
         raise click.UsageError(f"There is no completion for {shell}.")
-    script = found(ctx.find_root().command, {}, "portal", "_PORTAL_COMPLETE").source()
+    script = found(click.get_current_context().find_root().command, {}, "portal", "_PORTAL_COMPLETE").source()
     if portal.out.as_json:
         portal.out.json({"shell": shell, "script": script})
     else:

@@ -8,7 +8,7 @@ import re
 import secrets
 import shlex
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,16 @@ from commands.bundle import (
     check_credentials,
 )
 from commands.client import check_link
-from commands.context import DEVICE_ID, Command, Remote, metadata_from, new_secret_file, require, topics_from
+from commands.context import (
+    DEVICE_ID,
+    Remote,
+    command,
+    metadata_from,
+    new_secret_file,
+    option_group,
+    require,
+    topics_from,
+)
 from commands.delivery import FORCE_HELP, Password, fetch, show_files, summary, unpack_fetched
 from commands.errors import CheckFailed, CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
@@ -73,7 +82,8 @@ class Targets:
     password_file: ReservedFile | None
 
 
-_ISSUING = (
+# The options that ``register`` and ``renew`` share; ``_issue`` reads them.
+issuing_options = option_group(
     click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of key.  [default: the portal's]"),
     click.option("--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity in days."),
     click.option("--format", "bundle_format", type=click.Choice(FORMATS), help="Bundle format.  [default: zip]"),
@@ -88,16 +98,8 @@ _ISSUING = (
 )
 
 
-def issuing_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that ``register`` and ``renew`` share; ``_issue`` reads them."""
-    for option in reversed(_ISSUING):
-        command = option(command)
-    return command
-
-
-@click.command(
+@command(
     "register",
-    cls=Command,
     examples=[
         "portal register sensor-7 --type thermometer --location 'Hall 2' --firmware 1.4.2",
         "portal register sensor-7 --type thermometer --location 'Hall 2' --firmware 1.4.2 --out sensor-7",
@@ -118,7 +120,6 @@ def issuing_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="MQTT topic filter, and read, write or readwrite; {id} is replaced by the device id. Repeatable.",
 )
 @issuing_options
-@click.pass_obj
 def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: Any) -> None:
     """Register a device: certificate, topics, credential bundle.
 
@@ -130,9 +131,8 @@ def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ..
     _issue(portal, Operation("/register", "Registering…", "Registered", "is registered"), options)
 
 
-@click.command(
+@command(
     "renew",
-    cls=Command,
     examples=[
         "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --out sensor-7-new",
         "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --csr sensor-7.csr --out sensor-7-new",
@@ -148,7 +148,6 @@ def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ..
 )
 @click.option("--when-used", is_flag=True, help="Revoke the old certificate once the new one has been used.")
 @issuing_options
-@click.pass_obj
 def renew(portal: Remote, /, device_id: str, when_used: bool, **options: Any) -> None:
     """Issue a new certificate for a device.
 

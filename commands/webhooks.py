@@ -9,8 +9,8 @@ import click
 
 from commands.context import (
     YES,
-    Command,
     Remote,
+    command,
     confirm,
     make_with_secret,
     new_secret_file,
@@ -43,8 +43,7 @@ def webhook() -> None:
     """Webhooks: send events to other systems."""
 
 
-@webhook.command("list", cls=Command, examples=["portal webhook list"])
-@click.pass_obj
+@command("list", webhook, examples=["portal webhook list"])
 def webhook_list(portal: Remote) -> None:
     """List webhooks, oldest first.
 
@@ -78,9 +77,9 @@ def _dead(row: Mapping[str, Any]) -> Cell:
     return Cell(str(dead), style="red") if dead else text(dead)
 
 
-@webhook.command(
+@command(
     "create",
-    cls=Command,
+    webhook,
     examples=[
         "portal webhook create inventory --target https://example.com/portal-events",
         "portal webhook create alarm --target https://… --event revoked --secret-out alarm.secret",
@@ -92,7 +91,6 @@ def _dead(row: Mapping[str, Any]) -> Cell:
     "--event", "events", type=click.Choice(EVENTS), multiple=True, help="Event to send. Repeatable.  [default: all]"
 )
 @click.option("--secret-out", metavar="FILE", help="Write the signing secret to FILE (new, 0600).")
-@click.pass_obj
 def webhook_create(portal: Remote, name: str, url_: str, events: tuple[str, ...], secret_out: str | None) -> None:
     """Create a webhook; its signing secret is shown once."""
     path = new_secret_file(secret_out, "--secret-out", "secret", out=portal.out)
@@ -103,10 +101,9 @@ def webhook_create(portal: Remote, name: str, url_: str, events: tuple[str, ...]
     portal.out.next_step(f"portal webhook test {answer['webhook_id']}")
 
 
-@webhook.command("delete", cls=Command, examples=["portal webhook delete 1e66977361d81fe2"])
+@command("delete", webhook, examples=["portal webhook delete 1e66977361d81fe2"])
 @click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
 @YES
-@click.pass_obj
 def webhook_delete(portal: Remote, webhook_id: str, yes: bool) -> None:
     """Delete a webhook and its waiting events."""
     confirm(f"Delete the webhook {webhook_id} and its waiting events?", yes=yes)
@@ -116,15 +113,10 @@ def webhook_delete(portal: Remote, webhook_id: str, yes: bool) -> None:
         portal.out.note(f"{answer.get('waiting', 0)} waiting and {answer.get('dead', 0)} dead events were deleted.")
 
 
-@webhook.command(
-    "deliveries",
-    cls=Command,
-    examples=["portal webhook deliveries 1e66977361d81fe2 --status dead"],
-)
+@command("deliveries", webhook, examples=["portal webhook deliveries 1e66977361d81fe2 --status dead"])
 @click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
 @click.option("--status", type=click.Choice(("waiting", "delivered", "dead")), help="Only events with this status.")
 @paging_options
-@click.pass_obj
 def webhook_deliveries(
     portal: Remote, webhook_id: str, status: str | None, limit: int, all_: bool, cursor: str | None
 ) -> None:
@@ -157,14 +149,13 @@ def webhook_deliveries(
     )
 
 
-@webhook.command(
+@command(
     "redeliver",
-    cls=Command,
+    webhook,
     examples=["portal webhook redeliver 1e66977361d81fe2", "portal webhook redeliver 1e66977361d81fe2 17 18"],
 )
 @click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
 @click.argument("delivery", type=click.IntRange(1), nargs=-1, help="Ids of events.  [default: all dead events]")
-@click.pass_obj
 def webhook_redeliver(portal: Remote, webhook_id: str, delivery: tuple[int, ...]) -> None:
     """Send dead events, or the given ones, again."""
     body = {"delivery_ids": list(delivery)} if delivery else {}
@@ -175,9 +166,8 @@ def webhook_redeliver(portal: Remote, webhook_id: str, delivery: tuple[int, ...]
         portal.out.note("No events to send again.")
 
 
-@webhook.command("test", cls=Command, examples=["portal webhook test 1e66977361d81fe2"])
+@command("test", webhook, examples=["portal webhook test 1e66977361d81fe2"])
 @click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
-@click.pass_obj
 def webhook_test(portal: Remote, webhook_id: str) -> None:
     """Send a test event now and show the result."""
     with portal.out.working("Sending…"):
