@@ -58,11 +58,6 @@ def _state(portal: Portal) -> generations.BrokerStateRecord:
         return generations.get_broker_state(tx, portal.tenant_id)
 
 
-def renew_responders(portal: Portal) -> None:
-    """Renew the certificates that sign OCSP responses, and issue one for a new CA."""
-    portal.responder.certificates.renew()
-
-
 def expire(portal: Portal) -> None:
     """Revoke certificates whose overlap has ended, destroy bundles whose links have expired, delete old records."""
     prune_events(portal)
@@ -85,11 +80,6 @@ def expire(portal: Portal) -> None:
         deliveries.forget_answers(tx, now=now)
 
 
-def record_refusals(portal: Portal) -> None:
-    """Summarize in one audit entry the refused logins that were too many to be recorded one by one."""
-    portal.operators.record_the_rest(portal.tenant_id)
-
-
 def disconnect_again(portal: Portal) -> None:
     """Disconnect devices again that were revoked or suspended just now: one may have been connecting meanwhile.
 
@@ -105,11 +95,6 @@ def disconnect_again(portal: Portal) -> None:
     if late and portal.broker.reachable():
         portal.broker.disconnect(late, time.monotonic() + portal.settings.enforce_timeout)
         done.update(superseded)
-
-
-def write_client_authorities(portal: Portal) -> None:
-    """Bring the list of CAs whose client certificates the TLS server asks for up to date with the database."""
-    portal.clients.write_authorities()
 
 
 def probe_broker(portal: Portal) -> None:
@@ -170,7 +155,7 @@ class Job:
 
     name: str
     seconds: float
-    run: Callable[[Portal], None]
+    run: Callable[[Portal], object]
     final: bool = False
 
 
@@ -179,12 +164,12 @@ class Job:
 JOBS = (
     Job("certificate renewal", 600.0, renew_certificates),
     Job("repair", 2.0, repair_broker),
-    Job("client CAs", 10.0, write_client_authorities),
+    Job("client CAs", 10.0, lambda portal: portal.clients.write_authorities()),
     Job("late sessions", 20.0, disconnect_again),
     Job("expiry", 30.0, expire, final=True),
     Job("probe", 60.0, probe_broker),
-    Job("refusals", 60.0, record_refusals),
-    Job("responder renewal", 60.0, renew_responders),
+    Job("refusals", 60.0, lambda portal: portal.operators.record_the_rest(portal.tenant_id)),
+    Job("responder renewal", 60.0, lambda portal: portal.responder.certificates.renew()),
     Job("crl renewal", 300.0, renew_crls),
     Job("retirement of CAs", 3600.0, retire_unneeded, final=True),
     Job("certificates that end", 600.0, announce_expiring),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -40,26 +41,17 @@ def probe_certificates(settings: Settings) -> ProbeCertificates:
     )
 
 
+@dataclass(frozen=True, slots=True)
 class OwnCertificates:
     """Renews the certificates that the portal has issued to itself and to the broker."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        authority: Authority,
-        broker: BrokerProvisioning,
-        reconciler: Reconciler,
-        clock: Callable[[], datetime],
-        tenant_id: str,
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._authority = authority
-        self._broker = broker
-        self._reconciler = reconciler
-        self._clock = clock
-        self._tenant_id = tenant_id
+    _settings: Settings
+    _database: Database
+    _authority: Authority
+    _broker: BrokerProvisioning
+    _reconciler: Reconciler
+    _clock: Callable[[], datetime]
+    _tenant_id: str
 
     def renew(self, *, served: bool = False) -> list[str]:
         """Issue a new certificate for each that is due; return the names of those renewed.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from cryptography import x509
@@ -71,17 +71,6 @@ class _Plan:
     keep_links: bool
     now: datetime
     done: Restored
-
-
-class _OpenTables:
-    """The tables of a database within a snapshot."""
-
-    def __init__(self, tx: Connection) -> None:
-        self._tx = tx
-
-    def rows(self, table: str) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a table."""
-        return store_copy.rows(self._tx, table)
 
 
 def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, now: datetime) -> Restored:
@@ -297,7 +286,7 @@ def _restore_postgresql(plan: _Plan) -> None:
                     plan.done.before = before
         if plan.done.before is not None:
             backups.write(plan.settings, database, plan.done.before, _sealing_key(plan), now=plan.now)
-            replaced = stack.enter_context(Backup(plan.done.before))
+            replaced = stack.enter_context(Backup(plan.done.before)).rows
         with database.transaction() as tx:
             store_copy.clear(tx, plan.backup.manifest.revision)
             _fill(tx, plan, replaced, journal)
@@ -324,7 +313,7 @@ def _readable(plan: _Plan, tx: Connection) -> Tables | None:
         return None
     if count := _devices(tx):
         _allow(plan, f"The database has {count} devices")
-    return _OpenTables(tx)
+    return functools.partial(store_copy.rows, tx)
 
 
 def _devices(tx: Connection) -> int:
@@ -373,7 +362,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
 def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
     """Advance the generation beyond any that the broker has had, and return it."""
     recorded = BrokerFolder(plan.settings, lambda: plan.now).installed_generation() or 0
-    before = max((row["generation"] for row in replaced.rows("broker_state")), default=0) if replaced else 0
+    before = max((row["generation"] for row in replaced("broker_state")), default=0) if replaced else 0
     generation = max(recorded + 1, before + 1, db.next_generation(tx, DEFAULT_TENANT, at=plan.now))
     tx.execute(sa.update(BrokerState).where(BrokerState.tenant_id == DEFAULT_TENANT).values(generation=generation))
     return generation
@@ -389,8 +378,8 @@ def _continue_crls(
     """Let the next CRL of each issuer have a number and a thisUpdate above those of any known one."""
     before: dict[str, store_issuers.CrlRecord] = {}
     if replaced is not None:
-        fingerprints = {row["id"]: row["fingerprint"] for row in replaced.rows("issuers")}
-        for row in replaced.rows("crls"):
+        fingerprints = {row["id"]: row["fingerprint"] for row in replaced("issuers")}
+        for row in replaced("crls"):
             values = (row[name] for name in ("issuer_id", "number", "this_update", "next_update", "generation", "der"))
             before[fingerprints[row["issuer_id"]]] = store_issuers.CrlRecord(*values)
     for issuer in issuers:
@@ -413,7 +402,7 @@ def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
         )
         good = set(tx.execute(query).scalars())
         if replaced is not None:
-            good &= {row["id"] for row in replaced.rows("deliveries") if row["status"] == DeliveryStatus.READY}
+            good &= {row["id"] for row in replaced("deliveries") if row["status"] == DeliveryStatus.READY}
     waiting = tx.execute(sa.select(Delivery.id).where(Delivery.status.in_(PENDING_DELIVERY))).scalars().all()
     over = [{"of_delivery": delivery_id} for delivery_id in waiting if delivery_id not in good]
     if over:
@@ -428,7 +417,7 @@ def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
 
 def _record(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal) -> None:
     done = plan.done
-    heads = [row for row in replaced.rows("audit_heads") if row["tenant_id"] == DEFAULT_TENANT] if replaced else []
+    heads = [row for row in replaced("audit_heads") if row["tenant_id"] == DEFAULT_TENANT] if replaced else []
     audit.record(
         tx,
         audit.system_actor(DEFAULT_TENANT),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from cryptography import x509
@@ -24,17 +24,12 @@ from store.issuers import CrlRecord, IssuerRecord
 from store.tables import Certificate, Device, EnrolmentToken, IssuerRow, Manufacturer, Token
 
 T = TypeVar("T")
+# The database being replaced: yields the rows of a table.
+Tables = Callable[[str], Iterator[dict[str, Any]]]
 _BATCH = 500
 HOLD = Reason.CERTIFICATE_HOLD.value
 # For a valid certificate that the backup does not have, so that the portal could never revoke it later.
 UNKNOWN_REASON = Reason.CESSATION_OF_OPERATION.value
-
-
-class Tables(Protocol):
-    """The database being replaced, read table by table."""
-
-    def rows(self, table: str) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +86,7 @@ class RevocationReplay:
 
     def _devices(self, replaced: Tables) -> _Known:
         known = _Known()
-        for row in replaced.rows("devices"):
+        for row in replaced("devices"):
             status = row["status"]
             if status == DeviceStatus.REVOKED:
                 known.denied[row["id"]] = (status, row["revoked_at"], row["revocation_reason"])
@@ -111,10 +106,8 @@ class RevocationReplay:
 
     def _certificates(self, replaced: Tables, known: _Known) -> None:
         by_fingerprint = {issuer.fingerprint: issuer.id for issuer in self._issuers.values()}
-        ours = {row["id"]: by_fingerprint.get(row["fingerprint"]) for row in replaced.rows("issuers")}
-        living = (
-            row for row in replaced.rows("certificates") if row["not_after"] > self._now and ours[row["issuer_id"]]
-        )
+        ours = {row["id"]: by_fingerprint.get(row["fingerprint"]) for row in replaced("issuers")}
+        living = (row for row in replaced("certificates") if row["not_after"] > self._now and ours[row["issuer_id"]])
         for rows in _batches(living):
             for row in rows:
                 row["issuer_id"] = ours[row["issuer_id"]]
@@ -141,7 +134,7 @@ class RevocationReplay:
         self._tx.execute(sa.insert(Certificate), values)
 
     def _tokens(self, replaced: Tables) -> None:
-        revoked = ((row["id"], row["revoked_at"]) for row in replaced.rows("tokens") if row["revoked_at"] is not None)
+        revoked = ((row["id"], row["revoked_at"]) for row in replaced("tokens") if row["revoked_at"] is not None)
         for token_id, at in revoked:
             ours = (Token.id == token_id, Token.revoked_at.is_(None))
             row = self._tx.execute(
@@ -152,7 +145,7 @@ class RevocationReplay:
 
     def _enrolment_tokens(self, replaced: Tables) -> None:
         # Uses since the backup are counted too: a forgotten use would admit one more device.
-        for row in replaced.rows("enrolment_tokens"):
+        for row in replaced("enrolment_tokens"):
             ours = (EnrolmentToken.id == row["id"], EnrolmentToken.uses < row["uses"])
             self._tx.execute(sa.update(EnrolmentToken).where(*ours).values(uses=row["uses"]))
             if row["revoked_at"] is None:
@@ -164,7 +157,7 @@ class RevocationReplay:
                 self._keep(row["tenant_id"], target, "enrolment_token:revoke", what, "", row["revoked_at"])
 
     def _manufacturers(self, replaced: Tables) -> None:
-        for row in replaced.rows("manufacturers"):
+        for row in replaced("manufacturers"):
             if row["status"] != ManufacturerStatus.REMOVED:
                 continue
             ours = (Manufacturer.id == row["id"], Manufacturer.status != ManufacturerStatus.REMOVED)

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -56,16 +56,6 @@ REQUIRED = frozenset(name for name, field in RegisterRequest.model_fields.items(
 _JSON_COLUMNS = ("metadata", "topics")
 
 
-class ArrivingBody(Protocol):
-    """A body while it arrives: see ``web.listeners.RequestBody``."""
-
-    def read_some(self, wait: float | None = None) -> bytes | None:
-        """Return a part, empty at the end, ``None`` where none begins to come in ``wait`` seconds."""
-
-    def check(self) -> None:
-        """Raise ``PortalStopping`` if the portal is stopping, so that no more rows are begun."""
-
-
 class UploadBody:
     """The body of an upload, of at most ``limit`` bytes; read in blocks under a server other than the portal's."""
 
@@ -77,12 +67,12 @@ class UploadBody:
         self._check_length(self._length)
 
     def check(self) -> None:
-        """Raise ``PortalStopping`` where the server is being stopped."""
+        """Raise ``PortalStopping`` where the server is being stopped, so that no more rows are begun."""
         if hasattr(self._stream, "check"):
             self._stream.check()
 
     def read_some(self, wait: float | None = None) -> bytes | None:
-        """Return a part; raises ``BodyTooLarge``, and as ``web.listeners.RequestBody.read_some`` does."""
+        """Return a part as ``web.listeners.RequestBody.read_some`` does; raises ``BodyTooLarge``, too."""
         part: bytes | None
         if hasattr(self._stream, "read_some"):
             part = self._stream.read_some(wait)
@@ -100,7 +90,7 @@ class UploadBody:
 class UploadedRows:
     """The rows of a body, as ``workflows.bulk.upload.Source`` describes them."""
 
-    def __init__(self, body: ArrivingBody, media_type: str, *, most: int) -> None:
+    def __init__(self, body: UploadBody, media_type: str, *, most: int) -> None:
         self._body = body
         self._csv = CsvRows(COLUMNS, REQUIRED) if media_type == CSV else None
         self._rows: Rows = self._csv or NdjsonRows()

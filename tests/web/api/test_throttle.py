@@ -13,7 +13,6 @@ from app import create_app, portal_of
 from config import Settings
 from core.roles import Role
 from core.throttle import RECORDED_OF_AN_ADDRESS
-from operations import jobs
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
 
 pytestmark = ON_SQLITE
@@ -118,7 +117,7 @@ def test_a_flood_leaves_a_few_entries_in_the_audit_record_and_a_summary(app: Fla
         get(app)
     assert len(audited(app)) == RECORDED_OF_AN_ADDRESS
     for _ in range(2):
-        jobs.record_refusals(portal_of(app))
+        portal_of(app).operators.record_the_rest(portal_of(app).tenant_id)
     summary, *others = audited(app)
     assert len(others) == RECORDED_OF_AN_ADDRESS
     assert (summary.action, summary.actor, summary.outcome) == ("access:throttle", "portal", "refused")
