@@ -22,9 +22,7 @@ from commands.context import (
     ask_secret,
     command,
     confirm,
-    make_with_secret,
-    new_secret_file,
-    show_created,
+    create_with_secret,
 )
 from commands.errors import Misused
 from commands.output import Cell, date_of, moment, text
@@ -145,15 +143,14 @@ def token_list(portal: Remote) -> None:
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
 def token_create(portal: Remote, /, token_out: str | None, **options: Any) -> None:
     """Create an operator token, which is shown once."""
-    path = new_secret_file(token_out, "--token-out", "token", out=portal.out)
     body = {field: value for field, value in options.items() if value is not None}
-    answer = make_with_secret(portal, "/tokens", body, shown_once="token", into=path)
-    fields = {
-        "token_id": text(answer.get("token_id")),
-        "role": text(answer.get("role")),
-        "expires_at": _expiry(answer),
-    }
-    show_created(portal, f"Created the token {body['name']}", fields, answer, shown_once="token", into=path)
+
+    def fields(answer: dict[str, Any]) -> dict[str, Cell]:
+        known = {name: text(answer.get(name)) for name in ("token_id", "role")}
+        return known | {"expires_at": _expiry(answer)}
+
+    done = f"Created the token {body['name']}"
+    create_with_secret(portal, "/tokens", body, shown_once="token", save_in=token_out, done=done, fields=fields)
 
 
 @command("revoke", token, examples=["portal token revoke 1e66977361d81fe2"])

@@ -67,11 +67,8 @@ class HttpAnswer:
         """Return the body as a JSON object; raises ``Unreachable`` if it is not one."""
         if self.status == 204 or not self.body:
             return {}
-        try:
-            data = json.loads(self.body)
-        except (ValueError, RecursionError):
-            data = None
-        if not isinstance(data, dict):
+        data = _json_object(self.body)
+        if data is None:
             kind = self.headers.get("Content-Type", "").split(";")[0] or "no media type"
             raise Unreachable(
                 f"The answer of {self.origin} does not come from the portal (status {self.status}, {kind}, "
@@ -108,19 +105,14 @@ class Client:
         """
         token = None if anonymous else self._token()
         url = self._settings.url + path
-        sent = dict(headers or {})
-        content = None
-        if body is not None:
-            content = json.dumps(body).encode()
-            sent["Content-Type"] = "application/json"
-        answer = self._send(method, url, token, sent, params=params, content=content, repeatable=repeatable)
+        answer = self._send(method, url, token, repeatable=repeatable, headers=headers, params=params, json=body)
         if answer.status >= 400 and answer.status not in accept:
             raise self.refusal(answer)
         return answer
 
     def get(self, path: str, **params: Any) -> dict[str, Any]:
         """Return the JSON object at ``path``; leaves out parameters that are ``None``."""
-        return self.call("GET", path, params=_present(params)).json()
+        return self.call("GET", path, params=params).json()
 
     def pages(
         self, path: str, key: str, *, limit: int | None = None, cursor: str | None = None, **params: Any
@@ -153,7 +145,7 @@ class Client:
 
     def fetch_bundle(self, link: str) -> bytes:
         """Return the encrypted bundle of a one-time link, which needs no token; raises as ``call`` does."""
-        answer = self._send("GET", link, None, {"Connection": "close"})
+        answer = self._send("GET", link, None, headers={"Connection": "close"})
         if answer.status >= 400:
             raise self.refusal(answer)
         if not answer.body.startswith((b"PK", b"\x30")):  # a ZIP, a PKCS#12 file
@@ -164,7 +156,7 @@ class Client:
 
     def check_link_works(self, link: str) -> None:
         """Raise as ``fetch_bundle`` would, without using the link up."""
-        answer = self._send("HEAD", link, None, {})
+        answer = self._send("HEAD", link, None)
         if answer.status in _DEAD_LINK:
             raise Refused(_DEAD_LINK[answer.status], status=answer.status)
         if answer.status >= 400:
@@ -177,7 +169,7 @@ class Client:
         """
         url = self._settings.url + "/register/bulk"
         headers = {"Content-Type": "application/x-ndjson"}
-        with self._open("POST", url, self._token(), headers, content=rows) as response:
+        with self._open("POST", url, self._token(), headers=headers, data=rows) as response:
             if response.status_code != 200:
                 raise self.refusal(self._whole(response))
             yield from map(_row_answer, _lines(response))
@@ -190,60 +182,31 @@ class Client:
             )
         return self._settings.token
 
-    def _send(
-        self,
-        method: str,
-        url: str,
-        token: str | None,
-        headers: dict[str, str],
-        *,
-        params: Mapping[str, Any] | None = None,
-        content: bytes | None = None,
-        repeatable: bool = True,
-    ) -> HttpAnswer:
+    def _send(self, method: str, url: str, token: str | None, *, repeatable: bool = True, **content: Any) -> HttpAnswer:
         pauses = iter(RETRY_PAUSES if repeatable else ())
         while True:
             try:
-                return self._attempt(method, url, token, headers, params, content)
+                with self._open(method, url, token, **content) as response:
+                    return self._whole(response)
             except ConnectionLost:
                 pause = next(pauses, None)
                 if pause is None:
                     raise
                 time.sleep(pause)
 
-    def _attempt(
-        self,
-        method: str,
-        url: str,
-        token: str | None,
-        headers: dict[str, str],
-        params: Mapping[str, Any] | None,
-        content: bytes | None,
-    ) -> HttpAnswer:
-        with self._open(method, url, token, headers, params=params, content=content) as response:
-            return self._whole(response)
-
     @contextlib.contextmanager
-    def _open(
-        self,
-        method: str,
-        url: str,
-        token: str | None,
-        headers: dict[str, str],
-        *,
-        params: Mapping[str, Any] | None = None,
-        content: bytes | None = None,
-    ) -> Iterator[requests.Response]:
-        """Send a request; what goes wrong with the connection inside the block is raised as ``Unreachable``."""
+    def _open(self, method: str, url: str, token: str | None, **content: Any) -> Iterator[requests.Response]:
+        """Send a request, whose ``content`` is as requests has it: headers, params, and json or data.
+
+        What goes wrong with the connection inside the block is raised as ``Unreachable``.
+        """
         # A loopback address is never behind a proxy.
         self._session.trust_env = not is_loopback(urlsplit(url).hostname or "")
         try:
             with self._session.request(
                 method,
                 url,
-                params=params,
-                data=content,
-                headers=headers,
+                **content,
                 auth=_Bearer(token),
                 # ConnectionOptions here and not on the session, where REQUESTS_CA_BUNDLE would win over it.
                 verify=str(self._settings.ca_file) if self._settings.ca_file else True,
@@ -358,8 +321,12 @@ def check_link(link: str) -> str:
     return link.strip()
 
 
-def _present(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in params.items() if value is not None}
+def _json_object(content: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _origin(url: str) -> str:
@@ -377,11 +344,8 @@ def _lines(response: requests.Response) -> Iterator[bytes]:
 
 
 def _row_answer(line: bytes) -> dict[str, Any]:
-    try:
-        answer = json.loads(line)
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict) or not isinstance(answer.get("row"), int):
+    answer = _json_object(line)
+    if answer is None or not isinstance(answer.get("row"), int):
         raise Unreachable("The portal's answer to a row cannot be read; its version may differ.")
     return answer
 
@@ -445,11 +409,7 @@ def _problem(answer: HttpAnswer) -> dict[str, Any] | None:
     kind = answer.headers.get("Content-Type", "").split(";")[0].strip().lower()
     if kind not in ("application/problem+json", "application/json"):
         return None
-    try:
-        problem = json.loads(answer.body)
-    except (ValueError, RecursionError):
-        return None
-    return problem if isinstance(problem, dict) else None
+    return _json_object(answer.body)
 
 
 def _fields(errors: object) -> list[tuple[str, str]]:

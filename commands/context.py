@@ -199,33 +199,33 @@ def require(data: dict[str, Any], *names: str) -> None:
         raise Unreachable(f"The portal's answer has no {' and no '.join(missing)}; its version may differ.")
 
 
-def new_secret_file(path: str | None, option: str, what: str, *, out: Output) -> Path | None:
-    """Return the file for a secret that is shown once; raises ``UsageError`` if it would go into a pipe or a log."""
-    if path is not None:
-        return Path(path)
-    if not out.as_json and not out.for_people:
+def check_secret_seen(path: str | None, option: str, what: str, *, out: Output) -> None:
+    """Raise ``UsageError`` if a secret that is shown only once would go into a pipe or a log."""
+    if path is None and not out.as_json and not out.for_people:
         raise click.UsageError(
             f"The {what} is shown only once, and standard output is not a terminal; "
             f"add {option} FILE to save it, or --json to get it in the answer."
         )
-    return None
 
 
-def make_with_secret(
+def create_with_secret(
     portal: Remote,
     path: str,
     body: dict[str, Any],
     *,
     shown_once: str,
-    into: Path | None,
+    save_in: str | None,
+    done: str,
+    fields: Callable[[dict[str, Any]], dict[str, Cell]],
     needs: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Create a resource with a secret, the field ``shown_once``; return the answer, without the secret if saved.
+    """Create a resource with a secret, the field ``shown_once`` of the answer, and show it; return the answer.
 
-    The file ``into`` is created first, and removed if the request fails. Raises ``Unreachable`` if the answer lacks
-    the secret or one of the fields in ``needs``.
+    The file ``save_in`` is created first, and removed if the request fails; the answer is without the secret then.
+    Raises ``UsageError`` if nobody would see the secret, ``Unreachable`` if the answer lacks it or one of ``needs``.
     """
-    reserved = ReservedFile(into) if into is not None else None
+    check_secret_seen(save_in, f"--{shown_once}-out", shown_once, out=portal.out)
+    reserved = ReservedFile(Path(save_in)) if save_in is not None else None
     try:
         # Not repeated if the connection breaks: that would create a second one.
         answer: dict[str, Any] = portal.client.call("POST", path, body=body, repeatable=False).json()
@@ -235,23 +235,10 @@ def make_with_secret(
     finally:
         if reserved is not None:
             reserved.discard()
+    shown = {shown_once: Cell(str(answer[shown_once]), style="bold")} if reserved is None else {}
+    portal.out.result(answer, fields(answer) | shown, done=done)
+    portal.out.note(f"The {shown_once} is in {save_in}." if reserved else f"The {shown_once} is shown only once.")
     return answer
-
-
-def show_created(
-    portal: Remote,
-    done: str,
-    fields: dict[str, Cell],
-    answer: dict[str, Any],
-    *,
-    shown_once: str,
-    into: Path | None,
-) -> None:
-    """Show what ``make_with_secret`` returned: its fields, and the secret or the file that it is in."""
-    if into is None:
-        fields[shown_once] = Cell(str(answer[shown_once]), style="bold")
-    portal.out.result(answer, fields, done=done)
-    portal.out.note(f"The {shown_once} is in {into}." if into else f"The {shown_once} is shown only once.")
 
 
 YES = click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")

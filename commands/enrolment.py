@@ -15,14 +15,12 @@ from commands.context import (
     Remote,
     command,
     confirm,
-    make_with_secret,
+    create_with_secret,
     metadata_from,
-    new_secret_file,
     option_group,
     require,
     require_confirmable,
     short_id,
-    show_created,
     topics_from,
 )
 from commands.errors import Misused
@@ -125,15 +123,23 @@ def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -
 
     It is valid for one expected device (--device, see portal expect), or for new devices.
     """
-    path = new_secret_file(token_out, "--token-out", "token", out=portal.out)
     body = _given(options)
-    answer = make_with_secret(
-        portal, "/enrolment-tokens", body, shown_once="token", into=path, needs=("enrolment_token_id",)
+
+    def fields(answer: dict[str, Any]) -> dict[str, Cell]:
+        scope = "device_id" if answer.get("device_id") else "count"
+        known = {name: text(answer.get(name)) for name in ("enrolment_token_id", scope)}
+        return known | _profile(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
+
+    create_with_secret(
+        portal,
+        "/enrolment-tokens",
+        body,
+        shown_once="token",
+        save_in=token_out,
+        done=f"Created the enrolment token {body['name']}",
+        fields=fields,
+        needs=("enrolment_token_id",),
     )
-    scope = "device_id" if answer.get("device_id") else "count"
-    fields = {name: text(answer.get(name)) for name in ("enrolment_token_id", scope)}
-    fields |= _profile(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
-    show_created(portal, f"Created the enrolment token {body['name']}", fields, answer, shown_once="token", into=path)
 
 
 @command("revoke", enrolment, examples=["portal enrolment revoke 1e66977361d81fe2"])

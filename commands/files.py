@@ -31,6 +31,15 @@ def reason(error: OSError) -> str:
     return (error.strerror or type(error).__name__).lower()
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise ``CheckFailed`` if the block cannot write the file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckFailed(f"{path} cannot be written: {reason(error)}.") from None
+
+
 def read_input(path: str, *, limit: int = MAX_INPUT) -> bytes:
     """Read a file, or standard input for ``-``; raises ``Misused`` if that fails or it exceeds ``limit`` bytes."""
     try:
@@ -72,13 +81,10 @@ class ReservedFile:
     def write(self, secret: str) -> None:
         """Write the secret with a newline, durably; raises ``CheckFailed``."""
         descriptor, self._descriptor = self._descriptor, -1
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secret.encode() + b"\n")
-                file.flush()
-                os.fsync(descriptor)
-        except OSError as error:
-            raise CheckFailed(f"{self.path} cannot be written: {reason(error)}.") from None
+        with writing(self.path), os.fdopen(descriptor, "wb") as file:
+            file.write(secret.encode() + b"\n")
+            file.flush()
+            os.fsync(descriptor)
 
     def discard(self) -> None:
         """Remove the file if nothing was written to it."""
@@ -98,10 +104,8 @@ def write_new(path: Path, file: NewFile, *, force: bool) -> None:
     """Write a file atomically; raises ``CheckFailed`` if it exists (without ``force``) or cannot be written."""
     if not force and os.path.lexists(path):
         raise CheckFailed(f"{path} already exists; use --force to replace it.")
-    try:
+    with writing(path):
         replace_file(path, file.content, mode=file.mode)
-    except OSError as error:
-        raise CheckFailed(f"{path} cannot be written: {reason(error)}.") from None
 
 
 @contextlib.contextmanager
@@ -110,7 +114,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises ``CheckFailed`` if it cannot be written.
     """
-    try:
+    with writing(path):
         with _new_beside(path, mode=0o600) as (temporary, writer):
             yield writer
         try:
@@ -118,8 +122,6 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         finally:
             temporary.unlink(missing_ok=True)
         _sync(path.parent)
-    except OSError as error:
-        raise CheckFailed(f"{path} cannot be written: {reason(error)}.") from None
 
 
 class Folder:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from commands.bundle import FORMATS
 from commands.errors import CheckFailed, Misused
-from commands.files import Folder, NewFile, reason, replace_file, write_new
+from commands.files import Folder, NewFile, reason, replace_file, write_new, writing
 from commands.registration import KEY_TYPES
 
 REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # maximum number of characters
@@ -47,12 +47,9 @@ def fingerprint_of(path: Path) -> str:
     """Return the SHA-256 of the file in hex; raises ``Misused`` if it cannot be read."""
     try:
         with path.open("rb") as file:
-            digest = sha256()
-            while part := file.read(1 << 20):
-                digest.update(part)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise Misused(f"{path} cannot be read: {reason(error)}.") from None
-    return digest.hexdigest()
 
 
 def read_rows(path: Path, form: str) -> Iterator[FileRow]:
@@ -205,14 +202,12 @@ class Results:
 
     def __enter__(self) -> Self:
         """Open the file to add results; keeps earlier results except failures."""
-        try:
+        with writing(self.path):
             if os.path.lexists(self.path):
                 self._file = self._rewrite()
             else:
                 self._file = _open(self.path)
                 csv.writer(self._file).writerow(COLUMNS)
-        except OSError as error:
-            raise CheckFailed(f"{self.path} cannot be written: {reason(error)}.") from None
         return self
 
     def _rewrite(self) -> TextIO:
@@ -239,13 +234,10 @@ class Results:
 
     def sync(self) -> None:
         """Make durable what was added; raises ``CheckFailed``."""
-        if self._file is None:
-            return
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise CheckFailed(f"{self.path} cannot be written: {reason(error)}.") from None
+        if self._file is not None:
+            with writing(self.path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def add(self, line: int, external_id: str, name: str, answer: Mapping[str, Any]) -> None:
         """Add the answer to a row."""
@@ -255,12 +247,10 @@ class Results:
         failed = "device_id" not in answer
         row |= {"line": str(line), "external_id": external_id, "name": name}
         row["result"] = "failed" if failed else "repeated" if answer.get("repeated") else "registered"
-        try:
+        with writing(self.path):
             if isinstance(answer.get("chain"), str):
                 self._keep_certificate(str(answer["device_id"]), answer["chain"])
             csv.writer(self._file).writerow([row[column] for column in COLUMNS])
-        except OSError as error:
-            raise CheckFailed(f"{self.path} cannot be written: {reason(error)}.") from None
         if not failed:
             self.done.add(external_id)
 

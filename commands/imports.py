@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import time
 from collections import Counter, deque
@@ -27,6 +27,7 @@ BATCH_ROWS = 512  # two of the batches that the portal registers at once
 BATCH_BYTES = 128 * 1024
 RETRY_PAUSES = (0.3, 1.0, 3.0)  # seconds before a batch is sent again after the connection was lost
 BUSY_ATTEMPTS = 30  # at a portal that is busy with other uploads and says when to come back
+COUNTS = ("rows", "registered", "repeated", "there_before", "failed")
 SHOWN = 20  # problems that are shown one by one
 AGAIN = "Run the same command again to continue where this one stopped."
 
@@ -56,7 +57,7 @@ class Tally:
 
     def as_json(self) -> dict[str, Any]:
         """Return the counts for JSON."""
-        names = ("rows", "registered", "repeated", "there_before", "failed", "downloaded", "not_downloaded")
+        names = (*COUNTS, "downloaded", "not_downloaded")
         return {name: getattr(self, name) for name in names} | {"failures": dict(self.codes)}
 
 
@@ -227,22 +228,13 @@ def _show(portal: Remote, results: Results, tally: Tally) -> None:
     if portal.out.as_json:
         portal.out.json(tally.as_json() | {"results": str(results.path.absolute())})
         return
-    with contextlib.suppress(StopIteration):
-        failed = (row for row in results.rows() if row["result"] == "failed")
-        for _ in range(SHOWN):
-            row = next(failed)
-            portal.out.note(f"line {row['line']}: {row['detail']}")
+    for row in itertools.islice((row for row in results.rows() if row["result"] == "failed"), SHOWN):
+        portal.out.note(f"line {row['line']}: {row['detail']}")
     before = tally.repeated + tally.there_before
     portal.out.done(f"{tally.registered} registered, {before} registered before, {tally.failed} failed.")
-    fields = {
-        "rows": text(str(tally.rows)),
-        "registered": text(str(tally.registered)),
-        "repeated": text(str(tally.repeated)),
-        "there_before": text(str(tally.there_before)),
-        "failed": text(str(tally.failed)),
-    }
-    fields |= {f"failed {code}": text(str(number)) for code, number in tally.codes.most_common()}
+    counts: dict[str, object] = {name: getattr(tally, name) for name in COUNTS}
+    counts |= {f"failed {code}": number for code, number in tally.codes.most_common()}
     if tally.downloaded or tally.not_downloaded:
-        fields |= {"downloaded": text(str(tally.downloaded)), "not_downloaded": text(str(tally.not_downloaded))}
-    portal.out.fields(fields | {"results": text(str(results.path))})
+        counts |= {"downloaded": tally.downloaded, "not_downloaded": tally.not_downloaded}
+    portal.out.fields({name: text(count) for name, count in counts.items()} | {"results": text(str(results.path))})
     portal.out.note("results.csv contains links and passwords: send them on different channels, then delete it.")

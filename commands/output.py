@@ -57,11 +57,10 @@ def clean(value: object) -> str:
     text = str(value)
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_escaped(char) if unicodedata.category(char) in _UNSAFE else char for char in text)
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return "".join(
+        char.encode("unicode_escape", "surrogatepass").decode() if unicodedata.category(char) in _UNSAFE else char
+        for char in text
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +226,7 @@ class Output:
         for name, cell in shown.items():
             if self.for_people:
                 label = (f"{_label(name):<{width + 2}}", "bold")
-                self._out.print(_words(label, (clean(cell.shown or cell.plain), cell.style)), soft_wrap=True)
+                self._out.print(Text.assemble(label, (clean(cell.shown or cell.plain), cell.style)), soft_wrap=True)
             else:
                 self.raw(f"{name}\t{clean(cell.plain)}")
 
@@ -235,12 +234,12 @@ class Output:
         """Show on standard error the object that a question is about."""
         width = max(len(name) for name in fields)
         for name, cell in fields.items():
-            line = _words((f"{name:<{width + 2}}", "bold"), clean(cell.shown or cell.plain))
+            line = Text.assemble((f"{name:<{width + 2}}", "bold"), clean(cell.shown or cell.plain))
             self._err.print(line, soft_wrap=True)
 
     def done(self, sentence: str) -> None:
         """Report success on standard error; silent with ``--json``."""
-        self._note(_words(("✓ ", "green"), clean(sentence)))
+        self._note(Text.assemble(("✓ ", "green"), clean(sentence)))
 
     def note(self, sentence: str) -> None:
         """Print a remark on standard error; silent with ``--json``."""
@@ -248,7 +247,7 @@ class Output:
 
     def next_step(self, command: str) -> None:
         """Suggest the next command; silent with ``--json``."""
-        self._note(_words(("Next: ", "bold"), clean(command)))
+        self._note(Text.assemble(("Next: ", "bold"), clean(command)))
 
     def _note(self, line: Text) -> None:
         if not self.as_json:
@@ -256,7 +255,7 @@ class Output:
 
     def warning(self, sentence: str) -> None:
         """Print a warning on standard error, also with ``--json``."""
-        self._err.print(_words(("Warning: ", "bold yellow"), clean(sentence)), soft_wrap=True)
+        self._err.print(Text.assemble(("Warning: ", "bold yellow"), clean(sentence)), soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, words: str, total: int) -> Iterator[Callable[[], None]]:
@@ -289,12 +288,12 @@ class Output:
         fields = error.fields if isinstance(error, Refused) else ()
         repeated = bool(fields) and all(message in error.sentence for _, message in fields)
         sentence = "The portal does not accept these values:" if repeated else error.sentence
-        self._err.print(_words(("Error: ", "bold red"), clean(sentence)), soft_wrap=True)
+        self._err.print(Text.assemble(("Error: ", "bold red"), clean(sentence)), soft_wrap=True)
         for field, message in fields:
             root, _, inner = field.partition(".")
             option = options.get(root.lower().replace("-", "_"))
             label = field if option is None else f"{option} ({field})" if inner else option
-            self._err.print(_words((f"  {clean(label)}: ", "bold"), clean(message)), soft_wrap=True)
+            self._err.print(Text.assemble((f"  {clean(label)}: ", "bold"), clean(message)), soft_wrap=True)
         for hint in error.hints:
             self._err.print(Text(clean(hint)), soft_wrap=True)
         if isinstance(error, Refused) and error.request_id:
@@ -329,11 +328,6 @@ class _PlainProgress:
         rate = self._done / (now - self._started)
         left = (self._total - self._done) / rate
         self._out.note(f"{self._words}: {self._done} of {self._total}, {rate:.0f}/s, {left:.0f} s left")
-
-
-def _words(*parts: str | tuple[str, str]) -> Text:
-    """Return a line of words, each with its own style; ``Text + Text`` would spread the style of the first."""
-    return Text.assemble(*parts)
 
 
 def _label(name: str) -> str:

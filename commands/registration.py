@@ -32,9 +32,9 @@ from commands.client import check_link
 from commands.context import (
     DEVICE_ID,
     Remote,
+    check_secret_seen,
     command,
     metadata_from,
-    new_secret_file,
     option_group,
     require,
     topics_from,
@@ -181,7 +181,7 @@ def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], de
     if chosen is not None:
         body["bundle_password"] = chosen
     elif delivery.out is None:
-        new_secret_file(delivery.password_out, "--password-out", "bundle password", out=portal.out)
+        check_secret_seen(delivery.password_out, "--password-out", "bundle password", out=portal.out)
     with _targets(delivery, FILES) as targets:
         answer = _post(portal, operation, body, delivery.idempotency_key)
         require(answer, "device_id", "download_url")

@@ -12,11 +12,9 @@ from commands.context import (
     Remote,
     command,
     confirm,
-    make_with_secret,
-    new_secret_file,
+    create_with_secret,
     paging_options,
     short_id,
-    show_created,
 )
 from commands.errors import CliError
 from commands.output import Cell, date_of, status_of, text, time_of
@@ -93,11 +91,21 @@ def _dead(row: Mapping[str, Any]) -> Cell:
 @click.option("--secret-out", metavar="FILE", help="Write the signing secret to FILE (new, 0600).")
 def webhook_create(portal: Remote, name: str, url_: str, events: tuple[str, ...], secret_out: str | None) -> None:
     """Create a webhook; its signing secret is shown once."""
-    path = new_secret_file(secret_out, "--secret-out", "secret", out=portal.out)
     body = {"name": name, "url": url_} | ({"events": list(events)} if events else {})
-    answer = make_with_secret(portal, "/webhooks", body, shown_once="secret", into=path, needs=("webhook_id",))
-    fields = {"webhook_id": text(answer["webhook_id"]), "url": text(answer.get("url")), "events": _events(answer)}
-    show_created(portal, f"Created the webhook {name}", fields, answer, shown_once="secret", into=path)
+    answer = create_with_secret(
+        portal,
+        "/webhooks",
+        body,
+        shown_once="secret",
+        save_in=secret_out,
+        done=f"Created the webhook {name}",
+        fields=lambda made: {
+            "webhook_id": text(made["webhook_id"]),
+            "url": text(made.get("url")),
+            "events": _events(made),
+        },
+        needs=("webhook_id",),
+    )
     portal.out.next_step(f"portal webhook test {answer['webhook_id']}")
 
 
