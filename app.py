@@ -36,19 +36,8 @@ from web.serving import serve
 
 log = logging.getLogger("portal.request")
 
-_DESCRIBED: tuple[Route, ...] = (
-    *devices.ROUTES,
-    *devices.DOWNLOAD,
-    *bulk.ROUTES,
-    *lifecycle.ROUTES,
-    *pki.ROUTES,
-    *enrolment.ROUTES,
-    *enrolment.MANUFACTURERS,
-    *est.ROUTES,
-    *tokens.ROUTES,
-    *webhooks.ROUTES,
-    *operation.ROUTES,
-)
+_RESOURCES = (devices, bulk, lifecycle, pki, enrolment, est, tokens, webhooks, operation)
+_DESCRIBED = [route for resource in _RESOURCES for route in resource.ROUTES]
 ROUTES = (*_DESCRIBED, *operation.description_of(_DESCRIBED))
 _ON_PKI_LISTENER = frozenset(route.name for route in ROUTES if route.on_pki_listener)
 

@@ -174,7 +174,7 @@ class BrokerFolder:
         return password
 
     def _path(self, name: str) -> Path:
-        return self._settings.broker_file(name)
+        return self._settings.broker_dir / name
 
     def _replace(self, contents: Mapping[str, bytes]) -> None:
         """Replace several files; none is changed before all are on the disk under another name."""

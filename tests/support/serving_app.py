@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 from config import Address, Settings
 from core.errors import PortalError, StartupError
-from web.api.client_certificate import client_certificate
 from web.serving import Listener, serve
 
 BIG = 20 * 1024 * 1024
@@ -63,8 +63,12 @@ def facts(environ: dict[str, Any], body: bytes) -> dict[str, Any]:
         "address": environ["REMOTE_ADDR"],
         "tls": getattr(environ["gunicorn.socket"], "version", lambda: None)(),
         "process": os.getpid(),
-        "certificate": hashlib.sha256(client_certificate(environ["gunicorn.socket"]) or b"").hexdigest(),
+        "certificate": hashlib.sha256(shown_certificate(environ["gunicorn.socket"])).hexdigest(),
     }
+
+
+def shown_certificate(connection: Any) -> bytes:
+    return (connection.getpeercert(binary_form=True) if isinstance(connection, ssl.SSLSocket) else None) or b""
 
 
 def stream(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:

@@ -65,18 +65,12 @@ class PendingRequest(RequestModel):
     topics: Topics | None = None
 
 
-class RegisterRequest(RequestModel):
+class RegisterRequest(PendingRequest):
     """A device to register. With a `csr` the device keeps its own key, and no bundle is made."""
 
-    name: Name
-    type: ShortText
-    location: Place
-    firmware: ShortText
-    metadata: Metadata = Field(default_factory=dict)
     csr: Annotated[str, Field(max_length=16384, description="PEM, PKCS#10")] | None = None
     key_type: KeyTypeName | None = None
     validity_days: Annotated[int, Field(ge=1, le=36500), WholeNumber] | None = None
-    topics: Topics | None = None
     bundle_password: BundlePassword | None = None
     bundle_format: BundleFormatName | None = None
     external_id: ExternalId | None = None
@@ -290,7 +284,7 @@ def list_certificates(call: Call, device_id: str) -> CertificateList:
     return CertificateList(certificates=[_certificate_model(record) for record in records])
 
 
-def registration_of(body: PendingRequest | RegisterRequest) -> DeviceRequest:
+def registration_of(body: PendingRequest) -> DeviceRequest:
     """Return the device to register, or to expect, with its CSR parsed; raises ``CsrInvalid``, ``KeyRefused``."""
     values = dict(body)
     if values.get("csr") is not None:
@@ -326,3 +320,6 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
 
 def _certificate_model(record: CertificateRecord) -> CertificateModel:
     return CertificateModel.of(record, certificate=ssl.DER_cert_to_PEM_cert(record.der))
+
+
+ROUTES += DOWNLOAD

@@ -357,3 +357,6 @@ def _manufacturer(record: ManufacturerRecord) -> ManufacturerModel:
         nonce_expires_at=record.nonce_expires_at if unproven else None,
         certificate=ssl.DER_cert_to_PEM_cert(record.der),
     )
+
+
+ROUTES += MANUFACTURERS
