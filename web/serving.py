@@ -72,20 +72,12 @@ def serve(
         main_end, pki_end = socket.socketpair()
         child = os.fork()
         if not child:
-            main_socket.close()
-            main_end.close()
-            os.environ.pop("NOTIFY_SOCKET", None)  # systemd listens to the main process only
-            _Gunicorn("pki", settings, apps["pki"], start, pki_socket, pki_end).run_and_exit()
+            pki = _Gunicorn("pki", settings, apps["pki"], start, pki_socket, pki_end)
+            pki.run_and_exit(main_socket, main_end)
         pki_end.close()
         pki_socket.close()
-        try:
-            status = _Gunicorn("main", settings, apps["main"], start, main_socket, main_end, tls).run_to_end()
-        finally:
-            main_end.close()
-            with contextlib.suppress(ChildProcessError):  # gunicorn waits for all children of its process
-                os.waitpid(child, 0)
-    sentence = start.failure()
-    if sentence:
+        status = _Gunicorn("main", settings, apps["main"], start, main_socket, main_end, tls).run_beside(child)
+    if sentence := start.failure():
         raise StartupError(sentence)
     return status
 
@@ -248,8 +240,20 @@ class _Gunicorn(BaseApplication):
             return _status(stopped)
         return 0
 
-    def run_and_exit(self) -> NoReturn:
-        """Run in a process of its own, which ends here."""
+    def run_beside(self, child: int) -> int:
+        """Run until stopped, then wait for the process of the other listener; return the exit status."""
+        try:
+            return self.run_to_end()
+        finally:
+            self._link.close()
+            with contextlib.suppress(ChildProcessError):  # gunicorn waits for all children of its process
+                os.waitpid(child, 0)
+
+    def run_and_exit(self, *others: socket.socket) -> NoReturn:
+        """Run in a process of its own, which ends here, without the sockets of the ``others``."""
+        for other in others:
+            other.close()
+        os.environ.pop("NOTIFY_SOCKET", None)  # systemd listens to the main process only
         status = 1
         try:
             status = self.run_to_end()
