@@ -14,9 +14,9 @@ from pydantic_core import from_json
 from core.errors import BodyTooLarge, BodyTooSlow, FieldProblem, InputInvalid, PortalError, RowMalformed, TooManyRows
 from core.roles import Permission
 from web.api.devices import RegisterRequest, registration_of
-from web.api.fields import AnswerModel, DeviceId, Fingerprint, Hex, Timestamp
+from web.api.fields import DeviceId, Fingerprint, Hex
 from web.api.problems import FieldErrorModel
-from web.api.routing import Answers, Call, Reply, Routes, RowBody, input_invalid, is_no_json
+from web.api.routing import AnswerModel, Answers, Call, Reply, Routes, RowBody, Timestamp, input_invalid, is_no_json
 from workflows.bulk.batch import Candidate, RowDone, RowFailed
 from workflows.bulk.rows import CsvRows, NdjsonRows, Row, Rows
 

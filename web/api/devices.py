@@ -16,7 +16,6 @@ from pki.csr import read_csr
 from store.certificates import CertificateRecord
 from store.devices import DeviceFilter, DeviceRecord
 from web.api.fields import (
-    AnswerModel,
     BundleFormatName,
     BundlePassword,
     Cursor,
@@ -29,14 +28,12 @@ from web.api.fields import (
     Metadata,
     Name,
     Place,
-    RequestModel,
     ShortText,
     StatusName,
     Time,
-    Timestamp,
     WholeNumber,
 )
-from web.api.routing import ANYONE, Answers, Call, Reply, Routes
+from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.credentials import DeviceRequest
 from workflows.devices import DeviceDetails
 

@@ -12,20 +12,8 @@ from core.roles import Permission
 from core.states import Approval, ManufacturerStatus
 from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord, ManufacturerRecord
 from web.api.devices import PendingRequest, registration_of
-from web.api.fields import (
-    AnswerModel,
-    DeviceId,
-    Fingerprint,
-    KeyTypeName,
-    Name,
-    Place,
-    RequestModel,
-    ShortText,
-    StatusName,
-    Timestamp,
-    WholeNumber,
-)
-from web.api.routing import Answers, Call, Reply, Routes
+from web.api.fields import DeviceId, Fingerprint, KeyTypeName, Name, Place, ShortText, StatusName, WholeNumber
+from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 
 ROUTES = Routes("Enrolment")
 MANUFACTURERS = Routes("Manufacturers")

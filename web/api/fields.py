@@ -6,9 +6,9 @@ import json
 import math
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from config import KEY_TYPES
 from pki.issuers import Reason
@@ -32,11 +32,6 @@ METADATA_BYTES = 8192
 METADATA_DEPTH = 5
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
-Timestamp = Annotated[
-    datetime,
-    PlainSerializer(lambda value: value.strftime("%Y-%m-%dT%H:%M:%S.%fZ"), return_type=str),
-    Field(json_schema_extra={"format": "date-time"}),
-]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, examples=["pump-17"])]
 ShortText = Annotated[str, Field(min_length=1, max_length=64, pattern=_TEXT)]
 Place = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT)]
@@ -126,30 +121,3 @@ Limit = Annotated[int, Field(ge=1, le=200), BeforeValidator(_read_integer)]
 WholeNumber = BeforeValidator(_read_whole_number)
 Cursor = Annotated[str, Field(max_length=128, pattern=_CURSOR)]
 NumericCursor = Annotated[str, Field(pattern=_NUMERIC_CURSOR)]
-
-
-class RequestModel(BaseModel):
-    """The body or the query of a request: unknown fields are refused, nothing is converted silently."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class AnswerModel(BaseModel):
-    """The body of an answer, or a part of it."""
-
-    model_config = ConfigDict(frozen=True)
-    omit_none: ClassVar[bool] = False  # whether fields that are null are left out of the answer
-
-    @classmethod
-    def of(cls, *sources: object, **values: object) -> Self:
-        """Return an answer with ``values``; other fields are attributes of the same name of the first source with one.
-
-        Example::
-
-            TokenModel.of(record, token_id=record.id)
-        """
-        for source in sources:
-            for name in cls.model_fields:
-                if name not in values and hasattr(source, name):
-                    values[name] = getattr(source, name)
-        return cls.model_validate(values)

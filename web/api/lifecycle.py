@@ -9,7 +9,6 @@ from pydantic import Field
 from core.roles import Permission
 from pki.csr import read_csr
 from web.api.fields import (
-    AnswerModel,
     BundleFormatName,
     BundlePassword,
     DeviceId,
@@ -17,11 +16,9 @@ from web.api.fields import (
     Hex,
     KeyTypeName,
     ReasonName,
-    RequestModel,
-    Timestamp,
     WholeNumber,
 )
-from web.api.routing import Answers, Call, Routes
+from web.api.routing import AnswerModel, Answers, Call, RequestModel, Routes, Timestamp
 from workflows.renewal import RenewalRequest
 from workflows.revocation import Suspended
 

@@ -11,9 +11,8 @@ from flask import render_template
 
 from core import metrics
 from core.roles import MAY, Permission
-from web.api.fields import AnswerModel
 from web.api.openapi import openapi
-from web.api.routing import ANYONE, Answers, Call, Reply, Route, Routes
+from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, Route, Routes
 
 
 class HealthModel(AnswerModel):

@@ -11,7 +11,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from core import errors
 from core.errors import InputInvalid, PortalError, TooManyAttempts
-from web.api.fields import AnswerModel
+from web.api.routing import AnswerModel
 
 MEDIA_TYPE = "application/problem+json"
 # Below this path an error is a sentence in plain text, for a person who reads what a device received (RFC 7030 section

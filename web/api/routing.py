@@ -7,10 +7,11 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 from flask import Request, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from pydantic_core import ErrorDetails
 from werkzeug.datastructures import Headers
 from werkzeug.routing import BaseConverter
@@ -31,7 +32,7 @@ from core.errors import (
 )
 from core.roles import MAY, Permission
 from store.audit import Actor
-from web.api.fields import PATTERN_IN_WORDS, UUID, AnswerModel
+from web.api.fields import PATTERN_IN_WORDS, UUID
 
 if TYPE_CHECKING:
     from operations.wiring import Portal
@@ -41,6 +42,41 @@ ANYONE: Permission | None = None  # in place of a permission: a route that asks 
 MAX_PROBLEMS = 32
 MAX_COUNTED = 1000  # of more problems none is named: pydantic can only list all of them, which takes long
 IDEMPOTENCY_KEY = "^[!-~]{16,255}$"
+
+
+# How answers write a time: RFC 3339, UTC, microseconds.
+Timestamp = Annotated[
+    datetime,
+    PlainSerializer(lambda value: value.strftime("%Y-%m-%dT%H:%M:%S.%fZ"), return_type=str),
+    Field(json_schema_extra={"format": "date-time"}),
+]
+
+
+class RequestModel(BaseModel):
+    """The body or the query of a request: unknown fields are refused, nothing is converted silently."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class AnswerModel(BaseModel):
+    """The body of an answer, or a part of it."""
+
+    model_config = ConfigDict(frozen=True)
+    omit_none: ClassVar[bool] = False  # whether fields that are null are left out of the answer
+
+    @classmethod
+    def of(cls, *sources: object, **values: object) -> Self:
+        """Return an answer with ``values``; other fields are attributes of the same name of the first source with one.
+
+        Example::
+
+            TokenModel.of(record, token_id=record.id)
+        """
+        for source in sources:
+            for name in cls.model_fields:
+                if name not in values and hasattr(source, name):
+                    values[name] = getattr(source, name)
+        return cls.model_validate(values)
 
 
 @dataclass(frozen=True, slots=True)

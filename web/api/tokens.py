@@ -9,18 +9,8 @@ from pydantic import Field
 
 from core.roles import Permission, Role
 from store.tenants import TokenRecord
-from web.api.fields import (
-    AnswerModel,
-    Limit,
-    NumericCursor,
-    Place,
-    RequestModel,
-    RoleName,
-    ShortText,
-    Timestamp,
-    WholeNumber,
-)
-from web.api.routing import Answers, Call, Routes
+from web.api.fields import Limit, NumericCursor, Place, RoleName, ShortText, WholeNumber
+from web.api.routing import AnswerModel, Answers, Call, RequestModel, Routes, Timestamp
 
 ROUTES = Routes("Tokens")
 

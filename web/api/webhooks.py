@@ -9,8 +9,8 @@ from pydantic import Field
 from core.roles import Permission
 from core.states import EventDeliveryStatus
 from store.webhooks import Backlog, EventDeliveryRecord, WebhookRecord
-from web.api.fields import AnswerModel, Limit, NumericCursor, RequestModel, ShortText, Timestamp, WholeNumber
-from web.api.routing import Answers, Call, Routes
+from web.api.fields import Limit, NumericCursor, ShortText, WholeNumber
+from web.api.routing import AnswerModel, Answers, Call, RequestModel, Routes, Timestamp
 from workflows.events import EventType
 from workflows.webhooks.subscriptions import NOTHING
 
