@@ -132,13 +132,11 @@ class Client:
             seen.add(cursor)
             limit = None if limit is None else limit - len(rows)
 
-    def read_pages(
-        self, path: str, key: str, *, limit: int | None = None, cursor: str | None = None, **params: Any
-    ) -> dict[str, Any]:
-        """Return the rows of all pages up to ``limit``, as one answer with the cursor of the page after them."""
+    def read_pages(self, path: str, key: str, **options: Any) -> dict[str, Any]:
+        """Return the rows of ``pages`` as one answer, with the cursor of the page after them."""
         rows: list[dict[str, Any]] = []
         next_cursor = None
-        for page in self.pages(path, key, limit=limit, cursor=cursor, **params):
+        for page in self.pages(path, key, **options):
             rows += page[key]
             next_cursor = page.get("next_cursor")
         return {key: rows, "next_cursor": next_cursor}
@@ -272,17 +270,16 @@ class Client:
         if again := _try_again(retry_after):
             hints.append(again)
         if problem is None:
-            return Refused(
+            problem = {}
+            sentence = (
                 f"{answer.origin} answered with status {answer.status}, but not as the portal does; "
-                "a proxy or another server may answer instead.",
-                status=answer.status,
-                request_id=answer.headers.get("X-Request-Id", ""),
-                retry_after=seconds,
-                hints=hints,
+                "a proxy or another server may answer instead."
             )
-        sentence = problem.get("detail") or problem.get("title") or f"The portal answered with status {answer.status}."
+        else:
+            said = problem.get("detail") or problem.get("title") or f"The portal answered with status {answer.status}."
+            sentence = _in_words_of_the_cli(str(said)[:MAX_DETAIL])
         return Refused(
-            _in_words_of_the_cli(str(sentence)[:MAX_DETAIL]),
+            sentence,
             status=answer.status,
             code=str(problem.get("code", "")),
             fields=_fields(problem.get("errors")),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 from commands.bundle import certificates_only, describe
 from commands.context import Remote, command, paging_options
@@ -15,6 +15,7 @@ from commands.errors import Unreachable
 from commands.files import NewFile, write_new
 from commands.output import Cell, moment, state, text, time_of
 
+COMPLETIONS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 SHELLS = {
     "bash": 'eval "$(portal completion bash)"    # in ~/.bashrc',
     "zsh": 'eval "$(portal completion zsh)"    # in ~/.zshrc',
@@ -119,10 +120,8 @@ def audit(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filte
 @click.argument("shell", type=click.Choice(tuple(SHELLS)), help="bash, zsh or fish.")
 def completion(portal: Remote, shell: str) -> None:
     """Print a shell completion script."""
-    found = get_completion_class(shell)
-    if found is None:  # click supports all three
-        raise click.UsageError(f"There is no completion for {shell}.")
-    script = found(click.get_current_context().find_root().command, {}, "portal", "_PORTAL_COMPLETE").source()
+    root = click.get_current_context().find_root().command
+    script = COMPLETIONS[shell](root, {}, "portal", "_PORTAL_COMPLETE").source()
     if portal.out.as_json:
         portal.out.json({"shell": shell, "script": script})
     else:

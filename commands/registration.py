@@ -74,14 +74,6 @@ class DeliveryOptions:
     idempotency_key: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """Where the results are written, prepared before the request is sent; ``None`` if not asked for."""
-
-    folder: Folder | None
-    password_file: ReservedFile | None
-
-
 # The options that ``register`` and ``renew`` share; ``_issue`` reads them.
 issuing_options = option_group(
     click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of key.  [default: the portal's]"),
@@ -182,21 +174,19 @@ def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], de
         body["bundle_password"] = chosen
     elif delivery.out is None:
         check_secret_seen(delivery.password_out, "--password-out", "bundle password", out=portal.out)
-    with _targets(delivery, FILES) as targets:
+    with _targets(delivery, FILES) as (folder, password_file):
         answer = _post(portal, operation, body, delivery.idempotency_key)
         require(answer, "device_id", "download_url")
         # A chosen password is known to the caller, so it is not shown again.
         password = str(answer.pop("bundle_password", None) or "")
-        if targets.password_file is not None:
+        if password_file is not None:
             require({"bundle_password": password or None}, "bundle_password")
-            targets.password_file.write(password)
-        if targets.folder is not None:
-            keep_password = chosen is None and targets.password_file is None
-            with _undelivered(
-                portal, operation, answer["device_id"], password if keep_password else "", targets.folder
-            ):
-                answer["files"] = _unpack(portal, answer, chosen or password, targets.folder)
-    shown = "" if chosen is not None or targets.folder or targets.password_file else password
+            password_file.write(password)
+        if folder is not None:
+            keep_password = chosen is None and password_file is None
+            with _undelivered(portal, operation, answer["device_id"], password if keep_password else "", folder):
+                answer["files"] = _unpack(portal, answer, chosen or password, folder)
+    shown = "" if chosen is not None or folder or password_file else password
     _show(portal, operation, answer, shown, delivery.password_out)
 
 
@@ -230,7 +220,7 @@ def _issue_for_csr(
     """Let the portal certify the key of a CSR; write the certificate into the folder of ``--out``, or print it."""
     own = CsrFile.of(csr)
     body["csr"] = own.pem
-    with _targets(delivery, CERTIFICATE_FILES) as targets:
+    with _targets(delivery, CERTIFICATE_FILES) as (folder, _):
         answer = _post(portal, operation, body, delivery.idempotency_key)
         require(answer, "device_id", "certificate", "chain")
         certificate, chain = answer["certificate"], answer["chain"]
@@ -240,11 +230,11 @@ def _issue_for_csr(
         checked = check_credentials(
             own.has_key, certificate=certificate.encode(), chain=chain.encode(), ca=ca, now=datetime.now(UTC)
         )
-        if targets.folder is not None:
+        if folder is not None:
             contents = dict(zip(CERTIFICATE_FILES, (certificate.encode(), chain.encode(), ca), strict=True))
-            targets.folder.write({name: NewFile(certificates_only(pem)) for name, pem in contents.items()})
-            answer["files"] = summary(checked, targets.folder.path, contents)
-    if not portal.out.as_json and targets.folder is None:
+            folder.write({name: NewFile(certificates_only(pem)) for name, pem in contents.items()})
+            answer["files"] = summary(checked, folder.path, contents)
+    if not portal.out.as_json and folder is None:
         portal.out.done(_done(operation, answer))
         portal.out.raw(certificates_only(chain.encode()).decode())
         return
@@ -252,12 +242,13 @@ def _issue_for_csr(
 
 
 @contextlib.contextmanager
-def _targets(delivery: DeliveryOptions, names: tuple[str, ...]) -> Iterator[Targets]:
+def _targets(delivery: DeliveryOptions, names: tuple[str, ...]) -> Iterator[tuple[Folder | None, ReservedFile | None]]:
+    """Prepare where the results are written before the request is sent; ``None`` if not asked for."""
     folder = Folder(delivery.out, names, force=delivery.force) if delivery.out is not None else None
     password_file = None
     try:
         password_file = ReservedFile(Path(delivery.password_out)) if delivery.password_out is not None else None
-        yield Targets(folder, password_file)
+        yield folder, password_file
     finally:
         if password_file is not None:
             password_file.discard()
