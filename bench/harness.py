@@ -219,7 +219,7 @@ def race(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> R
     try:
         for racer in racers:
             if not _stream(racer.stdout).readline():
-                sys.exit(f"{shlex.join(map(str, racer.args))} could not begin.")  # type: ignore[arg-type]
+                sys.exit(f"{shlex.join(map(str, racer.args))} could not begin.")  # type: ignore[arg-type]  # a list
         for racer in racers:
             _stream(racer.stdin).write("go\n")
             _stream(racer.stdin).flush()

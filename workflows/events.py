@@ -51,7 +51,7 @@ def record(
     """
     if not has_subscribers(tx):
         return
-    type = EventType(type)  # noqa: A001
+    type = EventType(type)  # noqa: A001 - as above
     event_id = secrets.token_hex(16)
     if once is not None:
         event_id = hashlib.sha256("\n".join((tenant_id, type, device_id, once)).encode()).hexdigest()[:32]
@@ -73,7 +73,7 @@ def has_subscribers(database: Connection | Engine) -> bool:
     return marker is None or os.path.exists(marker)
 
 
-def body_of(event_id: str, type: str, device_id: str | None, at: datetime, facts: dict[str, Any]) -> str:  # noqa: A002
+def body_of(event_id: str, type: str, device_id: str | None, at: datetime, facts: dict[str, Any]) -> str:  # noqa: A002 - as above
     """Return the body that is sent: one JSON object, always the same text for the same event."""
     values = {"id": event_id, "type": str(type), "at": at, "device_id": device_id, "data": facts}
     return json.dumps(values, separators=(",", ":"), default=_plain)

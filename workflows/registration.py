@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import EllipsisType
 from typing import Any
 
 from sqlalchemy.engine import Connection
@@ -128,13 +129,19 @@ class Registrations:
 
     # --- Update
 
-    def update(self, actor: Actor, device_id: str, values: Mapping[str, Any], topics: Any = ...) -> None:
+    def update(
+        self,
+        actor: Actor,
+        device_id: str,
+        values: Mapping[str, Any],
+        topics: Sequence[tuple[str, str]] | EllipsisType | None = ...,
+    ) -> None:
         """Change what is known of a device; ``topics`` as in a registration, left out to keep them.
 
         Raises ``DeviceNotFound``, ``StateConflict`` for a revoked device, ``TopicRefused``.
         """
         now = self._clock()
-        checked = None if topics is ... else checked_topics(self._settings, topics, device_id)
+        checked = None if isinstance(topics, EllipsisType) else checked_topics(self._settings, topics, device_id)
         generation = 0
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)

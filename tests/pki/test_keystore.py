@@ -253,6 +253,20 @@ def test_a_passphrase_file_is_made_once_with_256_random_bits(tmp_path: Path) -> 
     assert {entry.name for entry in path.parent.iterdir()} == {"ca-passphrase", "other"}
 
 
+def test_a_passphrase_file_that_is_there_is_read_and_nothing_written(tmp_path: Path) -> None:
+    path = tmp_path / "secrets" / "ca-passphrase"
+    made = keystore.passphrase("", path)
+    before = path.parent.stat().st_mtime_ns
+    assert keystore.passphrase("", path) == made
+    assert path.parent.stat().st_mtime_ns == before
+
+
+def test_a_missing_passphrase_file_is_not_made_for_a_backup(tmp_path: Path) -> None:
+    with pytest.raises(CaKeyUnavailable, match="restore it from a backup or set PORTAL_CA_PASSPHRASE"):
+        keystore.passphrase("", tmp_path / "ca-passphrase", make=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_processes_that_start_together_get_the_same_passphrase(tmp_path: Path) -> None:
     found: list[bytes] = []
     start = threading.Barrier(8)

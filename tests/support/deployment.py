@@ -261,7 +261,7 @@ class Client:
 
     def connect(self) -> None:
         """Connect, or raise what kept it from it."""
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho has no types here
         properties.SessionExpiryInterval = self._session_seconds
         clean = self._session_seconds == 0
         self.paho.connect("localhost", self.device.port, keepalive=30, clean_start=clean, properties=properties)

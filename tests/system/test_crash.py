@@ -45,7 +45,7 @@ def arm(victim: Victim, plan: str) -> None:
 def die(victim: Victim, method: str, url: str, **request: object) -> None:
     """Make the request that the portal is killed in."""
     with pytest.raises(requests.ConnectionError):
-        victim.session.request(method, url, timeout=20, **request)  # type: ignore[arg-type]
+        victim.session.request(method, url, timeout=20, **request)  # type: ignore[arg-type]  # as requests has it
     wait_until(lambda: victim.processes[0].poll() is not None)
     victim.kill_portal()
 
