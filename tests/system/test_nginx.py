@@ -19,6 +19,7 @@ import requests
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bench.fleet import add_fleet
 from tests.support.deployment import PLAIN, wait_until
 from tests.support.est import csr_der, in_base64, read_certs_only
 from tests.support.nginx import Fronted
@@ -181,6 +182,24 @@ def test_slow_clients_hold_nobody_up(
         for _ in range(20):
             assert deployment.session.get(f"{deployment.url}/healthz", timeout=5).status_code == 200
         assert deployment.call("POST", "/register", PLAIN).status_code == 201
+
+
+def test_clients_that_do_not_read_hold_nobody_up(deployment: Fronted) -> None:
+    device = deployment.register()
+    add_fleet(deployment.data, 30_000, revoked=30_000)
+    deployment.call("POST", f"/revoke/{device['device_id']}")  # signs the CRL, of 1 MB
+    context = ssl.create_default_context(cafile=deployment.operator["PORTAL_CA"])
+    with contextlib.ExitStack() as stack:
+        for path in ["/openapi.json", "/crl/issuing-1.crl"] * 30:
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.settimeout(20)
+            client.connect(address(deployment.url))
+            client = stack.enter_context(context.wrap_socket(client, server_hostname="127.0.0.1"))
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert client.recv(1) == b"H"
+        for _ in range(20):
+            assert deployment.session.get(f"{deployment.url}/healthz", timeout=5).status_code == 200
 
 
 def test_a_body_of_the_greatest_length_is_kept_in_memory(deployment: Fronted) -> None:
