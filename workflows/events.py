@@ -47,7 +47,7 @@ def record(
 
     ``facts`` go to the subscribers as they are, times as RFC 3339: never a secret. Two calls with the same ``once``,
     for the same device and type, are one event. Without subscribers this costs a check for a file and no
-    statement. Raises ``ValueError`` for a type that is none.
+    statement. Raises ``ValueError`` for an unknown type.
     """
     if not has_subscribers(tx):
         return

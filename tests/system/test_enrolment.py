@@ -226,8 +226,8 @@ def test_a_certificate_that_is_revoked_after_the_handshake_gets_nowhere_resumed_
     with client.open(session) as resumed:
         assert resumed.session_reused
         assert client.ask(resumed, "simplereenroll", request) == 403
-    with client.open() as anew:
-        assert client.ask(anew, "simplereenroll", request) == 403
+    with client.open() as again:
+        assert client.ask(again, "simplereenroll", request) == 403
 
 
 def test_a_certificate_that_is_shown_in_a_resumed_session_counts_as_used(

@@ -50,11 +50,11 @@ def trust(server: Server, *authorities: Authority) -> None:
 
 def test_a_client_may_show_a_certificate_of_a_ca_that_was_added_while_the_server_ran(server: Server) -> None:
     maker = Authority("A maker's CA")
-    born = maker.issue("sn-1")
-    context = context_of(server, born)
+    factory = maker.issue("sn-1")
+    context = context_of(server, factory)
     assert seen(server, context) == NONE
     trust(server, maker)
-    wait_until(lambda: seen(server, context) == fingerprint(born))
+    wait_until(lambda: seen(server, context) == fingerprint(factory))
     assert seen(server, server.context()) == NONE  # who has none sees no difference
     curl = ["curl", "-sS", "--cacert", str(server.folder / "cert.pem"), f"https://localhost:{server.port}/"]
     assert NONE in subprocess.run(curl, check=True, capture_output=True, text=True).stdout

@@ -53,14 +53,14 @@ def registered(api: Api, maker: Authority, **fields: Any) -> str:
     return path
 
 
-def born(api: Api, maker: Authority, serial: str = "sn-1") -> Device:
+def factory_device(api: Api, maker: Authority, serial: str = "sn-1") -> Device:
     return Device(api, certificate=der(maker.issue(serial).certificate))
 
 
 def test_a_device_enrols_with_its_factory_certificate(api: Api, app: Flask) -> None:
     maker = Authority("A maker's CA")
     registered(api, maker, type="pump", name_template="pump {serial}")
-    one, request = born(api, maker), csr_der()
+    one, request = factory_device(api, maker), csr_der()
     [certificate] = certificates_of(one.enrol(request))
     shown = api.get(f"/devices/{certificate.subject.rfc4514_string()[3:]}").json
     assert (shown["name"], shown["type"], shown["status"]) == ("pump sn-1", "pump", "active")
@@ -73,14 +73,14 @@ def test_csrattrs_names_the_key_types_of_the_manufacturer(api: Api) -> None:
     maker = Authority("A maker's CA")
     registered(api, maker, key_types=["ed25519"])
     ed25519 = bytes.fromhex("06032b6570")
-    assert ed25519 in base64.b64decode(born(api, maker).call("GET", "csrattrs").data)
+    assert ed25519 in base64.b64decode(factory_device(api, maker).call("GET", "csrattrs").data)
     assert ed25519 not in base64.b64decode(Device(api).call("GET", "csrattrs").data)
 
 
 def test_a_device_of_a_manufacturer_waits_if_an_operator_has_to_approve_it(api: Api) -> None:
     maker = Authority("A maker's CA")
     registered(api, maker, approval="operator")
-    one, request = born(api, maker), csr_der()
+    one, request = factory_device(api, maker), csr_der()
     assert one.enrol(request).status_code == 202
     [pending] = api.get("/devices?status=pending").json["devices"]
     api.post(f"/devices/{pending['device_id']}/approve")
@@ -106,7 +106,7 @@ def test_devices_of_an_unproven_manufacturer_are_refused(api: Api, app: Flask) -
     for proof in ({"certificate": foreign}, {"certificate": unnamed}, {"signature": "AAAA"}, {"certificate": "x"}):
         answer = api.post(path, proof)
         assert (answer.status_code, answer.json["code"]) == (422, "proof_invalid")
-    refused(born(api, maker).enrol(), 403)
+    refused(factory_device(api, maker).enrol(), 403)
     file = portal_of(app).settings.tls_dir / CLIENT_CAS
     assert not file.exists() or maker.certificate not in x509.load_pem_x509_certificates(file.read_bytes())
 
@@ -115,9 +115,9 @@ def test_devices_of_a_removed_manufacturer_are_refused(api: Api, app: Flask) -> 
     maker = Authority("A maker's CA")
     path = registered(api, maker)
     assert api.post("/manufacturers", {"name": "again", "certificate": pem(maker)}).status_code == 409
-    certificates_of(born(api, maker).enrol())
+    certificates_of(factory_device(api, maker).enrol())
     assert api.delete(path).json["status"] == "removed"
-    refused(born(api, maker, "sn-2").enrol(), 403)
+    refused(factory_device(api, maker, "sn-2").enrol(), 403)
     file = (portal_of(app).settings.tls_dir / CLIENT_CAS).read_bytes()
     assert maker.certificate not in x509.load_pem_x509_certificates(file)
 
@@ -186,7 +186,7 @@ def test_a_client_without_a_certificate_of_the_portal_cannot_renew(api: Api) -> 
     assert answer.headers["WWW-Authenticate"].startswith("Basic")
     maker = Authority("A maker's CA")
     registered(api, maker)
-    refused(born(api, maker).enrol(csr_der(None, device_id), "simplereenroll"), 403)
+    refused(factory_device(api, maker).enrol(csr_der(None, device_id), "simplereenroll"), 403)
     assert "simplereenroll" in refused(one.enrol(), 403)
 
 
@@ -230,7 +230,7 @@ def test_the_client_cert_header_of_a_trusted_proxy_counts_and_its_own_certificat
     registered(api, maker)
     body, good = in_base64(csr_der()), in_header(der(maker.issue("sn-1").certificate))
     certificates_of(Device(api).call("POST", "simpleenroll", body, headers=good))
-    refused(born(api, maker, "proxy").call("POST", "simpleenroll", body), 401)
+    refused(factory_device(api, maker, "proxy").call("POST", "simpleenroll", body), 401)
     for header in (":!:", "x", f"{good['Client-Cert']}, {good['Client-Cert']}"):
         refused(Device(api).call("POST", "simpleenroll", body, headers={"Client-Cert": header}), 400)
     elsewhere = {"REMOTE_ADDR": "192.0.2.1"}

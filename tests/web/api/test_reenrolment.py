@@ -19,7 +19,7 @@ MAKER = Authority("A maker's CA")
 
 
 @pytest.fixture
-def born(api: Api) -> Device:
+def factory_device(api: Api) -> Device:
     """A device with the factory certificate of a registered manufacturer."""
     certificate = MAKER.certificate.public_bytes(PEM).decode()
     record = api.post("/manufacturers", {"name": "A maker", "certificate": certificate}).json
@@ -29,11 +29,11 @@ def born(api: Api) -> Device:
 
 
 @pytest.fixture
-def before(born: Device) -> tuple[str, Device]:
+def before(factory_device: Device) -> tuple[str, Device]:
     """The device after its first enrolment: its path, and the client with its certificate."""
-    [certificate] = certificates_of(born.enrol())
+    [certificate] = certificates_of(factory_device.enrol())
     device_id = certificate.subject.rfc4514_string()[3:]
-    return f"/devices/{device_id}", Device(born.api, certificate=certificate.public_bytes(Encoding.DER))
+    return f"/devices/{device_id}", Device(factory_device.api, certificate=certificate.public_bytes(Encoding.DER))
 
 
 def asking(api: Api) -> list[dict[str, Any]]:
@@ -42,12 +42,12 @@ def asking(api: Api) -> list[dict[str, Any]]:
 
 
 def test_an_approved_device_keeps_its_name_and_loses_its_older_certificates(
-    api: Api, born: Device, before: tuple[str, Device], app: Flask
+    api: Api, factory_device: Device, before: tuple[str, Device], app: Flask
 ) -> None:
     path, older = before
     request = csr_der()
     for _ in range(2):
-        answer = born.enrol(request)
+        answer = factory_device.enrol(request)
         assert (answer.status_code, int(answer.headers["Retry-After"]) > 0) == (202, True)
     [waits] = asking(api)
     assert (f"/devices/{waits['device_id']}", waits["again"], waits["name"]) == (path, True, "sn-1")
@@ -57,9 +57,9 @@ def test_an_approved_device_keeps_its_name_and_loses_its_older_certificates(
     assert "too early" in refused(older.enrol(csr_der(None, waits["device_id"]), "simplereenroll"), 409)  # still in
     for _ in range(2):
         assert api.post(f"{path}/approve", {"key_fingerprint": waits["key_fingerprint"]}).json["status"] == "active"
-    [certificate] = certificates_of(born.enrol(request))
+    [certificate] = certificates_of(factory_device.enrol(request))
     assert certificate.subject.rfc4514_string() == f"CN={waits['device_id']}"
-    assert certificates_of(born.enrol(request)) == [certificate]
+    assert certificates_of(factory_device.enrol(request)) == [certificate]
     refused(older.enrol(csr_der(None, waits["device_id"]), "simplereenroll"), 403)
     found = api.get(f"{path}/certificates").json["certificates"]
     assert [(item["status"], item["revocation_reason"]) for item in found] == [
@@ -80,57 +80,61 @@ def serials_on_crl(portal: Portal) -> set[str]:
 
 
 def test_a_rejected_key_gets_no_certificate_and_the_device_stays_active(
-    api: Api, born: Device, before: tuple[str, Device]
+    api: Api, factory_device: Device, before: tuple[str, Device]
 ) -> None:
     path, _ = before
     request = csr_der()
-    born.enrol(request)
+    factory_device.enrol(request)
     for _ in range(2):
         assert api.post(f"{path}/reject").json["status"] == "active"
-    assert "rejected this key" in refused(born.enrol(request), 403)
+    assert "rejected this key" in refused(factory_device.enrol(request), 403)
     problem_of(api.post(f"{path}/approve"), 409, "state_conflict")
-    assert born.enrol().status_code == 202  # another key is another question
+    assert factory_device.enrol().status_code == 202  # another key is another question
     assert api.get(path).json["status"] == "active"
 
 
-def test_an_approval_is_for_the_key_that_the_operator_saw(api: Api, born: Device, before: tuple[str, Device]) -> None:
+def test_an_approval_is_for_the_key_that_the_operator_saw(
+    api: Api, factory_device: Device, before: tuple[str, Device]
+) -> None:
     path, _ = before
     request = csr_der()
-    born.enrol(request)
+    factory_device.enrol(request)
     [waits] = asking(api)
-    born.enrol()
+    factory_device.enrol()
     problem_of(api.post(f"{path}/approve", {"key_fingerprint": waits["key_fingerprint"]}), 409, "state_conflict")
     api.post(f"{path}/approve")
-    assert born.enrol(request).status_code == 202  # which puts the approved key aside
+    assert factory_device.enrol(request).status_code == 202  # which puts the approved key aside
     assert asking(api)[0]["key_fingerprint"] == waits["key_fingerprint"]
 
 
 @pytest.mark.parametrize("act", ["suspend", "revoke"])
 def test_a_revoked_device_does_not_come_back_by_a_reset(
-    api: Api, born: Device, before: tuple[str, Device], act: str
+    api: Api, factory_device: Device, before: tuple[str, Device], act: str
 ) -> None:
     path, _ = before
     request = csr_der()
-    born.enrol(request)
+    factory_device.enrol(request)
     api.post(f"{path}/approve")
     api.post(f"{path}/suspend" if act == "suspend" else path.replace("/devices", "/revoke"), {})
-    refused(born.enrol(request), 403)
+    refused(factory_device.enrol(request), 403)
     assert asking(api) == []
 
 
 def test_a_revoked_device_can_enrol_as_a_new_one_with_a_token(
-    api: Api, born: Device, before: tuple[str, Device]
+    api: Api, factory_device: Device, before: tuple[str, Device]
 ) -> None:
     path, _ = before
     api.post(path.replace("/devices", "/revoke"), {})
-    refused(born.enrol(), 403)
-    born.token = api.post("/enrolment-tokens", {"name": "repaired"}).json["token"]
-    [certificate] = certificates_of(born.enrol())
+    refused(factory_device.enrol(), 403)
+    factory_device.token = api.post("/enrolment-tokens", {"name": "repaired"}).json["token"]
+    [certificate] = certificates_of(factory_device.enrol())
     assert f"/devices/{certificate.subject.rfc4514_string()[3:]}" != path
 
 
-def test_waiting_devices_are_listed_longest_wait_first(api: Api, born: Device, before: tuple[str, Device]) -> None:
-    born.enrol()
+def test_waiting_devices_are_listed_longest_wait_first(
+    api: Api, factory_device: Device, before: tuple[str, Device]
+) -> None:
+    factory_device.enrol()
     token = api.post("/enrolment-tokens", {"name": "a batch", "approval": "operator"}).json
     Device(api, token["token"]).enrol()
     first, second = asking(api)
