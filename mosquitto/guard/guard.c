@@ -60,9 +60,22 @@ bool guard_is_good(void)
     return guard.force != NULL && guard.damage == NULL;
 }
 
-const uint8_t *guard_portal(void)
+static bool is_equal(const uint8_t one[HASH_BYTES], const uint8_t other[HASH_BYTES])
 {
-    return guard.has_portal ? guard.portal : NULL;
+    uint8_t difference = 0;
+
+    for (size_t i = 0; i < HASH_BYTES; i++) {
+        difference |= one[i] ^ other[i];
+    }
+    return difference == 0;
+}
+
+bool guard_is_portal(const uint8_t hash[HASH_BYTES])
+{
+    bool waits = guard.candidate != NULL && guard.candidate->fault == NULL && guard.candidate_since != 0;
+    const uint8_t *next = waits ? registry_portal(guard.candidate->registry) : NULL;
+
+    return (guard.has_portal && is_equal(hash, guard.portal)) || (next != NULL && is_equal(hash, next));
 }
 
 uint64_t guard_epoch(void)

@@ -30,8 +30,9 @@ const struct registry *guard_registry(void);
 /* Say whether the journal in force may be believed now. While not, nobody that it decides for may do anything. */
 bool guard_is_good(void);
 
-/* Return the newest known SHA-256 of the portal's password, also from a damaged file; NULL if there is none. */
-const uint8_t *guard_portal(void);
+/* Say whether this is the SHA-256 of the portal's password, by the newest good line that was read: of what is in force, a
+ * damaged file's, too, or of a new epoch that waits to be confirmed. Compares in constant time. */
+bool guard_is_portal(const uint8_t hash[HASH_BYTES]);
 
 /* Answer the portal, after reading. */
 bool guard_prove(uint64_t epoch, uint64_t sequence);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import shutil
 import ssl
 import subprocess
@@ -19,11 +18,13 @@ from pathlib import Path
 from cryptography import x509
 
 from tests.support.mosquitto import Mosquitto, short_folder
-from tests.support.mqtt import MqttClient, connect_socket, connect_tls, tls_context
+from tests.support.mqtt import NOT_AUTHORISED, MqttClient, connect_socket, connect_tls, tls_context
 from tests.support.pki import PEM, Authority, Credentials, Pki, key_pem
 from tests.support.ports import free_port
 
 SOURCES = Path(__file__).parents[2] / "mosquitto" / "guard"
+GRANTED_QOS_1 = 1
+DELIVERED = (0x00, 0x10)  # success; success with nobody subscribed
 PASSWORD = "the portal's password"
 
 
@@ -132,6 +133,12 @@ class GuardedBroker(Mosquitto):
             {self.extra}
         """.replace("            ", "")
 
+    def terminate(self) -> None:
+        """End the broker by SIGTERM; an abort at its exit is the early sign of damaged memory."""
+        assert self._process is not None
+        self._process.terminate()
+        assert self._process.wait(10) == 0, self.log
+
     # --- Clients ------------------------------------------------------------------------------------------------
 
     def issue(self, identity: str, authority: Authority | None = None) -> Credentials:
@@ -201,6 +208,23 @@ def guarded_broker(extra: str = "", *, start: bool = True) -> Iterator[GuardedBr
         shutil.rmtree(folder)
 
 
-def is_root() -> bool:
-    """Say whether file modes count for nothing here."""
-    return os.geteuid() == 0
+def may_publish(client: MqttClient, topic: str) -> bool:
+    code = client.publish(topic)
+    assert code in (*DELIVERED, NOT_AUTHORISED)
+    return code in DELIVERED
+
+
+def may_subscribe(client: MqttClient, filter_: str) -> bool:
+    code = client.subscribe(filter_)
+    assert code in (GRANTED_QOS_1, NOT_AUTHORISED)
+    return code == GRANTED_QOS_1
+
+
+def is_admitted(broker: GuardedBroker, identity: str, credentials: Credentials) -> bool:
+    with broker.device(credentials) as device:
+        return may_publish(device, f"devices/{identity}/probe")
+
+
+def serial_line(broker: GuardedBroker, word: str, identity: str, credentials: Credentials) -> str:
+    line = f"{word} {broker.issuer} {credentials.certificate.serial_number:x}"
+    return line if word == "unserial" else f"{line} {identity}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -12,16 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guard import SOURCES, GuardedBroker, guarded_broker, hash_of
+from tests.support.guard import (
+    SOURCES,
+    GuardedBroker,
+    guarded_broker,
+    may_publish,
+    may_subscribe,
+)
 from tests.support.mosquitto import StartFailed
-from tests.support.mqtt import NOT_AUTHORISED, Message, MqttClient, Will, connect_socket, connect_tls
-from tests.support.pki import PEM, Authority, Credentials
+from tests.support.mqtt import NOT_AUTHORISED, Message, MqttClient, connect_socket
+from tests.support.pki import PEM, Authority
 
 pytestmark = pytest.mark.system
-
-GRANTED_QOS_1 = 1
-DELIVERED = (0x00, 0x10)  # success; success with nobody subscribed
-BAD_CREDENTIALS = 0x87
+SECOND_USER = "their-telegraf"
 THEIRS = "a password of the operator's users"
 
 
@@ -37,23 +39,6 @@ def own_broker() -> Iterator[GuardedBroker]:
     """A broker for a test that damages or replaces the journal, or restarts it."""
     with guarded_broker() as running:
         yield running
-
-
-def may_publish(client: MqttClient, topic: str) -> bool:
-    code = client.publish(topic)
-    assert code in (*DELIVERED, NOT_AUTHORISED)
-    return code in DELIVERED
-
-
-def may_subscribe(client: MqttClient, filter_: str) -> bool:
-    code = client.subscribe(filter_)
-    assert code in (GRANTED_QOS_1, NOT_AUTHORISED)
-    return code == GRANTED_QOS_1
-
-
-def is_admitted(broker: GuardedBroker, identity: str, credentials: Credentials) -> bool:
-    with broker.device(credentials) as device:
-        return may_publish(device, f"devices/{identity}/probe")
 
 
 # --- The plugin by itself -----------------------------------------------------------------------------------------
@@ -247,7 +232,7 @@ class Operator:
 
     def refuses(self, client_id: str, username: str | None = None, password: str | None = None) -> bool:
         with MqttClient(connect_socket(self.broker.socket)) as client:
-            return client.connect(client_id, username=username, password=password) == BAD_CREDENTIALS
+            return client.connect(client_id, username=username, password=password) == NOT_AUTHORISED
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +241,7 @@ def operator() -> Iterator[Operator]:
         passwords, acl = broker.root / "passwords", broker.root / "acl"
         passwords.touch()
         identity = str(uuid.uuid4())
-        for user in ("operator", "portal", identity):
+        for user in ("operator", "portal", SECOND_USER, identity):
             subprocess.run(["mosquitto_passwd", "-b", passwords, user, THEIRS], check=True, stderr=subprocess.DEVNULL)
         passwords.chmod(0o644)
         acl.write_text("topic readwrite open/#\nuser operator\ntopic readwrite plant/#\npattern readwrite own/%u/#\n")
@@ -319,12 +304,11 @@ def test_nobody_becomes_a_device_by_a_password_or_by_its_client_id(operator: Ope
 
 
 def test_a_user_whose_name_becomes_a_device_loses_everything(operator: Operator) -> None:
-    with operator.client("any", operator.user_with_uuid) as client:
-        assert may_publish(client, f"own/{operator.user_with_uuid}/x")
-        operator.broker.tell(f"allow {operator.user_with_uuid}")
-        assert not may_publish(client, f"own/{operator.user_with_uuid}/x")
-        assert not may_publish(client, f"devices/{operator.user_with_uuid}/x")
-    operator.broker.tell(f"forget {operator.user_with_uuid}")
+    with operator.client("any", SECOND_USER) as client:
+        assert may_publish(client, f"own/{SECOND_USER}/x")
+        operator.broker.tell(f"allow {SECOND_USER}")
+        assert not may_publish(client, f"own/{SECOND_USER}/x")
+        assert not may_publish(client, f"devices/{SECOND_USER}/x")
 
 
 def test_the_portals_password_alone_makes_the_portal(operator: Operator) -> None:
@@ -342,7 +326,7 @@ def test_without_files_of_the_operators_only_devices_and_the_portal_connect(brok
         (str(uuid.uuid4()), None, None),
     ):
         with MqttClient(connect_socket(broker.socket)) as client:
-            assert client.connect(client_id, username=username, password=password) == BAD_CREDENTIALS
+            assert client.connect(client_id, username=username, password=password) == NOT_AUTHORISED
 
 
 def test_the_portal_may_do_nothing_but_ask(broker: GuardedBroker) -> None:
@@ -381,192 +365,23 @@ def test_a_listener_on_which_the_username_is_not_the_certificates_gives_no_devic
             assert not may_publish(thief, f"devices/{victim}/x")
 
 
-# --- Denials --------------------------------------------------------------------------------------------------------
+def test_a_foreign_client_with_a_uuid_gets_its_messages_while_asleep(operator: Operator) -> None:
+    user = operator.user_with_uuid
+    with MqttClient(connect_socket(operator.broker.socket)) as client:
+        assert client.connect("sleeper", clean=False, expiry=3600, username=user, password=THEIRS) == 0
+        assert may_subscribe(client, f"own/{user}/#")
+        assert may_publish(client, f"own/{user}/x")
+    with operator.client("any", user) as client:
+        assert may_publish(client, f"own/{user}/y")
+    with MqttClient(connect_socket(operator.broker.socket)) as client:
+        client.connect("sleeper", clean=False, expiry=3600, username=user, password=THEIRS)
+        client.ping()
+        assert [message.topic for message in client.messages if message.topic.endswith("/y")]
 
 
-@pytest.mark.parametrize("word", ["deny", "forget"])
-def test_a_denied_device_is_refused_and_cut_before_the_proof_is_given(broker: GuardedBroker, word: str) -> None:
-    identity, credentials = broker.admit()
-    with broker.device(credentials) as device:
-        assert may_publish(device, f"devices/{identity}/x")
-        broker.tell(f"{word} {identity}")
-        device.wait_until_cut()
-    with broker.device(credentials) as device:
-        assert not may_publish(device, f"devices/{identity}/x")
-        device.wait_until_cut()
-    with broker.device(credentials) as device:
-        assert not may_subscribe(device, f"devices/{identity}/#")
-    broker.tell(f"allow {identity}")
-    assert is_admitted(broker, identity, credentials)
-
-
-def test_a_denial_is_read_without_being_asked_for(broker: GuardedBroker) -> None:
-    identity, credentials = broker.admit()
-    with broker.device(credentials) as device:
-        broker.journal.append(f"deny {identity}")
-        device.wait_until_cut()
-
-
-def test_a_device_that_was_connected_and_silent_is_cut(broker: GuardedBroker) -> None:
-    identity, credentials = broker.admit()
-    with broker.device(credentials) as device:
-        broker.tell(f"deny {identity}")
-        device.wait_until_cut()
-
-
-def test_a_device_that_loses_a_filter_is_cut_and_one_that_gains_some_is_not(broker: GuardedBroker) -> None:
-    loser, loser_credentials = broker.admit("rw:a/#", "r:b/+")
-    winner, winner_credentials = broker.admit("r:a/b", "r:b/c")
-    with broker.device(loser_credentials) as losing, broker.device(winner_credentials) as winning:
-        broker.tell(f"allow {winner} r:a/# rw:b/+", f"allow {loser} r:a/# r:b/+")
-        losing.wait_until_cut()
-        assert may_publish(winning, "b/x")
-
-
-def test_a_denied_device_gets_nothing_from_a_subscription_it_has(broker: GuardedBroker) -> None:
-    identity, credentials = broker.admit("r:news/#")
-    _, sender_credentials = broker.admit("w:news/#")
-    with broker.tls(credentials) as device, broker.device(sender_credentials) as sender:
-        device.connect("any", clean=False, expiry=600)
-        assert may_subscribe(device, "news/#")
-        device.drop()
-        broker.wait_until_closed(identity)
-        broker.tell(f"deny {identity}")
-        sender.publish("news/secret")
-        broker.tell(f"allow {identity} r:news/#")
-        sender.publish("news/open")
-        with broker.tls(credentials) as again:
-            again.connect("any", clean=False, expiry=600)
-            assert again.session_present
-            assert again.receive().topic == "news/open"
-
-
-def test_the_will_of_a_denied_device_is_not_published(broker: GuardedBroker) -> None:
-    identity, credentials = broker.admit()
-    _, reader_credentials = broker.admit("r:devices/#")
-    with broker.device(reader_credentials) as reader, broker.tls(credentials) as device:
-        assert may_subscribe(reader, f"devices/{identity}/#")
-        device.connect("any", will=Will(f"devices/{identity}/will", b"x"))
-        broker.tell(f"deny {identity}")
-        device.wait_until_cut()
-        reader.ping()
-        assert reader.messages == []
-
-
-def test_retained_messages_of_a_denied_device_are_withheld(broker: GuardedBroker) -> None:
-    identity, credentials = broker.admit()
-    _, reader_credentials = broker.admit("r:devices/#")
-    with broker.device(credentials) as device:
-        device.publish(f"devices/{identity}/state", retain=True)
-    with broker.device(reader_credentials) as reader:
-        reader.subscribe(f"devices/{identity}/#")
-        assert reader.receive().topic == f"devices/{identity}/state"
-    broker.tell(f"deny {identity}")
-    with broker.device(reader_credentials) as reader:
-        reader.subscribe(f"devices/{identity}/#")
-        reader.ping()
-        assert reader.messages == []
-
-
-# --- Serial numbers ---------------------------------------------------------------------------------------------------
-
-
-def serial_line(broker: GuardedBroker, word: str, identity: str, credentials: Credentials) -> str:
-    line = f"{word} {broker.issuer} {credentials.certificate.serial_number:x}"
-    return line if word == "unserial" else f"{line} {identity}"
-
-
-def test_a_superseded_certificate_is_refused_and_cut_and_the_new_one_stays(broker: GuardedBroker) -> None:
-    identity, old = broker.admit()
-    new = broker.issue(identity)
-    with broker.device(old) as device:
-        assert may_publish(device, f"devices/{identity}/x")
-        broker.tell(serial_line(broker, "serial", identity, old))
-        device.wait_until_cut()
-    with broker.device(new) as device:
-        assert may_publish(device, f"devices/{identity}/x")
-        with broker.device(old) as intruder:  # takes the session over, and may do nothing
-            assert not may_publish(intruder, f"devices/{identity}/x")
-            intruder.wait_until_cut()
-    broker.tell(serial_line(broker, "unserial", identity, old))
-    assert is_admitted(broker, identity, old)
-
-
-def test_a_renewed_device_is_not_cut_when_its_previous_certificate_is_revoked(broker: GuardedBroker) -> None:
-    identity, old = broker.admit()
-    with broker.device(broker.issue(identity)) as device:
-        assert may_publish(device, f"devices/{identity}/x")
-        broker.tell(serial_line(broker, "serial", identity, old))
-        assert may_publish(device, f"devices/{identity}/x")
-
-
-def test_a_silent_connection_with_a_superseded_certificate_is_cut(broker: GuardedBroker) -> None:
-    identity, old = broker.admit()
-    with broker.device(old) as device:
-        broker.tell(serial_line(broker, "serial", identity, old))
-        device.wait_until_cut()
-
-
-def test_a_device_whose_old_certificate_is_revoked_keeps_its_session_with_subscriptions(broker: GuardedBroker) -> None:
-    identity, old = broker.admit()
-    with broker.tls(old) as device:
-        device.connect("any", clean=False, expiry=600)
-        assert may_subscribe(device, f"devices/{identity}/#")
-        broker.tell(serial_line(broker, "serial", identity, old))
-        device.wait_until_cut()
-    _, sender_credentials = broker.admit("w:devices/#")
-    with broker.device(sender_credentials) as publisher:
-        publisher.publish(f"devices/{identity}/command")
-    with broker.tls(broker.issue(identity)) as device:
-        device.connect("any", clean=False, expiry=600)
-        assert device.session_present
-        assert device.receive().topic == f"devices/{identity}/command"
-
-
-def test_a_serial_number_counts_for_its_issuer_alone(broker: GuardedBroker) -> None:
-    identity, credentials = broker.admit()
-    other = hash_of(broker.pki.root.certificate.subject)
-    broker.tell(f"serial {other} {credentials.certificate.serial_number:x} {identity}")
-    assert is_admitted(broker, identity, credentials)
-
-
-@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
-def test_a_resumed_tls_session_shows_its_certificate(broker: GuardedBroker, version: str) -> None:
-    identity, credentials = broker.admit()
-    context = broker.context(credentials)
-    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
-    with MqttClient(connect_tls(broker.port, context)) as device:
-        device.connect("any")
-        assert may_publish(device, f"devices/{identity}/x")
-        assert isinstance(device.socket, ssl.SSLSocket)
-        session = device.socket.session
-    with MqttClient(connect_tls(broker.port, context, session)) as device:
-        assert isinstance(device.socket, ssl.SSLSocket)
-        assert device.socket.session_reused
-        device.connect("any")
-        assert may_publish(device, f"devices/{identity}/x")
-        broker.tell(serial_line(broker, "serial", identity, credentials))
-        device.wait_until_cut()
-    with MqttClient(connect_tls(broker.port, context, session)) as device:
-        assert isinstance(device.socket, ssl.SSLSocket)
-        assert device.socket.session_reused
-        device.connect("any")
-        assert not may_publish(device, f"devices/{identity}/x")
-
-
-@pytest.mark.parametrize("delay", [0, 1])
-def test_the_will_of_a_superseded_certificate_is_not_published(broker: GuardedBroker, delay: int) -> None:
-    identity, old = broker.admit()
-    _, reader_credentials = broker.admit("r:devices/#")
-    broker.tell(serial_line(broker, "serial", identity, old))
-    with broker.device(reader_credentials) as reader, broker.tls(old) as thief:
-        assert may_subscribe(reader, f"devices/{identity}/#")
-        thief.connect("any", expiry=60 * delay, will=Will(f"devices/{identity}/will", b"x", delay))
-        thief.drop()
-        broker.wait_until_closed(identity)
-        with broker.tls(broker.issue(identity)) as device:  # ends a will that waits
-            device.connect("any", expiry=0)
-            assert may_publish(device, f"devices/{identity}/x")
-        assert [reader.receive().topic] == [f"devices/{identity}/x"]
-        reader.ping()
-        assert reader.messages == []
+def test_nobody_takes_the_client_id_to_which_presence_is_sent(operator: Operator) -> None:
+    with operator.broker.portal("portal-presence") as portal:
+        assert not operator.refuses("portal-other", "operator", THEIRS)
+        assert may_publish(portal, "portal/guard/report")
+        assert operator.refuses("portal-presence", "operator", THEIRS)
+        portal.ping()

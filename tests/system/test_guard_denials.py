@@ -1,0 +1,214 @@
+"""Devices and certificates that the journal denies: refused at once, disconnected, and heard of no more."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.guard import (
+    GuardedBroker,
+    guarded_broker,
+    hash_of,
+    is_admitted,
+    may_publish,
+    may_subscribe,
+    serial_line,
+)
+from tests.support.mqtt import MqttClient, Will, connect_tls
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[GuardedBroker]:
+    """A broker whose journal is good at the beginning and the end of each test."""
+    with guarded_broker() as running:
+        yield running
+
+
+# --- Denials --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["deny", "forget"])
+def test_a_denied_device_is_refused_and_cut_before_the_proof_is_given(broker: GuardedBroker, word: str) -> None:
+    identity, credentials = broker.admit()
+    with broker.device(credentials) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+        broker.tell(f"{word} {identity}")
+        device.wait_until_cut()
+    with broker.device(credentials) as device:
+        assert not may_publish(device, f"devices/{identity}/x")
+        device.wait_until_cut()
+    with broker.device(credentials) as device:
+        assert not may_subscribe(device, f"devices/{identity}/#")
+    broker.tell(f"allow {identity}")
+    assert is_admitted(broker, identity, credentials)
+
+
+def test_a_denial_is_read_without_being_asked_for(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    with broker.device(credentials) as device:
+        broker.journal.append(f"deny {identity}")
+        device.wait_until_cut()
+
+
+def test_a_device_that_was_connected_and_silent_is_cut(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    with broker.device(credentials) as device:
+        broker.tell(f"deny {identity}")
+        device.wait_until_cut()
+
+
+def test_a_device_that_loses_a_filter_is_cut_and_one_that_gains_some_is_not(broker: GuardedBroker) -> None:
+    loser, loser_credentials = broker.admit("rw:a/#", "r:b/+")
+    winner, winner_credentials = broker.admit("r:a/b", "r:b/c")
+    with broker.device(loser_credentials) as losing, broker.device(winner_credentials) as winning:
+        broker.tell(f"allow {winner} r:a/# rw:b/+", f"allow {loser} r:a/# r:b/+")
+        losing.wait_until_cut()
+        assert may_publish(winning, "b/x")
+
+
+def test_a_denied_device_gets_nothing_from_a_subscription_it_has(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit("r:news/#")
+    _, sender_credentials = broker.admit("w:news/#")
+    with broker.tls(credentials) as device, broker.device(sender_credentials) as sender:
+        device.connect("any", clean=False, expiry=600)
+        assert may_subscribe(device, "news/#")
+        device.drop()
+        broker.wait_until_closed(identity)
+        broker.tell(f"deny {identity}")
+        sender.publish("news/secret")
+        broker.tell(f"allow {identity} r:news/#")
+        sender.publish("news/open")
+        with broker.tls(credentials) as again:
+            again.connect("any", clean=False, expiry=600)
+            assert again.session_present
+            assert again.receive().topic == "news/open"
+
+
+def test_the_will_of_a_denied_device_is_not_published(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    _, reader_credentials = broker.admit("r:devices/#")
+    with broker.device(reader_credentials) as reader, broker.tls(credentials) as device:
+        assert may_subscribe(reader, f"devices/{identity}/#")
+        device.connect("any", will=Will(f"devices/{identity}/will", b"x"))
+        broker.tell(f"deny {identity}")
+        device.wait_until_cut()
+        reader.ping()
+        assert reader.messages == []
+
+
+def test_retained_messages_of_a_denied_device_are_withheld(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    _, reader_credentials = broker.admit("r:devices/#")
+    with broker.device(credentials) as device:
+        device.publish(f"devices/{identity}/state", retain=True)
+    with broker.device(reader_credentials) as reader:
+        reader.subscribe(f"devices/{identity}/#")
+        assert reader.receive().topic == f"devices/{identity}/state"
+    broker.tell(f"deny {identity}")
+    with broker.device(reader_credentials) as reader:
+        reader.subscribe(f"devices/{identity}/#")
+        reader.ping()
+        assert reader.messages == []
+
+
+# --- Serial numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_superseded_certificate_is_refused_and_cut_and_the_new_one_stays(broker: GuardedBroker) -> None:
+    identity, old = broker.admit()
+    new = broker.issue(identity)
+    with broker.device(old) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+        broker.tell(serial_line(broker, "serial", identity, old))
+        device.wait_until_cut()
+    with broker.device(new) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+        with broker.device(old) as intruder:  # takes the session over, and may do nothing
+            assert not may_publish(intruder, f"devices/{identity}/x")
+            intruder.wait_until_cut()
+    broker.tell(serial_line(broker, "unserial", identity, old))
+    assert is_admitted(broker, identity, old)
+
+
+def test_a_renewed_device_is_not_cut_when_its_previous_certificate_is_revoked(broker: GuardedBroker) -> None:
+    identity, old = broker.admit()
+    with broker.device(broker.issue(identity)) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+        broker.tell(serial_line(broker, "serial", identity, old))
+        assert may_publish(device, f"devices/{identity}/x")
+
+
+def test_a_silent_connection_with_a_superseded_certificate_is_cut(broker: GuardedBroker) -> None:
+    identity, old = broker.admit()
+    with broker.device(old) as device:
+        broker.tell(serial_line(broker, "serial", identity, old))
+        device.wait_until_cut()
+
+
+def test_a_device_whose_old_certificate_is_revoked_keeps_its_session_with_subscriptions(broker: GuardedBroker) -> None:
+    identity, old = broker.admit()
+    with broker.tls(old) as device:
+        device.connect("any", clean=False, expiry=600)
+        assert may_subscribe(device, f"devices/{identity}/#")
+        broker.tell(serial_line(broker, "serial", identity, old))
+        device.wait_until_cut()
+    _, sender_credentials = broker.admit("w:devices/#")
+    with broker.device(sender_credentials) as publisher:
+        publisher.publish(f"devices/{identity}/command")
+    with broker.tls(broker.issue(identity)) as device:
+        device.connect("any", clean=False, expiry=600)
+        assert device.session_present
+        assert device.receive().topic == f"devices/{identity}/command"
+
+
+def test_a_serial_number_counts_for_its_issuer_alone(broker: GuardedBroker) -> None:
+    identity, credentials = broker.admit()
+    other = hash_of(broker.pki.root.certificate.subject)
+    broker.tell(f"serial {other} {credentials.certificate.serial_number:x} {identity}")
+    assert is_admitted(broker, identity, credentials)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_resumed_tls_session_shows_its_certificate(broker: GuardedBroker, version: str) -> None:
+    identity, credentials = broker.admit()
+    context = broker.context(credentials)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    with MqttClient(connect_tls(broker.port, context)) as device:
+        device.connect("any")
+        assert may_publish(device, f"devices/{identity}/x")
+        assert isinstance(device.socket, ssl.SSLSocket)
+        session = device.socket.session
+    with MqttClient(connect_tls(broker.port, context, session)) as device:
+        assert isinstance(device.socket, ssl.SSLSocket)
+        assert device.socket.session_reused
+        device.connect("any")
+        assert may_publish(device, f"devices/{identity}/x")
+        broker.tell(serial_line(broker, "serial", identity, credentials))
+        device.wait_until_cut()
+    with MqttClient(connect_tls(broker.port, context, session)) as device:
+        assert isinstance(device.socket, ssl.SSLSocket)
+        assert device.socket.session_reused
+        device.connect("any")
+        assert not may_publish(device, f"devices/{identity}/x")
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_the_will_of_a_superseded_certificate_is_not_published(broker: GuardedBroker, delay: int) -> None:
+    identity, old = broker.admit()
+    _, reader_credentials = broker.admit("r:devices/#")
+    broker.tell(serial_line(broker, "serial", identity, old))
+    with broker.device(reader_credentials) as reader, broker.tls(old) as thief:
+        assert may_subscribe(reader, f"devices/{identity}/#")
+        thief.connect("any", expiry=60 * delay, will=Will(f"devices/{identity}/will", b"x", delay))
+        thief.drop()
+        broker.wait_until_closed(identity)
+        with broker.tls(broker.issue(identity)) as device:  # ends a will that waits
+            device.connect("any", expiry=0)
+            assert may_publish(device, f"devices/{identity}/x")
+        assert [reader.receive().topic] == [f"devices/{identity}/x"]
+        reader.ping()
+        assert reader.messages == []
