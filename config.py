@@ -7,6 +7,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -434,22 +435,22 @@ class Settings(BaseSettings):
         """Return the path of a file in the broker's folder."""
         return self.broker_dir / name
 
-    @property
+    @cached_property
     def secrets_dir(self) -> Path:
         """The folder, mode 0700, of secrets that only the portal may read."""
         return self.data_dir / "secrets"
 
-    @property
+    @cached_property
     def ca_dir(self) -> Path:
         """The folder, mode 0700, of the encrypted CA keys."""
         return self.data_dir / "ca"
 
-    @property
+    @cached_property
     def tls_dir(self) -> Path:
         """The folder, mode 0700, of the portal's own server certificate and key."""
         return self.data_dir / "tls"
 
-    @property
+    @cached_property
     def ocsp_dir(self) -> Path:
         """The folder, mode 0700, of the certificates and keys that sign OCSP responses."""
         return self.data_dir / "ocsp"
