@@ -80,15 +80,12 @@ class Fronted(Deployment):
         wait_until(lambda: (self.front / "nginx.pid").exists() and (self.front / "nginx.pid").read_text())
 
     def _rendered(self, text: str) -> str:
-        """Put this deployment's paths and ports in place of those of an installation.
-
-        A client that does not read is felt after 16 KiB, as on a slow network; loopback would hold megabytes for it.
-        """
+        """Put this deployment's paths and ports in place of those of an installation."""
         text = re.sub(r"    listen \[::\].*\n", "", text)
         for installed, here in (
             ("/run/onboarding-portal/http.sock", str(self.socket)),
             ("127.0.0.1:8080", self.behind),
-            ("listen 443", f"listen {self.url.removeprefix('https://')} sndbuf=16k"),
+            ("listen 443", f"listen {self.url.removeprefix('https://')}"),
             ("listen 80;", f"listen {self.pki_url.removeprefix('http://')};"),
             ("/var/lib/onboarding-portal", str(self.data)),
             ("/var/log/nginx", str(self.front)),

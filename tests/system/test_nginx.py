@@ -19,7 +19,6 @@ import requests
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bench.fleet import add_fleet
 from tests.support.deployment import PLAIN, wait_until
 from tests.support.est import csr_der, in_base64, read_certs_only
 from tests.support.nginx import Fronted
@@ -184,22 +183,28 @@ def test_slow_clients_hold_nobody_up(
         assert deployment.call("POST", "/register", PLAIN).status_code == 201
 
 
-def test_clients_that_do_not_read_hold_nobody_up(deployment: Fronted) -> None:
-    device = deployment.register()
-    add_fleet(deployment.data, 30_000, revoked=30_000)
-    deployment.call("POST", f"/revoke/{device['device_id']}")  # signs the CRL, of 1 MB
+def test_a_client_that_does_not_read_a_long_crl_holds_no_thread_of_the_portal(deployment: Fronted) -> None:
+    deployment.stop_portal()
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 12000000\r\nCache-Control: public, max-age=60\r\n\r\n"
     context = ssl.create_default_context(cafile=deployment.operator["PORTAL_CA"])
-    with contextlib.ExitStack() as stack:
-        for path in ["/openapi.json", "/crl/issuing-1.crl"] * 30:
-            client = stack.enter_context(socket.socket())
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            client.settimeout(20)
-            client.connect(address(deployment.url))
-            client = stack.enter_context(context.wrap_socket(client, server_hostname="127.0.0.1"))
-            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            assert client.recv(1) == b"H"
-        for _ in range(20):
-            assert deployment.session.get(f"{deployment.url}/healthz", timeout=5).status_code == 200
+    try:
+        deployment.socket.unlink(missing_ok=True)
+        with (
+            socket.socket(socket.AF_UNIX) as portal,
+            socket.create_connection(address(deployment.url), timeout=20) as connection,
+            context.wrap_socket(connection, server_hostname="127.0.0.1") as client,
+        ):
+            portal.bind(str(deployment.socket))
+            portal.listen()
+            client.sendall(b"GET /crl/issuing-9.crl HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            thread, _ = portal.accept()
+            with thread:
+                thread.settimeout(10)  # nginx with proxy_buffering off waits for the client
+                assert thread.recv(4096).startswith(b"GET /crl/issuing-9.crl ")
+                thread.sendall(head + bytes(12_000_000))
+    finally:
+        deployment.socket.unlink(missing_ok=True)
+        deployment.start_portal()
 
 
 def test_a_body_of_the_greatest_length_is_kept_in_memory(deployment: Fronted) -> None:
