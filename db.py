@@ -14,8 +14,8 @@ from sqlalchemy.engine import Connection
 from core.errors import DeviceNotFound
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus, DeviceStatus
 from store.database import UtcDateTime
-from store.devices import DEVICE_COLUMNS, DeviceRecord, update_device
-from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device, IssuerRow
+from store.devices import DEVICE_COLUMNS, DeviceRecord, change_certificates, update_device
+from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device
 
 # --- Devices ------------------------------------------------------------------------------------------------------
 
@@ -113,32 +113,14 @@ def revoke_device(
     tx: Connection, tenant_id: str, device_id: str, *, revoked_at: datetime, reason: str, generation: int
 ) -> None:
     """Revoke a device and all its certificates that are not revoked yet, and destroy its undelivered bundles."""
-    update_device(
-        tx,
-        tenant_id,
-        device_id,
-        {
-            "status": DeviceStatus.REVOKED,
-            "revoked_at": revoked_at,
-            "revocation_reason": reason,
-            "updated_at": revoked_at,
-            "generation": generation,
-        },
-    )
+    values = {"revoked_at": revoked_at, "revocation_reason": reason, "generation": generation}
+    update_device(tx, tenant_id, device_id, {"status": DeviceStatus.REVOKED, "updated_at": revoked_at, **values})
     own = (
         Certificate.tenant_id == tenant_id,
         Certificate.device_id == device_id,
         Certificate.status != CertificateStatus.REVOKED,
     )
-    issuers = sa.select(Certificate.issuer_id).where(*own)
-    tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=generation))
-    tx.execute(
-        sa.update(Certificate)
-        .where(*own)
-        .values(
-            status=CertificateStatus.REVOKED, revoked_at=revoked_at, revocation_reason=reason, generation=generation
-        )
-    )
+    change_certificates(tx, own, {"status": CertificateStatus.REVOKED, **values}, generation=generation)
     tx.execute(
         sa.update(Delivery)
         .where(

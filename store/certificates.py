@@ -42,21 +42,22 @@ _COLUMNS = columns_of(CertificateRecord, Certificate)
 CURRENT = sa.and_(sa.text("certificates.status IN ('active', 'held')"), sa.text("certificates.replaced_until IS NULL"))
 
 
+def of_device(tenant_id: str, device_id: str) -> tuple[sa.ColumnElement[bool], ...]:
+    """Return the conditions that a certificate is one of a device."""
+    return Certificate.tenant_id == tenant_id, Certificate.device_id == device_id
+
+
 def device_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
     """Return every certificate that a device has had, newest first."""
-    rows = tx.execute(
-        sa.select(*_COLUMNS)
-        .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
-        .order_by(Certificate.id.desc())
-    )
-    return [CertificateRecord(*row) for row in rows]
+    query = sa.select(*_COLUMNS).where(*of_device(tenant_id, device_id)).order_by(Certificate.id.desc())
+    return [CertificateRecord(*row) for row in tx.execute(query)]
 
 
 def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> CertificateRecord | None:
     """Return the current certificate of a device, or else the last that it had; ``None`` before the first."""
     row = tx.execute(
         sa.select(*_COLUMNS)
-        .where(Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
+        .where(*of_device(tenant_id, device_id))
         .order_by(sa.case((CURRENT, 0), else_=1), Certificate.id.desc())
         .limit(1)
     ).one_or_none()
@@ -91,7 +92,7 @@ def get_certificate(tx: Connection, tenant_id: str, certificate_id: int) -> Cert
 
 def count_issued(tx: Connection, tenant_id: str, device_id: str, *, since: datetime) -> int:
     """Return how many certificates a device was issued since a time."""
-    own = (Certificate.tenant_id == tenant_id, Certificate.device_id == device_id, Certificate.issued_at >= since)
+    own = (*of_device(tenant_id, device_id), Certificate.issued_at >= since)
     return tx.execute(sa.select(sa.func.count()).select_from(Certificate).where(*own)).scalar_one()
 
 

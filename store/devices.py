@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeviceStatus
 from core.topics import is_device_id
-from store.certificates import CURRENT
+from store.certificates import CURRENT, of_device
 from store.database import columns_of
 from store.tables import AclEntry, Certificate, Device, IssuerRow
 
@@ -216,51 +216,38 @@ def suspend_device(tx: Connection, tenant_id: str, device_id: str, *, suspended_
     """Suspend a device and put all its usable certificates on hold (RFC 5280 section 5.3.1)."""
     values = {"status": DeviceStatus.SUSPENDED, "updated_at": suspended_at, "generation": generation}
     update_device(tx, tenant_id, device_id, values)
-    _change_certificates(
-        tx,
-        (
-            *_certificates_of(tenant_id, device_id),
-            Certificate.status.in_((CertificateStatus.ACTIVE, CertificateStatus.REPLACED)),
-        ),
-        {
-            "status": CertificateStatus.HELD,
-            "revoked_at": suspended_at,
-            "revocation_reason": HOLD,
-            "generation": generation,
-        },
-    )
+    usable = Certificate.status.in_((CertificateStatus.ACTIVE, CertificateStatus.REPLACED))
+    held = {"status": CertificateStatus.HELD, "revoked_at": suspended_at, "revocation_reason": HOLD}
+    which = (*of_device(tenant_id, device_id), usable)
+    change_certificates(tx, which, held | {"generation": generation}, generation=generation)
 
 
 def resume_device(tx: Connection, tenant_id: str, device_id: str, *, resumed_at: datetime, generation: int) -> None:
     """Make a suspended device active again; each certificate on hold returns to its former state."""
-    values = {"status": DeviceStatus.ACTIVE, "updated_at": resumed_at, "generation": generation}
+    values: dict[str, Any] = {"status": DeviceStatus.ACTIVE, "updated_at": resumed_at, "generation": generation}
     update_device(tx, tenant_id, device_id, values)
     was = sa.case(
         (Certificate.replaced_until.is_(None), sa.literal(CertificateStatus.ACTIVE, Certificate.status.type)),
         else_=sa.literal(CertificateStatus.REPLACED, Certificate.status.type),
     )
-    _change_certificates(
-        tx,
-        (*_certificates_of(tenant_id, device_id), Certificate.status == CertificateStatus.HELD),
-        {"status": was, "revoked_at": None, "revocation_reason": None, "generation": generation},
-    )
+    which = (*of_device(tenant_id, device_id), Certificate.status == CertificateStatus.HELD)
+    values = {"status": was, "revoked_at": None, "revocation_reason": None, "generation": generation}
+    change_certificates(tx, which, values, generation=generation)
 
 
 def suspended_since(tx: Connection, tenant_id: str, device_id: str) -> datetime | None:
     """Return when the certificates of a device were put on hold, ``None`` if none is."""
     query = sa.select(sa.func.max(Certificate.revoked_at)).where(
-        *_certificates_of(tenant_id, device_id), Certificate.status == CertificateStatus.HELD
+        *of_device(tenant_id, device_id), Certificate.status == CertificateStatus.HELD
     )
     since: datetime | None = tx.execute(query).scalar_one()
     return since
 
 
-def _certificates_of(tenant_id: str, device_id: str) -> tuple[sa.ColumnElement[bool], ...]:
-    return Certificate.tenant_id == tenant_id, Certificate.device_id == device_id
-
-
-def _change_certificates(tx: Connection, which: tuple[sa.ColumnElement[bool], ...], values: dict[str, object]) -> None:
-    """Update certificates, and mark their issuers so that new CRLs are signed."""
+def change_certificates(
+    tx: Connection, which: Sequence[sa.ColumnElement[bool]], values: dict[str, Any], *, generation: int
+) -> int:
+    """Update certificates, and mark their issuers so that new CRLs are signed; return how many there were."""
     issuers = sa.select(Certificate.issuer_id).where(*which)
-    tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=values["generation"]))
-    tx.execute(sa.update(Certificate).where(*which).values(values))
+    tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=generation))
+    return tx.execute(sa.update(Certificate).where(*which).values(values)).rowcount

@@ -10,8 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
-from store.certificates import CURRENT
-from store.tables import Certificate, Delivery, IssuerRow
+from store.certificates import CURRENT, of_device
+from store.devices import change_certificates
+from store.tables import Certificate, Delivery
 
 _USABLE = (CertificateStatus.ACTIVE, CertificateStatus.REPLACED)
 SUPERSEDED = "superseded"
@@ -29,8 +30,7 @@ def count_valid(tx: Connection, tenant_id: str, device_id: str, *, now: datetime
         sa.select(sa.func.count())
         .select_from(Certificate)
         .where(
-            Certificate.tenant_id == tenant_id,
-            Certificate.device_id == device_id,
+            *of_device(tenant_id, device_id),
             Certificate.status.in_(_USABLE),
             Certificate.not_after > now,
             Certificate.id.not_in(waiting),
@@ -38,56 +38,37 @@ def count_valid(tx: Connection, tenant_id: str, device_id: str, *, now: datetime
     ).scalar_one()
 
 
+def _replaced(tenant_id: str, device_id: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return *of_device(tenant_id, device_id), Certificate.status == CertificateStatus.REPLACED
+
+
 def works_until(tx: Connection, tenant_id: str, device_id: str, *, now: datetime) -> datetime | None:
     """Return until when a replaced certificate of a device keeps working, ``None`` if there is none."""
-    rows = tx.execute(
-        sa.select(Certificate.replaced_until, Certificate.not_after).where(
-            Certificate.tenant_id == tenant_id,
-            Certificate.device_id == device_id,
-            Certificate.status == CertificateStatus.REPLACED,
-        )
-    )
+    query = sa.select(Certificate.replaced_until, Certificate.not_after).where(*_replaced(tenant_id, device_id))
+    rows = tx.execute(query)
     ends = [min(until, not_after) for until, not_after in rows if until is not None and not_after > now]
     return max(ends, default=None)
 
 
 def valid_dates(tx: Connection, tenant_id: str, device_id: str, fingerprint: str) -> tuple[datetime, datetime] | None:
     """Return not_before and not_after of a device's certificate by its SHA-256 in hex; ``None`` unless it is usable."""
-    row = tx.execute(
-        sa.select(Certificate.not_before, Certificate.not_after).where(
-            Certificate.tenant_id == tenant_id,
-            Certificate.device_id == device_id,
-            Certificate.fingerprint == fingerprint,
-            Certificate.status.in_(_USABLE),
-        )
-    ).one_or_none()
+    shown = (*of_device(tenant_id, device_id), Certificate.fingerprint == fingerprint)
+    query = sa.select(Certificate.not_before, Certificate.not_after).where(*shown, Certificate.status.in_(_USABLE))
+    row = tx.execute(query).one_or_none()
     return None if row is None else (row.not_before, row.not_after)
 
 
 def replace_current(tx: Connection, tenant_id: str, device_id: str, *, until: datetime, ends_when_used: bool) -> None:
     """Mark a device's current certificate as replaced: it keeps working beside the next one, at most until a time."""
-    tx.execute(
-        sa.update(Certificate)
-        .where(
-            Certificate.tenant_id == tenant_id,
-            Certificate.device_id == device_id,
-            Certificate.status == CertificateStatus.ACTIVE,
-        )
-        .values(status=CertificateStatus.REPLACED, replaced_until=until, ends_when_used=ends_when_used)
-    )
+    current = (*of_device(tenant_id, device_id), Certificate.status == CertificateStatus.ACTIVE)
+    values = {"status": CertificateStatus.REPLACED, "replaced_until": until, "ends_when_used": ends_when_used}
+    tx.execute(sa.update(Certificate).where(*current).values(values))
 
 
 def unfetched_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[int]:
     """Return the row ids of certificates whose keys are only in a bundle that nobody has fetched."""
-    return list(
-        tx.execute(
-            sa.select(Delivery.certificate_id).where(
-                Delivery.tenant_id == tenant_id,
-                Delivery.device_id == device_id,
-                Delivery.status == DeliveryStatus.READY,
-            )
-        ).scalars()
-    )
+    own = (Delivery.tenant_id == tenant_id, Delivery.device_id == device_id, Delivery.status == DeliveryStatus.READY)
+    return tx.execute(sa.select(Delivery.certificate_id).where(*own)).scalars().all()
 
 
 def revoke_unfetched(tx: Connection, certificate_ids: Sequence[int], *, now: datetime, generation: int) -> None:
@@ -99,14 +80,10 @@ def revoke_replaced(
     tx: Connection, tenant_id: str, device_id: str, *, now: datetime, generation: int, when_used: bool = False
 ) -> int:
     """Revoke a device's replaced certificates, with ``when_used`` only those marked so; return how many."""
-    query = sa.select(Certificate.id).where(
-        Certificate.tenant_id == tenant_id,
-        Certificate.device_id == device_id,
-        Certificate.status == CertificateStatus.REPLACED,
-    )
+    query = sa.select(Certificate.id).where(*_replaced(tenant_id, device_id))
     if when_used:
         query = query.where(Certificate.ends_when_used)
-    return _supersede(tx, list(tx.execute(query).scalars()), now=now, generation=generation, sessions=True)
+    return _supersede(tx, tx.execute(query).scalars().all(), now=now, generation=generation, sessions=True)
 
 
 def ended_overlaps(tx: Connection, *, now: datetime, limit: int = 500) -> Sequence[tuple[str, str]]:
@@ -189,31 +166,15 @@ def undo_renewal(tx: Connection, renewal: UnfetchedRenewal, *, now: datetime, ge
 
 def is_current(tx: Connection, tenant_id: str, device_id: str, fingerprint: str) -> bool:
     """Return whether a certificate, by its SHA-256 in hex, is the active one of a device."""
-    found = tx.execute(
-        sa.select(Certificate.id).where(
-            Certificate.tenant_id == tenant_id,
-            Certificate.device_id == device_id,
-            Certificate.fingerprint == fingerprint,
-            Certificate.status == CertificateStatus.ACTIVE,
-        )
-    )
-    return found.one_or_none() is not None
+    active = (*of_device(tenant_id, device_id), Certificate.status == CertificateStatus.ACTIVE)
+    query = sa.select(Certificate.id).where(*active, Certificate.fingerprint == fingerprint)
+    return tx.execute(query).one_or_none() is not None
 
 
 def ends_when_used(tx: Connection, tenant_id: str, device_id: str) -> bool:
     """Return whether a replaced certificate of the device is to be revoked once its successor is used."""
-    return bool(
-        tx.execute(
-            sa.select(
-                sa.exists().where(
-                    Certificate.tenant_id == tenant_id,
-                    Certificate.device_id == device_id,
-                    Certificate.status == CertificateStatus.REPLACED,
-                    Certificate.ends_when_used,
-                )
-            )
-        ).scalar_one()
-    )
+    to_end = sa.exists().where(*_replaced(tenant_id, device_id), Certificate.ends_when_used)
+    return bool(tx.execute(sa.select(to_end)).scalar_one())
 
 
 def _supersede(tx: Connection, ids: Sequence[int], *, now: datetime, generation: int, sessions: bool) -> int:
@@ -223,17 +184,13 @@ def _supersede(tx: Connection, ids: Sequence[int], *, now: datetime, generation:
     """
     if not ids:
         return 0
-    which = Certificate.id.in_(ids)
-    issuers = sa.select(Certificate.issuer_id).where(which, Certificate.status != CertificateStatus.REVOKED)
-    tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=generation))
     values = {"status": CertificateStatus.REVOKED, "revoked_at": now, "revocation_reason": SUPERSEDED}
     values |= {"generation": generation if sessions else 0}
-    done = tx.execute(
-        sa.update(Certificate).where(which, Certificate.status != CertificateStatus.REVOKED).values(values)
-    )
+    which = (Certificate.id.in_(ids), Certificate.status != CertificateStatus.REVOKED)
+    done = change_certificates(tx, which, values, generation=generation)
     tx.execute(
         sa.update(Delivery)
         .where(Delivery.certificate_id.in_(ids), Delivery.status.in_(PENDING_DELIVERY))
         .values(status=DeliveryStatus.REVOKED, bundle=None, lease_until=None)
     )
-    return done.rowcount
+    return done
