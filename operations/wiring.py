@@ -25,15 +25,19 @@ from store.tables import DEFAULT_TENANT
 from workflows import events
 from workflows.authority.issuers import Authority, open_authority
 from workflows.authority.ocsp import Responder, ResponderCertificates
+from workflows.bulk.batch import Batches
+from workflows.bulk.processes import CredentialProcesses
 from workflows.bulk.upload import Bulk
 from workflows.credentials import CredentialIssuer
-from workflows.delivery import Deliveries
+from workflows.delivery import Deliveries, KeptAnswers
 from workflows.devices import Inventory
 from workflows.enrolment.approval import Approvals
 from workflows.enrolment.clients import Clients
 from workflows.enrolment.credentials import EnrolmentTokens
 from workflows.enrolment.enrolment import Enrolments
+from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.manufacturers import Manufacturers
+from workflows.enrolment.reenrolment import Reenrolments
 from workflows.operators import Operators, new_token
 from workflows.reconciliation import Reconciler
 from workflows.registration import Registrations
@@ -160,7 +164,12 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
 def _build(base: _Foundation, presence: ExitStack) -> Portal:
     settings, clock, tenant_id, database = base.settings, base.clock, base.tenant_id, base.database
     authority, reconciler, folder = base.authority, base.reconciler, settings.data_dir
-    pepper, credentials, links = base.pepper, CredentialIssuer(settings, authority, base.link_keys), base.link_keys
+    credentials, links = CredentialIssuer(settings, authority, base.link_keys), base.link_keys
+    answers = KeptAnswers(database, base.pepper, clock)
+    processes = CredentialProcesses(settings, links, credentials)
+    batches = Batches(settings, database, authority, reconciler, processes, clock)
+    first = FirstEnrolments(settings, database, credentials, clock)
+    again = Reenrolments(database, reconciler, credentials, clock)
     clients = Clients(settings, database, authority, clock)
     responders = ResponderCertificates(settings, database, authority, clock, tenant_id)
     return Portal(
@@ -173,13 +182,13 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         broker=base.broker,
         reconciler=reconciler,
         own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, tenant_id),
-        registrations=Registrations(settings, database, reconciler, credentials, pepper=pepper, clock=clock),
-        bulk=Bulk(settings, database, authority, reconciler, credentials, link_keys=links, clock=clock),
+        registrations=Registrations(settings, database, reconciler, credentials, answers, clock),
+        bulk=Bulk(settings, reconciler, processes, batches),
         deliveries=Deliveries(settings, database, reconciler, links, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
-        renewals=Renewals(settings, database, reconciler, credentials, pepper=pepper, clock=clock),
+        renewals=Renewals(settings, database, reconciler, credentials, answers, clock),
         clients=clients,
-        enrolment=Enrolments(settings, database, reconciler, credentials, clock),
+        enrolment=Enrolments(database, reconciler, first, again),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),
         approvals=Approvals(settings, database, clock),
@@ -187,7 +196,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         operators=Operators(database, Throttle(folder / "attempts", settings.login_failures), clock),
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, base.sender, clock),
-        responder=Responder(settings, database, authority, responders, clock),
+        responder=Responder(responders, settings, database, authority, clock),
         readiness=Readiness(database, authority, reconciler, clock, tenant_id, (folder, settings.broker_dir)),
         monitoring=Monitoring(settings, database, reconciler, clock, tenant_id),
         presence=presence.pop_all(),

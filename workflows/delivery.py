@@ -1,15 +1,19 @@
-"""The use case of a download: the bundle behind a link is handed out once."""
+"""What is kept to be handed out: the bundle behind a link, once, and the answer to a request that may be repeated."""
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
 
 import credential_delivery
 from config import Settings
+from core.errors import IdempotencyConflict
 from core.failpoints import failpoint
 from delivery.formats import BundleFormat
 from store import audit, deliveries
@@ -30,22 +34,15 @@ class DeliveredBundle:
     format: BundleFormat = BundleFormat.ZIP
 
 
+@dataclass(eq=False, repr=False)
 class Deliveries:
     """The bundles behind the signed links."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        reconciler: Reconciler,
-        link_keys: Sequence[str],
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._reconciler = reconciler
-        self._link_keys = link_keys
-        self._clock = clock
+    _settings: Settings
+    _database: Database
+    _reconciler: Reconciler
+    _link_keys: Sequence[str]
+    _clock: Callable[[], datetime]
 
     def check_download(self, token: str) -> deliveries.DeliveryRecord:
         """Return what a link's token leads to, without using the link.
@@ -82,3 +79,80 @@ class Deliveries:
         content = self._database.write(spend)
         failpoint("deliver.after_commit")
         return DeliveredBundle(record.id, record.device_id, content, BundleFormat(record.format))
+
+
+# --- Answers kept for a repeated request --------------------------------------------------------------------------
+
+ANSWERS_KEPT = timedelta(hours=24)
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A request that came with an idempotency key."""
+
+    tenant_id: str
+    seal: credential_delivery.AnswerSeal = field(repr=False)
+    request_hash: str
+
+
+@dataclass(eq=False, repr=False)
+class KeptAnswers:
+    """Keeps answers encrypted under their idempotency keys, of which only hashes are stored."""
+
+    _database: Database
+    _pepper: bytes
+    _clock: Callable[[], datetime]
+
+    def seal(self, tenant_id: str, idempotency_key: str | None, request: bytes) -> Sealed | None:
+        """Return what ``once`` and ``keep`` need, ``None`` without a key; equal requests must be the same bytes."""
+        if not idempotency_key:
+            return None
+        seal = credential_delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper)
+        return Sealed(tenant_id, seal, seal.request_hash(request))
+
+    def once(
+        self, sealed: Sealed | None, read: Callable[[bytes], Answer], make: Callable[[], tuple[Answer, int]]
+    ) -> tuple[Answer, int]:
+        """Return the answer kept for the same request, with the generation it was made at, else ``make`` one.
+
+        ``make`` must call ``keep`` in its transaction. Raises ``IdempotencyConflict`` for a key that came with another
+        request in the last 24 hours.
+        """
+        if sealed is None:
+            return make()
+        kept = self._find(sealed)
+        if kept is None:
+            try:
+                return make()
+            except IntegrityError:
+                # Of two first requests with one key the database accepted one: its answer is both's.
+                kept = self._find(sealed)
+                if kept is None:
+                    raise
+        return read(sealed.seal.open(kept.sealed)), kept.generation
+
+    def _find(self, sealed: Sealed) -> deliveries.SealedAnswer | None:
+        with self._database.snapshot() as tx:
+            kept = deliveries.find_answer(tx, sealed.tenant_id, sealed.seal.key_hash, now=self._clock())
+        if kept is None:
+            return None
+        if not hmac.compare_digest(kept.request_hash, sealed.request_hash):
+            raise IdempotencyConflict(
+                "This Idempotency-Key was used with another body in the last 24 hours; use a new key."
+            )
+        return kept
+
+    def keep(self, tx: Connection, sealed: Sealed, content: bytes, *, generation: int) -> None:
+        """Keep an answer in the transaction that it is about; the database refuses a second one under the same key."""
+        now = self._clock()
+        deliveries.add_answer(
+            tx,
+            tenant_id=sealed.tenant_id,
+            key_hash=sealed.seal.key_hash,
+            request_hash=sealed.request_hash,
+            sealed=sealed.seal.seal(content),
+            generation=generation,
+            created_at=now,
+            expires_at=now + ANSWERS_KEPT,
+        )

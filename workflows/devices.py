@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import db
@@ -39,13 +39,13 @@ class Page:
     cursor: str | None
 
 
+@dataclass(eq=False, repr=False)
 class Inventory:
     """Reads only, and each answer from one state of the database."""
 
-    def __init__(self, settings: Settings, database: Database) -> None:
-        self._settings = settings
-        self._database = database
-        self._crls: dict[int, tuple[CrlHead, CrlRecord]] = {}  # by issuer, as read last
+    _settings: Settings
+    _database: Database
+    _crls: dict[int, tuple[CrlHead, CrlRecord]] = field(init=False, default_factory=dict)  # by issuer, as read last
 
     def device(self, tenant_id: str, device_id: str) -> DeviceDetails:
         """Return one device; raises ``DeviceNotFound``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from core import roles
@@ -18,13 +19,13 @@ from store.tenants import TokenRecord
 LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit what no index serves
 
 
+@dataclass(eq=False, repr=False)
 class Operators:
     """Authenticates operators by tokens, and records and slows down those who fail to."""
 
-    def __init__(self, database: Database, throttle: Throttle, clock: Callable[[], datetime]) -> None:
-        self._database = database
-        self._throttle = throttle
-        self._clock = clock
+    _database: Database
+    _throttle: Throttle
+    _clock: Callable[[], datetime]
 
     def authenticate(self, secret: str) -> TokenRecord | None:
         """Return the token with this secret, if it is valid now."""

@@ -26,8 +26,8 @@ from store.database import Database
 from store.devices import owner_of, update_device
 from workflows.admission import Admission, admit, checked_topics
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
+from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
-from workflows.idempotency import KeptAnswers, Sealed
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.registrations")
@@ -42,25 +42,16 @@ class Registered(CredentialAnswer):
     status: str
 
 
+@dataclass(eq=False, repr=False)
 class Registrations:
     """Registers devices, one at a time, and changes what is known of them."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        reconciler: Reconciler,
-        credentials: CredentialIssuer,
-        *,
-        pepper: bytes,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._reconciler = reconciler
-        self._credentials = credentials
-        self._answers = KeptAnswers(database, pepper, clock)
-        self._clock = clock
+    _settings: Settings
+    _database: Database
+    _reconciler: Reconciler
+    _credentials: CredentialIssuer
+    _answers: KeptAnswers
+    _clock: Callable[[], datetime]
 
     # --- Register
 

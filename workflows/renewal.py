@@ -25,8 +25,8 @@ from store.database import Database
 from store.devices import DeviceRecord
 from workflows.admission import Issuance, record_issuances
 from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
+from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
-from workflows.idempotency import KeptAnswers, Sealed
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.renewals")
@@ -68,25 +68,16 @@ class Renewed(CredentialAnswer):
     problem: str | None = None
 
 
+@dataclass(eq=False, repr=False)
 class Renewals:
     """Gives active devices a new certificate, whether an operator or the device itself asks."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        reconciler: Reconciler,
-        credentials: CredentialIssuer,
-        *,
-        pepper: bytes,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._reconciler = reconciler
-        self._credentials = credentials
-        self._answers = KeptAnswers(database, pepper, clock)
-        self._clock = clock
+    _settings: Settings
+    _database: Database
+    _reconciler: Reconciler
+    _credentials: CredentialIssuer
+    _answers: KeptAnswers
+    _clock: Callable[[], datetime]
 
     def renew(
         self,

@@ -48,13 +48,13 @@ class Suspended:
     problem: str | None
 
 
+@dataclass(eq=False, repr=False)
 class DeviceRevocations:
     """Revokes, suspends and resumes devices; each answer comes once the broker obeys, or has failed to."""
 
-    def __init__(self, database: Database, reconciler: Reconciler, clock: Callable[[], datetime]) -> None:
-        self._database = database
-        self._reconciler = reconciler
-        self._clock = clock
+    _database: Database
+    _reconciler: Reconciler
+    _clock: Callable[[], datetime]
 
     def revoke(self, actor: Actor, device_id: str, reason: str) -> Revoked:
         """Revoke a device for good, with its certificates and bundles; a repeat gives the first time and reason.

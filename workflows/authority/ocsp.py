@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -67,31 +67,24 @@ class _Kept:
         return signer is self.signer and statuses == self.statuses and self.since <= now < self.until
 
 
+@dataclass(eq=False, repr=False)
 class ResponderCertificates:
     """The certificates with which the portal signs OCSP answers, one for each CA.
 
     Each is a file ``<name of the CA>.pem``, 0600, of a key in the clear with its certificate, replaced as one.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        authority: Authority,
-        clock: Callable[[], datetime],
-        tenant_id: str,
-    ) -> None:
-        self._folder = settings.ocsp_dir
-        self._database = database
-        self._authority = authority
-        self._clock = clock
-        self._tenant_id = tenant_id
-        # What was read last of each file, by inode, time and size: another process may have renewed it.
-        self._read: dict[str, tuple[tuple[int, int, int], Signer | None]] = {}
+    _settings: Settings
+    _database: Database
+    _authority: Authority
+    _clock: Callable[[], datetime]
+    _tenant_id: str
+    # What was read last of each file, by inode, time and size: another process may have renewed it.
+    _read: dict[str, tuple[tuple[int, int, int], Signer | None]] = field(init=False, default_factory=dict)
 
     def path(self, issuer_name: str) -> Path:
         """Return the file of key and certificate for a CA."""
-        return self._folder / f"{issuer_name}.pem"
+        return self._settings.ocsp_dir / f"{issuer_name}.pem"
 
     def signer(self, issuer: Issuer) -> Signer | None:
         """Return what signs answers for a CA now, ``None`` if nothing can; a changed file is read again."""
@@ -176,6 +169,7 @@ class ResponderCertificates:
         replace_file(self.path(recorded.issuer.name), private_key_pem(key) + issued.pem.encode())
 
 
+@dataclass(eq=False, repr=False)
 class Responder:
     """Answers for every CA whose responder certificate is here (RFC 6960 in the profile of RFC 5019).
 
@@ -183,21 +177,14 @@ class Responder:
     process answers a revocation from the first request after its commit.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        authority: Authority,
-        certificates: ResponderCertificates,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self.certificates = certificates
-        self._life = timedelta(hours=settings.ocsp_hours)
-        self._database = database
-        self._authority = authority
-        self._clock = clock
-        self._kept = AnswerCache(MAX_ANSWERS)
-        self._directory: tuple[tuple[RecordedIssuer, ...], dict[IssuerId, RecordedIssuer]] = ((), {})
+    certificates: ResponderCertificates
+    _settings: Settings
+    _database: Database
+    _authority: Authority
+    _clock: Callable[[], datetime]
+    _kept: AnswerCache = field(init=False, default_factory=lambda: AnswerCache(MAX_ANSWERS))
+    # The issuers, and those by the names that requests may have for them.
+    _directory: tuple[tuple[RecordedIssuer, ...], dict[IssuerId, RecordedIssuer]] = field(init=False, default=((), {}))
 
     def answer(self, der: bytes) -> OcspAnswer:
         """Answer an OCSPRequest, DER; one that is malformed is answered with a failure.
@@ -241,7 +228,7 @@ class Responder:
             answer = kept.answer
         else:
             kept = None
-            next_update = min(now + self._life, signer.not_after)
+            next_update = min(now + timedelta(hours=self._settings.ocsp_hours), signer.not_after)
             content = ocsp.sign_response(
                 signer,
                 list(zip(request.questions, statuses, strict=True)),

@@ -106,24 +106,16 @@ class Batch:
     generation: int = 0
 
 
+@dataclass(eq=False, repr=False)
 class Batches:
     """Registers batches of rows: ``begin`` has the credentials made, ``finish`` writes and answers."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        authority: Authority,
-        reconciler: Reconciler,
-        processes: CredentialProcesses,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._authority = authority
-        self._reconciler = reconciler
-        self._processes = processes
-        self._clock = clock
+    _settings: Settings
+    _database: Database
+    _authority: Authority
+    _reconciler: Reconciler
+    _processes: CredentialProcesses
+    _clock: Callable[[], datetime]
 
     # --- Before the transaction
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from datetime import datetime
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from config import Settings
@@ -14,11 +14,8 @@ from core import metrics
 from core.errors import PortalError, Unavailable, UploadsBusy
 from core.files import FileLock
 from store.audit import Actor
-from store.database import Database
-from workflows.authority.issuers import Authority
 from workflows.bulk.batch import Batch, Batches, Candidate, RowAnswer, RowDone, RowFailed, failed
 from workflows.bulk.processes import CredentialProcesses
-from workflows.credentials import CredentialIssuer
 from workflows.reconciliation import Reconciler
 
 BATCH = 256  # rows of a transaction, which keeps other writers waiting for some 15 ms
@@ -40,24 +37,14 @@ class Source(Protocol):
         """
 
 
+@dataclass(eq=False, repr=False)
 class Bulk:
     """Registers the rows of uploads."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        authority: Authority,
-        reconciler: Reconciler,
-        credentials: CredentialIssuer,
-        *,
-        link_keys: Sequence[str],
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._settings = settings
-        self._reconciler = reconciler
-        self._processes = CredentialProcesses(settings, link_keys, credentials)
-        self._batches = Batches(settings, database, authority, reconciler, self._processes, clock)
+    _settings: Settings
+    _reconciler: Reconciler
+    _processes: CredentialProcesses
+    _batches: Batches
 
     def close(self) -> None:
         """End the processes that issue credentials."""

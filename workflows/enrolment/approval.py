@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy.engine import Connection
@@ -26,13 +27,13 @@ REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that 
 MAX_LISTED = 1000
 
 
+@dataclass(eq=False, repr=False)
 class Approvals:
     """Decides about devices that are pending, or ask for a certificate for another key."""
 
-    def __init__(self, settings: Settings, database: Database, clock: Callable[[], datetime]) -> None:
-        self._settings = settings
-        self._database = database
-        self._clock = clock
+    _settings: Settings
+    _database: Database
+    _clock: Callable[[], datetime]
 
     def expect(self, actor: Actor, request: DeviceRequest) -> str:
         """Add a device that is to enrol by itself, and return its id; raises ``TopicRefused``."""

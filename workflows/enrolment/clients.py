@@ -40,16 +40,14 @@ class ManufacturedClient:
     certificate: ClientCertificate
 
 
+@dataclass(eq=False, repr=False)
 class Clients:
     """Checks client certificates for each request: the TLS layer did it only when the connection was set up."""
 
-    def __init__(
-        self, settings: Settings, database: Database, authority: Authority, clock: Callable[[], datetime]
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._authority = authority
-        self._clock = clock
+    _settings: Settings
+    _database: Database
+    _authority: Authority
+    _clock: Callable[[], datetime]
 
     def identify(self, der: bytes) -> DeviceClient | ManufacturedClient:
         """Find out whose certificate, DER, a client has shown.

@@ -152,12 +152,12 @@ def audit_detail(request: EnrolmentRequest) -> dict[str, Any]:
 # --- Tokens -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class EnrolmentTokens:
     """Secrets with which devices enrol; the database holds their hashes only."""
 
-    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
-        self._database = database
-        self._clock = clock
+    _database: Database
+    _clock: Callable[[], datetime]
 
     def create(
         self, actor: Actor, name: str, profile: EnrolmentProfile, *, device_id: str | None, count: int, life: timedelta

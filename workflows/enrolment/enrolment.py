@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import datetime
+from dataclasses import dataclass
 
 from sqlalchemy.exc import IntegrityError
 
 import db
-from config import Settings
 from core.errors import EnrolmentRefused, KeyRefused, Unavailable
 from core.failpoints import failpoint
 from core.states import DeviceStatus, EnrolmentStatus
@@ -18,7 +16,6 @@ from store import enrolment as store_enrolment
 from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord
-from workflows.credentials import CredentialIssuer
 from workflows.enrolment.credentials import Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.reenrolment import Reenrolments
@@ -27,21 +24,14 @@ from workflows.reconciliation import Reconciler
 _TRIES = 3
 
 
+@dataclass(eq=False, repr=False)
 class Enrolments:
     """Answers the same however often a device asks, so that an answer that was lost costs it nothing."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        reconciler: Reconciler,
-        credentials: CredentialIssuer,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._database = database
-        self._reconciler = reconciler
-        self._first = FirstEnrolments(settings, database, credentials, clock)
-        self._reenrolment = Reenrolments(database, reconciler, credentials, clock)
+    _database: Database
+    _reconciler: Reconciler
+    _first: FirstEnrolments
+    _reenrolment: Reenrolments
 
     def enrol(self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest) -> Enrolled | Waiting:
         """Certify the key of a device's CSR, or one made for it, or have it wait, as the profile says.

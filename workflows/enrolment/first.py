@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy.engine import Connection
@@ -37,20 +38,14 @@ from workflows.events import EventType
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")
 
 
+@dataclass(eq=False, repr=False)
 class FirstEnrolments:
     """Admits devices that have no certificate of this portal yet."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        credentials: CredentialIssuer,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._credentials = credentials
-        self._clock = clock
+    _settings: Settings
+    _database: Database
+    _credentials: CredentialIssuer
+    _clock: Callable[[], datetime]
 
     def enrol(self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest) -> Enrolled | Waiting:
         """Admit a device that has not asked before, or have it wait for an operator, as the profile says.

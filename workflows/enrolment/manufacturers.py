@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy.exc import IntegrityError
@@ -20,13 +21,13 @@ from workflows.enrolment.clients import Clients
 NONCE_LIFE = timedelta(hours=24)
 
 
+@dataclass(eq=False, repr=False)
 class Manufacturers:
     """CAs that issue factory certificates (IDevIDs); each counts once the possession of its key was proven."""
 
-    def __init__(self, database: Database, clients: Clients, clock: Callable[[], datetime]) -> None:
-        self._database = database
-        self._clients = clients
-        self._clock = clock
+    _database: Database
+    _clients: Clients
+    _clock: Callable[[], datetime]
 
     def add(self, actor: Actor, name: str, certificate: str, profile: EnrolmentProfile) -> ManufacturerRecord:
         """Add a CA (PEM), which admits no device before ``prove``; returns it with the nonce to be signed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
@@ -36,20 +37,14 @@ from workflows.reconciliation import Reconciler
 MAX_IN_A_DAY = 5
 
 
+@dataclass(eq=False, repr=False)
 class Reenrolments:
     """Answers devices that have enrolled before, and replaces their certificates if that is allowed."""
 
-    def __init__(
-        self,
-        database: Database,
-        reconciler: Reconciler,
-        credentials: CredentialIssuer,
-        clock: Callable[[], datetime],
-    ) -> None:
-        self._database = database
-        self._reconciler = reconciler
-        self._credentials = credentials
-        self._clock = clock
+    _database: Database
+    _reconciler: Reconciler
+    _credentials: CredentialIssuer
+    _clock: Callable[[], datetime]
 
     def answer(
         self,
