@@ -10,7 +10,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from core.errors import LockUnavailable, StartupError
@@ -111,10 +111,15 @@ def secret_file(path: Path, make: Callable[[], str]) -> str:
 _HELD_ELSEWHERE = "Timed out waiting for {}: another process of the portal holds it, or is stopped."
 
 
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise LockUnavailable(f"{path} cannot be opened ({error.strerror}); check its disk.") from error
+
+
 def _take(descriptor: int, deadline: float, path: Path) -> None:
     # flock has no timeout. To poll costs microseconds, and only one thread of a process does.
-    if _taken(descriptor):
-        return
     pause = _FIRST_PAUSE
     while not _taken(descriptor):
         if time.monotonic() >= deadline:
@@ -169,22 +174,20 @@ class FileLock:
             yield False
             return
         try:
-            with self._descriptor() as descriptor:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    yield False
-                else:
-                    yield True
+            with self._try(fcntl.LOCK_EX) as free:
+                yield free
         finally:
             self._thread_lock.release()
 
-    @contextmanager
-    def try_share(self) -> Iterator[bool]:
+    def try_share(self) -> AbstractContextManager[bool]:
         """Share the lock with other holders, unless one holds it exclusively; yields whether that was possible."""
+        return self._try(fcntl.LOCK_SH)
+
+    @contextmanager
+    def _try(self, kind: int) -> Iterator[bool]:
         with self._descriptor() as descriptor:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
             else:
@@ -193,10 +196,7 @@ class FileLock:
     @contextmanager
     def _descriptor(self) -> Iterator[int]:
         # Opened at each use, so that a forked process never inherits the open file description and with it the lock.
-        try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise LockUnavailable(f"{self._path} cannot be opened ({error.strerror}); check its disk.") from error
+        descriptor = _open(self._path)
         try:
             yield descriptor
         finally:
@@ -208,10 +208,7 @@ def own_until_exit(path: Path) -> bool:
 
     Forked processes do not inherit the lock. Raises ``LockUnavailable`` if the file cannot be opened.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # stays open
-    except OSError as error:
-        raise LockUnavailable(f"{path} cannot be opened ({error.strerror}); check its disk.") from error
+    descriptor = _open(path)  # stays open
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

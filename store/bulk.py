@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeliveryStatus
+from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord
 from store.devices import DEVICE_COLUMNS, DeviceRecord, topics_by_device
 from store.tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
 
@@ -27,30 +29,13 @@ class KnownDevice:
 
     device: DeviceRecord
     topics: tuple[tuple[str, str], ...] | None
-    certificate_id: int | None
-    issuer_id: int | None
-    serial_number: str
-    fingerprint: str
-    not_after: datetime | None
-    der: bytes | None
-    certificate_status: CertificateStatus | None
+    certificate: CertificateRecord | None
     delivery_id: str | None
     waits: bool
 
 
 _FIND = (
-    sa.select(
-        *DEVICE_COLUMNS,
-        Certificate.id,
-        Certificate.issuer_id,
-        Certificate.serial_number,
-        Certificate.fingerprint,
-        Certificate.not_after,
-        Certificate.der,
-        Certificate.status,
-        Delivery.id,
-        Delivery.status,
-    )
+    sa.select(*DEVICE_COLUMNS, *CERTIFICATE_COLUMNS, Delivery.id, Delivery.status)
     .select_from(Device)
     .outerjoin(Certificate, sa.and_(Certificate.device_id == Device.id, Certificate.status.in_(CURRENT)))
     .outerjoin(Delivery, sa.and_(Delivery.device_id == Device.id, Delivery.certificate_id == Certificate.id))
@@ -66,27 +51,25 @@ def find_known(tx: Connection, tenant_id: str, external_ids: Sequence[str]) -> d
     if not external_ids:
         return {}
     rows = tx.execute(_FIND, {"of_tenant": tenant_id, "wanted": external_ids}).all()
-    devices = [(DeviceRecord(*row[:-9]), row[-9:]) for row in rows]
-    with_topics = [device.id for device, _ in devices if device.own_topics]
+    found = [_found(row) for row in rows]
+    with_topics = [device.id for device, *_ in found if device.own_topics]
     own = topics_by_device(tx, AclEntry.tenant_id == tenant_id, AclEntry.device_id.in_(with_topics))
-    in_use = _in_use(tx, tenant_id, [device.id for device, (*_, status) in devices if status in _REPLACEABLE])
+    in_use = _in_use(tx, tenant_id, [device.id for device, *_, status in found if status in _REPLACEABLE])
     known: dict[str, KnownDevice] = {}
-    for device, (certificate_id, issuer_id, serial, fingerprint, not_after, der, state, delivery, status) in devices:
-        waits = status in _REPLACEABLE and device.id not in in_use
-        known[device.external_id or ""] = KnownDevice(
-            device=device,
-            topics=tuple(own.get(device.id, ())) if device.own_topics else None,
-            certificate_id=certificate_id,
-            issuer_id=issuer_id,
-            serial_number=serial or "",
-            fingerprint=fingerprint or "",
-            not_after=not_after,
-            der=der,
-            certificate_status=state,
-            delivery_id=delivery,
-            waits=waits and state == CertificateStatus.ACTIVE,
-        )
+    for device, certificate, delivery_id, status in found:
+        is_active = certificate is not None and certificate.status is CertificateStatus.ACTIVE
+        waits = status in _REPLACEABLE and device.id not in in_use and is_active
+        topics = tuple(own.get(device.id, ())) if device.own_topics else None
+        known[device.external_id or ""] = KnownDevice(device, topics, certificate, delivery_id, waits)
     return known
+
+
+def _found(row: Sequence[Any]) -> tuple[DeviceRecord, CertificateRecord | None, str | None, DeliveryStatus | None]:
+    """Read a row of ``_FIND``."""
+    *columns, delivery_id, status = row
+    number = len(DEVICE_COLUMNS)
+    certificate = None if columns[number] is None else CertificateRecord(*columns[number:])
+    return DeviceRecord(*columns[:number]), certificate, delivery_id, status
 
 
 def _in_use(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[str]:
@@ -141,6 +124,6 @@ def supersede_unfetched(
         .returning(Certificate.device_id)
     ).scalars()
     done = {device_id for device_id in revoked if device_id is not None}
-    issuers = {device.issuer_id for device in known if device.device.id in done}
+    issuers = {device.certificate.issuer_id for device in known if device.certificate and device.device.id in done}
     tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=generation))
     return done

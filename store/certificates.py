@@ -34,7 +34,7 @@ class CertificateRecord:
     revocation_reason: str | None
 
 
-_COLUMNS = columns_of(CertificateRecord, Certificate)
+CERTIFICATE_COLUMNS = columns_of(CertificateRecord, Certificate)
 
 
 # Literals, not parameters: a database uses a partial index only if the query contains the index's condition as text. A
@@ -49,14 +49,14 @@ def of_device(tenant_id: str, device_id: str) -> tuple[sa.ColumnElement[bool], .
 
 def device_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
     """Return every certificate that a device has had, newest first."""
-    query = sa.select(*_COLUMNS).where(*of_device(tenant_id, device_id)).order_by(Certificate.id.desc())
+    query = sa.select(*CERTIFICATE_COLUMNS).where(*of_device(tenant_id, device_id)).order_by(Certificate.id.desc())
     return [CertificateRecord(*row) for row in tx.execute(query)]
 
 
 def current_certificate(tx: Connection, tenant_id: str, device_id: str) -> CertificateRecord | None:
     """Return the current certificate of a device, or else the last that it had; ``None`` before the first."""
     row = tx.execute(
-        sa.select(*_COLUMNS)
+        sa.select(*CERTIFICATE_COLUMNS)
         .where(*of_device(tenant_id, device_id))
         .order_by(sa.case((CURRENT, 0), else_=1), Certificate.id.desc())
         .limit(1)
@@ -76,7 +76,7 @@ class ShownCertificate:
 def find_device_certificate(tx: Connection, fingerprint: str) -> ShownCertificate | None:
     """Return a device's certificate by the SHA-256 of its DER in hex, whatever its state."""
     query = (
-        sa.select(Certificate.tenant_id, Device.status, *_COLUMNS)
+        sa.select(Certificate.tenant_id, Device.status, *CERTIFICATE_COLUMNS)
         .join(Device, sa.and_(Device.tenant_id == Certificate.tenant_id, Device.id == Certificate.device_id))
         .where(Certificate.fingerprint == fingerprint, Certificate.purpose == "device")
     )
@@ -87,7 +87,7 @@ def find_device_certificate(tx: Connection, fingerprint: str) -> ShownCertificat
 def get_certificate(tx: Connection, tenant_id: str, certificate_id: int) -> CertificateRecord:
     """Return a certificate by the id of its row."""
     own = (Certificate.tenant_id == tenant_id, Certificate.id == certificate_id)
-    return CertificateRecord(*tx.execute(sa.select(*_COLUMNS).where(*own)).one())
+    return CertificateRecord(*tx.execute(sa.select(*CERTIFICATE_COLUMNS).where(*own)).one())
 
 
 def count_issued(tx: Connection, tenant_id: str, device_id: str, *, since: datetime) -> int:

@@ -19,7 +19,7 @@ from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
 from core.errors import BackupRefused, DatabaseTooNew
-from store.database import MIGRATION_LOCK, UtcDateTime, migration_config, newest_revision
+from store.database import MIGRATION_LOCK, UtcDateTime, migration_config
 from store.tables import METADATA
 
 BATCH = 500
@@ -121,11 +121,6 @@ def _from_json(value: Any, kind: str) -> Any:
 def revision(tx: Connection) -> str | None:
     """Return the schema revision of a database, ``None`` if it has none."""
     return MigrationContext.configure(tx).get_current_revision()
-
-
-def head() -> str | None:
-    """Return the schema revision of this version of the portal."""
-    return newest_revision()
 
 
 def check_revision(wanted: str) -> None:

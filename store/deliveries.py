@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -172,37 +172,15 @@ def find_answer(tx: Connection, tenant_id: str, key_hash: str, *, now: datetime)
     return None if row is None else SealedAnswer(*row)
 
 
-def add_answer(
-    tx: Connection,
-    *,
-    tenant_id: str,
-    key_hash: str,
-    request_hash: str,
-    sealed: bytes,
-    generation: int,
-    created_at: datetime,
-    expires_at: datetime,
-) -> None:
-    """Keep a sealed answer; the primary key refuses a second one under the same idempotency key."""
-    tx.execute(
-        sa.delete(IdempotencyKey).where(
-            IdempotencyKey.tenant_id == tenant_id,
-            IdempotencyKey.key_hash == key_hash,
-            IdempotencyKey.expires_at <= created_at,
-        )
-    )
-    tx.execute(
-        sa.insert(IdempotencyKey),
-        {
-            "tenant_id": tenant_id,
-            "key_hash": key_hash,
-            "request_hash": request_hash,
-            "sealed_answer": sealed,
-            "generation": generation,
-            "created_at": created_at,
-            "expires_at": expires_at,
-        },
-    )
+def add_answer(tx: Connection, *, tenant_id: str, key_hash: str, created_at: datetime, **values: Any) -> None:
+    """Keep a sealed answer; the primary key refuses a second one under the same idempotency key.
+
+    ``values`` are the other columns of ``IdempotencyKey``.
+    """
+    own = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key_hash == key_hash)
+    tx.execute(sa.delete(IdempotencyKey).where(*own, IdempotencyKey.expires_at <= created_at))
+    row = {"tenant_id": tenant_id, "key_hash": key_hash, "created_at": created_at, **values}
+    tx.execute(sa.insert(IdempotencyKey), row)
 
 
 def forget_answers(tx: Connection, *, now: datetime) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -36,25 +37,10 @@ class IssuerRecord:
 _COLUMNS = columns_of(IssuerRecord, IssuerRow)
 
 
-def add_issuer(
-    tx: Connection, *, tenant_id: str, name: str, kind: IssuerKind, der: bytes, fingerprint: str, not_after: datetime,
-    created_at: datetime, issuing_since: datetime | None,
-) -> int:  # fmt: skip
-    """Record a CA certificate and return its row's id."""
-    return tx.execute(
-        sa.insert(IssuerRow).returning(IssuerRow.id),
-        {
-            "tenant_id": tenant_id,
-            "name": name,
-            "kind": kind,
-            "status": IssuerStatus.ACTIVE,
-            "der": der,
-            "fingerprint": fingerprint,
-            "not_after": not_after,
-            "created_at": created_at,
-            "issuing_since": issuing_since,
-        },
-    ).scalar_one()
+def add_issuer(tx: Connection, **values: Any) -> int:
+    """Record a CA certificate, active, and return its row's id; ``values`` are the other columns of ``IssuerRow``."""
+    values["status"] = IssuerStatus.ACTIVE
+    return tx.execute(sa.insert(IssuerRow).returning(IssuerRow.id), values).scalar_one()
 
 
 def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRecord]:

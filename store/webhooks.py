@@ -172,30 +172,13 @@ _RECORDED_ALREADY = (
 _ADD_EVENT_ONCE = sa.insert(WebhookDelivery).from_select(_EVENT_COLUMNS, _SUBSCRIBED.where(~_RECORDED_ALREADY.exists()))
 
 
-def add_event(
-    tx: Connection,
-    tenant_id: str,
-    *,
-    event_id: str,
-    type: str,  # noqa: A002 - the field's name in the interface
-    device_id: str | None,
-    body: str,
-    at: datetime,
-    once: bool,
-) -> None:
-    """Queue an event for every webhook that subscribed to its type; with ``once`` unless it has the event already."""
-    tx.execute(
-        _ADD_EVENT_ONCE if once else _ADD_EVENT,
-        {
-            "of_tenant": tenant_id,
-            "pattern": f"%,{type},%",
-            "event_id": event_id,
-            "type": type,
-            "device_id": device_id,
-            "body": body,
-            "at": at,
-        },
-    )
+def add_event(tx: Connection, tenant_id: str, *, once: bool, type: str, **values: Any) -> None:  # noqa: A002 - as in JSON
+    """Queue an event for every webhook that subscribed to its type; with ``once`` unless it has the event already.
+
+    ``values`` are its ``event_id``, ``device_id``, ``body`` and time ``at``.
+    """
+    parameters = {"of_tenant": tenant_id, "pattern": f"%,{type},%", "type": type, **values}
+    tx.execute(_ADD_EVENT_ONCE if once else _ADD_EVENT, parameters)
 
 
 # --- Deliveries ------------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ class KeptAnswers:
             tenant_id=sealed.tenant_id,
             key_hash=sealed.seal.key_hash,
             request_hash=sealed.request_hash,
-            sealed=sealed.seal.seal(content),
+            sealed_answer=sealed.seal.seal(content),
             generation=generation,
             created_at=now,
             expires_at=now + ANSWERS_KEPT,

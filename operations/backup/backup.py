@@ -24,7 +24,7 @@ from pki.algorithms import PrivateKey
 from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
 from store import copy as store_copy
 from store import generations, issuers
-from store.database import Database
+from store.database import Database, newest_revision
 from store.tables import DEFAULT_TENANT
 from workflows.authority.issuers import FIRST_ISSUING
 
@@ -63,7 +63,7 @@ def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *
     """Write a backup of ``database`` and the files of ``settings``, sealed with the key of the first issuing CA."""
     with _new_file(path) as file, zipfile.ZipFile(file, "w") as archive, database.snapshot() as tx:
         current = store_copy.revision(tx)
-        if current is None or current != store_copy.head():
+        if current is None or current != newest_revision():
             raise BackupRefused(
                 "The database has the schema of another version of the portal; make the backup with that version, or"
                 " start this version once."

@@ -36,7 +36,7 @@ from pki.keystore import KeyFiles
 from store import audit
 from store import copy as store_copy
 from store import issuers as store_issuers
-from store.database import Database
+from store.database import Database, newest_revision
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
 from workflows.authority.issuers import FIRST_ISSUING
 
@@ -309,7 +309,7 @@ def _sealing_key(plan: _Plan) -> PrivateKey:
 
 def _readable(plan: _Plan, tx: Connection) -> Tables | None:
     """Return the database being replaced, ``None`` if it has another schema; raise ``BackupRefused``."""
-    if store_copy.revision(tx) != store_copy.head():
+    if store_copy.revision(tx) != newest_revision():
         return None
     if count := _devices(tx):
         _allow(plan, f"The database has {count} devices")

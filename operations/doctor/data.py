@@ -19,6 +19,7 @@ from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
 from store import audit, generations, tenants
 from store import copy as store_copy
+from store.database import newest_revision
 from store.tables import Delivery
 
 LOW_BYTES, TOO_LOW_BYTES = 1 << 30, 100 << 20
@@ -121,7 +122,7 @@ def _user(uid: int) -> str:
 def database(installation: Installation) -> Finding:
     """Check that the database answers and has the schema of this version."""
     with installation.snapshot() as tx:
-        found, expected = store_copy.revision(tx), store_copy.head()
+        found, expected = store_copy.revision(tx), newest_revision()
         if found != expected:
             return problem(
                 f"The database has schema {found}, this version of the portal needs {expected}.",

@@ -29,6 +29,7 @@ from pki.csr import Csr
 from store import bulk
 from store.audit import Actor
 from store.bulk import KnownDevice
+from store.certificates import CertificateRecord
 from store.database import Database
 from workflows.admission import Admission, Issuance, admit, checked_topics, record_issuances
 from workflows.authority.issuers import Authority
@@ -182,33 +183,31 @@ class Batches:
 
     def _repeated(self, candidate: Candidate, request: DeviceRequest, known: KnownDevice) -> _Task | RowDone:
         """Return what a row gets whose device was there already."""
-        device = known.device
+        device, certificate = known.device, known.certificate
         answer = RowDone(
             row=candidate.row,
             device_id=device.id,
-            fingerprint=known.fingerprint,
-            serial_number=known.serial_number,
-            expires_at=known.not_after,
+            fingerprint=certificate.fingerprint if certificate else "",
+            serial_number=certificate.serial_number if certificate else "",
+            expires_at=certificate.not_after if certificate else None,
             external_id=candidate.external_id,
             repeated=True,
         )
         if request.csr is not None:
-            return self._same_certificate(request.csr, known, answer)
+            return answer if certificate is None else self._same_certificate(request.csr, certificate, answer)
         if not known.waits or device.status is not DeviceStatus.ACTIVE:
             return answer
         topics = checked_topics(self._settings, known.topics, device.id)
         return _Task(candidate, CredentialJob(device.id, request, topics, self._clock()), known)
 
-    def _same_certificate(self, csr: Csr, known: KnownDevice, answer: RowDone) -> RowDone:
-        if known.der is None:
-            return answer
-        if not csr.is_for_key_of(known.der):
+    def _same_certificate(self, csr: Csr, certificate: CertificateRecord, answer: RowDone) -> RowDone:
+        if not csr.is_for_key_of(certificate.der):
             raise ExternalIdTaken(
                 f"The external_id is that of device {answer.device_id}, which has a certificate for another key; renew"
                 " it with this csr, or give the row another external_id."
             )
-        issuer = next(recorded for recorded in self._authority.issuers if recorded.id == known.issuer_id)
-        pem = ssl.DER_cert_to_PEM_cert(known.der)
+        issuer = next(recorded for recorded in self._authority.issuers if recorded.id == certificate.issuer_id)
+        pem = ssl.DER_cert_to_PEM_cert(certificate.der)
         return dataclasses.replace(answer, certificate=pem, chain=issuer.chain_pem(pem))
 
     # --- The transaction, and the answers
@@ -318,10 +317,11 @@ def _admission(task: _Task, credentials: IssuedCredentials) -> Admission:
 
 
 def _reissue(task: _Task, known: KnownDevice, credentials: IssuedCredentials) -> Issuance:
+    superseded = None if known.certificate is None else known.certificate.serial_number
     return Issuance(
         credentials=credentials,
         name=known.device.name,
         event=EventType.RENEWED,
         action="device:reissue",
-        detail={"key": "made here", "row": task.candidate.row, "superseded": known.serial_number},
+        detail={"key": "made here", "row": task.candidate.row, "superseded": superseded},
     )

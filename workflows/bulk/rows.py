@@ -6,7 +6,6 @@ import csv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from core.errors import FieldProblem, InputInvalid, PortalError, RowMalformed, RowTooLong
 
@@ -26,18 +25,8 @@ class Row:
     problem: PortalError | None = None
 
 
-class Rows(Protocol):
-    """A format of rows."""
-
-    def feed(self, data: bytes) -> list[Row]:
-        """Return the rows that ``data`` completes."""
-
-    def end(self) -> list[Row]:
-        """Return the row that the end completes, if any."""
-
-
-class _Splitter:
-    """What the formats have in common: a row ends with a line feed, and white space alone is not a row."""
+class Rows:
+    """A format of rows: a row ends with a line feed, and white space alone is not a row."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -120,7 +109,7 @@ class _Splitter:
         return rows
 
 
-class NdjsonRows(_Splitter):
+class NdjsonRows(Rows):
     """NDJSON: one JSON value a line, in UTF-8; the values are parsed elsewhere."""
 
     def _take(self, record: bytes) -> None:
@@ -129,7 +118,7 @@ class NdjsonRows(_Splitter):
             self._add(record)
 
 
-class CsvRows(_Splitter):
+class CsvRows(Rows):
     """CSV as of RFC 4180, in UTF-8, with a first row that names the columns; line feeds alone may end rows.
 
     ``feed`` raises ``InputInvalid`` for a first row that names no columns. A cell that is empty is left out. A quote

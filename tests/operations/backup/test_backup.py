@@ -38,6 +38,7 @@ from operations.wiring import first_token, open_portal, prepare
 from pki.encoding import pem
 from store import audit, database, enrolment, generations, tenants
 from store import copy as store_copy
+from store.database import newest_revision
 from store.enrolment import EnrolmentProfile
 from store.tables import Certificate, Delivery
 from tests.support.backups import (
@@ -163,7 +164,7 @@ def test_an_older_schema_is_restored_and_then_migrated(
     copied(settings, file, clock)
     shutil.copytree(database.MIGRATIONS, tmp_path / "migrations")
     (tmp_path / "migrations" / "versions" / "9000_colour.py").write_text(
-        f"from alembic import op\nimport sqlalchemy as sa\nrevision, down_revision = '9000', '{store_copy.head()}'\n"
+        f"from alembic import op\nimport sqlalchemy as sa\nrevision, down_revision = '9000', '{newest_revision()}'\n"
         "branch_labels = depends_on = None\n"
         "def upgrade():\n"
         "    op.add_column('devices', sa.Column('colour', sa.String(8), server_default='grey', nullable=False))\n"
