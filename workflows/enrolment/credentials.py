@@ -130,23 +130,30 @@ class EnrolledMeanwhile(Exception):
     """Another request of the same device was recorded since this one looked."""
 
 
-def issue(
-    credentials: CredentialIssuer,
-    device_id: str,
-    credential: EnrolmentCredential,
-    request: EnrolmentRequest,
-    now: datetime,
-) -> IssuedCredentials:
-    """Certify the key of a device's CSR, or a new key of the kind that ``csrattrs`` names."""
-    days = credential.profile.validity_days
-    if request.csr is None:
-        return credentials.issue_with_key(device_id, credential.profile.key_types[0], days, now=now)
-    return credentials.issue(device_id, CredentialRequest(csr=request.csr, validity_days=days), None, now=now)
+@dataclass(frozen=True, slots=True)
+class Application:
+    """A device that asks for a certificate: who the audit record says it is, what it shows, and the key."""
 
+    actor: Actor
+    credential: EnrolmentCredential
+    request: EnrolmentRequest
 
-def audit_detail(request: EnrolmentRequest) -> dict[str, Any]:
-    """Return what the audit entry of a device that was given a certificate says of its key."""
-    return {"key": "made here"} if request.csr is None else {"key_fingerprint": request.key_fingerprint}
+    @property
+    def key_fingerprint(self) -> str:
+        """Return the SHA-256 of the key to be certified, in hex."""
+        return self.request.key_fingerprint
+
+    def issue(self, credentials: CredentialIssuer, device_id: str, now: datetime) -> IssuedCredentials:
+        """Certify the key of the CSR, or a new key of the kind that ``csrattrs`` names."""
+        profile, csr = self.credential.profile, self.request.csr
+        if csr is None:
+            return credentials.issue_with_key(device_id, profile.key_types[0], profile.validity_days, now=now)
+        wanted = CredentialRequest(csr=csr, validity_days=profile.validity_days)
+        return credentials.issue(device_id, wanted, None, now=now)
+
+    def audit_detail(self) -> dict[str, Any]:
+        """Return what the audit entry says of the key of a device that was given a certificate."""
+        return {"key": "made here"} if self.request.csr is None else {"key_fingerprint": self.key_fingerprint}
 
 
 # --- Tokens -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from store import enrolment as store_enrolment
 from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord
-from workflows.enrolment.credentials import Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
+from workflows.enrolment.credentials import Application, Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.reenrolment import Reenrolments
 from workflows.reconciliation import Reconciler
@@ -40,7 +40,7 @@ class Enrolments:
         ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
         """
         _check_key_type(request, credential.profile)
-        outcome = self._once(actor, credential, request)
+        outcome = self._once(Application(actor, credential, request))
         if isinstance(outcome, Waiting):
             return outcome
         failpoint("enrol.after_commit")
@@ -59,24 +59,22 @@ class Enrolments:
                 profile = store_enrolment.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").profile
         _check_key_type(request, profile)
 
-    def _once(self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest) -> Enrolled | Waiting:
+    def _once(self, application: Application) -> Enrolled | Waiting:
         for _ in range(_TRIES):
             with self._database.snapshot() as tx:
-                known = credential.find_enrolment(tx)
+                known = application.credential.find_enrolment(tx)
             try:
                 if known is None:
-                    return self._first.enrol(actor, credential, request)
-                return self._again(actor, credential, request, known)
+                    return self._first.enrol(application)
+                return self._again(application, known)
             except (IntegrityError, EnrolledMeanwhile):
                 continue  # of two requests of one device the database accepted one: look at what that has made
         raise Unavailable("The device has asked several times at once; try again in a few seconds.")
 
-    def _again(
-        self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest, known: EnrolmentRecord
-    ) -> Enrolled | Waiting:
-        tenant_id = credential.tenant_id
+    def _again(self, application: Application, known: EnrolmentRecord) -> Enrolled | Waiting:
+        tenant_id = application.credential.tenant_id
         with self._database.snapshot() as tx:
-            credential.check_not_revoked(tx)
+            application.credential.check_not_revoked(tx)
             device = db.get_device(tx, tenant_id, known.device_id)
             certificate = None
             if known.certificate_id is not None:
@@ -84,12 +82,12 @@ class Enrolments:
         if known.status is EnrolmentStatus.REJECTED or device.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
             raise EnrolmentRefused("The device has been rejected, revoked or suspended by an operator.")
         if certificate is not None:
-            return self._reenrolment.answer(actor, credential, request, known, device, certificate)
+            return self._reenrolment.answer(application, known, device, certificate)
         if known.status is EnrolmentStatus.APPROVED:
-            return self._first.enrol_approved(actor, credential, request, known)
-        if known.key_fingerprint != request.key_fingerprint:
+            return self._first.enrol_approved(application, known)
+        if known.key_fingerprint != application.key_fingerprint:
             with self._database.transaction() as tx:
-                key = request.key_fingerprint
+                key = application.key_fingerprint
                 store_enrolment.update_enrolment(tx, tenant_id, known.id, key_fingerprint=key)
         return Waiting(device.id)
 

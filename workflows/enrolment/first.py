@@ -15,23 +15,20 @@ from core import metrics
 from core.errors import EnrolmentRefused, StateConflict
 from core.failpoints import failpoint
 from core.states import Approval, DeviceStatus, EnrolmentStatus
-from pki.est import EnrolmentRequest
 from store import audit
 from store import enrolment as store_enrolment
-from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
 from store.enrolment import EnrolmentRecord
 from workflows.admission import Admission, Admitted, add_pending, admit
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
 from workflows.enrolment.credentials import (
+    Application,
     Enrolled,
     EnrolledMeanwhile,
     EnrolmentCredential,
     Waiting,
-    audit_detail,
     check_token,
-    issue,
 )
 from workflows.events import EventType
 
@@ -47,41 +44,32 @@ class FirstEnrolments:
     _credentials: CredentialIssuer
     _clock: Callable[[], datetime]
 
-    def enrol(self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest) -> Enrolled | Waiting:
+    def enrol(self, application: Application) -> Enrolled | Waiting:
         """Admit a device that has not asked before, or have it wait for an operator, as the profile says.
 
         Raises ``EnrolledMeanwhile``, ``EnrolmentRefused``.
         """
-        now = self._clock()
+        now, credential = self._clock(), application.credential
         device_id = credential.device_id or db.new_device_id(now)
         at_once = credential.profile.approval is Approval.AT_ONCE
-        issued = issue(self._credentials, device_id, credential, request, now) if at_once else None
-
-        generation = self._database.write(
-            lambda tx: self._record_first(tx, actor, credential, request, device_id, issued, now)
-        )
+        issued = application.issue(self._credentials, device_id, now) if at_once else None
+        generation = self._database.write(lambda tx: self._record_first(tx, application, device_id, issued, now))
         if issued is None:
             return Waiting(device_id)
-        return self._enrolled(issued, request, generation)
+        return self._enrolled(issued, generation)
 
     def _record_first(
-        self,
-        tx: Connection,
-        actor: Actor,
-        credential: EnrolmentCredential,
-        request: EnrolmentRequest,
-        device_id: str,
-        issued: IssuedCredentials | None,
-        now: datetime,
+        self, tx: Connection, application: Application, device_id: str, issued: IssuedCredentials | None, now: datetime
     ) -> int:
         """Write a device that has not asked before, with what was issued for it; returns the generation."""
+        credential = application.credential
         number, tenant_id = self._count_use(tx, credential, now), credential.tenant_id
         device: DeviceRequest | DeviceRecord = _device_request(credential, number)
         if credential.device_id is not None:
             device = self._pending(tx, tenant_id, device_id)
         generation, certificate_id = 0, None
         if issued is not None:
-            admitted = self._admit(tx, actor, device, request, issued, now)
+            admitted = self._admit(tx, application, device, issued, now)
             generation, certificate_id = admitted.generation, admitted.certificate_ids[0]
         elif isinstance(device, DeviceRequest):
             add_pending(tx, tenant_id, device_id, device, None, now=now)
@@ -92,35 +80,33 @@ class FirstEnrolments:
             token_id=credential.token_id,
             manufacturer_id=credential.manufacturer_id,
             identity=credential.identity,
-            key_fingerprint=request.key_fingerprint,
+            key_fingerprint=application.key_fingerprint,
             status=EnrolmentStatus.WAITING if issued is None else EnrolmentStatus.ISSUED,
             created_at=now,
             decided_at=None if issued is None else now,
             certificate_id=certificate_id,
         )
         if issued is None:
-            key = request.key_fingerprint
-            audit.record(tx, actor, "device:ask", f"device:{device_id}", at=now, key_fingerprint=key)
+            key = application.key_fingerprint
+            audit.record(tx, application.actor, "device:ask", f"device:{device_id}", at=now, key_fingerprint=key)
         failpoint("enrol.before_commit")
         return generation
 
-    def enrol_approved(
-        self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest, known: EnrolmentRecord
-    ) -> Enrolled:
+    def enrol_approved(self, application: Application, known: EnrolmentRecord) -> Enrolled:
         """Admit a device that an operator has approved, with the key that was approved.
 
         Raises ``EnrolmentRefused``, ``StateConflict`` for another key.
         """
-        now = self._clock()
-        if known.key_fingerprint != request.key_fingerprint:
+        now, credential = self._clock(), application.credential
+        if known.key_fingerprint != application.key_fingerprint:
             raise StateConflict("An operator has approved another key of this device; ask with that one.")
-        issued = issue(self._credentials, known.device_id, credential, request, now)
+        issued = application.issue(self._credentials, known.device_id, now)
 
         def record(tx: Connection) -> int:
             device = self._pending(tx, credential.tenant_id, known.device_id)
             if credential.manufacturer_id is not None:
                 credential.lock(tx)
-            admitted = self._admit(tx, actor, device, request, issued, now)
+            admitted = self._admit(tx, application, device, issued, now)
             store_enrolment.update_enrolment(
                 tx,
                 credential.tenant_id,
@@ -130,7 +116,7 @@ class FirstEnrolments:
             )
             return admitted.generation
 
-        return self._enrolled(issued, request, self._database.write(record))
+        return self._enrolled(issued, self._database.write(record))
 
     def _count_use(self, tx: Connection, credential: EnrolmentCredential, now: datetime) -> int:
         """Check that the token or manufacturer still admits devices; returns the number of the device for its name."""
@@ -154,9 +140,8 @@ class FirstEnrolments:
     def _admit(
         self,
         tx: Connection,
-        actor: Actor,
+        application: Application,
         device: DeviceRequest | DeviceRecord,
-        request: EnrolmentRequest,
         issued: IssuedCredentials,
         now: datetime,
     ) -> Admitted:
@@ -165,13 +150,13 @@ class FirstEnrolments:
             name=device.name,
             event=EventType.ENROLLED,
             action="device:enrol",
-            detail=audit_detail(request),
+            detail=application.audit_detail(),
             request=device if isinstance(device, DeviceRequest) else None,
         )
-        return admit(tx, actor, [admission], style=self._settings.acl_style, now=now)
+        return admit(tx, application.actor, [admission], style=self._settings.acl_style, now=now)
 
-    def _enrolled(self, issued: IssuedCredentials, request: EnrolmentRequest, generation: int) -> Enrolled:
-        metrics.counts.registrations.labels("portal" if request.csr is None else "device").inc()
+    def _enrolled(self, issued: IssuedCredentials, generation: int) -> Enrolled:
+        metrics.counts.registrations.labels("device" if issued.key is None else "portal").inc()
         return Enrolled(issued.device_id, issued.der, generation, issued.key)
 
 

@@ -12,9 +12,8 @@ import db
 from core import metrics
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
 from core.states import DeviceStatus, EnrolmentStatus
-from pki.est import EnrolmentRequest, is_for_key
+from pki.est import is_for_key
 from store import audit, certificates, enrolment, renewal
-from store.audit import Actor
 from store.certificates import CertificateRecord
 from store.database import Database
 from store.devices import DeviceRecord, update_device
@@ -22,13 +21,12 @@ from store.enrolment import EnrolmentRecord
 from workflows.admission import Issuance, record_issuances
 from workflows.credentials import CredentialIssuer
 from workflows.enrolment.credentials import (
+    Application,
     Enrolled,
     EnrolledMeanwhile,
     EnrolmentCredential,
     Waiting,
-    audit_detail,
     check_token,
-    issue,
 )
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
@@ -47,46 +45,39 @@ class Reenrolments:
     _clock: Callable[[], datetime]
 
     def answer(
-        self,
-        actor: Actor,
-        credential: EnrolmentCredential,
-        request: EnrolmentRequest,
-        known: EnrolmentRecord,
-        device: DeviceRecord,
-        certificate: CertificateRecord,
+        self, application: Application, known: EnrolmentRecord, device: DeviceRecord, certificate: CertificateRecord
     ) -> Enrolled | Waiting:
         """Return the same certificate for the same key. A device with another key waits for an operator.
 
         Raises ``EnrolmentRefused``, ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
         """
+        has_csr = application.request.csr is not None
         own_key = is_for_key(certificate.der, known.key_fingerprint)
-        if known.key_fingerprint == request.key_fingerprint and own_key is (request.csr is not None):
-            if request.csr is not None:
+        if known.key_fingerprint == application.key_fingerprint and own_key is has_csr:
+            if has_csr:
                 if certificate.revoked_at is None and certificate.not_after > self._clock():
                     return Enrolled(device.id, certificate.der, device.generation)
-            elif self._is_current(credential, certificate):
+            elif self._is_current(application.credential, certificate):
                 # If the last answer was held back because of the broker, one with another key would be, too.
                 self._reconciler.wait_until_granted(device.generation)
-                return self._replace(actor, credential, request, known, approved=False)
-        if credential.manufacturer_id is None:
+                return self._replace(application, known, approved=False)
+        if application.credential.manufacturer_id is None:
             raise StateConflict(
                 "The device has enrolled, and the certificate has expired, was renewed, or is not for this key; make a"
                 " new key, and ask an operator for another enrolment token."
             )
-        return self._ask_operator(actor, credential, request, known)
+        return self._ask_operator(application, known)
 
     def _is_current(self, credential: EnrolmentCredential, certificate: CertificateRecord) -> bool:
         with self._database.snapshot() as tx:
             return renewal.is_current(tx, credential.tenant_id, certificate.device_id or "", certificate.fingerprint)
 
-    def _ask_operator(
-        self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest, known: EnrolmentRecord
-    ) -> Enrolled | Waiting:
+    def _ask_operator(self, application: Application, known: EnrolmentRecord) -> Enrolled | Waiting:
         """Have a device that comes with another key than before wait for an operator.
 
         Until then its certificate keeps working: a thief of its factory certificate cannot disconnect it.
         """
-        key = request.key_fingerprint
+        key, credential = application.key_fingerprint, application.credential
         with self._database.snapshot() as tx:
             asked = enrolment.find_reenrolment(tx, credential.tenant_id, known.id)
         if asked is None or asked.key_fingerprint != key:
@@ -94,31 +85,24 @@ class Reenrolments:
             with self._database.transaction() as tx:
                 credential.lock(tx)
                 enrolment.add_reenrolment(tx, credential.tenant_id, known.id, key_fingerprint=key, asked_at=now)
-                audit.record(tx, actor, "device:ask_again", f"device:{known.device_id}", at=now, key_fingerprint=key)
+                device = f"device:{known.device_id}"
+                audit.record(tx, application.actor, "device:ask_again", device, at=now, key_fingerprint=key)
             return Waiting(known.device_id)
         if asked.status is EnrolmentStatus.REJECTED:
             raise EnrolmentRefused("An operator has rejected this key of the device; ask with a new key.")
         if asked.status is EnrolmentStatus.WAITING:
             return Waiting(known.device_id)
-        return self._replace(actor, credential, request, known, approved=True)
+        return self._replace(application, known, approved=True)
 
-    def _replace(
-        self,
-        actor: Actor,
-        credential: EnrolmentCredential,
-        request: EnrolmentRequest,
-        known: EnrolmentRecord,
-        *,
-        approved: bool,
-    ) -> Enrolled:
+    def _replace(self, application: Application, known: EnrolmentRecord, *, approved: bool) -> Enrolled:
         """Give a device a certificate in place of all that it has, which are revoked: it has lost their keys."""
-        now = self._clock()
-        issued = issue(self._credentials, known.device_id, credential, request, now)
+        now, credential, key = self._clock(), application.credential, application.key_fingerprint
+        issued = application.issue(self._credentials, known.device_id, now)
 
         def record(tx: Connection) -> int:
             device = self._check_replaceable(tx, credential, known, now)
             if approved:
-                enrolment.use_reenrolment(tx, credential.tenant_id, known.id, request.key_fingerprint)
+                enrolment.use_reenrolment(tx, credential.tenant_id, known.id, key)
             elif credential.find_enrolment(tx) != known:
                 raise EnrolledMeanwhile
             generation = _end_all(tx, device, now)
@@ -127,10 +111,10 @@ class Reenrolments:
                 name=device.name,
                 event=EventType.ENROLLED,
                 action="device:enrol_again",
-                detail=audit_detail(request),
+                detail=application.audit_detail(),
             )
-            certificate_id = record_issuances(tx, actor, [issuance], now=now)[0]
-            values = {"key_fingerprint": request.key_fingerprint, "certificate_id": certificate_id}
+            certificate_id = record_issuances(tx, application.actor, [issuance], now=now)[0]
+            values = {"key_fingerprint": key, "certificate_id": certificate_id}
             enrolment.update_enrolment(tx, credential.tenant_id, known.id, **values)
             return generation
 
