@@ -410,8 +410,9 @@ def response_of(route: Route, answer: Reply | AnswerModel) -> Response:
     content: bytes | Iterator[bytes] = reply.content
     if reply.model is not None:
         content = reply.model.model_dump_json(exclude_none=reply.model.omit_none).encode()
-    headers = {"Content-Type": reply.media_type, **reply.headers}
-    response = Response(content, reply.status or route.answers.status, headers)
+    response = Response(content, reply.status or route.answers.status)
+    # Afterwards, because a HEAD request for a bundle has a Content-Length without the content.
+    response.headers.update({"Content-Type": reply.media_type, **reply.headers})
     if not reply.media_type:
         del response.headers["Content-Type"]
     return response
