@@ -69,7 +69,6 @@ class DeviceRevocations:
                 generation, revoked_at = device.generation, device.revoked_at or now
                 reason = device.revocation_reason or reason
             else:
-                advance(device.status, DeviceStatus.REVOKED)
                 generation, revoked_at = db.next_generation(tx, actor.tenant_id, at=now), now
                 db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
                 events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=reason)

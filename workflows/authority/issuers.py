@@ -41,7 +41,7 @@ class RecordedIssuer:
     """An issuer with its row's id and its certificate, DER; a ``retired`` one issues no certificates any more."""
 
     id: int
-    kind: str
+    kind: IssuerKind
     der: bytes
     issuer: Issuer
     retired: bool = False
