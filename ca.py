@@ -25,6 +25,7 @@ from pki.algorithms import (
 )
 from pki.crl import crl_entry
 from pki.issuers import (
+    CLOCK_SKEW,
     SERIAL_BITS,
     Extension,
     Issuer,
@@ -40,8 +41,6 @@ from pki.issuers import (
     signing_key,
     whole_second,
 )
-
-BACKDATING = timedelta(minutes=5)  # for devices with slow clocks
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def create_root(key: PrivateKey, *, common_name: str, now: datetime, days: int) 
     """Sign the root's own certificate, valid until ``days`` after ``now``."""
     public_key = check_public_key(key.public_key())
     profile = root_profile(common_name)
-    not_before = whole_second(now) - BACKDATING
+    not_before = whole_second(now) - CLOCK_SKEW
     return _signed(
         _builder(profile, public_key, not_before=not_before, not_after=_end(now, days)).issuer_name(profile.subject),
         key,
@@ -93,7 +92,7 @@ def sign_certificate(
 ) -> Issued:
     """Sign a device's certificate: TLS client, named by its UUID (RFC 5280; its profile is in ``pki/issuers.py``).
 
-    Valid from five minutes before ``now`` until ``days`` after it, within the validity of the issuer. Raises
+    Valid from ``CLOCK_SKEW`` before ``now`` until ``days`` after it, within the validity of the issuer. Raises
     ``InputInvalid`` for an id that is not a UUID, ``KeyRefused`` for a key that is not certified, ``IssuerUnusable`` if
     the issuer has expired or its key is not on this machine, ``SignatureCheckFailed`` if the result does not verify.
     """
@@ -142,7 +141,7 @@ def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datet
         public_key,
         issuer.authority_key_identifier,
         *locations(pki_url, issuer.name, profile.revocation),
-        not_before=max(moment - BACKDATING, issuer.not_before),
+        not_before=max(moment - CLOCK_SKEW, issuer.not_before),
         not_after=min(_end(now, days), issuer.not_after),
     )
     return _signed(

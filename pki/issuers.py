@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
 
@@ -16,6 +16,13 @@ from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsag
 
 from core.errors import CaKeyUnavailable, InputInvalid, IssuerUnusable, SettingInvalid
 from pki.algorithms import PrivateKey, check_public_key, public_key_der, signature_hash
+
+# How far behind clients' clocks may be: devices without a battery, or before their first NTP, reject what is dated in
+# their future. So all dates that the CA puts into certificates, CRLs and OCSP responses to say when something began are
+# this much early: notBefore, thisUpdate, and the time of a revocation too, which must not come after the thisUpdate of
+# what lists it. An hour is also the room for CRLs in quick succession: each needs a thisUpdate at least a second
+# after the one before, or the broker keeps the older one, and none may be in the future, which the broker rejects.
+CLOCK_SKEW = timedelta(hours=1)
 
 COMMON_NAME_LIMIT = 64  # characters: ub-common-name of RFC 5280 appendix A.1
 

@@ -18,7 +18,7 @@ import ca
 import config
 from core.errors import CaKeyUnavailable, InputInvalid, IssuerUnusable, KeyRefused, SettingInvalid, SignatureCheckFailed
 from pki.algorithms import KeyType, PrivateKey, private_key_pem, public_key_der, public_key_fingerprint
-from pki.issuers import Issuer
+from pki.issuers import CLOCK_SKEW, Issuer
 from tests.support.ca_hierarchy import PKI_URL, HeldElsewhere, Hierarchy, make_hierarchy
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
@@ -92,7 +92,7 @@ def test_the_root_signs_itself_with_sha384_to_sign_one_tier_of_cas(cas: Hierarch
     assert common_names(certificate.subject) == ["Test Root CA"]
     assert value(certificate, x509.BasicConstraints, critical=True) == x509.BasicConstraints(ca=True, path_length=1)
     assert usages(certificate) == {"key_cert_sign", "crl_sign"}
-    assert certificate.not_valid_before_utc == SECOND - timedelta(minutes=5)
+    assert certificate.not_valid_before_utc == SECOND - CLOCK_SKEW
     assert certificate.not_valid_after_utc == SECOND + timedelta(days=7300)
 
 
@@ -126,7 +126,7 @@ def test_a_device_certificate_does_not_begin_before_its_issuer(cas: Hierarchy) -
 
 @pytest.mark.parametrize(
     "moment",
-    [NOW - timedelta(minutes=5, seconds=1), NOW + timedelta(days=1825), NOW + timedelta(days=5000)],
+    [NOW - CLOCK_SKEW - timedelta(seconds=1), NOW + timedelta(days=1825), NOW + timedelta(days=5000)],
 )
 def test_an_issuer_that_is_out_of_date_signs_no_certificate(cas: Hierarchy, moment: datetime) -> None:
     with pytest.raises(IssuerUnusable, match="check the clock"):
@@ -205,7 +205,7 @@ def test_a_device_certificate_has_the_device_profile(
     authority = value(certificate, x509.AuthorityKeyIdentifier, critical=False)
     assert authority.key_identifier == issuer_identifier.digest
     assert locations_of(certificate) == (f"{PKI_URL}/crl/issuing-1.crl", f"{PKI_URL}/ca/issuing-1.cer")
-    assert certificate.not_valid_before_utc == SECOND - timedelta(minutes=5)
+    assert certificate.not_valid_before_utc == SECOND - CLOCK_SKEW
     assert certificate.not_valid_after_utc == SECOND + timedelta(days=365)
     assert len(certificate.extensions) == 8
 
@@ -234,7 +234,7 @@ def test_serial_numbers_are_20_bytes_positive_and_never_the_same(cas: Hierarchy)
 
 def test_the_moment_may_come_in_any_time_zone(cas: Hierarchy) -> None:
     elsewhere = NOW.astimezone(timezone(timedelta(hours=5, minutes=45)))
-    assert cas.device(now=elsewhere).not_before == SECOND - timedelta(minutes=5)
+    assert cas.device(now=elsewhere).not_before == SECOND - CLOCK_SKEW
 
 
 def test_a_moment_without_time_zone_is_refused(cas: Hierarchy) -> None:

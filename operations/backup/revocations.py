@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 import db
 from core.errors import BackupRefused
 from core.states import ON_CRL, CertificateStatus, DeviceStatus, ManufacturerStatus
-from pki.issuers import Reason
+from pki.issuers import CLOCK_SKEW, Reason
 from store import audit, devices
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
@@ -171,7 +171,8 @@ class RevocationReplay:
     def _crl_entries(self, issuer: IssuerRecord, entries: Sequence[x509.RevokedCertificate], known: _Known) -> None:
         here = self._here([f"{entry.serial_number:x}" for entry in entries])
         for entry in entries:
-            serial_number, at, reason = f"{entry.serial_number:x}", entry.revocation_date_utc, _reason(entry)
+            serial_number, reason = f"{entry.serial_number:x}", _reason(entry)
+            at = min(entry.revocation_date_utc + CLOCK_SKEW, self._now)
             found = here.get((issuer.id, serial_number))
             if found is not None:
                 self._revoke(found, at, reason, known)

@@ -6,10 +6,11 @@ import base64
 import binascii
 import hashlib
 import re
-from datetime import datetime
+from datetime import datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
 
 from core.errors import NotFound
+from pki.issuers import CLOCK_SKEW
 from pki.ocsp import MAX_BYTES, Failure
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Routes
 from workflows.authority.issuers import RecordedIssuer
@@ -31,12 +32,14 @@ def cached(
 ) -> Reply:
     """Reply with ``content`` that may be cached for ``max_age`` seconds, or 304 (RFC 9110 section 13.1).
 
-    ``directives`` are appended to Cache-Control; ``tag`` is an entity tag that is known without hashing the content.
+    ``last_modified`` may be a little later than it was: the header is never in the future (section 8.8.2.1), so that a
+    client that repeats it gets the content once more. ``directives`` are appended to Cache-Control; ``tag`` is an
+    entity tag that is known without hashing the content.
     """
     etag = f'"{tag or tag_of(content)}"'
     headers = {"ETag": etag, "Cache-Control": f"public, max-age={max_age}{directives}"}
     if last_modified is not None:
-        headers["Last-Modified"] = format_datetime(last_modified, usegmt=True)
+        headers["Last-Modified"] = format_datetime(min(last_modified, call.portal.clock()), usegmt=True)
     if expires is not None:
         headers["Expires"] = format_datetime(expires, usegmt=True)
     wanted = call.headers.get("If-None-Match")
@@ -64,7 +67,7 @@ def _not_modified_since(header: str | None, last_modified: datetime) -> bool:
 
 
 _ETAG = {"ETag": "For If-None-Match"}
-_TIMES = {"Last-Modified": "The CRL's thisUpdate", "Expires": "Its nextUpdate"}
+_TIMES = {"Last-Modified": "When the CRL was made", "Expires": "Its nextUpdate"}
 
 
 @ROUTES.add(
@@ -110,7 +113,9 @@ def crl(call: Call, issuer: str) -> Reply:
         record.der,
         "application/pkix-crl",
         max_age=min(60, left),  # a revocation publishes a new one at once
-        last_modified=record.this_update,
+        # When it was made, or a little later after several in one second: it rises with each, as thisUpdate does. So
+        # nobody who has an older one is told that it is the newest.
+        last_modified=record.this_update + CLOCK_SKEW,
         expires=record.next_update,
         tag=tag_of(f"{record.issuer_id} {record.number} {record.this_update}".encode()),  # cheaper than of megabytes
     )
@@ -130,7 +135,7 @@ _ANSWERS = Answers(
     media_type=RESPONSE,
     headers={
         "ETag": "For If-None-Match",
-        "Last-Modified": "The answer's thisUpdate",
+        "Last-Modified": "When the answer was made",
         "Expires": "Its nextUpdate",
         "Cache-Control": "How long it may be cached",
     },
@@ -156,7 +161,7 @@ def ocsp_post(call: Call, body: bytes) -> Reply:
 
 
 def _reply(call: Call, answer: OcspAnswer) -> Reply:
-    if answer.this_update is None or answer.next_update is None:
+    if answer.made_at is None or answer.next_update is None:
         return Reply(content=answer.der, media_type=RESPONSE)  # not to be cached: that is the default
     if not answer.for_anyone:
         headers = {"Cache-Control": "private, max-age=0, must-revalidate"}
@@ -167,7 +172,7 @@ def _reply(call: Call, answer: OcspAnswer) -> Reply:
         answer.der,
         RESPONSE,
         max_age=min(MAX_AGE, left),
-        last_modified=answer.this_update.replace(microsecond=0),
+        last_modified=answer.made_at + timedelta(seconds=1),  # another may have been made in the same second before
         expires=answer.next_update,
         directives=", no-transform, must-revalidate",  # RFC 5019 section 6.2
     )

@@ -19,7 +19,7 @@ from core.errors import CaKeyUnavailable, PortalError
 from core.states import IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
 from pki.crl import sign_crl
-from pki.issuers import Issuer, Reason
+from pki.issuers import CLOCK_SKEW, Issuer, Reason
 from pki.keystore import CaKeys
 from store import issuers as store_issuers
 from store.database import Database
@@ -32,8 +32,6 @@ FIRST_ISSUING = "issuing-1"
 SECONDS_BETWEEN_LOOKS = 1.0
 # The root's key is meant to be kept elsewhere, so its CRL, which lists issuing CAs only, is valid for long.
 ROOT_CRL_DAYS = 365
-# thisUpdate lies in the past for relying parties whose clocks are slow, and since it rises with each CRL by a second.
-CRL_BACKDATE = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +283,7 @@ class _Known:
 
 
 def _encode(entry: RevokedCertificate) -> x509.RevokedCertificate:
-    return ca.revoke_certificate(entry.serial_number, entry.revoked_at, Reason(entry.reason))
+    return ca.revoke_certificate(entry.serial_number, entry.revoked_at - CLOCK_SKEW, Reason(entry.reason))
 
 
 def crl_is_due(crl: CrlHead | None, *, changed_at: int, now: datetime) -> bool:
@@ -309,11 +307,11 @@ def next_crl(
 ) -> CrlRecord:
     """Sign the issuer's next CRL from what the transaction sees, without expired certificates.
 
-    thisUpdate rises with each CRL as long as the clock lets it and is never in the future: a broker given one that
-    is not yet valid refuses every connection.
+    thisUpdate is ``CLOCK_SKEW`` early, but rises with each CRL as long as the clock lets it. It is never in the future:
+    a broker given a CRL that is not yet valid refuses every connection.
     """
     now = now.replace(microsecond=0)
-    this_update = now - CRL_BACKDATE
+    this_update = now - CLOCK_SKEW
     if previous is not None:
         this_update = min(max(this_update, previous.this_update + timedelta(seconds=1)), now)
     next_update = now + timedelta(days=days)

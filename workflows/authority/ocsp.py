@@ -19,7 +19,7 @@ from core.files import replace_file
 from core.states import IssuerKind
 from pki import ocsp
 from pki.algorithms import KeyType, private_key_pem
-from pki.issuers import Issuer, Reason
+from pki.issuers import CLOCK_SKEW, Issuer, Reason
 from pki.ocsp import GOOD, UNKNOWN, CertStatus, Failure, IssuerId, Request, Signer, Status
 from store import audit
 from store import certificates as store_certificates
@@ -40,11 +40,13 @@ RESPONDER_DAYS = 14
 class OcspAnswer:
     """An OCSPResponse in DER; the times are ``None`` for a failure, which is not signed.
 
+    ``made_at`` is later than its thisUpdate, which leaves room for slow clocks.
+
     ``for_anyone``: another client that asks the same may be given it, since it holds no nonce and nothing unknown.
     """
 
     der: bytes
-    this_update: datetime | None = None
+    made_at: datetime | None = None
     next_update: datetime | None = None
     for_anyone: bool = False
 
@@ -228,12 +230,13 @@ class Responder:
             answer = kept.answer
         else:
             kept = None
+            this_update = max(now - CLOCK_SKEW, signer.not_before)
             next_update = min(now + timedelta(hours=self._settings.ocsp_hours), signer.not_after)
             content = ocsp.sign_response(
                 signer,
                 list(zip(request.questions, statuses, strict=True)),
                 nonce=request.nonce,
-                now=now,
+                now=this_update,
                 next_update=next_update,
             )
             for_anyone = request.nonce is None and UNKNOWN not in statuses
@@ -283,7 +286,7 @@ def _status(found: RevocationState | None, *, is_ca: bool) -> Status:
         return GOOD if is_ca else UNKNOWN
     if found.revoked_at is None:
         return GOOD
-    return Status(CertStatus.REVOKED, found.revoked_at, Reason(found.reason or Reason.UNSPECIFIED))
+    return Status(CertStatus.REVOKED, found.revoked_at - CLOCK_SKEW, Reason(found.reason or Reason.UNSPECIFIED))
 
 
 class AnswerCache:

@@ -14,7 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flask import Flask
 
 from app import ROUTES, portal_of
+from pki.issuers import CLOCK_SKEW
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
+from tests.support.ocsp import ask, get, issuing_of
 from workflows.devices import Inventory
 
 pytestmark = ON_SQLITE
@@ -87,7 +89,7 @@ def test_a_revocation_is_in_the_next_crl(api: Api, app: Flask) -> None:
 def test_a_crl_says_how_long_it_may_be_cached(anyone: Api) -> None:
     answer = anyone.get("/crl/issuing-1.crl", **CLEAR)
     crl = x509.load_der_x509_crl(answer.data)
-    assert parsedate_to_datetime(answer.headers["Last-Modified"]) == crl.last_update_utc
+    assert parsedate_to_datetime(answer.headers["Last-Modified"]) == crl.last_update_utc + CLOCK_SKEW
     assert parsedate_to_datetime(answer.headers["Expires"]) == crl.next_update_utc
     assert answer.headers["Cache-Control"] == "public, max-age=60"
     assert re.fullmatch(r'"[0-9a-f]{32}"', answer.headers["ETag"])
@@ -109,6 +111,40 @@ def test_a_client_with_the_current_version_gets_304(anyone: Api, path: str, tag:
     assert (answer.status_code, bool(answer.data)) == (status, status == 200)
     assert answer.headers["ETag"] == etag
     assert answer.headers["X-Request-Id"]
+
+
+def test_whoever_has_the_crl_from_before_a_revocation_is_sent_the_next_one(api: Api, app: Flask, clock: Clock) -> None:
+    devices = [api.register()["device_id"] for _ in range(3)]
+    public = api_as(app, None)
+    clock.advance(hours=2)
+    api.post(f"/revoke/{devices[0]}")
+    for device_id in devices[1:]:  # in the same second
+        before = public.get("/crl/issuing-1.crl")
+        fetched = {"If-Modified-Since": format_datetime(clock(), usegmt=True)}
+        assert parsedate_to_datetime(before.headers["Last-Modified"]) <= clock()
+        api.post(f"/revoke/{device_id}")
+        after = public.get("/crl/issuing-1.crl", headers=fetched)
+        assert after.status_code == 200
+        assert after.headers["ETag"] != before.headers["ETag"]
+    clock.advance(minutes=1)
+    later = {"If-Modified-Since": format_datetime(clock(), usegmt=True)}
+    assert public.get("/crl/issuing-1.crl", headers=later).status_code == 304
+
+
+def test_whoever_has_the_answer_from_before_a_revocation_is_sent_the_next_one(
+    api: Api, app: Flask, clock: Clock
+) -> None:
+    anyone = api_as(app, None)
+    device = api.register()
+    request = ask(issuing_of(app), int(device["serial_number"], 16)).der()
+    clock.advance(hours=2)
+    get(anyone, request)
+    fetched = {"If-Modified-Since": format_datetime(clock(), usegmt=True)}
+    api.post(f"/revoke/{device['device_id']}")
+    assert get(anyone, request, headers=fetched).status_code == 200  # in the same second
+    clock.advance(minutes=1)
+    later = {"If-Modified-Since": format_datetime(clock(), usegmt=True)}
+    assert get(anyone, request, headers=later).status_code == 304
 
 
 @pytest.mark.parametrize(("seconds", "status"), [(-1, 200), (0, 304), (1, 304)])

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection
 import ca
 import db
 from operations.wiring import Portal
+from pki.issuers import CLOCK_SKEW
 from store import issuers
 from store.tables import Certificate
 from workflows.authority.issuers import RevokedEntries, next_crl
@@ -97,15 +98,26 @@ def test_a_hold_leaves_the_crl_and_comes_back_with_its_own_date(portal: Portal, 
     with portal.database.transaction() as tx:
         serial = add_certificate(tx, 2)
         hold(tx, serial, NOW)
-    assert one.sign()[serial].revocation_date_utc == NOW
+    assert one.sign()[serial].revocation_date_utc == NOW - CLOCK_SKEW
     with portal.database.transaction() as tx:
         hold(tx, serial, NOW + timedelta(hours=1))  # and was used again in between, when another process signed
     entry = one.sign()[serial]
-    assert entry.revocation_date_utc == NOW + timedelta(hours=1)
+    assert entry.revocation_date_utc == NOW + timedelta(hours=1) - CLOCK_SKEW
     assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.certificate_hold
     with portal.database.transaction() as tx:
         hold(tx, serial, None)
     assert serial not in one.sign()
+
+
+@pytest.mark.parametrize("seconds_ago", [0, 1, 3599])
+def test_no_entry_is_dated_after_the_crl_that_lists_it(portal: Portal, seconds_ago: int) -> None:
+    with portal.database.transaction() as tx:
+        hold(tx, add_certificate(tx, 2), NOW - timedelta(seconds=seconds_ago, microseconds=1))
+        crl = next_crl(tx, 2, portal.authority.issuing.issuer, None, RevokedEntries(), days=7, generation=1, now=NOW)
+    read = x509.load_der_x509_crl(crl.der)
+    [entry] = [entry for entry in read if f"{entry.serial_number:x}".startswith("c0ffee")]
+    assert entry.revocation_date_utc <= read.last_update_utc
+    assert read.last_update_utc == NOW - CLOCK_SKEW
 
 
 def test_a_hold_that_ends_in_revocation_changes_its_entry(portal: Portal, one: Process) -> None:

@@ -18,6 +18,7 @@ from app import create_app, portal_of
 from config import Settings
 from operations import authority as operations_authority
 from pki import ocsp
+from pki.issuers import CLOCK_SKEW
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
 from tests.support.ocsp import ask, failure_of, get, issuing_of, nonce, post, read
 from tests.workflows.test_registration import OPERATOR
@@ -43,7 +44,8 @@ def test_an_answer_lives_a_day_and_no_longer_than_who_signed_it(
     app = create_app(make_settings(PORTAL_OCSP_HOURS="96"), background=False, clock=clock)
     anyone, issuing = api_as(app, None), issuing_of(app)
     answer = read(post(anyone, ask(issuing, 1).der()))
-    assert answer.next_update_utc == answer.this_update_utc + timedelta(hours=96)
+    assert answer.next_update_utc == answer.this_update_utc + CLOCK_SKEW + timedelta(hours=96)
+    assert clock() - CLOCK_SKEW - timedelta(minutes=1) < answer.this_update_utc <= clock() - CLOCK_SKEW
     assert answer.this_update_utc <= answer.produced_at_utc <= clock()
     clock.advance(days=RESPONDER_DAYS - 1)  # and nothing has renewed it
     answer = read(post(anyone, ask(issuing, 1).der()))
