@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from core.acl_style import AclStyle, installed_style
 from core.errors import SettingInvalid
 
-KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072")
+KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 UNIX_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path without the closing NUL
 # The operator's commands and the tests read these; they may be in the server's environment, too.

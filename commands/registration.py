@@ -44,7 +44,7 @@ from commands.errors import CheckFailed, CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
 from commands.output import Cell, moment, text
 
-KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072")
+KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096")
 SAVED_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
 CERTIFICATE_FILES = (CERTIFICATE, CHAIN, CA)
 _BEGIN = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,64})-----")

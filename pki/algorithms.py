@@ -39,6 +39,7 @@ class KeyType(StrEnum):
     ED25519 = "ed25519"
     RSA_2048 = "rsa-2048"
     RSA_3072 = "rsa-3072"
+    RSA_4096 = "rsa-4096"
 
 
 def generate_key(key_type: KeyType) -> PrivateKey:
@@ -54,6 +55,8 @@ def generate_key(key_type: KeyType) -> PrivateKey:
             return rsa.generate_private_key(RSA_EXPONENT, 2048)
         case KeyType.RSA_3072:
             return rsa.generate_private_key(RSA_EXPONENT, 3072)
+        case KeyType.RSA_4096:
+            return rsa.generate_private_key(RSA_EXPONENT, 4096)
 
 
 def private_key_pem(key: PrivateKey) -> bytes:
@@ -100,7 +103,7 @@ def public_key_fingerprint(key: PublicKey) -> str:
 
 
 def key_type_of(key: PublicKey) -> str:
-    """Name the kind of a public key, as ``KeyType`` does, or ``rsa-4096``."""
+    """Name the kind of a public key, as ``KeyType`` does."""
     if isinstance(key, ec.EllipticCurvePublicKey):
         return "ec-p256" if isinstance(key.curve, ec.SECP256R1) else "ec-p384"
     return "ed25519" if isinstance(key, ed25519.Ed25519PublicKey) else f"rsa-{key.key_size}"

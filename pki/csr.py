@@ -49,7 +49,7 @@ class Csr:
 
     @property
     def key_type(self) -> str:
-        """Name the kind of the key, as ``KeyType`` does, or ``rsa-4096``."""
+        """Name the kind of the key, as ``KeyType`` does."""
         return key_type_of(self.public_key)
 
     @property

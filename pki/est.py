@@ -151,4 +151,5 @@ _CSR_ATTRIBUTES = {
     "ed25519": _encoded(univ.ObjectIdentifier("1.3.101.112")),
     "rsa-2048": _encoded(_key_attribute(_RSA, univ.Integer(2048)), _SHA256_WITH_RSA),
     "rsa-3072": _encoded(_key_attribute(_RSA, univ.Integer(3072)), _SHA256_WITH_RSA),
+    "rsa-4096": _encoded(_key_attribute(_RSA, univ.Integer(4096)), _SHA256_WITH_RSA),
 }

@@ -330,7 +330,11 @@ def cryptography_request(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519Privat
     return builder.sign(key, algorithm, rsa_padding=rsa_padding).public_bytes(Encoding.DER)
 
 
-REQUESTS = [cryptography_request(ca.generate_keypair(kind)) for kind in KeyType if kind is not KeyType.RSA_3072]
+REQUESTS = [
+    cryptography_request(ca.generate_keypair(kind))
+    for kind in KeyType
+    if kind not in (KeyType.RSA_3072, KeyType.RSA_4096)
+]
 KEYS = [key_of(pem_of(der)) for der in REQUESTS]
 
 

@@ -201,6 +201,7 @@ ATTRIBUTES = {
     "ed25519": ["ED25519"],
     "rsa-2048": ["rsaEncryption", "0800", "sha256WithRSAEncryption"],
     "rsa-3072": ["rsaEncryption", "0C00", "sha256WithRSAEncryption"],
+    "rsa-4096": ["rsaEncryption", "1000", "sha256WithRSAEncryption"],
 }
 
 

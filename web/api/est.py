@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote
 
-from config import KEY_TYPES, EndOfPrevious, Network
+from config import EndOfPrevious, Network
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError, RequestMalformed
 from pki import est as pki_est
 from pki.est import EnrolmentRequest
@@ -44,7 +44,7 @@ _UNLABELLED = Routes("Enrolment by devices (EST)")
 _ERRORS = (401, 403, 404, 409, 429, 503)
 _WAITING = Answers(
     "The device waits for an operator",
-    media_type="text/plain",
+    media_type="",
     status=202,
     headers={"Retry-After": "Seconds after which to repeat the request, with the same key"},
 )
@@ -155,11 +155,10 @@ def est_serverkeygen(call: Call, body: bytes) -> Reply:
 def _renewed_with_key(call: Call, holder: DeviceClient, body: bytes) -> Reply:
     pki_est.check_same_names(pki_est.read_key_request(body), holder.certificate.der)
     actor = _used(call, holder)
-    key_type = pki_est.key_type_of_certificate(holder.certificate.der)
     certificate, key = call.portal.renewals.renew_with_key(
         actor,
         holder.device_id,
-        key_type if key_type in KEY_TYPES else call.portal.settings.key_type,
+        pki_est.key_type_of_certificate(holder.certificate.der),
         shown=holder.certificate.fingerprint,
         when_used=_when_used(call),
     )
@@ -171,10 +170,8 @@ def _when_used(call: Call) -> bool:
 
 
 def _waiting_reply(outcome: Waiting) -> Reply:
-    """Tell a device that it has to wait for an operator (RFC 7030 section 4.2.3)."""
-    sentence = f"Device {outcome.device_id} waits for approval by an operator; repeat the request with the same key.\n"
-    headers = {"Retry-After": str(outcome.retry_after)}
-    return Reply(content=sentence.encode(), media_type="text/plain", status=202, headers=headers)
+    """Tell a device that it has to wait for an operator (RFC 7030 section 4.2.3), without content, as at a 401."""
+    return Reply(media_type="", status=202, headers={"Retry-After": str(outcome.retry_after)})
 
 
 def _base64_reply(content: bytes, media_type: str) -> Reply:

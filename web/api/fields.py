@@ -44,7 +44,7 @@ BundleFormatName = Annotated[
 DeviceId = Annotated[str, Field(pattern=UUID, examples=["3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b"])]
 Hex = Annotated[str, Field(pattern="^[0-9a-f]+$")]
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-KeyTypeName = Literal["ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072"]
+KeyTypeName = Literal["ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096"]
 ReasonName = Literal[
     "unspecified",
     "key_compromise",

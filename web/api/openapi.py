@@ -155,9 +155,11 @@ def _responses(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
             "content": {"text/plain": {"schema": {"type": "string"}}} if plain else said,
             "headers": _headers(_BASIC if plain and status == 401 else _ERROR_HEADERS.get(status)),
         }
+        if plain and status == 401:
+            del responses["401"]["content"]
     for answer in route.also:
         described = _success(answer, schemas)
-        responses.setdefault(str(answer.status), described)["content"] |= described["content"]
+        responses.setdefault(str(answer.status), described).setdefault("content", {}).update(described["content"])
     return responses
 
 
@@ -167,7 +169,7 @@ def _success(answers: Answers, schemas: dict[str, Any]) -> dict[str, Any]:
         schema = schemas["by_model"][answers.model]
     return {
         "description": answers.description,
-        "content": {kind: {"schema": schema} for kind in (answers.media_type, *answers.other_media_types)},
+        "content": {kind: {"schema": schema} for kind in (answers.media_type, *answers.other_media_types) if kind},
         "headers": _headers(answers.headers),
     }
 

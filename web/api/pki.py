@@ -128,6 +128,7 @@ def _issuer(call: Call, name: str) -> RecordedIssuer:
     raise NotFound("No issuer has this name; the certificate chain is at /ca.pem.")
 
 
+_BASE64 = str.maketrans(" -_", "++/")
 REQUEST, RESPONSE = "application/ocsp-request", "application/ocsp-response"
 MAX_AGE = 60  # seconds; a revocation is visible no later than that
 _ANSWERS = Answers(
@@ -144,9 +145,10 @@ _ANSWERS = Answers(
 
 @ROUTES.add("GET", "/ocsp/{request}", ANYONE, _ANSWERS, on_pki_listener=True)
 def ocsp_get(call: Call, request: str) -> Reply:
-    """Answer an OCSPRequest in base64 (RFC 6960 appendix A.1)."""
-    # Some encoders break lines, and some proxies take "+" in a path for a space.
-    text = re.sub(r"[\t\n\v\f\r]", "", request).replace(" ", "+").rstrip("=")
+    """Answer an OCSPRequest in base64 (RFC 6960 appendix A.1), or in base64url."""
+    # Some clients are told of a URL with a slash at its end, and add one; no request begins with it, as its first byte
+    # is 0x30. Some encoders break lines, and some proxies take "+" in a path for a space.
+    text = re.sub(r"[\t\n\v\f\r]", "", request).lstrip("/").translate(_BASE64).rstrip("=")
     try:
         der = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
@@ -158,6 +160,12 @@ def ocsp_get(call: Call, request: str) -> Reply:
 def ocsp_post(call: Call, body: bytes) -> Reply:
     """Answer an OCSPRequest (RFC 6960 appendix A.1)."""
     return _reply(call, call.portal.responder.answer(body))
+
+
+@ROUTES.add("POST", "/ocsp/", ANYONE, _ANSWERS, octets=Octets(REQUEST, MAX_BYTES), on_pki_listener=True)
+def ocsp_post_with_slash(call: Call, body: bytes) -> Reply:
+    """Answer an OCSPRequest of a client that was told of a URL with a slash at its end."""
+    return ocsp_post(call, body)
 
 
 def _reply(call: Call, answer: OcspAnswer) -> Reply:

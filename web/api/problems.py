@@ -15,7 +15,7 @@ from web.api.routing import AnswerModel
 
 MEDIA_TYPE = "application/problem+json"
 # Below this path an error is a sentence in plain text, for a person who reads what a device received (RFC 7030 section
-# 4.2.3).
+# 4.2.3), and a 401 has no content: BouncyCastle's client, which sends its password only then, fails if it has.
 IN_PLAIN_TEXT = "/.well-known/est/"
 # The status of each kind of error; one that is not named here has that of its nearest ancestor.
 STATUS_OF: Mapping[type[PortalError], int] = {
@@ -80,7 +80,7 @@ def of_error(error: Exception, *, request_id: str, path: str) -> ProblemModel:
 
 
 def response_of(problem: ProblemModel, error: Exception, *, path: str) -> Response:
-    """Return the HTTP response of an error: its problem document, or below ``IN_PLAIN_TEXT`` its sentence."""
+    """Return the HTTP response of an error: its problem document, or its sentence below ``IN_PLAIN_TEXT``."""
     plain = path.startswith(IN_PLAIN_TEXT)
     headers: dict[str, str] = {}
     if problem.status == 401:
@@ -91,6 +91,10 @@ def response_of(problem: ProblemModel, error: Exception, *, path: str) -> Respon
         headers["Retry-After"] = str(error.retry_after)
     elif isinstance(error, MethodNotAllowed) and error.valid_methods:
         headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    if plain and problem.status == 401:
+        response = Response(status=401, headers=headers)
+        del response.headers["Content-Type"]
+        return response
     if plain:
         return Response(f"{problem.detail}\n", problem.status, headers, content_type="text/plain; charset=utf-8")
     return Response(problem.model_dump_json(exclude_none=True), problem.status, headers, content_type=MEDIA_TYPE)

@@ -31,6 +31,7 @@ def test_a_device_waits_until_an_operator_approves_it(api: Api) -> None:
     one, request = device(api, approval="operator"), csr_der()
     first, second = one.enrol(request), one.enrol(request)
     assert (first.status_code, second.status_code) == (202, 202)
+    assert (first.data, first.headers["Content-Length"], first.content_type) == (b"", "0", None)
     assert int(first.headers["Retry-After"]) > 0
     [pending] = api.get("/devices?status=pending").json["devices"]
     path = f"/devices/{pending['device_id']}"

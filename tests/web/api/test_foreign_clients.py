@@ -7,10 +7,11 @@ import ssl
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from flask import Flask
 
 from app import portal_of
-from tests.support.est import Device, certificates_of, device, new_key
+from tests.support.est import Device, certificates_of, csr_der, device, new_key, refused
 from tests.support.foreign import (
     BASIC_CONSTRAINTS,
     CA,
@@ -33,6 +34,13 @@ pytestmark = ON_SQLITE
 def test_a_csr_of_another_program_is_certified_over_each_interface(api: Api, path: Path) -> None:
     assert api.register(name="pump-1", csr=path.read_text())["certificate"]
     certificates_of(device(api).call("POST", "simpleenroll", path.read_bytes()))
+
+
+def test_a_device_with_a_key_of_4096_bits_enrols(api: Api) -> None:
+    request = csr_der(rsa.generate_private_key(65537, 4096))
+    [certificate] = certificates_of(device(api, key_types=["rsa-4096"]).enrol(request))
+    assert isinstance(certificate.public_key(), rsa.RSAPublicKey)
+    assert "rsa-4096" in refused(device(api, key_types=["rsa-3072"]).enrol(request), 400)
 
 
 def test_a_factory_certificate_with_slips_below_a_ca_with_slips_enrols_a_device(api: Api, app: Flask) -> None:

@@ -175,9 +175,24 @@ def with_slash_and_plus(app: Flask) -> bytes:
         lambda text: quote(text, safe="/"),
         lambda text: text.rstrip("="),
         lambda text: quote(text.replace("+", " ")),
+        lambda text: text.translate(str.maketrans("+/", "-_")),
+        lambda text: text.translate(str.maketrans("+/", "-_")).rstrip("="),
+        lambda text: "/" + quote(text, safe=""),
+        lambda text: "///" + text,
         lambda text: quote("\r\n".join(text[start : start + 64] for start in range(0, len(text), 64)), safe=""),
     ],
-    ids=["URL-encoded", "raw", "slashes raw", "no padding", "spaces for plus", "in lines"],
+    ids=[
+        "URL-encoded",
+        "raw",
+        "slashes raw",
+        "no padding",
+        "spaces for plus",
+        "base64url",
+        "base64url without padding",
+        "a slash before it",
+        "slashes before it",
+        "in lines",
+    ],
 )
 def test_get_accepts_every_encoding_of_base64_in_the_url(
     app: Flask, anyone: Api, form: Callable[[str], str], listener: dict[str, Any]
@@ -188,17 +203,35 @@ def test_get_accepts_every_encoding_of_base64_in_the_url(
     assert answer.certificate_status is OCSPCertStatus.UNKNOWN
 
 
-@pytest.mark.parametrize("path", ["/ocsp/AAAA", "/ocsp/A", "/ocsp/MA==MA==", "/ocsp/====", "/ocsp//", "/ocsp/ "])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/ocsp/AAAA",
+        "/ocsp/A",
+        "/ocsp/MA==MA==",
+        "/ocsp/====",
+        "/ocsp//",
+        "/ocsp/ ",
+        "/ocsp/%00",
+        "/ocsp/a-b",
+        "/ocsp/%F0%9F%98%80",
+    ],
+)
 def test_get_of_another_der_structure_is_malformed(anyone: Api, path: str) -> None:
     assert failure_of(anyone.get(path)) is MALFORMED
 
 
 def test_get_of_invalid_base64_is_refused(anyone: Api) -> None:
-    for path in ("/ocsp/%00", "/ocsp/a-b", "/ocsp/%F0%9F%98%80", "/ocsp/../ca.pem"):
-        problem_of(anyone.get(path), 400, "malformed_request")
-    for path in ("/ocsp/", "/ocsp/" + "A" * 8193):
-        problem_of(anyone.get(path), 404, "not_found")
-    problem_of(anyone.get("/ocsp"), 405, "method_not_allowed")
+    assert failure_of(anyone.get("/ocsp/../ca.pem")) is MALFORMED
+    problem_of(anyone.get("/ocsp/" + "A" * 8193), 404, "not_found")
+    for path in ("/ocsp", "/ocsp/"):
+        problem_of(anyone.get(path), 405, "method_not_allowed")
+
+
+def test_a_post_to_a_url_that_ends_in_a_slash_is_answered(app: Flask, anyone: Api) -> None:
+    request = ask(issuing_of(app), 1).der()
+    answer = anyone.post("/ocsp/", data=request, content_type="application/ocsp-request", **CLEAR)
+    assert read(answer).certificate_status is OCSPCertStatus.UNKNOWN
 
 
 @pytest.mark.parametrize("body", [b"", b"0", b"\x30\x03\x02\x01\x01", b"GET / HTTP/1.1", b"\x30\x84\xff\xff\xff\xff"])

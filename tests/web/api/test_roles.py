@@ -39,6 +39,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /crl/{issuer}.crl": ANYONE,
     "GET /ocsp/{request}": ANYONE,
     "POST /ocsp": ANYONE,
+    "POST /ocsp/": ANYONE,
     "POST /devices": {ADMIN, OPERATOR},
     "GET /enrolments": {ADMIN, OPERATOR, AUDITOR},
     "GET /devices/{device_id}/enrolment": {ADMIN, OPERATOR, AUDITOR},
