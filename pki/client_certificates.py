@@ -20,7 +20,7 @@ from core.errors import ClientCertificateRefused, KeyRefused, ManufacturerInvali
 from pki import foreign
 from pki.algorithms import check_public_key, public_key_fingerprint
 from pki.encoding import failing_as, pem
-from pki.foreign import ForeignCertificate, texts_of
+from pki.foreign import ForeignCertificate, Name, texts_of
 
 MAX_CERTIFICATE_BYTES = 16 * 1024
 MAX_PEM_CHARACTERS = 16 * 1024
@@ -165,6 +165,23 @@ def read_manufacturer_ca(pem: str, *, now: datetime) -> ManufacturerCa:
     if not certificate.strict.not_valid_before_utc <= now < not_after:
         raise ManufacturerInvalid("The CA's certificate has expired or is not valid yet.")
     return ManufacturerCa(certificate.der, hashlib.sha256(certificate.der).hexdigest(), not_after)
+
+
+def may_be_confused(one: bytes, other: bytes) -> bool:
+    """Return whether OpenSSL may take one CA (DER) for the other, and then refuse the clients of one of them.
+
+    It finds the issuer of a certificate by name and by key identifier where both have one, and tries no second one.
+    Names are compared as it does: without regard to case and to repeated white space.
+    """
+    first, second = _authority(one), _authority(other)
+    if _folded(first.subject) != _folded(second.subject) or first.strict.public_key() == second.strict.public_key():
+        return False
+    identifiers = [_value(each.strict.extensions, x509.SubjectKeyIdentifier) for each in (first, second)]
+    return None in identifiers or identifiers[0] == identifiers[1]
+
+
+def _folded(name: Name) -> list[list[tuple[str, str]]]:
+    return [sorted((oid, " ".join(text.split()).casefold()) for oid, text in rdn) for rdn in name]
 
 
 def check_proof_by_certificate(ca_der: bytes, nonce: str, pem: str) -> None:

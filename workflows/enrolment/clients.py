@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from sqlalchemy.engine import Connection
+
 from config import Settings
-from core.errors import ClientCertificateRefused
+from core.errors import ClientCertificateRefused, Conflict
 from core.files import FileLock, replace_file
 from core.states import DeviceStatus, IssuerKind
 from pki import client_certificates
@@ -86,6 +88,18 @@ class Clients:
         raise ClientCertificateRefused(
             "The CA that issued the client certificate directly is not registered here; see POST /manufacturers."
         )
+
+    def check_distinct(self, tx: Connection, der: bytes) -> None:
+        """Raise ``Conflict`` if TLS could take a CA that is to be registered, DER, for one whose clients it accepts."""
+        issuing = [(item.issuer.name, item.der) for item in self._authority.issuers if item.kind == IssuerKind.ISSUING]
+        registered = [(record.name, record.der) for record in enrolment.registered_manufacturers(tx)]
+        for name, accepted in (*issuing, *registered):
+            if client_certificates.may_be_confused(der, accepted):
+                raise Conflict(
+                    f"The CA {name} has the same name and another key, and without key identifiers in both certificates"
+                    " TLS refuses the devices of one of them: remove that one, or register a certificate of this CA"
+                    " with a subjectKeyIdentifier."
+                )
 
     def write_authorities(self) -> None:
         """Update the file of the CAs whose client certificates TLS accepts; a worker notices within a second."""

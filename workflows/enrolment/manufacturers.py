@@ -32,7 +32,7 @@ class Manufacturers:
     def add(self, actor: Actor, name: str, certificate: str, profile: EnrolmentProfile) -> ManufacturerRecord:
         """Add a CA (PEM), which admits no device before ``prove``; returns it with the nonce to be signed.
 
-        Raises ``ManufacturerInvalid``, and ``Conflict`` if the CA exists already.
+        Raises ``ManufacturerInvalid``, and ``Conflict`` if the CA exists already or TLS could take it for another one.
         """
         now = self._clock()
         authority = client_certificates.read_manufacturer_ca(certificate, now=now)
@@ -53,6 +53,7 @@ class Manufacturers:
         )
         try:
             with self._database.transaction() as tx:
+                self._clients.check_distinct(tx, record.der)
                 enrolment.add_manufacturer(tx, record)
                 audit.record(
                     tx,
@@ -72,7 +73,8 @@ class Manufacturers:
     ) -> ManufacturerRecord:
         """Register a CA by a certificate (PEM) of it that names the nonce, or its signature (Base64) of the nonce.
 
-        One that is registered already stays so. Raises ``NotFound``, ``ProofInvalid``, ``Conflict`` for a removed one.
+        One that is registered already stays so. Raises ``NotFound``, ``ProofInvalid``, ``Conflict`` for a removed one,
+        and as ``add`` does.
         """
         now = self._clock()
         with self._database.snapshot() as tx:
@@ -89,6 +91,7 @@ class Manufacturers:
             if record.status is ManufacturerStatus.REMOVED:
                 raise Conflict("The manufacturer was removed; add it again.")
             if record.status is ManufacturerStatus.UNPROVEN:
+                self._clients.check_distinct(tx, record.der)
                 enrolment.update_manufacturer(
                     tx, actor.tenant_id, manufacturer_id, status=ManufacturerStatus.REGISTERED, proven_at=now
                 )

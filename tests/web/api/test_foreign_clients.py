@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -17,14 +18,17 @@ from tests.support.foreign import (
     CA,
     COMMON_NAME,
     FILES,
+    KEY_IDENTIFIER,
     PRINTABLE,
+    UTF8,
     ForeignCertificate,
+    Key,
     algorithm,
     name,
     signature,
 )
-from tests.support.harness import ON_SQLITE, Api
-from tests.support.ocsp import oid, sequence, tlv
+from tests.support.harness import ON_SQLITE, Api, problem_of
+from tests.support.ocsp import extension, integer, oid, sequence, tlv
 from workflows.enrolment.clients import CLIENT_CAS
 
 pytestmark = ON_SQLITE
@@ -43,14 +47,74 @@ def test_a_device_with_a_key_of_4096_bits_enrols(api: Api) -> None:
     assert "rsa-4096" in refused(device(api, key_types=["rsa-3072"]).enrol(request), 400)
 
 
+# --- Two CAs of one name ------------------------------------------------------------------------------------------
+
+
+def ca_named(common_name: bytes, key: Key, *, identifier: bytes = b"", serial_number: int = 7) -> bytes:
+    """The certificate of a CA with a key identifier, or with none."""
+    subject = name((COMMON_NAME, UTF8, common_name))
+    extensions = (CA, *([extension(KEY_IDENTIFIER, tlv(4, identifier))] if identifier else []))
+    return ForeignCertificate(
+        key, key, subject, subject=subject, serial_number=integer(serial_number), extensions=extensions
+    ).der()
+
+
+def add(api: Api, ca: bytes) -> Any:
+    return api.post("/manufacturers", {"name": "A maker", "certificate": ssl.DER_cert_to_PEM_cert(ca)})
+
+
+def prove(api: Api, key: Key, added: Any) -> Any:
+    proof = base64.b64encode(signature(key, added.json["nonce"].encode())).decode()
+    return api.post(f"/manufacturers/{added.json['manufacturer_id']}/proof", {"signature": proof})
+
+
+@pytest.mark.parametrize(
+    ("common_name", "identifiers", "status"),
+    [
+        (b"Maker", (b"", b""), 409),
+        (b"Maker", (b"one", b""), 409),
+        (b"Maker", (b"", b"two"), 409),
+        (b"Maker", (b"one", b"one"), 409),
+        (b" mAKER ", (b"", b""), 409),
+        (b"Maker", (b"one", b"two"), 201),
+        (b"Another", (b"", b""), 201),
+    ],
+)
+def test_a_ca_that_would_lock_out_the_devices_of_another_is_refused(
+    api: Api, common_name: bytes, identifiers: tuple[bytes, bytes], status: int
+) -> None:
+    keys = new_key(), new_key()
+    first = add(api, ca_named(b"Maker", keys[0], identifier=identifiers[0]))
+    second = ca_named(common_name, keys[1], identifier=identifiers[1])
+    early = add(api, second)  # before the first is registered: only the proof shows whether both can be
+    assert prove(api, keys[0], first).status_code == 200
+    assert prove(api, keys[1], early).status_code == (200 if status == 201 else 409)
+    if status == 409:
+        problem = problem_of(add(api, ca_named(common_name, new_key(), identifier=identifiers[1])), 409, "conflict")
+        assert "subjectKeyIdentifier" in problem["detail"]
+
+
+def test_the_next_certificate_of_the_same_key_is_accepted(api: Api) -> None:
+    key = new_key()
+    assert prove(api, key, add(api, ca_named(b"Maker", key))).status_code == 200
+    assert add(api, ca_named(b"Maker", key, serial_number=8)).status_code == 201
+
+
+def test_a_ca_with_the_name_of_the_portal_s_own_is_refused(api: Api, app: Flask) -> None:
+    [own] = portal_of(app).authority.issuing.issuer.certificate.subject
+    problem_of(add(api, ca_named(str(own.value).encode(), new_key())), 409, "conflict")
+
+
+# --- Factory certificates -----------------------------------------------------------------------------------------
+
+
 def test_a_factory_certificate_with_slips_below_a_ca_with_slips_enrols_a_device(api: Api, app: Flask) -> None:
     ca_key, key = new_key(), new_key()
     null, maker = algorithm(ca_key, b"\x05\x00"), name((COMMON_NAME, PRINTABLE, b"Maker_CA"))
     ca = ForeignCertificate(ca_key, ca_key, maker, subject=maker, extensions=(CA,), signed_with=null).der()
-    added = api.post("/manufacturers", {"name": "A maker", "certificate": ssl.DER_cert_to_PEM_cert(ca)})
+    added = add(api, ca)
     assert added.status_code == 201, added.text
-    proof = base64.b64encode(signature(ca_key, added.json["nonce"].encode())).decode()
-    proven = api.post(f"/manufacturers/{added.json['manufacturer_id']}/proof", {"signature": proof})
+    proven = prove(api, ca_key, added)
     assert proven.json["status"] == "registered"
     in_tls = ssl.create_default_context(cafile=str(portal_of(app).settings.tls_dir / CLIENT_CAS))
     assert ca in in_tls.get_ca_certs(binary_form=True)
