@@ -81,11 +81,15 @@ class Readiness:
         return None
 
     def _ca_problem(self) -> str | None:
-        issuer = self._authority.issuing.issuer
-        if issuer.certificate.not_valid_after_utc <= self._clock():
+        issuer, now = self._authority.issuing.issuer, self._clock()
+        if issuer.not_after <= now:
             return f"The issuing CA {issuer.name} has expired; nothing can be signed."
+        if now < issuer.not_before:
+            return (
+                f"The issuing CA {issuer.name} is not valid before {issuer.not_before:%Y-%m-%d %H:%M:%S} UTC; set the"
+                " clock, which is behind: until then nothing can be signed."
+            )
         # Signed, verified and discarded: the key may be in a token that was removed.
-        now = self._clock()
         sign_crl(issuer, [], number=1, this_update=now, next_update=now + timedelta(seconds=1))
         return None
 

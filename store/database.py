@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import sqlite3
 import time
@@ -35,6 +36,8 @@ from core.files import FileLock
 Result = TypeVar("Result")
 BUSY_TIMEOUT_SECONDS = 5.0
 LOCKED_SECONDS = 0.2  # how long a writer waits if the previous one waited in vain
+PING_SECONDS = 2.0  # how long a test write waits for other writers
+SECONDS_BETWEEN_TEST_WRITES = 10.0  # by those who only ask whether the database is well, which anybody may
 # Connections of a process beside those of its request threads: for reconciliation, jobs and probes.
 SPARE_CONNECTIONS = 8
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
@@ -122,17 +125,19 @@ class Database:
         self._shared = SharedTransactions(self.transaction)
         self._locked = False  # whether the last writer waited in vain for the database to be free
         self._failed = False  # whether the last transaction that writes failed because of the database
+        self._tested_at = -math.inf  # when it was seen last that the database can be written, by the monotonic clock
 
     @contextmanager
-    def transaction(self) -> Iterator[Connection]:
+    def transaction(self, *, patience: float = BUSY_TIMEOUT_SECONDS) -> Iterator[Connection]:
         """Open a transaction that writes: durable when the block ends, undone if it raises. Never nest it in another.
 
+        Waits ``patience`` seconds at most for others.
         Raises ``DatabaseUnavailable`` if the database does not answer, is locked by others or has no room, and
         ``LockUnavailable`` if other writers of the portal do not end.
         """
         # If another program keeps the database locked, each writer that waits holds up a thread, and so readers in the
         # end. Once one has waited in vain, the next ones only look whether the lock is gone.
-        patience = LOCKED_SECONDS if self._locked else BUSY_TIMEOUT_SECONDS
+        patience = LOCKED_SECONDS if self._locked else patience
         with _translated(), ExitStack() as stack:
             connection = self._begin(stack, patience)
             try:
@@ -206,10 +211,21 @@ class Database:
                     ) from error
 
     def ping(self) -> None:
-        """Raise ``DatabaseUnavailable`` unless the database answers a query, and writes if it has just failed to."""
-        if self._failed:
-            with self.transaction() as tx:
-                tx.execute(_REWRITE)
+        """Raise ``DatabaseUnavailable`` unless the database answers a query, and can be written.
+
+        The latter is tried if it has just failed, and else every ten seconds.
+        """
+        if self._failed or time.monotonic() - self._tested_at > SECONDS_BETWEEN_TEST_WRITES:
+            try:
+                with self.transaction(patience=PING_SECONDS) as tx:
+                    tx.execute(_REWRITE)
+            except (DatabaseUnavailable, LockUnavailable) as error:
+                self._failed = True
+                raise DatabaseUnavailable(
+                    "The database cannot be written: it does not answer, is read-only or locked by another program, or"
+                    " has no room left."
+                ) from error
+            self._tested_at = time.monotonic()
         with self.snapshot() as tx:
             tx.execute(sa.text("SELECT count(*) FROM tenants")).scalar_one()
 

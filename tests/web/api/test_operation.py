@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 from html.parser import HTMLParser
 
 import pytest
+import sqlalchemy as sa
 from flask import Flask
 
 from app import ROUTES, portal_of
@@ -14,7 +17,7 @@ from core.errors import DatabaseUnavailable
 from core.roles import Role
 from operations.monitoring import Readiness
 from store.database import Database
-from tests.support.harness import Api, Clock, api_as, problem_of
+from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
 from web.api.operation import FOR_OPERATORS
 from workflows.reconciliation import Reconciler
 
@@ -81,6 +84,41 @@ def test_readyz_names_an_expired_crl(auditor: Api, clock: Clock) -> None:
 def test_readyz_names_an_expired_ca(auditor: Api, clock: Clock) -> None:
     clock.advance(days=1826)
     assert "expired" in problems_of(auditor)["ca"]
+
+
+def test_readyz_names_a_ca_that_is_not_valid_yet(auditor: Api, clock: Clock) -> None:
+    clock.advance(hours=-2)
+    assert "not valid before" in problems_of(auditor)["ca"]
+
+
+@ON_SQLITE
+def test_readyz_names_a_database_that_another_program_has_locked(
+    auditor: Api, app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("store.database.PING_SECONDS", 0.1)
+    monkeypatch.setattr("store.database.SECONDS_BETWEEN_TEST_WRITES", -1)
+    assert "database" not in problems_of(auditor)
+    path = portal_of(app).database.engine.url.database
+    assert path is not None
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert "cannot be written" in problems_of(auditor)["database"]
+    assert "database" not in problems_of(auditor)
+
+
+def test_readyz_writes_at_most_every_ten_seconds(auditor: Api, app: Flask) -> None:
+    problems_of(auditor)
+    written: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        written.append(statement)
+
+    engine = portal_of(app).database.engine
+    sa.event.listen(engine, "before_cursor_execute", note)
+    problems_of(auditor)
+    sa.event.remove(engine, "before_cursor_execute", note)
+    assert written
+    assert not [statement for statement in written if "UPDATE" in statement]
 
 
 def test_readyz_names_a_database_that_does_not_answer(auditor: Api, monkeypatch: pytest.MonkeyPatch) -> None:
