@@ -29,13 +29,20 @@ issued by the Device Onboarding Portal
   ca.pem                  what the device trusts: check the broker's certificate against it
   mosquitto-client.conf   options for mosquitto_pub and mosquitto_sub
 
-{protection} To try them, in this folder:
+{protection}
+To try them, in this folder:
 
   mosquitto_pub -h {host} -p {port} --cafile ca.pem --cert chain.pem --key device.key \\
       -i {device_id} -t {topic} -m hello -q 1
 """
 
-PROTECTED = "device.key and ca.pem are encrypted (AES-256)."
+PROTECTED = """\
+device.key and ca.pem are encrypted with the bundle password (AES-256), which unzip and the ZIP
+tools of Windows and Python cannot open. One of these can:
+
+  portal unpack bundle.zip        checks the credentials, too
+  7z x bundle.zip                 or bsdtar --passphrase, Keka, WinZip, zip4j, pyzipper
+"""
 KEY_PROTECTED = """\
 device.key is encrypted in itself (PKCS#8, AES-256). Nothing protects the other files from being
 altered on their way: before you trust ca.pem, compare it with what your portal's operator has.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import subprocess
+import zipfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -103,6 +104,17 @@ def test_the_public_part_reads_without_a_password(bundle: bytes) -> None:
     assert archive.read("device.pem").decode() == CREDENTIALS.certificate_pem
     assert "-h broker.example" in archive.read("mosquitto-client.conf").decode()
     assert CREDENTIALS.device_id in archive.read("README.txt").decode()
+
+
+def test_the_readme_which_opens_anywhere_names_what_opens_the_rest(bundle: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bundle.zip").write_bytes(bundle)
+    with zipfile.ZipFile(tmp_path / "bundle.zip") as archive:
+        readme = archive.read("README.txt").decode()
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            archive.read("device.key")
+    for program in ("portal unpack", "7z", "bsdtar --passphrase", "zip4j"):
+        assert program in readme
+    assert max(map(len, readme.splitlines())) <= 120
 
 
 def test_two_bundles_of_the_same_share_no_salt(bundle: bytes) -> None:

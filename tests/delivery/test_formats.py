@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import zipfile
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization.pkcs12 import load_key_and_certificates
 from flask import Flask
 
 from core.roles import Role
@@ -63,6 +67,26 @@ def test_p12_opens_with_openssl_and_holds_key_certificate_and_issuers(
     certificates[0].verify_directly_issued_by(certificates[1])
     assert registered["device_id"] in said + pem, "the alias"
     assert "invalid password" in openssl("pkcs12", "-in", file, "-passin", "pass:wrong", "-noout", fails=True)
+
+
+def test_a_p12_for_older_readers_is_made_by_the_documented_command(shared_app: Flask, tmp_path: Path) -> None:
+    _, file = delivered(shared_app, tmp_path, bundle_format="p12")
+    file.rename(tmp_path / "device.p12")
+    documented = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
+    commands = re.findall(r"^ +(openssl pkcs12 .*-in (?:device.p12|all.pem) .*)$", documented, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        environment = {**os.environ, "P12_PASSWORD": PASSWORD}
+        subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert "BEGIN PRIVATE KEY" not in (tmp_path / "all.pem").read_text()
+    older = tmp_path / "older.p12"
+    said = openssl("pkcs12", "-in", older, "-passin", f"pass:{PASSWORD}", "-info", "-noout")
+    assert "MAC: sha1" in said
+    assert said.count("pbeWithSHA1And3-KeyTripleDES-CBC") == 2
+    key, certificate, _ = load_key_and_certificates(older.read_bytes(), PASSWORD.encode())
+    assert key is not None
+    assert certificate is not None
+    assert key.public_key() == certificate.public_key()
 
 
 @pytest.mark.skipif(shutil.which("keytool") is None, reason="keytool comes with a JDK, which the tests do not install")
