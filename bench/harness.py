@@ -139,7 +139,7 @@ class RunningPortal:
 
     def cpu_seconds(self) -> dict[str, float]:
         """Processor time used until now by the portal's processes and by the broker."""
-        return {"portal": sum(map(_cpu_seconds, self.pids())), "broker": _cpu_seconds(self._broker.pid)}
+        return {"portal": sum(map(cpu_seconds, self.pids())), "broker": cpu_seconds(self._broker.pid)}
 
     def resident_bytes(self) -> dict[str, int]:
         """Memory in RAM of all the portal's processes, and of the broker."""
@@ -182,7 +182,8 @@ def _children(pid: int) -> list[int]:
     return [*children, *(below for child in children for below in _children(child))]
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used until now."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5); the first one here is state
     return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
 

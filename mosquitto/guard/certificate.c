@@ -101,6 +101,5 @@ enum reading certificate_read(void *x509, const char *username, struct certifica
         into->has_serial = read_serial(x509, into);
         into->named = is_named(x509, username);
     }
-    X509_free(x509);
     return good ? CERTIFICATE : BAD_CERTIFICATE;
 }

@@ -17,8 +17,7 @@ struct certificate {
 
 enum reading { NO_CERTIFICATE, CERTIFICATE, BAD_CERTIFICATE };
 
-/* Read the certificate of a connection, given as mosquitto_client_certificate returns it, and free it. It is read at
- * each check and nothing of it is kept, so that no verdict can outlive its connection. */
+/* Read a certificate as mosquitto_client_certificate returns it; it is not freed. */
 enum reading certificate_read(void *x509, const char *username, struct certificate *into);
 
 /* Write the SHA-256 of a text. */

@@ -1,5 +1,7 @@
 #include "clients.h"
 
+#include "openssl.h"
+
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -56,6 +58,12 @@ static bool grow(void)
     return true;
 }
 
+static void release(struct client *client)
+{
+    free(client->name);
+    X509_free(client->x509);
+}
+
 struct client *clients_note(const void *key, enum client_kind kind, const char *name)
 {
     struct client *client;
@@ -72,10 +80,16 @@ struct client *clients_note(const void *key, enum client_kind kind, const char *
     if (client->key == NULL) {
         clients.count++;
     } else {
-        free(client->name);
+        release(client);
     }
     *client = (struct client){.key = key, .name = copy, .kind = kind};
     return client;
+}
+
+void clients_keep_certificate(struct client *client, void *x509)
+{
+    X509_free(client->x509);
+    client->x509 = x509;
 }
 
 void clients_remove(const void *key)
@@ -86,7 +100,7 @@ void clients_remove(const void *key)
     if (client == NULL) {
         return;
     }
-    free(client->name);
+    release(client);
     *client = (struct client){0};
     clients.count--;
     hole = (size_t)(client - clients.slots);
@@ -114,7 +128,7 @@ struct client *clients_next(size_t *at)
 void clients_clear(void)
 {
     for (size_t at = 0; at < clients.capacity; at++) {
-        free(clients.slots[at].name);
+        release(&clients.slots[at]);
     }
     free(clients.slots);
     clients.slots = NULL;

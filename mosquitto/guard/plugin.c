@@ -15,24 +15,32 @@
 #include <time.h>
 
 #define PLUGIN_API 5
-#define TICK_SECONDS 1 /* a check looks at the journal itself if there was no tick for longer than this */
+#define LOOK_MILLISECONDS 50   /* the broker ticks each time that something happens; the journal is looked at less often */
+#define SILENT_MILLISECONDS 1000 /* without a tick, after which a check looks at the journal itself */
 
 static mosquitto_plugin_id_t *identifier; /* NULL while the plugin is not loaded */
 static char *journal_path;
-static time_t last_look;
+static int64_t last_look; /* milliseconds */
 
-static time_t seconds_now(void)
+static int64_t milliseconds_now(void)
 {
     struct timespec now;
 
     clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-    return now.tv_sec;
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-static void look(void)
+/* Look at the journal if it was not looked at for so long; say whether. */
+static bool look_after(int64_t milliseconds)
 {
-    last_look = seconds_now();
+    int64_t now = milliseconds_now();
+
+    if (now - last_look < milliseconds) {
+        return false;
+    }
+    last_look = now;
     guard_look(false);
+    return true;
 }
 
 /* End who is to be ended, except connections of `except`. While nothing is believed, sessions stay as they are. */
@@ -70,9 +78,7 @@ static int on_acl_check(int event, void *data, void *user)
         kick(PORTAL_USER);
         return granted ? MOSQ_ERR_SUCCESS : MOSQ_ERR_ACL_DENIED;
     }
-    if (seconds_now() - last_look > TICK_SECONDS) { /* the broker is slow, or set up so that it never ticks */
-        look();
-    }
+    (void)look_after(SILENT_MILLISECONDS); /* the broker is slow, or set up so that it never ticks */
     switch (verdict_of(check->client, check->access, check->topic)) {
     case GRANTED:
         return MOSQ_ERR_SUCCESS;
@@ -133,9 +139,10 @@ static int on_tick(int event, void *data, void *user)
     (void)event;
     (void)data;
     (void)user;
-    look();
+    if (look_after(LOOK_MILLISECONDS)) {
+        presence_flush();
+    }
     kick(NULL);
-    presence_flush();
     return MOSQ_ERR_SUCCESS;
 }
 
@@ -185,7 +192,7 @@ mosq_plugin_EXPORT int mosquitto_plugin_init(
     }
     identifier = id;
     guard_open(journal_path, &listener);
-    look();
+    guard_look(false);
     for (size_t i = 0; i < sizeof callbacks / sizeof *callbacks; i++) {
         int result = mosquitto_callback_register(id, callbacks[i].event, callbacks[i].callback, NULL, NULL);
         if (result != MOSQ_ERR_SUCCESS) {

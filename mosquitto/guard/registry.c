@@ -49,10 +49,13 @@ struct registry {
     uint32_t arena_size, arena_used;
     uint32_t issuer_count;
     uint64_t seed[2];
+    uint64_t stamp;
     uint8_t portal[HASH_BYTES];
     bool has_portal, has_prefix;
     char prefix[MAX_PREFIX_BYTES + 1];
 };
+
+static uint64_t last_stamp; /* of all registries */
 
 /* An identity as it is looked for. */
 struct key {
@@ -72,77 +75,73 @@ bool is_id(const char *id)
     return length > 0 && length <= MAX_ID_BYTES && id[length] == '\0';
 }
 
-static int digit_value(char character, bool upper_too)
-{
-    if (character >= '0' && character <= '9') {
-        return character - '0';
-    }
-    if (character >= 'a' && character <= 'f') {
-        return character - 'a' + 10;
-    }
-    return upper_too && character >= 'A' && character <= 'F' ? character - 'A' + 10 : -1;
-}
+#define UPPER 0x20 /* marks a digit in upper case */
 
-/* Read a UUID of 36 characters; false if it is none. */
-static bool parse_uuid(const char *name, bool upper_too, uint8_t uuid[UUID_BYTES])
-{
-    unsigned digits = 0;
+/* The value of each hexadecimal digit with a mark, 0 for all other characters. */
+static const uint8_t digits[256] = {
+    ['0'] = 0x10, ['1'] = 0x11, ['2'] = 0x12, ['3'] = 0x13, ['4'] = 0x14, ['5'] = 0x15, ['6'] = 0x16, ['7'] = 0x17,
+    ['8'] = 0x18, ['9'] = 0x19, ['a'] = 0x1A, ['b'] = 0x1B, ['c'] = 0x1C, ['d'] = 0x1D, ['e'] = 0x1E, ['f'] = 0x1F,
+    ['A'] = 0x3A, ['B'] = 0x3B, ['C'] = 0x3C, ['D'] = 0x3D, ['E'] = 0x3E, ['F'] = 0x3F,
+};
 
-    for (unsigned i = 0; i < UUID_CHARACTERS; i++) {
-        int value;
-        if (i == 8 || i == 13 || i == 18 || i == 23) {
-            if (name[i] != '-') {
-                return false;
-            }
-            continue;
-        }
-        value = digit_value(name[i], upper_too); /* -1 at the end of a shorter text */
-        if (value < 0) {
-            return false;
-        }
-        uuid[digits / 2] = (uint8_t)(digits % 2 ? uuid[digits / 2] | value : value << 4);
-        digits++;
+/* Read a UUID, and note whether it has digits in upper case; false if `name` is none. */
+static bool parse_uuid(const char *name, uint8_t uuid[UUID_BYTES], bool *has_upper)
+{
+    static const uint8_t places[UUID_BYTES] = {0, 2, 4, 6, 9, 11, 14, 16, 19, 21, 24, 26, 28, 30, 32, 34};
+    unsigned all = 0x10, any = 0;
+
+    if (strnlen(name, UUID_CHARACTERS + 1) != UUID_CHARACTERS || name[8] != '-' || name[13] != '-' ||
+        name[18] != '-' || name[23] != '-') {
+        return false;
     }
-    return name[UUID_CHARACTERS] == '\0';
+    for (unsigned i = 0; i < UUID_BYTES; i++) {
+        unsigned high = digits[(uint8_t)name[places[i]]], low = digits[(uint8_t)name[places[i] + 1]];
+        all &= high & low;
+        any |= high | low;
+        uuid[i] = (uint8_t)(high << 4 | (low & 0xF));
+    }
+    *has_upper = any & UPPER;
+    return all != 0;
 }
 
 bool is_uuid(const char *name)
 {
     uint8_t uuid[UUID_BYTES];
+    bool has_upper;
 
-    return parse_uuid(name, true, uuid);
+    return parse_uuid(name, uuid, &has_upper);
 }
 
-static uint64_t mix(uint64_t value)
+/* Multiply to 128 bits and fold them into 64: each bit of both depends on all of the result. */
+static uint64_t fold(uint64_t one, uint64_t other)
 {
-    value = (value ^ (value >> 32)) * 0xD6E8FEB86659FD93u;
-    value = (value ^ (value >> 32)) * 0xD6E8FEB86659FD93u;
-    return value ^ (value >> 32);
+    unsigned __int128 product = (unsigned __int128)one * other;
+
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
 /* Hash bytes with the registry's random seed, so that nobody can choose names that collide. */
 static uint64_t hash_bytes(const struct registry *registry, const void *data, size_t length)
 {
     const uint8_t *bytes = data;
-    uint64_t state = registry->seed[0] ^ length;
+    uint64_t state = registry->seed[0] ^ length, word;
 
-    for (; length > 0;) {
-        uint64_t word = 0;
-        size_t taken = length < sizeof word ? length : sizeof word;
-        memcpy(&word, bytes, taken);
-        state = mix(state ^ word) + registry->seed[1];
-        bytes += taken;
-        length -= taken;
+    for (; length >= sizeof word; length -= sizeof word, bytes += sizeof word) {
+        memcpy(&word, bytes, sizeof word);
+        state = fold(state ^ word, registry->seed[1]);
     }
-    return mix(state);
+    word = 0;
+    memcpy(&word, bytes, length);
+    return fold(state ^ word, registry->seed[1] ^ 0x9E3779B97F4A7C15u);
 }
 
 /* Only a UUID in lower case is kept as 16 bytes: one in upper case is another name, as it is to the broker. */
 static struct key make_key(const struct registry *registry, const char *id)
 {
     struct key key = {.name = id, .length = strlen(id)};
+    bool has_upper;
 
-    if (key.length == UUID_CHARACTERS && parse_uuid(id, false, key.uuid)) {
+    if (parse_uuid(id, key.uuid, &has_upper) && !has_upper) {
         key.kind = UUID_KEY;
         key.hash = hash_bytes(registry, key.uuid, UUID_BYTES);
     } else {
@@ -153,6 +152,16 @@ static struct key make_key(const struct registry *registry, const char *id)
 }
 
 /* --- Memory ----------------------------------------------------------------------------------------------------- */
+
+static void note_change(struct registry *registry)
+{
+    registry->stamp = ++last_stamp;
+}
+
+uint64_t registry_stamp(const struct registry *registry)
+{
+    return registry->stamp;
+}
 
 struct registry *registry_new(void)
 {
@@ -173,6 +182,8 @@ struct registry *registry_new(void)
     }
     registry->capacity = registry->serial_capacity = FIRST_CAPACITY;
     registry->arena_size = FIRST_CAPACITY;
+    registry->seed[1] |= 1;
+    note_change(registry);
     registry->arena_used = DEFAULT_TOPICS + 1;
     memcpy(registry->prefix, "devices", sizeof "devices");
     return registry;
@@ -271,7 +282,7 @@ static struct identity *slot_of(const struct registry *registry, const struct ke
     return &registry->identities[at];
 }
 
-static const struct identity *find(const struct registry *registry, const char *id)
+const struct identity *registry_find(const struct registry *registry, const char *id)
 {
     struct key key = make_key(registry, id);
     const struct identity *identity = slot_of(registry, &key);
@@ -305,11 +316,14 @@ static struct identity *find_or_add(struct registry *registry, const char *id)
     return identity;
 }
 
+enum standing identity_standing(const struct identity *identity)
+{
+    return identity == NULL ? UNKNOWN : (enum standing)identity->standing;
+}
+
 enum standing registry_standing(const struct registry *registry, const char *id)
 {
-    const struct identity *identity = find(registry, id);
-
-    return identity == NULL ? UNKNOWN : (enum standing)identity->standing;
+    return identity_standing(registry_find(registry, id));
 }
 
 size_t registry_count(const struct registry *registry)
@@ -394,12 +408,12 @@ static bool is_default_topic(const struct registry *registry, const char *id, co
     return strncmp(topic, id, length) == 0 && (topic[length] == '/' || topic[length] == '\0');
 }
 
-bool registry_may(const struct registry *registry, const char *id, enum access access, const char *topic)
+bool registry_may(const struct registry *registry, const struct identity *identity, const char *id, enum access access,
+    const char *topic)
 {
-    const struct identity *identity = find(registry, id);
     struct cursor *cursor = &scratch[0];
 
-    if (identity == NULL || identity->standing != ALLOWED || has_wildcard(topic)) {
+    if (identity_standing(identity) != ALLOWED || has_wildcard(topic)) {
         return false;
     }
     if (identity->filters == DEFAULT_TOPICS) {
@@ -415,13 +429,12 @@ bool registry_may(const struct registry *registry, const char *id, enum access a
 }
 
 /* Say whether one of the identity's filters for reading compares with `filter` as asked. */
-static bool any_readable(const struct registry *registry, const char *id, const char *filter,
-    bool (*compare)(const char *own, const char *filter))
+static bool any_readable(const struct registry *registry, const struct identity *identity, const char *id,
+    const char *filter, bool (*compare)(const char *own, const char *filter))
 {
-    const struct identity *identity = find(registry, id);
     struct cursor *cursor = &scratch[0];
 
-    if (identity == NULL || identity->standing != ALLOWED || !filter_is_valid(filter)) {
+    if (identity_standing(identity) != ALLOWED || !filter_is_valid(filter)) {
         return false;
     }
     begin_filters(cursor, registry, identity, id);
@@ -433,14 +446,16 @@ static bool any_readable(const struct registry *registry, const char *id, const 
     return false;
 }
 
-bool registry_may_subscribe(const struct registry *registry, const char *id, const char *filter)
+bool registry_may_subscribe(
+    const struct registry *registry, const struct identity *identity, const char *id, const char *filter)
 {
-    return any_readable(registry, id, filter, filters_intersect);
+    return any_readable(registry, identity, id, filter, filters_intersect);
 }
 
-bool registry_may_share(const struct registry *registry, const char *id, const char *filter)
+bool registry_may_share(
+    const struct registry *registry, const struct identity *identity, const char *id, const char *filter)
 {
-    return any_readable(registry, id, filter, filter_contains);
+    return any_readable(registry, identity, id, filter, filter_contains);
 }
 
 /* Say whether one of the filters of `identity` contains `filter` with all of `access`. */
@@ -482,7 +497,7 @@ static bool lost_rights(const struct registry *before, const struct identity *wa
 
 bool registry_lost_rights(const struct registry *before, const struct registry *now, const char *id)
 {
-    return lost_rights(before, find(before, id), now, find(now, id), id);
+    return lost_rights(before, registry_find(before, id), now, registry_find(now, id), id);
 }
 
 /* Append a filter to the arena, with one byte for each occurrence of the identity; false if there is no memory. */
@@ -520,6 +535,7 @@ enum outcome registry_allow(struct registry *registry, const char *id, const str
     struct identity *identity, before;
     uint32_t position = registry->arena_used;
 
+    note_change(registry);
     if (!is_id(id) || count > MAX_FILTERS) {
         return REFUSED;
     }
@@ -551,6 +567,7 @@ enum outcome registry_revoke(struct registry *registry, const char *id, enum sta
 {
     struct identity *identity;
 
+    note_change(registry);
     if (!is_id(id) || standing == ALLOWED) {
         return REFUSED;
     }
@@ -565,6 +582,7 @@ enum outcome registry_revoke(struct registry *registry, const char *id, enum sta
 
 enum outcome registry_set_prefix(struct registry *registry, const char *prefix)
 {
+    note_change(registry);
     if (registry->count > 0 || registry->has_prefix || strlen(prefix) > MAX_PREFIX_BYTES ||
         !filter_is_valid(prefix) || has_wildcard(prefix) || prefix[0] == '$') {
         return REFUSED;
@@ -613,6 +631,7 @@ enum outcome registry_add_issuer(struct registry *registry, const uint8_t hash[H
 {
     struct issuer *issuer = find_or_add_issuer(registry, hash);
 
+    note_change(registry);
     if (issuer == NULL) {
         return REFUSED;
     }
@@ -629,7 +648,7 @@ bool registry_is_issuer(const struct registry *registry, const uint8_t hash[HASH
 
 static uint64_t serial_hash(const struct registry *registry, uint8_t issuer, const struct serial_number *number)
 {
-    return mix(hash_bytes(registry, number->bytes, number->length) ^ issuer);
+    return hash_bytes(registry, number->bytes, number->length) ^ issuer;
 }
 
 /* Return the slot of the serial number, or the free one where it belongs. */
@@ -678,6 +697,7 @@ enum outcome registry_add_serial(
     struct serial *slot;
     uint8_t place;
 
+    note_change(registry);
     if (found == NULL || serial->length > MAX_SERIAL_BYTES) {
         return REFUSED;
     }
@@ -698,6 +718,7 @@ enum outcome registry_remove_serial(
 {
     const struct issuer *found = find_issuer(registry, issuer);
 
+    note_change(registry);
     if (found != NULL) {
         struct serial *slot = serial_slot(registry, (uint8_t)(found - registry->issuers), serial);
         slot->revoked = false; /* its slot stays in use, so that those behind it are found */

@@ -40,6 +40,7 @@ struct serial_number {
 };
 
 struct registry;
+struct identity;
 
 /* Return an empty registry, NULL if there is no memory. */
 struct registry *registry_new(void);
@@ -67,17 +68,29 @@ const uint8_t *registry_portal(const struct registry *registry);
 bool registry_is_issuer(const struct registry *registry, const uint8_t hash[HASH_BYTES]);
 bool registry_has_serial(
     const struct registry *registry, const uint8_t issuer[HASH_BYTES], const struct serial_number *serial);
-enum standing registry_standing(const struct registry *registry, const char *id);
+
+/* Return a number that no other registry has, and this one only until its next change. */
+uint64_t registry_stamp(const struct registry *registry);
 size_t registry_count(const struct registry *registry);
 
-/* Say whether an allowed identity may publish to, or receive from, a topic. */
-bool registry_may(const struct registry *registry, const char *id, enum access access, const char *topic);
+/* Return what is known of an identity, valid until the registry changes; NULL if that is nothing. */
+const struct identity *registry_find(const struct registry *registry, const char *id);
+
+/* Return how an identity stands: UNKNOWN if it is NULL. */
+enum standing identity_standing(const struct identity *identity);
+enum standing registry_standing(const struct registry *registry, const char *id);
+
+/* Say whether an identity, found under the name `id`, may publish to, or receive from, a topic. */
+bool registry_may(const struct registry *registry, const struct identity *identity, const char *id, enum access access,
+    const char *topic);
 
 /* Say whether some topic that the filter matches can be read by the identity. */
-bool registry_may_subscribe(const struct registry *registry, const char *id, const char *filter);
+bool registry_may_subscribe(
+    const struct registry *registry, const struct identity *identity, const char *id, const char *filter);
 
 /* Say whether every topic that the filter matches can be read by the identity, by one of its filters. */
-bool registry_may_share(const struct registry *registry, const char *id, const char *filter);
+bool registry_may_share(
+    const struct registry *registry, const struct identity *identity, const char *id, const char *filter);
 
 /* Say whether the identity may do less by `now` than by `before`. */
 bool registry_lost_rights(const struct registry *before, const struct registry *now, const char *id);

@@ -7,6 +7,7 @@
 #include "log.h"
 #include "match.h"
 #include "names.h"
+#include "openssl.h"
 #include "presence.h"
 
 #include <mosquitto.h>
@@ -32,6 +33,8 @@ static struct names superseded;
 /* A client as it comes to be checked. */
 struct claim {
     const char *name;
+    const struct identity *identity; /* what the journal knows of it, NULL if nothing */
+    void *x509; /* its certificate; NULL if it shows none, or another one keeps it */
     bool has_certificate;
     const char *refusal; /* why it may do nothing whatever the journal says of its name; NULL if there is no such reason */
     bool kick;           /* whether it is also to be disconnected for that */
@@ -112,12 +115,8 @@ static enum verdict identify_without_certificate(const struct mosquitto *client,
 static enum verdict identify(struct mosquitto *client, struct claim *claim)
 {
     const char *username = mosquitto_client_username(client);
-    enum reading reading = certificate_read(mosquitto_client_certificate(client), username, &claim->certificate);
+    enum reading reading = certificate_read(claim->x509, username, &claim->certificate);
 
-    claim->name = name_of(client);
-    claim->has_certificate = reading != NO_CERTIFICATE;
-    claim->refusal = NULL;
-    claim->kick = false;
     if (claim->name == NULL) {
         claim->name = "";
         claim->refusal = "it has no name";
@@ -137,36 +136,59 @@ static enum verdict identify(struct mosquitto *client, struct claim *claim)
     return identify_without_certificate(client, claim);
 }
 
+/* Say whether the client was admitted before and nothing has changed: it is the same connection, which shows the same
+ * certificate under the same name, and no line of the journal was read since. */
+static bool is_still_admitted(const struct mosquitto *client, struct claim *claim)
+{
+    const struct client *found = claim->x509 == NULL ? NULL : clients_find(client);
+
+    if (found == NULL || found->x509 != claim->x509 || !guard_is_good() || found->stamp == 0 ||
+        found->stamp != registry_stamp(guard_registry()) || strcmp(found->name, claim->name) != 0) {
+        return false;
+    }
+    claim->identity = found->identity;
+    return true;
+}
+
 /* --- What it may do --------------------------------------------------------------------------------------------- */
 
 /* Say whether a shared subscription `$share/GROUP/FILTER` takes only what is the identity's to read: what its members
  * are handed in turn and may not read is lost for the others. */
-static bool may_share(const struct registry *registry, const char *name, const char *subscription)
+static bool may_share(const struct claim *claim, const char *subscription)
 {
     const char *group = subscription + strlen(SHARED), *filter = strchr(group, '/');
 
     return filter != NULL && filter != group && strcspn(group, "+#") > (size_t)(filter - group) &&
-           !filters_intersect(PORTAL_TOPICS, filter + 1) && registry_may_share(registry, name, filter + 1);
+           !filters_intersect(PORTAL_TOPICS, filter + 1) &&
+           registry_may_share(guard_registry(), claim->identity, claim->name, filter + 1);
+}
+
+/* Say whether a topic is one of PORTAL_TOPICS. */
+static bool is_portal_topic(const char *topic)
+{
+    size_t length = strlen(PORTAL_TOPICS) - strlen("/#");
+
+    return strncmp(topic, PORTAL_TOPICS, length) == 0 && (topic[length] == '/' || topic[length] == '\0');
 }
 
 /* Say whether an identity may do what is asked; the journal in force is good. */
-static bool may(const char *name, int access, const char *topic)
+static bool may(const struct claim *claim, int access, const char *topic)
 {
     const struct registry *registry = guard_registry();
 
     if (access == MOSQ_ACL_SUBSCRIBE && strncmp(topic, SHARED, strlen(SHARED)) == 0) {
-        return may_share(registry, name, topic);
+        return may_share(claim, topic);
     }
-    if (topic[0] == '$' || filter_matches(PORTAL_TOPICS, topic)) {
+    if (topic[0] == '$' || is_portal_topic(topic)) {
         return false;
     }
     switch (access) {
     case MOSQ_ACL_READ:
-        return registry_may(registry, name, READ, topic);
+        return registry_may(registry, claim->identity, claim->name, READ, topic);
     case MOSQ_ACL_WRITE:
-        return registry_may(registry, name, WRITE, topic);
+        return registry_may(registry, claim->identity, claim->name, WRITE, topic);
     case MOSQ_ACL_SUBSCRIBE:
-        return registry_may_subscribe(registry, name, topic);
+        return registry_may_subscribe(registry, claim->identity, claim->name, topic);
     default:
         return false;
     }
@@ -191,7 +213,7 @@ static void forget(const void *client)
 }
 
 /* Note the connection of a device; NULL if there is no memory. */
-static struct client *note_device(const struct mosquitto *client, const struct claim *claim)
+static struct client *note_device(const struct mosquitto *client, struct claim *claim)
 {
     struct client *found = clients_find(client);
 
@@ -204,12 +226,17 @@ static struct client *note_device(const struct mosquitto *client, const struct c
     }
     if (found != NULL) {
         found->certificate = claim->certificate;
+        found->stamp = 0;
+        if (claim->x509 != NULL && found->x509 != claim->x509) {
+            clients_keep_certificate(found, claim->x509);
+            claim->x509 = NULL; /* it is the client's now */
+        }
     }
     return found;
 }
 
 /* Have a connection ended that is refused everything. */
-static void doom(const struct mosquitto *client, const struct claim *claim, const char *reason)
+static void doom(const struct mosquitto *client, struct claim *claim, const char *reason)
 {
     struct client *found = note_device(client, claim);
 
@@ -223,13 +250,17 @@ static void doom(const struct mosquitto *client, const struct claim *claim, cons
 }
 
 /* Admit the connection of a device that the journal allows. */
-static void admit(const struct mosquitto *client, const struct claim *claim)
+static void admit(const struct mosquitto *client, struct claim *claim)
 {
     struct client *found = note_device(client, claim);
 
-    if (found != NULL && !found->admitted) {
-        found->admitted = true;
-        presence_connected(found->name);
+    if (found != NULL) {
+        found->stamp = registry_stamp(guard_registry());
+        found->identity = claim->identity;
+        if (!found->admitted) {
+            found->admitted = true;
+            presence_connected(found->name);
+        }
     }
     if (tainted.used > 0 && mosquitto_client_id(client) != NULL) {
         names_remove(&tainted, mosquitto_client_id(client));
@@ -245,17 +276,18 @@ static enum verdict judge(struct mosquitto *client, struct claim *claim)
         return NOT_OURS;
     }
     if (verdict == NOT_GRANTED) {
-        if (claim->kick && !kicks_going_on()) {
-            doom(client, claim, claim->refusal);
-        } else if (!claim->kick) {
+        if (!claim->kick) {
             log_refusal("Client %s is refused everything: %s.", claim->name, claim->refusal);
+        } else if (!kicks_going_on()) {
+            doom(client, claim, claim->refusal);
         }
         return NOT_GRANTED;
     }
     if (!guard_is_good()) {
         return NOT_GRANTED;
     }
-    if (registry_standing(guard_registry(), claim->name) != ALLOWED) {
+    claim->identity = registry_find(guard_registry(), claim->name);
+    if (identity_standing(claim->identity) != ALLOWED) {
         if (claim->has_certificate && !kicks_going_on()) {
             doom(client, claim, "the journal does not allow it");
         }
@@ -267,12 +299,32 @@ static enum verdict judge(struct mosquitto *client, struct claim *claim)
     return GRANTED;
 }
 
+/* Judge a client by all that it shows; what is found out is in the claim. */
+static enum verdict judge_client(struct mosquitto *client, struct claim *claim)
+{
+    enum verdict verdict = GRANTED;
+
+    claim->x509 = mosquitto_client_certificate(client);
+    claim->name = name_of(client);
+    claim->identity = NULL;
+    claim->refusal = NULL;
+    claim->kick = false;
+    claim->has_certificate = claim->x509 != NULL;
+    if (claim->name == NULL || !is_still_admitted(client, claim)) {
+        verdict = judge(client, claim);
+    }
+    X509_free(claim->x509);
+    claim->x509 = NULL;
+    return verdict;
+}
+
 enum verdict verdict_of(struct mosquitto *client, int access, const char *topic)
 {
     struct claim claim;
-    enum verdict verdict = judge(client, &claim);
+    enum verdict verdict = judge_client(client, &claim);
 
     if (claim.kick && access == MOSQ_ACL_SUBSCRIBE && kicks_going_on()) {
+        claim.identity = registry_find(guard_registry(), claim.name);
         verdict = GRANTED; /* the session's subscriptions are the identity's, which has another certificate */
     }
     if (verdict == NOT_OURS || access == MOSQ_ACL_UNSUBSCRIBE) {
@@ -281,7 +333,7 @@ enum verdict verdict_of(struct mosquitto *client, int access, const char *topic)
     if (verdict == NOT_GRANTED || (access == MOSQ_ACL_WRITE && !claim.has_certificate && is_tainted(client))) {
         return NOT_GRANTED;
     }
-    return may(claim.name, access, topic) ? GRANTED : NOT_GRANTED;
+    return may(&claim, access, topic) ? GRANTED : NOT_GRANTED;
 }
 
 /* --- Connections that begin and end ----------------------------------------------------------------------------- */
@@ -306,9 +358,10 @@ static bool is_taken(const char *name)
 
 enum verdict verdict_of_password(struct mosquitto *client, const char *username, const char *password)
 {
-    struct certificate certificate;
+    void *x509 = mosquitto_client_certificate(client);
 
-    if (certificate_read(mosquitto_client_certificate(client), username, &certificate) != NO_CERTIFICATE) {
+    if (x509 != NULL) {
+        X509_free(x509);
         return NOT_OURS;
     }
     if (username == NULL || strcmp(username, PORTAL_USER) != 0) {
@@ -338,20 +391,21 @@ void verdict_connected(struct mosquitto *client)
     struct claim claim;
 
     if (!is_portal(client)) {
-        (void)judge(client, &claim);
+        (void)judge_client(client, &claim);
     }
 }
 
 void verdict_ended(struct mosquitto *client)
 {
     const char *username = mosquitto_client_username(client), *id = mosquitto_client_id(client);
-    struct claim claim = {.name = username};
+    struct claim claim = {.name = username, .x509 = mosquitto_client_certificate(client)};
 
-    if (certificate_read(mosquitto_client_certificate(client), username, &claim.certificate) == CERTIFICATE &&
+    if (certificate_read(claim.x509, username, &claim.certificate) == CERTIFICATE &&
         judge_certificate(&claim) == NOT_GRANTED && id != NULL && names_find(&tainted, id) == NULL &&
         !names_add(&tainted, id)) {
         all_tainted = true;
     }
+    X509_free(claim.x509);
     presence_ended(client);
     forget(client);
 }

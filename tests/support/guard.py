@@ -47,14 +47,11 @@ class Journal:
 
     def __init__(self, path: Path, epoch: int = 1, base: int = 0) -> None:
         self.path, self.epoch, self.sequence, self.checksum = path, epoch, base, 0
-        self.content = b""
-        self._add(f"portal-guard 1 {epoch} {base}")
+        self.content = self._end(f"portal-guard 1 {epoch} {base}")
 
-    def _add(self, text: str) -> bytes:
+    def _end(self, text: str) -> bytes:
         self.checksum = zlib.crc32(text.encode(), self.checksum)
-        line = f"{text} {self.checksum:08x}\n".encode()
-        self.content += line
-        return line
+        return f"{text} {self.checksum:08x}\n".encode()
 
     def write(self) -> Journal:
         """Write the whole file beside the old one, and rename it over that."""
@@ -64,10 +61,16 @@ class Journal:
         temporary.rename(self.path)
         return self
 
+    def render(self, text: str) -> bytes:
+        """Render the next line, for a file that is too long to be kept here."""
+        self.sequence += 1
+        return self._end(f"{self.sequence} {text}")
+
     def line(self, text: str) -> bytes:
         """Render the next line without writing it to the file."""
-        self.sequence += 1
-        return self._add(f"{self.sequence} {text}")
+        line = self.render(text)
+        self.content += line
+        return line
 
     def append(self, *texts: str) -> None:
         """Append lines to the file."""
@@ -83,6 +86,7 @@ class GuardedBroker(Mosquitto):
     root: Path
     pki: Pki = field(default_factory=Pki)
     extra: str = ""
+    log_types: str = "all"
 
     def __post_init__(self) -> None:
         self.home = self.root / "broker"
@@ -129,7 +133,7 @@ class GuardedBroker(Mosquitto):
             persistence true
             persistence_location {self.home}
             log_dest stderr
-            log_type all
+            log_type {self.log_types}
             {self.extra}
         """.replace("            ", "")
 

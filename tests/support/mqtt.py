@@ -30,7 +30,7 @@ class Will:
     delay: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class MqttClient:
     """One connection, MQTT 5 unless ``version`` is 4 (MQTT 3.1.1); QoS 1 throughout.
 
@@ -132,15 +132,18 @@ class MqttClient:
         self._packet_id += 1
         return struct.pack(">H", self._packet_id)
 
+    def send(self, kind: int, topic: str, rest: bytes) -> None:
+        """Send a packet that begins with a text, and do not wait for an answer."""
+        self.socket.sendall(pack(kind, topic, rest))
+
+    def receive_puback(self) -> int:
+        """Wait for PUBACK; return its reason code."""
+        answer = self._wait_for(PUBACK)
+        return answer[2] if len(answer) > 2 else 0
+
     def _send(self, kind: int, body: bytes) -> None:
-        length, encoded = len(body), bytearray()
-        while True:
-            length, low = divmod(length, 128)
-            encoded.append(low | (0x80 if length else 0))
-            if not length:
-                break
         self.socket.settimeout(SECONDS)
-        self.socket.sendall(bytes([kind]) + encoded + body)
+        self.socket.sendall(bytes([kind]) + _variable_length(len(body)) + body)
 
     def _wait_for(self, kind: int) -> bytes:
         deadline = time.monotonic() + SECONDS
@@ -186,6 +189,21 @@ class MqttClient:
             self._incoming += chunk
         data, self._incoming = self._incoming[:count], self._incoming[count:]
         return data
+
+
+def _variable_length(length: int) -> bytes:
+    encoded = bytearray()
+    while True:
+        length, low = divmod(length, 128)
+        encoded.append(low | (0x80 if length else 0))
+        if not length:
+            return bytes(encoded)
+
+
+def pack(kind: int, topic: str, rest: bytes) -> bytes:
+    """Return a packet whose body is a text and ``rest``."""
+    body = _text(topic) + rest
+    return bytes([kind]) + _variable_length(len(body)) + body
 
 
 def _text(value: str) -> bytes:

@@ -183,11 +183,11 @@ static void check_state(void)
             contradiction("an identity stands otherwise than written");
         }
         sprintf(topic, "devices/%s/x", ids[i]);
-        if (registry_may(registry, ids[i], WRITE, topic) && !allowed) {
+        if (registry_may(registry, registry_find(registry, ids[i]), ids[i], WRITE, topic) && !allowed) {
             contradiction("an identity that is not allowed may publish");
         }
-        (void)registry_may_subscribe(registry, ids[i], "x/+/#");
-        (void)registry_may_share(registry, ids[i], topic);
+        (void)registry_may_subscribe(registry, registry_find(registry, ids[i]), ids[i], "x/+/#");
+        (void)registry_may_share(registry, registry_find(registry, ids[i]), ids[i], topic);
     }
 }
 
@@ -257,8 +257,8 @@ static void fuzz_lines(void)
         if (line_verify(text, length, &previous, &reason)) {
             (void)line_apply(text, i, registry, id);
         }
-        (void)registry_may_subscribe(registry, "a-b", "a/+/#");
-        (void)registry_may(registry, "a-b", READ, "a/b/c");
+        (void)registry_may_subscribe(registry, registry_find(registry, "a-b"), "a-b", "a/+/#");
+        (void)registry_may(registry, registry_find(registry, "a-b"), "a-b", READ, "a/b/c");
         memcpy(text, file, sizeof text - 1);
         text[sizeof text - 1] = '\0';
         (void)line_read_header(text, &number, &number);
