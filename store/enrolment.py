@@ -14,7 +14,8 @@ from sqlalchemy.engine import Connection
 from core.errors import NotFound, StateConflict
 from core.states import Approval, DeviceStatus, EnrolmentStatus, ManufacturerStatus
 from store.database import columns_of, hash_of
-from store.tables import Device, EnrolmentRow, EnrolmentToken, Manufacturer, ReenrolmentRow
+from store.enrolment_tables import EnrolmentRow, EnrolmentToken, Manufacturer, ReenrolmentRow
+from store.tables import Device
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,21 +9,11 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core import states
+from store import enrolment_tables  # noqa: F401 - so that METADATA has every table
+from store.columns import BigId, OfTenant, one_of, partial_index
 from store.database import Base
 
 DEFAULT_TENANT = "default"
-BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows only in INTEGER columns
-
-
-def one_of(column: str, *values: str) -> str:
-    """Return the condition that a column has one of these values."""
-    allowed = ", ".join(f"'{value}'" for value in values)
-    return f"{column} IN ({allowed})"
-
-
-def partial_index(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
-    """Return an index of the rows that fulfil a condition, on either database."""
-    return sa.Index(name, *columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
 
 
 # --- Tenants ---------------------------------------------------------------------------------------------------------
@@ -36,12 +26,6 @@ class Tenant(Base):
 
     id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     created_at: Mapped[datetime]
-
-
-class _OfTenant:
-    """A row with its owner."""
-
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"))
 
 
 class IdempotencyKey(Base):
@@ -59,7 +43,7 @@ class IdempotencyKey(Base):
     expires_at: Mapped[datetime]
 
 
-class Token(_OfTenant, Base):
+class Token(OfTenant, Base):
     """An operator's token, by the hash of its secret."""
 
     __tablename__ = "tokens"
@@ -77,7 +61,7 @@ class Token(_OfTenant, Base):
     revoked_at: Mapped[datetime | None]
 
 
-class AuditEntry(_OfTenant, Base):
+class AuditEntry(OfTenant, Base):
     """Who did what, to what, when, from where, with which outcome; never changed, never removed."""
 
     __tablename__ = "audit_entries"
@@ -132,7 +116,7 @@ class BrokerState(Base):
 # --- Devices, certificates and their issuers -------------------------------------------------------------------------
 
 
-class Device(_OfTenant, Base):
+class Device(OfTenant, Base):
     """A device, under the UUID that is its identity everywhere."""
 
     __tablename__ = "devices"
@@ -187,7 +171,7 @@ class AclEntry(Base):
     access: Mapped[str] = mapped_column(sa.String(16))
 
 
-class IssuerRow(_OfTenant, Base):
+class IssuerRow(OfTenant, Base):
     """A CA of the portal; its key is in the key store."""
 
     __tablename__ = "issuers"
@@ -212,7 +196,7 @@ class IssuerRow(_OfTenant, Base):
     revoked_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
 
 
-class Crl(_OfTenant, Base):
+class Crl(OfTenant, Base):
     """The newest CRL of an issuer."""
 
     __tablename__ = "crls"
@@ -233,7 +217,7 @@ class Crl(_OfTenant, Base):
 _CURRENT = "status IN ('active', 'held') AND replaced_until IS NULL"
 
 
-class Certificate(_OfTenant, Base):
+class Certificate(OfTenant, Base):
     """A certificate that the portal issued: to a device, to a server of its own, or to its probe (``canary``).
 
     A ``lost`` one was issued after the copy that a restore has put back: it stays on the CRL.
@@ -285,7 +269,7 @@ class Certificate(_OfTenant, Base):
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
 
 
-class Delivery(_OfTenant, Base):
+class Delivery(OfTenant, Base):
     """A bundle that waits for its one download; it is removed, and the row kept, once delivered, expired or revoked."""
 
     __tablename__ = "deliveries"
@@ -311,132 +295,10 @@ class Delivery(_OfTenant, Base):
     delivered_at: Mapped[datetime | None]
 
 
-# --- Enrolment -------------------------------------------------------------------------------------------------------
-
-_APPROVALS = "approval IN ('at_once', 'operator')"
-_VALIDITY = "validity_days BETWEEN 1 AND 36500"
-
-
-class _Profile:
-    """The data that a device is registered with when it enrols, and the conditions for it."""
-
-    type: Mapped[str] = mapped_column(sa.String(64))
-    location: Mapped[str] = mapped_column(sa.String(128))
-    firmware: Mapped[str] = mapped_column(sa.String(64))
-    name_template: Mapped[str] = mapped_column(sa.String(128))
-    key_types: Mapped[list[str]] = mapped_column(sa.JSON)
-    validity_days: Mapped[int | None]
-    approval: Mapped[states.Approval]
-
-
-class EnrolmentToken(_OfTenant, _Profile, Base):
-    """A secret, by its hash, with which devices enrol: one known device, or at most ``uses_allowed`` new ones."""
-
-    __tablename__ = "enrolment_tokens"
-    __table_args__ = (
-        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
-        sa.UniqueConstraint("secret_hash"),
-        sa.UniqueConstraint("tenant_id", "id"),
-        sa.CheckConstraint(_APPROVALS, name="approval"),
-        sa.CheckConstraint(_VALIDITY, name="validity_days"),
-        sa.CheckConstraint("uses BETWEEN 0 AND uses_allowed", name="uses"),
-        sa.CheckConstraint("device_id IS NULL OR uses_allowed = 1", name="one_device"),
-    )
-
-    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    secret_hash: Mapped[str] = mapped_column(sa.String(64))
-    name: Mapped[str] = mapped_column(sa.String(64))
-    device_id: Mapped[str | None] = mapped_column(sa.String(36))
-    uses_allowed: Mapped[int]
-    uses: Mapped[int] = mapped_column(default=0)
-    created_at: Mapped[datetime]
-    expires_at: Mapped[datetime]
-    revoked_at: Mapped[datetime | None]
-
-
-class Manufacturer(_OfTenant, _Profile, Base):
-    """A CA of factory certificates (IDevID); it is trusted once possession of its key was proven."""
-
-    __tablename__ = "manufacturers"
-    __table_args__ = (
-        sa.UniqueConstraint("tenant_id", "id"),
-        sa.CheckConstraint(_APPROVALS, name="approval"),
-        sa.CheckConstraint(_VALIDITY, name="validity_days"),
-        sa.CheckConstraint("status IN ('unproven', 'registered', 'removed')", name="status"),
-        sa.CheckConstraint("status != 'registered' OR proven_at IS NOT NULL", name="proven_at"),
-        sa.CheckConstraint("(status = 'removed') = (removed_at IS NOT NULL)", name="removed_at"),
-        partial_index(
-            "uq_manufacturers_one_of_a_ca", "tenant_id", "fingerprint", where="status != 'removed'", unique=True
-        ),
-    )
-
-    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
-    name: Mapped[str] = mapped_column(sa.String(64))
-    der: Mapped[bytes]
-    fingerprint: Mapped[str] = mapped_column(sa.String(64))
-    not_after: Mapped[datetime]
-    status: Mapped[states.ManufacturerStatus]
-    nonce: Mapped[str] = mapped_column(sa.String(64))
-    nonce_expires_at: Mapped[datetime]
-    created_at: Mapped[datetime]
-    proven_at: Mapped[datetime | None]
-    removed_at: Mapped[datetime | None]
-
-
-class EnrolmentRow(_OfTenant, Base):
-    """A device's first request for a certificate, however often it is repeated.
-
-    ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
-    the key in its CSR, or of the key in its factory certificate.
-    """
-
-    __tablename__ = "enrolments"
-    __table_args__ = (
-        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
-        sa.ForeignKeyConstraint(["tenant_id", "token_id"], ["enrolment_tokens.tenant_id", "enrolment_tokens.id"]),
-        sa.ForeignKeyConstraint(["tenant_id", "manufacturer_id"], ["manufacturers.tenant_id", "manufacturers.id"]),
-        sa.UniqueConstraint("tenant_id", "token_id", "identity"),
-        sa.UniqueConstraint("tenant_id", "manufacturer_id", "identity"),
-        sa.CheckConstraint("(token_id IS NULL) != (manufacturer_id IS NULL)", name="means"),
-        sa.CheckConstraint("status IN ('waiting', 'approved', 'issued', 'rejected')", name="status"),
-        sa.CheckConstraint("(status = 'issued') = (certificate_id IS NOT NULL)", name="certificate"),
-        sa.Index("ix_enrolments_device", "tenant_id", "device_id"),
-        partial_index("ix_enrolments_waiting", "tenant_id", "created_at", where="status = 'waiting'"),
-    )
-
-    id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    device_id: Mapped[str] = mapped_column(sa.String(36))
-    token_id: Mapped[str | None] = mapped_column(sa.String(32))
-    manufacturer_id: Mapped[str | None] = mapped_column(sa.String(32))
-    identity: Mapped[str] = mapped_column(sa.String(64))
-    key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
-    status: Mapped[states.EnrolmentStatus]
-    created_at: Mapped[datetime]
-    decided_at: Mapped[datetime | None]
-    certificate_id: Mapped[int | None] = mapped_column(sa.ForeignKey("certificates.id"))
-
-
-class ReenrolmentRow(_OfTenant, Base):
-    """The request of an enrolled device for another key, about which an operator decides."""
-
-    __tablename__ = "reenrolments"
-    __table_args__ = (
-        sa.CheckConstraint("status IN ('waiting', 'approved', 'rejected')", name="status"),
-        sa.CheckConstraint("(status = 'waiting') = (decided_at IS NULL)", name="decided_at"),
-        partial_index("ix_reenrolments_waiting", "tenant_id", "asked_at", where="status = 'waiting'"),
-    )
-
-    enrolment_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("enrolments.id"), primary_key=True)
-    key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
-    status: Mapped[states.EnrolmentStatus]
-    asked_at: Mapped[datetime]
-    decided_at: Mapped[datetime | None]
-
-
 # --- Events ----------------------------------------------------------------------------------------------------------
 
 
-class Webhook(_OfTenant, Base):
+class Webhook(OfTenant, Base):
     """A subscription: the address that events are sent to, with its sealed secret."""
 
     __tablename__ = "webhooks"
@@ -485,7 +347,7 @@ class WebhookDelivery(Base):
     ended_at: Mapped[datetime | None]
 
 
-class ExpiryAnnouncement(_OfTenant, Base):
+class ExpiryAnnouncement(OfTenant, Base):
     """A certificate whose expiry was announced, so that it is announced once."""
 
     __tablename__ = "expiry_announcements"

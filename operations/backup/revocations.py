@@ -20,8 +20,9 @@ from core.states import ON_CRL, CertificateStatus, DeviceStatus, ManufacturerSta
 from pki.issuers import CLOCK_SKEW, Reason
 from store import audit, devices
 from store import issuers as store_issuers
+from store.enrolment_tables import EnrolmentToken, Manufacturer
 from store.issuers import CrlRecord, IssuerRecord
-from store.tables import Certificate, Device, EnrolmentToken, IssuerRow, Manufacturer, Token
+from store.tables import Certificate, Device, IssuerRow, Token
 
 T = TypeVar("T")
 # The database being replaced: yields the rows of a table.

@@ -1,0 +1,131 @@
+"""The tables of devices that enrol: enrolment tokens, manufacturer CAs, and requests."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core import states
+from store.columns import BigId, OfTenant, partial_index
+from store.database import Base
+
+_APPROVALS = "approval IN ('at_once', 'operator')"
+_VALIDITY = "validity_days BETWEEN 1 AND 36500"
+
+
+class _Profile:
+    """The data that a device is registered with when it enrols, and the conditions for it."""
+
+    type: Mapped[str] = mapped_column(sa.String(64))
+    location: Mapped[str] = mapped_column(sa.String(128))
+    firmware: Mapped[str] = mapped_column(sa.String(64))
+    name_template: Mapped[str] = mapped_column(sa.String(128))
+    key_types: Mapped[list[str]] = mapped_column(sa.JSON)
+    validity_days: Mapped[int | None]
+    approval: Mapped[states.Approval]
+
+
+class EnrolmentToken(OfTenant, _Profile, Base):
+    """A secret, by its hash, with which devices enrol: one known device, or at most ``uses_allowed`` new ones."""
+
+    __tablename__ = "enrolment_tokens"
+    __table_args__ = (
+        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
+        sa.UniqueConstraint("secret_hash"),
+        sa.UniqueConstraint("tenant_id", "id"),
+        sa.CheckConstraint(_APPROVALS, name="approval"),
+        sa.CheckConstraint(_VALIDITY, name="validity_days"),
+        sa.CheckConstraint("uses BETWEEN 0 AND uses_allowed", name="uses"),
+        sa.CheckConstraint("device_id IS NULL OR uses_allowed = 1", name="one_device"),
+    )
+
+    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    secret_hash: Mapped[str] = mapped_column(sa.String(64))
+    name: Mapped[str] = mapped_column(sa.String(64))
+    device_id: Mapped[str | None] = mapped_column(sa.String(36))
+    uses_allowed: Mapped[int]
+    uses: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+
+
+class Manufacturer(OfTenant, _Profile, Base):
+    """A CA of factory certificates (IDevID); it is trusted once possession of its key was proven."""
+
+    __tablename__ = "manufacturers"
+    __table_args__ = (
+        sa.UniqueConstraint("tenant_id", "id"),
+        sa.CheckConstraint(_APPROVALS, name="approval"),
+        sa.CheckConstraint(_VALIDITY, name="validity_days"),
+        sa.CheckConstraint("status IN ('unproven', 'registered', 'removed')", name="status"),
+        sa.CheckConstraint("status != 'registered' OR proven_at IS NOT NULL", name="proven_at"),
+        sa.CheckConstraint("(status = 'removed') = (removed_at IS NOT NULL)", name="removed_at"),
+        partial_index(
+            "uq_manufacturers_one_of_a_ca", "tenant_id", "fingerprint", where="status != 'removed'", unique=True
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(64))
+    der: Mapped[bytes]
+    fingerprint: Mapped[str] = mapped_column(sa.String(64))
+    not_after: Mapped[datetime]
+    status: Mapped[states.ManufacturerStatus]
+    nonce: Mapped[str] = mapped_column(sa.String(64))
+    nonce_expires_at: Mapped[datetime]
+    created_at: Mapped[datetime]
+    proven_at: Mapped[datetime | None]
+    removed_at: Mapped[datetime | None]
+
+
+class EnrolmentRow(OfTenant, Base):
+    """A device's first request for a certificate, however often it is repeated.
+
+    ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
+    the key in its CSR, or of the key in its factory certificate.
+    """
+
+    __tablename__ = "enrolments"
+    __table_args__ = (
+        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
+        sa.ForeignKeyConstraint(["tenant_id", "token_id"], ["enrolment_tokens.tenant_id", "enrolment_tokens.id"]),
+        sa.ForeignKeyConstraint(["tenant_id", "manufacturer_id"], ["manufacturers.tenant_id", "manufacturers.id"]),
+        sa.UniqueConstraint("tenant_id", "token_id", "identity"),
+        sa.UniqueConstraint("tenant_id", "manufacturer_id", "identity"),
+        sa.CheckConstraint("(token_id IS NULL) != (manufacturer_id IS NULL)", name="means"),
+        sa.CheckConstraint("status IN ('waiting', 'approved', 'issued', 'rejected')", name="status"),
+        sa.CheckConstraint("(status = 'issued') = (certificate_id IS NOT NULL)", name="certificate"),
+        sa.Index("ix_enrolments_device", "tenant_id", "device_id"),
+        partial_index("ix_enrolments_waiting", "tenant_id", "created_at", where="status = 'waiting'"),
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    device_id: Mapped[str] = mapped_column(sa.String(36))
+    token_id: Mapped[str | None] = mapped_column(sa.String(32))
+    manufacturer_id: Mapped[str | None] = mapped_column(sa.String(32))
+    identity: Mapped[str] = mapped_column(sa.String(64))
+    key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
+    status: Mapped[states.EnrolmentStatus]
+    created_at: Mapped[datetime]
+    decided_at: Mapped[datetime | None]
+    certificate_id: Mapped[int | None] = mapped_column(sa.ForeignKey("certificates.id"))
+
+
+class ReenrolmentRow(OfTenant, Base):
+    """The request of an enrolled device for another key, about which an operator decides."""
+
+    __tablename__ = "reenrolments"
+    __table_args__ = (
+        sa.CheckConstraint("status IN ('waiting', 'approved', 'rejected')", name="status"),
+        sa.CheckConstraint("(status = 'waiting') = (decided_at IS NULL)", name="decided_at"),
+        partial_index("ix_reenrolments_waiting", "tenant_id", "asked_at", where="status = 'waiting'"),
+    )
+
+    enrolment_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("enrolments.id"), primary_key=True)
+    key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
+    status: Mapped[states.EnrolmentStatus]
+    asked_at: Mapped[datetime]
+    decided_at: Mapped[datetime | None]
