@@ -151,11 +151,10 @@ def read_manufacturer_ca(pem: str, *, now: datetime) -> ManufacturerCa:
     """
     certificate = _read_pem(pem, ManufacturerInvalid, "The certificate")
     try:
-        check_public_key(certificate.strict.public_key())
+        with failing_as(ManufacturerInvalid("The CA's key cannot be read, or is of an unknown kind.")):
+            check_public_key(certificate.strict.public_key())
     except KeyRefused as error:
         raise ManufacturerInvalid(f"The CA's key is not accepted. {error.detail}") from error
-    except ValueError as error:
-        raise ManufacturerInvalid("The CA's key cannot be read.") from error
     extensions = certificate.strict.extensions
     constraints = [item.value for item in extensions if isinstance(item.value, x509.BasicConstraints)]
     usage = [item.value for item in extensions if isinstance(item.value, x509.KeyUsage)]

@@ -27,6 +27,7 @@ from pki.client_certificates import (
     read_client,
     read_manufacturer_ca,
 )
+from pki.encoding import pem
 
 NOW = datetime(2030, 6, 15, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -205,6 +206,14 @@ def test_a_ca_with_a_weak_key_is_refused() -> None:
     weak = made(CA, key=rsa.generate_private_key(65537, 1024))  # noqa: S505 - to be refused
     with pytest.raises(ManufacturerInvalid, match="1024 bits"):
         read_manufacturer_ca(pem_of(weak), now=NOW)
+
+
+@pytest.mark.parametrize("kind", ["2a8648ce3d0201", "2a8648ce3d030107"], ids=["algorithm", "curve"])
+def test_a_ca_with_a_key_of_an_unknown_kind_is_refused(kind: str) -> None:
+    known = bytes.fromhex(kind)
+    der = der_of(made(CA)).replace(known, known[:-1] + b"\x63")
+    with pytest.raises(ManufacturerInvalid, match="key"):
+        read_manufacturer_ca(pem("CERTIFICATE", der), now=NOW)
 
 
 def test_one_certificate_is_to_be_sent() -> None:

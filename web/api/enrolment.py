@@ -19,7 +19,7 @@ ROUTES = Routes("Enrolment")
 MANUFACTURERS = Routes("Manufacturers")
 
 ApprovalName = Literal["at_once", "operator"]
-KeyTypes = Annotated[list[KeyTypeName], Field(min_length=1, max_length=5)]
+KeyTypes = Annotated[list[KeyTypeName], Field(min_length=1, max_length=len(get_args(KeyTypeName)))]
 Days = Annotated[int, Field(ge=1, le=36500), WholeNumber]
 Pem = Annotated[str, Field(max_length=16384, description="One certificate in PEM")]
 

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from flask import Flask
 
 from app import portal_of
+from config import KEY_TYPES
 from tests.support.est import Device, certificates_of, csr_der, device, new_key, refused
 from tests.support.foreign import (
     BASIC_CONSTRAINTS,
@@ -38,6 +39,10 @@ pytestmark = ON_SQLITE
 def test_a_csr_of_another_program_is_certified_over_each_interface(api: Api, path: Path) -> None:
     assert api.register(name="pump-1", csr=path.read_text())["certificate"]
     certificates_of(device(api).call("POST", "simpleenroll", path.read_bytes()))
+
+
+def test_a_token_may_allow_every_kind_of_key(api: Api) -> None:
+    assert api.post("/enrolment-tokens", {"name": "a", "type": "pump", "key_types": list(KEY_TYPES)}).status_code == 201
 
 
 def test_a_device_with_a_key_of_4096_bits_enrols(api: Api) -> None:
