@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
 from app import portal_of
@@ -30,6 +31,7 @@ from tests.support.foreign import (
 )
 from tests.support.harness import ON_SQLITE, Api, problem_of
 from tests.support.ocsp import extension, integer, oid, sequence, tlv
+from tests.support.pki import Authority
 from workflows.enrolment.clients import CLIENT_CAS
 
 pytestmark = ON_SQLITE
@@ -71,6 +73,17 @@ def add(api: Api, ca: bytes) -> Any:
 def prove(api: Api, key: Key, added: Any) -> Any:
     proof = base64.b64encode(signature(key, added.json["nonce"].encode())).decode()
     return api.post(f"/manufacturers/{added.json['manufacturer_id']}/proof", {"signature": proof})
+
+
+def test_the_ca_that_counts_is_the_one_that_has_signed_the_device_s_certificate_directly(api: Api) -> None:
+    root = Authority("A maker's root")
+    intermediate = Authority("A maker's CA", root)
+    one = Device(api, certificate=intermediate.issue("sn-1").certificate.public_bytes(Encoding.DER))
+    for authority in (root, intermediate):
+        added = add(api, authority.certificate.public_bytes(Encoding.DER))
+        assert "directly" in refused(one.enrol(), 403)
+        assert prove(api, authority.key, added).status_code == 200
+    certificates_of(one.enrol())
 
 
 @pytest.mark.parametrize(
