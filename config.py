@@ -342,7 +342,7 @@ class Settings(BaseSettings):
 
     link_hours: Annotated[int, count(1, 8760)] = setting("24", "Life of a download link, in hours")
     link_grace: Annotated[float, seconds(0, 86400)] = setting(
-        "300", "Without effect: a link is spent by its first fetch"
+        "300", "Seconds in which the client that fetched a bundle may fetch it again, by the idempotency key it gave"
     )
 
     webhook_allow: Networks = setting("", "Internal networks (CIDR) that events may be sent to; none if empty")

@@ -164,21 +164,25 @@ def _serializer(keys: Sequence[str], now: datetime) -> URLSafeTimedSerializer:
     )
 
 
-# --- Responses kept for a repeated request --------------------------------------------------------------------------
+# --- What is kept for a repeated request ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerSeal:
-    """Encrypts a response under an idempotency key, of which only ``key_hash`` is stored."""
+    """Encrypts a response or a bundle under an idempotency key, of which only ``key_hash`` is stored."""
 
     key_hash: str
     _seal_key: bytes
     _request_key: bytes
 
     @classmethod
-    def of(cls, idempotency_key: str, *, pepper: bytes) -> AnswerSeal:
-        """Derive the keys; ``pepper`` is kept outside the database, so that nobody can guess keys from a copy of it."""
-        derivation = HKDF(SHA256(), 96, salt=pepper, info=b"onboarding-portal/idempotency")
+    def of(cls, idempotency_key: str, *, pepper: bytes, purpose: str = "") -> AnswerSeal:
+        """Derive the keys; ``pepper`` is kept outside the database, so that nobody can guess keys from a copy of it.
+
+        The same idempotency key gives other keys for another ``purpose``.
+        """
+        info = "/".join(("onboarding-portal/idempotency", *filter(None, [purpose])))
+        derivation = HKDF(SHA256(), 96, salt=pepper, info=info.encode())
         derived = derivation.derive(idempotency_key.encode())
         return cls(derived[:32].hex(), derived[32:64], derived[64:])
 
@@ -187,7 +191,7 @@ class AnswerSeal:
         return hmac.new(self._request_key, request, "sha256").hexdigest()
 
     def seal(self, answer: bytes) -> bytes:
-        """Encrypt and authenticate a response (AES-256-GCM, after its random 96-bit nonce)."""
+        """Encrypt and authenticate it (AES-256-GCM, after its random 96-bit nonce)."""
         nonce = secrets.token_bytes(12)
         return nonce + AESGCM(self._seal_key).encrypt(nonce, answer, self.key_hash.encode())
 

@@ -12,8 +12,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import DeviceNotFound
-from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus, DeviceStatus
+from core.states import CertificateStatus, DeviceStatus
 from store.database import UtcDateTime
+from store.deliveries import revoke_deliveries
 from store.devices import DEVICE_COLUMNS, DeviceRecord, change_certificates, update_device
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device
 
@@ -121,15 +122,7 @@ def revoke_device(
         Certificate.status != CertificateStatus.REVOKED,
     )
     change_certificates(tx, own, {"status": CertificateStatus.REVOKED, **values}, generation=generation)
-    tx.execute(
-        sa.update(Delivery)
-        .where(
-            Delivery.tenant_id == tenant_id,
-            Delivery.device_id == device_id,
-            Delivery.status.in_(PENDING_DELIVERY),
-        )
-        .values(status=DeliveryStatus.REVOKED, bundle=None, lease_until=None)
-    )
+    revoke_deliveries(tx, Delivery.tenant_id == tenant_id, Delivery.device_id == device_id)
 
 
 # --- Certificates -------------------------------------------------------------------------------------------------

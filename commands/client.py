@@ -6,6 +6,7 @@ import contextlib
 import email.utils
 import json
 import re
+import secrets
 import ssl
 import time
 from collections.abc import Iterator, Mapping
@@ -141,9 +142,12 @@ class Client:
             next_cursor = page.get("next_cursor")
         return {key: rows, "next_cursor": next_cursor}
 
-    def fetch_bundle(self, link: str) -> bytes:
-        """Return the encrypted bundle of a one-time link, which needs no token; raises as ``call`` does."""
-        answer = self._send("GET", link, None, headers={"Connection": "close"})
+    def fetch_bundle(self, link: str, key: str) -> bytes:
+        """Return the encrypted bundle of a one-time link, which needs no token; raises as ``call`` does.
+
+        If the connection breaks it is fetched again, which the portal allows by the same idempotency ``key`` only.
+        """
+        answer = self._send("GET", link, None, headers={"Connection": "close", "Idempotency-Key": key})
         if answer.status >= 400:
             raise self.refusal(answer)
         if not answer.body.startswith((b"PK", b"\x30")):  # a ZIP, a PKCS#12 file
@@ -152,9 +156,9 @@ class Client:
             )
         return answer.body
 
-    def check_link_works(self, link: str) -> None:
+    def check_link_works(self, link: str, key: str) -> None:
         """Raise as ``fetch_bundle`` would, without using the link up."""
-        answer = self._send("HEAD", link, None)
+        answer = self._send("HEAD", link, None, headers={"Idempotency-Key": key})
         if answer.status in _DEAD_LINK:
             raise Refused(_DEAD_LINK[answer.status], status=answer.status)
         if answer.status >= 400:
@@ -299,6 +303,11 @@ class _Bearer(requests.auth.AuthBase):
         if self._token is not None:
             request.headers["Authorization"] = f"Bearer {self._token}"
         return request
+
+
+def new_idempotency_key() -> str:
+    """Return 192 random bits as text: the portal seals with this key what it keeps for a repeat."""
+    return secrets.token_urlsafe(24)
 
 
 def check_link(link: str) -> str:

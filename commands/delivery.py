@@ -16,9 +16,9 @@ from typing import Any
 import click
 
 from commands.bundle import FILES, MAX_BUNDLE, README, Checked, DeviceBundle, check_bundle, extension_of, open_bundle
-from commands.client import check_link
+from commands.client import check_link, new_idempotency_key
 from commands.context import Remote, ask_secret, command
-from commands.errors import BundleLocked, CheckFailed, CliError
+from commands.errors import BundleLocked, CheckFailed, CliError, ConnectionLost
 from commands.files import Folder, NewFile, read_input, read_secret, require_writable, write_new
 from commands.output import moment, text
 
@@ -93,10 +93,13 @@ def _open(portal: Remote, content: bytes, password: Password) -> DeviceBundle:
     return open_bundle(content, password.text)
 
 
-def fetch(portal: Remote, link: str, where: Path) -> tuple[bytes, Path]:
-    """Download the bundle and save it, encrypted, before anything else is done with it; uses the link up."""
+def fetch(portal: Remote, link: str, where: Path, key: str) -> tuple[bytes, Path]:
+    """Download the bundle and save it, encrypted, before anything else is done with it; uses the link up.
+
+    Only the idempotency ``key`` can fetch it again, for a few minutes.
+    """
     with portal.out.working("Downloading the bundle…"):
-        content = portal.client.fetch_bundle(link)
+        content = portal.client.fetch_bundle(link, key)
     return content, keep_bundle(content, where)
 
 
@@ -156,18 +159,27 @@ def show_files(portal: Remote, files: dict[str, Any]) -> None:
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
-def download(portal: Remote, link: str, out: Path | None, password_file: str | None, force: bool) -> None:
+@click.option("--idempotency-key", metavar="KEY", help="Repeat a download that broke off a few minutes ago.")
+def download(
+    portal: Remote, link: str, out: Path | None, password_file: str | None, force: bool, idempotency_key: str | None
+) -> None:
     """Download a device's bundle, check it and unpack it.
 
     The link works once and needs no operator token. The password is read from the file, from PORTAL_BUNDLE_PASSWORD or
     from the terminal. Files are written only if key, certificate and chain match. If anything fails after the
-    download, the encrypted bundle is saved for portal unpack.
+    download, the encrypted bundle is saved for portal unpack. A download that breaks off is repeated.
     """
     link = check_link(link)
     _ = portal.settings  # a wrong setting is reported before the password is asked for
     with _folder(out, force=force) as folder:
-        password = bundle_password(password_file, before_asking=lambda: portal.client.check_link_works(link))
-        content, kept = fetch(portal, link, folder.path if folder else Path())
+        key = idempotency_key or new_idempotency_key()
+        password = bundle_password(password_file, before_asking=lambda: portal.client.check_link_works(link, key))
+        try:
+            content, kept = fetch(portal, link, folder.path if folder else Path(), key)
+        except ConnectionLost as error:
+            hint = f"The link may be used up; repeat the command within a few minutes with --idempotency-key {key}"
+            error.hints = (*error.hints, hint)
+            raise
         files = unpack_fetched(portal, content, kept, password, folder=folder, force=force)
     _show(portal, files)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from commands.client import Client, check_link
+from commands.client import Client, check_link, new_idempotency_key
 from commands.context import Remote, command
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
@@ -212,7 +212,7 @@ def _download(portal: Remote, results: Results, tally: Tally) -> None:
     with portal.out.progress("Downloading", len(waiting)) as advance:
         for device_id, link in waiting.items():
             try:
-                content = portal.client.fetch_bundle(check_link(link))
+                content = portal.client.fetch_bundle(check_link(link), new_idempotency_key())
                 write_new(results.bundle_path(device_id, content), NewFile(content, 0o600), force=False)
                 tally.downloaded += 1
             except ConnectionLost:

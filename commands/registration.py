@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
-import secrets
 import shlex
 import ssl
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from commands.bundle import (
     certificates_only,
     check_credentials,
 )
-from commands.client import check_link
+from commands.client import check_link, new_idempotency_key
 from commands.context import (
     DEVICE_ID,
     Remote,
@@ -191,11 +190,12 @@ def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], de
 
 
 def _unpack(portal: Remote, answer: dict[str, Any], password: str, folder: Folder) -> dict[str, Any]:
-    link = check_link(answer["download_url"])
+    link, key = check_link(answer["download_url"]), new_idempotency_key()
     try:
-        content, kept = fetch(portal, link, folder.path)
+        content, kept = fetch(portal, link, folder.path, key)
     except CliError as error:
-        error.hints = (*error.hints, f"Download it with: portal download {shlex.quote(link)}")
+        again = f"portal download {shlex.quote(link)} --idempotency-key {key}"
+        error.hints = (*error.hints, f"Download it within a few minutes with: {again}")
         raise
     return unpack_fetched(portal, content, kept, Password(password), folder=folder, force=True)
 
@@ -257,8 +257,7 @@ def _targets(delivery: DeliveryOptions, names: tuple[str, ...]) -> Iterator[tupl
 
 
 def _post(portal: Remote, operation: Operation, body: dict[str, Any], key: str | None) -> dict[str, Any]:
-    # 192 random bits: the portal encrypts the stored answer with this key.
-    sent = key or secrets.token_urlsafe(24)
+    sent = key or new_idempotency_key()
     try:
         with portal.out.working(operation.doing):
             return portal.client.call("POST", operation.path, body=body, headers={"Idempotency-Key": sent}).json()

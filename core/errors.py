@@ -37,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import ClassVar
 
 
@@ -239,9 +240,19 @@ class Gone(PortalError):
 
 
 class LinkUsed(Gone):
-    """The bundle was downloaded already."""
+    """The bundle was downloaded already: by the delivery ``delivery_id`` of ``device_id``, at ``delivered_at``."""
 
     code = "link_used"
+
+    def __init__(self, *, device_id: str, delivery_id: str, delivered_at: datetime | None) -> None:
+        at = "" if delivered_at is None else f" at {delivered_at:%Y-%m-%d %H:%M:%S} UTC"
+        super().__init__(
+            f"This link was used{at}; if that was not you, give the device new credentials with portal renew"
+            " --overlap-hours 0, which revokes those in the bundle at once."
+        )
+        self.device_id = device_id
+        self.delivery_id = delivery_id
+        self.delivered_at = delivered_at
 
 
 class LinkExpired(Gone):

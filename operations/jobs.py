@@ -77,6 +77,7 @@ def expire(portal: Portal) -> None:
                 at=now,
                 delivery=delivery_id,
             )
+        deliveries.forget_kept_bundles(tx, now=now)
         deliveries.forget_answers(tx, now=now)
 
 

@@ -184,7 +184,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, tenant_id),
         registrations=Registrations(settings, database, reconciler, credentials, answers, clock),
         bulk=Bulk(settings, reconciler, processes, batches),
-        deliveries=Deliveries(settings, database, reconciler, links, clock),
+        deliveries=Deliveries(settings, database, reconciler, links, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
         renewals=Renewals(settings, database, reconciler, credentials, answers, clock),
         clients=clients,

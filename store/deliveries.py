@@ -1,7 +1,8 @@
-"""Bundles that wait for their one download, and answers that are kept for a repeated request."""
+"""Bundles that wait for their one download or are kept for a repeat of it, and answers kept for a repeated request."""
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
 from core.states import PENDING_DELIVERY, DeliveryStatus, DeviceStatus
-from store.tables import Delivery, Device, IdempotencyKey
+from store.tables import Delivery, Device, IdempotencyKey, KeptBundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class DeliveryRecord:
     """The delivery of a link; the broker must have reached ``generation`` before the bundle is released.
 
     Status "fetching" and ``lease_until`` are of fetches that an older version of the portal did not see the end of.
+    Status "delivered" is that of a bundle that is kept for the client which asks.
     """
 
     id: str
@@ -56,8 +58,8 @@ def add_deliveries(tx: Connection, deliveries: Sequence[NewDelivery]) -> None:
         tx.execute(_INSERT_DELIVERIES, rows)
 
 
-def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> DeliveryRecord:
-    """Read a delivery that can still be fetched at ``now``.
+def get_delivery(tx: Connection, delivery_id: str, *, now: datetime, key_hash: str | None = None) -> DeliveryRecord:
+    """Read a delivery that can be fetched at ``now``, or again by the client whose idempotency key has this hash.
 
     Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired`` or ``LinkRevoked``, ``StateConflict`` while the device is
     suspended.
@@ -71,52 +73,85 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> Delivery
             Delivery.expires_at,
             Delivery.lease_until,
             Device.generation,
-            sa.func.length(Delivery.bundle),
+            sa.func.coalesce(sa.func.length(Delivery.bundle), KeptBundle.length, 0),
             Delivery.format,
+            Delivery.delivered_at,
             Device.status,
+            KeptBundle.key_hash,
         )
         .join(Device, Device.id == Delivery.device_id)
+        .outerjoin(KeptBundle, sa.and_(KeptBundle.delivery_id == Delivery.id, KeptBundle.expires_at > now))
         .where(Delivery.id == delivery_id)
     ).one_or_none()
     if row is None:
         raise LinkUnknown("This download link is not known here; ask for the device's link again.")
-    record = DeliveryRecord(*row[:-1])
+    *values, delivered_at, device_status, kept_for = row
+    record = DeliveryRecord(*values)
     if record.status == DeliveryStatus.REVOKED:
         raise LinkRevoked("The device or certificate of this link has been revoked, so its bundle was destroyed.")
     if record.status == DeliveryStatus.EXPIRED or (record.status in PENDING_DELIVERY and record.expires_at <= now):
         raise LinkExpired("This link has expired, so its bundle was destroyed; issue new credentials for the device.")
-    if record.status == DeliveryStatus.DELIVERED or (record.lease_until is not None and record.lease_until > now):
-        raise LinkUsed("This link has been used; give the device new credentials if it was not you.")
-    if row[-1] == DeviceStatus.SUSPENDED:
+    spent = record.status == DeliveryStatus.DELIVERED or (record.lease_until is not None and record.lease_until > now)
+    if spent and not (key_hash and kept_for and hmac.compare_digest(key_hash, kept_for)):
+        raise LinkUsed(device_id=record.device_id, delivery_id=record.id, delivered_at=delivered_at)
+    if device_status == DeviceStatus.SUSPENDED:
         raise StateConflict("The device of this link is suspended; fetch its bundle once it has been resumed.")
     return record
 
 
-def spend_delivery(tx: Connection, delivery_id: str, *, now: datetime) -> bytes:
+def spend_delivery(
+    tx: Connection, delivery_id: str, *, now: datetime, key_hash: str | None = None
+) -> tuple[bytes, bool]:
     """Return the bundle and destroy it: the link is used from this transaction's commit on.
 
-    Raises as ``get_delivery`` does.
+    If the client whose idempotency key has this hash used it before, return the sealed bundle that is kept for it, and
+    ``True``. Raises as ``get_delivery`` does.
     """
     # The row is locked before it is read, so that of several fetches at once only one finds the bundle.
     bundle: bytes | None = tx.execute(
         sa.select(Delivery.bundle).where(Delivery.id == delivery_id).with_for_update()
     ).scalar_one_or_none()
-    get_delivery(tx, delivery_id, now=now)
+    get_delivery(tx, delivery_id, now=now, key_hash=key_hash)
     if bundle is None:
-        raise LinkUsed("This link has been used; give the device new credentials if it was not you.")
+        kept = sa.select(KeptBundle.sealed_bundle).where(KeptBundle.delivery_id == delivery_id)
+        return tx.execute(kept).scalar_one(), True
     tx.execute(
         sa.update(Delivery)
         .where(Delivery.id == delivery_id)
         .values(status=DeliveryStatus.DELIVERED, bundle=None, lease_until=None, delivered_at=now)
     )
-    return bundle
+    return bundle, False
+
+
+def keep_bundle(
+    tx: Connection, tenant_id: str, delivery_id: str, *, key_hash: str, sealed: bytes, length: int, until: datetime
+) -> None:
+    """Keep a bundle that was just spent, sealed, for a repeat of its fetch by the same client."""
+    row = {"delivery_id": delivery_id, "tenant_id": tenant_id, "key_hash": key_hash}
+    tx.execute(sa.insert(KeptBundle), {**row, "sealed_bundle": sealed, "length": length, "expires_at": until})
+
+
+def forget_kept_bundles(tx: Connection, *, now: datetime) -> int:
+    """Destroy the kept bundles that can no longer be fetched again; return how many."""
+    return tx.execute(sa.delete(KeptBundle).where(KeptBundle.expires_at <= now)).rowcount
+
+
+def revoke_deliveries(tx: Connection, *which: sa.ColumnElement[bool]) -> None:
+    """Destroy the bundles of deliveries, those that wait and those that are kept for a repeat."""
+    tx.execute(
+        sa.update(Delivery)
+        .where(*which, Delivery.status.in_(PENDING_DELIVERY))
+        .values(status=DeliveryStatus.REVOKED, bundle=None, lease_until=None)
+    )
+    tx.execute(sa.delete(KeptBundle).where(KeptBundle.delivery_id.in_(sa.select(Delivery.id).where(*which))))
 
 
 def anything_due(tx: Connection, *, now: datetime) -> bool:
     """Return whether a bundle or a kept answer has expired."""
+    kept = sa.select(KeptBundle.delivery_id).where(KeptBundle.expires_at <= now)
     bundle = sa.select(Delivery.id).where(Delivery.status.in_(PENDING_DELIVERY), Delivery.expires_at <= now)
     answer = sa.select(IdempotencyKey.key_hash).where(IdempotencyKey.expires_at <= now)
-    return bool(tx.execute(sa.select(sa.or_(bundle.exists(), answer.exists()))).scalar_one())
+    return bool(tx.execute(sa.select(sa.or_(bundle.exists(), kept.exists(), answer.exists()))).scalar_one())
 
 
 def expire_deliveries(tx: Connection, *, now: datetime, limit: int = 1000) -> Sequence[tuple[str, str, str]]:

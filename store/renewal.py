@@ -9,8 +9,9 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
+from core.states import CertificateStatus, DeliveryStatus
 from store.certificates import CURRENT, of_device
+from store.deliveries import revoke_deliveries
 from store.devices import change_certificates
 from store.tables import Certificate, Delivery
 
@@ -188,9 +189,5 @@ def _supersede(tx: Connection, ids: Sequence[int], *, now: datetime, generation:
     values |= {"generation": generation if sessions else 0}
     which = (Certificate.id.in_(ids), Certificate.status != CertificateStatus.REVOKED)
     done = change_certificates(tx, which, values, generation=generation)
-    tx.execute(
-        sa.update(Delivery)
-        .where(Delivery.certificate_id.in_(ids), Delivery.status.in_(PENDING_DELIVERY))
-        .values(status=DeliveryStatus.REVOKED, bundle=None, lease_until=None)
-    )
+    revoke_deliveries(tx, Delivery.certificate_id.in_(ids))
     return done

@@ -295,6 +295,22 @@ class Delivery(OfTenant, Base):
     delivered_at: Mapped[datetime | None]
 
 
+class KeptBundle(OfTenant, Base):
+    """A delivered bundle that may be fetched again for a while, by the idempotency key of its first fetch alone.
+
+    The bundle is sealed under that key, of which there is only a hash.
+    """
+
+    __tablename__ = "kept_bundles"
+    __table_args__ = (sa.Index("ix_kept_bundles_expiry", "expires_at"),)
+
+    delivery_id: Mapped[str] = mapped_column(sa.ForeignKey("deliveries.id"), primary_key=True)
+    key_hash: Mapped[str] = mapped_column(sa.String(64))
+    sealed_bundle: Mapped[bytes]
+    length: Mapped[int]  # of the bundle, in bytes
+    expires_at: Mapped[datetime]
+
+
 # --- Events ----------------------------------------------------------------------------------------------------------
 
 

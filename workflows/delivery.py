@@ -42,43 +42,72 @@ class Deliveries:
     _database: Database
     _reconciler: Reconciler
     _link_keys: Sequence[str]
+    _pepper: bytes
     _clock: Callable[[], datetime]
 
-    def check_download(self, token: str) -> deliveries.DeliveryRecord:
+    def check_download(self, token: str, idempotency_key: str | None = None) -> deliveries.DeliveryRecord:
         """Return what a link's token leads to, without using the link.
 
         Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired``, ``LinkRevoked``.
         """
+        return self._find(token, idempotency_key)[0]
+
+    def _find(
+        self, token: str, idempotency_key: str | None
+    ) -> tuple[deliveries.DeliveryRecord, credential_delivery.AnswerSeal | None]:
         now = self._clock()
         # The signature's own age limit is the longest a link can live; what counts is the time in the database.
         delivery_id = credential_delivery.read_download_token(
             token, self._link_keys, now=now, max_age=timedelta(hours=self._settings.link_hours) + timedelta(days=1)
         )
+        seal = None
+        if idempotency_key:
+            purpose = f"download/{delivery_id}"
+            seal = credential_delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper, purpose=purpose)
         with self._database.snapshot() as tx:
-            return deliveries.get_delivery(tx, delivery_id, now=now)
+            return deliveries.get_delivery(tx, delivery_id, now=now, key_hash=seal.key_hash if seal else None), seal
 
-    def deliver(self, actor: Actor, token: str) -> DeliveredBundle:
+    def deliver(self, actor: Actor, token: str, idempotency_key: str | None = None) -> DeliveredBundle:
         """Return the bundle behind a link; the link is used, and the bundle destroyed, before this returns.
 
-        Whether the bundle reaches the client cannot be known, so nothing that happens afterwards opens the link again.
+        Whether the bundle reaches the client cannot be known. With an ``idempotency_key`` it is kept, sealed under that
+        key, so that the same key may fetch it again within ``PORTAL_LINK_GRACE``; nothing else opens the link again.
         Raises as ``check_download`` does, and ``Unavailable`` while the broker does not know the device.
         """
-        record = self.check_download(token)
+        record, seal = self._find(token, idempotency_key)
         self._reconciler.wait_until_granted(record.generation)
-        now = self._clock()
-        device = f"device:{record.device_id}"
-
-        def spend(tx: Connection) -> bytes:
-            content = deliveries.spend_delivery(tx, record.id, now=now)
-            events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, at=now)
-            audit.record(tx, actor, "bundle:fetch", device, at=now, delivery=record.id)
-            audit.record(tx, actor, "bundle:deliver", device, at=now, delivery=record.id)
-            failpoint("deliver.before_commit")
-            return content
-
-        content = self._database.write(spend)
+        content = self._database.write(lambda tx: self._spend(tx, actor, record, seal))
         failpoint("deliver.after_commit")
         return DeliveredBundle(record.id, record.device_id, content, BundleFormat(record.format))
+
+    def _spend(
+        self,
+        tx: Connection,
+        actor: Actor,
+        record: deliveries.DeliveryRecord,
+        seal: credential_delivery.AnswerSeal | None,
+    ) -> bytes:
+        now, device = self._clock(), f"device:{record.device_id}"
+        content, repeated = deliveries.spend_delivery(tx, record.id, now=now, key_hash=seal.key_hash if seal else None)
+        if repeated and seal is not None:
+            events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, at=now, repeated=True)
+            audit.record(tx, actor, "bundle:repeat", device, at=now, delivery=record.id)
+            return seal.open(content)
+        if seal is not None and self._settings.link_grace:
+            deliveries.keep_bundle(
+                tx,
+                actor.tenant_id,
+                record.id,
+                key_hash=seal.key_hash,
+                sealed=seal.seal(content),
+                length=len(content),
+                until=now + timedelta(seconds=self._settings.link_grace),
+            )
+        events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, at=now)
+        audit.record(tx, actor, "bundle:fetch", device, at=now, delivery=record.id)
+        audit.record(tx, actor, "bundle:deliver", device, at=now, delivery=record.id)
+        failpoint("deliver.before_commit")
+        return content
 
 
 # --- Answers kept for a repeated request --------------------------------------------------------------------------

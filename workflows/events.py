@@ -29,6 +29,7 @@ class EventType(StrEnum):
     RESUMED = "resumed"
     REVOKED = "revoked"
     DELIVERED = "delivered"
+    LINK_REUSED = "link_reused"
     BROKER_PENDING = "broker_pending"
     BROKER_ENFORCED = "broker_enforced"
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from core import roles
-from core.errors import TooManyAttempts
+from core.errors import LinkUsed, TooManyAttempts
 from core.roles import Role
 from core.throttle import Throttle
 from store import audit, tenants
 from store.audit import Actor, AuditRecord
 from store.database import Database
 from store.tenants import TokenRecord
+from workflows import events
+from workflows.events import EventType
 
 LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit what no index serves
 
@@ -100,6 +102,30 @@ class Operators:
         """Record one that was valid and has expired, without counting it as a guess; a flood of them is summarized."""
         if self._throttle.failed(actor.address, self._clock().timestamp(), counts=False).recorded:
             self.refused(actor, action, target, code)
+
+    def record_used_link(self, actor: Actor, error: LinkUsed, *, fetched: bool) -> None:
+        """Record that a client came with a link that was used, and from where; a flood of them is summarized.
+
+        If it tried to have the bundle ``fetched``, an event tells the subscribers, one for each link and address.
+        """
+        now = self._clock()
+        if not self._throttle.failed(actor.address, now.timestamp(), counts=False).recorded:
+            return
+        facts = {} if error.delivered_at is None else {"used_at": error.delivered_at}
+        with self._database.transaction() as tx:
+            if fetched:
+                events.record(
+                    tx,
+                    actor.tenant_id,
+                    EventType.LINK_REUSED,
+                    error.device_id,
+                    at=now,
+                    once=f"{error.delivery_id} {actor.address}",
+                    address=actor.address,
+                    **facts,
+                )
+            of, delivery = f"device:{error.device_id}", error.delivery_id
+            audit.record(tx, actor, "bundle:fetch", of, at=now, outcome="refused", code=error.code, delivery=delivery)
 
     def record_the_rest(self, tenant_id: str) -> None:
         """Record in one entry how many refusals were counted but not recorded since the last time."""

@@ -37,7 +37,7 @@ from store import audit
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database, newest_revision
-from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow
+from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow, KeptBundle
 from workflows.authority.issuers import FIRST_ISSUING
 
 ROOT_KEY = "root.key.pem"
@@ -392,7 +392,11 @@ def _continue_crls(
 
 
 def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
-    """Destroy undelivered bundles of the backup, which may have been delivered since; return their number."""
+    """Destroy undelivered bundles of the backup, which may have been delivered since; return their number.
+
+    Those that were kept for a repeat of their fetch are destroyed, too.
+    """
+    tx.execute(sa.delete(KeptBundle))
     good: set[str] = set()
     if plan.keep_links:
         query = (

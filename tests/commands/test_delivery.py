@@ -173,6 +173,42 @@ def test_a_fetch_that_fails_leaves_nothing(reply: Reply, exit_code: int, session
     assert names_in(Path()) == set()
 
 
+def test_a_download_that_breaks_off_is_repeated_with_the_same_idempotency_key(
+    session: Session, stub: PortalStub, files: Files
+) -> None:
+    bundle = build_bundle(files)
+    link = stub.add_link(bundle)
+    path = link.removeprefix(stub.url)
+    stub.replies["GET", path] = [Reply(200, bundle, breaks_off=True)]
+    assert session.run("download", link, env=PASSWORD).exit_code == 0
+    keys = [request.headers["Idempotency-Key"] for request in stub.calls("GET", path)]
+    assert len(keys) == 2
+    assert keys[0] == keys[1]
+    assert len(keys[0]) >= 32
+
+
+def test_each_download_has_an_idempotency_key_of_its_own(session: Session, stub: PortalStub, files: Files) -> None:
+    links = [stub.add_link(build_bundle(files)) for _ in range(2)]
+    for number, link in enumerate(links):
+        assert session.run("download", link, "--out", str(number), env=PASSWORD).exit_code == 0
+    assert len({request.headers["Idempotency-Key"] for request in stub.requests}) == 2
+    assert session.run("download", links[0], "--out", "again", env=PASSWORD).exit_code == 1
+
+
+def test_a_download_that_was_lost_says_with_which_key_it_can_be_repeated(
+    session: Session, stub: PortalStub, files: Files
+) -> None:
+    bundle = build_bundle(files)
+    link = stub.add_link(bundle)
+    stub.replies["GET", link.removeprefix(stub.url)] = [Reply(200, bundle, breaks_off=True)] * 3
+    lost = session.run("download", link, env=PASSWORD)
+    assert lost.exit_code == 3
+    key = stub.requests[0].headers["Idempotency-Key"]
+    assert f"--idempotency-key {key}" in lost.stderr
+    assert session.run("download", link, "--idempotency-key", key, env=PASSWORD).exit_code == 0
+    assert stub.requests[-1].headers["Idempotency-Key"] == key
+
+
 # --- Files --------------------------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,7 @@ class PortalStub:
         self.replies: dict[tuple[str, str], Reply | list[Reply]] = {}
         self.devices: dict[str, dict[str, Any]] = {}
         self.bundles: dict[str, bytes] = {}
+        self.used: dict[str, str | None] = {}  # links that were spent, with the idempotency key of the fetch
         self.answers: dict[str, Any] = {}
         self.broker = "enforced"
         self.name_shown: str | None = None
@@ -260,8 +261,11 @@ class PortalStub:
 
     def _download(self, request: Request) -> Reply:
         token = request.path.rsplit("/", 1)[1]
-        bundle = self.bundles.get(token) if request.method == "HEAD" else self.bundles.pop(token, None)
-        if bundle is None:
+        bundle = self.bundles.get(token)
+        key = request.headers.get("Idempotency-Key")
+        if request.method != "HEAD":
+            self.used.setdefault(token, key)
+        if bundle is None or self.used.get(token, key) != key:
             return problem(410, "link_used", "This link was used already.")
         return Reply(body=bundle, headers={"Content-Type": "application/zip"})
 

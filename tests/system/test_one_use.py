@@ -75,6 +75,25 @@ def test_fifty_fetches_of_a_link_at_once_give_one_bundle(
         assert len(entries(deployment, **of_device | {"action": "bundle:fetch", "outcome": "done"})) == 1
 
 
+def test_fifty_fetches_of_a_link_at_once_with_a_key_for_each_pair_give_the_bundle_to_one_pair(
+    deployment: Deployment, sessions: list[requests.Session]
+) -> None:
+    registered = deployment.register()
+    link = registered["download_url"]
+
+    def fetch(key: str) -> Ask:
+        return lambda session: session.get(link, headers={"Idempotency-Key": key}, timeout=60)
+
+    answers = at_once(sessions, [fetch(f"the-key-of-the-pair-{number // 2}") for number in range(AT_ONCE)])
+    assert statuses(answers) == {200: 2, 410: AT_ONCE - 2}
+    (first, second) = (number for number, answer in enumerate(answers) if answer.status_code == 200)
+    assert first // 2 == second // 2
+    assert answers[first].content == answers[second].content
+    of_device = {"object": f"device:{registered['device_id']}", "outcome": "done"}
+    wait_until(lambda: len(entries(deployment, **of_device, action="bundle:repeat")) == 1)
+    assert len(entries(deployment, **of_device, action="bundle:deliver")) == 1
+
+
 def test_fifty_registrations_with_one_idempotency_key_at_once_make_one_device(
     deployment: Deployment, sessions: list[requests.Session]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from core.errors import Gone, LinkUnknown
+from core.errors import Gone, LinkUnknown, LinkUsed
 from core.roles import Permission
 from core.states import DeviceStatus, renewable_from
 from delivery.formats import BundleFormat
@@ -218,22 +218,26 @@ def register(call: Call, body: RegisterRequest) -> Reply:
         other_media_types=(BundleFormat.P12.media_type,),
     ),
     errors=(409, 410, 429, 503),
+    idempotency_key=True,
     head_summary="Check a link without using it.",
 )
 def download(call: Call, token: str) -> Reply:
-    """Download a bundle, once. HEAD does not use the link."""
+    """Download a bundle, once; with an `Idempotency-Key` again by the same key for a while. HEAD uses no link."""
     try:
         if call.method == "HEAD":
-            record = call.portal.deliveries.check_download(token)
+            record = call.portal.deliveries.check_download(token, call.idempotency_key)
             bundle_format = BundleFormat(record.format)
             headers = _bundle_headers(record.device_id, bundle_format, record.length)
             return Reply(content=b"", media_type=bundle_format.media_type, headers=headers)
-        bundle = call.portal.deliveries.deliver(call.actor, token)
+        bundle = call.portal.deliveries.deliver(call.actor, token, call.idempotency_key)
     except LinkUnknown as error:
         call.portal.operators.login_failed(call.actor, "bundle:fetch", "link", error.code)
         raise
-    except Gone as error:
+    except LinkUsed as error:
         # Somebody was not the first to use the link: worth knowing.
+        call.portal.operators.record_used_link(call.actor, error, fetched=call.method != "HEAD")
+        raise
+    except Gone as error:
         call.portal.operators.record_late_use(call.actor, "bundle:fetch", "link", error.code)
         raise
     headers = _bundle_headers(bundle.device_id, bundle.format, len(bundle.content))

@@ -85,7 +85,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
                 "name": "Idempotency-Key",
                 "in": "header",
                 "required": False,
-                "description": "A repeat with the same key within 24 hours gets the same answer",
+                "description": "A repeat with the same key gets the same answer, for 24 hours or a bundle's grace time",
                 "schema": {"type": "string", "pattern": IDEMPOTENCY_KEY},
             }
         )

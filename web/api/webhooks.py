@@ -27,6 +27,7 @@ EventName = Literal[
     "delivered",
     "broker_pending",
     "broker_enforced",
+    "link_reused",
 ]
 DeliveryStatus = Literal["waiting", "delivered", "dead"]
 

@@ -131,7 +131,7 @@ def test_downloads_and_refused_downloads_are_recorded_without_the_link(api: Api,
     assert [(e.action, e.object, e.outcome, e.detail.get("code"), e.request_id) for e in reversed(found)] == [
         ("bundle:fetch", device, "done", None, request_ids[0]),
         ("bundle:deliver", device, "done", None, request_ids[0]),
-        ("bundle:fetch", "link", "refused", "link_used", request_ids[1]),
+        ("bundle:fetch", device, "refused", "link_used", request_ids[1]),
         ("bundle:fetch", "link", "refused", "link_unknown", request_ids[2]),
     ]
     assert path.rpartition("/")[2] not in str(found)
