@@ -7,14 +7,19 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
+from cryptography import x509
+
 from broker.control import BrokerControl, DeviceAccess, Draft
 from broker.files.control import FilesControl
 from broker.folder import CA_FILE, BrokerFolder
+from broker.guard.control import GuardControl
 from broker.probe import Probe, ProbeCertificates, ProbeResult
 from broker.session import PORTAL_USER, SUCCESS, Session, client_id, connect_unix, password_refused, unavailable
 from config import Settings
+from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
 from core.topics import Topic, is_device_id
+from pki.client_certificates import common_name
 
 _DISCONNECTS_IN_FLIGHT = 8  # the broker's queue of connections on a unix socket is 10 long
 _HEALTH_SECONDS = 1.0
@@ -50,7 +55,8 @@ class BrokerProvisioning:
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], datetime] = _now) -> None:
-        self.control: BrokerControl = FilesControl(settings, clock)
+        guarded = settings.broker_control is ControlKind.GUARD
+        self.control: BrokerControl = GuardControl(settings, clock) if guarded else FilesControl(settings, clock)
         self._settings = settings
         self._probe = Probe(settings.mqtt_host, settings.mqtt_port, settings.broker_file(CA_FILE))
 
@@ -98,6 +104,18 @@ class BrokerProvisioning:
         Raise ``BrokerNotEnforcing`` if it does not, ``BrokerUnavailable`` if it does not answer.
         """
         return self._probe.run(certificates, deadline)
+
+    def check_refused(self, certificates: ProbeCertificates, deadline: float) -> None:
+        """Check that the broker refuses the identity in the revoked certificate, if its control can ask for that.
+
+        Raise ``BrokerNotEnforcing`` if it does not, ``BrokerUnavailable`` if it does not answer.
+        """
+        try:
+            certificate = x509.load_pem_x509_certificate(certificates.revoked.certificate.read_bytes())
+        except (OSError, ValueError) as error:
+            said = f"The probe certificate {certificates.revoked.certificate} cannot be read."
+            raise BrokerUnavailable(said) from error
+        self.control.check_refused(common_name(certificate), deadline)
 
     def reachable(self) -> bool:
         """Return whether the broker answers the portal on its internal listener within a second."""

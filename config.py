@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, PlainValidator, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from core.acl_style import AclStyle, installed_style
+from core.broker_control import AclStyle, ControlKind, installed_control, installed_style
 from core.errors import SettingInvalid
 
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096")
@@ -328,6 +328,10 @@ class Settings(BaseSettings):
         lambda data: installed_style(data["broker_dir"]) or AclStyle.PATTERN,
         "per-device (an allow-list) or pattern (one line for all); as the ACL file says if empty, pattern if new",
     )
+    broker_control: Annotated[ControlKind, choice(ControlKind, ControlKind)] = derived(
+        lambda data: installed_control(data["broker_dir"]),
+        "guard (a plugin in the broker) or files (an ACL that it reads again); as the broker folder says if empty",
+    )
     broker_socket: PathSetting = derived(
         lambda data: data["broker_dir"] / "portal.sock",
         "The broker's internal listener; portal.sock in the broker folder if empty",
@@ -434,6 +438,11 @@ class Settings(BaseSettings):
     def broker_file(self, name: str) -> Path:
         """Return the path of a file in the broker's folder."""
         return self.broker_dir / name
+
+    @cached_property
+    def granting_style(self) -> AclStyle:
+        """How devices are granted topics: the guard is told of each device, as an ACL in style per-device is."""
+        return AclStyle.PER_DEVICE if self.broker_control is ControlKind.GUARD else self.acl_style
 
     @cached_property
     def secrets_dir(self) -> Path:

@@ -150,6 +150,7 @@ class NewCertificate(TypedDict):
     device_id: NotRequired[str | None]
     revoked_at: NotRequired[datetime | None]
     reason: NotRequired[str | None]
+    generation: NotRequired[int]
 
 
 def add_certificate(tx: Connection, **certificate: Unpack[NewCertificate]) -> int:
@@ -175,7 +176,7 @@ def add_certificates(tx: Connection, certificates: Sequence[NewCertificate]) -> 
 
 
 def _certificate_row(certificate: NewCertificate) -> dict[str, Any]:
-    row: dict[str, Any] = {"device_id": None, "revoked_at": None, "reason": None, **certificate}
+    row: dict[str, Any] = {"device_id": None, "revoked_at": None, "reason": None, "generation": 0, **certificate}
     row["revocation_reason"] = row.pop("reason")
     row["status"] = CertificateStatus.ACTIVE if row["revoked_at"] is None else CertificateStatus.REVOKED
     return row

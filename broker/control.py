@@ -41,15 +41,30 @@ class Draft(DeviceAccess, Protocol):
         """
 
     @property
+    def lists_certificates(self) -> bool:
+        """Whether it has to be told of revoked certificates, too."""
+
+    @property
     def closed(self) -> Mapping[str, str]:
         """Devices that are denied everything because their topics cannot be granted, each with the reason."""
 
-    def install(self, generation: int, trust: Trust) -> None:
+    def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
+        """Refuse a certificate by its issuer's name (DER) and serial number (lower-case hex), for whoever shows it.
+
+        ``identity`` is the one in it, ``None`` if it is not known. The portal's own probe certificate must be refused
+        by TLS at once.
+        """
+
+    def install(self, generation: int, trust: Trust) -> bool:
         """Write it for the broker as ``generation``, which need not be in force then: see ``BrokerControl.enforce``.
 
-        Raise ``ProjectionInvalid`` if a check fails or a newer generation is installed, ``BrokerUnavailable`` if it
-        cannot be written; then nothing has changed for the broker. One process at a time: the caller holds the lock.
+        Return whether the broker is given the CRLs of ``trust`` now; if not, it has them within minutes. Raise
+        ``ProjectionInvalid`` if a check fails or a newer generation is installed, ``BrokerUnavailable`` if it cannot be
+        written; then nothing has changed for the broker. One process at a time: the caller holds the lock.
         """
+
+    def discard(self) -> None:
+        """Drop what was not installed."""
 
 
 class BrokerControl(Protocol):
@@ -70,3 +85,9 @@ class BrokerControl(Protocol):
         if the broker does not answer or does not prove it by ``deadline`` (of ``time.monotonic``),
         ``BrokerNotEnforcing`` if it does not enforce what the portal decides.
         """
+
+    def check_refused(self, identity: str, deadline: float) -> None:
+        """Raise ``BrokerNotEnforcing`` if the broker would allow a denied identity, as far as it can be asked."""
+
+    def publish_crls(self) -> bool:
+        """Give the broker the installed CRLs if it has not got them and it is time; return whether it did."""

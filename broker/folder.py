@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from broker.crl import CrlWindow, issuing_certificates, read_window, validate_crl
 from config import Settings
-from core.acl_style import RECORD_FILE
+from core.broker_control import RECORD_FILE
 from core.errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
 from core.failpoints import failpoint
 from core.files import FileLock, fsync_directory, private_folder, replace_file, temporary_beside
@@ -32,7 +33,7 @@ FILE_MODE = 0o640
 # The broker, as another user, creates its socket, pid file and database here, so its group may write. Set-group-id
 # gives those its group; the sticky bit keeps it from replacing the portal's files.
 FOLDER_MODE = 0o3770
-_MAX_RECORD_BYTES = 4096
+_MAX_RECORD_BYTES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +212,18 @@ class BrokerFolder:
             if ours and (status.st_gid, stat.S_IMODE(status.st_mode)) != (self._group, FOLDER_MODE):
                 private_folder(folder, mode=FOLDER_MODE, group=self._group)
 
-    def _record(self) -> tuple[int, dict[str, str]] | None:
+    def stated(self) -> dict[str, Any]:
+        """Return what the record says, empty if it is missing or unreadable."""
         try:
             with self._path(RECORD_FILE).open("rb") as file:
-                record = json.loads(file.read(_MAX_RECORD_BYTES))
-            generation, digests = record["generation"], record["sha256"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
+                stated = json.loads(file.read(_MAX_RECORD_BYTES))
+        except (OSError, ValueError):
+            return {}
+        return stated if isinstance(stated, dict) else {}
+
+    def _record(self) -> tuple[int, dict[str, str]] | None:
+        record = self.stated()
+        generation, digests = record.get("generation"), record.get("sha256")
         if type(generation) is not int or not isinstance(digests, dict):
             return None
         return generation, digests

@@ -169,6 +169,7 @@ JOBS = (
     Job("late sessions", 20.0, disconnect_again),
     Job("expiry", 30.0, expire, final=True),
     Job("probe", 60.0, probe_broker),
+    Job("CRLs for the broker", 60.0, lambda portal: portal.reconciler.publish_crls()),
     Job("refusals", 60.0, lambda portal: portal.operators.record_the_rest(portal.tenant_id)),
     Job("responder renewal", 60.0, lambda portal: portal.responder.certificates.renew()),
     Job("crl renewal", 300.0, renew_crls),

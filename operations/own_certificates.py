@@ -125,6 +125,9 @@ class OwnCertificates:
         """Record a certificate; return the generation from which the CRL lists it, 0 if it is not revoked."""
         now, generation = self._clock(), 0
         with self._database.transaction() as tx:
+            if revoked:
+                generation = db.next_generation(tx, self._tenant_id, at=now)
+                issuers.touch_issuer(tx, signer.id, generation=generation)
             db.add_certificate(
                 tx,
                 tenant_id=self._tenant_id,
@@ -138,10 +141,8 @@ class OwnCertificates:
                 issued_at=now,
                 revoked_at=now if revoked else None,
                 reason="cessation_of_operation" if revoked else None,
+                generation=generation,
             )
-            if revoked:
-                generation = db.next_generation(tx, self._tenant_id, at=now)
-                issuers.touch_issuer(tx, signer.id, generation=generation)
             target = f"certificate:{issued.serial_number}"
             audit.record(tx, audit.system_actor(self._tenant_id), "certificate:issue", target, at=now, purpose=purpose)
         return generation

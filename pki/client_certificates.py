@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from core.errors import ClientCertificateRefused, KeyRefused, ManufacturerInvalid, PortalError, ProofInvalid
 from pki import foreign
@@ -44,6 +44,12 @@ class ClientCertificate:
     serial: str
     not_before: datetime
     not_after: datetime
+
+
+def common_name(certificate: x509.Certificate) -> str:
+    """Return the common name of a certificate's subject, which is its identity on the broker; empty if it has none."""
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else ""
 
 
 def read_client(der: bytes) -> ClientCertificate:

@@ -95,6 +95,37 @@ def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -
         yield AclChange(device_id, status, tuple(topics.get(device_id, ())) if own_topics else None, generation)
 
 
+@dataclass(frozen=True, slots=True)
+class RevokedShown:
+    """A revoked certificate that a client may still show: DER is for those that are no device's."""
+
+    issuer_id: int
+    serial_number: str
+    device_id: str | None
+    purpose: str
+    der: bytes
+
+
+def certificate_changes(tx: Connection, tenant_id: str, *, since: int, now: datetime) -> Iterator[RevokedShown]:
+    """Yield the certificates revoked after generation ``since`` that have not expired at ``now``; from 0 on, all."""
+    query = sa.select(
+        Certificate.issuer_id,
+        Certificate.serial_number,
+        Certificate.device_id,
+        Certificate.purpose,
+        sa.case((Certificate.device_id.is_(None), Certificate.der), else_=sa.literal(b"", sa.LargeBinary)),
+    )
+    if since > 0:
+        query = query.where(Certificate.generation > since, _ON_A_CRL)
+    query = query.where(
+        Certificate.tenant_id == tenant_id,
+        Certificate.status == CertificateStatus.REVOKED,
+        Certificate.not_after > now,
+    )
+    for row in tx.execute(query.execution_options(yield_per=5000)):
+        yield RevokedShown(*row)
+
+
 def newest_denied(tx: Connection, tenant_id: str, *, newest: int, applied: int, since: datetime) -> Sequence[AclChange]:
     """Return the devices that were revoked or suspended last, in that order.
 

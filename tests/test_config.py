@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from config import Address, Settings, variable_of
-from core.acl_style import AclStyle
+from core.broker_control import AclStyle
 from core.errors import SettingInvalid
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 import db
 from broker.files.acl import check_style
 from config import Settings
-from core.acl_style import AclStyle
+from core.broker_control import AclStyle
 from core.states import DeviceStatus
 from core.topics import Access, Topic, check_topics, default_topics
 from store import audit, deliveries
@@ -139,7 +139,7 @@ def checked_topics(
         return None
     wanted = [Topic(pattern, Access(access)) for pattern, access in topics]
     checked = check_topics(wanted, device_id=device_id, prefix=settings.topic_prefix)
-    check_style(checked, settings.acl_style, settings.topic_prefix)
+    check_style(checked, settings.granting_style, settings.topic_prefix)
     return None if checked == default_topics(settings.topic_prefix) else checked
 
 

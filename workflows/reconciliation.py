@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from cryptography import x509
 from sqlalchemy.engine import Connection
 
 from broker.control import DeviceAccess, Draft
@@ -23,7 +24,8 @@ from core.errors import LockUnavailable, PortalError, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
 from core.states import DeviceStatus
-from core.topics import Access, Topic
+from core.topics import Access, Topic, is_device_id
+from pki.client_certificates import common_name
 from pki.encoding import PemOfSuccessors
 from store import generations
 from store import issuers as store_issuers
@@ -177,6 +179,12 @@ class Reconciler:
         except LockUnavailable as error:
             return [error.detail]
 
+    def publish_crls(self) -> None:
+        """Give the broker the CRLs that it has not got yet if it is time, and see that it refuses by them."""
+        with self._lock.hold(self._settings.enforce_timeout):
+            if self._broker.control.publish_crls() and self._broker.reachable():
+                self._broker.probe(self._probe_certificates, time.monotonic() + self._settings.enforce_timeout)
+
     def broker_answers(self) -> bool:
         """Return whether the broker runs and answers on its internal listener."""
         return self._broker.reachable()
@@ -260,7 +268,7 @@ class Reconciler:
         failpoint("apply.begin")
         target = progress.target = self._prepare()
         generation, progress.enforced = target.state.generation, target.state.applied_generation
-        self._install(target)
+        has_crls = self._install(target)
         progress.installed = generation
         failpoint("apply.after_install")
         self._broker.enforce(generation, deadline)
@@ -269,7 +277,9 @@ class Reconciler:
             self._broker.disconnect(target.disconnected, deadline)
         failpoint("apply.after_cut")
         if target.disconnected or target.crls:
-            self._broker.probe(self._probe_certificates, deadline)
+            self._broker.check_refused(self._probe_certificates, deadline)
+            if has_crls:
+                self._broker.probe(self._probe_certificates, deadline)
         failpoint("apply.after_probe")
         with self._database.transaction() as tx:
             now = self._clock()
@@ -320,11 +330,19 @@ class Reconciler:
 
     def _prepare(self) -> _Target:
         """Read one snapshot, draft what the broker must enforce, sign the CRLs that are due, and record them."""
+        draft = self._broker.draft()
+        try:
+            return self._fill(draft)
+        except BaseException:
+            draft.discard()
+            raise
+
+    def _fill(self, draft: Draft) -> _Target:
         now = self._clock()
         signed: list[CrlRecord] = []
         with self._database.snapshot() as tx:
             state = generations.get_broker_state(tx, self._tenant_id)
-            draft = self._draft(tx, state, now)
+            self._complete(draft, tx, state, now)
             failpoint("apply.after_snapshot")
             disconnected = generations.devices_to_disconnect(tx, self._tenant_id, since=state.applied_generation)
             changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
@@ -352,18 +370,24 @@ class Reconciler:
             failpoint("apply.after_crl_committed")
         return _Target(state, draft, disconnected, signed, issuers)
 
-    def _draft(self, tx: Connection, state: BrokerStateRecord, now: datetime) -> Draft:
-        """Return the broker's next generation, with all that has changed since the one that it is based on."""
-        draft = self._broker.draft()
+    def _complete(self, draft: Draft, tx: Connection, state: BrokerStateRecord, now: datetime) -> None:
+        """Add to the broker's next generation all that has changed since the one that it is based on."""
         since, every = draft.since, draft.lists_every_device
         for change in generations.acl_changes(tx, self._tenant_id, since=since, defaults=every):
             update_access(draft, change, now)
         if since == 0 and not every:
             for change in denials(tx, self._tenant_id, applied=state.applied_generation, now=now):
                 update_access(draft, change, now)
-        return draft
+        if draft.lists_certificates:
+            names = {
+                recorded.id: recorded.issuer.certificate.subject.public_bytes()
+                for recorded in self._authority.seen_by(tx).issuers
+            }
+            for revoked in generations.certificate_changes(tx, self._tenant_id, since=since, now=now):
+                _revoke_certificate(draft, names[revoked.issuer_id], revoked, now)
 
-    def _install(self, target: _Target) -> None:
+    def _install(self, target: _Target) -> bool:
+        """Write it for the broker; return whether that has the CRLs now, and not only what the draft says."""
         if target.draft.closed:
             log.error(
                 "devices are denied everything because their topics do not fit the settings",
@@ -380,7 +404,8 @@ class Reconciler:
                 if head is not None:
                     pem[head] = self._crl_pem[head]
         self._crl_pem = pem
-        target.draft.install(target.state.generation, Trust(b"".join(pem.values()), target.issuers.ca_pem.encode()))
+        trust = Trust(b"".join(pem.values()), target.issuers.ca_pem.encode())
+        return target.draft.install(target.state.generation, trust)
 
 
 # --- What devices may do ------------------------------------------------------------------------------------------
@@ -402,3 +427,20 @@ def update_access(access: DeviceAccess, change: generations.AclChange, now: date
         add_device_acl(access, change.device_id, own)
     else:
         access.forget(change.device_id)
+
+
+def _revoke_certificate(draft: Draft, issuer: bytes, revoked: generations.RevokedShown, now: datetime) -> None:
+    """Refuse a revoked certificate, and one that is no device's by the identity in it, too."""
+    identity = revoked.device_id or _identity_in(revoked.der)
+    draft.revoke_certificate(issuer, revoked.serial_number, identity, is_probe=revoked.purpose == "canary")
+    if revoked.device_id is None and identity is not None:
+        remove_device_acl(draft, identity, now)
+
+
+def _identity_in(der: bytes) -> str | None:
+    """Return the identity in a certificate; ``None`` if a restore knew only the serial number."""
+    try:
+        identity = common_name(x509.load_der_x509_certificate(der))
+    except ValueError:
+        return None
+    return identity if is_device_id(identity) else None

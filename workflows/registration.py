@@ -107,7 +107,7 @@ class Registrations:
         def record(tx: Connection) -> int:
             if request.external_id is not None:
                 self._check_free(tx, actor.tenant_id, request.external_id)
-            admitted = admit(tx, actor, [admission], style=self._settings.acl_style, now=now)
+            admitted = admit(tx, actor, [admission], style=self._settings.granting_style, now=now)
             if sealed is not None:
                 self._answers.keep(tx, sealed, answer.to_json(), generation=admitted.generation)
             failpoint("register.before_commit")

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 
 from broker.session import PORTAL_USER
-from core.acl_style import STYLE_LINE, AclStyle
+from core.broker_control import STYLE_LINE, AclStyle
 from core.errors import FieldProblem, ProjectionInvalid, TopicRefused
 from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id
 

@@ -28,7 +28,7 @@ from broker.session import (
     unavailable,
 )
 from config import Settings
-from core.acl_style import ACL_FILE, AclStyle
+from core.broker_control import ACL_FILE, AclStyle
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.failpoints import failpoint
 from core.topics import Topic
@@ -113,7 +113,9 @@ def _password_hash(password: str, salt: bytes, iterations: int) -> str:
 class _FilesDraft:
     """The ACL that a process keeps from one generation to the next."""
 
-    def __init__(self, acl: Acl, since: int, install: Callable[[int, Trust], None]) -> None:
+    lists_certificates = False  # an ACL knows names only; certificates are refused by the CRL
+
+    def __init__(self, acl: Acl, since: int, install: Callable[[int, Trust], bool]) -> None:
         self.since = since
         self.lists_every_device = acl.style is AclStyle.PER_DEVICE
         self.install = install
@@ -132,6 +134,12 @@ class _FilesDraft:
     def forget(self, device_id: str) -> None:
         self._acl.forget(device_id)
 
+    def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
+        pass
+
+    def discard(self) -> None:
+        pass  # the ACL in memory has all changes of a snapshot; to add them again does no harm
+
 
 class FilesControl:
     """Makes the broker read ACL and CRLs again, and sees by the topics that it grants the portal whether it has."""
@@ -147,11 +155,19 @@ class FilesControl:
         """Begin the next generation with the ACL of the last one that this process has made."""
         return _FilesDraft(self._acl, self._generation, self._install)
 
-    def _install(self, generation: int, trust: Trust) -> None:
+    def _install(self, generation: int, trust: Trust) -> bool:
         self._generation = generation
         if self._acl.style is AclStyle.PATTERN:
             self._acl.prune(newest=MAX_DENIALS, since=self._clock() - DENIED_FOR)
         self.files.install(Projection(generation, self._acl.render(generation), trust.crl, trust.ca))
+        return True
+
+    def check_refused(self, identity: str, deadline: float) -> None:
+        """Do nothing: this broker cannot be asked about others."""
+
+    def publish_crls(self) -> bool:
+        """Do nothing: the broker reads the CRLs with the ACL."""
+        return False
 
     def enforce(self, generation: int, deadline: float, *, reload: bool = False) -> int:
         """Make the running broker load the installed files; return the generation that is then in force.

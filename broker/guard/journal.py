@@ -348,3 +348,22 @@ def _follow(path: Path, lines: Iterable[tuple[int, bytes]], known: tuple[int, in
     if found is None or found.end == 0:
         raise ProjectionInvalid(f"{path} is damaged: it has no complete line.")
     return found
+
+
+def read_access(path: Path) -> dict[str, str]:
+    """Return what the journal says of each identity at its end: the line ``allow …`` or ``deny …``.
+
+    Raise ``ProjectionInvalid`` if it is missing or damaged.
+    """
+    size = read_position(path, whole=True).size
+    access: dict[str, str] = {}
+    with path.open("rb") as file:
+        for line in file.read(size).decode("ascii").splitlines()[1:]:
+            text = line.partition(" ")[2].rpartition(" ")[0]
+            verb, _, rest = text.partition(" ")
+            identity = rest.partition(" ")[0]
+            if verb in ("allow", "deny"):
+                access[identity] = text
+            elif verb == "forget":
+                access.pop(identity, None)
+    return access

@@ -22,6 +22,7 @@ import db
 from broker.crl import read_crls
 from broker.folder import CRL_FILE, BrokerFolder
 from config import Settings
+from core.broker_control import RECORD_FILE
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
 from core.failpoints import failpoint
 from core.files import fsync_directory
@@ -112,6 +113,8 @@ def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, 
                     _restore_postgresql(plan)
             except OSError as error:
                 raise BackupRefused(f"The data folder cannot be written: {error.strerror}.") from error
+            # The generations are of another history now: the guard's journal cannot be continued by what has changed.
+            settings.broker_file(RECORD_FILE).unlink(missing_ok=True)
             return done
 
 

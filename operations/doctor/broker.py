@@ -14,8 +14,12 @@ from broker.crl import read_crls
 from broker.files.acl import DENY_ALL, GENERATION_TOPIC, REFUSED_TOPIC, Acl
 from broker.files.control import BrokerFiles
 from broker.folder import CRL_FILE
+from broker.guard.control import JOURNAL_FILE, GuardAccess, GuardControl
+from broker.guard.journal import read_access, read_position
 from broker.session import FAILURE, NOT_AUTHORISED, PORTAL_USER, SUCCESS, Session, connect_unix, peer_process
-from core.acl_style import ACL_FILE, AclStyle
+from broker_provisioning import BrokerProvisioning
+from core.broker_control import ACL_FILE, AclStyle, ControlKind
+from core.errors import BrokerUnavailable
 from core.states import ON_CRL, DeviceStatus, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, well
 from store import generations, issuers
@@ -28,7 +32,7 @@ _PENDING = "See the line 'generation'."
 
 def broker_files(installation: Installation) -> Finding:
     """Check that the files are as the portal wrote them."""
-    files = BrokerFiles(installation.settings, installation.clock)
+    files = BrokerProvisioning(installation.settings, installation.clock).files
     if files.damage():
         with installation.between_reconciliations():
             found = [problem(damage, _REPAIRS) for damage in files.damage()]
@@ -41,8 +45,10 @@ def broker_files(installation: Installation) -> Finding:
 
 
 def acl_entries(installation: Installation) -> Finding:
-    """Check that the ACL grants each active device its topics, and nobody else anything."""
+    """Check that the ACL, or the guard's journal, grants each active device its topics, and nobody else anything."""
     settings = installation.settings
+    if settings.broker_control is ControlKind.GUARD:
+        return _journal_entries(installation)
     expected_acl, pending = Acl(settings.acl_style, settings.topic_prefix), set()
     with installation.between_reconciliations():
         installed = BrokerFiles(settings, installation.clock).installed_generation() or 0
@@ -69,6 +75,44 @@ def acl_entries(installation: Installation) -> Finding:
         )
     more = f" {len(pending)} more will be installed soon." if pending else ""
     return combine(found, f"The ACL is what the database says: {len(expected_acl)} devices.{more}")
+
+
+class _Lines:
+    """Keeps the last line of each identity."""
+
+    def __init__(self) -> None:
+        self.access: dict[str, str] = {}
+
+    def add(self, text: str) -> None:
+        self.access[text.split(" ")[1]] = text
+
+    def discard(self) -> None:
+        pass
+
+
+def _journal_entries(installation: Installation) -> Finding:
+    settings, lines, pending = installation.settings, _Lines(), set()
+    expected = GuardAccess(settings.topic_prefix, lines, whole=True)
+    with installation.between_reconciliations():
+        installed = read_position(settings.broker_file(JOURNAL_FILE)).generation
+        access = read_access(settings.broker_file(JOURNAL_FILE))
+        with installation.snapshot() as tx:
+            for change in generations.acl_changes(tx, installation.tenant_id, since=0, defaults=True):
+                if change.generation > installed:
+                    pending.add(change.device_id)
+                else:
+                    update_access(expected, change, installation.clock())
+    granted = {identity: line for identity, line in access.items() if line.startswith("allow ")}
+    allowed = {identity: line for identity, line in lines.access.items() if line.startswith("allow ")}
+    found = compare_acl(allowed, granted, pending)
+    if expected.closed:
+        found.warning(
+            f"{len(expected.closed)} devices may do nothing, because PORTAL_TOPIC_PREFIX does not allow their"
+            f" topics: {summarize(list(expected.closed))}.",
+            "Change their topics (./portal update), or PORTAL_TOPIC_PREFIX.",
+        )
+    more = f" {len(pending)} more will be installed soon." if pending else ""
+    return combine(found, f"The guard's journal is what the database says: {len(allowed)} devices may connect.{more}")
 
 
 def compare_acl(expected: Mapping[str, str], installed: Mapping[str, str], ignored: set[str]) -> Findings:
@@ -162,6 +206,8 @@ def broker(installation: Installation) -> Finding:
     with installation.snapshot() as tx:
         applied = generations.get_broker_state(tx, installation.tenant_id).applied_generation
     deadline = time.monotonic() + SECONDS
+    if settings.broker_control is ControlKind.GUARD:
+        return _guarded_broker(installation, deadline)
     try:
         with Session(connect_unix(settings.broker_socket, deadline), deadline) as session:
             reason = session.connect("portal-doctor", PORTAL_USER, _password(settings.secrets_dir / "broker-password"))
@@ -192,6 +238,15 @@ def broker(installation: Installation) -> Finding:
             f"The broker does not enforce generation {applied}.", "Reload it; the portal's log has the cause."
         )
     return well(f"The broker answers, and enforces generation {applied}.")
+
+
+def _guarded_broker(installation: Installation, deadline: float) -> Finding:
+    try:
+        with installation.between_reconciliations():
+            generation = GuardControl(installation.settings, installation.clock).check(deadline)
+    except BrokerUnavailable as error:
+        return problem(error.detail, "Start the broker with the portal's configuration, or see its log.")
+    return well(f"The broker answers, and its guard enforces generation {generation}.")
 
 
 def _password(path: Path) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from broker.files.control import PASSWORD_FILE
 from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
+from broker.guard.control import CA_FOLDER, JOURNAL_FILE
 from config import Settings
-from core.acl_style import ACL_FILE, AclStyle
+from core.broker_control import ACL_FILE, AclStyle, ControlKind
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, warning, well
 from operations.doctor.broker import active_devices, running_broker
 
@@ -57,6 +58,7 @@ class Configuration:
 
     options: dict[str, str] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
+    plugins: list[str] = field(default_factory=list)  # each once, with those whose options follow
 
 
 def read_configuration(path: Path) -> Configuration:
@@ -72,6 +74,8 @@ def read_configuration(path: Path) -> Configuration:
         elif option == "port":
             default.port = int(value)
             configuration.listeners.append(default)
+        elif option in ("plugin", "auth_plugin", "global_plugin"):
+            configuration.plugins.append(value)
         elif option in _OF_A_LISTENER:
             current.options[option] = value
         else:
@@ -148,7 +152,8 @@ def broker_configuration(installation: Installation) -> Finding:
 
 def mistakes(configuration: Configuration, settings: Settings) -> list[Finding]:
     """Return everything in a configuration that admits clients, or grants topics, that it must not."""
-    found = Findings(_global_mistakes(configuration.options, settings))
+    control = _guard_mistakes if settings.broker_control is ControlKind.GUARD else _file_mistakes
+    found = Findings([*_global_mistakes(configuration.options, settings), *control(configuration, settings)])
     internal = [one for one in configuration.listeners if one.port == 0 and Path(one.address) == settings.broker_socket]
     of_devices = [one for one in configuration.listeners if one.port == settings.mqtt_port]
     if not internal:
@@ -175,30 +180,43 @@ def _global_mistakes(options: Mapping[str, str], settings: Settings) -> Iterator
         yield problem("per_listener_settings is true: the ACL applies to one listener only.", _INSTALL)
     if _is_true(options, "allow_anonymous"):
         yield problem("allow_anonymous is true: clients without a certificate or password are accepted.", _INSTALL)
-    yield from _names_file(options, "acl_file", settings, ACL_FILE, "every client may do everything")
-    yield from _names_file(
-        options, "password_file", settings, PASSWORD_FILE, "the portal can neither query it nor disconnect devices"
-    )
     if not _is_true(options, "check_retain_source"):
         yield problem(
             "check_retain_source is not true: retained messages of a revoked device are still delivered.", _INSTALL
         )
     if not _is_true(options, "set_tcp_nodelay"):
         yield warning("set_tcp_nodelay is not true: each connect takes 40 ms longer.", _INSTALL)
-    if not settings.broker_reload and options.get("pid_file") != str(settings.broker_pid_file):
-        yield problem(f"pid_file is not {settings.broker_pid_file}: the portal cannot reload it.", _INSTALL)
     if "persistent_client_expiration" in options:
         yield warning(
             "persistent_client_expiration is set: after a reload Mosquitto 2.0.x crashes when devices with persistent"
             " sessions come and go.",
             "Remove persistent_client_expiration, then restart the broker.",
         )
-    for plugin in ("plugin", "auth_plugin", "global_plugin"):
-        if plugin in options:
-            yield warning(
-                f"{plugin} is set: it may accept clients that the portal does not know.",
-                f"Remove {plugin} if it is not needed.",
-            )
+
+
+def _file_mistakes(configuration: Configuration, settings: Settings) -> Iterator[Finding]:
+    """Return what is wrong for the control by files."""
+    options = configuration.options
+    yield from _names_file(options, "acl_file", settings, ACL_FILE, "every client may do everything")
+    yield from _names_file(
+        options, "password_file", settings, PASSWORD_FILE, "the portal can neither query it nor disconnect devices"
+    )
+    if not settings.broker_reload and options.get("pid_file") != str(settings.broker_pid_file):
+        yield problem(f"pid_file is not {settings.broker_pid_file}: the portal cannot reload it.", _INSTALL)
+    for plugin in configuration.plugins:
+        yield warning(
+            f"The plugin {plugin} is loaded: it may accept clients that the portal does not know.",
+            "Remove it from the configuration if it is not needed.",
+        )
+
+
+def _guard_mistakes(configuration: Configuration, settings: Settings) -> Iterator[Finding]:
+    """Return what is wrong for the control by the guard."""
+    if not configuration.plugins:
+        yield problem("No plugin is loaded, so not the guard: every client may do everything.", _INSTALL)
+    yield from _names_file(
+        configuration.options, "plugin_opt_journal", settings, JOURNAL_FILE, "the guard refuses every device"
+    )
 
 
 def _listener_mistakes(options: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
@@ -211,7 +229,9 @@ def _listener_mistakes(options: Mapping[str, str], settings: Settings) -> Iterat
             yield problem(f"{option} is not true: {why}.", _INSTALL)
     if _is_true(options, "use_subject_as_username"):
         yield problem("use_subject_as_username is true: the ACL cannot tell devices apart.", _INSTALL)
-    if "capath" in options:
+    if settings.broker_control is ControlKind.GUARD:
+        yield from _names_file(options, "capath", settings, CA_FOLDER, "new CRLs and CAs are not read before a restart")
+    elif "capath" in options:
         yield problem("capath is set: devices of other CAs may be accepted.", _INSTALL)
     if options.get("tls_version") in ("tlsv1", "tlsv1.0", "tlsv1.1"):
         yield warning(f"tls_version is {options['tls_version']}, which is insecure.", _INSTALL)
@@ -261,12 +281,13 @@ def broker_version(installation: Installation) -> Finding:
             f"Mosquitto {said} is older than 2.0.11, the oldest that was tested.", "Install a newer Mosquitto."
         )
     devices = active_devices(installation)
-    found += reload_warnings(version, installation.settings.acl_style)
-    found += size_warnings(version, installation.settings.acl_style, devices)
+    guarded = installation.settings.broker_control is ControlKind.GUARD
+    if not guarded:
+        found += reload_warnings(version, installation.settings.acl_style)
+        found += size_warnings(version, installation.settings.acl_style, devices)
     found += _connection_warnings(installation, devices)
-    return combine(
-        found, f"Mosquitto {said}, with {devices} active devices in style {installation.settings.acl_style}."
-    )
+    how = "under the guard" if guarded else f"in style {installation.settings.acl_style}"
+    return combine(found, f"Mosquitto {said}, with {devices} active devices {how}.")
 
 
 def version_of(

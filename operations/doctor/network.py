@@ -103,7 +103,11 @@ def broker_certificate(installation: Installation) -> Finding:
         return problem(f"The broker does not answer at {where}: {_said(error)}.", _START_BROKER)
     path = settings.broker_file(SERVER_CERTIFICATE_FILE)
     return _check_certificate(
-        installation, der, path, settings.broker_names, "Reload the broker; check certfile in its configuration."
+        installation,
+        der,
+        path,
+        settings.broker_names,
+        "Restart the broker at a quiet time; check certfile in its configuration.",
     )
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import shutil
 import ssl
-import subprocess
-import tempfile
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -17,7 +14,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from tests.support.mosquitto import Mosquitto, short_folder
+from tests.support.mosquitto import Mosquitto, guard_library, short_folder
 from tests.support.mqtt import NOT_AUTHORISED, MqttClient, connect_socket, connect_tls, tls_context
 from tests.support.pki import PEM, Authority, Credentials, Pki, key_pem
 from tests.support.ports import free_port
@@ -26,15 +23,6 @@ SOURCES = Path(__file__).parents[2] / "mosquitto" / "guard"
 GRANTED_QOS_1 = 1
 DELIVERED = (0x00, 0x10)  # success; success with nobody subscribed
 PASSWORD = "the portal's password"
-
-
-@functools.cache
-def guard_library() -> Path:
-    """Build the plugin, once for this process."""
-    folder = Path(tempfile.mkdtemp(prefix="guard-"))
-    folder.chmod(0o755)
-    subprocess.run(["make", "-s", "-C", SOURCES, f"BUILD={folder}"], check=True)
-    return folder / "portal_guard.so"
 
 
 def hash_of(name: x509.Name) -> str:

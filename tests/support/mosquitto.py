@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -17,6 +19,9 @@ from typing import Self
 from broker.session import Session, connect_unix
 
 CONFIGURATION = Path(__file__).parents[2] / "mosquitto" / "portal.conf"
+OPENSSL_CONFIGURATION = CONFIGURATION.with_name("openssl.cnf")
+GUARD = CONFIGURATION.with_name("guard")
+INSTALLED_PLUGIN = "/usr/local/lib/onboarding-portal/portal_guard.so"
 INSTALLED_FOLDER, INSTALLED_PORT = "/var/lib/onboarding-portal/broker", "8883"
 START_SECONDS = 30.0
 
@@ -37,6 +42,23 @@ def short_folder(*, in_memory: bool = False) -> Path:
     return folder
 
 
+@functools.cache
+def guard_library() -> Path:
+    """Build the plugin of the guard, once for this process."""
+    folder = short_folder()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    subprocess.run(["make", "-s", "-C", GUARD, f"BUILD={folder}"], check=True, capture_output=True, timeout=120)
+    return folder / "portal_guard.so"
+
+
+def guarded(configuration: str) -> str:
+    """The configuration with the guard, as mosquitto/README.md says."""
+    lines = configuration.splitlines(keepends=True)
+    return "".join(
+        line.removeprefix("#guard ") for line in lines if not line.startswith(("acl_file ", "password_file "))
+    )
+
+
 class StartFailed(Exception):
     """The broker ended before it answered; the text is its log."""
 
@@ -44,7 +66,8 @@ class StartFailed(Exception):
 class Mosquitto:
     """A broker on the files in ``folder``, which the portal (or the test) has written there before."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, *, guard: bool = False) -> None:
+        self.guard = guard
         self.folder = folder
         self.port = port
         self.socket = folder / "portal.sock"
@@ -93,6 +116,7 @@ class Mosquitto:
         self._lines.clear()
         self._process = subprocess.Popen(
             [mosquitto_program(), "-c", str(self.configuration)],
+            env={**os.environ, "OPENSSL_CONF": str(OPENSSL_CONFIGURATION)} if self.guard else None,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -106,6 +130,8 @@ class Mosquitto:
         """The configuration that an operator installs, for this folder and port."""
         text = CONFIGURATION.read_text()
         assert INSTALLED_FOLDER in text
+        if self.guard:
+            text = guarded(text).replace(INSTALLED_PLUGIN, str(guard_library()))
         return text.replace(INSTALLED_FOLDER, str(self.folder)).replace(INSTALLED_PORT, str(self.port))
 
     def stop(self) -> None:

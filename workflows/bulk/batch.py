@@ -297,7 +297,7 @@ class Batches:
                 continue
             done.append((task, credentials))
         if admissions:
-            admitted = admit(tx, actor, admissions, style=self._settings.acl_style, now=now)
+            admitted = admit(tx, actor, admissions, style=self._settings.granting_style, now=now)
             generation = max(generation, admitted.generation)
         if reissues:
             record_issuances(tx, actor, reissues, now=now)

@@ -153,7 +153,7 @@ class FirstEnrolments:
             detail=application.audit_detail(),
             request=device if isinstance(device, DeviceRequest) else None,
         )
-        return admit(tx, application.actor, [admission], style=self._settings.acl_style, now=now)
+        return admit(tx, application.actor, [admission], style=self._settings.granting_style, now=now)
 
     def _enrolled(self, issued: IssuedCredentials, generation: int) -> Enrolled:
         metrics.counts.registrations.labels("device" if issued.key is None else "portal").inc()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from broker.files.acl import Acl, check_style, validate_acl
 from broker_provisioning import add_device_acl, remove_device_acl
-from core.acl_style import AclStyle
+from core.broker_control import AclStyle
 from core.errors import ProjectionInvalid, TopicRefused
 from core.topics import Access, Topic, default_topics
 

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from app import create_app, portal_of
 from config import Settings
-from core.acl_style import AclStyle
+from core.broker_control import AclStyle
 from core.roles import Role
 from operations.doctor import authority, doctor
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
@@ -386,7 +386,7 @@ def with_line(line: str) -> Callable[[str], str]:
         (without("pid_file"), State.PROBLEM, "pid_file is not"),
         (with_line("tls_version tlsv1.1"), State.WARNING, "tls_version is tlsv1.1"),
         (with_line("listener 1883"), State.PROBLEM, "Another listener, 1883, does not require a certificate"),
-        (with_line("plugin /usr/lib/x.so"), State.WARNING, "plugin is set"),
+        (with_line("plugin /usr/lib/x.so"), State.WARNING, "The plugin /usr/lib/x.so is loaded"),
         (with_line("persistent_client_expiration 14d"), State.WARNING, "persistent_client_expiration is set"),
         (without("listener"), State.PROBLEM, "There is no listener"),
         (lambda text: text.replace("\n", "\r\n"), State.OK, "Found no problems in"),

@@ -1,4 +1,4 @@
-"""The style of the broker's ACL, and where an installation states which one it has."""
+"""How the broker is controlled: by which means, in which style, and where an installation states what it has."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ class AclStyle(StrEnum):
     PATTERN = "pattern"
 
 
+class ControlKind(StrEnum):
+    """What makes the broker enforce the portal's decisions: a plugin in it, or files that it reads."""
+
+    GUARD = "guard"
+    FILES = "files"
+
+
 # The second line of the portal's comment at the beginning of the ACL.
 STYLE_LINE = re.compile(rb"^# style ([a-z-]{1,20})$", re.MULTILINE)
 _STATED_IN = {ACL_FILE: STYLE_LINE, RECORD_FILE: re.compile(rb'"style": "([a-z-]{1,20})"')}
+_GUARD = re.compile(rb'"control": "guard"')
 _MAX_BYTES = 4096  # both files state it near their beginning
 
 
@@ -41,3 +49,12 @@ def installed_style(broker_dir: Path) -> AclStyle | None:
         if match is not None and match[1].decode() in set(AclStyle):
             return AclStyle(match[1].decode())
     return AclStyle.PER_DEVICE if exists else None
+
+
+def installed_control(broker_dir: Path) -> ControlKind:
+    """Return the control that the record in the broker's folder states; files if it states none."""
+    try:
+        with (broker_dir / RECORD_FILE).open("rb") as file:
+            return ControlKind.GUARD if _GUARD.search(file.read(_MAX_BYTES)) else ControlKind.FILES
+    except OSError:
+        return ControlKind.FILES

@@ -1,0 +1,157 @@
+"""The folder from which the running broker takes new CRLs and CAs, without being told: ``capath`` of its configuration.
+
+At a handshake OpenSSL looks for ``<hash of the CA's name>.rN`` (a CRL) or ``.N`` (a CA certificate) with the next
+number that it has not read, and keeps what it has found until the process ends. Of several CRLs of a CA the one with
+the newest thisUpdate counts. So each new CRL has the next number, without a gap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from broker.crl import read_crls
+from broker.folder import FILE_MODE, Trust
+from core.errors import BrokerUnavailable, ProjectionInvalid
+from core.files import private_folder, remove_leftovers, replace_file
+from pki.encoding import encode_sequence, sequence_elements
+
+_FOLDER_MODE = 0o750
+_MAX_REPLACED = 64  # files of CRLs that a newer one has replaced, before they are removed while no broker runs
+_STRINGS = frozenset([0x0C, 0x13, 0x14, 0x16, 0x1A, 0x1C, 0x1E])  # DER tags of the types that OpenSSL compares as text
+
+# In place of a CRL that a newer one has replaced: OpenSSL needs a CRL there, of whatever CA, and reads all at a start.
+_REPLACED = b"""-----BEGIN X509 CRL-----
+MIGZMEICAQEwCgYIKoZIzj0EAwIwEzERMA8GA1UEAwwIcmVwbGFjZWQXDTAwMDEw
+MTAwMDAwMFoXDTAwMDEwMjAwMDAwMFowCgYIKoZIzj0EAwIDRwAwRAIgd91tlS99
+BVSKeCB+hbfNdkjl7cpnLqp4Id4HqfNWYMMCIBYyvh4q1RupO/duYFyeCmknPKiP
+AWzIq2T3Io7TTpAQ
+-----END X509 CRL-----
+"""
+
+
+def name_hash(name: x509.Name) -> str:
+    """Return the hash by which OpenSSL names files of a CA (``openssl x509 -subject_hash``): 8 hex digits.
+
+    It is the SHA-1 of the name in a canonical form, of which the first four bytes count, in little-endian order.
+    """
+    canonical = b""
+    for relative in name.rdns:
+        parts = []
+        for attribute in relative:
+            (alone,) = sequence_elements(x509.Name([attribute]).public_bytes())
+            ((oid, value),) = map(sequence_elements, sequence_elements(b"\x30" + alone[1:]))
+            if value[0] in _STRINGS:
+                text = " ".join(part for part in re.split(r"[ \t\n\v\f\r]+", str(attribute.value)) if part)
+                lower = "".join(chr(ord(one) + 32) if "A" <= one <= "Z" else one for one in text)
+                value = _utf8_string(lower.encode())
+            parts.append(encode_sequence(oid, value))
+        content = b"".join(sorted(parts))
+        canonical += b"\x31" + _length(len(content)) + content
+    return hashlib.sha1(canonical, usedforsecurity=False).digest()[3::-1].hex()
+
+
+def _utf8_string(content: bytes) -> bytes:
+    return b"\x0c" + _length(len(content)) + content
+
+
+def _length(length: int) -> bytes:
+    """Return a length as DER has it (X.690 section 8.1.3)."""
+    if length < 0x80:
+        return bytes([length])
+    digits = length.to_bytes((length.bit_length() + 7) // 8, "big")
+    return bytes([0x80 | len(digits)]) + digits
+
+
+class CaFolder:
+    """The folder; one process at a time writes in it, the caller holds the lock."""
+
+    def __init__(self, path: Path, group: int | None) -> None:
+        self.path = path
+        self._group = group
+
+    def publish(self, trust: Trust) -> bool:
+        """Add the CAs and CRLs of ``trust`` that are not the newest there; return whether there were any.
+
+        The broker obeys from the next handshake on. Raise ``BrokerUnavailable`` if the folder cannot be written.
+        """
+        added = False
+        try:
+            private_folder(self.path, mode=_FOLDER_MODE, group=self._group)
+            for ca in x509.load_pem_x509_certificates(trust.ca):
+                content = ca.public_bytes(Encoding.PEM)
+                existing = self._files(name_hash(ca.subject), "")
+                if content not in [path.read_bytes() for path in existing]:
+                    self._add(existing, f"{name_hash(ca.subject)}.", content)
+                    added = True
+            for crl in read_crls(trust.crl):
+                content = crl.public_bytes(Encoding.PEM)
+                existing = self._files(name_hash(crl.issuer), "r")
+                if content in [path.read_bytes() for path in existing if path.stat().st_size == len(content)]:
+                    continue
+                self._add(existing, f"{name_hash(crl.issuer)}.r", content)
+                self._replace_older(existing, crl)
+                added = True
+        except OSError as error:
+            raise BrokerUnavailable(
+                f"{self.path} cannot be written: {error.strerror};"
+                " give the folder to the portal's user and check that its disk has space."
+            ) from error
+        return added
+
+    def compact(self) -> None:
+        """Remove what newer CRLs have replaced, while no broker runs: a running one would miss the next."""
+        if sum(1 for _ in self.path.glob("*.r*")) <= _MAX_REPLACED:
+            return
+        for path in [*self.path.glob("*.r*")]:
+            path.unlink(missing_ok=True)
+        remove_leftovers(self.path)
+
+    def problem(self) -> str | None:
+        """Return why the broker could not read the folder, or ``None``: it would accept revoked certificates then."""
+        try:
+            status = self.path.lstat()
+        except OSError as error:
+            return f"{self.path} cannot be read: {error.strerror}."
+        if not stat.S_ISDIR(status.st_mode) or stat.S_IMODE(status.st_mode) != _FOLDER_MODE:
+            return f"{self.path} is not a folder with mode 0750."
+        if self._group is not None and status.st_gid != self._group:
+            return f"{self.path} is not in the broker's group."
+        return None
+
+    def _files(self, name: str, kind: str) -> list[Path]:
+        """Return the files of a CA in the order of their numbers, up to the first gap, as OpenSSL reads them."""
+        found: list[Path] = []
+        while (path := self.path / f"{name}.{kind}{len(found)}").exists():
+            found.append(path)
+        return found
+
+    def _add(self, existing: Sequence[Path], beginning: str, content: bytes) -> None:
+        replace_file(self.path / f"{beginning}{len(existing)}", content, mode=FILE_MODE, group=self._group)
+
+    def _replace_older(self, existing: Sequence[Path], newest: x509.CertificateRevocationList) -> None:
+        """Replace the CRLs of the same CA: a broker that starts reads all files at its first handshake."""
+        for path in existing:
+            if path.stat().st_size == len(_REPLACED):
+                continue
+            try:
+                same = _signer(read_crls(path.read_bytes())[0]) == _signer(newest)
+            except ProjectionInvalid:  # torn: OpenSSL would stop here
+                same = True
+            if same:
+                replace_file(path, _REPLACED, mode=FILE_MODE, group=self._group)
+
+
+def _signer(crl: x509.CertificateRevocationList) -> tuple[x509.Name, bytes | None]:
+    """Return what tells the CA of a CRL from others, which may have the same name."""
+    try:
+        key = crl.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except x509.ExtensionNotFound:
+        key = None
+    return crl.issuer, key

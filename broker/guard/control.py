@@ -1,0 +1,400 @@
+"""The control by the guard: a plugin in the broker that follows the portal's journal, and proves how far it has."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from cryptography import x509
+
+from broker.capath import CaFolder
+from broker.crl import issuing_certificates
+from broker.folder import CA_FILE, CRL_FILE, FILE_MODE, BrokerFolder, Trust
+from broker.guard import journal
+from broker.guard.journal import JournalAppend, NewJournal, Position, read_position
+from broker.session import (
+    FAILURE,
+    NOT_AUTHORISED,
+    PORTAL_USER,
+    SUCCESS,
+    Session,
+    client_id,
+    connect_unix,
+    unavailable,
+)
+from config import Settings
+from core.broker_control import ControlKind
+from core.errors import BrokerNotEnforcing, BrokerUnavailable, ProjectionInvalid, TopicRefused
+from core.failpoints import failpoint
+from core.topics import Topic, check_topics, expand, is_device_id
+
+JOURNAL_FILE, CA_FOLDER = "guard.journal", "capath"
+TOPIC = "portal/guard"  # below it the portal asks the guard; the answer is the reason code of PUBACK
+GUARD_VERSION = 1  # of the plugin
+UNKNOWN_IDENTITY = "unknown"  # of a certificate of which only the serial number is known
+
+# Each CRL that the broker takes in stays in its memory until it ends, and the guard refuses revoked certificates
+# anyway: so they are published in batches.
+CRL_SECONDS = 180.0
+CRL_CHANGES = 100
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+_REASON_SECONDS = 0.5  # to ask, after the deadline, why there is no proof
+_COMPACTED_AT = 4  # times its size when it was begun, or of 1 MiB
+
+
+class GuardFiles(BrokerFolder):
+    """The broker's folder with the journal, and with CRLs and CAs that the running broker reads by itself."""
+
+    _RECORDED = (CA_FILE, CRL_FILE)
+
+    def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
+        super().__init__(settings, clock)
+        self.journal = settings.broker_file(JOURNAL_FILE)
+        self.ca_folder = CaFolder(settings.broker_file(CA_FOLDER), self._group)
+        self._verified: tuple[int, ...] = ()  # the journal's inode, size and times when its end was last checked
+        self._problem: str | None = None
+
+    def install(self, generation: int, trust: Trust, stated: Mapping[str, Any]) -> None:
+        """Write CRLs, CAs and the record, which says ``stated`` besides."""
+        self._write(generation, {CA_FILE: trust.ca, CRL_FILE: trust.crl}, stated)
+
+    def check(self, generation: int, trust: Trust) -> None:
+        """Raise ``ProjectionInvalid`` if the broker must not get ``trust``, or has a newer generation already."""
+        self._check(generation, trust)
+        self._check_order(generation)
+
+    def position(self) -> Position | None:
+        """Return where the journal ends, ``None`` if it is missing or damaged."""
+        try:
+            return read_position(self.journal)
+        except ProjectionInvalid:
+            return None
+
+    def begin(self, epoch: int) -> NewJournal:
+        """Begin a journal of a new epoch."""
+        try:
+            self._make_folder()
+        except OSError as error:
+            raise BrokerUnavailable(f"{self.journal.parent} cannot be made: {error.strerror}.") from error
+        return NewJournal(self.journal, epoch, mode=FILE_MODE, group=self._group)
+
+    def verify(self) -> str | None:
+        """Check all of the journal; return what is wrong with it."""
+        try:
+            read_position(self.journal, whole=True)
+        except ProjectionInvalid as error:
+            return error.detail
+        return None
+
+    def _other_damage(self) -> str | None:
+        return self._file_problem(JOURNAL_FILE) or self._journal_problem() or self.ca_folder.problem()
+
+    def _journal_problem(self) -> str | None:
+        try:
+            status = self.journal.stat()
+            signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            if signature != self._verified:
+                position = read_position(self.journal)
+                stated = self.stated()
+                older = position.epoch == stated.get("epoch") and position.seq < stated.get("seq", 0)
+                self._problem = f"{self.journal} is an older one." if older else None
+                self._verified = signature
+        except OSError as error:
+            return f"{self.journal} cannot be read: {error.strerror}."
+        except ProjectionInvalid as error:
+            return error.detail
+        return self._problem
+
+
+class LineWriter(Protocol):
+    """Takes the lines of a journal."""
+
+    def add(self, text: str) -> None:
+        """Add a line."""
+
+    def discard(self) -> None:
+        """Drop what was not committed."""
+
+
+class GuardAccess:
+    """What devices may do, as lines of a journal."""
+
+    def __init__(self, prefix: str, writer: LineWriter, *, whole: bool) -> None:
+        """Write to ``writer``; ``whole`` if the journal is a new one, which knows no device."""
+        self._prefix = prefix
+        self._writer = writer
+        self._whole = whole
+        self._closed: dict[str, str] = {}
+
+    @property
+    def closed(self) -> Mapping[str, str]:
+        """Devices that are denied everything because their topics cannot be granted, each with the reason."""
+        return MappingProxyType(self._closed)
+
+    def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
+        """Allow the device ``topics``, the default ones if ``None``."""
+        _check_id(device_id)
+        if topics is None:
+            self._writer.add(journal.allow_line(device_id))
+            return
+        try:
+            checked = check_topics(topics, device_id=device_id, prefix=self._prefix)
+        except TopicRefused as error:
+            self._closed[device_id] = error.detail
+            self.deny(device_id)
+            return
+        filters = [(expand(topic, device_id), topic.access) for topic in checked]
+        self._writer.add(journal.allow_line(device_id, filters))
+
+    def deny(self, device_id: str, at: datetime | None = None) -> None:
+        """Deny the device everything, until it is allowed or forgotten."""
+        _check_id(device_id)
+        self._writer.add(journal.deny_line(device_id))
+
+    def forget(self, device_id: str) -> None:
+        """Make the device unknown: it is refused as any other that is not allowed."""
+        _check_id(device_id)
+        if not self._whole:
+            self._writer.add(journal.forget_line(device_id))
+
+
+class GuardDraft(GuardAccess):
+    """Lines for the journal: those of the changes since its generation, or a whole new one."""
+
+    lists_every_device = True
+    lists_certificates = True
+
+    def __init__(self, prefix: str, writer: LineWriter, since: int, commit: Callable[[int, Trust, bool], bool]) -> None:
+        super().__init__(prefix, writer, whole=since == 0)
+        self.since = since
+        self._urgent = False  # whether the broker must have the CRL at once
+        self._commit = commit
+
+    def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
+        """Refuse a certificate; see ``broker.control.Draft``."""
+        issuer_hash = hashlib.sha256(issuer).hexdigest()
+        self._writer.add(journal.serial_line(issuer_hash, serial_number, identity or UNKNOWN_IDENTITY))
+        self._urgent = self._urgent or is_probe
+
+    def install(self, generation: int, trust: Trust) -> bool:
+        """Append it to the journal, or replace that; see ``broker.control.Draft``."""
+        try:
+            return self._commit(generation, trust, self._urgent)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Drop what was not installed."""
+        self._writer.discard()
+
+
+class GuardControl:
+    """Appends changes to the journal, and asks the guard over the internal listener whether they are in force."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
+        self.files = GuardFiles(settings, clock)
+        self._settings = settings
+        self._clock = clock
+        self._distrusted = False  # whether the journal was found damaged, so that the next one is a new one
+
+    # --- Writing
+
+    def draft(self) -> GuardDraft:
+        """Begin the next generation: a delta, or all in a new epoch if the journal does not continue what was written.
+
+        It does not if it is missing or damaged, after a restore, with another topic prefix, or if it has grown long.
+        """
+        stated, position = self.files.stated(), self.files.position()
+        if position is not None and self._continues(position, stated):
+            return self._draft(JournalAppend(self.files.journal, position), position.generation)
+        before = max(position.epoch if position is not None else 0, _whole(stated.get("epoch")))
+        writer = self.files.begin(max(before + 1, int(self._clock().timestamp() * 1000)))
+        for line in (journal.portal_line(self._password_hash()), journal.prefix_line(self._settings.topic_prefix)):
+            writer.add(line)
+        return self._draft(writer, 0)
+
+    def _draft(self, writer: JournalAppend | NewJournal, since: int) -> GuardDraft:
+        return GuardDraft(self._settings.topic_prefix, writer, since, functools.partial(self._install, writer))
+
+    def _continues(self, position: Position, stated: Mapping[str, Any]) -> bool:
+        begun_with = _whole(stated.get("begun_with"))
+        return (
+            not self._distrusted
+            and stated.get("epoch") == position.epoch
+            and _whole(stated.get("seq")) <= position.seq
+            and stated.get("prefix") == self._settings.topic_prefix
+            and position.generation > 0
+            and position.size <= _COMPACTED_AT * max(begun_with, 1 << 20)
+        )
+
+    def _install(self, writer: JournalAppend | NewJournal, generation: int, trust: Trust, urgent: bool) -> bool:
+        """Add what else the guard has to know, make the journal durable, and publish the CRLs if it is time."""
+        self.files.check(generation, trust)
+        before = self.files.stated() if isinstance(writer, JournalAppend) else {}
+        issuers = {hashlib.sha256(ca.subject.public_bytes()).hexdigest() for ca in _certificates(trust)}
+        known = set(before.get("issuers", ()))
+        for issuer in sorted(issuers - known):
+            writer.add(journal.issuer_line(issuer))
+        if before and before.get("portal") != self._password_hash():
+            writer.add(journal.portal_line(self._password_hash()))
+        position = writer.commit(generation)
+        self._distrusted = False
+        published = urgent or not issuers <= known or self._is_crl_due(position, before)
+        if published:
+            self._make_room()
+            published = self.files.ca_folder.publish(trust)
+        stated = {
+            "style": self._settings.acl_style,
+            "control": ControlKind.GUARD,
+            "epoch": position.epoch,
+            "seq": position.seq,
+            "begun_with": before.get("begun_with", position.size),
+            "prefix": self._settings.topic_prefix,
+            "portal": self._password_hash(),
+            "issuers": sorted(issuers | known),
+            "crl_seq": position.seq if published else before.get("crl_seq", 0),
+            "crl_at": self._now() if published else before.get("crl_at", 0),
+        }
+        self.files.install(generation, trust, stated)
+        return published
+
+    def _is_crl_due(self, position: Position, before: Mapping[str, Any]) -> bool:
+        since = self._now() - _whole(before.get("crl_at"))
+        return not 0 <= since < CRL_SECONDS or position.seq - _whole(before.get("crl_seq")) >= CRL_CHANGES
+
+    def publish_crls(self) -> bool:
+        """Publish the installed CRLs if the last ones were published some minutes ago; return whether it did."""
+        stated = self.files.stated()
+        if 0 <= self._now() - _whole(stated.get("crl_at")) < CRL_SECONDS:
+            return False
+        folder = self._settings.broker_dir
+        try:
+            trust = Trust((folder / CRL_FILE).read_bytes(), (folder / CA_FILE).read_bytes())
+        except OSError:
+            return False  # damage, which is repaired by an installation
+        generation = self.files.installed_generation()
+        if generation is None or self.files.damage() or not self.files.ca_folder.publish(trust):
+            return False
+        self.files.install(generation, trust, {**stated, "crl_at": self._now(), "crl_seq": _whole(stated.get("seq"))})
+        return True
+
+    def _make_room(self) -> None:
+        """Remove CRLs that newer ones have replaced, if certainly no broker runs that has counted them."""
+        try:
+            connect_unix(self._settings.broker_socket, time.monotonic() + 1).close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            self.files.ca_folder.compact()
+        except OSError:
+            pass
+
+    def _now(self) -> int:
+        return int(self._clock().timestamp())
+
+    def _password_hash(self) -> str:
+        return hashlib.sha256(self.files.password().encode("ascii")).hexdigest()
+
+    # --- Asking
+
+    def enforce(self, generation: int, deadline: float, *, reload: bool = False) -> int:
+        """Return once the guard has proven that the journal is in force; see ``broker.control.BrokerControl``."""
+        failpoint("apply.before_reload")
+        position = self.files.position()
+        if position is None or position.generation < generation:
+            self._distrusted = True
+            raise BrokerUnavailable(f"{self.files.journal} is not what the portal wrote; it is written again.")
+        try:
+            with Session(connect_unix(self._settings.broker_socket, deadline), deadline + _REASON_SECONDS) as session:
+                self._log_in(session)
+                self._check_loaded(session)
+                self._await(session, position, deadline)
+        except OSError as error:
+            raise unavailable(self._settings, error) from error
+        return position.generation
+
+    def check(self, deadline: float) -> int:
+        """Return the generation that the guard proves to be in force; it changes nothing.
+
+        Raise ``BrokerNotEnforcing`` if there is no proof, ``BrokerUnavailable`` if the broker does not answer.
+        """
+        position = read_position(self.files.journal)
+        try:
+            with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
+                self._log_in(session)
+                self._check_loaded(session)
+                if session.publish(f"{TOPIC}/prove/{position.epoch}/{position.seq}") >= FAILURE:
+                    raise BrokerNotEnforcing(
+                        f"The guard in the broker does not follow {self.files.journal}: see the broker's log."
+                    )
+        except OSError as error:
+            raise unavailable(self._settings, error) from error
+        return position.generation
+
+    def _check_loaded(self, session: Session) -> None:
+        if session.publish(f"{TOPIC}/refused") != NOT_AUTHORISED:
+            raise BrokerNotEnforcing(
+                "The broker runs without the portal's guard: load the plugin as mosquitto/README.md says."
+            )
+
+    def _log_in(self, session: Session) -> None:
+        if (reason := session.connect(client_id(), PORTAL_USER, self.files.password())) != SUCCESS:
+            raise BrokerNotEnforcing(
+                f"The broker refuses the portal on its internal listener with reason 0x{reason:02x}: it runs without"
+                f" the portal's guard, or plugin_opt_journal in its configuration is not {self.files.journal}."
+            )
+
+    def _await(self, session: Session, position: Position, deadline: float) -> None:
+        pause = _FIRST_PAUSE
+        while session.publish(f"{TOPIC}/prove/{position.epoch}/{position.seq}") >= FAILURE:
+            # Not in force if it is of a new epoch, which the guard takes over when the portal confirms it.
+            session.publish(f"{TOPIC}/epoch/{position.epoch}")
+            if time.monotonic() + pause >= deadline:
+                raise self._not_proven(session)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _not_proven(self, session: Session) -> BrokerUnavailable:
+        self._distrusted = True  # a new epoch repairs whatever the guard has against this one
+        if session.publish(f"{TOPIC}/version/{GUARD_VERSION}") >= FAILURE:
+            return BrokerNotEnforcing(
+                f"The guard in the broker is not of the portal's version, {GUARD_VERSION}: install the plugin again,"
+                " then restart the broker."
+            )
+        if problem := self.files.verify():
+            return BrokerNotEnforcing(f"{problem} The portal writes it again.")
+        return BrokerUnavailable(
+            f"The guard in the broker has not taken over {self.files.journal} in time: see the broker's log, and that"
+            " plugin_opt_journal in its configuration names this file."
+        )
+
+    def check_refused(self, identity: str, deadline: float) -> None:
+        """Raise ``BrokerNotEnforcing`` if the guard allows the identity, ``BrokerUnavailable`` without an answer."""
+        try:
+            with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
+                self._log_in(session)
+                if session.publish(f"{TOPIC}/identify/{identity}") != NOT_AUTHORISED:
+                    raise BrokerNotEnforcing(
+                        f"The guard in the broker allows {identity}, the portal's probe, which is denied: see its log."
+                    )
+        except OSError as error:
+            raise unavailable(self._settings, error) from error
+
+
+def _check_id(device_id: str) -> None:
+    if not is_device_id(device_id):
+        raise ValueError("a device's id must be a UUID in lower case with hyphens")
+
+
+def _certificates(trust: Trust) -> list[x509.Certificate]:
+    issuing_certificates(trust.ca)  # raises ProjectionInvalid
+    return x509.load_pem_x509_certificates(trust.ca)
+
+
+def _whole(value: object) -> int:
+    """Return a whole number that a record states, 0 for anything else."""
+    return value if type(value) is int else 0

@@ -1,0 +1,386 @@
+"""The control by the guard: what goes into the journal, when all of it is written again, what counts as a proof."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from broker.control import Draft
+from broker.folder import Trust
+from broker.guard.control import CRL_CHANGES, CRL_SECONDS, GuardControl
+from broker.guard.journal import read_position
+from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
+from config import Settings
+from core.errors import BrokerNotEnforcing, BrokerUnavailable, ProjectionInvalid
+from core.topics import Access, Topic
+from tests.support.guard_stub import GuardStub, journal_lines
+from tests.support.mosquitto import short_folder
+from tests.support.pki import PEM, Authority, Credentials, Pki
+
+ONE, TWO = "3f2b8c1e-9d4a-4e6b-8a57-1c0d2e3f4a5b", "7a1b8c1e-9d4a-4e6b-8a57-1c0d2e3f4a5b"
+
+
+@dataclass
+class Place:
+    """A broker folder under the control of the guard."""
+
+    folder: Path
+    pki: Pki
+    now: datetime
+    generation: int = 0
+
+    def __post_init__(self) -> None:
+        self.open()
+
+    def open(self, **environment: str) -> None:
+        """Begin as a process of the portal that has just started."""
+        environment = {"PORTAL_DATA_DIR": str(self.folder), "PORTAL_BROKER_CONTROL": "guard"} | environment
+        self.settings = Settings.from_env(environment)
+        self.broker = BrokerProvisioning(self.settings, lambda: self.now)
+        assert isinstance(self.broker.control, GuardControl)
+        self.control = self.broker.control
+        self.journal = self.control.files.journal
+
+    def trust(self, *revoked: Credentials) -> Trust:
+        return Trust(self.pki.issuing.crl(*revoked), self.pki.ca_bundle)
+
+    def install(self, fill: Callable[[Draft], object] = lambda draft: None, trust: Trust | None = None) -> bool:
+        self.generation += 1
+        draft = self.control.draft()
+        fill(draft)
+        return draft.install(self.generation, trust or self.trust())
+
+    def crls(self) -> list[bytes]:
+        """The CRLs that the running broker finds, the last one as the newest."""
+        return [path.read_bytes() for path in sorted((self.settings.broker_dir / "capath").glob("*.r*"))]
+
+    def stub(self) -> GuardStub:
+        return GuardStub(self.settings.broker_socket, self.journal)
+
+
+@pytest.fixture(scope="module")
+def pki() -> Pki:
+    return Pki()
+
+
+@pytest.fixture
+def place(pki: Pki) -> Iterator[Place]:
+    folder = short_folder(in_memory=True)
+    yield Place(folder, pki, datetime.now(UTC))
+    shutil.rmtree(folder)
+
+
+def soon(seconds: float = 10.0) -> float:
+    return time.monotonic() + seconds
+
+
+def deny(times: int) -> Callable[[Draft], None]:
+    """Lines for the journal, of which one would do."""
+
+    def fill(draft: Draft) -> None:
+        for _ in range(times):
+            remove_device_acl(draft, ONE)
+
+    return fill
+
+
+def hash_of(authority: Authority) -> str:
+    return hashlib.sha256(authority.certificate.subject.public_bytes()).hexdigest()
+
+
+# --- The journal ---------------------------------------------------------------------------------------------------
+
+
+def test_the_first_journal_says_all_that_the_guard_has_to_know(place: Place) -> None:
+    own = (Topic("devices/{id}/telemetry", Access.WRITE), Topic("devices/shared/a b", Access.READ))
+
+    def fill(draft: Draft) -> None:
+        assert (draft.since, draft.lists_every_device, draft.lists_certificates) == (0, True, True)
+        add_device_acl(draft, ONE, None)
+        add_device_acl(draft, TWO, own)
+        draft.revoke_certificate(place.pki.issuing.certificate.subject.public_bytes(), "1f", ONE, is_probe=False)
+
+    assert place.install(fill)
+    header, *lines = journal_lines(place.journal)
+    assert header == f"portal-guard 1 {int(place.now.timestamp() * 1000)} 0"
+    assert lines == [
+        f"portal {hashlib.sha256(place.control.files.password().encode()).hexdigest()}",
+        "prefix devices",
+        f"allow {ONE}",
+        f"allow {TWO} w:devices/{TWO}/telemetry r:devices/shared/a%20b",
+        f"serial {hash_of(place.pki.issuing)} 1f {ONE}",
+        *sorted(f"issuer {hash_of(authority)}" for authority in (place.pki.issuing, place.pki.root)),
+        "generation 1",
+    ]
+    assert place.control.files.damage() == []
+    assert place.control.files.installed_generation() == 1
+
+
+def test_what_changed_since_is_appended(place: Place) -> None:
+    place.install(lambda draft: add_device_acl(draft, ONE, None))
+    before = place.journal.read_bytes()
+    place.open()  # another process goes on with it
+
+    def fill(draft: Draft) -> None:
+        assert draft.since == 1
+        remove_device_acl(draft, ONE, place.now)
+        draft.forget(TWO)
+
+    place.install(fill)
+    assert place.journal.read_bytes().startswith(before)
+    assert journal_lines(place.journal)[-3:] == [f"deny {ONE}", f"forget {TWO}", "generation 2"]
+
+
+def test_topics_that_are_not_allowed_are_denied_and_listed(place: Place) -> None:
+    draft = place.control.draft()
+    add_device_acl(draft, ONE, (Topic("elsewhere/#", Access.READ),))
+    assert ONE in draft.closed
+    draft.install(1, place.trust())
+    assert f"deny {ONE}" in journal_lines(place.journal)
+
+
+def test_a_name_that_is_no_device_id_is_never_written(place: Place) -> None:
+    draft = place.control.draft()
+    with pytest.raises(ValueError, match="UUID"):
+        draft.grant("a b", None)
+    with pytest.raises(ValueError, match="UUID"):
+        draft.deny("portal")
+    with pytest.raises(ValueError, match="UUID"):
+        draft.forget("x\n1 allow y")
+    draft.discard()
+
+
+def test_a_new_ca_and_a_new_password_are_told_without_a_new_journal(place: Place) -> None:
+    place.install()
+    epoch = read_position(place.journal).epoch
+    second = Authority("Second issuing", issuer=place.pki.root)
+    trust = Trust(place.pki.issuing.crl() + second.crl(), second.certificate.public_bytes(PEM) + place.pki.ca_bundle)
+    (place.settings.secrets_dir / "broker-password").write_text("p" * 43)
+    assert place.install(trust=trust)  # the broker needs the CA and its CRL at once
+    assert journal_lines(place.journal)[-3:] == [
+        f"issuer {hash_of(second)}",
+        f"portal {hashlib.sha256(b'p' * 43).hexdigest()}",
+        "generation 2",
+    ]
+    assert read_position(place.journal).epoch == epoch
+
+
+def test_an_older_generation_never_follows_a_newer_one(place: Place) -> None:
+    place.generation = 5
+    place.install()
+    before = place.journal.read_bytes()
+    place.generation = 3
+    with pytest.raises(ProjectionInvalid, match="generation 6, newer than 4"):
+        place.install(lambda draft: add_device_acl(draft, ONE, None))
+    assert place.journal.read_bytes() == before
+
+
+def test_a_bad_crl_changes_nothing(place: Place) -> None:
+    place.install()
+    before = place.journal.read_bytes(), place.crls()
+    with pytest.raises(ProjectionInvalid):
+        place.install(lambda draft: add_device_acl(draft, ONE, None), Trust(b"\n", place.pki.ca_bundle))
+    assert (place.journal.read_bytes(), place.crls()) == before
+
+
+# --- New epochs ----------------------------------------------------------------------------------------------------
+
+
+def _flip(place: Place) -> None:
+    content = bytearray(place.journal.read_bytes())
+    content[-20] ^= 1
+    place.journal.write_bytes(content)
+
+
+def _older(place: Place) -> None:
+    lines = place.journal.read_bytes().splitlines(keepends=True)
+    while lines[-1].split()[1:3] != [b"generation", b"1"]:
+        lines.pop()
+    place.journal.write_bytes(b"".join(lines))
+
+
+def _other_prefix(place: Place) -> None:
+    place.open(PORTAL_TOPIC_PREFIX="things")
+
+
+DISCONTINUITIES: dict[str, Callable[[Place], object]] = {
+    "the journal is gone": lambda place: place.journal.unlink(),
+    "the journal is damaged": _flip,
+    "the journal is an older one": _older,
+    "the record is gone, as after a restore": lambda place: (place.settings.broker_dir / "projection.json").unlink(),
+    "the record is damaged": lambda place: (place.settings.broker_dir / "projection.json").write_bytes(b"[]"),
+    "the topic prefix is another": _other_prefix,
+}
+
+
+@pytest.mark.parametrize("kind", DISCONTINUITIES)
+def test_a_journal_that_cannot_be_continued_is_written_whole_in_a_higher_epoch(place: Place, kind: str) -> None:
+    place.install()
+    place.install()
+    epoch = read_position(place.journal).epoch
+    place.now -= timedelta(days=400)  # a clock that was set back makes no lower epoch
+    place.pki.issuing.now = place.now
+    DISCONTINUITIES[kind](place)
+    draft = place.control.draft()
+    assert draft.since == 0
+    add_device_acl(draft, ONE, None)
+    place.pki.issuing.now = datetime.now(UTC)
+    place.now = datetime.now(UTC)
+    draft.install(3, place.trust())
+    assert read_position(place.journal, whole=True).epoch > epoch
+    assert f"allow {ONE}" in journal_lines(place.journal)
+    assert place.control.draft().since == 3
+
+
+@pytest.mark.parametrize("kind", ["the journal is gone", "the journal is damaged", "the journal is an older one"])
+def test_damage_of_the_journal_is_told(place: Place, kind: str) -> None:
+    place.install()
+    place.install()
+    assert place.control.files.damage() == []
+    DISCONTINUITIES[kind](place)
+    (problem,) = place.control.files.damage()
+    assert str(place.journal) in problem
+
+
+def test_a_journal_that_has_grown_long_is_begun_again(place: Place) -> None:
+    place.install()
+    place.install(deny(40_000))
+    assert place.control.draft().since == 2
+    place.install(deny(40_000))
+    draft = place.control.draft()
+    assert draft.since == 0
+    draft.discard()
+
+
+def test_a_dropped_draft_leaves_nothing(place: Place) -> None:
+    place.control.draft().discard()
+    assert [path for path in place.settings.broker_dir.iterdir() if path.name.endswith(".tmp")] == []
+
+
+# --- Proof ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_generation_is_enforced_once_the_guard_has_proven_it(place: Place) -> None:
+    place.install()
+    with place.stub() as guard:
+        assert place.broker.enforce(1, soon()) == 1
+        position = read_position(place.journal)
+        assert guard.topics == ["portal/guard/refused", f"portal/guard/prove/{position.epoch}/{position.seq}"]
+
+
+def test_a_new_epoch_is_confirmed(place: Place) -> None:
+    place.install()
+    with place.stub() as guard:
+        place.broker.enforce(1, soon())
+        place.journal.unlink()
+        place.install()
+        assert place.broker.enforce(2, soon()) == 2
+        assert guard.epoch == read_position(place.journal).epoch
+
+
+def test_a_broker_without_the_guard_is_never_believed(place: Place) -> None:
+    place.install()
+    with place.stub() as guard:
+        guard.loaded = False
+        with pytest.raises(BrokerNotEnforcing, match="runs without the portal's guard"):
+            place.broker.enforce(1, soon())
+
+
+def test_a_guard_that_does_not_follow_is_not_believed_and_gets_a_new_journal(place: Place) -> None:
+    place.install()
+    since: list[int] = []
+    with place.stub() as guard:
+        place.broker.enforce(1, soon())
+        guard.stopped = True
+        place.install()
+        with pytest.raises(BrokerUnavailable, match="has not taken over"):
+            place.broker.enforce(2, soon(0.3))
+        guard.stopped = False
+        place.install(lambda draft: since.append(draft.since))
+        assert since == [0]
+        assert place.broker.enforce(3, soon()) == 3
+
+
+def test_a_guard_of_another_version_is_told(place: Place) -> None:
+    place.install()
+    with place.stub() as guard:
+        guard.version, guard.stopped = 2, True
+        with pytest.raises(BrokerNotEnforcing, match="not of the portal's version"):
+            place.broker.enforce(1, soon(0.3))
+
+
+def test_a_guard_that_does_not_know_the_portal_is_told(place: Place) -> None:
+    place.install()
+    with place.stub():
+        (place.settings.secrets_dir / "broker-password").write_text("p" * 43)
+        with pytest.raises(BrokerNotEnforcing, match="plugin_opt_journal"):
+            place.broker.enforce(1, soon())
+
+
+def test_a_broker_that_does_not_run_is_told(place: Place) -> None:
+    place.install()
+    with pytest.raises(BrokerUnavailable, match=r"portal\.sock"):
+        place.broker.enforce(1, soon())
+
+
+def test_a_denied_identity_must_be_refused(place: Place) -> None:
+    place.install(lambda draft: add_device_acl(draft, TWO, None))
+    place.install(deny(1))
+    with place.stub():
+        place.control.check_refused(ONE, soon())
+        with pytest.raises(BrokerNotEnforcing, match=TWO):
+            place.control.check_refused(TWO, soon())
+
+
+# --- CRLs in batches -----------------------------------------------------------------------------------------------
+
+
+def test_the_running_broker_gets_crls_in_batches(place: Place) -> None:
+    first = place.trust()
+    assert place.install(trust=first)
+    assert place.crls() == [first.crl]
+    assert not place.install()
+    assert place.crls() == [first.crl]
+    assert not place.control.publish_crls()
+    place.now += timedelta(seconds=CRL_SECONDS)
+    newest = place.trust()
+    assert place.install(trust=newest)
+    assert place.crls()[-1] == newest.crl
+    assert first.crl not in place.crls()  # what takes its place is small
+
+
+def test_many_revocations_are_published_at_once(place: Place) -> None:
+    place.install()
+    assert place.install(deny(CRL_CHANGES))
+
+
+def test_the_probe_certificate_is_on_the_crl_at_once(place: Place) -> None:
+    place.install()
+    issuer = place.pki.issuing.certificate.subject.public_bytes()
+    assert place.install(lambda draft: draft.revoke_certificate(issuer, "1f", ONE, is_probe=True))
+
+
+def test_a_crl_that_nothing_followed_is_published_by_the_job(place: Place) -> None:
+    place.install()
+    newest = place.trust()
+    place.install(trust=newest)
+    place.now += timedelta(seconds=CRL_SECONDS)
+    assert place.control.publish_crls()
+    assert place.crls()[-1] == newest.crl
+    assert not place.control.publish_crls()
+    assert place.control.files.damage() == []
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_folder_of_crls_that_the_broker_could_not_read_is_damage(place: Place, mode: int) -> None:
+    place.install()
+    (place.settings.broker_dir / "capath").chmod(mode)
+    (problem,) = place.control.files.damage()
+    assert "capath is not a folder with mode 0750" in problem

@@ -1,0 +1,292 @@
+"""A whole portal under the control of the guard: nothing is read again, and revocation means at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from broker.files.control import BrokerFiles
+from broker.guard.journal import read_position
+from config import Settings
+from operations.wiring import utc_now
+from tests.support.crash import Victim
+from tests.support.deployment import Client, Deployment, Onboarded, deployed, examine, wait_until
+from tests.support.guard_stub import journal_lines
+from tests.support.harness import csr_pem
+from tests.support.mosquitto import Mosquitto
+
+pytestmark = pytest.mark.system
+
+GRANTED = ("Success", "No matching subscribers")
+REFUSED = "Not authorized"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Deployment]:
+    """One deployment for tests that leave it as it was."""
+    with deployed(PORTAL_BROKER_CONTROL="guard") as deployment:
+        deployment.wait_ready()
+        yield deployment
+
+
+@pytest.fixture
+def own() -> Iterator[Deployment]:
+    """A deployment for a test that damages it."""
+    with deployed(PORTAL_BROKER_CONTROL="guard") as deployment:
+        deployment.wait_ready()
+        yield deployment
+
+
+def journal_of(deployment: Deployment) -> Path:
+    return deployment.data / "broker" / "guard.journal"
+
+
+def revoke(deployment: Deployment, device_id: str) -> None:
+    answer = deployment.call("POST", f"/revoke/{device_id}", {})
+    assert answer.json()["broker"] == "enforced", answer.text
+
+
+def sleeper(device: Onboarded) -> Client:
+    """A client whose session outlives its connection."""
+    return Client(device, session_seconds=600)
+
+
+def gets_nothing(device: Onboarded) -> bool:
+    """Whether a client with the device's credentials is refused by TLS, refused to publish, or ended for trying."""
+    client = sleeper(device)
+    try:
+        client.connect()
+    except OSError:
+        return True
+    try:
+        return client.is_refused(f"devices/{device.id}/x") and client.messages.empty()
+    finally:
+        client.close()
+
+
+# --- Who may do what -----------------------------------------------------------------------------------------------
+
+
+def test_a_device_reaches_its_own_topics_and_no_other(shared: Deployment) -> None:
+    device, other = shared.onboard(), shared.onboard("pump-2")
+    client = device.client()
+    assert client.publish(f"devices/{device.id}/x") in GRANTED
+    for topic in (f"devices/{other.id}/x", "devices/x", "portal/guard/refused", "elsewhere"):
+        assert client.publish(topic) == REFUSED, topic
+    assert client.subscribe(f"devices/{device.id}/#") == "Granted QoS 1"
+    for pattern in (f"devices/{other.id}/#", f"$share/g/devices/{other.id}/#", "$share/g/#", "$SYS/#"):
+        assert client.subscribe(pattern) == REFUSED, pattern
+    client.close()
+
+
+def test_topics_narrower_than_the_default_need_no_setting(shared: Deployment) -> None:
+    topics = [{"filter": "devices/{id}/telemetry", "access": "write"}]
+    device = shared.onboard()
+    answer = shared.call("PATCH", f"/devices/{device.id}", {"topics": topics})
+    assert answer.status_code == 200, answer.text
+    client = device.client()
+    wait_until(lambda: client.publish(f"devices/{device.id}/other") == REFUSED)
+    assert client.publish(f"devices/{device.id}/telemetry") in GRANTED
+    client.close()
+
+
+def test_a_revoked_device_is_cut_and_gets_nothing_any_more(shared: Deployment) -> None:
+    device = shared.onboard()
+    client = device.client()
+    revoke(shared, device.id)
+    client.wait_cut()
+    client.close()
+    assert gets_nothing(device)  # until the CRL is published TLS lets it in
+
+
+def test_a_suspended_device_comes_back(shared: Deployment) -> None:
+    device = shared.onboard()
+    client = device.client()
+    assert shared.call("POST", f"/devices/{device.id}/suspend", {}).json()["broker"] == "enforced"
+    client.wait_cut()
+    client.close()
+    assert shared.call("POST", f"/devices/{device.id}/resume", {}).status_code == 200
+    client = device.client()
+    assert client.publish(f"devices/{device.id}/x") in GRANTED
+    client.close()
+
+
+def test_a_superseded_certificate_is_refused_while_the_device_lives_on(shared: Deployment) -> None:
+    device = shared.onboard()
+    client = device.client()
+    answer = shared.call("POST", f"/devices/{device.id}/renew", {"csr": csr_pem(), "overlap_hours": 0})
+    assert answer.status_code == 201, answer.text
+    client.wait_cut()
+    client.close()
+    assert gets_nothing(device)
+
+
+def test_the_doctor_finds_nothing(shared: Deployment) -> None:
+    shared.onboard()
+    _, bad = examine(shared, "--broker-config", str(shared.data / "broker-mosquitto.conf"))
+    assert bad == {}
+
+
+# --- Nothing is read again -----------------------------------------------------------------------------------------
+
+
+def test_a_sleeping_device_gets_every_message_whatever_the_portal_does_meanwhile(shared: Deployment) -> None:
+    device, speaker = shared.onboard(), shared.onboard("pump-2")
+    topics = [{"filter": "devices/{id}/#", "access": "readwrite"}, {"filter": "devices/all/#", "access": "write"}]
+    answer = shared.call("PATCH", f"/devices/{speaker.id}", {"topics": topics})
+    assert answer.status_code == 200, answer.text
+    answer = shared.call("PATCH", f"/devices/{device.id}", {"topics": [{"filter": "devices/all/#", "access": "read"}]})
+    assert answer.status_code == 200, answer.text
+    client = sleeper(device)
+    client.connect()
+    assert client.subscribe("devices/all/#") == "Granted QoS 1"
+    client.close()
+    voice = speaker.client()
+    for number in range(6):
+        victim = shared.register()
+        assert voice.publish("devices/all/news", str(number).encode()) == "Success"
+        revoke(shared, victim["device_id"])
+    voice.close()
+    client = sleeper(device)
+    client.connect()
+    assert [client.messages.get(timeout=30)[1] for _ in range(6)] == [str(number).encode() for number in range(6)]
+    client.close()
+    assert shared.broker is not None
+    assert "Reloading config" not in shared.broker.log
+
+
+def test_a_revoked_sleeper_gets_nothing_when_it_wakes(shared: Deployment) -> None:
+    device = shared.onboard()
+    client = sleeper(device)
+    client.connect()
+    client.subscribe(f"devices/{device.id}/#")
+    client.close()
+    revoke(shared, device.id)
+    assert gets_nothing(device)
+
+
+# --- Faults --------------------------------------------------------------------------------------------------------
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FAULTS: dict[str, Callable[[Path], object]] = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "a bit flipped": _flip,
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_damaged_journal_opens_nothing_and_is_repaired_by_itself(own: Deployment, kind: str) -> None:
+    device, revoked = own.onboard(), own.onboard("pump-2")
+    revoke(own, revoked.id)
+    epoch = read_position(journal_of(own)).epoch
+    own.stop_portal(signal.SIGKILL)
+    FAULTS[kind](journal_of(own))
+    client = device.client()
+    wait_until(lambda: client.publish(f"devices/{device.id}/x") == REFUSED)
+    own.start_portal()
+    wait_until(lambda: client.publish(f"devices/{device.id}/x") in GRANTED)
+    client.close()
+    own.wait_ready()
+    assert read_position(journal_of(own), whole=True).epoch > epoch
+    assert gets_nothing(revoked)
+
+
+def test_an_older_journal_that_is_put_back_while_all_runs_is_noticed(own: Deployment) -> None:
+    device = own.onboard()
+    older = journal_of(own).read_bytes()
+    revoke(own, device.id)
+    journal_of(own).write_bytes(older)
+    assert gets_nothing(device)
+    wait_until(lambda: f"deny {device.id}" in journal_lines(journal_of(own)))
+    own.wait_ready()
+    assert gets_nothing(device)
+
+
+@pytest.mark.parametrize("step", ["journal.written", "apply.after_install", "apply.after_reload"])
+def test_a_portal_killed_at_any_step_finishes_after_its_start(step: str) -> None:
+    with Victim(PORTAL_BROKER_CONTROL="guard", PORTAL_WORKERS="1") as victim:
+        victim.wait_ready()
+        device = victim.onboard()
+        victim.kill_portal()
+        victim.start_portal(others={"PORTAL_FAILPOINT": f"revoke.after_commit>{step}=killgroup"})
+        victim.wait_ready()
+        with pytest.raises(requests.ConnectionError):
+            victim.call("POST", f"/revoke/{device.id}", {})
+        victim.kill_portal()
+        victim.start_portal()
+        victim.wait_ready()
+        read_position(journal_of(victim), whole=True)
+        assert f"deny {device.id}" in journal_lines(journal_of(victim))
+        assert gets_nothing(device)
+
+
+def test_a_broker_without_the_plugin_is_never_believed(own: Deployment) -> None:
+    device = own.onboard()
+    own.stop_broker()
+    settings = Settings.from_env({key: value for key, value in own.environment.items() if key.startswith("PORTAL_")})
+    BrokerFiles(settings, utc_now).password()  # with the file of it that such a broker has
+    settings.broker_file("acl").write_text("topic readwrite #\n")
+    settings.broker_file("acl").chmod(0o644)
+    own.broker = Mosquitto(settings.broker_dir, own.mqtt_port).start()
+    answer = own.call("POST", f"/revoke/{device.id}", {})
+    assert answer.json()["broker"] == "pending"
+    assert "guard" in answer.json()["broker_problem"]
+
+
+# --- Going over and back -------------------------------------------------------------------------------------------
+
+
+def test_an_installation_goes_over_to_the_guard_with_one_restart_and_back() -> None:
+    with deployed() as deployment:
+        deployment.wait_ready()
+        device, revoked = deployment.onboard(), deployment.onboard("pump-2")
+        revoke(deployment, revoked.id)
+        for control in ("guard", "files"):
+            deployment.stop_portal()
+            deployment.stop_broker()
+            deployment.environment["PORTAL_BROKER_CONTROL"] = control
+            deployment.run_flask("init")
+            deployment.start_broker()
+            deployment.start_portal()
+            deployment.wait_ready()
+            record = json.loads((deployment.data / "broker" / "projection.json").read_text())
+            assert record.get("control", "files") == control
+            assert record["style"] == "pattern"
+            client = device.client()
+            assert client.publish(f"devices/{device.id}/x") in GRANTED
+            client.close()
+            assert gets_nothing(revoked)
+            revoke(deployment, deployment.register()["device_id"])
+
+
+def test_a_restored_backup_begins_a_new_journal(own: Deployment) -> None:
+    backup = own.folder / "backup.zip"
+    early = own.onboard()
+    own.run_flask("backup", str(backup))
+    late = own.onboard("pump-2")
+    epoch = read_position(journal_of(own)).epoch
+    own.stop_portal()
+    done: subprocess.CompletedProcess[str] = own.run_flask("restore", str(backup), "--replace")
+    assert done.returncode == 0
+    own.start_portal()
+    own.wait_ready()
+    assert read_position(journal_of(own)).epoch > epoch
+    lines = journal_lines(journal_of(own))
+    assert f"allow {early.id}" in lines
+    assert f"allow {late.id}" not in lines
+    assert gets_nothing(late)
