@@ -7,10 +7,11 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import resource
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -19,7 +20,7 @@ from flask import Flask, current_app
 
 from config import LogFormat, Settings
 from core import logs, metrics
-from core.errors import PortalError
+from core.errors import PortalError, StartupError
 from core.files import own_until_exit, replace_file
 from core.states import IssuerKind
 from operations import authority, data_folder
@@ -92,31 +93,78 @@ def init() -> None:
 @without_traceback
 def show_settings() -> None:
     """Print the effective paths and ports as shell lines."""
-    settings = settings_of_app()
-    for name, value in (
-        ("PORTAL_DATA_DIR", settings.data_dir),
-        ("PORTAL_BROKER_DIR", settings.broker_dir),
-        ("PORTAL_BROKER_SOCKET", settings.broker_socket),
-        ("PORTAL_BROKER_PID_FILE", settings.broker_pid_file),
-        ("PORTAL_MQTT_PORT", settings.mqtt_port),
-        ("PORTAL_BIND", settings.bind),
-        ("PORTAL_PUBLIC_URL", settings.public_url),
-    ):
-        click.echo(f"{name}={shlex.quote(str(value))}")
+    click.echo(_shell_lines(_effective(settings_of_app())), nl=False)
 
 
-def _serve(settings: Settings, create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp) -> int:
+def _effective(settings: Settings) -> dict[str, object]:
+    return {
+        "PORTAL_DATA_DIR": settings.data_dir,
+        "PORTAL_BROKER_DIR": settings.broker_dir,
+        "PORTAL_BROKER_SOCKET": settings.broker_socket,
+        "PORTAL_BROKER_PID_FILE": settings.broker_pid_file,
+        "PORTAL_MQTT_PORT": settings.mqtt_port,
+        "PORTAL_BIND": settings.bind,
+        "PORTAL_PUBLIC_URL": settings.public_url,
+    }
+
+
+def _shell_lines(values: Mapping[str, object], prefix: str = "") -> str:
+    return "".join(f"{prefix}{name}={shlex.quote(str(value))}\n" for name, value in values.items())
+
+
+def _set_up_logs(settings: Settings) -> None:
     logs.set_up(level=settings.log_level, as_json=settings.log_format is LogFormat.JSON)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the issuing key
-    environment = settings.data_dir / "operator.env"
-    counts = settings.data_dir / "metrics"
+
+
+def _wait_for_broker(settings: Settings, trust_anchor: str) -> None:
+    """Print what scripts/run needs, log to portal.log from then on, and wait until it has started the broker.
+
+    Standard output then ends; a line of standard input says that the broker has been started, its end that
+    scripts/run is gone, with which this process ends. Raises ``StartupError`` if portal.log cannot be opened.
+    """
+    path = settings.data_dir / "portal.log"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartupError(f"{path} cannot be opened ({error.strerror}); check its disk.") from error
+    size = os.fstat(descriptor).st_size
+    click.echo(_shell_lines(_effective(settings) | {"trust_anchor": trust_anchor, "portal_log_size": size}), nl=False)
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.close(descriptor)
+    if not sys.stdin.readline():
+        raise SystemExit(1)
+
+
+def _prepare(settings: Settings, *, beside_broker: bool) -> tuple[str, bool]:
+    """Create what is missing before anything is served, and the broker's files before it starts.
+
+    Return the token of the first operator, and whether this is the first of several portals on the data folder: it owns
+    operator.env and the counters until it exits.
+    """
+    if not beside_broker:
+        _set_up_logs(settings)
     with contextlib.closing(open_portal(settings)) as portal:
         prepare(portal)
         token = first_token(portal)
-    # Of several portals on one data folder the first owns operator.env and the counters until it exits.
+        trust_anchor = portal.authority.root.issuer.certificate.subject.rfc4514_string()
     first = own_until_exit(settings.data_dir / ".serving.lock")
     if first:
-        metrics.forget(counts)
+        metrics.forget(settings.data_dir / "metrics")
+    if beside_broker:
+        if first:
+            (settings.data_dir / "operator.env").unlink(missing_ok=True)  # scripts/run waits for the new one
+        _wait_for_broker(settings, trust_anchor)
+        _set_up_logs(settings)
+    return token, first
+
+
+def _serve(
+    settings: Settings, create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp, *, beside_broker: bool
+) -> int:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the issuing key
+    environment = settings.data_dir / "operator.env"
+    token, first = _prepare(settings, beside_broker=beside_broker)
 
     def on_listening() -> None:
         if first:
@@ -128,7 +176,7 @@ def _serve(settings: Settings, create_app: CreateApp, portal_of: PortalOf, serve
         log.info("serving", extra={"url": settings.public_url, "pki_url": settings.pki_url})
 
     def on_worker_start(app: Flask) -> None:
-        metrics.share(counts)  # before anything is counted
+        metrics.share(settings.data_dir / "metrics")  # before anything is counted
         portal_of(app)
 
     if settings.faces_network:
@@ -153,7 +201,7 @@ def _operator_environment(settings: Settings, token: str) -> str:
         "PORTAL_TOKEN": token,
         "PORTAL_MQTT_PORT": str(settings.mqtt_port),
     }
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
+    return _shell_lines(values, "export ")
 
 
 # --- The audit record -------------------------------------------------------------------------------------------------
@@ -329,9 +377,15 @@ def commands(create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp) ->
     """Return the commands of ``flask --app app``; ``serve_app`` is the HTTP server."""
 
     @click.command("serve")
+    @click.option(
+        "--beside-broker",
+        is_flag=True,
+        help="For scripts/run: print the settings, then wait for a line and log to portal.log.",
+    )
     @without_traceback
-    def serve() -> None:
+    def serve(beside_broker: bool) -> None:
         """Serve the portal over HTTPS until it is stopped."""
-        raise SystemExit(_serve(settings_of_app(), create_app, portal_of, serve_app))
+        settings = settings_of_app()
+        raise SystemExit(_serve(settings, create_app, portal_of, serve_app, beside_broker=beside_broker))
 
     return [init, serve, show_settings, audit_group, ca_group, backup, restore, doctor]

@@ -109,7 +109,14 @@ class Deployment:
         """Run a command of the server's own."""
         command = [sys.executable, "-m", "flask", "--app", "app", *arguments]
         return subprocess.run(
-            command, cwd=ROOT, env=self.environment, check=check, capture_output=True, text=True, timeout=60
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            check=check,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
 
     def start_broker(self) -> Mosquitto:

@@ -132,3 +132,18 @@ def test_no_secret_is_readable_by_others(stopped: Deployment) -> None:
 def test_flask_run_serves_the_same_application(stopped: Deployment) -> None:
     done = stopped.run_flask("routes")
     assert "/register" in done.stdout
+
+
+def test_beside_a_broker_the_settings_are_printed_and_nothing_is_served_once_the_script_is_gone(
+    stopped: Deployment,
+) -> None:
+    (stopped.data / "operator.env").write_text("of an earlier run\n")
+    done = stopped.run_flask("serve", "--beside-broker", check=False)  # standard input is at its end
+    assert (done.returncode, done.stderr) == (1, "")
+    printed = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert printed["PORTAL_DATA_DIR"] == str(stopped.data)
+    assert printed["PORTAL_MQTT_PORT"] == str(stopped.mqtt_port)
+    assert printed["trust_anchor"] == "'CN=Device Onboarding Root CA'"
+    assert printed["portal_log_size"] == "0"
+    assert stat.S_IMODE((stopped.data / "portal.log").stat().st_mode) == 0o600
+    assert not (stopped.data / "operator.env").exists()
