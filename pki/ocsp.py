@@ -368,7 +368,7 @@ def sign_response(
     try:
         response = _sign_one(signer, *answers[0], nonce, start, end) if len(answers) == 1 else None
         if response is None or not start <= response.produced_at_utc <= end:
-            response = ocsp.load_der_ocsp_response(_sign_any(signer, answers, nonce, _time(start), _time(end)))
+            return _sign_any(signer, answers, nonce, _time(start), _time(end))
         signer.key.public_key().verify(response.signature, response.tbs_response_bytes, _ECDSA)
     except (InvalidSignature, ValueError) as error:
         raise SignatureCheckFailed(
@@ -409,11 +409,14 @@ def _sign_one(
 def _sign_any(
     signer: Signer, answers: Sequence[tuple[Question, Status]], nonce: bytes | None, start: bytes, end: bytes
 ) -> bytes:
+    """Sign a response that repeats whatever ids a request has, also some that ``cryptography`` would not read."""
     content = _response_data(signer, answers, nonce, start, end)
+    signature = signer.key.sign(content, _ECDSA)
+    signer.key.public_key().verify(signature, content, _ECDSA)
     basic = {
         "data": content,
         "signature_algorithm": _ECDSA_WITH_SHA256,
-        "signature": univ.BitString.fromOctetString(signer.key.sign(content, _ECDSA)),
+        "signature": univ.BitString.fromOctetString(signature),
         "certificates": signer.certificates,
     }
     response_bytes = {"response_type": rfc6960.id_pkix_ocsp_basic, "response": encode(basic, _BASIC_RESPONSE)}

@@ -33,11 +33,14 @@ from tests.support.ocsp import (
     extension,
     failure_of,
     get,
+    integer,
     issuing_of,
     nonce,
+    oid,
     post,
     read,
     said_of,
+    sequence,
     tlv,
 )
 
@@ -151,6 +154,16 @@ def test_requests_about_other_cas_are_unauthorized(app: Flask, anyone: Api) -> N
         assert failure_of(post(anyone, Ocsp(each).der())) is UNAUTHORIZED
     known = cert_id(issuing, stranger.serial_number)
     assert said_of(anyone, Ocsp([*foreign, known])) == ["unknown"] * 4 + ["good"]
+
+
+def test_an_id_that_cryptography_would_not_read_is_repeated_as_unknown(app: Flask, anyone: Api) -> None:
+    issuing = issuing_of(app)
+    # Ed25519 is no hash, and has no parameters; pyasn1 writes this number in one byte more than is needed.
+    odd = sequence(sequence(oid("2b6570"), b"\x05\x00"), tlv(4, b"name"), tlv(4, b"key"), integer(1))
+    for request in (ask(issuing, -(1 << 159)), Ocsp([cert_id(issuing, 1), odd])):
+        answer = post(anyone, request.der())
+        assert (answer.status_code, answer.content_type) == (200, "application/ocsp-response")
+        assert answer.data[4:7] == b"\x0a\x01\x00"  # successful
 
 
 # --- How it is asked ----------------------------------------------------------------------------------------------
