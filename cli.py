@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from commands.access import login, logout, token
+from commands.audit import audit
 from commands.connection import ConnectionOptions
 from commands.context import CONNECTION, VERSION, connection_options
 from commands.delivery import download, unpack_command
@@ -17,7 +18,7 @@ from commands.devices import certificates, expiring, export, list_devices, show,
 from commands.enrolment import approve, enrolment, expect, manufacturer, reject, waiting
 from commands.imports import import_devices
 from commands.lifecycle import resume, revoke, suspend
-from commands.operation import audit, ca, completion, status
+from commands.operation import ca, completion, status
 from commands.registration import register, renew
 from commands.webhooks import webhook
 

@@ -176,6 +176,13 @@ class Client:
                 raise self.refusal(self._whole(response))
             yield from map(_row_answer, _lines(response))
 
+    def stream(self, path: str) -> Iterator[bytes]:
+        """Yield the body at ``path`` in parts as they arrive, however long it is; raises as ``call`` does."""
+        with self._open("GET", self._settings.url + path, self._token()) as response:
+            if response.status_code != 200:
+                raise self.refusal(self._whole(response))
+            yield from response.iter_content(65536)
+
     def _token(self) -> str:
         if self._settings.token is None:
             raise Misused(

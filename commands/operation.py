@@ -1,4 +1,4 @@
-"""The commands about the portal itself: status, CA certificates, audit record, shell completion."""
+"""The commands about the portal itself: status, CA certificates, shell completion."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import click
 from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 from commands.bundle import certificates_only, describe
-from commands.context import Remote, command, paging_options
+from commands.context import Remote, command
 from commands.delivery import FORCE_HELP
 from commands.errors import Unreachable
 from commands.files import NewFile, write_new
-from commands.output import Cell, moment, state, text, time_of
+from commands.output import Cell, moment, text
 
 COMPLETIONS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 SHELLS = {
@@ -83,37 +83,6 @@ def ca(portal: Remote, out: Path | None, force: bool) -> None:
         portal.out.raw(pem.decode())
     else:
         portal.out.done(f"Saved the CA certificates in {out}")
-
-
-@command("audit", examples=["portal audit --limit 20", "portal audit --action device:revoke --all --json"])
-@click.option("--action", metavar="TAG", help="Only this action, such as device:register.")
-@click.option("--actor", metavar="ACTOR", help="Only actions of this actor, such as token:factory.")
-@click.option("--object", metavar="OBJECT", help="Only actions on this object, such as device:ID.")
-@click.option("--outcome", type=click.Choice(("done", "refused")), help="Only actions with this outcome.")
-@paging_options
-def audit(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
-    """Read the audit record, newest entry first.
-
-    When piped, prints tab-separated lines: time, actor, action, object, outcome, address, request id, detail.
-    """
-    answer = portal.client.read_pages("/audit", "entries", limit=None if all_ else limit, cursor=cursor, **filters)
-    portal.out.table(
-        answer,
-        "entries",
-        {
-            "time": time_of("at"),
-            "actor": "actor",
-            "action": "action",
-            "object": "object",
-            "outcome": lambda row: state(row.get("outcome")),
-            "address": "address",
-            "request id": "request_id",
-            "detail": lambda row: text(row.get("detail") or None),
-        },
-        empty="No matching entries." if any(filters.values()) else "No entries yet.",
-        spare=("address", "request id", "detail"),
-        whole=("action", "outcome"),
-    )
 
 
 @command("completion", connects=False, examples=list(SHELLS.values()))

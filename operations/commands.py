@@ -31,6 +31,7 @@ from operations.doctor.base import Finding, State
 from operations.wiring import Portal, first_token, open_portal, prepare, utc_now
 from store import audit
 from store import issuers as store_issuers
+from workflows.audit import problem_of
 from workflows.authority import rollover as authority_rollover
 from workflows.authority.issuers import Issuers, RecordedIssuer
 from workflows.enrolment.clients import CLIENT_CAS
@@ -215,12 +216,21 @@ def audit_group() -> None:
 @audit_group.command("verify")
 @without_traceback
 def verify_audit() -> None:
-    """Check the chain of hashes from the first entry to the last."""
+    """Check the chain of hashes from the first entry to the last, and the newest checkpoint in the data folder."""
     with opened_portal() as portal, portal.database.snapshot() as tx:
-        verdict = audit.verify(tx, portal.tenant_id)
-    if verdict.problem is not None:
-        raise click.ClickException(f"{verdict.problem} The {verdict.entries} entries before it are sound.")
+        problem, verdict = problem_of(tx, portal.tenant_id, portal.settings, whole=True)
+    if problem is not None:
+        before = f" The {verdict.entries} entries before it are sound." if problem == verdict.problem else ""
+        raise click.ClickException(problem + before)
     click.echo(f"All {verdict.entries} entries are sound. Hash of the last: {verdict.head}")
+
+
+@audit_group.command("key")
+@without_traceback
+def show_audit_key() -> None:
+    """Print the public key of the checkpoints, for portal audit verify and for witnesses."""
+    with opened_portal() as portal:
+        click.echo(str(portal.audit_log.verifier))
 
 
 # --- The CAs ----------------------------------------------------------------------------------------------------------

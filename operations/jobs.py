@@ -104,6 +104,14 @@ def probe_broker(portal: Portal) -> None:
         portal.broker.probe(probe_certificates(portal.settings), time.monotonic() + portal.settings.enforce_timeout)
 
 
+def sign_audit_record(portal: Portal) -> None:
+    """Sign a checkpoint of the audit record if one is due and the record continues the one before."""
+    problem = portal.audit_log.make_checkpoint()
+    if problem is not None and problem != portal.memory.audit_problem:
+        log.error("the audit record was changed, and is not signed any more", extra={"problem": problem})
+    portal.memory.audit_problem = problem
+
+
 # --- Events ----------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +182,7 @@ JOBS = (
     Job("responder renewal", 60.0, lambda portal: portal.responder.certificates.renew()),
     Job("crl renewal", 300.0, renew_crls),
     Job("retirement of CAs", 3600.0, retire_unneeded, final=True),
+    Job("audit checkpoints", 60.0, sign_audit_record),
     Job("certificates that end", 600.0, announce_expiring),
 )
 

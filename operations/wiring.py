@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from store import audit, tenants
 from store.database import Database
 from store.tables import DEFAULT_TENANT
 from workflows import events
+from workflows.audit import AuditLog, open_audit_log
 from workflows.authority.issuers import Authority, open_authority
 from workflows.authority.ocsp import Responder, ResponderCertificates
 from workflows.bulk.batch import Batches
@@ -46,6 +48,8 @@ from workflows.revocation import DeviceRevocations
 from workflows.webhooks.sending import SecretSeal, Sender
 from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
+log = logging.getLogger("portal.installation")
+
 # There while anybody may have subscribed to events.
 SUBSCRIBED = ".subscribed"
 utc_now = functools.partial(datetime.now, UTC)  # the clock of a portal, unless a test has one of its own
@@ -58,6 +62,7 @@ class JobMemory:
     damage: list[str] = field(default_factory=list)  # recorded already; it may last for many attempts at a repair
     disconnected: set[int] = field(default_factory=set)  # superseded certificates, their devices disconnected twice
     root_crl_logged_at: datetime | None = None
+    audit_problem: str | None = None  # logged already
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,7 @@ class Portal:
     approvals: Approvals
     inventory: Inventory
     operators: Operators
+    audit_log: AuditLog
     webhooks: Webhooks
     dispatcher: Dispatcher
     responder: Responder
@@ -116,6 +122,7 @@ class _Foundation:
     pepper: bytes
     sender: Sender
     webhooks: Webhooks
+    audit_log: AuditLog
 
 
 def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> Portal:
@@ -137,6 +144,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     events.watch(database.engine, subscribed)
     with database.transaction() as tx:
         tenants.add_tenant(tx, tenant_id, created_at=clock())
+    audit_log = open_audit_log(database, settings, clock, tenant_id)
     keys = KeyFiles(settings.ca_dir, passphrase(settings.ca_passphrase.get_secret_value(), folder / "ca-passphrase"))
     authority = open_authority(database, keys, settings, tenant_id, now=clock())
     replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
@@ -158,6 +166,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         pepper=bytes.fromhex(secret_file(folder / "idempotency-pepper", lambda: secrets.token_hex(32))),
         sender=sender,
         webhooks=webhooks,
+        audit_log=audit_log,
     )
 
 
@@ -194,6 +203,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         approvals=Approvals(settings, database, clock),
         inventory=Inventory(settings, database),
         operators=Operators(database, Throttle(folder / "attempts", settings.login_failures), clock),
+        audit_log=base.audit_log,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, base.sender, clock),
         responder=Responder(responders, settings, database, authority, clock),
@@ -217,6 +227,8 @@ def prepare(portal: Portal) -> None:
             # A setting or a file may have changed while no portal ran, so the broker gets everything again.
             db.next_generation(tx, portal.tenant_id, at=portal.clock())
         portal.reconciler.install()
+    if (problem := portal.audit_log.problem()) is not None:
+        log.error("the audit record was changed", extra={"problem": problem})
 
 
 def first_token(portal: Portal) -> str:

@@ -1,10 +1,14 @@
-"""The audit record: who did what, each entry with the hash of the one before it; never changed and never removed."""
+"""The audit record: who did what, each entry with the hash of the one before it; never changed and never removed.
+
+An entry is hashed as the canonical JSON of its fields. These texts are chained, each by the hash of the one before it,
+and are the leaves of a Merkle tree, whose root a checkpoint signs: see docs/security.md.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,18 +16,22 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.merkle import Edge
 from store.database import columns_of
 from store.tables import AuditEntry, AuditHead
 
 _HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "request_id", "address", "detail")
 _INSERT_AUDIT_ENTRIES = sa.insert(AuditEntry)
-_AUDIT_HEAD = sa.select(AuditHead.number, AuditHead.hash).where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
+_AUDIT_HEAD = sa.select(AuditHead.number, AuditHead.hash, AuditHead.edge).where(
+    AuditHead.tenant_id == sa.bindparam("of_tenant")
+)
 _LOCK_AUDIT_HEAD = _AUDIT_HEAD.with_for_update()
 _MOVE_AUDIT_HEAD = (
     sa.update(AuditHead)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
-    .values(number=sa.bindparam("new_number"), hash=sa.bindparam("new_hash"))
+    .values(number=sa.bindparam("new_number"), hash=sa.bindparam("new_hash"), edge=sa.bindparam("new_edge"))
 )
+READ_AT_ONCE = 1000  # entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,18 @@ class Actor:
     role: str
     request_id: str
     address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Number and hash of the last entry, and the edge of the Merkle tree over all entries."""
+
+    number: int
+    hash: str
+    edge: bytes
+
+
+EMPTY_RECORD = Head(0, "0" * 64, b"")
 
 
 def system_actor(tenant_id: str) -> Actor:
@@ -74,7 +94,8 @@ def record_all(
     outcome: str = "done",
 ) -> None:
     """Append an entry for each of ``acts`` (action, object, detail), as ``record`` does for one."""
-    number, previous_hash = lock_audit_head(tx, actor.tenant_id)
+    head = lock_audit_head(tx, actor.tenant_id)
+    number, previous_hash, tree = head.number, head.hash, Edge(head.number, head.edge)
     entries: list[dict[str, Any]] = []
     for action, object_, detail in acts:
         number += 1
@@ -91,25 +112,36 @@ def record_all(
             "address": actor.address[:64],
             "detail": dict(detail),
         }
-        entry["hash"] = previous_hash = _hash_of(entry)
+        text = canonical(entry)
+        entry["hash"] = previous_hash = hashlib.sha256(text).hexdigest()
+        tree.append(text)
         entries.append(entry)
     if entries:
         tx.execute(_INSERT_AUDIT_ENTRIES, entries)
-        tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": actor.tenant_id, "new_number": number, "new_hash": previous_hash})
+        moved = {"new_number": number, "new_hash": previous_hash, "new_edge": tree.packed()}
+        tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": actor.tenant_id, **moved})
 
 
-def lock_audit_head(tx: Connection, tenant_id: str) -> tuple[int, str]:
-    """Return number and hash of the last audit entry, and let nobody else add one until the transaction ends."""
-    number, last_hash = tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one()
-    return number, last_hash
+def audit_head(tx: Connection, tenant_id: str) -> Head:
+    """Return the head of the record; if somebody has deleted it, that of an empty one."""
+    row = tx.execute(_AUDIT_HEAD, {"of_tenant": tenant_id}).one_or_none()
+    return EMPTY_RECORD if row is None else Head(*row)
 
 
-def _hash_of(entry: Mapping[str, Any]) -> str:
-    """Return the SHA-256, in hex, of an entry in canonical JSON, which contains the hash of the entry before it."""
+def lock_audit_head(tx: Connection, tenant_id: str) -> Head:
+    """Return the head of the record, and let nobody else add an entry until the transaction ends."""
+    return Head(*tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one())
+
+
+def canonical(entry: Mapping[str, Any]) -> bytes:
+    """Return the canonical JSON of an entry, which contains the hash of the entry before it.
+
+    An array of tenant, time (RFC 3339, microseconds, ``+00:00``) and the fields of ``_HASHED``: ASCII, no spaces, keys
+    of objects sorted.
+    """
     at = entry["at"].astimezone(UTC).isoformat(timespec="microseconds")
     values = [entry["tenant_id"], at, *(entry[name] for name in _HASHED)]
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 # --- Check --------------------------------------------------------------------------------------------------------
@@ -117,35 +149,61 @@ def _hash_of(entry: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AuditVerdict:
-    """The result of a check: how many entries are intact, the hash of the last one, and what is wrong after it."""
+    """The result of a check: how many entries are intact, the hash of the last one, and what is wrong after it.
+
+    ``roots`` has the roots of the Merkle tree at the sizes that were asked for, as far as the record is intact.
+    """
 
     entries: int
     head: str
     problem: str | None
+    roots: Mapping[int, bytes]
 
 
-def verify(tx: Connection, tenant_id: str) -> AuditVerdict:
-    """Check the hashes from the first entry to the last; the result names the first altered, removed or moved one."""
-    number, previous_hash = 0, "0" * 64
-    query = sa.select(AuditEntry.__table__).where(AuditEntry.tenant_id == tenant_id).order_by(AuditEntry.number)
-    with tx.execute(query.execution_options(yield_per=1000)) as rows:  # a cursor of the server, which must be closed
-        for entry in rows.mappings():
-            problem = None
-            if entry["number"] != number + 1:
-                problem = f"Entry {number + 1} is missing: after {number} comes {entry['number']}."
-            elif entry["previous_hash"] != previous_hash:
-                problem = f"Entry {number + 1} does not follow entry {number}: one of them was replaced or moved."
-            elif entry["hash"] != _hash_of(dict(entry)):
-                problem = f"Entry {number + 1} was altered: {entry['action']} of {entry['object']}."
-            if problem is not None:
-                return AuditVerdict(number, previous_hash, problem)
-            number, previous_hash = entry["number"], entry["hash"]
-    last_number, last_hash = tx.execute(_AUDIT_HEAD, {"of_tenant": tenant_id}).one()
-    if last_number > number:
-        return AuditVerdict(number, previous_hash, f"Entry {number + 1} is missing, at the end of the record.")
-    if (last_number, last_hash) != (number, previous_hash):
-        return AuditVerdict(number, previous_hash, f"Entry {number} is not the one that was recorded last.")
-    return AuditVerdict(number, previous_hash, None)
+def verify(tx: Connection, tenant_id: str, *, after: Head = EMPTY_RECORD, sizes: Collection[int] = ()) -> AuditVerdict:
+    """Check the hashes from the first entry to the last; the result names the first altered, removed or moved one.
+
+    Entries up to the head ``after``, which the caller trusts, are not read.
+    """
+    number, previous_hash, tree = after.number, after.hash, Edge(after.number, after.edge)
+    roots = {number: tree.root()}
+    for entry in read_entries(tx, tenant_id, after=number):
+        problem, text = None, canonical(entry)
+        if entry["number"] != number + 1:
+            problem = f"Entry {number + 1} is missing: after {number} comes {entry['number']}."
+        elif entry["previous_hash"] != previous_hash:
+            problem = f"Entry {number + 1} does not follow entry {number}: one of them was replaced or moved."
+        elif entry["hash"] != hashlib.sha256(text).hexdigest():
+            problem = f"Entry {number + 1} was altered: {entry['action']} of {entry['object']}."
+        if problem is not None:
+            return AuditVerdict(number, previous_hash, problem, roots)
+        number, previous_hash = entry["number"], entry["hash"]
+        tree.append(text)
+        if number in sizes:
+            roots[number] = tree.root()
+    problem, head = None, audit_head(tx, tenant_id)
+    if head.number > number:
+        problem = f"Entry {number + 1} is missing, at the end of the record."
+    elif (head.number, head.hash) != (number, previous_hash):
+        problem = f"Entry {number} is not the one that was recorded last."
+    elif head.edge != tree.packed():
+        problem = f"The Merkle tree that is kept with entry {number} is not that of the entries."
+    return AuditVerdict(number, previous_hash, problem, roots)
+
+
+def read_entries(tx: Connection, tenant_id: str, *, after: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the entries behind number ``after``, oldest first, as many as ``limit`` at most."""
+    query = sa.select(AuditEntry.__table__).where(AuditEntry.tenant_id == tenant_id, AuditEntry.number > after)
+    query = query.order_by(AuditEntry.number).limit(limit)
+    with tx.execute(query.execution_options(yield_per=READ_AT_ONCE)) as rows:  # a server's cursor, to be closed
+        for row in rows.mappings():
+            yield dict(row)
+
+
+def hash_at(tx: Connection, tenant_id: str, number: int) -> str | None:
+    """Return the hash that the entry ``number`` has, ``None`` if there is no such entry."""
+    query = sa.select(AuditEntry.hash).where(AuditEntry.tenant_id == tenant_id, AuditEntry.number == number)
+    return tx.execute(query).scalar_one_or_none()
 
 
 # --- Lists --------------------------------------------------------------------------------------------------------

@@ -87,13 +87,15 @@ class AuditEntry(OfTenant, Base):
 
 
 class AuditHead(Base):
-    """The number and hash of the last audit entry, so that a missing entry is noticed."""
+    """The number and hash of the last audit entry, so that a missing entry is noticed, and the tree's edge."""
 
     __tablename__ = "audit_heads"
 
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
     number: Mapped[int] = mapped_column(sa.BigInteger)
     hash: Mapped[str] = mapped_column(sa.String(64))
+    # The right edge of the Merkle tree over all entries, 32 bytes for each subtree: see core/merkle.py.
+    edge: Mapped[bytes]
 
 
 class BrokerState(Base):

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
+from store.audit import EMPTY_RECORD
 from store.database import columns_of, hash_of
 from store.tables import AuditHead, BrokerState, Tenant, Token
 
@@ -19,7 +20,7 @@ def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
     """Record a tenant with its broker state and an empty audit record, unless it exists."""
     if tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is None:
         tx.execute(sa.insert(Tenant), {"id": tenant_id, "created_at": created_at})
-        tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, "number": 0, "hash": "0" * 64})
+        tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, **dataclasses.asdict(EMPTY_RECORD)})
         tx.execute(
             sa.insert(BrokerState),
             {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at},

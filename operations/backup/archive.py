@@ -24,6 +24,7 @@ from store import copy as store_copy
 
 FORMAT = 1
 MANIFEST, SEAL = "manifest.json", "manifest.seal"
+CHECKPOINT, CHECKPOINT_KEY = "audit/checkpoint", "audit/key"  # a signed note, and the public key of its signer
 MAX_MANIFEST_BYTES = 1 << 20
 _CHUNK = 1 << 20
 _SMALL_FILE = re.compile(r"(ca|secrets)/([a-z0-9][a-z0-9.-]{0,80})")
@@ -155,6 +156,14 @@ class Backup:
         """Return the files of ``ca`` or ``secrets`` by name."""
         found = ((name, _SMALL_FILE.fullmatch(name)) for name in self.manifest.members)
         return {match[2]: self._whole(name, MAX_FILE_BYTES) for name, match in found if match and match[1] == folder}
+
+    def checkpoint(self) -> tuple[str, str] | None:
+        """Return the checkpoint of the audit record and the public key of its signer, if the backup has one."""
+        names = (CHECKPOINT, CHECKPOINT_KEY)
+        if not set(names) <= self.manifest.members.keys():
+            return None
+        note, key = (self._whole(name, MAX_FILE_BYTES).decode("utf-8", "replace") for name in names)
+        return note, key
 
     def lines(self, table: str) -> Iterator[bytes]:
         """Yield a table's lines as ``store.copy.dump`` wrote them."""

@@ -19,17 +19,19 @@ from config import Settings
 from core.errors import BackupRefused
 from core.files import fsync_directory
 from operations import data_folder
-from operations.backup.archive import FORMAT, BackupWriter, Manifest
+from operations.backup.archive import CHECKPOINT, CHECKPOINT_KEY, FORMAT, BackupWriter, Manifest
 from pki.algorithms import PrivateKey
 from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
 from store import copy as store_copy
 from store import generations, issuers
 from store.database import Database, newest_revision
 from store.tables import DEFAULT_TENANT
+from workflows.audit import CHECKPOINT_FILE, KEY_FILE, read_kept, read_key
 from workflows.authority.issuers import FIRST_ISSUING
 
-# The passphrase makes the keys usable; the token belongs to one machine.
-LEFT_OUT = ("ca-passphrase", "operator-token")
+# The passphrase makes the keys usable; the token belongs to one machine. The key of checkpoints signs one audit record,
+# and a restored one is another, which gets a new key. Files whose names only begin so are left out, too.
+LEFT_OUT = ("ca-passphrase", "operator-token", KEY_FILE)
 _BATCH_BYTES = 1 << 18
 
 
@@ -71,6 +73,8 @@ def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *
         writer = BackupWriter(archive)
         counts = {name: _add_table(writer, tx, name) for name in store_copy.table_names()}
         for name, content in _small_files(settings):
+            writer.add(name, [content])
+        for name, content in _checkpoint(settings):
             writer.add(name, [content])
         manifest = Manifest(
             format=FORMAT,
@@ -131,8 +135,19 @@ def _small_files(settings: Settings) -> Iterator[tuple[str, bytes]]:
             )
         yield f"ca/{path.name}", content
     for path in sorted(settings.secrets_dir.iterdir()):
-        if path.name not in LEFT_OUT and not path.name.startswith(".") and path.suffix != ".lock":
+        if not path.name.startswith(LEFT_OUT) and not path.name.startswith(".") and path.suffix != ".lock":
             yield f"secrets/{path.name}", _content(path)
+
+
+def _checkpoint(settings: Settings) -> Iterator[tuple[str, bytes]]:
+    """Yield the newest checkpoint of the audit record, if there is one, and the public key that it is verified with."""
+    try:
+        kept = read_kept(settings)
+    except ValueError as error:
+        raise BackupRefused(f"{settings.data_dir / CHECKPOINT_FILE} cannot be used: {error}.") from error
+    if kept is not None:
+        yield CHECKPOINT, kept.note.encode()
+        yield CHECKPOINT_KEY, str(read_key(settings).verifier).encode()
 
 
 def _content(path: Path) -> bytes:

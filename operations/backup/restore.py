@@ -33,12 +33,14 @@ from operations.backup.archive import Backup
 from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_database
 from operations.backup.revocations import Kept, RevocationReplay, Tables, crl_record, match_crls, newest_crl
 from pki.algorithms import PrivateKey
+from pki.checkpoints import VerifierKey
 from pki.keystore import KeyFiles
 from store import audit
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database, newest_revision
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow, KeptBundle
+from workflows.audit import CHECKPOINT_FILE, KEY_FILE
 from workflows.authority.issuers import FIRST_ISSUING
 
 ROOT_KEY = "root.key.pem"
@@ -179,7 +181,7 @@ def _files_to_place(
     puts: dict[Path, bytes] = {}
     for name, content in backup.small_files("secrets").items():
         path = settings.secrets_dir / name
-        if name not in backups.LEFT_OUT and not (same and path.exists()):
+        if not name.startswith(backups.LEFT_OUT) and not (same and path.exists()):
             puts[path] = content
     # The keys come last: once they exist, the folder counts as that of the backup's CA.
     for name, content in backup.small_files("ca").items():
@@ -188,6 +190,9 @@ def _files_to_place(
             puts[path] = content
     moves = [] if same else [path for path in settings.ca_dir.glob("*.key.pem") if path not in puts]
     moves += [path for path in puts if path.exists()]
+    # The record that is replaced may be longer: what is signed of it is kept, and the restored one gets a new key.
+    signing = (settings.secrets_dir / KEY_FILE, settings.data_dir / CHECKPOINT_FILE)
+    moves += [path for path in signing if path.exists()]
     return puts, [(path, _free_name(path.with_name(f"{path.name}.before-restore"))) for path in moves]
 
 
@@ -340,9 +345,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
             raise BackupRefused(f"The table {name} of the backup is incomplete; use another backup.")
     store_copy.upgrade(tx, "head")
     store_copy.renumber(tx)
-    verdict = audit.verify(tx, DEFAULT_TENANT)
-    if verdict.problem is not None:
-        done.notes.append(f"The audit record in the backup is damaged: {verdict.problem}")
+    done.notes += _check_audit_record(tx, backup)
     issuers = store_issuers.list_issuers(tx, retired=True)
     crls = match_crls(plan.crls, issuers)
     if len(crls) < len(plan.crls):
@@ -360,6 +363,25 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
         )
     _record(tx, plan, replaced, journal)
     failpoint("restore.filled")
+
+
+def _check_audit_record(tx: Connection, backup: Backup) -> list[str]:
+    """Return as notes what is wrong with the restored audit record, by itself and by the checkpoint in the backup."""
+    found = backup.checkpoint()
+    if found is None:
+        verdict = audit.verify(tx, DEFAULT_TENANT)
+        return [f"The audit record in the backup is damaged: {verdict.problem}"] if verdict.problem is not None else []
+    note, key = found
+    try:
+        signed = VerifierKey.parse(key).open(note)
+    except ValueError as error:
+        return [f"The checkpoint of the audit record in the backup cannot be used: {error}."]
+    verdict = audit.verify(tx, DEFAULT_TENANT, sizes={signed.size})
+    if verdict.problem is not None:
+        return [f"The audit record in the backup is damaged: {verdict.problem}"]
+    if verdict.roots.get(signed.size) != signed.root:
+        return [f"The audit record in the backup is not the one that its checkpoint of {signed.size} entries signs."]
+    return []
 
 
 def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:

@@ -17,10 +17,11 @@ from broker.folder import FILE_MODE, FOLDER_MODE
 from core.states import PENDING_DELIVERY
 from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
-from store import audit, generations, tenants
 from store import copy as store_copy
+from store import generations, tenants
 from store.database import newest_revision
 from store.tables import Delivery
+from workflows.audit import problem_of
 
 LOW_BYTES, TOO_LOW_BYTES = 1 << 30, 100 << 20
 LATE = timedelta(minutes=5)
@@ -140,11 +141,11 @@ def database(installation: Installation) -> Finding:
 
 
 def audit_record(installation: Installation) -> Finding:
-    """Check the chain of hashes from the first entry to the last."""
+    """Check the chain of hashes from the first entry to the last, and the newest checkpoint in the data folder."""
     with installation.snapshot() as tx:
-        verdict = audit.verify(tx, installation.tenant_id)
-    if verdict.problem is not None:
-        return problem(verdict.problem, "Somebody changed the database by hand: compare it with a backup.")
+        found, verdict = problem_of(tx, installation.tenant_id, installation.settings, whole=True)
+    if found is not None:
+        return problem(found, "Somebody changed the database by hand: compare it with a backup.")
     return well(f"All {verdict.entries} entries are sound.")
 
 

@@ -15,9 +15,10 @@ from commands.bundle import NAMES, open_bundle
 from commands.errors import CheckFailed
 from core.errors import InputInvalid
 from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle
+from web.api.audit import AuditQuery
 from web.api.devices import DeviceQuery, PatchRequest, RegisterRequest
 from web.api.lifecycle import RevokeRequest
-from web.api.tokens import AuditQuery, TokenRequest
+from web.api.tokens import TokenRequest
 from workflows.devices import _read_cursor
 
 BODIES: tuple[type[BaseModel], ...] = (RegisterRequest, PatchRequest, RevokeRequest, TokenRequest)

@@ -35,7 +35,7 @@ def tamper(portal: Portal, *statements: str) -> None:
 
 @pytest.fixture
 def recorded(portal: Portal) -> Portal:
-    """A portal with some history; its first start left seven entries."""
+    """A portal with some history; its first start left eight entries."""
     device = portal.registrations.register(OPERATOR, PUMP)
     portal.registrations.update(OPERATOR, device.device_id, {"name": "pump-2"})
     portal.revocations.revoke(OPERATOR, device.device_id, "superseded")
@@ -45,28 +45,28 @@ def recorded(portal: Portal) -> Portal:
 def test_an_untouched_record_is_sound(recorded: Portal) -> None:
     found = verdict(recorded)
     assert found.problem is None
-    assert found.entries == 10
+    assert found.entries == 11
 
 
 @pytest.mark.parametrize(
     ("statements", "problem"),
     [
-        (["UPDATE audit_entries SET actor = 'nobody' WHERE number = 8"], "Entry 8 was altered"),
-        (["UPDATE audit_entries SET outcome = 'refused' WHERE number = 10"], "Entry 10 was altered"),
-        (["UPDATE audit_entries SET detail = '{}' WHERE number = 8"], "Entry 8 was altered"),
+        (["UPDATE audit_entries SET actor = 'nobody' WHERE number = 9"], "Entry 9 was altered"),
+        (["UPDATE audit_entries SET outcome = 'refused' WHERE number = 11"], "Entry 11 was altered"),
+        (["UPDATE audit_entries SET detail = '{}' WHERE number = 9"], "Entry 9 was altered"),
         (["DELETE FROM audit_entries WHERE number = 1"], "Entry 1 is missing"),
-        (["DELETE FROM audit_entries WHERE number = 8"], "Entry 8 is missing"),
-        (["DELETE FROM audit_entries WHERE number = 10"], "Entry 10 is missing, at the end"),
-        (["DELETE FROM audit_entries WHERE number > 7"], "Entry 8 is missing, at the end"),
+        (["DELETE FROM audit_entries WHERE number = 9"], "Entry 9 is missing"),
+        (["DELETE FROM audit_entries WHERE number = 11"], "Entry 11 is missing, at the end"),
+        (["DELETE FROM audit_entries WHERE number > 8"], "Entry 9 is missing, at the end"),
         (
             [
-                "UPDATE audit_entries SET number = 99 WHERE number = 8",
-                "UPDATE audit_entries SET number = 8 WHERE number = 9",
-                "UPDATE audit_entries SET number = 9 WHERE number = 99",
+                "UPDATE audit_entries SET number = 99 WHERE number = 9",
+                "UPDATE audit_entries SET number = 9 WHERE number = 10",
+                "UPDATE audit_entries SET number = 10 WHERE number = 99",
             ],
-            "Entry 8 does not follow entry 7",
+            "Entry 9 does not follow entry 8",
         ),
-        (["UPDATE audit_heads SET number = 9"], "Entry 10 is not the one"),
+        (["UPDATE audit_heads SET number = 10"], "Entry 11 is not the one"),
     ],
 )
 def test_the_first_entry_that_does_not_hold_is_named(recorded: Portal, statements: list[str], problem: str) -> None:
@@ -88,7 +88,7 @@ def test_entries_written_at_once_make_one_chain(portal: Portal) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(8)))
     found = verdict(portal)
-    assert (found.problem, found.entries) == (None, 87)
+    assert (found.problem, found.entries) == (None, 88)
 
 
 def test_an_entry_is_there_only_if_its_change_is(portal: Portal) -> None:

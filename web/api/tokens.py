@@ -1,15 +1,15 @@
-"""Operator tokens and the audit record."""
+"""Operator tokens."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from core.roles import Permission, Role
 from store.tenants import TokenRecord
-from web.api.fields import Limit, NumericCursor, Place, RoleName, ShortText, WholeNumber
+from web.api.fields import RoleName, ShortText, WholeNumber
 from web.api.routing import AnswerModel, Answers, Call, RequestModel, Routes, Timestamp
 
 ROUTES = Routes("Tokens")
@@ -46,42 +46,6 @@ class TokenList(AnswerModel):
     tokens: list[TokenModel]
 
 
-class AuditQuery(RequestModel):
-    """Filters of the audit record."""
-
-    actor: ShortText | None = None
-    action: ShortText | None = None
-    object: Place | None = None
-    outcome: Literal["done", "refused"] | None = None
-    limit: Limit = 50
-    cursor: NumericCursor | None = None
-
-
-class AuditEntryModel(AnswerModel):
-    """One entry of the audit record."""
-
-    id: int
-    at: Timestamp
-    actor: str
-    action: str
-    object: str
-    outcome: str
-    request_id: str
-    address: str
-    detail: dict[str, Any]
-
-
-class AuditPage(AnswerModel):
-    """Entries, newest first. Only a null `next_cursor` marks the last page.
-
-    A page before it can be short, or even empty: with `actor`, `action` or `outcome` a request stops after it has
-    looked at 1,000 entries.
-    """
-
-    entries: list[AuditEntryModel]
-    next_cursor: str | None
-
-
 @ROUTES.add("GET", "/tokens", Permission.TOKENS)
 def list_tokens(call: Call) -> TokenList:
     """List operator tokens, newest first, without their secrets."""
@@ -108,18 +72,6 @@ def create_token(call: Call, body: TokenRequest) -> NewTokenModel:
 def revoke_token(call: Call, token_id: str) -> TokenModel:
     """Revoke an operator token."""
     return _token(call.portal.operators.revoke(call.actor, token_id))
-
-
-@ROUTES.add("GET", "/audit", Permission.AUDIT)
-def list_audit(call: Call, query: AuditQuery) -> AuditPage:
-    """List the audit record, newest first."""
-    filters = query.model_dump(exclude={"limit", "cursor"}, exclude_none=True)
-    before = None if query.cursor is None else int(query.cursor)
-    found, more_before = call.portal.operators.audit(
-        call.actor.tenant_id, limit=query.limit, before=before, filters=filters
-    )
-    entries = [AuditEntryModel.of(entry) for entry in found]
-    return AuditPage(entries=entries, next_cursor=None if more_before is None else str(more_before))
 
 
 def _token(record: TokenRecord) -> TokenModel:
