@@ -1,9 +1,9 @@
 #include "kicks.h"
 
+#include "broker.h"
 #include "log.h"
 #include "names.h"
 
-#include <mosquitto_broker.h>
 #include <stdlib.h>
 #include <string.h>
 

@@ -1,7 +1,7 @@
 #include "log.h"
 
-#include <mosquitto.h>
-#include <mosquitto_broker.h>
+#include "broker.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <time.h>

@@ -1,4 +1,5 @@
 /* The entry points that the broker calls. */
+#include "broker.h"
 #include "clients.h"
 #include "guard.h"
 #include "kicks.h"
@@ -7,16 +8,25 @@
 #include "presence.h"
 #include "verdict.h"
 
-#include <mosquitto.h>
-#include <mosquitto_broker.h>
-#include <mosquitto_plugin.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #define PLUGIN_API 5
 #define LOOK_MILLISECONDS 50   /* the broker ticks each time that something happens; the journal is looked at less often */
+#define TICK_MILLISECONDS 100
 #define SILENT_MILLISECONDS 1000 /* without a tick, after which a check looks at the journal itself */
+
+/* When the next tick is wanted: a member that 2.0 does not heed, and that 2.1 has renamed, in milliseconds. */
+#if LIBMOSQUITTO_VERSION_NUMBER >= 2001000
+#define NEXT_TICK next_ms
+#else
+#define NEXT_TICK next_ns
+#endif
+
+/* Events of Mosquitto 2.1, by number, so that a plugin that was built on 2.0 has them, too. What they hand over begins as
+ * struct mosquitto_evt_disconnect. */
+enum { EVENT_CONNECT = 11, EVENT_CLIENT_OFFLINE = 28 };
 
 static mosquitto_plugin_id_t *identifier; /* NULL while the plugin is not loaded */
 static char *journal_path;
@@ -122,23 +132,23 @@ static int on_disconnect(int event, void *data, void *user)
     return MOSQ_ERR_SUCCESS;
 }
 
-#if LIBMOSQUITTO_VERSION_NUMBER >= 2001000
 static int on_connect(int event, void *data, void *user)
 {
-    struct mosquitto_evt_connect *begin = data;
+    struct mosquitto_evt_disconnect *begin = data;
 
     (void)event;
     (void)user;
     verdict_connected(begin->client);
     return MOSQ_ERR_SUCCESS;
 }
-#endif
 
 static int on_tick(int event, void *data, void *user)
 {
+    struct mosquitto_evt_tick *tick = data;
+
     (void)event;
-    (void)data;
     (void)user;
+    tick->NEXT_TICK = TICK_MILLISECONDS;
     if (look_after(LOOK_MILLISECONDS)) {
         presence_flush();
     }
@@ -149,15 +159,15 @@ static int on_tick(int event, void *data, void *user)
 static const struct {
     int event;
     MOSQ_FUNC_generic_callback callback;
+    bool optional;
 } callbacks[] = {
-    {MOSQ_EVT_ACL_CHECK, on_acl_check},
-    {MOSQ_EVT_BASIC_AUTH, on_basic_auth},
-    {MOSQ_EVT_EXT_AUTH_START, on_extended_auth},
-    {MOSQ_EVT_DISCONNECT, on_disconnect},
-#if LIBMOSQUITTO_VERSION_NUMBER >= 2001000
-    {MOSQ_EVT_CONNECT, on_connect},
-#endif
-    {MOSQ_EVT_TICK, on_tick},
+    {MOSQ_EVT_ACL_CHECK, on_acl_check, false},
+    {MOSQ_EVT_BASIC_AUTH, on_basic_auth, false},
+    {MOSQ_EVT_EXT_AUTH_START, on_extended_auth, false},
+    {MOSQ_EVT_DISCONNECT, on_disconnect, false},
+    {MOSQ_EVT_TICK, on_tick, false},
+    {EVENT_CONNECT, on_connect, true},
+    {EVENT_CLIENT_OFFLINE, on_disconnect, true}, /* in place of DISCONNECT where the session is kept */
 };
 
 /* --- Loading and unloading -------------------------------------------------------------------------------------- */
@@ -195,7 +205,7 @@ mosq_plugin_EXPORT int mosquitto_plugin_init(
     guard_look(false);
     for (size_t i = 0; i < sizeof callbacks / sizeof *callbacks; i++) {
         int result = mosquitto_callback_register(id, callbacks[i].event, callbacks[i].callback, NULL, NULL);
-        if (result != MOSQ_ERR_SUCCESS) {
+        if (result != MOSQ_ERR_SUCCESS && !(callbacks[i].optional && result == MOSQ_ERR_NOT_SUPPORTED)) {
             log_error("The broker does not let the plugin register event %d.", callbacks[i].event);
             return result;
         }

@@ -1,13 +1,12 @@
 #include "portal.h"
 
+#include "broker.h"
 #include "guard.h"
 #include "line.h"
 #include "match.h"
 #include "presence.h"
 #include "verdict.h"
 
-#include <mosquitto.h>
-#include <mosquitto_plugin.h>
 #include <string.h>
 
 #define MAX_QUESTION_BYTES 128

@@ -2,7 +2,8 @@
 #ifndef GUARD_PORTAL_H
 #define GUARD_PORTAL_H
 
-#include <mosquitto_broker.h>
+#include "broker.h"
+
 #include <stdbool.h>
 
 #define GUARD_VERSION 1 /* of the protocol with the portal; raised with each change of it */

@@ -1,10 +1,9 @@
 #include "presence.h"
 
+#include "broker.h"
 #include "log.h"
 #include "names.h"
 
-#include <mosquitto.h>
-#include <mosquitto_broker.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,5 +1,6 @@
 #include "verdict.h"
 
+#include "broker.h"
 #include "certificate.h"
 #include "clients.h"
 #include "guard.h"
@@ -10,8 +11,6 @@
 #include "openssl.h"
 #include "presence.h"
 
-#include <mosquitto.h>
-#include <mosquitto_plugin.h>
 #include <string.h>
 
 #define SHARED "$share/"
@@ -55,11 +54,20 @@ static const char *name_of(const struct mosquitto *client)
     return username != NULL ? username : mosquitto_client_id(client);
 }
 
+/* Its password was right when this connection was opened. What it shows is compared as well, for the case that a broker
+ * once reuses the connection's address without telling that it had ended. */
 bool is_portal(const struct mosquitto *client)
 {
     const struct client *found = clients_find(client);
+    const char *username = mosquitto_client_username(client);
+    void *x509;
 
-    return found != NULL && found->kind == PORTAL;
+    if (found == NULL || found->kind != PORTAL || username == NULL || strcmp(username, PORTAL_USER) != 0) {
+        return false;
+    }
+    x509 = mosquitto_client_certificate(client);
+    X509_free(x509);
+    return x509 == NULL;
 }
 
 /* --- Who it is -------------------------------------------------------------------------------------------------- */

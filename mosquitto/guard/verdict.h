@@ -2,9 +2,9 @@
 #ifndef GUARD_VERDICT_H
 #define GUARD_VERDICT_H
 
+#include "broker.h"
 #include "registry.h"
 
-#include <mosquitto_broker.h>
 #include <stdbool.h>
 
 #define PORTAL_USER "portal"

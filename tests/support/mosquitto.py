@@ -115,7 +115,7 @@ class Mosquitto:
         self.configuration.chmod(0o644)
         self._lines.clear()
         self._process = subprocess.Popen(
-            [mosquitto_program(), "-c", str(self.configuration)],
+            self.command(),
             env={**os.environ, "OPENSSL_CONF": str(OPENSSL_CONFIGURATION)} if self.guard else None,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -125,6 +125,10 @@ class Mosquitto:
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
+
+    def command(self) -> list[str]:
+        """What is run."""
+        return [mosquitto_program(), "-c", str(self.configuration)]
 
     def configuration_text(self) -> str:
         """The configuration that an operator installs, for this folder and port."""

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.guard import (
-    SOURCES,
     GuardedBroker,
     guarded_broker,
     may_publish,
     may_subscribe,
 )
-from tests.support.mosquitto import StartFailed
+from tests.support.mosquitto import GUARD, StartFailed
 from tests.support.mqtt import NOT_AUTHORISED, Message, MqttClient, connect_socket
 from tests.support.pki import PEM, Authority
 
@@ -45,17 +44,17 @@ def own_broker() -> Iterator[GuardedBroker]:
 
 
 def test_the_matcher_agrees_with_mosquitto_and_mutated_journals_are_survived(tmp_path: Path) -> None:
-    subprocess.run(["make", "-s", "-C", SOURCES, f"BUILD={tmp_path}", "test"], check=True)
+    subprocess.run(["make", "-s", "-C", GUARD, f"BUILD={tmp_path}", "test"], check=True)
 
 
 @pytest.mark.long
 def test_ten_minutes_of_mutated_journals_and_filters_are_survived(tmp_path: Path) -> None:
-    subprocess.run(["make", "-s", "-C", SOURCES, f"BUILD={tmp_path}", "fuzz", "SECONDS=600"], check=True)
+    subprocess.run(["make", "-s", "-C", GUARD, f"BUILD={tmp_path}", "fuzz", "SECONDS=600"], check=True)
 
 
 def test_the_plugin_is_installed_below_the_prefix(tmp_path: Path) -> None:
     subprocess.run(
-        ["make", "-s", "-C", SOURCES, f"BUILD={tmp_path}", f"DESTDIR={tmp_path}/root", "PREFIX=/usr", "install"],
+        ["make", "-s", "-C", GUARD, f"BUILD={tmp_path}", f"DESTDIR={tmp_path}/root", "PREFIX=/usr", "install"],
         check=True,
     )
     installed = tmp_path / "root/usr/lib/onboarding-portal/portal_guard.so"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from tests.support.guard import (
     GuardedBroker,
     Journal,
     guarded_broker,
+    is_admitted,
     may_publish,
     may_subscribe,
+    serial_line,
 )
-from tests.support.mqtt import NOT_AUTHORISED, MqttClient, connect_socket
+from tests.support.mqtt import NOT_AUTHORISED, MqttClient, Will, connect_socket
 from tests.support.pki import Credentials
 
 pytestmark = pytest.mark.system
@@ -132,6 +135,36 @@ def test_the_broker_ends_with_status_0_after_denials_of_sleeping_and_of_live_dev
         broker.terminate()
 
 
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_memory_is_right_and_none_is_lost_under_valgrind() -> None:
+    with guarded_broker(start=False) as broker:
+        broker.under = ("valgrind", "-q", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite")
+        broker.start()
+        for epoch in range(2, 5):
+            with asleep(broker) as (sleeper, credentials), broker.portal() as portal, sender_of(broker) as sender:
+                assert may_publish(portal, "portal/guard/report")
+                for _ in range(5):
+                    identity, own = broker.admit("rw:a/#", "r:devices/+/x")
+                    with broker.device(own, will=Will("a/will", b"x")) as device:
+                        assert may_publish(device, "a/b")
+                        assert may_subscribe(device, "$share/g/devices/+/x")
+                        sender.publish(f"devices/{sleeper}/x")
+                        broker.tell(serial_line(broker, "serial", identity, own), f"deny {identity}")
+                        device.wait_until_cut()
+                    assert not is_admitted(broker, identity, own)
+                broker.journal.path.write_bytes(broker.journal.content[:-5] + b"wrong\n")
+                broker.wait_for_log("Every device is denied", times=2 * epoch - 3)
+                broker.journal.path.write_bytes(b"")
+                assert not broker.proven()
+                journal = broker.new_journal(epoch)
+                journal.line(f"allow {sleeper}")
+                broker.journal = journal.write()
+                assert broker.ask(f"epoch/{epoch}")
+                assert len(wake(broker, credentials)) == 5
+        broker.terminate()
+
+
 # --- What the portal asks, and is told --------------------------------------------------------------------------------
 
 
@@ -210,17 +243,18 @@ def test_the_portal_is_told_who_is_connected_and_what_changes(own_broker: Guarde
 
 def test_a_device_that_comes_back_at_once_is_told_as_connected(own_broker: GuardedBroker) -> None:
     identity, credentials = own_broker.admit()
-    with own_broker.portal() as portal, own_broker.device(credentials) as device:
+    with own_broker.portal() as portal:
         assert may_publish(portal, "portal/guard/report")
         portal.receive()
-        assert may_publish(device, f"devices/{identity}/x")
-        assert presence(portal) == ({identity}, set())
-        with own_broker.device(credentials) as again:  # takes the session over
-            assert may_publish(again, f"devices/{identity}/x")
-            state: set[str] = set()
-            while state != {identity}:
-                connected, disconnected = presence(portal)
-                state = (state | connected) - disconnected
+        with own_broker.device(credentials) as device:
+            assert may_publish(device, f"devices/{identity}/x")
+            assert presence(portal) == ({identity}, set())
+            with own_broker.device(credentials) as again:  # takes the session over
+                assert may_publish(again, f"devices/{identity}/x")
+                state: set[str] = set()
+                while state != {identity}:
+                    connected, disconnected = presence(portal)
+                    state = (state | connected) - disconnected
 
 
 def test_a_refused_device_is_not_told_as_connected(own_broker: GuardedBroker) -> None:
