@@ -341,6 +341,9 @@ class Settings(BaseSettings):
         "The broker's pid file; mosquitto.pid in the broker folder if empty",
     )
     broker_reload: Text = setting("", "Command that reloads the broker; SIGHUP by pid file if empty")
+    broker_restart: Text = setting(
+        "", "Command that restarts the broker, which under the guard a new server certificate needs; none if empty"
+    )
     broker_group: Text = setting("", "Group that may read the broker's files; mosquitto if empty and permitted")
     enforce_timeout: Annotated[float, seconds(0.1, 120)] = setting("5", "Seconds a request waits for the broker")
 

@@ -49,12 +49,16 @@ class ProbeCertificates:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The TLS alert for the revoked certificate and the CONNACK reason for the good one, each with its seconds."""
+    """The TLS alert for the revoked certificate and the CONNACK reason for the good one, each with its seconds.
+
+    ``server_certificate`` is the one that the broker showed, DER.
+    """
 
     revoked_alert: int
     revoked_seconds: float
     good_reason: int
     good_seconds: float
+    server_certificate: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class _Answer:
     alert: int | None
     reason: int | None
     seconds: float
+    server_certificate: bytes
 
 
 class Probe:
@@ -99,11 +104,12 @@ class Probe:
                 f"The broker refuses a good certificate with MQTT reason 0x{good.reason:02x}:"
                 " check use_identity_as_username in its configuration."
             )
-        return ProbeResult(revoked.alert, revoked.seconds, good.reason, good.seconds)
+        return ProbeResult(revoked.alert, revoked.seconds, good.reason, good.seconds, good.server_certificate)
 
     def _ask(self, shown: ProbeCertificate, deadline: float, *, share: float) -> _Answer:
         started = time.monotonic()
         alert = reason = None
+        shown_by_broker = b""
         context = self._context(shown)
         try:
             with socket.create_connection((self._host, self._port), timeout=remaining(deadline)) as plain:
@@ -112,6 +118,7 @@ class Probe:
                 try:
                     # A new connection offers no session to resume unless one is passed in; none is.
                     with context.wrap_socket(plain, server_hostname=self._host) as secure:
+                        shown_by_broker = secure.getpeercert(binary_form=True) or b""
                         _await_verdict(secure, remaining(deadline) * share)
                         with Session(secure, deadline) as session:
                             reason = session.connect("")
@@ -128,7 +135,7 @@ class Probe:
             raise BrokerUnavailable(
                 f"The broker does not answer at {self._host}:{self._port}: {_said(error)}."
             ) from error
-        return _Answer(alert, reason, time.monotonic() - started)
+        return _Answer(alert, reason, time.monotonic() - started, shown_by_broker)
 
     def _context(self, shown: ProbeCertificate) -> ssl.SSLContext:
         """Return the TLS context for the certificate, cached until a file changes: making one costs a millisecond."""

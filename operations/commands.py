@@ -101,6 +101,7 @@ def _effective(settings: Settings) -> dict[str, object]:
     return {
         "PORTAL_DATA_DIR": settings.data_dir,
         "PORTAL_BROKER_DIR": settings.broker_dir,
+        "PORTAL_BROKER_CONTROL": settings.broker_control,
         "PORTAL_BROKER_SOCKET": settings.broker_socket,
         "PORTAL_BROKER_PID_FILE": settings.broker_pid_file,
         "PORTAL_MQTT_PORT": settings.mqtt_port,

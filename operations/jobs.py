@@ -13,6 +13,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from broker.folder import SERVER_CERTIFICATE_FILE
+from broker.process import run_command
+from core.broker_control import ControlKind
 from core.errors import PortalError
 from core.files import FileLock
 from operations.authority import advance, renew_certificates, renew_crls, retire_unneeded
@@ -28,6 +34,8 @@ log = logging.getLogger("portal.jobs")
 # then a session without any rights may still appear, and is disconnected again.
 LATE_SESSIONS = timedelta(seconds=100)
 EVENTS_BATCH = 500
+RESTART_AGAIN_AFTER = timedelta(hours=1)
+RESTART_SECONDS = 60.0
 
 LEADER_LOCK = ".jobs.lock"
 CLOCK_SEEN = ".jobs.clock"
@@ -101,7 +109,28 @@ def disconnect_again(portal: Portal) -> None:
 def probe_broker(portal: Portal) -> None:
     """Probe the broker although nothing has changed here: its configuration may have been changed."""
     if portal.broker.reachable():
-        portal.broker.probe(probe_certificates(portal.settings), time.monotonic() + portal.settings.enforce_timeout)
+        deadline = time.monotonic() + portal.settings.enforce_timeout
+        _restart_if_due(portal, portal.broker.probe(probe_certificates(portal.settings), deadline).server_certificate)
+
+
+def _restart_if_due(portal: Portal, served: bytes) -> None:
+    """Restart a broker under the guard that shows an older server certificate, or tell by when that has to be done.
+
+    A restart keeps sessions and queues. Under the control by files a reload has the broker read the certificate.
+    """
+    settings, now, last = portal.settings, portal.clock(), portal.memory.broker_restart_at
+    newest = x509.load_pem_x509_certificate(settings.broker_file(SERVER_CERTIFICATE_FILE).read_bytes())
+    if settings.broker_control is not ControlKind.GUARD or served == newest.public_bytes(Encoding.DER):
+        return
+    if last is not None and abs(now - last) < RESTART_AGAIN_AFTER:
+        return
+    portal.memory.broker_restart_at = now
+    ends = x509.load_der_x509_certificate(served).not_valid_after_utc.isoformat()
+    if settings.broker_restart:
+        log.warning("the broker is restarted for its new server certificate", extra={"old_one_ends": ends})
+        run_command("PORTAL_BROKER_RESTART", settings.broker_restart, time.monotonic() + RESTART_SECONDS)
+    else:
+        log.error("restart the broker at a quiet time, for its new server certificate", extra={"before": ends})
 
 
 def sign_audit_record(portal: Portal) -> None:

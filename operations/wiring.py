@@ -63,6 +63,7 @@ class JobMemory:
     disconnected: set[int] = field(default_factory=set)  # superseded certificates, their devices disconnected twice
     root_crl_logged_at: datetime | None = None
     audit_problem: str | None = None  # logged already
+    broker_restart_at: datetime | None = None  # for its certificate, or when that was told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

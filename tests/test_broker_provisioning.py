@@ -23,9 +23,9 @@ import pytest
 from broker.crl import validate_crl
 from broker.files.acl import Acl
 from broker.files.control import BrokerFiles, Projection
-from broker.files.reload import run_reload_command, signal_broker
 from broker.folder import broker_group
 from broker.probe import ProbeCertificate, ProbeCertificates
+from broker.process import run_command, signal_broker
 from broker.session import MAX_INCOMING_BYTES, Session
 from broker_provisioning import BrokerProvisioning, add_device_acl
 from config import Settings
@@ -426,14 +426,14 @@ def test_a_missing_pid_file_is_said(folder: Path) -> None:
 
 
 def test_a_reload_command_is_run_without_a_shell(folder: Path) -> None:
-    run_reload_command(f"touch '{folder}/a b;c'", soon())
+    run_command("PORTAL_BROKER_RELOAD", f"touch '{folder}/a b;c'", soon())
     assert (folder / "a b;c").exists()
 
 
 @pytest.mark.parametrize("command", ["false", "/no/such/program", "unbalanced '", "sleep 60"])
 def test_a_reload_command_that_fails_is_said(command: str) -> None:
     with pytest.raises(BrokerUnavailable, match="PORTAL_BROKER_RELOAD"):
-        run_reload_command(command, soon(0.2))
+        run_command("PORTAL_BROKER_RELOAD", command, soon(0.2))
 
 
 # --- A broker that is not there, or not one -----------------------------------------------------------------------

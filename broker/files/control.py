@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from broker.files.acl import DENIED_FOR, GENERATION_TOPIC, MAX_DENIALS, REFUSED_TOPIC, Acl, validate_acl
-from broker.files.reload import run_reload_command, signal_broker
 from broker.folder import CA_FILE, CRL_FILE, BrokerFolder, Trust
+from broker.process import run_command, signal_broker
 from broker.session import (
     FAILURE,
     NOT_AUTHORISED,
@@ -232,6 +232,6 @@ class FilesControl:
     def _reload(self, broker: int, deadline: float) -> None:
         failpoint("apply.before_reload")
         if self._settings.broker_reload:
-            run_reload_command(self._settings.broker_reload, deadline)
+            run_command("PORTAL_BROKER_RELOAD", self._settings.broker_reload, deadline)
         else:
             signal_broker(self._settings.broker_pid_file, broker)

@@ -245,10 +245,10 @@ class GuardControl:
             writer.add(journal.portal_line(self._password_hash()))
         position = writer.commit(generation)
         self._distrusted = False
-        published = urgent or not issuers <= known or self._is_crl_due(position, before)
-        if published:
+        due = urgent or not issuers <= known or self._is_crl_due(position, before)
+        if due:
             self._make_room()
-            published = self.files.ca_folder.publish(trust)
+        published = due and self.files.ca_folder.publish(trust)
         stated = {
             "style": self._settings.acl_style,
             "control": ControlKind.GUARD,
@@ -258,8 +258,8 @@ class GuardControl:
             "prefix": self._settings.topic_prefix,
             "portal": self._password_hash(),
             "issuers": sorted(issuers | known),
-            "crl_seq": position.seq if published else before.get("crl_seq", 0),
-            "crl_at": self._now() if published else before.get("crl_at", 0),
+            "crl_seq": position.seq if due else before.get("crl_seq", 0),
+            "crl_at": self._now() if due else before.get("crl_at", 0),
         }
         self.files.install(generation, trust, stated)
         return published

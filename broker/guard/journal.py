@@ -25,7 +25,7 @@ VERSION = 1
 MAX_LINE_BYTES = 32_768  # with its LF
 MAX_NUMBER = (1 << 63) - 1
 _ACCESS = {Access.READ: "r", Access.WRITE: "w", Access.READWRITE: "rw"}
-_TAIL_BYTES = 4 * MAX_LINE_BYTES
+_TAIL_BYTES = (2048, 4 * MAX_LINE_BYTES)  # of which the last lines are read: a usual change is some hundred bytes
 _BLOCK_BYTES = 1 << 20
 _LINE = re.compile(rb"(([0-9]{1,19}) (?:generation ([0-9]{1,19})|[a-z]+ [!-~][ -~]*)) ([0-9a-f]{8})\n")
 
@@ -270,12 +270,13 @@ def read_position(path: Path, *, whole: bool = False) -> Position:
             header = file.readline(MAX_LINE_BYTES)
             epoch, base, checksum = _read_header(path, header)
             start = len(header)
-            if not whole and status.st_size > start + _TAIL_BYTES:
-                file.seek(status.st_size - _TAIL_BYTES)
-                found = _follow(path, _from_first_known(file, path), known=None)
-                if found.generation is not None:
-                    return found.position(epoch, status.st_ino)
-                file.seek(start)
+            for size in () if whole else _TAIL_BYTES:
+                if status.st_size <= start + size:
+                    break
+                file.seek(status.st_size - size)
+                if (tail := _tail(path, file)) is not None:
+                    return tail.position(epoch, status.st_ino)
+            file.seek(start)
             found = _follow(path, _lines(file, start), known=(base, checksum))
     except OSError as error:
         raise ProjectionInvalid(f"{path} cannot be read: {error.strerror}.") from error
@@ -320,12 +321,12 @@ def _lines(file: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
             yield end, line
 
 
-def _from_first_known(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines after the first, which may begin in the middle."""
-    first = file.readline(MAX_LINE_BYTES)
-    if not first.endswith(b"\n"):
-        raise ProjectionInvalid(f"{path} is damaged: a line is too long.")
-    yield from _lines(file, file.tell())
+def _tail(path: Path, file: BinaryIO) -> _Found | None:
+    """Read the last lines, but for the first, which may begin in the middle; ``None`` if they state no generation."""
+    file.readline(MAX_LINE_BYTES)
+    lines = [*_lines(file, file.tell())]
+    found = _follow(path, lines, known=None) if lines else None
+    return None if found is None or found.generation is None else found
 
 
 def _follow(path: Path, lines: Iterable[tuple[int, bytes]], known: tuple[int, int] | None) -> _Found:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from broker.probe import ProbeResult
 from config import Settings
 from core.files import FileLock
 from operations import authority, jobs
@@ -20,6 +22,7 @@ from operations.wiring import Portal, open_portal
 from store import issuers
 from store.tables import Delivery, IdempotencyKey
 from tests.support.harness import Clock
+from tests.support.pki import Pki
 from tests.workflows.test_registration import OPERATOR, PUMP
 
 
@@ -251,3 +254,57 @@ def test_the_jobs_run_beside_a_process_that_leads_and_gives_no_sign_of_life(port
         os.utime(lock, (0, time.time() - SILENT_SECONDS - 1))
         jobs.run(portal, stopping, (Job("only", 0, run_and_stop),))
     assert ran.is_set()
+
+
+# --- The broker's certificate under the guard ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(make_settings: Callable[..., Settings], clock: Clock, tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
+    """Says how often a broker that shows a certificate is restarted."""
+    portals: list[Portal] = []
+
+    def probe(certificate: bytes | None, *, control: str = "guard", command: bool = True, times: int = 1) -> list[str]:
+        restarted = tmp_path / "restarted"
+        restart = f"sh -c 'echo restarted >> {restarted}'" if command else ""
+        portal = open_portal(make_settings(PORTAL_BROKER_CONTROL=control, PORTAL_BROKER_RESTART=restart), clock)
+        portals.append(portal)
+        newest = x509.load_pem_x509_certificate(portal.settings.broker_file("server.pem").read_bytes())
+        result = ProbeResult(44, 0.0, 0, 0.0, certificate or newest.public_bytes(Encoding.DER))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(portal.broker, "reachable", lambda: True)
+            patch.setattr(portal.broker, "probe", lambda certificates, deadline: result)
+            for _ in range(times):
+                jobs.probe_broker(portal)
+        return restarted.read_text().split() if restarted.exists() else []
+
+    yield probe
+    for portal in portals:
+        portal.close()
+
+
+@pytest.fixture(scope="module")
+def older() -> bytes:
+    return Pki().issuing.issue("localhost", server_names=["localhost"]).certificate.public_bytes(Encoding.DER)
+
+
+def test_a_broker_that_shows_an_older_certificate_is_restarted_once_an_hour(
+    shown: Callable[..., list[str]], older: bytes
+) -> None:
+    assert shown(older, times=3) == ["restarted"]
+
+
+def test_a_broker_that_shows_its_newest_certificate_is_left_alone(
+    shown: Callable[..., list[str]], older: bytes
+) -> None:
+    assert shown(None) == []
+    assert shown(older, control="files") == []  # which reads it again at its next reload
+
+
+def test_without_a_command_the_log_says_by_when_the_broker_must_be_restarted(
+    shown: Callable[..., list[str]], older: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert shown(older, command=False, times=3) == []
+    (record,) = [record for record in caplog.records if "restart the broker" in record.message]
+    ends = x509.load_der_x509_certificate(older).not_valid_after_utc
+    assert record.__dict__["before"] == ends.isoformat()

@@ -112,6 +112,27 @@ def test_it_ends_and_says_so_when_the_broker_has_died(folder: Path) -> None:
     assert processes_with(str(folder / "data")) == []
 
 
+def test_with_the_guard_it_restarts_the_broker_when_the_portal_asks(folder: Path) -> None:
+    data = folder / "data"
+    pid_file = data / "broker" / "mosquitto.pid"
+    with Run(data, {"PORTAL_BROKER_CONTROL": "guard"}) as run:
+        run.wait_ready()
+        wait_until(lambda: run.bash("./portal status").returncode == 0)
+        before = pid_file.read_text()
+        environment = Path(f"/proc/{before.strip()}/environ").read_text()
+        assert f"OPENSSL_CONF={data}/broker/openssl.cnf" in environment.split("\0")
+        run.process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: pid_file.exists() and pid_file.read_text() not in ("", before))
+        wait_until(lambda: run.bash("./portal status").returncode == 0)
+        assert run.terminate() == 0
+    assert processes_with(str(data)) == []
+    with Run(data, run.addresses) as again:  # as the broker folder says
+        again.wait_ready()
+        wait_until(lambda: again.bash("./portal status").returncode == 0)
+        assert (data / "broker" / "guard.journal").exists()
+        assert "portal_guard.so" in (data / "broker" / "mosquitto.conf").read_text()
+
+
 def test_without_mosquitto_it_names_the_package_and_writes_the_files(folder: Path) -> None:
     root, path = machine_without_mosquitto(folder)
     with Run(folder / "data", {"PATH": path, "PORTAL_ACL_STYLE": "per-device"}, root=root) as run:

@@ -1,4 +1,4 @@
-"""Makes the running broker read its files again: SIGHUP to the process, or a command of the operator's."""
+"""Makes the running broker read its files again, or start again: SIGHUP to its process, or the operator's command."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def signal_broker(pid_file: Path, listening: int) -> None:
         os.close(descriptor)
 
 
-def run_reload_command(command: str, deadline: float) -> None:
-    """Run ``command``, split as a shell would but without one; raise ``BrokerUnavailable`` if it fails."""
+def run_command(variable: str, command: str, deadline: float) -> None:
+    """Run the command of a setting, split as a shell would but without one; raise ``BrokerUnavailable`` if it fails."""
     try:
         done = subprocess.run(  # noqa: S603 - the operator's own setting, and no shell
             shlex.split(command),
@@ -60,14 +60,14 @@ def run_reload_command(command: str, deadline: float) -> None:
             check=False,
         )
     except (OSError, ValueError) as error:
-        raise BrokerUnavailable("The command in PORTAL_BROKER_RELOAD could not be run; check its spelling.") from error
+        raise BrokerUnavailable(f"The command in {variable} could not be run; check its spelling.") from error
     except subprocess.TimeoutExpired as error:
-        raise BrokerUnavailable("The command in PORTAL_BROKER_RELOAD did not end in time.") from error
+        raise BrokerUnavailable(f"The command in {variable} did not end in time.") from error
     if done.stdout:
-        log.debug("output of the broker reload command: %s", done.stdout[:_MAX_LOGGED_BYTES].decode(errors="replace"))
+        log.debug("output of the command in %s: %s", variable, done.stdout[:_MAX_LOGGED_BYTES].decode(errors="replace"))
     if done.returncode != 0:
         raise BrokerUnavailable(
-            f"The command in PORTAL_BROKER_RELOAD ended with status {done.returncode};"
+            f"The command in {variable} ended with status {done.returncode};"
             " run it by hand, its output is in the log at level debug."
         )
 
