@@ -37,32 +37,51 @@ log = logging.getLogger("portal.serving")
 # --- Listeners ----------------------------------------------------------------------------------------------------
 
 
-def listen(address: Address, variable: str, timeout: float) -> socket.socket:
-    """Return a socket that listens on ``address``; raises ``StartupError``, which names the setting ``variable``.
+def listen(address: Address, variable: str, timeout: float, workers: int) -> list[socket.socket]:
+    """Return sockets that listen on ``address``: one for each of the ``workers`` for TCP, one in all for a Unix socket.
 
-    A plain connection that it accepts ends a read or a write that takes longer than ``timeout`` seconds.
+    The kernel shares the connections out among the sockets of a port, by a hash of the addresses (SO_REUSEPORT in
+    socket(7)). A plain connection ends a read or a write that takes longer than ``timeout`` seconds.
+    Raises ``StartupError``, which names the setting ``variable``.
     """
     try:
         family, kind, target = _resolved(address)
     except OSError:
         raise StartupError(f"The host name {address.host} cannot be resolved; set {variable}.") from None
-    listener = socket.socket(family, kind)
-    try:
-        if address.is_unix:
-            _remove_stale(address.host)
-        else:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by the connections
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # inherited, too: socket(7)
-            listener.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(timeout), int(timeout % 1 * 1e6)))
-        _bind(listener, target)
-        if address.is_unix:  # a process that may connect may say which certificate a client has shown
-            os.chmod(address.host, 0o660)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise StartupError(_why_not(error, address, variable)) from None
-    return listener
+    with contextlib.ExitStack() as opened:
+        try:
+            first = opened.enter_context(_made(family, kind, timeout))
+            if address.is_unix:
+                _remove_stale(address.host)
+            _bind(first, target)
+            if address.is_unix:  # a process that may connect may say which certificate a client has shown
+                os.chmod(address.host, 0o660)
+            first.listen(BACKLOG)
+            listeners = [first]
+            if not address.is_unix and workers > 1:
+                # Not before it listens: so it fails where another server has the port, were it one with this option.
+                first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                for _ in range(workers - 1):
+                    listener = opened.enter_context(_made(family, kind, timeout))
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                    listener.bind(first.getsockname())
+                    listener.listen(BACKLOG)
+                    listeners.append(listener)
+        except OSError as error:
+            raise StartupError(_why_not(error, address, variable)) from None
+        opened.pop_all()
+    return listeners
+
+
+def _made(family: socket.AddressFamily, kind: socket.SocketKind, timeout: float) -> socket.socket:
+    """Return a socket with the options that its connections inherit, see socket(7) and tcp(7)."""
+    made = socket.socket(family, kind)
+    if family != socket.AF_UNIX:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        made.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(timeout), int(timeout % 1 * 1e6)))
+    return made
 
 
 def _bind(listener: socket.socket, target: Any) -> None:

@@ -25,7 +25,7 @@ from gunicorn.glogging import Logger
 
 from config import Settings
 from core.errors import PortalError, StartupError
-from web.listeners import RequestBody, ServerTls, allow_open_files, listen
+from web.listeners import BACKLOG, RequestBody, ServerTls, allow_open_files, listen
 
 GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server stops
 WORKER_TIMEOUT = 60  # seconds without a sign of life after which a worker is replaced
@@ -64,19 +64,21 @@ def serve(
     allow_open_files(settings.max_connections + SPARE_FILES)
     start = _Start(on_worker_start or (lambda _app: None), on_ready)
     with contextlib.ExitStack() as stack:
-        main_socket = stack.enter_context(listen(settings.bind, "PORTAL_BIND", settings.request_timeout))
-        pki_socket = stack.enter_context(listen(settings.pki_bind, "PORTAL_PKI_BIND", settings.request_timeout))
+        limits = (settings.request_timeout, settings.workers)
+        main_sockets = listen(settings.bind, "PORTAL_BIND", *limits)
+        stack.callback(_close, main_sockets)
+        pki_sockets = listen(settings.pki_bind, "PORTAL_PKI_BIND", *limits)
+        stack.callback(_close, pki_sockets)
         if on_listening is not None:
             on_listening()
         apps = {listener: app_factory(listener) for listener in LISTENERS}
         main_end, pki_end = socket.socketpair()
         child = os.fork()
         if not child:
-            pki = _Gunicorn("pki", settings, apps["pki"], start, pki_socket, pki_end)
-            pki.run_and_exit(main_socket, main_end)
-        pki_end.close()
-        pki_socket.close()
-        status = _Gunicorn("main", settings, apps["main"], start, main_socket, main_end, tls).run_beside(child)
+            pki = _Gunicorn("pki", settings, apps["pki"], start, pki_sockets, pki_end)
+            pki.run_and_exit(*main_sockets, main_end)
+        _close([pki_end, *pki_sockets])
+        status = _Gunicorn("main", settings, apps["main"], start, main_sockets, main_end, tls).run_beside(child)
     if sentence := start.failure():
         raise StartupError(sentence)
     return status
@@ -121,15 +123,18 @@ class _Start:
         except BlockingIOError:
             return ""
 
-    def work(self, app: Any, listener: Listener) -> None:
-        """In a worker that is about to serve: prepare the application, or end the process and say why."""
+    def work(self, app: Any, listener: Listener, own: socket.socket | None) -> None:
+        """In a worker that is about to serve: prepare the application, or end the process and say why.
+
+        ``own`` is the TCP listener that the worker shares with no other.
+        """
         try:
             self._on_worker_start(app)
         except PortalError as error:
-            self._give_up(error.detail)
+            self._give_up(error.detail, own)
         except Exception:
             log.exception("The application could not be made.")
-            self._give_up("The portal could not start because of an error in it; the log says where.")
+            self._give_up("The portal could not start because of an error in it; the log says where.", own)
         if listener == "main" and self._decide(self.READY) == self.STARTING:
             try:
                 self._on_ready()
@@ -137,13 +142,16 @@ class _Start:
                 self.fail(error.detail)
                 sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
-    def _give_up(self, sentence: str) -> NoReturn:
+    def _give_up(self, sentence: str, own: socket.socket | None) -> NoReturn:
         state = self._decide(self.FAILED)
         if state == self.STARTING:
             self.fail(sentence)
             sys.exit(Arbiter.WORKER_BOOT_ERROR)  # at which gunicorn ends the server
         if state == self.READY:
             # It did start before: what keeps it from starting now (a full disk, a database that is away) may pass.
+            if own is not None:
+                with contextlib.suppress(OSError):  # where the worker before did so
+                    own.shutdown(socket.SHUT_RD)  # It listens no longer: the others get all connections.
             log.error("A worker could not start and is tried again: %s", sentence)
         time.sleep(START_AGAIN)
         sys.exit(1)
@@ -181,7 +189,7 @@ class _Gunicorn(BaseApplication):
         settings: Settings,
         app: WsgiApp,
         start: _Start,
-        bound: socket.socket,
+        bound: list[socket.socket],
         link: socket.socket,
         tls: ServerTls | None = None,
     ) -> None:
@@ -198,7 +206,7 @@ class _Gunicorn(BaseApplication):
     def load_config(self) -> None:
         """Set everything that gunicorn would else take from its environment, or that trusts a header of a client."""
         options: dict[str, Any] = {
-            "bind": f"fd://{self._bound.detach()}",
+            "bind": [f"fd://{bound.detach()}" for bound in self._bound],
             "worker_class": "gthread",
             "preload_app": True,
             "workers": self._settings.workers,
@@ -218,6 +226,7 @@ class _Gunicorn(BaseApplication):
             "sendfile": False,
             "control_socket_disable": True,
             "when_ready": self._when_ready,
+            "pre_fork": self._pre_fork,
             "post_fork": self._post_fork,
             "post_worker_init": self._post_worker_init,
             "worker_exit": self._worker_exit,
@@ -251,8 +260,7 @@ class _Gunicorn(BaseApplication):
 
     def run_and_exit(self, *others: socket.socket) -> NoReturn:
         """Run in a process of its own, which ends here, without the sockets of the ``others``."""
-        for other in others:
-            other.close()
+        _close(others)
         os.environ.pop("NOTIFY_SOCKET", None)  # systemd listens to the main process only
         status = 1
         try:
@@ -297,7 +305,9 @@ class _Gunicorn(BaseApplication):
         else:
             for number in (signal.SIGINT, signal.SIGHUP):  # the main one gets it, too
                 signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a second master could not have the listeners
+        # A second master could not have the listeners, and each of these belongs to one of PORTAL_WORKERS.
+        for number in (signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU):
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGIO, end_with_other)
         # The kernel sends SIGIO when all other ends are closed: fcntl(2), F_SETOWN and O_ASYNC.
         fcntl.fcntl(self._link, fcntl.F_SETOWN, os.getpid())
@@ -305,8 +315,20 @@ class _Gunicorn(BaseApplication):
         if select.select([self._link], [], [], 0)[0]:  # closed already
             os.kill(os.getpid(), signal.SIGIO)
 
-    def _post_fork(self, _server: Any, _worker: Any) -> None:
-        """In a new worker: keep nothing that tells the other process that this one's master lives."""
+    def _pre_fork(self, server: Any, worker: Any) -> None:
+        """In the master: give a new worker one of the TCP listeners, which no worker has, for itself.
+
+        Workers that accept from one socket share badly, since the one woken first takes all that waits. The master
+        keeps the listener open, so that what waits there for a worker that ended is answered by the next one.
+        """
+        if (count := len(self._bound)) > 1:
+            taken = [other.sockets[0] for other in server.WORKERS.values()]
+            own = next(listener for listener in server.LISTENERS[:count] if listener not in taken)
+            worker.sockets = [own, *server.LISTENERS[count:]]  # the rest is what systemd has passed
+
+    def _post_fork(self, server: Any, worker: Any) -> None:
+        """In a new worker: keep no other's listener, and nothing that tells the other process that the master lives."""
+        _close(listener for listener in server.LISTENERS if listener not in worker.sockets)
         self._link.close()
 
     def _post_worker_init(self, worker: Any) -> None:
@@ -314,12 +336,20 @@ class _Gunicorn(BaseApplication):
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         self._worker = worker
-        self._start.work(self._app, self._listener)
+        own = worker.sockets[0] if len(self._bound) > 1 else None
+        self._start.work(self._app, self._listener, own)
+        if own is not None:
+            own.listen(BACKLOG)  # which it does already, unless the worker before could not start
 
     def _worker_exit(self, _server: Any, _worker: Any) -> None:
         """In a worker that ends: let nothing of the master's stack run in it."""
         stopped = sys.exc_info()[1]
         _exit(_status(stopped) if isinstance(stopped, SystemExit) else 1)
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for each in sockets:
+        each.close()
 
 
 def _status(stopped: SystemExit) -> int:

@@ -131,6 +131,10 @@ def start(chosen: dict[str, Any]) -> subprocess.Popen[str]:
     )
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @contextlib.contextmanager
 def running(**changes: Any) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as name:

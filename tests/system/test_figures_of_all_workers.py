@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
+import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from urllib.parse import urlsplit
 
 import pytest
 
 from tests.support.deployment import Deployment, wait_until
 from tests.support.exposition import Samples, samples_of, total_of, value_of
+from tests.support.sockets import serves
 
 pytestmark = pytest.mark.system
 
@@ -22,27 +26,39 @@ def deployment() -> Iterator[Deployment]:
 
 
 def scrape(deployment: Deployment) -> Samples:
-    deployment.session.close()  # a new connection, which any worker may take
+    deployment.session.close()  # a new connection, which any worker may have
     answer = deployment.call("GET", "/metrics")
     assert answer.status_code == 200, answer.text
     return samples_of(answer.text)
 
 
 def counted(deployment: Deployment) -> float:
-    return total_of(scrape(deployment), "portal_http_requests_total", route="/healthz")
+    return requests_in(scrape(deployment))
+
+
+def requests_in(samples: Samples) -> float:
+    return total_of(samples, "portal_http_requests_total", route="/healthz")
 
 
 @contextmanager
-def answered_by(deployment: Deployment, worker: int) -> Iterator[None]:
-    """Stop all workers but one, so that this one answers every new connection."""
-    others = [pid for pid in deployment.workers() if pid != worker]
-    for pid in others:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in others:
-            os.kill(pid, signal.SIGCONT)
+def connection_to(deployment: Deployment, worker: int) -> Iterator[http.client.HTTPSConnection]:
+    """Open connections until this worker has one."""
+    address = urlsplit(deployment.url)
+    context = ssl.create_default_context(cafile=deployment.operator["PORTAL_CA"])
+    for _ in range(1000):
+        with closing(http.client.HTTPSConnection(address.hostname or "", address.port, context=context)) as connection:
+            connection.connect()
+            if serves(worker, connection.sock):
+                yield connection
+                return
+    pytest.fail("The worker got none of 1,000 connections.")
+
+
+def ask(connection: http.client.HTTPSConnection, deployment: Deployment, path: str) -> str:
+    connection.request("GET", path, headers={"Authorization": f"Bearer {deployment.operator['PORTAL_TOKEN']}"})
+    answer = connection.getresponse()
+    assert answer.status == 200
+    return answer.read().decode()
 
 
 def test_every_worker_reports_the_same_and_all_of_it(deployment: Deployment) -> None:
@@ -50,14 +66,13 @@ def test_every_worker_reports_the_same_and_all_of_it(deployment: Deployment) -> 
     workers = deployment.workers()
     assert len(workers) == 3
     for worker in workers:
-        with answered_by(deployment, worker):
+        with connection_to(deployment, worker) as connection:
             for _ in range(4):
-                deployment.session.close()
-                assert deployment.call("GET", "/healthz").status_code == 200
+                ask(connection, deployment, "/healthz")
     told = []
     for worker in workers:
-        with answered_by(deployment, worker):
-            told.append(counted(deployment))
+        with connection_to(deployment, worker) as connection:
+            told.append(requests_in(samples_of(ask(connection, deployment, "/metrics"))))
     assert told == [before + 12] * 3
     assert deployment.workers() == workers
 

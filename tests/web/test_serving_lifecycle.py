@@ -15,6 +15,7 @@ import pytest
 from tests.support.deployment import wait_until
 from tests.support.serving_process import (
     PATIENCE,
+    children,
     facts,
     is_closed,
     make_certificate,
@@ -61,17 +62,6 @@ def test_a_server_that_one_worker_ends_never_says_that_it_is_ready() -> None:
     assert failed_start(broken="one of two", workers=2) == "The database is from a newer version.\n"
 
 
-def test_a_worker_that_could_not_start_beside_one_that_answers_is_no_failure_of_the_server(tmp_path: Path) -> None:
-    with running(workers=2, broken="the other") as server:
-        assert server.process.stderr is not None
-        for line in server.process.stderr:
-            if "could not start and is tried again: The disk is full." in line:
-                break
-        assert server.get()["path"] == "/"
-        server.process.terminate()
-        assert server.process.wait(PATIENCE) == 0
-
-
 def test_a_server_whose_second_process_dies_ends_and_says_so() -> None:
     with running() as server:
         main = server.process.pid
@@ -91,10 +81,6 @@ def test_nothing_is_left_of_a_server_that_was_killed() -> None:
         for port in (server.port, server.pki_port):
             with pytest.raises(ConnectionRefusedError):
                 server.tcp(port)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_bug_that_keeps_workers_from_starting_ends_the_server() -> None:

@@ -1,0 +1,129 @@
+"""The workers of a TCP listener share its connections; one that ends, is busy or cannot start takes none with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from config import Address
+from core.errors import StartupError
+from tests.support.deployment import wait_until
+from tests.support.serving_process import Server, children, facts, request, running
+from tests.support.sockets import waiting
+from web import listeners
+from web.listeners import listen
+
+CONNECTIONS = 24  # of two sockets, one gets all of them once in eight million times
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running(workers=2) as it:
+        yield it
+
+
+def masters(server: Server) -> dict[int, int]:
+    """The process of each gunicorn, by its port; the plain listener's is the first child of the other."""
+    return {server.port: server.process.pid, server.pki_port: children(server.process.pid)[0]}
+
+
+def workers(server: Server, port: int) -> list[int]:
+    """Both workers of a listener, once it has them."""
+    master, others = masters(server)[port], int(port == server.port)
+    wait_until(lambda: len(children(master)) == others + 2)
+    return children(master)[others:]
+
+
+@contextlib.contextmanager
+def stopped(processes: list[int]) -> Iterator[None]:
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
+
+
+def opened(server: Server, port: int, stack: contextlib.ExitStack) -> list[socket.socket]:
+    return [stack.enter_context(server.tcp(port)) for _ in range(CONNECTIONS)]
+
+
+def answered_by(server: Server, clients: list[socket.socket], stack: contextlib.ExitStack) -> Counter[int]:
+    """How many of the connections each worker has answered on."""
+    counts: Counter[int] = Counter()
+    for client in clients:
+        secured = client
+        if client.getpeername()[1] == server.port:
+            secured = stack.enter_context(server.context().wrap_socket(client, server_hostname="localhost"))
+        secured.sendall(request())
+        counts[facts(secured)["process"]] += 1
+    return counts
+
+
+@pytest.mark.parametrize("listener", ["port", "pki_port"])
+def test_connections_that_come_at_once_are_shared_out_among_the_workers(server: Server, listener: str) -> None:
+    port = getattr(server, listener)
+    with contextlib.ExitStack() as stack:
+        with stopped(workers(server, port)):
+            clients = opened(server, port, stack)
+            shares = waiting(port)
+        assert len(shares) == 2
+        assert sum(shares) == CONNECTIONS
+        assert 0 not in shares
+        # However long one of the workers sleeps, the other one takes nothing of its share.
+        assert sorted(answered_by(server, clients, stack).values()) == shares
+
+
+@pytest.mark.parametrize("listener", ["port", "pki_port"])
+def test_connections_that_wait_for_a_worker_that_dies_are_answered_by_the_next_one(listener: str) -> None:
+    with running(workers=2) as server, contextlib.ExitStack() as stack:
+        port = getattr(server, listener)
+        before = workers(server, port)
+        with stopped(before):
+            clients = opened(server, port, stack)
+            for worker in before:
+                os.kill(worker, signal.SIGKILL)
+        counts = answered_by(server, clients, stack)
+        assert counts.total() == CONNECTIONS
+        assert not counts.keys() & before
+
+
+def test_a_worker_that_cannot_start_beside_one_that_answers_gets_no_connections_until_it_can() -> None:
+    with running(workers=2, broken="the other") as server, contextlib.ExitStack() as stack:
+        assert server.process.stderr is not None
+        for line in server.process.stderr:
+            if "could not start and is tried again: The disk is full." in line:
+                break
+        counts = answered_by(server, opened(server, server.port, stack), stack)
+        assert list(counts.values()) == [CONNECTIONS]
+        (server.folder / "first").unlink()  # what the worker looks at
+        wait_until(lambda: len(waiting(server.port)) == 2)
+        assert len(answered_by(server, opened(server, server.port, stack), stack)) == 2
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+
+
+def test_no_other_server_of_the_same_user_gets_a_share_of_a_port(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listeners, "KILLED_PORTAL_SECONDS", 0.0)
+    with pytest.raises(StartupError, match=f"Port {server.port} on 127.0.0.1 is in use; stop what uses it or set P"):
+        listen(Address("127.0.0.1", server.port), "PORTAL_BIND", 15.0, 2)
+
+
+def test_no_signal_changes_how_many_workers_the_listeners_are_shared_out_among(server: Server) -> None:
+    for port, master in masters(server).items():
+        assert workers(server, port)  # so that the master has begun to serve
+        status = Path(f"/proc/{master}/status").read_text()
+        ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+        for number in (signal.SIGTTIN, signal.SIGTTOU):
+            assert ignored >> (number - 1) & 1
