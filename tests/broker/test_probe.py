@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from broker import probe
 from broker.probe import CERTIFICATE_REVOKED, Probe, ProbeCertificate, ProbeCertificates
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from tests.support.mosquitto import short_folder
@@ -62,6 +63,27 @@ def folder() -> Iterator[Path]:
 
 def test_a_listener_that_refuses_and_accepts_as_it_must_passes(folder: Path) -> None:
     assert StandIn(folder).run() == CERTIFICATE_REVOKED
+
+
+def test_a_broker_that_sends_no_tickets_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker, waits = StandIn(folder), list[float]()
+    broker.context.num_tickets = 0
+    wait = probe._await_verdict
+
+    def noted(secure: ssl.SSLSocket, seconds: float) -> None:
+        waits.append(seconds)
+        wait(secure, seconds)
+
+    monkeypatch.setattr(probe, "_await_verdict", noted)
+    assert broker.run() == CERTIFICATE_REVOKED
+    assert waits[-1] == 0.0  # for the good certificate nothing would come
+
+
+def test_a_good_certificate_that_tls_refuses_is_a_fault(folder: Path) -> None:
+    broker = StandIn(folder)
+    swapped = ProbeCertificates(good=broker.certificates.revoked, revoked=broker.certificates.revoked)
+    with pytest.raises(BrokerNotEnforcing, match=f"good certificate with TLS alert {CERTIFICATE_REVOKED}"):
+        broker.probe.run(swapped, time.monotonic() + 5)
 
 
 def test_a_good_certificate_that_mqtt_refuses_is_a_fault(folder: Path) -> None:
