@@ -105,6 +105,28 @@ def test_a_sleeping_device_is_decided_for_by_its_name_though_that_is_no_uuid(bro
         assert wake(broker, credentials) == [b"kept"]
 
 
+def test_a_sleeping_session_that_a_new_epoch_does_not_know_is_not_left_to_the_acl_file() -> None:
+    with guarded_broker(start=False) as broker:
+        acl = broker.root / "acl"
+        acl.write_text("pattern readwrite #\n")
+        acl.chmod(0o644)
+        broker.extra = f"acl_file {acl}\n"
+        broker.start()
+        broker.tell("allow telegraf r:devices/#")
+        credentials = broker.issue("telegraf")
+        with broker.tls(credentials) as application:
+            application.connect("any", clean=False, expiry=3600)
+            assert may_subscribe(application, "devices/#")
+        for epoch, line in ((2, "generation 1"), (3, "allow telegraf r:devices/#")):
+            broker.journal = broker.new_journal(epoch)
+            broker.journal.line(line)
+            broker.journal.write()
+            assert broker.ask(f"epoch/{epoch}")
+            with sender_of(broker) as sender:
+                sender.publish("devices/x", b"in epoch %d" % epoch)
+        assert wake(broker, credentials) == [b"in epoch 3"]
+
+
 @pytest.mark.parametrize("version", [4, 5])
 def test_sleeping_devices_and_their_messages_survive_a_restart_of_the_broker(version: int) -> None:
     with guarded_broker() as broker:
@@ -141,7 +163,11 @@ def test_memory_is_right_and_none_is_lost_under_valgrind() -> None:
     with guarded_broker(start=False) as broker:
         broker.under = ("valgrind", "-q", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite")
         broker.start()
+        live, live_credentials = broker.admit()
+        staying = broker.tls(live_credentials)
+        assert staying.connect("any") == 0
         for epoch in range(2, 5):
+            assert may_publish(staying, f"devices/{live}/x")
             with asleep(broker) as (sleeper, credentials), broker.portal() as portal, sender_of(broker) as sender:
                 assert may_publish(portal, "portal/guard/report")
                 for _ in range(5):
@@ -159,9 +185,12 @@ def test_memory_is_right_and_none_is_lost_under_valgrind() -> None:
                 assert not broker.proven()
                 journal = broker.new_journal(epoch)
                 journal.line(f"allow {sleeper}")
+                journal.line(f"allow {live}")
                 broker.journal = journal.write()
                 assert broker.ask(f"epoch/{epoch}")
                 assert len(wake(broker, credentials)) == 5
+        assert may_publish(staying, f"devices/{live}/x")
+        staying.close()
         broker.terminate()
 
 
