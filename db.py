@@ -13,6 +13,9 @@ from sqlalchemy.engine import Connection
 
 from core.errors import DeviceNotFound
 from core.states import CertificateStatus, DeviceStatus
+from pki.algorithms import certificate_key_fingerprint
+from pki.issuers import Reason
+from store import keys
 from store.database import UtcDateTime
 from store.deliveries import revoke_deliveries
 from store.devices import DEVICE_COLUMNS, DeviceRecord, change_certificates, update_device
@@ -113,7 +116,12 @@ def _topic_rows(tenant_id: str, device_id: str, topics: Sequence[tuple[str, str]
 def revoke_device(
     tx: Connection, tenant_id: str, device_id: str, *, revoked_at: datetime, reason: str, generation: int
 ) -> None:
-    """Revoke a device and all its certificates that are not revoked yet, and destroy its undelivered bundles."""
+    """Revoke a device and all its certificates that are not revoked yet, and destroy its undelivered bundles.
+
+    With the reason ``key_compromise`` the keys of all its certificates are certified for nobody any more.
+    """
+    if reason == Reason.KEY_COMPROMISE:
+        _block_keys(tx, tenant_id, device_id, revoked_at)
     values = {"revoked_at": revoked_at, "revocation_reason": reason, "generation": generation}
     update_device(tx, tenant_id, device_id, {"status": DeviceStatus.REVOKED, "updated_at": revoked_at, **values})
     own = (
@@ -123,6 +131,12 @@ def revoke_device(
     )
     change_certificates(tx, own, {"status": CertificateStatus.REVOKED, **values}, generation=generation)
     revoke_deliveries(tx, Delivery.tenant_id == tenant_id, Delivery.device_id == device_id)
+
+
+def _block_keys(tx: Connection, tenant_id: str, device_id: str, revoked_at: datetime) -> None:
+    own = (Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
+    ders = tx.execute(sa.select(Certificate.der).where(*own)).scalars()
+    keys.block_keys(tx, tenant_id, device_id, {certificate_key_fingerprint(der) for der in ders}, at=revoked_at)
 
 
 # --- Certificates -------------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ class Api:
         """As ``get``, for an answer that is no JSON."""
         return self._text("GET", path, None, 200)
 
-    def register(self, csr: str) -> dict[str, Any]:
+    def register(self, name: str, csr: str) -> dict[str, Any]:
         """Register a device with its own key."""
-        return self.post("/register", {**DEVICE, "csr": csr}, 201)
+        return self.post("/register", {**DEVICE, "name": name, "csr": csr}, 201)
 
     def _call(self, method: str, path: str, body: str | None, wanted: int) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self._text(method, path, body, wanted))

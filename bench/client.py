@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Posts the same request over kept-alive connections, as a racer of ``harness.race``.
 
-One process serves all connections, with the standard library only and no thread: it shares the processors with the
-server it measures, and should leave them to it.
+One process serves all connections, without a thread and, but for CSRs, with the standard library only: it shares the
+processors with the server it measures, and should leave them to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,14 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 DEVICE = {"name": "bench", "type": "sensor", "location": "hall 1", "firmware": "1.0.0", "metadata": {"line": 4}}
 _LENGTH = re.compile(rb"\r\nContent-Length: *([0-9]+)\r\n", re.IGNORECASE)
@@ -35,18 +43,18 @@ def main() -> None:
     parser.add_argument("--method", default="POST")
     parser.add_argument("--path", default="/register")
     parser.add_argument("--body", type=argparse.FileType(), help="the body; by default a registration")
-    parser.add_argument("--csr", type=argparse.FileType(), help="a CSR to be put into the registration")
+    parser.add_argument("--csr", action="store_true", help="put a CSR for a new key into each registration")
     parser.add_argument("--header", action="append", default=[], help="a further header, such as 'If-None-Match: …'")
     parser.add_argument("--status", type=int, default=201, help="what every answer must have")
     parser.add_argument("--discard", action="store_true", help="have the kernel throw bodies away: large ones, no TLS")
     arguments = parser.parse_args()
     url = urlsplit(os.environ["PORTAL_URL"])
     connections = [_connect(url) for _ in range(arguments.connections)]
-    request = _request(url, arguments)
+    requests = _requests(url, arguments)
     print("ready", flush=True)
     sys.stdin.readline()
     used = time.process_time()
-    seconds, times = _race(connections, request, arguments)
+    seconds, times = _race(connections, requests, arguments)
     used = time.process_time() - used
     print(json.dumps({"seconds": seconds, "times": times, "cpu": used}), flush=True)
 
@@ -60,13 +68,26 @@ def _connect(url: SplitResult) -> socket.socket:
     return context.wrap_socket(sock, server_hostname=url.hostname)
 
 
-def _request(url: SplitResult, arguments: argparse.Namespace) -> bytes:
+def _requests(url: SplitResult, arguments: argparse.Namespace) -> Iterator[bytes]:
+    """Yield requests: always the same one, unless each must have a CSR of its own."""
+    if not arguments.csr:
+        yield from itertools.repeat(_request(url, arguments, DEVICE))
+    while True:
+        yield _request(url, arguments, {**DEVICE, "csr": _new_csr()})
+
+
+def _new_csr() -> str:
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    return builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+
+
+def _request(url: SplitResult, arguments: argparse.Namespace, device: Mapping[str, Any]) -> bytes:
     if arguments.method in ("GET", "HEAD"):
         body = b""
     elif arguments.body:
         body = arguments.body.read().encode()
     else:
-        body = json.dumps(DEVICE | ({"csr": arguments.csr.read()} if arguments.csr else {})).encode()
+        body = json.dumps(device).encode()
     headers = [f"{arguments.method} {arguments.path} HTTP/1.1", f"Host: {url.netloc}", *arguments.header]
     if body:
         headers += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
@@ -75,7 +96,9 @@ def _request(url: SplitResult, arguments: argparse.Namespace) -> bytes:
     return "\r\n".join([*headers, "", ""]).encode() + body
 
 
-def _race(connections: list[socket.socket], request: bytes, arguments: argparse.Namespace) -> tuple[float, list[float]]:
+def _race(
+    connections: list[socket.socket], requests: Iterator[bytes], arguments: argparse.Namespace
+) -> tuple[float, list[float]]:
     """Keep one request under way on each connection until the time has passed; returns seconds and times."""
     times: list[float] = []
     selector = selectors.DefaultSelector()
@@ -85,7 +108,7 @@ def _race(connections: list[socket.socket], request: bytes, arguments: argparse.
     for sock in connections[:left]:
         selector.register(sock, selectors.EVENT_READ, sock)
         begun[sock] = now
-        sock.sendall(request)
+        sock.sendall(next(requests))
         left -= 1
     while begun:
         for key, _ in selector.select():
@@ -95,7 +118,7 @@ def _race(connections: list[socket.socket], request: bytes, arguments: argparse.
             times.append(round((now - begun.pop(sock)) * 1000, 2))
             if now < until and left > 0:
                 begun[sock] = now
-                sock.sendall(request)
+                sock.sendall(next(requests))
                 left -= 1
     return now - started, times
 

@@ -242,11 +242,11 @@ def _stream(stream: Any) -> Any:
     return stream
 
 
-def make_csr(folder: Path) -> Path:
-    """A CSR with its key (P-256) in ``folder``, made by openssl; returns the CSR's path."""
-    csr = folder / "device.csr"
+def make_csr(folder: Path, name: str = "device") -> Path:
+    """A CSR with its key (P-256) in ``folder``, made by openssl, each named so; returns the CSR's path."""
+    csr = folder / f"{name}.csr"
     command = "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -subj /CN=bench"
-    files = ["-keyout", str(folder / "device.key"), "-out", str(csr)]
+    files = ["-keyout", str(folder / f"{name}.key"), "-out", str(csr)]
     subprocess.run([*command.split(), *files], check=True, stderr=subprocess.DEVNULL)
     return csr
 

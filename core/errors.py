@@ -8,6 +8,7 @@
       InputInvalid                        422
         CsrInvalid
           KeyRefused
+            KeyCompromised
         TopicRefused  ManufacturerInvalid  ProofInvalid
       BodyTooLarge                        413
         RowTooLong  TooManyRows
@@ -21,7 +22,7 @@
       NotFound                            404
         DeviceNotFound  LinkUnknown
       Conflict                            409
-        StateConflict  ExternalIdTaken  IdempotencyConflict
+        StateConflict  ExternalIdTaken  IdempotencyConflict  KeyInUse
       Gone                                410
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
@@ -91,6 +92,12 @@ class KeyRefused(CsrInvalid):
     """The public key has an algorithm, size or curve that the portal does not certify."""
 
     code = "key_refused"
+
+
+class KeyCompromised(KeyRefused):
+    """The public key was revoked as compromised; it is certified for nobody any more."""
+
+    code = "key_compromised"
 
 
 class TopicRefused(InputInvalid):
@@ -225,6 +232,12 @@ class ExternalIdTaken(Conflict):
     """The external id belongs to another device, or to a device registered with other values."""
 
     code = "external_id_taken"
+
+
+class KeyInUse(Conflict):
+    """The public key is that of another device, which is not revoked."""
+
+    code = "key_in_use"
 
 
 class IdempotencyConflict(Conflict):

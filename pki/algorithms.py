@@ -7,6 +7,7 @@ import math
 import secrets
 from enum import StrEnum
 
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -100,6 +101,15 @@ def public_key_der(key: PublicKey) -> bytes:
 def public_key_fingerprint(key: PublicKey) -> str:
     """Name a public key: SHA-256 of its SubjectPublicKeyInfo, 64 lower-case hex digits."""
     return hashlib.sha256(public_key_der(key)).hexdigest()
+
+
+def certificate_key_fingerprint(der: bytes) -> str:
+    """Name the key of a certificate (DER) of this portal, as ``public_key_fingerprint`` does.
+
+    Raises ``ValueError`` if the certificate cannot be parsed.
+    """
+    key = x509.load_der_x509_certificate(der).public_key()
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def key_type_of(key: PublicKey) -> str:

@@ -13,7 +13,12 @@ from pyasn1.type import univ
 from pyasn1_modules import rfc5280
 
 from core.errors import CsrInvalid
-from pki.algorithms import PrivateKey, check_public_key, key_type_of, public_key_fingerprint
+from pki.algorithms import (
+    PrivateKey,
+    certificate_key_fingerprint,
+    check_public_key,
+    key_type_of,
+)
 from pki.csr import MAX_CSR_CHARACTERS, Csr, checked, csr_der, load_csr
 from pki.encoding import pem
 from pki.foreign import ForeignCsr, Name, read_alternative_names, read_name, texts_of
@@ -87,8 +92,7 @@ def key_type_of_certificate(der: bytes) -> str:
 
 def is_for_key(der: bytes, key_fingerprint: str) -> bool:
     """Return whether a certificate of this CA (DER) is for the key with this fingerprint."""
-    key = check_public_key(x509.load_der_x509_certificate(der).public_key())
-    return public_key_fingerprint(key) == key_fingerprint
+    return certificate_key_fingerprint(der) == key_fingerprint
 
 
 def check_same_names(request: EnrolmentRequest, certificate_der: bytes) -> None:

@@ -271,6 +271,25 @@ class Certificate(OfTenant, Base):
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
 
 
+class DeviceKey(Base):
+    """A public key that the portal has certified, by its SHA-256, with the device whose it is.
+
+    A compromised one is certified for nobody any more; a trigger keeps it so. ``device_id`` is ``None`` for one whose
+    device a restored backup did not have.
+    """
+
+    __tablename__ = "device_keys"
+    __table_args__ = (
+        sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
+        sa.CheckConstraint("device_id IS NOT NULL OR compromised_at IS NOT NULL", name="owner"),
+    )
+
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
+    key_fingerprint: Mapped[str] = mapped_column(sa.String(64), primary_key=True)  # of its SubjectPublicKeyInfo
+    device_id: Mapped[str | None] = mapped_column(sa.String(36))
+    compromised_at: Mapped[datetime | None]
+
+
 class Delivery(OfTenant, Base):
     """A bundle that waits for its one download; it is removed, and the row kept, once delivered, expired or revoked."""
 

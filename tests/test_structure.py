@@ -13,7 +13,7 @@ PARTS = {"ca", "db", "broker_provisioning", "credential_delivery"}
 MAY_IMPORT = {
     "config": {"core"},
     "ca": {"core", "pki"},
-    "db": {"core", "store"},
+    "db": {"core", "pki", "store"},
     "broker_provisioning": {"core", "config", "broker", "pki"},
     "credential_delivery": {"core", "delivery", "pki"},
     "app": SERVER | PARTS | {"config"},

@@ -15,10 +15,11 @@ from config import Settings
 from core.broker_control import AclStyle
 from core.states import DeviceStatus
 from core.topics import Access, Topic, check_topics, default_topics
-from store import audit, deliveries
+from store import audit, deliveries, keys
 from store.audit import Actor
 from store.deliveries import NewDelivery
 from store.devices import update_device
+from store.keys import KeyClaim
 from workflows import events
 from workflows.credentials import DeviceRequest, IssuedCredentials
 from workflows.events import EventType
@@ -69,8 +70,10 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
         for admission in admissions
     ]
     generation = db.next_generation(tx, actor.tenant_id, at=now) if any(must_learn) else 0
-    if any(admission.request is not None and admission.request.external_id for admission in admissions):
-        # Else two transactions with the same external ids could wait for each other: for a row, and for the audit head.
+    with_external_id = any(admission.request is not None and admission.request.external_id for admission in admissions)
+    if with_external_id or any(admission.credentials.is_for_csr for admission in admissions):
+        # Else two transactions with the same external ids or keys could wait for each other: for a row, and for the
+        # audit head.
         audit.lock_audit_head(tx, actor.tenant_id)
     new: list[db.NewDevice] = []
     for admission, is_new_there in zip(admissions, must_learn, strict=True):
@@ -101,9 +104,12 @@ def add_pending(
 def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance], *, now: datetime) -> Sequence[int]:
     """Write certificate, bundle, event and audit entry of each; returns the row ids of the certificates.
 
-    Call it late in a transaction: from here on others wait for the audit record.
+    Call it late in a transaction: from here on others wait for the audit record. Raises ``KeyCompromised``,
+    ``KeyInUse``.
     """
-    certificates = [_new_certificate(actor.tenant_id, issuance.credentials) for issuance in issuances]
+    of_devices = [issuance.credentials for issuance in issuances]
+    keys.claim_keys(tx, actor.tenant_id, [key_claim(credentials) for credentials in of_devices])
+    certificates = [_new_certificate(actor.tenant_id, credentials) for credentials in of_devices]
     ids = db.add_certificates(tx, certificates)
     deliveries.add_deliveries(
         tx,
@@ -126,6 +132,11 @@ def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance]
     ]
     audit.record_all(tx, actor, acts, at=now)
     return ids
+
+
+def key_claim(credentials: IssuedCredentials) -> KeyClaim:
+    """Return the key of new credentials as one to be recorded."""
+    return KeyClaim(credentials.key_fingerprint, credentials.device_id, is_new=not credentials.is_for_csr)
 
 
 def checked_topics(

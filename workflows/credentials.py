@@ -17,7 +17,7 @@ from core.errors import FieldProblem, InputInvalid
 from core.topics import DEVICE_ID, Topic, default_topics
 from delivery.formats import BundleFormat
 from pki import est
-from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem
+from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem, public_key_fingerprint
 from pki.csr import Csr
 from workflows.authority.issuers import Authority
 
@@ -73,6 +73,7 @@ class IssuedCredentials:
     issuer_id: int
     serial_number: str
     fingerprint: str
+    key_fingerprint: str  # SHA-256 of the SubjectPublicKeyInfo, in hex
     der: bytes = field(repr=False)
     not_before: datetime
     not_after: datetime
@@ -81,6 +82,11 @@ class IssuedCredentials:
     chain: str = field(repr=False)
     bundle: EncryptedBundle | None = None
     key: bytes | None = field(default=None, repr=False)
+
+    @property
+    def is_for_csr(self) -> bool:
+        """Return whether the device has made its key itself."""
+        return self.bundle is None and self.key is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +191,7 @@ class CredentialIssuer:
             issuer_id=signer.id,
             serial_number=certificate.serial_number,
             fingerprint=certificate.fingerprint,
+            key_fingerprint=public_key_fingerprint(key),
             der=certificate.der,
             not_before=certificate.not_before,
             not_after=certificate.not_after,

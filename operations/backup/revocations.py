@@ -17,8 +17,9 @@ from sqlalchemy.engine import Connection
 import db
 from core.errors import BackupRefused
 from core.states import ON_CRL, CertificateStatus, DeviceStatus, ManufacturerStatus
+from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import CLOCK_SKEW, Reason
-from store import audit, devices
+from store import audit, devices, keys
 from store import issuers as store_issuers
 from store.enrolment_tables import EnrolmentToken, Manufacturer
 from store.issuers import CrlRecord, IssuerRecord
@@ -74,6 +75,7 @@ class RevocationReplay:
         if replaced is not None:
             known = self._devices(replaced)
             self._certificates(replaced, known)
+            self._keys(replaced)
             self._tokens(replaced)
             self._enrolment_tokens(replaced)
             self._manufacturers(replaced)
@@ -133,6 +135,13 @@ class RevocationReplay:
             target = f"certificate:{row['serial_number']}"
             self._keep(row["tenant_id"], target, "certificate:revoke", what, reason, at, unknown=True)
         self._tx.execute(sa.insert(Certificate), values)
+
+    def _keys(self, replaced: Tables) -> None:
+        """Block keys that were revoked as compromised, also those of devices that the backup does not have."""
+        compromised = (row for row in replaced("device_keys") if row["compromised_at"] is not None)
+        for rows in _batches(compromised):
+            for row in rows:
+                keys.block_keys(self._tx, row["tenant_id"], None, [row["key_fingerprint"]], at=row["compromised_at"])
 
     def _tokens(self, replaced: Tables) -> None:
         revoked = ((row["id"], row["revoked_at"]) for row in replaced("tokens") if row["revoked_at"] is not None)
@@ -207,7 +216,8 @@ class RevocationReplay:
         query = (
             sa.select(
                 Certificate.id, Certificate.issuer_id, Certificate.serial_number, Certificate.tenant_id,
-                Certificate.device_id, Certificate.status, Device.name, Device.status.label("device_status"),
+                Certificate.device_id, Certificate.status, Certificate.der, Device.name,
+                Device.status.label("device_status"),
             )
             .outerjoin_from(Certificate, Device, Device.id == Certificate.device_id)
             .where(Certificate.serial_number.in_(serial_numbers))
@@ -237,6 +247,9 @@ class RevocationReplay:
         done = self._tx.execute(
             sa.update(Certificate).where(Certificate.id == found.id, Certificate.status.not_in(settled)).values(values)
         )
+        if reason == Reason.KEY_COMPROMISE and found.device_id:
+            key = certificate_key_fingerprint(found.der)
+            keys.block_keys(self._tx, found.tenant_id, found.device_id, [key], at=at)
         if done.rowcount:
             what = f"certificate {found.serial_number}" + (f" of device {found.device_id}" if found.device_id else "")
             self._keep(found.tenant_id, f"certificate:{found.serial_number}", "certificate:revoke", what, reason, at)

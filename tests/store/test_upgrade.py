@@ -21,7 +21,7 @@ from flask import Flask
 from app import create_app, portal_of
 from operations.wiring import Portal
 from store import audit
-from store.tables import METADATA
+from store.tables import METADATA, Certificate, Device, DeviceKey
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database
 from tests.support.harness import Api, problem_of, settings_for
@@ -198,3 +198,14 @@ def test_the_audit_record_continues_soundly(api: Api, portal: Portal) -> None:
     with portal.database.snapshot() as tx:
         verdict = audit.verify(tx, portal.tenant_id)
     assert verdict.problem is None
+
+
+def test_keys_that_were_compromised_before_the_upgrade_are_blocked(portal: Portal, facts: dict[str, str]) -> None:
+    with portal.database.snapshot() as tx:
+        keys = {row.device_id: row.compromised_at for row in tx.execute(sa.select(DeviceKey))}
+        revoked = tx.execute(sa.select(Device).where(Device.id == facts["revoked"])).one()
+        devices = set(tx.execute(sa.select(Certificate.device_id).where(Certificate.device_id.is_not(None))).scalars())
+    assert set(keys) == devices
+    assert keys[facts["active"]] is None
+    assert revoked.revocation_reason == "key_compromise"
+    assert keys[facts["revoked"]] == revoked.revoked_at

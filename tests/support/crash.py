@@ -28,6 +28,7 @@ import paho.mqtt.client as paho
 from cryptography import x509
 from paho.mqtt.enums import CallbackAPIVersion
 
+from bench.harness import make_csr
 from tests.support.deployment import ROOT, SECONDS, Deployment, is_answered, wait_until
 
 ANSWER_SECONDS = 30.0  # no answer in this time counts as a hang
@@ -145,8 +146,8 @@ class Known:
 class Ledger:
     """All that clients asked for, with the answers; every field is changed under its lock."""
 
-    def __init__(self, csr: str, seed: int) -> None:
-        self.csr = csr
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder  # for the keys of devices that bring their own
         self.random = random.Random(seed)  # noqa: S311 - chance, not secrecy
         self.lock = threading.Lock()
         self.devices: list[Known] = []
@@ -171,10 +172,14 @@ class Ledger:
             name = f"d-{len(self.devices)}-{secrets.token_hex(4)}"
             body = {"name": name, "location": "hall 0", **PLAIN}
             if self.random.random() < 0.25:
-                body["csr"] = self.csr
+                body["csr"] = make_csr(self.folder, name).read_text()
             known = Known(name, secrets.token_hex(16), body, busy=True)
             self.devices.append(known)
         return known
+
+    def key_of(self, known: Known) -> Path:
+        """The key of a device that was registered with a CSR."""
+        return self.folder / f"{known.name}.key"
 
     def pick(self, fits: Callable[[Known], bool], newest: int = 200) -> Known | None:
         """One of the newest registrations that fits, for one client at a time."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,11 +29,10 @@ READY_SECONDS = 30.0
 class Check:
     """Looks for broken promises; each goes into the ledger's ``losses``."""
 
-    def __init__(self, victim: Victim, ledger: Ledger, style: str, key: Path) -> None:
+    def __init__(self, victim: Victim, ledger: Ledger, style: str) -> None:
         self.victim = victim
         self.ledger = ledger
         self.style = style
-        self.key = key  # of all devices that were registered with the ledger's CSR
         self.done: Counter[str] = Counter()
         self._links_seen: set[str] = set()
 
@@ -149,7 +147,7 @@ class Check:
         assert known.answer is not None
         ca = str(self.victim.data / "ca.pem")
         folder = self.victim.folder
-        return refusal_of(ca, known.answer["chain"], self.key, known.id, self.victim.mqtt_port, folder)
+        return refusal_of(ca, known.answer["chain"], self.ledger.key_of(known), known.id, self.victim.mqtt_port, folder)
 
     def whole(self, known: Known, device: dict[str, Any]) -> None:
         """A registration that nobody was told of is there with all that belongs to it."""

@@ -26,7 +26,6 @@ ANSWERS_BETWEEN_KILLS = 12
 def victim() -> Iterator[Victim]:
     """A portal of one worker, so that it is the process that is asked that works for the broker, too."""
     with Victim(PORTAL_ACL_STYLE="per-device", PORTAL_WORKERS="1", PORTAL_WEBHOOK_ALLOW="127.0.0.0/8,::1") as running:
-        make_csr(running.folder)
         yield running
 
 
@@ -64,7 +63,7 @@ def start_again(victim: Victim) -> None:
 
 
 def is_accepted(victim: Victim, device: dict[str, str]) -> bool:
-    key, ca = victim.folder / "device.key", victim.operator["PORTAL_CA"]
+    key, ca = victim.folder / f"{device['name']}.key", victim.operator["PORTAL_CA"]
     return refusal_of(ca, device["chain"], key, device["device_id"], victim.mqtt_port, victim.folder) == ""
 
 
@@ -118,8 +117,10 @@ STEP_AFTER = dict(itertools.pairwise(REVOKE_STEPS))
 @pytest.mark.parametrize("step", REVOKE_STEPS)
 def test_a_revocation_cut_off_is_finished_by_the_next_start_with_nobody_asking(victim: Victim, step: str) -> None:
     arm(victim, step)
-    csr = (victim.folder / "device.csr").read_text()
-    device, other = (victim.register(name=name, csr=csr) for name in ("to be revoked", "to stay"))
+    device, other = (
+        victim.register(name=name, csr=make_csr(victim.folder, name).read_text())
+        for name in ("to be revoked", "to stay")
+    )
     assert is_accepted(victim, device)
     die(victim, "POST", f"{victim.url}/revoke/{device['device_id']}")
     broker = victim.data / "broker"
@@ -143,7 +144,7 @@ def test_a_revocation_cut_off_is_finished_by_the_next_start_with_nobody_asking(v
 
 def test_what_was_cut_off_in_suspending_resuming_or_renewing_is_whole_or_not_done(victim: Victim) -> None:
     start_again(victim)
-    csr = (victim.folder / "device.csr").read_text()
+    csr = make_csr(victim.folder, "to be parked").read_text()
     device = victim.register(name="to be parked", csr=csr)
     path = f"/devices/{device['device_id']}"
     renewal: dict[str, Any] = {
@@ -212,9 +213,8 @@ def test_a_fetch_cut_off_has_used_its_link_if_and_only_if_that_was_committed(vic
 @pytest.mark.long
 def test_killed_again_and_again_under_load_nothing_that_was_answered_is_lost() -> None:
     with Victim(PORTAL_ACL_STYLE="per-device") as victim:
-        csr = make_csr(victim.folder)
-        ledger = Ledger(csr.read_text(), seed=1)
-        check = Check(victim, ledger, "per-device", victim.folder / "device.key")
+        ledger = Ledger(victim.folder, seed=1)
+        check = Check(victim, ledger, "per-device")
         for _ in range(KILLS):
             with Load(ledger, victim, "per-device") as load:
                 enough = ledger.answers.total() + ANSWERS_BETWEEN_KILLS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sqlite3
@@ -41,12 +42,11 @@ class Faulty(Victim):
 
     def __init__(self, **environment: str) -> None:
         super().__init__(**QUICK, **environment)
-        make_csr(self.folder)
-        self.csr = (self.folder / "device.csr").read_text()
         self.statuses: list[int] = []
 
     def device(self) -> dict[str, Any]:
-        return self.register(csr=self.csr)
+        name = f"device-{secrets.token_hex(4)}"
+        return self.register(name=name, csr=make_csr(self.folder, name).read_text())
 
     def register(self, **fields: Any) -> dict[str, Any]:
         """As a program does that lets itself be told to come back: a busy machine's broker may need more time."""
@@ -81,7 +81,7 @@ class Faulty(Victim):
         wait_until(lambda: self.revoke(device).json()["broker"] == "enforced")
 
     def is_accepted(self, device: dict[str, Any]) -> bool:
-        key, ca = self.folder / "device.key", self.operator["PORTAL_CA"]
+        key, ca = self.folder / f"{device['name']}.key", self.operator["PORTAL_CA"]
         return refusal_of(ca, device["chain"], key, device["device_id"], self.mqtt_port, self.folder) == ""
 
     def problems(self) -> list[str]:
@@ -329,8 +329,8 @@ def test_a_database_that_another_process_keeps_locked(
 @pytest.mark.long
 def test_a_postgresql_that_crashes_under_load_and_comes_back() -> None:
     with Cluster() as cluster, Faulty(PORTAL_DATABASE_URL=cluster.url, PORTAL_ACL_STYLE="per-device") as faulty:
-        ledger = Ledger(faulty.csr, seed=3)
-        check = Check(faulty, ledger, "per-device", faulty.folder / "device.key")
+        ledger = Ledger(faulty.folder, seed=3)
+        check = Check(faulty, ledger, "per-device")
         with Load(ledger, faulty, "per-device"):
             for _ in range(3):
                 enough = ledger.answers.total() + 30

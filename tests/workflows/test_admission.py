@@ -114,7 +114,8 @@ OF_ENROLMENT = {"enrolment_tokens", "enrolments"}
 OTHER_ACTS = {"enrolment_token:create", "device:ask", "device:approve"}
 NAMES_OF_ONE_ACT = {"device:register": "admit", "device:enrol": "admit", "registered": "admit", "enrolled": "admit"}
 OF_ONE_WAY = {"row", "key", "key_fingerprint"}
-DRAWN = {"id", "certificate_id", "event_id", "serial_number", "fingerprint", "der", "bundle", "sealed_secret"}
+DRAWN = {"id", "certificate_id", "event_id", "serial_number", "fingerprint", "key_fingerprint", "der", "bundle"}
+DRAWN |= {"sealed_secret"}
 CHAINED = {"number", "previous_hash", "hash"}
 
 

@@ -26,12 +26,12 @@ from core.errors import (
 from core.failpoints import failpoint
 from core.states import DeviceStatus
 from pki.csr import Csr
-from store import bulk
+from store import bulk, keys
 from store.audit import Actor
 from store.bulk import KnownDevice
 from store.certificates import CertificateRecord
 from store.database import Database
-from workflows.admission import Admission, Issuance, admit, checked_topics, record_issuances
+from workflows.admission import Admission, Issuance, admit, checked_topics, key_claim, record_issuances
 from workflows.authority.issuers import Authority
 from workflows.bulk.processes import CredentialJob, CredentialProcesses, Issuing
 from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredentials
@@ -91,6 +91,20 @@ class _Task:
 
 
 _Issued = tuple[_Task, IssuedCredentials]
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What a transaction has made of rows.
+
+    ``again`` are those of which something has changed meanwhile, so that nothing was written of them; ``generation`` is
+    what the broker must reach, 0 if it need not learn of it.
+    """
+
+    again: Sequence[Candidate]
+    refused: Sequence[tuple[Candidate, PortalError]]
+    done: Sequence[_Issued]
+    generation: int
 
 
 @dataclass(slots=True)
@@ -253,28 +267,27 @@ class Batches:
         """Write credentials, and add the answers; returns the rows whose external id was registered meanwhile."""
         try:
             with self._database.transaction() as tx:
-                again, done, generation = self._write(tx, actor, issued, self._clock())
+                written = self._write(tx, actor, issued, self._clock())
                 failpoint("bulk.before_commit")
         except IntegrityError:  # another request has just registered one of the external ids
             return [task.candidate for task, _ in issued]
         failpoint("bulk.after_commit")
-        batch.generation = max(batch.generation, generation)
-        for task, credentials in done:
+        batch.generation = max(batch.generation, written.generation)
+        for candidate, error in written.refused:
+            batch.answers[candidate.row] = failed(candidate.row, error, external_id=candidate.external_id)
+        for task, credentials in written.done:
             row = task.candidate
             if task.known is None:
                 metrics.counts.registrations.labels("device" if credentials.bundle is None else "portal").inc()
             batch.answers[row.row] = RowDone.of(
                 credentials, row=row.row, external_id=row.external_id, repeated=task.known is not None
             )
-        return again
+        return written.again
 
-    def _write(
-        self, tx: Connection, actor: Actor, issued: Sequence[_Issued], now: datetime
-    ) -> tuple[Sequence[Candidate], Sequence[_Issued], int]:
+    def _write(self, tx: Connection, actor: Actor, issued: Sequence[_Issued], now: datetime) -> _Written:
         """Admit the new devices, and give the known ones new credentials in place of those nobody has fetched.
 
-        Returns the rows of which something has changed meanwhile and nothing was written, what was written, and the
-        generation that the broker must reach, 0 if it need not learn of it.
+        A row whose key is refused does not keep the others from being written.
         """
         tenant_id = actor.tenant_id
         new_ids = [task.candidate.external_id for task, _ in issued if task.known is None]
@@ -284,11 +297,18 @@ class Batches:
         if replaced:
             generation = db.next_generation(tx, tenant_id, at=now)
             superseded = bulk.supersede_unfetched(tx, tenant_id, replaced, at=now, generation=generation)
+        with_csr = [key_claim(credentials) for _, credentials in issued if credentials.is_for_csr]
+        if with_csr:
+            keys.lock(tx, tenant_id)
+        refusals = keys.refusals(tx, tenant_id, with_csr)
         admissions: list[Admission] = []
         reissues: list[Issuance] = []
-        again, done = list[Candidate](), list[_Issued]()
+        again, refused, done = list[Candidate](), list[tuple[Candidate, PortalError]](), list[_Issued]()
         for task, credentials in issued:
             if task.known is None and task.candidate.external_id not in taken:
+                if task.job.device_id in refusals:
+                    refused.append((task.candidate, refusals[task.job.device_id]))
+                    continue
                 admissions.append(_admission(task, credentials))
             elif task.known is not None and task.job.device_id in superseded:
                 reissues.append(_reissue(task, task.known, credentials))
@@ -301,7 +321,7 @@ class Batches:
             generation = max(generation, admitted.generation)
         if reissues:
             record_issuances(tx, actor, reissues, now=now)
-        return again, done, generation
+        return _Written(again, refused, done, generation)
 
 
 def _admission(task: _Task, credentials: IssuedCredentials) -> Admission:

@@ -11,7 +11,7 @@ from core.errors import EnrolmentRefused, KeyRefused, Unavailable
 from core.failpoints import failpoint
 from core.states import DeviceStatus, EnrolmentStatus
 from pki.est import EnrolmentRequest
-from store import certificates
+from store import certificates, keys
 from store import enrolment as store_enrolment
 from store.audit import Actor
 from store.database import Database
@@ -88,6 +88,8 @@ class Enrolments:
         if known.key_fingerprint != application.key_fingerprint:
             with self._database.transaction() as tx:
                 key = application.key_fingerprint
+                if application.request.csr is not None:
+                    keys.check_key(tx, tenant_id, key, device.id)
                 store_enrolment.update_enrolment(tx, tenant_id, known.id, key_fingerprint=key)
         return Waiting(device.id)
 

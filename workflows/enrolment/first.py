@@ -15,7 +15,7 @@ from core import metrics
 from core.errors import EnrolmentRefused, StateConflict
 from core.failpoints import failpoint
 from core.states import Approval, DeviceStatus, EnrolmentStatus
-from store import audit
+from store import audit, keys
 from store import enrolment as store_enrolment
 from store.database import Database
 from store.devices import DeviceRecord
@@ -47,7 +47,7 @@ class FirstEnrolments:
     def enrol(self, application: Application) -> Enrolled | Waiting:
         """Admit a device that has not asked before, or have it wait for an operator, as the profile says.
 
-        Raises ``EnrolledMeanwhile``, ``EnrolmentRefused``.
+        Raises ``EnrolledMeanwhile``, ``EnrolmentRefused``, ``KeyCompromised``, ``KeyInUse``.
         """
         now, credential = self._clock(), application.credential
         device_id = credential.device_id or db.new_device_id(now)
@@ -64,6 +64,8 @@ class FirstEnrolments:
         """Write a device that has not asked before, with what was issued for it; returns the generation."""
         credential = application.credential
         number, tenant_id = self._count_use(tx, credential, now), credential.tenant_id
+        if application.request.csr is not None:
+            keys.check_key(tx, tenant_id, application.key_fingerprint, device_id)
         device: DeviceRequest | DeviceRecord = _device_request(credential, number)
         if credential.device_id is not None:
             device = self._pending(tx, tenant_id, device_id)

@@ -13,7 +13,7 @@ from core import metrics
 from core.errors import EnrolmentRefused, StateConflict, TooManyAttempts
 from core.states import DeviceStatus, EnrolmentStatus
 from pki.est import is_for_key
-from store import audit, certificates, enrolment, renewal
+from store import audit, certificates, enrolment, keys, renewal
 from store.certificates import CertificateRecord
 from store.database import Database
 from store.devices import DeviceRecord, update_device
@@ -84,6 +84,8 @@ class Reenrolments:
             now = self._clock()
             with self._database.transaction() as tx:
                 credential.lock(tx)
+                if application.request.csr is not None:
+                    keys.check_key(tx, credential.tenant_id, key, known.device_id)
                 enrolment.add_reenrolment(tx, credential.tenant_id, known.id, key_fingerprint=key, asked_at=now)
                 device = f"device:{known.device_id}"
                 audit.record(tx, application.actor, "device:ask_again", device, at=now, key_fingerprint=key)

@@ -1,0 +1,126 @@
+"""The public keys of devices: whose each is, and which were compromised and are certified for nobody any more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from core.errors import KeyCompromised, KeyInUse, PortalError
+from core.states import DeviceStatus
+from store import audit
+from store.tables import Device, DeviceKey
+
+_BATCH = 500
+_INSERT = sa.insert(DeviceKey)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyClaim:
+    """A key, by the SHA-256 of its SubjectPublicKeyInfo in hex, that is to be certified for a device.
+
+    ``is_new`` says that the portal has just made it, so that nobody else can have it.
+    """
+
+    key_fingerprint: str
+    device_id: str
+    is_new: bool = False
+
+
+def refusals(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim]) -> dict[str, PortalError]:
+    """Return why keys are not certified, ``KeyCompromised`` or ``KeyInUse`` by the id of the device that wants one.
+
+    A key is one device's until that is revoked. In a transaction that certifies, call ``lock`` first.
+    """
+    wanted = [claim for claim in claims if not claim.is_new]
+    known = {row.key_fingerprint: row for row in _rows(tx, tenant_id, [claim.key_fingerprint for claim in wanted])}
+    refused: dict[str, PortalError] = {}
+    taken: dict[str, str] = {}
+    for claim in wanted:
+        row = known.get(claim.key_fingerprint)
+        if row is not None and row.compromised_at is not None:
+            refused[claim.device_id] = KeyCompromised("This key was revoked as compromised; make a new key.")
+            continue
+        in_use = row is not None and row.status != DeviceStatus.REVOKED
+        owner = taken.setdefault(claim.key_fingerprint, row.device_id if row and in_use else claim.device_id)
+        if owner != claim.device_id:
+            refused[claim.device_id] = KeyInUse(f"This key is that of device {owner}; make a new key for this device.")
+    return refused
+
+
+def check_key(tx: Connection, tenant_id: str, key_fingerprint: str, device_id: str) -> None:
+    """Raise ``KeyCompromised`` or ``KeyInUse`` if a device may not have this key."""
+    for error in refusals(tx, tenant_id, [KeyClaim(key_fingerprint, device_id)]).values():
+        raise error
+
+
+def lock(tx: Connection, tenant_id: str) -> None:
+    """Let no other transaction claim or block a key that a client has, until this one ends."""
+    audit.lock_audit_head(tx, tenant_id)  # which every such transaction takes: another lock could make two wait
+
+
+def claim_keys(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim]) -> None:
+    """Record keys as those of the devices that are given certificates for them now.
+
+    Raises ``KeyCompromised`` or ``KeyInUse``; the primary key refuses a second owner, whatever was looked up here.
+    """
+    of_clients = [claim for claim in claims if not claim.is_new]
+    known = set[str]()
+    if of_clients:
+        lock(tx, tenant_id)
+        for error in refusals(tx, tenant_id, of_clients).values():
+            raise error
+        known = {row.key_fingerprint for row in _rows(tx, tenant_id, [claim.key_fingerprint for claim in of_clients])}
+    for claim in of_clients:
+        if claim.key_fingerprint in known:
+            tx.execute(sa.update(DeviceKey).where(*_key(tenant_id, claim)).values(device_id=claim.device_id))
+    new = [claim for claim in claims if claim.key_fingerprint not in known]
+    if new:
+        tx.execute(_INSERT, [_values(tenant_id, claim.key_fingerprint, claim.device_id) for claim in new])
+
+
+def block_keys(
+    tx: Connection, tenant_id: str, device_id: str | None, key_fingerprints: Collection[str], *, at: datetime
+) -> None:
+    """Have keys certified for nobody from now on; one that is blocked already keeps its time."""
+    lock(tx, tenant_id)
+    known = {row.key_fingerprint: row.compromised_at for row in _rows(tx, tenant_id, list(key_fingerprints))}
+    free = [fingerprint for fingerprint in key_fingerprints if known.get(fingerprint, at) is None]
+    for some in _batches(free):
+        own = (DeviceKey.tenant_id == tenant_id, DeviceKey.key_fingerprint.in_(some))
+        tx.execute(sa.update(DeviceKey).where(*own).values(compromised_at=at))
+    new = [fingerprint for fingerprint in key_fingerprints if fingerprint not in known]
+    if new:
+        tx.execute(_INSERT, [_values(tenant_id, fingerprint, device_id, at) for fingerprint in new])
+
+
+def _rows(tx: Connection, tenant_id: str, key_fingerprints: Sequence[str]) -> Iterator[Any]:
+    for some in _batches(key_fingerprints):
+        yield from tx.execute(
+            sa.select(DeviceKey.key_fingerprint, DeviceKey.device_id, DeviceKey.compromised_at, Device.status)
+            .outerjoin(Device, sa.and_(Device.tenant_id == DeviceKey.tenant_id, Device.id == DeviceKey.device_id))
+            .where(DeviceKey.tenant_id == tenant_id, DeviceKey.key_fingerprint.in_(some))
+        )
+
+
+def _batches(key_fingerprints: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (key_fingerprints[start : start + _BATCH] for start in range(0, len(key_fingerprints), _BATCH))
+
+
+def _key(tenant_id: str, claim: KeyClaim) -> tuple[sa.ColumnElement[bool], ...]:
+    return DeviceKey.tenant_id == tenant_id, DeviceKey.key_fingerprint == claim.key_fingerprint
+
+
+def _values(
+    tenant_id: str, key_fingerprint: str, device_id: str | None, compromised_at: datetime | None = None
+) -> dict[str, str | datetime | None]:
+    return {
+        "tenant_id": tenant_id,
+        "key_fingerprint": key_fingerprint,
+        "device_id": device_id,
+        "compromised_at": compromised_at,
+    }
