@@ -13,6 +13,7 @@ import pytest
 import requests
 
 from broker.files.control import BrokerFiles
+from broker.guard.control import CRL_CHANGES
 from broker.guard.journal import read_position
 from config import Settings
 from operations.wiring import utc_now
@@ -104,6 +105,16 @@ def test_a_revoked_device_is_cut_and_gets_nothing_any_more(shared: Deployment) -
     client.wait_cut()
     client.close()
     assert gets_nothing(device)  # until the CRL is published TLS lets it in
+
+
+def test_once_the_crl_is_published_tls_refuses_a_revoked_device_too(shared: Deployment) -> None:
+    device, others = shared.onboard(), [shared.register()["device_id"] for _ in range(CRL_CHANGES // 3)]
+    revoke(shared, device.id)
+    for other in others:  # each is three lines: denied, its certificate, the generation
+        revoke(shared, other)
+    assert device.refusal()
+    assert shared.broker is not None
+    assert "Reloading config" not in shared.broker.log
 
 
 def test_a_suspended_device_comes_back(shared: Deployment) -> None:
