@@ -155,10 +155,11 @@ def token_create(portal: Remote, /, token_out: str | None, **options: Any) -> No
 
 @command("revoke", token, examples=["portal token revoke 1e66977361d81fe2"])
 @click.argument("token_id", metavar="ID", type=TOKEN_ID, help="The full token id (see: portal token list).")
+@click.option("--force", is_flag=True, help="Revoke it even if it is the last valid admin token.")
 @YES
-def token_revoke(portal: Remote, token_id: str, yes: bool) -> None:
+def token_revoke(portal: Remote, token_id: str, force: bool, yes: bool) -> None:
     """Revoke an operator token immediately."""
     confirm(f"Revoke the token {token_id}? Clients that use it lose access immediately.", yes=yes)
-    answer = portal.client.call("DELETE", f"/tokens/{token_id}").json()
+    answer = portal.client.call("DELETE", f"/tokens/{token_id}", params={"force": "true"} if force else None).json()
     done = f"Revoked the token {answer.get('name') or token_id}"
     portal.out.result(answer or {"token_id": token_id, "revoked": True}, done=done)

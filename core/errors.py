@@ -22,7 +22,7 @@
       NotFound                            404
         DeviceNotFound  LinkUnknown
       Conflict                            409
-        StateConflict  ExternalIdTaken  IdempotencyConflict  KeyInUse
+        StateConflict  ExternalIdTaken  IdempotencyConflict  KeyInUse  LastAdminToken
       Gone                                410
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
@@ -244,6 +244,12 @@ class IdempotencyConflict(Conflict):
     """The idempotency key was used before with another body."""
 
     code = "idempotency_conflict"
+
+
+class LastAdminToken(Conflict):
+    """Without this token nobody could make another one."""
+
+    code = "last_admin_token"
 
 
 class Gone(PortalError):

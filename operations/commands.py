@@ -28,7 +28,7 @@ from operations.backup import backup as backups
 from operations.backup import restore as backup_restore
 from operations.doctor import doctor as doctors
 from operations.doctor.base import Finding, State
-from operations.wiring import Portal, first_token, open_portal, prepare, utc_now
+from operations.wiring import Portal, first_token, make_admin_token, open_portal, prepare, utc_now
 from store import audit
 from store import issuers as store_issuers
 from workflows.audit import problem_of
@@ -138,17 +138,17 @@ def _wait_for_broker(settings: Settings, trust_anchor: str) -> None:
         raise SystemExit(1)
 
 
-def _prepare(settings: Settings, *, beside_broker: bool) -> tuple[str, bool]:
+def _prepare(settings: Settings, *, beside_broker: bool) -> tuple[str | None, bool]:
     """Create what is missing before anything is served, and the broker's files before it starts.
 
-    Return the token of the first operator, and whether this is the first of several portals on the data folder: it owns
-    operator.env and the counters until it exits.
+    Return the token of the first operator if it is valid, and whether this is the first of several portals on the
+    data folder: it owns operator.env and the counters until it exits.
     """
     if not beside_broker:
         _set_up_logs(settings)
     with contextlib.closing(open_portal(settings)) as portal:
         prepare(portal)
-        token = first_token(portal)
+        token = first_token(portal, renew=beside_broker)
         trust_anchor = portal.authority.root.issuer.certificate.subject.rfc4514_string()
     first = own_until_exit(settings.data_dir / ".serving.lock")
     if first:
@@ -196,14 +196,35 @@ def _serve(
         )
 
 
-def _operator_environment(settings: Settings, token: str) -> str:
+def _operator_environment(settings: Settings, token: str | None) -> str:
     values = {
         "PORTAL_URL": settings.public_url,
         "PORTAL_CA": str(settings.data_dir / "ca.pem"),
         "PORTAL_TOKEN": token,
         "PORTAL_MQTT_PORT": str(settings.mqtt_port),
     }
-    return _shell_lines(values, "export ")
+    lines = _shell_lines({name: value for name, value in values.items() if value is not None}, "export ")
+    return (
+        lines
+        if token is not None
+        else f"# No token: the first one has ended; see flask --app app admin-token.\n{lines}"
+    )
+
+
+@click.command("admin-token")
+@without_traceback
+def admin_token() -> None:
+    """Make another admin token, valid for a day, in place of the one in operator.env.
+
+    For the owner of the machine who has no other valid one. It is in the audit record. The portal may serve meanwhile.
+    """
+    settings = settings_of_app()
+    environment = settings.data_dir / "operator.env"
+    with opened_portal() as portal:
+        secret, record = make_admin_token(portal)
+    replace_file(environment, _operator_environment(settings, secret).encode())
+    click.echo(f"Token          {record.id}, an admin's until {record.expires_at:%Y-%m-%d %H:%M} UTC")
+    click.echo(f"To use it      . {shlex.quote(str(environment))}")
 
 
 # --- The audit record -------------------------------------------------------------------------------------------------
@@ -399,4 +420,4 @@ def commands(create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp) ->
         settings = settings_of_app()
         raise SystemExit(_serve(settings, create_app, portal_of, serve_app, beside_broker=beside_broker))
 
-    return [init, serve, show_settings, audit_group, ca_group, backup, restore, doctor]
+    return [init, serve, show_settings, admin_token, audit_group, ca_group, backup, restore, doctor]

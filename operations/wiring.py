@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import db
 from broker_provisioning import BrokerProvisioning
@@ -23,6 +23,7 @@ from pki.keystore import CaKeys, KeyFiles, passphrase
 from store import audit, tenants
 from store.database import Database
 from store.tables import DEFAULT_TENANT
+from store.tenants import TokenRecord
 from workflows import events
 from workflows.audit import AuditLog, open_audit_log
 from workflows.authority.issuers import Authority, open_authority
@@ -50,6 +51,8 @@ from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
 log = logging.getLogger("portal.installation")
 
+TOKEN_FILE = "operator-token"  # noqa: S105 - its name
+ADMIN_TOKEN_LIFE = timedelta(hours=24)
 # There while anybody may have subscribed to events.
 SUBSCRIBED = ".subscribed"
 utc_now = functools.partial(datetime.now, UTC)  # the clock of a portal, unless a test has one of its own
@@ -232,24 +235,48 @@ def prepare(portal: Portal) -> None:
         log.error("the audit record was changed", extra={"problem": problem})
 
 
-def first_token(portal: Portal) -> str:
-    """Return the token of the first operator, an admin; a missing or revoked one is replaced.
+def first_token(portal: Portal, *, renew: bool = False) -> str | None:
+    """Return the token of the first operator, an admin, while it is valid; only the first start makes it.
 
-    It is kept in a file of mode 0600 in the data folder.
+    It is kept in a file of mode 0600 in the data folder, for a day. With ``renew`` it is replaced when half of that is
+    over, or if the file is lost; never if it was revoked.
     """
-    path = portal.settings.secrets_dir / "operator-token"
-    now = portal.clock()
-    if path.exists():
-        secret = secret_file(path, lambda: "")
+    path, now = portal.settings.secrets_dir / TOKEN_FILE, portal.clock()
+    with FileLock(portal.settings.data_dir / ".setup.lock").hold():
+        secret = secret_file(path, str) if path.exists() else None
         with portal.database.snapshot() as tx:
-            record = tenants.find_token(tx, secret)
-        if record is not None and record.is_valid(now):
-            return secret
-        path.unlink()
-    secret, record = new_token(portal.tenant_id, "first operator", Role.ADMIN, None, now=now)
+            record = None if secret is None else tenants.find_token(tx, secret)
+            is_first_start = not tenants.list_tokens(tx, portal.tenant_id)
+        if is_first_start or (renew and (record is None or _may_renew(record, now))):
+            return _make_token(portal, record)[0]
+    return secret if record is not None and record.is_valid(now) else None
+
+
+def _may_renew(record: TokenRecord, now: datetime) -> bool:
+    ends = record.expires_at
+    return record.revoked_at is None and ends is not None and ends - now < ADMIN_TOKEN_LIFE / 2
+
+
+def make_admin_token(portal: Portal) -> tuple[str, TokenRecord]:
+    """Replace the token of the first operator by another one, whatever became of it; for the machine's owner."""
+    path = portal.settings.secrets_dir / TOKEN_FILE
+    with FileLock(portal.settings.data_dir / ".setup.lock").hold():
+        with portal.database.snapshot() as tx:
+            record = tenants.find_token(tx, secret_file(path, str)) if path.exists() else None
+        return _make_token(portal, record)
+
+
+def _make_token(portal: Portal, replaced: TokenRecord | None) -> tuple[str, TokenRecord]:
+    now = portal.clock()
+    ends = now + ADMIN_TOKEN_LIFE
+    secret, record = new_token(portal.tenant_id, "first operator", Role.ADMIN, ends, now=now)
+    # First the file: a start that is killed in between has made no token, and the next one is the first again.
+    replace_file(portal.settings.secrets_dir / TOKEN_FILE, f"{secret}\n".encode())
+    actor, about = audit.system_actor(portal.tenant_id), f"token:{record.id}"
     with portal.database.transaction() as tx:
         tenants.add_token(tx, record, secret=secret)
-        audit.record(
-            tx, audit.system_actor(portal.tenant_id), "token:create", f"token:{record.id}", at=now, role=Role.ADMIN
-        )
-    return secret_file(path, lambda: secret)
+        if replaced is not None:
+            tenants.revoke_token(tx, portal.tenant_id, replaced.id, revoked_at=now)
+        of = None if replaced is None else replaced.id
+        audit.record(tx, actor, "token:create", about, at=now, name=record.name, role=Role.ADMIN, replaces=of)
+    return secret, record

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from core import roles
-from core.errors import LinkUsed, TooManyAttempts
+from core.errors import LastAdminToken, LinkUsed, TooManyAttempts
 from core.roles import Role
 from core.throttle import Throttle
 from store import audit, tenants
@@ -45,10 +45,17 @@ class Operators:
             audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
         return secret, record
 
-    def revoke(self, actor: Actor, token_id: str) -> TokenRecord:
-        """Revoke a token at once; raises ``NotFound``."""
+    def revoke(self, actor: Actor, token_id: str, *, force: bool = False) -> TokenRecord:
+        """Revoke a token at once; raises ``NotFound``, and unless by ``force`` ``LastAdminToken``."""
         now = self._clock()
         with self._database.transaction() as tx:
+            audit.lock_audit_head(tx, actor.tenant_id)  # else two admins could revoke each other's token at once
+            valid = [one.id for one in tenants.list_tokens(tx, actor.tenant_id) if _is_valid_admin(one, now)]
+            if valid == [token_id] and not force:
+                raise LastAdminToken(
+                    "This is the last valid admin token: create another one first, or revoke it with force; then only"
+                    " flask --app app admin-token on the portal's machine makes one."
+                )
             record = tenants.revoke_token(tx, actor.tenant_id, token_id, revoked_at=now)
             if record.revoked_at == now:
                 audit.record(tx, actor, "token:revoke", f"token:{token_id}", at=now)
@@ -142,6 +149,10 @@ class Operators:
                     count=rest.count,
                     most=dict(rest.networks),
                 )
+
+
+def _is_valid_admin(record: TokenRecord, now: datetime) -> bool:
+    return record.role == Role.ADMIN and record.is_valid(now)
 
 
 def new_token(

@@ -14,6 +14,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from broker.folder import FILE_MODE, FOLDER_MODE
+from core.roles import Role
 from core.states import PENDING_DELIVERY
 from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
@@ -190,19 +191,18 @@ def links(installation: Installation) -> Finding:
 
 
 def tokens(installation: Installation) -> Finding:
-    """Check that operator tokens expire, except the one kept on this machine."""
+    """Check that operator tokens expire, and that there is an admin's."""
     now = installation.clock()
-    path = installation.settings.secrets_dir / "operator-token"
     with installation.snapshot() as tx:
-        own = None
-        if path.exists():
-            own = tenants.find_token(tx, path.read_text(encoding="ascii").strip())
         valid = [token for token in tenants.list_tokens(tx, installation.tenant_id) if token.is_valid(now)]
-    endless = [token.name for token in valid if token.expires_at is None and (own is None or token.id != own.id)]
+    found = Findings()
+    endless = [token.name for token in valid if token.expires_at is None]
     if endless:
-        return warning(
+        found.warning(
             f"{len(endless)} operator tokens never expire: {summarize(endless)}.",
             "Create new ones that expire (./portal token create NAME --days 90), then revoke these (./portal token"
             " revoke).",
         )
-    return well(f"{len(valid)} operator tokens are valid; each expires, except the one in {path.name}.")
+    if not any(token.role == Role.ADMIN for token in valid):
+        found.warning("No admin token is valid.", "Make one, valid for a day: flask --app app admin-token")
+    return combine(found, f"{len(valid)} operator tokens are valid; each expires.")

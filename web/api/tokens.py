@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,12 @@ class TokenRequest(RequestModel):
     name: ShortText
     role: RoleName
     expires_in_days: Annotated[int, Field(ge=1, le=3650), WholeNumber] | None = None
+
+
+class RevokeTokenQuery(RequestModel):
+    """With `force` the last valid admin token is revoked, too."""
+
+    force: Literal["true"] | None = None
 
 
 class TokenModel(AnswerModel):
@@ -68,10 +74,11 @@ def create_token(call: Call, body: TokenRequest) -> NewTokenModel:
     "/tokens/{token_id}",
     Permission.TOKENS,
     Answers("The token is revoked at once; a repeat gets the same answer"),
+    errors=(409,),
 )
-def revoke_token(call: Call, token_id: str) -> TokenModel:
+def revoke_token(call: Call, token_id: str, query: RevokeTokenQuery) -> TokenModel:
     """Revoke an operator token."""
-    return _token(call.portal.operators.revoke(call.actor, token_id))
+    return _token(call.portal.operators.revoke(call.actor, token_id, force=query.force is not None))
 
 
 def _token(record: TokenRecord) -> TokenModel:

@@ -82,6 +82,7 @@ def test_what_is_there_is_never_overwritten(settings: Settings, file: Path, cloc
 def test_a_backup_alone_can_sign_nothing_and_opens_nothing(settings: Settings, file: Path, clock: Clock) -> None:
     with opened(settings, clock) as portal:
         token = first_token(portal)
+        assert token is not None
         registered = portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
     copied(settings, file, clock)
     passphrase = (settings.secrets_dir / "ca-passphrase").read_bytes().strip()

@@ -50,6 +50,29 @@ def test_a_revoked_token_is_refused_at_once_and_a_repeat_returns_the_same(api: A
     assert len(api.get("/audit?action=token:revoke").json["entries"]) == 1
 
 
+def test_the_last_admin_token_is_revoked_by_force_only(api: Api) -> None:
+    tokens = api.get("/tokens").json["tokens"]
+    own = next(token for token in tokens if token["name"].startswith("a test's"))
+    for token in tokens:
+        if token is not own:
+            assert api.delete(f"/tokens/{token['token_id']}").status_code == 200
+    api.post("/tokens", {"name": "ci", "role": "operator"})
+    problem_of(api.delete(f"/tokens/{own['token_id']}"), 409, "last_admin_token")
+    problem_of(api.delete(f"/tokens/{own['token_id']}?force=1"), 422, "invalid_input")
+    assert api.get("/tokens").status_code == 200
+    assert api.delete(f"/tokens/{own['token_id']}?force=true").status_code == 200
+    problem_of(api.get("/tokens"), 401, "unauthenticated")
+
+
+def test_an_admin_that_has_expired_does_not_count_as_another(api: Api, clock: Clock) -> None:
+    short = api.post("/tokens", {"name": "short", "role": "admin", "expires_in_days": 1}).json["token"]
+    own = [token for token in api.get("/tokens").json["tokens"] if token["name"] != "short"]
+    clock.advance(days=2)
+    statuses = [api.delete(f"/tokens/{token['token_id']}").status_code for token in own]
+    assert sorted(statuses) == [200] * (len(own) - 1) + [409]
+    problem_of(holding(api, short).get("/devices"), 401, "unauthenticated")
+
+
 @pytest.mark.parametrize("header", ["Bearer {}", "bearer {}", "BEARER   {}", "Bearer {} "])
 def test_accepted_forms_of_the_authorization_header(api: Api, header: str) -> None:
     headers = {"Authorization": header.format(api.token)}
