@@ -17,7 +17,7 @@ from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import Reason
 from store import keys
 from store.database import UtcDateTime
-from store.deliveries import revoke_deliveries
+from store.deliveries import empty_answers, revoke_deliveries
 from store.devices import DEVICE_COLUMNS, DeviceRecord, change_certificates, update_device
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device
 
@@ -116,7 +116,7 @@ def _topic_rows(tenant_id: str, device_id: str, topics: Sequence[tuple[str, str]
 def revoke_device(
     tx: Connection, tenant_id: str, device_id: str, *, revoked_at: datetime, reason: str, generation: int
 ) -> None:
-    """Revoke a device and all its certificates that are not revoked yet, and destroy its undelivered bundles.
+    """Revoke a device and all its certificates not revoked yet; destroy its bundles and the answers about it.
 
     With the reason ``key_compromise`` the keys of all its certificates are certified for nobody any more.
     """
@@ -131,6 +131,7 @@ def revoke_device(
     )
     change_certificates(tx, own, {"status": CertificateStatus.REVOKED, **values}, generation=generation)
     revoke_deliveries(tx, Delivery.tenant_id == tenant_id, Delivery.device_id == device_id)
+    empty_answers(tx, tenant_id, device_id)
 
 
 def _block_keys(tx: Connection, tenant_id: str, device_id: str, revoked_at: datetime) -> None:

@@ -188,17 +188,28 @@ def count_undelivered(tx: Connection, tenant_id: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SealedAnswer:
-    """An answer kept for a repeated request: ``sealed`` can be opened only with the idempotency key."""
+    """An answer kept for a repeated request: ``sealed`` can be opened only with the idempotency key.
+
+    It is empty once the device is revoked. ``made_by`` is the actor that may repeat the request.
+    """
 
     request_hash: str
     sealed: bytes
     generation: int
+    made_by: str | None
+    device_id: str | None
 
 
 def find_answer(tx: Connection, tenant_id: str, key_hash: str, *, now: datetime) -> SealedAnswer | None:
     """Return the answer given under an idempotency key that has not expired, by the key's hash."""
     row = tx.execute(
-        sa.select(IdempotencyKey.request_hash, IdempotencyKey.sealed_answer, IdempotencyKey.generation).where(
+        sa.select(
+            IdempotencyKey.request_hash,
+            IdempotencyKey.sealed_answer,
+            IdempotencyKey.generation,
+            IdempotencyKey.made_by,
+            IdempotencyKey.device_id,
+        ).where(
             IdempotencyKey.tenant_id == tenant_id,
             IdempotencyKey.key_hash == key_hash,
             IdempotencyKey.expires_at > now,
@@ -216,6 +227,12 @@ def add_answer(tx: Connection, *, tenant_id: str, key_hash: str, created_at: dat
     tx.execute(sa.delete(IdempotencyKey).where(*own, IdempotencyKey.expires_at <= created_at))
     row = {"tenant_id": tenant_id, "key_hash": key_hash, "created_at": created_at, **values}
     tx.execute(sa.insert(IdempotencyKey), row)
+
+
+def empty_answers(tx: Connection, tenant_id: str, device_id: str) -> None:
+    """Destroy the answers about a device. Their idempotency keys stay used, so that a repeat has no second effect."""
+    own = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.device_id == device_id)
+    tx.execute(sa.update(IdempotencyKey).where(*own).values(sealed_answer=b""))
 
 
 def forget_answers(tx: Connection, *, now: datetime) -> int:

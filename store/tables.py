@@ -29,10 +29,17 @@ class Tenant(Base):
 
 
 class IdempotencyKey(Base):
-    """The sealed answer to a request that may be repeated, by a hash of its idempotency key."""
+    """The sealed answer to a request that may be repeated, by a hash of its idempotency key.
+
+    ``made_by`` is the actor that may repeat it, as in the audit record (``NULL``: nobody). The answer is empty once
+    its device is revoked.
+    """
 
     __tablename__ = "idempotency_keys"
-    __table_args__ = (sa.Index("ix_idempotency_keys_expiry", "expires_at"),)
+    __table_args__ = (
+        sa.Index("ix_idempotency_keys_expiry", "expires_at"),
+        partial_index("ix_idempotency_keys_device", "device_id", where="device_id IS NOT NULL"),
+    )
 
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
     key_hash: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
@@ -41,6 +48,8 @@ class IdempotencyKey(Base):
     generation: Mapped[int] = mapped_column(sa.BigInteger)
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
+    made_by: Mapped[str | None] = mapped_column(sa.String(128))
+    device_id: Mapped[str | None] = mapped_column(sa.String(36))
 
 
 class Token(OfTenant, Base):

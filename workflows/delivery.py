@@ -120,7 +120,7 @@ Answer = TypeVar("Answer")
 class Sealed:
     """A request that came with an idempotency key."""
 
-    tenant_id: str
+    actor: Actor
     seal: credential_delivery.AnswerSeal = field(repr=False)
     request_hash: str
 
@@ -133,20 +133,20 @@ class KeptAnswers:
     _pepper: bytes
     _clock: Callable[[], datetime]
 
-    def seal(self, tenant_id: str, idempotency_key: str | None, request: bytes) -> Sealed | None:
+    def seal(self, actor: Actor, idempotency_key: str | None, request: bytes) -> Sealed | None:
         """Return what ``once`` and ``keep`` need, ``None`` without a key; equal requests must be the same bytes."""
         if not idempotency_key:
             return None
         seal = credential_delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper)
-        return Sealed(tenant_id, seal, seal.request_hash(request))
+        return Sealed(actor, seal, seal.request_hash(request))
 
     def once(
         self, sealed: Sealed | None, read: Callable[[bytes], Answer], make: Callable[[], tuple[Answer, int]]
     ) -> tuple[Answer, int]:
         """Return the answer kept for the same request, with the generation it was made at, else ``make`` one.
 
-        ``make`` must call ``keep`` in its transaction. Raises ``IdempotencyConflict`` for a key that came with another
-        request in the last 24 hours.
+        ``make`` must call ``keep`` in its transaction. Each repeat is recorded. Raises ``IdempotencyConflict`` for a
+        key that came with another request or from another actor in the last 24 hours, or if the device is revoked.
         """
         if sealed is None:
             return make()
@@ -159,25 +159,42 @@ class KeptAnswers:
                 kept = self._find(sealed)
                 if kept is None:
                     raise
+        self._record(sealed, kept, {})
         return read(sealed.seal.open(kept.sealed)), kept.generation
 
     def _find(self, sealed: Sealed) -> deliveries.SealedAnswer | None:
         with self._database.snapshot() as tx:
-            kept = deliveries.find_answer(tx, sealed.tenant_id, sealed.seal.key_hash, now=self._clock())
+            kept = deliveries.find_answer(tx, sealed.actor.tenant_id, sealed.seal.key_hash, now=self._clock())
         if kept is None:
             return None
+        if kept.made_by != sealed.actor.name:
+            self._record(sealed, kept, {"outcome": "refused", "code": IdempotencyConflict.code})
+            raise IdempotencyConflict(
+                "This Idempotency-Key was used by another operator token in the last 24 hours; use a new key."
+            )
         if not hmac.compare_digest(kept.request_hash, sealed.request_hash):
             raise IdempotencyConflict(
                 "This Idempotency-Key was used with another body in the last 24 hours; use a new key."
             )
+        if not kept.sealed:
+            raise IdempotencyConflict(
+                "The device that this Idempotency-Key was used for has been revoked since; use a new key for another."
+            )
         return kept
 
-    def keep(self, tx: Connection, sealed: Sealed, content: bytes, *, generation: int) -> None:
+    def _record(self, sealed: Sealed, kept: deliveries.SealedAnswer, detail: dict[str, str]) -> None:
+        target = f"device:{kept.device_id}" if kept.device_id else "idempotency key"
+        with self._database.transaction() as tx:
+            audit.record(tx, sealed.actor, "answer:repeat", target, at=self._clock(), **detail)
+
+    def keep(self, tx: Connection, sealed: Sealed, content: bytes, *, device_id: str, generation: int) -> None:
         """Keep an answer in the transaction that it is about; the database refuses a second one under the same key."""
         now = self._clock()
         deliveries.add_answer(
             tx,
-            tenant_id=sealed.tenant_id,
+            tenant_id=sealed.actor.tenant_id,
+            made_by=sealed.actor.name,
+            device_id=device_id,
             key_hash=sealed.seal.key_hash,
             request_hash=sealed.request_hash,
             sealed_answer=sealed.seal.seal(content),

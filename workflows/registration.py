@@ -63,7 +63,7 @@ class Registrations:
         """
         try:
             if idempotency_key:
-                sealed = self._answers.seal(actor.tenant_id, idempotency_key, _canonical(request))
+                sealed = self._answers.seal(actor, idempotency_key, _canonical(request))
                 answer, generation = self._answers.once(
                     sealed, Registered.from_json, lambda: self._register(actor, request, sealed)
                 )
@@ -109,7 +109,7 @@ class Registrations:
                 self._check_free(tx, actor.tenant_id, request.external_id)
             admitted = admit(tx, actor, [admission], style=self._settings.granting_style, now=now)
             if sealed is not None:
-                self._answers.keep(tx, sealed, answer.to_json(), generation=admitted.generation)
+                self._answers.keep(tx, sealed, answer.to_json(), device_id=device_id, generation=admitted.generation)
             failpoint("register.before_commit")
             return admitted.generation
 

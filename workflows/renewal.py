@@ -95,7 +95,7 @@ class Renewals:
         been lost. Raises ``DeviceNotFound``, ``StateConflict`` if the device is not active, has too many certificates
         or asks too early or too late, ``InputInvalid`` (``CsrInvalid``), ``IdempotencyConflict``, ``Unavailable``.
         """
-        sealed = self._answers.seal(actor.tenant_id, idempotency_key, renewal.canonical(device_id))
+        sealed = self._answers.seal(actor, idempotency_key, renewal.canonical(device_id))
         answer, generation = self._answers.once(
             sealed, Renewed.from_json, lambda: self._renew(actor, device_id, renewal, sealed, shown=shown)[:2]
         )
@@ -151,7 +151,7 @@ class Renewals:
             self._check(tx, device, renewal, now=now, shown=shown)
             answer, generation = self._record(tx, actor, device, renewal, issued, now)
             if sealed is not None:
-                self._answers.keep(tx, sealed, answer.to_json(), generation=generation)
+                self._answers.keep(tx, sealed, answer.to_json(), device_id=device_id, generation=generation)
             failpoint("renew.before_commit")
         failpoint("renew.after_commit")
         metrics.counts.renewals.labels("operator" if shown is None else "device").inc()

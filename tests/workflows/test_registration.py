@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import threading
@@ -39,6 +40,7 @@ from store.tables import Certificate, Delivery
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
 from workflows.credentials import DeviceRequest
 from workflows.registration import Registered
+from workflows.renewal import RenewalRequest
 
 OPERATOR = Actor("default", "an operator", "operator", "request-1", "192.0.2.1")
 PUMP = DeviceRequest(name="pump-1", type="pump", location="hall 1", firmware="1.0", metadata={"rack": 7})
@@ -126,6 +128,50 @@ def test_an_idempotency_key_with_another_body_is_a_conflict(portal: Portal) -> N
     portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
     with pytest.raises(IdempotencyConflict):
         portal.registrations.register(OPERATOR, with_fields(name="pump-2"), "a-key-of-16-chars")
+
+
+def test_another_operators_idempotency_key_opens_no_answer_and_the_attempt_is_recorded(portal: Portal) -> None:
+    first = portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    thief = dataclasses.replace(OPERATOR, name="another operator (0123456789abcdef)", address="192.0.2.9")
+    with pytest.raises(IdempotencyConflict, match="another operator token"):
+        portal.registrations.register(thief, PUMP, "a-key-of-16-chars")
+    with pytest.raises(IdempotencyConflict, match="another operator token"):
+        portal.renewals.renew(thief, first.device_id, RenewalRequest(), "a-key-of-16-chars")
+    found = portal.operators.audit("default", limit=2, before=None, filters={})[0]
+    device = f"device:{first.device_id}"
+    assert {(entry.action, entry.object, entry.outcome, entry.actor, entry.address) for entry in found} == {
+        ("answer:repeat", device, "refused", thief.name, "192.0.2.9")
+    }
+
+
+def test_another_operators_idempotency_key_opens_no_answer_of_a_renewal(portal: Portal) -> None:
+    device_id = portal.registrations.register(OPERATOR, PUMP).device_id
+    renewed = portal.renewals.renew(OPERATOR, device_id, RenewalRequest(), "a-key-of-16-chars")
+    thief = dataclasses.replace(OPERATOR, name="another operator (0123456789abcdef)")
+    with pytest.raises(IdempotencyConflict, match="another operator token"):
+        portal.renewals.renew(thief, device_id, RenewalRequest(), "a-key-of-16-chars")
+    assert portal.renewals.renew(OPERATOR, device_id, RenewalRequest(), "a-key-of-16-chars") == renewed
+
+
+def test_each_repeat_of_an_answer_is_recorded(portal: Portal) -> None:
+    first = portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    for _ in range(2):
+        portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    found = portal.operators.audit("default", limit=3, before=None, filters={})[0]
+    assert [entry.action for entry in found] == ["answer:repeat", "answer:repeat", "device:register"]
+    assert {entry.object for entry in found} == {f"device:{first.device_id}"}
+
+
+def test_a_revoked_devices_kept_answers_are_gone_and_its_keys_make_no_second_device(portal: Portal) -> None:
+    device_id = portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars").device_id
+    portal.renewals.renew(OPERATOR, device_id, RenewalRequest(), "another-of-16-chars")
+    portal.revocations.revoke(OPERATOR, device_id, "key_compromise")
+    with portal.database.snapshot() as tx:
+        assert set(tx.execute(sa.text("SELECT sealed_answer FROM idempotency_keys")).scalars()) == {b""}
+    with pytest.raises(IdempotencyConflict, match="revoked since"):
+        portal.registrations.register(OPERATOR, PUMP, "a-key-of-16-chars")
+    with pytest.raises(IdempotencyConflict, match="revoked since"):
+        portal.renewals.renew(OPERATOR, device_id, RenewalRequest(), "another-of-16-chars")
 
 
 def test_an_idempotency_key_is_free_again_after_24_hours(portal: Portal, clock: Clock) -> None:
