@@ -17,7 +17,7 @@ import click
 from commands.context import DEVICE_ID, Remote, command, metadata_from, option_group, paging_options, topics_from
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
-from commands.files import whole_file
+from commands.files import defused, whole_file
 from commands.output import Cell, date_of, moment, state, status_of, text
 
 STATUSES = ("pending", "active", "suspended", "revoked")
@@ -288,7 +288,7 @@ def _write_devices(portal: Remote, filters: dict[str, Any], write: Callable[[str
 
 
 def _csv_line(values: Any) -> str:
-    """Return a line of CSV (RFC 4180) with an empty cell for ``None``."""
+    """Return a line of CSV (RFC 4180), without formulas, and with an empty cell for ``None``."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\r\n").writerow(["" if value is None else value for value in values])
+    csv.writer(buffer, lineterminator="\r\n").writerow(["" if value is None else defused(value) for value in values])
     return buffer.getvalue()

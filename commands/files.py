@@ -208,3 +208,18 @@ def require_writable(path: Path) -> None:
         _temporary(path / "test", NewFile(b"")).unlink()
     except OSError as error:
         raise CheckFailed(f"{path.absolute()} cannot be written to: {reason(error)}.") from None
+
+
+# --- Cells of CSV files -------------------------------------------------------------------------------------------
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+
+
+def defused(cell: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula: after an apostrophe, if it begins like one."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+
+def undefused(cell: str) -> str:
+    """Return the text that ``defused`` was given."""
+    return cell.removeprefix("'")

@@ -15,7 +15,7 @@ from typing import Any, Self, TextIO
 
 from commands.bundle import FORMATS
 from commands.errors import CheckFailed, Misused
-from commands.files import Folder, NewFile, reason, replace_file, write_new, writing
+from commands.files import Folder, NewFile, defused, reason, replace_file, undefused, write_new, writing
 from commands.registration import KEY_TYPES
 
 REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # maximum number of characters
@@ -161,6 +161,7 @@ COLUMNS = (
     "line", "external_id", "name", "result", "device_id", "fingerprint", "serial_number", "expires_at",
     "download_url", "download_expires_at", "bundle_password", "code", "detail",
 )  # fmt: skip
+GIVEN = ("external_id", "name", "code", "detail")  # texts that come from the file or the answer
 DONE = ("registered", "repeated")
 
 
@@ -217,7 +218,7 @@ class Results:
         writer.writerow(COLUMNS)
         for row in self.rows():
             if row["result"] in DONE:
-                self.done.add(row["external_id"])
+                self.done.add(undefused(row["external_id"]))
                 writer.writerow([row[name] for name in COLUMNS])
         file.flush()
         os.fsync(file.fileno())
@@ -250,7 +251,7 @@ class Results:
         with writing(self.path):
             if isinstance(answer.get("chain"), str):
                 self._keep_certificate(str(answer["device_id"]), answer["chain"])
-            csv.writer(self._file).writerow([row[column] for column in COLUMNS])
+            csv.writer(self._file).writerow([defused(row[name]) if name in GIVEN else row[name] for name in COLUMNS])
         if not failed:
             self.done.add(external_id)
 

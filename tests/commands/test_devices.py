@@ -20,6 +20,16 @@ UNKNOWN = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 pytest_plugins = ("tests.support.cli_fixtures",)
 
 
+def test_a_device_named_like_a_formula_runs_nothing_in_the_spreadsheet_of_an_export(
+    session: Session, stub: PortalStub
+) -> None:
+    names = ["=cmd|'/c calc'!A0", "+1+1", "-2", "@SUM(A1)", "\t=1", "'=1", "plain = 1"]
+    for name in names:
+        stub.add_device(name)
+    rows = csv.DictReader(io.StringIO(session.run("export").stdout, newline=""))
+    assert [row["name"] for row in rows] == [f"'{name}" for name in names[:-1]] + [names[-1]]
+
+
 def test_all_pages_are_written_as_csv(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "MAX_PAGE", 2)
     ids = [stub.add_device(f"sensor, {index}") for index in range(5)]

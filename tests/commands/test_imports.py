@@ -61,6 +61,22 @@ def test_rows_are_sent_in_batches_in_their_order(session: Session, stub: PortalS
     assert ids == {device["external_id"] for device in stub.devices.values()}
 
 
+def test_a_row_that_begins_like_a_formula_runs_nothing_in_the_spreadsheet_of_the_results_and_is_sent_once(
+    session: Session, stub: PortalStub
+) -> None:
+    file = write_fleet(session.folder, 3, own="=1+")
+    refused = [{"row": n, "code": "refused", "detail": "@SUM(A1)"} for n in (2, 3)]
+    stub.replies[BULK] = rows_reply([{"row": 1, "device_id": stub.add_device(external_id="=1+0")}, *refused])
+    run(session, file)
+    assert [row["detail"] for row in results(session)] == ["", "'@SUM(A1)", "'@SUM(A1)"]
+    stub.replies.pop(BULK)
+    run(session, file)
+    shown = results(session)
+    assert [row["external_id"] for row in shown] == ["'=1+0", "'=1+1", "'=1+2"]
+    assert sum("pump-0" in batch for batch in sent(stub)) == 1
+    assert not [cell for row in shown for cell in row.values() if cell.startswith(("=", "+", "@"))]
+
+
 def test_a_batch_has_a_maximum_length(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imports, "BATCH_BYTES", 250)
     assert run(session, write_fleet(session.folder, 4))[1] == 0
