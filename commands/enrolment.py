@@ -154,7 +154,7 @@ def enrolment_revoke(portal: Remote, token_id: str, yes: bool) -> None:
 
 @click.group("manufacturer")
 def manufacturer() -> None:
-    """Manufacturer CAs: list, show, add, prove, remove."""
+    """Manufacturer CAs: list, show, add, update, prove, remove."""
 
 
 @command("list", manufacturer, examples=["portal manufacturer list"])
@@ -208,6 +208,26 @@ def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> Non
     portal.out.note("Sign the nonce with the key of the CA:")
     portal.out.note(f"  printf %s {answer['nonce']} | openssl dgst -sha256 -sign ca.key -out nonce.sig")
     portal.out.next_step(f"portal manufacturer prove {answer['manufacturer_id']} --signature nonce.sig")
+
+
+@command(
+    "update",
+    manufacturer,
+    examples=["portal manufacturer update 1e66977361d81fe2 --approval operator --location 'Hall 2'"],
+)
+@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
+@click.option("--name", metavar="NAME", help="New name.")
+@profile_options
+def manufacturer_update(portal: Remote, /, manufacturer_id: str, **options: Any) -> None:
+    """Change a manufacturer's name or terms.
+
+    Terms count for the devices that enrol from then on.
+    """
+    changes = _given(options)
+    if not changes:
+        raise click.UsageError("Nothing to change: use at least one of --name, --type, --location, --firmware, …")
+    answer = portal.client.call("PATCH", f"/manufacturers/{manufacturer_id}", body=changes).json()
+    _show_manufacturer(portal, answer, done=f"Changed {', '.join(changes)} of {answer.get('name') or manufacturer_id}")
 
 
 @command(

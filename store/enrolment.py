@@ -214,13 +214,16 @@ class EnrolmentRecord:
 _ENROLMENT_COLUMNS = columns_of(EnrolmentRecord, EnrolmentRow)
 
 
-def find_enrolment(
-    tx: Connection, tenant_id: str, *, token_id: str | None, manufacturer_id: str | None, identity: str
-) -> EnrolmentRecord | None:
-    """Return the request of a device by this token or manufacturer, ``None`` if there is none yet."""
-    credential = EnrolmentRow.token_id == token_id if token_id else EnrolmentRow.manufacturer_id == manufacturer_id
-    own = (EnrolmentRow.tenant_id == tenant_id, credential, EnrolmentRow.identity == identity)
-    row = tx.execute(sa.select(*_ENROLMENT_COLUMNS).where(*own)).one_or_none()
+def find_enrolment(tx: Connection, tenant_id: str, *, token_id: str | None, identity: str) -> EnrolmentRecord | None:
+    """Return the request of a device by this token, or without one by its factory key; ``None`` if there is none yet.
+
+    A factory key is looked for over all manufacturers, removed ones too: no device comes back by another one.
+    """
+    own: tuple[sa.ColumnElement[bool], ...] = (EnrolmentRow.factory_key == identity,)
+    if token_id is not None:
+        own = (EnrolmentRow.token_id == token_id, EnrolmentRow.identity == identity)
+    query = sa.select(*_ENROLMENT_COLUMNS).where(EnrolmentRow.tenant_id == tenant_id, *own)
+    row = tx.execute(query).one_or_none()
     return None if row is None else EnrolmentRecord(*row)
 
 
@@ -232,8 +235,9 @@ def last_enrolment(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentR
 
 
 def add_enrolment(tx: Connection, tenant_id: str, **values: Any) -> None:
-    """Record a device's request; ``values`` are the columns of ``EnrolmentRow`` except id and tenant."""
-    tx.execute(sa.insert(EnrolmentRow), {"tenant_id": tenant_id, **values})
+    """Record a device's request; ``values`` are the columns of ``EnrolmentRow`` except id, tenant and factory key."""
+    factory_key = None if values["manufacturer_id"] is None else values["identity"]
+    tx.execute(sa.insert(EnrolmentRow), {"tenant_id": tenant_id, "factory_key": factory_key, **values})
 
 
 def update_enrolment(tx: Connection, tenant_id: str, enrolment_id: int, **values: Any) -> None:

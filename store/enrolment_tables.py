@@ -85,7 +85,8 @@ class EnrolmentRow(OfTenant, Base):
     """A device's first request for a certificate, however often it is repeated.
 
     ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
-    the key in its CSR, or of the key in its factory certificate.
+    the key in its CSR, or of the key in its factory certificate. That is also the ``factory_key``, which is one
+    device's whatever becomes of the manufacturer; ``None`` for one that had enrolled twice before this was so.
     """
 
     __tablename__ = "enrolments"
@@ -98,6 +99,7 @@ class EnrolmentRow(OfTenant, Base):
         sa.CheckConstraint("(token_id IS NULL) != (manufacturer_id IS NULL)", name="means"),
         sa.CheckConstraint("status IN ('waiting', 'approved', 'issued', 'rejected')", name="status"),
         sa.CheckConstraint("(status = 'issued') = (certificate_id IS NOT NULL)", name="certificate"),
+        sa.Index("uq_enrolments_one_of_a_factory_key", "tenant_id", "factory_key", unique=True),
         sa.Index("ix_enrolments_device", "tenant_id", "device_id"),
         partial_index("ix_enrolments_waiting", "tenant_id", "created_at", where="status = 'waiting'"),
     )
@@ -107,6 +109,7 @@ class EnrolmentRow(OfTenant, Base):
     token_id: Mapped[str | None] = mapped_column(sa.String(32))
     manufacturer_id: Mapped[str | None] = mapped_column(sa.String(32))
     identity: Mapped[str] = mapped_column(sa.String(64))
+    factory_key: Mapped[str | None] = mapped_column(sa.String(64))
     key_fingerprint: Mapped[str] = mapped_column(sa.String(64))  # SHA-256 of the key to be certified
     status: Mapped[states.EnrolmentStatus]
     created_at: Mapped[datetime]

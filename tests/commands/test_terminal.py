@@ -208,6 +208,7 @@ COMMANDS: dict[str, tuple[str, str, dict[str, Any]] | None] = {  # with the answ
     f"manufacturer show {SHORT_ID}": ("GET", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
     "manufacturer add acme --certificate {file}": ("POST", "/manufacturers", MANUFACTURER),
     f"manufacturer prove {SHORT_ID} --signature {{file}}": ("POST", f"/manufacturers/{SHORT_ID}/proof", MANUFACTURER),
+    f"manufacturer update {SHORT_ID} --location x": ("PATCH", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
     f"manufacturer remove {SHORT_ID} --yes": ("DELETE", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
     "login": None,
     "logout": None,

@@ -98,10 +98,20 @@ def _of_changes(schema: dict[str, Any]) -> None:
         field.pop("default", None)  # a field that is left out stays as it is
 
 
-class PatchRequest(RequestModel):
-    """Fields of a device to change; `topics: null` restores the default topics."""
+class ChangesRequest(RequestModel):
+    """Fields to change; those that are left out stay as they are."""
 
     model_config = ConfigDict(json_schema_extra=_of_changes)
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError("name at least one field to change")
+        return self
+
+
+class PatchRequest(ChangesRequest):
+    """Fields of a device to change; `topics: null` restores the default topics."""
 
     name: Name = ""
     type: ShortText = ""
@@ -109,12 +119,6 @@ class PatchRequest(RequestModel):
     firmware: ShortText = ""
     metadata: Metadata = Field(default_factory=dict)
     topics: Topics | None = None
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if not self.model_fields_set:
-            raise ValueError("name at least one field to change")
-        return self
 
 
 class CertificateModel(AnswerModel):

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from core.roles import Permission
 from core.states import Approval, ManufacturerStatus
 from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord, ManufacturerRecord
-from web.api.devices import PendingRequest, registration_of
+from web.api.devices import ChangesRequest, PendingRequest, registration_of
 from web.api.fields import DeviceId, Fingerprint, KeyTypeName, Name, Place, ShortText, StatusName, WholeNumber
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 
@@ -138,6 +138,19 @@ class ManufacturerRequest(TermsRequest):
 
     name: ShortText
     certificate: Pem
+
+
+class ManufacturerPatch(ChangesRequest):
+    """The name, or terms, of a manufacturer to change; they count for the devices that enrol from now on."""
+
+    name: ShortText = ""
+    type: ShortText = ""
+    location: Place = ""
+    firmware: ShortText = ""
+    name_template: Name = ""
+    key_types: KeyTypes = Field(default_factory=list)
+    validity_days: Days | None = None
+    approval: ApprovalName = "at_once"
 
 
 class ProofRequest(RequestModel):
@@ -307,6 +320,14 @@ def add_manufacturer(call: Call, body: ManufacturerRequest) -> ManufacturerModel
 def show_manufacturer(call: Call, manufacturer_id: str) -> ManufacturerModel:
     """Show a manufacturer, with the nonce to be signed while it is unproven."""
     return _manufacturer(call.portal.manufacturers.manufacturer(call.actor.tenant_id, manufacturer_id))
+
+
+@MANUFACTURERS.add("PATCH", "/manufacturers/{manufacturer_id}", Permission.TOKENS, errors=(409,))
+def update_manufacturer(call: Call, manufacturer_id: str, body: ManufacturerPatch) -> ManufacturerModel:
+    """Change a manufacturer's name, or its terms for devices that enrol from now on."""
+    return _manufacturer(
+        call.portal.manufacturers.update(call.actor, manufacturer_id, body.model_dump(exclude_unset=True))
+    )
 
 
 @MANUFACTURERS.add(

@@ -30,8 +30,8 @@ RETRY_AFTER = 60  # seconds after which a device that waits for an operator is t
 class EnrolmentCredential:
     """What a device shows to be admitted.
 
-    ``profile`` says what becomes of the device; ``identity`` tells it from the others that come with the same token or
-    from the same manufacturer.
+    ``profile`` says what becomes of the device; ``identity`` tells it from the others that come with the same token,
+    or with a factory certificate of any manufacturer.
     """
 
     tenant_id: str
@@ -45,13 +45,7 @@ class EnrolmentCredential:
 
     def find_enrolment(self, tx: Connection) -> EnrolmentRecord | None:
         """Return the earlier enrolment of the same device, if there is one."""
-        return enrolment.find_enrolment(
-            tx,
-            self.tenant_id,
-            token_id=self.token_id,
-            manufacturer_id=self.manufacturer_id,
-            identity=self.identity,
-        )
+        return enrolment.find_enrolment(tx, self.tenant_id, token_id=self.token_id, identity=self.identity)
 
     def lock(self, tx: Connection) -> EnrolmentTokenRecord | None:
         """Keep other devices from enrolling with the same token or manufacturer until the transaction ends.

@@ -1,11 +1,12 @@
-"""The use cases of manufacturer CAs: add, prove, list, remove."""
+"""The use cases of manufacturer CAs: add, prove, update, list, remove."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy.exc import IntegrityError
 
@@ -100,6 +101,21 @@ class Manufacturers:
                 record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
         self._clients.write_authorities()
         return record
+
+    def update(self, actor: Actor, manufacturer_id: str, values: Mapping[str, Any]) -> ManufacturerRecord:
+        """Change the name, or terms for the devices that enrol from now on, by the names of their columns.
+
+        Raises ``NotFound``, ``Conflict`` for a removed one.
+        """
+        now = self._clock()
+        with self._database.transaction() as tx:
+            record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
+            if record.status is ManufacturerStatus.REMOVED:
+                raise Conflict("The manufacturer was removed; add it again.")
+            enrolment.update_manufacturer(tx, actor.tenant_id, manufacturer_id, **values)
+            changed = sorted(values)
+            audit.record(tx, actor, "manufacturer:update", f"manufacturer:{manufacturer_id}", at=now, changed=changed)
+            return enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
 
     def remove(self, actor: Actor, manufacturer_id: str) -> ManufacturerRecord:
         """Remove a CA: it admits no device any more; those that have enrolled keep working. Raises ``NotFound``."""

@@ -51,6 +51,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /manufacturers": {ADMIN, OPERATOR, AUDITOR},
     "POST /manufacturers": {ADMIN},
     "GET /manufacturers/{manufacturer_id}": {ADMIN, OPERATOR, AUDITOR},
+    "PATCH /manufacturers/{manufacturer_id}": {ADMIN},
     "POST /manufacturers/{manufacturer_id}/proof": {ADMIN},
     "DELETE /manufacturers/{manufacturer_id}": {ADMIN},
     **{
