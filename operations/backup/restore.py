@@ -358,8 +358,8 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
     done.links_expired = _expire_links(tx, plan, replaced)
     if replaced is None:
         done.notes.append(
-            f"Not known, so as in the backup: operator tokens revoked after {done.made_at}, and devices registered"
-            " since, whose certificates are valid until they expire."
+            f"Not known, so as in the backup: operator tokens revoked after {done.made_at}, topics taken away, webhooks"
+            " deleted, and devices registered since, whose certificates are valid until they expire."
         )
     _record(tx, plan, replaced, journal)
     failpoint("restore.filled")

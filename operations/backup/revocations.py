@@ -19,17 +19,18 @@ from core.errors import BackupRefused
 from core.states import ON_CRL, CertificateStatus, DeviceStatus, ManufacturerStatus
 from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import CLOCK_SKEW, Reason
-from store import audit, devices, keys
+from store import audit, devices, keys, webhooks
 from store import issuers as store_issuers
 from store.enrolment_tables import EnrolmentToken, Manufacturer
 from store.issuers import CrlRecord, IssuerRecord
-from store.tables import Certificate, Device, IssuerRow, Token
+from store.tables import AclEntry, Certificate, Device, IssuerRow, Token, Webhook
 
 T = TypeVar("T")
 # The database being replaced: yields the rows of a table.
 Tables = Callable[[str], Iterator[dict[str, Any]]]
 _BATCH = 500
 HOLD = Reason.CERTIFICATE_HOLD.value
+_TOPICS_OF = (Device.id, Device.tenant_id, Device.name, Device.own_topics)
 # For a valid certificate that the backup does not have, so that the portal could never revoke it later.
 UNKNOWN_REASON = Reason.CESSATION_OF_OPERATION.value
 
@@ -79,6 +80,8 @@ class RevocationReplay:
             self._tokens(replaced)
             self._enrolment_tokens(replaced)
             self._manufacturers(replaced)
+            self._topics(replaced)
+            self._webhooks(replaced)
         for issuer_id, crl in crls.items():
             for entries in _batches(crl):
                 self._crl_entries(self._issuers[issuer_id], entries, known)
@@ -175,6 +178,38 @@ class RevocationReplay:
             if self._tx.execute(sa.update(Manufacturer).where(*ours).values(values)).rowcount:
                 target, what = f"manufacturer:{row['id']}", f"manufacturer {row['name']}"
                 self._keep(row["tenant_id"], target, "manufacturer:remove", what, "", row["removed_at"])
+
+    def _topics(self, replaced: Tables) -> None:
+        """Give a device the topics that it has in the replaced database if it has lost any of the backup's there."""
+        own: dict[str, list[tuple[str, str]]] = {}
+        for row in replaced("acl_entries"):  # in the order of their positions
+            own.setdefault(row["device_id"], []).append((row["filter"], row["access"]))
+        changed = {row["id"]: row["updated_at"] for row in replaced("devices") if row["updated_at"] is not None}
+        with_own = {row["id"] for row in replaced("devices") if row["own_topics"]}
+        here = set(self._tx.execute(sa.select(Device.id).where(Device.own_topics)).scalars())
+        for ids in _batches((here | with_own) & changed.keys()):
+            for device in self._tx.execute(sa.select(*_TOPICS_OF).where(Device.id.in_(ids))).all():
+                before = self._topics_of(device.id) if device.own_topics else None
+                since = own.get(device.id, []) if device.id in with_own else None
+                if before == since or (before is not None and since is not None and set(before) <= set(since)):
+                    continue
+                db.replace_topics(self._tx, device.tenant_id, device.id, since, generation=self._generation)
+                what = f"topics of device {device.id} ({device.name})"
+                self._keep(device.tenant_id, f"device:{device.id}", "device:update", what, "", changed[device.id])
+
+    def _topics_of(self, device_id: str) -> list[tuple[str, str]]:
+        query = sa.select(AclEntry.filter, AclEntry.access).where(AclEntry.device_id == device_id)
+        return [(row.filter, row.access) for row in self._tx.execute(query.order_by(AclEntry.position))]
+
+    def _webhooks(self, replaced: Tables) -> None:
+        """Delete the webhooks that were deleted since, by the audit record: that one is missing there may be a loss."""
+        deleted = {row["object"]: row["at"] for row in replaced("audit_entries") if row["action"] == "webhook:delete"}
+        query = sa.select(Webhook.id, Webhook.tenant_id, Webhook.name)
+        for webhook_id, tenant_id, name in self._tx.execute(query).all():
+            target = f"webhook:{webhook_id}"
+            if target in deleted:
+                webhooks.remove_webhook(self._tx, tenant_id, webhook_id)
+                self._keep(tenant_id, target, "webhook:delete", f"webhook {name}", "", deleted[target])
 
     # --- From the broker's CRLs
 
