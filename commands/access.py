@@ -156,10 +156,18 @@ def token_create(portal: Remote, /, token_out: str | None, **options: Any) -> No
 @command("revoke", token, examples=["portal token revoke 1e66977361d81fe2"])
 @click.argument("token_id", metavar="ID", type=TOKEN_ID, help="The full token id (see: portal token list).")
 @click.option("--force", is_flag=True, help="Revoke it even if it is the last valid admin token.")
+@click.option("--with-enrolment-tokens", is_flag=True, help="Also revoke the enrolment tokens that it has made.")
 @YES
-def token_revoke(portal: Remote, token_id: str, force: bool, yes: bool) -> None:
+def token_revoke(portal: Remote, token_id: str, force: bool, with_enrolment_tokens: bool, yes: bool) -> None:
     """Revoke an operator token immediately."""
     confirm(f"Revoke the token {token_id}? Clients that use it lose access immediately.", yes=yes)
-    answer = portal.client.call("DELETE", f"/tokens/{token_id}", params={"force": "true"} if force else None).json()
+    params = {"force": "true"} if force else {}
+    params |= {"enrolment_tokens": "revoke"} if with_enrolment_tokens else {}
+    answer = portal.client.call("DELETE", f"/tokens/{token_id}", params=params or None).json()
     done = f"Revoked the token {answer.get('name') or token_id}"
     portal.out.result(answer or {"token_id": token_id, "revoked": True}, done=done)
+    if revoked := answer.get("enrolment_tokens_revoked"):
+        portal.out.note(f"Enrolment tokens that it had made, and that are revoked with it: {revoked}")
+    if left := answer.get("enrolment_tokens_left"):
+        portal.out.note(f"Enrolment tokens that it has made, and with which devices can still enrol: {left}")
+        portal.out.next_step(f"portal token revoke {token_id} --with-enrolment-tokens")

@@ -77,7 +77,7 @@ def enrolment_list(portal: Remote) -> None:
     """List enrolment tokens, newest first.
 
     When piped, prints tab-separated lines: id, name, device (if for one device), uses, allowed uses, approval, expiry,
-    revoked.
+    revoked, the operator token that made it.
     """
     answer = portal.client.get("/enrolment-tokens")
     portal.out.table(
@@ -92,9 +92,10 @@ def enrolment_list(portal: Remote) -> None:
             "approval": "approval",
             "expires": date_of("expires_at", expiry=True),
             "revoked": date_of("revoked_at"),
+            "made by": "operator_token_id",
         },
         empty="No enrolment tokens yet.",
-        spare=("device", "approval"),
+        spare=("device", "approval", "made by"),
     )
 
 

@@ -39,7 +39,7 @@ class Actor:
     """The client of a request.
 
     ``name`` is what the audit record shows: ``NAME (ID)`` of an operator's token, the credential of a
-    device, ``anyone``, or ``portal`` for a job.
+    device, ``anyone``, or ``portal`` for a job. ``token_id`` is the operator's token.
     """
 
     tenant_id: str
@@ -47,6 +47,7 @@ class Actor:
     role: str
     request_id: str
     address: str
+    token_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

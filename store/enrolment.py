@@ -65,7 +65,10 @@ def _values(record: EnrolmentTokenRecord | ManufacturerRecord) -> dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentTokenRecord:
-    """An enrolment token, without its secret; one for a single device has its ``device_id``."""
+    """An enrolment token, without its secret; one for a single device has its ``device_id``.
+
+    ``operator_token_id`` is the token of the operator who made it.
+    """
 
     id: str
     tenant_id: str
@@ -76,6 +79,7 @@ class EnrolmentTokenRecord:
     created_at: datetime
     expires_at: datetime
     revoked_at: datetime | None
+    operator_token_id: str | None
     profile: EnrolmentProfile
 
 
@@ -129,6 +133,20 @@ def revoke_enrolment_token(
     if row is None:
         raise NotFound("There is no enrolment token with this id; list them with GET /enrolment-tokens.")
     return _record(EnrolmentTokenRecord, row)
+
+
+def usable_tokens_made_by(
+    tx: Connection, tenant_id: str, operator_token_id: str, *, now: datetime
+) -> Sequence[EnrolmentTokenRecord]:
+    """Return the enrolment tokens that an operator's token has made and that still admit devices."""
+    query = sa.select(*_TOKEN_COLUMNS).where(
+        EnrolmentToken.tenant_id == tenant_id,
+        EnrolmentToken.operator_token_id == operator_token_id,
+        EnrolmentToken.revoked_at.is_(None),
+        EnrolmentToken.expires_at > now,
+        EnrolmentToken.uses < EnrolmentToken.uses_allowed,
+    )
+    return [_record(EnrolmentTokenRecord, row) for row in tx.execute(query.order_by(EnrolmentToken.id))]
 
 
 # --- Manufacturers ---------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class EnrolmentToken(OfTenant, _Profile, Base):
     __table_args__ = (
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
         sa.UniqueConstraint("secret_hash"),
+        sa.Index("ix_enrolment_tokens_operator_token", "tenant_id", "operator_token_id"),
         sa.UniqueConstraint("tenant_id", "id"),
         sa.CheckConstraint(_APPROVALS, name="approval"),
         sa.CheckConstraint(_VALIDITY, name="validity_days"),
@@ -50,6 +51,8 @@ class EnrolmentToken(OfTenant, _Profile, Base):
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
+    # The token of the operator who made it; ``None`` if that is not known.
+    operator_token_id: Mapped[str | None] = mapped_column(sa.String(32), sa.ForeignKey("tokens.id"))
 
 
 class Manufacturer(OfTenant, _Profile, Base):

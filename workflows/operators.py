@@ -11,7 +11,7 @@ from core import roles
 from core.errors import LastAdminToken, LinkUsed, TooManyAttempts
 from core.roles import Role
 from core.throttle import Throttle
-from store import audit, tenants
+from store import audit, enrolment, tenants
 from store.audit import Actor, AuditRecord
 from store.database import Database
 from store.tenants import TokenRecord
@@ -44,6 +44,22 @@ class Operators:
             tenants.add_token(tx, record, secret=secret)
             audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
         return secret, record
+
+    def enrolment_tokens_of(self, tenant_id: str, token_id: str) -> int:
+        """Return how many enrolment tokens that a token has made still admit devices."""
+        with self._database.snapshot() as tx:
+            return len(enrolment.usable_tokens_made_by(tx, tenant_id, token_id, now=self._clock()))
+
+    def revoke_enrolment_tokens_of(self, actor: Actor, token_id: str) -> int:
+        """Revoke the enrolment tokens that a token has made and that still admit devices; return how many."""
+        now = self._clock()
+        with self._database.transaction() as tx:
+            made = enrolment.usable_tokens_made_by(tx, actor.tenant_id, token_id, now=now)
+            for one in made:
+                enrolment.revoke_enrolment_token(tx, actor.tenant_id, one.id, revoked_at=now)
+                of = f"enrolment_token:{one.id}"
+                audit.record(tx, actor, "enrolment_token:revoke", of, at=now, because=f"token {token_id} is revoked")
+        return len(made)
 
     def revoke(self, actor: Actor, token_id: str, *, force: bool = False) -> TokenRecord:
         """Revoke a token at once; raises ``NotFound``, and unless by ``force`` ``LastAdminToken``."""

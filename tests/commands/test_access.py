@@ -33,3 +33,13 @@ def test_tokens_are_listed_and_revoked(session: Session) -> None:
     assert session.run("token", "list").stdout.split("\t")[:3] == [UNKNOWN, "factory", "operator"]
     assert session.run("token", "revoke", UNKNOWN).exit_code == 2
     assert session.run("token", "revoke", UNKNOWN, "--yes").exit_code == 0
+
+
+def test_a_revocation_says_which_enrolment_tokens_are_left_and_ends_them_if_asked_to(
+    session: Session, stub: PortalStub
+) -> None:
+    answer = {"token_id": UNKNOWN, "name": "factory", "enrolment_tokens_revoked": 0, "enrolment_tokens_left": 2}
+    stub.replies["DELETE", f"/tokens/{UNKNOWN}"] = Reply(body=answer)
+    assert "can still enrol: 2" in session.run("token", "revoke", UNKNOWN, "--yes").stderr
+    session.run("token", "revoke", UNKNOWN, "--yes", "--with-enrolment-tokens")
+    assert stub.requests[-1].query == {"enrolment_tokens": "revoke"}

@@ -59,7 +59,7 @@ def test_a_token_can_be_for_one_expected_device(session: Session, stub: PortalSt
 def test_enrolment_tokens_are_listed_and_revoked(session: Session, stub: PortalStub) -> None:
     stub.replies["GET", "/enrolment-tokens"] = Reply(body={"enrolment_tokens": [TOKEN]})
     listed = session.run("enrolment", "list").stdout.rstrip("\n").split("\t")
-    assert listed == [ID, "line-4", "", "3", "500", "operator", "2037-01-01T00:00:00Z", ""]
+    assert listed == [ID, "line-4", "", "3", "500", "operator", "2037-01-01T00:00:00Z", "", ""]
     assert session.run("enrolment", "revoke", ID).exit_code == 2, "nobody is there to be asked"
     stub.replies["DELETE", f"/enrolment-tokens/{ID}"] = Reply(body=TOKEN | {"revoked_at": "2027-01-01T00:00:00Z"})
     assert "Revoked the enrolment token line-4" in session.run("enrolment", "revoke", ID, "--yes").stderr

@@ -109,11 +109,12 @@ class TermsModel(AnswerModel):
 
 
 class EnrolmentTokenModel(TermsModel):
-    """An enrolment token without its secret."""
+    """An enrolment token without its secret; `operator_token_id` is the operator token that made it."""
 
     enrolment_token_id: str
     name: str
     device_id: DeviceId | None
+    operator_token_id: str | None
     count: int
     uses: int
     created_at: Timestamp

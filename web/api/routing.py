@@ -280,7 +280,7 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
         raise Unauthenticated(
             "A valid operator token is required: send it as Authorization: Bearer <token>, or ask an admin for one."
         )
-    return Actor(token.tenant_id, f"{token.name} ({token.id})", token.role, request_id, anyone.address)
+    return Actor(token.tenant_id, f"{token.name} ({token.id})", token.role, request_id, anyone.address, token.id)
 
 
 def check_permission(portal: Portal, route: Route, actor: Actor) -> None:

@@ -24,9 +24,10 @@ class TokenRequest(RequestModel):
 
 
 class RevokeTokenQuery(RequestModel):
-    """With `force` the last valid admin token is revoked, too."""
+    """With `force` the last valid admin token is revoked, too; `enrolment_tokens=revoke`: with those it has made."""
 
     force: Literal["true"] | None = None
+    enrolment_tokens: Literal["keep", "revoke"] = "keep"
 
 
 class TokenModel(AnswerModel):
@@ -44,6 +45,13 @@ class NewTokenModel(TokenModel):
     """A new token with its secret, which is shown only once."""
 
     token: str
+
+
+class RevokedTokenModel(TokenModel):
+    """A revoked token, with the number of enrolment tokens that it has made: now revoked, and still valid."""
+
+    enrolment_tokens_revoked: int
+    enrolment_tokens_left: int
 
 
 class TokenList(AnswerModel):
@@ -76,9 +84,15 @@ def create_token(call: Call, body: TokenRequest) -> NewTokenModel:
     Answers("The token is revoked at once; a repeat gets the same answer"),
     errors=(409,),
 )
-def revoke_token(call: Call, token_id: str, query: RevokeTokenQuery) -> TokenModel:
+def revoke_token(call: Call, token_id: str, query: RevokeTokenQuery) -> RevokedTokenModel:
     """Revoke an operator token."""
-    return _token(call.portal.operators.revoke(call.actor, token_id, force=query.force is not None))
+    operators = call.portal.operators
+    record = operators.revoke(call.actor, token_id, force=query.force is not None)
+    revoked = operators.revoke_enrolment_tokens_of(call.actor, token_id) if query.enrolment_tokens == "revoke" else 0
+    left = operators.enrolment_tokens_of(call.actor.tenant_id, token_id)
+    return RevokedTokenModel.of(
+        record, token_id=record.id, enrolment_tokens_revoked=revoked, enrolment_tokens_left=left
+    )
 
 
 def _token(record: TokenRecord) -> TokenModel:

@@ -11,7 +11,8 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 import db
-from core.errors import EnrolmentRefused, StateConflict
+from core.errors import EnrolmentRefused, Forbidden, StateConflict
+from core.roles import Role
 from core.states import DeviceStatus, ManufacturerStatus
 from pki.est import EnrolmentRequest
 from store import audit, enrolment
@@ -23,6 +24,9 @@ from workflows.enrolment.clients import ManufacturedClient
 
 TOKEN_PREFIX = "en_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
 MAX_LISTED = 1000
+# What the role operator may make: an enrolment token admits devices after its maker has lost the operator token, too.
+OPERATOR_MAX_USES = 1000
+OPERATOR_MAX_LIFE = timedelta(days=30)
 RETRY_AFTER = 60  # seconds after which a device that waits for an operator is to ask again
 
 
@@ -165,8 +169,14 @@ class EnrolmentTokens:
     ) -> tuple[str, EnrolmentTokenRecord]:
         """Create a token for one pending device, or for ``count`` new ones; returns its secret with its record.
 
-        Raises ``DeviceNotFound``, ``StateConflict`` for a device that is not pending.
+        Raises ``DeviceNotFound``, ``StateConflict`` for a device that is not pending, ``Forbidden`` for more than the
+        role may make.
         """
+        if actor.role == Role.OPERATOR and (count > OPERATOR_MAX_USES or life > OPERATOR_MAX_LIFE):
+            raise Forbidden(
+                f"The role operator makes enrolment tokens for at most {OPERATOR_MAX_USES} devices and"
+                f" {OPERATOR_MAX_LIFE.days * 24} hours; ask for less, or ask an admin."
+            )
         now = self._clock()
         secret = TOKEN_PREFIX + secrets.token_urlsafe(32)
         record = EnrolmentTokenRecord(
@@ -179,6 +189,7 @@ class EnrolmentTokens:
             created_at=now,
             expires_at=now + life,
             revoked_at=None,
+            operator_token_id=actor.token_id,
             profile=profile,
         )
         with self._database.transaction() as tx:
