@@ -166,7 +166,7 @@ def _end(response: Response) -> Response:
         "ms": round(seconds * 1000, 1),
         "device_id": (request.view_args or {}).get("device_id"),
         "actor": actor.name if actor else None,
-        "address": request.remote_addr,
+        "address": actor.address if actor else request.remote_addr,
     }
     log.info("request", extra=facts)
     return response

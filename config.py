@@ -279,7 +279,7 @@ class Settings(BaseSettings):
         "20", "Failed logins a minute after which an address must wait"
     )
     trusted_proxies: Networks = setting(
-        "", "Front servers whose headers about a client's certificate are believed: addresses and networks"
+        "", "Front servers whose headers about a client's certificate and address are believed: addresses and networks"
     )
     log_format: Annotated[LogFormat, choice(LogFormat, LogFormat)] = setting("text", "text or json")
     log_level: Annotated[str, choice(LOG_LEVELS)] = setting("info", "debug, info, warning or error")

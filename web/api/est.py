@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import ipaddress
 import re
 import secrets
 import socket
@@ -22,6 +21,7 @@ from pki import est as pki_est
 from pki.est import EnrolmentRequest
 from store.audit import Actor
 from store.enrolment import EnrolmentTokenRecord
+from web.api.proxies import is_trusted
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, Routes
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
 from workflows.enrolment.credentials import Enrolled, Waiting, by_manufacturer, by_token
@@ -303,7 +303,7 @@ def _presented(environ: dict[str, Any], trusted_proxies: Sequence[Network]) -> b
             raise RequestMalformed("The proxy sends both Client-Cert and X-SSL-Client-Cert; let it send one.")
         if escaped:
             return _of_escaped_pem(escaped)
-    elif _is_trusted(environ.get("REMOTE_ADDR", ""), trusted_proxies):
+    elif is_trusted(environ.get("REMOTE_ADDR", ""), trusted_proxies):
         byte_sequence = environ.get("HTTP_CLIENT_CERT")
     else:
         getpeercert = getattr(environ.get("gunicorn.socket"), "getpeercert", None)  # the TLS client has proved its key
@@ -329,18 +329,6 @@ def _of_escaped_pem(header: str) -> bytes:
         return ssl.PEM_cert_to_DER_cert(text)
     except ValueError as error:
         raise RequestMalformed("The proxy's X-SSL-Client-Cert header is not valid PEM.") from error
-
-
-def _is_trusted(address: str, networks: Sequence[Network]) -> bool:
-    if not networks:
-        return False
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
-    return any(parsed in network for network in networks)
 
 
 # --- Labels -------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from core.errors import (
 from core.roles import MAY, Permission
 from store.audit import Actor
 from web.api.fields import PATTERN_IN_WORDS, UUID
+from web.api.proxies import client_address
 
 if TYPE_CHECKING:
     from operations.wiring import Portal
@@ -265,7 +266,9 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
 
     Raises ``Unauthenticated``, recorded as refused, and ``TooManyAttempts``; a valid token is never throttled.
     """
-    anyone = Actor(portal.tenant_id, "anyone", "none", request_id, request.remote_addr or "")
+    anyone = Actor(
+        portal.tenant_id, "anyone", "none", request_id, client_address(request.environ, portal.settings.trusted_proxies)
+    )
     if route.permission is None and not (route.token_optional and "Authorization" in request.headers):
         return anyone
     scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
