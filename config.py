@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
@@ -18,7 +19,16 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from core.broker_control import AclStyle, ControlKind, installed_control, installed_style
 from core.errors import SettingInvalid
 
+log = logging.getLogger("portal.settings")
+
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096")
+# What Kubernetes sets for a service whose name begins with "portal", with the values that it gives them.
+SERVICE_LINKS = (
+    (re.compile(r"PORTAL(_\w+)?_SERVICE_HOST"), re.compile(r"[0-9a-fA-F.:]+")),
+    (re.compile(r"PORTAL(_\w+)?_SERVICE_PORT(_\w+)?"), re.compile(r"[0-9]{1,5}")),
+    (re.compile(r"PORTAL(_\w+)?_PORT(_[0-9]+_(TCP|UDP|SCTP))?"), re.compile(r"(tcp|udp|sctp)://\S+:[0-9]{1,5}")),
+    (re.compile(r"PORTAL(_\w+)?_PORT_[0-9]+_(TCP|UDP|SCTP)_(ADDR|PORT|PROTO)"), re.compile(r"[0-9a-z.:]+")),
+)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 UNIX_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path without the closing NUL
 # The operator's commands and the tests read these; they may be in the server's environment, too.
@@ -476,7 +486,14 @@ def variable_of(name: str) -> str:
 def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
     names = {*known, *OTHER_VARIABLES}
     unknown = sorted(name for name in environ if name.startswith("PORTAL_") and name not in names)
-    if unknown:
+    links = {name for name in unknown if _is_service_link(name, environ[name])}
+    if links:
+        log.warning("Variables of Kubernetes' service links are ignored: %s.", ", ".join(sorted(links)))
+    if unknown := [name for name in unknown if name not in links]:
         nearest = difflib.get_close_matches(unknown[0], sorted(known), n=1, cutoff=0.8)
         hint = f"did you mean {nearest[0]}? See" if nearest else "see"
         raise SettingInvalid(f"{unknown[0]} is not a setting of the portal; {hint} the table in docs/operating.md.")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    return any(names.fullmatch(name) and values.fullmatch(value) for names, values in SERVICE_LINKS)

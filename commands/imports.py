@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ RETRY_PAUSES = (0.3, 1.0, 3.0)  # seconds before a batch is sent again after the
 BUSY_ATTEMPTS = 30  # at a portal that is busy with other uploads and says when to come back
 COUNTS = ("rows", "registered", "repeated", "there_before", "failed")
 SHOWN = 20  # problems that are shown one by one
+TOO_LARGE = (
+    "A proxy before the portal takes only shorter bodies: raise its limit (nginx: client_max_body_size) at"
+    f" /register/bulk to {BATCH_BYTES // 1024}k or more, or make this row shorter."
+)
 AGAIN = "Run the same command again to continue where this one stopped."
 
 
@@ -167,20 +172,29 @@ def _batches(results: Results, file: Path, kind: str) -> Iterator[deque[_Row]]:
 
 
 def _send(client: Client, rows: deque[_Row]) -> Iterator[tuple[_Row, dict[str, Any]]]:
-    """Send a batch; yield each row with its answer. Rows without an answer are sent again if that may help."""
-    attempts = 0
+    """Send a batch; yield each row with its answer. Rows without an answer are sent again if that may help.
+
+    What is too long for a proxy is sent in halves.
+    """
+    attempts, most = 0, len(rows)
     while rows:
+        sent = list(itertools.islice(rows, most))
         try:
-            for number, answer in enumerate(client.register_rows(b"".join(row.sent for row in rows)), 1):
+            for number, answer in enumerate(client.register_rows(b"".join(row.sent for row in sent)), 1):
                 if answer.get("stopped"):
                     raise ConnectionLost(f"The portal stopped the import: {answer.get('detail')}")
-                if answer["row"] != number or not rows:
+                if answer["row"] != number or number > len(sent):
                     raise CliError("The portal answered rows that were not sent; its version may differ.")
                 attempts = 0
                 yield rows.popleft(), answer
-            if rows:
+            if rows and rows[0] in sent:
                 raise ConnectionLost("The answer ended before every row was answered.")
         except (ConnectionLost, Refused) as error:
+            if isinstance(error, Refused) and error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+                if len(sent) > 1:
+                    most = len(sent) // 2
+                    continue
+                error.hints = (*error.hints, TOO_LARGE)
             attempts += 1
             pause = _pause(error, attempts)
             if pause is None:

@@ -91,14 +91,40 @@ def test_an_acl_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
         ("PORTAL_BROKER_SOCKET", "/" + "x" * 120, "longer than 107 bytes"),
         ("PORTAL_TYPO", "1", "PORTAL_TYPO is not a setting of the portal; see the table in docs/operating.md"),
         ("PORTAL_BIN", "1", "PORTAL_BIN is not a setting of the portal; did you mean PORTAL_BIND?"),
-        ("PORTAL_SERVICE_HOST", "10.0.0.1", "PORTAL_SERVICE_HOST is not a setting"),  # Kubernetes' service links
-        ("PORTAL_PORT", "tcp://10.0.0.1:80", "PORTAL_PORT is not a setting"),
+        # Only like a service link of Kubernetes.
+        ("PORTAL_PORT", "8443", "PORTAL_PORT is not a setting"),
+        ("PORTAL_SERVICE_HOST", "portal.example.org", "PORTAL_SERVICE_HOST is not a setting"),
+        ("PORTAL_SERVICE_NAME", "10.0.0.1", "PORTAL_SERVICE_NAME is not a setting"),
+        ("PORTAL_MQTT_PROT", "8883", "did you mean PORTAL_MQTT_PORT?"),
+        ("PORTAL_MQTT_PORT", "tcp://10.0.0.1:8883", "PORTAL_MQTT_PORT"),
     ],
 )
 def test_a_bad_setting_is_refused_with_a_sentence(tmp_path: Path, name: str, value: str, said: str) -> None:
     with pytest.raises(SettingInvalid, match=re.escape(said)) as caught:
         Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), name: value})
     assert caught.value.detail.endswith(".")
+
+
+def test_the_service_links_of_kubernetes_are_ignored_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    links = {
+        "PORTAL_SERVICE_HOST": "10.96.0.7",
+        "PORTAL_SERVICE_PORT": "8443",
+        "PORTAL_SERVICE_PORT_HTTPS": "8443",
+        "PORTAL_PORT": "tcp://10.96.0.7:8443",
+        "PORTAL_PORT_8443_TCP": "tcp://10.96.0.7:8443",
+        "PORTAL_PORT_8443_TCP_PROTO": "tcp",
+        "PORTAL_PORT_8443_TCP_PORT": "8443",
+        "PORTAL_PORT_8443_TCP_ADDR": "10.96.0.7",
+        "PORTAL_WEB_SERVICE_HOST": "fd00::7",
+        "PORTAL_WEB_PORT": "tcp://[fd00::7]:80",
+    }
+    Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), **links})
+    (record,) = caplog.records
+    assert all(name in record.getMessage() for name in links)
+    with pytest.raises(SettingInvalid, match="PORTAL_TYPO"):
+        Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_TYPO": "1", **links})
 
 
 @pytest.mark.parametrize(

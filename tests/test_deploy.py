@@ -74,6 +74,14 @@ def test_systemd_does_find_what_is_wrong(installed: Path) -> None:
     assert f"{unit}:" in analyze(installed, "verify", "--man=no", str(unit)).stderr
 
 
+def test_a_portal_whose_clock_is_not_yet_set_is_tried_for_as_long_as_that_takes() -> None:
+    assert unit_values("StartLimitIntervalSec") == ["0"]
+    assert unit_values("StartLimitBurst") == []
+    assert unit_values("Restart") == ["on-failure"]
+    assert 1 <= int(unit_values("RestartSec")[0]) <= 30
+    assert any("time-sync.target" in value for value in unit_values("After"))
+
+
 def test_the_service_is_confined_as_systemd_judges_it(installed: Path) -> None:
     options = ["--offline=true", f"--threshold={WORST_EXPOSURE}", "--no-pager"]
     judged = analyze(installed, "security", *options, str(installed / UNIT))

@@ -158,3 +158,18 @@ def test_an_import_continues_where_it_stopped(session: Session, stub: PortalStub
     assert (status, summary["there_before"], summary["registered"]) == (0, 3, 4)
     assert sent(stub)[-2:] == [names(3, 6), names(6, 7)]
     assert len(stub.devices) == 7
+
+
+def test_a_batch_that_is_too_long_for_a_proxy_is_sent_in_halves(session: Session, stub: PortalStub) -> None:
+    stub.replies[BULK] = [Reply(413, b"<html>413 Request Entity Too Large</html>")]
+    summary, status = run(session, write_fleet(session.folder, 3))
+    assert (status, summary["registered"]) == (0, 3)
+    assert sent(stub) == [names(0, 3), names(0, 1), names(1, 2), names(2, 3)]
+
+
+def test_a_row_that_is_too_long_for_a_proxy_is_said_with_what_to_change(session: Session, stub: PortalStub) -> None:
+    stub.replies[BULK] = Reply(413, b"<html>413 Request Entity Too Large</html>")
+    error, status = run(session, write_fleet(session.folder, 3))
+    assert status == 1
+    assert imports.TOO_LARGE in error["error"]["hints"]
+    assert sent(stub) == [names(0, 3), names(0, 1)]
