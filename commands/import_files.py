@@ -1,21 +1,19 @@
-"""The files of an import: the rows of the input, and the folder of results."""
+"""The file of an import: its rows, checked as far as that is possible without the portal."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
-import os
-import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any
 
 from commands.bundle import FORMATS
-from commands.errors import CheckFailed, Misused
-from commands.files import Folder, NewFile, defused, reason, replace_file, undefused, write_new, writing
+from commands.errors import Misused
+from commands.files import reason
 from commands.registration import KEY_TYPES
 
 REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # maximum number of characters
@@ -35,21 +33,37 @@ class FileRow:
     problem: str | None = None
 
 
+IDENTITY = ("name", "type", "location", "firmware", "metadata", "topics", "csr")  # what the portal compares, no secret
+
+
+class ExternalIds:
+    """Gives rows without an external id one that says what they describe: the same row always gets the same one.
+
+    So an import is repeatable, also from a file whose rows were corrected, added, removed or moved. Rows of a file that
+    describe the same are counted; ``batch`` tells them from rows of other imports.
+    """
+
+    def __init__(self, batch: str) -> None:
+        self._batch = batch
+        self._seen: Counter[bytes] = Counter()
+
+    def of(self, row: FileRow) -> str:
+        """Return the external id of the next row of the file."""
+        own = row.values.get("external_id")
+        if own:
+            return str(own)
+        said = [self._batch, *(row.values.get(name) for name in IDENTITY)]
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:16]
+        self._seen[digest] += 1
+        return f"import-{digest.hex()}-{self._seen[digest]}"
+
+
 def format_of(path: Path, form: str | None) -> str:
     """Return ``csv`` or ``ndjson``, by the option or else by the name of the file; raises ``Misused``."""
     found = form or FORMAT_OF_SUFFIX.get(path.suffix.lower())
     if found is None:
         raise Misused(f"The format of {path} is unknown; add --format csv or --format ndjson.")
     return found
-
-
-def fingerprint_of(path: Path) -> str:
-    """Return the SHA-256 of the file in hex; raises ``Misused`` if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise Misused(f"{path} cannot be read: {reason(error)}.") from None
 
 
 def read_rows(path: Path, form: str) -> Iterator[FileRow]:
@@ -154,144 +168,3 @@ def _problem_of_choice(values: Mapping[str, Any]) -> str | None:
     if not isinstance(values.get("topics") or [], list):
         return "topics is not a JSON list"
     return None
-
-
-STATE, RESULTS, BUNDLES, CERTIFICATES = "import.json", "results.csv", "bundles", "certificates"
-COLUMNS = (
-    "line", "external_id", "name", "result", "device_id", "fingerprint", "serial_number", "expires_at",
-    "download_url", "download_expires_at", "bundle_password", "code", "detail",
-)  # fmt: skip
-GIVEN = ("external_id", "name", "code", "detail")  # texts that come from the file or the answer
-DONE = ("registered", "repeated")
-
-
-class Results:
-    """The folder of an import: ``results.csv`` (0600) with a row for each device, bundles and certificates."""
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        """Create the folder or continue in it; raises ``CheckFailed``, ``Misused`` if it belongs to another file."""
-        self.folder = Folder(folder, (), force=True).path
-        self.path = self.folder / RESULTS
-        self.done: set[str] = set()
-        state = self._state(fingerprint)
-        self._prefix = state["prefix"]
-        self._file: TextIO | None = None
-
-    def _state(self, fingerprint: str) -> dict[str, str]:
-        path = self.folder / STATE
-        if not os.path.lexists(path):
-            if os.path.lexists(self.path):
-                raise CheckFailed(f"{self.folder} contains a {RESULTS} of something else; choose another folder.")
-            state = {"file_sha256": fingerprint, "prefix": secrets.token_hex(8)}
-            write_new(path, NewFile(json.dumps(state).encode(), 0o600), force=False)
-            return state
-        try:
-            state = json.loads(path.read_bytes())
-            state = {name: str(state[name]) for name in ("file_sha256", "prefix")}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise CheckFailed(f"{path} is damaged; choose another folder.") from None
-        if state["file_sha256"] != fingerprint:
-            raise Misused(
-                f"{self.folder} contains the import of another file, or of this file before it was changed.",
-                hints=["Choose another folder. A row with an external_id never registers a second device."],
-            )
-        return state
-
-    def external_id(self, line: int) -> str:
-        """Return the external id for a row without one: always the same for the same line."""
-        return f"import-{self._prefix}-{line}"
-
-    def __enter__(self) -> Self:
-        """Open the file to add results; keeps earlier results except failures."""
-        with writing(self.path):
-            if os.path.lexists(self.path):
-                self._file = self._rewrite()
-            else:
-                self._file = _open(self.path)
-                csv.writer(self._file).writerow(COLUMNS)
-        return self
-
-    def _rewrite(self) -> TextIO:
-        fresh = self.path.with_name(f".{RESULTS}.{secrets.token_hex(6)}.tmp")
-        file = _open(fresh)
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for row in self.rows():
-            if row["result"] in DONE:
-                self.done.add(undefused(row["external_id"]))
-                writer.writerow([row[name] for name in COLUMNS])
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(fresh, self.path)
-        return file
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self.sync()
-            self._file.close()
-            self._file = None  # the rows can still be read
-
-    def sync(self) -> None:
-        """Make durable what was added; raises ``CheckFailed``."""
-        if self._file is not None:
-            with writing(self.path):
-                self._file.flush()
-                os.fsync(self._file.fileno())
-
-    def add(self, line: int, external_id: str, name: str, answer: Mapping[str, Any]) -> None:
-        """Add the answer to a row."""
-        if self._file is None:
-            raise CheckFailed(f"{self.path} is not open.")
-        row = {column: str(answer.get(column) or "") for column in COLUMNS}
-        failed = "device_id" not in answer
-        row |= {"line": str(line), "external_id": external_id, "name": name}
-        row["result"] = "failed" if failed else "repeated" if answer.get("repeated") else "registered"
-        with writing(self.path):
-            if isinstance(answer.get("chain"), str):
-                self._keep_certificate(str(answer["device_id"]), answer["chain"])
-            csv.writer(self._file).writerow([defused(row[name]) if name in GIVEN else row[name] for name in COLUMNS])
-        if not failed:
-            self.done.add(external_id)
-
-    def _keep_certificate(self, device_id: str, chain: str) -> None:
-        if not _is_id(device_id):
-            raise CheckFailed("The portal's answer contains an invalid device_id.")
-        folder = self.folder / CERTIFICATES
-        folder.mkdir(mode=0o700, exist_ok=True)
-        replace_file(folder / f"{device_id}.pem", chain.encode(), mode=0o644)
-
-    def rows(self) -> Iterator[dict[str, str]]:
-        """Yield every complete row of the file."""
-        if self._file is not None:
-            self._file.flush()
-        with self.path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                if None not in row and all(isinstance(value, str) for value in row.values()):  # else it was truncated
-                    yield row
-
-    def bundle_path(self, device_id: str, content: bytes) -> Path:
-        """Return the path for the bundle of a device, a ZIP or a PKCS#12 file, in a folder of mode 0700."""
-        return self._bundles(device_id) / f"{device_id}{'.zip' if content.startswith(b'PK') else '.p12'}"
-
-    def has_bundle(self, device_id: str) -> bool:
-        """Return whether the bundle of a device was downloaded."""
-        folder = self._bundles(device_id)
-        return any((folder / f"{device_id}{suffix}").exists() for suffix in (".zip", ".p12"))
-
-    def _bundles(self, device_id: str) -> Path:
-        if not _is_id(device_id):
-            raise CheckFailed(f"{self.path} contains an invalid device_id.")
-        folder = self.folder / BUNDLES
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder
-
-
-def _is_id(text: str) -> bool:
-    return len(text) == 36 and all(letter in "0123456789abcdef-" for letter in text)
-
-
-def _open(path: Path) -> TextIO:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    return open(descriptor, "w", encoding="utf-8", newline="")

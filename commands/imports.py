@@ -19,7 +19,8 @@ from commands.client import Client, check_link, new_idempotency_key
 from commands.context import Remote, command
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
-from commands.import_files import Results, fingerprint_of, format_of, read_rows
+from commands.import_files import ExternalIds, FileRow, format_of, read_rows
+from commands.import_results import Results
 from commands.output import text
 
 BATCH_ROWS = 512  # two of the batches that the portal registers at once
@@ -70,22 +71,23 @@ class Tally:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="CSV or NDJSON file, one device per row.")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for the results and bundles.")
 @click.option("--format", "form", type=click.Choice(("csv", "ndjson")), help="Format of FILE.  [default: by its name]")
+@click.option("--batch", default="", help="Registers rows without external_id once for each BATCH; any text.")
 @click.option("--dry-run", is_flag=True, help="Only check the file; send nothing.")
 @click.option("--download", is_flag=True, help="Also download the encrypted bundles.")
 def import_devices(
-    portal: Remote, file: Path, out: Path | None, form: str | None, dry_run: bool, download: bool
+    portal: Remote, file: Path, out: Path | None, form: str | None, batch: str, dry_run: bool, download: bool
 ) -> None:
     """Register a device for each row of a file.
 
     The first row of a CSV file names the columns: name, type, location, firmware, and optionally external_id,
     metadata, csr, key_type, validity_days, bundle_password, bundle_format, topics. FOLDER/results.csv gets the download
-    link and the bundle password of each device. To continue an interrupted import, run the same command again; no
-    device is registered twice. The exit status is 1 if a row failed, 3 if the connection was lost.
+    link and the bundle password of each device. To continue an interrupted import, or after you corrected rows, run
+    the same command again; a row that is the same registers no second device, whatever the folder, except with
+    another --batch. The exit status is 1 if a row failed, 3 if the connection was lost.
     """
     if out is None and not dry_run:
         raise Misused("Give a folder for the results with --out, or only check the file with --dry-run.")
     kind = format_of(file, form)
-    fingerprint = fingerprint_of(file)
     rows = _check(portal, file, kind)
     if dry_run or out is None:
         if portal.out.as_json:
@@ -95,10 +97,11 @@ def import_devices(
         return
     portal.client.get("/devices", limit=1)  # reports a wrong address, CA file or token before the folder is created
     tally = Tally(rows)
-    with Results(out, fingerprint) as results:
-        tally.there_before = len(results.done)
+    results = Results(out)
+    tally.there_before = _there_before(portal, results, _identified(file, kind, batch))
+    with results:
         try:
-            _upload(portal, results, tally, file, kind)
+            _upload(portal, results, tally, _identified(file, kind, batch))
             if download:
                 _download(portal, results, tally)
         except KeyboardInterrupt:
@@ -144,10 +147,35 @@ def _short(external_id: str) -> bytes:
     return blake2b(external_id.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
-def _upload(portal: Remote, results: Results, tally: Tally, file: Path, kind: str) -> None:
+def _identified(file: Path, kind: str, batch: str) -> Iterator[tuple[FileRow, str]]:
+    """Yield each row of the file with its external id."""
+    ids = ExternalIds(batch)
+    for row in read_rows(file, kind):
+        yield row, ids.of(row)
+
+
+def _there_before(portal: Remote, results: Results, rows: Iterator[tuple[FileRow, str]]) -> int:
+    """Return how many rows are done already; raises ``Misused`` where the folder is that of another import."""
+    if not results.done:
+        return 0
+    found = results.done.intersection(external_id for _, external_id in rows)
+    if not found:
+        raise Misused(
+            f"{results.folder} contains the import of another file, or of another --batch.",
+            hints=["Choose another folder. A row that is the same as before never registers a second device."],
+        )
+    if gone := len(results.done) - len(found):
+        portal.out.warning(
+            f"{gone} devices in {results.path} are in no row of this file. If their rows were corrected, a second"
+            " device is registered for each: change the first with portal update, or revoke it."
+        )
+    return len(found)
+
+
+def _upload(portal: Remote, results: Results, tally: Tally, rows: Iterator[tuple[FileRow, str]]) -> None:
     """Register the rows that have no result yet, batch by batch; the results of one are durable before the next."""
     with portal.out.progress("Registering", tally.rows - tally.there_before) as advance:
-        for batch in _batches(results, file, kind):
+        for batch in _batches(results, rows):
             for row, answer in _send(portal.client, batch):
                 results.add(row.line, row.external_id, row.name, answer)
                 _count(tally, answer)
@@ -155,10 +183,9 @@ def _upload(portal: Remote, results: Results, tally: Tally, file: Path, kind: st
             results.sync()
 
 
-def _batches(results: Results, file: Path, kind: str) -> Iterator[deque[_Row]]:
+def _batches(results: Results, rows: Iterator[tuple[FileRow, str]]) -> Iterator[deque[_Row]]:
     batch, size = deque[_Row](), 0
-    for row in read_rows(file, kind):
-        external_id = str(row.values.get("external_id") or results.external_id(row.line))
+    for row, external_id in rows:
         if external_id in results.done:
             continue
         sent = json.dumps({**row.values, "external_id": external_id}, separators=(",", ":")).encode() + b"\n"

@@ -173,3 +173,81 @@ def test_a_row_that_is_too_long_for_a_proxy_is_said_with_what_to_change(session:
     assert status == 1
     assert imports.TOO_LARGE in error["error"]["hints"]
     assert sent(stub) == [names(0, 3), names(0, 1)]
+
+
+def corrected(folder: Path, change: dict[int, str]) -> None:
+    """Give rows of the file another firmware."""
+    path = folder / "fleet.ndjson"
+    lines = path.read_text().splitlines()
+    for index, firmware in change.items():
+        lines[index] = json.dumps(json.loads(lines[index]) | {"firmware": firmware})
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def fail_one(stub: PortalStub, position: int) -> None:
+    ids = {n: stub.add_device(f"pump-{n}") for n in range(3) if n != position}
+    refused = {"row": position + 1, "code": "invalid_input", "detail": "firmware is no good."}
+    stub.replies[BULK] = [
+        rows_reply(refused if n == position else {"row": n + 1, "device_id": ids[n]} for n in range(3))
+    ]
+
+
+def test_after_one_row_is_corrected_that_one_alone_is_registered(session: Session, stub: PortalStub) -> None:
+    file = write_fleet(session.folder, 3)
+    fail_one(stub, 1)
+    assert run(session, file)[1] == 1
+    corrected(session.folder, {1: "2"})
+    summary, status = run(session, file)
+    assert (status, summary["there_before"], summary["registered"], summary["failed"]) == (0, 2, 1, 0)
+    assert sent(stub) == [names(0, 3), names(1, 2)]
+    assert [row["name"] for row in results(session)] == ["pump-0", "pump-2", "pump-1"]
+
+
+@pytest.mark.parametrize("lost", ["the results", "half of them", "the folder"])
+def test_an_import_whose_results_are_lost_registers_no_device_twice(
+    session: Session, stub: PortalStub, lost: str
+) -> None:
+    file = write_fleet(session.folder, 3)
+    run(session, file)
+    assert len(stub.devices) == 3
+    path = session.folder / "out" / "results.csv"
+    if lost == "half of them":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    if lost == "the folder":
+        path.parent.rmdir()
+    corrected(session.folder, {1: "2"})
+    assert run(session, file)[1] == 0
+    assert [device["name"] for device in stub.devices.values()] == [*names(0, 3), "pump-1"]
+
+
+def test_rows_that_are_the_same_are_as_many_devices_and_in_another_batch_further_ones(
+    session: Session, stub: PortalStub
+) -> None:
+    file = session.folder / "fleet.csv"
+    file.write_text("name,type,location,firmware\n" + "pump,pump,hall,1\n" * 4)
+    for arguments, devices in (["--out", "a"], 4), (["--out", "b"], 4), (["--out", "c", "--batch", "June"], 8):
+        assert session.run("import", str(file), *arguments).exit_code == 0
+        assert len(stub.devices) == devices
+
+
+def test_a_bundle_password_is_not_in_what_identifies_a_row(session: Session, stub: PortalStub) -> None:
+    file = session.folder / "fleet.csv"
+    for password in ("correct horse battery", "another password"):
+        file.write_text(f"name,type,location,firmware,bundle_password\npump,pump,hall,1,{password}\n")
+        assert session.run("import", str(file), "--out", password).exit_code == 0
+    assert len(stub.devices) == 1
+
+
+def test_a_folder_of_another_file_or_of_something_else_is_left_alone(session: Session, stub: PortalStub) -> None:
+    run(session, write_fleet(session.folder, 2))
+    path = session.folder / "out" / "results.csv"
+    before = path.read_bytes()
+    error, status = run(session, write_fleet(session.folder, 2, own="other-"))
+    assert (status, "another file" in str(error["error"])) == (2, True)
+    assert path.read_bytes() == before
+    path.write_text("score,team\n1,x\n")
+    assert run(session, write_fleet(session.folder, 2))[1] == 1
+    assert path.read_text() == "score,team\n1,x\n"
+    assert len(stub.devices) == 2

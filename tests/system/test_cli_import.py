@@ -96,7 +96,7 @@ def test_the_summary_says_in_plain_text_what_was_done_and_what_failed_and_why(
     deployment: Deployment, tmp_path: Path
 ) -> None:
     file, out = tmp_path / "fleet.ndjson", tmp_path / "out"
-    device = {"name": "p", "type": "t", "location": "l", "firmware": "1"}
+    device = {"name": "q", "type": "t", "location": "l", "firmware": "1"}
     file.write_text("".join(json.dumps(device | more) + "\n" for more in ({}, {"csr": "none"})))
     done = deployment.cli("import", str(file), "--out", str(out), check=False)
     assert done.returncode == 1
@@ -105,13 +105,15 @@ def test_the_summary_says_in_plain_text_what_was_done_and_what_failed_and_why(
     fields = dict(line.split("\t", 1) for line in done.stdout.splitlines())
     assert (fields["registered"], fields["failed csr_invalid"]) == ("1", "1")
     assert fields["results"] == str(out / "results.csv")
-    whole = deployment.cli("import", str(fleet(tmp_path / "fleet.csv", 3)), "--out", str(tmp_path / "other"))
+    whole = deployment.cli(
+        "import", str(fleet(tmp_path / "fleet.csv", 3)), "--out", str(tmp_path / "other"), "--batch", "other"
+    )
     assert "3 registered, 0 registered before, 0 failed." in whole.stderr
 
 
 def test_an_import_that_was_interrupted_continues_where_it_stopped(deployment: Deployment, tmp_path: Path) -> None:
     file, out = fleet(tmp_path / "fleet.csv", 1500), tmp_path / "out"
-    command = [sys.executable, str(ROOT / "cli.py"), "import", str(file), "--out", str(out)]
+    command = [sys.executable, str(ROOT / "cli.py"), "import", str(file), "--out", str(out), "--batch", "2"]
     with subprocess.Popen(command, env=deployment.environment | deployment.operator, stderr=subprocess.PIPE) as process:
         wait_until(lambda: (out / "results.csv").exists() and (out / "results.csv").stat().st_size > 15_000)
         process.send_signal(signal.SIGINT)
@@ -120,7 +122,7 @@ def test_an_import_that_was_interrupted_continues_where_it_stopped(deployment: D
     assert b"Run the same command again" in said
     before = len(results(out))
     assert 0 < before < 1500
-    summary, _ = imported(deployment, str(file), "--out", str(out))
+    summary, _ = imported(deployment, str(file), "--out", str(out), "--batch", "2")
     assert before - 1 <= summary["there_before"] <= before
     assert summary["registered"] + summary["repeated"] == 1500 - summary["there_before"]
     rows = results(out)
@@ -147,7 +149,7 @@ def test_a_folder_of_another_file_is_left_alone(deployment: Deployment, tmp_path
     out = tmp_path / "out"
     imported(deployment, str(fleet(tmp_path / "one.csv", 1)), "--out", str(out))
     before = (out / "results.csv").read_bytes()
-    done = deployment.cli("import", str(fleet(tmp_path / "two.csv", 2)), "--out", str(out), check=False)
+    done = deployment.cli("import", str(fleet(tmp_path / "two.csv", 2, own="b-")), "--out", str(out), check=False)
     assert done.returncode == 2
     assert "another file" in done.stderr
     assert (out / "results.csv").read_bytes() == before
