@@ -449,6 +449,16 @@ def test_bundles_of_a_copy_are_destroyed(settings: Settings, file: Path, clock: 
             assert tx.execute(sa.select(Delivery.bundle)).scalars().all() == [None]
 
 
+def test_a_bundle_that_was_kept_for_a_repeat_is_not_restored(settings: Settings, file: Path, clock: Clock) -> None:
+    with opened(settings, clock) as portal:
+        token = token_of(portal.registrations.register(OPERATOR, PUMP))
+        portal.deliveries.deliver(OPERATOR, token, "a-key-of-16-chars")
+        copied(settings, file, clock)
+    put_back(settings, file, clock, keep_links=True)
+    with opened(settings, clock) as portal, pytest.raises(LinkUsed):
+        portal.deliveries.deliver(OPERATOR, token, "a-key-of-16-chars")
+
+
 def test_links_kept_are_those_that_nobody_used_since(settings: Settings, file: Path, clock: Clock) -> None:
     with opened(settings, clock) as portal:
         waits, fetched, gone = (portal.registrations.register(OPERATOR, PUMP) for _ in range(3))
