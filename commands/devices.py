@@ -195,6 +195,7 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
 @click.option("--no-metadata", is_flag=True, help="Remove all metadata.")
 @click.option("--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces all topics. Repeatable.")
 @click.option("--default-topics", is_flag=True, help="Restore the default topics.")
+@click.option("--free-external-id", is_flag=True, help="Free the external id of a revoked device for its successor.")
 def update(
     portal: Remote,
     /,
@@ -203,6 +204,7 @@ def update(
     no_metadata: bool,
     topics: tuple[str, ...],
     default_topics: bool,
+    free_external_id: bool,
     **values: str | None,
 ) -> None:
     """Change a device's description or topics."""
@@ -215,6 +217,10 @@ def update(
         changes["metadata"] = metadata_from(metadata)
     if topics or default_topics:
         changes["topics"] = topics_from(topics) or None
+    if free_external_id and changes:
+        raise click.UsageError("Use --free-external-id alone.")
+    if free_external_id:
+        changes["external_id"] = None
     if not changes:
         raise click.UsageError("Nothing to change: use at least one of --name, --type, --location, --firmware, …")
     device = portal.client.call("PATCH", f"/devices/{device_id}", body=changes).json()

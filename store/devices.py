@@ -36,6 +36,7 @@ class DeviceRecord:
     revoked_at: datetime | None
     revocation_reason: str | None
     generation: int
+    former_external_id: str | None
 
 
 DEVICE_COLUMNS = columns_of(DeviceRecord, Device)

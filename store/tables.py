@@ -163,6 +163,8 @@ class Device(OfTenant, Base):
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
     # The generation at which its ACL entry last changed; 0 if the broker need not learn of it.
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    # The external id that a revoked device had, once it was freed for a successor.
+    former_external_id: Mapped[str | None] = mapped_column(sa.String(128))
 
 
 class AclEntry(Base):

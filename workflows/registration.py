@@ -84,8 +84,14 @@ class Registrations:
     @staticmethod
     def _check_free(tx: Connection, tenant_id: str, external_id: str) -> None:
         device_id = owner_of(tx, tenant_id, external_id)
-        if device_id is not None:
-            raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
+        if device_id is None:
+            return
+        if db.get_device(tx, tenant_id, device_id).status is DeviceStatus.REVOKED:
+            raise ExternalIdTaken(
+                f"The external_id is that of device {device_id}, which is revoked; free it for a successor by PATCH"
+                " of that device with external_id null, or give another."
+            )
+        raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
 
     def _register(self, actor: Actor, request: DeviceRequest, sealed: Sealed | None) -> tuple[Registered, int]:
         now = self._clock()
@@ -119,6 +125,23 @@ class Registrations:
         return answer, generation
 
     # --- Update
+
+    def free_external_id(self, actor: Actor, device_id: str) -> None:
+        """Free the external id of a revoked device for its successor; the device keeps a record of what it was.
+
+        A repeat changes nothing. Raises ``DeviceNotFound``, ``StateConflict`` for a device that is not revoked.
+        """
+        now = self._clock()
+        with self._database.transaction() as tx:
+            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+            if device.status is not DeviceStatus.REVOKED:
+                raise StateConflict(f"The device is {device.status}; only a revoked one can give up its external_id.")
+            if device.external_id is None:
+                return
+            values = {"external_id": None, "former_external_id": device.external_id, "updated_at": now}
+            update_device(tx, actor.tenant_id, device_id, values)
+            of, freed = f"device:{device_id}", device.external_id
+            audit.record(tx, actor, "device:free_external_id", of, at=now, external_id=freed)
 
     def update(
         self,

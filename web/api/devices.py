@@ -111,14 +111,24 @@ class ChangesRequest(RequestModel):
 
 
 class PatchRequest(ChangesRequest):
-    """Fields of a device to change; `topics: null` restores the default topics."""
+    """Fields of a device to change; `topics: null` restores the default topics.
 
+    `external_id: null`, alone, frees the external id of a revoked device for its successor.
+    """
+
+    external_id: None = None
     name: Name = ""
     type: ShortText = ""
     location: Place = ""
     firmware: ShortText = ""
     metadata: Metadata = Field(default_factory=dict)
     topics: Topics | None = None
+
+    @model_validator(mode="after")
+    def _alone(self) -> Self:
+        if "external_id" in self.model_fields_set and len(self.model_fields_set) > 1:
+            raise ValueError("external_id goes with no other field")
+        return self
 
 
 class CertificateModel(AnswerModel):
@@ -156,6 +166,7 @@ class DeviceSummary(AnswerModel):
 class DeviceModel(DeviceSummary):
     """A device with its certificate, its topics, and whether the broker applies its newest state."""
 
+    former_external_id: str | None
     metadata: dict[str, Any]
     topics: list[TopicModel]
     broker: Literal["pending", "applied"]
@@ -276,6 +287,9 @@ def show_device(call: Call, device_id: str) -> DeviceModel:
 @ROUTES.add("PATCH", "/devices/{device_id}", Permission.CHANGE, errors=(409,))
 def update_device(call: Call, device_id: str, body: PatchRequest) -> DeviceModel:
     """Change a device's description or topics."""
+    if body.model_fields_set == {"external_id"}:
+        call.portal.registrations.free_external_id(call.actor, device_id)
+        return _device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id))
     values = body.model_dump(exclude_unset=True, exclude={"topics"})
     topics = {"topics": _pairs(body.topics)} if "topics" in body.model_fields_set else {}
     call.portal.registrations.update(call.actor, device_id, values, **topics)

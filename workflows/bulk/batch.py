@@ -178,7 +178,8 @@ class Batches:
         device = known.device
         if device.status is DeviceStatus.REVOKED:
             raise StateConflict(
-                f"The external_id is that of device {device.id}, which is revoked; give the row another external_id."
+                f"The external_id is that of device {device.id}, which is revoked; free it for a successor by PATCH"
+                " of that device with external_id null (portal update --free-external-id), or give the row another."
             )
         topics = checked_topics(self._settings, request.topics, device.id)
         same = {
