@@ -60,7 +60,11 @@ def test_an_answer_that_is_no_checkpoint_is_not_saved(session: Session, stub: Po
     assert not Path("today").exists()
 
 
-@pytest.mark.parametrize("key", ["nothing.key", "name+00000000+AAAA", str(KEY.verifier).replace("audit/1", "audit/2")])
+@pytest.mark.parametrize(
+    "key",
+    ["nothing.key", "name+00000000+AAAA", str(KEY.verifier).replace("audit/1", "audit/2")],
+    ids=["no file", "short", "of another name"],
+)
 def test_what_is_no_key_is_refused(session: Session, key: str) -> None:
     Path("today").write_text(NOTE)
     Path("audit.ndjson").touch()
@@ -69,7 +73,9 @@ def test_what_is_no_key_is_refused(session: Session, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "note", [NOTE.replace("\n0\n", "\n1\n"), NOTE.rpartition("\n\n")[0] + "\n", "a\n\n", "", NOTE[:-1]]
+    "note",
+    [NOTE.replace("\n0\n", "\n1\n"), NOTE.rpartition("\n\n")[0] + "\n", "a\n\n", "", NOTE[:-1]],
+    ids=["another size", "no signature", "no checkpoint", "empty", "cut"],
 )
 def test_a_checkpoint_without_the_keys_signature_is_refused(session: Session, note: str) -> None:
     Path("today").write_text(note)
