@@ -164,12 +164,13 @@ class Client:
         if answer.status >= 400:
             raise self.refusal(answer)
 
-    def register_rows(self, rows: bytes) -> Iterator[dict[str, Any]]:
+    def register_rows(self, rows: bytes, *, dry_run: bool = False) -> Iterator[dict[str, Any]]:
         """Register a device for each line of NDJSON; yield the answers, whose ``row`` counts from 1, as they arrive.
 
+        With ``dry_run`` the rows are only checked, by a portal that can do so.
         Raises as ``call`` does; repeats nothing, since the caller knows which rows have an answer.
         """
-        url = self._settings.url + "/register/bulk"
+        url = self._settings.url + "/register/bulk" + ("?dry_run=true" if dry_run else "")
         headers = {"Content-Type": "application/x-ndjson"}
         with self._open("POST", url, self._token(), headers=headers, data=rows) as response:
             if response.status_code != 200:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import operator
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from http import HTTPStatus
@@ -15,7 +17,7 @@ from typing import Any
 
 import click
 
-from commands.client import Client, check_link, new_idempotency_key
+from commands.client import check_link, new_idempotency_key
 from commands.context import Remote, command
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
@@ -72,7 +74,7 @@ class Tally:
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for the results and bundles.")
 @click.option("--format", "form", type=click.Choice(("csv", "ndjson")), help="Format of FILE.  [default: by its name]")
 @click.option("--batch", default="", help="Registers rows without external_id once for each BATCH; any text.")
-@click.option("--dry-run", is_flag=True, help="Only check the file; send nothing.")
+@click.option("--dry-run", is_flag=True, help="Only have the portal check the file; registers nothing.")
 @click.option("--download", is_flag=True, help="Also download the encrypted bundles.")
 def import_devices(
     portal: Remote, file: Path, out: Path | None, form: str | None, batch: str, dry_run: bool, download: bool
@@ -88,13 +90,12 @@ def import_devices(
     if out is None and not dry_run:
         raise Misused("Give a folder for the results with --out, or only check the file with --dry-run.")
     kind = format_of(file, form)
-    rows = _check(portal, file, kind)
+    checked = _check(portal, file, kind)
     if dry_run or out is None:
-        if portal.out.as_json:
-            portal.out.json({"rows": rows, "problems": 0})
-        else:
-            portal.out.done(f"Checked {rows} rows; found no problems.")
+        _dry_run(portal, checked, _identified(file, kind, batch))
         return
+    checked.refuse(portal)
+    rows = checked.rows
     portal.client.get("/devices", limit=1)  # reports a wrong address, CA file or token before the folder is created
     tally = Tally(rows)
     results = Results(out)
@@ -115,14 +116,40 @@ def import_devices(
         raise click.exceptions.Exit(1)
 
 
-def _check(portal: Remote, file: Path, kind: str) -> int:
-    """Check every row and return their number; raises ``CliError`` if one is wrong."""
+@dataclass(slots=True)
+class Checked:
+    """What is wrong with the rows of a file: how many are, and the first of them."""
+
+    rows: int = 0
+    problems: int = 0
+    found: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, line: int, problem: str) -> None:
+        """Note what is wrong with the row on a line."""
+        self.problems += 1
+        if len(self.found) < SHOWN:
+            self.found.append({"line": line, "problem": problem})
+
+    def refuse(self, portal: Remote) -> None:
+        """Show the problems and raise ``CliError``, if there are any."""
+        if not self.problems:
+            return
+        self.found.sort(key=operator.itemgetter("line"))
+        if portal.out.as_json:
+            portal.out.json({"rows": self.rows, "problems": self.problems, "found": self.found})
+        for one in self.found:
+            portal.out.note(f"line {one['line']}: {one['problem']}")
+        more = f" The first {SHOWN} are listed above." if self.problems > SHOWN else ""
+        raise CliError(f"{self.problems} of {self.rows} rows have problems; nothing was registered.{more}")
+
+
+def _check(portal: Remote, file: Path, kind: str) -> Checked:
+    """Check every row as far as that is possible without the portal."""
     seen: dict[bytes, int] = {}
-    count = problems = 0
-    found: list[dict[str, Any]] = []
+    checked = Checked()
     with portal.out.working("Checking the file…"):
         for row in read_rows(file, kind):
-            count += 1
+            checked.rows += 1
             problem = row.problem
             external_id = row.values.get("external_id")
             if problem is None and external_id is not None:
@@ -130,17 +157,29 @@ def _check(portal: Remote, file: Path, kind: str) -> int:
                 if first != row.line:
                     problem = f"has the same external_id as line {first}"
             if problem is not None:
-                problems += 1
-                if len(found) < SHOWN:
-                    found.append({"line": row.line, "problem": problem})
-    if not problems:
-        return count
+                checked.add(row.line, problem)
+    return checked
+
+
+def _dry_run(portal: Remote, checked: Checked, rows: Iterator[tuple[FileRow, str]]) -> None:
+    """Have the portal check the rows by its own rules; raises ``CliError`` if one is wrong."""
+    for probe in portal.client.register_rows(b"{}\n", dry_run=True):
+        if not probe.get("dry_run"):  # it would register what it is given to check
+            raise CliError("This portal is too old to check a file without registering its rows.")
+    before = 0
+    with portal.out.progress("Checking", checked.rows - checked.problems) as advance:
+        for batch in _batches(set(), ((row, given) for row, given in rows if row.problem is None)):
+            for row, answer in _send(functools.partial(portal.client.register_rows, dry_run=True), batch):
+                if "code" in answer:
+                    checked.add(row.line, str(answer.get("detail", "is refused.")))
+                before += bool(answer.get("repeated"))
+                advance()
+    checked.refuse(portal)
     if portal.out.as_json:
-        portal.out.json({"rows": count, "problems": problems, "found": found})
-    for one in found:
-        portal.out.note(f"line {one['line']}: {one['problem']}")
-    more = f" The first {SHOWN} are listed above." if problems > SHOWN else ""
-    raise CliError(f"{problems} of {count} rows have problems; nothing was sent.{more}")
+        portal.out.json({"rows": checked.rows, "problems": 0, "there_before": before})
+    else:
+        known = f"; {before} are registered already" if before else ""
+        portal.out.done(f"Checked {checked.rows} rows; found no problems{known}.")
 
 
 def _short(external_id: str) -> bytes:
@@ -175,18 +214,18 @@ def _there_before(portal: Remote, results: Results, rows: Iterator[tuple[FileRow
 def _upload(portal: Remote, results: Results, tally: Tally, rows: Iterator[tuple[FileRow, str]]) -> None:
     """Register the rows that have no result yet, batch by batch; the results of one are durable before the next."""
     with portal.out.progress("Registering", tally.rows - tally.there_before) as advance:
-        for batch in _batches(results, rows):
-            for row, answer in _send(portal.client, batch):
+        for batch in _batches(results.done, rows):
+            for row, answer in _send(portal.client.register_rows, batch):
                 results.add(row.line, row.external_id, row.name, answer)
                 _count(tally, answer)
                 advance()
             results.sync()
 
 
-def _batches(results: Results, rows: Iterator[tuple[FileRow, str]]) -> Iterator[deque[_Row]]:
+def _batches(done: Set[str], rows: Iterator[tuple[FileRow, str]]) -> Iterator[deque[_Row]]:
     batch, size = deque[_Row](), 0
     for row, external_id in rows:
-        if external_id in results.done:
+        if external_id in done:
             continue
         sent = json.dumps({**row.values, "external_id": external_id}, separators=(",", ":")).encode() + b"\n"
         if len(batch) == BATCH_ROWS or (batch and size + len(sent) > BATCH_BYTES):
@@ -198,7 +237,9 @@ def _batches(results: Results, rows: Iterator[tuple[FileRow, str]]) -> Iterator[
         yield batch
 
 
-def _send(client: Client, rows: deque[_Row]) -> Iterator[tuple[_Row, dict[str, Any]]]:
+def _send(
+    send: Callable[[bytes], Iterator[dict[str, Any]]], rows: deque[_Row]
+) -> Iterator[tuple[_Row, dict[str, Any]]]:
     """Send a batch; yield each row with its answer. Rows without an answer are sent again if that may help.
 
     What is too long for a proxy is sent in halves.
@@ -207,7 +248,7 @@ def _send(client: Client, rows: deque[_Row]) -> Iterator[tuple[_Row, dict[str, A
     while rows:
         sent = list(itertools.islice(rows, most))
         try:
-            for number, answer in enumerate(client.register_rows(b"".join(row.sent for row in sent)), 1):
+            for number, answer in enumerate(send(b"".join(row.sent for row in sent)), 1):
                 if answer.get("stopped"):
                     raise ConnectionLost(f"The portal stopped the import: {answer.get('detail')}")
                 if answer["row"] != number or number > len(sent):

@@ -251,3 +251,24 @@ def test_a_folder_of_another_file_or_of_something_else_is_left_alone(session: Se
     assert run(session, write_fleet(session.folder, 2))[1] == 1
     assert path.read_text() == "score,team\n1,x\n"
     assert len(stub.devices) == 2
+
+
+def test_a_dry_run_lists_what_the_portal_would_refuse_and_registers_nothing(session: Session, stub: PortalStub) -> None:
+    file = write_fleet(session.folder, 3)
+    refused = {"row": 2, "dry_run": True, "code": "invalid_input", "detail": "The name has a control character."}
+    checked = rows_reply([{"row": 1, "dry_run": True}, refused, {"row": 3, "dry_run": True}])
+    stub.replies[BULK] = [rows_reply([{"row": 1, "dry_run": True, "code": "invalid_input"}]), checked]
+    result = session.run("import", file, "--dry-run")
+    assert result.exit_code == 1
+    assert "line 2: The name has a control character." in result.stderr
+    assert "1 of 3 rows have problems; nothing was registered." in result.stderr
+    assert session.run("import", file, "--dry-run").exit_code == 0
+    assert all(call.query == {"dry_run": "true"} for call in stub.calls(*BULK))
+    assert stub.devices == {}
+
+
+def test_a_portal_that_knows_no_dry_run_is_given_no_rows(session: Session, stub: PortalStub) -> None:
+    stub.replies[BULK] = rows_reply([{"row": 1, "code": "invalid_input", "detail": "type is missing."}])
+    result = session.run("import", write_fleet(session.folder, 3), "--dry-run")
+    assert (result.exit_code, "too old" in result.stderr) == (1, True)
+    assert [request.body for request in stub.calls(*BULK)] == [[{}]]

@@ -204,9 +204,12 @@ class PortalStub:
         return Reply(201, answer)
 
     def _register_rows(self, request: Request) -> Reply:
-        answers = []
+        answers: list[dict[str, Any]] = []
         for number, row in enumerate(request.body, 1):
             known = {device.get("external_id"): device_id for device_id, device in self.devices.items()}
+            if request.query.get("dry_run") == "true":
+                answers.append({"row": number, "dry_run": True, "repeated": row.get("external_id") in known})
+                continue
             device_id = known.get(row["external_id"]) or self.add_device(row["name"], external_id=row["external_id"])
             answers.append({"row": number, "device_id": device_id, "repeated": row["external_id"] in known})
         return rows_reply(answers)

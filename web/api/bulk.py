@@ -14,10 +14,21 @@ from pydantic_core import from_json
 from core.errors import BodyTooLarge, BodyTooSlow, FieldProblem, InputInvalid, PortalError, RowMalformed, TooManyRows
 from core.roles import Permission
 from web.api.devices import RegisterRequest, registration_of
-from web.api.fields import DeviceId, Fingerprint, Hex
+from web.api.fields import DeviceId, Fingerprint, Flag, Hex
 from web.api.problems import FieldErrorModel
-from web.api.routing import AnswerModel, Answers, Call, Reply, Routes, RowBody, Timestamp, input_invalid, is_no_json
-from workflows.bulk.batch import Candidate, RowDone, RowFailed
+from web.api.routing import (
+    AnswerModel,
+    Answers,
+    Call,
+    Reply,
+    RequestModel,
+    Routes,
+    RowBody,
+    Timestamp,
+    input_invalid,
+    is_no_json,
+)
+from workflows.bulk.batch import Candidate, RowChecked, RowDone, RowFailed
 from workflows.bulk.rows import CsvRows, NdjsonRows, Row, Rows
 
 ROUTES = Routes("Devices")
@@ -28,6 +39,7 @@ class RowAnswer(AnswerModel):
 
     `repeated`: the device existed already. Link and password, or certificate and chain, are present if the row made new
     ones: for an existing device only if its bundle had not been fetched yet, and its previous link no longer works.
+    `dry_run`: the row was only checked, and would be registered or, with `repeated`, is that of an existing device.
     """
 
     row: int
@@ -42,6 +54,7 @@ class RowAnswer(AnswerModel):
     certificate: str | None = None
     chain: str | None = None
     repeated: Literal[True] | None = None
+    dry_run: Literal[True] | None = None
     code: str | None = None
     detail: str | None = None
     errors: list[FieldErrorModel] | None = None
@@ -201,6 +214,12 @@ def _external_id(content: bytes | Mapping[str, str]) -> str | None:
     return found if isinstance(found, str) and len(found) <= 128 and found.isprintable() else None
 
 
+class BulkQuery(RequestModel):
+    """With `dry_run` the rows are checked as they would be to register them, and nothing is written."""
+
+    dry_run: Flag = False
+
+
 @ROUTES.add(
     "POST",
     "/register/bulk",
@@ -212,7 +231,7 @@ def _external_id(content: bytes | Mapping[str, str]) -> str | None:
     ),
     rows=RowBody(RegisterRequest, (NDJSON, CSV)),
 )
-def register_bulk(call: Call) -> Reply:
+def register_bulk(call: Call, query: BulkQuery) -> Reply:
     """Register a device for each row of NDJSON or CSV."""
     portal = call.portal
     body = UploadBody(call.environ, portal.settings.bulk_max_bytes)
@@ -224,31 +243,37 @@ def register_bulk(call: Call) -> Reply:
             source.begin()
         except ConnectionError as error:  # so nobody reads this error
             raise BodyTooSlow("The connection broke before the first row.") from error
-        answers = portal.bulk.register(call.actor, source)
+        handled = portal.bulk.check if query.dry_run else portal.bulk.register
+        answers = handled(call.actor, source)
         stack.enter_context(contextlib.closing(answers))
-        return Reply(content=_Lines(answers, stack.pop_all()), media_type=NDJSON)
+        lines = _Lines(answers, stack.pop_all(), dry_run=query.dry_run)
+        return Reply(content=lines, media_type=NDJSON)
+
+
+_Answer = RowDone | RowFailed | RowChecked
 
 
 class _Lines(Iterator[bytes]):
     """The answers, one line each; the server iterates over them and closes them."""
 
-    def __init__(self, answers: Iterator[Sequence[RowDone | RowFailed]], stack: contextlib.ExitStack) -> None:
+    def __init__(self, answers: Iterator[Sequence[_Answer]], stack: contextlib.ExitStack, *, dry_run: bool) -> None:
         self._answers = answers
         self._stack = stack
+        self._dry_run = dry_run
 
     def __next__(self) -> bytes:
-        return b"".join(map(line_of, next(self._answers)))
+        return b"".join(line_of(answer, dry_run=self._dry_run) for answer in next(self._answers))
 
     def close(self) -> None:
         """End the upload, complete or not."""
         self._stack.close()
 
 
-def line_of(answer: RowDone | RowFailed) -> bytes:
+def line_of(answer: _Answer, *, dry_run: bool = False) -> bytes:
     """Return an answer as a line of JSON, without the fields that are null."""
     if isinstance(answer, RowFailed):
         errors = [FieldErrorModel.of(problem) for problem in answer.errors]
-        model = RowAnswer.of(answer, errors=errors or None, stopped=answer.stopped or None)
+        model = RowAnswer.of(answer, errors=errors or None, stopped=answer.stopped or None, dry_run=dry_run or None)
     else:
-        model = RowAnswer.of(answer, repeated=answer.repeated or None)
+        model = RowAnswer.of(answer, repeated=answer.repeated or None, dry_run=dry_run or None)
     return model.model_dump_json(exclude_none=True).encode() + b"\n"

@@ -100,6 +100,10 @@ def _read_integer(value: Any) -> Any:
     return int(value) if isinstance(value, str) and re.fullmatch("-?[0-9]{1,9}", value) else value
 
 
+def _read_flag(value: Any) -> Any:
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
 def _read_whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is an integer in JSON Schema
 
@@ -118,6 +122,7 @@ def _read_time(value: Any) -> Any:
 Time = Annotated[datetime, Field(json_schema_extra={"format": "date-time"}), BeforeValidator(_read_time)]
 # The BeforeValidator comes last: before the Field it would hide the limits from the OpenAPI text.
 Limit = Annotated[int, Field(ge=1, le=200), BeforeValidator(_read_integer)]
+Flag = Annotated[bool, BeforeValidator(_read_flag)]
 WholeNumber = BeforeValidator(_read_whole_number)
 Cursor = Annotated[str, Field(max_length=128, pattern=_CURSOR)]
 NumericCursor = Annotated[str, Field(pattern=_NUMERIC_CURSOR)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -72,6 +72,15 @@ class RowFailed:
     stopped: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class RowChecked:
+    """A row of a dry run would be registered; ``repeated``: its device is there already."""
+
+    row: int
+    external_id: str | None = None
+    repeated: bool = False
+
+
 RowAnswer = RowDone | RowFailed
 
 
@@ -134,15 +143,33 @@ class Batches:
 
     # --- Before the transaction
 
-    def begin(self, actor: Actor, candidates: Sequence[Candidate]) -> Batch:
-        """Look up which rows' devices are there already, and begin to make the credentials of the others."""
+    def check(self, actor: Actor, candidates: Sequence[Candidate]) -> Sequence[RowChecked | RowFailed]:
+        """Return what would become of the rows, by the same rules; makes and writes nothing."""
+        known = self._known(actor, candidates)
+        answers: list[RowChecked | RowFailed] = []
+        for candidate in candidates:
+            row, external_id = candidate.row, candidate.external_id
+            found = known.get(external_id or "")
+            try:
+                self._begin_row(candidate, found)
+            except PortalError as error:
+                answers.append(failed(row, error, external_id=external_id))
+            else:
+                answers.append(RowChecked(row, external_id, repeated=found is not None))
+        return answers
+
+    def _known(self, actor: Actor, candidates: Sequence[Candidate]) -> Mapping[str, KnownDevice]:
         external_ids = [
             row.external_id for row in candidates if row.request is not None and row.external_id is not None
         ]
-        known: dict[str, KnownDevice] = {}
-        if external_ids:
-            with self._database.snapshot() as tx:
-                known = bulk.find_known(tx, actor.tenant_id, external_ids)
+        if not external_ids:
+            return {}
+        with self._database.snapshot() as tx:
+            return bulk.find_known(tx, actor.tenant_id, external_ids)
+
+    def begin(self, actor: Actor, candidates: Sequence[Candidate]) -> Batch:
+        """Look up which rows' devices are there already, and begin to make the credentials of the others."""
+        known = self._known(actor, candidates)
         batch = Batch(candidates, {}, [], Issuing())
         tasks: list[_Task] = []
         for candidate in candidates:

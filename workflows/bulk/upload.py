@@ -14,7 +14,7 @@ from core import metrics
 from core.errors import PortalError, Unavailable, UploadsBusy
 from core.files import FileLock
 from store.audit import Actor
-from workflows.bulk.batch import Batch, Batches, Candidate, RowAnswer, RowDone, RowFailed, failed
+from workflows.bulk.batch import Batch, Batches, Candidate, RowAnswer, RowChecked, RowDone, RowFailed, failed
 from workflows.bulk.processes import CredentialProcesses
 from workflows.reconciliation import Reconciler
 
@@ -76,6 +76,20 @@ class Bulk:
             finally:
                 for batch in pending:
                     batch.issuing.cancel()
+
+    def check(self, actor: Actor, source: Source) -> Generator[Sequence[RowChecked | RowFailed], None, None]:
+        """Yield what ``register`` would say of the rows of ``source``; nothing is registered."""
+        while True:
+            first = source.next_row
+            try:
+                taken = source.take(BATCH, wait=True)
+                answers = self._batches.check(actor, taken or ())
+            except PortalError as error:
+                yield [failed(first, error, stopped=True)]
+                return
+            if not taken:
+                return
+            yield answers
 
     def _pipeline(self, actor: Actor, source: Source, pending: deque[Batch]) -> Iterator[Sequence[RowAnswer]]:
         last: RowFailed | None = None

@@ -424,3 +424,32 @@ def test_uploads_and_registrations_of_the_same_devices_at_once_do_not_wait_for_e
     for thread in threads:
         thread.join()
     assert set(found) <= {200, 201, 409, "busy"}  # nobody has waited until the database ended it
+
+
+@ON_SQLITE
+def test_a_dry_run_knows_every_rule_and_writes_nothing(api: Api) -> None:
+    known = DEVICE | {"external_id": "unit-1"}
+    upload(api, json.dumps(known))
+    changes: list[dict[str, Any]] = [
+        {}, {"name": "two\nlines"}, {"name": "a\0b"}, {"name": "\u00a0pump"}, {"name": " pump "}, {"name": "\u202e"},
+        {"metadata": {"a": "\0"}}, {"csr": "none"}, {"topics": [{"filter": "#", "access": "read"}]},
+        {"external_id": "unit-1"}, {"external_id": "unit-1", "firmware": "2"}, {"external_id": "unit-2"},
+    ]  # fmt: skip
+    before = api.get("/devices").json, api.get("/audit").json
+    answer = api.call("POST", "/register/bulk?dry_run=true", data=rows(*changes), headers={"Content-Type": NDJSON})
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert (api.get("/devices").json, api.get("/audit").json) == before
+    assert all(line["dry_run"] is True and "device_id" not in line for line in lines)
+    assert [line.get("code") for line in lines] == [
+        None, *["invalid_input"] * 6, "csr_invalid", "topic_refused", None, "external_id_taken", None,
+    ]  # fmt: skip
+    assert [line["row"] for line in lines if line.get("repeated")] == [10]
+    real = upload(api, rows(*changes))
+    assert [line.get("code") for line in real] == [line.get("code") for line in lines]
+
+
+@ON_SQLITE
+def test_a_dry_run_that_is_neither_true_nor_false_is_refused(api: Api) -> None:
+    answer = api.call("POST", "/register/bulk?dry_run=yes", data=rows({}), headers={"Content-Type": NDJSON})
+    problem_of(answer, 422, "invalid_input")
+    assert api.get("/devices").json["devices"] == []
