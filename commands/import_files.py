@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 
 from commands.bundle import FORMATS
 from commands.errors import Misused
-from commands.files import reason
+from commands.import_cells import open_text, read_cells
 from commands.registration import KEY_TYPES
 
 REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # maximum number of characters
@@ -21,6 +20,7 @@ OPTIONAL = {"external_id": 128, "csr": 16384, "bundle_password": 128}
 JSON_COLUMNS = ("metadata", "topics")
 FIELDS = (*REQUIRED, *OPTIONAL, *JSON_COLUMNS, "key_type", "validity_days", "bundle_format")
 MAX_ROW = 128 * 1024  # bytes
+WORKBOOK_SUFFIXES = (".xlsx", ".xlsm", ".xls", ".ods")
 FORMAT_OF_SUFFIX = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson"}
 
 
@@ -62,19 +62,25 @@ def format_of(path: Path, form: str | None) -> str:
     """Return ``csv`` or ``ndjson``, by the option or else by the name of the file; raises ``Misused``."""
     found = form or FORMAT_OF_SUFFIX.get(path.suffix.lower())
     if found is None:
+        if path.suffix.lower() in WORKBOOK_SUFFIXES:
+            raise Misused(f"{path} is a workbook; save the sheet as CSV UTF-8 in the spreadsheet program.")
         raise Misused(f"The format of {path} is unknown; add --format csv or --format ndjson.")
     return found
 
 
-def read_rows(path: Path, form: str) -> Iterator[FileRow]:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a file is read; with ``to_metadata`` the cells of unknown columns become metadata, as text."""
+
+    form: str
+    encoding: str | None = None
+    to_metadata: bool = False
+
+
+def read_rows(path: Path, how: Reading) -> Iterator[FileRow]:
     """Yield the rows of a file; raises ``Misused`` if it does not have that format at all."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _read_csv(file) if form == "csv" else _read_ndjson(file)
-    except UnicodeDecodeError:
-        raise Misused(f"{path} is not UTF-8 text.") from None
-    except OSError as error:
-        raise Misused(f"{path} cannot be read: {reason(error)}.") from None
+    with open_text(path, how.encoding) as file:
+        yield from _read_csv(file, to_metadata=how.to_metadata) if how.form == "csv" else _read_ndjson(file)
 
 
 def _read_ndjson(lines: Iterator[str]) -> Iterator[FileRow]:
@@ -91,38 +97,37 @@ def _read_ndjson(lines: Iterator[str]) -> Iterator[FileRow]:
             yield FileRow(number, values, _problem(values, len(line)))
 
 
-def _read_csv(lines: Iterator[str]) -> Iterator[FileRow]:
-    reader = csv.reader(lines, strict=True)
+def _read_csv(lines: Iterator[str], *, to_metadata: bool) -> Iterator[FileRow]:
     header: list[str] | None = None
-    line = 1
-    try:
-        for cells in reader:
-            began, line = line, reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = _header(cells)
-            elif len(cells) != len(header):
-                yield FileRow(began, {}, f"has {len(cells)} cells, but the first row names {len(header)} columns")
-            else:
-                yield _row(began, {name: cell for name, cell in zip(header, cells, strict=True) if cell})
-    except csv.Error as error:
-        raise Misused(f"The file is not valid CSV (RFC 4180) from line {line} on: {error}.") from None
+    for line, cells in read_cells(lines, REQUIRED):
+        if header is None:
+            header = _header(cells, to_metadata=to_metadata)
+        elif len(cells) != len(header):
+            yield FileRow(line, {}, f"has {len(cells)} cells, but the first row names {len(header)} columns")
+        else:
+            yield _row(line, {name: cell for name, cell in zip(header, cells, strict=True) if cell})
     if header is None:
         raise Misused("The file is empty; its first row must name the columns.")
 
 
-def _header(cells: list[str]) -> list[str]:
+def _header(cells: list[str], *, to_metadata: bool) -> list[str]:
+    """Return the names of the columns: of fields in lower case, of others as they are."""
     names = [cell.strip() for cell in cells]
-    unknown = [name for name in names if name not in FIELDS]
+    names = [name.lower() if name.lower() in FIELDS else name for name in names]
+    unknown = [name for name in names if name not in FIELDS and not (to_metadata and name)]
     missing = [name for name in REQUIRED if name not in names]
-    if unknown or missing or len(set(names)) < len(names):
+    if unknown or missing or len({name.casefold() for name in names}) < len(names):
         what = f"{unknown[0]!r} is unknown" if unknown else f"{missing[0]} is missing" if missing else "one is repeated"
-        raise Misused(f"The first row must name the columns: {what}.", hints=[f"Columns: {', '.join(FIELDS)}."])
+        hints = [f"Columns: {', '.join(FIELDS)}."]
+        if unknown and not missing:
+            hints.append("Add --metadata-columns to keep the cells of other columns as metadata.")
+        raise Misused(f"The first row must name the columns: {what}.", hints=hints)
     return names
 
 
 def _row(line: int, cells: dict[str, str]) -> FileRow:
+    others = {name: cell for name, cell in cells.items() if name not in FIELDS}
+    cells = {name: cell for name, cell in cells.items() if name in FIELDS}
     values: dict[str, Any] = dict(cells)
     for name in JSON_COLUMNS:
         if name in values:
@@ -135,7 +140,12 @@ def _row(line: int, cells: dict[str, str]) -> FileRow:
         if not days.isascii() or not days.isdigit():
             return FileRow(line, cells, "validity_days is not a whole number")
         values["validity_days"] = int(days)
-    return FileRow(line, values, _problem(values, sum(map(len, cells.values()))))
+    if others:
+        metadata = values.setdefault("metadata", {})
+        if not isinstance(metadata, dict) or not metadata.keys().isdisjoint(others):
+            return FileRow(line, cells, "metadata is not a JSON object, or has a key that is a column, too")
+        metadata |= others
+    return FileRow(line, values, _problem(values, sum(map(len, (cells | others).values()))))
 
 
 def _problem(values: Mapping[str, Any], length: int) -> str | None:

@@ -21,7 +21,8 @@ from commands.client import check_link, new_idempotency_key
 from commands.context import Remote, command
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
-from commands.import_files import ExternalIds, FileRow, format_of, read_rows
+from commands.import_cells import ENCODINGS
+from commands.import_files import ExternalIds, FileRow, Reading, format_of, read_rows
 from commands.import_results import Results
 from commands.output import text
 
@@ -73,11 +74,23 @@ class Tally:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="CSV or NDJSON file, one device per row.")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for the results and bundles.")
 @click.option("--format", "form", type=click.Choice(("csv", "ndjson")), help="Format of FILE.  [default: by its name]")
+@click.option(
+    "--encoding", type=click.Choice(ENCODINGS), help="Encoding of FILE.  [default: utf-8; utf-16 by its mark]"
+)
+@click.option("--metadata-columns", is_flag=True, help="Keep the cells of other columns of a CSV file as metadata.")
 @click.option("--batch", default="", help="Registers rows without external_id once for each BATCH; any text.")
 @click.option("--dry-run", is_flag=True, help="Only have the portal check the file; registers nothing.")
 @click.option("--download", is_flag=True, help="Also download the encrypted bundles.")
 def import_devices(
-    portal: Remote, file: Path, out: Path | None, form: str | None, batch: str, dry_run: bool, download: bool
+    portal: Remote,
+    file: Path,
+    out: Path | None,
+    form: str | None,
+    encoding: str | None,
+    metadata_columns: bool,
+    batch: str,
+    dry_run: bool,
+    download: bool,
 ) -> None:
     """Register a device for each row of a file.
 
@@ -89,20 +102,20 @@ def import_devices(
     """
     if out is None and not dry_run:
         raise Misused("Give a folder for the results with --out, or only check the file with --dry-run.")
-    kind = format_of(file, form)
-    checked = _check(portal, file, kind)
+    how = Reading(format_of(file, form), encoding, metadata_columns)
+    checked = _check(portal, file, how)
     if dry_run or out is None:
-        _dry_run(portal, checked, _identified(file, kind, batch))
+        _dry_run(portal, checked, _identified(file, how, batch))
         return
     checked.refuse(portal)
     rows = checked.rows
     portal.client.get("/devices", limit=1)  # reports a wrong address, CA file or token before the folder is created
     tally = Tally(rows)
     results = Results(out)
-    tally.there_before = _there_before(portal, results, _identified(file, kind, batch))
+    tally.there_before = _there_before(portal, results, _identified(file, how, batch))
     with results:
         try:
-            _upload(portal, results, tally, _identified(file, kind, batch))
+            _upload(portal, results, tally, _identified(file, how, batch))
             if download:
                 _download(portal, results, tally)
         except KeyboardInterrupt:
@@ -143,12 +156,12 @@ class Checked:
         raise CliError(f"{self.problems} of {self.rows} rows have problems; nothing was registered.{more}")
 
 
-def _check(portal: Remote, file: Path, kind: str) -> Checked:
+def _check(portal: Remote, file: Path, how: Reading) -> Checked:
     """Check every row as far as that is possible without the portal."""
     seen: dict[bytes, int] = {}
     checked = Checked()
     with portal.out.working("Checking the file…"):
-        for row in read_rows(file, kind):
+        for row in read_rows(file, how):
             checked.rows += 1
             problem = row.problem
             external_id = row.values.get("external_id")
@@ -186,10 +199,10 @@ def _short(external_id: str) -> bytes:
     return blake2b(external_id.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
-def _identified(file: Path, kind: str, batch: str) -> Iterator[tuple[FileRow, str]]:
+def _identified(file: Path, how: Reading, batch: str) -> Iterator[tuple[FileRow, str]]:
     """Yield each row of the file with its external id."""
     ids = ExternalIds(batch)
-    for row in read_rows(file, kind):
+    for row in read_rows(file, how):
         yield row, ids.of(row)
 
 
