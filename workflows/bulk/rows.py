@@ -121,7 +121,8 @@ class NdjsonRows(Rows):
 class CsvRows(Rows):
     """CSV as of RFC 4180, in UTF-8, with a first row that names the columns; line feeds alone may end rows.
 
-    ``feed`` raises ``InputInvalid`` for a first row that names no columns. A cell that is empty is left out. A quote
+    ``feed`` raises ``InputInvalid`` for a first row that names no columns. A cell that is empty is left out, and
+    so is a row of such cells, and such cells after the last column. The names of columns may be in any case. A quote
     that is never closed swallows the rows after it, up to the next quote or to ``MAX_ROW_BYTES``.
     """
 
@@ -172,11 +173,14 @@ class CsvRows(Rows):
         try:
             cells = next(csv.reader([text.removesuffix("\r")], strict=True), [])
         except csv.Error as error:
-            return self._refuse(f"The row is not CSV as of RFC 4180: {error}.")
-        if not cells or cells == [""]:
-            return None
+            why = "carriage returns alone end no rows" if "\r" in text.removesuffix("\r") else error
+            return self._refuse(f"The row is not CSV as of RFC 4180: {why}.")
+        if not any(cells):
+            return None  # spreadsheets write rows of nothing but commas
         if self._header is None:
             return self._read_header(cells)
+        if not any(cells[len(self._header) :]):
+            cells = cells[: len(self._header)]
         if len(cells) != len(self._header):
             return self._refuse(
                 f"The row has {len(cells)} cells where the first row names {len(self._header)} columns."
@@ -190,6 +194,9 @@ class CsvRows(Rows):
 
     def _read_header(self, cells: list[str]) -> None:
         names = [cell.strip() for cell in cells]
+        names = [name.lower() if name.lower() in self._columns else name for name in names]
+        while not names[-1]:
+            names.pop()
         unknown = [name for name in names if name not in self._columns]
         missing = sorted(self._required - set(names))
         if unknown:
