@@ -87,7 +87,10 @@ def list_entries(portal: Remote, /, limit: int, all_: bool, cursor: str | None, 
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="Where to save it.")
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 def export(portal: Remote, file: Path, force: bool) -> None:
-    """Save the whole audit record with its hashes, a JSON object a line, oldest entry first."""
+    """Save the whole audit record with its hashes.
+
+    A JSON object a line, the oldest entry first.
+    """
     if not force and file.exists():
         raise CheckFailed(f"{file} already exists; use --force to replace it.")
     size = 0
@@ -146,10 +149,10 @@ def key(portal: Remote) -> None:
 @click.option("--key", "keys", metavar="KEY", multiple=True, required=True, help="Public key, or a file with it.")
 @click.option("--checkpoint", "notes", metavar="FILE", multiple=True, required=True, help="A checkpoint to check by.")
 def verify(portal: Remote, file: str, keys: tuple[str, ...], notes: tuple[str, ...]) -> None:
-    """Verify an export of the audit record by checkpoints, offline.
+    """Verify an export of the audit record, offline.
 
-    The more checkpoints you kept, the more is certain: an entry that the oldest one signs has not changed since. The
-    exit status is 1 if anything was changed, removed, inserted or moved.
+    It must agree with each checkpoint. The more checkpoints you kept, the more is certain: an entry that the oldest
+    one signs has not changed since. The exit status is 1 if anything was changed, removed, inserted or moved.
     """
     verifiers = [VerifierKey.read(given) for given in keys]
     checkpoints = [_checkpoint(path, verifiers) for path in notes]

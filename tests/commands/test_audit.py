@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pki.checkpoints import SigningKey
+from tests.support.checkpoints import KEY, NOTE
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
 
 pytest_plugins = ("tests.support.cli_fixtures",)
-KEY = SigningKey.create("portal.example.com/audit/1")
-NOTE = KEY.note_of(0, bytes.fromhex("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"))
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ import click
 import pytest
 
 from cli import cli
+from tests.support.checkpoints import KEY, NOTE
 from tests.support.cli_session import Session
 from tests.support.pki import Pki
 from tests.support.portal_stub import BUNDLE_PASSWORD, TOKEN, PortalStub, Reply, build_bundle, device_files
@@ -26,7 +27,7 @@ pytest_plugins = ("tests.support.cli_fixtures",)
 SHORT_ID = "1e66977361d81fe2"
 DEVICE_ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
-GROUPS = ("enrolment", "manufacturer", "token", "webhook")  # commands that are named by two words
+GROUPS = ("audit", "enrolment", "manufacturer", "token", "webhook")  # commands that are named by two words
 DEADLINE = 20.0  # seconds; only a test that fails takes so long
 
 
@@ -118,8 +119,8 @@ EMPTY_LISTS = {  # what each command that prints a table asks for, and says wher
     "manufacturer list": ("/manufacturers", "manufacturers", "No manufacturers yet."),
     "waiting": ("/enrolments", "enrolments", "No devices wait for approval."),
     "token list": ("/tokens", "tokens", "No operator tokens."),
-    "audit": ("/audit", "entries", "No entries yet."),
-    "audit --actor nobody": ("/audit", "entries", "No matching entries."),
+    "audit list": ("/audit", "entries", "No entries yet."),
+    "audit list --actor nobody": ("/audit", "entries", "No matching entries."),
     "webhook list": ("/webhooks", "webhooks", "No webhooks yet."),
     "webhook deliveries 1e66977361d81fe2": (
         "/webhooks/1e66977361d81fe2/deliveries",
@@ -161,7 +162,7 @@ def test_a_list_is_a_table_on_a_terminal_and_lines_in_a_pipe(session: Session, s
     with terminal(session, *command.split(), NO_COLOR="1") as seen:
         assert seen.end() == 0, seen.seen
     titles, *lines = seen.seen.splitlines()
-    first = "time" if command == "audit" else "serial number" if name == "certificates" else "id"
+    first = "time" if command == "audit list" else "serial number" if name == "certificates" else "id"
     assert titles.lower().startswith(first)
     piped = session.run(*command.split()).stdout.splitlines()
     assert len(piped) == 2
@@ -182,7 +183,9 @@ def test_a_column_that_must_be_whole_is_not_cut_by_a_long_one_before_it(session:
 
 DONE = {"device_id": DEVICE_ID, "status": "active", "broker": "enforced"}
 MANUFACTURER = {"manufacturer_id": SHORT_ID, "name": "acme", "nonce": "n", "status": "pending"}
-COMMANDS: dict[str, tuple[str, str, dict[str, Any]] | None] = {  # with the answer, where the small portal has none
+COMMANDS: dict[
+    str, tuple[str, str, dict[str, Any] | bytes] | None
+] = {  # with the answer, where the small portal has none
     f"show {DEVICE_ID}": ("GET", f"/devices/{DEVICE_ID}", DONE),
     f"update {DEVICE_ID} --name x": ("PATCH", f"/devices/{DEVICE_ID}", DONE),
     f"suspend {DEVICE_ID}": ("POST", f"/devices/{DEVICE_ID}/suspend", DONE),
@@ -196,6 +199,10 @@ COMMANDS: dict[str, tuple[str, str, dict[str, Any]] | None] = {  # with the answ
     "register x --type t --location l --firmware 1 --password-out {new}": None,
     "import {file} --dry-run": None,
     "export": None,
+    "audit export {new}": ("GET", "/audit/export", b""),
+    "audit checkpoint --out {new}": ("GET", "/audit/checkpoint", NOTE.encode()),
+    "audit key": ("GET", "/audit/key", str(KEY.verifier).encode()),
+    "audit verify empty --key audit.key --checkpoint checkpoint": None,
     "expect x --type t --location l --firmware 1": ("POST", "/devices", DONE),
     f"approve {DEVICE_ID} --key {'ab' * 32}": ("POST", f"/devices/{DEVICE_ID}/approve", DONE),
     f"reject {DEVICE_ID} --yes": ("POST", f"/devices/{DEVICE_ID}/reject", DONE),
@@ -236,6 +243,8 @@ def test_a_command_works_on_a_terminal_in_a_pipe_and_as_json(session: Session, s
         method, path, body = answer
         stub.replies[method, path] = Reply(body=body)
     (session.folder / "file.csv").write_text("name,type,location,firmware\na,b,c,d\n")
+    for name, content in {"empty": "", "audit.key": str(KEY.verifier), "checkpoint": NOTE}.items():
+        (session.folder / name).write_text(content)
     words = [command.format(file="file.csv", new=f"new-{number}").split() for number in range(3)]
     with terminal(session, *words[0], NO_COLOR="1") as seen:
         assert seen.end() == 0, seen.seen
