@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ssl
 from datetime import timedelta
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from core.roles import Permission
 from core.states import Approval, ManufacturerStatus
@@ -21,7 +21,7 @@ MANUFACTURERS = Routes("Manufacturers")
 ApprovalName = Literal["at_once", "operator"]
 KeyTypes = Annotated[list[KeyTypeName], Field(min_length=1, max_length=len(get_args(KeyTypeName)))]
 Days = Annotated[int, Field(ge=1, le=36500), WholeNumber]
-Pem = Annotated[str, Field(max_length=16384, description="One certificate in PEM")]
+Pem = Annotated[str, Field(min_length=1, max_length=16384, description="One certificate in PEM")]
 
 
 class DecisionAnswer(AnswerModel):
@@ -81,8 +81,15 @@ class TermsRequest(RequestModel):
     approval: ApprovalName = "at_once"
 
 
+def _one_device_counts_once(schema: dict[str, Any]) -> None:
+    once = {"properties": {"count": {"const": 1}}}
+    schema["anyOf"] = [{"properties": {"device_id": {"type": "null"}}}, once]
+
+
 class EnrolmentTokenRequest(TermsRequest):
     """A token for the pending device `device_id`, or for `count` new devices; in names, `{number}` counts them."""
+
+    model_config = ConfigDict(json_schema_extra=_one_device_counts_once)
 
     name: ShortText
     device_id: DeviceId | None = None
@@ -154,8 +161,18 @@ class ManufacturerPatch(ChangesRequest):
     approval: ApprovalName = "at_once"
 
 
+def _given(name: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+
+
+def _one_of_two(schema: dict[str, Any]) -> None:
+    schema["oneOf"] = [_given("certificate"), _given("signature")]
+
+
 class ProofRequest(RequestModel):
     """Proof of possession of the CA's key: a certificate for the nonce as common name, or a signature of the nonce."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of_two)
 
     certificate: Pem | None = None
     signature: Annotated[str, Field(max_length=4096, description="Of the nonce as text, in Base64")] | None = None

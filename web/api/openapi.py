@@ -196,6 +196,9 @@ def _headers(more: Mapping[str, str] | None = None) -> dict[str, Any]:
     return {name: {"description": description, "schema": {"type": "string"}} for name, description in described.items()}
 
 
+_NAMES_COLUMNS = {"text/csv": {"minLength": 1}}  # the first row is needed, even if there is no other
+
+
 def request_body(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str, Any] | None:
     """Describe the body of a route, ``None`` if it has none; ``schemas`` has the schema of each model."""
     if route.body is not None:
@@ -209,7 +212,10 @@ def request_body(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[s
         return {
             "required": True,
             "description": "One row for each device, as in x-row-schema; the first row of a CSV names the columns",
-            "content": {kind: {"schema": {"type": "string"}, "x-row-schema": row} for kind in route.rows.media_types},
+            "content": {
+                kind: {"schema": {"type": "string"} | _NAMES_COLUMNS.get(kind, {}), "x-row-schema": row}
+                for kind in route.rows.media_types
+            },
         }
     return None
 

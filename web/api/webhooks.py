@@ -39,7 +39,15 @@ class WebhookRequest(RequestModel):
     """A receiver of events; without `events`, of all types, including those of later versions."""
 
     name: ShortText
-    url: Annotated[str, Field(min_length=1, max_length=2048, examples=["https://example.com/portal-events"])]
+    url: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=2048,
+            examples=["https://example.com/portal-events"],
+            json_schema_extra={"pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://[!-\[\]-~]+$"},  # ASCII, as it is sent
+        ),
+    ]
     events: Annotated[list[EventName], Field(min_length=1, max_length=32)] | None = None
 
 
