@@ -13,7 +13,7 @@ from broker.control import BrokerControl, DeviceAccess, Draft
 from broker.files.control import FilesControl
 from broker.folder import CA_FILE, BrokerFolder
 from broker.guard.control import GuardControl
-from broker.probe import Probe, ProbeCertificates, ProbeResult
+from broker.probe import Probe, ProbeCertificate, ProbeCertificates, ProbeResult
 from broker.session import PORTAL_USER, SUCCESS, Session, client_id, connect_unix, password_refused, unavailable
 from config import Settings
 from core.broker_control import ControlKind
@@ -65,13 +65,24 @@ class BrokerProvisioning:
         """The files that the portal writes for the broker."""
         return self.control.files
 
-    def draft(self) -> Draft:
+    def draft(self, enforced: int = 0) -> Draft:
         """Begin the next generation of what the broker must enforce; see ``broker.control.Draft``."""
-        return self.control.draft()
+        return self.control.draft(enforced)
 
-    def enforce(self, generation: int, deadline: float, *, reload: bool = False) -> int:
-        """Make the installed generation effective and see that it is; see ``broker.control.BrokerControl``."""
-        return self.control.enforce(generation, deadline, reload=reload)
+    def enforce(
+        self,
+        generation: int,
+        deadline: float,
+        *,
+        reload: bool = False,
+        certificates: ProbeCertificates | None = None,
+    ) -> int:
+        """Make the installed generation effective and see that it is; see ``broker.control.BrokerControl``.
+
+        With ``certificates`` the broker must refuse the identity in the revoked one, if its control can ask for that.
+        """
+        refused = None if certificates is None else _identity_of(certificates.revoked)
+        return self.control.enforce(generation, deadline, reload=reload, refused=refused)
 
     def disconnect(self, device_ids: Sequence[str], deadline: float) -> None:
         """End the devices' sessions: connections are closed, queues and subscriptions discarded.
@@ -105,18 +116,6 @@ class BrokerProvisioning:
         """
         return self._probe.run(certificates, deadline)
 
-    def check_refused(self, certificates: ProbeCertificates, deadline: float) -> None:
-        """Check that the broker refuses the identity in the revoked certificate, if its control can ask for that.
-
-        Raise ``BrokerNotEnforcing`` if it does not, ``BrokerUnavailable`` if it does not answer.
-        """
-        try:
-            certificate = x509.load_pem_x509_certificate(certificates.revoked.certificate.read_bytes())
-        except (OSError, ValueError) as error:
-            said = f"The probe certificate {certificates.revoked.certificate} cannot be read."
-            raise BrokerUnavailable(said) from error
-        self.control.check_refused(common_name(certificate), deadline)
-
     def reachable(self) -> bool:
         """Return whether the broker answers the portal on its internal listener within a second."""
         deadline = time.monotonic() + _HEALTH_SECONDS
@@ -125,3 +124,10 @@ class BrokerProvisioning:
                 return session.connect(client_id(), PORTAL_USER, self.files.password()) == SUCCESS
         except (OSError, BrokerUnavailable):
             return False
+
+
+def _identity_of(probe: ProbeCertificate) -> str:
+    try:
+        return common_name(x509.load_pem_x509_certificate(probe.certificate.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise BrokerUnavailable(f"The probe certificate {probe.certificate} cannot be read.") from error

@@ -95,7 +95,8 @@ class RunningPortal:
             "PORTAL_THREADS": "32",  # a connection that was opened and has sent no request yet holds a thread
             **environment,
         }
-        self._broker = Mosquitto(self.data / "broker", self.mqtt_port)
+        guard = environment.get("PORTAL_BROKER_CONTROL") == "guard"
+        self._broker = Mosquitto(self.data / "broker", self.mqtt_port, guard=guard)
         self._server: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

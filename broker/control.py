@@ -55,6 +55,15 @@ class Draft(DeviceAccess, Protocol):
         by TLS at once.
         """
 
+    def puts_off_crls(self, ca: bytes) -> bool:
+        """Return whether it can be in force before the broker has new CRLs, with the CAs of ``ca`` (PEM).
+
+        Then ``append`` is enough; the CRLs follow by ``BrokerControl.publish_crls``.
+        """
+
+    def append(self, generation: int) -> None:
+        """Write it for the broker as ``install`` does, without CRLs; ``BrokerControl.enforce`` makes it durable."""
+
     def install(self, generation: int, trust: Trust) -> bool:
         """Write it for the broker as ``generation``, which need not be in force then: see ``BrokerControl.enforce``.
 
@@ -74,20 +83,28 @@ class BrokerControl(Protocol):
     def files(self) -> BrokerFolder:
         """The files that it writes for the broker, with the generation that they are of, and their damage."""
 
-    def draft(self) -> Draft:
-        """Begin the next generation; the caller holds the lock until it is installed."""
+    def draft(self, enforced: int = 0) -> Draft:
+        """Begin the next generation; the caller holds the lock until it is installed.
 
-    def enforce(self, generation: int, deadline: float, *, reload: bool = False) -> int:
+        ``enforced`` is one that the broker was seen to enforce: files of an older one are not continued.
+        """
+
+    def enforce(self, generation: int, deadline: float, *, reload: bool = False, refused: str | None = None) -> int:
         """Make the installed generation effective; return the generation that is then proven to be in force.
 
         That is ``generation``, or a newer one installed meanwhile. ``reload`` demands that what was installed is read
-        again: after a repair that kept the generation, or with a new server certificate. Raise ``BrokerUnavailable``
-        if the broker does not answer or does not prove it by ``deadline`` (of ``time.monotonic``),
+        again: after a repair that kept the generation, or with a new server certificate. ``refused`` is an identity
+        that the broker must refuse then, as far as it can be asked. Raise ``BrokerUnavailable`` if the broker does not
+        answer or does not prove it by ``deadline`` (of ``time.monotonic``),
         ``BrokerNotEnforcing`` if it does not enforce what the portal decides.
         """
 
-    def check_refused(self, identity: str, deadline: float) -> None:
-        """Raise ``BrokerNotEnforcing`` if the broker would allow a denied identity, as far as it can be asked."""
+    @property
+    def publishes_crls(self) -> bool:
+        """Whether drafts put off CRLs, which ``publish_crls`` gives to the broker."""
 
-    def publish_crls(self) -> bool:
-        """Give the broker the installed CRLs if it has not got them and it is time; return whether it did."""
+    def publish_crls(self, trust: Trust) -> bool:
+        """Write the newest CRLs for the broker's next start; return whether the running one has them now, too.
+
+        One process at a time, and none that installs a draft: the caller holds the lock of the CRLs.
+        """

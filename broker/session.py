@@ -88,9 +88,17 @@ class Session:
 
     def publish(self, topic: str, payload: bytes = b"") -> int:
         """Publish with QoS 1 (section 3.3); return the reason code of PUBACK, 0x87 if the ACL refuses it."""
+        return self.receive_puback(self.send_publish(topic, payload))
+
+    def send_publish(self, topic: str, payload: bytes = b"") -> bytes:
+        """Send PUBLISH without waiting for its answer, at most 20 times at once; return the packet identifier."""
         self._packet_id = self._packet_id % 0xFFFF + 1
         packet_id = struct.pack(">H", self._packet_id)
         self._send(_PUBLISH_QOS1, _text(topic) + packet_id + b"\x00" + payload)
+        return packet_id
+
+    def receive_puback(self, packet_id: bytes) -> int:
+        """Wait for PUBACK (section 3.4) of the message sent first; return its reason code."""
         body = self._receive(_PUBACK, shortest=2)
         if body[:2] != packet_id:
             raise ConnectionError("the broker acknowledged a message that was not sent")

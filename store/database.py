@@ -42,6 +42,7 @@ SECONDS_BETWEEN_TEST_WRITES = 10.0  # by those who only ask whether the database
 SPARE_CONNECTIONS = 8
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
 MIGRATION_LOCK = sa.text("SELECT pg_advisory_xact_lock(8443)")  # of several portals that start at once, one migrates
+_NOT_DURABLE = sa.text("SET LOCAL synchronous_commit = off")
 _REWRITE = sa.text("UPDATE broker_state SET generation = generation")  # changes nothing, and is written to disk
 
 
@@ -128,10 +129,11 @@ class Database:
         self._tested_at = -math.inf  # when it was seen last that the database can be written, by the monotonic clock
 
     @contextmanager
-    def transaction(self, *, patience: float = BUSY_TIMEOUT_SECONDS) -> Iterator[Connection]:
+    def transaction(self, *, patience: float = BUSY_TIMEOUT_SECONDS, durable: bool = True) -> Iterator[Connection]:
         """Open a transaction that writes: durable when the block ends, undone if it raises. Never nest it in another.
 
-        Waits ``patience`` seconds at most for others.
+        Waits ``patience`` seconds at most for others. One that is not ``durable`` is seen by all at once, but need not
+        survive a power cut: it does once a later one is durable.
         Raises ``DatabaseUnavailable`` if the database does not answer, is locked by others or has no room, and
         ``LockUnavailable`` if other writers of the portal do not end.
         """
@@ -139,7 +141,7 @@ class Database:
         # end. Once one has waited in vain, the next ones only look whether the lock is gone.
         patience = LOCKED_SECONDS if self._locked else patience
         with _translated(), ExitStack() as stack:
-            connection = self._begin(stack, patience)
+            connection = self._begin(stack, patience, durable=durable)
             try:
                 yield connection
             except BaseException as error:
@@ -154,15 +156,18 @@ class Database:
                 raise
             self._failed = False
 
-    def _begin(self, stack: ExitStack, patience: float) -> Connection:
+    def _begin(self, stack: ExitStack, patience: float, *, durable: bool) -> Connection:
         """Return a connection whose transaction has begun and may write; ``stack`` ends what it takes."""
         until = time.monotonic() + patience
         try:
             if self._write_gate is not None:
                 stack.enter_context(self._write_gate.hold(patience))
             connection = stack.enter_context(self.engine.connect())
-            connection.execution_options(portal_writes=max(0.0, until - time.monotonic()))  # see _on_sqlite_begin
+            seconds = max(0.0, until - time.monotonic())
+            connection.execution_options(portal_writes=seconds, portal_durable=durable)  # see _on_sqlite_begin
             connection.begin()
+            if not durable and not self.is_sqlite:
+                connection.execute(_NOT_DURABLE)
         except (LockUnavailable, sa.exc.OperationalError):
             self._locked = self._failed = True
             raise
@@ -421,10 +426,15 @@ def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
 
 def _on_sqlite_begin(connection: Connection) -> None:
     # A writer takes the write lock at once: a transaction that begins as a reader may fail at its first write.
-    seconds = connection.get_execution_options().get("portal_writes")
+    options = connection.get_execution_options()
+    seconds = options.get("portal_writes")
     if seconds is None:
         connection.exec_driver_sql("BEGIN")
-    elif seconds > BUSY_TIMEOUT_SECONDS - 0.5:
+        return
+    # NORMAL writes the WAL without a sync. It cannot be set within a transaction.
+    synchronous = "FULL" if options.get("portal_durable", True) else "NORMAL"
+    connection.exec_driver_sql(f"PRAGMA synchronous = {synchronous}")
+    if seconds > BUSY_TIMEOUT_SECONDS - 0.5:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:
         connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(seconds * 1000)}")

@@ -97,10 +97,26 @@ _CRL_HEAD, _CRL = (
 )
 
 
+_PUT_OFF = (
+    sa.select(Crl.number)
+    .join(IssuerRow, IssuerRow.id == Crl.issuer_id)
+    .where(
+        Crl.issuer_id == sa.bindparam("of_issuer"),
+        IssuerRow.status == IssuerStatus.ACTIVE,
+        IssuerRow.revoked_generation > Crl.generation,
+    )
+)
+
+
 def get_crl(tx: Connection, issuer_id: int) -> CrlRecord | None:
     """Return the newest CRL of an issuer, ``None`` before the first."""
     row = tx.execute(_CRL, {"of_issuer": issuer_id}).one_or_none()
     return None if row is None else CrlRecord(*row)
+
+
+def crl_is_put_off(tx: Connection, issuer_id: int) -> bool:
+    """Return whether the list of an issuer's revoked certificates has changed since its newest CRL."""
+    return tx.execute(_PUT_OFF, {"of_issuer": issuer_id}).one_or_none() is not None
 
 
 def put_crl(tx: Connection, tenant_id: str, record: CrlRecord) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import db
 from config import Settings
-from core.errors import FieldProblem, InputInvalid
+from core.errors import FieldProblem, InputInvalid, PortalError
 from core.topics import Access, Topic, default_topics, is_device_id
 from store import certificates as store_certificates
 from store import devices as store_devices
@@ -19,6 +20,8 @@ from store.certificates import CertificateRecord
 from store.database import Database
 from store.devices import DeviceFilter, DeviceRecord, Place
 from store.issuers import CrlHead, CrlRecord
+
+log = logging.getLogger("portal.devices")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Inventory:
 
     _settings: Settings
     _database: Database
+    _sign_crls: Callable[[], None]
     _crls: dict[int, tuple[CrlHead, CrlRecord]] = field(init=False, default_factory=dict)  # by issuer, as read last
 
     def device(self, tenant_id: str, device_id: str) -> DeviceDetails:
@@ -88,7 +92,15 @@ class Inventory:
         """Return the newest CRL of an issuer, ``None`` before the first.
 
         What is asked of the database each time is only which one that is: so it is never an old one, and is read once.
+        If a revocation is not on it yet, a newer one is signed first.
         """
+        with self._database.snapshot() as tx:
+            put_off = issuers.crl_is_put_off(tx, issuer_id)
+        if put_off:
+            try:
+                self._sign_crls()
+            except PortalError as error:
+                log.warning("a CRL that was asked for was not signed", extra={"problem": error.detail})
         with self._database.snapshot() as tx:
             head = issuers.get_crl_head(tx, issuer_id)
             if head is None:

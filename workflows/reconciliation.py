@@ -68,6 +68,7 @@ class _Target:
     disconnected: Sequence[str]
     crls: Sequence[CrlRecord]
     issuers: Issuers
+    puts_off_crls: bool
 
 
 @dataclass(slots=True)
@@ -100,6 +101,7 @@ class Reconciler:
         self._clock = clock
         self._tenant_id = tenant_id
         self._lock = FileLock(settings.data_dir / ".pass.lock")
+        self._crl_lock = FileLock(settings.data_dir / ".crl.lock")  # taken after the other one
         self._counting = threading.Lock()
         self._begun = 0
         self._last: tuple[int, Outcome] = (0, Outcome(0, 0))
@@ -122,9 +124,6 @@ class Reconciler:
             return self._last[1]
         with self._counting:
             begun_before = self._begun
-        applied = self.applied_generation()
-        if applied >= generation:
-            return Outcome(applied, applied)
         if timeout is None:
             timeout = self._settings.enforce_timeout
             if self._last[1].problem is not None:
@@ -145,6 +144,9 @@ class Reconciler:
                 self._last = (number, outcome)
                 return outcome
         except LockUnavailable as error:
+            applied = self.applied_generation()
+            if applied >= generation:
+                return Outcome(applied, applied)
             self._log_problem(error.detail, applied, applied)
             return Outcome(applied, applied, error.detail)
 
@@ -161,7 +163,7 @@ class Reconciler:
     def install(self) -> Outcome:
         """Write the files of the newest generation without telling the broker, which may not run yet."""
         with self._lock.hold():
-            target = self._prepare()
+            target = self._prepare(with_crls=True)
             self._install(target)
             return Outcome(target.state.generation, target.state.applied_generation)
 
@@ -171,19 +173,37 @@ class Reconciler:
 
     def damage(self) -> list[str]:
         """Return what is wrong with the broker's files, a sentence each; checked again if they may be being written."""
-        if not self._broker.files.damage():
+        if not self._damage():
             return []
         try:
-            with self._lock.hold(self._settings.enforce_timeout):
-                return self._broker.files.damage()
+            with self._lock.hold(self._settings.enforce_timeout), self._crl_lock.hold(self._settings.enforce_timeout):
+                return self._damage()
         except LockUnavailable as error:
             return [error.detail]
 
+    def _damage(self) -> list[str]:
+        enforced, files = self.applied_generation(), self._broker.files
+        problems = files.damage()
+        if not problems and (files.installed_generation() or 0) < enforced:
+            return [f"{self._settings.broker_dir} is older than generation {enforced}, which was in force."]
+        return problems
+
     def publish_crls(self) -> None:
-        """Give the broker the CRLs that it has not got yet if it is time, and see that it refuses by them."""
-        with self._lock.hold(self._settings.enforce_timeout):
-            if self._broker.control.publish_crls() and self._broker.reachable():
-                self._broker.probe(self._probe_certificates, time.monotonic() + self._settings.enforce_timeout)
+        """Sign the CRLs that were put off, give them to the broker, and see that it refuses by them if it has them."""
+        control = self._broker.control
+        if not control.publishes_crls:
+            return
+        with self._crl_lock.hold(self._settings.enforce_timeout):
+            issuers, _ = self._sign_due()
+            published = control.publish_crls(self._trust(issuers))
+        if published and self._broker.reachable():
+            self._broker.probe(self._probe_certificates, time.monotonic() + self._settings.enforce_timeout)
+
+    def sign_crls(self) -> None:
+        """Sign the CRLs that were put off, for somebody who asks for them."""
+        if self._broker.control.publishes_crls:
+            with self._crl_lock.hold(self._settings.enforce_timeout):
+                self._sign_due()
 
     def broker_answers(self) -> bool:
         """Return whether the broker runs and answers on its internal listener."""
@@ -210,6 +230,7 @@ class Reconciler:
                 state = self._state()
                 if state.applied_generation < state.generation:
                     self.apply(state.generation, timeout=self._settings.enforce_timeout)
+                self.publish_crls()
             except PortalError as error:
                 log.warning("reconciliation failed", extra={"problem": error.detail})
             except Exception:
@@ -271,17 +292,17 @@ class Reconciler:
         has_crls = self._install(target)
         progress.installed = generation
         failpoint("apply.after_install")
-        self._broker.enforce(generation, deadline)
+        shown = self._probe_certificates if target.disconnected or target.crls else None
+        self._broker.enforce(generation, deadline, certificates=shown)
         failpoint("apply.after_reload")
         if target.disconnected:
             self._broker.disconnect(target.disconnected, deadline)
         failpoint("apply.after_cut")
-        if target.disconnected or target.crls:
-            self._broker.check_refused(self._probe_certificates, deadline)
-            if has_crls:
-                self._broker.probe(self._probe_certificates, deadline)
+        if has_crls and (shown is not None or self._broker.control.publishes_crls):
+            self._broker.probe(self._probe_certificates, deadline)
         failpoint("apply.after_probe")
-        with self._database.transaction() as tx:
+        # If a power cut takes this record back, the same is proven again.
+        with self._database.transaction(durable=False) as tx:
             now = self._clock()
             generations.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
             for device_id in target.disconnected:
@@ -289,6 +310,8 @@ class Reconciler:
             failpoint("apply.before_recorded")
         failpoint("apply.after_recorded")
         progress.enforced = generation
+        if target.puts_off_crls:
+            self.wake()
         figures = {"cut": len(target.disconnected), "crl": bool(target.crls)}
         took = round((time.monotonic() - started) * 1000, 1)
         log.info("broker enforces", extra={"generation": generation, **figures, "ms": took})
@@ -328,23 +351,34 @@ class Reconciler:
         else:
             self._announced.update(new)
 
-    def _prepare(self) -> _Target:
-        """Read one snapshot, draft what the broker must enforce, sign the CRLs that are due, and record them."""
-        draft = self._broker.draft()
+    def _prepare(self, *, with_crls: bool = False) -> _Target:
+        """Read one snapshot, draft what the broker must enforce, and sign the CRLs that are due or put that off."""
+        draft: Draft | None = None
         try:
-            return self._fill(draft)
+            with self._database.snapshot() as tx:
+                state = generations.get_broker_state(tx, self._tenant_id)
+                draft = self._broker.draft(state.applied_generation)
+                issuers = self._authority.seen_by(tx)
+                self._complete(draft, tx, state, issuers, self._clock())
+                failpoint("apply.after_snapshot")
+                disconnected = generations.devices_to_disconnect(tx, self._tenant_id, since=state.applied_generation)
+            puts_off = not with_crls and draft.puts_off_crls(issuers.ca_pem.encode())
+            crls: Sequence[CrlRecord] = ()
+            if not puts_off:
+                with self._crl_lock.hold(self._settings.enforce_timeout):
+                    issuers, crls = self._sign_due()
+            return _Target(state, draft, disconnected, crls, issuers, puts_off)
         except BaseException:
-            draft.discard()
+            if draft is not None:
+                draft.discard()
             raise
 
-    def _fill(self, draft: Draft) -> _Target:
+    def _sign_due(self) -> tuple[Issuers, Sequence[CrlRecord]]:
+        """Sign the CRLs that are due, and record them; return the issuers and those CRLs. The caller holds the lock."""
         now = self._clock()
         signed: list[CrlRecord] = []
         with self._database.snapshot() as tx:
             state = generations.get_broker_state(tx, self._tenant_id)
-            self._complete(draft, tx, state, now)
-            failpoint("apply.after_snapshot")
-            disconnected = generations.devices_to_disconnect(tx, self._tenant_id, since=state.applied_generation)
             changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
             issuers = self._authority.seen_by(tx)
             for recorded in issuers.with_crl():
@@ -368,9 +402,11 @@ class Reconciler:
                 for crl in signed:
                     store_issuers.put_crl(tx, self._tenant_id, crl)
             failpoint("apply.after_crl_committed")
-        return _Target(state, draft, disconnected, signed, issuers)
+        return issuers, signed
 
-    def _complete(self, draft: Draft, tx: Connection, state: BrokerStateRecord, now: datetime) -> None:
+    def _complete(
+        self, draft: Draft, tx: Connection, state: BrokerStateRecord, issuers: Issuers, now: datetime
+    ) -> None:
         """Add to the broker's next generation all that has changed since the one that it is based on."""
         since, every = draft.since, draft.lists_every_device
         for change in generations.acl_changes(tx, self._tenant_id, since=since, defaults=every):
@@ -379,10 +415,7 @@ class Reconciler:
             for change in denials(tx, self._tenant_id, applied=state.applied_generation, now=now):
                 update_access(draft, change, now)
         if draft.lists_certificates:
-            names = {
-                recorded.id: recorded.issuer.certificate.subject.public_bytes()
-                for recorded in self._authority.seen_by(tx).issuers
-            }
+            names = {recorded.id: recorded.issuer.certificate.subject.public_bytes() for recorded in issuers.issuers}
             for revoked in generations.certificate_changes(tx, self._tenant_id, since=since, now=now):
                 _revoke_certificate(draft, names[revoked.issuer_id], revoked, now)
 
@@ -393,9 +426,18 @@ class Reconciler:
                 "devices are denied everything because their topics do not fit the settings",
                 extra={"devices": len(target.draft.closed), "first": next(iter(target.draft.closed.items()))},
             )
+        generation = target.state.generation
+        if target.puts_off_crls:
+            target.draft.append(generation)
+            return False
+        with self._crl_lock.hold(self._settings.enforce_timeout):
+            return target.draft.install(generation, self._trust(target.issuers))
+
+    def _trust(self, issuers: Issuers) -> Trust:
+        """Return the issuers with the newest CRL of each, encoded once. The caller holds the lock of the CRLs."""
         pem: dict[CrlHead, bytes] = {}
         with self._database.snapshot() as tx:
-            for recorded in target.issuers.with_crl():
+            for recorded in issuers.with_crl():
                 head = store_issuers.get_crl_head(tx, recorded.id)
                 if head is not None and head not in self._crl_pem:
                     crl = store_issuers.get_crl(tx, recorded.id)
@@ -404,8 +446,7 @@ class Reconciler:
                 if head is not None:
                     pem[head] = self._crl_pem[head]
         self._crl_pem = pem
-        trust = Trust(b"".join(pem.values()), target.issuers.ca_pem.encode())
-        return target.draft.install(target.state.generation, trust)
+        return Trust(b"".join(pem.values()), issuers.ca_pem.encode())
 
 
 # --- What devices may do ------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from sqlalchemy.engine import Connection
+
 import db
 from core import metrics
 from core.errors import StateConflict
@@ -62,25 +64,26 @@ class DeviceRevocations:
         Raises ``DeviceNotFound``.
         """
         started, now = time.monotonic(), self._clock()
-        with self._database.transaction() as tx:
+
+        def write(tx: Connection) -> tuple[bool, int, datetime, str]:
             device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
-            repeated = device.status is DeviceStatus.REVOKED
-            if repeated:
-                generation, revoked_at = device.generation, device.revoked_at or now
-                reason = device.revocation_reason or reason
-            else:
-                generation, revoked_at = db.next_generation(tx, actor.tenant_id, at=now), now
-                db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
-                events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=reason)
-                audit.record(tx, actor, "device:revoke", f"device:{device_id}", at=now, reason=reason)
+            if device.status is DeviceStatus.REVOKED:
+                return True, device.generation, device.revoked_at or now, device.revocation_reason or reason
+            generation = db.next_generation(tx, actor.tenant_id, at=now)
+            db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
+            events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=reason)
+            audit.record(tx, actor, "device:revoke", f"device:{device_id}", at=now, reason=reason)
             failpoint("revoke.before_commit")
+            return False, generation, now, reason
+
+        repeated, generation, revoked_at, given = self._database.write(write)
         failpoint("revoke.after_commit")
         if not repeated:
             metrics.counts.revocations.inc()
         enforced, problem = self._apply(device_id, DeviceStatus.REVOKED, generation)
         if enforced and not repeated:
             metrics.counts.enforce_seconds.observe(time.monotonic() - started)
-        return Revoked(device_id, revoked_at, reason, enforced, problem)
+        return Revoked(device_id, revoked_at, given, enforced, problem)
 
     def suspend(self, actor: Actor, device_id: str) -> Suspended:
         """Put a device's certificates on hold and disconnect it, until it is resumed; may be repeated.

@@ -137,6 +137,12 @@ class _FilesDraft:
     def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
         pass
 
+    def puts_off_crls(self, ca: bytes) -> bool:
+        return False
+
+    def append(self, generation: int) -> None:
+        raise NotImplementedError("the broker reads the ACL with the CRLs")
+
     def discard(self) -> None:
         pass  # the ACL in memory has all changes of a snapshot; to add them again does no harm
 
@@ -151,7 +157,7 @@ class FilesControl:
         self._acl = Acl(settings.acl_style, settings.topic_prefix)
         self._generation = 0  # of the ACL in memory
 
-    def draft(self) -> _FilesDraft:
+    def draft(self, enforced: int = 0) -> _FilesDraft:
         """Begin the next generation with the ACL of the last one that this process has made."""
         return _FilesDraft(self._acl, self._generation, self._install)
 
@@ -162,22 +168,21 @@ class FilesControl:
         self.files.install(Projection(generation, self._acl.render(generation), trust.crl, trust.ca))
         return True
 
-    def check_refused(self, identity: str, deadline: float) -> None:
-        """Do nothing: this broker cannot be asked about others."""
+    publishes_crls = False
 
-    def publish_crls(self) -> bool:
+    def publish_crls(self, trust: Trust) -> bool:
         """Do nothing: the broker reads the CRLs with the ACL."""
         return False
 
-    def enforce(self, generation: int, deadline: float, *, reload: bool = False) -> int:
+    def enforce(self, generation: int, deadline: float, *, reload: bool = False, refused: str | None = None) -> int:
         """Make the running broker load the installed files; return the generation that is then in force.
 
         That is ``generation``, or a newer one installed meanwhile. Return at once if the generation is in force
         already, unless ``reload`` demands a reload: after a repair that kept the generation, or with a new server
-        certificate. Raise ``BrokerUnavailable`` if the broker does not answer or does not load the files by the
-        deadline, ``BrokerNotEnforcing`` if it runs without its ACL.
+        certificate. This broker cannot be asked about ``refused``. Raise ``BrokerUnavailable`` if the broker does not
+        answer or does not load the files by the deadline, ``BrokerNotEnforcing`` if it runs without its ACL.
         """
-        answered, refused = False, SUCCESS
+        answered, login = False, SUCCESS
         while True:
             try:
                 sock = connect_unix(self._settings.broker_socket, deadline)
@@ -187,12 +192,12 @@ class FilesControl:
                     answered, broker = True, peer_process(sock)
                     if reason == SUCCESS:
                         return self._await_generation(session, broker, generation, deadline, reload=reload)
-                    if refused == SUCCESS:  # once: it may hold the password of an older file
+                    if login == SUCCESS:  # once: it may hold the password of an older file
                         self._reload(broker, deadline)
-                    refused = reason
+                    login = reason
             except OSError as error:
-                if refused != SUCCESS and isinstance(error, TimeoutError):
-                    raise BrokerUnavailable(password_refused(refused)) from error
+                if login != SUCCESS and isinstance(error, TimeoutError):
+                    raise BrokerUnavailable(password_refused(login)) from error
                 # Never answered: give up now. Disconnected after an answer: it may be restarting.
                 if not answered or time.monotonic() >= deadline:
                     raise unavailable(self._settings, error) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from broker.capath import CaFolder
 from broker.crl import issuing_certificates
 from broker.folder import CA_FILE, CRL_FILE, FILE_MODE, BrokerFolder, Trust
 from broker.guard import journal
-from broker.guard.journal import JournalAppend, NewJournal, Position, read_position
+from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position
 from broker.session import (
     FAILURE,
     NOT_AUTHORISED,
@@ -68,6 +68,19 @@ class GuardFiles(BrokerFolder):
         """Raise ``ProjectionInvalid`` if the broker must not get ``trust``, or has a newer generation already."""
         self._check(generation, trust)
         self._check_order(generation)
+
+    def check_trust(self, generation: int, trust: Trust) -> None:
+        """Raise ``ProjectionInvalid`` if the broker must not get ``trust``."""
+        self._check(generation, trust)
+
+    def check_follows(self, generation: int) -> None:
+        """Raise ``ProjectionInvalid`` if the journal or the record is of a newer generation."""
+        self._check_order(generation)
+
+    def installed_generation(self) -> int | None:
+        """Return the generation of the record, or of the journal, of which the record may lag behind."""
+        recorded, position = super().installed_generation(), self.position()
+        return recorded if recorded is None or position is None else max(recorded, position.generation)
 
     def position(self) -> Position | None:
         """Return where the journal ends, ``None`` if it is missing or damaged."""
@@ -170,11 +183,12 @@ class GuardDraft(GuardAccess):
     lists_every_device = True
     lists_certificates = True
 
-    def __init__(self, prefix: str, writer: LineWriter, since: int, commit: Callable[[int, Trust, bool], bool]) -> None:
+    def __init__(self, control: GuardControl, prefix: str, writer: JournalAppend | NewJournal, since: int) -> None:
         super().__init__(prefix, writer, whole=since == 0)
         self.since = since
+        self._control = control
+        self._journal = writer
         self._urgent = False  # whether the broker must have the CRL at once
-        self._commit = commit
 
     def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
         """Refuse a certificate; see ``broker.control.Draft``."""
@@ -182,10 +196,23 @@ class GuardDraft(GuardAccess):
         self._writer.add(journal.serial_line(issuer_hash, serial_number, identity or UNKNOWN_IDENTITY))
         self._urgent = self._urgent or is_probe
 
+    def puts_off_crls(self, ca: bytes) -> bool:
+        """Return whether the guard can do without new CRLs; see ``broker.control.Draft``."""
+        return not self._urgent and isinstance(self._journal, JournalAppend) and self._control.told(ca)
+
+    def append(self, generation: int) -> None:
+        """Append it to the journal alone; see ``broker.control.Draft``."""
+        try:
+            if not isinstance(self._journal, JournalAppend):
+                raise TypeError("a new journal is installed with its CRLs")
+            self._control.append(self._journal, generation)
+        finally:
+            self.discard()
+
     def install(self, generation: int, trust: Trust) -> bool:
         """Append it to the journal, or replace that; see ``broker.control.Draft``."""
         try:
-            return self._commit(generation, trust, self._urgent)
+            return self._control.install(self._journal, generation, trust, urgent=self._urgent)
         finally:
             self.discard()
 
@@ -202,16 +229,19 @@ class GuardControl:
         self._settings = settings
         self._clock = clock
         self._distrusted = False  # whether the journal was found damaged, so that the next one is a new one
+        self._names: tuple[bytes, frozenset[str]] = (b"", frozenset())  # hashes of the CAs' names, by their PEM
+        self._unsynced: Unsynced | None = None  # what was appended last
 
     # --- Writing
 
-    def draft(self) -> GuardDraft:
+    def draft(self, enforced: int = 0) -> GuardDraft:
         """Begin the next generation: a delta, or all in a new epoch if the journal does not continue what was written.
 
-        It does not if it is missing or damaged, after a restore, with another topic prefix, or if it has grown long.
+        It does not if it is missing, damaged or older than ``enforced``, after a restore, with another topic prefix, or
+        if it has grown long.
         """
         stated, position = self.files.stated(), self.files.position()
-        if position is not None and self._continues(position, stated):
+        if position is not None and position.generation >= enforced and self._continues(position, stated):
             return self._draft(JournalAppend(self.files.journal, position), position.generation)
         before = max(position.epoch if position is not None else 0, _whole(stated.get("epoch")))
         writer = self.files.begin(max(before + 1, int(self._clock().timestamp() * 1000)))
@@ -220,7 +250,17 @@ class GuardControl:
         return self._draft(writer, 0)
 
     def _draft(self, writer: JournalAppend | NewJournal, since: int) -> GuardDraft:
-        return GuardDraft(self._settings.topic_prefix, writer, since, functools.partial(self._install, writer))
+        return GuardDraft(self, self._settings.topic_prefix, writer, since)
+
+    def _issuers(self, ca: bytes) -> frozenset[str]:
+        if self._names[0] != ca:
+            self._names = (ca, frozenset(hashlib.sha256(one.subject.public_bytes()).hexdigest() for one in _cas(ca)))
+        return self._names[1]
+
+    def told(self, ca: bytes) -> bool:
+        """Return whether the guard knows all CAs of ``ca`` (PEM), and the portal's password."""
+        stated = self.files.stated()
+        return self._issuers(ca) <= {*stated.get("issuers", ())} and stated.get("portal") == self._password_hash()
 
     def _continues(self, position: Position, stated: Mapping[str, Any]) -> bool:
         begun_with = _whole(stated.get("begun_with"))
@@ -233,11 +273,28 @@ class GuardControl:
             and position.size <= _COMPACTED_AT * max(begun_with, 1 << 20)
         )
 
-    def _install(self, writer: JournalAppend | NewJournal, generation: int, trust: Trust, urgent: bool) -> bool:
+    def append(self, writer: JournalAppend, generation: int) -> None:
+        """Append to the journal; ``enforce`` makes it durable. The record follows with the CRLs."""
+        self.files.check_follows(generation)
+        self._sync()
+        _, self._unsynced = writer.write(generation)
+
+    def _sync(self) -> None:
+        """Make durable what was appended last."""
+        unsynced, self._unsynced = self._unsynced, None
+        if unsynced is not None:
+            try:
+                unsynced.sync()
+            except BrokerUnavailable:
+                self._distrusted = True  # what is on the disk is not known
+                raise
+
+    def install(self, writer: JournalAppend | NewJournal, generation: int, trust: Trust, *, urgent: bool) -> bool:
         """Add what else the guard has to know, make the journal durable, and publish the CRLs if it is time."""
         self.files.check(generation, trust)
+        self._sync()
         before = self.files.stated() if isinstance(writer, JournalAppend) else {}
-        issuers = {hashlib.sha256(ca.subject.public_bytes()).hexdigest() for ca in _certificates(trust)}
+        issuers = self._issuers(trust.ca)
         known = set(before.get("issuers", ()))
         for issuer in sorted(issuers - known):
             writer.add(journal.issuer_line(issuer))
@@ -268,21 +325,23 @@ class GuardControl:
         since = self._now() - _whole(before.get("crl_at"))
         return not 0 <= since < CRL_SECONDS or position.seq - _whole(before.get("crl_seq")) >= CRL_CHANGES
 
-    def publish_crls(self) -> bool:
-        """Publish the installed CRLs if the last ones were published some minutes ago; return whether it did."""
-        stated = self.files.stated()
-        if 0 <= self._now() - _whole(stated.get("crl_at")) < CRL_SECONDS:
+    publishes_crls = True
+
+    def publish_crls(self, trust: Trust) -> bool:
+        """Write the CRLs for the next start, and publish them if it is time; see ``broker.control.BrokerControl``."""
+        stated, position = self.files.stated(), self.files.position()
+        if position is None or position.epoch != stated.get("epoch") or self.files.damage():
+            return False  # it is repaired by an installation
+        if position.generation < _whole(stated.get("generation")):
             return False
-        folder = self._settings.broker_dir
-        try:
-            trust = Trust((folder / CRL_FILE).read_bytes(), (folder / CA_FILE).read_bytes())
-        except OSError:
-            return False  # damage, which is repaired by an installation
-        generation = self.files.installed_generation()
-        if generation is None or self.files.damage() or not self.files.ca_folder.publish(trust):
-            return False
-        self.files.install(generation, trust, {**stated, "crl_at": self._now(), "crl_seq": _whole(stated.get("seq"))})
-        return True
+        self.files.check_trust(position.generation, trust)
+        due = self._is_crl_due(position, stated)
+        if due:
+            self._make_room()
+            stated = {**stated, "crl_at": self._now(), "crl_seq": position.seq}
+        published = due and self.files.ca_folder.publish(trust)
+        self.files.install(position.generation, trust, {**stated, "seq": position.seq})
+        return published
 
     def _make_room(self) -> None:
         """Remove CRLs that newer ones have replaced, if certainly no broker runs that has counted them."""
@@ -301,7 +360,7 @@ class GuardControl:
 
     # --- Asking
 
-    def enforce(self, generation: int, deadline: float, *, reload: bool = False) -> int:
+    def enforce(self, generation: int, deadline: float, *, reload: bool = False, refused: str | None = None) -> int:
         """Return once the guard has proven that the journal is in force; see ``broker.control.BrokerControl``."""
         failpoint("apply.before_reload")
         position = self.files.position()
@@ -310,12 +369,35 @@ class GuardControl:
             raise BrokerUnavailable(f"{self.files.journal} is not what the portal wrote; it is written again.")
         try:
             with Session(connect_unix(self._settings.broker_socket, deadline), deadline + _REASON_SECONDS) as session:
-                self._log_in(session)
-                self._check_loaded(session)
-                self._await(session, position, deadline)
+                self._prove(session, position, refused, deadline)
         except OSError as error:
             raise unavailable(self._settings, error) from error
         return position.generation
+
+    def _prove(self, session: Session, position: Position, refused: str | None, deadline: float) -> None:
+        """Ask all at once, and make the journal durable meanwhile.
+
+        If the guard is not so far yet, wait for it, and ask for the ``refused`` identity again.
+        """
+        identify = [f"{TOPIC}/identify/{refused}"] if refused is not None else []
+        session.send_connect(client_id(), PORTAL_USER, self.files.password())
+        asked = [f"{TOPIC}/refused", f"{TOPIC}/prove/{position.epoch}/{position.seq}", *identify]
+        sent: list[bytes] = []
+        with contextlib.suppress(ConnectionError):  # if the broker has refused CONNECT, its answer is still there
+            sent = [session.send_publish(topic) for topic in asked]
+        self._sync()
+        self._check_login(session.receive_connack())
+        if not sent:
+            raise ConnectionError("the broker closed the connection")
+        loaded, proven, *allowed = map(session.receive_puback, sent)
+        _check_loaded(loaded)
+        if proven >= FAILURE:
+            self._await(session, position, deadline)
+            allowed = [session.publish(topic) for topic in identify]
+        if any(answer != NOT_AUTHORISED for answer in allowed):
+            raise BrokerNotEnforcing(
+                f"The guard in the broker allows {refused}, the portal's probe, which is denied: see its log."
+            )
 
     def check(self, deadline: float) -> int:
         """Return the generation that the guard proves to be in force; it changes nothing.
@@ -325,8 +407,8 @@ class GuardControl:
         position = read_position(self.files.journal)
         try:
             with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
-                self._log_in(session)
-                self._check_loaded(session)
+                self._check_login(session.connect(client_id(), PORTAL_USER, self.files.password()))
+                _check_loaded(session.publish(f"{TOPIC}/refused"))
                 if session.publish(f"{TOPIC}/prove/{position.epoch}/{position.seq}") >= FAILURE:
                     raise BrokerNotEnforcing(
                         f"The guard in the broker does not follow {self.files.journal}: see the broker's log."
@@ -335,14 +417,8 @@ class GuardControl:
             raise unavailable(self._settings, error) from error
         return position.generation
 
-    def _check_loaded(self, session: Session) -> None:
-        if session.publish(f"{TOPIC}/refused") != NOT_AUTHORISED:
-            raise BrokerNotEnforcing(
-                "The broker runs without the portal's guard: load the plugin as mosquitto/README.md says."
-            )
-
-    def _log_in(self, session: Session) -> None:
-        if (reason := session.connect(client_id(), PORTAL_USER, self.files.password())) != SUCCESS:
+    def _check_login(self, reason: int) -> None:
+        if reason != SUCCESS:
             raise BrokerNotEnforcing(
                 f"The broker refuses the portal on its internal listener with reason 0x{reason:02x}: it runs without"
                 f" the portal's guard, or plugin_opt_journal in its configuration is not {self.files.journal}."
@@ -372,27 +448,22 @@ class GuardControl:
             " plugin_opt_journal in its configuration names this file."
         )
 
-    def check_refused(self, identity: str, deadline: float) -> None:
-        """Raise ``BrokerNotEnforcing`` if the guard allows the identity, ``BrokerUnavailable`` without an answer."""
-        try:
-            with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
-                self._log_in(session)
-                if session.publish(f"{TOPIC}/identify/{identity}") != NOT_AUTHORISED:
-                    raise BrokerNotEnforcing(
-                        f"The guard in the broker allows {identity}, the portal's probe, which is denied: see its log."
-                    )
-        except OSError as error:
-            raise unavailable(self._settings, error) from error
-
 
 def _check_id(device_id: str) -> None:
     if not is_device_id(device_id):
         raise ValueError("a device's id must be a UUID in lower case with hyphens")
 
 
-def _certificates(trust: Trust) -> list[x509.Certificate]:
-    issuing_certificates(trust.ca)  # raises ProjectionInvalid
-    return x509.load_pem_x509_certificates(trust.ca)
+def _check_loaded(answer: int) -> None:
+    if answer != NOT_AUTHORISED:
+        raise BrokerNotEnforcing(
+            "The broker runs without the portal's guard: load the plugin as mosquitto/README.md says."
+        )
+
+
+def _cas(ca: bytes) -> list[x509.Certificate]:
+    issuing_certificates(ca)  # raises ProjectionInvalid
+    return x509.load_pem_x509_certificates(ca)
 
 
 def _whole(value: object) -> int:

@@ -116,6 +116,24 @@ class _Renderer:
 # --- Writing --------------------------------------------------------------------------------------------------------
 
 
+class Unsynced:
+    """A file that was written, and is not durable yet: meanwhile its lines can be proven to be in force."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        """Take over ``descriptor``."""
+        self._path = path
+        self._descriptor = descriptor
+
+    def sync(self) -> None:
+        """Make it durable, once; raise ``BrokerUnavailable`` if that fails."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+        finally:
+            os.close(self._descriptor)
+
+
 class JournalAppend:
     """Lines to append to a journal at a position; nothing is written before ``commit``. The caller holds the lock."""
 
@@ -132,6 +150,15 @@ class JournalAppend:
     def commit(self, generation: int) -> Position:
         """Append the lines and one that states ``generation``, durably; return where the journal ends then.
 
+        See ``write``.
+        """
+        position, unsynced = self.write(generation)
+        unsynced.sync()
+        return position
+
+    def write(self, generation: int) -> tuple[Position, Unsynced]:
+        """Append as ``commit`` does, so that the guard can read it, but not durably yet.
+
         What a writer that died has left of a line is cut off before. Raise ``BrokerUnavailable`` if the journal cannot
         be written or is not the one of the position: then no part of a line is left, but complete lines may be, which
         the guard may have read. They are true, and the next append continues behind them.
@@ -145,19 +172,14 @@ class JournalAppend:
                 self._cut_torn_line(descriptor)
                 _write_lines(descriptor, content, before.size)
                 failpoint("journal.written")
-                os.fsync(descriptor)
+                unsynced = Unsynced(self._path, os.dup(descriptor))
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise _unwritable(self._path, error) from error
-        return Position(
-            before.epoch,
-            self._renderer.seq,
-            generation,
-            self._renderer.checksum,
-            before.size + len(content),
-            before.inode,
-        )
+        seq, checksum = self._renderer.seq, self._renderer.checksum
+        end = Position(before.epoch, seq, generation, checksum, before.size + len(content), before.inode)
+        return end, unsynced
 
     def discard(self) -> None:
         """Drop the lines."""

@@ -20,7 +20,8 @@ from sqlalchemy.engine import Connection
 
 import db
 from broker.crl import read_crls
-from broker.folder import CRL_FILE, BrokerFolder
+from broker.folder import CRL_FILE
+from broker.guard.control import GuardFiles
 from config import Settings
 from core.broker_control import RECORD_FILE
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
@@ -386,7 +387,7 @@ def _check_audit_record(tx: Connection, backup: Backup) -> list[str]:
 
 def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
     """Advance the generation beyond any that the broker has had, and return it."""
-    recorded = BrokerFolder(plan.settings, lambda: plan.now).installed_generation() or 0
+    recorded = GuardFiles(plan.settings, lambda: plan.now).installed_generation() or 0
     before = max((row["generation"] for row in replaced("broker_state")), default=0) if replaced else 0
     generation = max(recorded + 1, before + 1, db.next_generation(tx, DEFAULT_TENANT, at=plan.now))
     tx.execute(sa.update(BrokerState).where(BrokerState.tenant_id == DEFAULT_TENANT).values(generation=generation))

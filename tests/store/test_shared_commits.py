@@ -16,6 +16,7 @@ from store import database as database_module
 from store.database import Database
 
 SECONDS = 10
+NORMAL, FULL = 1, 2  # as SQLite has them
 Work = Callable[[Connection], int]
 
 
@@ -172,3 +173,11 @@ def test_work_that_was_done_is_done_again_where_anothers_failed_and_counts_once(
     assert [future.exception() is None for future in futures] == [True, True, False]
     assert len(runs) == 2
     assert seen(database) == {-1, 0, 5}
+
+
+def test_what_need_not_survive_a_power_cut_is_not_synced_and_the_next_commit_is(database: Database) -> None:
+    for durable, synchronous in ((False, NORMAL), (True, FULL), (False, NORMAL)):
+        with database.transaction(durable=durable) as tx:
+            assert tx.exec_driver_sql("PRAGMA synchronous").scalar_one() == synchronous
+    database.write(lambda tx: insert(tx.exec_driver_sql("PRAGMA synchronous").scalar_one())(tx))
+    assert seen(database) == {FULL}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from cryptography import x509
 
 from broker.files.control import BrokerFiles
 from broker.guard.control import CRL_CHANGES
@@ -105,6 +106,15 @@ def test_a_revoked_device_is_cut_and_gets_nothing_any_more(shared: Deployment) -
     client.wait_cut()
     client.close()
     assert gets_nothing(device)  # until the CRL is published TLS lets it in
+
+
+def test_a_revocation_is_on_the_public_crl_at_once(shared: Deployment) -> None:
+    for _ in range(3):
+        device = shared.onboard()
+        revoke(shared, device.id)
+        serial_number = x509.load_pem_x509_certificate(Path(device.file("chain.pem")).read_bytes()).serial_number
+        crl = requests.get(f"{shared.pki_url}/crl/issuing-1.crl", timeout=10).content
+        assert x509.load_der_x509_crl(crl).get_revoked_certificate_by_serial_number(serial_number) is not None
 
 
 def test_once_the_crl_is_published_tls_refuses_a_revoked_device_too(shared: Deployment) -> None:

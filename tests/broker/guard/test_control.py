@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +59,13 @@ class Place:
         fill(draft)
         return draft.install(self.generation, trust or self.trust())
 
+    def append(self, fill: Callable[[Draft], object] = lambda draft: None) -> None:
+        self.generation += 1
+        draft = self.control.draft()
+        fill(draft)
+        assert draft.puts_off_crls(self.pki.ca_bundle)
+        draft.append(self.generation)
+
     def crls(self) -> list[bytes]:
         """The CRLs that the running broker finds, the last one as the newest."""
         return [path.read_bytes() for path in sorted((self.settings.broker_dir / "capath").glob("*.r*"))]
@@ -89,6 +98,13 @@ def deny(times: int) -> Callable[[Draft], None]:
             remove_device_acl(draft, ONE)
 
     return fill
+
+
+def since(place: Place, *, enforced: int = 0) -> int:
+    """The generation that the next draft continues."""
+    draft = place.control.draft(enforced)
+    draft.discard()
+    return draft.since
 
 
 def hash_of(authority: Authority) -> str:
@@ -295,7 +311,7 @@ def test_a_broker_without_the_guard_is_never_believed(place: Place) -> None:
 
 def test_a_guard_that_does_not_follow_is_not_believed_and_gets_a_new_journal(place: Place) -> None:
     place.install()
-    since: list[int] = []
+    begun: list[int] = []
     with place.stub() as guard:
         place.broker.enforce(1, soon())
         guard.stopped = True
@@ -303,8 +319,8 @@ def test_a_guard_that_does_not_follow_is_not_believed_and_gets_a_new_journal(pla
         with pytest.raises(BrokerUnavailable, match="has not taken over"):
             place.broker.enforce(2, soon(0.3))
         guard.stopped = False
-        place.install(lambda draft: since.append(draft.since))
-        assert since == [0]
+        place.install(lambda draft: begun.append(draft.since))
+        assert begun == [0]
         assert place.broker.enforce(3, soon()) == 3
 
 
@@ -334,9 +350,69 @@ def test_a_denied_identity_must_be_refused(place: Place) -> None:
     place.install(lambda draft: add_device_acl(draft, TWO, None))
     place.install(deny(1))
     with place.stub():
-        place.control.check_refused(ONE, soon())
+        place.control.enforce(2, soon(), refused=ONE)
         with pytest.raises(BrokerNotEnforcing, match=TWO):
-            place.control.check_refused(TWO, soon())
+            place.control.enforce(2, soon(), refused=TWO)
+
+
+# --- A change that needs no CRL ------------------------------------------------------------------------------------
+
+
+def test_a_change_is_appended_and_proven_before_any_crl_is_written(place: Place) -> None:
+    place.install()
+    before = (place.settings.broker_dir / "projection.json").read_bytes()
+    place.append(deny(1))
+    assert journal_lines(place.journal)[-2:] == [f"deny {ONE}", "generation 2"]
+    assert (place.settings.broker_dir / "projection.json").read_bytes() == before
+    with place.stub():
+        assert place.control.enforce(2, soon()) == 2
+    assert place.control.files.installed_generation() == 2
+    assert place.control.files.damage() == []
+
+
+def test_nothing_is_enforced_before_the_journal_is_durable(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.install()
+    place.append(deny(1))
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with place.stub():
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", fail)
+            with pytest.raises(BrokerUnavailable, match="cannot be written: Input/output error"):
+                place.control.enforce(2, soon())
+        assert since(place) == 0  # nobody knows what is on the disk: a new epoch
+
+
+def test_a_change_never_waits_behind_a_newer_generation(place: Place) -> None:
+    place.install()
+    place.generation = 4
+    place.append(deny(1))
+    place.generation = 3
+    with pytest.raises(ProjectionInvalid, match="newer than 4"):
+        place.append()
+
+
+def test_what_needs_the_crl_is_not_put_off(place: Place) -> None:
+    first = place.control.draft()
+    assert not first.puts_off_crls(place.pki.ca_bundle)  # the guard knows nothing yet
+    first.discard()
+    place.install()
+    probe = place.control.draft()
+    probe.revoke_certificate(place.pki.issuing.certificate.subject.public_bytes(), "1f", ONE, is_probe=True)
+    assert not probe.puts_off_crls(place.pki.ca_bundle)
+    other = Authority("Other issuing", issuer=place.pki.root)
+    assert not place.control.draft().puts_off_crls(other.certificate.public_bytes(PEM) + place.pki.ca_bundle)
+
+
+def test_a_journal_older_than_what_was_in_force_is_not_continued(place: Place) -> None:
+    place.install()
+    older = place.journal.read_bytes()
+    place.append(deny(1))
+    place.journal.write_bytes(older)
+    assert since(place, enforced=1) == 1
+    assert since(place, enforced=2) == 0
 
 
 # --- CRLs in batches -----------------------------------------------------------------------------------------------
@@ -348,7 +424,7 @@ def test_the_running_broker_gets_crls_in_batches(place: Place) -> None:
     assert place.crls() == [first.crl]
     assert not place.install()
     assert place.crls() == [first.crl]
-    assert not place.control.publish_crls()
+    assert not place.control.publish_crls(first)
     place.now += timedelta(seconds=CRL_SECONDS)
     newest = place.trust()
     assert place.install(trust=newest)
@@ -372,10 +448,30 @@ def test_a_crl_that_nothing_followed_is_published_by_the_job(place: Place) -> No
     newest = place.trust()
     place.install(trust=newest)
     place.now += timedelta(seconds=CRL_SECONDS)
-    assert place.control.publish_crls()
+    assert place.control.publish_crls(newest)
     assert place.crls()[-1] == newest.crl
-    assert not place.control.publish_crls()
+    assert not place.control.publish_crls(newest)
     assert place.control.files.damage() == []
+
+
+def test_a_crl_that_was_put_off_is_there_for_the_next_start(place: Place) -> None:
+    place.install()
+    place.append(deny(1))
+    newest = place.trust()
+    assert not place.control.publish_crls(newest)
+    assert (place.settings.broker_dir / "crl.pem").read_bytes() == newest.crl
+    assert place.control.files.stated()["generation"] == 2
+
+
+def test_a_crl_beside_a_journal_that_is_damaged_or_older_is_left_to_the_repair(place: Place) -> None:
+    place.install()
+    older = place.journal.read_bytes()
+    place.install(deny(1))
+    before = (place.settings.broker_dir / "crl.pem").read_bytes()
+    for content in (older, older[:-3]):
+        place.journal.write_bytes(content)
+        assert not place.control.publish_crls(place.trust())
+        assert (place.settings.broker_dir / "crl.pem").read_bytes() == before
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755])
