@@ -132,7 +132,8 @@ class Installation:
     @contextlib.contextmanager
     def between_reconciliations(self) -> Iterator[None]:
         """Keep the portal from changing the broker's files for the body of a ``with``."""
-        with FileLock(self.settings.data_dir / ".pass.lock").hold():
+        folder = self.settings.data_dir
+        with FileLock(folder / ".pass.lock").hold(), FileLock(folder / ".crl.lock").hold():
             yield
 
     def close(self) -> None:
