@@ -409,6 +409,8 @@ class GuardControl:
             with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
                 self._check_login(session.connect(client_id(), PORTAL_USER, self.files.password()))
                 _check_loaded(session.publish(f"{TOPIC}/refused"))
+                if session.publish(f"{TOPIC}/version/{GUARD_VERSION}") >= FAILURE:
+                    raise _other_version()
                 if session.publish(f"{TOPIC}/prove/{position.epoch}/{position.seq}") >= FAILURE:
                     raise BrokerNotEnforcing(
                         f"The guard in the broker does not follow {self.files.journal}: see the broker's log."
@@ -437,10 +439,7 @@ class GuardControl:
     def _not_proven(self, session: Session) -> BrokerUnavailable:
         self._distrusted = True  # a new epoch repairs whatever the guard has against this one
         if session.publish(f"{TOPIC}/version/{GUARD_VERSION}") >= FAILURE:
-            return BrokerNotEnforcing(
-                f"The guard in the broker is not of the portal's version, {GUARD_VERSION}: install the plugin again,"
-                " then restart the broker."
-            )
+            return _other_version()
         if problem := self.files.verify():
             return BrokerNotEnforcing(f"{problem} The portal writes it again.")
         return BrokerUnavailable(
@@ -452,6 +451,13 @@ class GuardControl:
 def _check_id(device_id: str) -> None:
     if not is_device_id(device_id):
         raise ValueError("a device's id must be a UUID in lower case with hyphens")
+
+
+def _other_version() -> BrokerNotEnforcing:
+    return BrokerNotEnforcing(
+        f"The guard in the broker is not of the portal's version, {GUARD_VERSION}: install the plugin again,"
+        " then restart the broker."
+    )
 
 
 def _check_loaded(answer: int) -> None:

@@ -285,9 +285,28 @@ def broker_version(installation: Installation) -> Finding:
     if not guarded:
         found += reload_warnings(version, installation.settings.acl_style)
         found += size_warnings(version, installation.settings.acl_style, devices)
+    elif pid:
+        found += openssl_warnings(Path(f"/proc/{pid}/environ"))
     found += _connection_warnings(installation, devices)
     how = "under the guard" if guarded else f"in style {installation.settings.acl_style}"
     return combine(found, f"Mosquitto {said}, with {devices} active devices {how}.")
+
+
+def openssl_warnings(environment: Path) -> list[Finding]:
+    """Warn if the broker's environment names no settings for OpenSSL; say nothing if it cannot be read."""
+    try:
+        variables = environment.read_bytes().split(b"\0")
+    except OSError:
+        return []
+    if any(variable.startswith(b"OPENSSL_CONF=") for variable in variables):
+        return []
+    return [
+        warning(
+            "The broker runs without OPENSSL_CONF: a TLS 1.3 session that began before a revocation is resumed past the"
+            " CRL, and only the guard refuses it.",
+            "Install mosquitto/openssl.cnf as mosquitto/README.md says, then restart the broker.",
+        )
+    ]
 
 
 def version_of(

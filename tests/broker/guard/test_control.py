@@ -332,6 +332,15 @@ def test_a_guard_of_another_version_is_told(place: Place) -> None:
             place.broker.enforce(1, soon(0.3))
 
 
+def test_a_guard_of_another_version_is_found_by_a_check_even_if_it_follows(place: Place) -> None:
+    place.install()
+    with place.stub() as guard:
+        assert place.control.check(soon()) == 1
+        guard.version = 2
+        with pytest.raises(BrokerNotEnforcing, match="not of the portal's version"):
+            place.control.check(soon())
+
+
 def test_a_guard_that_does_not_know_the_portal_is_told(place: Place) -> None:
     place.install()
     with place.stub():

@@ -21,7 +21,7 @@ from core.roles import Role
 from operations.doctor import authority, doctor
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
 from operations.doctor.doctor import exit_status
-from operations.doctor.mosquitto import mistakes, read_configuration, size_warnings, version_of
+from operations.doctor.mosquitto import mistakes, openssl_warnings, read_configuration, size_warnings, version_of
 from operations.wiring import Portal, prepare
 from store import generations, tenants
 from store.tables import Certificate, Delivery
@@ -436,6 +436,15 @@ def test_an_acl_too_slow_for_the_fleet_is_a_warning(
     version: tuple[int, ...], style: AclStyle, devices: int, slow: bool
 ) -> None:
     assert bool(size_warnings(version, style, devices)) is slow
+
+
+@pytest.mark.parametrize(("environment", "warned"), [(b"PATH=/bin\0OPENSSL_CONF=/x.cnf\0", 0), (b"PATH=/bin\0", 1)])
+def test_a_broker_that_resumes_tls_sessions_past_the_crl_is_a_warning(
+    tmp_path: Path, environment: bytes, warned: int
+) -> None:
+    (tmp_path / "environ").write_bytes(environment)
+    assert len(openssl_warnings(tmp_path / "environ")) == warned
+    assert openssl_warnings(tmp_path / "absent") == []
 
 
 @pytest.mark.parametrize("version", [(2, 0, 11), (2, 0, 22), (2, 1, 0), (2, 1, 2)])
