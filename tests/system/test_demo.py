@@ -60,7 +60,7 @@ def test_the_demo_runs_to_its_end_and_leaves_nothing_behind(folder: Path) -> Non
     assert re.search(rf"^All {len(steps)} steps happened as they should, in \d+\.\d s\.\n\Z", printed, re.MULTILINE)
     for seen in (
         "-rw-------  device.key",
-        "410: This link has been used",
+        "410: This link was used at ",
         "devices/hall-2/pressure 2.4 bar",
         "Not authorized",
         "the broker cuts its session",
