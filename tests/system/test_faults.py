@@ -357,6 +357,8 @@ def count(ledger: Ledger, status: str) -> int:
 class Timed(Faulty):
     """A deployment whose portal and broker go by a clock that the test moves (libfaketime)."""
 
+    lasting_token = ""
+
     def __init__(self) -> None:
         super().__init__()
         self.fake = {
@@ -397,6 +399,9 @@ class Timed(Faulty):
     def start_portal(self, *, others: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         process = super().start_portal(others=others)
         self.session.verify = self.ahead == timedelta(0) and self.operator["PORTAL_CA"]
+        if not self.lasting_token:  # the first one is valid for a day
+            self.lasting_token = self.call("POST", "/tokens", {"name": "tests", "role": "admin"}).json()["token"]
+        self.session.headers["Authorization"] = f"Bearer {self.lasting_token}"
         return process
 
     def every_worker_shows_the_certificate_on_disk(self) -> bool:

@@ -234,8 +234,9 @@ def test_a_download_that_breaks_off_has_used_the_link_and_destroyed_the_bundle(
     registered = deployment.register()
     half_read(deployment, registered["download_url"].removeprefix(deployment.url), read=read)
     assert deployment.session.get(registered["download_url"], timeout=10).status_code == 410
-    entries = deployment.call("GET", f"/audit?object=device:{registered['device_id']}").json()["entries"]
-    assert entries[0]["action"] == "bundle:deliver"
+    refused, delivered = deployment.call("GET", f"/audit?object=device:{registered['device_id']}").json()["entries"][:2]
+    assert (delivered["action"], delivered["outcome"]) == ("bundle:deliver", "done")
+    assert (refused["action"], refused["outcome"]) == ("bundle:fetch", "refused")
 
 
 def test_the_delivery_is_on_record_when_the_bundle_is_answered(deployment: Deployment) -> None:

@@ -200,6 +200,7 @@ def test_the_routes_of_the_plain_listener_are_these(anyone: Api) -> None:
         "/ca/{issuer}.cer",
         "/crl/{issuer}.crl",
         "/ocsp",
+        "/ocsp/",
         "/ocsp/{request}",
     }
     answer = anyone.post("/ca.pem", **CLEAR)
