@@ -39,6 +39,7 @@ NAMES = (
     "journal.staged",
     "journal.renamed",
     "apply.after_install",
+    "apply.before_proof",
     "apply.before_reload",
     "apply.after_reload",
     "apply.after_cut",

@@ -362,7 +362,7 @@ class GuardControl:
 
     def enforce(self, generation: int, deadline: float, *, reload: bool = False, refused: str | None = None) -> int:
         """Return once the guard has proven that the journal is in force; see ``broker.control.BrokerControl``."""
-        failpoint("apply.before_reload")
+        failpoint("apply.before_proof")
         position = self.files.position()
         if position is None or position.generation < generation:
             self._distrusted = True

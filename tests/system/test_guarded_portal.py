@@ -238,7 +238,7 @@ def test_an_older_journal_that_is_put_back_while_all_runs_is_noticed(own: Deploy
     assert gets_nothing(device)
 
 
-@pytest.mark.parametrize("step", ["journal.written", "apply.after_install", "apply.after_reload"])
+@pytest.mark.parametrize("step", ["journal.written", "apply.before_proof", "apply.after_reload"])
 def test_a_portal_killed_at_any_step_finishes_after_its_start(step: str) -> None:
     with Victim(PORTAL_BROKER_CONTROL="guard", PORTAL_WORKERS="1") as victim:
         victim.wait_ready()
