@@ -153,7 +153,8 @@ def test_an_entry_is_read_once_by_a_process(portal: Portal, one: Process, monkey
     real = ca.revoke_certificate
 
     def counted(serial_number: str, *rest: Any) -> x509.RevokedCertificate:
-        encoded.append(serial_number)
+        if serial_number.startswith("c0ffee"):  # not the probe certificate, which a later generation than ours revoked
+            encoded.append(serial_number)
         return real(serial_number, *rest)
 
     monkeypatch.setattr(ca, "revoke_certificate", counted)
