@@ -154,7 +154,7 @@ def verify(portal: Remote, file: str, keys: tuple[str, ...], notes: tuple[str, .
     It must agree with each checkpoint. The more checkpoints you kept, the more is certain: an entry that the oldest
     one signs has not changed since. The exit status is 1 if anything was changed, removed, inserted or moved.
     """
-    verifiers = [VerifierKey.read(given) for given in keys]
+    verifiers = [CheckpointKey.read(given) for given in keys]
     checkpoints = [_checkpoint(path, verifiers) for path in notes]
     try:
         with click.open_file(file, "rb") as source:
@@ -170,7 +170,7 @@ def verify(portal: Remote, file: str, keys: tuple[str, ...], notes: tuple[str, .
 
 
 @dataclass(frozen=True, slots=True)
-class VerifierKey:
+class CheckpointKey:
     """A public key of checkpoints: its name, its id of 4 bytes, and the Ed25519 key."""
 
     name: str
@@ -178,7 +178,7 @@ class VerifierKey:
     key: Ed25519PublicKey
 
     @classmethod
-    def read(cls, given: str) -> VerifierKey:
+    def read(cls, given: str) -> CheckpointKey:
         """Read a key, or the file that it is in; raises ``Misused``."""
         content = given if _KEY.fullmatch(given) else read_input(given, limit=4096).decode("utf-8", "replace").strip()
         match = _KEY.fullmatch(content)
@@ -204,7 +204,7 @@ class VerifierKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class GivenCheckpoint:
     """The content of a checkpoint whose signature is good: how many entries, and the root of their Merkle tree."""
 
     place: str
@@ -212,7 +212,7 @@ class Checkpoint:
     root: bytes
 
 
-def _checkpoint(path: str, keys: list[VerifierKey]) -> Checkpoint:
+def _checkpoint(path: str, keys: list[CheckpointKey]) -> GivenCheckpoint:
     lines = _lines_of(read_input(path, limit=64 * 1024))
     end = len(lines) - 1 - lines[::-1].index("") if "" in lines else 0
     body = "".join(f"{line}\n" for line in lines[:end]).encode()
@@ -222,7 +222,7 @@ def _checkpoint(path: str, keys: list[VerifierKey]) -> Checkpoint:
     origin, size, root = lines[0], lines[1], _decoded(lines[2])
     if origin not in [key.name for key in signers] or not _SIZE.fullmatch(size) or len(root) != 32:
         raise CheckFailed(f"{clean(path)} is signed, but it is not a checkpoint of the key's log.")
-    return Checkpoint(clean(path), int(size), root)
+    return GivenCheckpoint(clean(path), int(size), root)
 
 
 def _lines_of(note: bytes) -> list[str]:
@@ -252,7 +252,7 @@ class Verified:
     head: str
 
 
-def check_export(source: IO[bytes], checkpoints: list[Checkpoint]) -> Verified:
+def check_export(source: IO[bytes], checkpoints: list[GivenCheckpoint]) -> Verified:
     """Check the chain of an export's entries, and its Merkle tree by each checkpoint; raises ``CheckFailed``.
 
     The leaves of the tree (RFC 6962 section 2.1) are the canonical JSON texts that the chain hashes.
@@ -279,7 +279,7 @@ def check_export(source: IO[bytes], checkpoints: list[Checkpoint]) -> Verified:
     return Verified(number, previous)
 
 
-def _compare(checkpoints: list[Checkpoint], roots: Mapping[int, bytes], entries: int) -> None:
+def _compare(checkpoints: list[GivenCheckpoint], roots: Mapping[int, bytes], entries: int) -> None:
     good = 0
     for one in sorted(checkpoints, key=lambda one: one.size):
         if one.size > entries:

@@ -9,6 +9,7 @@ import operator
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from http import HTTPStatus
@@ -113,24 +114,29 @@ def import_devices(
     tally = Tally(rows)
     results = Results(out)
     tally.there_before = _there_before(portal, results, _identified(file, how, batch))
-    with results:
-        try:
-            _upload(portal, results, tally, _identified(file, how, batch))
-            if download:
-                _download(portal, results, tally)
-        except KeyboardInterrupt:
-            portal.out.warning(AGAIN)
-            raise
-        except CliError as error:
-            error.hints = (*error.hints, AGAIN)
-            raise
+    with results, _said_to_be_repeatable(portal):
+        _upload(portal, results, tally, _identified(file, how, batch))
+        if download:
+            _download(portal, results, tally)
     _show(portal, results, tally)
     if tally.failed or tally.not_downloaded:
         raise click.exceptions.Exit(1)
 
 
+@contextmanager
+def _said_to_be_repeatable(portal: Remote) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        portal.out.warning(AGAIN)
+        raise
+    except CliError as error:
+        error.hints = (*error.hints, AGAIN)
+        raise
+
+
 @dataclass(slots=True)
-class Checked:
+class RowProblems:
     """What is wrong with the rows of a file: how many are, and the first of them."""
 
     rows: int = 0
@@ -156,10 +162,10 @@ class Checked:
         raise CliError(f"{self.problems} of {self.rows} rows have problems; nothing was registered.{more}")
 
 
-def _check(portal: Remote, file: Path, how: Reading) -> Checked:
+def _check(portal: Remote, file: Path, how: Reading) -> RowProblems:
     """Check every row as far as that is possible without the portal."""
     seen: dict[bytes, int] = {}
-    checked = Checked()
+    checked = RowProblems()
     with portal.out.working("Checking the file…"):
         for row in read_rows(file, how):
             checked.rows += 1
@@ -174,7 +180,7 @@ def _check(portal: Remote, file: Path, how: Reading) -> Checked:
     return checked
 
 
-def _dry_run(portal: Remote, checked: Checked, rows: Iterator[tuple[FileRow, str]]) -> None:
+def _dry_run(portal: Remote, checked: RowProblems, rows: Iterator[tuple[FileRow, str]]) -> None:
     """Have the portal check the rows by its own rules; raises ``CliError`` if one is wrong."""
     for probe in portal.client.register_rows(b"{}\n", dry_run=True):
         if not probe.get("dry_run"):  # it would register what it is given to check

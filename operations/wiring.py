@@ -182,7 +182,6 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
     processes = CredentialProcesses(settings, links, credentials)
     batches = Batches(settings, database, authority, reconciler, processes, clock)
     first = FirstEnrolments(settings, database, credentials, clock)
-    again = Reenrolments(database, reconciler, credentials, clock)
     clients = Clients(settings, database, authority, clock)
     responders = ResponderCertificates(settings, database, authority, clock, tenant_id)
     return Portal(
@@ -201,7 +200,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         revocations=DeviceRevocations(database, reconciler, clock),
         renewals=Renewals(settings, database, reconciler, credentials, answers, clock),
         clients=clients,
-        enrolment=Enrolments(database, reconciler, first, again),
+        enrolment=Enrolments(database, reconciler, first, Reenrolments(database, reconciler, credentials, clock)),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),
         approvals=Approvals(settings, database, clock),

@@ -23,7 +23,7 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 
-from config import Settings
+from config import Address, Settings
 from core.errors import PortalError, StartupError
 from web.listeners import BACKLOG, RequestBody, ServerTls, allow_open_files, listen
 
@@ -64,11 +64,8 @@ def serve(
     allow_open_files(settings.max_connections + SPARE_FILES)
     start = _Start(on_worker_start or (lambda _app: None), on_ready)
     with contextlib.ExitStack() as stack:
-        limits = (settings.request_timeout, settings.workers)
-        main_sockets = listen(settings.bind, "PORTAL_BIND", *limits)
-        stack.callback(_close, main_sockets)
-        pki_sockets = listen(settings.pki_bind, "PORTAL_PKI_BIND", *limits)
-        stack.callback(_close, pki_sockets)
+        main_sockets = _sockets(stack, settings, settings.bind, "PORTAL_BIND")
+        pki_sockets = _sockets(stack, settings, settings.pki_bind, "PORTAL_PKI_BIND")
         if on_listening is not None:
             on_listening()
         apps = {listener: app_factory(listener) for listener in LISTENERS}
@@ -82,6 +79,12 @@ def serve(
     if sentence := start.failure():
         raise StartupError(sentence)
     return status
+
+
+def _sockets(stack: contextlib.ExitStack, settings: Settings, address: Address, setting: str) -> list[socket.socket]:
+    sockets = listen(address, setting, settings.request_timeout, settings.workers)
+    stack.callback(_close, sockets)
+    return sockets
 
 
 # --- Processes ----------------------------------------------------------------------------------------------------

@@ -109,16 +109,20 @@ def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, 
                 notes.append(
                     "The root key was not restored: it is in the backup, but was moved out of this data folder."
                 )
-            try:
-                if settings.database_url.startswith("sqlite"):
-                    _restore_sqlite(plan)
-                else:
-                    _restore_postgresql(plan)
-            except OSError as error:
-                raise BackupRefused(f"The data folder cannot be written: {error.strerror}.") from error
+            _restore_database(plan)
             # The generations are of another history now: the guard's journal cannot be continued by what has changed.
             settings.broker_file(RECORD_FILE).unlink(missing_ok=True)
             return done
+
+
+def _restore_database(plan: _Plan) -> None:
+    try:
+        if plan.settings.database_url.startswith("sqlite"):
+            _restore_sqlite(plan)
+        else:
+            _restore_postgresql(plan)
+    except OSError as error:
+        raise BackupRefused(f"The data folder cannot be written: {error.strerror}.") from error
 
 
 def _broker_crls(settings: Settings) -> tuple[Sequence[x509.CertificateRevocationList], list[str]]:
