@@ -21,23 +21,10 @@ from tests.support.mosquitto import GUARD, StartFailed
 from tests.support.mqtt import NOT_AUTHORISED, Message, MqttClient, connect_socket
 from tests.support.pki import PEM, Authority
 
+pytest_plugins = ("tests.support.guard_fixtures",)
 pytestmark = pytest.mark.system
 SECOND_USER = "their-telegraf"
 THEIRS = "a password of the operator's users"
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[GuardedBroker]:
-    """A broker whose journal is good at the beginning and the end of each test."""
-    with guarded_broker() as running:
-        yield running
-
-
-@pytest.fixture
-def own_broker() -> Iterator[GuardedBroker]:
-    """A broker for a test that damages or replaces the journal, or restarts it."""
-    with guarded_broker() as running:
-        yield running
 
 
 # --- The plugin by itself -----------------------------------------------------------------------------------------

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Iterator
 
 import pytest
 
 from tests.support.guard import (
     GuardedBroker,
-    guarded_broker,
     hash_of,
     is_admitted,
     may_publish,
@@ -19,14 +17,8 @@ from tests.support.guard import (
 )
 from tests.support.mqtt import MqttClient, Will, connect_tls
 
+pytest_plugins = ("tests.support.guard_fixtures",)
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[GuardedBroker]:
-    """A broker whose journal is good at the beginning and the end of each test."""
-    with guarded_broker() as running:
-        yield running
 
 
 # --- Denials --------------------------------------------------------------------------------------------------------

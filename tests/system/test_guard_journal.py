@@ -22,14 +22,8 @@ from tests.support.guard import (
 from tests.support.mqtt import NOT_AUTHORISED, MqttClient, connect_socket
 from tests.support.pki import Credentials
 
+pytest_plugins = ("tests.support.guard_fixtures",)
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture
-def own_broker() -> Iterator[GuardedBroker]:
-    """A broker for a test that damages or replaces the journal, or restarts it."""
-    with guarded_broker() as running:
-        yield running
 
 
 # --- The journal ------------------------------------------------------------------------------------------------------

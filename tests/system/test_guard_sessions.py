@@ -26,21 +26,8 @@ from tests.support.guard import (
 from tests.support.mqtt import NOT_AUTHORISED, MqttClient, Will, connect_socket
 from tests.support.pki import Credentials
 
+pytest_plugins = ("tests.support.guard_fixtures",)
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[GuardedBroker]:
-    """A broker whose journal is good at the beginning and the end of each test."""
-    with guarded_broker() as running:
-        yield running
-
-
-@pytest.fixture
-def own_broker() -> Iterator[GuardedBroker]:
-    """A broker for a test that damages or replaces the journal, or restarts it."""
-    with guarded_broker() as running:
-        yield running
 
 
 # --- Sleeping sessions ------------------------------------------------------------------------------------------------
