@@ -19,6 +19,7 @@ from store import keys
 from store.database import UtcDateTime
 from store.deliveries import empty_answers, revoke_deliveries
 from store.devices import DEVICE_COLUMNS, DeviceRecord, change_certificates, update_device
+from store.presences import add_presences
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device
 
 # --- Devices ------------------------------------------------------------------------------------------------------
@@ -64,6 +65,7 @@ def add_devices(tx: Connection, devices: Sequence[NewDevice]) -> None:
     rows = [_device_row(device) for device in devices]
     if rows:
         tx.execute(_INSERT_DEVICES, rows)
+        add_presences(tx, [(row["tenant_id"], row["id"], row["created_at"]) for row in rows])
     topics: list[dict[str, Any]] = []
     for device in devices:
         topics += _topic_rows(device["tenant_id"], device["device_id"], device["topics"])

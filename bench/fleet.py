@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from core.states import IssuerKind
 from store.database import Database
+from store.presences import add_presences
 from store.tables import BrokerState, Certificate, Device, IssuerRow
 
 TENANT = "default"
@@ -40,6 +41,7 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
         with database.transaction() as tx:
             tx.execute(sa.insert(Device), [device for device, _ in rows])
             tx.execute(sa.insert(Certificate), [certificate for _, certificate in rows])
+            add_presences(tx, [(TENANT, device["id"], device["created_at"]) for device, _ in rows])
     with database.transaction() as tx:
         # As long ago as the revocations are: the broker has obeyed them.
         tx.execute(sa.update(BrokerState).values(applied_generation=BrokerState.generation, pending_since=None))
@@ -47,7 +49,7 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
             tx.execute(sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(revoked_generation=1))
     if not database.is_sqlite:
         with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(sa.text("VACUUM ANALYZE devices, certificates"))
+            connection.execute(sa.text("VACUUM ANALYZE devices, certificates, presences"))
     database.close()
 
 

@@ -6,7 +6,7 @@ Their texts are what the database and the REST interface show.
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 from core.errors import StateConflict
 
@@ -87,6 +87,14 @@ class EventDeliveryStatus(StrEnum):
     WAITING = "waiting"
     DELIVERED = "delivered"
     DEAD = "dead"
+
+
+class PresenceState(IntEnum):
+    """Whether an identity was last seen connected to the broker; the values are in the order of lists."""
+
+    NEVER_SEEN = 0
+    OFFLINE = 1
+    CONNECTED = 2
 
 
 PENDING_DELIVERY = (DeliveryStatus.READY, DeliveryStatus.FETCHING)

@@ -167,6 +167,25 @@ class Device(OfTenant, Base):
     former_external_id: Mapped[str | None] = mapped_column(sa.String(128))
 
 
+class Presence(OfTenant, Base):
+    """Whether an identity, a device's id, was last seen connected to the broker.
+
+    It has a table of its own because it is written often, and by one process: no row of ``devices`` is locked or
+    copied for it.
+    """
+
+    __tablename__ = "presences"
+    __table_args__ = (
+        sa.CheckConstraint(f"state BETWEEN {min(states.PresenceState)} AND {max(states.PresenceState)}", name="state"),
+        sa.Index("ix_presences_seen", "tenant_id", "state", "since", "identity"),
+    )
+
+    identity: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    state: Mapped[int] = mapped_column(sa.SmallInteger)  # a PresenceState
+    # Since when it is connected; when it was seen last, if it is offline; when it was added, if it was never seen.
+    since: Mapped[datetime]
+
+
 class AclEntry(Base):
     """A topic of a device that has its own topics; a device without any has the default ones."""
 
