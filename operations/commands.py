@@ -46,6 +46,8 @@ NO_FRONT_SERVER = (
     " in PORTAL_TRUSTED_PROXIES."
 )
 
+# The exit status of a restore that could not read all that was changed since; 1 and 2 are click's.
+RESTORED_IN_PART = 3
 _COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}
 
 
@@ -340,15 +342,35 @@ def backup(file: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--replace", is_flag=True, help="Replace a database that has devices; the old one is kept.")
 @click.option("--keep-links", is_flag=True, help="Keep download links that have not been used since.")
+@click.option(
+    "--crl",
+    "crls",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A saved CRL (PEM or DER) of a CA in the backup: what it lists stays revoked. May be given several times.",
+)
 @without_traceback
-def restore(file: Path, replace: bool, keep_links: bool) -> None:
+def restore(file: Path, replace: bool, keep_links: bool, crls: tuple[Path, ...]) -> None:
     """Restore the backup FILE while no portal runs on this data folder.
 
-    Whatever was revoked since the backup stays revoked, if the broker's CRL or the database being replaced lists it.
+    Whatever was revoked since the backup stays revoked, if a CRL (the broker's, or one given with --crl) or the
+    database being replaced lists it. The exit status is 3 if the backup was restored, but not all that was changed
+    since could be read: the lines "Not known" say what.
     """
     done = backup_restore.restore(
-        settings_of_app(), file.absolute(), replace=replace, keep_links=keep_links, now=utc_now()
+        settings_of_app(),
+        file.absolute(),
+        replace=replace,
+        keep_links=keep_links,
+        now=utc_now(),
+        crl_files=[path.absolute() for path in crls],
     )
+    _show_restored(done)
+    if done.unknown:
+        sys.exit(RESTORED_IN_PART)
+
+
+def _show_restored(done: backup_restore.Restored) -> None:
     click.echo(f"Restored       {done.counts['devices']} devices, as of {done.made_at}")
     if done.before is not None:
         click.echo(f"Before         {done.before} holds what was there")
@@ -362,6 +384,8 @@ def restore(file: Path, replace: bool, keep_links: bool) -> None:
         click.echo("Kept revoked   nothing: all that is known here as revoked is revoked in the backup")
     for note in done.notes:
         click.echo(f"Note           {note}")
+    for unknown in done.unknown:
+        click.echo(f"Not known      {unknown}")
     click.echo(f"Next           start the portal: it brings the broker to generation {done.generation} and proves it")
     if any(kept.unknown for kept in done.kept):
         click.echo("               and restart the broker, to end sessions of devices that are not in the backup")

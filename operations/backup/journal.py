@@ -94,7 +94,7 @@ def journaled(settings: Settings, staged: Path | None) -> Iterator[Journal]:
     try:
         yield journal
     except BaseException:
-        settle(settings)
+        settle(settings, failed=True)
         raise
     failpoint("restore.ended")
     journal.close()
@@ -105,9 +105,10 @@ def is_unsettled(settings: Settings) -> bool:
     return (settings.data_dir / NAME).exists()
 
 
-def settle(settings: Settings) -> bool:
+def settle(settings: Settings, *, failed: bool = False) -> bool:
     """Undo an interrupted restore, or keep it if it was committed; return whether it was.
 
+    One that ``failed`` in this process was not interrupted: its error says all, so nothing is logged of its undoing.
     The caller holds the data folder exclusively. Raise ``StartupError`` if the journal cannot be read or the disk not
     written, ``DatabaseUnavailable`` if PostgreSQL does not answer.
     """
@@ -127,7 +128,7 @@ def settle(settings: Settings) -> bool:
         ) from error
     if committed:
         log.warning("a restore was interrupted after its last step: the backup is restored")
-    else:
+    elif not failed:
         log.warning("an interrupted restore was undone: everything is as before it")
     return committed
 

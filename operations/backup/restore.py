@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -12,27 +11,26 @@ from datetime import datetime
 from pathlib import Path
 
 import sqlalchemy as sa
-from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sqlalchemy.engine import Connection
 
 import db
-from broker.crl import read_crls
 from broker.folder import CRL_FILE
 from broker.guard.control import GuardFiles
 from config import Settings
 from core.broker_control import RECORD_FILE
-from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
+from core.errors import BackupRefused, CaKeyUnavailable, PortalError
 from core.failpoints import failpoint
 from core.files import fsync_directory
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup.archive import Backup
+from operations.backup.crls import SavedCrls, continue_crls, unknown_revocations
 from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_database
-from operations.backup.revocations import Kept, RevocationReplay, Tables, crl_record, match_crls, newest_crl
+from operations.backup.revocations import Kept, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
 from pki.checkpoints import VerifierKey
 from pki.keystore import KeyFiles
@@ -40,16 +38,26 @@ from store import audit
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database, newest_revision
-from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, IssuerRow, KeptBundle
+from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, KeptBundle
 from workflows.audit import CHECKPOINT_FILE, KEY_FILE
 from workflows.authority.issuers import FIRST_ISSUING
 
 ROOT_KEY = "root.key.pem"
+# What only the old database has. Without it, these are as in the backup.
+_NOT_KNOWN = (
+    "operator tokens, enrolment tokens and manufacturers that were revoked or removed since",
+    "uses of enrolment tokens since",
+    "topics that were taken away since, and webhooks that were deleted",
+    "devices registered since: their certificates are valid until they expire",
+)
 
 
 @dataclass(slots=True)
 class Restored:
-    """The result of a restore: what it revoked again, notes for the operator, where the old database is."""
+    """The result of a restore: what it revoked again, notes for the operator, where the old database is.
+
+    ``unknown`` says, item by item, what was changed since the backup and could not be read anywhere.
+    """
 
     made_at: str
     counts: dict[str, int]
@@ -57,6 +65,7 @@ class Restored:
     links_expired: int = 0
     kept: list[Kept] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     before: Path | None = None
 
 
@@ -70,27 +79,30 @@ class _Plan:
     same: bool  # whether it is also the key of the data folder
     puts: dict[Path, bytes]
     moves: list[tuple[Path, Path]]
-    crls: Sequence[x509.CertificateRevocationList]
+    crls: SavedCrls
     replace: bool
     keep_links: bool
     now: datetime
     done: Restored
 
 
-def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, now: datetime) -> Restored:
+def restore(
+    settings: Settings, path: Path, *, replace: bool, keep_links: bool, now: datetime, crl_files: Sequence[Path] = ()
+) -> Restored:
     """Restore a backup to the data folder and the database of ``settings``; nothing changes if it fails.
 
-    Everything revoked according to the broker's CRL or the database being replaced stays revoked. ``replace`` allows
-    replacing a database that has devices; ``keep_links`` keeps download links of the backup. Raise
-    ``BackupRefused``, ``DatabaseTooNew``, ``PortalRunning``, ``CaKeyUnavailable``, ``DatabaseUnavailable``.
+    Everything revoked according to the broker's CRL, those of ``crl_files`` or the database being replaced stays
+    revoked. ``replace`` allows replacing a database that has devices; ``keep_links`` keeps download links of the
+    backup. Raise ``BackupRefused``, ``DatabaseTooNew``, ``PortalRunning``, ``CaKeyUnavailable``,
+    ``DatabaseUnavailable``.
     """
     with Backup(path) as backup:
         store_copy.check_revision(backup.manifest.revision)
         with data_folder.exclusive(settings):
             key, same = _key_of(backup, settings)
             backup.check()
-            crls, notes = _broker_crls(settings)
-            done = Restored(backup.manifest.made_at, dict(backup.manifest.counts), notes=notes)
+            crls = SavedCrls.read(settings.broker_file(CRL_FILE), crl_files)
+            done = Restored(backup.manifest.made_at, dict(backup.manifest.counts))
             puts, moves = _files_to_place(backup, settings, same=same)
             plan = _Plan(
                 settings=settings,
@@ -106,7 +118,7 @@ def restore(settings: Settings, path: Path, *, replace: bool, keep_links: bool, 
                 done=done,
             )
             if same and ROOT_KEY in backup.small_files("ca") and not (settings.ca_dir / ROOT_KEY).exists():
-                notes.append(
+                done.notes.append(
                     "The root key was not restored: it is in the backup, but was moved out of this data folder."
                 )
             _restore_database(plan)
@@ -123,19 +135,6 @@ def _restore_database(plan: _Plan) -> None:
             _restore_postgresql(plan)
     except OSError as error:
         raise BackupRefused(f"The data folder cannot be written: {error.strerror}.") from error
-
-
-def _broker_crls(settings: Settings) -> tuple[Sequence[x509.CertificateRevocationList], list[str]]:
-    path = settings.broker_file(CRL_FILE)
-    try:
-        return read_crls(path.read_bytes()), []
-    except FileNotFoundError:
-        return [], [f"There is no {path}, so revocations after the backup could not be read from it."]
-    except (OSError, ProjectionInvalid) as error:
-        raise BackupRefused(
-            f"{path} cannot be read, so it is not known what was revoked after the backup; repair it, or move it away"
-            " to restore without it."
-        ) from error
 
 
 # --- The key and the files --------------------------------------------------------------------------------------------
@@ -255,8 +254,7 @@ def _replaced_sqlite(plan: _Plan, current: Path) -> Iterator[Tables | None]:
         if replaced is None:
             _allow(plan, f"The database {current} cannot be read")
             plan.done.notes.append(
-                f"The database {current} could not be read: only the broker's CRL says what was revoked after the"
-                " backup."
+                f"The database {current} could not be read: only CRLs say what was revoked after the backup."
             )
         yield replaced
 
@@ -352,22 +350,25 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
     store_copy.renumber(tx)
     done.notes += _check_audit_record(tx, backup)
     issuers = store_issuers.list_issuers(tx, retired=True)
-    crls = match_crls(plan.crls, issuers)
-    if len(crls) < len(plan.crls):
-        done.notes.append("The broker's folder has a CRL of a CA that is not in the backup; it was ignored.")
+    crls, ignored = plan.crls.of(issuers)
+    done.notes += ignored
     done.generation = _advance(tx, plan, replaced)
     revocations = RevocationReplay(tx, generation=done.generation, now=plan.now)
     revocations.keep(crls, replaced)
     done.kept = revocations.kept
-    _continue_crls(tx, crls, issuers, replaced, done.generation)
+    continue_crls(tx, crls, issuers, replaced, done.generation)
     done.links_expired = _expire_links(tx, plan, replaced)
-    if replaced is None:
-        done.notes.append(
-            f"Not known, so as in the backup: operator tokens revoked after {done.made_at}, topics taken away, webhooks"
-            " deleted, and devices registered since, whose certificates are valid until they expire."
-        )
+    if not _is_of_one_of(replaced, issuers):
+        made_at = datetime.fromisoformat(done.made_at)
+        done.unknown = [*unknown_revocations(issuers, crls, made_at, plan.now), *_NOT_KNOWN]
     _record(tx, plan, replaced, journal)
     failpoint("restore.filled")
+
+
+def _is_of_one_of(replaced: Tables | None, issuers: Sequence[store_issuers.IssuerRecord]) -> bool:
+    """Return whether the replaced database was read and is of the backup's CA, so that it knows what was revoked."""
+    ours = {issuer.fingerprint for issuer in issuers}
+    return replaced is not None and any(row["fingerprint"] in ours for row in replaced("issuers"))
 
 
 def _check_audit_record(tx: Connection, backup: Backup) -> list[str]:
@@ -396,29 +397,6 @@ def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
     generation = max(recorded + 1, before + 1, db.next_generation(tx, DEFAULT_TENANT, at=plan.now))
     tx.execute(sa.update(BrokerState).where(BrokerState.tenant_id == DEFAULT_TENANT).values(generation=generation))
     return generation
-
-
-def _continue_crls(
-    tx: Connection,
-    crls: dict[int, x509.CertificateRevocationList],
-    issuers: Sequence[store_issuers.IssuerRecord],
-    replaced: Tables | None,
-    generation: int,
-) -> None:
-    """Let the next CRL of each issuer have a number and a thisUpdate above those of any known one."""
-    before: dict[str, store_issuers.CrlRecord] = {}
-    if replaced is not None:
-        fingerprints = {row["id"]: row["fingerprint"] for row in replaced("issuers")}
-        for row in replaced("crls"):
-            values = (row[name] for name in ("issuer_id", "number", "this_update", "next_update", "generation", "der"))
-            before[fingerprints[row["issuer_id"]]] = store_issuers.CrlRecord(*values)
-    for issuer in issuers:
-        tenant_id = tx.execute(sa.select(IssuerRow.tenant_id).where(IssuerRow.id == issuer.id)).scalar_one()
-        given = crl_record(issuer.id, crls[issuer.id]) if issuer.id in crls else None
-        newest = newest_crl(given, before.get(issuer.fingerprint))
-        if newest is not None:
-            ours = dataclasses.replace(newest, issuer_id=issuer.id, generation=generation - 1)
-            store_issuers.put_crl(tx, tenant_id, ours)
 
 
 def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:

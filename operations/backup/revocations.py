@@ -11,18 +11,16 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
 
 import db
-from core.errors import BackupRefused
 from core.states import ON_CRL, CertificateStatus, DeviceStatus, ManufacturerStatus
 from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import CLOCK_SKEW, Reason
 from store import audit, devices, keys, webhooks
 from store import issuers as store_issuers
 from store.enrolment_tables import EnrolmentToken, Manufacturer
-from store.issuers import CrlRecord, IssuerRecord
+from store.issuers import IssuerRecord
 from store.tables import AclEntry, Certificate, Device, IssuerRow, Token, Webhook
 
 T = TypeVar("T")
@@ -309,64 +307,11 @@ class RevocationReplay:
         audit.record(self._tx, audit.system_actor(tenant_id), action, target, at=self._now, **detail)
 
 
-# --- CRLs ---------------------------------------------------------------------------------------------------------
-
-
-def match_crls(
-    crls: Sequence[x509.CertificateRevocationList], issuers: Sequence[IssuerRecord]
-) -> dict[int, x509.CertificateRevocationList]:
-    """Return the CRLs that ``issuers`` signed, by the issuers' ids, without those of other CAs.
-
-    Raise ``BackupRefused`` if a CRL has the key identifier of an issuer but not its signature (RFC 5280 section 5).
-    """
-    matched = {}
-    for crl in crls:
-        for issuer in issuers:
-            certificate = x509.load_der_x509_certificate(issuer.der)
-            if crl.issuer != certificate.subject or _authority_key(crl) != _subject_key(certificate):
-                continue
-            key: Any = certificate.public_key()
-            if not crl.is_signature_valid(key):
-                raise BackupRefused(
-                    f"The signature of the broker's CRL of {issuer.name} does not verify, so it is not known what was"
-                    " revoked after the backup; move crl.pem of the broker's folder away to restore without it."
-                )
-            matched[issuer.id] = crl
-    return matched
-
-
-def newest_crl(*records: CrlRecord | None) -> CrlRecord | None:
-    """Return the CRL with the highest number."""
-    return max((record for record in records if record is not None), key=lambda record: record.number, default=None)
-
-
-def crl_record(issuer_id: int, crl: x509.CertificateRevocationList) -> CrlRecord | None:
-    """Return a CRL as the database keeps it, ``None`` if it has no number or no nextUpdate."""
-    try:
-        number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-    except (x509.ExtensionNotFound, ValueError):
-        return None
-    if crl.next_update_utc is None:
-        return None
-    return CrlRecord(issuer_id, number, crl.last_update_utc, crl.next_update_utc, 0, crl.public_bytes(Encoding.DER))
-
-
 def _reason(entry: x509.RevokedCertificate) -> str:
     try:
         return Reason(entry.extensions.get_extension_for_class(x509.CRLReason).value.reason.name).value
     except (x509.ExtensionNotFound, ValueError):
         return Reason.UNSPECIFIED.value
-
-
-def _authority_key(crl: x509.CertificateRevocationList) -> bytes | None:
-    try:
-        return crl.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-    except (x509.ExtensionNotFound, ValueError):
-        return None
-
-
-def _subject_key(certificate: x509.Certificate) -> bytes:
-    return certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
 
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:

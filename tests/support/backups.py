@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -39,8 +39,16 @@ def bring_passphrase(source: Settings, target: Settings) -> None:
     replace_file(target.secrets_dir / "ca-passphrase", (source.secrets_dir / "ca-passphrase").read_bytes())
 
 
-def put_back(settings: Settings, file: Path, clock: Clock, **options: bool) -> Restored:
-    return restore(settings, file, **({"replace": True, "keep_links": False} | options), now=clock())
+def put_back(
+    settings: Settings,
+    file: Path,
+    clock: Clock,
+    *,
+    replace: bool = True,
+    keep_links: bool = False,
+    crls: Sequence[Path] = (),
+) -> Restored:
+    return restore(settings, file, replace=replace, keep_links=keep_links, now=clock(), crl_files=crls)
 
 
 def copied(settings: Settings, file: Path, clock: Clock) -> WrittenBackup:
