@@ -16,9 +16,10 @@ from core.states import CertificateStatus, DeviceStatus
 from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import Reason
 from store import keys
+from store.certificates import OF_DEVICE
 from store.database import UtcDateTime
-from store.deliveries import empty_answers, revoke_deliveries
-from store.devices import DEVICE_COLUMNS, DeviceRecord, change_certificates, update_device
+from store.deliveries import DeliveryRevocation, empty_answers
+from store.devices import DEVICE_COLUMNS, CertificateChange, DeviceRecord, update_device
 from store.presences import add_presences
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device
 
@@ -81,15 +82,19 @@ def _device_row(device: NewDevice) -> dict[str, Any]:
     return row
 
 
+_DEVICE = sa.select(*DEVICE_COLUMNS).where(
+    Device.tenant_id == sa.bindparam("of_tenant"), Device.id == sa.bindparam("of_device")
+)
+_LOCK_DEVICE = _DEVICE.with_for_update()  # no effect on SQLite, where one writer excludes all others
+
+
 def get_device(tx: Connection, tenant_id: str, device_id: str, *, for_update: bool = False) -> DeviceRecord:
     """Read a device; ``for_update`` keeps others from changing it until the transaction ends.
 
     Raises ``DeviceNotFound``.
     """
-    query = sa.select(*DEVICE_COLUMNS).where(Device.tenant_id == tenant_id, Device.id == device_id)
-    if for_update:
-        query = query.with_for_update()  # no effect on SQLite, where one writer excludes all others
-    row = tx.execute(query).one_or_none()
+    query = _LOCK_DEVICE if for_update else _DEVICE
+    row = tx.execute(query, {"of_tenant": tenant_id, "of_device": device_id}).one_or_none()
     if row is None:
         raise DeviceNotFound(f"There is no device {device_id}; check the id with GET /devices.")
     return DeviceRecord(*row)
@@ -115,6 +120,19 @@ def _topic_rows(tenant_id: str, device_id: str, topics: Sequence[tuple[str, str]
     ]
 
 
+_REVOKE_CERTIFICATES = CertificateChange(
+    *OF_DEVICE,
+    Certificate.status != CertificateStatus.REVOKED,
+    status=CertificateStatus.REVOKED,
+    revoked_at=sa.bindparam("at"),
+    revocation_reason=sa.bindparam("reason"),
+    generation=sa.bindparam("changed_at"),
+)
+_DESTROY_BUNDLES = DeliveryRevocation(
+    Delivery.tenant_id == sa.bindparam("of_tenant"), Delivery.device_id == sa.bindparam("of_device")
+)
+
+
 def revoke_device(
     tx: Connection, tenant_id: str, device_id: str, *, revoked_at: datetime, reason: str, generation: int
 ) -> None:
@@ -126,13 +144,9 @@ def revoke_device(
         _block_keys(tx, tenant_id, device_id, revoked_at)
     values = {"revoked_at": revoked_at, "revocation_reason": reason, "generation": generation}
     update_device(tx, tenant_id, device_id, {"status": DeviceStatus.REVOKED, "updated_at": revoked_at, **values})
-    own = (
-        Certificate.tenant_id == tenant_id,
-        Certificate.device_id == device_id,
-        Certificate.status != CertificateStatus.REVOKED,
-    )
-    change_certificates(tx, own, {"status": CertificateStatus.REVOKED, **values}, generation=generation)
-    revoke_deliveries(tx, Delivery.tenant_id == tenant_id, Delivery.device_id == device_id)
+    own = {"of_tenant": tenant_id, "of_device": device_id}
+    _REVOKE_CERTIFICATES.run(tx, generation=generation, at=revoked_at, reason=reason, **own)
+    _DESTROY_BUNDLES.run(tx, **own)
     empty_answers(tx, tenant_id, device_id)
 
 

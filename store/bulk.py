@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeliveryStatus
 from store.certificates import CERTIFICATE_COLUMNS, CertificateRecord
-from store.devices import DEVICE_COLUMNS, DeviceRecord, topics_by_device
+from store.devices import DEVICE_COLUMNS, TOPICS, DeviceRecord, topics_by_device
 from store.tables import AclEntry, AuditEntry, Certificate, Delivery, Device, IssuerRow
 
 _REPLACEABLE = (DeliveryStatus.READY, DeliveryStatus.EXPIRED)  # nobody has begun to fetch the bundle
@@ -53,7 +53,7 @@ def find_known(tx: Connection, tenant_id: str, external_ids: Sequence[str]) -> d
     rows = tx.execute(_FIND, {"of_tenant": tenant_id, "wanted": external_ids}).all()
     found = [_found(row) for row in rows]
     with_topics = [device.id for device, *_ in found if device.own_topics]
-    own = topics_by_device(tx, AclEntry.tenant_id == tenant_id, AclEntry.device_id.in_(with_topics))
+    own = topics_by_device(tx, TOPICS.where(AclEntry.tenant_id == tenant_id, AclEntry.device_id.in_(with_topics)))
     in_use = _in_use(tx, tenant_id, [device.id for device, *_, status in found if status in _REPLACEABLE])
     known: dict[str, KnownDevice] = {}
     for device, certificate, delivery_id, status in found:

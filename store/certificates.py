@@ -42,9 +42,15 @@ CERTIFICATE_COLUMNS = columns_of(CertificateRecord, Certificate)
 CURRENT = sa.and_(sa.text("certificates.status IN ('active', 'held')"), sa.text("certificates.replaced_until IS NULL"))
 
 
-def of_device(tenant_id: str, device_id: str) -> tuple[sa.ColumnElement[bool], ...]:
+def of_device(
+    tenant_id: str | sa.BindParameter[str], device_id: str | sa.BindParameter[str]
+) -> tuple[sa.ColumnElement[bool], ...]:
     """Return the conditions that a certificate is one of a device."""
     return Certificate.tenant_id == tenant_id, Certificate.device_id == device_id
+
+
+# For statements that are built once.
+OF_DEVICE = of_device(sa.bindparam("of_tenant"), sa.bindparam("of_device"))
 
 
 def device_certificates(tx: Connection, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:

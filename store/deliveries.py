@@ -136,14 +136,21 @@ def forget_kept_bundles(tx: Connection, *, now: datetime) -> int:
     return tx.execute(sa.delete(KeptBundle).where(KeptBundle.expires_at <= now)).rowcount
 
 
-def revoke_deliveries(tx: Connection, *which: sa.ColumnElement[bool]) -> None:
-    """Destroy the bundles of deliveries, those that wait and those that are kept for a repeat."""
-    tx.execute(
-        sa.update(Delivery)
-        .where(*which, Delivery.status.in_(PENDING_DELIVERY))
-        .values(status=DeliveryStatus.REVOKED, bundle=None, lease_until=None)
-    )
-    tx.execute(sa.delete(KeptBundle).where(KeptBundle.delivery_id.in_(sa.select(Delivery.id).where(*which))))
+class DeliveryRevocation:
+    """Statements, built once, that destroy bundles: those that wait and those that are kept for a repeat."""
+
+    def __init__(self, *which: sa.ColumnElement[bool]) -> None:
+        self._revoke = (
+            sa.update(Delivery)
+            .where(*which, Delivery.status.in_(PENDING_DELIVERY))
+            .values(status=DeliveryStatus.REVOKED, bundle=None, lease_until=None)
+        )
+        self._forget = sa.delete(KeptBundle).where(KeptBundle.delivery_id.in_(sa.select(Delivery.id).where(*which)))
+
+    def run(self, tx: Connection, **parameters: Any) -> None:
+        """Destroy the bundles of the deliveries that ``parameters`` select."""
+        tx.execute(self._revoke, parameters)
+        tx.execute(self._forget, parameters)
 
 
 def anything_due(tx: Connection, *, now: datetime) -> bool:
@@ -229,10 +236,16 @@ def add_answer(tx: Connection, *, tenant_id: str, key_hash: str, created_at: dat
     tx.execute(sa.insert(IdempotencyKey), row)
 
 
+_EMPTY_ANSWERS = (
+    sa.update(IdempotencyKey)
+    .where(IdempotencyKey.tenant_id == sa.bindparam("of_tenant"), IdempotencyKey.device_id == sa.bindparam("of_device"))
+    .values(sealed_answer=b"")
+)
+
+
 def empty_answers(tx: Connection, tenant_id: str, device_id: str) -> None:
     """Destroy the answers about a device. Their idempotency keys stay used, so that a repeat has no second effect."""
-    own = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.device_id == device_id)
-    tx.execute(sa.update(IdempotencyKey).where(*own).values(sealed_answer=b""))
+    tx.execute(_EMPTY_ANSWERS, {"of_tenant": tenant_id, "of_device": device_id})
 
 
 def forget_answers(tx: Connection, *, now: datetime) -> int:

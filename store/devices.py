@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeviceStatus
 from core.topics import is_device_id
-from store.certificates import CURRENT, of_device
+from store.certificates import CURRENT, OF_DEVICE, of_device
 from store.database import columns_of
 from store.tables import AclEntry, Certificate, Device, IssuerRow
 
@@ -42,9 +42,15 @@ class DeviceRecord:
 DEVICE_COLUMNS = columns_of(DeviceRecord, Device)
 
 
+# Statements are built once where a request that is to be quick runs them: that takes longer than to run them.
+_UPDATE_DEVICE = sa.update(cast(sa.Table, Device.__table__)).where(
+    Device.tenant_id == sa.bindparam("of_tenant"), Device.id == sa.bindparam("of_device")
+)
+
+
 def update_device(tx: Connection, tenant_id: str, device_id: str, values: dict[str, Any]) -> None:
     """Set columns of a device, by their names."""
-    tx.execute(sa.update(Device).where(Device.tenant_id == tenant_id, Device.id == device_id).values(values))
+    tx.execute(_UPDATE_DEVICE, {**values, "of_tenant": tenant_id, "of_device": device_id})
 
 
 def owner_of(tx: Connection, tenant_id: str, external_id: str) -> str | None:
@@ -67,15 +73,19 @@ def devices_by_status(tx: Connection, tenant_id: str) -> dict[str, int]:
 
 def device_topics(tx: Connection, tenant_id: str, device_id: str) -> tuple[tuple[str, str], ...]:
     """Return a device's own topics as pairs of filter and access, in their order."""
-    topics = topics_by_device(tx, AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id)
-    return tuple(topics.get(device_id, ()))
+    own = TOPICS.where(AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id)
+    return tuple(topics_by_device(tx, own).get(device_id, ()))
 
 
-def topics_by_device(tx: Connection, *conditions: sa.ColumnElement[bool]) -> dict[str, list[tuple[str, str]]]:
-    """Return devices' own topics as pairs of filter and access, by device id; the conditions are on ``AclEntry``."""
-    query = sa.select(AclEntry.device_id, AclEntry.filter, AclEntry.access).where(*conditions)
+TOPICS = sa.select(AclEntry.device_id, AclEntry.filter, AclEntry.access).order_by(AclEntry.device_id, AclEntry.position)
+
+
+def topics_by_device(
+    tx: Connection, query: sa.Select[str, str, str], **parameters: Any
+) -> dict[str, list[tuple[str, str]]]:
+    """Return own topics as pairs of filter and access, by device id; ``query`` is ``TOPICS`` with conditions."""
     topics: dict[str, list[tuple[str, str]]] = {}
-    for device_id, pattern, access in tx.execute(query.order_by(AclEntry.device_id, AclEntry.position)):
+    for device_id, pattern, access in tx.execute(query, parameters):
         topics.setdefault(device_id, []).append((pattern, access))
     return topics
 
@@ -213,27 +223,59 @@ def _between(
 HOLD = "certificate_hold"
 
 
+class CertificateChange:
+    """An update of certificates, built once, that marks their issuers so that new CRLs are signed.
+
+    The columns of ``values`` may be bound parameters, as may the conditions of ``which``.
+    """
+
+    def __init__(self, *which: sa.ColumnElement[bool], **values: Any) -> None:
+        issuers = sa.select(Certificate.issuer_id).where(*which)
+        self._mark = (
+            sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=sa.bindparam("changed_at"))
+        )
+        self._change = sa.update(Certificate).where(*which).values(**values)
+
+    def run(self, tx: Connection, *, generation: int, **parameters: Any) -> int:
+        """Make the change at ``generation``, which is also the parameter ``changed_at``; return how many there were."""
+        parameters["changed_at"] = generation
+        tx.execute(self._mark, parameters)
+        return tx.execute(self._change, parameters).rowcount
+
+
+_SUSPEND = CertificateChange(
+    *OF_DEVICE,
+    Certificate.status.in_((CertificateStatus.ACTIVE, CertificateStatus.REPLACED)),
+    status=CertificateStatus.HELD,
+    revoked_at=sa.bindparam("at"),
+    revocation_reason=HOLD,
+    generation=sa.bindparam("changed_at"),
+)
+_RESUME = CertificateChange(
+    *OF_DEVICE,
+    Certificate.status == CertificateStatus.HELD,
+    status=sa.case(
+        (Certificate.replaced_until.is_(None), sa.literal(CertificateStatus.ACTIVE, Certificate.status.type)),
+        else_=sa.literal(CertificateStatus.REPLACED, Certificate.status.type),
+    ),
+    revoked_at=None,
+    revocation_reason=None,
+    generation=sa.bindparam("changed_at"),
+)
+
+
 def suspend_device(tx: Connection, tenant_id: str, device_id: str, *, suspended_at: datetime, generation: int) -> None:
     """Suspend a device and put all its usable certificates on hold (RFC 5280 section 5.3.1)."""
     values = {"status": DeviceStatus.SUSPENDED, "updated_at": suspended_at, "generation": generation}
     update_device(tx, tenant_id, device_id, values)
-    usable = Certificate.status.in_((CertificateStatus.ACTIVE, CertificateStatus.REPLACED))
-    held = {"status": CertificateStatus.HELD, "revoked_at": suspended_at, "revocation_reason": HOLD}
-    which = (*of_device(tenant_id, device_id), usable)
-    change_certificates(tx, which, held | {"generation": generation}, generation=generation)
+    _SUSPEND.run(tx, generation=generation, of_tenant=tenant_id, of_device=device_id, at=suspended_at)
 
 
 def resume_device(tx: Connection, tenant_id: str, device_id: str, *, resumed_at: datetime, generation: int) -> None:
     """Make a suspended device active again; each certificate on hold returns to its former state."""
-    values: dict[str, Any] = {"status": DeviceStatus.ACTIVE, "updated_at": resumed_at, "generation": generation}
+    values = {"status": DeviceStatus.ACTIVE, "updated_at": resumed_at, "generation": generation}
     update_device(tx, tenant_id, device_id, values)
-    was = sa.case(
-        (Certificate.replaced_until.is_(None), sa.literal(CertificateStatus.ACTIVE, Certificate.status.type)),
-        else_=sa.literal(CertificateStatus.REPLACED, Certificate.status.type),
-    )
-    which = (*of_device(tenant_id, device_id), Certificate.status == CertificateStatus.HELD)
-    values = {"status": was, "revoked_at": None, "revocation_reason": None, "generation": generation}
-    change_certificates(tx, which, values, generation=generation)
+    _RESUME.run(tx, generation=generation, of_tenant=tenant_id, of_device=device_id)
 
 
 def suspended_since(tx: Connection, tenant_id: str, device_id: str) -> datetime | None:
@@ -243,12 +285,3 @@ def suspended_since(tx: Connection, tenant_id: str, device_id: str) -> datetime 
     )
     since: datetime | None = tx.execute(query).scalar_one()
     return since
-
-
-def change_certificates(
-    tx: Connection, which: Sequence[sa.ColumnElement[bool]], values: dict[str, Any], *, generation: int
-) -> int:
-    """Update certificates, and mark their issuers so that new CRLs are signed; return how many there were."""
-    issuers = sa.select(Certificate.issuer_id).where(*which)
-    tx.execute(sa.update(IssuerRow).where(IssuerRow.id.in_(issuers)).values(revoked_generation=generation))
-    return tx.execute(sa.update(Certificate).where(*which).values(values)).rowcount

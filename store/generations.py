@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeviceStatus
 from store.database import UtcDateTime, columns_of
-from store.devices import topics_by_device
+from store.devices import TOPICS, topics_by_device
 from store.tables import AclEntry, BrokerState, Certificate, Device
 
 
@@ -38,20 +39,23 @@ def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:
     return BrokerStateRecord(*tx.execute(_BROKER_STATE, {"of_tenant": tenant_id}).one())
 
 
+_SET_APPLIED = (
+    sa.update(BrokerState)
+    .where(BrokerState.tenant_id == sa.bindparam("of_tenant"), BrokerState.applied_generation < sa.bindparam("applied"))
+    .values(
+        applied_generation=sa.bindparam("applied"),
+        applied_at=sa.bindparam("at"),
+        # A change that came during the reconciliation has been pending since then, which is at the latest now.
+        pending_since=sa.case(
+            (BrokerState.generation > sa.bindparam("applied"), sa.bindparam("at", type_=UtcDateTime)), else_=None
+        ),
+    )
+)
+
+
 def set_applied_generation(tx: Connection, tenant_id: str, generation: int, *, applied_at: datetime) -> None:
     """Record that the broker enforces ``generation``; a lower one than recorded changes nothing."""
-    tx.execute(
-        sa.update(BrokerState)
-        .where(BrokerState.tenant_id == tenant_id, BrokerState.applied_generation < generation)
-        .values(
-            applied_generation=generation,
-            applied_at=applied_at,
-            # A change that came during the reconciliation has been pending since then, which is at the latest now.
-            pending_since=sa.case(
-                (BrokerState.generation > generation, sa.literal(applied_at, UtcDateTime)), else_=None
-            ),
-        )
-    )
+    tx.execute(_SET_APPLIED, {"of_tenant": tenant_id, "applied": generation, "at": applied_at})
 
 
 # --- What has changed ------------------------------------------------------------------------------------------------
@@ -73,26 +77,41 @@ class AclChange:
     generation: int
 
 
+_DEVICES = (
+    sa.select(Device.id, Device.status, Device.own_topics, Device.generation)
+    .where(Device.tenant_id == sa.bindparam("of_tenant"))
+    .order_by(Device.generation)
+    .execution_options(yield_per=5000)
+)
+_DEVICES_WITH_TOPICS = _DEVICES.where(_OWN_TOPICS, Device.status == DeviceStatus.ACTIVE)
+_CHANGED_DEVICES = _DEVICES.where(Device.generation > sa.bindparam("since"), _CHANGED)
+_TOPICS = TOPICS.where(AclEntry.tenant_id == sa.bindparam("of_tenant"))
+_CHANGED_TOPICS = _TOPICS.where(
+    AclEntry.device_id.in_(
+        sa.select(Device.id).where(
+            Device.tenant_id == sa.bindparam("of_tenant"), Device.generation > sa.bindparam("since"), _CHANGED
+        )
+    )
+)
+
+
 def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -> Iterator[AclChange]:
     """Yield every device whose ACL entry changed after generation ``since``, in the order of the changes.
 
     From generation 0 on this is the whole ACL, if ``defaults`` includes active devices with the default topics. Without
     these, which a pattern line covers, it is the active devices with their own topics; ``newest_denied`` adds the rest.
     """
-    query = sa.select(Device.id, Device.status, Device.own_topics, Device.generation).where(
-        Device.tenant_id == tenant_id
-    )
-    own = [AclEntry.tenant_id == tenant_id]
+    parameters = {"of_tenant": tenant_id, "since": since}
     if since > 0:
-        query = query.where(Device.generation > since, _CHANGED)
-        changed = sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.generation > since, _CHANGED)
-        own.append(AclEntry.device_id.in_(changed))
-    elif not defaults:
-        query = query.where(_OWN_TOPICS, Device.status == DeviceStatus.ACTIVE)
-    topics = topics_by_device(tx, *own)
-    query = query.order_by(Device.generation)
-    for device_id, status, own_topics, generation in tx.execute(query.execution_options(yield_per=5000)):
-        yield AclChange(device_id, status, tuple(topics.get(device_id, ())) if own_topics else None, generation)
+        devices, own_topics = _CHANGED_DEVICES, _CHANGED_TOPICS
+    else:
+        devices, own_topics = _DEVICES if defaults else _DEVICES_WITH_TOPICS, _TOPICS
+    topics: Mapping[str, Sequence[tuple[str, str]]] | None = None
+    for device_id, status, has_topics, generation in tx.execute(devices, parameters):
+        if has_topics and topics is None:
+            topics = topics_by_device(tx, own_topics, **parameters)
+        own = tuple(topics.get(device_id, ())) if has_topics and topics is not None else None
+        yield AclChange(device_id, status, own, generation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +125,26 @@ class RevokedShown:
     der: bytes
 
 
+def _revoked_shown(*first: sa.ColumnElement[bool] | sa.TextClause) -> sa.Select[Any]:
+    columns = (Certificate.issuer_id, Certificate.serial_number, Certificate.device_id, Certificate.purpose)
+    der = sa.case((Certificate.device_id.is_(None), Certificate.der), else_=sa.literal(b"", sa.LargeBinary))
+    query = sa.select(*columns, der).where(
+        *first,
+        Certificate.tenant_id == sa.bindparam("of_tenant"),
+        Certificate.status == CertificateStatus.REVOKED,
+        Certificate.not_after > sa.bindparam("now"),
+    )
+    return query.execution_options(yield_per=5000)
+
+
+_REVOKED_SHOWN = _revoked_shown()
+_REVOKED_SHOWN_SINCE = _revoked_shown(Certificate.generation > sa.bindparam("since"), _ON_A_CRL)
+
+
 def certificate_changes(tx: Connection, tenant_id: str, *, since: int, now: datetime) -> Iterator[RevokedShown]:
     """Yield the certificates revoked after generation ``since`` that have not expired at ``now``; from 0 on, all."""
-    query = sa.select(
-        Certificate.issuer_id,
-        Certificate.serial_number,
-        Certificate.device_id,
-        Certificate.purpose,
-        sa.case((Certificate.device_id.is_(None), Certificate.der), else_=sa.literal(b"", sa.LargeBinary)),
-    )
-    if since > 0:
-        query = query.where(Certificate.generation > since, _ON_A_CRL)
-    query = query.where(
-        Certificate.tenant_id == tenant_id,
-        Certificate.status == CertificateStatus.REVOKED,
-        Certificate.not_after > now,
-    )
-    for row in tx.execute(query.execution_options(yield_per=5000)):
+    query = _REVOKED_SHOWN_SINCE if since > 0 else _REVOKED_SHOWN
+    for row in tx.execute(query, {"of_tenant": tenant_id, "since": since, "now": now}):
         yield RevokedShown(*row)
 
 
@@ -157,25 +179,28 @@ def denied_among(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> s
     return denied
 
 
+_TO_DISCONNECT: sa.CompoundSelect[Any] = sa.union(
+    sa.select(Device.id).where(
+        Device.tenant_id == sa.bindparam("of_tenant"), Device.generation > sa.bindparam("since"), _DENIED
+    ),
+    sa.select(Certificate.device_id).where(
+        Certificate.generation > sa.bindparam("since"),
+        _ON_A_CRL,
+        Certificate.tenant_id == sa.bindparam("of_tenant"),
+        Certificate.status == CertificateStatus.REVOKED,
+        Certificate.device_id.is_not(None),
+    ),
+)
+
+
 def devices_to_disconnect(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
     """Return the devices whose sessions must end because of a change after generation ``since``.
 
     They were revoked or suspended, or one of their certificates was revoked, with which the session may have begun; a
     device that has another certificate connects again.
     """
-    denied = sa.select(Device.id).where(
-        Device.tenant_id == tenant_id,
-        Device.generation > since,
-        _DENIED,
-    )
-    lost_certificate = sa.select(Certificate.device_id).where(
-        Certificate.generation > since,
-        _ON_A_CRL,
-        Certificate.tenant_id == tenant_id,
-        Certificate.status == CertificateStatus.REVOKED,
-        Certificate.device_id.is_not(None),
-    )
-    return [device_id for device_id in tx.execute(sa.union(denied, lost_certificate)).scalars() if device_id]
+    found = tx.execute(_TO_DISCONNECT, {"of_tenant": tenant_id, "since": since}).scalars()
+    return [device_id for device_id in found if device_id]
 
 
 def devices_denied_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:

@@ -43,14 +43,13 @@ def add_issuer(tx: Connection, **values: Any) -> int:
     return tx.execute(sa.insert(IssuerRow).returning(IssuerRow.id), values).scalar_one()
 
 
+_ALL = sa.select(*_COLUMNS).order_by(IssuerRow.id)
+_ACTIVE = _ALL.where(IssuerRow.status == IssuerStatus.ACTIVE)
+
+
 def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRecord]:
     """Return all active CA certificates, with ``retired`` also the retired ones, the root first."""
-    rows = tx.execute(
-        sa.select(*_COLUMNS)
-        .where(IssuerRow.status.in_(tuple(IssuerStatus) if retired else (IssuerStatus.ACTIVE,)))
-        .order_by(IssuerRow.id)
-    )
-    return [IssuerRecord(*row) for row in rows]
+    return [IssuerRecord(*row) for row in tx.execute(_ALL if retired else _ACTIVE)]
 
 
 def touch_issuer(tx: Connection, issuer_id: int, *, generation: int) -> None:

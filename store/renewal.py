@@ -11,8 +11,8 @@ from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, DeliveryStatus
 from store.certificates import CURRENT, of_device
-from store.deliveries import revoke_deliveries
-from store.devices import change_certificates
+from store.deliveries import DeliveryRevocation
+from store.devices import CertificateChange
 from store.tables import Certificate, Delivery
 
 _USABLE = (CertificateStatus.ACTIVE, CertificateStatus.REPLACED)
@@ -178,6 +178,17 @@ def ends_when_used(tx: Connection, tenant_id: str, device_id: str) -> bool:
     return bool(tx.execute(sa.select(to_end)).scalar_one())
 
 
+_SUPERSEDE = CertificateChange(
+    Certificate.id.in_(sa.bindparam("ids", expanding=True)),
+    Certificate.status != CertificateStatus.REVOKED,
+    status=CertificateStatus.REVOKED,
+    revoked_at=sa.bindparam("at"),
+    revocation_reason=SUPERSEDED,
+    generation=sa.bindparam("ended_at"),
+)
+_DESTROY_BUNDLES = DeliveryRevocation(Delivery.certificate_id.in_(sa.bindparam("ids", expanding=True)))
+
+
 def _supersede(tx: Connection, ids: Sequence[int], *, now: datetime, generation: int, sessions: bool) -> int:
     """Revoke certificates as superseded, and destroy the bundles that still hold their keys.
 
@@ -185,9 +196,6 @@ def _supersede(tx: Connection, ids: Sequence[int], *, now: datetime, generation:
     """
     if not ids:
         return 0
-    values = {"status": CertificateStatus.REVOKED, "revoked_at": now, "revocation_reason": SUPERSEDED}
-    values |= {"generation": generation if sessions else 0}
-    which = (Certificate.id.in_(ids), Certificate.status != CertificateStatus.REVOKED)
-    done = change_certificates(tx, which, values, generation=generation)
-    revoke_deliveries(tx, Delivery.certificate_id.in_(ids))
+    done = _SUPERSEDE.run(tx, generation=generation, ids=ids, at=now, ended_at=generation if sessions else 0)
+    _DESTROY_BUNDLES.run(tx, ids=ids)
     return done
