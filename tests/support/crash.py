@@ -274,7 +274,7 @@ class LoadClient(threading.Thread):
         place = f"hall {len(known.places) + 1}"
         known.places.append(place)
         body: dict[str, Any] = {"location": place}
-        if self.style == "per-device" and self.ledger.random.random() < 0.5:
+        if self.style != "pattern" and self.ledger.random.random() < 0.5:
             body["topics"] = [{"filter": f"devices/{{id}}/t{len(known.places)}", "access": "write"}]
         status, _ = self.ask("PATCH", f"/devices/{known.id}", body)
         if status == 200:
@@ -387,6 +387,18 @@ def acl_blocks(broker: Path) -> dict[str, list[str]]:
     return {
         user: lines.splitlines() for user, lines in re.findall(r"^user (\S{36})\n((?:topic .*\n)+)", text, re.MULTILINE)
     }
+
+
+def access_on_disk(broker: Path) -> tuple[set[str], set[str]]:
+    """The devices that the guard's journal allows and denies or, where there is none, the ACL."""
+    journal = broker / "guard.journal"
+    if not journal.exists():
+        blocks = acl_blocks(broker)
+        denied = {device_id for device_id, lines in blocks.items() if lines == ["topic deny #"]}
+        return set(blocks) - denied, denied
+    last = {line.split()[2]: line.split()[1] for line in journal.read_text().splitlines() if len(line.split()) > 3}
+    granted, denied = ({identity for identity, verb in last.items() if verb == wanted} for wanted in ("allow", "deny"))
+    return granted, denied
 
 
 def read_crl(broker: Path, ca_pem: Path, *, ahead: timedelta = timedelta(0)) -> tuple[set[int], str]:

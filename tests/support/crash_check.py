@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from typing import Any
@@ -16,7 +17,7 @@ from tests.support.crash import (
     Known,
     Ledger,
     Victim,
-    acl_blocks,
+    access_on_disk,
     every_device,
     read_crl,
     refusal_of,
@@ -98,16 +99,15 @@ class Check:
             self.ledger.lost("change lost", f"{known.name}: {device['location']}, not {places}")
 
     def files(self, by_name: dict[str, dict[str, Any]]) -> None:
-        """What ACL and CRL on the broker's disk say, against database and answers."""
+        """What ACL, or the guard's journal, and CRL on the broker's disk say, against database and answers."""
         broker = self.victim.data / "broker"
+        self.wait_for_crl(by_name)
         listed, problem = read_crl(broker, self.victim.data / "ca.pem")
         if problem:
             self.ledger.lost("bad CRL", problem)
-        blocks = acl_blocks(broker)
-        denied = {device_id for device_id, lines in blocks.items() if lines == ["topic deny #"]}
-        granted = set(blocks) - denied
-        # With more of them, the oldest are left to the CRL alone.
-        all_denied = self.style == "pattern" and len(listed) <= MAX_DENIALS
+        granted, denied = access_on_disk(broker)
+        # In an ACL with more of them, the oldest are left to the CRL alone.
+        all_denied = self.style == "guard" or (self.style == "pattern" and len(listed) <= MAX_DENIALS)
         for known in self.ledger.answered():
             assert known.answer is not None
             device = by_name.get(known.name)
@@ -120,11 +120,23 @@ class Check:
             elif device is not None or not known.revoke_sent:
                 if int(known.answer["serial_number"], 16) in listed:
                     self.ledger.lost("active device on the CRL", known.name)
-                if known.id in denied or (self.style == "per-device" and known.id not in granted):
+                if known.id in denied or (self.style != "pattern" and known.id not in granted):
                     self.ledger.lost("active device not in the ACL", known.name)
         for device in by_name.values():
-            if (device["status"] == "revoked") == (device["device_id"] in granted) and self.style == "per-device":
+            if (device["status"] == "revoked") == (device["device_id"] in granted) and self.style != "pattern":
                 self.ledger.lost("database and ACL disagree", device["name"])
+
+    def wait_for_crl(self, by_name: dict[str, dict[str, Any]]) -> None:
+        """Under the guard, which denies at once, the CRL follows the answer to a revocation by a moment."""
+        if self.style != "guard":
+            return
+        revoked = {
+            int(known.answer["serial_number"], 16)
+            for known in self.ledger.answered()
+            if known.answer is not None and by_name.get(known.name, {}).get("status") == "revoked"
+        }
+        with contextlib.suppress(AssertionError):  # files() says which is missing
+            wait_until(lambda: revoked <= read_crl(self.victim.data / "broker", self.victim.data / "ca.pem")[0])
 
     def broker(self, number: int) -> None:
         """Which devices the broker accepts, of those whose keys are here."""
