@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, PlainValidator, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from core.broker_control import AclStyle, ControlKind, installed_control, installed_style
+from core.broker_control import AclStyle, ControlKind, default_control, installed_style
 from core.errors import SettingInvalid
 
 log = logging.getLogger("portal.settings")
@@ -339,8 +339,9 @@ class Settings(BaseSettings):
         "per-device (an allow-list) or pattern (one line for all); as the ACL file says if empty, pattern if new",
     )
     broker_control: Annotated[ControlKind, choice(ControlKind, ControlKind)] = derived(
-        lambda data: installed_control(data["broker_dir"]),
-        "guard (a plugin in the broker) or files (an ACL that it reads again); as the broker folder says if empty",
+        lambda data: default_control(data["broker_dir"]),
+        "guard (a plugin in the broker) or files (an ACL that it reads again); if empty guard where the plugin is"
+        " installed, else as the broker folder says",
     )
     broker_socket: PathSetting = derived(
         lambda data: data["broker_dir"] / "portal.sock",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 
-ACL_FILE, RECORD_FILE = "acl", "projection.json"
+ACL_FILE, JOURNAL_FILE, RECORD_FILE = "acl", "guard.journal", "projection.json"
+# Where mosquitto/guard/Makefile installs the plugin, with its own PREFIX and with that of a package.
+PLUGINS = tuple(Path(prefix, "lib/onboarding-portal/portal_guard.so") for prefix in ("/usr/local", "/usr"))
 
 
 class AclStyle(StrEnum):
@@ -51,10 +54,15 @@ def installed_style(broker_dir: Path) -> AclStyle | None:
     return AclStyle.PER_DEVICE if exists else None
 
 
-def installed_control(broker_dir: Path) -> ControlKind:
-    """Return the control that the record in the broker's folder states; files if it states none."""
+def default_control(broker_dir: Path, plugins: Iterable[Path] = PLUGINS) -> ControlKind:
+    """Return the control of an installation that names none: the guard, wherever its plugin is installed.
+
+    Else the one that the broker's folder states: by its record, or if that is missing by a journal; files if neither.
+    """
+    if any(path.exists() for path in plugins):
+        return ControlKind.GUARD
     try:
         with (broker_dir / RECORD_FILE).open("rb") as file:
             return ControlKind.GUARD if _GUARD.search(file.read(_MAX_BYTES)) else ControlKind.FILES
     except OSError:
-        return ControlKind.FILES
+        return ControlKind.GUARD if (broker_dir / JOURNAL_FILE).exists() else ControlKind.FILES

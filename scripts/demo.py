@@ -118,8 +118,8 @@ def tell(story: Story, at_the_end: contextlib.ExitStack) -> None:
     with story.step("pump-1 comes back by itself, with the same certificate: refused"):
         refusal = staying.wait_refused()
     story.detail(refusal)
-    with story.step("Another TLS client with pump-1's key learns why from the broker's alert"):
-        alert = site.tls_alert("pump-1")
+    with story.step("Another TLS client with pump-1's key learns why, once the broker has the CRL"):
+        alert = site.wait_alert("pump-1")
         expect("certificate revoked" in alert, f"the TLS handshake ended with {alert!r}")
     story.detail(alert)
     with story.step("display-1 is still connected, and may connect again"):

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from config import Address, Settings, variable_of
-from core.broker_control import AclStyle
+from core.broker_control import AclStyle, ControlKind, default_control
 from core.errors import SettingInvalid
 
 
@@ -218,3 +218,33 @@ def test_a_listener_that_other_machines_reach_with_no_front_server_is_known(
     environment: dict[str, str], faces: bool
 ) -> None:
     assert Settings.from_env(environment).faces_network is faces
+
+
+# --- The control of the broker ----------------------------------------------------------------------------------------
+
+GUARD, FILES = ControlKind.GUARD, ControlKind.FILES
+
+
+@pytest.mark.parametrize(
+    ("installed", "files", "control"),
+    [
+        pytest.param(False, {}, FILES, id="new, no plugin"),
+        pytest.param(True, {}, GUARD, id="new, with the plugin"),
+        pytest.param(False, {"projection.json": '{\n "style": "pattern"\n}'}, FILES, id="under files, no plugin"),
+        pytest.param(True, {"projection.json": '{\n "style": "pattern"\n}'}, GUARD, id="under files, with the plugin"),
+        pytest.param(False, {"projection.json": '{\n "control": "guard"\n}'}, GUARD, id="under the guard"),
+        pytest.param(False, {"guard.journal": ""}, GUARD, id="under the guard, restored"),
+        pytest.param(
+            False, {"guard.journal": "", "projection.json": '{\n "style": "pattern"\n}'}, FILES, id="gone back to files"
+        ),
+    ],
+)
+def test_without_a_setting_the_guard_is_the_control_where_its_plugin_is_installed(
+    tmp_path: Path, installed: bool, files: dict[str, str], control: ControlKind
+) -> None:
+    plugin = tmp_path / "portal_guard.so"
+    if installed:
+        plugin.touch()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert default_control(tmp_path, [plugin]) is control

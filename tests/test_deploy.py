@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from config import Settings
+from core.broker_control import PLUGINS
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 UNIT = "onboarding-portal.service"
@@ -122,13 +123,24 @@ def test_the_passphrase_comes_from_a_credential(tmp_path: Path) -> None:
     assert "to be kept" not in repr(settings)
 
 
-def test_polkit_lets_the_portal_reload_the_broker_and_nothing_else(example: dict[str, str]) -> None:
+def test_polkit_lets_the_portal_restart_the_broker_and_nothing_else(example: dict[str, str]) -> None:
     rule = (DEPLOY / "50-onboarding-portal.rules").read_text()
-    _program, verb, unit = shlex.split(example["PORTAL_BROKER_RELOAD"])
+    _program, verb, unit = shlex.split(example["PORTAL_BROKER_RESTART"])
     (user,) = unit_values("User")
     for condition in (f'subject.user == "{user}"', f'lookup("unit") == "{unit}"', f'lookup("verb") == "{verb}"'):
         assert condition in rule
     assert rule.count("Result.YES") == 1
+
+
+def test_the_service_is_under_the_guard_with_all_that_it_takes(example: dict[str, str]) -> None:
+    assert example["PORTAL_BROKER_CONTROL"] == "guard"
+    guide, override = (DEPLOY / "README.md").read_text(), (DEPLOY / "mosquitto-override.conf").read_text()
+    assert "make -C mosquitto/guard install\n" in guide
+    assert "PREFIX ?= /usr/local\n" in (DEPLOY.parent / "mosquitto" / "guard" / "Makefile").read_text()
+    assert f"\nplugin {PLUGINS[0]}\n" in (DEPLOY.parent / "mosquitto" / "portal.conf").read_text()
+    named = re.findall(r"^Environment=OPENSSL_CONF=(.*)$", override, re.MULTILINE)
+    assert f"install -m 0644 mosquitto/openssl.cnf {named[0]}\n" in guide
+    assert "\nExecReload=\n" in override  # SIGHUP harms sleeping sessions
 
 
 def test_the_command_for_administrators_runs_with_what_the_service_has() -> None:

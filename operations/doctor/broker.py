@@ -14,11 +14,11 @@ from broker.crl import read_crls
 from broker.files.acl import DENY_ALL, GENERATION_TOPIC, REFUSED_TOPIC, Acl
 from broker.files.control import BrokerFiles
 from broker.folder import CRL_FILE
-from broker.guard.control import JOURNAL_FILE, GuardAccess, GuardControl
+from broker.guard.control import GuardAccess, GuardControl
 from broker.guard.journal import read_access, read_position
 from broker.session import FAILURE, NOT_AUTHORISED, PORTAL_USER, SUCCESS, Session, connect_unix, peer_process
 from broker_provisioning import BrokerProvisioning
-from core.broker_control import ACL_FILE, AclStyle, ControlKind
+from core.broker_control import ACL_FILE, JOURNAL_FILE, AclStyle, ControlKind
 from core.errors import BrokerUnavailable
 from core.states import ON_CRL, DeviceStatus, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, well

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from broker.files.control import PASSWORD_FILE
 from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
-from broker.guard.control import CA_FOLDER, JOURNAL_FILE
+from broker.guard.control import CA_FOLDER
 from config import Settings
-from core.broker_control import ACL_FILE, AclStyle, ControlKind
+from core.broker_control import ACL_FILE, JOURNAL_FILE, AclStyle, ControlKind
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, warning, well
 from operations.doctor.broker import active_devices, running_broker
 

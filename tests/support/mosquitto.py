@@ -51,12 +51,10 @@ def guard_library() -> Path:
     return folder / "portal_guard.so"
 
 
-def guarded(configuration: str) -> str:
-    """The configuration with the guard, as mosquitto/README.md says."""
+def without_guard(configuration: str) -> str:
+    """The configuration for the control by files, as mosquitto/README.md says."""
     lines = configuration.splitlines(keepends=True)
-    return "".join(
-        line.removeprefix("#guard ") for line in lines if not line.startswith(("acl_file ", "password_file "))
-    )
+    return "".join(line.removeprefix("#files ") for line in lines if not line.startswith(("plugin", "capath ")))
 
 
 class StartFailed(Exception):
@@ -134,8 +132,7 @@ class Mosquitto:
         """The configuration that an operator installs, for this folder and port."""
         text = CONFIGURATION.read_text()
         assert INSTALLED_FOLDER in text
-        if self.guard:
-            text = guarded(text).replace(INSTALLED_PLUGIN, str(guard_library()))
+        text = text.replace(INSTALLED_PLUGIN, str(guard_library())) if self.guard else without_guard(text)
         return text.replace(INSTALLED_FOLDER, str(self.folder)).replace(INSTALLED_PORT, str(self.port))
 
     def stop(self) -> None:

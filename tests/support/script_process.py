@@ -39,12 +39,12 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
-def machine_without_mosquitto(folder: Path) -> tuple[Path, str]:
-    """A copy of the project whose scripts find no Mosquitto and no package to install; with the PATH for it."""
+def machine_without(folder: Path, *programs_begin: str) -> tuple[Path, str]:
+    """A copy of the project whose scripts find no program that begins so; with the PATH for it."""
     programs, root = folder / "bin", folder / "portal"
     programs.mkdir()
-    for program in Path("/usr/bin").iterdir():
-        if not program.name.startswith(("mosquitto", "apt", "sudo")):
+    for program in (*Path("/usr/bin").iterdir(), *Path("/usr/sbin").iterdir()):
+        if not program.name.startswith(programs_begin) and not (programs / program.name).exists():
             (programs / program.name).symlink_to(program)
     root.mkdir()
     for entry in ROOT.iterdir():

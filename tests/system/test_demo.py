@@ -15,7 +15,7 @@ import pytest
 from tests.support.script_process import (
     ROOT,
     ScriptFolder,
-    machine_without_mosquitto,
+    machine_without,
     processes_with,
     script_environment,
 )
@@ -100,7 +100,7 @@ def test_it_can_be_stopped_at_any_time(folder: Path, how: signal.Signals) -> Non
 
 
 def test_without_mosquitto_it_says_what_to_install(folder: Path) -> None:
-    root, path = machine_without_mosquitto(folder)
+    root, path = machine_without(folder, "mosquitto", "apt", "sudo")
     done = subprocess.run(
         [root / "scripts" / "demo"],
         env=script_environment(PATH=path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.deployment import wait_until
-from tests.support.script_process import ROOT, Run, ScriptFolder, machine_without_mosquitto, processes_with
+from tests.support.script_process import ROOT, Run, ScriptFolder, machine_without, processes_with
 from tests.support.shell_session import masked
 
 pytestmark = pytest.mark.system
@@ -112,12 +113,54 @@ def test_it_ends_and_says_so_when_the_broker_has_died(folder: Path) -> None:
     assert processes_with(str(folder / "data")) == []
 
 
-def test_with_the_guard_it_restarts_the_broker_when_the_portal_asks(folder: Path) -> None:
+def control_of(run: Run) -> str:
+    """What the broker folder says, once the portal has seen the broker obey."""
+    wait_until(lambda: run.bash("./portal status").returncode == 0)
+    record = json.loads((run.data / "broker" / "projection.json").read_text())
+    loads_guard = "\nplugin " in (run.data / "broker" / "mosquitto.conf").read_text()
+    assert loads_guard == (record.get("control") == "guard")
+    return "guard" if loads_guard else "files"
+
+
+def register(run: Run, name: str) -> str:
+    """Register a device, and return its id; its credentials are in a folder of its name."""
+    out = run.data.parent / name
+    done = run.bash(f"./portal register {name} --type pump --location here --firmware 1 --out '{out}' --json")
+    assert done.returncode == 0, done
+    return str(json.loads(done.stdout)["device_id"])
+
+
+def publishes(run: Run, name: str, device_id: str) -> bool:
+    done = run.bash(
+        f"cd '{run.data.parent / name}' && mosquitto_pub $(grep -v '^#' mosquitto-client.conf)"
+        f" -t devices/{device_id}/up -m 1 -q 1 -V 5 -d"
+    )
+    return "RC:0)" in done.stdout or "RC:16)" in done.stdout
+
+
+def test_a_data_folder_goes_over_to_the_guard_at_one_start_and_back_at_another(folder: Path) -> None:
+    data = folder / "data"
+    addresses: dict[str, str] = {}
+    good = revoked = ""
+    for control in ("files", "", "files"):
+        with Run(data, addresses | {"PORTAL_BROKER_CONTROL": control}) as run:
+            addresses = run.addresses
+            run.wait_ready()
+            assert control_of(run) == (control or "guard")
+            if not good:
+                good, revoked = register(run, "good"), register(run, "revoked")
+                run.bash(f"./portal revoke {revoked} --yes")
+            assert publishes(run, "good", good)
+            assert not publishes(run, "revoked", revoked)
+            assert run.terminate() == 0
+
+
+def test_it_restarts_the_broker_with_the_guard_when_the_portal_asks(folder: Path) -> None:
     data = folder / "data"
     pid_file = data / "broker" / "mosquitto.pid"
-    with Run(data, {"PORTAL_BROKER_CONTROL": "guard"}) as run:
+    with Run(data) as run:
         run.wait_ready()
-        wait_until(lambda: run.bash("./portal status").returncode == 0)
+        assert control_of(run) == "guard"
         before = pid_file.read_text()
         environment = Path(f"/proc/{before.strip()}/environ").read_text()
         assert f"OPENSSL_CONF={data}/broker/openssl.cnf" in environment.split("\0")
@@ -126,15 +169,20 @@ def test_with_the_guard_it_restarts_the_broker_when_the_portal_asks(folder: Path
         wait_until(lambda: run.bash("./portal status").returncode == 0)
         assert run.terminate() == 0
     assert processes_with(str(data)) == []
-    with Run(data, run.addresses) as again:  # as the broker folder says
-        again.wait_ready()
-        wait_until(lambda: again.bash("./portal status").returncode == 0)
-        assert (data / "broker" / "guard.journal").exists()
-        assert "portal_guard.so" in (data / "broker" / "mosquitto.conf").read_text()
+
+
+def test_where_the_guard_cannot_be_built_it_goes_on_with_files_and_says_so(folder: Path) -> None:
+    root, path = machine_without(folder, "gcc", "cc", "x86_64-linux-gnu-gcc", "apt", "sudo")
+    with Run(folder / "data", {"PATH": path}, root=root) as run:
+        run.wait_ready()
+        said = "The guard cannot be built, so the portal controls the broker by files; to change that: apt-get install "
+        assert f"\n{said}gcc make mosquitto-dev libmosquitto-dev.\n" in run.printed
+        assert control_of(run) == "files"
+        assert run.terminate() == 0
 
 
 def test_without_mosquitto_it_names_the_package_and_writes_the_files(folder: Path) -> None:
-    root, path = machine_without_mosquitto(folder)
+    root, path = machine_without(folder, "mosquitto", "apt", "sudo")
     with Run(folder / "data", {"PATH": path, "PORTAL_ACL_STYLE": "per-device"}, root=root) as run:
         run.wait_ready()
         assert "Install it with: apt-get install mosquitto\n" in run.printed

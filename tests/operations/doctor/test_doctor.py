@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from app import create_app, portal_of
 from config import Settings
-from core.broker_control import AclStyle
+from core.broker_control import AclStyle, ControlKind
 from core.roles import Role
 from operations.doctor import authority, doctor
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
@@ -26,7 +26,7 @@ from operations.wiring import Portal, prepare
 from store import generations, tenants
 from store.tables import Certificate, Delivery
 from tests.support.harness import Clock, settings_for
-from tests.support.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT
+from tests.support.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT, without_guard
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows.operators import new_token
 
@@ -54,7 +54,10 @@ def portal(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Por
 
 def installed_configuration(settings: Settings) -> str:
     """What mosquitto/README.md says to install."""
-    text = CONFIGURATION.read_text().replace(INSTALLED_FOLDER, str(settings.broker_dir))
+    text = CONFIGURATION.read_text()
+    if settings.broker_control is ControlKind.FILES:
+        text = without_guard(text)
+    text = text.replace(INSTALLED_FOLDER, str(settings.broker_dir))
     return text.replace(INSTALLED_PORT, str(settings.mqtt_port))
 
 
