@@ -21,6 +21,7 @@ from pki import foreign
 from pki.algorithms import check_public_key, public_key_fingerprint
 from pki.encoding import failing_as, pem
 from pki.foreign import ForeignCertificate, Name, texts_of
+from pki.name_constraints import is_permitted
 
 MAX_CERTIFICATE_BYTES = 16 * 1024
 MAX_PEM_CHARACTERS = 16 * 1024
@@ -86,6 +87,14 @@ def is_issued_by(certificate: ForeignCertificate, issuer_der: bytes) -> bool:
         return foreign.is_signed_by(issuer.strict.public_key(), certificate.strict, certificate.content)
     except (ValueError, UnsupportedAlgorithm):
         return False
+
+
+def is_permitted_by(certificate: ForeignCertificate, issuer_der: bytes) -> bool:
+    """Return whether the name constraints of the CA that signed a certificate permit its names (RFC 5280 §4.2.1.10).
+
+    Where the portal ends TLS, OpenSSL has checked it already; a proxy passes certificates on without their chain.
+    """
+    return is_permitted(certificate, _authority(issuer_der))
 
 
 @lru_cache(maxsize=256)

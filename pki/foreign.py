@@ -7,8 +7,7 @@ level by level, to a fixed depth, and their number is limited.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -68,7 +67,8 @@ class ForeignCsr:
 class ForeignCertificate:
     """A certificate as it came, ``der``: ``strict`` has the same names, dates and key; ``content`` is what was signed.
 
-    Of its extensions ``strict`` has those that decide about its use, and all that are critical.
+    Of its extensions ``strict`` has those that decide about its use, and all that are critical; ``extensions`` has the
+    values of all as they came, by dotted OID.
     """
 
     strict: x509.Certificate
@@ -76,6 +76,7 @@ class ForeignCertificate:
     der: bytes
     issuer: Name
     subject: Name
+    extensions: Mapping[str, bytes]
 
 
 # --- CSRs -----------------------------------------------------------------------------------------------------------
@@ -149,9 +150,10 @@ def read_certificate(der: bytes) -> ForeignCertificate:
     _, inner, issuer, dates, subject, key = elements[:6]
     if _oid_of(inner) != _oid_of(algorithm):
         raise ValueError("names two signature algorithms")
-    extensions = b""
+    extensions, values = b"", dict[str, bytes]()
     if len(elements) > 6:
-        extensions = join(0xA3, join(SEQUENCE, *_extensions(elements[6])))
+        kept, values = _extensions(elements[6])
+        extensions = join(0xA3, join(SEQUENCE, *kept))
     signed_by = _algorithm(algorithm)
     info = join(
         SEQUENCE,
@@ -168,24 +170,25 @@ def read_certificate(der: bytes) -> ForeignCertificate:
         strict = x509.load_der_x509_certificate(join(SEQUENCE, info, signed_by, signature.der))
     with failing_as(ValueError("has an extension that counts and cannot be read")):
         strict.extensions  # noqa: B018 - they are read when first asked for
-    return ForeignCertificate(strict, content.der, der, read_name(issuer.der), read_name(subject.der))
+    return ForeignCertificate(strict, content.der, der, read_name(issuer.der), read_name(subject.der), values)
 
 
-def _extensions(explicit: Element) -> list[bytes]:
+def _extensions(explicit: Element) -> tuple[list[bytes], dict[str, bytes]]:
+    """Return those that count in strict DER, and the values of all by dotted OID."""
     lists = _children(explicit)
     if explicit.tag != 0xA3 or len(lists) != 1:
         raise ValueError("has something else in place of its extensions")
-    seen: Counter[str] = Counter()
+    values: dict[str, bytes] = {}
     kept = []
     for extension in split(lists[0].content):
         oid, critical, value = _extension(extension)
-        seen[oid] += 1
-        if seen[oid] > 1:
+        if oid in values:
             raise ValueError(f"has the extension {oid} twice")
+        values[oid] = value
         if critical or oid in _NEEDED:
             mark = [_TRUE] if critical else []
             kept.append(join(SEQUENCE, _children(extension)[0].der, *mark, join(OCTET_STRING, _value(oid, value))))
-    return kept
+    return kept, values
 
 
 def _extension(element: Element) -> tuple[str, bool, bytes]:

@@ -47,6 +47,7 @@ class Authority:
     issuer: Authority | None = None
     now: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
     crl_number: int = 0
+    constraints: x509.NameConstraints | None = None
 
     def __post_init__(self) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
@@ -58,6 +59,8 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(parent.key.public_key()), critical=False)
         )
+        if self.constraints is not None:
+            builder = builder.add_extension(self.constraints, critical=True)
         self.certificate = builder.sign(parent.key, hashes.SHA256())
 
     def _builder(self, subject: str, issuer: str, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:

@@ -80,11 +80,19 @@ class Clients:
         if client.not_after < self._clock():
             raise ClientCertificateRefused(_OUT_OF_DATE)
         with self._database.snapshot() as tx:
-            for record in enrolment.registered_manufacturers(tx):
-                if self._clock() <= record.not_after and client_certificates.is_issued_by(
-                    client.certificate, record.der
-                ):
-                    return ManufacturedClient(record.tenant_id, record, client)
+            issuers = [
+                record
+                for record in enrolment.registered_manufacturers(tx)
+                if self._clock() <= record.not_after
+                and client_certificates.is_issued_by(client.certificate, record.der)
+            ]
+        for record in issuers:
+            if client_certificates.is_permitted_by(client.certificate, record.der):
+                return ManufacturedClient(record.tenant_id, record, client)
+        if issuers:
+            raise ClientCertificateRefused(
+                "The CA that issued the client certificate may not issue it for its names (name constraints)."
+            )
         raise ClientCertificateRefused(
             "The CA that issued the client certificate directly is not registered here; see POST /manufacturers."
         )

@@ -122,6 +122,19 @@ def test_devices_of_a_removed_manufacturer_are_refused(api: Api, app: Flask) -> 
     assert maker.certificate not in x509.load_pem_x509_certificates(file)
 
 
+def test_a_name_that_the_manufacturer_s_ca_may_not_certify_is_refused_behind_a_proxy_too(api: Api) -> None:
+    only = x509.NameConstraints(permitted_subtrees=[x509.DNSName("pumps.example")], excluded_subtrees=None)
+    maker = Authority("A maker's CA", constraints=only)
+    registered(api, maker)
+    for name, allowed in (("sn-1", True), ("sn-2.pumps.example", True), ("sn-3.valves.example", False)):
+        device = Device(api, certificate=der(maker.issue(name).certificate))
+        answer = device.enrol()
+        if allowed:
+            certificates_of(answer)
+        else:
+            assert "name constraints" in refused(answer, 403)
+
+
 @pytest.mark.parametrize("certificate", ["x", pem(Authority("A")) + pem(Authority("B"))])
 def test_a_certificate_that_is_not_a_usable_ca_is_refused_as_a_manufacturer(api: Api, certificate: str) -> None:
     answer = api.post("/manufacturers", {"name": "A maker", "certificate": certificate})
