@@ -16,7 +16,6 @@ from cryptography.hazmat.primitives.padding import PKCS7
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from pyasn1.codec.der import encoder
 from pyasn1.type import univ
-from pyasn1_modules import rfc5208, rfc8018
 
 from core.errors import KeyRefused
 from pki.encoding import pem
@@ -70,6 +69,8 @@ def encrypt_private_key(key: PrivateKey, passphrase: bytes, *, rounds: int = PBK
 
     ``openssl pkey`` opens it, and so does ``load_pem_private_key``.
     """
+    from pyasn1_modules import rfc5208, rfc8018  # take a while to load, and are needed for new keys only
+
     salt, vector = secrets.token_bytes(16), secrets.token_bytes(16)
     padder = PKCS7(128).padder()
     clear = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())

@@ -12,14 +12,11 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command as alembic
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
 from core.errors import BackupRefused, DatabaseTooNew
-from store.database import MIGRATION_LOCK, UtcDateTime, migration_config
+from store import schema
+from store.database import UtcDateTime
 from store.tables import METADATA
 
 BATCH = 500
@@ -118,34 +115,18 @@ def _from_json(value: Any, kind: str) -> Any:
 # --- The schema that rows belong to -------------------------------------------------------------------------------
 
 
-def revision(tx: Connection) -> str | None:
-    """Return the schema revision of a database, ``None`` if it has none."""
-    return MigrationContext.configure(tx).get_current_revision()
-
-
 def check_revision(wanted: str) -> None:
     """Raise ``DatabaseTooNew`` if this version does not know a schema revision."""
-    try:
-        known = ScriptDirectory.from_config(migration_config()).get_revision(wanted)
-    except CommandError:
-        known = None
-    if known is None:
+    if wanted not in schema.revisions():
         raise DatabaseTooNew(
             f"The backup was made by a newer version of the portal (schema {wanted}); restore it with that version."
         )
 
 
-def upgrade(tx: Connection, wanted: str) -> None:
-    """Upgrade the schema to a revision, within the transaction."""
-    config = migration_config()
-    config.attributes["connection"] = tx
-    alembic.upgrade(config, wanted)
-
-
 def clear(tx: Connection, wanted: str) -> None:
     """Give a PostgreSQL database the empty tables of a revision, within the transaction."""
-    tx.execute(MIGRATION_LOCK)
-    current = revision(tx)
+    tx.execute(schema.MIGRATION_LOCK)
+    current = schema.revision(tx)
     here = [name for name in sa.inspect(tx).get_table_names() if name in METADATA.tables]
     if current == wanted:
         tx.execute(sa.text(f"TRUNCATE {', '.join(here)}"))
@@ -153,7 +134,7 @@ def clear(tx: Connection, wanted: str) -> None:
     for name in [*here, "alembic_version"]:
         tx.execute(sa.text(f"DROP TABLE IF EXISTS {name} CASCADE"))
     tx.execute(sa.text("DROP FUNCTION IF EXISTS portal_refuse() CASCADE"))
-    upgrade(tx, wanted)
+    schema.upgrade(tx, wanted)
 
 
 def renumber(tx: Connection) -> None:

@@ -6,7 +6,6 @@ On SQLite writers take turns, and callers that wait for their turn share a commi
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 import os
@@ -20,18 +19,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar, Generic, TypeVar
 
-import psycopg
 import sqlalchemy as sa
-from alembic import command as alembic
-from alembic.config import Config as AlembicConfig
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.orm import DeclarativeBase
 
 from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable, StartupError
 from core.files import FileLock
+from store import schema
 
 Result = TypeVar("Result")
 BUSY_TIMEOUT_SECONDS = 5.0
@@ -40,8 +34,6 @@ PING_SECONDS = 2.0  # how long a test write waits for other writers
 SECONDS_BETWEEN_TEST_WRITES = 10.0  # by those who only ask whether the database is well, which anybody may
 # Connections of a process beside those of its request threads: for reconciliation, jobs and probes.
 SPARE_CONNECTIONS = 8
-MIGRATIONS = Path(__file__).parents[1] / "migrations"
-MIGRATION_LOCK = sa.text("SELECT pg_advisory_xact_lock(8443)")  # of several portals that start at once, one migrates
 _NOT_DURABLE = sa.text("SET LOCAL synchronous_commit = off")
 _REWRITE = sa.text("UPDATE broker_state SET generation = generation")  # changes nothing, and is written to disk
 
@@ -195,25 +187,24 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the schema up to this version's; raises ``DatabaseTooNew`` if a newer portal has written it."""
-        config = migration_config()
-        head = newest_revision()
         with _translated():
             with self.engine.connect() as connection:
-                if MigrationContext.configure(connection).get_current_revision() == head:
+                if schema.revision(connection) == schema.newest_revision():
                     return
             with self.engine.connect() as connection, ExitStack() as stack:
-                config.attributes["connection"] = connection
                 stack.enter_context(connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin())
                 if not self.is_sqlite:
-                    stack.enter_context(without_time_limits(connection))
-                    connection.execute(MIGRATION_LOCK)
-                try:
-                    alembic.upgrade(config, "head")
-                except CommandError as error:
+                    from store import postgresql
+
+                    stack.enter_context(postgresql.without_time_limits(connection))
+                    connection.execute(schema.MIGRATION_LOCK)
+                found = schema.revision(connection)
+                if found is not None and found not in schema.revisions():
                     raise DatabaseTooNew(
                         "The database was written by a newer version of the portal; start that version or restore"
                         " a backup made with this one."
-                    ) from error
+                    )
+                schema.upgrade(connection, "head")
 
     def ping(self) -> None:
         """Raise ``DatabaseUnavailable`` unless the database answers a query, and can be written.
@@ -237,23 +228,6 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
-
-
-def newest_revision() -> str | None:
-    """Return the schema revision of this version of the portal."""
-    return _newest_of(MIGRATIONS)
-
-
-@functools.cache
-def _newest_of(migrations: Path) -> str | None:
-    return ScriptDirectory(str(migrations)).get_current_head()  # cached: it executes the file of every migration
-
-
-def migration_config() -> AlembicConfig:
-    """Return the configuration of the migrations, which lacks their connection."""
-    config = AlembicConfig()
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    return config
 
 
 @contextmanager
@@ -396,7 +370,9 @@ def create_engine(url: str, threads: int) -> Engine:
     if url.startswith("sqlite"):
         options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
     else:
-        options["connect_args"] = dict(CONNECT_ARGUMENTS)
+        from store import postgresql
+
+        options["connect_args"] = dict(postgresql.CONNECT_ARGUMENTS)
         options["pool_pre_ping"] = True
     try:
         engine = sa.create_engine(url, **options)
@@ -408,8 +384,7 @@ def create_engine(url: str, threads: int) -> Engine:
         sa.event.listen(engine, "connect", _on_sqlite_connect)
         sa.event.listen(engine, "begin", _on_sqlite_begin)
     else:
-        sa.event.listen(engine, "do_connect", _connect)
-        sa.event.listen(engine, "connect", _on_connect)
+        postgresql.prepare(engine)
     return engine
 
 
@@ -442,70 +417,3 @@ def _on_sqlite_begin(connection: Connection) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         finally:
             connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000)}")
-
-
-# --- PostgreSQL ------------------------------------------------------------------------------------------------------
-
-LOCK_SECONDS, STATEMENT_SECONDS, IDLE_SECONDS = 5, 30, 120
-# Longer than any statement may take: only a server that is stopped or gone stays silent for this long.
-ANSWER_SECONDS = 35.0
-CONNECT_ARGUMENTS = {
-    "connect_timeout": 5,
-    # A machine that is gone is noticed after 10 to 25 s.
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 15000,
-}
-
-
-class PatientConnection(psycopg.Connection[Any]):
-    """A connection that is closed if the server says nothing for ``patience`` seconds; ``None`` waits without limit."""
-
-    patience: float | None = ANSWER_SECONDS
-
-    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        """Wait as psycopg does, but with a limit; raises ``psycopg.OperationalError`` past it."""
-        if timeout is not None or self.patience is None:
-            return super().wait(gen, interval, timeout)
-        deadline = time.monotonic() + self.patience
-        try:
-            return super().wait(gen, interval, self.patience)
-        except psycopg.OperationalError:
-            if time.monotonic() < deadline:  # an error that the server reported
-                raise
-            self.pgconn.finish()
-            raise psycopg.OperationalError("the server does not answer") from None
-
-
-@contextmanager
-def without_time_limits(connection: Connection) -> Iterator[None]:
-    """Run a transaction that may take as long as it needs, such as a migration."""
-    driver: Any = connection.connection.driver_connection
-    driver.patience = None
-    try:
-        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
-        connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
-        yield
-    finally:
-        driver.patience = ANSWER_SECONDS
-
-
-def _connect(_dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]) -> PatientConnection:
-    return PatientConnection.connect(*arguments, **parameters)
-
-
-def _on_connect(connection: PatientConnection, _record: object) -> None:
-    # "off" loses acknowledged commits when the server crashes; every other value is at least as strict as "on".
-    settings = {
-        "lock_timeout": f"{LOCK_SECONDS}s",
-        "statement_timeout": f"{STATEMENT_SECONDS}s",
-        "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
-    }
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
-        )
-        for name, value in settings.items():
-            cursor.execute("SELECT set_config(%s, %s, false)", (name, value))
-    connection.commit()

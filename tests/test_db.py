@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
@@ -23,7 +24,7 @@ from core.states import DeviceStatus
 from core.topics import is_device_id
 from operations.wiring import Portal, open_portal
 from store import database as database_module
-from store import devices, generations, issuers, tenants
+from store import devices, generations, issuers, schema, tenants
 from store.database import Database
 from store.devices import DeviceFilter
 from store.tables import METADATA, AclEntry, AuditEntry, Certificate, Delivery, Device
@@ -271,6 +272,11 @@ def test_the_migrations_make_what_the_tables_say(portal: Portal) -> None:
     with portal.database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, METADATA) == []
+
+
+def test_each_migration_continues_the_one_whose_number_is_before_its_own() -> None:
+    scripts = ScriptDirectory(str(schema.MIGRATIONS)).walk_revisions()
+    assert [script.revision for script in scripts] == schema.revisions()[::-1]
 
 
 def test_a_database_from_a_newer_version_is_refused(portal: Portal) -> None:

@@ -23,8 +23,8 @@ from operations.backup.archive import CHECKPOINT, CHECKPOINT_KEY, FORMAT, Backup
 from pki.algorithms import PrivateKey
 from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
 from store import copy as store_copy
-from store import generations, issuers
-from store.database import Database, newest_revision
+from store import generations, issuers, schema
+from store.database import Database
 from store.tables import DEFAULT_TENANT
 from workflows.audit import CHECKPOINT_FILE, KEY_FILE, read_kept, read_key
 from workflows.authority.issuers import FIRST_ISSUING
@@ -64,8 +64,8 @@ def back_up(settings: Settings, path: Path, *, now: datetime) -> WrittenBackup:
 def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *, now: datetime) -> WrittenBackup:
     """Write a backup of ``database`` and the files of ``settings``, sealed with the key of the first issuing CA."""
     with _new_file(path) as file, zipfile.ZipFile(file, "w") as archive, database.snapshot() as tx:
-        current = store_copy.revision(tx)
-        if current is None or current != newest_revision():
+        current = schema.revision(tx)
+        if current is None or current != schema.newest_revision():
             raise BackupRefused(
                 "The database has the schema of another version of the portal; make the backup with that version, or"
                 " start this version once."

@@ -14,9 +14,8 @@ from config import Settings
 from core.errors import StartupError
 from core.failpoints import failpoint
 from core.files import fsync_directory, replace_file
-from store import audit
-from store import copy as store_copy
-from store.database import Database, newest_revision
+from store import audit, schema
+from store.database import Database
 from store.tables import DEFAULT_TENANT
 
 NAME = ".restore.json"
@@ -157,7 +156,7 @@ def _is_committed(settings: Settings, journal: Journal) -> bool:
         return journal.placing and not journal.staged.exists()
     database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
     with contextlib.closing(database), database.snapshot() as tx:
-        if store_copy.revision(tx) != newest_revision():
+        if schema.revision(tx) != schema.newest_revision():
             return False
         last = audit.list_audit_entries(tx, DEFAULT_TENANT, limit=1, filters={"action": "backup:restore"})
         return [entry.detail.get("restore") for entry in last] == [journal.id]

@@ -34,10 +34,10 @@ from operations.backup.revocations import Kept, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
 from pki.checkpoints import VerifierKey
 from pki.keystore import KeyFiles
-from store import audit
+from store import audit, schema
 from store import copy as store_copy
 from store import issuers as store_issuers
-from store.database import Database, newest_revision
+from store.database import Database
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, KeptBundle
 from workflows.audit import CHECKPOINT_FILE, KEY_FILE
 from workflows.authority.issuers import FIRST_ISSUING
@@ -220,7 +220,7 @@ def _restore_sqlite(plan: _Plan) -> None:
         with _replaced_sqlite(plan, current) as replaced:
             database = Database(f"sqlite:///{staged}", lock_path=plan.settings.data_dir / ".write.lock", threads=1)
             with contextlib.closing(database), database.transaction() as tx:
-                store_copy.upgrade(tx, plan.backup.manifest.revision)
+                schema.upgrade(tx, plan.backup.manifest.revision)
                 _fill(tx, plan, replaced, journal)
         kept = _free_name(current.with_name(f"{current.name}.before-restore")) if current.exists() else None
         moves = list(plan.moves)
@@ -286,7 +286,7 @@ def _restore_postgresql(plan: _Plan) -> None:
         database = stack.enter_context(contextlib.closing(backups.open_database(plan.settings)))
         replaced: Tables | None = None
         with database.snapshot() as tx:
-            current = store_copy.revision(tx)
+            current = schema.revision(tx)
             if current is not None:
                 readable = _readable(plan, tx)
                 if readable is None:
@@ -320,7 +320,7 @@ def _sealing_key(plan: _Plan) -> PrivateKey:
 
 def _readable(plan: _Plan, tx: Connection) -> Tables | None:
     """Return the database being replaced, ``None`` if it has another schema; raise ``BackupRefused``."""
-    if store_copy.revision(tx) != newest_revision():
+    if schema.revision(tx) != schema.newest_revision():
         return None
     if count := _devices(tx):
         _allow(plan, f"The database has {count} devices")
@@ -346,7 +346,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
     for name in sorted(backup.manifest.counts, key=lambda name: order.get(name, len(order))):
         if store_copy.load(tx, name, backup.lines(name)) != backup.manifest.counts[name]:
             raise BackupRefused(f"The table {name} of the backup is incomplete; use another backup.")
-    store_copy.upgrade(tx, "head")
+    schema.upgrade(tx, "head")
     store_copy.renumber(tx)
     done.notes += _check_audit_record(tx, backup)
     issuers = store_issuers.list_issuers(tx, retired=True)

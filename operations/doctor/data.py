@@ -18,9 +18,7 @@ from core.roles import Role
 from core.states import PENDING_DELIVERY
 from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
-from store import copy as store_copy
-from store import generations, tenants
-from store.database import newest_revision
+from store import generations, schema, tenants
 from store.tables import Delivery
 from workflows.audit import problem_of
 
@@ -124,7 +122,7 @@ def _user(uid: int) -> str:
 def database(installation: Installation) -> Finding:
     """Check that the database answers and has the schema of this version."""
     with installation.snapshot() as tx:
-        found, expected = store_copy.revision(tx), newest_revision()
+        found, expected = schema.revision(tx), schema.newest_revision()
         if found != expected:
             return problem(
                 f"The database has schema {found}, this version of the portal needs {expected}.",

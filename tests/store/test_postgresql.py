@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from core.errors import DatabaseUnavailable
-from store import database as database_module
+from store import postgresql
 from store.database import Database
 from tests.support.postgres import Cluster
 
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.system
 
 
 def test_a_server_that_is_stopped_is_given_up_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database_module, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(database_module.PatientConnection, "patience", 0.5)
-    monkeypatch.setitem(database_module.CONNECT_ARGUMENTS, "connect_timeout", 2)
+    monkeypatch.setattr(postgresql, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(postgresql.PatientConnection, "patience", 0.5)
+    monkeypatch.setitem(postgresql.CONNECT_ARGUMENTS, "connect_timeout", 2)
     with Cluster() as cluster:
         database = Database(cluster.url, lock_path=tmp_path / "lock", threads=2)
         database.migrate()

@@ -37,9 +37,8 @@ from operations.backup.revocations import RevocationReplay
 from operations.wiring import first_token, open_portal, prepare
 from pki.encoding import pem
 from pki.issuers import CLOCK_SKEW
-from store import audit, database, enrolment, generations, tenants
+from store import audit, enrolment, generations, schema, tenants
 from store import copy as store_copy
-from store.database import newest_revision
 from store.enrolment import EnrolmentProfile
 from store.tables import Certificate, Delivery
 from tests.support.backups import (
@@ -164,18 +163,19 @@ def test_an_older_schema_is_restored_and_then_migrated(
     with opened(settings, clock) as portal:
         portal.registrations.register(OPERATOR, PUMP)
     copied(settings, file, clock)
-    shutil.copytree(database.MIGRATIONS, tmp_path / "migrations")
+    shutil.copytree(schema.MIGRATIONS, tmp_path / "migrations")
     (tmp_path / "migrations" / "versions" / "9000_colour.py").write_text(
-        f"from alembic import op\nimport sqlalchemy as sa\nrevision, down_revision = '9000', '{newest_revision()}'\n"
+        "from alembic import op\nimport sqlalchemy as sa\n"
+        f"revision, down_revision = '9000', '{schema.newest_revision()}'\n"
         "branch_labels = depends_on = None\n"
         "def upgrade():\n"
         "    op.add_column('devices', sa.Column('colour', sa.String(8), server_default='grey', nullable=False))\n"
     )
-    monkeypatch.setattr(database, "MIGRATIONS", tmp_path / "migrations")
+    monkeypatch.setattr(schema, "MIGRATIONS", tmp_path / "migrations")
     bring_passphrase(settings, elsewhere)
     put_back(elsewhere, file, clock)
     with opened(elsewhere, clock) as portal, portal.database.snapshot() as tx:
-        assert store_copy.revision(tx) == "9000"
+        assert schema.revision(tx) == "9000"
         assert tx.execute(sa.text("SELECT colour FROM devices")).scalars().all() == ["grey"]
 
 

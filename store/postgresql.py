@@ -1,0 +1,85 @@
+"""How the portal connects to PostgreSQL: with limits on all that it waits for, and durable commits.
+
+Imported only where PostgreSQL is used, since its driver takes a while to load.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+LOCK_SECONDS, STATEMENT_SECONDS, IDLE_SECONDS = 5, 30, 120
+# Longer than any statement may take: only a server that is stopped or gone stays silent for this long.
+ANSWER_SECONDS = 35.0
+CONNECT_ARGUMENTS = {
+    "connect_timeout": 5,
+    # A machine that is gone is noticed after 10 to 25 s.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15000,
+}
+
+
+class PatientConnection(psycopg.Connection[Any]):
+    """A connection that is closed if the server says nothing for ``patience`` seconds; ``None`` waits without limit."""
+
+    patience: float | None = ANSWER_SECONDS
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        """Wait as psycopg does, but with a limit; raises ``psycopg.OperationalError`` past it."""
+        if timeout is not None or self.patience is None:
+            return super().wait(gen, interval, timeout)
+        deadline = time.monotonic() + self.patience
+        try:
+            return super().wait(gen, interval, self.patience)
+        except psycopg.OperationalError:
+            if time.monotonic() < deadline:  # an error that the server reported
+                raise
+            self.pgconn.finish()
+            raise psycopg.OperationalError("the server does not answer") from None
+
+
+@contextmanager
+def without_time_limits(connection: Connection) -> Iterator[None]:
+    """Run a transaction that may take as long as it needs, such as a migration."""
+    driver: Any = connection.connection.driver_connection
+    driver.patience = None
+    try:
+        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
+        yield
+    finally:
+        driver.patience = ANSWER_SECONDS
+
+
+def prepare(engine: Engine) -> None:
+    """Let the engine make its connections in this way."""
+    sa.event.listen(engine, "do_connect", _connect)
+    sa.event.listen(engine, "connect", _on_connect)
+
+
+def _connect(_dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]) -> PatientConnection:
+    return PatientConnection.connect(*arguments, **parameters)
+
+
+def _on_connect(connection: PatientConnection, _record: object) -> None:
+    # "off" loses acknowledged commits when the server crashes; every other value is at least as strict as "on".
+    settings = {
+        "lock_timeout": f"{LOCK_SECONDS}s",
+        "statement_timeout": f"{STATEMENT_SECONDS}s",
+        "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+    }
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+        )
+        for name, value in settings.items():
+            cursor.execute("SELECT set_config(%s, %s, false)", (name, value))
+    connection.commit()
