@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from broker.crl import read_crls
-from broker.folder import FILE_MODE, Trust
+from broker.crl import Trust, read_crls
 from core.errors import BrokerUnavailable, ProjectionInvalid
-from core.files import private_folder, remove_leftovers, replace_file
+from core.files import access_problem, private_folder, remove_leftovers, replace_file
 from pki.encoding import encode_sequence, sequence_elements
 
-_FOLDER_MODE = 0o750
+FILE_MODE, _FOLDER_MODE = 0o640, 0o750
 _MAX_REPLACED = 64  # files of CRLs that a newer one has replaced, before they are removed while no broker runs
 _STRINGS = frozenset([0x0C, 0x13, 0x14, 0x16, 0x1A, 0x1C, 0x1E])  # DER tags of the types that OpenSSL compares as text
 
@@ -115,15 +113,7 @@ class CaFolder:
 
     def problem(self) -> str | None:
         """Return why the broker could not read the folder, or ``None``: it would accept revoked certificates then."""
-        try:
-            status = self.path.lstat()
-        except OSError as error:
-            return f"{self.path} cannot be read: {error.strerror}."
-        if not stat.S_ISDIR(status.st_mode) or stat.S_IMODE(status.st_mode) != _FOLDER_MODE:
-            return f"{self.path} is not a folder with mode 0750."
-        if self._group is not None and status.st_gid != self._group:
-            return f"{self.path} is not in the broker's group."
-        return None
+        return access_problem(self.path, _FOLDER_MODE, self._group, folder=True)
 
     def _files(self, name: str, kind: str) -> list[Path]:
         """Return the files of a CA in the order of their numbers, up to the first gap, as OpenSSL reads them."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
-from broker.folder import BrokerFolder, Trust
+from broker.crl import Trust
+from broker.folder import BrokerFolder
 from core.topics import Topic
 
 
@@ -58,18 +59,17 @@ class Draft(DeviceAccess, Protocol):
     def puts_off_crls(self, ca: bytes) -> bool:
         """Return whether it can be in force before the broker has new CRLs, with the CAs of ``ca`` (PEM).
 
-        Then ``append`` is enough; the CRLs follow by ``BrokerControl.publish_crls``.
+        Then it is installed without them, and they follow by ``BrokerControl.publish_crls``.
         """
 
-    def append(self, generation: int) -> None:
-        """Write it for the broker as ``install`` does, without CRLs; ``BrokerControl.enforce`` makes it durable."""
-
-    def install(self, generation: int, trust: Trust) -> bool:
+    def install(self, generation: int, trust: Trust | None) -> bool:
         """Write it for the broker as ``generation``, which need not be in force then: see ``BrokerControl.enforce``.
 
-        Return whether the broker is given the CRLs of ``trust`` now; if not, it has them within minutes. Raise
-        ``ProjectionInvalid`` if a check fails or a newer generation is installed, ``BrokerUnavailable`` if it cannot be
-        written; then nothing has changed for the broker. One process at a time: the caller holds the lock.
+        Return whether the broker is given the CRLs of ``trust`` now; if not, it has them within minutes. With ``None``
+        CRLs and CAs stay as they are, for a draft that ``puts_off_crls``, and ``BrokerControl.enforce`` makes the rest
+        durable. Raise ``ProjectionInvalid`` if a check fails or a newer generation is installed, ``BrokerUnavailable``
+        if it cannot be written; then nothing has changed for the broker. One process at a time: the caller holds the
+        lock.
         """
 
     def discard(self) -> None:

@@ -24,6 +24,14 @@ class _Read(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Trust:
+    """What the broker verifies clients with: CRLs of the issuing CAs and the CA certificates, each in PEM."""
+
+    crl: bytes
+    ca: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class CrlWindow:
     """The time in which every CRL of a file is current: ``this_update`` (included) to ``next_update`` (excluded)."""
 

@@ -11,6 +11,7 @@ import re
 import secrets
 import stat
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,28 +21,21 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from broker.crl import CrlWindow, issuing_certificates, read_window, validate_crl
+from broker.capath import FILE_MODE, CaFolder
+from broker.crl import CrlWindow, Trust, issuing_certificates, read_window, validate_crl
+from broker.session import connect_unix
 from config import Settings
 from core.broker_control import RECORD_FILE
 from core.errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
 from core.failpoints import failpoint
-from core.files import FileLock, fsync_directory, private_folder, replace_file, temporary_beside
+from core.files import FileLock, access_problem, fsync_directory, private_folder, replace_file, temporary_beside
 
-CRL_FILE, CA_FILE = "crl.pem", "ca.pem"
+CRL_FILE, CA_FILE, CA_FOLDER = "crl.pem", "ca.pem", "capath"
 SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE = "server.pem", "server.key"
-FILE_MODE = 0o640
 # The broker, as another user, creates its socket, pid file and database here, so its group may write. Set-group-id
 # gives those its group; the sticky bit keeps it from replacing the portal's files.
 FOLDER_MODE = 0o3770
 _MAX_RECORD_BYTES = 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class Trust:
-    """What the broker verifies clients with: CRLs of the issuing CAs and the CA certificates, each in PEM."""
-
-    crl: bytes
-    ca: bytes
 
 
 _NEVER = CrlWindow(datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC))
@@ -68,6 +62,7 @@ class BrokerFolder:
         self._settings = settings
         self._clock = clock
         self._group = broker_group(settings)
+        self._ca_folder = CaFolder(settings.broker_file(CA_FOLDER), self._group)
         self._seen: dict[str, _Seen] = {}
         self._checked: tuple[str, CrlWindow] = ("", _NEVER)  # the CRLs checked last, by the digest of CRLs and CAs
         self._lock = threading.Lock()
@@ -96,10 +91,13 @@ class BrokerFolder:
     def _write(self, generation: int, contents: Mapping[str, bytes], stated: Mapping[str, object]) -> None:
         """Write the recorded files, those that already have the content excepted, and the record.
 
-        ``stated`` is what the record says besides. Raise ``BrokerUnavailable`` if a file cannot be written; then no
-        file is changed. One process at a time: the caller holds the lock.
+        Recorded files that are not in ``contents`` stay as they are. ``stated`` is what the record says besides. Raise
+        ``BrokerUnavailable`` if a file cannot be written; then no file is changed. One process at a time: the caller
+        holds the lock.
         """
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        _, before = self._record() or (0, {})
+        new = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        digests = {**{name: before[name] for name in self._RECORDED if name in before}, **new}
         record = json.dumps({**stated, "generation": generation, "sha256": digests}, indent=1) + "\n"
         with self._lock:
             changed = {
@@ -128,11 +126,22 @@ class BrokerFolder:
         generation, digests = record
         with self._lock:
             problems = [self._file_damage(name, digests.get(name), generation) for name in self._RECORDED]
-        return [problem for problem in [*problems, self._other_damage()] if problem is not None]
+        others = [self._other_damage(), self._ca_folder.problem()]
+        return [problem for problem in [*problems, *others] if problem is not None]
 
     def _other_damage(self) -> str | None:
         """Return what is wrong with files that are not recorded."""
         return None
+
+    def publish(self, trust: Trust) -> bool:
+        """Give CRLs and CAs to the running broker, which obeys from the next handshake on; see ``CaFolder.publish``."""
+        try:
+            connect_unix(self._settings.broker_socket, time.monotonic() + 1).close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            self._ca_folder.compact()  # certainly no broker runs that has counted the CRLs there
+        except OSError:
+            pass
+        return self._ca_folder.publish(trust)
 
     def write_server_certificate(self, chain: bytes, key: bytes) -> bool:
         """Write the broker's own certificate with its issuers (PEM) and private key (PEM, PKCS#8, not encrypted).
@@ -230,16 +239,7 @@ class BrokerFolder:
 
     def _file_problem(self, name: str) -> str | None:
         """Return what is wrong with a file's presence, mode or group, or ``None``."""
-        path = self._path(name)
-        try:
-            status = path.lstat()
-        except OSError as error:
-            return f"{path} cannot be read: {error.strerror}."
-        if not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) != FILE_MODE:
-            return f"{path} is not a regular file with mode 0640."
-        if self._group is not None and status.st_gid != self._group:
-            return f"{path} is not in the broker's group."
-        return None
+        return access_problem(self._path(name), FILE_MODE, self._group)
 
     def _read(self, name: str) -> _Seen:
         """Return a file's digest, and when its CRLs are current; read it only if it changed. Raise ``OSError``."""

@@ -52,6 +52,25 @@ def _is_alive(process: int) -> bool:
     return status.rpartition(")")[2].split()[0] not in "ZX"  # a zombie has ended
 
 
+def access_problem(path: Path, mode: int, group: int | None, *, folder: bool = False) -> str | None:
+    """Return what is wrong with a file's presence, kind, mode or group (``None``: any), as a sentence, or ``None``.
+
+    A link is not followed: it is no regular file, and no folder.
+    """
+    try:
+        status = path.lstat()
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}."
+    if (
+        stat.S_IFMT(status.st_mode) != (stat.S_IFDIR if folder else stat.S_IFREG)
+        or stat.S_IMODE(status.st_mode) != mode
+    ):
+        return f"{path} is not a {'folder' if folder else 'regular file'} with mode 0{mode:o}."
+    if group is not None and status.st_gid != group:
+        return f"{path} is not in the broker's group."
+    return None
+
+
 def replace_file(path: Path, content: bytes, *, mode: int = 0o600, group: int | None = None) -> None:
     """Replace a file atomically and durably: temporary file, fsync, rename, fsync of the folder.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.crl import validate_crl
+from broker.crl import Trust, validate_crl
 from broker.files.acl import Acl
 from broker.files.control import BrokerFiles, Projection
 from broker.folder import broker_group
@@ -49,7 +49,7 @@ class Place:
     def projection(self, generation: int, crl: bytes | None = None) -> Projection:
         acl = Acl(self.settings.acl_style, self.settings.topic_prefix)
         add_device_acl(acl, DEVICE, None)
-        return Projection(generation, acl.render(generation), crl or self.pki.issuing.crl(), self.pki.ca_bundle)
+        return Projection(generation, acl.render(generation), Trust(crl or self.pki.issuing.crl(), self.pki.ca_bundle))
 
     @property
     def written(self) -> BrokerFiles:
@@ -57,7 +57,7 @@ class Place:
         return self.broker.files
 
     def files(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in self.settings.broker_dir.iterdir()}
+        return {path.name: path.read_bytes() for path in self.settings.broker_dir.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,8 @@ def test_a_projection_is_installed_with_its_record(place: Place) -> None:
     projection = place.projection(3)
     place.written.install(projection)
     files = place.files()
-    assert (files["acl"], files["crl.pem"], files["ca.pem"]) == (projection.acl, projection.crl, projection.ca)
+    assert projection.trust == Trust(files["crl.pem"], files["ca.pem"])
+    assert files["acl"] == projection.acl
     assert json.loads(files["projection.json"])["generation"] == 3
     assert place.written.installed_generation() == 3
     assert place.written.damage() == []
@@ -98,8 +99,8 @@ def test_a_projection_is_installed_with_its_record(place: Place) -> None:
 
 def test_files_are_for_the_broker_and_nobody_else(place: Place) -> None:
     place.written.install(place.projection(1))
-    for path in place.settings.broker_dir.iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+    for path in place.settings.broker_dir.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
     assert stat.S_IMODE(place.settings.broker_dir.stat().st_mode) & 0o007 == 0
     secret = place.settings.secrets_dir / "broker-password"
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
@@ -183,10 +184,11 @@ def test_a_bad_crl_is_refused_with_the_old_files_intact(place: Place, kind: str)
 def test_every_issuing_ca_needs_a_crl_of_its_own(place: Place) -> None:
     second = Authority("Second issuing", issuer=place.pki.root)
     bundle = place.pki.ca_bundle + second.certificate.public_bytes(PEM)
-    one = replace(place.projection(1), ca=bundle)
+    crl = place.pki.issuing.crl()
+    one = replace(place.projection(1), trust=Trust(crl, bundle))
     with pytest.raises(ProjectionInvalid, match="no CRL of CN=Second issuing"):
         place.written.install(one)
-    place.written.install(replace(one, crl=one.crl + second.crl()))
+    place.written.install(replace(one, trust=Trust(crl + second.crl(), bundle)))
     assert place.written.damage() == []
 
 
@@ -219,7 +221,7 @@ def test_a_bad_ca_file_is_refused(place: Place, kind: str) -> None:
         "no root": place.pki.issuing.certificate.public_bytes(PEM),
     }[kind]
     with pytest.raises(ProjectionInvalid):
-        place.written.install(replace(place.projection(1), ca=bad))
+        place.written.install(replace(place.projection(1), trust=Trust(place.pki.issuing.crl(), bad)))
     assert not place.settings.broker_dir.exists()
 
 
@@ -531,5 +533,5 @@ def test_ten_thousand_devices_are_rendered_and_checked(place: Place) -> None:
     acl = Acl(place.settings.acl_style, place.settings.topic_prefix)
     for _ in range(10_000):
         add_device_acl(acl, str(uuid.uuid4()), None)
-    place.written.install(Projection(1, acl.render(1), place.pki.issuing.crl(), place.pki.ca_bundle))
+    place.written.install(Projection(1, acl.render(1), Trust(place.pki.issuing.crl(), place.pki.ca_bundle)))
     assert place.files()["acl"].count(b"\nuser ") == 10_001

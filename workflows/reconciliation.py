@@ -14,8 +14,8 @@ from cryptography import x509
 from sqlalchemy.engine import Connection
 
 from broker.control import DeviceAccess, Draft
+from broker.crl import Trust
 from broker.files.acl import DENIED_FOR, MAX_DENIALS
-from broker.folder import Trust
 from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
@@ -428,8 +428,7 @@ class Reconciler:
             )
         generation = target.state.generation
         if target.puts_off_crls:
-            target.draft.append(generation)
-            return False
+            return target.draft.install(generation, None)
         with self._crl_lock.hold(self._settings.enforce_timeout):
             return target.draft.install(generation, self._trust(target.issuers))
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from broker.crl import Trust
 from broker.files.acl import DENIED_FOR, GENERATION_TOPIC, MAX_DENIALS, REFUSED_TOPIC, Acl, validate_acl
-from broker.folder import CA_FILE, CRL_FILE, BrokerFolder, Trust
+from broker.folder import CA_FILE, CRL_FILE, BrokerFolder
 from broker.process import run_command, signal_broker
 from broker.session import (
     FAILURE,
@@ -41,12 +42,11 @@ _SIGNAL_AGAIN_SECONDS = 0.1  # a reload takes the broker 4 to 8 ms; a signal tha
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """What the broker must enforce, of one generation: ACL, CRLs and CA certificates (PEM), as file contents."""
+    """What the broker must enforce, of one generation: the ACL's content, and CRLs and CAs unless they stay."""
 
     generation: int
     acl: bytes
-    crl: bytes
-    ca: bytes
+    trust: Trust | None
 
 
 class BrokerFiles(BrokerFolder):
@@ -61,12 +61,16 @@ class BrokerFiles(BrokerFolder):
         ``BrokerUnavailable`` if a file cannot be written; then no file is changed. Files that already have the content
         stay untouched. One process at a time: the caller holds the lock.
         """
-        generation, settings = projection.generation, self._settings
-        self._check(generation, Trust(projection.crl, projection.ca))
+        generation, settings, trust = projection.generation, self._settings, projection.trust
+        if trust is not None:
+            self._check(generation, trust)
         validate_acl(projection.acl, generation, style=settings.acl_style, prefix=settings.topic_prefix)
         if not even_older:
             self._check_order(generation)
-        contents = {CA_FILE: projection.ca, CRL_FILE: projection.crl, ACL_FILE: projection.acl}
+        contents = {ACL_FILE: projection.acl}
+        if trust is not None:
+            self.publish(trust)
+            contents |= {CA_FILE: trust.ca, CRL_FILE: trust.crl}
         self._write(generation, contents, {"style": settings.acl_style})
         self.password()
 
@@ -115,7 +119,7 @@ class _FilesDraft:
 
     lists_certificates = False  # an ACL knows names only; certificates are refused by the CRL
 
-    def __init__(self, acl: Acl, since: int, install: Callable[[int, Trust], bool]) -> None:
+    def __init__(self, acl: Acl, since: int, install: Callable[[int, Trust | None], bool]) -> None:
         self.since = since
         self.lists_every_device = acl.style is AclStyle.PER_DEVICE
         self.install = install
@@ -140,9 +144,6 @@ class _FilesDraft:
     def puts_off_crls(self, ca: bytes) -> bool:
         return False
 
-    def append(self, generation: int) -> None:
-        raise NotImplementedError("the broker reads the ACL with the CRLs")
-
     def discard(self) -> None:
         pass  # the ACL in memory has all changes of a snapshot; to add them again does no harm
 
@@ -161,12 +162,12 @@ class FilesControl:
         """Begin the next generation with the ACL of the last one that this process has made."""
         return _FilesDraft(self._acl, self._generation, self._install)
 
-    def _install(self, generation: int, trust: Trust) -> bool:
+    def _install(self, generation: int, trust: Trust | None) -> bool:
         self._generation = generation
         if self._acl.style is AclStyle.PATTERN:
             self._acl.prune(newest=MAX_DENIALS, since=self._clock() - DENIED_FOR)
-        self.files.install(Projection(generation, self._acl.render(generation), trust.crl, trust.ca))
-        return True
+        self.files.install(Projection(generation, self._acl.render(generation), trust))
+        return trust is not None
 
     publishes_crls = False
 

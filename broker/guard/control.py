@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from cryptography import x509
 
-from broker.capath import CaFolder
-from broker.crl import issuing_certificates
-from broker.folder import CA_FILE, CRL_FILE, FILE_MODE, BrokerFolder, Trust
+from broker.capath import FILE_MODE
+from broker.crl import Trust, issuing_certificates
+from broker.folder import CA_FILE, CRL_FILE, BrokerFolder
 from broker.guard import journal
 from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position
 from broker.session import (
@@ -33,7 +33,6 @@ from core.errors import BrokerNotEnforcing, BrokerUnavailable, ProjectionInvalid
 from core.failpoints import failpoint
 from core.topics import Topic, check_topics, expand, is_device_id
 
-CA_FOLDER = "capath"
 TOPIC = "portal/guard"  # below it the portal asks the guard; the answer is the reason code of PUBACK
 GUARD_VERSION = 1  # of the plugin
 UNKNOWN_IDENTITY = "unknown"  # of a certificate of which only the serial number is known
@@ -57,7 +56,6 @@ class GuardFiles(BrokerFolder):
     def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
         super().__init__(settings, clock)
         self.journal = settings.broker_file(JOURNAL_FILE)
-        self.ca_folder = CaFolder(settings.broker_file(CA_FOLDER), self._group)
         self._verified: tuple[int, ...] = ()  # the journal's inode, size and times when its end was last checked
         self._problem: str | None = None
 
@@ -107,7 +105,7 @@ class GuardFiles(BrokerFolder):
         return None
 
     def _other_damage(self) -> str | None:
-        return self._file_problem(JOURNAL_FILE) or self._journal_problem() or self.ca_folder.problem()
+        return self._file_problem(JOURNAL_FILE) or self._journal_problem()
 
     def _journal_problem(self) -> str | None:
         try:
@@ -201,18 +199,14 @@ class GuardDraft(GuardAccess):
         """Return whether the guard can do without new CRLs; see ``broker.control.Draft``."""
         return not self._urgent and isinstance(self._journal, JournalAppend) and self._control.told(ca)
 
-    def append(self, generation: int) -> None:
-        """Append it to the journal alone; see ``broker.control.Draft``."""
-        try:
-            if not isinstance(self._journal, JournalAppend):
-                raise TypeError("a new journal is installed with its CRLs")
-            self._control.append(self._journal, generation)
-        finally:
-            self.discard()
-
-    def install(self, generation: int, trust: Trust) -> bool:
+    def install(self, generation: int, trust: Trust | None) -> bool:
         """Append it to the journal, or replace that; see ``broker.control.Draft``."""
         try:
+            if trust is None:
+                if not isinstance(self._journal, JournalAppend):
+                    raise TypeError("a new journal is installed with its CRLs")
+                self._control.append(self._journal, generation)
+                return False
             return self._control.install(self._journal, generation, trust, urgent=self._urgent)
         finally:
             self.discard()
@@ -304,9 +298,7 @@ class GuardControl:
         position = writer.commit(generation)
         self._distrusted = False
         due = urgent or not issuers <= known or self._is_crl_due(position, before, trust)
-        if due:
-            self._make_room()
-        published = due and self.files.ca_folder.publish(trust)
+        published = due and self.files.publish(trust)
         stated = {
             "style": self._settings.acl_style,
             "control": ControlKind.GUARD,
@@ -339,20 +331,10 @@ class GuardControl:
         self.files.check_trust(position.generation, trust)
         due = self._is_crl_due(position, stated, trust)
         if due:
-            self._make_room()
             stated = {**stated, "crl_at": self._now(), "crl_seq": position.seq}
-        published = due and self.files.ca_folder.publish(trust)
+        published = due and self.files.publish(trust)
         self.files.install(position.generation, trust, {**stated, "seq": position.seq})
         return published
-
-    def _make_room(self) -> None:
-        """Remove CRLs that newer ones have replaced, if certainly no broker runs that has counted them."""
-        try:
-            connect_unix(self._settings.broker_socket, time.monotonic() + 1).close()
-        except (FileNotFoundError, ConnectionRefusedError):
-            self.files.ca_folder.compact()
-        except OSError:
-            pass
 
     def _now(self) -> int:
         return int(self._clock().timestamp())

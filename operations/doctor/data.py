@@ -13,7 +13,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from broker.folder import FILE_MODE, FOLDER_MODE
+from broker.capath import FILE_MODE
+from broker.folder import FOLDER_MODE
 from core.roles import Role
 from core.states import PENDING_DELIVERY
 from operations.data_folder import own_folders

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from broker.files.control import PASSWORD_FILE
-from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
-from broker.guard.control import CA_FOLDER
+from broker.folder import CA_FILE, CA_FOLDER, CRL_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import Settings
 from core.broker_control import ACL_FILE, JOURNAL_FILE, AclStyle, ControlKind
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, warning, well
@@ -229,10 +228,7 @@ def _listener_mistakes(options: Mapping[str, str], settings: Settings) -> Iterat
             yield problem(f"{option} is not true: {why}.", _INSTALL)
     if _is_true(options, "use_subject_as_username"):
         yield problem("use_subject_as_username is true: the ACL cannot tell devices apart.", _INSTALL)
-    if settings.broker_control is ControlKind.GUARD:
-        yield from _names_file(options, "capath", settings, CA_FOLDER, "new CRLs and CAs are not read before a restart")
-    elif "capath" in options:
-        yield problem("capath is set: devices of other CAs may be accepted.", _INSTALL)
+    yield from _names_file(options, "capath", settings, CA_FOLDER, "new CRLs and CAs are not read before a restart")
     if options.get("tls_version") in ("tlsv1", "tlsv1.0", "tlsv1.1"):
         yield warning(f"tls_version is {options['tls_version']}, which is insecure.", _INSTALL)
     yield from _names_file(options, "cafile", settings, CA_FILE, "devices are verified with other CAs")

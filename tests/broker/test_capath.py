@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
 from broker.capath import CaFolder, name_hash
-from broker.folder import Trust
+from broker.crl import Trust
 from tests.support.pki import PEM, Authority, Credentials, Pki, key_pem
 
 NAMES = {

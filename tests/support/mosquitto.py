@@ -54,7 +54,7 @@ def guard_library() -> Path:
 def without_guard(configuration: str) -> str:
     """The configuration for the control by files, as mosquitto/README.md says."""
     lines = configuration.splitlines(keepends=True)
-    return "".join(line.removeprefix("#files ") for line in lines if not line.startswith(("plugin", "capath ")))
+    return "".join(line.removeprefix("#files ") for line in lines if not line.startswith("plugin"))
 
 
 class StartFailed(Exception):
@@ -114,7 +114,7 @@ class Mosquitto:
         self._lines.clear()
         self._process = subprocess.Popen(
             self.command(),
-            env={**os.environ, "OPENSSL_CONF": str(OPENSSL_CONFIGURATION)} if self.guard else None,
+            env={**os.environ, "OPENSSL_CONF": str(OPENSSL_CONFIGURATION)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from broker.control import Draft
-from broker.folder import Trust
+from broker.crl import Trust
 from broker.guard.control import CRL_CHANGES, CRL_SECONDS, GuardControl
 from broker.guard.journal import read_position
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
@@ -64,7 +64,7 @@ class Place:
         draft = self.control.draft()
         fill(draft)
         assert draft.puts_off_crls(self.pki.ca_bundle)
-        draft.append(self.generation)
+        assert not draft.install(self.generation, None)
 
     def crls(self) -> list[bytes]:
         """The CRLs that the running broker finds, the last one as the newest."""

@@ -382,7 +382,7 @@ def with_line(line: str) -> Callable[[str], str]:
         (without("crlfile"), State.PROBLEM, "crlfile is missing: revoked certificates are accepted"),
         (with_line("crlfile /etc/ssl/crl.pem"), State.PROBLEM, "crlfile is /etc/ssl/crl.pem"),
         (with_line("cafile /etc/ssl/certs/ca.pem"), State.PROBLEM, "cafile is /etc/ssl"),
-        (with_line("capath /etc/ssl/certs"), State.PROBLEM, "capath is set"),
+        (with_line("capath /etc/ssl/certs"), State.PROBLEM, "capath is /etc/ssl/certs, not"),
         (with_line("password_file /x"), State.PROBLEM, "password_file is /x"),
         (with_line("certfile /x"), State.PROBLEM, "certfile is /x"),
         (with_line("keyfile /x"), State.PROBLEM, "keyfile is /x"),
