@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,11 +19,13 @@ from broker.session import PORTAL_USER, SUCCESS, Session, client_id, connect_uni
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
+from core.files import replace_file
 from core.topics import Topic, is_device_id
 from pki.client_certificates import common_name
 
 _DISCONNECTS_IN_FLIGHT = 8  # the broker's queue of connections on a unix socket is 10 long
 _HEALTH_SECONDS = 1.0
+PROBE_PROBLEM = ".probe.problem"
 
 
 def _now() -> datetime:
@@ -58,7 +61,8 @@ class BrokerProvisioning:
         guarded = settings.broker_control is ControlKind.GUARD
         self.control: BrokerControl = GuardControl(settings, clock) if guarded else FilesControl(settings, clock)
         self._settings = settings
-        self._probe = Probe(settings.mqtt_host, settings.mqtt_port, settings.broker_file(CA_FILE))
+        self._probe_file = settings.data_dir / PROBE_PROBLEM
+        self._probe = Probe(settings.mqtt_host, settings.probe_addresses, settings.broker_file(CA_FILE))
 
     @property
     def files(self) -> BrokerFolder:
@@ -112,9 +116,24 @@ class BrokerProvisioning:
     def probe(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:
         """Check that the broker refuses the revoked certificate as revoked, and accepts the good one.
 
-        Raise ``BrokerNotEnforcing`` if it does not, ``BrokerUnavailable`` if it does not answer.
+        Raise ``BrokerNotEnforcing`` if it does not, ``BrokerUnavailable`` if it does not answer. How the last probe of
+        any process ended is remembered for ``probe_problem``.
         """
-        return self._probe.run(certificates, deadline)
+        try:
+            result = self._probe.run(certificates, deadline)
+        except BrokerUnavailable as error:
+            with contextlib.suppress(OSError):
+                replace_file(self._probe_file, error.detail.encode())
+            raise
+        self._probe_file.unlink(missing_ok=True)
+        return result
+
+    def probe_problem(self) -> str | None:
+        """Return the sentence in which the last probe of any process failed, ``None`` if it did not."""
+        try:
+            return self._probe_file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
 
     def reachable(self) -> bool:
         """Return whether the broker answers the portal on its internal listener within a second."""

@@ -114,6 +114,11 @@ def parse_address(value: str) -> Address:
     return Address(host.strip("[]"), int(port))
 
 
+def parse_optional_address(value: str) -> Address | None:
+    """Return an address from ``HOST:PORT``, ``None`` if empty."""
+    return parse_address(value) if value else None
+
+
 def parse_address_or_socket(value: str) -> Address:
     """Return a listening address from ``HOST:PORT`` or ``unix:/PATH``."""
     if not value.startswith("unix:"):
@@ -330,6 +335,9 @@ class Settings(BaseSettings):
     )
     mqtt_host: Text = setting("localhost", "The broker's name, as devices reach it")
     mqtt_port: Annotated[int, count(1, 65535)] = setting("8883", "The broker's TLS port")
+    broker_probe_address: Annotated[Address | None, PlainValidator(parse_optional_address)] = setting(
+        "", "Where the portal itself tries the broker's TLS port, HOST:PORT; if empty localhost, else as devices do"
+    )
     broker_names: Names = setting("localhost,127.0.0.1", "Names and addresses in the broker's certificate")
     broker_dir: PathSetting = derived(
         lambda data: data["data_dir"] / "broker", "Folder of the broker's files; broker in the data folder if empty"
@@ -448,6 +456,17 @@ class Settings(BaseSettings):
             return not ipaddress.ip_address(self.bind.host).is_loopback
         except ValueError:
             return self.bind.host != "localhost"
+
+    @property
+    def probe_addresses(self) -> tuple[Address, ...]:
+        """Where the portal tries the broker's TLS port: the next one if nothing listens at the one before.
+
+        The name and port by which devices reach it need not work on this machine, behind a port forwarding without
+        hairpin NAT for one.
+        """
+        if self.broker_probe_address is not None:
+            return (self.broker_probe_address,)
+        return tuple(dict.fromkeys(Address(host, self.mqtt_port) for host in ("localhost", self.mqtt_host)))
 
     def broker_file(self, name: str) -> Path:
         """Return the path of a file in the broker's folder."""

@@ -10,10 +10,12 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from broker.session import Session, remaining
+from config import Address
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 
 CERTIFICATE_REVOKED = 44  # TLS alert (RFC 8446 section 6)
@@ -71,12 +73,23 @@ class _Answer:
     server_certificate: bytes
 
 
-class Probe:
-    """Asks the broker at ``host``:``port``, whose certificate must verify under ``ca_file`` for ``host``."""
+def connect(addresses: Sequence[Address], seconds: float) -> socket.socket:
+    """Connect to the first address at which anything listens; raise ``OSError`` of the last one if there is none."""
+    for address in addresses[:-1]:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(address, timeout=seconds)
+    return socket.create_connection(addresses[-1], timeout=seconds)
 
-    def __init__(self, host: str, port: int, ca_file: Path) -> None:
+
+class Probe:
+    """Asks the broker at the first of ``addresses`` at which anything listens.
+
+    Its certificate must verify under ``ca_file`` for ``host``, the name by which devices reach it.
+    """
+
+    def __init__(self, host: str, addresses: Sequence[Address], ca_file: Path) -> None:
         self._host = host
-        self._port = port
+        self._addresses = addresses
         self._ca_file = ca_file
         self._contexts: dict[ProbeCertificate, tuple[object, ssl.SSLContext]] = {}
         self._lock = threading.Lock()
@@ -119,7 +132,7 @@ class Probe:
         shown_by_broker = b""
         context = self._context(shown)
         try:
-            with socket.create_connection((self._host, self._port), timeout=remaining(deadline)) as plain:
+            with connect(self._addresses, remaining(deadline)) as plain:
                 plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 plain.settimeout(remaining(deadline))
                 try:
@@ -131,16 +144,18 @@ class Probe:
                             reason = session.connect("")
                 except ssl.SSLCertVerificationError as error:
                     raise BrokerUnavailable(
-                        f"The broker's certificate is refused: {error.verify_message};"
-                        " see that it is one of the portal's and names PORTAL_MQTT_HOST."
+                        f"The broker's certificate is refused: {error.verify_message}; see that it is one of the"
+                        " portal's and names PORTAL_MQTT_HOST, and that PORTAL_BROKER_PROBE_ADDRESS is the broker's."
                     ) from error
                 except ssl.SSLError as error:
                     alert = _alert(error)
                     if alert is None:
                         raise
         except OSError as error:
+            where = " or ".join(map(str, self._addresses))
             raise BrokerUnavailable(
-                f"The broker does not answer at {self._host}:{self._port}: {_said(error)}."
+                f"The broker does not answer at {where}: {_said(error)}; if it is reached elsewhere from here, set"
+                " PORTAL_BROKER_PROBE_ADDRESS."
             ) from error
         return _Answer(alert, reason, time.monotonic() - started, shown_by_broker)
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from broker.folder import SERVER_CERTIFICATE_FILE
 from broker.process import run_command
 from core.broker_control import ControlKind
-from core.errors import PortalError
+from core.errors import BrokerUnavailable, PortalError
 from core.files import FileLock
 from operations.authority import advance, renew_certificates, renew_crls, retire_unneeded
 from operations.own_certificates import probe_certificates
@@ -111,6 +111,13 @@ def probe_broker(portal: Portal) -> None:
     if portal.broker.reachable():
         deadline = time.monotonic() + portal.settings.enforce_timeout
         _restart_if_due(portal, portal.broker.probe(probe_certificates(portal.settings), deadline).server_certificate)
+
+
+def probe_again(portal: Portal) -> None:
+    """Probe a broker that failed the last probe, so that it is soon seen to be repaired; ``probe_broker`` logs it."""
+    if portal.broker.probe_problem() is not None:
+        with contextlib.suppress(BrokerUnavailable):
+            probe_broker(portal)
 
 
 def _restart_if_due(portal: Portal, served: bytes) -> None:
@@ -206,6 +213,7 @@ JOBS = (
     Job("late sessions", 20.0, disconnect_again),
     Job("expiry", 30.0, expire, final=True),
     Job("probe", 60.0, probe_broker),
+    Job("failed probe", 2.0, probe_again),
     Job("CRLs for the broker", 60.0, lambda portal: portal.reconciler.publish_crls()),
     Job("refusals", 60.0, lambda portal: portal.operators.record_the_rest(portal.tenant_id)),
     Job("responder renewal", 60.0, lambda portal: portal.responder.certificates.renew()),

@@ -127,7 +127,7 @@ class Readiness:
                 f"The broker enforces generation {state.applied_generation}, the newest is {state.generation};"
                 " the portal keeps trying."
             )
-        return None
+        return self._reconciler.probe_problem()
 
 
 def _problem_of(question: Callable[[], str | None]) -> str | None:

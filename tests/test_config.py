@@ -95,6 +95,7 @@ def test_an_acl_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
         ("PORTAL_PORT", "8443", "PORTAL_PORT is not a setting"),
         ("PORTAL_SERVICE_HOST", "portal.example.org", "PORTAL_SERVICE_HOST is not a setting"),
         ("PORTAL_SERVICE_NAME", "10.0.0.1", "PORTAL_SERVICE_NAME is not a setting"),
+        ("PORTAL_BROKER_PROBE_ADDRESS", "8883", "HOST:PORT"),
         ("PORTAL_MQTT_PROT", "8883", "did you mean PORTAL_MQTT_PORT?"),
         ("PORTAL_MQTT_PORT", "tcp://10.0.0.1:8883", "PORTAL_MQTT_PORT"),
     ],
@@ -248,3 +249,21 @@ def test_without_a_setting_the_guard_is_the_control_where_its_plugin_is_installe
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert default_control(tmp_path, [plugin]) is control
+
+
+@pytest.mark.parametrize(
+    ("environment", "addresses"),
+    [
+        ({}, ["localhost:8883"]),
+        (
+            {"PORTAL_MQTT_HOST": "mqtt.example.com", "PORTAL_MQTT_PORT": "443"},
+            ["localhost:443", "mqtt.example.com:443"],
+        ),
+        ({"PORTAL_MQTT_PORT": "443", "PORTAL_BROKER_PROBE_ADDRESS": "[::1]:8883"}, ["[::1]:8883"]),
+    ],
+)
+def test_the_broker_is_probed_here_first_unless_a_setting_says_where(
+    tmp_path: Path, environment: dict[str, str], addresses: list[str]
+) -> None:
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), **environment})
+    assert [str(address) for address in settings.probe_addresses] == addresses

@@ -209,6 +209,10 @@ class Reconciler:
         """Return whether the broker runs and answers on its internal listener."""
         return self._broker.reachable()
 
+    def probe_problem(self) -> str | None:
+        """Return why the broker failed the last probe, whichever process made it; ``None`` if it did not."""
+        return self._broker.probe_problem()
+
     def wake(self) -> None:
         """Ask for a reconciliation within a second, without waiting for it."""
         self._woken.set()

@@ -67,12 +67,7 @@ def acl_entries(installation: Installation) -> Finding:
             denied = [user for user in installed_blocks.keys() - expected.keys() if installed_blocks[user] == DENY_ALL]
             denied_still = generations.denied_among(tx, installation.tenant_id, denied)
     found = compare_acl(expected, installed_blocks, pending | denied_still)
-    if expected_acl.closed:
-        found.warning(
-            f"{len(expected_acl.closed)} devices may do nothing, because the settings do not allow their topics:"
-            f" {summarize(list(expected_acl.closed))}.",
-            "Change their topics (./portal update), or PORTAL_ACL_STYLE and PORTAL_TOPIC_PREFIX.",
-        )
+    _add_closed(found, expected_acl, "PORTAL_ACL_STYLE and PORTAL_TOPIC_PREFIX")
     more = f" {len(pending)} more will be installed soon." if pending else ""
     return combine(found, f"The ACL is what the database says: {len(expected_acl)} devices.{more}")
 
@@ -105,12 +100,7 @@ def _journal_entries(installation: Installation) -> Finding:
     granted = {identity: line for identity, line in access.items() if line.startswith("allow ")}
     allowed = {identity: line for identity, line in lines.access.items() if line.startswith("allow ")}
     found = compare_acl(allowed, granted, pending)
-    if expected.closed:
-        found.warning(
-            f"{len(expected.closed)} devices may do nothing, because PORTAL_TOPIC_PREFIX does not allow their"
-            f" topics: {summarize(list(expected.closed))}.",
-            "Change their topics (./portal update), or PORTAL_TOPIC_PREFIX.",
-        )
+    _add_closed(found, expected, "PORTAL_TOPIC_PREFIX")
     more = f" {len(pending)} more will be installed soon." if pending else ""
     return combine(found, f"The guard's journal is what the database says: {len(allowed)} devices may connect.{more}")
 
@@ -128,6 +118,16 @@ def compare_acl(expected: Mapping[str, str], installed: Mapping[str, str], ignor
     if other:
         found.problem(f"{len(other)} entries of the ACL grant other topics: {summarize(other)}.", _REPAIRS)
     return found
+
+
+def _add_closed(found: Findings, access: Acl | GuardAccess, variables: str) -> None:
+    """Warn of the devices whose topics the settings do not allow."""
+    if access.closed:
+        found.warning(
+            f"{len(access.closed)} devices may do nothing, because the settings do not allow their topics:"
+            f" {summarize(list(access.closed))}.",
+            f"Change their topics (./portal update), or {variables}.",
+        )
 
 
 def _blocks(content: bytes) -> dict[str, str]:

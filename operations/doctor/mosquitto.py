@@ -154,11 +154,11 @@ def mistakes(configuration: Configuration, settings: Settings) -> list[Finding]:
     control = _guard_mistakes if settings.broker_control is ControlKind.GUARD else _file_mistakes
     found = Findings([*_global_mistakes(configuration.options, settings), *control(configuration, settings)])
     internal = [one for one in configuration.listeners if one.port == 0 and Path(one.address) == settings.broker_socket]
-    of_devices = [one for one in configuration.listeners if one.port == settings.mqtt_port]
+    of_devices = [one for one in configuration.listeners if _is_of_devices(one, settings)]
     if not internal:
         found.problem(f"There is no listener 0 {settings.broker_socket}, which the portal connects to.", _INSTALL)
     if not of_devices:
-        found.problem(f"There is no listener {settings.mqtt_port} for devices.", _INSTALL)
+        found.problem(f"There is no listener {settings.probe_addresses[0].port} for devices.", _INSTALL)
     for listener in of_devices:
         found += _listener_mistakes(listener.options, settings)
     for listener in configuration.listeners:
@@ -172,6 +172,11 @@ def mistakes(configuration: Configuration, settings: Settings) -> list[Finding]:
                 f"Another listener, {name}, does not require a certificate.", "Remove it from the configuration."
             )
     return found
+
+
+def _is_of_devices(listener: Listener, settings: Settings) -> bool:
+    """Return whether devices connect to the listener; a port of their own may be forwarded to it."""
+    return listener.port == settings.probe_addresses[0].port
 
 
 def _global_mistakes(options: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
@@ -355,7 +360,7 @@ def _connection_warnings(installation: Installation, devices: int) -> Iterator[F
         return  # reported by another check
     for listener in listeners:
         limit = listener.options.get("max_connections", "")
-        if listener.port == installation.settings.mqtt_port and limit.isdigit() and int(limit) < devices:
+        if _is_of_devices(listener, installation.settings) and limit.isdigit() and int(limit) < devices:
             yield warning(
                 f"max_connections is {limit}, for {devices} active devices.",
                 "Raise max_connections, and LimitNOFILE of its service.",

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 
 from broker.folder import CA_FILE, SERVER_CERTIFICATE_FILE
-from broker.probe import Probe
+from broker.probe import Probe, connect
 from config import Address, Settings
 from core.errors import PortalError
 from operations.doctor.base import SECONDS, Finding, Installation, certificate_of, problem, warning, well
@@ -87,10 +87,10 @@ def broker_certificate(installation: Installation) -> Finding:
     settings = installation.settings
     context = _context(settings.broker_file(CA_FILE))
     context.load_cert_chain(installation.probe_certificates.good.certificate, installation.probe_certificates.good.key)
-    where = f"{settings.mqtt_host}:{settings.mqtt_port}"
+    where = " or ".join(map(str, settings.probe_addresses))
     try:
         with (
-            socket.create_connection((settings.mqtt_host, settings.mqtt_port), timeout=SECONDS) as plain,
+            connect(settings.probe_addresses, SECONDS) as plain,
             context.wrap_socket(plain, server_hostname=settings.mqtt_host) as secure,
         ):
             der = secure.getpeercert(binary_form=True) or b""
@@ -114,7 +114,7 @@ def broker_certificate(installation: Installation) -> Finding:
 def probe(installation: Installation) -> Finding:
     """Check that the broker refuses the revoked probe certificate and accepts the good one."""
     settings = installation.settings
-    prober = Probe(settings.mqtt_host, settings.mqtt_port, settings.broker_file(CA_FILE))
+    prober = Probe(settings.mqtt_host, settings.probe_addresses, settings.broker_file(CA_FILE))
     try:
         result = prober.run(installation.probe_certificates, time.monotonic() + max(SECONDS, settings.enforce_timeout))
     except PortalError as error:

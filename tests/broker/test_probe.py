@@ -15,6 +15,7 @@ import pytest
 
 from broker import probe
 from broker.probe import CERTIFICATE_REVOKED, Probe, ProbeCertificate, ProbeCertificates
+from config import Address
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from tests.support.mosquitto import short_folder
 from tests.support.pki import Pki
@@ -39,7 +40,7 @@ class StandIn:
         self.context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
         self.listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self._serve, daemon=True).start()
-        self.probe = Probe("localhost", self.listener.getsockname()[1], folder / "ca.pem")
+        self.probe = Probe("localhost", [Address(*self.listener.getsockname())], folder / "ca.pem")
 
     def _serve(self) -> None:
         with contextlib.suppress(OSError):
@@ -96,6 +97,18 @@ def test_a_good_certificate_that_mqtt_refuses_is_a_fault(folder: Path) -> None:
 def test_a_certificate_of_another_host_is_refused(folder: Path) -> None:
     with pytest.raises(BrokerUnavailable, match="certificate is refused"):
         StandIn(folder, name="broker.example").run()
+
+
+def test_a_broker_is_tried_where_something_listens_and_known_by_the_name_that_devices_use(folder: Path) -> None:
+    broker = StandIn(folder, name="mqtt.example.com")
+    at = Address(*broker.listener.getsockname())
+    with socket.socket() as bound:  # nothing listens there
+        bound.bind(("127.0.0.1", 0))
+        probe = Probe("mqtt.example.com", [Address(*bound.getsockname()), at], folder / "ca.pem")
+        assert probe.run(broker.certificates, time.monotonic() + 5).good_reason == 0
+        probe = Probe("mqtt.example.com", [Address(*bound.getsockname())], folder / "ca.pem")
+        with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:\d+: .*set PORTAL_BROKER_PROBE_ADDRESS"):
+            probe.run(broker.certificates, time.monotonic() + 5)
 
 
 def test_a_probe_certificate_that_was_replaced_is_read_again(folder: Path) -> None:

@@ -13,8 +13,10 @@ import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from broker.probe import ProbeResult
+from broker.probe import Probe, ProbeResult
+from broker_provisioning import BrokerProvisioning
 from config import Settings
+from core.errors import BrokerUnavailable
 from core.files import FileLock
 from operations import authority, jobs
 from operations.jobs import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
@@ -24,6 +26,7 @@ from store.tables import Delivery, IdempotencyKey
 from tests.support.harness import Clock
 from tests.support.pki import Pki
 from tests.workflows.test_registration import OPERATOR, PUMP
+from workflows.reconciliation import Reconciler
 
 
 def crl_number(portal: Portal, issuer_id: int) -> int:
@@ -254,6 +257,37 @@ def test_the_jobs_run_beside_a_process_that_leads_and_gives_no_sign_of_life(port
         os.utime(lock, (0, time.time() - SILENT_SECONDS - 1))
         jobs.run(portal, stopping, (Job("only", 0, run_and_stop),))
     assert ran.is_set()
+
+
+# --- The probe -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_probe_shows_at_once_with_its_reason_until_another_one_passes(
+    portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reconciler, "broker_answers", lambda _: True)
+    monkeypatch.setattr(BrokerProvisioning, "reachable", lambda _: True)
+    with portal.database.transaction() as tx:
+        tx.exec_driver_sql("UPDATE broker_state SET applied_generation = generation")
+    another = open_portal(portal.settings, clock)  # as another process sees it
+
+    def problem() -> str | None:
+        return next(check.problem for check in another.readiness.checks() if check.name == "broker")
+
+    assert problem() is None
+    jobs.probe_again(portal)  # only after a probe that failed
+    assert problem() is None
+    with pytest.raises(BrokerUnavailable):
+        jobs.probe_broker(portal)
+    assert "does not answer at localhost:" in str(problem())
+    jobs.probe_again(portal)
+    assert "does not answer at localhost:" in str(problem())
+    newest = x509.load_pem_x509_certificate(portal.settings.broker_file("server.pem").read_bytes())
+    passed = ProbeResult(44, 0.0, 0, 0.0, newest.public_bytes(Encoding.DER))
+    monkeypatch.setattr(Probe, "run", lambda *_: passed)
+    jobs.probe_again(portal)
+    assert problem() is None
+    another.close()
 
 
 # --- The broker's certificate under the guard ------------------------------------------------------------------------
