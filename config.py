@@ -106,6 +106,14 @@ def parse_networks(value: str) -> tuple[Network, ...]:
         raise ValueError(f"must be networks such as 10.1.0.0/16 or fd00::/8, separated by commas ({error})") from None
 
 
+def parse_ip_address(value: str) -> str:
+    """Return an IP address."""
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("must be an IP address, such as 127.0.0.1") from None
+
+
 def parse_address(value: str) -> Address:
     """Return a listening address from ``HOST:PORT``."""
     host, separator, port = value.rpartition(":")
@@ -335,6 +343,9 @@ class Settings(BaseSettings):
     )
     mqtt_host: Text = setting("localhost", "The broker's name, as devices reach it")
     mqtt_port: Annotated[int, count(1, 65535)] = setting("8883", "The broker's TLS port")
+    mqtt_bind: Annotated[str, PlainValidator(parse_ip_address)] = setting(
+        "127.0.0.1", "Where the broker of scripts/run listens: an IP address, 0.0.0.0 for all"
+    )
     broker_probe_address: Annotated[Address | None, PlainValidator(parse_optional_address)] = setting(
         "", "Where the portal itself tries the broker's TLS port, HOST:PORT; if empty localhost, else as devices do"
     )

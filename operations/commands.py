@@ -107,6 +107,7 @@ def _effective(settings: Settings) -> dict[str, object]:
         "PORTAL_BROKER_SOCKET": settings.broker_socket,
         "PORTAL_BROKER_PID_FILE": settings.broker_pid_file,
         "PORTAL_MQTT_PORT": settings.mqtt_port,
+        "PORTAL_MQTT_BIND": settings.mqtt_bind,
         "PORTAL_BIND": settings.bind,
         "PORTAL_PUBLIC_URL": settings.public_url,
     }

@@ -96,6 +96,7 @@ def test_an_acl_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
         ("PORTAL_SERVICE_HOST", "portal.example.org", "PORTAL_SERVICE_HOST is not a setting"),
         ("PORTAL_SERVICE_NAME", "10.0.0.1", "PORTAL_SERVICE_NAME is not a setting"),
         ("PORTAL_BROKER_PROBE_ADDRESS", "8883", "HOST:PORT"),
+        ("PORTAL_MQTT_BIND", "everywhere", "must be an IP address"),
         ("PORTAL_MQTT_PROT", "8883", "did you mean PORTAL_MQTT_PORT?"),
         ("PORTAL_MQTT_PORT", "tcp://10.0.0.1:8883", "PORTAL_MQTT_PORT"),
     ],

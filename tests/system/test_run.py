@@ -41,6 +41,14 @@ def what_it_prints(text: str, project: str, data: str) -> str:
     return masked(re.sub(SET_UP, "", text).replace(data, "<data>").replace(project, "<project>")).strip()
 
 
+OTHER_ADDRESS = "127.0.0.2"  # reaches who listens on all addresses, and not who listens on 127.0.0.1
+
+
+def listens_on(address: str, port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex((address, port)) == 0
+
+
 def test_it_serves_stops_and_continues_with_the_same_data(folder: Path) -> None:
     data = folder / "data"
     with Run(data) as run:
@@ -66,6 +74,8 @@ def test_it_serves_stops_and_continues_with_the_same_data(folder: Path) -> None:
         )
         assert "received PUBACK (Mid: 1, RC:0)" in published.stdout, published
 
+        assert not listens_on(OTHER_ADDRESS, run.ports["PORTAL_MQTT_PORT"])
+
         # Another one beside it refuses, and does not disturb it.
         with Run(data, run.addresses) as second:
             assert second.wait_end() == 1
@@ -76,8 +86,9 @@ def test_it_serves_stops_and_continues_with_the_same_data(folder: Path) -> None:
         assert "Stopped. The data stay in" in run.printed
         assert processes_with(str(data)) == []
 
-    with Run(data, run.addresses) as again:
+    with Run(data, run.addresses | {"PORTAL_MQTT_BIND": "0.0.0.0"}) as again:
         again.wait_ready()
+        assert listens_on(OTHER_ADDRESS, run.ports["PORTAL_MQTT_PORT"])
         assert (data / "operator.env").read_text() == operator
         listed = again.bash("./portal list")
         assert "pump-1\tpump\there\tactive" in listed.stdout, listed
