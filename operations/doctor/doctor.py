@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import Settings
 from core.errors import PortalError
-from operations.doctor import authority, broker, data, mosquitto, network
+from operations.doctor import authority, broker, data, mosquitto, network, service
 from operations.doctor.base import Finding, Installation, State, problem
 
 log = logging.getLogger("portal.doctor")
@@ -35,6 +35,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("front server", network.front_server),
     ("broker", broker.broker),
     ("broker version", mosquitto.broker_version),
+    ("broker service", service.broker_service),
     ("broker configuration", mosquitto.broker_configuration),
     ("broker certificate", network.broker_certificate),
     ("broker files", broker.broker_files),

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,12 +52,22 @@ class Listener:
 
 
 @dataclass(slots=True)
+class Bridge:
+    """A connection to another broker, with the values of its ``topic`` lines."""
+
+    name: str
+    address: str = ""
+    topics: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Configuration:
     """A configuration of Mosquitto: global options, the last of each, and listeners (mosquitto.conf(5))."""
 
     options: dict[str, str] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
     plugins: list[str] = field(default_factory=list)  # each once, with those whose options follow
+    bridges: list[Bridge] = field(default_factory=list)
 
 
 def read_configuration(path: Path) -> Configuration:
@@ -75,6 +85,12 @@ def read_configuration(path: Path) -> Configuration:
             configuration.listeners.append(default)
         elif option in ("plugin", "auth_plugin", "global_plugin"):
             configuration.plugins.append(value)
+        elif option == "connection":
+            configuration.bridges.append(Bridge(value))
+        elif option in ("address", "addresses") and configuration.bridges:
+            configuration.bridges[-1].address = value
+        elif option == "topic" and configuration.bridges:
+            configuration.bridges[-1].topics.append(value)
         elif option in _OF_A_LISTENER:
             current.options[option] = value
         else:
@@ -161,17 +177,52 @@ def mistakes(configuration: Configuration, settings: Settings) -> list[Finding]:
         found.problem(f"There is no listener {settings.probe_addresses[0].port} for devices.", _INSTALL)
     for listener in of_devices:
         found += _listener_mistakes(listener.options, settings)
-    for listener in configuration.listeners:
-        if (
-            listener not in internal
-            and listener not in of_devices
-            and not _is_true(listener.options, "require_certificate")
-        ):
+    if settings.broker_control is ControlKind.FILES:
+        found += _open_listeners(one for one in configuration.listeners if one not in [*internal, *of_devices])
+    found += bridge_warnings(configuration.bridges, settings.topic_prefix)
+    return found
+
+
+def _open_listeners(others: Iterable[Listener]) -> Iterator[Finding]:
+    """Return the other listeners by which a client may call itself a device; the guard refuses that by itself."""
+    for listener in others:
+        if not _is_true(listener.options, "require_certificate"):
             name = f"{listener.port} {listener.address}".strip()
-            found.problem(
+            yield problem(
                 f"Another listener, {name}, does not require a certificate.", "Remove it from the configuration."
             )
-    return found
+
+
+def bridge_warnings(bridges: Iterable[Bridge], prefix: str) -> Iterator[Finding]:
+    """Warn of bridges that copy devices' messages to another broker, or bring messages from there to devices."""
+    for bridge in bridges:
+        for line in bridge.topics:
+            words = ["" if word == '""' else word for word in line.split()]
+            direction, local = "".join(words[1:2]) or "out", "".join(words[3:4])
+            if not words or not _reaches_below(local + words[0], prefix):
+                continue
+            name, where = f"The bridge {bridge.name} (topic {line})", bridge.address or "another broker"
+            if direction in ("out", "both"):
+                yield warning(
+                    f"{name} copies devices' messages to {where}, whoever may read them there.",
+                    "Narrow its topic lines, unless that is what you want.",
+                )
+            if direction in ("in", "both"):
+                yield warning(
+                    f"{name} brings messages from {where} to devices, which the broker asks nobody about.",
+                    "Narrow its topic lines, unless that is what you want.",
+                )
+
+
+def _reaches_below(pattern: str, prefix: str) -> bool:
+    """Return whether a topic filter matches a topic below ``prefix``."""
+    levels, wanted = pattern.split("/"), prefix.split("/")
+    for level, name in zip(levels, wanted, strict=False):
+        if level == "#":
+            return True
+        if level not in ("+", name):
+            return False
+    return len(levels) > len(wanted)
 
 
 def _is_of_devices(listener: Listener, settings: Settings) -> bool:
@@ -216,11 +267,22 @@ def _file_mistakes(configuration: Configuration, settings: Settings) -> Iterator
 
 def _guard_mistakes(configuration: Configuration, settings: Settings) -> Iterator[Finding]:
     """Return what is wrong for the control by the guard."""
-    if not configuration.plugins:
-        yield problem("No plugin is loaded, so not the guard: every client may do everything.", _INSTALL)
+    if (guard := guard_of(configuration)) is None:
+        yield problem("The guard is not loaded: every client may do what the rest of the configuration says.", _INSTALL)
+    elif configuration.plugins[0] != guard:
+        yield problem(
+            f"The plugin {configuration.plugins[0]} is loaded before the guard: it is asked first, and may allow what"
+            " the guard refuses.",
+            "Put the guard's lines before those of other plugins, then restart the broker.",
+        )
     yield from _names_file(
         configuration.options, "plugin_opt_journal", settings, JOURNAL_FILE, "the guard refuses every device"
     )
+
+
+def guard_of(configuration: Configuration) -> str | None:
+    """Return the file of the guard, by its name; ``None`` if the configuration does not load it."""
+    return next((plugin for plugin in configuration.plugins if "portal_guard" in Path(plugin).name), None)
 
 
 def _listener_mistakes(options: Mapping[str, str], settings: Settings) -> Iterator[Finding]:
@@ -261,13 +323,10 @@ def _is_true(options: Mapping[str, str], option: str) -> bool:
 def broker_version(installation: Installation) -> Finding:
     """Check that the running broker's version works, and is fast enough for the fleet and the ACL's style."""
     pid = running_broker(installation)
-    program = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
     found = Findings()
-    if pid and (own := _program_of(pid)) is not None:
-        if own.endswith(" (deleted)"):
-            found.warning("The broker's program was updated since it started.", "Restart the broker at a quiet time.")
-        elif _is_owned_by_root(own):
-            program = own
+    if pid and (_program_of(pid) or "").endswith(" (deleted)"):
+        found.warning("The broker's program was updated since it started.", "Restart the broker at a quiet time.")
+    program = _runnable(pid)
     if program is None:
         return warning(
             "The program mosquitto is not on this machine, so its version is unknown.",
@@ -286,28 +345,23 @@ def broker_version(installation: Installation) -> Finding:
     if not guarded:
         found += reload_warnings(version, installation.settings.acl_style)
         found += size_warnings(version, installation.settings.acl_style, devices)
-    elif pid:
-        found += openssl_warnings(Path(f"/proc/{pid}/environ"))
     found += _connection_warnings(installation, devices)
     how = "under the guard" if guarded else f"in style {installation.settings.acl_style}"
     return combine(found, f"Mosquitto {said}, with {devices} active devices {how}.")
 
 
-def openssl_warnings(environment: Path) -> list[Finding]:
-    """Warn if the broker's environment names no settings for OpenSSL; say nothing if it cannot be read."""
-    try:
-        variables = environment.read_bytes().split(b"\0")
-    except OSError:
-        return []
-    if any(variable.startswith(b"OPENSSL_CONF=") for variable in variables):
-        return []
-    return [
-        warning(
-            "The broker runs without OPENSSL_CONF: a TLS 1.3 session that began before a revocation is resumed past the"
-            " CRL, and only the guard refuses it.",
-            "Install mosquitto/openssl.cnf as mosquitto/README.md says, then restart the broker.",
-        )
-    ]
+def running_version(pid: int) -> tuple[int, ...] | None:
+    """Return the version of the broker that is process ``pid``, ``None`` if it is not known."""
+    program = _runnable(pid)
+    return None if program is None else version_of(program)
+
+
+def _runnable(pid: int) -> str | None:
+    """Return the program of process ``pid`` if it may be run, else the one that is installed."""
+    own = _program_of(pid) if pid else None
+    if own is not None and _is_owned_by_root(own):
+        return own
+    return shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
 
 def version_of(

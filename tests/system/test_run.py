@@ -86,7 +86,7 @@ def test_it_serves_stops_and_continues_with_the_same_data(folder: Path) -> None:
         assert "Stopped. The data stay in" in run.printed
         assert processes_with(str(data)) == []
 
-    with Run(data, run.addresses | {"PORTAL_MQTT_BIND": "0.0.0.0"}) as again:
+    with Run(data, run.addresses | {"PORTAL_MQTT_BIND": "0.0.0.0"}) as again:  # noqa: S104
         again.wait_ready()
         assert listens_on(OTHER_ADDRESS, run.ports["PORTAL_MQTT_PORT"])
         assert (data / "operator.env").read_text() == operator

@@ -21,7 +21,7 @@ from core.roles import Role
 from operations.doctor import authority, doctor
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
 from operations.doctor.doctor import exit_status
-from operations.doctor.mosquitto import mistakes, openssl_warnings, read_configuration, size_warnings, version_of
+from operations.doctor.mosquitto import bridge_warnings, mistakes, read_configuration, size_warnings, version_of
 from operations.wiring import Portal, prepare
 from store import generations, tenants
 from store.tables import Certificate, Delivery
@@ -365,6 +365,10 @@ def with_line(line: str) -> Callable[[str], str]:
     return lambda text: f"{text}\n{line}\n"
 
 
+def bridge(*lines: str) -> Callable[[str], str]:
+    return with_line("\n".join(["connection far", "address far.example.org:8883", *lines]))
+
+
 @pytest.mark.parametrize(
     ("change", "state", "said"),
     [
@@ -391,6 +395,7 @@ def with_line(line: str) -> Callable[[str], str]:
         (with_line("listener 1883"), State.PROBLEM, "Another listener, 1883, does not require a certificate"),
         (with_line("plugin /usr/lib/x.so"), State.WARNING, "The plugin /usr/lib/x.so is loaded"),
         (with_line("persistent_client_expiration 14d"), State.WARNING, "persistent_client_expiration is set"),
+        (bridge("topic devices/# out 1"), State.WARNING, "copies devices' messages to far.example.org:8883"),
         (without("listener"), State.PROBLEM, "There is no listener"),
         (lambda text: text.replace("\n", "\r\n"), State.OK, "Found no problems in"),
     ],
@@ -406,6 +411,55 @@ def test_a_trap_of_the_configuration_is_named(
     verdict = combine(mistakes(read_configuration(path), settings), "Found no problems in it.")
     assert verdict.state is state, verdict
     assert said in verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "said"),
+    [
+        (without("plugin"), State.PROBLEM, "The guard is not loaded"),
+        (without("plugin_opt_journal"), State.PROBLEM, "plugin_opt_journal is missing: the guard refuses every device"),
+        (without("capath"), State.PROBLEM, "capath is missing: new CRLs and CAs are not read"),
+        (
+            lambda text: f"plugin /x/dynsec.so\n{text}",
+            State.PROBLEM,
+            "The plugin /x/dynsec.so is loaded before the guard",
+        ),
+        (with_line("plugin /x/dynsec.so"), State.OK, "Found no problems in"),
+        (with_line("password_file /etc/mosquitto/passwd\nacl_file /x"), State.OK, "Found no problems in"),
+        (with_line("listener 1883"), State.OK, "Found no problems in"),
+    ],
+)
+def test_under_the_guard_others_may_be_beside_it_and_nobody_before_it(
+    tmp_path: Path, change: Callable[[str], str], state: State, said: str
+) -> None:
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_BROKER_CONTROL": "guard"})
+    path = tmp_path / "mosquitto.conf"
+    path.write_text(change(installed_configuration(settings)))
+    verdict = combine(mistakes(read_configuration(path), settings), "Found no problems in it.")
+    assert verdict.state is state, verdict
+    assert said in verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("topic # out 1", ["copies"]),
+        ("topic devices/+/telemetry", ["copies"]),
+        ("topic +/+/x both 1", ["copies", "brings messages from far.example.org"]),
+        ("topic +/cmd in 1 devices/ far/", ["brings messages from far.example.org"]),
+        ('topic devices/# out 1 "" far/', ["copies"]),
+        ("topic devices", []),
+        ("topic house/# both", []),
+        ("topic # out 1 house/", []),
+        ("topic", []),
+    ],
+)
+def test_a_bridge_is_named_if_devices_topics_pass_it(tmp_path: Path, line: str, said: list[str]) -> None:
+    path = tmp_path / "mosquitto.conf"
+    path.write_text(bridge(line)(""))
+    found = [*bridge_warnings(read_configuration(path).bridges, "devices")]
+    assert len(found) == len(said)
+    assert all(part in one.detail for part, one in zip(said, found, strict=True))
 
 
 def test_included_files_count(tmp_path: Path, portal: Portal) -> None:
@@ -439,15 +493,6 @@ def test_an_acl_too_slow_for_the_fleet_is_a_warning(
     version: tuple[int, ...], style: AclStyle, devices: int, slow: bool
 ) -> None:
     assert bool(size_warnings(version, style, devices)) is slow
-
-
-@pytest.mark.parametrize(("environment", "warned"), [(b"PATH=/bin\0OPENSSL_CONF=/x.cnf\0", 0), (b"PATH=/bin\0", 1)])
-def test_a_broker_that_resumes_tls_sessions_past_the_crl_is_a_warning(
-    tmp_path: Path, environment: bytes, warned: int
-) -> None:
-    (tmp_path / "environ").write_bytes(environment)
-    assert len(openssl_warnings(tmp_path / "environ")) == warned
-    assert openssl_warnings(tmp_path / "absent") == []
 
 
 @pytest.mark.parametrize("version", [(2, 0, 11), (2, 0, 22), (2, 1, 0), (2, 1, 2)])
