@@ -25,12 +25,20 @@ NotifyAccess=main
 ExecStart=/usr/sbin/mosquitto -c /etc/mosquitto/mosquitto.conf
 ExecReload=/bin/kill -HUP $MAINPID
 """
-WORST_EXPOSURE = 20  # in tenths, of 100
+WORST_EXPOSURE = {UNIT: 20, "mosquitto.service": 15}  # in tenths, of 100
 
 
 def unit_values(name: str) -> list[str]:
     """What the unit sets under a name, in order."""
     return re.findall(rf"^{name}=(.*)$", (DEPLOY / UNIT).read_text(), re.MULTILINE)
+
+
+def settings_of_unit(text: str) -> dict[str, list[str]]:
+    """The values that a unit's file sets, by their names, in order; an empty one takes back those before."""
+    found: dict[str, list[str]] = {}
+    for name, value in re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE):
+        found[name] = [*found.get(name, []), value] if value else []
+    return found
 
 
 def settings_of(text: str) -> dict[str, str]:
@@ -83,11 +91,25 @@ def test_a_portal_whose_clock_is_not_yet_set_is_tried_for_as_long_as_that_takes(
     assert any("time-sync.target" in value for value in unit_values("After"))
 
 
-def test_the_service_is_confined_as_systemd_judges_it(installed: Path) -> None:
-    options = ["--offline=true", f"--threshold={WORST_EXPOSURE}", "--no-pager"]
-    judged = analyze(installed, "security", *options, str(installed / UNIT))
+@pytest.mark.parametrize("unit", WORST_EXPOSURE)
+def test_the_services_are_confined_as_systemd_judges_it(installed: Path, unit: str) -> None:
+    options = ["--offline=true", f"--threshold={WORST_EXPOSURE[unit]}", "--no-pager"]
+    judged = analyze(installed, "security", *options, str(installed / unit))
     assert judged.returncode == 0, judged.stdout
     assert "Overall exposure level" in judged.stdout
+
+
+def test_the_broker_may_write_in_its_folder_alone_and_bind_its_port_alone() -> None:
+    override = settings_of_unit((DEPLOY / "mosquitto-override.conf").read_text())
+    assert override["ProtectSystem"] == ["strict"]
+    [folder] = override["ReadWritePaths"]
+    configuration = (DEPLOY.parent / "mosquitto" / "portal.conf").read_text()
+    written = re.findall(r"^(?:listener 0|pid_file|persistence_location) (\S+)$", configuration, re.MULTILINE)
+    assert len(written) == 3
+    assert all(path == folder or path.startswith(f"{folder}/") for path in written)
+    assert re.findall(r"^listener ([1-9][0-9]*)$", configuration, re.MULTILINE) == ["8883"]
+    assert override["SocketBindAllow"] == ["tcp:8883"]
+    assert re.search(r"^log_dest stderr$", configuration, re.MULTILINE)
 
 
 def test_the_example_configuration_is_one(example: dict[str, str]) -> None:
