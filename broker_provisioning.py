@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from cryptography import x509
 
-from broker.control import BrokerControl, DeviceAccess, Draft
+from broker.control import BrokerControl, DeviceAccess, Draft, PresenceReports
 from broker.files.control import FilesControl
 from broker.folder import CA_FILE, BrokerFolder
 from broker.guard.control import GuardControl
@@ -134,6 +134,10 @@ class BrokerProvisioning:
             return self._probe_file.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
+
+    def follow_presence(self, deadline: float) -> PresenceReports | None:
+        """Ask the broker to report who is connected; see ``broker.control.BrokerControl``."""
+        return self.control.follow_presence(deadline)
 
     def reachable(self) -> bool:
         """Return whether the broker answers the portal on its internal listener within a second."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
@@ -76,6 +77,36 @@ class Draft(DeviceAccess, Protocol):
         """Drop what was not installed."""
 
 
+@dataclass(frozen=True, slots=True)
+class PresenceReport:
+    """Identities that are connected, each since when, and identities that are no longer, each with when it ended.
+
+    ``is_whole`` if everybody else is not connected.
+    """
+
+    connected: Mapping[str, datetime]
+    disconnected: Mapping[str, datetime]
+    is_whole: bool
+
+
+class PresenceReports(Protocol):
+    """Reports of one broker since it was asked; the first one is whole."""
+
+    def receive(self, deadline: float) -> Iterator[PresenceReport]:
+        """Yield the reports that there are, in their order, and return once the broker was seen to have no more.
+
+        Raise ``OSError`` if the broker does not answer until ``deadline`` (of ``time.monotonic``), or sends what cannot
+        be read: then there will be none any more.
+        """
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether the first report was not received yet."""
+
+    def close(self) -> None:
+        """Ask for no more."""
+
+
 class BrokerControl(Protocol):
     """How one broker is made to enforce what the portal has decided, and to prove that it does."""
 
@@ -107,4 +138,10 @@ class BrokerControl(Protocol):
         """Write the newest CRLs for the broker's next start; return whether the running one has them now, too.
 
         One process at a time, and none that installs a draft: the caller holds the lock of the CRLs.
+        """
+
+    def follow_presence(self, deadline: float) -> PresenceReports | None:
+        """Ask the broker to report who is connected; ``None`` if this control can never know.
+
+        The broker reports to the last one who has asked. Raise ``BrokerUnavailable``.
         """

@@ -8,6 +8,7 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,7 +22,9 @@ SUCCESS = 0x00
 FAILURE = 0x80  # reason codes from here on are failures (MQTT 5.0 section 2.4)
 NOT_AUTHORISED = 0x87
 MAX_INCOMING_BYTES = 4096  # the longest packet that is read; the expected answers are much shorter
+MAX_MESSAGE_BYTES = 1 << 18  # the longest packet with a message that is read; the guard's messages have up to 200 KB
 _CONNECT, _CONNACK, _PUBLISH_QOS1, _PUBACK, _DISCONNECT = 0x10, 0x20, 0x32, 0x40, 0xE0
+_PINGREQ, _PINGRESP = 0xC0, 0xD0
 
 
 def remaining(deadline: float) -> float:
@@ -104,6 +107,27 @@ class Session:
             raise ConnectionError("the broker acknowledged a message that was not sent")
         return body[2] if len(body) > 2 else SUCCESS
 
+    def extend(self, deadline: float) -> None:
+        """Let every wait from now on end at ``deadline``, for a session that lasts."""
+        self._deadline = deadline
+
+    def receive_messages(self) -> Iterator[tuple[str, bytes]]:
+        """Yield topic and payload of each message that was sent to this session, and of those that come meanwhile.
+
+        Each has QoS 1 and is acknowledged (section 3.4). The broker is pinged (section 3.12), which also shows that it
+        is there: with its answer everything that it sent before has been received.
+        """
+        self._send(_PINGREQ, b"")
+        while True:
+            kind, body = self._receive_packet(MAX_MESSAGE_BYTES)
+            if kind == _PINGRESP:
+                return
+            if kind & 0xF6 != _PUBLISH_QOS1:
+                raise ConnectionError("the broker sent another packet than expected")
+            topic, packet_id, payload = _message(body)
+            self._send(_PUBACK, packet_id)
+            yield topic, payload
+
     def close(self) -> None:
         """Send DISCONNECT if possible, then close the socket; raise nothing."""
         with contextlib.suppress(OSError):
@@ -116,6 +140,13 @@ class Session:
         self._socket.sendall(bytes([kind]) + _variable_length(len(body)) + body)
 
     def _receive(self, expected: int, *, shortest: int) -> bytes:
+        kind, body = self._receive_packet(MAX_INCOMING_BYTES)
+        if kind != expected or len(body) < shortest:
+            raise ConnectionError("the broker sent another packet than expected")
+        return body
+
+    def _receive_packet(self, max_bytes: int) -> tuple[int, bytes]:
+        """Return the first byte and the body of the next packet (section 2.1), which is not DISCONNECT."""
         kind = self._exactly(1)[0]
         length, shift = 0, 0
         while True:
@@ -126,14 +157,12 @@ class Session:
                 break
             if shift > 21:
                 raise ConnectionError("the broker sent a malformed packet length")
-        if length > MAX_INCOMING_BYTES:
+        if length > max_bytes:
             raise ConnectionError("the broker sent a longer packet than expected")
         body = self._exactly(length)
         if kind == _DISCONNECT:
             raise ConnectionError(f"the broker closed the session with reason 0x{body[0] if body else 0:02x}")
-        if kind != expected or length < shortest:
-            raise ConnectionError("the broker sent another packet than expected")
-        return body
+        return kind, body
 
     def _exactly(self, count: int) -> bytes:
         data = b""
@@ -149,6 +178,25 @@ class Session:
 def _text(value: str) -> bytes:
     data = value.encode()
     return struct.pack(">H", len(data)) + data
+
+
+def _message(body: bytes) -> tuple[str, bytes, bytes]:
+    """Return topic, packet identifier and payload of a PUBLISH with QoS 1 (section 3.3)."""
+    try:
+        (length,) = struct.unpack_from(">H", body)
+        topic, packet_id = body[2 : 2 + length].decode(), body[2 + length : 4 + length]
+        properties, start, shift = 0, 4 + length, 0
+        while True:
+            byte = body[start]
+            properties |= (byte & 0x7F) << shift
+            start, shift = start + 1, shift + 7
+            if byte < 0x80:
+                break
+    except (struct.error, IndexError, UnicodeDecodeError) as error:
+        raise ConnectionError("the broker sent a malformed message") from error
+    if shift > 28 or start + properties > len(body):
+        raise ConnectionError("the broker sent a malformed message")
+    return topic, packet_id, body[start + properties :]
 
 
 def _variable_length(length: int) -> bytes:

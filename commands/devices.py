@@ -18,12 +18,12 @@ from commands.context import DEVICE_ID, Remote, command, metadata_from, option_g
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
 from commands.files import defused, whole_file
-from commands.output import Cell, date_of, moment, state, status_of, text
+from commands.output import Cell, ago, date_of, moment, state, status_of, text
 
 STATUSES = ("pending", "active", "suspended", "revoked")
 COLUMNS = (
     "device_id", "external_id", "name", "type", "location", "firmware", "status", "created_at", "updated_at",
-    "expires_at", "revoked_at", "revocation_reason",
+    "expires_at", "revoked_at", "revocation_reason", "connected", "connected_since", "last_seen",
 )  # fmt: skip
 
 
@@ -58,7 +58,12 @@ filter_options = option_group(
         metavar="TIME",
         help="Only devices whose certificate expires before a date, a time, or days from now (30d).",
     ),
+    click.option("--connected", flag_value="true", help="Only devices that are connected to the broker now."),
+    click.option("--offline", "connected", flag_value="false", help="Only devices seen before that are not connected."),
+    click.option("--never-seen", "connected", flag_value="never", help="Only devices that were never connected."),
 )
+
+SORTS = {"last-seen": "-last_seen", "longest-unseen": "last_seen"}
 
 
 @command(
@@ -66,19 +71,27 @@ filter_options = option_group(
     examples=[
         "portal list --status active --location 'Hall 2'",
         "portal list --expires-before 30d --all",
+        "portal list --offline --sort longest-unseen",
         "portal list --all | cut -f1",
         "portal list --json | jq '.devices[].device_id'",
     ],
 )
 @filter_options
+@click.option(
+    "--sort", type=click.Choice(list(SORTS)), help="Those seen last first, or those not seen for longest (or ever)."
+)
 @paging_options
-def list_devices(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
+def list_devices(
+    portal: Remote, /, limit: int, all_: bool, cursor: str | None, sort: str | None, **filters: str | None
+) -> None:
     """List devices, newest first.
 
-    When piped, prints tab-separated lines: id, name, type, location, status, expiry.
+    When piped, prints tab-separated lines: id, name, type, location, status, expiry, last seen (now, a time, never, or
+    empty if not known).
     """
+    filters["sort"] = None if sort is None else SORTS[sort]
     answer = portal.client.read_pages("/devices", "devices", limit=None if all_ else limit, cursor=cursor, **filters)
-    filtered = any(filters.values())
+    filtered = any(value for name, value in filters.items() if name != "sort")
     portal.out.table(
         answer,
         "devices",
@@ -89,12 +102,32 @@ def list_devices(portal: Remote, /, limit: int, all_: bool, cursor: str | None, 
             "location": "location",
             "status": status_of,
             "expires": lambda row: moment(row.get("expires_at"), expiry=row.get("status") != "revoked", short=True),
+            "seen": _seen,
         },
         empty="No matching devices." if filtered else "No devices yet.",
-        spare=("location", "type"),
+        spare=("location", "type", "seen"),
     )
     if not answer["devices"] and not filtered:
         portal.out.next_step("portal register NAME --type … --location … --firmware …")
+
+
+def _connection(device: Mapping[str, Any]) -> dict[str, Any]:
+    """Return in words whether a device is connected (yes, no, never, unknown), with since when and when last seen."""
+    connection = device.get("connection", {})
+    if connection is None:
+        return {"connected": "never", "connected_since": None, "last_seen": None}
+    known = connection if isinstance(connection, dict) else {}
+    connected = {"True": "yes", "False": "no"}.get(str(known.get("connected")), "unknown")
+    since = known.get("since") if connected == "yes" else None
+    return {"connected": connected, "connected_since": since, "last_seen": known.get("last_seen")}
+
+
+def _seen(device: Mapping[str, Any]) -> Cell:
+    """Return the cell for when a device was last connected, empty if that is not known."""
+    connection = _connection(device)
+    if connection["connected"] == "never":
+        return Cell("never", style="dim")
+    return Cell("now", style="green") if connection["connected"] == "yes" else ago(connection["last_seen"])
 
 
 @command(
@@ -150,10 +183,11 @@ def show(portal: Remote, device_id: str) -> None:
 
 def _show(portal: Remote, device: dict[str, Any], *, done: str = "") -> None:
     fields: dict[str, Cell] = {"device_id": text(device.get("device_id"))}
-    shown_below = {"device_id", "certificate", "topics", "metadata"}
+    shown_below = {"device_id", "certificate", "topics", "metadata", "connection"}
     for name, value in device.items():
         if name not in shown_below:
             fields[name] = _value(name, value, device)
+    fields |= {name: _value(name, value, device) for name, value in _connection(device).items()}
     for key, value in _items(device.get("metadata")):
         fields[f"metadata.{key}"] = text(value)
     for index, topic in enumerate(device.get("topics") or ()):
@@ -174,7 +208,7 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
         return state(value)
     if name in ("expires_at", "not_after"):
         return moment(value, expiry=device.get("status") != "revoked")
-    if name.endswith("_at") or name in ("not_before", "renewable_from"):
+    if name.endswith("_at") or name in ("not_before", "renewable_from", "connected_since", "last_seen"):
         return moment(value)
     return text(value)
 
@@ -288,7 +322,8 @@ def _write_devices(portal: Remote, filters: dict[str, Any], write: Callable[[str
     count = 0
     for page in portal.client.pages("/devices", "devices", **filters):
         for device in page["devices"]:
-            write(_csv_line([device.get(name) for name in COLUMNS]) if as_csv else json.dumps(device) + "\n")
+            cells = {**device, **_connection(device)}
+            write(_csv_line([cells.get(name) for name in COLUMNS]) if as_csv else json.dumps(device) + "\n")
             count += 1
     return count
 

@@ -104,6 +104,12 @@ def moment(value: object, *, expiry: bool = False, short: bool = False) -> Cell:
     return Cell(str(value), shown, style)
 
 
+def ago(value: object) -> Cell:
+    """Return a cell for a time that has passed (RFC 3339): for people, how long ago it was."""
+    cell = moment(value)
+    return Cell(cell.plain, cell.shown.partition("(")[2].rstrip(")") or cell.shown, cell.style)
+
+
 def status_of(row: Mapping[str, Any]) -> Cell:
     """Return a cell for the status of a row."""
     return state(row.get("status"))

@@ -70,6 +70,8 @@ class Counts:
             ENFORCE_SECONDS,
         )
         self.passes = counter("portal_broker_passes", "Reconciliations with the broker, by outcome.", "outcome")
+        self.connects = counter("portal_device_connects", "Devices that the broker reported as connected.")
+        self.disconnects = counter("portal_device_disconnects", "Devices that the broker reported as disconnected.")
         self.ocsp = counter(
             "portal_ocsp_answers", "OCSP answers for certificates, and errors; kept says if cached.", "answer", "kept"
         )

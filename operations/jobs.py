@@ -37,7 +37,7 @@ EVENTS_BATCH = 500
 RESTART_AGAIN_AFTER = timedelta(hours=1)
 RESTART_SECONDS = 60.0
 
-LEADER_LOCK = ".jobs.lock"
+LEADER_LOCK, FOLLOWER_LOCK = ".jobs.lock", ".presence.lock"
 CLOCK_SEEN = ".jobs.clock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SILENT_SECONDS = 60.0  # a job may take long, so silence counts only after this time
@@ -222,14 +222,20 @@ JOBS = (
     Job("audit checkpoints", 60.0, sign_audit_record),
     Job("certificates that end", 600.0, announce_expiring),
 )
+# In a thread and under a lock of its own, so that it waits for no other job.
+FOLLOW_PRESENCE = (Job("presence", 2.0, lambda portal: portal.follower.follow()),)
 
 
 def start(portal: Portal) -> threading.Event:
-    """Start the threads of this process that grant, run the jobs and send events; setting the event stops them."""
+    """Start the threads of this process that grant, run the jobs, follow presence and send events.
+
+    Setting the event stops them.
+    """
     stopping = threading.Event()
     bodies: dict[str, Callable[[threading.Event], None]] = {
         "grants": portal.reconciler.run_requested,
         "jobs": functools.partial(run, portal),
+        "presence": functools.partial(run, portal, jobs=FOLLOW_PRESENCE, lock=FOLLOWER_LOCK),
         "events": portal.dispatcher.run,
     }
     for name, body in bodies.items():
@@ -237,38 +243,38 @@ def start(portal: Portal) -> threading.Event:
     return stopping
 
 
-def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS) -> None:
+def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS, lock: str = LEADER_LOCK) -> None:
     """Run the jobs until ``stopping`` is set, in one process among all on the data folder; the body of a thread.
 
-    When the process that runs them dies, another takes over within a few seconds; while it is stopped or hangs,
-    another runs them beside it.
+    When the process that runs them, and holds the ``lock``, dies, another takes over within a few seconds; while it is
+    stopped or hangs, another runs them beside it.
     """
-    folder = portal.settings.data_dir
-    leader, stand_in = FileLock(folder / LEADER_LOCK), FileLock(folder / ".jobs.stand-in.lock")
+    path = portal.settings.data_dir / lock
+    leader, stand_in = FileLock(path), FileLock(path.with_suffix(".stand-in.lock"))
     while not stopping.is_set():
         try:
             with leader.try_hold() as leading:
                 if leading:
-                    lead(portal, stopping, jobs, functools.partial(_sign_of_life, folder))
+                    lead(portal, stopping, jobs, functools.partial(_sign_of_life, path))
             # Twice, because a clock that was moved makes the last sign of life look old.
-            if not leading and _is_silent(folder) and not stopping.wait(2.5) and _is_silent(folder):
+            if not leading and _is_silent(path) and not stopping.wait(2.5) and _is_silent(path):
                 with stand_in.try_hold() as standing_in:
                     if standing_in:
                         log.error("the process that runs the jobs does not respond; this process runs them")
-                        lead(portal, stopping, jobs, lambda: _is_silent(folder))
+                        lead(portal, stopping, jobs, lambda: _is_silent(path))
         except (PortalError, OSError) as error:
             log.error("no job can run", extra={"problem": str(error)})
         stopping.wait(2.0)
 
 
-def _sign_of_life(folder: Path) -> bool:
+def _sign_of_life(path: Path) -> bool:
     with contextlib.suppress(OSError):
-        os.utime(folder / LEADER_LOCK, (time.time(), time.time()))
+        os.utime(path, (time.time(), time.time()))
     return True
 
 
-def _is_silent(folder: Path) -> bool:
-    return abs(time.time() - (folder / LEADER_LOCK).stat().st_mtime) > SILENT_SECONDS
+def _is_silent(path: Path) -> bool:
+    return abs(time.time() - path.stat().st_mtime) > SILENT_SECONDS
 
 
 def lead(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...], goes_on: Callable[[], bool]) -> None:

@@ -17,11 +17,12 @@ from core.errors import PortalError
 from core.metrics import Gauge
 from core.states import DeviceStatus
 from pki.crl import sign_crl
-from store import audit, certificates, deliveries, generations, issuers, webhooks
+from store import audit, certificates, deliveries, generations, issuers, presences, webhooks
 from store import devices as store_devices
 from store import issuers as store_issuers
 from store.database import Database
 from workflows.authority.issuers import Authority
+from workflows.presence import ContactFile
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.readiness")
@@ -152,12 +153,14 @@ class Monitoring:
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
     _tenant_id: str
+    _contact: ContactFile
 
     def gauges(self) -> list[Gauge]:
         """Return all gauges; takes about 0.15 s with 100,000 devices."""
         now = self._clock()
         with self._database.snapshot() as tx:
-            stored = [*self._inventory(tx, now), *self._events(tx, now), *self._generations(tx, now)]
+            stored = [*self._inventory(tx, now), *self._connections(tx), *self._events(tx, now)]
+            stored += self._generations(tx, now)
             issuers = store_issuers.issuer_expiries(tx)
         up = float(self._reconciler.broker_answers())
         return [
@@ -182,6 +185,14 @@ class Monitoring:
             _gauge(
                 "portal_audit_entries", "Entries of the audit record.", audit.count_audit_entries(tx, self._tenant_id)
             ),
+        ]
+
+    def _connections(self, tx: Connection) -> list[Gauge]:
+        is_known = self._contact.read().is_current
+        connected = [((), float(presences.count_connected(tx, self._tenant_id)))] if is_known else []
+        return [
+            Gauge("portal_devices_connected", "Devices connected to the broker; no value if not known.", [], connected),
+            _gauge("portal_connections_known", "1 if it is known which devices are connected, else 0.", is_known),
         ]
 
     def _events(self, tx: Connection, now: datetime) -> list[Gauge]:

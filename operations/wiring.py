@@ -42,6 +42,7 @@ from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.manufacturers import Manufacturers
 from workflows.enrolment.reenrolment import Reenrolments
 from workflows.operators import Operators, new_token
+from workflows.presence import PresenceFollower
 from workflows.reconciliation import Reconciler
 from workflows.registration import Registrations
 from workflows.renewal import Renewals
@@ -100,12 +101,14 @@ class Portal:
     responder: Responder
     readiness: Readiness
     monitoring: Monitoring
+    follower: PresenceFollower
     presence: ExitStack
     memory: JobMemory = field(default_factory=JobMemory)
 
     def close(self) -> None:
         """Close the database's connections and give the data folder up."""
         self.bulk.close()
+        self.follower.close()
         self.database.close()
         self.presence.close()
 
@@ -184,6 +187,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
     first = FirstEnrolments(settings, database, credentials, clock)
     clients = Clients(settings, database, authority, clock)
     responders = ResponderCertificates(settings, database, authority, clock, tenant_id)
+    follower = PresenceFollower(settings, database, base.broker, clock, tenant_id)
     return Portal(
         settings=settings,
         clock=clock,
@@ -204,14 +208,15 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),
         approvals=Approvals(settings, database, clock),
-        inventory=Inventory(settings, database, reconciler.sign_crls),
+        inventory=Inventory(settings, database, reconciler.sign_crls, follower.contact),
         operators=Operators(database, Throttle(folder / "attempts", settings.login_failures), clock),
         audit_log=base.audit_log,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, base.sender, clock),
         responder=Responder(responders, settings, database, authority, clock),
         readiness=Readiness(database, authority, reconciler, clock, tenant_id, (folder, settings.broker_dir)),
-        monitoring=Monitoring(settings, database, reconciler, clock, tenant_id),
+        monitoring=Monitoring(settings, database, reconciler, clock, tenant_id, follower.contact),
+        follower=follower,
         presence=presence.pop_all(),
     )
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, cast
+from enum import StrEnum
+from typing import Any, NamedTuple, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.states import CertificateStatus, DeviceStatus
+from core.states import CertificateStatus, DeviceStatus, PresenceState
 from core.topics import is_device_id
 from store.certificates import CURRENT, OF_DEVICE, of_device
 from store.database import columns_of
-from store.tables import AclEntry, Certificate, Device, IssuerRow
+from store.presences import PresenceRecord
+from store.tables import AclEntry, Certificate, Device, IssuerRow, Presence
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,22 @@ def topics_by_device(
 # If several conditions narrow a list, no index holds its rows one after the other. A page therefore ends after this
 # many devices were read, however few of them match, and the next page continues there.
 LOOKED_AT = 1000
-LOOKED_AT_BY_END = 200  # in the order of expiry, where each certificate needs a look at its device
-Place = tuple[datetime, str]  # in a list: creation time or not_after, and the id of a device
+LOOKED_AT_BY_OTHERS = 200  # in an order of other tables, where each row needs a look at its device
+Place = tuple[Any, ...]  # in a list: the values of its order's columns, of which the last is the id of a device
+
+
+class ListOrder(StrEnum):
+    """In which order devices are listed."""
+
+    NEWEST = "newest"
+    EXPIRY = "expiry"  # of their certificates, the first to expire first
+    LAST_SEEN = "last_seen"  # never seen, seen longest ago, …, connected
+    LAST_SEEN_FIRST = "-last_seen"  # the other way round
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFilter:
-    """The conditions of a list; ``None`` sets none. ``q`` is a part of a name, or a whole id."""
+    """The conditions of a list, and its order; ``None`` sets none. ``q`` is a part of a name, or a whole id."""
 
     status: str | None = None
     type: str | None = None
@@ -109,43 +120,116 @@ class DeviceFilter:
     q: str | None = None
     expires_before: datetime | None = None
     external_id: str | None = None
+    connected: PresenceState | None = None
+    sort: str | None = None
+
+    @property
+    def order(self) -> ListOrder:
+        """The order: as asked for, else the one in which an index has what the filter leaves."""
+        if self.sort is not None:
+            return ListOrder(self.sort)
+        if self.connected is not None:
+            return ListOrder.LAST_SEEN_FIRST
+        return ListOrder.NEWEST if self.expires_before is None else ListOrder.EXPIRY
+
+    @property
+    def narrows_expiry(self) -> bool:
+        """Whether ``expires_before`` is a condition in another order than that of expiry."""
+        return self.expires_before is not None and self.order is not ListOrder.EXPIRY
+
+
+class ListedDevice(NamedTuple):
+    """A device with the dates of its certificate, and with what is known of its connection."""
+
+    device: DeviceRecord
+    not_after: datetime | None
+    not_before: datetime | None
+    presence: PresenceRecord
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """Devices with the not_after and not_before of their certificates; ``end`` is the place where reading stopped."""
+    """A page; ``end`` is the place where reading stopped, though there may be more that match."""
 
-    devices: Sequence[tuple[DeviceRecord, datetime | None, datetime | None]]
+    devices: Sequence[ListedDevice]
     end: Place | None
+
+
+def place_of(listed: ListedDevice, wanted: DeviceFilter) -> Place:
+    """Return the place of a device in its list."""
+    device, presence = listed.device, listed.presence
+    if wanted.order is ListOrder.NEWEST:
+        return device.created_at, device.id
+    if wanted.order is ListOrder.EXPIRY:
+        return listed.not_after, device.id
+    return (
+        (presence.since, device.id)
+        if wanted.connected is not None
+        else (int(presence.state), presence.since, device.id)
+    )
 
 
 def list_devices(
     tx: Connection, tenant_id: str, wanted: DeviceFilter, *, limit: int, after: Place | None = None
 ) -> Listed:
-    """Return a page of devices, newest first, or with ``expires_before`` in the order of their certificates' expiry.
+    """Return a page of devices in the order that ``wanted`` has.
 
     ``after`` is the place of the last device of the previous page, or its ``end`` (keyset paging). Each filter and each
     order has an index; with several filters only ``LOOKED_AT`` devices are read, and ``end`` says that there are more.
     """
-    place: tuple[Any, Any]
-    query = sa.select(*DEVICE_COLUMNS, Certificate.not_after, Certificate.not_before)
-    current = sa.and_(Certificate.device_id == Device.id, CURRENT)
-    if wanted.expires_before is None:
-        place = (Device.created_at, Device.id)
-        query = query.outerjoin_from(Device, Certificate, current)
-    else:
-        place = (Certificate.not_after, Certificate.device_id)
-        query = query.join_from(Certificate, Device, current)
-    equal = _equalities(wanted)
-    lead, end = _reach(tx, tenant_id, wanted, equal, place, after)
+    order, equal = _order_of(wanted), _equalities(wanted)
+    lead, end = _reach(tx, tenant_id, wanted, order, equal, after)
+    dates = (Certificate.not_after, Certificate.not_before)
+    query = sa.select(*DEVICE_COLUMNS, *dates, Presence.state, Presence.since).select_from(order.source)
     for column, value in equal:
         # An expression hides the other indexes from the database, so that it uses the one of ``lead``.
         query = query.where(column == value if column is lead else column.concat("") == value)
     if wanted.q is not None and not is_device_id(wanted.q.lower()):
         # Each database folds the case of both sides in its own way.
         query = query.where(Device.name.icontains(wanted.q, autoescape=True))
-    rows = tx.execute(_between(query, tenant_id, wanted, place, after, end).limit(limit))
-    return Listed([(DeviceRecord(*row[:-2]), row[-2], row[-1]) for row in rows], end)
+    if wanted.narrows_expiry:
+        query = query.where(Certificate.not_after < wanted.expires_before)
+    rows = tx.execute(_between(query, tenant_id, wanted, order, after, end).limit(limit))
+    return Listed([_listed(row) for row in rows], end)
+
+
+def _listed(values: Sequence[Any]) -> ListedDevice:
+    not_after, not_before, state, since = values[-4:]
+    device = DeviceRecord(*values[:-4])
+    presence = PresenceRecord(PresenceState(state or 0), since or device.created_at)
+    return ListedDevice(device, not_after, not_before, presence)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """An order that an index has: its columns, which way, the tables, and the conditions that the index needs."""
+
+    columns: tuple[Any, ...]
+    descending: bool
+    source: sa.FromClause
+    tenant: Any
+    conditions: tuple[sa.ColumnElement[bool], ...] = ()
+    looked_at: int = 0
+
+
+def _order_of(wanted: DeviceFilter) -> _Order:
+    devices, certificates, presences = Device.__table__, Certificate.__table__, Presence.__table__
+    current = sa.and_(Certificate.device_id == Device.id, CURRENT)
+    seen = Presence.identity == Device.id
+    if wanted.order is ListOrder.NEWEST:
+        source = devices.outerjoin(certificates, current).outerjoin(presences, seen)
+        return _Order((Device.created_at, Device.id), True, source, Device.tenant_id, looked_at=LOOKED_AT)
+    if wanted.order is ListOrder.EXPIRY:
+        source = certificates.join(devices, current).outerjoin(presences, seen)
+        by_expiry = (Certificate.not_after, Certificate.device_id)
+        return _Order(by_expiry, False, source, Certificate.tenant_id, (CURRENT,), LOOKED_AT_BY_OTHERS)
+    source = presences.join(devices, seen).outerjoin(certificates, current)
+    columns: tuple[Any, ...] = (Presence.state, Presence.since, Presence.identity)
+    conditions: tuple[sa.ColumnElement[bool], ...] = ()
+    if wanted.connected is not None:
+        columns, conditions = columns[1:], (Presence.state == wanted.connected,)
+    descending = wanted.order is ListOrder.LAST_SEEN_FIRST
+    return _Order(columns, descending, source, Presence.tenant_id, conditions, LOOKED_AT_BY_OTHERS)
 
 
 def _equalities(wanted: DeviceFilter) -> list[tuple[Any, str]]:
@@ -165,8 +249,8 @@ def _reach(
     tx: Connection,
     tenant_id: str,
     wanted: DeviceFilter,
+    order: _Order,
     equal: list[tuple[Any, str]],
-    place: tuple[Any, Any],
     after: Place | None,
 ) -> tuple[Any, Place | None]:
     """Return the column whose index the page is read from, and the place where it must end (``None`` for no limit).
@@ -175,22 +259,21 @@ def _reach(
     """
     if equal and equal[0][0] in (Device.id, Device.external_id):
         return equal[0][0], None
-    leads: list[tuple[Any, Any]] = [(None, None)] if wanted.expires_before is not None or not equal else list(equal)
-    if wanted.q is None and len(equal) + (wanted.expires_before is not None) < 2:
+    is_newest = wanted.order is ListOrder.NEWEST
+    leads: list[tuple[Any, Any]] = [*equal] if is_newest and equal else [(None, None)]
+    if wanted.q is None and len(equal) + wanted.narrows_expiry + (not is_newest) < 2:
         return leads[0][0], None
-    many = LOOKED_AT if wanted.expires_before is None else LOOKED_AT_BY_END
     furthest: tuple[Any, Place | None] = (None, None)
     for column, value in leads:
-        query = _between(sa.select(*place), tenant_id, wanted, place, after, None)
+        source = order.columns[0].class_.__table__
+        query = _between(sa.select(*order.columns).select_from(source), tenant_id, wanted, order, after, None)
         if column is not None:
             query = query.where(column == value)
-        elif wanted.expires_before is not None:
-            query = query.where(CURRENT)
-        row = tx.execute(query.limit(1).offset(many - 1)).one_or_none()
+        row = tx.execute(query.limit(1).offset(order.looked_at - 1)).one_or_none()
         if row is None:
             return column, None
-        end: Place = (row[0], row[1])
-        if furthest[1] is None or (end > furthest[1] if wanted.expires_before is not None else end < furthest[1]):
+        end: Place = tuple(row)
+        if furthest[1] is None or (end < furthest[1] if order.descending else end > furthest[1]):
             furthest = column, end
     return furthest
 
@@ -199,22 +282,29 @@ def _between(
     query: sa.Select[Any],
     tenant_id: str,
     wanted: DeviceFilter,
-    place: tuple[Any, Any],
+    order: _Order,
     after: Place | None,
     end: Place | None,
 ) -> sa.Select[Any]:
     """Narrow a query to the rows after one place and up to another, in the order of the list."""
-    here, kind = sa.tuple_(*place), place[0].type
-    first, last = (sa.tuple_(sa.literal(at[0], kind), at[1]) if at is not None else None for at in (after, end))
-    if wanted.expires_before is None:
-        query = query.where(Device.tenant_id == tenant_id).order_by(*(column.desc() for column in place))
-        bounds = [] if first is None else [here < first]
-        bounds += [] if last is None else [here >= last]
-    else:
-        query = query.where(Certificate.tenant_id == tenant_id).order_by(*place)
-        bounds = [] if first is None else [here > first]
+    here = sa.tuple_(*order.columns)
+
+    def literal(place: Place) -> sa.Tuple:
+        return sa.tuple_(*(sa.literal(value, at.type) for value, at in zip(place, order.columns, strict=True)))
+
+    query = query.where(order.tenant == tenant_id, *order.conditions)
+    if order.descending:
+        query = query.order_by(*(column.desc() for column in order.columns))
+        bounds = [] if after is None else [here < literal(after)]
+        bounds += [] if end is None else [here >= literal(end)]
+        return query.where(*bounds)
+    query = query.order_by(*order.columns)
+    bounds = [] if after is None else [here > literal(after)]
+    if end is not None:
+        bounds.append(here <= literal(end))
+    elif wanted.order is ListOrder.EXPIRY:
         # Only one of them, because a database uses only one condition as the upper bound of an index scan.
-        bounds.append(Certificate.not_after < wanted.expires_before if last is None else here <= last)
+        bounds.append(Certificate.not_after < wanted.expires_before)
     return query.where(*bounds)
 
 

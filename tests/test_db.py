@@ -245,7 +245,7 @@ def test_devices_that_end_soon_are_paged_by_their_end(portal: Portal) -> None:
         wanted, seen = DeviceFilter(expires_before=NOW + timedelta(days=6)), []
         after = None
         while page := devices.list_devices(tx, "default", wanted, limit=2, after=after).devices:
-            seen += [(end, device.id) for device, end, _ in page]
+            seen += [(end, device.id) for device, end, *_ in page]
             after = (page[-1][1] or NOW, page[-1][0].id)
     assert seen == sorted((end, device_id) for device_id, end in ends.items() if end < NOW + timedelta(days=6))
 

@@ -11,34 +11,43 @@ from datetime import UTC, datetime
 
 import db
 from config import Settings
-from core.errors import FieldProblem, InputInvalid, PortalError
+from core.broker_control import ControlKind
+from core.errors import BrokerUnavailable, FieldProblem, InputInvalid, PortalError
+from core.states import PresenceState
 from core.topics import Access, Topic, default_topics, is_device_id
 from store import certificates as store_certificates
 from store import devices as store_devices
 from store import generations, issuers
 from store.certificates import CertificateRecord
 from store.database import Database
-from store.devices import DeviceFilter, DeviceRecord, Place
+from store.devices import DeviceFilter, DeviceRecord, ListedDevice, ListOrder, Place, place_of
 from store.issuers import CrlHead, CrlRecord
+from store.presences import presence_of
+from workflows.presence import Contact, ContactFile, DeviceConnection, connection_of
 
 log = logging.getLogger("portal.devices")
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceDetails:
-    """A device with its current or last certificate; ``applied``: the broker enforces its latest change."""
+    """A device with its current or last certificate; ``applied``: the broker enforces its latest change.
+
+    ``connection`` is ``None`` for a device that was never seen.
+    """
 
     device: DeviceRecord
     certificate: CertificateRecord | None
     topics: tuple[Topic, ...]
     applied: bool
+    connection: DeviceConnection | None
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of devices with the not_after and not_before of their certificates; ``cursor`` leads to the next page."""
+    """A page of devices; ``contact`` says how current their connections are, ``cursor`` leads to the next page."""
 
-    devices: Sequence[tuple[DeviceRecord, datetime | None, datetime | None]]
+    devices: Sequence[ListedDevice]
+    contact: Contact
     cursor: str | None
 
 
@@ -49,12 +58,15 @@ class Inventory:
     _settings: Settings
     _database: Database
     _sign_crls: Callable[[], None]
+    _contact: ContactFile
     _crls: dict[int, tuple[CrlHead, CrlRecord]] = field(init=False, default_factory=dict)  # by issuer, as read last
 
     def device(self, tenant_id: str, device_id: str) -> DeviceDetails:
         """Return one device; raises ``DeviceNotFound``."""
+        contact = self._contact.read()  # first: what is read then is at least as new
         with self._database.snapshot() as tx:
             device = db.get_device(tx, tenant_id, device_id)
+            presence = presence_of(tx, tenant_id, device_id)
             certificate = store_certificates.current_certificate(tx, tenant_id, device_id)
             own = store_devices.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
             state = generations.get_broker_state(tx, tenant_id)
@@ -64,6 +76,7 @@ class Inventory:
             certificate=certificate,
             topics=topics or default_topics(self._settings.topic_prefix),
             applied=device.generation <= state.applied_generation,
+            connection=None if presence is None else connection_of(presence, contact),
         )
 
     def certificates(self, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
@@ -73,20 +86,22 @@ class Inventory:
             return store_certificates.device_certificates(tx, tenant_id, device_id)
 
     def devices(self, tenant_id: str, wanted: DeviceFilter, *, limit: int, cursor: str | None) -> Page:
-        """Return a page of devices, newest first, or with ``expires_before`` those that expire soonest first.
+        """Return a page of devices, newest first if neither ``wanted.sort`` nor a filter has another order.
 
         Where several things narrow the list, a page may hold fewer than ``limit``, or none, and lead to another.
-        Raises ``InputInvalid`` for a cursor that no page gave.
+        Raises ``InputInvalid`` for a cursor that no page of this order gave, and if it is never known who is connected
+        but ``wanted`` asks for it, ``BrokerUnavailable`` if that is not known now.
         """
-        after = None if cursor is None else _read_cursor(cursor)
+        after = None if cursor is None else _read_cursor(cursor, wanted)
+        contact = self._contact.read()  # first: what is read then is at least as new
+        if wanted.connected is not None and not contact.is_current:
+            raise _not_known(self._settings)
         with self._database.snapshot() as tx:
             found = store_devices.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
         page, next_place = found.devices[:limit], found.end
         if len(found.devices) > limit:
-            last, not_after, _ = page[-1]
-            at = not_after if wanted.expires_before is not None else None
-            next_place = (at or last.created_at, last.id)
-        return Page(page, None if next_place is None else _make_cursor(next_place))
+            next_place = place_of(page[-1], wanted)
+        return Page(page, contact, None if next_place is None else _make_cursor(next_place, wanted))
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
         """Return the newest CRL of an issuer, ``None`` before the first.
@@ -113,19 +128,32 @@ class Inventory:
         return record
 
 
-def _make_cursor(place: Place) -> str:
-    text = json.dumps([place[0].isoformat(), place[1]])
+def _not_known(settings: Settings) -> PortalError:
+    if settings.broker_control is not ControlKind.GUARD:
+        sentence = "which devices are connected is known only with PORTAL_BROKER_CONTROL=guard"
+        return InputInvalid(f"Leave connected out: {sentence}.", [FieldProblem("connected", sentence)])
+    return BrokerUnavailable(
+        "It is not known which devices are connected, because the broker does not report it now; try again shortly, and"
+        " see GET /readyz."
+    )
+
+
+def _make_cursor(place: Place, wanted: DeviceFilter) -> str:
+    values = [value.isoformat() if isinstance(value, datetime) else value for value in place]
+    text = json.dumps([wanted.order, *values], separators=(",", ":"))
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def _read_cursor(cursor: str) -> Place:
+def _read_cursor(cursor: str, wanted: DeviceFilter) -> Place:
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        created_at, device_id = json.loads(text)
-        time = datetime.fromisoformat(created_at).astimezone(UTC)
-        if not isinstance(device_id, str) or not is_device_id(device_id):
+        order, *states, at, device_id = json.loads(text)
+        time = datetime.fromisoformat(at).astimezone(UTC)
+        known = [PresenceState(state) for state in states]
+        with_state = wanted.connected is None and wanted.order in (ListOrder.LAST_SEEN, ListOrder.LAST_SEEN_FIRST)
+        if order != wanted.order or len(known) != with_state or not is_device_id(device_id):
             raise ValueError("not of the form that a page gives")
     except (ValueError, TypeError, OverflowError, RecursionError):
         problem = FieldProblem("cursor", "must be the next_cursor of the page before")
         raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem]) from None
-    return time, device_id
+    return *map(int, known), time, device_id

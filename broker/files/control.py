@@ -204,6 +204,9 @@ class FilesControl:
                     raise unavailable(self._settings, error) from error
             time.sleep(_LONGEST_PAUSE)
 
+    def follow_presence(self, deadline: float) -> None:
+        """Return ``None``: nothing tells who is connected; see ``broker.control.BrokerControl``."""
+
     def _await_generation(
         self, session: Session, broker: int, generation: int, deadline: float, *, reload: bool
     ) -> int:

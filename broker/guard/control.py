@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -13,10 +14,12 @@ from typing import Any, Protocol
 from cryptography import x509
 
 from broker.capath import FILE_MODE
+from broker.control import PresenceReports
 from broker.crl import Trust, issuing_certificates
 from broker.folder import CA_FILE, CRL_FILE, BrokerFolder
 from broker.guard import journal
 from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position
+from broker.guard.presence import GuardReports
 from broker.session import (
     FAILURE,
     NOT_AUTHORISED,
@@ -402,6 +405,21 @@ class GuardControl:
         except OSError as error:
             raise unavailable(self._settings, error) from error
         return position.generation
+
+    def follow_presence(self, deadline: float) -> PresenceReports | None:
+        """Ask the guard to report who is connected; see ``broker.control.BrokerControl``."""
+        try:
+            session = Session(connect_unix(self._settings.broker_socket, deadline), deadline)
+            with ExitStack() as stack:
+                stack.enter_context(session)
+                self._check_login(session.connect(client_id(), PORTAL_USER, self.files.password()))
+                _check_loaded(session.publish(f"{TOPIC}/refused"))
+                if session.publish(f"{TOPIC}/report") >= FAILURE:
+                    raise _other_version()
+                stack.pop_all()
+        except OSError as error:
+            raise unavailable(self._settings, error) from error
+        return GuardReports(session)
 
     def _check_login(self, reason: int) -> None:
         if reason != SUCCESS:

@@ -78,7 +78,7 @@ def test_filters_go_to_the_portal(session: Session, stub: PortalStub) -> None:
 def test_a_list_is_plain_when_piped(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device()
     result = session.run("list")
-    assert result.stdout == f"{device_id}\tsensor-7\tthermometer\tHall 2\tactive\t2036-01-01T00:00:00Z\n"
+    assert result.stdout == f"{device_id}\tsensor-7\tthermometer\tHall 2\tactive\t2036-01-01T00:00:00Z\tnow\n"
     assert result.stderr == ""
 
 
@@ -116,6 +116,54 @@ def test_filters_reach_the_portal(session: Session, stub: PortalStub) -> None:
     session.run("list", "--expires-before", "30d")
     before = datetime.fromisoformat(stub.requests[1].query["expires_before"])
     assert abs(before - datetime.now(UTC) - timedelta(days=30)) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "query"),
+    [
+        (("--connected",), {"connected": "true"}),
+        (("--offline", "--sort", "longest-unseen"), {"connected": "false", "sort": "last_seen"}),
+        (("--never-seen",), {"connected": "never"}),
+        (("--sort", "last-seen"), {"sort": "-last_seen"}),
+    ],
+    ids=lambda given: " ".join(given),
+)
+def test_devices_are_listed_by_their_connection(
+    session: Session, stub: PortalStub, options: tuple[str, ...], query: dict[str, str]
+) -> None:
+    session.run("list", *options)
+    assert stub.requests[0].query == {"limit": "50", **query}
+
+
+CONNECTIONS: dict[str, tuple[Any, list[str], str]] = {
+    "connected": (
+        {"connected": True, "since": "2026-01-02T00:00:00Z", "last_seen": "2026-01-03T00:00:00Z"},
+        ["yes", "2026-01-02T00:00:00Z", "2026-01-03T00:00:00Z"],
+        "now",
+    ),
+    "offline": (
+        {"connected": False, "since": "2026-01-02T00:00:00Z", "last_seen": "2026-01-02T00:00:00Z"},
+        ["no", "", "2026-01-02T00:00:00Z"],
+        "2026-01-02T00:00:00Z",
+    ),
+    "never seen": (None, ["never", "", ""], "never"),
+    "not known": ({"connected": None, "since": None, "last_seen": None}, ["unknown", "", ""], ""),
+    "of another form": ([True], ["unknown", "", ""], ""),
+    "of other values": ({"connected": [1], "since": 7}, ["unknown", "", ""], ""),
+}
+
+
+@pytest.mark.parametrize(("connection", "words", "cell"), CONNECTIONS.values(), ids=CONNECTIONS)
+def test_a_connection_is_shown_in_words(
+    session: Session, stub: PortalStub, connection: Any, words: list[str], cell: str
+) -> None:
+    device_id = stub.add_device(connection=connection)
+    shown = dict(line.split("\t") for line in session.run("show", device_id).stdout.splitlines())
+    assert [shown[name] for name in ("connected", "connected_since", "last_seen")] == words
+    header, line = session.run("export").stdout.splitlines()
+    assert header.split(",")[-3:] == ["connected", "connected_since", "last_seen"]
+    assert line.split(",")[-3:] == words
+    assert session.run("list").stdout.rstrip("\n").split("\t")[-1] == cell
 
 
 def test_a_device_is_shown_field_by_field(session: Session, stub: PortalStub) -> None:

@@ -95,7 +95,7 @@ def test_people_get_a_table_in_colour(session: Session, stub: PortalStub) -> Non
         assert seen.end() == 0
     assert "\x1b[" in seen.seen
     plain = re.sub(r"\x1b\[[0-9;]*m", "", seen.seen)
-    assert re.match(r"ID +NAME +TYPE +LOCATION +STATUS +EXPIRES *\n", plain)
+    assert re.match(r"ID +NAME +TYPE +LOCATION +STATUS +EXPIRES +SEEN *\n", plain)
     assert device_id in plain
     assert r"sensor \x1b[2J[red]x" in plain
     assert "\x1b[2J" not in seen.seen

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from commands.bundle import NAMES, open_bundle
 from commands.errors import CheckFailed
 from core.errors import InputInvalid
+from core.states import PresenceState
+from store.devices import DeviceFilter
 from tests.support.portal_stub import BUNDLE_PASSWORD, build_bundle
 from web.api.audit import AuditQuery
 from web.api.devices import DeviceQuery, PatchRequest, RegisterRequest
@@ -51,10 +53,14 @@ def test_a_query_fits_or_is_refused(query: dict[str, str]) -> None:
             assert model.model_validate(query).model_fields_set <= set(query)
 
 
-@given(st.text() | pieces.map(json.dumps).map(lambda text: base64.urlsafe_b64encode(text.encode()).decode()))
-def test_a_cursor_leads_to_a_place_or_is_refused(cursor: str) -> None:
+@given(
+    st.text() | pieces.map(json.dumps).map(lambda text: base64.urlsafe_b64encode(text.encode()).decode()),
+    st.sampled_from([DeviceFilter(), DeviceFilter(sort="last_seen"), DeviceFilter(connected=PresenceState.OFFLINE)]),
+)
+def test_a_cursor_leads_to_a_place_or_is_refused(cursor: str, wanted: DeviceFilter) -> None:
     with contextlib.suppress(InputInvalid):
-        at, device_id = _read_cursor(cursor)
+        *states, at, device_id = _read_cursor(cursor, wanted)
+        assert len(states) == (wanted.sort is not None)
         assert at.tzinfo is UTC
         assert at <= datetime.max.replace(tzinfo=UTC)
         assert len(device_id) == 36

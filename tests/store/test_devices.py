@@ -7,9 +7,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from core.states import PresenceState
 from operations.wiring import Portal
 from store import devices
 from store.devices import DeviceFilter, Listed
+from store.presences import PresenceRecord, record_presences
 from tests.test_db import add_certificate, add_device
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
@@ -18,7 +20,10 @@ SOON = NOW + timedelta(days=2)
 
 @pytest.fixture
 def fleet(portal: Portal) -> Portal:
-    """Twelve devices: every second one a valve, every third in hall 2; those of hall 2 expire first."""
+    """Twelve devices: every second one a valve, every third in hall 2; those of hall 2 expire first.
+
+    Of four devices the first was never seen, the second is connected, the others are offline.
+    """
     with portal.database.transaction() as tx:
         for number in range(12):
             kind, hall = ("valve", "pump")[number % 2], ("hall 2", "hall 1")[number % 3 > 0]
@@ -26,6 +31,11 @@ def fleet(portal: Portal) -> Portal:
                 tx, name=f"{kind}-{number:02}", type=kind, location=hall, created_at=NOW + timedelta(hours=number)
             )
             add_certificate(tx, device_id, not_after=NOW + timedelta(days=1 if hall == "hall 2" else 3, hours=number))
+            if number % 4:
+                state = PresenceState.CONNECTED if number % 4 == 1 else PresenceState.OFFLINE
+                # who was registered later was seen earlier
+                seen = PresenceRecord(state, NOW + timedelta(days=1) - timedelta(hours=number // 4, minutes=-number))
+                record_presences(tx, {device_id: seen})
     return portal
 
 
@@ -37,10 +47,7 @@ def _pages(portal: Portal, wanted: DeviceFilter, limit: int) -> list[Listed]:
             page = devices.list_devices(tx, "default", wanted, limit=limit, after=after)
             pages.append(page)
             if len(page.devices) == limit:
-                device, not_after, _ = page.devices[-1]
-                at = device.created_at if wanted.expires_before is None else not_after
-                assert at is not None
-                after = (at, device.id)
+                after = devices.place_of(page.devices[-1], wanted)
             elif page.end is not None:
                 after = page.end
             else:
@@ -57,6 +64,10 @@ LISTS: tuple[tuple[DeviceFilter, list[str]], ...] = (
     (DeviceFilter(type="valve", status="revoked"), []),
     (DeviceFilter(type="valve", expires_before=SOON), ["00", "06"]),
     (DeviceFilter(q="pump", expires_before=SOON), ["03", "09"]),
+    (DeviceFilter(connected=PresenceState.OFFLINE, type="pump"), ["03", "07", "11"]),
+    (DeviceFilter(connected=PresenceState.CONNECTED, q="-0", expires_before=SOON), ["09"]),
+    (DeviceFilter(sort="last_seen", location="hall 2"), ["00", "06", "03", "09"]),
+    (DeviceFilter(sort="-last_seen", location="hall 2"), ["09", "03", "06", "00"]),
 )
 
 
@@ -65,11 +76,24 @@ def test_every_device_is_found_once_however_few_devices_a_page_reads(
 ) -> None:
     for looked_at, limit in itertools.product((1, 2, 3, 1000), (1, 2, 50)):
         monkeypatch.setattr(devices, "LOOKED_AT", looked_at)
-        monkeypatch.setattr(devices, "LOOKED_AT_BY_END", looked_at)
+        monkeypatch.setattr(devices, "LOOKED_AT_BY_OTHERS", looked_at)
         for wanted, found in LISTS:
             pages = _pages(fleet, wanted, limit)
             assert [device.name[-2:] for page in pages for device, *_ in page.devices] == found, (wanted, looked_at)
             assert all(len(page.devices) <= looked_at for page in pages)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 50])
+def test_devices_are_listed_by_their_connection(fleet: Portal, limit: int) -> None:
+    for wanted, found in (
+        (DeviceFilter(connected=PresenceState.CONNECTED), ["01", "05", "09"]),
+        (DeviceFilter(connected=PresenceState.OFFLINE, sort="last_seen"), ["10", "11", "06", "07", "02", "03"]),
+        (DeviceFilter(connected=PresenceState.NEVER_SEEN), ["08", "04", "00"]),
+        (DeviceFilter(sort="last_seen"), ["00", "04", "08", "10", "11", "06", "07", "02", "03", "09", "05", "01"]),
+        (DeviceFilter(sort="-last_seen"), ["01", "05", "09", "03", "02", "07", "06", "11", "10", "08", "04", "00"]),
+    ):
+        pages = _pages(fleet, wanted, limit)
+        assert [device.name[-2:] for page in pages for device, *_ in page.devices] == found, wanted
 
 
 def test_the_index_of_the_rarest_value_is_read(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.states import PresenceState
 from operations.wiring import Portal
-from store import certificates, devices, enrolment, generations, issuers, renewal, tenants
+from store import certificates, devices, enrolment, generations, issuers, presences, renewal, tenants
 from store.devices import DeviceFilter
 from store.tables import Device
 from tests.support.harness import ON_SQLITE
@@ -44,6 +45,10 @@ LISTS = {
     "type and q": DeviceFilter(type="pump", q="x"),
     "expires_before and type": DeviceFilter(type="pump", expires_before=NOW),
     "type and status": DeviceFilter(type="pump", status="active"),
+    "last_seen": DeviceFilter(sort="last_seen"),
+    "-last_seen": DeviceFilter(sort="-last_seen"),
+    "connected": DeviceFilter(connected=PresenceState.CONNECTED),
+    "connected and type": DeviceFilter(connected=PresenceState.OFFLINE, sort="last_seen", type="pump"),
     "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
 }
 LOOK_UPS: dict[str, Query] = {
@@ -52,6 +57,8 @@ LOOK_UPS: dict[str, Query] = {
     "certificates issued to a device": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
     "expiring soon": lambda tx: certificates.count_expiring(tx, "default", now=NOW, within=[timedelta(days=7)]),
     "a token": lambda tx: tenants.find_token(tx, "0" * 64),
+    "who is connected": lambda tx: presences.connected_page(tx, "default", limit=5, after=(NOW, "x")),
+    "number of connected devices": lambda tx: presences.count_connected(tx, "default"),
     "a device's certificate": lambda tx: certificates.current_certificate(tx, "default", "x"),
 }
 SMALL = {"acl_entries", "issuers", "tenants", "broker_state", "crls"}  # tables that may be read whole
@@ -118,11 +125,13 @@ def test_a_look_up_reads_no_table_whole(plans_of: Callable[[Query], list[str]], 
         assert read_whole(plan) <= SMALL, plan
 
 
-@pytest.mark.parametrize("after", [None, (NOW, "0" * 36)], ids=["first page", "later page"])
+@pytest.mark.parametrize("later", [False, True], ids=["first page", "later page"])
 @pytest.mark.parametrize("name", LISTS)
 def test_a_page_is_read_from_an_index_in_its_order(
-    plans_of: Callable[[Query], list[str]], name: str, after: tuple[datetime, str] | None
+    plans_of: Callable[[Query], list[str]], name: str, later: bool
 ) -> None:
+    state = (PresenceState.OFFLINE,) if name.endswith("last_seen") else ()
+    after = (*state, NOW, "0" * 36) if later else None
     plans = plans_of(lambda tx: devices.list_devices(tx, "default", LISTS[name], limit=50, after=after))
     assert plans
     for plan in plans:

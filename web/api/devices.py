@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from core.errors import Gone, LinkUnknown, LinkUsed
 from core.roles import Permission
-from core.states import DeviceStatus, renewable_from
+from core.states import DeviceStatus, PresenceState, renewable_from
 from delivery.formats import BundleFormat
 from pki.csr import read_csr
 from store.certificates import CertificateRecord
@@ -36,6 +36,13 @@ from web.api.fields import (
 from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.credentials import DeviceRequest
 from workflows.devices import DeviceDetails
+from workflows.presence import DeviceConnection, connection_of
+
+_CONNECTED = {
+    "true": PresenceState.CONNECTED,
+    "false": PresenceState.OFFLINE,
+    "never": PresenceState.NEVER_SEEN,
+}
 
 ROUTES = Routes("Devices")
 DOWNLOAD = Routes("Download")
@@ -146,8 +153,23 @@ class CertificateModel(AnswerModel):
     certificate: str
 
 
+class ConnectionModel(AnswerModel):
+    """Whether a device is connected to the broker; null if that is not known now, as is always so under `files`.
+
+    `since` is when it connected or, if it is not connected, when it was last seen; null if `connected` is. `last_seen`
+    is the last time at which the broker is known to have had it, null if none is.
+    """
+
+    connected: bool | None
+    since: Timestamp | None
+    last_seen: Timestamp | None
+
+
 class DeviceSummary(AnswerModel):
-    """A device in a list. From `renewable_from` on it may renew its certificate by itself."""
+    """A device in a list. From `renewable_from` on it may renew its certificate by itself.
+
+    `connection` is null for a device that was never connected.
+    """
 
     device_id: DeviceId
     external_id: str | None
@@ -162,6 +184,7 @@ class DeviceSummary(AnswerModel):
     revocation_reason: str | None
     expires_at: Timestamp | None
     renewable_from: Timestamp | None
+    connection: ConnectionModel | None
 
 
 class DeviceModel(DeviceSummary):
@@ -175,7 +198,7 @@ class DeviceModel(DeviceSummary):
 
 
 class DevicePage(AnswerModel):
-    """Devices, newest first. Only a null `next_cursor` marks the last page.
+    """Devices, in the order of the list. Only a null `next_cursor` marks the last page.
 
     A page before it can be short, or even empty: with `q` or with several filters a request stops after it has looked
     at a limited number of devices.
@@ -192,7 +215,7 @@ class CertificateList(AnswerModel):
 
 
 class DeviceQuery(RequestModel):
-    """Filters of the list of devices."""
+    """Filters of the list of devices, and its order."""
 
     status: StatusName | None = None
     type: ShortText | None = None
@@ -200,6 +223,26 @@ class DeviceQuery(RequestModel):
     q: Place | None = None
     expires_before: Time | None = None
     external_id: ExternalId | None = None
+    connected: (
+        Annotated[
+            Literal["true", "false", "never"],
+            Field(
+                description="false: devices that were seen before and are not connected now; never: that were never"
+                " seen. Refused while it is not known which devices are connected"
+            ),
+        ]
+        | None
+    ) = None
+    sort: (
+        Annotated[
+            Literal["last_seen", "-last_seen"],
+            Field(
+                description="last_seen: devices that were never seen, then those that were seen longest ago, at last"
+                " those that are connected; -last_seen: the other way round, which is the order with connected alone"
+            ),
+        ]
+        | None
+    ) = None
     limit: Limit = 50
     cursor: Cursor | None = None
 
@@ -269,12 +312,20 @@ def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int) ->
 
 @ROUTES.add("GET", "/devices", Permission.READ)
 def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
-    """List devices, newest first; with `expires_before`, those that expire soonest first."""
-    filters = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}))
+    """List devices, newest first; with `expires_before`, those that expire soonest first, unless `sort` says else."""
+    filters = DeviceFilter(
+        **query.model_dump(exclude={"limit", "cursor", "connected"}),
+        connected=None if query.connected is None else _CONNECTED[query.connected],
+    )
     page = call.portal.inventory.devices(call.actor.tenant_id, filters, limit=query.limit, cursor=query.cursor)
     summaries = [
-        DeviceSummary.of(device, device_id=device.id, **_dates(call, device, not_before, not_after))
-        for device, not_after, not_before in page.devices
+        DeviceSummary.of(
+            one.device,
+            device_id=one.device.id,
+            **_dates(call, one.device, one.not_before, one.not_after),
+            connection=_connection_model(connection_of(one.presence, page.contact)),
+        )
+        for one in page.devices
     ]
     return DevicePage(devices=summaries, next_cursor=page.cursor)
 
@@ -334,8 +385,13 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
         device_id=details.device.id,
         topics=[TopicModel(filter=topic.filter, access=topic.access.value) for topic in details.topics],
         broker="applied" if details.applied else "pending",
+        connection=_connection_model(details.connection),
         certificate=None if certificate is None else _certificate_model(certificate),
     )
+
+
+def _connection_model(connection: DeviceConnection | None) -> ConnectionModel | None:
+    return None if connection is None else ConnectionModel.of(connection)
 
 
 def _certificate_model(record: CertificateRecord) -> CertificateModel:
