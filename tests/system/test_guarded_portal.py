@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -160,6 +162,70 @@ def test_the_doctor_finds_nothing(shared: Deployment) -> None:
     shared.onboard()
     _, bad = examine(shared, "--broker-config", str(shared.data / "broker-mosquitto.conf"))
     assert bad == {}
+
+
+# --- Who is connected ----------------------------------------------------------------------------------------------
+
+
+def connection(deployment: Deployment, device: Onboarded) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = deployment.call("GET", f"/devices/{device.id}").json()["connection"]
+    return found
+
+
+def until_connected(deployment: Deployment, device: Onboarded, connected: bool | None) -> dict[str, Any]:
+    """Wait until the portal says this of a device that was seen; return all that it says of its connection."""
+
+    def said() -> bool:
+        found = connection(deployment, device)
+        return found is not None and found["connected"] is connected
+
+    wait_until(said)
+    found = connection(deployment, device)
+    assert found is not None
+    return found
+
+
+@contextmanager
+def subscriber(device: Onboarded) -> Iterator[subprocess.Popen[bytes]]:
+    """A device that is a process of its own, which can be killed."""
+    files = ("--cafile", device.file("ca.pem"), "--cert", device.file("chain.pem"), "--key", device.file("device.key"))
+    to = ("-h", "localhost", "-p", str(device.port), "-i", device.id, "-t", f"devices/{device.id}/#")
+    with subprocess.Popen(["mosquitto_sub", *files, *to]) as process:
+        yield process
+        process.kill()
+
+
+def test_the_portal_says_who_is_connected_whoever_is_killed_or_restarted(shared: Deployment) -> None:
+    here, killed, never = shared.onboard(), shared.onboard("pump-2"), shared.onboard("pump-3")
+    client = here.client()
+    client.subscribe(f"devices/{here.id}/#")
+    since = until_connected(shared, here, True)["since"]
+    with subscriber(killed) as process:
+        until_connected(shared, killed, True)
+        listed = shared.call("GET", "/devices?connected=true").json()["devices"]
+        assert {one["device_id"] for one in listed} == {here.id, killed.id}
+        process.send_signal(signal.SIGKILL)
+        until_connected(shared, killed, False)
+    assert connection(shared, never) is None
+
+    kill_with_workers(shared)
+    shared.start_portal()
+    assert until_connected(shared, here, True)["since"] == since
+
+    shared.stop_broker()
+    seen = until_connected(shared, here, None)["last_seen"]
+    shared.start_broker()
+    assert until_connected(shared, here, False)["last_seen"] == seen
+    client.close()
+
+    client = here.client()
+    client.publish(f"devices/{here.id}/x")
+    until_connected(shared, here, True)
+    revoke(shared, here.id)
+    until_connected(shared, here, False)
+    client.close()
+    shared.wait_ready()
+    assert never.id in shared.cli("list", "--never-seen").stdout
 
 
 # --- Nothing is read again -----------------------------------------------------------------------------------------
