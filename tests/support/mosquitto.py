@@ -19,6 +19,7 @@ from typing import Self
 from broker.session import Session, connect_unix
 
 CONFIGURATION = Path(__file__).parents[2] / "mosquitto" / "portal.conf"
+BESIDE = CONFIGURATION.with_name("beside.conf")  # the part of a broker that has other users
 OPENSSL_CONFIGURATION = CONFIGURATION.with_name("openssl.cnf")
 GUARD = CONFIGURATION.with_name("guard")
 INSTALLED_PLUGIN = "/usr/local/lib/onboarding-portal/portal_guard.so"
@@ -132,7 +133,11 @@ class Mosquitto:
         """The configuration that an operator installs, for this folder and port."""
         text = CONFIGURATION.read_text()
         assert INSTALLED_FOLDER in text
-        text = text.replace(INSTALLED_PLUGIN, str(guard_library())) if self.guard else without_guard(text)
+        return self.filled_in(text if self.guard else without_guard(text))
+
+    def filled_in(self, text: str) -> str:
+        """A configuration with this folder and port."""
+        text = text.replace(INSTALLED_PLUGIN, str(guard_library()))
         return text.replace(INSTALLED_FOLDER, str(self.folder)).replace(INSTALLED_PORT, str(self.port))
 
     def stop(self) -> None:

@@ -26,7 +26,7 @@ from operations.wiring import Portal, prepare
 from store import generations, tenants
 from store.tables import Certificate, Delivery
 from tests.support.harness import Clock, settings_for
-from tests.support.mosquitto import CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT, without_guard
+from tests.support.mosquitto import BESIDE, CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT, without_guard
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows.operators import new_token
 
@@ -460,6 +460,15 @@ def test_a_bridge_is_named_if_devices_topics_pass_it(tmp_path: Path, line: str, 
     found = [*bridge_warnings(read_configuration(path).bridges, "devices")]
     assert len(found) == len(said)
     assert all(part in one.detail for part, one in zip(said, found, strict=True))
+
+
+def test_the_part_for_a_broker_with_other_users_is_as_the_whole_configuration(tmp_path: Path) -> None:
+    whole = CONFIGURATION.read_text().splitlines()
+    assert [line for line in BESIDE.read_text().splitlines() if not line.startswith("#") and line not in whole] == []
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_BROKER_CONTROL": "guard"})
+    (tmp_path / "portal.conf").write_text(BESIDE.read_text().replace(INSTALLED_FOLDER, str(settings.broker_dir)))
+    (tmp_path / "main").write_text(f"listener 1883\npassword_file /x\ninclude_dir {tmp_path}\n")
+    assert mistakes(read_configuration(tmp_path / "main"), settings) == []
 
 
 def test_included_files_count(tmp_path: Path, portal: Portal) -> None:
