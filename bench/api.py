@@ -25,6 +25,10 @@ class Api:
         """Send a request and read its answer; ends the benchmark where the status is not the one wanted."""
         return self._call("POST", path, json.dumps(body), wanted)
 
+    def post_for_text(self, path: str, body: dict[str, Any], wanted: int) -> str:
+        """As ``post``, for an answer that is no JSON."""
+        return self._text("POST", path, json.dumps(body), wanted)
+
     def get(self, path: str) -> dict[str, Any]:
         """As ``post``, for a GET answered 200."""
         return self._call("GET", path, None, 200)

@@ -51,6 +51,9 @@ class Page:
     cursor: str | None
 
 
+PAGE, MOST_AT_ONCE = 500, 10_000  # devices that one action is done to
+
+
 @dataclass(eq=False, repr=False)
 class Inventory:
     """Reads only, and each answer from one state of the database."""
@@ -102,6 +105,19 @@ class Inventory:
         if len(found.devices) > limit:
             next_place = place_of(page[-1], wanted)
         return Page(page, contact, None if next_place is None else _make_cursor(next_place, wanted))
+
+    def found(self, tenant_id: str, wanted: DeviceFilter) -> list[str]:
+        """Return the ids of all devices that fit; raises ``InputInvalid`` if there are more than ``MOST_AT_ONCE``."""
+        found: list[str] = []
+        cursor: str | None = None
+        while True:
+            page = self.devices(tenant_id, wanted, limit=PAGE, cursor=cursor)
+            found += [device.id for device, *_ in page.devices]
+            if len(found) > MOST_AT_ONCE:
+                problem = FieldProblem("filter", f"fits more than {MOST_AT_ONCE} devices")
+                raise InputInvalid("The filter fits too many devices; narrow it, or name devices by ids.", [problem])
+            if (cursor := page.cursor) is None:
+                return found
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
         """Return the newest CRL of an issuer, ``None`` before the first.

@@ -1,18 +1,21 @@
-"""The use cases that take a device from the broker: revocation, which is final, and suspension, with the way back."""
+"""The use cases that take devices from the broker: revocation, which is final, and suspension, with the way back."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
+from typing import Generic, TypeVar
 
 from sqlalchemy.engine import Connection
 
 import db
 from core import metrics
-from core.errors import StateConflict
+from core.errors import DeviceNotFound, StateConflict
 from core.failpoints import failpoint
 from core.states import DeviceStatus, advance
 from store import audit, devices
@@ -24,6 +27,16 @@ from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.revocation")
 
+AT_ONCE = 100  # devices in one transaction, for which all others that write wait
+
+
+class Action(StrEnum):
+    """What can be done to many devices at once."""
+
+    REVOKE = "revoke"
+    SUSPEND = "suspend"
+    RESUME = "resume"
+
 
 @dataclass(frozen=True, slots=True)
 class Revoked:
@@ -32,8 +45,8 @@ class Revoked:
     device_id: str
     revoked_at: datetime
     reason: str
-    enforced: bool
-    problem: str | None
+    enforced: bool = False
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +59,29 @@ class Suspended:
     device_id: str
     status: DeviceStatus
     suspended_at: datetime | None
-    enforced: bool
-    problem: str | None
+    enforced: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ActionRefused:
+    """A device to which an action cannot be done, and why."""
+
+    device_id: str
+    error: DeviceNotFound | StateConflict
+
+
+_Answer = TypeVar("_Answer", bound=Revoked | Suspended)
+_A = TypeVar("_A", bound=Revoked | Suspended, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written(Generic[_A]):
+    """What was recorded, of which the broker may not know yet; ``repeated``: nothing has changed."""
+
+    answer: _A
+    generation: int
+    repeated: bool
 
 
 @dataclass(eq=False, repr=False)
@@ -64,26 +98,11 @@ class DeviceRevocations:
         Raises ``DeviceNotFound``.
         """
         started, now = time.monotonic(), self._clock()
-
-        def write(tx: Connection) -> tuple[bool, int, datetime, str]:
-            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
-            if device.status is DeviceStatus.REVOKED:
-                return True, device.generation, device.revoked_at or now, device.revocation_reason or reason
-            generation = db.next_generation(tx, actor.tenant_id, at=now)
-            db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
-            events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=reason)
-            audit.record(tx, actor, "device:revoke", f"device:{device_id}", at=now, reason=reason)
-            failpoint("revoke.before_commit")
-            return False, generation, now, reason
-
-        repeated, generation, revoked_at, given = self._database.write(write)
+        written = self._database.write(lambda tx: _revoke(tx, actor, device_id, reason, now))
         failpoint("revoke.after_commit")
-        if not repeated:
-            metrics.counts.revocations.inc()
-        enforced, problem = self._apply(device_id, DeviceStatus.REVOKED, generation)
-        if enforced and not repeated:
-            metrics.counts.enforce_seconds.observe(time.monotonic() - started)
-        return Revoked(device_id, revoked_at, given, enforced, problem)
+        answer = self._enforced([written])[0]
+        _count(written, answer, started)
+        return answer
 
     def suspend(self, actor: Actor, device_id: str) -> Suspended:
         """Put a device's certificates on hold and disconnect it, until it is resumed; may be repeated.
@@ -92,19 +111,10 @@ class DeviceRevocations:
         """
         now = self._clock()
         with self._database.transaction() as tx:
-            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
-            generation = device.generation
-            if device.status is not DeviceStatus.SUSPENDED:
-                advance(device.status, DeviceStatus.SUSPENDED)
-                generation = db.next_generation(tx, actor.tenant_id, at=now)
-                devices.suspend_device(tx, actor.tenant_id, device_id, suspended_at=now, generation=generation)
-                events.record(tx, actor.tenant_id, EventType.SUSPENDED, device_id, at=now)
-                audit.record(tx, actor, "device:suspend", f"device:{device_id}", at=now)
-            since = devices.suspended_since(tx, actor.tenant_id, device_id)
+            written = _suspend(tx, actor, device_id, now)
             failpoint("suspend.before_commit")
         failpoint("suspend.after_commit")
-        enforced, problem = self._apply(device_id, DeviceStatus.SUSPENDED, generation)
-        return Suspended(device_id, DeviceStatus.SUSPENDED, since, enforced, problem)
+        return self._enforced([written])[0]
 
     def resume(self, actor: Actor, device_id: str) -> Suspended:
         """Make a suspended device active again, with the certificates that it had; may be repeated.
@@ -113,28 +123,110 @@ class DeviceRevocations:
         """
         now = self._clock()
         with self._database.transaction() as tx:
-            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
-            generation = device.generation
-            if device.status is not DeviceStatus.ACTIVE:
-                if device.status is DeviceStatus.PENDING:  # its certificate makes it active, nothing else
-                    raise StateConflict("A device that is pending cannot be resumed: it was never suspended.")
-                advance(device.status, DeviceStatus.ACTIVE)
-                generation = db.next_generation(tx, actor.tenant_id, at=now)
-                devices.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
-                events.record(tx, actor.tenant_id, EventType.RESUMED, device_id, at=now)
-                audit.record(tx, actor, "device:resume", f"device:{device_id}", at=now)
+            written = _resume(tx, actor, device_id, now)
             failpoint("resume.before_commit")
         failpoint("resume.after_commit")
-        enforced, problem = self._apply(device_id, DeviceStatus.ACTIVE, generation)
-        return Suspended(device_id, DeviceStatus.ACTIVE, None, enforced, problem)
+        return self._enforced([written])[0]
 
-    def _apply(self, device_id: str, status: DeviceStatus, generation: int) -> tuple[bool, str | None]:
-        """Have the broker obey; returns whether it was seen to, else the problem."""
-        outcome = self._reconciler.apply(generation)
-        if outcome.covers(generation):
-            return True, None
-        log.error(
-            "the broker does not enforce a device's new status yet",
-            extra={"device_id": device_id, "status": status, "problem": outcome.problem},
-        )
-        return False, outcome.problem
+    def act(
+        self, actor: Actor, action: Action, device_ids: Sequence[str], reason: str
+    ) -> Iterator[Revoked | Suspended | ActionRefused]:
+        """Do the same to many devices, with one reconciliation for all; yield an answer for each, in their order.
+
+        One that is refused keeps none of the others from it. If the portal ends midway, the devices that were recorded
+        are enforced at its next start; to repeat it all does no harm.
+        """
+        started, now = time.monotonic(), self._clock()
+        written: dict[str, _Written[Revoked | Suspended]] = {}
+        refused: dict[str, ActionRefused] = {}
+        # In one order, so that two who name the same devices do not wait for each other.
+        ordered = sorted(set(device_ids))
+        for start in range(0, len(ordered), AT_ONCE):
+            with self._database.transaction() as tx:
+                for device_id in ordered[start : start + AT_ONCE]:
+                    try:
+                        written[device_id] = _WRITERS[action](tx, actor, device_id, reason, now)
+                    except (DeviceNotFound, StateConflict) as error:  # raised before anything is written
+                        refused[device_id] = ActionRefused(device_id, error)
+            failpoint("actions.after_commit")
+        answers = dict(zip(written, self._enforced([*written.values()]), strict=True))
+        for device_id, answer in answers.items():
+            if isinstance(answer, Revoked):
+                _count(written[device_id], answer, started)
+        for device_id in device_ids:
+            yield refused[device_id] if device_id in refused else answers[device_id]
+
+    def _enforced(self, written: Sequence[_Written[_Answer]]) -> list[_Answer]:
+        """Have the broker obey; return the answers, which say whether it was seen to, or else the problem."""
+        if not written:
+            return []
+        outcome = self._reconciler.apply(max(item.generation for item in written))
+        answers = []
+        for item in written:
+            enforced = outcome.covers(item.generation)
+            problem = None if enforced else outcome.problem
+            answers.append(dataclasses.replace(item.answer, enforced=enforced, problem=problem))
+        if pending := [answer.device_id for answer in answers if not answer.enforced]:
+            log.error(
+                "the broker does not enforce the new status of devices yet",
+                extra={"device_id": pending[0], "devices": len(pending), "problem": outcome.problem},
+            )
+        return answers
+
+
+# --- In a transaction: each raises before it writes anything ---------------------------------------------------------
+
+
+def _revoke(tx: Connection, actor: Actor, device_id: str, reason: str, now: datetime) -> _Written[Revoked]:
+    device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+    if device.status is DeviceStatus.REVOKED:
+        answer = Revoked(device_id, device.revoked_at or now, device.revocation_reason or reason)
+        return _Written(answer, device.generation, repeated=True)
+    generation = db.next_generation(tx, actor.tenant_id, at=now)
+    db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
+    events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=reason)
+    audit.record(tx, actor, "device:revoke", f"device:{device_id}", at=now, reason=reason)
+    failpoint("revoke.before_commit")
+    return _Written(Revoked(device_id, now, reason), generation, repeated=False)
+
+
+def _suspend(tx: Connection, actor: Actor, device_id: str, now: datetime) -> _Written[Suspended]:
+    device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+    generation, repeated = device.generation, device.status is DeviceStatus.SUSPENDED
+    if not repeated:
+        advance(device.status, DeviceStatus.SUSPENDED)
+        generation = db.next_generation(tx, actor.tenant_id, at=now)
+        devices.suspend_device(tx, actor.tenant_id, device_id, suspended_at=now, generation=generation)
+        events.record(tx, actor.tenant_id, EventType.SUSPENDED, device_id, at=now)
+        audit.record(tx, actor, "device:suspend", f"device:{device_id}", at=now)
+    since = devices.suspended_since(tx, actor.tenant_id, device_id)
+    return _Written(Suspended(device_id, DeviceStatus.SUSPENDED, since), generation, repeated)
+
+
+def _resume(tx: Connection, actor: Actor, device_id: str, now: datetime) -> _Written[Suspended]:
+    device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+    generation, repeated = device.generation, device.status is DeviceStatus.ACTIVE
+    if not repeated:
+        if device.status is DeviceStatus.PENDING:  # its certificate makes it active, nothing else
+            raise StateConflict("A device that is pending cannot be resumed: it was never suspended.")
+        advance(device.status, DeviceStatus.ACTIVE)
+        generation = db.next_generation(tx, actor.tenant_id, at=now)
+        devices.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
+        events.record(tx, actor.tenant_id, EventType.RESUMED, device_id, at=now)
+        audit.record(tx, actor, "device:resume", f"device:{device_id}", at=now)
+    return _Written(Suspended(device_id, DeviceStatus.ACTIVE, None), generation, repeated)
+
+
+_Writer = Callable[[Connection, Actor, str, str, datetime], _Written[Revoked | Suspended]]
+_WRITERS: dict[Action, _Writer] = {
+    Action.REVOKE: _revoke,
+    Action.SUSPEND: lambda tx, actor, device_id, _reason, now: _suspend(tx, actor, device_id, now),
+    Action.RESUME: lambda tx, actor, device_id, _reason, now: _resume(tx, actor, device_id, now),
+}
+
+
+def _count(written: _Written[Revoked | Suspended], answer: Revoked, started: float) -> None:
+    if not written.repeated:
+        metrics.counts.revocations.inc()
+        if answer.enforced:
+            metrics.counts.enforce_seconds.observe(time.monotonic() - started)

@@ -1,28 +1,36 @@
-"""A device's certificate over time: renew, suspend, resume, revoke."""
+"""A device's certificate over time: renew, suspend, resume, revoke; the last three for many devices at once, too."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from core.roles import Permission
 from pki.csr import read_csr
+from store.devices import DeviceFilter
 from web.api.fields import (
     BundleFormatName,
     BundlePassword,
     DeviceId,
+    ExternalId,
     Fingerprint,
     Hex,
     KeyTypeName,
+    Place,
     ReasonName,
+    ShortText,
+    StatusName,
+    Time,
     WholeNumber,
 )
-from web.api.routing import AnswerModel, Answers, Call, RequestModel, Routes, Timestamp
+from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.renewal import RenewalRequest
-from workflows.revocation import Suspended
+from workflows.revocation import Action, ActionRefused, Revoked, Suspended
 
 ROUTES = Routes("Devices")
+NDJSON = "application/x-ndjson"
 
 
 class SuspensionAnswer(AnswerModel):
@@ -160,3 +168,100 @@ def _suspension(answer: Suspended) -> SuspensionAnswer:
         broker="enforced" if answer.enforced else "pending",
         broker_problem=answer.problem,
     )
+
+
+# --- Many devices at once -----------------------------------------------------------------------------------------
+
+
+def _given(name: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+
+
+def _narrowed(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [_given(name) for name in schema["properties"]]
+
+
+class ActionFilter(RequestModel):
+    """Which devices, as in the list of devices; at least one field."""
+
+    model_config = ConfigDict(json_schema_extra=_narrowed)
+
+    status: StatusName | None = None
+    type: ShortText | None = None
+    location: Place | None = None
+    q: Place | None = None
+    expires_before: Time | None = None
+    external_id: ExternalId | None = None
+
+    @model_validator(mode="after")
+    def _not_all(self) -> Self:
+        if all(value is None for value in self.model_dump().values()):
+            raise ValueError("name at least one field: no filter would mean every device")
+        return self
+
+
+def _ids_or_filter(schema: dict[str, Any]) -> None:
+    schema["oneOf"] = [_given("ids"), _given("filter")]
+
+
+class ActionRequest(RequestModel):
+    """What to do to which devices: those of `ids`, or all that `filter` finds now. `reason` is for `revoke`."""
+
+    model_config = ConfigDict(json_schema_extra=_ids_or_filter)
+
+    action: Literal["revoke", "suspend", "resume"]
+    ids: Annotated[list[DeviceId], Field(min_length=1, max_length=1000)] | None = None
+    filter: ActionFilter | None = None
+    reason: ReasonName = "unspecified"
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.ids is None) == (self.filter is None):
+            raise ValueError("give either ids or a filter")
+        return self
+
+
+class ActionAnswer(AnswerModel):
+    """A device as it is now, with what the broker was seen to do, or in `code` and `detail` why it is as it was."""
+
+    device_id: DeviceId
+    status: Literal["revoked", "suspended", "active"] | None = None
+    revoked_at: Timestamp | None = None
+    reason: str | None = None
+    suspended_at: Timestamp | None = None
+    broker: Literal["enforced", "pending"] | None = None
+    broker_problem: str | None = None
+    code: str | None = None
+    detail: str | None = None
+
+
+@ROUTES.add(
+    "POST",
+    "/devices/actions",
+    Permission.CHANGE,
+    Answers(
+        "One line for each device, once the broker was seen to obey or has failed to; to repeat it does no harm",
+        model=ActionAnswer,
+        media_type=NDJSON,
+    ),
+)
+def act_on_devices(call: Call, body: ActionRequest) -> Reply:
+    """Revoke, suspend or resume many devices, which the broker learns at once."""
+    device_ids = body.ids or []
+    if body.filter is not None:
+        device_ids = call.portal.inventory.found(call.actor.tenant_id, DeviceFilter(**body.filter.model_dump()))
+    answers = call.portal.revocations.act(call.actor, Action(body.action), device_ids, body.reason)
+    return Reply(content=_lines(answers), media_type=NDJSON)
+
+
+def _lines(answers: Iterator[Revoked | Suspended | ActionRefused]) -> bytes:
+    models = (_action_answer(answer) for answer in answers)
+    return b"".join(model.model_dump_json(exclude_none=True).encode() + b"\n" for model in models)
+
+
+def _action_answer(answer: Revoked | Suspended | ActionRefused) -> ActionAnswer:
+    if isinstance(answer, ActionRefused):
+        return ActionAnswer.of(answer.error, device_id=answer.device_id)
+    status = "revoked" if isinstance(answer, Revoked) else answer.status
+    broker = "enforced" if answer.enforced else "pending"
+    return ActionAnswer.of(answer, status=status, broker=broker, broker_problem=answer.problem)

@@ -30,6 +30,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "PATCH /devices/{device_id}": {ADMIN, OPERATOR},
     "GET /devices/{device_id}/certificates": {ADMIN, OPERATOR, AUDITOR},
     "POST /revoke/{device_id}": {ADMIN, OPERATOR},
+    "POST /devices/actions": {ADMIN, OPERATOR},
     "POST /devices/{device_id}/renew": {ADMIN, OPERATOR},
     "POST /devices/{device_id}/suspend": {ADMIN, OPERATOR},
     "POST /devices/{device_id}/resume": {ADMIN, OPERATOR},
