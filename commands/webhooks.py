@@ -30,6 +30,7 @@ EVENTS = (
     "delivered",
     "broker_pending",
     "broker_enforced",
+    "broker_restart",
     "link_reused",
 )
 

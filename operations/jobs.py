@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -36,6 +36,7 @@ LATE_SESSIONS = timedelta(seconds=100)
 EVENTS_BATCH = 500
 RESTART_AGAIN_AFTER = timedelta(hours=1)
 RESTART_SECONDS = 60.0
+QUIET = timedelta(minutes=1)  # without a change for the broker
 
 LEADER_LOCK, FOLLOWER_LOCK = ".jobs.lock", ".presence.lock"
 CLOCK_SEEN = ".jobs.clock"
@@ -123,7 +124,8 @@ def probe_again(portal: Portal) -> None:
 def _restart_if_due(portal: Portal, served: bytes) -> None:
     """Restart a broker under the guard that shows an older server certificate, or tell by when that has to be done.
 
-    A restart keeps sessions and queues. Under the control by files a reload has the broker read the certificate.
+    A restart keeps sessions and queues; it waits for a quiet moment. Under the control by files a reload has the broker
+    read the certificate.
     """
     settings, now, last = portal.settings, portal.clock(), portal.memory.broker_restart_at
     newest = x509.load_pem_x509_certificate(settings.broker_file(SERVER_CERTIFICATE_FILE).read_bytes())
@@ -131,13 +133,43 @@ def _restart_if_due(portal: Portal, served: bytes) -> None:
         return
     if last is not None and abs(now - last) < RESTART_AGAIN_AFTER:
         return
+    shown = x509.load_der_x509_certificate(served)
+    if settings.broker_restart and not (_is_quiet(portal) or _ends_soon(shown, now)):
+        return
     portal.memory.broker_restart_at = now
-    ends = x509.load_der_x509_certificate(served).not_valid_after_utc.isoformat()
+    _announce_restart(portal, shown.not_valid_after_utc)
     if settings.broker_restart:
-        log.warning("the broker is restarted for its new server certificate", extra={"old_one_ends": ends})
         run_command("PORTAL_BROKER_RESTART", settings.broker_restart, time.monotonic() + RESTART_SECONDS)
+
+
+def _is_quiet(portal: Portal) -> bool:
+    """Return whether the broker has been told nothing new for a while."""
+    state = _state(portal)
+    since = timedelta.max if state.applied_at is None else abs(portal.clock() - state.applied_at)
+    return state.applied_generation == state.generation and since >= QUIET
+
+
+def _ends_soon(certificate: x509.Certificate, now: datetime) -> bool:
+    """Return whether a sixth of its life is left: half of what is left when its successor is made."""
+    ends = certificate.not_valid_after_utc
+    return now >= ends - (ends - certificate.not_valid_before_utc) / 6
+
+
+def _announce_restart(portal: Portal, ends: datetime) -> None:
+    """Say in the log and by an event, once for each certificate, that the broker is restarted, or has to be."""
+    by_portal = bool(portal.settings.broker_restart)
+    with portal.database.transaction() as tx:
+        now, once = portal.clock(), f"{ends.isoformat()} {by_portal}"
+        facts = {"certificate_ends_at": ends, "by_portal": by_portal}
+        events.record(tx, portal.tenant_id, EventType.BROKER_RESTART, None, at=now, once=once, **facts)
+        if by_portal:
+            audit.record(tx, audit.system_actor(portal.tenant_id), "broker:restart", "broker", at=now)
+    if by_portal:
+        log.warning("the broker is restarted for its new server certificate", extra={"old_one_ends": ends.isoformat()})
     else:
-        log.error("restart the broker at a quiet time, for its new server certificate", extra={"before": ends})
+        log.error(
+            "restart the broker at a quiet time, for its new server certificate", extra={"before": ends.isoformat()}
+        )
 
 
 def sign_audit_record(portal: Portal) -> None:

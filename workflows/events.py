@@ -1,4 +1,4 @@
-"""Events: what happens to devices, recorded for delivery to webhooks in the transaction that makes the change."""
+"""Events: what happens to devices and the broker, recorded for webhooks in the transaction that makes the change."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class EventType(StrEnum):
     LINK_REUSED = "link_reused"
     BROKER_PENDING = "broker_pending"
     BROKER_ENFORCED = "broker_enforced"
+    BROKER_RESTART = "broker_restart"
 
 
 def record(
     tx: Connection,
     tenant_id: str,
     type: EventType | str,  # noqa: A002 - the field's name in the interface
-    device_id: str,
+    device_id: str | None,
     *,
     at: datetime,
     once: str | None = None,
@@ -55,7 +56,7 @@ def record(
     type = EventType(type)  # noqa: A001 - as above
     event_id = secrets.token_hex(16)
     if once is not None:
-        event_id = hashlib.sha256("\n".join((tenant_id, type, device_id, once)).encode()).hexdigest()[:32]
+        event_id = hashlib.sha256("\n".join((tenant_id, type, device_id or "", once)).encode()).hexdigest()[:32]
     webhooks.add_event(
         tx,
         tenant_id,

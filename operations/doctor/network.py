@@ -107,7 +107,7 @@ def broker_certificate(installation: Installation) -> Finding:
         der,
         path,
         settings.broker_names,
-        "Restart the broker at a quiet time; check certfile in its configuration.",
+        "Restart the broker at a quiet time before that; check certfile in its configuration.",
     )
 
 
@@ -215,7 +215,8 @@ def _check_certificate(
     if missing:
         return problem(f"The certificate does not name {', '.join(missing)}.", advice)
     if certificate != certificate_of(path):
-        return problem(f"The certificate that is served is not the one in {path}.", advice)
+        ends = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+        return problem(f"The certificate that is served ends at {ends}, and is not the one in {path}.", advice)
     return well(f"The certificate verifies, names {', '.join(names)}, and has {left.days} days left.")
 
 

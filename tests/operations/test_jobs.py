@@ -6,6 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+import db
 from broker.probe import Probe, ProbeResult
 from broker_provisioning import BrokerProvisioning
 from config import Settings
@@ -21,10 +24,11 @@ from core.files import FileLock
 from operations import authority, jobs
 from operations.jobs import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
 from operations.wiring import Portal, open_portal
-from store import issuers
+from store import generations, issuers
 from store.tables import Delivery, IdempotencyKey
 from tests.support.harness import Clock
 from tests.support.pki import Pki
+from tests.workflows.test_events import recorded, subscribe
 from tests.workflows.test_registration import OPERATOR, PUMP
 from workflows.reconciliation import Reconciler
 
@@ -293,28 +297,44 @@ def test_a_failed_probe_shows_at_once_with_its_reason_until_another_one_passes(
 # --- The broker's certificate under the guard ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def shown(make_settings: Callable[..., Settings], clock: Clock, tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
-    """Says how often a broker that shows a certificate is restarted."""
-    portals: list[Portal] = []
+class Shown:
+    """A portal whose broker shows a certificate of the test's; the command to restart it leaves a line in a file."""
 
-    def probe(certificate: bytes | None, *, control: str = "guard", command: bool = True, times: int = 1) -> list[str]:
-        restarted = tmp_path / "restarted"
-        restart = f"sh -c 'echo restarted >> {restarted}'" if command else ""
-        portal = open_portal(make_settings(PORTAL_BROKER_CONTROL=control, PORTAL_BROKER_RESTART=restart), clock)
-        portals.append(portal)
-        newest = x509.load_pem_x509_certificate(portal.settings.broker_file("server.pem").read_bytes())
+    def __init__(self, portal: Portal, restarted: Path) -> None:
+        self.portal = portal
+        self._restarted = restarted
+
+    def obeys(self) -> None:
+        """The broker was told something, and obeys."""
+        with self.portal.database.transaction() as tx:
+            generation = db.next_generation(tx, self.portal.tenant_id, at=self.portal.clock())
+            generations.set_applied_generation(tx, self.portal.tenant_id, generation, applied_at=self.portal.clock())
+
+    def probe(self, certificate: bytes | None) -> int:
+        """Run the job; return how often the broker was restarted so far."""
+        newest = x509.load_pem_x509_certificate(self.portal.settings.broker_file("server.pem").read_bytes())
         result = ProbeResult(44, 0.0, 0, 0.0, certificate or newest.public_bytes(Encoding.DER))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(portal.broker, "reachable", lambda: True)
-            patch.setattr(portal.broker, "probe", lambda certificates, deadline: result)
-            for _ in range(times):
-                jobs.probe_broker(portal)
-        return restarted.read_text().split() if restarted.exists() else []
+            patch.setattr(self.portal.broker, "reachable", lambda: True)
+            patch.setattr(self.portal.broker, "probe", lambda certificates, deadline: result)
+            jobs.probe_broker(self.portal)
+        return len(self._restarted.read_text().split()) if self._restarted.exists() else 0
 
-    yield probe
-    for portal in portals:
-        portal.close()
+
+@pytest.fixture
+def shown(make_settings: Callable[..., Settings], clock: Clock, tmp_path: Path) -> Iterator[Callable[..., Shown]]:
+    with ExitStack() as stack:
+
+        def make(*, control: str = "guard", command: bool = True) -> Shown:
+            restarted = tmp_path / "restarted"
+            restart = f"sh -c 'echo restarted >> {restarted}'" if command else ""
+            portal = open_portal(make_settings(PORTAL_BROKER_CONTROL=control, PORTAL_BROKER_RESTART=restart), clock)
+            stack.callback(portal.close)
+            made = Shown(portal, restarted)
+            made.obeys()
+            return made
+
+        yield make
 
 
 @pytest.fixture(scope="module")
@@ -322,23 +342,50 @@ def older() -> bytes:
     return Pki().issuing.issue("localhost", server_names=["localhost"]).certificate.public_bytes(Encoding.DER)
 
 
-def test_a_broker_that_shows_an_older_certificate_is_restarted_once_an_hour(
-    shown: Callable[..., list[str]], older: bytes
+def test_a_broker_that_shows_an_older_certificate_is_restarted_in_a_quiet_moment_once_an_hour(
+    shown: Callable[..., Shown], older: bytes, clock: Clock
 ) -> None:
-    assert shown(older, times=3) == ["restarted"]
+    broker = shown()
+    assert broker.probe(older) == 0  # it was told something just now
+    clock.advance(seconds=60)
+    assert [broker.probe(older) for _ in range(3)] == [1, 1, 1]
+    clock.advance(hours=1)
+    assert broker.probe(older) == 2
+    found, _ = broker.portal.operators.audit("default", limit=50, before=None, filters={"action": "broker:restart"})
+    assert len(found) == 2
+
+
+def test_where_no_moment_is_quiet_the_broker_is_restarted_before_its_certificate_ends(
+    shown: Callable[..., Shown], older: bytes, clock: Clock
+) -> None:
+    broker, certificate = shown(), x509.load_der_x509_certificate(older)
+    lives = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    for left, restarted in ((lives / 6 + timedelta(minutes=1), 0), (lives / 6, 1)):
+        clock.advance(seconds=(certificate.not_valid_after_utc - left - clock()).total_seconds())
+        broker.obeys()
+        assert broker.probe(older) == restarted
 
 
 def test_a_broker_that_shows_its_newest_certificate_is_left_alone(
-    shown: Callable[..., list[str]], older: bytes
+    shown: Callable[..., Shown], older: bytes, clock: Clock
 ) -> None:
-    assert shown(None) == []
-    assert shown(older, control="files") == []  # which reads it again at its next reload
+    guarded, files = shown(), shown(control="files")
+    clock.advance(minutes=2)
+    assert guarded.probe(None) == 0
+    assert files.probe(older) == 0  # which reads it again at its next reload
 
 
-def test_without_a_command_the_log_says_by_when_the_broker_must_be_restarted(
-    shown: Callable[..., list[str]], older: bytes, caplog: pytest.LogCaptureFixture
+def test_without_a_command_log_and_event_say_by_when_the_broker_must_be_restarted(
+    shown: Callable[..., Shown], older: bytes, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert shown(older, command=False, times=3) == []
-    (record,) = [record for record in caplog.records if "restart the broker" in record.message]
+    broker = shown(command=False)
+    subscribe(broker.portal, ",broker_restart,")
+    assert [broker.probe(older) for _ in range(3)] == [0, 0, 0]
+    clock.advance(hours=2)
+    broker.probe(older)
+    first, second = [record for record in caplog.records if "restart the broker" in record.message]
     ends = x509.load_der_x509_certificate(older).not_valid_after_utc
-    assert record.__dict__["before"] == ends.isoformat()
+    assert first.__dict__["before"] == second.__dict__["before"] == ends.isoformat()
+    (event,) = recorded(broker.portal)
+    assert (event["type"], event["device_id"]) == ("broker_restart", None)
+    assert event["data"] == {"certificate_ends_at": f"{ends:%Y-%m-%dT%H:%M:%S.%fZ}", "by_portal": False}

@@ -27,6 +27,7 @@ EventName = Literal[
     "delivered",
     "broker_pending",
     "broker_enforced",
+    "broker_restart",
     "link_reused",
 ]
 DeliveryStatus = Literal["waiting", "delivered", "dead"]
