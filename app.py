@@ -19,6 +19,7 @@ from core.errors import StartupError
 from operations import commands, jobs
 from operations.wiring import Portal, open_portal, utc_now
 from web.api import (
+    applications,
     audit,
     bulk,
     devices,
@@ -37,7 +38,7 @@ from web.serving import serve
 
 log = logging.getLogger("portal.request")
 
-_RESOURCES = (devices, bulk, lifecycle, pki, enrolment, est, tokens, audit, webhooks, operation)
+_RESOURCES = (devices, bulk, lifecycle, applications, pki, enrolment, est, tokens, audit, webhooks, operation)
 _DESCRIBED = [route for resource in _RESOURCES for route in resource.ROUTES]
 ROUTES = (*_DESCRIBED, *operation.description_of(_DESCRIBED))
 _ON_PKI_LISTENER = frozenset(route.name for route in ROUTES if route.on_pki_listener)

@@ -193,6 +193,14 @@ def parse_topic_prefix(value: str) -> str:
     return value
 
 
+def parse_topic_prefixes(value: str) -> tuple[str, ...]:
+    """Return topic prefixes separated by commas, each as ``parse_topic_prefix`` does; not that of the portal itself."""
+    prefixes = tuple(parse_topic_prefix(prefix.strip()) for prefix in value.split(",") if prefix.strip())
+    if any(prefix.split("/")[0] == "portal" for prefix in prefixes):
+        raise ValueError("must not contain portal, where the portal and its broker talk")
+    return prefixes
+
+
 def parse_database_url(value: str) -> str:
     """Return a SQLAlchemy URL of SQLite or PostgreSQL."""
     if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
@@ -341,6 +349,9 @@ class Settings(BaseSettings):
     topic_prefix: Annotated[str, PlainValidator(parse_topic_prefix)] = setting(
         "devices", "What every topic begins with"
     )
+    topic_prefixes: Annotated[tuple[str, ...], PlainValidator(parse_topic_prefixes)] = setting(
+        "", "What topics of applications may begin with, too: prefixes separated by commas, such as homeassistant"
+    )
     mqtt_host: Text = setting("localhost", "The broker's name, as devices reach it")
     mqtt_port: Annotated[int, count(1, 65535)] = setting("8883", "The broker's TLS port")
     mqtt_bind: Annotated[str, PlainValidator(parse_ip_address)] = setting(
@@ -482,6 +493,11 @@ class Settings(BaseSettings):
     def broker_file(self, name: str) -> Path:
         """Return the path of a file in the broker's folder."""
         return self.broker_dir / name
+
+    @property
+    def application_prefixes(self) -> tuple[str, ...]:
+        """What topics of applications may begin with; that of the devices' is the first."""
+        return tuple(dict.fromkeys((self.topic_prefix, *self.topic_prefixes)))
 
     @cached_property
     def granting_style(self) -> AclStyle:

@@ -11,8 +11,8 @@ from typing import Any, NotRequired, TypedDict, Unpack
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.errors import DeviceNotFound
-from core.states import CertificateStatus, DeviceStatus
+from core.errors import ApplicationNotFound, DeviceNotFound
+from core.states import CertificateStatus, ClientKind, DeviceStatus
 from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import Reason
 from store import keys
@@ -54,6 +54,7 @@ class NewDevice(TypedDict):
     created_at: datetime
     generation: int
     external_id: NotRequired[str | None]
+    kind: NotRequired[ClientKind]
 
 
 def add_device(tx: Connection, **device: Unpack[NewDevice]) -> None:
@@ -75,7 +76,7 @@ def add_devices(tx: Connection, devices: Sequence[NewDevice]) -> None:
 
 
 def _device_row(device: NewDevice) -> dict[str, Any]:
-    row: dict[str, Any] = {"external_id": None, **device}
+    row: dict[str, Any] = {"external_id": None, "kind": ClientKind.DEVICE, **device}
     row["id"] = row.pop("device_id")
     row["own_topics"] = row.pop("topics") is not None
     row["updated_at"] = row["created_at"]
@@ -88,14 +89,24 @@ _DEVICE = sa.select(*DEVICE_COLUMNS).where(
 _LOCK_DEVICE = _DEVICE.with_for_update()  # no effect on SQLite, where one writer excludes all others
 
 
-def get_device(tx: Connection, tenant_id: str, device_id: str, *, for_update: bool = False) -> DeviceRecord:
-    """Read a device; ``for_update`` keeps others from changing it until the transaction ends.
+def get_device(
+    tx: Connection,
+    tenant_id: str,
+    device_id: str,
+    *,
+    kind: ClientKind | None = ClientKind.DEVICE,
+    for_update: bool = False,
+) -> DeviceRecord:
+    """Read a device, or what else is of ``kind`` (``None``: of any).
 
-    Raises ``DeviceNotFound``.
+    ``for_update`` keeps others from changing it until the transaction ends. Raises ``DeviceNotFound``,
+    ``ApplicationNotFound``.
     """
     query = _LOCK_DEVICE if for_update else _DEVICE
     row = tx.execute(query, {"of_tenant": tenant_id, "of_device": device_id}).one_or_none()
-    if row is None:
+    if kind is ClientKind.APPLICATION and (row is None or row.kind is not kind):
+        raise ApplicationNotFound(f"There is no application {device_id}; check the id with GET /applications.")
+    if row is None or kind not in (None, row.kind):
         raise DeviceNotFound(f"There is no device {device_id}; check the id with GET /devices.")
     return DeviceRecord(*row)
 

@@ -13,10 +13,16 @@ from core.topics import Topic
 
 
 class DeviceAccess(Protocol):
-    """What devices may do on the broker."""
+    """What devices, and applications, may do on the broker."""
 
     def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
         """Grant ``topics``; see ``broker_provisioning.add_device_acl``."""
+
+    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
+        """Grant an application ``topics``, which may cover those of all devices; it has no default ones.
+
+        Where that is not allowed, or cannot be enforced, it is denied everything and is listed in ``Draft.closed``.
+        """
 
     def deny(self, device_id: str, at: datetime | None = None) -> None:
         """Deny everything; see ``broker_provisioning.remove_device_acl``."""
@@ -48,7 +54,7 @@ class Draft(DeviceAccess, Protocol):
 
     @property
     def closed(self) -> Mapping[str, str]:
-        """Devices that are denied everything because their topics cannot be granted, each with the reason."""
+        """Clients that are denied everything because their topics cannot be granted, each with the reason."""
 
     def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
         """Refuse a certificate by its issuer's name (DER) and serial number (lower-case hex), for whoever shows it.

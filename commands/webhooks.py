@@ -147,7 +147,7 @@ def webhook_deliveries(
             "id": "delivery_id",
             "time": time_of("created_at"),
             "event": "type",
-            "device": "device_id",
+            "device": lambda row: text(row.get("device_id") or row.get("application_id")),
             "status": status_of,
             "attempts": "attempts",
             "next": time_of("next_at"),

@@ -20,9 +20,9 @@
         EnrolmentRefused  ClientCertificateRefused
       TooManyAttempts                     429
       NotFound                            404
-        DeviceNotFound  LinkUnknown
+        DeviceNotFound  ApplicationNotFound  LinkUnknown
       Conflict                            409
-        StateConflict  ExternalIdTaken  IdempotencyConflict  KeyInUse  LastAdminToken
+        StateConflict  ExternalIdTaken  IdempotencyConflict  KeyInUse  LastAdminToken  GuardNeeded
       Gone                                410
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
@@ -210,6 +210,12 @@ class DeviceNotFound(NotFound):
     code = "device_not_found"
 
 
+class ApplicationNotFound(NotFound):
+    """No application has that id."""
+
+    code = "application_not_found"
+
+
 class LinkUnknown(NotFound):
     """The download link is not one that this portal signed."""
 
@@ -250,6 +256,12 @@ class LastAdminToken(Conflict):
     """Without this token nobody could make another one."""
 
     code = "last_admin_token"
+
+
+class GuardNeeded(Conflict):
+    """Only a broker with the guard can hold a client to such topics."""
+
+    code = "guard_needed"
 
 
 class Gone(PortalError):

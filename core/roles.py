@@ -23,6 +23,7 @@ class Permission(StrEnum):
     AUDIT = "audit"
     TOKENS = "tokens"
     WEBHOOKS = "webhooks"
+    APPLICATIONS = "applications"
 
 
 # By role. A client without a token has a role that is not in ``Role``, and no permission.

@@ -11,6 +11,13 @@ from enum import IntEnum, StrEnum
 from core.errors import StateConflict
 
 
+class ClientKind(StrEnum):
+    """What a client of the broker is: a device, or an application such as a back end, which is none."""
+
+    DEVICE = "device"
+    APPLICATION = "application"
+
+
 class DeviceStatus(StrEnum):
     """State of a device; ``MOVES`` lists how it may change."""
 

@@ -1,9 +1,9 @@
-"""Decides which MQTT topic filters a device may be given."""
+"""Decides which MQTT topic filters a device, or an application, may be given."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -11,7 +11,11 @@ from core.errors import FieldProblem, TopicRefused
 
 DEVICE_ID = "{id}"  # stands for the device's own id, always as a whole level
 MAX_TOPICS = 32
+MAX_APPLICATION_TOPICS = 64
 MAX_FILTER_BYTES = 256  # with the device's id in the place of {id}
+# All filters of an application together, a space as the three bytes that it has in the guard's journal: they are in
+# one line of it.
+MAX_APPLICATION_BYTES = 16384
 _CANONICAL_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _PRINTABLE_ASCII = re.compile(r"[ -~]+")
 
@@ -55,26 +59,49 @@ def check_topics(topics: Iterable[Topic], *, device_id: str | None, prefix: str)
     any spelling. So no wildcard can match the id of another device. ``device_id`` is None for a device that has no id
     yet. The error names each field refused, as ``topics.<index>.filter``.
     """
+    normal = [Topic(_with_own_id_as_placeholder(topic.filter, device_id, prefix), topic.access) for topic in topics]
+    return _checked(normal, lambda levels: _reach_problem(levels, prefix), MAX_TOPICS)
+
+
+def check_application_topics(topics: Iterable[Topic], *, prefixes: Sequence[str]) -> tuple[Topic, ...]:
+    """Return the topics of an application, or raise ``TopicRefused`` as ``check_topics`` does.
+
+    A filter is allowed if it is a valid one of printable ASCII that begins with the levels of one of ``prefixes``,
+    followed by at least one level: any, also a wildcard, and the id of any device.
+    """
     topics = tuple(topics)
-    if not 1 <= len(topics) <= MAX_TOPICS:
-        message = f"must hold 1 to {MAX_TOPICS} topics"
-        raise TopicRefused(f"topics {message}.", [FieldProblem("topics", message)])
+    size = sum(len(topic.filter) + 2 * topic.filter.count(" ") for topic in topics)
+    checked = _checked(topics, lambda levels: _application_problem(levels, prefixes), MAX_APPLICATION_TOPICS)
+    if size > MAX_APPLICATION_BYTES:
+        raise _refused(
+            f"must have at most {MAX_APPLICATION_BYTES} bytes in all filters together, a space counted as three"
+        )
+    return checked
+
+
+def _checked(topics: Sequence[Topic], reach_problem: Callable[[list[str]], str | None], most: int) -> tuple[Topic, ...]:
+    """Check topics whose reach, of a filter's levels, is judged by ``reach_problem``."""
+    if not 1 <= len(topics) <= most:
+        raise _refused(f"must hold 1 to {most} topics")
     checked: list[Topic] = []
     problems: list[FieldProblem] = []
     seen: set[str] = set()
     for index, topic in enumerate(topics):
-        normal = _with_own_id_as_placeholder(topic.filter, device_id, prefix)
-        problem = _problem(normal, prefix)
-        if problem is None and normal in seen:
+        problem = _syntax_problem(topic.filter) or reach_problem(topic.filter.split("/"))
+        if problem is None and topic.filter in seen:
             problem = "is there twice; give each filter once, with readwrite for both directions"
         if problem is not None:
             problems.append(FieldProblem(f"topics.{index}.filter", problem))
             continue
-        seen.add(normal)
-        checked.append(Topic(normal, Access(topic.access)))
+        seen.add(topic.filter)
+        checked.append(Topic(topic.filter, Access(topic.access)))
     if problems:
         raise TopicRefused(f"{problems[0].field} {problems[0].message}.", problems)
     return tuple(checked)
+
+
+def _refused(message: str) -> TopicRefused:
+    return TopicRefused(f"topics {message}.", [FieldProblem("topics", message)])
 
 
 def _with_own_id_as_placeholder(filter_: str, device_id: str | None, prefix: str) -> str:
@@ -88,10 +115,6 @@ def _with_own_id_as_placeholder(filter_: str, device_id: str | None, prefix: str
         if level == device_id or (index == place and own is not None and _bare_uuid(level) == own):
             levels[index] = DEVICE_ID
     return "/".join(levels)
-
-
-def _problem(filter_: str, prefix: str) -> str | None:
-    return _syntax_problem(filter_) or _reach_problem(filter_.split("/"), prefix)
 
 
 def _syntax_problem(filter_: str) -> str | None:
@@ -131,6 +154,17 @@ def _reach_problem(levels: list[str], prefix: str) -> str | None:
     if place != DEVICE_ID and _bare_uuid(place) is not None:
         return f"must not name another device; use {DEVICE_ID} for this one"
     return None
+
+
+def _application_problem(levels: list[str], prefixes: Sequence[str]) -> str | None:
+    if DEVICE_ID in levels:
+        return f"must not contain {DEVICE_ID}; an application uses + for the ids of all devices, or a certain id"
+    for prefix in prefixes:
+        wanted = prefix.split("/")
+        if levels[: len(wanted)] == wanted and len(levels) > len(wanted):
+            return None
+    begin = " or ".join(f"{prefix}/" for prefix in prefixes)
+    return f"must begin with {begin} and have a level after it; PORTAL_TOPIC_PREFIXES allows other prefixes"
 
 
 def _bare_uuid(level: str) -> str | None:

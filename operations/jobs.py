@@ -24,7 +24,7 @@ from core.files import FileLock
 from operations.authority import advance, renew_certificates, renew_crls, retire_unneeded
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
-from store import audit, certificates, deliveries, generations, webhooks
+from store import audit, certificates, deliveries, devices, generations, webhooks
 from workflows import events
 from workflows.events import EventType
 
@@ -82,7 +82,7 @@ def expire(portal: Portal) -> None:
                 tx,
                 audit.system_actor(tenant_id),
                 "bundle:expire",
-                f"device:{device_id}",
+                f"{devices.kind_of(tx, tenant_id, device_id)}:{device_id}",
                 at=now,
                 delivery=delivery_id,
             )
@@ -160,8 +160,16 @@ def _announce_restart(portal: Portal, ends: datetime) -> None:
     by_portal = bool(portal.settings.broker_restart)
     with portal.database.transaction() as tx:
         now, once = portal.clock(), f"{ends.isoformat()} {by_portal}"
-        facts = {"certificate_ends_at": ends, "by_portal": by_portal}
-        events.record(tx, portal.tenant_id, EventType.BROKER_RESTART, None, at=now, once=once, **facts)
+        events.record(
+            tx,
+            portal.tenant_id,
+            EventType.BROKER_RESTART,
+            None,
+            at=now,
+            once=once,
+            certificate_ends_at=ends,
+            by_portal=by_portal,
+        )
         if by_portal:
             audit.record(tx, audit.system_actor(portal.tenant_id), "broker:restart", "broker", at=now)
     if by_portal:
@@ -199,6 +207,7 @@ def announce_expiring(portal: Portal) -> None:
                     one.tenant_id,
                     EventType.EXPIRING,
                     one.device_id,
+                    kind=one.kind,
                     at=now,
                     name=one.name,
                     serial_number=one.serial_number,
@@ -206,8 +215,8 @@ def announce_expiring(portal: Portal) -> None:
                 )
             certificates.mark_announced(tx, found, at=now)
         for one in found:
-            detail = {"device_id": one.device_id, "expires_at": one.not_after.isoformat()}
-            log.warning("a device's certificate should be renewed", extra=detail)
+            detail = {f"{one.kind}_id": one.device_id, "expires_at": one.not_after.isoformat()}
+            log.warning("a certificate should be renewed", extra=detail)
         more = len(found) == EVENTS_BATCH
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from config import Settings
 from core.errors import PortalError
 from core.metrics import Gauge
-from core.states import DeviceStatus
+from core.states import ClientKind, DeviceStatus
 from pki.crl import sign_crl
 from store import audit, certificates, deliveries, generations, issuers, presences, webhooks
 from store import devices as store_devices
@@ -170,16 +170,29 @@ class Monitoring:
         ]
 
     def _inventory(self, tx: Connection, now: datetime) -> list[Gauge]:
-        devices = store_devices.devices_by_status(tx, self._tenant_id)
+        counts = store_devices.count_by_status(tx, self._tenant_id)
+        devices, applications = counts[ClientKind.DEVICE], counts[ClientKind.APPLICATION]
         expiring = certificates.count_expiring(tx, self._tenant_id, now=now, within=list(EXPIRING.values()))
         bundles = deliveries.count_undelivered(tx, self._tenant_id)
         return [
             _gauges("portal_devices", "Devices by status.", "status", [(s, devices.get(s, 0)) for s in DeviceStatus]),
             _gauges(
+                "portal_applications",
+                "Applications by status.",
+                "status",
+                [(s, applications.get(s, 0)) for s in (DeviceStatus.ACTIVE, DeviceStatus.REVOKED)],
+            ),
+            _gauges(
                 "portal_certificates_expiring",
                 "Certificates in use by devices that expire within this time.",
                 "within",
-                list(zip(EXPIRING, expiring, strict=True)),
+                list(zip(EXPIRING, expiring[ClientKind.DEVICE], strict=True)),
+            ),
+            _gauges(
+                "portal_application_certificates_expiring",
+                "Certificates in use by applications that expire within this time.",
+                "within",
+                list(zip(EXPIRING, expiring[ClientKind.APPLICATION], strict=True)),
             ),
             _gauge("portal_bundles_undelivered", "Bundles that wait for their download.", bundles),
             _gauge(

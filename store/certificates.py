@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.states import ON_CRL, CertificateStatus, DeviceStatus
+from core.states import ON_CRL, CertificateStatus, ClientKind, DeviceStatus
 from store.database import UtcDateTime, columns_of
 from store.tables import Certificate, Device, ExpiryAnnouncement
 
@@ -77,17 +77,18 @@ class ShownCertificate:
     tenant_id: str
     certificate: CertificateRecord
     device_status: DeviceStatus
+    kind: ClientKind
 
 
 def find_device_certificate(tx: Connection, fingerprint: str) -> ShownCertificate | None:
     """Return a device's certificate by the SHA-256 of its DER in hex, whatever its state."""
     query = (
-        sa.select(Certificate.tenant_id, Device.status, *CERTIFICATE_COLUMNS)
+        sa.select(Certificate.tenant_id, Device.status, Device.kind, *CERTIFICATE_COLUMNS)
         .join(Device, sa.and_(Device.tenant_id == Certificate.tenant_id, Device.id == Certificate.device_id))
         .where(Certificate.fingerprint == fingerprint, Certificate.purpose == "device")
     )
     row = tx.execute(query).one_or_none()
-    return None if row is None else ShownCertificate(row[0], CertificateRecord(*row[2:]), row[1])
+    return None if row is None else ShownCertificate(row[0], CertificateRecord(*row[3:]), row[1], row[2])
 
 
 def get_certificate(tx: Connection, tenant_id: str, certificate_id: int) -> CertificateRecord:
@@ -146,31 +147,47 @@ _GOOD = RevocationState(None, None)
 # --- Expiry ----------------------------------------------------------------------------------------------------------
 
 
-def count_expiring(tx: Connection, tenant_id: str, *, now: datetime, within: Sequence[timedelta]) -> list[int]:
-    """Return how many current certificates expire within each of these times, without those that have expired."""
+def count_expiring(
+    tx: Connection, tenant_id: str, *, now: datetime, within: Sequence[timedelta]
+) -> dict[ClientKind, list[int]]:
+    """Return how many current certificates, of devices and of applications, expire within each of these times.
+
+    Those that have expired are not counted.
+    """
     counts = [
         sa.func.sum(sa.case((Certificate.not_after <= sa.literal(now + time, Certificate.not_after.type), 1), else_=0))
         for time in within
     ]
-    row = tx.execute(
-        sa.select(*counts).where(
-            Certificate.tenant_id == tenant_id,
-            Certificate.purpose == "device",
-            CURRENT,
-            Certificate.not_after > now,
-            Certificate.not_after <= now + max(within),
-        )
-    ).one()
-    return [int(count or 0) for count in row]
+    of_all = sa.select(*counts).where(
+        Certificate.tenant_id == tenant_id,
+        Certificate.purpose == "device",
+        CURRENT,
+        Certificate.not_after > now,
+        Certificate.not_after <= now + max(within),
+    )
+    of_applications = of_all.where(Certificate.device_id.in_(applications(tenant_id)))
+    total, apart = ([int(count or 0) for count in tx.execute(query).one()] for query in (of_all, of_applications))
+    devices = [every - application for every, application in zip(total, apart, strict=True)]
+    return {ClientKind.DEVICE: devices, ClientKind.APPLICATION: apart}
+
+
+# As text: SQLite uses a partial index only if the statement contains the index's condition word for word.
+IS_APPLICATION = sa.text("devices.kind = 'application'")
+
+
+def applications(tenant_id: str) -> sa.Select[Any]:
+    """Return the query of the ids of all applications."""
+    return sa.select(Device.id).where(Device.tenant_id == tenant_id, IS_APPLICATION)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpiringCertificate:
-    """A device's certificate that is past two thirds of its life."""
+    """A certificate, of a device or an application, that is past two thirds of its life."""
 
     certificate_id: int
     tenant_id: str
     device_id: str
+    kind: ClientKind
     name: str
     serial_number: str
     not_after: datetime
@@ -195,6 +212,7 @@ def renewals_to_announce(tx: Connection, *, now: datetime, limit: int) -> Sequen
             Certificate.id,
             Certificate.tenant_id,
             Certificate.device_id,
+            Device.kind,
             Device.name,
             Certificate.serial_number,
             Certificate.not_after,

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
-from core.states import PENDING_DELIVERY, DeliveryStatus, DeviceStatus
+from core.states import PENDING_DELIVERY, ClientKind, DeliveryStatus, DeviceStatus
 from store.tables import Delivery, Device, IdempotencyKey, KeptBundle
 
 
@@ -33,6 +33,7 @@ class DeliveryRecord:
     generation: int
     length: int
     format: str
+    kind: ClientKind
 
 
 _INSERT_DELIVERIES = sa.insert(Delivery)
@@ -75,6 +76,7 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime, key_hash: s
             Device.generation,
             sa.func.coalesce(sa.func.length(Delivery.bundle), KeptBundle.length, 0),
             Delivery.format,
+            Device.kind,
             Delivery.delivered_at,
             Device.status,
             KeptBundle.key_hash,

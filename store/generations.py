@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.states import CertificateStatus, DeviceStatus
+from core.states import CertificateStatus, ClientKind, DeviceStatus
 from store.database import UtcDateTime, columns_of
 from store.devices import TOPICS, topics_by_device
 from store.tables import AclEntry, BrokerState, Certificate, Device
@@ -69,16 +69,20 @@ _OWN_TOPICS = sa.text("devices.own_topics")
 
 @dataclass(frozen=True, slots=True)
 class AclChange:
-    """A device as the ACL needs it: ``topics`` are pairs of filter and access, ``None`` for the default ones."""
+    """A device or application as the broker's control needs it.
+
+    ``topics`` are pairs of filter and access, ``None`` for the default ones.
+    """
 
     device_id: str
     status: DeviceStatus
     topics: tuple[tuple[str, str], ...] | None
     generation: int
+    kind: ClientKind = ClientKind.DEVICE
 
 
 _DEVICES = (
-    sa.select(Device.id, Device.status, Device.own_topics, Device.generation)
+    sa.select(Device.id, Device.status, Device.own_topics, Device.generation, Device.kind)
     .where(Device.tenant_id == sa.bindparam("of_tenant"))
     .order_by(Device.generation)
     .execution_options(yield_per=5000)
@@ -107,11 +111,11 @@ def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -
     else:
         devices, own_topics = _DEVICES if defaults else _DEVICES_WITH_TOPICS, _TOPICS
     topics: Mapping[str, Sequence[tuple[str, str]]] | None = None
-    for device_id, status, has_topics, generation in tx.execute(devices, parameters):
+    for device_id, status, has_topics, generation, kind in tx.execute(devices, parameters):
         if has_topics and topics is None:
             topics = topics_by_device(tx, own_topics, **parameters)
         own = tuple(topics.get(device_id, ())) if has_topics and topics is not None else None
-        yield AclChange(device_id, status, own, generation)
+        yield AclChange(device_id, status, own, generation, kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import PresenceState
+from store.certificates import applications
 from store.tables import Presence
 
 
@@ -77,6 +78,7 @@ def connected_page(tx: Connection, tenant_id: str, *, limit: int, after: tuple[d
 
 
 def count_connected(tx: Connection, tenant_id: str) -> int:
-    """Return how many identities were last seen connected."""
+    """Return how many devices were last seen connected, without the applications."""
     query = sa.select(sa.func.count()).where(Presence.tenant_id == tenant_id, Presence.state == PresenceState.CONNECTED)
-    return int(tx.execute(query).scalar_one())
+    apart = query.where(Presence.identity.in_(applications(tenant_id)))
+    return int(tx.execute(query).scalar_one()) - int(tx.execute(apart).scalar_one())

@@ -128,7 +128,11 @@ class BrokerState(Base):
 
 
 class Device(OfTenant, Base):
-    """A device, under the UUID that is its identity everywhere."""
+    """A device, under the UUID that is its identity everywhere; or an application, as its ``kind`` says for good.
+
+    An application is admitted, renewed and revoked as a device is. It has no type, location and firmware (empty), and
+    always topics of its own.
+    """
 
     __tablename__ = "devices"
     __table_args__ = (
@@ -138,6 +142,8 @@ class Device(OfTenant, Base):
         sa.CheckConstraint("(status = 'revoked') = (revoked_at IS NOT NULL)", name="revoked_at"),
         sa.CheckConstraint("(status = 'revoked') = (revocation_reason IS NOT NULL)", name="revocation_reason"),
         sa.CheckConstraint("length(id) = 36", name="id_is_uuid"),
+        sa.CheckConstraint(one_of("kind", *states.ClientKind), name="kind"),
+        sa.CheckConstraint("kind = 'device' OR own_topics", name="application_topics"),
         sa.Index("ix_devices_newest", "tenant_id", "created_at", "id"),
         sa.Index("ix_devices_status", "tenant_id", "status", "created_at", "id"),
         sa.Index("ix_devices_type", "tenant_id", "type", "created_at", "id"),
@@ -145,6 +151,7 @@ class Device(OfTenant, Base):
         partial_index("ix_devices_generation", "tenant_id", "generation", where="generation > 0"),
         partial_index("ix_devices_own_topics", "tenant_id", "generation", where="own_topics"),
         partial_index("ix_devices_out", "tenant_id", "generation", where="status IN ('revoked', 'suspended')"),
+        partial_index("ix_devices_applications", "tenant_id", "created_at", "id", where="kind = 'application'"),
     )
 
     id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
@@ -165,6 +172,9 @@ class Device(OfTenant, Base):
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
     # The external id that a revoked device had, once it was freed for a successor.
     former_external_id: Mapped[str | None] = mapped_column(sa.String(128))
+    kind: Mapped[states.ClientKind] = mapped_column(
+        default=states.ClientKind.DEVICE, server_default=states.ClientKind.DEVICE.value
+    )
 
 
 class Presence(OfTenant, Base):

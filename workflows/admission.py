@@ -1,4 +1,4 @@
-"""Admits devices: the one write path of registration, upload and enrolment."""
+"""Admits devices and applications: the one write path of registration, upload and enrolment."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sqlalchemy.engine import Connection
 import db
 from broker.files.acl import check_style
 from config import Settings
-from core.broker_control import AclStyle
-from core.states import DeviceStatus
-from core.topics import Access, Topic, check_topics, default_topics
+from core.broker_control import AclStyle, ControlKind
+from core.errors import GuardNeeded
+from core.states import ClientKind, DeviceStatus
+from core.topics import Access, Topic, check_application_topics, check_topics, default_topics
 from store import audit, deliveries, keys
 from store.audit import Actor
 from store.deliveries import NewDelivery
@@ -30,6 +31,7 @@ class Issuance:
     """Credentials that a device is given, with what event and audit entry say of them.
 
     ``name`` is the device's; ``action`` is that of the audit entry, and ``detail`` is in it beside the serial number.
+    The credentials can be those of an application, by its ``kind``.
     """
 
     credentials: IssuedCredentials
@@ -37,6 +39,7 @@ class Issuance:
     event: EventType
     action: str
     detail: Mapping[str, Any] = field(default_factory=dict)
+    kind: ClientKind = ClientKind.DEVICE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +128,7 @@ def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance]
     acts = [
         (
             issuance.action,
-            f"device:{issuance.credentials.device_id}",
+            f"{issuance.kind}:{issuance.credentials.device_id}",
             {"serial_number": issuance.credentials.serial_number, **issuance.detail},
         )
         for issuance in issuances
@@ -140,15 +143,27 @@ def key_claim(credentials: IssuedCredentials) -> KeyClaim:
 
 
 def checked_topics(
-    settings: Settings, topics: Sequence[tuple[str, str]] | None, device_id: str
+    settings: Settings,
+    topics: Sequence[tuple[str, str]] | None,
+    device_id: str,
+    *,
+    kind: ClientKind = ClientKind.DEVICE,
 ) -> tuple[Topic, ...] | None:
     """Check the topics that a device is to have as its own, pairs of filter and access; ``None`` for the default ones.
 
-    Raises ``TopicRefused``.
+    An application, by its ``kind``, has no default ones. Raises ``TopicRefused``; ``GuardNeeded`` for an application
+    where the broker has files, which grant every SUBSCRIBE.
     """
+    wanted = [Topic(pattern, Access(access)) for pattern, access in topics or ()]
+    if kind is ClientKind.APPLICATION:
+        if settings.broker_control is not ControlKind.GUARD:
+            raise GuardNeeded(
+                "Applications need the guard in the broker, which alone can hold them to their topics: set"
+                " PORTAL_BROKER_CONTROL=guard."
+            )
+        return check_application_topics(wanted, prefixes=settings.application_prefixes)
     if topics is None:
         return None
-    wanted = [Topic(pattern, Access(access)) for pattern, access in topics]
     checked = check_topics(wanted, device_id=device_id, prefix=settings.topic_prefix)
     check_style(checked, settings.granting_style, settings.topic_prefix)
     return None if checked == default_topics(settings.topic_prefix) else checked
@@ -169,6 +184,7 @@ def _new_device(
         "tenant_id": tenant_id,
         "device_id": device_id,
         "external_id": request.external_id,
+        "kind": request.kind,
         "name": request.name,
         "type": request.type,
         "location": request.location,
@@ -222,6 +238,7 @@ def _record_event(tx: Connection, tenant_id: str, issuance: Issuance, now: datet
         tenant_id,
         issuance.event,
         credentials.device_id,
+        kind=issuance.kind,
         at=now,
         name=issuance.name,
         serial_number=credentials.serial_number,

@@ -14,6 +14,7 @@ import ca
 import credential_delivery
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
+from core.states import ClientKind
 from core.topics import DEVICE_ID, Topic, default_topics
 from delivery.formats import BundleFormat
 from pki import est
@@ -38,15 +39,19 @@ class CredentialRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRequest(CredentialRequest):
-    """A device to be added, with the credentials it is to have; ``topics`` are pairs of filter and access."""
+    """A device to be added, with the credentials it is to have; ``topics`` are pairs of filter and access.
+
+    An application, by its ``kind``, has a name and topics only.
+    """
 
     name: str
-    type: str
-    location: str
-    firmware: str
+    type: str = ""
+    location: str = ""
+    firmware: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     topics: Sequence[tuple[str, str]] | None = None
     external_id: str | None = None
+    kind: ClientKind = ClientKind.DEVICE
 
 
 @dataclass(frozen=True, slots=True)

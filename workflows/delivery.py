@@ -16,7 +16,7 @@ from config import Settings
 from core.errors import IdempotencyConflict
 from core.failpoints import failpoint
 from delivery.formats import BundleFormat
-from store import audit, deliveries
+from store import audit, deliveries, devices
 from store.audit import Actor
 from store.database import Database
 from workflows import events
@@ -87,10 +87,10 @@ class Deliveries:
         record: deliveries.DeliveryRecord,
         seal: credential_delivery.AnswerSeal | None,
     ) -> bytes:
-        now, device = self._clock(), f"device:{record.device_id}"
+        now, kind, device = self._clock(), record.kind, f"{record.kind}:{record.device_id}"
         content, repeated = deliveries.spend_delivery(tx, record.id, now=now, key_hash=seal.key_hash if seal else None)
         if repeated and seal is not None:
-            events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, at=now, repeated=True)
+            events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, kind=kind, at=now, repeated=True)
             audit.record(tx, actor, "bundle:repeat", device, at=now, delivery=record.id)
             return seal.open(content)
         if seal is not None and self._settings.link_grace:
@@ -103,7 +103,7 @@ class Deliveries:
                 length=len(content),
                 until=now + timedelta(seconds=self._settings.link_grace),
             )
-        events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, at=now)
+        events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, kind=kind, at=now)
         audit.record(tx, actor, "bundle:fetch", device, at=now, delivery=record.id)
         audit.record(tx, actor, "bundle:deliver", device, at=now, delivery=record.id)
         failpoint("deliver.before_commit")
@@ -183,8 +183,10 @@ class KeptAnswers:
         return kept
 
     def _record(self, sealed: Sealed, kept: deliveries.SealedAnswer, detail: dict[str, str]) -> None:
-        target = f"device:{kept.device_id}" if kept.device_id else "idempotency key"
+        tenant_id, target = sealed.actor.tenant_id, "idempotency key"
         with self._database.transaction() as tx:
+            if kept.device_id:
+                target = f"{devices.kind_of(tx, tenant_id, kept.device_id)}:{kept.device_id}"
             audit.record(tx, sealed.actor, "answer:repeat", target, at=self._clock(), **detail)
 
     def keep(self, tx: Connection, sealed: Sealed, content: bytes, *, device_id: str, generation: int) -> None:

@@ -1,4 +1,4 @@
-"""What operators read about devices: lists, details, certificates; and the CRLs that are published."""
+"""What operators read about devices and applications: lists, details, certificates; and the CRLs that are published."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import db
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable, FieldProblem, InputInvalid, PortalError
-from core.states import PresenceState
+from core.states import ClientKind, PresenceState
 from core.topics import Access, Topic, default_topics, is_device_id
 from store import certificates as store_certificates
 from store import devices as store_devices
@@ -64,11 +64,11 @@ class Inventory:
     _contact: ContactFile
     _crls: dict[int, tuple[CrlHead, CrlRecord]] = field(init=False, default_factory=dict)  # by issuer, as read last
 
-    def device(self, tenant_id: str, device_id: str) -> DeviceDetails:
-        """Return one device; raises ``DeviceNotFound``."""
+    def device(self, tenant_id: str, device_id: str, *, kind: ClientKind = ClientKind.DEVICE) -> DeviceDetails:
+        """Return one device, or application; raises ``DeviceNotFound``, ``ApplicationNotFound``."""
         contact = self._contact.read()  # first: what is read then is at least as new
         with self._database.snapshot() as tx:
-            device = db.get_device(tx, tenant_id, device_id)
+            device = db.get_device(tx, tenant_id, device_id, kind=kind)
             presence = presence_of(tx, tenant_id, device_id)
             certificate = store_certificates.current_certificate(tx, tenant_id, device_id)
             own = store_devices.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
@@ -89,7 +89,7 @@ class Inventory:
             return store_certificates.device_certificates(tx, tenant_id, device_id)
 
     def devices(self, tenant_id: str, wanted: DeviceFilter, *, limit: int, cursor: str | None) -> Page:
-        """Return a page of devices, newest first if neither ``wanted.sort`` nor a filter has another order.
+        """Return a page of devices, or applications, newest first if ``wanted`` has no other order.
 
         Where several things narrow the list, a page may hold fewer than ``limit``, or none, and lead to another.
         Raises ``InputInvalid`` for a cursor that no page of this order gave, and if it is never known who is connected

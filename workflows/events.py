@@ -1,4 +1,4 @@
-"""Events: what happens to devices and the broker, recorded for webhooks in the transaction that makes the change."""
+"""Events about devices, applications and the broker, recorded for webhooks in the transaction of the change."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Engine
 
+from core.states import ClientKind
 from store import webhooks
 
 _MARKER = "portal_subscribed"  # the execution option of an engine that holds the marker's path
@@ -33,6 +34,18 @@ class EventType(StrEnum):
     BROKER_PENDING = "broker_pending"
     BROKER_ENFORCED = "broker_enforced"
     BROKER_RESTART = "broker_restart"
+    APPLICATION_REGISTERED = "application_registered"
+    APPLICATION_RENEWED = "application_renewed"
+    APPLICATION_EXPIRING = "application_expiring"
+    APPLICATION_REVOKED = "application_revoked"
+    APPLICATION_DELIVERED = "application_delivered"
+    APPLICATION_LINK_REUSED = "application_link_reused"
+    APPLICATION_BROKER_PENDING = "application_broker_pending"
+    APPLICATION_BROKER_ENFORCED = "application_broker_enforced"
+
+    def of(self, kind: ClientKind) -> EventType:
+        """Return the type of what happens to an application where this one is of a device."""
+        return self if kind is ClientKind.DEVICE else EventType(f"{kind}_{self}")
 
 
 def record(
@@ -42,18 +55,20 @@ def record(
     device_id: str | None,
     *,
     at: datetime,
+    kind: ClientKind = ClientKind.DEVICE,
     once: str | None = None,
     **facts: Any,
 ) -> None:
     """Record an event in the transaction that makes the change it is about, before its audit entry.
 
-    ``facts`` go to the subscribers as they are, times as RFC 3339: never a secret. Two calls with the same ``once``,
-    for the same device and type, are one event. Without subscribers this costs a check for a file and no
-    statement. Raises ``ValueError`` for an unknown type.
+    If the ``kind`` is that of an application, its type and id are those of one. ``facts`` go to the subscribers as
+    they are, times as RFC 3339: never a secret. Two calls with the same ``once``, for the same device and type, are one
+    event. Without subscribers this costs a check for a file and no statement. Raises ``ValueError`` for a type that is
+    unknown.
     """
     if not has_subscribers(tx):
         return
-    type = EventType(type)  # noqa: A001 - as above
+    type = EventType(type).of(kind)  # noqa: A001 - as above
     event_id = secrets.token_hex(16)
     if once is not None:
         event_id = hashlib.sha256("\n".join((tenant_id, type, device_id or "", once)).encode()).hexdigest()[:32]
@@ -63,10 +78,15 @@ def record(
         event_id=event_id,
         type=type,
         device_id=device_id,
-        body=body_of(event_id, type, device_id, at, facts),
+        body=body_of(event_id, type, device_id, at, facts, kind=kind),
         at=at,
         once=once is not None,
     )
+
+
+def is_of_application(type_: str) -> bool:
+    """Return whether an event of this type is about an application, and not about a device."""
+    return type_.startswith(f"{ClientKind.APPLICATION}_")
 
 
 def has_subscribers(database: Connection | Engine) -> bool:
@@ -75,9 +95,17 @@ def has_subscribers(database: Connection | Engine) -> bool:
     return marker is None or os.path.exists(marker)
 
 
-def body_of(event_id: str, type: str, device_id: str | None, at: datetime, facts: dict[str, Any]) -> str:  # noqa: A002 - as above
+def body_of(
+    event_id: str,
+    type: str,  # noqa: A002 - as above
+    device_id: str | None,
+    at: datetime,
+    facts: dict[str, Any],
+    *,
+    kind: ClientKind = ClientKind.DEVICE,
+) -> str:
     """Return the body that is sent: one JSON object, always the same text for the same event."""
-    values = {"id": event_id, "type": str(type), "at": at, "device_id": device_id, "data": facts}
+    values = {"id": event_id, "type": str(type), "at": at, f"{kind}_id": device_id, "data": facts}
     return json.dumps(values, separators=(",", ":"), default=_plain)
 
 

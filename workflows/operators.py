@@ -11,7 +11,7 @@ from core import roles
 from core.errors import LastAdminToken, LinkUsed, TooManyAttempts
 from core.roles import Role
 from core.throttle import Throttle
-from store import audit, enrolment, tenants
+from store import audit, devices, enrolment, tenants
 from store.audit import Actor, AuditRecord
 from store.database import Database
 from store.tenants import TokenRecord
@@ -136,18 +136,20 @@ class Operators:
             return
         facts = {} if error.delivered_at is None else {"used_at": error.delivered_at}
         with self._database.transaction() as tx:
+            kind = devices.kind_of(tx, actor.tenant_id, error.device_id)
             if fetched:
                 events.record(
                     tx,
                     actor.tenant_id,
                     EventType.LINK_REUSED,
                     error.device_id,
+                    kind=kind,
                     at=now,
                     once=f"{error.delivery_id} {actor.address}",
                     address=actor.address,
                     **facts,
                 )
-            of, delivery = f"device:{error.device_id}", error.delivery_id
+            of, delivery = f"{kind}:{error.device_id}", error.delivery_id
             audit.record(tx, actor, "bundle:fetch", of, at=now, outcome="refused", code=error.code, delivery=delivery)
 
     def record_the_rest(self, tenant_id: str) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from cryptography import x509
 from sqlalchemy.engine import Connection
@@ -23,13 +24,14 @@ from core import metrics
 from core.errors import LockUnavailable, PortalError, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
-from core.states import DeviceStatus
+from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, is_device_id
 from pki.client_certificates import common_name
 from pki.encoding import PemOfSuccessors
 from store import generations
 from store import issuers as store_issuers
 from store.database import Database
+from store.devices import kind_of
 from store.generations import BrokerStateRecord
 from store.issuers import CrlHead, CrlRecord
 from workflows import events
@@ -310,7 +312,7 @@ class Reconciler:
             now = self._clock()
             generations.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
             for device_id in target.disconnected:
-                events.record(tx, self._tenant_id, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation)
+                self._record(tx, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation)
             failpoint("apply.before_recorded")
         failpoint("apply.after_recorded")
         progress.enforced = generation
@@ -341,19 +343,16 @@ class Reconciler:
         try:
             with self._database.transaction() as tx:
                 for device_id in new:
-                    events.record(
-                        tx,
-                        self._tenant_id,
-                        EventType.BROKER_PENDING,
-                        device_id,
-                        at=self._clock(),
-                        once=since,
-                        problem=problem,
-                    )
+                    self._record(tx, EventType.BROKER_PENDING, device_id, at=self._clock(), once=since, problem=problem)
         except PortalError as error:
             log.warning("a pending revocation was not announced", extra={"problem": error.detail})
         else:
             self._announced.update(new)
+
+    def _record(self, tx: Connection, type_: EventType, device_id: str, *, at: datetime, **facts: Any) -> None:
+        if events.has_subscribers(tx):
+            kind = kind_of(tx, self._tenant_id, device_id)
+            events.record(tx, self._tenant_id, type_, device_id, at=at, kind=kind, **facts)
 
     def _prepare(self, *, with_crls: bool = False) -> _Target:
         """Read one snapshot, draft what the broker must enforce, and sign the CRLs that are due or put that off."""
@@ -467,8 +466,11 @@ def update_access(access: DeviceAccess, change: generations.AclChange, now: date
     elif change.status is DeviceStatus.ACTIVE:
         own = None
         if change.topics is not None:
-            own = tuple(Topic(pattern, Access(access)) for pattern, access in change.topics)
-        add_device_acl(access, change.device_id, own)
+            own = tuple(Topic(pattern, Access(allowed)) for pattern, allowed in change.topics)
+        if change.kind is ClientKind.APPLICATION:
+            access.grant_application(change.device_id, own or ())
+        else:
+            add_device_acl(access, change.device_id, own)
     else:
         access.forget(change.device_id)
 

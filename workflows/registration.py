@@ -1,4 +1,4 @@
-"""The use cases of an operator: register a device, and change what is known of it."""
+"""The use cases of an operator: register a device or an application, and change what is known of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from config import Settings
 from core import metrics
 from core.errors import ExternalIdTaken, StateConflict
 from core.failpoints import failpoint
-from core.states import DeviceStatus
+from core.states import ClientKind, DeviceStatus
 from store import audit
 from store.audit import Actor
 from store.database import Database
@@ -44,7 +44,7 @@ class Registered(CredentialAnswer):
 
 @dataclass(eq=False, repr=False)
 class Registrations:
-    """Registers devices, one at a time, and changes what is known of them."""
+    """Registers devices and applications, one at a time, and changes what is known of them."""
 
     _settings: Settings
     _database: Database
@@ -56,10 +56,10 @@ class Registrations:
     # --- Register
 
     def register(self, actor: Actor, request: DeviceRequest, idempotency_key: str | None = None) -> Registered:
-        """Register a device; requests with the same ``idempotency_key`` within 24 hours register one.
+        """Register a device or an application; requests with one ``idempotency_key`` within 24 hours register one.
 
         Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``), ``IdempotencyConflict``, ``ExternalIdTaken``,
-        ``Unavailable``.
+        ``GuardNeeded``, ``Unavailable``.
         """
         try:
             if idempotency_key:
@@ -96,7 +96,7 @@ class Registrations:
     def _register(self, actor: Actor, request: DeviceRequest, sealed: Sealed | None) -> tuple[Registered, int]:
         now = self._clock()
         device_id = db.new_device_id(now)
-        topics = checked_topics(self._settings, request.topics, device_id)
+        topics = checked_topics(self._settings, request.topics, device_id, kind=request.kind)
         issued = self._credentials.issue(device_id, request, topics, now=now)
         with_csr = issued.bundle is None
         answer = Registered.of(issued, issued_at=now, name=request.name, status=DeviceStatus.ACTIVE)
@@ -104,8 +104,9 @@ class Registrations:
             credentials=issued,
             name=request.name,
             event=EventType.REGISTERED,
-            action="device:register",
+            action=f"{request.kind}:register",
             detail={"key": "csr" if with_csr else "made here"},
+            kind=request.kind,
             request=request,
             topics=topics,
         )
@@ -149,25 +150,29 @@ class Registrations:
         device_id: str,
         values: Mapping[str, Any],
         topics: Sequence[tuple[str, str]] | EllipsisType | None = ...,
+        *,
+        kind: ClientKind = ClientKind.DEVICE,
     ) -> None:
-        """Change what is known of a device; ``topics`` as in a registration, left out to keep them.
+        """Change what is known of a device or application; ``topics`` as in a registration, left out to keep them.
 
-        Raises ``DeviceNotFound``, ``StateConflict`` for a revoked device, ``TopicRefused``.
+        Raises ``DeviceNotFound``, ``ApplicationNotFound``, ``StateConflict`` for one that is revoked, ``TopicRefused``,
+        ``GuardNeeded``.
         """
-        now = self._clock()
-        checked = None if isinstance(topics, EllipsisType) else checked_topics(self._settings, topics, device_id)
+        now, checked = self._clock(), None
+        if not isinstance(topics, EllipsisType):
+            checked = checked_topics(self._settings, topics, device_id, kind=kind)
         generation = 0
         with self._database.transaction() as tx:
-            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+            device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
             if device.status is DeviceStatus.REVOKED:
-                raise StateConflict("The device is revoked, which is final; register it again instead.")
+                raise StateConflict(f"The {kind} is revoked, which is final; register it again instead.")
             update_device(tx, actor.tenant_id, device_id, {**values, "updated_at": now})
             if topics is not ...:
                 generation = db.next_generation(tx, actor.tenant_id, at=now)
                 pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]
                 db.replace_topics(tx, actor.tenant_id, device_id, pairs, generation=generation)
             changed = sorted(values) + ([] if topics is ... else ["topics"])
-            audit.record(tx, actor, "device:update", f"device:{device_id}", at=now, changed=changed)
+            audit.record(tx, actor, f"{kind}:update", device.name_in_audit, at=now, changed=changed)
         if generation:
             self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
 
@@ -177,4 +182,6 @@ def _canonical(request: DeviceRequest) -> bytes:
     values["csr"] = request.csr and request.csr.pem
     if values["external_id"] is None:
         del values["external_id"]  # as in answers kept by a portal that did not know the field
+    if values["kind"] == ClientKind.DEVICE:
+        del values["kind"]
     return json.dumps(values, sort_keys=True, default=list).encode()

@@ -16,7 +16,7 @@ from config import Settings
 from core import metrics
 from core.errors import StateConflict
 from core.failpoints import failpoint
-from core.states import DeviceStatus, check_renewal
+from core.states import ClientKind, DeviceStatus, check_renewal
 from core.topics import Access, Topic
 from store import audit, devices
 from store import renewal as store_renewal
@@ -70,7 +70,7 @@ class Renewed(CredentialAnswer):
 
 @dataclass(eq=False, repr=False)
 class Renewals:
-    """Gives active devices a new certificate, whether an operator or the device itself asks."""
+    """Gives active devices and applications a new certificate, whether an operator or they themselves ask."""
 
     _settings: Settings
     _database: Database
@@ -87,17 +87,21 @@ class Renewals:
         idempotency_key: str | None = None,
         *,
         shown: str | None = None,
+        kind: ClientKind = ClientKind.DEVICE,
     ) -> Renewed:
         """Give a device a new certificate, which works at once; the previous one keeps working until its overlap ends.
 
-        An operator may renew at any time; a device that asks by itself in the window of the certificate that it has
-        ``shown`` (the SHA-256 of the DER in hex), which need not be its newest: the answer that brought that may have
-        been lost. Raises ``DeviceNotFound``, ``StateConflict`` if the device is not active, has too many certificates
-        or asks too early or too late, ``InputInvalid`` (``CsrInvalid``), ``IdempotencyConflict``, ``Unavailable``.
+        An operator may renew at any time, an application by its ``kind``. A device or application may by itself in the
+        window of the certificate that it has ``shown`` (the SHA-256 of the DER in hex), which need not be its newest:
+        the answer that brought that may have been lost. Raises ``DeviceNotFound``, ``ApplicationNotFound``,
+        ``StateConflict`` if it is not active, has too many certificates or asks too early or too late, ``InputInvalid``
+        (``CsrInvalid``), ``IdempotencyConflict``, ``Unavailable``.
         """
         sealed = self._answers.seal(actor, idempotency_key, renewal.canonical(device_id))
         answer, generation = self._answers.once(
-            sealed, Renewed.from_json, lambda: self._renew(actor, device_id, renewal, sealed, shown=shown)[:2]
+            sealed,
+            Renewed.from_json,
+            lambda: self._renew(actor, device_id, renewal, sealed, shown=shown, kind=kind)[:2],
         )
         return self._release(actor, answer, generation)
 
@@ -123,7 +127,7 @@ class Renewals:
             self._reconciler.wake()
         if answer.certificate is not None:
             with self._database.snapshot() as tx:
-                device = db.get_device(tx, actor.tenant_id, answer.device_id)
+                device = db.get_device(tx, actor.tenant_id, answer.device_id, kind=None)
             self._reconciler.wait_until_granted(device.generation)
         return answer
 
@@ -136,10 +140,11 @@ class Renewals:
         *,
         shown: str | None,
         hand_over: bool = False,
+        kind: ClientKind | None = ClientKind.DEVICE,
     ) -> tuple[Renewed, int, bytes | None]:
-        now = self._clock()
+        now, kind = self._clock(), kind if shown is None else None
         with self._database.snapshot() as tx:
-            self._check(tx, db.get_device(tx, actor.tenant_id, device_id), renewal, now=now, shown=shown)
+            self._check(tx, db.get_device(tx, actor.tenant_id, device_id, kind=kind), renewal, now=now, shown=shown)
             own = devices.device_topics(tx, actor.tenant_id, device_id)
         topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
         if hand_over:
@@ -147,7 +152,7 @@ class Renewals:
         else:
             issued = self._credentials.issue(device_id, renewal, topics, now=now)
         with self._database.transaction() as tx:
-            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+            device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
             self._check(tx, device, renewal, now=now, shown=shown)
             answer, generation = self._record(tx, actor, device, renewal, issued, now)
             if sealed is not None:
@@ -161,13 +166,15 @@ class Renewals:
         self, tx: Connection, device: DeviceRecord, renewal: RenewalRequest, *, now: datetime, shown: str | None
     ) -> None:
         if device.status is DeviceStatus.REVOKED:
-            raise StateConflict("The device is revoked, which is final; register it again.")
+            raise StateConflict(f"The {device.kind} is revoked, which is final; register it again.")
         if device.status is not DeviceStatus.ACTIVE:
-            raise StateConflict(f"The device is {device.status}; it can renew once it is active.")
+            raise StateConflict(f"The {device.kind} is {device.status}; it can renew once it is active.")
         if shown is not None:
             dates = store_renewal.valid_dates(tx, device.tenant_id, device.id, shown)
             if dates is None:
-                raise StateConflict("The certificate that was shown is revoked or not the device's; use the newest.")
+                raise StateConflict(
+                    f"The certificate that was shown is revoked or not the {device.kind}'s; use the newest."
+                )
             check_renewal(
                 *dates,
                 now,
@@ -176,8 +183,8 @@ class Renewals:
             )
         if self._overlap(renewal) and store_renewal.count_valid(tx, device.tenant_id, device.id, now=now) >= MAX_VALID:
             raise StateConflict(
-                f"The device has {MAX_VALID} valid certificates; wait until the overlap of one has ended, or renew"
-                " with an overlap of 0."
+                f"The {device.kind} has {MAX_VALID} valid certificates; wait until the overlap of one has ended, or"
+                " renew with an overlap of 0."
             )
 
     def _record(
@@ -205,8 +212,9 @@ class Renewals:
             credentials=issued,
             name=device.name,
             event=EventType.RENEWED,
-            action="device:renew",
+            action=f"{device.kind}:renew",
             detail={"key": "csr" if with_csr else "made here"},
+            kind=device.kind,
         )
         record_issuances(tx, actor, [issuance], now=now)
         return Renewed.of(issued, issued_at=now, previous_valid_until=goes_on_until, ended=ended > 0), generation
@@ -228,7 +236,7 @@ class Renewals:
                 return
         now = self._clock()
         with self._database.transaction() as tx:
-            device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+            device = db.get_device(tx, actor.tenant_id, device_id, kind=None, for_update=True)
             if device.status is not DeviceStatus.ACTIVE:
                 return
             if not store_renewal.is_current(tx, actor.tenant_id, device_id, fingerprint):
@@ -237,7 +245,8 @@ class Renewals:
             ended = store_renewal.revoke_replaced(
                 tx, actor.tenant_id, device_id, now=now, generation=generation, when_used=True
             )
-            audit.record(tx, actor, "certificate:supersede", f"device:{device_id}", at=now, ended=ended, because="used")
+            of = device.name_in_audit
+            audit.record(tx, actor, "certificate:supersede", of, at=now, ended=ended, because="used")
         self._ended(device_id, generation)
 
     def end_overlaps(self, tenant_id: str) -> int:
@@ -254,12 +263,13 @@ class Renewals:
             undone = store_renewal.unfetched_renewals(tx, now=now)
             for renewal in undone:
                 store_renewal.undo_renewal(tx, renewal, now=now, generation=generation)
-                actor, of = audit.system_actor(renewal.tenant_id), f"device:{renewal.device_id}"
-                audit.record(tx, actor, "device:renew_undone", of, at=now)
+                kind = devices.kind_of(tx, renewal.tenant_id, renewal.device_id)
+                actor, of = audit.system_actor(renewal.tenant_id), f"{kind}:{renewal.device_id}"
+                audit.record(tx, actor, f"{kind}:renew_undone", of, at=now)
             over = store_renewal.ended_overlaps(tx, now=now)
             for owner, device_id in over:
                 ended = store_renewal.revoke_replaced(tx, owner, device_id, now=now, generation=generation)
-                actor, of = audit.system_actor(owner), f"device:{device_id}"
+                actor, of = audit.system_actor(owner), f"{devices.kind_of(tx, owner, device_id)}:{device_id}"
                 audit.record(tx, actor, "certificate:supersede", of, at=now, ended=ended, because="overlap over")
         self._ended("", generation)
         return len(undone) + len(over)

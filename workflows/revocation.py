@@ -17,7 +17,7 @@ import db
 from core import metrics
 from core.errors import DeviceNotFound, StateConflict
 from core.failpoints import failpoint
-from core.states import DeviceStatus, advance
+from core.states import ClientKind, DeviceStatus, advance
 from store import audit, devices
 from store.audit import Actor
 from store.database import Database
@@ -86,19 +86,22 @@ class _Written(Generic[_A]):
 
 @dataclass(eq=False, repr=False)
 class DeviceRevocations:
-    """Revokes, suspends and resumes devices; each answer comes once the broker obeys, or has failed to."""
+    """Revokes devices and applications, suspends and resumes devices.
+
+    Each answer comes once the broker obeys, or has failed to.
+    """
 
     _database: Database
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
 
-    def revoke(self, actor: Actor, device_id: str, reason: str) -> Revoked:
-        """Revoke a device for good, with its certificates and bundles; a repeat gives the first time and reason.
+    def revoke(self, actor: Actor, device_id: str, reason: str, *, kind: ClientKind = ClientKind.DEVICE) -> Revoked:
+        """Revoke a device or application for good, with its certificates and bundles.
 
-        Raises ``DeviceNotFound``.
+        A repeat gives the first time and reason. Raises ``DeviceNotFound``, ``ApplicationNotFound``.
         """
         started, now = time.monotonic(), self._clock()
-        written = self._database.write(lambda tx: _revoke(tx, actor, device_id, reason, now))
+        written = self._database.write(lambda tx: _revoke(tx, actor, device_id, reason, now, kind))
         failpoint("revoke.after_commit")
         answer = self._enforced([written])[0]
         _count(written, answer, started)
@@ -177,15 +180,17 @@ class DeviceRevocations:
 # --- In a transaction: each raises before it writes anything ---------------------------------------------------------
 
 
-def _revoke(tx: Connection, actor: Actor, device_id: str, reason: str, now: datetime) -> _Written[Revoked]:
-    device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+def _revoke(
+    tx: Connection, actor: Actor, device_id: str, reason: str, now: datetime, kind: ClientKind = ClientKind.DEVICE
+) -> _Written[Revoked]:
+    device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
     if device.status is DeviceStatus.REVOKED:
         answer = Revoked(device_id, device.revoked_at or now, device.revocation_reason or reason)
         return _Written(answer, device.generation, repeated=True)
     generation = db.next_generation(tx, actor.tenant_id, at=now)
     db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
-    events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=reason)
-    audit.record(tx, actor, "device:revoke", f"device:{device_id}", at=now, reason=reason)
+    events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, kind=kind, at=now, reason=reason)
+    audit.record(tx, actor, f"{kind}:revoke", device.name_in_audit, at=now, reason=reason)
     failpoint("revoke.before_commit")
     return _Written(Revoked(device_id, now, reason), generation, repeated=False)
 

@@ -83,6 +83,11 @@ class Acl:
             return
         self._blocks[device_id] = f"user {device_id}\n{_topic_lines(device_id, checked)}".encode()
 
+    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
+        """Deny an application everything: with an ACL Mosquitto grants every SUBSCRIBE."""
+        self.deny(application_id)
+        self._closed[application_id] = "Applications need PORTAL_BROKER_CONTROL=guard."
+
     def deny(self, device_id: str, at: datetime | None = None) -> None:
         """Deny everything; see ``broker_provisioning.remove_device_acl``."""
         _check_id(device_id)

@@ -132,6 +132,9 @@ class _FilesDraft:
     def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
         self._acl.grant(device_id, topics)
 
+    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
+        self._acl.grant_application(application_id, topics)
+
     def deny(self, device_id: str, at: datetime | None = None) -> None:
         self._acl.deny(device_id, at)
 

@@ -34,7 +34,7 @@ from config import Settings
 from core.broker_control import JOURNAL_FILE, ControlKind
 from core.errors import BrokerNotEnforcing, BrokerUnavailable, ProjectionInvalid, TopicRefused
 from core.failpoints import failpoint
-from core.topics import Topic, check_topics, expand, is_device_id
+from core.topics import Topic, check_application_topics, check_topics, expand, is_device_id
 
 TOPIC = "portal/guard"  # below it the portal asks the guard; the answer is the reason code of PUBACK
 GUARD_VERSION = 1  # of the plugin
@@ -138,11 +138,14 @@ class LineWriter(Protocol):
 
 
 class GuardAccess:
-    """What devices may do, as lines of a journal."""
+    """What devices and applications may do, as lines of a journal."""
 
-    def __init__(self, prefix: str, writer: LineWriter, *, whole: bool) -> None:
-        """Write to ``writer``; ``whole`` if the journal is a new one, which knows no device."""
-        self._prefix = prefix
+    def __init__(self, prefixes: Sequence[str], writer: LineWriter, *, whole: bool) -> None:
+        """Write to ``writer``; ``whole`` if the journal is a new one, which knows no device.
+
+        Below the first of ``prefixes`` are the devices' topics, below all of them what applications may have.
+        """
+        self._prefixes = prefixes
         self._writer = writer
         self._whole = whole
         self._closed: dict[str, str] = {}
@@ -157,15 +160,22 @@ class GuardAccess:
         _check_id(device_id)
         if topics is None:
             self._writer.add(journal.allow_line(device_id))
-            return
+        else:
+            self._grant(device_id, lambda: check_topics(topics, device_id=device_id, prefix=self._prefixes[0]))
+
+    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
+        """Allow an application ``topics``, which may cover those of all devices."""
+        _check_id(application_id)
+        self._grant(application_id, lambda: check_application_topics(topics, prefixes=self._prefixes))
+
+    def _grant(self, identity: str, checked: Callable[[], Sequence[Topic]]) -> None:
         try:
-            checked = check_topics(topics, device_id=device_id, prefix=self._prefix)
+            filters = [(expand(topic, identity), topic.access) for topic in checked()]
         except TopicRefused as error:
-            self._closed[device_id] = error.detail
-            self.deny(device_id)
+            self._closed[identity] = error.detail
+            self.deny(identity)
             return
-        filters = [(expand(topic, device_id), topic.access) for topic in checked]
-        self._writer.add(journal.allow_line(device_id, filters))
+        self._writer.add(journal.allow_line(identity, filters))
 
     def deny(self, device_id: str, at: datetime | None = None) -> None:
         """Deny the device everything, until it is allowed or forgotten."""
@@ -185,8 +195,10 @@ class GuardDraft(GuardAccess):
     lists_every_device = True
     lists_certificates = True
 
-    def __init__(self, control: GuardControl, prefix: str, writer: JournalAppend | NewJournal, since: int) -> None:
-        super().__init__(prefix, writer, whole=since == 0)
+    def __init__(
+        self, control: GuardControl, prefixes: Sequence[str], writer: JournalAppend | NewJournal, since: int
+    ) -> None:
+        super().__init__(prefixes, writer, whole=since == 0)
         self.since = since
         self._control = control
         self._journal = writer
@@ -235,7 +247,7 @@ class GuardControl:
     def draft(self, enforced: int = 0) -> GuardDraft:
         """Begin the next generation: a delta, or all in a new epoch if the journal does not continue what was written.
 
-        It does not if it is missing, damaged or older than ``enforced``, after a restore, with another topic prefix, or
+        It does not if it is missing, damaged or older than ``enforced``, after a restore, with other topic prefixes, or
         if it has grown long.
         """
         stated, position = self.files.stated(), self.files.position()
@@ -248,7 +260,7 @@ class GuardControl:
         return self._draft(writer, 0)
 
     def _draft(self, writer: JournalAppend | NewJournal, since: int) -> GuardDraft:
-        return GuardDraft(self, self._settings.topic_prefix, writer, since)
+        return GuardDraft(self, self._settings.application_prefixes, writer, since)
 
     def _issuers(self, ca: bytes) -> frozenset[str]:
         if self._names[0] != ca:
@@ -267,6 +279,7 @@ class GuardControl:
             and stated.get("epoch") == position.epoch
             and _whole(stated.get("seq")) <= position.seq
             and stated.get("prefix") == self._settings.topic_prefix
+            and stated.get("more_prefixes", []) == [*self._settings.topic_prefixes]
             and position.generation > 0
             and position.size <= _COMPACTED_AT * max(begun_with, 1 << 20)
         )
@@ -309,6 +322,7 @@ class GuardControl:
             "seq": position.seq,
             "begun_with": before.get("begun_with", position.size),
             "prefix": self._settings.topic_prefix,
+            "more_prefixes": [*self._settings.topic_prefixes],
             "portal": self._password_hash(),
             "issuers": sorted(issuers | known),
             "crl_seq": position.seq if due else before.get("crl_seq", 0),

@@ -28,7 +28,7 @@ T = TypeVar("T")
 Tables = Callable[[str], Iterator[dict[str, Any]]]
 _BATCH = 500
 HOLD = Reason.CERTIFICATE_HOLD.value
-_TOPICS_OF = (Device.id, Device.tenant_id, Device.name, Device.own_topics)
+_TOPICS_OF = (Device.id, Device.tenant_id, Device.name, Device.own_topics, Device.kind)
 # For a valid certificate that the backup does not have, so that the portal could never revoke it later.
 UNKNOWN_REASON = Reason.CESSATION_OF_OPERATION.value
 
@@ -192,8 +192,8 @@ class RevocationReplay:
                 if before == since or (before is not None and since is not None and set(before) <= set(since)):
                     continue
                 db.replace_topics(self._tx, device.tenant_id, device.id, since, generation=self._generation)
-                what = f"topics of device {device.id} ({device.name})"
-                self._keep(device.tenant_id, f"device:{device.id}", "device:update", what, "", changed[device.id])
+                of, what = f"{device.kind}:{device.id}", f"topics of {device.kind} {device.id} ({device.name})"
+                self._keep(device.tenant_id, of, f"{device.kind}:update", what, "", changed[device.id])
 
     def _topics_of(self, device_id: str) -> list[tuple[str, str]]:
         query = sa.select(AclEntry.filter, AclEntry.access).where(AclEntry.device_id == device_id)
@@ -292,7 +292,9 @@ class RevocationReplay:
         if status == DeviceStatus.REVOKED:
             return
         db.revoke_device(self._tx, tenant_id, device_id, revoked_at=at, reason=reason, generation=self._generation)
-        self._keep(tenant_id, f"device:{device_id}", "device:revoke", f"device {device_id} ({name})", reason, at)
+        kind = devices.kind_of(self._tx, tenant_id, device_id)
+        what = f"{kind} {device_id} ({name})"
+        self._keep(tenant_id, f"{kind}:{device_id}", f"{kind}:revoke", what, reason, at)
 
     def _suspend_device(self, tenant_id: str, device_id: str, name: str, at: datetime) -> None:
         devices.suspend_device(self._tx, tenant_id, device_id, suspended_at=at, generation=self._generation)

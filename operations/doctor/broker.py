@@ -67,7 +67,7 @@ def acl_entries(installation: Installation) -> Finding:
             denied = [user for user in installed_blocks.keys() - expected.keys() if installed_blocks[user] == DENY_ALL]
             denied_still = generations.denied_among(tx, installation.tenant_id, denied)
     found = compare_acl(expected, installed_blocks, pending | denied_still)
-    _add_closed(found, expected_acl, "PORTAL_ACL_STYLE and PORTAL_TOPIC_PREFIX")
+    _add_closed(found, expected_acl, "PORTAL_ACL_STYLE and PORTAL_TOPIC_PREFIX; applications need the guard")
     more = f" {len(pending)} more will be installed soon." if pending else ""
     return combine(found, f"The ACL is what the database says: {len(expected_acl)} devices.{more}")
 
@@ -87,7 +87,7 @@ class _Lines:
 
 def _journal_entries(installation: Installation) -> Finding:
     settings, lines, pending = installation.settings, _Lines(), set()
-    expected = GuardAccess(settings.topic_prefix, lines, whole=True)
+    expected = GuardAccess(settings.application_prefixes, lines, whole=True)
     with installation.between_reconciliations():
         installed = read_position(settings.broker_file(JOURNAL_FILE)).generation
         access = read_access(settings.broker_file(JOURNAL_FILE))
@@ -100,7 +100,7 @@ def _journal_entries(installation: Installation) -> Finding:
     granted = {identity: line for identity, line in access.items() if line.startswith("allow ")}
     allowed = {identity: line for identity, line in lines.access.items() if line.startswith("allow ")}
     found = compare_acl(allowed, granted, pending)
-    _add_closed(found, expected, "PORTAL_TOPIC_PREFIX")
+    _add_closed(found, expected, "PORTAL_TOPIC_PREFIX and PORTAL_TOPIC_PREFIXES")
     more = f" {len(pending)} more will be installed soon." if pending else ""
     return combine(found, f"The guard's journal is what the database says: {len(allowed)} devices may connect.{more}")
 
@@ -121,10 +121,10 @@ def compare_acl(expected: Mapping[str, str], installed: Mapping[str, str], ignor
 
 
 def _add_closed(found: Findings, access: Acl | GuardAccess, variables: str) -> None:
-    """Warn of the devices whose topics the settings do not allow."""
+    """Warn of the clients whose topics the settings do not allow."""
     if access.closed:
         found.warning(
-            f"{len(access.closed)} devices may do nothing, because the settings do not allow their topics:"
+            f"{len(access.closed)} clients may do nothing, because the settings do not allow their topics:"
             f" {summarize(list(access.closed))}.",
             f"Change their topics (./portal update), or {variables}.",
         )

@@ -1,4 +1,4 @@
-"""What a device may be given, what reaches too far."""
+"""What a device or an application may be given, what reaches too far."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from paho.mqtt.client import topic_matches_sub
 
 from core.errors import TopicRefused
-from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id
+from core.topics import (
+    Access,
+    Topic,
+    check_application_topics,
+    check_topics,
+    default_topics,
+    expand,
+    is_device_id,
+)
 
 OWN = "3f2b8c1e-9d4a-4e6b-8a57-1c0d2e3f4a5b"
 OTHER = "a1b2c3d4-e5f6-4a7b-8c9d-0e1f2a3b4c5d"
@@ -196,3 +204,78 @@ def test_no_accepted_filter_matches_a_topic_of_another_device(filter_: str, othe
     assert granted.startswith("devices/")
     assert granted.isprintable()
     assert check_topics([topic], device_id=OWN, prefix="devices") == (topic,)
+
+
+# --- Applications
+
+
+def check_application(*filters: str) -> list[str]:
+    topics = [Topic(filter_, Access.READ) for filter_ in filters]
+    return [topic.filter for topic in check_application_topics(topics, prefixes=("devices", "home/assistant"))]
+
+
+@pytest.mark.parametrize(
+    "filter_",
+    [
+        "devices/#",
+        "devices/+",
+        "devices/+/telemetry",
+        "devices/+/+/#",
+        f"devices/{OTHER}/#",
+        "devices/shared/living room",
+        "home/assistant/+/config",
+    ],
+)
+def test_an_applications_filter_may_have_wildcards_anywhere_below_a_prefix(filter_: str) -> None:
+    assert check_application(filter_) == [filter_]
+
+
+@pytest.mark.parametrize(
+    "filter_",
+    [
+        "#",
+        "+/x",
+        "+/+/telemetry",
+        "devices",
+        "devices/",
+        "devicesx/#",
+        "home/#",
+        "home/assistant",
+        "homeassistant/#",
+        "$SYS/#",
+        "$CONTROL/#",
+        "$share/g/#",
+        "$share/g/devices/+/telemetry",
+        "portal/guard/#",
+        "/devices/#",
+        "devices/#/x",
+        "devices/a+/x",
+        "devices/{id}/#",
+        "devices/%u/#",
+        "devices/x\x00",
+        "devices/x\n",
+        "devices/\ud800",
+        "devices/ö",
+        "devices/" + "x" * 249,
+        "devices/" + "x" * 65527,
+    ],
+    ids=lambda filter_: ascii(filter_)[:40],
+)
+def test_an_applications_filter_that_reaches_outside_is_refused_in_a_sentence(filter_: str) -> None:
+    with pytest.raises(TopicRefused) as refused:
+        check_application(filter_)
+    assert refused.value.detail.startswith("topics.0.filter must")
+    assert refused.value.detail.endswith(".")
+
+
+def test_an_application_has_1_to_64_topics_that_fit_into_a_line_of_the_journal() -> None:
+    assert len(check_application(*(f"devices/{number}" for number in range(64)))) == 64
+    assert len(check_application(*("devices/" + "x" * 246 + f"{number:02}" for number in range(64)))) == 64
+    for filters in (
+        [],
+        [f"devices/{number}" for number in range(65)],
+        ["devices/" + " x" * 123 + f"{number:02}" for number in range(64)],
+        ["devices/#", "devices/#"],
+    ):
+        with pytest.raises(TopicRefused):
+            check_application(*filters)

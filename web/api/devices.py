@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -80,12 +81,17 @@ class RegisterRequest(PendingRequest):
     external_id: ExternalId | None = None
 
 
-class RegisterAnswer(AnswerModel):
-    """The new device, with a download link and a bundle password or, for a `csr`, its certificate and chain."""
+class OfDevice(AnswerModel):
+    """An answer about a device."""
+
+    device_id: DeviceId
+
+
+class RegisteredAnswer(AnswerModel):
+    """What is registered, with a download link and a bundle password or, for a `csr`, its certificate and chain."""
 
     omit_none = True
 
-    device_id: DeviceId
     name: str
     status: StatusName
     fingerprint: Fingerprint
@@ -97,6 +103,10 @@ class RegisterAnswer(AnswerModel):
     bundle_password: str | None = None
     certificate: str | None = None
     chain: str | None = None
+
+
+class RegisterAnswer(RegisteredAnswer, OfDevice):
+    """The new device, with a download link and a bundle password or, for a `csr`, its certificate and chain."""
 
 
 def _of_changes(schema: dict[str, Any]) -> None:
@@ -323,7 +333,7 @@ def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
             one.device,
             device_id=one.device.id,
             **_dates(call, one.device, one.not_before, one.not_after),
-            connection=_connection_model(connection_of(one.presence, page.contact)),
+            connection=connection_model(connection_of(one.presence, page.contact)),
         )
         for one in page.devices
     ]
@@ -343,8 +353,8 @@ def update_device(call: Call, device_id: str, body: PatchRequest) -> DeviceModel
         call.portal.registrations.free_external_id(call.actor, device_id)
         return _device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id))
     values = body.model_dump(exclude_unset=True, exclude={"topics"})
-    topics = {"topics": _pairs(body.topics)} if "topics" in body.model_fields_set else {}
-    call.portal.registrations.update(call.actor, device_id, values, **topics)
+    topics = pairs(body.topics) if "topics" in body.model_fields_set else ...
+    call.portal.registrations.update(call.actor, device_id, values, topics)
     return _device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id))
 
 
@@ -352,7 +362,7 @@ def update_device(call: Call, device_id: str, body: PatchRequest) -> DeviceModel
 def list_certificates(call: Call, device_id: str) -> CertificateList:
     """List every certificate a device has had, newest first."""
     records = call.portal.inventory.certificates(call.actor.tenant_id, device_id)
-    return CertificateList(certificates=[_certificate_model(record) for record in records])
+    return CertificateList(certificates=[certificate_model(record) for record in records])
 
 
 def registration_of(body: PendingRequest) -> DeviceRequest:
@@ -360,10 +370,11 @@ def registration_of(body: PendingRequest) -> DeviceRequest:
     values = dict(body)
     if values.get("csr") is not None:
         values["csr"] = read_csr(values["csr"])
-    return DeviceRequest(**{**values, "topics": _pairs(body.topics)})
+    return DeviceRequest(**{**values, "topics": pairs(body.topics)})
 
 
-def _pairs(topics: list[TopicModel] | None) -> list[tuple[str, str]] | None:
+def pairs(topics: Sequence[TopicModel] | None) -> list[tuple[str, str]] | None:
+    """Return topics as pairs of filter and access."""
     return None if topics is None else [(topic.filter, topic.access) for topic in topics]
 
 
@@ -385,16 +396,18 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
         device_id=details.device.id,
         topics=[TopicModel(filter=topic.filter, access=topic.access.value) for topic in details.topics],
         broker="applied" if details.applied else "pending",
-        connection=_connection_model(details.connection),
-        certificate=None if certificate is None else _certificate_model(certificate),
+        connection=connection_model(details.connection),
+        certificate=None if certificate is None else certificate_model(certificate),
     )
 
 
-def _connection_model(connection: DeviceConnection | None) -> ConnectionModel | None:
+def connection_model(connection: DeviceConnection | None) -> ConnectionModel | None:
+    """Return what is known of a connection as answers show it."""
     return None if connection is None else ConnectionModel.of(connection)
 
 
-def _certificate_model(record: CertificateRecord) -> CertificateModel:
+def certificate_model(record: CertificateRecord) -> CertificateModel:
+    """Return a certificate as answers show it."""
     return CertificateModel.of(record, certificate=ssl.DER_cert_to_PEM_cert(record.der))
 
 

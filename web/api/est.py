@@ -226,7 +226,7 @@ def _noticed_client(call: Call) -> Client:
 
 def _used(call: Call, holder: DeviceClient) -> Actor:
     """Record that a device has used its certificate, in TLS with proof of its key; return the device as the actor."""
-    actor = _actor(call, holder.tenant_id, f"device {holder.device_id}")
+    actor = _actor(call, holder.tenant_id, f"{holder.kind} {holder.device_id}")
     call.portal.renewals.used(actor, holder.device_id, holder.certificate.fingerprint)
     return actor
 

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from core.roles import Permission
 from pki.csr import read_csr
 from store.devices import DeviceFilter
+from web.api.devices import OfDevice
 from web.api.fields import (
     BundleFormatName,
     BundlePassword,
@@ -26,7 +27,7 @@ from web.api.fields import (
     WholeNumber,
 )
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
-from workflows.renewal import RenewalRequest
+from workflows.renewal import RenewalRequest, Renewed
 from workflows.revocation import Action, ActionRefused, Revoked, Suspended
 
 ROUTES = Routes("Devices")
@@ -59,7 +60,7 @@ class RenewRequest(RequestModel):
     revoke_previous: Literal["after_overlap", "when_used"] = "after_overlap"
 
 
-class RenewAnswer(AnswerModel):
+class RenewedAnswer(AnswerModel):
     """The new certificate, with a download link and a bundle password or, for a `csr`, itself and its chain.
 
     `previous_valid_until` says how long the previous certificate, if there is one, stays valid. `broker` is present if
@@ -68,7 +69,6 @@ class RenewAnswer(AnswerModel):
 
     omit_none = True
 
-    device_id: DeviceId
     fingerprint: Fingerprint
     serial_number: Hex
     issued_at: Timestamp
@@ -83,21 +83,28 @@ class RenewAnswer(AnswerModel):
     broker_problem: str | None = None
 
 
+class RenewAnswer(RenewedAnswer, OfDevice):
+    """The new certificate of a device."""
+
+
 class RevokeRequest(RequestModel):
     """Why a device is revoked (RFC 5280 section 5.3.1)."""
 
     reason: ReasonName = "unspecified"
 
 
-class RevokeAnswer(AnswerModel):
-    """`enforced`: the broker was seen to refuse the device; `pending`: it is revoked, and not refused yet."""
+class RevokedAnswer(AnswerModel):
+    """`enforced`: the broker was seen to refuse the client; `pending`: it is revoked, and not refused yet."""
 
-    device_id: DeviceId
     status: Literal["revoked"]
     revoked_at: Timestamp
     reason: str
     broker: Literal["enforced", "pending"]
     broker_problem: str | None = None
+
+
+class RevokeAnswer(RevokedAnswer, OfDevice):
+    """`enforced`: the broker was seen to refuse the device; `pending`: it is revoked, and not refused yet."""
 
 
 @ROUTES.add(
@@ -111,12 +118,8 @@ class RevokeAnswer(AnswerModel):
 )
 def renew(call: Call, device_id: str, body: RenewRequest) -> RenewAnswer:
     """Issue a new certificate for a device; the previous one stays valid for a while."""
-    when_used = body.revoke_previous == "when_used"
-    csr = None if body.csr is None else read_csr(body.csr)
-    renewal = RenewalRequest(**body.model_dump(exclude={"revoke_previous", "csr"}), csr=csr, when_used=when_used)
-    renewed = call.portal.renewals.renew(call.actor, device_id, renewal, call.idempotency_key)
-    broker = None if not renewed.ended else "enforced" if renewed.problem is None else "pending"
-    return RenewAnswer.of(renewed, broker=broker, broker_problem=renewed.problem)
+    renewed = call.portal.renewals.renew(call.actor, device_id, renewal_of(body), call.idempotency_key)
+    return RenewAnswer.of(renewed, **state_of(renewed))
 
 
 @ROUTES.add(
@@ -153,12 +156,26 @@ def resume(call: Call, device_id: str) -> SuspensionAnswer:
 def revoke(call: Call, device_id: str, body: RevokeRequest) -> RevokeAnswer:
     """Revoke a device permanently and disconnect it from the broker."""
     revoked = call.portal.revocations.revoke(call.actor, device_id, body.reason)
-    return RevokeAnswer.of(
-        revoked,
-        status="revoked",
-        broker="enforced" if revoked.enforced else "pending",
-        broker_problem=revoked.problem,
-    )
+    return RevokeAnswer.of(revoked, **outcome_of(revoked))
+
+
+def renewal_of(body: RenewRequest) -> RenewalRequest:
+    """Return the renewal to make, with its CSR parsed; raises ``CsrInvalid``, ``KeyRefused``."""
+    when_used = body.revoke_previous == "when_used"
+    csr = None if body.csr is None else read_csr(body.csr)
+    return RenewalRequest(**body.model_dump(exclude={"revoke_previous", "csr"}), csr=csr, when_used=when_used)
+
+
+def state_of(renewed: Renewed) -> dict[str, str | None]:
+    """Return what an answer says of older certificates that were revoked at once."""
+    broker = None if not renewed.ended else "enforced" if renewed.problem is None else "pending"
+    return {"broker": broker, "broker_problem": renewed.problem}
+
+
+def outcome_of(revoked: Revoked) -> dict[str, str | None]:
+    """Return what an answer says of a revocation."""
+    broker = "enforced" if revoked.enforced else "pending"
+    return {"status": "revoked", "broker": broker, "broker_problem": revoked.problem}
 
 
 def _suspension(answer: Suspended) -> SuspensionAnswer:

@@ -17,6 +17,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.routing import BaseConverter
 
 from core.errors import (
+    ApplicationNotFound,
     BodyTooLarge,
     DeviceNotFound,
     FieldProblem,
@@ -234,6 +235,7 @@ _HEX = "^[0-9a-f]{16}$"
 # The variable parts of paths: the pattern, and what is raised for a part that does not match it.
 PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
     "device_id": (UUID, DeviceNotFound, "No device has this id: ids are UUIDs in lower case."),
+    "application_id": (UUID, ApplicationNotFound, "No application has this id: ids are UUIDs in lower case."),
     "token_id": (_HEX, NotFound, "No operator token has this id: ids are 16 hexadecimal digits."),
     "webhook_id": (_HEX, NotFound, "No webhook has this id: ids are 16 hexadecimal digits."),
     "enrolment_token_id": (_HEX, NotFound, "No enrolment token has this id: ids are 16 hexadecimal digits."),

@@ -11,7 +11,7 @@ from core.states import EventDeliveryStatus
 from store.webhooks import Backlog, EventDeliveryRecord, WebhookRecord
 from web.api.fields import Limit, NumericCursor, ShortText, WholeNumber
 from web.api.routing import AnswerModel, Answers, Call, RequestModel, Routes, Timestamp
-from workflows.events import EventType
+from workflows.events import EventType, is_of_application
 from workflows.webhooks.subscriptions import NOTHING
 
 ROUTES = Routes("Webhooks")
@@ -29,6 +29,14 @@ EventName = Literal[
     "broker_enforced",
     "broker_restart",
     "link_reused",
+    "application_registered",
+    "application_renewed",
+    "application_expiring",
+    "application_revoked",
+    "application_delivered",
+    "application_link_reused",
+    "application_broker_pending",
+    "application_broker_enforced",
 ]
 DeliveryStatus = Literal["waiting", "delivered", "dead"]
 
@@ -86,12 +94,16 @@ class WebhookDeliveryQuery(RequestModel):
 
 
 class WebhookDeliveryModel(AnswerModel):
-    """The delivery of an event. `dead`: it was given up; `next_at`: when a waiting one is tried again."""
+    """The delivery of an event. `dead`: it was given up; `next_at`: when a waiting one is tried again.
+
+    Of `device_id` and `application_id`, the one of the event's type is set.
+    """
 
     delivery_id: int
     event_id: str
     type: EventName
     device_id: str | None
+    application_id: str | None
     created_at: Timestamp
     status: DeliveryStatus
     attempts: int
@@ -194,4 +206,11 @@ def _webhook(record: WebhookRecord, backlog: Backlog) -> WebhookModel:
 
 def _delivery(record: EventDeliveryRecord) -> WebhookDeliveryModel:
     next_at = record.next_at if record.status is EventDeliveryStatus.WAITING else None
-    return WebhookDeliveryModel.of(record, delivery_id=record.id, next_at=next_at)
+    of_application = is_of_application(record.type)
+    return WebhookDeliveryModel.of(
+        record,
+        delivery_id=record.id,
+        next_at=next_at,
+        device_id=None if of_application else record.device_id,
+        application_id=record.device_id if of_application else None,
+    )

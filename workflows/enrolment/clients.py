@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 from config import Settings
 from core.errors import ClientCertificateRefused, Conflict
 from core.files import FileLock, replace_file
-from core.states import DeviceStatus, IssuerKind
+from core.states import ClientKind, DeviceStatus, IssuerKind
 from pki import client_certificates
 from pki.client_certificates import ClientCertificate
 from store import certificates, enrolment
@@ -26,11 +26,12 @@ _OUT_OF_DATE = "The client certificate has expired or is not valid yet."
 
 @dataclass(frozen=True, slots=True)
 class DeviceClient:
-    """A device that has shown a valid certificate of this portal."""
+    """A device, or by its ``kind`` an application, that has shown a valid certificate of this portal."""
 
     tenant_id: str
     device_id: str
     certificate: CertificateRecord
+    kind: ClientKind = ClientKind.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Clients:
             raise ClientCertificateRefused("The client certificate is not one of a device that is known here.")
         if shown.device_status is not DeviceStatus.ACTIVE or shown.certificate.revoked_at is not None:
             raise ClientCertificateRefused("The device, or its client certificate, is revoked or suspended.")
-        return DeviceClient(shown.tenant_id, shown.certificate.device_id, shown.certificate)
+        return DeviceClient(shown.tenant_id, shown.certificate.device_id, shown.certificate, shown.kind)
 
     def _manufactured(self, client: ClientCertificate) -> ManufacturedClient:
         if client.not_after < self._clock():

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from flask import Flask
 
+import db
 from app import ROUTES, portal_of
 from core.roles import Role
+from core.states import ClientKind, DeviceStatus
 from store import tenants
 from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
 from tests.support.pki import PEM, Authority
@@ -64,6 +66,12 @@ MAY_CALL: dict[str, set[Role | None]] = {
         for operation in operations
         for label in ("", "{label}/")
     },
+    "POST /applications": {ADMIN},
+    "GET /applications": {ADMIN, OPERATOR, AUDITOR},
+    "GET /applications/{application_id}": {ADMIN, OPERATOR, AUDITOR},
+    "PATCH /applications/{application_id}": {ADMIN},
+    "POST /applications/{application_id}/renew": {ADMIN},
+    "DELETE /applications/{application_id}": {ADMIN},
     "GET /tokens": {ADMIN},
     "POST /tokens": {ADMIN},
     "DELETE /tokens/{token_id}": {ADMIN},
@@ -93,7 +101,7 @@ def clients(shared_app: Flask) -> dict[Role | None, Api]:
 def call(api: Api, route: str, method: str | None = None) -> Any:
     """Call a route for a thing that does not exist, with a body that changes nothing."""
     declared, path = route.split(" ")
-    path = re.sub(r"\{device_id\}", "00000000-0000-4000-8000-000000000000", path)
+    path = re.sub(r"\{(device|application)_id\}", "00000000-0000-4000-8000-000000000000", path)
     path = re.sub(r"\{\w+\}", "0" * 16, path)
     return api.call(method or declared, path, json={} if declared in ("POST", "PATCH") else None)
 
@@ -176,12 +184,28 @@ def foreigner(shared_app: Flask) -> Api:
     return Api(shared_app.test_client(), secret)
 
 
+@pytest.fixture(scope="module")
+def application_id(shared_app: Flask) -> str:
+    """An application, as it is in the database: to register one takes the guard."""
+    portal = portal_of(shared_app)
+    application_id, now = db.new_device_id(portal.clock()), portal.clock()
+    with portal.database.transaction() as tx:
+        db.add_device(
+            tx, tenant_id=portal.tenant_id, device_id=application_id, kind=ClientKind.APPLICATION, name="mine", type="",
+            location="", firmware="", metadata={}, status=DeviceStatus.ACTIVE, topics=[("devices/#", "read")],
+            created_at=now, generation=0,
+        )  # fmt: skip
+    return application_id
+
+
 OF_ONE_THING = [route for route in GUARDED if "_id}" in route]
 
 
 @ON_SQLITE
 @pytest.mark.parametrize("route", OF_ONE_THING)
-def test_things_of_another_tenant_are_not_found(clients: dict[Role | None, Api], foreigner: Api, route: str) -> None:
+def test_things_of_another_tenant_are_not_found(
+    clients: dict[Role | None, Api], foreigner: Api, application_id: str, route: str
+) -> None:
     device_id = clients[ADMIN].register()["device_id"]
     token_id = clients[ADMIN].post("/tokens", {"name": "mine", "role": "auditor"}).json["token_id"]
     webhook_id = clients[ADMIN].post("/webhooks", {"name": "mine", "url": "https://example.com"}).json["webhook_id"]
@@ -189,6 +213,7 @@ def test_things_of_another_tenant_are_not_found(clients: dict[Role | None, Api],
     maker = {"name": "mine", "certificate": Authority("A maker's CA").certificate.public_bytes(PEM).decode()}
     path = path.format(
         device_id=device_id,
+        application_id=application_id,
         token_id=token_id,
         webhook_id=webhook_id,
         enrolment_token_id=clients[ADMIN].post("/enrolment-tokens", {"name": "mine"}).json["enrolment_token_id"],
@@ -200,6 +225,7 @@ def test_things_of_another_tenant_are_not_found(clients: dict[Role | None, Api],
     answer = foreigner.call(method, path, json=body)
     assert answer.status_code == 404, answer.text
     assert clients[ADMIN].get(f"/devices/{device_id}").json["status"] == "active"
+    assert clients[ADMIN].get(f"/applications/{application_id}").json["status"] == "active"
     revoked = {token["token_id"]: token["revoked_at"] for token in clients[ADMIN].get("/tokens").json["tokens"]}
     assert revoked[token_id] is None
     assert clients[ADMIN].delete(f"/webhooks/{webhook_id}").status_code == 200
@@ -208,10 +234,16 @@ def test_things_of_another_tenant_are_not_found(clients: dict[Role | None, Api],
 @ON_SQLITE
 @pytest.mark.parametrize(
     ("route", "field"),
-    [("/devices", "devices"), ("/tokens", "tokens"), ("/audit", "entries"), ("/webhooks", "webhooks")],
+    [
+        ("/devices", "devices"),
+        ("/applications", "applications"),
+        ("/tokens", "tokens"),
+        ("/audit", "entries"),
+        ("/webhooks", "webhooks"),
+    ],
 )
 def test_a_list_contains_nothing_of_another_tenant(
-    clients: dict[Role | None, Api], foreigner: Api, route: str, field: str
+    clients: dict[Role | None, Api], foreigner: Api, application_id: str, route: str, field: str
 ) -> None:
     own = {str(item) for item in clients[ADMIN].get(route).json[field]}
     assert own.isdisjoint(str(item) for item in foreigner.get(route).json[field])
