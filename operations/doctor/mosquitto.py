@@ -234,7 +234,8 @@ def _global_mistakes(options: Mapping[str, str], settings: Settings) -> Iterator
     if _is_true(options, "per_listener_settings"):
         yield problem("per_listener_settings is true: the ACL applies to one listener only.", _INSTALL)
     if _is_true(options, "allow_anonymous"):
-        yield problem("allow_anonymous is true: clients without a certificate or password are accepted.", _INSTALL)
+        found = warning if settings.broker_control is ControlKind.GUARD else problem
+        yield found("allow_anonymous is true: clients without a certificate or password are accepted.", _INSTALL)
     if not _is_true(options, "check_retain_source"):
         yield problem(
             "check_retain_source is not true: retained messages of a revoked device are still delivered.", _INSTALL
