@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
@@ -15,13 +16,24 @@ from broker.files.control import FilesControl
 from broker.folder import CA_FILE, BrokerFolder
 from broker.guard.control import GuardControl
 from broker.probe import Probe, ProbeCertificate, ProbeCertificates, ProbeResult
-from broker.session import PORTAL_USER, SUCCESS, Session, client_id, connect_unix, password_refused, unavailable
+from broker.session import (
+    FAILURE,
+    PORTAL_USER,
+    SUCCESS,
+    Session,
+    client_id,
+    connect_unix,
+    password_refused,
+    unavailable,
+)
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
 from core.files import replace_file
 from core.topics import Topic, is_device_id
 from pki.client_certificates import common_name
+
+log = logging.getLogger("portal.broker")
 
 _DISCONNECTS_IN_FLIGHT = 8  # the broker's queue of connections on a unix socket is 10 long
 _HEALTH_SECONDS = 1.0
@@ -88,11 +100,12 @@ class BrokerProvisioning:
         refused = None if certificates is None else _identity_of(certificates.revoked)
         return self.control.enforce(generation, deadline, reload=reload, refused=refused)
 
-    def disconnect(self, device_ids: Sequence[str], deadline: float) -> None:
+    def disconnect(self, device_ids: Sequence[str], deadline: float, *, revoked: Container[str] = ()) -> None:
         """End the devices' sessions: connections are closed, queues and subscriptions discarded.
 
         Take over each session with clean start (MQTT 5.0 section 3.1.4); a device without a session is not an error.
-        Call it only after ``enforce``, or the broker accepts the device again. Raise ``BrokerUnavailable``.
+        Call it only after ``enforce``, or the broker accepts the device again. If the control can, the retained
+        messages below the default topics of those in ``revoked`` are cleared. Raise ``BrokerUnavailable``.
         """
         for device_id in device_ids:
             if not is_device_id(device_id):
@@ -106,10 +119,17 @@ class BrokerProvisioning:
                         sock = connect_unix(self._settings.broker_socket, deadline)
                         session = stack.enter_context(Session(sock, deadline))
                         session.send_connect(device_id, PORTAL_USER, password)
-                        sessions.append(session)
-                    for session in sessions:
+                        clears = self.control.clears_retained and device_id in revoked
+                        if clears:
+                            session.send_subscribe(f"{self._settings.topic_prefix}/{device_id}/#")
+                        sessions.append((session, clears))
+                    for session, clears in sessions:
                         if (reason := session.receive_connack()) != SUCCESS:
                             raise BrokerUnavailable(password_refused(reason))
+                        if clears and session.receive_suback() >= FAILURE:
+                            log.error(
+                                "the broker did not clear a revoked device's retained messages: is its guard old?"
+                            )
         except OSError as error:
             raise unavailable(self._settings, error) from error
 

@@ -137,6 +137,10 @@ class BrokerControl(Protocol):
         """
 
     @property
+    def clears_retained(self) -> bool:
+        """Whether a broker under it drops retained messages if the portal subscribes to topics of a denied device."""
+
+    @property
     def publishes_crls(self) -> bool:
         """Whether drafts put off CRLs, which ``publish_crls`` gives to the broker."""
 

@@ -25,6 +25,7 @@ MAX_INCOMING_BYTES = 4096  # the longest packet that is read; the expected answe
 MAX_MESSAGE_BYTES = 1 << 18  # the longest packet with a message that is read; the guard's messages have up to 200 KB
 _CONNECT, _CONNACK, _PUBLISH_QOS1, _PUBACK, _DISCONNECT = 0x10, 0x20, 0x32, 0x40, 0xE0
 _PINGREQ, _PINGRESP = 0xC0, 0xD0
+_SUBSCRIBE, _SUBACK = 0x82, 0x90
 
 
 def remaining(deadline: float) -> float:
@@ -127,6 +128,15 @@ class Session:
             topic, packet_id, payload = _message(body)
             self._send(_PUBACK, packet_id)
             yield topic, payload
+
+    def send_subscribe(self, topic_filter: str) -> None:
+        """Send SUBSCRIBE with QoS 0 (section 3.8) without waiting for its answer."""
+        self._packet_id = self._packet_id % 0xFFFF + 1
+        self._send(_SUBSCRIBE, struct.pack(">H", self._packet_id) + b"\x00" + _text(topic_filter) + b"\x00")
+
+    def receive_suback(self) -> int:
+        """Wait for SUBACK (section 3.9) of one filter; return its reason code."""
+        return self._receive(_SUBACK, shortest=4)[-1]
 
     def close(self) -> None:
         """Send DISCONNECT if possible, then close the socket; raise nothing."""

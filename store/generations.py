@@ -207,6 +207,14 @@ def devices_to_disconnect(tx: Connection, tenant_id: str, *, since: int) -> list
     return [device_id for device_id in found if device_id]
 
 
+def revoked_since(tx: Connection, tenant_id: str, since: int) -> set[str]:
+    """Return the devices that were revoked after generation ``since``."""
+    query = sa.select(Device.id).where(
+        Device.tenant_id == tenant_id, Device.generation > since, _DENIED, Device.status == DeviceStatus.REVOKED
+    )
+    return set(tx.execute(query).scalars())
+
+
 def devices_denied_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
     """Return devices revoked or suspended after a time; a connection of theirs may have been half open then."""
     return [change.device_id for change in newest_denied(tx, tenant_id, newest=0, applied=_ANY_GENERATION, since=since)]

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -63,11 +63,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """What one snapshot of the database says that the broker must enforce; ``disconnected`` are ids of devices."""
+    """What one snapshot of the database says that the broker must enforce.
+
+    ``disconnected`` are ids of devices, ``revoked`` those of them that were revoked for good.
+    """
 
     state: BrokerStateRecord
     draft: Draft
     disconnected: Sequence[str]
+    revoked: Set[str]
     crls: Sequence[CrlRecord]
     issuers: Issuers
     puts_off_crls: bool
@@ -302,7 +306,7 @@ class Reconciler:
         self._broker.enforce(generation, deadline, certificates=shown)
         failpoint("apply.after_reload")
         if target.disconnected:
-            self._broker.disconnect(target.disconnected, deadline)
+            self._broker.disconnect(target.disconnected, deadline, revoked=target.revoked)
         failpoint("apply.after_cut")
         if has_crls and (shown is not None or self._broker.control.publishes_crls):
             self._broker.probe(self._probe_certificates, deadline)
@@ -365,12 +369,15 @@ class Reconciler:
                 self._complete(draft, tx, state, issuers, self._clock())
                 failpoint("apply.after_snapshot")
                 disconnected = generations.devices_to_disconnect(tx, self._tenant_id, since=state.applied_generation)
+                revoked = (
+                    generations.revoked_since(tx, self._tenant_id, state.applied_generation) if disconnected else {*()}
+                )
             puts_off = not with_crls and draft.puts_off_crls(issuers.ca_pem.encode())
             crls: Sequence[CrlRecord] = ()
             if not puts_off:
                 with self._crl_lock.hold(self._settings.enforce_timeout):
                     issuers, crls = self._sign_due()
-            return _Target(state, draft, disconnected, crls, issuers, puts_off)
+            return _Target(state, draft, disconnected, revoked, crls, issuers, puts_off)
         except BaseException:
             if draft is not None:
                 draft.discard()

@@ -173,6 +173,7 @@ class FilesControl:
         return trust is not None
 
     publishes_crls = False
+    clears_retained = False  # check_retain_source withholds them from the portal, too
 
     def publish_crls(self, trust: Trust) -> bool:
         """Do nothing: the broker reads the CRLs with the ACL."""

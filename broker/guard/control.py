@@ -337,6 +337,7 @@ class GuardControl:
         return not 0 <= since < pause or position.seq - _whole(before.get("crl_seq")) >= CRL_CHANGES
 
     publishes_crls = True
+    clears_retained = True
 
     def publish_crls(self, trust: Trust) -> bool:
         """Write the CRLs for the next start, and publish them if it is time; see ``broker.control.BrokerControl``."""

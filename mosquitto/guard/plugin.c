@@ -89,7 +89,7 @@ static int on_acl_check(int event, void *data, void *user)
         return MOSQ_ERR_ACL_DENIED;
     }
     if (is_portal(check->client)) {
-        granted = portal_may(check->client, check->access, check->topic);
+        granted = portal_may(check);
         kick(PORTAL_USER);
         return granted ? MOSQ_ERR_SUCCESS : MOSQ_ERR_ACL_DENIED;
     }

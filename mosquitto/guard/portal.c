@@ -3,6 +3,7 @@
 #include "broker.h"
 #include "guard.h"
 #include "line.h"
+#include "log.h"
 #include "match.h"
 #include "presence.h"
 #include "verdict.h"
@@ -89,16 +90,35 @@ static bool answer(struct mosquitto *client, const char *topic)
     return false;
 }
 
-bool portal_may(struct mosquitto *client, int access, const char *topic)
+/* Say whether a topic or filter is below the default topics of an identity that is denied everything. */
+static bool is_of_denied(const char *topic)
 {
-    switch (access) {
+    return guard_is_good() && registry_is_of_denied(guard_registry(), topic);
+}
+
+/* Have the broker drop the retained message of a topic, once it has gone through those that it is showing now. */
+static void clear_retained(const char *topic)
+{
+    if (mosquitto_broker_publish_copy(NULL, topic, 0, NULL, 0, true, NULL) != MOSQ_ERR_SUCCESS) {
+        log_error("The retained message of %s could not be cleared.", topic);
+    }
+}
+
+bool portal_may(const struct mosquitto_evt_acl_check *check)
+{
+    const char *topic = check->topic;
+
+    switch (check->access) {
     case MOSQ_ACL_WRITE:
-        return strncmp(topic, PORTAL_TOPICS, strlen(PORTAL_TOPICS) - 1) == 0 && answer(client, topic);
+        return strncmp(topic, PORTAL_TOPICS, strlen(PORTAL_TOPICS) - 1) == 0 && answer(check->client, topic);
     case MOSQ_ACL_READ:
+        if (check->retain && check->payloadlen > 0 && is_of_denied(topic)) {
+            clear_retained(topic); /* an empty one, for which this is not done again; the portal reads neither */
+        }
         return filter_matches(PORTAL_TOPICS, topic);
     case MOSQ_ACL_SUBSCRIBE:
-        return filter_contains(PORTAL_TOPICS, topic);
+        return filter_contains(PORTAL_TOPICS, topic) || is_of_denied(topic);
     default:
-        return access == MOSQ_ACL_UNSUBSCRIBE;
+        return check->access == MOSQ_ACL_UNSUBSCRIBE;
     }
 }

@@ -408,6 +408,24 @@ static bool is_default_topic(const struct registry *registry, const char *id, co
     return strncmp(topic, id, length) == 0 && (topic[length] == '/' || topic[length] == '\0');
 }
 
+bool registry_is_of_denied(const struct registry *registry, const char *topic)
+{
+    size_t prefix = strlen(registry->prefix), length;
+    char id[MAX_ID_BYTES + 1];
+
+    if (strncmp(topic, registry->prefix, prefix) != 0 || topic[prefix] != '/') {
+        return false;
+    }
+    topic += prefix + 1;
+    length = strcspn(topic, "/");
+    if (length > MAX_ID_BYTES) {
+        return false;
+    }
+    memcpy(id, topic, length);
+    id[length] = '\0';
+    return is_id(id) && registry_standing(registry, id) == DENIED;
+}
+
 bool registry_may(const struct registry *registry, const struct identity *identity, const char *id, enum access access,
     const char *topic)
 {

@@ -84,6 +84,9 @@ enum standing registry_standing(const struct registry *registry, const char *id)
 bool registry_may(const struct registry *registry, const struct identity *identity, const char *id, enum access access,
     const char *topic);
 
+/* Say whether a topic or filter is PREFIX/<identity>, or below it, of an identity that is DENIED. */
+bool registry_is_of_denied(const struct registry *registry, const char *topic);
+
 /* Say whether some topic that the filter matches can be read by the identity. */
 bool registry_may_subscribe(
     const struct registry *registry, const struct identity *identity, const char *id, const char *filter);

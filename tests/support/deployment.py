@@ -286,9 +286,9 @@ class Client:
                 raise ConnectionRefusedError(reason)
         raise TimeoutError("no CONNACK")
 
-    def publish(self, topic: str, payload: bytes = b"hello") -> str:
+    def publish(self, topic: str, payload: bytes = b"hello", *, retain: bool = False) -> str:
         """Publish with QoS 1 and return the broker's reason."""
-        info = self.paho.publish(topic, payload, qos=1)
+        info = self.paho.publish(topic, payload, qos=1, retain=retain)
         while True:
             mid, reason = self._acknowledged.get(timeout=SECONDS)
             if mid == info.mid:

@@ -108,6 +108,31 @@ def test_retained_messages_of_a_denied_device_are_withheld(broker: GuardedBroker
         assert reader.messages == []
 
 
+def test_the_portal_clears_the_retained_messages_of_denied_devices_and_no_others(broker: GuardedBroker) -> None:
+    (identity, credentials), (other, other_credentials) = broker.admit(), broker.admit()
+    with broker.device(credentials) as device, broker.device(other_credentials) as others:
+        for topic in ("state", "a/b"):
+            device.publish(f"devices/{identity}/{topic}", retain=True)
+        others.publish(f"devices/{other}/state", retain=True)
+    with broker.portal() as portal:
+        assert not may_subscribe(portal, f"devices/{identity}/#")
+    broker.tell(f"deny {identity}")
+    with broker.portal(client_id=identity) as portal:
+        for filter_ in ("devices/#", "devices/+/#", f"devices/{other}/#", f"$share/g/devices/{identity}/#", "#"):
+            assert not may_subscribe(portal, filter_), filter_
+        assert may_subscribe(portal, f"devices/{identity}/#")
+        portal.ping()
+        assert portal.messages == []  # it is not told what they said
+    broker.tell(f"allow {identity}")
+    _, reader_credentials = broker.admit("r:devices/#")
+    with broker.device(reader_credentials) as reader:
+        reader.subscribe(f"devices/{identity}/#")
+        reader.subscribe(f"devices/{other}/#")
+        assert reader.receive().topic == f"devices/{other}/state"
+        reader.ping()
+        assert reader.messages == []
+
+
 # --- Serial numbers ---------------------------------------------------------------------------------------------------
 
 

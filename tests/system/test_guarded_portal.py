@@ -228,6 +228,33 @@ def test_the_portal_says_who_is_connected_whoever_is_killed_or_restarted(shared:
     assert never.id in shared.cli("list", "--never-seen").stdout
 
 
+def retained(device: Onboarded) -> bytes:
+    """Have a device leave a retained message with the broker; return what it says."""
+    client, said = device.client(), f"said by {device.id}".encode()
+    assert client.publish(f"devices/{device.id}/a/b", said, retain=True) in GRANTED
+    client.close()
+    return said
+
+
+def is_kept(deployment: Deployment, message: bytes) -> bool:
+    """Whether the broker keeps a message, by what it writes to its disk when it is asked to (SIGUSR1)."""
+    assert deployment.broker is not None
+    database = deployment.data / "broker" / "mosquitto.db"
+    database.unlink(missing_ok=True)
+    os.kill(deployment.broker.pid, signal.SIGUSR1)
+    wait_until(database.exists)
+    return message in database.read_bytes()
+
+
+def test_retained_messages_are_cleared_on_revocation_and_kept_on_suspension(shared: Deployment) -> None:
+    device = shared.onboard()
+    said = retained(device)
+    assert shared.call("POST", f"/devices/{device.id}/suspend", {}).json()["broker"] == "enforced"
+    assert is_kept(shared, said)
+    revoke(shared, device.id)
+    assert not is_kept(shared, said)
+
+
 # --- Nothing is read again -----------------------------------------------------------------------------------------
 
 
@@ -326,6 +353,7 @@ def test_a_portal_killed_at_any_step_finishes_after_its_start(step: str) -> None
     with Victim(PORTAL_BROKER_CONTROL="guard", PORTAL_WORKERS="1") as victim:
         victim.wait_ready()
         device = victim.onboard()
+        said = retained(device)
         victim.kill_portal()
         victim.start_portal(others={"PORTAL_FAILPOINT": f"revoke.after_commit>{step}=killgroup"})
         victim.wait_ready()
@@ -337,6 +365,7 @@ def test_a_portal_killed_at_any_step_finishes_after_its_start(step: str) -> None
         read_position(journal_of(victim), whole=True)
         assert f"deny {device.id}" in journal_lines(journal_of(victim))
         assert gets_nothing(device)
+        assert not is_kept(victim, said)
 
 
 def test_a_broker_without_the_plugin_is_never_believed(own: Deployment) -> None:
