@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,7 +28,11 @@ CONTACT_FILE = ".presence"
 # What was known when the broker was last heard counts for so long; it is asked every two seconds.
 CONTACT_SECONDS = 15.0
 OPEN_SECONDS, RECEIVE_SECONDS = 2.0, 10.0
-BATCH = 1000  # rows in a transaction: others wait some tens of milliseconds for it
+WHOLE_SECONDS = 60.0  # until everybody has to be reported
+# The broker keeps a thousand messages for who reads none, which is a minute's worth at worst, and drops what is more.
+UNREAD_SECONDS = 30.0
+# Rows in a transaction, and the pause after it: on SQLite others that write wait for one, and then have their turn.
+BATCH, PAUSE_SECONDS = 250, 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ class ContactFile:
         seconds = "never" if at is None else f"{at.timestamp():.6f}"
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.pwrite(descriptor, f"{owner:16} {state:8} {seconds:>24}\n".encode(), 0)
+            os.pwrite(descriptor, f"{owner or '-':16} {state:8} {seconds:>24}\n".encode(), 0)
         finally:
             os.close(descriptor)
 
@@ -114,10 +118,12 @@ class PresenceFollower:
     _clock: Callable[[], datetime]
     _tenant_id: str
     contact: ContactFile = field(init=False)
-    _owner: str = field(init=False, default_factory=lambda: secrets.token_hex(8))
+    _owner: str = field(init=False, default="")  # of the session with the broker
     _reports: PresenceReports | None = field(init=False, default=None)
+    _asked_at: float = field(init=False, default=0.0)  # when the reports were asked for, by the monotonic clock
+    _read_at: float = field(init=False, default=0.0)  # when they were read last
     _changed: dict[str, PresenceRecord] = field(init=False, default_factory=dict)  # to be written
-    _whole: dict[str, datetime] | None = field(init=False, default=None)  # a whole set, to be compared and written
+    _whole: Mapping[str, datetime] | None = field(init=False, default=None)  # a whole set, to be compared and written
     _problem: str | None = field(init=False, default=None)  # logged already
 
     def __post_init__(self) -> None:
@@ -129,8 +135,9 @@ class PresenceFollower:
         What could not be written stays for the next call. If the broker does not answer, or another process has begun
         to follow it, nothing is known until it has reported everybody again.
         """
-        if self._reports is not None and self.contact.owner() != self._owner:
-            self.close()  # the broker reports to another process, or has until now
+        unread = time.monotonic() - self._read_at > UNREAD_SECONDS
+        if self._reports is not None and (unread or self.contact.owner() != self._owner):
+            self.close()  # reports may be missing, because they were too many or went to another process
         try:
             reports = self._reports or self._open()
             if reports is None:
@@ -155,6 +162,7 @@ class PresenceFollower:
     def _open(self) -> PresenceReports | None:
         self._reports = self._broker.follow_presence(time.monotonic() + OPEN_SECONDS)
         if self._reports is not None:
+            self._asked_at, self._owner = time.monotonic(), secrets.token_hex(8)
             self.contact.lost(self._owner)  # until it has reported everybody
         return self._reports
 
@@ -165,10 +173,13 @@ class PresenceFollower:
         while reports.is_incomplete and time.monotonic() < deadline:
             for report in reports.receive(deadline):
                 self._take(report)
+        self._read_at = time.monotonic()
+        if reports.is_incomplete and self._read_at - self._asked_at > WHOLE_SECONDS:
+            raise BrokerUnavailable("The broker does not report everybody: see its log, and max_queued_bytes.")
 
     def _take(self, report: PresenceReport) -> None:
         if report.is_whole:
-            self._whole = dict(report.connected)
+            self._whole = report.connected
             # Not written yet, and older: who is not connected any more was seen then, at least.
             self._changed = {
                 identity: PresenceRecord(PresenceState.OFFLINE, record.since)
@@ -198,8 +209,7 @@ class PresenceFollower:
         if self._whole is not None:
             self._write_whole(self._whole)
             self._whole = None
-        for batch in _batches(self._changed):
-            self._record(batch)
+        self._record(self._changed)
         self._changed.clear()
 
     def _write_whole(self, connected: Mapping[str, datetime]) -> None:
@@ -221,17 +231,12 @@ class PresenceFollower:
                 elif connected[identity] == since:
                     del new[identity]
             self._record(gone)
-        for batch in _batches({who: PresenceRecord(PresenceState.CONNECTED, at) for who, at in new.items()}):
-            self._record(batch)
+        self._record({who: PresenceRecord(PresenceState.CONNECTED, at) for who, at in new.items()})
 
-    def _record(self, batch: Mapping[str, PresenceRecord]) -> None:
-        if batch:
+    def _record(self, records: Mapping[str, PresenceRecord]) -> None:
+        items = iter(records.items())
+        while batch := dict(itertools.islice(items, BATCH)):
             # Need not survive a power cut: the next whole set repairs it.
             with self._database.transaction(durable=False) as tx:
                 record_presences(tx, batch)
-
-
-def _batches(records: Mapping[str, PresenceRecord]) -> Iterator[dict[str, PresenceRecord]]:
-    items = iter(records.items())
-    while batch := dict(itertools.islice(items, BATCH)):
-        yield batch
+            time.sleep(PAUSE_SECONDS)

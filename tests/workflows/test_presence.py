@@ -230,6 +230,31 @@ def test_a_process_that_another_one_stood_in_for_begins_again(
     assert record.state is PresenceState.CONNECTED
 
 
+def test_who_has_not_read_for_long_asks_for_everybody_again(
+    portal: Portal, follower: PresenceFollower, broker: Broker, ids: list[str], clock: Clock
+) -> None:
+    follower.follow()
+    broker.connected = {ids[0]: clock()}  # reported while nobody read, and dropped
+    follower.follow()
+    assert shown(portal, ids[0]) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workflows.presence.UNREAD_SECONDS", -1.0)
+        follower.follow()
+    assert broker.asked[0].closed
+    assert recorded(portal, ids[0]) == PresenceRecord(PresenceState.CONNECTED, broker.connected[ids[0]])
+
+
+def test_a_whole_set_that_does_not_end_is_asked_for_again(
+    portal: Portal, follower: PresenceFollower, broker: Broker, ids: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflows.presence.RECEIVE_SECONDS", 0.0)
+    monkeypatch.setattr("workflows.presence.WHOLE_SECONDS", -1.0)
+    monkeypatch.setattr(Reports, "receive", lambda *_: iter(()))
+    follower.follow()
+    assert broker.asked[0].closed
+    assert not portal.follower.contact.read().is_current
+
+
 def test_identities_that_are_not_known_here_are_left_out(
     portal: Portal, follower: PresenceFollower, broker: Broker, ids: list[str], clock: Clock
 ) -> None:
