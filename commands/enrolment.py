@@ -118,6 +118,11 @@ def enrolment_list(portal: Remote) -> None:
     help="Validity of the token.  [default: 24]",
 )
 @profile_options
+@click.option(
+    "--repeated-serial",
+    type=click.Choice(("operator", "same_device", "new_device")),
+    help="What a known serial number with another key is; operator: somebody decides.  [default: operator]",
+)
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
 def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -> None:
     """Create an enrolment token, which is shown once.
@@ -128,7 +133,7 @@ def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -
 
     def fields(answer: dict[str, Any]) -> dict[str, Cell]:
         scope = "device_id" if answer.get("device_id") else "count"
-        known = {name: text(answer.get(name)) for name in ("enrolment_token_id", scope)}
+        known = {name: text(answer.get(name)) for name in ("enrolment_token_id", scope, "repeated_serial")}
         return known | _profile(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
 
     create_with_secret(

@@ -80,6 +80,14 @@ class Approval(StrEnum):
     OPERATOR = "operator"
 
 
+class RepeatedSerial(StrEnum):
+    """What becomes of a device that enrols with a serial number that has enrolled with the same token before."""
+
+    OPERATOR = "operator"  # an operator decides whether it is the same device with another key
+    SAME_DEVICE = "same_device"  # it is, and its older certificates end
+    NEW_DEVICE = "new_device"  # it is another device
+
+
 class ManufacturerStatus(StrEnum):
     """State of a manufacturer CA, which counts once its key was proven to be in the sender's hands."""
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound, StateConflict
-from core.states import Approval, DeviceStatus, EnrolmentStatus, ManufacturerStatus
+from core.states import Approval, DeviceStatus, EnrolmentStatus, ManufacturerStatus, RepeatedSerial
 from store.database import columns_of, hash_of
 from store.enrolment_tables import EnrolmentRow, EnrolmentToken, Manufacturer, ReenrolmentRow
 from store.tables import Device
@@ -67,7 +67,8 @@ def _values(record: EnrolmentTokenRecord | ManufacturerRecord) -> dict[str, Any]
 class EnrolmentTokenRecord:
     """An enrolment token, without its secret; one for a single device has its ``device_id``.
 
-    ``operator_token_id`` is the token of the operator who made it.
+    ``operator_token_id`` is the token of the operator who made it; ``repeated_serial`` says what becomes of a device
+    whose serial number has enrolled with this token before.
     """
 
     id: str
@@ -80,6 +81,7 @@ class EnrolmentTokenRecord:
     expires_at: datetime
     revoked_at: datetime | None
     operator_token_id: str | None
+    repeated_serial: RepeatedSerial
     profile: EnrolmentProfile
 
 
@@ -232,16 +234,22 @@ class EnrolmentRecord:
 _ENROLMENT_COLUMNS = columns_of(EnrolmentRecord, EnrolmentRow)
 
 
-def find_enrolment(tx: Connection, tenant_id: str, *, token_id: str | None, identity: str) -> EnrolmentRecord | None:
+def find_enrolment(
+    tx: Connection, tenant_id: str, *, token_id: str | None, identity: str, serial_hash: str | None = None
+) -> EnrolmentRecord | None:
     """Return the request of a device by this token, or without one by its factory key; ``None`` if there is none yet.
 
-    A factory key is looked for over all manufacturers, removed ones too: no device comes back by another one.
+    A factory key is looked for over all manufacturers, removed ones too: no device comes back by another one. By a
+    token a device is known by its key, or else by the ``serial_hash`` if that is given.
     """
     own: tuple[sa.ColumnElement[bool], ...] = (EnrolmentRow.factory_key == identity,)
     if token_id is not None:
         own = (EnrolmentRow.token_id == token_id, EnrolmentRow.identity == identity)
-    query = sa.select(*_ENROLMENT_COLUMNS).where(EnrolmentRow.tenant_id == tenant_id, *own)
-    row = tx.execute(query).one_or_none()
+    query = sa.select(*_ENROLMENT_COLUMNS).where(EnrolmentRow.tenant_id == tenant_id)
+    row = tx.execute(query.where(*own)).one_or_none()
+    if row is None and token_id is not None and serial_hash is not None:
+        by_serial = (EnrolmentRow.token_id == token_id, EnrolmentRow.serial_hash == serial_hash)
+        row = tx.execute(query.where(*by_serial)).one_or_none()
     return None if row is None else EnrolmentRecord(*row)
 
 

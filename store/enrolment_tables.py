@@ -12,6 +12,7 @@ from store.columns import BigId, OfTenant, partial_index
 from store.database import Base
 
 _APPROVALS = "approval IN ('at_once', 'operator')"
+_REPEATED_SERIAL = "repeated_serial IN ('operator', 'same_device', 'new_device')"
 _VALIDITY = "validity_days BETWEEN 1 AND 36500"
 
 
@@ -40,6 +41,7 @@ class EnrolmentToken(OfTenant, _Profile, Base):
         sa.CheckConstraint(_VALIDITY, name="validity_days"),
         sa.CheckConstraint("uses BETWEEN 0 AND uses_allowed", name="uses"),
         sa.CheckConstraint("device_id IS NULL OR uses_allowed = 1", name="one_device"),
+        sa.CheckConstraint(_REPEATED_SERIAL, name="repeated_serial"),
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
@@ -53,6 +55,7 @@ class EnrolmentToken(OfTenant, _Profile, Base):
     revoked_at: Mapped[datetime | None]
     # The token of the operator who made it; ``None`` if that is not known.
     operator_token_id: Mapped[str | None] = mapped_column(sa.String(32), sa.ForeignKey("tokens.id"))
+    repeated_serial: Mapped[states.RepeatedSerial] = mapped_column(server_default="new_device")
 
 
 class Manufacturer(OfTenant, _Profile, Base):
@@ -90,6 +93,8 @@ class EnrolmentRow(OfTenant, Base):
     ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
     the key in its CSR, or of the key in its factory certificate. That is also the ``factory_key``, which is one
     device's whatever becomes of the manufacturer; ``None`` for one that had enrolled twice before this was so.
+    ``serial_hash``, the SHA-256 of the serial number in the CSR, is one device's among those of a token; ``None`` if
+    the token does not tell devices by it.
     """
 
     __tablename__ = "enrolments"
@@ -103,6 +108,7 @@ class EnrolmentRow(OfTenant, Base):
         sa.CheckConstraint("status IN ('waiting', 'approved', 'issued', 'rejected')", name="status"),
         sa.CheckConstraint("(status = 'issued') = (certificate_id IS NOT NULL)", name="certificate"),
         sa.Index("uq_enrolments_one_of_a_factory_key", "tenant_id", "factory_key", unique=True),
+        sa.Index("uq_enrolments_one_of_a_serial", "tenant_id", "token_id", "serial_hash", unique=True),
         sa.Index("ix_enrolments_device", "tenant_id", "device_id"),
         partial_index("ix_enrolments_waiting", "tenant_id", "created_at", where="status = 'waiting'"),
     )
@@ -118,6 +124,7 @@ class EnrolmentRow(OfTenant, Base):
     created_at: Mapped[datetime]
     decided_at: Mapped[datetime | None]
     certificate_id: Mapped[int | None] = mapped_column(sa.ForeignKey("certificates.id"))
+    serial_hash: Mapped[str | None] = mapped_column(sa.String(64))
 
 
 class ReenrolmentRow(OfTenant, Base):

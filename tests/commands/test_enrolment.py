@@ -28,6 +28,7 @@ def test_an_enrolment_token_is_written_to_a_file_or_to_json(session: Session, st
     create = (
         *("enrolment", "create", "line-4", "--count", "500", "--hours", "72", "--type", "pump", "--days", "9"),
         *("--key-type", "ec-p256", "--key-type", "ed25519", "--name-template", "{serial}", "--approval", "operator"),
+        *("--repeated-serial", "same_device"),
     )
     assert session.run(*create).exit_code == 2, "standard output is no terminal"
     assert session.json(*create)["token"] == "en_secret"
@@ -40,6 +41,7 @@ def test_an_enrolment_token_is_written_to_a_file_or_to_json(session: Session, st
     body = stub.requests[-1].body
     assert body == {"name": "line-4", "count": 500, "expires_in_hours": 72, "type": "pump", "validity_days": 9} | {
         "key_types": ["ec-p256", "ed25519"], "name_template": "{serial}", "approval": "operator",
+        "repeated_serial": "same_device",
     }  # fmt: skip
 
 

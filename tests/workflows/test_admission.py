@@ -92,8 +92,8 @@ def enrol(portal: Portal, *, count: int, approval: Approval = Approval.AT_ONCE) 
     token = portal.enrolment_tokens.find(secret)
     assert token is not None
     device_ids = []
-    for _ in range(count):
-        request = read_enrolment_request(csr_der())
+    for number in range(count):
+        request = read_enrolment_request(csr_der(None, f"serial-{number}"))
         outcome = portal.enrolment.enrol(OPERATOR, by_token(token, request), request)
         if isinstance(outcome, Waiting):
             portal.approvals.approve(OPERATOR, outcome.device_id)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import ConfigDict, Field, model_validator
 
 from core.roles import Permission
-from core.states import Approval, ManufacturerStatus
+from core.states import Approval, ManufacturerStatus, RepeatedSerial
 from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord, ManufacturerRecord
 from web.api.devices import ChangesRequest, PendingRequest, registration_of
 from web.api.fields import DeviceId, Fingerprint, KeyTypeName, Name, Place, ShortText, StatusName, WholeNumber
@@ -19,6 +19,7 @@ ROUTES = Routes("Enrolment")
 MANUFACTURERS = Routes("Manufacturers")
 
 ApprovalName = Literal["at_once", "operator"]
+RepeatedSerialName = Literal["operator", "same_device", "new_device"]
 KeyTypes = Annotated[list[KeyTypeName], Field(min_length=1, max_length=len(get_args(KeyTypeName)))]
 Days = Annotated[int, Field(ge=1, le=36500), WholeNumber]
 Pem = Annotated[str, Field(min_length=1, max_length=16384, description="One certificate in PEM")]
@@ -87,7 +88,12 @@ def _one_device_counts_once(schema: dict[str, Any]) -> None:
 
 
 class EnrolmentTokenRequest(TermsRequest):
-    """A token for the pending device `device_id`, or for `count` new devices; in names, `{number}` counts them."""
+    """A token for the pending device `device_id`, or for `count` new devices; in names, `{number}` counts them.
+
+    `repeated_serial`: what becomes of a device that comes with another key than before, and the same serial number (the
+    subject's serialNumber, else its common name): an `operator` decides whether it is the `same_device`, or it is that
+    at once and its older certificates end, or it is a `new_device`.
+    """
 
     model_config = ConfigDict(json_schema_extra=_one_device_counts_once)
 
@@ -95,6 +101,7 @@ class EnrolmentTokenRequest(TermsRequest):
     device_id: DeviceId | None = None
     count: Annotated[int, Field(ge=1, le=1000000), WholeNumber] = 1
     expires_in_hours: Annotated[int, Field(ge=1, le=8760), WholeNumber] = 24
+    repeated_serial: RepeatedSerialName = "operator"
 
     @model_validator(mode="after")
     def _one_device_once(self) -> Self:
@@ -122,6 +129,7 @@ class EnrolmentTokenModel(TermsModel):
     name: str
     device_id: DeviceId | None
     operator_token_id: str | None
+    repeated_serial: RepeatedSerialName
     count: int
     uses: int
     created_at: Timestamp
@@ -286,6 +294,7 @@ def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> NewEnrolm
         device_id=body.device_id,
         count=body.count,
         life=timedelta(hours=body.expires_in_hours),
+        repeated_serial=RepeatedSerial(body.repeated_serial),
     )
     return NewEnrolmentTokenModel.of(_token(record), token=secret)
 

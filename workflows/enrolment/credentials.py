@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from sqlalchemy.engine import Connection
 import db
 from core.errors import EnrolmentRefused, Forbidden, StateConflict
 from core.roles import Role
-from core.states import DeviceStatus, ManufacturerStatus
+from core.states import Approval, DeviceStatus, ManufacturerStatus, RepeatedSerial
 from pki.est import EnrolmentRequest
 from store import audit, enrolment
 from store.audit import Actor
@@ -35,7 +36,8 @@ class EnrolmentCredential:
     """What a device shows to be admitted.
 
     ``profile`` says what becomes of the device; ``identity`` tells it from the others that come with the same token,
-    or with a factory certificate of any manufacturer.
+    or with a factory certificate of any manufacturer. With another key it is known by ``serial_hash``, if its token
+    has that, and ``replaces_at_once`` if no operator is to decide about that key.
     """
 
     tenant_id: str
@@ -46,10 +48,19 @@ class EnrolmentCredential:
     token_id: str | None = None
     manufacturer_id: str | None = None
     device_id: str | None = None  # of the one device that a token is for
+    serial_hash: str | None = None
+    replaces_at_once: bool = False
 
     def find_enrolment(self, tx: Connection) -> EnrolmentRecord | None:
         """Return the earlier enrolment of the same device, if there is one."""
-        return enrolment.find_enrolment(tx, self.tenant_id, token_id=self.token_id, identity=self.identity)
+        return enrolment.find_enrolment(
+            tx, self.tenant_id, token_id=self.token_id, identity=self.identity, serial_hash=self.serial_hash
+        )
+
+    def identity_of(self, key_fingerprint: str) -> dict[str, Any]:
+        """Return the columns of an enrolment that change with the key to be certified, by which a token knows it."""
+        values = {"key_fingerprint": key_fingerprint}
+        return values if self.token_id is None else values | {"identity": self.identity}
 
     def lock(self, tx: Connection) -> EnrolmentTokenRecord | None:
         """Keep other devices from enrolling with the same token or manufacturer until the transaction ends.
@@ -79,7 +90,13 @@ def check_token(token: EnrolmentTokenRecord, now: datetime | None) -> None:
 
 
 def by_token(token: EnrolmentTokenRecord, request: EnrolmentRequest) -> EnrolmentCredential:
-    """Return the credential of a device with an enrolment token: it is identified by the key of its CSR."""
+    """Return the credential of a device with an enrolment token: it is identified by the key of its CSR.
+
+    With another key it is known by its serial number, if it has one, unless the token takes it for a new device. A
+    token for one device counts once.
+    """
+    a_batch = token.device_id is None and token.repeated_serial is not RepeatedSerial.NEW_DEVICE
+    at_once = token.repeated_serial is RepeatedSerial.SAME_DEVICE and token.profile.approval is Approval.AT_ONCE
     return EnrolmentCredential(
         token.tenant_id,
         token.profile,
@@ -88,6 +105,8 @@ def by_token(token: EnrolmentTokenRecord, request: EnrolmentRequest) -> Enrolmen
         f"enrolment token {token.name} ({token.id})",
         token_id=token.id,
         device_id=token.device_id,
+        serial_hash=hashlib.sha256(request.name.encode()).hexdigest() if a_batch and request.name else None,
+        replaces_at_once=at_once,
     )
 
 
@@ -165,7 +184,15 @@ class EnrolmentTokens:
     _clock: Callable[[], datetime]
 
     def create(
-        self, actor: Actor, name: str, profile: EnrolmentProfile, *, device_id: str | None, count: int, life: timedelta
+        self,
+        actor: Actor,
+        name: str,
+        profile: EnrolmentProfile,
+        *,
+        device_id: str | None,
+        count: int,
+        life: timedelta,
+        repeated_serial: RepeatedSerial = RepeatedSerial.OPERATOR,
     ) -> tuple[str, EnrolmentTokenRecord]:
         """Create a token for one pending device, or for ``count`` new ones; returns its secret with its record.
 
@@ -190,6 +217,7 @@ class EnrolmentTokens:
             expires_at=now + life,
             revoked_at=None,
             operator_token_id=actor.token_id,
+            repeated_serial=repeated_serial,
             profile=profile,
         )
         with self._database.transaction() as tx:

@@ -90,7 +90,8 @@ class Enrolments:
                 key = application.key_fingerprint
                 if application.request.csr is not None:
                     keys.check_key(tx, tenant_id, key, device.id)
-                store_enrolment.update_enrolment(tx, tenant_id, known.id, key_fingerprint=key)
+                values = application.credential.identity_of(key)
+                store_enrolment.update_enrolment(tx, tenant_id, known.id, **values)
         return Waiting(device.id)
 
 

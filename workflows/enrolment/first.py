@@ -87,6 +87,7 @@ class FirstEnrolments:
             created_at=now,
             decided_at=None if issued is None else now,
             certificate_id=certificate_id,
+            serial_hash=credential.serial_hash,
         )
         if issued is None:
             key = application.key_fingerprint

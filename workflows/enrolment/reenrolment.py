@@ -49,6 +49,8 @@ class Reenrolments:
     ) -> Enrolled | Waiting:
         """Return the same certificate for the same key. A device with another key waits for an operator.
 
+        One that its token knows by its serial number gets a certificate in place of the others, if the token says so.
+
         Raises ``EnrolmentRefused``, ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
         """
         has_csr = application.request.csr is not None
@@ -61,7 +63,10 @@ class Reenrolments:
                 # If the last answer was held back because of the broker, one with another key would be, too.
                 self._reconciler.wait_until_granted(device.generation)
                 return self._replace(application, known, approved=False)
-        if application.credential.manufacturer_id is None:
+        by_serial = known.identity != application.credential.identity  # which only a token's may differ from
+        if by_serial and application.credential.replaces_at_once:
+            return self._replace(application, known, approved=False)
+        if application.credential.manufacturer_id is None and not by_serial:
             raise StateConflict(
                 "The device has enrolled, and the certificate has expired, was renewed, or is not for this key; make a"
                 " new key, and ask an operator for another enrolment token."
@@ -83,7 +88,8 @@ class Reenrolments:
         if asked is None or asked.key_fingerprint != key:
             now = self._clock()
             with self._database.transaction() as tx:
-                credential.lock(tx)
+                if (token := credential.lock(tx)) is not None:
+                    check_token(token, now)
                 if application.request.csr is not None:
                     keys.check_key(tx, credential.tenant_id, key, known.device_id)
                 enrolment.add_reenrolment(tx, credential.tenant_id, known.id, key_fingerprint=key, asked_at=now)
@@ -102,7 +108,9 @@ class Reenrolments:
         issued = application.issue(self._credentials, known.device_id, now)
 
         def record(tx: Connection) -> int:
-            device = self._check_replaceable(tx, credential, known, now)
+            device = self._check_replaceable(tx, credential, known, now, approved=approved)
+            if application.request.csr is not None:
+                keys.check_key(tx, credential.tenant_id, key, known.device_id)
             if approved:
                 enrolment.use_reenrolment(tx, credential.tenant_id, known.id, key)
             elif credential.find_enrolment(tx) != known:
@@ -116,7 +124,7 @@ class Reenrolments:
                 detail=application.audit_detail(),
             )
             certificate_id = record_issuances(tx, application.actor, [issuance], now=now)[0]
-            values = {"key_fingerprint": key, "certificate_id": certificate_id}
+            values = {**credential.identity_of(key), "certificate_id": certificate_id}
             enrolment.update_enrolment(tx, credential.tenant_id, known.id, **values)
             return generation
 
@@ -125,13 +133,13 @@ class Reenrolments:
         return Enrolled(known.device_id, issued.der, generation, issued.key)
 
     def _check_replaceable(
-        self, tx: Connection, credential: EnrolmentCredential, known: EnrolmentRecord, now: datetime
+        self, tx: Connection, credential: EnrolmentCredential, known: EnrolmentRecord, now: datetime, *, approved: bool
     ) -> DeviceRecord:
         """Return the device, locked, with its token or manufacturer, if it may be given another certificate now."""
         device = db.get_device(tx, credential.tenant_id, known.device_id, for_update=True)
         token = credential.lock(tx)
         if token is not None:
-            check_token(token, now)
+            check_token(token, None if approved else now)
         if device.status is not DeviceStatus.ACTIVE:
             raise EnrolmentRefused("The device has been revoked or suspended by an operator.")
         since = now - timedelta(days=1)

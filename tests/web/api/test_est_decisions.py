@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.support.est import Device, certificates_of, csr_der, device, key_and_certificate, new_key, refused, token
-from tests.support.harness import Api
+from tests.support.harness import Api, Clock
 
 
 def test_a_repeat_after_a_lost_answer_uses_no_second_place(api: Api) -> None:
@@ -19,12 +20,96 @@ def test_a_repeat_after_a_lost_answer_uses_no_second_place(api: Api) -> None:
 
 def test_concurrent_devices_are_counted_once_each(api: Api) -> None:
     secret, keys = token(api, count=2), [new_key(), new_key()]
-    requests = [csr_der(key) for key in keys] * 2
+    requests = [csr_der(key, f"serial-{number}") for number, key in enumerate(keys)] * 2
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda request: Device(api, secret).enrol(request), requests))
     assert [answer.status_code for answer in answers] == [200] * 4
     assert len(api.get("/devices").json["devices"]) == 2
     assert api.get("/enrolment-tokens").json["enrolment_tokens"][0]["uses"] == 2
+
+
+# --- A unit that is flashed twice ---------------------------------------------------------------------------------
+
+
+def fleet(api: Api) -> list[tuple[str, str]]:
+    return [(device["name"], device["status"]) for device in api.get("/devices").json["devices"]]
+
+
+def uses(api: Api) -> int:
+    return int(api.get("/enrolment-tokens").json["enrolment_tokens"][0]["uses"])
+
+
+def test_a_unit_flashed_twice_is_one_device_once_an_operator_has_seen_its_new_key(api: Api) -> None:
+    one = device(api, count=9)
+    [before] = certificates_of(one.enrol(csr_der(None, "SN-1")))
+    certificates_of(one.enrol(csr_der(None, "SN-2")))
+    request = csr_der(None, "SN-1")
+    assert [one.enrol(request).status_code for _ in range(2)] == [202, 202]
+    assert sorted(fleet(api)) == [("SN-1", "active"), ("SN-2", "active")]
+    [waits] = api.get("/enrolments").json["enrolments"]
+    assert (before.subject.rfc4514_string(), waits["again"]) == (f"CN={waits['device_id']}", True)
+    api.post(f"/devices/{waits['device_id']}/approve", {"key_fingerprint": waits["key_fingerprint"]})
+    [after] = certificates_of(one.enrol(request))
+    assert certificates_of(one.enrol(request)) == [after]
+    assert (after.subject, after == before) == (before.subject, False)
+    found = api.get(f"/devices/{waits['device_id']}/certificates").json["certificates"]
+    assert [(item["status"], item["revocation_reason"]) for item in found] == [
+        ("active", None),
+        ("revoked", "superseded"),
+    ]
+    assert uses(api) == 2
+    assert one.enrol(csr_der(None, "SN-1")).status_code == 202  # a third key is another question
+
+
+def test_a_unit_flashed_twice_is_one_device_at_once_if_its_token_says_so(api: Api) -> None:
+    one = device(api, count=9, repeated_serial="same_device")
+    requests = [csr_der(None, "SN-1") for _ in range(2)]
+    [before], [after] = (certificates_of(one.enrol(request)) for request in requests)
+    assert (after.subject, after == before) == (before.subject, False)
+    assert certificates_of(one.enrol(requests[1])) == [after]
+    assert (fleet(api), uses(api)) == ([("SN-1", "active")], 1)
+    assert api.get("/audit?action=device:enrol_again").json["entries"]
+
+
+def test_a_token_that_needs_approval_gives_nobody_another_s_place_at_once(api: Api) -> None:
+    one, request = device(api, count=9, repeated_serial="same_device", approval="operator"), csr_der(None, "SN-1")
+    one.enrol(request)
+    [waits] = api.get("/enrolments").json["enrolments"]
+    api.post(f"/devices/{waits['device_id']}/approve")
+    certificates_of(one.enrol(request))
+    assert one.enrol(csr_der(None, "SN-1")).status_code == 202
+
+
+def test_a_revoked_unit_does_not_come_back_by_being_flashed(api: Api) -> None:
+    one = device(api, count=9, repeated_serial="same_device")
+    [certificate] = certificates_of(one.enrol(csr_der(None, "SN-1")))
+    api.post(f"/revoke/{certificate.subject.rfc4514_string()[3:]}", {})
+    assert "revoked" in refused(one.enrol(csr_der(None, "SN-1")), 403)
+
+
+@pytest.mark.parametrize(("setting", "serial"), [("new_device", "SN-1"), ("operator", "")])
+def test_units_without_serial_numbers_of_their_own_are_new_devices(api: Api, setting: str, serial: str) -> None:
+    one = device(api, count=2, repeated_serial=setting)
+    for _ in range(2):
+        certificates_of(one.enrol(csr_der(None, serial)))
+    assert len(fleet(api)) == 2
+
+
+def test_units_flashed_twice_at_once_are_one_device(api: Api) -> None:
+    secret = token(api, count=9, repeated_serial="same_device")
+    with ThreadPoolExecutor(3) as pool:
+        requests = [csr_der(None, "SN-1") for _ in range(3)]
+        answers = list(pool.map(lambda request: Device(api, secret).enrol(request), requests))
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    assert (fleet(api), uses(api)) == ([("SN-1", "active")], 1)
+
+
+def test_a_token_that_has_expired_replaces_nothing(api: Api, clock: Clock) -> None:
+    for setting in ("same_device", "operator"):
+        one = device(api, count=9, repeated_serial=setting)
+        certificates_of(one.enrol(csr_der(None, "SN-1")))
+        clock.advance(hours=25)
+        assert "expired" in refused(one.enrol(csr_der(None, "SN-1")), 403)
 
 
 def test_a_device_waits_until_an_operator_approves_it(api: Api) -> None:
