@@ -4,6 +4,7 @@
 #include "guard.h"
 #include "kicks.h"
 #include "log.h"
+#include "openssl.h"
 #include "portal.h"
 #include "presence.h"
 #include "verdict.h"
@@ -15,6 +16,7 @@
 #define PLUGIN_API 5
 #define LOOK_MILLISECONDS 50   /* the broker ticks each time that something happens; the journal is looked at less often */
 #define TICK_MILLISECONDS 100
+#define HEADROOM_BYTES (16 << 20)
 #define SILENT_MILLISECONDS 1000 /* without a tick, after which a check looks at the journal itself */
 
 /* When the next tick is wanted: a member that 2.0 does not heed, and that 2.1 has renamed, in milliseconds. */
@@ -78,6 +80,29 @@ static void tell_state(bool good, const char *what)
 
 /* --- Events ----------------------------------------------------------------------------------------------------- */
 
+/* Say whether the broker has room for another retained message below its memory_limit, which it would not let grow, but
+ * from which it could not start again: its database takes 1 % more to be read than it takes in memory. */
+static bool has_headroom(void)
+{
+    void *room = mosquitto_malloc(HEADROOM_BYTES);
+
+    mosquitto_free(room);
+    return room != NULL;
+}
+
+/* Say whether this is a live device's retained message; the sender of one that is kept is asked about in the same way. */
+static bool is_retained_by_device(const struct mosquitto_evt_acl_check *check)
+{
+    void *x509;
+
+    if (check->access != MOSQ_ACL_WRITE || !check->retain || check->payloadlen == 0) {
+        return false;
+    }
+    x509 = mosquitto_client_certificate(check->client);
+    X509_free(x509);
+    return x509 != NULL;
+}
+
 static int on_acl_check(int event, void *data, void *user)
 {
     struct mosquitto_evt_acl_check *check = data;
@@ -96,6 +121,10 @@ static int on_acl_check(int event, void *data, void *user)
     (void)look_after(SILENT_MILLISECONDS); /* the broker is slow, or set up so that it never ticks */
     switch (verdict_of(check->client, check->access, check->topic)) {
     case GRANTED:
+        if (is_retained_by_device(check) && !has_headroom()) {
+            log_refusal("A retained message to %s is refused: hardly any memory is left below memory_limit.", check->topic);
+            return MOSQ_ERR_ACL_DENIED;
+        }
         return MOSQ_ERR_SUCCESS;
     case NOT_OURS:
         return MOSQ_ERR_PLUGIN_DEFER;

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import ssl
 
 import pytest
 
 from tests.support.guard import (
+    DELIVERED,
     GuardedBroker,
+    guarded_broker,
     hash_of,
     is_admitted,
     may_publish,
     may_subscribe,
     serial_line,
 )
+from tests.support.mosquitto import CONFIGURATION
 from tests.support.mqtt import MqttClient, Will, connect_tls
 
 pytest_plugins = ("tests.support.guard_fixtures",)
@@ -131,6 +135,30 @@ def test_the_portal_clears_the_retained_messages_of_denied_devices_and_no_others
         assert reader.receive().topic == f"devices/{other}/state"
         reader.ping()
         assert reader.messages == []
+
+
+def test_one_device_cannot_fill_the_brokers_memory_nor_keep_it_from_starting() -> None:
+    largest = re.search(r"^max_packet_size .*$", CONFIGURATION.read_text(), re.MULTILINE)
+    assert largest is not None
+    with guarded_broker(f"memory_limit {32 << 20}\n{largest[0]}") as broker:
+        (identity, credentials), (other, other_credentials) = broker.admit(), broker.admit()
+        with broker.device(credentials) as device, pytest.raises((ConnectionError, ssl.SSLError)):
+            device.publish(f"devices/{identity}/x", bytes(1_000_000), retain=True)
+        with broker.device(credentials) as device, broker.device(other_credentials) as others:
+            topics = (f"devices/{identity}/{number}" for number in range(300))
+            kept = sum(device.publish(topic, bytes(250_000), retain=True) in DELIVERED for topic in topics)
+            assert 32 <= kept <= 67
+            assert may_publish(device, f"devices/{identity}/x")  # others, and what is not kept, are taken
+            assert may_publish(others, f"devices/{other}/x")
+            assert may_subscribe(others, f"devices/{other}/#")
+        broker.terminate()
+        broker.start()
+        assert is_admitted(broker, identity, credentials)
+        broker.tell(f"deny {identity}")
+        with broker.portal(client_id=identity) as portal:
+            assert may_subscribe(portal, f"devices/{identity}/#")
+        with broker.device(other_credentials) as others:
+            assert others.publish(f"devices/{other}/x", retain=True) in DELIVERED
 
 
 # --- Serial numbers ---------------------------------------------------------------------------------------------------
