@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from commands.access import login, logout, token
+from commands.applications import application
 from commands.audit import audit
 from commands.connection import ConnectionOptions
 from commands.context import CONNECTION, VERSION, connection_options
@@ -40,6 +41,7 @@ SECTIONS = {
         certificates,
     ),
     "Credentials": (download, unpack_command),
+    "Applications": (application,),
     "Enrolment": (enrolment, manufacturer, expect, waiting, approve, reject),
     "Access": (login, logout, token),
     "Operation": (status, ca, audit, webhook, completion),

@@ -178,12 +178,13 @@ def _renewable(row: Mapping[str, Any]) -> Cell:
 def show(portal: Remote, device_id: str) -> None:
     """Show a device: certificate, broker state, topics."""
     device = portal.client.get(f"/devices/{device_id}")
-    _show(portal, device)
+    show_client(portal, device)
 
 
-def _show(portal: Remote, device: dict[str, Any], *, done: str = "") -> None:
-    fields: dict[str, Cell] = {"device_id": text(device.get("device_id"))}
-    shown_below = {"device_id", "certificate", "topics", "metadata", "connection"}
+def show_client(portal: Remote, device: dict[str, Any], *, done: str = "", about: str = "device_id") -> None:
+    """Show a device, or an application; ``about`` is the name of its id."""
+    fields: dict[str, Cell] = {about: text(device.get(about))}
+    shown_below = {about, "certificate", "topics", "metadata", "connection"}
     for name, value in device.items():
         if name not in shown_below:
             fields[name] = _value(name, value, device)
@@ -258,7 +259,7 @@ def update(
     if not changes:
         raise click.UsageError("Nothing to change: use at least one of --name, --type, --location, --firmware, …")
     device = portal.client.call("PATCH", f"/devices/{device_id}", body=changes).json()
-    _show(portal, device, done=f"Changed {', '.join(changes)} of {device.get('name') or device_id}")
+    show_client(portal, device, done=f"Changed {', '.join(changes)} of {device.get('name') or device_id}")
 
 
 @command("certificates", examples=["portal certificates 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])

@@ -28,8 +28,8 @@ def suspend(portal: Remote, device_id: str) -> None:
     """
     with portal.out.working("Suspending; waiting for the broker…"):
         answer = portal.client.call("POST", f"/devices/{device_id}/suspend").json()
-    _show(portal, f"Suspended {device_id}", answer, "suspended_at")
-    _say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate until resumed.")
+    show_outcome(portal, f"Suspended {device_id}", answer, "suspended_at")
+    say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate until resumed.")
 
 
 @command("resume", examples=["portal resume 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
@@ -38,7 +38,7 @@ def resume(portal: Remote, device_id: str) -> None:
     """Resume a suspended device with its existing certificate."""
     with portal.out.working("Resuming; waiting for the broker…"):
         answer = portal.client.call("POST", f"/devices/{device_id}/resume").json()
-    _show(portal, f"Resumed {device_id}", answer)
+    show_outcome(portal, f"Resumed {device_id}", answer)
     if answer.get("broker_problem"):
         portal.out.warning(str(answer["broker_problem"]))
     if answer.get("broker") != "enforced":
@@ -60,39 +60,41 @@ def revoke(portal: Remote, device_id: str, reason: str | None, yes: bool) -> Non
 
     Its certificate is revoked and its broker session is disconnected. This cannot be undone.
     """
-    name = "" if yes else _confirmed(portal, device_id)
+    name = "" if yes else confirmed(portal, f"/devices/{device_id}")
     with portal.out.working("Revoking; waiting for the broker…"):
         answer = portal.client.call("POST", f"/revoke/{device_id}", body={"reason": reason} if reason else {}).json()
-    _show(portal, f"Revoked {name or device_id}", answer, "revoked_at", "reason")
-    _say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate.")
+    show_outcome(portal, f"Revoked {name or device_id}", answer, "revoked_at", "reason")
+    say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate.")
 
 
-def _confirmed(portal: Remote, device_id: str) -> str:
-    """Ask whether to revoke a device, unless it is revoked; returns its name."""
+def confirmed(portal: Remote, path: str, *, kind: str = "device") -> str:
+    """Ask whether to revoke the device, or other client, at ``path``, unless it is revoked; returns its name."""
     require_confirmable()
-    device = portal.client.get(f"/devices/{device_id}")
-    name = str(device.get("name") or "")
-    if device.get("status") != "revoked":
-        portal.out.question({"Name": text(name), "Id": text(device_id)})
-        confirm("Revoke this device? This cannot be undone.", yes=False)
+    client = portal.client.get(path)
+    name = str(client.get("name") or "")
+    if client.get("status") != "revoked":
+        portal.out.question({"Name": text(name), "Id": text(path.rpartition("/")[2])})
+        confirm(f"Revoke this {kind}? This cannot be undone.", yes=False)
     return name
 
 
-def _show(portal: Remote, done: str, answer: dict[str, Any], *more: str) -> None:
-    fields = {"device_id": text(answer.get("device_id")), "status": status_of(answer)}
+def show_outcome(portal: Remote, done: str, answer: dict[str, Any], *more: str, about: str = "device_id") -> None:
+    """Show the answer to a change that the broker has to obey, with the fields ``more``."""
+    fields = {about: text(answer.get(about)), "status": status_of(answer)}
     for name in more:
         value = answer.get(name)
         fields[name] = moment(value) if name.endswith("_at") else text(value)
     portal.out.result(answer, fields | {"broker": state(answer.get("broker"))}, done=done)
 
 
-def _say_whether_enforced(portal: Remote, answer: dict[str, Any], enforced: str) -> None:
+def say_whether_enforced(portal: Remote, answer: dict[str, Any], enforced: str, *, kind: str = "device") -> None:
+    """Say ``enforced``, or warn that a device, or other client, may still be connected."""
     if answer.get("broker") == "enforced":
         portal.out.note(enforced)
         return
     if answer.get("broker_problem"):
         portal.out.warning(str(answer["broker_problem"]))
     portal.out.warning(
-        "THE BROKER DOES NOT ENFORCE THIS YET: the device may still be connected. "
+        f"THE BROKER DOES NOT ENFORCE THIS YET: the {kind} may still be connected. "
         "The portal keeps trying; for the cause, see: portal status"
     )

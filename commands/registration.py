@@ -53,12 +53,17 @@ _DER_SEQUENCE = b"\x30"
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A request to the portal that issues a certificate, and the words that describe its progress."""
+    """A request to the portal that issues a certificate, and the words that describe its progress.
+
+    ``about`` is the name of the id in the answer, ``show`` the command that shows what has that id.
+    """
 
     path: str
     doing: str
     done: str
     is_done: str
+    about: str = "device_id"
+    show: str = "portal show"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class DeliveryOptions:
     idempotency_key: str | None
 
 
-# The options that ``register`` and ``renew`` share; ``_issue`` reads them.
+# The options that that ask for a certificate share; ``issue`` reads them.
 issuing_options = option_group(
     click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of key.  [default: the portal's]"),
     click.option("--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity in days."),
@@ -119,7 +124,7 @@ def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ..
     """
     given = {"metadata": metadata_from(metadata), "topics": topics_from(topics)}
     options |= {field: value for field, value in given.items() if value}
-    _issue(portal, Operation("/register", "Registering…", "Registered", "is registered"), options)
+    issue(portal, Operation("/register", "Registering…", "Registered", "is registered"), options)
 
 
 @command(
@@ -146,10 +151,10 @@ def renew(portal: Remote, /, device_id: str, when_used: bool, **options: Any) ->
     device's own CSR. The old certificate is revoked when the overlap ends, after 24 hours by default.
     """
     options["revoke_previous"] = "when_used" if when_used else None
-    _issue(portal, Operation(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed"), options)
+    issue(portal, Operation(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed"), options)
 
 
-def _issue(portal: Remote, operation: Operation, options: dict[str, Any]) -> None:
+def issue(portal: Remote, operation: Operation, options: dict[str, Any]) -> None:
     """Send the request and deliver what the portal issues: a bundle, or a certificate for a CSR."""
     delivery = DeliveryOptions(**{name: options.pop(name) for name in DeliveryOptions.__dataclass_fields__})
     body = {field: value for field, value in options.items() if value is not None}
@@ -175,7 +180,7 @@ def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], de
         check_secret_seen(delivery.password_out, "--password-out", "bundle password", out=portal.out)
     with _targets(delivery, FILES) as (folder, password_file):
         answer = _post(portal, operation, body, delivery.idempotency_key)
-        require(answer, "device_id", "download_url")
+        require(answer, operation.about, "download_url")
         # A chosen password is known to the caller, so it is not shown again.
         password = str(answer.pop("bundle_password", None) or "")
         if password_file is not None:
@@ -183,7 +188,7 @@ def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], de
             password_file.write(password)
         if folder is not None:
             keep_password = chosen is None and password_file is None
-            with _undelivered(portal, operation, answer["device_id"], password if keep_password else "", folder):
+            with _undelivered(portal, operation, answer[operation.about], password if keep_password else "", folder):
                 answer["files"] = _unpack(portal, answer, chosen or password, folder)
     shown = "" if chosen is not None or folder or password_file else password
     _show(portal, operation, answer, shown, delivery.password_out)
@@ -222,7 +227,7 @@ def _issue_for_csr(
     body["csr"] = own.pem
     with _targets(delivery, CERTIFICATE_FILES) as (folder, _):
         answer = _post(portal, operation, body, delivery.idempotency_key)
-        require(answer, "device_id", "certificate", "chain")
+        require(answer, operation.about, "certificate", "chain")
         certificate, chain = answer["certificate"], answer["chain"]
         if not chain.strip().startswith(certificate.strip()):
             chain = f"{certificate.rstrip()}\n{chain}"
@@ -270,7 +275,11 @@ def _post(portal: Remote, operation: Operation, body: dict[str, Any], key: str |
 
 def _done(operation: Operation, answer: dict[str, Any]) -> str:
     name = answer.get("name")
-    return f"{operation.done} {name} as {answer['device_id']}" if name else f"{operation.done} {answer['device_id']}"
+    return (
+        f"{operation.done} {name} as {answer[operation.about]}"
+        if name
+        else f"{operation.done} {answer[operation.about]}"
+    )
 
 
 def _show(
@@ -283,10 +292,10 @@ def _show(
     out.done(_done(operation, answer))
     if files:
         show_files(portal, files)
-        out.next_step(f"portal show {answer['device_id']}")
+        out.next_step(f"{operation.show} {answer[operation.about]}")
         return
     fields = {
-        "device_id": text(answer["device_id"]),
+        operation.about: text(answer[operation.about]),
         "fingerprint": text(answer.get("fingerprint")),
         "expires_at": moment(answer.get("expires_at"), expiry=True),
     }

@@ -32,6 +32,14 @@ EVENTS = (
     "broker_enforced",
     "broker_restart",
     "link_reused",
+    "application_registered",
+    "application_renewed",
+    "application_expiring",
+    "application_revoked",
+    "application_delivered",
+    "application_link_reused",
+    "application_broker_pending",
+    "application_broker_enforced",
 )
 
 

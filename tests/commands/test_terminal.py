@@ -27,7 +27,14 @@ pytest_plugins = ("tests.support.cli_fixtures",)
 SHORT_ID = "1e66977361d81fe2"
 DEVICE_ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
-GROUPS = ("audit", "enrolment", "manufacturer", "token", "webhook")  # commands that are named by two words
+GROUPS = (
+    "application",
+    "audit",
+    "enrolment",
+    "manufacturer",
+    "token",
+    "webhook",
+)  # commands that are named by two words
 DEADLINE = 20.0  # seconds; only a test that fails takes so long
 
 
@@ -114,6 +121,8 @@ EMPTY_LISTS = {  # what each command that prints a table asks for, and says wher
     "list": ("/devices", "devices", "No devices yet."),
     "list --type pump": ("/devices", "devices", "No matching devices."),
     "expiring": ("/devices", "devices", "expires that soon."),
+    "application list": ("/applications", "applications", "No applications yet."),
+    "application list --q x": ("/applications", "applications", "No matching applications."),
     f"certificates {DEVICE_ID}": (f"/devices/{DEVICE_ID}/certificates", "certificates", "has no certificates."),
     "enrolment list": ("/enrolment-tokens", "enrolment_tokens", "No enrolment tokens yet."),
     "manufacturer list": ("/manufacturers", "manufacturers", "No manufacturers yet."),
@@ -146,6 +155,7 @@ def test_an_empty_list_is_a_sentence(session: Session, stub: PortalStub, command
 
 ROW = {  # a row of any list
     "device_id": DEVICE_ID,
+    "application_id": DEVICE_ID,
     "name": "pump",
     "serial_number": "0a1b",
     **dict.fromkeys(("token_id", "enrolment_token_id", "manufacturer_id", "webhook_id"), SHORT_ID),
@@ -182,6 +192,7 @@ def test_a_column_that_must_be_whole_is_not_cut_by_a_long_one_before_it(session:
 
 
 DONE = {"device_id": DEVICE_ID, "status": "active", "broker": "enforced"}
+APPLICATION = {"application_id": DEVICE_ID, "status": "active", "broker": "enforced"}
 MANUFACTURER = {"manufacturer_id": SHORT_ID, "name": "acme", "nonce": "n", "status": "pending"}
 COMMANDS: dict[
     str, tuple[str, str, dict[str, Any] | bytes] | None
@@ -195,6 +206,19 @@ COMMANDS: dict[
         "POST",
         f"/devices/{DEVICE_ID}/renew",
         DONE | {"download_url": "https://example.com/download/x", "bundle_password": "p"},
+    ),
+    f"application show {DEVICE_ID}": ("GET", f"/applications/{DEVICE_ID}", APPLICATION),
+    f"application update {DEVICE_ID} --topic devices/#:read": ("PATCH", f"/applications/{DEVICE_ID}", APPLICATION),
+    f"application revoke {DEVICE_ID} --yes": ("DELETE", f"/applications/{DEVICE_ID}", APPLICATION),
+    "application add x --topic devices/#:read --password-out {new}": (
+        "POST",
+        "/applications",
+        APPLICATION | {"download_url": "https://example.com/download/x", "bundle_password": "p"},
+    ),
+    f"application renew {DEVICE_ID} --password-out {{new}}": (
+        "POST",
+        f"/applications/{DEVICE_ID}/renew",
+        APPLICATION | {"download_url": "https://example.com/download/x", "bundle_password": "p"},
     ),
     "register x --type t --location l --firmware 1 --password-out {new}": None,
     "import {file} --dry-run": None,

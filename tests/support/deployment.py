@@ -212,10 +212,17 @@ class Deployment:
         answer = json.loads(done.stdout)
         return Onboarded(answer["device_id"], out, self.mqtt_port)
 
+    def add_application(self, name: str, *topics: str, out: Path | None = None) -> Onboarded:
+        """Register an application through the CLI, with topics such as ``devices/#:read``."""
+        out = out or self.folder / f"application-{time.monotonic_ns()}"
+        options = [word for topic in topics for word in ("--topic", topic)]
+        done = self.cli("application", "add", name, *options, "--out", str(out), "--json")
+        return Onboarded(json.loads(done.stdout)["application_id"], out, self.mqtt_port)
+
 
 @dataclass(frozen=True, slots=True)
 class Onboarded:
-    """A device with its credentials in a folder."""
+    """A device, or an application, with its credentials in a folder."""
 
     id: str
     folder: Path

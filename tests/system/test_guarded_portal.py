@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +24,7 @@ from broker.guard.journal import read_position
 from config import Settings
 from operations.wiring import utc_now
 from tests.support.crash import Victim
-from tests.support.deployment import Client, Deployment, Onboarded, deployed, examine, wait_until
+from tests.support.deployment import ROOT, SECONDS, Client, Deployment, Onboarded, deployed, examine, wait_until
 from tests.support.guard_stub import journal_lines
 from tests.support.harness import csr_pem
 from tests.support.mosquitto import Mosquitto
@@ -253,6 +256,79 @@ def test_retained_messages_are_cleared_on_revocation_and_kept_on_suspension(shar
     assert is_kept(shared, said)
     revoke(shared, device.id)
     assert not is_kept(shared, said)
+
+
+# --- Applications --------------------------------------------------------------------------------------------------
+
+
+def test_two_consumers_of_a_shared_subscription_lose_nothing_to_a_device_that_tries_to_join(shared: Deployment) -> None:
+    group = "$share/store/devices/+/telemetry"
+    consumers = [shared.add_application(f"consumer-{number}", "devices/+/telemetry:read").client() for number in (1, 2)]
+    assert [consumer.subscribe(group) for consumer in consumers] == ["Granted QoS 1"] * 2
+    device, thief = shared.onboard(), shared.onboard("thief").client()
+    speaker = device.client()
+    for number in range(40):
+        if number % 10 == 0:
+            for pattern in (group, "devices/+/telemetry", "$share/store/devices/#"):
+                thief.subscribe(pattern)
+        assert speaker.publish(f"devices/{device.id}/telemetry", str(number).encode()) == "Success"
+    assert thief.subscribe(group) == REFUSED
+    wait_until(lambda: sum(consumer.messages.qsize() for consumer in consumers) >= 40)
+    taken = [[int(payload) for _, payload in list(consumer.messages.queue)] for consumer in consumers]
+    assert sorted(taken[0] + taken[1]) == list(range(40))
+    assert all(taken)
+    assert thief.messages.empty()
+    for client in (*consumers, thief, speaker):
+        client.close()
+
+
+def test_an_application_does_what_its_topics_say_until_they_are_taken_away_and_nothing_once_revoked(
+    shared: Deployment,
+) -> None:
+    device = shared.onboard()
+    application = shared.add_application("control", "devices/+/telemetry:read", "devices/+/command:write")
+    speaker, client = device.client(), application.client()
+    assert client.subscribe("devices/+/telemetry") == "Granted QoS 1"
+    for pattern in ("devices/+/command", "$SYS/#", "$share/g/#", "portal/guard/#"):
+        assert client.subscribe(pattern) == REFUSED, pattern
+    assert client.publish(f"devices/{device.id}/command") in GRANTED
+    assert client.publish(f"devices/{device.id}/telemetry") == REFUSED
+    assert speaker.publish(f"devices/{device.id}/telemetry") == "Success"
+    assert client.messages.get(timeout=30) == (f"devices/{device.id}/telemetry", b"hello")
+    body = {"topics": [{"filter": "devices/+/command", "access": "write"}]}
+    answer = shared.call("PATCH", f"/applications/{application.id}", body)
+    assert answer.json()["broker"] == "applied", answer.text
+    client.wait_cut()
+    client.close()
+    client = application.client()
+    assert client.subscribe("devices/+/telemetry") == REFUSED
+    assert client.publish(f"devices/{device.id}/command") in GRANTED
+    assert shared.call("DELETE", f"/applications/{application.id}").json()["broker"] == "enforced"
+    client.wait_cut()
+    client.close()
+    speaker.close()
+    assert gets_nothing(application)
+
+
+def test_the_programs_of_the_page_about_back_ends_get_what_devices_send(shared: Deployment) -> None:
+    page = (ROOT / "docs" / "connect-your-back-end.md").read_text()
+    [program] = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    [command] = re.findall(r"^    (mosquitto_sub .*)$", page, re.MULTILINE)
+    device = shared.onboard()
+    speaker = device.client()
+    for words in (["bash", "-c", f"exec {command}"], [sys.executable, "-c", program]):
+        folder = shared.folder / f"program-{Path(words[0]).name}"
+        shared.add_application("telemetry-store", "devices/+/telemetry:read", out=folder / "back-end")
+        words[-1] = words[-1].replace("broker.example.com", "localhost").replace("8883", str(shared.mqtt_port))
+        with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+            end = threading.Timer(SECONDS, process.kill)
+            end.start()
+            wait_until(lambda: speaker.publish(f"devices/{device.id}/telemetry") == "Success")  # somebody has it
+            assert process.stdout is not None
+            assert any(f"devices/{device.id}/telemetry" in line and "hello" in line for line in process.stdout)
+            process.kill()
+            end.cancel()
+    speaker.close()
 
 
 # --- Nothing is read again -----------------------------------------------------------------------------------------
