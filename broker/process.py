@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -20,12 +21,17 @@ _MAX_LOGGED_BYTES = 2000
 def signal_broker(pid_file: Path, listening: int) -> None:
     """Send SIGHUP to the broker named in ``pid_file``; raise ``BrokerUnavailable`` unless it is certainly the broker.
 
-    ``listening`` is the process that answers on the internal listener. Call this only once it has answered: SIGHUP
-    kills a broker that is still starting. The process is held by a descriptor while it is examined, so a pid that was
-    reused by another process meanwhile is never signalled.
+    ``listening`` is the process that answers on the internal listener, 0 if it is not visible here. Call this only once
+    it has answered: SIGHUP kills a broker that is still starting. The process is held by a descriptor while it is
+    examined, so a pid that was reused by another process meanwhile is never signalled.
     """
     pid = _read_pid(pid_file)
-    if listening and pid != listening:
+    if pid == 1 or not listening or (pid != listening and pid == _inner_pid(listening)):
+        raise BrokerUnavailable(
+            f"{pid_file} names process {pid}, which is the broker in a PID namespace of its own, as in a container: set"
+            " PORTAL_BROKER_RELOAD to a command that signals it there, such as docker kill -s HUP NAME."
+        )
+    if pid != listening:
         raise BrokerUnavailable(
             f"{pid_file} names process {pid}, but process {listening} answers on the broker's internal listener;"
             " make PORTAL_BROKER_PID_FILE and PORTAL_BROKER_SOCKET those of one broker."
@@ -72,6 +78,16 @@ def run_command(variable: str, command: str, deadline: float) -> None:
         )
 
 
+def _inner_pid(pid: int) -> int:
+    """Return the number of a process in its own PID namespace (proc(5), NSpid), 0 if it is not known."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    found = re.search(r"^NSpid:.*\s(\d+)$", status, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
 def _read_pid(pid_file: Path) -> int:
     try:
         with pid_file.open("rb") as file:
@@ -81,7 +97,7 @@ def _read_pid(pid_file: Path) -> int:
             f"The broker's pid file {pid_file} cannot be read: {error.strerror};"
             " start the broker, or set PORTAL_BROKER_PID_FILE or PORTAL_BROKER_RELOAD."
         ) from error
-    if not text.isdigit() or not 1 < int(text) < 1 << 31:
+    if not text.isdigit() or not 1 <= int(text) < 1 << 31:
         raise BrokerUnavailable(
             f"The broker's pid file {pid_file} does not contain a process id; start the broker again."
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from broker import process
 from broker.crl import Trust, validate_crl
 from broker.files.acl import Acl
 from broker.files.control import BrokerFiles, Projection
@@ -405,21 +406,42 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_pid_file_of_another_process_is_never_signalled(folder: Path, bystander: subprocess.Popen[bytes]) -> None:
     pid_file = folder / "pid"
     pid_file.write_text(f"{bystander.pid}\n")
-    for listening in (0, bystander.pid):
-        with pytest.raises(BrokerUnavailable, match="is not Mosquitto"):
-            signal_broker(pid_file, listening)
+    with pytest.raises(BrokerUnavailable, match="is not Mosquitto"):
+        signal_broker(pid_file, bystander.pid)
     with pytest.raises(BrokerUnavailable, match="answers on the broker's internal listener"):
         signal_broker(pid_file, os.getpid())
     bystander.send_signal(signal.SIGTERM)
     assert bystander.wait(5) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("content", ["", "x", "0", "1", "-1", "99999999999", "1 2", str(2**22 + 5)])
+@pytest.mark.parametrize("content", ["", "x", "0", "-1", "99999999999", "1 2", str(2**22 + 5)])
 def test_a_pid_file_that_names_no_process_is_said(folder: Path, content: str) -> None:
     pid_file = folder / "pid"
     pid_file.write_text(content)
     with pytest.raises(BrokerUnavailable, match="start the broker"):
-        signal_broker(pid_file, 0)
+        signal_broker(pid_file, 2**22 + 5)
+
+
+@pytest.mark.parametrize(
+    ("named", "visible", "inside"),
+    [
+        pytest.param(1, True, 1, id="process 1 of a container"),
+        pytest.param(7, True, 7, id="another process of a container"),
+        pytest.param(7, False, 0, id="the portal is in a container, the broker is not"),
+    ],
+)
+def test_a_broker_in_a_pid_namespace_of_its_own_is_not_signalled_but_told(
+    folder: Path,
+    bystander: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    named: int,
+    visible: bool,
+    inside: int,
+) -> None:
+    monkeypatch.setattr(process, "_inner_pid", lambda pid: inside if pid == bystander.pid else 0)
+    (folder / "pid").write_text(f"{named}\n")
+    with pytest.raises(BrokerUnavailable, match=r"PID namespace of its own.*PORTAL_BROKER_RELOAD"):
+        signal_broker(folder / "pid", bystander.pid if visible else 0)
 
 
 def test_a_missing_pid_file_is_said(folder: Path) -> None:
