@@ -211,8 +211,9 @@ class GuardDraft(GuardAccess):
         self._urgent = self._urgent or is_probe
 
     def puts_off_crls(self, ca: bytes) -> bool:
-        """Return whether the guard can do without new CRLs; see ``broker.control.Draft``."""
-        return not self._urgent and isinstance(self._journal, JournalAppend) and self._control.told(ca)
+        """Return whether the guard can do without new CRLs, and no file needs to be repaired; see ``Draft``."""
+        control = self._control
+        return not self._urgent and isinstance(self._journal, JournalAppend) and control.told(ca) and control.is_whole()
 
     def install(self, generation: int, trust: Trust | None) -> bool:
         """Append it to the journal, or replace that; see ``broker.control.Draft``."""
@@ -271,6 +272,10 @@ class GuardControl:
         """Return whether the guard knows all CAs of ``ca`` (PEM), and the portal's password."""
         stated = self.files.stated()
         return self._issuers(ca) <= {*stated.get("issuers", ())} and stated.get("portal") == self._password_hash()
+
+    def is_whole(self) -> bool:
+        """Return whether the files for the broker are as they were written, with CRLs that are current."""
+        return not self.files.damage()
 
     def _continues(self, position: Position, stated: Mapping[str, Any]) -> bool:
         begun_with = _whole(stated.get("begun_with"))

@@ -415,6 +415,19 @@ def test_what_needs_the_crl_is_not_put_off(place: Place) -> None:
     assert not place.control.draft().puts_off_crls(other.certificate.public_bytes(PEM) + place.pki.ca_bundle)
 
 
+@pytest.mark.parametrize("what", ["crl.pem", "ca.pem", "a CRL that has expired"])
+def test_a_repair_of_files_is_not_put_off(place: Place, what: str) -> None:
+    place.install()
+    place.append()
+    if what.endswith(".pem"):
+        place.settings.broker_file(what).write_bytes(b"")
+    else:
+        place.now += timedelta(days=3650)
+    draft = place.control.draft()
+    assert not draft.puts_off_crls(place.pki.ca_bundle)
+    draft.discard()
+
+
 def test_a_journal_older_than_what_was_in_force_is_not_continued(place: Place) -> None:
     place.install()
     older = place.journal.read_bytes()
