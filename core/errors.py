@@ -259,7 +259,7 @@ class LastAdminToken(Conflict):
 
 
 class GuardNeeded(Conflict):
-    """Only a broker with the guard can hold a client to such topics."""
+    """Only a broker with the guard can hold a client to such topics, or tell who is connected."""
 
     code = "guard_needed"
 

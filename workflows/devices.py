@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import db
 from config import Settings
 from core.broker_control import ControlKind
-from core.errors import BrokerUnavailable, FieldProblem, InputInvalid, PortalError
+from core.errors import BrokerUnavailable, FieldProblem, GuardNeeded, InputInvalid, PortalError
 from core.states import ClientKind, PresenceState
 from core.topics import Access, Topic, default_topics, is_device_id
 from store import certificates as store_certificates
@@ -92,8 +92,8 @@ class Inventory:
         """Return a page of devices, or applications, newest first if ``wanted`` has no other order.
 
         Where several things narrow the list, a page may hold fewer than ``limit``, or none, and lead to another.
-        Raises ``InputInvalid`` for a cursor that no page of this order gave, and if it is never known who is connected
-        but ``wanted`` asks for it, ``BrokerUnavailable`` if that is not known now.
+        Raises ``InputInvalid`` for a cursor that no page of this order gave; ``GuardNeeded`` and ``BrokerUnavailable``
+        if ``wanted`` asks who is connected, and that is never known, or not known now.
         """
         after = None if cursor is None else _read_cursor(cursor, wanted)
         contact = self._contact.read()  # first: what is read then is at least as new
@@ -146,8 +146,9 @@ class Inventory:
 
 def _not_known(settings: Settings) -> PortalError:
     if settings.broker_control is not ControlKind.GUARD:
-        sentence = "which devices are connected is known only with PORTAL_BROKER_CONTROL=guard"
-        return InputInvalid(f"Leave connected out: {sentence}.", [FieldProblem("connected", sentence)])
+        return GuardNeeded(
+            "Which devices are connected is known only with PORTAL_BROKER_CONTROL=guard; list them without that filter."
+        )
     return BrokerUnavailable(
         "It is not known which devices are connected, because the broker does not report it now; try again shortly, and"
         " see GET /readyz."

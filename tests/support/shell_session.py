@@ -63,6 +63,8 @@ MASKS = [
     (r"\b[0-9a-f]{40}\b", "<serial number>"),
     (r"\b[0-9a-f]{16}\b", "<request id>"),
     (r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d+)?)?( UTC|Z)?)?", "<time>"),
+    # The portal hears of a connection within two seconds, under the control by files never.
+    (r"(?m)(?<=<time>)  (just now|now|never|-)$", "  <seen>"),
     (r"(127\.0\.0\.1|localhost):\d{4,5}\b", r"\1:<port>"),
     # The broker refuses while the client still speaks: which of them the client sees is a matter of moments.
     (r"Error: (Protocol error|The connection was lost\.|A TLS error occurred\.)", "Error: <refused>"),

@@ -320,7 +320,7 @@ def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int) ->
     }
 
 
-@ROUTES.add("GET", "/devices", Permission.READ)
+@ROUTES.add("GET", "/devices", Permission.READ, errors=(409,))
 def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
     """List devices, newest first; with `expires_before`, those that expire soonest first, unless `sort` says else."""
     filters = DeviceFilter(

@@ -129,7 +129,7 @@ def test_under_files_nothing_is_known(make_settings: Callable[..., Settings]) ->
     portal_of(app).follower.follow()
     device_id = api.register()["device_id"]
     assert connections(api, [device_id]) == [{"connected": None, "since": None, "last_seen": None}]
-    problem = problem_of(api.get("/devices?connected=true"), 422, "invalid_input")
+    problem = problem_of(api.get("/devices?connected=true"), 409, "guard_needed")
     assert "PORTAL_BROKER_CONTROL=guard" in problem["detail"]
     portal_of(app).close()
 
