@@ -37,7 +37,7 @@ from core.failpoints import failpoint
 from core.topics import Topic, check_application_topics, check_topics, expand, is_device_id
 
 TOPIC = "portal/guard"  # below it the portal asks the guard; the answer is the reason code of PUBACK
-GUARD_VERSION = 1  # of the plugin
+GUARD_VERSION = 2  # of the plugin
 UNKNOWN_IDENTITY = "unknown"  # of a certificate of which only the serial number is known
 
 # Each CRL that the broker takes in stays in its memory until it ends, 0.2 MB for 1,000 entries, and the guard refuses

@@ -6,7 +6,7 @@
 
 #include <stdbool.h>
 
-#define GUARD_VERSION 1 /* of the protocol with the portal; raised with each change of it */
+#define GUARD_VERSION 2 /* of the protocol with the portal; raised with each change of it */
 
 /* Decide a check of the broker's for the portal's own connection. */
 bool portal_may(const struct mosquitto_evt_acl_check *check);

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from broker.guard.control import GUARD_VERSION
 from broker.guard.journal import read_position
 from core.errors import ProjectionInvalid
 
@@ -30,7 +31,7 @@ class GuardStub:
     def __init__(self, path: Path, journal: Path) -> None:
         self.journal = journal
         self.topics: list[str] = []
-        self.version = 1
+        self.version = GUARD_VERSION
         self.loaded = True  # else everything is granted, as by a broker without a plugin and without an ACL
         self.epoch = 0  # the one in force
         self.stopped = False  # whether it reads no more of the journal

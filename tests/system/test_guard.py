@@ -302,7 +302,7 @@ def test_the_portals_password_alone_makes_the_portal(operator: Operator) -> None
     assert operator.refuses("any", "portal", "guessed")
     assert operator.refuses("any", "portal")
     with operator.broker.device(operator.broker.issue("portal", operator.ca)) as device:
-        assert not may_publish(device, "portal/guard/version/1")
+        assert not may_publish(device, "portal/guard/version/2")
 
 
 def test_without_files_of_the_operators_only_devices_and_the_portal_connect(broker: GuardedBroker) -> None:
@@ -327,10 +327,10 @@ def test_the_portal_may_do_nothing_but_ask(broker: GuardedBroker) -> None:
 def test_a_device_with_a_wide_filter_does_not_reach_the_portals_topics(broker: GuardedBroker) -> None:
     _, credentials = broker.admit("rw:portal/#")
     with broker.device(credentials) as device:
-        assert not may_publish(device, "portal/guard/version/1")
+        assert not may_publish(device, "portal/guard/version/2")
         assert not may_subscribe(device, "$share/g/portal/#")
         assert may_subscribe(device, "portal/#")
-        assert broker.ask("version/1")
+        assert broker.ask("version/2")
         device.ping()
         assert device.messages == []
 
