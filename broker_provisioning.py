@@ -53,13 +53,12 @@ def add_device_acl(acl: DeviceAccess, device_id: str, topics: Sequence[Topic] | 
     acl.grant(device_id, topics)
 
 
-def remove_device_acl(acl: DeviceAccess, device_id: str, at: datetime | None = None) -> None:
-    """Deny the device everything: no block in an allow-list, a deny block in an ACL with the pattern.
+def remove_device_acl(acl: DeviceAccess, device_id: str) -> None:
+    """Take a device out: the guard denies it everything, an ACL has no block of it and leaves the rest to the CRL.
 
-    With ``at``, the current time, the deny block may be removed once it is old (``Acl.prune``). Raise ``ValueError``
-    if ``device_id`` is not a canonical UUID.
+    Raise ``ValueError`` if ``device_id`` is not a canonical UUID.
     """
-    acl.deny(device_id, at)
+    acl.deny(device_id)
 
 
 class BrokerProvisioning:
@@ -85,20 +84,13 @@ class BrokerProvisioning:
         """Begin the next generation of what the broker must enforce; see ``broker.control.Draft``."""
         return self.control.draft(enforced)
 
-    def enforce(
-        self,
-        generation: int,
-        deadline: float,
-        *,
-        reload: bool = False,
-        certificates: ProbeCertificates | None = None,
-    ) -> int:
+    def enforce(self, generation: int, deadline: float, *, certificates: ProbeCertificates | None = None) -> int:
         """Make the installed generation effective and see that it is; see ``broker.control.BrokerControl``.
 
         With ``certificates`` the broker must refuse the identity in the revoked one, if its control can ask for that.
         """
         refused = None if certificates is None else _identity_of(certificates.revoked)
-        return self.control.enforce(generation, deadline, reload=reload, refused=refused)
+        return self.control.enforce(generation, deadline, refused=refused)
 
     def disconnect(self, device_ids: Sequence[str], deadline: float, *, revoked: Container[str] = ()) -> None:
         """End the devices' sessions: connections are closed, queues and subscriptions discarded.
@@ -158,6 +150,10 @@ class BrokerProvisioning:
     def follow_presence(self, deadline: float) -> PresenceReports | None:
         """Ask the broker to report who is connected; see ``broker.control.BrokerControl``."""
         return self.control.follow_presence(deadline)
+
+    def check_resumption(self, generation: int, certificates: ProbeCertificates, deadline: float) -> None:
+        """Raise ``BrokerUnavailable`` while a device denied at ``generation`` might resume a TLS session."""
+        self.control.check_resumption(generation, lambda: self._probe.resumption(certificates.good, deadline))
 
     def reachable(self) -> bool:
         """Return whether the broker answers the portal on its internal listener within a second."""

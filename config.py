@@ -370,8 +370,12 @@ class Settings(BaseSettings):
     )
     broker_control: Annotated[ControlKind, choice(ControlKind, ControlKind)] = derived(
         lambda data: default_control(data["broker_dir"]),
-        "guard (a plugin in the broker) or files (an ACL that it reads again); if empty guard where the plugin is"
-        " installed, else as the broker folder says",
+        "guard (a plugin in the broker) or files (an ACL that it reads at its start); if empty guard where the plugin"
+        " is installed, else as the broker folder says",
+    )
+    mqtt_tls: Annotated[str, choice(("1.2", "1.3"))] = derived(
+        lambda data: "1.2" if data["broker_control"] is ControlKind.GUARD else "1.3",
+        "Oldest TLS version that the broker accepts, 1.2 or 1.3; 1.3 under files if empty, 1.2 under the guard",
     )
     broker_socket: PathSetting = derived(
         lambda data: data["broker_dir"] / "portal.sock",
@@ -381,9 +385,12 @@ class Settings(BaseSettings):
         lambda data: data["broker_dir"] / "mosquitto.pid",
         "The broker's pid file; mosquitto.pid in the broker folder if empty",
     )
-    broker_reload: Text = setting("", "Command that reloads the broker; SIGHUP by pid file if empty")
+    broker_reload: Text = setting(
+        "",
+        "Command that reloads Mosquitto 2.1 under files, no older one; SIGHUP by pid file if empty",
+    )
     broker_restart: Text = setting(
-        "", "Command that restarts the broker, which under the guard a new server certificate needs; none if empty"
+        "", "Command that restarts the broker, for what it reads at its start only; none if empty"
     )
     broker_group: Text = setting("", "Group that may read the broker's files; mosquitto if empty and permitted")
     enforce_timeout: Annotated[float, seconds(0.1, 120)] = setting("5", "Seconds a request waits for the broker")

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from typing import Protocol
 
 from broker.crl import Trust
 from broker.folder import BrokerFolder
+from broker.probe import Resumption
 from core.topics import Topic
+
+
+class RestartReason(StrEnum):
+    """Why a broker that runs has to be started again, as a clause."""
+
+    PASSWORD = "it holds an older password of the portal's"  # noqa: S105 - says so, and is none
+    NO_ACL = "it runs without its ACL"
+    TOPICS = "it does not have the topics of some devices yet"
+    SESSIONS = "TLS sessions that began before a revocation can be resumed"
+    CERTIFICATE = "it has a new server certificate"
 
 
 class DeviceAccess(Protocol):
     """What devices, and applications, may do on the broker."""
+
+    @property
+    def keeps_suspended(self) -> bool:
+        """Whether who is suspended keeps its topics, because its certificates, which are on hold, are not accepted."""
 
     def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
         """Grant ``topics``; see ``broker_provisioning.add_device_acl``."""
@@ -24,8 +40,8 @@ class DeviceAccess(Protocol):
         Where that is not allowed, or cannot be enforced, it is denied everything and is listed in ``Draft.closed``.
         """
 
-    def deny(self, device_id: str, at: datetime | None = None) -> None:
-        """Deny everything; see ``broker_provisioning.remove_device_acl``."""
+    def deny(self, device_id: str) -> None:
+        """Take in that a device is revoked; see ``broker_provisioning.remove_device_acl``."""
 
     def forget(self, device_id: str) -> None:
         """Remove a device that has no certificate, or only expired ones, so it cannot connect."""
@@ -45,7 +61,7 @@ class Draft(DeviceAccess, Protocol):
     def lists_every_device(self) -> bool:
         """Whether it has to be told of every device.
 
-        Otherwise one rule covers the devices with the default topics, and only the newest denials are listed.
+        Otherwise one rule covers the devices with the default topics.
         """
 
     @property
@@ -126,14 +142,25 @@ class BrokerControl(Protocol):
         ``enforced`` is one that the broker was seen to enforce: files of an older one are not continued.
         """
 
-    def enforce(self, generation: int, deadline: float, *, reload: bool = False, refused: str | None = None) -> int:
+    def enforce(self, generation: int, deadline: float, *, refused: str | None = None) -> int:
         """Make the installed generation effective; return the generation that is then proven to be in force.
 
-        That is ``generation``, or a newer one installed meanwhile. ``reload`` demands that what was installed is read
-        again: after a repair that kept the generation, or with a new server certificate. ``refused`` is an identity
+        That is ``generation``, or a newer one installed meanwhile, but for what ``waits``. ``refused`` is an identity
         that the broker must refuse then, as far as it can be asked. Raise ``BrokerUnavailable`` if the broker does not
-        answer or does not prove it by ``deadline`` (of ``time.monotonic``),
-        ``BrokerNotEnforcing`` if it does not enforce what the portal decides.
+        answer or does not prove it by ``deadline`` (of ``time.monotonic``), ``BrokerNotEnforcing`` if it does not
+        enforce what the portal decides.
+        """
+
+    def waits(self, deadline: float) -> RestartReason | None:
+        """Return why a part of what was installed waits for a restart of the broker, ``None`` if none does.
+
+        Raise ``BrokerUnavailable`` if the broker does not answer.
+        """
+
+    def check_resumption(self, generation: int, how: Callable[[], Resumption]) -> None:
+        """Raise ``BrokerUnavailable`` while a device denied at ``generation`` might resume a TLS session.
+
+        ``how`` looks by what the broker lets a session be resumed.
         """
 
     @property

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from broker.session import Session, remaining
@@ -63,6 +64,14 @@ class ProbeResult:
     server_certificate: bytes = b""
 
 
+class Resumption(Enum):
+    """By what a client can resume a TLS session with the broker, which then looks into no CRL."""
+
+    NONE = "nothing"
+    SESSION_IDS = "session ids of TLS 1.2, for two hours"
+    TICKETS = "tickets"
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """Either a TLS alert (0: one without a known number) or the reason code of CONNACK."""
@@ -99,8 +108,8 @@ class Probe:
         revoked = self._ask(certificates.revoked, deadline, share=0.5)
         if revoked.alert is None:
             raise BrokerNotEnforcing(
-                "The broker accepts a revoked certificate: check that its configuration names crlfile and that it"
-                " was reloaded after the file was repaired."
+                "The broker accepts a revoked certificate: check that its configuration names crlfile and capath, and"
+                " that it was restarted after a file was repaired."
             )
         if revoked.alert != CERTIFICATE_REVOKED:
             raise BrokerNotEnforcing(
@@ -118,6 +127,43 @@ class Probe:
                 " check use_identity_as_username in its configuration."
             )
         return ProbeResult(revoked.alert, revoked.seconds, good.reason, good.seconds, good.server_certificate)
+
+    def resumption(self, good: ProbeCertificate, deadline: float) -> Resumption:
+        """Look by what a client with a good certificate could resume its session; raise ``BrokerUnavailable``."""
+        found = Resumption.NONE
+        for version in (ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2):
+            context = self._new_context(good)
+            context.minimum_version = context.maximum_version = version
+            session = self._session(context, deadline)
+            if session is not None and session.has_ticket:
+                return Resumption.TICKETS
+            if session is not None and version is ssl.TLSVersion.TLSv1_2 and session.id:
+                found = Resumption.SESSION_IDS
+        return found
+
+    def _session(self, context: ssl.SSLContext, deadline: float) -> ssl.SSLSession | None:
+        """Return what the broker lets a client resume, ``None`` if it does not speak the version of TLS."""
+        try:
+            with (
+                connect(self._addresses, remaining(deadline)) as plain,
+                context.wrap_socket(plain, server_hostname=self._host) as secure,
+                Session(secure, deadline) as session,
+            ):
+                session.connect("")  # tickets come before the answer
+                return secure.session
+        except ssl.SSLError as error:
+            if error.reason == "TLSV1_ALERT_PROTOCOL_VERSION":
+                return None
+            raise BrokerUnavailable(f"The broker refuses a good certificate: {error.reason}.") from error
+        except OSError as error:
+            raise self._silent(error) from error
+
+    def _silent(self, error: OSError) -> BrokerUnavailable:
+        where = " or ".join(map(str, self._addresses))
+        return BrokerUnavailable(
+            f"The broker does not answer at {where}: {_said(error)}; if it is reached elsewhere from here, set"
+            " PORTAL_BROKER_PROBE_ADDRESS."
+        )
 
     def _ask_good(self, good: ProbeCertificate, deadline: float) -> _Answer:
         """Ask at once; only if that fails wait for an alert, which a broker that sends no tickets makes take long."""
@@ -152,11 +198,7 @@ class Probe:
                     if alert is None:
                         raise
         except OSError as error:
-            where = " or ".join(map(str, self._addresses))
-            raise BrokerUnavailable(
-                f"The broker does not answer at {where}: {_said(error)}; if it is reached elsewhere from here, set"
-                " PORTAL_BROKER_PROBE_ADDRESS."
-            ) from error
+            raise self._silent(error) from error
         return _Answer(alert, reason, time.monotonic() - started, shown_by_broker)
 
     def _context(self, shown: ProbeCertificate) -> ssl.SSLContext:
@@ -168,15 +210,19 @@ class Probe:
                 known = self._contexts.get(shown)
                 if known is not None and known[0] == signature:
                     return known[1]
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-                context.minimum_version = ssl.TLSVersion.TLSv1_2
-                context.load_verify_locations(self._ca_file)
-                context.load_cert_chain(shown.certificate, shown.key)
+                context = self._new_context(shown)
                 self._contexts[shown] = (signature, context)
         except OSError as error:
             raise BrokerUnavailable(
                 f"The probe certificate {shown.certificate}, its key or {self._ca_file} cannot be read: {_said(error)}."
             ) from error
+        return context
+
+    def _new_context(self, shown: ProbeCertificate) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_verify_locations(self._ca_file)
+        context.load_cert_chain(shown.certificate, shown.key)
         return context
 
 

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 from broker.session import remaining
+from config import Settings
 from core.errors import BrokerUnavailable
 
 log = logging.getLogger("portal.broker")
@@ -52,6 +53,14 @@ def signal_broker(pid_file: Path, listening: int) -> None:
         ) from error
     finally:
         os.close(descriptor)
+
+
+def started_at(settings: Settings) -> float:
+    """Return when the broker was started, in seconds of the epoch, 0 if it does not run: it makes its socket then."""
+    try:
+        return settings.broker_socket.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def run_command(variable: str, command: str, deadline: float) -> None:

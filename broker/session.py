@@ -23,9 +23,8 @@ FAILURE = 0x80  # reason codes from here on are failures (MQTT 5.0 section 2.4)
 NOT_AUTHORISED = 0x87
 MAX_INCOMING_BYTES = 4096  # the longest packet that is read; the expected answers are much shorter
 MAX_MESSAGE_BYTES = 1 << 18  # the longest packet with a message that is read; the guard's messages have up to 200 KB
-_CONNECT, _CONNACK, _PUBLISH_QOS1, _PUBACK, _DISCONNECT = 0x10, 0x20, 0x32, 0x40, 0xE0
-_PINGREQ, _PINGRESP = 0xC0, 0xD0
-_SUBSCRIBE, _SUBACK = 0x82, 0x90
+_CONNECT, _CONNACK, _PUBLISH, _PUBLISH_QOS1, _PUBACK, _DISCONNECT = 0x10, 0x20, 0x30, 0x32, 0x40, 0xE0
+_SUBSCRIBE, _SUBACK, _PINGREQ, _PINGRESP = 0x82, 0x90, 0xC0, 0xD0
 
 
 def remaining(deadline: float) -> float:
@@ -74,6 +73,11 @@ class Session:
     ) -> None:
         self.close()
 
+    @property
+    def process(self) -> int:
+        """The process at the other end of a unix socket, 0 if it is not visible here."""
+        return peer_process(self._socket)
+
     def connect(self, client_id: str, username: str = "", password: str = "") -> int:
         """Open the session; return the reason code of CONNACK."""
         self.send_connect(client_id, username, password)
@@ -96,10 +100,27 @@ class Session:
 
     def send_publish(self, topic: str, payload: bytes = b"") -> bytes:
         """Send PUBLISH without waiting for its answer, at most 20 times at once; return the packet identifier."""
-        self._packet_id = self._packet_id % 0xFFFF + 1
-        packet_id = struct.pack(">H", self._packet_id)
+        packet_id = self._next_packet_id()
         self._send(_PUBLISH_QOS1, _text(topic) + packet_id + b"\x00" + payload)
         return packet_id
+
+    def retained(self, topic: str, then: str) -> bytes | None:
+        """Return the retained message of a topic, ``None`` if there is none, or none that may be read.
+
+        Subscribe, then publish on ``then``: the broker sends the message before it answers that.
+        """
+        self.send_subscribe(topic)
+        self.send_publish(then)
+        message = None
+        while (packet := self._receive_packet(MAX_INCOMING_BYTES))[0] != _PUBACK:
+            kind, body = packet
+            if kind & 0xF0 == _PUBLISH and len(body) > 2:
+                (length,) = struct.unpack_from(">H", body)
+                properties = body[2 + length] if len(body) > 2 + length else 0  # their length: under 128 bytes
+                message = body[3 + length + properties :]
+            elif kind != _SUBACK:
+                raise ConnectionError("the broker sent another packet than expected")
+        return message
 
     def receive_puback(self, packet_id: bytes) -> int:
         """Wait for PUBACK (section 3.4) of the message sent first; return its reason code."""
@@ -131,8 +152,7 @@ class Session:
 
     def send_subscribe(self, topic_filter: str) -> None:
         """Send SUBSCRIBE with QoS 0 (section 3.8) without waiting for its answer."""
-        self._packet_id = self._packet_id % 0xFFFF + 1
-        self._send(_SUBSCRIBE, struct.pack(">H", self._packet_id) + b"\x00" + _text(topic_filter) + b"\x00")
+        self._send(_SUBSCRIBE, self._next_packet_id() + b"\x00" + _text(topic_filter) + b"\x00")
 
     def receive_suback(self) -> int:
         """Wait for SUBACK (section 3.9) of one filter; return its reason code."""
@@ -148,6 +168,10 @@ class Session:
     def _send(self, kind: int, body: bytes) -> None:
         self._socket.settimeout(remaining(self._deadline))
         self._socket.sendall(bytes([kind]) + _variable_length(len(body)) + body)
+
+    def _next_packet_id(self) -> bytes:
+        self._packet_id = self._packet_id % 0xFFFF + 1
+        return struct.pack(">H", self._packet_id)
 
     def _receive(self, expected: int, *, shortest: int) -> bytes:
         kind, body = self._receive_packet(MAX_INCOMING_BYTES)

@@ -104,6 +104,7 @@ def _effective(settings: Settings) -> dict[str, object]:
         "PORTAL_DATA_DIR": settings.data_dir,
         "PORTAL_BROKER_DIR": settings.broker_dir,
         "PORTAL_BROKER_CONTROL": settings.broker_control,
+        "PORTAL_MQTT_TLS": settings.mqtt_tls,
         "PORTAL_BROKER_SOCKET": settings.broker_socket,
         "PORTAL_BROKER_PID_FILE": settings.broker_pid_file,
         "PORTAL_MQTT_PORT": settings.mqtt_port,

@@ -16,9 +16,8 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from broker.control import RestartReason
 from broker.folder import SERVER_CERTIFICATE_FILE
-from broker.process import run_command
-from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable, PortalError
 from core.files import FileLock
 from operations.authority import advance, renew_certificates, renew_crls, retire_unneeded
@@ -35,7 +34,6 @@ log = logging.getLogger("portal.jobs")
 LATE_SESSIONS = timedelta(seconds=100)
 EVENTS_BATCH = 500
 RESTART_AGAIN_AFTER = timedelta(hours=1)
-RESTART_SECONDS = 60.0
 QUIET = timedelta(minutes=1)  # without a change for the broker
 
 LEADER_LOCK, FOLLOWER_LOCK = ".jobs.lock", ".presence.lock"
@@ -56,6 +54,8 @@ def repair_broker(portal: Portal) -> None:
         advance(portal, "broker:repair", problems=problems)
         state = _state(portal)
     portal.memory.damage = problems
+    if not problems:
+        portal.reconciler.restart_if_due()
     if state.applied_generation < state.generation:
         portal.reconciler.apply(state.generation, timeout=portal.settings.enforce_timeout)
     if problems:
@@ -122,14 +122,13 @@ def probe_again(portal: Portal) -> None:
 
 
 def _restart_if_due(portal: Portal, served: bytes) -> None:
-    """Restart a broker under the guard that shows an older server certificate, or tell by when that has to be done.
+    """Restart a broker that shows an older server certificate, or tell by when that has to be done.
 
-    A restart keeps sessions and queues; it waits for a quiet moment. Under the control by files a reload has the broker
-    read the certificate.
+    A restart keeps sessions and queues; it waits for a quiet moment.
     """
     settings, now, last = portal.settings, portal.clock(), portal.memory.broker_restart_at
     newest = x509.load_pem_x509_certificate(settings.broker_file(SERVER_CERTIFICATE_FILE).read_bytes())
-    if settings.broker_control is not ControlKind.GUARD or served == newest.public_bytes(Encoding.DER):
+    if served == newest.public_bytes(Encoding.DER):
         return
     if last is not None and abs(now - last) < RESTART_AGAIN_AFTER:
         return
@@ -139,7 +138,7 @@ def _restart_if_due(portal: Portal, served: bytes) -> None:
     portal.memory.broker_restart_at = now
     _announce_restart(portal, shown.not_valid_after_utc)
     if settings.broker_restart:
-        run_command("PORTAL_BROKER_RESTART", settings.broker_restart, time.monotonic() + RESTART_SECONDS)
+        portal.reconciler.restarts.restart(RestartReason.CERTIFICATE)
 
 
 def _is_quiet(portal: Portal) -> bool:
@@ -251,7 +250,7 @@ JOBS = (
     Job("certificate renewal", 600.0, renew_certificates),
     Job("repair", 2.0, repair_broker),
     Job("client CAs", 10.0, lambda portal: portal.clients.write_authorities()),
-    Job("late sessions", 20.0, disconnect_again),
+    Job("late sessions", 5.0, disconnect_again),
     Job("expiry", 30.0, expire, final=True),
     Job("probe", 60.0, probe_broker),
     Job("failed probe", 2.0, probe_again),

@@ -22,14 +22,13 @@ from core.errors import Unavailable
 from core.files import replace_file
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer
-from store import audit, issuers
+from store import issuers
 from store.database import Database
 from workflows.authority.issuers import Authority, RecordedIssuer
+from workflows.authority.own import PROBE_DAYS, record_own
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.installation")
-
-PROBE_DAYS = 90
 
 
 def probe_certificates(settings: Settings) -> ProbeCertificates:
@@ -128,23 +127,7 @@ class OwnCertificates:
             if revoked:
                 generation = db.next_generation(tx, self._tenant_id, at=now)
                 issuers.touch_issuer(tx, signer.id, generation=generation)
-            db.add_certificate(
-                tx,
-                tenant_id=self._tenant_id,
-                issuer_id=signer.id,
-                purpose=purpose,
-                serial_number=issued.serial_number,
-                fingerprint=issued.fingerprint,
-                der=issued.der,
-                not_before=issued.not_before,
-                not_after=issued.not_after,
-                issued_at=now,
-                revoked_at=now if revoked else None,
-                reason="cessation_of_operation" if revoked else None,
-                generation=generation,
-            )
-            target = f"certificate:{issued.serial_number}"
-            audit.record(tx, audit.system_actor(self._tenant_id), "certificate:issue", target, at=now, purpose=purpose)
+            record_own(tx, self._tenant_id, signer, issued, purpose=purpose, now=now, generation=generation)
         return generation
 
 

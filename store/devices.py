@@ -394,3 +394,10 @@ def suspended_since(tx: Connection, tenant_id: str, device_id: str) -> datetime 
     )
     since: datetime | None = tx.execute(query).scalar_one()
     return since
+
+
+def count_active(tx: Connection, tenant_id: str) -> int:
+    """Return the number of devices that the broker must accept."""
+    active = (Device.tenant_id == tenant_id, Device.status == DeviceStatus.ACTIVE)
+    count: int = tx.execute(sa.select(sa.func.count()).select_from(Device).where(*active)).scalar_one()
+    return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -61,7 +62,6 @@ def set_applied_generation(tx: Connection, tenant_id: str, generation: int, *, a
 # --- What has changed ------------------------------------------------------------------------------------------------
 
 _DENIED = sa.text("devices.status IN ('revoked', 'suspended')")
-_ANY_GENERATION = (1 << 63) - 1
 _ON_A_CRL = sa.text("certificates.generation > 0")
 _CHANGED = sa.text("devices.generation > 0")
 _OWN_TOPICS = sa.text("devices.own_topics")
@@ -87,7 +87,7 @@ _DEVICES = (
     .order_by(Device.generation)
     .execution_options(yield_per=5000)
 )
-_DEVICES_WITH_TOPICS = _DEVICES.where(_OWN_TOPICS, Device.status == DeviceStatus.ACTIVE)
+_DEVICES_WITH_TOPICS = _DEVICES.where(_OWN_TOPICS)
 _CHANGED_DEVICES = _DEVICES.where(Device.generation > sa.bindparam("since"), _CHANGED)
 _TOPICS = TOPICS.where(AclEntry.tenant_id == sa.bindparam("of_tenant"))
 _CHANGED_TOPICS = _TOPICS.where(
@@ -102,8 +102,8 @@ _CHANGED_TOPICS = _TOPICS.where(
 def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -> Iterator[AclChange]:
     """Yield every device whose ACL entry changed after generation ``since``, in the order of the changes.
 
-    From generation 0 on this is the whole ACL, if ``defaults`` includes active devices with the default topics. Without
-    these, which a pattern line covers, it is the active devices with their own topics; ``newest_denied`` adds the rest.
+    From generation 0 on this is the whole ACL, if ``defaults`` includes devices with the default topics. Without these,
+    which a pattern line covers, it is the devices with their own topics.
     """
     parameters = {"of_tenant": tenant_id, "since": since}
     if since > 0:
@@ -152,37 +152,6 @@ def certificate_changes(tx: Connection, tenant_id: str, *, since: int, now: date
         yield RevokedShown(*row)
 
 
-def newest_denied(tx: Connection, tenant_id: str, *, newest: int, applied: int, since: datetime) -> Sequence[AclChange]:
-    """Return the devices that were revoked or suspended last, in that order.
-
-    These are at least the ``newest`` ones, all that the broker has not been seen to refuse (changed after generation
-    ``applied``), and all that changed after the time ``since``.
-    """
-    query = (
-        sa.select(Device.id, Device.status, Device.generation, Device.updated_at)
-        .where(Device.tenant_id == tenant_id, _DENIED)
-        .order_by(Device.generation.desc())
-    )
-    found: list[AclChange] = []
-    with tx.execute(query.execution_options(yield_per=1000)) as rows:
-        for device_id, status, generation, updated_at in rows:
-            if len(found) >= newest and generation <= applied and updated_at <= since:
-                break
-            found.append(AclChange(device_id, status, None, generation))
-    return found[::-1]
-
-
-def denied_among(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> set[str]:
-    """Return those of the devices that are revoked or suspended."""
-    denied: set[str] = set()
-    for start in range(0, len(device_ids), 500):
-        query = sa.select(Device.id).where(
-            Device.tenant_id == tenant_id, Device.id.in_(device_ids[start : start + 500]), _DENIED
-        )
-        denied.update(tx.execute(query).scalars())
-    return denied
-
-
 _TO_DISCONNECT: sa.CompoundSelect[Any] = sa.union(
     sa.select(Device.id).where(
         Device.tenant_id == sa.bindparam("of_tenant"), Device.generation > sa.bindparam("since"), _DENIED
@@ -217,7 +186,13 @@ def revoked_since(tx: Connection, tenant_id: str, since: int) -> set[str]:
 
 def devices_denied_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
     """Return devices revoked or suspended after a time; a connection of theirs may have been half open then."""
-    return [change.device_id for change in newest_denied(tx, tenant_id, newest=0, applied=_ANY_GENERATION, since=since)]
+    query = (
+        sa.select(Device.id, Device.updated_at)
+        .where(Device.tenant_id == tenant_id, _DENIED)
+        .order_by(Device.generation.desc())
+    )
+    with tx.execute(query.execution_options(yield_per=1000)) as rows:
+        return [device_id for device_id, _at in itertools.takewhile(lambda row: row.updated_at > since, rows)]
 
 
 def superseded_between(tx: Connection, tenant_id: str, start: datetime, end: datetime) -> list[tuple[int, str]]:

@@ -14,21 +14,20 @@ from typing import Any
 from cryptography import x509
 from sqlalchemy.engine import Connection
 
-from broker.control import DeviceAccess, Draft
+from broker.control import DeviceAccess, Draft, RestartReason
 from broker.crl import Trust
-from broker.files.acl import DENIED_FOR, MAX_DENIALS
 from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
 from core import metrics
-from core.errors import LockUnavailable, PortalError, Unavailable
+from core.errors import BrokerUnavailable, LockUnavailable, PortalError, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
 from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, is_device_id
 from pki.client_certificates import common_name
 from pki.encoding import PemOfSuccessors
-from store import generations
+from store import devices, generations
 from store import issuers as store_issuers
 from store.database import Database
 from store.devices import kind_of
@@ -36,7 +35,9 @@ from store.generations import BrokerStateRecord
 from store.issuers import CrlHead, CrlRecord
 from workflows import events
 from workflows.authority.issuers import Authority, Issuers, RevokedEntries, crl_is_due, next_crl
+from workflows.authority.own import replace_revoked_probe
 from workflows.events import EventType
+from workflows.restarts import LEAST_SPACING, BrokerRestarts
 
 log = logging.getLogger("portal.reconciliation")
 
@@ -87,7 +88,7 @@ class _Progress:
 
 
 class Reconciler:
-    """Makes the broker enforce what the database says: ACL and CRLs, files, reload, disconnections, probe, record."""
+    """Makes the broker enforce what the database says: files, proof, disconnections, probe, record, restart."""
 
     def __init__(
         self,
@@ -106,6 +107,7 @@ class Reconciler:
         self._probe_certificates = probe_certificates
         self._clock = clock
         self._tenant_id = tenant_id
+        self.restarts = BrokerRestarts(settings, broker.control, self._active_devices)
         self._lock = FileLock(settings.data_dir / ".pass.lock")
         self._crl_lock = FileLock(settings.data_dir / ".crl.lock")  # taken after the other one
         self._counting = threading.Lock()
@@ -162,9 +164,40 @@ class Reconciler:
         A broker that is not running will read the files at its start, so that they are enough.
         """
         outcome = self.apply(generation)
-        if outcome.covers(generation) or (outcome.installed >= generation and not self.broker_answers()):
-            return
-        raise Unavailable("The broker does not know the device's newest state yet; try again in a few seconds.")
+        if outcome.covers(generation):
+            self.wait_for_restart()
+        elif outcome.installed < generation or self.broker_answers():
+            raise Unavailable("The broker does not know the device's newest state yet; try again in a few seconds.")
+
+    def wait_for_restart(self) -> None:
+        """Wait until the broker has all, if that takes a restart which is due soon; else leave it to the jobs."""
+        deadline = time.monotonic() + self._settings.enforce_timeout
+        try:
+            while (seconds := self.restart_if_due()) is not None and time.monotonic() + seconds < deadline:
+                time.sleep(seconds)
+        except PortalError as error:
+            log.error("the broker could not be restarted", extra={"problem": error.detail})
+
+    def restart_if_due(self) -> float | None:
+        """Restart the broker if something waits for that and the last start was long enough ago.
+
+        Return after how many seconds it is due, ``inf`` if somebody else has to do it, ``None`` if nothing waits, or if
+        the broker does not run. Raise ``BrokerUnavailable`` if it does not answer as it should after the restart.
+        """
+        timeout = self._settings.enforce_timeout
+        if self._waits(timeout) is None:
+            return None
+        with self._lock.hold(MAX_AHEAD * timeout):  # those that wait behind it find nothing more to do
+            if (reason := self._waits(timeout)) is None:
+                return None
+            seconds = self.restarts.seconds_until_due()
+            if seconds == math.inf:
+                self.restarts.ask_for(reason)
+            elif seconds == 0 and not self._damage():
+                log.warning("the broker is restarted", extra={"because": str(reason)})
+                self.restarts.restart(reason)
+                return None
+            return max(seconds, LEAST_SPACING / 20)
 
     def install(self) -> Outcome:
         """Write the files of the newest generation without telling the broker, which may not run yet."""
@@ -172,6 +205,12 @@ class Reconciler:
             target = self._prepare(with_crls=True)
             self._install(target)
             return Outcome(target.state.generation, target.state.applied_generation)
+
+    def _waits(self, timeout: float) -> RestartReason | None:
+        try:
+            return self._broker.control.waits(time.monotonic() + timeout)
+        except BrokerUnavailable:
+            return None  # it reads all at its start
 
     def applied_generation(self) -> int:
         """Return the newest generation that the broker was seen to enforce, by any process."""
@@ -269,6 +308,10 @@ class Reconciler:
         applied_at = self._state().applied_at
         return math.inf if applied_at is None else max(0.0, (self._clock() - applied_at).total_seconds())
 
+    def _active_devices(self) -> int:
+        with self._database.snapshot() as tx:
+            return devices.count_active(tx, self._tenant_id)
+
     def _state(self) -> BrokerStateRecord:
         with self._database.snapshot() as tx:
             return generations.get_broker_state(tx, self._tenant_id)
@@ -310,6 +353,8 @@ class Reconciler:
         failpoint("apply.after_cut")
         if has_crls and (shown is not None or self._broker.control.publishes_crls):
             self._broker.probe(self._probe_certificates, deadline)
+        if target.disconnected:
+            self._broker.check_resumption(generation, self._probe_certificates, deadline)
         failpoint("apply.after_probe")
         # If a power cut takes this record back, the same is proven again.
         with self._database.transaction(durable=False) as tx:
@@ -387,6 +432,8 @@ class Reconciler:
         """Sign the CRLs that are due, and record them; return the issuers and those CRLs. The caller holds the lock."""
         now = self._clock()
         signed: list[CrlRecord] = []
+        if not self._broker.control.publishes_crls:
+            self._show_next_crl(now)
         with self._database.snapshot() as tx:
             state = generations.get_broker_state(tx, self._tenant_id)
             changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
@@ -414,20 +461,38 @@ class Reconciler:
             failpoint("apply.after_crl_committed")
         return issuers, signed
 
+    def _show_next_crl(self, now: datetime) -> None:
+        """If certificates were revoked, have the next CRL list one whose refusal shows that the broker has it."""
+        with self._database.snapshot() as tx:
+            generation = generations.get_broker_state(tx, self._tenant_id).generation
+            changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
+            changed = []
+            for recorded in self._authority.seen_by(tx).with_crl():
+                previous = store_issuers.get_crl_head(tx, recorded.id)
+                if previous is not None and changed_at[recorded.id] > previous.generation:
+                    changed.append(recorded)
+        if changed:
+            replace_revoked_probe(
+                self._database,
+                self._settings,
+                self._tenant_id,
+                changed[-1],
+                self._probe_certificates.revoked,
+                generation=generation,
+                now=now,
+            )
+
     def _complete(
         self, draft: Draft, tx: Connection, state: BrokerStateRecord, issuers: Issuers, now: datetime
     ) -> None:
         """Add to the broker's next generation all that has changed since the one that it is based on."""
         since, every = draft.since, draft.lists_every_device
         for change in generations.acl_changes(tx, self._tenant_id, since=since, defaults=every):
-            update_access(draft, change, now)
-        if since == 0 and not every:
-            for change in denials(tx, self._tenant_id, applied=state.applied_generation, now=now):
-                update_access(draft, change, now)
+            update_access(draft, change)
         if draft.lists_certificates:
             names = {recorded.id: recorded.issuer.certificate.subject.public_bytes() for recorded in issuers.issuers}
             for revoked in generations.certificate_changes(tx, self._tenant_id, since=since, now=now):
-                _revoke_certificate(draft, names[revoked.issuer_id], revoked, now)
+                _revoke_certificate(draft, names[revoked.issuer_id], revoked)
 
     def _install(self, target: _Target) -> bool:
         """Write it for the broker; return whether that has the CRLs now, and not only what the draft says."""
@@ -461,19 +526,15 @@ class Reconciler:
 # --- What devices may do ------------------------------------------------------------------------------------------
 
 
-def denials(tx: Connection, tenant_id: str, *, applied: int, now: datetime) -> Sequence[generations.AclChange]:
-    """Return the devices that an ACL with a pattern must deny by name (see ``MAX_DENIALS``)."""
-    return generations.newest_denied(tx, tenant_id, newest=MAX_DENIALS, applied=applied, since=now - DENIED_FOR)
-
-
-def update_access(access: DeviceAccess, change: generations.AclChange, now: datetime) -> None:
+def update_access(access: DeviceAccess, change: generations.AclChange) -> None:
     """Let a device use its topics, or deny it everything, as its status says."""
-    if change.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
-        remove_device_acl(access, change.device_id, now)
-    elif change.status is DeviceStatus.ACTIVE:
-        own = None
-        if change.topics is not None:
-            own = tuple(Topic(pattern, Access(allowed)) for pattern, allowed in change.topics)
+    own = None
+    if change.topics is not None:
+        own = tuple(Topic(pattern, Access(allowed)) for pattern, allowed in change.topics)
+    suspended = change.status is DeviceStatus.SUSPENDED
+    if change.status is DeviceStatus.REVOKED or (suspended and not access.keeps_suspended):
+        remove_device_acl(access, change.device_id)
+    elif suspended or change.status is DeviceStatus.ACTIVE:
         if change.kind is ClientKind.APPLICATION:
             access.grant_application(change.device_id, own or ())
         else:
@@ -482,12 +543,12 @@ def update_access(access: DeviceAccess, change: generations.AclChange, now: date
         access.forget(change.device_id)
 
 
-def _revoke_certificate(draft: Draft, issuer: bytes, revoked: generations.RevokedShown, now: datetime) -> None:
+def _revoke_certificate(draft: Draft, issuer: bytes, revoked: generations.RevokedShown) -> None:
     """Refuse a revoked certificate, and one that is no device's by the identity in it, too."""
     identity = revoked.device_id or _identity_in(revoked.der)
     draft.revoke_certificate(issuer, revoked.serial_number, identity, is_probe=revoked.purpose == "canary")
     if revoked.device_id is None and identity is not None:
-        remove_device_acl(draft, identity, now)
+        remove_device_acl(draft, identity)
 
 
 def _identity_in(der: bytes) -> str | None:

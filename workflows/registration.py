@@ -175,6 +175,7 @@ class Registrations:
             audit.record(tx, actor, f"{kind}:update", device.name_in_audit, at=now, changed=changed)
         if generation:
             self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
+            self._reconciler.wait_for_restart()
 
 
 def _canonical(request: DeviceRequest) -> bytes:

@@ -1,21 +1,25 @@
-"""The control by files: an ACL beside the CRLs, which the broker is told to read again."""
+"""The control by files: an ACL that the broker reads at its start, and CRLs that it reads by itself."""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from broker.control import RestartReason
 from broker.crl import Trust
-from broker.files.acl import DENIED_FOR, GENERATION_TOPIC, MAX_DENIALS, REFUSED_TOPIC, Acl, validate_acl
+from broker.files.acl import NUMBER_TOPIC, REFUSED_TOPIC, VERSION_TOPIC, Acl, number_of, validate_acl
 from broker.folder import CA_FILE, CRL_FILE, BrokerFolder
-from broker.process import run_command, signal_broker
+from broker.probe import Resumption
+from broker.process import run_command, signal_broker, started_at
 from broker.session import (
     FAILURE,
     NOT_AUTHORISED,
@@ -25,19 +29,34 @@ from broker.session import (
     client_id,
     connect_unix,
     password_refused,
-    peer_process,
     unavailable,
 )
 from config import Settings
 from core.broker_control import ACL_FILE, AclStyle
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.failpoints import failpoint
-from core.topics import Topic
 
 # Mosquitto's default number of iterations; the password has 256 random bits, so more would not help.
 PASSWORD_FILE, PASSWORD_ITERATIONS = "passwords", 101
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _SIGNAL_AGAIN_SECONDS = 0.1  # a reload takes the broker 4 to 8 ms; a signal that arrives during one may be lost
+
+
+_RESUMABLE = "resumable"
+SESSION_SECONDS = 7200  # for which OpenSSL takes a session id of TLS 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class Resumable:
+    """The newest revocation past which a TLS session might be resumed: its generation, and its time.
+
+    ``ends`` is when no such session lives any more, ``None`` if only a restart of the broker ends them. Times are in
+    seconds of the epoch.
+    """
+
+    generation: int
+    at: float
+    ends: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +74,7 @@ class BrokerFiles(BrokerFolder):
     _RECORDED = (CA_FILE, CRL_FILE, ACL_FILE)
 
     def install(self, projection: Projection, *, even_older: bool = False) -> None:
-        """Check all of ``projection``, then write it to the broker's folder; the broker is not reloaded.
+        """Check all of ``projection``, then write it to the broker's folder, and give the CRLs to a running broker.
 
         Raise ``ProjectionInvalid`` if a check fails or a newer generation is installed (unless ``even_older``), and
         ``BrokerUnavailable`` if a file cannot be written; then no file is changed. Files that already have the content
@@ -64,15 +83,44 @@ class BrokerFiles(BrokerFolder):
         generation, settings, trust = projection.generation, self._settings, projection.trust
         if trust is not None:
             self._check(generation, trust)
-        validate_acl(projection.acl, generation, style=settings.acl_style, prefix=settings.topic_prefix)
+        number = validate_acl(projection.acl, generation, style=settings.acl_style, prefix=settings.topic_prefix)
         if not even_older:
             self._check_order(generation)
         contents = {ACL_FILE: projection.acl}
         if trust is not None:
             self.publish(trust)
             contents |= {CA_FILE: trust.ca, CRL_FILE: trust.crl}
-        self._write(generation, contents, {"style": settings.acl_style})
+        kept = {name: value for name, value in self.stated().items() if name == _RESUMABLE}
+        self._write(generation, contents, {**kept, "style": settings.acl_style, "acl": number})
         self.password()
+
+    def installed_acl(self) -> bytes | None:
+        """Return the ACL, ``None`` if it is missing or damaged."""
+        record = self._record()
+        if record is None or self._digest(ACL_FILE) != record[1].get(ACL_FILE):
+            return None
+        try:
+            return self._path(ACL_FILE).read_bytes()
+        except OSError:
+            return None
+
+    def acl_number(self) -> int:
+        """Return the number of the ACL that was written last, 0 if none was."""
+        stated = self.stated()
+        number = stated.get("acl", stated.get("generation"))
+        return number if type(number) is int else 0
+
+    def resumable(self) -> Resumable | None:
+        """Return since when sessions may be resumed past a revocation, ``None`` if they never could."""
+        try:
+            return Resumable(**self.stated()[_RESUMABLE])
+        except (KeyError, TypeError):
+            return None
+
+    def state_resumable(self, resumable: Resumable) -> None:
+        """Write down since when sessions may be resumed past a revocation."""
+        stated = {name: value for name, value in self.stated().items() if name not in ("generation", "sha256")}
+        self._write(self.installed_generation() or 0, {}, {**stated, _RESUMABLE: dataclasses.asdict(resumable)})
 
     def password(self) -> str:
         """Return the portal's password on the internal listener; it is in the broker's password file then."""
@@ -114,9 +162,10 @@ def _password_hash(password: str, salt: bytes, iterations: int) -> str:
     return f"$7${iterations}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
-class _FilesDraft:
+class FilesDraft:
     """The ACL that a process keeps from one generation to the next."""
 
+    keeps_suspended = True
     lists_certificates = False  # an ACL knows names only; certificates are refused by the CRL
 
     def __init__(self, acl: Acl, since: int, install: Callable[[int, Trust | None], bool]) -> None:
@@ -124,35 +173,31 @@ class _FilesDraft:
         self.lists_every_device = acl.style is AclStyle.PER_DEVICE
         self.install = install
         self._acl = acl
+        self.grant, self.grant_application = acl.grant, acl.grant_application
+        self.deny, self.forget = acl.deny, acl.forget
 
     @property
     def closed(self) -> Mapping[str, str]:
+        """Devices that are denied everything because their topics cannot be granted, each with the reason."""
         return self._acl.closed
 
-    def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
-        self._acl.grant(device_id, topics)
-
-    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
-        self._acl.grant_application(application_id, topics)
-
-    def deny(self, device_id: str, at: datetime | None = None) -> None:
-        self._acl.deny(device_id, at)
-
-    def forget(self, device_id: str) -> None:
-        self._acl.forget(device_id)
-
     def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
-        pass
+        """Do nothing: the CRL lists it."""
 
     def puts_off_crls(self, ca: bytes) -> bool:
+        """Return ``False``: only the CRL refuses who is revoked."""
         return False
 
     def discard(self) -> None:
-        pass  # the ACL in memory has all changes of a snapshot; to add them again does no harm
+        """Do nothing: the ACL in memory has all changes of a snapshot, and to add them again does no harm."""
 
 
 class FilesControl:
-    """Makes the broker read ACL and CRLs again, and sees by the topics that it grants the portal whether it has."""
+    """Writes the ACL, and sees by the topics that the portal is granted whether the broker has it.
+
+    The broker reads its ACL at its start. Mosquitto 2.1 is told to read a new one; to 2.0 that would harm sessions
+    which are asleep, so there it waits for a restart.
+    """
 
     def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
         self.files = BrokerFiles(settings, clock)
@@ -160,91 +205,131 @@ class FilesControl:
         self._clock = clock
         self._acl = Acl(settings.acl_style, settings.topic_prefix)
         self._generation = 0  # of the ACL in memory
+        self._settled: object = None  # the state in which the broker had all
 
-    def draft(self, enforced: int = 0) -> _FilesDraft:
+    def draft(self, enforced: int = 0) -> FilesDraft:
         """Begin the next generation with the ACL of the last one that this process has made."""
-        return _FilesDraft(self._acl, self._generation, self._install)
+        return FilesDraft(self._acl, self._generation, self._install)
 
     def _install(self, generation: int, trust: Trust | None) -> bool:
         self._generation = generation
-        if self._acl.style is AclStyle.PATTERN:
-            self._acl.prune(newest=MAX_DENIALS, since=self._clock() - DENIED_FOR)
-        self.files.install(Projection(generation, self._acl.render(generation), trust))
+        installed = self.files.installed_acl()
+        number = generation
+        if installed is not None and not self._acl.must_be_loaded(installed):
+            number = number_of(installed)
+        self.files.install(Projection(generation, self._acl.render(number), trust))
+        self._acl.settle()
         return trust is not None
 
     publishes_crls = False
     clears_retained = False  # check_retain_source withholds them from the portal, too
 
     def publish_crls(self, trust: Trust) -> bool:
-        """Do nothing: the broker reads the CRLs with the ACL."""
+        """Do nothing: each installation gives the broker the CRLs."""
         return False
 
-    def enforce(self, generation: int, deadline: float, *, reload: bool = False, refused: str | None = None) -> int:
-        """Make the running broker load the installed files; return the generation that is then in force.
+    def enforce(self, generation: int, deadline: float, *, refused: str | None = None) -> int:
+        """See that the broker obeys an ACL of the portal's; see ``broker.control.BrokerControl``.
 
-        That is ``generation``, or a newer one installed meanwhile. Return at once if the generation is in force
-        already, unless ``reload`` demands a reload: after a repair that kept the generation, or with a new server
-        certificate. This broker cannot be asked about ``refused``. Raise ``BrokerUnavailable`` if the broker does not
-        answer or does not load the files by the deadline, ``BrokerNotEnforcing`` if it runs without its ACL.
+        That it has the newest one ``waits`` says, unless it can be told to read that. This broker cannot be asked about
+        ``refused``: the probe certificate shows that.
         """
-        answered, login = False, SUCCESS
-        while True:
-            try:
-                sock = connect_unix(self._settings.broker_socket, deadline)
-                with Session(sock, deadline) as session:
-                    # Any CONNACK, even a refusal, shows that the broker has started: a signal cannot kill it now.
-                    reason = session.connect(client_id(), PORTAL_USER, self.files.password())
-                    answered, broker = True, peer_process(sock)
-                    if reason == SUCCESS:
-                        return self._await_generation(session, broker, generation, deadline, reload=reload)
-                    if login == SUCCESS:  # once: it may hold the password of an older file
-                        self._reload(broker, deadline)
-                    login = reason
-            except OSError as error:
-                if login != SUCCESS and isinstance(error, TimeoutError):
-                    raise BrokerUnavailable(password_refused(login)) from error
-                # Never answered: give up now. Disconnected after an answer: it may be restarting.
-                if not answered or time.monotonic() >= deadline:
-                    raise unavailable(self._settings, error) from error
-            time.sleep(_LONGEST_PAUSE)
+        try:
+            with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
+                waits = self._ask(session)
+                if waits is not None:
+                    self._settled = None
+                if waits is RestartReason.PASSWORD:
+                    raise BrokerUnavailable(password_refused(NOT_AUTHORISED))
+                if waits is RestartReason.NO_ACL:
+                    raise BrokerNotEnforcing("The broker runs without an ACL: it has to be restarted.")
+                if waits is RestartReason.TOPICS and may_reload(session.retained(VERSION_TOPIC, REFUSED_TOPIC)):
+                    self._reload(session, deadline)
+        except OSError as error:
+            raise unavailable(self._settings, error) from error
+        return generation
 
     def follow_presence(self, deadline: float) -> None:
         """Return ``None``: nothing tells who is connected; see ``broker.control.BrokerControl``."""
 
-    def _await_generation(
-        self, session: Session, broker: int, generation: int, deadline: float, *, reload: bool
-    ) -> int:
-        """Signal the broker, then query it repeatedly until the answers show that it has reloaded."""
-        if reload:
-            self._reload(broker, deadline)
-            # The broker looks at its reload flag after each round of packets: at the second answer it has reloaded.
-            for _ in range(2):
-                session.publish(REFUSED_TOPIC)
-        pause, signalled = _FIRST_PAUSE, time.monotonic() if reload else None
-        while True:
-            newest = max(generation, self.files.installed_generation() or 0)
-            allowed = session.publish(f"{GENERATION_TOPIC}/{newest}") < FAILURE
-            # A broker that could not read its ACL allows everything, this topic as well.
-            open_to_all = allowed and session.publish(REFUSED_TOPIC) != NOT_AUTHORISED
-            if allowed and not open_to_all:
-                return newest
-            if signalled is None or time.monotonic() - signalled >= _SIGNAL_AGAIN_SECONDS:
-                self._reload(broker, deadline)
-                signalled = time.monotonic()
-            else:
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-            if time.monotonic() >= deadline:
-                if open_to_all:
-                    raise BrokerNotEnforcing("The broker runs without an ACL: stop it, then repair its ACL file.")
-                raise BrokerUnavailable(
-                    f"The broker did not load generation {newest} in time: see its log,"
-                    " and that acl_file in its configuration names the portal's file."
-                )
+    def waits(self, deadline: float) -> RestartReason | None:
+        """Return why the broker has to be restarted; see ``broker.control.BrokerControl``.
 
-    def _reload(self, broker: int, deadline: float) -> None:
-        failpoint("apply.before_reload")
-        if self._settings.broker_reload:
-            run_command("PORTAL_BROKER_RELOAD", self._settings.broker_reload, deadline)
-        else:
-            signal_broker(self._settings.broker_pid_file, broker)
+        A broker that has all is not asked again before there is more, or it is another one.
+        """
+        resumable = self.files.resumable()
+        state = self.files.acl_number(), resumable, started_at(self._settings)
+        if state == self._settled:
+            return None
+        try:
+            with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
+                waits = self._ask(session)
+        except OSError as error:
+            raise unavailable(self._settings, error) from error
+        if waits is None and resumable is not None and self._is_open(resumable):
+            return RestartReason.SESSIONS
+        self._settled = state if waits is None else None
+        return waits
+
+    def check_resumption(self, generation: int, how: Callable[[], Resumption]) -> None:
+        """See that no TLS session is resumed past a revocation; see ``broker.control.BrokerControl``."""
+        resumable = self.files.resumable()
+        if resumable is None or resumable.generation < generation:
+            if (found := how()) is Resumption.NONE:
+                return
+            now = time.time()
+            ends = now + SESSION_SECONDS if found is Resumption.SESSION_IDS else None
+            resumable = Resumable(generation, now, ends)
+            self.files.state_resumable(resumable)
+        if self._is_open(resumable):
+            raise BrokerUnavailable(
+                "A device that was revoked or suspended may come back by resuming a TLS session, which the CRL does not"
+                " see: restart the broker, or wait for two hours if it accepts TLS 1.2 without tickets."
+            )
+
+    def _is_open(self, resumable: Resumable) -> bool:
+        """Return whether the broker may still know a session that began before."""
+        over = resumable.ends is not None and time.time() >= resumable.ends
+        return not over and started_at(self._settings) <= resumable.at
+
+    def _ask(self, session: Session) -> RestartReason | None:
+        password = BrokerFolder.password(self.files)  # and no file is written for it
+        # A broker that could not read its ACL allows everything.
+        if session.connect(client_id(), PORTAL_USER, password) != SUCCESS:
+            return RestartReason.PASSWORD
+        if session.publish(REFUSED_TOPIC) != NOT_AUTHORISED:
+            return RestartReason.NO_ACL
+        if not self._has_loaded(session):
+            return RestartReason.TOPICS
+        return None
+
+    def _has_loaded(self, session: Session) -> bool:
+        return session.publish(f"{NUMBER_TOPIC}/{self.files.acl_number()}") < FAILURE
+
+    def _reload(self, session: Session, deadline: float) -> None:
+        """Have the broker read its ACL, and wait until it has."""
+        pause, signalled = _FIRST_PAUSE, -math.inf
+        while not self._has_loaded(session):
+            if time.monotonic() >= deadline:
+                raise BrokerUnavailable(
+                    "The broker did not load its ACL in time: see its log, and that acl_file in its configuration names"
+                    " the portal's file."
+                )
+            if time.monotonic() - signalled >= _SIGNAL_AGAIN_SECONDS:
+                signalled = time.monotonic()
+                failpoint("apply.before_reload")
+                if self._settings.broker_reload:
+                    run_command("PORTAL_BROKER_RELOAD", self._settings.broker_reload, deadline)
+                else:
+                    signal_broker(self._settings.broker_pid_file, session.process)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def may_reload(version: bytes | None) -> bool:
+    """Return whether a broker of this version, as it states it, keeps sessions that are asleep when it is reloaded.
+
+    All versions of Mosquitto before 2.1 harm them: messages are lost, and memory is used after it was freed.
+    """
+    stated = re.fullmatch(rb"mosquitto version ([0-9]{1,4})\.([0-9]{1,4})\.[0-9].*", version or b"")
+    return stated is not None and (int(stated[1]), int(stated[2])) >= (2, 1)

@@ -20,6 +20,7 @@ from broker.folder import CA_FILE, CRL_FILE, BrokerFolder
 from broker.guard import journal
 from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position
 from broker.guard.presence import GuardReports
+from broker.probe import Resumption
 from broker.session import (
     FAILURE,
     NOT_AUTHORISED,
@@ -140,6 +141,8 @@ class LineWriter(Protocol):
 class GuardAccess:
     """What devices and applications may do, as lines of a journal."""
 
+    keeps_suspended = False
+
     def __init__(self, prefixes: Sequence[str], writer: LineWriter, *, whole: bool) -> None:
         """Write to ``writer``; ``whole`` if the journal is a new one, which knows no device.
 
@@ -177,7 +180,7 @@ class GuardAccess:
             return
         self._writer.add(journal.allow_line(identity, filters))
 
-    def deny(self, device_id: str, at: datetime | None = None) -> None:
+    def deny(self, device_id: str) -> None:
         """Deny the device everything, until it is allowed or forgotten."""
         _check_id(device_id)
         self._writer.add(journal.deny_line(device_id))
@@ -367,7 +370,7 @@ class GuardControl:
 
     # --- Asking
 
-    def enforce(self, generation: int, deadline: float, *, reload: bool = False, refused: str | None = None) -> int:
+    def enforce(self, generation: int, deadline: float, *, refused: str | None = None) -> int:
         """Return once the guard has proven that the journal is in force; see ``broker.control.BrokerControl``."""
         failpoint("apply.before_proof")
         position = self.files.position()
@@ -380,6 +383,12 @@ class GuardControl:
         except OSError as error:
             raise unavailable(self._settings, error) from error
         return position.generation
+
+    def waits(self, deadline: float) -> None:
+        """Return ``None``: the guard reads all by itself."""
+
+    def check_resumption(self, generation: int, how: Callable[[], Resumption]) -> None:
+        """Do nothing: the guard sees the certificate of a resumed session, too."""
 
     def _prove(self, session: Session, position: Position, refused: str | None, deadline: float) -> None:
         """Ask all at once, and make the journal durable meanwhile.

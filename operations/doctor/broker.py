@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import sqlalchemy as sa
 from cryptography import x509
 
+from broker.control import RestartReason
 from broker.crl import read_crls
-from broker.files.acl import DENY_ALL, GENERATION_TOPIC, REFUSED_TOPIC, Acl
-from broker.files.control import BrokerFiles
+from broker.files.acl import Acl, number_of
+from broker.files.control import BrokerFiles, FilesControl
 from broker.folder import CRL_FILE
 from broker.guard.control import GuardAccess, GuardControl
 from broker.guard.journal import read_access, read_position
-from broker.session import FAILURE, NOT_AUTHORISED, PORTAL_USER, SUCCESS, Session, connect_unix, peer_process
+from broker.session import connect_unix, peer_process
 from broker_provisioning import BrokerProvisioning
 from core.broker_control import ACL_FILE, JOURNAL_FILE, AclStyle, ControlKind
 from core.errors import BrokerUnavailable
-from core.states import ON_CRL, DeviceStatus, IssuerKind
-from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, well
-from store import generations, issuers
-from store.tables import Certificate, Device
-from workflows.reconciliation import denials, update_access
+from core.states import ON_CRL, IssuerKind
+from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, warning, well
+from store import devices, generations, issuers
+from store.tables import Certificate
+from workflows.reconciliation import update_access
 
 _REPAIRS = "A running portal writes the file again within seconds: check that it runs, and its log."
 _PENDING = "See the line 'generation'."
@@ -54,19 +53,13 @@ def acl_entries(installation: Installation) -> Finding:
         installed = BrokerFiles(settings, installation.clock).installed_generation() or 0
         content = settings.broker_file(ACL_FILE).read_bytes()
         with installation.snapshot() as tx:
-            per_device, now = settings.acl_style is AclStyle.PER_DEVICE, installation.clock()
-            changes = generations.acl_changes(tx, installation.tenant_id, since=0, defaults=per_device)
-            out = () if per_device else denials(tx, installation.tenant_id, applied=installed, now=now)
-            for change in itertools.chain(changes, out):
+            per_device = settings.acl_style is AclStyle.PER_DEVICE
+            for change in generations.acl_changes(tx, installation.tenant_id, since=0, defaults=per_device):
                 if change.generation > installed:
                     pending.add(change.device_id)  # not installed at the broker yet
                 else:
-                    update_access(expected_acl, change, now)
-            expected, installed_blocks = _blocks(expected_acl.render(installed)), _blocks(content)
-            # A denial that is not needed any more may stay until the next reconciliation.
-            denied = [user for user in installed_blocks.keys() - expected.keys() if installed_blocks[user] == DENY_ALL]
-            denied_still = generations.denied_among(tx, installation.tenant_id, denied)
-    found = compare_acl(expected, installed_blocks, pending | denied_still)
+                    update_access(expected_acl, change)
+    found = compare_acl(_blocks(expected_acl.render(number_of(content))), _blocks(content), pending)
     _add_closed(found, expected_acl, "PORTAL_ACL_STYLE and PORTAL_TOPIC_PREFIX; applications need the guard")
     more = f" {len(pending)} more will be installed soon." if pending else ""
     return combine(found, f"The ACL is what the database says: {len(expected_acl)} devices.{more}")
@@ -96,7 +89,7 @@ def _journal_entries(installation: Installation) -> Finding:
                 if change.generation > installed:
                     pending.add(change.device_id)
                 else:
-                    update_access(expected, change, installation.clock())
+                    update_access(expected, change)
     granted = {identity: line for identity, line in access.items() if line.startswith("allow ")}
     allowed = {identity: line for identity, line in lines.access.items() if line.startswith("allow ")}
     found = compare_acl(allowed, granted, pending)
@@ -209,34 +202,23 @@ def broker(installation: Installation) -> Finding:
     if settings.broker_control is ControlKind.GUARD:
         return _guarded_broker(installation, deadline)
     try:
-        with Session(connect_unix(settings.broker_socket, deadline), deadline) as session:
-            reason = session.connect("portal-doctor", PORTAL_USER, _password(settings.secrets_dir / "broker-password"))
-            if reason != SUCCESS:
-                return problem(
-                    f"The broker refuses the portal on its internal listener with reason 0x{reason:02x}.",
-                    "Set password_file in its configuration to the portal's file, then reload it.",
-                )
-            if session.publish(REFUSED_TOPIC) != NOT_AUTHORISED:
-                return problem(
-                    "The broker runs without an ACL: every client may do everything.",
-                    "Stop it, correct acl_file in its configuration, start the portal, then the broker.",
-                )
-            # A reconciliation may have ended meanwhile: then a newer generation is in force.
-            in_force = session.publish(f"{GENERATION_TOPIC}/{applied}") < FAILURE
-            if not in_force:
-                with installation.snapshot() as tx:
-                    applied = generations.get_broker_state(tx, installation.tenant_id).applied_generation
-                in_force = session.publish(f"{GENERATION_TOPIC}/{applied}") < FAILURE
-    except OSError as error:
-        said = error.strerror or str(error) or type(error).__name__
+        with installation.between_reconciliations():
+            waits = FilesControl(settings, installation.clock).waits(deadline)
+    except BrokerUnavailable as error:
+        return problem(error.detail, "Start the broker with the portal's configuration, or see its log.")
+    if waits is RestartReason.NO_ACL:
         return problem(
-            f"The broker does not answer on its internal listener {settings.broker_socket}: {said}.",
-            "Start the broker with the portal's configuration, or see its log.",
+            "The broker runs without an ACL: every client may do everything.",
+            "Stop it, correct acl_file in its configuration, start the portal, then the broker.",
         )
-    if not in_force:
+    if waits is RestartReason.PASSWORD:
         return problem(
-            f"The broker does not enforce generation {applied}.", "Reload it; the portal's log has the cause."
+            "The broker refuses the portal on its internal listener.",
+            "Set password_file in its configuration to the portal's file, then restart it.",
         )
+    if waits is not None:
+        how = "The portal does it soon." if settings.broker_restart else "Do it at a quiet time: sessions are kept."
+        return warning(f"The broker has to be restarted: {waits}.", how)
     return well(f"The broker answers, and enforces generation {applied}.")
 
 
@@ -249,16 +231,7 @@ def _guarded_broker(installation: Installation, deadline: float) -> Finding:
     return well(f"The broker answers, and its guard enforces generation {generation}.")
 
 
-def _password(path: Path) -> str:
-    return path.read_text(encoding="ascii").strip()
-
-
 def active_devices(installation: Installation) -> int:
     """Return the number of devices that the broker must accept."""
     with installation.snapshot() as tx:
-        count: int = tx.execute(
-            sa.select(sa.func.count())
-            .select_from(Device)
-            .where(Device.tenant_id == installation.tenant_id, Device.status == DeviceStatus.ACTIVE)
-        ).scalar_one()
-    return count
+        return devices.count_active(tx, installation.tenant_id)

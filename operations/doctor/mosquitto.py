@@ -258,7 +258,7 @@ def _file_mistakes(configuration: Configuration, settings: Settings) -> Iterator
         options, "password_file", settings, PASSWORD_FILE, "the portal can neither query it nor disconnect devices"
     )
     if not settings.broker_reload and options.get("pid_file") != str(settings.broker_pid_file):
-        yield problem(f"pid_file is not {settings.broker_pid_file}: the portal cannot reload it.", _INSTALL)
+        yield problem(f"pid_file is not {settings.broker_pid_file}: a Mosquitto 2.1 cannot be reloaded.", _INSTALL)
     for plugin in configuration.plugins:
         yield warning(
             f"The plugin {plugin} is loaded: it may accept clients that the portal does not know.",
@@ -297,8 +297,15 @@ def _listener_mistakes(options: Mapping[str, str], settings: Settings) -> Iterat
     if _is_true(options, "use_subject_as_username"):
         yield problem("use_subject_as_username is true: the ACL cannot tell devices apart.", _INSTALL)
     yield from _names_file(options, "capath", settings, CA_FOLDER, "new CRLs and CAs are not read before a restart")
-    if options.get("tls_version") in ("tlsv1", "tlsv1.0", "tlsv1.1"):
-        yield warning(f"tls_version is {options['tls_version']}, which is insecure.", _INSTALL)
+    oldest = options.get("tls_version", "tlsv1.2")
+    if oldest in ("tlsv1", "tlsv1.0", "tlsv1.1"):
+        yield warning(f"tls_version is {oldest}, which is insecure.", _INSTALL)
+    elif oldest == "tlsv1.2" and settings.broker_control is ControlKind.FILES:
+        yield warning(
+            "tls_version is tlsv1.2: a device that was revoked can resume such a session for two hours, so a revocation"
+            " stays pending until then, or until the broker is restarted.",
+            "Let tls_version be tlsv1.3 if all devices can, and PORTAL_MQTT_TLS with it, then restart the broker.",
+        )
     yield from _names_file(options, "cafile", settings, CA_FILE, "devices are verified with other CAs")
     yield from _names_file(options, "crlfile", settings, CRL_FILE, "revoked certificates are accepted")
     yield from _names_file(options, "certfile", settings, SERVER_CERTIFICATE_FILE, "its certificate is not renewed")
@@ -344,7 +351,7 @@ def broker_version(installation: Installation) -> Finding:
     devices = active_devices(installation)
     guarded = installation.settings.broker_control is ControlKind.GUARD
     if not guarded:
-        found += reload_warnings(version, installation.settings.acl_style)
+        found += restart_warnings(version, installation.settings)
         found += size_warnings(version, installation.settings.acl_style, devices)
     found += _connection_warnings(installation, devices)
     how = "under the guard" if guarded else f"in style {installation.settings.acl_style}"
@@ -377,29 +384,30 @@ def version_of(
     return tuple(int(number) for number in match.groups()) if match else None
 
 
-def reload_warnings(version: tuple[int, ...], style: AclStyle) -> list[Finding]:
-    """Warn if a reload of this version harms sleeping sessions: persistent, not connected."""
-    if version >= SAFE_RELOAD:
+def restart_warnings(version: tuple[int, ...], settings: Settings) -> list[Finding]:
+    """Warn if new topics wait until somebody restarts the broker: a reload of this version harms sleeping sessions."""
+    if version >= SAFE_RELOAD or settings.broker_restart:
         return []
-    fewer = "" if style is AclStyle.PATTERN else f"set PORTAL_ACL_STYLE={AclStyle.PATTERN}, "
+    per_device = settings.acl_style is AclStyle.PER_DEVICE
+    waiting = "each new device waits" if per_device else "each device with topics of its own waits for them"
     return [
         warning(
-            f"Each reload (SIGHUP) of Mosquitto {'.'.join(map(str, version))} harms sleeping sessions: persistent ones"
-            " that are not connected lose QoS 1 messages, and the broker may crash when they come back.",
-            f"Have few reloads: {fewer}give devices the default topics, let logrotate send no signal"
-            " (docs/operating.md, Few reloads). Mosquitto 2.1 does not have this fault.",
+            f"Under the control by files {waiting} until Mosquitto {'.'.join(map(str, version))} is restarted, because"
+            " a reload (SIGHUP) harms sleeping sessions: persistent ones that are not connected lose QoS 1 messages,"
+            " and the broker may crash when they come back. PORTAL_BROKER_RESTART is not set.",
+            "Set PORTAL_BROKER_RESTART, or install the guard. Mosquitto 2.1 does not have this fault.",
         )
     ]
 
 
 def size_warnings(version: tuple[int, ...], style: AclStyle, devices: int) -> list[Finding]:
-    """Warn if this version pauses noticeably while it reloads an ACL of this size."""
+    """Warn if this version pauses noticeably while it reads an ACL of this size."""
     if style is AclStyle.PATTERN or version >= FAST_ACL or devices <= MAX_BLOCKS:
         return []
     return [
         warning(
-            f"With {devices} devices Mosquitto {'.'.join(map(str, version))} stops at each reload of a"
-            " per-device ACL: a third of a second at 10,000, 40 s at 100,000.",
+            f"With {devices} devices Mosquitto {'.'.join(map(str, version))} takes long to read a"
+            " per-device ACL at its start: a third of a second at 10,000, 40 s at 100,000.",
             "Install Mosquitto 2.1, or set PORTAL_ACL_STYLE=pattern.",
         )
     ]

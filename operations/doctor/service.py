@@ -36,8 +36,8 @@ def broker_service(installation: Installation) -> Finding:
     if not pid:
         return well("The broker does not run, or its process is not visible here.")
     found, service = Findings(), _service_of(pid)
+    found += openssl_warnings(_environment(pid, service), Path(f"/proc/{pid}/root"))
     if installation.settings.broker_control is ControlKind.GUARD:
-        found += openssl_warnings(_environment(pid, service), Path(f"/proc/{pid}/root"))
         path = find_configuration(installation)
         guard = None if path is None else guard_of(read_configuration(path))
         if guard is not None:
@@ -111,7 +111,10 @@ def openssl_warnings(environment: Sequence[str] | None, root: Path) -> Iterator[
     """
     if environment is None:
         return
-    resumed = "a TLS 1.3 session that began before a revocation is resumed past the CRL, and only the guard refuses it"
+    resumed = (
+        "a TLS 1.3 session that began before a revocation is resumed past the CRL; only the guard refuses it, and"
+        " without the guard a revocation is pending until the broker is restarted"
+    )
     values = [variable.removeprefix("OPENSSL_CONF=") for variable in environment if variable[:13] == "OPENSSL_CONF="]
     if not values:
         yield warning(f"The broker runs without OPENSSL_CONF: {resumed}.", _OPENSSL_CNF)

@@ -19,6 +19,7 @@ import db
 from broker.probe import Probe, ProbeResult
 from broker_provisioning import BrokerProvisioning
 from config import Settings
+from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
 from core.files import FileLock
 from operations import authority, jobs
@@ -294,7 +295,7 @@ def test_a_failed_probe_shows_at_once_with_its_reason_until_another_one_passes(
     another.close()
 
 
-# --- The broker's certificate under the guard ------------------------------------------------------------------------
+# --- The broker's certificate ------------------------------------------------------------------------------------
 
 
 class Shown:
@@ -321,14 +322,18 @@ class Shown:
         return len(self._restarted.read_text().split()) if self._restarted.exists() else 0
 
 
-@pytest.fixture
-def shown(make_settings: Callable[..., Settings], clock: Clock, tmp_path: Path) -> Iterator[Callable[..., Shown]]:
+@pytest.fixture(params=list(ControlKind))
+def shown(
+    request: pytest.FixtureRequest, make_settings: Callable[..., Settings], clock: Clock, tmp_path: Path
+) -> Iterator[Callable[..., Shown]]:
     with ExitStack() as stack:
 
-        def make(*, control: str = "guard", command: bool = True) -> Shown:
+        def make(*, command: bool = True) -> Shown:
             restarted = tmp_path / "restarted"
             restart = f"sh -c 'echo restarted >> {restarted}'" if command else ""
-            portal = open_portal(make_settings(PORTAL_BROKER_CONTROL=control, PORTAL_BROKER_RESTART=restart), clock)
+            portal = open_portal(
+                make_settings(PORTAL_BROKER_CONTROL=request.param, PORTAL_BROKER_RESTART=restart), clock
+            )
             stack.callback(portal.close)
             made = Shown(portal, restarted)
             made.obeys()
@@ -366,13 +371,10 @@ def test_where_no_moment_is_quiet_the_broker_is_restarted_before_its_certificate
         assert broker.probe(older) == restarted
 
 
-def test_a_broker_that_shows_its_newest_certificate_is_left_alone(
-    shown: Callable[..., Shown], older: bytes, clock: Clock
-) -> None:
-    guarded, files = shown(), shown(control="files")
+def test_a_broker_that_shows_its_newest_certificate_is_left_alone(shown: Callable[..., Shown], clock: Clock) -> None:
+    broker = shown()
     clock.advance(minutes=2)
-    assert guarded.probe(None) == 0
-    assert files.probe(older) == 0  # which reads it again at its next reload
+    assert broker.probe(None) == 0
 
 
 def test_without_a_command_log_and_event_say_by_when_the_broker_must_be_restarted(

@@ -24,7 +24,6 @@ Query = Callable[[Connection], object]
 OF_JOBS: dict[str, Query] = {
     "what changed in the ACL": lambda tx: list(generations.acl_changes(tx, "default", since=7, defaults=True)),
     "the ACL beside a pattern": lambda tx: list(generations.acl_changes(tx, "default", since=0, defaults=False)),
-    "the newest denials": lambda tx: generations.newest_denied(tx, "default", newest=5, applied=7, since=NOW),
     "devices revoked since": lambda tx: generations.revoked_since(tx, "default", 7),
     "devices to disconnect": lambda tx: generations.devices_to_disconnect(tx, "default", since=7),
     "devices denied since a time": lambda tx: generations.devices_denied_since(tx, "default", NOW),

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,7 +55,7 @@ def guard_library() -> Path:
 
 def without_guard(configuration: str) -> str:
     """The configuration for the control by files, as mosquitto/README.md says."""
-    lines = configuration.splitlines(keepends=True)
+    lines = configuration.replace("\ntls_version tlsv1.2\n", "\ntls_version tlsv1.3\n").splitlines(keepends=True)
     return "".join(line.removeprefix("#files ") for line in lines if not line.startswith("plugin"))
 
 
@@ -65,8 +66,9 @@ class StartFailed(Exception):
 class Mosquitto:
     """A broker on the files in ``folder``, which the portal (or the test) has written there before."""
 
-    def __init__(self, folder: Path, port: int, *, guard: bool = False) -> None:
+    def __init__(self, folder: Path, port: int, *, guard: bool = False, oldest_tls: str = "") -> None:
         self.guard = guard
+        self.oldest_tls = oldest_tls  # the oldest version, if it is not the usual one
         self.folder = folder
         self.port = port
         self.socket = folder / "portal.sock"
@@ -133,7 +135,10 @@ class Mosquitto:
         """The configuration that an operator installs, for this folder and port."""
         text = CONFIGURATION.read_text()
         assert INSTALLED_FOLDER in text
-        return self.filled_in(text if self.guard else without_guard(text))
+        text = text if self.guard else without_guard(text)
+        if self.oldest_tls:
+            text = re.sub("\ntls_version .*", f"\ntls_version tlsv{self.oldest_tls}", text)
+        return self.filled_in(text)
 
     def filled_in(self, text: str) -> str:
         """A configuration with this folder and port."""
@@ -151,6 +156,13 @@ class Mosquitto:
                 self._process.kill()
                 self._process.wait()
         self._reader.join()
+
+    def restart(self) -> None:
+        """Stop it as a service's manager does, and start it again."""
+        self.stop()
+        assert self._process is not None
+        assert self._process.returncode == 0, self.log
+        self.start()
 
     def hang_up(self) -> None:
         """SIGHUP, as logrotate would send it."""

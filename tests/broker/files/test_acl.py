@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -41,7 +40,8 @@ def test_an_allow_list_has_one_block_a_device() -> None:
         "# generation 7",
         "# style per-device",
         "user portal",
-        "topic write portal/generation/7",
+        "topic write portal/acl/7",
+        "topic read $SYS/broker/version",
         f"user {ONE}",
         f"topic readwrite devices/{ONE}/#",
         f"user {TWO}",
@@ -62,25 +62,18 @@ def test_the_pattern_covers_devices_without_a_block() -> None:
     assert rendered(acl)[3:] == [
         "pattern readwrite devices/%u/#",
         "user portal",
-        "topic write portal/generation/7",
+        "topic write portal/acl/7",
+        "topic read $SYS/broker/version",
         "topic deny devices/portal/#",
         "# end 7 0",
     ]
 
 
-def test_a_device_out_of_the_pattern_is_denied_until_it_is_forgotten() -> None:
+def test_a_device_out_of_the_pattern_is_left_to_the_crl() -> None:
     acl = Acl(PATTERN, "devices")
+    add_device_acl(acl, ONE, WIDER)
     remove_device_acl(acl, ONE)
-    assert rendered(acl)[-3:-1] == [f"user {ONE}", "topic deny #"]
-    acl.forget(ONE)
     assert ONE not in "\n".join(rendered(acl))
-
-
-def test_a_device_that_is_put_back_has_no_deny_left() -> None:
-    acl = Acl(PATTERN, "devices")
-    remove_device_acl(acl, ONE)
-    add_device_acl(acl, ONE, None)
-    assert "topic deny #" not in rendered(acl)
 
 
 def test_topics_wider_than_the_default_stand_beside_the_pattern() -> None:
@@ -140,7 +133,7 @@ def test_no_filter_can_add_a_line(filter_: str) -> None:
     add_device_acl(acl, ONE, [Topic(filter_, Access.READ)])
     add_device_acl(acl, TWO, [Topic(f"devices/{{id}}/{filter_}", Access.READ)])
     lines = rendered(acl)
-    assert len(lines) == 6 + 2 * len(acl)
+    assert len(lines) == 7 + 2 * len(acl)
 
 
 @given(st.lists(st.tuples(st.uuids(), st.sampled_from([None, WIDER, NARROWER, "out"])), max_size=20))
@@ -169,8 +162,8 @@ def test_what_is_rendered_passes_the_checker(changes: list[tuple[uuid.UUID, tupl
         ("# end 7 2", "# end 8 2"),
         ("# end 7 2", "# end 7 3"),
         ("user portal\n", ""),
-        ("portal/generation/7", "portal/generation/8"),
-        ("topic write portal/generation/7", "topic write #"),
+        ("portal/acl/7", "portal/acl/8"),
+        ("topic write portal/acl/7", "topic write #"),
         ("user portal\n", "topic readwrite #\nuser portal\n"),
         ("user portal\n", "pattern readwrite devices/%u/#\nuser portal\n"),
         (f"user {ONE}\n", ""),
@@ -211,17 +204,68 @@ def test_a_file_of_another_prefix_is_refused() -> None:
         validate_acl(per_device().render(7), 7, prefix="plant")
 
 
-def test_old_denials_are_forgotten_except_for_the_newest() -> None:
-    acl, noon = Acl(PATTERN, "devices"), datetime(2026, 11, 24, 12, tzinfo=UTC)
-    out = [f"{number:08x}-0000-4000-8000-000000000000" for number in range(6)]
-    for minute, device_id in enumerate(out):
-        remove_device_acl(acl, device_id, noon + timedelta(minutes=minute))
-    add_device_acl(acl, out[1], None)
-    add_device_acl(acl, ONE, NARROWER)  # denied for another reason, which does not grow old
-    acl.prune(newest=2, since=noon + timedelta(minutes=3))
-    assert [line for line in rendered(acl) if line.startswith("user ")] == [
-        "user portal",
-        *[f"user {device_id}" for device_id in (*out[3:], ONE)],
-    ]
-    acl.prune(newest=2, since=noon + timedelta(hours=1))
-    assert len(acl) == 2 + 1
+# --- What the broker must load ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", list(AclStyle))
+def test_who_is_revoked_suspended_or_resumed_gives_the_broker_nothing_to_load(style: AclStyle) -> None:
+    acl, wide = Acl(style, "devices"), WIDER
+    for device_id in (ONE, TWO):
+        add_device_acl(acl, device_id, wide)
+    installed = acl.render(7)
+    acl.grant(ONE, wide)
+    remove_device_acl(acl, TWO)
+    assert not acl.must_be_loaded(installed)
+    assert TWO not in acl.render(7).decode()
+
+
+def test_under_the_pattern_style_a_device_with_the_default_topics_gives_the_broker_nothing_to_load() -> None:
+    acl = Acl(PATTERN, "devices")
+    installed = acl.render(7)
+    add_device_acl(acl, ONE, None)
+    remove_device_acl(acl, ONE)
+    assert not acl.must_be_loaded(installed)
+
+
+@pytest.mark.parametrize(
+    ("style", "before", "after"),
+    [
+        (PER_DEVICE, "nothing", None),
+        (PER_DEVICE, None, NARROWER),
+        (PATTERN, "nothing", WIDER),
+        (PATTERN, WIDER, None),
+        (PATTERN, WIDER, NARROWER),  # denied everything, since the pattern cannot be narrowed
+    ],
+)
+def test_other_topics_of_a_device_have_to_be_loaded(
+    style: AclStyle, before: tuple[Topic, ...] | str | None, after: tuple[Topic, ...] | None
+) -> None:
+    acl = Acl(style, "devices")
+    if not isinstance(before, str):
+        add_device_acl(acl, ONE, before)
+    installed = acl.render(7)
+    acl.settle()
+    add_device_acl(acl, ONE, after)
+    assert acl.must_be_loaded(installed)
+
+
+def test_who_is_out_since_the_last_installation_only_may_be_in_the_brokers_acl() -> None:
+    acl = per_device()
+    installed = acl.render(7)
+    remove_device_acl(acl, ONE)
+    acl.settle()
+    assert acl.must_be_loaded(installed)
+
+
+@pytest.mark.parametrize(
+    "installed",
+    [
+        b"",
+        Acl(PATTERN, "devices").render(7),
+        Acl(PER_DEVICE, "plant").render(7).replace(b"# generation", b"# Generation"),
+        Acl(PER_DEVICE, "plant").render(7).replace(b"topic read $SYS/broker/version\n", b""),
+    ],
+    ids=["none", "other style", "no number", "of a portal before this one"],
+)
+def test_an_acl_of_another_kind_has_to_be_replaced(installed: bytes) -> None:
+    assert Acl(PER_DEVICE, "plant").must_be_loaded(installed)

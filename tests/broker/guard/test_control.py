@@ -146,7 +146,7 @@ def test_what_changed_since_is_appended(place: Place) -> None:
 
     def fill(draft: Draft) -> None:
         assert draft.since == 1
-        remove_device_acl(draft, ONE, place.now)
+        remove_device_acl(draft, ONE)
         draft.forget(TWO)
 
     place.install(fill)

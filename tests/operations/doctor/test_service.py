@@ -74,6 +74,7 @@ def test_a_version_whose_reloads_do_no_harm_may_be_reloaded(
     monkeypatch.setattr(service, "running_broker", lambda _: 1)
     monkeypatch.setattr(service, "running_version", lambda _: version)
     monkeypatch.setattr(service, "_service_of", lambda _: Service("mosquitto.service", RELOADS))
+    monkeypatch.setattr(service, "_environment", lambda *_: None)
     settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_BROKER_CONTROL": "files"})
     (finding,) = examine(settings, utc_now, checks=(("broker service", service.broker_service),))
     assert (finding.state is State.WARNING) is warned, finding
