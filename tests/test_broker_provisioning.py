@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -21,11 +22,12 @@ from pathlib import Path
 import pytest
 
 from broker import process
+from broker.control import RestartReason
 from broker.crl import Trust, validate_crl
 from broker.files.acl import Acl
-from broker.files.control import BrokerFiles, Projection
+from broker.files.control import BrokerFiles, FilesControl, Projection
 from broker.folder import broker_group
-from broker.probe import ProbeCertificate, ProbeCertificates
+from broker.probe import ProbeCertificate, ProbeCertificates, Resumption
 from broker.process import run_command, signal_broker
 from broker.session import MAX_INCOMING_BYTES, Session
 from broker_provisioning import BrokerProvisioning, add_device_acl
@@ -458,6 +460,75 @@ def test_a_reload_command_is_run_without_a_shell(folder: Path) -> None:
 def test_a_reload_command_that_fails_is_said(command: str) -> None:
     with pytest.raises(BrokerUnavailable, match="PORTAL_BROKER_RELOAD"):
         run_command("PORTAL_BROKER_RELOAD", command, soon(0.2))
+
+
+# --- What waits for a restart ---------------------------------------------------------------------------------------
+
+
+class Starts:
+    """A broker that has its ACL, and that can be started again."""
+
+    def __init__(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.socket = place.settings.broker_socket
+        self.control = FilesControl(place.settings, lambda: place.now)
+        self.control.files.install(place.projection(1))
+        monkeypatch.setattr(FilesControl, "_ask", lambda *_: None)
+        monkeypatch.setattr("broker.files.control.connect_unix", lambda *_: None)
+        monkeypatch.setattr("broker.files.control.Session", lambda *_: contextlib.nullcontext())
+        self.at = time.time() - 1000
+        self.again()
+
+    def again(self) -> None:
+        self.at += 100
+        self.socket.touch()
+        os.utime(self.socket, (self.at, self.at))
+
+    def is_pending(self, generation: int, how: Resumption) -> bool:
+        try:
+            self.control.check_resumption(generation, lambda: how)
+        except BrokerUnavailable:
+            assert self.control.waits(soon()) is RestartReason.SESSIONS
+            return True
+        assert self.control.waits(soon()) is None
+        return False
+
+
+def test_sessions_that_can_be_resumed_keep_a_revocation_pending_until_a_restart(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Starts(place, monkeypatch)
+    assert not broker.is_pending(1, Resumption.NONE)
+    broker.again()
+    assert broker.is_pending(2, Resumption.TICKETS)
+    assert broker.is_pending(2, Resumption.TICKETS)
+    place.written.install(place.projection(3))  # the record keeps it
+    broker.at = time.time() + 1
+    broker.again()
+    assert not broker.is_pending(2, Resumption.TICKETS)
+
+
+@pytest.mark.parametrize(("how", "ends"), [(Resumption.SESSION_IDS, True), (Resumption.TICKETS, False)])
+def test_session_ids_end_by_themselves_after_two_hours_and_tickets_do_not(
+    place: Place, monkeypatch: pytest.MonkeyPatch, how: Resumption, ends: bool
+) -> None:
+    broker = Starts(place, monkeypatch)
+    assert broker.is_pending(2, how)
+    now = time.time()
+    monkeypatch.setattr("broker.files.control.time.time", lambda: now + 7201)
+    assert broker.is_pending(2, how) is not ends
+
+
+def test_crls_that_take_much_memory_wait_for_a_restart(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Starts(place, monkeypatch)
+    monkeypatch.setattr("broker.files.control._MAX_CRL_BYTES", 1500)
+    waits = []
+    for generation in range(2, 8):
+        broker.control.files.install(place.projection(generation))
+        waits.append(broker.control.waits(soon()))
+    assert waits[0] is None
+    assert waits[-1] is RestartReason.CRLS
+    broker.again()
+    assert broker.control.waits(soon()) is None
 
 
 # --- A broker that is not there, or not one -----------------------------------------------------------------------

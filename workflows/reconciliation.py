@@ -192,9 +192,11 @@ class Reconciler:
                 return None
             seconds = self.restarts.seconds_until_due()
             if seconds == math.inf:
-                self.restarts.ask_for(reason)
+                if self.restarts.ask_for(reason):
+                    self._announce_restart(reason, by_portal=False)
             elif seconds == 0 and not self._damage():
                 log.warning("the broker is restarted", extra={"because": str(reason)})
+                self._announce_restart(reason, by_portal=True)
                 self.restarts.restart(reason)
                 return None
             return max(seconds, LEAST_SPACING / 20)
@@ -205,6 +207,11 @@ class Reconciler:
             target = self._prepare(with_crls=True)
             self._install(target)
             return Outcome(target.state.generation, target.state.applied_generation)
+
+    def _announce_restart(self, reason: RestartReason, *, by_portal: bool) -> None:
+        with self._database.transaction() as tx:
+            kind, now = EventType.BROKER_RESTART, self._clock()
+            events.record(tx, self._tenant_id, kind, None, at=now, because=str(reason), by_portal=by_portal)
 
     def _waits(self, timeout: float) -> RestartReason | None:
         try:

@@ -72,12 +72,17 @@ class BrokerRestarts:
             time.sleep(_PAUSE)
         return "it does not answer"
 
-    def ask_for(self, reason: RestartReason) -> None:
-        """Ask in the log for a restart that the portal has no command for; the same is asked for once an hour."""
+    def ask_for(self, reason: RestartReason) -> bool:
+        """Ask in the log for a restart that the portal has no command for; the same is asked for once an hour.
+
+        Return whether it was asked for now.
+        """
         asked, at = self._asked
-        if asked is not reason or time.monotonic() - at >= ASK_AGAIN_SECONDS:
+        due = asked is not reason or time.monotonic() - at >= ASK_AGAIN_SECONDS
+        if due:
             self._asked = reason, time.monotonic()
             log.error(
                 "restart the broker at a quiet time, or set PORTAL_BROKER_RESTART",
                 extra={"because": str(reason)},
             )
+        return due

@@ -42,7 +42,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _SIGNAL_AGAIN_SECONDS = 0.1  # a reload takes the broker 4 to 8 ms; a signal that arrives during one may be lost
 
 
-_RESUMABLE = "resumable"
+_RESUMABLE, _CRLS = "resumable", "crls"  # in the record
+_MAX_CRL_BYTES = 25 << 20  # of the CRLs, in PEM, that a running broker has read: it takes four times that of memory
 SESSION_SECONDS = 7200  # for which OpenSSL takes a session id of TLS 1.2
 
 
@@ -87,10 +88,11 @@ class BrokerFiles(BrokerFolder):
         if not even_older:
             self._check_order(generation)
         contents = {ACL_FILE: projection.acl}
+        kept = {name: value for name, value in self.stated().items() if name in (_RESUMABLE, _CRLS)}
         if trust is not None:
-            self.publish(trust)
+            if self.publish(trust):
+                kept[_CRLS] = [started_at(settings), self.crl_bytes() + len(trust.crl)]
             contents |= {CA_FILE: trust.ca, CRL_FILE: trust.crl}
-        kept = {name: value for name, value in self.stated().items() if name == _RESUMABLE}
         self._write(generation, contents, {**kept, "style": settings.acl_style, "acl": number})
         self.password()
 
@@ -109,6 +111,14 @@ class BrokerFiles(BrokerFolder):
         stated = self.stated()
         number = stated.get("acl", stated.get("generation"))
         return number if type(number) is int else 0
+
+    def crl_bytes(self) -> int:
+        """Return how many bytes of CRLs were published since the broker's start."""
+        try:
+            started, count = self.stated()[_CRLS]
+        except (KeyError, TypeError, ValueError):
+            return 0
+        return count if started == started_at(self._settings) and type(count) is int else 0
 
     def resumable(self) -> Resumable | None:
         """Return since when sessions may be resumed past a revocation, ``None`` if they never could."""
@@ -206,6 +216,7 @@ class FilesControl:
         self._acl = Acl(settings.acl_style, settings.topic_prefix)
         self._generation = 0  # of the ACL in memory
         self._settled: object = None  # the state in which the broker had all
+        self._resumption = (0.0, Resumption.TICKETS)  # of the broker that was started then
 
     def draft(self, enforced: int = 0) -> FilesDraft:
         """Begin the next generation with the ACL of the last one that this process has made."""
@@ -257,8 +268,8 @@ class FilesControl:
 
         A broker that has all is not asked again before there is more, or it is another one.
         """
-        resumable = self.files.resumable()
-        state = self.files.acl_number(), resumable, started_at(self._settings)
+        resumable, too_many = self.files.resumable(), self.files.crl_bytes() > _MAX_CRL_BYTES
+        state = self.files.acl_number(), resumable, too_many, started_at(self._settings)
         if state == self._settled:
             return None
         try:
@@ -268,6 +279,8 @@ class FilesControl:
             raise unavailable(self._settings, error) from error
         if waits is None and resumable is not None and self._is_open(resumable):
             return RestartReason.SESSIONS
+        if waits is None and too_many:
+            return RestartReason.CRLS
         self._settled = state if waits is None else None
         return waits
 
@@ -275,7 +288,10 @@ class FilesControl:
         """See that no TLS session is resumed past a revocation; see ``broker.control.BrokerControl``."""
         resumable = self.files.resumable()
         if resumable is None or resumable.generation < generation:
-            if (found := how()) is Resumption.NONE:
+            started = started_at(self._settings)
+            if self._resumption[0] != started:  # what it was started with does not change
+                self._resumption = started, how()
+            if (found := self._resumption[1]) is Resumption.NONE:
                 return
             now = time.time()
             ends = now + SESSION_SECONDS if found is Resumption.SESSION_IDS else None
