@@ -287,6 +287,7 @@ class Reconciler:
                 if state.applied_generation < state.generation:
                     self.apply(state.generation, timeout=self._settings.enforce_timeout)
                 self.publish_crls()
+                self.restart_if_due()
             except PortalError as error:
                 log.warning("reconciliation failed", extra={"problem": error.detail})
             except Exception:
