@@ -49,7 +49,7 @@ SESSION_SECONDS = 7200  # for which OpenSSL takes a session id of TLS 1.2
 
 @dataclass(frozen=True, slots=True)
 class Resumable:
-    """The newest revocation past which a TLS session might be resumed: its generation, and its time.
+    """The newest revocation past which a TLS session might be resumed: its generation, and the time of its CRL.
 
     ``ends`` is when no such session lives any more, ``None`` if only a restart of the broker ends them. Times are in
     seconds of the epoch.
@@ -293,9 +293,10 @@ class FilesControl:
                 self._resumption = started, how()
             if (found := self._resumption[1]) is Resumption.NONE:
                 return
-            now = time.time()
-            ends = now + SESSION_SECONDS if found is Resumption.SESSION_IDS else None
-            resumable = Resumable(generation, now, ends)
+            # The running broker had the CRL, or one that was started later has it: no session began after that.
+            written = self._settings.broker_file(CRL_FILE).stat().st_mtime
+            ends = time.time() + SESSION_SECONDS if found is Resumption.SESSION_IDS else None
+            resumable = Resumable(generation, written, ends)
             self.files.state_resumable(resumable)
         if self._is_open(resumable):
             raise BrokerUnavailable(
