@@ -87,9 +87,10 @@ static bool take_line(struct journal *journal, char *line, size_t length, rights
 {
     char id[MAX_ID_BYTES + 1];
     const char *reason;
+    uint32_t running = journal->checksum; /* a line that is refused leaves the journal's as it is */
     enum outcome outcome;
 
-    if (!line_verify(line, length, &journal->checksum, &reason)) {
+    if (!line_verify(line, length, &running, &reason)) {
         return fail(journal, reason);
     }
     if (!journal->has_header) {
@@ -97,6 +98,7 @@ static bool take_line(struct journal *journal, char *line, size_t length, rights
             return fail(journal, "a header that is not of this format");
         }
         journal->has_header = true;
+        journal->checksum = running;
         journal->sequence = journal->base;
         note_mark(journal);
         return true;
@@ -111,6 +113,7 @@ static bool take_line(struct journal *journal, char *line, size_t length, rights
     if (outcome == NO_MEMORY) {
         return fail_for_now(journal, "there is no memory for a line");
     }
+    journal->checksum = running;
     journal->sequence++;
     note_mark(journal);
     if (outcome != DONE && lost != NULL) {

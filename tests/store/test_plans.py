@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.states import PresenceState
+from core.states import ClientKind, PresenceState
 from operations.wiring import Portal
 from store import certificates, devices, enrolment, generations, issuers, presences, renewal, tenants
 from store.devices import DeviceFilter
@@ -37,6 +37,8 @@ OF_JOBS: dict[str, Query] = {
 }
 LISTS = {
     "all": DeviceFilter(),
+    "applications": DeviceFilter(kind=ClientKind.APPLICATION),
+    "applications by status": DeviceFilter(kind=ClientKind.APPLICATION, status="revoked"),
     "status": DeviceFilter(status="revoked"),
     "type": DeviceFilter(type="pump"),
     "location": DeviceFilter(location="hall 1"),
@@ -56,6 +58,7 @@ LOOK_UPS: dict[str, Query] = {
     "requests for another key that wait": lambda tx: enrolment.waiting_reenrolments(tx, "default", limit=5),
     "certificates issued to a device": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
     "expiring soon": lambda tx: certificates.count_expiring(tx, "default", now=NOW, within=[timedelta(days=7)]),
+    "numbers by status": lambda tx: devices.count_by_status(tx, "default"),
     "a token": lambda tx: tenants.find_token(tx, "0" * 64),
     "who is connected": lambda tx: presences.connected_page(tx, "default", limit=5, after=(NOW, "x")),
     "number of connected devices": lambda tx: presences.count_connected(tx, "default"),

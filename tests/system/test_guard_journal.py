@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,33 @@ def test_a_damaged_journal_denies_everybody_keeps_sessions_and_is_good_again_onc
     fleet.broker.wait_for_log("Every device is denied until the portal has written a good one.")
     assert fleet.is_repaired_by(content)
     assert may_subscribe(fleet.device, f"devices/{fleet.identity}/#")
+
+
+OUTSIDE = (
+    "%23",
+    "+",
+    "+/telemetry",
+    "$SYS/#",
+    "$CONTROL/#",
+    "$share/g/#",
+    "devices/#/x",
+    "devices/a+",
+    "devices/%01",
+    "devices/%FF",
+)
+
+
+def test_a_line_whose_filter_reaches_outside_is_damage_and_so_is_one_with_65(fleet: Fleet) -> None:
+    content, stranger = fleet.broker.journal.content, uuid.uuid4()
+    sequence, checksum = fleet.broker.journal.sequence, fleet.broker.journal.checksum
+    for filters in (*(f"r:{text}" for text in OUTSIDE), " ".join(f"r:devices/{number}" for number in range(65))):
+        text = f"{sequence + 1} allow {stranger} {filters}"
+        with fleet.path.open("ab") as file:
+            file.write(f"{text} {zlib.crc32(text.encode(), checksum):08x}\n".encode())
+        assert not fleet.broker.proven(), filters
+        assert not fleet.works
+        assert fleet.is_repaired_by(content), filters
+    fleet.broker.tell(f"allow {stranger} r:devices/%23 r:devices/+/telemetry")  # as an application has
 
 
 def test_damage_is_noticed_on_the_tick(fleet: Fleet) -> None:

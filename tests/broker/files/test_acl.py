@@ -104,6 +104,16 @@ def test_stored_topics_that_are_not_allowed_any_more_close_the_device(style: Acl
     assert "devices/" not in "\n".join(rendered(acl))
 
 
+@pytest.mark.parametrize("style", list(AclStyle))
+def test_an_application_may_do_nothing_by_an_acl_which_grants_every_subscribe(style: AclStyle) -> None:
+    acl = Acl(style, "devices")
+    acl.grant_application(ONE, [Topic("devices/+/telemetry", Access.READ)])
+    assert list(acl.closed) == [ONE]
+    assert "PORTAL_BROKER_CONTROL=guard" in acl.closed[ONE]
+    assert "telemetry" not in "\n".join(rendered(acl))
+    assert (f"user {ONE}" in rendered(acl)) is (style is PATTERN)  # else the pattern would grant it its own
+
+
 def test_the_style_is_checked_where_topics_come_in() -> None:
     check_style(NARROWER, PER_DEVICE, "devices")
     check_style(None, PATTERN, "devices")

@@ -162,6 +162,29 @@ def test_topics_that_are_not_allowed_are_denied_and_listed(place: Place) -> None
     assert f"deny {ONE}" in journal_lines(place.journal)
 
 
+def test_an_application_is_allowed_filters_of_its_own_that_a_device_is_not(place: Place) -> None:
+    place.open(PORTAL_TOPIC_PREFIXES="homeassistant")
+    topics = (Topic("devices/+/telemetry", Access.READ), Topic("homeassistant/#", Access.READWRITE))
+    place.install(lambda draft: draft.grant_application(ONE, topics))
+    assert f"allow {ONE} r:devices/+/telemetry rw:homeassistant/#" in journal_lines(place.journal)
+    draft = place.control.draft()
+    add_device_acl(draft, TWO, topics[:1])
+    for outside in ("#", "+/telemetry", "$SYS/#", "$share/g/#", "devices/x\n", "other/#"):
+        draft.grant_application(ONE, [Topic(outside, Access.READ)])
+        assert ONE in draft.closed, outside
+    assert TWO in draft.closed
+    draft.install(2, place.trust())
+    assert journal_lines(place.journal)[-3:-1] == [f"deny {ONE}"] * 2
+    assert f"deny {TWO}" in journal_lines(place.journal)
+
+
+def test_64_topics_as_long_as_can_be_fit_into_a_line(place: Place) -> None:
+    topics = [Topic(f"devices/{number:02}" + "x" * 246, Access.READWRITE) for number in range(64)]
+    place.install(lambda draft: draft.grant_application(ONE, topics))
+    [line] = [line for line in journal_lines(place.journal) if line.startswith("allow")]
+    assert line.count(" rw:devices/") == 64
+
+
 def test_a_name_that_is_no_device_id_is_never_written(place: Place) -> None:
     draft = place.control.draft()
     with pytest.raises(ValueError, match="UUID"):
@@ -233,6 +256,7 @@ DISCONTINUITIES: dict[str, Callable[[Place], object]] = {
     "the record is gone, as after a restore": lambda place: (place.settings.broker_dir / "projection.json").unlink(),
     "the record is damaged": lambda place: (place.settings.broker_dir / "projection.json").write_bytes(b"[]"),
     "the topic prefix is another": _other_prefix,
+    "another prefix is allowed": lambda place: place.open(PORTAL_TOPIC_PREFIXES="homeassistant"),
 }
 
 

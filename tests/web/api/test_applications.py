@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +20,8 @@ from core.broker_control import JOURNAL_FILE
 from core.roles import Role
 from operations.wiring import Portal, prepare
 from store.tables import AclEntry, Certificate, Delivery, Device, WebhookDelivery
+from tests.support.est import Device as EstClient
+from tests.support.est import certificates_of, csr_der, refused
 from tests.support.guard_stub import GuardStub, journal_lines
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, csr_pem, problem_of
 
@@ -258,8 +261,8 @@ def test_topics_that_are_taken_away_are_taken_away_before_the_answer(api: Api, p
     assert (answer.status_code, answer.json["broker"], answer.json["topics"]) == (200, "applied", READ_ALL)
     assert last_line_of(portal, application) == f"allow {application} r:devices/+/telemetry"
     assert api.patch(f"/applications/{application}", {"name": "other"}).json["name"] == "other"
-    refused: list[dict[str, Any]] = [{}, {"topics": None}, {"topics": []}, {"type": "x"}]
-    for body in (*refused, {"topics": [{"filter": "#", "access": "read"}]}):
+    wrong: list[dict[str, Any]] = [{}, {"topics": None}, {"topics": []}, {"type": "x"}]
+    for body in (*wrong, {"topics": [{"filter": "#", "access": "read"}]}):
         assert api.patch(f"/applications/{application}", body).status_code == 422
     assert api.get(f"/applications/{application}").json["topics"] == READ_ALL
 
@@ -286,6 +289,21 @@ def test_a_renewal_gives_another_certificate_for_the_same_topics(api: Api) -> No
     shown = api.get(f"/applications/{application}").json
     assert shown["certificate"]["serial_number"] == answer.json["serial_number"]
     assert shown["topics"] == READ_ALL
+
+
+def test_an_application_renews_by_itself_over_est_as_a_device_does(api: Api, portal: Portal, clock: Clock) -> None:
+    registered = added(api, csr=csr_pem())
+    application = registered["application_id"]
+    shown = ssl.PEM_cert_to_DER_cert(registered["certificate"])
+    request = csr_der(None, application, names=[x509.UniformResourceIdentifier(f"urn:uuid:{application}")])
+    refused(EstClient(api, certificate=shown).enrol(request, "simplereenroll"), 409)  # too early
+    clock.advance(days=300)
+    [renewed] = certificates_of(EstClient(api, certificate=shown).enrol(request, "simplereenroll"))
+    assert renewed.subject.rfc4514_string() == f"CN={application}"
+    certificate = api.get(f"/applications/{application}").json["certificate"]
+    assert int(certificate["serial_number"], 16) == renewed.serial_number
+    entry = api.get(f"/audit?object=application:{application}").json["entries"][0]
+    assert (entry["action"], entry["actor"]) == ("application:renew", f"application {application}")
 
 
 # --- What is said of them -----------------------------------------------------------------------------------------
