@@ -16,7 +16,7 @@ from broker.guard.journal import read_position
 from core.errors import ProjectionInvalid
 
 YES, NO = 0x00, 0x87
-_CONNECT, _PUBLISH = 0x10, 0x30
+_CONNECT, _PUBLISH, _SUBSCRIBE = 0x10, 0x30, 0x80
 
 
 def journal_lines(path: Path) -> list[str]:
@@ -69,6 +69,8 @@ class GuardStub:
                         self.topics.append(topic)
                         answer = self._answer(topic.split("/")[2:]) if self.loaded else YES
                         sock.sendall(bytes([0x40, 4]) + body[2 + length : 4 + length] + bytes([answer, 0]))
+                    elif kind & 0xF0 == _SUBSCRIBE:
+                        sock.sendall(bytes([0x90, 4]) + body[:2] + bytes([0, YES]))
 
     def _login(self, body: bytes) -> int:
         """The reason for CONNACK: the last field of CONNECT is the password."""
