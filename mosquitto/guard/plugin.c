@@ -4,7 +4,6 @@
 #include "guard.h"
 #include "kicks.h"
 #include "log.h"
-#include "openssl.h"
 #include "portal.h"
 #include "presence.h"
 #include "verdict.h"
@@ -90,17 +89,12 @@ static bool has_headroom(void)
     return room != NULL;
 }
 
-/* Say whether this is a live device's retained message; the sender of one that is kept is asked about in the same way. */
-static bool is_retained_by_device(const struct mosquitto_evt_acl_check *check)
+/* Say whether this is a retained message, or will, that a device sends now. The sender of one that is kept already is asked
+ * about in the same way, but without an address. */
+static bool is_new_retained(const struct mosquitto_evt_acl_check *check)
 {
-    void *x509;
-
-    if (check->access != MOSQ_ACL_WRITE || !check->retain || check->payloadlen == 0) {
-        return false;
-    }
-    x509 = mosquitto_client_certificate(check->client);
-    X509_free(x509);
-    return x509 != NULL;
+    return check->access == MOSQ_ACL_WRITE && check->retain && check->payloadlen > 0 &&
+           mosquitto_client_address(check->client) != NULL;
 }
 
 static int on_acl_check(int event, void *data, void *user)
@@ -121,7 +115,7 @@ static int on_acl_check(int event, void *data, void *user)
     (void)look_after(SILENT_MILLISECONDS); /* the broker is slow, or set up so that it never ticks */
     switch (verdict_of(check->client, check->access, check->topic)) {
     case GRANTED:
-        if (is_retained_by_device(check) && !has_headroom()) {
+        if (is_new_retained(check) && !has_headroom()) {
             log_refusal("A retained message to %s is refused: hardly any memory is left below memory_limit.", check->topic);
             return MOSQ_ERR_ACL_DENIED;
         }

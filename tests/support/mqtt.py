@@ -28,6 +28,7 @@ class Will:
     topic: str
     payload: bytes
     delay: int = 0
+    retain: bool = False
 
 
 @dataclass(eq=False)
@@ -64,7 +65,8 @@ class MqttClient:
     ) -> int:
         """Send CONNECT; return the reason code of CONNACK (return code in MQTT 3.1.1)."""
         flags = (0x02 if clean else 0) | (0x80 if username is not None else 0) | (0x40 if password is not None else 0)
-        flags |= 0x0C if will else 0  # with QoS 1
+        if will:
+            flags |= 0x2C if will.retain else 0x0C  # with QoS 1
         body = _text("MQTT") + bytes([self.version, flags]) + struct.pack(">H", 60)
         if self.version == 5:
             body += b"\x05\x11" + struct.pack(">I", expiry)

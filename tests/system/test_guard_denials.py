@@ -148,9 +148,21 @@ def test_one_device_cannot_fill_the_brokers_memory_nor_keep_it_from_starting() -
             topics = (f"devices/{identity}/{number}" for number in range(300))
             kept = sum(device.publish(topic, bytes(250_000), retain=True) in DELIVERED for topic in topics)
             assert 32 <= kept <= 67
+            while device.publish(f"devices/{identity}/{kept}", bytes(20_000), retain=True) in DELIVERED:
+                kept += 1
             assert may_publish(device, f"devices/{identity}/x")  # others, and what is not kept, are taken
             assert may_publish(others, f"devices/{other}/x")
             assert may_subscribe(others, f"devices/{other}/#")
+        with broker.tls(credentials) as device:
+            device.connect("any", will=Will(f"devices/{identity}/will", bytes(60_000), retain=True))
+            device.drop()
+            broker.wait_until_closed(identity)
+        with broker.device(credentials) as device:
+            assert may_subscribe(device, f"devices/{identity}/will")
+            assert may_subscribe(device, f"devices/{identity}/0")
+            assert device.receive().topic == f"devices/{identity}/0"  # what is kept is still handed on
+            device.ping()
+            assert device.messages == []
         broker.terminate()
         broker.start()
         assert is_admitted(broker, identity, credentials)
