@@ -23,11 +23,11 @@ _BUILD = "Build and install the plugin again (make -C mosquitto/guard install), 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The systemd unit that runs the broker, empty if none does, and what it sets."""
+    """The systemd unit that runs the broker, empty if none does, and what it sets; ``None`` if that is not known."""
 
     unit: str
     reload: str = ""
-    environment: str = ""
+    environment: str | None = None
 
 
 def broker_service(installation: Installation) -> Finding:
@@ -36,12 +36,9 @@ def broker_service(installation: Installation) -> Finding:
     if not pid:
         return well("The broker does not run, or its process is not visible here.")
     found, service = Findings(), _service_of(pid)
-    found += openssl_warnings(_environment(pid, service), Path(f"/proc/{pid}/root"))
+    found += openssl_warnings(environment_of(pid, service), Path(f"/proc/{pid}/root"))
     if installation.settings.broker_control is ControlKind.GUARD:
-        path = find_configuration(installation)
-        guard = None if path is None else guard_of(read_configuration(path))
-        if guard is not None:
-            found += plugin_mistakes(Path(guard), _maps(pid))
+        found += plugin_mistakes(_guard_of(installation, Path(f"/proc/{pid}/root")), _text(Path(f"/proc/{pid}/maps")))
     if (running_version(pid) or (0,)) < SAFE_RELOAD:
         found += reload_warnings(service, LOGROTATE_RULES)
     return combine(found, f"The broker is process {pid}{f' of {service.unit}' if service.unit else ''}.")
@@ -96,12 +93,12 @@ def reload_warnings(service: Service, rules: Path) -> Iterator[Finding]:
 # --- Its environment ----------------------------------------------------------------------------------------------
 
 
-def _environment(pid: int, service: Service) -> Sequence[str] | None:
+def environment_of(pid: int, service: Service) -> Sequence[str] | None:
     """Return the variables of a process, as its unit sets them if they cannot be read; ``None`` if neither is known."""
     try:
         return Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
     except OSError:
-        return service.environment.split() if service.unit else None
+        return None if service.environment is None else service.environment.split()
 
 
 def openssl_warnings(environment: Sequence[str] | None, root: Path) -> Iterator[Finding]:
@@ -142,8 +139,20 @@ def _below(root: Path, path: Path) -> Path:
 # --- The plugin ---------------------------------------------------------------------------------------------------
 
 
-def plugin_mistakes(plugin: Path, maps: str) -> Iterator[Finding]:
+def _guard_of(installation: Installation, root: Path) -> Path | None:
+    """Return the guard's file by the configuration; ``None`` if that is not known, which another check reports."""
+    try:
+        path = find_configuration(installation)
+        guard = None if path is None else guard_of(read_configuration(path))
+    except (OSError, ValueError):
+        return None
+    return None if guard is None else _below(root, Path(guard))
+
+
+def plugin_mistakes(plugin: Path | None, maps: str) -> Iterator[Finding]:
     """Return what is wrong with the guard's file, and with the one that a process of the memory ``maps`` has loaded."""
+    if plugin is None:
+        return
     try:
         with plugin.open("rb") as file:
             content = file.read(_MAX_BYTES)
@@ -157,10 +166,6 @@ def plugin_mistakes(plugin: Path, maps: str) -> Iterator[Finding]:
         yield problem(f"The guard {plugin} is of version {int(spoken[1])}, the portal's is {GUARD_VERSION}.", _BUILD)
     if re.search(rf"/{re.escape(plugin.name)} \(deleted\)$", maps, re.MULTILINE):
         yield warning(f"{plugin} was replaced since the broker started.", "Restart the broker at a quiet time.")
-
-
-def _maps(pid: int) -> str:
-    return _text(Path(f"/proc/{pid}/maps"))
 
 
 def _text(path: Path) -> str:

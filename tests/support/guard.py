@@ -103,6 +103,10 @@ class GuardedBroker(Mosquitto):
     def issuer(self) -> str:
         return hash_of(self.pki.issuing.certificate.subject)
 
+    @property
+    def variables(self) -> dict[str, str]:
+        return {}  # TLS sessions can be resumed, which the guard has to see through
+
     def command(self) -> list[str]:
         return [*self.under, *super().command()]
 

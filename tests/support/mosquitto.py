@@ -117,7 +117,7 @@ class Mosquitto:
         self._lines.clear()
         self._process = subprocess.Popen(
             self.command(),
-            env={**os.environ, "OPENSSL_CONF": str(OPENSSL_CONFIGURATION)},
+            env={**os.environ, **self.variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -126,6 +126,11 @@ class Mosquitto:
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What its environment has besides."""
+        return {"OPENSSL_CONF": str(OPENSSL_CONFIGURATION)}
 
     def command(self) -> list[str]:
         """What is run."""

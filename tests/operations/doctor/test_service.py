@@ -12,7 +12,14 @@ from config import Settings
 from operations.doctor import service
 from operations.doctor.base import Finding, State
 from operations.doctor.doctor import examine
-from operations.doctor.service import Service, openssl_warnings, plugin_mistakes, reload_warnings, unit_of
+from operations.doctor.service import (
+    Service,
+    environment_of,
+    openssl_warnings,
+    plugin_mistakes,
+    reload_warnings,
+    unit_of,
+)
 from operations.wiring import utc_now
 from tests.support.mosquitto import OPENSSL_CONFIGURATION, guard_library
 
@@ -74,7 +81,7 @@ def test_a_version_whose_reloads_do_no_harm_may_be_reloaded(
     monkeypatch.setattr(service, "running_broker", lambda _: 1)
     monkeypatch.setattr(service, "running_version", lambda _: version)
     monkeypatch.setattr(service, "_service_of", lambda _: Service("mosquitto.service", RELOADS))
-    monkeypatch.setattr(service, "_environment", lambda *_: None)
+    monkeypatch.setattr(service, "environment_of", lambda *_: None)
     settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_BROKER_CONTROL": "files"})
     (finding,) = examine(settings, utc_now, checks=(("broker service", service.broker_service),))
     assert (finding.state is State.WARNING) is warned, finding
@@ -105,7 +112,25 @@ def test_settings_that_resume_tls_sessions_past_the_crl_are_named(
 
 def test_a_broker_without_settings_for_openssl_is_named() -> None:
     assert "without OPENSSL_CONF" in said([*openssl_warnings(["PATH=/bin"], Path("/"))])
-    assert [*openssl_warnings(None, Path("/"))] == []  # its environment is nobody's to read
+
+
+def test_an_environment_that_cannot_be_read_is_the_units_or_not_known() -> None:
+    nobody = 0  # has no folder in /proc
+    assert environment_of(nobody, Service("x.service", environment="A=1 OPENSSL_CONF=/x")) == ["A=1", "OPENSSL_CONF=/x"]
+    assert environment_of(nobody, Service("x.service")) is None
+    assert [*openssl_warnings(None, Path("/"))] == []
+
+
+def test_a_configuration_that_is_another_checks_to_name_costs_nothing_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "running_broker", lambda _: 1)
+    monkeypatch.setattr(service, "running_version", lambda _: (2, 1, 0))
+    monkeypatch.setattr(service, "environment_of", lambda *_: None)
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_BROKER_CONTROL": "guard"})
+    checks = (("broker service", service.broker_service),)
+    (finding,) = examine(settings, utc_now, broker_config=tmp_path / "none.conf", checks=checks)
+    assert finding.state is State.OK, finding
 
 
 # --- Its plugin ---------------------------------------------------------------------------------------------------
