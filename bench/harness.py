@@ -93,9 +93,10 @@ class RunningPortal:
             "PORTAL_BIND": f"127.0.0.1:{free_port()}",
             "PORTAL_PKI_BIND": pki_bind,
             "PORTAL_THREADS": "32",  # a connection that was opened and has sent no request yet holds a thread
+            "PORTAL_BROKER_CONTROL": "files" if "PORTAL_ACL_STYLE" in environment else "guard",
             **environment,
         }
-        guard = environment.get("PORTAL_BROKER_CONTROL") == "guard"
+        guard = self._settings["PORTAL_BROKER_CONTROL"] == "guard"
         self._broker = Mosquitto(self.data / "broker", self.mqtt_port, guard=guard)
         self._server: subprocess.Popen[bytes] | None = None
 

@@ -245,6 +245,7 @@ class GuardControl:
         self._distrusted = False  # whether the journal was found damaged, so that the next one is a new one
         self._names: tuple[bytes, frozenset[str]] = (b"", frozenset())  # hashes of the CAs' names, by their PEM
         self._unsynced: Unsynced | None = None  # what was appended last
+        self._knows_version = False  # of the guard, which each process of the portal asks for once
 
     # --- Writing
 
@@ -398,6 +399,8 @@ class GuardControl:
         identify = [f"{TOPIC}/identify/{refused}"] if refused is not None else []
         session.send_connect(client_id(), PORTAL_USER, self.files.password())
         asked = [f"{TOPIC}/refused", f"{TOPIC}/prove/{position.epoch}/{position.seq}", *identify]
+        if not self._knows_version:
+            asked.append(f"{TOPIC}/version/{GUARD_VERSION}")
         sent: list[bytes] = []
         with contextlib.suppress(ConnectionError):  # if the broker has refused CONNECT, its answer is still there
             sent = [session.send_publish(topic) for topic in asked]
@@ -407,6 +410,10 @@ class GuardControl:
             raise ConnectionError("the broker closed the connection")
         loaded, proven, *allowed = map(session.receive_puback, sent)
         _check_loaded(loaded)
+        if not self._knows_version:
+            if allowed.pop() >= FAILURE:
+                raise _other_version()
+            self._knows_version = True
         if proven >= FAILURE:
             self._await(session, position, deadline)
             allowed = [session.publish(topic) for topic in identify]

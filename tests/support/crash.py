@@ -357,8 +357,11 @@ class Load:
 # --- A device at the broker ----------------------------------------------------------------------------------------
 
 
-def refusal_of(ca: str, chain: str, key: Path, device_id: str, port: int, folder: Path) -> str:
-    """What the broker says to the device: "" if it accepts it, else why not."""
+def refusal_of(ca: str, chain: str, key: Path, device_id: str, port: int, folder: Path, *, changes: int = 0) -> str:
+    """What the broker says to the device: "" if it accepts it and what it publishes, else why not.
+
+    ``changes``: how often its topics may have been changed by a ``LoadClient``.
+    """
     certificate = folder / f"{secrets.token_hex(8)}.pem"
     certificate.write_text(chain)
     said: queue.Queue[str] = queue.Queue()
@@ -367,9 +370,16 @@ def refusal_of(ca: str, chain: str, key: Path, device_id: str, port: int, folder
         client.tls_set(ca, str(certificate), str(key))
         client.on_connect = lambda _c, _u, _f, reason, _p: said.put("" if reason == 0 else str(reason))
         client.on_disconnect = lambda _c, _u, _f, reason, _p: said.put(f"cut: {reason}")
+        client.on_publish = lambda _c, _u, _mid, reason, _p: said.put(str(reason) if reason.is_failure else "")
         client.connect("localhost", port, keepalive=30)
         client.loop_start()
-        return said.get(timeout=SECONDS)
+        answer = said.get(timeout=SECONDS)
+        for number in range(0 if answer else changes + 1):
+            client.publish(f"devices/{device_id}/t{number}", b"hello", qos=1)
+            answer = said.get(timeout=SECONDS)
+            if not answer or answer.startswith("cut"):
+                break
+        return answer
     except OSError as error:
         return str(error)
     finally:

@@ -156,7 +156,8 @@ class Check:
         assert known.answer is not None
         ca = str(self.victim.data / "ca.pem")
         folder = self.victim.folder
-        return refusal_of(ca, known.answer["chain"], self.ledger.key_of(known), known.id, self.victim.mqtt_port, folder)
+        key, changes = self.ledger.key_of(known), len(known.places)
+        return refusal_of(ca, known.answer["chain"], key, known.id, self.victim.mqtt_port, folder, changes=changes)
 
     def whole(self, known: Known, device: dict[str, Any]) -> None:
         """A registration that nobody was told of is there with all that belongs to it."""

@@ -25,6 +25,7 @@ from typing import Any, Self
 import paho.mqtt.client as paho
 import requests
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import MQTTProtocolVersion as Version
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -46,7 +47,7 @@ _made: dict[tuple[tuple[str, str], ...], Path] = {}  # data folders by the setti
 
 
 class Deployment:
-    """A portal on a temporary data folder and free ports with a broker beside it."""
+    """A portal on a temporary data folder and free ports with a broker beside it; by default under the guard."""
 
     under: tuple[str, ...] = ()  # the program, with its first arguments, under which the server runs
 
@@ -64,6 +65,7 @@ class Deployment:
             "PORTAL_MQTT_PORT": str(self.mqtt_port),
             "PORTAL_ENFORCE_TIMEOUT": "20",  # on a machine with much other work
             "PORTAL_BROKER_RESTART": f"sh -c 'echo >{self.folder}/restart'",
+            "PORTAL_BROKER_CONTROL": "guard",
             **environment,
         }
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -126,10 +128,13 @@ class Deployment:
             timeout=60,
         )
 
+    @property
+    def is_guarded(self) -> bool:
+        return self.environment["PORTAL_BROKER_CONTROL"] == "guard"
+
     def start_broker(self) -> Mosquitto:
-        guard = self.environment.get("PORTAL_BROKER_CONTROL") == "guard"
         oldest = self.environment.get("PORTAL_MQTT_TLS", "")
-        self.broker = Mosquitto(self.data / "broker", self.mqtt_port, guard=guard, oldest_tls=oldest).start()
+        self.broker = Mosquitto(self.data / "broker", self.mqtt_port, guard=self.is_guarded, oldest_tls=oldest).start()
         return self.broker
 
     def stop_broker(self) -> None:
@@ -262,29 +267,37 @@ class Onboarded:
         return client
 
     def refusal(self) -> str:
-        """How the broker refuses the device; fails where it lets it in."""
+        """How the broker refuses the device; fails where the device may do anything.
+
+        Until the broker has the new CRL the guard alone refuses: whatever the device tries after CONNECT.
+        """
         client = Client(self)
         try:
             client.connect()
         except (OSError, AssertionError) as error:
             return str(error)
-        client.close()
-        raise AssertionError("the broker let the device in")
+        try:
+            assert client.is_refused(f"devices/{self.id}/x"), "the broker let the device in"
+            return "not authorized"
+        finally:
+            client.close()
 
 
 class Client:
-    """An MQTT 5 client by paho-mqtt, driven by events."""
+    """An MQTT client by paho-mqtt, driven by events."""
 
-    def __init__(self, device: Onboarded, *, session_seconds: int = 0) -> None:
+    def __init__(self, device: Onboarded, *, session_seconds: int = 0, version: Version = Version.MQTTv5) -> None:
         """``session_seconds``: for how long the broker is to keep the session while the client is away."""
         self.device = device
         self._session_seconds = session_seconds
+        self._version = version
         self.messages: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self._connected: queue.Queue[str] = queue.Queue()
         self._disconnected: queue.Queue[str] = queue.Queue()
         self._acknowledged: queue.Queue[tuple[int, str]] = queue.Queue()
         self._subscribed: queue.Queue[str] = queue.Queue()
-        self.paho = paho.Client(CallbackAPIVersion.VERSION2, client_id=device.id, protocol=paho.MQTTv5)
+        clean = None if version is Version.MQTTv5 else session_seconds == 0
+        self.paho = paho.Client(CallbackAPIVersion.VERSION2, device.id, clean_session=clean, protocol=version)
         self.paho.tls_set(
             device.file("ca.pem"),
             device.file("chain.pem"),
@@ -300,10 +313,12 @@ class Client:
 
     def connect(self) -> None:
         """Connect, or raise what kept it from it."""
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho has no types here
-        properties.SessionExpiryInterval = self._session_seconds
-        clean = self._session_seconds == 0
-        self.paho.connect("localhost", self.device.port, keepalive=30, clean_start=clean, properties=properties)
+        options: dict[str, Any] = {}
+        if self._version is Version.MQTTv5:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho has no types here
+            properties.SessionExpiryInterval = self._session_seconds
+            options = {"clean_start": self._session_seconds == 0, "properties": properties}
+        self.paho.connect("localhost", self.device.port, keepalive=30, **options)
         self.paho.loop_start()
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:

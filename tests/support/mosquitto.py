@@ -151,16 +151,19 @@ class Mosquitto:
         return text.replace(INSTALLED_FOLDER, str(self.folder)).replace(INSTALLED_PORT, str(self.port))
 
     def stop(self) -> None:
+        """End it by SIGTERM; an abort at its exit is the early sign of damaged memory, which no reload causes here."""
         if self._process is None:
             return
+        aborted = False
         if self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(10)
+                aborted = self._process.wait(10) not in (0, -signal.SIGKILL)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
         self._reader.join()
+        assert not (aborted and self.guard), self.log
 
     def restart(self) -> None:
         """Stop it as a service's manager does, and start it again."""

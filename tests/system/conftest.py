@@ -1,4 +1,4 @@
-"""Deployments for system tests, one for each ACL style, shared by the tests of a module."""
+"""Deployments for system tests, one for each control of the broker, shared by the tests of a module."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from tests.support.deployment import Deployment
 
 
-@pytest.fixture(scope="module", params=["per-device", "pattern"])
+@pytest.fixture(scope="module", params=["guard", "files"])
 def deployment(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     """A running portal with its broker; tests share it, so each makes devices of its own."""
-    with Deployment(PORTAL_ACL_STYLE=request.param) as running:
+    with Deployment(PORTAL_BROKER_CONTROL=request.param) as running:
         yield running

@@ -23,7 +23,7 @@ HEADER = "name,type,location,firmware,external_id,metadata\n"
 
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Deployment]:
-    with Deployment(PORTAL_ACL_STYLE="pattern") as running:
+    with Deployment() as running:
         yield running
 
 

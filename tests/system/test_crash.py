@@ -25,7 +25,8 @@ ANSWERS_BETWEEN_KILLS = 12
 @pytest.fixture(scope="module")
 def victim() -> Iterator[Victim]:
     """A portal of one worker, so that it is the process that is asked that works for the broker, too."""
-    with Victim(PORTAL_ACL_STYLE="per-device", PORTAL_WORKERS="1", PORTAL_WEBHOOK_ALLOW="127.0.0.0/8,::1") as running:
+    files = {"PORTAL_BROKER_CONTROL": "files", "PORTAL_ACL_STYLE": "per-device"}  # the control with the more steps
+    with Victim(**files, PORTAL_WORKERS="1", PORTAL_WEBHOOK_ALLOW="127.0.0.0/8,::1") as running:
         yield running
 
 
@@ -212,11 +213,11 @@ def test_a_fetch_cut_off_has_used_its_link_if_and_only_if_that_was_committed(vic
 
 @pytest.mark.long
 def test_killed_again_and_again_under_load_nothing_that_was_answered_is_lost() -> None:
-    with Victim(PORTAL_ACL_STYLE="per-device") as victim:
+    with Victim() as victim:
         ledger = Ledger(victim.folder, seed=1)
-        check = Check(victim, ledger, "per-device")
+        check = Check(victim, ledger, "guard")
         for _ in range(KILLS):
-            with Load(ledger, victim, "per-device") as load:
+            with Load(ledger, victim, "guard") as load:
                 enough = ledger.answers.total() + ANSWERS_BETWEEN_KILLS
                 wait_until(lambda enough=enough: ledger.answers.total() >= enough)
                 victim.kill_portal()

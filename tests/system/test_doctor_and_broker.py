@@ -13,8 +13,8 @@ pytestmark = pytest.mark.system
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Deployment]:
-    """An installation with devices, shared: each test puts right what it damaged."""
-    with deployed() as deployment:
+    """An installation with devices, under files, shared: each test puts right what it damaged."""
+    with deployed(PORTAL_BROKER_CONTROL="files") as deployment:
         deployment.onboard("stays")
         gone = deployment.onboard("gone")
         deployment.cli("revoke", gone.id, "--yes")

@@ -17,7 +17,7 @@ from tests.support.guard import (
     may_publish,
     may_subscribe,
 )
-from tests.support.mosquitto import GUARD, StartFailed
+from tests.support.mosquitto import GUARD, StartFailed, guard_library
 from tests.support.mqtt import NOT_AUTHORISED, Message, MqttClient, connect_socket
 from tests.support.pki import PEM, Authority
 
@@ -371,3 +371,26 @@ def test_nobody_takes_the_client_id_to_which_presence_is_sent(operator: Operator
         assert may_publish(portal, "portal/guard/report")
         assert operator.refuses("portal-presence", "operator", THEIRS)
         portal.ping()
+
+
+# --- Plugins that cannot be loaded ----------------------------------------------------------------------------------
+
+
+def of_another_machine(plugin: bytes) -> bytes:
+    """The same file for an architecture that is not this one: the field e_machine of the ELF header."""
+    return plugin[:18] + (b"\xb7\x00" if plugin[18:20] != b"\xb7\x00" else b"\x3e\x00") + plugin[20:]
+
+
+@pytest.mark.parametrize("kind", ["missing", "of another architecture", "cut short"])
+def test_a_broker_whose_plugin_cannot_be_loaded_does_not_start_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    plugin, content = tmp_path / "portal_guard.so", guard_library().read_bytes()
+    if kind != "missing":
+        plugin.write_bytes(of_another_machine(content) if "architecture" in kind else content[:5000])
+    monkeypatch.setattr("tests.support.guard.guard_library", lambda: plugin)
+    with guarded_broker(start=False) as broker:
+        with pytest.raises(StartFailed) as failed:
+            broker.start()
+        assert not broker.running
+    assert "Unable to load" in str(failed.value)

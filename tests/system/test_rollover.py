@@ -79,7 +79,10 @@ def test_devices_of_both_cas_are_at_work_before_during_and_after(deployment: Dep
     assert talks(with_newer)
     assert talks(session)
     session.close()
-    session = older.client()  # and connects again, to a broker that shows a certificate of the second CA
+    with_newer.close()
+    deployment.stop_broker()
+    deployment.start_broker()  # as PORTAL_BROKER_RESTART does, for its certificate of the second CA
+    session, with_newer = older.client(), newer.client()
     assert talks(session)
     deployment.wait_ready()
     for device in (older, newer):
@@ -102,7 +105,7 @@ def test_devices_of_both_cas_are_at_work_before_during_and_after(deployment: Dep
     session.wait_cut()
     session.close()
     deployment.run_flask("ca", "retire", "issuing-1")
-    assert broker_file(deployment, "crl.pem").count("BEGIN X509 CRL") == 1
+    wait_until(lambda: broker_file(deployment, "crl.pem").count("BEGIN X509 CRL") == 1)
     renewed = Onboarded(older.id, out, deployment.mqtt_port)
     session = renewed.client()
     assert talks(session)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.deployment import Deployment
+from tests.support.guard_stub import journal_lines
 
 pytestmark = pytest.mark.system
 
@@ -107,12 +108,11 @@ def test_the_portal_runs_on_with_the_root_key_moved_away(stopped: Deployment) ->
 
 
 def test_without_a_broker_devices_are_registered_and_the_files_written(stopped: Deployment) -> None:
-    stopped.environment["PORTAL_ACL_STYLE"] = "per-device"
     stopped.start_portal()
     registered = stopped.register()
     fetched = stopped.session.get(registered["download_url"], timeout=20)
     assert fetched.status_code == 200
-    assert registered["device_id"] in (stopped.data / "broker" / "acl").read_text()
+    assert f"allow {registered['device_id']}" in journal_lines(stopped.data / "broker" / "guard.journal")
     ready = stopped.call("GET", "/readyz")
     assert ready.status_code == 503
     assert [check["name"] for check in ready.json()["checks"] if not check["ok"]] == ["broker"]

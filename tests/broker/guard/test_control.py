@@ -312,7 +312,10 @@ def test_a_generation_is_enforced_once_the_guard_has_proven_it(place: Place) -> 
     with place.stub() as guard:
         assert place.broker.enforce(1, soon()) == 1
         position = read_position(place.journal)
-        assert guard.topics == ["portal/guard/refused", f"portal/guard/prove/{position.epoch}/{position.seq}"]
+        proof = ["portal/guard/refused", f"portal/guard/prove/{position.epoch}/{position.seq}"]
+        assert guard.topics == [*proof, f"portal/guard/version/{GUARD_VERSION}"]
+        place.broker.enforce(1, soon())  # the version is asked for once
+        assert guard.topics[3:] == proof
 
 
 def test_a_new_epoch_is_confirmed(place: Place) -> None:
@@ -348,10 +351,11 @@ def test_a_guard_that_does_not_follow_is_not_believed_and_gets_a_new_journal(pla
         assert place.broker.enforce(3, soon()) == 3
 
 
-def test_a_guard_of_another_version_is_told(place: Place) -> None:
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_guard_of_another_version_is_told_at_the_start(place: Place, follows: bool) -> None:
     place.install()
     with place.stub() as guard:
-        guard.version, guard.stopped = GUARD_VERSION - 1, True
+        guard.version, guard.stopped = GUARD_VERSION - 1, not follows
         with pytest.raises(BrokerNotEnforcing, match="not of the portal's version"):
             place.broker.enforce(1, soon(0.3))
 
