@@ -33,6 +33,7 @@ WHOLE_SECONDS = 60.0  # until everybody has to be reported
 UNREAD_SECONDS = 30.0
 # Rows in a transaction, and the pause after it: on SQLite others that write wait for one, and then have their turn.
 BATCH, PAUSE_SECONDS = 250, 0.005
+PAGE = 5000  # rows that are read at once, to compare them
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,7 @@ class PresenceFollower:
         new, after = dict(connected), None
         while True:
             with self._database.snapshot() as tx:
-                page = connected_page(tx, self._tenant_id, limit=BATCH, after=after)
+                page = connected_page(tx, self._tenant_id, limit=PAGE, after=after)
             if not page:
                 break
             after = page[-1]

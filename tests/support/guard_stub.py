@@ -32,6 +32,7 @@ class GuardStub:
         self.journal = journal
         self.topics: list[str] = []
         self.version = GUARD_VERSION
+        self.reports = True  # whether it knows that question
         self.loaded = True  # else everything is granted, as by a broker without a plugin and without an ACL
         self.epoch = 0  # the one in force
         self.stopped = False  # whether it reads no more of the journal
@@ -85,6 +86,8 @@ class GuardStub:
         match asked:
             case ["version", version]:
                 return YES if int(version) == self.version else NO
+            case ["report"]:
+                return YES if self.reports else NO
             case ["prove", epoch, seq]:
                 return YES if self._follow() and self.epoch == int(epoch) and self._read >= int(seq) else NO
             case ["epoch", epoch]:

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
+import db
 from broker.control import PresenceReport
 from core.errors import BrokerUnavailable, DatabaseUnavailable
 from core.states import PresenceState
@@ -266,6 +267,19 @@ def test_identities_that_are_not_known_here_are_left_out(
     record = recorded(portal, ids[0])
     assert record is not None
     assert record.state is PresenceState.CONNECTED
+
+
+def test_a_revoked_device_keeps_when_it_was_last_seen(
+    portal: Portal, follower: PresenceFollower, broker: Broker, ids: list[str], clock: Clock
+) -> None:
+    broker.connected = {ids[0]: clock()}
+    follower.follow()
+    with portal.database.transaction() as tx:
+        db.revoke_device(tx, "default", ids[0], revoked_at=clock(), reason="unspecified", generation=1)
+    ended = clock() + timedelta(seconds=1)
+    broker.tell(disconnected={ids[0]: ended})
+    follower.follow()
+    assert shown(portal, ids[0]) == DeviceConnection(False, ended, ended)
 
 
 @ON_SQLITE

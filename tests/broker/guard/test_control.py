@@ -530,3 +530,39 @@ def test_a_folder_of_crls_that_the_broker_could_not_read_is_damage(place: Place,
     (place.settings.broker_dir / "capath").chmod(mode)
     (problem,) = place.control.files.damage()
     assert "capath is not a folder with mode 0750" in problem
+
+
+# --- Who is connected ----------------------------------------------------------------------------------------------
+
+
+def test_the_guard_is_asked_to_report_who_is_connected(place: Place) -> None:
+    place.install()
+    with place.stub() as guard:
+        reports = place.broker.follow_presence(soon())
+        assert reports is not None
+        assert reports.is_incomplete
+        reports.close()
+    assert guard.topics == ["portal/guard/refused", "portal/guard/report"]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "words"),
+    [("loaded", "runs without the portal's guard"), ("reports", "not of the portal's version")],
+)
+def test_a_broker_that_cannot_report_is_named(place: Place, lacks: str, words: str) -> None:
+    place.install()
+    with place.stub() as guard:
+        setattr(guard, lacks, False)
+        with pytest.raises(BrokerNotEnforcing, match=words):
+            place.broker.follow_presence(soon())
+
+
+def test_a_broker_that_does_not_run_cannot_report(place: Place) -> None:
+    place.install()
+    with pytest.raises(BrokerUnavailable):
+        place.broker.follow_presence(soon())
+
+
+def test_the_control_by_files_never_knows_who_is_connected(place: Place) -> None:
+    settings = Settings.from_env({"PORTAL_DATA_DIR": str(place.folder), "PORTAL_BROKER_CONTROL": "files"})
+    assert BrokerProvisioning(settings).follow_presence(soon()) is None
