@@ -10,17 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flask import Flask
 
 from app import create_app, portal_of
 from config import Settings
 from core.roles import Role
-from operations.wiring import Portal, first_token, open_portal, prepare
-from pki.algorithms import encrypt_private_key
+from operations.wiring import Portal, open_portal
 from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, drop_database, url_of
-from tests.support.harness import Api, Clock, api_as, copy_with_groups, settings_for
+from tests.support.harness import Api, Clock, api_as, copy_with_groups, first_start, settings_for
 from tests.support.mosquitto import short_folder
 
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
@@ -40,26 +37,13 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
     folder = short_folder(in_memory=True)
     name = "" if request.param == "sqlite" else create_database()
     environment = {"PORTAL_DATABASE_URL": url_of(name)} if name else {}
-    portal = open_portal(settings_for(folder, **environment))
-    prepare(portal)
-    first_token(portal)
-    portal.close()
-    derive_quickly(folder)
+    first_start(settings_for(folder, **environment))
     databases = DatabaseCopies(name) if name else None
     yield Prepared(folder, databases)
     shutil.rmtree(folder)
     if databases is not None:
         databases.close()
         drop_database(name)
-
-
-def derive_quickly(folder: Path) -> None:
-    """Encrypt the CA keys again with one round of PBKDF2: to open a portal takes 0.03 s in place of 0.2 s."""
-    passphrase = (folder / "secrets" / "ca-passphrase").read_bytes().strip()
-    for path in (folder / "ca").glob("*.key.pem"):
-        key = load_pem_private_key(path.read_bytes(), passphrase)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        path.write_bytes(encrypt_private_key(key, passphrase, rounds=1))
 
 
 @contextmanager

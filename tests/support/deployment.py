@@ -34,7 +34,7 @@ from config import Settings
 from core.errors import BrokerUnavailable
 from operations.doctor.base import Finding, State
 from operations.doctor.doctor import exit_status
-from tests.support.harness import copy_with_groups
+from tests.support.harness import copy_with_groups, first_start
 from tests.support.mosquitto import Mosquitto, short_folder
 from tests.support.ports import free_port
 
@@ -99,12 +99,12 @@ class Deployment:
         shutil.rmtree(self.folder)
 
     def _make_data_folder(self) -> None:
-        """Run ``flask init``; further portals with the same settings on SQLite start from a copy of its result."""
+        """Do what ``flask init`` does; further portals with the same settings on SQLite start from a copy of it."""
         own = {"PORTAL_DATA_DIR", "PORTAL_BIND", "PORTAL_PKI_BIND", "PORTAL_MQTT_PORT", "PORTAL_BROKER_RESTART"}
         settings = tuple(sorted(item for item in self.environment.items() if item[0].startswith("PORTAL_")))
         key = tuple(item for item in settings if item[0] not in own)
         if "PORTAL_DATABASE_URL" in self.environment or key not in _made:
-            self.run_flask("init")
+            first_start(Settings.from_env(self.environment))
             if "PORTAL_DATABASE_URL" not in self.environment:
                 _made[key] = Path(tempfile.mkdtemp(prefix="made-"))
                 atexit.register(shutil.rmtree, _made[key], ignore_errors=True)

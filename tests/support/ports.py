@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import itertools
 import os
@@ -16,6 +17,7 @@ FIRST, LAST = 20000, 32767
 BLOCK = 399
 
 _claims = Path(tempfile.gettempdir(), f"portal-test-ports-{os.getuid()}").open("ab")  # noqa: SIM115 - until this process ends
+atexit.register(_claims.close)
 
 
 def _own_ports() -> Iterator[int]:

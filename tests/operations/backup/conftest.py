@@ -10,12 +10,12 @@ import pytest
 
 from config import Settings
 from operations.wiring import open_portal, prepare
-from tests.conftest import DATABASES, Prepared, derive_quickly
+from tests.conftest import DATABASES, Prepared
 from tests.support.backups import (
     Story,
 )
 from tests.support.databases import postgres_database
-from tests.support.harness import Clock, settings_for
+from tests.support.harness import Clock, derive_quickly, settings_for
 from tests.support.mosquitto import short_folder
 
 
