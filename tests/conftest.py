@@ -19,8 +19,15 @@ from operations.wiring import Portal, open_portal
 from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, drop_database, url_of
 from tests.support.harness import Api, Clock, api_as, copy_with_groups, first_start, settings_for
 from tests.support.mosquitto import short_folder
+from tests.support.statements import compiled_once
 
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once() -> Iterator[None]:
+    with compiled_once():
+        yield
 
 
 @dataclass(frozen=True)
