@@ -10,12 +10,13 @@ import re
 import secrets
 import shlex
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
-import pyzipper
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
@@ -25,6 +26,9 @@ from cryptography.x509.oid import NameOID
 
 from commands.errors import BundleLocked, CheckFailed
 from commands.files import NewFile
+
+if TYPE_CHECKING:
+    import pyzipper
 
 KEY, CERTIFICATE, CHAIN, CA = "device.key", "device.pem", "chain.pem", "ca.pem"
 CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"
@@ -53,9 +57,8 @@ AES_256 = 3  # the strength field of WinZip's AE-2
 AES_OVERHEAD = 16 + 2 + 10  # bytes of salt, password verifier, authentication code
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-# Errors that zipfile and its decoders raised for damaged and malicious archives in tests.
+# Errors, beside BadZipFile, that zipfile and its decoders raised for damaged and malicious archives in tests.
 _ZIP_ERRORS = (
-    pyzipper.BadZipFile,
     RuntimeError,
     EOFError,
     OSError,
@@ -174,6 +177,8 @@ def _open_zip(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENC
     The files in ``encrypted`` must be encrypted (WinZip AE, AES-256), because only that authenticates them.
     Raises ``BundleLocked`` for a wrong password, ``CheckFailed`` for a file that is not a ZIP, too large or incomplete.
     """
+    import pyzipper  # a fifth of the time that the other commands take to start
+
     if len(content) > MAX_BUNDLE:
         raise CheckFailed(f"This is not a bundle: it is larger than {MAX_BUNDLE} bytes.")
     try:
@@ -185,7 +190,7 @@ def _open_zip(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENC
                 f"{e.filename!r} is not part of a bundle and was left out." for e in entries if e.filename not in known
             ]
             files = {e.filename: _read(archive, e, password) for e in entries if e.filename in known}
-    except _ZIP_ERRORS:
+    except (pyzipper.BadZipFile, *_ZIP_ERRORS):
         raise CheckFailed("This is not a bundle, or it is damaged; renew the device to get a new one.") from None
     notes += _without_forgeries(files) if encrypted else _without_harmful(files)
     return DeviceBundle(files, tuple(notes))
@@ -234,7 +239,7 @@ def _check_entries(entries: Iterable[pyzipper.zipfile_aes.AESZipInfo], encrypted
     for entry in entries:
         if entry.filename in encrypted:
             _check_encrypted(entry)
-        elif entry.filename in NAMES and entry.compress_type not in (pyzipper.ZIP_STORED, pyzipper.ZIP_DEFLATED):
+        elif entry.filename in NAMES and entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise CheckFailed(f"{entry.filename} is compressed in a way that bundles do not use.")
 
 
@@ -245,16 +250,18 @@ def _check_encrypted(entry: pyzipper.zipfile_aes.AESZipInfo) -> None:
             "nothing was unpacked. Revoke the device and register it again."
         )
     # The sizes are not authenticated: a smaller one would truncate the content.
-    if entry.compress_type != pyzipper.ZIP_STORED or entry.file_size != entry.compress_size - AES_OVERHEAD:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size - AES_OVERHEAD:
         raise CheckFailed(f"The size of {entry.filename} in this bundle was modified; nothing was unpacked.")
 
 
 def _read(archive: pyzipper.AESZipFile, entry: pyzipper.zipfile_aes.AESZipInfo, password: str) -> bytes:
+    import pyzipper
+
     encrypted = bool(entry.flag_bits & 1)
     try:
         with archive.open(entry, pwd=password.encode() if encrypted else None) as file:
             content = bytes(file.read(MAX_ENTRY + 1))
-    except _ZIP_ERRORS:
+    except (pyzipper.BadZipFile, *_ZIP_ERRORS):
         if encrypted:
             raise BundleLocked(_LOCKED) from None
         raise
