@@ -49,10 +49,15 @@ ROUTES = Routes("Devices")
 DOWNLOAD = Routes("Download")
 
 
+_LEVEL = r"[ !\"$&-*,-.0-~]+"
+# What core/topics.py checks of a filter alone, without the levels that the settings allow.
+_SYNTAX: Any = {"pattern": rf"^(?! )(?!.* $)((\+|{_LEVEL})/)*(\+|#|{_LEVEL})$"}
+
+
 class TopicModel(RequestModel):
     """A topic filter with what the device may do there; `{id}` stands for its id."""
 
-    filter: Annotated[str, Field(min_length=1, max_length=256, examples=["devices/{id}/#"])]
+    filter: Annotated[str, Field(min_length=1, max_length=256, examples=["devices/{id}/#"], json_schema_extra=_SYNTAX)]
     access: Literal["read", "write", "readwrite"]
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, TypeAdapter, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from typing_extensions import TypeAliasType
 
 from config import KEY_TYPES
 from pki.issuers import Reason
@@ -18,8 +22,8 @@ _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2
 _TEXT = rf"^[^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?$"
 UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
-_CURSOR = "^[A-Za-z0-9_-]+$"
-_NUMERIC_CURSOR = "^[0-9]{1,18}$"
+_CURSOR = "^WyJ[A-Za-z0-9_-]{40,125}$"  # Base64 of a JSON list that begins with a text
+_NUMERIC_CURSOR = "^[1-9][0-9]{0,17}$"
 # Messages about values that do not match, in place of the pattern.
 PATTERN_IN_WORDS = {
     _TEXT: "must not contain control or invisible characters, nor begin or end with white space",
@@ -30,6 +34,7 @@ PATTERN_IN_WORDS = {
 
 METADATA_BYTES = 8192
 METADATA_DEPTH = 5
+MAX_WHOLE = 2**53  # up to which a double has every whole number
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, examples=["pump-17"])]
@@ -82,13 +87,53 @@ def _check_value(value: Any, depth: int) -> None:
             raise ValueError("must not contain control characters")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must contain finite numbers only")
-    elif isinstance(value, int) and abs(value) > 2**53:
+    elif isinstance(value, int | float) and abs(value) > MAX_WHOLE and value == int(value):  # 1e20 is whole, too
         raise ValueError("must contain only whole numbers of at most 53 bits")
+
+
+class _Closed:
+    """Says in the JSON schema of an object that it has no other keys than those that match."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(schema) | {"additionalProperties": False}
+
+
+_MetadataText = Annotated[str, Field(pattern=r"^[^\u0000-\u001f\u007f]*$")]
+_Whole = {"type": "integer", "minimum": -MAX_WHOLE, "maximum": MAX_WHOLE}
+_MetadataNumber = Annotated[float, WithJsonSchema({"anyOf": [_Whole, {"type": "number", "not": {"type": "integer"}}]})]
+
+
+@functools.cache
+def _level(number: int) -> Any:
+    """Return the type of the values at a level of metadata."""
+    scalar = _MetadataText | _MetadataNumber | bool | None
+    if number == METADATA_DEPTH:  # only what is empty: its values would be a level deeper
+        empty = Field(max_length=0)
+        return TypeAliasType(
+            f"MetadataLevel{number}", scalar | Annotated[list[Any], empty] | Annotated[dict[str, Any], empty]
+        )
+    deeper = _level(number + 1)
+    return TypeAliasType(f"MetadataLevel{number}", scalar | list[deeper] | _object(number + 1))  # type: ignore[valid-type]
+
+
+def _object(number: int) -> Any:
+    values = _level(number)
+    return Annotated[dict[_MetadataText, values], _Closed()]  # type: ignore[valid-type]
+
+
+class _MetadataSchema:
+    """Says in the JSON schema what ``_check_value`` checks, but for the size."""
+
+    _described = TypeAdapter(_object(2))
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(self._described.core_schema) | {"additionalProperties": False}
 
 
 Metadata = Annotated[
     dict[str, Any],
     AfterValidator(_check_metadata),
+    _MetadataSchema(),
     Field(
         description=f"Any JSON object of at most {METADATA_BYTES} bytes and {METADATA_DEPTH} levels, without control"
         " characters and with whole numbers of at most 53 bits"
