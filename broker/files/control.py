@@ -87,12 +87,13 @@ class BrokerFiles(BrokerFolder):
         number = validate_acl(projection.acl, generation, style=settings.acl_style, prefix=settings.topic_prefix)
         if not even_older:
             self._check_order(generation)
-        contents = {ACL_FILE: projection.acl}
+        contents: dict[str, bytes] = {}
         kept = {name: value for name, value in self.stated().items() if name in (_RESUMABLE, _CRLS)}
         if trust is not None:
             if self.publish(trust):
                 kept[_CRLS] = [started_at(settings), self.crl_bytes() + len(trust.crl)]
-            contents |= {CA_FILE: trust.ca, CRL_FILE: trust.crl}
+            contents = {CA_FILE: trust.ca, CRL_FILE: trust.crl}
+        contents[ACL_FILE] = projection.acl
         self._write(generation, contents, {**kept, "style": settings.acl_style, "acl": number})
         self.password()
 

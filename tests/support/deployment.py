@@ -205,8 +205,10 @@ class Deployment:
         return registered
 
     def wait_ready(self) -> None:
-        """Wait until the portal is ready, and until nothing waits for a restart of the broker."""
+        """Wait until the portal is ready, and until nothing waits for a restart of the broker that it can make."""
         wait_until(lambda: self.call("GET", "/readyz").status_code == 200)
+        if not self.environment["PORTAL_BROKER_RESTART"]:
+            return
         variables = {name: value for name, value in self.environment.items() if name.startswith("PORTAL_")}
         broker = BrokerProvisioning(Settings.from_env(variables))
 
