@@ -378,15 +378,35 @@ def read_access(path: Path) -> dict[str, str]:
 
     Raise ``ProjectionInvalid`` if it is missing or damaged.
     """
-    size = read_position(path, whole=True).size
     access: dict[str, str] = {}
-    with path.open("rb") as file:
-        for line in file.read(size).decode("ascii").splitlines()[1:]:
-            text = line.partition(" ")[2].rpartition(" ")[0]
-            verb, _, rest = text.partition(" ")
-            identity = rest.partition(" ")[0]
-            if verb in ("allow", "deny"):
-                access[identity] = text
-            elif verb == "forget":
-                access.pop(identity, None)
+    for text in _texts(path):
+        verb, identity = text.split(" ", 2)[:2]
+        if verb in ("allow", "deny"):
+            access[identity] = text
+        elif verb == "forget":
+            access.pop(identity, None)
     return access
+
+
+def read_certificates(path: Path) -> set[tuple[str, str]]:
+    """Return the certificates that are refused at the journal's end: issuer's hash and serial number, as in its lines.
+
+    Raise ``ProjectionInvalid`` if it is missing or damaged.
+    """
+    refused: set[tuple[str, str]] = set()
+    for text in _texts(path):
+        match text.split(" "):
+            case ["serial", issuer_hash, serial_number, _]:
+                refused.add((issuer_hash, serial_number))
+            case ["unserial", issuer_hash, serial_number]:
+                refused.discard((issuer_hash, serial_number))
+    return refused
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yield what the lines after the header say, without number and checksum, once all of them were checked."""
+    size = read_position(path, whole=True).size
+    with path.open("rb") as file:
+        file.readline()
+        while file.tell() < size:
+            yield file.readline().decode("ascii").partition(" ")[2].rpartition(" ")[0]

@@ -19,9 +19,10 @@ from sqlalchemy.engine import Connection
 import db
 from broker.folder import CRL_FILE
 from broker.guard.control import GuardFiles
+from broker.guard.journal import read_access, read_certificates
 from config import Settings
-from core.broker_control import RECORD_FILE
-from core.errors import BackupRefused, CaKeyUnavailable, PortalError
+from core.broker_control import JOURNAL_FILE, RECORD_FILE, ControlKind
+from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
 from core.failpoints import failpoint
 from core.files import fsync_directory
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
@@ -30,7 +31,7 @@ from operations.backup import backup as backups
 from operations.backup.archive import Backup
 from operations.backup.crls import SavedCrls, continue_crls, unknown_revocations
 from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_database
-from operations.backup.revocations import Kept, RevocationReplay, Tables
+from operations.backup.revocations import Kept, Refused, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
 from pki.checkpoints import VerifierKey
 from pki.keystore import KeyFiles
@@ -80,6 +81,7 @@ class _Plan:
     puts: dict[Path, bytes]
     moves: list[tuple[Path, Path]]
     crls: SavedCrls
+    refused: Refused
     replace: bool
     keep_links: bool
     now: datetime
@@ -103,6 +105,7 @@ def restore(
             backup.check()
             crls = SavedCrls.read(settings.broker_file(CRL_FILE), crl_files)
             done = Restored(backup.manifest.made_at, dict(backup.manifest.counts))
+            refused = _refused_by_the_guard(settings, done)
             puts, moves = _files_to_place(backup, settings, same=same)
             plan = _Plan(
                 settings=settings,
@@ -112,6 +115,7 @@ def restore(
                 puts=puts,
                 moves=moves,
                 crls=crls,
+                refused=refused,
                 replace=replace,
                 keep_links=keep_links,
                 now=now,
@@ -135,6 +139,20 @@ def _restore_database(plan: _Plan) -> None:
             _restore_postgresql(plan)
     except OSError as error:
         raise BackupRefused(f"The data folder cannot be written: {error.strerror}.") from error
+
+
+def _refused_by_the_guard(settings: Settings, done: Restored) -> Refused:
+    """Return what the guard's journal refuses: it is told of a revocation before any CRL is signed."""
+    path = settings.broker_file(JOURNAL_FILE)
+    if settings.broker_control is not ControlKind.GUARD or not path.exists():
+        return Refused()
+    try:
+        access, certificates = read_access(path), read_certificates(path)
+    except ProjectionInvalid as error:
+        done.notes.append(f"{error.detail} What it refused and no CRL lists is not known.")
+        return Refused()
+    allowed = frozenset(identity for identity, text in access.items() if text.startswith("allow "))
+    return Refused(frozenset(access.keys() - allowed), allowed, frozenset(certificates))
 
 
 # --- The key and the files --------------------------------------------------------------------------------------------
@@ -354,7 +372,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal
     done.notes += ignored
     done.generation = _advance(tx, plan, replaced)
     revocations = RevocationReplay(tx, generation=done.generation, now=plan.now)
-    revocations.keep(crls, replaced)
+    revocations.keep(crls, replaced, plan.refused)
     done.kept = revocations.kept
     continue_crls(tx, crls, issuers, replaced, done.generation)
     done.links_expired = _expire_links(tx, plan, replaced)

@@ -54,6 +54,15 @@ class _Known:
     others: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What the guard's journal says at its end: identities, and certificates by issuer's hash and serial number."""
+
+    denied: frozenset[str] = frozenset()
+    allowed: frozenset[str] = frozenset()
+    certificates: frozenset[tuple[str, str]] = frozenset()
+
+
 class RevocationReplay:
     """Works in the transaction that restores a backup."""
 
@@ -64,8 +73,10 @@ class RevocationReplay:
         self._issuers = {issuer.id: issuer for issuer in store_issuers.list_issuers(tx, retired=True)}
         self.kept: list[Kept] = []
 
-    def keep(self, crls: Mapping[int, x509.CertificateRevocationList], replaced: Tables | None) -> None:
-        """Revoke what ``crls`` (by the issuer's id) and the replaced database have as revoked.
+    def keep(
+        self, crls: Mapping[int, x509.CertificateRevocationList], replaced: Tables | None, refused: Refused
+    ) -> None:
+        """Revoke what ``crls`` (by the issuer's id), the replaced database and the guard's journal have as revoked.
 
         Certificates that the backup does not have stay on the CRL: those that are on it, and, if the replaced database
         could be read, those of devices registered after the backup.
@@ -80,9 +91,12 @@ class RevocationReplay:
             self._manufacturers(replaced)
             self._topics(replaced)
             self._webhooks(replaced)
+        else:
+            known.others |= refused.allowed
         for issuer_id, crl in crls.items():
             for entries in _batches(crl):
                 self._crl_entries(self._issuers[issuer_id], entries, known)
+        self._refused(refused, known)
         for issuer_id in self._issuers:
             store_issuers.touch_issuer(self._tx, issuer_id, generation=self._generation)
 
@@ -242,6 +256,26 @@ class RevocationReplay:
         )
         target, what = f"certificate:{serial_number}", f"certificate {serial_number}"
         self._keep(tenant_id, target, "certificate:revoke", what, reason, at, unknown=True)
+
+    # --- From the guard's journal
+
+    def _refused(self, refused: Refused, known: _Known) -> None:
+        """Revoke and suspend what the guard refuses and no CRL here has yet; why is not known."""
+        names = {issuer.id: x509.load_der_x509_certificate(issuer.der).subject for issuer in self._issuers.values()}
+        by_name = {sha256(name.public_bytes()).hexdigest(): self._issuers[number] for number, name in names.items()}
+        for certificates in _batches(sorted(refused.certificates)):
+            here = self._here([serial_number for _, serial_number in certificates])
+            for issuer_hash, serial_number in certificates:
+                issuer = by_name.get(issuer_hash)
+                found = here.get((issuer.id, serial_number)) if issuer is not None else None
+                if found is not None:
+                    self._revoke(found, self._now, Reason.UNSPECIFIED.value, known)
+                elif issuer is not None and issuer.not_after > self._now:
+                    self._add_lost(issuer, serial_number, self._now, Reason.UNSPECIFIED.value)
+        for ids in _batches(sorted(refused.denied - known.others)):
+            query = sa.select(Device.id, Device.tenant_id, Device.name).where(Device.id.in_(ids))
+            for device_id, tenant_id, name in self._tx.execute(query.where(Device.status == DeviceStatus.ACTIVE)).all():
+                self._suspend_device(tenant_id, device_id, name, self._now)
 
     # --- Of both
 

@@ -347,6 +347,24 @@ def test_what_was_revoked_since_the_copy_stays_revoked(story: Story, clock: Cloc
     assert (story.late.serial_number in now_listed) == (not lost)
 
 
+@pytest.mark.parametrize("damaged", [False, True], ids=["the journal is whole", "the journal is damaged"])
+def test_with_neither_database_nor_crl_the_guards_journal_says_what_is_refused(
+    make_settings: Callable[..., Settings], clock: Clock, tmp_path: Path, damaged: bool
+) -> None:
+    story = Story(make_settings(PORTAL_BROKER_CONTROL="guard"), tmp_path / "portal.backup", clock)
+    lose_the_database(story.settings)
+    story.settings.broker_file("crl.pem").unlink()
+    if damaged:
+        story.settings.broker_file("guard.journal").write_bytes(b"nonsense\n")
+    done = story.put_back()
+    assert any("is not known" in note for note in done.notes) == damaged
+    with opened(story.settings, clock) as portal:
+        states = [status_of(portal, device) for device in (story.stays, story.goes, story.held)]
+    active = DeviceStatus.ACTIVE
+    assert states == ([active] * 3 if damaged else [active, DeviceStatus.REVOKED, DeviceStatus.SUSPENDED])
+    assert (story.late_and_gone.serial_number in " ".join(kept.what for kept in done.kept)) != damaged
+
+
 def test_a_restore_can_be_done_again_and_then_forgets_nothing(story: Story, clock: Clock) -> None:
     story.put_back()
     with opened(story.settings, clock) as portal:
