@@ -234,7 +234,7 @@ class FilesControl:
         return trust is not None
 
     publishes_crls = False
-    clears_retained = False  # check_retain_source withholds them from the portal, too
+    clears_retained = False  # the ACL gives the portal no device's topics
 
     def publish_crls(self, trust: Trust) -> bool:
         """Do nothing: each installation gives the broker the CRLs."""
