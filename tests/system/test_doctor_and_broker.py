@@ -37,7 +37,8 @@ def test_a_broker_that_is_stopped(running: Deployment) -> None:
     running.wait_ready()
     assert status == 1
     assert {"broker", "broker certificate", "canaries", "portal"} <= bad.keys()
-    assert "does not answer on its internal listener" in bad["broker"]
+    assert "internal listener" in bad["broker"]
+    assert "does not answer" in bad["broker"]
     assert bad.keys() <= {"broker", "broker certificate", "canaries", "portal", "broker configuration", "generation"}
 
 
@@ -58,7 +59,7 @@ def test_files_of_the_broker_that_were_changed_by_hand(running: Deployment) -> N
     crl.write_bytes(older)
     status, bad = examine(running)
     assert status == 1
-    assert "1 revoked certificates are not on the CRL" in bad["CRL entries"]
+    assert "revoked certificates are not on the CRL" in bad["CRL entries"]
     assert "does not contain the newest CRL" in bad["CRL"]
     assert "ACL entries" not in bad
     running.start_portal()
