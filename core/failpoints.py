@@ -27,6 +27,7 @@ NAMES = (
     "suspend.after_commit",
     "resume.before_commit",
     "resume.after_commit",
+    "actions.after_commit",
     "renew.before_commit",
     "renew.after_commit",
     "apply.begin",
