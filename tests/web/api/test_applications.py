@@ -240,6 +240,8 @@ def test_an_id_of_one_kind_is_not_found_as_the_other(api: Api) -> None:
     ):  # fmt: skip
         answer = api.call(method, path.format(device), {"name": "x"} if method == "PATCH" else None)
         problem_of(answer, 404, "application_not_found")
+    actions = api.post("/devices/actions", {"action": "revoke", "ids": [application]})
+    assert json.loads(actions.data)["code"] == "device_not_found"
     assert api.get(f"/devices/{device}").json["status"] == "active"
     assert api.get(f"/applications/{application}").json["status"] == "active"
 
