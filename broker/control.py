@@ -172,9 +172,10 @@ class BrokerControl(Protocol):
     def publishes_crls(self) -> bool:
         """Whether drafts put off CRLs, which ``publish_crls`` gives to the broker."""
 
-    def publish_crls(self, trust: Trust) -> bool:
+    def publish_crls(self, trust: Trust, *, at_once: bool = False) -> bool:
         """Write the newest CRLs for the broker's next start; return whether the running one has them now, too.
 
+        ``at_once``: it must have them, because a certificate was taken off.
         One process at a time, and none that installs a draft: the caller holds the lock of the CRLs.
         """
 

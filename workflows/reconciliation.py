@@ -240,14 +240,21 @@ class Reconciler:
             return [f"{self._settings.broker_dir} is older than generation {enforced}, which was in force."]
         return problems
 
-    def publish_crls(self) -> None:
+    def take_off_crls(self) -> None:
+        """Give the broker CRLs without what is revoked no more: until then TLS refuses a device that was resumed."""
+        try:
+            self.publish_crls(at_once=True)
+        except PortalError as error:  # the job does it within minutes
+            log.warning("a CRL was not published at once", extra={"problem": error.detail})
+
+    def publish_crls(self, *, at_once: bool = False) -> None:
         """Sign the CRLs that were put off, give them to the broker, and see that it refuses by them if it has them."""
         control = self._broker.control
         if not control.publishes_crls:
             return
         with self._crl_lock.hold(self._settings.enforce_timeout):
             issuers, _ = self._sign_due()
-            published = control.publish_crls(self._trust(issuers))
+            published = control.publish_crls(self._trust(issuers), at_once=at_once)
         if published and self._broker.reachable():
             self._broker.probe(self._probe_certificates, time.monotonic() + self._settings.enforce_timeout)
 

@@ -129,7 +129,9 @@ class DeviceRevocations:
             written = _resume(tx, actor, device_id, now)
             failpoint("resume.before_commit")
         failpoint("resume.after_commit")
-        return self._enforced([written])[0]
+        answer = self._enforced([written])[0]
+        self._reconciler.take_off_crls()
+        return answer
 
     def act(
         self, actor: Actor, action: Action, device_ids: Sequence[str], reason: str
@@ -153,6 +155,8 @@ class DeviceRevocations:
                         refused[device_id] = ActionRefused(device_id, error)
             failpoint("actions.after_commit")
         answers = dict(zip(written, self._enforced([*written.values()]), strict=True))
+        if action is Action.RESUME:
+            self._reconciler.take_off_crls()
         for device_id, answer in answers.items():
             if isinstance(answer, Revoked):
                 _count(written[device_id], answer, started)

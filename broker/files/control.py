@@ -236,7 +236,7 @@ class FilesControl:
     publishes_crls = False
     clears_retained = False  # the ACL gives the portal no device's topics
 
-    def publish_crls(self, trust: Trust) -> bool:
+    def publish_crls(self, trust: Trust, *, at_once: bool = False) -> bool:
         """Do nothing: each installation gives the broker the CRLs."""
         return False
 

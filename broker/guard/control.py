@@ -348,7 +348,7 @@ class GuardControl:
     publishes_crls = True
     clears_retained = True
 
-    def publish_crls(self, trust: Trust) -> bool:
+    def publish_crls(self, trust: Trust, *, at_once: bool = False) -> bool:
         """Write the CRLs for the next start, and publish them if it is time; see ``broker.control.BrokerControl``."""
         stated, position = self.files.stated(), self.files.position()
         if position is None or position.epoch != stated.get("epoch") or self.files.damage():
@@ -356,7 +356,7 @@ class GuardControl:
         if position.generation < _whole(stated.get("generation")):
             return False
         self.files.check_trust(position.generation, trust)
-        due = self._is_crl_due(position, stated, trust)
+        due = at_once or self._is_crl_due(position, stated, trust)
         if due:
             stated = {**stated, "crl_at": self._now(), "crl_seq": position.seq}
         published = due and self.files.publish(trust)
