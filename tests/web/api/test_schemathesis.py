@@ -126,7 +126,11 @@ def fit(case: schemathesis.Case[Any], there: There) -> None:
     if case.media_type == "text/csv":
         case.body = b"name,type,location,firmware\n" + str(case.body).encode()
     if isinstance(case.body, dict):
-        fit_body(case.body, there)
+        body: dict[str, Any] = case.body
+        fit_body(body, there)
+        if case.path.startswith("/applications"):
+            for index, topic in enumerate(body.get("topics") or ()):
+                topic["filter"] = f"devices/+/{index}"
 
 
 def fit_body(body: dict[str, Any], there: There) -> None:
