@@ -17,7 +17,11 @@ import jsonschema_rs
 import pytest
 import schemathesis
 from flask import Flask
+from schemathesis.checks import load_all_checks
 from schemathesis.config import SchemathesisConfig
+from schemathesis.generation.feedback import FeedbackSources
+from schemathesis.pytest._test_builder import build_operation_test
+from schemathesis.python._constants.orchestrator import make_constants_value_source
 from schemathesis.specs.openapi.checks import allow_header_conformance, negative_data_rejection, unsupported_method
 
 from app import ROUTES
@@ -62,6 +66,7 @@ schema = schemathesis.openapi.from_dict(
     openapi(ROUTES, server_url="http://localhost"), config=SchemathesisConfig.from_dict(CONFIG)
 )
 schema.app = application
+OPERATIONS = [made.ok() for made in list[Any](schema.get_all_operations())]
 
 
 @schemathesis.serializer("application/ocsp-request", "application/pkcs10")
@@ -153,9 +158,18 @@ def fit_body(body: dict[str, Any], there: There) -> None:
         body["topics"][0] = {"filter": "devices/{id}/#", "access": "readwrite"}
 
 
-@schema.parametrize()
+@pytest.mark.parametrize("operation", OPERATIONS, ids=[operation.label for operation in OPERATIONS])
 @ON_SQLITE
-def test_what_is_answered_is_what_is_described(case: schemathesis.Case[Any], there: There) -> None:
+def test_what_is_answered_is_what_is_described(operation: Any, there: There) -> None:
+    """As ``schema.parametrize()``, which makes all cases at the collection, in every process of xdist."""
+    load_all_checks()
+    learnt = FeedbackSources(constants_value_source=make_constants_value_source(schema))
+    build_operation_test(config=schema.config, operation=operation, test_func=judge, given_kwargs={}, feedback=learnt)(
+        there=there
+    )
+
+
+def judge(case: schemathesis.Case[Any], there: There) -> None:
     if case.meta is not None and case.meta.generation.mode.is_positive:
         fit(case, there)
     if any(value in (None, [], {}) for value in case.query.values()):
