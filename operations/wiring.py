@@ -184,9 +184,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
     answers = KeptAnswers(database, base.pepper, clock)
     processes = CredentialProcesses(settings, links, credentials)
     batches = Batches(settings, database, authority, reconciler, processes, clock)
-    first = FirstEnrolments(settings, database, credentials, clock)
     clients = Clients(settings, database, authority, clock)
-    responders = ResponderCertificates(settings, database, authority, clock, tenant_id)
     follower = PresenceFollower(settings, database, base.broker, clock, tenant_id)
     return Portal(
         settings=settings,
@@ -204,7 +202,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         revocations=DeviceRevocations(database, reconciler, clock),
         renewals=Renewals(settings, database, reconciler, credentials, answers, clock),
         clients=clients,
-        enrolment=Enrolments(database, reconciler, first, Reenrolments(database, reconciler, credentials, clock)),
+        enrolment=_enrolments(base, credentials),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),
         approvals=Approvals(settings, database, clock),
@@ -213,12 +211,24 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         audit_log=base.audit_log,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, base.sender, clock),
-        responder=Responder(responders, settings, database, authority, clock),
+        responder=_responder(base),
         readiness=Readiness(database, authority, reconciler, clock, tenant_id, (folder, settings.broker_dir)),
         monitoring=Monitoring(settings, database, reconciler, clock, tenant_id, follower.contact),
         follower=follower,
         presence=presence.pop_all(),
     )
+
+
+def _enrolments(base: _Foundation, credentials: CredentialIssuer) -> Enrolments:
+    first = FirstEnrolments(base.settings, base.database, credentials, base.clock)
+    again = Reenrolments(base.database, base.reconciler, credentials, base.clock)
+    return Enrolments(base.database, base.reconciler, first, again)
+
+
+def _responder(base: _Foundation) -> Responder:
+    settings, database, authority, clock = base.settings, base.database, base.authority, base.clock
+    certificates = ResponderCertificates(settings, database, authority, clock, base.tenant_id)
+    return Responder(certificates, settings, database, authority, clock)
 
 
 def prepare(portal: Portal) -> None:

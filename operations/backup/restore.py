@@ -31,7 +31,7 @@ from operations.backup import backup as backups
 from operations.backup.archive import Backup
 from operations.backup.crls import SavedCrls, continue_crls, unknown_revocations
 from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_database
-from operations.backup.revocations import Kept, Refused, RevocationReplay, Tables
+from operations.backup.revocations import GuardRefusals, Kept, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
 from pki.checkpoints import VerifierKey
 from pki.keystore import KeyFiles
@@ -81,7 +81,7 @@ class _Plan:
     puts: dict[Path, bytes]
     moves: list[tuple[Path, Path]]
     crls: SavedCrls
-    refused: Refused
+    refused: GuardRefusals
     replace: bool
     keep_links: bool
     now: datetime
@@ -105,7 +105,6 @@ def restore(
             backup.check()
             crls = SavedCrls.read(settings.broker_file(CRL_FILE), crl_files)
             done = Restored(backup.manifest.made_at, dict(backup.manifest.counts))
-            refused = _refused_by_the_guard(settings, done)
             puts, moves = _files_to_place(backup, settings, same=same)
             plan = _Plan(
                 settings=settings,
@@ -115,7 +114,7 @@ def restore(
                 puts=puts,
                 moves=moves,
                 crls=crls,
-                refused=refused,
+                refused=_refused_by_the_guard(settings, done),
                 replace=replace,
                 keep_links=keep_links,
                 now=now,
@@ -141,18 +140,18 @@ def _restore_database(plan: _Plan) -> None:
         raise BackupRefused(f"The data folder cannot be written: {error.strerror}.") from error
 
 
-def _refused_by_the_guard(settings: Settings, done: Restored) -> Refused:
+def _refused_by_the_guard(settings: Settings, done: Restored) -> GuardRefusals:
     """Return what the guard's journal refuses: it is told of a revocation before any CRL is signed."""
     path = settings.broker_file(JOURNAL_FILE)
     if settings.broker_control is not ControlKind.GUARD or not path.exists():
-        return Refused()
+        return GuardRefusals()
     try:
         access, certificates = read_access(path), read_certificates(path)
     except ProjectionInvalid as error:
         done.notes.append(f"{error.detail} What it refused and no CRL lists is not known.")
-        return Refused()
+        return GuardRefusals()
     allowed = frozenset(identity for identity, text in access.items() if text.startswith("allow "))
-    return Refused(frozenset(access.keys() - allowed), allowed, frozenset(certificates))
+    return GuardRefusals(frozenset(access.keys() - allowed), allowed, frozenset(certificates))
 
 
 # --- The key and the files --------------------------------------------------------------------------------------------

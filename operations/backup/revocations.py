@@ -55,7 +55,7 @@ class _Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class GuardRefusals:
     """What the guard's journal says at its end: identities, and certificates by issuer's hash and serial number."""
 
     denied: frozenset[str] = frozenset()
@@ -74,7 +74,7 @@ class RevocationReplay:
         self.kept: list[Kept] = []
 
     def keep(
-        self, crls: Mapping[int, x509.CertificateRevocationList], replaced: Tables | None, refused: Refused
+        self, crls: Mapping[int, x509.CertificateRevocationList], replaced: Tables | None, refused: GuardRefusals
     ) -> None:
         """Revoke what ``crls`` (by the issuer's id), the replaced database and the guard's journal have as revoked.
 
@@ -259,7 +259,7 @@ class RevocationReplay:
 
     # --- From the guard's journal
 
-    def _refused(self, refused: Refused, known: _Known) -> None:
+    def _refused(self, refused: GuardRefusals, known: _Known) -> None:
         """Revoke and suspend what the guard refuses and no CRL here has yet; why is not known."""
         names = {issuer.id: x509.load_der_x509_certificate(issuer.der).subject for issuer in self._issuers.values()}
         by_name = {sha256(name.public_bytes()).hexdigest(): self._issuers[number] for number, name in names.items()}

@@ -199,13 +199,8 @@ class EnrolmentTokens:
         Raises ``DeviceNotFound``, ``StateConflict`` for a device that is not pending, ``Forbidden`` for more than the
         role may make.
         """
-        if actor.role == Role.OPERATOR and (count > OPERATOR_MAX_USES or life > OPERATOR_MAX_LIFE):
-            raise Forbidden(
-                f"The role operator makes enrolment tokens for at most {OPERATOR_MAX_USES} devices and"
-                f" {OPERATOR_MAX_LIFE.days * 24} hours; ask for less, or ask an admin."
-            )
-        now = self._clock()
-        secret = TOKEN_PREFIX + secrets.token_urlsafe(32)
+        _check_limits(actor, count, life)
+        now, secret = self._clock(), TOKEN_PREFIX + secrets.token_urlsafe(32)
         record = EnrolmentTokenRecord(
             id=secrets.token_hex(8),
             tenant_id=actor.tenant_id,
@@ -221,10 +216,7 @@ class EnrolmentTokens:
             profile=profile,
         )
         with self._database.transaction() as tx:
-            if device_id is not None:
-                device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
-                if device.status is not DeviceStatus.PENDING:
-                    raise StateConflict(f"The device is {device.status}; only a pending one can enrol with a token.")
+            _check_pending(tx, actor.tenant_id, device_id)
             enrolment.add_enrolment_token(tx, record, secret=secret)
             detail = {"device_id": device_id} if device_id else {"count": count}
             audit.record(
@@ -250,3 +242,19 @@ class EnrolmentTokens:
         """Return the token with this secret, in any state: whether it admits devices is checked where it is used."""
         with self._database.snapshot() as tx:
             return enrolment.find_enrolment_token(tx, secret)
+
+
+def _check_limits(actor: Actor, count: int, life: timedelta) -> None:
+    if actor.role == Role.OPERATOR and (count > OPERATOR_MAX_USES or life > OPERATOR_MAX_LIFE):
+        raise Forbidden(
+            f"The role operator makes enrolment tokens for at most {OPERATOR_MAX_USES} devices and"
+            f" {OPERATOR_MAX_LIFE.days * 24} hours; ask for less, or ask an admin."
+        )
+
+
+def _check_pending(tx: Connection, tenant_id: str, device_id: str | None) -> None:
+    if device_id is None:
+        return
+    device = db.get_device(tx, tenant_id, device_id, for_update=True)
+    if device.status is not DeviceStatus.PENDING:
+        raise StateConflict(f"The device is {device.status}; only a pending one can enrol with a token.")
