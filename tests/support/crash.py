@@ -357,10 +357,10 @@ class Load:
 # --- A device at the broker ----------------------------------------------------------------------------------------
 
 
-def refusal_of(ca: str, chain: str, key: Path, device_id: str, port: int, folder: Path, *, changes: int = 0) -> str:
+def refusal_of(ca: str, chain: str, key: Path, device_id: str, port: int, folder: Path, *, topics: int = 1) -> str:
     """What the broker says to the device: "" if it accepts it and what it publishes, else why not.
 
-    ``changes``: how often its topics may have been changed by a ``LoadClient``.
+    ``topics``: how many it tries, each change by a ``LoadClient`` being to the next one; with 0 it only connects.
     """
     certificate = folder / f"{secrets.token_hex(8)}.pem"
     certificate.write_text(chain)
@@ -374,7 +374,7 @@ def refusal_of(ca: str, chain: str, key: Path, device_id: str, port: int, folder
         client.connect("localhost", port, keepalive=30)
         client.loop_start()
         answer = said.get(timeout=SECONDS)
-        for number in range(0 if answer else changes + 1):
+        for number in range(0 if answer else topics):
             client.publish(f"devices/{device_id}/t{number}", b"hello", qos=1)
             answer = said.get(timeout=SECONDS)
             if not answer or answer.startswith("cut"):

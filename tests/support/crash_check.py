@@ -157,7 +157,7 @@ class Check:
         ca = str(self.victim.data / "ca.pem")
         folder = self.victim.folder
         key, changes = self.ledger.key_of(known), len(known.places)
-        return refusal_of(ca, known.answer["chain"], key, known.id, self.victim.mqtt_port, folder, changes=changes)
+        return refusal_of(ca, known.answer["chain"], key, known.id, self.victim.mqtt_port, folder, topics=changes + 1)
 
     def whole(self, known: Known, device: dict[str, Any]) -> None:
         """A registration that nobody was told of is there with all that belongs to it."""

@@ -66,7 +66,8 @@ def start_again(victim: Victim) -> None:
 
 def is_accepted(victim: Victim, device: dict[str, str]) -> bool:
     key, ca = victim.folder / f"{device['name']}.key", victim.operator["PORTAL_CA"]
-    return refusal_of(ca, device["chain"], key, device["device_id"], victim.mqtt_port, victim.folder) == ""
+    # Its topics would be in force after a restart of the broker only, which is not what is tried here.
+    return refusal_of(ca, device["chain"], key, device["device_id"], victim.mqtt_port, victim.folder, topics=0) == ""
 
 
 REGISTER_STEPS = {
@@ -178,7 +179,9 @@ def test_what_was_cut_off_in_suspending_resuming_or_renewing_is_whole_or_not_don
 def test_an_event_whose_portal_was_killed_before_it_was_sent_is_sent_by_the_next_start(victim: Victim) -> None:
     start_again(victim)
     with receiving() as receiver:
-        webhook = victim.call("POST", "/webhooks", {"name": "a receiver", "url": receiver.url}).json()
+        webhook = victim.call(
+            "POST", "/webhooks", {"name": "a receiver", "url": receiver.url, "events": ["registered"]}
+        ).json()
         killed_at(victim, "register.after_commit", "POST", f"{victim.url}/register", json=PLAIN | {"name": "told"})
         before = list(receiver.requests)
         start_again(victim)
