@@ -38,7 +38,7 @@ def recorded(portal: Portal) -> Portal:
     """A portal with some history; its first start left eight entries."""
     device = portal.registrations.register(OPERATOR, PUMP)
     portal.registrations.update(OPERATOR, device.device_id, {"name": "pump-2"})
-    portal.revocations.revoke(OPERATOR, device.device_id, "superseded")
+    portal.registrations.update(OPERATOR, device.device_id, {"location": "hall 2"})
     return portal
 
 

@@ -19,7 +19,7 @@ from store import audit
 from store.database import Database
 from workflows.authority.issuers import RecordedIssuer
 
-PROBE_DAYS = 90  # of life, for which the CRL lists a revoked one
+PROBE_DAYS = 90
 
 
 def record_own(
@@ -64,7 +64,8 @@ def replace_revoked_probe(
 ) -> None:
     """Put a certificate in the place of the revoked ``probe`` that no CRL before the one of ``generation`` lists.
 
-    So a broker that refuses it as revoked has read that CRL. The key stays; without one, nothing is changed.
+    So a broker that refuses it as revoked has read that CRL. It lives as long as that, so that it is not listed for
+    longer. The key stays; without one, nothing is changed.
     """
     try:
         key = load_pem_private_key(probe.key.read_bytes(), None).public_key()
@@ -74,7 +75,7 @@ def replace_revoked_probe(
         return
     try:
         issued = ca.sign_certificate(
-            signer.issuer, key, device_id=str(uuid.uuid4()), now=now, days=PROBE_DAYS, pki_url=settings.pki_url
+            signer.issuer, key, device_id=str(uuid.uuid4()), now=now, days=settings.crl_days, pki_url=settings.pki_url
         )
     except IssuerUnusable:
         return  # it has expired, which refuses all its certificates
