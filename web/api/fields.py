@@ -22,7 +22,7 @@ _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2
 _TEXT = rf"^[^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?$"
 UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
-_CURSOR = "^WyJ[A-Za-z0-9_-]{40,125}$"  # Base64 of a JSON list that begins with a text
+_CURSOR = "^Wy[IJ][A-Za-z0-9_-]{40,125}$"  # Base64 of a JSON list that begins with the name of an order
 _NUMERIC_CURSOR = "^[1-9][0-9]{0,17}$"
 # Messages about values that do not match, in place of the pattern.
 PATTERN_IN_WORDS = {
