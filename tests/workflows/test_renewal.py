@@ -86,7 +86,8 @@ def test_a_renewed_device_has_two_certificates_until_the_overlap_has_ended(porta
     assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.superseded
     with portal.database.snapshot() as tx:
         assert generations.devices_to_disconnect(tx, "default", since=before) == [device.device_id]
-    actions = [entry.action for entry in portal.operators.audit("default", limit=2, before=None, filters={})[0]]
+    of_device = {"object": f"device:{device.device_id}"}
+    actions = [entry.action for entry in portal.operators.audit("default", limit=2, before=None, filters=of_device)[0]]
     assert actions == ["certificate:supersede", "device:renew"]
 
 

@@ -15,6 +15,7 @@ from cryptography import x509
 import db
 from core.errors import DeviceNotFound, StateConflict
 from core.states import DeviceStatus
+from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
 from store import certificates, issuers
 from tests.support.harness import PER_DEVICE, Api, Clock, problem_of
@@ -39,12 +40,16 @@ def stands_in_acl(portal: Portal, device_id: str) -> bool:
     return device_id in portal.settings.broker_file("acl").read_text()
 
 
-def actions(portal: Portal, count: int) -> list[str]:
-    return [entry.action for entry in portal.operators.audit("default", limit=count, before=None, filters={})[0]]
+def actions(portal: Portal, device_id: str, count: int) -> list[str]:
+    """What was done to the device, the newest first."""
+    filters = {"object": f"device:{device_id}"}
+    return [entry.action for entry in portal.operators.audit("default", limit=count, before=None, filters=filters)[0]]
 
 
 @PER_DEVICE
-def test_a_suspended_device_is_on_hold_in_the_crl_and_not_in_the_acl(portal: Portal, clock: Clock) -> None:
+def test_a_suspended_device_is_on_hold_in_the_crl_and_keeps_its_topics_until_it_is_revoked(
+    portal: Portal, clock: Clock
+) -> None:
     registered = portal.registrations.register(OPERATOR, PUMP)
     answer = portal.revocations.suspend(OPERATOR, registered.device_id)
     assert (answer.status, answer.suspended_at is not None, answer.enforced) == ("suspended", True, False)
@@ -53,10 +58,23 @@ def test_a_suspended_device_is_on_hold_in_the_crl_and_not_in_the_acl(portal: Por
     entry = crl_entry(portal, registered)
     assert entry is not None
     assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.certificate_hold
-    assert not stands_in_acl(portal, registered.device_id)
-    assert actions(portal, 1) == ["device:suspend"]
+    # The CRL refuses it. Without its block the broker would have to be restarted once it is resumed.
+    assert stands_in_acl(portal, registered.device_id)
+    assert actions(portal, registered.device_id, 1) == ["device:suspend"]
     clock.advance(minutes=1)
     assert portal.revocations.suspend(OPERATOR, registered.device_id) == answer
+    portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise")
+    assert not stands_in_acl(portal, registered.device_id)
+
+
+def test_the_certificate_that_shows_the_broker_a_new_crl_is_in_the_audit_record(portal: Portal) -> None:
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.suspend(OPERATOR, registered.device_id)
+    probe = x509.load_pem_x509_certificates(probe_certificates(portal.settings).revoked.certificate.read_bytes())[0]
+    newest, before = portal.operators.audit("default", limit=2, before=None, filters={})[0]
+    assert (newest.action, newest.object) == ("certificate:issue", f"certificate:{probe.serial_number:x}")
+    assert newest.detail == {"purpose": "canary"}
+    assert before.action == "device:suspend"
 
 
 def test_openssl_refuses_a_suspended_device_and_accepts_it_again(portal: Portal, tmp_path: Path) -> None:
@@ -91,9 +109,9 @@ def test_a_resumed_device_leaves_the_crl_and_is_as_it_was(portal: Portal) -> Non
     assert status_of(portal, registered.device_id) == (DeviceStatus.ACTIVE, ["active"])
     assert crl_entry(portal, registered) is None
     assert stands_in_acl(portal, registered.device_id)
-    assert actions(portal, 2) == ["device:resume", "device:suspend"]
+    assert actions(portal, registered.device_id, 2) == ["device:resume", "device:suspend"]
     assert portal.revocations.resume(OPERATOR, registered.device_id).status == "active"
-    assert actions(portal, 1) == ["device:resume"]
+    assert actions(portal, registered.device_id, 1) == ["device:resume"]
 
 
 def test_a_suspended_device_can_be_revoked_and_stays_revoked(portal: Portal) -> None:
@@ -129,7 +147,7 @@ def test_a_pending_device_cannot_be_resumed(portal: Portal, clock: Clock) -> Non
     with pytest.raises(StateConflict, match="pending cannot be resumed"):
         portal.revocations.resume(OPERATOR, PENDING)
     assert status_of(portal, PENDING) == (DeviceStatus.PENDING, [])
-    assert "device:resume" not in actions(portal, 1)
+    assert "device:resume" not in actions(portal, PENDING, 1)
 
 
 def test_suspend_resume_and_revoke_at_once_have_one_order_and_revoked_wins(portal: Portal) -> None:
@@ -149,7 +167,7 @@ def test_suspend_resume_and_revoke_at_once_have_one_order_and_revoked_wins(porta
     with ThreadPoolExecutor(7) as pool:
         list(pool.map(run, moves))
     assert status_of(portal, registered.device_id) == (DeviceStatus.REVOKED, ["revoked"])
-    done = actions(portal, 8)
+    done = actions(portal, registered.device_id, 8)
     assert done[0] == "device:revoke"
     between = done[1 : done.index("device:register")]
     assert between == ["device:suspend" if number % 2 == 0 else "device:resume" for number in range(len(between))][::-1]

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import db
 from app import create_app
+from broker.files.acl import number_of
 from config import Settings
 from core.errors import (
     BackupRefused,
@@ -310,9 +311,16 @@ def test_a_restore_that_fails_half_way_changes_nothing(
 @pytest.mark.parametrize("lost", [False, True], ids=["the old database is readable", "only the CRL is left"])
 def test_what_was_revoked_since_the_copy_stays_revoked(story: Story, clock: Clock, lost: bool) -> None:
     settings = story.settings
+    loaded = settings.broker_file("acl").read_bytes()
     if lost:
         lose_the_database(settings)
     done = story.put_back()
+    # A broker that starts before the portal reads these.
+    acl = settings.broker_file("acl").read_text()
+    assert f"user {story.stays.device_id}" in acl
+    for gone in (story.goes, story.late_and_gone):
+        assert f"user {gone.device_id}" not in acl
+    assert set(listed(settings)) == set(story.on_crl)
     with opened(settings, clock) as portal:
         prepare(portal)
         assert status_of(portal, story.stays) is DeviceStatus.ACTIVE
@@ -333,10 +341,16 @@ def test_what_was_revoked_since_the_copy_stays_revoked(story: Story, clock: Cloc
     assert set(story.on_crl) <= set(now_listed)
     assert story.late_and_gone.serial_number in now_listed
     assert story.stays.serial_number not in now_listed
+    # A suspended device keeps its topics, and is refused by the CRL.
+    on_hold = now_listed[story.held.serial_number].extensions.get_extension_for_class(x509.CRLReason).value.reason
+    assert on_hold is x509.ReasonFlags.certificate_hold
     assert crl_number(settings) > story.number
-    assert story.stays.device_id in acl
-    for device_id in (story.goes.device_id, story.held.device_id, story.late.device_id, story.late_and_gone.device_id):
-        assert f"user {device_id}" not in acl
+    for granted in (story.stays, story.held):
+        assert f"user {granted.device_id}" in acl
+    for gone in (story.goes, story.late, story.late_and_gone):
+        assert f"user {gone.device_id}" not in acl
+    # A broker that has loaded the ACL of before, with devices that nobody knows any more, has to load this one.
+    assert number_of(acl.encode()) > number_of(loaded)
     said = " ".join(kept.what for kept in done.kept)
     for what in (story.goes.device_id, story.held.device_id, story.late_and_gone.serial_number):
         assert what in said
