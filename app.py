@@ -38,7 +38,7 @@ from web.api import (
     webhooks,
 )
 from web.api.routing import Call, Route
-from web.serving import serve
+from web.serving import check_addresses, serve
 
 gc.freeze()
 gc.enable()
@@ -60,7 +60,7 @@ def create_app(
     commands which do not need them open no data folder. Raises ``click.ClickException`` if a setting is invalid.
     """
     app = Flask("portal", root_path=os.path.dirname(__file__), static_folder=None)
-    for command in commands.commands(create_app, portal_of, serve):
+    for command in commands.commands(create_app, portal_of, serve, check_addresses):
         app.cli.add_command(command)
     if settings is None:
         try:

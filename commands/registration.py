@@ -290,8 +290,11 @@ def _show(
         out.json(answer | ({"bundle_password": password} if password else {}))
         return
     out.done(_done(operation, answer))
+    until = answer.get("previous_valid_until")
     if files:
         show_files(portal, files)
+        if until:
+            out.fields({"previous_valid_until": moment(until)})
         out.next_step(f"{operation.show} {answer[operation.about]}")
         return
     fields = {
@@ -299,8 +302,8 @@ def _show(
         "fingerprint": text(answer.get("fingerprint")),
         "expires_at": moment(answer.get("expires_at"), expiry=True),
     }
-    if answer.get("previous_valid_until"):
-        fields["previous_valid_until"] = moment(answer["previous_valid_until"])
+    if until:
+        fields["previous_valid_until"] = moment(until)
     fields["download_url"] = text(answer.get("download_url"))
     fields["download_expires_at"] = moment(answer.get("download_expires_at"))
     if password:

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec
 import click
 from flask import Flask, current_app
 
-from config import LogFormat, Settings
+from config import LogFormat, Settings, variable_of
 from core import logs, metrics
 from core.errors import PortalError, StartupError
 from core.files import own_until_exit, replace_file
@@ -206,6 +206,7 @@ def _operator_environment(settings: Settings, token: str | None) -> str:
         "PORTAL_CA": str(settings.data_dir / "ca.pem"),
         "PORTAL_TOKEN": token,
         "PORTAL_MQTT_PORT": str(settings.mqtt_port),
+        **_given_settings(settings),
     }
     lines = _shell_lines({name: value for name, value in values.items() if value is not None}, "export ")
     return (
@@ -213,6 +214,12 @@ def _operator_environment(settings: Settings, token: str | None) -> str:
         if token is not None
         else f"# No token: the first one has ended; see flask --app app admin-token.\n{lines}"
     )
+
+
+def _given_settings(settings: Settings) -> dict[str, str]:
+    """Return what this process was given, without secrets: the server's other commands need the same settings."""
+    given = {variable_of(name) for name in settings.model_fields_set - {"ca_passphrase", "database_url"}}
+    return {name: os.environ[name] for name in sorted(given) if name in os.environ}
 
 
 @click.command("admin-token")
@@ -431,7 +438,9 @@ def _line(finding: Finding) -> str:
 # --- All of them ------------------------------------------------------------------------------------------------------
 
 
-def commands(create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp) -> list[click.Command]:
+def commands(
+    create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp, check_addresses: Callable[[Settings], None]
+) -> list[click.Command]:
     """Return the commands of ``flask --app app``; ``serve_app`` is the HTTP server."""
 
     @click.command("serve")
@@ -444,6 +453,7 @@ def commands(create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp) ->
     def serve(beside_broker: bool) -> None:
         """Serve the portal over HTTPS until it is stopped."""
         settings = settings_of_app()
+        check_addresses(settings)  # before anything is made: a port is written into the CA's first certificates
         raise SystemExit(_serve(settings, create_app, portal_of, serve_app, beside_broker=beside_broker))
 
     return [init, serve, show_settings, admin_token, audit_group, ca_group, backup, restore, doctor]

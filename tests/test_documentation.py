@@ -160,7 +160,7 @@ def test_commands_of_the_cli_that_are_named_exist_with_their_options() -> None:
 
 def test_commands_of_the_server_that_are_named_exist() -> None:
     nothing: Callable[..., Any] = lambda *_, **__: None  # noqa: E731 - the commands are looked at, not run
-    known = {command.name for command in server_commands.commands(nothing, nothing, nothing)} | {
+    known = {command.name for command in server_commands.commands(*[nothing] * 4)} | {
         "run",
         "routes",
         "shell",

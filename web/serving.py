@@ -81,6 +81,14 @@ def serve(
     return status
 
 
+def check_addresses(settings: Settings) -> None:
+    """Raise ``StartupError`` unless the portal may listen on its TCP addresses now."""
+    with contextlib.ExitStack() as stack:
+        for address, setting in ((settings.bind, "PORTAL_BIND"), (settings.pki_bind, "PORTAL_PKI_BIND")):
+            if not address.is_unix:
+                _sockets(stack, settings, address, setting)
+
+
 def _sockets(stack: contextlib.ExitStack, settings: Settings, address: Address, setting: str) -> list[socket.socket]:
     sockets = listen(address, setting, settings.request_timeout, settings.workers)
     stack.callback(_close, sockets)

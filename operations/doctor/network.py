@@ -118,7 +118,7 @@ def probe(installation: Installation) -> Finding:
     try:
         result = prober.run(installation.probe_certificates, time.monotonic() + max(SECONDS, settings.enforce_timeout))
     except PortalError as error:
-        return problem(error.detail, "Correct the broker's configuration or files, then reload the broker.")
+        return problem(error.detail, "Start the broker, or correct its configuration and restart it.")
     return well(
         f"The broker refuses a revoked certificate with TLS alert {result.revoked_alert}, and accepts a good one."
     )
