@@ -140,6 +140,10 @@ class BrokerProvisioning:
         self._probe_file.unlink(missing_ok=True)
         return result
 
+    def server_certificate(self, certificates: ProbeCertificates, deadline: float) -> bytes:
+        """Return the certificate that the broker shows, DER, valid or not; raise ``BrokerUnavailable``."""
+        return self._probe.server_certificate(certificates.good, deadline)
+
     def probe_problem(self) -> str | None:
         """Return the sentence in which the last probe of any process failed, ``None`` if it did not."""
         try:

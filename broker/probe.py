@@ -52,16 +52,12 @@ class ProbeCertificates:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The TLS alert for the revoked certificate and the CONNACK reason for the good one, each with its seconds.
-
-    ``server_certificate`` is the one that the broker showed, DER.
-    """
+    """The TLS alert for the revoked certificate and the CONNACK reason for the good one, each with its seconds."""
 
     revoked_alert: int
     revoked_seconds: float
     good_reason: int
     good_seconds: float
-    server_certificate: bytes = b""
 
 
 class Resumption(Enum):
@@ -79,7 +75,6 @@ class _Answer:
     alert: int | None
     reason: int | None
     seconds: float
-    server_certificate: bytes
 
 
 def connect(addresses: Sequence[Address], seconds: float) -> socket.socket:
@@ -126,7 +121,20 @@ class Probe:
                 f"The broker refuses a good certificate with MQTT reason 0x{good.reason:02x}:"
                 " check use_identity_as_username in its configuration."
             )
-        return ProbeResult(revoked.alert, revoked.seconds, good.reason, good.seconds, good.server_certificate)
+        return ProbeResult(revoked.alert, revoked.seconds, good.reason, good.seconds)
+
+    def server_certificate(self, good: ProbeCertificate, deadline: float) -> bytes:
+        """Return the certificate that the broker shows, DER, valid or not; raise ``BrokerUnavailable``."""
+        try:
+            context = self._new_context(good)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            with (
+                connect(self._addresses, remaining(deadline)) as plain,
+                context.wrap_socket(plain, server_hostname=self._host) as secure,
+            ):
+                return secure.getpeercert(binary_form=True) or b""
+        except OSError as error:
+            raise self._silent(error) from error
 
     def resumption(self, good: ProbeCertificate, deadline: float) -> Resumption:
         """Look by what a client with a good certificate could resume its session; raise ``BrokerUnavailable``."""
@@ -175,7 +183,6 @@ class Probe:
     def _ask(self, shown: ProbeCertificate, deadline: float, *, share: float) -> _Answer:
         started = time.monotonic()
         alert = reason = None
-        shown_by_broker = b""
         context = self._context(shown)
         try:
             with connect(self._addresses, remaining(deadline)) as plain:
@@ -184,7 +191,6 @@ class Probe:
                 try:
                     # A new connection offers no session to resume unless one is passed in; none is.
                     with context.wrap_socket(plain, server_hostname=self._host) as secure:
-                        shown_by_broker = secure.getpeercert(binary_form=True) or b""
                         _await_verdict(secure, remaining(deadline) * share)
                         with Session(secure, deadline) as session:
                             reason = session.connect("")
@@ -199,7 +205,7 @@ class Probe:
                         raise
         except OSError as error:
             raise self._silent(error) from error
-        return _Answer(alert, reason, time.monotonic() - started, shown_by_broker)
+        return _Answer(alert, reason, time.monotonic() - started)
 
     def _context(self, shown: ProbeCertificate) -> ssl.SSLContext:
         """Return the TLS context for the certificate, cached until a file changes: making one costs a millisecond."""

@@ -111,7 +111,11 @@ def probe_broker(portal: Portal) -> None:
     """Probe the broker although nothing has changed here: its configuration may have been changed."""
     if portal.broker.reachable():
         deadline = time.monotonic() + portal.settings.enforce_timeout
-        _restart_if_due(portal, portal.broker.probe(probe_certificates(portal.settings), deadline).server_certificate)
+        certificates = probe_certificates(portal.settings)
+        try:
+            portal.broker.probe(certificates, deadline)
+        finally:  # a broker whose certificate has ended fails the probe, and needs the restart most
+            _restart_if_due(portal, portal.broker.server_certificate(certificates, deadline))
 
 
 def probe_again(portal: Portal) -> None:
@@ -149,9 +153,12 @@ def _is_quiet(portal: Portal) -> bool:
 
 
 def _ends_soon(certificate: x509.Certificate, now: datetime) -> bool:
-    """Return whether a sixth of its life is left: half of what is left when its successor is made."""
-    ends = certificate.not_valid_after_utc
-    return now >= ends - (ends - certificate.not_valid_before_utc) / 6
+    """Return whether a sixth of its life is left: half of what is left when its successor is made.
+
+    Or whether it is not valid at all: before its time, too, as after the clock was moved back.
+    """
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return not begins <= now < ends - (ends - begins) / 6
 
 
 def _announce_restart(portal: Portal, ends: datetime) -> None:

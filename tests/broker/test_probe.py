@@ -99,6 +99,12 @@ def test_a_certificate_of_another_host_is_refused(folder: Path) -> None:
         StandIn(folder, name="broker.example").run()
 
 
+def test_a_certificate_that_is_refused_can_be_looked_at(folder: Path) -> None:
+    broker = StandIn(folder, name="broker.example")
+    shown = broker.probe.server_certificate(broker.certificates.good, time.monotonic() + 5)
+    assert shown == ssl.PEM_cert_to_DER_cert((folder / "server.pem").read_text())
+
+
 def test_a_broker_is_tried_where_something_listens_and_known_by_the_name_that_devices_use(folder: Path) -> None:
     broker = StandIn(folder, name="mqtt.example.com")
     at = Address(*broker.listener.getsockname())

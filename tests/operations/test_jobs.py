@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -288,8 +288,8 @@ def test_a_failed_probe_shows_at_once_with_its_reason_until_another_one_passes(
     jobs.probe_again(portal)
     assert "does not answer at localhost:" in str(problem())
     newest = x509.load_pem_x509_certificate(portal.settings.broker_file("server.pem").read_bytes())
-    passed = ProbeResult(44, 0.0, 0, 0.0, newest.public_bytes(Encoding.DER))
-    monkeypatch.setattr(Probe, "run", lambda *_: passed)
+    monkeypatch.setattr(Probe, "run", lambda *_: ProbeResult(44, 0.0, 0, 0.0))
+    monkeypatch.setattr(Probe, "server_certificate", lambda *_: newest.public_bytes(Encoding.DER))
     jobs.probe_again(portal)
     assert problem() is None
     another.close()
@@ -311,14 +311,22 @@ class Shown:
             generation = db.next_generation(tx, self.portal.tenant_id, at=self.portal.clock())
             generations.set_applied_generation(tx, self.portal.tenant_id, generation, applied_at=self.portal.clock())
 
-    def probe(self, certificate: bytes | None) -> int:
+    def probe(self, certificate: bytes | None, *, fails: bool = False) -> int:
         """Run the job; return how often the broker was restarted so far."""
         newest = x509.load_pem_x509_certificate(self.portal.settings.broker_file("server.pem").read_bytes())
-        result = ProbeResult(44, 0.0, 0, 0.0, certificate or newest.public_bytes(Encoding.DER))
+        served = certificate or newest.public_bytes(Encoding.DER)
+
+        def probed(*_: object) -> ProbeResult:
+            if fails:
+                raise BrokerUnavailable("The broker's certificate is refused: certificate has expired.")
+            return ProbeResult(44, 0.0, 0, 0.0)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.portal.broker, "reachable", lambda: True)
-            patch.setattr(self.portal.broker, "probe", lambda certificates, deadline: result)
-            jobs.probe_broker(self.portal)
+            patch.setattr(self.portal.broker, "probe", probed)
+            patch.setattr(self.portal.broker, "server_certificate", lambda *_: served)
+            with pytest.raises(BrokerUnavailable) if fails else nullcontext():
+                jobs.probe_broker(self.portal)
         return len(self._restarted.read_text().split()) if self._restarted.exists() else 0
 
 
@@ -369,6 +377,16 @@ def test_where_no_moment_is_quiet_the_broker_is_restarted_before_its_certificate
         clock.advance(seconds=(certificate.not_valid_after_utc - left - clock()).total_seconds())
         broker.obeys()
         assert broker.probe(older) == restarted
+
+
+@pytest.mark.parametrize("moved", [timedelta(days=370), timedelta(days=-2)])
+def test_a_broker_whose_certificate_is_not_valid_fails_the_probe_and_is_restarted_at_once(
+    shown: Callable[..., Shown], older: bytes, clock: Clock, moved: timedelta
+) -> None:
+    broker = shown()
+    clock.advance(seconds=moved.total_seconds())
+    broker.obeys()  # just now, so that the moment is no quiet one
+    assert broker.probe(older, fails=True) == 1
 
 
 def test_a_broker_that_shows_its_newest_certificate_is_left_alone(shown: Callable[..., Shown], clock: Clock) -> None:

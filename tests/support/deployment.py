@@ -16,10 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import paho.mqtt.client as paho
@@ -49,6 +49,7 @@ _made: dict[tuple[tuple[str, str], ...], Path] = {}  # data folders by the setti
 class Deployment:
     """A portal on a temporary data folder and free ports with a broker beside it; by default under the guard."""
 
+    fake: Mapping[str, str] = MappingProxyType({})  # variables by which the broker goes by another clock
     under: tuple[str, ...] = ()  # the program, with its first arguments, under which the server runs
 
     def __init__(self, **environment: str) -> None:
@@ -134,8 +135,9 @@ class Deployment:
 
     def start_broker(self) -> Mosquitto:
         oldest = self.environment.get("PORTAL_MQTT_TLS", "")
-        self.broker = Mosquitto(self.data / "broker", self.mqtt_port, guard=self.is_guarded, oldest_tls=oldest).start()
-        return self.broker
+        self.broker = Mosquitto(self.data / "broker", self.mqtt_port, guard=self.is_guarded, oldest_tls=oldest)
+        self.broker.fake = self.fake
+        return self.broker.start()
 
     def stop_broker(self) -> None:
         if self.broker is not None:

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -68,6 +69,7 @@ class Mosquitto:
 
     def __init__(self, folder: Path, port: int, *, guard: bool = False, oldest_tls: str = "") -> None:
         self.guard = guard
+        self.fake: Mapping[str, str] = {}  # variables by which it goes by another clock
         self.oldest_tls = oldest_tls  # the oldest version, if it is not the usual one
         self.folder = folder
         self.port = port
@@ -117,7 +119,7 @@ class Mosquitto:
         self._lines.clear()
         self._process = subprocess.Popen(
             self.command(),
-            env={**os.environ, **self.variables},
+            env={**os.environ, **self.variables, **self.fake},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -27,7 +27,6 @@ from tests.support.crash import Ledger, Load, Victim, group_members, read_crl, r
 from tests.support.crash_check import Check
 from tests.support.deployment import PLAIN, wait_until
 from tests.support.harness import ALL
-from tests.support.mosquitto import Mosquitto
 from tests.support.ports import free_port
 from tests.support.postgres import Cluster
 
@@ -389,12 +388,6 @@ class Timed(Faulty):
         probes = [x509.load_pem_x509_certificate(path.read_bytes()) for path in (self.data / "canaries").glob("*.pem")]
         current = [one.not_valid_before_utc <= now < one.not_valid_after_utc for one in probes]
         return len(current) == 2 and all(current) and super().is_well()
-
-    def start_broker(self) -> Mosquitto:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in self.fake.items():
-                patch.setenv(name, value)
-            return super().start_broker()
 
     def start_portal(self, *, others: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         process = super().start_portal(others=others)
