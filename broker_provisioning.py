@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 
 from cryptography import x509
 
-from broker.control import BrokerControl, DeviceAccess, Draft, PresenceReports
+from broker.control import BrokerControl, DeviceAccess, Draft, PresenceReports, RestartReason
 from broker.files.control import FilesControl
 from broker.folder import CA_FILE, BrokerFolder
 from broker.guard.control import GuardControl
-from broker.probe import Probe, ProbeCertificate, ProbeCertificates, ProbeResult
+from broker.probe import ACCEPTS_REVOKED, Probe, ProbeCertificate, ProbeCertificates, ProbeResult
 from broker.session import (
     FAILURE,
     PORTAL_USER,
@@ -150,6 +150,23 @@ class BrokerProvisioning:
             return self._probe_file.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
+
+    def accepted_revoked(self) -> bool:
+        """Return whether the broker accepted the revoked certificate in the last probe of any process."""
+        return self.probe_problem() == ACCEPTS_REVOKED
+
+    def waits(self, certificates: ProbeCertificates, deadline: float) -> RestartReason | None:
+        """Return why the broker has to be restarted; see ``broker.control.BrokerControl``.
+
+        So it has if it accepted the revoked certificate in the last probe, and does so again.
+        """
+        waits = self.control.waits(deadline)
+        if waits is None and self.accepted_revoked():
+            with contextlib.suppress(BrokerUnavailable):
+                self.probe(certificates, deadline)
+            if self.accepted_revoked():
+                return RestartReason.NO_CRL
+        return waits
 
     def follow_presence(self, deadline: float) -> PresenceReports | None:
         """Ask the broker to report who is connected; see ``broker.control.BrokerControl``."""

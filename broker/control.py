@@ -19,6 +19,7 @@ class RestartReason(StrEnum):
 
     PASSWORD = "it holds an older password of the portal's"  # noqa: S105 - says so, and is none
     NO_ACL = "it runs without its ACL"
+    NO_CRL = "it accepts a revoked certificate"
     TOPICS = "it does not have the topics of some devices yet"
     CRLS = "it has read many CRLs, and keeps them all in memory"
     SESSIONS = "TLS sessions that began before a revocation can be resumed"

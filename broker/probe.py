@@ -20,6 +20,10 @@ from config import Address
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 
 CERTIFICATE_REVOKED = 44  # TLS alert (RFC 8446 section 6)
+ACCEPTS_REVOKED = (
+    "The broker accepts a revoked certificate: check that its configuration names crlfile and capath, and that it was"
+    " restarted after a file was repaired."
+)
 _ALERTS = {
     "HANDSHAKE_FAILURE": 40,
     "BAD_CERTIFICATE": 42,
@@ -102,10 +106,7 @@ class Probe:
         """Connect with both certificates by ``deadline``; raise ``BrokerNotEnforcing`` or ``BrokerUnavailable``."""
         revoked = self._ask(certificates.revoked, deadline, share=0.5)
         if revoked.alert is None:
-            raise BrokerNotEnforcing(
-                "The broker accepts a revoked certificate: check that its configuration names crlfile and capath, and"
-                " that it was restarted after a file was repaired."
-            )
+            raise BrokerNotEnforcing(ACCEPTS_REVOKED)
         if revoked.alert != CERTIFICATE_REVOKED:
             raise BrokerNotEnforcing(
                 f"The broker refuses the revoked probe certificate with TLS alert {revoked.alert}, not"

@@ -66,7 +66,8 @@ class Outcome:
 class _Target:
     """What one snapshot of the database says that the broker must enforce.
 
-    ``disconnected`` are ids of devices, ``revoked`` those of them that were revoked for good.
+    ``disconnected`` are ids of devices, ``revoked`` those of them that were revoked for good. ``in_doubt`` if the
+    broker may accept anybody: others may have reloaded it with damaged files.
     """
 
     state: BrokerStateRecord
@@ -76,6 +77,7 @@ class _Target:
     crls: Sequence[CrlRecord]
     issuers: Issuers
     puts_off_crls: bool
+    in_doubt: bool
 
 
 @dataclass(slots=True)
@@ -107,7 +109,9 @@ class Reconciler:
         self._probe_certificates = probe_certificates
         self._clock = clock
         self._tenant_id = tenant_id
-        self.restarts = BrokerRestarts(settings, broker.control, self._active_devices)
+        self.restarts = BrokerRestarts(
+            settings, lambda deadline: broker.waits(probe_certificates, deadline), self._active_devices
+        )
         self._lock = FileLock(settings.data_dir / ".pass.lock")
         self._crl_lock = FileLock(settings.data_dir / ".crl.lock")  # taken after the other one
         self._counting = threading.Lock()
@@ -215,7 +219,7 @@ class Reconciler:
 
     def _waits(self, timeout: float) -> RestartReason | None:
         try:
-            return self._broker.control.waits(time.monotonic() + timeout)
+            return self._broker.waits(self._probe_certificates, time.monotonic() + timeout)
         except BrokerUnavailable:
             return None  # it reads all at its start
 
@@ -360,7 +364,7 @@ class Reconciler:
         has_crls = self._install(target)
         progress.installed = generation
         failpoint("apply.after_install")
-        shown = self._probe_certificates if target.disconnected or target.crls else None
+        shown = self._probe_certificates if target.disconnected or target.crls or target.in_doubt else None
         self._broker.enforce(generation, deadline, certificates=shown)
         failpoint("apply.after_reload")
         if target.disconnected:
@@ -421,6 +425,7 @@ class Reconciler:
     def _prepare(self, *, with_crls: bool = False) -> _Target:
         """Read one snapshot, draft what the broker must enforce, and sign the CRLs that are due or put that off."""
         draft: Draft | None = None
+        in_doubt = self._broker.accepted_revoked() or bool(self._broker.files.damage())
         try:
             with self._database.snapshot() as tx:
                 state = generations.get_broker_state(tx, self._tenant_id)
@@ -437,7 +442,7 @@ class Reconciler:
             if not puts_off:
                 with self._crl_lock.hold(self._settings.enforce_timeout):
                     issuers, crls = self._sign_due()
-            return _Target(state, draft, disconnected, revoked, crls, issuers, puts_off)
+            return _Target(state, draft, disconnected, revoked, crls, issuers, puts_off, in_doubt)
         except BaseException:
             if draft is not None:
                 draft.discard()

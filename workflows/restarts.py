@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from broker.control import BrokerControl, RestartReason
+from broker.control import RestartReason
 from broker.process import run_command, started_at
 from config import Settings
 from core.errors import BrokerUnavailable
@@ -33,11 +33,12 @@ _PAUSE = 0.02
 class BrokerRestarts:
     """Restarts one broker by the command in ``PORTAL_BROKER_RESTART``, or says that somebody has to.
 
-    ``devices`` counts those that may be connected. The caller holds the lock of the reconciliations.
+    ``_waits`` says by a deadline why it has to be, see ``BrokerProvisioning.waits``; ``devices`` counts those that may
+    be connected. The caller holds the lock of the reconciliations.
     """
 
     _settings: Settings
-    _control: BrokerControl
+    _waits: Callable[[float], RestartReason | None]
     devices: Callable[[], int]
     _in_vain: int = 0  # restarts in a row after which the same was waited for
     _asked: tuple[RestartReason | None, float] = (None, -math.inf)
@@ -68,7 +69,7 @@ class BrokerRestarts:
         while time.monotonic() < deadline:
             if started_at(self._settings) != started:
                 with contextlib.suppress(BrokerUnavailable):  # it has not come so far
-                    return self._control.waits(deadline)
+                    return self._waits(deadline)
             time.sleep(_PAUSE)
         return "it does not answer"
 

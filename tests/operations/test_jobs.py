@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -16,14 +17,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import db
-from broker.probe import Probe, ProbeResult
+from broker.control import RestartReason
+from broker.probe import ACCEPTS_REVOKED, Probe, ProbeResult
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.broker_control import ControlKind
-from core.errors import BrokerUnavailable
+from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.files import FileLock
 from operations import authority, jobs
 from operations.jobs import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
+from operations.own_certificates import probe_certificates
 from operations.wiring import Portal, open_portal
 from store import generations, issuers
 from store.tables import Delivery, IdempotencyKey
@@ -293,6 +296,54 @@ def test_a_failed_probe_shows_at_once_with_its_reason_until_another_one_passes(
     jobs.probe_again(portal)
     assert problem() is None
     another.close()
+
+
+class Accepts:
+    """A broker that answers, has all that ``control.waits`` asks for, and accepts a revoked certificate if told to."""
+
+    def __init__(self, portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.anybody, self.probes = False, 0
+        monkeypatch.setattr(Probe, "run", lambda *_: self._run())
+        monkeypatch.setattr(portal.broker, "enforce", lambda generation, deadline, *, certificates: generation)
+        monkeypatch.setattr(portal.broker.control, "waits", lambda deadline: None)
+
+    def _run(self) -> ProbeResult:
+        self.probes += 1
+        if self.anybody:
+            raise BrokerNotEnforcing(ACCEPTS_REVOKED)
+        return ProbeResult(44, 0.0, 0, 0.0)
+
+
+def test_a_broker_that_accepts_a_revoked_certificate_again_waits_for_a_restart(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, certificates, soon = Accepts(portal, monkeypatch), probe_certificates(portal.settings), time.monotonic() + 5
+    assert (portal.broker.waits(certificates, soon), broker.probes) == (None, 0)
+    broker.anybody = True
+    with pytest.raises(BrokerNotEnforcing):
+        portal.broker.probe(certificates, soon)
+    assert portal.broker.waits(certificates, soon) is RestartReason.NO_CRL
+    broker.anybody = False  # as after a restart
+    assert portal.broker.waits(certificates, soon) is None
+    assert portal.broker.probe_problem() is None
+
+
+def test_under_files_nothing_is_enforced_after_a_repair_before_a_probe_passes(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Accepts(portal, monkeypatch)
+    jobs.repair_broker(portal)
+    before = portal.reconciler.applied_generation()
+    broker.anybody = True
+    portal.settings.broker_file("crl.pem").write_bytes(b"")
+    with contextlib.suppress(BrokerUnavailable):
+        jobs.repair_broker(portal)
+    assert portal.broker.files.damage() == []
+    assert portal.reconciler.applied_generation() == before
+    assert portal.broker.accepted_revoked()
+    broker.anybody = False
+    jobs.repair_broker(portal)
+    assert portal.reconciler.applied_generation() > before
 
 
 # --- The broker's certificate ------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from core.errors import BrokerUnavailable
 from workflows.restarts import BrokerRestarts
 
 
-class StubControl:
-    """A control that says in turn what waits; a ``BrokerUnavailable`` is a broker that does not answer."""
+class Waits:
+    """Says in turn what waits; a ``BrokerUnavailable`` is a broker that does not answer."""
 
     def __init__(self, *answers: RestartReason | BrokerUnavailable | None) -> None:
         self.answers = [*answers]
 
-    def waits(self, deadline: float) -> RestartReason | None:
+    def __call__(self, deadline: float) -> RestartReason | None:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, BrokerUnavailable):
             raise answer
@@ -42,7 +42,7 @@ def site(tmp_path: Path) -> Callable[..., BrokerRestarts]:
         os.utime(socket, (time.time(), time.time() - started))
         given = f"touch {socket}" if command is None else command
         settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_BROKER_RESTART": given})
-        return BrokerRestarts(settings, StubControl(*answers), lambda: devices)  # type: ignore[arg-type]
+        return BrokerRestarts(settings, Waits(*answers), lambda: devices)  # type: ignore[arg-type]
 
     return make
 
