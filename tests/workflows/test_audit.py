@@ -62,6 +62,7 @@ class Kept:
 
 
 def act(portal: Portal) -> None:
+    """Write four entries: the last is of the certificate that shows the broker the CRL of the revocation."""
     device = portal.registrations.register(OPERATOR, PUMP)
     portal.registrations.update(OPERATOR, device.device_id, {"name": "pümp-2", "metadata": {"weight": 1.5}})
     portal.revocations.revoke(OPERATOR, device.device_id, "superseded")
@@ -69,7 +70,7 @@ def act(portal: Portal) -> None:
 
 @pytest.fixture
 def kept(portal: Portal, tmp_path: Path) -> Kept:
-    """Two checkpoints, of 11 and of 14 entries, and an entry that none signs."""
+    """Two checkpoints, of 12 and of 16 entries, and an entry that none signs."""
     kept = Kept(portal, tmp_path)
     act(portal)
     kept.checkpoint("old")
@@ -84,7 +85,7 @@ def test_an_untouched_record_verifies_by_every_checkpoint(kept: Kept) -> None:
     for names in (["old"], ["new"], ["new", "old"]):
         result = kept.verify(*names)
         assert result.exit_code == 0, result.output
-        assert "All 15 entries are sound" in result.output
+        assert "All 17 entries are sound" in result.output
     assert kept.doctor().state is State.OK
     assert kept.portal.audit_log.problem() is None
 
@@ -142,7 +143,7 @@ ATTACKS: dict[str, tuple[Callable[[Entries], Entries], bool]] = {
     "the tail is cut, and others written in its place": (
         lambda entries: entries[:9] + [dict(entries[2]) for _ in range(9)], True,
     ),
-    "the last signed entry is altered, and the rest computed again": (lambda entries: altered(entries, 13), True),
+    "the last signed entry is altered, and the rest computed again": (lambda entries: altered(entries, 15), True),
     "an entry is altered, and the whole chain computed again": (altered, True),
     "entries are swapped, and the chain computed again": (swapped, True),
     "an entry is inserted, and the chain computed again": (inserted, True),
@@ -179,8 +180,8 @@ def test_an_attack_is_noticed_by_who_kept_a_checkpoint_by_the_doctor_and_at_the_
     ("attack", "sentence"),
     [
         ("the tail is cut, and the head set back", "The export ends with entry 9, but "),
-        ("an entry is altered, and the whole chain computed again", "one between 1 and 11 was changed, inserted or"),
-        ("the last signed entry is altered, and the rest computed again", "one between 12 and 14 was changed"),
+        ("an entry is altered, and the whole chain computed again", "one between 1 and 12 was changed, inserted or"),
+        ("the last signed entry is altered, and the rest computed again", "one between 13 and 16 was changed"),
         ("an entry is altered", "Entry 9 was altered: its hash is not that of its content."),
         ("entries are swapped", "Entry 9 does not follow entry 8: one was replaced, inserted or moved."),
         ("an entry is removed", "Entry 9 is missing: after 8 comes 10."),
@@ -284,14 +285,14 @@ def test_the_job_signs_at_first_then_daily_and_after_a_number_of_entries(
     assert size(portal) == first
     clock.advance(hours=2)
     jobs.sign_audit_record(portal)
-    assert size(portal) == first + 3
+    assert size(portal) == first + 4
     act(portal)
-    monkeypatch.setattr(audit_log, "CHECKPOINT_ENTRIES", 4)
+    monkeypatch.setattr(audit_log, "CHECKPOINT_ENTRIES", 5)
     jobs.sign_audit_record(portal)
-    assert size(portal) == first + 3
+    assert size(portal) == first + 4
     act(portal)
     jobs.sign_audit_record(portal)
-    assert size(portal) == first + 9
+    assert size(portal) == first + 12
 
 
 @ON_SQLITE
@@ -341,5 +342,5 @@ def test_the_export_has_every_entry_once_in_order_also_in_small_parts(
     whole = b"".join(kept.portal.audit_log.export())
     monkeypatch.setattr(audit, "READ_AT_ONCE", 4)
     parts = list(kept.portal.audit_log.export())
-    assert (len(parts), b"".join(parts)) == (4, whole)
+    assert (len(parts), b"".join(parts)) == (5, whole)
     assert datetime.now(UTC).strftime("%Y-").encode() in whole.splitlines()[0]
