@@ -65,6 +65,7 @@ def test_a_server_that_one_worker_ends_never_says_that_it_is_ready() -> None:
 def test_a_server_whose_second_process_dies_ends_and_says_so() -> None:
     with running() as server:
         main = server.process.pid
+        wait_until(lambda: any(children(child) for child in children(main)))  # it has a worker
         (pki,) = [child for child in children(main) if children(child)]
         os.kill(pki, signal.SIGKILL)
         _, errors = server.process.communicate(timeout=PATIENCE)
