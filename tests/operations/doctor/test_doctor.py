@@ -306,8 +306,9 @@ def test_ocsp_that_has_no_answer_or_none_of_ours_is_a_problem(
         ({"days": 9}, "OCSP responders", State.OK, "renewed in time"),
         ({"days": 10}, "OCSP responders", State.WARNING, "should have been renewed"),
         ({"days": 14}, "OCSP responders", State.PROBLEM, "not valid now"),
-        ({"days": 59}, "expiry", State.OK, "Nothing expires"),
-        ({"days": 61}, "expiry", State.WARNING, "The portal's certificate expires"),
+        ({"days": 4}, "expiry", State.OK, "Nothing expires"),
+        ({"days": 5}, "expiry", State.WARNING, "The revoked probe certificate expires"),
+        ({"days": 8}, "expiry", State.PROBLEM, "The revoked probe certificate expired"),
         ({"days": 91}, "expiry", State.PROBLEM, "The broker's certificate expired"),
         ({"days": 340}, "expiry", State.PROBLEM, "1 device certificates expire within 30 days"),
         ({"days": 350}, "CRL", State.PROBLEM, "The CRL of root expires"),
@@ -321,6 +322,22 @@ def test_what_the_time_brings_is_said(
 ) -> None:
     clock.advance(**ahead)
     finding = examined(portal, name)[name]
+    assert finding.state is state, finding
+    assert said in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("days", "state", "said"),
+    [(59, State.OK, "Nothing expires"), (61, State.WARNING, "The portal's certificate expires")],
+)
+def test_own_certificates_that_were_not_renewed_are_said(
+    portal: Portal, clock: Clock, days: int, state: State, said: str
+) -> None:
+    clock.advance(days=5)
+    # The one that came with the CRL lives as long as that.
+    assert portal.own_certificates.renew() == ["revoked probe certificate"]
+    clock.advance(days=days - 5)
+    finding = examined(portal, "expiry")["expiry"]
     assert finding.state is state, finding
     assert said in finding.detail
 
