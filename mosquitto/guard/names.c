@@ -63,6 +63,11 @@ static bool grow(struct names *names)
 
 bool names_add(struct names *names, const char *text)
 {
+    return names_count(names, text, 1);
+}
+
+bool names_count(struct names *names, const char *text, unsigned times)
+{
     struct name *name = find(names, text);
 
     if (name == NULL) {
@@ -74,7 +79,7 @@ bool names_add(struct names *names, const char *text)
         *name = (struct name){.text = copy, .since = time(NULL)};
         names->used++;
     }
-    name->count++;
+    name->count += times;
     return true;
 }
 

@@ -25,6 +25,9 @@ const struct name *names_find(const struct names *names, const char *text);
 /* Add a name; false if there is no memory, or there are MAX_NAMES. */
 bool names_add(struct names *names, const char *text);
 
+/* Add a name so many times. */
+bool names_count(struct names *names, const char *text, unsigned times);
+
 /* Take back one addition. */
 void names_remove(struct names *names, const char *text);
 

@@ -1,13 +1,18 @@
 /* The entry points that the broker calls. */
 #include "broker.h"
+#include "certificate.h"
 #include "clients.h"
 #include "guard.h"
 #include "kicks.h"
+#include "limits.h"
+#include "line.h"
 #include "log.h"
+#include "match.h"
 #include "portal.h"
 #include "presence.h"
 #include "verdict.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -89,12 +94,60 @@ static bool has_headroom(void)
     return room != NULL;
 }
 
-/* Say whether this is a retained message, or will, that a device sends now. The sender of one that is kept already is asked
- * about in the same way, but without an address. */
-static bool is_new_retained(const struct mosquitto_evt_acl_check *check)
+/* Return a hash of an identity and a topic by which nobody can make two topics look like one. */
+static uint64_t hash_of(const char *id, const char *topic)
 {
-    return check->access == MOSQ_ACL_WRITE && check->retain && check->payloadlen > 0 &&
-           mosquitto_client_address(check->client) != NULL;
+    static char text[MAX_ID_BYTES + MAX_TOPIC_BYTES + 2];
+    uint8_t hash[HASH_BYTES];
+    uint64_t number;
+    int length = snprintf(text, sizeof text, "%s/%s", id, topic);
+
+    sha256_of(text, length < (int)sizeof text ? (size_t)length : sizeof text - 1, hash);
+    memcpy(&number, hash, sizeof number);
+    return number;
+}
+
+/* Say whether a device may leave this retained message, or will, besides those that it has left; an empty one clears. */
+static bool may_retain(const struct mosquitto_evt_acl_check *check, const char *id)
+{
+    if (check->payloadlen == 0) {
+        limits_clear_retained(id, hash_of(id, check->topic));
+        return true;
+    }
+    if (!has_headroom()) {
+        log_refusal("A retained message to %s is refused: hardly any memory is left below memory_limit.", check->topic);
+        return false;
+    }
+    if (!limits_retain(id, hash_of(id, check->topic))) {
+        log_refusal("A retained message to %s is refused: device %s has left as many as it may.", check->topic, id);
+        return false;
+    }
+    return true;
+}
+
+static bool may_subscribe(const struct mosquitto_evt_acl_check *check, const char *id)
+{
+    if (!limits_subscribe(id, verdict_cost(check->client, check->topic), milliseconds_now() / 1000)) {
+        log_refusal("A SUBSCRIBE to %s is refused: device %s has sent too many in %d seconds.", check->topic, id,
+            SUBSCRIBE_SECONDS);
+        return false;
+    }
+    return true;
+}
+
+/* Say whether what a device has the right to do is within its limits. What the broker asks of its own accord is: about the sender
+ * of a retained message, who has no address then, and about the subscriptions of one that is kicked. */
+static bool is_within_limits(const struct mosquitto_evt_acl_check *check)
+{
+    const char *id = mosquitto_client_username(check->client);
+
+    if (id == NULL || mosquitto_client_address(check->client) == NULL || kicks_going_on()) {
+        return true;
+    }
+    if (check->access == MOSQ_ACL_SUBSCRIBE) {
+        return may_subscribe(check, id);
+    }
+    return check->access != MOSQ_ACL_WRITE || !check->retain || may_retain(check, id);
 }
 
 static int on_acl_check(int event, void *data, void *user)
@@ -115,11 +168,7 @@ static int on_acl_check(int event, void *data, void *user)
     (void)look_after(SILENT_MILLISECONDS); /* the broker is slow, or set up so that it never ticks */
     switch (verdict_of(check->client, check->access, check->topic)) {
     case GRANTED:
-        if (is_new_retained(check) && !has_headroom()) {
-            log_refusal("A retained message to %s is refused: hardly any memory is left below memory_limit.", check->topic);
-            return MOSQ_ERR_ACL_DENIED;
-        }
-        return MOSQ_ERR_SUCCESS;
+        return is_within_limits(check) ? MOSQ_ERR_SUCCESS : MOSQ_ERR_ACL_DENIED;
     case NOT_OURS:
         return MOSQ_ERR_PLUGIN_DEFER;
     default:
@@ -217,13 +266,18 @@ mosq_plugin_EXPORT int mosquitto_plugin_init(
 {
     static const struct guard_listener listener = {verdict_lost, verdict_replaced, tell_state};
     const char *path = NULL;
+    uint64_t most = DEFAULT_MAX_RETAINED;
 
     (void)user;
     for (int i = 0; i < option_count; i++) {
         if (strcmp(options[i].key, "journal") == 0) {
             path = options[i].value;
+        } else if (strcmp(options[i].key, "max_retained") == 0 && !parse_number(options[i].value, &most)) {
+            log_error("Give plugin_opt_max_retained a whole number: how many retained messages one device may leave.");
+            return MOSQ_ERR_INVAL;
         }
     }
+    limits_set_retained(most);
     if (identifier != NULL || path == NULL || path[0] != '/' || (journal_path = strdup(path)) == NULL) {
         log_error("Give plugin_opt_journal the path of the portal's journal, and load the plugin once.");
         return MOSQ_ERR_INVAL;
@@ -255,6 +309,7 @@ mosq_plugin_EXPORT int mosquitto_plugin_cleanup(void *user, struct mosquitto_opt
     presence_clear();
     kicks_clear();
     verdict_clear();
+    limits_clear();
     guard_close();
     free(journal_path);
     journal_path = NULL;

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define MAX_QUESTION_BYTES 128
+#define MAX_CLEARED 10000 /* retained messages by one SUBSCRIBE */
 
 static bool answer_prove(struct mosquitto *client, char *first, char *second)
 {
@@ -96,11 +97,32 @@ static bool is_of_denied(const char *topic)
     return guard_is_good() && registry_is_of_denied(guard_registry(), topic);
 }
 
-/* Have the broker drop the retained message of a topic, once it has gone through those that it is showing now. */
+static struct {
+    unsigned cleared;
+    bool ended; /* nothing more is cleared until the next SUBSCRIBE */
+} clearing;
+
+/* Say whether the portal may subscribe to what is of a denied identity, by which its retained messages are cleared. */
+static bool begin_clearing(const char *filter)
+{
+    clearing.cleared = 0;
+    clearing.ended = false;
+    return is_of_denied(filter);
+}
+
+/* Have the broker drop the retained message of a topic, once it has gone through those that it is showing now. Each is
+ * copied until then, so there is a most; what is left is withheld, as its sender may not publish. */
 static void clear_retained(const char *topic)
 {
-    if (mosquitto_broker_publish_copy(NULL, topic, 0, NULL, 0, true, NULL) != MOSQ_ERR_SUCCESS) {
-        log_error("The retained message of %s could not be cleared.", topic);
+    if (clearing.cleared == MAX_CLEARED) {
+        log_error("%u retained messages are cleared, the one of %s and others are left: they are withheld.", MAX_CLEARED,
+            topic);
+        clearing.ended = true;
+    } else if (mosquitto_broker_publish_copy(NULL, topic, 0, NULL, 0, true, NULL) != MOSQ_ERR_SUCCESS) {
+        log_error("There is no memory to clear the retained message of %s and others: they are withheld.", topic);
+        clearing.ended = true;
+    } else {
+        clearing.cleared++;
     }
 }
 
@@ -112,12 +134,12 @@ bool portal_may(const struct mosquitto_evt_acl_check *check)
     case MOSQ_ACL_WRITE:
         return strncmp(topic, PORTAL_TOPICS, strlen(PORTAL_TOPICS) - 1) == 0 && answer(check->client, topic);
     case MOSQ_ACL_READ:
-        if (check->retain && check->payloadlen > 0 && is_of_denied(topic)) {
+        if (!clearing.ended && check->retain && check->payloadlen > 0 && is_of_denied(topic)) {
             clear_retained(topic); /* an empty one, for which this is not done again; the portal reads neither */
         }
         return filter_matches(PORTAL_TOPICS, topic);
     case MOSQ_ACL_SUBSCRIBE:
-        return filter_contains(PORTAL_TOPICS, topic) || is_of_denied(topic);
+        return filter_contains(PORTAL_TOPICS, topic) || begin_clearing(topic);
     default:
         return check->access == MOSQ_ACL_UNSUBSCRIBE;
     }

@@ -344,6 +344,17 @@ enum verdict verdict_of(struct mosquitto *client, int access, const char *topic)
     return may(&claim, access, topic) ? GRANTED : NOT_GRANTED;
 }
 
+enum cost verdict_cost(const struct mosquitto *client, const char *filter)
+{
+    const struct registry *registry = guard_registry();
+    const char *name = name_of(client);
+
+    if (!has_wildcard(filter) || strncmp(filter, SHARED, strlen(SHARED)) == 0) {
+        return ONE_TOPIC;
+    }
+    return registry_may_share(registry, registry_find(registry, name), name, filter) ? OWN_TOPICS : OTHER_TOPICS;
+}
+
 /* --- Connections that begin and end ----------------------------------------------------------------------------- */
 
 static bool is_right_password(const char *password)

@@ -3,6 +3,7 @@
 #define GUARD_VERDICT_H
 
 #include "broker.h"
+#include "limits.h"
 #include "registry.h"
 
 #include <stdbool.h>
@@ -14,6 +15,9 @@ enum verdict { GRANTED, NOT_GRANTED, NOT_OURS };
 
 /* Decide a check of the broker's for a client that is not the portal. */
 enum verdict verdict_of(struct mosquitto *client, int access, const char *topic);
+
+/* Return what a filter costs that this client was granted. */
+enum cost verdict_cost(const struct mosquitto *client, const char *filter);
 
 /* Decide a CONNECT where passwords count. */
 enum verdict verdict_of_password(struct mosquitto *client, const char *username, const char *password);

@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -92,9 +93,14 @@ class MqttClient:
 
     def subscribe(self, filter_: str) -> int:
         """Subscribe with QoS 1; return the reason code of SUBACK."""
+        return self.subscribe_all([filter_])[0]
+
+    def subscribe_all(self, filters: Sequence[str]) -> bytes:
+        """Subscribe to all in one packet with QoS 1; return the reason code of each."""
         properties = b"\x00" if self.version == 5 else b""
-        self._send(0x82, self._next_id() + properties + _text(filter_) + b"\x01")
-        return self._wait_for(SUBACK)[-1]
+        asked = b"".join(_text(filter_) + b"\x01" for filter_ in filters)
+        self._send(0x82, self._next_id() + properties + asked)
+        return self._wait_for(SUBACK)[-len(filters) :]
 
     def unsubscribe(self, filter_: str) -> int:
         """Unsubscribe; return the reason code of UNSUBACK."""

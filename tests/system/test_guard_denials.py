@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.guard import (
     DELIVERED,
+    GRANTED_QOS_1,
     GuardedBroker,
     guarded_broker,
     hash_of,
@@ -19,7 +20,7 @@ from tests.support.guard import (
     serial_line,
 )
 from tests.support.mosquitto import CONFIGURATION
-from tests.support.mqtt import MqttClient, Will, connect_tls
+from tests.support.mqtt import NOT_AUTHORISED, MqttClient, Will, connect_tls, pack
 
 pytest_plugins = ("tests.support.guard_fixtures",)
 pytestmark = pytest.mark.system
@@ -171,6 +172,60 @@ def test_one_device_cannot_fill_the_brokers_memory_nor_keep_it_from_starting() -
             assert may_subscribe(portal, f"devices/{identity}/#")
         with broker.device(other_credentials) as others:
             assert others.publish(f"devices/{other}/x", retain=True) in DELIVERED
+
+
+# --- Limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_has_the_broker_search_too_much_is_refused_and_nobody_else(broker: GuardedBroker) -> None:
+    (identity, credentials), (other, other_credentials) = broker.admit(), broker.admit()
+    granted = 0
+    for _ in range(2):  # a new connection does not begin anew
+        with broker.device(credentials) as device:
+            codes = device.subscribe_all(["devices/#"] * 40)
+            assert set(codes) <= {GRANTED_QOS_1, NOT_AUTHORISED}
+            granted += codes.count(GRANTED_QOS_1)
+            assert may_publish(device, f"devices/{identity}/x")
+    assert 4 <= granted <= 8  # in 30 seconds, which may end here
+    assert f"device {identity} has sent too many" in broker.log
+    with broker.device(other_credentials) as others, broker.portal() as portal:
+        assert set(others.subscribe_all([f"devices/{other}/{number}/#" for number in range(64)])) == {GRANTED_QOS_1}
+        assert set(portal.subscribe_all(["portal/guard/#"] * 300)) == {GRANTED_QOS_1}
+
+
+def test_a_device_leaves_as_many_retained_messages_as_it_may() -> None:
+    with guarded_broker("plugin_opt_max_retained 3") as broker:
+        (identity, credentials), (other, other_credentials) = broker.admit(), broker.admit()
+        with broker.device(credentials) as device, broker.device(other_credentials) as others:
+            for topic in ("a", "b", "c", "a"):
+                assert device.publish(f"devices/{identity}/{topic}", retain=True) in DELIVERED
+            assert device.publish(f"devices/{identity}/d", retain=True) == NOT_AUTHORISED
+            assert f"device {identity} has left as many as it may" in broker.log
+            assert may_publish(device, f"devices/{identity}/d")  # what is not kept is taken
+            assert others.publish(f"devices/{other}/a", retain=True) in DELIVERED
+            assert device.publish(f"devices/{identity}/b", b"", retain=True) in DELIVERED
+            assert device.publish(f"devices/{identity}/d", retain=True) in DELIVERED
+            assert device.publish(f"devices/{identity}/b", retain=True) == NOT_AUTHORISED
+
+
+def test_very_many_retained_messages_are_cleared_in_parts_and_the_log_says_it_once() -> None:
+    with guarded_broker("plugin_opt_max_retained 20000") as broker:
+        identity, credentials = broker.admit()
+        with broker.device(credentials) as device:
+            packets = [pack(0x31, f"devices/{identity}/{number}", b"\0x") for number in range(10_049)]
+            device.socket.sendall(b"".join(packets))
+            assert device.publish(f"devices/{identity}/last", retain=True) in DELIVERED
+        for left in (50, 0):
+            broker.tell(f"deny {identity}")
+            with broker.portal(client_id=identity) as portal:
+                assert may_subscribe(portal, f"devices/{identity}/#")
+                portal.ping()
+            broker.tell(f"allow {identity}")
+            with broker.device(credentials) as device:
+                assert may_subscribe(device, f"devices/{identity}/#")
+                device.ping()
+                assert len(device.messages) == left
+        assert broker.log.count("others are left") == 1
 
 
 # --- Serial numbers ---------------------------------------------------------------------------------------------------
