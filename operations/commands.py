@@ -217,8 +217,12 @@ def _operator_environment(settings: Settings, token: str | None) -> str:
 
 
 def _given_settings(settings: Settings) -> dict[str, str]:
-    """Return what this process was given, without secrets: the server's other commands need the same settings."""
-    given = {variable_of(name) for name in settings.model_fields_set - {"ca_passphrase", "database_url"}}
+    """Return what this process was given, without secrets: the server's other commands need the same settings.
+
+    Without what scripts/run sets for this run alone, too: the next one would take it over.
+    """
+    left_out = {"ca_passphrase", "database_url", "broker_control", "broker_restart", "broker_reload"}
+    given = {variable_of(name) for name in settings.model_fields_set - left_out}
     return {name: os.environ[name] for name in sorted(given) if name in os.environ}
 
 

@@ -22,6 +22,16 @@ from tests.support.mosquitto import short_folder
 from tests.support.statements import compiled_once
 
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
+WITH_LISTS = ("test_actions.py", "test_applications.py", "test_connections.py", "test_devices.py", "test_successors.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the tests that are marked are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave tests of the REST interface, which has no SQL, to SQLite but with ``--all``, those of lists excepted."""
+    for item in items:
+        parts, on = item.path.parts, getattr(getattr(item, "callspec", None), "params", {})
+        if "api" in parts and item.path.name not in WITH_LISTS and on.get("prepared") == "postgresql":
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session", autouse=True)

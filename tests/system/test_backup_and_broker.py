@@ -47,7 +47,7 @@ def put_back(deployment: Deployment, file: Path, *options: str) -> str:
     return said
 
 
-@pytest.mark.parametrize("control", ["guard", "files"], indirect=True)
+@pytest.mark.parametrize("control", ["guard", pytest.param("files", marks=pytest.mark.long)], indirect=True)
 @pytest.mark.parametrize("lost", [False, True], ids=["the old database is readable", "only the CRL is left"])
 def test_a_device_revoked_since_the_copy_is_refused_after_its_restore(
     running: Deployment, control: str, lost: bool

@@ -38,7 +38,7 @@ def wake(device: Onboarded, version: str, *, messages: int = 0) -> list[str]:
     return mosquitto("mosquitto_sub", device, *options).split()
 
 
-@pytest.mark.parametrize("style", ["per-device", "pattern"])
+@pytest.mark.parametrize("style", [pytest.param("per-device", marks=pytest.mark.long), "pattern"])
 def test_a_sleeping_device_gets_its_messages_whatever_happens_to_others(style: str) -> None:
     with deployed(PORTAL_BROKER_CONTROL="files", PORTAL_ACL_STYLE=style) as deployment:
         assert deployment.broker is not None

@@ -21,9 +21,13 @@ REGISTRATIONS = 200
 CLIENTS = 8
 
 
-CASES = [("guard", "sqlite"), ("files", "sqlite")]
+# Each takes half a minute: the one that has most in it always, the others with --all.
+CASES = [
+    pytest.param("guard", "sqlite", marks=[pytest.mark.long] if POSTGRES_URL else []),
+    pytest.param("files", "sqlite", marks=pytest.mark.long),
+]
 if POSTGRES_URL:
-    CASES.append(("guard", "postgresql"))
+    CASES.append(pytest.param("guard", "postgresql"))
 
 
 @pytest.mark.parametrize(("control", "database"), CASES)
