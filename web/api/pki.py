@@ -113,9 +113,10 @@ def crl(call: Call, issuer: str) -> Reply:
         record.der,
         "application/pkix-crl",
         max_age=min(60, left),  # a revocation publishes a new one at once
-        # When it was made, or a little later after several in one second: it rises with each, as thisUpdate does. So
-        # nobody who has an older one is told that it is the newest.
-        last_modified=record.this_update + CLOCK_SKEW,
+        # When it was made, or a little later after several in one second: it rises with each, as thisUpdate does. And a
+        # second more, since the one before may have been fetched in the same second. So nobody who has an older one is
+        # told that it is the newest.
+        last_modified=record.this_update + CLOCK_SKEW + timedelta(seconds=1),
         expires=record.next_update,
         tag=tag_of(f"{record.issuer_id} {record.number} {record.this_update}".encode()),  # cheaper than of megabytes
     )

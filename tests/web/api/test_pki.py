@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
 from typing import Any
 
@@ -13,7 +13,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from flask import Flask
 
-from app import ROUTES, portal_of
+from app import ROUTES, create_app, portal_of
+from config import Settings
+from core.roles import Role
 from pki.issuers import CLOCK_SKEW
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
 from tests.support.ocsp import ask, get, issuing_of
@@ -89,7 +91,8 @@ def test_a_revocation_is_in_the_next_crl(api: Api, app: Flask) -> None:
 def test_a_crl_says_how_long_it_may_be_cached(anyone: Api) -> None:
     answer = anyone.get("/crl/issuing-1.crl", **CLEAR)
     crl = x509.load_der_x509_crl(answer.data)
-    assert parsedate_to_datetime(answer.headers["Last-Modified"]) == crl.last_update_utc + CLOCK_SKEW
+    made = crl.last_update_utc + CLOCK_SKEW
+    assert made <= parsedate_to_datetime(answer.headers["Last-Modified"]) <= made + timedelta(seconds=1)
     assert parsedate_to_datetime(answer.headers["Expires"]) == crl.next_update_utc
     assert answer.headers["Cache-Control"] == "public, max-age=60"
     assert re.fullmatch(r'"[0-9a-f]{32}"', answer.headers["ETag"])
@@ -129,6 +132,22 @@ def test_whoever_has_the_crl_from_before_a_revocation_is_sent_the_next_one(api: 
     clock.advance(minutes=1)
     later = {"If-Modified-Since": format_datetime(clock(), usegmt=True)}
     assert public.get("/crl/issuing-1.crl", headers=later).status_code == 304
+
+
+def test_a_crl_made_in_the_second_in_which_the_one_before_was_fetched_is_sent(
+    make_settings: Callable[..., Settings],
+) -> None:
+    now = [(datetime.now(UTC) + timedelta(hours=2)).replace(microsecond=20_000)]
+    app = create_app(make_settings(), background=False, clock=lambda: now[0])
+    api, public = api_as(app, Role.ADMIN), api_as(app, None)
+    device_id = api.register()["device_id"]
+    before = public.get("/crl/issuing-1.crl")
+    fetched = {"If-Modified-Since": format_datetime(now[0], usegmt=True)}
+    now[0] += timedelta(milliseconds=30)
+    api.post(f"/revoke/{device_id}")
+    after = public.get("/crl/issuing-1.crl", headers=fetched)
+    portal_of(app).close()
+    assert (after.status_code, after.headers["ETag"] != before.headers["ETag"]) == (200, True)
 
 
 def test_whoever_has_the_answer_from_before_a_revocation_is_sent_the_next_one(
