@@ -126,7 +126,7 @@ def _saved_crls(path: Path) -> list[x509.CertificateRevocationList]:
     blocks = _PEM_CRL.findall(content)
     if len(blocks) != content.count(b"-----BEGIN X509 CRL-----"):
         raise BackupRefused(f"{path} is cut off; save the CRL again.")
-    with failing_as(BackupRefused(f"{path} is not a CRL in PEM or DER; save it again, as from /crl/issuing.crl.")):
+    with failing_as(BackupRefused(f"{path} is not a CRL in PEM or DER; save it again, as from /crl/issuing-1.crl.")):
         return [x509.load_pem_x509_crl(block) for block in blocks] or [x509.load_der_x509_crl(content)]
 
 

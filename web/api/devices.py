@@ -116,7 +116,8 @@ class RegisterAnswer(RegisteredAnswer, OfDevice):
 
 def _of_changes(schema: dict[str, Any]) -> None:
     schema["minProperties"] = 1
-    schema["oneOf"] = [{"not": {"required": ["external_id"]}}, {"required": ["external_id"], "maxProperties": 1}]
+    if "external_id" in schema["properties"]:
+        schema["oneOf"] = [{"not": {"required": ["external_id"]}}, {"required": ["external_id"], "maxProperties": 1}]
     for field in schema["properties"].values():
         field.pop("default", None)  # a field that is left out stays as it is
 
