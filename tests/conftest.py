@@ -22,15 +22,21 @@ from tests.support.mosquitto import short_folder
 from tests.support.statements import compiled_once
 
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
-WITH_LISTS = ("test_actions.py", "test_applications.py", "test_connections.py", "test_devices.py", "test_successors.py")
+ON_ONE_DATABASE = {"api", "workflows", "operations"}  # folders of tests, but for those files that try most of the SQL
+ON_BOTH = {
+    *("test_actions.py", "test_applications.py", "test_connections.py", "test_devices.py", "test_successors.py"),
+    *("test_admission.py", "test_registration.py", "test_renewal.py", "test_revocation.py", "test_upload.py"),
+    *("test_presence.py", "test_backup.py", "test_total_loss.py"),
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before the tests that are marked are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave tests of the REST interface, which has no SQL, to SQLite but with ``--all``, those of lists excepted."""
+    """Leave tests of what has no SQL of its own to SQLite, but with ``--all``: the store's run on both databases."""
     for item in items:
-        parts, on = item.path.parts, getattr(getattr(item, "callspec", None), "params", {})
-        if "api" in parts and item.path.name not in WITH_LISTS and on.get("prepared") == "postgresql":
+        parts = item.path.relative_to(item.config.rootpath).parts
+        on = getattr(getattr(item, "callspec", None), "params", {})
+        if ON_ONE_DATABASE & {*parts} and item.path.name not in ON_BOTH and on.get("prepared") == "postgresql":
             item.add_marker(pytest.mark.long)
 
 
