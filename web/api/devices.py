@@ -230,8 +230,8 @@ class CertificateList(AnswerModel):
     certificates: list[CertificateModel]
 
 
-class DeviceQuery(RequestModel):
-    """Filters of the list of devices, and its order."""
+class DeviceConditions(RequestModel):
+    """Which devices."""
 
     status: StatusName | None = None
     type: ShortText | None = None
@@ -239,6 +239,11 @@ class DeviceQuery(RequestModel):
     q: Place | None = None
     expires_before: Time | None = None
     external_id: ExternalId | None = None
+
+
+class DeviceQuery(DeviceConditions):
+    """Filters of the list of devices, and its order."""
+
     connected: (
         Annotated[
             Literal["true", "false", "never"],

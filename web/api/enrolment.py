@@ -12,7 +12,7 @@ from core.roles import Permission
 from core.states import Approval, ManufacturerStatus, RepeatedSerial
 from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord, ManufacturerRecord
 from web.api.devices import ChangesRequest, PendingRequest, registration_of
-from web.api.fields import DeviceId, Fingerprint, KeyTypeName, Name, Place, ShortText, StatusName, WholeNumber
+from web.api.fields import DeviceId, Fingerprint, KeyTypeName, Name, Place, ShortText, StatusName, WholeNumber, given
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 
 ROUTES = Routes("Enrolment")
@@ -169,12 +169,8 @@ class ManufacturerPatch(ChangesRequest):
     approval: ApprovalName = "at_once"
 
 
-def _given(name: str) -> dict[str, Any]:
-    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
-
-
 def _one_of_two(schema: dict[str, Any]) -> None:
-    schema["oneOf"] = [_given("certificate"), _given("signature")]
+    schema["oneOf"] = [given("certificate"), given("signature")]
 
 
 class ProofRequest(RequestModel):

@@ -171,3 +171,8 @@ Flag = Annotated[bool, BeforeValidator(_read_flag)]
 WholeNumber = BeforeValidator(_read_whole_number)
 Cursor = Annotated[str, Field(max_length=128, pattern=_CURSOR)]
 NumericCursor = Annotated[str, Field(pattern=_NUMERIC_CURSOR)]
+
+
+def given(name: str) -> dict[str, Any]:
+    """Return the JSON schema of an object in which a field is there and not null."""
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}

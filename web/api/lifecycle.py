@@ -10,21 +10,17 @@ from pydantic import ConfigDict, Field, model_validator
 from core.roles import Permission
 from pki.csr import read_csr
 from store.devices import DeviceFilter
-from web.api.devices import OfDevice
+from web.api.devices import DeviceConditions, OfDevice
 from web.api.fields import (
     BundleFormatName,
     BundlePassword,
     DeviceId,
-    ExternalId,
     Fingerprint,
     Hex,
     KeyTypeName,
-    Place,
     ReasonName,
-    ShortText,
-    StatusName,
-    Time,
     WholeNumber,
+    given,
 )
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.renewal import RenewalRequest, Renewed
@@ -190,25 +186,14 @@ def _suspension(answer: Suspended) -> SuspensionAnswer:
 # --- Many devices at once -----------------------------------------------------------------------------------------
 
 
-def _given(name: str) -> dict[str, Any]:
-    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
-
-
 def _narrowed(schema: dict[str, Any]) -> None:
-    schema["anyOf"] = [_given(name) for name in schema["properties"]]
+    schema["anyOf"] = [given(name) for name in schema["properties"]]
 
 
-class ActionFilter(RequestModel):
+class ActionFilter(DeviceConditions):
     """Which devices, as in the list of devices; at least one field."""
 
     model_config = ConfigDict(json_schema_extra=_narrowed)
-
-    status: StatusName | None = None
-    type: ShortText | None = None
-    location: Place | None = None
-    q: Place | None = None
-    expires_before: Time | None = None
-    external_id: ExternalId | None = None
 
     @model_validator(mode="after")
     def _not_all(self) -> Self:
@@ -218,7 +203,7 @@ class ActionFilter(RequestModel):
 
 
 def _ids_or_filter(schema: dict[str, Any]) -> None:
-    schema["oneOf"] = [_given("ids"), _given("filter")]
+    schema["oneOf"] = [given("ids"), given("filter")]
 
 
 class ActionRequest(RequestModel):
