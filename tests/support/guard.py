@@ -184,8 +184,9 @@ class GuardedBroker(Mosquitto):
 
     def wait_until_closed(self, identity: str) -> None:
         """Wait until the broker has noticed that the connection of an identity was dropped."""
-        with self._news:
-            assert self._news.wait_for(lambda: any(self._says_closed(line, identity) for line in self._lines), 10)
+        self._wait_for(
+            lambda log: any(self._says_closed(line, identity) for line in log.splitlines()), f"the end of {identity}"
+        )
 
     @staticmethod
     def _says_closed(line: str, identity: str) -> bool:

@@ -195,7 +195,7 @@ def test_a_file_damaged_by_hand_is_reported_repaired_and_never_opens_the_door(na
         assert client.publish(f"devices/{witness.id}/up") in ("Success", "No matching subscribers")
         assert client.publish(f"devices/{device.id}/up") == "Not authorized"
         client.close()
-        assert "damaged" in deployment.log.read_text()
+        wait_until(lambda: "damaged" in deployment.log.read_text())
 
 
 def test_certificate_profile_points_at_what_the_pki_listener_serves(deployment: Deployment) -> None:
