@@ -30,7 +30,7 @@ from commands.registration import KEY_TYPES
 
 ENROLMENT_TOKEN_ID = short_id("portal enrolment list")
 MANUFACTURER_ID = short_id("portal manufacturer list")
-PROFILE_FIELDS = ("type", "location", "firmware", "name_template", "validity_days", "approval")
+PROFILE_FIELDS = ("type", "location", "firmware", "name_template", "validity_days", "approval", "repeated_serial")
 
 # The enrolment profile: what is recorded of a device that enrols, and which certificate it gets.
 profile_options = option_group(
@@ -50,6 +50,11 @@ profile_options = option_group(
     ),
     click.option(
         "--approval", type=click.Choice(("at_once", "operator")), help="Who approves a device.  [default: at_once]"
+    ),
+    click.option(
+        "--repeated-serial",
+        type=click.Choice(("operator", "same_device", "new_device")),
+        help="What a known serial number with another key is; operator: somebody decides.  [default: operator]",
     ),
 )
 
@@ -118,11 +123,6 @@ def enrolment_list(portal: Remote) -> None:
     help="Validity of the token.  [default: 24]",
 )
 @profile_options
-@click.option(
-    "--repeated-serial",
-    type=click.Choice(("operator", "same_device", "new_device")),
-    help="What a known serial number with another key is; operator: somebody decides.  [default: operator]",
-)
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
 def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -> None:
     """Create an enrolment token, which is shown once.
@@ -133,7 +133,7 @@ def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -
 
     def fields(answer: dict[str, Any]) -> dict[str, Cell]:
         scope = "device_id" if answer.get("device_id") else "count"
-        known = {name: text(answer.get(name)) for name in ("enrolment_token_id", scope, "repeated_serial")}
+        known = {name: text(answer.get(name)) for name in ("enrolment_token_id", scope)}
         return known | _profile(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
 
     create_with_secret(

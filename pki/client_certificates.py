@@ -198,6 +198,11 @@ def _folded(name: Name) -> list[list[tuple[str, str]]]:
     return [sorted((oid, " ".join(text.split()).casefold()) for oid, text in rdn) for rdn in name]
 
 
+def key_fingerprint_of_ca(der: bytes) -> str:
+    """Return the SHA-256 of a CA's SubjectPublicKeyInfo in hex, which stays when its certificate is renewed."""
+    return public_key_fingerprint(check_public_key(_authority(der).strict.public_key()))
+
+
 def check_proof_by_certificate(ca_der: bytes, nonce: str, pem: str) -> None:
     """Raise ``ProofInvalid`` unless ``pem`` is a certificate, signed by the CA, whose common name is the nonce."""
     proof = _read_pem(pem, ProofInvalid, "The proof")

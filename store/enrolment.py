@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from core.errors import NotFound, StateConflict
 from core.states import Approval, DeviceStatus, EnrolmentStatus, ManufacturerStatus, RepeatedSerial
 from store.database import columns_of, hash_of
-from store.enrolment_tables import EnrolmentRow, EnrolmentToken, Manufacturer, ReenrolmentRow
+from store.enrolment_tables import EnrolmentRow, EnrolmentToken, FactoryKey, Manufacturer, ReenrolmentRow
 from store.tables import Device
 
 
@@ -23,7 +23,8 @@ class EnrolmentProfile:
     """The data that a device is registered with when it enrols, and the conditions for it.
 
     ``name_template`` is its name with ``{number}`` and ``{serial}`` to be filled in; ``approval`` is ``at_once`` or
-    ``operator``; ``validity_days`` is ``None`` for what the settings say.
+    ``operator``; ``validity_days`` is ``None`` for what the settings say; ``repeated_serial`` says what becomes of a
+    device with another key whose serial number has enrolled before.
     """
 
     type: str
@@ -33,6 +34,7 @@ class EnrolmentProfile:
     key_types: tuple[str, ...]
     validity_days: int | None
     approval: Approval
+    repeated_serial: RepeatedSerial
 
 
 _PROFILE_FIELDS = len(dataclasses.fields(EnrolmentProfile))
@@ -67,8 +69,7 @@ def _values(record: EnrolmentTokenRecord | ManufacturerRecord) -> dict[str, Any]
 class EnrolmentTokenRecord:
     """An enrolment token, without its secret; one for a single device has its ``device_id``.
 
-    ``operator_token_id`` is the token of the operator who made it; ``repeated_serial`` says what becomes of a device
-    whose serial number has enrolled with this token before.
+    ``operator_token_id`` is the token of the operator who made it.
     """
 
     id: str
@@ -81,7 +82,6 @@ class EnrolmentTokenRecord:
     expires_at: datetime
     revoked_at: datetime | None
     operator_token_id: str | None
-    repeated_serial: RepeatedSerial
     profile: EnrolmentProfile
 
 
@@ -239,18 +239,24 @@ def find_enrolment(
 ) -> EnrolmentRecord | None:
     """Return the request of a device by this token, or without one by its factory key; ``None`` if there is none yet.
 
-    A factory key is looked for over all manufacturers, removed ones too: no device comes back by another one. By a
-    token a device is known by its key, or else by the ``serial_hash`` if that is given.
+    A factory key is looked for over all manufacturers, removed ones too: no device comes back by another one. A device
+    is known by its key, or else by the ``serial_hash`` if that is given.
     """
-    own: tuple[sa.ColumnElement[bool], ...] = (EnrolmentRow.factory_key == identity,)
     if token_id is not None:
-        own = (EnrolmentRow.token_id == token_id, EnrolmentRow.identity == identity)
-    query = sa.select(*_ENROLMENT_COLUMNS).where(EnrolmentRow.tenant_id == tenant_id)
-    row = tx.execute(query.where(*own)).one_or_none()
-    if row is None and token_id is not None and serial_hash is not None:
-        by_serial = (EnrolmentRow.token_id == token_id, EnrolmentRow.serial_hash == serial_hash)
-        row = tx.execute(query.where(*by_serial)).one_or_none()
-    return None if row is None else EnrolmentRecord(*row)
+        of_all: sa.ColumnElement[bool] = EnrolmentRow.token_id == token_id
+        ways = [EnrolmentRow.identity == identity]
+    else:
+        of_all = EnrolmentRow.manufacturer_id.is_not(None)
+        further = (FactoryKey.tenant_id == tenant_id, FactoryKey.factory_key == identity)
+        ways = [
+            EnrolmentRow.factory_key == identity,
+            EnrolmentRow.id == sa.select(FactoryKey.enrolment_id).where(*further).scalar_subquery(),
+        ]
+    if serial_hash is not None:
+        ways.append(EnrolmentRow.serial_hash == serial_hash)
+    query = sa.select(*_ENROLMENT_COLUMNS).where(EnrolmentRow.tenant_id == tenant_id, of_all)
+    rows = (tx.execute(query.where(way)).one_or_none() for way in ways)
+    return next((EnrolmentRecord(*row) for row in rows if row is not None), None)
 
 
 def last_enrolment(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentRecord | None:
@@ -264,6 +270,25 @@ def add_enrolment(tx: Connection, tenant_id: str, **values: Any) -> None:
     """Record a device's request; ``values`` are the columns of ``EnrolmentRow`` except id, tenant and factory key."""
     factory_key = None if values["manufacturer_id"] is None else values["identity"]
     tx.execute(sa.insert(EnrolmentRow), {"tenant_id": tenant_id, "factory_key": factory_key, **values})
+
+
+def add_factory_key(tx: Connection, tenant_id: str, factory_key: str, enrolment_id: int | None) -> None:
+    """Have a device be known by another factory key, too; without an enrolment the key admits nobody any more.
+
+    A key that is known already stays as it is.
+    """
+    own = (FactoryKey.tenant_id == tenant_id, FactoryKey.factory_key == factory_key)
+    first = (EnrolmentRow.tenant_id == tenant_id, EnrolmentRow.factory_key == factory_key)
+    known = sa.select(sa.exists().where(*own) | sa.exists().where(*first))
+    if not tx.execute(known).scalar_one():
+        values = {"tenant_id": tenant_id, "factory_key": factory_key, "enrolment_id": enrolment_id}
+        tx.execute(sa.insert(FactoryKey), values)
+
+
+def is_blocked(tx: Connection, tenant_id: str, factory_key: str) -> bool:
+    """Return whether a factory key is that of a revoked device that a restored backup did not have."""
+    own = (FactoryKey.tenant_id == tenant_id, FactoryKey.factory_key == factory_key)
+    return tx.execute(sa.select(sa.exists().where(*own, FactoryKey.enrolment_id.is_(None)))).scalar_one()
 
 
 def update_enrolment(tx: Connection, tenant_id: str, enrolment_id: int, **values: Any) -> None:

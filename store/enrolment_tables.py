@@ -26,6 +26,7 @@ class _Profile:
     key_types: Mapped[list[str]] = mapped_column(sa.JSON)
     validity_days: Mapped[int | None]
     approval: Mapped[states.Approval]
+    repeated_serial: Mapped[states.RepeatedSerial] = mapped_column(server_default="new_device")
 
 
 class EnrolmentToken(OfTenant, _Profile, Base):
@@ -55,7 +56,6 @@ class EnrolmentToken(OfTenant, _Profile, Base):
     revoked_at: Mapped[datetime | None]
     # The token of the operator who made it; ``None`` if that is not known.
     operator_token_id: Mapped[str | None] = mapped_column(sa.String(32), sa.ForeignKey("tokens.id"))
-    repeated_serial: Mapped[states.RepeatedSerial] = mapped_column(server_default="new_device")
 
 
 class Manufacturer(OfTenant, _Profile, Base):
@@ -69,6 +69,7 @@ class Manufacturer(OfTenant, _Profile, Base):
         sa.CheckConstraint("status IN ('unproven', 'registered', 'removed')", name="status"),
         sa.CheckConstraint("status != 'registered' OR proven_at IS NOT NULL", name="proven_at"),
         sa.CheckConstraint("(status = 'removed') = (removed_at IS NOT NULL)", name="removed_at"),
+        sa.CheckConstraint(_REPEATED_SERIAL, name="repeated_serial"),
         partial_index(
             "uq_manufacturers_one_of_a_ca", "tenant_id", "fingerprint", where="status != 'removed'", unique=True
         ),
@@ -93,8 +94,9 @@ class EnrolmentRow(OfTenant, Base):
     ``identity`` tells one device from another among those that come by the same token or manufacturer: the SHA-256 of
     the key in its CSR, or of the key in its factory certificate. That is also the ``factory_key``, which is one
     device's whatever becomes of the manufacturer; ``None`` for one that had enrolled twice before this was so.
-    ``serial_hash``, the SHA-256 of the serial number in the CSR, is one device's among those of a token; ``None`` if
-    the token does not tell devices by it.
+    ``serial_hash`` is one device's among those of a token, or of a manufacturer's CA: the SHA-256 of the serial number
+    in the CSR, or of the CA's key and the serial number in the factory certificate. It is ``None`` if the token or
+    manufacturer does not tell devices by it.
     """
 
     __tablename__ = "enrolments"
@@ -109,6 +111,12 @@ class EnrolmentRow(OfTenant, Base):
         sa.CheckConstraint("(status = 'issued') = (certificate_id IS NOT NULL)", name="certificate"),
         sa.Index("uq_enrolments_one_of_a_factory_key", "tenant_id", "factory_key", unique=True),
         sa.Index("uq_enrolments_one_of_a_serial", "tenant_id", "token_id", "serial_hash", unique=True),
+        partial_index(
+            "uq_enrolments_one_of_a_factory_serial",
+            *("tenant_id", "serial_hash"),
+            where="manufacturer_id IS NOT NULL",
+            unique=True,
+        ),
         sa.Index("ix_enrolments_device", "tenant_id", "device_id"),
         partial_index("ix_enrolments_waiting", "tenant_id", "created_at", where="status = 'waiting'"),
     )
@@ -125,6 +133,20 @@ class EnrolmentRow(OfTenant, Base):
     decided_at: Mapped[datetime | None]
     certificate_id: Mapped[int | None] = mapped_column(sa.ForeignKey("certificates.id"))
     serial_hash: Mapped[str | None] = mapped_column(sa.String(64))
+
+
+class FactoryKey(Base):
+    """A factory key that is not the one with which its device has enrolled first, by the SHA-256.
+
+    Its certificate has that device's serial number. ``enrolment_id`` is ``None`` for the key of a revoked device that a
+    restored backup did not have.
+    """
+
+    __tablename__ = "factory_keys"
+
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
+    factory_key: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    enrolment_id: Mapped[int | None] = mapped_column(BigId, sa.ForeignKey("enrolments.id"))
 
 
 class ReenrolmentRow(OfTenant, Base):

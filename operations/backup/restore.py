@@ -50,6 +50,7 @@ _NOT_KNOWN = (
     "uses of enrolment tokens since",
     "topics that were taken away since, and webhooks that were deleted",
     "devices registered since: their certificates are valid until they expire",
+    "devices that enrolled since and were revoked or rejected: their token or factory certificate admits them again",
 )
 
 

@@ -17,7 +17,7 @@ import db
 from core.states import ON_CRL, CertificateStatus, DeviceStatus, ManufacturerStatus
 from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import CLOCK_SKEW, Reason
-from store import audit, devices, keys, webhooks
+from store import audit, devices, enrolment, keys, webhooks
 from store import issuers as store_issuers
 from store.enrolment_tables import EnrolmentToken, Manufacturer
 from store.issuers import IssuerRecord
@@ -89,6 +89,7 @@ class RevocationReplay:
             self._tokens(replaced)
             self._enrolment_tokens(replaced)
             self._manufacturers(replaced)
+            self._factory_keys(replaced, known)
             self._topics(replaced)
             self._webhooks(replaced)
         else:
@@ -190,6 +191,18 @@ class RevocationReplay:
             if self._tx.execute(sa.update(Manufacturer).where(*ours).values(values)).rowcount:
                 target, what = f"manufacturer:{row['id']}", f"manufacturer {row['name']}"
                 self._keep(row["tenant_id"], target, "manufacturer:remove", what, "", row["removed_at"])
+
+    def _factory_keys(self, replaced: Tables, known: _Known) -> None:
+        """Block the factory keys of revoked devices that the backup does not have: they would be new devices."""
+        revoked = {device_id for device_id, (status, *_) in known.denied.items() if status == DeviceStatus.REVOKED}
+        theirs = set()
+        for row in replaced("enrolments"):
+            if row["device_id"] in revoked and row["factory_key"] is not None:
+                theirs.add(row["id"])
+                enrolment.add_factory_key(self._tx, row["tenant_id"], row["factory_key"], None)
+        for row in replaced("factory_keys"):
+            if row["enrolment_id"] is None or row["enrolment_id"] in theirs:
+                enrolment.add_factory_key(self._tx, row["tenant_id"], row["factory_key"], None)
 
     def _topics(self, replaced: Tables) -> None:
         """Give a device the topics that it has in the replaced database if it has lost any of the backup's there."""

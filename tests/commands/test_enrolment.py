@@ -16,7 +16,7 @@ ID, DEVICE = "1e66977361d81fe2", "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 KEY = "ab" * 32
 TERMS: dict[str, Any] = {"type": "pump", "location": "hall 1", "firmware": "1", "name_template": "{serial}"}
 TERMS |= {"key_types": ["ec-p256"]}
-TERMS |= {"validity_days": None, "approval": "operator"}
+TERMS |= {"validity_days": None, "approval": "operator", "repeated_serial": "new_device"}
 TOKEN = {"enrolment_token_id": ID, "name": "line-4", "device_id": None, "count": 500, "uses": 3, **TERMS}
 TOKEN |= {"created_at": "2027-01-01T00:00:00Z", "expires_at": "2037-01-01T00:00:00Z", "revoked_at": None}
 MANUFACTURER = {"manufacturer_id": ID, "name": "acme", "status": "unproven", "fingerprint": "cd" * 32, **TERMS}
@@ -110,10 +110,13 @@ def test_a_manufacturer_is_added_proven_listed_and_removed(session: Session, stu
     pem = session.folder / "acme.pem"
     pem.write_text("-----BEGIN CERTIFICATE-----\n")
     stub.replies["POST", "/manufacturers"] = Reply(201, MANUFACTURER)
-    added = session.run("manufacturer", "add", "acme", "--certificate", str(pem), "--approval", "operator")
+    terms = ("--approval", "operator", "--repeated-serial", "same_device")
+    added = session.run("manufacturer", "add", "acme", "--certificate", str(pem), *terms)
     assert f"nonce\t{'ef' * 32}" in added.stdout
     assert "openssl dgst -sha256 -sign" in added.stderr
-    assert stub.requests[-1].body == {"name": "acme", "certificate": pem.read_text(), "approval": "operator"}
+    assert stub.requests[-1].body == {"name": "acme", "certificate": pem.read_text()} | {
+        "approval": "operator", "repeated_serial": "same_device",
+    }  # fmt: skip
     proof = f"/manufacturers/{ID}/proof"
     stub.replies["POST", proof] = Reply(body=MANUFACTURER | {"status": "registered", "nonce": None})
     signature = session.folder / "nonce.sig"
@@ -129,7 +132,9 @@ def test_a_manufacturer_is_added_proven_listed_and_removed(session: Session, stu
     stub.replies["GET", "/manufacturers"] = Reply(body={"manufacturers": [MANUFACTURER]})
     assert session.run("manufacturer", "list").stdout.split("\t")[:4] == [ID, "acme", "unproven", "operator"]
     stub.replies["GET", f"/manufacturers/{ID}"] = Reply(body=MANUFACTURER)
-    assert "key_types\tec-p256" in session.run("manufacturer", "show", ID).stdout
+    shown = session.run("manufacturer", "show", ID).stdout
+    assert "key_types\tec-p256" in shown
+    assert "repeated_serial\tnew_device" in shown
     stub.replies["DELETE", f"/manufacturers/{ID}"] = Reply(body=MANUFACTURER | {"status": "removed"})
     assert session.run("manufacturer", "remove", ID).exit_code == 2
     assert "Removed acme" in session.run("manufacturer", "remove", ID, "--yes").stderr

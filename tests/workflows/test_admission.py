@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from config import Settings
-from core.states import Approval
+from core.states import Approval, RepeatedSerial
 from operations.wiring import Portal, open_portal
 from pki.csr import read_csr
 from pki.est import read_enrolment_request
@@ -85,7 +85,9 @@ def upload(portal: Portal, *, count: int, csr: bool = True) -> list[str]:
 
 
 def enrol(portal: Portal, *, count: int, approval: Approval = Approval.AT_ONCE) -> list[str]:
-    profile = EnrolmentProfile("pump", "hall 1", "1.0", "pump-{number}", ("ec-p256",), 9, approval)
+    profile = EnrolmentProfile(
+        "pump", "hall 1", "1.0", "pump-{number}", ("ec-p256",), 9, approval, RepeatedSerial.OPERATOR
+    )
     secret, _ = portal.enrolment_tokens.create(
         OPERATOR, "batch", profile, device_id=None, count=count, life=timedelta(1)
     )

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from core.states import Approval
+from core.states import Approval, RepeatedSerial
 from operations.wiring import Portal
 from pki.csr import read_csr
 from pki.est import read_enrolment_request
@@ -54,7 +54,7 @@ def upload(portal: Portal, *, csr: bool) -> None:
 
 
 def enrol(portal: Portal, *, approval: Approval = Approval.AT_ONCE) -> None:
-    profile = EnrolmentProfile("pump", "hall 1", "1.0", "{serial}", ("ec-p256",), 9, approval)
+    profile = EnrolmentProfile("pump", "hall 1", "1.0", "{serial}", ("ec-p256",), 9, approval, RepeatedSerial.OPERATOR)
     life = timedelta(days=1)
     secret, _ = portal.enrolment_tokens.create(OPERATOR, "batch", profile, device_id=None, count=1, life=life)
     token, request = portal.enrolment_tokens.find(secret), read_enrolment_request(csr_der())

@@ -80,6 +80,7 @@ class TermsRequest(RequestModel):
     key_types: KeyTypes = Field(default_factory=lambda: list(get_args(KeyTypeName)))
     validity_days: Days | None = None
     approval: ApprovalName = "at_once"
+    repeated_serial: RepeatedSerialName = "operator"
 
 
 def _one_device_counts_once(schema: dict[str, Any]) -> None:
@@ -90,9 +91,9 @@ def _one_device_counts_once(schema: dict[str, Any]) -> None:
 class EnrolmentTokenRequest(TermsRequest):
     """A token for the pending device `device_id`, or for `count` new devices; in names, `{number}` counts them.
 
-    `repeated_serial`: what becomes of a device that comes with another key than before, and the same serial number (the
-    subject's serialNumber, else its common name): an `operator` decides whether it is the `same_device`, or it is that
-    at once and its older certificates end, or it is a `new_device`.
+    `repeated_serial`: what becomes of a device that comes with another key than before, and the same serial number in
+    its request (the subject's serialNumber, else its common name): an `operator` decides whether it is the
+    `same_device`, or it is that at once and its older certificates end, or it is a `new_device`.
     """
 
     model_config = ConfigDict(json_schema_extra=_one_device_counts_once)
@@ -101,7 +102,6 @@ class EnrolmentTokenRequest(TermsRequest):
     device_id: DeviceId | None = None
     count: Annotated[int, Field(ge=1, le=1000000), WholeNumber] = 1
     expires_in_hours: Annotated[int, Field(ge=1, le=8760), WholeNumber] = 24
-    repeated_serial: RepeatedSerialName = "operator"
 
     @model_validator(mode="after")
     def _one_device_once(self) -> Self:
@@ -120,6 +120,7 @@ class TermsModel(AnswerModel):
     key_types: list[str]
     validity_days: int | None
     approval: ApprovalName
+    repeated_serial: RepeatedSerialName
 
 
 class EnrolmentTokenModel(TermsModel):
@@ -129,7 +130,6 @@ class EnrolmentTokenModel(TermsModel):
     name: str
     device_id: DeviceId | None
     operator_token_id: str | None
-    repeated_serial: RepeatedSerialName
     count: int
     uses: int
     created_at: Timestamp
@@ -150,7 +150,12 @@ class EnrolmentTokenList(AnswerModel):
 
 
 class ManufacturerRequest(TermsRequest):
-    """A CA that issues factory certificates (IDevIDs); `{serial}` is the serialNumber or common name in them."""
+    """A CA that issues factory certificates (IDevIDs); `{serial}` is the serialNumber or common name in them.
+
+    `repeated_serial`: what becomes of a device with the serial number of another one and another key in its factory
+    certificate: an `operator` decides whether it is the `same_device`, or it is that at once, or it is a `new_device`.
+    With `same_device` a device that enrols again gets its certificate at once, too, and its older ones end.
+    """
 
     name: ShortText
     certificate: Pem
@@ -167,6 +172,7 @@ class ManufacturerPatch(ChangesRequest):
     key_types: KeyTypes = Field(default_factory=list)
     validity_days: Days | None = None
     approval: ApprovalName = "at_once"
+    repeated_serial: RepeatedSerialName = "operator"
 
 
 def _one_of_two(schema: dict[str, Any]) -> None:
@@ -290,7 +296,6 @@ def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> NewEnrolm
         device_id=body.device_id,
         count=body.count,
         life=timedelta(hours=body.expires_in_hours),
-        repeated_serial=RepeatedSerial(body.repeated_serial),
     )
     return NewEnrolmentTokenModel.of(_token(record), token=secret)
 
@@ -309,7 +314,8 @@ def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> EnrolmentToke
 
 def _profile(body: TermsRequest) -> EnrolmentProfile:
     fields = {name: getattr(body, name) for name in TermsRequest.model_fields}
-    return EnrolmentProfile(**{**fields, "key_types": tuple(body.key_types), "approval": Approval(body.approval)})
+    fields |= {"key_types": tuple(body.key_types), "approval": Approval(body.approval)}
+    return EnrolmentProfile(**fields | {"repeated_serial": RepeatedSerial(body.repeated_serial)})
 
 
 def _token(record: EnrolmentTokenRecord) -> EnrolmentTokenModel:

@@ -15,6 +15,7 @@ import db
 from core.errors import EnrolmentRefused, Forbidden, StateConflict
 from core.roles import Role
 from core.states import Approval, DeviceStatus, ManufacturerStatus, RepeatedSerial
+from pki import client_certificates
 from pki.est import EnrolmentRequest
 from store import audit, enrolment
 from store.audit import Actor
@@ -36,8 +37,8 @@ class EnrolmentCredential:
     """What a device shows to be admitted.
 
     ``profile`` says what becomes of the device; ``identity`` tells it from the others that come with the same token,
-    or with a factory certificate of any manufacturer. With another key it is known by ``serial_hash``, if its token
-    has that, and ``replaces_at_once`` if no operator is to decide about that key.
+    or with a factory certificate of any manufacturer. With another key it is known by ``serial_hash``, if its profile
+    has that.
     """
 
     tenant_id: str
@@ -49,7 +50,12 @@ class EnrolmentCredential:
     manufacturer_id: str | None = None
     device_id: str | None = None  # of the one device that a token is for
     serial_hash: str | None = None
-    replaces_at_once: bool = False
+
+    @property
+    def replaces_at_once(self) -> bool:
+        """Return whether no operator is to decide about another key of the device."""
+        profile = self.profile
+        return profile.repeated_serial is RepeatedSerial.SAME_DEVICE and profile.approval is Approval.AT_ONCE
 
     def find_enrolment(self, tx: Connection) -> EnrolmentRecord | None:
         """Return the earlier enrolment of the same device, if there is one."""
@@ -62,17 +68,24 @@ class EnrolmentCredential:
         values = {"key_fingerprint": key_fingerprint}
         return values if self.token_id is None else values | {"identity": self.identity}
 
+    def accept(self, tx: Connection, known: EnrolmentRecord) -> None:
+        """Have a device that was known by its serial number be known by its factory key from now on, too."""
+        if self.manufacturer_id is not None and known.identity != self.identity:
+            enrolment.add_factory_key(tx, self.tenant_id, self.identity, known.id)
+
     def lock(self, tx: Connection) -> EnrolmentTokenRecord | None:
         """Keep other devices from enrolling with the same token or manufacturer until the transaction ends.
 
         Returns the token, to be checked with ``check_token``. Raises ``EnrolmentRefused`` for a manufacturer that is
-        not registered any more.
+        not registered any more, and for the factory key of a device that was revoked.
         """
         if self.token_id is not None:
             return enrolment.lock_enrolment_token(tx, self.tenant_id, self.token_id)
         record = enrolment.get_manufacturer(tx, self.tenant_id, self.manufacturer_id or "", for_update=True)
         if record.status is not ManufacturerStatus.REGISTERED:
             raise EnrolmentRefused("The CA of the client certificate is not registered here any more.")
+        if enrolment.is_blocked(tx, self.tenant_id, self.identity):
+            raise EnrolmentRefused("The device of this factory certificate was revoked; ask an operator.")
         return None
 
     def check_not_revoked(self, tx: Connection) -> None:
@@ -95,8 +108,7 @@ def by_token(token: EnrolmentTokenRecord, request: EnrolmentRequest) -> Enrolmen
     With another key it is known by its serial number, if it has one, unless the token takes it for a new device. A
     token for one device counts once.
     """
-    a_batch = token.device_id is None and token.repeated_serial is not RepeatedSerial.NEW_DEVICE
-    at_once = token.repeated_serial is RepeatedSerial.SAME_DEVICE and token.profile.approval is Approval.AT_ONCE
+    a_batch = token.device_id is None
     return EnrolmentCredential(
         token.tenant_id,
         token.profile,
@@ -105,21 +117,33 @@ def by_token(token: EnrolmentTokenRecord, request: EnrolmentRequest) -> Enrolmen
         f"enrolment token {token.name} ({token.id})",
         token_id=token.id,
         device_id=token.device_id,
-        serial_hash=hashlib.sha256(request.name.encode()).hexdigest() if a_batch and request.name else None,
-        replaces_at_once=at_once,
+        serial_hash=_serial_hash(token.profile, request.name) if a_batch else None,
     )
 
 
 def by_manufacturer(client: ManufacturedClient) -> EnrolmentCredential:
-    """Return the credential of a device that has shown its factory certificate (IDevID)."""
+    """Return the credential of a device that has shown its factory certificate (IDevID).
+
+    It is known by the key in that, or else by its serial number among those of this CA, which has one key however often
+    its certificate is renewed.
+    """
+    maker, serial = client.manufacturer, client.certificate.serial
     return EnrolmentCredential(
         client.tenant_id,
-        client.manufacturer.profile,
+        maker.profile,
         client.certificate.key_fingerprint,
-        client.certificate.serial,
-        f"manufacturer {client.manufacturer.name} ({client.manufacturer.id})",
-        manufacturer_id=client.manufacturer.id,
+        serial,
+        f"manufacturer {maker.name} ({maker.id})",
+        manufacturer_id=maker.id,
+        serial_hash=_serial_hash(maker.profile, serial, client_certificates.key_fingerprint_of_ca(maker.der)),
     )
+
+
+def _serial_hash(profile: EnrolmentProfile, serial: str, of: str = "") -> str | None:
+    """Return what a device is known by beside its key; ``None`` if it has no serial number, or its profile none."""
+    if not serial or profile.repeated_serial is RepeatedSerial.NEW_DEVICE:
+        return None
+    return hashlib.sha256(f"{of}{serial}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +216,6 @@ class EnrolmentTokens:
         device_id: str | None,
         count: int,
         life: timedelta,
-        repeated_serial: RepeatedSerial = RepeatedSerial.OPERATOR,
     ) -> tuple[str, EnrolmentTokenRecord]:
         """Create a token for one pending device, or for ``count`` new ones; returns its secret with its record.
 
@@ -212,7 +235,6 @@ class EnrolmentTokens:
             expires_at=now + life,
             revoked_at=None,
             operator_token_id=actor.token_id,
-            repeated_serial=repeated_serial,
             profile=profile,
         )
         with self._database.transaction() as tx:

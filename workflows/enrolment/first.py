@@ -117,6 +117,7 @@ class FirstEnrolments:
                 status=EnrolmentStatus.ISSUED,
                 certificate_id=admitted.certificate_ids[0],
             )
+            credential.accept(tx, known)
             return admitted.generation
 
         return self._enrolled(issued, self._database.write(record))

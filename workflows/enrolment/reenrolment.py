@@ -49,7 +49,7 @@ class Reenrolments:
     ) -> Enrolled | Waiting:
         """Return the same certificate for the same key. A device with another key waits for an operator.
 
-        One that its token knows by its serial number gets a certificate in place of the others, if the token says so.
+        One that is known by its serial number gets a certificate in place of the others, if its profile says so.
 
         Raises ``EnrolmentRefused``, ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
         """
@@ -63,10 +63,11 @@ class Reenrolments:
                 # If the last answer was held back because of the broker, one with another key would be, too.
                 self._reconciler.wait_until_granted(device.generation)
                 return self._replace(application, known, approved=False)
-        by_serial = known.identity != application.credential.identity  # which only a token's may differ from
-        if by_serial and application.credential.replaces_at_once:
+        has_proof = application.credential.manufacturer_id is not None  # which of its devices it is
+        by_serial = known.identity != application.credential.identity
+        if (has_proof or by_serial) and application.credential.replaces_at_once:
             return self._replace(application, known, approved=False)
-        if application.credential.manufacturer_id is None and not by_serial:
+        if not has_proof and not by_serial:
             raise StateConflict(
                 "The device has enrolled, and the certificate has expired, was renewed, or is not for this key; make a"
                 " new key, and ask an operator for another enrolment token."
@@ -126,6 +127,7 @@ class Reenrolments:
             certificate_id = record_issuances(tx, application.actor, [issuance], now=now)[0]
             values = {**credential.identity_of(key), "certificate_id": certificate_id}
             enrolment.update_enrolment(tx, credential.tenant_id, known.id, **values)
+            credential.accept(tx, known)
             return generation
 
         generation = self._database.write(record)

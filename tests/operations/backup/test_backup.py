@@ -31,7 +31,7 @@ from core.errors import (
 )
 from core.files import replace_file
 from core.roles import Role
-from core.states import Approval, DeviceStatus
+from core.states import Approval, DeviceStatus, RepeatedSerial
 from operations import data_folder
 from operations.backup.archive import MANIFEST, Backup
 from operations.backup.revocations import RevocationReplay
@@ -445,7 +445,9 @@ def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: 
 def test_an_enrolment_token_revoked_since_the_copy_stays_revoked_and_its_uses_stay_counted(
     settings: Settings, file: Path, clock: Clock
 ) -> None:
-    terms = EnrolmentProfile("pump", "hall 1", "1", "{serial}", ("ec-p256",), None, Approval.AT_ONCE)
+    terms = EnrolmentProfile(
+        "pump", "hall 1", "1", "{serial}", ("ec-p256",), None, Approval.AT_ONCE, RepeatedSerial.OPERATOR
+    )
     with opened(settings, clock) as portal:
         made = [
             portal.enrolment_tokens.create(OPERATOR, name, terms, device_id=None, count=2, life=timedelta(days=9))

@@ -1,4 +1,4 @@
-"""A restore gives back neither topics that were taken away since nor webhooks that were deleted."""
+"""A restore gives back neither topics that were taken away since, nor deleted webhooks, nor devices revoked since."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ import pytest
 import sqlalchemy as sa
 
 from config import Settings
-from operations.wiring import Portal
+from core.errors import EnrolmentRefused
+from core.states import Approval, RepeatedSerial
+from operations.wiring import Portal, prepare
+from pki.est import read_enrolment_request
+from store.enrolment import EnrolmentProfile
 from store.tables import AclEntry, Device, Webhook
 from tests.support.backups import copied, opened, put_back
+from tests.support.est import csr_der
 from tests.support.harness import PER_DEVICE, Clock
+from tests.support.pki import PEM, Authority
+from tests.web.api.test_est_clients import der, pem
 from tests.workflows.test_registration import OPERATOR, PUMP
+from workflows.enrolment.clients import ManufacturedClient
+from workflows.enrolment.credentials import Enrolled, by_manufacturer
 
 WIDE = [("devices/{id}/#", "readwrite"), ("devices/hall/temperature", "read")]
 NARROW = [("devices/{id}/up", "write")]
@@ -67,3 +76,43 @@ def test_a_webhook_that_was_deleted_stays_deleted_and_the_others_come_back(
     assert [kept.what for kept in done.kept] == ["webhook a"]
     with opened(settings, clock) as portal:
         assert webhook_ids(portal) == {stays}
+
+
+def enrol(portal: Portal, factory_certificate: bytes) -> str:
+    """Have a device enrol with its factory certificate, DER; return its id."""
+    client, request = portal.clients.identify(factory_certificate), read_enrolment_request(csr_der())
+    assert isinstance(client, ManufacturedClient)
+    outcome = portal.enrolment.enrol(OPERATOR, by_manufacturer(client), request)
+    assert isinstance(outcome, Enrolled)
+    return outcome.device_id
+
+
+def test_a_device_that_enrolled_and_was_revoked_since_does_not_come_back_by_its_factory_certificates(
+    settings: Settings, file: Path, clock: Clock
+) -> None:
+    maker, terms = (
+        Authority("A maker's CA"),
+        EnrolmentProfile(
+            "pump", "hall 1", "1", "{serial}", ("ec-p256",), None, Approval.AT_ONCE, RepeatedSerial.SAME_DEVICE
+        ),
+    )
+    revoked, active = ([der(maker.issue(serial).certificate) for _ in range(2)] for serial in ("sn-1", "sn-2"))
+    with opened(settings, clock) as portal:
+        prepare(portal)
+        record = portal.manufacturers.add(OPERATOR, "maker", pem(maker), terms)
+        proof = maker.issue(record.nonce).certificate.public_bytes(PEM).decode()
+        portal.manufacturers.prove(OPERATOR, record.id, certificate=proof)
+        portal.registrations.register(OPERATOR, PUMP)
+        copied(settings, file, clock)
+        for certificate in (*revoked, active[0]):
+            device_id = enrol(portal, certificate)
+            if certificate == revoked[1]:
+                portal.revocations.revoke(OPERATOR, device_id, "privilege_withdrawn")
+    for _ in range(2):  # the second time the block itself is what the replaced database has
+        put_back(settings, file, clock)
+        with opened(settings, clock) as portal:
+            prepare(portal)
+            for certificate in revoked:
+                with pytest.raises(EnrolmentRefused, match="was revoked"):
+                    enrol(portal, certificate)
+            enrol(portal, active[0])

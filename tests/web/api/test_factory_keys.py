@@ -95,6 +95,105 @@ def test_one_factory_certificate_at_two_manufacturers_at_once_makes_one_device(a
     assert index["uq_enrolments_one_of_a_factory_key"]["unique"]
 
 
+# --- Another factory certificate with the serial number of a device ---------------------------------------------------
+
+
+def fleet(api: Api) -> list[tuple[str, str]]:
+    return [(device["name"], device["status"]) for device in api.get("/devices").json["devices"]]
+
+
+def only_id(api: Api) -> str:
+    [device] = api.get("/devices").json["devices"]
+    return str(device["device_id"])
+
+
+def test_a_unit_with_another_factory_certificate_is_one_device_once_an_operator_has_seen_its_key(api: Api) -> None:
+    maker = Authority("A maker's CA")
+    registered(api, maker)
+    [before] = certificates_of(factory_device(api, maker).enrol())
+    again, request = factory_device(api, maker), csr_der()
+    assert [again.enrol(request).status_code for _ in range(2)] == [202, 202]
+    [waits] = api.get("/enrolments").json["enrolments"]
+    assert (waits["device_id"], waits["again"]) == (only_id(api), True)
+    api.post(f"/devices/{waits['device_id']}/approve", {"key_fingerprint": waits["key_fingerprint"]})
+    [after] = certificates_of(again.enrol(request))
+    assert certificates_of(again.enrol(request)) == [after]
+    assert (after.subject, after == before) == (before.subject, False)
+    found = api.get(f"/devices/{waits['device_id']}/certificates").json["certificates"]
+    assert [item["status"] for item in found] == ["active", "revoked"]
+
+
+def test_a_unit_with_another_factory_certificate_is_one_device_at_once_if_its_manufacturer_says_so(api: Api) -> None:
+    maker = Authority("A maker's CA")
+    path = registered(api, maker)
+    assert api.get(path).json["repeated_serial"] == "operator"
+    assert api.patch(path, {"repeated_serial": "same_device"}).json["repeated_serial"] == "same_device"
+    one, other = factory_device(api, maker), factory_device(api, maker)
+    made = [certificates_of(unit.enrol()) for unit in (one, one, other, other)]  # a reset unit is replaced at once, too
+    assert len({certificate.serial_number for [certificate] in made}) == 4
+    assert fleet(api) == [("sn-1", "active")]
+
+
+def test_a_manufacturer_that_needs_approval_gives_no_unit_another_s_place_at_once(api: Api) -> None:
+    maker = Authority("A maker's CA")
+    registered(api, maker, repeated_serial="same_device", approval="operator")
+    one, request = factory_device(api, maker), csr_der()
+    one.enrol(request)
+    api.post(f"/devices/{only_id(api)}/approve")
+    certificates_of(one.enrol(request))
+    assert [factory_device(api, maker).enrol().status_code, one.enrol().status_code] == [202, 202]
+
+
+def test_units_whose_certificates_share_a_serial_number_are_new_devices_if_their_manufacturer_says_so(api: Api) -> None:
+    maker = Authority("A maker's CA")
+    registered(api, maker, repeated_serial="new_device")
+    for _ in range(2):
+        certificates_of(factory_device(api, maker).enrol())
+    assert fleet(api) == [("sn-1", "active")] * 2
+
+
+def test_a_serial_number_counts_for_one_manufacturer_s_ca(api: Api) -> None:
+    for maker in (Authority("A maker's CA"), Authority("Another maker's CA")):
+        registered(api, maker)
+        certificates_of(factory_device(api, maker).enrol())
+    assert fleet(api) == [("sn-1", "active")] * 2
+
+
+@WAYS
+@pytest.mark.parametrize("setting", ["operator", "same_device"])
+def test_a_revoked_unit_does_not_come_back_with_another_factory_certificate(api: Api, how: str, setting: str) -> None:
+    maker = Authority("A maker's CA")
+    path = registered(api, maker, repeated_serial=setting)
+    certificates_of(factory_device(api, maker).enrol())
+    api.post(f"/revoke/{only_id(api)}", {"reason": "privilege_withdrawn"})
+    comes_back_by(api, maker, path, how)
+    assert "revoked" in refused(factory_device(api, maker).enrol(), 403)
+    assert len(fleet(api)) == 1
+
+
+def test_a_revoked_device_comes_back_by_neither_of_its_factory_certificates(api: Api) -> None:
+    maker = Authority("A maker's CA")
+    path = registered(api, maker, repeated_serial="same_device")
+    units = [factory_device(api, maker) for _ in range(2)]
+    for unit in units:
+        certificates_of(unit.enrol())
+    api.post(f"/revoke/{only_id(api)}", {})
+    api.patch(path, {"repeated_serial": "new_device"})  # so that their serial number says nothing any more
+    for unit in units:
+        assert "revoked" in refused(unit.enrol(), 403)
+    certificates_of(factory_device(api, maker).enrol())
+
+
+def test_units_of_one_serial_number_that_enrol_at_once_are_one_device(api: Api) -> None:
+    maker = Authority("A maker's CA")
+    registered(api, maker, repeated_serial="same_device")
+    shown = [factory_device(api, maker).certificate for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda der: Device(api, certificate=der).enrol(), shown))
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    assert fleet(api) == [("sn-1", "active")]
+
+
 # --- Terms --------------------------------------------------------------------------------------------------------
 
 
@@ -113,7 +212,10 @@ def test_the_terms_of_a_manufacturer_change_without_removing_it(api: Api) -> Non
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"certificate": "x"}, {"key_types": []}, {"validity_days": 0}, {"approval": "never"}, {"name": None}],
+    [
+        *({}, {"certificate": "x"}, {"key_types": []}, {"validity_days": 0}, {"approval": "never"}, {"name": None}),
+        {"repeated_serial": None},
+    ],
 )
 def test_other_changes_of_a_manufacturer_are_refused(api: Api, changes: dict[str, object]) -> None:
     path = registered(api, Authority("A maker's CA"))
