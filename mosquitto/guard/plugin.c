@@ -171,6 +171,8 @@ static int on_acl_check(int event, void *data, void *user)
         return is_within_limits(check) ? MOSQ_ERR_SUCCESS : MOSQ_ERR_ACL_DENIED;
     case NOT_OURS:
         return MOSQ_ERR_PLUGIN_DEFER;
+    case ENDED:
+        return MOSQ_ERR_AUTH;
     default:
         return MOSQ_ERR_ACL_DENIED;
     }

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #define SHARED "$share/"
+#define MQTT_5 5
 
 /* Names that are not UUIDs and have come with a certificate of a portal CA: they are decided for while asleep, too. */
 static struct names remembered;
@@ -37,6 +38,8 @@ struct claim {
     bool has_certificate;
     const char *refusal; /* why it may do nothing whatever the journal says of its name; NULL if there is no such reason */
     bool kick;           /* whether it is also to be disconnected for that */
+    bool may_end;        /* whether its connection can be ended by the answer to this check */
+    bool ended;          /* whether it is */
     struct certificate certificate;
 };
 
@@ -246,8 +249,14 @@ static struct client *note_device(const struct mosquitto *client, struct claim *
 /* Have a connection ended that is refused everything. */
 static void doom(const struct mosquitto *client, struct claim *claim, const char *reason)
 {
-    struct client *found = note_device(client, claim);
+    struct client *found;
 
+    if (claim->may_end) {
+        log_refusal("Client %s is refused everything: %s.", claim->name, reason);
+        claim->ended = true;
+        return;
+    }
+    found = note_device(client, claim);
     if (found == NULL || !found->doomed) {
         log_refusal("Client %s is refused everything: %s.", claim->name, reason);
         kicks_add(claim->name);
@@ -326,14 +335,25 @@ static enum verdict judge_client(struct mosquitto *client, struct claim *claim)
     return verdict;
 }
 
+/* Say whether the broker ends the connection if this check is answered by an error: it does for what a client publishes.
+ * In MQTT 5 the client is told first that it may not; before that PUBACK could only say that its message was taken. */
+static bool can_end(const struct mosquitto *client, int access)
+{
+    return access == MOSQ_ACL_WRITE && mosquitto_client_protocol_version(client) < MQTT_5 &&
+           mosquitto_client_address(client) != NULL;
+}
+
 enum verdict verdict_of(struct mosquitto *client, int access, const char *topic)
 {
-    struct claim claim;
+    struct claim claim = {.may_end = can_end(client, access)};
     enum verdict verdict = judge_client(client, &claim);
 
     if (claim.kick && access == MOSQ_ACL_SUBSCRIBE && kicks_going_on()) {
         claim.identity = registry_find(guard_registry(), claim.name);
         verdict = GRANTED; /* the session's subscriptions are the identity's, which has another certificate */
+    }
+    if (claim.ended) {
+        return ENDED;
     }
     if (verdict == NOT_OURS || access == MOSQ_ACL_UNSUBSCRIBE) {
         return verdict == NOT_OURS ? NOT_OURS : GRANTED;
@@ -407,7 +427,7 @@ enum verdict verdict_of_method(struct mosquitto *client)
 
 void verdict_connected(struct mosquitto *client)
 {
-    struct claim claim;
+    struct claim claim = {0};
 
     if (!is_portal(client)) {
         (void)judge_client(client, &claim);

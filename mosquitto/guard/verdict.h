@@ -11,7 +11,12 @@
 #define PORTAL_USER "portal"
 #define PORTAL_TOPICS "portal/guard/#"
 
-enum verdict { GRANTED, NOT_GRANTED, NOT_OURS };
+enum verdict {
+    GRANTED,
+    NOT_GRANTED,
+    NOT_OURS,
+    ENDED, /* not granted, and the connection is to be ended at once, without an answer */
+};
 
 /* Decide a check of the broker's for a client that is not the portal. */
 enum verdict verdict_of(struct mosquitto *client, int access, const char *topic);

@@ -45,6 +45,29 @@ def test_a_denied_device_is_refused_and_cut_before_the_proof_is_given(broker: Gu
     assert is_admitted(broker, identity, credentials)
 
 
+def test_a_denied_publisher_of_mqtt_3_is_ended_before_it_is_told_that_its_message_was_taken(
+    broker: GuardedBroker,
+) -> None:
+    identity, credentials = broker.admit()
+    _, reader_credentials = broker.admit("r:devices/#")
+    broker.tell(f"deny {identity}")
+    with broker.device(reader_credentials) as reader:
+        assert may_subscribe(reader, f"devices/{identity}/#")
+        for _ in range(3):
+            with broker.tls(credentials, version=4) as device:
+                device.connect("any", will=Will(f"devices/{identity}/will", b"x"))
+                with pytest.raises(ConnectionError, match=r"closed|reset"):
+                    device.publish(f"devices/{identity}/x")
+        reader.ping()
+        assert reader.messages == []
+    broker.tell(f"allow {identity}")
+    with broker.tls(credentials, version=4) as device:
+        device.connect("any")
+        assert device.publish(f"devices/{identity}/x") == 0
+        assert device.publish("devices/of/another") == 0  # one that may do something keeps its connection
+        device.ping()
+
+
 def test_a_denial_is_read_without_being_asked_for(broker: GuardedBroker) -> None:
     identity, credentials = broker.admit()
     with broker.device(credentials) as device:
@@ -245,6 +268,22 @@ def test_a_superseded_certificate_is_refused_and_cut_and_the_new_one_stays(broke
             intruder.wait_until_cut()
     broker.tell(serial_line(broker, "unserial", identity, old))
     assert is_admitted(broker, identity, old)
+
+
+def test_a_superseded_publisher_of_mqtt_3_is_ended_alone(broker: GuardedBroker) -> None:
+    identity, old = broker.admit()
+    new = broker.issue(identity)
+    broker.tell(serial_line(broker, "serial", identity, old))
+    for _ in range(5):
+        with broker.tls(old, version=4) as thief:
+            thief.connect("any", will=Will(f"devices/{identity}/will", b"x"))
+            with pytest.raises(ConnectionError):
+                thief.publish(f"devices/{identity}/x")
+        with broker.device(new) as device:
+            assert may_subscribe(device, f"devices/{identity}/#")
+            broker.tell("generation 1")  # who waits to be disconnected now is
+            assert may_publish(device, f"devices/{identity}/x")
+            assert device.receive().topic == f"devices/{identity}/x"
 
 
 def test_a_renewed_device_is_not_cut_when_its_previous_certificate_is_revoked(broker: GuardedBroker) -> None:
