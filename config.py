@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from core.broker_control import AclStyle, ControlKind, default_control, installed_style
 from core.errors import SettingInvalid
+from core.pkcs11_uri import TokenUri, parse_token_uri
 
 log = logging.getLogger("portal.settings")
 
@@ -219,6 +220,14 @@ def _long_enough(passphrase: str) -> SecretStr:
     return SecretStr(passphrase)
 
 
+def parse_key_places(value: str) -> tuple[TokenUri | None, ...]:
+    """Return the places for CA keys, separated by blanks: tokens (RFC 7512), ``None`` for files; new ones go first."""
+    places = tuple(None if place == "file" else parse_token_uri(place) for place in value.split())
+    if not places or len(set(places)) < len(places):
+        raise ValueError("must be file or the URI of a token, or several of these, each once")
+    return places
+
+
 def _optional_path(value: str) -> Path | None:
     return parse_path(value) if value else None
 
@@ -228,6 +237,7 @@ OptionalPath = Annotated[Path | None, PlainValidator(_optional_path)]
 AddressSetting = Annotated[Address, PlainValidator(parse_address)]
 Names = Annotated[tuple[str, ...], PlainValidator(parse_names)]
 Networks = Annotated[tuple[Network, ...], PlainValidator(parse_networks)]
+KeyPlaces = Annotated[tuple[TokenUri | None, ...], PlainValidator(parse_key_places)]
 Text = Annotated[str, PlainValidator(str)]
 Url = Annotated[str, PlainValidator(parse_url)]
 
@@ -321,6 +331,17 @@ class Settings(BaseSettings):
     ca_passphrase_file: OptionalPath = setting("", "File with the passphrase, such as a service's credential")
     ca_passphrase: Annotated[SecretStr, PlainValidator(parse_passphrase)] = setting(
         "", "Decrypts the CA keys; a 0600 file created at the first start if empty", shown=False
+    )
+    ca_keys: KeyPlaces = setting(
+        "file",
+        "Where keys of issuing CAs are: file, or a token's URI (RFC 7512); several with blanks, new keys in the first",
+    )
+    root_keys: KeyPlaces = derived(
+        lambda data: " ".join("file" if place is None else str(place) for place in data["ca_keys"]),
+        "The same for the root's key; PORTAL_CA_KEYS if empty",
+    )
+    token_timeout: Annotated[float, seconds(0.5, 120)] = setting(
+        "5", "Seconds a request waits for a signature of a token"
     )
     root_days: Annotated[int, count(2, 36500)] = setting("7300", "Life of the root CA, in days")
     issuing_days: Annotated[int, count(1, 36500)] = setting("1825", "Life of an issuing CA, in days")

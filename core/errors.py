@@ -27,6 +27,7 @@
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
         PortalStopping  UploadsBusy  DatabaseUnavailable  LockUnavailable  IssuerUnusable
+        TokenUnavailable
         BrokerUnavailable
           BrokerNotEnforcing
       ProjectionInvalid  SignatureCheckFailed
@@ -347,6 +348,12 @@ class IssuerUnusable(Unavailable):
     """A CA cannot sign: it has expired, its private key is not here, or its certificate is not a CA certificate."""
 
     code = "issuer_unusable"
+
+
+class TokenUnavailable(Unavailable):
+    """The token that holds a CA's key does not answer in time, has failed or is another one, or refuses its PIN."""
+
+    code = "token_unavailable"
 
 
 class ProjectionInvalid(PortalError):

@@ -19,7 +19,7 @@ from core.throttle import Throttle
 from operations import data_folder
 from operations.monitoring import Monitoring, Readiness
 from operations.own_certificates import OwnCertificates, probe_certificates
-from pki.keystore import CaKeys, KeyFiles, passphrase
+from pki.keys.stores import KeyStores
 from store import audit, tenants
 from store.database import Database
 from store.tables import DEFAULT_TENANT
@@ -27,6 +27,7 @@ from store.tenants import TokenRecord
 from workflows import events
 from workflows.audit import AuditLog, open_audit_log
 from workflows.authority.issuers import Authority, open_authority
+from workflows.authority.keys import open_keys
 from workflows.authority.ocsp import Responder, ResponderCertificates
 from workflows.bulk.batch import Batches
 from workflows.bulk.processes import CredentialProcesses
@@ -78,7 +79,7 @@ class Portal:
     clock: Callable[[], datetime]
     tenant_id: str
     database: Database
-    keys: CaKeys
+    keys: KeyStores
     authority: Authority
     broker: BrokerProvisioning
     reconciler: Reconciler
@@ -106,9 +107,10 @@ class Portal:
     memory: JobMemory = field(default_factory=JobMemory)
 
     def close(self) -> None:
-        """Close the database's connections and give the data folder up."""
+        """Close the database's connections, leave the tokens, and give the data folder up."""
         self.bulk.close()
         self.follower.close()
+        self.keys.close()
         self.database.close()
         self.presence.close()
 
@@ -121,7 +123,7 @@ class _Foundation:
     clock: Callable[[], datetime]
     tenant_id: str
     database: Database
-    keys: CaKeys
+    keys: KeyStores
     authority: Authority
     broker: BrokerProvisioning
     reconciler: Reconciler
@@ -152,7 +154,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     with database.transaction() as tx:
         tenants.add_tenant(tx, tenant_id, created_at=clock())
     audit_log = open_audit_log(database, settings, clock, tenant_id)
-    keys = KeyFiles(settings.ca_dir, passphrase(settings.ca_passphrase.get_secret_value(), folder / "ca-passphrase"))
+    keys = open_keys(settings)
     authority = open_authority(database, keys, settings, tenant_id, now=clock())
     replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
     seal = SecretSeal(bytes.fromhex(secret_file(folder / "webhook-key", lambda: secrets.token_hex(32))))

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from config import Address, Settings, variable_of
 from core.broker_control import AclStyle, ControlKind, default_control
 from core.errors import SettingInvalid
+from core.pkcs11_uri import parse_token_uri
 
 
 def test_the_defaults_are_those_of_the_docs(tmp_path: Path) -> None:
@@ -76,6 +77,9 @@ def test_an_acl_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
         ("PORTAL_PUBLIC_URL", "ftp://x", "http:// or https://"),
         ("PORTAL_DATABASE_URL", "mysql://x", "sqlite:/// or postgresql://"),
         ("PORTAL_LOGIN_FAILURES", "0", "from 1 to 1000000"),
+        ("PORTAL_CA_KEYS", "hsm", "PORTAL_CA_KEYS must be file or begin with pkcs11:"),
+        ("PORTAL_CA_KEYS", "file file", "each once"),
+        ("PORTAL_ROOT_KEYS", "pkcs11:token=a", "PORTAL_ROOT_KEYS must have an absolute path after module-path="),
         ("PORTAL_WORKERS", "0", "from 1 to 64"),
         ("PORTAL_WORKERS", "two", "whole number"),
         ("PORTAL_DEVICE_DAYS", "-1", "whole number"),
@@ -193,6 +197,16 @@ def test_settings_cannot_be_changed(tmp_path: Path) -> None:
 def test_only_the_given_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAL_WORKERS", "7")
     assert Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path)}).workers == 2
+
+
+def test_the_roots_key_is_where_the_others_are_unless_a_setting_says_otherwise(tmp_path: Path) -> None:
+    token = "pkcs11:token=portal?module-path=/m.so&pin-source=file:/pin"
+    environment = {"PORTAL_DATA_DIR": str(tmp_path)}
+    assert Settings.from_env(environment).root_keys == (None,)
+    both = Settings.from_env({**environment, "PORTAL_CA_KEYS": f"{token} file"})
+    assert both.root_keys == both.ca_keys == (parse_token_uri(token), None)
+    apart = Settings.from_env({**environment, "PORTAL_CA_KEYS": token, "PORTAL_ROOT_KEYS": "file"})
+    assert (apart.ca_keys, apart.root_keys) == ((parse_token_uri(token),), (None,))
 
 
 def test_every_setting_is_in_the_operators_guide() -> None:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from core.errors import BackupRefused
 from pki.algorithms import PrivateKey
-from pki.keystore import MAX_FILE_BYTES
+from pki.keys.files import MAX_FILE_BYTES
 from store import copy as store_copy
 
 FORMAT = 1

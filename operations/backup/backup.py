@@ -21,7 +21,7 @@ from core.files import fsync_directory
 from operations import data_folder
 from operations.backup.archive import CHECKPOINT, CHECKPOINT_KEY, FORMAT, BackupWriter, Manifest
 from pki.algorithms import PrivateKey
-from pki.keystore import MAX_FILE_BYTES, KeyFiles, passphrase
+from pki.keys.files import MAX_FILE_BYTES, KeyFiles, passphrase
 from store import copy as store_copy
 from store import generations, issuers, schema
 from store.database import Database

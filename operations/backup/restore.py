@@ -34,7 +34,7 @@ from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_d
 from operations.backup.revocations import GuardRefusals, Kept, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
 from pki.checkpoints import VerifierKey
-from pki.keystore import KeyFiles
+from pki.keys.files import KeyFiles
 from store import audit, schema
 from store import copy as store_copy
 from store import issuers as store_issuers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -22,15 +23,15 @@ from broker.crl import read_crls
 from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.errors import IssuerUnusable, PortalError
 from core.states import CertificateStatus, IssuerKind
-from operations.backup.backup import passphrase_here
 from operations.doctor.base import Finding, Findings, Installation, certificate_of, combine, problem, summarize, warning
 from operations.doctor.network import https_date, served
 from pki import ocsp as pki_ocsp
 from pki.issuers import Issuer
-from pki.keystore import KeyFiles
+from pki.keys.stores import KeyStores
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
 from store.tables import AuditEntry, Certificate, Crl
+from workflows.authority.keys import open_keys
 
 SOON = timedelta(days=30)
 CA_SOON = timedelta(days=90)  # long enough to give all devices certificates of another CA
@@ -42,8 +43,11 @@ _RESPONDER_LATE = timedelta(hours=1)
 
 def ca_keys(installation: Installation) -> Finding:
     """Check that the passphrase decrypts the keys, and that they belong to the certificates."""
-    settings = installation.settings
-    keys = KeyFiles(settings.ca_dir, passphrase_here(settings))
+    with contextlib.closing(open_keys(installation.settings, make=False)) as keys:
+        return _ca_keys(installation, keys)
+
+
+def _ca_keys(installation: Installation, keys: KeyStores) -> Finding:
     found, root = Findings(), "is not in the CA folder"
     for issuer in installation.issuers():
         if issuer.kind == IssuerKind.ROOT:

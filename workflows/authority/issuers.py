@@ -20,7 +20,7 @@ from core.states import IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
 from pki.crl import sign_crl
 from pki.issuers import CLOCK_SKEW, Issuer, Reason
-from pki.keystore import CaKeys
+from pki.keys.contract import CaKeys
 from store import issuers as store_issuers
 from store.database import Database
 from store.issuers import CrlHead, CrlRecord, IssuerRecord, RevokedCertificate

@@ -14,7 +14,7 @@ from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from core.states import CertificateStatus, IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
-from pki.keystore import CaKeys
+from pki.keys.contract import CaKeys
 from store import audit, generations
 from store import issuers as store_issuers
 from store.audit import Actor

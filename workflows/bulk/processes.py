@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 from config import Settings
 from core.errors import PortalError, Unavailable
 from core.topics import Topic
-from pki.keystore import KeyFiles, passphrase
 from store.database import Database
 from workflows.authority.issuers import Authority
+from workflows.authority.keys import open_keys
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
 
 FEW = 16  # devices that are not worth starting processes for
@@ -206,11 +206,8 @@ def _start(lifeline: Connection, setup: _Setup) -> None:
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     settings = setup.settings
     try:
-        secret = passphrase(
-            settings.ca_passphrase.get_secret_value(), settings.secrets_dir / "ca-passphrase", make=False
-        )
         database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
-        _opened = CredentialIssuer(settings, Authority(database, KeyFiles(settings.ca_dir, secret)), setup.link_keys)
+        _opened = CredentialIssuer(settings, Authority(database, open_keys(settings, make=False)), setup.link_keys)
     except PortalError as error:
         _opened = error  # the answer to every job
 

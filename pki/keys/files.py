@@ -1,4 +1,4 @@
-"""Keep the private keys of the CAs."""
+"""Keep the private keys of the CAs in encrypted files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 import secrets
 import shlex
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -17,27 +17,12 @@ from core.errors import CaKeyUnavailable
 from core.files import fsync_directory, private_folder, replace_file
 from pki.algorithms import KeyType, PrivateKey, encrypt_private_key, generate_key
 from pki.encoding import failing_as
+from pki.keys.contract import KeyDescription, Origin
 
 MAX_FILE_BYTES = 64 * 1024
 MIN_PASSPHRASE_BYTES = 16
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-
-
-class CaKeys(Protocol):
-    """The interface of a backend that keeps CA keys; each method raises ``CaKeyUnavailable`` if it fails."""
-
-    def exists(self, name: str) -> bool:
-        """Return whether the backend has a key of that name; a root's key may have been moved away."""
-        ...
-
-    def create(self, name: str, kind: KeyType) -> PrivateKey:
-        """Make and keep a new key; an existing one is never replaced."""
-        ...
-
-    def load(self, name: str) -> PrivateKey:
-        """Return the key, ready to sign."""
-        ...
 
 
 class KeyFiles:
@@ -59,17 +44,22 @@ class KeyFiles:
 
     def create(self, name: str, kind: KeyType) -> PrivateKey:
         """Make a key and keep it durably; it is read back from its file, which shows that it can be opened again."""
+        return self._keep(name, lambda: generate_key(kind))
+
+    def adopt(self, name: str, key: PrivateKey) -> PrivateKey:
+        """Keep a key that was made elsewhere durably, and read it back from its file."""
+        return self._keep(name, lambda: key)
+
+    def _keep(self, name: str, make: Callable[[], PrivateKey]) -> PrivateKey:
         path = self.path(name)
-        if not self.exists(name):
-            content = encrypt_private_key(generate_key(kind), self._passphrase)
-            if _create_private_file(path, content):
-                return self.load(name)
+        if not self.exists(name) and create_private_file(path, encrypt_private_key(make(), self._passphrase)):
+            return self.load(name)
         raise CaKeyUnavailable(f"There is a CA key at {path}, and keys are never replaced; move it away first.")
 
     def load(self, name: str) -> PrivateKey:
         """Read and decrypt a key, which takes about 0.1 s for the derivation from the passphrase."""
         path = self.path(name)
-        content = _read_private_file(path, "CA key", "restore it from a backup")
+        content = read_private_file(path, "CA key", "restore it from a backup")
         if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" not in content:
             raise CaKeyUnavailable(
                 f"The CA key {path} is damaged or not encrypted; restore it from a backup, or, if it is in the clear,"
@@ -87,6 +77,10 @@ class KeyFiles:
             )
         return key
 
+    def describe(self, name: str) -> KeyDescription:
+        """Return the path of the key's file."""
+        return KeyDescription(name, str(self.path(name)), Origin.FILE)
+
 
 def passphrase(settings_value: str, path: Path, *, make: bool = True) -> bytes:
     """Return the passphrase of the CA keys: the setting's value, else the content of the file.
@@ -97,16 +91,14 @@ def passphrase(settings_value: str, path: Path, *, make: bool = True) -> bytes:
     if settings_value:
         return settings_value.encode()
     if make and not os.path.lexists(path):
-        _create_private_file(path, secrets.token_urlsafe(32).encode() + b"\n")  # unless another process was faster
-    content = _read_private_file(
-        path, "passphrase file", "restore it from a backup or set PORTAL_CA_PASSPHRASE"
-    ).strip()
+        create_private_file(path, secrets.token_urlsafe(32).encode() + b"\n")  # unless another process was faster
+    content = read_private_file(path, "passphrase file", "restore it from a backup or set PORTAL_CA_PASSPHRASE").strip()
     if len(content) < MIN_PASSPHRASE_BYTES:
         raise CaKeyUnavailable(f"The passphrase file {path} is damaged; restore it from a backup.")
     return content
 
 
-def _create_private_file(path: Path, content: bytes) -> bool:
+def create_private_file(path: Path, content: bytes) -> bool:
     """Write a durable file of mode 0600 into a folder of mode 0700, and return True, unless the name is taken."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     try:
@@ -124,7 +116,8 @@ def _create_private_file(path: Path, content: bytes) -> bool:
     return True
 
 
-def _read_private_file(path: Path, what: str, remedy: str) -> bytes:
+def read_private_file(path: Path, what: str, remedy: str) -> bytes:
+    """Return the first ``MAX_FILE_BYTES`` of a file that only its owner may read; raises ``CaKeyUnavailable``."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a FIFO would block
         with open(descriptor, "rb") as file:

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 from ca import generate_keypair
 from core.errors import CaKeyUnavailable
-from pki import keystore
 from pki.algorithms import PBKDF2_ROUNDS, KeyType, PrivateKey, encrypt_private_key, public_key_der
-from pki.keystore import KeyFiles
+from pki.keys.contract import CaKeys
+from pki.keys.files import KeyFiles, passphrase
 
 PASSPHRASE = b"a passphrase for tests"
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def keys(folder: Path) -> keystore.CaKeys:
+def keys(folder: Path) -> CaKeys:
     return KeyFiles(folder, PASSPHRASE)
 
 
@@ -57,13 +57,13 @@ def mode_of(path: Path) -> int:
 # --- Key files ----------------------------------------------------------------------------------------------------
 
 
-def test_a_key_that_was_made_can_be_loaded_again(keys: keystore.CaKeys) -> None:
+def test_a_key_that_was_made_can_be_loaded_again(keys: CaKeys) -> None:
     created = keys.create("issuing-1", KeyType.EC_P256)
     assert keys.exists("issuing-1")
     assert keys.load("issuing-1").public_key() == created.public_key()
 
 
-def test_a_key_is_a_file_of_mode_0600_in_a_folder_of_mode_0700(keys: keystore.CaKeys, folder: Path) -> None:
+def test_a_key_is_a_file_of_mode_0600_in_a_folder_of_mode_0700(keys: CaKeys, folder: Path) -> None:
     folder.mkdir(mode=0o755)
     keys.create("root", KeyType.EC_P384)
     assert [path.name for path in folder.iterdir()] == ["root.key.pem"]
@@ -71,7 +71,7 @@ def test_a_key_is_a_file_of_mode_0600_in_a_folder_of_mode_0700(keys: keystore.Ca
     assert mode_of(folder) == 0o700
 
 
-def test_openssl_opens_a_key_with_the_passphrase_only(keys: keystore.CaKeys, folder: Path) -> None:
+def test_openssl_opens_a_key_with_the_passphrase_only(keys: CaKeys, folder: Path) -> None:
     created = keys.create("root", KeyType.EC_P384)
     command = ["openssl", "pkey", "-in", str(folder / "root.key.pem"), "-pubout", "-passin"]
     opened = subprocess.run([*command, f"pass:{PASSPHRASE.decode()}"], check=True, capture_output=True)
@@ -98,7 +98,7 @@ def test_a_passphrase_is_stretched_and_never_twice_alike(folder: Path) -> None:
         assert part in structure
 
 
-def test_a_key_that_openssl_encrypted_can_be_loaded(keys: keystore.CaKeys, folder: Path) -> None:
+def test_a_key_that_openssl_encrypted_can_be_loaded(keys: CaKeys, folder: Path) -> None:
     key = generate_keypair(KeyType.EC_P384)
     clear = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     command = ["openssl", "pkcs8", "-topk8", "-iter", "1000", "-passout", f"pass:{PASSPHRASE.decode()}"]
@@ -106,7 +106,7 @@ def test_a_key_that_openssl_encrypted_can_be_loaded(keys: keystore.CaKeys, folde
     assert keys.load("root").public_key() == key.public_key()
 
 
-def test_a_key_that_is_there_is_never_replaced(keys: keystore.CaKeys, folder: Path) -> None:
+def test_a_key_that_is_there_is_never_replaced(keys: CaKeys, folder: Path) -> None:
     path = put(folder, b"whatever this is")
     with pytest.raises(CaKeyUnavailable, match="never replaced"):
         keys.create("root", KeyType.EC_P384)
@@ -114,7 +114,7 @@ def test_a_key_that_is_there_is_never_replaced(keys: keystore.CaKeys, folder: Pa
     assert list(folder.iterdir()) == [path]
 
 
-def test_a_link_that_leads_nowhere_is_not_replaced_either(keys: keystore.CaKeys, folder: Path) -> None:
+def test_a_link_that_leads_nowhere_is_not_replaced_either(keys: CaKeys, folder: Path) -> None:
     folder.mkdir()
     (folder / "root.key.pem").symlink_to("/nonexistent/token")
     assert keys.exists("root")
@@ -144,7 +144,7 @@ def test_of_many_that_create_a_key_at_once_one_succeeds(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["root.key.pem"]
 
 
-def test_a_key_that_was_moved_away_is_missing(keys: keystore.CaKeys, folder: Path, tmp_path: Path) -> None:
+def test_a_key_that_was_moved_away_is_missing(keys: CaKeys, folder: Path, tmp_path: Path) -> None:
     put(folder, encrypted(generate_keypair(KeyType.EC_P384))).rename(tmp_path / "elsewhere")
     assert not keys.exists("root")
     with pytest.raises(
@@ -161,20 +161,20 @@ def test_a_wrong_passphrase_is_reported_without_being_shown(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644, 0o610, 0o777])
-def test_a_key_that_is_open_to_others_is_refused(keys: keystore.CaKeys, folder: Path, mode: int) -> None:
+def test_a_key_that_is_open_to_others_is_refused(keys: CaKeys, folder: Path, mode: int) -> None:
     put(folder, encrypted(generate_keypair(KeyType.EC_P384)), mode)
     with pytest.raises(CaKeyUnavailable, match=r"open to other users; .*chmod 600 .*root\.key\.pem"):
         keys.load("root")
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400])
-def test_a_key_of_the_owner_alone_is_loaded(keys: keystore.CaKeys, folder: Path, mode: int) -> None:
+def test_a_key_of_the_owner_alone_is_loaded(keys: CaKeys, folder: Path, mode: int) -> None:
     put(folder, encrypted(generate_keypair(KeyType.EC_P384)), mode)
     assert keys.load("root")
 
 
 def test_a_key_that_belongs_to_another_user_is_refused(
-    keys: keystore.CaKeys, folder: Path, monkeypatch: pytest.MonkeyPatch
+    keys: CaKeys, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = put(folder, encrypted(generate_keypair(KeyType.EC_P384)))
     if os.geteuid() == 0:
@@ -203,13 +203,13 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_key_is_refused_by_name(keys: keystore.CaKeys, folder: Path, content: bytes) -> None:
+def test_a_damaged_key_is_refused_by_name(keys: CaKeys, folder: Path, content: bytes) -> None:
     put(folder, content)
     with pytest.raises(CaKeyUnavailable, match=r"root\.key\.pem .*restore"):
         keys.load("root")
 
 
-def test_a_folder_or_a_pipe_in_place_of_a_key_is_refused(keys: keystore.CaKeys, folder: Path) -> None:
+def test_a_folder_or_a_pipe_in_place_of_a_key_is_refused(keys: CaKeys, folder: Path) -> None:
     (folder / "root.key.pem").mkdir(parents=True)
     with pytest.raises(CaKeyUnavailable):
         keys.load("root")
@@ -225,7 +225,7 @@ def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "..", "../root", "a/b", "/etc/passwd", "Root", "root\n", "root.key"])
-def test_a_name_never_leads_out_of_the_folder(keys: keystore.CaKeys, name: str) -> None:
+def test_a_name_never_leads_out_of_the_folder(keys: CaKeys, name: str) -> None:
     with pytest.raises(CaKeyUnavailable):
         keys.exists(name)
 
@@ -238,32 +238,32 @@ def test_key_files_do_not_show_the_passphrase(folder: Path) -> None:
 
 
 def test_a_passphrase_that_is_given_is_used_and_no_file_made(tmp_path: Path) -> None:
-    assert keystore.passphrase("pässphrase of an operator", tmp_path / "file") == "pässphrase of an operator".encode()
+    assert passphrase("pässphrase of an operator", tmp_path / "file") == "pässphrase of an operator".encode()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_passphrase_file_is_made_once_with_256_random_bits(tmp_path: Path) -> None:
     path = tmp_path / "secrets" / "ca-passphrase"
-    made = keystore.passphrase("", path)
+    made = passphrase("", path)
     assert len(made) == 43  # 32 bytes in Base64
     assert mode_of(path) == 0o600
     assert mode_of(path.parent) == 0o700
-    assert keystore.passphrase("", path) == made
-    assert keystore.passphrase("", tmp_path / "secrets" / "other") != made
+    assert passphrase("", path) == made
+    assert passphrase("", tmp_path / "secrets" / "other") != made
     assert {entry.name for entry in path.parent.iterdir()} == {"ca-passphrase", "other"}
 
 
 def test_a_passphrase_file_that_is_there_is_read_and_nothing_written(tmp_path: Path) -> None:
     path = tmp_path / "secrets" / "ca-passphrase"
-    made = keystore.passphrase("", path)
+    made = passphrase("", path)
     before = path.parent.stat().st_mtime_ns
-    assert keystore.passphrase("", path) == made
+    assert passphrase("", path) == made
     assert path.parent.stat().st_mtime_ns == before
 
 
 def test_a_missing_passphrase_file_is_not_made_for_a_backup(tmp_path: Path) -> None:
     with pytest.raises(CaKeyUnavailable, match="restore it from a backup or set PORTAL_CA_PASSPHRASE"):
-        keystore.passphrase("", tmp_path / "ca-passphrase", make=False)
+        passphrase("", tmp_path / "ca-passphrase", make=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -273,7 +273,7 @@ def test_processes_that_start_together_get_the_same_passphrase(tmp_path: Path) -
 
     def read() -> None:
         start.wait()
-        found.append(keystore.passphrase("", tmp_path / "secrets" / "ca-passphrase"))
+        found.append(passphrase("", tmp_path / "secrets" / "ca-passphrase"))
 
     threads = [threading.Thread(target=read) for _ in range(8)]
     for thread in threads:
@@ -301,6 +301,6 @@ def test_a_passphrase_file_that_is_open_or_damaged_is_refused(
     path.write_bytes(content)
     path.chmod(mode)
     with pytest.raises(CaKeyUnavailable, match=told) as refusal:
-        keystore.passphrase("", path)
+        passphrase("", path)
     assert str(path) in refusal.value.detail
     assert path.read_bytes() == content

@@ -1,0 +1,90 @@
+"""What a place for the private keys of the CAs can do, and what is known of a key there."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+
+from core.errors import CaKeyUnavailable
+from pki.algorithms import KeyType, PrivateKey, PublicKey
+
+
+class Origin(StrEnum):
+    """How a key came to where it is."""
+
+    FILE = "file"
+    BORN_IN_TOKEN = "born in the token"  # noqa: S105 - made there, and it never could leave
+    IMPORTED = "imported"  # a token has it, but it was elsewhere before, or could have been read
+    UNKNOWN = "unknown"  # a token that does not tell
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDescription:
+    """Where a CA's key is: ``place`` is the path of its file, or the URI of its token without module and PIN."""
+
+    name: str
+    place: str
+    origin: Origin
+
+
+class CaKeys(Protocol):
+    """The interface of a backend that keeps CA keys.
+
+    Each method raises ``CaKeyUnavailable`` if the key cannot be had, ``TokenUnavailable`` if its token cannot be asked.
+    """
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is a key of that name here, or was begun; a root's key may have been moved away.
+
+        Asks no token: what is known of its keys is recorded in the CA folder.
+        """
+        ...
+
+    def create(self, name: str, kind: KeyType) -> PrivateKey:
+        """Make and keep a new key; an existing one is never replaced."""
+        ...
+
+    def adopt(self, name: str, key: PrivateKey) -> PrivateKey:
+        """Keep a key that was made elsewhere; an existing one is never replaced."""
+        ...
+
+    def load(self, name: str) -> PrivateKey:
+        """Return the key, ready to sign; that of a token asks the token when it signs, and not before."""
+        ...
+
+    def describe(self, name: str) -> KeyDescription:
+        """Return where the key is, without asking a token."""
+        ...
+
+
+def check_that_it_signs(key: PrivateKey) -> None:
+    """Sign a random message and verify it; raises ``CaKeyUnavailable`` if that fails, or as the key's backend does."""
+    message, public_key = secrets.token_bytes(32), key.public_key()
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        signature = key.sign(message, ec.ECDSA(hashes.SHA256()))
+    elif isinstance(key, rsa.RSAPrivateKey):
+        signature = key.sign(message, padding.PKCS1v15(), hashes.SHA256())
+    else:
+        signature = key.sign(message)
+    if not verifies(public_key, signature, message, hashes.SHA256()):
+        raise CaKeyUnavailable("A signature of the CA's key does not verify; check the machine and the key.")
+
+
+def verifies(public_key: PublicKey, signature: bytes, message: bytes, algorithm: hashes.HashAlgorithm) -> bool:
+    """Return whether a signature, ECDSA in DER or RSA by PKCS#1 v1.5, is that of the key (Ed25519: no hash)."""
+    try:
+        if isinstance(public_key, ed25519.Ed25519PublicKey):
+            public_key.verify(signature, message)
+        elif isinstance(public_key, rsa.RSAPublicKey):
+            public_key.verify(signature, message, padding.PKCS1v15(), algorithm)
+        else:
+            public_key.verify(signature, message, ec.ECDSA(algorithm))
+    except InvalidSignature:
+        return False
+    return True

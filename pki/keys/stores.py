@@ -1,0 +1,114 @@
+"""The places of all CA keys of an installation, each key in one of them: files, and PKCS#11 tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import CaKeyUnavailable
+from core.pkcs11_uri import TokenUri
+from pki.algorithms import KeyType, PrivateKey
+from pki.keys.contract import CaKeys, KeyDescription
+from pki.keys.files import KeyFiles
+from pki.keys.token_client import TokenClient
+from pki.keys.tokens import TokenKeys, read_record, record_path, recorded_keys
+
+ROOT = "root"
+FILES = None  # among places, for the files of the CA folder
+Place = TokenUri | None
+
+
+class KeyStores:
+    """CA keys, each where the CA folder says; a new one goes into the first of its places.
+
+    The folder has a file of the key or a record of the token that holds it. If it has both, the token counts: a key
+    that was moved there leaves its file last.
+    """
+
+    def __init__(
+        self, folder: Path, passphrase: bytes, *, issuing: Sequence[Place], root: Sequence[Place], timeout: float
+    ) -> None:
+        """``issuing`` and ``root`` are the places for the keys of issuing CAs and of the root; opens none of them."""
+        self._folder = folder
+        self.files = KeyFiles(folder, passphrase)
+        self._places = {False: tuple(issuing), True: tuple(root)}
+        self._clients: dict[TokenUri, TokenClient] = {}
+        self._tokens: dict[TokenUri, TokenKeys] = {}
+        for uri in dict.fromkeys((*issuing, *root)):
+            if uri is not None:
+                client = TokenClient(uri, folder, timeout=timeout, known=functools.partial(self._known, uri))
+                self._clients[uri], self._tokens[uri] = client, TokenKeys(uri, folder, client)
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is a file or a record of that key; asks no token."""
+        return self.files.exists(name) or record_path(self._folder, name).exists()
+
+    def create(self, name: str, kind: KeyType) -> PrivateKey:
+        """Make a new key in the first of its places; an existing one is never replaced."""
+        self._refuse_existing(name)
+        return self._for_new(name).create(name, kind)
+
+    def adopt(self, name: str, key: PrivateKey) -> PrivateKey:
+        """Keep a key that was made elsewhere in the first of its places; an existing one is never replaced."""
+        self._refuse_existing(name)
+        return self._for_new(name).adopt(name, key)
+
+    def load(self, name: str) -> PrivateKey:
+        """Return a key from where it is."""
+        return self._holding(name).load(name)
+
+    def describe(self, name: str) -> KeyDescription:
+        """Return where a key is, without asking a token."""
+        return self._holding(name).describe(name)
+
+    def problem(self, name: str) -> str | None:
+        """Return what keeps the token of a key from being used, as far as known."""
+        holding = self._holding(name) if self.exists(name) else None
+        return holding.problem if isinstance(holding, TokenKeys) else None
+
+    def token(self, uri: TokenUri) -> TokenKeys:
+        """Return the keys in one of the tokens."""
+        return self._tokens[uri]
+
+    def close(self) -> None:
+        """End what was started for the tokens; it is started again if a key is used again."""
+        for client in self._clients.values():
+            client.close()
+
+    def _refuse_existing(self, name: str) -> None:
+        if self.exists(name):
+            raise CaKeyUnavailable(
+                f"There is a CA key {name} at {self.describe(name).place}, and keys are never replaced; move it away"
+                " first."
+            )
+
+    def _for_new(self, name: str) -> CaKeys:
+        first = self._places[name == ROOT][0]
+        return self.files if first is FILES else self._tokens[first]
+
+    def _holding(self, name: str) -> CaKeys:
+        if not record_path(self._folder, name).exists():
+            return self.files
+        uri = self._uri_of(name)
+        if uri is None:
+            record = read_record(self._folder, name)
+            setting = "PORTAL_ROOT_KEYS" if name == ROOT else "PORTAL_CA_KEYS"
+            raise CaKeyUnavailable(
+                f"The key of {name} is in the token {record.token.get('token', '')!r}, which {setting} does not name."
+            )
+        return self._tokens[uri]
+
+    def _uri_of(self, name: str) -> TokenUri | None:
+        """Return the token that a key is in: the one that fits the record, or else the only one there is."""
+        tokens = [place for place in self._places[name == ROOT] if place is not None]
+        seen = read_record(self._folder, name).token
+        fitting = [uri for uri in tokens if _fits(uri, seen)]
+        return next(iter(fitting or tokens), None)
+
+    def _known(self, uri: TokenUri) -> list[dict[str, object]]:
+        return [known for known in recorded_keys(self._folder) if self._uri_of(str(known["name"])) == uri]
+
+
+def _fits(uri: TokenUri, seen: dict[str, str]) -> bool:
+    return all(getattr(uri, name) in (None, value) for name, value in seen.items())

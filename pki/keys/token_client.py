@@ -1,0 +1,217 @@
+"""Ask the process that has the token's module, with a time limit, and notice by itself when the token is back."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from core.errors import TokenUnavailable
+from core.pkcs11_uri import TOKEN_ATTRIBUTES, TokenUri
+from pki.keys import token_process
+
+log = logging.getLogger("portal.token")
+
+Facts = dict[str, Any]
+# Between attempts to reach a token that failed, the last one again and again; an attempt is given up after a while, so
+# that what was sent to a token that has gone for good does not keep it from being tried again.
+PAUSES = (0.5, 1.0, 2.0)
+ATTEMPT_SECONDS = 3.0
+MAX_ANSWER_BYTES = 1 << 16
+
+
+class _Gone(Exception):
+    """The process has ended, or was killed because it did not answer in time."""
+
+
+@dataclass(slots=True)
+class _Process:
+    """A process that was started; it ends when this one does, because its standard input is closed then."""
+
+    popen: subprocess.Popen[bytes]
+    connection: Connection
+
+    def ask(self, request: Facts, deadline: float) -> Facts:
+        """Send a request and wait for its answer; raises ``TimeoutError`` or ``_Gone``."""
+        try:
+            self.connection.send_bytes(json.dumps(request).encode())
+            if not self.connection.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            answer: Facts = json.loads(self.connection.recv_bytes(MAX_ANSWER_BYTES))
+        except (EOFError, ConnectionError) as error:
+            raise _Gone from error
+        return answer
+
+    def end(self) -> None:
+        self.connection.close()
+        self.popen.kill()
+        with contextlib.suppress(OSError):
+            self.popen.stdin.close()  # type: ignore[union-attr]  # it is a pipe
+        self.popen.wait()
+
+
+class TokenClient:
+    """One token as this process reaches it: one request at a time, each within the time limit.
+
+    While the token fails, requests fail at once; a thread tries until it is back. After a fork the child has a process
+    of its own.
+    """
+
+    def __init__(self, uri: TokenUri, folder: Path, *, timeout: float, known: Callable[[], list[Facts]]) -> None:
+        """``folder`` is where the marker of a refused PIN is, ``known`` returns the keys that the token must have."""
+        self.uri = uri
+        self._marker = folder / f".pin-refused-{_mark(uri)}"
+        self._timeout = timeout
+        self._known = known
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._process: _Process | None = None
+        self._problem: str | None = None
+        self._closed = threading.Event()
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps the token from being used, as far as known; a sentence."""
+        return self._problem
+
+    def ask(self, request: Facts) -> Facts:
+        """Return the answer to a request; raises ``TokenUnavailable`` with what is wrong, within the time limit."""
+        deadline = time.monotonic() + self._timeout
+        if self._pid != os.getpid():
+            self._forget()  # what was inherited belongs to the parent
+        self._raise_problem()
+        if not self._lock.acquire(timeout=self._timeout):
+            raise TokenUnavailable(self._sentence("did not answer in time; try again later"))
+        try:
+            self._raise_problem()  # of the request before this one
+            return self._answer(request, deadline)
+        except TokenUnavailable as failure:
+            self._fail(failure.detail)
+            raise
+        finally:
+            self._lock.release()
+
+    def _raise_problem(self) -> None:
+        if self._problem is not None:
+            raise TokenUnavailable(self._problem)
+
+    def _answer(self, request: Facts, deadline: float) -> Facts:
+        is_new = self._process is None
+        try:
+            answer = self._ask_process(request, deadline)
+        except _Gone:
+            if is_new:
+                raise TokenUnavailable(self._sentence("made its module's process end; see its own log")) from None
+            try:
+                answer = self._ask_process(request, deadline)
+            except _Gone:
+                raise TokenUnavailable(self._sentence("made its module's process end; see its own log")) from None
+        if "refused" in answer:
+            raise TokenUnavailable(self._sentence(answer["refused"]))
+        if "failed" in answer:
+            raise TokenUnavailable(self._sentence(f"failed ({answer['failed']}); see its own log"))
+        return answer
+
+    def _ask_process(self, request: Facts, deadline: float) -> Facts:
+        if self._process is None:
+            self._process = self._start()
+        try:
+            return self._process.ask(request, deadline)
+        except (TimeoutError, _Gone) as error:
+            self._process.end()
+            self._process = None
+            if isinstance(error, TimeoutError):
+                raise TokenUnavailable(self._sentence("did not answer in time; it is tried again")) from None
+            raise
+
+    def _start(self) -> _Process:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            # The settings may hold secrets; the rest of the environment may be for the module.
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
+            try:
+                popen = subprocess.Popen(  # noqa: S603 - the interpreter, and a program of the portal
+                    [sys.executable, "-I", token_process.__file__, str(theirs.fileno())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise TokenUnavailable(
+                    self._sentence(f"cannot be asked: no process can be started ({error.strerror})")
+                ) from error
+            process = _Process(popen, Connection(ours.detach()))
+        setup = {
+            "module": str(self.uri.module),
+            "token": {name: getattr(self.uri, name) for name in (*TOKEN_ATTRIBUTES, "slot_id")},
+            "pin_file": str(self.uri.pin_file),
+            "marker": str(self._marker),
+            "known": self._known(),
+        }
+        process.connection.send_bytes(json.dumps(setup).encode())
+        return process
+
+    def _sentence(self, end: str) -> str:
+        return f"The token {self.uri.of_token} {end}."
+
+    # --- Recovery
+
+    def _fail(self, problem: str) -> None:
+        """Let requests fail at once from now on, until the token is back; called with the lock."""
+        if self._closed.is_set():
+            return
+        log.error("the token of CA keys fails", extra={"problem": problem})
+        self._problem = problem
+        threading.Thread(target=self._recover, name="token", daemon=True).start()
+
+    def _recover(self) -> None:
+        since, attempts = time.monotonic(), 0
+        while not self._closed.wait(PAUSES[min(attempts, len(PAUSES) - 1)]):
+            attempts += 1
+            with self._lock:
+                if self._closed.is_set():
+                    return
+                try:
+                    self._answer({"do": "open"}, time.monotonic() + min(self._timeout, ATTEMPT_SECONDS))
+                except TokenUnavailable as failure:
+                    if failure.detail != self._problem:
+                        log.error("the token of CA keys fails", extra={"problem": failure.detail})
+                    self._problem = failure.detail
+                    continue
+                self._problem = None
+            log.warning("the token of CA keys is back", extra={"seconds": round(time.monotonic() - since, 1)})
+            return
+
+    def close(self) -> None:
+        """End the process; it is started again if the token is asked again."""
+        if self._pid != os.getpid():
+            return
+        self._closed.set()
+        with self._lock:
+            if self._process is not None:
+                self._process.end()
+            self._forget()
+
+
+def _mark(uri: TokenUri) -> str:
+    """Name what a PIN was refused by: a token, by whatever module and file for the PIN."""
+    names = [getattr(uri, name) for name in TOKEN_ATTRIBUTES]
+    return hashlib.sha256(json.dumps([*names, uri.slot_id]).encode()).hexdigest()[:16]
