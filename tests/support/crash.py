@@ -12,8 +12,6 @@ import secrets
 import shlex
 import signal
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -29,7 +27,9 @@ from cryptography import x509
 from paho.mqtt.enums import CallbackAPIVersion
 
 from bench.harness import make_csr
-from tests.support.deployment import ROOT, SECONDS, Deployment, is_answered, wait_until
+from tests.support import programs
+from tests.support.deployment import SECONDS, Deployment, is_answered, wait_until
+from tests.support.programs import SERVER, Process
 
 ANSWER_SECONDS = 30.0  # no answer in this time counts as a hang
 PLAIN = {"type": "pump", "firmware": "1.0"}
@@ -40,25 +40,20 @@ class Victim(Deployment):
 
     started_with: Mapping[str, str] = {}
 
-    def launch_portal(self, **others: str) -> subprocess.Popen[bytes]:
+    def launch_portal(self, **others: str) -> Process:
         """Start the server in a process group of its own, and wait for nothing."""
         self.started_with = others
         if not self.processes:
             (self.data / "operator.env").unlink(missing_ok=True)
         with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "flask", "--app", "app", "serve"],
-                cwd=ROOT,
-                env=self.environment | others,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+            environment = self.environment | others
+            process = programs.start(
+                SERVER, ["serve"], env=environment, stdout=log, stderr=log, start_new_session=True, under=self.under
             )
         self.processes.append(process)
         return process
 
-    def start_portal(self, *, others: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start_portal(self, *, others: dict[str, str] | None = None) -> Process:
         """Start the server; returns once it answers, or has ended."""
         environment_file = self.data / "operator.env"
         beside = bool(self.processes)  # the one that runs keeps operator.env

@@ -12,7 +12,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,11 +33,13 @@ from config import Settings
 from core.errors import BrokerUnavailable
 from operations.doctor.base import Finding, State
 from operations.doctor.doctor import exit_status
+from tests.support import programs
 from tests.support.harness import copy_with_groups, first_start
 from tests.support.mosquitto import Mosquitto, short_folder
 from tests.support.ports import free_port
+from tests.support.programs import CLI, SERVER, Process
 
-ROOT = Path(__file__).parents[2]
+ROOT = programs.ROOT
 SECONDS = 60.0  # what a machine with much other work may take
 PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}  # a registration
 
@@ -69,7 +70,7 @@ class Deployment:
             "PORTAL_BROKER_CONTROL": "guard",
             **environment,
         }
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
         self.log = self.folder / "portal.log"
         self.broker: Mosquitto | None = None
         self.session = requests.Session()
@@ -117,17 +118,7 @@ class Deployment:
 
     def run_flask(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command of the server's own."""
-        command = [sys.executable, "-m", "flask", "--app", "app", *arguments]
-        return subprocess.run(
-            command,
-            cwd=ROOT,
-            env=self.environment,
-            check=check,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        return programs.run(SERVER, arguments, env=self.environment, check=check, timeout=SECONDS)
 
     @property
     def is_guarded(self) -> bool:
@@ -144,21 +135,15 @@ class Deployment:
             self.broker.stop()
             self.broker = None
 
-    def start_portal(self, *, others: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start_portal(self, *, others: dict[str, str] | None = None) -> Process:
         """Start the server; returns once it answers, which the first one says by writing operator.env."""
         environment_file = self.data / "operator.env"
         first = not self.processes
         if first:
             environment_file.unlink(missing_ok=True)
         with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [*self.under, sys.executable, "-m", "flask", "--app", "app", "serve"],
-                cwd=ROOT,
-                env=self.environment | (others or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            environment = self.environment | (others or {})
+            process = programs.start(SERVER, ["serve"], env=environment, stdout=log, stderr=log, under=self.under)
         self.processes.append(process)
         if not first:
             address = (others or {}).get("PORTAL_BIND", self.environment["PORTAL_BIND"])
@@ -223,15 +208,7 @@ class Deployment:
 
     def cli(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run the CLI with what operator.env holds."""
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), *arguments],
-            env=self.environment | self.operator,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=2 * SECONDS,
-            **options,
-        )
+        done = programs.run(CLI, arguments, env=self.environment | self.operator, timeout=2 * SECONDS, **options)
         assert done.returncode == 0 or not check, done.stderr
         return done
 

@@ -43,7 +43,7 @@ def arm(victim: Victim, plan: str) -> None:
     if victim.processes and victim.started_with == failing:
         return
     victim.kill_portal()
-    assert victim.start_portal(others=failing).poll() is None
+    assert victim.start_portal(others=failing).poll() is None, victim.log.read_text()
     victim.wait_ready()
 
 

@@ -29,6 +29,7 @@ from tests.support.deployment import PLAIN, wait_until
 from tests.support.harness import ALL
 from tests.support.ports import free_port
 from tests.support.postgres import Cluster
+from tests.support.programs import Process
 
 pytestmark = pytest.mark.system
 
@@ -389,7 +390,7 @@ class Timed(Faulty):
         current = [one.not_valid_before_utc <= now < one.not_valid_after_utc for one in probes]
         return len(current) == 2 and all(current) and super().is_well()
 
-    def start_portal(self, *, others: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def start_portal(self, *, others: dict[str, str] | None = None) -> Process:
         process = super().start_portal(others=others)
         self.session.verify = self.ahead == timedelta(0) and self.operator["PORTAL_CA"]
         if not self.lasting_token:  # the first one is valid for a day
