@@ -360,11 +360,12 @@ def is_answered(url: str) -> bool:
 
 
 def wait_until(condition: Any, seconds: float = SECONDS) -> None:
-    """Look every few milliseconds: for what other processes do and nothing announces."""
-    deadline = time.monotonic() + seconds
+    """Look again and again, after 10 milliseconds and then more seldom: for what other processes do unannounced."""
+    began = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        select.select([], [], [], 0.01)
+        waited = time.monotonic() - began
+        assert waited < seconds, "it did not happen in time"
+        select.select([], [], [], min(0.01 + waited / 10, 0.2))
 
 
 @contextlib.contextmanager
