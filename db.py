@@ -112,13 +112,23 @@ def get_device(
 
 
 def replace_topics(
-    tx: Connection, tenant_id: str, device_id: str, topics: Sequence[tuple[str, str]] | None, *, generation: int
+    tx: Connection,
+    tenant_id: str,
+    device_id: str,
+    topics: Sequence[tuple[str, str]] | None,
+    *,
+    generation: int,
+    narrowed: bool,
 ) -> None:
-    """Replace a device's own topics, or with ``None`` return to the default ones."""
+    """Replace a device's own topics, or with ``None`` return to the default ones.
+
+    ``narrowed`` if it can read less than before, so that its session must end.
+    """
     tx.execute(sa.delete(AclEntry).where(AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id))
     if rows := _topic_rows(tenant_id, device_id, topics):
         tx.execute(_INSERT_TOPICS, rows)
-    update_device(tx, tenant_id, device_id, {"own_topics": topics is not None, "generation": generation})
+    values = {"own_topics": topics is not None, "generation": generation}
+    update_device(tx, tenant_id, device_id, values | ({"narrowed_generation": generation} if narrowed else {}))
 
 
 _INSERT_TOPICS = sa.insert(AclEntry)

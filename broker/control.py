@@ -170,6 +170,13 @@ class BrokerControl(Protocol):
         """Whether a broker under it drops retained messages if the portal subscribes to topics of a denied device."""
 
     @property
+    def narrows_at_once(self) -> bool:
+        """Whether topics that a device has lost are out of its reach once ``enforce`` has returned.
+
+        Otherwise they may be until the broker's next restart.
+        """
+
+    @property
     def publishes_crls(self) -> bool:
         """Whether drafts put off CRLs, which ``publish_crls`` gives to the broker."""
 

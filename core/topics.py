@@ -51,6 +51,30 @@ def expand(topic: Topic, device_id: str) -> str:
     return topic.filter.replace(DEVICE_ID, device_id)
 
 
+def reads_less(before: Iterable[Topic], after: Iterable[Topic]) -> bool:
+    """Tell whether some filter that could be read ``before`` is not contained in one that can be ``after``.
+
+    Both are valid filters with the same meaning of ``{id}``. One that only several others cover together
+    counts as lost.
+    """
+    readable = [topic.filter.split("/") for topic in after if topic.access is not Access.WRITE]
+    return any(
+        not any(_contains(outer, topic.filter.split("/")) for outer in readable)
+        for topic in before
+        if topic.access is not Access.WRITE
+    )
+
+
+def _contains(outer: Sequence[str], inner: Sequence[str]) -> bool:
+    """Tell whether ``outer`` matches every topic that ``inner`` does, both as levels (MQTT 5.0 section 4.7)."""
+    for index, level in enumerate(outer):
+        if level == "#":  # matches its parent, too
+            return True
+        if index == len(inner) or inner[index] == "#" or level not in ("+", inner[index]):
+            return False
+    return len(outer) == len(inner)
+
+
 def check_topics(topics: Iterable[Topic], *, device_id: str | None, prefix: str) -> tuple[Topic, ...]:
     """Return the topics in normal form (the device's own id becomes ``{id}``) or raise ``TopicRefused``.
 

@@ -176,6 +176,18 @@ def devices_to_disconnect(tx: Connection, tenant_id: str, *, since: int) -> list
     return [device_id for device_id in found if device_id]
 
 
+_NARROWED = sa.select(Device.id).where(
+    Device.tenant_id == sa.bindparam("of_tenant"),
+    Device.narrowed_generation > sa.bindparam("since"),
+    sa.text("devices.narrowed_generation > 0"),
+)
+
+
+def narrowed_since(tx: Connection, tenant_id: str, since: int) -> list[str]:
+    """Return the devices that lost topics which they could read after generation ``since``."""
+    return list(tx.execute(_NARROWED, {"of_tenant": tenant_id, "since": since}).scalars())
+
+
 def revoked_since(tx: Connection, tenant_id: str, since: int) -> set[str]:
     """Return the devices that were revoked after generation ``since``."""
     query = sa.select(Device.id).where(

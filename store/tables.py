@@ -149,6 +149,7 @@ class Device(OfTenant, Base):
         sa.Index("ix_devices_type", "tenant_id", "type", "created_at", "id"),
         sa.Index("ix_devices_location", "tenant_id", "location", "created_at", "id"),
         partial_index("ix_devices_generation", "tenant_id", "generation", where="generation > 0"),
+        partial_index("ix_devices_narrowed", "tenant_id", "narrowed_generation", where="narrowed_generation > 0"),
         partial_index("ix_devices_own_topics", "tenant_id", "generation", where="own_topics"),
         partial_index("ix_devices_out", "tenant_id", "generation", where="status IN ('revoked', 'suspended')"),
         partial_index("ix_devices_applications", "tenant_id", "created_at", "id", where="kind = 'application'"),
@@ -170,6 +171,8 @@ class Device(OfTenant, Base):
     revocation_reason: Mapped[str | None] = mapped_column(sa.String(32))
     # The generation at which its ACL entry last changed; 0 if the broker need not learn of it.
     generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    # The generation at which it last lost topics that it could read; 0 if it never did.
+    narrowed_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
     # The external id that a revoked device had, once it was freed for a successor.
     former_external_id: Mapped[str | None] = mapped_column(sa.String(128))
     kind: Mapped[states.ClientKind] = mapped_column(

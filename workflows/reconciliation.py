@@ -66,14 +66,16 @@ class Outcome:
 class _Target:
     """What one snapshot of the database says that the broker must enforce.
 
-    ``disconnected`` are ids of devices, ``revoked`` those of them that were revoked for good. ``in_doubt`` if the
-    broker may accept anybody: others may have reloaded it with damaged files.
+    ``disconnected`` are ids of devices, ``revoked`` those of them that were revoked for good, ``narrowed`` those that
+    have only lost topics. ``in_doubt`` if the broker may accept anybody: others may have reloaded it with damaged
+    files.
     """
 
     state: BrokerStateRecord
     draft: Draft
     disconnected: Sequence[str]
     revoked: Set[str]
+    narrowed: Sequence[str]
     crls: Sequence[CrlRecord]
     issuers: Issuers
     puts_off_crls: bool
@@ -367,8 +369,8 @@ class Reconciler:
         shown = self._probe_certificates if target.disconnected or target.crls or target.in_doubt else None
         self._broker.enforce(generation, deadline, certificates=shown)
         failpoint("apply.after_reload")
-        if target.disconnected:
-            self._broker.disconnect(target.disconnected, deadline, revoked=target.revoked)
+        if ended := [*target.disconnected, *target.narrowed]:
+            self._broker.disconnect(ended, deadline, revoked=target.revoked)
         failpoint("apply.after_cut")
         if has_crls and (shown is not None or self._broker.control.publishes_crls):
             self._broker.probe(self._probe_certificates, deadline)
@@ -386,7 +388,7 @@ class Reconciler:
         progress.enforced = generation
         if target.puts_off_crls:
             self.wake()
-        figures = {"cut": len(target.disconnected), "crl": bool(target.crls)}
+        figures = {"cut": len(ended), "crl": bool(target.crls)}
         took = round((time.monotonic() - started) * 1000, 1)
         log.info("broker enforces", extra={"generation": generation, **figures, "ms": took})
 
@@ -433,20 +435,26 @@ class Reconciler:
                 issuers = self._authority.seen_by(tx)
                 self._complete(draft, tx, state, issuers, self._clock())
                 failpoint("apply.after_snapshot")
-                disconnected = generations.devices_to_disconnect(tx, self._tenant_id, since=state.applied_generation)
-                revoked = (
-                    generations.revoked_since(tx, self._tenant_id, state.applied_generation) if disconnected else {*()}
-                )
+                disconnected, revoked, narrowed = self._sessions_to_end(tx, since=state.applied_generation)
             puts_off = not with_crls and draft.puts_off_crls(issuers.ca_pem.encode())
             crls: Sequence[CrlRecord] = ()
             if not puts_off:
                 with self._crl_lock.hold(self._settings.enforce_timeout):
                     issuers, crls = self._sign_due()
-            return _Target(state, draft, disconnected, revoked, crls, issuers, puts_off, in_doubt)
+            return _Target(state, draft, disconnected, revoked, narrowed, crls, issuers, puts_off, in_doubt)
         except BaseException:
             if draft is not None:
                 draft.discard()
             raise
+
+    def _sessions_to_end(self, tx: Connection, *, since: int) -> tuple[Sequence[str], Set[str], Sequence[str]]:
+        """Return whose sessions must end, which of them were revoked, and who has lost topics only."""
+        disconnected = generations.devices_to_disconnect(tx, self._tenant_id, since=since)
+        revoked = generations.revoked_since(tx, self._tenant_id, since) if disconnected else set[str]()
+        if not self._broker.control.narrows_at_once:
+            return disconnected, revoked, ()
+        narrowed = {*generations.narrowed_since(tx, self._tenant_id, since)} - {*disconnected}
+        return disconnected, revoked, sorted(narrowed)
 
     def _sign_due(self) -> tuple[Issuers, Sequence[CrlRecord]]:
         """Sign the CRLs that are due, and record them; return the issuers and those CRLs. The caller holds the lock."""

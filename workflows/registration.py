@@ -20,10 +20,11 @@ from core import metrics
 from core.errors import ExternalIdTaken, StateConflict
 from core.failpoints import failpoint
 from core.states import ClientKind, DeviceStatus
+from core.topics import Access, Topic, default_topics, reads_less
 from store import audit
 from store.audit import Actor
 from store.database import Database
-from store.devices import owner_of, update_device
+from store.devices import device_topics, owner_of, update_device
 from workflows.admission import Admission, admit, checked_topics
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
 from workflows.delivery import KeptAnswers, Sealed
@@ -170,12 +171,18 @@ class Registrations:
             if topics is not ...:
                 generation = db.next_generation(tx, actor.tenant_id, at=now)
                 pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]
-                db.replace_topics(tx, actor.tenant_id, device_id, pairs, generation=generation)
+                narrowed = self._reads_less(device_topics(tx, actor.tenant_id, device_id), checked)
+                db.replace_topics(tx, actor.tenant_id, device_id, pairs, generation=generation, narrowed=narrowed)
             changed = sorted(values) + ([] if topics is ... else ["topics"])
             audit.record(tx, actor, f"{kind}:update", device.name_in_audit, at=now, changed=changed)
         if generation:
             self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
             self._reconciler.wait_for_restart()
+
+    def _reads_less(self, before: Sequence[tuple[str, str]], after: Sequence[Topic] | None) -> bool:
+        default = default_topics(self._settings.topic_prefix)
+        own = [Topic(pattern, Access(access)) for pattern, access in before]
+        return reads_less(own or default, after or default)
 
 
 def _canonical(request: DeviceRequest) -> bytes:

@@ -234,6 +234,7 @@ class FilesControl:
         return trust is not None
 
     publishes_crls = False
+    narrows_at_once = False  # after the restart the broker asks before it hands over what it has kept for a session
     clears_retained = False  # the ACL gives the portal no device's topics
 
     def publish_crls(self, trust: Trust, *, at_once: bool = False) -> bool:

@@ -346,6 +346,7 @@ class GuardControl:
         return not 0 <= since < pause or position.seq - _whole(before.get("crl_seq")) >= CRL_CHANGES
 
     publishes_crls = True
+    narrows_at_once = True
     clears_retained = True
 
     def publish_crls(self, trust: Trust, *, at_once: bool = False) -> bool:

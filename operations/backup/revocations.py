@@ -218,7 +218,9 @@ class RevocationReplay:
                 since = own.get(device.id, []) if device.id in with_own else None
                 if before == since or (before is not None and since is not None and set(before) <= set(since)):
                     continue
-                db.replace_topics(self._tx, device.tenant_id, device.id, since, generation=self._generation)
+                db.replace_topics(
+                    self._tx, device.tenant_id, device.id, since, generation=self._generation, narrowed=True
+                )
                 of, what = f"{device.kind}:{device.id}", f"topics of {device.kind} {device.id} ({device.name})"
                 self._keep(device.tenant_id, of, f"{device.kind}:update", what, "", changed[device.id])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 
 import pytest
@@ -18,6 +19,7 @@ from core.topics import (
     default_topics,
     expand,
     is_device_id,
+    reads_less,
 )
 
 OWN = "3f2b8c1e-9d4a-4e6b-8a57-1c0d2e3f4a5b"
@@ -279,3 +281,50 @@ def test_an_application_has_1_to_64_topics_that_fit_into_a_line_of_the_journal()
     ):
         with pytest.raises(TopicRefused):
             check_application(*filters)
+
+
+# --- Topics that are lost ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lost"),
+    [
+        (["devices/{id}/#:readwrite"], ["devices/{id}/#:readwrite"], False),
+        (["devices/{id}/#:readwrite"], ["devices/{id}/#:read"], False),
+        (["devices/{id}/#:readwrite"], ["devices/{id}/#:write"], True),
+        (["devices/{id}/#:read"], ["devices/{id}/+:read"], True),
+        (["devices/{id}/+:read"], ["devices/{id}/#:read"], False),
+        (["devices/{id}:read"], ["devices/{id}/#:read"], False),  # which has its parent
+        (["devices/{id}/#:read"], ["devices/{id}/+/#:read", "devices/{id}:read"], True),  # not by one alone
+        (["devices/{id}/a:read", "devices/b:read"], ["devices/+/a:read", "devices/b:read", "devices/c:read"], False),
+        (["devices/{id}/a:read", "devices/b:read"], ["devices/{id}/a:read"], True),
+        (["devices/{id}/a/b:read"], ["devices/{id}/a:read"], True),
+        (["devices/{id}/a:read"], ["devices/{id}/a/b:read"], True),
+        (["devices/{id}/a:write"], ["devices/{id}/b:write"], False),
+        (["devices/+/x:read"], ["devices/a/x:read"], True),
+    ],
+)
+def test_who_can_read_less_is_told_from_who_cannot(before: list[str], after: list[str], *, lost: bool) -> None:
+    had, has = (
+        [Topic(f, Access(a)) for f, _, a in (text.rpartition(":") for text in texts)] for texts in (before, after)
+    )
+    assert reads_less(had, has) is lost
+
+
+LEVELS = st.sampled_from(["a", "b", "+"])
+FILTERS = st.builds(
+    lambda levels, end: "/".join([*levels, *end]),
+    st.lists(LEVELS, min_size=1, max_size=3),
+    st.sampled_from([[], ["#"]]),
+)
+TOPICS = ["/".join(levels) for count in range(1, 6) for levels in itertools.product("ab", repeat=count)]
+
+
+@given(before=FILTERS, after=FILTERS)
+def test_what_a_filter_contains_is_what_it_matches(before: str, after: str) -> None:
+    matched = [topic for topic in TOPICS if topic_matches_sub(before, topic)]
+    lost = reads_less([Topic(before, Access.READ)], [Topic(after, Access.READ)])
+    if not all(topic_matches_sub(after, topic) for topic in matched):
+        assert lost
+    elif "+" not in before and "#" not in before:
+        assert not lost

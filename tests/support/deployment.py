@@ -273,6 +273,7 @@ class Client:
         self._session_seconds = session_seconds
         self._version = version
         self.messages: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        self.session_present = False  # whether the broker had kept its session when it connected
         self._connected: queue.Queue[str] = queue.Queue()
         self._disconnected: queue.Queue[str] = queue.Queue()
         self._acknowledged: queue.Queue[tuple[int, str]] = queue.Queue()
@@ -285,12 +286,16 @@ class Client:
             device.file("device.key"),
             tls_version=ssl.PROTOCOL_TLS_CLIENT,
         )
-        self.paho.on_connect = lambda _c, _u, _f, reason, _p: self._connected.put(str(reason))
+        self.paho.on_connect = self._on_connect
         self.paho.on_disconnect = lambda _c, _u, _f, reason, _p: self._disconnected.put(str(reason))
         self.paho.on_message = lambda _c, _u, message: self.messages.put((message.topic, bytes(message.payload)))
         self.paho.on_publish = lambda _c, _u, mid, reason, _p: self._acknowledged.put((mid, str(reason)))
         self.paho.on_subscribe = lambda _c, _u, _mid, reasons, _p: self._subscribed.put(str(reasons[0]))
         self.paho.reconnect_delay_set(3600, 3600)
+
+    def _on_connect(self, _client: object, _user: object, flags: Any, reason: object, _properties: object) -> None:
+        self.session_present = flags.session_present
+        self._connected.put(str(reason))
 
     def connect(self) -> None:
         """Connect, or raise what kept it from it."""

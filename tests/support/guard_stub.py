@@ -26,11 +26,16 @@ def journal_lines(path: Path) -> list[str]:
 
 
 class GuardStub:
-    """One thread for one session after the other; ``topics`` are those that were asked about."""
+    """One thread for one session after the other.
+
+    ``topics`` are those that were asked about, ``clients`` the ids of those that have connected, each of which ends the
+    session that it had.
+    """
 
     def __init__(self, path: Path, journal: Path) -> None:
         self.journal = journal
         self.topics: list[str] = []
+        self.clients: list[str] = []
         self.version = GUARD_VERSION
         self.reports = True  # whether it knows that question
         self.loaded = True  # else everything is granted, as by a broker without a plugin and without an ACL
@@ -63,6 +68,7 @@ class GuardStub:
                 while packet := _packet(sock):
                     kind, body = packet
                     if kind & 0xF0 == _CONNECT:
+                        self.clients.append(_client_id(body))
                         sock.sendall(bytes([0x20, 3, 0, self._login(body), 0]))
                     elif kind & 0xF0 == _PUBLISH:
                         length = struct.unpack(">H", body[:2])[0]
@@ -109,6 +115,13 @@ class GuardStub:
         if not self.stopped and position.epoch == self.epoch:
             self._read = position.seq
         return True
+
+
+def _client_id(body: bytes) -> str:
+    """The first field of the payload, after 10 bytes and the properties (MQTT 5.0 section 3.1)."""
+    start = 11 + body[10]
+    (length,) = struct.unpack(">H", body[start : start + 2])
+    return body[start + 2 : start + 2 + length].decode()
 
 
 def _packet(sock: socket.socket) -> tuple[int, bytes] | None:

@@ -311,6 +311,47 @@ def test_an_application_does_what_its_topics_say_until_they_are_taken_away_and_n
     assert gets_nothing(application)
 
 
+def test_a_sleeping_application_that_loses_topics_gets_none_of_their_messages_and_takes_none_from_others(
+    shared: Deployment,
+) -> None:
+    group = "$share/store/devices/+/telemetry"
+    consumer = shared.add_application("consumer", "devices/+/telemetry:read").client()
+    loser = shared.add_application("loser", "devices/+/telemetry:read", "devices/+/state:read")
+    keeper = shared.add_application("keeper", "devices/+/telemetry:read", "devices/+/state:write")
+    for application in (loser, keeper):
+        client = sleeper(application)
+        client.connect()
+        if application is loser:
+            assert client.subscribe(group) == "Granted QoS 1"
+        assert client.subscribe("devices/+/telemetry") == "Granted QoS 1"
+        client.close()
+    device = shared.onboard()
+    speaker, topic = device.client(), f"devices/{device.id}/telemetry"
+    assert speaker.publish(topic, b"before") == "Success"
+    narrower = {"topics": [{"filter": "devices/+/state", "access": "read"}]}
+    assert shared.call("PATCH", f"/applications/{loser.id}", narrower).json()["broker"] == "applied"
+    narrower = {"topics": [{"filter": "devices/+/telemetry", "access": "read"}]}
+    assert shared.call("PATCH", f"/applications/{keeper.id}", narrower).json()["broker"] == "applied"
+
+    assert consumer.subscribe(group) == "Granted QoS 1"
+    for number in range(6):  # of a group in which the stored session still was every other one would be lost
+        assert speaker.publish(topic, str(number).encode()) == "Success"
+    assert [consumer.messages.get(timeout=30)[1] for _ in range(6)] == [b"0", b"1", b"2", b"3", b"4", b"5"]
+
+    client = sleeper(loser)
+    client.connect()
+    assert not client.session_present
+    assert client.subscribe("devices/+/state") == "Granted QoS 1"
+    assert client.messages.empty()
+    client.close()
+    client = sleeper(keeper)
+    client.connect()
+    assert client.session_present  # it could write less, and reads on
+    assert [client.messages.get(timeout=30)[1] for _ in range(7)] == [b"before", b"0", b"1", b"2", b"3", b"4", b"5"]
+    for one in (client, consumer, speaker):
+        one.close()
+
+
 def test_the_programs_of_the_page_about_back_ends_get_what_devices_send(shared: Deployment) -> None:
     page = (ROOT / "docs" / "connect-your-back-end.md").read_text()
     [program] = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)

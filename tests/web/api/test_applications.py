@@ -19,6 +19,7 @@ from config import Settings
 from core.broker_control import JOURNAL_FILE
 from core.roles import Role
 from operations.wiring import Portal, prepare
+from store.generations import get_broker_state
 from store.tables import AclEntry, Certificate, Delivery, Device, WebhookDelivery
 from tests.support.est import Device as EstClient
 from tests.support.est import certificates_of, csr_der, refused
@@ -36,7 +37,8 @@ def app(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Flask]
     built = create_app(settings, background=False, clock=clock)
     portal = portal_of(built)
     prepare(portal)
-    with GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE)):
+    with GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE)) as guard:
+        built.extensions["guard"] = guard
         yield built
     portal.close()
 
@@ -44,6 +46,12 @@ def app(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Flask]
 @pytest.fixture
 def portal(app: Flask) -> Portal:
     return portal_of(app)
+
+
+@pytest.fixture
+def guard(app: Flask) -> GuardStub:
+    stub: GuardStub = app.extensions["guard"]
+    return stub
 
 
 def added(api: Api, **fields: Any) -> dict[str, Any]:
@@ -255,6 +263,49 @@ def test_the_database_keeps_the_kind_and_the_topics_of_an_application(api: Api, 
 
 
 # --- Change, renew, revoke ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("topics", "ended"),
+    [
+        (["devices/+/telemetry:read"], False),
+        (["devices/#:read"], False),
+        (["devices/+/telemetry:readwrite", "devices/+/command:write"], False),
+        (["devices/+/telemetry:write"], True),
+        (["devices/a/telemetry:read"], True),
+    ],
+)
+def test_an_application_that_can_read_less_has_its_session_ended_a_stored_one_too(
+    api: Api, guard: GuardStub, topics: list[str], *, ended: bool
+) -> None:
+    application = added(api)["application_id"]
+    other = added(api, name="other")["application_id"]
+    pairs = [topic.rpartition(":") for topic in topics]
+    body = {"topics": [{"filter": pattern, "access": access} for pattern, _, access in pairs]}
+    for _ in range(2):  # a repeat ends nothing more
+        assert api.patch(f"/applications/{application}", body).json["broker"] == "applied"
+    assert guard.clients.count(application) == ended
+    assert other not in guard.clients
+
+
+def test_a_session_that_could_not_be_ended_is_ended_once_the_guard_follows_again(
+    api: Api, guard: GuardStub, portal: Portal
+) -> None:
+    application = added(api)["application_id"]
+    assert portal.reconciler.apply(generation_of(portal)).problem is None
+    guard.stopped = True
+    narrower = {"topics": [{"filter": "devices/a/telemetry", "access": "read"}]}
+    assert api.patch(f"/applications/{application}", narrower).json["broker"] == "pending"
+    assert application not in guard.clients
+    guard.stopped = False
+    assert portal.reconciler.apply(generation_of(portal)).problem is None
+    assert guard.clients.count(application) == 1
+    assert api.get(f"/applications/{application}").json["broker"] == "applied"
+
+
+def generation_of(portal: Portal) -> int:
+    with portal.database.snapshot() as tx:
+        return get_broker_state(tx, "default").generation
 
 
 def test_topics_that_are_taken_away_are_taken_away_before_the_answer(api: Api, portal: Portal) -> None:
