@@ -186,6 +186,7 @@ def _failed(error: Exception) -> Response:
     if problem.status == 500:
         log.error("failed", exc_info=error, extra={"request_id": g.request_id})
     elif problem.status == 503:
-        cause = {"problem": problem.detail, "cause": error.__cause__}
+        told = error.detail if isinstance(error, errors.PortalError) else problem.detail
+        cause = {"problem": told, "cause": error.__cause__}
         log.warning("unavailable", extra={"request_id": g.request_id, **cause})
     return problems.response_of(problem, error, path=request.path)

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import db
-from core.errors import BrokerUnavailable, LockUnavailable, StateConflict
+from core.errors import BrokerUnavailable, LockUnavailable, StateConflict, TokenUnavailable
 from core.files import FileLock, replace_file
 from core.states import IssuerKind
 from operations.monitoring import ROOT_CRL_SOON
@@ -43,10 +43,8 @@ def renew_crls(portal: Portal) -> None:
     for recorded in due:
         if recorded.kind == IssuerKind.ROOT:
             root = portal.authority.root_with_key()
-            if root is None:
+            if root is None or not _sign_roots_crl(portal, root, now):
                 _log_that_it_ends(portal, recorded, now)
-            else:
-                _sign_crl(portal, root, ROOT_CRL_DAYS, now)
         elif recorded.retired and recorded.issuer.key is not None and now < recorded.issuer.not_after:
             _sign_crl(portal, recorded, portal.settings.crl_days, now)
     if any(recorded.kind == IssuerKind.ISSUING and not recorded.retired for recorded in due):
@@ -54,9 +52,18 @@ def renew_crls(portal: Portal) -> None:
         _apply(portal)  # its reconciliation signs the CRL
 
 
+def _sign_roots_crl(portal: Portal, root: RecordedIssuer, now: datetime) -> bool:
+    """Sign the root's CRL, unless its token is kept elsewhere."""
+    try:
+        _sign_crl(portal, root, ROOT_CRL_DAYS, now)
+    except TokenUnavailable:
+        return False
+    return True
+
+
 def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime) -> None:
-    with portal.database.transaction() as tx:
-        state = generations.get_broker_state(tx, portal.tenant_id)
+    """Sign a CRL before there is a transaction: a token may take its time."""
+    with portal.database.snapshot() as tx:
         crl = next_crl(
             tx,
             recorded.id,
@@ -64,10 +71,11 @@ def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime
             store_issuers.get_crl_head(tx, recorded.id),
             RevokedEntries(),
             days=days,
-            generation=state.generation,
+            generation=generations.get_broker_state(tx, portal.tenant_id).generation,
             now=now,
         )
-        store_issuers.put_crl(tx, portal.tenant_id, crl)
+    with portal.database.transaction() as tx:
+        store_issuers.put_crl(tx, portal.tenant_id, crl)  # nothing, if another process was faster
 
 
 def _log_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> None:
@@ -80,7 +88,7 @@ def _log_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> No
         return
     portal.memory.root_crl_logged_at = now
     log.error(
-        "the root's CRL expires soon and the root's key is not in the CA folder; put it back until the CRL is renewed",
+        "the root's CRL expires soon and the root's key is not here; put it back until the CRL is renewed",
         extra={"ends": crl.next_update.isoformat(), "folder": str(portal.settings.ca_dir)},
     )
 

@@ -17,6 +17,8 @@ from core.errors import PortalError
 from core.metrics import Gauge
 from core.states import ClientKind, DeviceStatus
 from pki.crl import sign_crl
+from pki.keys.contract import check_that_it_signs
+from pki.keys.token_keys import is_in_token
 from store import audit, certificates, deliveries, generations, issuers, presences, webhooks
 from store import devices as store_devices
 from store import issuers as store_issuers
@@ -49,7 +51,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Checks the database, the space on the disks of ``_folders``, the CA, the CRLs and the broker."""
+    """Checks the database, the space on the disks of ``_folders``, the CA, its token, the CRLs and the broker."""
 
     _database: Database
     _authority: Authority
@@ -63,6 +65,7 @@ class Readiness:
         named: list[tuple[str, str, Callable[[], str | None]]] = [
             ("database", "database_unavailable", self._database_problem),
             ("disk", "disk_full", self._disk_problem),
+            ("token", "token_unavailable", self._token_problem),
             ("ca", "ca_cannot_sign", self._ca_problem),
             ("crl", "crl_not_renewed", self._crl_problem),
             ("broker files", "broker_files_damaged", self._files_problem),
@@ -81,6 +84,11 @@ class Readiness:
                 return f"The disk of {folder} has {left} KiB left; free disk space before the portal refuses requests."
         return None
 
+    def _token_problem(self) -> None:
+        key = self._authority.issuing.issuer.key
+        if key is not None and is_in_token(key):
+            check_that_it_signs(key)
+
     def _ca_problem(self) -> str | None:
         issuer, now = self._authority.issuing.issuer, self._clock()
         if issuer.not_after <= now:
@@ -90,7 +98,7 @@ class Readiness:
                 f"The issuing CA {issuer.name} is not valid before {issuer.not_before:%Y-%m-%d %H:%M:%S} UTC; set the"
                 " clock, which is behind: until then nothing can be signed."
             )
-        # Signed, verified and discarded: the key may be in a token that was removed.
+        # Signed, verified and discarded.
         sign_crl(issuer, [], number=1, this_update=now, next_update=now + timedelta(seconds=1))
         return None
 

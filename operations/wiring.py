@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import db
+from broker.folder import SERVER_CERTIFICATE_FILE
 from broker_provisioning import BrokerProvisioning
 from config import Settings
+from core.errors import TokenUnavailable
 from core.files import FileLock, remove_leftovers, replace_file, secret_file
 from core.roles import Role
 from core.throttle import Throttle
@@ -240,7 +242,7 @@ def prepare(portal: Portal) -> None:
         for folder in (settings.data_dir, *data_folder.own_folders(settings), settings.broker_dir):
             remove_leftovers(folder)
         portal.broker.files.password()  # created, with its file for the broker, if it is missing
-        portal.own_certificates.renew()
+        _renew_own_certificates(portal)
         portal.responder.certificates.renew()
         portal.clients.write_authorities()
         with portal.database.transaction() as tx:
@@ -249,6 +251,17 @@ def prepare(portal: Portal) -> None:
         portal.reconciler.install()
     if (problem := portal.audit_log.problem()) is not None:
         log.error("the audit record was changed", extra={"problem": problem})
+
+
+def _renew_own_certificates(portal: Portal) -> None:
+    """Renew what is due; raise ``TokenUnavailable`` only if there is nothing yet with which portal and broker start."""
+    try:
+        portal.own_certificates.renew()
+    except TokenUnavailable as error:
+        needed = portal.settings.tls_dir / "server.pem", portal.settings.broker_file(SERVER_CERTIFICATE_FILE)
+        if not all(path.exists() for path in needed):
+            raise
+        log.error("the portal's own certificates are not renewed", extra={"problem": error.detail})
 
 
 def first_token(portal: Portal, *, renew: bool = False) -> str | None:

@@ -20,7 +20,7 @@ from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
 from core import metrics
-from core.errors import BrokerUnavailable, LockUnavailable, PortalError, Unavailable
+from core.errors import BrokerUnavailable, LockUnavailable, PortalError, TokenUnavailable, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
 from core.states import ClientKind, DeviceStatus
@@ -210,7 +210,12 @@ class Reconciler:
     def install(self) -> Outcome:
         """Write the files of the newest generation without telling the broker, which may not run yet."""
         with self._lock.hold():
-            target = self._prepare(with_crls=True)
+            try:
+                target = self._prepare(with_crls=True)
+            except TokenUnavailable as error:
+                log.error("the broker begins with the CRLs that were signed last", extra={"problem": error.detail})
+                target = self._prepare()
+                self.wake()
             self._install(target)
             return Outcome(target.state.generation, target.state.applied_generation)
 
@@ -301,6 +306,9 @@ class Reconciler:
                     self.apply(state.generation, timeout=self._settings.enforce_timeout)
                 self.publish_crls()
                 self.restart_if_due()
+            except TokenUnavailable:  # which is logged once; when it is back, the CRLs do not wait for the next change
+                self._woken.set()
+                stopping.wait(AFTER_FAILURE_SECONDS)
             except PortalError as error:
                 log.warning("reconciliation failed", extra={"problem": error.detail})
             except Exception:

@@ -37,7 +37,8 @@ class KeyStores:
         self._tokens: dict[TokenUri, TokenKeys] = {}
         for uri in dict.fromkeys((*issuing, *root)):
             if uri is not None:
-                client = TokenClient(uri, folder, timeout=timeout, known=functools.partial(self._known, uri))
+                known, is_watched = functools.partial(self._known, uri), uri in issuing
+                client = TokenClient(uri, folder, timeout=timeout, is_watched=is_watched, known=known)
                 self._clients[uri], self._tokens[uri] = client, TokenKeys(uri, folder, client)
 
     def exists(self, name: str) -> bool:
@@ -72,7 +73,7 @@ class KeyStores:
         return self._tokens[uri]
 
     def close(self) -> None:
-        """End what was started for the tokens; it is started again if a key is used again."""
+        """End what was started for the tokens; their keys cannot be used any more."""
         for client in self._clients.values():
             client.close()
 
@@ -88,8 +89,9 @@ class KeyStores:
         return self.files if first is FILES else self._tokens[first]
 
     def _holding(self, name: str) -> CaKeys:
-        if not record_path(self._folder, name).exists():
-            return self.files
+        is_recorded = record_path(self._folder, name).exists()
+        if not is_recorded or (self.files.exists(name) and not read_record(self._folder, name).public):
+            return self.files  # a move into a token that was cut off has not moved it
         uri = self._uri_of(name)
         if uri is None:
             record = read_record(self._folder, name)

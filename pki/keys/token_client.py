@@ -30,6 +30,7 @@ Facts = dict[str, Any]
 PAUSES = (0.5, 1.0, 2.0)
 ATTEMPT_SECONDS = 3.0
 MAX_ANSWER_BYTES = 1 << 16
+_ENDED = "made the process of its module end; see its own log"
 
 
 class _Gone(Exception):
@@ -65,19 +66,23 @@ class _Process:
 class TokenClient:
     """One token as this process reaches it: one request at a time, each within the time limit.
 
-    While the token fails, requests fail at once; a thread tries until it is back. After a fork the child has a process
+    While the token fails, requests fail at once, and a thread tries until it is back. Without ``is_watched`` nobody
+    tries but the next request: a root's token is kept elsewhere most of the time. After a fork the child has a process
     of its own.
     """
 
-    def __init__(self, uri: TokenUri, folder: Path, *, timeout: float, known: Callable[[], list[Facts]]) -> None:
+    def __init__(
+        self, uri: TokenUri, folder: Path, *, timeout: float, is_watched: bool, known: Callable[[], list[Facts]]
+    ) -> None:
         """``folder`` is where the marker of a refused PIN is, ``known`` returns the keys that the token must have."""
         self.uri = uri
         self._marker = folder / f".pin-refused-{_mark(uri)}"
         self._timeout = timeout
+        self._is_watched = is_watched
         self._known = known
-        self._forget()
+        self._begin()
 
-    def _forget(self) -> None:
+    def _begin(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._process: _Process | None = None
@@ -89,14 +94,18 @@ class TokenClient:
         """What keeps the token from being used, as far as known; a sentence."""
         return self._problem
 
-    def ask(self, request: Facts) -> Facts:
-        """Return the answer to a request; raises ``TokenUnavailable`` with what is wrong, within the time limit."""
-        deadline = time.monotonic() + self._timeout
+    def ask(self, request: Facts, *, seconds: float | None = None) -> Facts:
+        """Return the answer to a request; raises ``TokenUnavailable`` with what is wrong.
+
+        That takes as long as the time limit, or ``seconds``, at most: half of it may pass with requests before this.
+        """
+        limit = seconds or self._timeout
+        deadline = time.monotonic() + limit
         if self._pid != os.getpid():
-            self._forget()  # what was inherited belongs to the parent
+            self._begin()  # what was inherited belongs to the parent
         self._raise_problem()
-        if not self._lock.acquire(timeout=self._timeout):
-            raise TokenUnavailable(self._sentence("did not answer in time; try again later"))
+        if not self._lock.acquire(timeout=limit / 2):
+            raise TokenUnavailable(self._sentence("has more to sign than it can in time; try again later"))
         try:
             self._raise_problem()  # of the request before this one
             return self._answer(request, deadline)
@@ -111,16 +120,16 @@ class TokenClient:
             raise TokenUnavailable(self._problem)
 
     def _answer(self, request: Facts, deadline: float) -> Facts:
-        is_new = self._process is None
+        was_running = self._process is not None
         try:
             answer = self._ask_process(request, deadline)
         except _Gone:
-            if is_new:
-                raise TokenUnavailable(self._sentence("made its module's process end; see its own log")) from None
+            if not was_running:
+                raise TokenUnavailable(self._sentence(_ENDED)) from None
             try:
                 answer = self._ask_process(request, deadline)
             except _Gone:
-                raise TokenUnavailable(self._sentence("made its module's process end; see its own log")) from None
+                raise TokenUnavailable(self._sentence(_ENDED)) from None
         if "refused" in answer:
             raise TokenUnavailable(self._sentence(answer["refused"]))
         if "failed" in answer:
@@ -128,6 +137,8 @@ class TokenClient:
         return answer
 
     def _ask_process(self, request: Facts, deadline: float) -> Facts:
+        if self._closed.is_set():
+            raise TokenUnavailable(self._sentence("is not used any more by this process, which ends"))
         if self._process is None:
             self._process = self._start()
         try:
@@ -178,21 +189,22 @@ class TokenClient:
         """Let requests fail at once from now on, until the token is back; called with the lock."""
         if self._closed.is_set():
             return
-        log.error("the token of CA keys fails", extra={"problem": problem})
-        self._problem = problem
-        threading.Thread(target=self._recover, name="token", daemon=True).start()
+        if not self._is_watched:
+            log.debug("the token of the root's key is not used", extra={"problem": problem})
+        else:
+            log.error("the token of CA keys fails", extra={"problem": problem})
+            self._problem = problem
+            threading.Thread(target=self._recover, name="token", daemon=True).start()
 
     def _recover(self) -> None:
         since, attempts = time.monotonic(), 0
         while not self._closed.wait(PAUSES[min(attempts, len(PAUSES) - 1)]):
             attempts += 1
             with self._lock:
-                if self._closed.is_set():
-                    return
                 try:
                     self._answer({"do": "open"}, time.monotonic() + min(self._timeout, ATTEMPT_SECONDS))
                 except TokenUnavailable as failure:
-                    if failure.detail != self._problem:
+                    if failure.detail != self._problem and not self._closed.is_set():
                         log.error("the token of CA keys fails", extra={"problem": failure.detail})
                     self._problem = failure.detail
                     continue
@@ -201,14 +213,16 @@ class TokenClient:
             return
 
     def close(self) -> None:
-        """End the process; it is started again if the token is asked again."""
-        if self._pid != os.getpid():
-            return
+        """End the process, whatever it is at; nothing can be asked any more."""
         self._closed.set()
+        if self._pid != os.getpid():
+            return  # the process is the parent's
+        if (process := self._process) is not None:
+            process.popen.kill()  # so that whoever waits for it leaves the lock
         with self._lock:
             if self._process is not None:
                 self._process.end()
-            self._forget()
+                self._process = None
 
 
 def _mark(uri: TokenUri) -> str:

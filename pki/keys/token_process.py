@@ -281,8 +281,7 @@ class TokenSession:
             keys = self._private_keys(request)
             if not keys:
                 raise Refused(f"does not have the key {request['label']}; is it another token, or was it cleared?")
-            seen = self._facts(request, keys[0])
-            if seen["public"] not in (None, request["public"]):
+            if self._recognize(request) not in (None, request["public"]):
                 raise Refused(f"has another key by the name of {request['label']}; put the right token in")
             self._keys[named] = keys[0]
         return self._keys[named]
@@ -303,17 +302,23 @@ class TokenSession:
                 " set object= in the URI, with which the names of keys begin"
             )
 
+    def _public_keys(self, request: Facts) -> list[pkcs11.PublicKey]:
+        return _public_keys(self._open_session, request)
+
+    def _recognize(self, request: Facts) -> str | None:
+        """Return the public key, if it is to be seen; from now on the token is known by it."""
+        public = next((_public(key, request["kind"]) for key in self._public_keys(request)), None)
+        named = {name: request[name] for name in ("label", "id", "kind")}
+        self._known.append({**named, "public": public, "serial": _identity(self._open_session.token)["serial"]})
+        return public
+
     def _facts(self, request: Facts, key: pkcs11.PrivateKey) -> Facts:
         """Return the public key, if it is to be seen, how the key was born, and which token this is."""
-        public = next((_public(each, request["kind"]) for each in _public_keys(self._open_session, request)), None)
-        birth = {name: _attribute(key, attribute) for name, attribute in BIRTH.items()}
-        exponent = next(
-            (_attribute(each, Attribute.PUBLIC_EXPONENT) for each in _public_keys(self._open_session, request)), None
-        )
+        exponents = [_attribute(each, Attribute.PUBLIC_EXPONENT) for each in self._public_keys(request)]
         return {
-            "public": public,
-            "exponent": exponent.hex() if isinstance(exponent, bytes) else None,
-            "birth": birth,
+            "public": self._recognize(request),
+            "exponent": next((each.hex() for each in exponents if isinstance(each, bytes)), None),
+            "birth": {name: _attribute(key, attribute) for name, attribute in BIRTH.items()},
             "token": _identity(self._open_session.token),
         }
 

@@ -22,6 +22,7 @@ from pki.keys.files import create_private_file, read_private_file
 from pki.keys.token_client import Facts, TokenClient
 from pki.keys.token_keys import token_key
 
+SLOW_SECONDS = 120.0  # small tokens take a minute to make an RSA key
 CURVES: dict[KeyType, ec.EllipticCurve] = {KeyType.EC_P256: ec.SECP256R1(), KeyType.EC_P384: ec.SECP384R1()}
 
 
@@ -91,8 +92,8 @@ class TokenKeys:
         """Import a key that was made elsewhere, and see that it signs; after that, it does not leave the token."""
         kind, public, key_type, public_values, values = _parts(key)
         record = self._begin(name, kind)
-        asked = {**asdict(record), "key_type": key_type, "public_values": public_values, "values": values}
-        answer = self._client.ask({"do": "find", **asked}) or self._client.ask({"do": "adopt", **asked})
+        parts = {"key_type": key_type, "public_values": public_values, "values": values}
+        answer = self._find_or({"do": "adopt", **asdict(record), **parts})
         kept = self._complete(name, replace(record, public=public), answer)
         check_that_it_signs(kept)
         return kept
@@ -130,6 +131,11 @@ class TokenKeys:
                 f"There is a CA key {name} in the token {self._uri.of_token}, and keys are never replaced."
             )
         return begun
+
+    def _find_or(self, request: Facts) -> Facts:
+        """Search before anything is made: what was cut off may have left the key in the token."""
+        found = self._client.ask({**request, "do": "find"}, seconds=SLOW_SECONDS)
+        return found or self._client.ask(request, seconds=SLOW_SECONDS)
 
     def _complete(self, name: str, record: TokenRecord, answer: Facts) -> PrivateKey:
         public = answer["public"] or record.public
@@ -176,7 +182,10 @@ def recorded_keys(folder: Path) -> list[Facts]:
     found = []
     for path in sorted(folder.glob("*.token.json")):
         name = path.name.removesuffix(".token.json")
-        record = read_record(folder, name)
+        try:
+            record = read_record(folder, name)
+        except CaKeyUnavailable:
+            continue  # who asks for that key is told
         if record.public:
             found.append({**asdict(record), "name": name, "serial": record.token.get("serial", "")})
     return found

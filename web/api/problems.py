@@ -10,7 +10,7 @@ from pydantic import Field
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from core import errors
-from core.errors import InputInvalid, PortalError, TooManyAttempts
+from core.errors import InputInvalid, PortalError, TokenUnavailable, TooManyAttempts
 from web.api.routing import AnswerModel
 
 MEDIA_TYPE = "application/problem+json"
@@ -40,6 +40,8 @@ _OF_FLASK = {
     405: ("method_not_allowed", "This path does not allow this method; see the Allow header."),
     413: ("body_too_large", "The body is longer than PORTAL_MAX_BODY_BYTES allows."),
 }
+# Which token, and what is wrong with it, is for operators: GET /readyz tells them.
+_TOKEN_UNAVAILABLE = "The CA's key is in a token that cannot be used now; try again later."  # noqa: S105
 _OTHER = ("refused", "The request is refused; /docs describes every request.")
 
 
@@ -104,6 +106,8 @@ def _described(error: Exception) -> tuple[int, str, str]:
     """Return status, code and detail of an error."""
     if isinstance(error, PortalError):
         status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+        if isinstance(error, TokenUnavailable):
+            return status, error.code, _TOKEN_UNAVAILABLE
         if status != 500:
             return status, error.code, error.detail
     elif isinstance(error, HTTPException) and error.code is not None and 400 <= error.code < 500:

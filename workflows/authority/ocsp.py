@@ -14,7 +14,7 @@ import ca
 import db
 from config import Settings
 from core import metrics
-from core.errors import IssuerUnusable, PortalError, RequestMalformed, Unavailable
+from core.errors import IssuerUnusable, PortalError, RequestMalformed, TokenUnavailable, Unavailable
 from core.files import replace_file
 from core.states import IssuerKind
 from pki import ocsp
@@ -110,6 +110,8 @@ class ResponderCertificates:
                 if able is None or able.issuer.key is None:
                     continue
                 self._issue(able, now)
+            except TokenUnavailable as error:  # logged where it is noticed; the root's is kept elsewhere
+                log.debug("an OCSP responder is not renewed", extra={"problem": error.detail})
             except PortalError as error:
                 log.error("an OCSP responder is not renewed", extra={"problem": error.detail})
             else:

@@ -14,7 +14,8 @@ from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
 from core.states import CertificateStatus, IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
-from pki.keys.contract import CaKeys
+from pki.issuers import signing_key
+from pki.keys.contract import CaKeys, check_that_it_signs
 from store import audit, generations
 from store import issuers as store_issuers
 from store.audit import Actor
@@ -48,6 +49,7 @@ def prepare_next(
             f"The root's key is not in {settings.ca_dir}, and only the root can sign a new CA: bring the key back for"
             " this command, then move it away again."
         )
+    check_that_it_signs(signing_key(root.issuer))  # its token may be elsewhere
     number = _next_number(issuers, keys)
     name = f"issuing-{number}"
     issued = ca.create_issuing(
