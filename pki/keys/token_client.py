@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +29,7 @@ Facts = dict[str, Any]
 # that what was sent to a token that has gone for good does not keep it from being tried again.
 PAUSES = (0.5, 1.0, 2.0)
 ATTEMPT_SECONDS = 3.0
+START_SECONDS = 30.0
 MAX_ANSWER_BYTES = 1 << 16
 _ENDED = "made the process of its module end; see its own log"
 
@@ -137,18 +138,32 @@ class TokenClient:
         return answer
 
     def _ask_process(self, request: Facts, deadline: float) -> Facts:
+        with self._ending_process():
+            return self._running(deadline).ask(request, deadline)
+
+    @contextlib.contextmanager
+    def _ending_process(self) -> Iterator[None]:
+        """End the process if the body of the ``with`` finds that it hangs or has ended."""
+        try:
+            yield
+        except (TimeoutError, _Gone) as error:
+            self._end_process()
+            if isinstance(error, TimeoutError):
+                raise TokenUnavailable(self._sentence("did not answer in time; it is tried again")) from None
+            raise
+
+    def _running(self, deadline: float) -> _Process:
         if self._closed.is_set():
             raise TokenUnavailable(self._sentence("is not used any more by this process, which ends"))
         if self._process is None:
             self._process = self._start()
-        try:
-            return self._process.ask(request, deadline)
-        except (TimeoutError, _Gone) as error:
+            self._process.ask(self._setup(), deadline)
+        return self._process
+
+    def _end_process(self) -> None:
+        if self._process is not None:
             self._process.end()
             self._process = None
-            if isinstance(error, TimeoutError):
-                raise TokenUnavailable(self._sentence("did not answer in time; it is tried again")) from None
-            raise
 
     def _start(self) -> _Process:
         ours, theirs = socket.socketpair()
@@ -169,16 +184,16 @@ class TokenClient:
                 raise TokenUnavailable(
                     self._sentence(f"cannot be asked: no process can be started ({error.strerror})")
                 ) from error
-            process = _Process(popen, Connection(ours.detach()))
-        setup = {
+            return _Process(popen, Connection(ours.detach()))
+
+    def _setup(self) -> Facts:
+        return {
             "module": str(self.uri.module),
             "token": {name: getattr(self.uri, name) for name in (*TOKEN_ATTRIBUTES, "slot_id")},
             "pin_file": str(self.uri.pin_file),
             "marker": str(self._marker),
             "known": self._known(),
         }
-        process.connection.send_bytes(json.dumps(setup).encode())
-        return process
 
     def _sentence(self, end: str) -> str:
         return f"The token {self.uri.of_token} {end}."
@@ -202,15 +217,22 @@ class TokenClient:
             attempts += 1
             with self._lock:
                 try:
-                    self._answer({"do": "open"}, time.monotonic() + min(self._timeout, ATTEMPT_SECONDS))
-                except TokenUnavailable as failure:
-                    if failure.detail != self._problem and not self._closed.is_set():
-                        log.error("the token of CA keys fails", extra={"problem": failure.detail})
-                    self._problem = failure.detail
+                    self._try_to_open()
+                except (TokenUnavailable, _Gone) as failure:
+                    problem = failure.detail if isinstance(failure, TokenUnavailable) else self._sentence(_ENDED)
+                    if problem != self._problem and not self._closed.is_set():
+                        log.error("the token of CA keys fails", extra={"problem": problem})
+                    self._problem = problem
                     continue
                 self._problem = None
             log.warning("the token of CA keys is back", extra={"seconds": round(time.monotonic() - since, 1)})
             return
+
+    def _try_to_open(self) -> None:
+        """Begin anew with the token; a busy machine has its time to start a process, and the token no less for it."""
+        with self._ending_process():
+            self._running(time.monotonic() + START_SECONDS)
+        self._answer({"do": "open"}, time.monotonic() + ATTEMPT_SECONDS)
 
     def close(self) -> None:
         """End the process, whatever it is at; nothing can be asked any more."""
@@ -220,9 +242,7 @@ class TokenClient:
         if (process := self._process) is not None:
             process.popen.kill()  # so that whoever waits for it leaves the lock
         with self._lock:
-            if self._process is not None:
-                self._process.end()
-                self._process = None
+            self._end_process()
 
 
 def _mark(uri: TokenUri) -> str:

@@ -4,8 +4,9 @@ It is not a thread, because a stopped token holds a call for ever, every other c
 the call that begins anew (C_Finalize) then stops the whole interpreter. A process can be killed; and none that has
 loaded a module is ever forked, which PKCS#11 forbids.
 
-Requests and answers are JSON objects on the socket whose number is the first argument; the first one is the setup. It
-ends when its standard input does. It imports nothing of the portal, so that it starts in a tenth of a second.
+Requests and answers are JSON objects on the socket whose number is the first argument; the first request is the setup,
+which is answered before anything is loaded. It ends when its standard input does. It imports nothing of the portal, so
+that it starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -406,6 +407,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     parent = Connection(int(sys.argv[1]))
     token = TokenSession(json.loads(parent.recv_bytes()))
+    parent.send_bytes(b"{}")
     while True:
         request = json.loads(parent.recv_bytes())
         parent.send_bytes(json.dumps(_answered(token, request)).encode())
