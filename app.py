@@ -33,6 +33,7 @@ from web.api import (
     operation,
     pki,
     problems,
+    profiles,
     routing,
     tokens,
     webhooks,
@@ -45,7 +46,7 @@ gc.enable()
 
 log = logging.getLogger("portal.request")
 
-_RESOURCES = (devices, bulk, lifecycle, applications, pki, enrolment, est, tokens, audit, webhooks, operation)
+_RESOURCES = (devices, bulk, lifecycle, applications, pki, profiles, enrolment, est, tokens, audit, webhooks, operation)
 _DESCRIBED = [route for resource in _RESOURCES for route in resource.ROUTES]
 ROUTES = (*_DESCRIBED, *operation.description_of(_DESCRIBED))
 _ON_PKI_LISTENER = frozenset(route.name for route in ROUTES if route.on_pki_listener)

@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from core.errors import IssuerUnusable, KeyRefused, SignatureCheckFailed
+from core.errors import IssuerUnusable, KeyRefused, ProfileRefused, SignatureCheckFailed
 from pki.algorithms import (
     KeyType,
     PrivateKey,
@@ -23,10 +23,14 @@ from pki.algorithms import (
     public_key_der,
     signature_hash,
 )
+from pki.client_certificates import is_permitted_by
 from pki.crl import crl_entry
+from pki.foreign import read_certificate
 from pki.issuers import (
     CLOCK_SKEW,
+    ONLY_UUID,
     SERIAL_BITS,
+    DeviceContents,
     Extension,
     Issuer,
     Profile,
@@ -88,15 +92,25 @@ def create_issuing(
 
 
 def sign_certificate(
-    issuer: Issuer, public_key: PublicKey, *, device_id: str, now: datetime, days: int, pki_url: str
+    issuer: Issuer,
+    public_key: PublicKey,
+    *,
+    device_id: str,
+    now: datetime,
+    days: int,
+    pki_url: str,
+    contents: DeviceContents = ONLY_UUID,
 ) -> Issued:
     """Sign a device's certificate: TLS client, named by its UUID (RFC 5280; its profile is in ``pki/issuers.py``).
 
+    ``contents`` adds what the device's certificate profile has (``pki/profiles.py``).
+
     Valid from ``CLOCK_SKEW`` before ``now`` until ``days`` after it, within the validity of the issuer. Raises
-    ``InputInvalid`` for an id that is not a UUID, ``KeyRefused`` for a key that is not certified, ``IssuerUnusable`` if
-    the issuer has expired or its key is not on this machine, ``SignatureCheckFailed`` if the result does not verify.
+    ``InputInvalid`` for an id that is not a UUID, ``KeyRefused`` for a key that is not certified, ``ProfileRefused``
+    for names that the issuer may not certify, ``IssuerUnusable`` if the issuer has expired or its key is not on this
+    machine, ``SignatureCheckFailed`` if the result does not verify.
     """
-    return _sign(issuer, public_key, device_profile(device_id), now=now, days=days, pki_url=pki_url)
+    return _sign(issuer, public_key, device_profile(device_id, contents), now=now, days=days, pki_url=pki_url)
 
 
 def sign_server_certificate(
@@ -144,12 +158,18 @@ def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datet
         not_before=max(moment - CLOCK_SKEW, issuer.not_before),
         not_after=min(_end(now, days), issuer.not_after),
     )
-    return _signed(
+    issued = _signed(
         builder.issuer_name(issuer.certificate.subject),
         key,
         issuer.signature_hash,
         issuer_certificate=issuer.certificate,
     )
+    if issuer.has_name_constraints and not is_permitted_by(read_certificate(issued.der), _der(issuer.certificate)):
+        raise ProfileRefused(
+            f"The CA {issuer.name} may not certify these names, by the name constraints in its certificate; use names"
+            " within them."
+        )
+    return issued
 
 
 def _builder(
@@ -194,6 +214,10 @@ def _signed(
 
 
 # --- Shared -------------------------------------------------------------------------------------------------------
+
+
+def _der(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(Encoding.DER)
 
 
 def _new_serial_number() -> int:

@@ -20,6 +20,7 @@ from commands.enrolment import approve, enrolment, expect, manufacturer, reject,
 from commands.imports import import_devices
 from commands.lifecycle import resume, revoke, suspend
 from commands.operation import ca, completion, status
+from commands.profiles import profile
 from commands.registration import register, renew
 from commands.webhooks import webhook
 
@@ -40,7 +41,7 @@ SECTIONS = {
         revoke,
         certificates,
     ),
-    "Credentials": (download, unpack_command),
+    "Credentials": (download, unpack_command, profile),
     "Applications": (application,),
     "Enrolment": (enrolment, manufacturer, expect, waiting, approve, reject),
     "Access": (login, logout, token),

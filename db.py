@@ -55,6 +55,7 @@ class NewDevice(TypedDict):
     generation: int
     external_id: NotRequired[str | None]
     kind: NotRequired[ClientKind]
+    profile_id: NotRequired[str | None]
 
 
 def add_device(tx: Connection, **device: Unpack[NewDevice]) -> None:
@@ -76,7 +77,7 @@ def add_devices(tx: Connection, devices: Sequence[NewDevice]) -> None:
 
 
 def _device_row(device: NewDevice) -> dict[str, Any]:
-    row: dict[str, Any] = {"external_id": None, "kind": ClientKind.DEVICE, **device}
+    row: dict[str, Any] = {"external_id": None, "kind": ClientKind.DEVICE, "profile_id": None, **device}
     row["id"] = row.pop("device_id")
     row["own_topics"] = row.pop("topics") is not None
     row["updated_at"] = row["created_at"]

@@ -49,6 +49,7 @@ _COMMANDS = {
     "GET /enrolment-tokens": "portal enrolment list",
     "GET /manufacturers": "portal manufacturer list",
     "POST /manufacturers": "portal manufacturer add",
+    "GET /profiles": "portal profile list",
     "POST /register": "portal register",
 }
 _SECONDS = re.compile("[0-9]{1,7}")

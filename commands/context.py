@@ -241,6 +241,21 @@ def create_with_secret(
     return answer
 
 
+class ProfileName(click.ParamType[str]):
+    """The name of a certificate profile."""
+
+    name = "name"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name; others cannot be in a path."""
+        if not re.fullmatch("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
+            self.fail("use 1 to 63 lower-case letters, digits and inner hyphens.", param, ctx)
+        return value
+
+
+PROFILE = click.option(
+    "--profile", type=ProfileName(), metavar="NAME", help="Certificate profile; see portal profile list."
+)
 YES = click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
 
 

@@ -14,7 +14,16 @@ from typing import Any
 
 import click
 
-from commands.context import DEVICE_ID, Remote, command, metadata_from, option_group, paging_options, topics_from
+from commands.context import (
+    DEVICE_ID,
+    PROFILE,
+    Remote,
+    command,
+    metadata_from,
+    option_group,
+    paging_options,
+    topics_from,
+)
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
 from commands.files import defused, whole_file
@@ -23,7 +32,7 @@ from commands.output import Cell, ago, date_of, moment, state, status_of, text
 STATUSES = ("pending", "active", "suspended", "revoked")
 COLUMNS = (
     "device_id", "external_id", "name", "type", "location", "firmware", "status", "created_at", "updated_at",
-    "expires_at", "revoked_at", "revocation_reason", "connected", "connected_since", "last_seen",
+    "expires_at", "revoked_at", "revocation_reason", "profile", "connected", "connected_since", "last_seen",
 )  # fmt: skip
 
 
@@ -230,6 +239,7 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
 @click.option("--no-metadata", is_flag=True, help="Remove all metadata.")
 @click.option("--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces all topics. Repeatable.")
 @click.option("--default-topics", is_flag=True, help="Restore the default topics.")
+@PROFILE
 @click.option("--free-external-id", is_flag=True, help="Free the external id of a revoked device for its successor.")
 def update(
     portal: Remote,
@@ -242,7 +252,11 @@ def update(
     free_external_id: bool,
     **values: str | None,
 ) -> None:
-    """Change a device's description or topics."""
+    """Change a device's description or topics.
+
+    A new profile, and new values that names in the certificate are made of, count from the next certificate on: see
+    portal renew.
+    """
     if metadata and no_metadata:
         raise click.UsageError("Use either --metadata or --no-metadata.")
     if topics and default_topics:

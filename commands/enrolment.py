@@ -11,6 +11,7 @@ import click
 
 from commands.context import (
     DEVICE_ID,
+    PROFILE,
     YES,
     Remote,
     command,
@@ -30,7 +31,16 @@ from commands.registration import KEY_TYPES
 
 ENROLMENT_TOKEN_ID = short_id("portal enrolment list")
 MANUFACTURER_ID = short_id("portal manufacturer list")
-PROFILE_FIELDS = ("type", "location", "firmware", "name_template", "validity_days", "approval", "repeated_serial")
+PROFILE_FIELDS = (
+    "type",
+    "location",
+    "firmware",
+    "name_template",
+    "profile",
+    "validity_days",
+    "approval",
+    "repeated_serial",
+)
 
 # The enrolment profile: what is recorded of a device that enrols, and which certificate it gets.
 profile_options = option_group(
@@ -48,6 +58,7 @@ profile_options = option_group(
     click.option(
         "--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity of their certificates."
     ),
+    PROFILE,
     click.option(
         "--approval", type=click.Choice(("at_once", "operator")), help="Who approves a device.  [default: at_once]"
     ),
@@ -300,9 +311,10 @@ def _show_manufacturer(portal: Remote, answer: dict[str, Any], *, done: str = ""
 @click.option(
     "--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces the default topics. Repeatable."
 )
-def expect(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: str) -> None:
+@PROFILE
+def expect(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: str | None) -> None:
     """Add a device that will enrol by itself later."""
-    body: dict[str, Any] = {**options, "metadata": metadata_from(metadata)}
+    body: dict[str, Any] = {**_given(options), "metadata": metadata_from(metadata)}
     if topics:
         body["topics"] = topics_from(topics)
     # Not repeated if the connection breaks: that would create a second device.

@@ -16,7 +16,7 @@ from commands.import_cells import open_text, read_cells
 from commands.registration import KEY_TYPES
 
 REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # maximum number of characters
-OPTIONAL = {"external_id": 128, "csr": 16384, "bundle_password": 128}
+OPTIONAL = {"external_id": 128, "csr": 16384, "bundle_password": 128, "profile": 63}
 JSON_COLUMNS = ("metadata", "topics")
 FIELDS = (*REQUIRED, *OPTIONAL, *JSON_COLUMNS, "key_type", "validity_days", "bundle_format")
 MAX_ROW = 128 * 1024  # bytes
@@ -53,6 +53,8 @@ class ExternalIds:
         if own:
             return str(own)
         said = [self._batch, *(row.values.get(name) for name in IDENTITY)]
+        if row.values.get("profile") not in (None, "default"):
+            said.append(row.values["profile"])  # else as before there were profiles: an import can be repeated still
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:16]
         self._seen[digest] += 1
         return f"import-{digest.hex()}-{self._seen[digest]}"

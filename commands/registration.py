@@ -30,6 +30,7 @@ from commands.bundle import (
 from commands.client import check_link, new_idempotency_key
 from commands.context import (
     DEVICE_ID,
+    PROFILE,
     Remote,
     check_secret_seen,
     command,
@@ -115,6 +116,7 @@ issuing_options = option_group(
     multiple=True,
     help="MQTT topic filter, and read, write or readwrite; {id} is replaced by the device id. Repeatable.",
 )
+@PROFILE
 @issuing_options
 def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: Any) -> None:
     """Register a device: certificate, topics, credential bundle.

@@ -9,7 +9,7 @@
         CsrInvalid
           KeyRefused
             KeyCompromised
-        TopicRefused  ManufacturerInvalid  ProofInvalid
+        TopicRefused  ManufacturerInvalid  ProofInvalid  ProfileInvalid  ProfileRefused
       BodyTooLarge                        413
         RowTooLong  TooManyRows
       BodyTooSlow                         408
@@ -23,6 +23,7 @@
         DeviceNotFound  ApplicationNotFound  LinkUnknown
       Conflict                            409
         StateConflict  ExternalIdTaken  IdempotencyConflict  KeyInUse  LastAdminToken  GuardNeeded
+        NameInUse  ProfileInUse
       Gone                                410
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
@@ -105,6 +106,18 @@ class TopicRefused(InputInvalid):
     """A topic filter is malformed or covers topics of other devices."""
 
     code = "topic_refused"
+
+
+class ProfileInvalid(InputInvalid):
+    """A certificate profile has values by which no certificate could be issued."""
+
+    code = "profile_invalid"
+
+
+class ProfileRefused(InputInvalid):
+    """The certificate profile does not exist, or does not allow what was asked for."""
+
+    code = "profile_refused"
 
 
 class ManufacturerInvalid(InputInvalid):
@@ -245,6 +258,18 @@ class KeyInUse(Conflict):
     """The public key is that of another device, which is not revoked."""
 
     code = "key_in_use"
+
+
+class NameInUse(Conflict):
+    """The DNS name or address is in a certificate of another device, which is valid."""
+
+    code = "name_in_use"
+
+
+class ProfileInUse(Conflict):
+    """The certificate profile is that of devices, enrolment tokens or manufacturers, or its name is taken."""
+
+    code = "profile_in_use"
 
 
 class IdempotencyConflict(Conflict):

@@ -24,6 +24,7 @@ class Permission(StrEnum):
     TOKENS = "tokens"
     WEBHOOKS = "webhooks"
     APPLICATIONS = "applications"
+    PROFILES = "profiles"
 
 
 # By role. A client without a token has a role that is not in ``Role``, and no permission.

@@ -46,6 +46,7 @@ from workflows.enrolment.manufacturers import Manufacturers
 from workflows.enrolment.reenrolment import Reenrolments
 from workflows.operators import Operators, new_token
 from workflows.presence import PresenceFollower
+from workflows.profiles import CertificateProfiles
 from workflows.reconciliation import Reconciler
 from workflows.registration import Registrations
 from workflows.renewal import Renewals
@@ -92,6 +93,7 @@ class Portal:
     revocations: DeviceRevocations
     renewals: Renewals
     clients: Clients
+    profiles: CertificateProfiles
     enrolment: Enrolments
     enrolment_tokens: EnrolmentTokens
     manufacturers: Manufacturers
@@ -206,6 +208,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         revocations=DeviceRevocations(database, reconciler, clock),
         renewals=Renewals(settings, database, reconciler, credentials, answers, clock),
         clients=clients,
+        profiles=CertificateProfiles(database, clock),
         enrolment=_enrolments(base, credentials),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from core.errors import CaKeyUnavailable, InputInvalid, IssuerUnusable, SettingInvalid
 from pki.algorithms import PrivateKey, check_public_key, public_key_der, signature_hash
@@ -25,9 +25,10 @@ from pki.algorithms import PrivateKey, check_public_key, public_key_der, signatu
 CLOCK_SKEW = timedelta(hours=1)
 
 COMMON_NAME_LIMIT = 64  # characters: ub-common-name of RFC 5280 appendix A.1
+MAX_DNS_NAME = 253  # characters (RFC 1035 section 2.3.4, as text)
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_DNS_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+DNS_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _URL = re.compile(r"https?://[!-~]+")
 SERIAL_BITS = 159  # with the sign bit, 20 bytes: the most that RFC 5280 §4.1.2.2 allows
 _ISSUER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -73,6 +74,7 @@ class Issuer:
     signature_hash: hashes.SHA256 | hashes.SHA384 | None = field(init=False, repr=False, compare=False)
     not_before: datetime = field(init=False, compare=False)
     not_after: datetime = field(init=False, compare=False)
+    has_name_constraints: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not _ISSUER_NAME.fullmatch(self.name):
@@ -84,6 +86,7 @@ class Issuer:
             "signature_hash": signature_hash(public_key),
             "not_before": self.certificate.not_valid_before_utc,
             "not_after": self.certificate.not_valid_after_utc,
+            "has_name_constraints": _has_name_constraints(self.certificate),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -114,6 +117,10 @@ def _authority_key_identifier(name: str, certificate: x509.Certificate) -> Exten
     return extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(key_identifier))
 
 
+def _has_name_constraints(certificate: x509.Certificate) -> bool:
+    return any(item.oid == ExtensionOID.NAME_CONSTRAINTS for item in certificate.extensions)
+
+
 def whole_second(moment: datetime) -> datetime:
     """Return a time in UTC cut to whole seconds, as in certificates and CRLs; raises ``ValueError`` for a naive one."""
     if moment.tzinfo is None:
@@ -139,6 +146,28 @@ class Profile:
     subject: x509.Name
     extensions: tuple[Extension, ...]
     revocation: RevocationInfo = RevocationInfo.CRL_AND_OCSP
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceContents:
+    """What a device's certificate holds beside its UUID: names, and attributes that come before the CN in its subject.
+
+    All of it was checked before (``pki/profiles.py``); ``dns_names`` are in lower case.
+    """
+
+    server_auth: bool = False
+    dns_names: tuple[str, ...] = ()
+    ip_addresses: tuple[str, ...] = ()
+    subject: tuple[tuple[x509.ObjectIdentifier, str], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that no other device has."""
+        return self.dns_names + self.ip_addresses
+
+
+ONLY_UUID = DeviceContents()
+_BESIDE_COMMON_NAME = frozenset({NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.SERIAL_NUMBER})
 
 
 def _key_usage(*, digital_signature: bool = False, ca: bool = False) -> Extension:
@@ -174,6 +203,10 @@ _END_ENTITY = (
     _key_usage(digital_signature=True),  # for RSA, too: in TLS with forward secrecy a key only signs
 )
 _DEVICE = (*_END_ENTITY, extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])))
+_DEVICE_AND_SERVER = (
+    *_END_ENTITY,
+    extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])),
+)
 _SERVER = (*_END_ENTITY, extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])))
 _RESPONDER = (
     *_END_ENTITY,
@@ -196,12 +229,25 @@ def issuing_profile(common_name: str) -> Profile:
     return Profile(_ca_subject(common_name), _ISSUING, RevocationInfo.CRL)
 
 
-def device_profile(device_id: str) -> Profile:
-    """Return the profile of a TLS client named by its UUID, in lower case, as CN and as urn:uuid (RFC 9562 §4)."""
+def device_profile(device_id: str, contents: DeviceContents = ONLY_UUID) -> Profile:
+    """Return the profile of a TLS client named by its UUID, in lower case, as CN and as urn:uuid (RFC 9562 §4).
+
+    The CN is the one attribute of its kind, whatever ``contents`` has: the broker knows the device by it.
+    """
     if not _UUID.fullmatch(device_id):
         raise InputInvalid("The device id must be a UUID in lower-case text.")
-    san = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"urn:uuid:{device_id}")])
-    return Profile(_subject(device_id), (*_DEVICE, extension(san)))
+    if any(oid not in _BESIDE_COMMON_NAME for oid, _ in contents.subject):
+        raise ValueError("a device's subject has O, OU, serialNumber and its CN only")
+    attributes = [x509.NameAttribute(oid, value) for oid, value in contents.subject]
+    subject = x509.Name([*attributes, x509.NameAttribute(NameOID.COMMON_NAME, device_id)])
+    san = x509.SubjectAlternativeName(
+        [
+            x509.UniformResourceIdentifier(f"urn:uuid:{device_id}"),
+            *map(x509.DNSName, contents.dns_names),
+            *(x509.IPAddress(ipaddress.ip_address(address)) for address in contents.ip_addresses),
+        ]
+    )
+    return Profile(subject, (*(_DEVICE_AND_SERVER if contents.server_auth else _DEVICE), extension(san)))
 
 
 def server_profile(names: Sequence[str]) -> Profile:
@@ -258,6 +304,6 @@ def _server_name(name: str) -> x509.GeneralName:
             raise SettingInvalid(f"{name!r} has a zone; a server certificate can only hold the address without it.")
         return x509.IPAddress(address)
     labels = name.removeprefix("*.").split(".")
-    if len(name) > 253 or labels[-1].isdigit() or not all(_DNS_LABEL.fullmatch(label) for label in labels):
+    if len(name) > MAX_DNS_NAME or labels[-1].isdigit() or not all(DNS_LABEL.fullmatch(label) for label in labels):
         raise SettingInvalid(f"{name!r} cannot be in a server certificate; it must be a DNS name or an IP address.")
     return x509.DNSName(name)

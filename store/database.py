@@ -97,9 +97,13 @@ def hash_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def columns_of(record: type, table: type[Base]) -> tuple[Any, ...]:
-    """Return the columns that have the names of the fields of a record, a dataclass, in their order."""
-    return tuple(table.__table__.c[field.name] for field in dataclasses.fields(record))
+def columns_of(record: type, table: type[Base], **derived: sa.ColumnElement[Any]) -> tuple[Any, ...]:
+    """Return the columns that have the names of the fields of a record, a dataclass, in their order.
+
+    ``derived`` are expressions for fields without a column.
+    """
+    names = [field.name for field in dataclasses.fields(record)]
+    return tuple(derived[name] if name in derived else table.__table__.c[name] for name in names)
 
 
 # --- Transactions ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from core.topics import is_device_id
 from store.certificates import CURRENT, IS_APPLICATION, OF_DEVICE, of_device
 from store.database import columns_of
 from store.presences import PresenceRecord
+from store.profiles import name_of
 from store.tables import AclEntry, Certificate, Device, IssuerRow, Presence
 
 
@@ -40,6 +41,7 @@ class DeviceRecord:
     generation: int
     former_external_id: str | None
     kind: ClientKind
+    profile: str  # the name of its certificate profile
 
     @property
     def name_in_audit(self) -> str:
@@ -47,7 +49,7 @@ class DeviceRecord:
         return f"{self.kind}:{self.id}"
 
 
-DEVICE_COLUMNS = columns_of(DeviceRecord, Device)
+DEVICE_COLUMNS = columns_of(DeviceRecord, Device, profile=name_of(Device.profile_id))
 
 
 # Statements are built once where a request that is to be quick runs them: that takes longer than to run them.

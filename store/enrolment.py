@@ -15,6 +15,7 @@ from core.errors import NotFound, StateConflict
 from core.states import Approval, DeviceStatus, EnrolmentStatus, ManufacturerStatus, RepeatedSerial
 from store.database import columns_of, hash_of
 from store.enrolment_tables import EnrolmentRow, EnrolmentToken, FactoryKey, Manufacturer, ReenrolmentRow
+from store.profiles import DEFAULT, hold_profile, name_of
 from store.tables import Device
 
 
@@ -23,8 +24,8 @@ class EnrolmentProfile:
     """The data that a device is registered with when it enrols, and the conditions for it.
 
     ``name_template`` is its name with ``{number}`` and ``{serial}`` to be filled in; ``approval`` is ``at_once`` or
-    ``operator``; ``validity_days`` is ``None`` for what the settings say; ``repeated_serial`` says what becomes of a
-    device with another key whose serial number has enrolled before.
+    ``operator``; ``validity_days`` is ``None`` for what the certificate profile says, which is given by its name;
+    ``repeated_serial`` says what becomes of a device with another key whose serial number has enrolled before.
     """
 
     type: str
@@ -35,6 +36,7 @@ class EnrolmentProfile:
     validity_days: int | None
     approval: Approval
     repeated_serial: RepeatedSerial
+    certificate_profile: str = DEFAULT
 
 
 _PROFILE_FIELDS = len(dataclasses.fields(EnrolmentProfile))
@@ -44,7 +46,11 @@ Record = TypeVar("Record", "EnrolmentTokenRecord", "ManufacturerRecord")
 def _columns(record: type[Record], table: type[EnrolmentToken | Manufacturer]) -> tuple[Any, ...]:
     """Return the columns of a record, with those of its profile, its last field, at the end."""
     names = [field.name for part in (record, EnrolmentProfile) for field in dataclasses.fields(part)]
-    return tuple(table.__table__.c[name] for name in names if name != "profile")
+    return tuple(
+        name_of(table.profile_id) if name == "certificate_profile" else table.__table__.c[name]
+        for name in names
+        if name != "profile"
+    )
 
 
 def _record(kind: type[Record], row: Sequence[Any]) -> Record:
@@ -55,11 +61,18 @@ def _record(kind: type[Record], row: Sequence[Any]) -> Record:
     return kind(*values)
 
 
-def _values(record: EnrolmentTokenRecord | ManufacturerRecord) -> dict[str, Any]:
-    """Return such columns with their values."""
+def _values(tx: Connection, record: EnrolmentTokenRecord | ManufacturerRecord) -> dict[str, Any]:
+    """Return such columns with their values; raises ``ProfileRefused``."""
     values = dataclasses.asdict(record)
     profile: dict[str, Any] = values.pop("profile")
-    return {**values, **profile}
+    return _with_profile_id(tx, record.tenant_id, {**values, **profile})
+
+
+def _with_profile_id(tx: Connection, tenant_id: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with the id of a certificate profile in place of its name."""
+    if "certificate_profile" in values:
+        values["profile_id"] = hold_profile(tx, tenant_id, values.pop("certificate_profile"))
+    return values
 
 
 # --- Tokens ----------------------------------------------------------------------------------------------------------
@@ -89,8 +102,8 @@ _TOKEN_COLUMNS = _columns(EnrolmentTokenRecord, EnrolmentToken)
 
 
 def add_enrolment_token(tx: Connection, record: EnrolmentTokenRecord, *, secret: str) -> None:
-    """Record a token with the hash of its secret."""
-    tx.execute(sa.insert(EnrolmentToken), _values(record) | {"secret_hash": hash_of(secret)})
+    """Record a token with the hash of its secret; raises ``ProfileRefused`` for a profile that does not exist."""
+    tx.execute(sa.insert(EnrolmentToken), _values(tx, record) | {"secret_hash": hash_of(secret)})
 
 
 def find_enrolment_token(tx: Connection, secret: str) -> EnrolmentTokenRecord | None:
@@ -177,8 +190,8 @@ _MANUFACTURER_COLUMNS = _columns(ManufacturerRecord, Manufacturer)
 
 
 def add_manufacturer(tx: Connection, record: ManufacturerRecord) -> None:
-    """Record a manufacturer; a unique index refuses a second one with the same CA."""
-    tx.execute(sa.insert(Manufacturer), _values(record))
+    """Record a manufacturer; a unique index refuses a second one with the same CA. Raises ``ProfileRefused``."""
+    tx.execute(sa.insert(Manufacturer), _values(tx, record))
 
 
 def get_manufacturer(
@@ -194,9 +207,9 @@ def get_manufacturer(
 
 
 def update_manufacturer(tx: Connection, tenant_id: str, manufacturer_id: str, **values: Any) -> None:
-    """Set columns of a manufacturer."""
+    """Set columns of a manufacturer; a ``certificate_profile`` by its name. Raises ``ProfileRefused``."""
     own = (Manufacturer.tenant_id == tenant_id, Manufacturer.id == manufacturer_id)
-    tx.execute(sa.update(Manufacturer).where(*own).values(values))
+    tx.execute(sa.update(Manufacturer).where(*own).values(_with_profile_id(tx, tenant_id, values)))
 
 
 def list_manufacturers(tx: Connection, tenant_id: str) -> Sequence[ManufacturerRecord]:
@@ -229,6 +242,7 @@ class EnrolmentRecord:
     key_fingerprint: str
     status: EnrolmentStatus
     certificate_id: int | None
+    serial: str | None
 
 
 _ENROLMENT_COLUMNS = columns_of(EnrolmentRecord, EnrolmentRow)

@@ -27,6 +27,8 @@ class _Profile:
     validity_days: Mapped[int | None]
     approval: Mapped[states.Approval]
     repeated_serial: Mapped[states.RepeatedSerial] = mapped_column(server_default="new_device")
+    # The certificate profile of the devices; ``NULL`` for the default one.
+    profile_id: Mapped[str | None] = mapped_column(sa.String(32), sa.ForeignKey("certificate_profiles.id"))
 
 
 class EnrolmentToken(OfTenant, _Profile, Base):
@@ -133,6 +135,8 @@ class EnrolmentRow(OfTenant, Base):
     decided_at: Mapped[datetime | None]
     certificate_id: Mapped[int | None] = mapped_column(sa.ForeignKey("certificates.id"))
     serial_hash: Mapped[str | None] = mapped_column(sa.String(64))
+    # The serial number in the CSR or factory certificate, if it has one that is not longer.
+    serial: Mapped[str | None] = mapped_column(sa.String(64))
 
 
 class FactoryKey(Base):

@@ -16,11 +16,14 @@ from core.broker_control import AclStyle, ControlKind
 from core.errors import GuardNeeded
 from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, check_application_topics, check_topics, default_topics
-from store import audit, deliveries, keys
+from pki.profiles import DEFAULT
+from store import audit, deliveries, keys, names
 from store.audit import Actor
 from store.deliveries import NewDelivery
 from store.devices import update_device
 from store.keys import KeyClaim
+from store.names import NameClaim
+from store.profiles import hold_profile
 from workflows import events
 from workflows.credentials import DeviceRequest, IssuedCredentials
 from workflows.events import EventType
@@ -79,13 +82,15 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
         # audit head.
         audit.lock_audit_head(tx, actor.tenant_id)
     new: list[db.NewDevice] = []
+    profile_ids = _held_profiles(tx, actor.tenant_id, [admission.request for admission in admissions])
     for admission, is_new_there in zip(admissions, must_learn, strict=True):
         device_id, since = admission.credentials.device_id, generation if is_new_there else 0
         if admission.request is None:
             values = {"status": DeviceStatus.ACTIVE, "generation": since, "updated_at": now}
             update_device(tx, actor.tenant_id, device_id, values)
         else:
-            row = _new_device(actor.tenant_id, device_id, admission.request, admission.topics, now)
+            profile_id = profile_ids.get(admission.request.profile)
+            row = _new_device(actor.tenant_id, device_id, admission.request, admission.topics, profile_id, now)
             new.append({**row, "status": DeviceStatus.ACTIVE, "generation": since})
     db.add_devices(tx, new)
     return Admitted(generation, record_issuances(tx, actor, admissions, now=now))
@@ -100,20 +105,24 @@ def add_pending(
     *,
     now: datetime,
 ) -> None:
-    """Add a device that has no certificate yet; ``admit`` makes it active later."""
-    db.add_devices(tx, [_new_device(tenant_id, device_id, request, topics, now)])
+    """Add a device that has no certificate yet; ``admit`` makes it active later. Raises ``ProfileRefused``."""
+    profile_id = hold_profile(tx, tenant_id, request.profile)
+    db.add_devices(tx, [_new_device(tenant_id, device_id, request, topics, profile_id, now)])
 
 
 def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance], *, now: datetime) -> Sequence[int]:
     """Write certificate, bundle, event and audit entry of each; returns the row ids of the certificates.
 
     Call it late in a transaction: from here on others wait for the audit record. Raises ``KeyCompromised``,
-    ``KeyInUse``.
+    ``KeyInUse``, ``NameInUse``.
     """
     of_devices = [issuance.credentials for issuance in issuances]
     keys.claim_keys(tx, actor.tenant_id, [key_claim(credentials) for credentials in of_devices])
     certificates = [_new_certificate(actor.tenant_id, credentials) for credentials in of_devices]
     ids = db.add_certificates(tx, certificates)
+    claims = [(name_claim(one), row_id) for one, row_id in zip(of_devices, ids, strict=True) if one.names]
+    if claims:
+        names.claim_names(tx, actor.tenant_id, claims, now=now)
     deliveries.add_deliveries(
         tx,
         [
@@ -129,7 +138,7 @@ def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance]
         (
             issuance.action,
             f"{issuance.kind}:{issuance.credentials.device_id}",
-            {"serial_number": issuance.credentials.serial_number, **issuance.detail},
+            {"serial_number": issuance.credentials.serial_number, **issuance.detail, **_of_profile(issuance)},
         )
         for issuance in issuances
     ]
@@ -140,6 +149,27 @@ def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance]
 def key_claim(credentials: IssuedCredentials) -> KeyClaim:
     """Return the key of new credentials as one to be recorded."""
     return KeyClaim(credentials.key_fingerprint, credentials.device_id, is_new=not credentials.is_for_csr)
+
+
+def name_claim(credentials: IssuedCredentials) -> NameClaim:
+    """Return the names in a new certificate as those to be claimed for its device."""
+    return NameClaim(credentials.device_id, credentials.names)
+
+
+def _of_profile(issuance: Issuance) -> dict[str, Any]:
+    """Return what the audit entry says of a certificate that was not issued under the default profile."""
+    credentials = issuance.credentials
+    if credentials.profile == DEFAULT:
+        return {}
+    return {"profile": credentials.profile, **({"names": list(credentials.names)} if credentials.names else {})}
+
+
+def _held_profiles(
+    tx: Connection, tenant_id: str, requests: Sequence[DeviceRequest | None]
+) -> Mapping[str | None, str | None]:
+    """Return the ids of the profiles of new devices, which are not removed before the transaction ends, by name."""
+    wanted = {request.profile for request in requests if request is not None and request.profile is not None}
+    return {name: hold_profile(tx, tenant_id, name) for name in sorted(wanted)}
 
 
 def checked_topics(
@@ -177,6 +207,7 @@ def _new_device(
     device_id: str,
     request: DeviceRequest,
     topics: Sequence[Topic] | None,
+    profile_id: str | None,
     now: datetime,
 ) -> db.NewDevice:
     """Return the row of a pending device."""
@@ -185,6 +216,7 @@ def _new_device(
         "device_id": device_id,
         "external_id": request.external_id,
         "kind": request.kind,
+        "profile_id": profile_id,
         "name": request.name,
         "type": request.type,
         "location": request.location,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import ca
 import credential_delivery
@@ -20,6 +22,8 @@ from delivery.formats import BundleFormat
 from pki import est
 from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem, public_key_fingerprint
 from pki.csr import Csr
+from pki.issuers import ONLY_UUID, DeviceContents
+from pki.profiles import DEFAULT, CertificateTerms
 from workflows.authority.issuers import Authority
 
 
@@ -41,7 +45,8 @@ class CredentialRequest:
 class DeviceRequest(CredentialRequest):
     """A device to be added, with the credentials it is to have; ``topics`` are pairs of filter and access.
 
-    An application, by its ``kind``, has a name and topics only.
+    ``profile`` is the name of its certificate profile, ``None`` for the default one. An application, by its ``kind``,
+    has a name and topics only.
     """
 
     name: str
@@ -52,6 +57,7 @@ class DeviceRequest(CredentialRequest):
     topics: Sequence[tuple[str, str]] | None = None
     external_id: str | None = None
     kind: ClientKind = ClientKind.DEVICE
+    profile: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,8 @@ class IssuedCredentials:
     """A certificate with its chain, PEM, and the key that was made for it, if any; it is in no database yet.
 
     Record it before it is released (``workflows/admission.py``). A new key is in the ``bundle``; ``key`` (PKCS#8, DER)
-    is one that is handed over at once and kept nowhere. It can be sent from one process to another.
+    is one that is handed over at once and kept nowhere. ``names`` are those that no other device may have, ``profile``
+    is what they are from. It can be sent from one process to another.
     """
 
     device_id: str
@@ -87,6 +94,8 @@ class IssuedCredentials:
     chain: str = field(repr=False)
     bundle: EncryptedBundle | None = None
     key: bytes | None = field(default=None, repr=False)
+    profile: str = DEFAULT
+    names: tuple[str, ...] = ()
 
     @property
     def is_for_csr(self) -> bool:
@@ -142,6 +151,21 @@ class CredentialAnswer:
 _TIMES = frozenset({"issued_at", "expires_at", "download_expires_at", "previous_valid_until"})
 
 
+def own_names(settings: Settings) -> frozenset[str]:
+    """Return the names and addresses of the portal and the broker, in lower case, which no device's certificate has."""
+    hosts = [urlsplit(settings.pki_url).hostname or "", settings.bind.host, settings.pki_bind.host, settings.mqtt_bind]
+    hosts += [address.host for address in settings.probe_addresses]
+    names = (*settings.server_names, *settings.broker_names, *hosts, "localhost")
+    return frozenset(_in_one_form(name) for name in names if name)
+
+
+def _in_one_form(name: str) -> str:
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name.lower().rstrip(".")
+
+
 class CredentialIssuer:
     """Issues the credentials of every device, whichever way it comes; touches no database."""
 
@@ -150,46 +174,89 @@ class CredentialIssuer:
         self._authority = authority
         self._link_keys = link_keys
         self._default_topics = default_topics(settings.topic_prefix)
+        self._own_names = own_names(settings)
 
     def issue(
-        self, device_id: str, request: CredentialRequest, topics: Sequence[Topic] | None, *, now: datetime
+        self,
+        device_id: str,
+        request: CredentialRequest,
+        topics: Sequence[Topic] | None,
+        *,
+        now: datetime,
+        terms: CertificateTerms | None = None,
     ) -> IssuedCredentials:
         """Sign a certificate for the key of the CSR, or for a new key that goes into an encrypted bundle.
 
-        ``topics`` are the device's own, ``None`` the default ones. Raises ``InputInvalid`` (``CsrInvalid``,
-        ``KeyRefused``), ``IssuerUnusable``, ``SignatureCheckFailed``.
+        ``topics`` are the device's own, ``None`` the default ones; ``terms`` its certificate profile, ``None`` the
+        default one. Raises ``InputInvalid`` (``CsrInvalid``, ``KeyRefused``, ``ProfileRefused``), ``IssuerUnusable``,
+        ``SignatureCheckFailed``.
         """
+        days, contents = self.check(request, terms)
         if request.csr is None:
-            key = ca.generate_keypair(KeyType(request.key_type or self._settings.key_type))
-            issued = self._certify(device_id, key.public_key(), request.validity_days, now)
+            key = ca.generate_keypair(KeyType(self._key_type(request.key_type, terms)))
+            issued = self._certify(device_id, key.public_key(), days, contents, terms, now)
             return dataclasses.replace(issued, bundle=self._bundle(key, issued, topics, request, now))
-        if request.key_type or request.bundle_password or request.bundle_format:
+        return self._certify(device_id, request.csr.public_key, days, contents, terms, now)
+
+    def issue_with_key(
+        self,
+        device_id: str,
+        key_type: str,
+        validity_days: int | None,
+        *,
+        now: datetime,
+        terms: CertificateTerms | None = None,
+    ) -> IssuedCredentials:
+        """Make a new key and sign its certificate, for a device that waits for both.
+
+        The key is of ``key_type``, or of the first kind of the certificate profile that does not allow that. Raises
+        ``ProfileRefused``, ``IssuerUnusable``, ``SignatureCheckFailed``.
+        """
+        days, contents = self.check(CredentialRequest(validity_days=validity_days), terms)
+        key = ca.generate_keypair(KeyType(key_type if terms is None else terms.usual_key(key_type)))
+        issued = self._certify(device_id, key.public_key(), days, contents, terms, now)
+        return dataclasses.replace(issued, key=est.pkcs8(key))
+
+    def check(self, request: CredentialRequest, terms: CertificateTerms | None) -> tuple[int, DeviceContents]:
+        """Return for how many days a certificate would be valid, and what it would hold; makes nothing.
+
+        Raises ``InputInvalid`` (``ProfileRefused``) if it would not be issued.
+        """
+        if request.csr is not None and (request.key_type or request.bundle_password or request.bundle_format):
             raise InputInvalid(
                 "With a csr the device has its own key: leave out key_type, bundle_password and bundle_format.",
                 [FieldProblem("csr", "goes with neither key_type nor bundle_password nor bundle_format")],
             )
-        return self._certify(device_id, request.csr.public_key, request.validity_days, now)
+        if terms is None:
+            return request.validity_days or self._settings.device_days, ONLY_UUID
+        if request.csr is not None:
+            terms.check_key(request.csr.key_type, of_csr=True)
+        elif request.key_type is not None:
+            terms.check_key(request.key_type)
+        return terms.days(request.validity_days, self._settings.device_days), terms.contents(self._own_names)
 
-    def issue_with_key(
-        self, device_id: str, key_type: str, validity_days: int | None, *, now: datetime
+    def _key_type(self, wanted: str | None, terms: CertificateTerms | None) -> str:
+        usual = wanted or self._settings.key_type
+        return usual if terms is None else terms.usual_key(usual)
+
+    def _certify(
+        self,
+        device_id: str,
+        key: PublicKey,
+        days: int,
+        contents: DeviceContents,
+        terms: CertificateTerms | None,
+        now: datetime,
     ) -> IssuedCredentials:
-        """Make a new key of ``key_type`` and sign its certificate, for a device that waits for both.
-
-        Raises ``IssuerUnusable``, ``SignatureCheckFailed``.
-        """
-        key = ca.generate_keypair(KeyType(key_type))
-        issued = self._certify(device_id, key.public_key(), validity_days, now)
-        return dataclasses.replace(issued, key=est.pkcs8(key))
-
-    def _certify(self, device_id: str, key: PublicKey, validity_days: int | None, now: datetime) -> IssuedCredentials:
         signer = self._authority.issuing
         certificate = ca.sign_certificate(
             signer.issuer,
             key,
             device_id=device_id,
             now=now,
-            days=validity_days or self._settings.device_days,
+            days=days,
             pki_url=self._settings.pki_url,
+            contents=contents,
         )
         return IssuedCredentials(
             device_id=device_id,
@@ -203,6 +270,8 @@ class CredentialIssuer:
             issued_at=now,
             certificate=certificate.pem,
             chain=signer.chain_pem(certificate.pem),
+            profile=DEFAULT if terms is None else terms.profile.name,
+            names=contents.names,
         )
 
     def _bundle(

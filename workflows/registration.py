@@ -21,14 +21,17 @@ from core.errors import ExternalIdTaken, StateConflict
 from core.failpoints import failpoint
 from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, default_topics, reads_less
+from pki.profiles import CertificateTerms
 from store import audit
 from store.audit import Actor
 from store.database import Database
 from store.devices import device_topics, owner_of, update_device
+from store.profiles import hold_profile
 from workflows.admission import Admission, admit, checked_topics
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
+from workflows.profiles import find_profiles, terms_of
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.registrations")
@@ -59,8 +62,8 @@ class Registrations:
     def register(self, actor: Actor, request: DeviceRequest, idempotency_key: str | None = None) -> Registered:
         """Register a device or an application; requests with one ``idempotency_key`` within 24 hours register one.
 
-        Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``), ``IdempotencyConflict``, ``ExternalIdTaken``,
-        ``GuardNeeded``, ``Unavailable``.
+        Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``, ``ProfileRefused``), ``IdempotencyConflict``,
+        ``ExternalIdTaken``, ``NameInUse``, ``GuardNeeded``, ``Unavailable``.
         """
         try:
             if idempotency_key:
@@ -98,7 +101,9 @@ class Registrations:
         now = self._clock()
         device_id = db.new_device_id(now)
         topics = checked_topics(self._settings, request.topics, device_id, kind=request.kind)
-        issued = self._credentials.issue(device_id, request, topics, now=now)
+        issued = self._credentials.issue(
+            device_id, request, topics, now=now, terms=self._terms(actor, device_id, request)
+        )
         with_csr = issued.bundle is None
         answer = Registered.of(issued, issued_at=now, name=request.name, status=DeviceStatus.ACTIVE)
         admission = Admission(
@@ -125,6 +130,13 @@ class Registrations:
         metrics.counts.registrations.labels("device" if with_csr else "portal").inc()
         failpoint("register.after_commit")
         return answer, generation
+
+    def _terms(self, actor: Actor, device_id: str, request: DeviceRequest) -> CertificateTerms | None:
+        if request.profile is None:
+            return None
+        with self._database.snapshot() as tx:
+            profiles = find_profiles(tx, actor.tenant_id, [request.profile])
+        return terms_of(profiles, request.profile, device_id, request)
 
     # --- Update
 
@@ -156,8 +168,9 @@ class Registrations:
     ) -> None:
         """Change what is known of a device or application; ``topics`` as in a registration, left out to keep them.
 
-        Raises ``DeviceNotFound``, ``ApplicationNotFound``, ``StateConflict`` for one that is revoked, ``TopicRefused``,
-        ``GuardNeeded``.
+        A ``profile``, by its name, counts from the next certificate on, as do other values that are in it. Raises
+        ``DeviceNotFound``, ``ApplicationNotFound``, ``StateConflict`` for one that is revoked, ``TopicRefused``,
+        ``ProfileRefused``, ``GuardNeeded``.
         """
         now, checked = self._clock(), None
         if not isinstance(topics, EllipsisType):
@@ -167,14 +180,18 @@ class Registrations:
             device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
             if device.status is DeviceStatus.REVOKED:
                 raise StateConflict(f"The {kind} is revoked, which is final; register it again instead.")
-            update_device(tx, actor.tenant_id, device_id, {**values, "updated_at": now})
+            columns = {name: value for name, value in values.items() if name != "profile"}
+            if "profile" in values:
+                columns["profile_id"] = hold_profile(tx, actor.tenant_id, values["profile"])
+            update_device(tx, actor.tenant_id, device_id, {**columns, "updated_at": now})
             if topics is not ...:
                 generation = db.next_generation(tx, actor.tenant_id, at=now)
                 pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]
                 narrowed = self._reads_less(device_topics(tx, actor.tenant_id, device_id), checked)
                 db.replace_topics(tx, actor.tenant_id, device_id, pairs, generation=generation, narrowed=narrowed)
             changed = sorted(values) + ([] if topics is ... else ["topics"])
-            audit.record(tx, actor, f"{kind}:update", device.name_in_audit, at=now, changed=changed)
+            to = {"profile": values["profile"]} if "profile" in values else {}
+            audit.record(tx, actor, f"{kind}:update", device.name_in_audit, at=now, changed=changed, **to)
         if generation:
             self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
             self._reconciler.wait_for_restart()
@@ -192,4 +209,6 @@ def _canonical(request: DeviceRequest) -> bytes:
         del values["external_id"]  # as in answers kept by a portal that did not know the field
     if values["kind"] == ClientKind.DEVICE:
         del values["kind"]
+    if values["profile"] is None:
+        del values["profile"]
     return json.dumps(values, sort_keys=True, default=list).encode()

@@ -27,6 +27,7 @@ from workflows.admission import Issuance, record_issuances
 from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
+from workflows.profiles import terms_of_device
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.renewals")
@@ -93,9 +94,10 @@ class Renewals:
 
         An operator may renew at any time, an application by its ``kind``. A device or application may by itself in the
         window of the certificate that it has ``shown`` (the SHA-256 of the DER in hex), which need not be its newest:
-        the answer that brought that may have been lost. Raises ``DeviceNotFound``, ``ApplicationNotFound``,
-        ``StateConflict`` if it is not active, has too many certificates or asks too early or too late, ``InputInvalid``
-        (``CsrInvalid``), ``IdempotencyConflict``, ``Unavailable``.
+        the answer that brought that may have been lost. The device's certificate profile counts as it is now. Raises
+        ``DeviceNotFound``, ``ApplicationNotFound``, ``StateConflict`` if it is not active, has too many certificates
+        or asks too early or too late, ``InputInvalid`` (``CsrInvalid``, ``ProfileRefused``), ``NameInUse``,
+        ``IdempotencyConflict``, ``Unavailable``.
         """
         sealed = self._answers.seal(actor, idempotency_key, renewal.canonical(device_id))
         answer, generation = self._answers.once(
@@ -144,13 +146,17 @@ class Renewals:
     ) -> tuple[Renewed, int, bytes | None]:
         now, kind = self._clock(), kind if shown is None else None
         with self._database.snapshot() as tx:
-            self._check(tx, db.get_device(tx, actor.tenant_id, device_id, kind=kind), renewal, now=now, shown=shown)
+            device = db.get_device(tx, actor.tenant_id, device_id, kind=kind)
+            self._check(tx, device, renewal, now=now, shown=shown)
+            terms = terms_of_device(tx, device)
             own = devices.device_topics(tx, actor.tenant_id, device_id)
         topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
         if hand_over:
-            issued = self._credentials.issue_with_key(device_id, renewal.key_type or "", renewal.validity_days, now=now)
+            issued = self._credentials.issue_with_key(
+                device_id, renewal.key_type or "", renewal.validity_days, now=now, terms=terms
+            )
         else:
-            issued = self._credentials.issue(device_id, renewal, topics, now=now)
+            issued = self._credentials.issue(device_id, renewal, topics, now=now, terms=terms)
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
             self._check(tx, device, renewal, now=now, shown=shown)

@@ -19,9 +19,12 @@ from core.roles import Role
 from core.states import PENDING_DELIVERY
 from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
+from pki.profiles import is_own_name
 from store import generations, schema, tenants
+from store.names import living_names
 from store.tables import Delivery
 from workflows.audit import problem_of
+from workflows.credentials import own_names
 
 LOW_BYTES, TOO_LOW_BYTES = 1 << 30, 100 << 20
 LATE = timedelta(minutes=5)
@@ -187,6 +190,21 @@ def links(installation: Installation) -> Finding:
     return well(
         f"{count} bundles wait for their download" + (f", since {oldest:%Y-%m-%d %H:%M} UTC." if count else ".")
     )
+
+
+def device_names(installation: Installation) -> Finding:
+    """Check that no device's certificate has a name of the portal or the broker, whose settings may have changed."""
+    own = own_names(installation.settings)
+    with installation.snapshot() as tx:
+        found = living_names(tx, sorted(own), now=installation.clock())
+    shared = [f"{name} (device {device_id})" for name, device_id in found.items() if is_own_name(name, own)]
+    if shared:
+        return problem(
+            f"Certificates of devices have names of the portal or the broker: {summarize(shared)}.",
+            "If the device may be a TLS server, clients take it for the portal or the broker: revoke these devices, or"
+            " give them other values and renew them with --overlap-hours 0.",
+        )
+    return well("No certificate of a device has a name of the portal or the broker.")
 
 
 def tokens(installation: Installation) -> Finding:

@@ -44,6 +44,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("canaries", network.probe),
     ("generation", data.generation),
     ("links", data.links),
+    ("device names", data.device_names),
     ("tokens", data.tokens),
 )
 

@@ -32,6 +32,7 @@ GROUPS = (
     "audit",
     "enrolment",
     "manufacturer",
+    "profile",
     "token",
     "webhook",
 )  # commands that are named by two words
@@ -126,6 +127,7 @@ EMPTY_LISTS = {  # what each command that prints a table asks for, and says wher
     f"certificates {DEVICE_ID}": (f"/devices/{DEVICE_ID}/certificates", "certificates", "has no certificates."),
     "enrolment list": ("/enrolment-tokens", "enrolment_tokens", "No enrolment tokens yet."),
     "manufacturer list": ("/manufacturers", "manufacturers", "No manufacturers yet."),
+    "profile list": ("/profiles", "profiles", "No certificate profiles."),
     "waiting": ("/enrolments", "enrolments", "No devices wait for approval."),
     "token list": ("/tokens", "tokens", "No operator tokens."),
     "audit list": ("/audit", "entries", "No entries yet."),
@@ -172,7 +174,8 @@ def test_a_list_is_a_table_on_a_terminal_and_lines_in_a_pipe(session: Session, s
     with terminal(session, *command.split(), NO_COLOR="1") as seen:
         assert seen.end() == 0, seen.seen
     titles, *lines = seen.seen.splitlines()
-    first = "time" if command == "audit list" else "serial number" if name == "certificates" else "id"
+    first = {"audit list": "time", "profile list": "name"}.get(command, "id")
+    first = "serial number" if name == "certificates" else first
     assert titles.lower().startswith(first)
     piped = session.run(*command.split()).stdout.splitlines()
     assert len(piped) == 2
@@ -194,6 +197,7 @@ def test_a_column_that_must_be_whole_is_not_cut_by_a_long_one_before_it(session:
 DONE = {"device_id": DEVICE_ID, "status": "active", "broker": "enforced"}
 APPLICATION = {"application_id": DEVICE_ID, "status": "active", "broker": "enforced"}
 MANUFACTURER = {"manufacturer_id": SHORT_ID, "name": "acme", "nonce": "n", "status": "pending"}
+PROFILE = {"name": "tls-server", "key_types": ["ec-p256"], "dns_names": ["{name}.example.com"], "max_days": 90}
 COMMANDS: dict[
     str, tuple[str, str, dict[str, Any] | bytes] | None
 ] = {  # with the answer, where the small portal has none
@@ -241,6 +245,10 @@ COMMANDS: dict[
     f"manufacturer prove {SHORT_ID} --signature {{file}}": ("POST", f"/manufacturers/{SHORT_ID}/proof", MANUFACTURER),
     f"manufacturer update {SHORT_ID} --location x": ("PATCH", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
     f"manufacturer remove {SHORT_ID} --yes": ("DELETE", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
+    "profile show tls-server": ("GET", "/profiles/tls-server", PROFILE),
+    "profile add tls-server --server-auth --dns-name {{name}}.example.com": ("POST", "/profiles", PROFILE),
+    "profile update tls-server --clear max_days": ("PATCH", "/profiles/tls-server", PROFILE),
+    "profile remove tls-server --yes": ("DELETE", "/profiles/tls-server", PROFILE),
     "login": None,
     "logout": None,
     "token create x --role admin --token-out {new}": None,

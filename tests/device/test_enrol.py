@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import base64
+from argparse import Namespace
+from datetime import UTC, datetime
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
+from pki.est import check_same_names, read_enrolment_request
+from pki.issuers import DeviceContents
+from tests.support.ca_hierarchy import make_hierarchy
 from tests.support.deployment import ROOT
 from tests.support.pki import PEM, Authority
 
@@ -45,3 +52,13 @@ def test_white_space_in_the_base64_of_an_answer_is_ignored(enrol: ModuleType) ->
     spaced = base64.encodebytes(der).replace(b"\n", b" \r\n")
     for answer in (base64.b64encode(der), base64.encodebytes(der), spaced):
         assert enrol.certificates(answer) == [certificate.public_bytes(PEM)]
+
+
+@pytest.mark.parametrize("organization", ["ACME", "A/C+M=E, Inc.", "Pümpen \\ & Söhne"])
+def test_a_renewal_is_asked_for_under_the_whole_subject(enrol: ModuleType, tmp_path: Path, organization: str) -> None:
+    attributes = ((x509.NameOID.ORGANIZATION_NAME, organization), (x509.NameOID.SERIAL_NUMBER, "line-4/000217"))
+    issued = make_hierarchy(datetime.now(UTC)).device(contents=DeviceContents(subject=attributes))
+    (tmp_path / "current").mkdir()
+    (tmp_path / "current" / "device.pem").write_text(issued.pem)
+    request = enrol.make_request(Namespace(serial="unused"), tmp_path / "next", tmp_path / "current")
+    check_same_names(read_enrolment_request(request), issued.der)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import ca
 from pki.algorithms import KeyType, private_key_pem
-from pki.issuers import Reason
+from pki.issuers import DeviceContents, Reason
 from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
 
 DEVICE_ID = "3fa85f64-5717-4562-b3fc-2c963f66afa6"
@@ -29,6 +29,25 @@ NOT_KNOWN_TO_PKILINT = {
     ("pkix.invalid_uri_syntax", f'Invalid URI syntax: "urn:uuid:{DEVICE_ID}"'),
     ("pkix.invalid_domain_name_syntax", 'Invalid domain name syntax: "localhost"'),
     ("pkix.invalid_domain_name_syntax", 'Invalid domain name syntax: "*.example.com"'),
+}
+
+# What certificate profiles add to a device's certificate.
+PROFILED = {
+    "tls-server": DeviceContents(
+        server_auth=True,
+        dns_names=("pump-17.devices.example.com", "rack-7.xn--pmp-hoa.example"),
+        ip_addresses=("198.51.100.7", "2001:db8::7"),
+        subject=(
+            (x509.NameOID.ORGANIZATION_NAME, "ACME Pümps"),
+            (x509.NameOID.ORGANIZATIONAL_UNIT_NAME, "Halle 1"),
+            (x509.NameOID.SERIAL_NUMBER, "line-4/000217"),
+        ),
+    ),
+    "named-client": DeviceContents(dns_names=("pump-17.devices.example.com",)),
+    "longest": DeviceContents(
+        dns_names=(".".join(["a" * 63] * 3 + ["b" * 61]),),
+        subject=((x509.NameOID.ORGANIZATION_NAME, "ü" * 64), (x509.NameOID.SERIAL_NUMBER, "7" * 64)),
+    ),
 }
 
 # pkilint's own command-line tools, started once for all the files; a line of JSON for each.
@@ -66,6 +85,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         (folder / f"device-{key_type}.key").write_bytes(private_key_pem(key))
         certificates[f"device-{key_type}"] = cas.device(key.public_key(), device_id=DEVICE_ID).certificate
     server_key = ca.generate_keypair(KeyType.EC_P256)
+    for name, contents in PROFILED.items():
+        profiled = cas.device(server_key.public_key(), device_id=DEVICE_ID, contents=contents)
+        certificates[name] = profiled.certificate
+        (folder / f"{name}.key").write_bytes(private_key_pem(server_key))
     (folder / "server.key").write_bytes(private_key_pem(server_key))
     names = ("localhost", "127.0.0.1", "::1", "*.example.com")
     certificates["server"] = cas.server(*names, public_key=server_key.public_key()).certificate
@@ -113,7 +136,14 @@ def _findings(report: dict[str, Any]) -> set[tuple[str, str]]:
     }
 
 
-CERTIFICATES = ["root", "issuing", "server", "server-long", *(f"device-{key_type}" for key_type in KEY_TYPES)]
+CERTIFICATES = [
+    "root",
+    "issuing",
+    "server",
+    "server-long",
+    *PROFILED,
+    *(f"device-{key_type}" for key_type in KEY_TYPES),
+]
 CRLS = ["root", "empty", "all", *(f"reason-{reason}" for reason in Reason)]
 
 
@@ -154,6 +184,16 @@ def test_openssl_verifies_a_server_by_each_of_its_names(world: World) -> None:
         assert verify(world, "server", "sslserver", *option).returncode == 0
     assert verify(world, "server", "sslserver", "-verify_hostname", "example.org").returncode != 0
     assert verify(world, "server-long", "sslserver", "-verify_hostname", f"{'a' * 60}.example.com").returncode == 0
+
+
+def test_openssl_verifies_a_device_that_is_a_server_by_its_names_and_no_other(world: World) -> None:
+    own = ("-verify_hostname", "pump-17.devices.example.com")
+    for option in own, ("-verify_ip", "198.51.100.7"), ("-verify_ip", "2001:db8::7"):
+        assert verify(world, "tls-server", "sslserver", *option).returncode == 0
+        assert verify(world, "tls-server", "sslclient", *option).returncode == 0
+    assert verify(world, "tls-server", "sslserver", "-verify_hostname", "localhost").returncode != 0
+    assert verify(world, "tls-server", "sslserver", "-verify_hostname", DEVICE_ID).returncode != 0
+    assert verify(world, "named-client", "sslserver").returncode != 0
 
 
 def test_openssl_verifies_the_whole_chain_against_the_crls_of_both_cas(world: World) -> None:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import ca
 from pki.algorithms import KeyType, PublicKey
 from pki.crl import sign_crl
-from pki.issuers import Issuer
+from pki.issuers import ONLY_UUID, DeviceContents, Issuer
 
 PKI_URL = "http://pki.example.com:8080"
 
@@ -27,7 +27,12 @@ class Hierarchy:
     issuing: Issuer
 
     def device(
-        self, public_key: PublicKey | None = None, *, device_id: str | None = None, now: datetime | None = None
+        self,
+        public_key: PublicKey | None = None,
+        *,
+        device_id: str | None = None,
+        now: datetime | None = None,
+        contents: DeviceContents = ONLY_UUID,
     ) -> ca.Issued:
         return ca.sign_certificate(
             self.issuing,
@@ -36,6 +41,7 @@ class Hierarchy:
             now=now or self.now,
             days=365,
             pki_url=PKI_URL,
+            contents=contents,
         )
 
     def server(self, *names: str, public_key: PublicKey | None = None) -> ca.Issued:

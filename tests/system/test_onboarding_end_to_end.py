@@ -7,7 +7,9 @@ import signal
 import socket
 import ssl
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import requests
 from cryptography import x509
 
 from tests.support.deployment import Client, Deployment, Onboarded, deployed, wait_until
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.system
 
@@ -256,3 +259,44 @@ def test_of_fifty_fetches_at_once_one_gets_the_bundle(deployment: Deployment) ->
     with ThreadPoolExecutor(50) as pool:
         statuses = sorted(pool.map(fetch, range(50)))
     assert statuses == [200] + [410] * 49
+
+
+# --- A device that is a TLS server -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(device: Onboarded) -> Iterator[str]:
+    """The address of ``openssl s_server`` with the device's certificate."""
+    address = f"127.0.0.1:{free_port()}"
+    command = ["openssl", "s_server", "-accept", address, "-cert", "device.pem", "-cert_chain", "chain.pem", "-key"]
+    command += ["device.key", "-www"]
+    process = subprocess.Popen(command, cwd=device.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+def connect(address: str, ca: str, host: str) -> str:
+    """What ``openssl s_client`` says of the server, which it is to know by ``host``."""
+    command = ["openssl", "s_client", "-connect", address, "-CAfile", ca, "-verify_hostname", host, "-servername", host]
+    done = subprocess.run([*command, "-verify_return_error"], input=b"", capture_output=True, check=False, timeout=60)
+    return (done.stdout + done.stderr).decode(errors="replace")
+
+
+def test_a_device_with_server_auth_is_a_tls_server_by_its_name_and_by_no_other(deployment: Deployment) -> None:
+    template = "{name}.devices.example.com"
+    deployment.cli("profile", "add", "tls-server", "--server-auth", "--dns-name", template, "--max-days", "90")
+    device = deployment.onboard("pump-17", "--profile", "tls-server")
+    plain = deployment.onboard("pump-18")
+    with serving(device) as address:
+        wait_until(lambda: "Verification: OK" in connect(address, device.file("ca.pem"), "pump-17.devices.example.com"))
+        for other in ("localhost", "pump-18.devices.example.com", device.id):
+            assert "hostname mismatch" in connect(address, device.file("ca.pem"), other).lower()
+    with serving(plain) as address:
+        wait_until(lambda: "unsuitable certificate purpose" in connect(address, plain.file("ca.pem"), "localhost"))
+    client = device.client()
+    assert client.publish(f"devices/{device.id}/up") in ("Success", "No matching subscribers")
+    assert client.publish(f"devices/{plain.id}/up") == "Not authorized"
+    client.close()

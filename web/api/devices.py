@@ -14,6 +14,7 @@ from core.roles import Permission
 from core.states import DeviceStatus, PresenceState, renewable_from
 from delivery.formats import BundleFormat
 from pki.csr import read_csr
+from pki.profiles import DEFAULT
 from store.certificates import CertificateRecord
 from store.devices import DeviceFilter, DeviceRecord
 from web.api.fields import (
@@ -29,6 +30,7 @@ from web.api.fields import (
     Metadata,
     Name,
     Place,
+    ProfileName,
     ShortText,
     StatusName,
     Time,
@@ -73,6 +75,7 @@ class PendingRequest(RequestModel):
     firmware: ShortText
     metadata: Metadata = Field(default_factory=dict)
     topics: Topics | None = None
+    profile: ProfileName | None = None
 
 
 class RegisterRequest(PendingRequest):
@@ -137,6 +140,8 @@ class ChangesRequest(RequestModel):
 class PatchRequest(ChangesRequest):
     """Fields of a device to change; `topics: null` restores the default topics.
 
+    A new `profile`, and new values that its names are made of, count from the next certificate on.
+
     `external_id: null`, alone, frees the external id of a revoked device for its successor.
     """
 
@@ -147,6 +152,7 @@ class PatchRequest(ChangesRequest):
     firmware: ShortText = ""
     metadata: Metadata = Field(default_factory=dict)
     topics: Topics | None = None
+    profile: ProfileName = "default"
 
     @model_validator(mode="after")
     def _alone(self) -> Self:
@@ -198,6 +204,7 @@ class DeviceSummary(AnswerModel):
     updated_at: Timestamp
     revoked_at: Timestamp | None
     revocation_reason: str | None
+    profile: str
     expires_at: Timestamp | None
     renewable_from: Timestamp | None
     connection: ConnectionModel | None
@@ -381,6 +388,8 @@ def registration_of(body: PendingRequest) -> DeviceRequest:
     values = dict(body)
     if values.get("csr") is not None:
         values["csr"] = read_csr(values["csr"])
+    if values.get("profile") == DEFAULT:
+        values["profile"] = None  # as if it were left out
     return DeviceRequest(**{**values, "topics": pairs(body.topics)})
 
 

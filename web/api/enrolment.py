@@ -10,9 +10,21 @@ from pydantic import ConfigDict, Field, model_validator
 
 from core.roles import Permission
 from core.states import Approval, ManufacturerStatus, RepeatedSerial
+from pki.profiles import DEFAULT
 from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord, ManufacturerRecord
 from web.api.devices import ChangesRequest, PendingRequest, registration_of
-from web.api.fields import DeviceId, Fingerprint, KeyTypeName, Name, Place, ShortText, StatusName, WholeNumber, given
+from web.api.fields import (
+    DeviceId,
+    Fingerprint,
+    KeyTypeName,
+    Name,
+    Place,
+    ProfileName,
+    ShortText,
+    StatusName,
+    WholeNumber,
+    given,
+)
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 
 ROUTES = Routes("Enrolment")
@@ -22,6 +34,7 @@ ApprovalName = Literal["at_once", "operator"]
 RepeatedSerialName = Literal["operator", "same_device", "new_device"]
 KeyTypes = Annotated[list[KeyTypeName], Field(min_length=1, max_length=len(get_args(KeyTypeName)))]
 Days = Annotated[int, Field(ge=1, le=36500), WholeNumber]
+_COLUMN_OF = {"profile": "certificate_profile"}  # the enrolment profile is called so elsewhere
 Pem = Annotated[str, Field(min_length=1, max_length=16384, description="One certificate in PEM")]
 
 
@@ -81,11 +94,12 @@ class TermsRequest(RequestModel):
     validity_days: Days | None = None
     approval: ApprovalName = "at_once"
     repeated_serial: RepeatedSerialName = "operator"
+    profile: ProfileName = "default"
 
 
 def _one_device_counts_once(schema: dict[str, Any]) -> None:
-    once = {"properties": {"count": {"const": 1}}}
-    schema["anyOf"] = [{"properties": {"device_id": {"type": "null"}}}, once]
+    of_one = {"properties": {"count": {"const": 1}, "profile": {"const": "default"}}}
+    schema["anyOf"] = [{"properties": {"device_id": {"type": "null"}}}, of_one]
 
 
 class EnrolmentTokenRequest(TermsRequest):
@@ -93,7 +107,8 @@ class EnrolmentTokenRequest(TermsRequest):
 
     `repeated_serial`: what becomes of a device that comes with another key than before, and the same serial number in
     its request (the subject's serialNumber, else its common name): an `operator` decides whether it is the
-    `same_device`, or it is that at once and its older certificates end, or it is a `new_device`.
+    `same_device`, or it is that at once and its older certificates end, or it is a `new_device`. The pending device
+    `device_id` has a `profile` of its own.
     """
 
     model_config = ConfigDict(json_schema_extra=_one_device_counts_once)
@@ -107,6 +122,8 @@ class EnrolmentTokenRequest(TermsRequest):
     def _one_device_once(self) -> Self:
         if self.device_id is not None and self.count != 1:
             raise ValueError("with a device_id, count must be 1")
+        if self.device_id is not None and self.profile != DEFAULT:
+            raise ValueError("with a device_id, leave profile out: the device has its own")
         return self
 
 
@@ -121,6 +138,7 @@ class TermsModel(AnswerModel):
     validity_days: int | None
     approval: ApprovalName
     repeated_serial: RepeatedSerialName
+    profile: str
 
 
 class EnrolmentTokenModel(TermsModel):
@@ -173,6 +191,7 @@ class ManufacturerPatch(ChangesRequest):
     validity_days: Days | None = None
     approval: ApprovalName = "at_once"
     repeated_serial: RepeatedSerialName = "operator"
+    profile: ProfileName = "default"
 
 
 def _one_of_two(schema: dict[str, Any]) -> None:
@@ -313,13 +332,19 @@ def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> EnrolmentToke
 
 
 def _profile(body: TermsRequest) -> EnrolmentProfile:
-    fields = {name: getattr(body, name) for name in TermsRequest.model_fields}
+    fields = {_COLUMN_OF.get(name, name): getattr(body, name) for name in TermsRequest.model_fields}
     fields |= {"key_types": tuple(body.key_types), "approval": Approval(body.approval)}
     return EnrolmentProfile(**fields | {"repeated_serial": RepeatedSerial(body.repeated_serial)})
 
 
 def _token(record: EnrolmentTokenRecord) -> EnrolmentTokenModel:
-    return EnrolmentTokenModel.of(record, record.profile, enrolment_token_id=record.id, count=record.uses_allowed)
+    return EnrolmentTokenModel.of(
+        record,
+        record.profile,
+        enrolment_token_id=record.id,
+        count=record.uses_allowed,
+        profile=record.profile.certificate_profile,
+    )
 
 
 # --- Manufacturers ------------------------------------------------------------------------------------------------
@@ -354,9 +379,8 @@ def show_manufacturer(call: Call, manufacturer_id: str) -> ManufacturerModel:
 @MANUFACTURERS.add("PATCH", "/manufacturers/{manufacturer_id}", Permission.TOKENS, errors=(409,))
 def update_manufacturer(call: Call, manufacturer_id: str, body: ManufacturerPatch) -> ManufacturerModel:
     """Change a manufacturer's name, or its terms for devices that enrol from now on."""
-    return _manufacturer(
-        call.portal.manufacturers.update(call.actor, manufacturer_id, body.model_dump(exclude_unset=True))
-    )
+    values = {_COLUMN_OF.get(name, name): value for name, value in body.model_dump(exclude_unset=True).items()}
+    return _manufacturer(call.portal.manufacturers.update(call.actor, manufacturer_id, values))
 
 
 @MANUFACTURERS.add(
@@ -393,6 +417,7 @@ def _manufacturer(record: ManufacturerRecord) -> ManufacturerModel:
         manufacturer_id=record.id,
         nonce=record.nonce if unproven else None,
         nonce_expires_at=record.nonce_expires_at if unproven else None,
+        profile=record.profile.certificate_profile,
         certificate=ssl.DER_cert_to_PEM_cert(record.der),
     )
 

@@ -70,11 +70,15 @@ def est_cacerts(call: Call) -> Reply:
 def est_csrattrs(call: Call) -> Reply:
     """Return the type of key that a CSR should have (RFC 7030 section 4.5), by the token or the manufacturer."""
     holder, token = _noticed_client(call), _enrolment_token(call)
-    key_types: tuple[str, ...] = (call.portal.settings.key_type,)
+    enrolment, usual = call.portal.enrolment, call.portal.settings.key_type
+    key_types: tuple[str, ...] = (usual,)
     if token is not None:
-        key_types = token.profile.key_types
+        key_types = enrolment.key_types(token.tenant_id, token.profile, token.device_id)
     elif isinstance(holder, ManufacturedClient):
-        key_types = holder.manufacturer.profile.key_types
+        key_types = enrolment.key_types(holder.tenant_id, holder.manufacturer.profile, None)
+    elif isinstance(holder, DeviceClient):
+        allowed = enrolment.key_types(holder.tenant_id, None, holder.device_id)
+        key_types = key_types if usual in allowed else allowed
     return _base64_reply(pki_est.csr_attributes(key_types), CSR_ATTRIBUTES)
 
 

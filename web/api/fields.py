@@ -24,11 +24,13 @@ UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
 _CURSOR = "^Wy[IJ][A-Za-z0-9_-]{40,125}$"  # Base64 of a JSON list that begins with the name of an order
 _NUMERIC_CURSOR = "^[1-9][0-9]{0,17}$"
+PROFILE_NAME = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 # Messages about values that do not match, in place of the pattern.
 PATTERN_IN_WORDS = {
     _TEXT: "must not contain control or invisible characters, nor begin or end with white space",
     _PASSWORD: "must be 12 to 128 printable ASCII characters",
     _NUMERIC_CURSOR: "must be the next_cursor of the previous page",
+    PROFILE_NAME: "must be 1 to 63 lower-case letters, digits and inner hyphens",
     _CURSOR: "must be the next_cursor of the previous page",
 }
 
@@ -41,6 +43,14 @@ Name = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, example
 ShortText = Annotated[str, Field(min_length=1, max_length=64, pattern=_TEXT)]
 Place = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT)]
 ExternalId = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, examples=["line-4/000217"])]
+ProfileName = Annotated[
+    str,
+    Field(
+        pattern=PROFILE_NAME,
+        examples=["tls-server"],
+        description="The name of a certificate profile; `default` if it is left out",
+    ),
+]
 BundlePassword = Annotated[str, Field(pattern=_PASSWORD)]
 BundleFormatName = Annotated[
     Literal["zip", "p12", "pem"],

@@ -33,7 +33,7 @@ from core.errors import (
 )
 from core.roles import MAY, Permission
 from store.audit import Actor
-from web.api.fields import PATTERN_IN_WORDS, UUID
+from web.api.fields import PATTERN_IN_WORDS, PROFILE_NAME, UUID
 from web.api.proxies import client_address
 
 if TYPE_CHECKING:
@@ -240,6 +240,7 @@ PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
     "webhook_id": (_HEX, NotFound, "No webhook has this id: ids are 16 hexadecimal digits."),
     "enrolment_token_id": (_HEX, NotFound, "No enrolment token has this id: ids are 16 hexadecimal digits."),
     "manufacturer_id": (_HEX, NotFound, "No manufacturer has this id: ids are 16 hexadecimal digits."),
+    "profile": (PROFILE_NAME, NotFound, "No certificate profile has this name; list them with GET /profiles."),
     "label": ("^[A-Za-z0-9._-]{1,64}$", NotFound, "Unknown EST label; leave it out, or use the tenant's name."),
     "issuer": ("^[a-z0-9-]{1,63}$", NotFound, "No issuer has this name; the certificate chain is at /ca.pem."),
     "token": (

@@ -20,22 +20,27 @@ from core.errors import (
     InputInvalid,
     LockUnavailable,
     PortalError,
+    ProfileRefused,
     StateConflict,
     Unavailable,
 )
 from core.failpoints import failpoint
 from core.states import DeviceStatus
 from pki.csr import Csr
-from store import bulk, keys
+from pki.profiles import DEFAULT, CertificateProfile
+from store import bulk, keys, names
 from store.audit import Actor
 from store.bulk import KnownDevice
 from store.certificates import CertificateRecord
 from store.database import Database
-from workflows.admission import Admission, Issuance, admit, checked_topics, key_claim, record_issuances
+from store.names import NameClaim
+from store.profiles import hold_profile
+from workflows.admission import Admission, Issuance, admit, checked_topics, key_claim, name_claim, record_issuances
 from workflows.authority.issuers import Authority
 from workflows.bulk.processes import CredentialJob, CredentialProcesses, Issuing
 from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredentials
 from workflows.events import EventType
+from workflows.profiles import find_profiles, terms_of
 from workflows.reconciliation import Reconciler
 
 ATTEMPTS = 3  # at a row whose external id another request is registering, too
@@ -88,6 +93,14 @@ def failed(row: int, error: PortalError, *, external_id: str | None = None, stop
     """Return the answer to a row that fails for ``error``."""
     problems = error.errors if isinstance(error, InputInvalid) else ()
     return RowFailed(row, error.code, error.detail, problems, external_id, stopped)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the database has of some rows: devices by external id, certificate profiles by name."""
+
+    devices: Mapping[str, KnownDevice]
+    profiles: Mapping[str, CertificateProfile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,25 +160,47 @@ class Batches:
         """Return what would become of the rows, by the same rules; makes and writes nothing."""
         known = self._known(actor, candidates)
         answers: list[RowChecked | RowFailed] = []
-        for candidate in candidates:
+        claims: dict[int, NameClaim] = {}
+        for position, candidate in enumerate(candidates):
             row, external_id = candidate.row, candidate.external_id
-            found = known.get(external_id or "")
+            found = known.devices.get(external_id or "")
             try:
-                self._begin_row(candidate, found)
+                begun = self._begin_row(candidate, known)
+                if isinstance(begun, _Task) and (own := self._processes.check(begun.job)):
+                    claims[position] = NameClaim(begun.job.device_id, own)
             except PortalError as error:
                 answers.append(failed(row, error, external_id=external_id))
             else:
                 answers.append(RowChecked(row, external_id, repeated=found is not None))
+        return self._without_taken_names(candidates, answers, claims)
+
+    def _without_taken_names(
+        self,
+        candidates: Sequence[Candidate],
+        answers: list[RowChecked | RowFailed],
+        claims: Mapping[int, NameClaim],
+    ) -> Sequence[RowChecked | RowFailed]:
+        """Return the answers to checked rows, with refusals of those that claim another device's names."""
+        if not claims:
+            return answers
+        with self._database.snapshot() as tx:
+            refused = names.refusals(tx, list(claims.values()), now=self._clock())
+        for position, claim in claims.items():
+            if claim.device_id in refused:
+                row = candidates[position]
+                answers[position] = failed(row.row, refused[claim.device_id], external_id=row.external_id)
         return answers
 
-    def _known(self, actor: Actor, candidates: Sequence[Candidate]) -> Mapping[str, KnownDevice]:
-        external_ids = [
-            row.external_id for row in candidates if row.request is not None and row.external_id is not None
-        ]
-        if not external_ids:
-            return {}
+    def _known(self, actor: Actor, candidates: Sequence[Candidate]) -> _Known:
+        requests = [candidate.request for candidate in candidates if candidate.request is not None]
+        external_ids = [row.external_id for row in requests if row.external_id is not None]
+        profiles = {row.profile for row in requests} - {None}
+        if not external_ids and not profiles:
+            return _Known({}, {})
         with self._database.snapshot() as tx:
-            return bulk.find_known(tx, actor.tenant_id, external_ids)
+            return _Known(
+                bulk.find_known(tx, actor.tenant_id, external_ids), find_profiles(tx, actor.tenant_id, profiles)
+            )
 
     def begin(self, actor: Actor, candidates: Sequence[Candidate]) -> Batch:
         """Look up which rows' devices are there already, and begin to make the credentials of the others."""
@@ -173,9 +208,9 @@ class Batches:
         batch = Batch(candidates, {}, [], Issuing())
         tasks: list[_Task] = []
         for candidate in candidates:
-            found = known.get(candidate.external_id or "")
+            found = known.devices.get(candidate.external_id or "")
             try:
-                answer = self._begin_row(candidate, found)
+                answer = self._begin_row(candidate, known)
             except PortalError as error:
                 answer = failed(candidate.row, error, external_id=candidate.external_id)
             if isinstance(answer, _Task):
@@ -189,16 +224,18 @@ class Batches:
             batch.issuing = self._processes.issue([task.job for task in tasks])
         return batch
 
-    def _begin_row(self, candidate: Candidate, known: KnownDevice | None) -> _Task | RowAnswer:
-        if candidate.request is None:
+    def _begin_row(self, candidate: Candidate, known: _Known) -> _Task | RowAnswer:
+        request, device = candidate.request, known.devices.get(candidate.external_id or "")
+        if request is None:
             raise candidate.problem or PortalError("The row could not be read.")
-        if known is not None:
-            self._check_same(candidate.request, known)
-            return self._repeated(candidate, candidate.request, known)
+        if device is not None:
+            self._check_same(request, device)
+            return self._repeated(candidate, request, device, known.profiles)
         now = self._clock()
         device_id = db.new_device_id(now)
-        topics = checked_topics(self._settings, candidate.request.topics, device_id)
-        return _Task(candidate, CredentialJob(device_id, candidate.request, topics, now), None)
+        topics = checked_topics(self._settings, request.topics, device_id)
+        terms = terms_of(known.profiles, request.profile, device_id, request)
+        return _Task(candidate, CredentialJob(device_id, request, topics, now, terms), None)
 
     def _check_same(self, request: DeviceRequest, known: KnownDevice) -> None:
         """Raise if the row describes the device differently: it may be meant for another one."""
@@ -212,6 +249,7 @@ class Batches:
         same = {
             name: getattr(request, name) == getattr(device, name) for name in ("name", "type", "location", "firmware")
         }
+        same["profile"] = (request.profile or DEFAULT) == device.profile
         same["metadata"] = dict(request.metadata) == device.metadata
         same["topics"] = known.topics == (
             None if topics is None else tuple((topic.filter, topic.access) for topic in topics)
@@ -223,7 +261,13 @@ class Batches:
                 " device with PATCH, or give the row another external_id."
             )
 
-    def _repeated(self, candidate: Candidate, request: DeviceRequest, known: KnownDevice) -> _Task | RowDone:
+    def _repeated(
+        self,
+        candidate: Candidate,
+        request: DeviceRequest,
+        known: KnownDevice,
+        profiles: Mapping[str, CertificateProfile],
+    ) -> _Task | RowDone:
         """Return what a row gets whose device was there already."""
         device, certificate = known.device, known.certificate
         answer = RowDone(
@@ -240,7 +284,8 @@ class Batches:
         if not known.waits or device.status is not DeviceStatus.ACTIVE:
             return answer
         topics = checked_topics(self._settings, known.topics, device.id)
-        return _Task(candidate, CredentialJob(device.id, request, topics, self._clock()), known)
+        terms = terms_of(profiles, request.profile, device.id, request)
+        return _Task(candidate, CredentialJob(device.id, request, topics, self._clock(), terms), known)
 
     def _same_certificate(self, csr: Csr, certificate: CertificateRecord, answer: RowDone) -> RowDone:
         if not csr.is_for_key_of(certificate.der):
@@ -315,28 +360,24 @@ class Batches:
     def _write(self, tx: Connection, actor: Actor, issued: Sequence[_Issued], now: datetime) -> _Written:
         """Admit the new devices, and give the known ones new credentials in place of those nobody has fetched.
 
-        A row whose key is refused does not keep the others from being written.
+        A row whose key, name or profile is refused does not keep the others from being written.
         """
-        tenant_id = actor.tenant_id
+        tenant_id, replacing = actor.tenant_id, any(task.known is not None for task, _ in issued)
         new_ids = [task.candidate.external_id for task, _ in issued if task.known is None]
         taken = bulk.find_known(tx, tenant_id, [external_id for external_id in new_ids if external_id is not None])
-        replaced = [task.known for task, _ in issued if task.known is not None]
-        generation, superseded = 0, set[str]()
+        generation = db.next_generation(tx, tenant_id, at=now) if replacing else 0
+        refusals, superseded = _refusals(tx, tenant_id, issued, now), set[str]()
+        replaced = [task.known for task, _ in issued if task.known is not None and task.job.device_id not in refusals]
         if replaced:
-            generation = db.next_generation(tx, tenant_id, at=now)
             superseded = bulk.supersede_unfetched(tx, tenant_id, replaced, at=now, generation=generation)
-        with_csr = [key_claim(credentials) for _, credentials in issued if credentials.is_for_csr]
-        if with_csr:
-            keys.lock(tx, tenant_id)
-        refusals = keys.refusals(tx, tenant_id, with_csr)
         admissions: list[Admission] = []
         reissues: list[Issuance] = []
         again, refused, done = list[Candidate](), list[tuple[Candidate, PortalError]](), list[_Issued]()
         for task, credentials in issued:
+            if task.job.device_id in refusals and task.candidate.external_id not in taken:
+                refused.append((task.candidate, refusals[task.job.device_id]))
+                continue
             if task.known is None and task.candidate.external_id not in taken:
-                if task.job.device_id in refusals:
-                    refused.append((task.candidate, refusals[task.job.device_id]))
-                    continue
                 admissions.append(_admission(task, credentials))
             elif task.known is not None and task.job.device_id in superseded:
                 reissues.append(_reissue(task, task.known, credentials))
@@ -350,6 +391,23 @@ class Batches:
         if reissues:
             record_issuances(tx, actor, reissues, now=now)
         return _Written(again, refused, done, generation)
+
+
+def _refusals(tx: Connection, tenant_id: str, issued: Sequence[_Issued], now: datetime) -> dict[str, PortalError]:
+    """Return why credentials cannot be recorded, by the ids of their devices."""
+    refused: dict[str, PortalError] = {}
+    if with_csr := [key_claim(credentials) for _, credentials in issued if credentials.is_for_csr]:
+        keys.lock(tx, tenant_id)
+        refused |= keys.refusals(tx, tenant_id, with_csr)
+    if with_names := [name_claim(credentials) for _, credentials in issued if credentials.names]:
+        names.lock(tx, tenant_id)
+        refused |= names.refusals(tx, with_names, now=now)
+    for profile in {task.job.request.profile for task, _ in issued}:
+        try:
+            hold_profile(tx, tenant_id, profile)
+        except ProfileRefused as error:  # it was removed meanwhile
+            refused |= {task.job.device_id: error for task, _ in issued if task.job.request.profile == profile}
+    return refused
 
 
 def _admission(task: _Task, credentials: IssuedCredentials) -> Admission:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from config import Settings
 from core.errors import PortalError, Unavailable
 from core.topics import Topic
+from pki.profiles import CertificateTerms
 from store.database import Database
 from workflows.authority.issuers import Authority
 from workflows.authority.keys import open_keys
@@ -37,12 +38,16 @@ log = logging.getLogger("portal.bulk")
 
 @dataclass(frozen=True, slots=True)
 class CredentialJob:
-    """A device that needs credentials; ``topics`` are its own, ``None`` the default ones."""
+    """A device that needs credentials; ``topics`` are its own, ``None`` the default ones.
+
+    ``terms`` are those of its certificate profile, ``None`` for the default one.
+    """
 
     device_id: str
     request: DeviceRequest
     topics: tuple[Topic, ...] | None
     now: datetime
+    terms: CertificateTerms | None = None
 
 
 Result = IssuedCredentials | PortalError
@@ -61,7 +66,7 @@ def issue_all(credentials: CredentialIssuer, jobs: Sequence[CredentialJob]) -> l
 
 def _issue(credentials: CredentialIssuer, job: CredentialJob) -> Result:
     try:
-        return credentials.issue(job.device_id, job.request, job.topics, now=job.now)
+        return credentials.issue(job.device_id, job.request, job.topics, now=job.now, terms=job.terms)
     except PortalError as error:
         return error
     except Exception:
@@ -139,6 +144,10 @@ class CredentialProcesses:
                     self._idle = threading.Timer(IDLE_SECONDS, self._close_if_idle)
                     self._idle.daemon = True
                     self._idle.start()
+
+    def check(self, job: CredentialJob) -> tuple[str, ...]:
+        """Return the names that no other device may have; raises ``InputInvalid`` if nothing would be issued."""
+        return self._credentials.check(job.request, job.terms)[1].names
 
     def issue(self, jobs: Sequence[CredentialJob]) -> Issuing:
         """Begin to issue credentials; raises ``Unavailable`` if no process can be started."""

@@ -12,23 +12,27 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 import db
-from core.errors import EnrolmentRefused, Forbidden, StateConflict
+from core.errors import EnrolmentRefused, FieldProblem, Forbidden, ProfileRefused, StateConflict
 from core.roles import Role
 from core.states import Approval, DeviceStatus, ManufacturerStatus, RepeatedSerial
 from pki import client_certificates
 from pki.est import EnrolmentRequest
+from pki.profiles import DEFAULT, CertificateTerms
 from store import audit, enrolment
 from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord, EnrolmentTokenRecord
+from store.profiles import unknown
 from workflows.credentials import CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.enrolment.clients import ManufacturedClient
+from workflows.profiles import find_profiles
 
 TOKEN_PREFIX = "en_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
 MAX_LISTED = 1000
 # What the role operator may make: an enrolment token admits devices after its maker has lost the operator token, too.
 OPERATOR_MAX_USES = 1000
 OPERATOR_MAX_LIFE = timedelta(days=30)
+MAX_SERIAL = 64  # characters: ub-serial-number of RFC 5280 appendix A.1
 RETRY_AFTER = 60  # seconds after which a device that waits for an operator is to ask again
 
 
@@ -62,6 +66,11 @@ class EnrolmentCredential:
         return enrolment.find_enrolment(
             tx, self.tenant_id, token_id=self.token_id, identity=self.identity, serial_hash=self.serial_hash
         )
+
+    @property
+    def recorded_serial(self) -> str | None:
+        """Return the serial number that the device shows, as it is recorded for its certificates."""
+        return self.serial if 0 < len(self.serial) <= MAX_SERIAL else None
 
     def identity_of(self, key_fingerprint: str) -> dict[str, Any]:
         """Return the columns of an enrolment that change with the key to be certified, by which a token knows it."""
@@ -184,13 +193,21 @@ class Application:
         """Return the SHA-256 of the key to be certified, in hex."""
         return self.request.key_fingerprint
 
-    def issue(self, credentials: CredentialIssuer, device_id: str, now: datetime) -> IssuedCredentials:
-        """Certify the key of the CSR, or a new key of the kind that ``csrattrs`` names."""
-        profile, csr = self.credential.profile, self.request.csr
-        if csr is None:
-            return credentials.issue_with_key(device_id, profile.key_types[0], profile.validity_days, now=now)
-        wanted = CredentialRequest(csr=csr, validity_days=profile.validity_days)
-        return credentials.issue(device_id, wanted, None, now=now)
+    @property
+    def wanted(self) -> CredentialRequest:
+        """Return what the device asks for, by its enrolment profile."""
+        return CredentialRequest(csr=self.request.csr, validity_days=self.credential.profile.validity_days)
+
+    def issue(
+        self, credentials: CredentialIssuer, device_id: str, terms: CertificateTerms | None, now: datetime
+    ) -> IssuedCredentials:
+        """Certify the key of the CSR, or a new key of the kind that ``csrattrs`` names; raises ``ProfileRefused``."""
+        profile = self.credential.profile
+        if self.request.csr is None:
+            kinds = profile.key_types
+            kind = kinds[0] if terms is None else terms.usual_key(*kinds)
+            return credentials.issue_with_key(device_id, kind, profile.validity_days, now=now, terms=terms)
+        return credentials.issue(device_id, self.wanted, None, now=now, terms=terms)
 
     def audit_detail(self) -> dict[str, Any]:
         """Return what the audit entry says of the key of a device that was given a certificate."""
@@ -220,7 +237,7 @@ class EnrolmentTokens:
         """Create a token for one pending device, or for ``count`` new ones; returns its secret with its record.
 
         Raises ``DeviceNotFound``, ``StateConflict`` for a device that is not pending, ``Forbidden`` for more than the
-        role may make.
+        role may make, ``ProfileRefused`` for a certificate profile that nobody could enrol under.
         """
         _check_limits(actor, count, life)
         now, secret = self._clock(), TOKEN_PREFIX + secrets.token_urlsafe(32)
@@ -239,8 +256,10 @@ class EnrolmentTokens:
         )
         with self._database.transaction() as tx:
             _check_pending(tx, actor.tenant_id, device_id)
+            check_enrolment_profile(tx, actor.tenant_id, profile)
             enrolment.add_enrolment_token(tx, record, secret=secret)
-            detail = {"device_id": device_id} if device_id else {"count": count}
+            detail: dict[str, Any] = {"device_id": device_id} if device_id else {"count": count}
+            detail |= in_audit(profile)
             audit.record(
                 tx, actor, "enrolment_token:create", f"enrolment_token:{record.id}", at=now, name=name, **detail
             )
@@ -280,3 +299,36 @@ def _check_pending(tx: Connection, tenant_id: str, device_id: str | None) -> Non
     device = db.get_device(tx, tenant_id, device_id, for_update=True)
     if device.status is not DeviceStatus.PENDING:
         raise StateConflict(f"The device is {device.status}; only a pending one can enrol with a token.")
+
+
+# --- Certificate profiles -----------------------------------------------------------------------------------------
+
+
+def check_enrolment_profile(tx: Connection, tenant_id: str, profile: EnrolmentProfile) -> None:
+    """Raise ``ProfileRefused`` if the certificate profile does not exist, or nobody could enrol under it."""
+    name = profile.certificate_profile
+    if name == DEFAULT:
+        return
+    found = find_profiles(tx, tenant_id, [name]).get(name)
+    if found is None:
+        raise unknown(name)
+    terms = CertificateTerms(found, {})
+    if profile.validity_days is not None:
+        terms.days(profile.validity_days, profile.validity_days)
+    if not set(profile.key_types) & set(found.key_types):
+        raise ProfileRefused(
+            f"The certificate profile {name} allows none of these key_types; it allows {', '.join(found.key_types)}.",
+            [FieldProblem("key_types", "has none that the certificate profile allows")],
+        )
+    if "{number}" in profile.name_template and found.uses("name"):
+        raise ProfileRefused(
+            f"The certificate profile {name} puts the device's name into certificates, and names with {{number}} are"
+            " not known before these are signed; use {serial} in name_template.",
+            [FieldProblem("name_template", "has {number}, and the certificate profile uses {name}")],
+        )
+
+
+def in_audit(profile: EnrolmentProfile) -> dict[str, str]:
+    """Return what an audit entry says of the certificate profile of a token or a manufacturer."""
+    name = profile.certificate_profile
+    return {} if name == DEFAULT else {"profile": name}

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from sqlalchemy.exc import IntegrityError
 
 import db
+from config import KEY_TYPES
 from core.errors import EnrolmentRefused, KeyRefused, Unavailable
 from core.failpoints import failpoint
 from core.states import DeviceStatus, EnrolmentStatus
 from pki.est import EnrolmentRequest
+from pki.profiles import DEFAULT
 from store import certificates, keys
 from store import enrolment as store_enrolment
 from store.audit import Actor
@@ -19,6 +21,7 @@ from store.enrolment import EnrolmentProfile, EnrolmentRecord
 from workflows.enrolment.credentials import Application, Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.reenrolment import Reenrolments
+from workflows.profiles import find_profiles
 from workflows.reconciliation import Reconciler
 
 _TRIES = 3
@@ -46,6 +49,19 @@ class Enrolments:
         failpoint("enrol.after_commit")
         self._reconciler.wait_until_granted(outcome.generation)
         return outcome
+
+    def key_types(self, tenant_id: str, profile: EnrolmentProfile | None, device_id: str | None) -> tuple[str, ...]:
+        """Return the kinds of key that a CSR may have, the one to prefer first.
+
+        They are those that both the enrolment profile (``None`` for a device that renews) and the certificate profile
+        allow; that of a known device is its own.
+        """
+        name, kinds = (DEFAULT, KEY_TYPES) if profile is None else (profile.certificate_profile, profile.key_types)
+        with self._database.snapshot() as tx:
+            if device_id is not None:
+                name = db.get_device(tx, tenant_id, device_id, kind=None).profile
+            found = find_profiles(tx, tenant_id, [name]).get(name)
+        return kinds if found is None else tuple(kind for kind in kinds if kind in found.key_types) or found.key_types
 
     def check_renewal_key(self, tenant_id: str, device_id: str, request: EnrolmentRequest) -> None:
         """Raise ``KeyRefused`` for a kind of key that the token or manufacturer of the device does not allow."""

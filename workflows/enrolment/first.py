@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from core import metrics
 from core.errors import EnrolmentRefused, StateConflict
 from core.failpoints import failpoint
 from core.states import Approval, DeviceStatus, EnrolmentStatus
+from pki.profiles import DEFAULT, CertificateTerms
 from store import audit, keys
 from store import enrolment as store_enrolment
 from store.database import Database
@@ -31,6 +33,7 @@ from workflows.enrolment.credentials import (
     check_token,
 )
 from workflows.events import EventType
+from workflows.profiles import find_profiles, terms_of, terms_of_device
 
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")
 
@@ -47,16 +50,32 @@ class FirstEnrolments:
     def enrol(self, application: Application) -> Enrolled | Waiting:
         """Admit a device that has not asked before, or have it wait for an operator, as the profile says.
 
-        Raises ``EnrolledMeanwhile``, ``EnrolmentRefused``, ``KeyCompromised``, ``KeyInUse``.
+        Raises ``EnrolledMeanwhile``, ``EnrolmentRefused``, ``KeyCompromised``, ``KeyInUse``, ``NameInUse``,
+        ``ProfileRefused``.
         """
         now, credential = self._clock(), application.credential
         device_id = credential.device_id or db.new_device_id(now)
         at_once = credential.profile.approval is Approval.AT_ONCE
-        issued = application.issue(self._credentials, device_id, now) if at_once else None
+        terms = self._terms(credential, device_id)
+        self._credentials.check(application.wanted, terms)
+        issued = application.issue(self._credentials, device_id, terms, now) if at_once else None
         generation = self._database.write(lambda tx: self._record_first(tx, application, device_id, issued, now))
         if issued is None:
             return Waiting(device_id)
         return self._enrolled(issued, generation)
+
+    def _terms(self, credential: EnrolmentCredential, device_id: str) -> CertificateTerms | None:
+        """Return the terms by the certificate profile of the token or manufacturer, or of the one device of a token."""
+        name, serial = credential.profile.certificate_profile, credential.recorded_serial
+        if credential.device_id is None and name == DEFAULT:
+            return None
+        with self._database.snapshot() as tx:
+            if credential.device_id is not None:
+                device = db.get_device(tx, credential.tenant_id, device_id)
+                profiles = find_profiles(tx, credential.tenant_id, [device.profile])
+                return terms_of(profiles, device.profile, device_id, device, serial=serial)
+            profiles = find_profiles(tx, credential.tenant_id, [name])
+        return terms_of(profiles, name, device_id, _device_request(credential, None), serial=serial)
 
     def _record_first(
         self, tx: Connection, application: Application, device_id: str, issued: IssuedCredentials | None, now: datetime
@@ -88,6 +107,7 @@ class FirstEnrolments:
             decided_at=None if issued is None else now,
             certificate_id=certificate_id,
             serial_hash=credential.serial_hash,
+            serial=credential.recorded_serial,
         )
         if issued is None:
             key = application.key_fingerprint
@@ -98,12 +118,14 @@ class FirstEnrolments:
     def enrol_approved(self, application: Application, known: EnrolmentRecord) -> Enrolled:
         """Admit a device that an operator has approved, with the key that was approved.
 
-        Raises ``EnrolmentRefused``, ``StateConflict`` for another key.
+        Raises ``EnrolmentRefused``, ``StateConflict`` for another key, ``NameInUse``, ``ProfileRefused``.
         """
         now, credential = self._clock(), application.credential
         if known.key_fingerprint != application.key_fingerprint:
             raise StateConflict("An operator has approved another key of this device; ask with that one.")
-        issued = application.issue(self._credentials, known.device_id, now)
+        with self._database.snapshot() as tx:
+            terms = terms_of_device(tx, db.get_device(tx, credential.tenant_id, known.device_id))
+        issued = application.issue(self._credentials, known.device_id, terms, now)
 
         def record(tx: Connection) -> int:
             device = self._pending(tx, credential.tenant_id, known.device_id)
@@ -164,11 +186,20 @@ class FirstEnrolments:
         return Enrolled(issued.device_id, issued.der, generation, issued.key)
 
 
-def _device_request(credential: EnrolmentCredential, number: int) -> DeviceRequest:
-    """Return the device that a profile describes; ``number`` counts those of a token."""
+def _device_request(credential: EnrolmentCredential, number: int | None) -> DeviceRequest:
+    """Return the device that a profile describes; ``number`` counts those of a token, ``None`` while it is not known.
+
+    A name that needs the number is empty then.
+    """
     profile = credential.profile
+    if number is None and "{number}" in profile.name_template:
+        profile = dataclasses.replace(profile, name_template="")
     serial = _UNFIT_FOR_A_NAME.sub("-", credential.serial).strip("-") or credential.identity[:12]
     name = profile.name_template.replace("{number}", str(number)).replace("{serial}", serial)
     return DeviceRequest(
-        name=name[:128].rstrip(), type=profile.type, location=profile.location, firmware=profile.firmware
+        name=name[:128].rstrip(),
+        type=profile.type,
+        location=profile.location,
+        firmware=profile.firmware,
+        profile=None if profile.certificate_profile == DEFAULT else profile.certificate_profile,
     )

@@ -18,6 +18,7 @@ from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, ManufacturerRecord
 from workflows.enrolment.clients import Clients
+from workflows.enrolment.credentials import check_enrolment_profile, in_audit
 
 NONCE_LIFE = timedelta(hours=24)
 
@@ -33,7 +34,8 @@ class Manufacturers:
     def add(self, actor: Actor, name: str, certificate: str, profile: EnrolmentProfile) -> ManufacturerRecord:
         """Add a CA (PEM), which admits no device before ``prove``; returns it with the nonce to be signed.
 
-        Raises ``ManufacturerInvalid``, and ``Conflict`` if the CA exists already or TLS could take it for another one.
+        Raises ``ManufacturerInvalid``, ``ProfileRefused``, and ``Conflict`` if the CA exists already or TLS could take
+        it for another one.
         """
         now = self._clock()
         authority = client_certificates.read_manufacturer_ca(certificate, now=now)
@@ -55,6 +57,7 @@ class Manufacturers:
         try:
             with self._database.transaction() as tx:
                 self._clients.check_distinct(tx, record.der)
+                check_enrolment_profile(tx, actor.tenant_id, profile)
                 enrolment.add_manufacturer(tx, record)
                 audit.record(
                     tx,
@@ -64,6 +67,7 @@ class Manufacturers:
                     at=now,
                     name=name,
                     fingerprint=record.fingerprint,
+                    **in_audit(profile),
                 )
         except IntegrityError:
             raise Conflict("This CA exists already; see GET /manufacturers, and remove it to add it again.") from None
@@ -105,7 +109,7 @@ class Manufacturers:
     def update(self, actor: Actor, manufacturer_id: str, values: Mapping[str, Any]) -> ManufacturerRecord:
         """Change the name, or terms for the devices that enrol from now on, by the names of their columns.
 
-        Raises ``NotFound``, ``Conflict`` for a removed one.
+        Raises ``NotFound``, ``Conflict`` for a removed one, ``ProfileRefused``.
         """
         now = self._clock()
         with self._database.transaction() as tx:
@@ -113,9 +117,12 @@ class Manufacturers:
             if record.status is ManufacturerStatus.REMOVED:
                 raise Conflict("The manufacturer was removed; add it again.")
             enrolment.update_manufacturer(tx, actor.tenant_id, manufacturer_id, **values)
-            changed = sorted(values)
-            audit.record(tx, actor, "manufacturer:update", f"manufacturer:{manufacturer_id}", at=now, changed=changed)
-            return enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+            changed = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+            check_enrolment_profile(tx, actor.tenant_id, changed.profile)
+            detail = in_audit(changed.profile) if "certificate_profile" in values else {}
+            of = f"manufacturer:{manufacturer_id}"
+            audit.record(tx, actor, "manufacturer:update", of, at=now, changed=sorted(values), **detail)
+            return changed
 
     def remove(self, actor: Actor, manufacturer_id: str) -> ManufacturerRecord:
         """Remove a CA: it admits no device any more; those that have enrolled keep working. Raises ``NotFound``."""

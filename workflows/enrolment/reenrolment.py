@@ -29,6 +29,7 @@ from workflows.enrolment.credentials import (
     check_token,
 )
 from workflows.events import EventType
+from workflows.profiles import terms_of_device
 from workflows.reconciliation import Reconciler
 
 # Each certificate that replaces another puts that one on the CRL; a device whose answers are lost asks again and again.
@@ -106,7 +107,9 @@ class Reenrolments:
     def _replace(self, application: Application, known: EnrolmentRecord, *, approved: bool) -> Enrolled:
         """Give a device a certificate in place of all that it has, which are revoked: it has lost their keys."""
         now, credential, key = self._clock(), application.credential, application.key_fingerprint
-        issued = application.issue(self._credentials, known.device_id, now)
+        with self._database.snapshot() as tx:
+            terms = terms_of_device(tx, db.get_device(tx, credential.tenant_id, known.device_id))
+        issued = application.issue(self._credentials, known.device_id, terms, now)
 
         def record(tx: Connection) -> int:
             device = self._check_replaceable(tx, credential, known, now, approved=approved)

@@ -18,11 +18,12 @@ from app import create_app, portal_of
 from config import Settings
 from core.broker_control import AclStyle, ControlKind
 from core.roles import Role
-from operations.doctor import authority, doctor
+from operations.doctor import authority, data, doctor
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
 from operations.doctor.doctor import exit_status
 from operations.doctor.mosquitto import bridge_warnings, mistakes, read_configuration, size_warnings, version_of
 from operations.wiring import Portal, prepare
+from pki.profiles import CertificateProfile
 from store import generations, tenants
 from store.tables import Certificate, Delivery
 from tests.support.harness import Clock, settings_for
@@ -366,6 +367,17 @@ def test_bundles_that_wait_are_counted(portal: Portal) -> None:
     waits = portal.registrations.register(OPERATOR, PUMP)
     assert token_of(waits)
     assert examined(portal, "links")["links"].detail.startswith("2 bundles wait")
+
+
+def test_a_device_that_has_a_name_of_the_broker_since_a_setting_changed_is_a_problem(portal: Portal) -> None:
+    portal.profiles.add(OPERATOR, CertificateProfile("named", dns_names=("{name}.devices.example.com",)))
+    device = portal.registrations.register(OPERATOR, dataclasses.replace(PUMP, name="mqtt", profile="named"))
+    assert examined(portal, "device names")["device names"].state is State.OK
+    for own in ("mqtt.devices.example.com", "*.devices.example.com"):
+        changed = portal.settings.model_copy(update={"broker_names": ("localhost", own)})
+        [finding] = doctor.examine(changed, portal.clock, checks=(("device names", data.device_names),))
+        assert finding.state is State.PROBLEM
+        assert f"mqtt.devices.example.com (device {device.device_id})" in finding.detail
 
 
 def test_little_room_is_said(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:

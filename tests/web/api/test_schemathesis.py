@@ -109,6 +109,7 @@ def things(app: Flask) -> There:
         "enrolment_token_id": api.post("/enrolment-tokens", {"name": "one to be revoked"}).json["enrolment_token_id"],
         "manufacturer_id": api.post("/manufacturers", manufacturer).json["manufacturer_id"],
         "label": "default",
+        "profile": str(api.post("/profiles", {"name": "a-profile"}).json["name"]),
     }
     enrolment_token = api.post("/enrolment-tokens", {"name": "a batch"}).json["token"]
     return There(api, csr_pem(), parts, base64.b64encode(f":{enrolment_token}".encode()).decode())
@@ -138,7 +139,22 @@ def fit(case: schemathesis.Case[Any], there: There) -> None:
                 topic["filter"] = f"devices/+/{index}"
 
 
+# Rules that contradict none that an earlier request has left.
+RULES = {
+    "profile": "default",
+    "default_days": 9,
+    "max_days": 9,
+    "extended_key_usage": ["client_auth"],
+    "dns_names": ["{name}.devices.example.com"],
+    "ip_addresses": ["{metadata.ip}"],
+    "organization": "{location}",
+    "organizational_unit": "{location}",
+    "serial_number": "{serial}",
+}
+
+
 def fit_body(body: dict[str, Any], there: There) -> None:
+    body.update({name: rule for name, rule in RULES.items() if body.get(name)})
     if body.get("csr") is not None:
         body["csr"] = there.csr
         body.pop("key_type", None)
@@ -206,6 +222,11 @@ DEVICE_ID = "3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b"
         ("/enrolment-tokens", {"name": "x", "device_id": DEVICE_ID, "count": 2}, False),
         ("/enrolment-tokens", {"name": "x", "device_id": DEVICE_ID}, True),
         ("/enrolment-tokens", {"name": "x", "count": 2}, True),
+        ("/enrolment-tokens", {"name": "x", "device_id": DEVICE_ID, "profile": "a-profile"}, False),
+        ("/profiles", {"name": "x", "dns_names": []}, True),
+        ("/profiles", {"name": "X"}, False),
+        ("/profiles", {"name": "x", "extended_key_usage": ["server_auth"]}, False),
+        ("/profiles", {"name": "x", "key_types": ["ec-p256", "ec-p256"]}, False),
         ("/webhooks", {"name": "x", "url": "https://ex\u00e4mple.com/"}, False),
         ("/webhooks", {"name": "x", "url": "HTTPS://example.com/"}, True),
         ("/register/bulk", "", False),
