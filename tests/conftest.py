@@ -21,6 +21,8 @@ from tests.support.harness import Api, Clock, api_as, copy_with_groups, first_st
 from tests.support.mosquitto import short_folder
 from tests.support.statements import compiled_once
 
+pytest.register_assert_rewrite("tests.support.token_fixtures")  # some import it, to others it is a plugin
+
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
 ON_ONE_DATABASE = {"api", "workflows", "operations"}  # folders of tests, but for those files that try most of the SQL
 ON_BOTH = {
@@ -28,14 +30,30 @@ ON_BOTH = {
     *("test_admission.py", "test_registration.py", "test_renewal.py", "test_revocation.py", "test_upload.py"),
     *("test_presence.py", "test_backup.py", "test_total_loss.py", "test_profiles.py"),
 }
+IN_TOKENS = {"test_ca.py", "test_crl.py"}
+
+
+def parameters(item: pytest.Item) -> dict[str, object]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _is_twice_apart(item: pytest.Item) -> bool:
+    """Whether a test is about keys in a token on PostgreSQL, which have nothing to do with each other."""
+    return (parameters(item).get("prepared"), parameters(item).get("key_store")) == ("postgresql", "token")
 
 
 @pytest.hookimpl(tryfirst=True)  # before the tests that are marked are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave tests of what has no SQL of its own to SQLite, but with ``--all``: the store's run on both databases."""
+    """Leave tests of what has no SQL of its own to SQLite, but with ``--all``: the store's run on both databases.
+
+    Of those of the CA, only what tests its signing is repeated with keys in a token.
+    """
+    items[:] = [item for item in items if not _is_twice_apart(item)]
     for item in items:
         parts = item.path.relative_to(item.config.rootpath).parts
-        on = getattr(getattr(item, "callspec", None), "params", {})
+        on = parameters(item)
+        if on.get("make_ca_key") == "token" and item.path.name not in IN_TOKENS:
+            item.add_marker(pytest.mark.long)
         if ON_ONE_DATABASE & {*parts} and item.path.name not in ON_BOTH and on.get("prepared") == "postgresql":
             item.add_marker(pytest.mark.long)
 
@@ -48,10 +66,14 @@ def _compiled_once() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A data folder after the first start; ``databases`` are copies of its PostgreSQL database, ``None`` for SQLite."""
+    """A data folder after the first start; ``databases`` are copies of its PostgreSQL database, ``None`` for SQLite.
+
+    ``environment`` returns what each portal on a copy of the folder needs in its own.
+    """
 
     folder: Path
     databases: DatabaseCopies | None
+    environment: Callable[[], dict[str, str]] = dict
 
 
 @pytest.fixture(scope="session", params=DATABASES)
@@ -81,7 +103,7 @@ def _fresh_settings(prepared: Prepared) -> Iterator[Callable[..., Settings]]:
         if prepared.databases is not None:
             lent.append(prepared.databases.lend())
             environment.setdefault("PORTAL_DATABASE_URL", url_of(lent[-1]))
-        return settings_for(folder, **environment)
+        return settings_for(folder, **{**prepared.environment(), **environment})
 
     yield make
     for folder in folders:

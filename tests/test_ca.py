@@ -19,7 +19,9 @@ import config
 from core.errors import CaKeyUnavailable, InputInvalid, IssuerUnusable, KeyRefused, SettingInvalid, SignatureCheckFailed
 from pki.algorithms import KeyType, PrivateKey, private_key_pem, public_key_der, public_key_fingerprint
 from pki.issuers import CLOCK_SKEW, Issuer
-from tests.support.ca_hierarchy import PKI_URL, HeldElsewhere, Hierarchy, make_hierarchy
+from tests.support.ca_hierarchy import PKI_URL, HeldElsewhere, Hierarchy, MakeKey, make_hierarchy
+
+pytest_plugins = ("tests.support.token_fixtures",)
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
 SECOND = NOW.replace(microsecond=0)
@@ -29,8 +31,8 @@ T = TypeVar("T", bound=x509.ExtensionType)
 
 
 @pytest.fixture(scope="module")
-def cas() -> Hierarchy:
-    return make_hierarchy(NOW)
+def cas(make_ca_key: MakeKey) -> Hierarchy:
+    return make_hierarchy(NOW, make_ca_key)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from pki.csr import read_csr
 from store import issuers
 from store.issuers import CrlRecord
 from tests.pki.test_conformance import RUN_PKILINT
+from tests.support.ca_stores import key_path, key_store, prepared, soft_tokens  # noqa: F401 - fixtures
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, PUMP, with_fields
 from workflows.authority import issuers as authority_issuers
@@ -127,7 +128,7 @@ def test_a_second_rollover_on_one_day_must_be_meant(portal: Portal) -> None:
 
 @ON_SQLITE
 def test_without_the_roots_key_nothing_changes(portal: Portal) -> None:
-    (portal.settings.ca_dir / "root.key.pem").unlink()
+    key_path(portal.settings, "root").unlink()
     before = sorted(portal.settings.ca_dir.iterdir())
     with pytest.raises(CaKeyUnavailable, match="bring the key back"):
         roll_over(portal)
@@ -162,7 +163,7 @@ def test_a_ca_retires_by_itself_when_its_devices_have_certificates_of_the_next(p
 
 @ON_SQLITE
 def test_the_roots_crl_is_renewed_while_its_key_is_here_even_if_that_came_late(portal: Portal, clock: Clock) -> None:
-    key = portal.settings.ca_dir / "root.key.pem"
+    key = key_path(portal.settings, "root")
     away = key.rename(key.with_name("elsewhere"))
     first = crl_of(portal, "root")
     clock.advance(days=200)
@@ -178,7 +179,7 @@ def test_the_roots_crl_is_renewed_while_its_key_is_here_even_if_that_came_late(p
 def test_a_root_crl_that_nobody_can_renew_is_loud_in_time(
     portal: Portal, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (portal.settings.ca_dir / "root.key.pem").unlink()
+    key_path(portal.settings, "root").unlink()
 
     def said() -> int:
         operations_authority.renew_crls(portal)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 import ca
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import DeviceContents, Reason
-from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
+from tests.support.ca_hierarchy import Hierarchy, MakeKey, make_hierarchy
 
 DEVICE_ID = "3fa85f64-5717-4562-b3fc-2c963f66afa6"
 KEY_TYPES = [str(key_type) for key_type in KeyType]
@@ -54,6 +54,8 @@ PROFILED = {
 RUN_PKILINT = """
 import sys
 from pkilint.bin import lint_crl, lint_pkix_cert
+
+pytest_plugins = ("tests.support.token_fixtures",)
 for path in sys.argv[1:]:
     if path.endswith(".crl"):
         kind = "ARL" if "root" in path else "CRL"
@@ -76,9 +78,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory, make_ca_key: MakeKey) -> World:
     folder = tmp_path_factory.mktemp("pki")
-    cas = make_hierarchy(datetime.now(UTC))
+    cas = make_hierarchy(datetime.now(UTC), make_ca_key)
     certificates: dict[str, x509.Certificate] = {"root": cas.root.certificate, "issuing": cas.issuing.certificate}
     for key_type in KeyType:
         key = ca.generate_keypair(key_type)

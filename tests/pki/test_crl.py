@@ -18,15 +18,17 @@ from core.errors import SignatureCheckFailed
 from pki.algorithms import KeyType
 from pki.crl import is_signed_by, sign_crl
 from pki.issuers import Issuer, Reason
-from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, make_hierarchy
+from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, MakeKey, make_hierarchy
+
+pytest_plugins = ("tests.support.token_fixtures",)
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
 SECOND = NOW.replace(microsecond=0)
 
 
 @pytest.fixture(scope="module")
-def cas() -> Hierarchy:
-    return make_hierarchy(NOW)
+def cas(make_ca_key: MakeKey) -> Hierarchy:
+    return make_hierarchy(NOW, make_ca_key)
 
 
 def test_a_crl_names_what_was_revoked(cas: Hierarchy) -> None:

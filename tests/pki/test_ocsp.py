@@ -21,6 +21,7 @@ from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
 from pki import ocsp as pki_ocsp
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer, Reason
+from pki.keys.token_keys import is_in_token
 from pki.ocsp import (
     GOOD,
     MAX_BYTES,
@@ -32,8 +33,10 @@ from pki.ocsp import (
     Failure,
     Status,
 )
-from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, make_hierarchy
+from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, MakeKey, make_hierarchy
 from tests.support.ocsp import NONCE, SERVICE_LOCATOR, Ocsp, ask, cert_id, extension, integer, nonce, sequence, tlv
+
+pytest_plugins = ("tests.support.token_fixtures",)
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
 SECOND = NOW.replace(microsecond=0)
@@ -42,8 +45,8 @@ HASHES = ["sha1", "sha256", "sha384", "sha512"]
 
 
 @pytest.fixture(scope="module")
-def cas() -> Hierarchy:
-    return make_hierarchy(NOW)
+def cas(make_ca_key: MakeKey) -> Hierarchy:
+    return make_hierarchy(NOW, make_ca_key)
 
 
 def responder_pem(issuer: Issuer, key_type: KeyType = KeyType.EC_P256) -> tuple[bytes, ca.Issued]:
@@ -111,7 +114,7 @@ def test_a_responder_of_no_use_is_not_opened(cas: Hierarchy) -> None:
     key, other_key = (pem.partition(b"-----BEGIN CERTIFICATE")[0] for pem in (good, of_another))
     device_key = ca.generate_keypair(KeyType.EC_P256)
     device = private_key_pem(device_key) + cas.device(device_key.public_key()).pem.encode()
-    ca_pem = private_key_pem(cas.issuing.key) if cas.issuing.key else b""
+    ca_pem = b"" if cas.issuing.key is None or is_in_token(cas.issuing.key) else private_key_pem(cas.issuing.key)
     unusable = [b"", key, issued.pem.encode(), other_key + issued.pem.encode(), good[:-100], device]
     unusable += [responder_pem(cas.issuing, kind)[0] for kind in (KeyType.RSA_2048, KeyType.ED25519)]
     unusable += [ca_pem + ca.chain_pem(cas.issuing.certificate).encode(), responder_pem(cas.root)[0]]

@@ -18,13 +18,15 @@ from pki import ocsp
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer, Reason
 from pki.ocsp import GOOD, UNKNOWN, CertStatus, Status
-from tests.support.ca_hierarchy import Hierarchy, make_hierarchy
+from tests.support.ca_hierarchy import Hierarchy, MakeKey, make_hierarchy
 from tests.support.ocsp import Ocsp, ask, nonce
 
 # pkilint's own command-line tools, started once for all the files; a line of JSON for each.
 RUN_PKILINT = """
 import sys
 from pkilint.bin import lint_ocsp_response, lint_pkix_cert
+
+pytest_plugins = ("tests.support.token_fixtures",)
 for path in sys.argv[1:]:
     tool = lint_pkix_cert if path.endswith(".cer") else lint_ocsp_response
     tool.main(["lint", "-s", "WARNING", "-f", "JSON", path])
@@ -59,9 +61,9 @@ RESPONDERS = ["responder-root", "responder-issuing-1"]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory, make_ca_key: MakeKey) -> World:
     folder = tmp_path_factory.mktemp("ocsp")
-    cas = make_hierarchy(datetime.now(UTC))
+    cas = make_hierarchy(datetime.now(UTC), make_ca_key)
     device = cas.device()
     certificates = {"root": cas.root.certificate, "issuing": cas.issuing.certificate, "device": device.certificate}
     signers = {}

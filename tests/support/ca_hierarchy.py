@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,10 +12,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import ca
-from pki.algorithms import KeyType, PublicKey
+from pki.algorithms import KeyType, PrivateKey, PublicKey
 from pki.crl import sign_crl
 from pki.issuers import ONLY_UUID, DeviceContents, Issuer
 
+MakeKey = Callable[[KeyType], PrivateKey]
 PKI_URL = "http://pki.example.com:8080"
 
 
@@ -64,11 +66,13 @@ class Hierarchy:
         )
 
 
-def make_hierarchy(now: datetime, *, root_days: int = 7300, issuing_days: int = 1825) -> Hierarchy:
-    root_key = ca.generate_keypair(KeyType.EC_P384)
+def make_hierarchy(
+    now: datetime, make_key: MakeKey = ca.generate_keypair, *, root_days: int = 7300, issuing_days: int = 1825
+) -> Hierarchy:
+    root_key = make_key(KeyType.EC_P384)
     created = ca.create_root(root_key, common_name="Test Root CA", now=now, days=root_days)
     root = Issuer("root", created.certificate, root_key)
-    issuing_key = ca.generate_keypair(KeyType.EC_P256)
+    issuing_key = make_key(KeyType.EC_P256)
     issued = ca.create_issuing(
         root,
         issuing_key.public_key(),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 
 import pytest
 
+import ca
+from pki.algorithms import KeyType, PrivateKey
+from pki.keys.stores import KeyStores
+from tests.support.ca_hierarchy import MakeKey
 from tests.support.mosquitto import short_folder
 from tests.support.tokens import SoftTokens, TokenServer
 
@@ -31,3 +36,22 @@ def token_server(soft_tokens: SoftTokens, monkeypatch: pytest.MonkeyPatch) -> It
     yield server
     server.close()
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module", params=["file", "token"])
+def make_ca_key(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeKey]:
+    """Makes keys of CAs, in memory as those of files are used, or in a token."""
+    if request.param == "file":
+        yield ca.generate_keypair
+        return
+    uri = request.getfixturevalue("soft_tokens").create()
+    stores = KeyStores(
+        tmp_path_factory.mktemp("ca"), b"a passphrase for tests", issuing=[uri], root=[uri], timeout=60.0
+    )
+    numbers = itertools.count(1)
+
+    def make(kind: KeyType) -> PrivateKey:
+        return stores.create(f"ca-{next(numbers)}", kind)
+
+    yield make
+    stores.close()

@@ -12,6 +12,7 @@ from core.errors import CaKeyUnavailable, StateConflict
 from operations.wiring import Portal, open_portal
 from pki.algorithms import KeyType
 from store import certificates
+from tests.support.ca_stores import key_path
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
 from workflows.authority import issuers as authority_issuers
@@ -77,7 +78,7 @@ def test_a_pass_knows_the_issuers_of_its_own_snapshot(portal: Portal) -> None:
 
 @ON_SQLITE
 def test_a_new_ca_needs_the_roots_key_which_may_come_while_the_portal_runs(portal: Portal) -> None:
-    key = portal.settings.ca_dir / "root.key.pem"
+    key = key_path(portal.settings, "root")
     away = key.rename(key.with_name("elsewhere"))
     with pytest.raises(CaKeyUnavailable, match=r"bring the key back"):
         prepare_next(portal)
@@ -96,7 +97,7 @@ def test_a_key_that_was_left_behind_is_not_used_again(portal: Portal) -> None:
 def test_a_process_that_cannot_open_the_new_key_keeps_using_the_old_one(portal: Portal, clock: Clock) -> None:
     other = open_portal(portal.settings, clock)
     prepare_next(portal)
-    (portal.settings.ca_dir / "issuing-2.key.pem").chmod(0o644)
+    key_path(portal.settings, "issuing-2").chmod(0o644)
     assert names(other.authority.current) == ["issuing-1"]
     with other.database.snapshot() as tx, pytest.raises(CaKeyUnavailable, match="chmod 600"):
         other.authority.seen_by(tx)

@@ -19,6 +19,7 @@ from config import Settings
 from operations import authority as operations_authority
 from pki import ocsp
 from pki.issuers import CLOCK_SKEW
+from tests.support.ca_stores import key_path
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
 from tests.support.ocsp import ask, failure_of, get, issuing_of, nonce, post, read
 from tests.workflows.test_registration import OPERATOR
@@ -111,7 +112,7 @@ def test_where_the_root_is_away_its_answers_end_with_its_responder(
     make_settings: Callable[..., Settings], clock: Clock
 ) -> None:
     settings = make_settings()
-    (settings.ca_dir / "root.key.pem").unlink()
+    key_path(settings, "root").unlink()
     app = create_app(settings, background=False, clock=clock)
     portal, anyone = portal_of(app), api_as(app, None)
     request = ask(portal.authority.root.issuer.certificate, issuing_of(app).serial_number).der()
