@@ -16,6 +16,7 @@ from broker.files.control import FilesControl
 from broker.folder import CA_FILE, BrokerFolder
 from broker.guard.control import GuardControl
 from broker.probe import ACCEPTS_REVOKED, Probe, ProbeCertificate, ProbeCertificates, ProbeResult
+from broker.process import started_at
 from broker.session import (
     FAILURE,
     PORTAL_USER,
@@ -167,6 +168,18 @@ class BrokerProvisioning:
             if self.accepted_revoked():
                 return RestartReason.NO_CRL
         return waits
+
+    def lacks_change_of(self, changed_at: datetime) -> bool:
+        """Return whether topics that were changed then may wait for a restart of the running broker.
+
+        It has what was changed before its start. Those that were changed later wait together.
+        """
+        if self.control.narrows_at_once or changed_at.timestamp() < started_at(self._settings):
+            return False
+        try:
+            return self.control.waits(time.monotonic() + _HEALTH_SECONDS) is RestartReason.TOPICS
+        except BrokerUnavailable:
+            return False  # it reads all at its start
 
     def follow_presence(self, deadline: float) -> PresenceReports | None:
         """Ask the broker to report who is connected; see ``broker.control.BrokerControl``."""

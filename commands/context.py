@@ -270,6 +270,12 @@ def metadata_from(pairs: Iterable[str]) -> dict[str, str]:
     return metadata
 
 
+def warn_of_restart(portal: Remote, answer: dict[str, Any]) -> None:
+    """Warn if the broker does not have the topics of a device yet that was registered or changed."""
+    if answer.get("broker") == "pending":
+        portal.out.warning("The broker does not have these topics yet: they may wait for its next restart.")
+
+
 def topics_from(texts: Iterable[str]) -> list[dict[str, str]]:
     """Parse ``FILTER:ACCESS`` texts; raises ``BadParameter``."""
     topics = []

@@ -23,6 +23,7 @@ from commands.context import (
     option_group,
     paging_options,
     topics_from,
+    warn_of_restart,
 )
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
@@ -274,6 +275,8 @@ def update(
         raise click.UsageError("Nothing to change: use at least one of --name, --type, --location, --firmware, …")
     device = portal.client.call("PATCH", f"/devices/{device_id}", body=changes).json()
     show_client(portal, device, done=f"Changed {', '.join(changes)} of {device.get('name') or device_id}")
+    if "topics" in changes:
+        warn_of_restart(portal, device)
 
 
 @command("certificates", examples=["portal certificates 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])

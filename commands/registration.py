@@ -38,6 +38,7 @@ from commands.context import (
     option_group,
     require,
     topics_from,
+    warn_of_restart,
 )
 from commands.delivery import FORCE_HELP, Password, fetch, show_files, summary, unpack_fetched
 from commands.errors import CheckFailed, CliError, ConnectionLost, Refused
@@ -243,6 +244,8 @@ def _issue_for_csr(
             answer["files"] = summary(checked, folder.path, contents)
     if not portal.out.as_json and folder is None:
         portal.out.done(_done(operation, answer))
+        if operation.path == "/register":
+            warn_of_restart(portal, answer)
         portal.out.raw(certificates_only(chain.encode()).decode())
         return
     _show(portal, operation, answer, "", None)
@@ -292,6 +295,8 @@ def _show(
         out.json(answer | ({"bundle_password": password} if password else {}))
         return
     out.done(_done(operation, answer))
+    if operation.path == "/register":
+        warn_of_restart(portal, answer)
     until = answer.get("previous_valid_until")
     if files:
         show_files(portal, files)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import db
+from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable, FieldProblem, GuardNeeded, InputInvalid, PortalError
@@ -31,6 +32,8 @@ log = logging.getLogger("portal.devices")
 @dataclass(frozen=True, slots=True)
 class DeviceDetails:
     """A device with its current or last certificate; ``applied``: the broker enforces its latest change.
+
+    It does not while its topics wait for a restart of the broker.
 
     ``connection`` is ``None`` for a device that was never seen.
     """
@@ -62,6 +65,7 @@ class Inventory:
     _database: Database
     _sign_crls: Callable[[], None]
     _contact: ContactFile
+    _broker: BrokerProvisioning
     _crls: dict[int, tuple[CrlHead, CrlRecord]] = field(init=False, default_factory=dict)  # by issuer, as read last
 
     def device(self, tenant_id: str, device_id: str, *, kind: ClientKind = ClientKind.DEVICE) -> DeviceDetails:
@@ -78,9 +82,21 @@ class Inventory:
             device=device,
             certificate=certificate,
             topics=topics or default_topics(self._settings.topic_prefix),
-            applied=device.generation <= state.applied_generation,
+            applied=device.generation <= state.applied_generation and not self._waits_for_restart(device),
             connection=None if presence is None else connection_of(presence, contact),
         )
+
+    def _waits_for_restart(self, device: DeviceRecord) -> bool:
+        return device.generation > 0 and self._broker.lacks_change_of(device.updated_at)
+
+    def waits_for_broker(self, tenant_id: str, device_id: str) -> bool:
+        """Return whether a device that was registered now has to wait for a restart of the broker."""
+        if self._broker.control.narrows_at_once:  # within milliseconds, and its link waits for that
+            return False
+        with self._database.snapshot() as tx:
+            device = db.get_device(tx, tenant_id, device_id)
+            state = generations.get_broker_state(tx, tenant_id)
+        return device.generation > state.applied_generation or self._waits_for_restart(device)
 
     def certificates(self, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
         """Return every certificate the device has had, newest first; raises ``DeviceNotFound``."""

@@ -185,6 +185,19 @@ def test_a_device_is_changed(session: Session, stub: PortalStub) -> None:
     ]
 
 
+@pytest.mark.parametrize("broker", ["applied", "pending"])
+def test_who_gives_a_device_topics_is_told_that_the_broker_does_not_have_them_yet(
+    session: Session, stub: PortalStub, broker: str
+) -> None:
+    device_id = stub.add_device(broker=broker)
+    topic = ("--topic", "devices/news:read")
+    assert ("not have these topics yet" in session.run("update", device_id, *topic).stderr) is (broker == "pending")
+    assert "not have these topics yet" not in session.run("update", device_id, "--name", "new").stderr
+    stub.registered = {"broker": broker} if broker == "pending" else {}
+    words = ("register", "x", "--type", "t", "--location", "l", "--firmware", "1", "--out", f"x-{broker}")
+    assert ("not have these topics yet" in session.run(*words).stderr) is (broker == "pending")
+
+
 def test_a_change_of_nothing_is_a_usage_error(session: Session) -> None:
     assert session.run("update", UNKNOWN).exit_code == 2
 

@@ -121,6 +121,7 @@ class PortalStub:
         self.answers: dict[str, Any] = {}
         self.broker = "enforced"
         self.name_shown: str | None = None
+        self.registered: dict[str, Any] = {}  # what the answer to a registration says besides
 
     def add_device(self, name: str = "sensor-7", **fields: Any) -> str:
         device_id = str(uuid.uuid4())
@@ -203,6 +204,7 @@ class PortalStub:
             "issued_at": "2026-01-01T00:00:00Z",
             "expires_at": "2036-01-01T00:00:00Z",
         }
+        answer |= self.registered
         if "csr" in request.body:
             answer |= self._sign(device_id, request.body["csr"])
         else:

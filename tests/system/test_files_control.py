@@ -13,6 +13,7 @@ import pytest
 
 from broker.session import Session
 from tests.support.deployment import SECONDS, Deployment, Onboarded, deployed, examine, wait_until
+from tests.support.harness import csr_pem
 
 pytestmark = pytest.mark.system
 
@@ -115,6 +116,7 @@ def test_a_revocation_is_pending_while_the_device_can_resume_a_session(by_hand: 
 
 def test_topics_of_its_own_wait_for_a_restart_and_doctor_says_so(by_hand: Deployment) -> None:
     assert by_hand.broker is not None
+    before = by_hand.onboard("before")
     device = by_hand.onboard("wide", *SHARED)
     client = device.client()
     assert client.publish(f"devices/{device.id}/x") in ("Success", "No matching subscribers")
@@ -123,12 +125,21 @@ def test_topics_of_its_own_wait_for_a_restart_and_doctor_says_so(by_hand: Deploy
     assert "it does not have the topics of some devices yet. Do it at a quiet time" in examine(by_hand)[1]["broker"]
     wait_until(lambda: "restart the broker at a quiet time" in by_hand.log.read_text())
     other = by_hand.onboard("other")
+    topics = [{"filter": pattern, "access": "readwrite"} for pattern in ("devices/{id}/#", "devices/news/#")]
+    assert by_hand.register(name="narrow", topics=topics, csr=csr_pem())["broker"] == "pending"
+    assert "broker" not in by_hand.register(name="default", csr=csr_pem())  # in style pattern
+    assert by_hand.call("PATCH", f"/devices/{other.id}", {"topics": topics}).json()["broker"] == "pending"
+    said = {one.id: by_hand.call("GET", f"/devices/{one.id}").json()["broker"] for one in (before, device, other)}
+    assert said == {before.id: "applied", device.id: "pending", other.id: "pending"}
     by_hand.broker.restart()
+    assert by_hand.call("GET", f"/devices/{device.id}").json()["broker"] == "applied"
     client = device.client()
     assert client.publish("devices/line/x") in ("Success", "No matching subscribers")
     client.close()
     assert "broker" not in examine(by_hand)[1]
-    assert other.client().publish(f"devices/{other.id}/x") in ("Success", "No matching subscribers")
+    client = other.client()
+    assert client.publish(f"devices/{other.id}/x") in ("Success", "No matching subscribers")
+    client.close()
 
 
 def test_a_broker_that_does_not_read_new_crls_is_not_taken_for_one_that_does(by_hand: Deployment) -> None:

@@ -114,7 +114,13 @@ class RegisteredAnswer(AnswerModel):
 
 
 class RegisterAnswer(RegisteredAnswer, OfDevice):
-    """The new device, with a download link and a bundle password or, for a `csr`, its certificate and chain."""
+    """The new device, with a download link and a bundle password or, for a `csr`, its certificate and chain.
+
+    `broker` is present while topics of the device wait for a restart of the broker, under the control `files`: until
+    then it may connect, and not use them.
+    """
+
+    broker: Literal["pending"] | None = None
 
 
 def _of_changes(schema: dict[str, Any]) -> None:
@@ -292,7 +298,8 @@ def register(call: Call, body: RegisterRequest) -> Reply:
     """Register a device: create its key and certificate, or sign its CSR."""
     registered = call.portal.registrations.register(call.actor, registration_of(body), call.idempotency_key)
     location = {"Location": f"/devices/{registered.device_id}"}
-    return Reply(RegisterAnswer.of(registered), headers=location)
+    waits = call.portal.inventory.waits_for_broker(call.actor.tenant_id, registered.device_id)
+    return Reply(RegisterAnswer.of(registered, broker="pending" if waits else None), headers=location)
 
 
 @DOWNLOAD.add(

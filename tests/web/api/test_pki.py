@@ -241,7 +241,9 @@ def test_unknown_issuers_are_not_found(anyone: Api, path: str) -> None:
 def test_a_crl_is_read_once_and_the_newest_is_served_by_every_worker(api: Api, app: Flask) -> None:
     portal = portal_of(app)
     worker = portal.inventory
-    other = Inventory(portal.settings, portal.database, portal.reconciler.sign_crls, portal.follower.contact)
+    other = Inventory(
+        portal.settings, portal.database, portal.reconciler.sign_crls, portal.follower.contact, portal.broker
+    )
     first = worker.crl(portal_of(app).authority.issuing.id)
     assert worker.crl(portal_of(app).authority.issuing.id) is first
     before = api_as(app, None).get("/crl/issuing-1.crl", **CLEAR)
