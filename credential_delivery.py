@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,20 +21,20 @@ from core.errors import LinkExpired, LinkUnknown
 from delivery.formats import BundleFormat, Entry, encrypted_pem, pkcs12_file, write_archive
 
 README = """\
-Credentials of the device {device_id}
+Credentials of {device_id}
 issued by the Device Onboarding Portal
 
-  device.key              the device's private key. Keep it on the device, readable by its owner only
-  device.pem              its certificate
+  device.key              the private key. Keep it where it is used, readable by its owner only
+  device.pem              the certificate
   chain.pem               the certificate with its issuers
-  ca.pem                  what the device trusts: check the broker's certificate against it
+  ca.pem                  what to trust: check the broker's certificate against it
   mosquitto-client.conf   options for mosquitto_pub and mosquitto_sub
 
 {protection}
 To try them, in this folder:
 
-  mosquitto_pub -h {host} -p {port} --cafile ca.pem --cert chain.pem --key device.key \\
-      -i {device_id} -t {topic} -m hello -q 1
+  {program} -h {host} -p {port} --cafile ca.pem --cert chain.pem --key device.key \\
+      -i {device_id} -t {topic}
 """
 
 PROTECTED = """\
@@ -43,8 +44,9 @@ tools of Windows and Python cannot open. One of these can:
   portal unpack bundle.zip        checks the credentials, too
   7z x bundle.zip                 or bsdtar --passphrase, Keka, WinZip, zip4j, pyzipper
 
-SHA256SUMS is encrypted, too: nobody without the password can have written it. If you did not use
-portal unpack, it shows whether the other files are those of the portal, this one among them:
+SHA256SUMS in the bundle is encrypted, too: nobody without the password can have written it. portal
+unpack has checked the other files against it, and leaves it out. If you used another tool, it shows
+whether they are those of the portal, this one among them:
 
   sha256sum --check SHA256SUMS
 """
@@ -68,7 +70,10 @@ CLIENT_CONFIGURATION = """\
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """The content of a bundle: PEM texts and the broker's address. ``key_pem`` is the device's key, unencrypted."""
+    """The content of a bundle: PEM texts and the broker's address. ``key_pem`` is the device's key, unencrypted.
+
+    ``example_topic`` is one to publish to or, with ``example_reads``, a filter to subscribe to.
+    """
 
     device_id: str
     key_pem: bytes
@@ -78,6 +83,7 @@ class Credentials:
     broker_host: str
     broker_port: int
     example_topic: str
+    example_reads: bool = False
 
 
 def new_bundle_password() -> str:
@@ -106,7 +112,8 @@ def package_credentials(
         "device_id": credentials.device_id,
         "host": credentials.broker_host,
         "port": credentials.broker_port,
-        "topic": credentials.example_topic,
+        "program": "mosquitto_sub" if credentials.example_reads else "mosquitto_pub",
+        "topic": f"{shlex.quote(credentials.example_topic)} {'-v' if credentials.example_reads else '-m hello'} -q 1",
     }
     secret, public = 0o600, 0o644
     in_zip = bundle_format is BundleFormat.ZIP

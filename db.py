@@ -105,11 +105,13 @@ def get_device(
     """
     query = _LOCK_DEVICE if for_update else _DEVICE
     row = tx.execute(query, {"of_tenant": tenant_id, "of_device": device_id}).one_or_none()
-    if kind is ClientKind.APPLICATION and (row is None or row.kind is not kind):
-        raise ApplicationNotFound(f"There is no application {device_id}; check the id with GET /applications.")
-    if row is None or kind not in (None, row.kind):
-        raise DeviceNotFound(f"There is no device {device_id}; check the id with GET /devices.")
-    return DeviceRecord(*row)
+    if row is not None and kind in (None, row.kind):
+        return DeviceRecord(*row)
+    if kind is ClientKind.APPLICATION:
+        hint = "check the id with GET /applications" if row is None else "that is a device, see GET /devices/{id}"
+        raise ApplicationNotFound(f"There is no application {device_id}; {hint}.")
+    hint = "check the id with GET /devices" if row is None else "that is an application, see GET /applications/{id}"
+    raise DeviceNotFound(f"There is no device {device_id}; {hint}.")
 
 
 def replace_topics(

@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from commands.context import YES, Id, Remote, command, paging_options, topics_from
-from commands.devices import Time, show_client
+from commands.devices import Time, seen, show_client, topics_in_words
 from commands.lifecycle import REASONS, confirmed, say_whether_enforced, show_outcome
-from commands.output import moment, status_of
+from commands.output import moment, status_of, text
 from commands.registration import Operation, issue, issuing_options
 
 ABOUT = "application_id"
@@ -74,7 +74,8 @@ def application_add(portal: Remote, /, topics: tuple[str, ...], **options: Any) 
 def application_list(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
     """List applications, newest first.
 
-    When piped, prints tab-separated lines: id, name, status, expiry.
+    When piped, prints tab-separated lines: id, name, status, expiry, last seen (now, a time, never, or empty if not
+    known), topics separated by spaces.
     """
     wanted = None if all_ else limit
     answer = portal.client.read_pages("/applications", "applications", limit=wanted, cursor=cursor, **filters)
@@ -87,7 +88,10 @@ def application_list(portal: Remote, /, limit: int, all_: bool, cursor: str | No
             "name": "name",
             "status": status_of,
             "expires": lambda row: moment(row.get("expires_at"), expiry=row.get("status") != "revoked", short=True),
+            "seen": seen,
+            "topics": lambda row: text(" ".join(topics_in_words(row))),
         },
+        spare=("seen", "topics"),
         empty="No matching applications." if filtered else "No applications yet.",
     )
     if not answer["applications"] and not filtered:

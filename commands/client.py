@@ -42,7 +42,10 @@ _DEAD_LINK = {
 }
 _REQUEST = re.compile(r"\b(?:(?:GET|POST|PUT|PATCH|DELETE) /[a-z-]+(?:/[a-z{][a-z_{}-]*)*|send it as Authorization)")
 _COMMANDS = {
+    "GET /applications": "portal application list",
+    "GET /applications/{id}": "portal application show",
     "GET /devices": "portal list",
+    "GET /devices/{id}": "portal show",
     "GET /tokens": "portal token list",
     "GET /webhooks": "portal webhook list",
     "GET /enrolments": "portal waiting",

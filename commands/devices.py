@@ -56,6 +56,22 @@ class Time(click.ParamType[str]):
         return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
+CONNECTIONS = {"--connected": "true", "--offline": "false", "--never-seen": "never"}
+
+
+def _only_one(ctx: click.Context, param: click.Parameter, given: bool) -> None:
+    """Set the filter ``connected`` by one of the three flags."""
+    before = ctx.params.setdefault("connected", None)
+    if given and before is not None:
+        raise click.UsageError("Use only one of --connected, --offline and --never-seen.")
+    if given:
+        ctx.params["connected"] = CONNECTIONS[param.opts[0]]
+
+
+def _connection_flag(name: str, what: str) -> Callable[[Any], Any]:
+    return click.option(name, is_flag=True, expose_value=False, callback=_only_one, help=what)
+
+
 # The options that select devices, named as the portal names them.
 filter_options = option_group(
     click.option("--status", type=click.Choice(STATUSES), help="Only devices with this status."),
@@ -68,9 +84,9 @@ filter_options = option_group(
         metavar="TIME",
         help="Only devices whose certificate expires before a date, a time, or days from now (30d).",
     ),
-    click.option("--connected", flag_value="true", help="Only devices that are connected to the broker now."),
-    click.option("--offline", "connected", flag_value="false", help="Only devices seen before that are not connected."),
-    click.option("--never-seen", "connected", flag_value="never", help="Only devices that were never connected."),
+    _connection_flag("--connected", "Only devices that are connected to the broker now."),
+    _connection_flag("--offline", "Only devices seen before that are not connected."),
+    _connection_flag("--never-seen", "Only devices that were never connected."),
 )
 
 SORTS = {"last-seen": "-last_seen", "longest-unseen": "last_seen"}
@@ -112,7 +128,7 @@ def list_devices(
             "location": "location",
             "status": status_of,
             "expires": lambda row: moment(row.get("expires_at"), expiry=row.get("status") != "revoked", short=True),
-            "seen": _seen,
+            "seen": seen,
         },
         empty="No matching devices." if filtered else "No devices yet.",
         spare=("location", "type", "seen"),
@@ -132,7 +148,7 @@ def _connection(device: Mapping[str, Any]) -> dict[str, Any]:
     return {"connected": connected, "connected_since": since, "last_seen": known.get("last_seen")}
 
 
-def _seen(device: Mapping[str, Any]) -> Cell:
+def seen(device: Mapping[str, Any]) -> Cell:
     """Return the cell for when a device was last connected, empty if that is not known."""
     connection = _connection(device)
     if connection["connected"] == "never":
@@ -165,7 +181,7 @@ def expiring(portal: Remote, within: str) -> None:
             "expires": date_of("expires_at", expiry=True),
             "renewable": _renewable,
         },
-        empty="No active device has a certificate that expires that soon.",
+        empty=f"No active device has a certificate that expires before {within[:10]}.",
         spare=("location", "renewable"),
     )
     if devices:
@@ -201,13 +217,18 @@ def show_client(portal: Remote, device: dict[str, Any], *, done: str = "", about
     fields |= {name: _value(name, value, device) for name, value in _connection(device).items()}
     for key, value in _items(device.get("metadata")):
         fields[f"metadata.{key}"] = text(value)
-    for index, topic in enumerate(device.get("topics") or ()):
-        if isinstance(topic, dict):
-            fields[f"topics.{index}"] = Cell(f"{topic.get('filter')}:{topic.get('access')}")
+    for index, topic in enumerate(topics_in_words(device)):
+        fields[f"topics.{index}"] = Cell(topic)
     for name, value in _items(device.get("certificate")):
         if name not in ("pem", "certificate", "chain"):
             fields[f"certificate.{name}"] = _value(name, value, device)
     portal.out.result(device, fields, done=done)
+
+
+def topics_in_words(device: Mapping[str, Any]) -> list[str]:
+    """Return the topics of a device or application as --topic takes them."""
+    topics = device.get("topics") or ()
+    return [f"{topic.get('filter')}:{topic.get('access')}" for topic in topics if isinstance(topic, dict)]
 
 
 def _items(value: object) -> list[tuple[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import sys
 import time
 import unicodedata
@@ -48,6 +50,7 @@ _STATUS_STYLES = {
 }
 _ABBREVIATIONS = ("ca", "crl", "url")
 EXPIRES_SOON_DAYS = 30
+_SUGGESTED = re.compile(r"(?:^|(?<=: ))portal (?=[a-z])")  # the program's name, where a command is suggested
 MIN_COLUMN = 8  # characters that remain of a column that is cut
 PROGRESS_SECONDS = 10.0  # between two lines of progress if standard error is not a terminal
 
@@ -146,6 +149,7 @@ class Output:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.for_people = sys.stdout.isatty() and not as_json
+        self._program = shlex.quote(os.environ.get("PORTAL_COMMAND") or "portal")
         self._out = _console(sys.stdout)
         self._err = _console(sys.stderr)
 
@@ -224,6 +228,8 @@ class Output:
         for line in texts:
             table.add_row(*(line[i] for i in kept))
         self._out.print(table)
+        if left_out := [title for i, title in enumerate(titles) if i not in kept]:
+            self.note(f"Not shown for want of width: {', '.join(left_out)}. A wider terminal or --json shows all.")
 
     def fields(self, fields: Mapping[str, Cell]) -> None:
         """Print one object, a field a line: aligned for people; name, tab and value for programs."""
@@ -245,23 +251,36 @@ class Output:
 
     def done(self, sentence: str) -> None:
         """Report success on standard error; silent with ``--json``."""
-        self._note(Text.assemble(("✓ ", "green"), clean(sentence)))
+        self._say(Text.assemble(("✓ ", "green"), clean(sentence)), wraps=False)
 
     def note(self, sentence: str) -> None:
         """Print a remark on standard error; silent with ``--json``."""
-        self._note(Text(clean(sentence), style="dim"))
+        self._say(Text(self._suggesting(sentence), style="dim"))
 
     def next_step(self, command: str) -> None:
         """Suggest the next command; silent with ``--json``."""
-        self._note(Text.assemble(("Next: ", "bold"), clean(command)))
+        self._say(Text.assemble(("Next: ", "bold"), self._suggesting(command)), wraps=False)
 
-    def _note(self, line: Text) -> None:
+    def _say(self, line: Text, *, wraps: bool = True) -> None:
         if not self.as_json:
-            self._err.print(line, soft_wrap=True)
+            self._print(line, wraps=wraps)
+
+    def _suggesting(self, sentence: str) -> str:
+        """Return a sentence, clean, whose commands have the program's name as it was typed."""
+        return clean(_SUGGESTED.sub(lambda _: f"{self._program} ", sentence))
+
+    def _print(self, line: Text, *, wraps: bool = True) -> None:
+        """Print a line on standard error; it is broken between words, but for a command, which has to be copied whole.
+
+        So has a word that is longer than a line.
+        """
+        words = line.plain.split(" ")
+        whole = f": {self._program} " in line.plain or max(map(len, words)) >= self._err.width
+        self._err.print(line, soft_wrap=whole or not wraps or not self._err.is_terminal)
 
     def warning(self, sentence: str) -> None:
         """Print a warning on standard error, also with ``--json``."""
-        self._err.print(Text.assemble(("Warning: ", "bold yellow"), clean(sentence)), soft_wrap=True)
+        self._print(Text.assemble(("Warning: ", "bold yellow"), self._suggesting(sentence)))
 
     @contextlib.contextmanager
     def progress(self, words: str, total: int) -> Iterator[Callable[[], None]]:
@@ -294,14 +313,14 @@ class Output:
         fields = error.fields if isinstance(error, Refused) else ()
         repeated = bool(fields) and all(message in error.sentence for _, message in fields)
         sentence = "The portal does not accept these values:" if repeated else error.sentence
-        self._err.print(Text.assemble(("Error: ", "bold red"), clean(sentence)), soft_wrap=True)
+        self._print(Text.assemble(("Error: ", "bold red"), self._suggesting(sentence)))
         for field, message in fields:
             root, _, inner = field.partition(".")
             option = options.get(root.lower().replace("-", "_"))
             label = field if option is None else f"{option} ({field})" if inner else option
-            self._err.print(Text.assemble((f"  {clean(label)}: ", "bold"), clean(message)), soft_wrap=True)
+            self._print(Text.assemble((f"  {clean(label)}: ", "bold"), clean(message)))
         for hint in error.hints:
-            self._err.print(Text(clean(hint)), soft_wrap=True)
+            self._print(Text(self._suggesting(hint)))
         if isinstance(error, Refused) and error.request_id:
             self._err.print(Text(f"Request id: {clean(error.request_id)}", style="dim"), soft_wrap=True)
 

@@ -345,7 +345,7 @@ def backup(file: Path) -> None:
     counts = made.manifest.counts
     click.echo(f"Backup         {file} ({made.size} bytes, mode 0600)")
     click.echo(
-        f"Holds          {counts['devices']} devices, {counts['certificates']} certificates,"
+        f"Holds          {counts['devices']} devices and applications, {counts['certificates']} certificates,"
         f" {counts['audit_entries']} audit entries, of {made.manifest.made_at}"
     )
     click.echo(f"Not in it      the passphrase of the CA keys ({made.passphrase_at}): keep a copy of it, but elsewhere")
@@ -384,7 +384,7 @@ def restore(file: Path, replace: bool, keep_links: bool, crls: tuple[Path, ...])
 
 
 def _show_restored(done: backup_restore.Restored) -> None:
-    click.echo(f"Restored       {done.counts['devices']} devices, as of {done.made_at}")
+    click.echo(f"Restored       {done.counts['devices']} devices and applications, as of {done.made_at}")
     if done.before is not None:
         click.echo(f"Before         {done.before} holds what was there")
     if done.links_expired:

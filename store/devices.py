@@ -94,6 +94,13 @@ def device_topics(tx: Connection, tenant_id: str, device_id: str) -> tuple[tuple
     return tuple(topics_by_device(tx, own).get(device_id, ()))
 
 
+def topics_of(tx: Connection, tenant_id: str, device_ids: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Return the own topics of devices as pairs of filter and access, by device id, in their order."""
+    if not device_ids:
+        return {}
+    return topics_by_device(tx, TOPICS.where(AclEntry.tenant_id == tenant_id, AclEntry.device_id.in_(device_ids)))
+
+
 TOPICS = sa.select(AclEntry.device_id, AclEntry.filter, AclEntry.access).order_by(AclEntry.device_id, AclEntry.position)
 
 

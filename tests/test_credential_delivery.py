@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import zipfile
@@ -52,6 +53,22 @@ def opened(bundle: bytes, password: str | None) -> pyzipper.AESZipFile:
     if password is not None:
         archive.setpassword(password.encode())
     return archive
+
+
+def test_the_example_of_who_may_only_read_is_a_subscription() -> None:
+    reader = dataclasses.replace(CREDENTIALS, example_topic="devices/+/a b", example_reads=True)
+    for credentials, expected in (
+        (CREDENTIALS, "-t devices/x/hello -m hello -q 1"),
+        (reader, "-t 'devices/+/a b' -v -q 1"),
+    ):
+        with opened(package_credentials(credentials, "correct horse", now=NOW), None) as archive:
+            readme = archive.read("README.txt").decode()
+        assert expected in readme
+        assert ("mosquitto_sub -h" in readme, "mosquitto_pub -h" in readme) == (
+            credentials.example_reads,
+            not credentials.example_reads,
+        )
+        assert "device's" not in readme
 
 
 def test_it_opens_with_7z_and_the_password(bundle: bytes, tmp_path: Path) -> None:

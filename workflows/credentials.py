@@ -17,7 +17,7 @@ import credential_delivery
 from config import Settings
 from core.errors import FieldProblem, InputInvalid
 from core.states import ClientKind
-from core.topics import DEVICE_ID, Topic, default_topics
+from core.topics import DEVICE_ID, Access, Topic, default_topics
 from delivery.formats import BundleFormat
 from pki import est
 from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem, public_key_fingerprint
@@ -282,7 +282,8 @@ class CredentialIssuer:
         request: CredentialRequest,
         now: datetime,
     ) -> EncryptedBundle:
-        example = (topics or self._default_topics)[0].filter.replace(DEVICE_ID, issued.device_id)
+        first = (topics or self._default_topics)[0]
+        example, reads = first.filter.replace(DEVICE_ID, issued.device_id), first.access is Access.READ
         credentials = credential_delivery.Credentials(
             device_id=issued.device_id,
             key_pem=private_key_pem(key),
@@ -291,7 +292,8 @@ class CredentialIssuer:
             ca_pem=self._authority.ca_pem,
             broker_host=self._settings.mqtt_host,
             broker_port=self._settings.mqtt_port,
-            example_topic=example.replace("#", "hello").replace("+", "hello"),
+            example_topic=example if reads else example.replace("#", "hello").replace("+", "hello"),
+            example_reads=reads,
         )
         delivery_id = secrets.token_hex(16)
         password = request.bundle_password or credential_delivery.new_bundle_password()

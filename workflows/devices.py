@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -47,11 +47,15 @@ class DeviceDetails:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of devices; ``contact`` says how current their connections are, ``cursor`` leads to the next page."""
+    """A page of devices; ``contact`` says how current their connections are, ``cursor`` leads to the next page.
+
+    Of applications it has the ``topics``, too: pairs of filter and access by id.
+    """
 
     devices: Sequence[ListedDevice]
     contact: Contact
     cursor: str | None
+    topics: Mapping[str, Sequence[tuple[str, str]]]
 
 
 PAGE, MOST_AT_ONCE = 500, 10_000  # devices that one action is done to
@@ -117,10 +121,12 @@ class Inventory:
             raise _not_known(self._settings)
         with self._database.snapshot() as tx:
             found = store_devices.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
-        page, next_place = found.devices[:limit], found.end
+            page, next_place = found.devices[:limit], found.end
+            ids = [one.device.id for one in page] if wanted.kind is ClientKind.APPLICATION else []
+            topics = store_devices.topics_of(tx, tenant_id, ids)
         if len(found.devices) > limit:
             next_place = place_of(page[-1], wanted)
-        return Page(page, contact, None if next_place is None else _make_cursor(next_place, wanted))
+        return Page(page, contact, None if next_place is None else _make_cursor(next_place, wanted), topics)
 
     def found(self, tenant_id: str, wanted: DeviceFilter) -> list[str]:
         """Return the ids of all devices that fit; raises ``InputInvalid`` if there are more than ``MOST_AT_ONCE``."""

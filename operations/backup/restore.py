@@ -341,7 +341,7 @@ def _readable(plan: _Plan, tx: Connection) -> Tables | None:
     if schema.revision(tx) != schema.newest_revision():
         return None
     if count := _devices(tx):
-        _allow(plan, f"The database has {count} devices")
+        _allow(plan, f"The database has {count} devices and applications")
     return functools.partial(store_copy.rows, tx)
 
 

@@ -95,7 +95,8 @@ def _journal_entries(installation: Installation) -> Finding:
     found = compare_acl(allowed, granted, pending)
     _add_closed(found, expected, "PORTAL_TOPIC_PREFIX and PORTAL_TOPIC_PREFIXES")
     more = f" {len(pending)} more will be installed soon." if pending else ""
-    return combine(found, f"The guard's journal is what the database says: {len(allowed)} devices may connect.{more}")
+    count = f"{len(allowed)} devices and applications may connect"
+    return combine(found, f"The guard's journal is what the database says: {count}.{more}")
 
 
 def compare_acl(expected: Mapping[str, str], installed: Mapping[str, str], ignored: set[str]) -> Findings:

@@ -11,7 +11,14 @@ pytest_plugins = ("tests.support.cli_fixtures",)
 
 ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 PATH = f"/applications/{ID}"
-APPLICATION = {"application_id": ID, "name": "store", "status": "active", "expires_at": "2036-01-01T00:00:00Z"}
+APPLICATION = {
+    "application_id": ID,
+    "name": "store",
+    "status": "active",
+    "expires_at": "2036-01-01T00:00:00Z",
+    "topics": [{"filter": "devices/+/telemetry", "access": "read"}],
+    "connection": None,
+}
 
 
 def test_add_sends_name_and_topics_and_shows_link_and_password(session: Session, stub: PortalStub) -> None:
@@ -53,7 +60,8 @@ def test_a_refusal_is_shown_in_the_portals_words(session: Session, stub: PortalS
 
 def test_a_list_is_a_line_each_in_a_pipe_and_the_answer_as_json(session: Session, stub: PortalStub) -> None:
     stub.replies["GET", "/applications"] = Reply(body={"applications": [APPLICATION], "next_cursor": None})
-    assert session.run("application", "list").stdout == f"{ID}\tstore\tactive\t2036-01-01T00:00:00Z\n"
+    line = f"{ID}\tstore\tactive\t2036-01-01T00:00:00Z\tnever\tdevices/+/telemetry:read\n"
+    assert session.run("application", "list").stdout == line
     assert session.json("application", "list")["applications"] == [APPLICATION]
     session.run("application", "list", "--status", "revoked", "--q", "x")
     query = stub.calls("GET", "/applications")[-1].query

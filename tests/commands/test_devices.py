@@ -166,6 +166,14 @@ def test_a_connection_is_shown_in_words(
     assert session.run("list").stdout.rstrip("\n").split("\t")[-1] == cell
 
 
+@pytest.mark.parametrize("command", ["list", "export"])
+def test_only_one_state_of_a_connection_is_asked_for(session: Session, stub: PortalStub, command: str) -> None:
+    for flags in (("--connected", "--offline"), ("--never-seen", "--connected"), ("--offline", "--never-seen")):
+        result = session.run(command, *flags)
+        assert (result.exit_code, stub.requests) == (2, [])
+        assert "only one of --connected, --offline and --never-seen" in result.stderr
+
+
 def test_a_device_is_shown_field_by_field(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device(metadata={"owner": "ops"})
     lines = session.run("show", device_id.upper()).stdout.splitlines()
@@ -217,4 +225,4 @@ def test_the_certificate_that_expires_first_is_listed_first(session: Session, st
     assert stub.requests[-1].query["expires_before"] == "2036-03-01T00:00:00Z"
     assert stub.requests[-1].query["status"] == "active"
     stub.replies[("GET", "/devices")] = Reply(body={"devices": [], "next_cursor": None})
-    assert "expires that soon" in session.run("expiring").stderr
+    assert "that expires before 20" in session.run("expiring").stderr

@@ -116,12 +116,25 @@ def test_no_color_means_no_escape_sequence(session: Session, stub: PortalStub) -
     assert "\x1b" not in seen.seen
     # What does not fit is left out; the id is never cut.
     assert re.search(rf"^{device_id}  sensor-7  active  2036-01-01 *$", seen.seen, re.MULTILINE)
+    assert "\nNot shown for want of width: type, location, seen." in seen.seen
+
+
+def test_a_sentence_is_broken_between_words_and_a_command_is_not(session: Session, stub: PortalStub) -> None:
+    stub.broker = "pending"
+    device_id = stub.add_device()
+    with terminal(session, "revoke", device_id, "--yes", NO_COLOR="1", COLUMNS="50", PORTAL_COMMAND="./portal") as seen:
+        assert seen.end() == 0
+    assert seen.seen.rstrip().endswith("see: ./portal status")
+    stub.replies["GET", "/devices"] = Reply(body={"devices": [], "next_cursor": None})
+    with terminal(session, "expiring", "--within", "2036-02-03", NO_COLOR="1", COLUMNS="40") as seen:
+        assert seen.end() == 0
+    assert re.fullmatch(r"No active device has a certificate that *\nexpires before 2036-02-03\. *\n", seen.seen)
 
 
 EMPTY_LISTS = {  # what each command that prints a table asks for, and says where there is nothing
     "list": ("/devices", "devices", "No devices yet."),
     "list --type pump": ("/devices", "devices", "No matching devices."),
-    "expiring": ("/devices", "devices", "expires that soon."),
+    "expiring": ("/devices", "devices", "that expires before 20"),
     "application list": ("/applications", "applications", "No applications yet."),
     "application list --q x": ("/applications", "applications", "No matching applications."),
     f"certificates {DEVICE_ID}": (f"/devices/{DEVICE_ID}/certificates", "certificates", "has no certificates."),

@@ -125,6 +125,7 @@ def test_it_ends_and_says_so_when_the_broker_has_died(folder: Path) -> None:
         os.kill(int((folder / "data" / "broker" / "mosquitto.pid").read_text()), signal.SIGKILL)
         assert run.wait_end() == 1
     assert f"Mosquitto has stopped by itself. The last lines of {folder}/data/broker/mosquitto.log:" in run.printed
+    assert "Killed" not in run.printed  # as bash says of its children
     assert processes_with(str(folder / "data")) == []
 
 

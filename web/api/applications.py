@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from core.roles import Permission
 from core.states import ClientKind
+from core.topics import Access
 from pki.csr import read_csr
 from store.devices import DeviceFilter
 from web.api.devices import (
@@ -36,6 +38,7 @@ from web.api.fields import (
 from web.api.lifecycle import RenewedAnswer, RenewRequest, RevokedAnswer, outcome_of, renewal_of, state_of
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.credentials import DeviceRequest
+from workflows.presence import connection_of
 
 ROUTES = Routes("Applications")
 KIND = ClientKind.APPLICATION
@@ -115,14 +118,14 @@ class ApplicationSummary(OfApplication):
     revoked_at: Timestamp | None
     revocation_reason: str | None
     expires_at: Timestamp | None
+    topics: list[ApplicationTopicModel]
+    connection: ConnectionModel | None
 
 
 class ApplicationModel(ApplicationSummary):
-    """An application with its certificate, its topics, and whether the broker applies its newest state."""
+    """An application with its certificate, and whether the broker applies its newest state."""
 
-    topics: list[ApplicationTopicModel]
     broker: Literal["pending", "applied"]
-    connection: ConnectionModel | None
     certificate: CertificateModel | None
 
 
@@ -161,10 +164,20 @@ def list_applications(call: Call, query: ApplicationQuery) -> ApplicationPage:
     filters = DeviceFilter(**query.model_dump(exclude={"limit", "cursor"}), kind=KIND)
     page = call.portal.inventory.devices(call.actor.tenant_id, filters, limit=query.limit, cursor=query.cursor)
     summaries = [
-        ApplicationSummary.of(application, application_id=application.id, expires_at=not_after)
-        for application, not_after, *_ in page.devices
+        ApplicationSummary.of(
+            one.device,
+            application_id=one.device.id,
+            expires_at=one.not_after,
+            topics=_topic_models(page.topics.get(one.device.id, ())),
+            connection=connection_model(connection_of(one.presence, page.contact)),
+        )
+        for one in page.devices
     ]
     return ApplicationPage(applications=summaries, next_cursor=page.cursor)
+
+
+def _topic_models(topics: Iterable[tuple[str, str]]) -> list[ApplicationTopicModel]:
+    return [ApplicationTopicModel(filter=pattern, access=Access(access).value) for pattern, access in topics]
 
 
 @ROUTES.add("GET", "/applications/{application_id}", Permission.READ)
@@ -176,7 +189,7 @@ def show_application(call: Call, application_id: str) -> ApplicationModel:
         details.device,
         application_id=application_id,
         expires_at=None if certificate is None else certificate.not_after,
-        topics=[ApplicationTopicModel(filter=topic.filter, access=topic.access.value) for topic in details.topics],
+        topics=_topic_models((topic.filter, topic.access) for topic in details.topics),
         broker="applied" if details.applied else "pending",
         connection=connection_model(details.connection),
         certificate=None if certificate is None else certificate_model(certificate),

@@ -252,6 +252,17 @@ def test_an_id_of_one_kind_is_not_found_as_the_other(api: Api) -> None:
     assert json.loads(actions.data)["code"] == "device_not_found"
     assert api.get(f"/devices/{device}").json["status"] == "active"
     assert api.get(f"/applications/{application}").json["status"] == "active"
+    assert api.get(f"/devices/{application}").json["detail"].endswith("an application, see GET /applications/{id}.")
+    assert api.get(f"/applications/{device}").json["detail"].endswith("a device, see GET /devices/{id}.")
+
+
+def test_the_list_says_what_each_application_may_do_and_whether_it_was_ever_seen(api: Api) -> None:
+    more = [{"filter": "homeassistant/#", "access": "readwrite"}, *READ_ALL]
+    ids = [added(api)["application_id"], added(api, topics=more)["application_id"]]
+    api.register(topics=[{"filter": "devices/{id}/#", "access": "read"}, {"filter": "devices/x", "access": "read"}])
+    listed = {one["application_id"]: one for one in api.get("/applications").json["applications"]}
+    assert [listed[client_id]["topics"] for client_id in ids] == [READ_ALL, more]
+    assert [listed[client_id]["connection"]["last_seen"] for client_id in ids] == [None, None]
 
 
 @ON_SQLITE
