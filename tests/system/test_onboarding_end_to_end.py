@@ -184,7 +184,7 @@ def test_a_revocation_survives_kill_9_before_the_broker_is_reloaded() -> None:
         device.refusal()
 
 
-@pytest.mark.parametrize("name", ["crl.pem", "acl"])
+@pytest.mark.parametrize("name", [pytest.param("crl.pem", marks=pytest.mark.long), "acl"])  # a minute, and seconds
 def test_a_file_damaged_by_hand_is_reported_repaired_and_never_opens_the_door(name: str) -> None:
     with deployed(PORTAL_BROKER_CONTROL="files") as deployment:
         device, witness = deployment.onboard("goes"), deployment.onboard("stays")
