@@ -76,13 +76,14 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
         for admission in admissions
     ]
     generation = db.next_generation(tx, actor.tenant_id, at=now) if any(must_learn) else 0
+    # Before the audit head, as whoever removes a profile does: else the two could wait for each other.
+    profile_ids = _held_profiles(tx, actor.tenant_id, [admission.request for admission in admissions])
     with_external_id = any(admission.request is not None and admission.request.external_id for admission in admissions)
     if with_external_id or any(admission.credentials.is_for_csr for admission in admissions):
         # Else two transactions with the same external ids or keys could wait for each other: for a row, and for the
         # audit head.
         audit.lock_audit_head(tx, actor.tenant_id)
     new: list[db.NewDevice] = []
-    profile_ids = _held_profiles(tx, actor.tenant_id, [admission.request for admission in admissions])
     for admission, is_new_there in zip(admissions, must_learn, strict=True):
         device_id, since = admission.credentials.device_id, generation if is_new_there else 0
         if admission.request is None:

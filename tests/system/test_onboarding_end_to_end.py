@@ -264,6 +264,9 @@ def test_of_fifty_fetches_at_once_one_gets_the_bundle(deployment: Deployment) ->
 # --- A device that is a TLS server -----------------------------------------------------------------------------------
 
 
+SUBJECT = ("--organization", "ACME", "--organizational-unit", "{location}", "--serial-number", "{id}")
+
+
 @contextmanager
 def serving(device: Onboarded) -> Iterator[str]:
     """The address of ``openssl s_server`` with the device's certificate."""
@@ -287,7 +290,7 @@ def connect(address: str, ca: str, host: str) -> str:
 
 def test_a_device_with_server_auth_is_a_tls_server_by_its_name_and_by_no_other(deployment: Deployment) -> None:
     template = "{name}.devices.example.com"
-    deployment.cli("profile", "add", "tls-server", "--server-auth", "--dns-name", template, "--max-days", "90")
+    deployment.cli("profile", "add", "tls-server", "--server-auth", "--dns-name", template, *SUBJECT)
     device = deployment.onboard("pump-17", "--profile", "tls-server")
     plain = deployment.onboard("pump-18")
     with serving(device) as address:

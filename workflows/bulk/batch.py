@@ -396,17 +396,18 @@ class Batches:
 def _refusals(tx: Connection, tenant_id: str, issued: Sequence[_Issued], now: datetime) -> dict[str, PortalError]:
     """Return why credentials cannot be recorded, by the ids of their devices."""
     refused: dict[str, PortalError] = {}
+    # First, as in an admission: whoever removes a profile locks it before the audit head.
+    for profile in {task.job.request.profile for task, _ in issued}:
+        try:
+            hold_profile(tx, tenant_id, profile)
+        except ProfileRefused as error:  # it was removed meanwhile
+            refused |= {task.job.device_id: error for task, _ in issued if task.job.request.profile == profile}
     if with_csr := [key_claim(credentials) for _, credentials in issued if credentials.is_for_csr]:
         keys.lock(tx, tenant_id)
         refused |= keys.refusals(tx, tenant_id, with_csr)
     if with_names := [name_claim(credentials) for _, credentials in issued if credentials.names]:
         names.lock(tx, tenant_id)
         refused |= names.refusals(tx, with_names, now=now)
-    for profile in {task.job.request.profile for task, _ in issued}:
-        try:
-            hold_profile(tx, tenant_id, profile)
-        except ProfileRefused as error:  # it was removed meanwhile
-            refused |= {task.job.device_id: error for task, _ in issued if task.job.request.profile == profile}
     return refused
 
 
