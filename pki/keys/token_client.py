@@ -109,18 +109,22 @@ class TokenClient:
             raise TokenUnavailable(self._sentence("has more to sign than it can in time; try again later"))
         try:
             self._raise_problem()  # of the request before this one
-            return self._answer(request, deadline)
+            answer = self._answer(request, deadline)
         except TokenUnavailable as failure:
             self._fail(failure.detail)
             raise
         finally:
             self._lock.release()
+        if "refused" in answer:  # for the key, which does not keep others from being used
+            raise TokenUnavailable(self._sentence(answer["refused"]))
+        return answer
 
     def _raise_problem(self) -> None:
         if self._problem is not None:
             raise TokenUnavailable(self._problem)
 
     def _answer(self, request: Facts, deadline: float) -> Facts:
+        """Return the answer, which may refuse the key; raises ``TokenUnavailable`` if the token itself is of no use."""
         was_running = self._process is not None
         try:
             answer = self._ask_process(request, deadline)
@@ -131,7 +135,7 @@ class TokenClient:
                 answer = self._ask_process(request, deadline)
             except _Gone:
                 raise TokenUnavailable(self._sentence(_ENDED)) from None
-        if "refused" in answer:
+        if "refused" in answer and not answer["is_of_key"]:
             raise TokenUnavailable(self._sentence(answer["refused"]))
         if "failed" in answer:
             raise TokenUnavailable(self._sentence(f"failed ({answer['failed']}); see its own log"))

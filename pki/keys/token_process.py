@@ -63,6 +63,10 @@ class Refused(Exception):
     """What an operator must correct; the text is the end of a sentence that begins with the token."""
 
 
+class KeyRefused(Refused):
+    """What is wrong with one key only: the others in the token are of use."""
+
+
 # --- The PIN ------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +267,7 @@ class TokenSession:
     def _sign(self, request: Facts) -> Facts:
         key = self._key(request)
         if not isinstance(key, SignMixin):  # which python-pkcs11 gives keys with CKA_SIGN only
-            raise Refused(f"has the key {request['label']}, but that may not sign")
+            raise KeyRefused(f"has the key {request['label']}, but that may not sign")
         signature = key.sign(bytes.fromhex(request["data"]), mechanism=MECHANISMS[request["mechanism"]])
         return {"signature": signature.hex()}
 
@@ -281,9 +285,9 @@ class TokenSession:
         if named not in self._keys:
             keys = self._private_keys(request)
             if not keys:
-                raise Refused(f"does not have the key {request['label']}; is it another token, or was it cleared?")
+                raise KeyRefused(f"does not have the key {request['label']}; is it another token, or was it cleared?")
             if self._recognize(request) not in (None, request["public"]):
-                raise Refused(f"has another key by the name of {request['label']}; put the right token in")
+                raise KeyRefused(f"has another key by the name of {request['label']}; put the right token in")
             self._keys[named] = keys[0]
         return self._keys[named]
 
@@ -293,12 +297,12 @@ class TokenSession:
             wanted[Attribute.ID] = bytes.fromhex(request["id"])
         keys = [key for key in self._open_session.get_objects(wanted) if isinstance(key, pkcs11.PrivateKey)]
         if len(keys) > 1:
-            raise Refused(f"has several keys by the name of {request['label']}")
+            raise KeyRefused(f"has several keys by the name of {request['label']}")
         return keys
 
     def _refuse_second(self, request: Facts) -> None:
         if self._private_keys({**request, "id": ""}):
-            raise Refused(
+            raise KeyRefused(
                 f"has a key {request['label']} of another portal or time already, and keys are never replaced;"
                 " set object= in the URI, with which the names of keys begin"
             )
@@ -396,7 +400,7 @@ def _answered(token: TokenSession, request: Facts) -> Facts:
     try:
         return token.answer(request)
     except Refused as refusal:
-        return {"refused": str(refusal)}
+        return {"refused": str(refusal), "is_of_key": isinstance(refusal, KeyRefused)}
     except PKCS11Error as error:
         return {"failed": f"{type(error).__name__} {error}".strip()}
 

@@ -87,6 +87,7 @@ def test_a_token_that_was_restarted_signs_as_if_nothing_had_happened(
     check_that_it_signs(key)
 
 
+@pytest.mark.long  # as the portal's own tests have it
 def test_a_token_that_died_is_unavailable_and_used_again_once_it_is_back(
     token_server: TokenServer, soft_tokens: SoftTokens, open_stores: Open
 ) -> None:
@@ -130,6 +131,7 @@ def signs(key: PrivateKey) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_requests_that_wait_behind_one_that_hangs_fail_with_it(
     token_server: TokenServer, soft_tokens: SoftTokens, open_stores: Open
 ) -> None:
@@ -274,6 +276,7 @@ def test_a_refused_pin_is_not_tried_again_until_its_file_has_another(
     assert [path.name for path in folder.glob(".pin-refused-*") if path.suffix != ".lock"] == []
 
 
+@pytest.mark.long
 def test_a_running_portal_takes_the_corrected_pin_by_itself(soft_tokens: SoftTokens, open_stores: Open) -> None:
     uri = soft_tokens.create()
     with_key(open_stores(uri))
@@ -286,6 +289,7 @@ def test_a_running_portal_takes_the_corrected_pin_by_itself(soft_tokens: SoftTok
     check_that_it_signs(stores.load("issuing-1"))
 
 
+@pytest.mark.long
 def test_of_many_processes_with_a_wrong_pin_one_tries_it(soft_tokens: SoftTokens, open_stores: Open) -> None:
     uri = soft_tokens.create()
     with_key(open_stores(uri))
@@ -306,18 +310,6 @@ def test_of_many_processes_with_a_wrong_pin_one_tries_it(soft_tokens: SoftTokens
     assert sum("not tried again" in sentence for sentence in said) == 3
 
 
-def test_the_marker_of_a_refused_pin_holds_no_pin_and_is_private(
-    soft_tokens: SoftTokens, open_stores: Open, folder: Path
-) -> None:
-    uri = soft_tokens.create()
-    with_key(open_stores(uri))
-    uri.pin_file.write_text("wrong pin")
-    assert not signs(open_stores(uri).load("issuing-1"))
-    (marker,) = (path for path in folder.glob(".pin-refused-*") if path.suffix != ".lock")
-    assert marker.stat().st_mode & 0o077 == 0
-    assert "wrong" not in marker.read_text()
-
-
 def test_the_pin_is_not_in_the_command_line_or_environment_of_a_process(
     soft_tokens: SoftTokens, open_stores: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,34 +320,6 @@ def test_the_pin_is_not_in_the_command_line_or_environment_of_a_process(
         content = Path(f"/proc/{process}/{name}").read_bytes()
         assert PIN.encode() not in content
         assert b"a secret of the settings" not in content
-
-
-def refused_files() -> dict[str, Callable[[Path], object]]:
-    def unreadable(path: Path) -> None:
-        path.chmod(0o644)
-
-    def a_pipe(path: Path) -> None:
-        path.unlink()
-        os.mkfifo(path, 0o600)
-
-    return {
-        "is open to others": unreadable,
-        "cannot be read": Path.unlink,
-        "is not a file": a_pipe,
-        "must have one line": lambda path: path.write_bytes(b"\n"),
-        "must have one line of 1 to 256 bytes": lambda path: path.write_bytes(b"1" * 300),
-        "other bytes than UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
-    }
-
-
-@pytest.mark.parametrize(("said", "spoil"), refused_files().items(), ids=refused_files())
-def test_a_file_that_is_no_pins_is_refused(
-    soft_tokens: SoftTokens, open_stores: Open, folder: Path, said: str, spoil: Callable[[Path], object]
-) -> None:
-    uri = soft_tokens.create()
-    spoil(uri.pin_file)
-    with pytest.raises(TokenUnavailable, match=rf"needs a PIN; .*{said}"):
-        open_stores(uri).create("root", KeyType.EC_P256)
 
 
 # --- The wrong token, the wrong key ----------------------------------------------------------------------------------
@@ -421,13 +385,18 @@ def test_a_key_by_the_right_name_that_is_another_does_not_sign(
         check_that_it_signs(open_stores(uri).load("issuing-1"))
 
 
-def test_a_key_that_was_removed_is_missing(soft_tokens: SoftTokens, open_stores: Open, folder: Path) -> None:
+def test_a_key_that_was_removed_is_missing_which_does_not_keep_others_from_signing(
+    soft_tokens: SoftTokens, open_stores: Open, folder: Path
+) -> None:
     uri = soft_tokens.create()
     with_key(open_stores(uri))
     for kind in ("privkey", "pubkey"):
         soft_tokens.tool(uri, "--delete-object", "--type", kind, "--label", "issuing-1")
+    stores = open_stores(uri)
     with pytest.raises(TokenUnavailable, match="does not have the key issuing-1"):
-        check_that_it_signs(open_stores(uri).load("issuing-1"))
+        check_that_it_signs(stores.load("issuing-1"))
+    assert is_back(stores)
+    check_that_it_signs(stores.create("issuing-2", KeyType.EC_P256))
 
 
 MAKE_KEY_FOR_AGREEMENT = """
