@@ -22,6 +22,7 @@ from core.pkcs11_uri import TokenUri, parse_token_uri
 
 log = logging.getLogger("portal.settings")
 
+CA_KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-3072", "rsa-4096")
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096")
 # What Kubernetes sets for a service whose name begins with "portal", with the values that it gives them.
 SERVICE_LINKS = (
@@ -339,6 +340,12 @@ class Settings(BaseSettings):
     root_keys: KeyPlaces = derived(
         lambda data: " ".join("file" if place is None else str(place) for place in data["ca_keys"]),
         "The same for the root's key; PORTAL_CA_KEYS if empty",
+    )
+    root_key_type: Annotated[str, choice(CA_KEY_TYPES)] = setting(
+        "ec-p384", "The root's key, when it is made: " + ", ".join(CA_KEY_TYPES)
+    )
+    issuing_key_type: Annotated[str, choice(CA_KEY_TYPES)] = setting(
+        "ec-p256", "Keys of issuing CAs, when they are made: " + ", ".join(CA_KEY_TYPES)
     )
     token_timeout: Annotated[float, seconds(0.5, 120)] = setting(
         "5", "Seconds a request waits for a signature of a token"

@@ -191,9 +191,9 @@ def open_authority(database: Database, keys: CaKeys, settings: Settings, tenant_
 
 def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str, now: datetime) -> None:
     # A key file may exist already, if an earlier first start was cut off before its commit.
-    root_key = keys.load(ROOT) if keys.exists(ROOT) else keys.create(ROOT, KeyType.EC_P384)
-    issuing_key = (
-        keys.load(FIRST_ISSUING) if keys.exists(FIRST_ISSUING) else keys.create(FIRST_ISSUING, KeyType.EC_P256)
+    root_key, issuing_key = (
+        keys.load(name) if keys.exists(name) else keys.create(name, KeyType(kind))
+        for name, kind in ((ROOT, settings.root_key_type), (FIRST_ISSUING, settings.issuing_key_type))
     )
     root = ca.create_root(root_key, common_name=f"{settings.ca_name} Root CA", now=now, days=settings.root_days)
     root_issuer = Issuer(ROOT, root.certificate, root_key)

@@ -54,7 +54,7 @@ def prepare_next(
     name = f"issuing-{number}"
     issued = ca.create_issuing(
         root.issuer,
-        keys.create(name, KeyType.EC_P256).public_key(),
+        keys.create(name, KeyType(settings.issuing_key_type)).public_key(),
         common_name=f"{settings.ca_name} Issuing CA {number}",
         now=now,
         days=settings.issuing_days,

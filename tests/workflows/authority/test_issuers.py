@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
@@ -129,3 +131,43 @@ def test_a_ca_retires_when_nobody_needs_it_and_its_crl_is_still_published(portal
     assert (portal.settings.broker_dir / "crl.pem").read_text().count("BEGIN X509 CRL") == 1
     with pytest.raises(StateConflict, match="There is no issuing CA issuing-1 in use"):
         retire()
+
+
+LONG = pytest.mark.long
+KINDS = [
+    ("ed25519", "ec-p384"),
+    pytest.param("rsa-4096", "rsa-3072", marks=LONG),
+    pytest.param("ec-p384", "ed25519", marks=LONG),
+]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("root", "issuing"), KINDS)
+def test_the_cas_have_keys_of_the_kinds_that_the_settings_say(
+    make_settings: Callable[..., Settings], tmp_path: Path, root: str, issuing: str
+) -> None:
+    settings = make_settings(
+        PORTAL_DATA_DIR=str(tmp_path / "data"),
+        PORTAL_ROOT_KEY_TYPE=root,
+        PORTAL_ISSUING_KEY_TYPE=issuing,
+        PORTAL_TOKEN_TIMEOUT="60",
+    )
+    portal = open_portal(settings)
+    try:
+        authority = portal.authority
+        assert kind_of(authority.root.issuer.certificate.public_key()) == root
+        assert kind_of(authority.issuing.issuer.certificate.public_key()) == issuing
+        issuer_of(portal, portal.registrations.register(OPERATOR, PUMP).device_id)
+        portal.reconciler.install()
+        assert prepare_next(portal) == "issuing-2"
+        with portal.database.snapshot() as tx:
+            issuers = authority.seen_by(tx).with_crl()
+        assert [kind_of(each.issuer.certificate.public_key()) for each in issuers] == [issuing, issuing]
+    finally:
+        portal.close()
+
+
+def kind_of(key: object) -> str:
+    if isinstance(key, rsa.RSAPublicKey):
+        return f"rsa-{key.key_size}"
+    return f"ec-p{key.key_size}" if isinstance(key, ec.EllipticCurvePublicKey) else "ed25519"
