@@ -122,17 +122,24 @@ def _set_up_logs(settings: Settings) -> None:
     logs.set_up(level=settings.log_level, as_json=settings.log_format is LogFormat.JSON)
 
 
+def open_log(path: Path) -> int:
+    """Open a log, which may be emptied while it is written (logrotate's copytruncate): each line goes to its end.
+
+    Raises ``StartupError`` if it cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartupError(f"{path} cannot be opened ({error.strerror}); check its disk.") from error
+
+
 def _wait_for_broker(settings: Settings, trust_anchor: str) -> None:
     """Print what scripts/run needs, log to portal.log from then on, and wait until it has started the broker.
 
     Standard output then ends; a line of standard input says that the broker has been started, its end that
     scripts/run is gone, with which this process ends. Raises ``StartupError`` if portal.log cannot be opened.
     """
-    path = settings.data_dir / "portal.log"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StartupError(f"{path} cannot be opened ({error.strerror}); check its disk.") from error
+    descriptor = open_log(settings.data_dir / "portal.log")
     size = os.fstat(descriptor).st_size
     click.echo(_shell_lines(_effective(settings) | {"trust_anchor": trust_anchor, "portal_log_size": size}), nl=False)
     os.dup2(descriptor, sys.stderr.fileno())

@@ -12,6 +12,7 @@ import pytest
 
 from config import Settings
 from core.broker_control import PLUGINS
+from operations.commands import open_log
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 UNIT = "onboarding-portal.service"
@@ -179,3 +180,13 @@ def test_the_guide_names_every_file_and_installs_it() -> None:
         if path.name != "README.md":
             assert f"| `{path.name}` |" in guide
             assert re.search(rf"^       install .*deploy/{re.escape(path.name)} ", guide, re.MULTILINE), path.name
+
+
+def test_a_log_that_is_emptied_while_it_is_written_goes_on_at_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "portal.log"
+    log = open_log(path)
+    os.write(log, b"before\n" * 100)
+    path.write_bytes(b"")  # as logrotate does it with copytruncate, which deploy/README.md has it use
+    os.write(log, b"after\n")
+    os.close(log)
+    assert path.read_bytes() == b"after\n"
