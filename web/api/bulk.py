@@ -229,7 +229,7 @@ class BulkQuery(RequestModel):
         model=RowAnswer,
         media_type=NDJSON,
     ),
-    rows=RowBody(RegisterRequest, (NDJSON, CSV)),
+    rows=RowBody(RegisterRequest, (NDJSON, CSV), _JSON_COLUMNS),
 )
 def register_bulk(call: Call, query: BulkQuery) -> Reply:
     """Register a device for each row of NDJSON or CSV."""

@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 from core.errors import NotFound
 from web.api import problems
 from web.api.problems import ProblemModel
-from web.api.routing import IDEMPOTENCY_KEY, PATH_PARTS, Answers, Route
+from web.api.routing import IDEMPOTENCY_KEY, PATH_PARTS, Answers, Route, RowBody
 
 VERSION = "1"
 _ERROR_HEADERS = {
@@ -196,7 +196,28 @@ def _headers(more: Mapping[str, str] | None = None) -> dict[str, Any]:
     return {name: {"description": description, "schema": {"type": "string"}} for name, description in described.items()}
 
 
-_NAMES_COLUMNS = {"text/csv": {"minLength": 1}}  # the first row is needed, even if there is no other
+def _rows_of(rows: RowBody, media_type: str, row: Any) -> dict[str, Any]:
+    """Describe a body of rows in one media type; ``row`` is the schema of each."""
+    if media_type != "text/csv":
+        return {"schema": {"type": "string"}, "x-row-schema": row}
+    fields = rows.model.model_fields
+    required = [name for name, field in fields.items() if field.is_required()]
+    columns = {
+        name: {
+            "required": name in required,
+            "content": "application/json" if name in rows.json_columns else "text/plain",
+            "schema": {"$ref": f"{row['$ref']}/properties/{name}"},
+        }
+        for name in fields
+    }
+    description = (
+        "RFC 4180 in UTF-8, cells separated by commas. The first row names the columns, in any order and case; those of"
+        f" x-columns, of which {', '.join(required)} are needed. {' and '.join(rows.json_columns)} hold JSON. An empty"
+        " cell is a field that is not given, a row of empty cells no row."
+    )
+    # The first row is needed, even if there is no other.
+    schema = {"type": "string", "minLength": 1, "description": description}
+    return {"schema": schema, "x-row-schema": row, "x-columns": columns}
 
 
 def request_body(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str, Any] | None:
@@ -211,11 +232,8 @@ def request_body(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[s
         row = schemas[route.rows.model]
         return {
             "required": True,
-            "description": "One row for each device, as in x-row-schema; the first row of a CSV names the columns",
-            "content": {
-                kind: {"schema": {"type": "string"} | _NAMES_COLUMNS.get(kind, {}), "x-row-schema": row}
-                for kind in route.rows.media_types
-            },
+            "description": "One row for each device, as in x-row-schema; a CSV has the columns of x-columns",
+            "content": {kind: _rows_of(route.rows, kind, row) for kind in route.rows.media_types},
         }
     return None
 

@@ -139,10 +139,14 @@ class Octets:
 
 @dataclass(frozen=True, slots=True)
 class RowBody:
-    """A body of rows, each as ``model`` has it, which the handler reads while it arrives."""
+    """A body of rows, each as ``model`` has it, which the handler reads while it arrives.
+
+    A body of type ``text/csv`` has the fields of the model as columns, those in ``json_columns`` as JSON.
+    """
 
     model: type[BaseModel]
     media_types: tuple[str, ...]
+    json_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,27 @@ def test_every_operation_has_a_name_a_summary_and_the_request_id_on_every_answer
 def test_every_reference_in_the_openapi_text_resolves(anyone: Api) -> None:
     text = anyone.get("/openapi.json")
     for reference in {line.split('"')[3] for line in json.dumps(text.json, indent=1).splitlines() if '"$ref"' in line}:
-        assert reference.removeprefix("#/components/schemas/") in text.json["components"]["schemas"]
+        found = text.json
+        for name in reference.removeprefix("#/").split("/"):
+            found = found[name]
+
+
+def test_the_columns_of_an_upload_in_csv_are_described_as_the_server_reads_them(api: Api) -> None:
+    paths = api.get("/openapi.json").json["paths"]
+    csv = paths["/register/bulk"]["post"]["requestBody"]["content"]["text/csv"]
+    columns = csv["x-columns"]
+    needed = [name for name, column in columns.items() if column["required"]]
+    assert all(name in csv["schema"]["description"] for name in needed)
+    refused = api.call("POST", "/register/bulk", data=b"serial\n", content_type="text/csv").json["detail"]
+    assert refused.split("there may be ")[1].rstrip(".").split(", ") == sorted(columns)
+    for name in needed:
+        header = ",".join({*needed} - {name}).encode()
+        problem_of(api.call("POST", "/register/bulk", data=header, content_type="text/csv"), 422, "invalid_input")
+    is_json = {name for name, column in columns.items() if column["content"] == "application/json"}
+    for name in {*columns} - {*needed}:
+        row = ",".join([*needed, name]) + "\n" + ",".join(["a"] * len(needed)) + ',"{"'
+        answer = api.call("POST", "/register/bulk?dry_run=true", data=row.encode(), content_type="text/csv")
+        assert ("must be JSON" in answer.text) == (name in is_json), answer.text
 
 
 class Page(HTMLParser):
