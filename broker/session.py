@@ -136,14 +136,17 @@ class Session:
     def receive_messages(self) -> Iterator[tuple[str, bytes]]:
         """Yield topic and payload of each message that was sent to this session, and of those that come meanwhile.
 
-        Each has QoS 1 and is acknowledged (section 3.4). The broker is pinged (section 3.12), which also shows that it
-        is there: with its answer everything that it sent before has been received.
+        Each has QoS 1 and is acknowledged (section 3.4). A message of this session's own that was sent before must have
+        been taken: one that is refused raises ``ConnectionError``. The broker is pinged (section 3.12), which also
+        shows that it is there: with its answer everything that it sent before has been received.
         """
         self._send(_PINGREQ, b"")
         while True:
             kind, body = self._receive_packet(MAX_MESSAGE_BYTES)
             if kind == _PINGRESP:
                 return
+            if kind == _PUBACK and len(body) > 1 and (len(body) == 2 or body[2] < FAILURE):
+                continue
             if kind & 0xF6 != _PUBLISH_QOS1:
                 raise ConnectionError("the broker sent another packet than expected")
             topic, packet_id, payload = _message(body)

@@ -13,6 +13,7 @@ from broker.control import PresenceReport
 from broker.session import Session
 
 WHOLE_TOPIC, CHANGES_TOPIC = "portal/guard/clients", "portal/guard/presence"
+MORE_TOPIC = "portal/guard/more"  # by which the next part of the whole set is asked for
 _IDENTITY = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LATEST = 253402300799  # the end of the year 9999, in Unix time
 _Times = Mapping[str, datetime]
@@ -21,11 +22,14 @@ _Times = Mapping[str, datetime]
 class ReportReader:
     """Reads messages of the guard, in their order; ``has_whole`` once the whole set was read.
 
+    ``wants_more`` while the guard waits to be asked for the next part of it.
+
     Whatever is not as ``mosquitto/guard/README.md`` has it raises ``ConnectionError``: who asks again gets a whole set.
     """
 
     def __init__(self) -> None:
         self.has_whole = False
+        self.wants_more = False
         self._whole: dict[str, datetime] | None = None  # as much of it as was read
 
     def read(self, topic: str, payload: bytes) -> Iterator[PresenceReport]:
@@ -49,6 +53,8 @@ class ReportReader:
             self._whole = {}
         elif said.keys() == {"connected"} and self._whole is not None:
             self._whole.update(_times(said["connected"]))
+        elif said == {"more": True} and self._whole is not None:
+            self.wants_more = True
         elif said == {"end": True} and self._whole is not None:
             whole, self._whole, self.has_whole = self._whole, None, True
             yield PresenceReport(connected=whole, disconnected={}, is_whole=True)
@@ -74,6 +80,9 @@ class GuardReports:
         self._session.extend(deadline)
         for topic, payload in self._session.receive_messages():
             yield from self._reader.read(topic, payload)
+        if self._reader.wants_more:
+            self._reader.wants_more = False
+            self._session.send_publish(MORE_TOPIC)
 
     @property
     def is_incomplete(self) -> bool:

@@ -26,11 +26,14 @@ static unsigned count_of(const struct names *names, const char *id)
 
 bool limits_subscribe(const char *id, enum cost cost, int64_t now)
 {
+    unsigned points = (unsigned)cost + (cost == ONE_TOPIC ? 0 : count_of(&keeping, id) / RETAINED_A_POINT);
+
     if (now - began >= SUBSCRIBE_SECONDS) {
         names_clear(&spent);
         began = now;
     }
-    return count_of(&spent, id) + (unsigned)cost <= SUBSCRIBE_BUDGET && names_count(&spent, id, (unsigned)cost);
+    return (points > SUBSCRIBE_BUDGET ? count_of(&spent, id) == 0 : count_of(&spent, id) + points <= SUBSCRIBE_BUDGET) &&
+           names_count(&spent, id, points);
 }
 
 void limits_set_retained(size_t most)

@@ -10,6 +10,7 @@
 #define DEFAULT_MAX_RETAINED 10000 /* topics of one identity */
 #define SUBSCRIBE_SECONDS 30       /* in which an identity may spend SUBSCRIBE_BUDGET */
 #define SUBSCRIBE_BUDGET 256u
+#define RETAINED_A_POINT 400u /* so many retained messages of its own make a wildcard cost a point more */
 
 /* What a filter costs: by how many topics the broker has to go through for retained messages. */
 enum cost {
@@ -19,7 +20,8 @@ enum cost {
 };
 
 /* Take the cost of a filter from the identity's budget, at `now`, in seconds of a clock that never goes back; false if
- * there is too little left, or no memory. */
+ * there is too little left, or no memory. A wildcard costs more the more retained messages the identity has left: all are
+ * handed to it. */
 bool limits_subscribe(const char *id, enum cost cost, int64_t now);
 
 /* Set how many topics of one identity may have a retained message. */

@@ -83,6 +83,31 @@ bool names_count(struct names *names, const char *text, unsigned times)
     return true;
 }
 
+bool names_copy(struct names *copy, const struct names *names)
+{
+    if (names->used == 0) {
+        return true;
+    }
+    copy->slots = calloc(names->capacity, sizeof *copy->slots);
+    if (copy->slots == NULL) {
+        return false;
+    }
+    copy->capacity = names->capacity;
+    for (size_t i = 0; i < names->capacity; i++) {
+        if (names->slots[i].text != NULL) {
+            char *text = strdup(names->slots[i].text);
+            if (text == NULL) {
+                names_clear(copy);
+                return false;
+            }
+            copy->slots[i] = names->slots[i];
+            copy->slots[i].text = text;
+            copy->used++;
+        }
+    }
+    return true;
+}
+
 void names_remove(struct names *names, const char *text)
 {
     struct name *name = find(names, text);

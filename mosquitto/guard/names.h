@@ -28,6 +28,9 @@ bool names_add(struct names *names, const char *text);
 /* Add a name so many times. */
 bool names_count(struct names *names, const char *text, unsigned times);
 
+/* Make a set, which is empty, a copy of another one; false, and it stays empty, if there is no memory. */
+bool names_copy(struct names *copy, const struct names *names);
+
 /* Take back one addition. */
 void names_remove(struct names *names, const char *text);
 

@@ -53,6 +53,12 @@ static bool answer_report(struct mosquitto *client, char *first, char *second)
     return *first == '\0' && id != NULL && presence_report(client, id, guard_epoch(), guard_sequence());
 }
 
+static bool answer_more(struct mosquitto *client, char *first, char *second)
+{
+    (void)second;
+    return *first == '\0' && presence_more(client);
+}
+
 /* The question `refused` is not here: its answer is no, as that of any other. */
 static const struct {
     const char *word;
@@ -63,6 +69,7 @@ static const struct {
     {"identify", answer_identify},
     {"version", answer_version},
     {"report", answer_report},
+    {"more", answer_more},
 };
 
 static bool answer(struct mosquitto *client, const char *topic)

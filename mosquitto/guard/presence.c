@@ -13,6 +13,9 @@
 #define ENTRY_BYTES 128            /* one identity with its time, or a delimiter */
 
 static struct names online, changed;
+static struct names whole; /* all that were connected when the portal asked, while it is told of them in parts */
+static size_t whole_at;
+static bool is_telling;
 static const void *recipient_key;
 static char *recipient;
 
@@ -87,6 +90,35 @@ static void append_names(struct message *message, const struct names *which, boo
     append(message, "]");
 }
 
+/* Send the next part of the whole set, after what the message has. */
+static bool send_part(struct message *message)
+{
+    const struct name *name;
+    const char *separator = "";
+    unsigned sent = 0;
+
+    append(message, "{\"connected\":[");
+    while ((name = names_next(&whole, &whole_at)) != NULL) {
+        append(message, "%s[\"%s\",%lld]", separator, name->text, (long long)name->since);
+        separator = ",";
+        if (message->used >= MESSAGE_BYTES) {
+            if (++sent == PAGE_MESSAGES) {
+                break;
+            }
+            append(message, "]}\n");
+            send_message(message);
+            append(message, "{\"connected\":[");
+            separator = "";
+        }
+    }
+    append(message, "]}\n%s\n", name == NULL ? "{\"end\":true}" : "{\"more\":true}");
+    if (name == NULL) {
+        names_clear(&whole);
+        is_telling = false;
+    }
+    return finish(message);
+}
+
 static void note_change(const char *identity)
 {
     if (recipient != NULL && names_find(&changed, identity) == NULL && !names_add(&changed, identity)) {
@@ -119,12 +151,23 @@ bool presence_report(const void *key, const char *client_id, uint64_t epoch, uin
     recipient = copy;
     recipient_key = key;
     names_clear(&changed);
+    names_clear(&whole);
+    whole_at = 0;
+    is_telling = names_copy(&whole, &online);
+    if (!is_telling) {
+        log_error("There is no memory to tell the portal who is connected.");
+        return false;
+    }
     append(&message, "{\"epoch\":%llu,\"seq\":%llu,\"begin\":true}\n", (unsigned long long)epoch,
         (unsigned long long)sequence);
-    append(&message, "{");
-    append_names(&message, &online, true, "connected");
-    append(&message, "}\n{\"end\":true}\n");
-    return finish(&message);
+    return send_part(&message);
+}
+
+bool presence_more(const void *key)
+{
+    struct message message = {.topic = CLIENTS_TOPIC};
+
+    return recipient != NULL && recipient_key == key && is_telling && send_part(&message);
 }
 
 void presence_ended(const void *key)
@@ -134,6 +177,8 @@ void presence_ended(const void *key)
         recipient = NULL;
         recipient_key = NULL;
         names_clear(&changed);
+        names_clear(&whole);
+        is_telling = false;
     }
 }
 
@@ -146,8 +191,8 @@ void presence_flush(void)
 {
     struct message message = {.topic = PRESENCE_TOPIC};
 
-    if (recipient == NULL || changed.used == 0) {
-        return;
+    if (recipient == NULL || changed.used == 0 || is_telling) {
+        return; /* a change that overtook the part with the same identity would be undone by that */
     }
     append(&message, "{");
     append_names(&message, &changed, true, "connected");

@@ -42,6 +42,24 @@ static void test_subscribe(void)
     limits_clear();
 }
 
+static void test_subscribe_to_what_it_keeps(void)
+{
+    for (uint64_t topic = 0; topic < 10000; topic++) {
+        EXPECT(limits_retain("one", (topic + 1) * 0x9E3779B97F4A7C15u));
+    }
+    EXPECT(granted("other", OWN_TOPICS, 500) == 64);
+    EXPECT(granted("one", OWN_TOPICS, 500) == 8); /* each 4 + 10,000 / 400 */
+    EXPECT(granted("one", ONE_TOPIC, 500) == 24);
+    EXPECT(granted("one", OTHER_TOPICS, 530) == 2);
+    limits_clear();
+    limits_set_retained(1000000);
+    for (uint64_t topic = 0; topic < 200000; topic++) {
+        EXPECT(limits_retain("one", (topic + 1) * 0x9E3779B97F4A7C15u));
+    }
+    EXPECT(granted("one", OWN_TOPICS, 560) == 1); /* it may do so once, however many it may leave */
+    limits_clear();
+}
+
 static void test_retained(void)
 {
     limits_set_retained(2);
@@ -90,6 +108,7 @@ static void test_against_a_list(void)
 int main(void)
 {
     test_subscribe();
+    test_subscribe_to_what_it_keeps();
     test_retained();
     test_against_a_list();
     printf("limits: %u failures\n", failures);

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from broker.control import PresenceReport
-from broker.guard.presence import CHANGES_TOPIC, WHOLE_TOPIC, GuardReports, ReportReader
+from broker.guard.presence import CHANGES_TOPIC, MORE_TOPIC, WHOLE_TOPIC, GuardReports, ReportReader
 from broker.session import MAX_MESSAGE_BYTES, Session
 
 ONE, TWO = "3f2b8c1e-9d4a-4e6b-8a57-1c0d2e3f4a5b", "an-application_2.x"
@@ -132,10 +132,12 @@ def broker_that(sends: Callable[[socket.socket], object]) -> Iterator[tuple[Guar
     thread = threading.Thread(target=serve)
     thread.start()
     reports = GuardReports(Session(ours, 0.0))
-    yield reports, got
-    reports.close()
-    thread.join()
-    theirs.close()
+    try:
+        yield reports, got
+    finally:
+        reports.close()
+        thread.join()
+        theirs.close()
 
 
 def soon() -> float:
@@ -156,6 +158,35 @@ def test_a_message_of_200_kb_is_read_and_acknowledged() -> None:
         assert len(report.connected) == 2600
         assert (before, reports.is_incomplete) == (True, False)
     assert b"".join(got) == b"\x40\x02" + struct.pack(">H", 77) + b"\xe0\x00"
+
+
+def test_the_next_part_of_the_whole_set_is_asked_for() -> None:
+    first, last = {"connected": [["one", 1]]}, {"connected": [["two", 2]]}
+
+    def send(sock: socket.socket) -> None:
+        sock.sendall(packet(WHOLE_TOPIC, lines(BEGIN, first, {"more": True})) + b"\xd0\x00")
+        asked = b""
+        while not asked.endswith(b"\xc0\x00"):
+            asked += sock.recv(4096)
+        assert MORE_TOPIC.encode() in asked
+        sock.sendall(b"\x40\x03\x00\x01\x00" + packet(WHOLE_TOPIC, lines(last, END)) + b"\xd0\x00")
+
+    with broker_that(send) as (reports, _):
+        assert list(reports.receive(soon())) == []
+        assert reports.is_incomplete
+        [report] = reports.receive(soon())
+        assert sorted(report.connected) == ["one", "two"]
+
+
+def test_a_guard_that_has_no_next_part_ends_the_reports() -> None:
+    def send(sock: socket.socket) -> None:
+        sock.sendall(packet(WHOLE_TOPIC, lines(BEGIN, {"more": True})) + b"\xd0\x00")
+        sock.sendall(b"\x40\x03\x00\x01\x87\xd0\x00")
+
+    with broker_that(send) as (reports, _):
+        assert list(reports.receive(soon())) == []
+        with pytest.raises(ConnectionError):
+            list(reports.receive(soon()))
 
 
 BROKEN = {

@@ -331,6 +331,23 @@ def test_topics_that_are_taken_away_are_taken_away_before_the_answer(api: Api, p
     assert api.get(f"/applications/{application}").json["topics"] == READ_ALL
 
 
+def test_a_journal_that_begins_anew_forgets_the_numbers_of_certificates_that_have_expired(
+    api: Api, portal: Portal, clock: Clock
+) -> None:
+    short, long = (added(api, validity_days=days) for days in (3, 300))
+    for application in (short, long):
+        assert api.delete(f"/applications/{application['application_id']}").json["broker"] == "enforced"
+    assert all(any(one["serial_number"] in line for line in journal_of(portal)) for one in (short, long))
+    clock.advance(days=30)
+    portal.settings.broker_file(JOURNAL_FILE).unlink()  # as after it has grown long
+    added(api)
+    assert portal.reconciler.apply(generation_of(portal)).installed == generation_of(portal)
+    revoked = [line for line in journal_of(portal) if line.startswith("serial ")]
+    assert any(long["serial_number"] in line for line in revoked)
+    assert not any(short["serial_number"] in line for line in revoked)
+    assert f"deny {short['application_id']}" in journal_of(portal)
+
+
 def test_a_revoked_application_is_denied_with_proof_and_stays_revoked(api: Api, portal: Portal) -> None:
     application = added(api)["application_id"]
     answer = api.delete(f"/applications/{application}?reason=key_compromise")
