@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import UTC, datetime
 from typing import Any
 
@@ -145,6 +146,11 @@ def test_values_that_fit_nowhere_are_refused(rules: dict[str, Any], device: dict
         contents(device=device, **rules)
     assert raised.value.detail.startswith("The certificate profile tls-server ")
     assert raised.value.errors[0].field == "profile"
+
+
+def test_terms_are_sent_to_the_processes_of_an_upload() -> None:
+    sent = terms(dns_names=("{name}.example.com",))
+    assert pickle.loads(pickle.dumps(sent)) == sent  # noqa: S301 - its own
 
 
 def test_labels_of_the_profile_itself_may_be_punycode() -> None:

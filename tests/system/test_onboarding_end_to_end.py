@@ -297,6 +297,16 @@ def test_a_device_with_server_auth_is_a_tls_server_by_its_name_and_by_no_other(d
         wait_until(lambda: "Verification: OK" in connect(address, device.file("ca.pem"), "pump-17.devices.example.com"))
         for other in ("localhost", "pump-18.devices.example.com", device.id):
             assert "hostname mismatch" in connect(address, device.file("ca.pem"), other).lower()
+        # Nor is it the portal or the broker for their own clients.
+        asked = deployment.cli("status", "--url", f"https://{address}", check=False)
+        assert (asked.returncode, "is for another name" in asked.stderr) == (3, True), asked.stderr
+        config = (
+            (plain.folder / "mosquitto-client.conf").read_text().replace(str(plain.port), address.partition(":")[2])
+        )
+        lines = [line for line in config.splitlines() if not line.startswith("#")]
+        command = ["mosquitto_pub", *(word for line in lines for word in line.split(" ", 1)), "-t", "x", "-m", "x"]
+        published = subprocess.run(command, cwd=plain.folder, capture_output=True, text=True, check=False, timeout=60)
+        assert "A TLS error occurred" in published.stderr, published.stderr
     with serving(plain) as address:
         wait_until(lambda: "unsuitable certificate purpose" in connect(address, plain.file("ca.pem"), "localhost"))
     client = device.client()
