@@ -18,6 +18,7 @@
         EnrolmentUnauthenticated
       Forbidden                           403
         EnrolmentRefused  ClientCertificateRefused
+        AttestationRefused                  its kinds are in attestation/refusals.py
       TooManyAttempts                     429
       NotFound                            404
         DeviceNotFound  ApplicationNotFound  LinkUnknown
@@ -197,6 +198,12 @@ class ClientCertificateRefused(Forbidden):
     """The client certificate is revoked, expired, or of a CA that is not registered here."""
 
     code = "client_certificate_refused"
+
+
+class AttestationRefused(Forbidden):
+    """A device's evidence of what it is does not verify, or does not satisfy the appraisal policy."""
+
+    code = "attestation_refused"
 
 
 class TooManyAttempts(PortalError):

@@ -27,7 +27,7 @@ OTHER_VARIABLES = {
     "PORTAL_VENV",
     "PORTAL_FAILPOINT",
 }
-PACKAGES = ("broker", "commands", "core", "delivery", "operations", "pki", "store", "web", "workflows")
+PACKAGES = ("attestation", "broker", "commands", "core", "delivery", "operations", "pki", "store", "web", "workflows")
 FOLDERS = (
     "bench",
     "deploy",

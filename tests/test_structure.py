@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SERVER = {"broker", "core", "delivery", "operations", "pki", "store", "web", "workflows"}
+SERVER = {"attestation", "broker", "core", "delivery", "operations", "pki", "store", "web", "workflows"}
 PARTS = {"ca", "db", "broker_provisioning", "credential_delivery"}
 MAY_IMPORT = {
     "config": {"core"},

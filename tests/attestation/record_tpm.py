@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Record evidence of two software TPMs into tpm_evidence.json beside this file, for tests/attestation/test_tpm.py.
+
+Needs Debian's swtpm, swtpm-tools and libtss2-dev, and tpm2-pytss in the virtual environment:
+
+    apt-get install swtpm swtpm-tools libtss2-dev libtss2-tcti-swtpm0 && .venv/bin/pip install tpm2-pytss==3.0.0
+    .venv/bin/python tests/attestation/record_tpm.py
+
+swtpm_setup makes a CA and has it certify each endorsement key. Everything but ``challenge_ek`` runs in the TPM: it
+opens the credential, makes attestation key and device key, certifies and quotes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key
+from tpm2_pytss import (
+    ESAPI,
+    ESYS_TR,
+    TPM2_ALG,
+    TPM2_SE,
+    TPM2B_ENCRYPTED_SECRET,
+    TPM2B_ID_OBJECT,
+    TPM2B_PUBLIC,
+    TPM2B_SENSITIVE_CREATE,
+    TPML_PCR_SELECTION,
+    TPMT_SIG_SCHEME,
+    TPMT_SYM_DEF,
+    TSS2_Exception,
+)
+from tpm2_pytss.utils import NVReadEK, create_ek_template
+
+from attestation.anchors import Anchor
+from attestation.evidence import Challenge
+from attestation.tpm import challenge_ek
+from pki.algorithms import public_key_der
+
+HERE = Path(__file__).parent
+SIGNING = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign"
+CONFIGURATION = """create_certs_tool=/usr/share/swtpm/swtpm-localca
+create_certs_tool_config={0}/localca.conf
+create_certs_tool_options={0}/localca.options
+"""
+CA = "statedir = {0}/ca\nsigningkey = {0}/ca/key.pem\nissuercert = {0}/ca/issuer.pem\ncertserial = {0}/ca/serial\n"
+OPTIONS = "--platform-manufacturer Example\n--platform-version 1\n--platform-model Example\n"
+
+
+@contextmanager
+def running_tpm(folder: Path, name: str, *options: str) -> Iterator[ESAPI]:
+    """A new TPM with an endorsement key certified by the CA in the folder."""
+    state = folder / name
+    for made in (state, folder / "ca"):
+        made.mkdir(exist_ok=True)
+    for file, text in (("setup.conf", CONFIGURATION), ("localca.conf", CA), ("localca.options", OPTIONS)):
+        (folder / file).write_text(text.format(folder))
+    setup: list[str | Path] = [
+        "swtpm_setup",
+        "--tpm2",
+        "--tpmstate",
+        state,
+        "--create-ek-cert",
+        "--pcr-banks",
+        "sha256",
+    ]
+    subprocess.run([*setup, "--config", folder / "setup.conf", *options], check=True, stdout=subprocess.DEVNULL)
+    port = _free_ports()
+    ports = ["--server", f"type=tcp,port={port}", "--ctrl", f"type=tcp,port={port + 1}"]
+    command = [
+        "swtpm",
+        "socket",
+        "--tpm2",
+        "--tpmstate",
+        f"dir={state}",
+        "--flags",
+        "not-need-init,startup-clear",
+        *ports,
+    ]
+    process = subprocess.Popen(command)
+    try:
+        yield _connected(port)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _free_ports() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1]) // 2 * 2
+
+
+def _connected(port: int) -> ESAPI:
+    for _ in range(100):
+        try:
+            return ESAPI(f"swtpm:port={port}")
+        except TSS2_Exception:  # it does not listen yet
+            time.sleep(0.1)
+    raise TimeoutError("swtpm does not listen")
+
+
+def record(tpm: ESAPI, folder: Path, template: str, key: str, seed: bytes) -> dict[str, object]:
+    """Enrol as a device would: challenge, activation, certification, quote."""
+    ek_certificate, ek_template = create_ek_template(template, NVReadEK(tpm))
+    ek = tpm.create_primary(TPM2B_SENSITIVE_CREATE(), ek_template, ESYS_TR.ENDORSEMENT)[0]
+    ak, ak_public = _primary(tpm, f"{key}:{_scheme(key)}:null", f"{SIGNING}|restricted", ESYS_TR.ENDORSEMENT)
+    other, unrestricted = _primary(tpm, f"{key}:{_scheme(key)}:null", SIGNING, ESYS_TR.ENDORSEMENT)
+    tpm.flush_context(other)  # a TPM has room for three objects
+    device, device_public = _primary(tpm, key, SIGNING, ESYS_TR.OWNER)
+    root = x509.load_pem_x509_certificate((folder / "ca" / "swtpm-localca-rootca-cert.pem").read_bytes())
+    issuer = x509.load_pem_x509_certificate((folder / "ca" / "issuer.pem").read_bytes())
+    der = root.public_bytes(Encoding.DER)
+    now = datetime.now(UTC).replace(microsecond=0)
+    public = bytes(ak_public.publicArea.marshal())
+    intermediates = [issuer.public_bytes(Encoding.DER)]
+    credential = challenge_ek(Challenge(seed), ek_certificate, intermediates, public, [Anchor(der, True)], now)
+    nonce = _activated(tpm, ek, ak, credential.blob, credential.secret, template)
+    certified, signature = tpm.certify(device, ak, nonce, TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL))
+    quoted, quote_signature = tpm.quote(ak, "sha256:0,1,7", nonce, TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL))
+    _, _, values = tpm.pcr_read(TPML_PCR_SELECTION.parse("sha256:0,1,7"))
+    pcrs = {number: bytes(value).hex() for number, value in zip(("0", "1", "7"), values, strict=True)}
+    evidence = {
+        "ek_certificate": text(ek_certificate),
+        "intermediates": [text(one) for one in intermediates],
+        "ak_public": text(public),
+        "key_public": text(bytes(device_public.publicArea.marshal())),
+        "certify": text(bytes(certified.attestationData)),
+        "certify_signature": text(bytes(signature.marshal())),
+        "quote": {
+            "attested": text(bytes(quoted.attestationData)),
+            "signature": text(bytes(quote_signature.marshal())),
+            "pcrs": {"sha256": pcrs},
+        },
+    }
+    key_der = public_key_der(load_der_public_key(device_public.to_der()))  # type: ignore[arg-type]
+    return {
+        "seed": seed.hex(),
+        "at": now.isoformat(),
+        "root": text(der),
+        "public_key": text(key_der),
+        "unrestricted_ak_public": text(bytes(unrestricted.publicArea.marshal())),
+        "evidence": evidence,
+    }
+
+
+def _scheme(key: str) -> str:
+    return "rsassa-sha256" if key.startswith("rsa") else "ecdsa-sha256"
+
+
+def _primary(tpm: ESAPI, algorithm: str, attributes: str, hierarchy: ESYS_TR) -> tuple[ESYS_TR, TPM2B_PUBLIC]:
+    template = TPM2B_PUBLIC.parse(algorithm, objectAttributes=attributes)
+    template.publicArea.unique.ecc.x = os.urandom(32) if algorithm.startswith("ecc") else b""
+    handle, public, *_ = tpm.create_primary(TPM2B_SENSITIVE_CREATE(), template, hierarchy)
+    return handle, public
+
+
+def _activated(tpm: ESAPI, ek: ESYS_TR, ak: ESYS_TR, blob: bytes, secret: bytes, template: str) -> bytes:
+    """Open the credential; the EK's policy is that of the owner of the endorsement hierarchy."""
+    session = ESYS_TR.PASSWORD
+    if "HIGH" not in template:
+        symmetric = TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL)
+        session = tpm.start_auth_session(ESYS_TR.NONE, ESYS_TR.NONE, TPM2_SE.POLICY, symmetric, TPM2_ALG.SHA256)
+        tpm.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0)
+    opened = tpm.activate_credential(
+        ak,
+        ek,
+        TPM2B_ID_OBJECT.unmarshal(blob)[0],
+        TPM2B_ENCRYPTED_SECRET.unmarshal(secret)[0],
+        ESYS_TR.PASSWORD,
+        session,
+    )
+    return bytes(opened)
+
+
+def text(content: bytes) -> str:
+    """Return Base64."""
+    return base64.b64encode(content).decode()
+
+
+def main() -> None:
+    """Record an RSA and an ECC TPM."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with running_tpm(folder, "rsa") as tpm:
+            rsa = record(tpm, folder, "EK-RSA2048", "ecc256", bytes(range(32)))
+        with running_tpm(folder, "ecc", "--ecc") as tpm:
+            ecc = record(tpm, folder, "EK-HIGH-ECC384", "rsa2048", bytes(range(32, 64)))
+    (HERE / "tpm_evidence.json").write_text(json.dumps({"rsa-ek": rsa, "ecc-ek": ecc}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
