@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from datetime import datetime
 from multiprocessing.connection import Connection
 
 from config import Settings
-from core.errors import PortalError, Unavailable
+from core.errors import PortalError, TokenUnavailable, Unavailable
 from core.topics import Topic
 from pki.profiles import CertificateTerms
 from store.database import Database
@@ -30,6 +31,8 @@ FEW = 16  # devices that are not worth starting processes for
 PIECE = 32  # devices that a process is given at once: some 40 ms of work
 MAX_PROCESSES = 4  # unless the settings say how many: these keep the one process busy that writes to the database
 ANSWER_SECONDS = 120.0  # a process that takes longer hangs
+TOKEN_PATIENCE_SECONDS = 30.0  # for which an upload waits for a token that fails
+TOKEN_PAUSE_SECONDS = 0.5
 IDLE_SECONDS = 60.0  # for which the processes stay after an upload, since the next one may be a part of the same file
 NICENESS = 5  # single requests go first
 
@@ -230,4 +233,21 @@ def _end_with(lifeline: Connection) -> None:
 def _issue_here(jobs: Sequence[CredentialJob]) -> list[Result]:
     if isinstance(_opened, PortalError):
         raise _opened
-    return issue_all(_opened, jobs)
+    return [_issue_patiently(_opened, job) for job in jobs]
+
+
+_token_fails_since: float | None = None
+
+
+def _issue_patiently(credentials: CredentialIssuer, job: CredentialJob) -> Result:
+    """Wait for a token that fails, as long as it may just have been restarted: else thousands of rows would fail."""
+    global _token_fails_since
+    while isinstance(result := _issue(credentials, job), TokenUnavailable):
+        now = time.monotonic()
+        _token_fails_since = now if _token_fails_since is None else _token_fails_since
+        if now - _token_fails_since >= TOKEN_PATIENCE_SECONDS:
+            return result
+        time.sleep(TOKEN_PAUSE_SECONDS)
+    if not isinstance(result, PortalError):
+        _token_fails_since = None
+    return result

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from core.errors import InputInvalid, Unavailable
+from core.errors import InputInvalid, TokenUnavailable, Unavailable
 from operations.wiring import Portal
 from pki.csr import read_csr
 from tests.support.deployment import wait_until
@@ -130,3 +130,36 @@ def test_the_processes_take_no_part_in_the_counts_of_the_server() -> None:
     program = "import workflows.bulk.processes, sys; print('prometheus_client' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+class FailingToken:
+    """Issues nothing for a while, as while a token is restarted."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.asked = 0
+
+    def issue(self, device_id: str, *_: object, **__: object) -> str:
+        self.asked += 1
+        if self.asked <= self.times:
+            raise TokenUnavailable("The token is not there.")
+        return device_id
+
+
+@ON_SQLITE
+def test_an_upload_waits_for_a_token_that_is_restarted_but_not_for_ever(
+    jobs: Callable[[int], list[CredentialJob]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "TOKEN_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(processes, "_token_fails_since", None)
+    restarted, wanted = FailingToken(3), jobs(2)
+    monkeypatch.setattr(processes, "_opened", restarted)
+    assert [str(result) for result in processes._issue_here(wanted)] == [job.device_id for job in wanted]
+    gone = FailingToken(1000000)
+    monkeypatch.setattr(processes, "_opened", gone)
+    monkeypatch.setattr(processes, "TOKEN_PATIENCE_SECONDS", 0.05)
+    results = processes._issue_here(wanted)
+    assert all(isinstance(result, TokenUnavailable) for result in results)
+    before = gone.asked
+    processes._issue_here(wanted)
+    assert gone.asked == before + 2  # known to be away for long, so that no other row waits
