@@ -116,11 +116,11 @@ def parse_ip_address(value: str) -> str:
         raise ValueError("must be an IP address, such as 127.0.0.1") from None
 
 
-def parse_address(value: str) -> Address:
-    """Return a listening address from ``HOST:PORT``."""
+def parse_address(value: str, *, example: str = "127.0.0.1:8443") -> Address:
+    """Return a listening address from ``HOST:PORT``; the error for another value gives the ``example``."""
     host, separator, port = value.rpartition(":")
     if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError("must be HOST:PORT, such as 127.0.0.1:8443")
+        raise ValueError(f"must be HOST:PORT, such as {example}")
     return Address(host.strip("[]"), int(port))
 
 
@@ -235,7 +235,7 @@ def _optional_path(value: str) -> Path | None:
 
 PathSetting = Annotated[Path, PlainValidator(parse_path)]
 OptionalPath = Annotated[Path | None, PlainValidator(_optional_path)]
-AddressSetting = Annotated[Address, PlainValidator(parse_address)]
+PkiAddressSetting = Annotated[Address, PlainValidator(lambda value: parse_address(value, example="127.0.0.1:8080"))]
 Names = Annotated[tuple[str, ...], PlainValidator(parse_names)]
 Networks = Annotated[tuple[Network, ...], PlainValidator(parse_networks)]
 KeyPlaces = Annotated[tuple[TokenUri | None, ...], PlainValidator(parse_key_places)]
@@ -287,7 +287,7 @@ class Settings(BaseSettings):
     bind: Annotated[Address, PlainValidator(parse_address_or_socket)] = setting(
         "127.0.0.1:8443", "HTTPS listener; or unix:/PATH, for a front server"
     )
-    pki_bind: AddressSetting = setting("127.0.0.1:8080", "Plain HTTP listener: CRLs, OCSP and CA certificates only")
+    pki_bind: PkiAddressSetting = setting("127.0.0.1:8080", "Plain HTTP listener: CRLs, OCSP and CA certificates only")
     public_url: Url = derived(
         lambda data: _base_url("https", data["bind"], "PORTAL_PUBLIC_URL"),
         "Base of download links; https:// and the HTTPS listener if empty",

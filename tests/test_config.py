@@ -70,7 +70,7 @@ def test_an_acl_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
         ("PORTAL_BIND", "unix:relative", "absolute path"),
         ("PORTAL_BIND", "unix:/" + "x" * 120, "at most 107 bytes"),
         ("PORTAL_BIND", "unix:/run/portal.sock", "PORTAL_PUBLIC_URL must be set"),
-        ("PORTAL_PKI_BIND", "unix:/run/portal.sock", "HOST:PORT"),
+        ("PORTAL_PKI_BIND", "unix:/run/portal.sock", "HOST:PORT, such as 127.0.0.1:8080"),
         ("PORTAL_BIND", "0.0.0.0:8443", "PORTAL_PUBLIC_URL must be set"),
         ("PORTAL_PKI_BIND", "[::]:8080", "PORTAL_PKI_URL must be set"),
         ("PORTAL_PKI_BIND", "127.0.0.1:8443", "must differ"),

@@ -310,12 +310,15 @@ class Client:
         while time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
                 reason = self._connected.get(timeout=0.02)
-                assert reason == "Success", reason
-                return
+                if reason == "Success":
+                    return
+                self.close()
+                raise AssertionError(reason)
             with contextlib.suppress(queue.Empty):
                 reason = self._disconnected.get_nowait()
                 self.close()
                 raise ConnectionRefusedError(reason)
+        self.close()
         raise TimeoutError("no CONNACK")
 
     def publish(self, topic: str, payload: bytes = b"hello", *, retain: bool = False) -> str:
@@ -344,6 +347,10 @@ class Client:
     def close(self) -> None:
         self.paho.disconnect()
         self.paho.loop_stop()
+        # Without them it is in no cycle with this object, and closes its sockets when it is freed. In a cycle the
+        # garbage collector may come to a socket first, which then says that nobody has closed it.
+        for name in ("connect", "disconnect", "message", "publish", "subscribe"):
+            setattr(self.paho, f"on_{name}", None)
 
 
 def examine(deployment: Deployment, *options: str) -> tuple[int, dict[str, str]]:

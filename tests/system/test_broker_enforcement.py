@@ -189,6 +189,8 @@ class Device:
         with suppress(OSError, ssl.SSLError):
             self.client.disconnect()
         self.client.loop_stop()
+        for name in ("connect", "disconnect", "message", "publish", "subscribe"):  # in no cycle it closes its sockets
+            setattr(self.client, f"on_{name}", None)
 
 
 @contextmanager

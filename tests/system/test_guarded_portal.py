@@ -350,6 +350,8 @@ def test_a_sleeping_application_that_loses_topics_gets_none_of_their_messages_an
     assert [client.messages.get(timeout=30)[1] for _ in range(7)] == [b"before", b"0", b"1", b"2", b"3", b"4", b"5"]
     for one in (client, consumer, speaker):
         one.close()
+    for application in (loser, keeper):  # whose stored sessions other tests would take for somebody who listens
+        assert shared.call("DELETE", f"/applications/{application.id}").json()["broker"] == "enforced"
 
 
 def test_the_programs_of_the_page_about_back_ends_get_what_devices_send(shared: Deployment) -> None:
