@@ -10,7 +10,7 @@ from broker.folder import FOLDER_MODE, broker_group
 from config import Settings
 from core.errors import PortalRunning, StartupError
 from core.files import FileLock, private_folder
-from operations.backup import journal as restore_journal
+from operations.backup import restore_journal
 
 # Shared by each process that has a portal open, held exclusively by a command that replaces its data.
 PRESENCE_LOCK = ".portal.lock"

@@ -38,7 +38,7 @@ from workflows.credentials import CredentialIssuer
 from workflows.delivery import Deliveries, KeptAnswers
 from workflows.devices import Inventory
 from workflows.enrolment.approval import Approvals
-from workflows.enrolment.clients import Clients
+from workflows.enrolment.clients import TlsClients
 from workflows.enrolment.credentials import EnrolmentTokens
 from workflows.enrolment.enrolment import Enrolments
 from workflows.enrolment.first import FirstEnrolments
@@ -92,7 +92,7 @@ class Portal:
     deliveries: Deliveries
     revocations: DeviceRevocations
     renewals: Renewals
-    clients: Clients
+    clients: TlsClients
     profiles: CertificateProfiles
     enrolment: Enrolments
     enrolment_tokens: EnrolmentTokens
@@ -190,7 +190,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
     answers = KeptAnswers(database, base.pepper, clock)
     processes = CredentialProcesses(settings, links, credentials)
     batches = Batches(settings, database, authority, reconciler, processes, clock)
-    clients = Clients(settings, database, authority, clock)
+    clients = TlsClients(settings, database, authority, clock)
     follower = PresenceFollower(settings, database, base.broker, clock, tenant_id)
     return Portal(
         settings=settings,

@@ -98,7 +98,7 @@ def load_csr(der: bytes) -> ForeignCsr:
     if len(der) > MAX_CSR_CHARACTERS:
         raise CsrInvalid(f"The CSR is longer than {MAX_CSR_CHARACTERS} bytes.")
     try:
-        return foreign.read_csr(der)
+        return foreign.parse_csr(der)
     except ValueError as error:
         raise CsrInvalid(f"The CSR {error}. Send a PKCS#10 request (RFC 2986).") from error
 

@@ -82,7 +82,7 @@ class ForeignCertificate:
 # --- CSRs -----------------------------------------------------------------------------------------------------------
 
 
-def read_csr(der: bytes) -> ForeignCsr:
+def parse_csr(der: bytes) -> ForeignCsr:
     """Read a PKCS#10 request (RFC 2986 §4); raises ``ValueError``, whose text says what the CSR is or has.
 
     The version does not count, nor whether subject, attributes and their values are as they should be.

@@ -63,7 +63,7 @@ def update_device(tx: Connection, tenant_id: str, device_id: str, values: dict[s
     tx.execute(_UPDATE_DEVICE, {**values, "of_tenant": tenant_id, "of_device": device_id})
 
 
-def owner_of(tx: Connection, tenant_id: str, external_id: str) -> str | None:
+def device_with_external_id(tx: Connection, tenant_id: str, external_id: str) -> str | None:
     """Return the id of the device with an external id."""
     return tx.execute(
         sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.external_id == external_id)

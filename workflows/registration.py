@@ -25,7 +25,7 @@ from pki.profiles import CertificateTerms
 from store import audit
 from store.audit import Actor
 from store.database import Database
-from store.devices import device_topics, owner_of, update_device
+from store.devices import device_topics, device_with_external_id, update_device
 from store.profiles import hold_profile
 from workflows.admission import Admission, admit, checked_topics
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
@@ -87,7 +87,7 @@ class Registrations:
 
     @staticmethod
     def _check_free(tx: Connection, tenant_id: str, external_id: str) -> None:
-        device_id = owner_of(tx, tenant_id, external_id)
+        device_id = device_with_external_id(tx, tenant_id, external_id)
         if device_id is None:
             return
         if db.get_device(tx, tenant_id, device_id).status is DeviceStatus.REVOKED:

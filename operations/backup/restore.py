@@ -30,7 +30,7 @@ from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup.archive import Backup
 from operations.backup.crls import SavedCrls, continue_crls, unknown_revocations
-from operations.backup.journal import SQLITE_FILES, Journal, journaled, remove_database
+from operations.backup.restore_journal import SQLITE_FILES, RestoreJournal, journaled, remove_database
 from operations.backup.revocations import GuardRefusals, Kept, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
 from pki.checkpoints import VerifierKey
@@ -358,7 +358,7 @@ def _allow(plan: _Plan, what: str) -> None:
 # --- Both kinds of database -------------------------------------------------------------------------------------------
 
 
-def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal) -> None:
+def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: RestoreJournal) -> None:
     backup, done = plan.backup, plan.done
     order = {name: number for number, name in enumerate(store_copy.table_names())}
     for name in sorted(backup.manifest.counts, key=lambda name: order.get(name, len(order))):
@@ -445,7 +445,7 @@ def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
     return len(over)
 
 
-def _record(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Journal) -> None:
+def _record(tx: Connection, plan: _Plan, replaced: Tables | None, journal: RestoreJournal) -> None:
     done = plan.done
     heads = [row for row in replaced("audit_heads") if row["tenant_id"] == DEFAULT_TENANT] if replaced else []
     audit.record(

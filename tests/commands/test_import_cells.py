@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from commands.errors import Misused
-from commands.import_files import FileRow, Reading, format_of, read_rows
+from commands.import_files import ExternalIds, FileRow, Reading, format_of, read_rows
+from tests.support.harness import ON_SQLITE, Api
+from web.api.routing import NDJSON
 
 HEADER = "name,type,location,firmware"
 METER = {"name": "meter 1", "type": "meter", "location": "A", "firmware": "1.0"}
@@ -90,3 +93,25 @@ def test_cells_that_are_missing_or_too_many_are_said(tmp_path: Path) -> None:
 def test_a_workbook_is_refused_with_what_to_do() -> None:
     with pytest.raises(Misused, match="save the sheet as CSV UTF-8"):
         format_of(Path("fleet.xlsx"), None)
+
+
+@ON_SQLITE
+def test_a_row_that_the_portal_takes_for_another_device_has_another_external_id_of_its_own(api: Api) -> None:
+    row = METER | {"metadata": {"a": 1}, "topics": [{"filter": "devices/{id}/#", "access": "readwrite"}]}
+    own = ExternalIds("lot 7").of(FileRow(2, row))
+    api.call("POST", "/register/bulk", data=json.dumps(row | {"external_id": own}).encode(), content_type=NDJSON)
+    others: dict[str, Any] = {
+        "metadata": {"a": 2},
+        "topics": [*row["topics"], {"filter": "devices/hall/x", "access": "read"}],
+    }
+    others |= {"profile": "server", "key_type": "ed25519", "validity_days": 9, "bundle_format": "pem"}
+    assert api.post("/profiles", {"name": "server", "organization": "Example"}).status_code == 201
+    refused = set()
+    for name in (*METER, *others):
+        changed = row | {name: others.get(name, "another")}
+        line = json.dumps(changed | {"external_id": own}).encode()
+        answer = api.call("POST", "/register/bulk?dry_run=true", data=line, content_type=NDJSON)
+        if json.loads(answer.data).get("code") == "external_id_taken":
+            refused.add(name)
+            assert ExternalIds("lot 7").of(FileRow(2, changed)) != own, name
+    assert refused == {*METER, "metadata", "topics", "profile"}

@@ -7,10 +7,9 @@ from typing import Any, Literal
 from core.roles import Permission
 from web.api.fields import Limit, NumericCursor, Place, ShortText
 from web.api.pki import cached
-from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from web.api.routing import ANYONE, NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 
 ROUTES = Routes("Audit record")
-NDJSON = "application/x-ndjson"
 PLAIN = "text/plain; charset=utf-8"
 
 

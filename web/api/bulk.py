@@ -17,6 +17,7 @@ from web.api.devices import RegisterRequest, registration_of
 from web.api.fields import DeviceId, Fingerprint, Flag, Hex
 from web.api.problems import FieldErrorModel
 from web.api.routing import (
+    NDJSON,
     AnswerModel,
     Answers,
     Call,
@@ -61,7 +62,7 @@ class RowAnswer(AnswerModel):
     stopped: Literal[True] | None = None
 
 
-NDJSON, CSV = "application/x-ndjson", "text/csv"
+CSV = "text/csv"
 GATHER_SECONDS = 0.02  # that a batch which is not full waits for more rows
 PART = 64 * 1024
 COLUMNS = frozenset(RegisterRequest.model_fields)

@@ -83,7 +83,7 @@ class AskingList(AnswerModel):
     enrolments: list[AskingModel]
 
 
-class TermsRequest(RequestModel):
+class EnrolmentProfileRequest(RequestModel):
     """How devices are registered when they enrol: in `name_template`, `{serial}` is the serial number of a device."""
 
     type: ShortText = "device"
@@ -102,7 +102,7 @@ def _one_device_counts_once(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"properties": {"device_id": {"type": "null"}}}, of_one]
 
 
-class EnrolmentTokenRequest(TermsRequest):
+class EnrolmentTokenRequest(EnrolmentProfileRequest):
     """A token for the pending device `device_id`, or for `count` new devices; in names, `{number}` counts them.
 
     `repeated_serial`: what becomes of a device that comes with another key than before, and the same serial number in
@@ -127,7 +127,7 @@ class EnrolmentTokenRequest(TermsRequest):
         return self
 
 
-class TermsModel(AnswerModel):
+class EnrolmentProfileModel(AnswerModel):
     """How devices are registered when they enrol."""
 
     type: str
@@ -141,7 +141,7 @@ class TermsModel(AnswerModel):
     profile: str
 
 
-class EnrolmentTokenModel(TermsModel):
+class EnrolmentTokenModel(EnrolmentProfileModel):
     """An enrolment token without its secret; `operator_token_id` is the operator token that made it."""
 
     enrolment_token_id: str
@@ -167,7 +167,7 @@ class EnrolmentTokenList(AnswerModel):
     enrolment_tokens: list[EnrolmentTokenModel]
 
 
-class ManufacturerRequest(TermsRequest):
+class ManufacturerRequest(EnrolmentProfileRequest):
     """A CA that issues factory certificates (IDevIDs); `{serial}` is the serialNumber or common name in them.
 
     `repeated_serial`: what becomes of a device with the serial number of another one and another key in its factory
@@ -213,7 +213,7 @@ class ProofRequest(RequestModel):
         return self
 
 
-class ManufacturerModel(TermsModel):
+class ManufacturerModel(EnrolmentProfileModel):
     """A manufacturer. While it is `unproven`, its CA has to sign `nonce`."""
 
     manufacturer_id: str
@@ -331,8 +331,8 @@ def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> EnrolmentToke
     return _token(record)
 
 
-def _profile(body: TermsRequest) -> EnrolmentProfile:
-    fields = {_COLUMN_OF.get(name, name): getattr(body, name) for name in TermsRequest.model_fields}
+def _profile(body: EnrolmentProfileRequest) -> EnrolmentProfile:
+    fields = {_COLUMN_OF.get(name, name): getattr(body, name) for name in EnrolmentProfileRequest.model_fields}
     fields |= {"key_types": tuple(body.key_types), "approval": Approval(body.approval)}
     return EnrolmentProfile(**fields | {"repeated_serial": RepeatedSerial(body.repeated_serial)})
 

@@ -22,12 +22,11 @@ from web.api.fields import (
     WholeNumber,
     given,
 )
-from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from web.api.routing import NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.renewal import RenewalRequest, Renewed
 from workflows.revocation import Action, ActionRefused, Revoked, Suspended
 
 ROUTES = Routes("Devices")
-NDJSON = "application/x-ndjson"
 
 
 class SuspensionAnswer(AnswerModel):

@@ -39,7 +39,7 @@ from web.api.proxies import client_address
 if TYPE_CHECKING:
     from operations.wiring import Portal
 
-JSON = "application/json"
+JSON, NDJSON = "application/json", "application/x-ndjson"
 ANYONE: Permission | None = None  # in place of a permission: a route that asks for no token
 MAX_PROBLEMS = 32
 MAX_COUNTED = 1000  # of more problems none is named: pydantic can only list all of them, which takes long

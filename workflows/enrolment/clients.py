@@ -44,7 +44,7 @@ class ManufacturedClient:
 
 
 @dataclass(eq=False, repr=False)
-class Clients:
+class TlsClients:
     """Checks client certificates for each request: the TLS layer did it only when the connection was set up."""
 
     _settings: Settings

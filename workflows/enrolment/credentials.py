@@ -181,7 +181,7 @@ class EnrolledMeanwhile(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Application:
+class EnrolmentAttempt:
     """A device that asks for a certificate: who the audit record says it is, what it shows, and the key."""
 
     actor: Actor

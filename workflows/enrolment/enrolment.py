@@ -18,7 +18,7 @@ from store import enrolment as store_enrolment
 from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord
-from workflows.enrolment.credentials import Application, Enrolled, EnrolledMeanwhile, EnrolmentCredential, Waiting
+from workflows.enrolment.credentials import Enrolled, EnrolledMeanwhile, EnrolmentAttempt, EnrolmentCredential, Waiting
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.reenrolment import Reenrolments
 from workflows.profiles import find_profiles
@@ -43,7 +43,7 @@ class Enrolments:
         ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
         """
         _check_key_type(request, credential.profile)
-        outcome = self._once(Application(actor, credential, request))
+        outcome = self._once(EnrolmentAttempt(actor, credential, request))
         if isinstance(outcome, Waiting):
             return outcome
         failpoint("enrol.after_commit")
@@ -75,22 +75,22 @@ class Enrolments:
                 profile = store_enrolment.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").profile
         _check_key_type(request, profile)
 
-    def _once(self, application: Application) -> Enrolled | Waiting:
+    def _once(self, attempt: EnrolmentAttempt) -> Enrolled | Waiting:
         for _ in range(_TRIES):
             with self._database.snapshot() as tx:
-                known = application.credential.find_enrolment(tx)
+                known = attempt.credential.find_enrolment(tx)
             try:
                 if known is None:
-                    return self._first.enrol(application)
-                return self._again(application, known)
+                    return self._first.enrol(attempt)
+                return self._again(attempt, known)
             except (IntegrityError, EnrolledMeanwhile):
                 continue  # of two requests of one device the database accepted one: look at what that has made
         raise Unavailable("The device has asked several times at once; try again in a few seconds.")
 
-    def _again(self, application: Application, known: EnrolmentRecord) -> Enrolled | Waiting:
-        tenant_id = application.credential.tenant_id
+    def _again(self, attempt: EnrolmentAttempt, known: EnrolmentRecord) -> Enrolled | Waiting:
+        tenant_id = attempt.credential.tenant_id
         with self._database.snapshot() as tx:
-            application.credential.check_not_revoked(tx)
+            attempt.credential.check_not_revoked(tx)
             device = db.get_device(tx, tenant_id, known.device_id)
             certificate = None
             if known.certificate_id is not None:
@@ -98,15 +98,15 @@ class Enrolments:
         if known.status is EnrolmentStatus.REJECTED or device.status in (DeviceStatus.REVOKED, DeviceStatus.SUSPENDED):
             raise EnrolmentRefused("The device has been rejected, revoked or suspended by an operator.")
         if certificate is not None:
-            return self._reenrolment.answer(application, known, device, certificate)
+            return self._reenrolment.answer(attempt, known, device, certificate)
         if known.status is EnrolmentStatus.APPROVED:
-            return self._first.enrol_approved(application, known)
-        if known.key_fingerprint != application.key_fingerprint:
+            return self._first.enrol_approved(attempt, known)
+        if known.key_fingerprint != attempt.key_fingerprint:
             with self._database.transaction() as tx:
-                key = application.key_fingerprint
-                if application.request.csr is not None:
+                key = attempt.key_fingerprint
+                if attempt.request.csr is not None:
                     keys.check_key(tx, tenant_id, key, device.id)
-                values = application.credential.identity_of(key)
+                values = attempt.credential.identity_of(key)
                 store_enrolment.update_enrolment(tx, tenant_id, known.id, **values)
         return Waiting(device.id)
 

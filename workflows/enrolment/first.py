@@ -25,9 +25,9 @@ from store.enrolment import EnrolmentRecord
 from workflows.admission import Admission, Admitted, add_pending, admit
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
 from workflows.enrolment.credentials import (
-    Application,
     Enrolled,
     EnrolledMeanwhile,
+    EnrolmentAttempt,
     EnrolmentCredential,
     Waiting,
     check_token,
@@ -47,19 +47,19 @@ class FirstEnrolments:
     _credentials: CredentialIssuer
     _clock: Callable[[], datetime]
 
-    def enrol(self, application: Application) -> Enrolled | Waiting:
+    def enrol(self, attempt: EnrolmentAttempt) -> Enrolled | Waiting:
         """Admit a device that has not asked before, or have it wait for an operator, as the profile says.
 
         Raises ``EnrolledMeanwhile``, ``EnrolmentRefused``, ``KeyCompromised``, ``KeyInUse``, ``NameInUse``,
         ``ProfileRefused``.
         """
-        now, credential = self._clock(), application.credential
+        now, credential = self._clock(), attempt.credential
         device_id = credential.device_id or db.new_device_id(now)
         at_once = credential.profile.approval is Approval.AT_ONCE
         terms = self._terms(credential, device_id)
-        self._credentials.check(application.wanted, terms)
-        issued = application.issue(self._credentials, device_id, terms, now) if at_once else None
-        generation = self._database.write(lambda tx: self._record_first(tx, application, device_id, issued, now))
+        self._credentials.check(attempt.wanted, terms)
+        issued = attempt.issue(self._credentials, device_id, terms, now) if at_once else None
+        generation = self._database.write(lambda tx: self._record_first(tx, attempt, device_id, issued, now))
         if issued is None:
             return Waiting(device_id)
         return self._enrolled(issued, generation)
@@ -78,19 +78,19 @@ class FirstEnrolments:
         return terms_of(profiles, name, device_id, _device_request(credential, None), serial=serial)
 
     def _record_first(
-        self, tx: Connection, application: Application, device_id: str, issued: IssuedCredentials | None, now: datetime
+        self, tx: Connection, attempt: EnrolmentAttempt, device_id: str, issued: IssuedCredentials | None, now: datetime
     ) -> int:
         """Write a device that has not asked before, with what was issued for it; returns the generation."""
-        credential = application.credential
+        credential = attempt.credential
         number, tenant_id = self._count_use(tx, credential, now), credential.tenant_id
-        if application.request.csr is not None:
-            keys.check_key(tx, tenant_id, application.key_fingerprint, device_id)
+        if attempt.request.csr is not None:
+            keys.check_key(tx, tenant_id, attempt.key_fingerprint, device_id)
         device: DeviceRequest | DeviceRecord = _device_request(credential, number)
         if credential.device_id is not None:
             device = self._pending(tx, tenant_id, device_id)
         generation, certificate_id = 0, None
         if issued is not None:
-            admitted = self._admit(tx, application, device, issued, now)
+            admitted = self._admit(tx, attempt, device, issued, now)
             generation, certificate_id = admitted.generation, admitted.certificate_ids[0]
         elif isinstance(device, DeviceRequest):
             add_pending(tx, tenant_id, device_id, device, None, now=now)
@@ -101,7 +101,7 @@ class FirstEnrolments:
             token_id=credential.token_id,
             manufacturer_id=credential.manufacturer_id,
             identity=credential.identity,
-            key_fingerprint=application.key_fingerprint,
+            key_fingerprint=attempt.key_fingerprint,
             status=EnrolmentStatus.WAITING if issued is None else EnrolmentStatus.ISSUED,
             created_at=now,
             decided_at=None if issued is None else now,
@@ -110,28 +110,28 @@ class FirstEnrolments:
             serial=credential.recorded_serial,
         )
         if issued is None:
-            key = application.key_fingerprint
-            audit.record(tx, application.actor, "device:ask", f"device:{device_id}", at=now, key_fingerprint=key)
+            key = attempt.key_fingerprint
+            audit.record(tx, attempt.actor, "device:ask", f"device:{device_id}", at=now, key_fingerprint=key)
         failpoint("enrol.before_commit")
         return generation
 
-    def enrol_approved(self, application: Application, known: EnrolmentRecord) -> Enrolled:
+    def enrol_approved(self, attempt: EnrolmentAttempt, known: EnrolmentRecord) -> Enrolled:
         """Admit a device that an operator has approved, with the key that was approved.
 
         Raises ``EnrolmentRefused``, ``StateConflict`` for another key, ``NameInUse``, ``ProfileRefused``.
         """
-        now, credential = self._clock(), application.credential
-        if known.key_fingerprint != application.key_fingerprint:
+        now, credential = self._clock(), attempt.credential
+        if known.key_fingerprint != attempt.key_fingerprint:
             raise StateConflict("An operator has approved another key of this device; ask with that one.")
         with self._database.snapshot() as tx:
             terms = terms_of_device(tx, db.get_device(tx, credential.tenant_id, known.device_id))
-        issued = application.issue(self._credentials, known.device_id, terms, now)
+        issued = attempt.issue(self._credentials, known.device_id, terms, now)
 
         def record(tx: Connection) -> int:
             device = self._pending(tx, credential.tenant_id, known.device_id)
             if credential.manufacturer_id is not None:
                 credential.lock(tx)
-            admitted = self._admit(tx, application, device, issued, now)
+            admitted = self._admit(tx, attempt, device, issued, now)
             store_enrolment.update_enrolment(
                 tx,
                 credential.tenant_id,
@@ -166,7 +166,7 @@ class FirstEnrolments:
     def _admit(
         self,
         tx: Connection,
-        application: Application,
+        attempt: EnrolmentAttempt,
         device: DeviceRequest | DeviceRecord,
         issued: IssuedCredentials,
         now: datetime,
@@ -176,10 +176,10 @@ class FirstEnrolments:
             name=device.name,
             event=EventType.ENROLLED,
             action="device:enrol",
-            detail=application.audit_detail(),
+            detail=attempt.audit_detail(),
             request=device if isinstance(device, DeviceRequest) else None,
         )
-        return admit(tx, application.actor, [admission], style=self._settings.granting_style, now=now)
+        return admit(tx, attempt.actor, [admission], style=self._settings.granting_style, now=now)
 
     def _enrolled(self, issued: IssuedCredentials, generation: int) -> Enrolled:
         metrics.counts.registrations.labels("device" if issued.key is None else "portal").inc()

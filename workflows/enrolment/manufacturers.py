@@ -17,7 +17,7 @@ from store import audit, enrolment
 from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, ManufacturerRecord
-from workflows.enrolment.clients import Clients
+from workflows.enrolment.clients import TlsClients
 from workflows.enrolment.credentials import check_enrolment_profile, in_audit
 
 NONCE_LIFE = timedelta(hours=24)
@@ -28,7 +28,7 @@ class Manufacturers:
     """CAs that issue factory certificates (IDevIDs); each counts once the possession of its key was proven."""
 
     _database: Database
-    _clients: Clients
+    _clients: TlsClients
     _clock: Callable[[], datetime]
 
     def add(self, actor: Actor, name: str, certificate: str, profile: EnrolmentProfile) -> ManufacturerRecord:

@@ -21,9 +21,9 @@ from store.enrolment import EnrolmentRecord
 from workflows.admission import Issuance, record_issuances
 from workflows.credentials import CredentialIssuer
 from workflows.enrolment.credentials import (
-    Application,
     Enrolled,
     EnrolledMeanwhile,
+    EnrolmentAttempt,
     EnrolmentCredential,
     Waiting,
     check_token,
@@ -46,7 +46,7 @@ class Reenrolments:
     _clock: Callable[[], datetime]
 
     def answer(
-        self, application: Application, known: EnrolmentRecord, device: DeviceRecord, certificate: CertificateRecord
+        self, attempt: EnrolmentAttempt, known: EnrolmentRecord, device: DeviceRecord, certificate: CertificateRecord
     ) -> Enrolled | Waiting:
         """Return the same certificate for the same key. A device with another key waits for an operator.
 
@@ -54,37 +54,37 @@ class Reenrolments:
 
         Raises ``EnrolmentRefused``, ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
         """
-        has_csr = application.request.csr is not None
+        has_csr = attempt.request.csr is not None
         own_key = is_for_key(certificate.der, known.key_fingerprint)
-        if known.key_fingerprint == application.key_fingerprint and own_key is has_csr:
+        if known.key_fingerprint == attempt.key_fingerprint and own_key is has_csr:
             if has_csr:
                 if certificate.revoked_at is None and certificate.not_after > self._clock():
                     return Enrolled(device.id, certificate.der, device.generation)
-            elif self._is_current(application.credential, certificate):
+            elif self._is_current(attempt.credential, certificate):
                 # If the last answer was held back because of the broker, one with another key would be, too.
                 self._reconciler.wait_until_granted(device.generation)
-                return self._replace(application, known, approved=False)
-        has_proof = application.credential.manufacturer_id is not None  # which of its devices it is
-        by_serial = known.identity != application.credential.identity
-        if (has_proof or by_serial) and application.credential.replaces_at_once:
-            return self._replace(application, known, approved=False)
+                return self._replace(attempt, known, approved=False)
+        has_proof = attempt.credential.manufacturer_id is not None  # which of its devices it is
+        by_serial = known.identity != attempt.credential.identity
+        if (has_proof or by_serial) and attempt.credential.replaces_at_once:
+            return self._replace(attempt, known, approved=False)
         if not has_proof and not by_serial:
             raise StateConflict(
                 "The device has enrolled, and the certificate has expired, was renewed, or is not for this key; make a"
                 " new key, and ask an operator for another enrolment token."
             )
-        return self._ask_operator(application, known)
+        return self._ask_operator(attempt, known)
 
     def _is_current(self, credential: EnrolmentCredential, certificate: CertificateRecord) -> bool:
         with self._database.snapshot() as tx:
             return renewal.is_current(tx, credential.tenant_id, certificate.device_id or "", certificate.fingerprint)
 
-    def _ask_operator(self, application: Application, known: EnrolmentRecord) -> Enrolled | Waiting:
+    def _ask_operator(self, attempt: EnrolmentAttempt, known: EnrolmentRecord) -> Enrolled | Waiting:
         """Have a device that comes with another key than before wait for an operator.
 
         Until then its certificate keeps working: a thief of its factory certificate cannot disconnect it.
         """
-        key, credential = application.key_fingerprint, application.credential
+        key, credential = attempt.key_fingerprint, attempt.credential
         with self._database.snapshot() as tx:
             asked = enrolment.find_reenrolment(tx, credential.tenant_id, known.id)
         if asked is None or asked.key_fingerprint != key:
@@ -92,28 +92,28 @@ class Reenrolments:
             with self._database.transaction() as tx:
                 if (token := credential.lock(tx)) is not None:
                     check_token(token, now)
-                if application.request.csr is not None:
+                if attempt.request.csr is not None:
                     keys.check_key(tx, credential.tenant_id, key, known.device_id)
                 enrolment.add_reenrolment(tx, credential.tenant_id, known.id, key_fingerprint=key, asked_at=now)
                 device = f"device:{known.device_id}"
-                audit.record(tx, application.actor, "device:ask_again", device, at=now, key_fingerprint=key)
+                audit.record(tx, attempt.actor, "device:ask_again", device, at=now, key_fingerprint=key)
             return Waiting(known.device_id)
         if asked.status is EnrolmentStatus.REJECTED:
             raise EnrolmentRefused("An operator has rejected this key of the device; ask with a new key.")
         if asked.status is EnrolmentStatus.WAITING:
             return Waiting(known.device_id)
-        return self._replace(application, known, approved=True)
+        return self._replace(attempt, known, approved=True)
 
-    def _replace(self, application: Application, known: EnrolmentRecord, *, approved: bool) -> Enrolled:
+    def _replace(self, attempt: EnrolmentAttempt, known: EnrolmentRecord, *, approved: bool) -> Enrolled:
         """Give a device a certificate in place of all that it has, which are revoked: it has lost their keys."""
-        now, credential, key = self._clock(), application.credential, application.key_fingerprint
+        now, credential, key = self._clock(), attempt.credential, attempt.key_fingerprint
         with self._database.snapshot() as tx:
             terms = terms_of_device(tx, db.get_device(tx, credential.tenant_id, known.device_id))
-        issued = application.issue(self._credentials, known.device_id, terms, now)
+        issued = attempt.issue(self._credentials, known.device_id, terms, now)
 
         def record(tx: Connection) -> int:
             device = self._check_replaceable(tx, credential, known, now, approved=approved)
-            if application.request.csr is not None:
+            if attempt.request.csr is not None:
                 keys.check_key(tx, credential.tenant_id, key, known.device_id)
             if approved:
                 enrolment.use_reenrolment(tx, credential.tenant_id, known.id, key)
@@ -125,9 +125,9 @@ class Reenrolments:
                 name=device.name,
                 event=EventType.ENROLLED,
                 action="device:enrol_again",
-                detail=application.audit_detail(),
+                detail=attempt.audit_detail(),
             )
-            certificate_id = record_issuances(tx, application.actor, [issuance], now=now)[0]
+            certificate_id = record_issuances(tx, attempt.actor, [issuance], now=now)[0]
             values = {**credential.identity_of(key), "certificate_id": certificate_id}
             enrolment.update_enrolment(tx, credential.tenant_id, known.id, **values)
             credential.accept(tx, known)

@@ -14,7 +14,7 @@ from config import Settings
 from core import failpoints
 from core.errors import BackupRefused, DatabaseUnavailable, StartupError
 from core.states import DeviceStatus
-from operations.backup import journal as restore_journal
+from operations.backup import restore_journal
 from operations.wiring import open_portal, prepare
 from store.tables import DEFAULT_TENANT
 from tests.conftest import DATABASES

@@ -25,7 +25,7 @@ log = logging.getLogger("portal.restore")
 
 
 @dataclass(slots=True)
-class Journal:
+class RestoreJournal:
     """The changes that a restore is about to make, written to the disk before the first of them.
 
     A restore is committed in one step: with SQLite ``staged`` is renamed to the database, with PostgreSQL (``staged``
@@ -86,9 +86,9 @@ class Journal:
 
 
 @contextlib.contextmanager
-def journaled(settings: Settings, staged: Path | None) -> Iterator[Journal]:
+def journaled(settings: Settings, staged: Path | None) -> Iterator[RestoreJournal]:
     """Keep a journal for the body of a ``with``: its changes are kept if it succeeds, else undone."""
-    journal = Journal(settings.data_dir, staged)
+    journal = RestoreJournal(settings.data_dir, staged)
     journal.write()
     try:
         yield journal
@@ -132,10 +132,10 @@ def settle(settings: Settings, *, failed: bool = False) -> bool:
     return committed
 
 
-def _read(path: Path) -> Journal:
+def _read(path: Path) -> RestoreJournal:
     try:
         values = json.loads(path.read_bytes())
-        return Journal(
+        return RestoreJournal(
             folder=path.parent,
             staged=Path(values["staged"]) if values["staged"] else None,
             id=values["id"],
@@ -151,7 +151,7 @@ def _read(path: Path) -> Journal:
         ) from error
 
 
-def _is_committed(settings: Settings, journal: Journal) -> bool:
+def _is_committed(settings: Settings, journal: RestoreJournal) -> bool:
     if journal.staged is not None:
         return journal.placing and not journal.staged.exists()
     database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
