@@ -288,6 +288,7 @@ def connect(address: str, ca: str, host: str) -> str:
     return (done.stdout + done.stderr).decode(errors="replace")
 
 
+@pytest.mark.parametrize("deployment", ["guard", pytest.param("files", marks=pytest.mark.long)], indirect=True)
 def test_a_device_with_server_auth_is_a_tls_server_by_its_name_and_by_no_other(deployment: Deployment) -> None:
     template = "{name}.devices.example.com"
     deployment.cli("profile", "add", "tls-server", "--server-auth", "--dns-name", template, *SUBJECT)
