@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Record evidence of two software TPMs into tpm_evidence.json beside this file, for tests/attestation/test_tpm.py.
 
-Needs Debian's swtpm, swtpm-tools and libtss2-dev, and tpm2-pytss in the virtual environment:
+Needs swtpm and tpm2-pytss, which scripts/test --all installs:
 
-    apt-get install swtpm swtpm-tools libtss2-dev libtss2-tcti-swtpm0 && .venv/bin/pip install tpm2-pytss==3.0.0
     .venv/bin/python tests/attestation/record_tpm.py
 
 swtpm_setup makes a CA and has it certify each endorsement key. Everything but ``challenge_ek`` runs in the TPM: it
@@ -15,13 +14,12 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -78,39 +76,26 @@ def running_tpm(folder: Path, name: str, *options: str) -> Iterator[ESAPI]:
         "sha256",
     ]
     subprocess.run([*setup, "--config", folder / "setup.conf", *options], check=True, stdout=subprocess.DEVNULL)
-    port = _free_ports()
-    ports = ["--server", f"type=tcp,port={port}", "--ctrl", f"type=tcp,port={port + 1}"]
-    command = [
-        "swtpm",
-        "socket",
-        "--tpm2",
-        "--tpmstate",
-        f"dir={state}",
-        "--flags",
-        "not-need-init,startup-clear",
-        *ports,
-    ]
-    process = subprocess.Popen(command)
+    path = state / "tpm"
+    sockets = ["--server", f"type=unixio,path={path}", "--ctrl", f"type=unixio,path={path}.ctrl"]
+    options = ("--tpmstate", f"dir={state}", "--flags", "not-need-init,startup-clear")
+    process = subprocess.Popen(["swtpm", "socket", "--tpm2", *sockets, *options])
     try:
-        yield _connected(port)
+        yield _connected(path, process)
     finally:
         process.terminate()
         process.wait()
 
 
-def _free_ports() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1]) // 2 * 2
-
-
-def _connected(port: int) -> ESAPI:
-    for _ in range(100):
-        try:
-            return ESAPI(f"swtpm:port={port}")
-        except TSS2_Exception:  # it does not listen yet
-            time.sleep(0.1)
-    raise TimeoutError("swtpm does not listen")
+def _connected(path: Path, process: subprocess.Popen[bytes]) -> ESAPI:
+    """Wait for the sockets; a connection that is only a test of one would be taken for the one client there is."""
+    sockets = [path, path.with_name("tpm.ctrl")]
+    while process.poll() is None:
+        if all(socket.exists() for socket in sockets):
+            with suppress(TSS2_Exception):  # it does not listen yet
+                return ESAPI(f"swtpm:path={path}")
+        time.sleep(0.02)
+    raise RuntimeError(f"swtpm has ended with status {process.returncode}.")
 
 
 def record(tpm: ESAPI, folder: Path, template: str, key: str, seed: bytes) -> dict[str, object]:
@@ -191,15 +176,20 @@ def text(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def main() -> None:
-    """Record an RSA and an ECC TPM."""
+def recordings() -> dict[str, dict[str, object]]:
+    """Return what a TPM with an RSA endorsement key made, and what one with an ECC key made."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with running_tpm(folder, "rsa") as tpm:
-            rsa = record(tpm, folder, "EK-RSA2048", "ecc256", bytes(range(32)))
+            rsa = record(tpm, folder, "EK-RSA2048", "ecc256", os.urandom(32))
         with running_tpm(folder, "ecc", "--ecc") as tpm:
-            ecc = record(tpm, folder, "EK-HIGH-ECC384", "rsa2048", bytes(range(32, 64)))
-    (HERE / "tpm_evidence.json").write_text(json.dumps({"rsa-ek": rsa, "ecc-ek": ecc}, indent=1) + "\n")
+            ecc = record(tpm, folder, "EK-HIGH-ECC384", "rsa2048", os.urandom(32))
+    return {"rsa-ek": rsa, "ecc-ek": ecc}
+
+
+def main() -> None:
+    """Replace the file."""
+    (HERE / "tpm_evidence.json").write_text(json.dumps(recordings(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

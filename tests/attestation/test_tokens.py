@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import cbor2
@@ -41,7 +43,7 @@ from tests.support.attestation import (
     jwk,
     signature,
 )
-from tests.support.pki import Authority
+from tests.support.pki import Authority, Credentials, key_pem
 
 JWT, CWT, PSA = EvidenceType.EAT_JWT, EvidenceType.EAT_CWT, EvidenceType.PSA
 KINDS = [JWT, CWT, PSA]
@@ -454,6 +456,39 @@ def test_certificates_for_something_else_are_refused(maker: Maker) -> None:
     refused(case, refusals.SignerCertificateRefused, with_chain(maker, PSA, [leaf, middle, *[middle] * 4]))
     refused(case, refusals.SignerCertificateRefused, with_chain(maker, PSA, [b"no certificate"]))
     refused(case, refusals.SignerCertificateRefused, with_chain(maker, PSA, [bytes(20000)]))
+
+
+def test_a_signature_over_sha_1_vouches_for_nothing(maker: Maker, tmp_path: Path) -> None:
+    root = Authority("Root")  # of today, as openssl's certificates are
+    anchor = Anchor(root.certificate.public_bytes(Encoding.DER), True)
+    for digest, refusal in (("sha256", None), ("sha1", refusals.AnchorUnknown)):
+        evidence = with_chain(maker, PSA, [issued_by_openssl(root, maker, digest, tmp_path)])
+        case = replace(maker.case(PSA), anchors=(anchor,), now=datetime.now(UTC))
+        if refusal is None:
+            case.verify(evidence)
+        else:
+            refused(case, refusal, evidence)
+
+
+def issued_by_openssl(root: Authority, maker: Maker, digest: str, folder: Path) -> bytes:
+    """A certificate that cryptography would not sign."""
+    assert isinstance(maker.root_of_trust, ec.EllipticCurvePrivateKey)
+    ca, key = Credentials(root.certificate, root.key).write(folder, "root")
+    (folder / "iak.key").write_bytes(key_pem(maker.root_of_trust))
+    command: list[str | Path] = [
+        "openssl",
+        "req",
+        "-x509",
+        "-new",
+        "-key",
+        folder / "iak.key",
+        "-subj",
+        "/CN=IAK",
+        "-days",
+        "1",
+    ]
+    command += [f"-{digest}", "-CA", ca, "-CAkey", key, "-outform", "DER", "-addext", "basicConstraints=CA:FALSE"]
+    return subprocess.run(command, check=True, capture_output=True).stdout
 
 
 def test_a_device_does_not_issue_certificates(maker: Maker) -> None:

@@ -192,7 +192,11 @@ def coordinates(key: PublicKey) -> tuple[bytes, bytes]:
 
 def recorded(name: str) -> Case:
     """What a software TPM made, of which record_tpm.py tells how."""
-    entry = RECORDED[name]
+    return case_of(RECORDED[name])
+
+
+def case_of(entry: Mapping[str, Any]) -> Case:
+    """What record_tpm.py returned."""
     return Case(
         type=EvidenceType.TPM,
         evidence=json.dumps(entry["evidence"]).encode(),
