@@ -197,8 +197,9 @@ class Probe:
                             reason = session.connect("")
                 except ssl.SSLCertVerificationError as error:
                     raise BrokerUnavailable(
-                        f"The broker's certificate is refused: {error.verify_message}; see that it is one of the"
-                        " portal's and names PORTAL_MQTT_HOST, and that PORTAL_BROKER_PROBE_ADDRESS is the broker's."
+                        f"The broker's certificate is refused: {error.verify_message.rstrip('.')}; see that it is"
+                        " one of the portal's and names PORTAL_MQTT_HOST, and that PORTAL_BROKER_PROBE_ADDRESS is the"
+                        " broker's."
                     ) from error
                 except ssl.SSLError as error:
                     alert = _alert(error)

@@ -72,7 +72,7 @@ def portal_certificate(installation: Installation) -> Finding:
             der = secure.getpeercert(binary_form=True) or b""
     except ssl.SSLCertVerificationError as error:
         return problem(
-            f"The portal's certificate does not verify: {error.verify_message}.",
+            f"The portal's certificate does not verify: {error.verify_message.rstrip('.')}.",
             "Restart the portal; check PORTAL_SERVER_NAMES.",
         )
     except OSError as error:
@@ -96,7 +96,7 @@ def broker_certificate(installation: Installation) -> Finding:
             der = secure.getpeercert(binary_form=True) or b""
     except ssl.SSLCertVerificationError as error:
         return problem(
-            f"The broker's certificate does not verify: {error.verify_message}.",
+            f"The broker's certificate does not verify: {error.verify_message.rstrip('.')}.",
             "Set certfile in its configuration to the portal's file; check PORTAL_BROKER_NAMES.",
         )
     except OSError as error:

@@ -40,7 +40,7 @@ def broker_service(installation: Installation) -> Finding:
     if installation.settings.broker_control is ControlKind.GUARD:
         found += plugin_mistakes(_guard_of(installation, Path(f"/proc/{pid}/root")), _text(Path(f"/proc/{pid}/maps")))
     if (running_version(pid) or (0,)) < SAFE_RELOAD:
-        found += reload_warnings(service, LOGROTATE_RULES)
+        found += reload_warnings(service, LOGROTATE_RULES, installation.settings.broker_pid_file)
     return combine(found, f"The broker is process {pid}{f' of {service.unit}' if service.unit else ''}.")
 
 
@@ -69,25 +69,30 @@ def _shown(unit: str) -> Mapping[str, str]:
     return {"reload": lines.get("ExecReload", ""), "environment": lines.get("Environment", "")}
 
 
-def reload_warnings(service: Service, rules: Path) -> Iterator[Finding]:
+def reload_warnings(service: Service, rules: Path, pid_file: Path) -> Iterator[Finding]:
     """Warn of everybody who reloads the broker of ``service``, a version whose reloads harm sleeping sessions."""
-    if not service.unit:
-        return
     why = "sessions that are asleep lose QoS 1 messages, and the broker may crash when they come back"
-    named = service.unit.removesuffix(".service")
     for rule in sorted(rules.glob("*")):
-        text = _text(rule)
-        signals = re.search(r"\b(SIG)?HUP\b", text) is not None
-        if re.search(rf"\b{re.escape(named)}\b", text) and (signals or (service.reload and "reload" in text)):
+        if _reloads(_text(rule), service, pid_file):
             yield warning(
                 f"{rule} reloads the broker when it rotates a log: {why}.",
                 f"Take the reload out of {rule}; the broker logs to the journal, or use copytruncate.",
             )
-    if service.reload:
+    if service.unit and service.reload:
         yield warning(
             f"{service.unit} has an ExecReload, so systemctl reload sends the broker SIGHUP: {why}.",
             "Install deploy/mosquitto-override.conf, which empties ExecReload, then run systemctl daemon-reload.",
         )
+
+
+def _reloads(rule: str, service: Service, pid_file: Path) -> bool:
+    """Return whether a rule of logrotate reloads the broker: by its unit, or by a signal, to which it needs no unit."""
+    if "HUP" in rule and (str(pid_file) in rule or re.search(r"\b(pkill|killall)\b.*\bmosquitto\b", rule)):
+        return True
+    named = service.unit.removesuffix(".service")
+    if not named or not re.search(rf"\b{re.escape(named)}\b", rule):
+        return False
+    return re.search(r"\b(SIG)?HUP\b", rule) is not None or bool(service.reload and "reload" in rule)
 
 
 # --- Its environment ----------------------------------------------------------------------------------------------

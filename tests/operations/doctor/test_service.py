@@ -31,6 +31,7 @@ DEBIANS_RULE = """\
 }
 """
 BY_SIGNAL = "/var/log/mosquitto/mosquitto.log {\n postrotate\n  pkill -HUP mosquitto\n endscript\n}\n"
+BY_PID_FILE = BY_SIGNAL.replace("pkill -HUP mosquitto", "kill -HUP $(cat /run/mosquitto/mosquitto.pid)")
 RELOADS = "{ path=/bin/kill ; argv[]=/bin/kill -HUP $MAINPID ; ignore_errors=no }"
 
 
@@ -50,13 +51,16 @@ def said(found: list[Finding]) -> str:
         ("mosquitto.service", "", BY_SIGNAL, ["rotates a log"]),
         ("mosquitto.service", "", BY_SIGNAL.replace("mosquitto", "nginx"), []),
         ("", RELOADS, DEBIANS_RULE, []),  # not the broker that the rule is for
+        ("", "", BY_SIGNAL, ["rotates a log"]),  # which reaches one without a unit, too
+        ("", "", BY_PID_FILE, ["rotates a log"]),
+        ("", "", BY_PID_FILE.replace("mosquitto", "nginx"), []),
     ],
 )
 def test_whoever_reloads_the_broker_is_named(
     tmp_path: Path, unit: str, reload: str, rule: str, named: list[str]
 ) -> None:
     (tmp_path / "mosquitto").write_text(rule)
-    found = [*reload_warnings(Service(unit, reload), tmp_path)]
+    found = [*reload_warnings(Service(unit, reload), tmp_path, Path("/run/mosquitto/mosquitto.pid"))]
     assert [one.state for one in found] == [State.WARNING] * len(named)
     assert all(part in one.detail for part, one in zip(named, found, strict=True))
 
