@@ -22,15 +22,16 @@ from cryptography.x509.ocsp import OCSPCertStatus, OCSPRequestBuilder, OCSPRespo
 from broker.crl import read_crls
 from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.errors import IssuerUnusable, PortalError
-from core.states import CertificateStatus, IssuerKind
+from core.states import ClientKind, IssuerKind
 from operations.doctor.base import Finding, Findings, Installation, certificate_of, combine, problem, summarize, warning
 from operations.doctor.network import https_date, served
 from pki import ocsp as pki_ocsp
 from pki.issuers import Issuer
 from pki.keys.stores import KeyStores
+from store import certificates
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
-from store.tables import AuditEntry, Certificate, Crl
+from store.tables import AuditEntry, Crl
 from workflows.authority.keys import open_keys
 
 SOON = timedelta(days=30)
@@ -294,18 +295,13 @@ def expiry(installation: Installation) -> Finding:
     for what, path in own.items():
         found += _own_expiry(what, path, now)
     with installation.snapshot() as tx:
-        living = (
-            Certificate.purpose == "device",
-            Certificate.status == CertificateStatus.ACTIVE,
-            Certificate.not_after > now,
-        )
-        soon = tx.execute(
-            sa.select(sa.func.count()).select_from(Certificate).where(*living, Certificate.not_after <= now + SOON)
-        ).scalar_one()
-    if soon:
-        found.warning(
-            f"{soon} device certificates expire within 30 days.", "List them: ./portal list --expires-before 30d."
-        )
+        soon = certificates.count_expiring(tx, installation.tenant_id, now=now, within=[SOON])
+    for kind, words in (ClientKind.DEVICE, "list"), (ClientKind.APPLICATION, "application list"):
+        if (count := soon[kind][0]) > 0:
+            found.warning(
+                f"{count} {kind} certificates expire within 30 days.",
+                f"List them: ./portal {words} --expires-before 30d.",
+            )
     return combine(found, "Nothing expires within 30 days, no CA within 90.")
 
 

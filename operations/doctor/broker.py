@@ -120,7 +120,7 @@ def _add_closed(found: Findings, access: Acl | GuardAccess, variables: str) -> N
         found.warning(
             f"{len(access.closed)} clients may do nothing, because the settings do not allow their topics:"
             f" {summarize(list(access.closed))}.",
-            f"Change their topics (./portal update), or {variables}.",
+            f"Change their topics (./portal update, ./portal application update), or {variables}.",
         )
 
 

@@ -18,6 +18,7 @@ from app import create_app, portal_of
 from config import Settings
 from core.broker_control import AclStyle, ControlKind
 from core.roles import Role
+from core.states import ClientKind
 from operations.doctor import authority, data, doctor
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
 from operations.doctor.doctor import exit_status
@@ -29,6 +30,7 @@ from store.tables import Certificate, Delivery
 from tests.support.harness import Clock, settings_for
 from tests.support.mosquitto import BESIDE, CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT, without_guard
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
+from workflows.credentials import DeviceRequest
 from workflows.operators import new_token
 
 # What cannot be well in these tests, where neither the server nor the broker runs.
@@ -325,6 +327,21 @@ def test_what_the_time_brings_is_said(
     finding = examined(portal, name)[name]
     assert finding.state is state, finding
     assert said in finding.detail
+
+
+def test_certificates_that_expire_soon_are_listed_by_the_command_for_their_kind(
+    make_settings: Callable[..., Settings], clock: Clock
+) -> None:
+    app = create_app(make_settings(PORTAL_BROKER_CONTROL="guard"), background=False, clock=clock)
+    portal = portal_of(app)
+    prepare(portal)
+    reader = DeviceRequest(name="store", kind=ClientKind.APPLICATION, topics=[("devices/#", "read")], validity_days=20)
+    portal.registrations.register(OPERATOR, reader)
+    finding = examined(portal, "expiry")["expiry"]
+    assert "1 application certificates expire within 30 days." in finding.detail
+    assert "device certificates" not in finding.detail
+    assert "./portal application list --expires-before 30d" in (finding.advice or "")
+    portal.close()
 
 
 @pytest.mark.parametrize(
