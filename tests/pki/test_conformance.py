@@ -50,12 +50,12 @@ PROFILED = {
     ),
 }
 
+pytest_plugins = ("tests.support.token_fixtures",)
+
 # pkilint's own command-line tools, started once for all the files; a line of JSON for each.
 RUN_PKILINT = """
 import sys
 from pkilint.bin import lint_crl, lint_pkix_cert
-
-pytest_plugins = ("tests.support.token_fixtures",)
 for path in sys.argv[1:]:
     if path.endswith(".crl"):
         kind = "ARL" if "root" in path else "CRL"

@@ -21,12 +21,12 @@ from pki.ocsp import GOOD, UNKNOWN, CertStatus, Status
 from tests.support.ca_hierarchy import Hierarchy, MakeKey, make_hierarchy
 from tests.support.ocsp import Ocsp, ask, nonce
 
+pytest_plugins = ("tests.support.token_fixtures",)
+
 # pkilint's own command-line tools, started once for all the files; a line of JSON for each.
 RUN_PKILINT = """
 import sys
 from pkilint.bin import lint_ocsp_response, lint_pkix_cert
-
-pytest_plugins = ("tests.support.token_fixtures",)
 for path in sys.argv[1:]:
     tool = lint_pkix_cert if path.endswith(".cer") else lint_ocsp_response
     tool.main(["lint", "-s", "WARNING", "-f", "JSON", path])
