@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import select
+import shlex
 import shutil
 import signal
 import ssl
@@ -177,6 +178,13 @@ class Deployment:
         while (self.folder / "restart").read_text():
             if self.broker is not None:
                 self.broker.restart()
+
+    def restart_broker(self) -> None:
+        """Have the broker restarted as the portal does, by the command in PORTAL_BROKER_RESTART; wait until it runs."""
+        assert self.broker is not None
+        before = self.broker.pid
+        subprocess.run(shlex.split(self.environment["PORTAL_BROKER_RESTART"]), check=True)
+        wait_until(lambda: self.broker is not None and self.broker.running and self.broker.pid != before)
 
     # --- The portal's interface
 
