@@ -38,7 +38,7 @@ def broker_service(installation: Installation) -> Finding:
     found, service = Findings(), _service_of(pid)
     found += openssl_warnings(environment_of(pid, service), Path(f"/proc/{pid}/root"))
     if installation.settings.broker_control is ControlKind.GUARD:
-        found += plugin_mistakes(_guard_of(installation, Path(f"/proc/{pid}/root")), _text(Path(f"/proc/{pid}/maps")))
+        found += plugin_mistakes(_guard_of(installation), _text(Path(f"/proc/{pid}/maps")), Path(f"/proc/{pid}/root"))
     if (running_version(pid) or (0,)) < SAFE_RELOAD:
         found += reload_warnings(service, LOGROTATE_RULES, installation.settings.broker_pid_file)
     return combine(found, f"The broker is process {pid}{f' of {service.unit}' if service.unit else ''}.")
@@ -144,22 +144,25 @@ def _below(root: Path, path: Path) -> Path:
 # --- The plugin ---------------------------------------------------------------------------------------------------
 
 
-def _guard_of(installation: Installation, root: Path) -> Path | None:
+def _guard_of(installation: Installation) -> Path | None:
     """Return the guard's file by the configuration; ``None`` if that is not known, which another check reports."""
     try:
         path = find_configuration(installation)
         guard = None if path is None else guard_of(read_configuration(path))
     except (OSError, ValueError):
         return None
-    return None if guard is None else _below(root, Path(guard))
+    return None if guard is None else Path(guard)
 
 
-def plugin_mistakes(plugin: Path | None, maps: str) -> Iterator[Finding]:
-    """Return what is wrong with the guard's file, and with the one that a process of the memory ``maps`` has loaded."""
+def plugin_mistakes(plugin: Path | None, maps: str, root: Path = Path("/")) -> Iterator[Finding]:
+    """Return what is wrong with the guard's file, and with the one that a process of the memory ``maps`` has loaded.
+
+    ``root`` is the root folder as the broker sees it.
+    """
     if plugin is None:
         return
     try:
-        with plugin.open("rb") as file:
+        with _below(root, plugin).open("rb") as file:
             content = file.read(_MAX_BYTES)
     except OSError as error:
         yield problem(f"The guard {plugin} cannot be read: {error.strerror}.", _BUILD)

@@ -165,3 +165,10 @@ def test_a_plugin_of_another_version_is_named(tmp_path: Path, content: bytes | N
     if content is not None:
         (tmp_path / "portal_guard.so").write_bytes(content)
     assert named in said([*plugin_mistakes(tmp_path / "portal_guard.so", maps)])
+
+
+def test_the_plugin_of_a_broker_in_a_container_is_named_as_its_configuration_does(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "portal_guard.so").write_bytes(b"portal-guard protocol 1\0")
+    (finding,) = plugin_mistakes(Path("/lib/portal_guard.so"), "", root=tmp_path)
+    assert finding.detail.startswith("The guard /lib/portal_guard.so is of version 1,")
