@@ -25,10 +25,12 @@ from pki.keys import token_process
 log = logging.getLogger("portal.token")
 
 Facts = dict[str, Any]
-# Between attempts to reach a token that failed, the last one again and again; an attempt is given up after a while, so
-# that what was sent to a token that has gone for good does not keep it from being tried again.
+# Between attempts to reach a token that failed, the last one again and again.
 PAUSES = (0.5, 1.0, 2.0)
-ATTEMPT_SECONDS = 3.0
+# How long the attempts take at most, in turn: what was sent to a token that has gone for good must not keep it from
+# being tried again, but some take long to be opened.
+ATTEMPT_SECONDS = (3.0, 3.0, 3.0, 30.0)
+PATIENT_SECONDS = 30.0  # for a root's token, which no request waits for
 START_SECONDS = 30.0
 MAX_ANSWER_BYTES = 1 << 16
 _ENDED = "made the process of its module end; see its own log"
@@ -99,8 +101,9 @@ class TokenClient:
         """Return the answer to a request; raises ``TokenUnavailable`` with what is wrong.
 
         That takes as long as the time limit, or ``seconds``, at most: half of it may pass with requests before this.
+        One that is not watched is given more time.
         """
-        limit = seconds or self._timeout
+        limit = seconds or (self._timeout if self._is_watched else max(self._timeout, PATIENT_SECONDS))
         deadline = time.monotonic() + limit
         if self._pid != os.getpid():
             self._begin()  # what was inherited belongs to the parent
@@ -218,10 +221,11 @@ class TokenClient:
     def _recover(self) -> None:
         since, attempts = time.monotonic(), 0
         while not self._closed.wait(PAUSES[min(attempts, len(PAUSES) - 1)]):
+            seconds = ATTEMPT_SECONDS[attempts % len(ATTEMPT_SECONDS)]
             attempts += 1
             with self._lock:
                 try:
-                    self._try_to_open()
+                    self._try_to_open(seconds)
                 except (TokenUnavailable, _Gone) as failure:
                     problem = failure.detail if isinstance(failure, TokenUnavailable) else self._sentence(_ENDED)
                     if problem != self._problem and not self._closed.is_set():
@@ -232,11 +236,11 @@ class TokenClient:
             log.warning("the token of CA keys is back", extra={"seconds": round(time.monotonic() - since, 1)})
             return
 
-    def _try_to_open(self) -> None:
+    def _try_to_open(self, seconds: float) -> None:
         """Begin anew with the token; a busy machine has its time to start a process, and the token no less for it."""
         with self._ending_process():
             self._running(time.monotonic() + START_SECONDS)
-        self._answer({"do": "open"}, time.monotonic() + ATTEMPT_SECONDS)
+        self._answer({"do": "open"}, time.monotonic() + seconds)
 
     def close(self) -> None:
         """End the process, whatever it is at; nothing can be asked any more."""

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from core.errors import TokenUnavailable
 from core.pkcs11_uri import TokenUri
 from pki.algorithms import KeyType, PrivateKey
+from pki.keys import token_client, token_process
 from pki.keys.contract import check_that_it_signs
 from pki.keys.stores import KeyStores
 from pki.keys.tokens import read_record, record_path
@@ -165,6 +166,36 @@ def test_a_process_with_a_module_that_was_killed_is_replaced_unnoticed(
     check_that_it_signs(key)
     (after,) = processes()
     assert after != before
+
+
+SLOW_PROCESS = """
+import sys, time
+from multiprocessing.connection import Connection
+
+parent = Connection(int(sys.argv[1]))
+parent.recv_bytes()
+parent.send_bytes(b"{}")
+while parent.recv_bytes():
+    time.sleep(1.0)
+    parent.send_bytes(b"{}")
+"""
+
+
+def test_a_token_that_takes_long_to_be_opened_is_waited_for_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_PROCESS)
+    monkeypatch.setattr(token_process, "__file__", str(script))
+    monkeypatch.setattr(token_client, "ATTEMPT_SECONDS", (0.05, PATIENT))
+    uri = TokenUri(MODULE, tmp_path / "pin", token="slow")
+    client = token_client.TokenClient(uri, tmp_path, timeout=IMPATIENT, is_watched=True, known=list)
+    try:
+        with pytest.raises(TokenUnavailable, match="did not answer in time"):
+            client.ask({"do": "sign"})
+        wait_until(lambda: client.problem is None)
+    finally:
+        client.close()
 
 
 def test_closing_ends_the_process_even_if_the_token_is_stopped(
