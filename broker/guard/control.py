@@ -92,6 +92,10 @@ class GuardFiles(BrokerFolder):
         except ProjectionInvalid:
             return None
 
+    def is_readable(self) -> bool:
+        """Return whether the broker may read the journal, by its mode and group."""
+        return self._file_problem(JOURNAL_FILE) is None
+
     def begin(self, epoch: int) -> NewJournal:
         """Begin a journal of a new epoch."""
         try:
@@ -252,8 +256,8 @@ class GuardControl:
     def draft(self, enforced: int = 0) -> GuardDraft:
         """Begin the next generation: a delta, or all in a new epoch if the journal does not continue what was written.
 
-        It does not if it is missing, damaged or older than ``enforced``, after a restore, with other topic prefixes, or
-        if it has grown long.
+        It does not if it is missing, damaged, not readable or older than ``enforced``, after a restore, with other
+        topic prefixes, or if it has grown long.
         """
         stated, position = self.files.stated(), self.files.position()
         if position is not None and position.generation >= enforced and self._continues(position, stated):
@@ -291,6 +295,7 @@ class GuardControl:
             and stated.get("more_prefixes", []) == [*self._settings.topic_prefixes]
             and position.generation > 0
             and position.size <= _COMPACTED_AT * max(begun_with, 1 << 20)
+            and self.files.is_readable()
         )
 
     def append(self, writer: JournalAppend, generation: int) -> None:

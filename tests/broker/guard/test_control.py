@@ -253,6 +253,7 @@ DISCONTINUITIES: dict[str, Callable[[Place], object]] = {
     "the journal is gone": lambda place: place.journal.unlink(),
     "the journal is damaged": _flip,
     "the journal is an older one": _older,
+    "the broker may not read it": lambda place: place.journal.chmod(0o600),
     "the record is gone, as after a restore": lambda place: (place.settings.broker_dir / "projection.json").unlink(),
     "the record is damaged": lambda place: (place.settings.broker_dir / "projection.json").write_bytes(b"[]"),
     "the topic prefix is another": _other_prefix,
