@@ -214,8 +214,14 @@ class Reconciler:
                 target = self._prepare(with_crls=True)
             except TokenUnavailable as error:
                 log.error("the broker begins with the CRLs that were signed last", extra={"problem": error.detail})
-                target = self._prepare()
                 self.wake()
+                try:
+                    target = self._prepare()
+                except TokenUnavailable:  # under files there is nothing newer without a CRL
+                    installed = self._broker.files.installed_generation()
+                    if installed is None:
+                        raise
+                    return Outcome(installed, self.applied_generation())
             self._install(target)
             return Outcome(target.state.generation, target.state.applied_generation)
 

@@ -91,8 +91,12 @@ def test_while_the_token_is_away_nothing_is_signed_and_the_rest_is_answered(
     assert api.get(f"/devices/{second['device_id']}").json["status"] == "active"
 
 
-def test_a_portal_starts_while_its_token_is_away(portal: Portal, token_server: TokenServer) -> None:
+def test_a_portal_starts_while_its_token_is_away_and_a_crl_is_due(
+    api: Api, portal: Portal, token_server: TokenServer
+) -> None:
+    device = api.register()
     token_server.kill()
+    assert api.post(f"/revoke/{device['device_id']}").json["broker"] == "pending"
     other = open_portal(portal.settings)
     try:
         prepare(other)
