@@ -198,6 +198,16 @@ class BrokerProvisioning:
         except (OSError, BrokerUnavailable):
             return False
 
+    def is_stopped(self) -> bool:
+        """Return whether certainly no broker runs, and not only one that is slow to answer."""
+        try:
+            connect_unix(self._settings.broker_socket, time.monotonic() + _HEALTH_SECONDS).close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return True
+        except OSError:
+            pass
+        return False
+
 
 def _identity_of(probe: ProbeCertificate) -> str:
     try:

@@ -39,6 +39,7 @@ from pki.issuers import (
     extension,
     issuing_profile,
     locations,
+    requested_extensions,
     responder_profile,
     root_profile,
     server_profile,
@@ -89,6 +90,21 @@ def create_issuing(
     ``pki_url`` is the base of the URLs put into certificates. Raises as ``sign_certificate`` does.
     """
     return _sign(root, public_key, issuing_profile(common_name), now=now, days=days, pki_url=pki_url)
+
+
+def request_issuing(key: PrivateKey, *, subject: x509.Name) -> str:
+    """Make the request (PKCS#10, RFC 2986, in PEM) by which another CA can certify the key as that of an issuing CA.
+
+    It asks for the extensions that the portal's own root would give it. Raises ``SignatureCheckFailed``.
+    """
+    public_key = check_public_key(key.public_key())
+    wanted = [*requested_extensions(), extension(x509.SubjectKeyIdentifier.from_public_key(public_key))]
+    request = x509.CertificateSigningRequestBuilder(subject, wanted).sign(key, signature_hash(public_key))
+    if not request.is_signature_valid:
+        raise SignatureCheckFailed(
+            "A new request did not verify under its own key and was thrown away; check the machine and the key."
+        )
+    return request.public_bytes(Encoding.PEM).decode()
 
 
 def sign_certificate(
@@ -164,7 +180,9 @@ def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datet
         issuer.signature_hash,
         issuer_certificate=issuer.certificate,
     )
-    if issuer.has_name_constraints and not is_permitted_by(read_certificate(issued.der), _der(issuer.certificate)):
+    if issuer.has_name_constraints and not all(
+        is_permitted_by(read_certificate(issued.der), _der(one)) for one in (issuer.certificate, *issuer.above)
+    ):
         raise ProfileRefused(
             f"The CA {issuer.name} may not certify these names, by the name constraints in its certificate; use names"
             " within them."

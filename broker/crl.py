@@ -87,8 +87,9 @@ def read_crls(pem_bundle: bytes) -> list[x509.CertificateRevocationList]:
 
 
 def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
-    """Return the issuing CAs of a bundle (PEM): those below another CA, or the roots if there are no others.
+    """Return the issuing CAs of a bundle (PEM): those with no CA below them there; a root alone is one.
 
+    Only their certificates may be shown by clients: of the CAs above them, which may be a company's, there is no CRL.
     Raise ``ProjectionInvalid`` if the bundle is malformed, contains a certificate that is not a CA, or lacks an issuer.
     """
     try:
@@ -98,12 +99,13 @@ def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
         raise ProjectionInvalid("The file of CA certificates is malformed.") from error
     if ca_bundle.count(b"-----BEGIN ") != len(certificates) or not all(one.ca for one in constraints):
         raise ProjectionInvalid("The file of CA certificates contains something other than CA certificates.")
-    roots = [one for one in certificates if one.subject == one.issuer]
-    issuing = [one for one in certificates if one.subject != one.issuer]
+    above: list[x509.Certificate] = []
     for certificate in certificates:
-        if not any(_is_issued_by(certificate, issuer) for issuer in certificates):
+        issuers = [one for one in certificates if _is_issued_by(certificate, one)]
+        if not issuers:
             raise ProjectionInvalid(f"The issuer of the CA {certificate.subject.rfc4514_string()} is not in the file.")
-    return issuing or roots
+        above += [one for one in issuers if one != certificate]
+    return [one for one in certificates if one not in above]
 
 
 def _load_crls(pem_bundle: bytes) -> list[_Read]:

@@ -34,7 +34,7 @@
           BrokerNotEnforcing
       ProjectionInvalid  SignatureCheckFailed
       StartupError                        raised before there is anybody to answer
-        SettingInvalid  CaKeyUnavailable  DatabaseTooNew  PortalRunning  BackupRefused
+        SettingInvalid  CaKeyUnavailable  CaChainRefused  DatabaseTooNew  PortalRunning  BackupRefused
 """
 
 from __future__ import annotations
@@ -419,6 +419,12 @@ class CaKeyUnavailable(StartupError):
     """A CA private key is missing, unreadable, or does not open with the passphrase."""
 
     code = "ca_key_unavailable"
+
+
+class CaChainRefused(StartupError):
+    """The chain of a CA that another CA has signed is not one that clients could verify, or not for a key here."""
+
+    code = "ca_chain_refused"
 
 
 class DatabaseTooNew(StartupError):

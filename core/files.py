@@ -222,6 +222,18 @@ class FileLock:
             os.close(descriptor)
 
 
+def is_owned(path: Path) -> bool:
+    """Return whether another process has locked a file by ``own_until_exit``."""
+    descriptor = _open(path)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    finally:
+        os.close(descriptor)  # and with it the lock
+    return False
+
+
 def own_until_exit(path: Path) -> bool:
     """Lock a file for this process until it ends, in whatever way; returns whether it was free.
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
 import db
+from broker.folder import SERVER_CERTIFICATE_FILE
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict, TokenUnavailable
-from core.files import FileLock, replace_file
+from core.files import FileLock, is_owned, replace_file
 from core.states import IssuerKind
+from operations import data_folder
 from operations.monitoring import ROOT_CRL_SOON
+from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
+from pki.algorithms import KeyType
 from store import audit, generations
 from store import issuers as store_issuers
 from store.audit import Actor
-from workflows.authority import rollover
+from workflows.authority import outer, rollover
 from workflows.authority.issuers import ROOT_CRL_DAYS, RecordedIssuer, RevokedEntries, crl_is_due, next_crl
 
 log = logging.getLogger("portal.jobs")
@@ -82,7 +91,7 @@ def _log_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> No
     with portal.database.snapshot() as tx:
         crl = store_issuers.get_crl_head(tx, root.id)
     logged_at = portal.memory.root_crl_logged_at
-    if crl is None or crl.next_update - now > ROOT_CRL_SOON:
+    if root.retired or crl is None or crl.next_update - now > ROOT_CRL_SOON:
         return
     if logged_at is not None and abs(now - logged_at) < LOG_AGAIN_AFTER:
         return
@@ -108,21 +117,31 @@ def renew_certificates(portal: Portal) -> None:
 # --- Rollover and retirement -------------------------------------------------------------------------------------
 
 
-def roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, again: bool = False) -> str:
+def roll_over(
+    portal: Portal, actor: Actor, say: Callable[[str], None], *, again: bool = False, own_root: bool = False
+) -> str:
     """Create the next issuing CA, make it trusted, let it issue; return its name. Continues an interrupted rollover.
 
     Each step waits for the one before: the CA is in the portal's and the broker's files with its CRL before it issues
     a certificate, and the portal's own certificates are renewed last. ``say`` is called with a sentence for each.
-    Raise ``StateConflict`` if the last rollover was within a day (unless ``again``), ``CaKeyUnavailable`` without the
-    root's key, ``BrokerUnavailable`` if the broker does not load the new CA.
+    Raise ``StateConflict`` if the last rollover was within a day (unless ``again``), or if a root that is not the
+    portal's own has to sign the next CA (unless ``own_root``), ``CaKeyUnavailable`` without the root's key,
+    ``BrokerUnavailable`` if the broker does not load the new CA.
     """
+    with _alone(portal):
+        return _roll_over(portal, actor, say, again=again, own_root=own_root)
+
+
+@contextlib.contextmanager
+def _alone(portal: Portal) -> Iterator[None]:
+    """Keep other rollovers, requests and installations away for the body of the ``with``."""
     with FileLock(portal.settings.data_dir / ".rollover.lock").try_hold() as free:
         if not free:
             raise LockUnavailable("Another rollover is running; wait for its end.")
-        return _roll_over(portal, actor, say, again=again)
+        yield
 
 
-def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, again: bool) -> str:
+def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, again: bool, own_root: bool) -> str:
     moved_at = _last_move(portal)
     if not again and moved_at is not None and portal.clock() - moved_at < JUST_MOVED:
         renew_certificates(portal)  # the last step of an interrupted rollover
@@ -131,9 +150,57 @@ def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, agai
             " use --again for one more CA."
         )
     name, generation = rollover.prepare_next(
-        portal.database, portal.authority, portal.keys, portal.settings, actor, now=portal.clock()
+        portal.database,
+        portal.authority,
+        portal.keys,
+        portal.settings,
+        actor,
+        own_root=own_root,
+        now=portal.clock(),
     )
     say(f"{name} is created.")
+    _make_trusted(portal, name, generation, say)
+    _let_issue(portal, actor, name, say)
+    return name
+
+
+def request_ca(
+    portal: Portal, actor: Actor, *, subject: str = "", key_type: KeyType | None = None, another: bool = False
+) -> outer.CaRequest:
+    """Return the request for the certificate of an issuing CA, which somebody else signs; see ``request_issuing``."""
+    with _alone(portal):
+        return outer.request_issuing(
+            portal.database,
+            portal.keys,
+            portal.settings,
+            actor,
+            subject=subject,
+            key_type=key_type,
+            another=another,
+            now=portal.clock(),
+        )
+
+
+def install_ca(portal: Portal, actor: Actor, content: bytes, say: Callable[[str], None], *, later: bool = False) -> str:
+    """Take the CA into service whose chain (PEM) answers a request: as in a rollover, but that others have signed it.
+
+    With ``later`` it is trusted only, until a rollover lets it issue. If no device has a certificate of the CAs before
+    it, and no portal serves, these retire at once. Raise ``CaChainRefused``, and as ``roll_over`` does.
+    """
+    with _alone(portal):
+        name, generation = outer.add_requested(
+            portal.database, portal.authority, portal.keys, portal.settings, actor, content, now=portal.clock()
+        )
+        say(f"{name} is installed.")
+        _make_trusted(portal, name, generation, say)
+        if not later:
+            _let_issue(portal, actor, name, say)
+            if not is_owned(portal.settings.data_dir / data_folder.SERVING_LOCK):
+                _retire_at_once(portal, actor, say)
+    return name
+
+
+def _make_trusted(portal: Portal, name: str, generation: int, say: Callable[[str], None]) -> None:
     write_ca_file(portal)
     outcome = portal.reconciler.apply(generation, timeout=portal.settings.enforce_timeout)
     if not outcome.covers(generation) and (
@@ -144,14 +211,33 @@ def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, agai
             f" Correct this, then run the command again: {outcome.problem}"
         )
     say(f"{name} is trusted by the portal and the broker.")
+
+
+def _let_issue(portal: Portal, actor: Actor, name: str, say: Callable[[str], None]) -> None:
     portal.responder.certificates.renew()
-    rollover.move_to(portal.database, actor, name, now=portal.clock())
+    rollover.move_to(portal.database, portal.authority, actor, name, now=portal.clock())
     with portal.database.snapshot() as tx:
-        portal.authority.seen_by(tx)
+        servers = portal.authority.seen_by(tx).servers.issuer.name
     say(f"{name} issues.")
     renew_certificates(portal)
-    say("The portal and the broker have certificates of the new CA.")
-    return name
+    if servers == name:
+        say("The portal and the broker have certificates of the new CA.")
+    else:
+        say(
+            f"The portal and the broker keep certificates of {servers}, whose root the devices know that there are,"
+            " until none of these has a certificate of it any more."
+        )
+
+
+def _retire_at_once(portal: Portal, actor: Actor, say: Callable[[str], None]) -> None:
+    """Retire the CAs of which no device has a certificate, while no portal serves that could issue by them."""
+    for name in _unneeded(portal):
+        try:
+            retire(portal, actor, name, alone=True)
+        except StateConflict as error:
+            say(error.detail)
+        else:
+            say(f"{name} is retired: no device has a certificate of it.")
 
 
 def write_ca_file(portal: Portal) -> None:
@@ -170,29 +256,59 @@ def _last_move(portal: Portal) -> datetime | None:
     return issuing[-1].issuing_since if len(issuing) > 1 else None
 
 
-def retire(portal: Portal, actor: Actor, name: str) -> None:
+def retire(portal: Portal, actor: Actor, name: str, *, alone: bool = False) -> None:
     """Remove a CA without valid device certificates from those that the portal and the broker trust.
 
-    Raise ``StateConflict`` if a device still has a valid certificate of it.
+    The portal's own root goes with the last CA below it. Raise ``StateConflict`` if a device still has a valid
+    certificate of it, within an hour of the last move of issuance (unless no portal serves and this one is ``alone``),
+    or while the broker shows a certificate of it that devices without that root could not verify; ``BrokerUnavailable``
+    if the broker does not say.
     """
+    other_root = rollover.move_servers(portal.database, portal.authority, actor, name, alone=alone, now=portal.clock())
+    with portal.database.snapshot() as tx:
+        portal.authority.seen_by(tx)  # at once, or the certificates would be of the CA that is to retire
     renew_certificates(portal)
-    rollover.retire(portal.database, portal.authority, actor, name, now=portal.clock())
+    if other_root:
+        _check_broker_certificate(portal, name)
+    rollover.retire(portal.database, portal.authority, actor, name, alone=alone, now=portal.clock())
     write_ca_file(portal)
     _apply(portal)
 
 
+def _check_broker_certificate(portal: Portal, name: str) -> None:
+    """Raise ``StateConflict`` while the running broker shows an older certificate than the one in its folder."""
+    if portal.broker.is_stopped():
+        return  # it reads the newest one at its start
+    deadline = time.monotonic() + portal.settings.enforce_timeout
+    shown = portal.broker.server_certificate(probe_certificates(portal.settings), deadline)
+    newest = x509.load_pem_x509_certificate(portal.settings.broker_file(SERVER_CERTIFICATE_FILE).read_bytes())
+    if shown != newest.public_bytes(Encoding.DER):
+        raise StateConflict(
+            f"The broker still shows a certificate below the root of {name}; restart it for its new one (with"
+            f" PORTAL_BROKER_RESTART the portal does, at a quiet moment). Then {name} can retire."
+        )
+
+
 def retire_unneeded(portal: Portal) -> None:
     """Retire the CAs that issue no more and have no valid device certificate."""
+    unneeded, moved_at = _unneeded(portal), _last_move(portal)
+    if unneeded and moved_at is not None and portal.clock() - moved_at >= rollover.MIN_TIME_SINCE_MOVE:
+        for name in unneeded:
+            try:
+                retire(portal, audit.system_actor(portal.tenant_id), name)
+            except (StateConflict, BrokerUnavailable) as error:
+                log.warning("a CA cannot retire yet", extra={"issuer": name, "because": error.detail})
+            else:
+                log.info("a CA was retired", extra={"issuer": name})
+
+
+def _unneeded(portal: Portal) -> list[str]:
+    """Return the names of the CAs before the one that issues of which no device has a valid certificate."""
     now = portal.clock()
     with portal.database.snapshot() as tx:
         issuers = portal.authority.seen_by(tx)
         older = [recorded for recorded in issuers.with_crl() if recorded.id < issuers.issuing.id]
-        unneeded = [recorded.issuer.name for recorded in older if not rollover.is_in_use(tx, recorded.id, now=now)]
-    moved_at = _last_move(portal)
-    if unneeded and moved_at is not None and now - moved_at >= rollover.MIN_TIME_SINCE_MOVE:
-        for name in unneeded:
-            retire(portal, audit.system_actor(portal.tenant_id), name)
-            log.info("a CA was retired", extra={"issuer": name})
+        return [recorded.issuer.name for recorded in older if not rollover.is_in_use(tx, recorded.id, now=now)]
 
 
 # --- Shared -------------------------------------------------------------------------------------------------------

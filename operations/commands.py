@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -13,30 +12,26 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import click
-from flask import Flask, current_app
+from flask import Flask
 
 from config import LogFormat, Settings, variable_of
 from core import logs, metrics
-from core.errors import PortalError, StartupError
+from core.errors import StartupError
 from core.files import own_until_exit, replace_file
-from core.states import IssuerKind
-from operations import authority, data_folder
+from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup import restore as backup_restore
+from operations.ca_commands import ca_group
+from operations.command_base import opened_portal, settings_of_app, without_traceback
 from operations.doctor import doctor as doctors
 from operations.doctor.base import Finding, State
 from operations.wiring import Portal, first_token, make_admin_token, open_portal, prepare, utc_now
-from store import audit
-from store import issuers as store_issuers
 from workflows.audit import problem_of
-from workflows.authority import rollover as authority_rollover
-from workflows.authority.issuers import Issuers, RecordedIssuer
 from workflows.enrolment.clients import CLIENT_CAS
 
-P = ParamSpec("P")
 CreateApp = Callable[..., Flask]
 PortalOf = Callable[[Flask], Any]
 ServeApp = Callable[..., int]
@@ -51,30 +46,6 @@ RESTORED_IN_PART = 3
 _COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}
 
 
-def settings_of_app() -> Settings:
-    """Return the settings that the application was created with."""
-    settings: Settings = current_app.config["PORTAL_SETTINGS"]
-    return settings
-
-
-def opened_portal() -> contextlib.closing[Portal]:
-    """Open the portal for the body of a ``with``."""
-    return contextlib.closing(open_portal(settings_of_app()))
-
-
-def without_traceback(function: Callable[P, None]) -> Callable[P, None]:
-    """Report a portal's error as one sentence."""
-
-    @functools.wraps(function)
-    def run(*arguments: P.args, **options: P.kwargs) -> None:
-        try:
-            function(*arguments, **options)
-        except PortalError as error:
-            raise click.ClickException(error.detail) from error
-
-    return run
-
-
 # --- First start and serving --------------------------------------------------------------------------------------
 
 
@@ -86,10 +57,15 @@ def init() -> None:
     with opened_portal() as portal:
         prepare(portal)
         first_token(portal)
-        root = portal.authority.root.issuer.certificate
+        anchors = _anchors(portal)
     click.echo(f"Data folder    {settings.data_dir}")
-    click.echo(f"Trust anchor   {settings.data_dir / 'ca.pem'} ({root.subject.rfc4514_string()})")
+    click.echo(f"Trust anchor   {settings.data_dir / 'ca.pem'} ({anchors})")
     click.echo(f"Broker files   {settings.broker_dir}")
+
+
+def _anchors(portal: Portal) -> str:
+    """Return the names of the roots that clients are to trust."""
+    return " and ".join(one.subject.rfc4514_string() for one in portal.authority.current.anchors)
 
 
 @click.command("settings")
@@ -160,8 +136,8 @@ def _prepare(settings: Settings, *, beside_broker: bool) -> tuple[str | None, bo
     with contextlib.closing(open_portal(settings)) as portal:
         prepare(portal)
         token = first_token(portal, renew=beside_broker)
-        trust_anchor = portal.authority.root.issuer.certificate.subject.rfc4514_string()
-    first = own_until_exit(settings.data_dir / ".serving.lock")
+        trust_anchor = _anchors(portal)
+    first = own_until_exit(settings.data_dir / data_folder.SERVING_LOCK)
     if first:
         metrics.forget(settings.data_dir / "metrics")
     if beside_broker:
@@ -275,65 +251,6 @@ def show_audit_key() -> None:
     """Print the public key of the checkpoints, for portal audit verify and for witnesses."""
     with opened_portal() as portal:
         click.echo(str(portal.audit_log.verifier))
-
-
-# --- The CAs ----------------------------------------------------------------------------------------------------------
-
-
-@click.group("ca")
-def ca_group() -> None:
-    """Look after the certificate authorities."""
-
-
-@ca_group.command("list")
-@without_traceback
-def list_cas() -> None:
-    """List root and issuing CAs: role, end, CRL, number of valid device certificates."""
-    with opened_portal() as portal:
-        now = portal.clock()
-        with portal.database.snapshot() as tx:
-            issuers = portal.authority.seen_by(tx)
-            records = {record.id: record for record in store_issuers.list_issuers(tx, retired=True)}
-            for recorded in issuers.issuers:
-                role, used = _role_of(portal, issuers, recorded), ""
-                crl = store_issuers.get_crl(tx, recorded.id)
-                ends = f"until {recorded.issuer.not_after:%Y-%m-%d}"
-                listed = "no CRL yet" if crl is None else f"CRL {crl.number} until {crl.next_update:%Y-%m-%d %H:%M} UTC"
-                if recorded.kind == IssuerKind.ISSUING:
-                    used = f"{authority_rollover.in_use(tx, recorded.id, now=now)} device certificates"
-                name = records[recorded.id].name
-                click.echo(f"{name:<12}  {role:<20}  {ends}  {listed}  {used}".rstrip())
-
-
-def _role_of(portal: Portal, issuers: Issuers, recorded: RecordedIssuer) -> str:
-    if recorded.kind == IssuerKind.ROOT:
-        return "root, key here" if portal.keys.exists(recorded.issuer.name) else "root, key elsewhere"
-    if recorded.retired:
-        return "retired"
-    return "issues" if recorded.id == issuers.issuing.id else "is trusted"
-
-
-@ca_group.command("rollover")
-@click.option("--again", is_flag=True, help="Allow it within a day of the last rollover.")
-@without_traceback
-def rollover(again: bool) -> None:
-    """Create another issuing CA and let it issue from now on; the previous one stays trusted.
-
-    Needs the root's key. The portal may serve meanwhile. After an interruption, run the command again: it continues.
-    """
-    with opened_portal() as portal:
-        name = authority.roll_over(portal, audit.system_actor(portal.tenant_id), click.echo, again=again)
-    click.echo(f"Done. Devices get certificates of {name}; move the root's key away again.")
-
-
-@ca_group.command("retire")
-@click.argument("name")
-@without_traceback
-def retire(name: str) -> None:
-    """Stop trusting the CA NAME, which no valid device certificate needs; the portal also does so by itself."""
-    with opened_portal() as portal:
-        authority.retire(portal, audit.system_actor(portal.tenant_id), name)
-    click.echo(f"{name} is retired. Its CRL is still published.")
 
 
 # --- Backups ----------------------------------------------------------------------------------------------------------

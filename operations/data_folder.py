@@ -14,6 +14,7 @@ from operations.backup import restore_journal
 
 # Shared by each process that has a portal open, held exclusively by a command that replaces its data.
 PRESENCE_LOCK = ".portal.lock"
+SERVING_LOCK = ".serving.lock"  # of the first of several portals that serve, until it ends
 
 
 def own_folders(settings: Settings) -> tuple[Path, ...]:

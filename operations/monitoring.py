@@ -115,7 +115,7 @@ class Readiness:
                         f"The CRL of {recorded.issuer.name} expires at {crl.next_update:%Y-%m-%d %H:%M} UTC and has not"
                         " been renewed; the log has the cause."
                     )
-            root = issuers.get_crl(tx, self._authority.root.id)
+            root = None if self._authority.root.retired else issuers.get_crl(tx, self._authority.root.id)
             if root is not None and root.next_update - now < ROOT_CRL_LEAST:
                 return (
                     f"The root's CRL expires at {root.next_update:%Y-%m-%d %H:%M} UTC; put the root's key back into the"

@@ -84,10 +84,11 @@ class OwnCertificates:
         return renewed
 
     def _is_due(self, path: Path, key: Path, names: tuple[str, ...] = ()) -> bool:
-        return is_due(path, key, self._clock(), self._authority.issuing.issuer, names)
+        signer = self._authority.servers if names else self._authority.issuing
+        return is_due(path, key, self._clock(), signer.issuer, names)
 
     def _issue_server(self, names: tuple[str, ...]) -> tuple[bytes, bytes]:
-        key, signer = ca.generate_keypair(KeyType.EC_P256), self._authority.issuing
+        key, signer = ca.generate_keypair(KeyType.EC_P256), self._authority.servers
         issued = ca.sign_server_certificate(
             signer.issuer,
             key.public_key(),

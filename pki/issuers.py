@@ -62,6 +62,8 @@ class Reason(StrEnum):
 class Issuer:
     """A CA: ``name`` identifies it in URLs, ``key`` is None if the private key is not on this machine.
 
+    ``above`` are the CAs above it up to their root, if the portal has signed none of them. What is signed is valid
+    within the time in which all of them are.
     Raises ``IssuerUnusable`` if the certificate is not that of a CA, ``CaKeyUnavailable`` if the key does not belong
     to it.
     """
@@ -69,6 +71,7 @@ class Issuer:
     name: str
     certificate: x509.Certificate
     key: PrivateKey | None = field(default=None, repr=False)
+    above: tuple[x509.Certificate, ...] = field(default=(), repr=False)
     public_key_der: bytes = field(init=False, repr=False, compare=False)
     authority_key_identifier: Extension = field(init=False, repr=False, compare=False)
     signature_hash: hashes.SHA256 | hashes.SHA384 | None = field(init=False, repr=False, compare=False)
@@ -84,9 +87,9 @@ class Issuer:
             "public_key_der": public_key_der(public_key),
             "authority_key_identifier": _authority_key_identifier(self.name, self.certificate),
             "signature_hash": signature_hash(public_key),
-            "not_before": self.certificate.not_valid_before_utc,
-            "not_after": self.certificate.not_valid_after_utc,
-            "has_name_constraints": _has_name_constraints(self.certificate),
+            "not_before": max(one.not_valid_before_utc for one in (self.certificate, *self.above)),
+            "not_after": min(one.not_valid_after_utc for one in (self.certificate, *self.above)),
+            "has_name_constraints": any(_has_name_constraints(one) for one in (self.certificate, *self.above)),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -218,6 +221,11 @@ _RESPONDER = (
 def root_profile(common_name: str) -> Profile:
     """Return the profile of a root: it signs issuing CAs, which cannot sign further CAs."""
     return Profile(_ca_subject(common_name), _ROOT)
+
+
+def requested_extensions() -> tuple[Extension, ...]:
+    """Return the extensions that the certificate of an issuing CA should get from whoever signs its request."""
+    return _ISSUING
 
 
 def issuing_profile(common_name: str) -> Profile:

@@ -20,7 +20,9 @@ from store.tables import Certificate, Crl, IssuerRow
 class IssuerRecord:
     """A CA certificate of the portal; the list of its revoked certificates last changed at ``revoked_generation``.
 
-    The active issuing CA with the latest ``issuing_since`` signs new certificates; one without it is only trusted.
+    The active issuing CA with the latest ``issuing_since`` signs new certificates; one without it is only trusted. The
+    one with the latest ``servers_since`` signs those of portal and broker. ``above`` has the CAs of a company that are
+    above it, as ``pki.outer_chain`` encodes them.
     """
 
     id: int
@@ -32,6 +34,8 @@ class IssuerRecord:
     not_after: datetime
     revoked_generation: int
     issuing_since: datetime | None
+    above: bytes | None
+    servers_since: datetime | None
 
 
 _COLUMNS = columns_of(IssuerRecord, IssuerRow)

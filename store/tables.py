@@ -242,6 +242,10 @@ class IssuerRow(OfTenant, Base):
     issuing_since: Mapped[datetime | None]
     # The generation of the last change to the list of its revoked certificates.
     revoked_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    # The CAs above it, if the portal's own root has not signed it: a DER SEQUENCE OF Certificate, its issuer first.
+    above: Mapped[bytes | None]
+    # The active CA with the latest time signs the certificates of portal and broker; the one that issues if none has.
+    servers_since: Mapped[datetime | None]
 
 
 class Crl(OfTenant, Base):

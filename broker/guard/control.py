@@ -11,8 +11,6 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from cryptography import x509
-
 from broker.capath import FILE_MODE
 from broker.control import PresenceReports
 from broker.crl import Trust, issuing_certificates
@@ -247,7 +245,10 @@ class GuardControl:
         self._settings = settings
         self._clock = clock
         self._distrusted = False  # whether the journal was found damaged, so that the next one is a new one
-        self._names: tuple[bytes, frozenset[str]] = (b"", frozenset())  # hashes of the CAs' names, by their PEM
+        self._names: tuple[bytes, frozenset[str]] = (
+            b"",
+            frozenset(),
+        )  # hashes of the issuing CAs' names, by the CAs' PEM
         self._unsynced: Unsynced | None = None  # what was appended last
         self._knows_version = False  # of the guard, which each process of the portal asks for once
 
@@ -273,11 +274,12 @@ class GuardControl:
 
     def _issuers(self, ca: bytes) -> frozenset[str]:
         if self._names[0] != ca:
-            self._names = (ca, frozenset(hashlib.sha256(one.subject.public_bytes()).hexdigest() for one in _cas(ca)))
+            names = (one.subject.public_bytes() for one in issuing_certificates(ca))
+            self._names = (ca, frozenset(hashlib.sha256(name).hexdigest() for name in names))
         return self._names[1]
 
     def told(self, ca: bytes) -> bool:
-        """Return whether the guard knows all CAs of ``ca`` (PEM), and the portal's password."""
+        """Return whether the guard knows all issuing CAs of ``ca`` (PEM), and the portal's password."""
         stated = self.files.stated()
         return self._issuers(ca) <= {*stated.get("issuers", ())} and stated.get("portal") == self._password_hash()
 
@@ -509,11 +511,6 @@ def _check_loaded(answer: int) -> None:
         raise BrokerNotEnforcing(
             "The broker runs without the portal's guard: load the plugin as mosquitto/README.md says."
         )
-
-
-def _cas(ca: bytes) -> list[x509.Certificate]:
-    issuing_certificates(ca)  # raises ProjectionInvalid
-    return x509.load_pem_x509_certificates(ca)
 
 
 def _whole(value: object) -> int:

@@ -134,6 +134,8 @@ def _small_files(settings: Settings) -> Iterator[tuple[str, bytes]]:
                 f"{path} is not an encrypted key, so it must not be in a backup; encrypt it or move it away."
             )
         yield f"ca/{path.name}", content
+    for path in sorted(settings.ca_dir.glob("*.csr.pem")):  # of CAs whose certificates have not come yet
+        yield f"ca/{path.name}", _content(path)
     for path in sorted(settings.secrets_dir.iterdir()):
         if not path.name.startswith(LEFT_OUT) and not path.name.startswith(".") and path.suffix != ".lock":
             yield f"secrets/{path.name}", _content(path)

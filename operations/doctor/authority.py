@@ -28,10 +28,12 @@ from operations.doctor.network import https_date, served
 from pki import ocsp as pki_ocsp
 from pki.issuers import Issuer
 from pki.keys.stores import KeyStores
+from pki.outer_chain import decode_above
 from store import certificates
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
 from store.tables import AuditEntry, Crl
+from workflows.authority.issuers import trusted_certificates
 from workflows.authority.keys import open_keys
 
 SOON = timedelta(days=30)
@@ -70,30 +72,34 @@ def _ca_keys(installation: Installation, keys: KeyStores) -> Finding:
 def ca_chain(installation: Installation) -> Finding:
     """Check that root and issuing CAs verify (RFC 5280 section 6), and that the files of CAs are up to date."""
     now, issuers = installation.clock(), installation.issuers()
-    certificates = {issuer.name: x509.load_der_x509_certificate(issuer.der) for issuer in issuers}
-    roots = [certificates[issuer.name] for issuer in issuers if issuer.kind == IssuerKind.ROOT]
-    found = Findings()
-    for name, certificate in certificates.items():
+    roots = [x509.load_der_x509_certificate(issuer.der) for issuer in issuers if issuer.kind == IssuerKind.ROOT]
+    found, ends = Findings(), []
+    for record in issuers:
+        above = decode_above(record.above) or roots
         try:
-            Issuer(name, certificate)  # basic constraints, key usage, key identifier
-            if not any(_verifies(certificate, root) for root in roots):
-                found.problem(f"{name} is not signed by the root.", "Restore a backup of the database.")
+            # Constraints, key usage and key identifier are checked, too.
+            issuer = Issuer(record.name, x509.load_der_x509_certificate(record.der), above=decode_above(record.above))
+            chain = (issuer.certificate, *issuer.above)
+            if not all(map(_verifies, chain, chain[1:])) or not any(_verifies(chain[-1], root) for root in above):
+                found.problem(f"{record.name} is not signed by the root.", "Restore a backup of the database.")
         except PortalError as error:
             found.problem(error.detail, "Restore a backup of the database.")
-        if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
+            continue
+        ends.append(issuer.not_after)
+        if not issuer.not_before <= now < issuer.not_after:
             found.problem(
-                f"{name} is not valid now.", "Set the clock, or create a new CA: flask --app app ca rollover."
+                f"{record.name} is not valid now.", "Set the clock, or create a new CA: flask --app app ca rollover."
             )
-    expected = set(certificates.values())
+    expected = set(trusted_certificates(issuers))
     for path in (installation.settings.data_dir / "ca.pem", installation.settings.broker_file(CA_FILE)):
         try:
             there = set(x509.load_pem_x509_certificates(path.read_bytes()))
         except (OSError, ValueError):
             there = set()
         if there != expected:
-            found.problem(f"{path} does not contain exactly the portal's CAs.", "Restart the portal, which writes it.")
-    ends = min(certificate.not_valid_after_utc for certificate in certificates.values())
-    return combine(found, f"{summarize(list(certificates))} verify; the first expires {ends:%Y-%m-%d}.")
+            found.problem(f"{path} does not contain exactly the CAs to trust.", "Restart the portal, which writes it.")
+    names = summarize([issuer.name for issuer in issuers])
+    return combine(found, f"{names} verify; the first expires {min(ends, default=now):%Y-%m-%d}.")
 
 
 def _verifies(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from core.errors import LockUnavailable, StartupError
 from core.files import (
     FileLock,
+    is_owned,
     own_until_exit,
     private_folder,
     remove_leftovers,
@@ -169,8 +170,10 @@ os._exit(0)
         assert process.stdout is not None
         assert process.stdout.readline() == "owned\n"
         assert not own_until_exit(path)
+        assert is_owned(path)
         process.kill()
         process.wait()
+        assert not is_owned(path)
         assert own_until_exit(path)
         process.stdin.close()  # which ends the child
     assert path.stat().st_mode & 0o777 == 0o600

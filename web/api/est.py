@@ -51,13 +51,16 @@ _WAITING = Answers(
 
 
 @_UNLABELLED.add(
-    "GET", "/.well-known/est/cacerts", ANYONE, Answers("Issuing CAs and root", media_type=PKCS7), errors=(404,)
+    "GET",
+    "/.well-known/est/cacerts",
+    ANYONE,
+    Answers("Issuing CAs and those above them", media_type=PKCS7),
+    errors=(404,),
 )
 def est_cacerts(call: Call) -> Reply:
     """Return the CA certificates that a device trusts (RFC 7030 section 4.1)."""
     _noticed_client(call)
-    authority = call.portal.authority
-    return _base64_reply(pki_est.certs_only([item.der for item in authority.issuers]), PKCS7)
+    return _base64_reply(pki_est.certs_only(call.portal.authority.current.trusted_der), PKCS7)
 
 
 @_UNLABELLED.add(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
 
 import ca
@@ -21,6 +22,7 @@ from pki.algorithms import KeyType
 from pki.crl import sign_crl
 from pki.issuers import CLOCK_SKEW, Issuer, Reason
 from pki.keys.contract import CaKeys
+from pki.outer_chain import decode_above
 from store import issuers as store_issuers
 from store.database import Database
 from store.issuers import CrlHead, CrlRecord, IssuerRecord, RevokedCertificate
@@ -36,7 +38,10 @@ ROOT_CRL_DAYS = 365
 
 @dataclass(frozen=True, slots=True)
 class RecordedIssuer:
-    """An issuer with its row's id and its certificate, DER; a ``retired`` one issues no certificates any more."""
+    """An issuer with its row's id and its certificate, DER; a ``retired`` one issues no certificates any more.
+
+    A retired root has no CA below it that is trusted, and is not trusted itself.
+    """
 
     id: int
     kind: IssuerKind
@@ -45,21 +50,41 @@ class RecordedIssuer:
     retired: bool = False
 
     def chain_pem(self, certificate_pem: str) -> str:
-        """Return a certificate that it signed, followed by its own: what a TLS client sends (RFC 8446 4.4.2)."""
-        return certificate_pem + ca.chain_pem(self.issuer.certificate)
+        """Return a certificate that it signed, with those of the CAs above it but the root's: what a TLS client sends.
+
+        RFC 8446 section 4.4.2.
+        """
+        return certificate_pem + ca.chain_pem(self.issuer.certificate, *self.issuer.above[:-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Issuers:
     """All issuers at one moment, with the retired ones, whose CRLs are still published.
 
-    ``issuing`` is the one that signs new certificates, ``ca_pem`` what clients are to trust.
+    ``root`` is the portal's own, ``issuing`` the one that signs new certificates, ``servers`` the one that signs those
+    of portal and broker, ``trusted`` and ``ca_pem`` what clients are to trust.
     """
 
     root: RecordedIssuer
     issuing: RecordedIssuer
+    servers: RecordedIssuer
     issuers: tuple[RecordedIssuer, ...]
+    trusted: tuple[x509.Certificate, ...]
     ca_pem: str
+
+    @property
+    def anchors(self) -> tuple[x509.Certificate, ...]:
+        """Return the roots that clients are to trust: the portal's own, a company's, or for a time both."""
+        return tuple(one for one in self.trusted if one.subject == one.issuer)
+
+    @property
+    def trusted_der(self) -> list[bytes]:
+        """Return what clients are to trust, each certificate in DER."""
+        return [one.public_bytes(Encoding.DER) for one in self.trusted]
+
+    def anchor(self, recorded: RecordedIssuer) -> x509.Certificate:
+        """Return the root above an issuing CA."""
+        return recorded.issuer.above[-1] if recorded.issuer.above else self.root.issuer.certificate
 
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
         """Return the issuers whose CRLs the broker needs: those of devices' certificates that are still trusted."""
@@ -116,7 +141,7 @@ class Authority:
 
     @property
     def root(self) -> RecordedIssuer:
-        """Return the trust anchor."""
+        """Return the portal's own root, which may be retired."""
         return self.current.root
 
     @property
@@ -125,13 +150,18 @@ class Authority:
         return self.current.issuing
 
     @property
+    def servers(self) -> RecordedIssuer:
+        """Return the issuer that signs the certificates of portal and broker."""
+        return self.current.servers
+
+    @property
     def issuers(self) -> tuple[RecordedIssuer, ...]:
         """Return all issuers, with the retired ones."""
         return self.current.issuers
 
     @property
     def ca_pem(self) -> str:
-        """Return what clients are to trust: issuing CAs and root, PEM."""
+        """Return what clients are to trust: issuing CAs and the CAs above them, PEM."""
         return self.current.ca_pem
 
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
@@ -155,8 +185,17 @@ class Authority:
         issuing = [recorded for recorded in trusted if recorded.id in begun]
         if not issuing:
             raise CaKeyUnavailable("The database names no CA that issues certificates; restore it from a backup.")
-        ca_pem = ca.chain_pem(*(item.issuer.certificate for item in (*reversed(trusted), root)))
-        return Issuers(root=root, issuing=issuing[-1], issuers=tuple(loaded), ca_pem=ca_pem)
+        since = {record.id: record.servers_since for record in records if record.servers_since is not None}
+        serving = sorted((one for one in trusted if one.id in since), key=lambda one: since[one.id])
+        certificates = trusted_certificates(records)
+        return Issuers(
+            root=root,
+            issuing=issuing[-1],
+            servers=serving[-1] if serving else issuing[-1],
+            issuers=tuple(loaded),
+            trusted=certificates,
+            ca_pem=ca.chain_pem(*certificates),
+        )
 
     def _recorded(self, record: IssuerRecord, known: RecordedIssuer | None) -> RecordedIssuer:
         retired = record.status == IssuerStatus.RETIRED
@@ -169,12 +208,22 @@ class Authority:
             raise CaKeyUnavailable(
                 f"The key of {record.name} does not belong to its certificate; restore the right key file."
             )
-        issuer = Issuer(record.name, certificate, key)
+        issuer = Issuer(record.name, certificate, key, decode_above(record.above))
         return RecordedIssuer(record.id, record.kind, record.der, issuer, retired)
 
 
 def _identity(record: IssuerRecord) -> tuple[object, ...]:
-    return record.id, record.fingerprint, record.status, record.issuing_since
+    return record.id, record.fingerprint, record.status, record.issuing_since, record.servers_since
+
+
+def trusted_certificates(records: Sequence[IssuerRecord]) -> tuple[x509.Certificate, ...]:
+    """Return what clients are to trust: the active issuing CAs, the newest first, the CAs above them, the own root."""
+    active = [record for record in records if record.status == IssuerStatus.ACTIVE]
+    issuing = [record for record in active if record.kind == IssuerKind.ISSUING]
+    own = [x509.load_der_x509_certificate(record.der) for record in reversed(issuing)]
+    above = [certificate for record in reversed(issuing) for certificate in decode_above(record.above)]
+    roots = [x509.load_der_x509_certificate(record.der) for record in active if record.kind == IssuerKind.ROOT]
+    return tuple(dict.fromkeys((*own, *above, *roots)))
 
 
 def open_authority(database: Database, keys: CaKeys, settings: Settings, tenant_id: str, *, now: datetime) -> Authority:

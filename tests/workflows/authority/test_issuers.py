@@ -62,7 +62,7 @@ def test_another_process_trusts_a_new_ca_first_and_then_issues_by_it(
     assert there.authority.issuing == before
     assert there.authority.ca_pem.count("BEGIN CERTIFICATE") == 3
     assert prepare_next(here) == "issuing-2"
-    rollover.move_to(here.database, OPERATOR, "issuing-2", now=clock())
+    rollover.move_to(here.database, here.authority, OPERATOR, "issuing-2", now=clock())
     device = there.registrations.register(OPERATOR, PUMP)
     assert issuer_of(there, device.device_id).subject.rfc4514_string() == "CN=Device Onboarding Issuing CA 2"
     for portal in (here, there):
@@ -116,7 +116,7 @@ def test_a_ca_retires_when_nobody_needs_it_and_its_crl_is_still_published(portal
 
     with pytest.raises(StateConflict, match="make another CA first"):
         retire()
-    rollover.move_to(portal.database, OPERATOR, prepare_next(portal), now=clock())
+    rollover.move_to(portal.database, portal.authority, OPERATOR, prepare_next(portal), now=clock())
     with pytest.raises(StateConflict, match="an hour after that"):
         retire()
     clock.advance(hours=2)

@@ -1,0 +1,133 @@
+"""The server's own commands for its CAs, ``flask --app app ca …``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from config import CA_KEY_TYPES
+from core.errors import CaChainRefused
+from core.states import IssuerKind
+from operations import authority
+from operations.command_base import opened_portal, settings_of_app, without_traceback
+from operations.wiring import Portal
+from pki.algorithms import KeyType
+from pki.outer_chain import MAX_CHAIN_BYTES, named
+from store import audit
+from store import issuers as store_issuers
+from workflows.authority import rollover as authority_rollover
+from workflows.authority.issuers import ROOT, Issuers, RecordedIssuer
+from workflows.authority.outer import pending_requests
+
+
+@click.group("ca")
+def ca_group() -> None:
+    """Look after the certificate authorities."""
+
+
+@ca_group.command("list")
+@without_traceback
+def list_cas() -> None:
+    """List root and issuing CAs: role, end, CRL, number of valid device certificates."""
+    with opened_portal() as portal:
+        now = portal.clock()
+        with portal.database.snapshot() as tx:
+            issuers = portal.authority.seen_by(tx)
+            records = {record.id: record for record in store_issuers.list_issuers(tx, retired=True)}
+            for recorded in issuers.issuers:
+                role, used = _role_of(portal, issuers, recorded), ""
+                crl = store_issuers.get_crl(tx, recorded.id)
+                ends = f"until {recorded.issuer.not_after:%Y-%m-%d}"
+                listed = "no CRL yet" if crl is None else f"CRL {crl.number} until {crl.next_update:%Y-%m-%d %H:%M} UTC"
+                if recorded.kind == IssuerKind.ISSUING:
+                    used = f"{authority_rollover.in_use(tx, recorded.id, now=now)} device certificates"
+                name = records[recorded.id].name
+                below = f"  below {named(recorded.issuer.above[-1])}" if recorded.issuer.above else ""
+                click.echo(f"{name:<12}  {role:<20}  {ends}  {listed}  {used}{below}".rstrip())
+        for request in pending_requests(settings_of_app(), list(records.values())):
+            click.echo(f"{request.name:<12}  {'requested':<20}  {request.path}")
+
+
+def _role_of(portal: Portal, issuers: Issuers, recorded: RecordedIssuer) -> str:
+    if recorded.kind == IssuerKind.ROOT:
+        where = "key here" if portal.keys.exists(recorded.issuer.name) else "key elsewhere"
+        return f"retired root, {where}" if recorded.retired else f"root, {where}"
+    if recorded.retired:
+        return "retired"
+    return "issues" if recorded.id == issuers.issuing.id else "is trusted"
+
+
+@ca_group.command("rollover")
+@click.option("--again", is_flag=True, help="Allow it within a day of the last rollover.")
+@click.option("--own-root", is_flag=True, help="Return from another root to the portal's own, which signs the next CA.")
+@without_traceback
+def rollover(again: bool, own_root: bool) -> None:
+    """Create another issuing CA and let it issue from now on; the previous one stays trusted.
+
+    Needs the root's key, unless a CA was installed that is to issue later. The portal may serve meanwhile. After an
+    interruption, run the command again: it continues.
+    """
+    with opened_portal() as portal:
+        actor = audit.system_actor(portal.tenant_id)
+        name = authority.roll_over(portal, actor, click.echo, again=again, own_root=own_root)
+        away = "; move the root's key away again" if portal.keys.exists(ROOT) else ""
+    click.echo(f"Done. Devices get certificates of {name}{away}.")
+
+
+@ca_group.command("request")
+@click.option("--subject", default="", help="Name of the CA, as CN=Devices CA 1,O=Example Ltd,C=GB.")
+@click.option(
+    "--key-type", type=click.Choice(CA_KEY_TYPES), help="Kind of its key, if it is not PORTAL_ISSUING_KEY_TYPE."
+)
+@click.option("--another", is_flag=True, help="Make one more key, though a request waits for its certificate.")
+@without_traceback
+def request(subject: str, key_type: str | None, another: bool) -> None:
+    """Make the key of an issuing CA, and print the request for its certificate (PKCS#10).
+
+    For a CA of a company, or a root that is kept elsewhere; ca install takes what it answers. Until then the command
+    prints the same request again.
+    """
+    kind = None if key_type is None else KeyType(key_type)
+    with opened_portal() as portal:
+        actor = audit.system_actor(portal.tenant_id)
+        made = authority.request_ca(portal, actor, subject=subject, key_type=kind, another=another)
+    click.echo(made.pem, nl=False)
+    click.echo(f"The request of {made.name} is also in {made.path}.", err=True)
+
+
+@ca_group.command("install")
+@click.argument("chain", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--later", is_flag=True, help="Only trust it for now; ca rollover lets it issue.")
+@without_traceback
+def install(chain: Path, later: bool) -> None:
+    """Take an issuing CA into service that another CA has signed.
+
+    CHAIN has its certificate and those of the CAs above it up to the root, in PEM. The portal may serve meanwhile.
+    After an interruption, run the command again: it continues.
+    """
+    content = _chain_of(chain)
+    with opened_portal() as portal:
+        name = authority.install_ca(portal, audit.system_actor(portal.tenant_id), content, click.echo, later=later)
+    click.echo(
+        f"Done. {name} is to issue after: ca rollover." if later else f"Done. Devices get certificates of {name}."
+    )
+
+
+def _chain_of(path: Path) -> bytes:
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # opening a FIFO would block
+            return file.read(MAX_CHAIN_BYTES + 1) or b""
+    except OSError as error:
+        raise CaChainRefused(f"{path} cannot be read: {error.strerror}.") from error
+
+
+@ca_group.command("retire")
+@click.argument("name")
+@without_traceback
+def retire(name: str) -> None:
+    """Stop trusting the CA NAME, which no valid device certificate needs; the portal also does so by itself."""
+    with opened_portal() as portal:
+        authority.retire(portal, audit.system_actor(portal.tenant_id), name)
+    click.echo(f"{name} is retired. Its CRL is still published.")
