@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -28,6 +30,7 @@ from operations.doctor.base import Finding, State
 from operations.wiring import Portal, open_portal, prepare
 from pki.algorithms import KeyType
 from pki.csr import read_csr
+from store import issuers as store_issuers
 from tests.support.company import NOW, CompanyCa, certificate_of, company_root, pem
 from tests.support.est import Device, certificates_of
 from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, state_of
@@ -375,6 +378,27 @@ def test_a_backup_has_the_companys_cas_and_the_requests_that_wait(
         assert names(register(portal).chain.encode())[1:] == [NEXT, "CN=Company CA"]
         clock.advance(days=2)
         assert install(portal, pem(ROOT.sign(other.public_key(), "Devices 2"), ROOT)) == "issuing-3"
+
+
+@pytest.mark.long  # Java takes seconds to start
+@pytest.mark.skipif(shutil.which("javac") is None, reason="needs a JDK, of which java runs a source file")
+def test_java_validates_devices_by_pkix_up_to_the_companys_root(portal: Portal, tmp_path: Path) -> None:
+    install(portal)
+    good, gone = register(portal), register(portal)
+    portal.revocations.revoke(OPERATOR, gone.device_id, "key_compromise")
+    portal.reconciler.sign_crls()
+    files = {"root.pem": pem(ROOT), "root.crl": crl_of(ROOT), "between.crl": crl_of(BETWEEN)}
+    with portal.database.snapshot() as tx:
+        newest = store_issuers.get_crl(tx, portal.authority.issuing.id)
+    assert newest is not None
+    files |= {"issuing.crl": newest.der, "good.pem": good.chain.encode(), "gone.pem": gone.chain.encode()}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    source = Path(__file__).resolve().parents[1] / "support" / "Pkix.java"
+    for chain, said in (("good.pem", "valid"), ("gone.pem", "REVOKED")):
+        command = ["java", str(source), "root.pem", chain, "root.crl", "between.crl", "issuing.crl"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == said, done.stderr
 
 
 # --- What the doctor says ---------------------------------------------------------------------------------------------
