@@ -316,6 +316,23 @@ def test_a_damaged_file_of_the_checkpoint_is_told_and_never_written_over(kept: K
 
 
 @ON_SQLITE
+@pytest.mark.parametrize("note", ["signed with another key", "the portal's own, of another head"])
+def test_a_checkpoint_that_an_attacker_puts_into_the_data_folder_covers_no_rewriting(kept: Kept, note: str) -> None:
+    rewrite(kept.portal, altered)
+    with kept.portal.database.snapshot() as tx:
+        head = audit.audit_head(tx, "default")
+    forged = kept.portal.audit_log.newest()
+    if note == "signed with another key":
+        forger = SigningKey.create(kept.portal.audit_log.verifier.name)
+        forged = forger.note_of(head.number, Edge(head.number, head.edge).root())
+    path = kept.portal.settings.data_dir / CHECKPOINT_FILE
+    path.write_bytes(audit_log.KeptCheckpoint(forged, kept.portal.clock(), head).to_json())
+    assert kept.doctor().state is State.PROBLEM
+    assert kept.portal.audit_log.problem() is not None
+    assert kept.portal.audit_log.make_checkpoint(at_once=True) is not None
+
+
+@ON_SQLITE
 def test_the_key_is_private_is_in_the_record_and_not_in_the_database(portal: Portal) -> None:
     path = portal.settings.secrets_dir / KEY_FILE
     assert path.stat().st_mode & 0o777 == 0o600
