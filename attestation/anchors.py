@@ -41,7 +41,7 @@ class Algorithm(StrEnum):
     EDDSA = "EdDSA"
 
 
-class Purpose(StrEnum):
+class SignerPurpose(StrEnum):
     """What a signer's certificate is for: the extended key usage that it needs (TCG OIDs), or none."""
 
     SIGNATURES = ""
@@ -77,7 +77,7 @@ class EvidenceSigner:
 
 
 def signers(
-    anchors: Sequence[Anchor], chain: Sequence[bytes], names: Iterable[bytes], *, purpose: Purpose, now: datetime
+    anchors: Sequence[Anchor], chain: Sequence[bytes], names: Iterable[bytes], *, purpose: SignerPurpose, now: datetime
 ) -> list[EvidenceSigner]:
     """Return the keys that may have signed: that of the certificate at the head of ``chain``, else registered keys.
 
@@ -104,7 +104,9 @@ def _bare_key(anchor: Anchor) -> PublicKey:
         raise unreadable from error
 
 
-def certified(anchors: Sequence[Anchor], chain: Sequence[bytes], *, purpose: Purpose, now: datetime) -> EvidenceSigner:
+def certified(
+    anchors: Sequence[Anchor], chain: Sequence[bytes], *, purpose: SignerPurpose, now: datetime
+) -> EvidenceSigner:
     """Follow a chain of certificates (DER), the signer's first, to a registered anchor (RFC 5280 §6.1).
 
     ``purpose`` decides about the usages that the signer's certificate must have. Raises ``SignerCertificateRefused``,
@@ -137,7 +139,7 @@ def _key_of(certificate: ForeignCertificate) -> PublicKey:
         raise SignerCertificateRefused(f"The signer's certificate has a key of no use. {error.detail}") from error
 
 
-def _check_signer(certificate: ForeignCertificate, purpose: Purpose, now: datetime) -> None:
+def _check_signer(certificate: ForeignCertificate, purpose: SignerPurpose, now: datetime) -> None:
     if not is_valid_at(certificate, now):
         raise SignerCertificateRefused("The signer's certificate has expired or is not valid yet.")
     purposes: set[str] = set()
@@ -145,7 +147,7 @@ def _check_signer(certificate: ForeignCertificate, purpose: Purpose, now: dateti
         match extension.value:
             case x509.BasicConstraints(ca=True):
                 raise SignerCertificateRefused("The signer's certificate is that of a CA.")
-            case x509.KeyUsage(digital_signature=False) if purpose is not Purpose.ENDORSEMENT:
+            case x509.KeyUsage(digital_signature=False) if purpose is not SignerPurpose.ENDORSEMENT:
                 raise SignerCertificateRefused("The key of the signer's certificate is not for signatures.")
             case x509.ExtendedKeyUsage() as usages:
                 purposes = {oid.dotted_string for oid in usages}

@@ -10,7 +10,7 @@ from typing import Any
 import cbor2
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from attestation.anchors import Algorithm, Anchor, EvidenceSigner, Purpose, signed_by, signers
+from attestation.anchors import Algorithm, Anchor, EvidenceSigner, SignerPurpose, signed_by, signers
 from attestation.evidence import MAX_DEPTH, check_size
 from attestation.refusals import (
     AlgorithmRefused,
@@ -175,7 +175,7 @@ def verified(sign1: Sign1, anchors: Sequence[Anchor], names: Sequence[bytes], *,
     ``names`` are identifiers in the claims by which a bare key may be registered, besides the key id in the header.
     Raises what ``attestation.anchors.signers`` and ``signed_by`` do.
     """
-    candidates = signers(anchors, sign1.chain, (sign1.key_id, *names), purpose=Purpose.SIGNATURES, now=now)
+    candidates = signers(anchors, sign1.chain, (sign1.key_id, *names), purpose=SignerPurpose.SIGNATURES, now=now)
     # The encoding of the Sig_structure of RFC 9052 §4.4.
     signed = cbor2.dumps(["Signature1", sign1.protected, b"", sign1.payload])
     return signed_by(candidates, sign1.algorithm, sign1.signature, signed)

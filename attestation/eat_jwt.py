@@ -10,7 +10,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from attestation.anchors import Algorithm, Anchor, EvidenceSigner, Purpose, signed_by, signers
+from attestation.anchors import Algorithm, Anchor, EvidenceSigner, SignerPurpose, signed_by, signers
 from attestation.eat import ClaimsSet, check_age, check_key, check_nonce, read_claims
 from attestation.evidence import Challenge, Claims, EvidenceType, check_size, from_base64url, read_object
 from attestation.refusals import AlgorithmRefused, EvidenceMalformed, KeyNotBound
@@ -82,7 +82,7 @@ def verified(jws: Jws, anchors: Sequence[Anchor], names: Sequence[bytes], *, now
     ``names`` are identifiers in the claims by which a bare key may be registered, besides the key id in the header.
     Raises what ``attestation.anchors.signers`` and ``signed_by`` do.
     """
-    candidates = signers(anchors, jws.chain, (jws.key_id, *names), purpose=Purpose.SIGNATURES, now=now)
+    candidates = signers(anchors, jws.chain, (jws.key_id, *names), purpose=SignerPurpose.SIGNATURES, now=now)
     return signed_by(candidates, jws.algorithm, jws.signature, jws.signed)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from attestation.anchors import Anchor, EvidenceSigner, Purpose, certified
+from attestation.anchors import Anchor, EvidenceSigner, SignerPurpose, certified
 from attestation.evidence import Challenge, Claims, EvidenceType, PcrBank, check_size, read_object
 from attestation.refusals import (
     AttestationKeyRefused,
@@ -99,7 +99,7 @@ def challenge_ek(
 
     Raises a kind of ``AttestationRefused`` if no anchor vouches for the EK, or the AK is not restricted.
     """
-    signer = certified(anchors, [ek_certificate, *intermediates], purpose=Purpose.ENDORSEMENT, now=now)
+    signer = certified(anchors, [ek_certificate, *intermediates], purpose=SignerPurpose.ENDORSEMENT, now=now)
     key = _attestation_key(ak_public)
     return make_credential(signer.key, key.name, challenge.credential_secret(public_key_der(signer.key), key.name))
 
@@ -160,10 +160,10 @@ def _vouched_for(
         raise EvidenceMalformed("The evidence of a TPM needs one of ek_certificate and ak_certificate.")
     if shown.ek_certificate is not None:
         chain = [shown.ek_certificate, *shown.intermediates]
-        signer = certified(anchors, chain, purpose=Purpose.ENDORSEMENT, now=now)
+        signer = certified(anchors, chain, purpose=SignerPurpose.ENDORSEMENT, now=now)
         return signer, challenge.credential_secret(public_key_der(signer.key), ak.name)
     signer = certified(
-        anchors, [shown.ak_certificate or b"", *shown.intermediates], purpose=Purpose.ATTESTATION_KEY, now=now
+        anchors, [shown.ak_certificate or b"", *shown.intermediates], purpose=SignerPurpose.ATTESTATION_KEY, now=now
     )
     if public_key_der(signer.key) != public_key_der(ak.key):
         raise AttestationKeyRefused("The certificate in the evidence is for another attestation key.")

@@ -188,8 +188,6 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
     authority, reconciler, folder = base.authority, base.reconciler, settings.data_dir
     credentials, links = CredentialIssuer(settings, authority, base.link_keys), base.link_keys
     answers = KeptAnswers(database, base.pepper, clock)
-    processes = CredentialProcesses(settings, links, credentials)
-    batches = Batches(settings, database, authority, reconciler, processes, clock)
     clients = TlsClients(settings, database, authority, clock)
     follower = PresenceFollower(settings, database, base.broker, clock, tenant_id)
     return Portal(
@@ -203,7 +201,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         reconciler=reconciler,
         own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, tenant_id),
         registrations=Registrations(settings, database, reconciler, credentials, answers, clock),
-        bulk=Bulk(settings, reconciler, processes, batches),
+        bulk=_bulk(base, credentials),
         deliveries=Deliveries(settings, database, reconciler, links, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
         renewals=Renewals(settings, database, reconciler, credentials, answers, clock),
@@ -224,6 +222,12 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         follower=follower,
         presence=presence.pop_all(),
     )
+
+
+def _bulk(base: _Foundation, credentials: CredentialIssuer) -> Bulk:
+    processes = CredentialProcesses(base.settings, base.link_keys, credentials)
+    batches = Batches(base.settings, base.database, base.authority, base.reconciler, processes, base.clock)
+    return Bulk(base.settings, base.reconciler, processes, batches)
 
 
 def _enrolments(base: _Foundation, credentials: CredentialIssuer) -> Enrolments:

@@ -59,11 +59,11 @@ BIRTH = {
 }
 
 
-class Refused(Exception):
+class TokenRefused(Exception):
     """What an operator must correct; the text is the end of a sentence that begins with the token."""
 
 
-class KeyRefused(Refused):
+class TokenKeyRefused(TokenRefused):
     """What is wrong with one key only: the others in the token are of use."""
 
 
@@ -83,17 +83,19 @@ class Pin:
 
     @contextlib.contextmanager
     def to_try(self) -> Iterator[str]:
-        """Yield the PIN while no other process tries one; raises ``Refused`` if it was refused before."""
+        """Yield the PIN while no other process tries one; raises ``TokenRefused`` if it was refused before."""
         with open(os.open(f"{self._marker}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             pin = self._read()
             if self._was_refused(pin):
-                raise Refused(f"refused the PIN in {self._file}, which is not tried again; correct the file")
+                raise TokenRefused(f"refused the PIN in {self._file}, which is not tried again; correct the file")
             try:
                 yield pin
             except (failures.PinIncorrect, failures.PinInvalid, failures.PinLenRange) as error:
                 self._remember(pin)
-                raise Refused(f"refuses the PIN in {self._file}; correct the file before the token locks") from error
+                raise TokenRefused(
+                    f"refuses the PIN in {self._file}; correct the file before the token locks"
+                ) from error
             self._marker.unlink(missing_ok=True)
 
     def _read(self) -> str:
@@ -101,16 +103,16 @@ class Pin:
             with open(os.open(self._file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
-                    raise Refused(f"needs a PIN; {self._file} is not a file of the portal's user")
+                    raise TokenRefused(f"needs a PIN; {self._file} is not a file of the portal's user")
                 if status.st_mode & 0o007:  # a group may read it, as it may read systemd's credentials
-                    raise Refused(f"needs a PIN; {self._file} is open to others: chmod 600 {self._file}")
+                    raise TokenRefused(f"needs a PIN; {self._file} is open to others: chmod 600 {self._file}")
                 pin = file.read(MAX_PIN_BYTES + 1).decode().rstrip("\r\n")
         except OSError as error:
-            raise Refused(f"needs a PIN; {self._file} cannot be read ({error.strerror})") from None
+            raise TokenRefused(f"needs a PIN; {self._file} cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
-            raise Refused(f"needs a PIN; {self._file} has other bytes than UTF-8") from None
+            raise TokenRefused(f"needs a PIN; {self._file} has other bytes than UTF-8") from None
         if not 1 <= len(pin.encode()) <= MAX_PIN_BYTES:
-            raise Refused(f"needs a PIN; {self._file} must have one line of 1 to {MAX_PIN_BYTES} bytes")
+            raise TokenRefused(f"needs a PIN; {self._file} must have one line of 1 to {MAX_PIN_BYTES} bytes")
         return pin
 
     def _was_refused(self, pin: str) -> bool:
@@ -150,7 +152,7 @@ class TokenSession:
         self._keys: dict[tuple[str, str], pkcs11.PrivateKey] = {}
 
     def answer(self, request: Facts) -> Facts:
-        """Do what is asked; raises ``Refused`` or ``PKCS11Error``."""
+        """Do what is asked; raises ``TokenRefused`` or ``PKCS11Error``."""
         todo = {"open": self._open, "find": self._find, "make": self._make, "adopt": self._adopt, "sign": self._sign}
         if request["do"] != "sign" or request.get("again"):  # seldom; all but a signature begins with a fresh session
             self._begin()
@@ -160,7 +162,7 @@ class TokenSession:
             return self._sign(request)
         try:
             return self._sign(request)
-        except (PKCS11Error, Refused):
+        except (PKCS11Error, TokenRefused):
             self._begin()
             return self._sign(request)
 
@@ -172,7 +174,7 @@ class TokenSession:
         self._keys.clear()
         if self._library is None:
             if not os.path.exists(self._module):
-                raise Refused(f"cannot be reached: there is no module {self._module}")
+                raise TokenRefused(f"cannot be reached: there is no module {self._module}")
             self._library = pkcs11.lib(self._module)
         else:
             with contextlib.suppress(PKCS11Error):  # of a token that has gone
@@ -181,9 +183,9 @@ class TokenSession:
         token = self._token(self._library)
         self._check_that_it_is_the_same(token)
         if token.flags & TokenFlag.USER_PIN_LOCKED:
-            raise Refused("has locked its PIN; unlock it by the token's own tools")
+            raise TokenRefused("has locked its PIN; unlock it by the token's own tools")
         if token.flags & TokenFlag.USER_PIN_FINAL_TRY:
-            raise Refused("allows one more try of its PIN; log in once by the token's own tools")
+            raise TokenRefused("allows one more try of its PIN; log in once by the token's own tools")
         with self._pin.to_try() as pin:
             try:
                 self._session = token.open(user_pin=pin)
@@ -200,9 +202,9 @@ class TokenSession:
             if token.flags & TokenFlag.TOKEN_INITIALIZED and self._fits(token):
                 found.append(token)
         if not found:
-            raise Refused("is not there; put it in, or start what leads to it")
+            raise TokenRefused("is not there; put it in, or start what leads to it")
         if len(found) > 1:
-            raise Refused("is one of several that the URI fits; add serial= to it")
+            raise TokenRefused("is one of several that the URI fits; add serial= to it")
         return found[0]
 
     def _fits(self, token: pkcs11.Token) -> bool:
@@ -223,7 +225,7 @@ class TokenSession:
         finally:
             session.close()
         if not there & {known["public"] for known in self._known}:
-            raise Refused("was replaced by another one, which does not have the keys; put the right one in")
+            raise TokenRefused("was replaced by another one, which does not have the keys; put the right one in")
 
     # --- What can be asked for
 
@@ -267,7 +269,7 @@ class TokenSession:
     def _sign(self, request: Facts) -> Facts:
         key = self._key(request)
         if not isinstance(key, SignMixin):  # which python-pkcs11 gives keys with CKA_SIGN only
-            raise KeyRefused(f"has the key {request['label']}, but that may not sign")
+            raise TokenKeyRefused(f"has the key {request['label']}, but that may not sign")
         signature = key.sign(bytes.fromhex(request["data"]), mechanism=MECHANISMS[request["mechanism"]])
         return {"signature": signature.hex()}
 
@@ -285,9 +287,11 @@ class TokenSession:
         if named not in self._keys:
             keys = self._private_keys(request)
             if not keys:
-                raise KeyRefused(f"does not have the key {request['label']}; is it another token, or was it cleared?")
+                raise TokenKeyRefused(
+                    f"does not have the key {request['label']}; is it another token, or was it cleared?"
+                )
             if self._recognize(request) not in (None, request["public"]):
-                raise KeyRefused(f"has another key by the name of {request['label']}; put the right token in")
+                raise TokenKeyRefused(f"has another key by the name of {request['label']}; put the right token in")
             self._keys[named] = keys[0]
         return self._keys[named]
 
@@ -297,12 +301,12 @@ class TokenSession:
             wanted[Attribute.ID] = bytes.fromhex(request["id"])
         keys = [key for key in self._open_session.get_objects(wanted) if isinstance(key, pkcs11.PrivateKey)]
         if len(keys) > 1:
-            raise KeyRefused(f"has several keys by the name of {request['label']}")
+            raise TokenKeyRefused(f"has several keys by the name of {request['label']}")
         return keys
 
     def _refuse_second(self, request: Facts) -> None:
         if self._private_keys({**request, "id": ""}):
-            raise KeyRefused(
+            raise TokenKeyRefused(
                 f"has a key {request['label']} of another portal or time already, and keys are never replaced;"
                 " set object= in the URI, with which the names of keys begin"
             )
@@ -399,8 +403,8 @@ def _end_with_parent() -> None:
 def _answered(token: TokenSession, request: Facts) -> Facts:
     try:
         return token.answer(request)
-    except Refused as refusal:
-        return {"refused": str(refusal), "is_of_key": isinstance(refusal, KeyRefused)}
+    except TokenRefused as refusal:
+        return {"refused": str(refusal), "is_of_key": isinstance(refusal, TokenKeyRefused)}
     except PKCS11Error as error:
         return {"failed": f"{type(error).__name__} {error}".strip()}
 

@@ -27,7 +27,7 @@ CURVES: dict[KeyType, ec.EllipticCurve] = {KeyType.EC_P256: ec.SECP256R1(), KeyT
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRecord:
+class TokenKeyRecord:
     """What is known of a key in a token, as the file ``<name>.token.json`` of the CA folder has it.
 
     ``public`` is the point (X9.62 uncompressed, or RFC 8032) or the modulus in hex, empty while the key is being made;
@@ -61,7 +61,7 @@ class TokenRecord:
 
 
 class TokenKeys:
-    """CA keys in one token: there by label and id, here as ``TokenRecord``, which says which key is meant."""
+    """CA keys in one token: there by label and id, here as ``TokenKeyRecord``, which says which key is meant."""
 
     def __init__(self, uri: TokenUri, folder: Path, client: TokenClient) -> None:
         self._uri = uri
@@ -116,13 +116,13 @@ class TokenKeys:
         record = self._read(name)
         return KeyDescription(name, f"{self._uri.of_token} ({record.label})", record.origin)
 
-    def _begin(self, name: str, kind: KeyType) -> TokenRecord:
+    def _begin(self, name: str, kind: KeyType) -> TokenKeyRecord:
         """Record the key that is to be made: if this is cut off, it is known by its id, and is not taken for another's.
 
         Raises ``CaKeyUnavailable`` if there is one already.
         """
         label = name if self._uri.object is None else f"{self._uri.object}-{name}"
-        record = TokenRecord(label, secrets.token_hex(16), kind)
+        record = TokenKeyRecord(label, secrets.token_hex(16), kind)
         if create_private_file(record_path(self._folder, name), _to_json(record)):
             return record
         begun = self._read(name)
@@ -137,7 +137,7 @@ class TokenKeys:
         found = self._client.ask({**request, "do": "find"}, seconds=SLOW_SECONDS)
         return found or self._client.ask(request, seconds=SLOW_SECONDS)
 
-    def _complete(self, name: str, record: TokenRecord, answer: Facts) -> PrivateKey:
+    def _complete(self, name: str, record: TokenKeyRecord, answer: Facts) -> PrivateKey:
         public = answer["public"] or record.public
         if not public or record.public not in ("", public) or answer["exponent"] not in (None, "010001"):
             raise TokenUnavailable(f"The token {self._uri.of_token} does not tell the public key of {record.label}.")
@@ -150,7 +150,7 @@ class TokenKeys:
         replace_file(record_path(self._folder, name), _to_json(done))
         return self.load(name)
 
-    def _read(self, name: str) -> TokenRecord:
+    def _read(self, name: str) -> TokenKeyRecord:
         return read_record(self._folder, name)
 
 
@@ -159,13 +159,13 @@ def record_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.token.json"
 
 
-def read_record(folder: Path, name: str) -> TokenRecord:
+def read_record(folder: Path, name: str) -> TokenKeyRecord:
     """Return what is recorded of a key in a token; raises ``CaKeyUnavailable``."""
     path = record_path(folder, name)
     content = read_private_file(path, "record of a key in a token", "restore it from a backup")
     try:
         values: dict[str, Any] = json.loads(content)
-        record = TokenRecord(**{**values, "kind": KeyType(values["kind"])})
+        record = TokenKeyRecord(**{**values, "kind": KeyType(values["kind"])})
         if record.public:
             record.public_key  # noqa: B018 - raises if it is damaged
     except (ValueError, TypeError, KeyError, UnsupportedAlgorithm) as error:
@@ -173,7 +173,7 @@ def read_record(folder: Path, name: str) -> TokenRecord:
     return record
 
 
-def _to_json(record: TokenRecord) -> bytes:
+def _to_json(record: TokenKeyRecord) -> bytes:
     return json.dumps(asdict(record), indent=1).encode() + b"\n"
 
 

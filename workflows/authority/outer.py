@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -135,11 +135,7 @@ def add_requested(
         generation = generations.get_broker_state(tx, actor.tenant_id).generation
         waiting, current = waiting_issuer(tx), authority.seen_by(tx)
     requested = {request.public_key: request for request in pending_requests(settings, issuers)}
-    recorded = {
-        spki(x509.load_der_x509_certificate(record.der).public_key()): record
-        for record in issuers
-        if record.kind == IssuerKind.ISSUING
-    }
+    recorded = _issuing_by_key(issuers)
     names = {key: record.name for key, record in recorded.items()}
     names |= {key: request.name for key, request in requested.items()}
     chain = read_chain(content, names, now=now)
@@ -157,6 +153,14 @@ def add_requested(
     added = add_issuing(database, actor, issuer, now=now)
     requested[key].path.unlink(missing_ok=True)
     return chain.name, added
+
+
+def _issuing_by_key(issuers: Iterable[IssuerRecord]) -> dict[bytes, IssuerRecord]:
+    return {
+        spki(x509.load_der_x509_certificate(record.der).public_key()): record
+        for record in issuers
+        if record.kind == IssuerKind.ISSUING
+    }
 
 
 def _issuer(chain: OuterChain, keys: CaKeys, known: Sequence[Issuer], own_root: x509.Certificate) -> Issuer:

@@ -75,17 +75,21 @@ def prepare_next(
             " this command, then move it away again; or have a request signed where it is (ca request, ca install)."
         )
     check_that_it_signs(signing_key(root.issuer))  # its token may be elsewhere
-    number = next_number(issuers, keys)
+    issuer = _new_issuing(root.issuer, next_number(issuers, keys), keys, settings, now)
+    return issuer.name, add_issuing(database, actor, issuer, now=now)
+
+
+def _new_issuing(root: Issuer, number: int, keys: CaKeys, settings: Settings, now: datetime) -> Issuer:
     name = f"issuing-{number}"
     issued = ca.create_issuing(
-        root.issuer,
+        root,
         keys.create(name, KeyType(settings.issuing_key_type)).public_key(),
         common_name=f"{settings.ca_name} Issuing CA {number}",
         now=now,
         days=settings.issuing_days,
         pki_url=settings.pki_url,
     )
-    return name, add_issuing(database, actor, Issuer(name, issued.certificate), now=now)
+    return Issuer(name, issued.certificate)
 
 
 def add_issuing(database: Database, actor: Actor, issuer: Issuer, *, now: datetime) -> int:

@@ -59,16 +59,8 @@ class Manufacturers:
                 self._clients.check_distinct(tx, record.der)
                 check_enrolment_profile(tx, actor.tenant_id, profile)
                 enrolment.add_manufacturer(tx, record)
-                audit.record(
-                    tx,
-                    actor,
-                    "manufacturer:add",
-                    f"manufacturer:{record.id}",
-                    at=now,
-                    name=name,
-                    fingerprint=record.fingerprint,
-                    **in_audit(profile),
-                )
+                told = {"name": name, "fingerprint": record.fingerprint, **in_audit(profile)}
+                audit.record(tx, actor, "manufacturer:add", f"manufacturer:{record.id}", at=now, **told)
         except IntegrityError:
             raise Conflict("This CA exists already; see GET /manufacturers, and remove it to add it again.") from None
         return record

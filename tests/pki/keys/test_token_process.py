@@ -14,7 +14,7 @@ import pytest
 from pkcs11 import TokenFlag
 from pkcs11 import exceptions as failures
 
-from pki.keys.token_process import Pin, Refused, TokenSession
+from pki.keys.token_process import Pin, TokenRefused, TokenSession
 
 PIN = "4711-0815"
 
@@ -34,7 +34,7 @@ def pin(file: Path, tmp_path: Path) -> Pin:
 
 def attempt(pin: Pin, right: str) -> bool:
     """Try the PIN with a token; returns whether it was tried at all."""
-    with contextlib.suppress(Refused), pin.to_try() as tried:
+    with contextlib.suppress(TokenRefused), pin.to_try() as tried:
         if tried != right:
             raise failures.PinIncorrect
         return True
@@ -50,10 +50,10 @@ def test_a_right_pin_is_tried_each_time(pin: Pin) -> None:
 def test_a_refused_pin_is_not_tried_again_until_it_is_another(
     pin: Pin, file: Path, tmp_path: Path, failure: type[Exception]
 ) -> None:
-    with pytest.raises(Refused, match="refuses the PIN in"), pin.to_try():
+    with pytest.raises(TokenRefused, match="refuses the PIN in"), pin.to_try():
         raise failure
     file.write_text(PIN)  # again, as a service's credential is at each start
-    with pytest.raises(Refused, match="which is not tried again"), Pin(file, tmp_path / "marker").to_try():
+    with pytest.raises(TokenRefused, match="which is not tried again"), Pin(file, tmp_path / "marker").to_try():
         pytest.fail("it was tried again")
     file.write_text("another")
     assert attempt(pin, "another")
@@ -69,7 +69,7 @@ def test_a_token_that_fails_says_nothing_about_the_pin(pin: Pin, failure: type[E
 
 
 def test_the_marker_of_a_refused_pin_holds_no_pin_and_is_private(pin: Pin, tmp_path: Path) -> None:
-    with pytest.raises(Refused), pin.to_try():
+    with pytest.raises(TokenRefused), pin.to_try():
         raise failures.PinIncorrect
     marker = tmp_path / "marker"
     assert marker.stat().st_mode & 0o077 == 0
@@ -83,7 +83,7 @@ def test_of_many_that_have_a_wrong_pin_one_tries_it(pin: Pin) -> None:
 
     def ask() -> None:
         start.wait()
-        with contextlib.suppress(Refused), pin.to_try() as tried:
+        with contextlib.suppress(TokenRefused), pin.to_try() as tried:
             tries.append(tried)
             raise failures.PinIncorrect
 
@@ -118,7 +118,7 @@ SPOILED: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize(("said", "spoil"), SPOILED.items(), ids=SPOILED)
 def test_a_file_that_is_no_pins_is_refused(pin: Pin, file: Path, said: str, spoil: Callable[[Path], object]) -> None:
     spoil(file)
-    with pytest.raises(Refused, match=rf"needs a PIN; .*{said}"), pin.to_try():
+    with pytest.raises(TokenRefused, match=rf"needs a PIN; .*{said}"), pin.to_try():
         pytest.fail("a PIN was read")
 
 
@@ -183,7 +183,7 @@ def session_with(played: PlayedToken, file: Path, /, **wanted: object) -> TokenS
 )
 def test_a_token_that_is_locked_or_about_to_lock_is_given_no_pin(file: Path, flag: TokenFlag, said: str) -> None:
     token = PlayedToken(TokenFlag.TOKEN_INITIALIZED | flag)
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(TokenRefused, match=said):
         session_with(token, file).answer({"do": "open"})
     assert token.logins == []
 
@@ -211,10 +211,10 @@ def test_a_token_is_chosen_by_all_that_the_uri_says(file: Path, wanted: dict[str
     if fits:
         session.answer({"do": "open"})
     else:
-        with pytest.raises(Refused, match="is not there"):
+        with pytest.raises(TokenRefused, match="is not there"):
             session.answer({"do": "open"})
 
 
 def test_a_slot_whose_token_was_not_set_up_is_passed_over(file: Path) -> None:
-    with pytest.raises(Refused, match="is not there"):
+    with pytest.raises(TokenRefused, match="is not there"):
         session_with(PlayedToken(TokenFlag.RNG), file).answer({"do": "open"})
