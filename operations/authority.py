@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from cryptography import x509
@@ -15,13 +16,15 @@ from cryptography.hazmat.primitives.serialization import Encoding
 import db
 from broker.folder import SERVER_CERTIFICATE_FILE
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict, TokenUnavailable
+from core.failpoints import failpoint
 from core.files import FileLock, is_owned, replace_file
 from core.states import IssuerKind
 from operations import data_folder
 from operations.monitoring import ROOT_CRL_SOON
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
-from pki.algorithms import KeyType
+from pki.algorithms import KeyType, check_public_key
+from pki.keys.contract import KeyDescription
 from store import audit, generations
 from store import issuers as store_issuers
 from store.audit import Actor
@@ -309,6 +312,28 @@ def _unneeded(portal: Portal) -> list[str]:
         issuers = portal.authority.seen_by(tx)
         older = [recorded for recorded in issuers.with_crl() if recorded.id < issuers.issuing.id]
         return [recorded.issuer.name for recorded in older if not rollover.is_in_use(tx, recorded.id, now=now)]
+
+
+# --- Keys ---------------------------------------------------------------------------------------------------------
+
+
+def move_key(portal: Portal, actor: Actor, name: str) -> tuple[KeyDescription, Path]:
+    """Bring a CA's key from its file into a token; return where it is, and the file that was set aside.
+
+    A move that was cut off is continued. Raise ``StateConflict`` if there is no such CA, ``CaKeyUnavailable`` if its
+    key cannot be moved, ``TokenUnavailable``.
+    """
+    with _alone(portal):
+        with portal.database.snapshot() as tx:
+            issuers = {record.name: record for record in store_issuers.list_issuers(tx, retired=True)}
+        if name not in issuers:
+            raise StateConflict(f"There is no CA {name}; list them with: flask --app app ca keys")
+        public_key = check_public_key(x509.load_der_x509_certificate(issuers[name].der).public_key())
+        described = portal.keys.copy_into_token(name, public_key)
+        with portal.database.transaction() as tx:
+            audit.record(tx, actor, "ca:move", f"issuer:{name}", at=portal.clock(), place=described.place)
+        failpoint("move.recorded")
+        return described, portal.keys.files.set_aside(name)
 
 
 # --- Shared -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from config import CA_KEY_TYPES
 from core.errors import CaChainRefused
 from core.states import IssuerKind
 from operations import authority
+from operations.backup.backup import open_database
 from operations.command_base import opened_portal, settings_of_app, without_traceback
 from operations.wiring import Portal
 from pki.algorithms import KeyType
@@ -19,6 +23,7 @@ from store import audit
 from store import issuers as store_issuers
 from workflows.authority import rollover as authority_rollover
 from workflows.authority.issuers import ROOT, Issuers, RecordedIssuer
+from workflows.authority.keys import listed_keys, open_keys
 from workflows.authority.outer import pending_requests
 
 
@@ -131,3 +136,43 @@ def retire(name: str) -> None:
     with opened_portal() as portal:
         authority.retire(portal, audit.system_actor(portal.tenant_id), name)
     click.echo(f"{name} is retired. Its CRL is still published.")
+
+
+# --- Their keys -------------------------------------------------------------------------------------------------------
+
+
+@ca_group.command("keys")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of {name, role, origin, place}.")
+@without_traceback
+def keys(as_json: bool) -> None:
+    """List where the keys of the CAs are, and how they came there.
+
+    No token is asked: doctor does that, and tries the keys. The portal may serve meanwhile.
+    """
+    settings = settings_of_app()
+    with contextlib.closing(open_database(settings)) as database, database.snapshot() as tx:
+        issuers = store_issuers.list_issuers(tx, retired=True)
+    with contextlib.closing(open_keys(settings, make=False)) as stores:
+        listed = list(listed_keys(issuers, stores))
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(key) for key in listed], indent=1))
+        return
+    for key in listed:
+        click.echo(f"{key.name:<12}  {key.role:<16}  {key.origin:<17}  {key.place}".rstrip())
+
+
+@ca_group.command("move")
+@click.argument("name")
+@without_traceback
+def move(name: str) -> None:
+    """Bring the key of the CA NAME from its file into the token.
+
+    The token is the first one of PORTAL_CA_KEYS, or PORTAL_ROOT_KEYS for the root. It signs with the key before the
+    file is set aside. After an interruption, run the command again: it continues. A key that is born in the token is
+    better, since a file may have been copied: ca rollover.
+    """
+    with opened_portal() as portal:
+        described, aside = authority.move_key(portal, audit.system_actor(portal.tenant_id), name)
+    click.echo(f"The key of {name} is at {described.place}, which has signed with it.")
+    click.echo(f"Destroy its file, which is not used any more, and every copy and backup of it: shred -u {aside}")
+    click.echo("Restart the portal: until then it signs with the key of the file, which it has in its memory.")

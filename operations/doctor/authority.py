@@ -1,9 +1,8 @@
-"""Checks of the certificate authority: keys, chain, CRLs, OCSP, the clock, what expires soon."""
+"""Checks of the certificate authority: chain, CRLs, OCSP, the clock, what expires soon."""
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -27,14 +26,12 @@ from operations.doctor.base import Finding, Findings, Installation, certificate_
 from operations.doctor.network import https_date, served
 from pki import ocsp as pki_ocsp
 from pki.issuers import Issuer
-from pki.keys.stores import KeyStores
 from pki.outer_chain import decode_above
 from store import certificates
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
 from store.tables import AuditEntry, Crl
 from workflows.authority.issuers import trusted_certificates
-from workflows.authority.keys import open_keys
 
 SOON = timedelta(days=30)
 CA_SOON = timedelta(days=90)  # long enough to give all devices certificates of another CA
@@ -42,31 +39,6 @@ SLACK = timedelta(seconds=60)  # tolerated between two clocks, or a record and i
 TRIES = 4  # when two places are compared that change one after the other
 _START_RESPONDER = "Start the portal, which issues a new one within a minute; otherwise see its log."
 _RESPONDER_LATE = timedelta(hours=1)
-
-
-def ca_keys(installation: Installation) -> Finding:
-    """Check that the passphrase decrypts the keys, and that they belong to the certificates."""
-    with contextlib.closing(open_keys(installation.settings, make=False)) as keys:
-        return _ca_keys(installation, keys)
-
-
-def _ca_keys(installation: Installation, keys: KeyStores) -> Finding:
-    found, root = Findings(), "is not in the CA folder"
-    for issuer in installation.issuers():
-        if issuer.kind == IssuerKind.ROOT:
-            if not keys.exists(issuer.name):
-                continue
-            root = "is in the CA folder: better move it away"
-        try:
-            key = keys.load(issuer.name)
-        except PortalError as error:
-            found.problem(error.detail, "Restore the key from a backup, or correct PORTAL_CA_PASSPHRASE.")
-            continue
-        if key.public_key() != x509.load_der_x509_certificate(issuer.der).public_key():
-            found.problem(
-                f"The key of {issuer.name} does not belong to its certificate.", "Restore its key file from a backup."
-            )
-    return combine(found, f"The passphrase decrypts the issuing keys; the root's key {root}.")
 
 
 def ca_chain(installation: Installation) -> Finding:

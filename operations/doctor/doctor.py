@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import Settings
 from core.errors import PortalError
-from operations.doctor import authority, broker, data, mosquitto, network, outer, service
+from operations.doctor import authority, broker, data, keys, mosquitto, network, outer, service
 from operations.doctor.base import Finding, Installation, State, problem
 
 log = logging.getLogger("portal.doctor")
@@ -23,7 +23,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("clock", authority.clock),
     ("database", data.database),
     ("audit record", data.audit_record),
-    ("CA keys", authority.ca_keys),
+    ("CA keys", keys.ca_keys),
     ("CA chain", authority.ca_chain),
     ("CAs above", outer.outer_cas),
     ("CRL", authority.crl),

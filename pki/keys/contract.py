@@ -31,6 +31,7 @@ class KeyDescription:
     name: str
     place: str
     origin: Origin
+    can_leave: bool = False  # whether its token says that it can be read
 
 
 class CaKeys(Protocol):
@@ -60,6 +61,10 @@ class CaKeys(Protocol):
 
     def describe(self, name: str) -> KeyDescription:
         """Return where the key is, without asking a token."""
+        ...
+
+    def examine(self, name: str) -> KeyDescription:
+        """Have the key sign, and return where it is and how it came there, as the token says now."""
         ...
 
 

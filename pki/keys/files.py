@@ -17,10 +17,11 @@ from core.errors import CaKeyUnavailable
 from core.files import fsync_directory, private_folder, replace_file
 from pki.algorithms import KeyType, PrivateKey, encrypt_private_key, generate_key
 from pki.encoding import failing_as
-from pki.keys.contract import KeyDescription, Origin
+from pki.keys.contract import KeyDescription, Origin, check_that_it_signs
 
 MAX_FILE_BYTES = 64 * 1024
 MIN_PASSPHRASE_BYTES = 16
+ASIDE = ".moved"  # ends the name of a key's file once the key is in a token
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -80,6 +81,39 @@ class KeyFiles:
     def describe(self, name: str) -> KeyDescription:
         """Return the path of the key's file."""
         return KeyDescription(name, str(self.path(name)), Origin.FILE)
+
+    def examine(self, name: str) -> KeyDescription:
+        """See that the key opens and signs, and return the path of its file."""
+        check_that_it_signs(self.load(name))
+        return self.describe(name)
+
+    def set_aside(self, name: str) -> Path:
+        """Give a key's file, mode 0600, a name under which it is not used any more, and return that."""
+        path = self.path(name)
+        try:
+            os.chmod(path, 0o600)
+            aside = self._linked_aside(path)
+            path.unlink()
+            fsync_directory(self._folder)
+        except OSError as error:
+            raise CaKeyUnavailable(f"{path} cannot be renamed: {error.strerror}.") from error
+        return aside
+
+    def _linked_aside(self, path: Path) -> Path:
+        number = 1
+        while True:
+            aside = path.with_name(f"{path.name}{ASIDE}" if number == 1 else f"{path.name}{ASIDE}-{number}")
+            try:
+                os.link(path, aside)  # unlike a rename, this never replaces a file
+            except FileExistsError:
+                if not aside.samefile(path):  # else an earlier call was cut off here
+                    number += 1
+                    continue
+            return aside
+
+    def set_aside_files(self) -> list[Path]:
+        """Return the files of keys that were set aside, and not destroyed yet."""
+        return sorted(self._folder.glob(f"*.key.pem{ASIDE}*"))
 
 
 def passphrase(settings_value: str, path: Path, *, make: bool = True) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from core.errors import CaKeyUnavailable
 from core.pkcs11_uri import TokenUri
-from pki.algorithms import KeyType, PrivateKey
+from pki.algorithms import KeyType, PrivateKey, PublicKey
 from pki.keys.contract import CaKeys, KeyDescription
 from pki.keys.files import KeyFiles
 from pki.keys.token_client import TokenClient
@@ -63,6 +63,40 @@ class KeyStores:
         """Return where a key is, without asking a token."""
         return self._holding(name).describe(name)
 
+    def examine(self, name: str) -> KeyDescription:
+        """Have a key sign, and return where it is and how it came there; asks its token."""
+        return self._holding(name).examine(name)
+
+    def names(self) -> list[str]:
+        """Return the names of the keys that are here."""
+        files = {path.name.removesuffix(".key.pem") for path in self._folder.glob("*.key.pem")}
+        return sorted(files | {path.name.removesuffix(".token.json") for path in self._folder.glob("*.token.json")})
+
+    def copy_into_token(self, name: str, public_key: PublicKey) -> KeyDescription:
+        """Copy a key from its file into the first token among its places, and see that the token signs with it.
+
+        From then on the file is not used, and may be set aside. ``public_key`` is that of the key's certificate. What
+        was cut off is continued.
+        """
+        setting = _setting_of(name)
+        uri = next((place for place in self._places[name == ROOT] if place is not None), None)
+        if uri is None:
+            raise CaKeyUnavailable(f"{setting} names no token; put the token's URI into it, and file after it.")
+        if not self.files.exists(name):
+            where = f"it is at {self.describe(name).place}" if self.exists(name) else "bring its file there"
+            raise CaKeyUnavailable(f"There is no file with the key of {name} in {self._folder}; {where}.")
+        key = self.files.load(name)
+        if key.public_key() != public_key:
+            raise CaKeyUnavailable(f"The key of {name} does not belong to its certificate; restore the right key file.")
+        if self._holding(name) is self.files:
+            self._tokens[uri].adopt(name, key)
+        if self.load(name).public_key() != public_key:
+            raise CaKeyUnavailable(
+                f"The token at {self.describe(name).place} has another key than that of {name}; set object= in"
+                f" {setting}, with which the names of keys begin, and remove {record_path(self._folder, name)}."
+            )
+        return self.examine(name)
+
     def problem(self, name: str) -> str | None:
         """Return what keeps the token of a key from being used, as far as known."""
         holding = self._holding(name) if self.exists(name) else None
@@ -95,9 +129,9 @@ class KeyStores:
         uri = self._uri_of(name)
         if uri is None:
             record = read_record(self._folder, name)
-            setting = "PORTAL_ROOT_KEYS" if name == ROOT else "PORTAL_CA_KEYS"
             raise CaKeyUnavailable(
-                f"The key of {name} is in the token {record.token.get('token', '')!r}, which {setting} does not name."
+                f"The key of {name} is in the token {record.token.get('token', '')!r}, which {_setting_of(name)} does"
+                " not name."
             )
         return self._tokens[uri]
 
@@ -110,6 +144,10 @@ class KeyStores:
 
     def _known(self, uri: TokenUri) -> list[dict[str, object]]:
         return [known for known in recorded_keys(self._folder) if self._uri_of(str(known["name"])) == uri]
+
+
+def _setting_of(name: str) -> str:
+    return "PORTAL_ROOT_KEYS" if name == ROOT else "PORTAL_CA_KEYS"
 
 
 def _fits(uri: TokenUri, seen: dict[str, str]) -> bool:

@@ -256,9 +256,10 @@ class TokenSession:
             }
             values = {getattr(Attribute, name): bytes.fromhex(value) for name, value in request["values"].items()}
             kind = {Attribute.KEY_TYPE: getattr(KeyType, request["key_type"])}
-            session.create_object(
-                {Attribute.CLASS: ObjectClass.PUBLIC_KEY, **kind, **named, **public, Attribute.VERIFY: True}
-            )
+            if not _public_keys(session, request):  # else of an import that was cut off
+                session.create_object(
+                    {Attribute.CLASS: ObjectClass.PUBLIC_KEY, **kind, **named, **public, Attribute.VERIFY: True}
+                )
             session.create_object(
                 {Attribute.CLASS: ObjectClass.PRIVATE_KEY, **kind, **named, **values, **PRIVATE, Attribute.SIGN: True}
             )

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from core.errors import CaKeyUnavailable, TokenUnavailable
+from core.failpoints import failpoint
 from core.files import replace_file
 from core.pkcs11_uri import TokenUri
 from pki.algorithms import RSA_EXPONENT, KeyType, PrivateKey, PublicKey
@@ -48,6 +49,11 @@ class TokenKeyRecord:
         if all(told):
             return Origin.BORN_IN_TOKEN
         return Origin.IMPORTED if False in told else Origin.UNKNOWN
+
+    @property
+    def can_leave(self) -> bool:
+        """Whether the token says that the key can be read."""
+        return self.birth.get("sensitive") is False or self.birth.get("extractable") is True
 
     @property
     def public_key(self) -> PublicKey:
@@ -89,20 +95,24 @@ class TokenKeys:
         return self._complete(name, record, answer)
 
     def adopt(self, name: str, key: PrivateKey) -> PrivateKey:
-        """Import a key that was made elsewhere, and see that it signs; after that, it does not leave the token."""
+        """Import a key that was made elsewhere, and see that it signs; after that, it does not leave the token.
+
+        What was begun before is continued. Until the key has signed, nobody takes it for the one to use.
+        """
         kind, public, key_type, public_values, values = _parts(key)
         record = self._begin(name, kind)
+        failpoint("move.begun")
         parts = {"key_type": key_type, "public_values": public_values, "values": values}
         answer = self._find_or({"do": "adopt", **asdict(record), **parts})
-        kept = self._complete(name, replace(record, public=public), answer)
-        check_that_it_signs(kept)
-        return kept
+        failpoint("move.imported")
+        return self._complete(name, replace(record, public=public), answer, is_tried=True)
 
     def load(self, name: str) -> PrivateKey:
         """Return a key by its record, without asking the token, unless its making was cut off: then it is completed."""
         record = self._read(name)
-        if not record.public:
-            return self.create(name, record.kind)
+        return self._key_of(record) if record.public else self.create(name, record.kind)
+
+    def _key_of(self, record: TokenKeyRecord) -> PrivateKey:
         request = {"do": "sign", **asdict(record)}
 
         def sign(mechanism: str, data: bytes, again: bool) -> bytes:
@@ -113,8 +123,17 @@ class TokenKeys:
 
     def describe(self, name: str) -> KeyDescription:
         """Return in which token the key is, and how it came there."""
+        return self._described(name, self._read(name))
+
+    def examine(self, name: str) -> KeyDescription:
+        """Ask the token for the key, have it sign, and return what the token says of the key now."""
         record = self._read(name)
-        return KeyDescription(name, f"{self._uri.of_token} ({record.label})", record.origin)
+        check_that_it_signs(self.load(name))  # which compares the public key, too
+        answer = self._client.ask({"do": "find", **asdict(record)})
+        return self._described(name, replace(record, birth=answer.get("birth", record.birth)))
+
+    def _described(self, name: str, record: TokenKeyRecord) -> KeyDescription:
+        return KeyDescription(name, f"{self._uri.of_token} ({record.label})", record.origin, can_leave=record.can_leave)
 
     def _begin(self, name: str, kind: KeyType) -> TokenKeyRecord:
         """Record the key that is to be made: if this is cut off, it is known by its id, and is not taken for another's.
@@ -130,6 +149,9 @@ class TokenKeys:
             raise CaKeyUnavailable(
                 f"There is a CA key {name} in the token {self._uri.of_token}, and keys are never replaced."
             )
+        if begun.label != label:  # the token had another key of that name, so the URI has another object= now
+            replace_file(record_path(self._folder, name), _to_json(record))
+            return record
         return begun
 
     def _find_or(self, request: Facts) -> Facts:
@@ -137,18 +159,21 @@ class TokenKeys:
         found = self._client.ask({**request, "do": "find"}, seconds=SLOW_SECONDS)
         return found or self._client.ask(request, seconds=SLOW_SECONDS)
 
-    def _complete(self, name: str, record: TokenKeyRecord, answer: Facts) -> PrivateKey:
+    def _complete(self, name: str, record: TokenKeyRecord, answer: Facts, *, is_tried: bool = False) -> PrivateKey:
         public = answer["public"] or record.public
         if not public or record.public not in ("", public) or answer["exponent"] not in (None, "010001"):
             raise TokenUnavailable(f"The token {self._uri.of_token} does not tell the public key of {record.label}.")
         done = replace(record, public=public, token=answer["token"], birth=answer["birth"])
-        if done.birth.get("sensitive") is False or done.birth.get("extractable"):
+        if done.can_leave:
             raise CaKeyUnavailable(
                 f"The token {self._uri.of_token} has made the key {record.label} so that it can be read; set it up to"
                 " keep keys (CKA_SENSITIVE, not CKA_EXTRACTABLE), and remove that key."
             )
+        key = self._key_of(done)
+        if is_tried:
+            check_that_it_signs(key)
         replace_file(record_path(self._folder, name), _to_json(done))
-        return self.load(name)
+        return key
 
     def _read(self, name: str) -> TokenKeyRecord:
         return read_record(self._folder, name)
