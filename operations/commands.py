@@ -263,7 +263,7 @@ def backup(file: Path) -> None:
     """Write a backup to FILE while the portal keeps serving.
 
     FILE must not exist. It holds the database, the encrypted CA keys and the secrets, but not the passphrase of the CA
-    keys: keep that elsewhere.
+    keys, which you keep elsewhere, nor keys that are in a token.
     """
     made = backups.back_up(settings_of_app(), file.absolute(), now=utc_now())
     counts = made.manifest.counts
@@ -273,6 +273,8 @@ def backup(file: Path) -> None:
         f" {counts['audit_entries']} audit entries, of {made.manifest.made_at}"
     )
     click.echo(f"Not in it      the passphrase of the CA keys ({made.passphrase_at}): keep a copy of it, but elsewhere")
+    for name, token in made.in_tokens:
+        click.echo(f"Not in it      the key of {name}, which stays in the token {token!r}: a restore needs that token")
 
 
 @click.command("restore")
@@ -289,6 +291,9 @@ def backup(file: Path) -> None:
 @without_traceback
 def restore(file: Path, replace: bool, keep_links: bool, crls: tuple[Path, ...]) -> None:
     """Restore the backup FILE while no portal runs on this data folder.
+
+    A token with keys of the CAs must be here: they sign, and are compared with the certificates, before anything is
+    changed.
 
     Whatever was revoked since the backup stays revoked, if a CRL (the broker's, or one given with --crl) or the
     database being replaced lists it. The exit status is 3 if the backup was restored, but not all that was changed

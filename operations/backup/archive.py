@@ -19,13 +19,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from core.errors import BackupRefused
 from pki.algorithms import PrivateKey
+from pki.keys.contract import sign_message, verifies
 from pki.keys.files import MAX_FILE_BYTES
+from pki.keys.token_keys import is_in_token
 from store import copy as store_copy
 
 FORMAT = 1
 MANIFEST, SEAL = "manifest.json", "manifest.seal"
 CHECKPOINT, CHECKPOINT_KEY = "audit/checkpoint", "audit/key"  # a signed note, and the public key of its signer
 MAX_MANIFEST_BYTES = 1 << 20
+_MAX_SEAL_BYTES = 2048  # of an RSA key of 4096 bits half of it
+_SIGNATURE = "signature:"
 _CHUNK = 1 << 20
 _SMALL_FILE = re.compile(r"(ca|secrets)/([a-z0-9][a-z0-9.-]{0,80})")
 _TABLE = re.compile(r"tables/([a-z_]{1,64})\.jsonl")
@@ -60,11 +64,18 @@ class Manifest:
 def seal_of(manifest: bytes, key: PrivateKey) -> str:
     """Return HMAC-SHA256 of the manifest in hex, with a key derived from a CA's private key (HKDF, RFC 5869).
 
-    Nobody can change a backup unnoticed without the CA's key.
+    A key in a token, which cannot be read, signs it instead. Nobody can change a backup unnoticed without the CA's key.
     """
+    if is_in_token(key):
+        return _SIGNATURE + sign_message(key, _signed(manifest)).hex()
     secret = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
     derived = HKDF(hashes.SHA256(), 32, salt=None, info=b"onboarding portal: seal of a backup").derive(secret)
     return hmac.new(derived, manifest, hashlib.sha256).hexdigest()
+
+
+def _signed(manifest: bytes) -> bytes:
+    """Return what is signed: it begins as no certificate, CRL or OCSP response does, so that it is taken for none."""
+    return b"onboarding portal: seal of a backup\n" + manifest
 
 
 class BackupWriter:
@@ -111,7 +122,7 @@ class Backup:
             raise BackupRefused(f"{path} cannot be read as a backup: {said}.") from error
         try:
             self._manifest = self._whole(MANIFEST, MAX_MANIFEST_BYTES)
-            self._seal = self._whole(SEAL, 200).decode("ascii", "replace")
+            self._seal = self._whole(SEAL, _MAX_SEAL_BYTES).decode("ascii", "replace")
             manifest = _manifest(self._manifest)
             if manifest is None:
                 raise BackupRefused(
@@ -132,7 +143,13 @@ class Backup:
 
     def is_sealed_with(self, key: PrivateKey) -> bool:
         """Return whether the manifest was written with this CA key."""
-        return hmac.compare_digest(self._seal, seal_of(self._manifest, key))
+        if not self._seal.startswith(_SIGNATURE):
+            return not is_in_token(key) and hmac.compare_digest(self._seal, seal_of(self._manifest, key))
+        try:
+            signature = bytes.fromhex(self._seal.removeprefix(_SIGNATURE))
+        except ValueError:
+            return False
+        return verifies(key.public_key(), signature, _signed(self._manifest), hashes.SHA256())
 
     def check(self) -> None:
         """Raise ``BackupRefused`` unless the members are exactly those of the manifest."""

@@ -21,13 +21,15 @@ from core.files import fsync_directory
 from operations import data_folder
 from operations.backup.archive import CHECKPOINT, CHECKPOINT_KEY, FORMAT, BackupWriter, Manifest
 from pki.algorithms import PrivateKey
-from pki.keys.files import MAX_FILE_BYTES, KeyFiles, passphrase
+from pki.keys.files import MAX_FILE_BYTES
+from pki.keys.tokens import read_record
 from store import copy as store_copy
 from store import generations, issuers, schema
 from store.database import Database
 from store.tables import DEFAULT_TENANT
 from workflows.audit import CHECKPOINT_FILE, KEY_FILE, read_kept, read_key
 from workflows.authority.issuers import FIRST_ISSUING
+from workflows.authority.keys import open_keys
 
 # The passphrase makes the keys usable; the token belongs to one machine. The key of checkpoints signs one audit record,
 # and a restored one is another, which gets a new key. Files whose names only begin so are left out, too.
@@ -37,18 +39,22 @@ _BATCH_BYTES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class WrittenBackup:
-    """A backup that was written: its size in bytes, and where the passphrase is, which it does not contain."""
+    """A backup that was written: its size in bytes, and where that is which it does not contain.
+
+    ``in_tokens`` are the names of the keys that are in a token, with the labels of these.
+    """
 
     manifest: Manifest
     size: int
     passphrase_at: str
+    in_tokens: tuple[tuple[str, str], ...] = ()
 
 
 def back_up(settings: Settings, path: Path, *, now: datetime) -> WrittenBackup:
     """Write a backup of one state of the database to ``path``, mode 0600, completely or not at all.
 
     Raise ``BackupRefused`` if the file exists or there is no portal to back up, ``CaKeyUnavailable``,
-    ``DatabaseUnavailable``.
+    ``TokenUnavailable`` if a token has the key that seals it and does not sign, ``DatabaseUnavailable``.
     """
     if os.path.lexists(path):
         raise BackupRefused(f"{path} exists and is not overwritten; give another name.")
@@ -56,9 +62,12 @@ def back_up(settings: Settings, path: Path, *, now: datetime) -> WrittenBackup:
         raise BackupRefused(f"There is no folder {path.parent}; create it first.")
     if not settings.ca_dir.is_dir():
         raise BackupRefused(f"There is no portal in {settings.data_dir}; set PORTAL_DATA_DIR to its folder.")
-    with data_folder.shared(settings), contextlib.closing(open_database(settings)) as database:
-        key = KeyFiles(settings.ca_dir, passphrase_here(settings)).load(FIRST_ISSUING)
-        return write(settings, database, path, key, now=now)
+    with (
+        data_folder.shared(settings),
+        contextlib.closing(open_database(settings)) as database,
+        contextlib.closing(open_keys(settings, make=False)) as keys,
+    ):
+        return write(settings, database, path, keys.load(FIRST_ISSUING), now=now)
 
 
 def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *, now: datetime) -> WrittenBackup:
@@ -90,12 +99,7 @@ def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *
     at = str(settings.ca_passphrase_file or settings.secrets_dir / "ca-passphrase")
     if settings.ca_passphrase and not settings.ca_passphrase_file:
         at = "PORTAL_CA_PASSPHRASE"
-    return WrittenBackup(manifest, path.stat().st_size, at)
-
-
-def passphrase_here(settings: Settings) -> bytes:
-    """Return the passphrase of the CA keys, without creating one; raise ``CaKeyUnavailable`` if there is none."""
-    return passphrase(settings.ca_passphrase.get_secret_value(), settings.secrets_dir / "ca-passphrase", make=False)
+    return WrittenBackup(manifest, path.stat().st_size, at, _in_tokens(settings))
 
 
 def open_database(settings: Settings) -> Database:
@@ -104,6 +108,12 @@ def open_database(settings: Settings) -> Database:
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise BackupRefused(f"There is no database at {url.database}.")
     return Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
+
+
+def _in_tokens(settings: Settings) -> tuple[tuple[str, str], ...]:
+    names = sorted(path.name.removesuffix(".token.json") for path in settings.ca_dir.glob("*.token.json"))
+    recorded = [(name, read_record(settings.ca_dir, name)) for name in names]
+    return tuple((name, record.token.get("token", "")) for name, record in recorded if record.public)
 
 
 def _add_table(writer: BackupWriter, tx: Connection, name: str) -> int:
@@ -134,6 +144,8 @@ def _small_files(settings: Settings) -> Iterator[tuple[str, bytes]]:
                 f"{path} is not an encrypted key, so it must not be in a backup; encrypt it or move it away."
             )
         yield f"ca/{path.name}", content
+    for path in sorted(settings.ca_dir.glob("*.token.json")):
+        yield f"ca/{path.name}", _content(path)
     for path in sorted(settings.ca_dir.glob("*.csr.pem")):  # of CAs whose certificates have not come yet
         yield f"ca/{path.name}", _content(path)
     for path in sorted(settings.secrets_dir.iterdir()):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import sqlalchemy as sa
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sqlalchemy.engine import Connection
 
 import db
@@ -22,19 +19,20 @@ from broker.guard.control import GuardFiles
 from broker.guard.journal import read_access, read_certificates
 from config import Settings
 from core.broker_control import JOURNAL_FILE, RECORD_FILE, ControlKind
-from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid
+from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid, TokenUnavailable
 from core.failpoints import failpoint
 from core.files import fsync_directory
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from operations import data_folder
 from operations.backup import backup as backups
+from operations.backup import ca_keys
 from operations.backup.archive import Backup
 from operations.backup.crls import SavedCrls, continue_crls, unknown_revocations
 from operations.backup.restore_journal import SQLITE_FILES, RestoreJournal, journaled, remove_database
 from operations.backup.revocations import GuardRefusals, Kept, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
 from pki.checkpoints import VerifierKey
-from pki.keys.files import KeyFiles
+from pki.keys.contract import check_that_it_signs
 from store import audit, schema
 from store import copy as store_copy
 from store import issuers as store_issuers
@@ -42,6 +40,7 @@ from store.database import Database
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, KeptBundle
 from workflows.audit import CHECKPOINT_FILE, KEY_FILE
 from workflows.authority.issuers import FIRST_ISSUING
+from workflows.authority.keys import open_keys
 
 ROOT_KEY = "root.key.pem"
 # What only the old database has. Without it, these are as in the backup.
@@ -101,12 +100,13 @@ def restore(
     """
     with Backup(path) as backup:
         store_copy.check_revision(backup.manifest.revision)
-        with data_folder.exclusive(settings):
-            key, same = _key_of(backup, settings)
+        with data_folder.exclusive(settings), contextlib.ExitStack() as stack:
+            key, same = ca_keys.sealing_key(backup, settings, stack)
             backup.check()
             crls = SavedCrls.read(settings.broker_file(CRL_FILE), crl_files)
             done = Restored(backup.manifest.made_at, dict(backup.manifest.counts))
             puts, moves = _files_to_place(backup, settings, same=same)
+            done.notes += ca_keys.check_keys(backup, settings, _keys_afterwards(settings, puts, moves))
             plan = _Plan(
                 settings=settings,
                 backup=backup,
@@ -158,40 +158,6 @@ def _refused_by_the_guard(settings: Settings, done: Restored) -> GuardRefusals:
 # --- The key and the files --------------------------------------------------------------------------------------------
 
 
-def _key_of(backup: Backup, settings: Settings) -> tuple[PrivateKey, bool]:
-    """Return the CA key that sealed a backup, and whether it is the key of this data folder.
-
-    Raise ``CaKeyUnavailable`` if the configured passphrase decrypts neither the key here nor the one in the backup,
-    ``BackupRefused`` if the backup was changed after it was written.
-    """
-    passphrase = backups.passphrase_here(settings)
-    name = f"{backup.manifest.sealed_by}.key.pem"
-    here = settings.ca_dir / name
-    copied = backup.small_files("ca").get(name)
-    opened = False
-    for content, same in ((here.read_bytes() if here.is_file() else None, True), (copied, False)):
-        key = None if content is None else _opened(content, passphrase)
-        if key is None:
-            continue
-        if backup.is_sealed_with(key):
-            return key, same
-        opened = opened or not same
-    if opened:
-        raise BackupRefused(f"{backup.path} was changed after it was written; use another backup.")
-    raise CaKeyUnavailable(
-        "The configured passphrase does not decrypt the CA key in the backup: put the backup's passphrase into"
-        f" PORTAL_CA_PASSPHRASE or {settings.secrets_dir / 'ca-passphrase'}."
-    )
-
-
-def _opened(content: bytes, passphrase: bytes) -> PrivateKey | None:
-    try:
-        key = load_pem_private_key(content, passphrase)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        return None
-    return key if isinstance(key, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) else None
-
-
 def _files_to_place(
     backup: Backup, settings: Settings, *, same: bool
 ) -> tuple[dict[Path, bytes], list[tuple[Path, Path]]]:
@@ -207,15 +173,24 @@ def _files_to_place(
             puts[path] = content
     # The keys come last: once they exist, the folder counts as that of the backup's CA.
     for name, content in backup.small_files("ca").items():
-        path = settings.ca_dir / name
-        if not (same and (path.exists() or name == ROOT_KEY)):
+        path, record = settings.ca_dir / name, settings.ca_dir / name.replace(".key.pem", ".token.json")
+        if not (same and (path.exists() or record.exists() or name == ROOT_KEY)):  # a key may be in a token by now
             puts[path] = content
-    moves = [] if same else [path for path in settings.ca_dir.glob("*.key.pem") if path not in puts]
+    moves = [] if same else [path for path in ca_keys.key_files(settings.ca_dir) if path not in puts]
     moves += [path for path in puts if path.exists()]
     # The record that is replaced may be longer: what is signed of it is kept, and the restored one gets a new key.
     signing = (settings.secrets_dir / KEY_FILE, settings.data_dir / CHECKPOINT_FILE)
     moves += [path for path in signing if path.exists()]
     return puts, [(path, _free_name(path.with_name(f"{path.name}.before-restore"))) for path in moves]
+
+
+def _keys_afterwards(
+    settings: Settings, puts: Mapping[Path, bytes], moves: Sequence[tuple[Path, Path]]
+) -> dict[str, bytes]:
+    """Return what the CA folder will have of keys and of records of keys."""
+    moved = {path for path, _kept in moves}
+    stay = {path.name: path.read_bytes() for path in ca_keys.key_files(settings.ca_dir) if path not in moved}
+    return stay | {path.name: content for path, content in puts.items() if path.parent == settings.ca_dir}
 
 
 def _free_name(path: Path) -> Path:
@@ -314,7 +289,7 @@ def _restore_postgresql(plan: _Plan) -> None:
                     before = _free_name(plan.settings.data_dir / "before-restore.backup")
                     plan.done.before = before
         if plan.done.before is not None:
-            backups.write(plan.settings, database, plan.done.before, _sealing_key(plan), now=plan.now)
+            backups.write(plan.settings, database, plan.done.before, _sealing_key(plan, stack), now=plan.now)
             replaced = stack.enter_context(Backup(plan.done.before)).rows
         with database.transaction() as tx:
             store_copy.clear(tx, plan.backup.manifest.revision)
@@ -322,16 +297,19 @@ def _restore_postgresql(plan: _Plan) -> None:
             journal.place(plan.puts, plan.moves, None)
 
 
-def _sealing_key(plan: _Plan) -> PrivateKey:
+def _sealing_key(plan: _Plan, stack: contextlib.ExitStack) -> PrivateKey:
     """Return the key of the portal being replaced, which seals the backup of its database."""
     if plan.same:
         return plan.key
     try:
-        return KeyFiles(plan.settings.ca_dir, backups.passphrase_here(plan.settings)).load(FIRST_ISSUING)
-    except CaKeyUnavailable:
+        key = stack.enter_context(contextlib.closing(open_keys(plan.settings, make=False))).load(FIRST_ISSUING)
+        check_that_it_signs(key)
+        return key
+    except (CaKeyUnavailable, TokenUnavailable):
         plan.done.notes.append(
-            "The configured passphrase does not decrypt the previous CA key, so the backup of the replaced database is"
-            " sealed with the key of the restored one; to restore it, first put its own CA keys and passphrase back."
+            "The configured passphrase does not decrypt the previous CA key, or its token does not sign, so the backup"
+            " of the replaced database is sealed with the key of the restored one; to restore it, first put its own CA"
+            " keys and passphrase back."
         )
         return plan.key
 

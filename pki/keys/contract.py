@@ -70,15 +70,18 @@ class CaKeys(Protocol):
 
 def check_that_it_signs(key: PrivateKey) -> None:
     """Sign a random message and verify it; raises ``CaKeyUnavailable`` if that fails, or as the key's backend does."""
-    message, public_key = secrets.token_bytes(32), key.public_key()
-    if isinstance(key, ec.EllipticCurvePrivateKey):
-        signature = key.sign(message, ec.ECDSA(hashes.SHA256()))
-    elif isinstance(key, rsa.RSAPrivateKey):
-        signature = key.sign(message, padding.PKCS1v15(), hashes.SHA256())
-    else:
-        signature = key.sign(message)
-    if not verifies(public_key, signature, message, hashes.SHA256()):
+    message = secrets.token_bytes(32)
+    if not verifies(key.public_key(), sign_message(key, message), message, hashes.SHA256()):
         raise CaKeyUnavailable("A signature of the CA's key does not verify; check the machine and the key.")
+
+
+def sign_message(key: PrivateKey, message: bytes) -> bytes:
+    """Sign a message: ECDSA with SHA-256 in DER, RSA by PKCS#1 v1.5 with SHA-256, or Ed25519."""
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        return key.sign(message, ec.ECDSA(hashes.SHA256()))
+    if isinstance(key, rsa.RSAPrivateKey):
+        return key.sign(message, padding.PKCS1v15(), hashes.SHA256())
+    return key.sign(message)
 
 
 def verifies(public_key: PublicKey, signature: bytes, message: bytes, algorithm: hashes.HashAlgorithm) -> bool:

@@ -27,9 +27,19 @@ class KeyStores:
     """
 
     def __init__(
-        self, folder: Path, passphrase: bytes, *, issuing: Sequence[Place], root: Sequence[Place], timeout: float
+        self,
+        folder: Path,
+        passphrase: bytes,
+        *,
+        issuing: Sequence[Place],
+        root: Sequence[Place],
+        timeout: float,
+        markers: Path | None = None,
     ) -> None:
-        """``issuing`` and ``root`` are the places for the keys of issuing CAs and of the root; opens none of them."""
+        """``issuing`` and ``root`` are the places for the keys of issuing CAs and of the root; opens none of them.
+
+        ``markers`` is the folder that says which PINs were refused, if it is another one.
+        """
         self._folder = folder
         self.files = KeyFiles(folder, passphrase)
         self._places = {False: tuple(issuing), True: tuple(root)}
@@ -38,7 +48,7 @@ class KeyStores:
         for uri in dict.fromkeys((*issuing, *root)):
             if uri is not None:
                 known, is_watched = functools.partial(self._known, uri), uri in issuing
-                client = TokenClient(uri, folder, timeout=timeout, is_watched=is_watched, known=known)
+                client = TokenClient(uri, markers or folder, timeout=timeout, is_watched=is_watched, known=known)
                 self._clients[uri], self._tokens[uri] = client, TokenKeys(uri, folder, client)
 
     def exists(self, name: str) -> bool:

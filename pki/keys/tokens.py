@@ -100,7 +100,7 @@ class TokenKeys:
         What was begun before is continued. Until the key has signed, nobody takes it for the one to use.
         """
         kind, public, key_type, public_values, values = _parts(key)
-        record = self._begin(name, kind)
+        record = self._begin(name, kind, follows_uri=True)
         failpoint("move.begun")
         parts = {"key_type": key_type, "public_values": public_values, "values": values}
         answer = self._find_or({"do": "adopt", **asdict(record), **parts})
@@ -135,10 +135,11 @@ class TokenKeys:
     def _described(self, name: str, record: TokenKeyRecord) -> KeyDescription:
         return KeyDescription(name, f"{self._uri.of_token} ({record.label})", record.origin, can_leave=record.can_leave)
 
-    def _begin(self, name: str, kind: KeyType) -> TokenKeyRecord:
+    def _begin(self, name: str, kind: KeyType, *, follows_uri: bool = False) -> TokenKeyRecord:
         """Record the key that is to be made: if this is cut off, it is known by its id, and is not taken for another's.
 
-        Raises ``CaKeyUnavailable`` if there is one already.
+        With ``follows_uri`` what was begun under a label of another URI is begun again. Raises
+        ``CaKeyUnavailable`` if there is one already.
         """
         label = name if self._uri.object is None else f"{self._uri.object}-{name}"
         record = TokenKeyRecord(label, secrets.token_hex(16), kind)
@@ -149,7 +150,7 @@ class TokenKeys:
             raise CaKeyUnavailable(
                 f"There is a CA key {name} in the token {self._uri.of_token}, and keys are never replaced."
             )
-        if begun.label != label:  # the token had another key of that name, so the URI has another object= now
+        if follows_uri and begun.label != label:  # object= was set, as the token has a key of another portal
             replace_file(record_path(self._folder, name), _to_json(record))
             return record
         return begun
