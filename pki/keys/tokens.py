@@ -89,10 +89,7 @@ class TokenKeys:
         Raises ``CaKeyUnavailable`` if the token makes keys that can leave it.
         """
         record = self._begin(name, kind)
-        answer = self._client.ask({"do": "find", **asdict(record)}) or self._client.ask(
-            {"do": "make", **asdict(record)}
-        )
-        return self._complete(name, record, answer)
+        return self._complete(name, record, self._find_or({"do": "make", **asdict(record)}))
 
     def adopt(self, name: str, key: PrivateKey) -> PrivateKey:
         """Import a key that was made elsewhere, and see that it signs; after that, it does not leave the token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from app import create_app
 from config import Settings
@@ -20,7 +23,7 @@ from core.states import DeviceStatus
 from operations import authority
 from operations.backup.archive import MANIFEST, SEAL, seal_of
 from pki.algorithms import KeyType, generate_key
-from pki.keys.contract import Origin
+from pki.keys.contract import Origin, sign_message
 from pki.keys.stores import KeyStores
 from store import audit
 from tests.support.backups import all_bytes, bring_passphrase, copied, opened, put_back, status_of
@@ -206,6 +209,30 @@ def test_a_backup_sealed_by_a_key_of_ones_own_is_not_believed(
     with pytest.raises(CaKeyUnavailable, match=r"which PORTAL_CA_KEYS does not name|does not have the key"):
         put_back(in_token(elsewhere, uri), file, clock, replace=False)
     assert not (elsewhere / "portal.db").exists()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_backup_that_brings_the_key_that_sealed_it_is_not_believed(
+    settings: Settings, uri: TokenUri, elsewhere: Path, file: Path, clock: Clock, is_new: bool
+) -> None:
+    """Its issuers and their keys are the right ones: only the token knows that it has no key of the other name."""
+    copied(settings, file, clock)
+    his = generate_key(KeyType.EC_P256)
+    assert isinstance(his, ec.EllipticCurvePrivateKey)
+
+    def change(members: dict[str, bytes]) -> None:
+        point = his.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        record = json.dumps({**json.loads(members[RECORD]), "label": "his", "id": "07", "public": point.hex()}).encode()
+        manifest: dict[str, Any] = json.loads(members[MANIFEST])
+        manifest["members"]["ca/his.token.json"] = {"size": len(record), "sha256": hashlib.sha256(record).hexdigest()}
+        content = json.dumps({**manifest, "sealed_by": "his", "generation": 7}).encode()
+        signature = sign_message(his, b"onboarding portal: seal of a backup\n" + content)
+        seal = f"signature:{signature.hex()}".encode()
+        members |= {"ca/his.token.json": record, MANIFEST: content, SEAL: seal}
+
+    rewritten(file, change)
+    with pytest.raises(CaKeyUnavailable, match="does not have the key his"):
+        put_back(in_token(elsewhere, uri) if is_new else settings, file, clock)
 
 
 # --- Keys that were moved since ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from core.pkcs11_uri import TokenUri
 from pki.algorithms import KeyType, generate_key
 from pki.keys.contract import Origin, check_that_it_signs
 from pki.keys.stores import FILES, KeyStores
+from pki.keys.token_client import Facts, TokenClient
 from pki.keys.tokens import read_record, record_path
 from tests.support.tokens import MODULE, SoftTokens
 
@@ -85,6 +86,22 @@ def test_a_key_made_elsewhere_can_be_moved_in_and_is_said_to_be_imported(keys: K
     check_that_it_signs(moved)
     assert moved.public_key() == made.public_key()
     assert keys.describe("issuing-1").origin is Origin.IMPORTED
+
+
+def test_a_token_may_take_a_minute_to_make_a_key_whatever_a_request_may_wait(
+    keys: KeyStores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[str, float | None] = {}
+    ask = TokenClient.ask
+
+    def noted(client: TokenClient, request: Facts, *, seconds: float | None = None) -> Facts:
+        limits[request["do"]] = seconds
+        return ask(client, request, seconds=seconds)
+
+    monkeypatch.setattr(TokenClient, "ask", noted)
+    check_that_it_signs(keys.create("issuing-1", KeyType.EC_P256))
+    assert (limits["make"] or 0) >= 60
+    assert limits["sign"] is None
 
 
 def test_another_process_finds_the_key_by_its_record(keys: KeyStores, folder: Path, own: TokenUri) -> None:
