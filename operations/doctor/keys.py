@@ -18,6 +18,7 @@ from store.issuers import IssuerRecord
 from workflows.authority.keys import open_keys
 
 _MAKE_ANOTHER = "Make a CA whose key is born in the token: flask --app app ca rollover (docs/hsm.md)."
+_REPLACE_ROOT = "Destroy every copy of it, or put another root above the next CA (docs/ca.md)."
 _RESTORE = "Restore the key from a backup, or correct PORTAL_CA_PASSPHRASE or the settings of its token."
 
 
@@ -57,15 +58,15 @@ def _key(issuer: IssuerRecord, keys: KeyStores, found: Findings) -> str:
 
 
 def _told(described: KeyDescription, is_root: bool, found: Findings) -> str:
-    name = described.name
+    name, remedy = described.name, _REPLACE_ROOT if is_root else _MAKE_ANOTHER
     if described.origin is Origin.FILE:
         return "the root's key is in the CA folder: better move it away" if is_root else f"{name} is in a file"
     if described.can_leave:
-        found.problem(f"The token lets the key of {name} be read.", _MAKE_ANOTHER)
+        found.problem(f"The token lets the key of {name} be read.", remedy)
     elif described.origin is Origin.IMPORTED:
-        found.warning(f"The key of {name} is in a token, but was imported: there may be copies of it.", _MAKE_ANOTHER)
+        found.warning(f"The key of {name} is in a token, but was imported: there may be copies of it.", remedy)
     elif described.origin is Origin.UNKNOWN:
-        found.warning(f"The token of {name} does not say whether its key was made there.", _MAKE_ANOTHER)
+        found.warning(f"The token of {name} does not say whether its key was made there.", remedy)
     return f"{name} was {described.origin}"
 
 

@@ -236,6 +236,14 @@ def test_the_doctor_warns_of_an_imported_key_and_of_its_file(settings: Settings,
     assert "ca rollover" in found.advice
 
 
+def test_the_doctor_does_not_say_that_a_rollover_replaces_an_imported_root(settings: Settings, portal: Portal) -> None:
+    move(portal, "root").unlink()
+    found = examined(settings)
+    assert (found.state, "rollover" in found.advice, "docs/ca.md" in found.advice) == (State.WARNING, False, True), (
+        found
+    )
+
+
 def test_the_doctor_finds_a_pin_that_others_can_read(settings: Settings, uri: TokenUri) -> None:
     uri.pin_file.chmod(0o604)
     try:
