@@ -32,6 +32,7 @@ SERVICE_LINKS = (
     (re.compile(r"PORTAL(_\w+)?_PORT_[0-9]+_(TCP|UDP|SCTP)_(ADDR|PORT|PROTO)"), re.compile(r"[0-9a-z.:]+")),
 )
 LOG_LEVELS = ("debug", "info", "warning", "error")
+PORTAL_CA_FILE = "portal-ca.pem"  # in the data folder and in bundles, where HTTPS has a certificate of another issuer
 UNIX_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path without the closing NUL
 # The operator's commands and the tests read these; they may be in the server's environment, too.
 OTHER_VARIABLES = frozenset(
@@ -301,7 +302,14 @@ class Settings(BaseSettings):
         "SQLAlchemy URL (sqlite or postgresql); portal.db in the data folder if empty",
         shown=False,
     )
-    server_names: Names = setting("localhost,127.0.0.1", "Names and addresses in the portal's own certificate")
+    tls_certificate: OptionalPath = setting(
+        "", "Chain (PEM) of another issuer, for HTTPS, read again when it is renewed; the portal's own if empty"
+    )
+    tls_key: OptionalPath = setting("", "Private key (PEM) of PORTAL_TLS_CERTIFICATE, which no others may read")
+    server_names: Names = derived(
+        lambda data: "" if data["tls_certificate"] else "localhost,127.0.0.1",
+        "Names and addresses in the portal's certificate; localhost,127.0.0.1 if empty and it is the portal's own",
+    )
     workers: Annotated[int, count(1, 64)] = setting(
         "2", "Worker processes of each of the two listeners; best is one for each processor"
     )
@@ -498,6 +506,8 @@ class Settings(BaseSettings):
                 f"The path of the broker's internal socket is longer than {UNIX_SOCKET_PATH_LIMIT} bytes;"
                 " set PORTAL_BROKER_SOCKET or PORTAL_DATA_DIR to a shorter one."
             )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise SettingInvalid("PORTAL_TLS_CERTIFICATE and PORTAL_TLS_KEY must be set together, or neither.")
         if self.bind == self.pki_bind:
             raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.")
         if self.issuing_days >= self.root_days:
@@ -553,6 +563,11 @@ class Settings(BaseSettings):
     def tls_dir(self) -> Path:
         """The folder, mode 0700, of the portal's own server certificate and key."""
         return self.data_dir / "tls"
+
+    @cached_property
+    def https_ca_file(self) -> Path:
+        """What clients of HTTPS trust: the portal's CAs, or the root of the issuer of PORTAL_TLS_CERTIFICATE."""
+        return self.data_dir / ("ca.pem" if self.tls_certificate is None else PORTAL_CA_FILE)
 
     @cached_property
     def ocsp_dir(self) -> Path:

@@ -28,7 +28,7 @@ issued by the Device Onboarding Portal
   device.pem              the certificate
   chain.pem               the certificate with its issuers
   ca.pem                  what to trust: check the broker's certificate against it
-  mosquitto-client.conf   options for mosquitto_pub and mosquitto_sub
+{portal_ca}  mosquitto-client.conf   options for mosquitto_pub and mosquitto_sub
 
 {protection}
 To try them, in this folder:
@@ -37,6 +37,9 @@ To try them, in this folder:
       -i {device_id} -t {topic}
 """
 
+PORTAL_CA = """\
+  portal-ca.pem           what to trust of the portal itself, at its HTTPS address: EST, renewals
+"""
 PROTECTED = """\
 device.key and ca.pem are encrypted with the bundle password (AES-256), which unzip and the ZIP
 tools of Windows and Python cannot open. One of these can:
@@ -72,7 +75,8 @@ CLIENT_CONFIGURATION = """\
 class Credentials:
     """The content of a bundle: PEM texts and the broker's address. ``key_pem`` is the device's key, unencrypted.
 
-    ``example_topic`` is one to publish to or, with ``example_reads``, a filter to subscribe to.
+    ``example_topic`` is one to publish to or, with ``example_reads``, a filter to subscribe to. ``portal_ca_pem`` is
+    what to trust at the portal's HTTPS address, empty if it is ``ca_pem``.
     """
 
     device_id: str
@@ -84,6 +88,7 @@ class Credentials:
     broker_port: int
     example_topic: str
     example_reads: bool = False
+    portal_ca_pem: str = ""
 
 
 def new_bundle_password() -> str:
@@ -118,10 +123,12 @@ def package_credentials(
     secret, public = 0o600, 0o644
     in_zip = bundle_format is BundleFormat.ZIP
     key = credentials.key_pem if in_zip else encrypted_pem(credentials.key_pem, password)
-    readme = README.format(**blanks, protection=PROTECTED if in_zip else KEY_PROTECTED)
+    portal_ca, protection = credentials.portal_ca_pem.encode(), PROTECTED if in_zip else KEY_PROTECTED
+    readme = README.format(**blanks, portal_ca=PORTAL_CA if portal_ca else "", protection=protection)
     entries = [
         Entry("device.key", key, secret, encrypted=in_zip),
         Entry("ca.pem", credentials.ca_pem.encode(), secret, encrypted=in_zip),
+        *([Entry("portal-ca.pem", portal_ca, secret, encrypted=in_zip)] if portal_ca else []),
         Entry("device.pem", credentials.certificate_pem.encode(), public, encrypted=False),
         Entry("chain.pem", credentials.chain_pem.encode(), public, encrypted=False),
         Entry("mosquitto-client.conf", CLIENT_CONFIGURATION.format(**blanks).encode(), public, encrypted=False),

@@ -32,16 +32,18 @@ if TYPE_CHECKING:
 
 KEY, CERTIFICATE, CHAIN, CA = "device.key", "device.pem", "chain.pem", "ca.pem"
 CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"
+PORTAL_CA = "portal-ca.pem"  # there only if the portal has an HTTPS certificate of another issuer
 NAMES = (KEY, CERTIFICATE, CHAIN, CA, CLIENT_CONFIGURATION, README)
 SUMS = "SHA256SUMS"  # of a ZIP bundle; it is not written to the device's folder
 P12 = "device.p12"
 SECRET = (KEY, P12)
-ENCRYPTED = (KEY, CA, SUMS)  # the secret of the device, the CA that it trusts, and what authenticates the others
+# The secret of the device, the CAs that it trusts, and what authenticates the others.
+ENCRYPTED = (KEY, CA, PORTAL_CA, SUMS)
 REQUIRED = (KEY, CERTIFICATE, CHAIN, CA)
 
 
 FORMATS = ("zip", "p12", "pem")
-FILES = (*NAMES, P12)
+FILES = (*NAMES, PORTAL_CA, P12)
 _DER_SEQUENCE = b"\x30"  # a PKCS#12 file begins with it, a ZIP with PK
 _LOCKED = "The password is wrong, or the bundle was modified."
 _UNPROTECTED = (
@@ -98,7 +100,7 @@ class DeviceBundle:
 
     def new_files(self) -> dict[str, NewFile]:
         """Return the files with their modes: the key for its owner only."""
-        certificates = (CERTIFICATE, CHAIN, CA)
+        certificates = (CERTIFICATE, CHAIN, CA, PORTAL_CA)
         return {
             name: NewFile(
                 certificates_only(content) if name in certificates else content, 0o600 if name in SECRET else 0o644
@@ -185,7 +187,7 @@ def _open_zip(content: bytes, password: str, *, encrypted: tuple[str, ...] = ENC
         with pyzipper.AESZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             _check_entries(entries, encrypted)
-            known = {*NAMES, *encrypted}
+            known = {*NAMES, PORTAL_CA, *encrypted}
             notes = [
                 f"{e.filename!r} is not part of a bundle and was left out." for e in entries if e.filename not in known
             ]
@@ -239,7 +241,10 @@ def _check_entries(entries: Iterable[pyzipper.zipfile_aes.AESZipInfo], encrypted
     for entry in entries:
         if entry.filename in encrypted:
             _check_encrypted(entry)
-        elif entry.filename in NAMES and entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        elif entry.filename in FILES and entry.compress_type not in (
+            zipfile.ZIP_STORED,
+            zipfile.ZIP_DEFLATED,
+        ):
             raise CheckFailed(f"{entry.filename} is compressed in a way that bundles do not use.")
 
 

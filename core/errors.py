@@ -35,6 +35,7 @@
       ProjectionInvalid  SignatureCheckFailed
       StartupError                        raised before there is anybody to answer
         SettingInvalid  CaKeyUnavailable  CaChainRefused  DatabaseTooNew  PortalRunning  BackupRefused
+        ServerCertificateRefused
 """
 
 from __future__ import annotations
@@ -425,6 +426,12 @@ class CaChainRefused(StartupError):
     """The chain of a CA that another CA has signed is not one that clients could verify, or not for a key here."""
 
     code = "ca_chain_refused"
+
+
+class ServerCertificateRefused(StartupError):
+    """A server certificate of another issuer, or its key, is not one with which clients could be served."""
+
+    code = "server_certificate_refused"
 
 
 class DatabaseTooNew(StartupError):

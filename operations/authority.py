@@ -117,6 +117,12 @@ def renew_certificates(portal: Portal) -> None:
             _apply(portal)
 
 
+def take_outside_certificates(portal: Portal) -> None:
+    """Take the server certificates of other issuers into use that have been renewed."""
+    with FileLock(portal.settings.data_dir / ".renewal.lock").hold():
+        portal.own_certificates.take_outside()
+
+
 # --- Rollover and retirement -------------------------------------------------------------------------------------
 
 

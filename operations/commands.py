@@ -186,7 +186,7 @@ def _serve(
 def _operator_environment(settings: Settings, token: str | None) -> str:
     values = {
         "PORTAL_URL": settings.public_url,
-        "PORTAL_CA": str(settings.data_dir / "ca.pem"),
+        "PORTAL_CA": str(settings.https_ca_file),
         "PORTAL_TOKEN": token,
         "PORTAL_MQTT_PORT": str(settings.mqtt_port),
         **_given_settings(settings),

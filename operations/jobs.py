@@ -20,7 +20,13 @@ from broker.control import RestartReason
 from broker.folder import SERVER_CERTIFICATE_FILE
 from core.errors import BrokerUnavailable, PortalError
 from core.files import FileLock
-from operations.authority import advance, renew_certificates, renew_crls, retire_unneeded
+from operations.authority import (
+    advance,
+    renew_certificates,
+    renew_crls,
+    retire_unneeded,
+    take_outside_certificates,
+)
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
 from store import audit, certificates, deliveries, devices, generations, webhooks
@@ -255,6 +261,7 @@ class Job:
 # makes the portal ready, and expired probe certificates would prove nothing.
 JOBS = (
     Job("certificate renewal", 600.0, renew_certificates),
+    Job("certificates of other issuers", 60.0, take_outside_certificates),
     Job("repair", 2.0, repair_broker),
     Job("client CAs", 10.0, lambda portal: portal.clients.write_authorities()),
     Job("late sessions", 5.0, disconnect_again),

@@ -16,6 +16,7 @@ from config import Settings
 from core.errors import PortalError
 from core.metrics import Gauge
 from core.states import ClientKind, DeviceStatus
+from operations.outside_certificates import https_certificate
 from pki.crl import sign_crl
 from pki.keys.contract import check_that_it_signs
 from pki.keys.token_keys import is_in_token
@@ -254,6 +255,8 @@ class Monitoring:
         responders = [(name, _expiry_of(settings.ocsp_dir / f"{name}.pem")) for name, _, _ in issuers]
         files = {"portal": settings.tls_dir / "server.pem", "broker": settings.broker_file("server.pem")}
         own = [(name, _expiry_of(path)) for name, path in files.items()]
+        outside = https_certificate(settings)
+        refused = [] if outside is None else [(outside.server, float(outside.refused() is not None))]
         crls, cas = [(name, crl) for name, _, crl in issuers], [(name, end) for name, end, _ in issuers]
         return [
             _gauges(
@@ -273,6 +276,12 @@ class Monitoring:
                 "Time until the portal's or the broker's own certificate expires.",
                 "server",
                 left(own),
+            ),
+            _gauges(
+                "portal_server_certificate_refused",
+                "1 if the newest certificate of another issuer cannot be used, else 0.",
+                "server",
+                refused,
             ),
         ]
 

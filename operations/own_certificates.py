@@ -17,9 +17,10 @@ import ca
 import db
 from broker.probe import ProbeCertificate, ProbeCertificates
 from broker_provisioning import BrokerProvisioning
-from config import Settings
+from config import PORTAL_CA_FILE, Settings
 from core.errors import Unavailable
 from core.files import replace_file
+from operations.outside_certificates import https_certificate, take
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer
 from store import issuers
@@ -56,16 +57,13 @@ class OwnCertificates:
         """Issue a new certificate for each that is due; return the names of those renewed.
 
         Set ``served`` if portal and broker may be running meanwhile. Raise ``Unavailable`` if the running broker does
-        not load the CRL that lists the new revoked probe certificate.
+        not load the CRL that lists the new revoked probe certificate, and ``ServerCertificateRefused`` if one of
+        another issuer cannot be used, unless ``served``: then the one before goes on.
         """
         settings = self._settings
         probes = probe_certificates(settings)
         renewed: list[str] = []
-        tls = settings.tls_dir / "server.pem", settings.tls_dir / "server.key"
-        if self._is_due(*tls, settings.server_names):
-            chain, key = self._issue_server(settings.server_names)
-            replace_file(tls[1], key)
-            replace_file(tls[0], chain)
+        if self._renew_https(served=served):
             renewed.append("portal server certificate")
         broker_files = settings.broker_file("server.pem"), settings.broker_file("server.key")
         if self._is_due(*broker_files, settings.broker_names):
@@ -82,6 +80,26 @@ class OwnCertificates:
         for name in renewed:
             log.info("issued", extra={"what": name})
         return renewed
+
+    def take_outside(self) -> None:
+        """Take the server certificates of other issuers into use that have been renewed."""
+        outside = https_certificate(self._settings)
+        if outside is not None and take(outside, self._settings, self._clock, served=True):
+            log.info("taken", extra={"what": "portal server certificate"})
+
+    def _renew_https(self, *, served: bool) -> bool:
+        settings = self._settings
+        outside = https_certificate(settings)
+        if outside is not None:
+            return take(outside, settings, self._clock, served=served)
+        (settings.data_dir / PORTAL_CA_FILE).unlink(missing_ok=True)
+        certificate, key = settings.tls_dir / "server.pem", settings.tls_dir / "server.key"
+        if not self._is_due(certificate, key, settings.server_names):
+            return False
+        chain, private_key = self._issue_server(settings.server_names)
+        replace_file(key, private_key)
+        replace_file(certificate, chain)
+        return True
 
     def _is_due(self, path: Path, key: Path, names: tuple[str, ...] = ()) -> bool:
         signer = self._authority.servers if names else self._authority.issuing

@@ -217,3 +217,13 @@ def test_responses_and_links_of_earlier_versions_still_open() -> None:
     token = ".eJxTSiEAlADfiAzF.azbsgA.ygdH4hYBtTKyiEVhMAMsAdKeElyWSvweV-CKuypipww"
     keys = ["a-signing-key-of-many-characters"]
     assert read_download_token(token, keys, now=NOW, max_age=DAY) == "d" * 32
+
+
+def test_what_to_trust_of_https_is_there_only_where_it_differs() -> None:
+    apart = dataclasses.replace(CREDENTIALS, portal_ca_pem="what clients of HTTPS trust\n")
+    for credentials, there in ((CREDENTIALS, False), (apart, True)):
+        archive = opened(package_credentials(credentials, "correct horse", now=NOW), "correct horse")
+        assert ("portal-ca.pem" in archive.namelist()) == there
+        assert (b"portal-ca.pem" in archive.read("README.txt")) == there
+    assert archive.read("portal-ca.pem") == apart.portal_ca_pem.encode()
+    assert b"portal-ca.pem" in archive.read(SUMS)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import ca
 import credential_delivery
 from config import Settings
-from core.errors import FieldProblem, InputInvalid
+from core.errors import FieldProblem, InputInvalid, Unavailable
 from core.states import ClientKind
 from core.topics import DEVICE_ID, Access, Topic, default_topics
 from delivery.formats import BundleFormat
@@ -274,6 +274,16 @@ class CredentialIssuer:
             names=contents.names,
         )
 
+    def _portal_ca(self) -> str:
+        """Return what devices trust at the portal's HTTPS address, empty if it is what they trust of the broker."""
+        if self._settings.tls_certificate is None:
+            return ""
+        path = self._settings.https_ca_file
+        try:
+            return path.read_text(encoding="ascii")
+        except OSError as error:
+            raise Unavailable(f"{path} cannot be read ({error.strerror}); restart the portal.") from error
+
     def _bundle(
         self,
         key: PrivateKey,
@@ -290,6 +300,7 @@ class CredentialIssuer:
             certificate_pem=issued.certificate,
             chain_pem=issued.chain,
             ca_pem=self._authority.ca_pem,
+            portal_ca_pem=self._portal_ca(),
             broker_host=self._settings.mqtt_host,
             broker_port=self._settings.mqtt_port,
             example_topic=example if reads else example.replace("#", "hello").replace("+", "hello"),

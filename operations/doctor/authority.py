@@ -24,6 +24,7 @@ from core.errors import IssuerUnusable, PortalError
 from core.states import ClientKind, IssuerKind
 from operations.doctor.base import Finding, Findings, Installation, certificate_of, combine, problem, summarize, warning
 from operations.doctor.network import https_date, served
+from operations.outside_certificates import https_certificate
 from pki import ocsp as pki_ocsp
 from pki.issuers import Issuer
 from pki.outer_chain import decode_above
@@ -270,8 +271,9 @@ def expiry(installation: Installation) -> Finding:
         "The good probe certificate": probes.good.certificate,
         "The revoked probe certificate": probes.revoked.certificate,
     }
+    outside = https_certificate(settings)
     for what, path in own.items():
-        found += _own_expiry(what, path, now)
+        found += _own_expiry(what, path, now, by_portal=outside is None or path not in outside.installed)
     with installation.snapshot() as tx:
         soon = certificates.count_expiring(tx, installation.tenant_id, now=now, within=[SOON])
     for kind, words in (ClientKind.DEVICE, "list"), (ClientKind.APPLICATION, "application list"):
@@ -296,15 +298,22 @@ def _ca_expiry(issuer: IssuerRecord, now: datetime) -> list[Finding]:
     return []
 
 
-def _own_expiry(what: str, path: Path, now: datetime) -> list[Finding]:
+def _own_expiry(what: str, path: Path, now: datetime, *, by_portal: bool) -> list[Finding]:
+    again = "Start the portal, which issues a new one." if by_portal else "Renew it; the portal then takes it."
     try:
         certificate = certificate_of(path)
     except (OSError, ValueError, IndexError):
-        return [problem(f"{what} ({path}) cannot be read.", "Start the portal, which issues a new one.")]
+        return [problem(f"{what} ({path}) cannot be read.", again)]
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if end <= now:
-        return [problem(f"{what} expired {end:%Y-%m-%d}.", "Start the portal, which issues a new one.")]
-    # They are renewed at two thirds of their lifetime, within ten minutes; short ones always expire soon.
-    if end - now < SOON and now > start + (end - start) * 2 / 3 + timedelta(hours=1):
-        return [warning(f"{what} expires {end:%Y-%m-%d}.", "A running portal renews it: see its log.")]
+        return [problem(f"{what} expired {end:%Y-%m-%d}.", again)]
+    # The portal renews at two thirds of their lifetime, within ten minutes; short ones always expire soon. Others are
+    # given half of what is left then.
+    late = (end - start) * 2 / 3 + timedelta(hours=1) if by_portal else (end - start) * 5 / 6
+    if end - now < SOON and now > start + late:
+        return [
+            warning(
+                f"{what} expires {end:%Y-%m-%d}.", "A running portal renews it: see its log." if by_portal else again
+            )
+        ]
     return []

@@ -21,10 +21,12 @@ from broker.probe import Probe, connect
 from config import Address, Settings
 from core.errors import PortalError
 from operations.doctor.base import SECONDS, Finding, Installation, certificate_of, problem, warning, well
+from operations.outside_certificates import https_certificate
 
 _MAX_BYTES = 64 << 20  # a CRL of a million entries has about 40 MB
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the addresses to connect to for a listener on every address
 _START_PORTAL = "Start the portal, or see its log."
+_RENEW = "Correct the files, or have the certificate issued again; the portal takes it within a minute."
 _START_BROKER = "Start the broker, or see its log."
 
 
@@ -67,6 +69,9 @@ def front_server(installation: Installation) -> Finding:
 def portal_certificate(installation: Installation) -> Finding:
     """Check the portal's server certificate: chain, names, days left, and that it is the one on disk."""
     settings = installation.settings
+    outside = https_certificate(settings)
+    if outside is not None and (refused := outside.refused()):
+        return problem(f"The newest certificate is not in use: {refused}", _RENEW)
     try:
         with _https(installation) as secure:
             der = secure.getpeercert(binary_form=True) or b""
@@ -77,9 +82,9 @@ def portal_certificate(installation: Installation) -> Finding:
         )
     except OSError as error:
         return problem(f"The portal does not answer at {_secured(settings)}: {_said(error)}.", _START_PORTAL)
-    return _check_certificate(
-        installation, der, settings.tls_dir / "server.pem", settings.server_names, "Restart the portal."
-    )
+    # Those of another issuer may name all hosts of a domain; whether they verify has been seen just now.
+    names = settings.server_names if outside is None else ()
+    return _check_certificate(installation, der, settings.tls_dir / "server.pem", names, "Restart the portal.")
 
 
 def broker_certificate(installation: Installation) -> Finding:
@@ -174,7 +179,7 @@ def _secured(settings: Settings) -> str:
 def _https(installation: Installation) -> ssl.SSLSocket:
     settings = installation.settings
     name = urlsplit(settings.public_url).hostname or settings.bind.host
-    context = _context(settings.data_dir / "ca.pem")
+    context = _context(settings.https_ca_file)
     front = urlsplit(settings.public_url)
     target = (front.hostname or "", front.port or 443) if settings.bind.is_unix else _target(settings.bind)
     plain = socket.create_connection(target, timeout=SECONDS)
@@ -217,7 +222,8 @@ def _check_certificate(
     if certificate != certificate_of(path):
         ends = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
         return problem(f"The certificate that is served ends at {ends}, and is not the one in {path}.", advice)
-    return well(f"The certificate verifies, names {', '.join(names)}, and has {left.days} days left.")
+    named = f", names {', '.join(names)}," if names else ""
+    return well(f"The certificate verifies{named} and has {left.days} days left.")
 
 
 def _said(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -10,8 +11,13 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 
@@ -89,3 +95,26 @@ def certificate_of(
 def pem(*certificates: x509.Certificate | CompanyCa) -> bytes:
     each = (one.certificate if isinstance(one, CompanyCa) else one for one in certificates)
     return b"".join(one.public_bytes(Encoding.PEM) for one in each)
+
+
+def key_pem(key: Any, password: bytes = b"") -> bytes:
+    encryption = BestAvailableEncryption(password) if password else NoEncryption()
+    return bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
+
+
+def server_below(ca: CompanyCa, *names: str, key: Any = None, **options: Any) -> CompanyCa:
+    """A TLS server's certificate with its key, for host names and addresses."""
+    key = key or ec.generate_private_key(ec.SECP256R1())
+    alternative = x509.SubjectAlternativeName(
+        [x509.IPAddress(ipaddress.ip_address(n)) if n[0].isdigit() else x509.DNSName(n) for n in names]
+    )
+    given = {
+        "is_ca": False,
+        "signs": False,
+        "signs_crls": False,
+        "ends": timedelta(days=90),
+        "purposes": [ExtendedKeyUsageOID.SERVER_AUTH],
+        "further": [(alternative, False)],
+        **options,
+    }
+    return CompanyCa(key, ca.sign(key.public_key(), "server", **given))

@@ -1,0 +1,264 @@
+"""A server certificate of another issuer for HTTPS: taken if clients can verify it, again when it is renewed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import pyzipper
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from commands.bundle import check_bundle, open_bundle
+from config import Settings
+from core.errors import ServerCertificateRefused, SettingInvalid
+from operations import jobs
+from operations.authority import take_outside_certificates
+from operations.commands import _operator_environment
+from operations.doctor import doctor
+from operations.doctor.base import Finding, State
+from operations.own_certificates import probe_certificates
+from operations.wiring import Portal, open_portal, prepare
+from tests.support.company import CompanyCa, company_root, key_pem, pem, server_below
+from tests.support.harness import ON_SQLITE, Clock
+from tests.workflows.test_registration import OPERATOR, PUMP
+from web.listeners import ServerTls
+from workflows.enrolment.clients import CLIENT_CAS
+
+pytestmark = ON_SQLITE
+
+SITE = "portal.example.com"
+ROOT = company_root("Web Root")
+BETWEEN = ROOT.below("Web CA")
+
+
+class Outside:
+    """The files that somebody else renews."""
+
+    def __init__(self, folder: Path) -> None:
+        self.certificate, self.key = folder / "fullchain.pem", folder / "privkey.pem"
+        self.environment = {
+            "PORTAL_PUBLIC_URL": f"https://{SITE}",
+            "PORTAL_TLS_CERTIFICATE": str(self.certificate),
+            "PORTAL_TLS_KEY": str(self.key),
+        }
+
+    def put(self, server: CompanyCa, *above: CompanyCa, key: bytes = b"") -> CompanyCa:
+        """As certbot: each name is a link, to a new file after a renewal."""
+        for path, content in ((self.certificate, pem(server, *above)), (self.key, key or key_pem(server.key))):
+            target = path.with_suffix(f".{server.certificate.serial_number}")
+            target.write_bytes(content)
+            target.chmod(0o600)
+            path.unlink(missing_ok=True)
+            path.symlink_to(target)
+        return server
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Outside:
+    return Outside(tmp_path)
+
+
+@pytest.fixture
+def portal(make_settings: Callable[..., Settings], clock: Clock, outside: Outside) -> Iterator[Portal]:
+    outside.put(server_below(BETWEEN, SITE), BETWEEN, ROOT)
+    built = open_portal(make_settings(**outside.environment), clock)
+    prepare(built)
+    yield built
+    built.close()
+
+
+def installed(portal: Portal) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((portal.settings.tls_dir / "server.pem").read_bytes())
+
+
+def examined(portal: Portal, *names: str) -> dict[str, Finding]:
+    checks = tuple(check for check in doctor.CHECKS if check[0] in names)
+    return {finding.name: finding for finding in doctor.examine(portal.settings, portal.clock, checks=checks)}
+
+
+# --- The start ----------------------------------------------------------------------------------------------------
+
+
+def test_one_setting_without_the_other_is_refused(make_settings: Callable[..., Settings], outside: Outside) -> None:
+    for name in ("PORTAL_TLS_CERTIFICATE", "PORTAL_TLS_KEY"):
+        with pytest.raises(SettingInvalid, match="must be set together"):
+            make_settings(**{name: outside.environment[name]})
+
+
+def test_a_start_is_refused_in_one_sentence_and_nothing_is_written(
+    make_settings: Callable[..., Settings], clock: Clock, outside: Outside
+) -> None:
+    portal = open_portal(make_settings(**outside.environment), clock)
+    before = installed(portal)
+    with pytest.raises(ServerCertificateRefused, match=r"^PORTAL_TLS_CERTIFICATE names .* cannot be read \(No such"):
+        prepare(portal)
+    outside.put(server_below(BETWEEN, SITE), BETWEEN, ROOT)
+    outside.key.resolve().chmod(0o604)
+    with pytest.raises(ServerCertificateRefused, match=r"^PORTAL_TLS_KEY names a key that is open to others"):
+        prepare(portal)
+    outside.put(server_below(BETWEEN, "other.example.com"), BETWEEN, ROOT)
+    with pytest.raises(ServerCertificateRefused, match=rf"^PORTAL_TLS_CERTIFICATE and .*ask for {SITE}"):
+        prepare(portal)
+    assert installed(portal) == before
+    assert not (portal.settings.data_dir / "portal-ca.pem").exists()
+    portal.close()
+
+
+# --- What is made of it -------------------------------------------------------------------------------------------
+
+
+def test_its_copies_are_the_portals_alone_and_its_root_is_for_clients(portal: Portal) -> None:
+    settings = portal.settings
+    assert installed(portal).issuer == BETWEEN.certificate.subject
+    assert (settings.tls_dir / "server.key").stat().st_mode & 0o777 == 0o600
+    trust = settings.data_dir / "portal-ca.pem"
+    assert (trust.read_bytes(), trust.stat().st_mode & 0o777) == (pem(ROOT), 0o644)
+    assert f"PORTAL_CA={trust}" in _operator_environment(settings, None)
+    assert b"Web" not in (settings.data_dir / "ca.pem").read_bytes()  # what issues devices' certificates
+
+
+def test_a_bundle_has_the_root_of_https_encrypted_beside_what_the_broker_shows(portal: Portal) -> None:
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    with portal.database.snapshot() as tx:
+        content = tx.exec_driver_sql("SELECT bundle FROM deliveries").scalar_one()
+    opened = open_bundle(content, registered.bundle_password or "")
+    assert opened.files["portal-ca.pem"] == pem(ROOT)
+    assert opened.files["ca.pem"] == portal.authority.ca_pem.encode()
+    assert b"portal-ca.pem" in opened.files["README.txt"]
+    check_bundle(opened, now=portal.clock())
+    with pyzipper.AESZipFile(io.BytesIO(content)) as archive:
+        assert archive.getinfo("portal-ca.pem").flag_bits & 1
+
+
+def test_without_the_settings_the_portal_has_its_own_certificate_again(
+    portal: Portal, make_settings: Callable[..., Settings]
+) -> None:
+    again = open_portal(make_settings(PORTAL_PUBLIC_URL=f"https://{SITE}"), portal.clock)
+    prepare(again)
+    assert installed(again).issuer == again.authority.servers.issuer.certificate.subject
+    assert not (again.settings.data_dir / "portal-ca.pem").exists()
+    assert "portal-ca.pem" not in _operator_environment(again.settings, None)
+    again.close()
+
+
+# --- Renewal ------------------------------------------------------------------------------------------------------
+
+
+def test_a_renewed_pair_is_taken_by_a_job_within_a_minute(portal: Portal, outside: Outside) -> None:
+    before = installed(portal)
+    take_outside_certificates(portal)
+    assert installed(portal) == before
+    renewed = outside.put(server_below(BETWEEN, SITE), BETWEEN, ROOT)
+    job = next(job for job in jobs.JOBS if job.run is take_outside_certificates)
+    job.run(portal)
+    assert job.seconds <= 60
+    assert installed(portal) == renewed.certificate
+
+
+def test_a_bad_renewal_is_said_and_the_pair_before_goes_on(
+    portal: Portal, outside: Outside, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = installed(portal)
+
+    def refused() -> list[float]:
+        gauges = {gauge.name: gauge for gauge in portal.monitoring.gauges()}
+        return [value for _, value in gauges["portal_server_certificate_refused"].samples]
+
+    assert refused() == [0.0]
+    bad = outside.put(server_below(BETWEEN, "other.example.com"), BETWEEN, ROOT)
+    for _ in range(2):
+        take_outside_certificates(portal)
+    portal.own_certificates.renew(served=True)
+    said = [record for record in caplog.records if record.message == "a new server certificate is not taken"]
+    assert len(said) == 1
+    assert key_pem(bad.key).decode().splitlines()[1] not in caplog.text
+    assert installed(portal) == before
+    assert refused() == [1.0]
+    finding = examined(portal, "portal certificate")["portal certificate"]
+    assert finding.state is State.PROBLEM
+    assert f"ask for {SITE} would refuse it" in finding.detail
+    outside.put(server_below(BETWEEN, SITE), BETWEEN, ROOT)
+    take_outside_certificates(portal)
+    assert installed(portal) != before
+    assert refused() == [0.0]
+
+
+def shown_by(tls: ServerTls, roots: bytes) -> bytes:
+    """The certificate that a new connection sees."""
+    ours, theirs = socket.socketpair()
+    client = ssl.create_default_context(cadata=roots.decode())
+    server = threading.Thread(target=lambda: tls.context().wrap_socket(theirs, server_side=True).close())
+    server.start()
+    with client.wrap_socket(ours, server_hostname=SITE) as secure:
+        shown = secure.getpeercert(binary_form=True) or b""
+    server.join()
+    return shown
+
+
+def test_https_shows_a_renewed_pair_without_a_restart(portal: Portal, outside: Outside) -> None:
+    folder = portal.settings.tls_dir
+    tls = ServerTls(folder / "server.pem", folder / "server.key", None, 5.0)
+    renewed = outside.put(server_below(BETWEEN, SITE), BETWEEN, ROOT)
+    take_outside_certificates(portal)
+    tls._checked = 0.0  # it looks once a second
+    assert shown_by(tls, pem(ROOT)) == renewed.certificate.public_bytes(Encoding.DER)
+
+
+@pytest.mark.parametrize(("days", "state"), [(74, State.OK), (76, State.WARNING), (91, State.PROBLEM)])
+def test_doctor_says_when_it_was_not_renewed_in_time(portal: Portal, clock: Clock, days: int, state: State) -> None:
+    clock.advance(days=days)
+    detail = examined(portal, "expiry")["expiry"].detail
+    assert ("The portal's certificate expire" in detail) == (state is not State.OK)
+
+
+# --- Clients ------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_the_issuer_has_certified_is_nobody(portal: Portal) -> None:
+    """Not at HTTPS, nor at the broker: neither list of client CAs has the issuer, or anything else of its chain."""
+    settings = portal.settings
+    for path in (settings.tls_dir / CLIENT_CAS, settings.broker_file("ca.pem")):
+        trusted = x509.load_pem_x509_certificates(path.read_bytes())
+        assert trusted
+        assert not {ROOT.certificate, BETWEEN.certificate} & set(trusted)
+    tls = ServerTls(settings.tls_dir / "server.pem", settings.tls_dir / "server.key", settings.tls_dir / CLIENT_CAS, 5)
+    impostor = server_below(BETWEEN, SITE, purposes=[ExtendedKeyUsageOID.CLIENT_AUTH])
+    good = probe_certificates(settings).good
+    client = settings.data_dir / "impostor.pem"
+    client.write_bytes(pem(impostor, BETWEEN) + key_pem(impostor.key))
+    assert handshake(tls, str(good.certificate), str(good.key)) is None
+    assert "unknown ca" in (handshake(tls, str(client), None) or "").lower()
+
+
+def handshake(tls: ServerTls, certificate: str, key: str | None) -> str | None:
+    """What the server says to a client that shows a certificate, nothing if it takes it."""
+    ours, theirs = socket.socketpair()
+    client = ssl.create_default_context(cadata=pem(ROOT).decode())
+    client.load_cert_chain(certificate, key)
+    client.maximum_version = ssl.TLSVersion.TLSv1_2  # in which the client's handshake ends with the server's verdict
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            tls.context().wrap_socket(theirs, server_side=True).close()
+        theirs.close()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        client.wrap_socket(ours, server_hostname=SITE).close()
+    except ssl.SSLError as error:
+        return str(error).replace("_", " ")
+    finally:
+        ours.close()
+        server.join()
+    return None
