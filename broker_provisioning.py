@@ -74,7 +74,8 @@ class BrokerProvisioning:
         self.control: BrokerControl = GuardControl(settings, clock) if guarded else FilesControl(settings, clock)
         self._settings = settings
         self._probe_file = settings.data_dir / PROBE_PROBLEM
-        self._probe = Probe(settings.mqtt_host, settings.probe_addresses, settings.broker_file(CA_FILE))
+        ca_file, further = settings.broker_file(CA_FILE), settings.broker_ca_file
+        self._probe = Probe(settings.mqtt_host, settings.probe_addresses, ca_file, further)
 
     @property
     def files(self) -> BrokerFolder:

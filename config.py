@@ -396,7 +396,14 @@ class Settings(BaseSettings):
     broker_probe_address: Annotated[Address | None, PlainValidator(parse_optional_address)] = setting(
         "", "Where the portal itself tries the broker's TLS port, HOST:PORT; if empty localhost, else as devices do"
     )
-    broker_names: Names = setting("localhost,127.0.0.1", "Names and addresses in the broker's certificate")
+    broker_certificate: OptionalPath = setting(
+        "", "Chain (PEM) of another issuer, for the broker, read again when it is renewed; one of the portal's if empty"
+    )
+    broker_key: OptionalPath = setting("", "Private key (PEM) of PORTAL_BROKER_CERTIFICATE, which no others may read")
+    broker_names: Names = derived(
+        lambda data: "" if data["broker_certificate"] else "localhost,127.0.0.1",
+        "Names and addresses in the broker's certificate; localhost,127.0.0.1 if empty and it is one of the portal's",
+    )
     broker_dir: PathSetting = derived(
         lambda data: data["data_dir"] / "broker", "Folder of the broker's files; broker in the data folder if empty"
     )
@@ -506,8 +513,15 @@ class Settings(BaseSettings):
                 f"The path of the broker's internal socket is longer than {UNIX_SOCKET_PATH_LIMIT} bytes;"
                 " set PORTAL_BROKER_SOCKET or PORTAL_DATA_DIR to a shorter one."
             )
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise SettingInvalid("PORTAL_TLS_CERTIFICATE and PORTAL_TLS_KEY must be set together, or neither.")
+        for of, pair in (
+            ("TLS", (self.tls_certificate, self.tls_key)),
+            (
+                "BROKER",
+                (self.broker_certificate, self.broker_key),
+            ),
+        ):
+            if pair.count(None) == 1:
+                raise SettingInvalid(f"PORTAL_{of}_CERTIFICATE and PORTAL_{of}_KEY must be set together, or neither.")
         if self.bind == self.pki_bind:
             raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.")
         if self.issuing_days >= self.root_days:
@@ -568,6 +582,11 @@ class Settings(BaseSettings):
     def https_ca_file(self) -> Path:
         """What clients of HTTPS trust: the portal's CAs, or the root of the issuer of PORTAL_TLS_CERTIFICATE."""
         return self.data_dir / ("ca.pem" if self.tls_certificate is None else PORTAL_CA_FILE)
+
+    @cached_property
+    def broker_ca_file(self) -> Path:
+        """The root of the issuer of PORTAL_BROKER_CERTIFICATE, which clients trust beside the portal's CAs."""
+        return self.data_dir / "broker-ca.pem"
 
     @cached_property
     def ocsp_dir(self) -> Path:

@@ -92,13 +92,15 @@ def connect(addresses: Sequence[Address], seconds: float) -> socket.socket:
 class Probe:
     """Asks the broker at the first of ``addresses`` at which anything listens.
 
-    Its certificate must verify under ``ca_file`` for ``host``, the name by which devices reach it.
+    Its certificate must verify under ``ca_file``, or ``further`` if that file exists, for ``host``, the name by which
+    devices reach it.
     """
 
-    def __init__(self, host: str, addresses: Sequence[Address], ca_file: Path) -> None:
+    def __init__(self, host: str, addresses: Sequence[Address], ca_file: Path, further: Path | None = None) -> None:
         self._host = host
         self._addresses = addresses
         self._ca_file = ca_file
+        self._further = further
         self._contexts: dict[ProbeCertificate, tuple[object, ssl.SSLContext]] = {}
         self._lock = threading.Lock()
 
@@ -211,7 +213,7 @@ class Probe:
 
     def _context(self, shown: ProbeCertificate) -> ssl.SSLContext:
         """Return the TLS context for the certificate, cached until a file changes: making one costs a millisecond."""
-        paths = (shown.certificate, shown.key, self._ca_file)
+        paths = (shown.certificate, shown.key, *self._trusted())
         try:
             signature = tuple((status.st_mtime_ns, status.st_ino, status.st_size) for status in map(os.stat, paths))
             with self._lock:
@@ -226,10 +228,15 @@ class Probe:
             ) from error
         return context
 
+    def _trusted(self) -> list[Path]:
+        further = self._further
+        return [self._ca_file, *([further] if further is not None and further.exists() else [])]
+
     def _new_context(self, shown: ProbeCertificate) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_verify_locations(self._ca_file)
+        for path in self._trusted():
+            context.load_verify_locations(path)
         context.load_cert_chain(shown.certificate, shown.key)
         return context
 

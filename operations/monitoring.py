@@ -16,7 +16,7 @@ from config import Settings
 from core.errors import PortalError
 from core.metrics import Gauge
 from core.states import ClientKind, DeviceStatus
-from operations.outside_certificates import https_certificate
+from operations.outside_certificates import outside_certificates
 from pki.crl import sign_crl
 from pki.keys.contract import check_that_it_signs
 from pki.keys.token_keys import is_in_token
@@ -255,8 +255,7 @@ class Monitoring:
         responders = [(name, _expiry_of(settings.ocsp_dir / f"{name}.pem")) for name, _, _ in issuers]
         files = {"portal": settings.tls_dir / "server.pem", "broker": settings.broker_file("server.pem")}
         own = [(name, _expiry_of(path)) for name, path in files.items()]
-        outside = https_certificate(settings)
-        refused = [] if outside is None else [(outside.server, float(outside.refused() is not None))]
+        refused = [(one.server, float(one.refused() is not None)) for one in outside_certificates(settings)]
         crls, cas = [(name, crl) for name, _, crl in issuers], [(name, end) for name, end, _ in issuers]
         return [
             _gauges(

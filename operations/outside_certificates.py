@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from broker.folder import SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import Settings
 from core.errors import ServerCertificateRefused
 from core.files import replace_file
@@ -23,7 +24,7 @@ log = logging.getLogger("portal.installation")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutsideCertificate:
-    """The files of a certificate and its key that somebody else renews, for the ``server`` "portal".
+    """The files of a certificate and its key that somebody else renews, for the ``server`` "portal" or "broker".
 
     ``variables`` are the settings that name them; ``names`` those that the certificate must have. ``installed`` are the
     portal's copies of certificate and key, ``trust`` is where clients find what to trust, ``problem`` why the newest
@@ -83,8 +84,36 @@ def https_certificate(settings: Settings) -> OutsideCertificate | None:
     )
 
 
-def take(outside: OutsideCertificate, settings: Settings, clock: Callable[[], datetime], *, served: bool) -> bool:
-    """Copy the pair if it has changed; return whether it had.
+def broker_certificate(settings: Settings) -> OutsideCertificate | None:
+    """Return what PORTAL_BROKER_CERTIFICATE and PORTAL_BROKER_KEY name, ``None`` if they are not set."""
+    if settings.broker_certificate is None or settings.broker_key is None:
+        return None
+    return OutsideCertificate(
+        server="broker",
+        variables=("PORTAL_BROKER_CERTIFICATE", "PORTAL_BROKER_KEY"),
+        certificate=settings.broker_certificate,
+        key=settings.broker_key,
+        names=settings.broker_names,
+        installed=(settings.broker_file(SERVER_CERTIFICATE_FILE), settings.broker_file(SERVER_KEY_FILE)),
+        trust=settings.broker_ca_file,
+        problem=settings.data_dir / ".broker-certificate.problem",
+    )
+
+
+def outside_certificates(settings: Settings) -> list[OutsideCertificate]:
+    """Return those that the settings name."""
+    return [one for one in (https_certificate(settings), broker_certificate(settings)) if one is not None]
+
+
+def take(
+    outside: OutsideCertificate,
+    settings: Settings,
+    clock: Callable[[], datetime],
+    write: Callable[[bytes, bytes], object],
+    *,
+    served: bool,
+) -> bool:
+    """Have the pair written, chain and key, if it has changed; return whether it had.
 
     Raise ``ServerCertificateRefused`` if it cannot be used; where it is ``served`` already say so in the log and in the
     file ``problem``, while the one before goes on.
@@ -106,8 +135,7 @@ def take(outside: OutsideCertificate, settings: Settings, clock: Callable[[], da
             "the server's certificate has another root; give it to all clients", extra={"file": str(outside.trust)}
         )
     replace_file(outside.trust, pair.roots, mode=0o644)
-    replace_file(outside.installed[1], pair.key)
-    replace_file(outside.installed[0], pair.chain)
+    write(pair.chain, pair.key)
     return True
 
 

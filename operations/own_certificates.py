@@ -20,7 +20,7 @@ from broker_provisioning import BrokerProvisioning
 from config import PORTAL_CA_FILE, Settings
 from core.errors import Unavailable
 from core.files import replace_file
-from operations.outside_certificates import https_certificate, take
+from operations.outside_certificates import broker_certificate, https_certificate, outside_certificates, take
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer
 from store import issuers
@@ -65,9 +65,7 @@ class OwnCertificates:
         renewed: list[str] = []
         if self._renew_https(served=served):
             renewed.append("portal server certificate")
-        broker_files = settings.broker_file("server.pem"), settings.broker_file("server.key")
-        if self._is_due(*broker_files, settings.broker_names):
-            self._broker.files.write_server_certificate(*self._issue_server(settings.broker_names))
+        if self._renew_broker(served=served):
             renewed.append("broker server certificate")
         if self._is_due(probes.good.certificate, probes.good.key):
             self._issue_probe(probes.good, revoked=False)
@@ -83,22 +81,36 @@ class OwnCertificates:
 
     def take_outside(self) -> None:
         """Take the server certificates of other issuers into use that have been renewed."""
-        outside = https_certificate(self._settings)
-        if outside is not None and take(outside, self._settings, self._clock, served=True):
-            log.info("taken", extra={"what": "portal server certificate"})
+        write = {"portal": self._write_https, "broker": self._broker.files.write_server_certificate}
+        for outside in outside_certificates(self._settings):
+            if take(outside, self._settings, self._clock, write[outside.server], served=True):
+                log.info("taken", extra={"what": f"{outside.server} server certificate"})
+
+    def _write_https(self, chain: bytes, key: bytes) -> None:
+        replace_file(self._settings.tls_dir / "server.key", key)
+        replace_file(self._settings.tls_dir / "server.pem", chain)
+
+    def _renew_broker(self, *, served: bool) -> bool:
+        settings, write = self._settings, self._broker.files.write_server_certificate
+        outside = broker_certificate(settings)
+        if outside is not None:
+            return take(outside, settings, self._clock, write, served=served)
+        settings.broker_ca_file.unlink(missing_ok=True)
+        files = settings.broker_file("server.pem"), settings.broker_file("server.key")
+        if not self._is_due(*files, settings.broker_names):
+            return False
+        return write(*self._issue_server(settings.broker_names))
 
     def _renew_https(self, *, served: bool) -> bool:
         settings = self._settings
         outside = https_certificate(settings)
         if outside is not None:
-            return take(outside, settings, self._clock, served=served)
+            return take(outside, settings, self._clock, self._write_https, served=served)
         (settings.data_dir / PORTAL_CA_FILE).unlink(missing_ok=True)
         certificate, key = settings.tls_dir / "server.pem", settings.tls_dir / "server.key"
         if not self._is_due(certificate, key, settings.server_names):
             return False
-        chain, private_key = self._issue_server(settings.server_names)
-        replace_file(key, private_key)
-        replace_file(certificate, chain)
+        self._write_https(*self._issue_server(settings.server_names))
         return True
 
     def _is_due(self, path: Path, key: Path, names: tuple[str, ...] = ()) -> bool:

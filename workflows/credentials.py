@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -276,9 +277,14 @@ class CredentialIssuer:
 
     def _portal_ca(self) -> str:
         """Return what devices trust at the portal's HTTPS address, empty if it is what they trust of the broker."""
-        if self._settings.tls_certificate is None:
-            return ""
-        path = self._settings.https_ca_file
+        return "" if self._settings.tls_certificate is None else self._read(self._settings.https_ca_file)
+
+    def _broker_ca(self) -> str:
+        """Return what devices trust of the broker beside the portal's CAs."""
+        return "" if self._settings.broker_certificate is None else self._read(self._settings.broker_ca_file)
+
+    @staticmethod
+    def _read(path: Path) -> str:
         try:
             return path.read_text(encoding="ascii")
         except OSError as error:
@@ -299,7 +305,7 @@ class CredentialIssuer:
             key_pem=private_key_pem(key),
             certificate_pem=issued.certificate,
             chain_pem=issued.chain,
-            ca_pem=self._authority.ca_pem,
+            ca_pem=self._authority.ca_pem + self._broker_ca(),
             portal_ca_pem=self._portal_ca(),
             broker_host=self._settings.mqtt_host,
             broker_port=self._settings.mqtt_port,

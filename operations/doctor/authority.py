@@ -24,7 +24,7 @@ from core.errors import IssuerUnusable, PortalError
 from core.states import ClientKind, IssuerKind
 from operations.doctor.base import Finding, Findings, Installation, certificate_of, combine, problem, summarize, warning
 from operations.doctor.network import https_date, served
-from operations.outside_certificates import https_certificate
+from operations.outside_certificates import outside_certificates
 from pki import ocsp as pki_ocsp
 from pki.issuers import Issuer
 from pki.outer_chain import decode_above
@@ -271,9 +271,9 @@ def expiry(installation: Installation) -> Finding:
         "The good probe certificate": probes.good.certificate,
         "The revoked probe certificate": probes.revoked.certificate,
     }
-    outside = https_certificate(settings)
+    outside = [path for one in outside_certificates(settings) for path in one.installed]
     for what, path in own.items():
-        found += _own_expiry(what, path, now, by_portal=outside is None or path not in outside.installed)
+        found += _own_expiry(what, path, now, by_portal=path not in outside)
     with installation.snapshot() as tx:
         soon = certificates.count_expiring(tx, installation.tenant_id, now=now, within=[SOON])
     for kind, words in (ClientKind.DEVICE, "list"), (ClientKind.APPLICATION, "application list"):

@@ -38,7 +38,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("broker version", mosquitto.broker_version),
     ("broker service", service.broker_service),
     ("broker configuration", mosquitto.broker_configuration),
-    ("broker certificate", network.broker_certificate),
+    ("broker certificate", network.certificate_of_broker),
     ("broker files", broker.broker_files),
     ("ACL entries", broker.acl_entries),
     ("CRL entries", broker.crl_entries),

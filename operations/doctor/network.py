@@ -21,7 +21,7 @@ from broker.probe import Probe, connect
 from config import Address, Settings
 from core.errors import PortalError
 from operations.doctor.base import SECONDS, Finding, Installation, certificate_of, problem, warning, well
-from operations.outside_certificates import https_certificate
+from operations.outside_certificates import broker_certificate, https_certificate
 
 _MAX_BYTES = 64 << 20  # a CRL of a million entries has about 40 MB
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the addresses to connect to for a listener on every address
@@ -87,10 +87,15 @@ def portal_certificate(installation: Installation) -> Finding:
     return _check_certificate(installation, der, settings.tls_dir / "server.pem", names, "Restart the portal.")
 
 
-def broker_certificate(installation: Installation) -> Finding:
+def certificate_of_broker(installation: Installation) -> Finding:
     """Check the broker's server certificate: chain, names, days left, and that it is the one on disk."""
     settings = installation.settings
+    outside = broker_certificate(settings)
+    if outside is not None and (refused := outside.refused()):
+        return problem(f"The newest certificate is not in use: {refused}", _RENEW)
     context = _context(settings.broker_file(CA_FILE))
+    if settings.broker_ca_file.exists():
+        context.load_verify_locations(settings.broker_ca_file)
     context.load_cert_chain(installation.probe_certificates.good.certificate, installation.probe_certificates.good.key)
     where = " or ".join(map(str, settings.probe_addresses))
     try:
@@ -111,7 +116,7 @@ def broker_certificate(installation: Installation) -> Finding:
         installation,
         der,
         path,
-        settings.broker_names,
+        settings.broker_names if outside is None else (),
         "Restart the broker at a quiet time before that; check certfile in its configuration.",
     )
 
@@ -119,7 +124,8 @@ def broker_certificate(installation: Installation) -> Finding:
 def probe(installation: Installation) -> Finding:
     """Check that the broker refuses the revoked probe certificate and accepts the good one."""
     settings = installation.settings
-    prober = Probe(settings.mqtt_host, settings.probe_addresses, settings.broker_file(CA_FILE))
+    ca_file, further = settings.broker_file(CA_FILE), settings.broker_ca_file
+    prober = Probe(settings.mqtt_host, settings.probe_addresses, ca_file, further)
     try:
         result = prober.run(installation.probe_certificates, time.monotonic() + max(SECONDS, settings.enforce_timeout))
     except PortalError as error:

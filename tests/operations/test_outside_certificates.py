@@ -1,4 +1,4 @@
-"""A server certificate of another issuer for HTTPS: taken if clients can verify it, again when it is renewed."""
+"""Server certificates of other issuers for HTTPS and the broker: taken if clients can verify them, and when renewed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from commands.bundle import check_bundle, open_bundle
+from commands.bundle import DeviceBundle, check_bundle, open_bundle
 from config import Settings
 from core.errors import ServerCertificateRefused, SettingInvalid
 from operations import jobs
@@ -36,7 +36,7 @@ from workflows.enrolment.clients import CLIENT_CAS
 
 pytestmark = ON_SQLITE
 
-SITE = "portal.example.com"
+SITE, BROKER = "portal.example.com", "mqtt.example.com"
 ROOT = company_root("Web Root")
 BETWEEN = ROOT.below("Web CA")
 
@@ -44,12 +44,13 @@ BETWEEN = ROOT.below("Web CA")
 class Outside:
     """The files that somebody else renews."""
 
-    def __init__(self, folder: Path) -> None:
-        self.certificate, self.key = folder / "fullchain.pem", folder / "privkey.pem"
+    def __init__(self, folder: Path, setting: str = "TLS") -> None:
+        self.certificate, self.key = folder / f"{setting}.fullchain.pem", folder / f"{setting}.privkey.pem"
+        host = {"PORTAL_PUBLIC_URL": f"https://{SITE}"} if setting == "TLS" else {"PORTAL_MQTT_HOST": BROKER}
         self.environment = {
-            "PORTAL_PUBLIC_URL": f"https://{SITE}",
-            "PORTAL_TLS_CERTIFICATE": str(self.certificate),
-            "PORTAL_TLS_KEY": str(self.key),
+            **host,
+            f"PORTAL_{setting}_CERTIFICATE": str(self.certificate),
+            f"PORTAL_{setting}_KEY": str(self.key),
         }
 
     def put(self, server: CompanyCa, *above: CompanyCa, key: bytes = b"") -> CompanyCa:
@@ -90,9 +91,9 @@ def examined(portal: Portal, *names: str) -> dict[str, Finding]:
 
 
 def test_one_setting_without_the_other_is_refused(make_settings: Callable[..., Settings], outside: Outside) -> None:
-    for name in ("PORTAL_TLS_CERTIFICATE", "PORTAL_TLS_KEY"):
-        with pytest.raises(SettingInvalid, match="must be set together"):
-            make_settings(**{name: outside.environment[name]})
+    for name in ("TLS_CERTIFICATE", "TLS_KEY", "BROKER_CERTIFICATE", "BROKER_KEY"):
+        with pytest.raises(SettingInvalid, match=f"PORTAL_{name.partition('_')[0]}_.* must be set together"):
+            make_settings(**{f"PORTAL_{name}": str(outside.key)})
 
 
 def test_a_start_is_refused_in_one_sentence_and_nothing_is_written(
@@ -219,6 +220,83 @@ def test_doctor_says_when_it_was_not_renewed_in_time(portal: Portal, clock: Cloc
     clock.advance(days=days)
     detail = examined(portal, "expiry")["expiry"].detail
     assert ("The portal's certificate expire" in detail) == (state is not State.OK)
+
+
+# --- The broker ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_broker(tmp_path: Path) -> Outside:
+    outside = Outside(tmp_path, "BROKER")
+    outside.put(server_below(BETWEEN, BROKER), BETWEEN, ROOT)
+    return outside
+
+
+@pytest.fixture
+def behind(make_settings: Callable[..., Settings], clock: Clock, of_broker: Outside) -> Iterator[Portal]:
+    built = open_portal(make_settings(**of_broker.environment), clock)
+    prepare(built)
+    yield built
+    built.close()
+
+
+def test_the_broker_gets_the_pair_and_devices_trust_its_root_beside_the_portals_cas(
+    behind: Portal, of_broker: Outside
+) -> None:
+    settings = behind.settings
+    chain, key = (settings.broker_file(name) for name in ("server.pem", "server.key"))
+    assert names_in(chain.read_bytes()) == ["CN=server", "CN=Web CA"]
+    assert key.stat().st_mode & 0o007 == 0
+    bundle = bundle_of(behind)
+    assert bundle.files["ca.pem"] == behind.authority.ca_pem.encode() + pem(ROOT)
+    assert "portal-ca.pem" not in bundle.files
+    check_bundle(bundle, now=behind.clock())
+    assert installed(behind).issuer == behind.authority.servers.issuer.certificate.subject
+
+    renewed = of_broker.put(server_below(BETWEEN, BROKER), BETWEEN, ROOT)
+    take_outside_certificates(behind)
+    assert x509.load_pem_x509_certificate(chain.read_bytes()) == renewed.certificate
+
+    good = chain.read_bytes()
+    of_broker.put(server_below(BETWEEN, SITE), BETWEEN, ROOT)
+    take_outside_certificates(behind)
+    assert chain.read_bytes() == good
+    finding = examined(behind, "broker certificate")["broker certificate"]
+    assert finding.state is State.PROBLEM
+    assert f"ask for {BROKER} would refuse it" in finding.detail
+
+
+def test_whom_the_brokers_issuer_has_certified_is_no_device(behind: Portal) -> None:
+    """The lists by which anybody verifies devices do not have it: not the broker's, not the portal's, not /ca.pem."""
+    settings = behind.settings
+    for path in (settings.broker_file("ca.pem"), settings.data_dir / "ca.pem"):
+        assert b"BEGIN" in path.read_bytes()
+        assert not {"CN=Web Root", "CN=Web CA"} & set(names_in(path.read_bytes()))
+    assert "Web" not in "".join(names_in(behind.authority.ca_pem.encode()))
+    assert not [path for path in settings.broker_file("capath").glob("*.[0-9]") if b"Web" in path.read_bytes()]
+
+
+def test_the_broker_has_a_certificate_of_the_portal_again_without_the_settings(
+    behind: Portal, make_settings: Callable[..., Settings]
+) -> None:
+    again = open_portal(make_settings(PORTAL_MQTT_HOST=BROKER), behind.clock)
+    prepare(again)
+    assert not again.settings.broker_ca_file.exists()
+    own = again.authority.servers.issuer.certificate.subject
+    assert x509.load_pem_x509_certificate(again.settings.broker_file("server.pem").read_bytes()).issuer == own
+    assert bundle_of(again).files["ca.pem"] == again.authority.ca_pem.encode()
+    again.close()
+
+
+def names_in(content: bytes) -> list[str]:
+    return [one.subject.rfc4514_string() for one in x509.load_pem_x509_certificates(content)]
+
+
+def bundle_of(portal: Portal) -> DeviceBundle:
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    with portal.database.snapshot() as tx:
+        content = tx.exec_driver_sql("SELECT bundle FROM deliveries").scalar_one()
+    return open_bundle(content, registered.bundle_password or "")
 
 
 # --- Clients ------------------------------------------------------------------------------------------------------

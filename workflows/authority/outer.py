@@ -181,8 +181,10 @@ def _try(issuer: Issuer, settings: Settings, now: datetime) -> None:
     pki_url = settings.pki_url
     try:
         ca.sign_certificate(issuer, key, device_id=_NO_DEVICE, now=now, days=1, pki_url=pki_url)
-        own_names = [settings.server_names] if settings.tls_certificate is None else []
-        for names in (*own_names, settings.broker_names):
+        of_others = settings.tls_certificate, settings.broker_certificate
+        for names, of_other in zip((settings.server_names, settings.broker_names), of_others, strict=True):
+            if of_other is not None:
+                continue
             ca.sign_server_certificate(issuer, key, names=names, now=now, days=1, pki_url=pki_url)
     except ProfileRefused as error:
         raise CaChainRefused(
