@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from tests.support.deployment import Deployment, deployed, wait_until
+from tests.support.deployment import Deployment, wait_until
 from tests.support.est import csr_der, in_base64
 from tests.support.receiver import Receiver, receiving
 
@@ -81,6 +81,12 @@ def memory(process: Path) -> bytes:
 def link(answer: dict[str, Any]) -> bytes:
     """The token inside of a link."""
     return str(answer["download_url"]).rpartition("/")[2].encode()
+
+
+class Executed(Deployment):
+    """A portal whose processes have a command line and an environment of their own, which a forked one has not."""
+
+    under = ("env",)
 
 
 class Run:
@@ -205,7 +211,7 @@ class Run:
 def run() -> Iterator[Run]:
     with ExitStack() as stack:
         allowed = "127.0.0.0/8,::1"
-        deployment = stack.enter_context(deployed(PORTAL_LOG_LEVEL="debug", PORTAL_WEBHOOK_ALLOW=allowed))
+        deployment = stack.enter_context(Executed(PORTAL_LOG_LEVEL="debug", PORTAL_WEBHOOK_ALLOW=allowed))
         made = Run(deployment, stack.enter_context(receiving()))
         made.everything()
         yield made
@@ -245,4 +251,5 @@ def test_the_search_would_find_them(run: Run) -> None:
     assert any(b"op_a-token-in-the-clear" in content for _, content in left)
     assert any(where.startswith("command line") for where, _ in left)
     assert any(where.startswith("environment") for where, _ in left)
+    assert len(list(processes(run.deployment))) > len(run.deployment.workers())
     assert len(run.secrets) > 30
