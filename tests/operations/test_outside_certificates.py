@@ -144,7 +144,9 @@ def test_a_bundle_has_the_root_of_https_encrypted_beside_what_the_broker_shows(p
 def test_without_the_settings_the_portal_has_its_own_certificate_again(
     portal: Portal, make_settings: Callable[..., Settings]
 ) -> None:
-    again = open_portal(make_settings(PORTAL_PUBLIC_URL=f"https://{SITE}"), portal.clock)
+    again = open_portal(
+        make_settings(PORTAL_DATA_DIR=str(portal.settings.data_dir), PORTAL_PUBLIC_URL=f"https://{SITE}"), portal.clock
+    )
     prepare(again)
     assert installed(again).issuer == again.authority.servers.issuer.certificate.subject
     assert not (again.settings.data_dir / "portal-ca.pem").exists()
@@ -279,7 +281,9 @@ def test_whom_the_brokers_issuer_has_certified_is_no_device(behind: Portal) -> N
 def test_the_broker_has_a_certificate_of_the_portal_again_without_the_settings(
     behind: Portal, make_settings: Callable[..., Settings]
 ) -> None:
-    again = open_portal(make_settings(PORTAL_MQTT_HOST=BROKER), behind.clock)
+    again = open_portal(
+        make_settings(PORTAL_DATA_DIR=str(behind.settings.data_dir), PORTAL_MQTT_HOST=BROKER), behind.clock
+    )
     prepare(again)
     assert not again.settings.broker_ca_file.exists()
     own = again.authority.servers.issuer.certificate.subject
