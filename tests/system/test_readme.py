@@ -21,7 +21,14 @@ README = (ROOT / "README.md").read_text()
 HOME = "/opt/onboarding-portal"  # where the README's session was recorded
 # Files of a portal whose CA keys live in a token or were moved there, whose CA waits for its certificate, or whose
 # HTTPS has a certificate of another issuer.
-OF_SOME = {"ca/*.token.json", "ca/.pin-refused-*", "ca/*.csr.pem", "ca/*.key.pem.moved", "portal-ca.pem"}
+OF_SOME = {
+    "ca/*.token.json",
+    "ca/.pin-refused-*",
+    "ca/*.csr.pem",
+    "ca/*.key.pem.moved",
+    "portal-ca.pem",
+    "broker-ca.pem",
+}
 DEVICE_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
