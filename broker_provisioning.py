@@ -74,7 +74,7 @@ class BrokerProvisioning:
         self.control: BrokerControl = GuardControl(settings, clock) if guarded else FilesControl(settings, clock)
         self._settings = settings
         self._probe_file = settings.data_dir / PROBE_PROBLEM
-        ca_file, further = settings.broker_file(CA_FILE), settings.broker_ca_file
+        ca_file, further = settings.broker_file(CA_FILE), settings.probe_ca_files
         self._probe = Probe(settings.mqtt_host, settings.probe_addresses, ca_file, further)
 
     @property

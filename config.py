@@ -589,6 +589,11 @@ class Settings(BaseSettings):
         return self.data_dir / "broker-ca.pem"
 
     @cached_property
+    def probe_ca_files(self) -> tuple[Path, ...]:
+        """What the portal trusts of the broker beside its own CAs: the root now, and the one before until a restart."""
+        return self.broker_ca_file, self.data_dir / ".broker-ca.before.pem"
+
+    @cached_property
     def ocsp_dir(self) -> Path:
         """The folder, mode 0700, of the certificates and keys that sign OCSP responses."""
         return self.data_dir / "ocsp"

@@ -92,11 +92,11 @@ def connect(addresses: Sequence[Address], seconds: float) -> socket.socket:
 class Probe:
     """Asks the broker at the first of ``addresses`` at which anything listens.
 
-    Its certificate must verify under ``ca_file``, or ``further`` if that file exists, for ``host``, the name by which
+    Its certificate must verify under ``ca_file``, or those of ``further`` that exist, for ``host``, the name by which
     devices reach it.
     """
 
-    def __init__(self, host: str, addresses: Sequence[Address], ca_file: Path, further: Path | None = None) -> None:
+    def __init__(self, host: str, addresses: Sequence[Address], ca_file: Path, further: Sequence[Path] = ()) -> None:
         self._host = host
         self._addresses = addresses
         self._ca_file = ca_file
@@ -229,8 +229,7 @@ class Probe:
         return context
 
     def _trusted(self) -> list[Path]:
-        further = self._further
-        return [self._ca_file, *([further] if further is not None and further.exists() else [])]
+        return [self._ca_file, *(path for path in self._further if path.exists())]
 
     def _new_context(self, shown: ProbeCertificate) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -139,6 +139,7 @@ def _restart_if_due(portal: Portal, served: bytes) -> None:
     settings, now, last = portal.settings, portal.clock(), portal.memory.broker_restart_at
     newest = x509.load_pem_x509_certificate(settings.broker_file(SERVER_CERTIFICATE_FILE).read_bytes())
     if served == newest.public_bytes(Encoding.DER):
+        settings.probe_ca_files[1].unlink(missing_ok=True)
         return
     if last is not None and abs(now - last) < RESTART_AGAIN_AFTER:
         return

@@ -134,9 +134,18 @@ def take(
         log.warning(
             "the server's certificate has another root; give it to all clients", extra={"file": str(outside.trust)}
         )
+        if outside.server == "broker":
+            keep_until_restart(settings)
     replace_file(outside.trust, pair.roots, mode=0o644)
     write(pair.chain, pair.key)
     return True
+
+
+def keep_until_restart(settings: Settings) -> None:
+    """Keep the root of the broker's certificate for the probe: the running broker still shows what is below it."""
+    root, before = settings.probe_ca_files
+    if root.exists():
+        replace_file(before, root.read_bytes())
 
 
 class _FileRefused(Exception):

@@ -20,7 +20,13 @@ from broker_provisioning import BrokerProvisioning
 from config import PORTAL_CA_FILE, Settings
 from core.errors import Unavailable
 from core.files import replace_file
-from operations.outside_certificates import broker_certificate, https_certificate, outside_certificates, take
+from operations.outside_certificates import (
+    broker_certificate,
+    https_certificate,
+    keep_until_restart,
+    outside_certificates,
+    take,
+)
 from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer
 from store import issuers
@@ -95,6 +101,7 @@ class OwnCertificates:
         outside = broker_certificate(settings)
         if outside is not None:
             return take(outside, settings, self._clock, write, served=served)
+        keep_until_restart(settings)
         settings.broker_ca_file.unlink(missing_ok=True)
         files = settings.broker_file("server.pem"), settings.broker_file("server.key")
         if not self._is_due(*files, settings.broker_names):

@@ -94,8 +94,9 @@ def certificate_of_broker(installation: Installation) -> Finding:
     if outside is not None and (refused := outside.refused()):
         return problem(f"The newest certificate is not in use: {refused}", _RENEW)
     context = _context(settings.broker_file(CA_FILE))
-    if settings.broker_ca_file.exists():
-        context.load_verify_locations(settings.broker_ca_file)
+    for ca_file in settings.probe_ca_files:
+        if ca_file.exists():
+            context.load_verify_locations(ca_file)
     context.load_cert_chain(installation.probe_certificates.good.certificate, installation.probe_certificates.good.key)
     where = " or ".join(map(str, settings.probe_addresses))
     try:
@@ -124,7 +125,7 @@ def certificate_of_broker(installation: Installation) -> Finding:
 def probe(installation: Installation) -> Finding:
     """Check that the broker refuses the revoked probe certificate and accepts the good one."""
     settings = installation.settings
-    ca_file, further = settings.broker_file(CA_FILE), settings.broker_ca_file
+    ca_file, further = settings.broker_file(CA_FILE), settings.probe_ca_files
     prober = Probe(settings.mqtt_host, settings.probe_addresses, ca_file, further)
     try:
         result = prober.run(installation.probe_certificates, time.monotonic() + max(SECONDS, settings.enforce_timeout))

@@ -268,6 +268,26 @@ def test_the_broker_gets_the_pair_and_devices_trust_its_root_beside_the_portals_
     assert f"ask for {BROKER} would refuse it" in finding.detail
 
 
+def test_the_root_before_is_trusted_until_the_broker_shows_a_certificate_of_the_new_one(
+    behind: Portal, of_broker: Outside
+) -> None:
+    shown = behind.settings.broker_file("server.pem").read_bytes()
+    other = company_root("Another Root")
+    of_broker.put(server_below(other, BROKER), other)
+    take_outside_certificates(behind)
+    root, before = behind.settings.probe_ca_files
+    assert (root.read_bytes(), before.read_bytes()) == (pem(other), pem(ROOT))
+
+    def served(content: bytes) -> bytes:
+        return x509.load_pem_x509_certificate(content).public_bytes(Encoding.DER)
+
+    jobs._restart_if_due(behind, served(shown))
+    assert before.exists()
+    jobs._restart_if_due(behind, served(behind.settings.broker_file("server.pem").read_bytes()))
+    assert not before.exists()
+    assert "Another Root" in "".join(names_in(bundle_of(behind).files["ca.pem"]))
+
+
 def test_whom_the_brokers_issuer_has_certified_is_no_device(behind: Portal) -> None:
     """The lists by which anybody verifies devices do not have it: not the broker's, not the portal's, not /ca.pem."""
     settings = behind.settings
@@ -285,7 +305,8 @@ def test_the_broker_has_a_certificate_of_the_portal_again_without_the_settings(
         make_settings(PORTAL_DATA_DIR=str(behind.settings.data_dir), PORTAL_MQTT_HOST=BROKER), behind.clock
     )
     prepare(again)
-    assert not again.settings.broker_ca_file.exists()
+    root, before = again.settings.probe_ca_files
+    assert (root.exists(), before.read_bytes()) == (False, pem(ROOT))
     own = again.authority.servers.issuer.certificate.subject
     assert x509.load_pem_x509_certificate(again.settings.broker_file("server.pem").read_bytes()).issuer == own
     assert bundle_of(again).files["ca.pem"] == again.authority.ca_pem.encode()
