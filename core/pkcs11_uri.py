@@ -13,6 +13,7 @@ TOKEN_ATTRIBUTES = {"token": 32, "manufacturer": 32, "model": 16, "serial": 16}
 MAX_OBJECT_BYTES = 64
 # What RFC 7512 section 2.3 lets stand as it is in a path (pk11-res-avail and unreserved).
 _PLAIN = ":[]@!$'()*+,=&"
+_PIN_VALUE = re.compile(r"[:;?&]\s*pin-value", re.IGNORECASE)
 _ESCAPED = re.compile(r"(?:[^%\x00-\x20]|%[0-9a-fA-F]{2})*")
 
 
@@ -52,11 +53,12 @@ def parse_token_uri(text: str) -> TokenUri:
     """
     if not text.startswith(SCHEME):
         raise ValueError(f"must be file or begin with {SCHEME}")
+    # First, because a PIN with ; ? or & goes on as what looks like another attribute, which must not be named.
+    if _PIN_VALUE.search(text):
+        raise ValueError("must not hold the PIN (pin-value); put it into a file of mode 0600 and name it by pin-source")
     path, _mark, query = text.removeprefix(SCHEME).partition("?")
     named = _attributes(path, ";", {*TOKEN_ATTRIBUTES, "slot-id", "object", "type"})
-    asked = _attributes(query, "&", {"module-path", "pin-source", "pin-value"})
-    if "pin-value" in asked:
-        raise ValueError("must not hold the PIN (pin-value); put it into a file of mode 0600 and name it by pin-source")
+    asked = _attributes(query, "&", {"module-path", "pin-source"})
     if named.pop("type", "private") != "private":
         raise ValueError("can only have the type private")
     if not {"token", "serial", "slot-id"} & named.keys():
@@ -80,7 +82,7 @@ def _attributes(text: str, separator: str, known: set[str]) -> dict[str, str]:
     for part in filter(None, text.split(separator)):
         name, equals, value = part.partition("=")
         if name not in known:
-            raise ValueError(f"has an attribute that is not known here, {name[:40]!r}")
+            raise ValueError("has an attribute that is not known here" + (f", {name[:40]!r}" if equals else ""))
         if not equals or name in found:
             raise ValueError(f"must have {name}= once, with a value")
         if not _ESCAPED.fullmatch(value):

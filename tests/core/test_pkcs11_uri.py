@@ -75,3 +75,13 @@ def test_a_pin_in_the_uri_is_refused_and_not_repeated() -> None:
     with pytest.raises(ValueError, match="must not hold the PIN") as refusal:
         parse_token_uri("pkcs11:token=a?module-path=/m.so&pin-value=471108")
     assert "471108" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("end", ["&pin-value=12&S3cret", "&pin-value=12&S3cret=9", "&PIN-Value=12&S3cret=", "&S3cret"])
+@pytest.mark.parametrize(
+    "begin", ["pkcs11:token=a?module-path=/m.so", "pkcs11:token=a;x=1?pin-source=/p", "pkcs11:S3cret?"]
+)
+def test_a_part_of_a_pin_is_not_taken_for_an_attribute_and_repeated(begin: str, end: str) -> None:
+    with pytest.raises(ValueError, match=r"must not hold the PIN|is not known here") as refusal:
+        parse_token_uri(begin + end)
+    assert "S3cret" not in str(refusal.value)
