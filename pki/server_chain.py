@@ -56,8 +56,12 @@ def check_pair(
     leaf = certificates[0]
     if spki(private_key.public_key()) != spki(leaf.public_key()):
         raise ServerCertificateRefused(f"the key is not that of {named(leaf)}; give the two that belong together.")
+    if _is_signed_by(leaf, leaf) and not _is_ca(leaf):
+        raise ServerCertificateRefused(
+            f"{named(leaf)} is signed by itself and is no CA's, so clients cannot trust it; give one of a CA."
+        )
     path = _path(leaf, certificates)
-    roots = [one for one in certificates if _is_signed_by(one, one)]
+    roots = [one for one in certificates if _is_signed_by(one, one) and _is_ca(one)]
     path, root = _up_to_root(path, [*roots, *known])
     for certificate in dict.fromkeys((*path, root)):
         _check_dates(certificate, now)
@@ -162,6 +166,13 @@ def _is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bo
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
+
+
+def _is_ca(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
 
 
 def _check_dates(certificate: x509.Certificate, now: datetime) -> None:

@@ -39,6 +39,12 @@ def test_a_root_that_the_portal_or_the_system_trusts_need_not_be_in_the_file(
     assert check_pair(chain, key, [SITE], [], now=NOW).roots == pem(ROOT)
 
 
+def test_a_certificate_of_no_ca_is_not_given_to_clients_as_a_root() -> None:
+    server, other = server_below(BETWEEN, SITE), company_root("Another", is_ca=False)
+    pair = check_pair(pem(server, BETWEEN, ROOT, other), key_pem(server.key), [SITE], [], now=NOW)
+    assert pair.roots == pem(ROOT)
+
+
 def test_names_of_all_hosts_of_a_domain_and_addresses_count() -> None:
     server = server_below(BETWEEN, "*.example.com", "192.0.2.7")
     check_pair(pem(server, BETWEEN, ROOT), key_pem(server.key), [SITE, "*.example.com", "192.0.2.7"], [], now=NOW)
@@ -48,6 +54,7 @@ def spoilt() -> list[Any]:
     server, other, good = server_below(BETWEEN, SITE), server_below(BETWEEN, SITE), (BETWEEN, ROOT)
     weak = rsa.generate_private_key(65537, 1024)  # noqa: S505 - what is to be refused
     sealed = key_pem(server.key, b"a passphrase")
+    its_own = server_below(CompanyCa(server.key, company_root("server", server.key).certificate), SITE, key=server.key)
     impostor = company_root("Web Root")
     elsewhere, below_server = server_below(BETWEEN, "other.example.com"), server_below(server, SITE)
     expired = server_below(BETWEEN, SITE, ends=timedelta(hours=-1))
@@ -65,6 +72,7 @@ def spoilt() -> list[Any]:
         pytest.param(early, good, None, "is not valid before", id="not yet valid"),
         pytest.param(for_clients, good, None, "certificate purpose", id="for clients only"),
         pytest.param(server_below(BETWEEN, SITE, key=weak), good, None, "too small|key too weak", id="weak key"),
+        pytest.param(its_own, (), None, "is signed by itself", id="signed by itself and no CA"),
         pytest.param(below_server, (server, *good), None, "invalid CA certificate", id="signed by no CA"),
     ]
 
