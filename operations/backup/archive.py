@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from core.errors import BackupRefused
 from pki.algorithms import PrivateKey
 from pki.keys.contract import sign_message, verifies
-from pki.keys.files import MAX_FILE_BYTES
+from pki.keys.files import MAX_FILE_BYTES, is_ca_name
 from pki.keys.token_keys import is_in_token
 from store import copy as store_copy
 
@@ -226,5 +226,7 @@ def _manifest(content: bytes) -> Manifest | None:
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
+        return None
+    if not is_ca_name(manifest.sealed_by):  # part of a path, before the seal is checked
         return None
     return manifest

@@ -26,6 +26,11 @@ ASIDE = ".moved"  # ends the name of a key's file once the key is in a token
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
+def is_ca_name(name: str) -> bool:
+    """Return whether a CA may have this name, which is part of its key's path."""
+    return _NAME.fullmatch(name) is not None
+
+
 class KeyFiles:
     """CA keys as files ``<name>.key.pem``, mode 0600 in a folder of mode 0700, encrypted under one passphrase."""
 
@@ -35,7 +40,7 @@ class KeyFiles:
 
     def path(self, name: str) -> Path:
         """Return the path of the file that holds the key ``name``."""
-        if not _NAME.fullmatch(name):
+        if not is_ca_name(name):
             raise CaKeyUnavailable("The name of a CA must have 1 to 63 lower-case letters, digits and inner hyphens.")
         return self._folder / f"{name}.key.pem"
 

@@ -197,6 +197,10 @@ def with_revision(content: bytes) -> bytes:
     return json.dumps(json.loads(content) | {"revision": "9999"}).encode()
 
 
+def sealed_by(name: str) -> Callable[[bytes], bytes]:
+    return lambda content: json.dumps(json.loads(content) | {"sealed_by": name}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "change", "error", "said"),
     [
@@ -211,6 +215,9 @@ def with_revision(content: bytes) -> bytes:
         (MANIFEST, with_revision, DatabaseTooNew, "newer version"),
         (MANIFEST, lambda _: b"{}", BackupRefused, "not a backup"),
         (MANIFEST, lambda content: content.replace(b'"format": 1', b'"format": 2'), BackupRefused, "not a backup"),
+        (MANIFEST, sealed_by("../../x"), BackupRefused, "not a backup"),
+        (MANIFEST, sealed_by("/x"), BackupRefused, "not a backup"),
+        (MANIFEST, sealed_by("issuing-1\n"), BackupRefused, "not a backup"),
         ("manifest.seal", lambda _: b"0" * 64, BackupRefused, "changed after it was written"),
     ],
 )
