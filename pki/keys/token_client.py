@@ -112,7 +112,7 @@ class TokenClient:
             raise TokenUnavailable(self._sentence("has more to sign than it can in time; try again later"))
         try:
             self._raise_problem()  # of the request before this one
-            answer = self._answer(request, deadline)
+            answer = self._answer(request | {"patient": not self._is_watched}, deadline)
         except TokenUnavailable as failure:
             self._fail(failure.detail)
             raise
@@ -240,7 +240,9 @@ class TokenClient:
         """Begin anew with the token; a busy machine has its time to start a process, and the token no less for it."""
         with self._ending_process():
             self._running(time.monotonic() + START_SECONDS)
-        self._answer({"do": "open"}, time.monotonic() + seconds)
+        patient = self._marker.exists()  # a try of the PIN was not answered, and there may be one more
+        seconds = PATIENT_SECONDS if patient else seconds
+        self._answer({"do": "open", "patient": patient}, time.monotonic() + seconds)
 
     def close(self) -> None:
         """End the process, whatever it is at; nothing can be asked any more."""

@@ -35,6 +35,8 @@ from pkcs11.util.ec import encode_named_curve_parameters
 Facts = dict[str, Any]
 
 MAX_PIN_BYTES = 256
+MOST_UNANSWERED = 2  # tries of a PIN: tokens lock after three at the least
+_REFUSED = "refused"
 SIGNING = MechanismFlag.SIGN | MechanismFlag.VERIFY
 # The bytes of a public key's point (for RSA: it has a modulus), and the curve.
 POINT_BYTES = {"ec-p256": 65, "ec-p384": 97, "ed25519": 32}
@@ -74,7 +76,8 @@ class Pin:
     """The PIN in its file; one that the token refused is not tried again by any process, since tokens lock.
 
     A marker beside the keys, which outlives restarts, has a slow hash of it. It does not go by the file's time: a
-    service's credential is written again at each start.
+    service's credential is written again at each start. It is there before the token is asked, so that a try whose
+    answer nobody heard (a full disk, a token that takes long to refuse) counts as well: of those there are two.
     """
 
     def __init__(self, file: Path, marker: Path) -> None:
@@ -82,21 +85,70 @@ class Pin:
         self._marker = marker
 
     @contextlib.contextmanager
-    def to_try(self) -> Iterator[str]:
-        """Yield the PIN while no other process tries one; raises ``TokenRefused`` if it was refused before."""
-        with open(os.open(f"{self._marker}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as lock:
+    def to_try(self, *, patient: bool = False) -> Iterator[str]:
+        """Yield the PIN while no other process tries one; raises ``TokenRefused`` if it was refused before.
+
+        ``patient``: whoever waits for the answer has time, so an unanswered try can be repeated, once.
+        """
+        try:
+            lock = open(os.open(f"{self._marker}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb")  # noqa: SIM115
+        except OSError as error:
+            raise self._not_noted(error) from None
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             pin = self._read()
-            if self._was_refused(pin):
-                raise TokenRefused(f"refused the PIN in {self._file}, which is not tried again; correct the file")
+            unanswered = self._check_marker(pin, patient=patient)
+            try:
+                self._mark(pin, str(unanswered + 1))
+            except OSError as error:
+                raise self._not_noted(error) from None
             try:
                 yield pin
             except (failures.PinIncorrect, failures.PinInvalid, failures.PinLenRange) as error:
-                self._remember(pin)
-                raise TokenRefused(
-                    f"refuses the PIN in {self._file}; correct the file before the token locks"
-                ) from error
+                with contextlib.suppress(OSError):  # then the try counts as unanswered
+                    self._mark(pin, _REFUSED)
+                sentence = f"refuses the PIN in {self._file}; correct the file before the token locks"
+                raise TokenRefused(sentence) from error
+            except BaseException:  # which says nothing about the PIN
+                self._restore(pin, unanswered)
+                raise
             self._marker.unlink(missing_ok=True)
+
+    def _check_marker(self, pin: str, *, patient: bool) -> int:
+        """Return how many tries of this PIN were not answered; raises ``TokenRefused`` where it must not be tried."""
+        try:
+            salt, digest, what = self._marker.read_text().split()
+            is_it = secrets.compare_digest(_slow_hash(pin, bytes.fromhex(salt)), bytes.fromhex(digest))
+            unanswered = MOST_UNANSWERED if what == _REFUSED else int(what)
+        except (FileNotFoundError, ValueError):
+            return 0
+        if not is_it:
+            return 0
+        if what == _REFUSED:
+            raise TokenRefused(f"refused the PIN in {self._file}, which is not tried again; correct the file")
+        if unanswered >= MOST_UNANSWERED:
+            raise TokenRefused(
+                f"did not answer {unanswered} tries of the PIN in {self._file}, which may have been wrong ones; correct"
+                f" the file, or see that the token is well and remove {self._marker}"
+            )
+        if not patient:
+            raise TokenRefused(
+                f"did not answer a try of the PIN in {self._file}; it is tried once more, with more time"
+            )
+        return unanswered
+
+    def _restore(self, pin: str, unanswered: int) -> None:
+        if not unanswered:
+            self._marker.unlink(missing_ok=True)
+            return
+        with contextlib.suppress(OSError):  # then it counts as one more
+            self._mark(pin, str(unanswered))
+
+    def _not_noted(self, error: OSError) -> TokenRefused:
+        return TokenRefused(
+            f"is given no PIN, because {self._marker.parent} cannot note that it was tried ({error.strerror});"
+            " make room there, or let the portal write"
+        )
 
     def _read(self) -> str:
         try:
@@ -115,21 +167,19 @@ class Pin:
             raise TokenRefused(f"needs a PIN; {self._file} must have one line of 1 to {MAX_PIN_BYTES} bytes")
         return pin
 
-    def _was_refused(self, pin: str) -> bool:
-        try:
-            salt, digest = self._marker.read_text().split()
-            return secrets.compare_digest(_slow_hash(pin, bytes.fromhex(salt)), bytes.fromhex(digest))
-        except (FileNotFoundError, ValueError):
-            return False
-
-    def _remember(self, pin: str) -> None:
+    def _mark(self, pin: str, what: str) -> None:
+        """Write the marker: what became of the tries of this PIN."""
         salt = secrets.token_bytes(16)
         staged = Path(f"{self._marker}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
-        with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
-            file.write(f"{salt.hex()} {_slow_hash(pin, salt).hex()}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        staged.rename(self._marker)
+        try:
+            with open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+                file.write(f"{salt.hex()} {_slow_hash(pin, salt).hex()} {what}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            staged.rename(self._marker)
+        except OSError:
+            staged.unlink(missing_ok=True)
+            raise
 
 
 def _slow_hash(pin: str, salt: bytes) -> bytes:
@@ -155,7 +205,7 @@ class TokenSession:
         """Do what is asked; raises ``TokenRefused`` or ``PKCS11Error``."""
         todo = {"open": self._open, "find": self._find, "make": self._make, "adopt": self._adopt, "sign": self._sign}
         if request["do"] != "sign" or request.get("again"):  # seldom; all but a signature begins with a fresh session
-            self._begin()
+            self._begin(patient=request.get("patient", False))
             return todo[request["do"]](request)
         if self._session is None:
             self._begin()
@@ -168,7 +218,7 @@ class TokenSession:
 
     # --- Opening
 
-    def _begin(self) -> None:
+    def _begin(self, *, patient: bool = False) -> None:
         """Initialize the module, find the token, log in: nothing of an earlier session is of use after a failure."""
         self._session = None
         self._keys.clear()
@@ -186,7 +236,7 @@ class TokenSession:
             raise TokenRefused("has locked its PIN; unlock it by the token's own tools")
         if token.flags & TokenFlag.USER_PIN_FINAL_TRY:
             raise TokenRefused("allows one more try of its PIN; log in once by the token's own tools")
-        with self._pin.to_try() as pin:
+        with self._pin.to_try(patient=patient) as pin:
             try:
                 self._session = token.open(user_pin=pin)
             except failures.UserAlreadyLoggedIn:

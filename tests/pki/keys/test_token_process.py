@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -93,6 +96,63 @@ def test_of_many_that_have_a_wrong_pin_one_tries_it(pin: Pin) -> None:
     for thread in threads:
         thread.join()
     assert tries == [PIN]
+
+
+def test_a_pin_whose_try_cannot_be_noted_is_not_tried(
+    pin: Pin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(TokenRefused, match=r"is given no PIN, because .* \(No space left"), pin.to_try():
+            pytest.fail("it was tried")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["marker.lock", "pin"]
+    with pytest.raises(TokenRefused, match="is given no PIN"), Pin(tmp_path / "pin", tmp_path / "no" / "m").to_try():
+        pytest.fail("it was tried")
+    assert attempt(pin, PIN)
+
+
+def test_a_refusal_that_cannot_be_noted_counts_as_a_try(pin: Pin, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark, marked = Pin._mark, []
+
+    def once(self: Pin, tried: str, what: str) -> None:
+        marked.append(what)
+        if len(marked) % 2 == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        mark(self, tried, what)
+
+    monkeypatch.setattr(Pin, "_mark", once)
+    tries = 0
+    for _ in range(9):
+        with contextlib.suppress(TokenRefused), pin.to_try(patient=True):
+            tries += 1
+            raise failures.PinIncorrect
+    assert tries == 2
+
+
+TRIED_AND_KILLED = """
+import os, sys
+from pathlib import Path
+from pki.keys.token_process import Pin
+with Pin(Path(sys.argv[1]), Path(sys.argv[2])).to_try(patient=True):
+    os._exit(7)
+"""
+
+
+def test_a_pin_whose_try_was_cut_off_is_tried_once_more_by_who_has_time(pin: Pin, file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TRIED_AND_KILLED, str(file), str(tmp_path / "marker")]
+    assert subprocess.run(command, check=False).returncode == 7
+    with pytest.raises(TokenRefused, match="did not answer a try of the PIN"), pin.to_try():
+        pytest.fail("it was tried in no time")
+    with pytest.raises(failures.DeviceError), pin.to_try(patient=True):
+        raise failures.DeviceError  # which is an answer, and no refusal
+    assert subprocess.run(command, check=False).returncode == 7
+    with pytest.raises(TokenRefused, match="did not answer 2 tries of the PIN"), pin.to_try(patient=True):
+        pytest.fail("it was tried a third time")
+    file.write_text("another")
+    assert attempt(pin, "another")
 
 
 def test_a_damaged_marker_blocks_nothing(pin: Pin, tmp_path: Path) -> None:
