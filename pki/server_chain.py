@@ -74,6 +74,19 @@ def check_pair(
     return pair
 
 
+def names_shown(chain: bytes) -> tuple[str, ...]:
+    """Return the DNS names, which may begin with ``*``, and addresses of a server's certificate, the first in PEM.
+
+    Raise ``ValueError`` if it cannot be read.
+    """
+    certificate = x509.load_pem_x509_certificate(chain)
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ()
+    return tuple(str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress))
+
+
 # --- The files ----------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import ipaddress
+import itertools
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,7 @@ from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem, publ
 from pki.csr import Csr
 from pki.issuers import ONLY_UUID, DeviceContents
 from pki.profiles import DEFAULT, CertificateTerms
+from pki.server_chain import names_shown
 from workflows.authority.issuers import Authority
 
 
@@ -153,11 +156,28 @@ _TIMES = frozenset({"issued_at", "expires_at", "download_expires_at", "previous_
 
 
 def own_names(settings: Settings) -> frozenset[str]:
-    """Return the names and addresses of the portal and the broker, in lower case, which no device's certificate has."""
+    """Return the names and addresses of the portal and the broker, in lower case, which no device's certificate has.
+
+    They are those of the settings, and all in the certificates that the two show now, which another CA may have issued;
+    a DNS name may have ``*`` as its first label. Raise ``Unavailable`` if such a certificate cannot be read.
+    """
     hosts = [urlsplit(settings.pki_url).hostname or "", settings.bind.host, settings.pki_bind.host, settings.mqtt_bind]
     hosts += [address.host for address in settings.probe_addresses]
-    names = (*settings.server_names, *settings.broker_names, *hosts, "localhost")
+    shown = [_names_shown(path) for path in (settings.tls_dir / "server.pem", settings.broker_file("server.pem"))]
+    names = (*settings.server_names, *settings.broker_names, *hosts, "localhost", *itertools.chain(*shown))
     return frozenset(_in_one_form(name) for name in names if name)
+
+
+def _names_shown(path: Path) -> tuple[str, ...]:
+    try:
+        return _names_in(path.read_bytes())
+    except FileNotFoundError:  # before the first start
+        return ()
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"{path} cannot be read as a server's certificate; restart the portal.") from error
+
+
+_names_in = functools.lru_cache(maxsize=8)(names_shown)  # read for every device, and renewed a few times in a year
 
 
 def _in_one_form(name: str) -> str:
@@ -175,7 +195,6 @@ class CredentialIssuer:
         self._authority = authority
         self._link_keys = link_keys
         self._default_topics = default_topics(settings.topic_prefix)
-        self._own_names = own_names(settings)
 
     def issue(
         self,
@@ -234,7 +253,7 @@ class CredentialIssuer:
             terms.check_key(request.csr.key_type, of_csr=True)
         elif request.key_type is not None:
             terms.check_key(request.key_type)
-        return terms.days(request.validity_days, self._settings.device_days), terms.contents(self._own_names)
+        return terms.days(request.validity_days, self._settings.device_days), terms.contents(own_names(self._settings))
 
     def _key_type(self, wanted: str | None, terms: CertificateTerms | None) -> str:
         usual = wanted or self._settings.key_type

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import socket
 import ssl
@@ -20,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from commands.bundle import DeviceBundle, check_bundle, open_bundle
 from config import Settings
-from core.errors import ServerCertificateRefused, SettingInvalid
+from core.errors import ProfileRefused, ServerCertificateRefused, SettingInvalid
 from operations import jobs
 from operations.authority import take_outside_certificates
 from operations.commands import _operator_environment
@@ -28,6 +29,7 @@ from operations.doctor import doctor
 from operations.doctor.base import Finding, State
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal, open_portal, prepare
+from pki.profiles import CertificateProfile
 from tests.support.company import CompanyCa, company_root, key_pem, pem, server_below
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
@@ -266,6 +268,32 @@ def test_the_broker_gets_the_pair_and_devices_trust_its_root_beside_the_portals_
     finding = examined(behind, "broker certificate")["broker certificate"]
     assert finding.state is State.PROBLEM
     assert f"ask for {BROKER} would refuse it" in finding.detail
+
+
+@pytest.mark.parametrize("server", ["TLS", "BROKER"])
+def test_no_device_gets_a_further_name_of_the_certificate_that_a_server_shows(
+    make_settings: Callable[..., Settings], clock: Clock, tmp_path: Path, server: str
+) -> None:
+    outside, host = Outside(tmp_path, server), {"TLS": SITE, "BROKER": BROKER}[server]
+    outside.put(server_below(BETWEEN, host), BETWEEN, ROOT)
+    with contextlib.closing(open_portal(make_settings(**outside.environment), clock)) as portal:
+        prepare(portal)
+        uses = ("client_auth", "server_auth")
+        for name, names in (("flat", "{name}.example.com"), ("hall", "{name}.hall.example.com")):
+            portal.profiles.add(OPERATOR, CertificateProfile(name, extended_key_usage=uses, dns_names=(names,)))
+        portal.profiles.add(OPERATOR, CertificateProfile("ip", extended_key_usage=uses, ip_addresses=("{location}",)))
+        before = dataclasses.replace(PUMP, name="alt", profile="flat")
+        device = portal.registrations.register(OPERATOR, before)
+        outside.put(server_below(BETWEEN, host, "ALT.example.com", "*.hall.example.com", "192.0.2.7"), BETWEEN, ROOT)
+        take_outside_certificates(portal)
+        for profile, location in (("flat", "here"), ("hall", "here"), ("ip", "192.0.2.7")):
+            wanted = dataclasses.replace(before, profile=profile, location=location)
+            with pytest.raises(ProfileRefused, match="of the portal or the broker"):
+                portal.registrations.register(OPERATOR, wanted)
+        portal.registrations.register(OPERATOR, dataclasses.replace(before, name="pump-2"))
+        finding = examined(portal, "device names")["device names"]
+        assert finding.state is State.PROBLEM
+        assert f"alt.example.com (device {device.device_id})" in finding.detail
 
 
 def test_the_root_before_is_trusted_until_the_broker_shows_a_certificate_of_the_new_one(
