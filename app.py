@@ -183,11 +183,13 @@ def _end(response: Response) -> Response:
 
 def _failed(error: Exception) -> Response:
     problem = problems.of_error(error, request_id=g.request_id, path=request.path)
+    told = error.detail if isinstance(error, errors.PortalError) else problem.detail
     metrics.counts.refusals.labels(problem.code).inc()
     if problem.status == 500:
         log.error("failed", exc_info=error, extra={"request_id": g.request_id})
     elif problem.status == 503:
-        told = error.detail if isinstance(error, errors.PortalError) else problem.detail
         cause = {"problem": told, "cause": error.__cause__}
         log.warning("unavailable", extra={"request_id": g.request_id, **cause})
+    elif told != problem.detail:
+        log.info("refused", extra={"request_id": g.request_id, "problem": told})
     return problems.response_of(problem, error, path=request.path)

@@ -308,11 +308,18 @@ def test_a_device_enrols_by_a_token_with_a_profile_and_renews_under_it(api: Api,
     assert names_in(renewed) == ["sn-42.devices.example.com"]
 
 
-def test_a_stranger_with_a_token_does_not_get_another_devices_name(api: Api) -> None:
+def test_a_stranger_with_a_token_gets_neither_another_devices_name_nor_its_id(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     add(api, OF_SERIAL)
     one = device(api, profile="of-serial", count=9, repeated_serial="new_device")
     first = device_id_of(enrolled(one, "SN-42"))
-    assert first in refused(one.enrol(csr_der(None, "sn-42")), 409)
+    said = refused(one.enrol(csr_der(None, "sn-42")), 409)
+    assert "is another device's" in said
+    assert first not in said
+    [record] = [record for record in caplog.records if record.getMessage() == "refused"]
+    assert f"device {first}" in record.problem  # type: ignore[attr-defined]
     assert "has none" in refused(one.enrol(csr_der(None, "")), 400)
     assert "other characters" in refused(one.enrol(csr_der(None, "*.devices.example.com")), 400)
     assert "other characters" in refused(one.enrol(csr_der(None, "a\x00b")), 400)
