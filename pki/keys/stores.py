@@ -146,11 +146,17 @@ class KeyStores:
         return self._tokens[uri]
 
     def _uri_of(self, name: str) -> TokenUri | None:
-        """Return the token that a key is in: the one that fits the record, or else the only one there is."""
+        """Return the token that a key is in: the one that fits the record, or else the one that may be a copy of it.
+
+        A copy differs by its serial number. Of several that may be it, none is taken: who lacks the key would seem
+        exchanged.
+        """
         tokens = [place for place in self._places[name == ROOT] if place is not None]
         seen = read_record(self._folder, name).token
-        fitting = [uri for uri in tokens if _fits(uri, seen)]
-        return next(iter(fitting or tokens), None)
+        if fitting := [uri for uri in tokens if _fits(uri, seen)]:
+            return fitting[0]
+        alike = [uri for uri in tokens if _fits(uri, {**seen, "serial": uri.serial or ""})]
+        return alike[0] if len(alike) == 1 else None
 
     def _known(self, uri: TokenUri) -> list[dict[str, object]]:
         return [known for known in recorded_keys(self._folder) if self._uri_of(str(known["name"])) == uri]

@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from core.errors import TokenUnavailable
+from core.errors import CaKeyUnavailable, TokenUnavailable
 from core.pkcs11_uri import TokenUri
 from pki.algorithms import KeyType, PrivateKey
 from pki.keys import token_client, token_process
@@ -403,6 +403,40 @@ def test_a_replica_of_a_token_is_used_by_its_public_key(
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "token": {**record["token"], "serial": "of the first one"}}))
     check_that_it_signs(open_stores(uri).load("issuing-1"))
+
+
+def test_a_new_token_takes_the_place_of_a_lost_one_whose_uri_is_gone(
+    soft_tokens: SoftTokens, open_stores: Open
+) -> None:
+    lost = open_stores(soft_tokens.create())
+    lost.create("issuing-1", KeyType.EC_P256)
+    stores = open_stores(soft_tokens.create())
+    check_that_it_signs(stores.create("issuing-2", KeyType.EC_P256))
+    with pytest.raises(CaKeyUnavailable, match="which PORTAL_CA_KEYS does not name"):
+        stores.load("issuing-1")
+
+
+def test_a_token_is_not_blamed_for_the_keys_of_a_copy_that_is_named_after_it(
+    soft_tokens: SoftTokens, open_stores: Open, folder: Path
+) -> None:
+    uri = soft_tokens.create()
+    with_key(open_stores(uri))
+    path = record_path(folder, "issuing-1")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "token": {**record["token"], "serial": "of the first one"}}))
+    other = open_stores(soft_tokens.create())
+    other.create("root", KeyType.EC_P256)
+    by_serial = [
+        replace(uri, token=None, serial=read_record(folder, "root").token["serial"]),
+        replace(uri, token=None, serial=record["token"]["serial"]),
+    ]
+    stores = KeyStores(folder, b"a passphrase for tests", issuing=by_serial, root=by_serial, timeout=PATIENT)
+    try:
+        check_that_it_signs(stores.load("root"))
+        with pytest.raises(CaKeyUnavailable, match="which PORTAL_CA_KEYS does not name"):
+            stores.load("issuing-1")
+    finally:
+        stores.close()
 
 
 def test_a_key_by_the_right_name_that_is_another_does_not_sign(
