@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.deployment import wait_until
 from tests.support.script_process import (
     ROOT,
     ScriptFolder,
@@ -46,7 +47,7 @@ def started(folder: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Files and processes of the demo."""
+    """Files and processes of the demo; one that it was starting may need a moment to end."""
     processes = [f"process {process}" for process in processes_with(str(folder / "tmp"))]
     return processes + [str(path) for path in (folder / "tmp").iterdir()]
 
@@ -67,7 +68,7 @@ def test_the_demo_runs_to_its_end_and_leaves_nothing_behind(folder: Path) -> Non
         "alert certificate revoked",
     ):
         assert seen in printed
-    assert left_behind(folder) == []
+    wait_until(lambda: left_behind(folder) == [])
 
 
 def test_it_fails_where_a_step_does_not_happen(folder: Path) -> None:
@@ -82,7 +83,7 @@ def test_it_fails_where_a_step_does_not_happen(folder: Path) -> None:
         "\nThe demo failed: the broker's answer was ''.\nIt should have been: pump-1 tries a topic"
     )
     assert "happened as they should" not in printed
-    assert left_behind(folder) == []
+    wait_until(lambda: left_behind(folder) == [])
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -96,7 +97,7 @@ def test_it_can_be_stopped_at_any_time(folder: Path, how: signal.Signals) -> Non
         demo.send_signal(how)
         _, errors = demo.communicate(timeout=180)
     assert (demo.returncode, errors) == (130, "\nStopped; nothing is left running, nothing is left on the disk.\n")
-    assert left_behind(folder) == []
+    wait_until(lambda: left_behind(folder) == [])
 
 
 def test_without_mosquitto_it_says_what_to_install(folder: Path) -> None:
