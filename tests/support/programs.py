@@ -188,7 +188,12 @@ def _serve(module: str, requests: socket.socket) -> None:
         for key, _ in selector.select():
             if key.fileobj is woken:
                 woken.recv(4096)
-                _tell_statuses(links)
+                _tell_statuses(links, selector)
+                continue
+            if key.data is not None:
+                selector.unregister(key.fileobj)
+                links.pop(key.data).close()
+                os.waitpid(key.data, 0)
                 continue
             message, files, _, _ = socket.recv_fds(requests, LONGEST, 4)
             if not message:
@@ -210,13 +215,17 @@ def _nothing(_number: int, _frame: FrameType | None) -> None:
     """Be told of a child's end by the wakeup descriptor."""
 
 
-def _tell_statuses(links: dict[int, socket.socket]) -> None:
-    while links:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if not child:
-            return
-        with links.pop(child) as link, contextlib.suppress(OSError):  # whoever asked may be gone
-            link.send(b"%d" % os.waitstatus_to_exitcode(status))
+def _tell_statuses(links: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
+    """Tell of each child that has ended; its number stays taken until whoever asked has heard it."""
+    for child, link in links.items():
+        if link in selector.get_map():
+            continue  # it was told
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is not None:
+            status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            with contextlib.suppress(OSError):  # whoever asked may be gone
+                link.send(b"%d" % status)
+            selector.register(link, selectors.EVENT_READ, child)
 
 
 def _become(module: str, request: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
