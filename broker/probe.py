@@ -16,8 +16,8 @@ from enum import Enum
 from pathlib import Path
 
 from broker.session import Session, remaining
-from config import Address
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
+from core.setting_values import Address
 
 CERTIFICATE_REVOKED = 44  # TLS alert (RFC 8446 section 6)
 ACCEPTS_REVOKED = (

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from config import Address, Settings, variable_of
+from config import Settings, variable_of
 from core.broker_control import AclStyle, ControlKind, default_control
 from core.errors import SettingInvalid
 from core.pkcs11_uri import parse_token_uri
+from core.setting_values import Address
 
 
 def test_the_defaults_are_those_of_the_docs(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from config import Address
 from core.errors import BodyTooSlow, PortalError, PortalStopping, RequestMalformed, StartupError
+from core.setting_values import Address
 
 BACKLOG = 1024
 KILLED_PORTAL_SECONDS = 5.0

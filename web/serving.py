@@ -23,8 +23,9 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 
-from config import Address, Settings
+from config import Settings
 from core.errors import PortalError, StartupError
+from core.setting_values import Address
 from web.listeners import BACKLOG, RequestBody, ServerTls, allow_open_files, listen
 
 GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server stops

@@ -18,8 +18,9 @@ from cryptography import x509
 
 from broker.folder import CA_FILE, SERVER_CERTIFICATE_FILE
 from broker.probe import Probe, connect
-from config import Address, Settings
+from config import Settings
 from core.errors import PortalError
+from core.setting_values import Address
 from operations.doctor.base import SECONDS, Finding, Installation, certificate_of, problem, warning, well
 from operations.outside_certificates import broker_certificate, https_certificate
 

@@ -15,8 +15,8 @@ import pytest
 
 from broker import probe
 from broker.probe import CERTIFICATE_REVOKED, Probe, ProbeCertificate, ProbeCertificates
-from config import Address
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
+from core.setting_values import Address
 from tests.support.mosquitto import short_folder
 from tests.support.pki import Pki
 

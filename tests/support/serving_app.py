@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from config import Address, Settings
+from config import Settings
 from core.errors import PortalError, StartupError
+from core.setting_values import Address
 from web.serving import Listener, serve
 
 BIG = 20 * 1024 * 1024

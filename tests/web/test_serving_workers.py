@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from config import Address
 from core.errors import StartupError
+from core.setting_values import Address
 from tests.support.deployment import wait_until
 from tests.support.serving_process import Server, children, facts, request, running
 from tests.support.sockets import waiting

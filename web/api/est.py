@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote
 
-from config import EndOfPrevious, Network
+from config import EndOfPrevious
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, NotFound, PortalError, RequestMalformed
+from core.setting_values import Network
 from pki import est as pki_est
 from pki.est import EnrolmentRequest
 from store.audit import Actor

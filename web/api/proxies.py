@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from config import Network
+from core.setting_values import Network
 
 MAX_HOPS = 16
 # One element of Forwarded; others of its parameters are of no interest. A quoted comma makes an element unreadable.
