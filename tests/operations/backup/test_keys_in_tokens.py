@@ -104,15 +104,20 @@ def test_what_is_restored_to_the_same_folder_keeps_its_keys(settings: Settings, 
     assert not list(settings.ca_dir.glob("*before-restore*"))
 
 
-def named_nowhere(folder: Path, _uri: TokenUri, _tokens: SoftTokens) -> Settings:
+def named_nowhere(folder: Path, _uri: TokenUri, _patch: pytest.MonkeyPatch) -> Settings:
     return settings_for(folder)
 
 
-def in_another_token(folder: Path, uri: TokenUri, tokens: SoftTokens) -> Settings:
-    return in_token(folder, replace(tokens.create(), object=uri.object))
+def in_another_token(folder: Path, uri: TokenUri, patch: pytest.MonkeyPatch) -> Settings:
+    """On a machine with one token, which has the label of the lost one."""
+    others = folder.with_name("other tokens")
+    others.mkdir()
+    tokens = SoftTokens(others).set_up()
+    patch.setenv("SOFTHSM2_CONF", tokens.environment["SOFTHSM2_CONF"])
+    return in_token(folder, replace(tokens.create(uri.token), object=uri.object))
 
 
-def without_its_pin(folder: Path, uri: TokenUri, _tokens: SoftTokens) -> Settings:
+def without_its_pin(folder: Path, uri: TokenUri, _patch: pytest.MonkeyPatch) -> Settings:
     return in_token(folder, replace(uri, pin_file=Path("/nonexistent/pin")))
 
 
@@ -126,16 +131,16 @@ def without_its_pin(folder: Path, uri: TokenUri, _tokens: SoftTokens) -> Setting
 )
 def test_without_the_token_nothing_is_restored(
     settings: Settings,
-    soft_tokens: SoftTokens,
     uri: TokenUri,
     elsewhere: Path,
     file: Path,
     clock: Clock,
-    where: Callable[[Path, TokenUri, SoftTokens], Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    where: Callable[[Path, TokenUri, pytest.MonkeyPatch], Settings],
     sentence: str,
 ) -> None:
     copied(settings, file, clock)
-    target = where(elsewhere, uri, soft_tokens)
+    target = where(elsewhere, uri, monkeypatch)
     with pytest.raises(CaKeyUnavailable, match=f"{sentence}.* bring it here") as refusal:
         put_back(target, file, clock, replace=False)
     assert "nothing was changed" in refusal.value.detail
