@@ -113,6 +113,14 @@ def package_credentials(
             password,
             name=credentials.device_id,
         )
+    in_zip = bundle_format is BundleFormat.ZIP
+    return write_archive(
+        _entries(credentials, password, in_zip=in_zip), password.encode(), modified_at=now.astimezone(UTC)
+    )
+
+
+def _entries(credentials: Credentials, password: str, *, in_zip: bool) -> list[Entry]:
+    """Return the files of a ZIP, which encrypts those that are not public, or else has the key encrypted in itself."""
     blanks = {
         "device_id": credentials.device_id,
         "host": credentials.broker_host,
@@ -121,7 +129,6 @@ def package_credentials(
         "topic": f"{shlex.quote(credentials.example_topic)} {'-v' if credentials.example_reads else '-m hello'} -q 1",
     }
     secret, public = 0o600, 0o644
-    in_zip = bundle_format is BundleFormat.ZIP
     key = credentials.key_pem if in_zip else encrypted_pem(credentials.key_pem, password)
     portal_ca, protection = credentials.portal_ca_pem.encode(), PROTECTED if in_zip else KEY_PROTECTED
     readme = README.format(**blanks, portal_ca=PORTAL_CA if portal_ca else "", protection=protection)
@@ -136,7 +143,7 @@ def package_credentials(
     ]
     if in_zip:
         entries.append(Entry("SHA256SUMS", _sums(entries), public, encrypted=True))
-    return write_archive(entries, password.encode(), modified_at=now.astimezone(UTC))
+    return entries
 
 
 def _sums(entries: Sequence[Entry]) -> bytes:

@@ -121,14 +121,18 @@ def restore(
                 now=now,
                 done=done,
             )
-            if same and ROOT_KEY in backup.small_files("ca") and not (settings.ca_dir / ROOT_KEY).exists():
-                done.notes.append(
-                    "The root key was not restored: it is in the backup, but was moved out of this data folder."
-                )
+            _note_root_key_left_out(plan)
             _restore_database(plan)
             # The generations are of another history now: the guard's journal cannot be continued by what has changed.
             settings.broker_file(RECORD_FILE).unlink(missing_ok=True)
             return done
+
+
+def _note_root_key_left_out(plan: _Plan) -> None:
+    if plan.same and ROOT_KEY in plan.backup.small_files("ca") and not (plan.settings.ca_dir / ROOT_KEY).exists():
+        plan.done.notes.append(
+            "The root key was not restored: it is in the backup, but was moved out of this data folder."
+        )
 
 
 def _restore_database(plan: _Plan) -> None:
