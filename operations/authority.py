@@ -29,7 +29,8 @@ from store import audit, generations
 from store import issuers as store_issuers
 from store.audit import Actor
 from workflows.authority import outer, rollover
-from workflows.authority.issuers import ROOT_CRL_DAYS, RecordedIssuer, RevokedEntries, crl_is_due, next_crl
+from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
+from workflows.authority.issuers import ROOT_CRL_DAYS, RecordedIssuer
 
 log = logging.getLogger("portal.jobs")
 

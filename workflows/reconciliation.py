@@ -34,7 +34,8 @@ from store.devices import kind_of
 from store.generations import BrokerStateRecord
 from store.issuers import CrlHead, CrlRecord
 from workflows import events
-from workflows.authority.issuers import Authority, Issuers, RevokedEntries, crl_is_due, next_crl
+from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
+from workflows.authority.issuers import Authority, Issuers
 from workflows.authority.own import replace_revoked_probe
 from workflows.events import EventType
 from workflows.restarts import LEAST_SPACING, BrokerRestarts

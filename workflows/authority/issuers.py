@@ -1,4 +1,4 @@
-"""The portal's CAs as the database knows them, with the keys that sign, and their next CRLs (RFC 5280 section 5)."""
+"""The portal's CAs as the database knows them, with the keys that sign."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -19,13 +19,13 @@ from config import Settings
 from core.errors import CaKeyUnavailable, PortalError
 from core.states import IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
-from pki.crl import sign_crl
-from pki.issuers import CLOCK_SKEW, Issuer, Reason
+from pki.issuers import Issuer
 from pki.keys.contract import CaKeys
 from pki.outer_chain import decode_above
 from store import issuers as store_issuers
 from store.database import Database
-from store.issuers import CrlHead, CrlRecord, IssuerRecord, RevokedCertificate
+from store.issuers import IssuerRecord
+from workflows.authority.crls import RevokedEntries, next_crl
 
 log = logging.getLogger("portal.authority")
 
@@ -272,99 +272,3 @@ def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str
                     tx, row_id, root_issuer, None, RevokedEntries(), days=ROOT_CRL_DAYS, generation=0, now=now
                 )
                 store_issuers.put_crl(tx, tenant_id, crl)
-
-
-# --- Certificate revocation lists ---------------------------------------------------------------------------------
-
-
-class RevokedEntries:
-    """The encoded CRL entries of certificates revoked for good, kept from one CRL to the next.
-
-    What is revoked stays so, with its date and reason, until it expires: an entry is read and encoded once, and what
-    is known here is never wrong, only incomplete. The database's count tells whether it is complete. A process that
-    comes to it late, or missed something, reads what it lacks.
-    Those on hold can return with another date after a resumption: they are read each time.
-    """
-
-    def __init__(self) -> None:
-        self._of: dict[int, _Known] = {}  # by issuer
-
-    @property
-    def are_unread(self) -> bool:
-        """Return whether no issuer's entries have been read yet."""
-        return not self._of
-
-    def listed(
-        self, tx: Connection, issuer_id: int, *, generation: int, now: datetime
-    ) -> Sequence[x509.RevokedCertificate]:
-        """Return the entries of the issuer's CRL: revoked or on hold, not expired at ``now`` (RFC 5280 section 3.3).
-
-        ``generation`` is that of the state which the transaction sees.
-        """
-        known = self._of.setdefault(issuer_id, _Known({}, 0, now))
-        if known.generation and known.at <= now:
-            for row_id in store_issuers.revoked_ids(tx, issuer_id, after=known.at, until=now):
-                known.encoded.pop(row_id, None)
-            for entry in store_issuers.revoked_since(tx, issuer_id, known.generation, now=now):
-                known.encoded[entry.id] = _encode(entry)
-        if len(known.encoded) != store_issuers.count_revoked(tx, issuer_id, now=now) or known.at > now:
-            known.complete(tx, issuer_id, now)
-        known.generation, known.at = generation, now
-        held = store_issuers.held_certificates(tx, issuer_id, now=now)
-        return [*known.encoded.values(), *map(_encode, held)]
-
-
-@dataclass(slots=True)
-class _Known:
-    """Entries of one issuer by the certificates' rows, as of a generation (0: of none yet) and a time."""
-
-    encoded: dict[int, x509.RevokedCertificate]
-    generation: int
-    at: datetime
-
-    def complete(self, tx: Connection, issuer_id: int, now: datetime) -> None:
-        """Read the entries that are missing, and drop those that have expired."""
-        wanted = set(store_issuers.revoked_ids(tx, issuer_id, after=now))
-        for row_id in self.encoded.keys() - wanted:
-            del self.encoded[row_id]
-        for entry in store_issuers.revoked_certificates(tx, sorted(wanted - self.encoded.keys())):
-            self.encoded[entry.id] = _encode(entry)
-
-
-def _encode(entry: RevokedCertificate) -> x509.RevokedCertificate:
-    return ca.revoke_certificate(entry.serial_number, entry.revoked_at - CLOCK_SKEW, Reason(entry.reason))
-
-
-def crl_is_due(crl: CrlHead | None, *, changed_at: int, now: datetime) -> bool:
-    """Return whether a new CRL is due: the first, after a change, at half its life, or if the clock was moved."""
-    if crl is None or changed_at > crl.generation:
-        return True
-    half = crl.this_update + (crl.next_update - crl.this_update) / 2
-    return not crl.this_update <= now < half
-
-
-def next_crl(
-    tx: Connection,
-    issuer_id: int,
-    issuer: Issuer,
-    previous: CrlHead | None,
-    entries: RevokedEntries,
-    *,
-    days: int,
-    generation: int,
-    now: datetime,
-) -> CrlRecord:
-    """Sign the issuer's next CRL from what the transaction sees, without expired certificates.
-
-    thisUpdate is ``CLOCK_SKEW`` early, but rises with each CRL as long as the clock lets it. It is never in the future:
-    a broker given a CRL that is not yet valid refuses every connection.
-    """
-    now = now.replace(microsecond=0)
-    this_update = now - CLOCK_SKEW
-    if previous is not None:
-        this_update = min(max(this_update, previous.this_update + timedelta(seconds=1)), now)
-    next_update = now + timedelta(days=days)
-    number = 1 if previous is None else previous.number + 1
-    listed = entries.listed(tx, issuer_id, generation=generation, now=now)
-    der = sign_crl(issuer, listed, number=number, this_update=this_update, next_update=next_update)
-    return CrlRecord(issuer_id, number, this_update, next_update, generation, der)

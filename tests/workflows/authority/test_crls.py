@@ -21,7 +21,7 @@ from operations.wiring import Portal
 from pki.issuers import CLOCK_SKEW
 from store import issuers
 from store.tables import Certificate
-from workflows.authority.issuers import RevokedEntries, next_crl
+from workflows.authority.crls import RevokedEntries, next_crl
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 _SERIALS = itertools.count(0xC0FFEE0000)
