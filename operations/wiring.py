@@ -211,7 +211,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),
         approvals=Approvals(settings, database, clock),
-        inventory=Inventory(settings, database, reconciler.sign_crls, follower.contact, base.broker),
+        inventory=Inventory(settings, database, reconciler.crls.sign_put_off, follower.contact, base.broker),
         operators=Operators(database, Throttle(folder / "attempts", settings.login_failures), clock),
         audit_log=base.audit_log,
         webhooks=base.webhooks,

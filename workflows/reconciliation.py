@@ -15,7 +15,6 @@ from cryptography import x509
 from sqlalchemy.engine import Connection
 
 from broker.control import DeviceAccess, Draft, RestartReason
-from broker.crl import Trust
 from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
@@ -26,17 +25,14 @@ from core.files import FileLock
 from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, is_device_id
 from pki.client_certificates import common_name
-from pki.encoding import PemOfSuccessors
 from store import devices, generations
-from store import issuers as store_issuers
 from store.database import Database
 from store.devices import kind_of
 from store.generations import BrokerStateRecord
-from store.issuers import CrlHead, CrlRecord
+from store.issuers import CrlRecord
 from workflows import events
-from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
+from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
-from workflows.authority.own import replace_revoked_probe
 from workflows.events import EventType
 from workflows.restarts import LEAST_SPACING, BrokerRestarts
 
@@ -116,13 +112,10 @@ class Reconciler:
             settings, lambda deadline: broker.waits(probe_certificates, deadline), self._active_devices
         )
         self._lock = FileLock(settings.data_dir / ".pass.lock")
-        self._crl_lock = FileLock(settings.data_dir / ".crl.lock")  # taken after the other one
+        self.crls = CrlPublication(settings, database, authority, broker, probe_certificates, clock, tenant_id)
         self._counting = threading.Lock()
         self._begun = 0
         self._last: tuple[int, Outcome] = (0, Outcome(0, 0))
-        self._revoked = RevokedEntries()
-        self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
-        self._crl_writers: dict[int, PemOfSuccessors] = {}  # by issuer
         self._woken = threading.Event()
         self._last_problem = ("", 0.0)
         self._announced: set[str] = set()
@@ -246,7 +239,7 @@ class Reconciler:
         if not self._damage():
             return []
         try:
-            with self._lock.hold(self._settings.enforce_timeout), self._crl_lock.hold(self._settings.enforce_timeout):
+            with self._lock.hold(self._settings.enforce_timeout), self.crls.lock.hold(self._settings.enforce_timeout):
                 return self._damage()
         except LockUnavailable as error:
             return [error.detail]
@@ -257,30 +250,6 @@ class Reconciler:
         if not problems and (files.installed_generation() or 0) < enforced:
             return [f"{self._settings.broker_dir} is older than generation {enforced}, which was in force."]
         return problems
-
-    def take_off_crls(self) -> None:
-        """Give the broker CRLs without what is revoked no more: until then TLS refuses a device that was resumed."""
-        try:
-            self.publish_crls(at_once=True)
-        except PortalError as error:  # the job does it within minutes
-            log.warning("a CRL was not published at once", extra={"problem": error.detail})
-
-    def publish_crls(self, *, at_once: bool = False) -> None:
-        """Sign the CRLs that were put off, give them to the broker, and see that it refuses by them if it has them."""
-        control = self._broker.control
-        if not control.publishes_crls:
-            return
-        with self._crl_lock.hold(self._settings.enforce_timeout):
-            issuers, _ = self._sign_due()
-            published = control.publish_crls(self._trust(issuers), at_once=at_once)
-        if published and self._broker.reachable():
-            self._broker.probe(self._probe_certificates, time.monotonic() + self._settings.enforce_timeout)
-
-    def sign_crls(self) -> None:
-        """Sign the CRLs that were put off, for somebody who asks for them."""
-        if self._broker.control.publishes_crls:
-            with self._crl_lock.hold(self._settings.enforce_timeout):
-                self._sign_due()
 
     def broker_answers(self) -> bool:
         """Return whether the broker runs and answers on its internal listener."""
@@ -296,7 +265,7 @@ class Reconciler:
 
     def run_requested(self, stopping: threading.Event) -> None:
         """Run the reconciliations that ``wake`` asks for until ``stopping`` is set; the body of a thread."""
-        self._read_ahead()
+        self.crls.read_ahead()
         interval, ended = 0.0, time.monotonic()
         while not stopping.is_set():
             if not self._woken.wait(timeout=1.0):
@@ -311,7 +280,7 @@ class Reconciler:
                 state = self._state()
                 if state.applied_generation < state.generation:
                     self.apply(state.generation, timeout=self._settings.enforce_timeout)
-                self.publish_crls()
+                self.crls.publish()
                 self.restart_if_due()
             except TokenUnavailable:  # which is logged once; when it is back, the CRLs do not wait for the next change
                 self._woken.set()
@@ -322,20 +291,6 @@ class Reconciler:
                 log.exception("reconciliation failed")
             ended = time.monotonic()
             interval = max(INTERVAL_SECONDS, ended - started)
-
-    def _read_ahead(self) -> None:
-        """Read what the CRLs list before the first revocation has to: for 100,000 entries that takes a second."""
-        entries = RevokedEntries()
-        try:
-            with self._database.snapshot() as tx:
-                generation, now = generations.get_broker_state(tx, self._tenant_id).generation, self._clock()
-                for recorded in self._authority.seen_by(tx).with_crl():
-                    entries.listed(tx, recorded.id, generation=generation, now=now)
-        except PortalError as error:
-            log.warning("the CRLs' entries were not read ahead", extra={"problem": error.detail})
-            return
-        if self._revoked.are_unread:  # else a reconciliation was quicker, and works with those that it has read
-            self._revoked = entries
 
     # --- One reconciliation
 
@@ -454,8 +409,7 @@ class Reconciler:
             puts_off = not with_crls and draft.puts_off_crls(issuers.ca_pem.encode())
             crls: Sequence[CrlRecord] = ()
             if not puts_off:
-                with self._crl_lock.hold(self._settings.enforce_timeout):
-                    issuers, crls = self._sign_due()
+                issuers, crls = self.crls.sign_due()
             return _Target(state, draft, disconnected, revoked, narrowed, crls, issuers, puts_off, in_doubt)
         except BaseException:
             if draft is not None:
@@ -470,60 +424,6 @@ class Reconciler:
             return disconnected, revoked, ()
         narrowed = {*generations.narrowed_since(tx, self._tenant_id, since)} - {*disconnected}
         return disconnected, revoked, sorted(narrowed)
-
-    def _sign_due(self) -> tuple[Issuers, Sequence[CrlRecord]]:
-        """Sign the CRLs that are due, and record them; return the issuers and those CRLs. The caller holds the lock."""
-        now = self._clock()
-        signed: list[CrlRecord] = []
-        if not self._broker.control.publishes_crls:
-            self._show_next_crl(now)
-        with self._database.snapshot() as tx:
-            state = generations.get_broker_state(tx, self._tenant_id)
-            changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
-            issuers = self._authority.seen_by(tx)
-            for recorded in issuers.with_crl():
-                previous = store_issuers.get_crl_head(tx, recorded.id)
-                if crl_is_due(previous, changed_at=changed_at[recorded.id], now=now):
-                    signed.append(
-                        next_crl(
-                            tx,
-                            recorded.id,
-                            recorded.issuer,
-                            previous,
-                            self._revoked,
-                            days=self._settings.crl_days,
-                            generation=state.generation,
-                            now=now,
-                        )
-                    )
-        if signed:
-            failpoint("apply.after_crl_signed")
-            with self._database.transaction() as tx:
-                for crl in signed:
-                    store_issuers.put_crl(tx, self._tenant_id, crl)
-            failpoint("apply.after_crl_committed")
-        return issuers, signed
-
-    def _show_next_crl(self, now: datetime) -> None:
-        """If certificates were revoked, have the next CRL list one whose refusal shows that the broker has it."""
-        with self._database.snapshot() as tx:
-            generation = generations.get_broker_state(tx, self._tenant_id).generation
-            changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
-            changed = []
-            for recorded in self._authority.seen_by(tx).with_crl():
-                previous = store_issuers.get_crl_head(tx, recorded.id)
-                if previous is not None and changed_at[recorded.id] > previous.generation:
-                    changed.append(recorded)
-        if changed:
-            replace_revoked_probe(
-                self._database,
-                self._settings,
-                self._tenant_id,
-                changed[-1],
-                self._probe_certificates.revoked,
-                generation=generation,
-                now=now,
-            )
 
     def _complete(
         self, draft: Draft, tx: Connection, state: BrokerStateRecord, issuers: Issuers, now: datetime
@@ -547,23 +447,8 @@ class Reconciler:
         generation = target.state.generation
         if target.puts_off_crls:
             return target.draft.install(generation, None)
-        with self._crl_lock.hold(self._settings.enforce_timeout):
-            return target.draft.install(generation, self._trust(target.issuers))
-
-    def _trust(self, issuers: Issuers) -> Trust:
-        """Return the issuers with the newest CRL of each, encoded once. The caller holds the lock of the CRLs."""
-        pem: dict[CrlHead, bytes] = {}
-        with self._database.snapshot() as tx:
-            for recorded in issuers.with_crl():
-                head = store_issuers.get_crl_head(tx, recorded.id)
-                if head is not None and head not in self._crl_pem:
-                    crl = store_issuers.get_crl(tx, recorded.id)
-                    writer = self._crl_writers.setdefault(recorded.id, PemOfSuccessors("X509 CRL"))
-                    self._crl_pem[head] = b"" if crl is None else writer.pem(crl.der)
-                if head is not None:
-                    pem[head] = self._crl_pem[head]
-        self._crl_pem = pem
-        return Trust(b"".join(pem.values()), issuers.ca_pem.encode())
+        with self.crls.trust(target.issuers) as trust:
+            return target.draft.install(generation, trust)
 
 
 # --- What devices may do ------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class DeviceRevocations:
             failpoint("resume.before_commit")
         failpoint("resume.after_commit")
         answer = self._enforced([written])[0]
-        self._reconciler.take_off_crls()
+        self._reconciler.crls.take_off()
         return answer
 
     def act(
@@ -156,7 +156,7 @@ class DeviceRevocations:
             failpoint("actions.after_commit")
         answers = dict(zip(written, self._enforced([*written.values()]), strict=True))
         if action is Action.RESUME:
-            self._reconciler.take_off_crls()
+            self._reconciler.crls.take_off()
         for device_id, answer in answers.items():
             if isinstance(answer, Revoked):
                 _count(written[device_id], answer, started)

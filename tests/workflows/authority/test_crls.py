@@ -170,11 +170,11 @@ def test_a_process_reads_what_is_revoked_before_it_has_to_sign(portal: Portal, m
     issuing = portal.authority.issuing.id
     with portal.database.transaction() as tx:
         add_certificate(tx, issuing, reason="superseded")
-    monkeypatch.setattr(portal.reconciler, "_revoked", RevokedEntries())
+    monkeypatch.setattr(portal.reconciler.crls, "_revoked", RevokedEntries())
     stopping = threading.Event()
     stopping.set()
     portal.reconciler.run_requested(stopping)
-    read_ahead = portal.reconciler._revoked
+    read_ahead = portal.reconciler.crls._revoked
     monkeypatch.setattr(issuers, "revoked_certificates", lambda *_: pytest.fail("they were known"))
     with portal.database.snapshot() as tx:
         assert read_ahead.listed(tx, issuing, generation=1, now=portal.clock())

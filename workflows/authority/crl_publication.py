@@ -1,0 +1,174 @@
+"""Signs the CRLs that are due, and gives them to the broker where that needs no reconciliation."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+
+from broker.crl import Trust
+from broker.probe import ProbeCertificates
+from broker_provisioning import BrokerProvisioning
+from config import Settings
+from core.errors import PortalError
+from core.failpoints import failpoint
+from core.files import FileLock
+from pki.encoding import PemOfSuccessors
+from store import generations
+from store import issuers as store_issuers
+from store.database import Database
+from store.issuers import CrlHead, CrlRecord
+from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
+from workflows.authority.issuers import Authority, Issuers
+from workflows.authority.own import replace_revoked_probe
+
+log = logging.getLogger("portal.reconciliation")
+
+
+class CrlPublication:
+    """Signs CRLs, one process at a time, and publishes them; what they list is kept from one to the next.
+
+    ``lock`` is held meanwhile; who needs that of the reconciliations, too, takes that first.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        authority: Authority,
+        broker: BrokerProvisioning,
+        probe_certificates: ProbeCertificates,
+        clock: Callable[[], datetime],
+        tenant_id: str,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._authority = authority
+        self._broker = broker
+        self._probe_certificates = probe_certificates
+        self._clock = clock
+        self._tenant_id = tenant_id
+        self.lock = FileLock(settings.data_dir / ".crl.lock")
+        self._revoked = RevokedEntries()
+        self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
+        self._crl_writers: dict[int, PemOfSuccessors] = {}  # by issuer
+
+    def take_off(self) -> None:
+        """Give the broker CRLs without what is revoked no more: until then TLS refuses a device that was resumed."""
+        try:
+            self.publish(at_once=True)
+        except PortalError as error:  # the job does it within minutes
+            log.warning("a CRL was not published at once", extra={"problem": error.detail})
+
+    def publish(self, *, at_once: bool = False) -> None:
+        """Sign the CRLs that were put off, give them to the broker, and see that it refuses by them if it has them."""
+        control = self._broker.control
+        if not control.publishes_crls:
+            return
+        with self.lock.hold(self._settings.enforce_timeout):
+            issuers, _ = self._sign_due()
+            published = control.publish_crls(self._trust(issuers), at_once=at_once)
+        if published and self._broker.reachable():
+            self._broker.probe(self._probe_certificates, time.monotonic() + self._settings.enforce_timeout)
+
+    def sign_put_off(self) -> None:
+        """Sign the CRLs that were put off, for somebody who asks for them."""
+        if self._broker.control.publishes_crls:
+            with self.lock.hold(self._settings.enforce_timeout):
+                self._sign_due()
+
+    def sign_due(self) -> tuple[Issuers, Sequence[CrlRecord]]:
+        """Sign the CRLs that are due, and record them; return the issuers and those CRLs."""
+        with self.lock.hold(self._settings.enforce_timeout):
+            return self._sign_due()
+
+    @contextmanager
+    def trust(self, issuers: Issuers) -> Iterator[Trust]:
+        """Give the issuers with the newest CRL of each, while nobody else signs or publishes one."""
+        with self.lock.hold(self._settings.enforce_timeout):
+            yield self._trust(issuers)
+
+    def read_ahead(self) -> None:
+        """Read what the CRLs list before the first revocation has to: for 100,000 entries that takes a second."""
+        entries = RevokedEntries()
+        try:
+            with self._database.snapshot() as tx:
+                generation, now = generations.get_broker_state(tx, self._tenant_id).generation, self._clock()
+                for recorded in self._authority.seen_by(tx).with_crl():
+                    entries.listed(tx, recorded.id, generation=generation, now=now)
+        except PortalError as error:
+            log.warning("the CRLs' entries were not read ahead", extra={"problem": error.detail})
+            return
+        if self._revoked.are_unread:  # else a reconciliation was quicker, and works with those that it has read
+            self._revoked = entries
+
+    def _sign_due(self) -> tuple[Issuers, Sequence[CrlRecord]]:
+        """Sign the CRLs that are due, and record them; return the issuers and those CRLs. The caller holds the lock."""
+        now = self._clock()
+        signed: list[CrlRecord] = []
+        if not self._broker.control.publishes_crls:
+            self._show_next_crl(now)
+        with self._database.snapshot() as tx:
+            state = generations.get_broker_state(tx, self._tenant_id)
+            changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
+            issuers = self._authority.seen_by(tx)
+            for recorded in issuers.with_crl():
+                previous = store_issuers.get_crl_head(tx, recorded.id)
+                if crl_is_due(previous, changed_at=changed_at[recorded.id], now=now):
+                    signed.append(
+                        next_crl(
+                            tx,
+                            recorded.id,
+                            recorded.issuer,
+                            previous,
+                            self._revoked,
+                            days=self._settings.crl_days,
+                            generation=state.generation,
+                            now=now,
+                        )
+                    )
+        if signed:
+            failpoint("apply.after_crl_signed")
+            with self._database.transaction() as tx:
+                for crl in signed:
+                    store_issuers.put_crl(tx, self._tenant_id, crl)
+            failpoint("apply.after_crl_committed")
+        return issuers, signed
+
+    def _show_next_crl(self, now: datetime) -> None:
+        """If certificates were revoked, have the next CRL list one whose refusal shows that the broker has it."""
+        with self._database.snapshot() as tx:
+            generation = generations.get_broker_state(tx, self._tenant_id).generation
+            changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
+            changed = []
+            for recorded in self._authority.seen_by(tx).with_crl():
+                previous = store_issuers.get_crl_head(tx, recorded.id)
+                if previous is not None and changed_at[recorded.id] > previous.generation:
+                    changed.append(recorded)
+        if changed:
+            replace_revoked_probe(
+                self._database,
+                self._settings,
+                self._tenant_id,
+                changed[-1],
+                self._probe_certificates.revoked,
+                generation=generation,
+                now=now,
+            )
+
+    def _trust(self, issuers: Issuers) -> Trust:
+        """Return the issuers with the newest CRL of each, encoded once. The caller holds the lock of the CRLs."""
+        pem: dict[CrlHead, bytes] = {}
+        with self._database.snapshot() as tx:
+            for recorded in issuers.with_crl():
+                head = store_issuers.get_crl_head(tx, recorded.id)
+                if head is not None and head not in self._crl_pem:
+                    crl = store_issuers.get_crl(tx, recorded.id)
+                    writer = self._crl_writers.setdefault(recorded.id, PemOfSuccessors("X509 CRL"))
+                    self._crl_pem[head] = b"" if crl is None else writer.pem(crl.der)
+                if head is not None:
+                    pem[head] = self._crl_pem[head]
+        self._crl_pem = pem
+        return Trust(b"".join(pem.values()), issuers.ca_pem.encode())
