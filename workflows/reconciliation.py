@@ -11,26 +11,23 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from cryptography import x509
 from sqlalchemy.engine import Connection
 
-from broker.control import DeviceAccess, Draft, RestartReason
+from broker.control import Draft, RestartReason
 from broker.probe import ProbeCertificates
-from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
+from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core import metrics
 from core.errors import BrokerUnavailable, LockUnavailable, PortalError, TokenUnavailable, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
-from core.states import ClientKind, DeviceStatus
-from core.topics import Access, Topic, is_device_id
-from pki.client_certificates import common_name
 from store import devices, generations
 from store.database import Database
 from store.devices import kind_of
 from store.generations import BrokerStateRecord
 from store.issuers import CrlRecord
 from workflows import events
+from workflows.access import complete_draft
 from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
 from workflows.events import EventType
@@ -403,7 +400,7 @@ class Reconciler:
                 state = generations.get_broker_state(tx, self._tenant_id)
                 draft = self._broker.draft(state.applied_generation)
                 issuers = self._authority.seen_by(tx)
-                self._complete(draft, tx, state, issuers, self._clock())
+                complete_draft(draft, tx, self._tenant_id, issuers, self._clock())
                 failpoint("apply.after_snapshot")
                 disconnected, revoked, narrowed = self._sessions_to_end(tx, since=state.applied_generation)
             puts_off = not with_crls and draft.puts_off_crls(issuers.ca_pem.encode())
@@ -425,18 +422,6 @@ class Reconciler:
         narrowed = {*generations.narrowed_since(tx, self._tenant_id, since)} - {*disconnected}
         return disconnected, revoked, sorted(narrowed)
 
-    def _complete(
-        self, draft: Draft, tx: Connection, state: BrokerStateRecord, issuers: Issuers, now: datetime
-    ) -> None:
-        """Add to the broker's next generation all that has changed since the one that it is based on."""
-        since, every = draft.since, draft.lists_every_device
-        for change in generations.acl_changes(tx, self._tenant_id, since=since, defaults=every):
-            update_access(draft, change)
-        if draft.lists_certificates:
-            names = {recorded.id: recorded.issuer.certificate.subject.public_bytes() for recorded in issuers.issuers}
-            for revoked in generations.certificate_changes(tx, self._tenant_id, since=since, now=now):
-                _revoke_certificate(draft, names[revoked.issuer_id], revoked)
-
     def _install(self, target: _Target) -> bool:
         """Write it for the broker; return whether that has the CRLs now, and not only what the draft says."""
         if target.draft.closed:
@@ -449,40 +434,3 @@ class Reconciler:
             return target.draft.install(generation, None)
         with self.crls.trust(target.issuers) as trust:
             return target.draft.install(generation, trust)
-
-
-# --- What devices may do ------------------------------------------------------------------------------------------
-
-
-def update_access(access: DeviceAccess, change: generations.AclChange) -> None:
-    """Let a device use its topics, or deny it everything, as its status says."""
-    own = None
-    if change.topics is not None:
-        own = tuple(Topic(pattern, Access(allowed)) for pattern, allowed in change.topics)
-    suspended = change.status is DeviceStatus.SUSPENDED
-    if change.status is DeviceStatus.REVOKED or (suspended and not access.keeps_suspended):
-        remove_device_acl(access, change.device_id)
-    elif suspended or change.status is DeviceStatus.ACTIVE:
-        if change.kind is ClientKind.APPLICATION:
-            access.grant_application(change.device_id, own or ())
-        else:
-            add_device_acl(access, change.device_id, own)
-    else:
-        access.forget(change.device_id)
-
-
-def _revoke_certificate(draft: Draft, issuer: bytes, revoked: generations.RevokedShown) -> None:
-    """Refuse a revoked certificate, and one that is no device's by the identity in it, too."""
-    identity = revoked.device_id or _identity_in(revoked.der)
-    draft.revoke_certificate(issuer, revoked.serial_number, identity, is_probe=revoked.purpose == "canary")
-    if revoked.device_id is None and identity is not None:
-        remove_device_acl(draft, identity)
-
-
-def _identity_in(der: bytes) -> str | None:
-    """Return the identity in a certificate; ``None`` if a restore knew only the serial number."""
-    try:
-        identity = common_name(x509.load_der_x509_certificate(der))
-    except ValueError:
-        return None
-    return identity if is_device_id(identity) else None

@@ -23,7 +23,7 @@ from core.states import ON_CRL, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, warning, well
 from store import devices, generations, issuers
 from store.tables import Certificate
-from workflows.reconciliation import update_access
+from workflows.access import update_access
 
 _REPAIRS = "A running portal writes the file again within seconds: check that it runs, and its log."
 _PENDING = "See the line 'generation'."
