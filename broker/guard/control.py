@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-from broker.capath import FILE_MODE
 from broker.control import PresenceReports
 from broker.crl import Trust, issuing_certificates
-from broker.folder import CA_FILE, CRL_FILE, BrokerFolder
 from broker.guard import journal
+from broker.guard.access import GuardAccess
+from broker.guard.folder import GuardFiles
 from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position
 from broker.guard.presence import GuardReports
 from broker.probe import Resumption
@@ -30,10 +29,9 @@ from broker.session import (
     unavailable,
 )
 from config import Settings
-from core.broker_control import JOURNAL_FILE, ControlKind
-from core.errors import BrokerNotEnforcing, BrokerUnavailable, ProjectionInvalid, TopicRefused
+from core.broker_control import ControlKind
+from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.failpoints import failpoint
-from core.topics import Topic, check_application_topics, check_topics, expand, is_device_id
 
 TOPIC = "portal/guard"  # below it the portal asks the guard; the answer is the reason code of PUBACK
 GUARD_VERSION = 2  # of the plugin
@@ -48,150 +46,6 @@ CRL_CHANGES = 100
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _REASON_SECONDS = 0.5  # to ask, after the deadline, why there is no proof
 _COMPACTED_AT = 4  # times its size when it was begun, or of 1 MiB
-
-
-class GuardFiles(BrokerFolder):
-    """The broker's folder with the journal, and with CRLs and CAs that the running broker reads by itself."""
-
-    _RECORDED = (CA_FILE, CRL_FILE)
-
-    def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
-        super().__init__(settings, clock)
-        self.journal = settings.broker_file(JOURNAL_FILE)
-        self._verified: tuple[int, ...] = ()  # the journal's inode, size and times when its end was last checked
-        self._problem: str | None = None
-
-    def install(self, generation: int, trust: Trust, stated: Mapping[str, Any]) -> None:
-        """Write CRLs, CAs and the record, which says ``stated`` besides."""
-        self._write(generation, {CA_FILE: trust.ca, CRL_FILE: trust.crl}, stated)
-
-    def check(self, generation: int, trust: Trust) -> None:
-        """Raise ``ProjectionInvalid`` if the broker must not get ``trust``, or has a newer generation already."""
-        self._check(generation, trust)
-        self._check_order(generation)
-
-    def check_trust(self, generation: int, trust: Trust) -> None:
-        """Raise ``ProjectionInvalid`` if the broker must not get ``trust``."""
-        self._check(generation, trust)
-
-    def check_follows(self, generation: int) -> None:
-        """Raise ``ProjectionInvalid`` if the journal or the record is of a newer generation."""
-        self._check_order(generation)
-
-    def installed_generation(self) -> int | None:
-        """Return the generation of the record, or of the journal, of which the record may lag behind."""
-        recorded, position = super().installed_generation(), self.position()
-        return recorded if recorded is None or position is None else max(recorded, position.generation)
-
-    def position(self) -> Position | None:
-        """Return where the journal ends, ``None`` if it is missing or damaged."""
-        try:
-            return read_position(self.journal)
-        except ProjectionInvalid:
-            return None
-
-    def is_readable(self) -> bool:
-        """Return whether the broker may read the journal, by its mode and group."""
-        return self._file_problem(JOURNAL_FILE) is None
-
-    def begin(self, epoch: int) -> NewJournal:
-        """Begin a journal of a new epoch."""
-        try:
-            self._make_folder()
-        except OSError as error:
-            raise BrokerUnavailable(f"{self.journal.parent} cannot be made: {error.strerror}.") from error
-        return NewJournal(self.journal, epoch, mode=FILE_MODE, group=self._group)
-
-    def verify(self) -> str | None:
-        """Check all of the journal; return what is wrong with it."""
-        try:
-            read_position(self.journal, whole=True)
-        except ProjectionInvalid as error:
-            return error.detail
-        return None
-
-    def _other_damage(self) -> str | None:
-        return self._file_problem(JOURNAL_FILE) or self._journal_problem()
-
-    def _journal_problem(self) -> str | None:
-        try:
-            status = self.journal.stat()
-            signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            if signature != self._verified:
-                position = read_position(self.journal)
-                stated = self.stated()
-                older = position.epoch == stated.get("epoch") and position.seq < stated.get("seq", 0)
-                self._problem = f"{self.journal} is an older one." if older else None
-                self._verified = signature
-        except OSError as error:
-            return f"{self.journal} cannot be read: {error.strerror}."
-        except ProjectionInvalid as error:
-            return error.detail
-        return self._problem
-
-
-class LineWriter(Protocol):
-    """Takes the lines of a journal."""
-
-    def add(self, text: str) -> None:
-        """Add a line."""
-
-    def discard(self) -> None:
-        """Drop what was not committed."""
-
-
-class GuardAccess:
-    """What devices and applications may do, as lines of a journal."""
-
-    keeps_suspended = False
-
-    def __init__(self, prefixes: Sequence[str], writer: LineWriter, *, whole: bool) -> None:
-        """Write to ``writer``; ``whole`` if the journal is a new one, which knows no device.
-
-        Below the first of ``prefixes`` are the devices' topics, below all of them what applications may have.
-        """
-        self._prefixes = prefixes
-        self._writer = writer
-        self._whole = whole
-        self._closed: dict[str, str] = {}
-
-    @property
-    def closed(self) -> Mapping[str, str]:
-        """Devices that are denied everything because their topics cannot be granted, each with the reason."""
-        return MappingProxyType(self._closed)
-
-    def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
-        """Allow the device ``topics``, the default ones if ``None``."""
-        _check_id(device_id)
-        if topics is None:
-            self._writer.add(journal.allow_line(device_id))
-        else:
-            self._grant(device_id, lambda: check_topics(topics, device_id=device_id, prefix=self._prefixes[0]))
-
-    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
-        """Allow an application ``topics``, which may cover those of all devices."""
-        _check_id(application_id)
-        self._grant(application_id, lambda: check_application_topics(topics, prefixes=self._prefixes))
-
-    def _grant(self, identity: str, checked: Callable[[], Sequence[Topic]]) -> None:
-        try:
-            filters = [(expand(topic, identity), topic.access) for topic in checked()]
-        except TopicRefused as error:
-            self._closed[identity] = error.detail
-            self.deny(identity)
-            return
-        self._writer.add(journal.allow_line(identity, filters))
-
-    def deny(self, device_id: str) -> None:
-        """Deny the device everything, until it is allowed or forgotten."""
-        _check_id(device_id)
-        self._writer.add(journal.deny_line(device_id))
-
-    def forget(self, device_id: str) -> None:
-        """Make the device unknown: it is refused as any other that is not allowed."""
-        _check_id(device_id)
-        if not self._whole:
-            self._writer.add(journal.forget_line(device_id))
 
 
 class GuardDraft(GuardAccess):
@@ -492,11 +346,6 @@ class GuardControl:
             f"The guard in the broker has not taken over {self.files.journal} in time: see the broker's log, and that"
             " plugin_opt_journal in its configuration names this file."
         )
-
-
-def _check_id(device_id: str) -> None:
-    if not is_device_id(device_id):
-        raise ValueError("a device's id must be a UUID in lower case with hyphens")
 
 
 def _other_version() -> BrokerNotEnforcing:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 
 import db
 from broker.folder import CRL_FILE
-from broker.guard.control import GuardFiles
+from broker.guard.folder import GuardFiles
 from broker.guard.journal import read_access, read_certificates
 from config import Settings
 from core.broker_control import JOURNAL_FILE, RECORD_FILE, ControlKind

@@ -13,7 +13,8 @@ from broker.crl import read_crls
 from broker.files.acl import Acl, number_of
 from broker.files.control import BrokerFiles, FilesControl
 from broker.folder import CRL_FILE
-from broker.guard.control import GuardAccess, GuardControl
+from broker.guard.access import GuardAccess
+from broker.guard.control import GuardControl
 from broker.guard.journal import read_access, read_position
 from broker.session import connect_unix, peer_process
 from broker_provisioning import BrokerProvisioning

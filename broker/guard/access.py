@@ -1,0 +1,80 @@
+"""What devices and applications may do, as the lines of a journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
+
+from broker.guard import journal
+from core.errors import TopicRefused
+from core.topics import Topic, check_application_topics, check_topics, expand, is_device_id
+
+
+class LineWriter(Protocol):
+    """Takes the lines of a journal."""
+
+    def add(self, text: str) -> None:
+        """Add a line."""
+
+    def discard(self) -> None:
+        """Drop what was not committed."""
+
+
+class GuardAccess:
+    """What devices and applications may do, as lines of a journal."""
+
+    keeps_suspended = False
+
+    def __init__(self, prefixes: Sequence[str], writer: LineWriter, *, whole: bool) -> None:
+        """Write to ``writer``; ``whole`` if the journal is a new one, which knows no device.
+
+        Below the first of ``prefixes`` are the devices' topics, below all of them what applications may have.
+        """
+        self._prefixes = prefixes
+        self._writer = writer
+        self._whole = whole
+        self._closed: dict[str, str] = {}
+
+    @property
+    def closed(self) -> Mapping[str, str]:
+        """Devices that are denied everything because their topics cannot be granted, each with the reason."""
+        return MappingProxyType(self._closed)
+
+    def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
+        """Allow the device ``topics``, the default ones if ``None``."""
+        _check_id(device_id)
+        if topics is None:
+            self._writer.add(journal.allow_line(device_id))
+        else:
+            self._grant(device_id, lambda: check_topics(topics, device_id=device_id, prefix=self._prefixes[0]))
+
+    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
+        """Allow an application ``topics``, which may cover those of all devices."""
+        _check_id(application_id)
+        self._grant(application_id, lambda: check_application_topics(topics, prefixes=self._prefixes))
+
+    def _grant(self, identity: str, checked: Callable[[], Sequence[Topic]]) -> None:
+        try:
+            filters = [(expand(topic, identity), topic.access) for topic in checked()]
+        except TopicRefused as error:
+            self._closed[identity] = error.detail
+            self.deny(identity)
+            return
+        self._writer.add(journal.allow_line(identity, filters))
+
+    def deny(self, device_id: str) -> None:
+        """Deny the device everything, until it is allowed or forgotten."""
+        _check_id(device_id)
+        self._writer.add(journal.deny_line(device_id))
+
+    def forget(self, device_id: str) -> None:
+        """Make the device unknown: it is refused as any other that is not allowed."""
+        _check_id(device_id)
+        if not self._whole:
+            self._writer.add(journal.forget_line(device_id))
+
+
+def _check_id(device_id: str) -> None:
+    if not is_device_id(device_id):
+        raise ValueError("a device's id must be a UUID in lower case with hyphens")

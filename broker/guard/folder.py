@@ -1,0 +1,95 @@
+"""The broker's folder with the guard's journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from broker.capath import FILE_MODE
+from broker.crl import Trust
+from broker.folder import CA_FILE, CRL_FILE, BrokerFolder
+from broker.guard.journal import NewJournal, Position, read_position
+from config import Settings
+from core.broker_control import JOURNAL_FILE
+from core.errors import BrokerUnavailable, ProjectionInvalid
+
+
+class GuardFiles(BrokerFolder):
+    """The broker's folder with the journal, and with CRLs and CAs that the running broker reads by itself."""
+
+    _RECORDED = (CA_FILE, CRL_FILE)
+
+    def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
+        super().__init__(settings, clock)
+        self.journal = settings.broker_file(JOURNAL_FILE)
+        self._verified: tuple[int, ...] = ()  # the journal's inode, size and times when its end was last checked
+        self._problem: str | None = None
+
+    def install(self, generation: int, trust: Trust, stated: Mapping[str, Any]) -> None:
+        """Write CRLs, CAs and the record, which says ``stated`` besides."""
+        self._write(generation, {CA_FILE: trust.ca, CRL_FILE: trust.crl}, stated)
+
+    def check(self, generation: int, trust: Trust) -> None:
+        """Raise ``ProjectionInvalid`` if the broker must not get ``trust``, or has a newer generation already."""
+        self._check(generation, trust)
+        self._check_order(generation)
+
+    def check_trust(self, generation: int, trust: Trust) -> None:
+        """Raise ``ProjectionInvalid`` if the broker must not get ``trust``."""
+        self._check(generation, trust)
+
+    def check_follows(self, generation: int) -> None:
+        """Raise ``ProjectionInvalid`` if the journal or the record is of a newer generation."""
+        self._check_order(generation)
+
+    def installed_generation(self) -> int | None:
+        """Return the generation of the record, or of the journal, of which the record may lag behind."""
+        recorded, position = super().installed_generation(), self.position()
+        return recorded if recorded is None or position is None else max(recorded, position.generation)
+
+    def position(self) -> Position | None:
+        """Return where the journal ends, ``None`` if it is missing or damaged."""
+        try:
+            return read_position(self.journal)
+        except ProjectionInvalid:
+            return None
+
+    def is_readable(self) -> bool:
+        """Return whether the broker may read the journal, by its mode and group."""
+        return self._file_problem(JOURNAL_FILE) is None
+
+    def begin(self, epoch: int) -> NewJournal:
+        """Begin a journal of a new epoch."""
+        try:
+            self._make_folder()
+        except OSError as error:
+            raise BrokerUnavailable(f"{self.journal.parent} cannot be made: {error.strerror}.") from error
+        return NewJournal(self.journal, epoch, mode=FILE_MODE, group=self._group)
+
+    def verify(self) -> str | None:
+        """Check all of the journal; return what is wrong with it."""
+        try:
+            read_position(self.journal, whole=True)
+        except ProjectionInvalid as error:
+            return error.detail
+        return None
+
+    def _other_damage(self) -> str | None:
+        return self._file_problem(JOURNAL_FILE) or self._journal_problem()
+
+    def _journal_problem(self) -> str | None:
+        try:
+            status = self.journal.stat()
+            signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            if signature != self._verified:
+                position = read_position(self.journal)
+                stated = self.stated()
+                older = position.epoch == stated.get("epoch") and position.seq < stated.get("seq", 0)
+                self._problem = f"{self.journal} is an older one." if older else None
+                self._verified = signature
+        except OSError as error:
+            return f"{self.journal} cannot be read: {error.strerror}."
+        except ProjectionInvalid as error:
+            return error.detail
+        return self._problem
