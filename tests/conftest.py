@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_databas
 from tests.support.harness import Api, Clock, api_as, copy_with_groups, first_start, settings_for
 from tests.support.mosquitto import short_folder
 from tests.support.statements import compiled_once
+from tests.support.token_fixtures import make_ca_key, soft_tokens, token_server
 
-pytest.register_assert_rewrite("tests.support.token_fixtures")  # some import it, to others it is a plugin
+# Imported here alone: each import of a session's fixture makes another one of it.
+__all__ = ["make_ca_key", "soft_tokens", "token_server"]
 
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
 ON_ONE_DATABASE = {"api", "workflows", "operations"}  # folders of tests, but for those files that try most of the SQL
@@ -40,6 +43,14 @@ def parameters(item: pytest.Item) -> dict[str, object]:
 def _is_twice_apart(item: pytest.Item) -> bool:
     """Whether a test is about keys in a token on PostgreSQL, which have nothing to do with each other."""
     return (parameters(item).get("prepared"), parameters(item).get("key_store")) == ("postgresql", "token")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("both_stores")
+    if marker and "key_store" in metafunc.fixturenames:
+        marks = () if marker.kwargs.get("always") else pytest.mark.long
+        stores = [pytest.param(None, id="file"), pytest.param("token", marks=marks)]
+        metafunc.parametrize("key_store", stores, indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the tests that are marked are left out
@@ -76,15 +87,27 @@ class Prepared:
     environment: Callable[[], dict[str, str]] = dict
 
 
+@pytest.fixture(scope="session")
+def key_store(request: pytest.FixtureRequest) -> str | None:
+    """Where the keys of CAs are: in files (``None``), and for tests marked ``both_stores`` in a token, too."""
+    return getattr(request, "param", None)
+
+
 @pytest.fixture(scope="session", params=DATABASES)
-def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
-    """What every portal of a test is a copy of."""
+def prepared(request: pytest.FixtureRequest, key_store: str | None) -> Iterator[Prepared]:
+    """What every portal of a test is a copy of; in one token, each begins the labels of its keys by itself."""
     folder = short_folder(in_memory=True)
     name = "" if request.param == "sqlite" else create_database()
-    environment = {"PORTAL_DATABASE_URL": url_of(name)} if name else {}
-    first_start(settings_for(folder, **environment))
+    uri = request.getfixturevalue("soft_tokens").create() if key_store else None
+
+    def environment() -> dict[str, str]:
+        if uri is None:
+            return {}
+        return {"PORTAL_CA_KEYS": str(replace(uri, object=secrets.token_hex(8))), "PORTAL_TOKEN_TIMEOUT": "60"}
+
+    first_start(settings_for(folder, **environment(), **({"PORTAL_DATABASE_URL": url_of(name)} if name else {})))
     databases = DatabaseCopies(name) if name else None
-    yield Prepared(folder, databases)
+    yield Prepared(folder, databases, environment)
     shutil.rmtree(folder)
     if databases is not None:
         databases.close()

@@ -21,8 +21,6 @@ from pki.algorithms import KeyType, PrivateKey, private_key_pem, public_key_der,
 from pki.issuers import CLOCK_SKEW, Issuer
 from tests.support.ca_hierarchy import PKI_URL, HeldElsewhere, Hierarchy, MakeKey, make_hierarchy
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
 SECOND = NOW.replace(microsecond=0)
 DEVICE_ID = "3fa85f64-5717-4562-b3fc-2c963f66afa6"

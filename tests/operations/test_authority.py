@@ -23,12 +23,13 @@ from pki.csr import read_csr
 from store import issuers
 from store.issuers import CrlRecord
 from tests.pki.test_conformance import RUN_PKILINT
-from tests.support.ca_stores import key_path, key_store, prepared, soft_tokens  # noqa: F401 - fixtures
-from tests.support.harness import ON_SQLITE, Clock, csr_pem
+from tests.support.harness import ON_SQLITE, Clock, csr_pem, key_path
 from tests.workflows.test_registration import OPERATOR, PUMP, with_fields
 from workflows.authority import issuers as authority_issuers
 from workflows.authority import rollover
 from workflows.renewal import RenewalRequest
+
+pytestmark = pytest.mark.both_stores
 
 
 @pytest.fixture(autouse=True)

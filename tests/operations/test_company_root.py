@@ -40,7 +40,7 @@ from workflows.authority import rollover
 from workflows.authority.issuers import open_authority
 from workflows.renewal import RenewalRequest
 
-pytestmark = ON_SQLITE
+pytestmark = [ON_SQLITE, pytest.mark.both_stores]
 
 OWN, NEXT = "CN=Device Onboarding Issuing CA 1", "CN=Devices"
 ROOT = company_root()

@@ -33,8 +33,6 @@ from tests.support.harness import first_start, settings_for
 from tests.support.mosquitto import short_folder
 from tests.support.tokens import SoftTokens
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 
 @pytest.fixture(scope="module")
 def uri(soft_tokens: SoftTokens) -> TokenUri:

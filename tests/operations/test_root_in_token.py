@@ -20,8 +20,6 @@ from tests.support.harness import Clock, first_start, settings_for
 from tests.support.mosquitto import short_folder
 from tests.support.tokens import SoftTokens
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 
 @pytest.fixture
 def portal(soft_tokens: SoftTokens, clock: Clock) -> Iterator[Portal]:

@@ -50,8 +50,6 @@ PROFILED = {
     ),
 }
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 # pkilint's own command-line tools, started once for all the files; a line of JSON for each.
 RUN_PKILINT = """
 import sys

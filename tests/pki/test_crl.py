@@ -20,8 +20,6 @@ from pki.crl import is_signed_by, sign_crl
 from pki.issuers import Issuer, Reason
 from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, MakeKey, make_hierarchy
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
 SECOND = NOW.replace(microsecond=0)
 

@@ -36,8 +36,6 @@ from pki.ocsp import (
 from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, MakeKey, make_hierarchy
 from tests.support.ocsp import NONCE, SERVICE_LOCATOR, Ocsp, ask, cert_id, extension, integer, nonce, sequence, tlv
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
 SECOND = NOW.replace(microsecond=0)
 SERIAL_NUMBER = 0x4A5B6C

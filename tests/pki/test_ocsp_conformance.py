@@ -21,8 +21,6 @@ from pki.ocsp import GOOD, UNKNOWN, CertStatus, Status
 from tests.support.ca_hierarchy import Hierarchy, MakeKey, make_hierarchy
 from tests.support.ocsp import Ocsp, ask, nonce
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 # pkilint's own command-line tools, started once for all the files; a line of JSON for each.
 RUN_PKILINT = """
 import sys

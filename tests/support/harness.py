@@ -58,6 +58,12 @@ def settings_for(folder: Path, **environment: str) -> Settings:
     return Settings.from_env({"PORTAL_DATA_DIR": str(folder), **ports, **quick, **environment})
 
 
+def key_path(settings: Settings, name: str) -> Path:
+    """The file of a CA's key, or that which says where in a token it is."""
+    (path,) = (path for path in settings.ca_dir.glob(f"{name}.*") if path.name.endswith((".key.pem", ".token.json")))
+    return path
+
+
 def first_start(settings: Settings) -> None:
     """Do as ``flask init`` does, in this process."""
     with contextlib.closing(open_portal(settings)) as portal:

@@ -17,7 +17,6 @@ import requests
 from tests.support.deployment import PLAIN, Deployment, wait_until
 from tests.support.tokens import SoftTokens, TokenServer, client_module
 
-pytest_plugins = ("tests.support.token_fixtures",)
 pytestmark = pytest.mark.system
 
 LIMIT = 2.0  # PORTAL_TOKEN_TIMEOUT

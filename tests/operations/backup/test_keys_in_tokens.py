@@ -32,7 +32,6 @@ from tests.support.mosquitto import short_folder
 from tests.support.tokens import SoftTokens
 from tests.workflows.test_registration import OPERATOR, PUMP
 
-pytest_plugins = ("tests.support.token_fixtures",)
 RECORD = "ca/issuing-1.token.json"
 
 

@@ -26,8 +26,6 @@ from pki.keys.stores import KeyStores
 from pki.keys.tokens import read_record, record_path
 from tests.support.tokens import MODULE, PIN, SoftTokens, TokenServer, client_module, wait_until
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 ROOT = Path(__file__).parents[3]
 PATIENT = 60.0  # seconds, the limit of a request that must succeed on a busy machine
 IMPATIENT = 0.5  # the limit of one that must not

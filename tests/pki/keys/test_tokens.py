@@ -20,8 +20,6 @@ from pki.keys.token_client import Facts, TokenClient
 from pki.keys.tokens import read_record, record_path
 from tests.support.tokens import MODULE, SoftTokens
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 PASSPHRASE = b"a passphrase for tests"
 LIMIT = 60.0  # of a request: it must not end a test on a busy machine
 

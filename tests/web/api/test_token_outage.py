@@ -19,8 +19,6 @@ from tests.support.harness import Api, api_as, first_start, problem_of, settings
 from tests.support.mosquitto import short_folder
 from tests.support.tokens import SoftTokens, TokenServer, client_module, wait_until
 
-pytest_plugins = ("tests.support.token_fixtures",)
-
 
 @pytest.fixture
 def app(soft_tokens: SoftTokens, token_server: TokenServer) -> Iterator[Flask]:

@@ -23,6 +23,8 @@ from store import issuers
 from store.tables import Certificate
 from workflows.authority.crls import RevokedEntries, next_crl
 
+pytestmark = pytest.mark.both_stores
+
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 _SERIALS = itertools.count(0xC0FFEE0000)
 

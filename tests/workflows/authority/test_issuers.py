@@ -14,12 +14,13 @@ from core.errors import CaKeyUnavailable, StateConflict
 from operations.wiring import Portal, open_portal
 from pki.algorithms import KeyType
 from store import certificates
-from tests.support.ca_stores import key_path
-from tests.support.harness import ON_SQLITE, Clock
+from tests.support.harness import ON_SQLITE, Clock, key_path
 from tests.workflows.test_registration import OPERATOR, PUMP
 from workflows.authority import issuers as authority_issuers
 from workflows.authority import rollover
 from workflows.authority.issuers import Issuers
+
+pytestmark = pytest.mark.both_stores
 
 
 @pytest.fixture

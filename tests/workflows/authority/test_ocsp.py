@@ -19,13 +19,14 @@ from config import Settings
 from operations import authority as operations_authority
 from pki import ocsp
 from pki.issuers import CLOCK_SKEW
-from tests.support.ca_stores import key_path
-from tests.support.harness import ON_SQLITE, Api, Clock, api_as
+from tests.support.harness import ON_SQLITE, Api, Clock, api_as, key_path
 from tests.support.ocsp import ask, failure_of, get, issuing_of, nonce, post, read
 from tests.workflows.test_registration import OPERATOR
 from workflows.authority import issuers
 from workflows.authority import ocsp as ocsp_responder
 from workflows.authority.ocsp import RESPONDER_DAYS
+
+pytestmark = pytest.mark.both_stores
 
 TRY_LATER, UNAUTHORIZED = OCSPResponseStatus.TRY_LATER, OCSPResponseStatus.UNAUTHORIZED
 
