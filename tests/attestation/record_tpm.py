@@ -14,12 +14,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,7 +35,6 @@ from tpm2_pytss import (
     TPML_PCR_SELECTION,
     TPMT_SIG_SCHEME,
     TPMT_SYM_DEF,
-    TSS2_Exception,
 )
 from tpm2_pytss.utils import NVReadEK, create_ek_template
 
@@ -47,55 +42,10 @@ from attestation.anchors import Anchor
 from attestation.evidence import Challenge
 from attestation.tpm import challenge_ek
 from pki.algorithms import public_key_der
+from tests.support.swtpm import ISSUER_CERTIFICATE, ROOT_CERTIFICATE, software_tpm
 
 HERE = Path(__file__).parent
 SIGNING = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign"
-CONFIGURATION = """create_certs_tool=/usr/share/swtpm/swtpm-localca
-create_certs_tool_config={0}/localca.conf
-create_certs_tool_options={0}/localca.options
-"""
-CA = "statedir = {0}/ca\nsigningkey = {0}/ca/key.pem\nissuercert = {0}/ca/issuer.pem\ncertserial = {0}/ca/serial\n"
-OPTIONS = "--platform-manufacturer Example\n--platform-version 1\n--platform-model Example\n"
-
-
-@contextmanager
-def running_tpm(folder: Path, name: str, *options: str) -> Iterator[ESAPI]:
-    """A new TPM with an endorsement key certified by the CA in the folder."""
-    state = folder / name
-    for made in (state, folder / "ca"):
-        made.mkdir(exist_ok=True)
-    for file, text in (("setup.conf", CONFIGURATION), ("localca.conf", CA), ("localca.options", OPTIONS)):
-        (folder / file).write_text(text.format(folder))
-    setup: list[str | Path] = [
-        "swtpm_setup",
-        "--tpm2",
-        "--tpmstate",
-        state,
-        "--create-ek-cert",
-        "--pcr-banks",
-        "sha256",
-    ]
-    subprocess.run([*setup, "--config", folder / "setup.conf", *options], check=True, stdout=subprocess.DEVNULL)
-    path = state / "tpm"
-    sockets = ["--server", f"type=unixio,path={path}", "--ctrl", f"type=unixio,path={path}.ctrl"]
-    options = ("--tpmstate", f"dir={state}", "--flags", "not-need-init,startup-clear")
-    process = subprocess.Popen(["swtpm", "socket", "--tpm2", *sockets, *options])
-    try:
-        yield _connected(path, process)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _connected(path: Path, process: subprocess.Popen[bytes]) -> ESAPI:
-    """Wait for the sockets; a connection that is only a test of one would be taken for the one client there is."""
-    sockets = [path, path.with_name("tpm.ctrl")]
-    while process.poll() is None:
-        if all(socket.exists() for socket in sockets):
-            with suppress(TSS2_Exception):  # it does not listen yet
-                return ESAPI(f"swtpm:path={path}")
-        time.sleep(0.02)
-    raise RuntimeError(f"swtpm has ended with status {process.returncode}.")
 
 
 def record(tpm: ESAPI, folder: Path, template: str, key: str, seed: bytes) -> dict[str, object]:
@@ -106,8 +56,8 @@ def record(tpm: ESAPI, folder: Path, template: str, key: str, seed: bytes) -> di
     other, unrestricted = _primary(tpm, f"{key}:{_scheme(key)}:null", SIGNING, ESYS_TR.ENDORSEMENT)
     tpm.flush_context(other)  # a TPM has room for three objects
     device, device_public = _primary(tpm, key, SIGNING, ESYS_TR.OWNER)
-    root = x509.load_pem_x509_certificate((folder / "ca" / "swtpm-localca-rootca-cert.pem").read_bytes())
-    issuer = x509.load_pem_x509_certificate((folder / "ca" / "issuer.pem").read_bytes())
+    root = x509.load_pem_x509_certificate((folder / ROOT_CERTIFICATE).read_bytes())
+    issuer = x509.load_pem_x509_certificate((folder / ISSUER_CERTIFICATE).read_bytes())
     der = root.public_bytes(Encoding.DER)
     now = datetime.now(UTC).replace(microsecond=0)
     public = bytes(ak_public.publicArea.marshal())
@@ -180,9 +130,9 @@ def recordings() -> dict[str, dict[str, object]]:
     """Return what a TPM with an RSA endorsement key made, and what one with an ECC key made."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with running_tpm(folder, "rsa") as tpm:
+        with software_tpm(folder, "rsa") as tcti, ESAPI(tcti) as tpm:
             rsa = record(tpm, folder, "EK-RSA2048", "ecc256", os.urandom(32))
-        with running_tpm(folder, "ecc", "--ecc") as tpm:
+        with software_tpm(folder, "ecc", "--ecc") as tcti, ESAPI(tcti) as tpm:
             ecc = record(tpm, folder, "EK-HIGH-ECC384", "rsa2048", os.urandom(32))
     return {"rsa-ek": rsa, "ecc-ek": ecc}
 
