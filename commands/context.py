@@ -256,6 +256,7 @@ class ProfileName(click.ParamType[str]):
 PROFILE = click.option(
     "--profile", type=ProfileName(), metavar="NAME", help="Certificate profile; see portal profile list."
 )
+EXTERNAL_ID = click.option("--external-id", metavar="TEXT", help="Your own id for the device, which no other one has.")
 YES = click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
 
 

@@ -84,6 +84,7 @@ filter_options = option_group(
         metavar="TIME",
         help="Only devices whose certificate expires before a date, a time, or days from now (30d).",
     ),
+    click.option("--external-id", metavar="TEXT", help="Only the device with this external id."),
     _connection_flag("--connected", "Only devices that are connected to the broker now."),
     _connection_flag("--offline", "Only devices seen before that are not connected."),
     _connection_flag("--never-seen", "Only devices that were never connected."),

@@ -11,6 +11,7 @@ import click
 
 from commands.context import (
     DEVICE_ID,
+    EXTERNAL_ID,
     PROFILE,
     YES,
     Remote,
@@ -312,6 +313,7 @@ def _show_manufacturer(portal: Remote, answer: dict[str, Any], *, done: str = ""
     "--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces the default topics. Repeatable."
 )
 @PROFILE
+@EXTERNAL_ID
 def expect(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: str | None) -> None:
     """Add a device that will enrol by itself later."""
     body: dict[str, Any] = {**_given(options), "metadata": metadata_from(metadata)}

@@ -30,6 +30,7 @@ from commands.bundle import (
 from commands.client import check_link, new_idempotency_key
 from commands.context import (
     DEVICE_ID,
+    EXTERNAL_ID,
     PROFILE,
     Remote,
     check_secret_seen,
@@ -118,6 +119,7 @@ issuing_options = option_group(
     help="MQTT topic filter, and read, write or readwrite; {id} is replaced by the device id. Repeatable.",
 )
 @PROFILE
+@EXTERNAL_ID
 @issuing_options
 def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: Any) -> None:
     """Register a device: certificate, topics, credential bundle.

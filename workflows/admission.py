@@ -13,14 +13,14 @@ import db
 from broker.files.acl import check_style
 from config import Settings
 from core.broker_control import AclStyle, ControlKind
-from core.errors import GuardNeeded
+from core.errors import ExternalIdTaken, GuardNeeded
 from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, check_application_topics, check_topics, default_topics
 from pki.profiles import DEFAULT
 from store import audit, deliveries, keys, names
 from store.audit import Actor
 from store.deliveries import NewDelivery
-from store.devices import update_device
+from store.devices import device_with_external_id, update_device
 from store.keys import KeyClaim
 from store.names import NameClaim
 from store.profiles import hold_profile
@@ -106,9 +106,28 @@ def add_pending(
     *,
     now: datetime,
 ) -> None:
-    """Add a device that has no certificate yet; ``admit`` makes it active later. Raises ``ProfileRefused``."""
+    """Add a device that has no certificate yet; ``admit`` makes it active later.
+
+    Raises ``ExternalIdTaken``, ``ProfileRefused``.
+    """
     profile_id = hold_profile(tx, tenant_id, request.profile)
+    if request.external_id is not None:
+        audit.lock_audit_head(tx, tenant_id)  # as in an admission
+        check_external_id(tx, tenant_id, request.external_id)
     db.add_devices(tx, [_new_device(tenant_id, device_id, request, topics, profile_id, now)])
+
+
+def check_external_id(tx: Connection, tenant_id: str, external_id: str | None) -> None:
+    """Raise ``ExternalIdTaken`` if there is a device with this external id, ``None`` for none."""
+    device_id = None if external_id is None else device_with_external_id(tx, tenant_id, external_id)
+    if device_id is None:
+        return
+    if db.get_device(tx, tenant_id, device_id).status is DeviceStatus.REVOKED:
+        raise ExternalIdTaken(
+            f"The external_id is that of device {device_id}, which is revoked; free it for a successor by PATCH of that"
+            " device with external_id null (portal update --free-external-id), or give another."
+        )
+    raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
 
 
 def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance], *, now: datetime) -> Sequence[int]:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 import db
 from config import Settings
 from core import metrics
-from core.errors import ExternalIdTaken, StateConflict
+from core.errors import StateConflict
 from core.failpoints import failpoint
 from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, default_topics, reads_less
@@ -25,9 +25,9 @@ from pki.profiles import CertificateTerms
 from store import audit
 from store.audit import Actor
 from store.database import Database
-from store.devices import device_topics, device_with_external_id, update_device
+from store.devices import device_topics, update_device
 from store.profiles import hold_profile
-from workflows.admission import Admission, admit, checked_topics
+from workflows.admission import Admission, admit, check_external_id, checked_topics
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
@@ -74,9 +74,8 @@ class Registrations:
             else:
                 answer, generation = self._register(actor, request, None)
         except IntegrityError:
-            if request.external_id is not None:
-                with self._database.snapshot() as tx:
-                    self._check_free(tx, actor.tenant_id, request.external_id)
+            with self._database.snapshot() as tx:
+                check_external_id(tx, actor.tenant_id, request.external_id)
             raise
         if answer.certificate is not None:
             self._reconciler.wait_until_granted(generation)
@@ -84,18 +83,6 @@ class Registrations:
             self._reconciler.wake()
         failpoint("register.before_answer")
         return answer
-
-    @staticmethod
-    def _check_free(tx: Connection, tenant_id: str, external_id: str) -> None:
-        device_id = device_with_external_id(tx, tenant_id, external_id)
-        if device_id is None:
-            return
-        if db.get_device(tx, tenant_id, device_id).status is DeviceStatus.REVOKED:
-            raise ExternalIdTaken(
-                f"The external_id is that of device {device_id}, which is revoked; free it for a successor by PATCH"
-                " of that device with external_id null, or give another."
-            )
-        raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
 
     def _register(self, actor: Actor, request: DeviceRequest, sealed: Sealed | None) -> tuple[Registered, int]:
         now = self._clock()
@@ -118,8 +105,7 @@ class Registrations:
         )
 
         def record(tx: Connection) -> int:
-            if request.external_id is not None:
-                self._check_free(tx, actor.tenant_id, request.external_id)
+            check_external_id(tx, actor.tenant_id, request.external_id)
             admitted = admit(tx, actor, [admission], style=self._settings.granting_style, now=now)
             if sealed is not None:
                 self._answers.keep(tx, sealed, answer.to_json(), device_id=device_id, generation=admitted.generation)

@@ -103,14 +103,16 @@ def test_a_cursor_that_repeats_ends_the_list(session: Session, stub: PortalStub)
 
 def test_filters_reach_the_portal(session: Session, stub: PortalStub) -> None:
     session.run(
-        "list", "--status", "active", "--type", "t", "--location", "l", "--q", "x", "--expires-before", "2027-01-31"
-    )
+        "list", "--status", "active", "--type", "t", "--location", "l", "--q", "x", "--expires-before", "2027-01-31",
+        "--external-id", "SN-1",
+    )  # fmt: skip
     assert stub.requests[0].query == {
         "status": "active",
         "type": "t",
         "location": "l",
         "q": "x",
         "expires_before": "2027-01-31T00:00:00Z",
+        "external_id": "SN-1",
         "limit": "50",
     }
     session.run("list", "--expires-before", "30d")

@@ -48,11 +48,11 @@ def test_an_enrolment_token_is_written_to_a_file_or_to_json(session: Session, st
 def test_a_token_can_be_for_one_expected_device(session: Session, stub: PortalStub) -> None:
     stub.replies["POST", "/devices"] = Reply(201, {"device_id": DEVICE, "status": "pending"})
     options = ("--type", "pump", "--location", "hall 1", "--firmware", "1", "--topic", "devices/{id}/up:write")
-    result = session.run("expect", "pump-9", *options, "--metadata", "line=4")
+    result = session.run("expect", "pump-9", *options, "--metadata", "line=4", "--external-id", "SN-9")
     assert f"--device {DEVICE}" in result.stderr
     body = stub.requests[-1].body
     assert body["topics"] == [{"filter": "devices/{id}/up", "access": "write"}]
-    assert body["metadata"] == {"line": "4"}
+    assert (body["metadata"], body["external_id"]) == ({"line": "4"}, "SN-9")
     stub.replies["POST", "/enrolment-tokens"] = Reply(201, TOKEN | {"device_id": DEVICE, "token": "en_secret"})
     session.json("enrolment", "create", "pump-9", "--device", DEVICE)
     assert stub.requests[-1].body == {"name": "pump-9", "device_id": DEVICE}

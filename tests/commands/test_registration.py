@@ -38,6 +38,8 @@ def test_a_registration_sends_what_was_given(session: Session, stub: PortalStub)
         "ed25519",
         "--days",
         "9",
+        "--external-id",
+        "SN-7",
     )
     (request,) = stub.calls("POST", "/register")
     assert request.body == {
@@ -49,6 +51,7 @@ def test_a_registration_sends_what_was_given(session: Session, stub: PortalStub)
         "topics": [{"filter": "devices/{id}/a:b", "access": "write"}],
         "key_type": "ed25519",
         "validity_days": 9,
+        "external_id": "SN-7",
     }
 
 

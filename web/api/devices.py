@@ -76,6 +76,7 @@ class PendingRequest(RequestModel):
     metadata: Metadata = Field(default_factory=dict)
     topics: Topics | None = None
     profile: ProfileName | None = None
+    external_id: ExternalId | None = None
 
 
 class RegisterRequest(PendingRequest):
@@ -86,7 +87,6 @@ class RegisterRequest(PendingRequest):
     validity_days: Annotated[int, Field(ge=1, le=36500), WholeNumber] | None = None
     bundle_password: BundlePassword | None = None
     bundle_format: BundleFormatName | None = None
-    external_id: ExternalId | None = None
 
 
 class OfDevice(AnswerModel):

@@ -240,6 +240,7 @@ class ManufacturerList(AnswerModel):
     "/devices",
     Permission.CHANGE,
     Answers("The device is pending", model=DecisionAnswer, status=201, headers={"Location": "The device's path"}),
+    errors=(409,),
 )
 def expect_device(call: Call, body: PendingRequest) -> Reply:
     """Register a device that will enrol by itself."""

@@ -245,6 +245,11 @@ class Batches:
                 f"The external_id is that of device {device.id}, which is revoked; free it for a successor by PATCH"
                 " of that device with external_id null (portal update --free-external-id), or give the row another."
             )
+        if device.status is DeviceStatus.PENDING:
+            raise StateConflict(
+                f"The external_id is that of device {device.id}, which is expected to enrol by itself; leave the row"
+                " out, or give it another."
+            )
         topics = checked_topics(self._settings, request.topics, device.id)
         same = {
             name: getattr(request, name) == getattr(device, name) for name in ("name", "type", "location", "firmware")

@@ -36,7 +36,10 @@ class Approvals:
     _clock: Callable[[], datetime]
 
     def expect(self, actor: Actor, request: DeviceRequest) -> str:
-        """Add a device that is to enrol by itself, and return its id; raises ``TopicRefused``."""
+        """Add a device that is to enrol by itself, and return its id.
+
+        Raises ``ExternalIdTaken``, ``ProfileRefused``, ``TopicRefused``.
+        """
         now = self._clock()
         device_id = db.new_device_id(now)
         topics = checked_topics(self._settings, request.topics, device_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from tests.support.est import certificates_of, device
 from tests.support.harness import Api, problem_of
 
 ROW = {"name": "000451", "type": "meter", "location": "Site 9", "firmware": "2.1", "external_id": "SN-000451"}
@@ -40,6 +41,22 @@ def test_the_external_id_of_a_revoked_device_passes_to_its_successor_in_a_regist
     assert "free it" in problem_of(api.post("/register", pump), 409, "external_id_taken")["detail"]
     api.patch(f"/devices/{old}", {"external_id": None})
     assert api.post("/register", pump).status_code == 201
+
+
+def test_a_device_that_is_expected_to_enrol_has_an_external_id_of_its_own(api: Api) -> None:
+    api.post("/profiles", {"name": "plant-4", "serial_number": "{external_id}"})
+    expected = ROW | {"profile": "plant-4"}
+    device_id = api.post("/devices", expected).json["device_id"]
+    assert api.get(f"/devices/{device_id}").json["external_id"] == "SN-000451"
+    for path in ("/devices", "/register"):
+        assert device_id in problem_of(api.post(path, expected), 409, "external_id_taken")["detail"]
+    assert (upload(api)["code"], len(api.get("/devices").json["devices"])) == ("state_conflict", 1)
+    [certificate] = certificates_of(device(api, device_id=device_id).enrol())
+    assert "2.5.4.5=SN-000451" in certificate.subject.rfc4514_string()
+    api.post(f"/revoke/{device_id}")
+    assert "free it" in problem_of(api.post("/devices", expected), 409, "external_id_taken")["detail"]
+    api.patch(f"/devices/{device_id}", {"external_id": None})
+    assert api.post("/devices", expected).status_code == 201
 
 
 def test_a_device_that_is_not_revoked_cannot_lose_its_external_id(api: Api) -> None:
