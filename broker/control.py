@@ -180,6 +180,10 @@ class BrokerControl(Protocol):
     def publishes_crls(self) -> bool:
         """Whether drafts put off CRLs, which ``publish_crls`` gives to the broker."""
 
+    @property
+    def crls_are_due(self) -> bool:
+        """Whether CRLs were put off that the running broker should have by now."""
+
     def publish_crls(self, trust: Trust, *, at_once: bool = False) -> bool:
         """Write the newest CRLs for the broker's next start; return whether the running one has them now, too.
 

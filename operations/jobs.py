@@ -269,6 +269,7 @@ JOBS = (
     Job("expiry", 30.0, expire, final=True),
     Job("probe", 60.0, probe_broker),
     Job("failed probe", 2.0, probe_again),
+    Job("CRLs put off", 2.0, lambda portal: portal.reconciler.crls.publish_due()),
     Job("CRLs for the broker", 60.0, lambda portal: portal.reconciler.crls.publish()),
     Job("refusals", 60.0, lambda portal: portal.operators.record_the_rest(portal.tenant_id)),
     Job("responder renewal", 60.0, lambda portal: portal.responder.certificates.renew()),

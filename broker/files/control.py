@@ -233,7 +233,7 @@ class FilesControl:
         self._acl.settle()
         return trust is not None
 
-    publishes_crls = False
+    publishes_crls = crls_are_due = False
     narrows_at_once = False  # after the restart the broker asks before it hands over what it has kept for a session
     clears_retained = False  # the ACL gives the portal no device's topics
 

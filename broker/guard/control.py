@@ -183,7 +183,7 @@ class GuardControl:
             writer.add(journal.portal_line(self._password_hash()))
         position = writer.commit(generation)
         self._distrusted = False
-        due = urgent or not issuers <= known or self._is_crl_due(position, before, trust)
+        due = urgent or not issuers <= known or self._is_crl_due(position, before, len(trust.crl))
         published = due and self.files.publish(trust)
         stated = {
             "style": self._settings.acl_style,
@@ -201,9 +201,17 @@ class GuardControl:
         self.files.install(generation, trust, stated)
         return published
 
-    def _is_crl_due(self, position: Position, before: Mapping[str, Any], trust: Trust) -> bool:
+    @property
+    def crls_are_due(self) -> bool:
+        """Whether CRLs were put off, and their pause is over; see ``broker.control.BrokerControl``."""
+        stated, position = self.files.stated(), self.files.position()
+        if position is None or position.seq <= _whole(stated.get("crl_seq")):
+            return False
+        return self._is_crl_due(position, stated, self.files.crl_size())
+
+    def _is_crl_due(self, position: Position, before: Mapping[str, Any], size: int) -> bool:
         since = self._now() - _whole(before.get("crl_at"))
-        pause = min(CRL_SECONDS, len(trust.crl) / CRL_BYTES_A_SECOND)
+        pause = min(CRL_SECONDS, size / CRL_BYTES_A_SECOND)
         return not 0 <= since < pause or position.seq - _whole(before.get("crl_seq")) >= CRL_CHANGES
 
     publishes_crls = True
@@ -218,7 +226,7 @@ class GuardControl:
         if position.generation < _whole(stated.get("generation")):
             return False
         self.files.check_trust(position.generation, trust)
-        due = at_once or self._is_crl_due(position, stated, trust)
+        due = at_once or self._is_crl_due(position, stated, len(trust.crl))
         if due:
             stated = {**stated, "crl_at": self._now(), "crl_seq": position.seq}
         published = due and self.files.publish(trust)

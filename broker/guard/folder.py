@@ -55,6 +55,13 @@ class GuardFiles(BrokerFolder):
         except ProjectionInvalid:
             return None
 
+    def crl_size(self) -> int:
+        """Return the size in bytes of the CRLs for the broker's next start, 0 if there are none."""
+        try:
+            return self.journal.with_name(CRL_FILE).stat().st_size
+        except OSError:
+            return 0
+
     def is_readable(self) -> bool:
         """Return whether the broker may read the journal, by its mode and group."""
         return self._file_problem(JOURNAL_FILE) is None

@@ -34,6 +34,7 @@ from tests.support.harness import Clock
 from tests.support.pki import Pki
 from tests.workflows.test_events import recorded, subscribe
 from tests.workflows.test_registration import OPERATOR, PUMP
+from workflows.authority.crl_publication import CrlPublication
 from workflows.reconciliation import Reconciler
 
 
@@ -87,6 +88,18 @@ def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> No
     crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
     assert crl.next_update_utc is not None
     assert (crl.next_update_utc - clock()).days >= portal.settings.crl_days - 1
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_crls_that_were_put_off_follow_when_the_broker_may_have_them(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch, due: bool
+) -> None:
+    published: list[CrlPublication] = []
+    monkeypatch.setattr(CrlPublication, "publish", lambda crls: published.append(crls))
+    monkeypatch.setattr(type(portal.broker.control), "crls_are_due", due)
+    (job,) = (job for job in jobs.JOBS if job.name == "CRLs put off")
+    job.run(portal)
+    assert published == ([portal.reconciler.crls] if due else [])
 
 
 def test_after_a_long_downtime_the_first_renewal_makes_everything_current(portal: Portal, clock: Clock) -> None:

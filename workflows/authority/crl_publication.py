@@ -62,6 +62,11 @@ class CrlPublication:
         except PortalError as error:  # the job does it within minutes
             log.warning("a CRL was not published at once", extra={"problem": error.detail})
 
+    def publish_due(self) -> None:
+        """Publish the CRLs that were put off, once the broker may have them."""
+        if self._broker.control.crls_are_due:
+            self.publish()
+
     def publish(self, *, at_once: bool = False) -> None:
         """Sign the CRLs that were put off, give them to the broker, and see that it refuses by them if it has them."""
         control = self._broker.control

@@ -505,6 +505,18 @@ def test_a_crl_that_nothing_followed_is_published_by_the_job(place: Place) -> No
     assert place.control.files.damage() == []
 
 
+def test_a_short_crl_that_was_put_off_is_due_after_seconds_and_once(place: Place) -> None:
+    place.install()
+    place.append(deny(1))
+    due = [place.control.crls_are_due]
+    place.now += timedelta(seconds=10)
+    due.append(place.control.crls_are_due)
+    place.control.publish_crls(place.trust())
+    place.now += timedelta(seconds=10)
+    due.append(place.control.crls_are_due)
+    assert due == [False, True, False]
+
+
 def test_a_crl_that_was_put_off_is_there_for_the_next_start(place: Place) -> None:
     place.install()
     place.append(deny(1))
