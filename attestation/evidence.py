@@ -27,7 +27,7 @@ class EvidenceType(StrEnum):
     EAT_JWT = "eat-jwt"
     EAT_CWT = "eat-cwt"
     PSA = "psa"
-    TPM = "tpm"
+    TPM = "tpm2"
 
 
 @dataclass(frozen=True, slots=True)
