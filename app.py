@@ -24,6 +24,7 @@ from operations import commands, jobs
 from operations.wiring import Portal, open_portal, utc_now
 from web.api import (
     applications,
+    attestation,
     audit,
     bulk,
     devices,
@@ -46,7 +47,21 @@ gc.enable()
 
 log = logging.getLogger("portal.request")
 
-_RESOURCES = (devices, bulk, lifecycle, applications, pki, profiles, enrolment, est, tokens, audit, webhooks, operation)
+_RESOURCES = (
+    devices,
+    bulk,
+    lifecycle,
+    applications,
+    pki,
+    profiles,
+    enrolment,
+    est,
+    attestation,
+    tokens,
+    audit,
+    webhooks,
+    operation,
+)
 _DESCRIBED = [route for resource in _RESOURCES for route in resource.ROUTES]
 ROUTES = (*_DESCRIBED, *operation.description_of(_DESCRIBED))
 _ON_PKI_LISTENER = frozenset(route.name for route in ROUTES if route.on_pki_listener)

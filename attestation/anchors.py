@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key, load_pem_public_key
 
 from attestation.refusals import (
     AlgorithmRefused,
@@ -22,9 +22,9 @@ from attestation.refusals import (
     SignatureInvalid,
     SignerCertificateRefused,
 )
-from core.errors import KeyRefused
+from core.errors import AttestationPolicyInvalid, KeyRefused
 from pki import foreign
-from pki.algorithms import PublicKey, check_public_key
+from pki.algorithms import PublicKey, check_public_key, public_key_der
 from pki.client_certificates import MAX_CERTIFICATE_BYTES, is_issued_by, is_permitted_by
 from pki.encoding import failing_as
 from pki.foreign import ForeignCertificate
@@ -74,6 +74,32 @@ class EvidenceSigner:
     key: PublicKey
     anchor: Anchor
     certificate: ForeignCertificate | None = None
+
+
+def read_anchor(pem: str, identifier: bytes = b"", *, now: datetime | None) -> Anchor:
+    """Read a trust anchor that is to be registered: one certificate, or one public key, in PEM.
+
+    Raises ``AttestationPolicyInvalid`` if it cannot be read, its key is not of an accepted kind, or it is not valid
+    ``now``; with ``None`` it may have expired.
+    """
+    unreadable = AttestationPolicyInvalid("An anchor is neither one certificate nor one public key in PEM.")
+    try:
+        if "BEGIN PUBLIC KEY" in pem:
+            with failing_as(unreadable):
+                key = load_pem_public_key(pem.encode())
+            return Anchor(public_key_der(check_public_key(key)), False, identifier)
+        with failing_as(unreadable):
+            [loaded] = x509.load_pem_x509_certificates(pem.encode())
+            certificate = foreign.read_certificate(loaded.public_bytes(Encoding.DER))
+            key = certificate.strict.public_key()
+        check_public_key(key)
+    except KeyRefused as error:
+        raise AttestationPolicyInvalid(f"The key of an anchor is not accepted. {error.detail}") from error
+    if identifier:
+        raise AttestationPolicyInvalid("An identifier goes with a public key; leave it out for a certificate.")
+    if now is not None and not is_valid_at(certificate, now):
+        raise AttestationPolicyInvalid("The certificate of an anchor has expired or is not valid yet.")
+    return Anchor(certificate.der, True)
 
 
 def signers(

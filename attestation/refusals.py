@@ -100,6 +100,24 @@ class NonceMismatch(AttestationRefused):
     code = "attestation_nonce_mismatch"
 
 
+class NonceUnknown(AttestationRefused):
+    """The nonce was not given to whoever presents it now, or has expired long ago."""
+
+    code = "attestation_nonce_unknown"
+
+
+class NonceSpent(AttestationRefused):
+    """The nonce was presented before."""
+
+    code = "attestation_nonce_used"
+
+
+class NonceExpired(AttestationRefused):
+    """The nonce has expired."""
+
+    code = "attestation_nonce_expired"
+
+
 class EvidenceTooOld(AttestationRefused):
     """The evidence says that it was made too long ago, or has expired."""
 

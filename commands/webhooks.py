@@ -31,6 +31,7 @@ EVENTS = (
     "broker_pending",
     "broker_enforced",
     "broker_restart",
+    "attestation_failed",
     "link_reused",
     "application_registered",
     "application_renewed",

@@ -10,6 +10,7 @@
           KeyRefused
             KeyCompromised
         TopicRefused  ManufacturerInvalid  ProofInvalid  ProfileInvalid  ProfileRefused
+        AttestationPolicyInvalid
       BodyTooLarge                        413
         RowTooLong  TooManyRows
       BodyTooSlow                         408
@@ -132,6 +133,15 @@ class ProofInvalid(InputInvalid):
     """The proof of possession of a CA's key is invalid."""
 
     code = "proof_invalid"
+
+
+class AttestationPolicyInvalid(InputInvalid):
+    """An appraisal policy has trust anchors that cannot be used, or none."""
+
+    code = "attestation_policy_invalid"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, [FieldProblem("attestation.anchors", detail)])
 
 
 class BodyTooLarge(PortalError):

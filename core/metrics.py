@@ -62,6 +62,9 @@ class Counts:
         self.renewals = counter(
             "portal_renewals", "Further certificates for devices, by who requested them: operator, device.", "by"
         )
+        self.attestations = counter(
+            "portal_attestations", "Evidence of devices, by verdict: passed, failed (admitted), refused.", "verdict"
+        )
         self.bulk_rows = counter("portal_bulk_rows", "Rows of bulk uploads, by outcome.", "outcome")
         self.revocations = counter("portal_revocations", "Devices revoked.")
         self.enforce_seconds = histogram(

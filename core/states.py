@@ -96,6 +96,17 @@ class ManufacturerStatus(StrEnum):
     REMOVED = "removed"
 
 
+class AttestationVerdict(StrEnum):
+    """What the evidence of a device has shown.
+
+    ``outdated``: it satisfied the appraisal policy when it was shown, and would not satisfy that of today.
+    """
+
+    PASSED = "passed"
+    FAILED = "failed"
+    OUTDATED = "outdated"
+
+
 class EventDeliveryStatus(StrEnum):
     """State of an event on its way to one webhook; ``dead`` after the last attempt failed."""
 

@@ -76,6 +76,7 @@ def _state(portal: Portal) -> generations.BrokerStateRecord:
 def expire(portal: Portal) -> None:
     """Revoke certificates whose overlap has ended, destroy bundles whose links have expired, delete old records."""
     prune_events(portal)
+    portal.nonces.sweep()
     while portal.renewals.end_overlaps(portal.tenant_id):
         pass
     now = portal.clock()

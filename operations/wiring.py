@@ -27,6 +27,9 @@ from store.database import Database
 from store.tables import DEFAULT_TENANT
 from store.tenants import TokenRecord
 from workflows import events
+from workflows.attestation.appraisal import DeviceAttestations
+from workflows.attestation.nonces import AttestationNonces
+from workflows.attestation.policies import AttestationPolicies
 from workflows.audit import AuditLog, open_audit_log
 from workflows.authority.issuers import Authority, open_authority
 from workflows.authority.keys import open_keys
@@ -98,6 +101,9 @@ class Portal:
     enrolment_tokens: EnrolmentTokens
     manufacturers: Manufacturers
     approvals: Approvals
+    nonces: AttestationNonces
+    attestations: DeviceAttestations
+    attestation_policies: AttestationPolicies
     inventory: Inventory
     operators: Operators
     audit_log: AuditLog
@@ -187,6 +193,8 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
     settings, clock, tenant_id, database = base.settings, base.clock, base.tenant_id, base.database
     authority, reconciler, folder = base.authority, base.reconciler, settings.data_dir
     credentials, links = CredentialIssuer(settings, authority, base.link_keys), base.link_keys
+    throttle, nonces = Throttle(folder / "attempts", settings.login_failures), AttestationNonces(database, clock)
+    attestations = DeviceAttestations(database, nonces, throttle, clock)
     answers = KeptAnswers(database, base.pepper, clock)
     clients = TlsClients(settings, database, authority, clock)
     follower = PresenceFollower(settings, database, base.broker, clock, tenant_id)
@@ -204,15 +212,18 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         bulk=_bulk(base, credentials),
         deliveries=Deliveries(settings, database, reconciler, links, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
-        renewals=Renewals(settings, database, reconciler, credentials, answers, clock),
+        renewals=Renewals(settings, database, reconciler, credentials, answers, attestations, clock),
         clients=clients,
         profiles=CertificateProfiles(database, clock),
-        enrolment=_enrolments(base, credentials),
+        enrolment=_enrolments(base, credentials, attestations),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),
         approvals=Approvals(settings, database, clock),
+        nonces=nonces,
+        attestations=attestations,
+        attestation_policies=AttestationPolicies(database),
         inventory=Inventory(settings, database, reconciler.crls.sign_put_off, follower.contact, base.broker),
-        operators=Operators(database, Throttle(folder / "attempts", settings.login_failures), clock),
+        operators=Operators(database, throttle, clock),
         audit_log=base.audit_log,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, base.sender, clock),
@@ -230,10 +241,10 @@ def _bulk(base: _Foundation, credentials: CredentialIssuer) -> Bulk:
     return Bulk(base.settings, base.reconciler, processes, batches)
 
 
-def _enrolments(base: _Foundation, credentials: CredentialIssuer) -> Enrolments:
+def _enrolments(base: _Foundation, credentials: CredentialIssuer, attestations: DeviceAttestations) -> Enrolments:
     first = FirstEnrolments(base.settings, base.database, credentials, base.clock)
     again = Reenrolments(base.database, base.reconciler, credentials, base.clock)
-    return Enrolments(base.database, base.reconciler, first, again)
+    return Enrolments(base.database, base.reconciler, first, again, attestations)
 
 
 def _responder(base: _Foundation) -> Responder:

@@ -25,7 +25,8 @@ class EnrolmentProfile:
 
     ``name_template`` is its name with ``{number}`` and ``{serial}`` to be filled in; ``approval`` is ``at_once`` or
     ``operator``; ``validity_days`` is ``None`` for what the certificate profile says, which is given by its name;
-    ``repeated_serial`` says what becomes of a device with another key whose serial number has enrolled before.
+    ``repeated_serial`` says what becomes of a device with another key whose serial number has enrolled before;
+    ``attestation_policy_id`` is ``None`` if evidence is not looked at.
     """
 
     type: str
@@ -37,6 +38,7 @@ class EnrolmentProfile:
     approval: Approval
     repeated_serial: RepeatedSerial
     certificate_profile: str = DEFAULT
+    attestation_policy_id: str | None = None
 
 
 _PROFILE_FIELDS = len(dataclasses.fields(EnrolmentProfile))

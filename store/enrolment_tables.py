@@ -29,6 +29,8 @@ class _Profile:
     repeated_serial: Mapped[states.RepeatedSerial] = mapped_column(server_default="new_device")
     # The certificate profile of the devices; ``NULL`` for the default one.
     profile_id: Mapped[str | None] = mapped_column(sa.String(32), sa.ForeignKey("certificate_profiles.id"))
+    # ``NULL`` if evidence is not looked at.
+    attestation_policy_id: Mapped[str | None] = mapped_column(sa.String(32), sa.ForeignKey("attestation_policies.id"))
 
 
 class EnrolmentToken(OfTenant, _Profile, Base):

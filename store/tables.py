@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core import states
-from store import enrolment_tables, profile_tables  # noqa: F401 - so that METADATA has every table
+from store import attestation_tables, enrolment_tables, profile_tables  # noqa: F401 - so that METADATA has every table
 from store.columns import BigId, OfTenant, one_of, partial_index
 from store.database import Base
 
@@ -153,6 +153,7 @@ class Device(OfTenant, Base):
         partial_index("ix_devices_own_topics", "tenant_id", "generation", where="own_topics"),
         partial_index("ix_devices_out", "tenant_id", "generation", where="status IN ('revoked', 'suspended')"),
         partial_index("ix_devices_applications", "tenant_id", "created_at", "id", where="kind = 'application'"),
+        partial_index("ix_devices_attested", "tenant_id", "attested", "created_at", "id", where="attested IS NOT NULL"),
         partial_index("ix_devices_profile", "profile_id", where="profile_id IS NOT NULL"),
     )
 
@@ -181,6 +182,8 @@ class Device(OfTenant, Base):
     )
     # The certificate profile; ``NULL`` for the default one.
     profile_id: Mapped[str | None] = mapped_column(sa.String(32), sa.ForeignKey("certificate_profiles.id"))
+    # The verdict of its attestation, beside its row in ``attestations`` so that lists have an index for it.
+    attested: Mapped[states.AttestationVerdict | None]
 
 
 class Presence(OfTenant, Base):

@@ -25,6 +25,7 @@ from store.keys import KeyClaim
 from store.names import NameClaim
 from store.profiles import hold_profile
 from workflows import events
+from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, record_result
 from workflows.credentials import DeviceRequest, IssuedCredentials
 from workflows.events import EventType
 
@@ -34,7 +35,8 @@ class Issuance:
     """Credentials that a device is given, with what event and audit entry say of them.
 
     ``name`` is the device's; ``action`` is that of the audit entry, and ``detail`` is in it beside the serial number.
-    The credentials can be those of an application, by its ``kind``.
+    The credentials can be those of an application, by its ``kind``. ``attestation`` is what came of the evidence for
+    their key.
     """
 
     credentials: IssuedCredentials
@@ -43,6 +45,7 @@ class Issuance:
     action: str
     detail: Mapping[str, Any] = field(default_factory=dict)
     kind: ClientKind = ClientKind.DEVICE
+    attestation: Appraised = NOT_APPRAISED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +157,18 @@ def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance]
     if events.has_subscribers(tx):
         for issuance in issuances:
             _record_event(tx, actor.tenant_id, issuance, now)
+    for issuance in issuances:
+        record_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.name, issuance.attestation, now=now)
     acts = [
         (
             issuance.action,
             f"{issuance.kind}:{issuance.credentials.device_id}",
-            {"serial_number": issuance.credentials.serial_number, **issuance.detail, **_of_profile(issuance)},
+            {
+                "serial_number": issuance.credentials.serial_number,
+                **issuance.detail,
+                **_of_profile(issuance),
+                **issuance.attestation.audit_detail(),
+            },
         )
         for issuance in issuances
     ]

@@ -102,6 +102,13 @@ class Inventory:
             state = generations.get_broker_state(tx, tenant_id)
         return device.generation > state.applied_generation or self._waits_for_restart(device)
 
+    def certified(self, tenant_id: str, device_id: str, der: bytes) -> tuple[DeviceRecord, CertificateRecord]:
+        """Return a device with the certificate (DER) that it was given."""
+        with self._database.snapshot() as tx:
+            device = db.get_device(tx, tenant_id, device_id)
+            records = store_certificates.device_certificates(tx, tenant_id, device_id)
+        return device, next(record for record in records if record.der == der)
+
     def certificates(self, tenant_id: str, device_id: str) -> Sequence[CertificateRecord]:
         """Return every certificate the device has had, newest first; raises ``DeviceNotFound``."""
         with self._database.snapshot() as tx:

@@ -34,6 +34,7 @@ class EventType(StrEnum):
     BROKER_PENDING = "broker_pending"
     BROKER_ENFORCED = "broker_enforced"
     BROKER_RESTART = "broker_restart"
+    ATTESTATION_FAILED = "attestation_failed"
     APPLICATION_REGISTERED = "application_registered"
     APPLICATION_RENEWED = "application_renewed"
     APPLICATION_EXPIRING = "application_expiring"

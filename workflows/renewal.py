@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 import db
 from config import Settings
 from core import metrics
-from core.errors import StateConflict
+from core.errors import AttestationRefused, StateConflict
 from core.failpoints import failpoint
 from core.states import ClientKind, DeviceStatus, check_renewal
 from core.topics import Access, Topic
@@ -24,6 +24,7 @@ from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
 from workflows.admission import Issuance, record_issuances
+from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, DeviceAttestations, ShownEvidence
 from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
@@ -41,16 +42,19 @@ class RenewalRequest(CredentialRequest):
     """A renewal to be made.
 
     The previous certificate keeps working for ``overlap_hours`` (``None``: as the settings say), or, with
-    ``when_used``, until the new one was seen in use, if that comes first.
+    ``when_used``, until the new one was seen in use, if that comes first. ``evidence`` is what a device has shown that
+    renews by itself.
     """
 
     overlap_hours: int | None = None
     when_used: bool = False
+    evidence: ShownEvidence | None = None
 
     def canonical(self, device_id: str) -> bytes:
         """Return the text that distinguishes one request from another under the same idempotency key."""
-        values = dataclasses.asdict(dataclasses.replace(self, csr=None))
+        values = dataclasses.asdict(dataclasses.replace(self, csr=None, evidence=None))
         values["csr"] = self.csr and self.csr.pem
+        del values["evidence"]  # a repeat may come with other evidence, and has the same answer
         own = {"overlap_hours": values.pop("overlap_hours"), "when_used": values.pop("when_used")}
         return json.dumps(["renew", device_id, {"wanted": values, **own}], sort_keys=True).encode()
 
@@ -78,6 +82,7 @@ class Renewals:
     _reconciler: Reconciler
     _credentials: CredentialIssuer
     _answers: KeptAnswers
+    _attestations: DeviceAttestations
     _clock: Callable[[], datetime]
 
     def renew(
@@ -151,6 +156,7 @@ class Renewals:
             terms = terms_of_device(tx, device)
             own = devices.device_topics(tx, actor.tenant_id, device_id)
         topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
+        appraised = NOT_APPRAISED if shown is None else self._appraised(actor, device, renewal)
         if hand_over:
             issued = self._credentials.issue_with_key(
                 device_id, renewal.key_type or "", renewal.validity_days, now=now, terms=terms
@@ -160,13 +166,24 @@ class Renewals:
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
             self._check(tx, device, renewal, now=now, shown=shown)
-            answer, generation = self._record(tx, actor, device, renewal, issued, now)
+            answer, generation = self._record(tx, actor, device, renewal, issued, appraised, now)
             if sealed is not None:
                 self._answers.keep(tx, sealed, answer.to_json(), device_id=device_id, generation=generation)
             failpoint("renew.before_commit")
         failpoint("renew.after_commit")
         metrics.counts.renewals.labels("operator" if shown is None else "device").inc()
         return answer, generation, issued.key
+
+    def _appraised(self, actor: Actor, device: DeviceRecord, renewal: RenewalRequest) -> Appraised:
+        """Appraise what a device has shown that renews by itself; raises a kind of ``AttestationRefused``."""
+        key = None if renewal.csr is None else renewal.csr.public_key
+        appraised = self._attestations.appraise_renewal(actor.tenant_id, device.id, renewal.evidence, key)
+        try:
+            appraised.check()
+        except AttestationRefused:
+            self._attestations.record_refusal(actor, appraised, device.id)
+            raise
+        return appraised
 
     def _check(
         self, tx: Connection, device: DeviceRecord, renewal: RenewalRequest, *, now: datetime, shown: str | None
@@ -200,6 +217,7 @@ class Renewals:
         device: DeviceRecord,
         renewal: RenewalRequest,
         issued: IssuedCredentials,
+        appraised: Appraised,
         now: datetime,
     ) -> tuple[Renewed, int]:
         """Write the rows; returns the answer, with the generation at which something was revoked, 0 if nothing was."""
@@ -221,6 +239,7 @@ class Renewals:
             action=f"{device.kind}:renew",
             detail={"key": "csr" if with_csr else "made here"},
             kind=device.kind,
+            attestation=appraised,
         )
         record_issuances(tx, actor, [issuance], now=now)
         return Renewed.of(issued, issued_at=now, previous_valid_until=goes_on_until, ended=ended > 0), generation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import hashlib
 import re
 import socket
 import ssl
@@ -12,13 +13,19 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote
 
-from core.setting_values import Network
+from config import EndOfPrevious
 from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, PortalError, RequestMalformed
+from core.setting_values import Network
+from pki import est as pki_est
+from pki.est import EnrolmentRequest
 from store.audit import Actor
 from store.enrolment import EnrolmentTokenRecord
 from web.api.proxies import is_trusted
 from web.api.routing import Call
+from workflows.attestation.appraisal import ShownEvidence
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
+from workflows.enrolment.credentials import Enrolled, Waiting, by_manufacturer, by_token
+from workflows.renewal import RenewalRequest, Renewed
 
 NO_CREDENTIALS = (
     "Credentials are required: an enrolment token as the password of HTTP Basic authentication, or a client certificate"
@@ -92,6 +99,39 @@ def credential_of(call: Call) -> EnrolmentTokenRecord | ManufacturedClient:
     if isinstance(holder, DeviceClient):
         raise ClientCertificateRefused("The device already has a certificate of this portal; use simplereenroll.")
     return holder
+
+
+def enrolled(
+    call: Call,
+    client: EnrolmentTokenRecord | ManufacturedClient,
+    request: EnrolmentRequest,
+    shown: ShownEvidence | None = None,
+) -> Enrolled | Waiting:
+    """Enrol a device by its token or manufacturer; raise as ``Enrolments.enrol`` does."""
+    credential = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
+    actor = actor_as(call, credential.tenant_id, credential.label)
+    return call.portal.enrolment.enrol(actor, credential, request, shown)
+
+
+def renewed(call: Call, holder: DeviceClient, request: EnrolmentRequest, shown: ShownEvidence | None = None) -> Renewed:
+    """Renew the certificate that a device has presented; the same request has the same answer."""
+    if request.csr is None:
+        raise AssertionError("a request for a certificate has a key of its own")
+    pki_est.check_same_names(request, holder.certificate.der)
+    call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
+    actor, fingerprint = used(call, holder), holder.certificate.fingerprint
+    return call.portal.renewals.renew(
+        actor,
+        holder.device_id,
+        RenewalRequest(csr=request.csr, when_used=when_used(call), evidence=shown),
+        hashlib.sha256(f"{fingerprint}\n{request.csr.pem}".encode()).hexdigest(),
+        shown=fingerprint,
+    )
+
+
+def when_used(call: Call) -> bool:
+    """Return whether the certificates that a renewal replaces end once the new one was used."""
+    return call.portal.settings.renewal_revoke_previous is EndOfPrevious.WHEN_USED
 
 
 def unauthenticated(call: Call, sentence: str = NO_CREDENTIALS) -> EnrolmentUnauthenticated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -13,6 +14,7 @@ from core.states import Approval, ManufacturerStatus, RepeatedSerial
 from pki.profiles import DEFAULT
 from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord, ManufacturerRecord
 from web.api.devices import ChangesRequest, PendingRequest, registration_of
+from web.api.evidence import AttestationPolicyModel, AttestationPolicyRequest
 from web.api.fields import (
     DeviceId,
     Fingerprint,
@@ -26,6 +28,7 @@ from web.api.fields import (
     given,
 )
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from workflows.attestation.policies import PolicyRequest
 
 ROUTES = Routes("Enrolment")
 MANUFACTURERS = Routes("Manufacturers")
@@ -95,6 +98,7 @@ class EnrolmentProfileRequest(RequestModel):
     approval: ApprovalName = "at_once"
     repeated_serial: RepeatedSerialName = "operator"
     profile: ProfileName = "default"
+    attestation: AttestationPolicyRequest | None = None
 
 
 def _one_device_counts_once(schema: dict[str, Any]) -> None:
@@ -139,6 +143,7 @@ class EnrolmentProfileModel(AnswerModel):
     approval: ApprovalName
     repeated_serial: RepeatedSerialName
     profile: str
+    attestation: AttestationPolicyModel | None
 
 
 class EnrolmentTokenModel(EnrolmentProfileModel):
@@ -192,6 +197,7 @@ class ManufacturerPatch(ChangesRequest):
     approval: ApprovalName = "at_once"
     repeated_serial: RepeatedSerialName = "operator"
     profile: ProfileName = "default"
+    attestation: AttestationPolicyRequest = Field(default=AttestationPolicyRequest())
 
 
 def _one_of_two(schema: dict[str, Any]) -> None:
@@ -297,7 +303,7 @@ def reject(call: Call, device_id: str) -> DecisionAnswer:
 def list_enrolment_tokens(call: Call) -> EnrolmentTokenList:
     """List enrolment tokens, newest first, without their secrets."""
     records = call.portal.enrolment_tokens.tokens(call.actor.tenant_id)
-    return EnrolmentTokenList(enrolment_tokens=[_token(record) for record in records])
+    return EnrolmentTokenList(enrolment_tokens=_tokens(call, records))
 
 
 @ROUTES.add(
@@ -316,8 +322,10 @@ def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> NewEnrolm
         device_id=body.device_id,
         count=body.count,
         life=timedelta(hours=body.expires_in_hours),
+        attestation=_wanted(body),
     )
-    return NewEnrolmentTokenModel.of(_token(record), token=secret)
+    [shown] = _tokens(call, [record])
+    return NewEnrolmentTokenModel.of(shown, token=secret)
 
 
 @ROUTES.add(
@@ -329,23 +337,34 @@ def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> NewEnrolm
 def revoke_enrolment_token(call: Call, enrolment_token_id: str) -> EnrolmentTokenModel:
     """Revoke an enrolment token; devices that have enrolled with it stay active."""
     record = call.portal.enrolment_tokens.revoke(call.actor, enrolment_token_id)
-    return _token(record)
+    [shown] = _tokens(call, [record])
+    return shown
 
 
 def _profile(body: EnrolmentProfileRequest) -> EnrolmentProfile:
-    fields = {_COLUMN_OF.get(name, name): getattr(body, name) for name in EnrolmentProfileRequest.model_fields}
+    names = EnrolmentProfileRequest.model_fields.keys() - {"attestation"}
+    fields = {_COLUMN_OF.get(name, name): getattr(body, name) for name in names}
     fields |= {"key_types": tuple(body.key_types), "approval": Approval(body.approval)}
     return EnrolmentProfile(**fields | {"repeated_serial": RepeatedSerial(body.repeated_serial)})
 
 
-def _token(record: EnrolmentTokenRecord) -> EnrolmentTokenModel:
-    return EnrolmentTokenModel.of(
-        record,
-        record.profile,
-        enrolment_token_id=record.id,
-        count=record.uses_allowed,
-        profile=record.profile.certificate_profile,
-    )
+def _wanted(body: EnrolmentProfileRequest) -> PolicyRequest | None:
+    return None if body.attestation is None else body.attestation.wanted()
+
+
+def _tokens(call: Call, records: Sequence[EnrolmentTokenRecord]) -> list[EnrolmentTokenModel]:
+    policies = call.portal.attestation_policies.of_profiles(call.actor.tenant_id, [one.profile for one in records])
+    return [
+        EnrolmentTokenModel.of(
+            record,
+            record.profile,
+            enrolment_token_id=record.id,
+            count=record.uses_allowed,
+            profile=record.profile.certificate_profile,
+            attestation=AttestationPolicyModel.shown(policies.get(record.profile.attestation_policy_id)),
+        )
+        for record in records
+    ]
 
 
 # --- Manufacturers ------------------------------------------------------------------------------------------------
@@ -355,7 +374,7 @@ def _token(record: EnrolmentTokenRecord) -> EnrolmentTokenModel:
 def list_manufacturers(call: Call) -> ManufacturerList:
     """List manufacturers, newest first."""
     records = call.portal.manufacturers.manufacturers(call.actor.tenant_id)
-    return ManufacturerList(manufacturers=[_manufacturer(record) for record in records])
+    return ManufacturerList(manufacturers=_manufacturers(call, records))
 
 
 @MANUFACTURERS.add(
@@ -367,21 +386,23 @@ def list_manufacturers(call: Call) -> ManufacturerList:
 )
 def add_manufacturer(call: Call, body: ManufacturerRequest) -> ManufacturerModel:
     """Add a manufacturer's CA; it is not trusted before proof of possession."""
-    record = call.portal.manufacturers.add(call.actor, body.name, body.certificate, _profile(body))
-    return _manufacturer(record)
+    record = call.portal.manufacturers.add(call.actor, body.name, body.certificate, _profile(body), _wanted(body))
+    return _manufacturer(call, record)
 
 
 @MANUFACTURERS.add("GET", "/manufacturers/{manufacturer_id}", Permission.READ)
 def show_manufacturer(call: Call, manufacturer_id: str) -> ManufacturerModel:
     """Show a manufacturer, with the nonce to be signed while it is unproven."""
-    return _manufacturer(call.portal.manufacturers.manufacturer(call.actor.tenant_id, manufacturer_id))
+    return _manufacturer(call, call.portal.manufacturers.manufacturer(call.actor.tenant_id, manufacturer_id))
 
 
 @MANUFACTURERS.add("PATCH", "/manufacturers/{manufacturer_id}", Permission.TOKENS, errors=(409,))
 def update_manufacturer(call: Call, manufacturer_id: str, body: ManufacturerPatch) -> ManufacturerModel:
     """Change a manufacturer's name, or its terms for devices that enrol from now on."""
-    values = {_COLUMN_OF.get(name, name): value for name, value in body.model_dump(exclude_unset=True).items()}
-    return _manufacturer(call.portal.manufacturers.update(call.actor, manufacturer_id, values))
+    given = body.model_dump(exclude_unset=True, exclude={"attestation"})
+    values = {_COLUMN_OF.get(name, name): value for name, value in given.items()}
+    wanted = body.attestation.wanted() if "attestation" in body.model_fields_set else None
+    return _manufacturer(call, call.portal.manufacturers.update(call.actor, manufacturer_id, values, wanted))
 
 
 @MANUFACTURERS.add(
@@ -396,7 +417,7 @@ def prove_manufacturer(call: Call, manufacturer_id: str, body: ProofRequest) -> 
     record = call.portal.manufacturers.prove(
         call.actor, manufacturer_id, certificate=body.certificate, signature=body.signature
     )
-    return _manufacturer(record)
+    return _manufacturer(call, record)
 
 
 @MANUFACTURERS.add(
@@ -407,10 +428,23 @@ def prove_manufacturer(call: Call, manufacturer_id: str, body: ProofRequest) -> 
 )
 def remove_manufacturer(call: Call, manufacturer_id: str) -> ManufacturerModel:
     """Stop trusting a manufacturer's CA; devices that have enrolled with it stay active."""
-    return _manufacturer(call.portal.manufacturers.remove(call.actor, manufacturer_id))
+    return _manufacturer(call, call.portal.manufacturers.remove(call.actor, manufacturer_id))
 
 
-def _manufacturer(record: ManufacturerRecord) -> ManufacturerModel:
+def _manufacturer(call: Call, record: ManufacturerRecord) -> ManufacturerModel:
+    [shown] = _manufacturers(call, [record])
+    return shown
+
+
+def _manufacturers(call: Call, records: Sequence[ManufacturerRecord]) -> list[ManufacturerModel]:
+    policies = call.portal.attestation_policies.of_profiles(call.actor.tenant_id, [one.profile for one in records])
+    return [
+        _shown(record, AttestationPolicyModel.shown(policies.get(record.profile.attestation_policy_id)))
+        for record in records
+    ]
+
+
+def _shown(record: ManufacturerRecord, policy: AttestationPolicyModel | None) -> ManufacturerModel:
     unproven = record.status is ManufacturerStatus.UNPROVEN
     return ManufacturerModel.of(
         record,
@@ -420,6 +454,7 @@ def _manufacturer(record: ManufacturerRecord) -> ManufacturerModel:
         nonce_expires_at=record.nonce_expires_at if unproven else None,
         profile=record.profile.certificate_profile,
         certificate=ssl.DER_cert_to_PEM_cert(record.der),
+        attestation=policy,
     )
 
 

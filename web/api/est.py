@@ -5,29 +5,26 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-import hashlib
 import secrets
 import ssl
 from typing import Any
 
-from config import EndOfPrevious
 from core.errors import ClientCertificateRefused, NotFound
 from pki import est as pki_est
-from pki.est import EnrolmentRequest
-from store.enrolment import EnrolmentTokenRecord
 from web.api.device_clients import (
-    actor_as,
     client_of,
     credential_of,
+    enrolled,
     enrolment_token,
     noticed_client,
+    renewed,
     unauthenticated,
     used,
+    when_used,
 )
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, Routes
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
-from workflows.enrolment.credentials import Enrolled, Waiting, by_manufacturer, by_token
-from workflows.renewal import RenewalRequest
+from workflows.enrolment.credentials import Waiting
 
 PKCS7 = "application/pkcs7-mime; smime-type=certs-only"
 PKCS8 = "application/pkcs8"
@@ -92,7 +89,7 @@ def est_csrattrs(call: Call) -> Reply:
 def est_simpleenroll(call: Call, body: bytes) -> Reply:
     """Enrol a device with its own key (RFC 7030 section 4.2.1). A repeat with the same key gets the same answer."""
     client = credential_of(call)
-    outcome = _enrolled(call, client, pki_est.read_enrolment_request(body))
+    outcome = enrolled(call, client, pki_est.read_enrolment_request(body))
     if isinstance(outcome, Waiting):
         return _waiting_reply(outcome)
     return _base64_reply(pki_est.certs_only([outcome.certificate]), PKCS7)
@@ -113,22 +110,10 @@ def est_simplereenroll(call: Call, body: bytes) -> Reply:
         raise unauthenticated(call, "To renew, a device must present its certificate as the TLS client certificate.")
     if not isinstance(holder, DeviceClient):
         raise ClientCertificateRefused("The client certificate was not issued by this portal; use simpleenroll.")
-    request = pki_est.read_enrolment_request(body)
-    if request.csr is None:
-        raise AssertionError("a request for a certificate has a key of its own")
-    pki_est.check_same_names(request, holder.certificate.der)
-    call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
-    actor, shown = used(call, holder), holder.certificate.fingerprint
-    renewed = call.portal.renewals.renew(
-        actor,
-        holder.device_id,
-        RenewalRequest(csr=request.csr, when_used=_when_used(call)),
-        hashlib.sha256(f"{shown}\n{request.csr.pem}".encode()).hexdigest(),  # the same request has the same answer
-        shown=shown,
-    )
-    if renewed.certificate is None:
+    answer = renewed(call, holder, pki_est.read_enrolment_request(body))
+    if answer.certificate is None:
         raise AssertionError("a renewal by CSR returns the certificate")
-    return _base64_reply(pki_est.certs_only([ssl.PEM_cert_to_DER_cert(renewed.certificate)]), PKCS7)
+    return _base64_reply(pki_est.certs_only([ssl.PEM_cert_to_DER_cert(answer.certificate)]), PKCS7)
 
 
 @_UNLABELLED.add(
@@ -146,7 +131,7 @@ def est_serverkeygen(call: Call, body: bytes) -> Reply:
     if isinstance(holder, DeviceClient) and enrolment_token(call) is None:
         return _renewed_with_key(call, holder, body)
     client = credential_of(call)
-    outcome = _enrolled(call, client, pki_est.read_key_request(body))
+    outcome = enrolled(call, client, pki_est.read_key_request(body))
     if isinstance(outcome, Waiting):
         return _waiting_reply(outcome)
     if outcome.key is None:
@@ -162,13 +147,9 @@ def _renewed_with_key(call: Call, holder: DeviceClient, body: bytes) -> Reply:
         holder.device_id,
         pki_est.key_type_of_certificate(holder.certificate.der),
         shown=holder.certificate.fingerprint,
-        when_used=_when_used(call),
+        when_used=when_used(call),
     )
     return _key_reply(key, ssl.PEM_cert_to_DER_cert(certificate))
-
-
-def _when_used(call: Call) -> bool:
-    return call.portal.settings.renewal_revoke_previous is EndOfPrevious.WHEN_USED
 
 
 def _waiting_reply(outcome: Waiting) -> Reply:
@@ -194,14 +175,6 @@ def _key_reply(key: bytes, certificate: bytes) -> Reply:
 def _part(boundary: str, media_type: str, content: bytes) -> bytes:
     head = f"--{boundary}\r\nContent-Type: {media_type}\r\nContent-Transfer-Encoding: base64\r\n\r\n"
     return head.encode() + base64.encodebytes(content).replace(b"\n", b"\r\n")
-
-
-def _enrolled(
-    call: Call, client: EnrolmentTokenRecord | ManufacturedClient, request: EnrolmentRequest
-) -> Enrolled | Waiting:
-    """Enrol a device by its token or manufacturer; raise as ``Enrolment.enrol`` does."""
-    credential = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
-    return call.portal.enrolment.enrol(actor_as(call, credential.tenant_id, credential.label), credential, request)
 
 
 # --- Labels -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ MEDIA_TYPE = "application/problem+json"
 # Below this path an error is a sentence in plain text, for a person who reads what a device received (RFC 7030 section
 # 4.2.3), and a 401 has no content: BouncyCastle's client, which sends its password only then, fails if it has.
 IN_PLAIN_TEXT = "/.well-known/est/"
+# Paths at which devices authenticate as they do over EST; the others are for operators.
+OF_DEVICES = frozenset({"/enroll", "/attestation/nonce"})
 # The status of each kind of error; one that is not named here has that of its nearest ancestor.
 STATUS_OF: Mapping[type[PortalError], int] = {
     errors.RequestMalformed: 400,
@@ -69,7 +71,7 @@ class ProblemModel(AnswerModel):
 def of_error(error: Exception, *, request_id: str, path: str) -> ProblemModel:
     """Return the problem document of an error; all internal errors have one constant text."""
     status, code, detail = _described(error)
-    if isinstance(error, NameInUse) and path.startswith(IN_PLAIN_TEXT):
+    if isinstance(error, NameInUse) and (path.startswith(IN_PLAIN_TEXT) or path in OF_DEVICES):
         detail = _NAME_IN_USE
     if status == 422 and path.startswith(IN_PLAIN_TEXT):
         status = 400
@@ -90,7 +92,8 @@ def response_of(problem: ProblemModel, error: Exception, *, path: str) -> Respon
     plain = path.startswith(IN_PLAIN_TEXT)
     headers: dict[str, str] = {}
     if problem.status == 401:
-        headers["WWW-Authenticate"] = 'Basic realm="enrolment", charset="UTF-8"' if plain else "Bearer"
+        is_of_device = plain or path in OF_DEVICES
+        headers["WWW-Authenticate"] = 'Basic realm="enrolment", charset="UTF-8"' if is_of_device else "Bearer"
     elif problem.status == 503:
         headers["Retry-After"] = "2"
     elif isinstance(error, TooManyAttempts):

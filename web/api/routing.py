@@ -158,7 +158,8 @@ class Route:
     the operationId, the first line of its docstring the summary. If its return annotation is a model, that is the
     answer's.
 
-    With ``token_optional`` a route for ``ANYONE`` checks a token that comes along. Every GET answers HEAD, too; with
+    With ``token_optional`` a route for ``ANYONE`` checks a token that comes along; with ``for_devices``, too, only a
+    Bearer token is one, and the handler reads what a device has sent. Every GET answers HEAD, too; with
     ``head_summary`` the OpenAPI text says so. ``also`` are further answers that are no errors; ``errors`` need not name
     the statuses that follow from the path, the permission and the body.
     """
@@ -176,6 +177,7 @@ class Route:
     idempotency_key: bool = False
     body_optional: bool = False
     token_optional: bool = False
+    for_devices: bool = False
     head_summary: str = ""
     tag: str = ""
     body: type[BaseModel] | None = field(init=False)
@@ -276,9 +278,10 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
     anyone = Actor(
         portal.tenant_id, "anyone", "none", request_id, client_address(request.environ, portal.settings.trusted_proxies)
     )
-    if route.permission is None and not (route.token_optional and "Authorization" in request.headers):
-        return anyone
     scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    comes_along = route.token_optional and (bool(scheme) if not route.for_devices else scheme.lower() == "bearer")
+    if route.permission is None and not comes_along:
+        return anyone
     try:
         token = portal.operators.authenticate(secret.strip()) if scheme.lower() == "bearer" and secret else None
     except Unavailable:

@@ -28,6 +28,7 @@ EventName = Literal[
     "broker_pending",
     "broker_enforced",
     "broker_restart",
+    "attestation_failed",
     "link_reused",
     "application_registered",
     "application_renewed",

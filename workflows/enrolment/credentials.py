@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection
 
@@ -21,8 +22,12 @@ from pki.profiles import DEFAULT, CertificateTerms
 from store import audit, enrolment
 from store.audit import Actor
 from store.database import Database
-from store.enrolment import EnrolmentProfile, EnrolmentRecord, EnrolmentTokenRecord
+from store.enrolment import EnrolmentProfile, EnrolmentRecord, EnrolmentTokenRecord, ManufacturerRecord
 from store.profiles import unknown
+from workflows.attestation import policies
+from workflows.attestation.appraisal import NOT_APPRAISED, Appraised
+from workflows.attestation.nonces import NonceHolder
+from workflows.attestation.policies import PolicyRequest, check_policy, set_policy
 from workflows.credentials import CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.enrolment.clients import ManufacturedClient
 from workflows.profiles import find_profiles
@@ -54,6 +59,13 @@ class EnrolmentCredential:
     manufacturer_id: str | None = None
     device_id: str | None = None  # of the one device that a token is for
     serial_hash: str | None = None
+
+    @property
+    def nonce_holder(self) -> NonceHolder:
+        """Return whose nonces the device may present."""
+        if self.token_id is not None:
+            return NonceHolder.of_token(self.tenant_id, self.token_id, is_one_device=self.device_id is not None)
+        return NonceHolder.of_factory_key(self.tenant_id, self.identity)
 
     @property
     def replaces_at_once(self) -> bool:
@@ -109,6 +121,12 @@ def check_token(token: EnrolmentTokenRecord, now: datetime | None) -> None:
         raise EnrolmentRefused("The enrolment token was revoked; ask an operator for another one.")
     if now is not None and token.expires_at <= now:
         raise EnrolmentRefused("The enrolment token has expired; ask an operator for another one.")
+
+
+def nonce_holder(token: EnrolmentTokenRecord) -> NonceHolder:
+    """Return whose nonces a device with the token may present; raises ``EnrolmentRefused`` if it was revoked."""
+    check_token(token, None)
+    return NonceHolder.of_token(token.tenant_id, token.id, is_one_device=token.device_id is not None)
 
 
 def by_token(token: EnrolmentTokenRecord, request: EnrolmentRequest) -> EnrolmentCredential:
@@ -182,11 +200,12 @@ class EnrolledMeanwhile(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentAttempt:
-    """A device that asks for a certificate: who the audit record says it is, what it shows, and the key."""
+    """A device that asks for a certificate: who the audit record says it is, what it shows, the key, its evidence."""
 
     actor: Actor
     credential: EnrolmentCredential
     request: EnrolmentRequest
+    appraised: Appraised = NOT_APPRAISED
 
     @property
     def key_fingerprint(self) -> str:
@@ -201,7 +220,11 @@ class EnrolmentAttempt:
     def issue(
         self, credentials: CredentialIssuer, device_id: str, terms: CertificateTerms | None, now: datetime
     ) -> IssuedCredentials:
-        """Certify the key of the CSR, or a new key of the kind that ``csrattrs`` names; raises ``ProfileRefused``."""
+        """Certify the key of the CSR, or a new key of the kind that ``csrattrs`` names.
+
+        Raises ``ProfileRefused``, or a kind of ``AttestationRefused`` if the profile requires other evidence.
+        """
+        self.appraised.check()
         profile = self.credential.profile
         if self.request.csr is None:
             kinds = profile.key_types
@@ -233,14 +256,18 @@ class EnrolmentTokens:
         device_id: str | None,
         count: int,
         life: timedelta,
+        attestation: PolicyRequest | None = None,
     ) -> tuple[str, EnrolmentTokenRecord]:
         """Create a token for one pending device, or for ``count`` new ones; returns its secret with its record.
 
-        Raises ``DeviceNotFound``, ``StateConflict`` for a device that is not pending, ``Forbidden`` for more than the
-        role may make, ``ProfileRefused`` for a certificate profile that nobody could enrol under.
+        With ``attestation`` its devices have to show evidence. Raises ``DeviceNotFound``, ``StateConflict`` for a
+        device that is not pending, ``Forbidden`` for more than the role may make, ``ProfileRefused`` for a certificate
+        profile that nobody could enrol under, ``AttestationPolicyInvalid``.
         """
         _check_limits(actor, count, life)
         now, secret = self._clock(), TOKEN_PREFIX + secrets.token_urlsafe(32)
+        if attestation is not None:
+            check_policy(actor, attestation, now=now)
         record = EnrolmentTokenRecord(
             id=secrets.token_hex(8),
             tenant_id=actor.tenant_id,
@@ -257,9 +284,10 @@ class EnrolmentTokens:
         with self._database.transaction() as tx:
             _check_pending(tx, actor.tenant_id, device_id)
             check_enrolment_profile(tx, actor.tenant_id, profile)
+            record = with_policy(tx, actor, record, attestation, now=now)
             enrolment.add_enrolment_token(tx, record, secret=secret)
             detail: dict[str, Any] = {"device_id": device_id} if device_id else {"count": count}
-            detail |= in_audit(profile)
+            detail |= in_audit(profile) | policies.in_audit(attestation, now=now)
             audit.record(
                 tx, actor, "enrolment_token:create", f"enrolment_token:{record.id}", at=now, name=name, **detail
             )
@@ -299,6 +327,20 @@ def _check_pending(tx: Connection, tenant_id: str, device_id: str | None) -> Non
     device = db.get_device(tx, tenant_id, device_id, for_update=True)
     if device.status is not DeviceStatus.PENDING:
         raise StateConflict(f"The device is {device.status}; only a pending one can enrol with a token.")
+
+
+_Record = TypeVar("_Record", EnrolmentTokenRecord, ManufacturerRecord)
+
+
+def with_policy(
+    tx: Connection, actor: Actor, record: _Record, wanted: PolicyRequest | None, *, now: datetime
+) -> _Record:
+    """Return a token or a manufacturer with an attestation policy that was checked, which is recorded."""
+    if wanted is None:
+        return record
+    policy_id = set_policy(tx, actor, record.profile.attestation_policy_id, wanted, now=now)
+    profile = dataclasses.replace(record.profile, attestation_policy_id=policy_id)
+    return dataclasses.replace(record, profile=profile)
 
 
 # --- Certificate profiles -----------------------------------------------------------------------------------------

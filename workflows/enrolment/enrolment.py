@@ -8,7 +8,7 @@ from sqlalchemy.exc import IntegrityError
 
 import db
 from config import KEY_TYPES
-from core.errors import EnrolmentRefused, KeyRefused, Unavailable
+from core.errors import AttestationRefused, EnrolmentRefused, KeyRefused, Unavailable
 from core.failpoints import failpoint
 from core.states import DeviceStatus, EnrolmentStatus
 from pki.est import EnrolmentRequest
@@ -18,6 +18,7 @@ from store import enrolment as store_enrolment
 from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord
+from workflows.attestation.appraisal import DeviceAttestations, ShownEvidence
 from workflows.enrolment.credentials import Enrolled, EnrolledMeanwhile, EnrolmentAttempt, EnrolmentCredential, Waiting
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.reenrolment import Reenrolments
@@ -35,15 +36,33 @@ class Enrolments:
     _reconciler: Reconciler
     _first: FirstEnrolments
     _reenrolment: Reenrolments
+    _attestations: DeviceAttestations
 
-    def enrol(self, actor: Actor, credential: EnrolmentCredential, request: EnrolmentRequest) -> Enrolled | Waiting:
+    def enrol(
+        self,
+        actor: Actor,
+        credential: EnrolmentCredential,
+        request: EnrolmentRequest,
+        shown: ShownEvidence | None = None,
+    ) -> Enrolled | Waiting:
         """Certify the key of a device's CSR, or one made for it, or have it wait, as the profile says.
 
-        A key that the portal makes is in the answer and nowhere else. Raises ``EnrolmentRefused``, ``KeyRefused``,
-        ``StateConflict``, ``TooManyAttempts``, ``Unavailable``.
+        A key that the portal makes is in the answer and nowhere else. What evidence the device has ``shown`` counts
+        wherever a certificate is issued; a repeat of an answer needs none. Raises ``EnrolmentRefused``, ``KeyRefused``,
+        ``StateConflict``, ``TooManyAttempts``, ``Unavailable``, or a kind of ``AttestationRefused``.
         """
         _check_key_type(request, credential.profile)
-        outcome = self._once(EnrolmentAttempt(actor, credential, request))
+        appraised = self._attestations.appraise(
+            credential.profile.attestation_policy_id,
+            shown,
+            holder=credential.nonce_holder,
+            key=None if request.csr is None else request.csr.public_key,
+        )
+        try:
+            outcome = self._once(EnrolmentAttempt(actor, credential, request, appraised))
+        except AttestationRefused:
+            self._attestations.record_refusal(actor, appraised, self._known_device(credential))
+            raise
         if isinstance(outcome, Waiting):
             return outcome
         failpoint("enrol.after_commit")
@@ -74,6 +93,11 @@ class Enrolments:
             else:
                 profile = store_enrolment.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").profile
         _check_key_type(request, profile)
+
+    def _known_device(self, credential: EnrolmentCredential) -> str | None:
+        with self._database.snapshot() as tx:
+            known = credential.find_enrolment(tx)
+        return credential.device_id if known is None else known.device_id
 
     def _once(self, attempt: EnrolmentAttempt) -> Enrolled | Waiting:
         for _ in range(_TRIES):

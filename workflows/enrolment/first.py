@@ -58,6 +58,7 @@ class FirstEnrolments:
         at_once = credential.profile.approval is Approval.AT_ONCE
         terms = self._terms(credential, device_id)
         self._credentials.check(attempt.wanted, terms)
+        attempt.appraised.check()  # of a device that will wait, too
         issued = attempt.issue(self._credentials, device_id, terms, now) if at_once else None
         generation = self._database.write(lambda tx: self._record_first(tx, attempt, device_id, issued, now))
         if issued is None:
@@ -177,6 +178,7 @@ class FirstEnrolments:
             event=EventType.ENROLLED,
             action="device:enrol",
             detail=attempt.audit_detail(),
+            attestation=attempt.appraised,
             request=device if isinstance(device, DeviceRequest) else None,
         )
         return admit(tx, attempt.actor, [admission], style=self._settings.granting_style, now=now)

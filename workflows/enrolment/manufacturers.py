@@ -17,8 +17,10 @@ from store import audit, enrolment
 from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, ManufacturerRecord
+from workflows.attestation import policies
+from workflows.attestation.policies import PolicyRequest, check_policy
 from workflows.enrolment.clients import TlsClients
-from workflows.enrolment.credentials import check_enrolment_profile, in_audit
+from workflows.enrolment.credentials import check_enrolment_profile, in_audit, with_policy
 
 NONCE_LIFE = timedelta(hours=24)
 
@@ -31,14 +33,23 @@ class Manufacturers:
     _clients: TlsClients
     _clock: Callable[[], datetime]
 
-    def add(self, actor: Actor, name: str, certificate: str, profile: EnrolmentProfile) -> ManufacturerRecord:
+    def add(
+        self,
+        actor: Actor,
+        name: str,
+        certificate: str,
+        profile: EnrolmentProfile,
+        attestation: PolicyRequest | None = None,
+    ) -> ManufacturerRecord:
         """Add a CA (PEM), which admits no device before ``prove``; returns it with the nonce to be signed.
 
-        Raises ``ManufacturerInvalid``, ``ProfileRefused``, and ``Conflict`` if the CA exists already or TLS could take
-        it for another one.
+        With ``attestation`` its devices have to show evidence. Raises ``ManufacturerInvalid``, ``ProfileRefused``,
+        ``AttestationPolicyInvalid``, and ``Conflict`` if the CA exists already or TLS could take it for another one.
         """
         now = self._clock()
         authority = client_certificates.read_manufacturer_ca(certificate, now=now)
+        if attestation is not None:
+            check_policy(actor, attestation, now=now)
         record = ManufacturerRecord(
             id=secrets.token_hex(8),
             tenant_id=actor.tenant_id,
@@ -58,8 +69,10 @@ class Manufacturers:
             with self._database.transaction() as tx:
                 self._clients.check_distinct(tx, record.der)
                 check_enrolment_profile(tx, actor.tenant_id, profile)
+                record = with_policy(tx, actor, record, attestation, now=now)
                 enrolment.add_manufacturer(tx, record)
-                told = {"name": name, "fingerprint": record.fingerprint, **in_audit(profile)}
+                told: dict[str, Any] = {"name": name, "fingerprint": record.fingerprint, **in_audit(profile)}
+                told |= policies.in_audit(attestation, now=now)
                 audit.record(tx, actor, "manufacturer:add", f"manufacturer:{record.id}", at=now, **told)
         except IntegrityError:
             raise Conflict("This CA exists already; see GET /manufacturers, and remove it to add it again.") from None
@@ -98,22 +111,35 @@ class Manufacturers:
         self._clients.write_authorities()
         return record
 
-    def update(self, actor: Actor, manufacturer_id: str, values: Mapping[str, Any]) -> ManufacturerRecord:
+    def update(
+        self,
+        actor: Actor,
+        manufacturer_id: str,
+        values: Mapping[str, Any],
+        attestation: PolicyRequest | None = None,
+    ) -> ManufacturerRecord:
         """Change the name, or terms for the devices that enrol from now on, by the names of their columns.
 
-        Raises ``NotFound``, ``Conflict`` for a removed one, ``ProfileRefused``.
+        With ``attestation`` what was kept of evidence is appraised again, by a job. Raises ``NotFound``, ``Conflict``
+        for a removed one, ``ProfileRefused``, ``AttestationPolicyInvalid``.
         """
         now = self._clock()
+        if attestation is not None:
+            check_policy(actor, attestation, now=now)
         with self._database.transaction() as tx:
             record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
             if record.status is ManufacturerStatus.REMOVED:
                 raise Conflict("The manufacturer was removed; add it again.")
-            enrolment.update_manufacturer(tx, actor.tenant_id, manufacturer_id, **values)
+            policy_id = with_policy(tx, actor, record, attestation, now=now).profile.attestation_policy_id
+            columns = {**values, "attestation_policy_id": policy_id}
+            enrolment.update_manufacturer(tx, actor.tenant_id, manufacturer_id, **columns)
             changed = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
             check_enrolment_profile(tx, actor.tenant_id, changed.profile)
-            detail = in_audit(changed.profile) if "certificate_profile" in values else {}
+            detail: dict[str, Any] = in_audit(changed.profile) if "certificate_profile" in values else {}
             of = f"manufacturer:{manufacturer_id}"
-            audit.record(tx, actor, "manufacturer:update", of, at=now, changed=sorted(values), **detail)
+            detail |= policies.in_audit(attestation, now=now)
+            changes = sorted([*values, *(["attestation"] if attestation is not None else [])])
+            audit.record(tx, actor, "manufacturer:update", of, at=now, changed=changes, **detail)
             return changed
 
     def remove(self, actor: Actor, manufacturer_id: str) -> ManufacturerRecord:

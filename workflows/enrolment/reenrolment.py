@@ -126,6 +126,7 @@ class Reenrolments:
                 event=EventType.ENROLLED,
                 action="device:enrol_again",
                 detail=attempt.audit_detail(),
+                attestation=attempt.appraised,
             )
             certificate_id = record_issuances(tx, attempt.actor, [issuance], now=now)[0]
             values = {**credential.identity_of(key), "certificate_id": certificate_id}

@@ -44,6 +44,8 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "POST /ocsp": ANYONE,
     "POST /ocsp/": ANYONE,
     "POST /devices": {ADMIN, OPERATOR},
+    "POST /attestation/nonce": {ADMIN, OPERATOR},  # and devices, by their own credentials
+    "POST /enroll": ANYONE,
     "GET /enrolments": {ADMIN, OPERATOR, AUDITOR},
     "GET /devices/{device_id}/enrolment": {ADMIN, OPERATOR, AUDITOR},
     "POST /devices/{device_id}/approve": {ADMIN, OPERATOR},
@@ -125,7 +127,8 @@ def test_a_role_may_call_what_the_table_says_and_nothing_else(
         assert answer.status_code not in (401, 403)
     elif role is None:
         problem_of(answer, 401, "unauthenticated")
-        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        by_device = route == "POST /attestation/nonce"
+        assert answer.headers["WWW-Authenticate"].partition(" ")[0] == ("Basic" if by_device else "Bearer")
     else:
         assert role in problem_of(answer, 403, "forbidden")["detail"]
     assert answer.headers["X-Request-Id"]

@@ -1,0 +1,245 @@
+"""The use case of a device that shows evidence beside its CSR: appraised once, before anything is issued."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy.engine import Connection
+
+from attestation.appraisal import PolicyMode
+from attestation.evidence import Claims, EvidenceType, from_base64url
+from attestation.refusals import EvidenceMalformed, EvidenceMissing
+from attestation.verification import AttestationResult, Evidence, attest
+from core import metrics
+from core.errors import AttestationRefused
+from core.states import AttestationVerdict
+from core.throttle import Throttle
+from pki.algorithms import PublicKey, public_key_fingerprint
+from store import attestation, audit, enrolment
+from store.attestation import AttestationRecord
+from store.audit import Actor
+from store.database import Database
+from workflows import events
+from workflows.attestation.nonces import AttestationNonces, EndorsementKey, IssuedNonce, NonceHolder
+from workflows.attestation.policies import RegisteredPolicy, find_policy
+from workflows.events import EventType
+
+log = logging.getLogger("portal.attestation")
+_CLAIMS = TypeAdapter(Claims)
+
+
+@dataclass(frozen=True, slots=True)
+class ShownEvidence:
+    """Evidence as a device sends it: a JWT as it is, all else in Base64url, with the ``nonce`` that it was given."""
+
+    type: EvidenceType
+    nonce: str
+    evidence: str = field(repr=False)
+
+    def content(self) -> bytes:
+        """Return the evidence in its own form; raises ``EvidenceMalformed``."""
+        if self.type is not EvidenceType.EAT_JWT:
+            return from_base64url(self.evidence, "The evidence")
+        try:
+            return self.evidence.encode("ascii")
+        except UnicodeEncodeError as error:
+            raise EvidenceMalformed("The evidence is not a JWT.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Appraised:
+    """What came of the evidence of a request: a result to be recorded with what is issued, or a refusal, or neither."""
+
+    policy: RegisteredPolicy | None = None
+    key_fingerprint: str = ""
+    result: AttestationResult | None = None
+    refusal: AttestationRefused | None = None
+
+    def check(self) -> None:
+        """Raise the refusal: call it before anything is issued."""
+        if self.refusal is not None:
+            raise self.refusal
+
+    def audit_detail(self) -> dict[str, Any]:
+        """Return what the audit entry of what is issued says of the evidence."""
+        if self.result is None or self.policy is None:
+            return {}
+        of = f"{self.policy.id} {self.policy.version}"
+        shown = {"type": self.result.evidence.type, "digest": self.result.evidence.digest, "policy": of}
+        return {"attestation": {**shown, "verdict": _verdict_of(self.result), **_code_of(self.result)}}
+
+
+NOT_APPRAISED = Appraised()
+
+
+@dataclass(eq=False, repr=False)
+class DeviceAttestations:
+    """Appraises the evidence of devices by the policy of what lets them in."""
+
+    _database: Database
+    _nonces: AttestationNonces
+    _throttle: Throttle
+    _clock: Callable[[], datetime]
+
+    def appraise(
+        self, policy_id: str | None, shown: ShownEvidence | None, *, holder: NonceHolder, key: PublicKey | None
+    ) -> Appraised:
+        """Appraise the evidence for a key (``None`` for one that is made here); its nonce is spent in any case.
+
+        Raises nothing that the evidence is to blame for: ``Appraised.check`` does.
+        """
+        if policy_id is None and shown is None:
+            return NOT_APPRAISED
+        with self._database.snapshot() as tx:
+            policy = find_policy(tx, holder.tenant_id, policy_id)
+        try:
+            result = self._result(policy, shown, holder, key)
+        except AttestationRefused as refusal:
+            return Appraised(policy, refusal=refusal)
+        if result is not None:
+            metrics.counts.attestations.labels(_verdict_of(result)).inc()
+        fingerprint = "" if key is None else public_key_fingerprint(key)
+        return Appraised(policy, fingerprint, result)
+
+    def appraise_renewal(
+        self, tenant_id: str, device_id: str, shown: ShownEvidence | None, key: PublicKey | None
+    ) -> Appraised:
+        """Appraise what a device shows that renews by itself; it needs nothing if its policy is for enrolment alone."""
+        policy_id = self.policy_of(tenant_id, device_id)
+        if shown is None:
+            with self._database.snapshot() as tx:
+                policy = find_policy(tx, tenant_id, policy_id)
+            if policy is None or not policy.appraisal.on_renewal:
+                return NOT_APPRAISED
+        return self.appraise(policy_id, shown, holder=NonceHolder.of_device(tenant_id, device_id), key=key)
+
+    def challenge(self, holder: NonceHolder, policy_id: str | None, key: EndorsementKey | None) -> IssuedNonce:
+        """Give a nonce, with a credential for the TPM whose endorsement ``key`` the policy's anchors vouch for.
+
+        Raises ``TooManyAttempts``, ``NotFound`` for the policy, a kind of ``AttestationRefused`` for the key.
+        """
+        policy = None
+        if key is not None:
+            with self._database.snapshot() as tx:
+                policy = find_policy(tx, holder.tenant_id, policy_id)
+        return self._nonces.issue(holder, policy, key)
+
+    def policy_of(self, tenant_id: str, device_id: str) -> str | None:
+        """Return the id of the policy by which a device has enrolled, or else was registered."""
+        with self._database.snapshot() as tx:
+            enrolled = enrolment.last_enrolment(tx, tenant_id, device_id)
+            if enrolled is None:
+                kept = attestation.find_attestation(tx, tenant_id, device_id)
+                return None if kept is None else kept.policy_id
+            if enrolled.token_id is not None:
+                return enrolment.get_enrolment_token(tx, tenant_id, enrolled.token_id).profile.attestation_policy_id
+            maker = enrolment.get_manufacturer(tx, tenant_id, enrolled.manufacturer_id or "")
+            return maker.profile.attestation_policy_id
+
+    def _result(
+        self,
+        policy: RegisteredPolicy | None,
+        shown: ShownEvidence | None,
+        holder: NonceHolder,
+        key: PublicKey | None,
+    ) -> AttestationResult | None:
+        mode = PolicyMode.OFF if policy is None else policy.appraisal.mode
+        try:
+            challenge = None if shown is None else self._nonces.spend(holder, shown.nonce)
+            evidence = None if shown is None else Evidence(shown.type, shown.content())
+        except AttestationRefused as refusal:
+            if mode is PolicyMode.REQUIRE:
+                raise
+            if shown is None or mode is PolicyMode.OFF:
+                return None
+            evidence = Evidence(shown.type, shown.evidence.encode())
+            return AttestationResult(evidence, None, (refusal.detail,), refusal.code)
+        if policy is None or mode is PolicyMode.OFF:
+            return None
+        if challenge is None or evidence is None or key is None:
+            if mode is PolicyMode.REQUIRE:
+                raise _missing(policy, key)
+            return None
+        anchors = policy.anchors_for(evidence.type)
+        return attest(
+            policy.appraisal, evidence, challenge=challenge, public_key=key, anchors=anchors, now=self._clock()
+        )
+
+    def record_refusal(self, actor: Actor, appraised: Appraised, device_id: str | None) -> None:
+        """Record that a device, known or not yet, was refused for its evidence; a flood of them is summarized."""
+        refusal, policy, now = appraised.refusal, appraised.policy, self._clock()
+        if refusal is None or policy is None:
+            return
+        metrics.counts.attestations.labels("refused").inc()
+        if not self._throttle.failed(actor.address, now.timestamp(), counts=False).recorded:
+            return
+        with self._database.transaction() as tx:
+            facts: dict[str, Any] = {
+                "code": refusal.code,
+                "detail": refusal.detail,
+                "admitted": False,
+                "by": actor.name,
+            }
+            events.record(tx, actor.tenant_id, EventType.ATTESTATION_FAILED, device_id, at=now, **facts)
+            of = "attestation" if device_id is None else f"device:{device_id}"
+            told = {"code": refusal.code, "policy": f"{policy.id} {policy.version}"}
+            audit.record(tx, actor, "device:attest", of, at=now, outcome="refused", **told)
+
+
+def _missing(policy: RegisteredPolicy, key: PublicKey | None) -> EvidenceMissing:
+    types = ", ".join(policy.appraisal.types or EvidenceType)
+    if key is None:
+        return EvidenceMissing(
+            f"This enrolment requires attestation evidence ({types}) for the device's own key, and the portal was to"
+            " make one; make a key on the device, and use POST /enroll."
+        )
+    return EvidenceMissing(
+        f"This enrolment requires attestation evidence ({types}), and none was sent; get a nonce by"
+        " POST /attestation/nonce, and send the evidence with POST /enroll."
+    )
+
+
+def record_result(
+    tx: Connection, tenant_id: str, device_id: str, name: str, appraised: Appraised, *, now: datetime
+) -> None:
+    """Record what came of a device's evidence in the transaction that admits it, before its audit entry."""
+    result, policy = appraised.result, appraised.policy
+    if result is None or policy is None:
+        return
+    record = AttestationRecord(
+        device_id=device_id,
+        tenant_id=tenant_id,
+        policy_id=policy.id,
+        policy_version=policy.version,
+        type=result.evidence.type,
+        verdict=_verdict_of(result),
+        code=result.code,
+        problems=list(result.problems),
+        claims={} if result.claims is None else _CLAIMS.dump_python(result.claims, mode="json"),
+        evidence_digest=result.evidence.digest,
+        key_fingerprint=appraised.key_fingerprint,
+        appraised_at=now,
+    )
+    attestation.put_attestation(tx, record)
+    if not result.passed:
+        detail = " ".join(result.problems)
+        facts: dict[str, Any] = {"name": name, "code": result.code, "detail": detail, "admitted": True}
+        events.record(tx, tenant_id, EventType.ATTESTATION_FAILED, device_id, at=now, **facts)
+
+
+def claims_of(record: AttestationRecord) -> Claims | None:
+    """Return the claims that were kept, ``None`` if the evidence did not verify."""
+    return _CLAIMS.validate_python(record.claims) if record.claims else None
+
+
+def _verdict_of(result: AttestationResult) -> AttestationVerdict:
+    return AttestationVerdict.PASSED if result.passed else AttestationVerdict.FAILED
+
+
+def _code_of(result: AttestationResult) -> dict[str, str]:
+    return {} if result.passed else {"code": result.code}
