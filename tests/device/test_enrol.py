@@ -60,5 +60,5 @@ def test_a_renewal_is_asked_for_under_the_whole_subject(enrol: ModuleType, tmp_p
     issued = make_hierarchy(datetime.now(UTC)).device(contents=DeviceContents(subject=attributes))
     (tmp_path / "current").mkdir()
     (tmp_path / "current" / "device.pem").write_text(issued.pem)
-    request = enrol.make_request(Namespace(serial="unused"), tmp_path / "next", tmp_path / "current")
+    request = enrol.make_request(Namespace(serial="unused", attest=None), tmp_path / "next", tmp_path / "current")
     check_same_names(read_enrolment_request(request), issued.der)

@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import PublicFormat
 
 from tests.support.deployment import ROOT, Deployment, Onboarded, deployed
 from tests.support.device_tool import Connection, Device
+from tests.support.evidence_program import script
+from tests.support.pki import PEM, key_pem
 
 pytestmark = pytest.mark.system
 
@@ -135,6 +139,23 @@ def test_the_device_s_tool_survives_being_cut_off_at_any_step(deployment: Deploy
     (deployment.folder / "tool" / "current" / "chain.pem").symlink_to("device.pem")
     device = Onboarded(pending["device_id"], current, deployment.mqtt_port)
     device.client().close()
+
+
+@pytest.mark.parametrize("kind", ["eat-jwt", "psa"])
+def test_a_device_shows_evidence_that_a_program_of_its_own_makes(
+    deployment: Deployment, tmp_path: Path, kind: str
+) -> None:
+    root_of_trust = ec.generate_private_key(ec.SECP256R1())
+    (tmp_path / "root.pem").write_bytes(key_pem(root_of_trust))
+    anchor = root_of_trust.public_key().public_bytes(PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    policy = {"mode": "require", "types": [kind], "anchors": [anchor], "on_renewal": True}
+    answer = deployment.call("POST", "/enrolment-tokens", {"name": kind, "attestation": policy})
+    (tmp_path / "token").write_text(answer.json()["token"])
+    device = Device(deployment, tmp_path / "device")
+    options = ("--attest", kind, "--evidence-program", str(script(tmp_path, kind, tmp_path / "root.pem")))
+    assert device.enrol("--token-file", str(tmp_path / "token"), *options) == 0
+    assert device.enrol("--renew") == 1  # evidence is required
+    assert device.enrol("--renew", *options) == 0
 
 
 # --- A device's whole life, by its own tool -----------------------------------------------------------------------
