@@ -17,6 +17,7 @@ import click
 from commands.context import (
     DEVICE_ID,
     PROFILE,
+    ProfileName,
     Remote,
     command,
     metadata_from,
@@ -28,7 +29,7 @@ from commands.context import (
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
 from commands.files import defused, whole_file
-from commands.output import Cell, ago, date_of, moment, state, status_of, text
+from commands.output import Cell, Column, ago, date_of, moment, state, status_of, text
 
 STATUSES = ("pending", "active", "suspended", "revoked")
 COLUMNS = (
@@ -85,6 +86,7 @@ filter_options = option_group(
         help="Only devices whose certificate expires before a date, a time, or days from now (30d).",
     ),
     click.option("--external-id", metavar="TEXT", help="Only the device with this external id."),
+    click.option("--profile", type=ProfileName(), metavar="NAME", help="Only devices with this certificate profile."),
     _connection_flag("--connected", "Only devices that are connected to the broker now."),
     _connection_flag("--offline", "Only devices seen before that are not connected."),
     _connection_flag("--never-seen", "Only devices that were never connected."),
@@ -114,11 +116,13 @@ def list_devices(
     """List devices, newest first.
 
     When piped, prints tab-separated lines: id, name, type, location, status, expiry, last seen (now, a time, never, or
-    empty if not known).
+    empty if not known), certificate profile. A terminal has no column for the profile if all are default.
     """
     filters["sort"] = None if sort is None else SORTS[sort]
     answer = portal.client.read_pages("/devices", "devices", limit=None if all_ else limit, cursor=cursor, **filters)
     filtered = any(value for name, value in filters.items() if name != "sort")
+    has_profiles = any(device.get("profile", "default") != "default" for device in answer["devices"])
+    with_profile: dict[str, Column] = {"profile": "profile"} if has_profiles or not portal.out.for_people else {}
     portal.out.table(
         answer,
         "devices",
@@ -130,9 +134,10 @@ def list_devices(
             "status": status_of,
             "expires": lambda row: moment(row.get("expires_at"), expiry=row.get("status") != "revoked", short=True),
             "seen": seen,
+            **with_profile,
         },
         empty="No matching devices." if filtered else "No devices yet.",
-        spare=("location", "type", "seen"),
+        spare=("location", "type", "seen", *with_profile),
     )
     if not answer["devices"] and not filtered:
         portal.out.next_step("portal register NAME --type … --location … --firmware …")

@@ -96,10 +96,10 @@ def import_devices(
     """Register a device for each row of a file.
 
     The first row of a CSV file names the columns: name, type, location, firmware, and optionally external_id,
-    metadata, csr, key_type, validity_days, bundle_password, bundle_format, topics. FOLDER/results.csv gets the download
-    link and the bundle password of each device. To continue an interrupted import, or after you corrected rows, run
-    the same command again; a row that is the same registers no second device, whatever the folder, except with
-    another --batch. The exit status is 1 if a row failed, 3 if the connection was lost.
+    metadata, csr, key_type, validity_days, bundle_password, bundle_format, topics, profile. FOLDER/results.csv gets
+    the download link and the bundle password of each device. To continue an interrupted import, or after you corrected
+    rows, run the same command again; a row that is the same registers no second device, whatever the folder, except
+    with another --batch. The exit status is 1 if a row failed, 3 if the connection was lost.
     """
     if out is None and not dry_run:
         raise Misused("Give a folder for the results with --out, or only check the file with --dry-run.")

@@ -16,7 +16,7 @@ from core.topics import is_device_id
 from store.certificates import CURRENT, IS_APPLICATION, OF_DEVICE, of_device
 from store.database import columns_of
 from store.presences import PresenceRecord
-from store.profiles import name_of
+from store.profiles import DEFAULT, id_of, name_of
 from store.tables import AclEntry, Certificate, Device, IssuerRow, Presence
 
 
@@ -145,6 +145,7 @@ class DeviceFilter:
     q: str | None = None
     expires_before: datetime | None = None
     external_id: str | None = None
+    profile: str | None = None
     connected: PresenceState | None = None
     sort: str | None = None
     kind: ClientKind = ClientKind.DEVICE
@@ -157,6 +158,11 @@ class DeviceFilter:
         if self.connected is not None:
             return ListOrder.LAST_SEEN_FIRST
         return ListOrder.NEWEST if self.expires_before is None else ListOrder.EXPIRY
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether it has a condition that no index helps with: a part of a name, or the profile of most devices."""
+        return self.q is not None or self.profile == DEFAULT
 
     @property
     def narrows_expiry(self) -> bool:
@@ -203,7 +209,7 @@ def list_devices(
     ``after`` is the place of the last device of the previous page, or its ``end`` (keyset paging). Each filter and each
     order has an index; with several filters only ``LOOKED_AT`` devices are read, and ``end`` says that there are more.
     """
-    order, equal = _order_of(wanted), _equalities(wanted)
+    order, equal = _order_of(wanted), _equalities(tenant_id, wanted)
     lead, end = _reach(tx, tenant_id, wanted, order, equal, after)
     dates = (Certificate.not_after, Certificate.not_before)
     query = sa.select(*DEVICE_COLUMNS, *dates, Presence.state, Presence.since).select_from(order.source)
@@ -215,6 +221,8 @@ def list_devices(
     if wanted.q is not None and not is_device_id(wanted.q.lower()):
         # Each database folds the case of both sides in its own way.
         query = query.where(Device.name.icontains(wanted.q, autoescape=True))
+    if wanted.profile == DEFAULT:
+        query = query.where(Device.profile_id.is_(None))
     if wanted.narrows_expiry:
         query = query.where(Certificate.not_after < wanted.expires_before)
     rows = tx.execute(_between(query, tenant_id, wanted, order, after, end).limit(limit))
@@ -260,15 +268,17 @@ def _order_of(wanted: DeviceFilter) -> _Order:
     return _Order(columns, descending, source, Presence.tenant_id, conditions, LOOKED_AT_BY_OTHERS)
 
 
-def _equalities(wanted: DeviceFilter) -> list[tuple[Any, str]]:
+def _equalities(tenant_id: str, wanted: DeviceFilter) -> list[tuple[Any, Any]]:
     """Return the columns that must equal a value, unique ones first."""
     q = None if wanted.q is None else wanted.q.lower()
+    has_own_profile = wanted.profile not in (None, DEFAULT)
     values = (
         (Device.id, q if q is not None and is_device_id(q) else None),
         (Device.external_id, wanted.external_id),
         (Device.status, wanted.status),
         (Device.type, wanted.type),
         (Device.location, wanted.location),
+        (Device.profile_id, id_of(tenant_id, str(wanted.profile)) if has_own_profile else None),
     )
     return [(column, value) for column, value in values if value is not None]
 
@@ -278,7 +288,7 @@ def _reach(
     tenant_id: str,
     wanted: DeviceFilter,
     order: _Order,
-    equal: list[tuple[Any, str]],
+    equal: list[tuple[Any, Any]],
     after: Place | None,
 ) -> tuple[Any, Place | None]:
     """Return the column whose index the page is read from, and the place where it must end (``None`` for no limit).
@@ -289,7 +299,7 @@ def _reach(
         return equal[0][0], None
     is_newest = wanted.order is ListOrder.NEWEST
     leads: list[tuple[Any, Any]] = [*equal] if is_newest and equal else [(None, None)]
-    if wanted.q is None and len(equal) + wanted.narrows_expiry + (not is_newest) < 2:
+    if not wanted.is_searched and len(equal) + wanted.narrows_expiry + (not is_newest) < 2:
         return leads[0][0], None
     furthest: tuple[Any, Place | None] = (None, None)
     for column, value in leads:

@@ -57,6 +57,12 @@ def name_of(profile_id: Any) -> sa.Label[str]:
     return sa.func.coalesce(name, sa.literal_column(f"'{DEFAULT}'")).label("certificate_profile")
 
 
+def id_of(tenant_id: str, name: str) -> Any:
+    """Return the expression for the id of a profile, ``NULL`` if none has the name."""
+    named = (_row.tenant_id == tenant_id, _row.name == name, _row.removed_at.is_(None))
+    return sa.select(_row.id).where(*named).scalar_subquery()
+
+
 def find_profile(tx: Connection, tenant_id: str, name: str) -> ProfileRecord | None:
     """Return a profile by its name, ``None`` if there is none, or it is the built-in one."""
     row = tx.execute(_BY_NAME, {"of_tenant": tenant_id, "of_name": name}).one_or_none()
@@ -111,11 +117,13 @@ def remove_profile(tx: Connection, profile_id: str, *, now: datetime) -> None:
     tx.execute(sa.update(_row).where(_row.id == profile_id).values(removed_at=now))
 
 
-def users_of(tx: Connection, profile_id: str, *, now: datetime) -> dict[str, int]:
+def users_of(tx: Connection, tenant_id: str, profile_id: str, *, now: datetime) -> dict[str, int]:
     """Return how many devices, enrolment tokens and manufacturers have a profile, and may need it still."""
     token = EnrolmentToken
     queries = {
-        "device": sa.select(Device.id).where(Device.profile_id == profile_id, Device.status != DeviceStatus.REVOKED),
+        "device": sa.select(Device.id).where(
+            Device.tenant_id == tenant_id, Device.profile_id == profile_id, Device.status != DeviceStatus.REVOKED
+        ),
         "enrolment token": sa.select(token.id).where(
             token.profile_id == profile_id,
             token.revoked_at.is_(None),

@@ -154,7 +154,9 @@ class Device(OfTenant, Base):
         partial_index("ix_devices_out", "tenant_id", "generation", where="status IN ('revoked', 'suspended')"),
         partial_index("ix_devices_applications", "tenant_id", "created_at", "id", where="kind = 'application'"),
         partial_index("ix_devices_attested", "tenant_id", "attested", "created_at", "id", where="attested IS NOT NULL"),
-        partial_index("ix_devices_profile", "profile_id", where="profile_id IS NOT NULL"),
+        partial_index(
+            "ix_devices_profile", "tenant_id", "profile_id", "created_at", "id", where="profile_id IS NOT NULL"
+        ),
     )
 
     id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)

@@ -96,7 +96,7 @@ class CertificateProfiles:
         _check_not_built_in(name)
         with self._database.transaction() as tx:
             record = store_profiles.lock_profile(tx, actor.tenant_id, name)
-            users = store_profiles.users_of(tx, record.id, now=now)
+            users = store_profiles.users_of(tx, actor.tenant_id, record.id, now=now)
             if users:
                 having = " and ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in users.items())
                 raise ProfileInUse(

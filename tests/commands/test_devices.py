@@ -78,7 +78,7 @@ def test_filters_go_to_the_portal(session: Session, stub: PortalStub) -> None:
 def test_a_list_is_plain_when_piped(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device()
     result = session.run("list")
-    assert result.stdout == f"{device_id}\tsensor-7\tthermometer\tHall 2\tactive\t2036-01-01T00:00:00Z\tnow\n"
+    assert result.stdout == f"{device_id}\tsensor-7\tthermometer\tHall 2\tactive\t2036-01-01T00:00:00Z\tnow\tdefault\n"
     assert result.stderr == ""
 
 
@@ -104,7 +104,7 @@ def test_a_cursor_that_repeats_ends_the_list(session: Session, stub: PortalStub)
 def test_filters_reach_the_portal(session: Session, stub: PortalStub) -> None:
     session.run(
         "list", "--status", "active", "--type", "t", "--location", "l", "--q", "x", "--expires-before", "2027-01-31",
-        "--external-id", "SN-1",
+        "--external-id", "SN-1", "--profile", "p",
     )  # fmt: skip
     assert stub.requests[0].query == {
         "status": "active",
@@ -113,6 +113,7 @@ def test_filters_reach_the_portal(session: Session, stub: PortalStub) -> None:
         "q": "x",
         "expires_before": "2027-01-31T00:00:00Z",
         "external_id": "SN-1",
+        "profile": "p",
         "limit": "50",
     }
     session.run("list", "--expires-before", "30d")
@@ -165,7 +166,7 @@ def test_a_connection_is_shown_in_words(
     header, line = session.run("export").stdout.splitlines()
     assert header.split(",")[-3:] == ["connected", "connected_since", "last_seen"]
     assert line.split(",")[-3:] == words
-    assert session.run("list").stdout.rstrip("\n").split("\t")[-1] == cell
+    assert session.run("list").stdout.rstrip("\n").split("\t")[-2] == cell
 
 
 @pytest.mark.parametrize("command", ["list", "export"])

@@ -109,6 +109,13 @@ def test_people_get_a_table_in_colour(session: Session, stub: PortalStub) -> Non
     assert "\x1b[2J" not in seen.seen
 
 
+def test_people_are_shown_profiles_if_a_device_has_one(session: Session, stub: PortalStub) -> None:
+    stub.add_device(profile="tls-server")
+    with terminal(session, "list", NO_COLOR="1", COLUMNS="140") as seen:
+        assert seen.end() == 0
+    assert re.search(r"SEEN +PROFILE *\n.* tls-server *\n", seen.seen)
+
+
 def test_no_color_means_no_escape_sequence(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device()
     with terminal(session, "list", NO_COLOR="1", COLUMNS="72") as seen:

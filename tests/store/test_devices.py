@@ -12,9 +12,11 @@ from operations.wiring import Portal
 from store import devices
 from store.devices import DeviceFilter, Listed
 from store.presences import PresenceRecord, record_presences
+from store.profiles import add_profile
 from tests.test_db import add_certificate, add_device
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
+RULES = {"name": "named", "dns_names": [], "ip_addresses": [], "key_types": [], "extended_key_usage": ["client_auth"]}
 SOON = NOW + timedelta(days=2)
 
 
@@ -22,13 +24,17 @@ SOON = NOW + timedelta(days=2)
 def fleet(portal: Portal) -> Portal:
     """Twelve devices: every second one a valve, every third in hall 2; those of hall 2 expire first.
 
-    Of four devices the first was never seen, the second is connected, the others are offline.
+    Of four devices the first was never seen, the second is connected, the others are offline. The pumps of hall 2 have
+    a certificate profile.
     """
     with portal.database.transaction() as tx:
+        add_profile(tx, "default", "1", RULES, now=NOW)
         for number in range(12):
             kind, hall = ("valve", "pump")[number % 2], ("hall 2", "hall 1")[number % 3 > 0]
+            profile = {"profile_id": "1"} if (kind, hall) == ("pump", "hall 2") else {}
+            created_at = NOW + timedelta(hours=number)
             device_id = add_device(
-                tx, name=f"{kind}-{number:02}", type=kind, location=hall, created_at=NOW + timedelta(hours=number)
+                tx, name=f"{kind}-{number:02}", type=kind, location=hall, created_at=created_at, **profile
             )
             add_certificate(tx, device_id, not_after=NOW + timedelta(days=1 if hall == "hall 2" else 3, hours=number))
             if number % 4:
@@ -66,6 +72,11 @@ LISTS: tuple[tuple[DeviceFilter, list[str]], ...] = (
     (DeviceFilter(q="pump", expires_before=SOON), ["03", "09"]),
     (DeviceFilter(connected=PresenceState.OFFLINE, type="pump"), ["03", "07", "11"]),
     (DeviceFilter(connected=PresenceState.CONNECTED, q="-0", expires_before=SOON), ["09"]),
+    (DeviceFilter(profile="named", type="pump"), ["09", "03"]),
+    (DeviceFilter(profile="default"), ["11", "10", "08", "07", "06", "05", "04", "02", "01", "00"]),
+    (DeviceFilter(profile="default", type="pump"), ["11", "07", "05", "01"]),
+    (DeviceFilter(profile="named", sort="last_seen"), ["03", "09"]),
+    (DeviceFilter(profile="default", expires_before=SOON), ["00", "06"]),
     (DeviceFilter(sort="last_seen", location="hall 2"), ["00", "06", "03", "09"]),
     (DeviceFilter(sort="-last_seen", location="hall 2"), ["09", "03", "06", "00"]),
 )
@@ -94,6 +105,12 @@ def test_devices_are_listed_by_their_connection(fleet: Portal, limit: int) -> No
     ):
         pages = _pages(fleet, wanted, limit)
         assert [device.name[-2:] for page in pages for device, *_ in page.devices] == found, wanted
+
+
+def test_devices_are_listed_by_the_name_of_their_profile(fleet: Portal) -> None:
+    names = [device.name for page in _pages(fleet, DeviceFilter(profile="named"), 1) for device, *_ in page.devices]
+    assert names == ["pump-09", "pump-03"]
+    assert _pages(fleet, DeviceFilter(profile="unknown"), 50) == [Listed([], None)]
 
 
 def test_the_index_of_the_rarest_value_is_read(fleet: Portal, monkeypatch: pytest.MonkeyPatch) -> None:

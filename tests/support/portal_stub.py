@@ -133,6 +133,7 @@ class PortalStub:
             "firmware": "1.4.2",
             "metadata": {},
             "status": "active",
+            "profile": "default",
             "created_at": "2026-01-01T00:00:00Z",
             "expires_at": "2036-01-01T00:00:00Z",
             "connection": {"connected": True, "since": "2026-01-02T00:00:00Z", "last_seen": "2026-01-03T00:00:00Z"},

@@ -252,6 +252,7 @@ class DeviceConditions(RequestModel):
     q: Place | None = None
     expires_before: Time | None = None
     external_id: ExternalId | None = None
+    profile: ProfileName | None = None
 
 
 class DeviceQuery(DeviceConditions):
