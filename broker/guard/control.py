@@ -99,10 +99,7 @@ class GuardControl:
         self._settings = settings
         self._clock = clock
         self._distrusted = False  # whether the journal was found damaged, so that the next one is a new one
-        self._names: tuple[bytes, frozenset[str]] = (
-            b"",
-            frozenset(),
-        )  # hashes of the issuing CAs' names, by the CAs' PEM
+        self._told: tuple[bytes, tuple[str, ...]] = (b"", ())  # what names the issuing CAs, by the CAs' PEM
         self._unsynced: Unsynced | None = None  # what was appended last
         self._knows_version = False  # of the guard, which each process of the portal asks for once
 
@@ -126,16 +123,16 @@ class GuardControl:
     def _draft(self, writer: JournalAppend | NewJournal, since: int) -> GuardDraft:
         return GuardDraft(self, self._settings.application_prefixes, writer, since)
 
-    def _issuers(self, ca: bytes) -> frozenset[str]:
-        if self._names[0] != ca:
-            names = (one.subject.public_bytes() for one in issuing_certificates(ca))
-            self._names = (ca, frozenset(hashlib.sha256(name).hexdigest() for name in names))
-        return self._names[1]
+    def _issuers(self, ca: bytes) -> tuple[str, ...]:
+        """Return the hashes that name the issuing CAs to the guard, in the order in which it is to read them."""
+        if self._told[0] != ca:
+            self._told = (ca, tuple(one for each in issuing_certificates(ca) for one in journal.issuer_hashes(each)))
+        return self._told[1]
 
     def told(self, ca: bytes) -> bool:
         """Return whether the guard knows all issuing CAs of ``ca`` (PEM), and the portal's password."""
         stated = self.files.stated()
-        return self._issuers(ca) <= {*stated.get("issuers", ())} and stated.get("portal") == self._password_hash()
+        return {*self._issuers(ca)} <= {*stated.get("issuers", ())} and stated.get("portal") == self._password_hash()
 
     def is_whole(self) -> bool:
         """Return whether the files for the broker are as they were written, with CRLs that are current."""
@@ -177,13 +174,14 @@ class GuardControl:
         before = self.files.stated() if isinstance(writer, JournalAppend) else {}
         issuers = self._issuers(trust.ca)
         known = set(before.get("issuers", ()))
-        for issuer in sorted(issuers - known):
-            writer.add(journal.issuer_line(issuer))
+        for issuer in issuers:
+            if issuer not in known:
+                writer.add(journal.issuer_line(issuer))
         if before and before.get("portal") != self._password_hash():
             writer.add(journal.portal_line(self._password_hash()))
         position = writer.commit(generation)
         self._distrusted = False
-        due = urgent or not issuers <= known or self._is_crl_due(position, before, len(trust.crl))
+        due = urgent or not known.issuperset(issuers) or self._is_crl_due(position, before, len(trust.crl))
         published = due and self.files.publish(trust)
         stated = {
             "style": self._settings.acl_style,
@@ -194,7 +192,7 @@ class GuardControl:
             "prefix": self._settings.topic_prefix,
             "more_prefixes": [*self._settings.topic_prefixes],
             "portal": self._password_hash(),
-            "issuers": sorted(issuers | known),
+            "issuers": sorted(known.union(issuers)),
             "crl_seq": position.seq if due else before.get("crl_seq", 0),
             "crl_at": self._now() if due else before.get("crl_at", 0),
         }

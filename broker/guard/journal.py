@@ -7,6 +7,7 @@ before, so that no line can be lost, swapped or taken from another file without 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import zlib
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
+
+from cryptography import x509
 
 from core.errors import BrokerUnavailable, ProjectionInvalid
 from core.failpoints import failpoint
@@ -56,8 +59,22 @@ def prefix_line(prefix: str) -> str:
 
 
 def issuer_line(name_hash: str) -> str:
-    """Return the line that makes a CA the portal's, by the SHA-256 of its DER subject name in hex."""
+    """Return the line that makes a CA the portal's, by the SHA-256 of its DER subject name in hex, or of its key."""
     return f"issuer {name_hash}"
+
+
+def issuer_hashes(certificate: x509.Certificate) -> tuple[str, ...]:
+    """Return what ``issuer_line`` is given for a CA, in this order: its name, its key, and the mark that keys are told.
+
+    A CA without a key identifier (RFC 5280 section 4.2.1.2) is known by its name alone.
+    """
+    name = hashlib.sha256(certificate.subject.public_bytes())
+    try:
+        key = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+    except x509.ExtensionNotFound:
+        return (name.hexdigest(),)
+    of_key = hashlib.sha256(name.digest() + hashlib.sha256(key).digest())
+    return name.hexdigest(), of_key.hexdigest(), hashlib.sha256(name.digest()).hexdigest()
 
 
 def allow_line(identity: str, filters: Sequence[tuple[str, Access]] | None = None) -> str:

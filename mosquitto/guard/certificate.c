@@ -50,6 +50,31 @@ static bool read_issuer(const X509 *x509, struct certificate *into)
     return true;
 }
 
+/* Read which key of its issuer it names (RFC 5280 section 4.2.1.1). With a serial number or a name of its issuer's
+ * certificate, which the portal's CAs never put there, TLS could have taken another CA of the same key identifier. */
+static bool read_key(X509 *x509, struct certificate *into)
+{
+    const ASN1_STRING *identifier = X509_get0_authority_key_id(x509);
+    uint8_t both[2 * HASH_BYTES];
+
+    if (identifier == NULL || X509_get0_authority_serial(x509) != NULL || X509_get0_authority_issuer(x509) != NULL) {
+        return false;
+    }
+    memcpy(both, into->issuer, HASH_BYTES);
+    SHA256(ASN1_STRING_get0_data(identifier), (size_t)ASN1_STRING_length(identifier), both + HASH_BYTES);
+    SHA256(both, sizeof both, into->key);
+    return true;
+}
+
+bool certificate_is_for_key(const struct certificate *certificate, const struct registry *registry)
+{
+    uint8_t mark[HASH_BYTES];
+
+    SHA256(certificate->issuer, HASH_BYTES, mark);
+    return !registry_is_issuer(registry, mark) ||
+           (certificate->has_key && registry_is_issuer(registry, certificate->key));
+}
+
 static bool read_serial(const X509 *x509, struct certificate *into)
 {
     const ASN1_STRING *number = X509_get0_serialNumber(x509);
@@ -98,6 +123,7 @@ enum reading certificate_read(void *x509, const char *username, struct certifica
     memset(into, 0, sizeof *into);
     good = read_issuer(x509, into);
     if (good) {
+        into->has_key = read_key(x509, into);
         into->has_serial = read_serial(x509, into);
         into->named = is_named(x509, username);
     }

@@ -88,7 +88,9 @@ static enum verdict judge_certificate(struct claim *claim)
     if (!registry_is_issuer(registry, certificate->issuer)) {
         return NOT_OURS;
     }
-    if (!certificate->named) {
+    if (!certificate_is_for_key(certificate, registry)) {
+        claim->refusal = "its certificate is that of another CA with the name of a portal CA";
+    } else if (!certificate->named) {
         claim->refusal = "its username is not the common name of its certificate";
     } else if (!certificate->has_serial) {
         claim->refusal = "its certificate has no serial number of at most 20 octets";

@@ -29,6 +29,14 @@ def hash_of(name: x509.Name) -> str:
     return hashlib.sha256(name.public_bytes()).hexdigest()
 
 
+def key_hashes_of(authority: Authority) -> list[str]:
+    """How a journal names the key of an issuer, and says that it does."""
+    name = bytes.fromhex(hash_of(authority.certificate.subject))
+    identifier = x509.SubjectKeyIdentifier.from_public_key(authority.key.public_key()).digest
+    of_key = hashlib.sha256(name + hashlib.sha256(identifier).digest())
+    return [of_key.hexdigest(), hashlib.sha256(name).hexdigest()]
+
+
 class Journal:
     """A journal of one epoch; each method appends a line, in force once the guard has read it."""
 
@@ -96,7 +104,8 @@ class GuardedBroker(Mosquitto):
         """A journal with what each begins with; it is not written."""
         journal = Journal(self.root / "guard.journal", epoch)
         journal.line(f"portal {hashlib.sha256(PASSWORD.encode()).hexdigest()}")
-        journal.line(f"issuer {self.issuer}")
+        for each in (self.issuer, *key_hashes_of(self.pki.issuing)):
+            journal.line(f"issuer {each}")
         return journal
 
     @property

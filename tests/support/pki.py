@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -48,15 +49,18 @@ class Authority:
     now: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
     crl_number: int = 0
     constraints: x509.NameConstraints | None = None
+    key_identifier: bytes | None = None  # that of another CA's key, whose certificates it forges
 
     def __post_init__(self) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
+        own = x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()).digest
+        self.key_identifier = self.key_identifier or own
         parent = self.issuer or self
         builder = (
             self._builder(self.common_name, parent.common_name, self.key.public_key())
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(_usage(ca=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier(self.key_identifier), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(parent.key.public_key()), critical=False)
         )
         if self.constraints is not None:
@@ -74,8 +78,15 @@ class Authority:
             .not_valid_after(self.now + timedelta(days=30))
         )
 
-    def issue(self, common_name: str, *, server_names: Iterable[str] = ()) -> Credentials:
-        """A device's certificate, or a server's where it has names."""
+    def issue(self, common_name: str, *, server_names: Iterable[str] = (), names_issuer: bool = False) -> Credentials:
+        """A device's certificate, or a server's where it has names.
+
+        With ``names_issuer`` it says which certificate its issuer has, besides the key (RFC 5280 section 4.2.1.1).
+        """
+        of_issuer: dict[str, Any] = {"authority_cert_issuer": None, "authority_cert_serial_number": None}
+        if names_issuer:
+            of_issuer["authority_cert_issuer"] = [x509.DirectoryName(self.certificate.issuer)]
+            of_issuer["authority_cert_serial_number"] = self.certificate.serial_number
         key = ec.generate_private_key(ec.SECP256R1())
         names = [x509.DNSName(name) for name in server_names]
         usage = ExtendedKeyUsageOID.SERVER_AUTH if names else ExtendedKeyUsageOID.CLIENT_AUTH
@@ -85,7 +96,7 @@ class Authority:
             .add_extension(_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier(self.key_identifier, **of_issuer), critical=False)
         )
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import ssl
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -12,14 +14,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.guard import (
+    PASSWORD,
     GuardedBroker,
+    Journal,
     guarded_broker,
+    key_hashes_of,
     may_publish,
     may_subscribe,
 )
 from tests.support.mosquitto import GUARD, StartFailed, guard_library
-from tests.support.mqtt import NOT_AUTHORISED, Message, MqttClient, connect_socket
-from tests.support.pki import PEM, Authority
+from tests.support.mqtt import NOT_AUTHORISED, Message, MqttClient, connect_socket, connect_tls, tls_context
+from tests.support.pki import PEM, Authority, Pki
 
 pytest_plugins = ("tests.support.guard_fixtures",)
 pytestmark = pytest.mark.system
@@ -183,6 +188,81 @@ def test_a_certificate_of_a_portal_ca_is_not_enough_whatever_its_name(broker: Gu
         with broker.device(broker.issue(name)) as device:
             assert not may_publish(device, f"devices/{name}/x")
             device.wait_until_cut()
+
+
+@contextmanager
+def forged(
+    broker: GuardedBroker, sibling: Authority, identity: str, *, names_issuer: bool = False
+) -> Iterator[MqttClient]:
+    """A client with the name of a device and a certificate of another CA, which it sends with it; not connected yet."""
+    certificate, key = sibling.issue(identity, names_issuer=names_issuer).write(broker.root, uuid.uuid4().hex)
+    certificate.write_bytes(certificate.read_bytes() + sibling.certificate.public_bytes(PEM))
+    with MqttClient(connect_tls(broker.port, tls_context(broker.ca, certificate, key))) as client:
+        yield client
+
+
+def sibling_of(pki: Pki, **options: bytes | None) -> Authority:
+    """A CA of the same name as the portal's, below the same root, with another key."""
+    return Authority(pki.issuing.common_name, issuer=pki.root, **options)  # type: ignore[arg-type]
+
+
+def tls_refuses(broker: GuardedBroker, sibling: Authority, identity: str, *, names_issuer: bool = False) -> bool:
+    try:
+        with forged(broker, sibling, identity, names_issuer=names_issuer) as client:
+            client.connect("any")
+    except (ssl.SSLError, ConnectionError):
+        return True
+    return False
+
+
+def test_another_ca_of_the_same_name_and_root_makes_nobody_a_device(own_broker: GuardedBroker) -> None:
+    broker = own_broker
+    sibling, (identity, right) = sibling_of(broker.pki), broker.admit()
+    copied = sibling_of(broker.pki, key_identifier=broker.pki.issuing.key_identifier)
+    for ca, names_issuer in ((sibling, False), (sibling, True), (copied, True)):
+        with forged(broker, ca, identity, names_issuer=names_issuer) as client:
+            assert client.connect("another") == 0
+            assert not may_publish(client, f"devices/{identity}/x"), names_issuer
+            assert not may_subscribe(client, f"devices/{identity}/#")
+    assert "is that of another CA with the name of a portal CA" in broker.log
+    # Of two CAs of one name and one key identifier, TLS takes the one that it trusts, whose key has not signed.
+    assert tls_refuses(broker, copied, identity)
+    with broker.device(right, identity) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+
+
+def test_with_a_crl_tls_refuses_another_ca_of_the_same_name_whatever_its_key_identifier() -> None:
+    with guarded_broker(start=False) as broker:
+        (broker.root / "crl.pem").write_bytes(broker.pki.issuing.crl())
+        broker.extra = f"crlfile {broker.root}/crl.pem"
+        broker.start()
+        sibling, (identity, right) = sibling_of(broker.pki), broker.admit()
+        copied = sibling_of(broker.pki, key_identifier=broker.pki.issuing.key_identifier)
+        for ca in (sibling, copied):
+            assert tls_refuses(broker, ca, identity)
+            assert tls_refuses(broker, ca, identity, names_issuer=True)
+        with broker.device(right, identity) as device:
+            assert may_publish(device, f"devices/{identity}/x")
+
+
+def test_a_journal_of_before_names_no_keys_and_is_believed(own_broker: GuardedBroker) -> None:
+    journal = Journal(own_broker.journal.path, 2)
+    for text in (f"portal {hashlib.sha256(PASSWORD.encode()).hexdigest()}", f"issuer {own_broker.issuer}"):
+        journal.line(text)
+    identity = str(uuid.uuid4())
+    journal.line(f"allow {identity}")
+    own_broker.journal = journal.write()
+    assert own_broker.ask("epoch/2")
+    right = own_broker.issue(identity)
+    with own_broker.device(right, identity) as device:
+        assert may_publish(device, f"devices/{identity}/x")
+    with forged(own_broker, sibling_of(own_broker.pki), identity) as client:
+        assert client.connect("another") == 0
+        assert may_publish(client, f"devices/{identity}/x")  # until the portal adds the keys
+        own_broker.tell(*(f"issuer {each}" for each in key_hashes_of(own_broker.pki.issuing)))
+        assert not may_publish(client, f"devices/{identity}/x")
+    with own_broker.device(right, identity) as device:
+        assert may_publish(device, f"devices/{identity}/x")
 
 
 def test_the_name_in_upper_case_is_another_name(broker: GuardedBroker) -> None:

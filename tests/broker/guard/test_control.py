@@ -16,12 +16,14 @@ import pytest
 
 from broker.control import Draft
 from broker.crl import Trust
+from broker.guard import journal
 from broker.guard.control import CRL_CHANGES, CRL_SECONDS, GUARD_VERSION, GuardControl
 from broker.guard.journal import read_position
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable, ProjectionInvalid
 from core.topics import Access, Topic
+from tests.support.guard import key_hashes_of
 from tests.support.guard_stub import GuardStub, journal_lines
 from tests.support.mosquitto import short_folder
 from tests.support.pki import PEM, Authority, Credentials, Pki
@@ -133,6 +135,7 @@ def test_the_first_journal_says_all_that_the_guard_has_to_know(place: Place) -> 
         f"allow {TWO} w:devices/{TWO}/telemetry r:devices/shared/a%20b",
         f"serial {hash_of(place.pki.issuing)} 1f {ONE}",
         f"issuer {hash_of(place.pki.issuing)}",
+        *(f"issuer {each}" for each in key_hashes_of(place.pki.issuing)),
         "generation 1",
     ]
     assert place.control.files.damage() == []
@@ -203,12 +206,31 @@ def test_a_new_ca_and_a_new_password_are_told_without_a_new_journal(place: Place
     trust = Trust(place.pki.issuing.crl() + second.crl(), second.certificate.public_bytes(PEM) + place.pki.ca_bundle)
     (place.settings.secrets_dir / "broker-password").write_text("p" * 43)
     assert place.install(trust=trust)  # the broker needs the CA and its CRL at once
-    assert journal_lines(place.journal)[-3:] == [
+    assert journal_lines(place.journal)[-5:] == [
         f"issuer {hash_of(second)}",
+        *(f"issuer {each}" for each in key_hashes_of(second)),
         f"portal {hashlib.sha256(b'p' * 43).hexdigest()}",
         "generation 2",
     ]
     assert read_position(place.journal).epoch == epoch
+
+
+def test_the_keys_of_cas_whose_names_a_journal_has_already_are_told_without_a_new_journal(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "issuer_hashes", lambda one: [hashlib.sha256(one.subject.public_bytes()).hexdigest()])
+    place.install()
+    epoch = read_position(place.journal).epoch
+    place.open()
+    monkeypatch.undo()
+    draft = place.control.draft()
+    assert not draft.puts_off_crls(place.pki.ca_bundle)
+    draft.discard()
+    place.install()
+    keys = [f"issuer {each}" for each in key_hashes_of(place.pki.issuing)]
+    assert journal_lines(place.journal)[-4:] == ["generation 1", *keys, "generation 2"]
+    assert read_position(place.journal).epoch == epoch
+    place.append()
 
 
 def test_an_older_generation_never_follows_a_newer_one(place: Place) -> None:
