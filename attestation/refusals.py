@@ -151,6 +151,15 @@ class DeviceKeyRefused(AttestationRefused):
     code = "attested_key_refused"
 
 
+# --- The device ----------------------------------------------------------------------------------------------------
+
+
+class AttesterChanged(AttestationRefused):
+    """The evidence is of another root of trust than the device has shown before."""
+
+    code = "attester_changed"
+
+
 # --- Appraisal -----------------------------------------------------------------------------------------------------
 
 

@@ -36,27 +36,25 @@ class Device:
     environment: dict[str, str]
     ca: Path
 
-    def enrol(self, *options: str) -> subprocess.CompletedProcess[str]:
+    def enrol(self, *options: str, cut: str = "") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "device" / "enrol"), "--dir", str(self.folder / "enrolled")]
         command += ["--url", self.deployment.url, "--ca", str(self.deployment.data / "ca.pem"), "--serial", "sn-1"]
-        return self._run(*command, "--attest", "tpm", *options)
+        return self._run(*command, "--attest", "tpm", *options, ENROL_CUT_OFF_AT=cut)
 
-    def enrol_with(self, token: str) -> subprocess.CompletedProcess[str]:
+    def enrol_with(self, token: str, cut: str = "") -> subprocess.CompletedProcess[str]:
         (self.folder / "token").write_text(token)
-        return self.enrol("--token-file", str(self.folder / "token"), "--pcrs", "sha256:0,7")
+        return self.enrol("--token-file", str(self.folder / "token"), "--pcrs", "sha256:0,7", cut=cut)
 
     def publish(self, topic: str, message: str) -> subprocess.CompletedProcess[str]:
         """Have mosquitto_pub publish with the key in the TPM, as the documents say."""
         files = {"--cafile": "ca.pem", "--cert": "device.pem", "--key": "device.key"}
         options = [word for option, name in files.items() for word in (option, str(self.current / name))]
         broker = ["-h", "localhost", "-p", str(self.deployment.mqtt_port), "-V", "mqttv5", "-i", self.id, "-q", "1"]
-        return self._run("mosquitto_pub", *broker, *options, "-t", topic, "-m", message)
+        openssl = {"OPENSSL_CONF": str(self.folder / "enrolled" / "openssl.cnf")}
+        return self._run("mosquitto_pub", *broker, *options, "-t", topic, "-m", message, **openssl)
 
-    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        openssl = (
-            {"OPENSSL_CONF": str(self.folder / "enrolled" / "openssl.cnf")} if command[0] == "mosquitto_pub" else {}
-        )
-        environment = {**self.environment, **openssl, "TPM2OPENSSL_TCTI": self.environment["TPM2TOOLS_TCTI"]}
+    def _run(self, *command: str, **others: str) -> subprocess.CompletedProcess[str]:
+        environment = {**self.environment, "TPM2OPENSSL_TCTI": self.environment["TPM2TOOLS_TCTI"], **others}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
     @property
@@ -93,17 +91,41 @@ def devices(deployment: Deployment, tmp_path_factory: Any) -> Iterator[tuple[Dev
         yield made[0], made[1]
 
 
-def test_a_device_enrols_publishes_and_renews_with_a_key_in_its_tpm(
-    deployment: Deployment, devices: tuple[Device, Device]
-) -> None:
-    device, other = devices
-    policy = {"mode": "require", "types": ["tpm2"], "anchors": [device.ca.read_text()], "on_renewal": True}
+@pytest.fixture(scope="module")
+def token(deployment: Deployment, devices: tuple[Device, Device]) -> str:
+    """It lets in devices with a TPM of the first device's maker."""
+    policy = {"mode": "require", "types": ["tpm2"], "anchors": [devices[0].ca.read_text()], "on_renewal": True}
     answer = deployment.call("POST", "/enrolment-tokens", {"name": "a batch", "count": 9, "attestation": policy})
     assert answer.status_code == 201, answer.text
-    token = answer.json()["token"]
+    return str(answer.json()["token"])
+
+
+def test_evidence_of_a_tpm_of_another_maker_or_with_another_tpm_s_key_is_refused(
+    devices: tuple[Device, Device], token: str
+) -> None:
+    device, other = devices
     done = other.enrol_with(token)
     assert done.returncode == 1, done
     assert "anchor" in done.stderr
+    assert device.enrol_with(token, cut="request").returncode == -9
+    own, others = (one.folder / "enrolled" / "next" for one in devices)
+    kept = {name: (own / name).read_bytes() for name in ("request.b64", "device.key")}
+    (own / "request.b64").write_bytes((others / "request.b64").read_bytes())
+    done = device.enrol_with(token)
+    assert done.returncode == 1, done
+    assert "another key than that of the CSR" in done.stderr
+    (own / "device.key").write_bytes((others / "device.key").read_bytes())
+    done = device.enrol_with(token)
+    assert done.returncode == 75, done
+    assert "cannot load the device's key" in done.stderr
+    for name, content in kept.items():
+        (own / name).write_bytes(content)
+
+
+def test_a_device_enrols_publishes_and_renews_with_a_key_in_its_tpm(
+    deployment: Deployment, devices: tuple[Device, Device], token: str
+) -> None:
+    device, _ = devices
     done = device.enrol_with(token)
     assert done.returncode == 0, done.stderr
     assert (device.current / "device.key").read_text().startswith("-----BEGIN TSS2 PRIVATE KEY-----")

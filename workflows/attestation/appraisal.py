@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from attestation.appraisal import PolicyMode
 from attestation.evidence import Claims, EvidenceType, from_base64url
-from attestation.refusals import EvidenceMalformed, EvidenceMissing
+from attestation.refusals import AttesterChanged, EvidenceMalformed, EvidenceMissing
 from attestation.verification import AttestationResult, Evidence, attest
 from core import metrics
 from core.errors import AttestationRefused
@@ -87,11 +87,18 @@ class DeviceAttestations:
     _clock: Callable[[], datetime]
 
     def appraise(
-        self, policy_id: str | None, shown: ShownEvidence | None, *, holder: NonceHolder, key: PublicKey | None
+        self,
+        policy_id: str | None,
+        shown: ShownEvidence | None,
+        *,
+        holder: NonceHolder,
+        key: PublicKey | None,
+        device_id: str | None = None,
     ) -> Appraised:
         """Appraise the evidence for a key (``None`` for one that is made here); its nonce is spent in any case.
 
-        Raises nothing that the evidence is to blame for: ``Appraised.check`` does.
+        That of a device with an id has to be of the root of trust that it has shown before. Raises nothing that the
+        evidence is to blame for: ``Appraised.check`` does.
         """
         if policy_id is None and shown is None:
             return NOT_APPRAISED
@@ -99,6 +106,8 @@ class DeviceAttestations:
             policy = find_policy(tx, holder.tenant_id, policy_id)
         try:
             result = self._result(policy, shown, holder, key)
+            if device_id is not None and policy is not None and result is not None:
+                result = self._of_same_attester(policy, result, holder.tenant_id, device_id)
         except AttestationRefused as refusal:
             return Appraised(policy, refusal=refusal)
         if result is not None:
@@ -116,7 +125,8 @@ class DeviceAttestations:
                 policy = find_policy(tx, tenant_id, policy_id)
             if policy is None or not policy.appraisal.on_renewal:
                 return NOT_APPRAISED
-        return self.appraise(policy_id, shown, holder=NonceHolder.of_device(tenant_id, device_id), key=key)
+        holder = NonceHolder.of_device(tenant_id, device_id)
+        return self.appraise(policy_id, shown, holder=holder, key=key, device_id=device_id)
 
     def challenge(self, holder: NonceHolder, policy_id: str | None, key: EndorsementKey | None) -> IssuedNonce:
         """Give a nonce, with a credential for the TPM whose endorsement ``key`` the policy's anchors vouch for.
@@ -169,6 +179,26 @@ class DeviceAttestations:
         return attest(
             policy.appraisal, evidence, challenge=challenge, public_key=key, anchors=anchors, now=self._clock()
         )
+
+    def _of_same_attester(
+        self, policy: RegisteredPolicy, result: AttestationResult, tenant_id: str, device_id: str
+    ) -> AttestationResult:
+        """Return the result of a device's evidence, which another one's would not be.
+
+        Else a thief of the device's key could have it certified for one in a root of trust of the thief's own.
+        """
+        with self._database.snapshot() as tx:
+            kept = attestation.find_attestation(tx, tenant_id, device_id)
+        before = None if kept is None else claims_of(kept)
+        if before is None or result.claims is None or before.attester in ("", result.claims.attester):
+            return result
+        changed = AttesterChanged(
+            "The evidence is of another root of trust than the device has shown before; if it was replaced, have the"
+            " device enrol again, and an operator approve it."
+        )
+        if policy.appraisal.mode is PolicyMode.REQUIRE:
+            raise changed
+        return replace(result, problems=(*result.problems, changed.detail), code=result.code or changed.code)
 
     def record_refusal(self, actor: Actor, appraised: Appraised, device_id: str | None) -> None:
         """Record that a device, known or not yet, was refused for its evidence; a flood of them is summarized."""

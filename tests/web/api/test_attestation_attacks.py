@@ -1,0 +1,102 @@
+"""What somebody tries who has a genuine root of trust, but not that of the device, or not the evidence in time."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from app import portal_of
+from attestation.evidence import to_base64url
+from core.errors import AttestationRefused
+from tests.support.attestation import Maker
+from tests.support.attested import AttestedDevice, attested_device, policy
+from tests.support.est import Device, csr_der, refused, token
+from tests.support.harness import ON_SQLITE, Api, Clock, problem_of
+from workflows.attestation.nonces import NonceHolder
+
+OTHER = to_base64url(b"\x01" + bytes(32))  # the UEID of another root of trust, for which the same key vouches
+
+
+def enrolled(api: Api, clock: Clock, **fields: Any) -> tuple[AttestedDevice, str]:
+    """A device with a certificate, now due to be renewed, and another key for that; and its id."""
+    one = attested_device(api, **fields)
+    answer = one.enrol(one.evidence())
+    assert answer.status_code == 201, answer.text
+    clock.advance(days=300)
+    renewing = one.renewing(answer.json["certificate"])
+    renewing.maker, renewing.clock = Maker(root_of_trust=one.maker.root_of_trust), clock
+    return renewing, str(answer.json["device_id"])
+
+
+def renew(one: AttestedDevice, device_id: str, shown: dict[str, Any] | None) -> Any:
+    return one.call("enroll", {"csr": one.csr(device_id), **({} if shown is None else {"attestation": shown})})
+
+
+def test_of_requests_with_one_nonce_at_once_one_gets_its_challenge(app: Flask) -> None:
+    nonces, tenant_id = portal_of(app).attestations._nonces, portal_of(app).tenant_id
+    holder, ready = NonceHolder(tenant_id, "enrolment_token:x"), threading.Barrier(3)
+
+    def spent(nonce: str) -> str:
+        ready.wait()
+        try:
+            nonces.spend(holder, nonce)
+        except AttestationRefused as refusal:
+            return refusal.code
+        return ""
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(20):
+            nonce = nonces.issue(holder).nonce
+            used = "attestation_nonce_used"
+            assert sorted(pool.map(spent, [nonce] * 3)) == ["", used, used]
+
+
+@ON_SQLITE
+def test_a_renewal_that_needs_evidence_is_refused_without_by_every_way(api: Api, clock: Clock) -> None:
+    one, device_id = enrolled(api, clock, on_renewal=True)
+    problem_of(renew(one, device_id, None), 403, "attestation_required")
+    for path in ("/.well-known/est/", "/.well-known/est/default/"):
+        for operation in ("simplereenroll", "serverkeygen"):
+            est = Device(api, None, one.credential.certificate, path=path)
+            assert "requires attestation" in refused(est.enrol(csr_der(one.maker.key, device_id), operation), 403)
+    assert renew(one, device_id, one.evidence()).status_code == 201
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("on_renewal", [True, False])
+def test_a_thief_of_a_device_s_key_does_not_renew_with_another_root_of_trust(
+    api: Api, clock: Clock, on_renewal: bool
+) -> None:
+    one, device_id = enrolled(api, clock, on_renewal=on_renewal)
+    for ueid in (OTHER, None):
+        problem_of(renew(one, device_id, one.evidence(ueid=ueid)), 403, "attester_changed")
+    assert renew(one, device_id, one.evidence()).status_code == 201
+
+
+@ON_SQLITE
+def test_where_evidence_is_only_recorded_another_root_of_trust_is_a_failure(api: Api, clock: Clock) -> None:
+    one, device_id = enrolled(api, clock, mode="record")
+    assert renew(one, device_id, one.evidence(ueid=OTHER)).status_code == 201
+    [event] = [one for one in api.get("/audit").json["entries"] if one["action"] == "device:renew"]
+    assert event["detail"]["attestation"]["code"] == "attester_changed"
+
+
+@ON_SQLITE
+def test_a_serial_number_brings_no_device_another_root_of_trust_unless_an_operator_says_so(api: Api) -> None:
+    for setting, status in (("same_device", 403), ("operator", 202)):
+        maker = Maker()
+        secret = token(api, count=9, repeated_serial=setting, attestation=policy(maker))
+        one = AttestedDevice(api, Device(api, secret), maker)
+        first = one.enrol(one.evidence())
+        assert first.status_code == 201
+        other = AttestedDevice(api, one.credential, Maker(root_of_trust=maker.root_of_trust))
+        answer = other.enrol(other.evidence(ueid=OTHER))
+        assert answer.status_code == status, answer.text
+        if setting == "operator":
+            assert api.post(f"/devices/{first.json['device_id']}/approve").status_code == 200
+        again = other.enrol(other.evidence(ueid=OTHER if setting == "operator" else None))
+        assert again.status_code == (201 if setting == "operator" else 403)
