@@ -79,7 +79,7 @@ def test_evidence_that_does_not_verify_is_noted_or_refused(maker: Maker) -> None
 
 def test_require_says_what_is_missing(maker: Maker) -> None:
     assert attested(maker, {"mode": "record"}, sent=False) is None
-    with pytest.raises(EvidenceMissing, match=r"requires attestation evidence \(psa, tpm\), and none was sent"):
+    with pytest.raises(EvidenceMissing, match=r"requires attestation evidence \(psa, tpm2\), and none was sent"):
         attested(maker, {"mode": "require", "types": ["psa", "tpm2"]}, sent=False)
     with pytest.raises(EvidenceMissing, match="eat-jwt, eat-cwt, psa, tpm2"):
         attested(maker, {"mode": "require"}, sent=False)
