@@ -54,12 +54,14 @@ class Anchor:
     """A certificate of a CA or of a signer, or else a signer's bare public key (SubjectPublicKeyInfo), in DER.
 
     ``identifier`` is what the evidence names a bare key by: a key id, a UEID or an instance id. If it is empty, the key
-    is tried for all evidence that names none of the others.
+    is tried for all evidence that names none of the others. A CA whose certificates are what devices enrol by vouches
+    for nothing, and no signature by one of them counts: each device could make evidence about every other.
     """
 
     der: bytes
     is_certificate: bool
     identifier: bytes = b""
+    is_of_devices: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -143,7 +145,13 @@ def certified(
     first, *others = [_read(der) for der in chain]
     key = _key_of(first)
     _check_signer(first, purpose, now)
-    anchor = _anchor_of(first, others, anchors, now)
+    registered = [anchor for anchor in anchors if anchor.is_certificate and not anchor.is_of_devices]
+    is_pinned = any(anchor.der == first.der for anchor in registered)
+    if not is_pinned and any(anchor.is_of_devices and is_issued_by(first, anchor.der) for anchor in anchors):
+        raise SignerCertificateRefused(
+            "The signer's certificate is one by which a device enrols or connects: it could vouch for every other one."
+        )
+    anchor = _anchor_of(first, others, registered, now)
     return EvidenceSigner(key, anchor, first)
 
 
@@ -184,10 +192,9 @@ def _check_signer(certificate: ForeignCertificate, purpose: SignerPurpose, now: 
 
 
 def _anchor_of(
-    certificate: ForeignCertificate, others: list[ForeignCertificate], anchors: Sequence[Anchor], now: datetime
+    certificate: ForeignCertificate, others: list[ForeignCertificate], registered: Sequence[Anchor], now: datetime
 ) -> Anchor:
     """Climb from certificate to issuer until a registered one is met; at most as often as there are certificates."""
-    registered = [anchor for anchor in anchors if anchor.is_certificate]
     below = 0  # CA certificates between the signer and the one looked at
     while True:
         found = [anchor for anchor in registered if anchor.der == certificate.der or _vouches(anchor.der, certificate)]

@@ -11,16 +11,17 @@ from typing import Any
 from pydantic import TypeAdapter
 from sqlalchemy.engine import Connection
 
+from attestation.anchors import Anchor
 from attestation.appraisal import PolicyMode
 from attestation.evidence import Claims, EvidenceType, from_base64url
 from attestation.refusals import AttesterChanged, EvidenceMalformed, EvidenceMissing
 from attestation.verification import AttestationResult, Evidence, attest
 from core import metrics
 from core.errors import AttestationRefused
-from core.states import AttestationVerdict
+from core.states import AttestationVerdict, ManufacturerStatus
 from core.throttle import Throttle
 from pki.algorithms import PublicKey, public_key_fingerprint
-from store import attestation, audit, enrolment
+from store import attestation, audit, enrolment, issuers
 from store.attestation import AttestationRecord
 from store.audit import Actor
 from store.database import Database
@@ -175,10 +176,18 @@ class DeviceAttestations:
             if mode is PolicyMode.REQUIRE:
                 raise _missing(policy, key)
             return None
-        anchors = policy.anchors_for(evidence.type)
+        anchors = [*policy.anchors_for(evidence.type), *self._of_devices(holder.tenant_id)]
         return attest(
             policy.appraisal, evidence, challenge=challenge, public_key=key, anchors=anchors, now=self._clock()
         )
+
+    def _of_devices(self, tenant_id: str) -> list[Anchor]:
+        """Return the CAs by whose certificates devices enrol and connect: with none of those is evidence signed."""
+        with self._database.snapshot() as tx:
+            makers = enrolment.list_manufacturers(tx, tenant_id)
+            own = issuers.list_issuers(tx, retired=True)
+        registered = [one.der for one in makers if one.status is ManufacturerStatus.REGISTERED]
+        return [Anchor(der, True, is_of_devices=True) for der in (*registered, *(one.der for one in own))]
 
     def _of_same_attester(
         self, policy: RegisteredPolicy, result: AttestationResult, tenant_id: str, device_id: str

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
 from app import portal_of
 from attestation.evidence import to_base64url
 from core.errors import AttestationRefused
-from tests.support.attestation import Maker
+from tests.support.attestation import Maker, SigningKey
 from tests.support.attested import AttestedDevice, attested_device, policy
-from tests.support.est import Device, csr_der, refused, token
-from tests.support.harness import ON_SQLITE, Api, Clock, problem_of
+from tests.support.est import Device, csr_der, new_key, refused, token
+from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, problem_of
+from tests.support.pki import PEM, Authority
+from tests.web.api.test_est_clients import registered
 from workflows.attestation.nonces import NonceHolder
 
 OTHER = to_base64url(b"\x01" + bytes(32))  # the UEID of another root of trust, for which the same key vouches
@@ -83,6 +88,39 @@ def test_where_evidence_is_only_recorded_another_root_of_trust_is_a_failure(api:
     assert renew(one, device_id, one.evidence(ueid=OTHER)).status_code == 201
     [event] = [one for one in api.get("/audit").json["entries"] if one["action"] == "device:renew"]
     assert event["detail"]["attestation"]["code"] == "attester_changed"
+
+
+def signed_below(api: Api, signer: SigningKey, chain: list[x509.Certificate]) -> Any:
+    """The answer to evidence that is signed by the first of the chain, the last of which is the anchor."""
+    anchor = chain[-1].public_bytes(PEM).decode()
+    secret = token(api, attestation={"mode": "require", "anchors": [anchor]})
+    one = AttestedDevice(api, Device(api, secret), Maker(root_of_trust=signer))
+    x5c = [base64.b64encode(certificate.public_bytes(Encoding.DER)).decode() for certificate in chain[:-1]]
+    shown = one.evidence()
+    text = one.maker.jwt({"x5c": x5c}, iat=int(one.clock().timestamp())).decode()
+    return one.enrol(shown | {"evidence": text})
+
+
+@ON_SQLITE
+def test_a_factory_certificate_signs_no_evidence_though_its_ca_is_an_anchor_or_below_one(api: Api) -> None:
+    root = Authority("A root")
+    maker = Authority("A maker's CA", issuer=root)
+    unit = maker.issue("sn-1")
+    chain = [unit.certificate, maker.certificate, root.certificate]
+    assert signed_below(api, unit.key, chain).status_code == 201  # nothing says yet that devices enrol by it
+    registered(api, maker)
+    for length in (2, 3):
+        problem_of(signed_below(api, unit.key, chain[:length]), 403, "attestation_certificate_refused")
+
+
+@ON_SQLITE
+def test_a_certificate_of_the_portal_signs_no_evidence_though_its_root_is_an_anchor(api: Api) -> None:
+    key = new_key()
+    answer = api.register(csr=csr_pem(key))
+    chain = x509.load_pem_x509_certificates(answer["chain"].encode())
+    [root] = [one for one in x509.load_pem_x509_certificates(api.get("/ca.pem").data) if one.issuer == one.subject]
+    chain = [one for one in chain if one != root]
+    problem_of(signed_below(api, key, [*chain, root]), 403, "attestation_certificate_refused")
 
 
 @ON_SQLITE
