@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
@@ -36,13 +37,19 @@ class TokenUri:
     @property
     def of_token(self) -> str:
         """Return the part that says which token, without module and PIN."""
-        parts = [(name, getattr(self, name)) for name in TOKEN_ATTRIBUTES]
-        parts += [("slot-id", None if self.slot_id is None else str(self.slot_id)), ("object", self.object)]
-        return SCHEME + ";".join(f"{name}={quote(value, safe=_PLAIN)}" for name, value in parts if value is not None)
+        named = {name: getattr(self, name) for name in TOKEN_ATTRIBUTES}
+        slot = None if self.slot_id is None else str(self.slot_id)
+        return of_token({**named, "slot-id": slot, "object": self.object})
 
     def __str__(self) -> str:
         query = f"module-path={quote(str(self.module), safe='/')}&pin-source=file:{quote(str(self.pin_file), safe='/')}"
         return f"{self.of_token}?{query}"
+
+
+def of_token(attributes: Mapping[str, str | None]) -> str:
+    """Return the part of a URI that says which token, by those of its attributes that are not ``None``."""
+    named = [f"{name}={quote(value, safe=_PLAIN)}" for name, value in attributes.items() if value is not None]
+    return SCHEME + ";".join(named)
 
 
 def parse_token_uri(text: str) -> TokenUri:

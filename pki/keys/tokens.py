@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from core.errors import CaKeyUnavailable, TokenUnavailable
 from core.failpoints import failpoint
 from core.files import replace_file
-from core.pkcs11_uri import TokenUri
+from core.pkcs11_uri import TokenUri, of_token
 from pki.algorithms import RSA_EXPONENT, KeyType, PrivateKey, PublicKey
 from pki.keys.contract import KeyDescription, Origin, check_that_it_signs
 from pki.keys.files import create_private_file, read_private_file
@@ -97,7 +97,7 @@ class TokenKeys:
         What was begun before is continued. Until the key has signed, nobody takes it for the one to use.
         """
         kind, public, key_type, public_values, values = _parts(key)
-        record = self._begin(name, kind, follows_uri=True)
+        record = self._begin(name, kind)
         failpoint("move.begun")
         parts = {"key_type": key_type, "public_values": public_values, "values": values}
         answer = self._find_or({"do": "adopt", **asdict(record), **parts})
@@ -127,15 +127,18 @@ class TokenKeys:
         record = self._read(name)
         check_that_it_signs(self.load(name))  # which compares the public key, too
         answer = self._client.ask({"do": "find", **asdict(record)})
-        return self._described(name, replace(record, birth=answer.get("birth", record.birth)))
+        seen = {part: answer.get(part, getattr(record, part)) for part in ("birth", "token")}
+        return self._described(name, replace(record, **seen))
 
     def _described(self, name: str, record: TokenKeyRecord) -> KeyDescription:
-        return KeyDescription(name, f"{self._uri.of_token} ({record.label})", record.origin, can_leave=record.can_leave)
+        seen = {part: record.token[part] for part in ("token", "serial") if record.token.get(part)}
+        place = of_token(seen) if seen else self._uri.of_token
+        return KeyDescription(name, f"{place} ({record.label})", record.origin, can_leave=record.can_leave)
 
-    def _begin(self, name: str, kind: KeyType, *, follows_uri: bool = False) -> TokenKeyRecord:
+    def _begin(self, name: str, kind: KeyType) -> TokenKeyRecord:
         """Record the key that is to be made: if this is cut off, it is known by its id, and is not taken for another's.
 
-        With ``follows_uri`` what was begun under a label of another URI is begun again. Raises
+        What was begun under the label of another URI is begun again, unless the token has the key. Raises
         ``CaKeyUnavailable`` if there is one already.
         """
         label = name if self._uri.object is None else f"{self._uri.object}-{name}"
@@ -147,15 +150,17 @@ class TokenKeys:
             raise CaKeyUnavailable(
                 f"There is a CA key {name} in the token {self._uri.of_token}, and keys are never replaced."
             )
-        if follows_uri and begun.label != label:  # object= was set, as the token has a key of another portal
+        if begun.label != label and not self._find(asdict(begun)):  # object= was set, as another portal has that label
             replace_file(record_path(self._folder, name), _to_json(record))
             return record
         return begun
 
+    def _find(self, request: Facts) -> Facts:
+        return self._client.ask({**request, "do": "find"}, seconds=SLOW_SECONDS)
+
     def _find_or(self, request: Facts) -> Facts:
         """Search before anything is made: what was cut off may have left the key in the token."""
-        found = self._client.ask({**request, "do": "find"}, seconds=SLOW_SECONDS)
-        return found or self._client.ask(request, seconds=SLOW_SECONDS)
+        return self._find(request) or self._client.ask(request, seconds=SLOW_SECONDS)
 
     def _complete(self, name: str, record: TokenKeyRecord, answer: Facts, *, is_tried: bool = False) -> PrivateKey:
         public = answer["public"] or record.public

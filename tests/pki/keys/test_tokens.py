@@ -121,6 +121,18 @@ def test_the_record_is_a_private_file_without_a_secret(keys: KeyStores, folder: 
     assert json.loads(path.read_text())["token"]["token"] == own.token
 
 
+def test_the_place_of_a_key_is_the_token_that_made_it_not_what_the_setting_says(
+    keys: KeyStores, folder: Path, own: TokenUri
+) -> None:
+    keys.create("root", KeyType.EC_P384)
+    serial = read_record(folder, "root").token["serial"]
+    told = f"pkcs11:token={own.token};serial={serial} ({own.object}-root)".replace(" ", "%20", 1)
+    other = stores(folder, replace(own, token=None, serial=serial))
+    for described in (keys.describe("root"), other.describe("root"), keys.examine("root")):
+        assert described.place == told
+    other.close()
+
+
 def test_a_key_is_labelled_by_the_name_of_its_ca(keys: KeyStores, own: TokenUri, soft_tokens: SoftTokens) -> None:
     keys.create("issuing-7", KeyType.EC_P256)
     listed = soft_tokens.tool(own, "--list-objects", "--type", "privkey")
@@ -144,18 +156,45 @@ def test_a_key_of_another_portal_in_the_token_is_not_taken_for_ones_own(
     try:
         with pytest.raises(TokenUnavailable, match=r"another portal or time .* set object="):
             other.create("root", KeyType.EC_P384)
+        # What the error advises helps without anything else, also where the key was begun.
+        elsewhere = replace(own, object=f"{own.object}-2"[-32:])
+        renamed = stores(tmp_path / "another", elsewhere)
+        check_that_it_signs(renamed.load("root"))
+        renamed.close()
+        assert read_record(tmp_path / "another", "root").label == f"{elsewhere.object}-root"
     finally:
         other.close()
 
 
+def test_a_key_that_was_made_but_not_recorded_is_found_after_its_label_would_be_another(
+    keys: KeyStores, folder: Path, own: TokenUri
+) -> None:
+    made = keys.create("root", KeyType.EC_P384)
+    forget(folder, "root")
+    renamed = stores(folder, replace(own, object=f"{own.object}-2"[-32:]))
+    try:
+        assert renamed.load("root").public_key() == made.public_key()
+        assert read_record(folder, "root").label == f"{own.object}-root"
+    finally:
+        renamed.close()
+
+
+def forget(folder: Path, name: str) -> None:
+    """Leave of a record what there is before the key is made."""
+    record = json.loads(record_path(folder, name).read_text())
+    record_path(folder, name).write_text(json.dumps({**record, "public": "", "token": {}, "birth": {}}))
+
+
 def test_a_making_that_was_cut_off_is_completed(keys: KeyStores, folder: Path, own: TokenUri) -> None:
     made = keys.create("root", KeyType.EC_P384)
-    record = json.loads(record_path(folder, "root").read_text())
-    record_path(folder, "root").write_text(json.dumps({**record, "public": "", "token": {}, "birth": {}}))
+    forget(folder, "root")
     assert keys.exists("root")
     assert keys.load("root").public_key() == made.public_key()
-    record_path(folder, "root").write_text(json.dumps({"label": f"{own.object}-later", "id": "0a", "kind": "ec-p256"}))
-    check_that_it_signs(keys.load("root"))
+    begun = {"label": f"{own.object}-issuing-1", "id": "0a", "kind": "ec-p256"}
+    record_path(folder, "issuing-1").touch(mode=0o600)
+    record_path(folder, "issuing-1").write_text(json.dumps(begun))
+    check_that_it_signs(keys.load("issuing-1"))
+    assert read_record(folder, "issuing-1").id == "0a"
 
 
 def test_a_key_can_be_read_before_its_token_is_asked(keys: KeyStores, folder: Path, own: TokenUri) -> None:
