@@ -20,6 +20,12 @@ def set_up(*, level: str, as_json: bool) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+def show_fields_in_commands() -> None:
+    """Have warnings of a command, for which no log is set up, say all that they know on standard error."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(TextFormatter())
+
+
 def hide_links() -> None:
     """Drop the access log lines of Flask's own server for downloads, whose path contains the token of the link."""
     logging.getLogger("werkzeug").addFilter(_shows_no_link)

@@ -234,8 +234,8 @@ def _let_issue(portal: Portal, actor: Actor, name: str, say: Callable[[str], Non
         say("The portal and the broker have certificates of the new CA.")
     else:
         say(
-            f"The portal and the broker keep certificates of {servers}, whose root the devices know that there are,"
-            " until none of these has a certificate of it any more."
+            f"The portal and the broker keep certificates of {servers}, because devices trust its root alone; they get"
+            f" certificates of {name} once no device has one of {servers} any more."
         )
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import click
 
 from config import CA_KEY_TYPES
-from core.errors import CaChainRefused
+from core.errors import CaChainRefused, CaKeyUnavailable
 from core.states import IssuerKind
 from operations import authority
 from operations.backup.backup import open_database
 from operations.command_base import opened_portal, settings_of_app, without_traceback
 from operations.wiring import Portal
 from pki.algorithms import KeyType
+from pki.keys.contract import Origin
 from pki.outer_chain import MAX_CHAIN_BYTES, named
 from store import audit
 from store import issuers as store_issuers
@@ -77,8 +78,20 @@ def rollover(again: bool, own_root: bool) -> None:
     with opened_portal() as portal:
         actor = audit.system_actor(portal.tenant_id)
         name = authority.roll_over(portal, actor, click.echo, again=again, own_root=own_root)
-        away = "; move the root's key away again" if portal.keys.exists(ROOT) else ""
+        away = _root_to_be_taken_away(portal)
     click.echo(f"Done. Devices get certificates of {name}{away}.")
+
+
+def _root_to_be_taken_away(portal: Portal) -> str:
+    """Return what to do with the root's key after its use, as the end of a sentence."""
+    if not portal.keys.exists(ROOT):
+        return ""
+    with contextlib.suppress(CaKeyUnavailable):  # no setting names its token
+        if portal.keys.describe(ROOT).origin is Origin.FILE:
+            return "; move the root's key away again"
+        if portal.settings.root_keys != portal.settings.ca_keys:
+            return "; take the root's token away again"
+    return ""
 
 
 @ca_group.command("request")

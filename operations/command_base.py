@@ -11,6 +11,7 @@ import click
 from flask import current_app
 
 from config import Settings
+from core import logs
 from core.errors import PortalError
 from operations.wiring import Portal, open_portal
 
@@ -33,6 +34,7 @@ def without_traceback(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def run(*arguments: P.args, **options: P.kwargs) -> None:
+        logs.show_fields_in_commands()
         try:
             function(*arguments, **options)
         except PortalError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from pathlib import Path
 
 from cryptography import x509
@@ -14,6 +13,7 @@ from core.states import IssuerKind
 from operations.doctor.base import Finding, Findings, Installation, combine
 from pki.keys.contract import KeyDescription, Origin
 from pki.keys.stores import KeyStores
+from pki.keys.token_process import pin_file_problem
 from store.issuers import IssuerRecord
 from workflows.authority.keys import open_keys
 
@@ -76,17 +76,15 @@ def _check_pin_files(installation: Installation, found: Findings) -> None:
         if uri is None:
             continue
         if wrong := _wrong_with(uri.pin_file, may_be_missing=uri not in settings.ca_keys):
-            found.problem(f"The PIN file {uri.pin_file} {wrong}.", f"Correct it: chmod 600 {uri.pin_file}")
+            what, _, remedy = wrong.partition(": ")
+            found.problem(f"The PIN file {uri.pin_file} {what}.", f"Correct it: {remedy}")
 
 
 def _wrong_with(path: Path, *, may_be_missing: bool) -> str | None:
+    """Return what is wrong and, after a colon, what to do."""
     try:
-        status = os.stat(path)
+        return pin_file_problem(path, os.stat(path))
     except FileNotFoundError:
-        return None if may_be_missing else "does not exist"
+        return None if may_be_missing else f"does not exist: write the PIN to {path}, with mode 0600"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
-        return "is not a file of the portal's user"
-    # A group may read it, as it may read the credentials of a service.
-    return "is open to others" if status.st_mode & 0o007 or status.st_mode & 0o020 else None
+        return f"cannot be read ({error.strerror}): let the portal's user read it"

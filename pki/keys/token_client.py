@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -77,9 +76,9 @@ class TokenClient:
     def __init__(
         self, uri: TokenUri, folder: Path, *, timeout: float, is_watched: bool, known: Callable[[], list[Facts]]
     ) -> None:
-        """``folder`` is where the marker of a refused PIN is, ``known`` returns the keys that the token must have."""
+        """``folder`` is where the markers of refused PINs are, ``known`` returns the keys that the token must have."""
         self.uri = uri
-        self._marker = folder / f".pin-refused-{_mark(uri)}"
+        self._markers = folder
         self._timeout = timeout
         self._is_watched = is_watched
         self._known = known
@@ -91,6 +90,7 @@ class TokenClient:
         self._process: _Process | None = None
         self._problem: str | None = None
         self._closed = threading.Event()
+        self._needs_patience = False  # since a try of the PIN was not answered, and there may be one more
 
     @property
     def problem(self) -> str | None:
@@ -138,6 +138,7 @@ class TokenClient:
                 answer = self._ask_process(request, deadline)
             except _Gone:
                 raise TokenUnavailable(self._sentence(_ENDED)) from None
+        self._needs_patience = answer.get("needs_patience", False)
         if "refused" in answer and not answer["is_of_key"]:
             raise TokenUnavailable(self._sentence(answer["refused"]))
         if "failed" in answer:
@@ -198,7 +199,7 @@ class TokenClient:
             "module": str(self.uri.module),
             "token": {name: getattr(self.uri, name) for name in (*TOKEN_ATTRIBUTES, "slot_id")},
             "pin_file": str(self.uri.pin_file),
-            "marker": str(self._marker),
+            "markers": str(self._markers),
             "known": self._known(),
         }
 
@@ -240,9 +241,8 @@ class TokenClient:
         """Begin anew with the token; a busy machine has its time to start a process, and the token no less for it."""
         with self._ending_process():
             self._running(time.monotonic() + START_SECONDS)
-        patient = self._marker.exists()  # a try of the PIN was not answered, and there may be one more
-        seconds = PATIENT_SECONDS if patient else seconds
-        self._answer({"do": "open", "patient": patient}, time.monotonic() + seconds)
+        seconds = PATIENT_SECONDS if self._needs_patience else seconds
+        self._answer({"do": "open", "patient": self._needs_patience}, time.monotonic() + seconds)
 
     def close(self) -> None:
         """End the process, whatever it is at; nothing can be asked any more."""
@@ -253,9 +253,3 @@ class TokenClient:
             process.popen.kill()  # so that whoever waits for it leaves the lock
         with self._lock:
             self._end_process()
-
-
-def _mark(uri: TokenUri) -> str:
-    """Name what a PIN was refused by: a token, by whatever module and file for the PIN."""
-    names = [getattr(uri, name) for name in TOKEN_ATTRIBUTES]
-    return hashlib.sha256(json.dumps([*names, uri.slot_id]).encode()).hexdigest()[:16]

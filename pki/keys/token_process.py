@@ -18,6 +18,7 @@ import json
 import os
 import resource
 import secrets
+import shlex
 import stat
 import sys
 import threading
@@ -63,6 +64,10 @@ BIRTH = {
 
 class TokenRefused(Exception):
     """What an operator must correct; the text is the end of a sentence that begins with the token."""
+
+
+class PatienceNeeded(TokenRefused):
+    """A try of the PIN was not answered; one more is allowed to who has more time."""
 
 
 class TokenKeyRefused(TokenRefused):
@@ -132,7 +137,7 @@ class Pin:
                 f" the file, or see that the token is well and remove {self._marker}"
             )
         if not patient:
-            raise TokenRefused(
+            raise PatienceNeeded(
                 f"did not answer a try of the PIN in {self._file}; it is tried once more, with more time"
             )
         return unanswered
@@ -153,11 +158,8 @@ class Pin:
     def _read(self) -> str:
         try:
             with open(os.open(self._file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
-                    raise TokenRefused(f"needs a PIN; {self._file} is not a file of the portal's user")
-                if status.st_mode & 0o007:  # a group may read it, as it may read systemd's credentials
-                    raise TokenRefused(f"needs a PIN; {self._file} is open to others: chmod 600 {self._file}")
+                if wrong := pin_file_problem(self._file, os.fstat(file.fileno())):
+                    raise TokenRefused(f"needs a PIN; {self._file} {wrong}")
                 pin = file.read(MAX_PIN_BYTES + 1).decode().rstrip("\r\n")
         except OSError as error:
             raise TokenRefused(f"needs a PIN; {self._file} cannot be read ({error.strerror})") from None
@@ -182,6 +184,20 @@ class Pin:
             raise
 
 
+def pin_file_problem(file: Path, status: os.stat_result) -> str | None:
+    """Return what lets others read or change the PIN in a file, and what to do, as the end of a sentence."""
+    if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
+        return "is not a file of the portal's user: write it again as that user"
+    if status.st_mode & 0o027:  # a group may read it, as it may read systemd's credentials
+        return f"is open to others: chmod 600 {shlex.quote(str(file))}"
+    for folder in (file.parent, file.resolve().parent):
+        above = os.stat(folder)
+        # In a folder like /tmp (with the sticky bit) others cannot replace the file.
+        if above.st_uid not in (0, os.geteuid()) or (above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX):
+            return f"is in {folder}, which others can change: put it into a folder of the portal's user with mode 0700"
+    return None
+
+
 def _slow_hash(pin: str, salt: bytes) -> bytes:
     return hashlib.scrypt(pin.encode(), salt=salt, n=1 << 14, r=8, p=1)
 
@@ -196,7 +212,7 @@ class TokenSession:
         self._module: str = setup["module"]
         self._wanted: Facts = setup["token"]
         self._known: list[Facts] = setup["known"]
-        self._pin = Pin(Path(setup["pin_file"]), Path(setup["marker"]))
+        self._pin_file, self._markers = Path(setup["pin_file"]), Path(setup["markers"])
         self._library: pkcs11._pkcs11.lib | None = None
         self._session: pkcs11.Session | None = None
         self._keys: dict[tuple[str, str], pkcs11.PrivateKey] = {}
@@ -236,7 +252,7 @@ class TokenSession:
             raise TokenRefused("has locked its PIN; unlock it by the token's own tools")
         if token.flags & TokenFlag.USER_PIN_FINAL_TRY:
             raise TokenRefused("allows one more try of its PIN; log in once by the token's own tools")
-        with self._pin.to_try(patient=patient) as pin:
+        with Pin(self._pin_file, self._markers / f".pin-refused-{_mark(token)}").to_try(patient=patient) as pin:
             try:
                 self._session = token.open(user_pin=pin)
             except failures.UserAlreadyLoggedIn:
@@ -392,6 +408,11 @@ def _identity(token: pkcs11.Token) -> Facts:
     }
 
 
+def _mark(token: pkcs11.Token) -> str:
+    """Name the token that refuses a PIN, which is the same however a URI says which it is."""
+    return hashlib.sha256(json.dumps(_identity(token)).encode()).hexdigest()[:16]
+
+
 def _generate(session: pkcs11.Session, request: Facts) -> pkcs11.PrivateKey:
     wanted: Facts = {
         "label": request["label"],
@@ -455,7 +476,8 @@ def _answered(token: TokenSession, request: Facts) -> Facts:
     try:
         return token.answer(request)
     except TokenRefused as refusal:
-        return {"refused": str(refusal), "is_of_key": isinstance(refusal, TokenKeyRefused)}
+        kinds = {"is_of_key": TokenKeyRefused, "needs_patience": PatienceNeeded}
+        return {"refused": str(refusal), **{name: isinstance(refusal, kind) for name, kind in kinds.items()}}
     except PKCS11Error as error:
         return {"failed": f"{type(error).__name__} {error}".strip()}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ from pki.keys.stores import KeyStores
 from pki.keys.token_client import Facts, TokenClient
 from pki.keys.token_keys import is_in_token
 from store import audit
+from tests.core.test_logs import logging_to
 from tests.support.harness import first_start, settings_for
 from tests.support.mosquitto import short_folder
 from tests.support.tokens import SoftTokens
@@ -225,6 +228,23 @@ def test_a_rollover_makes_its_key_in_the_token_that_the_settings_name(settings: 
     assert (found.state, "issuing-2 was born in the token" in found.detail) == (State.OK, True), found
 
 
+def test_a_rollover_says_what_is_to_be_taken_away_again(settings: Settings, uri: TokenUri) -> None:
+    assert run(settings, "rollover").output.endswith("issuing-2; move the root's key away again.\n")
+    assert run(settings, "move", "root").exit_code == 0
+    assert run(settings, "rollover", "--again").output.endswith("certificates of issuing-3.\n"), "both are in one token"
+    apart = settings.model_copy(update={"root_keys": settings.root_keys[:1]})
+    assert run(apart, "rollover", "--again").output.endswith("issuing-4; take the root's token away again.\n")
+
+
+def test_a_command_says_on_standard_error_all_that_is_known_of_a_token(settings: Settings) -> None:
+    (own, *_) = settings.ca_keys
+    assert own is not None
+    away = settings.model_copy(update={"ca_keys": (replace(own, token="gone"), None)})
+    with logging_to(io.StringIO()):
+        said = run(away, "move", "issuing-1").output
+    assert re.search('error   the token of CA keys fails problem=".* is not there; put it in, ', said)
+
+
 def test_the_doctor_warns_of_an_imported_key_and_of_its_file(settings: Settings, portal: Portal) -> None:
     aside = move(portal)
     found = examined(settings)
@@ -249,6 +269,17 @@ def test_the_doctor_finds_a_pin_that_others_can_read(settings: Settings, uri: To
     finally:
         uri.pin_file.chmod(0o600)
     assert (found.state, f"chmod 600 {uri.pin_file}" in found.advice) == (State.PROBLEM, True), found
+
+
+def test_the_doctor_finds_a_pin_whose_folder_others_can_change(settings: Settings, uri: TokenUri) -> None:
+    uri.pin_file.parent.chmod(0o770)
+    try:
+        found = examined(settings)
+    finally:
+        uri.pin_file.parent.chmod(0o700)
+    assert found.state is State.PROBLEM
+    assert f"{uri.pin_file} is in {uri.pin_file.parent}, which others can change." in found.detail
+    assert "put it into a folder of the portal's user with mode 0700" in found.advice
 
 
 def test_the_doctor_finds_a_key_that_the_token_has_lost(

@@ -307,6 +307,20 @@ def test_a_refused_pin_is_not_tried_again_until_its_file_has_another(
     wait_until(lambda: not [path for path in folder.glob(".pin-refused-*") if path.suffix != ".lock"])
 
 
+def test_a_refused_pin_is_not_tried_again_under_another_spelling_of_the_uri(
+    token_server: TokenServer, soft_tokens: SoftTokens, open_stores: Open, folder: Path
+) -> None:
+    uri = soft_tokens.create()
+    with_key(open_stores(uri))
+    change_pin(soft_tokens, uri, PIN, "another pin")
+    with pytest.raises(TokenUnavailable, match="refuses the PIN in"):
+        check_that_it_signs(open_stores(uri).load("issuing-1"))
+    serial = read_record(folder, "issuing-1").token["serial"]
+    for same in (replace(uri, token=None, serial=serial), replace(uri, model="SoftHSM v2"), through_server(uri)):
+        with pytest.raises(TokenUnavailable, match="which is not tried again"):
+            check_that_it_signs(open_stores(same).load("issuing-1"))
+
+
 @pytest.mark.long
 def test_a_running_portal_takes_the_corrected_pin_by_itself(soft_tokens: SoftTokens, open_stores: Open) -> None:
     uri = soft_tokens.create()

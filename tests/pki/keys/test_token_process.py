@@ -24,6 +24,7 @@ PIN = "4711-0815"
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o700)
     path = tmp_path / "pin"
     path.touch(mode=0o600)
     path.write_text(f"{PIN}\n")
@@ -165,8 +166,22 @@ def _a_pipe(path: Path) -> None:
     os.mkfifo(path, 0o600)
 
 
+def _below_a_link(path: Path) -> None:
+    """As if the link's own folder were private, and that of the file were not."""
+    (path.parent / "open").mkdir()
+    file = path.rename(path.parent / "open" / "pin")
+    path.symlink_to(file)
+    file.parent.chmod(0o702)
+
+
 SPOILED: dict[str, Callable[[Path], object]] = {
-    "is open to others": lambda path: path.chmod(0o644),
+    "is open to others: chmod 600": lambda path: path.chmod(0o604),
+    "is open to others: chmod 600 .*pin$": lambda path: path.chmod(0o660),
+    "is open to others:": lambda path: path.chmod(0o602),
+    "which others can change: put it into a folder": lambda path: path.parent.chmod(0o770),
+    "which others can change": lambda path: path.parent.chmod(0o703),
+    "is in .*/open, which others can change": _below_a_link,
+    "is in .*, which others can change": lambda path: os.chown(path.parent, 4711, -1),
     "cannot be read": Path.unlink,
     "is not a file": _a_pipe,
     "must have one line": lambda path: path.write_bytes(b"\n"),
@@ -184,6 +199,12 @@ def test_a_file_that_is_no_pins_is_refused(pin: Pin, file: Path, said: str, spoi
 
 def test_a_credential_of_the_service_that_its_group_may_read_is_taken(pin: Pin, file: Path) -> None:
     file.chmod(0o440)
+    file.parent.chmod(0o750)
+    assert attempt(pin, PIN)
+
+
+def test_a_file_in_a_folder_where_others_can_replace_none_is_taken(pin: Pin, file: Path) -> None:
+    file.parent.chmod(0o1777)
     assert attempt(pin, PIN)
 
 
@@ -202,6 +223,7 @@ class PlayedToken:
     slot_id: int = 7
     logins: list[str | None] = field(default_factory=list)
     already_in: bool = False
+    refuses: bool = False
 
     @property
     def slot(self) -> PlayedToken:
@@ -221,6 +243,8 @@ class PlayedToken:
 
     def open(self, *, user_pin: str | None = None) -> PlayedToken:
         self.logins.append(user_pin)
+        if self.refuses:
+            raise failures.PinIncorrect
         if self.already_in and user_pin is not None:
             raise failures.UserAlreadyLoggedIn
         return self
@@ -231,7 +255,7 @@ class PlayedToken:
 
 
 def session_with(played: PlayedToken, file: Path, /, **wanted: object) -> TokenSession:
-    setup = {"module": "/m.so", "token": wanted, "known": [], "pin_file": str(file), "marker": f"{file}-refused"}
+    setup = {"module": "/m.so", "token": wanted, "known": [], "pin_file": str(file), "markers": str(file.parent)}
     session = TokenSession(setup)
     session._library = played  # type: ignore[assignment]
     return session
@@ -273,6 +297,19 @@ def test_a_token_is_chosen_by_all_that_the_uri_says(file: Path, wanted: dict[str
     else:
         with pytest.raises(TokenRefused, match="is not there"):
             session.answer({"do": "open"})
+
+
+def test_a_refused_pin_is_not_tried_again_however_the_token_is_named(file: Path) -> None:
+    token = PlayedToken(TokenFlag.TOKEN_INITIALIZED, refuses=True)
+    with pytest.raises(TokenRefused, match="refuses the PIN"):
+        session_with(token, file, token="portal").answer({"do": "open"})
+    for wanted in ({"serial": "4711"}, {"slot_id": 7}, {"token": "portal", "model": "one"}):
+        with pytest.raises(TokenRefused, match="which is not tried again"):
+            session_with(token, file, **wanted).answer({"do": "open"})
+    assert token.logins == [PIN]
+    other = PlayedToken(TokenFlag.TOKEN_INITIALIZED, serial=b"4712")
+    session_with(other, file, token="portal").answer({"do": "open"})
+    assert other.logins == [PIN], "another token may have that PIN"
 
 
 def test_a_slot_whose_token_was_not_set_up_is_passed_over(file: Path) -> None:
