@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from broker.folder import FOLDER_MODE, broker_group
@@ -60,9 +60,24 @@ def shared(settings: Settings) -> Iterator[None]:
 @contextmanager
 def exclusive(settings: Settings) -> Iterator[None]:
     """Work on the data folder alone; raise ``PortalRunning`` while any process has a portal open on it."""
-    make_folders(settings)
-    with FileLock(settings.data_dir / PRESENCE_LOCK).try_hold() as free:
+    with _without_new_folders(settings), FileLock(settings.data_dir / PRESENCE_LOCK).try_hold() as free:
         if not free:
             raise PortalRunning(f"A portal is running on {settings.data_dir}; stop it first.")
         restore_journal.settle(settings)
         yield
+
+
+@contextmanager
+def _without_new_folders(settings: Settings) -> Iterator[None]:
+    """Create the folders; remove those that were missing if the body of the ``with`` fails and leaves them empty."""
+    # But for the folder of secrets, into which who restores may be asked to put the passphrase.
+    folders = {*own_folders(settings), settings.broker_dir} - {settings.secrets_dir}
+    missing = [path for path in folders if not path.exists()]
+    make_folders(settings)
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise

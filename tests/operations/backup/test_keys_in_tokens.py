@@ -145,6 +145,10 @@ def test_without_the_token_nothing_is_restored(
     assert "nothing was changed" in refusal.value.detail
     assert not (elsewhere / "portal.db").exists()
     assert not [path for path in all_bytes(target) if path.suffix in {".json", ".pem"}]
+    left = {path.name for path in elsewhere.iterdir() if path.is_dir()}
+    assert left == {"secrets"} | ({"ca"} if where is without_its_pin else set()), (
+        "the PIN's lock, where it was asked for"
+    )
 
 
 def test_a_key_in_the_token_that_is_not_the_certificates_is_noticed(
