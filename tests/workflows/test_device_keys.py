@@ -105,10 +105,28 @@ def test_a_key_that_another_device_uses_is_refused_until_that_is_revoked(api: Ap
     assert owner in problem_of(api.post("/register", PUMP | {"csr": csr_pem(key)}), 409, "key_in_use")["detail"]
     other = api.register()["device_id"]
     problem_of(api.post(f"/devices/{other}/renew", {"csr": csr_pem(key)}), 409, "key_in_use")
-    assert refused(device(api).enrol(csr_der(key)), 409)
     assert api.post(f"/devices/{owner}/renew", {"csr": csr_pem(key)}).status_code == 201  # its own
     api.post(f"/revoke/{owner}", {"reason": "cessation_of_operation"})
     assert api.register(csr=csr_pem(key))["status"] == "active"
+
+
+def test_a_device_is_not_told_whose_key_it_asks_with(
+    api: Api, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    key, own = new_key(), new_key()
+    owner = api.register(csr=csr_pem(key))["device_id"]
+    [certificate] = certificates_of(device(api).enrol(csr_der(own)))
+    renewing = Device(api, certificate=certificate.public_bytes(Encoding.DER))
+    clock.advance(days=300)
+    for answer in (
+        device(api).enrol(csr_der(key)),
+        device(api, approval="operator").enrol(csr_der(key)),
+        renewing.enrol(csr_der(key, certificate.subject.rfc4514_string()[3:]), "simplereenroll"),
+    ):
+        assert refused(answer, 409) == "This key is another device's; make a new key for this device.\n"
+    told = [record.problem for record in caplog.records if record.getMessage() == "refused"]  # type: ignore[attr-defined]
+    assert [owner in each for each in told] == [True] * 3
 
 
 def test_one_key_twice_in_an_upload_makes_one_device(api: Api) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from core import errors
-from core.errors import InputInvalid, NameInUse, PortalError, TokenUnavailable, TooManyAttempts
+from core.errors import InputInvalid, PortalError, TokenUnavailable, TooManyAttempts
 from web.api.routing import AnswerModel
 
 MEDIA_TYPE = "application/problem+json"
@@ -44,8 +44,12 @@ _OF_FLASK = {
 }
 # Which token, and what is wrong with it, is for operators: GET /readyz tells them.
 _TOKEN_UNAVAILABLE = "The CA's key is in a token that cannot be used now; try again later."  # noqa: S105
-# Which device has the name is for operators, not for whoever has an enrolment token: the log tells them.
-_NAME_IN_USE = "A name that the certificate would have is another device's; ask an operator, who finds it in the log."
+# Which other device it is is for operators, not for whoever has an enrolment token: the log tells them.
+_TOLD_TO_DEVICES: Mapping[type[Exception], str] = {
+    errors.NameInUse: "A name that the certificate would have is another device's; ask an operator, who finds it in the"
+    " log.",
+    errors.KeyInUse: "This key is another device's; make a new key for this device.",
+}
 _OTHER = ("refused", "The request is refused; /docs describes every request.")
 
 
@@ -71,8 +75,8 @@ class ProblemModel(AnswerModel):
 def of_error(error: Exception, *, request_id: str, path: str) -> ProblemModel:
     """Return the problem document of an error; all internal errors have one constant text."""
     status, code, detail = _described(error)
-    if isinstance(error, NameInUse) and (path.startswith(IN_PLAIN_TEXT) or path in OF_DEVICES):
-        detail = _NAME_IN_USE
+    if path.startswith(IN_PLAIN_TEXT) or path in OF_DEVICES:
+        detail = _TOLD_TO_DEVICES.get(type(error), detail)
     if status == 422 and path.startswith(IN_PLAIN_TEXT):
         status = 400
     fields = error.errors if isinstance(error, InputInvalid) else ()
