@@ -23,7 +23,6 @@ from pki.algorithms import (
     public_key_der,
     signature_hash,
 )
-from pki.client_certificates import is_permitted_by
 from pki.crl import crl_entry
 from pki.foreign import read_certificate
 from pki.issuers import (
@@ -46,6 +45,8 @@ from pki.issuers import (
     signing_key,
     whole_second,
 )
+from pki.name_constraints import violation
+from pki.outer_chain import named
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,19 @@ def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datet
         issuer.signature_hash,
         issuer_certificate=issuer.certificate,
     )
-    if issuer.has_name_constraints and not all(
-        is_permitted_by(read_certificate(issued.der), _der(one)) for one in (issuer.certificate, *issuer.above)
-    ):
-        raise ProfileRefused(
-            f"The CA {issuer.name} may not certify these names, by the name constraints in its certificate; use names"
-            " within them."
-        )
+    if issuer.has_name_constraints:
+        _check_names(issuer, issued.der)
     return issued
+
+
+def _check_names(issuer: Issuer, der: bytes) -> None:
+    certificate = read_certificate(der)
+    for one in (issuer.certificate, *issuer.above):
+        if (violated := violation(certificate, read_certificate(_der(one)))) is not None:
+            raise ProfileRefused(
+                f"The CA {issuer.name} may not certify these names, by the name constraints of the CA {named(one)}:"
+                f" {violated}."
+            )
 
 
 def _builder(

@@ -214,7 +214,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         revocations=DeviceRevocations(database, reconciler, clock),
         renewals=Renewals(settings, database, reconciler, credentials, answers, attestations, clock),
         clients=clients,
-        profiles=CertificateProfiles(database, clock),
+        profiles=CertificateProfiles(database, authority, clock),
         enrolment=_enrolments(base, credentials, attestations),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, clients, clock),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from pki.encoding import SEQUENCE, Element, split
@@ -20,30 +22,118 @@ _MINIMUM = 0x80  # of GeneralSubtree
 _EMAIL, _DNS, _DIRECTORY, _URI, _IP = 0x81, 0x82, 0xA4, 0x86, 0x87  # tags of GeneralName
 _HOST_NAME = re.compile(rb"(?!-)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
 
+_KINDS = {_EMAIL: "email addresses", _DNS: "DNS names", _DIRECTORY: "subjects", _URI: "URIs", _IP: "IP addresses"}
+_ATTRIBUTES = {"2.5.4.3": "CN", "2.5.4.5": "serialNumber", "2.5.4.6": "C", "2.5.4.10": "O", "2.5.4.11": "OU"}
+_MAX_SHOWN = 200  # characters of a name
+
+_Subject = Sequence[tuple[str, str | None]]
 _Name = tuple[int, bytes | Name]  # the tag of a GeneralName with its content
 
 
 def is_permitted(certificate: ForeignCertificate, issuer: ForeignCertificate) -> bool:
-    """Return whether the issuer's certificate permits all names of a certificate that it has signed.
+    """Return whether the issuer's certificate permits all names of a certificate that it has signed."""
+    return violation(certificate, issuer) is None
+
+
+def violation(certificate: ForeignCertificate, issuer: ForeignCertificate) -> str | None:
+    """Return which constraint in the issuer's certificate a certificate violates that it has signed, as a clause.
 
     A constraint that cannot be read, or of a kind of name that is not known here but is in the certificate, permits
     nothing.
     """
     value = issuer.extensions.get(_NAME_CONSTRAINTS)
     if value is None:
-        return True
+        return None
     try:
         permitted, excluded = _constraints(value)
-        names = list(_names(certificate))
-        for tag, name in names:
+        for tag, name in _names(certificate):
             bases = [base for kind, base in permitted if kind == tag]
             if bases and not any(_is_within(tag, name, base) for base in bases):
-                return False
-            if any(_is_within(tag, name, base) for kind, base in excluded if kind == tag):
-                return False
-    except ValueError:
+                return f"{_permits(tag, bases)}, not {in_words(tag, name)}"
+            if found := [base for kind, base in excluded if kind == tag and _is_within(tag, name, base)]:
+                return f"{_excludes(tag, found)}, such as {in_words(tag, name)}"
+    except ValueError as error:
+        return f"they cannot be kept: one {error}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class NamePatterns:
+    """What is known of the names in certificates to come: each has a DNS name right below each of ``domains``.
+
+    ``subject`` are the types (dotted) and values of its attributes, one in each relative distinguished name, and
+    ``None`` for a value that differs from certificate to certificate; so do the ``addresses`` differ, if there are any.
+    """
+
+    domains: Sequence[str] = ()
+    addresses: bool = False
+    subject: _Subject = ()
+
+
+def violation_by_all(patterns: NamePatterns, issuer: ForeignCertificate) -> str | None:
+    """Return which constraint every certificate with such names would violate, as a clause; ``None`` if some may do."""
+    value = issuer.extensions.get(_NAME_CONSTRAINTS)
+    if value is None:
+        return None
+    try:
+        permitted, excluded = _constraints(value)
+    except ValueError as error:
+        return f"they cannot be kept: one {error}"
+    for tag, pattern, shown in _kinds_of(patterns):
+        bases = [base for kind, base in permitted if kind == tag]
+        if bases and not any(_are_within(pattern, base, all_of_them=False) for base in bases):
+            return f"{_permits(tag, bases)}, not {shown}"
+        if found := [base for kind, base in excluded if kind == tag and _are_within(pattern, base, all_of_them=True)]:
+            return f"{_excludes(tag, found)}, such as {shown}"
+    if patterns.addresses and {(_IP, bytes(8)), (_IP, bytes(32))} <= {*excluded}:
+        return f"of {_KINDS[_IP]} they exclude all"
+    return None
+
+
+def _kinds_of(patterns: NamePatterns) -> Iterator[tuple[int, bytes | _Subject, str]]:
+    """Yield the tag of a kind of names, a domain or a subject, and how it is called."""
+    yield from ((_DNS, domain.lower().encode(), f"names in {domain}") for domain in patterns.domains)
+    if patterns.subject:
+        known = ", ".join(f"{_ATTRIBUTES.get(oid, oid)}={value}" for oid, value in patterns.subject if value)
+        yield _DIRECTORY, patterns.subject, known or "one without it"
+
+
+def _are_within(pattern: bytes | _Subject, base: bytes | Name, *, all_of_them: bool) -> bool:
+    """Return whether all names of a pattern are in a subtree, or whether some can be."""
+    if isinstance(pattern, bytes):
+        if not isinstance(base, bytes):
+            return False
+        return _dns_name(b"x." + pattern, base) or (not all_of_them and base.lower().endswith(b"." + pattern))
+    if isinstance(base, bytes) or len(base) > len(pattern):
         return False
-    return True
+    return all(
+        rdn == _folded((frozenset({(oid, value)}),))[0]
+        if value is not None
+        else not all_of_them and {kind for kind, _ in rdn} == {oid}
+        for rdn, (oid, value) in zip(_folded(base), pattern, strict=False)
+    )
+
+
+def _permits(tag: int, bases: Sequence[bytes | Name]) -> str:
+    return f"of {_KINDS[tag]} they permit only {' and '.join(in_words(tag, base) for base in bases)}"
+
+
+def _excludes(tag: int, bases: Sequence[bytes | Name]) -> str:
+    return f"of {_KINDS[tag]} they exclude {' and '.join(in_words(tag, base) for base in bases)}"
+
+
+def in_words(tag: int, name: bytes | Name) -> str:
+    """Return a name, or the base of a constraint, as text that can be printed."""
+    if isinstance(name, tuple):
+        shown = ", ".join("+".join(f"{_ATTRIBUTES.get(oid, oid)}={text}" for oid, text in rdn) for rdn in name)
+    elif tag == _IP and len(name) in (4, 16):
+        shown = str(ip_address(name))
+    elif tag == _IP and len(name) in (8, 32):
+        half = len(name) // 2
+        shown = f"{ip_address(name[:half])}/{ip_address(name[half:])}"
+    else:
+        shown = name.decode("ascii", "replace") or "all"
+    return "".join(char if char.isprintable() else "?" for char in shown[:_MAX_SHOWN])
 
 
 def _constraints(der: bytes) -> tuple[list[_Name], list[_Name]]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ObjectIdentifier
 from cryptography.x509.oid import NameOID
 
 from core.errors import FieldProblem, ProfileInvalid, ProfileRefused
 from pki.algorithms import KeyType
+from pki.foreign import read_certificate
 from pki.issuers import DNS_LABEL, MAX_DNS_NAME, DeviceContents
+from pki.name_constraints import NamePatterns, violation_by_all
+from pki.outer_chain import named
 
 DEFAULT = "default"  # the profile of every device that has no other; it is built in
 MAX_DAYS = 36500
@@ -81,8 +87,11 @@ BUILT_IN = CertificateProfile(DEFAULT)
 # --- What a profile may say ---------------------------------------------------------------------------------------
 
 
-def check_profile(profile: CertificateProfile) -> None:
-    """Raise ``ProfileInvalid``, with the field, for a profile by which no certificate could or should be issued."""
+def check_profile(profile: CertificateProfile, chain: Sequence[x509.Certificate] = ()) -> None:
+    """Raise ``ProfileInvalid``, with the field, for a profile by which no certificate could or should be issued.
+
+    ``chain`` are the issuing CA and those above it, whose name constraints count.
+    """
     if Purpose.CLIENT_AUTH not in profile.extended_key_usage:
         raise _invalid("extended_key_usage", "must have client_auth, without which the broker refuses the device")
     has_names = profile.dns_names or profile.ip_addresses
@@ -105,6 +114,8 @@ def check_profile(profile: CertificateProfile) -> None:
             raise _invalid("ip_addresses", f"{template!r} needs a field, such as {{metadata.ip}}")
     for name in ("organization", "organizational_unit", "serial_number"):
         _check_attribute(name, getattr(profile, name))
+    if (violated := violated_constraint(profile, chain)) is not None:
+        raise _invalid(*violated)
 
 
 def _check_dns_template(template: str) -> None:
@@ -129,6 +140,39 @@ def _check_attribute(name: str, template: str | None) -> None:
         raise _invalid(name, "must have printable characters, and no space at an end")
     if name == "serial_number" and not _PRINTABLE.fullmatch(literal):
         raise _invalid(name, f"has other characters; {_PRINTABLE_IN_WORDS}")
+
+
+def violated_constraint(profile: CertificateProfile, chain: Sequence[x509.Certificate]) -> tuple[str, str] | None:
+    """Return a field by which no certificate could be issued, and why not: the name constraints of a CA in ``chain``.
+
+    These are the issuing CA and those above it (RFC 5280 section 4.2.1.10). What depends on the device is checked when
+    its certificate is issued.
+    """
+    subject = [
+        (oid.dotted_string, None if _FIELD.search(template) else template)
+        for name, _, oid in _ATTRIBUTES
+        if (template := getattr(profile, name)) is not None
+    ]
+    common_name = (NameOID.COMMON_NAME.dotted_string, None)
+    every = {
+        "dns_names": NamePatterns(domains=[_fixed_domain(template) for template in profile.dns_names]),
+        "ip_addresses": NamePatterns(addresses=bool(profile.ip_addresses)),
+        next((name for name, *_ in _ATTRIBUTES if getattr(profile, name)), "organization"): NamePatterns(
+            subject=[*subject, common_name]
+        ),
+    }
+    for certificate in chain:
+        issuer = read_certificate(certificate.public_bytes(Encoding.DER))
+        for name, patterns in every.items():
+            if (violated := violation_by_all(patterns, issuer)) is not None:
+                return name, f"violates the name constraints of the CA {named(certificate)}: {violated}"
+    return None
+
+
+def _fixed_domain(template: str) -> str:
+    """Return the labels at the end of a DNS template that have no field."""
+    fixed = itertools.takewhile(lambda label: "{" not in label, reversed(_FIELD.sub("{}", template).split(".")))
+    return ".".join(reversed([*fixed]))
 
 
 def _fields_of(name: str, template: str) -> Sequence[str]:

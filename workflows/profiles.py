@@ -20,6 +20,7 @@ from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
 from store.profiles import ProfileRecord
+from workflows.authority.issuers import Authority
 from workflows.credentials import DeviceRequest
 
 _DESCRIBED = ("name", "external_id", "type", "location", "firmware", "metadata")
@@ -39,11 +40,12 @@ class CertificateProfiles:
     """Named rules for the certificates of devices; a change counts for the certificates issued from then on."""
 
     _database: Database
+    _authority: Authority
     _clock: Callable[[], datetime]
 
     def add(self, actor: Actor, profile: CertificateProfile) -> ListedProfile:
         """Add a profile; raises ``ProfileInvalid``, and ``ProfileInUse`` if there is one of its name."""
-        check_profile(profile)
+        self._check(profile)
         taken = ProfileInUse(f"There is a certificate profile {profile.name} already; choose another name.")
         if profile.name == DEFAULT:
             raise taken
@@ -70,8 +72,7 @@ class CertificateProfiles:
     def profiles(self, tenant_id: str) -> Sequence[ListedProfile]:
         """Return every profile: first the built-in one, then the others by name."""
         with self._database.snapshot() as tx:
-            records = store_profiles.list_profiles(tx, tenant_id)
-        return [ListedProfile(BUILT_IN), *map(_listed, records)]
+            return [ListedProfile(BUILT_IN), *list_profiles(tx, tenant_id)]
 
     def update(self, actor: Actor, name: str, changes: Mapping[str, Any]) -> ListedProfile:
         """Change rules of a profile, by the names of its fields; certificates that were issued stay as they are.
@@ -83,7 +84,7 @@ class CertificateProfiles:
         with self._database.transaction() as tx:
             record = store_profiles.lock_profile(tx, actor.tenant_id, name)
             profile = dataclasses.replace(_listed(record).profile, **changes)
-            check_profile(profile)
+            self._check(profile)
             values = _values(profile)
             changed = {field: values[field] for field in sorted(changes)}
             store_profiles.update_profile(tx, record.id, changed, now=now)
@@ -105,6 +106,10 @@ class CertificateProfiles:
             store_profiles.remove_profile(tx, record.id, now=now)
             audit.record(tx, actor, "profile:remove", f"profile:{name}", at=now)
         return _listed(record)
+
+    def _check(self, profile: CertificateProfile) -> None:
+        issuer = self._authority.issuing.issuer
+        check_profile(profile, (issuer.certificate, *issuer.above))
 
 
 def _check_not_built_in(name: str) -> None:
@@ -128,6 +133,11 @@ def _profile(record: ProfileRecord) -> CertificateProfile:
 
 def _listed(record: ProfileRecord) -> ListedProfile:
     return ListedProfile(_profile(record), record.created_at, record.updated_at)
+
+
+def list_profiles(tx: Connection, tenant_id: str) -> Sequence[ListedProfile]:
+    """Return every profile but the built-in one, by name."""
+    return [_listed(record) for record in store_profiles.list_profiles(tx, tenant_id)]
 
 
 # --- The profile of a device --------------------------------------------------------------------------------------

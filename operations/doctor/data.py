@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
+from cryptography import x509
 
 from broker.capath import FILE_MODE
 from broker.folder import FOLDER_MODE
@@ -19,12 +20,14 @@ from core.roles import Role
 from core.states import PENDING_DELIVERY
 from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
-from pki.profiles import is_own_name
+from pki.outer_chain import decode_above
+from pki.profiles import is_own_name, violated_constraint
 from store import generations, schema, tenants
 from store.names import living_names
 from store.tables import Delivery
 from workflows.audit import problem_of
 from workflows.credentials import own_names
+from workflows.profiles import list_profiles
 
 LOW_BYTES, TOO_LOW_BYTES = 1 << 30, 100 << 20
 LATE = timedelta(minutes=5)
@@ -205,6 +208,24 @@ def device_names(installation: Installation) -> Finding:
             " give them other values and renew them with --overlap-hours 0.",
         )
     return well("No certificate of a device has a name of the portal or the broker.")
+
+
+def certificate_profiles(installation: Installation) -> Finding:
+    """Check that the name constraints of the issuing CA, and of those above it, let each certificate profile issue."""
+    begun = {record.issuing_since: record for record in installation.issuers() if record.issuing_since is not None}
+    issuing = begun[max(begun)]
+    chain = (x509.load_der_x509_certificate(issuing.der), *decode_above(issuing.above))
+    with installation.snapshot() as tx:
+        profiles = [listed.profile for listed in list_profiles(tx, installation.tenant_id)]
+    found = Findings()
+    for profile in profiles:
+        if (violated := violated_constraint(profile, chain)) is not None:
+            found.problem(
+                f"{profile.name}: {violated[0]} {violated[1]}.",
+                "No device gets a certificate under it: change the profile (portal profile update), or have the CA"
+                " certified for these names.",
+            )
+    return combine(found, f"{len(profiles)} beside the built-in one; the CA may issue by all of them.")
 
 
 def tokens(installation: Installation) -> Finding:

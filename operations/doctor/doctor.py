@@ -46,6 +46,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("generation", data.generation),
     ("links", data.links),
     ("device names", data.device_names),
+    ("certificate profiles", data.certificate_profiles),
     ("tokens", data.tokens),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import subprocess
 import threading
@@ -21,15 +22,16 @@ from flask import Flask
 
 from app import create_app, portal_of
 from config import Settings
-from core.errors import BrokerUnavailable, CaChainRefused, InputInvalid, StateConflict
+from core.errors import BrokerUnavailable, CaChainRefused, InputInvalid, ProfileInvalid, ProfileRefused, StateConflict
 from operations import authority, jobs
 from operations.backup.backup import back_up
 from operations.backup.restore import restore
-from operations.doctor import doctor
+from operations.doctor import data, doctor
 from operations.doctor.base import Finding, State
 from operations.wiring import Portal, open_portal, prepare
 from pki.algorithms import KeyType
 from pki.csr import read_csr
+from pki.profiles import CertificateProfile
 from store import issuers as store_issuers
 from tests.support.company import NOW, CompanyCa, certificate_of, company_root, pem
 from tests.support.est import Device, certificates_of
@@ -289,6 +291,28 @@ def test_a_restart_continues_with_what_was_installed(make_settings: Callable[...
 
 def constrained(*permitted: x509.GeneralName) -> CompanyCa:
     return ROOT.below("Constrained", further=[(x509.NameConstraints([*permitted], None), True)])
+
+
+def test_what_the_name_constraints_of_a_company_do_not_permit_is_refused_and_named(portal: Portal) -> None:
+    older = CertificateProfile("older", dns_names=("{name}.lab.example.com",))
+    portal.profiles.add(OPERATOR, older)
+    never = x509.NameConstraints(None, [x509.DNSName("lab.example.com"), x509.DNSName("pump-9.example.com")])
+    above = ROOT.below("Constrained", further=[(never, True)])
+    install(portal, pem(above.sign(requested(portal).public_key(), "Devices"), above, ROOT))
+    said = "dns_names violates the name constraints of the CA CN=Constrained: of DNS names they exclude lab.example.com"
+    [finding] = doctor.examine(portal.settings, portal.clock, checks=(("", data.certificate_profiles),))
+    assert (finding.state, f"older: {said}" in finding.detail) == (State.PROBLEM, True)
+    with pytest.raises(ProfileInvalid, match=said):
+        portal.profiles.add(OPERATOR, dataclasses.replace(older, name="newer"))
+    with pytest.raises(ProfileInvalid, match=said):
+        portal.profiles.update(OPERATOR, "older", {"max_days": 9})
+    portal.profiles.update(OPERATOR, "older", {"dns_names": ("{name}.example.com",)})
+    [finding] = doctor.examine(portal.settings, portal.clock, checks=(("", data.certificate_profiles),))
+    assert finding.state is State.OK
+    device = {"profile": "older", "csr": csr_pem()}
+    portal.registrations.register(OPERATOR, with_fields(**device, name="pump-8"))
+    with pytest.raises(ProfileRefused, match="exclude pump-9"):
+        portal.registrations.register(OPERATOR, with_fields(**device, name="pump-9"))
 
 
 @pytest.mark.parametrize(

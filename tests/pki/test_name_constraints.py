@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from pki.encoding import join
 from pki.foreign import read_certificate
-from pki.name_constraints import is_permitted
+from pki.name_constraints import NamePatterns, is_permitted, violation, violation_by_all
 
 KEY = ec.derive_private_key(7, ec.SECP256R1())
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -142,3 +142,54 @@ def test_constraints_that_cannot_be_read_permit_nothing(value: bytes, permitted:
     constraints = x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.30"), value)
     device = certificate(ACME, x509.SubjectAlternativeName([x509.DNSName("a.example")]))
     assert is_permitted(read_certificate(device), read_certificate(authority(constraints))) is permitted
+
+
+@pytest.mark.parametrize(
+    ("only", "never", "names", "said"),
+    [
+        ([dns("example.org")], [], [dns("a.example.com")], "DNS names they permit only example.org, not a.example.com"),
+        ([], [network("10.0.0.0/8")], [address("10.1.2.3")], "they exclude 10.0.0.0/255.0.0.0, such as 10.1.2.3"),
+        ([directory(ORGANIZATION_NAME="Other")], [], [], "of subjects they permit only O=Other, not O=Acme, CN=sn 1"),
+        ([uri("acme.example")], [], [uri("urn:uuid:1")], "they cannot be kept: one has a URI without a host"),
+    ],
+)  # fmt: skip
+def test_the_constraint_that_is_violated_is_named(only: Names, never: Names, names: Names, said: str) -> None:
+    ca = authority(x509.NameConstraints([*only] or None, [*never] or None))
+    device = certificate(ACME, *([x509.SubjectAlternativeName(names)] if names else []))
+    assert said in str(violation(read_certificate(device), read_certificate(ca)))
+
+
+IN_PLANT = NamePatterns(domains=["plant.example.com"])
+OF_ACME = NamePatterns(subject=[("2.5.4.10", "ACME"), ("2.5.4.5", None), ("2.5.4.3", None)])
+ADDRESSES = NamePatterns(addresses=True)
+ALL_ADDRESSES = [network("0.0.0.0/0"), network("::/0")]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "only", "never", "violates"),
+    [
+        (IN_PLANT, [dns("example.com")], [], False),
+        (IN_PLANT, [dns(".plant.example.com"), dns("example.org")], [], False),
+        (IN_PLANT, [dns("pump-1.plant.example.com")], [], False),
+        (IN_PLANT, [dns("example.org")], [], True),
+        (IN_PLANT, [dns("ant.example.com")], [], True),
+        (IN_PLANT, [], [dns("Example.com")], True),
+        (IN_PLANT, [], [dns("pump-1.plant.example.com")], False),
+        (IN_PLANT, [network("10.0.0.0/8"), directory(ORGANIZATION_NAME="Other")], [], False),
+        (ADDRESSES, [network("10.0.0.0/8")], [network("10.1.0.0/16")], False),
+        (ADDRESSES, [], ALL_ADDRESSES, True),
+        (ADDRESSES, [], ALL_ADDRESSES[:1], False),
+        (OF_ACME, [directory(ORGANIZATION_NAME="acme")], [], False),
+        (OF_ACME, [directory(ORGANIZATION_NAME="ACME", SERIAL_NUMBER="7")], [], False),
+        (OF_ACME, [directory(ORGANIZATION_NAME="Other")], [], True),
+        (OF_ACME, [directory(COUNTRY_NAME="GB")], [], True),
+        (OF_ACME, [], [directory(ORGANIZATION_NAME="ACME")], True),
+        (OF_ACME, [], [directory(ORGANIZATION_NAME="ACME", SERIAL_NUMBER="7")], False),
+        (NamePatterns(), [dns("example.org")], ALL_ADDRESSES, False),
+    ],
+)
+def test_names_to_come_violate_a_constraint_if_none_of_them_can_be_permitted(
+    patterns: NamePatterns, only: Names, never: Names, violates: bool
+) -> None:
+    ca = read_certificate(authority(x509.NameConstraints([*only] or None, [*never] or None)))
+    assert (violation_by_all(patterns, ca) is not None) is violates

@@ -110,9 +110,7 @@ def test_a_key_that_another_device_uses_is_refused_until_that_is_revoked(api: Ap
     assert api.register(csr=csr_pem(key))["status"] == "active"
 
 
-def test_a_device_is_not_told_whose_key_it_asks_with(
-    api: Api, clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_device_is_not_told_whose_key_it_asks_with(api: Api, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     key, own = new_key(), new_key()
     owner = api.register(csr=csr_pem(key))["device_id"]
