@@ -129,6 +129,7 @@ class Enrolments:
         if known.status is EnrolmentStatus.APPROVED:
             return self._first.enrol_approved(attempt, known)
         if known.key_fingerprint != attempt.key_fingerprint:
+            attempt.appraised.check()
             with self._database.transaction() as tx:
                 key = attempt.key_fingerprint
                 if attempt.request.csr is not None:

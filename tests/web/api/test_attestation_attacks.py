@@ -124,6 +124,20 @@ def test_a_certificate_of_the_portal_signs_no_evidence_though_its_root_is_an_anc
 
 
 @ON_SQLITE
+def test_the_key_of_a_device_that_waits_is_not_replaced_without_evidence(api: Api) -> None:
+    maker = Maker()
+    secret = token(api, count=9, approval="operator", attestation=policy(maker), repeated_serial="operator")
+    one = AttestedDevice(api, Device(api, secret), maker)
+    assert one.enrol(one.evidence()).status_code == 202
+    waiting = api.get("/enrolments").json
+    problem_of(AttestedDevice(api, one.credential).enrol(), 403, "attestation_required")
+    assert api.get("/enrolments").json == waiting
+    other = AttestedDevice(api, one.credential, Maker(root_of_trust=maker.root_of_trust))
+    assert other.enrol(other.evidence()).status_code == 202
+    assert api.get("/enrolments").json != waiting
+
+
+@ON_SQLITE
 def test_a_serial_number_brings_no_device_another_root_of_trust_unless_an_operator_says_so(api: Api) -> None:
     for setting, status in (("same_device", 403), ("operator", 202)):
         maker = Maker()
