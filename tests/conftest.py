@@ -19,8 +19,8 @@ from core.roles import Role
 from operations.wiring import Portal, open_portal
 from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, drop_database, url_of
 from tests.support.harness import Api, Clock, api_as, copy_with_groups, first_start, settings_for
+from tests.support.made_once import made_once
 from tests.support.mosquitto import short_folder
-from tests.support.statements import compiled_once
 from tests.support.token_fixtures import make_ca_key, soft_tokens, token_server
 
 # Imported here alone: each import of a session's fixture makes another one of it.
@@ -70,8 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compiled_once() -> Iterator[None]:
-    with compiled_once():
+def _made_once() -> Iterator[None]:
+    with made_once():
         yield
 
 
