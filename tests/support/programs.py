@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -32,6 +33,11 @@ SERVER = ("-m", "flask", "--app", "app")
 CLI = (str(ROOT / "cli.py"),)
 NEEDS_EXEC = ("LD_PRELOAD", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "PYTHONWARNINGS")
 LONGEST = 1 << 17  # bytes of a request
+# What a program imports, and what it imports later, when it is first needed.
+MODULES = {
+    SERVER: ("app", "flask.cli", "alembic.command", "gunicorn.workers.gthread"),
+    CLI: ("cli", "pyzipper"),
+}
 
 
 class Process(Protocol):
@@ -154,8 +160,7 @@ def _rewound(file: Any) -> Any:
 def _forks_of(program: tuple[str, ...]) -> socket.socket:
     """The socket of the process that has imported a program; it ends with this one."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    module = "app" if program == SERVER else "cli"
-    command = [sys.executable, "-m", "tests.support.programs", module, str(theirs.fileno())]
+    command = [sys.executable, "-m", "tests.support.programs", *MODULES[program], str(theirs.fileno())]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
     process = subprocess.Popen(command, cwd=ROOT, env=kept, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
     theirs.close()
@@ -168,11 +173,12 @@ def _end(forks: socket.socket, process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _serve(module: str, requests: socket.socket) -> None:
+def _serve(modules: Sequence[str], requests: socket.socket) -> None:
     """Fork at each request until the other side has gone; each child tells its number, this process its status."""
-    __import__(module)
-    if module == "app":
-        __import__("flask.cli")
+    for module in modules:
+        __import__(module)
+    gc.collect()
+    gc.freeze()  # a child that looked through it for garbage would get a copy of each page
     for number in (signal.SIGINT, signal.SIGTERM):  # a test run that is broken off ends this by closing the socket
         signal.signal(number, signal.SIG_IGN)
     links: dict[int, socket.socket] = {}
@@ -204,7 +210,7 @@ def _serve(module: str, requests: socket.socket) -> None:
                 signal.set_wakeup_fd(-1)
                 for other in (requests, woken, wake, *links.values()):
                     other.close()
-                _become(module, json.loads(message), files)
+                _become(modules[0], json.loads(message), files)
             link = socket.socket(fileno=files.pop())
             for file in files:
                 os.close(file)
@@ -229,7 +235,7 @@ def _tell_statuses(links: dict[int, socket.socket], selector: selectors.BaseSele
 
 
 def _become(module: str, request: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
-    """In the child: run the program, and end as the interpreter does at its end."""
+    """In the child: run the program, and end it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     *given, link = files
@@ -243,8 +249,25 @@ def _become(module: str, request: Mapping[str, Any], files: Sequence[int]) -> No
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    _run(module, request["arguments"])
-    raise SystemExit(0)
+    try:
+        _run(module, request["arguments"])
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            raise
+        _end_quickly(ended.code or 0)
+    _end_quickly(0)
+
+
+def _end_quickly(status: int) -> NoReturn:
+    """End as the interpreter does, but for taking its memory apart, which would copy each page of it first."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        raise SystemExit(status) from None  # the interpreter says what it says then
+    os._exit(status)
 
 
 def _run(module: str, arguments: Sequence[str]) -> None:
@@ -259,4 +282,4 @@ def _run(module: str, arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))
+    _serve(sys.argv[1:-1], socket.socket(fileno=int(sys.argv[-1])))
