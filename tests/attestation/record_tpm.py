@@ -12,6 +12,7 @@ opens the credential, makes attestation key and device key, certifies and quotes
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key
 from tpm2_pytss import (
     ESAPI,
@@ -42,9 +44,13 @@ from attestation.anchors import Anchor
 from attestation.evidence import Challenge
 from attestation.tpm import challenge_ek
 from pki.algorithms import public_key_der
+from pki.encoding import encode_sequence, join
 from tests.support.swtpm import ISSUER_CERTIFICATE, ROOT_CERTIFICATE, software_tpm
 
 HERE = Path(__file__).parent
+# The algorithms of a CSR: object identifier, and what goes with it (RFC 5758 §3.2, RFC 8017 annex C).
+ECDSA_WITH_SHA256 = (bytes.fromhex("06082a8648ce3d040302"),)
+SHA256_WITH_RSA = (bytes.fromhex("06092a864886f70d01010b"), b"\x05\x00")
 SIGNING = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign"
 
 
@@ -87,9 +93,27 @@ def record(tpm: ESAPI, folder: Path, template: str, key: str, seed: bytes) -> di
         "at": now.isoformat(),
         "root": text(der),
         "public_key": text(key_der),
+        "csr": text(request(tpm, device, key_der, key)),
         "unrestricted_ak_public": text(bytes(unrestricted.publicArea.marshal())),
         "evidence": evidence,
     }
+
+
+def request(tpm: ESAPI, device: ESYS_TR, key_der: bytes, key: str) -> bytes:
+    """Return a CSR without names (PKCS#10, DER) that the TPM has signed with the device's key."""
+    content = encode_sequence(b"\x02\x01\x00", encode_sequence(), key_der, join(0xA0))
+    algorithm = TPM2_ALG.RSASSA if key.startswith("rsa") else TPM2_ALG.ECDSA
+    scheme = TPMT_SIG_SCHEME(scheme=algorithm)
+    scheme.details.any.hashAlg = TPM2_ALG.SHA256
+    signed = tpm.sign(device, hashlib.sha256(content).digest(), scheme)
+    named: tuple[bytes, ...] = SHA256_WITH_RSA
+    if algorithm is TPM2_ALG.RSASSA:
+        signature = bytes(signed.signature.rsassa.sig)
+    else:
+        r, s = (bytes(part) for part in (signed.signature.ecdsa.signatureR, signed.signature.ecdsa.signatureS))
+        signature = encode_dss_signature(int.from_bytes(r, "big"), int.from_bytes(s, "big"))
+        named = ECDSA_WITH_SHA256
+    return encode_sequence(content, encode_sequence(*named), join(0x03, b"\0" + signature))
 
 
 def _scheme(key: str) -> str:
