@@ -260,6 +260,14 @@ EXTERNAL_ID = click.option("--external-id", metavar="TEXT", help="Your own id fo
 YES = click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
 
 
+def trusted_of_broker(portal: Remote) -> bytes:
+    """Return the certificates of the CAs to trust of the broker, PEM."""
+    answer = portal.client.call("GET", "/broker-ca.pem", anonymous=True, accept=(404,))
+    if answer.status != 404:
+        return answer.body
+    return portal.client.call("GET", "/ca.pem", anonymous=True).body  # an older portal, which certifies the broker
+
+
 def metadata_from(pairs: Iterable[str]) -> dict[str, str]:
     """Parse ``key=value`` texts; raises ``BadParameter``."""
     metadata: dict[str, str] = {}

@@ -9,7 +9,7 @@ import click
 from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 from commands.bundle import certificates_only, describe
-from commands.context import Remote, command
+from commands.context import Remote, command, trusted_of_broker
 from commands.delivery import FORCE_HELP
 from commands.errors import Unreachable
 from commands.files import NewFile, write_new
@@ -52,16 +52,19 @@ def _check(check: dict[str, Any]) -> Cell:
     return _yes(good) if good else Cell(f"no: {check.get('problem') or 'no reason given'}", style="bold red")
 
 
-@command("ca", examples=["portal ca", "portal ca --out ca.pem"])
+@command("ca", examples=["portal ca", "portal ca --out ca.pem", "portal ca --broker --out broker-ca.pem"])
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Save them in FILE.")
+@click.option("--broker", is_flag=True, help="Those to trust of the broker, which may have another one's certificate.")
 @click.option("--force", is_flag=True, help=FORCE_HELP)
-def ca(portal: Remote, out: Path | None, force: bool) -> None:
+def ca(portal: Remote, out: Path | None, broker: bool, force: bool) -> None:
     """Print or save the portal's CA certificates.
 
-    The issuing CA comes first, the root last. Compare the fingerprint of the root with the one that the portal's
-    operator tells you.
+    The issuing CA comes first, the root last; with --broker followed by the root of the broker's certificate, if that
+    is of another issuer. Compare the fingerprint of the root with the one that the portal's operator tells you.
     """
-    pem = certificates_only(portal.client.call("GET", "/ca.pem", anonymous=True).body)
+    pem = certificates_only(
+        trusted_of_broker(portal) if broker else portal.client.call("GET", "/ca.pem", anonymous=True).body
+    )
     found = describe(pem)
     if out is not None:
         write_new(out, NewFile(pem), force=force)

@@ -39,6 +39,7 @@ from commands.context import (
     option_group,
     require,
     topics_from,
+    trusted_of_broker,
     warn_of_restart,
 )
 from commands.delivery import FORCE_HELP, Password, fetch, show_files, summary, unpack_fetched
@@ -236,7 +237,7 @@ def _issue_for_csr(
         certificate, chain = answer["certificate"], answer["chain"]
         if not chain.strip().startswith(certificate.strip()):
             chain = f"{certificate.rstrip()}\n{chain}"
-        ca = portal.client.call("GET", "/ca.pem", anonymous=True).body
+        ca = trusted_of_broker(portal)
         checked = check_credentials(
             own.has_key, certificate=certificate.encode(), chain=chain.encode(), ca=ca, now=datetime.now(UTC)
         )

@@ -170,14 +170,33 @@ def own_names(settings: Settings) -> frozenset[str]:
 
 def _names_shown(path: Path) -> tuple[str, ...]:
     try:
-        return _names_in(path.read_bytes())
+        status = path.stat()
+        return _names_in(path, (status.st_mtime_ns, status.st_ino, status.st_size))
     except FileNotFoundError:  # before the first start
         return ()
     except (OSError, ValueError) as error:
         raise Unavailable(f"{path} cannot be read as a server's certificate; restart the portal.") from error
 
 
-_names_in = functools.lru_cache(maxsize=8)(names_shown)  # read for every device, and renewed a few times in a year
+@functools.lru_cache(maxsize=8)
+def _names_in(path: Path, _version: tuple[int, int, int]) -> tuple[str, ...]:
+    """Read a certificate that is needed for every device, and renewed a few times in a year."""
+    return names_shown(path.read_bytes())
+
+
+def broker_trust(settings: Settings, ca_pem: str) -> str:
+    """Return what devices trust of the broker, PEM: the portal's CAs, and the root of a certificate of another issuer.
+
+    Raise ``Unavailable`` if that root cannot be read.
+    """
+    return ca_pem if settings.broker_certificate is None else ca_pem + _read(settings.broker_ca_file)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be read ({error.strerror}); restart the portal.") from error
 
 
 def _in_one_form(name: str) -> str:
@@ -296,18 +315,7 @@ class CredentialIssuer:
 
     def _portal_ca(self) -> str:
         """Return what devices trust at the portal's HTTPS address, empty if it is what they trust of the broker."""
-        return "" if self._settings.tls_certificate is None else self._read(self._settings.https_ca_file)
-
-    def _broker_ca(self) -> str:
-        """Return what devices trust of the broker beside the portal's CAs."""
-        return "" if self._settings.broker_certificate is None else self._read(self._settings.broker_ca_file)
-
-    @staticmethod
-    def _read(path: Path) -> str:
-        try:
-            return path.read_text(encoding="ascii")
-        except OSError as error:
-            raise Unavailable(f"{path} cannot be read ({error.strerror}); restart the portal.") from error
+        return "" if self._settings.tls_certificate is None else _read(self._settings.https_ca_file)
 
     def _bundle(
         self,
@@ -324,7 +332,7 @@ class CredentialIssuer:
             key_pem=private_key_pem(key),
             certificate_pem=issued.certificate,
             chain_pem=issued.chain,
-            ca_pem=self._authority.ca_pem + self._broker_ca(),
+            ca_pem=broker_trust(self._settings, self._authority.ca_pem),
             portal_ca_pem=self._portal_ca(),
             broker_host=self._settings.mqtt_host,
             broker_port=self._settings.mqtt_port,

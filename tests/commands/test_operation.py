@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli_session import Session
-from tests.support.portal_stub import PortalStub, Reply
+from tests.support.pki import PEM, Authority
+from tests.support.portal_stub import PortalStub, Reply, problem
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 
@@ -45,6 +46,11 @@ def test_the_ca_is_printed_or_saved(session: Session, stub: PortalStub) -> None:
     assert session.run("ca", "--out", "ca.pem").exit_code == 0
     assert Path("ca.pem").read_bytes() == stub.pki.ca_bundle
     assert session.run("ca", "--out", "ca.pem").exit_code == 1
+    other = Authority("Broker root").certificate.public_bytes(PEM)
+    stub.replies["GET", "/broker-ca.pem"] = Reply(body=stub.pki.ca_bundle + other)
+    assert session.run("ca", "--broker").stdout.encode() == stub.pki.ca_bundle + other
+    stub.replies["GET", "/broker-ca.pem"] = problem(404, "not_found", "Nothing is at this path.")  # an older portal
+    assert session.run("ca", "--broker").stdout.encode() == stub.pki.ca_bundle
     root = session.json("ca")["certificates"][-1]
     assert root["subject"] == "CN=Test root"
     assert re.fullmatch("[0-9a-f]{64}", root["fingerprint"])

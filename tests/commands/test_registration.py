@@ -19,7 +19,7 @@ from pki.csr import csr_der, load_csr
 from tests.support import foreign
 from tests.support.cli_session import Session
 from tests.support.harness import csr_pem
-from tests.support.pki import PEM, key_pem
+from tests.support.pki import PEM, Authority, key_pem
 from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, problem, sign_key
 
 pytest_plugins = ("tests.support.cli_fixtures",)
@@ -177,9 +177,11 @@ def test_a_csr_brings_its_certificate(session: Session, stub: PortalStub) -> Non
     result = session.run(*REGISTER, "--csr", "sensor.csr")
     assert result.exit_code == 0, result.output
     assert len(x509.load_pem_x509_certificates(result.stdout.encode())) == 2
+    other = Authority("Broker root").certificate.public_bytes(PEM)
+    stub.replies["GET", "/broker-ca.pem"] = Reply(body=stub.pki.ca_bundle + other)
     files = session.json(*REGISTER, "--csr", "sensor.csr", "--out", "sensor")["files"]
     assert files["files"] == ["ca.pem", "chain.pem", "device.pem"]
-    assert Path("sensor/ca.pem").read_bytes() == stub.pki.ca_bundle
+    assert Path("sensor/ca.pem").read_bytes() == stub.pki.ca_bundle + other
 
 
 @pytest.mark.parametrize("path", foreign.FILES, ids=[path.stem for path in foreign.FILES])

@@ -22,6 +22,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from commands.bundle import DeviceBundle, check_bundle, open_bundle
 from config import Settings
 from core.errors import ProfileRefused, ServerCertificateRefused, SettingInvalid
+from core.files import replace_file
 from operations import jobs
 from operations.authority import take_outside_certificates
 from operations.commands import _operator_environment
@@ -34,6 +35,8 @@ from tests.support.company import CompanyCa, company_root, key_pem, pem, server_
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
 from web.listeners import ServerTls
+from workflows import credentials
+from workflows.credentials import broker_trust, own_names
 from workflows.enrolment.clients import CLIENT_CAS
 
 pytestmark = ON_SQLITE
@@ -253,6 +256,7 @@ def test_the_broker_gets_the_pair_and_devices_trust_its_root_beside_the_portals_
     assert key.stat().st_mode & 0o007 == 0
     bundle = bundle_of(behind)
     assert bundle.files["ca.pem"] == behind.authority.ca_pem.encode() + pem(ROOT)
+    assert broker_trust(settings, behind.authority.ca_pem).encode() == bundle.files["ca.pem"]
     assert "portal-ca.pem" not in bundle.files
     check_bundle(bundle, now=behind.clock())
     assert installed(behind).issuer == behind.authority.servers.issuer.certificate.subject
@@ -294,6 +298,24 @@ def test_no_device_gets_a_further_name_of_the_certificate_that_a_server_shows(
         finding = examined(portal, "device names")["device names"]
         assert finding.state is State.PROBLEM
         assert f"alt.example.com (device {device.device_id})" in finding.detail
+
+
+def test_the_names_in_a_certificate_are_read_again_only_when_its_file_has_changed(
+    behind: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = behind.settings.broker_file("server.pem")
+    names, read = own_names(behind.settings), list[bytes]()
+
+    def read_names(content: bytes) -> tuple[str, ...]:
+        read.append(content)
+        return ("new.example.com",)
+
+    monkeypatch.setattr(credentials, "names_shown", read_names)
+    assert (own_names(behind.settings), read) == (names, [])
+    replace_file(shown, content := shown.read_bytes())
+    assert "new.example.com" in own_names(behind.settings)
+    assert "new.example.com" in own_names(behind.settings)
+    assert read == [content]
 
 
 def test_the_root_before_is_trusted_until_the_broker_shows_a_certificate_of_the_new_one(

@@ -165,6 +165,7 @@ class PortalStub:
             "/healthz": Reply(body={"status": "ok"}),
             "/readyz": Reply(body={"status": "ready", "checks": [{"name": "database", "ok": True, "problem": None}]}),
             "/ca.pem": Reply(body=self.pki.ca_bundle, headers={"Content-Type": "application/x-pem-file"}),
+            "/broker-ca.pem": Reply(body=self.pki.ca_bundle, headers={"Content-Type": "application/x-pem-file"}),
         }
         if request.path in public:
             return public[request.path]

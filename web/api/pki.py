@@ -15,6 +15,7 @@ from pki.ocsp import MAX_BYTES, Failure
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Routes
 from workflows.authority.issuers import RecordedIssuer
 from workflows.authority.ocsp import OcspAnswer
+from workflows.credentials import broker_trust
 
 ROUTES = Routes("Certificates, for anyone")
 
@@ -80,6 +81,19 @@ _TIMES = {"Last-Modified": "When the CRL was made", "Expires": "Its nextUpdate"}
 def ca_pem(call: Call) -> Reply:
     """Return the certificate chain: issuing CAs and root."""
     return cached(call, call.portal.authority.ca_pem.encode(), "application/x-pem-file", max_age=3600)
+
+
+@ROUTES.add(
+    "GET",
+    "/broker-ca.pem",
+    ANYONE,
+    Answers("What to trust of the broker, PEM", media_type="application/x-pem-file", headers=_ETAG),
+    errors=(503,),
+)
+def broker_ca_pem(call: Call) -> Reply:
+    """Return what to trust of the broker: the CAs of /ca.pem, and the root of its certificate by another issuer."""
+    trusted = broker_trust(call.portal.settings, call.portal.authority.ca_pem)
+    return cached(call, trusted.encode(), "application/x-pem-file", max_age=3600)
 
 
 @ROUTES.add(

@@ -51,6 +51,12 @@ def test_public_documents_are_served_on_both_listeners(
     assert read(answer.data) is not None
 
 
+def test_what_to_trust_of_the_broker_is_served_where_the_portal_has_shown_who_it_is(anyone: Api) -> None:
+    answer = anyone.get("/broker-ca.pem")
+    assert (answer.status_code, answer.data) == (200, anyone.get("/ca.pem").data)
+    problem_of(anyone.get("/broker-ca.pem", **CLEAR), 404, "not_found")
+
+
 def test_the_urls_in_a_certificate_lead_to_its_issuer_and_its_crl(api: Api, app: Flask) -> None:
     registered = api.register()
     [certificate] = api.get(f"/devices/{registered['device_id']}/certificates").json["certificates"]

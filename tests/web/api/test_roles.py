@@ -38,6 +38,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "POST /devices/{device_id}/resume": {ADMIN, OPERATOR},
     "GET /download/{token}": ANYONE,
     "GET /ca.pem": ANYONE,
+    "GET /broker-ca.pem": ANYONE,
     "GET /ca/{issuer}.cer": ANYONE,
     "GET /crl/{issuer}.crl": ANYONE,
     "GET /ocsp/{request}": ANYONE,
