@@ -17,6 +17,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import ocsp
 from cryptography.x509.oid import AuthorityInformationAccessOID
 from flask import Flask
 
@@ -416,13 +417,22 @@ def test_java_validates_devices_by_pkix_up_to_the_companys_root(portal: Portal, 
         newest = store_issuers.get_crl(tx, portal.authority.issuing.id)
     assert newest is not None
     files |= {"issuing.crl": newest.der, "good.pem": good.chain.encode(), "gone.pem": gone.chain.encode()}
+    portal.responder.certificates.renew()
+    for device in ("good", "gone"):
+        certificate = x509.load_pem_x509_certificate(files[f"{device}.pem"])
+        issuer = portal.authority.issuing.issuer.certificate
+        by_sha1 = hashes.SHA1()  # noqa: S303 - Java looks for no other (RFC 5019 section 2.1.1)
+        request = ocsp.OCSPRequestBuilder().add_certificate(certificate, issuer, by_sha1).build()
+        answer = portal.responder.answer(request.public_bytes(Encoding.DER))
+        files[f"{device}.ocsp"] = answer.der
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     source = Path(__file__).resolve().parents[1] / "support" / "Pkix.java"
-    for chain, said in (("good.pem", "valid"), ("gone.pem", "REVOKED")):
-        command = ["java", str(source), "root.pem", chain, "root.crl", "between.crl", "issuing.crl"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.stdout.strip() == said, done.stderr
+    for device, said in (("good", "valid"), ("gone", "REVOKED")):
+        for revocation in (["root.crl", "between.crl", "issuing.crl"], [f"{device}.ocsp"]):
+            command = ["java", str(source), "root.pem", f"{device}.pem", *revocation]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.stdout.strip() == said, done.stderr
 
 
 # --- What the doctor says ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import ca
 from pki.algorithms import KeyType, private_key_pem
-from pki.issuers import DeviceContents, Reason
+from pki.issuers import ONLY_UUID, DeviceContents, Reason
 from tests.support.ca_hierarchy import Hierarchy, MakeKey, make_hierarchy
 
 DEVICE_ID = "3fa85f64-5717-4562-b3fc-2c963f66afa6"
@@ -84,11 +84,18 @@ def world(tmp_path_factory: pytest.TempPathFactory, make_ca_key: MakeKey) -> Wor
         key = ca.generate_keypair(key_type)
         (folder / f"device-{key_type}.key").write_bytes(private_key_pem(key))
         certificates[f"device-{key_type}"] = cas.device(key.public_key(), device_id=DEVICE_ID).certificate
+        as_server = cas.device(key.public_key(), device_id=DEVICE_ID, contents=PROFILED["tls-server"])
+        certificates[f"tls-server-{key_type}"] = as_server.certificate
     server_key = ca.generate_keypair(KeyType.EC_P256)
     for name, contents in PROFILED.items():
         profiled = cas.device(server_key.public_key(), device_id=DEVICE_ID, contents=contents)
         certificates[name] = profiled.certificate
         (folder / f"{name}.key").write_bytes(private_key_pem(server_key))
+    of_rsa = make_hierarchy(cas.now, make_ca_key, issuing_key_type=KeyType.RSA_3072)
+    certificates["of-rsa-issuing"] = of_rsa.issuing.certificate
+    for name, contents in {"default": ONLY_UUID, **PROFILED}.items():
+        profiled = of_rsa.device(server_key.public_key(), device_id=DEVICE_ID, contents=contents)
+        certificates[f"of-rsa-{name}"] = profiled.certificate
     (folder / "server.key").write_bytes(private_key_pem(server_key))
     names = ("localhost", "127.0.0.1", "::1", "*.example.com")
     certificates["server"] = cas.server(*names, public_key=server_key.public_key()).certificate
@@ -143,6 +150,8 @@ CERTIFICATES = [
     "server-long",
     *PROFILED,
     *(f"device-{key_type}" for key_type in KEY_TYPES),
+    *(f"tls-server-{key_type}" for key_type in KEY_TYPES),
+    *(f"of-rsa-{name}" for name in ("issuing", "default", *PROFILED)),
 ]
 CRLS = ["root", "empty", "all", *(f"reason-{reason}" for reason in Reason)]
 

@@ -67,12 +67,17 @@ class Hierarchy:
 
 
 def make_hierarchy(
-    now: datetime, make_key: MakeKey = ca.generate_keypair, *, root_days: int = 7300, issuing_days: int = 1825
+    now: datetime,
+    make_key: MakeKey = ca.generate_keypair,
+    *,
+    root_days: int = 7300,
+    issuing_days: int = 1825,
+    issuing_key_type: KeyType = KeyType.EC_P256,
 ) -> Hierarchy:
     root_key = make_key(KeyType.EC_P384)
     created = ca.create_root(root_key, common_name="Test Root CA", now=now, days=root_days)
     root = Issuer("root", created.certificate, root_key)
-    issuing_key = make_key(KeyType.EC_P256)
+    issuing_key = make_key(issuing_key_type)
     issued = ca.create_issuing(
         root,
         issuing_key.public_key(),
