@@ -30,6 +30,7 @@ from workflows import events
 from workflows.attestation.appraisal import DeviceAttestations
 from workflows.attestation.nonces import AttestationNonces
 from workflows.attestation.policies import AttestationPolicies
+from workflows.attestation.reappraisal import Reappraisals
 from workflows.audit import AuditLog, open_audit_log
 from workflows.authority.issuers import Authority, open_authority
 from workflows.authority.keys import open_keys
@@ -104,6 +105,7 @@ class Portal:
     nonces: AttestationNonces
     attestations: DeviceAttestations
     attestation_policies: AttestationPolicies
+    reappraisals: Reappraisals
     inventory: Inventory
     operators: Operators
     audit_log: AuditLog
@@ -208,7 +210,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         broker=base.broker,
         reconciler=reconciler,
         own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, tenant_id),
-        registrations=Registrations(settings, database, reconciler, credentials, answers, clock),
+        registrations=Registrations(settings, database, reconciler, credentials, answers, attestations, clock),
         bulk=_bulk(base, credentials),
         deliveries=Deliveries(settings, database, reconciler, links, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
@@ -222,6 +224,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         nonces=nonces,
         attestations=attestations,
         attestation_policies=AttestationPolicies(database),
+        reappraisals=Reappraisals(database, clock),
         inventory=Inventory(settings, database, reconciler.crls.sign_put_off, follower.contact, base.broker),
         operators=Operators(database, throttle, clock),
         audit_log=base.audit_log,

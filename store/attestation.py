@@ -190,9 +190,14 @@ def find_attestation(tx: Connection, tenant_id: str, device_id: str) -> Attestat
 
 
 def results_of_older_policies(tx: Connection, *, limit: int) -> Sequence[AttestationRecord]:
-    """Return results, at most ``limit``, by a version of their policy that is not the newest."""
-    newer = sa.and_(_policy.id == _result.policy_id, _policy.version > _result.policy_version)
-    query = _RESULTS.select_from(_policy).join(_result, newer).order_by(_result.policy_id, _result.device_id)
+    """Return results, at most ``limit``, by a version of one policy that is not its newest."""
+    changed = sa.text("attestation_policies.version > 1")  # as text, like the condition of the partial index
+    older = (_result.policy_id == _policy.id, _result.policy_version < _policy.version)
+    behind = sa.select(_policy.id, _policy.version).where(changed, sa.exists().where(*older)).limit(1)
+    policy = tx.execute(behind).one_or_none()
+    if policy is None:
+        return []
+    query = _RESULTS.where(_result.policy_id == policy.id, _result.policy_version < policy.version)
     return [AttestationRecord(*row) for row in tx.execute(query.limit(limit))]
 
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core import states
-from store.columns import OfTenant, one_of
+from store.columns import OfTenant, one_of, partial_index
 from store.database import Base
 
 
@@ -21,7 +21,10 @@ class AttestationPolicyRow(OfTenant, Base):
     """
 
     __tablename__ = "attestation_policies"
-    __table_args__ = (sa.CheckConstraint("version > 0", name="version"),)
+    __table_args__ = (
+        sa.CheckConstraint("version > 0", name="version"),
+        partial_index("ix_attestation_policies_changed", "id", "version", where="version > 1"),
+    )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
     version: Mapped[int]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.states import CertificateStatus, ClientKind, DeviceStatus, PresenceState
+from core.states import AttestationVerdict, CertificateStatus, ClientKind, DeviceStatus, PresenceState
 from core.topics import is_device_id
 from store.certificates import CURRENT, IS_APPLICATION, OF_DEVICE, of_device
 from store.database import columns_of
@@ -42,6 +42,7 @@ class DeviceRecord:
     former_external_id: str | None
     kind: ClientKind
     profile: str  # the name of its certificate profile
+    attested: AttestationVerdict | None
 
     @property
     def name_in_audit(self) -> str:
@@ -120,6 +121,7 @@ def topics_by_device(
 # many devices were read, however few of them match, and the next page continues there.
 LOOKED_AT = 1000
 LOOKED_AT_BY_OTHERS = 200  # in an order of other tables, where each row needs a look at its device
+UNATTESTED = "none"
 Place = tuple[Any, ...]  # in a list: the values of its order's columns, of which the last is the id of a device
 
 
@@ -136,7 +138,7 @@ class ListOrder(StrEnum):
 class DeviceFilter:
     """The conditions of a list, of devices or of applications, and its order; ``None`` sets none.
 
-    ``q`` is a part of a name, or a whole id.
+    ``q`` is a part of a name, or a whole id; ``attested`` a verdict, or ``none``.
     """
 
     status: str | None = None
@@ -149,6 +151,7 @@ class DeviceFilter:
     connected: PresenceState | None = None
     sort: str | None = None
     kind: ClientKind = ClientKind.DEVICE
+    attested: str | None = None
 
     @property
     def order(self) -> ListOrder:
@@ -161,13 +164,18 @@ class DeviceFilter:
 
     @property
     def is_searched(self) -> bool:
-        """Whether it has a condition that no index helps with: a part of a name, or the profile of most devices."""
-        return self.q is not None or self.profile == DEFAULT
+        """Whether it has a condition that no index helps with: a part of a name, or what is so of most devices."""
+        return self.q is not None or self.profile == DEFAULT or self.is_unattested
 
     @property
     def narrows_expiry(self) -> bool:
         """Whether ``expires_before`` is a condition in another order than that of expiry."""
         return self.expires_before is not None and self.order is not ListOrder.EXPIRY
+
+    @property
+    def is_unattested(self) -> bool:
+        """Whether only devices fit that have shown no evidence."""
+        return self.attested == UNATTESTED
 
 
 class ListedDevice(NamedTuple):
@@ -223,6 +231,8 @@ def list_devices(
         query = query.where(Device.name.icontains(wanted.q, autoescape=True))
     if wanted.profile == DEFAULT:
         query = query.where(Device.profile_id.is_(None))
+    if wanted.is_unattested:
+        query = query.where(Device.attested.is_(None))
     if wanted.narrows_expiry:
         query = query.where(Certificate.not_after < wanted.expires_before)
     rows = tx.execute(_between(query, tenant_id, wanted, order, after, end).limit(limit))
@@ -279,6 +289,7 @@ def _equalities(tenant_id: str, wanted: DeviceFilter) -> list[tuple[Any, Any]]:
         (Device.type, wanted.type),
         (Device.location, wanted.location),
         (Device.profile_id, id_of(tenant_id, str(wanted.profile)) if has_own_profile else None),
+        (Device.attested, None if wanted.is_unattested else wanted.attested),
     )
     return [(column, value) for column, value in values if value is not None]
 

@@ -115,15 +115,28 @@ def find_enrolment_token(tx: Connection, secret: str) -> EnrolmentTokenRecord | 
 
 
 def lock_enrolment_token(tx: Connection, tenant_id: str, token_id: str) -> EnrolmentTokenRecord:
-    """Read a token and lock it, so that nobody else uses it until the transaction ends."""
+    """Read a token and lock it, so that nobody else uses it until the transaction ends; raises ``NotFound``."""
     own = (EnrolmentToken.tenant_id == tenant_id, EnrolmentToken.id == token_id)
-    return _record(EnrolmentTokenRecord, tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own).with_for_update()).one())
+    row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own).with_for_update()).one_or_none()
+    if row is None:
+        raise _no_token()
+    return _record(EnrolmentTokenRecord, row)
 
 
 def get_enrolment_token(tx: Connection, tenant_id: str, token_id: str) -> EnrolmentTokenRecord:
     """Read a token."""
     own = (EnrolmentToken.tenant_id == tenant_id, EnrolmentToken.id == token_id)
     return _record(EnrolmentTokenRecord, tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one())
+
+
+def set_token_policy(tx: Connection, tenant_id: str, token_id: str, policy_id: str | None) -> None:
+    """Set the attestation policy of a token."""
+    own = (EnrolmentToken.tenant_id == tenant_id, EnrolmentToken.id == token_id)
+    tx.execute(sa.update(EnrolmentToken).where(*own).values(attestation_policy_id=policy_id))
+
+
+def _no_token() -> NotFound:
+    return NotFound("There is no enrolment token with this id; list them with GET /enrolment-tokens.")
 
 
 def count_use(tx: Connection, tenant_id: str, token_id: str) -> None:
@@ -148,7 +161,7 @@ def revoke_enrolment_token(
     tx.execute(sa.update(EnrolmentToken).where(*own, still).values(revoked_at=revoked_at))
     row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one_or_none()
     if row is None:
-        raise NotFound("There is no enrolment token with this id; list them with GET /enrolment-tokens.")
+        raise _no_token()
     return _record(EnrolmentTokenRecord, row)
 
 

@@ -28,6 +28,7 @@ from pki.csr import Csr
 from pki.issuers import ONLY_UUID, DeviceContents
 from pki.profiles import DEFAULT, CertificateTerms
 from pki.server_chain import names_shown
+from workflows.attestation.evidence import ShownEvidence
 from workflows.authority.issuers import Authority
 
 
@@ -50,7 +51,7 @@ class DeviceRequest(CredentialRequest):
     """A device to be added, with the credentials it is to have; ``topics`` are pairs of filter and access.
 
     ``profile`` is the name of its certificate profile, ``None`` for the default one. An application, by its ``kind``,
-    has a name and topics only.
+    has a name and topics only. ``evidence`` for the key of the CSR is appraised by the attestation policy of this id.
     """
 
     name: str
@@ -62,6 +63,8 @@ class DeviceRequest(CredentialRequest):
     external_id: str | None = None
     kind: ClientKind = ClientKind.DEVICE
     profile: str | None = None
+    evidence: ShownEvidence | None = None
+    policy_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

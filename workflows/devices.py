@@ -19,6 +19,7 @@ from core.topics import Access, Topic, default_topics, is_device_id
 from store import certificates as store_certificates
 from store import devices as store_devices
 from store import generations, issuers
+from store.attestation import AttestationRecord, find_attestation
 from store.certificates import CertificateRecord
 from store.database import Database
 from store.devices import DeviceFilter, DeviceRecord, ListedDevice, ListOrder, Place, place_of
@@ -35,7 +36,7 @@ class DeviceDetails:
 
     It does not while its topics wait for a restart of the broker.
 
-    ``connection`` is ``None`` for a device that was never seen.
+    ``connection`` is ``None`` for a device that was never seen, ``attestation`` for one that has shown no evidence.
     """
 
     device: DeviceRecord
@@ -43,6 +44,7 @@ class DeviceDetails:
     topics: tuple[Topic, ...]
     applied: bool
     connection: DeviceConnection | None
+    attestation: AttestationRecord | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class Inventory:
             certificate = store_certificates.current_certificate(tx, tenant_id, device_id)
             own = store_devices.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
             state = generations.get_broker_state(tx, tenant_id)
+            shown = None if device.attested is None else find_attestation(tx, tenant_id, device_id)
         topics = tuple(Topic(pattern, Access(access)) for pattern, access in own)
         return DeviceDetails(
             device=device,
@@ -88,6 +91,7 @@ class Inventory:
             topics=topics or default_topics(self._settings.topic_prefix),
             applied=device.generation <= state.applied_generation and not self._waits_for_restart(device),
             connection=None if presence is None else connection_of(presence, contact),
+            attestation=shown,
         )
 
     def _waits_for_restart(self, device: DeviceRecord) -> bool:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 import db
 from config import Settings
 from core import metrics
-from core.errors import StateConflict
+from core.errors import AttestationRefused, StateConflict
 from core.failpoints import failpoint
 from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, default_topics, reads_less
@@ -28,6 +28,8 @@ from store.database import Database
 from store.devices import device_topics, update_device
 from store.profiles import hold_profile
 from workflows.admission import Admission, admit, check_external_id, checked_topics
+from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, DeviceAttestations
+from workflows.attestation.nonces import NonceHolder
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
@@ -55,6 +57,7 @@ class Registrations:
     _reconciler: Reconciler
     _credentials: CredentialIssuer
     _answers: KeptAnswers
+    _attestations: DeviceAttestations
     _clock: Callable[[], datetime]
 
     # --- Register
@@ -88,6 +91,7 @@ class Registrations:
         now = self._clock()
         device_id = db.new_device_id(now)
         topics = checked_topics(self._settings, request.topics, device_id, kind=request.kind)
+        appraised = self._appraised(actor, request)
         issued = self._credentials.issue(
             device_id, request, topics, now=now, terms=self._terms(actor, device_id, request)
         )
@@ -102,6 +106,7 @@ class Registrations:
             kind=request.kind,
             request=request,
             topics=topics,
+            attestation=appraised,
         )
 
         def record(tx: Connection) -> int:
@@ -116,6 +121,20 @@ class Registrations:
         metrics.counts.registrations.labels("device" if with_csr else "portal").inc()
         failpoint("register.after_commit")
         return answer, generation
+
+    def _appraised(self, actor: Actor, request: DeviceRequest) -> Appraised:
+        """Appraise the evidence that an operator passes on; raises a kind of ``AttestationRefused``."""
+        if request.evidence is None or request.csr is None:
+            return NOT_APPRAISED
+        holder = NonceHolder.of_operator(actor.tenant_id, actor.token_id or "")
+        key = request.csr.public_key
+        appraised = self._attestations.appraise(request.policy_id, request.evidence, holder=holder, key=key)
+        try:
+            appraised.check()
+        except AttestationRefused:
+            self._attestations.record_refusal(actor, appraised, None)
+            raise
+        return appraised
 
     def _terms(self, actor: Actor, device_id: str, request: DeviceRequest) -> CertificateTerms | None:
         if request.profile is None:
@@ -195,6 +214,7 @@ def _canonical(request: DeviceRequest) -> bytes:
         del values["external_id"]  # as in answers kept by a portal that did not know the field
     if values["kind"] == ClientKind.DEVICE:
         del values["kind"]
-    if values["profile"] is None:
-        del values["profile"]
+    for name in ("profile", "evidence", "policy_id"):
+        if values[name] is None:
+            del values[name]
     return json.dumps(values, sort_keys=True, default=list).encode()

@@ -24,7 +24,8 @@ from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
 from workflows.admission import Issuance, record_issuances
-from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, DeviceAttestations, ShownEvidence
+from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, DeviceAttestations
+from workflows.attestation.evidence import ShownEvidence
 from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType

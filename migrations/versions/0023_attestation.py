@@ -24,6 +24,13 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_attestation_policies_tenant_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_attestation_policies")),
     )
+    op.create_index(
+        "ix_attestation_policies_changed",
+        "attestation_policies",
+        ["id", "version"],
+        sqlite_where=sa.text("version > 1"),
+        postgresql_where=sa.text("version > 1"),
+    )
     op.create_table(
         "attestation_nonces",
         sa.Column("nonce_hash", sa.String(length=64), nullable=False),

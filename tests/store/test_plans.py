@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 
 from core.states import ClientKind, PresenceState
 from operations.wiring import Portal
-from store import certificates, devices, enrolment, generations, issuers, presences, renewal, tenants
+from store import attestation, certificates, devices, enrolment, generations, issuers, presences, renewal, tenants
 from store.devices import DeviceFilter
 from store.tables import Device
 from tests.support.harness import ON_SQLITE
@@ -33,6 +33,7 @@ OF_JOBS: dict[str, Query] = {
     "certificates new on the CRL": lambda tx: list(issuers.revoked_since(tx, 2, 7, now=NOW)),
     "ended overlaps": lambda tx: renewal.ended_overlaps(tx, now=NOW),
     "unfetched renewals": lambda tx: renewal.unfetched_renewals(tx, now=NOW),
+    "nonces to forget": lambda tx: attestation.has_old_nonces(tx, before=NOW),
     "certificates on hold": lambda tx: list(issuers.held_certificates(tx, 2, now=NOW)),
 }
 LISTS = {
@@ -54,6 +55,9 @@ LISTS = {
     "-last_seen": DeviceFilter(sort="-last_seen"),
     "connected": DeviceFilter(connected=PresenceState.CONNECTED),
     "connected and type": DeviceFilter(connected=PresenceState.OFFLINE, sort="last_seen", type="pump"),
+    "attested": DeviceFilter(attested="outdated"),
+    "attested and type": DeviceFilter(attested="outdated", type="pump"),
+    "not attested": DeviceFilter(attested="none"),
     "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
 }
 LOOK_UPS: dict[str, Query] = {
@@ -123,6 +127,13 @@ def test_what_is_new_is_read_from_the_index_of_generations(
     plans_of: Callable[[Query], list[str]], name: str, index: str
 ) -> None:
     assert any(index in plan for plan in plans_of(OF_JOBS[name]))
+
+
+@ON_SQLITE
+def test_changed_policies_are_read_from_their_index(plans_of: Callable[[Query], list[str]]) -> None:
+    [plan] = plans_of(lambda tx: attestation.results_of_older_policies(tx, limit=5))
+    assert "SCAN attestation_policies USING COVERING INDEX ix_attestation_policies_changed" in plan
+    assert "SEARCH attestations USING INDEX ix_attestations_policy" in plan
 
 
 @pytest.mark.parametrize("name", LOOK_UPS)

@@ -248,6 +248,7 @@ class SoftwareTpm:
     key_attributes: int = NATIVE_SIGNING
     purpose: str = "2.23.133.8.3"
     field_of: str = "ak_certificate"
+    now: datetime = NOW
 
     def __post_init__(self) -> None:
         self.ak = ec.generate_private_key(ec.SECP256R1())
@@ -264,8 +265,8 @@ class SoftwareTpm:
             .issuer_name(self.authority.certificate.subject)
             .public_key(self.ak.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(NOW - timedelta(days=1))
-            .not_valid_after(NOW + timedelta(days=1))
+            .not_valid_before(self.now - timedelta(days=1))
+            .not_valid_after(self.now + timedelta(days=1))
         )
         usage = x509.ExtendedKeyUsage([x509.ObjectIdentifier(self.purpose)])
         return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,18 +52,26 @@ class AttestedDevice:
         assert answer.status_code == 201, answer.text
         return str(answer.json["nonce"])
 
-    def evidence(self, kind: str = "eat-jwt", nonce: str | None = None, **claims: Any) -> dict[str, Any]:
-        """Evidence of a kind; ``claims`` replace those that it would have."""
+    def made(self, kind: str, make: Callable[[Maker], bytes], nonce: str | None = None) -> dict[str, Any]:
+        """Evidence as ``make`` makes it, which knows the nonce."""
         nonce = self.nonce() if nonce is None else nonce
         self.maker.challenge = Given(from_base64url(nonce, "the nonce"))
+        content = make(self.maker)
+        return {
+            "type": kind,
+            "nonce": nonce,
+            "evidence": content.decode() if kind == "eat-jwt" else to_base64url(content),
+        }
+
+    def evidence(self, kind: str = "eat-jwt", nonce: str | None = None, **claims: Any) -> dict[str, Any]:
+        """Evidence of a kind; ``claims`` of a JWT replace those that it would have."""
         now = int(self.clock().timestamp())
-        changed: dict[Any, Any] = dict(claims)
-        if kind == "eat-jwt":
-            text = self.maker.jwt(**{"iat": now, **claims}).decode()
-        else:
-            made = self.maker.psa(changed) if kind == "psa" else self.maker.cwt({6: now, **changed})
-            text = to_base64url(made)
-        return {"type": kind, "nonce": nonce, "evidence": text}
+        makers: dict[str, Callable[[Maker], bytes]] = {
+            "eat-jwt": lambda maker: maker.jwt(**{"iat": now, **claims}),
+            "eat-cwt": lambda maker: maker.cwt({6: now}),
+            "psa": lambda maker: maker.psa(),
+        }
+        return self.made(kind, makers[kind], nonce)
 
     def csr(self, subject: str = "serial-1") -> str:
         der = base64.encodebytes(csr_der(self.maker.key, subject)).decode()
@@ -78,7 +87,10 @@ class AttestedDevice:
         return AttestedDevice(self.api, shown, self.maker, self.clock)
 
 
-def attested_device(api: Api, maker: Maker | None = None, **rules: Any) -> AttestedDevice:
-    """A device with an enrolment token whose policy has these rules."""
+def attested_device(
+    api: Api, maker: Maker | None = None, *, clock: Clock | None = None, count: int = 1, **rules: Any
+) -> AttestedDevice:
+    """A device with an enrolment token for several whose policy has these rules."""
     maker = maker or Maker()
-    return AttestedDevice(api, Device(api, token(api, attestation=policy(maker, **rules))), maker)
+    secret = token(api, attestation=policy(maker, **rules), count=count)
+    return AttestedDevice(api, Device(api, secret), maker, clock or Clock())

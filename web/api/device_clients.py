@@ -22,7 +22,7 @@ from store.audit import Actor
 from store.enrolment import EnrolmentTokenRecord
 from web.api.proxies import is_trusted
 from web.api.routing import Call
-from workflows.attestation.appraisal import ShownEvidence
+from workflows.attestation.evidence import ShownEvidence
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
 from workflows.enrolment.credentials import Enrolled, Waiting, by_manufacturer, by_token
 from workflows.renewal import RenewalRequest, Renewed

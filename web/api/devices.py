@@ -11,12 +11,13 @@ from pydantic import ConfigDict, Field, model_validator
 
 from core.errors import Gone, LinkUnknown, LinkUsed
 from core.roles import Permission
-from core.states import DeviceStatus, PresenceState, renewable_from
+from core.states import AttestationVerdict, DeviceStatus, PresenceState, renewable_from
 from delivery.formats import BundleFormat
 from pki.csr import read_csr
 from pki.profiles import DEFAULT
 from store.certificates import CertificateRecord
 from store.devices import DeviceFilter, DeviceRecord
+from web.api.evidence import AttestationModel, RegisteredEvidence
 from web.api.fields import (
     BundleFormatName,
     BundlePassword,
@@ -87,6 +88,18 @@ class RegisterRequest(PendingRequest):
     validity_days: Annotated[int, Field(ge=1, le=36500), WholeNumber] | None = None
     bundle_password: BundlePassword | None = None
     bundle_format: BundleFormatName | None = None
+
+
+class RegistrationRequest(RegisterRequest):
+    """A device to register, with evidence for the key of its `csr` or without."""
+
+    attestation: RegisteredEvidence | None = None
+
+    @model_validator(mode="after")
+    def _is_about_the_key(self) -> Self:
+        if self.attestation is not None and self.csr is None:
+            raise ValueError("attestation goes with a csr: evidence is about the device's own key")
+        return self
 
 
 class OfDevice(AnswerModel):
@@ -196,7 +209,7 @@ class ConnectionModel(AnswerModel):
 class DeviceSummary(AnswerModel):
     """A device in a list. From `renewable_from` on it may renew its certificate by itself.
 
-    `connection` is null for a device that was never connected.
+    `connection` is null for a device that was never connected, `attested` for one that has shown no evidence.
     """
 
     device_id: DeviceId
@@ -214,6 +227,7 @@ class DeviceSummary(AnswerModel):
     expires_at: Timestamp | None
     renewable_from: Timestamp | None
     connection: ConnectionModel | None
+    attested: AttestationVerdict | None
 
 
 class DeviceModel(DeviceSummary):
@@ -224,6 +238,7 @@ class DeviceModel(DeviceSummary):
     topics: list[TopicModel]
     broker: Literal["pending", "applied"]
     certificate: CertificateModel | None
+    attestation: AttestationModel | None
 
 
 class DevicePage(AnswerModel):
@@ -253,6 +268,13 @@ class DeviceConditions(RequestModel):
     expires_before: Time | None = None
     external_id: ExternalId | None = None
     profile: ProfileName | None = None
+    attested: (
+        Annotated[
+            Literal["passed", "failed", "outdated", "none"],
+            Field(description="The verdict about their evidence; none: they have shown none"),
+        ]
+        | None
+    ) = None
 
 
 class DeviceQuery(DeviceConditions):
@@ -292,10 +314,10 @@ class DeviceQuery(DeviceConditions):
         status=201,
         headers={"Location": "The device's path"},
     ),
-    errors=(409,),
+    errors=(404, 409),
     idempotency_key=True,
 )
-def register(call: Call, body: RegisterRequest) -> Reply:
+def register(call: Call, body: RegistrationRequest) -> Reply:
     """Register a device: create its key and certificate, or sign its CSR."""
     registered = call.portal.registrations.register(call.actor, registration_of(body), call.idempotency_key)
     location = {"Location": f"/devices/{registered.device_id}"}
@@ -398,6 +420,9 @@ def registration_of(body: PendingRequest) -> DeviceRequest:
         values["csr"] = read_csr(values["csr"])
     if values.get("profile") == DEFAULT:
         values["profile"] = None  # as if it were left out
+    evidence = values.pop("attestation", None)
+    if evidence is not None:
+        values |= {"evidence": evidence.shown(), "policy_id": evidence.policy_id}
     return DeviceRequest(**{**values, "topics": pairs(body.topics)})
 
 
@@ -426,6 +451,7 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
         broker="applied" if details.applied else "pending",
         connection=connection_model(details.connection),
         certificate=None if certificate is None else certificate_model(certificate),
+        attestation=None if details.attestation is None else AttestationModel.of(details.attestation),
     )
 
 

@@ -131,6 +131,12 @@ class EnrolmentTokenRequest(EnrolmentProfileRequest):
         return self
 
 
+class EnrolmentTokenPatch(RequestModel):
+    """What evidence the devices of a token have to show from now on."""
+
+    attestation: AttestationPolicyRequest
+
+
 class EnrolmentProfileModel(AnswerModel):
     """How devices are registered when they enrol."""
 
@@ -326,6 +332,14 @@ def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> NewEnrolm
     )
     [shown] = _tokens(call, [record])
     return NewEnrolmentTokenModel.of(shown, token=secret)
+
+
+@ROUTES.add("PATCH", "/enrolment-tokens/{enrolment_token_id}", Permission.TOKENS)
+def update_enrolment_token(call: Call, enrolment_token_id: str, body: EnrolmentTokenPatch) -> EnrolmentTokenModel:
+    """Change what evidence the devices of a token have to show."""
+    record = call.portal.enrolment_tokens.set_attestation(call.actor, enrolment_token_id, body.attestation.wanted())
+    [shown] = _tokens(call, [record])
+    return shown
 
 
 @ROUTES.add(

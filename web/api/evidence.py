@@ -8,8 +8,10 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 
 from attestation.appraisal import MAX_ENVIRONMENTS, MAX_MEASUREMENTS, AppraisalPolicy, PolicyMode, ReferenceTriple
 from attestation.evidence import EvidenceType
+from core.states import AttestationVerdict
+from web.api.fields import Fingerprint
 from web.api.routing import AnswerModel, RequestModel, Timestamp
-from workflows.attestation.appraisal import ShownEvidence
+from workflows.attestation.evidence import ShownEvidence
 from workflows.attestation.policies import AnchorRequest, PolicyRequest, RegisteredPolicy
 
 MAX_ANCHORS = 32
@@ -33,6 +35,12 @@ class EvidenceRequest(RequestModel):
     def shown(self) -> ShownEvidence:
         """Return it as the use cases have it."""
         return ShownEvidence(self.type, self.nonce, self.evidence)
+
+
+class RegisteredEvidence(EvidenceRequest):
+    """Evidence that an operator passes on, with the policy of a token or a manufacturer by which it is appraised."""
+
+    policy_id: PolicyId
 
 
 class AnchorModel(RequestModel):
@@ -105,6 +113,25 @@ class AttestationPolicyModel(AnswerModel):
         content = policy.appraisal.model_dump(mode="json", by_alias=True, exclude_none=True)
         anchors = [AnchorModel(pem=one.pem, types=list(one.types), identifier=one.identifier) for one in policy.anchors]
         return cls(**content, policy_id=policy.id, version=policy.version, anchors=anchors)
+
+
+class AttestationModel(AnswerModel):
+    """What came of the newest evidence of a device, which was for the key with this fingerprint.
+
+    `outdated`: it satisfied the policy when it was shown, and would not satisfy that of today. `claims` are those that
+    were verified, empty if none were; `problems` say in sentences what is wrong.
+    """
+
+    verdict: AttestationVerdict
+    type: EvidenceType
+    appraised_at: Timestamp
+    code: str
+    problems: list[str]
+    policy_id: str
+    policy_version: int
+    evidence_digest: Fingerprint
+    key_fingerprint: Fingerprint
+    claims: dict[str, Any]
 
 
 class NonceAnswer(AnswerModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -13,8 +13,8 @@ from sqlalchemy.engine import Connection
 
 from attestation.anchors import Anchor
 from attestation.appraisal import PolicyMode
-from attestation.evidence import Claims, EvidenceType, from_base64url
-from attestation.refusals import AttesterChanged, EvidenceMalformed, EvidenceMissing
+from attestation.evidence import Claims, EvidenceType
+from attestation.refusals import AttesterChanged, EvidenceMissing
 from attestation.verification import AttestationResult, Evidence, attest
 from core import metrics
 from core.errors import AttestationRefused
@@ -26,30 +26,13 @@ from store.attestation import AttestationRecord
 from store.audit import Actor
 from store.database import Database
 from workflows import events
+from workflows.attestation.evidence import ShownEvidence
 from workflows.attestation.nonces import AttestationNonces, EndorsementKey, IssuedNonce, NonceHolder
 from workflows.attestation.policies import RegisteredPolicy, find_policy
 from workflows.events import EventType
 
 log = logging.getLogger("portal.attestation")
 _CLAIMS = TypeAdapter(Claims)
-
-
-@dataclass(frozen=True, slots=True)
-class ShownEvidence:
-    """Evidence as a device sends it: a JWT as it is, all else in Base64url, with the ``nonce`` that it was given."""
-
-    type: EvidenceType
-    nonce: str
-    evidence: str = field(repr=False)
-
-    def content(self) -> bytes:
-        """Return the evidence in its own form; raises ``EvidenceMalformed``."""
-        if self.type is not EvidenceType.EAT_JWT:
-            return from_base64url(self.evidence, "The evidence")
-        try:
-            return self.evidence.encode("ascii")
-        except UnicodeEncodeError as error:
-            raise EvidenceMalformed("The evidence is not a JWT.") from error
 
 
 @dataclass(frozen=True, slots=True)

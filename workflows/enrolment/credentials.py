@@ -302,6 +302,21 @@ class EnrolmentTokens:
                 audit.record(tx, actor, "enrolment_token:revoke", f"enrolment_token:{token_id}", at=now)
         return record
 
+    def set_attestation(self, actor: Actor, token_id: str, wanted: PolicyRequest) -> EnrolmentTokenRecord:
+        """Set what evidence the devices of a token have to show; what was kept of evidence is appraised again by a job.
+
+        Raises ``NotFound``, ``Forbidden``, ``AttestationPolicyInvalid``.
+        """
+        now = self._clock()
+        check_policy(actor, wanted, now=now)
+        with self._database.transaction() as tx:
+            record = enrolment.lock_enrolment_token(tx, actor.tenant_id, token_id)
+            record = with_policy(tx, actor, record, wanted, now=now)
+            enrolment.set_token_policy(tx, actor.tenant_id, token_id, record.profile.attestation_policy_id)
+            of, detail = f"enrolment_token:{token_id}", policies.in_audit(wanted, now=now)
+            audit.record(tx, actor, "enrolment_token:update", of, at=now, **detail)
+        return record
+
     def tokens(self, tenant_id: str) -> Sequence[EnrolmentTokenRecord]:
         """Return the newest thousand tokens, newest first."""
         with self._database.snapshot() as tx:

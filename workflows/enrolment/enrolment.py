@@ -18,7 +18,8 @@ from store import enrolment as store_enrolment
 from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord
-from workflows.attestation.appraisal import DeviceAttestations, ShownEvidence
+from workflows.attestation.appraisal import DeviceAttestations
+from workflows.attestation.evidence import ShownEvidence
 from workflows.enrolment.credentials import Enrolled, EnrolledMeanwhile, EnrolmentAttempt, EnrolmentCredential, Waiting
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.reenrolment import Reenrolments

@@ -88,6 +88,7 @@ class Reenrolments:
         with self._database.snapshot() as tx:
             asked = enrolment.find_reenrolment(tx, credential.tenant_id, known.id)
         if asked is None or asked.key_fingerprint != key:
+            attempt.appraised.check()
             now = self._clock()
             with self._database.transaction() as tx:
                 if (token := credential.lock(tx)) is not None:

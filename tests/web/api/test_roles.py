@@ -53,6 +53,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "POST /devices/{device_id}/reject": {ADMIN, OPERATOR},
     "GET /enrolment-tokens": {ADMIN, OPERATOR, AUDITOR},
     "POST /enrolment-tokens": {ADMIN, OPERATOR},
+    "PATCH /enrolment-tokens/{enrolment_token_id}": {ADMIN},
     "DELETE /enrolment-tokens/{enrolment_token_id}": {ADMIN, OPERATOR},
     "GET /profiles": {ADMIN, OPERATOR, AUDITOR},
     "POST /profiles": {ADMIN},
@@ -228,9 +229,11 @@ def test_things_of_another_tenant_are_not_found(
         enrolment_token_id=clients[ADMIN].post("/enrolment-tokens", {"name": "mine"}).json["enrolment_token_id"],
         manufacturer_id=clients[ADMIN].post("/manufacturers", maker).json["manufacturer_id"],
     )
-    body = {"name": "taken over"} if method == "PATCH" else {} if method == "POST" else None
+    body: dict[str, Any] | None = {"name": "taken over"} if method == "PATCH" else {} if method == "POST" else None
     if path.endswith("/proof"):
         body = {"signature": "x"}
+    elif route.startswith("PATCH /enrolment-tokens"):
+        body = {"attestation": {}}
     answer = foreigner.call(method, path, json=body)
     assert answer.status_code == 404, answer.text
     assert clients[ADMIN].get(f"/devices/{device_id}").json["status"] == "active"
