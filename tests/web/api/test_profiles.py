@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +24,9 @@ from config import Settings
 from core.roles import Role
 from pki.issuers import CLOCK_SKEW
 from tests.support.est import Device, certificates_of, csr_der, device, key_and_certificate, refused
-from tests.support.harness import Api, Clock, api_as, csr_pem, problem_of
-from tests.support.pki import PEM, Authority
+from tests.support.harness import ON_SQLITE, Api, Clock, api_as, csr_pem, problem_of
+from tests.support.pki import PEM, Authority, key_pem
+from tests.support.ports import free_port
 
 PUMP = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 SERVER = {
@@ -198,6 +201,38 @@ def test_no_device_gets_a_name_of_the_portal_or_the_broker(make_settings: Callab
     add(api, NAMED | {"dns_names": [f"{{name}}.{domain or 'localhost'}"]})
     refusal(api.post("/register", PUMP | {"name": name.upper(), "profile": "named"}), "of the portal or the broker")
     portal_of(app).close()
+
+
+@ON_SQLITE
+def test_a_device_is_a_tls_server_that_openssl_and_curl_know_by_its_name(api: Api, tmp_path: Path) -> None:
+    add(api, SERVER | {"serial_number": None})
+    key, host = ec.generate_private_key(ec.SECP256R1()), "pump-1.devices.example.com"
+    registered = api.post("/register", PUMP | {"profile": "tls-server", "csr": csr_pem(key)}).json
+    *_, root = x509.load_pem_x509_certificates(api.get("/ca.pem").data)
+    files = {"device.pem": registered["certificate"].encode(), "chain.pem": registered["chain"].encode()}
+    for name, content in {**files, "device.key": key_pem(key), "root.pem": root.public_bytes(PEM)}.items():
+        (tmp_path / name).write_bytes(content)
+    port = free_port()
+    own = ["-cert", "device.pem", "-cert_chain", "chain.pem", "-key", "device.key", "-www"]
+    serve = ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", *own]
+    by_openssl = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-CAfile", "root.pem", "-verify_return_error"]
+    by_curl = ["curl", "-sSf", "--noproxy", "*", "--cacert", "root.pem"]
+
+    def trusts(*command: str) -> bool:
+        done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        return done.returncode == 0
+
+    with subprocess.Popen(serve, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert "ACCEPT\n" in server.stdout
+            for name in (host, "pump-2.devices.example.com", "localhost"):
+                is_own = name == host
+                assert trusts(*by_openssl, "-x509_strict", "-verify_hostname", name) is is_own
+                to = ["--resolve", f"{name}:{port}:127.0.0.1", f"https://{name}:{port}/"]
+                assert trusts(*by_curl, *to) is is_own
+        finally:
+            server.kill()
 
 
 # --- Renewal ------------------------------------------------------------------------------------------------------
