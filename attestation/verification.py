@@ -14,7 +14,7 @@ from attestation import eat_cwt, eat_jwt, psa, tpm
 from attestation.anchors import Anchor
 from attestation.appraisal import AppraisalPolicy, PolicyMode, appraise
 from attestation.evidence import Challenge, Claims, EvidenceType
-from attestation.refusals import AppraisalFailed, EvidenceMissing
+from attestation.refusals import AppraisalFailed
 from core.errors import AttestationRefused
 from pki.algorithms import PublicKey
 
@@ -60,25 +60,18 @@ class AttestationResult:
 
 def attest(
     policy: AppraisalPolicy,
-    evidence: Evidence | None,
+    evidence: Evidence,
     *,
     challenge: Challenge,
     public_key: PublicKey,
     anchors: Sequence[Anchor],
     now: datetime,
-) -> AttestationResult | None:
-    """Return the result for a device that asks for a certificate, or ``None`` if there is nothing to look at.
+) -> AttestationResult:
+    """Return the result for a device that asks for a certificate.
 
     Under ``require`` it has passed: raises a kind of ``AttestationRefused`` otherwise, as ``record`` never does.
     """
-    if policy.mode is PolicyMode.OFF:
-        return None
     requires = policy.mode is PolicyMode.REQUIRE
-    if evidence is None:
-        if not requires:
-            return None
-        types = ", ".join(policy.types or EvidenceType)
-        raise EvidenceMissing(f"This enrolment requires attestation evidence ({types}), and none was sent.")
     try:
         claims = VERIFIERS[evidence.type](evidence.content, challenge, public_key, anchors, now)
     except AttestationRefused as refusal:

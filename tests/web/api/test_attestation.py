@@ -108,6 +108,13 @@ def test_a_device_that_waits_for_an_operator_shows_evidence_again_for_its_certif
     assert enrolled(device, device.evidence()) == waiting["device_id"]
 
 
+def test_a_device_without_evidence_is_admitted_unless_it_is_required(api: Api) -> None:
+    for mode in ("off", "record"):
+        device = attested_device(api, mode=mode)
+        assert device.enrol().status_code == 201
+    assert device.enrol(device.evidence() | {"evidence": "e30.e30.AA"}).status_code == 201
+
+
 def test_over_est_a_device_is_told_where_evidence_goes(api: Api) -> None:
     device = attested_device(api)
     for operation in ("simpleenroll", "serverkeygen"):
