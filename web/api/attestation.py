@@ -13,7 +13,16 @@ from attestation.refusals import EvidenceMalformed
 from core.errors import Forbidden
 from core.roles import MAY, Permission
 from pki import est as pki_est
-from web.api.device_clients import client_of, credential_of, enrolled, enrolment_token, renewed, unauthenticated
+from web.api.device_clients import (
+    WAITING,
+    client_of,
+    credential_of,
+    enrolled,
+    enrolment_token,
+    renewed,
+    unauthenticated,
+    waiting_reply,
+)
 from web.api.devices import OfDevice, RegisteredAnswer
 from web.api.evidence import EvidenceRequest, NonceAnswer, PolicyId
 from web.api.routing import ANYONE, Answers, Call, Reply, RequestModel, Routes
@@ -92,14 +101,7 @@ def make_nonce(call: Call, body: NonceRequest) -> NonceAnswer:
     "/enroll",
     ANYONE,
     Answers("The device's certificate; the device is active", model=EnrolledAnswer, status=201),
-    also=(
-        Answers(
-            "The device waits for an operator",
-            media_type="",
-            status=202,
-            headers={"Retry-After": "Seconds after which to repeat the request, with the same key"},
-        ),
-    ),
+    also=(WAITING,),
     errors=(401, 403, 404, 409, 429, 503),
 )
 def enroll(call: Call, body: EnrollRequest) -> Reply:
@@ -114,7 +116,7 @@ def enroll(call: Call, body: EnrollRequest) -> Reply:
     client = credential_of(call)
     outcome = enrolled(call, client, request, shown)
     if isinstance(outcome, Waiting):
-        return Reply(media_type="", status=202, headers={"Retry-After": str(outcome.retry_after)})
+        return waiting_reply(outcome)
     return Reply(_answer(call, client.tenant_id, outcome))
 
 

@@ -21,7 +21,7 @@ from pki.est import EnrolmentRequest
 from store.audit import Actor
 from store.enrolment import EnrolmentTokenRecord
 from web.api.proxies import is_trusted
-from web.api.routing import Call
+from web.api.routing import Answers, Call, Reply
 from workflows.attestation.evidence import ShownEvidence
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
 from workflows.enrolment.credentials import Enrolled, Waiting, by_manufacturer, by_token
@@ -30,6 +30,13 @@ from workflows.renewal import RenewalRequest, Renewed
 NO_CREDENTIALS = (
     "Credentials are required: an enrolment token as the password of HTTP Basic authentication, or a client certificate"
     " of a registered manufacturer."
+)
+
+WAITING = Answers(
+    "The device waits for an operator",
+    media_type="",
+    status=202,
+    headers={"Retry-After": "Seconds after which to repeat the request, with the same key"},
 )
 
 Client = DeviceClient | ManufacturedClient | None
@@ -111,6 +118,11 @@ def enrolled(
     credential = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
     actor = actor_as(call, credential.tenant_id, credential.label)
     return call.portal.enrolment.enrol(actor, credential, request, shown)
+
+
+def waiting_reply(outcome: Waiting) -> Reply:
+    """Tell a device that it has to wait for an operator (RFC 7030 section 4.2.3), without content, as at a 401."""
+    return Reply(media_type="", status=202, headers={"Retry-After": str(outcome.retry_after)})
 
 
 def renewed(call: Call, holder: DeviceClient, request: EnrolmentRequest, shown: ShownEvidence | None = None) -> Renewed:

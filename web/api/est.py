@@ -12,6 +12,7 @@ from typing import Any
 from core.errors import ClientCertificateRefused, NotFound
 from pki import est as pki_est
 from web.api.device_clients import (
+    WAITING,
     client_of,
     credential_of,
     enrolled,
@@ -20,6 +21,7 @@ from web.api.device_clients import (
     renewed,
     unauthenticated,
     used,
+    waiting_reply,
     when_used,
 )
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, Routes
@@ -34,12 +36,6 @@ CSR = Octets(PKCS10, max_bytes=32 * 1024)
 
 _UNLABELLED = Routes("Enrolment by devices (EST)")
 _ERRORS = (401, 403, 404, 409, 429, 503)
-_WAITING = Answers(
-    "The device waits for an operator",
-    media_type="",
-    status=202,
-    headers={"Retry-After": "Seconds after which to repeat the request, with the same key"},
-)
 
 
 @_UNLABELLED.add(
@@ -83,7 +79,7 @@ def est_csrattrs(call: Call) -> Reply:
     ANYONE,
     Answers("The device's certificate; the device is active", media_type=PKCS7),
     octets=CSR,
-    also=(_WAITING,),
+    also=(WAITING,),
     errors=_ERRORS,
 )
 def est_simpleenroll(call: Call, body: bytes) -> Reply:
@@ -91,7 +87,7 @@ def est_simpleenroll(call: Call, body: bytes) -> Reply:
     client = credential_of(call)
     outcome = enrolled(call, client, pki_est.read_enrolment_request(body))
     if isinstance(outcome, Waiting):
-        return _waiting_reply(outcome)
+        return waiting_reply(outcome)
     return _base64_reply(pki_est.certs_only([outcome.certificate]), PKCS7)
 
 
@@ -122,7 +118,7 @@ def est_simplereenroll(call: Call, body: bytes) -> Reply:
     ANYONE,
     Answers("A new key (PKCS#8) and the device's certificate", media_type="multipart/mixed"),
     octets=CSR,
-    also=(_WAITING,),
+    also=(WAITING,),
     errors=_ERRORS,
 )
 def est_serverkeygen(call: Call, body: bytes) -> Reply:
@@ -133,7 +129,7 @@ def est_serverkeygen(call: Call, body: bytes) -> Reply:
     client = credential_of(call)
     outcome = enrolled(call, client, pki_est.read_key_request(body))
     if isinstance(outcome, Waiting):
-        return _waiting_reply(outcome)
+        return waiting_reply(outcome)
     if outcome.key is None:
         raise AssertionError("a request without a key of its own gets one")
     return _key_reply(outcome.key, outcome.certificate)
@@ -150,11 +146,6 @@ def _renewed_with_key(call: Call, holder: DeviceClient, body: bytes) -> Reply:
         when_used=when_used(call),
     )
     return _key_reply(key, ssl.PEM_cert_to_DER_cert(certificate))
-
-
-def _waiting_reply(outcome: Waiting) -> Reply:
-    """Tell a device that it has to wait for an operator (RFC 7030 section 4.2.3), without content, as at a 401."""
-    return Reply(media_type="", status=202, headers={"Retry-After": str(outcome.retry_after)})
 
 
 def _base64_reply(content: bytes, media_type: str) -> Reply:
