@@ -295,6 +295,16 @@ def last_enrolment(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentR
     return None if row is None else EnrolmentRecord(*row)
 
 
+def profile_of_device(tx: Connection, tenant_id: str, device_id: str) -> EnrolmentProfile | None:
+    """Return the profile by which a device has enrolled last, as it is now; ``None`` if it never did."""
+    enrolled = last_enrolment(tx, tenant_id, device_id)
+    if enrolled is None:
+        return None
+    if enrolled.token_id is not None:
+        return get_enrolment_token(tx, tenant_id, enrolled.token_id).profile
+    return get_manufacturer(tx, tenant_id, enrolled.manufacturer_id or "").profile
+
+
 def add_enrolment(tx: Connection, tenant_id: str, **values: Any) -> None:
     """Record a device's request; ``values`` are the columns of ``EnrolmentRow`` except id, tenant and factory key."""
     factory_key = None if values["manufacturer_id"] is None else values["identity"]

@@ -126,14 +126,11 @@ class DeviceAttestations:
     def policy_of(self, tenant_id: str, device_id: str) -> str | None:
         """Return the id of the policy by which a device has enrolled, or else was registered."""
         with self._database.snapshot() as tx:
-            enrolled = enrolment.last_enrolment(tx, tenant_id, device_id)
-            if enrolled is None:
-                kept = attestation.find_attestation(tx, tenant_id, device_id)
-                return None if kept is None else kept.policy_id
-            if enrolled.token_id is not None:
-                return enrolment.get_enrolment_token(tx, tenant_id, enrolled.token_id).profile.attestation_policy_id
-            maker = enrolment.get_manufacturer(tx, tenant_id, enrolled.manufacturer_id or "")
-            return maker.profile.attestation_policy_id
+            profile = enrolment.profile_of_device(tx, tenant_id, device_id)
+            if profile is not None:
+                return profile.attestation_policy_id
+            kept = attestation.find_attestation(tx, tenant_id, device_id)
+            return None if kept is None else kept.policy_id
 
     def _result(
         self,

@@ -89,14 +89,9 @@ class Enrolments:
     def check_renewal_key(self, tenant_id: str, device_id: str, request: EnrolmentRequest) -> None:
         """Raise ``KeyRefused`` for a kind of key that the token or manufacturer of the device does not allow."""
         with self._database.snapshot() as tx:
-            enrolment = store_enrolment.last_enrolment(tx, tenant_id, device_id)
-            if enrolment is None:
-                return
-            if enrolment.token_id is not None:
-                profile = store_enrolment.get_enrolment_token(tx, tenant_id, enrolment.token_id).profile
-            else:
-                profile = store_enrolment.get_manufacturer(tx, tenant_id, enrolment.manufacturer_id or "").profile
-        _check_key_type(request, profile)
+            profile = store_enrolment.profile_of_device(tx, tenant_id, device_id)
+        if profile is not None:
+            _check_key_type(request, profile)
 
     def _known_device(self, credential: EnrolmentCredential) -> str | None:
         with self._database.snapshot() as tx:
