@@ -93,21 +93,24 @@ def key_store(request: pytest.FixtureRequest) -> str | None:
     return getattr(request, "param", None)
 
 
+@pytest.fixture(scope="session")
+def ca_keys(request: pytest.FixtureRequest, key_store: str | None) -> Callable[[], dict[str, str]]:
+    """Returns the environment of one more portal with its CA keys there; in the one token, labels begin by its own."""
+    if key_store is None:
+        return dict
+    uri = request.getfixturevalue("soft_tokens").create()
+    return lambda: {"PORTAL_CA_KEYS": str(replace(uri, object=secrets.token_hex(8))), "PORTAL_TOKEN_TIMEOUT": "60"}
+
+
 @pytest.fixture(scope="session", params=DATABASES)
-def prepared(request: pytest.FixtureRequest, key_store: str | None) -> Iterator[Prepared]:
-    """What every portal of a test is a copy of; in one token, each begins the labels of its keys by itself."""
+def prepared(request: pytest.FixtureRequest, ca_keys: Callable[[], dict[str, str]]) -> Iterator[Prepared]:
+    """What every portal of a test is a copy of."""
     folder = short_folder(in_memory=True)
     name = "" if request.param == "sqlite" else create_database()
-    uri = request.getfixturevalue("soft_tokens").create() if key_store else None
-
-    def environment() -> dict[str, str]:
-        if uri is None:
-            return {}
-        return {"PORTAL_CA_KEYS": str(replace(uri, object=secrets.token_hex(8))), "PORTAL_TOKEN_TIMEOUT": "60"}
-
-    first_start(settings_for(folder, **environment(), **({"PORTAL_DATABASE_URL": url_of(name)} if name else {})))
+    environment = {"PORTAL_DATABASE_URL": url_of(name)} if name else {}
+    first_start(settings_for(folder, **environment, **ca_keys()))
     databases = DatabaseCopies(name) if name else None
-    yield Prepared(folder, databases, environment)
+    yield Prepared(folder, databases, ca_keys)
     shutil.rmtree(folder)
     if databases is not None:
         databases.close()

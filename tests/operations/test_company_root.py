@@ -205,6 +205,7 @@ def test_a_ca_with_devices_keeps_the_servers_below_its_root(portal: Portal, cloc
 # --- In its place ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores(always=True)
 def test_without_devices_the_companys_root_is_the_only_one_at_once(portal: Portal, clock: Clock) -> None:
     install(portal)
     assert trust_files(portal) == [[NEXT, *ABOVE]] * 2

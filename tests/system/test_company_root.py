@@ -9,7 +9,7 @@ import sqlite3
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tests.support.company import CompanyCa, pem
 from tests.support.deployment import Deployment, Onboarded, examine, wait_until
 from tests.support.pki import key_pem
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.both_stores]
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPANY, OWN = "CN=Example Root CA,O=Example Ltd", "CN=Device Onboarding Root CA"
@@ -37,8 +37,8 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def deployment() -> Iterator[Deployment]:
-    with Deployment() as running:
+def deployment(ca_keys: Callable[[], dict[str, str]]) -> Iterator[Deployment]:
+    with Deployment(**ca_keys()) as running:
         yield running
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,10 +17,12 @@ from cryptography.x509 import ocsp
 
 from tests.support.deployment import ROOT, Deployment
 
+pytestmark = pytest.mark.both_stores
+
 
 @pytest.fixture(scope="module")
-def deployment() -> Iterator[Deployment]:
-    with Deployment(PORTAL_WORKERS="3") as running:
+def deployment(ca_keys: Callable[[], dict[str, str]]) -> Iterator[Deployment]:
+    with Deployment(PORTAL_WORKERS="3", **ca_keys()) as running:
         yield running
 
 

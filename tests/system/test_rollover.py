@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,12 @@ from cryptography import x509
 
 from tests.support.deployment import Client, Deployment, Onboarded, examine, wait_until
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.both_stores]
 
 
 @pytest.fixture(scope="module")
-def deployment() -> Iterator[Deployment]:
-    with Deployment(PORTAL_WORKERS="3") as running:
+def deployment(ca_keys: Callable[[], dict[str, str]]) -> Iterator[Deployment]:
+    with Deployment(PORTAL_WORKERS="3", **ca_keys()) as running:
         yield running
 
 

@@ -25,7 +25,7 @@ def other_folder(prepared: Prepared) -> Iterator[Path]:
     folder = short_folder(in_memory=True)
     (folder / "secrets").mkdir(mode=0o700)
     shutil.copy(prepared.folder / "secrets" / "ca-passphrase", folder / "secrets" / "ca-passphrase")
-    portal = open_portal(settings_for(folder))
+    portal = open_portal(settings_for(folder, **prepared.environment()))
     prepare(portal)
     portal.close()
     derive_quickly(folder)
@@ -44,14 +44,14 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=DATABASES)
-def elsewhere(request: pytest.FixtureRequest) -> Iterator[Settings]:
+def elsewhere(request: pytest.FixtureRequest, ca_keys: Callable[[], dict[str, str]]) -> Iterator[Settings]:
     """An empty data folder with an empty database, where only the passphrase has been put."""
     folder = short_folder()
     if request.param == "sqlite":
-        yield settings_for(folder)
+        yield settings_for(folder, **ca_keys())
     else:
         with postgres_database() as url:
-            yield settings_for(folder, PORTAL_DATABASE_URL=url)
+            yield settings_for(folder, PORTAL_DATABASE_URL=url, **ca_keys())
     shutil.rmtree(folder)
 
 

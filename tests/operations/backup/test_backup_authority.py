@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from cryptography import x509
 
 from config import Settings
@@ -14,6 +15,8 @@ from operations.backup.restore import restore
 from operations.wiring import open_portal, prepare
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
 from tests.workflows.test_registration import OPERATOR, with_fields
+
+pytestmark = pytest.mark.both_stores
 
 
 @ON_SQLITE

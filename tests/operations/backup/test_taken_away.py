@@ -24,6 +24,8 @@ from tests.workflows.test_registration import OPERATOR, PUMP
 from workflows.enrolment.clients import ManufacturedClient
 from workflows.enrolment.credentials import Enrolled, by_manufacturer
 
+pytestmark = pytest.mark.both_stores
+
 WIDE = [("devices/{id}/#", "readwrite"), ("devices/hall/temperature", "read")]
 NARROW = [("devices/{id}/up", "write")]
 

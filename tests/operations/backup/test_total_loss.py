@@ -38,6 +38,8 @@ from tests.support.backups import (
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
 
+pytestmark = pytest.mark.both_stores
+
 Saved = Callable[[bytes], bytes]
 
 

@@ -62,6 +62,7 @@ def anyone(app: Flask) -> Api:
 # --- What is said -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 def test_a_device_is_good_until_it_is_revoked_and_then_revoked_with_time_and_reason(
     api: Api, app: Flask, anyone: Api
 ) -> None:
@@ -79,11 +80,13 @@ def test_a_device_is_good_until_it_is_revoked_and_then_revoked_with_time_and_rea
         assert answer.revocation_time_utc <= answer.this_update_utc
 
 
+@pytest.mark.both_stores
 def test_a_serial_number_that_was_never_issued_is_unknown_until_it_is(api: Api, app: Flask, anyone: Api) -> None:
     assert said_of(anyone, ask(issuing_of(app), 1, 1 << 158, 0, -1, 1 << 400)) == ["unknown"] * 5
     assert said_of(anyone, ask(issuing_of(app), 1)) == ["unknown"]
 
 
+@pytest.mark.both_stores
 def test_the_order_of_several_is_kept(api: Api, app: Flask, anyone: Api) -> None:
     stays, goes = api.register(), api.register()
     api.post(f"/revoke/{goes['device_id']}")
@@ -93,6 +96,7 @@ def test_the_order_of_several_is_kept(api: Api, app: Flask, anyone: Api) -> None
     ]  # fmt: skip
 
 
+@pytest.mark.both_stores
 def test_a_suspended_device_is_revoked_on_hold_until_it_is_resumed(api: Api, app: Flask, anyone: Api) -> None:
     device = api.register()
     request = ask(issuing_of(app), int(device["serial_number"], 16))
@@ -105,6 +109,7 @@ def test_a_suspended_device_is_revoked_on_hold_until_it_is_resumed(api: Api, app
     assert read(get(anyone, request.der())).certificate_status is OCSPCertStatus.GOOD
 
 
+@pytest.mark.both_stores
 def test_a_certificate_that_was_replaced_is_good_until_it_is_revoked(api: Api, app: Flask, anyone: Api) -> None:
     number = api.register()["serial_number"]
     portal = portal_of(app)
@@ -114,6 +119,7 @@ def test_a_certificate_that_was_replaced_is_good_until_it_is_revoked(api: Api, a
     assert said_of(anyone, ask(issuing_of(app), int(number, 16))) == ["good"]
 
 
+@pytest.mark.both_stores
 def test_the_status_of_the_portals_own_certificates_is_known(app: Flask, anyone: Api) -> None:
     portal = portal_of(app)
     folder = portal.settings.data_dir
@@ -123,6 +129,7 @@ def test_the_status_of_the_portals_own_certificates_is_known(app: Flask, anyone:
     assert said_of(anyone, ask(issuing_of(app), *numbers)) == ["good", "good", "revoked", "good"]
 
 
+@pytest.mark.both_stores
 def test_the_root_answers_for_the_issuing_ca_and_not_for_its_devices(api: Api, app: Flask, anyone: Api) -> None:
     root = portal_of(app).authority.root.issuer.certificate
     device = int(api.register()["serial_number"], 16)
@@ -133,6 +140,7 @@ def test_the_root_answers_for_the_issuing_ca_and_not_for_its_devices(api: Api, a
     assert said_of(anyone, ask(issuing_of(app), issuing_of(app).serial_number)) == ["unknown"]
 
 
+@pytest.mark.both_stores
 def test_a_chain_in_one_request_is_answered_by_the_first_ones_ca(api: Api, app: Flask, anyone: Api) -> None:
     root, issuing = portal_of(app).authority.root.issuer.certificate, issuing_of(app)
     chain = [cert_id(issuing, int(api.register()["serial_number"], 16)), cert_id(root, issuing.serial_number)]
@@ -271,6 +279,7 @@ def test_a_request_for_500_certificates_is_refused(app: Flask, anyone: Api) -> N
     assert said_of(anyone, ask(issuing_of(app), *range(100), algorithm="sha512")) == ["unknown"] * 100
 
 
+@pytest.mark.both_stores
 @pytest.mark.parametrize("length", [1, 16, 32, 128])
 def test_a_nonce_is_returned_in_an_answer_that_is_not_cached(app: Flask, anyone: Api, length: int) -> None:
     value = secrets.token_bytes(length)
@@ -295,6 +304,7 @@ def test_a_nonce_of_another_length_and_unknown_critical_extensions_are_malformed
 # --- Caching ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 def test_an_answer_says_how_long_it_may_be_cached(api: Api, app: Flask, anyone: Api) -> None:
     request = ask(issuing_of(app), int(api.register()["serial_number"], 16)).der()
     got, posted = get(anyone, request, **CLEAR), post(anyone, request)

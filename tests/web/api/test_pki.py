@@ -57,6 +57,7 @@ def test_what_to_trust_of_the_broker_is_served_where_the_portal_has_shown_who_it
     problem_of(anyone.get("/broker-ca.pem", **CLEAR), 404, "not_found")
 
 
+@pytest.mark.both_stores
 def test_the_urls_in_a_certificate_lead_to_its_issuer_and_its_crl(api: Api, app: Flask) -> None:
     registered = api.register()
     [certificate] = api.get(f"/devices/{registered['device_id']}/certificates").json["certificates"]
@@ -74,12 +75,14 @@ def test_the_urls_in_a_certificate_lead_to_its_issuer_and_its_crl(api: Api, app:
     assert crl.is_signature_valid(key)
 
 
+@pytest.mark.both_stores
 def test_the_pem_is_issuing_ca_and_root(anyone: Api) -> None:
     issuing, root = x509.load_pem_x509_certificates(anyone.get("/ca.pem").data)
     issuing.verify_directly_issued_by(root)
     root.verify_directly_issued_by(root)
 
 
+@pytest.mark.both_stores
 def test_a_revocation_is_in_the_next_crl(api: Api, app: Flask) -> None:
     registered = api.register()
     before = api_as(app, None).get("/crl/issuing-1.crl")
@@ -104,6 +107,7 @@ def test_a_crl_says_how_long_it_may_be_cached(anyone: Api) -> None:
     assert re.fullmatch(r'"[0-9a-f]{32}"', answer.headers["ETag"])
 
 
+@pytest.mark.both_stores
 def test_an_expired_crl_is_not_cached(app: Flask, clock: Clock) -> None:
     clock.advance(days=400)
     assert api_as(app, None).get("/crl/issuing-1.crl").headers["Cache-Control"] == "public, max-age=0"
@@ -122,6 +126,7 @@ def test_a_client_with_the_current_version_gets_304(anyone: Api, path: str, tag:
     assert answer.headers["X-Request-Id"]
 
 
+@pytest.mark.both_stores
 def test_whoever_has_the_crl_from_before_a_revocation_is_sent_the_next_one(api: Api, app: Flask, clock: Clock) -> None:
     devices = [api.register()["device_id"] for _ in range(3)]
     public = api_as(app, None)
@@ -140,6 +145,7 @@ def test_whoever_has_the_crl_from_before_a_revocation_is_sent_the_next_one(api: 
     assert public.get("/crl/issuing-1.crl", headers=later).status_code == 304
 
 
+@pytest.mark.both_stores
 def test_a_crl_made_in_the_second_in_which_the_one_before_was_fetched_is_sent(
     make_settings: Callable[..., Settings],
 ) -> None:
@@ -244,6 +250,7 @@ def test_unknown_issuers_are_not_found(anyone: Api, path: str) -> None:
         problem_of(anyone.client.open(path, **listener), 404, "not_found")
 
 
+@pytest.mark.both_stores
 def test_a_crl_is_read_once_and_the_newest_is_served_by_every_worker(api: Api, app: Flask) -> None:
     portal = portal_of(app)
     worker = portal.inventory
