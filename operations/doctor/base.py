@@ -80,7 +80,7 @@ def combine(findings: Sequence[Finding], otherwise: str) -> Finding:
         return well(otherwise)
     state = max((finding.state for finding in findings), key=_BY_SEVERITY.index)
     advice = dict.fromkeys(finding.advice for finding in findings if finding.advice)
-    return Finding("", state, " ".join(finding.detail for finding in findings), " ".join(advice))
+    return Finding("", state, " ".join(dict.fromkeys(finding.detail for finding in findings)), " ".join(advice))
 
 
 def summarize(things: Sequence[str], limit: int = 3) -> str:

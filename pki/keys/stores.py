@@ -141,7 +141,7 @@ class KeyStores:
             record = read_record(self._folder, name)
             raise CaKeyUnavailable(
                 f"The key of {name} is in the token {record.token.get('token', '')!r}, which {_setting_of(name)} does"
-                " not name."
+                " not name; add its URI there, after the others."
             )
         return self._tokens[uri]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -32,7 +33,7 @@ from pki.keys.token_client import Facts, TokenClient
 from pki.keys.token_keys import is_in_token
 from store import audit
 from tests.core.test_logs import logging_to
-from tests.support.harness import first_start, settings_for
+from tests.support.harness import Clock, first_start, settings_for
 from tests.support.mosquitto import short_folder
 from tests.support.tokens import SoftTokens
 
@@ -243,6 +244,29 @@ def test_a_command_says_on_standard_error_all_that_is_known_of_a_token(settings:
     with logging_to(io.StringIO()):
         said = run(away, "move", "issuing-1").output
     assert re.search('error   the token of CA keys fails problem=".* is not there; put it in, ', said)
+
+
+def test_the_uri_of_a_lost_token_can_go_when_its_ca_has_retired(
+    settings: Settings, soft_tokens: SoftTokens, clock: Clock
+) -> None:
+    lost = soft_tokens.create()
+
+    def opened(*keys: TokenUri | None) -> contextlib.closing[Portal]:
+        return contextlib.closing(open_portal(settings.model_copy(update={"ca_keys": keys}), clock))
+
+    (own, _) = settings.ca_keys
+    with opened(lost, None) as portal:
+        move(portal)
+    with pytest.raises(CaKeyUnavailable, match="which PORTAL_CA_KEYS does not name; add its URI there"):
+        opened(own, None)
+    with opened(own, lost, None) as portal:
+        actor = audit.system_actor(portal.tenant_id)
+        authority.roll_over(portal, actor, lambda _: None)
+        clock.advance(hours=2)
+        authority.retire(portal, actor, "issuing-1")
+    with opened(own, None) as portal:
+        assert portal.authority.issuing.issuer.name == "issuing-2"
+        authority.renew_crls(portal)
 
 
 def test_the_doctor_warns_of_an_imported_key_and_of_its_file(settings: Settings, portal: Portal) -> None:

@@ -18,7 +18,7 @@ import ca
 from config import Settings
 from core.errors import CaKeyUnavailable, PortalError
 from core.states import IssuerKind, IssuerStatus
-from pki.algorithms import KeyType
+from pki.algorithms import KeyType, PrivateKey
 from pki.issuers import Issuer
 from pki.keys.contract import CaKeys
 from pki.outer_chain import decode_above
@@ -202,14 +202,24 @@ class Authority:
         if known is not None and known.der == record.der:
             return dataclasses.replace(known, retired=retired)
         certificate = x509.load_der_x509_certificate(record.der)
-        needed = record.kind == IssuerKind.ISSUING and not retired
-        key = self._keys.load(record.name) if needed or self._keys.exists(record.name) else None
+        key = self._key_of(record)
         if key is not None and key.public_key() != certificate.public_key():
             raise CaKeyUnavailable(
                 f"The key of {record.name} does not belong to its certificate; restore the right key file."
             )
         issuer = Issuer(record.name, certificate, key, decode_above(record.above))
         return RecordedIssuer(record.id, record.kind, record.der, issuer, retired)
+
+    def _key_of(self, record: IssuerRecord) -> PrivateKey | None:
+        """Return the key of an issuer; it may be missing if it is the root's, or that of a CA that has retired."""
+        if record.kind == IssuerKind.ROOT:
+            return self._keys.load(record.name) if self._keys.exists(record.name) else None
+        try:
+            return self._keys.load(record.name)
+        except CaKeyUnavailable:
+            if record.status == IssuerStatus.RETIRED:  # as after the loss of its token
+                return None
+            raise
 
 
 def _identity(record: IssuerRecord) -> tuple[object, ...]:
