@@ -47,7 +47,7 @@ def application() -> None:
 def application_add(portal: Remote, /, topics: tuple[str, ...], **options: Any) -> None:
     """Register an application, a client that is not a device.
 
-    It takes an admin's token, and the guard in the broker. The credentials are delivered as those of a device.
+    It needs an admin's token, and the guard in the broker. The credentials are delivered as those of a device.
     """
     options["topics"] = topics_from(topics)
     issue(portal, Operation("/applications", "Registering…", "Registered", "is registered", ABOUT, SHOW), options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -43,32 +44,50 @@ PROFILE_FIELDS = (
     "repeated_serial",
 )
 
+
 # The enrolment profile: what is recorded of a device that enrols, and which certificate it gets.
-profile_options = option_group(
-    click.option("--type", metavar="TYPE", help="Type of the devices.  [default: device]"),
-    click.option("--location", metavar="PLACE", help="Location of the devices."),
-    click.option("--firmware", metavar="VERSION", help="Firmware version of the devices."),
-    click.option(
-        "--name-template",
-        metavar="NAME",
-        help="Name of the devices; {serial} is replaced by the serial number, {number} by a count.",
-    ),
-    click.option(
-        "--key-type", "key_types", type=click.Choice(KEY_TYPES), multiple=True, help="Allowed type of key. Repeatable."
-    ),
-    click.option(
-        "--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity of their certificates."
-    ),
-    PROFILE,
-    click.option(
-        "--approval", type=click.Choice(("at_once", "operator")), help="Who approves a device.  [default: at_once]"
-    ),
-    click.option(
-        "--repeated-serial",
-        type=click.Choice(("operator", "same_device", "new_device")),
-        help="What a known serial number with another key is; operator: somebody decides.  [default: operator]",
-    ),
-)
+def profile_options(*, new: bool) -> Callable[[Any], Any]:
+    """Return the options of an enrolment profile; those of a ``new`` one have defaults."""
+
+    def default(value: str) -> str:
+        return f"  [default: {value}]" if new else ""
+
+    return option_group(
+        click.option("--type", metavar="TYPE", help="Type of the devices." + default("device")),
+        click.option("--location", metavar="PLACE", help="Location of the devices."),
+        click.option("--firmware", metavar="VERSION", help="Firmware version of the devices."),
+        click.option(
+            "--name-template",
+            metavar="NAME",
+            help="Name of the devices; {serial} is replaced by the serial number, {number} by a count.",
+        ),
+        click.option(
+            "--key-type",
+            "key_types",
+            type=click.Choice(KEY_TYPES),
+            multiple=True,
+            help="Allowed type of key. Repeatable.",
+        ),
+        click.option(
+            "--days",
+            "validity_days",
+            type=click.IntRange(1, 36500),
+            metavar="DAYS",
+            help="Validity of their certificates.",
+        ),
+        PROFILE,
+        click.option(
+            "--approval",
+            type=click.Choice(("at_once", "operator")),
+            help="Who approves a device." + default("at_once"),
+        ),
+        click.option(
+            "--repeated-serial",
+            type=click.Choice(("operator", "same_device", "new_device")),
+            help="What a device with a known serial number and another key is; operator: an operator decides."
+            + default("operator"),
+        ),
+    )
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +153,7 @@ def enrolment_list(portal: Remote) -> None:
     metavar="HOURS",
     help="Validity of the token.  [default: 24]",
 )
-@profile_options
+@profile_options(new=True)
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
 def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -> None:
     """Create an enrolment token, which is shown once.
@@ -213,7 +232,7 @@ def manufacturer_show(portal: Remote, manufacturer_id: str) -> None:
 )
 @click.argument("name", help="Name of the manufacturer, shown in the audit record.")
 @click.option("--certificate", metavar="FILE", required=True, help="CA certificate (PEM); - for standard input.")
-@profile_options
+@profile_options(new=True)
 def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> None:
     """Add a manufacturer CA; it must be proven before use.
 
@@ -235,11 +254,11 @@ def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> Non
 )
 @click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
 @click.option("--name", metavar="NAME", help="New name.")
-@profile_options
+@profile_options(new=False)
 def manufacturer_update(portal: Remote, /, manufacturer_id: str, **options: Any) -> None:
-    """Change a manufacturer's name or terms.
+    """Change a manufacturer's name or enrolment profile.
 
-    Terms count for the devices that enrol from then on.
+    It applies to devices that enrol from then on.
     """
     changes = _given(options)
     if not changes:

@@ -21,7 +21,7 @@ REASONS = (
 
 @command("suspend", examples=["portal suspend 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
-@click.option("--yes", "-y", is_flag=True, expose_value=False, help="As with revoke; there is no confirmation anyway.")
+@click.option("--yes", "-y", is_flag=True, expose_value=False, help="Accepted as by revoke; nothing is asked here.")
 def suspend(portal: Remote, device_id: str) -> None:
     """Suspend a device until it is resumed.
 

@@ -54,7 +54,9 @@ def _check(check: dict[str, Any]) -> Cell:
 
 @command("ca", examples=["portal ca", "portal ca --out ca.pem", "portal ca --broker --out broker-ca.pem"])
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Save them in FILE.")
-@click.option("--broker", is_flag=True, help="Those to trust of the broker, which may have another one's certificate.")
+@click.option(
+    "--broker", is_flag=True, help="The CAs to trust for the broker, whose certificate may be another issuer's."
+)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 def ca(portal: Remote, out: Path | None, broker: bool, force: bool) -> None:
     """Print or save the portal's CA certificates.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -28,29 +28,38 @@ CLEARED: Mapping[str, Any] = {
 
 _DAYS = click.IntRange(1, 36500)
 
-rule_options = option_group(
-    click.option("--default-days", type=_DAYS, metavar="DAYS", help="Validity if none is asked for."),
-    click.option("--max-days", type=_DAYS, metavar="DAYS", help="Longest validity."),
-    click.option(
-        "--key-type", "key_types", type=click.Choice(KEY_TYPES), multiple=True, help="Allowed type of key. Repeatable."
-    ),
-    click.option(
-        "--server-auth/--no-server-auth", default=None, help="Whether devices may also be TLS servers.  [default: not]"
-    ),
-    click.option(
-        "--dns-name",
-        "dns_names",
-        metavar="NAME",
-        multiple=True,
-        help="DNS name, such as {name}.devices.example.com. Repeatable.",
-    ),
-    click.option(
-        "--ip-address", "ip_addresses", metavar="ADDRESS", multiple=True, help="Such as {metadata.ip}. Repeatable."
-    ),
-    click.option("--organization", metavar="TEXT", help="O in the subject."),
-    click.option("--organizational-unit", metavar="TEXT", help="OU in the subject, such as {location}."),
-    click.option("--serial-number", metavar="TEXT", help="serialNumber in the subject, such as {serial}."),
-)
+
+def rule_options(*, new: bool) -> Callable[[Any], Any]:
+    """Return the options of a profile's rules; those of a ``new`` one have defaults."""
+    return option_group(
+        click.option("--default-days", type=_DAYS, metavar="DAYS", help="Validity if none is asked for."),
+        click.option("--max-days", type=_DAYS, metavar="DAYS", help="Longest validity."),
+        click.option(
+            "--key-type",
+            "key_types",
+            type=click.Choice(KEY_TYPES),
+            multiple=True,
+            help="Allowed type of key. Repeatable.",
+        ),
+        click.option(
+            "--server-auth/--no-server-auth",
+            default=None,
+            help=f"Whether devices may also be TLS servers.{'  [default: not]' if new else ''}",
+        ),
+        click.option(
+            "--dns-name",
+            "dns_names",
+            metavar="NAME",
+            multiple=True,
+            help="DNS name, such as {name}.devices.example.com. Repeatable.",
+        ),
+        click.option(
+            "--ip-address", "ip_addresses", metavar="ADDRESS", multiple=True, help="Such as {metadata.ip}. Repeatable."
+        ),
+        click.option("--organization", metavar="TEXT", help="O in the subject."),
+        click.option("--organizational-unit", metavar="TEXT", help="OU in the subject, such as {location}."),
+        click.option("--serial-number", metavar="TEXT", help="serialNumber in the subject, such as {serial}."),
+    )
 
 
 def _rules(options: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +114,7 @@ def profile_show(portal: Remote, name: str) -> None:
     ],
 )
 @click.argument("name", type=ProfileName(), help="Name of the profile.")
-@rule_options
+@rule_options(new=True)
 def profile_add(portal: Remote, /, name: str, **options: Any) -> None:
     """Add a certificate profile.
 
@@ -123,13 +132,13 @@ def profile_add(portal: Remote, /, name: str, **options: Any) -> None:
     examples=["portal profile update tls-server --max-days 30", "portal profile update tls-server --clear max_days"],
 )
 @click.argument("name", type=ProfileName(), help="Name of the profile.")
-@rule_options
+@rule_options(new=False)
 @click.option("--clear", type=click.Choice(list(CLEARED)), multiple=True, help="Remove this rule. Repeatable.")
 def profile_update(portal: Remote, /, name: str, clear: tuple[str, ...], **options: Any) -> None:
     """Change a certificate profile.
 
-    Rules count for the certificates that are issued from then on, renewals, too. Options that are repeatable replace
-    all of their kind.
+    It applies to certificates that are issued from then on, also by renewals. An option that is repeatable replaces all
+    values of its kind.
     """
     rules = _rules(options)
     if set(rules) & set(clear):
@@ -145,7 +154,7 @@ def profile_update(portal: Remote, /, name: str, clear: tuple[str, ...], **optio
 @click.argument("name", type=ProfileName(), help="Name of the profile.")
 @YES
 def profile_remove(portal: Remote, name: str, yes: bool) -> None:
-    """Remove a certificate profile that nothing has any more."""
+    """Remove a certificate profile that is not used any more."""
     confirm(f"Remove the certificate profile {name}?", yes=yes)
     answer = portal.client.call("DELETE", f"/profiles/{name}").json()
     portal.out.result(answer, done=f"Removed the certificate profile {name}")

@@ -82,13 +82,13 @@ class DeliveryOptions:
     idempotency_key: str | None
 
 
-# The options that that ask for a certificate share; ``issue`` reads them.
+# The options that the commands share that ask for a certificate; ``issue`` reads them.
 issuing_options = option_group(
     click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of key.  [default: the portal's]"),
     click.option("--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity in days."),
     click.option("--format", "bundle_format", type=click.Choice(FORMATS), help="Bundle format.  [default: zip]"),
     click.option(
-        "--csr", metavar="FILE", help="The device's own CSR (PKCS#10, PEM or DER); its key stays on the device."
+        "--csr", metavar="FILE", help="CSR (PKCS#10, PEM or DER) for a key of its own; the portal then makes no key."
     ),
     click.option("--password-file", metavar="FILE", help="Use the bundle password in FILE; - for standard input."),
     click.option("--password-out", metavar="FILE", help="Write the generated bundle password to FILE (new, 0600)."),

@@ -41,6 +41,12 @@ def test_every_command_has_a_summary_an_example_and_json(named: Named, session: 
     assert "--json" in result.output
 
 
+def test_an_update_has_no_defaults_since_what_is_left_out_stays(session: Session) -> None:
+    updates = [words for words, _ in all_commands() if words[-1] == "update"]
+    assert len(updates) >= 4
+    assert [words for words in updates if "default:" in session.run(*words, "--help").output] == []
+
+
 def test_the_version_is_that_of_the_project(session: Session) -> None:
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     assert project["version"] == VERSION
