@@ -170,7 +170,9 @@ def _key_of(certificate: ForeignCertificate) -> PublicKey:
     try:
         return check_public_key(key)
     except KeyRefused as error:
-        raise SignerCertificateRefused(f"The signer's certificate has a key of no use. {error.detail}") from error
+        raise SignerCertificateRefused(
+            f"The key in the signer's certificate is not accepted. {error.detail}"
+        ) from error
 
 
 def _check_signer(certificate: ForeignCertificate, purpose: SignerPurpose, now: datetime) -> None:

@@ -60,9 +60,9 @@ def check_age(claims: Mapping[str, object], now: datetime) -> datetime | None:
         if earliest is not None and earliest > now + CLOCK_SKEW:
             raise EvidenceFromTheFuture("The evidence was made later than now; set the device's clock.")
     if ends is not None and ends <= now - CLOCK_SKEW:
-        raise EvidenceTooOld("The evidence has expired; make it anew.")
+        raise EvidenceTooOld("The evidence has expired; make new evidence.")
     if made_at is not None and made_at < now - NONCE_LIFETIME - CLOCK_SKEW:
-        raise EvidenceTooOld("The evidence was made before its nonce; set the device's clock, or make it anew.")
+        raise EvidenceTooOld("The evidence was made before its nonce; set the device's clock, or make new evidence.")
     return made_at
 
 

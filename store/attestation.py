@@ -60,7 +60,9 @@ def get_policy(tx: Connection, tenant_id: str, policy_id: str) -> PolicyRecord:
     """Read a policy; raises ``NotFound``."""
     row = tx.execute(_POLICIES.where(_policy.tenant_id == tenant_id, _policy.id == policy_id)).one_or_none()
     if row is None:
-        raise NotFound("There is no attestation policy with this id; the token or the manufacturer shows its own.")
+        raise NotFound(
+            "There is no appraisal policy with this id; an enrolment token or manufacturer shows its policy_id."
+        )
     return PolicyRecord(*row)
 
 

@@ -147,8 +147,8 @@ class Inventory:
             page = self.devices(tenant_id, wanted, limit=PAGE, cursor=cursor)
             found += [device.id for device, *_ in page.devices]
             if len(found) > MOST_AT_ONCE:
-                problem = FieldProblem("filter", f"fits more than {MOST_AT_ONCE} devices")
-                raise InputInvalid("The filter fits too many devices; narrow it, or name devices by ids.", [problem])
+                problem = FieldProblem("filter", f"matches more than {MOST_AT_ONCE} devices")
+                raise InputInvalid("The filter matches too many devices; narrow it, or name devices by ids.", [problem])
             if (cursor := page.cursor) is None:
                 return found
 

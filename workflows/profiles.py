@@ -92,7 +92,7 @@ class CertificateProfiles:
         return ListedProfile(profile, record.created_at, now)
 
     def remove(self, actor: Actor, name: str) -> ListedProfile:
-        """Remove a profile that nothing has any more; raises ``NotFound``, ``ProfileInUse``."""
+        """Remove a profile that is not used any more; raises ``NotFound``, ``ProfileInUse``."""
         now = self._clock()
         _check_not_built_in(name)
         with self._database.transaction() as tx:
@@ -101,7 +101,7 @@ class CertificateProfiles:
             if users:
                 having = " and ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in users.items())
                 raise ProfileInUse(
-                    f"The certificate profile {name} is that of {having}; give them another one before you remove it."
+                    f"The certificate profile {name} is used by {having}; give them another one before you remove it."
                 )
             store_profiles.remove_profile(tx, record.id, now=now)
             audit.record(tx, actor, "profile:remove", f"profile:{name}", at=now)

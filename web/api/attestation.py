@@ -139,7 +139,7 @@ def _holder(call: Call, body: NonceRequest) -> tuple[NonceHolder, str | None]:
     """Return who asks for a nonce, and by which policy their evidence will be appraised."""
     if call.actor.token_id is not None:
         if Permission.CHANGE not in MAY.get(call.actor.role, ()):
-            raise Forbidden(f"The role {call.actor.role} registers no devices, and needs no nonce.")
+            raise Forbidden(f"The role {call.actor.role} may not register devices, so it is given no nonce.")
         return NonceHolder.of_operator(call.actor.tenant_id, call.actor.token_id), body.policy_id
     client, token = client_of(call), enrolment_token(call)
     if token is not None:
@@ -157,4 +157,4 @@ def _decoded(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise EvidenceMalformed("What was sent of the TPM is not Base64.") from error
+        raise EvidenceMalformed("ek_certificate, intermediates and ak_public must be Base64 with padding.") from error

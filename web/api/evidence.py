@@ -15,7 +15,7 @@ from workflows.attestation.evidence import ShownEvidence
 from workflows.attestation.policies import AnchorRequest, PolicyRequest, RegisteredPolicy
 
 MAX_ANCHORS = 32
-PolicyId = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="The `policy_id` of an attestation policy")]
+PolicyId = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="The `policy_id` of an appraisal policy")]
 AnchorPem = Annotated[str, Field(min_length=1, max_length=16384, description="One certificate or public key, PEM")]
 # What is longer than evidence can be is refused as evidence, once its nonce is spent.
 EvidenceText = Annotated[

@@ -73,7 +73,7 @@ def check_policy(actor: Actor, wanted: PolicyRequest, *, now: datetime) -> None:
     """Raise ``Forbidden`` if the role may register no anchors; ``AttestationPolicyInvalid`` if they cannot be used."""
     if Permission.TOKENS not in MAY.get(actor.role, ()):
         raise Forbidden(
-            f"The role {actor.role} sets no attestation policy: it says whose word counts for devices. Ask an admin."
+            f"The role {actor.role} may not set an appraisal policy, which says whose evidence counts; ask an admin."
         )
     if wanted.policy.mode is not PolicyMode.OFF and not wanted.anchors:
         raise AttestationPolicyInvalid(
