@@ -88,8 +88,7 @@ class CaFolder:
                 if content not in [path.read_bytes() for path in existing]:
                     self._add(existing, f"{name_hash(ca.subject)}.", content)
                     added = True
-            for crl in read_crls(trust.crl):
-                content = crl.public_bytes(Encoding.PEM)
+            for crl, _, content in read_crls(trust.crl):
                 existing = self._files(name_hash(crl.issuer), "r")
                 if content in [path.read_bytes() for path in existing if path.stat().st_size == len(content)]:
                     continue
@@ -131,7 +130,7 @@ class CaFolder:
             if path.stat().st_size == len(_REPLACED):
                 continue
             try:
-                same = _signer(read_crls(path.read_bytes())[0]) == _signer(newest)
+                same = _signer(read_crls(path.read_bytes())[0].crl) == _signer(newest)
             except ProjectionInvalid:  # torn: OpenSSL would stop here
                 same = True
             if same:

@@ -18,9 +18,12 @@ from pki.crl import VerifyingKey, is_signed_by
 _PEM_CRL = re.compile(rb"-----BEGIN X509 CRL-----\r?\n([A-Za-z0-9+/=\r\n]+)-----END X509 CRL-----\s*")
 
 
-class _Read(NamedTuple):
+class ReadCrl(NamedTuple):
+    """A CRL of a file, with its DER, and its PEM as it is in the file."""
+
     crl: x509.CertificateRevocationList
     der: bytes
+    pem: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def validate_crl(pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: da
         raise ProjectionInvalid("There is no issuing CA to check a CRL with.")
     missing = list(issuers)
     windows = []
-    for crl, der in _load_crls(pem_bundle):
+    for crl, der, _ in read_crls(pem_bundle):
         issuer = _issuer_of(crl, der, missing)
         if issuer is None:
             raise ProjectionInvalid(
@@ -78,12 +81,7 @@ def validate_crl(pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: da
 
 def read_window(pem_bundle: bytes) -> CrlWindow:
     """Return when the CRLs of a file are current; raise ``ProjectionInvalid`` if it is not a file of CRLs."""
-    return _window([read.crl for read in _load_crls(pem_bundle)])
-
-
-def read_crls(pem_bundle: bytes) -> list[x509.CertificateRevocationList]:
-    """Return the CRLs of a file, unchecked; raise ``ProjectionInvalid`` if it is not a file of CRLs."""
-    return [read.crl for read in _load_crls(pem_bundle)]
+    return _window([read.crl for read in read_crls(pem_bundle)])
 
 
 def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
@@ -108,7 +106,8 @@ def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
     return [one for one in certificates if one not in above]
 
 
-def _load_crls(pem_bundle: bytes) -> list[_Read]:
+def read_crls(pem_bundle: bytes) -> list[ReadCrl]:
+    """Return the CRLs of a file, unchecked; raise ``ProjectionInvalid`` if it is not a file of CRLs."""
     crls = []
     position = 0
     while position < len(pem_bundle):
@@ -118,7 +117,7 @@ def _load_crls(pem_bundle: bytes) -> list[_Read]:
             raise ProjectionInvalid("The file of CRLs is malformed or truncated.")
         try:
             der = binascii.a2b_base64(block[1].translate(None, b"\r\n"), strict_mode=True)
-            crls.append(_Read(x509.load_der_x509_crl(der), der))
+            crls.append(ReadCrl(x509.load_der_x509_crl(der), der, block[0]))
         except ValueError as error:
             raise ProjectionInvalid("The file of CRLs contains a block that is not a CRL.") from error
         position = block.end()

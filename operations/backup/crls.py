@@ -107,7 +107,7 @@ def continue_crls(
 
 def _broker_crls(path: Path) -> list[x509.CertificateRevocationList]:
     try:
-        return read_crls(path.read_bytes())
+        return [read.crl for read in read_crls(path.read_bytes())]
     except FileNotFoundError:
         return []
     except (OSError, ProjectionInvalid) as error:

@@ -108,7 +108,7 @@ def _crl(installation: Installation) -> list[Finding]:
         newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
         kinds = {issuer.name: issuer.kind for issuer in store_issuers.list_issuers(tx)}
     try:
-        in_folder = {item.public_bytes(Encoding.DER) for item in read_crls(path.read_bytes())}
+        in_folder = {item.der for item in read_crls(path.read_bytes())}
     except (OSError, PortalError) as error:
         said = error.detail if isinstance(error, PortalError) else f"{path} cannot be read: {error.strerror}."
         return [problem(said, "Start the portal, which writes it, then restart the broker.")]

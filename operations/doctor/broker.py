@@ -141,7 +141,7 @@ def crl_entries(installation: Installation) -> Finding:
     """Check that the CRL lists every revoked certificate that has not expired, and no other."""
     now, found, count = installation.clock(), Findings(), 0
     with installation.between_reconciliations():
-        crls = read_crls(installation.settings.broker_file(CRL_FILE).read_bytes())
+        crls = [read.crl for read in read_crls(installation.settings.broker_file(CRL_FILE).read_bytes())]
         with installation.snapshot() as tx:
             pending = _is_pending(installation, tx)
             for issuer in issuers.list_issuers(tx):

@@ -16,7 +16,7 @@ from cryptography.x509.oid import SignatureAlgorithmOID
 import ca
 from core.errors import SignatureCheckFailed
 from pki.algorithms import KeyType
-from pki.crl import is_signed_by, sign_crl
+from pki.crl import encode_entries, is_signed_by, sign_crl
 from pki.issuers import Issuer, Reason
 from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, MakeKey, make_hierarchy
 
@@ -88,7 +88,7 @@ def test_any_kind_of_ca_key_signs_a_crl_with_entries(key_type: KeyType) -> None:
     root = Issuer("root", ca.create_root(key, common_name="Any", now=NOW, days=9).certificate, key)
     der = sign_crl(
         root,
-        [ca.revoke_certificate("aa", NOW, Reason.SUPERSEDED)],
+        encode_entries([ca.revoke_certificate("aa", NOW, Reason.SUPERSEDED)]),
         number=3,
         this_update=NOW,
         next_update=NOW + timedelta(days=1),
@@ -112,7 +112,7 @@ def test_a_crl_is_signed_by_the_key_of_its_issuer_alone(signer: KeyType, other: 
     key = ca.generate_keypair(signer)
     issuer = Issuer("root", ca.create_root(key, common_name="Any", now=NOW, days=9).certificate, key)
     entry = ca.revoke_certificate("aa", NOW, Reason.SUPERSEDED)
-    der = sign_crl(issuer, [entry], number=3, this_update=NOW, next_update=NOW + timedelta(days=1))
+    der = sign_crl(issuer, encode_entries([entry]), number=3, this_update=NOW, next_update=NOW + timedelta(days=1))
     crl = x509.load_der_x509_crl(der)
     assert is_signed_by(crl, der, key.public_key())
     assert not is_signed_by(crl, der, ca.generate_keypair(other).public_key())
@@ -158,7 +158,7 @@ def test_the_entries_of_a_crl_may_come_from_a_generator(cas: Hierarchy) -> None:
     entries = (ca.revoke_certificate(f"{number:x}", NOW, Reason.SUPERSEDED) for number in itertools.count(1))
     der = sign_crl(
         cas.issuing,
-        itertools.islice(entries, 3000),
+        encode_entries(itertools.islice(entries, 3000)),
         number=1,
         this_update=NOW,
         next_update=NOW + timedelta(days=1),

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import ca
 from pki.algorithms import KeyType, PrivateKey, PublicKey
-from pki.crl import sign_crl
+from pki.crl import encode_entries, sign_crl
 from pki.issuers import ONLY_UUID, DeviceContents, Issuer
 
 MakeKey = Callable[[KeyType], PrivateKey]
@@ -59,7 +59,7 @@ class Hierarchy:
     def crl(self, *revoked: x509.RevokedCertificate, number: int = 1, issuer: Issuer | None = None) -> bytes:
         return sign_crl(
             issuer or self.issuing,
-            revoked,
+            encode_entries(revoked),
             number=number,
             this_update=self.now,
             next_update=self.now + timedelta(days=7),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from cryptography import x509
 from sqlalchemy.engine import Connection
 
 import ca
-from pki.crl import sign_crl
+from pki.crl import encode_entries, sign_crl
 from pki.issuers import CLOCK_SKEW, Issuer, Reason
 from store import issuers as store_issuers
 from store.issuers import CrlHead, CrlRecord, RevokedCertificate
@@ -33,10 +33,8 @@ class RevokedEntries:
         """Return whether no issuer's entries have been read yet."""
         return not self._of
 
-    def listed(
-        self, tx: Connection, issuer_id: int, *, generation: int, now: datetime
-    ) -> Sequence[x509.RevokedCertificate]:
-        """Return the entries of the issuer's CRL: revoked or on hold, not expired at ``now`` (RFC 5280 section 3.3).
+    def listed(self, tx: Connection, issuer_id: int, *, generation: int, now: datetime) -> Sequence[bytes]:
+        """Return the entries, DER, of the issuer's CRL: revoked or held, not expired at ``now`` (RFC 5280 section 3.3).
 
         ``generation`` is that of the state which the transaction sees.
         """
@@ -44,20 +42,19 @@ class RevokedEntries:
         if known.generation and known.at <= now:
             for row_id in store_issuers.revoked_ids(tx, issuer_id, after=known.at, until=now):
                 known.encoded.pop(row_id, None)
-            for entry in store_issuers.revoked_since(tx, issuer_id, known.generation, now=now):
-                known.encoded[entry.id] = _encode(entry)
+            known.encoded.update(_encode(store_issuers.revoked_since(tx, issuer_id, known.generation, now=now)))
         if len(known.encoded) != store_issuers.count_revoked(tx, issuer_id, now=now) or known.at > now:
             known.complete(tx, issuer_id, now)
         known.generation, known.at = generation, now
         held = store_issuers.held_certificates(tx, issuer_id, now=now)
-        return [*known.encoded.values(), *map(_encode, held)]
+        return [*known.encoded.values(), *_encode(held).values()]
 
 
 @dataclass(slots=True)
 class _Known:
     """Entries of one issuer by the certificates' rows, as of a generation (0: of none yet) and a time."""
 
-    encoded: dict[int, x509.RevokedCertificate]
+    encoded: dict[int, bytes]
     generation: int
     at: datetime
 
@@ -66,12 +63,16 @@ class _Known:
         wanted = set(store_issuers.revoked_ids(tx, issuer_id, after=now))
         for row_id in self.encoded.keys() - wanted:
             del self.encoded[row_id]
-        for entry in store_issuers.revoked_certificates(tx, sorted(wanted - self.encoded.keys())):
-            self.encoded[entry.id] = _encode(entry)
+        self.encoded.update(_encode(store_issuers.revoked_certificates(tx, sorted(wanted - self.encoded.keys()))))
 
 
-def _encode(entry: RevokedCertificate) -> x509.RevokedCertificate:
-    return ca.revoke_certificate(entry.serial_number, entry.revoked_at - CLOCK_SKEW, Reason(entry.reason))
+def _encode(revoked: Iterable[RevokedCertificate]) -> dict[int, bytes]:
+    """Return the entry of each by its row."""
+    rows, listed = itertools.tee(revoked)
+    entries = (
+        ca.revoke_certificate(one.serial_number, one.revoked_at - CLOCK_SKEW, Reason(one.reason)) for one in listed
+    )
+    return {row.id: entry for row, entry in zip(rows, encode_entries(entries), strict=True)}
 
 
 def crl_is_due(crl: CrlHead | None, *, changed_at: int, now: datetime) -> bool:
