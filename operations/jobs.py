@@ -285,13 +285,14 @@ FOLLOW_PRESENCE = (Job("presence", 2.0, lambda portal: portal.follower.follow())
 
 
 def start(portal: Portal) -> threading.Event:
-    """Start the threads of this process that grant, run the jobs, follow presence and send events.
+    """Start the threads of this process that grant, publish CRLs, run the jobs, follow presence and send events.
 
     Setting the event stops them.
     """
     stopping = threading.Event()
     bodies: dict[str, Callable[[threading.Event], None]] = {
         "grants": portal.reconciler.run_requested,
+        "crls": portal.reconciler.crls.run_requested,
         "jobs": functools.partial(run, portal),
         "presence": functools.partial(run, portal, jobs=FOLLOW_PRESENCE, lock=FOLLOWER_LOCK),
         "events": portal.dispatcher.run,

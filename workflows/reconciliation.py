@@ -206,6 +206,7 @@ class Reconciler:
             except TokenUnavailable as error:
                 log.error("the broker begins with the CRLs that were signed last", extra={"problem": error.detail})
                 self.wake()
+                self.crls.wake()
                 try:
                     target = self._prepare()
                 except TokenUnavailable:  # under files there is nothing newer without a CRL
@@ -262,7 +263,6 @@ class Reconciler:
 
     def run_requested(self, stopping: threading.Event) -> None:
         """Run the reconciliations that ``wake`` asks for until ``stopping`` is set; the body of a thread."""
-        self.crls.read_ahead()
         interval, ended = 0.0, time.monotonic()
         while not stopping.is_set():
             if not self._woken.wait(timeout=1.0):
@@ -277,11 +277,7 @@ class Reconciler:
                 state = self._state()
                 if state.applied_generation < state.generation:
                     self.apply(state.generation, timeout=self._settings.enforce_timeout)
-                self.crls.publish()
                 self.restart_if_due()
-            except TokenUnavailable:  # which is logged once; when it is back, the CRLs do not wait for the next change
-                self._woken.set()
-                stopping.wait(AFTER_FAILURE_SECONDS)
             except PortalError as error:
                 log.warning("reconciliation failed", extra={"problem": error.detail})
             except Exception:
@@ -354,7 +350,7 @@ class Reconciler:
         failpoint("apply.after_recorded")
         progress.enforced = generation
         if target.puts_off_crls:
-            self.wake()
+            self.crls.wake()
         figures = {"cut": len(ended), "crl": bool(target.crls)}
         took = round((time.monotonic() - started) * 1000, 1)
         log.info("broker enforces", extra={"generation": generation, **figures, "ms": took})

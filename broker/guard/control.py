@@ -38,10 +38,11 @@ GUARD_VERSION = 2  # of the plugin
 UNKNOWN_IDENTITY = "unknown"  # of a certificate of which only the serial number is known
 
 # Each CRL that the broker takes in stays in its memory until it ends, 0.2 MB for 1,000 entries, and the guard refuses
-# revoked certificates anyway: so they come in batches, a long one every few minutes, a short one after seconds.
+# revoked certificates anyway: so they come in batches, a long one every few minutes, a short one after seconds, or
+# after many changes, but not before a long one has become a tenth longer (72 bytes and two changes a revocation).
 CRL_SECONDS = 180.0
 CRL_BYTES_A_SECOND = 300
-CRL_CHANGES = 100
+CRL_CHANGES, CRL_BYTES_A_CHANGE = 100, 360
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _REASON_SECONDS = 0.5  # to ask, after the deadline, why there is no proof
@@ -210,7 +211,8 @@ class GuardControl:
     def _is_crl_due(self, position: Position, before: Mapping[str, Any], size: int) -> bool:
         since = self._now() - _whole(before.get("crl_at"))
         pause = min(CRL_SECONDS, size / CRL_BYTES_A_SECOND)
-        return not 0 <= since < pause or position.seq - _whole(before.get("crl_seq")) >= CRL_CHANGES
+        changes = max(CRL_CHANGES, size / CRL_BYTES_A_CHANGE)
+        return not 0 <= since < pause or position.seq - _whole(before.get("crl_seq")) >= changes
 
     publishes_crls = True
     narrows_at_once = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from broker.crl import Trust
 from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning
 from config import Settings
-from core.errors import PortalError
+from core.errors import PortalError, TokenUnavailable
 from core.failpoints import failpoint
 from core.files import FileLock
 from pki.encoding import PemOfSuccessors
@@ -25,6 +26,11 @@ from workflows.authority.issuers import Authority, Issuers
 from workflows.authority.own import replace_revoked_probe
 
 log = logging.getLogger("portal.reconciliation")
+
+# CRLs that nobody waits for are made in batches, and take no more than this share of a process's time: those of 100,000
+# entries slow down for 0.15 s whoever is answered meanwhile.
+LEAST_PAUSE, MAX_SHARE = 0.4, 1 / 50
+TOKEN_AGAIN_SECONDS = 1.0
 
 
 class CrlPublication:
@@ -54,6 +60,48 @@ class CrlPublication:
         self._revoked = RevokedEntries()
         self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
         self._crl_writers: dict[int, PemOfSuccessors] = {}  # by issuer
+        self._woken = threading.Event()
+
+    def wake(self) -> None:
+        """Ask for the CRLs that were put off, without waiting for them."""
+        self._woken.set()
+
+    def run_requested(self, stopping: threading.Event) -> None:
+        """Publish what ``wake`` asks for until ``stopping`` is set; the body of a thread."""
+        self._read_ahead()
+        due = 0.0
+        while not stopping.is_set():
+            if not self._woken.wait(timeout=1.0):
+                continue
+            if stopping.wait(max(LEAST_PAUSE, due - time.monotonic())):
+                return
+            self._woken.clear()
+            started = time.monotonic()
+            try:
+                self.publish()
+            except TokenUnavailable:  # which is logged once; when it is back, the CRLs do not wait for the next change
+                self._woken.set()
+                stopping.wait(TOKEN_AGAIN_SECONDS)
+            except PortalError as error:
+                log.warning("CRLs were not published", extra={"problem": error.detail})
+            except Exception:
+                log.exception("CRLs were not published")
+            ended = time.monotonic()
+            due = ended + (ended - started) / MAX_SHARE
+
+    def _read_ahead(self) -> None:
+        """Read what the CRLs list before the first revocation has to: for 100,000 entries that takes a second."""
+        entries = RevokedEntries()
+        try:
+            with self._database.snapshot() as tx:
+                generation, now = generations.get_broker_state(tx, self._tenant_id).generation, self._clock()
+                for recorded in self._authority.seen_by(tx).with_crl():
+                    entries.listed(tx, recorded.id, generation=generation, now=now)
+        except PortalError as error:
+            log.warning("the CRLs' entries were not read ahead", extra={"problem": error.detail})
+            return
+        if self._revoked.are_unread:  # else a reconciliation was quicker, and works with those that it has read
+            self._revoked = entries
 
     def take_off(self) -> None:
         """Give the broker CRLs without what is revoked no more: until then TLS refuses a device that was resumed."""
@@ -94,20 +142,6 @@ class CrlPublication:
         """Give the issuers with the newest CRL of each, while nobody else signs or publishes one."""
         with self.lock.hold(self._settings.enforce_timeout):
             yield self._trust(issuers)
-
-    def read_ahead(self) -> None:
-        """Read what the CRLs list before the first revocation has to: for 100,000 entries that takes a second."""
-        entries = RevokedEntries()
-        try:
-            with self._database.snapshot() as tx:
-                generation, now = generations.get_broker_state(tx, self._tenant_id).generation, self._clock()
-                for recorded in self._authority.seen_by(tx).with_crl():
-                    entries.listed(tx, recorded.id, generation=generation, now=now)
-        except PortalError as error:
-            log.warning("the CRLs' entries were not read ahead", extra={"problem": error.detail})
-            return
-        if self._revoked.are_unread:  # else a reconciliation was quicker, and works with those that it has read
-            self._revoked = entries
 
     def _sign_due(self) -> tuple[Issuers, Sequence[CrlRecord]]:
         """Sign the CRLs that are due, and record them; return the issuers and those CRLs. The caller holds the lock."""

@@ -175,7 +175,7 @@ def test_a_process_reads_what_is_revoked_before_it_has_to_sign(portal: Portal, m
     monkeypatch.setattr(portal.reconciler.crls, "_revoked", RevokedEntries())
     stopping = threading.Event()
     stopping.set()
-    portal.reconciler.run_requested(stopping)
+    portal.reconciler.crls.run_requested(stopping)
     read_ahead = portal.reconciler.crls._revoked
     monkeypatch.setattr(issuers, "revoked_certificates", lambda *_: pytest.fail("they were known"))
     with portal.database.snapshot() as tx:
