@@ -17,7 +17,8 @@ import ca
 from core.errors import SignatureCheckFailed
 from pki.algorithms import KeyType
 from pki.crl import encode_entries, is_signed_by, sign_crl
-from pki.issuers import Issuer, Reason
+from pki.encoding import MAX_ELEMENTS
+from pki.issuers import Issuer, Reason, extension
 from tests.support.ca_hierarchy import HeldElsewhere, Hierarchy, MakeKey, make_hierarchy
 
 NOW = datetime(2030, 6, 15, 12, 30, 45, 678901, tzinfo=UTC)
@@ -96,6 +97,23 @@ def test_any_kind_of_ca_key_signs_a_crl_with_entries(key_type: KeyType) -> None:
     crl = x509.load_der_x509_crl(der)
     assert crl.is_signature_valid(root.certificate.public_key())  # type: ignore[arg-type]  # one of the five kinds
     assert [entry.serial_number for entry in crl] == [0xAA]
+
+
+@pytest.mark.parametrize("key_type", [*KeyType])
+@pytest.mark.parametrize("revoked", [0, 2, MAX_ELEMENTS + 1])
+def test_what_is_signed_is_what_cryptography_encodes(key_type: KeyType, revoked: int) -> None:
+    key = ca.generate_keypair(key_type)
+    root = Issuer("root", ca.create_root(key, common_name="Any", now=NOW, days=9).certificate, key)
+    reasons = itertools.cycle(Reason)
+    listed = [ca.revoke_certificate(f"{number:x}", NOW, next(reasons)) for number in range(1, revoked + 1)]
+    ends = SECOND + timedelta(days=1)
+    signed = sign_crl(root, encode_entries(listed), number=300, this_update=NOW, next_update=ends)
+    own = [root.authority_key_identifier, extension(x509.CRLNumber(300))]
+    builder = x509.CertificateRevocationListBuilder(root.certificate.subject, SECOND, ends, own, listed)
+    theirs = builder.sign(key, root.signature_hash)
+    assert x509.load_der_x509_crl(signed).tbs_certlist_bytes == theirs.tbs_certlist_bytes
+    if key_type is KeyType.RSA_2048 or key_type is KeyType.ED25519:  # whose signatures do not depend on chance
+        assert signed == theirs.public_bytes(Encoding.DER)
 
 
 def test_a_crl_that_does_not_verify_is_thrown_away(cas: Hierarchy) -> None:

@@ -510,6 +510,13 @@ def test_many_revocations_are_published_at_once(place: Place) -> None:
     assert place.install(deny(CRL_CHANGES))
 
 
+def test_a_long_crl_is_published_once_it_has_become_a_tenth_longer(place: Place) -> None:
+    some = place.pki.issuing.issue("some")
+    place.install(trust=place.trust(*[some] * 1000))
+    assert not place.install(deny(CRL_CHANGES + 10), trust=place.trust(*[some] * 1055))
+    assert place.install(deny(60), trust=place.trust(*[some] * 1085))
+
+
 def test_the_probe_certificate_is_on_the_crl_at_once(place: Place) -> None:
     place.install()
     issuer = place.pki.issuing.certificate.subject.public_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
 from typing import Any
@@ -16,9 +17,12 @@ from flask import Flask
 from app import ROUTES, create_app, portal_of
 from config import Settings
 from core.roles import Role
+from pki.crl import sign_crl
 from pki.issuers import CLOCK_SKEW
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
 from tests.support.ocsp import ask, get, issuing_of
+from tests.workflows.test_registration import OPERATOR, PUMP
+from workflows.authority import crls
 from workflows.devices import Inventory
 
 pytestmark = ON_SQLITE
@@ -248,6 +252,32 @@ def test_unknown_issuers_are_not_found(anyone: Api, path: str) -> None:
     nothing: dict[str, Any] = {}
     for listener in (nothing, CLEAR):
         problem_of(anyone.client.open(path, **listener), 404, "not_found")
+
+
+def test_a_crl_that_many_ask_for_at_once_is_signed_once(
+    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(make_settings(PORTAL_BROKER_CONTROL="guard"), background=False)
+    portal = portal_of(app)
+    signed: list[int] = []
+
+    def counted(*arguments: Any, **named: Any) -> bytes:
+        signed.append(named["number"])
+        return sign_crl(*arguments, **named)
+
+    monkeypatch.setattr(crls, "sign_crl", counted)
+    portal.reconciler.install()
+    device = portal.registrations.register(OPERATOR, PUMP)
+    portal.revocations.revoke(OPERATOR, device.device_id, "superseded")
+    assert not signed
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: app.test_client().get("/crl/issuing-1.crl", **CLEAR), range(8)))
+    for answer in (app.test_client().head("/crl/issuing-1.crl", **CLEAR), *answers):
+        assert answer.headers["ETag"] == answers[0].headers["ETag"]
+    crl = x509.load_der_x509_crl(answers[0].data)
+    assert crl.get_revoked_certificate_by_serial_number(int(device.serial_number, 16)) is not None
+    assert len(signed) == 1
+    portal.close()
 
 
 @pytest.mark.both_stores

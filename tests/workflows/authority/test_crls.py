@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from operations.wiring import Portal
 from pki.issuers import CLOCK_SKEW
 from store import issuers
 from store.tables import Certificate
+from workflows.authority.crl_publication import LEAST_PAUSE, MAX_SHARE
 from workflows.authority.crls import RevokedEntries, next_crl
 
 pytestmark = pytest.mark.both_stores
@@ -181,3 +183,26 @@ def test_a_process_reads_what_is_revoked_before_it_has_to_sign(portal: Portal, m
     with portal.database.snapshot() as tx:
         assert read_ahead.listed(tx, issuing, generation=1, now=portal.clock())
     assert not read_ahead.are_unread
+
+
+def test_crls_that_nobody_waits_for_take_little_of_the_time(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    crls, now, pauses = portal.reconciler.crls, [0.0], list[float]()
+
+    class Stopping(threading.Event):
+        def is_set(self) -> bool:
+            return len(pauses) == 3
+
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            now[0] += timeout or 0.0
+            return False
+
+    def publish() -> None:
+        now[0] += 0.2
+        crls.wake()
+
+    monkeypatch.setattr(crls, "publish", publish)
+    monkeypatch.setattr("workflows.authority.crl_publication.time", SimpleNamespace(monotonic=lambda: now[0]))
+    crls.wake()
+    crls.run_requested(Stopping())
+    assert pauses == pytest.approx([LEAST_PAUSE, 0.2 / MAX_SHARE, 0.2 / MAX_SHARE])
