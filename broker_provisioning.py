@@ -31,6 +31,7 @@ from config import Settings
 from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
 from core.files import replace_file
+from core.states import ClientKind
 from core.topics import Topic, is_device_id
 from pki.client_certificates import common_name
 
@@ -93,6 +94,13 @@ class BrokerProvisioning:
         """
         refused = None if certificates is None else _identity_of(certificates.revoked)
         return self.control.enforce(generation, deadline, refused=refused)
+
+    def topics_problem(self, client_id: str, topics: Sequence[Topic], kind: ClientKind) -> str | None:
+        """Return why a client with these own topics is denied everything, by the settings; ``None`` if it is not."""
+        access = self.control.access()
+        grant = access.grant_application if kind is ClientKind.APPLICATION else access.grant
+        grant(client_id, topics)
+        return access.closed.get(client_id)
 
     def disconnect(self, device_ids: Sequence[str], deadline: float, *, revoked: Container[str] = ()) -> None:
         """End the devices' sessions: connections are closed, queues and subscriptions discarded.

@@ -49,7 +49,15 @@ class DeviceAccess(Protocol):
         """Remove a device that has no certificate, or only expired ones, so it cannot connect."""
 
 
-class Draft(DeviceAccess, Protocol):
+class CheckedAccess(DeviceAccess, Protocol):
+    """Also names those whose topics cannot be granted."""
+
+    @property
+    def closed(self) -> Mapping[str, str]:
+        """Clients that are denied everything because their topics cannot be granted, each with the reason."""
+
+
+class Draft(CheckedAccess, Protocol):
     """The next generation of what the broker must enforce, until it is installed or dropped.
 
     It lacks what changed in the database after generation ``since``, 0 if it lacks everything; the caller adds that.
@@ -69,10 +77,6 @@ class Draft(DeviceAccess, Protocol):
     @property
     def lists_certificates(self) -> bool:
         """Whether it has to be told of revoked certificates, too."""
-
-    @property
-    def closed(self) -> Mapping[str, str]:
-        """Clients that are denied everything because their topics cannot be granted, each with the reason."""
 
     def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
         """Refuse a certificate by its issuer's name (DER) and serial number (lower-case hex), for whoever shows it.
@@ -168,6 +172,9 @@ class BrokerControl(Protocol):
     @property
     def clears_retained(self) -> bool:
         """Whether a broker under it drops retained messages if the portal subscribes to topics of a denied device."""
+
+    def access(self) -> CheckedAccess:
+        """Return what devices may do, as long as it is of none: to find out what can be granted."""
 
     @property
     def narrows_at_once(self) -> bool:

@@ -45,6 +45,7 @@ _STATUS_STYLES = {
     "suspended": "yellow",
     "held": "yellow",
     "replaced": "dim",
+    "closed": "red",
     "revoked": "red",
     "refused": "red",
 }
@@ -114,8 +115,9 @@ def ago(value: object) -> Cell:
 
 
 def status_of(row: Mapping[str, Any]) -> Cell:
-    """Return a cell for the status of a row."""
-    return state(row.get("status"))
+    """Return a cell for the status of a row; for people, also that the broker denies a client in use everything."""
+    status = state(row.get("status"))
+    return Cell(status.plain, f"{status.plain}, closed", "red") if row.get("broker_problem") else status
 
 
 def date_of(name: str, *, expiry: bool = False) -> Callable[[Mapping[str, Any]], Cell]:

@@ -14,7 +14,7 @@ from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable, FieldProblem, GuardNeeded, InputInvalid, PortalError
-from core.states import ClientKind, PresenceState
+from core.states import ClientKind, DeviceStatus, PresenceState
 from core.topics import Access, Topic, default_topics, is_device_id
 from store import certificates as store_certificates
 from store import devices as store_devices
@@ -34,15 +34,16 @@ log = logging.getLogger("portal.devices")
 class DeviceDetails:
     """A device with its current or last certificate; ``applied``: the broker enforces its latest change.
 
-    It does not while its topics wait for a restart of the broker.
-
-    ``connection`` is ``None`` for a device that was never seen, ``attestation`` for one that has shown no evidence.
+    It does not while its topics wait for a restart of the broker. ``problem`` is why the broker denies it everything
+    although it is in use, ``connection`` is ``None`` for a device that was never seen, ``attestation`` for one that has
+    shown no evidence.
     """
 
     device: DeviceRecord
     certificate: CertificateRecord | None
     topics: tuple[Topic, ...]
     applied: bool
+    problem: str | None
     connection: DeviceConnection | None
     attestation: AttestationRecord | None
 
@@ -51,13 +52,15 @@ class DeviceDetails:
 class Page:
     """A page of devices; ``contact`` says how current their connections are, ``cursor`` leads to the next page.
 
-    Of applications it has the ``topics``, too: pairs of filter and access by id.
+    Of applications, and devices with topics of their own, it has these: pairs of filter and access by id; and
+    ``problems`` has why the broker denies some of them everything.
     """
 
     devices: Sequence[ListedDevice]
     contact: Contact
     cursor: str | None
     topics: Mapping[str, Sequence[tuple[str, str]]]
+    problems: Mapping[str, str | None]
 
 
 PAGE, MOST_AT_ONCE = 500, 10_000  # devices that one action is done to
@@ -84,15 +87,24 @@ class Inventory:
             own = store_devices.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
             state = generations.get_broker_state(tx, tenant_id)
             shown = None if device.attested is None else find_attestation(tx, tenant_id, device_id)
-        topics = tuple(Topic(pattern, Access(access)) for pattern, access in own)
+        topics = _as_topics(own)
         return DeviceDetails(
             device=device,
             certificate=certificate,
             topics=topics or default_topics(self._settings.topic_prefix),
             applied=device.generation <= state.applied_generation and not self._waits_for_restart(device),
+            problem=self._problem(device, topics),
             connection=None if presence is None else connection_of(presence, contact),
             attestation=shown,
         )
+
+    def _problem(self, device: DeviceRecord, own: Sequence[Topic]) -> str | None:
+        if device.status not in (DeviceStatus.ACTIVE, DeviceStatus.SUSPENDED) or not own:
+            return None
+        problem = self._broker.topics_problem(device.id, own, device.kind)
+        if problem is None:
+            return None
+        return f"{problem} So the broker denies it everything: change its topics, or the settings."
 
     def _waits_for_restart(self, device: DeviceRecord) -> bool:
         return device.generation > 0 and self._broker.lacks_change_of(device.updated_at)
@@ -133,11 +145,12 @@ class Inventory:
         with self._database.snapshot() as tx:
             found = store_devices.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
             page, next_place = found.devices[:limit], found.end
-            ids = [one.device.id for one in page] if wanted.kind is ClientKind.APPLICATION else []
-            topics = store_devices.topics_of(tx, tenant_id, ids)
+            topics = store_devices.topics_of(tx, tenant_id, [one.device.id for one in page if one.device.own_topics])
         if len(found.devices) > limit:
             next_place = place_of(page[-1], wanted)
-        return Page(page, contact, None if next_place is None else _make_cursor(next_place, wanted), topics)
+        known = [one.device for one in page if one.device.id in topics]
+        problems = {device.id: self._problem(device, _as_topics(topics[device.id])) for device in known}
+        return Page(page, contact, None if next_place is None else _make_cursor(next_place, wanted), topics, problems)
 
     def found(self, tenant_id: str, wanted: DeviceFilter) -> list[str]:
         """Return the ids of all devices that fit; raises ``InputInvalid`` if there are more than ``MOST_AT_ONCE``."""
@@ -175,6 +188,10 @@ class Inventory:
                 if record is not None:
                     self._crls[issuer_id] = (head, record)
         return record
+
+
+def _as_topics(pairs: Sequence[tuple[str, str]]) -> tuple[Topic, ...]:
+    return tuple(Topic(pattern, Access(access)) for pattern, access in pairs)
 
 
 def _not_known(settings: Settings) -> PortalError:

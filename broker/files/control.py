@@ -214,7 +214,7 @@ class FilesControl:
         self.files = BrokerFiles(settings, clock)
         self._settings = settings
         self._clock = clock
-        self._acl = Acl(settings.acl_style, settings.topic_prefix)
+        self._acl = self.access()
         self._generation = 0  # of the ACL in memory
         self._settled: object = None  # the state in which the broker had all
         self._resumption = (0.0, Resumption.TICKETS)  # of the broker that was started then
@@ -232,6 +232,10 @@ class FilesControl:
         self.files.install(Projection(generation, self._acl.render(number), trust))
         self._acl.settle()
         return trust is not None
+
+    def access(self) -> Acl:
+        """Return what devices may do, as long as it is of none."""
+        return Acl(self._settings.acl_style, self._settings.topic_prefix)
 
     publishes_crls = crls_are_due = False
     narrows_at_once = False  # after the restart the broker asks before it hands over what it has kept for a session

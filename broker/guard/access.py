@@ -21,6 +21,16 @@ class LineWriter(Protocol):
         """Drop what was not committed."""
 
 
+class NoJournal:
+    """Drops the lines: who grants topics only asks whether they can be granted."""
+
+    def add(self, text: str) -> None:
+        """Do nothing."""
+
+    def discard(self) -> None:
+        """Do nothing."""
+
+
 class GuardAccess:
     """What devices and applications may do, as lines of a journal."""
 

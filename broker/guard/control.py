@@ -13,7 +13,7 @@ from typing import Any
 from broker.control import PresenceReports
 from broker.crl import Trust, issuing_certificates
 from broker.guard import journal
-from broker.guard.access import GuardAccess
+from broker.guard.access import GuardAccess, NoJournal
 from broker.guard.folder import GuardFiles
 from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position
 from broker.guard.presence import GuardReports
@@ -213,6 +213,10 @@ class GuardControl:
         pause = min(CRL_SECONDS, size / CRL_BYTES_A_SECOND)
         changes = max(CRL_CHANGES, size / CRL_BYTES_A_CHANGE)
         return not 0 <= since < pause or position.seq - _whole(before.get("crl_seq")) >= changes
+
+    def access(self) -> GuardAccess:
+        """Return what devices may do, as long as it is of none."""
+        return GuardAccess(self._settings.application_prefixes, NoJournal(), whole=True)
 
     publishes_crls = True
     narrows_at_once = True

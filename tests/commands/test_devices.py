@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from commands import client
+from commands.output import Cell, status_of
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
 
@@ -80,6 +81,13 @@ def test_a_list_is_plain_when_piped(session: Session, stub: PortalStub) -> None:
     result = session.run("list")
     assert result.stdout == f"{device_id}\tsensor-7\tthermometer\tHall 2\tactive\t2036-01-01T00:00:00Z\tnow\tdefault\n"
     assert result.stderr == ""
+
+
+def test_a_device_that_the_settings_close_is_said_to_be_closed(session: Session, stub: PortalStub) -> None:
+    why = "topics[0] must begin with things. So the broker denies it everything: change its topics, or the settings."
+    device_id = stub.add_device(broker="closed", broker_problem=why)
+    assert {"broker\tclosed", f"broker_problem\t{why}"} <= set(session.run("show", device_id).stdout.splitlines())
+    assert status_of(stub.devices[device_id]) == Cell("active", "active, closed", "red")
 
 
 def test_all_pages_are_read_when_asked(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch) -> None:

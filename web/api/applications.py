@@ -13,11 +13,14 @@ from core.topics import Access
 from pki.csr import read_csr
 from store.devices import DeviceFilter
 from web.api.devices import (
+    BrokerProblem,
+    BrokerState,
     CertificateModel,
     ChangesRequest,
     ConnectionModel,
     RegisteredAnswer,
     TopicModel,
+    broker_state,
     certificate_model,
     connection_model,
     pairs,
@@ -119,13 +122,17 @@ class ApplicationSummary(OfApplication):
     revocation_reason: str | None
     expires_at: Timestamp | None
     topics: list[ApplicationTopicModel]
+    broker_problem: BrokerProblem | None
     connection: ConnectionModel | None
 
 
 class ApplicationModel(ApplicationSummary):
-    """An application with its certificate, and whether the broker applies its newest state."""
+    """An application with its certificate, and whether the broker applies its newest state.
 
-    broker: Literal["pending", "applied"]
+    `broker` is `closed` if it does, and that is to deny it everything: see `broker_problem`.
+    """
+
+    broker: BrokerState
     certificate: CertificateModel | None
 
 
@@ -169,6 +176,7 @@ def list_applications(call: Call, query: ApplicationQuery) -> ApplicationPage:
             application_id=one.device.id,
             expires_at=one.not_after,
             topics=_topic_models(page.topics.get(one.device.id, ())),
+            broker_problem=page.problems.get(one.device.id),
             connection=connection_model(connection_of(one.presence, page.contact)),
         )
         for one in page.devices
@@ -190,7 +198,7 @@ def show_application(call: Call, application_id: str) -> ApplicationModel:
         application_id=application_id,
         expires_at=None if certificate is None else certificate.not_after,
         topics=_topic_models((topic.filter, topic.access) for topic in details.topics),
-        broker="applied" if details.applied else "pending",
+        **broker_state(details),
         connection=connection_model(details.connection),
         certificate=None if certificate is None else certificate_model(certificate),
     )

@@ -67,6 +67,12 @@ class TopicModel(RequestModel):
 Topics = Annotated[list[TopicModel], Field(min_length=1, max_length=32)]
 
 
+BrokerState = Literal["pending", "applied", "closed"]
+BrokerProblem = Annotated[
+    str, Field(description="Why the broker denies a client in use everything: its topics do not fit the settings")
+]
+
+
 class PendingRequest(RequestModel):
     """A device that is expected to enrol by itself later."""
 
@@ -226,17 +232,21 @@ class DeviceSummary(AnswerModel):
     profile: str
     expires_at: Timestamp | None
     renewable_from: Timestamp | None
+    broker_problem: BrokerProblem | None
     connection: ConnectionModel | None
     attested: AttestationVerdict | None
 
 
 class DeviceModel(DeviceSummary):
-    """A device with its certificate, its topics, and whether the broker applies its newest state."""
+    """A device with its certificate, its topics, and whether the broker applies its newest state.
+
+    `broker` is `closed` if it does, and that is to deny it everything: see `broker_problem`.
+    """
 
     former_external_id: str | None
     metadata: dict[str, Any]
     topics: list[TopicModel]
-    broker: Literal["pending", "applied"]
+    broker: BrokerState
     certificate: CertificateModel | None
     attestation: AttestationModel | None
 
@@ -381,6 +391,7 @@ def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
             one.device,
             device_id=one.device.id,
             **_dates(call, one.device, one.not_before, one.not_after),
+            broker_problem=page.problems.get(one.device.id),
             connection=connection_model(connection_of(one.presence, page.contact)),
         )
         for one in page.devices
@@ -448,11 +459,17 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
         **_dates(call, details.device, not_before, not_after),
         device_id=details.device.id,
         topics=[TopicModel(filter=topic.filter, access=topic.access.value) for topic in details.topics],
-        broker="applied" if details.applied else "pending",
+        **broker_state(details),
         connection=connection_model(details.connection),
         certificate=None if certificate is None else certificate_model(certificate),
         attestation=None if details.attestation is None else AttestationModel.of(details.attestation),
     )
+
+
+def broker_state(details: DeviceDetails) -> dict[str, str | None]:
+    """Return whether the broker applies the newest state of a device or application, and what is wrong with that."""
+    state = "pending" if not details.applied else "applied" if details.problem is None else "closed"
+    return {"broker": state, "broker_problem": details.problem}
 
 
 def connection_model(connection: DeviceConnection | None) -> ConnectionModel | None:

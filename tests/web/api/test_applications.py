@@ -314,6 +314,36 @@ def test_a_session_that_could_not_be_ended_is_ended_once_the_guard_follows_again
     assert api.get(f"/applications/{application}").json["broker"] == "applied"
 
 
+def test_who_is_denied_everything_because_a_prefix_was_removed_is_said_to_be(api: Api, portal: Portal) -> None:
+    own = [{"filter": "homeassistant/#", "access": "read"}]
+    home, other = added(api, topics=own)["application_id"], added(api, name="other")["application_id"]
+    device = api.register(topics=[{"filter": "devices/{id}/a", "access": "write"}])["device_id"]
+    settings = portal.settings.model_copy(update={"topic_prefix": "things", "topic_prefixes": ("devices",)})
+    app = create_app(settings, background=False)
+    later = portal_of(app)
+    prepare(later)
+    assert later.reconciler.apply(generation_of(later)).problem is None
+    narrowed = api_as(app, Role.ADMIN)
+
+    def said(path: str) -> tuple[str, bool]:
+        answer = narrowed.get(path).json
+        problem = answer["broker_problem"]
+        return answer["broker"], problem is not None and "denies it everything" in problem
+
+    assert said(f"/applications/{other}") == ("applied", False)
+    for path in (f"/applications/{home}", f"/devices/{device}"):
+        assert said(path) == ("closed", True)
+        assert "must begin with" in narrowed.get(path).json["broker_problem"]
+    assert last_line_of(later, home) == f"deny {home}"
+    listed = narrowed.get("/applications").json["applications"]
+    assert {one["application_id"]: one["broker_problem"] is not None for one in listed} == {home: True, other: False}
+    assert narrowed.get("/devices").json["devices"][0]["broker_problem"] is not None
+    assert narrowed.patch(f"/applications/{home}", {"topics": READ_ALL}).json["broker"] == "applied"
+    narrowed.delete(f"/applications/{home}")
+    assert said(f"/applications/{home}") == ("applied", False)
+    later.close()
+
+
 def generation_of(portal: Portal) -> int:
     with portal.database.snapshot() as tx:
         return get_broker_state(tx, "default").generation
