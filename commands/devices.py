@@ -31,10 +31,11 @@ from commands.errors import CheckFailed
 from commands.files import defused, whole_file
 from commands.output import Cell, Column, ago, date_of, moment, state, status_of, text
 
+VERDICTS = ("passed", "failed", "outdated", "none")
 STATUSES = ("pending", "active", "suspended", "revoked")
 COLUMNS = (
     "device_id", "external_id", "name", "type", "location", "firmware", "status", "created_at", "updated_at",
-    "expires_at", "revoked_at", "revocation_reason", "profile", "connected", "connected_since", "last_seen",
+    "expires_at", "revoked_at", "revocation_reason", "profile", "attested", "connected", "connected_since", "last_seen",
 )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ filter_options = option_group(
     ),
     click.option("--external-id", metavar="TEXT", help="Only the device with this external id."),
     click.option("--profile", type=ProfileName(), metavar="NAME", help="Only devices with this certificate profile."),
+    click.option("--attested", type=click.Choice(VERDICTS), help="Only devices with this verdict on their evidence."),
     _connection_flag("--connected", "Only devices that are connected to the broker now."),
     _connection_flag("--offline", "Only devices seen before that are not connected."),
     _connection_flag("--never-seen", "Only devices that were never connected."),
@@ -216,7 +218,7 @@ def show(portal: Remote, device_id: str) -> None:
 def show_client(portal: Remote, device: dict[str, Any], *, done: str = "", about: str = "device_id") -> None:
     """Show a device, or an application; ``about`` is the name of its id."""
     fields: dict[str, Cell] = {about: text(device.get(about))}
-    shown_below = {about, "certificate", "topics", "metadata", "connection"}
+    shown_below = {about, "certificate", "topics", "metadata", "connection", "attestation"}
     for name, value in device.items():
         if name not in shown_below:
             fields[name] = _value(name, value, device)
@@ -225,6 +227,10 @@ def show_client(portal: Remote, device: dict[str, Any], *, done: str = "", about
         fields[f"metadata.{key}"] = text(value)
     for index, topic in enumerate(topics_in_words(device)):
         fields[f"topics.{index}"] = Cell(topic)
+    for name, value in _items(device.get("attestation")):
+        shown = "; ".join(map(str, value)) if isinstance(value, list) else value
+        if name != "claims":
+            fields[f"attestation.{name}"] = _value(name, shown, device)
     for name, value in _items(device.get("certificate")):
         if name not in ("pem", "certificate", "chain"):
             fields[f"certificate.{name}"] = _value(name, value, device)

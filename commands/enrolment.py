@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -43,6 +45,8 @@ PROFILE_FIELDS = (
     "approval",
     "repeated_serial",
 )
+
+ATTESTATION_HELP = "Evidence that devices must show: a policy (JSON, see docs/attestation.md); - for standard input."
 
 
 # The enrolment profile: what is recorded of a device that enrols, and which certificate it gets.
@@ -87,6 +91,7 @@ def profile_options(*, new: bool) -> Callable[[Any], Any]:
             help="What a device with a known serial number and another key is; operator: an operator decides."
             + default("operator"),
         ),
+        click.option("--attestation", metavar="FILE", help=ATTESTATION_HELP),
     )
 
 
@@ -95,17 +100,42 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     fields = {name: value for name, value in options.items() if value not in (None, ())}
     if "key_types" in fields:
         fields["key_types"] = list(fields["key_types"])
+    if "attestation" in fields:
+        fields["attestation"] = _policy(fields["attestation"])
     return fields
+
+
+def _policy(path: str) -> dict[str, Any]:
+    """Read an attestation policy; an anchor that is not PEM is the name of a file beside that of the policy."""
+    try:
+        policy = json.loads(read_input(path))
+        anchors = policy.get("anchors", [])
+        policy["anchors"] = [_anchor(one, Path(path).parent) for one in anchors]
+    except (ValueError, AttributeError, TypeError):
+        raise Misused(f"{path} is not an attestation policy in JSON; see docs/attestation.md.") from None
+    return dict(policy)
+
+
+def _anchor(anchor: Any, folder: Path) -> Any:
+    text_ = anchor.get("pem") if isinstance(anchor, dict) else anchor
+    if not isinstance(text_, str) or "-----BEGIN" in text_:
+        return anchor
+    pem = _pem(str(folder / Path(text_).expanduser()))
+    return {**anchor, "pem": pem} if isinstance(anchor, dict) else pem
 
 
 def _profile(answer: dict[str, Any]) -> dict[str, Cell]:
     fields = {name: text(answer.get(name)) for name in PROFILE_FIELDS}
+    policy = answer.get("attestation")
+    if isinstance(policy, dict):
+        words = (policy.get("mode"), f"version {policy.get('version')}", policy.get("policy_id"))
+        fields["attestation"] = text(", ".join(map(str, words)))
     return fields | {"key_types": text(" ".join(map(str, answer.get("key_types") or ())))}
 
 
 @click.group("enrolment")
 def enrolment() -> None:
-    """Enrolment tokens for devices: list, create, revoke."""
+    """Enrolment tokens for devices: list, create, update, revoke."""
 
 
 @command("list", enrolment, examples=["portal enrolment list"])
@@ -177,6 +207,21 @@ def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -
         fields=fields,
         needs=("enrolment_token_id",),
     )
+
+
+@command("update", enrolment, examples=["portal enrolment update 1e66977361d81fe2 --attestation policy.json"])
+@click.argument("token_id", metavar="ID", type=ENROLMENT_TOKEN_ID, help="The full id (see: portal enrolment list).")
+@click.option("--attestation", metavar="FILE", required=True, help=ATTESTATION_HELP)
+def enrolment_update(portal: Remote, token_id: str, attestation: str) -> None:
+    """Change the evidence that the devices of a token must show.
+
+    What is known of devices that have enrolled with it is appraised again: portal list --attested outdated shows those
+    that would be refused now.
+    """
+    body = {"attestation": _policy(attestation)}
+    answer = portal.client.call("PATCH", f"/enrolment-tokens/{token_id}", body=body).json()
+    fields = {name: text(answer.get(name)) for name in ("enrolment_token_id", "name")} | _profile(answer)
+    portal.out.result(answer, fields, done=f"Changed the enrolment token {answer.get('name') or token_id}")
 
 
 @command("revoke", enrolment, examples=["portal enrolment revoke 1e66977361d81fe2"])

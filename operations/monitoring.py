@@ -15,12 +15,12 @@ from sqlalchemy.engine import Connection
 from config import Settings
 from core.errors import PortalError
 from core.metrics import Gauge
-from core.states import ClientKind, DeviceStatus
+from core.states import AttestationVerdict, ClientKind, DeviceStatus
 from operations.outside_certificates import outside_certificates
 from pki.crl import sign_crl
 from pki.keys.contract import check_that_it_signs
 from pki.keys.token_keys import is_in_token
-from store import audit, certificates, deliveries, generations, issuers, presences, webhooks
+from store import attestation, audit, certificates, deliveries, generations, issuers, presences, webhooks
 from store import devices as store_devices
 from store import issuers as store_issuers
 from store.database import Database
@@ -183,8 +183,15 @@ class Monitoring:
         devices, applications = counts[ClientKind.DEVICE], counts[ClientKind.APPLICATION]
         expiring = certificates.count_expiring(tx, self._tenant_id, now=now, within=list(EXPIRING.values()))
         bundles = deliveries.count_undelivered(tx, self._tenant_id)
+        attested = attestation.count_attested(tx, self._tenant_id)
         return [
             _gauges("portal_devices", "Devices by status.", "status", [(s, devices.get(s, 0)) for s in DeviceStatus]),
+            _gauges(
+                "portal_devices_attested",
+                "Devices by the verdict about their newest evidence.",
+                "verdict",
+                [(verdict, attested.get(verdict, 0)) for verdict in AttestationVerdict],
+            ),
             _gauges(
                 "portal_applications",
                 "Applications by status.",

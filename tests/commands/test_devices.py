@@ -136,6 +136,7 @@ def test_filters_reach_the_portal(session: Session, stub: PortalStub) -> None:
         (("--offline", "--sort", "longest-unseen"), {"connected": "false", "sort": "last_seen"}),
         (("--never-seen",), {"connected": "never"}),
         (("--sort", "last-seen"), {"sort": "-last_seen"}),
+        (("--attested", "outdated"), {"attested": "outdated"}),
     ],
     ids=lambda given: " ".join(given),
 )
@@ -144,6 +145,15 @@ def test_devices_are_listed_by_their_connection(
 ) -> None:
     session.run("list", *options)
     assert stub.requests[0].query == {"limit": "50", **query}
+
+
+def test_what_came_of_evidence_is_shown(session: Session, stub: PortalStub) -> None:
+    known = {"verdict": "failed", "type": "psa", "problems": ["One.", "Two."], "claims": {"a": 1}}
+    device_id = stub.add_device(attestation=known, attested="failed")
+    shown = dict(line.split("\t") for line in session.run("show", device_id).stdout.splitlines())
+    assert (shown["attested"], shown["attestation.type"]) == ("failed", "psa")
+    assert shown["attestation.problems"] == "One.; Two."
+    assert "attestation.claims" not in shown
 
 
 CONNECTIONS: dict[str, tuple[Any, list[str], str]] = {

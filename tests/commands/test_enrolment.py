@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
 import pytest
@@ -56,6 +57,36 @@ def test_a_token_can_be_for_one_expected_device(session: Session, stub: PortalSt
     stub.replies["POST", "/enrolment-tokens"] = Reply(201, TOKEN | {"device_id": DEVICE, "token": "en_secret"})
     session.json("enrolment", "create", "pump-9", "--device", DEVICE)
     assert stub.requests[-1].body == {"name": "pump-9", "device_id": DEVICE}
+
+
+PEM = "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"
+
+
+def test_a_policy_is_read_from_a_file_and_its_anchors_from_others(session: Session, stub: PortalStub) -> None:
+    anchors = ["root.pem", PEM, {"pem": "root.pem", "types": ["psa"]}]
+    folder = session.folder / "policies"
+    folder.mkdir()
+    (folder / "root.pem").write_text(PEM)
+    (folder / "policy.json").write_text(json.dumps({"mode": "require", "anchors": anchors}))
+    policy = {"mode": "require", "version": 2, "policy_id": ID}
+    stub.replies["PATCH", f"/enrolment-tokens/{ID}"] = Reply(body=TOKEN | {"attestation": policy})
+    shown = session.run("enrolment", "update", ID, "--attestation", str(folder / "policy.json"))
+    assert f"attestation\trequire, version 2, {ID}\n" in shown.stdout
+    sent = {"mode": "require", "anchors": [PEM, PEM, {"pem": PEM, "types": ["psa"]}]}
+    assert stub.requests[-1].body == {"attestation": sent}
+    stub.replies["PATCH", f"/manufacturers/{ID}"] = Reply(body=MANUFACTURER)
+    session.run("manufacturer", "update", ID, "--attestation", str(folder / "policy.json"))
+    assert stub.requests[-1].body == {"attestation": sent}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"anchors": 1}', '{"anchors": ["nowhere.pem"]}'])
+def test_a_file_that_is_no_policy_is_refused_before_anything_is_sent(
+    session: Session, stub: PortalStub, content: str
+) -> None:
+    (session.folder / "policy.json").write_text(content)
+    result = session.run("enrolment", "update", ID, "--attestation", str(session.folder / "policy.json"))
+    assert result.exit_code == 2
+    assert not stub.requests
 
 
 def test_enrolment_tokens_are_listed_and_revoked(session: Session, stub: PortalStub) -> None:

@@ -259,6 +259,7 @@ COMMANDS: dict[
         "/enrolment-tokens",
         {"enrolment_token_id": SHORT_ID, "token": "t", "count": 1},
     ),
+    f"enrolment update {SHORT_ID} --attestation policy": ("PATCH", f"/enrolment-tokens/{SHORT_ID}", {"name": "x"}),
     f"enrolment revoke {SHORT_ID} --yes": ("DELETE", f"/enrolment-tokens/{SHORT_ID}", {"name": "x"}),
     f"manufacturer show {SHORT_ID}": ("GET", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
     "manufacturer add acme --certificate {file}": ("POST", "/manufacturers", MANUFACTURER),
@@ -295,7 +296,7 @@ def test_a_command_works_on_a_terminal_in_a_pipe_and_as_json(session: Session, s
         method, path, body = answer
         stub.replies[method, path] = Reply(body=body)
     (session.folder / "file.csv").write_text("name,type,location,firmware\na,b,c,d\n")
-    for name, content in {"empty": "", "audit.key": str(KEY.verifier), "checkpoint": NOTE}.items():
+    for name, content in {"empty": "", "policy": "{}", "audit.key": str(KEY.verifier), "checkpoint": NOTE}.items():
         (session.folder / name).write_text(content)
     words = [command.format(file="file.csv", new=f"new-{number}").split() for number in range(3)]
     with terminal(session, *words[0], NO_COLOR="1") as seen:

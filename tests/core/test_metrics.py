@@ -189,7 +189,7 @@ def test_labels_have_few_values_and_never_one_that_a_client_made_up(api: Api, ap
             assert sample.labels.get("method", "other") in metrics.METHODS | {"other"}
             assert set(sample.labels) <= {
                 "route", "method", "status", "le", "code", "key", "outcome", "within", "issuer", "server",
-                "answer", "kept", "by",
+                "answer", "kept", "by", "verdict",
             }  # fmt: skip
 
 

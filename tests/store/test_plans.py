@@ -65,6 +65,7 @@ LOOK_UPS: dict[str, Query] = {
     "requests for another key that wait": lambda tx: enrolment.waiting_reenrolments(tx, "default", limit=5),
     "certificates issued to a device": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
     "expiring soon": lambda tx: certificates.count_expiring(tx, "default", now=NOW, within=[timedelta(days=7)]),
+    "numbers by verdict": lambda tx: attestation.count_attested(tx, "default"),
     "numbers by status": lambda tx: devices.count_by_status(tx, "default"),
     "a token": lambda tx: tenants.find_token(tx, "0" * 64),
     "who is connected": lambda tx: presences.connected_page(tx, "default", limit=5, after=(NOW, "x")),

@@ -182,6 +182,8 @@ def test_devices_are_listed_by_their_verdict(api: Api) -> None:
         found = api.get(f"/devices?attested={verdict}").json["devices"]
         assert [one["device_id"] for one in found] == [device_id]
     assert api.get("/devices?attested=outdated").json["devices"] == []
+    measured = {line.rpartition(" ")[0]: line.rpartition(" ")[2] for line in api.get("/metrics").text.splitlines()}
+    assert measured['portal_devices_attested{verdict="failed"}'] == "1.0"
     assert len(api.get("/devices?attested=passed&status=active").json["devices"]) == 1
 
 
