@@ -9,6 +9,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -52,6 +53,22 @@ def test_white_space_in_the_base64_of_an_answer_is_ignored(enrol: ModuleType) ->
     spaced = base64.encodebytes(der).replace(b"\n", b" \r\n")
     for answer in (base64.b64encode(der), base64.encodebytes(der), spaced):
         assert enrol.certificates(answer) == [certificate.public_bytes(PEM)]
+
+
+def test_what_to_trust_of_the_broker_comes_from_the_portal_or_of_an_older_one_are_its_cas(
+    enrol: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = Authority("A CA").certificate
+    own = base64.encodebytes(pkcs7.serialize_certificates([certificate], Encoding.DER))
+    answers: dict[str, Any] = {"/broker-ca.pem": (200, {}, b"PEM"), "/.well-known/est/cacerts": (200, {}, own)}
+    monkeypatch.setattr(enrol, "call", lambda _args, _method, path: answers[path])
+    assert enrol.trusted_of_broker(None) == b"PEM"
+    answers["/broker-ca.pem"] = (404, {}, b"")
+    assert enrol.trusted_of_broker(None) == certificate.public_bytes(PEM)
+    answers["/broker-ca.pem"] = (503, {}, b"")
+    with pytest.raises(enrol.EnrolError) as raised:
+        enrol.trusted_of_broker(None)
+    assert raised.value.status == enrol.LATER
 
 
 @pytest.mark.parametrize("organization", ["ACME", "A/C+M=E, Inc.", "Pümpen \\ & Söhne"])
