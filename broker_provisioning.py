@@ -32,7 +32,7 @@ from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
 from core.files import replace_file
 from core.states import ClientKind
-from core.topics import Topic, is_device_id
+from core.topics import Topic, check_device_id
 from pki.client_certificates import common_name
 
 log = logging.getLogger("portal.broker")
@@ -110,8 +110,7 @@ class BrokerProvisioning:
         messages below the default topics of those in ``revoked`` are cleared. Raise ``BrokerUnavailable``.
         """
         for device_id in device_ids:
-            if not is_device_id(device_id):
-                raise ValueError("a device's id must be a UUID in lower case with hyphens")
+            check_device_id(device_id)
         password = self.files.password()
         try:
             for start in range(0, len(device_ids), _DISCONNECTS_IN_FLIGHT):

@@ -41,6 +41,12 @@ def is_device_id(text: str) -> bool:
     return _CANONICAL_UUID.fullmatch(text) is not None
 
 
+def check_device_id(text: str) -> None:
+    """Raise ``ValueError`` unless ``text`` has the form of device ids, in which nothing can end a line or a filter."""
+    if not is_device_id(text):
+        raise ValueError("a device's id must be a UUID in lower case with hyphens")
+
+
 def default_topics(prefix: str) -> tuple[Topic, ...]:
     """Return the topics of a device for which none were requested: everything below its id."""
     return (Topic(f"{prefix}/{DEVICE_ID}/#", Access.READWRITE),)

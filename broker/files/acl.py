@@ -9,7 +9,7 @@ from types import MappingProxyType
 from broker.session import PORTAL_USER
 from core.broker_control import STYLE_LINE, AclStyle
 from core.errors import FieldProblem, ProjectionInvalid, TopicRefused
-from core.topics import Access, Topic, check_topics, default_topics, expand, is_device_id
+from core.topics import Access, Topic, check_device_id, check_topics, default_topics, expand
 
 # Below it, the only topic that the portal may write: the number of the ACL. A portal before this one used another name,
 # so that its ACL, of whatever number, is never taken for one of these.
@@ -72,7 +72,7 @@ class Acl:
 
     def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
         """Grant ``topics``; see ``broker_provisioning.add_device_acl``."""
-        _check_id(device_id)
+        check_device_id(device_id)
         self._closed.pop(device_id, None)
         self._out.discard(device_id)
         if topics is None:
@@ -91,7 +91,7 @@ class Acl:
 
     def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
         """Deny an application everything: with an ACL Mosquitto grants every SUBSCRIBE."""
-        _check_id(application_id)
+        check_device_id(application_id)
         self._out.discard(application_id)
         self._close(application_id, "Applications need PORTAL_BROKER_CONTROL=guard.")
 
@@ -103,7 +103,7 @@ class Acl:
 
     def deny(self, device_id: str) -> None:
         """Remove the block of a device whose certificates are all revoked."""
-        _check_id(device_id)
+        check_device_id(device_id)
         self.forget(device_id)
 
     def forget(self, device_id: str) -> None:
@@ -134,11 +134,6 @@ def check_style(topics: Sequence[Topic] | None, style: AclStyle, prefix: str) ->
     if style is AclStyle.PATTERN and topics is not None and default_topics(prefix)[0] not in topics:
         message = f"topics narrower than the default need PORTAL_ACL_STYLE={AclStyle.PER_DEVICE}"
         raise TopicRefused(f"{message}.", [FieldProblem("topics", message)])
-
-
-def _check_id(device_id: str) -> None:
-    if not is_device_id(device_id):
-        raise ValueError("a device's id must be a UUID in lower case with hyphens")
 
 
 def _topic_lines(device_id: str, topics: Sequence[Topic]) -> str:

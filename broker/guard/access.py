@@ -8,7 +8,7 @@ from typing import Protocol
 
 from broker.guard import journal
 from core.errors import TopicRefused
-from core.topics import Topic, check_application_topics, check_topics, expand, is_device_id
+from core.topics import Topic, check_application_topics, check_device_id, check_topics, expand
 
 
 class LineWriter(Protocol):
@@ -53,7 +53,7 @@ class GuardAccess:
 
     def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
         """Allow the device ``topics``, the default ones if ``None``."""
-        _check_id(device_id)
+        check_device_id(device_id)
         if topics is None:
             self._writer.add(journal.allow_line(device_id))
         else:
@@ -61,7 +61,7 @@ class GuardAccess:
 
     def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
         """Allow an application ``topics``, which may cover those of all devices."""
-        _check_id(application_id)
+        check_device_id(application_id)
         self._grant(application_id, lambda: check_application_topics(topics, prefixes=self._prefixes))
 
     def _grant(self, identity: str, checked: Callable[[], Sequence[Topic]]) -> None:
@@ -75,16 +75,11 @@ class GuardAccess:
 
     def deny(self, device_id: str) -> None:
         """Deny the device everything, until it is allowed or forgotten."""
-        _check_id(device_id)
+        check_device_id(device_id)
         self._writer.add(journal.deny_line(device_id))
 
     def forget(self, device_id: str) -> None:
         """Make the device unknown: it is refused as any other that is not allowed."""
-        _check_id(device_id)
+        check_device_id(device_id)
         if not self._whole:
             self._writer.add(journal.forget_line(device_id))
-
-
-def _check_id(device_id: str) -> None:
-    if not is_device_id(device_id):
-        raise ValueError("a device's id must be a UUID in lower case with hyphens")
