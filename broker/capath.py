@@ -96,10 +96,7 @@ class CaFolder:
                 self._replace_older(existing, crl)
                 added = True
         except OSError as error:
-            raise BrokerUnavailable(
-                f"{self.path} cannot be written: {error.strerror};"
-                " give the folder to the portal's user and check that its disk has space."
-            ) from error
+            raise BrokerUnavailable.unwritable(self.path, error) from error
         return added
 
     def compact(self) -> None:

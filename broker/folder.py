@@ -202,10 +202,7 @@ class BrokerFolder:
                 failpoint("install.renamed")
             fsync_directory(path.parent)
         except OSError as error:
-            raise BrokerUnavailable(
-                f"{path} cannot be written: {error.strerror};"
-                " give the folder to the portal's user and check that its disk has space."
-            ) from error
+            raise BrokerUnavailable.unwritable(path, error) from error
         finally:
             for path in staged.values():
                 with contextlib.suppress(OSError):

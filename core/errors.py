@@ -44,7 +44,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Self
 
 
 class PortalError(Exception):
@@ -379,6 +380,12 @@ class BrokerUnavailable(Unavailable):
     """The broker does not answer on its internal listener, or did not take the new files in time."""
 
     code = "broker_unavailable"
+
+    @classmethod
+    def unwritable(cls, path: Path, error: OSError) -> Self:
+        """Return the error for a file or folder of the broker's that the portal cannot write."""
+        advice = "give the folder to the portal's user and check that its disk has space"
+        return cls(f"{path} cannot be written: {error.strerror}; {advice}.")
 
 
 class BrokerNotEnforcing(BrokerUnavailable):

@@ -146,7 +146,7 @@ class Unsynced:
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            raise _unwritable(self._path, error) from error
+            raise BrokerUnavailable.unwritable(self._path, error) from error
         finally:
             os.close(self._descriptor)
 
@@ -193,7 +193,7 @@ class JournalAppend:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise _unwritable(self._path, error) from error
+            raise BrokerUnavailable.unwritable(self._path, error) from error
         seq, checksum = self._renderer.seq, self._renderer.checksum
         end = Position(before.epoch, seq, generation, checksum, before.size + len(content), before.inode)
         return end, unsynced
@@ -244,7 +244,7 @@ class NewJournal:
             self._file.write(header)
         except OSError as error:
             self._temporary.unlink(missing_ok=True)
-            raise _unwritable(path, error) from error
+            raise BrokerUnavailable.unwritable(path, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -260,7 +260,7 @@ class NewJournal:
             self._file.write(self._renderer.line(text))
         except OSError as error:
             self.discard()
-            raise _unwritable(self._path, error) from error
+            raise BrokerUnavailable.unwritable(self._path, error) from error
 
     def commit(self, generation: int) -> Position:
         """Add the line that states ``generation``, and replace the journal durably; return where it ends."""
@@ -274,7 +274,7 @@ class NewJournal:
             failpoint("journal.renamed")
             fsync_directory(self._path.parent)
         except OSError as error:
-            raise _unwritable(self._path, error) from error
+            raise BrokerUnavailable.unwritable(self._path, error) from error
         finally:
             self.discard()
         renderer = self._renderer
@@ -286,13 +286,6 @@ class NewJournal:
             self._file.close()
         with contextlib.suppress(OSError):
             self._temporary.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: OSError) -> BrokerUnavailable:
-    return BrokerUnavailable(
-        f"{path} cannot be written: {error.strerror};"
-        " give the folder to the portal's user and check that its disk has space."
-    )
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------
