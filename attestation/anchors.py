@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -252,6 +252,27 @@ def is_valid_at(certificate: ForeignCertificate, now: datetime) -> bool:
 
 
 # --- Signatures of JOSE and COSE ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SignedToken:
+    """A JWS or a COSE_Sign1 that was read, and not verified yet."""
+
+    signed: bytes  # what the signature is of
+    payload: bytes
+    signature: bytes = field(repr=False)
+    algorithm: Algorithm
+    key_id: bytes
+    chain: tuple[bytes, ...]  # of certificates, DER, the signer's first
+
+    def verify(self, anchors: Sequence[Anchor], names: Sequence[bytes], *, now: datetime) -> EvidenceSigner:
+        """Return the registered signer under whose key the signature verifies.
+
+        ``names`` are identifiers in the claims by which a bare key may be registered, besides the key id in the header.
+        Raises what ``signers`` and ``signed_by`` do.
+        """
+        candidates = signers(anchors, self.chain, (self.key_id, *names), purpose=SignerPurpose.SIGNATURES, now=now)
+        return signed_by(candidates, self.algorithm, self.signature, self.signed)
 
 
 def signed_by(

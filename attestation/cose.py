@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Mapping
 from typing import Any
 
 import cbor2
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from attestation.anchors import Algorithm, Anchor, EvidenceSigner, SignerPurpose, signed_by, signers
+from attestation.anchors import Algorithm, SignedToken
 from attestation.evidence import MAX_DEPTH, check_size
 from attestation.refusals import (
     AlgorithmRefused,
@@ -96,19 +94,7 @@ def _header(content: bytes, at: int, what: str) -> tuple[int, int, int]:
 # --- COSE_Sign1 ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Sign1:
-    """A COSE_Sign1 that was read, and not verified yet."""
-
-    protected: bytes
-    payload: bytes
-    signature: bytes = field(repr=False)
-    algorithm: Algorithm
-    key_id: bytes
-    chain: tuple[bytes, ...]  # of certificates, DER, the signer's first
-
-
-def read_sign1(content: bytes) -> Sign1:
+def read_sign1(content: bytes) -> SignedToken:
     """Read a COSE_Sign1 with its tag 18, whose algorithm is in the protected header (RFC 9052 §3.1, §4.2).
 
     Raises ``EvidenceMalformed`` or one of its kinds, or ``AlgorithmRefused``.
@@ -125,7 +111,14 @@ def read_sign1(content: bytes) -> Sign1:
     if not isinstance(unprotected, Mapping):
         raise EvidenceMalformed("The unprotected header of the evidence is no map.")
     headers = _headers(protected, unprotected)
-    return Sign1(protected, payload, signature, _algorithm(protected), _key_id(headers), _chain(headers))
+    return SignedToken(
+        signed=cbor2.dumps(["Signature1", protected, b"", payload]),  # the Sig_structure of RFC 9052 §4.4
+        payload=payload,
+        signature=signature,
+        algorithm=_algorithm(protected),
+        key_id=_key_id(headers),
+        chain=_chain(headers),
+    )
 
 
 def _protected(content: bytes) -> Mapping[Any, Any]:
@@ -167,18 +160,6 @@ def _chain(headers: Mapping[Any, Any]) -> tuple[bytes, ...]:
     if not isinstance(found, list | tuple) or not all(isinstance(one, bytes) for one in found):
         raise EvidenceMalformed("The x5chain of the evidence is no list of certificates.")
     return tuple(found)
-
-
-def verified(sign1: Sign1, anchors: Sequence[Anchor], names: Sequence[bytes], *, now: datetime) -> EvidenceSigner:
-    """Return the registered signer under whose key the signature verifies.
-
-    ``names`` are identifiers in the claims by which a bare key may be registered, besides the key id in the header.
-    Raises what ``attestation.anchors.signers`` and ``signed_by`` do.
-    """
-    candidates = signers(anchors, sign1.chain, (sign1.key_id, *names), purpose=SignerPurpose.SIGNATURES, now=now)
-    # The encoding of the Sig_structure of RFC 9052 §4.4.
-    signed = cbor2.dumps(["Signature1", sign1.protected, b"", sign1.payload])
-    return signed_by(candidates, sign1.algorithm, sign1.signature, signed)
 
 
 # --- COSE_Key ------------------------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from attestation.anchors import Anchor, SignedToken
 from attestation.evidence import (
     CLOCK_SKEW,
     NONCE_LIFETIME,
+    Challenge,
     Claims,
     DebugStatus,
     EvidenceType,
@@ -36,13 +38,34 @@ class ClaimsSet:
     key: PublicKey | None  # of cnf
 
 
-def check_nonce(found: object, expected: bytes) -> None:
+def verified_claims(
+    kind: EvidenceType,
+    signed: SignedToken,
+    token: ClaimsSet,
+    challenge: Challenge,
+    public_key: PublicKey,
+    anchors: Sequence[Anchor],
+    now: datetime,
+) -> Claims:
+    """Verify the signature, nonce, age and key of an EAT, in this order, and return the claims that count.
+
+    Raises a kind of ``AttestationRefused``.
+    """
+    ueid = token.claims.get("ueid")
+    signer = signed.verify(anchors, [ueid] if isinstance(ueid, bytes) else [], now=now)
+    _check_nonce(token.claims.get("eat_nonce"), challenge.nonce)
+    made_at = _check_age(token.claims, now)
+    _check_key(token.key, public_key)
+    return _read_claims(kind, token.claims, made_at=made_at, anchor=signer.anchor.fingerprint)
+
+
+def _check_nonce(found: object, expected: bytes) -> None:
     """Raise ``NonceMismatch`` unless ``found`` is this one nonce; a list that has it among others is not."""
     if not isinstance(found, bytes) or not hmac.compare_digest(found, expected):
         raise NonceMismatch("The evidence was not made for this nonce.")
 
 
-def check_key(attested: PublicKey | None, expected: PublicKey) -> None:
+def _check_key(attested: PublicKey | None, expected: PublicKey) -> None:
     """Raise ``KeyNotBound`` or ``KeyMismatch`` unless the attested key is the one of the CSR."""
     if attested is None:
         raise KeyNotBound("The evidence does not say for which key it was made: it has no claim cnf.")
@@ -50,7 +73,7 @@ def check_key(attested: PublicKey | None, expected: PublicKey) -> None:
         raise KeyMismatch("The evidence was made for another key than that of the CSR.")
 
 
-def check_age(claims: Mapping[str, object], now: datetime) -> datetime | None:
+def _check_age(claims: Mapping[str, object], now: datetime) -> datetime | None:
     """Check ``iat``, ``nbf`` and ``exp``, if they are there, and return the first (RFC 8392 §3.1, RFC 9711 §4.3.1).
 
     Whole seconds since 1970. Raises ``EvidenceTooOld`` or ``EvidenceFromTheFuture``.
@@ -75,17 +98,17 @@ def _time(claims: Mapping[str, object], name: str) -> datetime | None:
     return datetime.fromtimestamp(value, UTC)
 
 
-def read_claims(kind: EvidenceType, claims: Mapping[str, object], *, made_at: datetime | None, anchor: str) -> Claims:
+def _read_claims(kind: EvidenceType, claims: Mapping[str, object], *, made_at: datetime | None, anchor: str) -> Claims:
     """Return the claims that count; raises ``EvidenceMalformed`` if one has a type that it cannot have."""
-    debug = text(claims, "dbgstat")
-    name, version = text(claims, "swname"), text(claims, "swversion")
+    debug = _text(claims, "dbgstat")
+    name, version = _text(claims, "swname"), _text(claims, "swversion")
     software = (SoftwareComponent(name=name, version=version),) if name or version else ()
     return Claims(
         type=kind,
-        attester=binary(claims, "ueid").hex(),
-        implementation=binary(claims, "hwmodel").hex(),
+        attester=_binary(claims, "ueid").hex(),
+        implementation=_binary(claims, "hwmodel").hex(),
         vendor=_manufacturer(claims.get("oemid")),
-        model=text(claims, "hwversion"),
+        model=_text(claims, "hwversion"),
         debug=_debug(debug) if debug else None,
         secure_boot=_truth(claims, "oemboot"),
         software=software,
@@ -94,7 +117,7 @@ def read_claims(kind: EvidenceType, claims: Mapping[str, object], *, made_at: da
     )
 
 
-def text(claims: Mapping[str, object], name: str) -> str:
+def _text(claims: Mapping[str, object], name: str) -> str:
     """Return a claim that is a text, the first of a list whose other member says what scheme it has, or empty."""
     value = claims.get(name, "")
     if isinstance(value, list | tuple) and 1 <= len(value) <= 2:
@@ -104,7 +127,7 @@ def text(claims: Mapping[str, object], name: str) -> str:
     return value
 
 
-def binary(claims: Mapping[str, object], name: str) -> bytes:
+def _binary(claims: Mapping[str, object], name: str) -> bytes:
     """Return a claim that is a byte string, or empty."""
     value = claims.get(name, b"")
     if not isinstance(value, bytes):

@@ -11,8 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from attestation.anchors import Anchor
-from attestation.cose import CWT_TAG, read_cbor, read_cose_key, read_sign1, verified
-from attestation.eat import ClaimsSet, check_age, check_key, check_nonce, read_claims
+from attestation.cose import CWT_TAG, read_cbor, read_cose_key, read_sign1
+from attestation.eat import ClaimsSet, verified_claims
 from attestation.evidence import DEBUG_BY_NUMBER, Challenge, Claims, EvidenceType
 from attestation.refusals import EvidenceMalformed, KeyNotBound
 from pki.algorithms import PublicKey
@@ -45,12 +45,7 @@ def verify(
     """
     sign1 = read_sign1(evidence.removeprefix(CWT_TAG))
     token = read_token(sign1.payload)
-    ueid = token.claims.get("ueid")
-    signer = verified(sign1, anchors, [ueid] if isinstance(ueid, bytes) else [], now=now)
-    check_nonce(token.claims.get("eat_nonce"), challenge.nonce)
-    made_at = check_age(token.claims, now)
-    check_key(token.key, public_key)
-    return read_claims(EvidenceType.EAT_CWT, token.claims, made_at=made_at, anchor=signer.anchor.fingerprint)
+    return verified_claims(EvidenceType.EAT_CWT, sign1, token, challenge, public_key, anchors, now)
 
 
 def read_token(payload: bytes) -> ClaimsSet:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from attestation.anchors import Algorithm, Anchor, EvidenceSigner, SignerPurpose, signed_by, signers
-from attestation.eat import ClaimsSet, check_age, check_key, check_nonce, read_claims
+from attestation.anchors import Algorithm, Anchor, SignedToken
+from attestation.eat import ClaimsSet, verified_claims
 from attestation.evidence import Challenge, Claims, EvidenceType, check_size, from_base64url, read_object
 from attestation.refusals import AlgorithmRefused, EvidenceMalformed, KeyNotBound
 from core.errors import KeyRefused
@@ -33,27 +32,10 @@ def verify(
     """
     jws = read_jws(evidence)
     token = read_token(jws.payload)
-    ueid = token.claims.get("ueid")
-    signer = verified(jws, anchors, [ueid] if isinstance(ueid, bytes) else [], now=now)
-    check_nonce(token.claims.get("eat_nonce"), challenge.nonce)
-    made_at = check_age(token.claims, now)
-    check_key(token.key, public_key)
-    return read_claims(EvidenceType.EAT_JWT, token.claims, made_at=made_at, anchor=signer.anchor.fingerprint)
+    return verified_claims(EvidenceType.EAT_JWT, jws, token, challenge, public_key, anchors, now)
 
 
-@dataclass(frozen=True, slots=True)
-class Jws:
-    """A JWS in compact serialization that was read, and not verified yet."""
-
-    signed: bytes  # header and payload as they came
-    payload: bytes
-    signature: bytes = field(repr=False)
-    algorithm: Algorithm
-    key_id: bytes
-    chain: tuple[bytes, ...]  # of certificates, DER, the signer's first
-
-
-def read_jws(evidence: bytes) -> Jws:
+def read_jws(evidence: bytes) -> SignedToken:
     """Read a JWS (RFC 7515 §7.1): no name twice in its header, one of the accepted algorithms, nothing critical.
 
     Raises ``EvidenceMalformed`` or one of its kinds, or ``AlgorithmRefused``.
@@ -66,24 +48,14 @@ def read_jws(evidence: bytes) -> Jws:
     read = read_object(from_base64url(header, "The header of the evidence"), "The header of the evidence")
     if "crit" in read:
         raise EvidenceMalformed("The evidence has critical header parameters, of which none is known.")
-    return Jws(
-        signed=evidence.rpartition(b".")[0],
+    return SignedToken(
+        signed=evidence.rpartition(b".")[0],  # header and payload as they came
         payload=from_base64url(payload, "The payload of the evidence"),
         signature=from_base64url(signature, "The signature of the evidence"),
         algorithm=_algorithm(read),
         key_id=_key_id(read),
         chain=tuple(_chain(read)),
     )
-
-
-def verified(jws: Jws, anchors: Sequence[Anchor], names: Sequence[bytes], *, now: datetime) -> EvidenceSigner:
-    """Return the registered signer under whose key the signature verifies.
-
-    ``names`` are identifiers in the claims by which a bare key may be registered, besides the key id in the header.
-    Raises what ``attestation.anchors.signers`` and ``signed_by`` do.
-    """
-    candidates = signers(anchors, jws.chain, (jws.key_id, *names), purpose=SignerPurpose.SIGNATURES, now=now)
-    return signed_by(candidates, jws.algorithm, jws.signature, jws.signed)
 
 
 def _algorithm(header: Mapping[str, Any]) -> Algorithm:

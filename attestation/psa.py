@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from attestation.anchors import Anchor
-from attestation.cose import read_cbor, read_sign1, verified
+from attestation.cose import read_cbor, read_sign1
 from attestation.evidence import Challenge, Claims, EvidenceType, Lifecycle, SoftwareComponent
 from attestation.refusals import EvidenceMalformed, NonceMismatch, ProfileUnsupported
 from pki.algorithms import PublicKey, public_key_der
@@ -49,7 +49,7 @@ def read_token(evidence: bytes, anchors: Sequence[Anchor], now: datetime) -> tup
     if not isinstance(token, Mapping):
         raise EvidenceMalformed("The token is no map.")
     instance = _binary(token, _INSTANCE, "instance id", (33,))
-    signer = verified(sign1, anchors, [instance], now=now)
+    signer = sign1.verify(anchors, [instance], now=now)
     if token.get(_PROFILE) != PROFILE:
         raise ProfileUnsupported(f"The token's profile is not {PROFILE}.")
     if instance[0] != _RANDOM_UEID:

@@ -10,10 +10,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from attestation.anchors import Anchor
-from attestation.cose import read_cbor, read_sign1, verified
+from attestation.cose import read_cbor, read_sign1
 from attestation.eat_cwt import read_token
 from attestation.eat_jwt import read_jws
-from attestation.eat_jwt import verified as verify_jws
 from attestation.evidence import Lifecycle
 from attestation.psa import read_token as read_psa_token
 from attestation.refusals import AlgorithmRefused, AnchorUnknown, EvidenceMalformed, SignatureInvalid
@@ -86,7 +85,7 @@ CWT = bytes.fromhex(
 def test_the_signed_cwt_of_rfc_8392_verifies_and_has_its_dates() -> None:
     sign1 = read_sign1(CWT)
     assert sign1.key_id == b"AsymmetricECDSA256"
-    verified(sign1, anchors(CWT_KEY), [], now=NOW)
+    sign1.verify(anchors(CWT_KEY), [], now=NOW)
     dates = {name: value for name, value in read_token(sign1.payload).claims.items() if name in ("exp", "nbf", "iat")}
     assert dates == {"exp": 1444064944, "nbf": 1443944944, "iat": 1443944944}
 
@@ -144,7 +143,7 @@ COSE = [
 @pytest.mark.parametrize("example", COSE, ids=lambda example: example.name)
 def test_the_examples_of_the_cose_working_group(example: Example) -> None:
     def verify() -> None:
-        verified(read_sign1(bytes.fromhex(example.cbor)), anchors(COSE_KEY), [], now=NOW)
+        read_sign1(bytes.fromhex(example.cbor)).verify(anchors(COSE_KEY), [], now=NOW)
 
     if example.refusal is None:
         verify()
@@ -159,7 +158,7 @@ def test_the_cose_example_with_p384_verifies() -> None:
         "cddd4a46d0e9c986464d83d0a5d1edf39b3e2c5750364230d0e8d76460d8808e76c83830fbbd1978cc174066eb437f17887979ecf0"
         "27dcc9d51baf6c4fd8c0"
     )
-    verified(read_sign1(bytes.fromhex(cbor)), anchors(COSE_KEY_384), [], now=NOW)
+    read_sign1(bytes.fromhex(cbor)).verify(anchors(COSE_KEY_384), [], now=NOW)
 
 
 # --- RFC 7515, appendix A.3, and RFC 8037, appendix A.4: JWS with ES256 and EdDSA -------------------------------------
@@ -183,17 +182,17 @@ EDDSA = (
 @pytest.mark.parametrize(("token", "key"), [(JWS, JWS_KEY), (EDDSA, EDDSA_KEY)], ids=["es256", "eddsa"])
 def test_the_examples_of_jws_verify_under_their_keys_and_no_other(token: bytes, key: PublicKey) -> None:
     jws = read_jws(token)
-    verify_jws(jws, anchors(key), [], now=NOW)
+    jws.verify(anchors(key), [], now=NOW)
     other = Maker(root_of_trust=ed25519.Ed25519PrivateKey.generate() if key is EDDSA_KEY else Maker().root_of_trust)
     with pytest.raises(SignatureInvalid):
-        verify_jws(jws, anchors(other.root_of_trust.public_key()), [], now=NOW)
+        jws.verify(anchors(other.root_of_trust.public_key()), [], now=NOW)
 
 
 def test_a_key_of_small_order_is_no_anchor() -> None:
     key = ed25519.Ed25519PublicKey.from_public_bytes(b"\x01" + bytes(31))
     token = read_sign1(Maker(root_of_trust=ed25519.Ed25519PrivateKey.generate()).cwt()[2:])
     with pytest.raises(AnchorUnknown):
-        verified(token, anchors(key), [], now=NOW)
+        token.verify(anchors(key), [], now=NOW)
 
 
 # --- RFC 9711, appendix A: claims sets; it publishes no key for its tokens --------------------------------------------
@@ -219,4 +218,4 @@ def test_the_cwt_of_the_eat_working_group_is_read_and_signed_by_no_known_key() -
     sign1 = read_sign1(token)
     assert read_token(sign1.payload).claims == {"eat_nonce": bytes(range(9))}
     with pytest.raises(SignatureInvalid):
-        verified(sign1, anchors(COSE_KEY), [], now=NOW)
+        sign1.verify(anchors(COSE_KEY), [], now=NOW)
