@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.deployment import ROOT, Deployment, deployed
+from tests.support.deployment import ROOT, Deployment, deployed, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.long]
 
@@ -41,8 +41,8 @@ class Device:
         command += ["--url", self.deployment.url, "--ca", str(self.deployment.data / "ca.pem"), "--serial", "sn-1"]
         return self._run(*command, "--attest", "tpm", *options, ENROL_CUT_OFF_AT=cut)
 
-    def enrol_with(self, token: str, cut: str = "") -> subprocess.CompletedProcess[str]:
-        (self.folder / "token").write_text(token)
+    def enrol_with(self, token: Token, cut: str = "") -> subprocess.CompletedProcess[str]:
+        (self.folder / "token").write_text(token.secret)
         return self.enrol("--token-file", str(self.folder / "token"), "--pcrs", "sha256:0,7", cut=cut)
 
     def publish(self, topic: str, message: str) -> subprocess.CompletedProcess[str]:
@@ -91,17 +91,27 @@ def devices(deployment: Deployment, tmp_path_factory: Any) -> Iterator[tuple[Dev
         yield made[0], made[1]
 
 
+@dataclass(frozen=True)
+class Token:
+    """An enrolment token, with the policy of the devices that have it."""
+
+    secret: str
+    path: str
+    policy: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def token(deployment: Deployment, devices: tuple[Device, Device]) -> str:
+def token(deployment: Deployment, devices: tuple[Device, Device]) -> Token:
     """It lets in devices with a TPM of the first device's maker."""
     policy = {"mode": "require", "types": ["tpm2"], "anchors": [devices[0].ca.read_text()], "on_renewal": True}
     answer = deployment.call("POST", "/enrolment-tokens", {"name": "a batch", "count": 9, "attestation": policy})
     assert answer.status_code == 201, answer.text
-    return str(answer.json()["token"])
+    made = answer.json()
+    return Token(made["token"], f"/enrolment-tokens/{made['enrolment_token_id']}", policy)
 
 
 def test_evidence_of_a_tpm_of_another_maker_or_with_another_tpm_s_key_is_refused(
-    devices: tuple[Device, Device], token: str
+    devices: tuple[Device, Device], token: Token
 ) -> None:
     device, other = devices
     done = other.enrol_with(token)
@@ -123,9 +133,10 @@ def test_evidence_of_a_tpm_of_another_maker_or_with_another_tpm_s_key_is_refused
 
 
 def test_a_device_enrols_publishes_and_renews_with_a_key_in_its_tpm(
-    deployment: Deployment, devices: tuple[Device, Device], token: str
+    deployment: Deployment, devices: tuple[Device, Device], token: Token
 ) -> None:
     device, _ = devices
+    assert device.enrol_with(token, cut="answer").returncode == -9  # it has a certificate then, and does not know it
     done = device.enrol_with(token)
     assert done.returncode == 0, done.stderr
     assert (device.current / "device.key").read_text().startswith("-----BEGIN TSS2 PRIVATE KEY-----")
@@ -140,3 +151,25 @@ def test_a_device_enrols_publishes_and_renews_with_a_key_in_its_tpm(
         assert done.returncode == 0, done.stderr
         assert (device.current / "device.pem").read_text() != before
     watcher.close()
+
+
+def test_a_device_is_marked_that_a_tightened_policy_would_refuse(
+    deployment: Deployment, devices: tuple[Device, Device], token: Token
+) -> None:
+    """It has enrolled in the test before, and has shown the values of no PCRs when it renewed."""
+    device, _ = devices
+
+    def verdict() -> str:
+        return str(deployment.call("GET", f"/devices/{device.id}").json()["attestation"]["verdict"])
+
+    assert verdict() == "passed"
+    measurement = {"mval": {"integrity_registers": {"sha256": {"0": ["11" * 32]}}}}
+    values = [{"environment": {"class": {"model": "swtpm"}}, "measurements": [measurement]}]
+    changed = deployment.call("PATCH", token.path, {"attestation": {**token.policy, "reference_values": values}})
+    assert changed.status_code == 200, changed.text
+    wait_until(lambda: verdict() == "outdated")
+    [marked] = deployment.call("GET", "/devices?attested=outdated").json()["devices"]
+    assert marked["device_id"] == device.id
+    done = device.enrol("--renew", "--pcrs", "sha256:0")
+    assert done.returncode == 1, done
+    assert "PCR 0" in done.stderr
