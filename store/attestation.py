@@ -120,13 +120,15 @@ def add_nonce(
     seed: bytes,
     expires_at: datetime,
     limit: int,
-) -> bool:
-    """Record a nonce for its holder; return whether it was, since there are at most ``limit`` for one holder."""
-    if tx.execute(_COUNT_NONCES, {"of_tenant": tenant_id, "of_holder": holder}).scalar_one() >= limit:
-        return False
+) -> None:
+    """Record a nonce for its holder; of more than ``limit`` the oldest are deleted."""
+    surplus = tx.execute(_COUNT_NONCES, {"of_tenant": tenant_id, "of_holder": holder}).scalar_one() + 1 - limit
+    if surplus > 0:
+        own = (_nonce.tenant_id == tenant_id, _nonce.holder == holder)
+        oldest = sa.select(_nonce.nonce_hash).where(*own).order_by(_nonce.expires_at).limit(surplus)
+        tx.execute(sa.delete(_nonce).where(_nonce.nonce_hash.in_(oldest)))
     values = {"nonce_hash": nonce_hash, "tenant_id": tenant_id, "seed": seed, "holder": holder}
     tx.execute(sa.insert(_nonce), {**values, "expires_at": expires_at, "spent_at": None})
-    return True
 
 
 def spend_nonce(tx: Connection, tenant_id: str, holder: str, nonce_hash: str, *, now: datetime) -> SpentNonce:

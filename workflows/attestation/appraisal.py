@@ -115,7 +115,7 @@ class DeviceAttestations:
     def challenge(self, holder: NonceHolder, policy_id: str | None, key: EndorsementKey | None) -> IssuedNonce:
         """Give a nonce, with a credential for the TPM whose endorsement ``key`` the policy's anchors vouch for.
 
-        Raises ``TooManyAttempts``, ``NotFound`` for the policy, a kind of ``AttestationRefused`` for the key.
+        Raises ``NotFound`` for the policy, a kind of ``AttestationRefused`` for the key.
         """
         policy = None
         if key is not None:

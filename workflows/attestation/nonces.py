@@ -14,13 +14,13 @@ from attestation.evidence import NONCE_LIFETIME, Challenge, EvidenceType, from_b
 from attestation.refusals import NonceExpired, NonceSpent, NonceUnknown
 from attestation.tpm import challenge_ek
 from attestation.tpm_credential import Credential
-from core.errors import TooManyAttempts
 from store import attestation
 from store.attestation import NonceState
 from store.database import Database
 from workflows.attestation.policies import RegisteredPolicy
 
 # Spent ones count: else a client could fill the table. A batch of devices may have one token; one device is one device.
+# The oldest make room: were the newest refused, a holder of the batch's token could keep all its devices waiting.
 MAX_NONCES = 2000
 MAX_NONCES_OF_ONE = 20
 KEPT = timedelta(minutes=5)  # after it has expired, so that whoever presents it is told that it has
@@ -85,7 +85,7 @@ class AttestationNonces:
     ) -> IssuedNonce:
         """Give a nonce, with a credential for the TPM whose endorsement ``key`` the anchors of the policy vouch for.
 
-        Raises ``TooManyAttempts`` for a holder that has too many; a kind of ``AttestationRefused`` for the key.
+        The oldest of a holder that has too many count no more. Raises a kind of ``AttestationRefused`` for the key.
         """
         now, challenge = self._clock(), Challenge(secrets.token_bytes(32))
         credential = None
@@ -95,8 +95,8 @@ class AttestationNonces:
         expires_at, limit = now + NONCE_LIFETIME, MAX_NONCES_OF_ONE if holder.is_one_device else MAX_NONCES
         nonce_hash = _hash_of(challenge.nonce)
 
-        def record(tx: Connection) -> bool:
-            return attestation.add_nonce(
+        def record(tx: Connection) -> None:
+            attestation.add_nonce(
                 tx,
                 holder.tenant_id,
                 holder.name,
@@ -106,12 +106,7 @@ class AttestationNonces:
                 limit=limit,
             )
 
-        if not self._database.write(record):
-            seconds = int((NONCE_LIFETIME + KEPT).total_seconds())
-            raise TooManyAttempts(
-                f"There are {limit} nonces for this credential already; use one of them, or ask again in some minutes.",
-                retry_after=seconds // 10,
-            )
+        self._database.write(record)
         return IssuedNonce(to_base64url(challenge.nonce), expires_at, credential)
 
     def spend(self, holder: NonceHolder, nonce: str) -> Challenge:

@@ -21,6 +21,7 @@ from tests.support.est import Device, csr_der, new_key, refused, token
 from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, problem_of
 from tests.support.pki import PEM, Authority
 from tests.web.api.test_est_clients import registered
+from workflows.attestation import nonces
 from workflows.attestation.nonces import NonceHolder
 
 OTHER = to_base64url(b"\x01" + bytes(32))  # the UEID of another root of trust, for which the same key vouches
@@ -42,22 +43,34 @@ def renew(one: AttestedDevice, device_id: str, shown: dict[str, Any] | None) -> 
 
 
 def test_of_requests_with_one_nonce_at_once_one_gets_its_challenge(app: Flask) -> None:
-    nonces, tenant_id = portal_of(app).attestations._nonces, portal_of(app).tenant_id
+    kept, tenant_id = portal_of(app).attestations._nonces, portal_of(app).tenant_id
     holder, ready = NonceHolder(tenant_id, "enrolment_token:x"), threading.Barrier(3)
 
     def spent(nonce: str) -> str:
         ready.wait()
         try:
-            nonces.spend(holder, nonce)
+            kept.spend(holder, nonce)
         except AttestationRefused as refusal:
             return refusal.code
         return ""
 
     with ThreadPoolExecutor(3) as pool:
         for _ in range(20):
-            nonce = nonces.issue(holder).nonce
+            nonce = kept.issue(holder).nonce
             used = "attestation_nonce_used"
             assert sorted(pool.map(spent, [nonce] * 3)) == ["", used, used]
+
+
+def test_a_holder_of_the_batch_s_token_cannot_keep_its_devices_from_getting_a_nonce(
+    api: Api, app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nonces, "MAX_NONCES", 3)
+    one = attested_device(api)
+    taken = [one.nonce() for _ in range(5)]
+    problem_of(one.enrol(one.evidence(nonce=taken[0])), 403, "attestation_nonce_unknown")
+    assert one.enrol(one.evidence(nonce=taken[2])).status_code == 201
+    with portal_of(app).database.snapshot() as tx:
+        assert tx.exec_driver_sql("SELECT count(*) FROM attestation_nonces").scalar_one() == 3
 
 
 @ON_SQLITE
