@@ -65,9 +65,10 @@ class Reappraisals:
 
 
 def _appraised(record: AttestationRecord, policy: RegisteredPolicy) -> dict[str, Any]:
-    """Return what changes of a result; nothing for evidence that did not verify, or while the policy looks at none."""
+    """Return what changes of a result; nothing while the policy looks at none, or for another reason than it."""
     claims = claims_of(record)
-    if claims is None or policy.appraisal.mode is PolicyMode.OFF:
+    appraised = record.code in ("", AppraisalFailed.code)
+    if claims is None or not appraised or policy.appraisal.mode is PolicyMode.OFF:
         return {}
     problems = list(appraise(policy.appraisal, claims))
     if claims.anchor not in {anchor.fingerprint for anchor in policy.anchors_for(claims.type)}:

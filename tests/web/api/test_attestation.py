@@ -20,7 +20,6 @@ from tests.support.harness import ON_SQLITE, Api, Clock, problem_of
 from tests.support.pki import PEM, Authority
 from tests.web.api.test_actions import act
 from tests.workflows.test_events import recorded, subscribe
-from workflows.attestation import nonces
 
 pytestmark = ON_SQLITE
 
@@ -229,17 +228,6 @@ def test_an_operator_registers_a_device_with_its_evidence(as_role: Callable[[Rol
     assert api.get(f"/devices/{device_id}").json["attestation"]["verdict"] == "passed"
     unknown = body | {"attestation": evidence | {"policy_id": "0" * 16}}
     problem_of(operator.post("/register", unknown), 404, "not_found")
-
-
-def test_one_credential_cannot_fill_the_table(api: Api, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    monkeypatch.setattr(nonces, "MAX_NONCES", 3)
-    device, other = attested_device(api, clock=clock), attested_device(api, clock=clock)
-    for _ in range(3):
-        device.enrol(device.evidence())
-    answer = device.call("attestation/nonce")
-    problem_of(answer, 429, "too_many_attempts")
-    assert int(answer.headers["Retry-After"]) > 0
-    other.nonce()
 
 
 def test_nonces_that_nobody_can_use_are_deleted(api: Api, app: Flask, clock: Clock) -> None:

@@ -96,11 +96,18 @@ def test_a_thief_of_a_device_s_key_does_not_renew_with_another_root_of_trust(
 
 
 @ON_SQLITE
-def test_where_evidence_is_only_recorded_another_root_of_trust_is_a_failure(api: Api, clock: Clock) -> None:
+def test_where_evidence_is_only_recorded_another_root_of_trust_is_a_failure(api: Api, app: Flask, clock: Clock) -> None:
     one, device_id = enrolled(api, clock, mode="record")
     assert renew(one, device_id, one.evidence(ueid=OTHER)).status_code == 201
-    [event] = [one for one in api.get("/audit").json["entries"] if one["action"] == "device:renew"]
-    assert event["detail"]["attestation"]["code"] == "attester_changed"
+    kept = api.get(f"/devices/{device_id}").json["attestation"]
+    assert (kept["verdict"], kept["code"]) == ("failed", "attester_changed")
+    [made] = api.get("/enrolment-tokens").json["enrolment_tokens"]
+    assert (
+        api.patch(f"/enrolment-tokens/{made['enrolment_token_id']}", {"attestation": policy(one.maker)}).status_code
+        == 200
+    )
+    portal_of(app).reappraisals.run()
+    assert api.get(f"/devices/{device_id}").json["attestation"]["verdict"] == "failed"
 
 
 def signed_below(api: Api, signer: SigningKey, chain: list[x509.Certificate]) -> Any:
