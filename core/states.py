@@ -99,7 +99,8 @@ class ManufacturerStatus(StrEnum):
 class AttestationVerdict(StrEnum):
     """What the evidence of a device has shown.
 
-    ``outdated``: it satisfied the appraisal policy when it was shown, and would not satisfy that of today.
+    ``outdated``: it satisfied the appraisal policy when it was shown, and would not satisfy that of today, or it was
+    for another key than that of the device's newest certificate.
     """
 
     PASSED = "passed"

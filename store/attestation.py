@@ -186,6 +186,17 @@ def put_attestation(tx: Connection, record: AttestationRecord) -> None:
     update_device(tx, record.tenant_id, record.device_id, {"attested": record.verdict})
 
 
+def outdate_attestation(
+    tx: Connection, tenant_id: str, device_id: str, *, key_fingerprint: str, code: str, problem: str
+) -> None:
+    """Mark what a device's evidence has shown as outdated if that was for another key."""
+    passed = (_result.verdict == AttestationVerdict.PASSED, _result.key_fingerprint != key_fingerprint)
+    outdated = AttestationVerdict.OUTDATED
+    query = sa.update(_result).where(_result.tenant_id == tenant_id, _result.device_id == device_id, *passed)
+    if tx.execute(query.values(verdict=outdated, code=code, problems=[problem])).rowcount:
+        update_device(tx, tenant_id, device_id, {"attested": outdated})
+
+
 def find_attestation(tx: Connection, tenant_id: str, device_id: str) -> AttestationRecord | None:
     """Return what came of a device's newest evidence, ``None`` if it has shown none."""
     own = (_result.tenant_id == tenant_id, _result.device_id == device_id)
@@ -206,8 +217,9 @@ def results_of_older_policies(tx: Connection, *, limit: int) -> Sequence[Attesta
 
 
 def update_attestation(tx: Connection, record: AttestationRecord, **values: Any) -> None:
-    """Set columns of a result, and the verdict of its device; one that newer evidence has replaced stays as it is."""
-    same = (_result.device_id == record.device_id, _result.appraised_at == record.appraised_at)
+    """Set columns of a result, and the verdict of its device; one that was replaced or changed stays as it is."""
+    columns = (_result.device_id, _result.appraised_at, _result.code)
+    same = [column == getattr(record, column.key) for column in columns]
     changed = tx.execute(sa.update(_result).where(_result.tenant_id == record.tenant_id, *same).values(values))
     if changed.rowcount:
         update_device(tx, record.tenant_id, record.device_id, {"attested": values.get("verdict", record.verdict)})

@@ -25,7 +25,7 @@ from store.keys import KeyClaim
 from store.names import NameClaim
 from store.profiles import hold_profile
 from workflows import events
-from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, record_result
+from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, outdate_result, record_result
 from workflows.credentials import DeviceRequest, IssuedCredentials
 from workflows.events import EventType
 
@@ -159,6 +159,8 @@ def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance]
             _record_event(tx, actor.tenant_id, issuance, now)
     for issuance in issuances:
         record_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.name, issuance.attestation, now=now)
+        if not isinstance(issuance, Admission):
+            outdate_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.credentials.key_fingerprint)
     acts = [
         (
             issuance.action,

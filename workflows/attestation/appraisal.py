@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from attestation.anchors import Anchor
 from attestation.appraisal import PolicyMode
 from attestation.evidence import Claims, EvidenceType
-from attestation.refusals import AttesterChanged, EvidenceMissing
+from attestation.refusals import AttesterChanged, EvidenceMissing, KeyMismatch
 from attestation.verification import AttestationResult, Evidence, attest
 from core import metrics
 from core.errors import AttestationRefused
@@ -249,6 +249,14 @@ def record_result(
         detail = " ".join(result.problems)
         facts: dict[str, Any] = {"name": name, "code": result.code, "detail": detail, "admitted": True}
         events.record(tx, tenant_id, EventType.ATTESTATION_FAILED, device_id, at=now, **facts)
+
+
+def outdate_result(tx: Connection, tenant_id: str, device_id: str, key_fingerprint: str) -> None:
+    """Record that a device was given a certificate for this key: evidence for another one says nothing about it."""
+    problem = "The device was given a certificate for another key since, without evidence for that."
+    attestation.outdate_attestation(
+        tx, tenant_id, device_id, key_fingerprint=key_fingerprint, code=KeyMismatch.code, problem=problem
+    )
 
 
 def claims_of(record: AttestationRecord) -> Claims | None:

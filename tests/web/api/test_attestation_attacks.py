@@ -85,6 +85,33 @@ def test_a_renewal_that_needs_evidence_is_refused_without_by_every_way(api: Api,
 
 
 @ON_SQLITE
+@pytest.mark.parametrize("by", ["the device", "an operator"])
+def test_a_device_that_renews_with_another_key_without_evidence_is_not_listed_as_attested(
+    api: Api, app: Flask, clock: Clock, by: str
+) -> None:
+    one, device_id = enrolled(api, clock)
+    if by == "the device":
+        answer = renew(one, device_id, None)
+        assert answer.status_code == 201
+        one.credential = one.renewing(answer.json["certificate"]).credential
+    else:
+        assert api.post(f"/devices/{device_id}/renew", {}).status_code == 201
+    kept = api.get(f"/devices/{device_id}").json["attestation"]
+    assert (kept["verdict"], kept["code"]) == ("outdated", "attested_key_mismatch")
+    [listed] = api.get("/devices?attested=outdated").json["devices"]
+    assert listed["device_id"] == device_id
+    [made] = api.get("/enrolment-tokens").json["enrolment_tokens"]
+    changed = api.patch(f"/enrolment-tokens/{made['enrolment_token_id']}", {"attestation": policy(one.maker)})
+    assert changed.status_code == 200
+    portal_of(app).reappraisals.run()
+    assert api.get(f"/devices/{device_id}").json["attestation"]["verdict"] == "outdated"
+    if by == "the device":
+        clock.advance(days=300)
+        assert renew(one, device_id, one.evidence()).status_code == 201
+        assert api.get(f"/devices/{device_id}").json["attestation"]["verdict"] == "passed"
+
+
+@ON_SQLITE
 @pytest.mark.parametrize("on_renewal", [True, False])
 def test_a_thief_of_a_device_s_key_does_not_renew_with_another_root_of_trust(
     api: Api, clock: Clock, on_renewal: bool
