@@ -24,7 +24,7 @@ from pki.algorithms import (
     signature_hash,
 )
 from pki.crl import crl_entry
-from pki.foreign import read_certificate
+from pki.foreign import read_certificate, read_name
 from pki.issuers import (
     CLOCK_SKEW,
     ONLY_UUID,
@@ -45,7 +45,7 @@ from pki.issuers import (
     signing_key,
     whole_second,
 )
-from pki.name_constraints import violation
+from pki.name_constraints import NamesToCertify, violation
 from pki.outer_chain import named
 
 
@@ -167,6 +167,7 @@ def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datet
     public_key = check_public_key(public_key)
     if public_key_der(public_key) == issuer.public_key_der:
         raise KeyRefused("The public key is the CA's own. Make a new key pair.")
+    check_names(issuer, profile)
     builder = _builder(
         profile,
         public_key,
@@ -175,21 +176,22 @@ def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datet
         not_before=max(moment - CLOCK_SKEW, issuer.not_before),
         not_after=min(_end(now, days), issuer.not_after),
     )
-    issued = _signed(
+    return _signed(
         builder.issuer_name(issuer.certificate.subject),
         key,
         issuer.signature_hash,
         issuer_certificate=issuer.certificate,
     )
-    if issuer.has_name_constraints:
-        _check_names(issuer, issued.der)
-    return issued
 
 
-def _check_names(issuer: Issuer, der: bytes) -> None:
-    certificate = read_certificate(der)
+def check_names(issuer: Issuer, profile: Profile) -> None:
+    """Raise ``ProfileRefused`` if name constraints of the issuer, or of a CA above it, do not permit the names."""
+    if not issuer.has_name_constraints:
+        return
+    extensions = {item.oid.dotted_string: item.value.public_bytes() for item in profile.extensions}
+    names = NamesToCertify(read_name(profile.subject.public_bytes()), extensions)
     for one in (issuer.certificate, *issuer.above):
-        if (violated := violation(certificate, read_certificate(_der(one)))) is not None:
+        if (violated := violation(names, read_certificate(_der(one)))) is not None:
             raise ProfileRefused(
                 f"The CA {issuer.name} may not certify these names, by the name constraints of the CA {named(one)}:"
                 f" {violated}."

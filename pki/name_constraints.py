@@ -7,7 +7,7 @@ cases that the RFC leaves open are those of OpenSSL, which checks the same where
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -30,13 +30,21 @@ _Subject = Sequence[tuple[str, str | None]]
 _Name = tuple[int, bytes | Name]  # the tag of a GeneralName with its content
 
 
+@dataclass(frozen=True, slots=True)
+class NamesToCertify:
+    """The names in a certificate that is not signed yet: its subject, and its extensions by dotted OID."""
+
+    subject: Name
+    extensions: Mapping[str, bytes]
+
+
 def is_permitted(certificate: ForeignCertificate, issuer: ForeignCertificate) -> bool:
     """Return whether the issuer's certificate permits all names of a certificate that it has signed."""
     return violation(certificate, issuer) is None
 
 
-def violation(certificate: ForeignCertificate, issuer: ForeignCertificate) -> str | None:
-    """Return which constraint in the issuer's certificate a certificate violates that it has signed, as a clause.
+def violation(certificate: ForeignCertificate | NamesToCertify, issuer: ForeignCertificate) -> str | None:
+    """Return which constraint in the issuer's certificate a certificate violates that it signs, as a clause.
 
     A constraint that cannot be read, or of a kind of name that is not known here but is in the certificate, permits
     nothing.
@@ -159,7 +167,7 @@ def _general_name(element: Element) -> _Name:
     return element.tag, read_name(element.content) if element.tag == _DIRECTORY else element.content
 
 
-def _names(certificate: ForeignCertificate) -> Iterator[_Name]:
+def _names(certificate: ForeignCertificate | NamesToCertify) -> Iterator[_Name]:
     if certificate.subject:
         yield _DIRECTORY, certificate.subject
     yield from ((_EMAIL, text.encode()) for text in texts_of(certificate.subject, _EMAIL_ADDRESS))

@@ -25,7 +25,7 @@ from delivery.formats import BundleFormat
 from pki import est
 from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem, public_key_fingerprint
 from pki.csr import Csr
-from pki.issuers import ONLY_UUID, DeviceContents
+from pki.issuers import ONLY_UUID, DeviceContents, device_profile
 from pki.profiles import DEFAULT, CertificateTerms
 from pki.server_chain import names_shown
 from workflows.attestation.evidence import ShownEvidence
@@ -275,7 +275,10 @@ class CredentialIssuer:
             terms.check_key(request.csr.key_type, of_csr=True)
         elif request.key_type is not None:
             terms.check_key(request.key_type)
-        return terms.days(request.validity_days, self._settings.device_days), terms.contents(own_names(self._settings))
+        days = terms.days(request.validity_days, self._settings.device_days)
+        contents = terms.contents(own_names(self._settings))
+        ca.check_names(self._authority.issuing.issuer, device_profile(str(terms.fields["id"]), contents))
+        return days, contents
 
     def _key_type(self, wanted: str | None, terms: CertificateTerms | None) -> str:
         usual = wanted or self._settings.key_type

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import subprocess
 import threading
@@ -295,7 +296,8 @@ def constrained(*permitted: x509.GeneralName) -> CompanyCa:
     return ROOT.below("Constrained", further=[(x509.NameConstraints([*permitted], None), True)])
 
 
-def test_what_the_name_constraints_of_a_company_do_not_permit_is_refused_and_named(portal: Portal) -> None:
+def test_what_the_name_constraints_of_a_company_do_not_permit_is_refused_and_named(app: Flask, api: Api) -> None:
+    portal = portal_of(app)
     older = CertificateProfile("older", dns_names=("{name}.lab.example.com",))
     portal.profiles.add(OPERATOR, older)
     never = x509.NameConstraints(None, [x509.DNSName("lab.example.com"), x509.DNSName("pump-9.example.com")])
@@ -315,6 +317,9 @@ def test_what_the_name_constraints_of_a_company_do_not_permit_is_refused_and_nam
     portal.registrations.register(OPERATOR, with_fields(**device, name="pump-8"))
     with pytest.raises(ProfileRefused, match="exclude pump-9"):
         portal.registrations.register(OPERATOR, with_fields(**device, name="pump-9"))
+    row = b"name,type,location,firmware,profile\npump-9,pump,hall,1,older\npump-7,pump,hall,1,older\n"
+    answer = api.call("POST", "/register/bulk?dry_run=true", data=row, content_type="text/csv")
+    assert [json.loads(line).get("code") for line in answer.text.splitlines()] == ["profile_refused", None]
 
 
 @pytest.mark.parametrize(
