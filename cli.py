@@ -16,9 +16,10 @@ from commands.connection import ConnectionOptions
 from commands.context import CONNECTION, VERSION, connection_options
 from commands.delivery import download, unpack_command
 from commands.devices import certificates, expiring, export, list_devices, show, update
-from commands.enrolment import approve, enrolment, expect, manufacturer, reject, waiting
+from commands.enrolment import approve, enrolment, expect, reject, waiting
 from commands.imports import import_devices
 from commands.lifecycle import resume, revoke, suspend
+from commands.manufacturers import manufacturer
 from commands.operation import ca, completion, status
 from commands.profiles import profile
 from commands.registration import register, renew

@@ -1,9 +1,7 @@
-"""The commands about enrolment: enrolment tokens, manufacturers, expected devices, approval."""
+"""The commands about enrolment: enrolment tokens, expected devices, approval; what an enrolment profile consists of."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import re
 from collections.abc import Callable
@@ -29,12 +27,11 @@ from commands.context import (
     topics_from,
 )
 from commands.errors import Misused
-from commands.files import read_input
+from commands.files import read_input, read_pem
 from commands.output import Cell, date_of, moment, status_of, text
 from commands.registration import KEY_TYPES
 
 ENROLMENT_TOKEN_ID = short_id("portal enrolment list")
-MANUFACTURER_ID = short_id("portal manufacturer list")
 PROFILE_FIELDS = (
     "type",
     "location",
@@ -46,7 +43,7 @@ PROFILE_FIELDS = (
     "repeated_serial",
 )
 
-ATTESTATION_HELP = "Evidence that devices must show: a policy (JSON, see docs/attestation.md); - for standard input."
+ATTESTATION_HELP = "Appraisal policy for devices' evidence (JSON, see docs/attestation.md); - for standard input."
 
 
 # The enrolment profile: what is recorded of a device that enrols, and which certificate it gets.
@@ -95,7 +92,7 @@ def profile_options(*, new: bool) -> Callable[[Any], Any]:
     )
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def given_fields(options: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a request: the options that were used."""
     fields = {name: value for name, value in options.items() if value not in (None, ())}
     if "key_types" in fields:
@@ -106,13 +103,13 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _policy(path: str) -> dict[str, Any]:
-    """Read an attestation policy; an anchor that is not PEM is the name of a file beside that of the policy."""
+    """Read an appraisal policy; an anchor that is not PEM is the name of a file beside that of the policy."""
     try:
         policy = json.loads(read_input(path))
         anchors = policy.get("anchors", [])
         policy["anchors"] = [_anchor(one, Path(path).parent) for one in anchors]
     except (ValueError, AttributeError, TypeError):
-        raise Misused(f"{path} is not an attestation policy in JSON; see docs/attestation.md.") from None
+        raise Misused(f"{path} is not an appraisal policy in JSON; see docs/attestation.md.") from None
     return dict(policy)
 
 
@@ -120,11 +117,12 @@ def _anchor(anchor: Any, folder: Path) -> Any:
     text_ = anchor.get("pem") if isinstance(anchor, dict) else anchor
     if not isinstance(text_, str) or "-----BEGIN" in text_:
         return anchor
-    pem = _pem(str(folder / Path(text_).expanduser()))
+    pem = read_pem(str(folder / Path(text_).expanduser()))
     return {**anchor, "pem": pem} if isinstance(anchor, dict) else pem
 
 
-def _profile(answer: dict[str, Any]) -> dict[str, Cell]:
+def profile_cells(answer: dict[str, Any]) -> dict[str, Cell]:
+    """Return how an enrolment profile in an answer is shown."""
     fields = {name: text(answer.get(name)) for name in PROFILE_FIELDS}
     policy = answer.get("attestation")
     if isinstance(policy, dict):
@@ -190,12 +188,12 @@ def enrolment_create(portal: Remote, /, token_out: str | None, **options: Any) -
 
     It is valid for one expected device (--device, see portal expect), or for new devices.
     """
-    body = _given(options)
+    body = given_fields(options)
 
     def fields(answer: dict[str, Any]) -> dict[str, Cell]:
         scope = "device_id" if answer.get("device_id") else "count"
         known = {name: text(answer.get(name)) for name in ("enrolment_token_id", scope)}
-        return known | _profile(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
+        return known | profile_cells(answer) | {"expires_at": moment(answer.get("expires_at"), expiry=True)}
 
     create_with_secret(
         portal,
@@ -220,7 +218,7 @@ def enrolment_update(portal: Remote, token_id: str, attestation: str) -> None:
     """
     body = {"attestation": _policy(attestation)}
     answer = portal.client.call("PATCH", f"/enrolment-tokens/{token_id}", body=body).json()
-    fields = {name: text(answer.get(name)) for name in ("enrolment_token_id", "name")} | _profile(answer)
+    fields = {name: text(answer.get(name)) for name in ("enrolment_token_id", "name")} | profile_cells(answer)
     portal.out.result(answer, fields, done=f"Changed the enrolment token {answer.get('name') or token_id}")
 
 
@@ -232,139 +230,6 @@ def enrolment_revoke(portal: Remote, token_id: str, yes: bool) -> None:
     confirm(f"Revoke the enrolment token {token_id}? No more devices can enrol with it.", yes=yes)
     answer = portal.client.call("DELETE", f"/enrolment-tokens/{token_id}").json()
     portal.out.result(answer, done=f"Revoked the enrolment token {answer.get('name') or token_id}")
-
-
-@click.group("manufacturer")
-def manufacturer() -> None:
-    """Manufacturer CAs: list, show, add, update, prove, remove."""
-
-
-@command("list", manufacturer, examples=["portal manufacturer list"])
-def manufacturer_list(portal: Remote) -> None:
-    """List manufacturers, newest first.
-
-    When piped, prints tab-separated lines: id, name, status, approval, expiry and fingerprint of the CA certificate.
-    """
-    answer = portal.client.get("/manufacturers")
-    portal.out.table(
-        answer,
-        "manufacturers",
-        {
-            "id": "manufacturer_id",
-            "name": "name",
-            "status": status_of,
-            "approval": "approval",
-            "expires": date_of("not_after", expiry=True),
-            "fingerprint": "fingerprint",
-        },
-        empty="No manufacturers yet.",
-        spare=("approval", "fingerprint"),
-        whole=("status",),
-    )
-
-
-@command("show", manufacturer, examples=["portal manufacturer show 1e66977361d81fe2"])
-@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
-def manufacturer_show(portal: Remote, manufacturer_id: str) -> None:
-    """Show a manufacturer and the nonce that its CA must sign."""
-    _show_manufacturer(portal, portal.client.get(f"/manufacturers/{manufacturer_id}"))
-
-
-@command(
-    "add",
-    manufacturer,
-    examples=["portal manufacturer add acme --certificate acme-ca.pem --type pump --name-template 'pump {serial}'"],
-)
-@click.argument("name", help="Name of the manufacturer, shown in the audit record.")
-@click.option("--certificate", metavar="FILE", required=True, help="CA certificate (PEM); - for standard input.")
-@profile_options(new=True)
-def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> None:
-    """Add a manufacturer CA; it must be proven before use.
-
-    Devices with a factory certificate of this CA can enrol once portal manufacturer prove has succeeded.
-    """
-    body = _given(options) | {"certificate": _pem(certificate)}
-    answer = portal.client.call("POST", "/manufacturers", body=body, repeatable=False).json()
-    require(answer, "manufacturer_id", "nonce")
-    _show_manufacturer(portal, answer, done=f"Added {body['name']}; devices can enrol once its CA is proven")
-    portal.out.note("Sign the nonce with the key of the CA:")
-    portal.out.note(f"  printf %s {answer['nonce']} | openssl dgst -sha256 -sign ca.key -out nonce.sig")
-    portal.out.next_step(f"portal manufacturer prove {answer['manufacturer_id']} --signature nonce.sig")
-
-
-@command(
-    "update",
-    manufacturer,
-    examples=["portal manufacturer update 1e66977361d81fe2 --approval operator --location 'Hall 2'"],
-)
-@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
-@click.option("--name", metavar="NAME", help="New name.")
-@profile_options(new=False)
-def manufacturer_update(portal: Remote, /, manufacturer_id: str, **options: Any) -> None:
-    """Change a manufacturer's name or enrolment profile.
-
-    It applies to devices that enrol from then on.
-    """
-    changes = _given(options)
-    if not changes:
-        raise click.UsageError("Nothing to change: use at least one of --name, --type, --location, --firmware, …")
-    answer = portal.client.call("PATCH", f"/manufacturers/{manufacturer_id}", body=changes).json()
-    _show_manufacturer(portal, answer, done=f"Changed {', '.join(changes)} of {answer.get('name') or manufacturer_id}")
-
-
-@command(
-    "prove",
-    manufacturer,
-    examples=[
-        "portal manufacturer prove 1e66977361d81fe2 --signature nonce.sig",
-        "portal manufacturer prove 1e66977361d81fe2 --certificate nonce.pem",
-    ],
-)
-@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
-@click.option("--signature", metavar="FILE", help="Signature of the nonce, as openssl dgst -sign writes it.")
-@click.option("--certificate", metavar="FILE", help="Certificate (PEM) issued by the CA, with the nonce as its CN.")
-def manufacturer_prove(portal: Remote, manufacturer_id: str, signature: str | None, certificate: str | None) -> None:
-    """Prove possession of a manufacturer's CA key."""
-    if (signature is None) == (certificate is None):
-        raise click.UsageError("Use either --signature or --certificate.")
-    body = {"certificate": _pem(certificate)} if certificate is not None else {"signature": _base64(signature or "")}
-    answer = portal.client.call("POST", f"/manufacturers/{manufacturer_id}/proof", body=body).json()
-    _show_manufacturer(portal, answer, done=f"Registered {answer.get('name') or manufacturer_id}")
-
-
-@command("remove", manufacturer, examples=["portal manufacturer remove 1e66977361d81fe2"])
-@click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
-@YES
-def manufacturer_remove(portal: Remote, manufacturer_id: str, yes: bool) -> None:
-    """Remove a manufacturer CA; enrolled devices stay active."""
-    confirm(f"Remove the manufacturer {manufacturer_id}? No more devices can enrol with its CA.", yes=yes)
-    answer = portal.client.call("DELETE", f"/manufacturers/{manufacturer_id}").json()
-    portal.out.result(answer, done=f"Removed {answer.get('name') or manufacturer_id}")
-
-
-def _pem(path: str) -> str:
-    try:
-        return read_input(path).decode("ascii")
-    except UnicodeDecodeError:
-        raise Misused(f"{path} is not PEM; convert it with: openssl x509 -inform DER -in FILE") from None
-
-
-def _base64(path: str) -> str:
-    content = read_input(path)
-    try:
-        base64.b64decode(b"".join(content.split()), validate=True)
-    except (ValueError, binascii.Error):
-        return base64.b64encode(content).decode()
-    return b"".join(content.split()).decode()
-
-
-def _show_manufacturer(portal: Remote, answer: dict[str, Any], *, done: str = "") -> None:
-    fields: dict[str, Cell] = {name: text(answer.get(name)) for name in ("manufacturer_id", "name")}
-    fields |= {"status": status_of(answer), "fingerprint": text(answer.get("fingerprint"))}
-    fields |= {"not_after": moment(answer.get("not_after"), expiry=True)} | _profile(answer)
-    if answer.get("nonce"):
-        fields |= {"nonce": text(answer["nonce"]), "nonce_expires_at": moment(answer.get("nonce_expires_at"))}
-    portal.out.result(answer, fields, done=done)
 
 
 @command("expect", examples=["portal expect pump-9 --type pump --location 'Hall 2' --firmware 1.0"])
@@ -380,7 +245,7 @@ def _show_manufacturer(portal: Remote, answer: dict[str, Any], *, done: str = ""
 @EXTERNAL_ID
 def expect(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: str | None) -> None:
     """Add a device that will enrol by itself later."""
-    body: dict[str, Any] = {**_given(options), "metadata": metadata_from(metadata)}
+    body: dict[str, Any] = {**given_fields(options), "metadata": metadata_from(metadata)}
     if topics:
         body["topics"] = topics_from(topics)
     # Not repeated if the connection breaks: that would create a second device.

@@ -55,6 +55,14 @@ def read_input(path: str, *, limit: int = MAX_INPUT) -> bytes:
     return content
 
 
+def read_pem(path: str) -> str:
+    """Read a file, or standard input for ``-``, that must be PEM; raises ``Misused``."""
+    try:
+        return read_input(path).decode("ascii")
+    except UnicodeDecodeError:
+        raise Misused(f"{path} is not PEM; convert it with: openssl x509 -inform DER -in FILE") from None
+
+
 def read_secret(path: str, what: str) -> str:
     """Return the first line of a file (``-`` for standard input) as a secret; raises ``Misused``."""
     try:
