@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -493,6 +494,31 @@ def test_a_portal_killed_at_any_step_finishes_after_its_start(step: str) -> None
         assert f"deny {device.id}" in journal_lines(journal_of(victim))
         assert gets_nothing(device)
         assert not is_kept(victim, said)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param("journal.written", marks=pytest.mark.long),
+        "apply.before_proof",
+        pytest.param("apply.after_reload", marks=pytest.mark.long),
+    ],
+)
+def test_a_broker_killed_at_any_step_of_a_revocation_obeys_after_its_start(step: str) -> None:
+    with deployed(PORTAL_FAILPOINT=f"revoke.after_commit>{step}=sleep:2", PORTAL_WORKERS="1") as deployment:
+        deployment.wait_ready()
+        device = deployment.onboard()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(deployment.call, "POST", f"/revoke/{device.id}", {})
+            wait_until(lambda: f"deny {device.id}" in journal_lines(journal_of(deployment)))
+            assert deployment.broker is not None
+            os.kill(deployment.broker.pid, signal.SIGKILL)
+            deployment.stop_broker()
+            deployment.start_broker()
+            assert answer.result().status_code == 200
+        assert gets_nothing(device)
+        wait_until(lambda: deployment.call("POST", f"/revoke/{device.id}", {}).json()["broker"] == "enforced")
+        deployment.wait_ready()
 
 
 def test_a_broker_without_the_plugin_is_never_believed(own: Deployment) -> None:
