@@ -131,8 +131,7 @@ class Reconciler:
             begun_before = self._begun
         if timeout is None:
             timeout = self._settings.enforce_timeout
-            if self._last[1].problem is not None:
-                # The jobs keep trying with the whole timeout. Requests that did would take up every thread meanwhile.
+            if self._is_failing():
                 timeout = min(timeout, AFTER_FAILURE_SECONDS)
         try:
             with self._lock.hold(MAX_AHEAD * timeout):
@@ -145,7 +144,7 @@ class Reconciler:
                 with self._counting:
                     self._begun += 1
                     number = self._begun
-                outcome = self._reconcile(timeout)
+                outcome = self._reconcile(timeout, state.applied_generation)
                 self._last = (number, outcome)
                 return outcome
         except LockUnavailable as error:
@@ -154,6 +153,14 @@ class Reconciler:
                 return Outcome(applied, applied)
             self._log_problem(error.detail, applied, applied)
             return Outcome(applied, applied, error.detail)
+
+    def _is_failing(self) -> bool:
+        """Return whether the last reconciliation failed, and none has succeeded since, in any process.
+
+        Meanwhile the jobs keep trying with the whole timeout. Requests that did would take up every thread.
+        """
+        last = self._last[1]
+        return last.problem is not None and self.applied_generation() <= last.enforced
 
     def wait_until_granted(self, generation: int) -> None:
         """Return once credentials made at ``generation`` work; raises ``Unavailable`` if that takes too long.
@@ -300,9 +307,9 @@ class Reconciler:
         with self._database.snapshot() as tx:
             return generations.get_broker_state(tx, self._tenant_id)
 
-    def _reconcile(self, timeout: float) -> Outcome:
+    def _reconcile(self, timeout: float, enforced: int) -> Outcome:
         started = time.monotonic()
-        progress = _Progress()
+        progress = _Progress(enforced=enforced)
         try:
             self._run(progress, started + timeout)
         except PortalError as error:

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 
+import db
 from core.states import Approval, RepeatedSerial
 from operations.wiring import Portal
 from pki.csr import read_csr
@@ -18,7 +19,7 @@ from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, csr_pem
 from tests.workflows.test_admission import OPERATOR, Rows, request_of
 from workflows.bulk.batch import Candidate
 from workflows.enrolment.credentials import Waiting, by_token
-from workflows.reconciliation import Outcome
+from workflows.reconciliation import AFTER_FAILURE_SECONDS, Outcome
 from workflows.renewal import RenewalRequest
 
 pytestmark = ON_SQLITE
@@ -157,3 +158,25 @@ def test_a_client_that_gets_a_certificate_waits_until_the_broker_knows_the_devic
     order.append("answered")
     assert order == ["applied", "answered"]
     assert asked
+
+
+def test_requests_give_up_early_only_until_the_broker_has_obeyed_again(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeouts: list[float] = []
+
+    def fail(timeout: float, enforced: int) -> Outcome:
+        timeouts.append(timeout)
+        return Outcome(enforced, enforced, "It was too slow.")
+
+    monkeypatch.setattr(portal.reconciler, "_reconcile", fail)
+    with portal.database.transaction() as tx:
+        newest = db.next_generation(tx, "default", at=portal.clock())
+    portal.reconciler.apply(newest)
+    portal.reconciler.apply(newest)
+    with portal.database.transaction() as tx:  # as the jobs do, in whichever process
+        generations.set_applied_generation(tx, "default", newest, applied_at=portal.clock())
+        newest = db.next_generation(tx, "default", at=portal.clock())
+    portal.reconciler.apply(newest)
+    whole = portal.settings.enforce_timeout
+    assert timeouts == [whole, AFTER_FAILURE_SECONDS, whole]
