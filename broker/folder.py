@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from broker.capath import FILE_MODE, CaFolder
 from broker.crl import CrlWindow, Trust, issuing_certificates, read_window, validate_crl
+from broker.process import started_at
 from broker.session import connect_unix
 from config import Settings
 from core.broker_control import RECORD_FILE
@@ -31,6 +32,7 @@ from core.failpoints import failpoint
 from core.files import FileLock, access_problem, fsync_directory, private_folder, replace_file, temporary_beside
 
 CRL_FILE, CA_FILE, CA_FOLDER = "crl.pem", "ca.pem", "capath"
+CRLS_READ = "crls"  # in the record
 SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE = "server.pem", "server.key"
 # The broker, as another user, creates its socket, pid file and database here, so its group may write. Set-group-id
 # gives those its group; the sticky bit keeps it from replacing the portal's files.
@@ -142,6 +144,18 @@ class BrokerFolder:
         except OSError:
             pass
         return self._ca_folder.publish(trust)
+
+    def crl_bytes(self) -> int:
+        """Return how many bytes of CRLs, in PEM, the running broker was given, which keeps them until it ends."""
+        try:
+            started, count = self.stated()[CRLS_READ]
+        except (KeyError, TypeError, ValueError):
+            return 0
+        return count if started == started_at(self._settings) and type(count) is int else 0
+
+    def with_crls_read(self, trust: Trust) -> dict[str, Any]:
+        """Return what the record says of ``crl_bytes`` once ``trust`` was published."""
+        return {CRLS_READ: [started_at(self._settings), self.crl_bytes() + len(trust.crl)]}
 
     def write_server_certificate(self, chain: bytes, key: bytes) -> bool:
         """Write the broker's own certificate with its issuers (PEM) and private key (PEM, PKCS#8, not encrypted).

@@ -17,7 +17,7 @@ from datetime import datetime
 from broker.control import RestartReason
 from broker.crl import Trust
 from broker.files.acl import NUMBER_TOPIC, REFUSED_TOPIC, VERSION_TOPIC, Acl, number_of, validate_acl
-from broker.folder import CA_FILE, CRL_FILE, BrokerFolder
+from broker.folder import CA_FILE, CRL_FILE, CRLS_READ, BrokerFolder
 from broker.probe import Resumption
 from broker.process import run_command, signal_broker, started_at
 from broker.session import (
@@ -42,7 +42,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _SIGNAL_AGAIN_SECONDS = 0.1  # a reload takes the broker 4 to 8 ms; a signal that arrives during one may be lost
 
 
-_RESUMABLE, _CRLS = "resumable", "crls"  # in the record
+_RESUMABLE = "resumable"  # in the record
 _MAX_CRL_BYTES = 25 << 20  # of the CRLs, in PEM, that a running broker has read: it takes four times that of memory
 SESSION_SECONDS = 7200  # for which OpenSSL takes a session id of TLS 1.2
 
@@ -88,10 +88,10 @@ class BrokerFiles(BrokerFolder):
         if not even_older:
             self._check_order(generation)
         contents: dict[str, bytes] = {}
-        kept = {name: value for name, value in self.stated().items() if name in (_RESUMABLE, _CRLS)}
+        kept = {name: value for name, value in self.stated().items() if name in (_RESUMABLE, CRLS_READ)}
         if trust is not None:
             if self.publish(trust):
-                kept[_CRLS] = [started_at(settings), self.crl_bytes() + len(trust.crl)]
+                kept |= self.with_crls_read(trust)
             contents = {CA_FILE: trust.ca, CRL_FILE: trust.crl}
         contents[ACL_FILE] = projection.acl
         self._write(generation, contents, {**kept, "style": settings.acl_style, "acl": number})
@@ -112,14 +112,6 @@ class BrokerFiles(BrokerFolder):
         stated = self.stated()
         number = stated.get("acl", stated.get("generation"))
         return number if type(number) is int else 0
-
-    def crl_bytes(self) -> int:
-        """Return how many bytes of CRLs were published since the broker's start."""
-        try:
-            started, count = self.stated()[_CRLS]
-        except (KeyError, TypeError, ValueError):
-            return 0
-        return count if started == started_at(self._settings) and type(count) is int else 0
 
     def resumable(self) -> Resumable | None:
         """Return since when sessions may be resumed past a revocation, ``None`` if they never could."""

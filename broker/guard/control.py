@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import Any
 
-from broker.control import PresenceReports
+from broker.control import PresenceReports, RestartReason
 from broker.crl import Trust, issuing_certificates
+from broker.folder import CRLS_READ
 from broker.guard import journal
 from broker.guard.access import GuardAccess, NoJournal
 from broker.guard.folder import GuardFiles
@@ -43,6 +44,8 @@ UNKNOWN_IDENTITY = "unknown"  # of a certificate of which only the serial number
 CRL_SECONDS = 180.0
 CRL_BYTES_A_SECOND = 300
 CRL_CHANGES, CRL_BYTES_A_CHANGE = 100, 360
+# It takes four times their size in PEM. The more it has, the longer are the pauses, and at last it has to be restarted.
+SOME_CRL_BYTES, MORE_CRL_BYTES_A_SECOND, MAX_CRL_BYTES = 25 << 20, 1000, 150 << 20
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _REASON_SECONDS = 0.5  # to ask, after the deadline, why there is no proof
@@ -196,6 +199,7 @@ class GuardControl:
             "issuers": sorted(known.union(issuers)),
             "crl_seq": position.seq if due else before.get("crl_seq", 0),
             "crl_at": self._now() if due else before.get("crl_at", 0),
+            **(self.files.with_crls_read(trust) if published else {CRLS_READ: self.files.stated().get(CRLS_READ)}),
         }
         self.files.install(generation, trust, stated)
         return published
@@ -211,6 +215,7 @@ class GuardControl:
     def _is_crl_due(self, position: Position, before: Mapping[str, Any], size: int) -> bool:
         since = self._now() - _whole(before.get("crl_at"))
         pause = min(CRL_SECONDS, size / CRL_BYTES_A_SECOND)
+        pause = max(pause, (self.files.crl_bytes() - SOME_CRL_BYTES) / MORE_CRL_BYTES_A_SECOND)
         changes = max(CRL_CHANGES, size / CRL_BYTES_A_CHANGE)
         return not 0 <= since < pause or position.seq - _whole(before.get("crl_seq")) >= changes
 
@@ -233,7 +238,8 @@ class GuardControl:
         due = at_once or self._is_crl_due(position, stated, len(trust.crl))
         if due:
             stated = {**stated, "crl_at": self._now(), "crl_seq": position.seq}
-        published = due and self.files.publish(trust)
+        if published := due and self.files.publish(trust):
+            stated |= self.files.with_crls_read(trust)
         self.files.install(position.generation, trust, {**stated, "seq": position.seq})
         return published
 
@@ -259,8 +265,9 @@ class GuardControl:
             raise unavailable(self._settings, error) from error
         return position.generation
 
-    def waits(self, deadline: float) -> None:
-        """Return ``None``: the guard reads all by itself."""
+    def waits(self, deadline: float) -> RestartReason | None:
+        """Return whether the broker has been given too many CRLs; all else the guard reads by itself."""
+        return RestartReason.CRLS if self.files.crl_bytes() > MAX_CRL_BYTES else None
 
     def check_resumption(self, generation: int, how: Callable[[], Resumption]) -> None:
         """Do nothing: the guard sees the certificate of a resumed session, too."""

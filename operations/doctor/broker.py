@@ -18,6 +18,7 @@ from broker.guard.control import GuardControl
 from broker.guard.journal import read_access, read_position
 from broker.session import connect_unix, peer_process
 from broker_provisioning import BrokerProvisioning
+from config import Settings
 from core.broker_control import ACL_FILE, JOURNAL_FILE, AclStyle, ControlKind
 from core.errors import BrokerUnavailable
 from core.states import ON_CRL, IssuerKind
@@ -219,17 +220,24 @@ def broker(installation: Installation) -> Finding:
             "Set password_file in its configuration to the portal's file, then restart it.",
         )
     if waits is not None:
-        how = "The portal does it soon." if settings.broker_restart else "Do it at a quiet time: sessions are kept."
-        return warning(f"The broker has to be restarted: {waits}.", how)
+        return _has_to_be_restarted(waits, settings)
     return well(f"The broker answers, and enforces generation {applied}.")
+
+
+def _has_to_be_restarted(reason: RestartReason, settings: Settings) -> Finding:
+    how = "The portal does it soon." if settings.broker_restart else "Do it at a quiet time: sessions are kept."
+    return warning(f"The broker has to be restarted: {reason}.", how)
 
 
 def _guarded_broker(installation: Installation, deadline: float) -> Finding:
     try:
         with installation.between_reconciliations():
-            generation = GuardControl(installation.settings, installation.clock).check(deadline)
+            control = GuardControl(installation.settings, installation.clock)
+            generation, waits = control.check(deadline), control.waits(deadline)
     except BrokerUnavailable as error:
         return problem(error.detail, "Start the broker with the portal's configuration, or see its log.")
+    if waits is not None:
+        return _has_to_be_restarted(waits, installation.settings)
     return well(f"The broker answers, and its guard enforces generation {generation}.")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.control import Draft
+from broker.control import Draft, RestartReason
 from broker.crl import Trust
 from broker.guard import journal
 from broker.guard.control import CRL_CHANGES, CRL_SECONDS, GUARD_VERSION, GuardControl
@@ -515,6 +515,23 @@ def test_a_long_crl_is_published_once_it_has_become_a_tenth_longer(place: Place)
     place.install(trust=place.trust(*[some] * 1000))
     assert not place.install(deny(CRL_CHANGES + 10), trust=place.trust(*[some] * 1055))
     assert place.install(deny(60), trust=place.trust(*[some] * 1085))
+
+
+def test_a_broker_that_has_read_much_gets_crls_less_often_and_is_restarted_at_last(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(place.trust().crl)
+    monkeypatch.setattr("broker.guard.control.SOME_CRL_BYTES", size)
+    monkeypatch.setattr("broker.guard.control.MORE_CRL_BYTES_A_SECOND", size / (10 * CRL_SECONDS))
+    monkeypatch.setattr("broker.guard.control.MAX_CRL_BYTES", 2.5 * size)
+    published = [place.install()]
+    for pauses in (1, 1, 10):
+        place.now += timedelta(seconds=pauses * CRL_SECONDS)
+        published.append(place.install())
+        assert place.control.waits(soon()) is (RestartReason.CRLS if pauses == 10 else None)
+    assert published == [True, True, False, True]
+    place.settings.broker_socket.touch()  # as the broker does at its start
+    assert place.control.waits(soon()) is None
 
 
 def test_the_probe_certificate_is_on_the_crl_at_once(place: Place) -> None:
