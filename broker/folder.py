@@ -6,6 +6,7 @@ import contextlib
 import grp
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -152,6 +153,13 @@ class BrokerFolder:
         except (KeyError, TypeError, ValueError):
             return 0
         return count if started == started_at(self._settings) and type(count) is int else 0
+
+    def seconds_since_crl(self) -> float:
+        """Return how long ago the CRLs for the broker's next start were written, by any process."""
+        try:
+            return abs(time.time() - self._path(CRL_FILE).stat().st_mtime)
+        except OSError:
+            return math.inf
 
     def with_crls_read(self, trust: Trust) -> dict[str, Any]:
         """Return what the record says of ``crl_bytes`` once ``trust`` was published."""

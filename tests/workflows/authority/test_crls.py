@@ -186,23 +186,28 @@ def test_a_process_reads_what_is_revoked_before_it_has_to_sign(portal: Portal, m
 
 
 def test_crls_that_nobody_waits_for_take_little_of_the_time(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
-    crls, now, pauses = portal.reconciler.crls, [0.0], list[float]()
+    crls, now, last, pauses = portal.reconciler.crls, [0.0], [0.0], list[float]()
 
     class Stopping(threading.Event):
         def is_set(self) -> bool:
-            return len(pauses) == 3
+            return len(pauses) >= 5
 
         def wait(self, timeout: float | None = None) -> bool:
             pauses.append(timeout or 0.0)
             now[0] += timeout or 0.0
+            if len(pauses) == 3:
+                last[0] = now[0] - 1.0  # another process has published them
             return False
 
     def publish() -> None:
         now[0] += 0.2
+        last[0] = now[0]
         crls.wake()
 
     monkeypatch.setattr(crls, "publish", publish)
     monkeypatch.setattr("workflows.authority.crl_publication.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(portal.broker.files, "seconds_since_crl", lambda: now[0] - last[0])
     crls.wake()
     crls.run_requested(Stopping())
-    assert pauses == pytest.approx([LEAST_PAUSE, 0.2 / MAX_SHARE, 0.2 / MAX_SHARE])
+    whole = 0.2 / MAX_SHARE
+    assert pauses[:4] == pytest.approx([LEAST_PAUSE, LEAST_PAUSE, whole - LEAST_PAUSE, whole - 1.0])
