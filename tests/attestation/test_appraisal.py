@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from attestation import refusals
 from attestation.appraisal import AppraisalPolicy, appraise
 from attestation.evidence import Challenge, Claims, DebugStatus, EvidenceType, Lifecycle, SoftwareComponent
 from attestation.refusals import AppraisalFailed, NonceMismatch
 from attestation.verification import AttestationResult, Evidence, attest
+from core.errors import AttestationRefused
 from tests.support.attestation import NOW, Maker
 
 BOOT = SoftwareComponent("BL", "1.9", "11" * 32, "aa" * 32)
@@ -226,3 +229,11 @@ def test_a_policy_that_cannot_be_meant_is_refused(value: dict[str, Any]) -> None
 def test_a_policy_is_the_same_after_a_round_through_json() -> None:
     made = policy({"mkey": "BL", "mval": {"digests": ["sha-256:" + "11" * 32]}}, lifecycle=["secured"], on_renewal=True)
     assert AppraisalPolicy.model_validate_json(made.model_dump_json(by_alias=True)) == made
+
+
+def test_every_code_is_explained() -> None:
+    explained = (Path(__file__).parents[2] / "docs" / "attestation.md").read_text()
+    codes = {
+        one.code for one in vars(refusals).values() if isinstance(one, type) and issubclass(one, AttestationRefused)
+    }
+    assert not [code for code in codes - {AttestationRefused.code} if f"`{code}`" not in explained]
