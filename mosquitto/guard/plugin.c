@@ -34,10 +34,11 @@
  * struct mosquitto_evt_disconnect. */
 enum { EVENT_CONNECT = 11, EVENT_CLIENT_OFFLINE = 28 };
 
-/* By this the portal's doctor knows the version of the file. */
+/* By these the portal's doctor knows the version of the file, and that it compares more than the names of CAs. */
 #define TEXT_OF(number) #number
 #define PROTOCOL(number) "portal-guard protocol " TEXT_OF(number)
 __attribute__((used)) static const char protocol[] = PROTOCOL(GUARD_VERSION);
+__attribute__((used)) static const char compares_keys[] = "portal-guard compares keys of CAs";
 
 static mosquitto_plugin_id_t *identifier; /* NULL while the plugin is not loaded */
 static char *journal_path;

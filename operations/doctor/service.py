@@ -18,6 +18,7 @@ from operations.doctor.mosquitto import SAFE_RELOAD, find_configuration, guard_o
 LOGROTATE_RULES = Path("/etc/logrotate.d")
 _MAX_BYTES = 1 << 20
 _OPENSSL_CNF = "Install mosquitto/openssl.cnf as mosquitto/README.md says, then restart the broker."
+_COMPARES_KEYS = b"portal-guard compares keys of CAs\0"
 _BUILD = "Build and install the plugin again (make -C mosquitto/guard install), then restart the broker."
 
 
@@ -172,6 +173,8 @@ def plugin_mistakes(plugin: Path | None, maps: str, root: Path = Path("/")) -> I
         yield problem(f"{plugin} is not the portal's guard, or an old version of it.", _BUILD)
     elif int(spoken[1]) != GUARD_VERSION:
         yield problem(f"The guard {plugin} is of version {int(spoken[1])}, the portal's is {GUARD_VERSION}.", _BUILD)
+    elif _COMPARES_KEYS not in content:
+        yield warning(f"The guard {plugin} compares CAs by their names alone: it is older than the portal.", _BUILD)
     if re.search(rf"/{re.escape(plugin.name)} \(deleted\)$", maps, re.MULTILINE):
         yield warning(f"{plugin} was replaced since the broker started.", "Restart the broker at a quiet time.")
 

@@ -154,6 +154,7 @@ def test_the_guard_that_is_built_is_the_one_that_the_portal_speaks_to() -> None:
         ),
         (b"\x7fELF", "", "is not the portal's guard, or an old version of it"),
         (None, "", "cannot be read: No such file or directory"),
+        (b"portal-guard protocol %d\0" % GUARD_VERSION, "", "compares CAs by their names alone"),
         (
             b"portal-guard protocol %d\0" % GUARD_VERSION,
             "7f r-xp 00000000 08:01 5  /usr/local/lib/portal_guard.so (deleted)\n",
