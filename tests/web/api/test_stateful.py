@@ -46,8 +46,9 @@ def described() -> dict[str, Any]:
 
 application = Application()
 whole = schemathesis.openapi.from_dict(described(), config=SchemathesisConfig.from_dict({**CONFIG, "checks": CHECKS}))
-# Left to test_schemathesis.py: what nobody can make up (a proof of a CA's key), and what has no links to follow.
-schema: Any = whole.exclude(path_regex=r"^/(manufacturers/.*/proof|\.well-known/est|ocsp)")
+# Left to test_schemathesis.py: what nobody can make up (a proof of a CA's key), what devices ask by their own
+# credentials, and what has no links to follow.
+schema: Any = whole.exclude(path_regex=r"^/(manufacturers/.*/proof|\.well-known/est|enroll|attestation/nonce|ocsp)")
 schema.app = application
 # A body's ``external_id`` is taken for the identifier of a thing that nothing makes, and a call with such a field for
 # one that is bound to fail, from which no run begins: ``POST /register``, of all calls.
