@@ -18,7 +18,7 @@ from config import Settings
 from core.roles import Role
 from operations.wiring import Portal, open_portal
 from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, drop_database, url_of
-from tests.support.harness import Api, Clock, api_as, copy_with_groups, first_start, settings_for
+from tests.support.harness import Api, Clock, api_as, copy_with_groups, derived_quickly, first_start, settings_for
 from tests.support.made_once import made_once
 from tests.support.mosquitto import short_folder
 from tests.support.token_fixtures import make_ca_key, soft_tokens, token_server
@@ -131,7 +131,8 @@ def _fresh_settings(prepared: Prepared) -> Iterator[Callable[..., Settings]]:
             environment.setdefault("PORTAL_DATABASE_URL", url_of(lent[-1]))
         return settings_for(folder, **{**prepared.environment(), **environment})
 
-    yield make
+    with derived_quickly():
+        yield make
     for folder in folders:
         shutil.rmtree(folder)
     if prepared.databases is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 from flask.testing import FlaskClient
 
@@ -23,6 +25,7 @@ from config import Settings
 from core.roles import Role
 from operations.wiring import Portal, first_token, open_portal, prepare, utc_now
 from pki.algorithms import encrypt_private_key
+from pki.keys import files
 from store import tenants
 from store.tables import METADATA
 from tests.support.ports import free_port
@@ -64,21 +67,19 @@ def key_path(settings: Settings, name: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def derived_quickly() -> Iterator[None]:
+    """Encrypt CA keys that are made in the ``with`` block with one round of PBKDF2: to open one takes 0.1 s else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "encrypt_private_key", functools.partial(encrypt_private_key, rounds=1))
+        yield
+
+
 def first_start(settings: Settings) -> None:
     """Do as ``flask init`` does, in this process."""
-    with contextlib.closing(open_portal(settings)) as portal:
+    with derived_quickly(), contextlib.closing(open_portal(settings)) as portal:
         prepare(portal)
         first_token(portal)
-    derive_quickly(settings.data_dir)
-
-
-def derive_quickly(folder: Path) -> None:
-    """Encrypt the CA keys again with one round of PBKDF2: a process opens a portal in 0.03 s in place of 0.2 s."""
-    passphrase = (folder / "secrets" / "ca-passphrase").read_bytes().strip()
-    for path in (folder / "ca").glob("*.key.pem"):
-        key = load_pem_private_key(path.read_bytes(), passphrase)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        path.write_bytes(encrypt_private_key(key, passphrase, rounds=1))
 
 
 def copy_with_groups(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.support.backups import (
     Story,
 )
 from tests.support.databases import postgres_database
-from tests.support.harness import Clock, derive_quickly, settings_for
+from tests.support.harness import Clock, derived_quickly, settings_for
 from tests.support.mosquitto import short_folder
 
 
@@ -25,10 +26,8 @@ def other_folder(prepared: Prepared) -> Iterator[Path]:
     folder = short_folder(in_memory=True)
     (folder / "secrets").mkdir(mode=0o700)
     shutil.copy(prepared.folder / "secrets" / "ca-passphrase", folder / "secrets" / "ca-passphrase")
-    portal = open_portal(settings_for(folder, **prepared.environment()))
-    prepare(portal)
-    portal.close()
-    derive_quickly(folder)
+    with derived_quickly(), contextlib.closing(open_portal(settings_for(folder, **prepared.environment()))) as portal:
+        prepare(portal)
     yield folder
     shutil.rmtree(folder)
 
