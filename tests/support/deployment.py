@@ -81,7 +81,7 @@ class Deployment:
 
     def __enter__(self) -> Self:
         try:
-            self._make_data_folder()
+            self.make_data_folder()
             self.start_broker()
             self.start_portal()
         except BaseException:
@@ -101,7 +101,7 @@ class Deployment:
         (self.folder / "restart").open("w").close()  # ends the thread
         shutil.rmtree(self.folder)
 
-    def _make_data_folder(self) -> None:
+    def make_data_folder(self) -> None:
         """Do what ``flask init`` does; further portals with the same settings on SQLite start from a copy of it."""
         own = {"PORTAL_DATA_DIR", "PORTAL_BIND", "PORTAL_PKI_BIND", "PORTAL_MQTT_PORT", "PORTAL_BROKER_RESTART"}
         settings = tuple(sorted(item for item in self.environment.items() if item[0].startswith("PORTAL_")))

@@ -375,7 +375,7 @@ class Timed(Faulty):
         self.session.verify = False  # this process's own clock is not moved
         self.move(timedelta(days=-10))
 
-    def _make_data_folder(self) -> None:
+    def make_data_folder(self) -> None:
         self.run_flask("init")  # at this clock: a copy would be of another time
 
     def move(self, ahead: timedelta) -> None:

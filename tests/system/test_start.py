@@ -21,7 +21,7 @@ pytestmark = pytest.mark.system
 def stopped() -> Iterator[Deployment]:
     """A portal that has been started once and stopped."""
     deployment = Deployment()
-    deployment.run_flask("init")
+    deployment.make_data_folder()
     yield deployment
     deployment.__exit__(None, None, None)
 
