@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from broker.session import Session, connect_unix
+from core.files import FileLock, replace_file
 
 CONFIGURATION = Path(__file__).parents[2] / "mosquitto" / "portal.conf"
 BESIDE = CONFIGURATION.with_name("beside.conf")  # the part of a broker that has other users
@@ -46,11 +49,18 @@ def short_folder(*, in_memory: bool = False) -> Path:
 
 @functools.cache
 def guard_library() -> Path:
-    """Build the plugin of the guard, once for this process."""
+    """The guard's plugin, built once for these sources: a copy for this process, which the broker's user may read."""
     folder = short_folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    subprocess.run(["make", "-s", "-C", GUARD, f"BUILD={folder}"], check=True, capture_output=True, timeout=120)
-    return folder / "portal_guard.so"
+    sources = [GUARD / "Makefile", *sorted(GUARD.glob("*.[ch]")), *sorted(Path("/usr/include").glob("mosquitto*.h"))]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    built = Path(sys.prefix) / f"guard-{digest[:16]}.so"  # as scripts/run has it
+    with FileLock(built.with_name("guard.lock")).hold(120):
+        if not built.exists():
+            make = ["make", "-s", "-C", str(GUARD), f"BUILD={folder}"]
+            subprocess.run(make, check=True, capture_output=True, timeout=120)
+            replace_file(built, (folder / "portal_guard.so").read_bytes(), mode=0o644)
+    return Path(shutil.copy(built, folder / "portal_guard.so"))
 
 
 def without_guard(configuration: str) -> str:
