@@ -17,6 +17,7 @@ import click
 import pytest
 
 from cli import cli
+from tests.support import programs
 from tests.support.checkpoints import KEY, NOTE
 from tests.support.cli_session import Session
 from tests.support.pki import Pki
@@ -42,7 +43,7 @@ DEADLINE = 20.0  # seconds; only a test that fails takes so long
 class Terminal:
     """The command line on a terminal of its own: ``expect`` reads until a text has come, ``end`` until its end."""
 
-    def __init__(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
+    def __init__(self, process: programs.Process, descriptor: int) -> None:
         self._process = process
         self._descriptor = descriptor
         self.seen = ""
@@ -78,16 +79,17 @@ class Terminal:
 @contextmanager
 def terminal(session: Session, *args: str, **environment: str) -> Iterator[Terminal]:
     mine, theirs = pty.openpty()
-    process = subprocess.Popen(
-        session.command(*args),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        cwd=session.folder,
-        env={**session.full_environment(), "TERM": "xterm-256color", "COLUMNS": "120", **environment},
-        start_new_session=True,
-    )
-    os.close(theirs)
+    with open(theirs, "r+b", buffering=0) as other_end:
+        process = programs.start(
+            programs.CLI,
+            args,
+            stdin=other_end,
+            stdout=other_end,
+            stderr=other_end,
+            cwd=session.folder,
+            env={**session.full_environment(), "TERM": "xterm-256color", "COLUMNS": "120", **environment},
+            start_new_session=True,
+        )
     try:
         yield Terminal(process, mine)
     finally:
@@ -100,7 +102,7 @@ def terminal(session: Session, *args: str, **environment: str) -> Iterator[Termi
 def test_people_get_a_table_in_colour(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device("sensor \x1b[2J[red]x")
     with terminal(session, "list") as seen:
-        assert seen.end() == 0
+        assert seen.end() == 0, seen.seen
     assert "\x1b[" in seen.seen
     plain = re.sub(r"\x1b\[[0-9;]*m", "", seen.seen)
     assert re.match(r"ID +NAME +TYPE +LOCATION +STATUS +EXPIRES +SEEN *\n", plain)
@@ -112,14 +114,14 @@ def test_people_get_a_table_in_colour(session: Session, stub: PortalStub) -> Non
 def test_people_are_shown_profiles_if_a_device_has_one(session: Session, stub: PortalStub) -> None:
     stub.add_device(profile="tls-server")
     with terminal(session, "list", NO_COLOR="1", COLUMNS="140") as seen:
-        assert seen.end() == 0
+        assert seen.end() == 0, seen.seen
     assert re.search(r"SEEN +PROFILE *\n.* tls-server *\n", seen.seen)
 
 
 def test_no_color_means_no_escape_sequence(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device()
     with terminal(session, "list", NO_COLOR="1", COLUMNS="72") as seen:
-        assert seen.end() == 0
+        assert seen.end() == 0, seen.seen
     assert "\x1b" not in seen.seen
     # What does not fit is left out; the id is never cut.
     assert re.search(rf"^{device_id}  sensor-7  active  2036-01-01 *$", seen.seen, re.MULTILINE)
@@ -130,11 +132,11 @@ def test_a_sentence_is_broken_between_words_and_a_command_is_not(session: Sessio
     stub.broker = "pending"
     device_id = stub.add_device()
     with terminal(session, "revoke", device_id, "--yes", NO_COLOR="1", COLUMNS="50", PORTAL_COMMAND="./portal") as seen:
-        assert seen.end() == 0
+        assert seen.end() == 0, seen.seen
     assert seen.seen.rstrip().endswith("see: ./portal status")
     stub.replies["GET", "/devices"] = Reply(body={"devices": [], "next_cursor": None})
     with terminal(session, "expiring", "--within", "2036-02-03", NO_COLOR="1", COLUMNS="40") as seen:
-        assert seen.end() == 0
+        assert seen.end() == 0, seen.seen
     assert re.fullmatch(r"No active device has a certificate that *\nexpires before 2036-02-03\. *\n", seen.seen)
 
 
@@ -171,7 +173,7 @@ def test_an_empty_list_is_a_sentence(session: Session, stub: PortalStub, command
     assert said in seen.seen
     assert "error" not in seen.seen.lower()
     assert "ID  " not in seen.seen  # no titles above nothing
-    assert session.spawn(*command.split()).stdout == ""
+    assert session.run(*command.split()).stdout == ""
     assert session.json(*command.split())[name] == []
 
 
@@ -206,7 +208,7 @@ def test_a_column_that_must_be_whole_is_not_cut_by_a_long_one_before_it(session:
     entry = {"at": "2026-01-01T00:00:00Z", "actor": "operator " * 9, "action": "device:register", "outcome": "refused"}
     stub.replies["GET", "/audit"] = Reply(body={"entries": [entry | {"object": f"device:{DEVICE_ID}"}]})
     with terminal(session, "audit", NO_COLOR="1", COLUMNS="80") as seen:
-        assert seen.end() == 0
+        assert seen.end() == 0, seen.seen
     line = seen.seen.splitlines()[1].rstrip()
     assert line.endswith("refused")
     assert "device:register" in line
@@ -323,7 +325,7 @@ def _name_of(command: str) -> str:
 
 def test_a_registration_shows_password_and_next_step(session: Session, stub: PortalStub) -> None:
     with terminal(session, *REGISTER, NO_COLOR="1", COLUMNS="40") as seen:
-        assert seen.end() == 0
+        assert seen.end() == 0, seen.seen
     (device_id,) = stub.devices
     assert f"✓ Registered sensor-7 as {device_id}\n" in seen.seen
     assert re.search(rf"Bundle password +{BUNDLE_PASSWORD}\n", seen.seen)
@@ -357,7 +359,7 @@ def test_the_bundle_password_is_asked_for_without_echo_until_it_is_right(
         seen.expect("Wrong password; try again")
         seen.expect("Bundle password: ")
         seen.type(BUNDLE_PASSWORD + "\n")
-        assert seen.end() == 0
+        assert seen.end() == 0, seen.seen
     assert "wrong password" not in seen.seen
     assert BUNDLE_PASSWORD not in seen.seen
     assert {path.name for path in session.folder.iterdir()} == {DEVICE_ID}
@@ -396,7 +398,7 @@ def test_login_asks_for_what_is_missing(session: Session, stub: PortalStub) -> N
         seen.type("\n")
         seen.expect("Token: ")
         seen.type(TOKEN + "\n")
-        assert seen.end() == 0
+        assert seen.end() == 0, seen.seen
     assert TOKEN not in seen.seen
     assert session.run("list").exit_code == 0
 

@@ -31,7 +31,7 @@ from core import failpoints
 ROOT = Path(__file__).parents[2]
 SERVER = ("-m", "flask", "--app", "app")
 CLI = (str(ROOT / "cli.py"),)
-NEEDS_EXEC = ("LD_PRELOAD", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "PYTHONWARNINGS")
+NEEDS_EXEC = ("LD_PRELOAD", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "PYTHONWARNINGS", "PYTHONIOENCODING")
 LONGEST = 1 << 17  # bytes of a request
 # What a program imports, and what it imports later, when it is first needed.
 MODULES = {
@@ -246,6 +246,9 @@ def _become(module: str, request: Mapping[str, Any], files: Sequence[int]) -> No
         os.setsid()
     with socket.socket(fileno=link) as told:
         told.send(b"%d" % os.getpid())
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+    sys.stdout = _written(1, line_buffering=os.isatty(1))
+    sys.stderr = _written(2, errors="backslashreplace", line_buffering=True)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -256,6 +259,10 @@ def _become(module: str, request: Mapping[str, Any], files: Sequence[int]) -> No
             raise
         _end_quickly(ended.code or 0)
     _end_quickly(0)
+
+
+def _written(number: int, **options: Any) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedWriter(io.FileIO(number, "w", closefd=False)), **options)
 
 
 def _end_quickly(status: int) -> NoReturn:
