@@ -35,4 +35,4 @@ def test_the_documented_commands_make_a_portal_whose_keys_are_born_in_a_token(tm
     listed = done.stdout.splitlines()[-2:]
     assert [line.split()[0] for line in listed] == ["root", "issuing-1"]
     assert all("born in the token" in line and "pkcs11:token=portal" in line for line in listed)
-    assert not list((tmp_path / "data" / "ca").glob("*.key.pem"))
+    assert not list((tmp_path / "data-hsm" / "ca").glob("*.key.pem"))
