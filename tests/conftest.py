@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -67,6 +68,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.long)
         if ON_ONE_DATABASE & {*parts} and item.path.name not in ON_BOTH and on.get("prepared") == "postgresql":
             item.add_marker(pytest.mark.long)
+
+
+def pytest_collection_finish() -> None:
+    """Keep all that was collected out of each later look for garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
