@@ -559,7 +559,7 @@ def test_a_broker_with_another_password_file_is_said(strict: Site) -> None:
 def test_the_probe_wants_to_see_both_certificates_treated_as_they_deserve(strict: Site) -> None:
     one, two = strict.probe_certificates.good, strict.probe_certificates.revoked
     with pytest.raises(BrokerNotEnforcing, match="accepts a revoked certificate"):
-        strict.broker.probe(ProbeCertificates(good=one, revoked=one), soon())
+        strict.broker.probe(ProbeCertificates(good=one, revoked=one), soon(2))
     with pytest.raises(BrokerNotEnforcing, match="refuses a good certificate with TLS alert 44"):
         strict.broker.probe(ProbeCertificates(good=two, revoked=two), soon())
     stranger = Pki()
@@ -598,7 +598,7 @@ def test_a_crl_damaged_under_a_broker_that_others_reload_is_noticed_and_repaired
     strict.broker.enforce(strict.generation, soon())
     # The broker fails open here; the probe sees it.
     with pytest.raises(BrokerNotEnforcing, match="accepts a revoked certificate"):
-        strict.broker.probe(strict.probe_certificates, soon())
+        strict.broker.probe(strict.probe_certificates, soon(2))
     strict.install()
     strict.mosquitto.restart()
     strict.broker.probe(strict.probe_certificates, soon())

@@ -90,8 +90,9 @@ _contexts: dict[str, ssl.SSLContext] = {}  # OpenSSL resumes a session in the co
 
 @pytest.fixture(scope="module")
 def by_hand() -> Iterator[Deployment]:
-    """A broker that accepts TLS 1.2, and that the portal has no command to restart."""
-    with deployed(PORTAL_BROKER_CONTROL="files", PORTAL_MQTT_TLS="1.2", PORTAL_BROKER_RESTART="") as running:
+    """A broker that accepts TLS 1.2, and that the portal has no command to restart: what waits for that waits long."""
+    quick = {"PORTAL_BROKER_RESTART": "", "PORTAL_ENFORCE_TIMEOUT": "3"}
+    with deployed(PORTAL_BROKER_CONTROL="files", PORTAL_MQTT_TLS="1.2", **quick) as running:
         yield running
 
 

@@ -521,17 +521,20 @@ def test_a_broker_killed_at_any_step_of_a_revocation_obeys_after_its_start(step:
         deployment.wait_ready()
 
 
-def test_a_broker_without_the_plugin_is_never_believed(own: Deployment) -> None:
-    device = own.onboard()
-    own.stop_broker()
-    settings = Settings.from_env({key: value for key, value in own.environment.items() if key.startswith("PORTAL_")})
-    BrokerFiles(settings, utc_now).password()  # with the file of it that such a broker has
-    settings.broker_file("acl").write_text("topic readwrite #\n")
-    settings.broker_file("acl").chmod(0o644)
-    own.broker = Mosquitto(settings.broker_dir, own.mqtt_port).start()
-    answer = own.call("POST", f"/revoke/{device.id}", {})
-    assert answer.json()["broker"] == "pending"
-    assert "guard" in answer.json()["broker_problem"]
+def test_a_broker_without_the_plugin_is_never_believed() -> None:
+    with deployed(PORTAL_ENFORCE_TIMEOUT="3") as own:
+        own.wait_ready()
+        device = own.onboard()
+        own.stop_broker()
+        variables = {key: value for key, value in own.environment.items() if key.startswith("PORTAL_")}
+        settings = Settings.from_env(variables)
+        BrokerFiles(settings, utc_now).password()  # with the file of it that such a broker has
+        settings.broker_file("acl").write_text("topic readwrite #\n")
+        settings.broker_file("acl").chmod(0o644)
+        own.broker = Mosquitto(settings.broker_dir, own.mqtt_port).start()
+        answer = own.call("POST", f"/revoke/{device.id}", {})
+        assert answer.json()["broker"] == "pending"
+        assert "guard" in answer.json()["broker_problem"]
 
 
 # --- Going over and back -------------------------------------------------------------------------------------------
