@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,6 +26,7 @@ from attestation.evidence import Challenge, Claims
 from attestation.tpm import challenge_ek, verify
 from attestation.tpm_structures import read_public
 from tests.support.deployment import ROOT
+from tests.support.pki import Authority
 
 pytestmark = pytest.mark.long
 
@@ -128,6 +132,26 @@ def test_nothing_stays_loaded_when_the_portal_cannot_be_asked(tpms: tuple[Tpm, T
     tpm, _ = tpms
     with pytest.raises(OSError, match="no portal"):
         tpm.attest(tpm.tool.make_key(tpm.tcti), ask)
+    assert tpm.loaded() == 0
+
+
+def test_nothing_stays_loaded_when_the_tool_is_stopped(tpms: tuple[Tpm, Tpm], tmp_path: Path) -> None:
+    tpm, _ = tpms
+    (tmp_path / "token").write_text("en_any")
+    (tmp_path / "ca.pem").write_bytes(Authority("A CA").certificate.public_bytes(Encoding.PEM))
+    with socket.create_server(("127.0.0.1", 0)) as portal:
+        url = f"https://127.0.0.1:{portal.getsockname()[1]}"
+        command = [sys.executable, str(ROOT / "device" / "enrol"), "--dir", str(tmp_path / "device"), "--url", url]
+        command += ["--ca", str(tmp_path / "ca.pem"), "--token-file", str(tmp_path / "token")]
+        # A request is there already: to sign one with the key takes a resource manager, or a newer provider.
+        (tmp_path / "device" / "next").mkdir(parents=True)
+        (tmp_path / "device" / "next" / "device.key").write_bytes(tpm.tool.make_key(tpm.tcti))
+        (tmp_path / "device" / "next" / "request.b64").write_text("AAAA")
+        process = subprocess.Popen([*command, "--attest", "tpm", "--tcti", tpm.tcti], stderr=subprocess.DEVNULL)
+        portal.settimeout(60)
+        with portal.accept()[0]:  # it asks for a nonce, and its attestation key is loaded
+            process.terminate()
+            assert process.wait(60) == 75
     assert tpm.loaded() == 0
 
 
