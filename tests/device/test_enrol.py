@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 from argparse import Namespace
 from datetime import UTC, datetime
 from importlib.machinery import SourceFileLoader
@@ -79,3 +80,42 @@ def test_a_renewal_is_asked_for_under_the_whole_subject(enrol: ModuleType, tmp_p
     (tmp_path / "current" / "device.pem").write_text(issued.pem)
     request = enrol.make_request(Namespace(serial="unused", attest=None), tmp_path / "next", tmp_path / "current")
     check_same_names(read_enrolment_request(request), issued.der)
+
+
+# --- A key in a TPM --------------------------------------------------------------------------------------------------
+
+LISTED = b"Providers:\n  default\n    name: OpenSSL\n    version: 3.0.1\n  tpm2\n    name: TPM 2.0\n    version: %s\n"
+
+
+@pytest.mark.parametrize(("version", "prefers"), [(b"1.1.1", True), (b"1.2.0", False), (b"2.0.0", False)])
+def test_openssl_is_told_how_to_use_the_tpm_by_each_version_of_its_provider(
+    enrol: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: bytes, prefers: bool
+) -> None:
+    monkeypatch.setattr(enrol, "openssl", lambda *_, **__: LISTED % version)
+    args = Namespace(dir=tmp_path, tcti="swtpm:path=/tpm", configuration=None)
+    environment = enrol.for_tpm(args)
+    assert environment["TPM2OPENSSL_TCTI"] == "swtpm:path=/tpm"
+    written = Path(environment["OPENSSL_CONF"]).read_text()
+    assert written.startswith("openssl_conf = init\n")
+    assert ("default_properties = ?tpm2.signature=yes\n" in written) is prefers
+
+
+def test_what_is_missing_for_a_tpm_is_named(enrol: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "enrol_tpm", None)
+    with pytest.raises(enrol.EnrolError, match="install tpm2-pytss") as raised:
+        enrol.in_tpm("make_key", None)
+    assert raised.value.status == enrol.MISUSED
+    monkeypatch.setattr(enrol, "openssl", lambda *_, **__: b"Providers:\n")
+    with pytest.raises(enrol.EnrolError, match="install tpm2-openssl"):
+        enrol.for_tpm(Namespace(dir=tmp_path, tcti=None, configuration=None))
+    assert not (tmp_path / "openssl.cnf").exists()
+
+
+def test_a_key_of_another_kind_than_is_asked_for_now_is_made_again(enrol: ModuleType, tmp_path: Path) -> None:
+    following = tmp_path / "next"
+    following.mkdir()
+    (following / "device.key").write_text("-----BEGIN TSS2 PRIVATE KEY-----\n")
+    (following / "request.b64").write_text("of that key")
+    request = enrol.make_request(Namespace(serial="sn-1", attest=None), following, tmp_path / "current")
+    assert (following / "device.key").read_text().startswith("-----BEGIN PRIVATE KEY-----")
+    assert read_enrolment_request(request.encode()).csr is not None
