@@ -196,6 +196,35 @@ def test_a_token_that_takes_long_to_be_opened_is_waited_for_now_and_then(
         client.close()
 
 
+PROCESS_FOR_THE_PATIENT = """
+import json, sys
+from multiprocessing.connection import Connection
+
+parent = Connection(int(sys.argv[1]))
+parent.recv_bytes()
+parent.send_bytes(b"{}")
+while request := json.loads(parent.recv_bytes()):
+    refusal = {"refused": "did not answer a try of the PIN", "is_of_key": False, "needs_patience": True}
+    parent.send_bytes(json.dumps({} if request["patient"] else refusal).encode())
+"""
+
+
+def test_a_pin_whose_try_was_not_answered_is_tried_once_more_with_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "patient.py"
+    script.write_text(PROCESS_FOR_THE_PATIENT)
+    monkeypatch.setattr(token_process, "__file__", str(script))
+    uri = TokenUri(MODULE, tmp_path / "pin", token="slow")
+    client = token_client.TokenClient(uri, tmp_path, timeout=PATIENT, is_watched=True, known=list)
+    try:
+        with pytest.raises(TokenUnavailable, match="did not answer a try of the PIN"):
+            client.ask({"do": "sign"})
+        wait_until(lambda: client.problem is None)
+    finally:
+        client.close()
+
+
 def test_closing_ends_the_process_even_if_the_token_is_stopped(
     token_server: TokenServer, soft_tokens: SoftTokens, open_stores: Open
 ) -> None:
