@@ -332,7 +332,7 @@ class Settings(BaseSettings):
         if given:
             raise SettingInvalid("PORTAL_CA_PASSPHRASE and PORTAL_CA_PASSPHRASE_FILE cannot both be set.")
         try:
-            if path.stat().st_mode & 0o007:  # a group may read it, as it may read systemd's credentials
+            if path.stat().st_mode & 0o027:  # a group may read it, as it may read systemd's credentials
                 raise SettingInvalid(
                     f"PORTAL_CA_PASSPHRASE_FILE names a file that is open to others; chmod 600 {path}."
                 )

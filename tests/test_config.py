@@ -138,6 +138,7 @@ def test_the_service_links_of_kubernetes_are_ignored_with_one_line(
     ("content", "mode", "said"),
     [
         ("a passphrase to keep", 0o644, "open to others"),
+        ("a passphrase to keep", 0o660, "open to others"),
         ("short", 0o600, "16 characters"),
         (None, 0o600, "cannot be read"),
     ],
