@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -175,10 +176,32 @@ def _end(forks: socket.socket, process: subprocess.Popen[bytes]) -> None:
 
 def _serve(modules: Sequence[str], requests: socket.socket) -> None:
     """Fork at each request until the other side has gone; each child tells its number, this process its status."""
-    for module in modules:
-        __import__(module)
-    gc.collect()
-    gc.freeze()  # a child that looked through it for garbage would get a copy of each page
+    with contextlib.ExitStack() as made:
+        for module in modules:
+            __import__(module)
+        if "app" in modules:
+            _make_what_is_alike(made)
+        gc.collect()
+        gc.freeze()  # a child that looked through it for garbage would get a copy of each page
+        _fork_at_each(modules[0], requests)
+
+
+def _make_what_is_alike(made: contextlib.ExitStack) -> None:
+    """Start a portal, so that those of the children find made what all make alike; ``made`` forgets it."""
+    from app import create_app
+    from tests.support.harness import first_start, settings_for
+    from tests.support.made_once import made_once
+    from tests.support.mosquitto import short_folder
+
+    made.enter_context(made_once())
+    folder = short_folder(in_memory=True)
+    settings = settings_for(folder)
+    first_start(settings)
+    create_app(settings, background=False)
+    shutil.rmtree(folder)
+
+
+def _fork_at_each(module: str, requests: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a test run that is broken off ends this by closing the socket
         signal.signal(number, signal.SIG_IGN)
     links: dict[int, socket.socket] = {}
@@ -210,7 +233,7 @@ def _serve(modules: Sequence[str], requests: socket.socket) -> None:
                 signal.set_wakeup_fd(-1)
                 for other in (requests, woken, wake, *links.values()):
                     other.close()
-                _become(modules[0], json.loads(message), files)
+                _become(module, json.loads(message), files)
             link = socket.socket(fileno=files.pop())
             for file in files:
                 os.close(file)
