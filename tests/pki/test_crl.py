@@ -124,6 +124,13 @@ def test_a_crl_that_does_not_verify_is_thrown_away(cas: Hierarchy) -> None:
             cas.crl(*entries, issuer=damaged)
 
 
+@pytest.mark.parametrize("copies", [0, 2])
+def test_a_crl_with_another_number_of_entries_than_it_was_given_is_never_released(cas: Hierarchy, copies: int) -> None:
+    (entry,) = encode_entries([ca.revoke_certificate("aa", NOW, Reason.SUPERSEDED)])
+    with pytest.raises(SignatureCheckFailed):
+        sign_crl(cas.issuing, [entry * copies], number=3, this_update=NOW, next_update=NOW + timedelta(days=1))
+
+
 @pytest.mark.parametrize("signer", KeyType)
 @pytest.mark.parametrize("other", KeyType)
 def test_a_crl_is_signed_by_the_key_of_its_issuer_alone(signer: KeyType, other: KeyType) -> None:

@@ -150,6 +150,8 @@ def test_a_first_row_that_names_other_columns_is_refused(header: bytes, said: st
     with pytest.raises(InputInvalid, match=said) as refused:
         rows_of(csv_rows(), header)
     assert refused.value.errors[0].field == "columns"
+    message = refused.value.errors[0].message  # begins a phrase where the sentence begins one
+    assert refused.value.detail.endswith(f"{message[:1].upper()}{message[1:]}.")
 
 
 def test_empty_cells_and_the_case_of_columns_are_as_spreadsheets_write_them() -> None:
