@@ -114,13 +114,11 @@ class OfDevice(AnswerModel):
     device_id: DeviceId
 
 
-class RegisteredAnswer(AnswerModel):
-    """What is registered, with a download link and a bundle password or, for a `csr`, its certificate and chain."""
+class IssuedAnswer(AnswerModel):
+    """A certificate that was issued, with a link and a bundle password or, for a `csr`, itself and its chain."""
 
     omit_none = True
 
-    name: str
-    status: StatusName
     fingerprint: Fingerprint
     serial_number: Hex
     issued_at: Timestamp
@@ -130,6 +128,13 @@ class RegisteredAnswer(AnswerModel):
     bundle_password: str | None = None
     certificate: str | None = None
     chain: str | None = None
+
+
+class RegisteredAnswer(IssuedAnswer):
+    """What is registered, with a download link and a bundle password or, for a `csr`, its certificate and chain."""
+
+    name: str
+    status: StatusName
 
 
 class RegisterAnswer(RegisteredAnswer, OfDevice):

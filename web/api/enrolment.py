@@ -191,7 +191,7 @@ class ManufacturerRequest(EnrolmentProfileRequest):
 
 
 class ManufacturerPatch(ChangesRequest):
-    """The name, or terms, of a manufacturer to change; they count for the devices that enrol from now on."""
+    """The name or the enrolment profile of a manufacturer to change, for the devices that enrol from now on."""
 
     name: ShortText = ""
     type: ShortText = ""
@@ -412,7 +412,7 @@ def show_manufacturer(call: Call, manufacturer_id: str) -> ManufacturerModel:
 
 @MANUFACTURERS.add("PATCH", "/manufacturers/{manufacturer_id}", Permission.TOKENS, errors=(409,))
 def update_manufacturer(call: Call, manufacturer_id: str, body: ManufacturerPatch) -> ManufacturerModel:
-    """Change a manufacturer's name, or its terms for devices that enrol from now on."""
+    """Change a manufacturer's name or enrolment profile, for the devices that enrol from now on."""
     given = body.model_dump(exclude_unset=True, exclude={"attestation"})
     values = {_COLUMN_OF.get(name, name): value for name, value in given.items()}
     wanted = body.attestation.wanted() if "attestation" in body.model_fields_set else None

@@ -10,13 +10,11 @@ from pydantic import ConfigDict, Field, model_validator
 from core.roles import Permission
 from pki.csr import read_csr
 from store.devices import DeviceFilter
-from web.api.devices import DeviceConditions, OfDevice
+from web.api.devices import DeviceConditions, IssuedAnswer, OfDevice
 from web.api.fields import (
     BundleFormatName,
     BundlePassword,
     DeviceId,
-    Fingerprint,
-    Hex,
     KeyTypeName,
     ReasonName,
     WholeNumber,
@@ -55,25 +53,14 @@ class RenewRequest(RequestModel):
     revoke_previous: Literal["after_overlap", "when_used"] = "after_overlap"
 
 
-class RenewedAnswer(AnswerModel):
+class RenewedAnswer(IssuedAnswer):
     """The new certificate, with a download link and a bundle password or, for a `csr`, itself and its chain.
 
     `previous_valid_until` says how long the previous certificate, if there is one, stays valid. `broker` is present if
     older certificates were revoked at once: `enforced` if the broker was seen to refuse them.
     """
 
-    omit_none = True
-
-    fingerprint: Fingerprint
-    serial_number: Hex
-    issued_at: Timestamp
-    expires_at: Timestamp
     previous_valid_until: Timestamp | None = None
-    download_url: str | None = None
-    download_expires_at: Timestamp | None = None
-    bundle_password: str | None = None
-    certificate: str | None = None
-    chain: str | None = None
     broker: Literal["enforced", "pending"] | None = None
     broker_problem: str | None = None
 

@@ -118,7 +118,7 @@ class Manufacturers:
         values: Mapping[str, Any],
         attestation: PolicyRequest | None = None,
     ) -> ManufacturerRecord:
-        """Change the name, or terms for the devices that enrol from now on, by the names of their columns.
+        """Change the name or enrolment profile, for the devices that enrol from now on, by the names of their columns.
 
         With ``attestation`` what was kept of evidence is appraised again, by a job. Raises ``NotFound``, ``Conflict``
         for a removed one, ``ProfileRefused``, ``AttestationPolicyInvalid``.
