@@ -49,7 +49,7 @@ class Position:
 
 
 def portal_line(password_hash: str) -> str:
-    """Return the line that lets the portal in, by the SHA-256 of its password in hex."""
+    """Return the line that admits the portal itself, by the SHA-256 of its password in hex."""
     return f"portal {password_hash}"
 
 

@@ -72,7 +72,7 @@ def unknown_revocations(
         if crl is None:
             yield (
                 f"certificates of {issuer.name} that were revoked after {made_at.isoformat(timespec='seconds')}, and"
-                " their devices: they are let in again; restore once more with --crl if its CRL was saved anywhere"
+                " their devices: they are admitted again; restore once more with --crl if its CRL was saved anywhere"
             )
         else:
             known = max(made_at, min(crl.last_update_utc + CLOCK_SKEW, now))

@@ -63,7 +63,7 @@ NOT_APPRAISED = Appraised()
 
 @dataclass(eq=False, repr=False)
 class DeviceAttestations:
-    """Appraises the evidence of devices by the policy of what lets them in."""
+    """Appraises the evidence of devices by the policy of the enrolment token or manufacturer that admits them."""
 
     _database: Database
     _nonces: AttestationNonces

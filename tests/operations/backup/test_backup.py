@@ -429,7 +429,7 @@ def test_without_a_crl_the_restore_says_what_it_cannot_know(story: Story) -> Non
     story.settings.broker_file("crl.pem").unlink()
     done = story.put_back()
     assert done.kept == []
-    assert any("they are let in again" in unknown for unknown in done.unknown)
+    assert any("they are admitted again" in unknown for unknown in done.unknown)
 
 
 def test_a_token_revoked_since_the_copy_stays_revoked(settings: Settings, file: Path, clock: Clock) -> None:

@@ -90,7 +90,7 @@ def test_without_any_crl_the_revoked_are_let_in_again_and_the_restore_says_so(
     done = put_back(elsewhere, story.file, clock, replace=False)
     assert done.kept == []
     said = "\n".join(done.unknown)
-    for what in ("let in again; restore once more with --crl", "operator tokens", "topics", "webhooks", "registered"):
+    for what in ("admitted again; restore once more with --crl", "operator tokens", "topics", "webhooks", "registered"):
         assert what in said
     again = put_back(elsewhere, story.file, clock, crls=[public_crl])
     assert story.goes.device_id in " ".join(kept.what for kept in again.kept)
