@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import requests
 
 from tests.support.deployment import SECONDS, wait_until
 from tests.support.mosquitto import short_folder
@@ -105,6 +108,16 @@ class Run:
         wait_until(lambda: "Ctrl-C stops everything." in self.printed or self.process.poll() is not None)
         assert self.process.poll() is None, self.printed
         return self
+
+    def wait_in_force(self) -> None:
+        """Wait until the portal has seen the broker obey."""
+        wait_until(self._is_in_force)
+
+    def _is_in_force(self) -> bool:
+        with contextlib.suppress(requests.RequestException):
+            url = f"https://{self.environment['PORTAL_BIND']}/readyz"
+            return requests.get(url, verify=str(self.data / "ca.pem"), timeout=SECONDS).status_code == 200
+        return False
 
     def wait_end(self) -> int:
         """Wait until it ends by itself."""

@@ -64,7 +64,8 @@ def test_it_serves_stops_and_continues_with_the_same_data(folder: Path) -> None:
         assert names[4:] == ["PORTAL_BIND", "PORTAL_DATA_DIR", "PORTAL_PKI_BIND"]  # what it was given besides
         assert f"PORTAL_MQTT_PORT={run.ports['PORTAL_MQTT_PORT']}\n" in operator
 
-        wait_until(lambda: run.bash("./portal status").returncode == 0)
+        run.wait_in_force()
+        assert run.bash("./portal status").returncode == 0
         registered = run.bash(
             f"./portal register pump-1 --type pump --location here --firmware 1 --out '{folder}/pump'"
         )
@@ -131,7 +132,7 @@ def test_it_ends_and_says_so_when_the_broker_has_died(folder: Path) -> None:
 
 def control_of(run: Run) -> str:
     """What the broker folder says, once the portal has seen the broker obey."""
-    wait_until(lambda: run.bash("./portal status").returncode == 0)
+    run.wait_in_force()
     record = json.loads((run.data / "broker" / "projection.json").read_text())
     loads_guard = "\nplugin " in (run.data / "broker" / "mosquitto.conf").read_text()
     assert loads_guard == (record.get("control") == "guard")
@@ -182,7 +183,7 @@ def test_it_restarts_the_broker_with_the_guard_when_the_portal_asks(folder: Path
         assert f"OPENSSL_CONF={data}/broker/openssl.cnf" in environment.split("\0")
         run.process.send_signal(signal.SIGUSR1)
         wait_until(lambda: pid_file.exists() and pid_file.read_text() not in ("", before))
-        wait_until(lambda: run.bash("./portal status").returncode == 0)
+        run.wait_in_force()
         assert run.terminate() == 0
     assert processes_with(str(data)) == []
 
