@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from attestation.appraisal import MAX_ENVIRONMENTS, MAX_MEASUREMENTS, AppraisalPolicy, PolicyMode, ReferenceTriple
 from attestation.evidence import EvidenceType
@@ -54,6 +54,14 @@ class AnchorModel(RequestModel):
     identifier: Annotated[str, Field(pattern="^([0-9a-f]{2}){0,64}$")] = ""
 
 
+def _as_anchor(value: object) -> object:
+    return {"pem": value} if isinstance(value, str) else value
+
+
+# Not a union to read it by: a problem would be reported for each member, under a name that no client knows.
+_Anchor = Annotated[AnchorModel, BeforeValidator(_as_anchor, json_schema_input_type=AnchorPem | AnchorModel)]
+
+
 # In full it is a schema of which a reader of the OpenAPI text would see little else.
 _REFERENCE_VALUES: Any = {
     "type": "array",
@@ -83,13 +91,12 @@ class AttestationPolicyRequest(AppraisalPolicy):
     reference_values: Annotated[list[ReferenceTriple], WithJsonSchema(_REFERENCE_VALUES)] = Field(
         default=[], max_length=MAX_ENVIRONMENTS
     )
-    anchors: list[AnchorPem | AnchorModel] = Field(default=[], max_length=MAX_ANCHORS)
+    anchors: list[_Anchor] = Field(default=[], max_length=MAX_ANCHORS)
 
     def wanted(self) -> PolicyRequest:
         """Return it as the use cases have it."""
-        anchors = [AnchorModel(pem=one) if isinstance(one, str) else one for one in self.anchors]
         policy = AppraisalPolicy.model_validate(self.model_dump(by_alias=True, exclude={"anchors"}))
-        return PolicyRequest(policy, [AnchorRequest(one.pem, tuple(one.types), one.identifier) for one in anchors])
+        return PolicyRequest(policy, [AnchorRequest(one.pem, tuple(one.types), one.identifier) for one in self.anchors])
 
 
 class AttestationPolicyModel(AnswerModel):

@@ -308,3 +308,18 @@ def test_a_device_that_would_fail_now_is_marked_and_can_be_suspended(api: Api, a
 
 def _pem(device: AttestedDevice) -> list[str]:
     return [str(one) for one in policy(device.maker)["anchors"]]
+
+
+@pytest.mark.parametrize(
+    ("anchor", "field"),
+    [
+        ({"pem": "a key", "identifier": "no hex"}, "identifier"),
+        ({"pem": "a key", "identifier": "00", "kid": "00"}, "kid"),
+        ({"types": ["psa"]}, "pem"),
+        ("A" * 16385, "pem"),
+    ],
+)
+def test_a_malformed_anchor_is_refused_by_the_field_that_is_wrong(api: Api, anchor: Any, field: str) -> None:
+    body = {"name": "a batch", "attestation": {"mode": "require", "anchors": [anchor]}}
+    problem = problem_of(api.post("/enrolment-tokens", body), 422, "invalid_input")
+    assert [one["field"] for one in problem["errors"]] == [f"attestation.anchors.0.{field}"]
