@@ -153,9 +153,10 @@ def _state_problems(policy: AppraisalPolicy, claims: Claims) -> Iterator[str]:
     if policy.types and claims.type not in policy.types:
         yield f"Evidence of the type {claims.type} is not accepted."
     if policy.lifecycle and claims.lifecycle not in policy.lifecycle:
-        yield f"The security lifecycle is {claims.lifecycle or 'not stated'}, not {' or '.join(policy.lifecycle)}."
+        wanted = " or ".join(policy.lifecycle)
+        yield f"The security lifecycle is {claims.lifecycle or 'not stated'}; it has to be {wanted}."
     if policy.debug and claims.debug not in policy.debug:
-        yield f"The debug status is {claims.debug or 'not stated'}, not {' or '.join(policy.debug)}."
+        yield f"The debug status is {claims.debug or 'not stated'}; it has to be {' or '.join(policy.debug)}."
 
 
 def _reference_problems(policy: AppraisalPolicy, claims: Claims) -> Iterator[str]:

@@ -60,7 +60,7 @@ def test_require_refuses_what_record_only_notes(maker: Maker) -> None:
     noted = attested(maker, demand | {"mode": "record"})
     assert (noted.passed, noted.code) == (False, "attestation_policy_failed")
     assert noted.claims is not None
-    with pytest.raises(AppraisalFailed, match="security lifecycle is secured, not decommissioned"):
+    with pytest.raises(AppraisalFailed, match="security lifecycle is secured; it has to be decommissioned"):
         attested(maker, demand | {"mode": "require"})
 
 
@@ -100,8 +100,8 @@ def test_states_have_to_be_one_of_those_listed(demand: dict[str, Any], passes: b
 def test_what_is_not_stated_does_not_satisfy() -> None:
     wanted = AppraisalPolicy.model_validate({"lifecycle": ["secured"], "debug": ["disabled"]})
     assert problems(wanted, TPM) == (
-        "The security lifecycle is not stated, not secured.",
-        "The debug status is not stated, not disabled.",
+        "The security lifecycle is not stated; it has to be secured.",
+        "The debug status is not stated; it has to be disabled.",
     )
 
 
