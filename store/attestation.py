@@ -158,7 +158,7 @@ def forget_nonces(tx: Connection, *, before: datetime) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AttestationRecord:
-    """What came of the newest evidence of a device; ``claims`` is empty if it did not verify."""
+    """What came of the newest evidence of a device; ``claims`` are the last that verified, or empty."""
 
     device_id: str
     tenant_id: str

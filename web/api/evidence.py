@@ -125,8 +125,8 @@ class AttestationPolicyModel(AnswerModel):
 class AttestationModel(AnswerModel):
     """What came of the newest evidence of a device, which was for the key with this fingerprint.
 
-    `outdated`: it satisfied the policy when it was shown, and would not satisfy that of today. `claims` are those that
-    were verified, empty if none were; `problems` say in sentences what is wrong.
+    `outdated`: it satisfied the policy when it was shown, and would not satisfy that of today. `claims` are the last
+    that were verified of the device's root of trust, empty if none were; `problems` say in sentences what is wrong.
     """
 
     verdict: AttestationVerdict

@@ -174,12 +174,17 @@ class DeviceAttestations:
     ) -> AttestationResult:
         """Return the result of a device's evidence, which another one's would not be.
 
-        Else a thief of the device's key could have it certified for one in a root of trust of the thief's own.
+        Else a thief of the device's key could have it certified for one in a root of trust of the thief's own. A
+        result that is not of the device's root of trust keeps its claims: they are what the next one is compared with.
         """
         with self._database.snapshot() as tx:
             kept = attestation.find_attestation(tx, tenant_id, device_id)
         before = None if kept is None else claims_of(kept)
-        if before is None or result.claims is None or before.attester in ("", result.claims.attester):
+        if before is None or before.attester == "":
+            return result
+        if result.claims is None:
+            return replace(result, claims=before)
+        if result.claims.attester == before.attester:
             return result
         changed = AttesterChanged(
             "The evidence is of another root of trust than the device has shown before; if it was replaced, have the"
@@ -187,7 +192,8 @@ class DeviceAttestations:
         )
         if policy.appraisal.mode is PolicyMode.REQUIRE:
             raise changed
-        return replace(result, problems=(*result.problems, changed.detail), code=result.code or changed.code)
+        # This code before that of the appraisal, which may pass by a later policy.
+        return replace(result, claims=before, problems=(*result.problems, changed.detail), code=changed.code)
 
     def record_refusal(self, actor: Actor, appraised: Appraised, device_id: str | None) -> None:
         """Record that a device, known or not yet, was refused for its evidence; a flood of them is summarized."""
@@ -260,7 +266,7 @@ def outdate_result(tx: Connection, tenant_id: str, device_id: str, key_fingerpri
 
 
 def claims_of(record: AttestationRecord) -> Claims | None:
-    """Return the claims that were kept, ``None`` if the evidence did not verify."""
+    """Return the claims that were kept, ``None`` if no evidence of the device has verified."""
     return _CLAIMS.validate_python(record.claims) if record.claims else None
 
 

@@ -137,6 +137,38 @@ def test_where_evidence_is_only_recorded_another_root_of_trust_is_a_failure(api:
     assert api.get(f"/devices/{device_id}").json["attestation"]["verdict"] == "failed"
 
 
+@ON_SQLITE
+@pytest.mark.parametrize("first", [{"ueid": OTHER}, {"nonce": to_base64url(bytes(32)), "ueid": OTHER}])
+def test_where_evidence_is_only_recorded_a_failure_does_not_make_way_for_another_root_of_trust(
+    api: Api, clock: Clock, first: dict[str, Any]
+) -> None:
+    one, device_id = enrolled(api, clock, mode="record")
+    own = api.get(f"/devices/{device_id}").json["attestation"]["claims"]["attester"]
+    verdicts = []
+    for shown in (first, {"ueid": OTHER}, {}):
+        answer = renew(one, device_id, one.evidence(**shown))
+        assert answer.status_code == 201, answer.text
+        kept = api.get(f"/devices/{device_id}").json["attestation"]
+        verdicts.append(kept["verdict"])
+        assert kept["claims"]["attester"] == own
+        clock.advance(days=300)
+        one.credential = one.renewing(answer.json["certificate"]).credential
+    assert verdicts == ["failed", "failed", "passed"]
+
+
+@ON_SQLITE
+def test_evidence_of_another_root_of_trust_that_fails_the_policy_does_not_pass_a_milder_one(
+    api: Api, app: Flask, clock: Clock
+) -> None:
+    one, device_id = enrolled(api, clock, mode="record", lifecycle=["secured"])
+    assert renew(one, device_id, one.evidence(ueid=OTHER)).status_code == 201
+    [made] = api.get("/enrolment-tokens").json["enrolment_tokens"]
+    milder = api.patch(f"/enrolment-tokens/{made['enrolment_token_id']}", {"attestation": policy(one.maker)})
+    assert milder.status_code == 200
+    portal_of(app).reappraisals.run()
+    assert api.get(f"/devices/{device_id}").json["attestation"]["code"] == "attester_changed"
+
+
 def signed_below(api: Api, signer: SigningKey, chain: list[x509.Certificate]) -> Any:
     """The answer to evidence that is signed by the first of the chain, the last of which is the anchor."""
     anchor = chain[-1].public_bytes(PEM).decode()
