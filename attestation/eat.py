@@ -16,6 +16,7 @@ from attestation.evidence import (
     DebugStatus,
     EvidenceType,
     SoftwareComponent,
+    is_printable,
 )
 from attestation.refusals import (
     EvidenceFromTheFuture,
@@ -122,8 +123,8 @@ def _text(claims: Mapping[str, object], name: str) -> str:
     value = claims.get(name, "")
     if isinstance(value, list | tuple) and 1 <= len(value) <= 2:
         value = value[0]
-    if not isinstance(value, str):
-        raise EvidenceMalformed(f"The claim {name} is no text.")
+    if not is_printable(value):
+        raise EvidenceMalformed(f"The claim {name} is no printable text.")
     return value
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
-from typing import Any, Never
+from typing import Any, Never, TypeGuard
 
 from attestation.refusals import DuplicateKeys, EvidenceMalformed, EvidenceTooDeep, EvidenceTooLarge
 
@@ -115,6 +115,11 @@ class Claims:
     pcrs: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     made_at: datetime | None = None
     anchor: str = ""  # SHA-256 of the trust anchor that vouched, in hex
+
+
+def is_printable(value: object) -> TypeGuard[str]:
+    """Return whether a claim is a text that can be kept and shown: JSON can have half of a character (U+D800), too."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def check_size(evidence: bytes) -> None:

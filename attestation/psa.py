@@ -10,7 +10,7 @@ from typing import Any
 
 from attestation.anchors import Anchor
 from attestation.cose import read_cbor, read_sign1
-from attestation.evidence import Challenge, Claims, EvidenceType, Lifecycle, SoftwareComponent
+from attestation.evidence import Challenge, Claims, EvidenceType, Lifecycle, SoftwareComponent, is_printable
 from attestation.refusals import EvidenceMalformed, NonceMismatch, ProfileUnsupported
 from pki.algorithms import PublicKey, public_key_der
 
@@ -98,8 +98,8 @@ def _component(item: object) -> SoftwareComponent:
     if not isinstance(item, Mapping):
         raise EvidenceMalformed("A software component of the token is no map.")
     texts = [item.get(key, "") for key in (_KIND, _VERSION)]
-    if not all(isinstance(text, str) for text in texts):
-        raise EvidenceMalformed("The type or the version of a software component is no text.")
+    if not all(map(is_printable, texts)):
+        raise EvidenceMalformed("The type or the version of a software component is no printable text.")
     digest = _binary(item, _MEASUREMENT, "measurement value", _HASH_SIZES)
     signer = _binary(item, _SIGNER, "signer id", _HASH_SIZES)
     return SoftwareComponent(name=texts[0], version=texts[1], digest=digest.hex(), signer=signer.hex())

@@ -341,7 +341,8 @@ def test_floats_are_read_in_each_size() -> None:
 @pytest.mark.parametrize(
     "claims",
     [{"ueid": 1}, {"ueid": "a b"}, {"hwmodel": []}, {"dbgstat": "off"}, {"dbgstat": 3}, {"oemboot": 1}, {"swname": 1},
-     {"swversion": [1]}, {"swversion": []}, {"oemid": -1}, {"oemid": True}, {"oemid": "a b"}],
+     {"swversion": [1]}, {"swversion": []}, {"oemid": -1}, {"oemid": True}, {"oemid": "a b"},
+     {"swname": "a\ud800"}, {"swversion": "1\x00"}, {"hwversion": "\x1b[2J"}],
 )  # fmt: skip
 def test_claims_of_a_jwt_with_other_types_are_refused(claims: dict[str, Any], maker: Maker) -> None:
     refused(maker.case(JWT), refusals.EvidenceMalformed, maker.jwt(**claims))
@@ -362,7 +363,8 @@ def test_the_manufacturer_is_a_number_or_bytes(maker: Maker) -> None:
     [{10: b"short"}, {10: None}, {256: b"\x02" + bytes(32)}, {256: bytes(32)}, {256: None}, {2394: 0}, {2394: None},
      {2394: 1 << 31}, {2395: 0x7000}, {2395: -1}, {2395: True}, {2395: None}, {2396: bytes(31)}, {2396: None},
      {2397: b"short"}, {2399: []}, {2399: None}, {2399: [1]}, {2399: [{2: bytes(32)}]}, {2399: [{5: bytes(32)}]},
-     {2399: [MEASURED | {4: 1}]}, {2399: [MEASURED | {1: b"PRoT"}]}, {2399: [MEASURED | {2: bytes(20)}]}],
+     {2399: [MEASURED | {4: 1}]}, {2399: [MEASURED | {1: b"PRoT"}]},
+     {2399: [MEASURED | {1: "PRoT\x00"}]}, {2399: [MEASURED | {4: "1\n"}]}, {2399: [MEASURED | {2: bytes(20)}]}],
 )  # fmt: skip
 def test_psa_tokens_that_rfc_9783_does_not_allow_are_refused(claims: dict[int, Any], maker: Maker) -> None:
     refused(maker.case(PSA), refusals.EvidenceMalformed, maker.psa(claims))
