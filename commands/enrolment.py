@@ -47,6 +47,22 @@ ATTESTATION_HELP = "Appraisal policy for devices' evidence (JSON, see docs/attes
 
 
 # The enrolment profile: what is recorded of a device that enrols, and which certificate it gets.
+KEY_TYPES_OPTION = click.option(
+    "--key-type",
+    "key_types",
+    type=click.Choice(KEY_TYPES),
+    multiple=True,
+    help="Allowed type of key. Repeatable.",
+)
+DAYS = click.option(
+    "--days",
+    "validity_days",
+    type=click.IntRange(1, 36500),
+    metavar="DAYS",
+    help="Validity of their certificates.",
+)
+
+
 def profile_options(*, new: bool) -> Callable[[Any], Any]:
     """Return the options of an enrolment profile; those of a ``new`` one have defaults."""
 
@@ -62,20 +78,8 @@ def profile_options(*, new: bool) -> Callable[[Any], Any]:
             metavar="NAME",
             help="Name of the devices; {serial} is replaced by the serial number, {number} by a count.",
         ),
-        click.option(
-            "--key-type",
-            "key_types",
-            type=click.Choice(KEY_TYPES),
-            multiple=True,
-            help="Allowed type of key. Repeatable.",
-        ),
-        click.option(
-            "--days",
-            "validity_days",
-            type=click.IntRange(1, 36500),
-            metavar="DAYS",
-            help="Validity of their certificates.",
-        ),
+        KEY_TYPES_OPTION,
+        DAYS,
         PROFILE,
         click.option(
             "--approval",

@@ -52,14 +52,14 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Checks the database, the space on the disks of ``_folders``, the CA, its token, the CRLs and the broker."""
+    """Checks the database, the space on the disks of its folders, the CA, its token, the CRLs and the broker."""
 
+    _settings: Settings
     _database: Database
     _authority: Authority
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
     _tenant_id: str
-    _folders: Sequence[Path]
 
     def checks(self) -> list[Check]:
         """Return all checks; one that fails prevents no other."""
@@ -78,7 +78,7 @@ class Readiness:
         self._database.ping()
 
     def _disk_problem(self) -> str | None:
-        for folder in self._folders:
+        for folder in (self._settings.data_dir, self._settings.broker_dir):
             free = shutil.disk_usage(folder).free
             if free < LEAST_FREE_BYTES:
                 left = free >> 10

@@ -191,15 +191,38 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shared:
+    """What several of the use cases work with."""
+
+    credentials: CredentialIssuer
+    answers: KeptAnswers
+    clients: TlsClients
+    follower: PresenceFollower
+    throttle: Throttle
+    nonces: AttestationNonces
+    attestations: DeviceAttestations
+
+
+def _share(base: _Foundation) -> _Shared:
+    settings, database, clock = base.settings, base.database, base.clock
+    throttle = Throttle(settings.data_dir / "attempts", settings.login_failures)
+    nonces = AttestationNonces(database, clock)
+    return _Shared(
+        credentials=CredentialIssuer(settings, base.authority, base.link_keys),
+        answers=KeptAnswers(database, base.pepper, clock),
+        clients=TlsClients(settings, database, base.authority, clock),
+        follower=PresenceFollower(settings, database, base.broker, clock, base.tenant_id),
+        throttle=throttle,
+        nonces=nonces,
+        attestations=DeviceAttestations(database, nonces, throttle, clock),
+    )
+
+
 def _build(base: _Foundation, presence: ExitStack) -> Portal:
     settings, clock, tenant_id, database = base.settings, base.clock, base.tenant_id, base.database
-    authority, reconciler, folder = base.authority, base.reconciler, settings.data_dir
-    credentials, links = CredentialIssuer(settings, authority, base.link_keys), base.link_keys
-    throttle, nonces = Throttle(folder / "attempts", settings.login_failures), AttestationNonces(database, clock)
-    attestations = DeviceAttestations(database, nonces, throttle, clock)
-    answers = KeptAnswers(database, base.pepper, clock)
-    clients = TlsClients(settings, database, authority, clock)
-    follower = PresenceFollower(settings, database, base.broker, clock, tenant_id)
+    authority, reconciler, shared = base.authority, base.reconciler, _share(base)
+    credentials, answers, follower = shared.credentials, shared.answers, shared.follower
     return Portal(
         settings=settings,
         clock=clock,
@@ -210,28 +233,28 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         broker=base.broker,
         reconciler=reconciler,
         own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, tenant_id),
-        registrations=Registrations(settings, database, reconciler, credentials, answers, attestations, clock),
+        registrations=Registrations(settings, database, reconciler, credentials, answers, shared.attestations, clock),
         bulk=_bulk(base, credentials),
-        deliveries=Deliveries(settings, database, reconciler, links, base.pepper, clock),
+        deliveries=Deliveries(settings, database, reconciler, base.link_keys, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
-        renewals=Renewals(settings, database, reconciler, credentials, answers, attestations, clock),
-        clients=clients,
+        renewals=Renewals(settings, database, reconciler, credentials, answers, shared.attestations, clock),
+        clients=shared.clients,
         profiles=CertificateProfiles(database, authority, clock),
-        enrolment=_enrolments(base, credentials, attestations),
+        enrolment=_enrolments(base, credentials, shared.attestations),
         enrolment_tokens=EnrolmentTokens(database, clock),
-        manufacturers=Manufacturers(database, clients, clock),
+        manufacturers=Manufacturers(database, shared.clients, clock),
         approvals=Approvals(settings, database, clock),
-        nonces=nonces,
-        attestations=attestations,
+        nonces=shared.nonces,
+        attestations=shared.attestations,
         attestation_policies=AttestationPolicies(database),
         reappraisals=Reappraisals(database, clock),
         inventory=Inventory(settings, database, reconciler.crls.sign_put_off, follower.contact, base.broker),
-        operators=Operators(database, throttle, clock),
+        operators=Operators(database, shared.throttle, clock),
         audit_log=base.audit_log,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, base.sender, clock),
         responder=_responder(base),
-        readiness=Readiness(database, authority, reconciler, clock, tenant_id, (folder, settings.broker_dir)),
+        readiness=Readiness(settings, database, authority, reconciler, clock, tenant_id),
         monitoring=Monitoring(settings, database, reconciler, clock, tenant_id, follower.contact),
         follower=follower,
         presence=presence.pop_all(),

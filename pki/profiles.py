@@ -92,11 +92,7 @@ def check_profile(profile: CertificateProfile, chain: Sequence[x509.Certificate]
 
     ``chain`` are the issuing CA and those above it, whose name constraints count.
     """
-    if Purpose.CLIENT_AUTH not in profile.extended_key_usage:
-        raise _invalid("extended_key_usage", "must have client_auth, without which the broker refuses the device")
-    has_names = profile.dns_names or profile.ip_addresses
-    if Purpose.SERVER_AUTH in profile.extended_key_usage and not has_names:
-        raise _invalid("extended_key_usage", "has server_auth, which needs dns_names or ip_addresses to be of use")
+    _check_usage(profile)
     if profile.max_days is not None and (profile.default_days or 0) > profile.max_days:
         raise _invalid("default_days", f"is more than max_days, {profile.max_days}")
     for name, values in (
@@ -116,6 +112,14 @@ def check_profile(profile: CertificateProfile, chain: Sequence[x509.Certificate]
         _check_attribute(name, getattr(profile, name))
     if (violated := violated_constraint(profile, chain)) is not None:
         raise _invalid(*violated)
+
+
+def _check_usage(profile: CertificateProfile) -> None:
+    if Purpose.CLIENT_AUTH not in profile.extended_key_usage:
+        raise _invalid("extended_key_usage", "must have client_auth, without which the broker refuses the device")
+    has_names = profile.dns_names or profile.ip_addresses
+    if Purpose.SERVER_AUTH in profile.extended_key_usage and not has_names:
+        raise _invalid("extended_key_usage", "has server_auth, which needs dns_names or ip_addresses to be of use")
 
 
 def _check_dns_template(template: str) -> None:

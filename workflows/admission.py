@@ -161,21 +161,19 @@ def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance]
         record_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.name, issuance.attestation, now=now)
         if not isinstance(issuance, Admission):
             outdate_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.credentials.key_fingerprint)
-    acts = [
-        (
-            issuance.action,
-            f"{issuance.kind}:{issuance.credentials.device_id}",
-            {
-                "serial_number": issuance.credentials.serial_number,
-                **issuance.detail,
-                **_of_profile(issuance),
-                **issuance.attestation.audit_detail(),
-            },
-        )
-        for issuance in issuances
-    ]
-    audit.record_all(tx, actor, acts, at=now)
+    audit.record_all(tx, actor, [_act(issuance) for issuance in issuances], at=now)
     return ids
+
+
+def _act(issuance: Issuance) -> tuple[str, str, dict[str, Any]]:
+    """Return action, object and detail for the audit record."""
+    detail = {
+        "serial_number": issuance.credentials.serial_number,
+        **issuance.detail,
+        **_of_profile(issuance),
+        **issuance.attestation.audit_detail(),
+    }
+    return issuance.action, f"{issuance.kind}:{issuance.credentials.device_id}", detail
 
 
 def key_claim(credentials: IssuedCredentials) -> KeyClaim:

@@ -268,29 +268,15 @@ class EnrolmentTokens:
         now, secret = self._clock(), TOKEN_PREFIX + secrets.token_urlsafe(32)
         if attestation is not None:
             check_policy(actor, attestation, now=now)
-        record = EnrolmentTokenRecord(
-            id=secrets.token_hex(8),
-            tenant_id=actor.tenant_id,
-            name=name,
-            device_id=device_id,
-            uses_allowed=count,
-            uses=0,
-            created_at=now,
-            expires_at=now + life,
-            revoked_at=None,
-            operator_token_id=actor.token_id,
-            profile=profile,
-        )
+        record = _unused(actor, name, profile, device_id=device_id, count=count, now=now, ends=now + life)
         with self._database.transaction() as tx:
             _check_pending(tx, actor.tenant_id, device_id)
             check_enrolment_profile(tx, actor.tenant_id, profile)
             record = with_policy(tx, actor, record, attestation, now=now)
             enrolment.add_enrolment_token(tx, record, secret=secret)
-            detail: dict[str, Any] = {"device_id": device_id} if device_id else {"count": count}
-            detail |= in_audit(profile) | policies.in_audit(attestation, now=now)
-            audit.record(
-                tx, actor, "enrolment_token:create", f"enrolment_token:{record.id}", at=now, name=name, **detail
-            )
+            detail = {"name": name, **in_audit(profile), **policies.in_audit(attestation, now=now)}
+            detail |= {"device_id": device_id} if device_id else {"count": count}
+            audit.record(tx, actor, "enrolment_token:create", f"enrolment_token:{record.id}", at=now, **detail)
         return secret, record
 
     def revoke(self, actor: Actor, token_id: str) -> EnrolmentTokenRecord:
@@ -326,6 +312,31 @@ class EnrolmentTokens:
         """Return the token with this secret, in any state: whether it admits devices is checked where it is used."""
         with self._database.snapshot() as tx:
             return enrolment.find_enrolment_token(tx, secret)
+
+
+def _unused(
+    actor: Actor,
+    name: str,
+    profile: EnrolmentProfile,
+    *,
+    device_id: str | None,
+    count: int,
+    now: datetime,
+    ends: datetime,
+) -> EnrolmentTokenRecord:
+    return EnrolmentTokenRecord(
+        id=secrets.token_hex(8),
+        tenant_id=actor.tenant_id,
+        name=name,
+        device_id=device_id,
+        uses_allowed=count,
+        uses=0,
+        created_at=now,
+        expires_at=ends,
+        revoked_at=None,
+        operator_token_id=actor.token_id,
+        profile=profile,
+    )
 
 
 def _check_limits(actor: Actor, count: int, life: timedelta) -> None:

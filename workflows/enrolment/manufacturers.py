@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from core.errors import Conflict, ProofInvalid
 from core.states import ManufacturerStatus
 from pki import client_certificates
+from pki.client_certificates import ManufacturerCa
 from store import audit, enrolment
 from store.audit import Actor
 from store.database import Database
@@ -50,21 +51,7 @@ class Manufacturers:
         authority = client_certificates.read_manufacturer_ca(certificate, now=now)
         if attestation is not None:
             check_policy(actor, attestation, now=now)
-        record = ManufacturerRecord(
-            id=secrets.token_hex(8),
-            tenant_id=actor.tenant_id,
-            name=name,
-            der=authority.der,
-            fingerprint=authority.fingerprint,
-            not_after=authority.not_after,
-            status=ManufacturerStatus.UNPROVEN,
-            nonce=secrets.token_hex(32),
-            nonce_expires_at=now + NONCE_LIFE,
-            created_at=now,
-            proven_at=None,
-            removed_at=None,
-            profile=profile,
-        )
+        record = _unproven(actor.tenant_id, name, authority, profile, now=now)
         try:
             with self._database.transaction() as tx:
                 self._clients.check_distinct(tx, record.der)
@@ -165,3 +152,23 @@ class Manufacturers:
         """Return one manufacturer; raises ``NotFound``."""
         with self._database.snapshot() as tx:
             return enrolment.get_manufacturer(tx, tenant_id, manufacturer_id)
+
+
+def _unproven(
+    tenant_id: str, name: str, authority: ManufacturerCa, profile: EnrolmentProfile, *, now: datetime
+) -> ManufacturerRecord:
+    return ManufacturerRecord(
+        id=secrets.token_hex(8),
+        tenant_id=tenant_id,
+        name=name,
+        der=authority.der,
+        fingerprint=authority.fingerprint,
+        not_after=authority.not_after,
+        status=ManufacturerStatus.UNPROVEN,
+        nonce=secrets.token_hex(32),
+        nonce_expires_at=now + NONCE_LIFE,
+        created_at=now,
+        proven_at=None,
+        removed_at=None,
+        profile=profile,
+    )
