@@ -274,7 +274,7 @@ JOBS = (
     Job("CRLs for the broker", 60.0, lambda portal: portal.reconciler.crls.publish()),
     Job("refusals", 60.0, lambda portal: portal.operators.record_the_rest(portal.tenant_id)),
     Job("responder renewal", 60.0, lambda portal: portal.responder.certificates.renew()),
-    Job("reappraisal", 10.0, lambda portal: portal.reappraisals.run()),
+    Job("reappraisal", 2.0, lambda portal: portal.reappraisals.run()),
     Job("crl renewal", 300.0, renew_crls),
     Job("retirement of CAs", 3600.0, retire_unneeded, final=True),
     Job("audit checkpoints", 60.0, sign_audit_record),
