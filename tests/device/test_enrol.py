@@ -82,6 +82,17 @@ def test_a_renewal_is_asked_for_under_the_whole_subject(enrol: ModuleType, tmp_p
     check_same_names(read_enrolment_request(request), issued.der)
 
 
+def test_a_link_in_place_of_the_lock_has_no_other_file_emptied(enrol: ModuleType, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("content")
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / ".lock").symlink_to(other)
+    args = Namespace(dir=tmp_path / "device", serial="sn-1", attest=None, token_file=None, renew=False)
+    with pytest.raises(OSError, match="symbolic links"):
+        enrol.run(args)
+    assert other.read_text() == "content"
+
+
 # --- A key in a TPM --------------------------------------------------------------------------------------------------
 
 LISTED = b"Providers:\n  default\n    name: OpenSSL\n    version: 3.0.1\n  tpm2\n    name: TPM 2.0\n    version: %s\n"
