@@ -131,9 +131,10 @@ def passphrase(settings_value: str, path: Path, *, make: bool = True) -> bytes:
         return settings_value.encode()
     if make and not os.path.lexists(path):
         create_private_file(path, secrets.token_urlsafe(32).encode() + b"\n")  # unless another process was faster
-    content = read_private_file(path, "passphrase file", "restore it from a backup or set PORTAL_CA_PASSPHRASE").strip()
+    mend = "put your copy of it there, or set PORTAL_CA_PASSPHRASE"  # backups do not have it
+    content = read_private_file(path, "passphrase file", mend).strip()
     if len(content) < MIN_PASSPHRASE_BYTES:
-        raise CaKeyUnavailable(f"The passphrase file {path} is damaged; restore it from a backup.")
+        raise CaKeyUnavailable(f"The passphrase file {path} is damaged; {mend}.")
     return content
 
 

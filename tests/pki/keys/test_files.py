@@ -262,7 +262,7 @@ def test_a_passphrase_file_that_is_there_is_read_and_nothing_written(tmp_path: P
 
 
 def test_a_missing_passphrase_file_is_not_made_for_a_backup(tmp_path: Path) -> None:
-    with pytest.raises(CaKeyUnavailable, match="restore it from a backup or set PORTAL_CA_PASSPHRASE"):
+    with pytest.raises(CaKeyUnavailable, match="put your copy of it there, or set PORTAL_CA_PASSPHRASE"):
         passphrase("", tmp_path / "ca-passphrase", make=False)
     assert list(tmp_path.iterdir()) == []
 
