@@ -216,13 +216,18 @@ def results_of_older_policies(tx: Connection, *, limit: int) -> Sequence[Attesta
     return [AttestationRecord(*row) for row in tx.execute(query.limit(limit))]
 
 
-def update_attestation(tx: Connection, record: AttestationRecord, **values: Any) -> None:
-    """Set columns of a result, and the verdict of its device; one that was replaced or changed stays as it is."""
-    columns = (_result.device_id, _result.appraised_at, _result.code)
+def update_attestation(tx: Connection, record: AttestationRecord, **values: Any) -> bool:
+    """Set columns of a result, and the verdict of its device.
+
+    One that was replaced or changed since it was read stays as it is: returns false.
+    """
+    columns = (_result.device_id, _result.appraised_at, _result.code, _result.policy_version)
     same = [column == getattr(record, column.key) for column in columns]
     changed = tx.execute(sa.update(_result).where(_result.tenant_id == record.tenant_id, *same).values(values))
-    if changed.rowcount:
-        update_device(tx, record.tenant_id, record.device_id, {"attested": values.get("verdict", record.verdict)})
+    if not changed.rowcount:
+        return False
+    update_device(tx, record.tenant_id, record.device_id, {"attested": values.get("verdict", record.verdict)})
+    return True
 
 
 def count_attested(tx: Connection, tenant_id: str) -> dict[str, int]:

@@ -57,7 +57,8 @@ class Reappraisals:
             for record in own:
                 policy = policies[record.policy_id]
                 values = _appraised(record, policy)
-                attestation.update_attestation(tx, record, policy_version=policy.version, **values)
+                if not attestation.update_attestation(tx, record, policy_version=policy.version, **values):
+                    continue  # newer evidence came, or another process was faster
                 if values.get("verdict") is AttestationVerdict.OUTDATED is not record.verdict:
                     _announce(tx, record, values, now)
                 if values.get("verdict", record.verdict) is not record.verdict:

@@ -11,7 +11,7 @@ from attestation.refusals import NonceSpent
 from core.errors import AttestationRefused
 from core.states import AttestationVerdict
 from operations.wiring import Portal
-from store import attestation
+from store import attestation, audit
 from store.attestation import AttestationRecord, PolicyRecord
 from tests.test_db import add_device
 from workflows.attestation import reappraisal
@@ -64,6 +64,12 @@ def test_a_change_of_a_policy_reaches_every_result_in_batches(portal: Portal, mo
     with portal.database.transaction() as tx:
         policy = {"mode": "require", "lifecycle": ["decommissioned"]}
         attestation.replace_policy(tx, "default", "0" * 16, policy, [], now=now)
+    with portal.database.snapshot() as tx:
+        stale = attestation.results_of_older_policies(tx, limit=5)
     assert [portal.reappraisals.run() for _ in range(3)] == [4, 1, 0]
+    with portal.database.transaction() as tx:
+        portal.reappraisals._appraise(tx, stale)  # as by another process, which read them before
     with portal.database.snapshot() as tx:
         assert attestation.count_attested(tx, "default") == {"outdated": 5}
+        told = audit.list_audit_entries(tx, "default", limit=9, filters={"action": "attestation:reappraise"})
+    assert sorted(entry.detail["devices"] for entry in told) == [1, 2, 2]
