@@ -49,7 +49,7 @@ _STATUS_STYLES = {
     "revoked": "red",
     "refused": "red",
 }
-_ABBREVIATIONS = ("ca", "crl", "url")
+_ABBREVIATIONS = ("ca", "crl", "dns", "ip", "url")
 EXPIRES_SOON_DAYS = 30
 _SUGGESTED = re.compile(r"(?:^|(?<=: ))portal (?=[a-z])")  # the program's name, where a command is suggested
 MIN_COLUMN = 8  # characters that remain of a column that is cut

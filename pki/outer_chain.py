@@ -208,8 +208,8 @@ def _check_ca(certificate: x509.Certificate, below: int) -> None:
         raise CaChainRefused(f"{named(certificate)} is not that of a CA (basicConstraints CA:TRUE).")
     if constraints.path_length is not None and constraints.path_length < below:
         raise CaChainRefused(
-            f"{named(certificate)} has the path length {constraints.path_length}, so it may not have {below} CAs below"
-            " it; have it made with a longer one, or without."
+            f"{named(certificate)} has the path length {constraints.path_length}, which is less than the number of CAs"
+            f" below it, {below}; have it made with a longer one, or without."
         )
     usage = values.get(x509.KeyUsage)
     if isinstance(usage, x509.KeyUsage) and not usage.key_cert_sign:

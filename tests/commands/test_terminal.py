@@ -118,6 +118,14 @@ def test_people_are_shown_profiles_if_a_device_has_one(session: Session, stub: P
     assert re.search(r"SEEN +PROFILE *\n.* tls-server *\n", seen.seen)
 
 
+def test_a_profile_is_shown_with_abbreviations_in_capitals(session: Session, stub: PortalStub) -> None:
+    stub.replies["GET", "/profiles/web"] = Reply(200, {"name": "web", "dns_names": ["a.example"], "ip_addresses": []})
+    with terminal(session, "profile", "show", "web", NO_COLOR="1") as seen:
+        assert seen.end() == 0, seen.seen
+    assert re.search(r"^DNS names +a\.example *\n", seen.seen, re.MULTILINE)
+    assert re.search(r"^IP addresses ", seen.seen, re.MULTILINE)
+
+
 def test_no_color_means_no_escape_sequence(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device()
     with terminal(session, "list", NO_COLOR="1", COLUMNS="72") as seen:

@@ -145,7 +145,7 @@ def _longer() -> bytes:
         pytest.param(
             lambda: pem(company_root("Devices", KEY).certificate), "is signed by its own key", id="self-signed"
         ),
-        pytest.param(lambda: _rooted(path_length=0), "has the path length 0", id="path length 0"),
+        pytest.param(lambda: _rooted(path_length=0), "less than the number of CAs below it, 1", id="path length 0"),
         pytest.param(lambda: _below(path_length=0), "CN=Company CA has the path length 0", id="path length 0 between"),
         pytest.param(_exceeded, "CN=Company Root has the path length 1", id="path length exceeded"),
         pytest.param(lambda: _chain(ends=-timedelta(hours=1)), "CN=Devices expired at", id="expired"),
