@@ -18,7 +18,7 @@ from app import create_app, portal_of
 from config import Settings
 from core.roles import Role
 from operations.wiring import Portal, open_portal
-from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, drop_database, url_of
+from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, url_of
 from tests.support.harness import Api, Clock, api_as, copy_with_groups, derived_quickly, first_start, settings_for
 from tests.support.made_once import made_once
 from tests.support.mosquitto import short_folder
@@ -108,19 +108,33 @@ def ca_keys(request: pytest.FixtureRequest, key_store: str | None) -> Callable[[
     return lambda: {"PORTAL_CA_KEYS": str(replace(uri, object=secrets.token_hex(8))), "PORTAL_TOKEN_TIMEOUT": "60"}
 
 
+@pytest.fixture(scope="session")
+def _preparations() -> Iterator[dict[tuple[str, str | None], Prepared]]:
+    """All that was prepared, by database and key store: pytest ends a fixture whenever a test has another parameter."""
+    made: dict[tuple[str, str | None], Prepared] = {}
+    yield made
+    for one in made.values():
+        shutil.rmtree(one.folder)
+        if one.databases is not None:
+            one.databases.close()
+
+
 @pytest.fixture(scope="session", params=DATABASES)
-def prepared(request: pytest.FixtureRequest, ca_keys: Callable[[], dict[str, str]]) -> Iterator[Prepared]:
+def prepared(
+    request: pytest.FixtureRequest,
+    key_store: str | None,
+    ca_keys: Callable[[], dict[str, str]],
+    _preparations: dict[tuple[str, str | None], Prepared],
+) -> Prepared:
     """What every portal of a test is a copy of."""
-    folder = short_folder(in_memory=True)
-    name = "" if request.param == "sqlite" else create_database()
-    environment = {"PORTAL_DATABASE_URL": url_of(name)} if name else {}
-    first_start(settings_for(folder, **environment, **ca_keys()))
-    databases = DatabaseCopies(name) if name else None
-    yield Prepared(folder, databases, ca_keys)
-    shutil.rmtree(folder)
-    if databases is not None:
-        databases.close()
-        drop_database(name)
+    kind = request.param, key_store
+    if kind not in _preparations:
+        folder = short_folder(in_memory=True)
+        name = "" if request.param == "sqlite" else create_database()
+        environment = {"PORTAL_DATABASE_URL": url_of(name)} if name else {}
+        first_start(settings_for(folder, **environment, **ca_keys()))
+        _preparations[kind] = Prepared(folder, DatabaseCopies(name) if name else None, ca_keys)
+    return _preparations[kind]
 
 
 @contextmanager

@@ -80,7 +80,8 @@ class DatabaseCopies:
             drop_database(name)
 
     def close(self) -> None:
-        for name in (*self._idle, *self._lent):
+        """Drop the copies and the template."""
+        for name in (*self._idle, *self._lent, self._template):
             drop_database(name)
 
     def _reset(self, name: str) -> bool:
