@@ -49,6 +49,7 @@ SOME_CRL_BYTES, MORE_CRL_BYTES_A_SECOND, MAX_CRL_BYTES = 25 << 20, 1000, 150 << 
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _REASON_SECONDS = 0.5  # to ask, after the deadline, why there is no proof
+_MOST_ISSUERS = 200  # hashes of issuing CAs, retired ones too, of which a CA has up to three; the guard takes 256
 _COMPACTED_AT = 4  # times its size when it was begun, or of 1 MiB
 
 
@@ -113,7 +114,7 @@ class GuardControl:
         """Begin the next generation: a delta, or all in a new epoch if the journal does not continue what was written.
 
         It does not if it is missing, damaged, not readable or older than ``enforced``, after a restore, with other
-        topic prefixes, or if it has grown long.
+        topic prefixes, or if it has grown long or names many issuing CAs.
         """
         stated, position = self.files.stated(), self.files.position()
         if position is not None and position.generation >= enforced and self._continues(position, stated):
@@ -152,6 +153,7 @@ class GuardControl:
             and stated.get("more_prefixes", []) == [*self._settings.topic_prefixes]
             and position.generation > 0
             and position.size <= _COMPACTED_AT * max(begun_with, 1 << 20)
+            and len(stated.get("issuers", ())) <= _MOST_ISSUERS
             and self.files.is_readable()
         )
 

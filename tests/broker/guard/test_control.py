@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -271,6 +272,14 @@ def _other_prefix(place: Place) -> None:
     place.open(PORTAL_TOPIC_PREFIX="things")
 
 
+def _many_issuers(place: Place) -> None:
+    record = place.settings.broker_dir / "projection.json"
+    stated = json.loads(record.read_bytes())
+    assert since(place) == 2
+    stated["issuers"] += [f"{number:064x}" for number in range(200)]  # as after 70 rollovers
+    record.write_text(json.dumps(stated))
+
+
 DISCONTINUITIES: dict[str, Callable[[Place], object]] = {
     "the journal is gone": lambda place: place.journal.unlink(),
     "the journal is damaged": _flip,
@@ -279,6 +288,7 @@ DISCONTINUITIES: dict[str, Callable[[Place], object]] = {
     "the record is gone, as after a restore": lambda place: (place.settings.broker_dir / "projection.json").unlink(),
     "the record is damaged": lambda place: (place.settings.broker_dir / "projection.json").write_bytes(b"[]"),
     "the topic prefix is another": _other_prefix,
+    "many CAs are named that are retired by now": _many_issuers,
     "another prefix is allowed": lambda place: place.open(PORTAL_TOPIC_PREFIXES="homeassistant"),
 }
 
