@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
+from broker.crl import read_crls
 from tests.conftest import DATABASES
 from tests.support.databases import postgres_database
 from tests.support.deployment import Deployment, deployed, examine, wait_until
@@ -47,6 +49,12 @@ def put_back(deployment: Deployment, file: Path, *options: str) -> str:
     return said
 
 
+def crl_for_the_next_start(deployment: Deployment) -> set[int]:
+    """The serial numbers on the CRLs that the broker reads at its start."""
+    crls = read_crls((deployment.data / "broker" / "crl.pem").read_bytes())
+    return {entry.serial_number for read in crls for entry in read.crl}
+
+
 @pytest.mark.parametrize("control", ["guard", pytest.param("files", marks=pytest.mark.long)], indirect=True)
 @pytest.mark.parametrize("lost", [False, True], ids=["the old database is readable", "only the CRL is left"])
 def test_a_device_revoked_since_the_copy_is_refused_after_its_restore(
@@ -62,6 +70,8 @@ def test_a_device_revoked_since_the_copy_is_refused_after_its_restore(
     assert refused.returncode == 1
     assert "stop it first" in refused.stderr
     if lost:
+        revoked = x509.load_pem_x509_certificate(Path(goes.file("device.pem")).read_bytes()).serial_number
+        wait_until(lambda: revoked in crl_for_the_next_start(running))  # the reason follows the answer
         running.stop_portal()
         for path in running.data.glob("portal.db*"):
             path.unlink()
