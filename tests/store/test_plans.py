@@ -168,3 +168,8 @@ def test_a_page_that_is_narrowed_twice_is_read_between_two_places(
     read = re.search(r"INDEX ix_\w+ \((.*)\)|Index Cond: \((.*)\)", plan)
     assert read is not None, plan
     assert plan.count("ROW(") >= 2 or plan.count("(?,?)") == 2, plan
+
+
+def test_the_few_applications_are_counted_by_their_own_index(plans_of: Callable[[Query], list[str]]) -> None:
+    plans = plans_of(LOOK_UPS["numbers by status"])
+    assert sum("ix_devices_applications" in plan for plan in plans) == 1
