@@ -241,7 +241,6 @@ def _certificate_row(certificate: NewCertificate) -> dict[str, Any]:
 
 _ADVANCE = (
     sa.update(BrokerState)
-    .where(BrokerState.tenant_id == sa.bindparam("of_tenant"))
     .values(
         generation=BrokerState.generation + 1,
         pending_since=sa.func.coalesce(BrokerState.pending_since, sa.bindparam("at", type_=UtcDateTime)),
@@ -250,6 +249,9 @@ _ADVANCE = (
 )
 
 
-def next_generation(tx: Connection, tenant_id: str, *, at: datetime) -> int:
-    """Advance the generation that the broker must reach, in the transaction of the change, and return the new one."""
-    return int(tx.execute(_ADVANCE, {"of_tenant": tenant_id, "at": at}).scalar_one())
+def next_generation(tx: Connection, *, at: datetime) -> int:
+    """Advance the generation that the broker must reach, in the transaction of the change, and return the new one.
+
+    It is one for all tenants, as the broker is: else it would not learn of the changes of some.
+    """
+    return int(tx.execute(_ADVANCE, {"at": at}).scalar_one())

@@ -84,7 +84,7 @@ def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime
             store_issuers.get_crl_head(tx, recorded.id),
             RevokedEntries(),
             days=days,
-            generation=generations.get_broker_state(tx, portal.tenant_id).generation,
+            generation=generations.get_broker_state(tx).generation,
             now=now,
         )
     with portal.database.transaction() as tx:
@@ -350,7 +350,7 @@ def advance(portal: Portal, action: str, **detail: Any) -> None:
     """Advance the generation because of a change of the portal's own, with an audit entry."""
     now = portal.clock()
     with portal.database.transaction() as tx:
-        generation = db.next_generation(tx, portal.tenant_id, at=now)
+        generation = db.next_generation(tx, at=now)
         audit.record(
             tx, audit.system_actor(portal.tenant_id), action, "broker", at=now, generation=generation, **detail
         )
@@ -358,5 +358,5 @@ def advance(portal: Portal, action: str, **detail: Any) -> None:
 
 def _apply(portal: Portal) -> None:
     with portal.database.snapshot() as tx:
-        state = generations.get_broker_state(tx, portal.tenant_id)
+        state = generations.get_broker_state(tx)
     portal.reconciler.apply(state.generation, timeout=portal.settings.enforce_timeout)

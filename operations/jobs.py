@@ -70,14 +70,14 @@ def repair_broker(portal: Portal) -> None:
 
 def _state(portal: Portal) -> generations.BrokerStateRecord:
     with portal.database.snapshot() as tx:
-        return generations.get_broker_state(tx, portal.tenant_id)
+        return generations.get_broker_state(tx)
 
 
 def expire(portal: Portal) -> None:
     """Revoke certificates whose overlap has ended, destroy bundles whose links have expired, delete old records."""
     prune_events(portal)
     portal.nonces.sweep()
-    while portal.renewals.end_overlaps(portal.tenant_id):
+    while portal.renewals.end_overlaps():
         pass
     now = portal.clock()
     with portal.database.snapshot() as tx:
@@ -104,8 +104,8 @@ def disconnect_again(portal: Portal) -> None:
     """
     since = portal.clock() - LATE_SESSIONS
     with portal.database.snapshot() as tx:
-        late = generations.devices_denied_since(tx, portal.tenant_id, since)
-        superseded = dict(generations.superseded_between(tx, portal.tenant_id, since - LATE_SESSIONS, since))
+        late = generations.devices_denied_since(tx, since)
+        superseded = dict(generations.superseded_between(tx, since - LATE_SESSIONS, since))
     done = portal.memory.disconnected
     done.intersection_update(superseded)
     late += [device_id for certificate_id, device_id in superseded.items() if certificate_id not in done]

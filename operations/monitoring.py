@@ -131,7 +131,7 @@ class Readiness:
         if not self._reconciler.broker_answers():
             return "The broker does not answer on its internal listener; start it, or see its log."
         with self._database.snapshot() as tx:
-            state = generations.get_broker_state(tx, self._tenant_id)
+            state = generations.get_broker_state(tx)
         if state.applied_generation < state.generation:
             return (
                 f"The broker enforces generation {state.applied_generation}, the newest is {state.generation};"
@@ -238,7 +238,7 @@ class Monitoring:
         ]
 
     def _generations(self, tx: Connection, now: datetime) -> list[Gauge]:
-        state = generations.get_broker_state(tx, self._tenant_id)
+        state = generations.get_broker_state(tx)
         pending = 0.0 if state.pending_since is None else max(0.0, (now - state.pending_since).total_seconds())
         return [
             _gauge("portal_generation", "The newest generation of what the broker must know.", state.generation),

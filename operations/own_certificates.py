@@ -163,7 +163,7 @@ class OwnCertificates:
         now, generation = self._clock(), 0
         with self._database.transaction() as tx:
             if revoked:
-                generation = db.next_generation(tx, self._tenant_id, at=now)
+                generation = db.next_generation(tx, at=now)
                 issuers.touch_issuer(tx, signer.id, generation=generation)
             record_own(tx, self._tenant_id, signer, issued, purpose=purpose, now=now, generation=generation)
         return generation

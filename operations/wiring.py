@@ -291,7 +291,7 @@ def prepare(portal: Portal) -> None:
         portal.clients.write_authorities()
         with portal.database.transaction() as tx:
             # A setting or a file may have changed while no portal ran, so the broker gets everything again.
-            db.next_generation(tx, portal.tenant_id, at=portal.clock())
+            db.next_generation(tx, at=portal.clock())
         portal.reconciler.install()
     if (problem := portal.audit_log.problem()) is not None:
         log.error("the audit record was changed", extra={"problem": problem})

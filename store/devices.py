@@ -18,7 +18,7 @@ from store.certificates import CURRENT, IS_APPLICATION, OF_DEVICE, of_device
 from store.database import columns_of
 from store.presences import PresenceRecord
 from store.profiles import DEFAULT, id_of, name_of
-from store.tables import AclEntry, Certificate, Device, IssuerRow, Presence
+from store.tables import AclEntry, Certificate, Device, IssuerRow, Presence, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,12 @@ def kind_of(tx: Connection, tenant_id: str, client_id: str) -> ClientKind:
     """Return whether an id is that of a device or of an application; of one that is not known, a device."""
     query = sa.select(Device.kind).where(Device.tenant_id == tenant_id, Device.id == client_id)
     return tx.execute(query).scalar_one_or_none() or ClientKind.DEVICE
+
+
+def owner_of(tx: Connection, client_id: str) -> tuple[str, ClientKind]:
+    """Return the tenant of a device or an application that the broker's files name, and which of the two it is."""
+    row = tx.execute(sa.select(Device.tenant_id, Device.kind).where(Device.id == client_id)).one()
+    return row.tenant_id, row.kind
 
 
 # --- Topics ----------------------------------------------------------------------------------------------------------
@@ -431,8 +437,8 @@ def suspended_since(tx: Connection, tenant_id: str, device_id: str) -> datetime 
     return since
 
 
-def count_active(tx: Connection, tenant_id: str) -> int:
-    """Return the number of devices that the broker must accept."""
-    active = (Device.tenant_id == tenant_id, Device.status == DeviceStatus.ACTIVE)
+def count_active(tx: Connection) -> int:
+    """Return the number of devices that the broker must accept, of all tenants."""
+    active = (Device.tenant_id.in_(sa.select(Tenant.id)), Device.status == DeviceStatus.ACTIVE)  # by the index
     count: int = tx.execute(sa.select(sa.func.count()).select_from(Device).where(*active)).scalar_one()
     return count

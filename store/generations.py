@@ -1,4 +1,7 @@
-"""The generation that the broker must reach, the one it has reached, and the changes since."""
+"""The generation that the broker must reach, the one it has reached, and the changes since, of all tenants.
+
+The broker is one for the installation, and so is its generation: what it must enforce is read whoever owns it.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,17 @@ class BrokerStateRecord:
     pending_since: datetime | None
 
 
-_BROKER_STATE = sa.select(*columns_of(BrokerStateRecord, BrokerState)).where(
-    BrokerState.tenant_id == sa.bindparam("of_tenant")
-)
+_BROKER_STATE = sa.select(*columns_of(BrokerStateRecord, BrokerState))
 
 
-def get_broker_state(tx: Connection, tenant_id: str) -> BrokerStateRecord:
+def get_broker_state(tx: Connection) -> BrokerStateRecord:
     """Return the generation that the broker must reach and the one that it has reached."""
-    return BrokerStateRecord(*tx.execute(_BROKER_STATE, {"of_tenant": tenant_id}).one())
+    return BrokerStateRecord(*tx.execute(_BROKER_STATE).one())
 
 
 _SET_APPLIED = (
     sa.update(BrokerState)
-    .where(BrokerState.tenant_id == sa.bindparam("of_tenant"), BrokerState.applied_generation < sa.bindparam("applied"))
+    .where(BrokerState.applied_generation < sa.bindparam("applied"))
     .values(
         applied_generation=sa.bindparam("applied"),
         applied_at=sa.bindparam("at"),
@@ -54,9 +55,9 @@ _SET_APPLIED = (
 )
 
 
-def set_applied_generation(tx: Connection, tenant_id: str, generation: int, *, applied_at: datetime) -> None:
+def set_applied_generation(tx: Connection, generation: int, *, applied_at: datetime) -> None:
     """Record that the broker enforces ``generation``; a lower one than recorded changes nothing."""
-    tx.execute(_SET_APPLIED, {"of_tenant": tenant_id, "applied": generation, "at": applied_at})
+    tx.execute(_SET_APPLIED, {"applied": generation, "at": applied_at})
 
 
 # --- What has changed ------------------------------------------------------------------------------------------------
@@ -83,33 +84,27 @@ class AclChange:
 
 _DEVICES = (
     sa.select(Device.id, Device.status, Device.own_topics, Device.generation, Device.kind)
-    .where(Device.tenant_id == sa.bindparam("of_tenant"))
     .order_by(Device.generation)
     .execution_options(yield_per=5000)
 )
 _DEVICES_WITH_TOPICS = _DEVICES.where(_OWN_TOPICS)
 _CHANGED_DEVICES = _DEVICES.where(Device.generation > sa.bindparam("since"), _CHANGED)
-_TOPICS = TOPICS.where(AclEntry.tenant_id == sa.bindparam("of_tenant"))
-_CHANGED_TOPICS = _TOPICS.where(
-    AclEntry.device_id.in_(
-        sa.select(Device.id).where(
-            Device.tenant_id == sa.bindparam("of_tenant"), Device.generation > sa.bindparam("since"), _CHANGED
-        )
-    )
+_CHANGED_TOPICS = TOPICS.where(
+    AclEntry.device_id.in_(sa.select(Device.id).where(Device.generation > sa.bindparam("since"), _CHANGED))
 )
 
 
-def acl_changes(tx: Connection, tenant_id: str, *, since: int, defaults: bool) -> Iterator[AclChange]:
+def acl_changes(tx: Connection, *, since: int, defaults: bool) -> Iterator[AclChange]:
     """Yield every device whose ACL entry changed after generation ``since``, in the order of the changes.
 
     From generation 0 on this is the whole ACL, if ``defaults`` includes devices with the default topics. Without these,
     which a pattern line covers, it is the devices with their own topics.
     """
-    parameters = {"of_tenant": tenant_id, "since": since}
+    parameters = {"since": since} if since > 0 else {}
     if since > 0:
         devices, own_topics = _CHANGED_DEVICES, _CHANGED_TOPICS
     else:
-        devices, own_topics = _DEVICES if defaults else _DEVICES_WITH_TOPICS, _TOPICS
+        devices, own_topics = _DEVICES if defaults else _DEVICES_WITH_TOPICS, TOPICS
     topics: Mapping[str, Sequence[tuple[str, str]]] | None = None
     for device_id, status, has_topics, generation, kind in tx.execute(devices, parameters):
         if has_topics and topics is None:
@@ -134,7 +129,6 @@ def _revoked_shown(*first: sa.ColumnElement[bool] | sa.TextClause) -> sa.Select[
     der = sa.case((Certificate.device_id.is_(None), Certificate.der), else_=sa.literal(b"", sa.LargeBinary))
     query = sa.select(*columns, der).where(
         *first,
-        Certificate.tenant_id == sa.bindparam("of_tenant"),
         Certificate.status == CertificateStatus.REVOKED,
         Certificate.not_after > sa.bindparam("now"),
     )
@@ -145,76 +139,66 @@ _REVOKED_SHOWN = _revoked_shown()
 _REVOKED_SHOWN_SINCE = _revoked_shown(Certificate.generation > sa.bindparam("since"), _ON_A_CRL)
 
 
-def certificate_changes(tx: Connection, tenant_id: str, *, since: int, now: datetime) -> Iterator[RevokedShown]:
+def certificate_changes(tx: Connection, *, since: int, now: datetime) -> Iterator[RevokedShown]:
     """Yield the certificates revoked after generation ``since`` that have not expired at ``now``; from 0 on, all."""
     query = _REVOKED_SHOWN_SINCE if since > 0 else _REVOKED_SHOWN
-    for row in tx.execute(query, {"of_tenant": tenant_id, "since": since, "now": now}):
+    for row in tx.execute(query, {"since": since, "now": now}):
         yield RevokedShown(*row)
 
 
 _TO_DISCONNECT: sa.CompoundSelect[Any] = sa.union(
-    sa.select(Device.id).where(
-        Device.tenant_id == sa.bindparam("of_tenant"), Device.generation > sa.bindparam("since"), _DENIED
-    ),
+    sa.select(Device.id).where(Device.generation > sa.bindparam("since"), _DENIED),
     sa.select(Certificate.device_id).where(
         Certificate.generation > sa.bindparam("since"),
         _ON_A_CRL,
-        Certificate.tenant_id == sa.bindparam("of_tenant"),
         Certificate.status == CertificateStatus.REVOKED,
         Certificate.device_id.is_not(None),
     ),
 )
 
 
-def devices_to_disconnect(tx: Connection, tenant_id: str, *, since: int) -> list[str]:
+def devices_to_disconnect(tx: Connection, *, since: int) -> list[str]:
     """Return the devices whose sessions must end because of a change after generation ``since``.
 
     They were revoked or suspended, or one of their certificates was revoked, with which the session may have begun; a
     device that has another certificate connects again.
     """
-    found = tx.execute(_TO_DISCONNECT, {"of_tenant": tenant_id, "since": since}).scalars()
+    found = tx.execute(_TO_DISCONNECT, {"since": since}).scalars()
     return [device_id for device_id in found if device_id]
 
 
 _NARROWED = sa.select(Device.id).where(
-    Device.tenant_id == sa.bindparam("of_tenant"),
     Device.narrowed_generation > sa.bindparam("since"),
     sa.text("devices.narrowed_generation > 0"),
 )
 
 
-def narrowed_since(tx: Connection, tenant_id: str, since: int) -> list[str]:
+def narrowed_since(tx: Connection, since: int) -> list[str]:
     """Return the devices that lost topics which they could read after generation ``since``."""
-    return list(tx.execute(_NARROWED, {"of_tenant": tenant_id, "since": since}).scalars())
+    return list(tx.execute(_NARROWED, {"since": since}).scalars())
 
 
-def revoked_since(tx: Connection, tenant_id: str, since: int) -> set[str]:
+def revoked_since(tx: Connection, since: int) -> set[str]:
     """Return the devices that were revoked after generation ``since``."""
-    query = sa.select(Device.id).where(
-        Device.tenant_id == tenant_id, Device.generation > since, _DENIED, Device.status == DeviceStatus.REVOKED
-    )
+    query = sa.select(Device.id).where(Device.generation > since, _DENIED, Device.status == DeviceStatus.REVOKED)
     return set(tx.execute(query).scalars())
 
 
-def devices_denied_since(tx: Connection, tenant_id: str, since: datetime) -> list[str]:
+def devices_denied_since(tx: Connection, since: datetime) -> list[str]:
     """Return devices revoked or suspended after a time; a connection of theirs may have been half open then."""
-    query = (
-        sa.select(Device.id, Device.updated_at)
-        .where(Device.tenant_id == tenant_id, _DENIED)
-        .order_by(Device.generation.desc())
-    )
+    query = sa.select(Device.id, Device.updated_at).where(_DENIED).order_by(Device.generation.desc())
     with tx.execute(query.execution_options(yield_per=1000)) as rows:
         return [device_id for device_id, _at in itertools.takewhile(lambda row: row.updated_at > since, rows)]
 
 
-def superseded_between(tx: Connection, tenant_id: str, start: datetime, end: datetime) -> list[tuple[int, str]]:
+def superseded_between(tx: Connection, start: datetime, end: datetime) -> list[tuple[int, str]]:
     """Return certificates of active devices that were superseded in a span of time, as pairs of row id and device.
 
     Only the newest thousand revocations are examined.
     """
     newest = (
         sa.select(Certificate.id, Certificate.device_id, Certificate.revoked_at, Certificate.revocation_reason)
-        .where(Certificate.tenant_id == tenant_id, _ON_A_CRL, Certificate.status == CertificateStatus.REVOKED)
+        .where(_ON_A_CRL, Certificate.status == CertificateStatus.REVOKED)
         .order_by(Certificate.generation.desc())
         .limit(1000)
         .subquery()

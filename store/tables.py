@@ -108,7 +108,10 @@ class AuditHead(Base):
 
 
 class BrokerState(Base):
-    """The generation that the broker must reach, and the newest one that it was seen to enforce."""
+    """The generation that the broker must reach, and the newest one that it was seen to enforce.
+
+    It has one row for the whole installation, as there is one broker; the row bears the first tenant.
+    """
 
     __tablename__ = "broker_state"
     __table_args__ = (
@@ -148,10 +151,11 @@ class Device(OfTenant, Base):
         sa.Index("ix_devices_status", "tenant_id", "status", "created_at", "id"),
         sa.Index("ix_devices_type", "tenant_id", "type", "created_at", "id"),
         sa.Index("ix_devices_location", "tenant_id", "location", "created_at", "id"),
-        partial_index("ix_devices_generation", "tenant_id", "generation", where="generation > 0"),
-        partial_index("ix_devices_narrowed", "tenant_id", "narrowed_generation", where="narrowed_generation > 0"),
-        partial_index("ix_devices_own_topics", "tenant_id", "generation", where="own_topics"),
-        partial_index("ix_devices_out", "tenant_id", "generation", where="status IN ('revoked', 'suspended')"),
+        # What the broker must enforce is read for all tenants at once.
+        partial_index("ix_devices_generation", "generation", where="generation > 0"),
+        partial_index("ix_devices_narrowed", "narrowed_generation", where="narrowed_generation > 0"),
+        partial_index("ix_devices_own_topics", "generation", where="own_topics"),
+        partial_index("ix_devices_out", "generation", where="status IN ('revoked', 'suspended')"),
         partial_index("ix_devices_applications", "tenant_id", "created_at", "id", where="kind = 'application'"),
         partial_index("ix_devices_attested", "tenant_id", "attested", "created_at", "id", where="attested IS NOT NULL"),
         partial_index(

@@ -17,14 +17,13 @@ from store.tables import AuditHead, BrokerState, Tenant, Token
 
 
 def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
-    """Record a tenant with its broker state and an empty audit record, unless it exists."""
+    """Record a tenant with an empty audit record, unless it exists; the first with the state of the broker of all."""
     if tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is None:
         tx.execute(sa.insert(Tenant), {"id": tenant_id, "created_at": created_at})
         tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, **dataclasses.asdict(EMPTY_RECORD)})
-        tx.execute(
-            sa.insert(BrokerState),
-            {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at},
-        )
+        if tx.execute(sa.select(BrokerState.tenant_id)).first() is None:
+            state = {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at}
+            tx.execute(sa.insert(BrokerState), state)
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,11 +167,11 @@ def test_a_topic_is_listed_once_for_a_device(portal: Portal) -> None:
 
 def test_the_applied_generation_is_never_ahead_of_the_newest_and_never_goes_back(portal: Portal) -> None:
     with portal.database.transaction() as tx:
-        newest = db.next_generation(tx, "default", at=NOW)
-        generations.set_applied_generation(tx, "default", newest, applied_at=NOW)
-        generations.set_applied_generation(tx, "default", newest - 1, applied_at=NOW)
-        assert generations.get_broker_state(tx, "default").applied_generation == newest
-    refused(portal, lambda tx: generations.set_applied_generation(tx, "default", newest + 1, applied_at=NOW))
+        newest = db.next_generation(tx, at=NOW)
+        generations.set_applied_generation(tx, newest, applied_at=NOW)
+        generations.set_applied_generation(tx, newest - 1, applied_at=NOW)
+        assert generations.get_broker_state(tx).applied_generation == newest
+    refused(portal, lambda tx: generations.set_applied_generation(tx, newest + 1, applied_at=NOW))
 
 
 def test_a_transaction_that_fails_leaves_nothing(portal: Portal) -> None:

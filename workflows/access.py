@@ -16,14 +16,14 @@ from store import generations
 from workflows.authority.issuers import Issuers
 
 
-def complete_draft(draft: Draft, tx: Connection, tenant_id: str, issuers: Issuers, now: datetime) -> None:
+def complete_draft(draft: Draft, tx: Connection, issuers: Issuers, now: datetime) -> None:
     """Add to the broker's next generation all that has changed since the one that it is based on."""
     since, every = draft.since, draft.lists_every_device
-    for change in generations.acl_changes(tx, tenant_id, since=since, defaults=every):
+    for change in generations.acl_changes(tx, since=since, defaults=every):
         update_access(draft, change)
     if draft.lists_certificates:
         names = {recorded.id: recorded.issuer.certificate.subject.public_bytes() for recorded in issuers.issuers}
-        for revoked in generations.certificate_changes(tx, tenant_id, since=since, now=now):
+        for revoked in generations.certificate_changes(tx, since=since, now=now):
             _revoke_certificate(draft, names[revoked.issuer_id], revoked)
 
 

@@ -78,7 +78,7 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
         admission.request is None or admission.topics is not None or style is AclStyle.PER_DEVICE
         for admission in admissions
     ]
-    generation = db.next_generation(tx, actor.tenant_id, at=now) if any(must_learn) else 0
+    generation = db.next_generation(tx, at=now) if any(must_learn) else 0
     # Before the audit head, as whoever removes a profile does: else the two could wait for each other.
     profile_ids = _held_profiles(tx, actor.tenant_id, [admission.request for admission in admissions])
     with_external_id = any(admission.request is not None and admission.request.external_id for admission in admissions)

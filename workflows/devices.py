@@ -85,7 +85,7 @@ class Inventory:
             presence = presence_of(tx, tenant_id, device_id)
             certificate = store_certificates.current_certificate(tx, tenant_id, device_id)
             own = store_devices.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
-            state = generations.get_broker_state(tx, tenant_id)
+            state = generations.get_broker_state(tx)
             shown = None if device.attested is None else find_attestation(tx, tenant_id, device_id)
         topics = _as_topics(own)
         return DeviceDetails(
@@ -115,7 +115,7 @@ class Inventory:
             return False
         with self._database.snapshot() as tx:
             device = db.get_device(tx, tenant_id, device_id)
-            state = generations.get_broker_state(tx, tenant_id)
+            state = generations.get_broker_state(tx)
         return device.generation > state.applied_generation or self._waits_for_restart(device)
 
     def certified(self, tenant_id: str, device_id: str, der: bytes) -> tuple[DeviceRecord, CertificateRecord]:

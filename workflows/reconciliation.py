@@ -23,7 +23,6 @@ from core.failpoints import failpoint
 from core.files import FileLock
 from store import devices, generations
 from store.database import Database
-from store.devices import kind_of
 from store.generations import BrokerStateRecord
 from store.issuers import CrlRecord
 from workflows import events
@@ -301,11 +300,11 @@ class Reconciler:
 
     def _active_devices(self) -> int:
         with self._database.snapshot() as tx:
-            return devices.count_active(tx, self._tenant_id)
+            return devices.count_active(tx)
 
     def _state(self) -> BrokerStateRecord:
         with self._database.snapshot() as tx:
-            return generations.get_broker_state(tx, self._tenant_id)
+            return generations.get_broker_state(tx)
 
     def _reconcile(self, timeout: float, enforced: int) -> Outcome:
         started = time.monotonic()
@@ -350,7 +349,7 @@ class Reconciler:
         # If a power cut takes this record back, the same is proven again.
         with self._database.transaction(durable=False) as tx:
             now = self._clock()
-            generations.set_applied_generation(tx, self._tenant_id, generation, applied_at=now)
+            generations.set_applied_generation(tx, generation, applied_at=now)
             for device_id in target.disconnected:
                 self._record(tx, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation)
             failpoint("apply.before_recorded")
@@ -391,8 +390,8 @@ class Reconciler:
 
     def _record(self, tx: Connection, type_: EventType, device_id: str, *, at: datetime, **facts: Any) -> None:
         if events.has_subscribers(tx):
-            kind = kind_of(tx, self._tenant_id, device_id)
-            events.record(tx, self._tenant_id, type_, device_id, at=at, kind=kind, **facts)
+            tenant_id, kind = devices.owner_of(tx, device_id)
+            events.record(tx, tenant_id, type_, device_id, at=at, kind=kind, **facts)
 
     def _prepare(self, *, with_crls: bool = False) -> _Target:
         """Read one snapshot, draft what the broker must enforce, and sign the CRLs that are due or put that off."""
@@ -400,10 +399,10 @@ class Reconciler:
         in_doubt = self._broker.accepted_revoked() or bool(self._broker.files.damage())
         try:
             with self._database.snapshot() as tx:
-                state = generations.get_broker_state(tx, self._tenant_id)
+                state = generations.get_broker_state(tx)
                 draft = self._broker.draft(state.applied_generation)
                 issuers = self._authority.seen_by(tx)
-                complete_draft(draft, tx, self._tenant_id, issuers, self._clock())
+                complete_draft(draft, tx, issuers, self._clock())
                 failpoint("apply.after_snapshot")
                 disconnected, revoked, narrowed = self._sessions_to_end(tx, since=state.applied_generation)
             puts_off = not with_crls and draft.puts_off_crls(issuers.ca_pem.encode())
@@ -418,11 +417,11 @@ class Reconciler:
 
     def _sessions_to_end(self, tx: Connection, *, since: int) -> tuple[Sequence[str], Set[str], Sequence[str]]:
         """Return whose sessions must end, which of them were revoked, and who has lost topics only."""
-        disconnected = generations.devices_to_disconnect(tx, self._tenant_id, since=since)
-        revoked = generations.revoked_since(tx, self._tenant_id, since) if disconnected else set[str]()
+        disconnected = generations.devices_to_disconnect(tx, since=since)
+        revoked = generations.revoked_since(tx, since) if disconnected else set[str]()
         if not self._broker.control.narrows_at_once:
             return disconnected, revoked, ()
-        narrowed = {*generations.narrowed_since(tx, self._tenant_id, since)} - {*disconnected}
+        narrowed = {*generations.narrowed_since(tx, since)} - {*disconnected}
         return disconnected, revoked, sorted(narrowed)
 
     def _install(self, target: _Target) -> bool:

@@ -190,7 +190,7 @@ class Registrations:
                 columns["profile_id"] = hold_profile(tx, actor.tenant_id, values["profile"])
             update_device(tx, actor.tenant_id, device_id, {**columns, "updated_at": now})
             if topics is not ...:
-                generation = db.next_generation(tx, actor.tenant_id, at=now)
+                generation = db.next_generation(tx, at=now)
                 pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]
                 narrowed = self._reads_less(device_topics(tx, actor.tenant_id, device_id), checked)
                 db.replace_topics(tx, actor.tenant_id, device_id, pairs, generation=generation, narrowed=narrowed)

@@ -225,7 +225,7 @@ class Renewals:
         tenant_id, device_id, overlap = actor.tenant_id, device.id, self._overlap(renewal)
         unfetched = store_renewal.unfetched_certificates(tx, tenant_id, device_id)
         # If nothing is revoked the broker need not learn of it: it knows the device by its id, not by its certificate.
-        generation = db.next_generation(tx, tenant_id, at=now) if unfetched or not overlap else 0
+        generation = db.next_generation(tx, at=now) if unfetched or not overlap else 0
         store_renewal.revoke_unfetched(tx, unfetched, now=now, generation=generation)
         store_renewal.replace_current(tx, tenant_id, device_id, until=now + overlap, ends_when_used=renewal.when_used)
         ended = (
@@ -267,7 +267,7 @@ class Renewals:
                 return
             if not store_renewal.is_current(tx, actor.tenant_id, device_id, fingerprint):
                 return
-            generation = db.next_generation(tx, actor.tenant_id, at=now)
+            generation = db.next_generation(tx, at=now)
             ended = store_renewal.revoke_replaced(
                 tx, actor.tenant_id, device_id, now=now, generation=generation, when_used=True
             )
@@ -275,7 +275,7 @@ class Renewals:
             audit.record(tx, actor, "certificate:supersede", of, at=now, ended=ended, because="used")
         self._ended(device_id, generation)
 
-    def end_overlaps(self, tenant_id: str) -> int:
+    def end_overlaps(self) -> int:
         """Revoke certificates whose overlap has ended, and undo renewals that nobody fetched, some hundreds at a time.
 
         Returns how many: call it until there are none, and before expired bundles are destroyed.
@@ -285,7 +285,7 @@ class Renewals:
             if not store_renewal.ended_overlaps(tx, now=now) and not store_renewal.unfetched_renewals(tx, now=now):
                 return 0
         with self._database.transaction() as tx:
-            generation = db.next_generation(tx, tenant_id, at=now)
+            generation = db.next_generation(tx, at=now)
             undone = store_renewal.unfetched_renewals(tx, now=now)
             for renewal in undone:
                 store_renewal.undo_renewal(tx, renewal, now=now, generation=generation)

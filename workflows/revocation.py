@@ -191,7 +191,7 @@ def _revoke(
     if device.status is DeviceStatus.REVOKED:
         answer = Revoked(device_id, device.revoked_at or now, device.revocation_reason or reason)
         return _Written(answer, device.generation, repeated=True)
-    generation = db.next_generation(tx, actor.tenant_id, at=now)
+    generation = db.next_generation(tx, at=now)
     db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
     events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, kind=kind, at=now, reason=reason)
     audit.record(tx, actor, f"{kind}:revoke", device.name_in_audit, at=now, reason=reason)
@@ -204,7 +204,7 @@ def _suspend(tx: Connection, actor: Actor, device_id: str, now: datetime) -> _Wr
     generation, repeated = device.generation, device.status is DeviceStatus.SUSPENDED
     if not repeated:
         advance(device.status, DeviceStatus.SUSPENDED)
-        generation = db.next_generation(tx, actor.tenant_id, at=now)
+        generation = db.next_generation(tx, at=now)
         devices.suspend_device(tx, actor.tenant_id, device_id, suspended_at=now, generation=generation)
         events.record(tx, actor.tenant_id, EventType.SUSPENDED, device_id, at=now)
         audit.record(tx, actor, "device:suspend", f"device:{device_id}", at=now)
@@ -219,7 +219,7 @@ def _resume(tx: Connection, actor: Actor, device_id: str, now: datetime) -> _Wri
         if device.status is DeviceStatus.PENDING:  # its certificate makes it active, nothing else
             raise StateConflict("A device that is pending cannot be resumed: it was never suspended.")
         advance(device.status, DeviceStatus.ACTIVE)
-        generation = db.next_generation(tx, actor.tenant_id, at=now)
+        generation = db.next_generation(tx, at=now)
         devices.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
         events.record(tx, actor.tenant_id, EventType.RESUMED, device_id, at=now)
         audit.record(tx, actor, "device:resume", f"device:{device_id}", at=now)

@@ -26,7 +26,6 @@ from pki.keys.tokens import read_record
 from store import copy as store_copy
 from store import generations, issuers, schema
 from store.database import Database
-from store.tables import DEFAULT_TENANT
 from workflows.audit import CHECKPOINT_FILE, KEY_FILE, read_kept, read_key
 from workflows.authority.issuers import FIRST_ISSUING
 from workflows.authority.keys import open_keys
@@ -89,7 +88,7 @@ def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *
             format=FORMAT,
             made_at=now.isoformat(timespec="seconds"),
             revision=current,
-            generation=generations.get_broker_state(tx, DEFAULT_TENANT).generation,
+            generation=generations.get_broker_state(tx).generation,
             crl_numbers=_crl_numbers(tx),
             counts=counts,
             sealed_by=FIRST_ISSUING,

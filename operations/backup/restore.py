@@ -394,8 +394,8 @@ def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
     """Advance the generation beyond any that the broker has had, and return it."""
     recorded = GuardFiles(plan.settings, lambda: plan.now).installed_generation() or 0
     before = max((row["generation"] for row in replaced("broker_state")), default=0) if replaced else 0
-    generation = max(recorded + 1, before + 1, db.next_generation(tx, DEFAULT_TENANT, at=plan.now))
-    tx.execute(sa.update(BrokerState).where(BrokerState.tenant_id == DEFAULT_TENANT).values(generation=generation))
+    generation = max(recorded + 1, before + 1, db.next_generation(tx, at=plan.now))
+    tx.execute(sa.update(BrokerState).values(generation=generation))
     return generation
 
 

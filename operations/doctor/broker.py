@@ -56,7 +56,7 @@ def acl_entries(installation: Installation) -> Finding:
         content = settings.broker_file(ACL_FILE).read_bytes()
         with installation.snapshot() as tx:
             per_device = settings.acl_style is AclStyle.PER_DEVICE
-            for change in generations.acl_changes(tx, installation.tenant_id, since=0, defaults=per_device):
+            for change in generations.acl_changes(tx, since=0, defaults=per_device):
                 if change.generation > installed:
                     pending.add(change.device_id)  # not installed at the broker yet
                 else:
@@ -87,7 +87,7 @@ def _journal_entries(installation: Installation) -> Finding:
         installed = read_position(settings.broker_file(JOURNAL_FILE)).generation
         access = read_access(settings.broker_file(JOURNAL_FILE))
         with installation.snapshot() as tx:
-            for change in generations.acl_changes(tx, installation.tenant_id, since=0, defaults=True):
+            for change in generations.acl_changes(tx, since=0, defaults=True):
                 if change.generation > installed:
                     pending.add(change.device_id)
                 else:
@@ -200,7 +200,7 @@ def broker(installation: Installation) -> Finding:
     """Check that the broker answers, and enforces the generation that it last reported."""
     settings = installation.settings
     with installation.snapshot() as tx:
-        applied = generations.get_broker_state(tx, installation.tenant_id).applied_generation
+        applied = generations.get_broker_state(tx).applied_generation
     deadline = time.monotonic() + SECONDS
     if settings.broker_control is ControlKind.GUARD:
         return _guarded_broker(installation, deadline)
@@ -244,4 +244,4 @@ def _guarded_broker(installation: Installation, deadline: float) -> Finding:
 def active_devices(installation: Installation) -> int:
     """Return the number of devices that the broker must accept."""
     with installation.snapshot() as tx:
-        return devices.count_active(tx, installation.tenant_id)
+        return devices.count_active(tx)

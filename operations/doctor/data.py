@@ -158,11 +158,11 @@ def audit_record(installation: Installation) -> Finding:
 def generation(installation: Installation) -> Finding:
     """Check that the broker enforces the newest generation, now or within ``PORTAL_ENFORCE_TIMEOUT``."""
     with installation.snapshot() as tx:
-        wanted = generations.get_broker_state(tx, installation.tenant_id).generation
+        wanted = generations.get_broker_state(tx).generation
     deadline = time.monotonic() + installation.settings.enforce_timeout
     while True:
         with installation.snapshot() as tx:
-            state = generations.get_broker_state(tx, installation.tenant_id)
+            state = generations.get_broker_state(tx)
         if state.applied_generation >= wanted:
             return well(f"The broker enforces generation {state.applied_generation}.")
         if time.monotonic() >= deadline:

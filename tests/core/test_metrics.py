@@ -79,8 +79,8 @@ def test_certificates_about_to_expire_are_counted_as_long_as_they_are_in_use(api
 def test_how_long_the_broker_has_lagged_behind_is_reported(api: Api, app: Flask, clock: Clock) -> None:
     portal = portal_of(app)
     with portal.database.transaction() as tx:
-        newest = generations.get_broker_state(tx, "default").generation
-        generations.set_applied_generation(tx, "default", newest, applied_at=clock())
+        newest = generations.get_broker_state(tx).generation
+        generations.set_applied_generation(tx, newest, applied_at=clock())
     assert value_of(scrape(api), "portal_generation_pending_seconds") == 0
     api.register()
     clock.advance(minutes=5)
@@ -89,11 +89,11 @@ def test_how_long_the_broker_has_lagged_behind_is_reported(api: Api, app: Flask,
     assert 300 <= value_of(samples, "portal_generation_pending_seconds") < 330
     assert value_of(samples, "portal_generation") - value_of(samples, "portal_generation_enforced") == 2
     with portal.database.transaction() as tx:
-        generations.set_applied_generation(tx, "default", newest + 1, applied_at=clock())
+        generations.set_applied_generation(tx, newest + 1, applied_at=clock())
     clock.advance(minutes=1)
     assert 60 <= value_of(scrape(api), "portal_generation_pending_seconds") < 90
     with portal.database.transaction() as tx:
-        generations.set_applied_generation(tx, "default", newest + 2, applied_at=clock())
+        generations.set_applied_generation(tx, newest + 2, applied_at=clock())
     assert value_of(scrape(api), "portal_generation_pending_seconds") == 0
 
 

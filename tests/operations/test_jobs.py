@@ -372,8 +372,8 @@ class Shown:
     def obeys(self) -> None:
         """The broker was told something, and obeys."""
         with self.portal.database.transaction() as tx:
-            generation = db.next_generation(tx, self.portal.tenant_id, at=self.portal.clock())
-            generations.set_applied_generation(tx, self.portal.tenant_id, generation, applied_at=self.portal.clock())
+            generation = db.next_generation(tx, at=self.portal.clock())
+            generations.set_applied_generation(tx, generation, applied_at=self.portal.clock())
 
     def probe(self, certificate: bytes | None, *, fails: bool = False) -> int:
         """Run the job; return how often the broker was restarted so far."""

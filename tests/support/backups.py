@@ -98,7 +98,7 @@ class Story:
             for device in (self.goes, self.late_and_gone):
                 portal.revocations.revoke(OPERATOR, device.device_id, "key_compromise")
             with portal.database.transaction() as tx:
-                generation = db.next_generation(tx, "default", at=clock())
+                generation = db.next_generation(tx, at=clock())
                 values = {"status": "suspended", "updated_at": clock(), "generation": generation}
                 update_device(tx, "default", self.held.device_id, values)
                 held = sa.update(Certificate).where(Certificate.device_id == self.held.device_id)
@@ -106,7 +106,7 @@ class Story:
                 issuers.touch_issuer(tx, 2, generation=generation)
             portal.reconciler.install()
             with portal.database.snapshot() as tx:
-                self.generation = generations.get_broker_state(tx, "default").generation
+                self.generation = generations.get_broker_state(tx).generation
         self.number = crl_number(settings)
         self.on_crl = listed(settings)
         clock.advance(minutes=5)

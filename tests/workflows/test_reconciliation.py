@@ -28,7 +28,7 @@ UseCase = Callable[[Portal], object]
 
 def generation(portal: Portal) -> int:
     with portal.database.snapshot() as tx:
-        return generations.get_broker_state(tx, "default").generation
+        return generations.get_broker_state(tx).generation
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_the_broker_is_updated_when_an_overlap_ends(portal: Portal, asked: list[
     renew(portal, device_id, overlap_hours=1)
     before = generation(portal)
     clock.advance(hours=2)
-    assert portal.renewals.end_overlaps("default") == 1
+    assert portal.renewals.end_overlaps() == 1
     assert before < generation(portal) == max(asked)
 
 
@@ -171,12 +171,12 @@ def test_requests_give_up_early_only_until_the_broker_has_obeyed_again(
 
     monkeypatch.setattr(portal.reconciler, "_reconcile", fail)
     with portal.database.transaction() as tx:
-        newest = db.next_generation(tx, "default", at=portal.clock())
+        newest = db.next_generation(tx, at=portal.clock())
     portal.reconciler.apply(newest)
     portal.reconciler.apply(newest)
     with portal.database.transaction() as tx:  # as the jobs do, in whichever process
-        generations.set_applied_generation(tx, "default", newest, applied_at=portal.clock())
-        newest = db.next_generation(tx, "default", at=portal.clock())
+        generations.set_applied_generation(tx, newest, applied_at=portal.clock())
+        newest = db.next_generation(tx, at=portal.clock())
     portal.reconciler.apply(newest)
     whole = portal.settings.enforce_timeout
     assert timeouts == [whole, AFTER_FAILURE_SECONDS, whole]

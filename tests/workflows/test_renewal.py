@@ -57,7 +57,7 @@ def register_by_csr(portal: Portal) -> Registered:
 
 def generation(portal: Portal) -> int:
     with portal.database.snapshot() as tx:
-        return generations.get_broker_state(tx, "default").generation
+        return generations.get_broker_state(tx).generation
 
 
 def listed(portal: Portal, certificate: CertificateRecord) -> x509.RevokedCertificate | None:
@@ -85,7 +85,7 @@ def test_a_renewed_device_has_two_certificates_until_the_overlap_has_ended(porta
     assert entry is not None
     assert entry.extensions.get_extension_for_class(x509.CRLReason).value.reason is x509.ReasonFlags.superseded
     with portal.database.snapshot() as tx:
-        assert generations.devices_to_disconnect(tx, "default", since=before) == [device.device_id]
+        assert generations.devices_to_disconnect(tx, since=before) == [device.device_id]
     of_device = {"object": f"device:{device.device_id}"}
     actions = [entry.action for entry in portal.operators.audit("default", limit=2, before=None, filters=of_device)[0]]
     assert actions == ["certificate:supersede", "device:renew"]
@@ -137,9 +137,7 @@ def test_a_bundle_that_was_not_fetched_is_destroyed_by_the_next_renewal(portal: 
     again = portal.renewals.renew(OPERATOR, device.device_id, RenewalRequest())
     assert statuses(portal, device.device_id) == ["revoked", "revoked", "active"]
     with portal.database.snapshot() as tx:
-        assert generations.devices_to_disconnect(tx, "default", since=0) == [], (
-            "no session can have begun with such a key"
-        )
+        assert generations.devices_to_disconnect(tx, since=0) == [], "no session can have begun with such a key"
     fetch(portal, link(again))
 
 

@@ -96,7 +96,7 @@ class CrlPublication:
         entries = RevokedEntries()
         try:
             with self._database.snapshot() as tx:
-                generation, now = generations.get_broker_state(tx, self._tenant_id).generation, self._clock()
+                generation, now = generations.get_broker_state(tx).generation, self._clock()
                 for recorded in self._authority.seen_by(tx).with_crl():
                     entries.listed(tx, recorded.id, generation=generation, now=now)
         except PortalError as error:
@@ -152,7 +152,7 @@ class CrlPublication:
         if not self._broker.control.publishes_crls:
             self._show_next_crl(now)
         with self._database.snapshot() as tx:
-            state = generations.get_broker_state(tx, self._tenant_id)
+            state = generations.get_broker_state(tx)
             changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
             issuers = self._authority.seen_by(tx)
             for recorded in issuers.with_crl():
@@ -181,7 +181,7 @@ class CrlPublication:
     def _show_next_crl(self, now: datetime) -> None:
         """If certificates were revoked, have the next CRL list one whose refusal shows that the broker has it."""
         with self._database.snapshot() as tx:
-            generation = generations.get_broker_state(tx, self._tenant_id).generation
+            generation = generations.get_broker_state(tx).generation
             changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
             changed = []
             for recorded in self._authority.seen_by(tx).with_crl():

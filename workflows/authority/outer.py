@@ -132,7 +132,7 @@ def add_requested(
     """
     with database.snapshot() as tx:
         issuers = store_issuers.list_issuers(tx, retired=True)
-        generation = generations.get_broker_state(tx, actor.tenant_id).generation
+        generation = generations.get_broker_state(tx).generation
         waiting, current = waiting_issuer(tx), authority.seen_by(tx)
     requested = {request.public_key: request for request in pending_requests(settings, issuers)}
     recorded = _issuing_by_key(issuers)

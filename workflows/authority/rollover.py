@@ -59,7 +59,7 @@ def prepare_next(
     """
     with database.snapshot() as tx:
         issuers = store_issuers.list_issuers(tx, retired=True)
-        generation = generations.get_broker_state(tx, actor.tenant_id).generation
+        generation = generations.get_broker_state(tx).generation
         waiting, current = waiting_issuer(tx), authority.seen_by(tx)
     if waiting is not None:
         return waiting, generation
@@ -114,7 +114,7 @@ def add_issuing(database: Database, actor: Actor, issuer: Issuer, *, now: dateti
         )
         if not issuer.above:
             tx.execute(sa.update(IssuerRow).where(IssuerRow.kind == IssuerKind.ROOT).values(status=IssuerStatus.ACTIVE))
-        generation = db.next_generation(tx, actor.tenant_id, at=now)
+        generation = db.next_generation(tx, at=now)
         below = {"below": named(issuer.above[-1])} if issuer.above else {}
         audit.record(tx, actor, "ca:create", f"issuer:{issuer.name}", at=now, fingerprint=fingerprint, **below)
     return generation
@@ -233,6 +233,6 @@ def retire(
             tx.execute(
                 sa.update(IssuerRow).where(IssuerRow.kind == IssuerKind.ROOT).values(status=IssuerStatus.RETIRED)
             )
-        generation = db.next_generation(tx, actor.tenant_id, at=now)
+        generation = db.next_generation(tx, at=now)
         audit.record(tx, actor, "ca:retire", f"issuer:{name}", at=now)
     return generation

@@ -370,7 +370,7 @@ class Batches:
         tenant_id, replacing = actor.tenant_id, any(task.known is not None for task, _ in issued)
         new_ids = [task.candidate.external_id for task, _ in issued if task.known is None]
         taken = bulk.find_known(tx, tenant_id, [external_id for external_id in new_ids if external_id is not None])
-        generation = db.next_generation(tx, tenant_id, at=now) if replacing else 0
+        generation = db.next_generation(tx, at=now) if replacing else 0
         refusals, superseded = _refusals(tx, tenant_id, issued, now), set[str]()
         replaced = [task.known for task, _ in issued if task.known is not None and task.job.device_id not in refusals]
         if replaced:

@@ -159,7 +159,7 @@ class Reenrolments:
 def _end_all(tx: Connection, device: DeviceRecord, now: datetime) -> int:
     """Revoke every certificate of a device, and its bundles; returns the generation that the broker must reach."""
     tenant_id, device_id = device.tenant_id, device.id
-    generation = db.next_generation(tx, tenant_id, at=now)
+    generation = db.next_generation(tx, at=now)
     unfetched = renewal.unfetched_certificates(tx, tenant_id, device_id)
     renewal.revoke_unfetched(tx, unfetched, now=now, generation=generation)
     renewal.replace_current(tx, tenant_id, device_id, until=now, ends_when_used=False)

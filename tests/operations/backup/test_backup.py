@@ -336,7 +336,7 @@ def test_what_was_revoked_since_the_copy_stays_revoked(story: Story, clock: Cloc
         with portal.database.snapshot() as tx:
             device = db.get_device(tx, "default", story.goes.device_id)
             assert audit.verify(tx, "default").problem is None
-            assert generations.get_broker_state(tx, "default").generation > story.generation
+            assert generations.get_broker_state(tx).generation > story.generation
         recorded = portal.operators.audit("default", limit=50, before=None, filters={})[0]
         assert portal.broker.files.damage() == []
         acl = settings.broker_file("acl").read_text()

@@ -365,8 +365,8 @@ def test_a_pending_generation_is_a_problem_until_the_broker_was_seen_to_enforce_
     assert finding.state is State.PROBLEM
     assert "not in force" in finding.detail
     with portal.database.transaction() as tx:
-        state = generations.get_broker_state(tx, "default")
-        generations.set_applied_generation(tx, "default", state.generation, applied_at=portal.clock())
+        state = generations.get_broker_state(tx)
+        generations.set_applied_generation(tx, state.generation, applied_at=portal.clock())
     assert examined(portal, "generation")["generation"].state is State.OK
 
 

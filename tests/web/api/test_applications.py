@@ -346,7 +346,7 @@ def test_who_is_denied_everything_because_a_prefix_was_removed_is_said_to_be(api
 
 def generation_of(portal: Portal) -> int:
     with portal.database.snapshot() as tx:
-        return get_broker_state(tx, "default").generation
+        return get_broker_state(tx).generation
 
 
 def test_topics_that_are_taken_away_are_taken_away_before_the_answer(api: Api, portal: Portal) -> None:

@@ -1,0 +1,110 @@
+"""Two tenants on one broker: what a device of either may do reaches it, whichever tenant changed last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from config import Settings
+from core.broker_control import ACL_FILE, JOURNAL_FILE
+from core.errors import DeviceNotFound
+from operations import jobs
+from operations.wiring import Portal, open_portal, prepare
+from store import generations, tenants
+from store.audit import Actor
+from store.tables import BrokerState, WebhookDelivery
+from tests.support.guard_stub import GuardStub, journal_lines
+from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock
+from tests.workflows.test_admission import OPERATOR, request_of
+from workflows.renewal import RenewalRequest
+
+NEIGHBOUR = Actor("another", "a neighbour", "operator", "request-2", "192.0.2.2")
+
+
+@pytest.fixture
+def portal(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Portal]:
+    """A portal with a second tenant, under the control of the guard, which answers it."""
+    settings = make_settings(PORTAL_BROKER_CONTROL="guard")
+    built = open_portal(settings, clock)
+    with built.database.transaction() as tx:
+        tenants.add_tenant(tx, NEIGHBOUR.tenant_id, created_at=clock())
+    prepare(built)
+    with GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE)):
+        yield built
+    built.close()
+
+
+def last_line_of(portal: Portal, identity: str) -> str:
+    lines = journal_lines(portal.settings.broker_file(JOURNAL_FILE))
+    return [line for line in lines if identity in line.split(" ")[1:2]][-1]
+
+
+def registered(portal: Portal, actor: Actor) -> str:
+    return portal.registrations.register(actor, request_of(1, csr=True)).device_id
+
+
+def test_the_devices_of_both_tenants_are_allowed_before_they_have_their_certificates(portal: Portal) -> None:
+    for actor in (NEIGHBOUR, OPERATOR, NEIGHBOUR):
+        device_id = registered(portal, actor)
+        assert last_line_of(portal, device_id).split(" ")[:2] == ["allow", device_id]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("change", "more"), [("revoke", ["key_compromise"]), ("suspend", [])], ids=["revoke", "suspend"]
+)
+def test_what_a_tenant_takes_from_its_device_is_enforced_and_told_to_that_tenant_alone(
+    portal: Portal, change: str, more: list[str]
+) -> None:
+    device_id, other = registered(portal, NEIGHBOUR), registered(portal, OPERATOR)
+    for actor in (NEIGHBOUR, OPERATOR):
+        portal.webhooks.create(actor, "all", "https://example.com", [])
+    act = getattr(portal.revocations, change)
+    with pytest.raises(DeviceNotFound):
+        act(OPERATOR, device_id, *more)
+    assert last_line_of(portal, device_id).startswith("allow ")
+    assert act(NEIGHBOUR, device_id, *more).enforced
+    assert last_line_of(portal, device_id).split(" ")[0] in ("deny", "mute")
+    assert last_line_of(portal, other).startswith("allow ")
+    with portal.database.snapshot() as tx:
+        told = {row.tenant_id for row in tx.execute(sa.select(WebhookDelivery.tenant_id))}
+    assert told == {NEIGHBOUR.tenant_id}
+
+
+@ON_SQLITE
+def test_a_certificate_that_was_superseded_in_another_tenant_is_revoked_and_its_session_ended(
+    portal: Portal, clock: Clock
+) -> None:
+    device_id = registered(portal, NEIGHBOUR)
+    portal.renewals.renew(NEIGHBOUR, device_id, RenewalRequest(csr=request_of(1, csr=True).csr, overlap_hours=1))
+    with portal.database.snapshot() as tx:
+        before = generations.get_broker_state(tx).generation
+    clock.advance(hours=2)
+    jobs.expire(portal)
+    with portal.database.snapshot() as tx:
+        assert generations.devices_to_disconnect(tx, since=before) == [device_id]
+        state = generations.get_broker_state(tx)
+    assert before < state.generation == state.applied_generation
+
+
+@ON_SQLITE
+def test_the_installation_has_one_generation(portal: Portal) -> None:
+    with portal.database.snapshot() as tx:
+        assert [row.tenant_id for row in tx.execute(sa.select(BrokerState.tenant_id))] == [portal.tenant_id]
+
+
+@ON_SQLITE
+@PER_DEVICE
+def test_the_access_list_of_a_broker_without_the_guard_names_the_devices_of_both_tenants(
+    make_settings: Callable[..., Settings],
+) -> None:
+    portal = open_portal(make_settings())
+    with portal.database.transaction() as tx:
+        tenants.add_tenant(tx, NEIGHBOUR.tenant_id, created_at=portal.clock())
+    known = [portal.registrations.register(actor, request_of(1, csr=False)) for actor in (NEIGHBOUR, OPERATOR)]
+    portal.reconciler.install()
+    access_list = portal.settings.broker_file(ACL_FILE).read_text()
+    assert [f"user {one.device_id}" in access_list for one in known] == [True, True]
+    portal.close()
