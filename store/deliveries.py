@@ -34,6 +34,7 @@ class DeliveryRecord:
     length: int
     format: str
     kind: ClientKind
+    tenant_id: str
 
 
 _INSERT_DELIVERIES = sa.insert(Delivery)
@@ -77,6 +78,7 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime, key_hash: s
             sa.func.coalesce(sa.func.length(Delivery.bundle), KeptBundle.length, 0),
             Delivery.format,
             Device.kind,
+            Delivery.tenant_id,
             Delivery.delivered_at,
             Device.status,
             KeptBundle.key_hash,

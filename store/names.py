@@ -16,6 +16,7 @@ from store.profile_tables import DeviceName
 from store.tables import Certificate
 
 _BATCH = 500
+_ANOTHER_TENANTS = ""  # in place of the id of a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,13 @@ def lock(tx: Connection, tenant_id: str) -> None:
     audit.lock_audit_head(tx, tenant_id)  # which every such transaction takes: another lock could make two wait
 
 
-def refusals(tx: Connection, claims: Sequence[NameClaim], *, now: datetime) -> dict[str, NameInUse]:
+def refusals(tx: Connection, tenant_id: str, claims: Sequence[NameClaim], *, now: datetime) -> dict[str, NameInUse]:
     """Return why certificates may not be issued, by the ids of the devices that they are for.
 
-    In a transaction that issues, call ``lock`` first. Of several claims of one name the first counts.
+    A name is one device's in the whole installation; which device of another tenant has it is not said. In a
+    transaction that issues, call ``lock`` first. Of several claims of one name the first counts.
     """
-    owners = _living_owners(tx, [name for claim in claims for name in claim.names], now)
+    owners = _living_owners(tx, tenant_id, [name for claim in claims for name in claim.names], now)
     refused: dict[str, NameInUse] = {}
     for claim in claims:
         others = {name: owners[name] for name in claim.names if owners.get(name, claim.device_id) != claim.device_id}
@@ -47,6 +49,8 @@ def refusals(tx: Connection, claims: Sequence[NameClaim], *, now: datetime) -> d
         refused[claim.device_id] = NameInUse(
             f"The name {name} is in a certificate of device {owner}, which is valid; revoke that device, or give this"
             " one other values."
+            if owner != _ANOTHER_TENANTS
+            else f"The name {name} is in a valid certificate already; give this device other values."
         )
     return refused
 
@@ -57,7 +61,7 @@ def claim_names(tx: Connection, tenant_id: str, claims: Sequence[tuple[NameClaim
     Raises ``NameInUse``; the primary key refuses a second owner, whatever was looked up here.
     """
     lock(tx, tenant_id)
-    for error in refusals(tx, [claim for claim, _ in claims], now=now).values():
+    for error in refusals(tx, tenant_id, [claim for claim, _ in claims], now=now).values():
         raise error
     rows = {
         name: {"tenant_id": tenant_id, "device_id": claim.device_id, "certificate_id": certificate_id}
@@ -97,10 +101,10 @@ def _is_living(now: datetime) -> sa.ColumnElement[bool]:
     )
 
 
-def _living_owners(tx: Connection, names: Sequence[str], now: datetime) -> dict[str, str]:
-    owners: dict[str, str] = {}
+def _living_owners(tx: Connection, tenant_id: str, names: Sequence[str], now: datetime) -> dict[str, str]:
+    columns, owners = (DeviceName.name, DeviceName.device_id, DeviceName.tenant_id), dict[str, str]()
     for start in range(0, len(names), _BATCH):
         some = names[start : start + _BATCH]
-        query = sa.select(DeviceName.name, DeviceName.device_id).where(DeviceName.name.in_(some), _is_living(now))
-        owners.update((row.name, row.device_id) for row in tx.execute(query))
+        for row in tx.execute(sa.select(*columns).where(DeviceName.name.in_(some), _is_living(now))):
+            owners[row.name] = row.device_id if row.tenant_id == tenant_id else _ANOTHER_TENANTS
     return owners

@@ -18,12 +18,17 @@ from store.tables import AuditHead, BrokerState, Tenant, Token
 
 def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
     """Record a tenant with an empty audit record, unless it exists; the first with the state of the broker of all."""
-    if tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is None:
+    if not is_tenant(tx, tenant_id):
         tx.execute(sa.insert(Tenant), {"id": tenant_id, "created_at": created_at})
         tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, **dataclasses.asdict(EMPTY_RECORD)})
         if tx.execute(sa.select(BrokerState.tenant_id)).first() is None:
             state = {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at}
             tx.execute(sa.insert(BrokerState), state)
+
+
+def is_tenant(tx: Connection, tenant_id: str) -> bool:
+    """Return whether there is a tenant of this name."""
+    return tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is not None
 
 
 @dataclass(frozen=True, slots=True)

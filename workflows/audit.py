@@ -173,18 +173,19 @@ class AuditLog:
         age = abs(now - kept.made_at)  # a clock that was set back must not stop checkpoints
         return number >= kept.head.number + CHECKPOINT_ENTRIES or (number > kept.head.number and age >= CHECKPOINT_AGE)
 
-    def export(self) -> Iterator[bytes]:
-        """Yield the whole record, oldest entry first, as lines of JSON; each part is read in a transaction of its own.
+    def export(self, tenant_id: str) -> Iterator[bytes]:
+        """Yield the whole record of a tenant, oldest entry first, as lines of JSON.
 
-        So a client that reads slowly keeps no transaction open; what has been read does not change.
+        Each part is read in a transaction of its own: a client that reads slowly keeps none open, and what has been
+        read does not change.
         """
         with self._database.snapshot() as tx:
-            last = audit.audit_head(tx, self._tenant_id).number
+            last = audit.audit_head(tx, tenant_id).number
         number = 0
         while number < last:
             with self._database.snapshot() as tx:
                 limit = min(audit.READ_AT_ONCE, last - number)
-                entries = list(audit.read_entries(tx, self._tenant_id, after=number, limit=limit))
+                entries = list(audit.read_entries(tx, tenant_id, after=number, limit=limit))
             if not entries:
                 return
             yield b"".join(map(line_of, entries))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class Deliveries:
         Raises as ``check_download`` does, and ``Unavailable`` while the broker does not know the device.
         """
         record, seal = self._find(token, idempotency_key)
+        actor = dataclasses.replace(actor, tenant_id=record.tenant_id)  # anyone has the link, and it says whose it is
         self._reconciler.wait_until_granted(record.generation)
         content = self._database.write(lambda tx: self._spend(tx, actor, record, seal))
         failpoint("deliver.after_commit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,11 +137,11 @@ class Operators:
             return
         facts = {} if error.delivered_at is None else {"used_at": error.delivered_at}
         with self._database.transaction() as tx:
-            kind = devices.kind_of(tx, actor.tenant_id, error.device_id)
+            tenant_id, kind = devices.owner_of(tx, error.device_id)
             if fetched:
                 events.record(
                     tx,
-                    actor.tenant_id,
+                    tenant_id,
                     EventType.LINK_REUSED,
                     error.device_id,
                     kind=kind,
@@ -150,6 +151,7 @@ class Operators:
                     **facts,
                 )
             of, delivery = f"{kind}:{error.device_id}", error.delivery_id
+            actor = dataclasses.replace(actor, tenant_id=tenant_id)  # whose link it is
             audit.record(tx, actor, "bundle:fetch", of, at=now, outcome="refused", code=error.code, delivery=delivery)
 
     def record_the_rest(self, tenant_id: str) -> None:

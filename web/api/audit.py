@@ -66,7 +66,7 @@ def list_audit(call: Call, query: AuditQuery) -> AuditPage:
 )
 def export_audit(call: Call) -> Reply:
     """Export the whole audit record with its hashes."""
-    return Reply(content=call.portal.audit_log.export(), media_type=NDJSON)
+    return Reply(content=call.portal.audit_log.export(call.actor.tenant_id), media_type=NDJSON)
 
 
 @ROUTES.add(

@@ -53,7 +53,7 @@ def client_of(call: Call) -> Client:
     if der is None:
         return None
     try:
-        return call.portal.clients.identify(der)
+        return _identified(call, der)
     except PortalError as error:
         call.portal.operators.record_late_use(call.actor, "device:enrol", "client certificate", error.code)
         raise
@@ -67,11 +67,19 @@ def noticed_client(call: Call) -> Client:
     """
     with contextlib.suppress(PortalError):
         der = _presented(call.environ, call.portal.settings.trusted_proxies)
-        holder = None if der is None else call.portal.clients.identify(der)
+        holder = None if der is None else _identified(call, der)
         if isinstance(holder, DeviceClient):
             used(call, holder)
         return holder
     return None
+
+
+def _identified(call: Call, der: bytes) -> DeviceClient | ManufacturedClient:
+    """Return whose certificate, DER, it is; raise ``ClientCertificateRefused``."""
+    holder = call.portal.clients.identify(der)
+    if call.device_tenant not in (None, holder.tenant_id):
+        raise ClientCertificateRefused("The client certificate is not known under this EST label; check the path.")
+    return holder
 
 
 def used(call: Call, holder: DeviceClient) -> Actor:
@@ -90,7 +98,7 @@ def enrolment_token(call: Call) -> EnrolmentTokenRecord | None:
     if scheme.lower() != "basic":
         return None
     record = call.portal.enrolment_tokens.find(_password(credentials))
-    if record is None:
+    if record is None or call.device_tenant not in (None, record.tenant_id):
         raise unauthenticated(call, "Unknown enrolment token; check that it was copied completely.")
     return record
 

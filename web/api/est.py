@@ -176,9 +176,9 @@ def _labelled(route: Route) -> Route:
 
     @functools.wraps(route.handler)
     def labelled(call: Call, label: str, **arguments: bytes) -> Any:
-        if label != call.portal.tenant_id:
+        if label != call.portal.tenant_id and not call.portal.enrolment.is_tenant(label):
             raise NotFound("Unknown EST label; leave it out, or use the tenant's name.")
-        return route.handler(call, **arguments)
+        return route.handler(dataclasses.replace(call, device_tenant=label), **arguments)
 
     labelled.__name__ = f"{route.name}_labelled"
     path = route.path.replace("/est/", "/est/{label}/")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from flask import render_template
 
 from core import metrics
+from core.errors import Forbidden
 from core.roles import MAY, Permission
 from web.api.openapi import openapi
 from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, Route, Routes
@@ -63,7 +64,7 @@ def healthz(_call: Call) -> HealthModel:
 def readyz(call: Call) -> Reply:
     """Report whether database, CA, CRL and broker are usable, and tell operators why not."""
     # The reasons name paths and generations, which help an attacker as much as an operator.
-    is_operator = Permission.READ in MAY.get(call.actor.role, ())
+    is_operator = Permission.READ in MAY.get(call.actor.role, ()) and _runs_the_installation(call)
     checks = [
         CheckModel(name=check.name, ok=True)
         if check.problem is None
@@ -81,8 +82,15 @@ def readyz(call: Call) -> Reply:
 )
 def read_metrics(call: Call) -> Reply:
     """Return metrics of devices, broker and requests for Prometheus."""
+    if not _runs_the_installation(call):
+        raise Forbidden("The metrics are those of the whole installation; ask whoever runs it.")
     content = metrics.exposition(call.portal.monitoring.gauges())
     return Reply(content=content, media_type=metrics.MEDIA_TYPE)
+
+
+def _runs_the_installation(call: Call) -> bool:
+    """Tell whether an operator is one of the first tenant, to whom alone the figures of all tenants are shown."""
+    return call.actor.tenant_id == call.portal.tenant_id
 
 
 def description_of(others: Sequence[Route]) -> tuple[Route, ...]:

@@ -83,7 +83,10 @@ class AnswerModel(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An authorized request. What its path, query and body hold are arguments of the handler beside it."""
+    """An authorized request. What its path, query and body hold are arguments of the handler beside it.
+
+    ``device_tenant`` is the tenant that a device has named, by its EST label: no other tenant's credentials count.
+    """
 
     portal: Portal
     actor: Actor
@@ -91,6 +94,7 @@ class Call:
     headers: Headers
     environ: dict[str, Any]
     idempotency_key: str | None = None
+    device_tenant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,10 +172,11 @@ class Batches:
                 answers.append(failed(row, error, external_id=external_id))
             else:
                 answers.append(RowChecked(row, external_id, repeated=found is not None))
-        return self._without_taken_names(candidates, answers, claims)
+        return self._without_taken_names(actor.tenant_id, candidates, answers, claims)
 
     def _without_taken_names(
         self,
+        tenant_id: str,
         candidates: Sequence[Candidate],
         answers: list[RowChecked | RowFailed],
         claims: Mapping[int, NameClaim],
@@ -184,7 +185,7 @@ class Batches:
         if not claims:
             return answers
         with self._database.snapshot() as tx:
-            refused = names.refusals(tx, list(claims.values()), now=self._clock())
+            refused = names.refusals(tx, tenant_id, list(claims.values()), now=self._clock())
         for position, claim in claims.items():
             if claim.device_id in refused:
                 row = candidates[position]
@@ -412,7 +413,7 @@ def _refusals(tx: Connection, tenant_id: str, issued: Sequence[_Issued], now: da
         refused |= keys.refusals(tx, tenant_id, with_csr)
     if with_names := [name_claim(credentials) for _, credentials in issued if credentials.names]:
         names.lock(tx, tenant_id)
-        refused |= names.refusals(tx, with_names, now=now)
+        refused |= names.refusals(tx, tenant_id, with_names, now=now)
     return refused
 
 

@@ -98,10 +98,16 @@ class TlsClients:
             "The CA that issued the client certificate directly is not registered here; see POST /manufacturers."
         )
 
-    def check_distinct(self, tx: Connection, der: bytes) -> None:
-        """Raise ``Conflict`` if TLS could take a CA that is to be registered, DER, for one whose clients it accepts."""
+    def check_distinct(self, tx: Connection, tenant_id: str, der: bytes) -> None:
+        """Raise ``Conflict`` if TLS could take a CA that is to be registered, DER, for one whose clients it accepts.
+
+        That can be one of another tenant, of which the error says nothing more.
+        """
         issuing = [(item.issuer.name, item.der) for item in self._authority.issuers if item.kind == IssuerKind.ISSUING]
-        registered = [(record.name, record.der) for record in enrolment.registered_manufacturers(tx)]
+        registered = [
+            (record.name if record.tenant_id == tenant_id else "of another manufacturer", record.der)
+            for record in enrolment.registered_manufacturers(tx)
+        ]
         for name, accepted in (*issuing, *registered):
             if client_certificates.may_be_confused(der, accepted):
                 raise Conflict(

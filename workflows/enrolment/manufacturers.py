@@ -54,7 +54,7 @@ class Manufacturers:
         record = _unproven(actor.tenant_id, name, authority, profile, now=now)
         try:
             with self._database.transaction() as tx:
-                self._clients.check_distinct(tx, record.der)
+                self._clients.check_distinct(tx, actor.tenant_id, record.der)
                 check_enrolment_profile(tx, actor.tenant_id, profile)
                 record = with_policy(tx, actor, record, attestation, now=now)
                 enrolment.add_manufacturer(tx, record)
@@ -88,7 +88,7 @@ class Manufacturers:
             if record.status is ManufacturerStatus.REMOVED:
                 raise Conflict("The manufacturer was removed; add it again.")
             if record.status is ManufacturerStatus.UNPROVEN:
-                self._clients.check_distinct(tx, record.der)
+                self._clients.check_distinct(tx, actor.tenant_id, record.der)
                 enrolment.update_manufacturer(
                     tx, actor.tenant_id, manufacturer_id, status=ManufacturerStatus.REGISTERED, proven_at=now
                 )

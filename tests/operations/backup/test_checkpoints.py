@@ -25,7 +25,7 @@ pytestmark = ON_SQLITE
 def verified(portal: Portal, folder: Path, note: str, key: str) -> int:
     """The exit status of ``portal audit verify`` for the record as it is now."""
     (folder / "checkpoint").write_text(note)
-    (folder / "audit.ndjson").write_bytes(b"".join(portal.audit_log.export()))
+    (folder / "audit.ndjson").write_bytes(b"".join(portal.audit_log.export("default")))
     words = ["--key", key, "--checkpoint", str(folder / "checkpoint")]
     return CliRunner().invoke(cli, ["audit", "verify", str(folder / "audit.ndjson"), *words]).exit_code
 

@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 from flask import Flask
 
-import db
 from app import ROUTES, portal_of
 from core.roles import Role
-from core.states import ClientKind, DeviceStatus
 from store import tenants
 from tests.support.harness import ON_SQLITE, Api, api_as, problem_of
-from tests.support.pki import PEM, Authority
 from workflows.operators import new_token
 
 ANYONE = {*Role, None}
@@ -181,81 +178,3 @@ def test_a_revoked_or_expired_token_is_refused_on_every_route(shared_app: Flask,
         if state == "revoked":
             tenants.revoke_token(tx, "default", record.id, revoked_at=ended)
     problem_of(call(Api(shared_app.test_client(), secret), route), 401, "unauthenticated")
-
-
-@pytest.fixture(scope="module")
-def foreigner(shared_app: Flask) -> Api:
-    """The admin of another tenant of the same portal."""
-    portal = portal_of(shared_app)
-    secret, record = new_token("another", "a neighbour", ADMIN, None, now=portal.clock())
-    with portal.database.transaction() as tx:
-        tenants.add_tenant(tx, "another", created_at=portal.clock())
-        tenants.add_token(tx, record, secret=secret)
-    return Api(shared_app.test_client(), secret)
-
-
-@pytest.fixture(scope="module")
-def application_id(shared_app: Flask) -> str:
-    """An application, as it is in the database: to register one takes the guard."""
-    portal = portal_of(shared_app)
-    application_id, now = db.new_device_id(portal.clock()), portal.clock()
-    with portal.database.transaction() as tx:
-        db.add_device(
-            tx, tenant_id=portal.tenant_id, device_id=application_id, kind=ClientKind.APPLICATION, name="mine", type="",
-            location="", firmware="", metadata={}, status=DeviceStatus.ACTIVE, topics=[("devices/#", "read")],
-            created_at=now, generation=0,
-        )  # fmt: skip
-    return application_id
-
-
-OF_ONE_THING = [route for route in GUARDED if "_id}" in route]
-
-
-@ON_SQLITE
-@pytest.mark.parametrize("route", OF_ONE_THING)
-def test_things_of_another_tenant_are_not_found(
-    clients: dict[Role | None, Api], foreigner: Api, application_id: str, route: str
-) -> None:
-    device_id = clients[ADMIN].register()["device_id"]
-    token_id = clients[ADMIN].post("/tokens", {"name": "mine", "role": "auditor"}).json["token_id"]
-    webhook_id = clients[ADMIN].post("/webhooks", {"name": "mine", "url": "https://example.com"}).json["webhook_id"]
-    method, path = route.split(" ")
-    maker = {"name": "mine", "certificate": Authority("A maker's CA").certificate.public_bytes(PEM).decode()}
-    path = path.format(
-        device_id=device_id,
-        application_id=application_id,
-        token_id=token_id,
-        webhook_id=webhook_id,
-        enrolment_token_id=clients[ADMIN].post("/enrolment-tokens", {"name": "mine"}).json["enrolment_token_id"],
-        manufacturer_id=clients[ADMIN].post("/manufacturers", maker).json["manufacturer_id"],
-    )
-    body: dict[str, Any] | None = {"name": "taken over"} if method == "PATCH" else {} if method == "POST" else None
-    if path.endswith("/proof"):
-        body = {"signature": "x"}
-    elif route.startswith("PATCH /enrolment-tokens"):
-        body = {"attestation": {}}
-    answer = foreigner.call(method, path, json=body)
-    assert answer.status_code == 404, answer.text
-    assert clients[ADMIN].get(f"/devices/{device_id}").json["status"] == "active"
-    assert clients[ADMIN].get(f"/applications/{application_id}").json["status"] == "active"
-    revoked = {token["token_id"]: token["revoked_at"] for token in clients[ADMIN].get("/tokens").json["tokens"]}
-    assert revoked[token_id] is None
-    assert clients[ADMIN].delete(f"/webhooks/{webhook_id}").status_code == 200
-
-
-@ON_SQLITE
-@pytest.mark.parametrize(
-    ("route", "field"),
-    [
-        ("/devices", "devices"),
-        ("/applications", "applications"),
-        ("/tokens", "tokens"),
-        ("/audit", "entries"),
-        ("/webhooks", "webhooks"),
-    ],
-)
-def test_a_list_contains_nothing_of_another_tenant(
-    clients: dict[Role | None, Api], foreigner: Api, application_id: str, route: str, field: str
-) -> None:
-    own = {str(item) for item in clients[ADMIN].get(route).json[field]}
-    assert own.isdisjoint(str(item) for item in foreigner.get(route).json[field])
