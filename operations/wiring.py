@@ -212,7 +212,7 @@ def _share(base: _Foundation) -> _Shared:
         credentials=CredentialIssuer(settings, base.authority, base.link_keys),
         answers=KeptAnswers(database, base.pepper, clock),
         clients=TlsClients(settings, database, base.authority, clock),
-        follower=PresenceFollower(settings, database, base.broker, clock, base.tenant_id),
+        follower=PresenceFollower(settings, database, base.broker, clock),
         throttle=throttle,
         nonces=nonces,
         attestations=DeviceAttestations(database, nonces, throttle, clock),

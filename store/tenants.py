@@ -31,6 +31,11 @@ def is_tenant(tx: Connection, tenant_id: str) -> bool:
     return tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is not None
 
 
+def tenant_ids(tx: Connection) -> Sequence[str]:
+    """Return the names of all tenants, in their order."""
+    return tx.execute(sa.select(Tenant.id).order_by(Tenant.id)).scalars().all()
+
+
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
     """An operator token, without its secret; ``expires_at`` is ``None`` for one that lasts until revoked."""

@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,8 +19,9 @@ from config import Settings
 from core import metrics
 from core.errors import BrokerUnavailable
 from core.states import PresenceState
+from store import tenants
 from store.database import Database
-from store.presences import PresenceRecord, connected_page, record_presences
+from store.presences import Places, PresenceRecord, connected_page, record_presences
 
 log = logging.getLogger("portal.presence")
 
@@ -117,7 +118,6 @@ class PresenceFollower:
     _database: Database
     _broker: BrokerProvisioning
     _clock: Callable[[], datetime]
-    _tenant_id: str
     contact: ContactFile = field(init=False)
     _owner: str = field(init=False, default="")  # of the session with the broker
     _reports: PresenceReports | None = field(init=False, default=None)
@@ -215,14 +215,8 @@ class PresenceFollower:
 
     def _write_whole(self, connected: Mapping[str, datetime]) -> None:
         """Write who differs from the whole set: who is not in it was last seen when the broker was last heard."""
-        heard = self.contact.read().at
-        new, after = dict(connected), None
-        while True:
-            with self._database.snapshot() as tx:
-                page = connected_page(tx, self._tenant_id, limit=PAGE, after=after)
-            if not page:
-                break
-            after = page[-1]
+        heard, new = self.contact.read().at, dict(connected)
+        for page in self._pages():
             gone: dict[str, PresenceRecord] = {}
             for since, identity in page:
                 if identity not in connected:
@@ -233,6 +227,20 @@ class PresenceFollower:
                     del new[identity]
             self._record(gone)
         self._record({who: PresenceRecord(PresenceState.CONNECTED, at) for who, at in new.items()})
+
+    def _pages(self) -> Iterator[Places]:
+        """Yield who is connected by the database, of all tenants: the broker's report does not tell them apart."""
+        with self._database.snapshot() as tx:
+            everybody = tenants.tenant_ids(tx)
+        for tenant_id in everybody:
+            after = None
+            while True:
+                with self._database.snapshot() as tx:
+                    page = connected_page(tx, tenant_id, limit=PAGE, after=after)
+                if not page:
+                    break
+                yield page
+                after = page[-1]
 
     def _record(self, records: Mapping[str, PresenceRecord]) -> None:
         items = iter(records.items())

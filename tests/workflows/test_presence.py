@@ -14,6 +14,7 @@ from broker.control import PresenceReport
 from core.errors import BrokerUnavailable, DatabaseUnavailable
 from core.states import PresenceState
 from operations.wiring import Portal
+from store import tenants
 from store.presences import PresenceRecord, presence_of
 from tests.store.test_presences import rows_written
 from tests.support.harness import ON_SQLITE, Clock
@@ -92,7 +93,7 @@ def follower(portal: Portal, broker: Broker, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def another(portal: Portal) -> PresenceFollower:
-    return PresenceFollower(portal.settings, portal.database, portal.broker, portal.clock, portal.tenant_id)
+    return PresenceFollower(portal.settings, portal.database, portal.broker, portal.clock)
 
 
 def shown(portal: Portal, device_id: str) -> DeviceConnection | None:
@@ -164,6 +165,22 @@ def test_after_its_own_restart_the_portal_writes_only_what_has_changed_meanwhile
     connection = shown(portal, came)
     assert connection is not None
     assert connection.connected
+
+
+def test_after_its_own_restart_the_portal_notices_that_a_device_of_another_tenant_has_left(
+    portal: Portal, follower: PresenceFollower, broker: Broker, clock: Clock
+) -> None:
+    with portal.database.transaction() as tx:
+        tenants.add_tenant(tx, "another", created_at=clock())
+        device_id = add_device(tx, tenant_id="another", created_at=clock())
+    broker.connected = {device_id: clock()}
+    follower.follow()
+    broker.connected.clear()
+    another(portal).follow()
+    with portal.database.snapshot() as tx:
+        record = presence_of(tx, "another", device_id)
+    assert record is not None
+    assert record.state is PresenceState.OFFLINE
 
 
 def test_while_the_broker_is_lost_nothing_is_known_but_when_a_device_was_last_seen(
