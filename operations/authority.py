@@ -88,7 +88,7 @@ def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime
             now=now,
         )
     with portal.database.transaction() as tx:
-        store_issuers.put_crl(tx, portal.tenant_id, crl)  # nothing, if another process was faster
+        store_issuers.put_crl(tx, portal.first_tenant, crl)  # nothing, if another process was faster
 
 
 def _log_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> None:
@@ -305,7 +305,7 @@ def retire_unneeded(portal: Portal) -> None:
     if unneeded and moved_at is not None and portal.clock() - moved_at >= rollover.MIN_TIME_SINCE_MOVE:
         for name in unneeded:
             try:
-                retire(portal, audit.system_actor(portal.tenant_id), name)
+                retire(portal, audit.system_actor(portal.first_tenant), name)
             except (StateConflict, BrokerUnavailable) as error:
                 log.warning("a CA cannot retire yet", extra={"issuer": name, "because": error.detail})
             else:
@@ -352,7 +352,7 @@ def advance(portal: Portal, action: str, **detail: Any) -> None:
     with portal.database.transaction() as tx:
         generation = db.next_generation(tx, at=now)
         audit.record(
-            tx, audit.system_actor(portal.tenant_id), action, "broker", at=now, generation=generation, **detail
+            tx, audit.system_actor(portal.first_tenant), action, "broker", at=now, generation=generation, **detail
         )
 
 

@@ -76,7 +76,7 @@ def rollover(again: bool, own_root: bool) -> None:
     interruption, run the command again: it continues.
     """
     with opened_portal() as portal:
-        actor = audit.system_actor(portal.tenant_id)
+        actor = audit.system_actor(portal.first_tenant)
         name = authority.roll_over(portal, actor, click.echo, again=again, own_root=own_root)
         away = _root_to_be_taken_away(portal)
     click.echo(f"Done. Devices get certificates of {name}{away}.")
@@ -109,7 +109,7 @@ def request(subject: str, key_type: str | None, another: bool) -> None:
     """
     kind = None if key_type is None else KeyType(key_type)
     with opened_portal() as portal:
-        actor = audit.system_actor(portal.tenant_id)
+        actor = audit.system_actor(portal.first_tenant)
         made = authority.request_ca(portal, actor, subject=subject, key_type=kind, another=another)
     click.echo(made.pem, nl=False)
     click.echo(f"The request of {made.name} is also in {made.path}.", err=True)
@@ -127,7 +127,7 @@ def install(chain: Path, later: bool) -> None:
     """
     content = _chain_of(chain)
     with opened_portal() as portal:
-        name = authority.install_ca(portal, audit.system_actor(portal.tenant_id), content, click.echo, later=later)
+        name = authority.install_ca(portal, audit.system_actor(portal.first_tenant), content, click.echo, later=later)
     click.echo(
         f"Done. {name} is to issue after: ca rollover." if later else f"Done. Devices get certificates of {name}."
     )
@@ -147,7 +147,7 @@ def _chain_of(path: Path) -> bytes:
 def retire(name: str) -> None:
     """Stop trusting the CA NAME, which no valid device certificate needs; the portal also does so by itself."""
     with opened_portal() as portal:
-        authority.retire(portal, audit.system_actor(portal.tenant_id), name)
+        authority.retire(portal, audit.system_actor(portal.first_tenant), name)
     click.echo(f"{name} is retired. Its CRL is still published.")
 
 
@@ -185,7 +185,7 @@ def move(name: str) -> None:
     better, since a file may have been copied: ca rollover.
     """
     with opened_portal() as portal:
-        described, aside = authority.move_key(portal, audit.system_actor(portal.tenant_id), name)
+        described, aside = authority.move_key(portal, audit.system_actor(portal.first_tenant), name)
     click.echo(f"The key of {name} is at {described.place}, which has signed with it.")
     click.echo(f"Destroy its file, which is not used any more, and every copy and backup of it: shred -u {aside}")
     click.echo("Restart the portal: until then it signs with the key of the file, which it has in its memory.")

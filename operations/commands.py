@@ -238,7 +238,7 @@ def audit_group() -> None:
 def verify_audit() -> None:
     """Check the chain of hashes from the first entry to the last, and the newest checkpoint in the data folder."""
     with opened_portal() as portal, portal.database.snapshot() as tx:
-        problem, verdict = problem_of(tx, portal.tenant_id, portal.settings, whole=True)
+        problem, verdict = problem_of(tx, portal.first_tenant, portal.settings, whole=True)
     if problem is not None:
         before = f" The {verdict.entries} entries before it are sound." if problem == verdict.problem else ""
         raise click.ClickException(problem + before)

@@ -176,7 +176,7 @@ def _announce_restart(portal: Portal, ends: datetime) -> None:
         now, once = portal.clock(), f"{ends.isoformat()} {by_portal}"
         events.record(
             tx,
-            portal.tenant_id,
+            portal.first_tenant,
             EventType.BROKER_RESTART,
             None,
             at=now,
@@ -185,7 +185,7 @@ def _announce_restart(portal: Portal, ends: datetime) -> None:
             by_portal=by_portal,
         )
         if by_portal:
-            audit.record(tx, audit.system_actor(portal.tenant_id), "broker:restart", "broker", at=now)
+            audit.record(tx, audit.system_actor(portal.first_tenant), "broker:restart", "broker", at=now)
     if by_portal:
         log.warning("the broker is restarted for its new server certificate", extra={"old_one_ends": ends.isoformat()})
     else:
@@ -272,7 +272,7 @@ JOBS = (
     Job("failed probe", 2.0, probe_again),
     Job("CRLs put off", 2.0, lambda portal: portal.reconciler.crls.publish_due()),
     Job("CRLs for the broker", 60.0, lambda portal: portal.reconciler.crls.publish()),
-    Job("refusals", 60.0, lambda portal: portal.operators.record_the_rest(portal.tenant_id)),
+    Job("refusals", 60.0, lambda portal: portal.operators.record_the_rest(portal.first_tenant)),
     Job("responder renewal", 60.0, lambda portal: portal.responder.certificates.renew()),
     Job("reappraisal", 2.0, lambda portal: portal.reappraisals.run()),
     Job("crl renewal", 300.0, renew_crls),

@@ -59,7 +59,6 @@ class Readiness:
     _authority: Authority
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
-    _tenant_id: str
 
     def checks(self) -> list[Check]:
         """Return all checks; one that fails prevents no other."""
@@ -161,7 +160,7 @@ class Monitoring:
     _database: Database
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
-    _tenant_id: str
+    _first_tenant: str
     _contact: ContactFile
 
     def gauges(self) -> list[Gauge]:
@@ -179,11 +178,12 @@ class Monitoring:
         ]
 
     def _inventory(self, tx: Connection, now: datetime) -> list[Gauge]:
-        counts = store_devices.count_by_status(tx, self._tenant_id)
+        counts = store_devices.count_by_status(tx, self._first_tenant)
         devices, applications = counts[ClientKind.DEVICE], counts[ClientKind.APPLICATION]
-        expiring = certificates.count_expiring(tx, self._tenant_id, now=now, within=list(EXPIRING.values()))
-        bundles = deliveries.count_undelivered(tx, self._tenant_id)
-        attested = attestation.count_attested(tx, self._tenant_id)
+        expiring = certificates.count_expiring(tx, self._first_tenant, now=now, within=list(EXPIRING.values()))
+        bundles = deliveries.count_undelivered(tx, self._first_tenant)
+        attested = attestation.count_attested(tx, self._first_tenant)
+        entries = audit.count_audit_entries(tx, self._first_tenant)
         return [
             _gauges("portal_devices", "Devices by status.", "status", [(s, devices.get(s, 0)) for s in DeviceStatus]),
             _gauges(
@@ -211,21 +211,19 @@ class Monitoring:
                 list(zip(EXPIRING, expiring[ClientKind.APPLICATION], strict=True)),
             ),
             _gauge("portal_bundles_undelivered", "Bundles that wait for their download.", bundles),
-            _gauge(
-                "portal_audit_entries", "Entries of the audit record.", audit.count_audit_entries(tx, self._tenant_id)
-            ),
+            _gauge("portal_audit_entries", "Entries of the audit record.", entries),
         ]
 
     def _connections(self, tx: Connection) -> list[Gauge]:
         is_known = self._contact.read().is_current
-        connected = [((), float(presences.count_connected(tx, self._tenant_id)))] if is_known else []
+        connected = [((), float(presences.count_connected(tx, self._first_tenant)))] if is_known else []
         return [
             Gauge("portal_devices_connected", "Devices connected to the broker; no value if not known.", [], connected),
             _gauge("portal_connections_known", "1 if it is known which devices are connected, else 0.", is_known),
         ]
 
     def _events(self, tx: Connection, now: datetime) -> list[Gauge]:
-        backlog = webhooks.backlog(tx, self._tenant_id).values()
+        backlog = webhooks.backlog(tx, self._first_tenant).values()
         oldest = max((max(0.0, (now - one.oldest).total_seconds()) for one in backlog if one.oldest), default=0.0)
         return [
             _gauge("portal_events_waiting", "Events that wait to be sent.", sum(one.waiting for one in backlog)),

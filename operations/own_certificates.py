@@ -57,7 +57,7 @@ class OwnCertificates:
     _broker: BrokerProvisioning
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
-    _tenant_id: str
+    _first_tenant: str
 
     def renew(self, *, served: bool = False) -> list[str]:
         """Issue a new certificate for each that is due; return the names of those renewed.
@@ -165,7 +165,7 @@ class OwnCertificates:
             if revoked:
                 generation = db.next_generation(tx, at=now)
                 issuers.touch_issuer(tx, signer.id, generation=generation)
-            record_own(tx, self._tenant_id, signer, issued, purpose=purpose, now=now, generation=generation)
+            record_own(tx, self._first_tenant, signer, issued, purpose=purpose, now=now, generation=generation)
         return generation
 
 

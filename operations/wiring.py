@@ -80,11 +80,15 @@ class JobMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Portal:
-    """The parts of an open portal."""
+    """The parts of an open portal.
+
+    ``first_tenant`` is that of whoever runs the installation. What belongs to no tenant in particular bears it: the CAs
+    and their CRLs, the portal's own certificates, and what the portal does by itself.
+    """
 
     settings: Settings
     clock: Callable[[], datetime]
-    tenant_id: str
+    first_tenant: str
     database: Database
     keys: KeyStores
     authority: Authority
@@ -133,7 +137,7 @@ class _Foundation:
 
     settings: Settings
     clock: Callable[[], datetime]
-    tenant_id: str
+    first_tenant: str
     database: Database
     keys: KeyStores
     authority: Authority
@@ -159,15 +163,15 @@ def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> 
 
 
 def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Foundation:
-    folder, tenant_id, subscribed = settings.secrets_dir, DEFAULT_TENANT, settings.data_dir / SUBSCRIBED
+    folder, first_tenant, subscribed = settings.secrets_dir, DEFAULT_TENANT, settings.data_dir / SUBSCRIBED
     database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=settings.threads)
     database.migrate()
     events.watch(database.engine, subscribed)
     with database.transaction() as tx:
-        tenants.add_tenant(tx, tenant_id, created_at=clock())
-    audit_log = open_audit_log(database, settings, clock, tenant_id)
+        tenants.add_tenant(tx, first_tenant, created_at=clock())
+    audit_log = open_audit_log(database, settings, clock, first_tenant)
     keys = open_keys(settings)
-    authority = open_authority(database, keys, settings, tenant_id, now=clock())
+    authority = open_authority(database, keys, settings, first_tenant, now=clock())
     replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
     seal = SecretSeal(bytes.fromhex(secret_file(folder / "webhook-key", lambda: secrets.token_hex(32))))
     sender = Sender(settings.webhook_allow, settings.webhook_ca_file, seal)
@@ -177,12 +181,12 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     return _Foundation(
         settings=settings,
         clock=clock,
-        tenant_id=tenant_id,
+        first_tenant=first_tenant,
         database=database,
         keys=keys,
         authority=authority,
         broker=broker,
-        reconciler=Reconciler(settings, database, authority, broker, probes, clock, tenant_id),
+        reconciler=Reconciler(settings, database, authority, broker, probes, clock, first_tenant),
         link_keys=secret_file(folder / "link-keys", lambda: secrets.token_urlsafe(32)).split(),
         pepper=bytes.fromhex(secret_file(folder / "idempotency-pepper", lambda: secrets.token_hex(32))),
         sender=sender,
@@ -220,19 +224,19 @@ def _share(base: _Foundation) -> _Shared:
 
 
 def _build(base: _Foundation, presence: ExitStack) -> Portal:
-    settings, clock, tenant_id, database = base.settings, base.clock, base.tenant_id, base.database
+    settings, clock, first_tenant, database = base.settings, base.clock, base.first_tenant, base.database
     authority, reconciler, shared = base.authority, base.reconciler, _share(base)
     credentials, answers, follower = shared.credentials, shared.answers, shared.follower
     return Portal(
         settings=settings,
         clock=clock,
-        tenant_id=tenant_id,
+        first_tenant=first_tenant,
         database=database,
         keys=base.keys,
         authority=authority,
         broker=base.broker,
         reconciler=reconciler,
-        own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, tenant_id),
+        own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, first_tenant),
         registrations=Registrations(settings, database, reconciler, credentials, answers, shared.attestations, clock),
         bulk=_bulk(base, credentials),
         deliveries=Deliveries(settings, database, reconciler, base.link_keys, base.pepper, clock),
@@ -254,8 +258,8 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, base.sender, clock),
         responder=_responder(base),
-        readiness=Readiness(settings, database, authority, reconciler, clock, tenant_id),
-        monitoring=Monitoring(settings, database, reconciler, clock, tenant_id, follower.contact),
+        readiness=Readiness(settings, database, authority, reconciler, clock),
+        monitoring=Monitoring(settings, database, reconciler, clock, first_tenant, follower.contact),
         follower=follower,
         presence=presence.pop_all(),
     )
@@ -275,7 +279,7 @@ def _enrolments(base: _Foundation, credentials: CredentialIssuer, attestations: 
 
 def _responder(base: _Foundation) -> Responder:
     settings, database, authority, clock = base.settings, base.database, base.authority, base.clock
-    certificates = ResponderCertificates(settings, database, authority, clock, base.tenant_id)
+    certificates = ResponderCertificates(settings, database, authority, clock, base.first_tenant)
     return Responder(certificates, settings, database, authority, clock)
 
 
@@ -319,7 +323,7 @@ def first_token(portal: Portal, *, renew: bool = False) -> str | None:
         secret = secret_file(path, str) if path.exists() else None
         with portal.database.snapshot() as tx:
             record = None if secret is None else tenants.find_token(tx, secret)
-            is_first_start = not tenants.list_tokens(tx, portal.tenant_id)
+            is_first_start = not tenants.list_tokens(tx, portal.first_tenant)
         if is_first_start or (renew and (record is None or _may_renew(record, now))):
             return _make_token(portal, record)[0]
     return secret if record is not None and record.is_valid(now) else None
@@ -342,14 +346,14 @@ def make_admin_token(portal: Portal) -> tuple[str, TokenRecord]:
 def _make_token(portal: Portal, replaced: TokenRecord | None) -> tuple[str, TokenRecord]:
     now = portal.clock()
     ends = now + ADMIN_TOKEN_LIFE
-    secret, record = new_token(portal.tenant_id, "first operator", Role.ADMIN, ends, now=now)
+    secret, record = new_token(portal.first_tenant, "first operator", Role.ADMIN, ends, now=now)
     # First the file: a start that is killed in between has made no token, and the next one is the first again.
     replace_file(portal.settings.secrets_dir / TOKEN_FILE, f"{secret}\n".encode())
-    actor, about = audit.system_actor(portal.tenant_id), f"token:{record.id}"
+    actor, about = audit.system_actor(portal.first_tenant), f"token:{record.id}"
     with portal.database.transaction() as tx:
         tenants.add_token(tx, record, secret=secret)
         if replaced is not None:
-            tenants.revoke_token(tx, portal.tenant_id, replaced.id, revoked_at=now)
+            tenants.revoke_token(tx, portal.first_tenant, replaced.id, revoked_at=now)
         of = None if replaced is None else replaced.id
         audit.record(tx, actor, "token:create", about, at=now, name=record.name, role=Role.ADMIN, replaces=of)
     return secret, record

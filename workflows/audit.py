@@ -123,7 +123,7 @@ class AuditLog:
     _settings: Settings
     _key: SigningKey
     _clock: Callable[[], datetime]
-    _tenant_id: str
+    _first_tenant: str
 
     @property
     def verifier(self) -> VerifierKey:
@@ -135,7 +135,7 @@ class AuditLog:
         if not os.path.lexists(self._settings.data_dir / CHECKPOINT_FILE):
             return None  # the job reads all before it signs the first one
         with self._database.snapshot() as tx:
-            return problem_of(tx, self._tenant_id, self._settings, whole=False)[0]
+            return problem_of(tx, self._first_tenant, self._settings, whole=False)[0]
 
     def newest(self) -> str:
         """Return the newest checkpoint, a signed note; raise ``NotFound`` before the first one."""
@@ -154,10 +154,10 @@ class AuditLog:
         """
         folder, now = self._settings.data_dir, self._clock()
         with FileLock(folder / ".audit-checkpoint.lock").hold(), self._database.snapshot() as tx:
-            head = audit.audit_head(tx, self._tenant_id)
+            head = audit.audit_head(tx, self._first_tenant)
             if not at_once and not self._is_due(head.number, now):
                 return None
-            problem, _ = problem_of(tx, self._tenant_id, self._settings, whole=False)
+            problem, _ = problem_of(tx, self._first_tenant, self._settings, whole=False)
             if problem is None:
                 note = self._key.note_of(head.number, Edge(head.number, head.edge).root())
                 replace_file(folder / CHECKPOINT_FILE, KeptCheckpoint(note, now, head).to_json())

@@ -95,7 +95,7 @@ class Reconciler:
         broker: BrokerProvisioning,
         probe_certificates: ProbeCertificates,
         clock: Callable[[], datetime],
-        tenant_id: str,
+        first_tenant: str,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -103,12 +103,12 @@ class Reconciler:
         self._broker = broker
         self._probe_certificates = probe_certificates
         self._clock = clock
-        self._tenant_id = tenant_id
+        self._first_tenant = first_tenant
         self.restarts = BrokerRestarts(
             settings, lambda deadline: broker.waits(probe_certificates, deadline), self._active_devices
         )
         self._lock = FileLock(settings.data_dir / ".pass.lock")
-        self.crls = CrlPublication(settings, database, authority, broker, probe_certificates, clock, tenant_id)
+        self.crls = CrlPublication(settings, database, authority, broker, probe_certificates, clock, first_tenant)
         self._counting = threading.Lock()
         self._begun = 0
         self._last: tuple[int, Outcome] = (0, Outcome(0, 0))
@@ -226,7 +226,7 @@ class Reconciler:
     def _announce_restart(self, reason: RestartReason, *, by_portal: bool) -> None:
         with self._database.transaction() as tx:
             kind, now = EventType.BROKER_RESTART, self._clock()
-            events.record(tx, self._tenant_id, kind, None, at=now, because=str(reason), by_portal=by_portal)
+            events.record(tx, self._first_tenant, kind, None, at=now, because=str(reason), by_portal=by_portal)
 
     def _waits(self, timeout: float) -> RestartReason | None:
         try:

@@ -282,7 +282,7 @@ def expiry(installation: Installation) -> Finding:
     for what, path in own.items():
         found += _own_expiry(what, path, now, by_portal=path not in outside)
     with installation.snapshot() as tx:
-        soon = certificates.count_expiring(tx, installation.tenant_id, now=now, within=[SOON])
+        soon = certificates.count_expiring(tx, installation.first_tenant, now=now, within=[SOON])
     for kind, words in (ClientKind.DEVICE, "list"), (ClientKind.APPLICATION, "application list"):
         if (count := soon[kind][0]) > 0:
             found.warning(

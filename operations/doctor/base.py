@@ -96,7 +96,7 @@ class Installation:
         self.settings = settings
         self.clock = clock
         self.broker_config = broker_config
-        self.tenant_id = DEFAULT_TENANT
+        self.first_tenant = DEFAULT_TENANT
         self._database: Database | DatabaseUnavailable | None = None
 
     @property

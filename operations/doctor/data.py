@@ -149,7 +149,7 @@ def database(installation: Installation) -> Finding:
 def audit_record(installation: Installation) -> Finding:
     """Check the chain of hashes from the first entry to the last, and the newest checkpoint in the data folder."""
     with installation.snapshot() as tx:
-        found, verdict = problem_of(tx, installation.tenant_id, installation.settings, whole=True)
+        found, verdict = problem_of(tx, installation.first_tenant, installation.settings, whole=True)
     if found is not None:
         return problem(found, "Somebody changed the database by hand: compare it with a backup.")
     return well(f"All {verdict.entries} entries are sound.")
@@ -216,7 +216,7 @@ def certificate_profiles(installation: Installation) -> Finding:
     issuing = begun[max(begun)]
     chain = (x509.load_der_x509_certificate(issuing.der), *decode_above(issuing.above))
     with installation.snapshot() as tx:
-        profiles = [listed.profile for listed in list_profiles(tx, installation.tenant_id)]
+        profiles = [listed.profile for listed in list_profiles(tx, installation.first_tenant)]
     found = Findings()
     for profile in profiles:
         if (violated := violated_constraint(profile, chain)) is not None:
@@ -232,7 +232,7 @@ def tokens(installation: Installation) -> Finding:
     """Check that operator tokens expire, and that there is an admin's."""
     now = installation.clock()
     with installation.snapshot() as tx:
-        valid = [token for token in tenants.list_tokens(tx, installation.tenant_id) if token.is_valid(now)]
+        valid = [token for token in tenants.list_tokens(tx, installation.first_tenant) if token.is_valid(now)]
     found = Findings()
     endless = [token.name for token in valid if token.expires_at is None]
     if endless:

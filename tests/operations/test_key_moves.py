@@ -68,7 +68,7 @@ def portal(settings: Settings) -> Iterator[Portal]:
 
 
 def move(portal: Portal, name: str = "issuing-1") -> Path:
-    return authority.move_key(portal, audit.system_actor(portal.tenant_id), name)[1]
+    return authority.move_key(portal, audit.system_actor(portal.first_tenant), name)[1]
 
 
 def run(settings: Settings, *words: str) -> Result:
@@ -117,7 +117,7 @@ def test_a_moved_key_signs_in_the_token_and_its_file_is_set_aside(settings: Sett
     assert (record.birth["sensitive"], record.birth["extractable"]) == (True, False)
     assert signs_in_the_token(settings)
     with portal.database.snapshot() as tx:
-        assert "ca:move" in [entry["action"] for entry in audit.read_entries(tx, portal.tenant_id, after=0)]
+        assert "ca:move" in [entry["action"] for entry in audit.read_entries(tx, portal.first_tenant, after=0)]
 
 
 @pytest.mark.parametrize("step", ["move.begun", "move.imported", "move.recorded"])
@@ -221,7 +221,7 @@ def test_the_commands_say_where_each_key_is_and_never_the_pin(settings: Settings
 
 
 def test_a_rollover_makes_its_key_in_the_token_that_the_settings_name(settings: Settings, portal: Portal) -> None:
-    authority.roll_over(portal, audit.system_actor(portal.tenant_id), lambda _: None)
+    authority.roll_over(portal, audit.system_actor(portal.first_tenant), lambda _: None)
     shown = listed(settings)
     assert (shown["issuing-1"]["origin"], shown["issuing-2"]["origin"]) == (Origin.FILE, Origin.BORN_IN_TOKEN)
     assert portal.authority.issuing.issuer.name == "issuing-2"
@@ -260,7 +260,7 @@ def test_the_uri_of_a_lost_token_can_go_when_its_ca_has_retired(
     with pytest.raises(CaKeyUnavailable, match="which PORTAL_CA_KEYS does not name; add its URI there"):
         opened(own, None)
     with opened(own, lost, None) as portal:
-        actor = audit.system_actor(portal.tenant_id)
+        actor = audit.system_actor(portal.first_tenant)
         authority.roll_over(portal, actor, lambda _: None)
         clock.advance(hours=2)
         authority.retire(portal, actor, "issuing-1")

@@ -48,7 +48,7 @@ def roots_crl(portal: Portal) -> x509.CertificateRevocationList:
 def test_the_portal_works_without_it_and_uses_it_while_it_is_there(
     portal: Portal, soft_tokens: SoftTokens, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    actor = audit.system_actor(portal.tenant_id)
+    actor = audit.system_actor(portal.first_tenant)
     assert portal.keys.describe("root").origin is Origin.BORN_IN_TOKEN
     assert portal.keys.describe("issuing-1").origin is Origin.FILE
     assert not {"token", "ca"} & {check.name for check in portal.readiness.checks() if check.problem}

@@ -200,7 +200,7 @@ def test_an_answer_of_before_opens_for_nobody_since_nothing_says_whose_it_is_and
 def test_the_audit_record_continues_soundly(api: Api, portal: Portal) -> None:
     api.register()
     with portal.database.snapshot() as tx:
-        verdict = audit.verify(tx, portal.tenant_id)
+        verdict = audit.verify(tx, portal.first_tenant)
     assert verdict.problem is None
 
 

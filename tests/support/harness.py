@@ -145,7 +145,7 @@ def api_as(app: Flask, role: Role | None) -> Api:
     if role is None:
         return Api(app.test_client(), None)
     portal = portal_of(app)
-    secret, record = new_token(portal.tenant_id, f"a test's {role}", role, None, now=portal.clock())
+    secret, record = new_token(portal.first_tenant, f"a test's {role}", role, None, now=portal.clock())
     with portal.database.transaction() as tx:
         tenants.add_token(tx, record, secret=secret)
     return Api(app.test_client(), secret)

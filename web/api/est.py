@@ -176,7 +176,7 @@ def _labelled(route: Route) -> Route:
 
     @functools.wraps(route.handler)
     def labelled(call: Call, label: str, **arguments: bytes) -> Any:
-        if label != call.portal.tenant_id and not call.portal.enrolment.is_tenant(label):
+        if label != call.portal.first_tenant and not call.portal.enrolment.is_tenant(label):
             raise NotFound("Unknown EST label; leave it out, or use the tenant's name.")
         return route.handler(dataclasses.replace(call, device_tenant=label), **arguments)
 

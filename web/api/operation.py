@@ -90,7 +90,7 @@ def read_metrics(call: Call) -> Reply:
 
 def _runs_the_installation(call: Call) -> bool:
     """Tell whether an operator is one of the first tenant, to whom alone the figures of all tenants are shown."""
-    return call.actor.tenant_id == call.portal.tenant_id
+    return call.actor.tenant_id == call.portal.first_tenant
 
 
 def description_of(others: Sequence[Route]) -> tuple[Route, ...]:

@@ -280,7 +280,11 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
     Raises ``Unauthenticated``, recorded as refused, and ``TooManyAttempts``; a valid token is never throttled.
     """
     anyone = Actor(
-        portal.tenant_id, "anyone", "none", request_id, client_address(request.environ, portal.settings.trusted_proxies)
+        portal.first_tenant,
+        "anyone",
+        "none",
+        request_id,
+        client_address(request.environ, portal.settings.trusted_proxies),
     )
     scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
     comes_along = route.token_optional and (bool(scheme) if not route.for_devices else scheme.lower() == "bearer")

@@ -47,7 +47,7 @@ class CrlPublication:
         broker: BrokerProvisioning,
         probe_certificates: ProbeCertificates,
         clock: Callable[[], datetime],
-        tenant_id: str,
+        first_tenant: str,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -55,7 +55,7 @@ class CrlPublication:
         self._broker = broker
         self._probe_certificates = probe_certificates
         self._clock = clock
-        self._tenant_id = tenant_id
+        self._first_tenant = first_tenant
         self.lock = FileLock(settings.data_dir / ".crl.lock")
         self._revoked = RevokedEntries()
         self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
@@ -174,7 +174,7 @@ class CrlPublication:
             failpoint("apply.after_crl_signed")
             with self._database.transaction() as tx:
                 for crl in signed:
-                    store_issuers.put_crl(tx, self._tenant_id, crl)
+                    store_issuers.put_crl(tx, self._first_tenant, crl)
             failpoint("apply.after_crl_committed")
         return issuers, signed
 
@@ -192,7 +192,7 @@ class CrlPublication:
             replace_revoked_probe(
                 self._database,
                 self._settings,
-                self._tenant_id,
+                self._first_tenant,
                 changed[-1],
                 self._probe_certificates.revoked,
                 generation=generation,

@@ -80,7 +80,7 @@ class ResponderCertificates:
     _database: Database
     _authority: Authority
     _clock: Callable[[], datetime]
-    _tenant_id: str
+    _first_tenant: str
     # What was read last of each file, by inode, time and size: another process may have renewed it.
     _read: dict[str, tuple[tuple[int, int, int], Signer | None]] = field(init=False, default_factory=dict)
 
@@ -151,7 +151,7 @@ class ResponderCertificates:
         with self._database.transaction() as tx:
             db.add_certificate(
                 tx,
-                tenant_id=self._tenant_id,
+                tenant_id=self._first_tenant,
                 issuer_id=recorded.id,
                 purpose="server",
                 serial_number=issued.serial_number,
@@ -163,7 +163,7 @@ class ResponderCertificates:
             )
             audit.record(
                 tx,
-                audit.system_actor(self._tenant_id),
+                audit.system_actor(self._first_tenant),
                 "certificate:issue",
                 f"certificate:{issued.serial_number}",
                 at=now,

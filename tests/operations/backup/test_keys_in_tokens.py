@@ -156,7 +156,7 @@ def test_a_key_in_the_token_that_is_not_the_certificates_is_noticed(
 ) -> None:
     """As the first CA's key seals the backup, the second one's is what only the check of all keys sees."""
     with opened(settings, clock) as portal:
-        authority.roll_over(portal, audit.system_actor(portal.tenant_id), lambda _: None)
+        authority.roll_over(portal, audit.system_actor(portal.first_tenant), lambda _: None)
         other = KeyStores(elsewhere / "ca", b"", issuing=[replace(uri, object="o")], root=[uri], timeout=60.0)
         other.create("issuing-2", KeyType.EC_P256)
         other.close()
@@ -253,7 +253,7 @@ def test_a_backup_from_before_a_move_does_not_bring_the_keys_file_back(
     first_start(settings_for(settings.data_dir))
     copied(settings, file, clock)
     with opened(settings, clock) as portal:
-        authority.move_key(portal, audit.system_actor(portal.tenant_id), "issuing-1")
+        authority.move_key(portal, audit.system_actor(portal.first_tenant), "issuing-1")
     put_back(settings, file, clock)
     assert not (settings.ca_dir / "issuing-1.key.pem").exists()
     with opened(settings, clock) as portal:

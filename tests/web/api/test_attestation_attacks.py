@@ -43,7 +43,7 @@ def renew(one: AttestedDevice, device_id: str, shown: dict[str, Any] | None) -> 
 
 
 def test_of_requests_with_one_nonce_at_once_one_gets_its_challenge(app: Flask) -> None:
-    kept, tenant_id = portal_of(app).attestations._nonces, portal_of(app).tenant_id
+    kept, tenant_id = portal_of(app).attestations._nonces, portal_of(app).first_tenant
     holder, ready = NonceHolder(tenant_id, "enrolment_token:x"), threading.Barrier(3)
 
     def spent(nonce: str) -> str:

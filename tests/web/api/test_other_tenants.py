@@ -61,7 +61,7 @@ def expect_one_to_enrol(portal: Portal) -> str:
         "hidden-type", "hidden-place", "1.0", "hidden-{serial}", ("ec-p256",), 9, Approval.OPERATOR,
         RepeatedSerial.OPERATOR,
     )  # fmt: skip
-    actor = Actor(portal.tenant_id, "hidden-operator", Role.ADMIN, "request-1", "192.0.2.1")
+    actor = Actor(portal.first_tenant, "hidden-operator", Role.ADMIN, "request-1", "192.0.2.1")
     secret, _ = portal.enrolment_tokens.create(
         actor, "hidden-batch", profile, device_id=None, count=9, life=timedelta(days=1)
     )
@@ -78,7 +78,7 @@ def application(portal: Portal) -> str:
     application_id = db.new_device_id(now)
     with portal.database.transaction() as tx:
         db.add_device(
-            tx, tenant_id=portal.tenant_id, device_id=application_id, kind=ClientKind.APPLICATION,
+            tx, tenant_id=portal.first_tenant, device_id=application_id, kind=ClientKind.APPLICATION,
             name="hidden-application", type="", location="", firmware="", metadata={}, status=DeviceStatus.ACTIVE,
             topics=[("devices/#", "read")], created_at=now, generation=0,
         )  # fmt: skip

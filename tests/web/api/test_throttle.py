@@ -117,7 +117,7 @@ def test_a_flood_leaves_a_few_entries_in_the_audit_record_and_a_summary(app: Fla
         get(app)
     assert len(audited(app)) == RECORDED_OF_AN_ADDRESS
     for _ in range(2):
-        portal_of(app).operators.record_the_rest(portal_of(app).tenant_id)
+        portal_of(app).operators.record_the_rest(portal_of(app).first_tenant)
     summary, *others = audited(app)
     assert len(others) == RECORDED_OF_AN_ADDRESS
     assert (summary.action, summary.actor, summary.outcome) == ("access:throttle", "portal", "refused")
