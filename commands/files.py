@@ -56,11 +56,13 @@ def read_input(path: str, *, limit: int = MAX_INPUT) -> bytes:
 
 
 def read_pem(path: str) -> str:
-    """Read a file, or standard input for ``-``, that must be PEM; raises ``Misused``."""
-    try:
-        return read_input(path).decode("ascii")
-    except UnicodeDecodeError:
-        raise Misused(f"{path} is not PEM; convert it with: openssl x509 -inform DER -in FILE") from None
+    """Read a file, or standard input for ``-``, that must be PEM without a private key; raises ``Misused``."""
+    content = read_input(path)
+    if not content.isascii() or b"-----BEGIN " not in content:
+        raise Misused(f"{path} is not PEM; convert it with: openssl x509 -inform DER -in FILE")
+    if b"PRIVATE KEY-----" in content:
+        raise Misused(f"{path} has a private key, which is sent to nobody; give the certificate or the public key.")
+    return content.decode("ascii")
 
 
 def read_secret(path: str, what: str) -> str:

@@ -89,6 +89,19 @@ def test_a_file_that_is_no_policy_is_refused_before_anything_is_sent(
     assert not stub.requests
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["root:x:0:0:root:/root:/bin/sh\n", f"{PEM}-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"],
+)
+def test_somebody_elses_policy_has_no_other_file_sent(session: Session, stub: PortalStub, content: str) -> None:
+    (session.folder / "other").write_text(content)
+    (session.folder / "policy.json").write_text(json.dumps({"mode": "require", "anchors": ["other"]}))
+    result = session.run("enrolment", "update", ID, "--attestation", str(session.folder / "policy.json"))
+    assert result.exit_code == 2
+    assert "AAAA" not in result.output
+    assert not stub.requests
+
+
 def test_enrolment_tokens_are_listed_and_revoked(session: Session, stub: PortalStub) -> None:
     stub.replies["GET", "/enrolment-tokens"] = Reply(body={"enrolment_tokens": [TOKEN]})
     listed = session.run("enrolment", "list").stdout.rstrip("\n").split("\t")

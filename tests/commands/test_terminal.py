@@ -272,7 +272,7 @@ COMMANDS: dict[
     f"enrolment update {SHORT_ID} --attestation policy": ("PATCH", f"/enrolment-tokens/{SHORT_ID}", {"name": "x"}),
     f"enrolment revoke {SHORT_ID} --yes": ("DELETE", f"/enrolment-tokens/{SHORT_ID}", {"name": "x"}),
     f"manufacturer show {SHORT_ID}": ("GET", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
-    "manufacturer add acme --certificate {file}": ("POST", "/manufacturers", MANUFACTURER),
+    "manufacturer add acme --certificate ca.pem": ("POST", "/manufacturers", MANUFACTURER),
     f"manufacturer prove {SHORT_ID} --signature {{file}}": ("POST", f"/manufacturers/{SHORT_ID}/proof", MANUFACTURER),
     f"manufacturer update {SHORT_ID} --location x": ("PATCH", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
     f"manufacturer remove {SHORT_ID} --yes": ("DELETE", f"/manufacturers/{SHORT_ID}", MANUFACTURER),
@@ -306,7 +306,9 @@ def test_a_command_works_on_a_terminal_in_a_pipe_and_as_json(session: Session, s
         method, path, body = answer
         stub.replies[method, path] = Reply(body=body)
     (session.folder / "file.csv").write_text("name,type,location,firmware\na,b,c,d\n")
-    for name, content in {"empty": "", "policy": "{}", "audit.key": str(KEY.verifier), "checkpoint": NOTE}.items():
+    ca = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    files = {"empty": "", "policy": "{}", "ca.pem": ca, "audit.key": str(KEY.verifier), "checkpoint": NOTE}
+    for name, content in files.items():
         (session.folder / name).write_text(content)
     words = [command.format(file="file.csv", new=f"new-{number}").split() for number in range(3)]
     with terminal(session, *words[0], NO_COLOR="1") as seen:
