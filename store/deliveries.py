@@ -60,33 +60,36 @@ def add_deliveries(tx: Connection, deliveries: Sequence[NewDelivery]) -> None:
         tx.execute(_INSERT_DELIVERIES, rows)
 
 
+_DELIVERY = (
+    sa.select(
+        Delivery.id,
+        Delivery.device_id,
+        Delivery.certificate_id,
+        Delivery.status,
+        Delivery.expires_at,
+        Delivery.lease_until,
+        Device.generation,
+        sa.func.coalesce(sa.func.length(Delivery.bundle), KeptBundle.length, 0),
+        Delivery.format,
+        Device.kind,
+        Delivery.tenant_id,
+        Delivery.delivered_at,
+        Device.status,
+        KeptBundle.key_hash,
+    )
+    .join(Device, Device.id == Delivery.device_id)
+    .outerjoin(KeptBundle, sa.and_(KeptBundle.delivery_id == Delivery.id, KeptBundle.expires_at > sa.bindparam("at")))
+    .where(Delivery.id == sa.bindparam("wanted"))
+)
+
+
 def get_delivery(tx: Connection, delivery_id: str, *, now: datetime, key_hash: str | None = None) -> DeliveryRecord:
     """Read a delivery that can be fetched at ``now``, or again by the client whose idempotency key has this hash.
 
     Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired`` or ``LinkRevoked``, ``StateConflict`` while the device is
     suspended.
     """
-    row = tx.execute(
-        sa.select(
-            Delivery.id,
-            Delivery.device_id,
-            Delivery.certificate_id,
-            Delivery.status,
-            Delivery.expires_at,
-            Delivery.lease_until,
-            Device.generation,
-            sa.func.coalesce(sa.func.length(Delivery.bundle), KeptBundle.length, 0),
-            Delivery.format,
-            Device.kind,
-            Delivery.tenant_id,
-            Delivery.delivered_at,
-            Device.status,
-            KeptBundle.key_hash,
-        )
-        .join(Device, Device.id == Delivery.device_id)
-        .outerjoin(KeptBundle, sa.and_(KeptBundle.delivery_id == Delivery.id, KeptBundle.expires_at > now))
-        .where(Delivery.id == delivery_id)
-    ).one_or_none()
+    row = tx.execute(_DELIVERY, {"wanted": delivery_id, "at": now}).one_or_none()
     if row is None:
         raise LinkUnknown("This download link is not known here; ask for the device's link again.")
     *values, delivered_at, device_status, kept_for = row
