@@ -17,12 +17,12 @@ import db
 from broker.folder import SERVER_CERTIFICATE_FILE
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict, TokenUnavailable
 from core.failpoints import failpoint
-from core.files import FileLock, is_owned, replace_file
+from core.files import FileLock, is_owned
 from core.states import IssuerKind
 from operations import data_folder
 from operations.monitoring import ROOT_CRL_SOON
 from operations.own_certificates import probe_certificates
-from operations.wiring import Portal
+from operations.wiring import Portal, write_trust_anchors
 from pki.algorithms import KeyType, check_public_key
 from pki.keys.contract import KeyDescription
 from store import audit, generations
@@ -254,9 +254,7 @@ def write_ca_file(portal: Portal) -> None:
     """Write the CAs that clients must trust to ``ca.pem``."""
     with portal.database.snapshot() as tx:
         ca_pem = portal.authority.seen_by(tx).ca_pem
-    path = portal.settings.data_dir / "ca.pem"
-    if not path.exists() or path.read_text() != ca_pem:
-        replace_file(path, ca_pem.encode(), mode=0o644)
+    write_trust_anchors(portal.settings, ca_pem)
 
 
 def _last_move(portal: Portal) -> datetime | None:

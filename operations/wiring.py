@@ -15,7 +15,7 @@ from broker.folder import SERVER_CERTIFICATE_FILE
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.errors import TokenUnavailable
-from core.files import FileLock, remove_leftovers, replace_file, secret_file
+from core.files import FileLock, access_problem, remove_leftovers, replace_file, secret_file
 from core.roles import Role
 from core.throttle import Throttle
 from operations import data_folder
@@ -162,6 +162,13 @@ def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> 
         return _build(foundation, presence)
 
 
+def write_trust_anchors(settings: Settings, ca_pem: str) -> None:
+    """Write the CAs that clients must trust to ``ca.pem``, which everybody may read, unless it has them already."""
+    path, content = settings.data_dir / "ca.pem", ca_pem.encode()
+    if access_problem(path, 0o644, None) is not None or path.read_bytes() != content:
+        replace_file(path, content, mode=0o644)
+
+
 def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Foundation:
     folder, first_tenant, subscribed = settings.secrets_dir, DEFAULT_TENANT, settings.data_dir / SUBSCRIBED
     database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=settings.threads)
@@ -172,7 +179,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     audit_log = open_audit_log(database, settings, clock, first_tenant)
     keys = open_keys(settings)
     authority = open_authority(database, keys, settings, first_tenant, now=clock())
-    replace_file(settings.data_dir / "ca.pem", authority.ca_pem.encode(), mode=0o644)
+    write_trust_anchors(settings, authority.ca_pem)
     seal = SecretSeal(bytes.fromhex(secret_file(folder / "webhook-key", lambda: secrets.token_hex(32))))
     sender = Sender(settings.webhook_allow, settings.webhook_ca_file, seal)
     webhooks = Webhooks(database, sender, seal, subscribed, settings.webhook_allow, clock)
