@@ -16,6 +16,7 @@ from pathlib import Path
 from core.errors import LockUnavailable, StartupError
 
 LOCK_SECONDS = 60.0
+LOOK_SECONDS = 1.0  # a worker that serves from a file looks for a newer one if its last look is older than this
 _FIRST_PAUSE, _MAX_PAUSE = 0.00005, 0.005
 
 

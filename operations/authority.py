@@ -17,7 +17,7 @@ import db
 from broker.folder import SERVER_CERTIFICATE_FILE
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict, TokenUnavailable
 from core.failpoints import failpoint
-from core.files import FileLock, is_owned
+from core.files import LOOK_SECONDS, FileLock, is_owned
 from core.states import IssuerKind
 from operations import data_folder
 from operations.monitoring import ROOT_CRL_SOON
@@ -278,6 +278,7 @@ def retire(portal: Portal, actor: Actor, name: str, *, alone: bool = False) -> N
     renew_certificates(portal)
     if other_root:
         _check_broker_certificate(portal, name)
+        _wait_for_workers(portal)
     rollover.retire(portal.database, portal.authority, actor, name, alone=alone, now=portal.clock())
     write_ca_file(portal)
     _apply(portal)
@@ -295,6 +296,13 @@ def _check_broker_certificate(portal: Portal, name: str) -> None:
             f"The broker still shows a certificate below the root of {name}; restart it for its new one (with"
             f" PORTAL_BROKER_RESTART the portal does, at a quiet moment). Then {name} can retire."
         )
+
+
+def _wait_for_workers(portal: Portal) -> None:
+    """Wait until no worker shows an older certificate than the newest: clients are about to lose the root of that."""
+    with contextlib.suppress(FileNotFoundError):  # no portal has served here yet
+        age = time.time() - (portal.settings.tls_dir / "server.pem").stat().st_mtime
+        time.sleep(min(max(LOOK_SECONDS - age, 0.0), LOOK_SECONDS))
 
 
 def retire_unneeded(portal: Portal) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import BodyTooSlow, PortalError, PortalStopping, RequestMalformed, StartupError
+from core.files import LOOK_SECONDS
 from core.setting_values import Address
 
 BACKLOG = 1024
@@ -240,7 +241,7 @@ class ServerTls:
     def context(self) -> ssl.SSLContext:
         """Look at the files, at most once a second; while they do not fit each other the old context stays."""
         now = time.monotonic()
-        if now - self._checked < 1:
+        if now - self._checked < LOOK_SECONDS:
             return self._context
         self._checked = now
         seen = self._signature()
