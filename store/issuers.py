@@ -100,15 +100,13 @@ _CRL_HEAD, _CRL = (
 )
 
 
-_PUT_OFF = (
+_ANY_PUT_OFF = (
     sa.select(Crl.number)
     .join(IssuerRow, IssuerRow.id == Crl.issuer_id)
-    .where(
-        Crl.issuer_id == sa.bindparam("of_issuer"),
-        IssuerRow.status == IssuerStatus.ACTIVE,
-        IssuerRow.revoked_generation > Crl.generation,
-    )
+    .where(IssuerRow.status == IssuerStatus.ACTIVE, IssuerRow.revoked_generation > Crl.generation)
+    .limit(1)
 )
+_PUT_OFF = _ANY_PUT_OFF.where(Crl.issuer_id == sa.bindparam("of_issuer"))
 
 
 def get_crl(tx: Connection, issuer_id: int) -> CrlRecord | None:
@@ -120,6 +118,11 @@ def get_crl(tx: Connection, issuer_id: int) -> CrlRecord | None:
 def crl_is_put_off(tx: Connection, issuer_id: int) -> bool:
     """Return whether the list of an issuer's revoked certificates has changed since its newest CRL."""
     return tx.execute(_PUT_OFF, {"of_issuer": issuer_id}).one_or_none() is not None
+
+
+def any_crl_is_put_off(tx: Connection) -> bool:
+    """Return whether the list of any issuer's revoked certificates has changed since its newest CRL."""
+    return tx.execute(_ANY_PUT_OFF).first() is not None
 
 
 def put_crl(tx: Connection, tenant_id: str, record: CrlRecord) -> bool:

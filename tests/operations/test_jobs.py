@@ -91,15 +91,38 @@ def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> No
 
 
 @pytest.mark.parametrize("due", [True, False])
-def test_crls_that_were_put_off_follow_when_the_broker_may_have_them(
+def test_crls_that_were_put_off_are_asked_for_when_the_broker_may_have_them(
     portal: Portal, monkeypatch: pytest.MonkeyPatch, due: bool
 ) -> None:
-    published: list[CrlPublication] = []
-    monkeypatch.setattr(CrlPublication, "publish", lambda crls: published.append(crls))
+    asked: list[CrlPublication] = []
+    monkeypatch.setattr(
+        CrlPublication, "publish", lambda *_: pytest.fail("the thread of the CRLs does it, in its share")
+    )
+    monkeypatch.setattr(CrlPublication, "wake", lambda crls: asked.append(crls))
     monkeypatch.setattr(type(portal.broker.control), "crls_are_due", due)
-    (job,) = (job for job in jobs.JOBS if job.name == "CRLs put off")
+    _run_job(portal, "CRLs put off")
+    assert asked == ([portal.reconciler.crls] if due else [])
+
+
+@pytest.mark.parametrize("publishes", [True, False])
+def test_crls_that_a_crash_left_unsigned_are_asked_for(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch, publishes: bool
+) -> None:
+    asked: list[CrlPublication] = []
+    monkeypatch.setattr(CrlPublication, "wake", lambda crls: asked.append(crls))
+    monkeypatch.setattr(type(portal.broker.control), "publishes_crls", publishes)
+    with portal.database.transaction() as tx:
+        issuers.touch_issuer(tx, portal.authority.issuing.id, generation=db.next_generation(tx, at=portal.clock()))
+    _run_job(portal, "CRLs put off")
+    assert asked == ([portal.reconciler.crls] if publishes else [])
+    portal.reconciler.crls.sign_due()
+    _run_job(portal, "CRLs put off")
+    assert len(asked) == int(publishes)
+
+
+def _run_job(portal: Portal, name: str) -> None:
+    (job,) = (job for job in jobs.JOBS if job.name == name)
     job.run(portal)
-    assert published == ([portal.reconciler.crls] if due else [])
 
 
 def test_after_a_long_downtime_the_first_renewal_makes_everything_current(portal: Portal, clock: Clock) -> None:

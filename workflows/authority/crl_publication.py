@@ -112,10 +112,15 @@ class CrlPublication:
         except PortalError as error:  # the job does it within minutes
             log.warning("a CRL was not published at once", extra={"problem": error.detail})
 
-    def publish_due(self) -> None:
-        """Publish the CRLs that were put off, once the broker may have them."""
-        if self._broker.control.crls_are_due:
-            self.publish()
+    def wake_if_due(self) -> None:
+        """Ask for CRLs that nobody has asked for: those whose pause is over, and those that a crash left unsigned."""
+        control = self._broker.control
+        if control.crls_are_due or (control.publishes_crls and self._any_put_off()):
+            self.wake()
+
+    def _any_put_off(self) -> bool:
+        with self._database.snapshot() as tx:
+            return store_issuers.any_crl_is_put_off(tx)
 
     def publish(self, *, at_once: bool = False) -> None:
         """Sign the CRLs that were put off, give them to the broker, and see that it refuses by them if it has them."""
