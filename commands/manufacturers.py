@@ -77,17 +77,23 @@ def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> Non
 @command(
     "update",
     manufacturer,
-    examples=["portal manufacturer update 1e66977361d81fe2 --approval operator --location 'Hall 2'"],
+    examples=[
+        "portal manufacturer update 1e66977361d81fe2 --approval operator --location 'Hall 2'",
+        "portal manufacturer update 1e66977361d81fe2 --certificate acme-ca-2031.pem",
+    ],
 )
 @click.argument("manufacturer_id", metavar="ID", type=MANUFACTURER_ID, help="The full manufacturer id.")
 @click.option("--name", metavar="NAME", help="New name.")
+@click.option("--certificate", metavar="FILE", help="Renewed certificate of the same CA (PEM); - for standard input.")
 @profile_options(new=False)
-def manufacturer_update(portal: Remote, /, manufacturer_id: str, **options: Any) -> None:
-    """Change a manufacturer's name or enrolment profile.
+def manufacturer_update(portal: Remote, /, manufacturer_id: str, certificate: str | None, **options: Any) -> None:
+    """Change a manufacturer's name, CA certificate or profile.
 
-    It applies to devices that enrol from then on.
+    It applies to devices that enrol from then on. A renewed certificate has the key and the subject of the old one.
     """
     changes = given_fields(options)
+    if certificate is not None:
+        changes["certificate"] = read_pem(certificate)
     if not changes:
         raise click.UsageError("Nothing to change: use at least one of --name, --type, --location, --firmware, …")
     answer = portal.client.call("PATCH", f"/manufacturers/{manufacturer_id}", body=changes).json()

@@ -194,6 +194,19 @@ def may_be_confused(one: bytes, other: bytes) -> bool:
     return None in identifiers or identifiers[0] == identifiers[1]
 
 
+def renewal_problem(renewed: bytes, before: bytes) -> str | None:
+    """Return why a certificate (DER) is not a renewed one of the same CA, for its devices' sake, as a clause."""
+    new, old = _authority(renewed), _authority(before)
+    if new.strict.public_key() != old.strict.public_key():
+        return "its key is another"
+    if _folded(new.subject) != _folded(old.subject):
+        return "its subject is another"
+    identifiers = [_value(each.strict.extensions, x509.SubjectKeyIdentifier) for each in (new, old)]
+    if identifiers[0] is not None and identifiers[0] != identifiers[1]:
+        return "its subjectKeyIdentifier is another, so TLS would refuse devices whose certificates name the CA's"
+    return None
+
+
 def _folded(name: Name) -> list[list[tuple[str, str]]]:
     return [sorted((oid, " ".join(text.split()).casefold()) for oid, text in rdn) for rdn in name]
 

@@ -179,6 +179,9 @@ def test_a_manufacturer_is_added_proven_listed_and_removed(session: Session, stu
     shown = session.run("manufacturer", "show", ID).stdout
     assert "key_types\tec-p256" in shown
     assert "repeated_serial\tnew_device" in shown
+    stub.replies["PATCH", f"/manufacturers/{ID}"] = Reply(body=MANUFACTURER)
+    assert "Changed certificate of acme" in session.run("manufacturer", "update", ID, "--certificate", str(pem)).stderr
+    assert stub.requests[-1].body == {"certificate": pem.read_text()}
     stub.replies["DELETE", f"/manufacturers/{ID}"] = Reply(body=MANUFACTURER | {"status": "removed"})
     assert session.run("manufacturer", "remove", ID).exit_code == 2
     assert "Removed acme" in session.run("manufacturer", "remove", ID, "--yes").stderr

@@ -191,9 +191,13 @@ class ManufacturerRequest(EnrolmentProfileRequest):
 
 
 class ManufacturerPatch(ChangesRequest):
-    """The name or the enrolment profile of a manufacturer to change, for the devices that enrol from now on."""
+    """The name or the enrolment profile of a manufacturer to change, for the devices that enrol from now on.
+
+    `certificate`: a renewed one of the same CA, of the same key and subject.
+    """
 
     name: ShortText = ""
+    certificate: Pem = ""
     type: ShortText = ""
     location: Place = ""
     firmware: ShortText = ""
@@ -412,11 +416,17 @@ def show_manufacturer(call: Call, manufacturer_id: str) -> ManufacturerModel:
 
 @MANUFACTURERS.add("PATCH", "/manufacturers/{manufacturer_id}", Permission.TOKENS, errors=(409,))
 def update_manufacturer(call: Call, manufacturer_id: str, body: ManufacturerPatch) -> ManufacturerModel:
-    """Change a manufacturer's name or enrolment profile, for the devices that enrol from now on."""
-    given = body.model_dump(exclude_unset=True, exclude={"attestation"})
+    """Change a manufacturer's name, CA certificate or enrolment profile, for the devices that enrol from now on."""
+    given = body.model_dump(exclude_unset=True, exclude={"attestation", "certificate"})
     values = {_COLUMN_OF.get(name, name): value for name, value in given.items()}
-    wanted = body.attestation.wanted() if "attestation" in body.model_fields_set else None
-    return _manufacturer(call, call.portal.manufacturers.update(call.actor, manufacturer_id, values, wanted))
+    record = call.portal.manufacturers.update(
+        call.actor,
+        manufacturer_id,
+        values,
+        certificate=body.certificate or None,
+        attestation=body.attestation.wanted() if "attestation" in body.model_fields_set else None,
+    )
+    return _manufacturer(call, record)
 
 
 @MANUFACTURERS.add(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 from core.errors import Conflict, ProofInvalid
@@ -62,7 +63,7 @@ class Manufacturers:
                 told |= policies.in_audit(attestation, now=now)
                 audit.record(tx, actor, "manufacturer:add", f"manufacturer:{record.id}", at=now, **told)
         except IntegrityError:
-            raise Conflict("This CA exists already; see GET /manufacturers, and remove it to add it again.") from None
+            raise _exists() from None
         return record
 
     def prove(
@@ -103,31 +104,66 @@ class Manufacturers:
         actor: Actor,
         manufacturer_id: str,
         values: Mapping[str, Any],
+        *,
+        certificate: str | None = None,
         attestation: PolicyRequest | None = None,
     ) -> ManufacturerRecord:
         """Change the name or enrolment profile, for the devices that enrol from now on, by the names of their columns.
 
-        With ``attestation`` what was kept of evidence is appraised again, by a job. Raises ``NotFound``, ``Conflict``
-        for a removed one, ``ProfileRefused``, ``AttestationPolicyInvalid``.
+        A ``certificate`` (PEM) is a renewed one of the same CA and replaces the one that it had. With ``attestation``
+        what was kept of evidence is appraised again, by a job. Raises ``NotFound``, ``Conflict`` for a removed one and
+        for another CA's certificate, ``ManufacturerInvalid``, ``ProfileRefused``, ``AttestationPolicyInvalid``.
         """
         now = self._clock()
+        renewed = None if certificate is None else client_certificates.read_manufacturer_ca(certificate, now=now)
         if attestation is not None:
             check_policy(actor, attestation, now=now)
-        with self._database.transaction() as tx:
-            record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
-            if record.status is ManufacturerStatus.REMOVED:
-                raise Conflict("The manufacturer was removed; add it again.")
-            policy_id = with_policy(tx, actor, record, attestation, now=now).profile.attestation_policy_id
-            columns = {**values, "attestation_policy_id": policy_id}
-            enrolment.update_manufacturer(tx, actor.tenant_id, manufacturer_id, **columns)
-            changed = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
-            check_enrolment_profile(tx, actor.tenant_id, changed.profile)
-            detail: dict[str, Any] = in_audit(changed.profile) if "certificate_profile" in values else {}
-            of = f"manufacturer:{manufacturer_id}"
-            detail |= policies.in_audit(attestation, now=now)
-            changes = sorted([*values, *(["attestation"] if attestation is not None else [])])
-            audit.record(tx, actor, "manufacturer:update", of, at=now, changed=changes, **detail)
-            return changed
+        try:
+            with self._database.transaction() as tx:
+                changed = self._update(tx, actor, manufacturer_id, values, renewed, attestation, now=now)
+        except IntegrityError:
+            raise _exists() from None
+        if renewed is not None:
+            self._clients.write_authorities()
+        return changed
+
+    def _update(
+        self,
+        tx: Connection,
+        actor: Actor,
+        manufacturer_id: str,
+        values: Mapping[str, Any],
+        renewed: ManufacturerCa | None,
+        attestation: PolicyRequest | None,
+        *,
+        now: datetime,
+    ) -> ManufacturerRecord:
+        record = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id, for_update=True)
+        if record.status is ManufacturerStatus.REMOVED:
+            raise Conflict("The manufacturer was removed; add it again.")
+        policy_id = with_policy(tx, actor, record, attestation, now=now).profile.attestation_policy_id
+        columns = {**values, "attestation_policy_id": policy_id}
+        detail: dict[str, Any] = {}
+        if renewed is not None:
+            columns |= self._renewed(tx, record, renewed)
+            detail |= {"fingerprint": renewed.fingerprint, "replaces": record.fingerprint}
+        enrolment.update_manufacturer(tx, actor.tenant_id, manufacturer_id, **columns)
+        changed = enrolment.get_manufacturer(tx, actor.tenant_id, manufacturer_id)
+        check_enrolment_profile(tx, actor.tenant_id, changed.profile)
+        detail |= in_audit(changed.profile) if "certificate_profile" in values else {}
+        detail |= policies.in_audit(attestation, now=now)
+        beside = {"attestation": attestation, "certificate": renewed}
+        changes = sorted([*values, *(name for name, value in beside.items() if value is not None)])
+        audit.record(tx, actor, "manufacturer:update", f"manufacturer:{record.id}", at=now, changed=changes, **detail)
+        return changed
+
+    def _renewed(self, tx: Connection, record: ManufacturerRecord, renewed: ManufacturerCa) -> dict[str, Any]:
+        """Return the columns of a renewed certificate; its key is the one whose possession was proven."""
+        problem = client_certificates.renewal_problem(renewed.der, record.der)
+        if problem is not None:
+            raise Conflict(f"This is not a renewed certificate of the manufacturer's CA: {problem}. Add another CA.")
+        self._clients.check_distinct(tx, record.tenant_id, renewed.der)
+        return {"der": renewed.der, "fingerprint": renewed.fingerprint, "not_after": renewed.not_after}
 
     def remove(self, actor: Actor, manufacturer_id: str) -> ManufacturerRecord:
         """Remove a CA: it admits no device any more; those that have enrolled keep working. Raises ``NotFound``."""
@@ -152,6 +188,10 @@ class Manufacturers:
         """Return one manufacturer; raises ``NotFound``."""
         with self._database.snapshot() as tx:
             return enrolment.get_manufacturer(tx, tenant_id, manufacturer_id)
+
+
+def _exists() -> Conflict:
+    return Conflict("This CA exists already; see GET /manufacturers, and remove it to add it again.")
 
 
 def _unproven(

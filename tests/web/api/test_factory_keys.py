@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from flask import Flask
 
 from app import portal_of
 from store.enrolment_tables import EnrolmentRow
 from tests.support.est import Device, certificates_of, csr_der, refused
-from tests.support.harness import Api, problem_of
-from tests.support.pki import Authority
-from tests.web.api.test_est_clients import factory_device, registered
+from tests.support.harness import Api, problem_of, state_of
+from tests.support.pki import PEM, Authority
+from tests.web.api.test_est_clients import factory_device, pem, registered
+from workflows.enrolment.clients import CLIENT_CAS
 
 
-def renewed(maker: Authority) -> Authority:
+def renewed(maker: Authority, *, common_name: str | None = None, identifier: bytes | None = None) -> Authority:
     """The same CA with another certificate for the same key."""
     other = copy.copy(maker)
-    builder = maker._builder(maker.common_name, maker.common_name, maker.key.public_key())
+    name = common_name or maker.common_name
+    builder = maker._builder(name, name, maker.key.public_key())
     for extension in maker.certificate.extensions:
-        builder = builder.add_extension(extension.value, critical=extension.critical)
+        value = extension.value
+        if identifier is not None and isinstance(value, x509.SubjectKeyIdentifier):
+            value = x509.SubjectKeyIdentifier(identifier)
+        builder = builder.add_extension(value, critical=extension.critical)
     other.certificate = builder.sign(maker.key, hashes.SHA256())
     return other
 
@@ -35,12 +42,17 @@ def comes_back_by(api: Api, maker: Authority, path: str, how: str) -> None:
         registered(api, maker)
     elif how == "renewed":
         registered(api, renewed(maker))
+    elif how == "renewed in its place":
+        answer = api.patch(path, {"certificate": pem(renewed(maker))})
+        assert answer.status_code == 200, answer.text
     else:
         registered(api, renewed(maker))
         assert api.delete(path).status_code == 200
 
 
-WAYS = pytest.mark.parametrize("how", ["removed and added again", "renewed", "renewed, and the old one removed"])
+WAYS = pytest.mark.parametrize(
+    "how", ["removed and added again", "renewed", "renewed in its place", "renewed, and the old one removed"]
+)
 
 
 @WAYS
@@ -213,8 +225,8 @@ def test_the_terms_of_a_manufacturer_change_without_removing_it(api: Api) -> Non
 @pytest.mark.parametrize(
     "changes",
     [
-        *({}, {"certificate": "x"}, {"key_types": []}, {"validity_days": 0}, {"approval": "never"}, {"name": None}),
-        {"repeated_serial": None},
+        *({}, {"certificate": ""}, {"certificate": None}, {"key_types": []}, {"validity_days": 0}),
+        *({"approval": "never"}, {"name": None}, {"repeated_serial": None}),
     ],
 )
 def test_other_changes_of_a_manufacturer_are_refused(api: Api, changes: dict[str, object]) -> None:
@@ -224,7 +236,70 @@ def test_other_changes_of_a_manufacturer_are_refused(api: Api, changes: dict[str
     assert api.get(path).json == before
 
 
+def test_a_renewed_certificate_of_a_ca_takes_the_place_of_the_old_one(app: Flask, api: Api) -> None:
+    maker = Authority("A maker's CA")
+    path, new = registered(api, maker), renewed(maker)
+    before = api.get(path).json
+    changed = api.patch(path, {"certificate": pem(new)}).json
+    assert changed == before | {
+        "certificate": pem(new),
+        "fingerprint": new.certificate.fingerprint(hashes.SHA256()).hex(),
+    }
+    entry = api.get("/audit?action=manufacturer:update").json["entries"][0]["detail"]
+    assert entry == {
+        "changed": ["certificate"], "fingerprint": changed["fingerprint"], "replaces": before["fingerprint"],
+    }  # fmt: skip
+    file = (portal_of(app).settings.tls_dir / CLIENT_CAS).read_bytes()
+    trusted = x509.load_pem_x509_certificates(file)
+    assert (new.certificate in trusted, maker.certificate in trusted) == (True, False)
+    certificates_of(factory_device(api, new).enrol())
+
+
+def of_another_key(maker: Authority) -> Authority:
+    return Authority(maker.common_name)
+
+
+def of_another_name(maker: Authority) -> Authority:
+    return renewed(maker, common_name="Another maker's CA")
+
+
+def of_another_identifier(maker: Authority) -> Authority:
+    return renewed(maker, identifier=b"another")
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (of_another_key, "its key is another"),
+        (of_another_name, "its subject is another"),
+        (of_another_identifier, "its subjectKeyIdentifier is another"),
+    ],
+)
+def test_a_ca_that_is_another_one_does_not_take_the_place_of_one_whose_key_was_proven(
+    app: Flask, api: Api, other: Callable[[Authority], Authority], problem: str
+) -> None:
+    maker = Authority("A maker's CA")
+    path = registered(api, maker)
+    before = state_of(portal_of(app))
+    refusal = problem_of(api.patch(path, {"name": "x", "certificate": pem(other(maker))}), 409, "conflict")
+    assert problem in refusal["detail"]
+    assert state_of(portal_of(app)) == before
+
+
+def test_a_certificate_that_another_manufacturer_has_is_refused_as_a_renewed_one(app: Flask, api: Api) -> None:
+    maker = Authority("A maker's CA")
+    path, new = registered(api, maker), renewed(maker)
+    registered(api, new)
+    assert "exists already" in problem_of(api.patch(path, {"certificate": pem(new)}), 409, "conflict")["detail"]
+    leaf = maker.issue("sn-1").certificate.public_bytes(PEM).decode()
+    for certificate in ("x", leaf):
+        answer = api.patch(path, {"certificate": certificate})
+        assert (answer.status_code, answer.json["code"]) == (422, "manufacturer_invalid")
+
+
 def test_a_removed_manufacturer_is_not_changed(api: Api) -> None:
-    path = registered(api, Authority("A maker's CA"))
+    maker = Authority("A maker's CA")
+    path = registered(api, maker)
     api.delete(path)
-    problem_of(api.patch(path, {"name": "again"}), 409, "conflict")
+    for changes in ({"name": "again"}, {"certificate": pem(renewed(maker))}):
+        problem_of(api.patch(path, changes), 409, "conflict")
