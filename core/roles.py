@@ -8,8 +8,9 @@ TOKEN_PREFIX = "op_"  # noqa: S105 - lets secret scanners find a token that leak
 
 
 class Role(StrEnum):
-    """What an operator may do; see ``MAY``."""
+    """What an operator may do within its tenant; see ``MAY``. ``SYSTEM`` also rules over the tenants themselves."""
 
+    SYSTEM = "system"
     ADMIN = "admin"
     OPERATOR = "operator"
     AUDITOR = "auditor"
@@ -25,11 +26,13 @@ class Permission(StrEnum):
     WEBHOOKS = "webhooks"
     APPLICATIONS = "applications"
     PROFILES = "profiles"
+    TENANTS = "tenants"
 
 
 # By role. A client without a token has a role that is not in ``Role``, and no permission.
 MAY: dict[str, frozenset[Permission]] = {
-    Role.ADMIN: frozenset(Permission),
+    Role.SYSTEM: frozenset(Permission),
+    Role.ADMIN: frozenset(Permission) - {Permission.TENANTS},
     Role.OPERATOR: frozenset({Permission.READ, Permission.CHANGE}),
     Role.AUDITOR: frozenset({Permission.READ, Permission.AUDIT}),
 }

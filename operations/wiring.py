@@ -55,6 +55,7 @@ from workflows.reconciliation import Reconciler
 from workflows.registration import Registrations
 from workflows.renewal import Renewals
 from workflows.revocation import DeviceRevocations
+from workflows.tenants import TenantDirectory
 from workflows.webhooks.sending import SecretSeal, Sender
 from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
@@ -90,6 +91,7 @@ class Portal:
     clock: Callable[[], datetime]
     first_tenant: str
     database: Database
+    tenant_terms: TenantDirectory
     keys: KeyStores
     authority: Authority
     broker: BrokerProvisioning
@@ -139,6 +141,7 @@ class _Foundation:
     clock: Callable[[], datetime]
     first_tenant: str
     database: Database
+    tenant_terms: TenantDirectory
     keys: KeyStores
     authority: Authority
     broker: BrokerProvisioning
@@ -190,6 +193,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         clock=clock,
         first_tenant=first_tenant,
         database=database,
+        tenant_terms=TenantDirectory(settings, database),
         keys=keys,
         authority=authority,
         broker=broker,
@@ -239,6 +243,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         clock=clock,
         first_tenant=first_tenant,
         database=database,
+        tenant_terms=base.tenant_terms,
         keys=base.keys,
         authority=authority,
         broker=base.broker,

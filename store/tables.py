@@ -20,12 +20,28 @@ DEFAULT_TENANT = "default"
 
 
 class Tenant(Base):
-    """An owner of rows; at first there is one, ``default``."""
+    """An owner of rows; at first there is one, ``default``.
+
+    ``topic_prefix`` is ``NULL`` for the first one, for which the settings have it. ``generation`` is that with which
+    the broker must learn what has changed, ``changed_at`` when the status last did.
+    """
 
     __tablename__ = "tenants"
+    __table_args__ = (
+        sa.CheckConstraint(one_of("status", "active", "suspended", "removed"), name="status"),
+        sa.CheckConstraint("topic_prefix IS NOT NULL OR id = 'default'", name="topic_prefix"),
+        sa.Index("uq_tenants_topic_prefix", "topic_prefix", unique=True),
+        partial_index("ix_tenants_generation", "generation", where="generation > 0"),
+    )
 
     id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     created_at: Mapped[datetime]
+    status: Mapped[str] = mapped_column(sa.String(16), server_default="active")
+    topic_prefix: Mapped[str | None] = mapped_column(sa.String(256))
+    choices: Mapped[dict[str, Any]] = mapped_column(sa.JSON, server_default="{}")
+    quotas: Mapped[dict[str, Any]] = mapped_column(sa.JSON, server_default="{}")
+    generation: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
+    changed_at: Mapped[datetime | None]
 
 
 class IdempotencyKey(Base):
@@ -53,10 +69,11 @@ class IdempotencyKey(Base):
 
 
 class Token(OfTenant, Base):
-    """An operator's token, by the hash of its secret."""
+    """An operator's token, by the hash of its secret; an admin's that ``is_system`` has the role ``system``."""
 
     __tablename__ = "tokens"
     __table_args__ = (
+        sa.CheckConstraint("NOT is_system OR role = 'admin'", name="is_system"),
         sa.CheckConstraint(one_of("role", "admin", "operator", "auditor"), name="role"),
         sa.UniqueConstraint("token_hash"),
     )
@@ -64,6 +81,7 @@ class Token(OfTenant, Base):
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
     name: Mapped[str] = mapped_column(sa.String(64))
     role: Mapped[str] = mapped_column(sa.String(16))
+    is_system: Mapped[bool] = mapped_column(server_default=sa.false())
     token_hash: Mapped[str] = mapped_column(sa.String(64))
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]

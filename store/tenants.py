@@ -6,24 +6,65 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
+from core.roles import Role
+from core.tenants import Quotas, TenantChoices, TenantStatus
 from store.audit import EMPTY_RECORD
 from store.database import columns_of, hash_of
-from store.tables import AuditHead, BrokerState, Tenant, Token
+from store.tables import DEFAULT_TENANT, AuditHead, BrokerState, Tenant, Token
 
 
-def add_tenant(tx: Connection, tenant_id: str, *, created_at: datetime) -> None:
-    """Record a tenant with an empty audit record, unless it exists; the first with the state of the broker of all."""
-    if not is_tenant(tx, tenant_id):
-        tx.execute(sa.insert(Tenant), {"id": tenant_id, "created_at": created_at})
-        tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, **dataclasses.asdict(EMPTY_RECORD)})
-        if tx.execute(sa.select(BrokerState.tenant_id)).first() is None:
-            state = {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at}
-            tx.execute(sa.insert(BrokerState), state)
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """A tenant; ``topic_prefix`` is ``None`` for the first one, whose topics begin as the settings say."""
+
+    id: str
+    status: TenantStatus
+    topic_prefix: str | None
+    choices: TenantChoices
+    quotas: Quotas
+    generation: int
+    created_at: datetime
+    changed_at: datetime | None
+
+
+_TENANT_COLUMNS = columns_of(TenantRecord, Tenant)
+
+
+def add_tenant(
+    tx: Connection,
+    tenant_id: str,
+    *,
+    created_at: datetime,
+    topic_prefix: str | None = None,
+    choices: TenantChoices = TenantChoices(),  # noqa: B008 - it is frozen
+    quotas: Quotas = Quotas(),  # noqa: B008 - it is frozen
+    generation: int = 0,
+) -> None:
+    """Record a tenant with an empty audit record, unless it exists; the first with the state of the broker of all.
+
+    Its topics begin with its name if no prefix is given, and those of the first one as the settings say.
+    """
+    if is_tenant(tx, tenant_id):
+        return
+    row = {
+        "id": tenant_id,
+        "created_at": created_at,
+        "topic_prefix": topic_prefix or (None if tenant_id == DEFAULT_TENANT else tenant_id),
+        "choices": _given(choices),
+        "quotas": _given(quotas),
+        "generation": generation,
+    }
+    tx.execute(sa.insert(Tenant), row)
+    tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, **dataclasses.asdict(EMPTY_RECORD)})
+    if tx.execute(sa.select(BrokerState.tenant_id)).first() is None:
+        state = {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at}
+        tx.execute(sa.insert(BrokerState), state)
 
 
 def is_tenant(tx: Connection, tenant_id: str) -> bool:
@@ -34,6 +75,53 @@ def is_tenant(tx: Connection, tenant_id: str) -> bool:
 def tenant_ids(tx: Connection) -> Sequence[str]:
     """Return the names of all tenants, in their order."""
     return tx.execute(sa.select(Tenant.id).order_by(Tenant.id)).scalars().all()
+
+
+def list_tenants(tx: Connection) -> Sequence[TenantRecord]:
+    """Return all tenants, in the order of their names."""
+    return [_record(row) for row in tx.execute(sa.select(*_TENANT_COLUMNS).order_by(Tenant.id))]
+
+
+def changed_tenants(tx: Connection, *, since: int) -> Sequence[TenantRecord]:
+    """Return the tenants of which the broker must learn since a generation, in the order of their names."""
+    query = sa.select(*_TENANT_COLUMNS).where(Tenant.generation > since, Tenant.generation > 0).order_by(Tenant.id)
+    return [_record(row) for row in tx.execute(query)]
+
+
+def get_tenant(tx: Connection, tenant_id: str) -> TenantRecord:
+    """Return a tenant; raises ``NotFound``."""
+    row = tx.execute(sa.select(*_TENANT_COLUMNS).where(Tenant.id == tenant_id)).one_or_none()
+    if row is None:
+        raise NotFound("There is no tenant of this name; list them with GET /tenants.")
+    return _record(row)
+
+
+def update_tenant(tx: Connection, record: TenantRecord) -> None:
+    """Write all of a tenant that may change; its topic prefix never does."""
+    values = {
+        "status": record.status,
+        "choices": _given(record.choices),
+        "quotas": _given(record.quotas),
+        "generation": record.generation,
+        "changed_at": record.changed_at,
+    }
+    tx.execute(sa.update(Tenant).where(Tenant.id == record.id), values)
+
+
+def _record(row: sa.Row[Any]) -> TenantRecord:
+    values = row._asdict()
+    return TenantRecord(
+        **values
+        | {
+            "status": TenantStatus(values["status"]),
+            "choices": TenantChoices(**values["choices"]),
+            "quotas": Quotas(**values["quotas"]),
+        }
+    )
+
+
+def _given(values: TenantChoices | Quotas) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(values).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +141,19 @@ class TokenRecord:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
-_TOKEN_COLUMNS = columns_of(TokenRecord, Token)
+_ROLE = sa.case((Token.is_system, Role.SYSTEM.value), else_=Token.role).label("role")
+_TOKEN_COLUMNS = [
+    _ROLE if field.name == "role" else getattr(Token, field.name) for field in dataclasses.fields(TokenRecord)
+]
 _FIND_TOKEN = sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
 
 
 def add_token(tx: Connection, record: TokenRecord, *, secret: str) -> None:
     """Record a token with the hash of its secret."""
-    tx.execute(sa.insert(Token), dataclasses.asdict(record) | {"token_hash": hash_of(secret)})
+    is_system = record.role == Role.SYSTEM
+    role = Role.ADMIN if is_system else record.role
+    row = dataclasses.asdict(record) | {"role": role, "is_system": is_system, "token_hash": hash_of(secret)}
+    tx.execute(sa.insert(Token), row)
 
 
 def find_token(tx: Connection, secret: str) -> TokenRecord | None:

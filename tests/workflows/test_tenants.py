@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,12 +10,15 @@ import sqlalchemy as sa
 
 from config import Settings
 from core.broker_control import ACL_FILE, JOURNAL_FILE
-from core.errors import DeviceNotFound
+from core.errors import DeviceNotFound, NotFound
+from core.roles import Role
+from core.tenants import Quotas, TenantChoices, TenantStatus
 from operations import jobs
 from operations.wiring import Portal, open_portal, prepare
 from store import generations, tenants
 from store.audit import Actor
 from store.tables import BrokerState, WebhookDelivery
+from store.tenants import TokenRecord
 from tests.support.guard_stub import GuardStub, journal_lines
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock
 from tests.workflows.test_admission import OPERATOR, request_of
@@ -108,3 +112,56 @@ def test_the_access_list_of_a_broker_without_the_guard_names_the_devices_of_both
     access_list = portal.settings.broker_file(ACL_FILE).read_text()
     assert [f"user {one.device_id}" in access_list for one in known] == [True, True]
     portal.close()
+
+
+def test_the_terms_of_a_tenant_are_its_own_choices_and_for_the_rest_the_settings(portal: Portal) -> None:
+    with portal.database.transaction() as tx:
+        tenants.add_tenant(
+            tx,
+            "acme",
+            created_at=portal.clock(),
+            topic_prefix="acme",
+            choices=TenantChoices(device_days=30),
+            quotas=Quotas(devices=2),
+        )
+    terms, first = portal.tenant_terms.of("acme"), portal.tenant_terms.of(portal.first_tenant)
+    assert (terms.topic_prefix, terms.application_prefixes, terms.device_days) == ("acme", ("acme",), 30)
+    assert (terms.key_type, terms.link_hours, terms.quotas.devices) == (
+        portal.settings.key_type,
+        portal.settings.link_hours,
+        2,
+    )
+    assert (first.topic_prefix, first.device_days) == (portal.settings.topic_prefix, portal.settings.device_days)
+
+
+def test_a_tenant_that_was_suspended_by_another_process_is_so_within_a_second(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflows.tenants.SECONDS_BETWEEN_LOOKS", 0)
+    with portal.database.transaction() as tx:
+        record = tenants.get_tenant(tx, portal.first_tenant)
+        tenants.update_tenant(tx, dataclasses.replace(record, status=TenantStatus.SUSPENDED, generation=7))
+    assert portal.tenant_terms.of(portal.first_tenant).status is TenantStatus.SUSPENDED
+    with portal.database.snapshot() as tx:
+        assert [one.id for one in tenants.changed_tenants(tx, since=6)] == [portal.first_tenant]
+        assert not tenants.changed_tenants(tx, since=7)
+
+
+def test_two_tenants_cannot_have_one_topic_prefix(portal: Portal) -> None:
+    with portal.database.transaction() as tx:
+        tenants.add_tenant(tx, "acme", created_at=portal.clock(), topic_prefix="site")
+    with pytest.raises(sa.exc.IntegrityError), portal.database.transaction() as tx:
+        tenants.add_tenant(tx, "other", created_at=portal.clock(), topic_prefix="site")
+
+
+def test_of_a_tenant_that_does_not_exist_there_are_no_terms(portal: Portal) -> None:
+    with pytest.raises(NotFound, match="no tenant of this name"):
+        portal.tenant_terms.of("nobody")
+
+
+def test_a_token_of_the_role_above_the_tenants_is_found_with_it(portal: Portal) -> None:
+    record = TokenRecord("t1", portal.first_tenant, "who runs it", Role.SYSTEM, portal.clock(), None, None)
+    with portal.database.transaction() as tx:
+        tenants.add_token(tx, record, secret="op_secret")
+    with portal.database.snapshot() as tx:
+        assert tenants.find_token(tx, "op_secret") == record

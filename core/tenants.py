@@ -1,0 +1,71 @@
+"""What tenants are: their names, states, topic prefixes, choices and quotas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+_DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class TenantStatus(StrEnum):
+    """State of a tenant: of a suspended one nobody is served, one that is being removed is revoked for good."""
+
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """What one tenant may take of what all share; ``None`` for no limit."""
+
+    devices: int | None = None
+    registrations_per_minute: int | None = None
+    bulk_uploads: int | None = None
+    webhook_deliveries_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TenantChoices:
+    """What a tenant has decided otherwise than the installation's settings, which hold where it is ``None``.
+
+    ``device_days`` is the life of a device's certificate, ``key_type`` the kind of a device's key, ``bundle_format``
+    that of a bundle for which none was asked, ``link_hours`` the life of a download link.
+    """
+
+    device_days: int | None = None
+    key_type: str | None = None
+    bundle_format: str | None = None
+    link_hours: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TenantOnBroker:
+    """What the broker must know of a tenant: below ``prefix`` are the topics of its devices."""
+
+    name: str
+    prefix: str
+    suspended: bool
+
+
+def check_tenant_name(name: str) -> None:
+    """Raise ``ValueError``, with the end of a sentence, unless ``name`` is a DNS label (RFC 1123 section 2.1)."""
+    if not _DNS_LABEL.fullmatch(name):
+        raise ValueError("must be 1 to 63 lower-case letters, digits and hyphens, with no hyphen first or last")
+
+
+def overlapping(prefix: str, others: Iterable[str]) -> str | None:
+    """Return the first of ``others`` below which ``prefix`` is, or which is below it; ``None`` if there is none.
+
+    All are topic levels joined by ``/``, without wildcards.
+    """
+    levels = prefix.split("/")
+    for other in others:
+        theirs = other.split("/")
+        shared = min(len(levels), len(theirs))
+        if levels[:shared] == theirs[:shared]:
+            return other
+    return None

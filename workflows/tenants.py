@@ -1,0 +1,87 @@
+"""What holds for each tenant: its topics, its choices, its quotas, and whether it is served."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from config import Settings
+from core.errors import NotFound, PortalError
+from core.tenants import Quotas, TenantStatus
+from delivery.formats import BundleFormat
+from store import tenants
+from store.database import Database
+from store.tenants import TenantRecord
+
+log = logging.getLogger("portal.tenants")
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TenantTerms:
+    """What holds for a tenant, the installation's settings where it has chosen nothing itself.
+
+    Below ``topic_prefix`` are its devices' topics, below all of ``application_prefixes`` what applications may have.
+    """
+
+    id: str
+    status: TenantStatus
+    topic_prefix: str
+    application_prefixes: tuple[str, ...]
+    device_days: int
+    key_type: str
+    bundle_format: BundleFormat
+    link_hours: int
+    quotas: Quotas
+
+
+class TenantDirectory:
+    """The terms of each tenant, from memory; a change made by another process is seen within a second."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        """Read them from a database that has tenants."""
+        self._settings = settings
+        self._database = database
+        self._lock = threading.Lock()
+        self._terms: Mapping[str, TenantTerms] = {}
+        self.refresh()
+
+    def of(self, tenant_id: str) -> TenantTerms:
+        """Return the terms of a tenant; raises ``NotFound``."""
+        if time.monotonic() - self._looked_at >= SECONDS_BETWEEN_LOOKS and self._lock.acquire(blocking=False):
+            try:
+                self.refresh()
+            except PortalError as error:
+                log.error("the tenants cannot be read; the known ones stay", extra={"problem": error.detail})
+            finally:
+                self._lock.release()
+        if tenant_id not in self._terms:
+            self.refresh()  # one that has just been added
+        if tenant_id not in self._terms:
+            raise NotFound("There is no tenant of this name; list them with GET /tenants.")
+        return self._terms[tenant_id]
+
+    def refresh(self) -> None:
+        """Read the tenants now; raises ``DatabaseUnavailable``."""
+        self._looked_at = time.monotonic()
+        with self._database.snapshot() as tx:
+            self._terms = {record.id: self._terms_of(record) for record in tenants.list_tenants(tx)}
+
+    def _terms_of(self, record: TenantRecord) -> TenantTerms:
+        settings, choices = self._settings, record.choices
+        own_prefix = record.topic_prefix
+        return TenantTerms(
+            id=record.id,
+            status=record.status,
+            topic_prefix=settings.topic_prefix if own_prefix is None else own_prefix,
+            application_prefixes=settings.application_prefixes if own_prefix is None else (own_prefix,),
+            device_days=choices.device_days or settings.device_days,
+            key_type=choices.key_type or settings.key_type,
+            bundle_format=BundleFormat(choices.bundle_format or BundleFormat.ZIP),
+            link_hours=choices.link_hours or settings.link_hours,
+            quotas=record.quotas,
+        )
