@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 from core.errors import NameInUse
 from core.states import CertificateStatus
 from store import audit
+from store.locks import InstallationLock, lock_installation
 from store.profile_tables import DeviceName
 from store.tables import Certificate
 
@@ -28,8 +29,9 @@ class NameClaim:
 
 
 def lock(tx: Connection, tenant_id: str) -> None:
-    """Let no other transaction of the tenant claim names until this one ends."""
-    audit.lock_audit_head(tx, tenant_id)  # which every such transaction takes: another lock could make two wait
+    """Let no other transaction, of any tenant, claim names until this one ends."""
+    audit.lock_audit_head(tx, tenant_id)  # which every such transaction takes, and always first
+    lock_installation(tx, InstallationLock.NAMES)
 
 
 def refusals(tx: Connection, tenant_id: str, claims: Sequence[NameClaim], *, now: datetime) -> dict[str, NameInUse]:

@@ -74,10 +74,7 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
     It is all in the caller's transaction: release no credentials before that is durable. Under the pattern style of
     the ACL the broker need not learn of a new device with the default topics.
     """
-    must_learn = [
-        admission.request is None or admission.topics is not None or style is AclStyle.PER_DEVICE
-        for admission in admissions
-    ]
+    must_learn = [admission.request is None or broker_must_learn(admission.topics, style) for admission in admissions]
     generation = db.next_generation(tx, at=now) if any(must_learn) else 0
     # Before the audit head, as whoever removes a profile does: else the two could wait for each other.
     profile_ids = _held_profiles(tx, actor.tenant_id, [admission.request for admission in admissions])
@@ -98,6 +95,11 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
             new.append({**row, "status": DeviceStatus.ACTIVE, "generation": since})
     db.add_devices(tx, new)
     return Admitted(generation, record_issuances(tx, actor, admissions, now=now))
+
+
+def broker_must_learn(topics: Sequence[Topic] | None, style: AclStyle) -> bool:
+    """Return whether the broker must learn of a new device with these topics, ``None`` for the default ones."""
+    return topics is not None or style is AclStyle.PER_DEVICE
 
 
 def add_pending(

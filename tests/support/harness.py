@@ -140,13 +140,14 @@ class Api:
         return registered
 
 
-def api_as(app: Flask, role: Role | None) -> Api:
-    """An ``Api`` with a fresh token of the role, or with none."""
+def api_as(app: Flask, role: Role | None, tenant_id: str = "default") -> Api:
+    """An ``Api`` with a fresh token of the role in a tenant, which is added if there is none; or with no token."""
     if role is None:
         return Api(app.test_client(), None)
     portal = portal_of(app)
-    secret, record = new_token(portal.first_tenant, f"a test's {role}", role, None, now=portal.clock())
+    secret, record = new_token(tenant_id, f"a test's {role}", role, None, now=portal.clock())
     with portal.database.transaction() as tx:
+        tenants.add_tenant(tx, tenant_id, created_at=portal.clock())
         tenants.add_token(tx, record, secret=secret)
     return Api(app.test_client(), secret)
 

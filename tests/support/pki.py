@@ -157,3 +157,14 @@ class Pki:
     @property
     def ca_bundle(self) -> bytes:
         return self.issuing.certificate.public_bytes(PEM) + self.root.certificate.public_bytes(PEM)
+
+
+def ca_without_key_identifiers(name: str) -> tuple[str, ec.EllipticCurvePrivateKey]:
+    """The certificate, PEM, and the key of a CA that TLS knows by its name alone."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
+    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(hours=1))
+    builder = builder.not_valid_after(now + timedelta(days=9))
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    return builder.sign(key, hashes.SHA256()).public_bytes(PEM).decode(), key

@@ -35,7 +35,16 @@ from store.certificates import CertificateRecord
 from store.database import Database
 from store.names import NameClaim
 from store.profiles import hold_profile
-from workflows.admission import Admission, Issuance, admit, checked_topics, key_claim, name_claim, record_issuances
+from workflows.admission import (
+    Admission,
+    Issuance,
+    admit,
+    broker_must_learn,
+    checked_topics,
+    key_claim,
+    name_claim,
+    record_issuances,
+)
 from workflows.authority.issuers import Authority
 from workflows.bulk.processes import CredentialJob, CredentialProcesses, Issuing
 from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredentials
@@ -368,10 +377,12 @@ class Batches:
 
         A row whose key, name or profile is refused does not keep the others from being written.
         """
-        tenant_id, replacing = actor.tenant_id, any(task.known is not None for task, _ in issued)
+        tenant_id, style = actor.tenant_id, self._settings.granting_style
+        changes = [task.known is not None or broker_must_learn(task.job.topics, style) for task, _ in issued]
         new_ids = [task.candidate.external_id for task, _ in issued if task.known is None]
         taken = bulk.find_known(tx, tenant_id, [external_id for external_id in new_ids if external_id is not None])
-        generation = db.next_generation(tx, at=now) if replacing else 0
+        # Before the locks of the refusals, as in an admission: else the two could wait for each other.
+        generation = db.next_generation(tx, at=now) if any(changes) else 0
         refusals, superseded = _refusals(tx, tenant_id, issued, now), set[str]()
         replaced = [task.known for task, _ in issued if task.known is not None and task.job.device_id not in refusals]
         if replaced:
@@ -392,7 +403,7 @@ class Batches:
                 continue
             done.append((task, credentials))
         if admissions:
-            admitted = admit(tx, actor, admissions, style=self._settings.granting_style, now=now)
+            admitted = admit(tx, actor, admissions, style=style, now=now)
             generation = max(generation, admitted.generation)
         if reissues:
             record_issuances(tx, actor, reissues, now=now)

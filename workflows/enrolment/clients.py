@@ -18,6 +18,7 @@ from store import certificates, enrolment
 from store.certificates import CertificateRecord
 from store.database import Database
 from store.enrolment import ManufacturerRecord
+from store.locks import InstallationLock, lock_installation
 from workflows.authority.issuers import Authority
 
 CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
@@ -101,8 +102,10 @@ class TlsClients:
     def check_distinct(self, tx: Connection, tenant_id: str, der: bytes) -> None:
         """Raise ``Conflict`` if TLS could take a CA that is to be registered, DER, for one whose clients it accepts.
 
-        That can be one of another tenant, of which the error says nothing more.
+        That can be one of another tenant, of which the error says nothing more. Call it in the transaction that
+        registers: no other one is registered before that ends.
         """
+        lock_installation(tx, InstallationLock.CLIENT_CAS)
         issuing = [(item.issuer.name, item.der) for item in self._authority.issuers if item.kind == IssuerKind.ISSUING]
         registered = [
             (record.name if record.tenant_id == tenant_id else "of another manufacturer", record.der)

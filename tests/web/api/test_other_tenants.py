@@ -6,12 +6,11 @@ import base64
 import json
 import ssl
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from flask import Flask
@@ -29,7 +28,7 @@ from store.tables import METADATA
 from tests.support.est import Device as EstClient
 from tests.support.est import csr_der, in_base64, new_key
 from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem, problem_of
-from tests.support.pki import PEM, Authority
+from tests.support.pki import PEM, Authority, ca_without_key_identifiers
 from web.api.operation import FOR_OPERATORS
 from web.api.routing import Route
 from workflows.enrolment.credentials import Waiting, by_token
@@ -305,21 +304,12 @@ def test_a_name_that_a_device_of_another_tenant_has_is_refused_without_a_word_of
 def test_a_manufacturer_that_tls_takes_for_another_tenants_is_refused_without_a_word_of_that_one(
     owner: Api, owned: Owned, neighbours: dict[Role, Api]
 ) -> None:
-    def without_key_identifiers(name: str) -> tuple[str, ec.EllipticCurvePrivateKey]:
-        key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
-        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(hours=1))
-        builder = builder.not_valid_after(now + timedelta(days=9))
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        return builder.sign(key, hashes.SHA256()).public_bytes(PEM).decode(), key
-
-    pem, key = without_key_identifiers("Maker CA")
+    pem, key = ca_without_key_identifiers("Maker CA")
     added = owner.post("/manufacturers", {"name": "hidden-maker", "certificate": pem}).json
     signature = base64.b64encode(key.sign(added["nonce"].encode(), ec.ECDSA(hashes.SHA256()))).decode()
     proven = owner.post(f"/manufacturers/{added['manufacturer_id']}/proof", {"signature": signature})
     assert proven.json["status"] == "registered"
-    other = {"name": "own", "certificate": without_key_identifiers("Maker CA")[0]}
+    other = {"name": "own", "certificate": ca_without_key_identifiers("Maker CA")[0]}
     answer = neighbours[Role.ADMIN].post("/manufacturers", other)
     assert "The CA of another manufacturer has the same name" in problem_of(answer, 409, "conflict")["detail"]
     assert told(answer, owned, other) == []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,8 +13,10 @@ from flask import Flask
 from sqlalchemy.exc import IntegrityError
 
 from app import portal_of
+from core.roles import Role
+from store import names
 from store.profile_tables import DeviceName
-from tests.support.harness import Api, Clock, csr_pem, problem_of
+from tests.support.harness import Api, Clock, api_as, csr_pem, problem_of
 from tests.web.api.test_profiles import NAMED, PUMP, SERVER, add, certificate_of, names_in, refusal, upload
 from workflows.profiles import find_profiles
 
@@ -140,3 +145,29 @@ def test_a_profile_is_locked_before_the_audit_record(api: Api, app: Flask, way: 
     [writing] = [seen for seen in transactions if any("INSERT INTO devices" in text for text in seen)]
     profile = next(number for number, text in enumerate(writing) if text.startswith("SELECT certificate_profiles.id"))
     assert profile < next(number for number, text in enumerate(writing) if "FROM audit_heads" in text)
+
+
+@pytest.mark.parametrize("way", ["/register", "/register/bulk"])
+def test_of_two_tenants_that_want_one_name_at_once_one_gets_it(
+    api: Api, app: Flask, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    neighbour = api_as(app, Role.ADMIN, "another")
+    both_have_looked, look = threading.Barrier(2), names._living_owners
+
+    def look_together(*arguments: Any) -> dict[str, str]:
+        owners = look(*arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):  # one of them waits for the other's transaction
+            both_have_looked.wait(0.3)
+        return owners
+
+    def code_of(one: Api) -> str:
+        if way == "/register":
+            return str(one.post(way, PUMP | {"profile": "named"}).json.get("code"))
+        return str(upload(one, [{"name": "pump-1", "profile": "named"}])[0].get("code"))
+
+    for one in (api, neighbour):
+        add(one, NAMED)
+    monkeypatch.setattr(names, "_living_owners", look_together)
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(code_of, (api, neighbour)))
+    assert sorted(codes) == ["None", "name_in_use"]
