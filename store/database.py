@@ -28,6 +28,8 @@ from core.files import FileLock
 from store import schema
 
 Result = TypeVar("Result")
+# The server does not answer, is locked or full, or can only be read (InternalError).
+_UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
 BUSY_TIMEOUT_SECONDS = 5.0
 LOCKED_SECONDS = 0.2  # how long a writer waits if the previous one waited in vain
 PING_SECONDS = 2.0  # how long a test write waits for other writers
@@ -141,13 +143,13 @@ class Database:
             try:
                 yield connection
             except BaseException as error:
-                self._failed |= isinstance(error, sa.exc.OperationalError)
+                self._failed |= isinstance(error, _UNAVAILABLE)
                 connection.rollback()
                 raise
             try:
                 connection.commit()
             except BaseException as error:
-                self._failed |= isinstance(error, sa.exc.OperationalError)
+                self._failed |= isinstance(error, _UNAVAILABLE)
                 connection.invalidate()  # it may still be in the transaction, which the next user would find
                 raise
             self._failed = False
@@ -239,8 +241,8 @@ def _translated() -> Iterator[None]:
     """Raise the portal's errors in place of SQLAlchemy's."""
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError) as error:
-        raise DatabaseUnavailable("The database does not answer or has no room left; try again shortly.") from error
+    except _UNAVAILABLE as error:
+        raise DatabaseUnavailable("The database does not answer, is read-only or full; try again shortly.") from error
     except sa.exc.DatabaseError as error:
         code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the primary code, without the extended part
         if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):

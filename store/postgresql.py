@@ -63,6 +63,7 @@ def prepare(engine: Engine) -> None:
     """Let the engine make its connections in this way."""
     sa.event.listen(engine, "do_connect", _connect)
     sa.event.listen(engine, "connect", _on_connect)
+    sa.event.listen(engine, "checkin", _on_checkin)
 
 
 def _connect(_dialect: object, _record: object, arguments: list[Any], parameters: dict[str, Any]) -> PatientConnection:
@@ -83,3 +84,10 @@ def _on_connect(connection: PatientConnection, _record: object) -> None:
         for name, value in settings.items():
             cursor.execute("SELECT set_config(%s, %s, false)", (name, value))
     connection.commit()
+
+
+def _on_checkin(connection: PatientConnection | None, _record: object) -> None:
+    # After a transaction that only reads, SQLAlchemy begins the next one with READ WRITE. A standby refuses that with
+    # another error than a write, and it would override a default of read-only, as of a server whose disk is full.
+    if connection is not None and not connection.closed:
+        connection.read_only = None

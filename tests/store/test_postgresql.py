@@ -1,20 +1,26 @@
-"""A PostgreSQL server that stops answering is given up after a time limit; its connections are durable."""
+"""A PostgreSQL server that stops answering is given up after a time limit; one that is read-only is told of."""
 
 from __future__ import annotations
 
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from app import create_app, portal_of
 from core.errors import DatabaseUnavailable
+from core.roles import Role
 from store import postgresql
 from store.database import Database
+from tests.support.harness import api_as, first_start, problem_of, settings_for
 from tests.support.postgres import Cluster
 
 pytestmark = pytest.mark.system
+
+PUMP = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
 
 
 def test_a_server_that_is_stopped_is_given_up_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +44,29 @@ def test_a_server_that_is_stopped_is_given_up_and_found_again(tmp_path: Path, mo
         database.close()
 
 
+def test_a_server_that_became_read_only_is_read_and_readyz_tells_at_once(tmp_path: Path) -> None:
+    with Cluster() as cluster:
+        settings = settings_for(tmp_path / "data", PORTAL_DATABASE_URL=cluster.url)
+        first_start(settings)
+        app = create_app(settings, background=False)
+        api = api_as(app, Role.ADMIN)
+
+        def database_check() -> dict[str, Any]:
+            [check] = [check for check in api.get("/readyz").json["checks"] if check["name"] == "database"]
+            return dict(check)
+
+        api.register()
+        assert database_check()["ok"]
+        cluster.become_standby()
+        problem_of(api.post("/register", PUMP), 503, "database_unavailable")
+        assert "cannot be written" in database_check()["problem"]
+        assert len(api.get("/devices").json["devices"]) == 1
+        cluster.promote()
+        assert database_check()["ok"]
+        api.register()
+        portal_of(app).close()
+
+
 def test_connections_are_durable_and_bounded_whatever_the_servers_defaults() -> None:
     with Cluster("synchronous_commit=off") as cluster:
         database = Database(cluster.url, lock_path=Path("/nonexistent"), threads=2)
@@ -48,3 +77,12 @@ def test_connections_are_durable_and_bounded_whatever_the_servers_defaults() -> 
             }
         database.close()
     assert shown == {"synchronous_commit": "on", "lock_timeout": "5s", "statement_timeout": "30s"}
+
+
+def test_a_default_of_read_only_is_not_overridden_after_a_snapshot() -> None:
+    with Cluster("default_transaction_read_only=on") as cluster:
+        database = Database(cluster.url, lock_path=Path("/nonexistent"), threads=2)
+        for begin in (database.transaction, database.snapshot, database.transaction):
+            with begin() as tx:
+                assert tx.execute(sa.text("SHOW transaction_read_only")).scalar_one() == "on"
+        database.close()

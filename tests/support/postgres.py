@@ -59,6 +59,16 @@ class Cluster:
         head = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
         return [head, *map(int, Path(f"/proc/{head}/task/{head}/children").read_text().split())]
 
+    def become_standby(self) -> None:
+        """Start it again as a standby, as a failover leaves the server that was the first: it can only be read."""
+        self.run("pg_ctl", "stop", "-s", "-m", "fast")
+        (self.folder / "data" / "standby.signal").touch()
+        self.start()
+
+    def promote(self) -> None:
+        """Make the standby the first again."""
+        self.run("pg_ctl", "promote", "-w", "-s")
+
     def kill(self) -> None:
         """Stop it as a crash does: what was not durable is gone."""
         self.run("pg_ctl", "stop", "-s", "-m", "immediate", check=False)

@@ -473,7 +473,7 @@ def test_an_idempotency_key_with_another_body_is_a_conflict(api: Api, app: Flask
 
 def test_an_unavailable_dependency_is_a_503(admin: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> None:
-        raise errors.DatabaseUnavailable("The database does not answer or has no room left; try again shortly.")
+        raise errors.DatabaseUnavailable("The database does not answer, is read-only or full; try again shortly.")
 
     monkeypatch.setattr(Inventory, "devices", away)
     answer = admin.get("/devices")

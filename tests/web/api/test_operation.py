@@ -42,7 +42,7 @@ def problems_of(asking: Api, told: str = "problem") -> dict[str, str]:
 
 
 def fail(*_: object, **__: object) -> None:
-    raise DatabaseUnavailable("The database does not answer or has no room left; try again shortly.")
+    raise DatabaseUnavailable("The database does not answer, is read-only or full; try again shortly.")
 
 
 def test_healthz_reports_ok(anyone: Api) -> None:
