@@ -237,34 +237,41 @@ def _share(base: _Foundation) -> _Shared:
 def _build(base: _Foundation, presence: ExitStack) -> Portal:
     settings, clock, first_tenant, database = base.settings, base.clock, base.first_tenant, base.database
     authority, reconciler, shared = base.authority, base.reconciler, _share(base)
+    tenant_terms = base.tenant_terms
     credentials, answers, follower = shared.credentials, shared.answers, shared.follower
     return Portal(
         settings=settings,
         clock=clock,
         first_tenant=first_tenant,
         database=database,
-        tenant_terms=base.tenant_terms,
+        tenant_terms=tenant_terms,
         keys=base.keys,
         authority=authority,
         broker=base.broker,
         reconciler=reconciler,
         own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, first_tenant),
-        registrations=Registrations(settings, database, reconciler, credentials, answers, shared.attestations, clock),
+        registrations=Registrations(
+            settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, clock
+        ),
         bulk=_bulk(base, credentials),
-        deliveries=Deliveries(settings, database, reconciler, base.link_keys, base.pepper, clock),
+        deliveries=Deliveries(settings, database, tenant_terms, reconciler, base.link_keys, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
-        renewals=Renewals(settings, database, reconciler, credentials, answers, shared.attestations, clock),
+        renewals=Renewals(
+            settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, clock
+        ),
         clients=shared.clients,
         profiles=CertificateProfiles(database, authority, clock),
         enrolment=_enrolments(base, credentials, shared.attestations),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, shared.clients, clock),
-        approvals=Approvals(settings, database, clock),
+        approvals=Approvals(settings, database, tenant_terms, clock),
         nonces=shared.nonces,
         attestations=shared.attestations,
         attestation_policies=AttestationPolicies(database),
         reappraisals=Reappraisals(database, clock),
-        inventory=Inventory(settings, database, reconciler.crls.sign_put_off, follower.contact, base.broker),
+        inventory=Inventory(
+            settings, database, tenant_terms, reconciler.crls.sign_put_off, follower.contact, base.broker
+        ),
         operators=Operators(database, shared.throttle, clock),
         audit_log=base.audit_log,
         webhooks=base.webhooks,
@@ -279,13 +286,15 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
 
 def _bulk(base: _Foundation, credentials: CredentialIssuer) -> Bulk:
     processes = CredentialProcesses(base.settings, base.link_keys, credentials)
-    batches = Batches(base.settings, base.database, base.authority, base.reconciler, processes, base.clock)
+    batches = Batches(
+        base.settings, base.database, base.tenant_terms, base.authority, base.reconciler, processes, base.clock
+    )
     return Bulk(base.settings, base.reconciler, processes, batches)
 
 
 def _enrolments(base: _Foundation, credentials: CredentialIssuer, attestations: DeviceAttestations) -> Enrolments:
-    first = FirstEnrolments(base.settings, base.database, credentials, base.clock)
-    again = Reenrolments(base.database, base.reconciler, credentials, base.clock)
+    first = FirstEnrolments(base.settings, base.database, base.tenant_terms, credentials, base.clock)
+    again = Reenrolments(base.database, base.tenant_terms, base.reconciler, credentials, base.clock)
     return Enrolments(base.database, base.reconciler, first, again, attestations)
 
 

@@ -28,6 +28,7 @@ from workflows import events
 from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, outdate_result, record_result
 from workflows.credentials import DeviceRequest, IssuedCredentials
 from workflows.events import EventType
+from workflows.tenants import TenantTerms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +207,7 @@ def _held_profiles(
 
 def checked_topics(
     settings: Settings,
+    tenant: TenantTerms,
     topics: Sequence[tuple[str, str]] | None,
     device_id: str,
     *,
@@ -223,12 +225,12 @@ def checked_topics(
                 "Applications need the guard in the broker, which alone can hold them to their topics: set"
                 " PORTAL_BROKER_CONTROL=guard."
             )
-        return check_application_topics(wanted, prefixes=settings.application_prefixes)
+        return check_application_topics(wanted, prefixes=tenant.application_prefixes)
     if topics is None:
         return None
-    checked = check_topics(wanted, device_id=device_id, prefix=settings.topic_prefix)
-    check_style(checked, settings.granting_style, settings.topic_prefix)
-    return None if checked == default_topics(settings.topic_prefix) else checked
+    checked = check_topics(wanted, device_id=device_id, prefix=tenant.topic_prefix)
+    check_style(checked, settings.granting_style, tenant.topic_prefix)
+    return None if checked == default_topics(tenant.topic_prefix) else checked
 
 
 # --- Rows ---------------------------------------------------------------------------------------------------------

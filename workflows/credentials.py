@@ -30,13 +30,14 @@ from pki.profiles import DEFAULT, CertificateTerms
 from pki.server_chain import names_shown
 from workflows.attestation.evidence import ShownEvidence
 from workflows.authority.issuers import Authority
+from workflows.tenants import TenantTerms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CredentialRequest:
     """A certificate for the key of a ``csr``, or a new key of ``key_type`` in an encrypted bundle.
 
-    ``None`` stands for the settings' value, and for a password that the portal makes.
+    ``None`` stands for the tenant's value, and for a password that the portal makes.
     """
 
     csr: Csr | None = None
@@ -216,10 +217,10 @@ class CredentialIssuer:
         self._settings = settings
         self._authority = authority
         self._link_keys = link_keys
-        self._default_topics = default_topics(settings.topic_prefix)
 
     def issue(
         self,
+        tenant: TenantTerms,
         device_id: str,
         request: CredentialRequest,
         topics: Sequence[Topic] | None,
@@ -233,15 +234,17 @@ class CredentialIssuer:
         default one. Raises ``InputInvalid`` (``CsrInvalid``, ``KeyRefused``, ``ProfileRefused``), ``IssuerUnusable``,
         ``SignatureCheckFailed``.
         """
-        days, contents = self.check(request, terms)
+        days, contents = self.check(tenant, request, terms)
         if request.csr is None:
-            key = ca.generate_keypair(KeyType(self._key_type(request.key_type, terms)))
+            usual = request.key_type or tenant.key_type
+            key = ca.generate_keypair(KeyType(usual if terms is None else terms.usual_key(usual)))
             issued = self._certify(device_id, key.public_key(), days, contents, terms, now)
-            return dataclasses.replace(issued, bundle=self._bundle(key, issued, topics, request, now))
+            return dataclasses.replace(issued, bundle=self._bundle(tenant, key, issued, topics, request, now))
         return self._certify(device_id, request.csr.public_key, days, contents, terms, now)
 
     def issue_with_key(
         self,
+        tenant: TenantTerms,
         device_id: str,
         key_type: str,
         validity_days: int | None,
@@ -254,12 +257,14 @@ class CredentialIssuer:
         The key is of ``key_type``, or of the first kind of the certificate profile that does not allow that. Raises
         ``ProfileRefused``, ``IssuerUnusable``, ``SignatureCheckFailed``.
         """
-        days, contents = self.check(CredentialRequest(validity_days=validity_days), terms)
+        days, contents = self.check(tenant, CredentialRequest(validity_days=validity_days), terms)
         key = ca.generate_keypair(KeyType(key_type if terms is None else terms.usual_key(key_type)))
         issued = self._certify(device_id, key.public_key(), days, contents, terms, now)
         return dataclasses.replace(issued, key=est.pkcs8(key))
 
-    def check(self, request: CredentialRequest, terms: CertificateTerms | None) -> tuple[int, DeviceContents]:
+    def check(
+        self, tenant: TenantTerms, request: CredentialRequest, terms: CertificateTerms | None
+    ) -> tuple[int, DeviceContents]:
         """Return for how many days a certificate would be valid, and what it would hold; makes nothing.
 
         Raises ``InputInvalid`` (``ProfileRefused``) if it would not be issued.
@@ -270,19 +275,15 @@ class CredentialIssuer:
                 [FieldProblem("csr", "goes with neither key_type nor bundle_password nor bundle_format")],
             )
         if terms is None:
-            return request.validity_days or self._settings.device_days, ONLY_UUID
+            return request.validity_days or tenant.device_days, ONLY_UUID
         if request.csr is not None:
             terms.check_key(request.csr.key_type, of_csr=True)
         elif request.key_type is not None:
             terms.check_key(request.key_type)
-        days = terms.days(request.validity_days, self._settings.device_days)
+        days = terms.days(request.validity_days, tenant.device_days)
         contents = terms.contents(own_names(self._settings))
         ca.check_names(self._authority.issuing.issuer, device_profile(str(terms.fields["id"]), contents))
         return days, contents
-
-    def _key_type(self, wanted: str | None, terms: CertificateTerms | None) -> str:
-        usual = wanted or self._settings.key_type
-        return usual if terms is None else terms.usual_key(usual)
 
     def _certify(
         self,
@@ -325,13 +326,14 @@ class CredentialIssuer:
 
     def _bundle(
         self,
+        tenant: TenantTerms,
         key: PrivateKey,
         issued: IssuedCredentials,
         topics: Sequence[Topic] | None,
         request: CredentialRequest,
         now: datetime,
     ) -> EncryptedBundle:
-        first = (topics or self._default_topics)[0]
+        first = (topics or default_topics(tenant.topic_prefix))[0]
         example, reads = first.filter.replace(DEVICE_ID, issued.device_id), first.access is Access.READ
         credentials = credential_delivery.Credentials(
             device_id=issued.device_id,
@@ -347,7 +349,7 @@ class CredentialIssuer:
         )
         delivery_id = secrets.token_hex(16)
         password = request.bundle_password or credential_delivery.new_bundle_password()
-        bundle_format = BundleFormat(request.bundle_format or BundleFormat.ZIP)
+        bundle_format = BundleFormat(request.bundle_format or tenant.bundle_format)
         return EncryptedBundle(
             delivery_id,
             credential_delivery.package_credentials(credentials, password, now=now, bundle_format=bundle_format),
@@ -356,5 +358,5 @@ class CredentialIssuer:
             credential_delivery.generate_download_link(
                 delivery_id, self._link_keys, public_url=self._settings.public_url, now=now
             ),
-            now + timedelta(hours=self._settings.link_hours),
+            now + timedelta(hours=tenant.link_hours),
         )

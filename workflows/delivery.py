@@ -23,6 +23,7 @@ from store.database import Database
 from workflows import events
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
+from workflows.tenants import TenantDirectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Deliveries:
 
     _settings: Settings
     _database: Database
+    _tenants: TenantDirectory
     _reconciler: Reconciler
     _link_keys: Sequence[str]
     _pepper: bytes
@@ -58,9 +60,8 @@ class Deliveries:
     ) -> tuple[deliveries.DeliveryRecord, credential_delivery.AnswerSeal | None]:
         now = self._clock()
         # The signature's own age limit is the longest a link can live; what counts is the time in the database.
-        delivery_id = credential_delivery.read_download_token(
-            token, self._link_keys, now=now, max_age=timedelta(hours=self._settings.link_hours) + timedelta(days=1)
-        )
+        longest = timedelta(hours=self._tenants.longest_link_hours) + timedelta(days=1)
+        delivery_id = credential_delivery.read_download_token(token, self._link_keys, now=now, max_age=longest)
         seal = None
         if idempotency_key:
             purpose = f"download/{delivery_id}"

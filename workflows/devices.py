@@ -26,6 +26,7 @@ from store.devices import DeviceFilter, DeviceRecord, ListedDevice, ListOrder, P
 from store.issuers import CrlHead, CrlRecord
 from store.presences import presence_of
 from workflows.presence import Contact, ContactFile, DeviceConnection, connection_of
+from workflows.tenants import TenantDirectory
 
 log = logging.getLogger("portal.devices")
 
@@ -72,6 +73,7 @@ class Inventory:
 
     _settings: Settings
     _database: Database
+    _tenants: TenantDirectory
     _sign_crls: Callable[[], None]
     _contact: ContactFile
     _broker: BrokerProvisioning
@@ -91,7 +93,7 @@ class Inventory:
         return DeviceDetails(
             device=device,
             certificate=certificate,
-            topics=topics or default_topics(self._settings.topic_prefix),
+            topics=topics or default_topics(self._tenants.of(tenant_id).topic_prefix),
             applied=device.generation <= state.applied_generation and not self._waits_for_restart(device),
             problem=self._problem(device, topics),
             connection=None if presence is None else connection_of(presence, contact),

@@ -35,6 +35,7 @@ from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
 from workflows.profiles import find_profiles, terms_of
 from workflows.reconciliation import Reconciler
+from workflows.tenants import TenantDirectory, TenantTerms
 
 log = logging.getLogger("portal.registrations")
 
@@ -54,6 +55,7 @@ class Registrations:
 
     _settings: Settings
     _database: Database
+    _tenants: TenantDirectory
     _reconciler: Reconciler
     _credentials: CredentialIssuer
     _answers: KeptAnswers
@@ -90,10 +92,11 @@ class Registrations:
     def _register(self, actor: Actor, request: DeviceRequest, sealed: Sealed | None) -> tuple[Registered, int]:
         now = self._clock()
         device_id = db.new_device_id(now)
-        topics = checked_topics(self._settings, request.topics, device_id, kind=request.kind)
+        tenant = self._tenants.of(actor.tenant_id)
+        topics = checked_topics(self._settings, tenant, request.topics, device_id, kind=request.kind)
         appraised = self._appraised(actor, request)
         issued = self._credentials.issue(
-            device_id, request, topics, now=now, terms=self._terms(actor, device_id, request)
+            tenant, device_id, request, topics, now=now, terms=self._terms(actor, device_id, request)
         )
         with_csr = issued.bundle is None
         answer = Registered.of(issued, issued_at=now, name=request.name, status=DeviceStatus.ACTIVE)
@@ -177,9 +180,9 @@ class Registrations:
         ``DeviceNotFound``, ``ApplicationNotFound``, ``StateConflict`` for one that is revoked, ``TopicRefused``,
         ``ProfileRefused``, ``GuardNeeded``.
         """
-        now, checked = self._clock(), None
+        now, tenant, checked = self._clock(), self._tenants.of(actor.tenant_id), None
         if not isinstance(topics, EllipsisType):
-            checked = checked_topics(self._settings, topics, device_id, kind=kind)
+            checked = checked_topics(self._settings, tenant, topics, device_id, kind=kind)
         generation = 0
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
@@ -192,7 +195,7 @@ class Registrations:
             if topics is not ...:
                 generation = db.next_generation(tx, at=now)
                 pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]
-                narrowed = self._reads_less(device_topics(tx, actor.tenant_id, device_id), checked)
+                narrowed = _reads_less(tenant, device_topics(tx, actor.tenant_id, device_id), checked)
                 db.replace_topics(tx, actor.tenant_id, device_id, pairs, generation=generation, narrowed=narrowed)
             changed = sorted(values) + ([] if topics is ... else ["topics"])
             to = {"profile": values["profile"]} if "profile" in values else {}
@@ -201,10 +204,11 @@ class Registrations:
             self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
             self._reconciler.wait_for_restart()
 
-    def _reads_less(self, before: Sequence[tuple[str, str]], after: Sequence[Topic] | None) -> bool:
-        default = default_topics(self._settings.topic_prefix)
-        own = [Topic(pattern, Access(access)) for pattern, access in before]
-        return reads_less(own or default, after or default)
+
+def _reads_less(tenant: TenantTerms, before: Sequence[tuple[str, str]], after: Sequence[Topic] | None) -> bool:
+    default = default_topics(tenant.topic_prefix)
+    own = [Topic(pattern, Access(access)) for pattern, access in before]
+    return reads_less(own or default, after or default)
 
 
 def _canonical(request: DeviceRequest) -> bytes:

@@ -31,6 +31,7 @@ from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
 from workflows.profiles import terms_of_device
 from workflows.reconciliation import Reconciler
+from workflows.tenants import TenantDirectory
 
 log = logging.getLogger("portal.renewals")
 
@@ -80,6 +81,7 @@ class Renewals:
 
     _settings: Settings
     _database: Database
+    _tenants: TenantDirectory
     _reconciler: Reconciler
     _credentials: CredentialIssuer
     _answers: KeptAnswers
@@ -158,12 +160,13 @@ class Renewals:
             own = devices.device_topics(tx, actor.tenant_id, device_id)
         topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
         appraised = NOT_APPRAISED if shown is None else self._appraised(actor, device, renewal)
+        tenant = self._tenants.of(actor.tenant_id)
         if hand_over:
             issued = self._credentials.issue_with_key(
-                device_id, renewal.key_type or "", renewal.validity_days, now=now, terms=terms
+                tenant, device_id, renewal.key_type or "", renewal.validity_days, now=now, terms=terms
             )
         else:
-            issued = self._credentials.issue(device_id, renewal, topics, now=now, terms=terms)
+            issued = self._credentials.issue(tenant, device_id, renewal, topics, now=now, terms=terms)
         with self._database.transaction() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
             self._check(tx, device, renewal, now=now, shown=shown)

@@ -65,6 +65,11 @@ class TenantDirectory:
             raise NotFound("There is no tenant of this name; list them with GET /tenants.")
         return self._terms[tenant_id]
 
+    @property
+    def longest_link_hours(self) -> int:
+        """For how many hours a link of any tenant can be good."""
+        return max(terms.link_hours for terms in self._terms.values())
+
     def refresh(self) -> None:
         """Read the tenants now; raises ``DatabaseUnavailable``."""
         self._looked_at = time.monotonic()

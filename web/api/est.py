@@ -61,15 +61,16 @@ def est_cacerts(call: Call) -> Reply:
 def est_csrattrs(call: Call) -> Reply:
     """Return the type of key that a CSR should have (RFC 7030 section 4.5), by the token or the manufacturer."""
     holder, token = noticed_client(call), enrolment_token(call)
-    enrolment, usual = call.portal.enrolment, call.portal.settings.key_type
-    key_types: tuple[str, ...] = (usual,)
+    enrolment, tenant_id = call.portal.enrolment, call.device_tenant or call.portal.first_tenant
+    key_types: tuple[str, ...] = (call.portal.tenant_terms.of(tenant_id).key_type,)
     if token is not None:
         key_types = enrolment.key_types(token.tenant_id, token.profile, token.device_id)
     elif isinstance(holder, ManufacturedClient):
         key_types = enrolment.key_types(holder.tenant_id, holder.manufacturer.profile, None)
     elif isinstance(holder, DeviceClient):
         allowed = enrolment.key_types(holder.tenant_id, None, holder.device_id)
-        key_types = key_types if usual in allowed else allowed
+        usual = call.portal.tenant_terms.of(holder.tenant_id).key_type
+        key_types = (usual,) if usual in allowed else allowed
     return _base64_reply(pki_est.csr_attributes(key_types), CSR_ATTRIBUTES)
 
 

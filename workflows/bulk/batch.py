@@ -51,6 +51,7 @@ from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredent
 from workflows.events import EventType
 from workflows.profiles import find_profiles, terms_of
 from workflows.reconciliation import Reconciler
+from workflows.tenants import TenantDirectory, TenantTerms
 
 ATTEMPTS = 3  # at a row whose external id another request is registering, too
 
@@ -106,8 +107,9 @@ def failed(row: int, error: PortalError, *, external_id: str | None = None, stop
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the database has of some rows: devices by external id, certificate profiles by name."""
+    """What holds for some rows: the tenant's terms, the devices there are by external id, the profiles by name."""
 
+    tenant: TenantTerms
     devices: Mapping[str, KnownDevice]
     profiles: Mapping[str, CertificateProfile]
 
@@ -158,6 +160,7 @@ class Batches:
 
     _settings: Settings
     _database: Database
+    _tenants: TenantDirectory
     _authority: Authority
     _reconciler: Reconciler
     _processes: CredentialProcesses
@@ -205,12 +208,12 @@ class Batches:
         requests = [candidate.request for candidate in candidates if candidate.request is not None]
         external_ids = [row.external_id for row in requests if row.external_id is not None]
         profiles = {row.profile for row in requests} - {None}
+        tenant = self._tenants.of(actor.tenant_id)
         if not external_ids and not profiles:
-            return _Known({}, {})
+            return _Known(tenant, {}, {})
         with self._database.snapshot() as tx:
-            return _Known(
-                bulk.find_known(tx, actor.tenant_id, external_ids), find_profiles(tx, actor.tenant_id, profiles)
-            )
+            known = bulk.find_known(tx, actor.tenant_id, external_ids)
+            return _Known(tenant, known, find_profiles(tx, actor.tenant_id, profiles))
 
     def begin(self, actor: Actor, candidates: Sequence[Candidate]) -> Batch:
         """Look up which rows' devices are there already, and begin to make the credentials of the others."""
@@ -239,15 +242,15 @@ class Batches:
         if request is None:
             raise candidate.problem or PortalError("The row could not be read.")
         if device is not None:
-            self._check_same(request, device)
-            return self._repeated(candidate, request, device, known.profiles)
+            self._check_same(known.tenant, request, device)
+            return self._repeated(candidate, request, device, known)
         now = self._clock()
         device_id = db.new_device_id(now)
-        topics = checked_topics(self._settings, request.topics, device_id)
+        topics = checked_topics(self._settings, known.tenant, request.topics, device_id)
         terms = terms_of(known.profiles, request.profile, device_id, request)
-        return _Task(candidate, CredentialJob(device_id, request, topics, now, terms), None)
+        return _Task(candidate, CredentialJob(known.tenant, device_id, request, topics, now, terms), None)
 
-    def _check_same(self, request: DeviceRequest, known: KnownDevice) -> None:
+    def _check_same(self, tenant: TenantTerms, request: DeviceRequest, known: KnownDevice) -> None:
         """Raise if the row describes the device differently: it may be meant for another one."""
         device = known.device
         if device.status is DeviceStatus.REVOKED:
@@ -260,7 +263,7 @@ class Batches:
                 f"The external_id is that of device {device.id}, which is expected to enrol by itself; leave the row"
                 " out, or give it another."
             )
-        topics = checked_topics(self._settings, request.topics, device.id)
+        topics = checked_topics(self._settings, tenant, request.topics, device.id)
         same = {
             name: getattr(request, name) == getattr(device, name) for name in ("name", "type", "location", "firmware")
         }
@@ -277,14 +280,10 @@ class Batches:
             )
 
     def _repeated(
-        self,
-        candidate: Candidate,
-        request: DeviceRequest,
-        known: KnownDevice,
-        profiles: Mapping[str, CertificateProfile],
+        self, candidate: Candidate, request: DeviceRequest, found: KnownDevice, known: _Known
     ) -> _Task | RowDone:
         """Return what a row gets whose device was there already."""
-        device, certificate = known.device, known.certificate
+        device, certificate = found.device, found.certificate
         answer = RowDone(
             row=candidate.row,
             device_id=device.id,
@@ -296,11 +295,12 @@ class Batches:
         )
         if request.csr is not None:
             return answer if certificate is None else self._same_certificate(request.csr, certificate, answer)
-        if not known.waits or device.status is not DeviceStatus.ACTIVE:
+        if not found.waits or device.status is not DeviceStatus.ACTIVE:
             return answer
-        topics = checked_topics(self._settings, known.topics, device.id)
-        terms = terms_of(profiles, request.profile, device.id, request)
-        return _Task(candidate, CredentialJob(device.id, request, topics, self._clock(), terms), known)
+        topics = checked_topics(self._settings, known.tenant, found.topics, device.id)
+        terms = terms_of(known.profiles, request.profile, device.id, request)
+        job = CredentialJob(known.tenant, device.id, request, topics, self._clock(), terms)
+        return _Task(candidate, job, found)
 
     def _same_certificate(self, csr: Csr, certificate: CertificateRecord, answer: RowDone) -> RowDone:
         if not csr.is_for_key_of(certificate.der):

@@ -26,6 +26,7 @@ from store.database import Database
 from workflows.authority.issuers import Authority
 from workflows.authority.keys import open_keys
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
+from workflows.tenants import TenantTerms
 
 FEW = 16  # devices that are not worth starting processes for
 PIECE = 32  # devices that a process is given at once: some 40 ms of work
@@ -46,6 +47,7 @@ class CredentialJob:
     ``terms`` are those of its certificate profile, ``None`` for the default one.
     """
 
+    tenant: TenantTerms
     device_id: str
     request: DeviceRequest
     topics: tuple[Topic, ...] | None
@@ -69,7 +71,7 @@ def issue_all(credentials: CredentialIssuer, jobs: Sequence[CredentialJob]) -> l
 
 def _issue(credentials: CredentialIssuer, job: CredentialJob) -> Result:
     try:
-        return credentials.issue(job.device_id, job.request, job.topics, now=job.now, terms=job.terms)
+        return credentials.issue(job.tenant, job.device_id, job.request, job.topics, now=job.now, terms=job.terms)
     except PortalError as error:
         return error
     except Exception:
@@ -150,7 +152,7 @@ class CredentialProcesses:
 
     def check(self, job: CredentialJob) -> tuple[str, ...]:
         """Return the names that no other device may have; raises ``InputInvalid`` if nothing would be issued."""
-        return self._credentials.check(job.request, job.terms)[1].names
+        return self._credentials.check(job.tenant, job.request, job.terms)[1].names
 
     def issue(self, jobs: Sequence[CredentialJob]) -> Issuing:
         """Begin to issue credentials; raises ``Unavailable`` if no process can be started."""

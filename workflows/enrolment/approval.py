@@ -22,6 +22,7 @@ from workflows import events
 from workflows.admission import add_pending, checked_topics
 from workflows.credentials import DeviceRequest
 from workflows.events import EventType
+from workflows.tenants import TenantDirectory
 
 REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that a rejected device is revoked with
 MAX_LISTED = 1000
@@ -33,6 +34,7 @@ class Approvals:
 
     _settings: Settings
     _database: Database
+    _tenants: TenantDirectory
     _clock: Callable[[], datetime]
 
     def expect(self, actor: Actor, request: DeviceRequest) -> str:
@@ -42,7 +44,7 @@ class Approvals:
         """
         now = self._clock()
         device_id = db.new_device_id(now)
-        topics = checked_topics(self._settings, request.topics, device_id)
+        topics = checked_topics(self._settings, self._tenants.of(actor.tenant_id), request.topics, device_id)
         with self._database.transaction() as tx:
             add_pending(tx, actor.tenant_id, device_id, request, topics, now=now)
             audit.record(tx, actor, "device:expect", f"device:{device_id}", at=now)

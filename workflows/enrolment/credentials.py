@@ -31,6 +31,7 @@ from workflows.attestation.policies import PolicyRequest, check_policy, set_poli
 from workflows.credentials import CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.enrolment.clients import ManufacturedClient
 from workflows.profiles import find_profiles
+from workflows.tenants import TenantTerms
 
 TOKEN_PREFIX = "en_"  # noqa: S105 - lets secret scanners find a token that leaked; no secret itself
 MAX_LISTED = 1000
@@ -218,7 +219,12 @@ class EnrolmentAttempt:
         return CredentialRequest(csr=self.request.csr, validity_days=self.credential.profile.validity_days)
 
     def issue(
-        self, credentials: CredentialIssuer, device_id: str, terms: CertificateTerms | None, now: datetime
+        self,
+        credentials: CredentialIssuer,
+        tenant: TenantTerms,
+        device_id: str,
+        terms: CertificateTerms | None,
+        now: datetime,
     ) -> IssuedCredentials:
         """Certify the key of the CSR, or a new key of the kind that ``csrattrs`` names.
 
@@ -229,8 +235,8 @@ class EnrolmentAttempt:
         if self.request.csr is None:
             kinds = profile.key_types
             kind = kinds[0] if terms is None else terms.usual_key(*kinds)
-            return credentials.issue_with_key(device_id, kind, profile.validity_days, now=now, terms=terms)
-        return credentials.issue(device_id, self.wanted, None, now=now, terms=terms)
+            return credentials.issue_with_key(tenant, device_id, kind, profile.validity_days, now=now, terms=terms)
+        return credentials.issue(tenant, device_id, self.wanted, None, now=now, terms=terms)
 
     def audit_detail(self) -> dict[str, Any]:
         """Return what the audit entry says of the key of a device that was given a certificate."""

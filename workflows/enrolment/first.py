@@ -34,6 +34,7 @@ from workflows.enrolment.credentials import (
 )
 from workflows.events import EventType
 from workflows.profiles import find_profiles, terms_of, terms_of_device
+from workflows.tenants import TenantDirectory
 
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")
 
@@ -44,6 +45,7 @@ class FirstEnrolments:
 
     _settings: Settings
     _database: Database
+    _tenants: TenantDirectory
     _credentials: CredentialIssuer
     _clock: Callable[[], datetime]
 
@@ -57,9 +59,10 @@ class FirstEnrolments:
         device_id = credential.device_id or db.new_device_id(now)
         at_once = credential.profile.approval is Approval.AT_ONCE
         terms = self._terms(credential, device_id)
-        self._credentials.check(attempt.wanted, terms)
+        tenant = self._tenants.of(credential.tenant_id)
+        self._credentials.check(tenant, attempt.wanted, terms)
         attempt.appraised.check()  # of a device that will wait, too
-        issued = attempt.issue(self._credentials, device_id, terms, now) if at_once else None
+        issued = attempt.issue(self._credentials, tenant, device_id, terms, now) if at_once else None
         generation = self._database.write(lambda tx: self._record_first(tx, attempt, device_id, issued, now))
         if issued is None:
             return Waiting(device_id)
@@ -126,7 +129,7 @@ class FirstEnrolments:
             raise StateConflict("An operator has approved another key of this device; ask with that one.")
         with self._database.snapshot() as tx:
             terms = terms_of_device(tx, db.get_device(tx, credential.tenant_id, known.device_id))
-        issued = attempt.issue(self._credentials, known.device_id, terms, now)
+        issued = attempt.issue(self._credentials, self._tenants.of(credential.tenant_id), known.device_id, terms, now)
 
         def record(tx: Connection) -> int:
             device = self._pending(tx, credential.tenant_id, known.device_id)

@@ -31,6 +31,7 @@ from workflows.enrolment.credentials import (
 from workflows.events import EventType
 from workflows.profiles import terms_of_device
 from workflows.reconciliation import Reconciler
+from workflows.tenants import TenantDirectory
 
 # Each certificate that replaces another puts that one on the CRL; a device whose answers are lost asks again and again.
 MAX_IN_A_DAY = 5
@@ -41,6 +42,7 @@ class Reenrolments:
     """Answers devices that have enrolled before, and replaces their certificates if that is allowed."""
 
     _database: Database
+    _tenants: TenantDirectory
     _reconciler: Reconciler
     _credentials: CredentialIssuer
     _clock: Callable[[], datetime]
@@ -110,7 +112,7 @@ class Reenrolments:
         now, credential, key = self._clock(), attempt.credential, attempt.key_fingerprint
         with self._database.snapshot() as tx:
             terms = terms_of_device(tx, db.get_device(tx, credential.tenant_id, known.device_id))
-        issued = attempt.issue(self._credentials, known.device_id, terms, now)
+        issued = attempt.issue(self._credentials, self._tenants.of(credential.tenant_id), known.device_id, terms, now)
 
         def record(tx: Connection) -> int:
             device = self._check_replaceable(tx, credential, known, now, approved=approved)

@@ -17,7 +17,9 @@ from flask import Flask
 
 from app import create_app, portal_of
 from config import Settings
+from core.tenants import TenantChoices
 from pki.issuers import CLOCK_SKEW
+from store import tenants
 from tests.support.est import Device, certificates_of, csr_der, device, in_base64, new_key, refused
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Api, Clock
 
@@ -59,6 +61,18 @@ def test_csrattrs_names_the_key_type_of_the_token(api: Api, key_type: str, said:
 
 def test_csrattrs_without_a_token_names_the_key_type_of_the_settings(api: Api) -> None:
     assert Device(api).call("GET", "csrattrs").status_code == 200
+
+
+def test_csrattrs_at_a_label_names_the_key_type_that_its_tenant_has_chosen(api: Api, app: Flask) -> None:
+    portal = portal_of(app)
+    with portal.database.transaction() as tx:
+        choices = TenantChoices(key_type="ed25519")
+        tenants.add_tenant(tx, "acme", created_at=portal.clock(), choices=choices)
+    portal.tenant_terms.refresh()
+    ed25519_oid = bytes.fromhex("06032b6570")
+    for path, expected in (("/.well-known/est/acme/", True), ("/.well-known/est/default/", False)):
+        shown = base64.b64decode(Device(api, path=path).call("GET", "csrattrs").data)
+        assert (ed25519_oid in shown) is expected
 
 
 # --- Enrolment by a token -----------------------------------------------------------------------------------------

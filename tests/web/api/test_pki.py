@@ -285,7 +285,12 @@ def test_a_crl_is_read_once_and_the_newest_is_served_by_every_worker(api: Api, a
     portal = portal_of(app)
     worker = portal.inventory
     other = Inventory(
-        portal.settings, portal.database, portal.reconciler.crls.sign_put_off, portal.follower.contact, portal.broker
+        portal.settings,
+        portal.database,
+        portal.tenant_terms,
+        portal.reconciler.crls.sign_put_off,
+        portal.follower.contact,
+        portal.broker,
     )
     first = worker.crl(portal_of(app).authority.issuing.id)
     assert worker.crl(portal_of(app).authority.issuing.id) is first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -36,7 +37,8 @@ def issuing(portal: Portal) -> Iterator[CredentialProcesses]:
 def jobs(portal: Portal) -> Callable[[int], list[CredentialJob]]:
     def make(count: int) -> list[CredentialJob]:
         request = DeviceRequest(name="pump-1", type="pump", location="hall 1", firmware="1.0")
-        return [CredentialJob(str(uuid.uuid4()), request, None, portal.clock()) for _ in range(count)]
+        tenant = portal.tenant_terms.of(portal.first_tenant)
+        return [CredentialJob(tenant, str(uuid.uuid4()), request, None, portal.clock()) for _ in range(count)]
 
     return make
 
@@ -62,7 +64,7 @@ def test_results_come_in_the_order_of_their_jobs_and_one_that_fails_stops_no_oth
     bad = DeviceRequest(
         name="pump-2", type="pump", location="hall 1", firmware="1.0", csr=csr, bundle_password="a long enough one"
     )
-    wanted[50] = CredentialJob(str(uuid.uuid4()), bad, None, wanted[0].now)
+    wanted[50] = dataclasses.replace(wanted[50], request=bad)
     results = issuing.results(issuing.issue(wanted))
     assert isinstance(results.pop(50), InputInvalid)
     assert [result.device_id for result in results if isinstance(result, IssuedCredentials)] == [
@@ -140,7 +142,7 @@ class FailingToken:
         self.times = times
         self.asked = 0
 
-    def issue(self, device_id: str, *_: object, **__: object) -> str:
+    def issue(self, _tenant: object, device_id: str, *_: object, **__: object) -> str:
         self.asked += 1
         if self.asked <= self.times:
             raise TokenUnavailable("The token is not there.")
