@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
+from commands import streams
 from commands.access import login, logout, token
 from commands.applications import application
 from commands.audit import audit
@@ -71,9 +72,7 @@ class PortalGroup(click.Group):
         **extra: Any,
     ) -> NoReturn:
         """Run the command, then exit: 0 success, 1 failure, 2 usage error, 3 portal not reached, 130 interrupted."""
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # the terminal may lack letters of a name
+        streams.prepare()
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
             sys.stdout.flush()
@@ -83,9 +82,12 @@ class PortalGroup(click.Group):
         except (click.Abort, KeyboardInterrupt):
             sys.stderr.write("\n")
             sys.exit(INTERRUPTED)
-        except BrokenPipeError:
-            # The reader, such as head, has ended; keep the interpreter from reporting that when it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        except BrokenPipeError:  # the reader, such as head, has ended
+            streams.drop_output()
+            sys.exit(1)
+        except streams.OutputFailed as error:
+            sys.stderr.write(f"Error: {error}\n")
+            streams.drop_output()
             sys.exit(1)
         except Exception as error:
             if os.environ.get("PORTAL_DEBUG"):
