@@ -35,6 +35,7 @@ _LINK = re.compile(r"/download/[A-Za-z0-9._~=-]{8,2048}")
 _ANCHOR_UNKNOWN = (2, 7, 18, 19, 20, 21, 30)
 _NAME_DIFFERS = (62, 64)  # host name, IP address
 _NOT_NOW = (9, 10)  # not yet valid, expired
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
 # The answer to a HEAD request has no body with a reason.
 _DEAD_LINK = {
     404: "The portal does not know this link; check that it was copied completely.",
@@ -78,7 +79,7 @@ class HttpAnswer:
             raise Unreachable(
                 f"The answer of {self.origin} does not come from the portal (status {self.status}, {kind}, "
                 f"{len(self.body)} bytes).",
-                hints=["Check the URL, and whether a proxy or another server answers instead of the portal."],
+                hints=_hints_of(self.origin),
             )
         return data
 
@@ -248,6 +249,12 @@ class Client:
     def _tls_failure(self, origin: str, error: BaseException) -> Unreachable:
         cause = _find(error, ssl.SSLCertVerificationError)
         if cause is None:
+            said = _find(error, ssl.SSLError)
+            if said is not None and said.reason in _NOT_TLS:
+                return Unreachable(
+                    f"{origin} does not speak TLS, so it is not the portal's port for operators.",
+                    hints=["Check the port; the portal's default is 8443, and 8080 is for certificates alone."],
+                )
             return Unreachable(
                 f"The TLS connection to {origin} failed.",
                 hints=["Check the port; the portal's default is 8443."],
@@ -291,6 +298,7 @@ class Client:
                 f"{answer.origin} answered with status {answer.status}, but not as the portal does; "
                 "a proxy or another server may answer instead."
             )
+            hints += [] if answer.origin.startswith("https:") else _hints_of(answer.origin)
         else:
             said = problem.get("detail") or problem.get("title") or f"The portal answered with status {answer.status}."
             sentence = _in_words_of_the_cli(str(said)[:MAX_DETAIL])
@@ -394,8 +402,17 @@ def _connection_failure(origin: str, error: requests.RequestException) -> Unreac
         return Unreachable(f"The address {origin} cannot be used; check --url or PORTAL_URL.")
     return ConnectionLost(
         f"The connection to {origin} was lost before the answer was complete.",
-        hints=["Check the network and the port; the portal's default is 8443."],
+        hints=_hints_of(origin, "Check the network and the port; the portal's default is 8443."),
     )
+
+
+def _hints_of(
+    origin: str, otherwise: str = "Check the URL, and whether a proxy or another server answers instead of the portal."
+) -> list[str]:
+    """Return what to do if what answers at ``origin`` does not answer as the portal does."""
+    if origin.startswith("https:"):
+        return [otherwise]
+    return [f"The portal speaks HTTPS; try https:{origin.partition(':')[2]} (--url, PORTAL_URL or portal login)."]
 
 
 def _find(error: BaseException, kind: type[_Cause]) -> _Cause | None:

@@ -12,7 +12,7 @@ import pytest
 from commands.connection import login_path
 from tests.support.cli_session import Session, session_for
 from tests.support.pki import PEM, Authority, Pki
-from tests.support.portal_stub import TOKEN, PortalStub, running
+from tests.support.portal_stub import TOKEN, PortalStub, Reply, running
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 
@@ -65,7 +65,7 @@ def test_a_certificate_for_another_name_is_refused(tls_session: Session, tls_por
 def test_a_port_without_tls_is_named(session: Session, stub: PortalStub) -> None:
     result = session.run("list", "--url", stub.url.replace("http:", "https:"))
     assert result.exit_code == 3
-    assert "The TLS connection to" in result.stderr
+    assert "does not speak TLS" in result.stderr
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a certificate"])
@@ -178,3 +178,16 @@ def test_a_login_that_is_a_symbolic_link_is_refused(session: Session, tmp_path: 
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     assert session.run("list", env={"PORTAL_TOKEN": ""}).exit_code == 2
+
+
+def test_http_where_the_portal_speaks_https_is_told(tls_session: Session, tls_portal: PortalStub) -> None:
+    result = tls_session.run("list", "--url", tls_portal.url.replace("https:", "http:"))
+    assert result.exit_code == 3
+    assert f"The portal speaks HTTPS; try {tls_portal.url} (--url" in result.stderr
+
+
+def test_http_that_a_proxy_answers_in_plain_text_is_told(session: Session, stub: PortalStub) -> None:
+    said = b"The plain HTTP request was sent to HTTPS port"
+    stub.replies["GET", "/devices"] = Reply(400, said, {"Content-Type": "text/html"})
+    result = session.run("list")
+    assert f"The portal speaks HTTPS; try {stub.url.replace('http:', 'https:')} (" in result.stderr
