@@ -31,6 +31,8 @@ from commands.errors import CheckFailed
 from commands.files import defused, whole_file
 from commands.output import Cell, Column, ago, date_of, moment, state, status_of, text
 
+FORMATS = ("csv", "ndjson", "json")
+SUFFIXES = {"": "csv", ".csv": "csv", ".json": "json", ".ndjson": "ndjson", ".jsonl": "ndjson"}
 VERDICTS = ("passed", "failed", "outdated", "none")
 STATUSES = ("pending", "active", "suspended", "revoked")
 COLUMNS = (
@@ -344,38 +346,50 @@ def certificates(portal: Remote, device_id: str) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE (0600).  [default: standard output]"
 )
-@click.option(
-    "--format", "format_", type=click.Choice(["csv", "ndjson"]), help="Format.  [default: by the name of FILE, or csv]"
-)
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="Format.  [default: by the name of FILE, or csv]")
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @filter_options
 def export(portal: Remote, /, out: Path | None, format_: str | None, force: bool, **filters: str | None) -> None:
-    """Write all devices as CSV or NDJSON.
+    """Write all devices as CSV, NDJSON or JSON.
 
     FILE appears only when it is complete, so an interrupted export leaves no file. With --json, prints the number of
     devices.
     """
-    as_csv = (format_ or ("ndjson" if out and out.suffix in (".ndjson", ".jsonl") else "csv")) == "csv"
+    format_ = format_ or _format_of(out)
     if out is None:
-        _write_devices(portal, filters, sys.stdout.write, as_csv=as_csv)
+        _write_devices(portal, filters, sys.stdout.write, format_)
         return
     if out.exists() and not force:
         raise CheckFailed(f"{out} already exists; use --force to replace it.")
     with whole_file(out) as file, portal.out.working("Exporting…"):
-        count = _write_devices(portal, filters, lambda content: file.write(content.encode()), as_csv=as_csv)
+        count = _write_devices(portal, filters, lambda content: file.write(content.encode()), format_)
     answer = {"devices": count, "file": str(out.absolute())}
     portal.out.result(answer, done=f"Wrote {count} device{'s' * (count != 1)} to {out}")
 
 
-def _write_devices(portal: Remote, filters: dict[str, Any], write: Callable[[str], object], *, as_csv: bool) -> int:
-    if as_csv:
-        write(_csv_line(COLUMNS))
+def _format_of(out: Path | None) -> str:
+    suffix = "" if out is None else out.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise click.UsageError(
+            f"The name does not say the format of {out}; add --format, or end it with .csv or .json."
+        )
+    return SUFFIXES[suffix]
+
+
+def _write_devices(portal: Remote, filters: dict[str, Any], write: Callable[[str], object], format_: str) -> int:
+    """Write devices page by page, however many there are; return their number."""
+    write({"csv": _csv_line(COLUMNS), "json": '{"devices": [\n', "ndjson": ""}[format_])
     count = 0
     for page in portal.client.pages("/devices", "devices", **filters):
         for device in page["devices"]:
-            cells = {**device, **_connection(device)}
-            write(_csv_line([cells.get(name) for name in COLUMNS]) if as_csv else json.dumps(device) + "\n")
+            if format_ == "csv":
+                cells = {**device, **_connection(device)}
+                write(_csv_line([cells.get(name) for name in COLUMNS]))
+            else:
+                separator = "" if format_ == "ndjson" else ",\n" if count else ""
+                write(separator + json.dumps(device) + ("\n" if format_ == "ndjson" else ""))
             count += 1
+    write("\n]}\n" if format_ == "json" else "")
     return count
 
 

@@ -50,6 +50,24 @@ def test_a_file_is_private_and_its_name_says_the_format(session: Session, stub: 
     assert json.loads(file.read_text())["device_id"] == device_id
 
 
+def test_an_export_that_is_named_json_is_json(session: Session, stub: PortalStub, tmp_path: Path) -> None:
+    ids = [stub.add_device(f"sensor-{index}") for index in range(3)]
+    file = tmp_path / "fleet.json"
+    session.json("export", "--out", str(file))
+    assert [device["device_id"] for device in json.loads(file.read_text())["devices"]] == ids
+    stub.devices.clear()
+    assert json.loads(session.run("export", "--format", "json").stdout) == {"devices": []}
+    assert session.run("export", "--format", "ndjson").stdout == ""
+
+
+def test_a_name_that_says_no_format_is_asked_about(session: Session, stub: PortalStub, tmp_path: Path) -> None:
+    file = tmp_path / "fleet.xlsx"
+    result = session.run("export", "--out", str(file))
+    assert (result.exit_code, stub.requests, file.exists()) == (2, [], False)
+    assert "add --format" in result.stderr
+    assert session.run("export", "--out", str(file), "--format", "csv").exit_code == 0
+
+
 def test_an_existing_file_is_kept_without_force(session: Session, stub: PortalStub, tmp_path: Path) -> None:
     file = tmp_path / "fleet.csv"
     file.write_text("mine")
