@@ -111,7 +111,7 @@ def checkpoint(portal: Remote, out: Path | None, force: bool) -> None:
     It signs how many entries the record has, and what they are. Keep it where the portal's administrators cannot
     change it: whoever has it can tell later whether they are still the same.
     """
-    note = portal.client.call("GET", "/audit/checkpoint", anonymous=True).body
+    note = portal.client.call("GET", "/audit/checkpoint", anonymous=portal.settings.token is None).body
     if len(_lines_of(note)) < 3:
         raise CheckFailed("The answer of the portal is not a checkpoint; check whether a proxy answers.")
     if out is not None:
@@ -130,7 +130,7 @@ def key(portal: Remote) -> None:
 
     Compare it with what flask --app app audit key prints on the portal's machine, and keep it with the checkpoints.
     """
-    found = portal.client.call("GET", "/audit/key", anonymous=True).body
+    found = portal.client.call("GET", "/audit/key", anonymous=portal.settings.token is None).body
     lines = found.decode("ascii", "replace").split()
     if len(lines) != 1 or _KEY.fullmatch(lines[0]) is None:
         raise CheckFailed("The answer of the portal is not a key; check whether a proxy answers.")

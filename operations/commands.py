@@ -29,6 +29,7 @@ from operations.command_base import opened_portal, settings_of_app, without_trac
 from operations.doctor import doctor as doctors
 from operations.doctor.base import Finding, State
 from operations.wiring import Portal, first_token, make_admin_token, open_portal, prepare, utc_now
+from store.tenants import tenant_ids
 from workflows.audit import problem_of
 from workflows.enrolment.clients import CLIENT_CAS
 
@@ -236,21 +237,32 @@ def audit_group() -> None:
 @audit_group.command("verify")
 @without_traceback
 def verify_audit() -> None:
-    """Check the chain of hashes from the first entry to the last, and the newest checkpoint in the data folder."""
+    """Check the chain of hashes from the first entry to the last, and the newest checkpoint in the data folder.
+
+    Of each tenant, if there are several.
+    """
+    damaged = []
     with opened_portal() as portal, portal.database.snapshot() as tx:
-        problem, verdict = problem_of(tx, portal.first_tenant, portal.settings, whole=True)
-    if problem is not None:
-        before = f" The {verdict.entries} entries before it are sound." if problem == verdict.problem else ""
-        raise click.ClickException(problem + before)
-    click.echo(f"All {verdict.entries} entries are sound. Hash of the last: {verdict.head}")
+        names = tenant_ids(tx)
+        for name in names:
+            problem, verdict = problem_of(tx, name, portal.settings, whole=True)
+            whose = "" if len(names) == 1 else f"Tenant {name}: "
+            if problem is None:
+                click.echo(f"{whose}All {verdict.entries} entries are sound. Hash of the last: {verdict.head}")
+            else:
+                before = f" The {verdict.entries} entries before it are sound." if problem == verdict.problem else ""
+                damaged.append(whose + problem + before)
+    if damaged:
+        raise click.ClickException("\n".join(damaged))
 
 
 @audit_group.command("key")
 @without_traceback
-def show_audit_key() -> None:
+@click.option("--tenant", metavar="NAME", help="Of this tenant's record; else of the first one's.")
+def show_audit_key(tenant: str | None) -> None:
     """Print the public key of the checkpoints, for portal audit verify and for witnesses."""
     with opened_portal() as portal:
-        click.echo(str(portal.audit_log.verifier))
+        click.echo(str(portal.audit_logs.of(tenant or portal.first_tenant).verifier))
 
 
 # --- Backups ----------------------------------------------------------------------------------------------------------

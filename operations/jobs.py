@@ -195,11 +195,13 @@ def _announce_restart(portal: Portal, ends: datetime) -> None:
 
 
 def sign_audit_record(portal: Portal) -> None:
-    """Sign a checkpoint of the audit record if one is due and the record continues the one before."""
-    problem = portal.audit_log.make_checkpoint()
-    if problem is not None and problem != portal.memory.audit_problem:
-        log.error("the audit record was changed, and is not signed any more", extra={"problem": problem})
-    portal.memory.audit_problem = problem
+    """Sign a checkpoint of each tenant's audit record if one is due and the record continues the one before."""
+    problems = portal.audit_logs.sign_due()
+    for tenant_id, problem in problems.items():
+        if problem != portal.memory.audit_problems.get(tenant_id):
+            detail = portal.named(tenant_id) | {"problem": problem}
+            log.error("the audit record was changed, and is not signed any more", extra=detail)
+    portal.memory.audit_problems = problems
 
 
 # --- Events ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -31,7 +31,7 @@ from workflows.attestation.appraisal import DeviceAttestations
 from workflows.attestation.nonces import AttestationNonces
 from workflows.attestation.policies import AttestationPolicies
 from workflows.attestation.reappraisal import Reappraisals
-from workflows.audit import AuditLog, open_audit_log
+from workflows.audit import AuditLog, AuditLogs, open_audit_logs
 from workflows.authority.issuers import Authority, open_authority
 from workflows.authority.keys import open_keys
 from workflows.authority.ocsp import Responder, ResponderCertificates
@@ -75,7 +75,7 @@ class JobMemory:
     damage: list[str] = field(default_factory=list)  # recorded already; it may last for many attempts at a repair
     disconnected: set[int] = field(default_factory=set)  # superseded certificates, their devices disconnected twice
     root_crl_logged_at: datetime | None = None
-    audit_problem: str | None = None  # logged already
+    audit_problems: Mapping[str, str] = field(default_factory=dict)  # of each tenant, logged already
     broker_restart_at: datetime | None = None  # for its certificate, or when that was told
 
 
@@ -114,7 +114,7 @@ class Portal:
     reappraisals: Reappraisals
     inventory: Inventory
     operators: Operators
-    audit_log: AuditLog
+    audit_logs: AuditLogs
     webhooks: Webhooks
     dispatcher: Dispatcher
     responder: Responder
@@ -123,6 +123,15 @@ class Portal:
     follower: PresenceFollower
     presence: ExitStack
     memory: JobMemory = field(default_factory=JobMemory)
+
+    @property
+    def audit_log(self) -> AuditLog:
+        """The audit record of the first tenant."""
+        return self.audit_logs.of(self.first_tenant)
+
+    def named(self, tenant_id: str) -> dict[str, str]:
+        """Return the tenant as a log says it: of the first one nothing, so that a single one is not mentioned."""
+        return {} if tenant_id == self.first_tenant else {"tenant": tenant_id}
 
     def close(self) -> None:
         """Close the database's connections, leave the tokens, and give the data folder up."""
@@ -150,7 +159,7 @@ class _Foundation:
     pepper: bytes
     sender: Sender
     webhooks: Webhooks
-    audit_log: AuditLog
+    audit_logs: AuditLogs
 
 
 def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> Portal:
@@ -179,7 +188,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     events.watch(database.engine, subscribed)
     with database.transaction() as tx:
         tenants.add_tenant(tx, first_tenant, created_at=clock())
-    audit_log = open_audit_log(database, settings, clock, first_tenant)
+    audit_logs = open_audit_logs(database, settings, clock)
     keys = open_keys(settings)
     authority = open_authority(database, keys, settings, first_tenant, now=clock())
     write_trust_anchors(settings, authority.ca_pem)
@@ -202,7 +211,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         pepper=bytes.fromhex(secret_file(folder / "idempotency-pepper", lambda: secrets.token_hex(32))),
         sender=sender,
         webhooks=webhooks,
-        audit_log=audit_log,
+        audit_logs=audit_logs,
     )
 
 
@@ -273,7 +282,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
             settings, database, tenant_terms, reconciler.crls.sign_put_off, follower.contact, base.broker
         ),
         operators=Operators(database, shared.throttle, clock),
-        audit_log=base.audit_log,
+        audit_logs=base.audit_logs,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, base.sender, clock),
         responder=_responder(base),
@@ -318,8 +327,8 @@ def prepare(portal: Portal) -> None:
             # A setting or a file may have changed while no portal ran, so the broker gets everything again.
             db.next_generation(tx, at=portal.clock())
         portal.reconciler.install()
-    if (problem := portal.audit_log.problem()) is not None:
-        log.error("the audit record was changed", extra={"problem": problem})
+    for tenant_id, problem in portal.audit_logs.problems().items():
+        log.error("the audit record was changed", extra=portal.named(tenant_id) | {"problem": problem})
 
 
 def _renew_own_certificates(portal: Portal) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 
 from core.merkle import Edge
 from store.database import columns_of
-from store.tables import AuditEntry, AuditHead
+from store.tables import AuditEntry, AuditHead, Tenant
 
 _HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "request_id", "address", "detail")
 _INSERT_AUDIT_ENTRIES = sa.insert(AuditEntry)
@@ -127,6 +127,13 @@ def audit_head(tx: Connection, tenant_id: str) -> Head:
     """Return the head of the record; if somebody has deleted it, that of an empty one."""
     row = tx.execute(_AUDIT_HEAD, {"of_tenant": tenant_id}).one_or_none()
     return EMPTY_RECORD if row is None else Head(*row)
+
+
+def audit_numbers(tx: Connection) -> dict[str, int]:
+    """Return how many entries the record of each tenant has; none if somebody has deleted its head."""
+    query = sa.select(Tenant.id, sa.func.coalesce(AuditHead.number, 0).label("number"))
+    query = query.outerjoin(AuditHead, AuditHead.tenant_id == Tenant.id).order_by(Tenant.id)
+    return {row.id: row.number for row in tx.execute(query)}
 
 
 def lock_audit_head(tx: Connection, tenant_id: str) -> Head:

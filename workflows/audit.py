@@ -1,7 +1,8 @@
 """The audit record for third parties: an export of its entries, and signed checkpoints that it must keep to.
 
-A checkpoint signs the number of entries and the root of the Merkle tree over them, with a key that the database does
-not hold. The newest one is kept in the data folder; none is signed that does not continue it. See docs/security.md.
+Each tenant has a record of its own. A checkpoint signs the number of entries and the root of the Merkle tree over them,
+with a key that the database does not hold. The newest one is kept in the data folder; none is signed that does not
+continue it. See docs/security.md.
 """
 
 from __future__ import annotations
@@ -10,28 +11,34 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from sqlalchemy.engine import Connection
 
 from config import Settings
-from core.errors import NotFound, StartupError
-from core.files import FileLock, replace_file, secret_file
+from core.errors import NotFound, PortalError, StartupError
+from core.files import FileLock, private_folder, replace_file, secret_file
 from core.merkle import Edge
 from pki.checkpoints import SigningKey, VerifierKey
 from store import audit
 from store.audit import AuditVerdict, Head
 from store.database import Database
+from store.tables import DEFAULT_TENANT
+from store.tenants import tenant_ids
 
 log = logging.getLogger("portal.audit")
 
+# Of the first tenant. Those of each other one are in folders: its key by its name, its checkpoint by its log's.
 KEY_FILE, CHECKPOINT_FILE = "audit-key", "audit-checkpoint.json"
+KEY_FOLDER, CHECKPOINT_FOLDER = "audit-keys", "audit-checkpoints"
 CHECKPOINT_ENTRIES = 256
 CHECKPOINT_AGE = timedelta(days=1)
+_NONE_YET = "There is no checkpoint yet; the portal makes the first within a minute of its start."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,40 +71,76 @@ class KeptCheckpoint:
             raise ValueError("the checkpoint is not that of the record's head beside it")
 
 
-def read_kept(settings: Settings) -> KeptCheckpoint | None:
-    """Return the newest checkpoint, ``None`` before the first one; raise ``ValueError`` if its file is damaged."""
+@dataclass(frozen=True, slots=True)
+class LogFiles:
+    """The files of a tenant's record outside the database: the key that signs it, and its newest checkpoint."""
+
+    tenant_id: str
+    _settings: Settings
+
+    @property
+    def key_path(self) -> Path:
+        """The file of the key."""
+        folder = self._settings.secrets_dir
+        return folder / KEY_FILE if self.tenant_id == DEFAULT_TENANT else folder / KEY_FOLDER / self.tenant_id
+
+    def checkpoint_path(self) -> Path:
+        """Return the file of the newest checkpoint; raise ``StartupError`` if that takes a key that is not there."""
+        folder = self._settings.data_dir
+        if self.tenant_id == DEFAULT_TENANT:
+            return folder / CHECKPOINT_FILE
+        return folder / CHECKPOINT_FOLDER / f"{log_of(self.key().verifier)}.json"
+
+    def key(self) -> SigningKey:
+        """Return the key that signs checkpoints; raise ``StartupError`` if its file is missing or damaged."""
+        path = self.key_path
+        if not path.exists():
+            raise StartupError(f"{path} is missing; start the portal, which begins a new series of checkpoints.")
+        try:
+            return SigningKey.parse(secret_file(path, str))
+        except ValueError as error:
+            raise StartupError(
+                f"{path} is damaged; move it and the newest checkpoint away, and start the portal, which makes a new"
+                " key."
+            ) from error
+
+    def kept(self) -> KeptCheckpoint | None:
+        """Return the newest checkpoint, ``None`` before the first one.
+
+        Raise ``ValueError`` if its file is damaged, ``StartupError`` if that of the key is.
+        """
+        if self.tenant_id != DEFAULT_TENANT and not self.key_path.exists():
+            return None
+        return read_checkpoint(self.checkpoint_path())
+
+
+def read_checkpoint(path: Path) -> KeptCheckpoint | None:
+    """Return the checkpoint in a file, ``None`` if there is no such file; raise ``ValueError`` if it is damaged."""
     try:
-        return KeptCheckpoint.parse((settings.data_dir / CHECKPOINT_FILE).read_bytes())
+        return KeptCheckpoint.parse(path.read_bytes())
     except FileNotFoundError:
         return None
 
 
-def read_key(settings: Settings) -> SigningKey:
-    """Return the key that signs checkpoints; raise ``StartupError`` if its file is missing or damaged."""
-    path = settings.secrets_dir / KEY_FILE
-    if not path.exists():
-        raise StartupError(f"{path} is missing; start the portal, which begins a new series of checkpoints.")
-    try:
-        return SigningKey.parse(secret_file(path, str))
-    except ValueError as error:
-        raise StartupError(
-            f"{path} is damaged; move it and {CHECKPOINT_FILE} away, and start the portal, which makes a new key."
-        ) from error
+def log_of(key: VerifierKey) -> str:
+    """Return the name of a key's log: 16 hexadecimal digits, which say nothing of the tenant."""
+    return key.name.rpartition("/")[2]
 
 
 def problem_of(tx: Connection, tenant_id: str, settings: Settings, *, whole: bool) -> tuple[str | None, AuditVerdict]:
-    """Return what is wrong with the record by its newest checkpoint and by itself, ``None`` if nothing is.
+    """Return what is wrong with a tenant's record by its newest checkpoint and by itself, ``None`` if nothing is.
 
     Unless the ``whole`` record is to be read, entries that the checkpoint signs are represented by the hash of its
     last one, in which those of all others are chained: an entry that was changed alone is not noticed.
     """
-    place = settings.data_dir / CHECKPOINT_FILE
+    files, place = LogFiles(tenant_id, settings), LogFiles(tenant_id, settings).key_path
     try:
-        kept = read_kept(settings)
+        kept = files.kept()
         if kept is not None:
-            kept.check(read_key(settings).verifier)
+            place = files.checkpoint_path()
+            kept.check(files.key().verifier)
     except ValueError as error:
-        return f"{place} cannot be used: {error}.", audit.verify(tx, tenant_id)
+        return f"{files.checkpoint_path()} cannot be used: {error}.", audit.verify(tx, tenant_id)
     if kept is None:
         verdict = audit.verify(tx, tenant_id)
         return verdict.problem, verdict
@@ -117,79 +160,159 @@ def problem_of(tx: Connection, tenant_id: str, settings: Settings, *, whole: boo
 
 @dataclass(frozen=True, slots=True)
 class AuditLog:
-    """Exports the record, and makes its checkpoints."""
+    """Exports the record of a tenant, and makes its checkpoints."""
 
+    tenant_id: str
     _database: Database
     _settings: Settings
-    _key: SigningKey
     _clock: Callable[[], datetime]
-    _first_tenant: str
+
+    @property
+    def files(self) -> LogFiles:
+        """Its files outside the database."""
+        return LogFiles(self.tenant_id, self._settings)
 
     @property
     def verifier(self) -> VerifierKey:
-        """The public key of the checkpoints."""
-        return self._key.verifier
+        """The public key of the checkpoints; raises ``NotFound`` before there is one."""
+        if not self.files.key_path.exists():
+            raise NotFound(_NONE_YET)
+        return self.files.key().verifier
 
     def problem(self) -> str | None:
         """Return in a sentence how the record contradicts its newest checkpoint; reads the entries since."""
-        if not os.path.lexists(self._settings.data_dir / CHECKPOINT_FILE):
+        if not self.files.key_path.exists() or not os.path.lexists(self.files.checkpoint_path()):
             return None  # the job reads all before it signs the first one
         with self._database.snapshot() as tx:
-            return problem_of(tx, self._first_tenant, self._settings, whole=False)[0]
+            return problem_of(tx, self.tenant_id, self._settings, whole=False)[0]
 
     def newest(self) -> str:
         """Return the newest checkpoint, a signed note; raise ``NotFound`` before the first one."""
-        try:
-            kept = read_kept(self._settings)
-        except ValueError:
-            kept = None
-        if kept is None:
-            raise NotFound("There is no checkpoint yet; the portal makes the first within a minute of its start.")
-        return kept.note
+        return _note_of(self.files.kept)
 
     def make_checkpoint(self, *, at_once: bool = False) -> str | None:
         """Sign a checkpoint if one is due, or ``at_once``; return what prevents that, ``None`` if nothing does.
 
         It is due after ``CHECKPOINT_ENTRIES`` entries, and ``CHECKPOINT_AGE`` after the last one if there is any entry.
         """
-        folder, now = self._settings.data_dir, self._clock()
-        with FileLock(folder / ".audit-checkpoint.lock").hold(), self._database.snapshot() as tx:
-            head = audit.audit_head(tx, self._first_tenant)
-            if not at_once and not self._is_due(head.number, now):
+        lock = FileLock(self._settings.data_dir / ".audit-checkpoint.lock")
+        with lock.hold(), self._database.snapshot() as tx:
+            head, now = audit.audit_head(tx, self.tenant_id), self._clock()
+            if not at_once and not self.is_due(head.number):
                 return None
-            problem, _ = problem_of(tx, self._first_tenant, self._settings, whole=False)
+            problem, _ = problem_of(tx, self.tenant_id, self._settings, whole=False)
             if problem is None:
-                note = self._key.note_of(head.number, Edge(head.number, head.edge).root())
-                replace_file(folder / CHECKPOINT_FILE, KeptCheckpoint(note, now, head).to_json())
+                note = self.files.key().note_of(head.number, Edge(head.number, head.edge).root())
+                replace_file(self.files.checkpoint_path(), KeptCheckpoint(note, now, head).to_json())
             return problem
 
-    def _is_due(self, number: int, now: datetime) -> bool:
+    def sign_if_due(self, number: int) -> str | None:
+        """Sign a checkpoint if one of so many entries is due; return what prevents that."""
+        if not self.is_due(number):
+            return None
+        if self.tenant_id != DEFAULT_TENANT:  # whose key the start makes
+            self.make_key()
+        return self.make_checkpoint()
+
+    def is_due(self, number: int) -> bool:
+        """Tell whether a checkpoint of so many entries is due."""
         try:
-            kept = read_kept(self._settings)
+            kept = self.files.kept()
         except ValueError:
             return True  # which fails, and is told
         if kept is None or number < kept.head.number:
             return True
-        age = abs(now - kept.made_at)  # a clock that was set back must not stop checkpoints
+        age = abs(self._clock() - kept.made_at)  # a clock that was set back must not stop checkpoints
         return number >= kept.head.number + CHECKPOINT_ENTRIES or (number > kept.head.number and age >= CHECKPOINT_AGE)
 
-    def export(self, tenant_id: str) -> Iterator[bytes]:
-        """Yield the whole record of a tenant, oldest entry first, as lines of JSON.
+    def make_key(self) -> None:
+        """Make the key if it is missing, as at the first start and after a restore; raise ``StartupError``.
+
+        A key never signs two records, of which one lacks what the other has: each has a name of its own, the origin.
+        """
+        path = self.files.key_path
+        if os.path.lexists(path):
+            self.files.key()
+            return
+        host = urlsplit(self._settings.public_url).netloc.rpartition("@")[2]
+        key = SigningKey.create(f"{host}/audit/{secrets.token_hex(8)}")
+        if self.tenant_id != DEFAULT_TENANT:
+            for folder in (path.parent, self._settings.data_dir / CHECKPOINT_FOLDER):
+                private_folder(folder, mode=0o700)
+        with self._database.transaction() as tx:
+            actor = audit.system_actor(self.tenant_id)
+            audit.record(tx, actor, "audit:key", "audit", at=self._clock(), verifier_key=str(key.verifier))
+        secret_file(path, lambda: str(key))
+
+    def export(self) -> Iterator[bytes]:
+        """Yield the whole record, oldest entry first, as lines of JSON.
 
         Each part is read in a transaction of its own: a client that reads slowly keeps none open, and what has been
         read does not change.
         """
         with self._database.snapshot() as tx:
-            last = audit.audit_head(tx, tenant_id).number
+            last = audit.audit_head(tx, self.tenant_id).number
         number = 0
         while number < last:
             with self._database.snapshot() as tx:
                 limit = min(audit.READ_AT_ONCE, last - number)
-                entries = list(audit.read_entries(tx, tenant_id, after=number, limit=limit))
+                entries = list(audit.read_entries(tx, self.tenant_id, after=number, limit=limit))
             if not entries:
                 return
             yield b"".join(map(line_of, entries))
             number = entries[-1]["number"]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLogs:
+    """The records of all tenants."""
+
+    _database: Database
+    _settings: Settings
+    _clock: Callable[[], datetime]
+
+    def of(self, tenant_id: str) -> AuditLog:
+        """Return the record of a tenant."""
+        return AuditLog(tenant_id, self._database, self._settings, self._clock)
+
+    def newest_of(self, name: str) -> str:
+        """Return the newest checkpoint of the log of this name, whosever it is; raise ``NotFound``."""
+        first = self.of(DEFAULT_TENANT)
+        if name == log_of(first.verifier):
+            return first.newest()
+        return _note_of(lambda: read_checkpoint(self._settings.data_dir / CHECKPOINT_FOLDER / f"{name}.json"))
+
+    def problems(self) -> Mapping[str, str]:
+        """Return for each tenant whose record contradicts its newest checkpoint how it does, in a sentence."""
+        with self._database.snapshot() as tx:
+            return self._each(tenant_ids(tx), lambda log: log.problem())
+
+    def sign_due(self) -> Mapping[str, str]:
+        """Sign the checkpoints that are due; return for each tenant what prevents that, if anything does."""
+        with self._database.snapshot() as tx:
+            numbers = audit.audit_numbers(tx)
+        return self._each(numbers, lambda log: log.sign_if_due(numbers[log.tenant_id]))
+
+    def _each(self, tenants: Iterable[str], question: Callable[[AuditLog], str | None]) -> Mapping[str, str]:
+        found = {}
+        for tenant_id in tenants:
+            try:
+                problem = question(self.of(tenant_id))
+            except PortalError as error:
+                problem = error.detail  # of one tenant, which must not keep those of others from being signed
+            if problem is not None:
+                found[tenant_id] = problem
+        return found
+
+
+def _note_of(read: Callable[[], KeptCheckpoint | None]) -> str:
+    try:
+        kept = read()
+    except ValueError:
+        kept = None
+    if kept is None:
+        raise NotFound(_NONE_YET)
+    return kept.note
 
 
 def line_of(entry: Mapping[str, Any]) -> bytes:
@@ -199,18 +322,8 @@ def line_of(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"
 
 
-def open_audit_log(database: Database, settings: Settings, clock: Callable[[], datetime], tenant_id: str) -> AuditLog:
-    """Open the log; a first start makes its key, and so does the first one after a restore.
-
-    A key never signs two records, of which one lacks what the other has: each has a name of its own, the log's origin.
-    Raise ``StartupError``.
-    """
-    path = settings.secrets_dir / KEY_FILE
-    if not os.path.lexists(path):
-        host = urlsplit(settings.public_url).netloc.rpartition("@")[2]
-        key = SigningKey.create(f"{host}/audit/{secrets.token_hex(8)}")
-        with database.transaction() as tx:
-            actor = audit.system_actor(tenant_id)
-            audit.record(tx, actor, "audit:key", "audit", at=clock(), verifier_key=str(key.verifier))
-        secret_file(path, lambda: str(key))
-    return AuditLog(database, settings, read_key(settings), clock, tenant_id)
+def open_audit_logs(database: Database, settings: Settings, clock: Callable[[], datetime]) -> AuditLogs:
+    """Open the records; a first start makes the first tenant's key, the job the others'. Raise ``StartupError``."""
+    logs = AuditLogs(database, settings, clock)
+    logs.of(DEFAULT_TENANT).make_key()
+    return logs

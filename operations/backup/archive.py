@@ -23,11 +23,11 @@ from pki.keys.contract import sign_message, verifies
 from pki.keys.files import MAX_FILE_BYTES, is_ca_name
 from pki.keys.token_keys import is_in_token
 from store import copy as store_copy
+from store.tables import DEFAULT_TENANT
 
 FORMAT = 1
 MANIFEST, SEAL = "manifest.json", "manifest.seal"
-CHECKPOINT, CHECKPOINT_KEY = "audit/checkpoint", "audit/key"  # a signed note, and the public key of its signer
-MAX_MANIFEST_BYTES = 1 << 20
+MAX_MANIFEST_BYTES = 16 << 20  # with many tenants it names some files of each
 _MAX_SEAL_BYTES = 2048  # of an RSA key of 4096 bits half of it
 _SIGNATURE = "signature:"
 _CHUNK = 1 << 20
@@ -102,6 +102,12 @@ class BackupWriter:
         self._archive.writestr(_entry(SEAL), seal_of(content, key))
 
 
+def checkpoint_members(tenant_id: str) -> tuple[str, str]:
+    """Return the names of a tenant's checkpoint, a signed note, and of the public key of its signer."""
+    folder = "audit" if tenant_id == DEFAULT_TENANT else f"audit/{tenant_id}"
+    return f"{folder}/checkpoint", f"{folder}/key"
+
+
 def _entry(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name)  # the time is in the manifest; here it would be local and to two seconds
     entry.compress_type = zipfile.ZIP_DEFLATED
@@ -174,9 +180,9 @@ class Backup:
         found = ((name, _SMALL_FILE.fullmatch(name)) for name in self.manifest.members)
         return {match[2]: self._whole(name, MAX_FILE_BYTES) for name, match in found if match and match[1] == folder}
 
-    def checkpoint(self) -> tuple[str, str] | None:
-        """Return the checkpoint of the audit record and the public key of its signer, if the backup has one."""
-        names = (CHECKPOINT, CHECKPOINT_KEY)
+    def checkpoint(self, tenant_id: str) -> tuple[str, str] | None:
+        """Return the checkpoint of a tenant's audit record and the public key of its signer, if the backup has one."""
+        names = checkpoint_members(tenant_id)
         if not set(names) <= self.manifest.members.keys():
             return None
         note, key = (self._whole(name, MAX_FILE_BYTES).decode("utf-8", "replace") for name in names)

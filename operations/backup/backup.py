@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,14 +19,15 @@ from config import Settings
 from core.errors import BackupRefused
 from core.files import fsync_directory
 from operations import data_folder
-from operations.backup.archive import CHECKPOINT, CHECKPOINT_KEY, FORMAT, BackupWriter, Manifest
+from operations.backup.archive import FORMAT, BackupWriter, Manifest, checkpoint_members
 from pki.algorithms import PrivateKey
 from pki.keys.files import MAX_FILE_BYTES
 from pki.keys.tokens import read_record
 from store import copy as store_copy
 from store import generations, issuers, schema
 from store.database import Database
-from workflows.audit import CHECKPOINT_FILE, KEY_FILE, read_kept, read_key
+from store.tenants import tenant_ids
+from workflows.audit import KEY_FILE, LogFiles
 from workflows.authority.issuers import FIRST_ISSUING
 from workflows.authority.keys import open_keys
 
@@ -82,7 +83,7 @@ def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *
         counts = {name: _add_table(writer, tx, name) for name in store_copy.table_names()}
         for name, content in _small_files(settings):
             writer.add(name, [content])
-        for name, content in _checkpoint(settings):
+        for name, content in _checkpoints(settings, tenant_ids(tx)):
             writer.add(name, [content])
         manifest = Manifest(
             format=FORMAT,
@@ -152,15 +153,18 @@ def _small_files(settings: Settings) -> Iterator[tuple[str, bytes]]:
             yield f"secrets/{path.name}", _content(path)
 
 
-def _checkpoint(settings: Settings) -> Iterator[tuple[str, bytes]]:
-    """Yield the newest checkpoint of the audit record, if there is one, and the public key that it is verified with."""
-    try:
-        kept = read_kept(settings)
-    except ValueError as error:
-        raise BackupRefused(f"{settings.data_dir / CHECKPOINT_FILE} cannot be used: {error}.") from error
-    if kept is not None:
-        yield CHECKPOINT, kept.note.encode()
-        yield CHECKPOINT_KEY, str(read_key(settings).verifier).encode()
+def _checkpoints(settings: Settings, tenants: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield each tenant's newest checkpoint, if there is one, and the public key that it is verified with."""
+    for tenant_id in tenants:
+        files = LogFiles(tenant_id, settings)
+        try:
+            kept = files.kept()
+        except ValueError as error:
+            raise BackupRefused(f"{files.checkpoint_path()} cannot be used: {error}.") from error
+        if kept is not None:
+            note, key = checkpoint_members(tenant_id)
+            yield note, kept.note.encode()
+            yield key, str(files.key().verifier).encode()
 
 
 def _content(path: Path) -> bytes:

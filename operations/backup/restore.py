@@ -38,7 +38,8 @@ from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, KeptBundle
-from workflows.audit import CHECKPOINT_FILE, KEY_FILE
+from store.tenants import tenant_ids
+from workflows.audit import CHECKPOINT_FILE, CHECKPOINT_FOLDER, KEY_FILE, KEY_FOLDER
 from workflows.authority.issuers import FIRST_ISSUING
 from workflows.authority.keys import open_keys
 
@@ -183,7 +184,8 @@ def _files_to_place(
     moves = [] if same else [path for path in ca_keys.key_files(settings.ca_dir) if path not in puts]
     moves += [path for path in puts if path.exists()]
     # The record that is replaced may be longer: what is signed of it is kept, and the restored one gets a new key.
-    signing = (settings.secrets_dir / KEY_FILE, settings.data_dir / CHECKPOINT_FILE)
+    signing = [settings.secrets_dir / name for name in (KEY_FILE, KEY_FOLDER)]
+    signing += [settings.data_dir / name for name in (CHECKPOINT_FILE, CHECKPOINT_FOLDER)]
     moves += [path for path in signing if path.exists()]
     return puts, [(path, _free_name(path.with_name(f"{path.name}.before-restore"))) for path in moves]
 
@@ -348,7 +350,8 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Restore
             raise BackupRefused(f"The table {name} of the backup is incomplete; use another backup.")
     schema.upgrade(tx, "head")
     store_copy.renumber(tx)
-    done.notes += _check_audit_record(tx, backup)
+    for tenant_id in tenant_ids(tx):
+        done.notes += _check_audit_record(tx, tenant_id, backup)
     issuers = store_issuers.list_issuers(tx, retired=True)
     crls, ignored = plan.crls.of(issuers)
     done.notes += ignored
@@ -371,22 +374,23 @@ def _is_of_one_of(replaced: Tables | None, issuers: Sequence[store_issuers.Issue
     return replaced is not None and any(row["fingerprint"] in ours for row in replaced("issuers"))
 
 
-def _check_audit_record(tx: Connection, backup: Backup) -> list[str]:
-    """Return as notes what is wrong with the restored audit record, by itself and by the checkpoint in the backup."""
-    found = backup.checkpoint()
+def _check_audit_record(tx: Connection, tenant_id: str, backup: Backup) -> list[str]:
+    """Return as notes what is wrong with a restored audit record, by itself and by the checkpoint in the backup."""
+    found = backup.checkpoint(tenant_id)
+    record = "audit record" if tenant_id == DEFAULT_TENANT else f"audit record of the tenant {tenant_id}"
     if found is None:
-        verdict = audit.verify(tx, DEFAULT_TENANT)
-        return [f"The audit record in the backup is damaged: {verdict.problem}"] if verdict.problem is not None else []
+        verdict = audit.verify(tx, tenant_id)
+        return [f"The {record} in the backup is damaged: {verdict.problem}"] if verdict.problem is not None else []
     note, key = found
     try:
         signed = VerifierKey.parse(key).open(note)
     except ValueError as error:
-        return [f"The checkpoint of the audit record in the backup cannot be used: {error}."]
-    verdict = audit.verify(tx, DEFAULT_TENANT, sizes={signed.size})
+        return [f"The checkpoint of the {record} in the backup cannot be used: {error}."]
+    verdict = audit.verify(tx, tenant_id, sizes={signed.size})
     if verdict.problem is not None:
-        return [f"The audit record in the backup is damaged: {verdict.problem}"]
+        return [f"The {record} in the backup is damaged: {verdict.problem}"]
     if verdict.roots.get(signed.size) != signed.root:
-        return [f"The audit record in the backup is not the one that its checkpoint of {signed.size} entries signs."]
+        return [f"The {record} in the backup is not the one that its checkpoint of {signed.size} entries signs."]
     return []
 
 

@@ -147,12 +147,18 @@ def database(installation: Installation) -> Finding:
 
 
 def audit_record(installation: Installation) -> Finding:
-    """Check the chain of hashes from the first entry to the last, and the newest checkpoint in the data folder."""
+    """Check each tenant's chain from the first entry to the last, and its newest checkpoint in the data folder."""
+    entries = 0
     with installation.snapshot() as tx:
-        found, verdict = problem_of(tx, installation.first_tenant, installation.settings, whole=True)
-    if found is not None:
-        return problem(found, "Somebody changed the database by hand: compare it with a backup.")
-    return well(f"All {verdict.entries} entries are sound.")
+        names = tenants.tenant_ids(tx)
+        for name in names:
+            found, verdict = problem_of(tx, name, installation.settings, whole=True)
+            if found is not None:
+                whose = "" if len(names) == 1 else f"Tenant {name}: "
+                return problem(whose + found, "Somebody changed the database by hand: compare it with a backup.")
+            entries += verdict.entries
+    whose = "" if len(names) == 1 else f" of {len(names)} tenants"
+    return well(f"All {entries} entries{whose} are sound.")
 
 
 def generation(installation: Installation) -> Finding:

@@ -48,7 +48,7 @@ class Kept:
 
     def verify(self, *names: str) -> Result:
         """Run ``portal audit verify`` on an export of now."""
-        (self.folder / "audit.ndjson").write_bytes(b"".join(self.portal.audit_log.export("default")))
+        (self.folder / "audit.ndjson").write_bytes(b"".join(self.portal.audit_log.export()))
         options = [word for name in names for word in ("--checkpoint", str(self.folder / name))]
         key = str(self.portal.audit_log.verifier)
         return CliRunner().invoke(cli, ["audit", "verify", str(self.folder / "audit.ndjson"), "--key", key, *options])
@@ -250,7 +250,7 @@ def test_a_checkpoint_signed_with_another_key_is_refused(kept: Kept) -> None:
 @ON_SQLITE
 @pytest.mark.parametrize("change", ["null", "[]", '{"actor":1}', '{"actor": "space"}', "x" * 100, '{"a":1,"a":2}', ""])
 def test_a_line_that_the_portal_does_not_write_is_refused(kept: Kept, change: str) -> None:
-    lines = b"".join(kept.portal.audit_log.export("default")).splitlines()
+    lines = b"".join(kept.portal.audit_log.export()).splitlines()
     file = kept.folder / "changed.ndjson"
     file.write_bytes(b"\n".join([*lines[:3], change.encode(), *lines[3:]]) + b"\n")
     key = str(kept.portal.audit_log.verifier)
@@ -356,8 +356,8 @@ def test_another_start_keeps_the_key(portal: Portal, clock: Clock) -> None:
 def test_the_export_has_every_entry_once_in_order_also_in_small_parts(
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = b"".join(kept.portal.audit_log.export("default"))
+    whole = b"".join(kept.portal.audit_log.export())
     monkeypatch.setattr(audit, "READ_AT_ONCE", 4)
-    parts = list(kept.portal.audit_log.export("default"))
+    parts = list(kept.portal.audit_log.export())
     assert (len(parts), b"".join(parts)) == (5, whole)
     assert datetime.now(UTC).strftime("%Y-").encode() in whole.splitlines()[0]

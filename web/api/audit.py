@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 from core.roles import Permission
 from web.api.fields import Limit, NumericCursor, Place, ShortText
 from web.api.pki import cached
 from web.api.routing import ANYONE, NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from workflows.audit import AuditLog
 
 ROUTES = Routes("Audit record")
 PLAIN = "text/plain; charset=utf-8"
@@ -66,21 +68,18 @@ def list_audit(call: Call, query: AuditQuery) -> AuditPage:
 )
 def export_audit(call: Call) -> Reply:
     """Export the whole audit record with its hashes."""
-    return Reply(content=call.portal.audit_log.export(call.actor.tenant_id), media_type=NDJSON)
+    return Reply(content=call.portal.audit_logs.of(call.actor.tenant_id).export(), media_type=NDJSON)
 
 
-@ROUTES.add(
-    "GET",
-    "/audit/checkpoint",
-    ANYONE,
-    Answers(
-        "A signed note (c2sp.org/signed-note) with a checkpoint (c2sp.org/tlog-checkpoint)", media_type="text/plain"
-    ),
-    errors=(404,),
+_NOTE = Answers(
+    "A signed note (c2sp.org/signed-note) with a checkpoint (c2sp.org/tlog-checkpoint)", media_type="text/plain"
 )
+
+
+@ROUTES.add("GET", "/audit/checkpoint", ANYONE, _NOTE, token_optional=True, errors=(401, 404, 429))
 def audit_checkpoint(call: Call) -> Reply:
-    """Return the newest checkpoint of the audit record."""
-    return cached(call, call.portal.audit_log.newest().encode(), PLAIN, max_age=60)
+    """Return the newest checkpoint of the audit record of an operator's tenant, without a token of the first one."""
+    return _by_token(cached(call, _log(call).newest().encode(), PLAIN, max_age=60))
 
 
 @ROUTES.add(
@@ -88,7 +87,24 @@ def audit_checkpoint(call: Call) -> Reply:
     "/audit/key",
     ANYONE,
     Answers("The verifier key of a signed note: name, key id and Ed25519 key", media_type="text/plain"),
+    token_optional=True,
+    errors=(401, 404, 429),
 )
 def audit_key(call: Call) -> Reply:
-    """Return the public key of the checkpoints."""
-    return cached(call, f"{call.portal.audit_log.verifier}\n".encode(), PLAIN, max_age=60)
+    """Return the public key of the checkpoints of an operator's tenant, without a token of the first one's."""
+    return _by_token(cached(call, f"{_log(call).verifier}\n".encode(), PLAIN, max_age=60))
+
+
+@ROUTES.add("GET", "/audit/{log}/checkpoint", ANYONE, _NOTE, errors=(404,))
+def audit_checkpoint_of(call: Call, log: str) -> Reply:
+    """Return the newest checkpoint of a log: its name is the end of the origin, and says nothing of the tenant."""
+    return cached(call, call.portal.audit_logs.newest_of(log).encode(), PLAIN, max_age=60)
+
+
+def _log(call: Call) -> AuditLog:
+    return call.portal.audit_logs.of(call.actor.tenant_id)
+
+
+def _by_token(reply: Reply) -> Reply:
+    """Keep a cache from giving what was answered to one token to another."""
+    return dataclasses.replace(reply, headers={**reply.headers, "Vary": "Authorization"})

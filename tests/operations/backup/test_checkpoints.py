@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from cli import cli
 from config import Settings
+from operations import jobs
 from operations.wiring import Portal
 from pki.checkpoints import SigningKey, VerifierKey
 from store import audit
@@ -16,8 +17,9 @@ from tests.store.test_audit import tamper
 from tests.support.backups import bring_passphrase, copied, opened, put_back
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_audit import altered, rewrite
+from tests.workflows.test_audit_of_tenants import NAME, alter, with_a_second
 from tests.workflows.test_registration import OPERATOR, PUMP
-from workflows.audit import CHECKPOINT_FILE, KEY_FILE
+from workflows.audit import CHECKPOINT_FILE, KEY_FILE, KEY_FOLDER
 
 pytestmark = ON_SQLITE
 
@@ -25,7 +27,7 @@ pytestmark = ON_SQLITE
 def verified(portal: Portal, folder: Path, note: str, key: str) -> int:
     """The exit status of ``portal audit verify`` for the record as it is now."""
     (folder / "checkpoint").write_text(note)
-    (folder / "audit.ndjson").write_bytes(b"".join(portal.audit_log.export("default")))
+    (folder / "audit.ndjson").write_bytes(b"".join(portal.audit_log.export()))
     words = ["--key", key, "--checkpoint", str(folder / "checkpoint")]
     return CliRunner().invoke(cli, ["audit", "verify", str(folder / "audit.ndjson"), *words]).exit_code
 
@@ -110,3 +112,26 @@ def test_a_checkpoint_of_another_key_in_the_data_folder_is_told(settings: Settin
     path.write_text(str(SigningKey.create("portal.example.com/audit/2")))
     with opened(settings, clock) as portal:
         assert CHECKPOINT_FILE in str(portal.audit_log.problem())
+
+
+def test_a_backup_has_each_checkpoint_and_no_key_and_the_restored_records_begin_new_series(
+    settings: Settings, file: Path, clock: Clock
+) -> None:
+    with opened(settings, clock) as portal:
+        with_a_second(portal)
+        jobs.sign_audit_record(portal)
+        note, key = portal.audit_logs.of(NAME).newest(), str(portal.audit_logs.of(NAME).verifier)
+        alter(portal)
+    seed = (settings.secrets_dir / KEY_FOLDER / NAME).read_bytes().strip().split(b"+", 4)[-1]
+    copied(settings, file, clock)
+    with zipfile.ZipFile(file) as archive:
+        assert archive.read(f"audit/{NAME}/checkpoint").decode() == note
+        assert archive.read(f"audit/{NAME}/key").decode() == key
+        assert not [name for name in archive.namelist() if seed in archive.read(name)]
+    notes = put_back(settings, file, clock).notes
+    assert [text[:60] for text in notes] == [f"The audit record of the tenant {NAME} in the backup is damaged"[:60]]
+    with opened(settings, clock) as portal:
+        assert not portal.audit_logs.problems()
+        problem_of_new = portal.audit_logs.sign_due()
+        assert "Entry 1 was altered" in problem_of_new[NAME]
+        assert str(portal.audit_logs.of(NAME).verifier) != key

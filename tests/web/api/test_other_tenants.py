@@ -172,7 +172,9 @@ BY_LINK = "/download/{token}"
 def test_no_route_shows_or_changes_what_is_another_tenants(
     shared_app: Flask, owned: Owned, neighbours: dict[Role, Api], route: Route
 ) -> None:
-    path = route.path.format(**{"issuer": "0" * 16, "label": "another", "request": "0" * 16} | owned.parts)
+    path = route.path.format(
+        **{"issuer": "0" * 16, "label": "another", "request": "0" * 16, "log": "0" * 16} | owned.parts
+    )
     body = BODIES.get(f"{route.method} {route.path}", {}) if route.method in ("POST", "PATCH") else None
     before = rows_of(portal_of(shared_app), "default")
     for role, api in neighbours.items():

@@ -85,6 +85,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /audit/export": {ADMIN, AUDITOR},
     "GET /audit/checkpoint": ANYONE,
     "GET /audit/key": ANYONE,
+    "GET /audit/{log}/checkpoint": ANYONE,
     "GET /webhooks": {ADMIN},
     "POST /webhooks": {ADMIN},
     "DELETE /webhooks/{webhook_id}": {ADMIN},
