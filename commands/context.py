@@ -21,7 +21,7 @@ from commands.output import Cell, Output
 
 VERSION = "0.1.0"
 CONNECTION = tuple(field.name for field in dataclasses.fields(ConnectionOptions))
-ROLES = ("admin", "operator", "auditor")
+ROLES = ("system", "admin", "operator", "auditor")
 
 
 class Remote:

@@ -28,7 +28,15 @@ from operations.ca_commands import ca_group
 from operations.command_base import opened_portal, settings_of_app, without_traceback
 from operations.doctor import doctor as doctors
 from operations.doctor.base import Finding, State
-from operations.wiring import Portal, first_token, make_admin_token, open_portal, prepare, utc_now
+from operations.wiring import (
+    Portal,
+    first_token,
+    make_admin_token,
+    make_tenant_admin_token,
+    open_portal,
+    prepare,
+    utc_now,
+)
 from store.tenants import tenant_ids
 from workflows.audit import problem_of
 from workflows.enrolment.clients import CLIENT_CAS
@@ -211,15 +219,24 @@ def _given_settings(settings: Settings) -> dict[str, str]:
 
 
 @click.command("admin-token")
+@click.option("--tenant", metavar="NAME", help="Make an admin's of this tenant, beside those it has, and print it.")
 @without_traceback
-def admin_token() -> None:
-    """Make another admin token, valid for a day, in place of the one in operator.env.
+def admin_token(tenant: str | None) -> None:
+    """Make another token of the role system, valid for a day, in place of the one in operator.env.
 
-    For the owner of the machine who has no other valid one. It is in the audit record. The portal may serve meanwhile.
+    Such a token does what an admin's does, and rules over tenants. For the owner of the machine who has no other valid
+    one. It is in the audit record. The portal may serve meanwhile.
     """
     settings = settings_of_app()
     environment = settings.data_dir / "operator.env"
     with opened_portal() as portal:
+        if tenant not in (None, portal.first_tenant):
+            secret, record = make_tenant_admin_token(portal, tenant)
+            click.echo(
+                f"Token          {record.id}, an admin's of {tenant} until {record.expires_at:%Y-%m-%d %H:%M} UTC"
+            )
+            click.echo(f"To use it      export PORTAL_TOKEN={secret}")
+            return
         secret, record = make_admin_token(portal)
     replace_file(environment, _operator_environment(settings, secret).encode())
     click.echo(f"Token          {record.id}, an admin's until {record.expires_at:%Y-%m-%d %H:%M} UTC")

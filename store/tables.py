@@ -69,11 +69,11 @@ class IdempotencyKey(Base):
 
 
 class Token(OfTenant, Base):
-    """An operator's token, by the hash of its secret; an admin's that ``is_system`` has the role ``system``."""
+    """An operator's token, by its secret's hash; an admin's of the first tenant can have the role ``system``."""
 
     __tablename__ = "tokens"
     __table_args__ = (
-        sa.CheckConstraint("NOT is_system OR role = 'admin'", name="is_system"),
+        sa.CheckConstraint(f"NOT is_system OR (role = 'admin' AND tenant_id = '{DEFAULT_TENANT}')", name="is_system"),
         sa.CheckConstraint(one_of("role", "admin", "operator", "auditor"), name="role"),
         sa.UniqueConstraint("token_hash"),
     )

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from sqlalchemy.engine import Connection
+
 from core import roles
-from core.errors import LastAdminToken, LinkUsed, TooManyAttempts
+from core.errors import Forbidden, LastAdminToken, LinkUsed, TooManyAttempts
 from core.roles import Role
 from core.throttle import Throttle
 from store import audit, devices, enrolment, tenants
@@ -19,6 +21,7 @@ from store.tenants import TokenRecord
 from workflows import events
 from workflows.events import EventType
 
+ONLY_SYSTEM = "Only an operator of the role system may make or revoke a token of that role."
 LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit what no index serves
 
 
@@ -37,7 +40,12 @@ class Operators:
         return record if record is not None and record.is_valid(self._clock()) else None
 
     def create(self, actor: Actor, name: str, role: Role, life: timedelta | None) -> tuple[str, TokenRecord]:
-        """Create a token; returns its secret, which is stored nowhere, with its record."""
+        """Create a token; returns its secret, which is stored nowhere, with its record.
+
+        Raises ``Forbidden`` if the role is that above the tenants, and the actor does not have it.
+        """
+        if role is Role.SYSTEM and actor.role != Role.SYSTEM:
+            raise Forbidden(ONLY_SYSTEM)
         now = self._clock()
         expires_at = None if life is None else now + life
         secret, record = new_token(actor.tenant_id, name, role, expires_at, now=now)
@@ -63,16 +71,18 @@ class Operators:
         return len(made)
 
     def revoke(self, actor: Actor, token_id: str, *, force: bool = False) -> TokenRecord:
-        """Revoke a token at once; raises ``NotFound``, and unless by ``force`` ``LastAdminToken``."""
+        """Revoke a token at once; raises ``NotFound``, and unless by ``force`` ``LastAdminToken``.
+
+        One of the role above the tenants is revoked by another of that role alone; raises ``Forbidden``.
+        """
         now = self._clock()
         with self._database.transaction() as tx:
             audit.lock_audit_head(tx, actor.tenant_id)  # else two admins could revoke each other's token at once
-            valid = [one.id for one in tenants.list_tokens(tx, actor.tenant_id) if _is_valid_admin(one, now)]
-            if valid == [token_id] and not force:
-                raise LastAdminToken(
-                    "This is the last valid admin token: create another one first, or revoke it with force; then only"
-                    " flask --app app admin-token on the portal's machine makes one."
-                )
+            valid = [one for one in tenants.list_tokens(tx, actor.tenant_id) if one.is_valid(now)]
+            if actor.role != Role.SYSTEM and any(one.id == token_id and one.role == Role.SYSTEM for one in valid):
+                raise Forbidden(ONLY_SYSTEM)
+            if not force:
+                _check_not_last(tx, valid, token_id)
             record = tenants.revoke_token(tx, actor.tenant_id, token_id, revoked_at=now)
             if record.revoked_at == now:
                 audit.record(tx, actor, "token:revoke", f"token:{token_id}", at=now)
@@ -171,8 +181,17 @@ class Operators:
                 )
 
 
-def _is_valid_admin(record: TokenRecord, now: datetime) -> bool:
-    return record.role == Role.ADMIN and record.is_valid(now)
+def _check_not_last(tx: Connection, valid: Sequence[TokenRecord], token_id: str) -> None:
+    """Raise ``LastAdminToken`` if a tenant, or all tenants together, would be left without anybody to rule them."""
+    kinds: dict[str, tuple[Role, ...]] = {"admin": (Role.SYSTEM, Role.ADMIN)}
+    if len(tenants.tenant_ids(tx)) > 1:  # else nobody needs the role above them
+        kinds["system"] = (Role.SYSTEM,)
+    for kind, allowed in kinds.items():
+        if [one.id for one in valid if one.role in allowed] == [token_id]:
+            raise LastAdminToken(
+                f"This is the last valid {kind} token: create another one first, or revoke it with force; then only"
+                " flask --app app admin-token on the portal's machine makes one."
+            )
 
 
 def new_token(

@@ -52,13 +52,7 @@ class TenantDirectory:
 
     def of(self, tenant_id: str) -> TenantTerms:
         """Return the terms of a tenant; raises ``NotFound``."""
-        if time.monotonic() - self._looked_at >= SECONDS_BETWEEN_LOOKS and self._lock.acquire(blocking=False):
-            try:
-                self.refresh()
-            except PortalError as error:
-                log.error("the tenants cannot be read; the known ones stay", extra={"problem": error.detail})
-            finally:
-                self._lock.release()
+        self._look()
         if tenant_id not in self._terms:
             self.refresh()  # one that has just been added
         if tenant_id not in self._terms:
@@ -66,9 +60,25 @@ class TenantDirectory:
         return self._terms[tenant_id]
 
     @property
+    def are_several(self) -> bool:
+        """Whether there is any tenant beside the first one."""
+        self._look()
+        return len(self._terms) > 1
+
+    @property
     def longest_link_hours(self) -> int:
         """For how many hours a link of any tenant can be good."""
+        self._look()
         return max(terms.link_hours for terms in self._terms.values())
+
+    def _look(self) -> None:
+        if time.monotonic() - self._looked_at >= SECONDS_BETWEEN_LOOKS and self._lock.acquire(blocking=False):
+            try:
+                self.refresh()
+            except PortalError as error:
+                log.error("the tenants cannot be read; the known ones stay", extra={"problem": error.detail})
+            finally:
+                self._lock.release()
 
     def refresh(self) -> None:
         """Read the tenants now; raises ``DatabaseUnavailable``."""

@@ -38,7 +38,7 @@ def upgrade() -> None:
     )
     op.execute(
         "ALTER TABLE tokens ADD COLUMN is_system BOOLEAN DEFAULT FALSE NOT NULL"
-        " CONSTRAINT ck_tokens_is_system CHECK (NOT is_system OR role = 'admin')"
+        " CONSTRAINT ck_tokens_is_system CHECK (NOT is_system OR (role = 'admin' AND tenant_id = 'default'))"
     )
 
 

@@ -247,6 +247,6 @@ def tokens(installation: Installation) -> Finding:
             "Create new ones that expire (./portal token create NAME --days 90), then revoke these (./portal token"
             " revoke).",
         )
-    if not any(token.role == Role.ADMIN for token in valid):
+    if not any(token.role in (Role.SYSTEM, Role.ADMIN) for token in valid):
         found.warning("No admin token is valid.", "Make one, valid for a day: flask --app app admin-token")
     return combine(found, f"{len(valid)} operator tokens are valid; each expires.")

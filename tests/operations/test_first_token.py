@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import stat
 
 import pytest
@@ -21,6 +22,7 @@ from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR
 
 pytestmark = ON_SQLITE
+SYSTEM = dataclasses.replace(OPERATOR, role=Role.SYSTEM)
 
 
 def record_of(portal: Portal, secret: str | None) -> TokenRecord:
@@ -39,7 +41,7 @@ def count(portal: Portal) -> int:
 def test_the_first_start_makes_an_admin_token_for_a_day_and_the_next_ones_find_it(portal: Portal) -> None:
     secret = first_token(portal)
     record = record_of(portal, secret)
-    assert record.role == Role.ADMIN
+    assert record.role == Role.SYSTEM
     assert record.expires_at is not None
     assert (record.expires_at - record.created_at).total_seconds() == 24 * 3600
     assert first_token(portal) == secret
@@ -49,7 +51,7 @@ def test_the_first_start_makes_an_admin_token_for_a_day_and_the_next_ones_find_i
 
 @pytest.mark.parametrize("renew", [False, True])
 def test_it_does_not_come_back_after_it_was_revoked(portal: Portal, clock: Clock, renew: bool) -> None:
-    portal.operators.revoke(OPERATOR, record_of(portal, first_token(portal)).id, force=True)
+    portal.operators.revoke(SYSTEM, record_of(portal, first_token(portal)).id, force=True)
     assert first_token(portal, renew=renew) is None
     clock.advance(days=2)
     assert first_token(portal, renew=renew) is None
@@ -68,7 +70,7 @@ def test_it_ends_after_a_day_and_a_start_makes_no_other(portal: Portal, clock: C
 def test_a_lost_file_brings_no_other_token_but_with_scripts_run(portal: Portal) -> None:
     (portal.settings.secrets_dir / "operator-token").unlink()
     assert first_token(portal) is None
-    assert record_of(portal, first_token(portal, renew=True)).role == Role.ADMIN
+    assert record_of(portal, first_token(portal, renew=True)).role == Role.SYSTEM
 
 
 @pytest.mark.parametrize("hours", [13, 30])
@@ -93,7 +95,7 @@ def test_a_first_start_that_was_killed_before_the_commit_is_the_first_again(port
 def test_the_owner_of_the_machine_makes_another_one(app: Flask) -> None:
     portal = portal_of(app)
     old = first_token(portal)
-    portal.operators.revoke(OPERATOR, record_of(portal, old).id, force=True)
+    portal.operators.revoke(SYSTEM, record_of(portal, old).id, force=True)
     with app.app_context():
         result = CliRunner().invoke(admin_token)
     assert result.exit_code == 0, result.output
@@ -104,10 +106,36 @@ def test_the_owner_of_the_machine_makes_another_one(app: Flask) -> None:
     assert f"export PORTAL_TOKEN={secret}\n" in path.read_text()
     assert secret not in result.output
     record = record_of(portal, secret)
-    assert (record.role, record.is_valid(portal.clock())) == (Role.ADMIN, True)
+    assert (record.role, record.is_valid(portal.clock())) == (Role.SYSTEM, True)
     with portal.database.snapshot() as tx:
         [made, *_] = audit.list_audit_entries(tx, "default", limit=1, filters={"action": "token:create"})
     assert (made.actor, made.object) == ("portal", f"token:{record.id}")
+
+
+def test_the_owner_of_the_machine_makes_an_admin_of_another_tenant(app: Flask) -> None:
+    portal = portal_of(app)
+    with portal.database.transaction() as tx:
+        tenants.add_tenant(tx, "acme", created_at=portal.clock())
+    first = first_token(portal)
+    with app.app_context():
+        result = CliRunner().invoke(admin_token, ["--tenant", "acme"])
+        unknown = CliRunner().invoke(admin_token, ["--tenant", "nobody"])
+    assert result.exit_code == 0, result.output
+    record = record_of(portal, result.output.rpartition("PORTAL_TOKEN=")[2].strip())
+    assert (record.tenant_id, record.role, record.is_valid(portal.clock())) == ("acme", Role.ADMIN, True)
+    assert first_token(portal) == first
+    with portal.database.snapshot() as tx:
+        [made, *_] = audit.list_audit_entries(tx, "acme", limit=1)
+    assert (made.action, made.object) == ("token:create", f"token:{record.id}")
+    assert (unknown.exit_code, unknown.output.startswith("Error: There is no tenant")) == (1, True)
+
+
+def test_a_token_from_before_the_role_above_the_tenants_is_renewed_as_an_admins(portal: Portal, clock: Clock) -> None:
+    with portal.database.transaction() as tx:
+        tx.exec_driver_sql("UPDATE tokens SET is_system = FALSE")
+    clock.advance(hours=13)
+    assert record_of(portal, first_token(portal, renew=True)).role == Role.ADMIN
+    assert make_admin_token(portal)[1].role == Role.SYSTEM
 
 
 def test_another_one_replaces_that_which_is_valid(portal: Portal) -> None:

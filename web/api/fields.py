@@ -69,7 +69,7 @@ ReasonName = Literal[
     "privilege_withdrawn",
 ]
 StatusName = Literal["pending", "active", "suspended", "revoked"]
-RoleName = Literal["admin", "operator", "auditor"]
+RoleName = Literal["system", "admin", "operator", "auditor"]
 
 if set(get_args(KeyTypeName)) != set(KEY_TYPES) or not set(get_args(ReasonName)) <= set(Reason):
     raise AssertionError("KeyTypeName and ReasonName must name values of config.KEY_TYPES and pki.issuers.Reason")

@@ -11,7 +11,7 @@ from flask import render_template
 
 from core import metrics
 from core.errors import Forbidden
-from core.roles import MAY, Permission
+from core.roles import MAY, Permission, Role
 from web.api.openapi import openapi
 from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, Route, Routes
 
@@ -89,7 +89,9 @@ def read_metrics(call: Call) -> Reply:
 
 
 def _runs_the_installation(call: Call) -> bool:
-    """Tell whether an operator is one of the first tenant, to whom alone the figures of all tenants are shown."""
+    """Tell whether an operator may see the figures of the whole installation: with one tenant, all of its operators."""
+    if call.portal.tenant_terms.are_several:
+        return call.actor.role == Role.SYSTEM
     return call.actor.tenant_id == call.portal.first_tenant
 
 

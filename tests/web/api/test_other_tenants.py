@@ -126,7 +126,7 @@ def neighbours(shared_app: Flask) -> dict[Role, Api]:
     found = {}
     with portal.database.transaction() as tx:
         tenants.add_tenant(tx, "another", created_at=portal.clock())
-        for role in Role:
+        for role in (Role.ADMIN, Role.OPERATOR, Role.AUDITOR):
             secret, record = new_token("another", "a neighbour", role, None, now=portal.clock())
             tenants.add_token(tx, record, secret=secret)
             found[role] = Api(shared_app.test_client(), secret)
@@ -317,11 +317,14 @@ def test_a_manufacturer_that_tls_takes_for_another_tenants_is_refused_without_a_
     assert told(answer, owned, other) == []
 
 
-def test_figures_and_problems_of_the_installation_are_told_to_the_operators_of_its_first_tenant(
-    owner: Api, neighbours: dict[Role, Api]
+def test_figures_and_problems_of_the_installation_are_told_to_the_role_above_the_tenants_alone(
+    shared_app: Flask, owner: Api, neighbours: dict[Role, Api]
 ) -> None:
-    assert owner.get("/metrics").status_code == 200
-    for api in neighbours.values():
+    portal_of(shared_app).tenant_terms.refresh()
+    system = api_as(shared_app, Role.SYSTEM)
+    assert system.get("/metrics").status_code == 200
+    assert {check.get("problem") for check in system.get("/readyz").json["checks"]} - {None, FOR_OPERATORS}
+    for api in (owner, *neighbours.values()):
         problem_of(api.get("/metrics"), 403, "forbidden")
         problems = {check.get("problem") for check in api.get("/readyz").json["checks"]} - {None}
         assert problems == {FOR_OPERATORS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import sqlalchemy as sa
 from flask import Flask
 
 from app import portal_of
+from core.roles import Role
 from store.tables import AuditEntry, Token
-from tests.support.harness import Api, Clock, problem_of
+from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
 
 
 def holding(api: Api, token: str) -> Api:
@@ -50,7 +52,8 @@ def test_a_revoked_token_is_refused_at_once_and_a_repeat_returns_the_same(api: A
     assert len(api.get("/audit?action=token:revoke").json["entries"]) == 1
 
 
-def test_the_last_admin_token_is_revoked_by_force_only(api: Api) -> None:
+def test_the_last_admin_token_is_revoked_by_force_only(as_role: Callable[[Role | None], Api]) -> None:
+    api = as_role(Role.SYSTEM)
     tokens = api.get("/tokens").json["tokens"]
     own = next(token for token in tokens if token["name"].startswith("a test's"))
     for token in tokens:
@@ -71,6 +74,41 @@ def test_an_admin_that_has_expired_does_not_count_as_another(api: Api, clock: Cl
     statuses = [api.delete(f"/tokens/{token['token_id']}").status_code for token in own]
     assert sorted(statuses) == [200] * (len(own) - 1) + [409]
     problem_of(holding(api, short).get("/devices"), 401, "unauthenticated")
+
+
+@ON_SQLITE
+def test_the_role_above_the_tenants_is_given_and_taken_by_that_role_alone(api: Api, app: Flask) -> None:
+    system, wanted = api_as(app, Role.SYSTEM), {"name": "who runs it", "role": "system"}
+    made = system.post("/tokens", wanted)
+    assert (made.status_code, made.json["role"]) == (201, "system")
+    for admin in (api, api_as(app, Role.ADMIN, "acme")):
+        problem_of(admin.post("/tokens", wanted), 403, "forbidden")
+    for query in ("", "?force=true"):
+        problem_of(api.delete(f"/tokens/{made.json['token_id']}{query}"), 403, "forbidden")
+    assert holding(api, made.json["token"]).get("/tokens").status_code == 200
+    assert system.delete(f"/tokens/{made.json['token_id']}").status_code == 200
+
+
+@ON_SQLITE
+def test_only_in_the_first_tenant_can_a_token_have_the_role_above_the_tenants(app: Flask) -> None:
+    with pytest.raises(sa.exc.IntegrityError):
+        api_as(app, Role.SYSTEM, "acme")
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("are_several", [False, True])
+def test_the_last_token_of_the_role_above_the_tenants_is_revoked_by_force_only_while_there_are_several_tenants(
+    api: Api, app: Flask, are_several: bool
+) -> None:
+    if are_several:
+        api_as(app, Role.ADMIN, "acme")
+    system = api_as(app, Role.SYSTEM)
+    held = [token["token_id"] for token in system.get("/tokens").json["tokens"] if token["role"] == "system"]
+    statuses = [system.delete(f"/tokens/{token_id}").status_code for token_id in reversed(held)]
+    assert statuses == [200] * (len(held) - 1) + [409 if are_several else 200]
+    if are_several:
+        assert system.delete(f"/tokens/{held[0]}?force=true").status_code == 200
+    assert api.get("/tokens").status_code == 200
 
 
 @pytest.mark.parametrize("header", ["Bearer {}", "bearer {}", "BEARER   {}", "Bearer {} "])
