@@ -165,7 +165,7 @@ def revoke_device(
     With the reason ``key_compromise`` the keys of all its certificates are certified for nobody any more.
     """
     if reason == Reason.KEY_COMPROMISE:
-        _block_keys(tx, tenant_id, device_id, revoked_at)
+        block_keys(tx, tenant_id, device_id, at=revoked_at)
     values = {"revoked_at": revoked_at, "revocation_reason": reason, "generation": generation}
     update_device(tx, tenant_id, device_id, {"status": DeviceStatus.REVOKED, "updated_at": revoked_at, **values})
     own = {"of_tenant": tenant_id, "of_device": device_id}
@@ -174,10 +174,11 @@ def revoke_device(
     empty_answers(tx, tenant_id, device_id)
 
 
-def _block_keys(tx: Connection, tenant_id: str, device_id: str, revoked_at: datetime) -> None:
+def block_keys(tx: Connection, tenant_id: str, device_id: str, *, at: datetime) -> bool:
+    """Have the keys of all certificates of a device certified for nobody from now on; return whether one was free."""
     own = (Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
     ders = tx.execute(sa.select(Certificate.der).where(*own)).scalars()
-    keys.block_keys(tx, tenant_id, device_id, {certificate_key_fingerprint(der) for der in ders}, at=revoked_at)
+    return keys.block_keys(tx, tenant_id, device_id, {certificate_key_fingerprint(der) for der in ders}, at=at)
 
 
 # --- Certificates -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from core import metrics
 from core.errors import DeviceNotFound, StateConflict
 from core.failpoints import failpoint
 from core.states import ClientKind, DeviceStatus, advance
+from pki.issuers import Reason
 from store import audit, devices
 from store.audit import Actor
 from store.database import Database
@@ -98,7 +99,8 @@ class DeviceRevocations:
     def revoke(self, actor: Actor, device_id: str, reason: str, *, kind: ClientKind = ClientKind.DEVICE) -> Revoked:
         """Revoke a device or application for good, with its certificates and bundles.
 
-        A repeat gives the first time and reason. Raises ``DeviceNotFound``, ``ApplicationNotFound``.
+        A repeat gives the first time and reason; with ``key_compromise`` it blocks the keys, too. Raises
+        ``DeviceNotFound``, ``ApplicationNotFound``.
         """
         started, now = time.monotonic(), self._clock()
         written = self._database.write(lambda tx: _revoke(tx, actor, device_id, reason, now, kind))
@@ -189,6 +191,8 @@ def _revoke(
 ) -> _Written[Revoked]:
     device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
     if device.status is DeviceStatus.REVOKED:
+        if reason == Reason.KEY_COMPROMISE and db.block_keys(tx, actor.tenant_id, device_id, at=now):
+            audit.record(tx, actor, f"{kind}:block_keys", device.name_in_audit, at=now, reason=reason)
         answer = Revoked(device_id, device.revoked_at or now, device.revocation_reason or reason)
         return _Written(answer, device.generation, repeated=True)
     generation = db.next_generation(tx, at=now)
