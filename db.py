@@ -165,7 +165,7 @@ def revoke_device(
     With the reason ``key_compromise`` the keys of all its certificates are certified for nobody any more.
     """
     if reason == Reason.KEY_COMPROMISE:
-        block_keys(tx, tenant_id, device_id, at=revoked_at)
+        _block_keys(tx, tenant_id, device_id, revoked_at)
     values = {"revoked_at": revoked_at, "revocation_reason": reason, "generation": generation}
     update_device(tx, tenant_id, device_id, {"status": DeviceStatus.REVOKED, "updated_at": revoked_at, **values})
     own = {"of_tenant": tenant_id, "of_device": device_id}
@@ -174,11 +174,32 @@ def revoke_device(
     empty_answers(tx, tenant_id, device_id)
 
 
-def block_keys(tx: Connection, tenant_id: str, device_id: str, *, at: datetime) -> bool:
-    """Have the keys of all certificates of a device certified for nobody from now on; return whether one was free."""
+_CHANGE_REASON = CertificateChange(
+    *OF_DEVICE,
+    Certificate.status == CertificateStatus.REVOKED,
+    Certificate.revoked_at == sa.bindparam("at"),
+    revocation_reason=sa.bindparam("reason"),
+    generation=sa.bindparam("changed_at"),
+)
+
+
+def change_reason(tx: Connection, device: DeviceRecord, reason: str, *, at: datetime, generation: int) -> None:
+    """Change the reason of a device that is revoked, and of the certificates that were revoked with it.
+
+    Their time stays; certificates that had ended before keep their reason. With ``key_compromise`` the keys of all its
+    certificates are certified for nobody any more.
+    """
+    if reason == Reason.KEY_COMPROMISE:
+        _block_keys(tx, device.tenant_id, device.id, at)
+    update_device(tx, device.tenant_id, device.id, {"revocation_reason": reason, "generation": generation})
+    own = {"of_tenant": device.tenant_id, "of_device": device.id}
+    _CHANGE_REASON.run(tx, generation=generation, at=device.revoked_at, reason=reason, **own)
+
+
+def _block_keys(tx: Connection, tenant_id: str, device_id: str, at: datetime) -> None:
     own = (Certificate.tenant_id == tenant_id, Certificate.device_id == device_id)
     ders = tx.execute(sa.select(Certificate.der).where(*own)).scalars()
-    return keys.block_keys(tx, tenant_id, device_id, {certificate_key_fingerprint(der) for der in ders}, at=at)
+    keys.block_keys(tx, tenant_id, device_id, {certificate_key_fingerprint(der) for der in ders}, at=at)
 
 
 # --- Certificates -------------------------------------------------------------------------------------------------

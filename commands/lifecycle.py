@@ -66,6 +66,7 @@ def revoke(portal: Remote, device_id: str, reason: str | None, yes: bool) -> Non
     with portal.out.working("Revoking; waiting for the broker…"):
         answer = portal.client.call("POST", f"/revoke/{device_id}", body={"reason": reason} if reason else {}).json()
     show_outcome(portal, f"Revoked {name or device_id}", answer, "revoked_at", "reason")
+    say_whether_changed(portal, answer, reason)
     say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate.")
 
 
@@ -87,6 +88,13 @@ def show_outcome(portal: Remote, done: str, answer: dict[str, Any], *more: str, 
         value = answer.get(name)
         fields[name] = moment(value) if name.endswith("_at") else text(value)
     portal.out.result(answer, fields | {"broker": state(answer.get("broker"))}, done=done)
+
+
+def say_whether_changed(portal: Remote, answer: dict[str, Any], reason: str | None) -> None:
+    """Say that a client which was revoked before keeps its reason, if another one was asked for."""
+    kept = str(answer.get("reason") or "unspecified")
+    if reason is not None and reason != kept:
+        portal.out.note(f"It was revoked before, and the reason stays {kept}: only a worse one takes its place.")
 
 
 def say_whether_enforced(portal: Remote, answer: dict[str, Any], enforced: str, *, kind: str = "device") -> None:

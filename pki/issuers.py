@@ -57,6 +57,10 @@ class Reason(StrEnum):
     PRIVILEGE_WITHDRAWN = "privilege_withdrawn"
     AA_COMPROMISE = "aa_compromise"
 
+    def is_worse_than(self, other: str) -> bool:
+        """Return whether it may take the place of another: any that of none, a compromised key that of any."""
+        return self != other and (other == Reason.UNSPECIFIED or self is Reason.KEY_COMPROMISE)
+
 
 @dataclass(frozen=True)
 class Issuer:

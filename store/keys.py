@@ -85,11 +85,8 @@ def claim_keys(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim]) -> No
 
 def block_keys(
     tx: Connection, tenant_id: str, device_id: str | None, key_fingerprints: Collection[str], *, at: datetime
-) -> bool:
-    """Have keys certified for nobody from now on; one that is blocked already keeps its time.
-
-    Returns whether one was not blocked yet.
-    """
+) -> None:
+    """Have keys certified for nobody from now on; one that is blocked already keeps its time."""
     lock(tx, tenant_id)
     known = {row.key_fingerprint: row.compromised_at for row in _rows(tx, tenant_id, list(key_fingerprints))}
     free = [fingerprint for fingerprint in key_fingerprints if known.get(fingerprint, at) is None]
@@ -99,7 +96,6 @@ def block_keys(
     new = [fingerprint for fingerprint in key_fingerprints if fingerprint not in known]
     if new:
         tx.execute(_INSERT, [_values(tenant_id, fingerprint, device_id, at) for fingerprint in new])
-    return bool(free or new)
 
 
 def _rows(tx: Connection, tenant_id: str, key_fingerprints: Sequence[str]) -> Iterator[Any]:

@@ -22,6 +22,7 @@ from pki.issuers import Reason
 from store import audit, devices
 from store.audit import Actor
 from store.database import Database
+from store.devices import DeviceRecord
 from workflows import events
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
@@ -78,7 +79,7 @@ _A = TypeVar("_A", bound=Revoked | Suspended, covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class _Written(Generic[_A]):
-    """What was recorded, of which the broker may not know yet; ``repeated``: nothing has changed."""
+    """What was recorded, of which the broker may not know yet; ``repeated``: the device was as asked for before."""
 
     answer: _A
     generation: int
@@ -99,8 +100,8 @@ class DeviceRevocations:
     def revoke(self, actor: Actor, device_id: str, reason: str, *, kind: ClientKind = ClientKind.DEVICE) -> Revoked:
         """Revoke a device or application for good, with its certificates and bundles.
 
-        A repeat gives the first time and reason; with ``key_compromise`` it blocks the keys, too. Raises
-        ``DeviceNotFound``, ``ApplicationNotFound``.
+        A repeat gives the first time, and the first reason unless the new one is worse. Raises ``DeviceNotFound``,
+        ``ApplicationNotFound``.
         """
         started, now = time.monotonic(), self._clock()
         written = self._database.write(lambda tx: _revoke(tx, actor, device_id, reason, now, kind))
@@ -191,16 +192,25 @@ def _revoke(
 ) -> _Written[Revoked]:
     device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
     if device.status is DeviceStatus.REVOKED:
-        if reason == Reason.KEY_COMPROMISE and db.block_keys(tx, actor.tenant_id, device_id, at=now):
-            audit.record(tx, actor, f"{kind}:block_keys", device.name_in_audit, at=now, reason=reason)
-        answer = Revoked(device_id, device.revoked_at or now, device.revocation_reason or reason)
-        return _Written(answer, device.generation, repeated=True)
+        return _revoked_again(tx, actor, device, reason, now)
     generation = db.next_generation(tx, at=now)
     db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
     events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, kind=kind, at=now, reason=reason)
     audit.record(tx, actor, f"{kind}:revoke", device.name_in_audit, at=now, reason=reason)
     failpoint("revoke.before_commit")
     return _Written(Revoked(device_id, now, reason), generation, repeated=False)
+
+
+def _revoked_again(tx: Connection, actor: Actor, device: DeviceRecord, reason: str, now: datetime) -> _Written[Revoked]:
+    """Keep what was recorded, but for a reason that is worse: whoever reads the CRL must learn of a stolen key."""
+    at, before = device.revoked_at or now, device.revocation_reason or Reason.UNSPECIFIED
+    if not Reason(reason).is_worse_than(before):
+        return _Written(Revoked(device.id, at, before), device.generation, repeated=True)
+    generation = db.next_generation(tx, at=now)
+    db.change_reason(tx, device, reason, at=now, generation=generation)
+    events.record(tx, actor.tenant_id, EventType.REVOKED, device.id, kind=device.kind, at=now, reason=reason)
+    audit.record(tx, actor, f"{device.kind}:revoke", device.name_in_audit, at=now, reason=reason, before=before)
+    return _Written(Revoked(device.id, at, reason), generation, repeated=True)
 
 
 def _suspend(tx: Connection, actor: Actor, device_id: str, now: datetime) -> _Written[Suspended]:

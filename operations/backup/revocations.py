@@ -119,6 +119,8 @@ class RevocationReplay:
                 wanted, at, reason = known.denied[device_id]
                 if wanted == DeviceStatus.REVOKED and status != DeviceStatus.REVOKED:
                     self._revoke_device(tenant_id, device_id, name, at, reason)
+                elif wanted == DeviceStatus.REVOKED:
+                    self._change_reason(tenant_id, device_id, reason)
                 elif wanted == DeviceStatus.SUSPENDED and status == DeviceStatus.ACTIVE:
                     self._suspend_device(tenant_id, device_id, name, at)
         return known
@@ -344,6 +346,15 @@ class RevocationReplay:
         kind = devices.kind_of(self._tx, tenant_id, device_id)
         what = f"{kind} {device_id} ({name})"
         self._keep(tenant_id, f"{kind}:{device_id}", f"{kind}:revoke", what, reason, at)
+
+    def _change_reason(self, tenant_id: str, device_id: str, reason: str) -> None:
+        """Give a device that the backup has revoked the worse reason that it got since."""
+        device = db.get_device(self._tx, tenant_id, device_id, kind=None)
+        if Reason(reason).is_worse_than(device.revocation_reason or Reason.UNSPECIFIED):
+            db.change_reason(self._tx, device, reason, at=self._now, generation=self._generation)
+            what = f"{device.kind} {device_id} ({device.name})"
+            target, action = device.name_in_audit, f"{device.kind}:revoke"
+            self._keep(tenant_id, target, action, what, reason, device.revoked_at or self._now)
 
     def _suspend_device(self, tenant_id: str, device_id: str, name: str, at: datetime) -> None:
         devices.suspend_device(self._tx, tenant_id, device_id, suspended_at=at, generation=self._generation)

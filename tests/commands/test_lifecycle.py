@@ -54,6 +54,15 @@ def test_a_revoked_device_is_not_resumed(session: Session, stub: PortalStub) -> 
     assert "revoked cannot become active" in result.stderr
 
 
+def test_a_reason_that_is_not_taken_is_told(session: Session, stub: PortalStub) -> None:
+    device_id = stub.add_device()
+    answer = {"device_id": device_id, "status": "revoked", "revoked_at": "2026-01-02T00:00:00Z", "broker": "enforced"}
+    stub.replies["POST", f"/revoke/{device_id}"] = Reply(body=answer | {"reason": "key_compromise"})
+    result = session.run("revoke", device_id, "--reason", "superseded", "--yes")
+    assert "the reason stays key_compromise" in result.stderr
+    assert "stays" not in session.run("revoke", device_id, "--reason", "key_compromise", "--yes").stderr
+
+
 def test_a_revocation_without_a_terminal_needs_yes(session: Session, stub: PortalStub) -> None:
     device_id = stub.add_device()
     result = session.run("revoke", device_id)

@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
@@ -24,6 +24,7 @@ from core.errors import (
     DeviceNotFound,
     IdempotencyConflict,
     InputInvalid,
+    KeyCompromised,
     LinkExpired,
     LinkRevoked,
     LinkUnknown,
@@ -33,8 +34,9 @@ from core.errors import (
 )
 from core.states import DeliveryStatus, DeviceStatus
 from operations.wiring import Portal, open_portal
+from pki.algorithms import certificate_key_fingerprint
 from pki.csr import read_csr
-from store import certificates, issuers, tenants
+from store import certificates, issuers, keys, tenants
 from store.audit import Actor
 from store.tables import Certificate, Delivery
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, settings_for
@@ -325,6 +327,31 @@ def test_revoking_twice_answers_the_same(portal: Portal, clock: Clock) -> None:
     first = portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise")
     clock.advance(minutes=5)
     assert portal.revocations.revoke(OPERATOR, registered.device_id, "superseded") == first
+
+
+def test_the_crl_has_a_worse_reason_with_the_first_time_and_the_keys_are_blocked(portal: Portal, clock: Clock) -> None:
+    registered = portal.registrations.register(OPERATOR, PUMP)
+
+    def listed() -> tuple[int, datetime, x509.ReasonFlags | None]:
+        crl = x509.load_pem_x509_crl(portal.settings.broker_file("crl.pem").read_bytes())
+        entry = crl.get_revoked_certificate_by_serial_number(int(registered.serial_number, 16))
+        assert entry is not None
+        found = [one.value for one in entry.extensions if isinstance(one.value, x509.CRLReason)]
+        number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        return number, entry.revocation_date_utc, found[0].reason if found else None
+
+    portal.revocations.revoke(OPERATOR, registered.device_id, "unspecified")
+    number, at, reason = listed()
+    assert reason is None
+    clock.advance(minutes=5)
+    portal.revocations.revoke(OPERATOR, registered.device_id, "key_compromise")
+    later = listed()
+    assert later[0] > number
+    assert later[1:] == (at, x509.ReasonFlags.key_compromise)
+    with portal.database.snapshot() as tx:
+        [row] = certificates.device_certificates(tx, "default", registered.device_id)
+        with pytest.raises(KeyCompromised):
+            keys.check_key(tx, "default", certificate_key_fingerprint(row.der), "another")
 
 
 def test_a_revocation_destroys_the_bundle_and_its_link(portal: Portal) -> None:

@@ -132,7 +132,7 @@ def resume(call: Call, device_id: str) -> SuspensionAnswer:
     "POST",
     "/revoke/{device_id}",
     Permission.CHANGE,
-    Answers("The device is revoked; a repeat gets the same answer"),
+    Answers("The device is revoked; a repeat gets the same answer, with a worse reason that one"),
     body_optional=True,
 )
 def revoke(call: Call, device_id: str, body: RevokeRequest) -> RevokeAnswer:

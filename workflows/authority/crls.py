@@ -19,9 +19,9 @@ from store.issuers import CrlHead, CrlRecord, RevokedCertificate
 class RevokedEntries:
     """The encoded CRL entries of certificates revoked for good, kept from one CRL to the next.
 
-    What is revoked stays so, with its date and reason, until it expires: an entry is read and encoded once, and what
-    is known here is never wrong, only incomplete. The database's count tells whether it is complete. A process that
-    comes to it late, or missed something, reads what it lacks.
+    What is revoked stays so, with its date, until it expires: an entry is read and encoded once, and again if its
+    reason was changed, with which it is as new. The database's count tells whether all are known. A process that comes
+    to it late, or missed something, reads what it lacks.
     Those on hold can return with another date after a resumption: they are read each time.
     """
 
@@ -39,7 +39,7 @@ class RevokedEntries:
         ``generation`` is that of the state which the transaction sees.
         """
         known = self._of.setdefault(issuer_id, _Known({}, 0, now))
-        if known.generation and known.at <= now:
+        if known.generation:
             for row_id in store_issuers.revoked_ids(tx, issuer_id, after=known.at, until=now):
                 known.encoded.pop(row_id, None)
             known.encoded.update(_encode(store_issuers.revoked_since(tx, issuer_id, known.generation, now=now)))

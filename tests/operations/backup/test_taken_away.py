@@ -64,6 +64,21 @@ def test_topics_that_were_taken_away_stay_away(
         assert topics_of(portal, device_id) == (now if stays_taken else then)
 
 
+def test_a_reason_that_was_made_worse_stays_worse(settings: Settings, file: Path, clock: Clock) -> None:
+    with opened(settings, clock) as portal:
+        device_id = portal.registrations.register(OPERATOR, PUMP).device_id
+        first = portal.revocations.revoke(OPERATOR, device_id, "superseded")
+        copied(settings, file, clock)
+        clock.advance(minutes=5)
+        portal.revocations.revoke(OPERATOR, device_id, "key_compromise")
+    done = put_back(settings, file, clock)
+    assert [(kept.what, kept.reason, kept.at) for kept in done.kept] == [
+        (f"device {device_id} (pump-1)", "key_compromise", first.revoked_at)
+    ]
+    with opened(settings, clock) as portal:
+        assert portal.inventory.device("default", device_id).device.revocation_reason == "key_compromise"
+
+
 def test_a_webhook_that_was_deleted_stays_deleted_and_the_others_come_back(
     settings: Settings, file: Path, clock: Clock
 ) -> None:

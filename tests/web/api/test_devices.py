@@ -259,6 +259,27 @@ def test_revoking_twice_returns_the_same_and_is_recorded_once(api: Api, clock: C
     assert len(api.get(f"/audit?action=device:revoke&object=device:{device_id}").json["entries"]) == 1
 
 
+def test_a_reason_can_be_made_worse_and_not_better(api: Api, clock: Clock) -> None:
+    device_id = api.register()["device_id"]
+    first = api.post(f"/revoke/{device_id}").json
+    reasons = ["unspecified"]
+    for asked in ("superseded", "privilege_withdrawn", "unspecified", "key_compromise", "superseded", "unspecified"):
+        clock.advance(minutes=1)
+        answer = api.post(f"/revoke/{device_id}", {"reason": asked}).json
+        assert (answer["revoked_at"], answer["status"]) == (first["revoked_at"], "revoked")
+        reasons.append(answer["reason"])
+        assert api.get(f"/devices/{device_id}").json["revocation_reason"] == answer["reason"]
+        [certificate] = api.get(f"/devices/{device_id}/certificates").json["certificates"]
+        assert (certificate["revocation_reason"], certificate["revoked_at"]) == (answer["reason"], first["revoked_at"])
+    assert reasons == ["unspecified", *["superseded"] * 3, *["key_compromise"] * 3]
+    entries = api.get(f"/audit?action=device:revoke&object=device:{device_id}").json["entries"]
+    assert [entry["detail"] for entry in entries] == [
+        {"reason": "key_compromise", "before": "superseded"},
+        {"reason": "superseded", "before": "unspecified"},
+        {"reason": "unspecified"},
+    ]
+
+
 def test_a_revocation_is_final(api: Api) -> None:
     device_id = api.register()["device_id"]
     api.post(f"/revoke/{device_id}")
