@@ -38,7 +38,6 @@ _UNSAFE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 _UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"))
 _STATUS_STYLES = {
     "active": "green",
-    "applied": "green",
     "enforced": "green",
     "done": "green",
     "pending": "yellow",

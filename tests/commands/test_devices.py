@@ -217,7 +217,7 @@ def test_a_device_is_shown_field_by_field(session: Session, stub: PortalStub) ->
     device_id = stub.add_device(metadata={"owner": "ops"})
     lines = session.run("show", device_id.upper()).stdout.splitlines()
     assert f"device_id\t{device_id}" in lines
-    assert {"metadata.owner\tops", "topics.0\tdevices/{id}/#:readwrite", "broker\tapplied"} <= set(lines)
+    assert {"metadata.owner\tops", "topics.0\tdevices/{id}/#:readwrite", "broker\tenforced"} <= set(lines)
     assert session.json("show", device_id) == stub.devices[device_id]
 
 
@@ -232,7 +232,7 @@ def test_a_device_is_changed(session: Session, stub: PortalStub) -> None:
     ]
 
 
-@pytest.mark.parametrize("broker", ["applied", "pending"])
+@pytest.mark.parametrize("broker", ["enforced", "pending"])
 def test_who_gives_a_device_topics_is_told_that_the_broker_does_not_have_them_yet(
     session: Session, stub: PortalStub, broker: str
 ) -> None:

@@ -131,9 +131,9 @@ def test_topics_of_its_own_wait_for_a_restart_and_doctor_says_so(by_hand: Deploy
     assert "broker" not in by_hand.register(name="default", csr=csr_pem())  # in style pattern
     assert by_hand.call("PATCH", f"/devices/{other.id}", {"topics": topics}).json()["broker"] == "pending"
     said = {one.id: by_hand.call("GET", f"/devices/{one.id}").json()["broker"] for one in (before, device, other)}
-    assert said == {before.id: "applied", device.id: "pending", other.id: "pending"}
+    assert said == {before.id: "enforced", device.id: "pending", other.id: "pending"}
     by_hand.broker.restart()
-    assert by_hand.call("GET", f"/devices/{device.id}").json()["broker"] == "applied"
+    assert by_hand.call("GET", f"/devices/{device.id}").json()["broker"] == "enforced"
     client = device.client()
     assert client.publish("devices/line/x") in ("Success", "No matching subscribers")
     client.close()

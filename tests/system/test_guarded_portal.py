@@ -296,7 +296,7 @@ def test_an_application_does_what_its_topics_say_until_they_are_taken_away_and_n
     assert client.messages.get(timeout=30) == (f"devices/{device.id}/telemetry", b"hello")
     body = {"topics": [{"filter": "devices/+/command", "access": "write"}]}
     answer = shared.call("PATCH", f"/applications/{application.id}", body)
-    assert answer.json()["broker"] == "applied", answer.text
+    assert answer.json()["broker"] == "enforced", answer.text
     client.wait_cut()
     client.close()
     client = application.client()
@@ -327,9 +327,9 @@ def test_a_sleeping_application_that_loses_topics_gets_none_of_their_messages_an
     speaker, topic = device.client(), f"devices/{device.id}/telemetry"
     assert speaker.publish(topic, b"before") == "Success"
     narrower = {"topics": [{"filter": "devices/+/state", "access": "read"}]}
-    assert shared.call("PATCH", f"/applications/{loser.id}", narrower).json()["broker"] == "applied"
+    assert shared.call("PATCH", f"/applications/{loser.id}", narrower).json()["broker"] == "enforced"
     narrower = {"topics": [{"filter": "devices/+/telemetry", "access": "read"}]}
-    assert shared.call("PATCH", f"/applications/{keeper.id}", narrower).json()["broker"] == "applied"
+    assert shared.call("PATCH", f"/applications/{keeper.id}", narrower).json()["broker"] == "enforced"
 
     assert consumer.subscribe(group) == "Granted QoS 1"
     for number in range(6):  # of a group in which the stored session still was every other one would be lost

@@ -83,7 +83,7 @@ def test_the_program_of_the_readme_runs(deployment: Deployment) -> None:
     decoder = json.JSONDecoder()
     device, end = decoder.raw_decode(done.stdout)
     revoked = json.loads(done.stdout[end:])
-    assert (device["name"], device["status"], device["broker"]) == ("pump-2", "active", "applied")
+    assert (device["name"], device["status"], device["broker"]) == ("pump-2", "active", "enforced")
     assert (revoked["device_id"], revoked["broker"]) == (device["device_id"], "enforced")
     verify = ["openssl", "verify", "-x509_strict", "-CAfile", "data/ca.pem", "pump-2.pem"]
     subprocess.run(verify, cwd=deployment.folder, check=True, capture_output=True)

@@ -67,7 +67,7 @@ class TopicModel(RequestModel):
 Topics = Annotated[list[TopicModel], Field(min_length=1, max_length=32)]
 
 
-BrokerState = Literal["pending", "applied", "closed"]
+BrokerState = Literal["pending", "enforced", "closed"]
 BrokerProblem = Annotated[
     str, Field(description="Why the broker denies a client in use everything: its topics do not fit the settings")
 ]
@@ -243,7 +243,7 @@ class DeviceSummary(AnswerModel):
 
 
 class DeviceModel(DeviceSummary):
-    """A device with its certificate, its topics, and whether the broker applies its newest state.
+    """A device with its certificate, its topics, and whether the broker enforces its newest state.
 
     `broker` is `closed` if it does, and that is to deny it everything: see `broker_problem`.
     """
@@ -473,7 +473,7 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
 
 def broker_state(details: DeviceDetails) -> dict[str, str | None]:
     """Return whether the broker applies the newest state of a device or application, and what is wrong with that."""
-    state = "pending" if not details.applied else "applied" if details.problem is None else "closed"
+    state = "pending" if not details.applied else "enforced" if details.problem is None else "closed"
     return {"broker": state, "broker_problem": details.problem}
 
 

@@ -28,7 +28,7 @@ ROUTES = Routes("Devices")
 
 
 class SuspensionAnswer(AnswerModel):
-    """`enforced`: the broker was seen to apply the change; `pending`: it is recorded, and not applied yet."""
+    """`enforced`: the broker was seen to obey; `pending`: the change is recorded, and not enforced yet."""
 
     device_id: DeviceId
     status: Literal["suspended", "active"]

@@ -294,7 +294,7 @@ def test_an_application_that_can_read_less_has_its_session_ended_a_stored_one_to
     pairs = [topic.rpartition(":") for topic in topics]
     body = {"topics": [{"filter": pattern, "access": access} for pattern, _, access in pairs]}
     for _ in range(2):  # a repeat ends nothing more
-        assert api.patch(f"/applications/{application}", body).json["broker"] == "applied"
+        assert api.patch(f"/applications/{application}", body).json["broker"] == "enforced"
     assert guard.clients.count(application) == ended
     assert other not in guard.clients
 
@@ -311,7 +311,7 @@ def test_a_session_that_could_not_be_ended_is_ended_once_the_guard_follows_again
     guard.stopped = False
     assert portal.reconciler.apply(generation_of(portal)).problem is None
     assert guard.clients.count(application) == 1
-    assert api.get(f"/applications/{application}").json["broker"] == "applied"
+    assert api.get(f"/applications/{application}").json["broker"] == "enforced"
 
 
 def test_who_is_denied_everything_because_a_prefix_was_removed_is_said_to_be(api: Api, portal: Portal) -> None:
@@ -330,7 +330,7 @@ def test_who_is_denied_everything_because_a_prefix_was_removed_is_said_to_be(api
         problem = answer["broker_problem"]
         return answer["broker"], problem is not None and "denies it everything" in problem
 
-    assert said(f"/applications/{other}") == ("applied", False)
+    assert said(f"/applications/{other}") == ("enforced", False)
     for path in (f"/applications/{home}", f"/devices/{device}"):
         assert said(path) == ("closed", True)
         assert "must begin with" in narrowed.get(path).json["broker_problem"]
@@ -338,9 +338,9 @@ def test_who_is_denied_everything_because_a_prefix_was_removed_is_said_to_be(api
     listed = narrowed.get("/applications").json["applications"]
     assert {one["application_id"]: one["broker_problem"] is not None for one in listed} == {home: True, other: False}
     assert narrowed.get("/devices").json["devices"][0]["broker_problem"] is not None
-    assert narrowed.patch(f"/applications/{home}", {"topics": READ_ALL}).json["broker"] == "applied"
+    assert narrowed.patch(f"/applications/{home}", {"topics": READ_ALL}).json["broker"] == "enforced"
     narrowed.delete(f"/applications/{home}")
-    assert said(f"/applications/{home}") == ("applied", False)
+    assert said(f"/applications/{home}") == ("enforced", False)
     later.close()
 
 
@@ -352,7 +352,7 @@ def generation_of(portal: Portal) -> int:
 def test_topics_that_are_taken_away_are_taken_away_before_the_answer(api: Api, portal: Portal) -> None:
     application = added(api, topics=[*READ_ALL, {"filter": "devices/+/command", "access": "write"}])["application_id"]
     answer = api.patch(f"/applications/{application}", {"topics": READ_ALL})
-    assert (answer.status_code, answer.json["broker"], answer.json["topics"]) == (200, "applied", READ_ALL)
+    assert (answer.status_code, answer.json["broker"], answer.json["topics"]) == (200, "enforced", READ_ALL)
     assert last_line_of(portal, application) == f"allow {application} r:devices/+/telemetry"
     assert api.patch(f"/applications/{application}", {"name": "other"}).json["name"] == "other"
     wrong: list[dict[str, Any]] = [{}, {"topics": None}, {"topics": []}, {"type": "x"}]
