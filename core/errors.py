@@ -18,7 +18,7 @@
       Unauthenticated                     401
         EnrolmentUnauthenticated
       Forbidden                           403
-        EnrolmentRefused  ClientCertificateRefused
+        EnrolmentRefused  ClientCertificateRefused  TenantSuspended
         AttestationRefused                  its kinds are in attestation/refusals.py
       TooManyAttempts                     429
       NotFound                            404
@@ -229,6 +229,12 @@ class TooManyAttempts(PortalError):
 
 
 # --- What is asked for --------------------------------------------------------------------------------------------
+
+
+class TenantSuspended(Forbidden):
+    """The tenant of the operator, the device or the link is suspended, or was removed."""
+
+    code = "tenant_suspended"
 
 
 class NotFound(PortalError):

@@ -13,8 +13,9 @@ from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
 from core.states import EventDeliveryStatus
+from core.tenants import TenantStatus
 from store.database import UtcDateTime, columns_of
-from store.tables import Webhook, WebhookDelivery
+from store.tables import Tenant, Webhook, WebhookDelivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,13 @@ def list_webhooks(tx: Connection, tenant_id: str | None = None) -> Sequence[Webh
     query = sa.select(*_WEBHOOK_COLUMNS).order_by(Webhook.created_at, Webhook.id)
     if tenant_id is not None:
         query = query.where(Webhook.tenant_id == tenant_id)
+    return [_webhook_record(row) for row in tx.execute(query)]
+
+
+def served_webhooks(tx: Connection) -> Sequence[WebhookRecord]:
+    """Return the webhooks of all tenants that are served, oldest first; what others are told waits."""
+    active = sa.select(Tenant.id).where(Tenant.status == TenantStatus.ACTIVE)
+    query = sa.select(*_WEBHOOK_COLUMNS).where(Webhook.tenant_id.in_(active)).order_by(Webhook.created_at, Webhook.id)
     return [_webhook_record(row) for row in tx.execute(query)]
 
 

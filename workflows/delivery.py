@@ -51,7 +51,7 @@ class Deliveries:
     def check_download(self, token: str, idempotency_key: str | None = None) -> deliveries.DeliveryRecord:
         """Return what a link's token leads to, without using the link.
 
-        Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired``, ``LinkRevoked``.
+        Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired``, ``LinkRevoked``, ``TenantSuspended``.
         """
         return self._find(token, idempotency_key)[0]
 
@@ -67,7 +67,9 @@ class Deliveries:
             purpose = f"download/{delivery_id}"
             seal = credential_delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper, purpose=purpose)
         with self._database.snapshot() as tx:
-            return deliveries.get_delivery(tx, delivery_id, now=now, key_hash=seal.key_hash if seal else None), seal
+            found = deliveries.get_delivery(tx, delivery_id, now=now, key_hash=seal.key_hash if seal else None)
+        self._tenants.of(found.tenant_id).check_served()
+        return found, seal
 
     def deliver(self, actor: Actor, token: str, idempotency_key: str | None = None) -> DeliveredBundle:
         """Return the bundle behind a link; the link is used, and the bundle destroyed, before this returns.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from config import Settings
-from core.errors import NotFound, PortalError
+from core.errors import NotFound, PortalError, TenantSuspended
 from core.tenants import Quotas, TenantStatus
 from delivery.formats import BundleFormat
 from store import tenants
@@ -38,6 +38,11 @@ class TenantTerms:
     link_hours: int
     quotas: Quotas
 
+    def check_served(self) -> None:
+        """Raise ``TenantSuspended`` unless the tenant is active."""
+        if self.status is not TenantStatus.ACTIVE:
+            raise TenantSuspended(f"The tenant is {self.status}: ask whoever runs this portal.")
+
 
 class TenantDirectory:
     """The terms of each tenant, from memory; a change made by another process is seen within a second."""
@@ -58,6 +63,13 @@ class TenantDirectory:
         if tenant_id not in self._terms:
             raise NotFound("There is no tenant of this name; list them with GET /tenants.")
         return self._terms[tenant_id]
+
+    def check_label(self, label: str) -> None:
+        """Raise ``NotFound`` unless an EST label is the name of a tenant, ``TenantSuspended`` if that is not served."""
+        try:
+            self.of(label).check_served()
+        except NotFound as error:
+            raise NotFound("Unknown EST label; leave it out, or use the tenant's name.") from error
 
     @property
     def are_several(self) -> bool:

@@ -76,7 +76,7 @@ _NOTE = Answers(
 )
 
 
-@ROUTES.add("GET", "/audit/checkpoint", ANYONE, _NOTE, token_optional=True, errors=(401, 404, 429))
+@ROUTES.add("GET", "/audit/checkpoint", ANYONE, _NOTE, token_optional=True, errors=(401, 403, 404, 429))
 def audit_checkpoint(call: Call) -> Reply:
     """Return the newest checkpoint of the audit record of an operator's tenant, without a token of the first one."""
     return _by_token(cached(call, _log(call).newest().encode(), PLAIN, max_age=60))
@@ -88,7 +88,7 @@ def audit_checkpoint(call: Call) -> Reply:
     ANYONE,
     Answers("The verifier key of a signed note: name, key id and Ed25519 key", media_type="text/plain"),
     token_optional=True,
-    errors=(401, 404, 429),
+    errors=(401, 403, 404, 429),
 )
 def audit_key(call: Call) -> Reply:
     """Return the public key of the checkpoints of an operator's tenant, without a token of the first one's."""

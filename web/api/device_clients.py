@@ -47,7 +47,7 @@ _PEM = re.compile(r"-----BEGIN CERTIFICATE-----\n[A-Za-z0-9+/=\n]{1,32768}\n----
 def client_of(call: Call) -> Client:
     """Return whose client certificate was presented, ``None`` if there was none.
 
-    Raises ``ClientCertificateRefused``, recorded as refused, and ``RequestMalformed``.
+    Raises ``ClientCertificateRefused`` and ``TenantSuspended``, recorded as refused, and ``RequestMalformed``.
     """
     der = _presented(call.environ, call.portal.settings.trusted_proxies)
     if der is None:
@@ -75,10 +75,11 @@ def noticed_client(call: Call) -> Client:
 
 
 def _identified(call: Call, der: bytes) -> DeviceClient | ManufacturedClient:
-    """Return whose certificate, DER, it is; raise ``ClientCertificateRefused``."""
+    """Return whose certificate, DER, it is; raise ``ClientCertificateRefused``, ``TenantSuspended``."""
     holder = call.portal.clients.identify(der)
     if call.device_tenant not in (None, holder.tenant_id):
         raise ClientCertificateRefused("The client certificate is not known under this EST label; check the path.")
+    call.portal.tenant_terms.of(holder.tenant_id).check_served()
     return holder
 
 
@@ -92,7 +93,8 @@ def used(call: Call, holder: DeviceClient) -> Actor:
 def enrolment_token(call: Call) -> EnrolmentTokenRecord | None:
     """Return the enrolment token of the request, ``None`` if it has no HTTP Basic authentication.
 
-    The user name is ignored. Raises ``EnrolmentUnauthenticated``, recorded as refused, and ``TooManyAttempts``.
+    The user name is ignored. Raises ``EnrolmentUnauthenticated``, recorded as refused, ``TooManyAttempts``, and
+    ``TenantSuspended``.
     """
     scheme, _, credentials = call.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "basic":
@@ -100,6 +102,7 @@ def enrolment_token(call: Call) -> EnrolmentTokenRecord | None:
     record = call.portal.enrolment_tokens.find(_password(credentials))
     if record is None or call.device_tenant not in (None, record.tenant_id):
         raise unauthenticated(call, "Unknown enrolment token; check that it was copied completely.")
+    call.portal.tenant_terms.of(record.tenant_id).check_served()
     return record
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from core.errors import Gone, LinkUnknown, LinkUsed
+from core.errors import Gone, LinkUnknown, LinkUsed, TenantSuspended
 from core.roles import Permission
 from core.states import AttestationVerdict, DeviceStatus, PresenceState, renewable_from
 from delivery.formats import BundleFormat
@@ -349,7 +349,7 @@ def register(call: Call, body: RegistrationRequest) -> Reply:
         media_type=BundleFormat.ZIP.media_type,
         other_media_types=(BundleFormat.P12.media_type,),
     ),
-    errors=(409, 410, 429, 503),
+    errors=(403, 409, 410, 429, 503),
     idempotency_key=True,
     head_summary="Check a link without using it.",
 )
@@ -369,7 +369,7 @@ def download(call: Call, token: str) -> Reply:
         # Somebody was not the first to use the link: worth knowing.
         call.portal.operators.record_used_link(call.actor, error, fetched=call.method != "HEAD")
         raise
-    except Gone as error:
+    except (Gone, TenantSuspended) as error:
         call.portal.operators.record_late_use(call.actor, "bundle:fetch", "link", error.code)
         raise
     headers = _bundle_headers(bundle.device_id, bundle.format, len(bundle.content))

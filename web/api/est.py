@@ -9,7 +9,7 @@ import secrets
 import ssl
 from typing import Any
 
-from core.errors import ClientCertificateRefused, NotFound
+from core.errors import ClientCertificateRefused
 from pki import est as pki_est
 from web.api.device_clients import (
     WAITING,
@@ -43,7 +43,7 @@ _ERRORS = (401, 403, 404, 409, 429, 503)
     "/.well-known/est/cacerts",
     ANYONE,
     Answers("Issuing CAs and those above them", media_type=PKCS7),
-    errors=(404,),
+    errors=(403, 404),
 )
 def est_cacerts(call: Call) -> Reply:
     """Return the CA certificates that a device trusts (RFC 7030 section 4.1)."""
@@ -177,8 +177,8 @@ def _labelled(route: Route) -> Route:
 
     @functools.wraps(route.handler)
     def labelled(call: Call, label: str, **arguments: bytes) -> Any:
-        if label != call.portal.first_tenant and not call.portal.enrolment.is_tenant(label):
-            raise NotFound("Unknown EST label; leave it out, or use the tenant's name.")
+        if label != call.portal.first_tenant:  # which is served without a database, too
+            call.portal.tenant_terms.check_label(label)
         return route.handler(dataclasses.replace(call, device_tenant=label), **arguments)
 
     labelled.__name__ = f"{route.name}_labelled"

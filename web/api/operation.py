@@ -59,7 +59,7 @@ def healthz(_call: Call) -> HealthModel:
     Answers(model=ReadyModel),
     also=(Answers(model=ReadyModel, status=503),),
     token_optional=True,
-    errors=(401, 429, 503),
+    errors=(401, 403, 429, 503),
 )
 def readyz(call: Call) -> Reply:
     """Report whether database, CA, CRL and broker are usable, and tell operators why not."""

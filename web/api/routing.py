@@ -28,6 +28,7 @@ from core.errors import (
     NotFound,
     PortalError,
     RequestMalformed,
+    TenantSuspended,
     Unauthenticated,
     Unavailable,
 )
@@ -278,7 +279,8 @@ def rule_of(path: str) -> str:
 def actor_of(portal: Portal, route: Route, request: Request, request_id: str) -> Actor:
     """Return who asks: an operator by token, or anyone, if the route is open to anyone.
 
-    Raises ``Unauthenticated``, recorded as refused, and ``TooManyAttempts``; a valid token is never throttled.
+    Raises ``Unauthenticated`` and ``TenantSuspended``, recorded as refused, and ``TooManyAttempts``; a valid token is
+    never throttled.
     """
     anyone = Actor(
         portal.first_tenant,
@@ -302,7 +304,13 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
         raise Unauthenticated(
             "A valid operator token is required: send it as Authorization: Bearer <token>, or ask an admin for one."
         )
-    return Actor(token.tenant_id, f"{token.name} ({token.id})", token.role, request_id, anyone.address, token.id)
+    actor = Actor(token.tenant_id, f"{token.name} ({token.id})", token.role, request_id, anyone.address, token.id)
+    try:
+        portal.tenant_terms.of(token.tenant_id).check_served()
+    except TenantSuspended as error:
+        portal.operators.refused(actor, f"{route.method} {route.path}", "access", error.code)
+        raise
+    return actor
 
 
 def check_permission(portal: Portal, route: Route, actor: Actor) -> None:

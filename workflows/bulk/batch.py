@@ -239,6 +239,7 @@ class Batches:
 
     def _begin_row(self, candidate: Candidate, known: _Known) -> _Task | RowAnswer:
         request, device = candidate.request, known.devices.get(candidate.external_id or "")
+        known.tenant.check_served()  # it may have been suspended since the upload began
         if request is None:
             raise candidate.problem or PortalError("The row could not be read.")
         if device is not None:

@@ -13,7 +13,7 @@ from core.failpoints import failpoint
 from core.states import DeviceStatus, EnrolmentStatus
 from pki.est import EnrolmentRequest
 from pki.profiles import DEFAULT
-from store import certificates, keys, tenants
+from store import certificates, keys
 from store import enrolment as store_enrolment
 from store.audit import Actor
 from store.database import Database
@@ -72,11 +72,6 @@ class Enrolments:
         failpoint("enrol.after_commit")
         self._reconciler.wait_until_granted(outcome.generation)
         return outcome
-
-    def is_tenant(self, label: str) -> bool:
-        """Return whether an EST label is the name of a tenant."""
-        with self._database.snapshot() as tx:
-            return tenants.is_tenant(tx, label)
 
     def key_types(self, tenant_id: str, profile: EnrolmentProfile | None, device_id: str | None) -> tuple[str, ...]:
         """Return the kinds of key that a CSR may have, the one to prefer first.

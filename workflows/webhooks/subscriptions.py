@@ -236,7 +236,7 @@ class Dispatcher:
             return []
         now = self._clock()
         with self._database.snapshot() as tx:
-            free = [webhook for webhook in webhooks.list_webhooks(tx) if self._is_free(webhook.id)]
+            free = [webhook for webhook in webhooks.served_webhooks(tx) if self._is_free(webhook.id)]
             due = [webhook for webhook in free if webhooks.due(tx, webhook.id, now=now, limit=1)]
         started: list[_Lane] = []
         for webhook in due:
