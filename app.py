@@ -21,6 +21,7 @@ from config import Settings
 from core import errors, logs, metrics
 from core.errors import StartupError
 from operations import commands, jobs
+from operations.server_program import program
 from operations.wiring import Portal, open_portal, utc_now
 from web.api import (
     applications,
@@ -70,13 +71,13 @@ _ON_PKI_LISTENER = frozenset(route.name for route in ROUTES if route.on_pki_list
 def create_app(
     settings: Settings | None = None, *, background: bool = True, clock: Callable[[], datetime] = utc_now
 ) -> Flask:
-    """Return the application, the same for ``flask --app app run`` and the server.
+    """Return the application, the same for ``flask --app app`` and ``portal-server``.
 
     ``portal_of`` builds its parts, and with ``background`` starts the jobs: at the first request at the latest, so that
     commands which do not need them open no data folder. Raises ``click.ClickException`` if a setting is invalid.
     """
     app = Flask("portal", root_path=os.path.dirname(__file__), static_folder=None)
-    for command in commands.commands(create_app, portal_of, serve, check_addresses):
+    for command in _commands():
         app.cli.add_command(command)
     if settings is None:
         try:
@@ -101,6 +102,10 @@ def create_app(
     app.register_error_handler(Exception, _failed)
     logs.hide_links()
     return app
+
+
+def _commands() -> list[click.Command]:
+    return commands.commands(create_app, portal_of, serve, check_addresses)
 
 
 class _LazyPortal:
@@ -208,3 +213,6 @@ def _failed(error: Exception) -> Response:
     elif told != problem.detail:
         log.info("refused", extra={"request_id": g.request_id, "problem": told})
     return problems.response_of(problem, error, path=request.path)
+
+
+server = program(create_app, _commands())

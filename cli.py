@@ -14,7 +14,7 @@ from commands.access import login, logout, token
 from commands.applications import application
 from commands.audit import audit
 from commands.connection import ConnectionOptions
-from commands.context import CONNECTION, VERSION, connection_options
+from commands.context import CONNECTION, connection_options
 from commands.delivery import download, unpack_command
 from commands.devices import certificates, expiring, export, list_devices, show, update
 from commands.enrolment import approve, enrolment, expect, reject, waiting
@@ -25,6 +25,7 @@ from commands.operation import ca, completion, status
 from commands.profiles import profile
 from commands.registration import register, renew
 from commands.webhooks import webhook
+from onboarding_portal import VERSION
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 

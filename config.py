@@ -65,6 +65,7 @@ OTHER_VARIABLES = frozenset(
         "PORTAL_BUNDLE_PASSWORD",
         "PORTAL_FAILPOINT",
         "PORTAL_DEBUG",
+        "PORTAL_SERVER_COMMAND",
         "PORTAL_TEST_POSTGRES_URL",
         "PORTAL_VENV",
     ]

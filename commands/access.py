@@ -16,7 +16,6 @@ from commands.connection import ConnectionSettings, Login, login_path, read_logi
 from commands.context import (
     ROLES,
     TOKEN_ID,
-    VERSION,
     YES,
     Remote,
     ask_secret,
@@ -26,6 +25,7 @@ from commands.context import (
 )
 from commands.errors import Misused
 from commands.output import Cell, date_of, moment, text
+from onboarding_portal import VERSION
 
 LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
 

@@ -128,7 +128,7 @@ def checkpoint(portal: Remote, out: Path | None, force: bool) -> None:
 def key(portal: Remote) -> None:
     """Print the public key of the checkpoints.
 
-    Compare it with what flask --app app audit key prints on the portal's machine, and keep it with the checkpoints.
+    Compare it with what portal-server audit key prints on the portal's machine, and keep it with the checkpoints.
     """
     found = portal.client.call("GET", "/audit/key", anonymous=portal.settings.token is None).body
     lines = found.decode("ascii", "replace").split()

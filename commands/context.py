@@ -18,8 +18,8 @@ from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, re
 from commands.errors import CliError, Unreachable
 from commands.files import ReservedFile
 from commands.output import Cell, Output
+from onboarding_portal import VERSION
 
-VERSION = "0.1.0"
 CONNECTION = tuple(field.name for field in dataclasses.fields(ConnectionOptions))
 ROLES = ("system", "admin", "operator", "auditor")
 

@@ -18,6 +18,7 @@ from broker.folder import SERVER_CERTIFICATE_FILE
 from core.errors import BrokerUnavailable, LockUnavailable, StateConflict, TokenUnavailable
 from core.failpoints import failpoint
 from core.files import LOOK_SECONDS, FileLock, is_owned
+from core.server_command import server_command
 from core.states import IssuerKind
 from operations import data_folder
 from operations.monitoring import ROOT_CRL_SOON
@@ -340,7 +341,7 @@ def move_key(portal: Portal, actor: Actor, name: str) -> tuple[KeyDescription, P
         with portal.database.snapshot() as tx:
             issuers = {record.name: record for record in store_issuers.list_issuers(tx, retired=True)}
         if name not in issuers:
-            raise StateConflict(f"There is no CA {name}; list them with: flask --app app ca keys")
+            raise StateConflict(f"There is no CA {name}; list them with: {server_command('ca keys')}")
         public_key = check_public_key(x509.load_der_x509_certificate(issuers[name].der).public_key())
         described = portal.keys.copy_into_token(name, public_key)
         with portal.database.transaction() as tx:

@@ -1,4 +1,4 @@
-"""The server's own commands for its CAs, ``flask --app app ca …``."""
+"""The server's own commands for its CAs, ``portal-server ca …``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every command of ``flask --app app`` begins with: the settings, the open portal, errors as one sentence."""
+"""What every command of ``portal-server`` begins with: the settings, the open portal, errors as one sentence."""
 
 from __future__ import annotations
 

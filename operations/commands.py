@@ -1,4 +1,4 @@
-"""The server's own commands, ``flask --app app …``, for the machine it runs on."""
+"""The server's own commands, ``portal-server …`` or ``flask --app app …``, for the machine it runs on."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from config import LogFormat, Settings, variable_of
 from core import logs, metrics
 from core.errors import StartupError
 from core.files import own_until_exit, replace_file
+from core.server_command import server_command
 from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup import restore as backup_restore
@@ -28,6 +29,8 @@ from operations.ca_commands import ca_group
 from operations.command_base import opened_portal, settings_of_app, without_traceback
 from operations.doctor import doctor as doctors
 from operations.doctor.base import Finding, State
+from operations.installation_files import write_files
+from operations.token_commands import token_group
 from operations.wiring import (
     Portal,
     first_token,
@@ -204,7 +207,7 @@ def _operator_environment(settings: Settings, token: str | None) -> str:
     return (
         lines
         if token is not None
-        else f"# No token: the first one has ended; see flask --app app admin-token.\n{lines}"
+        else f"# No token: the first one has ended; see {server_command('admin-token')}.\n{lines}"
     )
 
 
@@ -403,7 +406,7 @@ def _line(finding: Finding) -> str:
 def commands(
     create_app: CreateApp, portal_of: PortalOf, serve_app: ServeApp, check_addresses: Callable[[Settings], None]
 ) -> list[click.Command]:
-    """Return the commands of ``flask --app app``; ``serve_app`` is the HTTP server."""
+    """Return the commands of ``portal-server``; ``serve_app`` is the HTTP server."""
 
     @click.command("serve")
     @click.option(
@@ -418,4 +421,5 @@ def commands(
         check_addresses(settings)  # before anything is made: a port is written into the CA's first certificates
         raise SystemExit(_serve(settings, create_app, portal_of, serve_app, beside_broker=beside_broker))
 
-    return [init, serve, show_settings, admin_token, audit_group, ca_group, backup, restore, doctor]
+    on_this_machine = [init, serve, show_settings, admin_token, token_group, audit_group, ca_group]
+    return [*on_this_machine, backup, restore, doctor, write_files]

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from core.errors import CaChainRefused
+from core.server_command import server_command
 from pki.encoding import encode_sequence, failing_as, sequence_elements
 
 MAX_CHAIN_BYTES = 64 * 1024
@@ -72,7 +73,7 @@ def read_chain(content: bytes, requested: Mapping[bytes, str], *, now: datetime)
         known = ", ".join(sorted(requested.values())) or "none"
         raise CaChainRefused(
             f"No certificate in the file is for a key that was made here ({known}): have the request signed that is"
-            " printed by flask --app app ca request."
+            f" printed by {server_command('ca request')}."
         )
     if len(own) > 1:
         raise CaChainRefused("The file has several certificates for keys that were made here; give one of them.")

@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 from core import roles
 from core.errors import Forbidden, LastAdminToken, LinkUsed, TooManyAttempts
 from core.roles import Role
+from core.server_command import server_command
 from core.throttle import Throttle
 from store import audit, devices, enrolment, tenants
 from store.audit import Actor, AuditRecord
@@ -190,7 +191,7 @@ def _check_not_last(tx: Connection, valid: Sequence[TokenRecord], token_id: str)
         if [one.id for one in valid if one.role in allowed] == [token_id]:
             raise LastAdminToken(
                 f"This is the last valid {kind} token: create another one first, or revoke it with force; then only"
-                " flask --app app admin-token on the portal's machine makes one."
+                f" {server_command('admin-token')} on the portal's machine makes one."
             )
 
 

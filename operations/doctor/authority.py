@@ -22,6 +22,7 @@ from broker.crl import read_crls
 from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.broker_control import ControlKind
 from core.errors import IssuerUnusable, PortalError
+from core.server_command import server_command
 from core.states import ClientKind, IssuerKind
 from operations.doctor.base import Finding, Findings, Installation, certificate_of, combine, problem, summarize, warning
 from operations.doctor.network import https_date, served
@@ -62,7 +63,8 @@ def ca_chain(installation: Installation) -> Finding:
         ends.append(issuer.not_after)
         if not issuer.not_before <= now < issuer.not_after:
             found.problem(
-                f"{record.name} is not valid now.", "Set the clock, or create a new CA: flask --app app ca rollover."
+                f"{record.name} is not valid now.",
+                f"Set the clock, or create a new CA: {server_command('ca rollover')}.",
             )
     expected = set(trusted_certificates(issuers))
     for path in (installation.settings.data_dir / "ca.pem", installation.settings.broker_file(CA_FILE)):
@@ -296,11 +298,15 @@ def _ca_expiry(issuer: IssuerRecord, now: datetime) -> list[Finding]:
     said = f"The CA {issuer.name} expires {issuer.not_after:%Y-%m-%d}."
     if issuer.not_after <= now:
         return [
-            problem(said, "Nothing that it signed is valid any more: create a new CA (flask --app app ca rollover).")
+            problem(
+                said, f"Nothing that it signed is valid any more: create a new CA ({server_command('ca rollover')})."
+            )
         ]
     if issuer.not_after - now < CA_SOON:
         return [
-            warning(said, "Plan a new CA (flask --app app ca rollover): certificates of its devices expire with it.")
+            warning(
+                said, f"Plan a new CA ({server_command('ca rollover')}): certificates of its devices expire with it."
+            )
         ]
     return []
 

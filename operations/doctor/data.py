@@ -17,6 +17,7 @@ from cryptography import x509
 from broker.capath import FILE_MODE
 from broker.folder import FOLDER_MODE
 from core.roles import Role
+from core.server_command import server_command
 from core.states import PENDING_DELIVERY
 from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
@@ -39,7 +40,7 @@ def data_folder(installation: Installation) -> Finding:
     if not settings.data_dir.is_dir():
         return problem(
             f"There is no {settings.data_dir}.",
-            "Set PORTAL_DATA_DIR to the portal's folder, or run: flask --app app init.",
+            f"Set PORTAL_DATA_DIR to the portal's folder, or run: {server_command('init')}.",
         )
     owner = settings.data_dir.stat().st_uid
     folders = {
@@ -141,7 +142,7 @@ def database(installation: Installation) -> Finding:
             if sound != "ok":
                 return problem(
                     f"The database file is damaged: {sound}.",
-                    "Stop the portal and restore a backup: flask --app app restore FILE.",
+                    f"Stop the portal and restore a backup: {server_command('restore FILE')}.",
                 )
     return well(f"It answers, with schema {found}.")
 
@@ -248,5 +249,5 @@ def tokens(installation: Installation) -> Finding:
             " revoke).",
         )
     if not any(token.role in (Role.SYSTEM, Role.ADMIN) for token in valid):
-        found.warning("No admin token is valid.", "Make one, valid for a day: flask --app app admin-token")
+        found.warning("No admin token is valid.", f"Make one, valid for a day: {server_command('admin-token')}")
     return combine(found, f"{len(valid)} operator tokens are valid; each expires.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from cryptography import x509
 
 from core.errors import PortalError, TokenUnavailable
+from core.server_command import server_command
 from core.states import IssuerKind
 from operations.doctor.base import Finding, Findings, Installation, combine
 from pki.keys.contract import KeyDescription, Origin
@@ -17,7 +18,7 @@ from pki.keys.token_process import pin_file_problem
 from store.issuers import IssuerRecord
 from workflows.authority.keys import open_keys
 
-_MAKE_ANOTHER = "Make a CA whose key is born in the token: flask --app app ca rollover (docs/hsm.md)."
+_MAKE_ANOTHER = f"Make a CA whose key is born in the token: {server_command('ca rollover')} (docs/hsm.md)."
 _REPLACE_ROOT = "Destroy every copy of it, or put another root above the next CA (docs/ca.md)."
 _RESTORE = "Restore the key from a backup, or correct PORTAL_CA_PASSPHRASE or the settings of its token."
 

@@ -15,6 +15,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import pkcs7
 from cryptography.x509.oid import AuthorityInformationAccessOID
 
+from core.server_command import server_command
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, warning
 from pki.outer_chain import decode_above, named, spki
 
@@ -89,7 +90,7 @@ def _crl_finding(url: str, certificate: x509.Certificate, issuer: x509.Certifica
     if crl.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None:
         yield problem(
             f"{named(issuer)} has revoked {named(certificate)}: {url} lists it.",
-            "Have another CA signed (flask --app app ca request, then ca install), and renew the devices.",
+            f"Have another CA signed ({server_command('ca request')}, then ca install), and renew the devices.",
         )
 
 

@@ -16,6 +16,7 @@ import ca
 from config import Settings
 from core.errors import CaChainRefused, CaKeyUnavailable, InputInvalid, ProfileRefused, StateConflict
 from core.files import replace_file
+from core.server_command import server_command
 from core.states import IssuerKind
 from pki.algorithms import KeyType, PublicKey
 from pki.encoding import failing_as
@@ -147,7 +148,9 @@ def add_requested(
             )
         return waiting, generation
     if waiting is not None:
-        raise StateConflict(f"{waiting} is to issue next; let it, by flask --app app ca rollover, then install this.")
+        raise StateConflict(
+            f"{waiting} is to issue next; let it by {server_command('ca rollover')}, then install this."
+        )
     issuer = _issuer(chain, keys, [one.issuer for one in current.issuers], current.root.issuer.certificate)
     _try(issuer, settings, now)
     added = add_issuing(database, actor, issuer, now=now)

@@ -14,6 +14,7 @@ import ca
 import db
 from config import Settings
 from core.errors import CaKeyUnavailable, StateConflict
+from core.server_command import server_command
 from core.states import CertificateStatus, IssuerKind, IssuerStatus
 from pki.algorithms import KeyType
 from pki.issuers import Issuer, signing_key
@@ -66,7 +67,8 @@ def prepare_next(
     if not own_root and current.anchor(current.issuing) != current.root.issuer.certificate:
         raise StateConflict(
             f"{current.issuing.issuer.name} is below {named(current.anchor(current.issuing))}, so that has to sign the"
-            " next one, too: flask --app app ca request, then ca install. With --own-root the portal's own root signs."
+            f" next one, too: {server_command('ca request')}, then ca install."
+            " With --own-root the portal's own root signs."
         )
     root = authority.root_with_key()
     if root is None:
@@ -203,10 +205,10 @@ def _check_unneeded(tx: Connection, current: Issuers, name: str, *, alone: bool,
     issuers = [record for record in store_issuers.list_issuers(tx) if record.kind == IssuerKind.ISSUING]
     wanted = next((record for record in issuers if record.name == name), None)
     if wanted is None:
-        raise StateConflict(f"There is no issuing CA {name} in use; list them with: flask --app app ca list")
+        raise StateConflict(f"There is no issuing CA {name} in use; list them with: {server_command('ca list')}")
     moved_at = next(record.issuing_since for record in issuers if record.id == current.issuing.id)
     if wanted.id >= current.issuing.id or moved_at is None:
-        raise StateConflict(f"{name} issues, or is to; make another CA first: flask --app app ca rollover")
+        raise StateConflict(f"{name} issues, or is to; make another CA first: {server_command('ca rollover')}")
     if not alone and now - moved_at < MIN_TIME_SINCE_MOVE:
         raise StateConflict(f"{name} issued until {moved_at:%H:%M} UTC; it can retire an hour after that.")
     if count := in_use(tx, wanted.id, now=now):

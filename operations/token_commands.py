@@ -1,0 +1,65 @@
+"""The server's own commands for operator tokens, for the owner of the machine: they need no token."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import click
+
+from core.roles import Role
+from operations.command_base import opened_portal, without_traceback
+from operations.wiring import Portal
+from store.audit import Actor, system_actor
+from store.tenants import TokenRecord
+
+
+@click.group("token")
+def token_group() -> None:
+    """Look after operator tokens, without needing one."""
+
+
+def _actor(portal: Portal) -> Actor:
+    return system_actor(portal.first_tenant)
+
+
+def _until(record: TokenRecord) -> str:
+    return "without end" if record.expires_at is None else f"until {record.expires_at:%Y-%m-%d %H:%M} UTC"
+
+
+@token_group.command("list")
+@without_traceback
+def list_tokens() -> None:
+    """List operator tokens, newest first: id, role, validity, name."""
+    with opened_portal() as portal:
+        now = portal.clock()
+        for record in portal.operators.tokens(portal.first_tenant):
+            ended = "revoked" if record.revoked_at else "" if record.is_valid(now) else "expired"
+            click.echo(f"{record.id}  {record.role:<8}  {ended or _until(record):<26}  {record.name}")
+
+
+@token_group.command("create")
+@click.argument("name")
+@click.option("--role", type=click.Choice([str(role) for role in Role]), required=True)
+@click.option("--days", type=click.IntRange(1, 3650), help="Validity.  [default: no expiry]")
+@without_traceback
+def create_token(name: str, role: str, days: int | None) -> None:
+    """Create an operator token and print it, alone, on standard output.
+
+    It is shown once, and recorded in the audit record. The portal may serve meanwhile.
+    """
+    with opened_portal() as portal:
+        life = None if days is None else timedelta(days=days)
+        secret, record = portal.operators.create(_actor(portal), name, Role(role), life)
+    click.echo(secret)
+    click.echo(f"Token {record.id}, {record.role}, {_until(record)}", err=True)
+
+
+@token_group.command("revoke")
+@click.argument("token_id", metavar="ID")
+@click.option("--force", is_flag=True, help="Revoke it even if it is the last valid admin token.")
+@without_traceback
+def revoke_token(token_id: str, force: bool) -> None:
+    """Revoke an operator token immediately; ID is as listed."""
+    with opened_portal() as portal:
+        record = portal.operators.revoke(_actor(portal), token_id, force=force)
+    click.echo(f"Revoked {record.id} ({record.name})")
