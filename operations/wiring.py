@@ -288,7 +288,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         dispatcher=Dispatcher(database, base.sender, clock),
         responder=_responder(base),
         readiness=Readiness(settings, database, authority, reconciler, clock),
-        monitoring=Monitoring(settings, database, reconciler, clock, first_tenant, follower.contact),
+        monitoring=Monitoring(settings, database, reconciler, clock, follower.contact),
         follower=follower,
         presence=presence.pop_all(),
     )

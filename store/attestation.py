@@ -16,7 +16,6 @@ from core.states import AttestationVerdict
 from store.attestation_tables import AttestationNonce, AttestationPolicyRow, AttestationRow
 from store.database import columns_of
 from store.devices import update_device
-from store.tables import Device
 
 # --- Policies --------------------------------------------------------------------------------------------------------
 
@@ -228,11 +227,3 @@ def update_attestation(tx: Connection, record: AttestationRecord, **values: Any)
         return False
     update_device(tx, record.tenant_id, record.device_id, {"attested": values.get("verdict", record.verdict)})
     return True
-
-
-def count_attested(tx: Connection, tenant_id: str) -> dict[str, int]:
-    """Return how many devices there are with each verdict."""
-    query = sa.select(Device.attested, sa.func.count()).where(
-        Device.tenant_id == tenant_id, Device.attested.is_not(None)
-    )
-    return {str(row[0]): row[1] for row in tx.execute(query.group_by(Device.attested))}

@@ -265,8 +265,3 @@ def _entries_between(tenant_id: str, before: int | None, after: int | None) -> l
     conditions = [AuditEntry.tenant_id == tenant_id]
     conditions += [] if before is None else [AuditEntry.id < before]
     return conditions + ([] if after is None else [AuditEntry.id > after])
-
-
-def count_audit_entries(tx: Connection, tenant_id: str) -> int:
-    """Return how many entries the audit record has."""
-    return tx.execute(sa.select(AuditHead.number).where(AuditHead.tenant_id == tenant_id)).scalar_one()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -147,37 +147,8 @@ _GOOD = RevocationState(None, None)
 # --- Expiry ----------------------------------------------------------------------------------------------------------
 
 
-def count_expiring(
-    tx: Connection, tenant_id: str, *, now: datetime, within: Sequence[timedelta]
-) -> dict[ClientKind, list[int]]:
-    """Return how many current certificates, of devices and of applications, expire within each of these times.
-
-    Those that have expired are not counted.
-    """
-    counts = [
-        sa.func.sum(sa.case((Certificate.not_after <= sa.literal(now + time, Certificate.not_after.type), 1), else_=0))
-        for time in within
-    ]
-    of_all = sa.select(*counts).where(
-        Certificate.tenant_id == tenant_id,
-        Certificate.purpose == "device",
-        CURRENT,
-        Certificate.not_after > now,
-        Certificate.not_after <= now + max(within),
-    )
-    of_applications = of_all.where(Certificate.device_id.in_(applications(tenant_id)))
-    total, apart = ([int(count or 0) for count in tx.execute(query).one()] for query in (of_all, of_applications))
-    devices = [every - application for every, application in zip(total, apart, strict=True)]
-    return {ClientKind.DEVICE: devices, ClientKind.APPLICATION: apart}
-
-
 # As text: SQLite uses a partial index only if the statement contains the index's condition word for word.
 IS_APPLICATION = sa.text("devices.kind = 'application'")
-
-
-def applications(tenant_id: str) -> sa.Select[Any]:
-    """Return the query of the ids of all applications."""
-    return sa.select(Device.id).where(Device.tenant_id == tenant_id, IS_APPLICATION)
 
 
 @dataclass(frozen=True, slots=True)

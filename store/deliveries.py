@@ -188,15 +188,6 @@ def expire_deliveries(tx: Connection, *, now: datetime, limit: int = 1000) -> Se
     return [(row.tenant_id, row.device_id, row.id) for row in expired]
 
 
-def count_undelivered(tx: Connection, tenant_id: str) -> int:
-    """Return how many bundles wait for their download."""
-    return tx.execute(
-        sa.select(sa.func.count())
-        .select_from(Delivery)
-        .where(Delivery.tenant_id == tenant_id, Delivery.status.in_(PENDING_DELIVERY))
-    ).scalar_one()
-
-
 # --- Answers kept for a repeated request -----------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -70,19 +69,6 @@ def device_with_external_id(tx: Connection, tenant_id: str, external_id: str) ->
     return tx.execute(
         sa.select(Device.id).where(Device.tenant_id == tenant_id, Device.external_id == external_id)
     ).scalar_one_or_none()
-
-
-def count_by_status(tx: Connection, tenant_id: str) -> dict[ClientKind, dict[str, int]]:
-    """Return how many devices, and applications, there are in each status; a status without any may be left out."""
-    of_tenant = sa.select(Device.status).where(Device.tenant_id == tenant_id)
-    # Applications are few, and counted here: for GROUP BY the database would take the index of all by their status.
-    applications = Counter(tx.execute(of_tenant.where(IS_APPLICATION)).scalars())
-    of_all = tx.execute(of_tenant.add_columns(sa.func.count()).group_by(Device.status))
-    devices: dict[str, int] = {row[0]: row[1] - applications[row[0]] for row in of_all}
-    return {
-        ClientKind.DEVICE: devices,
-        ClientKind.APPLICATION: {str(status): number for status, number in applications.items()},
-    }
 
 
 def kind_of(tx: Connection, tenant_id: str, client_id: str) -> ClientKind:

@@ -10,7 +10,6 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import PresenceState
-from store.certificates import applications
 from store.tables import Presence
 
 
@@ -75,10 +74,3 @@ def connected_page(tx: Connection, tenant_id: str, *, limit: int, after: tuple[d
         query = query.where(sa.tuple_(Presence.since, Presence.identity) > first)
     rows = tx.execute(query.order_by(Presence.since, Presence.identity).limit(limit))
     return [(row.since, row.identity) for row in rows]
-
-
-def count_connected(tx: Connection, tenant_id: str) -> int:
-    """Return how many devices were last seen connected, without the applications."""
-    query = sa.select(sa.func.count()).where(Presence.tenant_id == tenant_id, Presence.state == PresenceState.CONNECTED)
-    apart = query.where(Presence.identity.in_(applications(tenant_id)))
-    return int(tx.execute(query).scalar_one()) - int(tx.execute(apart).scalar_one())

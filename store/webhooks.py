@@ -69,15 +69,15 @@ class Backlog:
 
 
 # As text: SQLite uses a partial index only if the statement contains the index's condition word for word.
-_WAITING = sa.text("webhook_deliveries.status = 'waiting'")
-_DEAD = sa.text("webhook_deliveries.status = 'dead'")
+WAITING = sa.text("webhook_deliveries.status = 'waiting'")
+DEAD = sa.text("webhook_deliveries.status = 'dead'")
 _WEBHOOK_COLUMNS = columns_of(WebhookRecord, Webhook)
 _DELIVERY_COLUMNS = columns_of(EventDeliveryRecord, WebhookDelivery)
 _DUE = (
     sa.select(WebhookDelivery.id)
     .where(
         WebhookDelivery.webhook_id == sa.bindparam("of_webhook"),
-        _WAITING,
+        WAITING,
         WebhookDelivery.next_at <= sa.bindparam("now", type_=UtcDateTime()),
         sa.or_(
             WebhookDelivery.lease_until.is_(None),
@@ -140,11 +140,11 @@ def backlog(tx: Connection, tenant_id: str) -> dict[str, Backlog]:
     by_webhook = WebhookDelivery.webhook_id
     waiting = tx.execute(
         sa.select(by_webhook, sa.func.count(), sa.func.min(WebhookDelivery.created_at, type_=UtcDateTime()))
-        .where(of_tenant, _WAITING)
+        .where(of_tenant, WAITING)
         .group_by(by_webhook)
     )
     found = {webhook_id: Backlog(count, oldest, 0) for webhook_id, count, oldest in waiting}
-    dead = tx.execute(sa.select(by_webhook, sa.func.count()).where(of_tenant, _DEAD).group_by(by_webhook))
+    dead = tx.execute(sa.select(by_webhook, sa.func.count()).where(of_tenant, DEAD).group_by(by_webhook))
     for webhook_id, count in dead:
         waiting_too = found.get(webhook_id, Backlog(0, None, 0))
         found[webhook_id] = Backlog(waiting_too.waiting, waiting_too.oldest, count)
@@ -233,7 +233,7 @@ def mark_delivered(tx: Connection, taken: ClaimedEvent, *, now: datetime) -> Non
     """Record that the receiver accepted an event."""
     tx.execute(
         sa.update(WebhookDelivery)
-        .where(WebhookDelivery.tenant_id == taken.tenant_id, WebhookDelivery.id == taken.id, _WAITING)
+        .where(WebhookDelivery.tenant_id == taken.tenant_id, WebhookDelivery.id == taken.id, WAITING)
         .values(status=EventDeliveryStatus.DELIVERED, ended_at=now, lease_until=None, last_problem=None)
     )
 
@@ -247,7 +247,7 @@ def postpone(tx: Connection, taken: ClaimedEvent, *, until: datetime | None, pro
         .where(
             WebhookDelivery.tenant_id == taken.tenant_id,
             WebhookDelivery.id == taken.id,
-            _WAITING,
+            WAITING,
             WebhookDelivery.lease_until == taken.lease_until,
         )
         .values(values)
@@ -258,7 +258,7 @@ def redeliver(tx: Connection, tenant_id: str, webhook_id: str, ids: Sequence[int
     """Queue deliveries again, those of ``ids`` that have ended or with ``None`` all dead ones; return how many."""
     chosen = [WebhookDelivery.tenant_id == tenant_id, WebhookDelivery.webhook_id == webhook_id]
     if ids is None:
-        query = sa.update(WebhookDelivery).where(*chosen, _DEAD)
+        query = sa.update(WebhookDelivery).where(*chosen, DEAD)
     else:
         ended = WebhookDelivery.ended_at.is_not(None)
         query = sa.update(WebhookDelivery).where(*chosen, WebhookDelivery.id.in_(ids), ended)

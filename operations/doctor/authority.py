@@ -30,8 +30,8 @@ from operations.outside_certificates import outside_certificates
 from pki import ocsp as pki_ocsp
 from pki.issuers import CLOCK_SKEW, Issuer
 from pki.outer_chain import decode_above
-from store import certificates
 from store import issuers as store_issuers
+from store.counts import counts_of, total
 from store.issuers import CrlRecord, IssuerRecord
 from store.tables import AuditEntry, Crl
 from workflows.authority.issuers import trusted_certificates
@@ -284,9 +284,9 @@ def expiry(installation: Installation) -> Finding:
     for what, path in own.items():
         found += _own_expiry(what, path, now, by_portal=path not in outside)
     with installation.snapshot() as tx:
-        soon = certificates.count_expiring(tx, installation.first_tenant, now=now, within=[SOON])
+        soon = total(counts_of(tx, now=now, within=[SOON]).values()).expiring
     for kind, words in (ClientKind.DEVICE, "list"), (ClientKind.APPLICATION, "application list"):
-        if (count := soon[kind][0]) > 0:
+        if (count := soon[kind, SOON]) > 0:
             found.warning(
                 f"{count} {kind} certificates expire within 30 days.",
                 f"List them: ./portal {words} --expires-before 30d.",

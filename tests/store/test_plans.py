@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 from core.states import ClientKind, PresenceState
 from operations.wiring import Portal
 from store import attestation, certificates, devices, enrolment, generations, issuers, presences, renewal, tenants
+from store.counts import counts_of
 from store.devices import DeviceFilter
 from store.tables import Device
 from tests.support.harness import ON_SQLITE
@@ -64,12 +65,8 @@ LOOK_UPS: dict[str, Query] = {
     "first requests that wait": lambda tx: enrolment.waiting_enrolments(tx, "default", limit=5),
     "requests for another key that wait": lambda tx: enrolment.waiting_reenrolments(tx, "default", limit=5),
     "certificates issued to a device": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
-    "expiring soon": lambda tx: certificates.count_expiring(tx, "default", now=NOW, within=[timedelta(days=7)]),
-    "numbers by verdict": lambda tx: attestation.count_attested(tx, "default"),
-    "numbers by status": lambda tx: devices.count_by_status(tx, "default"),
     "a token": lambda tx: tenants.find_token(tx, "0" * 64),
     "who is connected": lambda tx: presences.connected_page(tx, "default", limit=5, after=(NOW, "x")),
-    "number of connected devices": lambda tx: presences.count_connected(tx, "default"),
     "a device's certificate": lambda tx: certificates.current_certificate(tx, "default", "x"),
 }
 OF_FEW = r"ix_devices_(?:own_topics|out)\b"  # the rows that are wanted, of all tenants, and no others
@@ -133,6 +130,18 @@ def test_what_is_new_is_read_from_the_index_of_generations(
 
 
 @ON_SQLITE
+@pytest.mark.parametrize("tenant", [None, "default"], ids=["all tenants", "one"])
+def test_what_is_counted_for_monitoring_is_read_from_indexes(
+    plans_of: Callable[[Query], list[str]], tenant: str | None
+) -> None:
+    plans = plans_of(lambda tx: counts_of(tx, now=NOW, within=[timedelta(days=7)], tenant_id=tenant))
+    assert any("ix_certificates_end (tenant_id=? AND not_after>? AND not_after<?)" in plan for plan in plans)
+    assert any("COVERING INDEX ix_devices_status (tenant_id=?)" in plan for plan in plans)
+    for plan in plans:
+        assert read_whole(plan) <= SMALL | {"audit_heads", "deliveries", "webhook_deliveries"}, plan
+
+
+@ON_SQLITE
 def test_changed_policies_are_read_from_their_index(plans_of: Callable[[Query], list[str]]) -> None:
     [plan] = plans_of(lambda tx: attestation.results_of_older_policies(tx, limit=5))
     assert "SCAN attestation_policies USING COVERING INDEX ix_attestation_policies_changed" in plan
@@ -173,5 +182,5 @@ def test_a_page_that_is_narrowed_twice_is_read_between_two_places(
 
 
 def test_the_few_applications_are_counted_by_their_own_index(plans_of: Callable[[Query], list[str]]) -> None:
-    plans = plans_of(LOOK_UPS["numbers by status"])
-    assert sum("ix_devices_applications" in plan for plan in plans) == 1
+    plans = plans_of(lambda tx: counts_of(tx, now=NOW, within=[timedelta(days=7)]))
+    assert sum("ix_devices_applications" in plan for plan in plans) == 3  # by status, certificates, connections

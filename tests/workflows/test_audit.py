@@ -268,7 +268,7 @@ def size(portal: Portal) -> int:
 
 def entries(portal: Portal) -> int:
     with portal.database.snapshot() as tx:
-        return audit.count_audit_entries(tx, "default")
+        return audit.audit_head(tx, "default").number
 
 
 @ON_SQLITE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 
@@ -13,6 +14,7 @@ from core.states import AttestationVerdict
 from operations.wiring import Portal
 from store import attestation, audit
 from store.attestation import AttestationRecord, PolicyRecord
+from store.counts import counts_of
 from tests.test_db import add_device
 from workflows.attestation import reappraisal
 from workflows.attestation.nonces import NonceHolder
@@ -70,6 +72,6 @@ def test_a_change_of_a_policy_reaches_every_result_in_batches(portal: Portal, mo
     with portal.database.transaction() as tx:
         portal.reappraisals._appraise(tx, stale)  # as by another process, which read them before
     with portal.database.snapshot() as tx:
-        assert attestation.count_attested(tx, "default") == {"outdated": 5}
+        assert counts_of(tx, now=now, within=[timedelta(days=1)])["default"].attested == {"outdated": 5}
         told = audit.list_audit_entries(tx, "default", limit=9, filters={"action": "attestation:reappraise"})
     assert sorted(entry.detail["devices"] for entry in told) == [1, 2, 2]
