@@ -11,7 +11,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -25,7 +25,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable, StartupError
 from core.files import FileLock
-from store import schema
+from store import schema, scope
 
 Result = TypeVar("Result")
 # The server does not answer, is locked or full, or can only be read (InternalError).
@@ -36,7 +36,6 @@ PING_SECONDS = 2.0  # how long a test write waits for other writers
 SECONDS_BETWEEN_TEST_WRITES = 10.0  # by those who only ask whether the database is well, which anybody may
 # Connections of a process beside those of its request threads: for reconciliation, jobs and probes.
 SPARE_CONNECTIONS = 8
-_NOT_DURABLE = sa.text("SET LOCAL synchronous_commit = off")
 _REWRITE = sa.text("UPDATE broker_state SET generation = generation")  # changes nothing, and is written to disk
 
 
@@ -127,9 +126,12 @@ class Database:
         self._tested_at = -math.inf  # when it was seen last that the database can be written, by the monotonic clock
 
     @contextmanager
-    def transaction(self, *, patience: float = BUSY_TIMEOUT_SECONDS, durable: bool = True) -> Iterator[Connection]:
+    def transaction(
+        self, *, patience: float = BUSY_TIMEOUT_SECONDS, durable: bool = True, sees: str | None = None
+    ) -> Iterator[Connection]:
         """Open a transaction that writes: durable when the block ends, undone if it raises. Never nest it in another.
 
+        It has the scope ``sees``, or that of its thread: see ``store/scope.py``.
         Waits ``patience`` seconds at most for others. One that is not ``durable`` is seen by all at once, but need not
         survive a power cut: it does once a later one is durable.
         Raises ``DatabaseUnavailable`` if the database does not answer, is locked by others or has no room, and
@@ -139,7 +141,8 @@ class Database:
         # end. Once one has waited in vain, the next ones only look whether the lock is gone.
         patience = LOCKED_SECONDS if self._locked else patience
         with _translated(), ExitStack() as stack:
-            connection = self._begin(stack, patience, durable=durable)
+            options = {"portal_durable": durable, **scope.option_for(sees)}
+            connection = self._begin(stack, patience, options)
             try:
                 yield connection
             except BaseException as error:
@@ -154,7 +157,7 @@ class Database:
                 raise
             self._failed = False
 
-    def _begin(self, stack: ExitStack, patience: float, *, durable: bool) -> Connection:
+    def _begin(self, stack: ExitStack, patience: float, options: Mapping[str, Any]) -> Connection:
         """Return a connection whose transaction has begun and may write; ``stack`` ends what it takes."""
         until = time.monotonic() + patience
         try:
@@ -162,32 +165,29 @@ class Database:
                 stack.enter_context(self._write_gate.hold(patience))
             connection = stack.enter_context(self.engine.connect())
             seconds = max(0.0, until - time.monotonic())
-            connection.execution_options(portal_writes=seconds, portal_durable=durable)  # see _on_sqlite_begin
+            connection.execution_options(portal_writes=seconds, **options)  # see _on_sqlite_begin, postgresql._on_begin
             connection.begin()
-            if not durable and not self.is_sqlite:
-                connection.execute(_NOT_DURABLE)
         except (LockUnavailable, sa.exc.OperationalError):
             self._locked = self._failed = True
             raise
         self._locked = False
         return connection
 
-    def write(self, work: Callable[[Connection], Result]) -> Result:
+    def write(self, work: Callable[[Connection], Result], *, sees: str | None = None) -> Result:
         """Run ``work`` in such a transaction, on SQLite shared with other callers that wait; return its result.
 
         If ``work`` raises, its own changes are undone and no others.
         """
         if self.is_sqlite:
             return self._shared.run(work)
-        with self.transaction() as tx:
+        with self.transaction(sees=sees) as tx:
             return work(tx)
 
     @contextmanager
-    def snapshot(self) -> Iterator[Connection]:
-        """Open a transaction that only reads and sees one state of the database throughout."""
+    def snapshot(self, *, sees: str | None = None) -> Iterator[Connection]:
+        """Open a transaction that only reads and sees one state of the database throughout, in the scope ``sees``."""
         with _translated(), self.engine.connect() as connection:
-            if not self.is_sqlite:
-                connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            connection.execution_options(portal_reads=True, **scope.option_for(sees))
             with connection.begin():
                 yield connection
 

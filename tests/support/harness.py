@@ -28,6 +28,7 @@ from pki.algorithms import encrypt_private_key
 from pki.keys import files
 from store import tenants
 from store.tables import METADATA
+from tests.support.databases import POSTGRES_URL
 from tests.support.ports import free_port
 from workflows.operators import new_token
 
@@ -35,6 +36,12 @@ from workflows.operators import new_token
 ALL = os.environ.get("PORTAL_TEST_ALL") == "yes"
 # For tests to which the database makes no difference.
 ON_SQLITE = pytest.mark.parametrize("prepared", ["sqlite"], indirect=True)
+# For tests of what it alone does.
+ON_POSTGRESQL = pytest.mark.parametrize(
+    "prepared",
+    [pytest.param("postgresql", marks=pytest.mark.skipif(not POSTGRES_URL, reason="needs one"))],
+    indirect=True,
+)
 # For tests of what the allow-list alone does: narrower topics, a block for each active device.
 PER_DEVICE = pytest.mark.parametrize("acl_style", ["per-device"], indirect=True)
 
