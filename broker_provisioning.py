@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 from cryptography import x509
 
@@ -32,6 +33,7 @@ from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
 from core.files import replace_file
 from core.states import ClientKind
+from core.tenants import TenantOnBroker
 from core.topics import Topic, check_device_id
 from pki.client_certificates import common_name
 
@@ -46,21 +48,24 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def add_device_acl(acl: DeviceAccess, device_id: str, topics: Sequence[Topic] | None) -> None:
+def add_device_acl(
+    acl: DeviceAccess, device_id: str, topics: Sequence[Topic] | None, tenant: TenantOnBroker | None = None
+) -> None:
     """Grant the device ``topics``, or the default ones if ``None``, instead of those it had.
 
-    If a topic is not allowed, or cannot be expressed in the ACL's style, the device is denied everything and is listed
-    in ``acl.closed``. Raise ``ValueError`` if ``device_id`` is not a canonical UUID.
+    ``tenant`` is whose it is, ``None`` for the first one. If a topic is not allowed, or cannot be expressed in the
+    ACL's style, the device is denied everything and is listed in ``acl.closed``. Raise ``ValueError`` if ``device_id``
+    is not a canonical UUID.
     """
-    acl.grant(device_id, topics)
+    acl.grant(device_id, topics, tenant)
 
 
-def remove_device_acl(acl: DeviceAccess, device_id: str) -> None:
+def remove_device_acl(acl: DeviceAccess, device_id: str, tenant: TenantOnBroker | None = None) -> None:
     """Take a device out: the guard denies it everything, an ACL has no block of it and leaves the rest to the CRL.
 
     Raise ``ValueError`` if ``device_id`` is not a canonical UUID.
     """
-    acl.deny(device_id)
+    acl.deny(device_id, tenant)
 
 
 class BrokerProvisioning:
@@ -95,19 +100,28 @@ class BrokerProvisioning:
         refused = None if certificates is None else _identity_of(certificates.revoked)
         return self.control.enforce(generation, deadline, refused=refused)
 
-    def topics_problem(self, client_id: str, topics: Sequence[Topic], kind: ClientKind) -> str | None:
+    def topics_problem(
+        self, client_id: str, topics: Sequence[Topic], kind: ClientKind, tenant: TenantOnBroker | None = None
+    ) -> str | None:
         """Return why a client with these own topics is denied everything, by the settings; ``None`` if it is not."""
         access = self.control.access()
         grant = access.grant_application if kind is ClientKind.APPLICATION else access.grant
-        grant(client_id, topics)
+        grant(client_id, topics, tenant)
         return access.closed.get(client_id)
 
-    def disconnect(self, device_ids: Sequence[str], deadline: float, *, revoked: Container[str] = ()) -> None:
+    def knows_tenants(self, deadline: float) -> bool:
+        """Return whether the broker can keep a second tenant apart; see ``broker.control.BrokerControl``."""
+        return self.control.knows_tenants(deadline)
+
+    def disconnect(
+        self, device_ids: Sequence[str], deadline: float, *, revoked: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """End the devices' sessions: connections are closed, queues and subscriptions discarded.
 
         Take over each session with clean start (MQTT 5.0 section 3.1.4); a device without a session is not an error.
         Call it only after ``enforce``, or the broker accepts the device again. If the control can, the retained
-        messages below the default topics of those in ``revoked`` are cleared. Raise ``BrokerUnavailable``.
+        messages below the default topics of those in ``revoked`` are cleared, which has the prefix of each one's
+        topics. Raise ``BrokerUnavailable``.
         """
         for device_id in device_ids:
             check_device_id(device_id)
@@ -122,7 +136,7 @@ class BrokerProvisioning:
                         session.send_connect(device_id, PORTAL_USER, password)
                         clears = self.control.clears_retained and device_id in revoked
                         if clears:
-                            session.send_subscribe(f"{self._settings.topic_prefix}/{device_id}/#")
+                            session.send_subscribe(f"{revoked[device_id]}/{device_id}/#")
                         sessions.append((session, clears))
                     for session, clears in sessions:
                         if (reason := session.receive_connack()) != SUCCESS:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
 
-from broker.crl import Trust
+from broker.crl import NO_TENANTS, Trust
 from broker.folder import BrokerFolder
 from broker.probe import Resumption
+from core.tenants import TenantOnBroker
 from core.topics import Topic
 
 
@@ -27,22 +28,27 @@ class RestartReason(StrEnum):
 
 
 class DeviceAccess(Protocol):
-    """What devices, and applications, may do on the broker."""
+    """What devices, and applications, may do on the broker.
+
+    ``tenant`` is whose they are, ``None`` for the first tenant.
+    """
 
     @property
     def keeps_suspended(self) -> bool:
         """Whether who is suspended keeps its topics, because its certificates, which are on hold, are not accepted."""
 
-    def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
+    def grant(self, device_id: str, topics: Sequence[Topic] | None, tenant: TenantOnBroker | None = None) -> None:
         """Grant ``topics``; see ``broker_provisioning.add_device_acl``."""
 
-    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
+    def grant_application(
+        self, application_id: str, topics: Sequence[Topic], tenant: TenantOnBroker | None = None
+    ) -> None:
         """Grant an application ``topics``, which may cover those of all devices; it has no default ones.
 
         Where that is not allowed, or cannot be enforced, it is denied everything and is listed in ``Draft.closed``.
         """
 
-    def deny(self, device_id: str) -> None:
+    def deny(self, device_id: str, tenant: TenantOnBroker | None = None) -> None:
         """Take in that a device is revoked; see ``broker_provisioning.remove_device_acl``."""
 
     def forget(self, device_id: str) -> None:
@@ -78,6 +84,20 @@ class Draft(CheckedAccess, Protocol):
     def lists_certificates(self) -> bool:
         """Whether it has to be told of revoked certificates, too."""
 
+    @property
+    def lists_tenants(self) -> bool:
+        """Whether it has to be told of tenants, by ``tell_tenant``."""
+
+    def tell_tenant(self, tenant: TenantOnBroker) -> None:
+        """Take in a tenant that is not the first one, or that it is suspended or is not any more.
+
+        Raise ``ProjectionInvalid`` if its topics are not apart from those of another tenant, ``BrokerNotEnforcing`` if
+        the broker's guard is too old to know tenants.
+        """
+
+    def unknown_tenants(self, names: Iterable[str]) -> Set[str]:
+        """Return which tenants it has to be told of before an identity or a CA of theirs."""
+
     def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
         """Refuse a certificate by its issuer's name (DER) and serial number (lower-case hex), for whoever shows it.
 
@@ -85,8 +105,10 @@ class Draft(CheckedAccess, Protocol):
         by TLS at once.
         """
 
-    def puts_off_crls(self, ca: bytes) -> bool:
+    def puts_off_crls(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
         """Return whether it can be in force before the broker has new CRLs, with the CAs of ``ca`` (PEM).
+
+        ``tenants`` are as in ``broker.crl.Trust``.
 
         Then it is installed without them, and they follow by ``BrokerControl.publish_crls``.
         """
@@ -161,6 +183,12 @@ class BrokerControl(Protocol):
         """Return why a part of what was installed waits for a restart of the broker, ``None`` if none does.
 
         Raise ``BrokerUnavailable`` if the broker does not answer.
+        """
+
+    def knows_tenants(self, deadline: float) -> bool:
+        """Return whether the broker can keep a second tenant apart, which must not be added otherwise.
+
+        Raise ``BrokerUnavailable`` if it does not answer.
         """
 
     def check_resumption(self, generation: int, how: Callable[[], Resumption]) -> None:

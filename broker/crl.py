@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import NamedTuple
 
 from cryptography import x509
@@ -28,10 +29,18 @@ class ReadCrl(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """What the broker verifies clients with: CRLs of the issuing CAs and the CA certificates, each in PEM."""
+    """What the broker verifies clients with: CRLs of the issuing CAs and the CA certificates, each in PEM.
+
+    ``tenants`` has, of each issuing CA that is not the first tenant's, the SHA-256 of its certificate (DER, in hex)
+    with the name of its tenant.
+    """
 
     crl: bytes
     ca: bytes
+    tenants: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_TENANTS: Mapping[str, str] = MappingProxyType({})  # all CAs are the first tenant's
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,7 @@ class AclChange:
     ``topics`` are pairs of filter and access, ``None`` for the default ones.
     """
 
+    tenant_id: str
     device_id: str
     status: DeviceStatus
     topics: tuple[tuple[str, str], ...] | None
@@ -83,7 +84,7 @@ class AclChange:
 
 
 _DEVICES = (
-    sa.select(Device.id, Device.status, Device.own_topics, Device.generation, Device.kind)
+    sa.select(Device.tenant_id, Device.id, Device.status, Device.own_topics, Device.generation, Device.kind)
     .order_by(Device.generation)
     .execution_options(yield_per=5000)
 )
@@ -106,11 +107,11 @@ def acl_changes(tx: Connection, *, since: int, defaults: bool) -> Iterator[AclCh
     else:
         devices, own_topics = _DEVICES if defaults else _DEVICES_WITH_TOPICS, TOPICS
     topics: Mapping[str, Sequence[tuple[str, str]]] | None = None
-    for device_id, status, has_topics, generation, kind in tx.execute(devices, parameters):
+    for tenant_id, device_id, status, has_topics, generation, kind in tx.execute(devices, parameters):
         if has_topics and topics is None:
             topics = topics_by_device(tx, own_topics, **parameters)
         own = tuple(topics.get(device_id, ())) if has_topics and topics is not None else None
-        yield AclChange(device_id, status, own, generation, kind)
+        yield AclChange(tenant_id, device_id, status, own, generation, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +179,11 @@ def narrowed_since(tx: Connection, since: int) -> list[str]:
     return list(tx.execute(_NARROWED, {"since": since}).scalars())
 
 
-def revoked_since(tx: Connection, since: int) -> set[str]:
-    """Return the devices that were revoked after generation ``since``."""
-    query = sa.select(Device.id).where(Device.generation > since, _DENIED, Device.status == DeviceStatus.REVOKED)
-    return set(tx.execute(query).scalars())
+def revoked_since(tx: Connection, since: int) -> dict[str, str]:
+    """Return the devices that were revoked after generation ``since``, each with its tenant."""
+    columns = (Device.id, Device.tenant_id)
+    query = sa.select(*columns).where(Device.generation > since, _DENIED, Device.status == DeviceStatus.REVOKED)
+    return {row.id: row.tenant_id for row in tx.execute(query)}
 
 
 def devices_denied_since(tx: Connection, since: datetime) -> list[str]:

@@ -26,6 +26,7 @@ class IssuerRecord:
     """
 
     id: int
+    tenant_id: str
     name: str
     kind: IssuerKind
     status: IssuerStatus

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -26,7 +26,7 @@ from store.database import Database
 from store.generations import BrokerStateRecord
 from store.issuers import CrlRecord
 from workflows import events
-from workflows.access import complete_draft
+from workflows.access import BrokerTenants, complete_draft
 from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
 from workflows.events import EventType
@@ -59,15 +59,15 @@ class Outcome:
 class _Target:
     """What one snapshot of the database says that the broker must enforce.
 
-    ``disconnected`` are ids of devices, ``revoked`` those of them that were revoked for good, ``narrowed`` those that
-    have only lost topics. ``in_doubt`` if the broker may accept anybody: others may have reloaded it with damaged
-    files.
+    ``disconnected`` are ids of devices, ``revoked`` those of them that were revoked for good, each with the
+    prefix of its topics, ``narrowed`` those that have only lost topics. ``in_doubt`` if the broker may accept anybody:
+    others may have reloaded it with damaged files.
     """
 
     state: BrokerStateRecord
     draft: Draft
     disconnected: Sequence[str]
-    revoked: Set[str]
+    revoked: Mapping[str, str]
     narrowed: Sequence[str]
     crls: Sequence[CrlRecord]
     issuers: Issuers
@@ -405,7 +405,7 @@ class Reconciler:
                 complete_draft(draft, tx, issuers, self._clock())
                 failpoint("apply.after_snapshot")
                 disconnected, revoked, narrowed = self._sessions_to_end(tx, since=state.applied_generation)
-            puts_off = not with_crls and draft.puts_off_crls(issuers.ca_pem.encode())
+            puts_off = not with_crls and draft.puts_off_crls(issuers.ca_pem.encode(), issuers.tenants)
             crls: Sequence[CrlRecord] = ()
             if not puts_off:
                 issuers, crls = self.crls.sign_due()
@@ -415,14 +415,18 @@ class Reconciler:
                 draft.discard()
             raise
 
-    def _sessions_to_end(self, tx: Connection, *, since: int) -> tuple[Sequence[str], Set[str], Sequence[str]]:
+    def _sessions_to_end(self, tx: Connection, *, since: int) -> tuple[Sequence[str], Mapping[str, str], Sequence[str]]:
         """Return whose sessions must end, which of them were revoked, and who has lost topics only."""
         disconnected = generations.devices_to_disconnect(tx, since=since)
-        revoked = generations.revoked_since(tx, since) if disconnected else set[str]()
+        known, revoked = BrokerTenants(tx), generations.revoked_since(tx, since) if disconnected else {}
+        prefixes = {
+            device_id: self._settings.topic_prefix if (tenant := known.of(tenant_id)) is None else tenant.prefix
+            for device_id, tenant_id in revoked.items()
+        }
         if not self._broker.control.narrows_at_once:
-            return disconnected, revoked, ()
+            return disconnected, prefixes, ()
         narrowed = {*generations.narrowed_since(tx, since)} - {*disconnected}
-        return disconnected, revoked, sorted(narrowed)
+        return disconnected, prefixes, sorted(narrowed)
 
     def _install(self, target: _Target) -> bool:
         """Write it for the broker; return whether that has the CRLs now, and not only what the draft says."""

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from broker.session import PORTAL_USER
 from core.broker_control import STYLE_LINE, AclStyle
 from core.errors import FieldProblem, ProjectionInvalid, TopicRefused
+from core.tenants import TenantOnBroker
 from core.topics import Access, Topic, check_device_id, check_topics, default_topics, expand
 
 # Below it, the only topic that the portal may write: the number of the ACL. A portal before this one used another name,
@@ -70,11 +71,14 @@ class Acl:
         """Forget which devices are out, once the ACL is installed."""
         self._out.clear()
 
-    def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
-        """Grant ``topics``; see ``broker_provisioning.add_device_acl``."""
+    def grant(self, device_id: str, topics: Sequence[Topic] | None, tenant: TenantOnBroker | None = None) -> None:
+        """Grant ``topics``; see ``broker_provisioning.add_device_acl``. Only the first tenant's devices are granted."""
         check_device_id(device_id)
         self._closed.pop(device_id, None)
         self._out.discard(device_id)
+        if tenant is not None:
+            self._close(device_id, "A second tenant needs PORTAL_BROKER_CONTROL=guard.")
+            return
         if topics is None:
             if self.style is AclStyle.PATTERN:
                 self._blocks.pop(device_id, None)
@@ -89,7 +93,9 @@ class Acl:
             return
         self._blocks[device_id] = f"user {device_id}\n{_topic_lines(device_id, checked)}".encode()
 
-    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
+    def grant_application(
+        self, application_id: str, topics: Sequence[Topic], tenant: TenantOnBroker | None = None
+    ) -> None:
         """Deny an application everything: with an ACL Mosquitto grants every SUBSCRIBE."""
         check_device_id(application_id)
         self._out.discard(application_id)
@@ -101,7 +107,7 @@ class Acl:
             self._blocks[device_id] = f"user {device_id}\n{DENY_ALL}".encode()
         self._closed[device_id] = reason
 
-    def deny(self, device_id: str) -> None:
+    def deny(self, device_id: str, tenant: TenantOnBroker | None = None) -> None:
         """Remove the block of a device whose certificates are all revoked."""
         check_device_id(device_id)
         self.forget(device_id)

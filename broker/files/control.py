@@ -10,12 +10,12 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from datetime import datetime
 
 from broker.control import RestartReason
-from broker.crl import Trust
+from broker.crl import NO_TENANTS, Trust
 from broker.files.acl import NUMBER_TOPIC, REFUSED_TOPIC, VERSION_TOPIC, Acl, number_of, validate_acl
 from broker.folder import CA_FILE, CRL_FILE, CRLS_READ, BrokerFolder
 from broker.probe import Resumption
@@ -35,6 +35,7 @@ from config import Settings
 from core.broker_control import ACL_FILE, AclStyle
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.failpoints import failpoint
+from core.tenants import TenantOnBroker
 
 # Mosquitto's default number of iterations; the password has 256 random bits, so more would not help.
 PASSWORD_FILE, PASSWORD_ITERATIONS = "passwords", 101
@@ -187,7 +188,16 @@ class FilesDraft:
     def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
         """Do nothing: the CRL lists it."""
 
-    def puts_off_crls(self, ca: bytes) -> bool:
+    lists_tenants = False
+
+    def tell_tenant(self, tenant: TenantOnBroker) -> None:
+        """Do nothing: what is granted to other tenants than the first is denied."""
+
+    def unknown_tenants(self, names: Iterable[str]) -> Set[str]:
+        """Return none; see ``tell_tenant``."""
+        return set()
+
+    def puts_off_crls(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
         """Return ``False``: only the CRL refuses who is revoked."""
         return False
 
@@ -281,6 +291,10 @@ class FilesControl:
             return RestartReason.CRLS
         self._settled = state if waits is None else None
         return waits
+
+    def knows_tenants(self, deadline: float) -> bool:
+        """Return ``False``: an ACL cannot tell whose CA has issued a certificate."""
+        return False
 
     def check_resumption(self, generation: int, how: Callable[[], Resumption]) -> None:
         """See that no TLS session is resumed past a revocation; see ``broker.control.BrokerControl``."""

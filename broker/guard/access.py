@@ -8,6 +8,7 @@ from typing import Protocol
 
 from broker.guard import journal
 from core.errors import TopicRefused
+from core.tenants import TenantOnBroker
 from core.topics import Topic, check_application_topics, check_device_id, check_topics, expand
 
 
@@ -39,7 +40,8 @@ class GuardAccess:
     def __init__(self, prefixes: Sequence[str], writer: LineWriter, *, whole: bool) -> None:
         """Write to ``writer``; ``whole`` if the journal is a new one, which knows no device.
 
-        Below the first of ``prefixes`` are the devices' topics, below all of them what applications may have.
+        Below the first of ``prefixes`` are the devices' topics, below all of them what applications may have. These
+        are the first tenant's; of another tenant both are below its own prefix alone.
         """
         self._prefixes = prefixes
         self._writer = writer
@@ -51,35 +53,50 @@ class GuardAccess:
         """Devices that are denied everything because their topics cannot be granted, each with the reason."""
         return MappingProxyType(self._closed)
 
-    def grant(self, device_id: str, topics: Sequence[Topic] | None) -> None:
+    def grant(self, device_id: str, topics: Sequence[Topic] | None, tenant: TenantOnBroker | None = None) -> None:
         """Allow the device ``topics``, the default ones if ``None``."""
         check_device_id(device_id)
         if topics is None:
-            self._writer.add(journal.allow_line(device_id))
+            self._add(journal.allow_line(device_id, tenant=_name(tenant)), tenant)
         else:
-            self._grant(device_id, lambda: check_topics(topics, device_id=device_id, prefix=self._prefixes[0]))
+            prefix = self._prefixes_of(tenant)[0]
+            self._grant(device_id, lambda: check_topics(topics, device_id=device_id, prefix=prefix), tenant)
 
-    def grant_application(self, application_id: str, topics: Sequence[Topic]) -> None:
-        """Allow an application ``topics``, which may cover those of all devices."""
+    def grant_application(
+        self, application_id: str, topics: Sequence[Topic], tenant: TenantOnBroker | None = None
+    ) -> None:
+        """Allow an application ``topics``, which may cover those of all devices of its tenant."""
         check_device_id(application_id)
-        self._grant(application_id, lambda: check_application_topics(topics, prefixes=self._prefixes))
+        prefixes = self._prefixes_of(tenant)
+        self._grant(application_id, lambda: check_application_topics(topics, prefixes=prefixes), tenant)
 
-    def _grant(self, identity: str, checked: Callable[[], Sequence[Topic]]) -> None:
+    def _prefixes_of(self, tenant: TenantOnBroker | None) -> Sequence[str]:
+        return self._prefixes if tenant is None else (tenant.prefix,)
+
+    def _grant(self, identity: str, checked: Callable[[], Sequence[Topic]], tenant: TenantOnBroker | None) -> None:
         try:
             filters = [(expand(topic, identity), topic.access) for topic in checked()]
         except TopicRefused as error:
             self._closed[identity] = error.detail
-            self.deny(identity)
+            self.deny(identity, tenant)
             return
-        self._writer.add(journal.allow_line(identity, filters))
+        self._add(journal.allow_line(identity, filters, tenant=_name(tenant)), tenant)
 
-    def deny(self, device_id: str) -> None:
+    def deny(self, device_id: str, tenant: TenantOnBroker | None = None) -> None:
         """Deny the device everything, until it is allowed or forgotten."""
         check_device_id(device_id)
-        self._writer.add(journal.deny_line(device_id))
+        self._add(journal.deny_line(device_id, tenant=_name(tenant)), tenant)
+
+    def _add(self, text: str, tenant: TenantOnBroker | None) -> None:
+        """Add a line that names a tenant, if it is not the first one."""
+        self._writer.add(text)
 
     def forget(self, device_id: str) -> None:
         """Make the device unknown: it is refused as any other that is not allowed."""
         check_device_id(device_id)
         if not self._whole:
             self._writer.add(journal.forget_line(device_id))
+
+
+def _name(tenant: TenantOnBroker | None) -> str | None:
+    return None if tenant is None else tenant.name

@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from typing import Any
+
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.control import PresenceReports, RestartReason
 from broker.crl import Trust, issuing_certificates
 from broker.folder import CRLS_READ
 from broker.guard import journal
 from broker.guard.access import GuardAccess, NoJournal
+from broker.guard.draft import GuardDraft
 from broker.guard.folder import GuardFiles
 from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position
 from broker.guard.presence import GuardReports
+from broker.guard.told import NamedIssuers, Told, ToldByJournal
 from broker.probe import Resumption
 from broker.session import (
     FAILURE,
@@ -35,8 +39,8 @@ from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.failpoints import failpoint
 
 TOPIC = "portal/guard"  # below it the portal asks the guard; the answer is the reason code of PUBACK
-GUARD_VERSION = 2  # of the plugin
-UNKNOWN_IDENTITY = "unknown"  # of a certificate of which only the serial number is known
+GUARD_VERSION = 2  # of the protocol with the plugin, which may speak a later one, too
+TENANTS_VERSION = 3  # that of a plugin which knows tenants
 
 # Each CRL that the broker takes in stays in its memory until it ends, 0.2 MB for 1,000 entries, and the guard refuses
 # revoked certificates anyway: so they come in batches, a long one every few minutes, a short one after seconds, or
@@ -50,50 +54,9 @@ SOME_CRL_BYTES, MORE_CRL_BYTES_A_SECOND, MAX_CRL_BYTES = 25 << 20, 1000, 150 << 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _REASON_SECONDS = 0.5  # to ask, after the deadline, why there is no proof
 _MOST_ISSUERS = 200  # hashes of issuing CAs, retired ones too, of which a CA has up to three; the guard takes 256
+_MOST_TENANTS_ISSUERS = 60_000  # with those of all tenants, of which the guard takes 65,536
+_LOOK_SECONDS = 1.0  # to ask whether the guard knows tenants
 _COMPACTED_AT = 4  # times its size when it was begun, or of 1 MiB
-
-
-class GuardDraft(GuardAccess):
-    """Lines for the journal: those of the changes since its generation, or a whole new one."""
-
-    lists_every_device = True
-    lists_certificates = True
-
-    def __init__(
-        self, control: GuardControl, prefixes: Sequence[str], writer: JournalAppend | NewJournal, since: int
-    ) -> None:
-        super().__init__(prefixes, writer, whole=since == 0)
-        self.since = since
-        self._control = control
-        self._journal = writer
-        self._urgent = False  # whether the broker must have the CRL at once
-
-    def revoke_certificate(self, issuer: bytes, serial_number: str, identity: str | None, *, is_probe: bool) -> None:
-        """Refuse a certificate; see ``broker.control.Draft``."""
-        issuer_hash = hashlib.sha256(issuer).hexdigest()
-        self._writer.add(journal.serial_line(issuer_hash, serial_number, identity or UNKNOWN_IDENTITY))
-        self._urgent = self._urgent or is_probe
-
-    def puts_off_crls(self, ca: bytes) -> bool:
-        """Return whether the guard can do without new CRLs, and no file needs to be repaired; see ``Draft``."""
-        control = self._control
-        return not self._urgent and isinstance(self._journal, JournalAppend) and control.told(ca) and control.is_whole()
-
-    def install(self, generation: int, trust: Trust | None) -> bool:
-        """Append it to the journal, or replace that; see ``broker.control.Draft``."""
-        try:
-            if trust is None:
-                if not isinstance(self._journal, JournalAppend):
-                    raise TypeError("a new journal is installed with its CRLs")
-                self._control.append(self._journal, generation)
-                return False
-            return self._control.install(self._journal, generation, trust, urgent=self._urgent)
-        finally:
-            self.discard()
-
-    def discard(self) -> None:
-        """Drop what was not installed."""
-        self._writer.discard()
 
 
 class GuardControl:
@@ -104,9 +67,14 @@ class GuardControl:
         self._settings = settings
         self._clock = clock
         self._distrusted = False  # whether the journal was found damaged, so that the next one is a new one
-        self._told: tuple[bytes, tuple[str, ...]] = (b"", ())  # what names the issuing CAs, by the CAs' PEM
+        self._told = ToldByJournal(self.files.journal)
+        self._issuers: tuple[bytes, Mapping[str, str], NamedIssuers] = (
+            b"",
+            {},
+            (),
+        )  # by the CAs' PEM, and whose they are
         self._unsynced: Unsynced | None = None  # what was appended last
-        self._knows_version = False  # of the guard, which each process of the portal asks for once
+        self._known_version = 0  # of the guard, which each process of the portal asks for once
 
     # --- Writing
 
@@ -128,16 +96,33 @@ class GuardControl:
     def _draft(self, writer: JournalAppend | NewJournal, since: int) -> GuardDraft:
         return GuardDraft(self, self._settings.application_prefixes, writer, since)
 
-    def _issuers(self, ca: bytes) -> tuple[str, ...]:
+    def issuers(self, ca: bytes, tenants: Mapping[str, str]) -> NamedIssuers:
         """Return the hashes that name the issuing CAs to the guard, in the order in which it is to read them."""
-        if self._told[0] != ca:
-            self._told = (ca, tuple(one for each in issuing_certificates(ca) for one in journal.issuer_hashes(each)))
-        return self._told[1]
+        if self._issuers[0] != ca or self._issuers[1] != tenants:
+            named = [
+                (issuer_hash, tenants.get(hashlib.sha256(each.public_bytes(Encoding.DER)).hexdigest()))
+                for each in issuing_certificates(ca)
+                for issuer_hash in journal.issuer_hashes(each)
+            ]
+            self._issuers = (ca, dict(tenants), tuple(named))
+        return self._issuers[2]
 
-    def told(self, ca: bytes) -> bool:
-        """Return whether the guard knows all issuing CAs of ``ca`` (PEM), and the portal's password."""
+    def told_by(self, writer: JournalAppend | NewJournal) -> Told:
+        """Return what a journal has told that is continued, nothing if it is a new one."""
+        return self._told.at(writer.position) if isinstance(writer, JournalAppend) else Told()
+
+    def has_told(self, issuers: NamedIssuers, draft: GuardDraft) -> bool:
+        """Return whether the guard knows all of the issuing CAs, and the portal's password."""
         stated = self.files.stated()
-        return {*self._issuers(ca)} <= {*stated.get("issuers", ())} and stated.get("portal") == self._password_hash()
+        return (
+            {issuer for issuer, tenant in issuers if tenant is None} <= {*stated.get("issuers", ())}
+            and stated.get("portal") == self._password_hash()
+            and (all(tenant is None for _, tenant in issuers) or draft.told.has(issuers))
+        )
+
+    def distrust(self) -> None:
+        """Have the next draft begin a new journal."""
+        self._distrusted = True
 
     def is_whole(self) -> bool:
         """Return whether the files for the broker are as they were written, with CRLs that are current."""
@@ -178,7 +163,7 @@ class GuardControl:
         self.files.check(generation, trust)
         self._sync()
         before = self.files.stated() if isinstance(writer, JournalAppend) else {}
-        issuers = self._issuers(trust.ca)
+        issuers = [issuer for issuer, tenant in self.issuers(trust.ca, trust.tenants) if tenant is None]
         known = set(before.get("issuers", ()))
         for issuer in issuers:
             if issuer not in known:
@@ -224,6 +209,28 @@ class GuardControl:
     def access(self) -> GuardAccess:
         """Return what devices may do, as long as it is of none."""
         return GuardAccess(self._settings.application_prefixes, NoJournal(), whole=True)
+
+    def knows_tenants(self, deadline: float) -> bool:
+        """Return whether the guard in the broker knows tenants; see ``broker.control.BrokerControl``."""
+        if self._known_version < TENANTS_VERSION:
+            with self._session(deadline) as session:
+                if session.publish(f"{TOPIC}/version/{TENANTS_VERSION}") < FAILURE:
+                    self._known_version = TENANTS_VERSION
+        return self._known_version >= TENANTS_VERSION
+
+    def check_guard_knows_tenants(self) -> None:
+        """Raise ``BrokerNotEnforcing`` if the broker runs with a guard that would take a tenant's line for damage.
+
+        One that does not run reads the journal at its start. Raise ``BrokerUnavailable`` if it does not answer.
+        """
+        try:
+            connect_unix(self._settings.broker_socket, time.monotonic() + _LOOK_SECONDS).close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except OSError as error:
+            raise unavailable(self._settings, error) from error
+        if not self.knows_tenants(time.monotonic() + _LOOK_SECONDS):
+            raise _other_version(TENANTS_VERSION)
 
     publishes_crls = True
     narrows_at_once = True
@@ -282,7 +289,7 @@ class GuardControl:
         identify = [f"{TOPIC}/identify/{refused}"] if refused is not None else []
         session.send_connect(client_id(), PORTAL_USER, self.files.password())
         asked = [f"{TOPIC}/refused", f"{TOPIC}/prove/{position.epoch}/{position.seq}", *identify]
-        if not self._knows_version:
+        if self._known_version < GUARD_VERSION:
             asked.append(f"{TOPIC}/version/{GUARD_VERSION}")
         sent: list[bytes] = []
         with contextlib.suppress(ConnectionError):  # if the broker has refused CONNECT, its answer is still there
@@ -293,10 +300,10 @@ class GuardControl:
             raise ConnectionError("the broker closed the connection")
         loaded, proven, *allowed = map(session.receive_puback, sent)
         _check_loaded(loaded)
-        if not self._knows_version:
+        if self._known_version < GUARD_VERSION:
             if allowed.pop() >= FAILURE:
                 raise _other_version()
-            self._knows_version = True
+            self._known_version = GUARD_VERSION
         if proven >= FAILURE:
             self._await(session, position, deadline)
             allowed = [session.publish(topic) for topic in identify]
@@ -311,19 +318,26 @@ class GuardControl:
         Raise ``BrokerNotEnforcing`` if there is no proof, ``BrokerUnavailable`` if the broker does not answer.
         """
         position = read_position(self.files.journal)
+        with self._session(deadline) as session:
+            wanted = self._wanted_version(position)
+            if session.publish(f"{TOPIC}/version/{wanted}") >= FAILURE:
+                raise _other_version(wanted)
+            if session.publish(f"{TOPIC}/prove/{position.epoch}/{position.seq}") >= FAILURE:
+                raise BrokerNotEnforcing(
+                    f"The guard in the broker does not follow {self.files.journal}: see the broker's log."
+                )
+        return position.generation
+
+    @contextlib.contextmanager
+    def _session(self, deadline: float) -> Iterator[Session]:
+        """Connect to a broker with the guard; raise ``BrokerNotEnforcing`` if it has none, ``BrokerUnavailable``."""
         try:
             with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
                 self._check_login(session.connect(client_id(), PORTAL_USER, self.files.password()))
                 _check_loaded(session.publish(f"{TOPIC}/refused"))
-                if session.publish(f"{TOPIC}/version/{GUARD_VERSION}") >= FAILURE:
-                    raise _other_version()
-                if session.publish(f"{TOPIC}/prove/{position.epoch}/{position.seq}") >= FAILURE:
-                    raise BrokerNotEnforcing(
-                        f"The guard in the broker does not follow {self.files.journal}: see the broker's log."
-                    )
+                yield session
         except OSError as error:
             raise unavailable(self._settings, error) from error
-        return position.generation
 
     def follow_presence(self, deadline: float) -> PresenceReports | None:
         """Ask the guard to report who is connected; see ``broker.control.BrokerControl``."""
@@ -353,14 +367,20 @@ class GuardControl:
             # Not in force if it is of a new epoch, which the guard takes over when the portal confirms it.
             session.publish(f"{TOPIC}/epoch/{position.epoch}")
             if time.monotonic() + pause >= deadline:
-                raise self._not_proven(session)
+                raise self._not_proven(session, position)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _not_proven(self, session: Session) -> BrokerUnavailable:
+    def _wanted_version(self, position: Position) -> int:
+        """Return which version of the protocol the guard must speak to read the journal."""
+        return TENANTS_VERSION if self._told.at(position).tenants else GUARD_VERSION
+
+    def _not_proven(self, session: Session, position: Position) -> BrokerUnavailable:
         self._distrusted = True  # a new epoch repairs whatever the guard has against this one
-        if session.publish(f"{TOPIC}/version/{GUARD_VERSION}") >= FAILURE:
-            return _other_version()
+        self._known_version = 0
+        wanted = self._wanted_version(position)
+        if session.publish(f"{TOPIC}/version/{wanted}") >= FAILURE:
+            return _other_version(wanted)
         if problem := self.files.verify():
             return BrokerNotEnforcing(f"{problem} The portal writes it again.")
         return BrokerUnavailable(
@@ -369,9 +389,9 @@ class GuardControl:
         )
 
 
-def _other_version() -> BrokerNotEnforcing:
+def _other_version(wanted: int = GUARD_VERSION) -> BrokerNotEnforcing:
     return BrokerNotEnforcing(
-        f"The guard in the broker is not of the portal's version, {GUARD_VERSION}: install the plugin again,"
+        f"The guard in the broker is not of the portal's version, {wanted}: install the plugin again,"
         " then restart the broker."
     )
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
+from urllib.parse import unquote
 
 from cryptography import x509
 
@@ -58,9 +59,26 @@ def prefix_line(prefix: str) -> str:
     return f"prefix {prefix}"
 
 
-def issuer_line(name_hash: str) -> str:
-    """Return the line that makes a CA the portal's, by the SHA-256 of its DER subject name in hex, or of its key."""
-    return f"issuer {name_hash}"
+def tenant_line(name: str, prefix: str) -> str:
+    """Return the line that tells a tenant with the topic below which its default topics are, or ends its suspension."""
+    return f"tenant {name} {encode(prefix)}"
+
+
+def suspend_line(name: str) -> str:
+    """Return the line that refuses every identity of a tenant everything, until the next ``tenant_line``."""
+    return f"suspend {name}"
+
+
+def _of(tenant: str | None) -> str:
+    return "" if tenant is None else f" in:{tenant}"
+
+
+def issuer_line(name_hash: str, tenant: str | None = None) -> str:
+    """Return the line that makes a CA a tenant's, by the SHA-256 of its DER subject name in hex, or of its key.
+
+    Here and below ``tenant`` is ``None`` for the first one, which has no line.
+    """
+    return f"issuer {name_hash}{_of(tenant)}"
 
 
 def issuer_hashes(certificate: x509.Certificate) -> tuple[str, ...]:
@@ -77,22 +95,23 @@ def issuer_hashes(certificate: x509.Certificate) -> tuple[str, ...]:
     return name.hexdigest(), of_key.hexdigest(), hashlib.sha256(name.digest()).hexdigest()
 
 
-def allow_line(identity: str, filters: Sequence[tuple[str, Access]] | None = None) -> str:
+def allow_line(identity: str, filters: Sequence[tuple[str, Access]] | None = None, *, tenant: str | None = None) -> str:
     """Return the line that grants an identity the default topics, or only those of ``filters``, already expanded.
 
     Raise ``ProjectionInvalid`` if they do not fit into a line.
     """
+    line = f"allow {identity}{_of(tenant)}"
     if filters is None:
-        return f"allow {identity}"
-    line = f"allow {identity} " + " ".join(f"{_ACCESS[access]}:{encode(text)}" for text, access in filters)
+        return line
+    line += " " + " ".join(f"{_ACCESS[access]}:{encode(text)}" for text, access in filters)
     if not filters or len(filters) > 64 or len(line) > MAX_LINE_BYTES - 40:
         raise ProjectionInvalid(f"The topics of {identity} do not fit into a line of the journal.")
     return line
 
 
-def deny_line(identity: str) -> str:
+def deny_line(identity: str, *, tenant: str | None = None) -> str:
     """Return the line that refuses an identity everything."""
-    return f"deny {identity}"
+    return f"deny {identity}{_of(tenant)}"
 
 
 def forget_line(identity: str) -> str:
@@ -108,6 +127,11 @@ def serial_line(issuer_hash: str, serial_number: str, identity: str) -> str:
 def encode(text: str) -> str:
     """Return a topic filter with space, ``%`` and all bytes but printable ASCII as ``%XX``."""
     return "".join(chr(byte) if 0x20 < byte < 0x7F and byte != 0x25 else f"%{byte:02X}" for byte in text.encode())
+
+
+def decode(text: str) -> str:
+    """Return what ``encode`` was given."""
+    return unquote(text)
 
 
 def _ended(text: str, previous: int) -> tuple[bytes, int]:
@@ -155,8 +179,8 @@ class JournalAppend:
     """Lines to append to a journal at a position; nothing is written before ``commit``. The caller holds the lock."""
 
     def __init__(self, path: Path, position: Position) -> None:
+        self.position = position
         self._path = path
-        self._position = position
         self._renderer = _Renderer(position.seq, position.checksum)
         self._lines: list[bytes] = []
 
@@ -182,7 +206,7 @@ class JournalAppend:
         """
         self.add(f"generation {generation}")
         content = b"".join(self._lines)
-        before = self._position
+        before = self.position
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
@@ -204,12 +228,12 @@ class JournalAppend:
 
     def _cut_torn_line(self, descriptor: int) -> None:
         status = os.fstat(descriptor)
-        if (status.st_ino, status.st_size) == (self._position.inode, self._position.size):
+        if (status.st_ino, status.st_size) == (self.position.inode, self.position.size):
             return
-        rest = os.pread(descriptor, MAX_LINE_BYTES, self._position.size)
-        if status.st_ino != self._position.inode or status.st_size < self._position.size or b"\n" in rest:
+        rest = os.pread(descriptor, MAX_LINE_BYTES, self.position.size)
+        if status.st_ino != self.position.inode or status.st_size < self.position.size or b"\n" in rest:
             raise BrokerUnavailable(f"{self._path} was changed by somebody else; the portal writes it again.")
-        os.ftruncate(descriptor, self._position.size)
+        os.ftruncate(descriptor, self.position.size)
 
 
 def _write_lines(descriptor: int, content: bytes, start: int) -> None:
@@ -383,13 +407,25 @@ def _follow(path: Path, lines: Iterable[tuple[int, bytes]], known: tuple[int, in
     return found
 
 
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield what the lines after the header say, without number and checksum, once all of them were checked.
+
+    Raise ``ProjectionInvalid`` if it is missing or damaged.
+    """
+    size = read_position(path, whole=True).size
+    with path.open("rb") as file:
+        file.readline()
+        while file.tell() < size:
+            yield file.readline().decode("ascii").partition(" ")[2].rpartition(" ")[0]
+
+
 def read_access(path: Path) -> dict[str, str]:
     """Return what the journal says of each identity at its end: the line ``allow …`` or ``deny …``.
 
     Raise ``ProjectionInvalid`` if it is missing or damaged.
     """
     access: dict[str, str] = {}
-    for text in _texts(path):
+    for text in read_texts(path):
         verb, identity = text.split(" ", 2)[:2]
         if verb in ("allow", "deny"):
             access[identity] = text
@@ -404,19 +440,10 @@ def read_certificates(path: Path) -> set[tuple[str, str]]:
     Raise ``ProjectionInvalid`` if it is missing or damaged.
     """
     refused: set[tuple[str, str]] = set()
-    for text in _texts(path):
+    for text in read_texts(path):
         match text.split(" "):
             case ["serial", issuer_hash, serial_number, _]:
                 refused.add((issuer_hash, serial_number))
             case ["unserial", issuer_hash, serial_number]:
                 refused.discard((issuer_hash, serial_number))
     return refused
-
-
-def _texts(path: Path) -> Iterator[str]:
-    """Yield what the lines after the header say, without number and checksum, once all of them were checked."""
-    size = read_position(path, whole=True).size
-    with path.open("rb") as file:
-        file.readline()
-        while file.tell() < size:
-            yield file.readline().decode("ascii").partition(" ")[2].rpartition(" ")[0]

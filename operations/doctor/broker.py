@@ -15,7 +15,8 @@ from broker.files.control import BrokerFiles, FilesControl
 from broker.folder import CRL_FILE
 from broker.guard.access import GuardAccess
 from broker.guard.control import GuardControl
-from broker.guard.journal import read_access, read_position
+from broker.guard.journal import issuer_hashes, read_access, read_position
+from broker.guard.told import Told, read_told
 from broker.session import connect_unix, peer_process
 from broker_provisioning import BrokerProvisioning
 from config import Settings
@@ -23,9 +24,9 @@ from core.broker_control import ACL_FILE, JOURNAL_FILE, AclStyle, ControlKind
 from core.errors import BrokerUnavailable
 from core.states import ON_CRL, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, warning, well
-from store import devices, generations, issuers
-from store.tables import Certificate
-from workflows.access import update_access
+from store import devices, generations, issuers, tenants
+from store.tables import DEFAULT_TENANT, Certificate
+from workflows.access import BrokerTenants, on_broker, update_access
 
 _REPAIRS = "A running portal writes the file again within seconds: check that it runs, and its log."
 _PENDING = "See the line 'generation'."
@@ -86,19 +87,40 @@ def _journal_entries(installation: Installation) -> Finding:
     with installation.between_reconciliations():
         installed = read_position(settings.broker_file(JOURNAL_FILE)).generation
         access = read_access(settings.broker_file(JOURNAL_FILE))
+        told = read_told(settings.broker_file(JOURNAL_FILE))
         with installation.snapshot() as tx:
+            known = BrokerTenants(tx)
             for change in generations.acl_changes(tx, since=0, defaults=True):
                 if change.generation > installed:
                     pending.add(change.device_id)
                 else:
-                    update_access(expected, change)
+                    update_access(expected, change, known.of(change.tenant_id))
+            differences = compare_tenants(tx, told, installed)
     granted = {identity: line for identity, line in access.items() if line.startswith("allow ")}
     allowed = {identity: line for identity, line in lines.access.items() if line.startswith("allow ")}
     found = compare_acl(allowed, granted, pending)
+    if differences:
+        found.problem(f"The guard's journal says otherwise of tenants: {summarize(differences)}.", _REPAIRS)
     _add_closed(found, expected, "PORTAL_TOPIC_PREFIX and PORTAL_TOPIC_PREFIXES")
     more = f" {len(pending)} more will be installed soon." if pending else ""
     count = f"{len(allowed)} devices and applications may connect"
     return combine(found, f"The guard's journal is what the database says: {count}.{more}")
+
+
+def compare_tenants(tx: sa.Connection, told: Told, installed: int) -> list[str]:
+    """Return the tenants of which a journal of a generation says otherwise, or of whose CAs it does; not the first."""
+    differ = {
+        row.id
+        for row in tenants.list_tenants(tx)
+        if row.id != DEFAULT_TENANT and row.generation <= installed and told.tenants.get(row.id) != on_broker(row)
+    }
+    for issuer in issuers.list_issuers(tx):
+        owner = None if issuer.tenant_id == DEFAULT_TENANT else issuer.tenant_id
+        hashes = issuer_hashes(x509.load_der_x509_certificate(issuer.der))
+        said = {told.issuers[each] for each in hashes if each in told.issuers}
+        if issuer.kind == IssuerKind.ISSUING and not said <= {owner}:
+            differ.add(issuer.tenant_id)
+    return sorted(differ)
 
 
 def compare_acl(expected: Mapping[str, str], installed: Mapping[str, str], ignored: set[str]) -> Findings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from broker.guard.control import GUARD_VERSION
+from broker.guard.control import GUARD_VERSION, TENANTS_VERSION
 from broker.guard.journal import read_position
 from core.errors import ProjectionInvalid
 
@@ -36,7 +36,7 @@ class GuardStub:
         self.journal = journal
         self.topics: list[str] = []
         self.clients: list[str] = []
-        self.version = GUARD_VERSION
+        self.versions = {GUARD_VERSION, TENANTS_VERSION}
         self.reports = True  # whether it knows that question
         self.loaded = True  # else everything is granted, as by a broker without a plugin and without an ACL
         self.epoch = 0  # the one in force
@@ -91,7 +91,7 @@ class GuardStub:
     def _answer(self, asked: list[str]) -> int:
         match asked:
             case ["version", version]:
-                return YES if int(version) == self.version else NO
+                return YES if int(version) in self.versions else NO
             case ["report"]:
                 return YES if self.reports else NO
             case ["prove", epoch, seq]:

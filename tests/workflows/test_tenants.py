@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 import pytest
 import sqlalchemy as sa
 
+import db
+from broker.guard.journal import issuer_hashes
+from broker.guard.told import read_told
 from config import Settings
 from core.broker_control import ACL_FILE, JOURNAL_FILE
 from core.errors import DeviceNotFound, NotFound
 from core.roles import Role
 from core.tenants import Quotas, TenantChoices, TenantStatus
 from operations import jobs
+from operations.doctor.broker import compare_tenants
 from operations.wiring import Portal, open_portal, prepare
 from store import generations, tenants
 from store.audit import Actor
@@ -101,7 +105,7 @@ def test_the_installation_has_one_generation(portal: Portal) -> None:
 
 @ON_SQLITE
 @PER_DEVICE
-def test_the_access_list_of_a_broker_without_the_guard_names_the_devices_of_both_tenants(
+def test_the_access_list_of_a_broker_without_the_guard_grants_another_tenants_devices_nothing(
     make_settings: Callable[..., Settings],
 ) -> None:
     portal = open_portal(make_settings())
@@ -110,8 +114,37 @@ def test_the_access_list_of_a_broker_without_the_guard_names_the_devices_of_both
     known = [portal.registrations.register(actor, request_of(1, csr=False)) for actor in (NEIGHBOUR, OPERATOR)]
     portal.reconciler.install()
     access_list = portal.settings.broker_file(ACL_FILE).read_text()
-    assert [f"user {one.device_id}" in access_list for one in known] == [True, True]
+    assert [f"user {one.device_id}" in access_list for one in known] == [False, True]
     portal.close()
+
+
+@ON_SQLITE
+def test_the_journal_says_whose_a_device_is_and_a_suspension_of_all_of_a_tenants_in_one_line(portal: Portal) -> None:
+    theirs, own = (registered(portal, actor) for actor in (NEIGHBOUR, OPERATOR))
+    assert last_line_of(portal, theirs) == f"allow {theirs} in:{NEIGHBOUR.tenant_id}"
+    assert last_line_of(portal, own) == f"allow {own}"
+    for status, line in ((TenantStatus.SUSPENDED, "suspend another"), (TenantStatus.ACTIVE, "tenant another another")):
+        with portal.database.transaction() as tx:
+            generation = db.next_generation(tx, at=portal.clock())
+            record = tenants.get_tenant(tx, NEIGHBOUR.tenant_id)
+            tenants.update_tenant(tx, dataclasses.replace(record, status=status, generation=generation))
+        assert portal.reconciler.apply(generation).covers(generation)
+        assert journal_lines(portal.settings.broker_file(JOURNAL_FILE))[-2:] == [line, f"generation {generation}"]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("line", ["suspend another", "issuer {} in:another"])
+def test_the_doctor_names_a_tenant_of_which_the_journal_says_otherwise(portal: Portal, line: str) -> None:
+    registered(portal, NEIGHBOUR)
+    path = portal.settings.broker_file(JOURNAL_FILE)
+    own = issuer_hashes(portal.authority.issuing.issuer.certificate)[0]
+    expected = {"suspend another": ["another"], "issuer {} in:another": ["default"]}[line]
+    with portal.database.snapshot() as tx:
+        generation = generations.get_broker_state(tx).generation
+        assert compare_tenants(tx, read_told(path), generation) == []
+        told = read_told(path)
+        told.take(line.format(own))
+        assert compare_tenants(tx, told, generation) == expected
 
 
 def test_the_terms_of_a_tenant_are_its_own_choices_and_for_the_rest_the_settings(portal: Portal) -> None:

@@ -217,4 +217,4 @@ class CrlPublication:
                 if head is not None:
                     pem[head] = self._crl_pem[head]
         self._crl_pem = pem
-        return Trust(b"".join(pem.values()), issuers.ca_pem.encode())
+        return Trust(b"".join(pem.values()), issuers.ca_pem.encode(), issuers.tenants)

@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from cryptography import x509
@@ -25,6 +25,7 @@ from pki.outer_chain import decode_above
 from store import issuers as store_issuers
 from store.database import Database
 from store.issuers import IssuerRecord
+from store.tables import DEFAULT_TENANT
 from workflows.authority.crls import RevokedEntries, next_crl
 
 log = logging.getLogger("portal.authority")
@@ -48,6 +49,7 @@ class RecordedIssuer:
     der: bytes
     issuer: Issuer
     retired: bool = False
+    tenant_id: str = DEFAULT_TENANT
 
     def chain_pem(self, certificate_pem: str) -> str:
         """Return a certificate that it signed, with those of the CAs above it but the root's: what a TLS client sends.
@@ -62,7 +64,8 @@ class Issuers:
     """All issuers at one moment, with the retired ones, whose CRLs are still published.
 
     ``root`` is the portal's own, ``issuing`` the one that signs new certificates, ``servers`` the one that signs those
-    of portal and broker, ``trusted`` and ``ca_pem`` what clients are to trust.
+    of portal and broker, ``trusted`` and ``ca_pem`` what clients are to trust. ``tenants`` are as in
+    ``broker.crl.Trust``.
     """
 
     root: RecordedIssuer
@@ -71,6 +74,7 @@ class Issuers:
     issuers: tuple[RecordedIssuer, ...]
     trusted: tuple[x509.Certificate, ...]
     ca_pem: str
+    tenants: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def anchors(self) -> tuple[x509.Certificate, ...]:
@@ -195,6 +199,7 @@ class Authority:
             issuers=tuple(loaded),
             trusted=certificates,
             ca_pem=ca.chain_pem(*certificates),
+            tenants={one.fingerprint: one.tenant_id for one in records if one.tenant_id != DEFAULT_TENANT},
         )
 
     def _recorded(self, record: IssuerRecord, known: RecordedIssuer | None) -> RecordedIssuer:
@@ -208,7 +213,7 @@ class Authority:
                 f"The key of {record.name} does not belong to its certificate; restore the right key file."
             )
         issuer = Issuer(record.name, certificate, key, decode_above(record.above))
-        return RecordedIssuer(record.id, record.kind, record.der, issuer, retired)
+        return RecordedIssuer(record.id, record.kind, record.der, issuer, retired, record.tenant_id)
 
     def _key_of(self, record: IssuerRecord) -> PrivateKey | None:
         """Return the key of an issuer; it may be missing if it is the root's, or that of a CA that has retired."""

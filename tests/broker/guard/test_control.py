@@ -18,7 +18,7 @@ import pytest
 from broker.control import Draft, RestartReason
 from broker.crl import Trust
 from broker.guard import journal
-from broker.guard.control import CRL_CHANGES, CRL_SECONDS, GUARD_VERSION, GuardControl
+from broker.guard.control import CRL_CHANGES, CRL_SECONDS, GUARD_VERSION, TENANTS_VERSION, GuardControl
 from broker.guard.journal import read_position
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
@@ -388,7 +388,7 @@ def test_a_guard_that_does_not_follow_is_not_believed_and_gets_a_new_journal(pla
 def test_a_guard_of_another_version_is_told_at_the_start(place: Place, follows: bool) -> None:
     place.install()
     with place.stub() as guard:
-        guard.version, guard.stopped = GUARD_VERSION - 1, not follows
+        guard.versions, guard.stopped = {GUARD_VERSION - 1}, not follows
         with pytest.raises(BrokerNotEnforcing, match="not of the portal's version"):
             place.broker.enforce(1, soon(0.3))
 
@@ -397,7 +397,7 @@ def test_a_guard_of_another_version_is_found_by_a_check_even_if_it_follows(place
     place.install()
     with place.stub() as guard:
         assert place.control.check(soon()) == 1
-        guard.version = GUARD_VERSION + 1
+        guard.versions = {TENANTS_VERSION + 1}
         with pytest.raises(BrokerNotEnforcing, match="not of the portal's version"):
             place.control.check(soon())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.guard.control import GUARD_VERSION
+from broker.guard.control import GUARD_VERSION, TENANTS_VERSION
 from config import Settings
 from operations.doctor import service
 from operations.doctor.base import Finding, State
@@ -148,9 +148,9 @@ def test_the_guard_that_is_built_is_the_one_that_the_portal_speaks_to() -> None:
     ("content", "maps", "named"),
     [
         (
-            b"portal-guard protocol %d\0" % (GUARD_VERSION + 1),
+            b"portal-guard protocol %d\0" % (TENANTS_VERSION + 1),
             "",
-            f"is of version {GUARD_VERSION + 1}, the portal's is",
+            f"is of version {TENANTS_VERSION + 1}, the portal's is",
         ),
         (b"\x7fELF", "", "is not the portal's guard, or an old version of it"),
         (None, "", "cannot be read: No such file or directory"),
