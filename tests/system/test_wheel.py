@@ -58,6 +58,10 @@ def test_an_environment_gets_one_name_and_two_programs(client: Path) -> None:
     ours = {path.name for path in packages.iterdir() if not path.is_symlink()}
     assert ours == {"onboarding_portal", f"device_onboarding_portal-{VERSION}.dist-info"}
     assert {path.name for path in client.glob("portal*")} == {"portal", "portal-server"}
+    for place in ("man/man1/portal-register.1", "man/man1/portal-server-doctor.1", "zsh/site-functions/_portal"):
+        assert (client.parent / "share" / place).is_file()
+    assert (client.parent / "share/fish/vendor_completions.d/portal.fish").is_file()
+    assert (client.parent / "share/bash-completion/completions/portal-server").is_file()
 
 
 def test_the_client_alone_brings_nothing_of_the_server(client: Path, tmp_path: Path) -> None:
