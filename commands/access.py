@@ -25,6 +25,7 @@ from commands.context import (
 )
 from commands.errors import Misused
 from commands.output import Cell, date_of, moment, text
+from commands.times import Span
 from onboarding_portal import VERSION
 
 LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
@@ -127,18 +128,19 @@ def token_list(portal: Remote) -> None:
     "create",
     token,
     examples=[
-        "portal token create factory --role operator --days 90",
+        "portal token create factory --role operator --expires-in 90d",
         "portal token create audit --role auditor --token-out audit.token",
     ],
 )
 @click.argument("name", help="Name of the token, shown in the audit record.")
 @click.option("--role", type=click.Choice(ROLES), required=True, help="Permissions of the token.")
 @click.option(
+    "--expires-in",
     "--days",
     "expires_in_days",
-    type=click.IntRange(1, 3650),
-    metavar="DAYS",
-    help="Validity.  [default: no expiry]",
+    type=Span("d", 3650),
+    metavar="DURATION",
+    help="Validity, such as 90d.  [default: no expiry]",
 )
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")
 def token_create(portal: Remote, /, token_out: str | None, **options: Any) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from commands.context import YES, Id, Remote, command, paging_options, topics_from
-from commands.devices import Time, seen, show_client, topics_in_words
+from commands.devices import seen, show_client, topics_in_words
 from commands.lifecycle import REASONS, confirmed, say_whether_enforced, show_outcome
 from commands.output import moment, status_of, text
 from commands.registration import Operation, issue, issuing_options
+from commands.times import OVERLAP, Time
 
 ABOUT = "application_id"
 SHOW = "portal application show"
@@ -68,7 +69,7 @@ def application_add(portal: Remote, /, topics: tuple[str, ...], **options: Any) 
     "--expires-before",
     type=Time(),
     metavar="TIME",
-    help="Only those whose certificate expires before a date, a time, or days from now (30d).",
+    help="Only those whose certificate expires before a date, a time, or 30d from now.",
 )
 @paging_options
 def application_list(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
@@ -140,12 +141,7 @@ def application_update(portal: Remote, application_id: str, name: str | None, to
     examples=["portal application renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --out telemetry-store-new"],
 )
 @_ID
-@click.option(
-    "--overlap-hours",
-    type=click.IntRange(0, 8760),
-    metavar="HOURS",
-    help="How long the old certificate stays valid; 0 revokes it at once.  [default: 24]",
-)
+@OVERLAP
 @issuing_options
 def application_renew(portal: Remote, /, application_id: str, **options: Any) -> None:
     """Issue a new certificate for an application."""

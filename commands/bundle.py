@@ -398,11 +398,11 @@ def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 def _check_validity(certificate: x509.Certificate, now: datetime) -> None:
     if now < certificate.not_valid_before_utc:
         raise CheckFailed(
-            f"The certificate is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; "
+            f"The certificate is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M:%S} UTC; "
             "check the clock of this machine."
         )
     if now > certificate.not_valid_after_utc:
-        raise CheckFailed(f"The certificate expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC.")
+        raise CheckFailed(f"The certificate expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC.")
 
 
 def certificates_only(pem: bytes) -> bytes:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
 from commands.files import defused, whole_file
 from commands.output import Cell, Column, ago, date_of, moment, state, status_of, text
+from commands.times import Time
 
 FORMATS = ("csv", "ndjson", "json")
 SUFFIXES = {"": "csv", ".csv": "csv", ".json": "json", ".ndjson": "ndjson", ".jsonl": "ndjson"}
@@ -39,25 +39,6 @@ COLUMNS = (
     "device_id", "external_id", "name", "type", "location", "firmware", "status", "created_at", "updated_at",
     "expires_at", "revoked_at", "revocation_reason", "profile", "attested", "connected", "connected_since", "last_seen",
 )  # fmt: skip
-
-
-class Time(click.ParamType[str]):
-    """A date, an RFC 3339 time, or a number of days from now such as ``30d``."""
-
-    name = "time"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the time as RFC 3339 in UTC."""
-        days = re.fullmatch(r"([0-9]{1,5})d", value)
-        if days is not None:
-            at = datetime.now(UTC) + timedelta(days=int(days[1]))
-        else:
-            try:
-                at = datetime.fromisoformat(value)
-            except ValueError:
-                self.fail("use a date (2027-01-31), a time (2027-01-31T12:00:00Z) or days from now (30d).", param, ctx)
-        at = at if at.tzinfo else at.replace(tzinfo=UTC)
-        return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 CONNECTIONS = {"--connected": "true", "--offline": "false", "--never-seen": "never"}
@@ -86,7 +67,7 @@ filter_options = option_group(
         "--expires-before",
         type=Time(),
         metavar="TIME",
-        help="Only devices whose certificate expires before a date, a time, or days from now (30d).",
+        help="Only devices whose certificate expires before a date, a time, or 30d from now.",
     ),
     click.option("--external-id", metavar="TEXT", help="Only the device with this external id."),
     click.option("--profile", type=ProfileName(), metavar="NAME", help="Only devices with this certificate profile."),
@@ -170,9 +151,7 @@ def seen(device: Mapping[str, Any]) -> Cell:
     "expiring",
     examples=["portal expiring", "portal expiring --within 90d", "portal expiring | cut -f1 | xargs -n1 portal renew"],
 )
-@click.option(
-    "--within", type=Time(), default="30d", show_default=True, metavar="TIME", help="A date, a time, or days from now."
-)
+@click.option("--within", type=Time(), default="30d", show_default=True, metavar="TIME", help="A date, a time, or 30d.")
 def expiring(portal: Remote, within: str) -> None:
     """List devices whose certificates expire soon, soonest first.
 

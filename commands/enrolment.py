@@ -30,6 +30,7 @@ from commands.errors import Misused
 from commands.files import read_input, read_pem
 from commands.output import Cell, date_of, moment, status_of, text
 from commands.registration import KEY_TYPES
+from commands.times import VALIDITY, Span
 
 ENROLMENT_TOKEN_ID = short_id("portal enrolment list")
 PROFILE_FIELDS = (
@@ -54,13 +55,6 @@ KEY_TYPES_OPTION = click.option(
     multiple=True,
     help="Allowed type of key. Repeatable.",
 )
-DAYS = click.option(
-    "--days",
-    "validity_days",
-    type=click.IntRange(1, 36500),
-    metavar="DAYS",
-    help="Validity of their certificates.",
-)
 
 
 def profile_options(*, new: bool) -> Callable[[Any], Any]:
@@ -79,7 +73,7 @@ def profile_options(*, new: bool) -> Callable[[Any], Any]:
             help="Name of the devices; {serial} is replaced by the serial number, {number} by a count.",
         ),
         KEY_TYPES_OPTION,
-        DAYS,
+        VALIDITY,
         PROFILE,
         click.option(
             "--approval",
@@ -172,18 +166,19 @@ def enrolment_list(portal: Remote) -> None:
     enrolment,
     examples=[
         "portal enrolment create pump-9 --device 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --token-out pump-9.token",
-        "portal enrolment create line-4 --count 500 --hours 72 --type pump --name-template 'pump {serial}'",
+        "portal enrolment create line-4 --count 500 --expires-in 72h --type pump --name-template 'pump {serial}'",
     ],
 )
 @click.argument("name", help="Name of the token, shown in the audit record.")
 @click.option("--device", "device_id", metavar="ID", type=DEVICE_ID, help="The expected device that the token is for.")
 @click.option("--count", type=click.IntRange(1, 1000000), metavar="N", help="Number of new devices.  [default: 1]")
 @click.option(
+    "--expires-in",
     "--hours",
     "expires_in_hours",
-    type=click.IntRange(1, 8760),
-    metavar="HOURS",
-    help="Validity of the token.  [default: 24]",
+    type=Span("h", 8760),
+    metavar="DURATION",
+    help="Validity of the token, such as 72h.  [default: 24h]",
 )
 @profile_options(new=True)
 @click.option("--token-out", metavar="FILE", help="Write the token to FILE (new, 0600).")

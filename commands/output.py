@@ -103,7 +103,7 @@ def moment(value: object, *, expiry: bool = False, short: bool = False) -> Cell:
     style = ""
     if expiry and seconds < EXPIRES_SOON_DAYS * 86400:
         style = "yellow" if seconds > 0 else "red"
-    shown = f"{at:%Y-%m-%d}" if short else f"{at:%Y-%m-%d %H:%M} UTC ({_distance(seconds)})"
+    shown = f"{at:%Y-%m-%d}" if short else f"{at:%Y-%m-%d %H:%M:%S} UTC ({_distance(seconds)})"
     return Cell(str(value), shown, style)
 
 
@@ -125,11 +125,11 @@ def date_of(name: str, *, expiry: bool = False) -> Callable[[Mapping[str, Any]],
 
 
 def time_of(name: str) -> Callable[[Mapping[str, Any]], Cell]:
-    """Return a column with date and time (UTC) in a field, for people without fractions of seconds."""
+    """Return a column with date and time in a field, for people without fractions of seconds."""
 
     def column(row: Mapping[str, Any]) -> Cell:
-        value = row.get(name)
-        return Cell(str(value), str(value)[:19].replace("T", " ")) if value else text(value)
+        cell = moment(row.get(name))
+        return Cell(cell.plain, cell.shown.partition(" (")[0], cell.style)
 
     return column
 

@@ -10,6 +10,7 @@ import click
 from commands.context import YES, ProfileName, Remote, command, confirm, option_group
 from commands.output import Cell, text
 from commands.registration import KEY_TYPES
+from commands.times import Span
 
 FIELDS = (
     "name", "default_days", "max_days", "key_types", "extended_key_usage", "dns_names", "ip_addresses",
@@ -26,14 +27,24 @@ CLEARED: Mapping[str, Any] = {
 }
 
 
-_DAYS = click.IntRange(1, 36500)
+_SPAN = Span("d", 36500)
 
 
 def rule_options(*, new: bool) -> Callable[[Any], Any]:
     """Return the options of a profile's rules; those of a ``new`` one have defaults."""
     return option_group(
-        click.option("--default-days", type=_DAYS, metavar="DAYS", help="Validity if none is asked for."),
-        click.option("--max-days", type=_DAYS, metavar="DAYS", help="Longest validity."),
+        click.option(
+            *("--default-validity", "--default-days", "default_days"),
+            type=_SPAN,
+            metavar="DURATION",
+            help="Validity if none is asked for, such as 90d.",
+        ),
+        click.option(
+            *("--max-validity", "--max-days", "max_days"),
+            type=_SPAN,
+            metavar="DURATION",
+            help="Longest validity, such as 365d.",
+        ),
         click.option(
             "--key-type",
             "key_types",
@@ -109,7 +120,7 @@ def profile_show(portal: Remote, name: str) -> None:
     "add",
     profile,
     examples=[
-        "portal profile add tls-server --server-auth --dns-name '{name}.devices.example.com' --max-days 90",
+        "portal profile add tls-server --server-auth --dns-name '{name}.devices.example.com' --max-validity 90d",
         "portal profile add plant-4 --organization ACME --serial-number '{external_id}' --key-type ec-p384",
     ],
 )
@@ -129,7 +140,10 @@ def profile_add(portal: Remote, /, name: str, **options: Any) -> None:
 @command(
     "update",
     profile,
-    examples=["portal profile update tls-server --max-days 30", "portal profile update tls-server --clear max_days"],
+    examples=[
+        "portal profile update tls-server --max-validity 30d",
+        "portal profile update tls-server --clear max_days",
+    ],
 )
 @click.argument("name", type=ProfileName(), help="Name of the profile.")
 @rule_options(new=False)
@@ -145,7 +159,7 @@ def profile_update(portal: Remote, /, name: str, clear: tuple[str, ...], **optio
         raise click.UsageError("Use either a rule's option or --clear.")
     changes = rules | {field: CLEARED[field] for field in clear}
     if not changes:
-        raise click.UsageError("Nothing to change: use at least one of --max-days, --dns-name, --clear, …")
+        raise click.UsageError("Nothing to change: use at least one of --max-validity, --dns-name, --clear, …")
     answer = portal.client.call("PATCH", f"/profiles/{name}", body=changes).json()
     _show(portal, answer, done=f"Changed {', '.join(changes)} of {name}")
 

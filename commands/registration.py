@@ -46,6 +46,7 @@ from commands.delivery import FORCE_HELP, Password, fetch, show_files, summary, 
 from commands.errors import CheckFailed, CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
 from commands.output import Cell, moment, text
+from commands.times import OVERLAP, VALIDITY
 
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096")
 SAVED_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
@@ -85,7 +86,7 @@ class DeliveryOptions:
 # The options that the commands share that ask for a certificate; ``issue`` reads them.
 issuing_options = option_group(
     click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of key.  [default: the portal's]"),
-    click.option("--days", "validity_days", type=click.IntRange(1, 36500), metavar="DAYS", help="Validity in days."),
+    VALIDITY,
     click.option("--format", "bundle_format", type=click.Choice(FORMATS), help="Bundle format.  [default: zip]"),
     click.option(
         "--csr", metavar="FILE", help="CSR (PKCS#10, PEM or DER) for a key of its own; the portal then makes no key."
@@ -138,16 +139,11 @@ def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ..
     examples=[
         "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --out sensor-7-new",
         "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --csr sensor-7.csr --out sensor-7-new",
-        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --overlap-hours 0",
+        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --overlap 0",
     ],
 )
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
-@click.option(
-    "--overlap-hours",
-    type=click.IntRange(0, 8760),
-    metavar="HOURS",
-    help="How long the old certificate stays valid; 0 revokes it at once.  [default: 24]",
-)
+@OVERLAP
 @click.option("--when-used", is_flag=True, help="Revoke the old certificate once the new one has been used.")
 @issuing_options
 def renew(portal: Remote, /, device_id: str, when_used: bool, **options: Any) -> None:

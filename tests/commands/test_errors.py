@@ -66,7 +66,7 @@ def test_field_errors_are_not_said_twice(session: Session, stub: PortalStub) -> 
     stub.replies["POST", "/register"] = problem(422, "invalid_input", detail, errors=errors)
     assert session.run(*REGISTER, "--out", "sensor").stderr.splitlines()[:3] == [
         "Error: The portal does not accept these values:",
-        "  --days: must be 1 to 9",
+        "  --validity: must be 1 to 9",
         "  --location: is too long",
     ]
 

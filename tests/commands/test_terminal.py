@@ -220,7 +220,7 @@ def test_a_column_that_must_be_whole_is_not_cut_by_a_long_one_before_it(session:
     line = seen.seen.splitlines()[1].rstrip()
     assert line.endswith("refused")
     assert "device:register" in line
-    assert "operator opera…" in line
+    assert "operator ope…" in line
     assert len(line) <= 80
 
 
