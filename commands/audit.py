@@ -17,11 +17,12 @@ import click
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from commands.context import Remote, command, paging_options
+from commands.context import DEVICE_ID, Remote, command, paging_options
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed, Misused
 from commands.files import NewFile, read_input, reason, whole_file, write_new
 from commands.output import clean, state, text, time_of
+from commands.times import Time
 
 MAX_LINE = 1 << 20  # bytes
 MAX_SIGNATURES = 100  # of a note, of which one is the portal's and the others are witnesses'
@@ -52,17 +53,33 @@ def audit() -> None:
     """
 
 
-@command("list", audit, examples=["portal audit --limit 20", "portal audit --action device:revoke --all --json"])
+@command(
+    "list", audit, examples=["portal audit --limit 20", "portal audit --action device:revoke --since 30d --all --json"]
+)
 @click.option("--action", metavar="TAG", help="Only this action, such as device:register.")
-@click.option("--actor", metavar="ACTOR", help="Only actions of this actor, such as token:factory.")
-@click.option("--object", metavar="OBJECT", help="Only actions on this object, such as device:ID.")
+@click.option("--actor", metavar="NAME", help="Only actions of this actor, by the name of its token or all of it.")
+@click.option("--device", "device_id", type=DEVICE_ID, metavar="ID", help="Only actions on this device.")
+@click.option("--object", metavar="OBJECT", help="Only actions on this object, such as application:ID.")
 @click.option("--outcome", type=click.Choice(("done", "refused")), help="Only actions with this outcome.")
+@click.option("--since", type=Time(past=True), metavar="TIME", help="Only from a date, a time, or 12h ago on.")
+@click.option("--until", type=Time(past=True), metavar="TIME", help="Only before a date, a time, or 12h ago.")
 @paging_options
-def list_entries(portal: Remote, /, limit: int, all_: bool, cursor: str | None, **filters: str | None) -> None:
+def list_entries(
+    portal: Remote,
+    /,
+    limit: int,
+    all_: bool,
+    cursor: str | None,
+    device_id: str | None,
+    **filters: str | None,
+) -> None:
     """Read the audit record, newest entry first.
 
     When piped, prints tab-separated lines: time, actor, action, object, outcome, address, request id, detail.
     """
+    if device_id is not None and filters["object"] is not None:
+        raise click.UsageError("Use either --device or --object.")
+    filters["object"] = filters["object"] if device_id is None else f"device:{device_id}"
     answer = portal.client.read_pages("/audit", "entries", limit=None if all_ else limit, cursor=cursor, **filters)
     portal.out.table(
         answer,

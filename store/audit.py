@@ -232,36 +232,91 @@ class AuditRecord:
     detail: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Period:
+    """Entries from ``since`` on, and before ``until``; with one of them a list is in the order of time.
+
+    Else it is in the order of numbers, which another clock can make a different one.
+    """
+
+    since: datetime | None = None
+    until: datetime | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it has a beginning or an end."""
+        return self.since is not None or self.until is not None
+
+    def newest_first(self) -> list[sa.ColumnElement[Any]]:
+        """Return what to order by: an index has it."""
+        return [AuditEntry.at.desc(), AuditEntry.id.desc()] if self.is_limited else [AuditEntry.id.desc()]
+
+
+ALWAYS = Period()
+
+
 def list_audit_entries(
     tx: Connection,
     tenant_id: str,
     *,
     limit: int,
     before: int | None = None,
-    after: int | None = None,
+    down_to: int | None = None,
     filters: dict[str, str] | None = None,
+    period: Period = ALWAYS,
 ) -> Sequence[AuditRecord]:
-    """Return entries newest first, older than entry ``before``, newer than ``after``; ``filters`` match exactly."""
-    query = sa.select(*columns_of(AuditRecord, AuditEntry)).where(*_entries_between(tenant_id, before, after))
+    """Return entries newest first, older than entry ``before``, down to that entry.
+
+    ``filters`` match exactly, but for an ``actor``, which may be the name of an operator's token alone.
+    """
+    query = sa.select(*columns_of(AuditRecord, AuditEntry)).where(*_between(tx, tenant_id, before, down_to, period))
     for column, value in (filters or {}).items():
-        query = query.where(AuditEntry.__table__.c[column] == value)
-    return [AuditRecord(*row) for row in tx.execute(query.order_by(AuditEntry.id.desc()).limit(limit))]
+        matches = AuditEntry.__table__.c[column] == value
+        if column == "actor":
+            matches |= AuditEntry.actor.startswith(f"{value} (", autoescape=True)
+        query = query.where(matches)
+    return [AuditRecord(*row) for row in tx.execute(query.order_by(*period.newest_first()).limit(limit))]
 
 
 def audit_entry_before(
-    tx: Connection, tenant_id: str, *, count: int, before: int | None, of_object: str | None
+    tx: Connection, tenant_id: str, *, count: int, before: int | None, of_object: str | None, period: Period = ALWAYS
 ) -> int | None:
-    """Return the id of the entry ``count`` + 1 places before ``before``, or before the end; ``None`` if there is none.
+    """Return the id of the entry ``count`` places before ``before``, or before the end; ``None`` if there is none.
 
     With ``of_object`` only entries of that object count.
     """
-    query = sa.select(AuditEntry.id).where(*_entries_between(tenant_id, before, None))
+    query = sa.select(AuditEntry.id).where(*_between(tx, tenant_id, before, None, period))
     if of_object is not None:
         query = query.where(AuditEntry.object == of_object)
-    return tx.execute(query.order_by(AuditEntry.id.desc()).limit(1).offset(count)).scalar_one_or_none()
+    return tx.execute(query.order_by(*period.newest_first()).limit(1).offset(count - 1)).scalar_one_or_none()
 
 
-def _entries_between(tenant_id: str, before: int | None, after: int | None) -> list[sa.ColumnElement[bool]]:
-    conditions = [AuditEntry.tenant_id == tenant_id]
-    conditions += [] if before is None else [AuditEntry.id < before]
-    return conditions + ([] if after is None else [AuditEntry.id > after])
+def _between(
+    tx: Connection, tenant_id: str, before: int | None, down_to: int | None, period: Period
+) -> list[sa.ColumnElement[bool]]:
+    conditions: list[sa.ColumnElement[bool]] = [AuditEntry.tenant_id == tenant_id]
+    if not period.is_limited:
+        conditions += [] if before is None else [AuditEntry.id < before]
+        return conditions + ([] if down_to is None else [AuditEntry.id >= down_to])
+    here = sa.tuple_(AuditEntry.at, AuditEntry.id)
+    at = None if before is None else _time_of(tx, tenant_id, before)
+    # Only one upper bound, because a database uses only one for an index.
+    if at is not None and (period.until is None or at < period.until):
+        conditions.append(here < _place(at, before))
+    elif period.until is not None:
+        conditions.append(AuditEntry.at < period.until)
+    since = None if down_to is None else _time_of(tx, tenant_id, down_to)
+    if since is not None:
+        conditions.append(here >= _place(since, down_to))
+    elif period.since is not None:
+        conditions.append(AuditEntry.at >= period.since)
+    return conditions
+
+
+def _time_of(tx: Connection, tenant_id: str, entry_id: int) -> datetime | None:
+    query = sa.select(AuditEntry.at).where(AuditEntry.tenant_id == tenant_id, AuditEntry.id == entry_id)
+    return tx.execute(query).scalar_one_or_none()
+
+
+def _place(at: datetime, entry_id: int | None) -> sa.Tuple:
+    return sa.tuple_(sa.literal(at, AuditEntry.at.type), sa.literal(entry_id, AuditEntry.id.type))

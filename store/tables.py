@@ -96,6 +96,7 @@ class AuditEntry(OfTenant, Base):
         sa.CheckConstraint(one_of("outcome", "done", "refused"), name="outcome"),
         sa.UniqueConstraint("tenant_id", "number"),
         sa.Index("ix_audit_entries_object", "tenant_id", "object", "id"),
+        sa.Index("ix_audit_entries_at", "tenant_id", "at", "id"),
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)

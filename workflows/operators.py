@@ -16,7 +16,7 @@ from core.roles import Role
 from core.server_command import server_command
 from core.throttle import Throttle
 from store import audit, devices, enrolment, tenants
-from store.audit import Actor, AuditRecord
+from store.audit import Actor, AuditRecord, Period
 from store.database import Database
 from store.tenants import TokenRecord
 from workflows import events
@@ -95,25 +95,26 @@ class Operators:
             return tenants.list_tokens(tx, tenant_id)
 
     def audit(
-        self, tenant_id: str, *, limit: int, before: int | None, filters: dict[str, str]
+        self, tenant_id: str, *, limit: int, before: int | None, filters: dict[str, str], period: Period = audit.ALWAYS
     ) -> tuple[Sequence[AuditRecord], int | None]:
         """Return audit entries older than ``before``, newest first, and the ``before`` of the next page, if any.
 
-        ``filters`` match exactly. An index serves only that by object: with another, a page ends after a maximum
-        number of entries that were looked at, however few of them match.
+        ``filters`` are those of the store. Indexes serve that by object, and a period: with another, or both, a page
+        ends after a maximum number of entries that were looked at, however few of them match.
         """
-        after = None
+        last = None
         with self._database.snapshot() as tx:
-            if filters.keys() - {"object"}:
-                after = audit.audit_entry_before(
-                    tx, tenant_id, count=LOOKED_AT, before=before, of_object=filters.get("object")
+            if filters.keys() - (set() if period.is_limited else {"object"}):
+                of_object = None if period.is_limited else filters.get("object")
+                last = audit.audit_entry_before(
+                    tx, tenant_id, count=LOOKED_AT, before=before, of_object=of_object, period=period
                 )
             found = audit.list_audit_entries(
-                tx, tenant_id, limit=limit + 1, before=before, after=after, filters=filters
+                tx, tenant_id, limit=limit + 1, before=before, down_to=last, filters=filters, period=period
             )
         if len(found) > limit:
             return found[:limit], found[limit - 1].id
-        return found, None if after is None else after + 1
+        return found, last
 
     def refused(self, actor: Actor, action: str, target: str, code: str) -> None:
         """Record that a client was refused."""

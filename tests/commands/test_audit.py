@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,16 @@ def test_a_checkpoint_without_the_keys_signature_is_refused(session: Session, no
     Path("audit.ndjson").touch()
     key = str(KEY.verifier)
     assert session.run("audit", "verify", "audit.ndjson", "--key", key, "--checkpoint", "today").exit_code == 1
+
+
+def test_the_record_is_filtered_by_device_actor_and_time(session: Session, stub: PortalStub) -> None:
+    device_id = stub.add_device()
+    session.run("audit", "--device", device_id, "--actor", "factory", "--since", "2027-01-01", "--until", "12h")
+    query = stub.requests[-1].query
+    assert (query["object"], query["actor"], query["since"]) == (
+        f"device:{device_id}",
+        "factory",
+        "2027-01-01T00:00:00Z",
+    )
+    assert datetime.fromisoformat(query["until"]) < datetime.now(UTC) - timedelta(hours=11)
+    assert session.run("audit", "--device", device_id, "--object", "x").exit_code == 2

@@ -13,7 +13,18 @@ from sqlalchemy.engine import Connection
 
 from core.states import ClientKind, PresenceState
 from operations.wiring import Portal
-from store import attestation, certificates, devices, enrolment, generations, issuers, presences, renewal, tenants
+from store import (
+    attestation,
+    audit,
+    certificates,
+    devices,
+    enrolment,
+    generations,
+    issuers,
+    presences,
+    renewal,
+    tenants,
+)
 from store.counts import counts_of
 from store.devices import DeviceFilter
 from store.tables import Device
@@ -67,6 +78,12 @@ LOOK_UPS: dict[str, Query] = {
     "certificates issued to a device": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
     "a token": lambda tx: tenants.find_token(tx, "0" * 64),
     "who is connected": lambda tx: presences.connected_page(tx, "default", limit=5, after=(NOW, "x")),
+    "the audit record since": lambda tx: audit.list_audit_entries(
+        tx, "default", limit=5, before=3, period=audit.Period(since=NOW, until=NOW)
+    ),
+    "the audit record until": lambda tx: audit.list_audit_entries(
+        tx, "default", limit=5, period=audit.Period(until=NOW)
+    ),
     "a device's certificate": lambda tx: certificates.current_certificate(tx, "default", "x"),
 }
 OF_FEW = r"ix_devices_(?:own_topics|out)\b"  # the rows that are wanted, of all tenants, and no others

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from core.roles import Permission
-from web.api.fields import Limit, NumericCursor, Place, ShortText
+from store.audit import Period
+from web.api.fields import Limit, NumericCursor, Place, ShortText, Time
 from web.api.pki import cached
 from web.api.routing import ANYONE, NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.audit import AuditLog
@@ -18,10 +21,12 @@ PLAIN = "text/plain; charset=utf-8"
 class AuditQuery(RequestModel):
     """Filters of the audit record."""
 
-    actor: ShortText | None = None
+    actor: Annotated[Place, Field(description="As in the record, or the name of an operator's token")] | None = None
     action: ShortText | None = None
     object: Place | None = None
     outcome: Literal["done", "refused"] | None = None
+    since: Time | None = None
+    until: Annotated[Time, Field(description="Entries before this time")] | None = None
     limit: Limit = 50
     cursor: NumericCursor | None = None
 
@@ -43,8 +48,8 @@ class AuditEntryModel(AnswerModel):
 class AuditPage(AnswerModel):
     """Entries, newest first. Only a null `next_cursor` marks the last page.
 
-    A page before it can be short, or even empty: with `actor`, `action` or `outcome` a request stops after it has
-    looked at 1,000 entries.
+    A page before it can be short, or even empty: with `actor`, `action` or `outcome`, or an `object` and a time, a
+    request stops after it has looked at 1,000 entries.
     """
 
     entries: list[AuditEntryModel]
@@ -54,10 +59,10 @@ class AuditPage(AnswerModel):
 @ROUTES.add("GET", "/audit", Permission.AUDIT)
 def list_audit(call: Call, query: AuditQuery) -> AuditPage:
     """List the audit record, newest first."""
-    filters = query.model_dump(exclude={"limit", "cursor"}, exclude_none=True)
+    filters = query.model_dump(exclude={"limit", "cursor", "since", "until"}, exclude_none=True)
     before = None if query.cursor is None else int(query.cursor)
     found, more_before = call.portal.operators.audit(
-        call.actor.tenant_id, limit=query.limit, before=before, filters=filters
+        call.actor.tenant_id, limit=query.limit, before=before, filters=filters, period=Period(query.since, query.until)
     )
     entries = [AuditEntryModel.of(entry) for entry in found]
     return AuditPage(entries=entries, next_cursor=None if more_before is None else str(more_before))

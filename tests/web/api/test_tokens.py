@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import sqlalchemy as sa
@@ -162,6 +164,54 @@ def test_the_record_can_be_filtered(api: Api, query: str, found: int) -> None:
     api.post(f"/revoke/{device_id}")
     Api(api.client, None).get("/devices")
     assert len(api.get("/audit?" + query.format(device_id=device_id)).json["entries"]) == found
+
+
+def test_an_actor_is_found_by_the_whole_name_of_its_token(api: Api) -> None:
+    for name in ("line 4", "line 4 (old", "line 45"):
+        holding(api, api.post("/tokens", {"name": name, "role": "operator"}).json["token"]).register()
+
+    def found(actor: str) -> int:
+        return len(api.get("/audit?" + urlencode({"actor": actor})).json["entries"])
+
+    assert [found(name) for name in ("line 4", "line 45", "line", "line %", "line 4 (old")] == [2, 1, 0, 0, 1]
+    [entry] = api.get("/audit?" + urlencode({"actor": "line 45"})).json["entries"]
+    assert found(entry["actor"]) == 1
+
+
+def test_the_record_is_listed_by_time_whatever_the_clock_did(
+    api: Api, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, before = clock(), 0
+    for hour in (1, 3, 2, 4):  # the clock is set back once
+        clock.advance(hours=hour - before)
+        before = hour
+        api.post("/tokens", {"name": f"at {hour}", "role": "auditor"})
+
+    def names(looked_at: int, limit: int, **query: str) -> list[str]:
+        monkeypatch.setattr("workflows.operators.LOOKED_AT", looked_at)
+        found: list[str] = []
+        cursor: str | None = None
+        while True:
+            more = {} if cursor is None else {"cursor": cursor}
+            page = api.get("/audit?" + urlencode({"action": "token:create", "limit": limit, **query, **more})).json
+            found += [entry["detail"]["name"] for entry in page["entries"]]
+            cursor = page["next_cursor"]
+            if cursor is None:
+                return found
+
+    def at(hour: float) -> str:
+        return f"{start + timedelta(hours=hour):%Y-%m-%dT%H:%M:%SZ}"
+
+    for looked_at, limit in ((1, 50), (2, 1), (1000, 1), (1000, 50)):
+        assert names(looked_at, limit, since=at(0.5)) == ["at 4", "at 3", "at 2", "at 1"]
+        assert names(looked_at, limit, since=at(1.5), until=at(3.5)) == ["at 3", "at 2"]
+        assert names(looked_at, limit, since=at(0.5), until=at(1.5)) == ["at 1"]
+        assert names(looked_at, limit, since=at(4.5)) == []
+
+
+def test_a_cursor_of_another_tenant_s_entry_shows_nothing_of_it(api: Api) -> None:
+    answer = api.get("/audit?since=2020-01-01T00:00:00Z&cursor=999999999")
+    assert (answer.status_code, answer.json["next_cursor"]) == (200, None)
 
 
 @pytest.mark.parametrize("looked_at", [1, 3, 1000])
