@@ -356,6 +356,8 @@ def _show_restored(done: backup_restore.Restored) -> None:
         click.echo(f"Kept revoked   {kept.what}{unknown} ({why}{kept.at.isoformat(timespec='seconds')})")
     if not done.kept:
         click.echo("Kept revoked   nothing: all that is known here as revoked is revoked in the backup")
+    for older in done.older:
+        click.echo(f"As it was      {older}")
     for note in done.notes:
         click.echo(f"Note           {note}")
     for unknown in done.unknown:

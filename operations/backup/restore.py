@@ -28,6 +28,7 @@ from operations.backup import backup as backups
 from operations.backup import ca_keys
 from operations.backup.archive import Backup
 from operations.backup.crls import SavedCrls, continue_crls, unknown_revocations
+from operations.backup.older_terms import older_terms
 from operations.backup.restore_journal import SQLITE_FILES, RestoreJournal, journaled, remove_database
 from operations.backup.revocations import GuardRefusals, Kept, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
@@ -49,6 +50,7 @@ _NOT_KNOWN = (
     "operator tokens, enrolment tokens and manufacturers that were revoked or removed since",
     "uses of enrolment tokens since",
     "topics that were taken away since, and webhooks that were deleted",
+    "terms of manufacturers, enrolment tokens and certificate profiles that were changed since, evidence among them",
     "devices registered since: their certificates are valid until they expire",
     "devices that enrolled since and were revoked or rejected: their token or factory certificate admits them again",
 )
@@ -58,7 +60,8 @@ _NOT_KNOWN = (
 class Restored:
     """The result of a restore: what it revoked again, notes for the operator, where the old database is.
 
-    ``unknown`` says, item by item, what was changed since the backup and could not be read anywhere.
+    ``older`` says, item by item, which terms are again those of the backup, and ``unknown`` what was changed since and
+    could not be read anywhere.
     """
 
     made_at: str
@@ -67,6 +70,7 @@ class Restored:
     links_expired: int = 0
     kept: list[Kept] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    older: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     before: Path | None = None
 
@@ -359,6 +363,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Restore
     revocations = RevocationReplay(tx, generation=done.generation, now=plan.now)
     revocations.keep(crls, replaced, plan.refused)
     done.kept = revocations.kept
+    done.older = [] if replaced is None else list(older_terms(tx, replaced, now=plan.now))
     continue_crls(tx, crls, issuers, replaced, done.generation)
     done.links_expired = _expire_links(tx, plan, replaced)
     if not _is_of_one_of(replaced, issuers):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +13,22 @@ import sqlalchemy as sa
 
 from config import Settings
 from core.errors import EnrolmentRefused
+from core.roles import Role
 from core.states import Approval, RepeatedSerial
 from operations.wiring import Portal, prepare
 from pki.est import read_enrolment_request
+from pki.profiles import CertificateProfile
 from store.enrolment import EnrolmentProfile
 from store.tables import AclEntry, Device, Webhook
+from tests.support.attestation import Maker as AttestationMaker
+from tests.support.attested import policy
 from tests.support.backups import copied, opened, put_back
 from tests.support.est import csr_der
 from tests.support.harness import PER_DEVICE, Clock
 from tests.support.pki import PEM, Authority
 from tests.web.api.test_est_clients import der, pem
 from tests.workflows.test_registration import OPERATOR, PUMP
+from web.api.evidence import AttestationPolicyRequest
 from workflows.enrolment.clients import ManufacturedClient
 from workflows.enrolment.credentials import Enrolled, by_manufacturer
 
@@ -28,6 +36,10 @@ pytestmark = pytest.mark.both_stores
 
 WIDE = [("devices/{id}/#", "readwrite"), ("devices/hall/temperature", "read")]
 NARROW = [("devices/{id}/up", "write")]
+TERMS = EnrolmentProfile(
+    "pump", "hall 1", "1", "{serial}", ("ec-p256",), None, Approval.AT_ONCE, RepeatedSerial.SAME_DEVICE
+)
+ADMIN = dataclasses.replace(OPERATOR, role=Role.ADMIN)
 
 
 def topics_of(portal: Portal, device_id: str) -> tuple[bool, list[tuple[str, str]]]:
@@ -95,6 +107,36 @@ def test_a_webhook_that_was_deleted_stays_deleted_and_the_others_come_back(
         assert webhook_ids(portal) == {stays}
 
 
+def test_terms_that_were_made_stricter_are_told_line_by_line_where_they_are_as_before(
+    settings: Settings, file: Path, clock: Clock
+) -> None:
+    attestation = AttestationPolicyRequest.model_validate_json(json.dumps(policy(AttestationMaker()))).wanted()
+    with opened(settings, clock) as portal:
+        portal.registrations.register(OPERATOR, PUMP)
+        _same, stricter, gone = (
+            portal.manufacturers.add(OPERATOR, name, pem(Authority(name)), TERMS).id for name in ("a", "b", "c")
+        )
+        _, token = portal.enrolment_tokens.create(
+            OPERATOR, "batch", TERMS, device_id=None, count=9, life=timedelta(hours=2)
+        )
+        for name in ("changed", "removed", "kept"):
+            portal.profiles.add(OPERATOR, CertificateProfile(name))
+        copied(settings, file, clock)
+        portal.manufacturers.update(OPERATOR, stricter, {"approval": "operator", "key_types": ["ec-p384"]})
+        portal.manufacturers.update(OPERATOR, gone, {"approval": "operator"})
+        portal.manufacturers.remove(OPERATOR, gone)
+        portal.enrolment_tokens.set_attestation(ADMIN, token.id, attestation)
+        portal.profiles.update(OPERATOR, "changed", {"max_days": 9})
+        portal.profiles.remove(OPERATOR, "removed")
+    done = put_back(settings, file, clock)
+    assert [line.partition(" (")[0] + line.partition(")")[2] for line in done.older] == [
+        "manufacturer b: approval, key_types",
+        "enrolment token batch: attestation",
+        "certificate profile changed: max_days",
+        "certificate profile removed: it was removed since, and exists again",
+    ]
+
+
 def enrol(portal: Portal, factory_certificate: bytes) -> str:
     """Have a device enrol with its factory certificate, DER; return its id."""
     client, request = portal.clients.identify(factory_certificate), read_enrolment_request(csr_der())
@@ -107,16 +149,11 @@ def enrol(portal: Portal, factory_certificate: bytes) -> str:
 def test_a_device_that_enrolled_and_was_revoked_since_does_not_come_back_by_its_factory_certificates(
     settings: Settings, file: Path, clock: Clock
 ) -> None:
-    maker, terms = (
-        Authority("A maker's CA"),
-        EnrolmentProfile(
-            "pump", "hall 1", "1", "{serial}", ("ec-p256",), None, Approval.AT_ONCE, RepeatedSerial.SAME_DEVICE
-        ),
-    )
+    maker = Authority("A maker's CA")
     revoked, active = ([der(maker.issue(serial).certificate) for _ in range(2)] for serial in ("sn-1", "sn-2"))
     with opened(settings, clock) as portal:
         prepare(portal)
-        record = portal.manufacturers.add(OPERATOR, "maker", pem(maker), terms)
+        record = portal.manufacturers.add(OPERATOR, "maker", pem(maker), TERMS)
         proof = maker.issue(record.nonce).certificate.public_bytes(PEM).decode()
         portal.manufacturers.prove(OPERATOR, record.id, certificate=proof)
         portal.registrations.register(OPERATOR, PUMP)

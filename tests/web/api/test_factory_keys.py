@@ -37,16 +37,17 @@ def renewed(maker: Authority, *, common_name: str | None = None, identifier: byt
 
 def comes_back_by(api: Api, maker: Authority, path: str, how: str) -> None:
     """Do with the manufacturer what must bring no device back."""
+    terms = {"repeated_serial": api.get(path).json["repeated_serial"]}
     if how == "removed and added again":
         assert api.delete(path).status_code == 200
-        registered(api, maker)
+        registered(api, maker, **terms)
     elif how == "renewed":
-        registered(api, renewed(maker))
+        registered(api, renewed(maker), **terms)
     elif how == "renewed in its place":
         answer = api.patch(path, {"certificate": pem(renewed(maker))})
         assert answer.status_code == 200, answer.text
     else:
-        registered(api, renewed(maker))
+        registered(api, renewed(maker), **terms)
         assert api.delete(path).status_code == 200
 
 
@@ -56,9 +57,10 @@ WAYS = pytest.mark.parametrize(
 
 
 @WAYS
-def test_a_revoked_device_does_not_come_back_when_its_manufacturer_is(api: Api, how: str) -> None:
+@pytest.mark.parametrize("setting", ["operator", "new_device"])  # by the latter only its key tells what it is
+def test_a_revoked_device_does_not_come_back_when_its_manufacturer_is(api: Api, how: str, setting: str) -> None:
     maker = Authority("A maker's CA")
-    path = registered(api, maker)
+    path = registered(api, maker, repeated_serial=setting)
     one = factory_device(api, maker)
     [certificate] = certificates_of(one.enrol())
     device_id = certificate.subject.rfc4514_string()[3:]
