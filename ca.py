@@ -172,7 +172,7 @@ def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datet
         profile,
         public_key,
         issuer.authority_key_identifier,
-        *locations(pki_url, issuer.name, profile.revocation),
+        *locations(pki_url, issuer.url_name, profile.revocation),
         not_before=max(moment - CLOCK_SKEW, issuer.not_before),
         not_after=min(_end(now, days), issuer.not_after),
     )

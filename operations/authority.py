@@ -15,7 +15,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import db
 from broker.folder import SERVER_CERTIFICATE_FILE
-from core.errors import BrokerUnavailable, LockUnavailable, StateConflict, TokenUnavailable
+from core.errors import (
+    BrokerUnavailable,
+    CaKeyUnavailable,
+    IssuerUnusable,
+    LockUnavailable,
+    StateConflict,
+    TokenUnavailable,
+)
 from core.failpoints import failpoint
 from core.files import LOOK_SECONDS, FileLock, is_owned
 from core.server_command import server_command
@@ -30,8 +37,9 @@ from store import audit, generations
 from store import issuers as store_issuers
 from store.audit import Actor
 from workflows.authority import outer, rollover
+from workflows.authority.creation import ROOT_CRL_DAYS, create_tenant_issuer
 from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
-from workflows.authority.issuers import ROOT_CRL_DAYS, RecordedIssuer
+from workflows.authority.issuers import RecordedIssuer
 
 log = logging.getLogger("portal.jobs")
 
@@ -48,19 +56,16 @@ def renew_crls(portal: Portal) -> None:
     """
     now = portal.clock()
     with portal.database.snapshot() as tx:
-        changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx, retired=True)}
-        due = [
-            recorded
-            for recorded in portal.authority.seen_by(tx).issuers
-            if crl_is_due(store_issuers.get_crl_head(tx, recorded.id), changed_at=changed_at[recorded.id], now=now)
-        ]
+        issuers, states = portal.authority.seen_by(tx).issuers, store_issuers.crl_states(tx)
+        due = [recorded for recorded in issuers if crl_is_due(states[recorded.id], now=now)]
     for recorded in due:
         if recorded.kind == IssuerKind.ROOT:
-            root = portal.authority.root_with_key()
+            root = portal.authority.with_root_key(recorded)
             if root is None or not _sign_roots_crl(portal, root, now):
                 _log_that_it_ends(portal, recorded, now)
         elif recorded.retired and recorded.issuer.key is not None and now < recorded.issuer.not_after:
-            _sign_crl(portal, recorded, portal.settings.crl_days, now)
+            with contextlib.suppress(IssuerUnusable):  # the key of a retired CA may be lost
+                _sign_crl(portal, recorded, portal.settings.crl_days, now)
     if any(recorded.kind == IssuerKind.ISSUING and not recorded.retired for recorded in due):
         advance(portal, "broker:renew", renewed=["crl"])
         _apply(portal)  # its reconciliation signs the CRL
@@ -89,7 +94,7 @@ def _sign_crl(portal: Portal, recorded: RecordedIssuer, days: int, now: datetime
             now=now,
         )
     with portal.database.transaction() as tx:
-        store_issuers.put_crl(tx, portal.first_tenant, crl)  # nothing, if another process was faster
+        store_issuers.put_crl(tx, crl)  # nothing, if another process was faster
 
 
 def _log_that_it_ends(portal: Portal, root: RecordedIssuer, now: datetime) -> None:
@@ -131,7 +136,9 @@ def take_outside_certificates(portal: Portal) -> None:
 def roll_over(
     portal: Portal, actor: Actor, say: Callable[[str], None], *, again: bool = False, own_root: bool = False
 ) -> str:
-    """Create the next issuing CA, make it trusted, let it issue; return its name. Continues an interrupted rollover.
+    """Create the next issuing CA of the actor's tenant, make it trusted, let it issue; return its name.
+
+    An interrupted rollover is continued; a tenant that has no CA yet gets its first one.
 
     Each step waits for the one before: the CA is in the portal's and the broker's files with its CRL before it issues
     a certificate, and the portal's own certificates are renewed last. ``say`` is called with a sentence for each.
@@ -153,13 +160,18 @@ def _alone(portal: Portal) -> Iterator[None]:
 
 
 def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, again: bool, own_root: bool) -> str:
-    moved_at = _last_move(portal)
+    moved_at = _last_move(portal, actor.tenant_id)
     if not again and moved_at is not None and portal.clock() - moved_at < JUST_MOVED:
         renew_certificates(portal)  # the last step of an interrupted rollover
         raise StateConflict(
             f"Issuance moved at {moved_at:%Y-%m-%d %H:%M} UTC and the rollover is complete;"
             " use --again for one more CA."
         )
+    with portal.database.snapshot() as tx:
+        is_first = not portal.authority.seen_by(tx).has_issuing(actor.tenant_id)
+        is_first = is_first and rollover.waiting_issuer(tx, actor.tenant_id) is None
+    if is_first:
+        return _create_first(portal, actor, say)
     name, generation = rollover.prepare_next(
         portal.database,
         portal.authority,
@@ -172,6 +184,21 @@ def _roll_over(portal: Portal, actor: Actor, say: Callable[[str], None], *, agai
     say(f"{name} is created.")
     _make_trusted(portal, name, generation, say)
     _let_issue(portal, actor, name, say)
+    return name
+
+
+def _create_first(portal: Portal, actor: Actor, say: Callable[[str], None]) -> str:
+    """Create the first CA of a tenant that could not have one when it was added, such as without the root's key."""
+    problem = create_tenant_issuer(
+        portal.database, portal.authority, portal.keys, portal.settings, actor, now=portal.clock()
+    )
+    if problem is not None:
+        raise CaKeyUnavailable(problem)
+    with portal.database.snapshot() as tx:
+        name = portal.authority.seen_by(tx).issuing_of(actor.tenant_id).issuer.name
+        generation = generations.get_broker_state(tx).generation
+    say(f"{name} is created.")
+    _make_trusted(portal, name, generation, say)
     return name
 
 
@@ -230,6 +257,8 @@ def _let_issue(portal: Portal, actor: Actor, name: str, say: Callable[[str], Non
     with portal.database.snapshot() as tx:
         servers = portal.authority.seen_by(tx).servers.issuer.name
     say(f"{name} issues.")
+    if actor.tenant_id != portal.first_tenant:
+        return
     renew_certificates(portal)
     if servers == name:
         say("The portal and the broker have certificates of the new CA.")
@@ -242,7 +271,7 @@ def _let_issue(portal: Portal, actor: Actor, name: str, say: Callable[[str], Non
 
 def _retire_at_once(portal: Portal, actor: Actor, say: Callable[[str], None]) -> None:
     """Retire the CAs of which no device has a certificate, while no portal serves that could issue by them."""
-    for name in _unneeded(portal):
+    for name in _unneeded(portal, actor.tenant_id):
         try:
             retire(portal, actor, name, alone=True)
         except StateConflict as error:
@@ -252,21 +281,22 @@ def _retire_at_once(portal: Portal, actor: Actor, say: Callable[[str], None]) ->
 
 
 def write_ca_file(portal: Portal) -> None:
-    """Write the CAs that clients must trust to ``ca.pem``."""
+    """Write the CAs of all tenants to ``ca.pem``."""
     with portal.database.snapshot() as tx:
-        ca_pem = portal.authority.seen_by(tx).ca_pem
-    write_trust_anchors(portal.settings, ca_pem)
+        content = portal.authority.seen_by(tx).broker_ca
+    write_trust_anchors(portal.settings, content)
 
 
-def _last_move(portal: Portal) -> datetime | None:
+def _last_move(portal: Portal, tenant_id: str) -> datetime | None:
     """Return when issuance last moved to another CA; ``None`` if it never did, or if a rollover is incomplete."""
     with portal.database.snapshot() as tx:
-        issuing = [record for record in store_issuers.list_issuers(tx) if record.kind == IssuerKind.ISSUING]
+        records = store_issuers.list_issuers(tx, tenant_id=tenant_id)
+    issuing = [record for record in records if record.kind == IssuerKind.ISSUING]
     return issuing[-1].issuing_since if len(issuing) > 1 else None
 
 
 def retire(portal: Portal, actor: Actor, name: str, *, alone: bool = False) -> None:
-    """Remove a CA without valid device certificates from those that the portal and the broker trust.
+    """Remove a CA of the actor's tenant without valid device certificates from those that portal and broker trust.
 
     The portal's own root goes with the last CA below it. Raise ``StateConflict`` if a device still has a valid
     certificate of it, within an hour of the last move of issuance (unless no portal serves and this one is ``alone``),
@@ -308,23 +338,26 @@ def _wait_for_workers(portal: Portal) -> None:
 
 def retire_unneeded(portal: Portal) -> None:
     """Retire the CAs that issue no more and have no valid device certificate."""
-    unneeded, moved_at = _unneeded(portal), _last_move(portal)
-    if unneeded and moved_at is not None and portal.clock() - moved_at >= rollover.MIN_TIME_SINCE_MOVE:
-        for name in unneeded:
+    for tenant_id in portal.authority.current.tenants_with_older():
+        moved_at = _last_move(portal, tenant_id)
+        if moved_at is None or portal.clock() - moved_at < rollover.MIN_TIME_SINCE_MOVE:
+            continue
+        for name in _unneeded(portal, tenant_id):
             try:
-                retire(portal, audit.system_actor(portal.first_tenant), name)
+                retire(portal, audit.system_actor(tenant_id), name)
             except (StateConflict, BrokerUnavailable) as error:
                 log.warning("a CA cannot retire yet", extra={"issuer": name, "because": error.detail})
             else:
                 log.info("a CA was retired", extra={"issuer": name})
 
 
-def _unneeded(portal: Portal) -> list[str]:
-    """Return the names of the CAs before the one that issues of which no device has a valid certificate."""
+def _unneeded(portal: Portal, tenant_id: str) -> list[str]:
+    """Return the names of a tenant's CAs before the one that issues of which no device has a valid certificate."""
     now = portal.clock()
     with portal.database.snapshot() as tx:
         issuers = portal.authority.seen_by(tx)
-        older = [recorded for recorded in issuers.with_crl() if recorded.id < issuers.issuing.id]
+        own = [one for one in issuers.with_crl() if one.tenant_id == tenant_id]
+        older = [recorded for recorded in own if recorded.id < issuers.issuing_of(tenant_id).id]
         return [recorded.issuer.name for recorded in older if not rollover.is_in_use(tx, recorded.id, now=now)]
 
 

@@ -19,11 +19,14 @@ from operations.command_base import opened_portal, settings_of_app, without_trac
 from operations.wiring import Portal
 from pki.algorithms import KeyType
 from pki.keys.contract import Origin
+from pki.keys.stores import ROOT
 from pki.outer_chain import MAX_CHAIN_BYTES, named
-from store import audit
+from store import audit, tenants
 from store import issuers as store_issuers
+from store.audit import Actor
+from store.tables import DEFAULT_TENANT
 from workflows.authority import rollover as authority_rollover
-from workflows.authority.issuers import ROOT, Issuers, RecordedIssuer
+from workflows.authority.issuers import Issuers, RecordedIssuer
 from workflows.authority.keys import listed_keys, open_keys
 from workflows.authority.outer import pending_requests
 
@@ -33,16 +36,29 @@ def ca_group() -> None:
     """Look after the certificate authorities."""
 
 
+_of_tenant = click.option(
+    "--tenant", default=DEFAULT_TENANT, metavar="NAME", help="The tenant whose CAs are meant, if not the first one."
+)
+
+
+def _actor(portal: Portal, tenant: str) -> Actor:
+    """Return the actor for a command about a tenant's CAs; raise ``NotFound`` if there is no such tenant."""
+    with portal.database.snapshot() as tx:
+        return audit.system_actor(tenants.get_tenant(tx, tenant).id)
+
+
 @ca_group.command("list")
+@_of_tenant
 @without_traceback
-def list_cas() -> None:
+def list_cas(tenant: str) -> None:
     """List root and issuing CAs: role, end, CRL, number of valid device certificates."""
     with opened_portal() as portal:
         now = portal.clock()
+        _actor(portal, tenant)
         with portal.database.snapshot() as tx:
             issuers = portal.authority.seen_by(tx)
             records = {record.id: record for record in store_issuers.list_issuers(tx, retired=True)}
-            for recorded in issuers.issuers:
+            for recorded in issuers.of_tenant(tenant):
                 role, used = _role_of(portal, issuers, recorded), ""
                 crl = store_issuers.get_crl(tx, recorded.id)
                 ends = f"until {recorded.issuer.not_after:%Y-%m-%d}"
@@ -52,7 +68,7 @@ def list_cas() -> None:
                 name = records[recorded.id].name
                 below = f"  below {named(recorded.issuer.above[-1])}" if recorded.issuer.above else ""
                 click.echo(f"{name:<12}  {role:<20}  {ends}  {listed}  {used}{below}".rstrip())
-        for request in pending_requests(settings_of_app(), list(records.values())):
+        for request in pending_requests(settings_of_app(), list(records.values()), tenant):
             click.echo(f"{request.name:<12}  {'requested':<20}  {request.path}")
 
 
@@ -62,21 +78,26 @@ def _role_of(portal: Portal, issuers: Issuers, recorded: RecordedIssuer) -> str:
         return f"retired root, {where}" if recorded.retired else f"root, {where}"
     if recorded.retired:
         return "retired"
-    return "issues" if recorded.id == issuers.issuing.id else "is trusted"
+    tenant = recorded.tenant_id
+    issues = issuers.has_issuing(tenant) and recorded.id == issuers.issuing_of(tenant).id
+    return "issues" if issues else "is trusted"
 
 
 @ca_group.command("rollover")
 @click.option("--again", is_flag=True, help="Allow it within a day of the last rollover.")
 @click.option("--own-root", is_flag=True, help="Return from another root to the portal's own, which signs the next CA.")
+@_of_tenant
 @without_traceback
-def rollover(again: bool, own_root: bool) -> None:
+def rollover(again: bool, own_root: bool, tenant: str) -> None:
     """Create another issuing CA and let it issue from now on; the previous one stays trusted.
+
+    A tenant that has none gets its first one.
 
     Needs the root's key, unless a CA was installed that is to issue later. The portal may serve meanwhile. After an
     interruption, run the command again: it continues.
     """
     with opened_portal() as portal:
-        actor = audit.system_actor(portal.first_tenant)
+        actor = _actor(portal, tenant)
         name = authority.roll_over(portal, actor, click.echo, again=again, own_root=own_root)
         away = _root_to_be_taken_away(portal)
     click.echo(f"Done. Devices get certificates of {name}{away}.")
@@ -100,8 +121,9 @@ def _root_to_be_taken_away(portal: Portal) -> str:
     "--key-type", type=click.Choice(CA_KEY_TYPES), help="Kind of its key, if it is not PORTAL_ISSUING_KEY_TYPE."
 )
 @click.option("--another", is_flag=True, help="Make one more key, though a request waits for its certificate.")
+@_of_tenant
 @without_traceback
-def request(subject: str, key_type: str | None, another: bool) -> None:
+def request(subject: str, key_type: str | None, another: bool, tenant: str) -> None:
     """Make the key of an issuing CA, and print the request for its certificate (PKCS#10).
 
     For a CA of a company, or a root that is kept elsewhere; ca install takes what it answers. Until then the command
@@ -109,7 +131,7 @@ def request(subject: str, key_type: str | None, another: bool) -> None:
     """
     kind = None if key_type is None else KeyType(key_type)
     with opened_portal() as portal:
-        actor = audit.system_actor(portal.first_tenant)
+        actor = _actor(portal, tenant)
         made = authority.request_ca(portal, actor, subject=subject, key_type=kind, another=another)
     click.echo(made.pem, nl=False)
     click.echo(f"The request of {made.name} is also in {made.path}.", err=True)
@@ -118,8 +140,9 @@ def request(subject: str, key_type: str | None, another: bool) -> None:
 @ca_group.command("install")
 @click.argument("chain", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--later", is_flag=True, help="Only trust it for now; ca rollover lets it issue.")
+@_of_tenant
 @without_traceback
-def install(chain: Path, later: bool) -> None:
+def install(chain: Path, later: bool, tenant: str) -> None:
     """Take an issuing CA into service that another CA has signed.
 
     CHAIN has its certificate and those of the CAs above it up to the root, in PEM. The portal may serve meanwhile.
@@ -127,7 +150,7 @@ def install(chain: Path, later: bool) -> None:
     """
     content = _chain_of(chain)
     with opened_portal() as portal:
-        name = authority.install_ca(portal, audit.system_actor(portal.first_tenant), content, click.echo, later=later)
+        name = authority.install_ca(portal, _actor(portal, tenant), content, click.echo, later=later)
     click.echo(
         f"Done. {name} is to issue after: ca rollover." if later else f"Done. Devices get certificates of {name}."
     )
@@ -143,11 +166,12 @@ def _chain_of(path: Path) -> bytes:
 
 @ca_group.command("retire")
 @click.argument("name")
+@_of_tenant
 @without_traceback
-def retire(name: str) -> None:
+def retire(name: str, tenant: str) -> None:
     """Stop trusting the CA NAME, which no valid device certificate needs; the portal also does so by itself."""
     with opened_portal() as portal:
-        authority.retire(portal, audit.system_actor(portal.first_tenant), name)
+        authority.retire(portal, _actor(portal, tenant), name)
     click.echo(f"{name} is retired. Its CRL is still published.")
 
 

@@ -77,7 +77,7 @@ def init() -> None:
 
 def _anchors(portal: Portal) -> str:
     """Return the names of the roots that clients are to trust."""
-    return " and ".join(one.subject.rfc4514_string() for one in portal.authority.current.anchors)
+    return " and ".join(one.subject.rfc4514_string() for one in portal.authority.first.anchors)
 
 
 @click.command("settings")

@@ -84,12 +84,12 @@ class Readiness:
         return None
 
     def _token_problem(self) -> None:
-        key = self._authority.issuing.issuer.key
-        if key is not None and is_in_token(key):
+        key = self._authority.first.issuing.issuer.key
+        if key is not None and not callable(key) and is_in_token(key):
             check_that_it_signs(key)
 
     def _ca_problem(self) -> str | None:
-        issuer, now = self._authority.issuing.issuer, self._clock()
+        issuer, now = self._authority.first.issuing.issuer, self._clock()
         if issuer.not_after <= now:
             return f"The issuing CA {issuer.name} has expired; nothing can be signed."
         if now < issuer.not_before:
@@ -99,13 +99,17 @@ class Readiness:
             )
         # Signed, verified and discarded.
         sign_crl(issuer, [], number=1, this_update=now, next_update=now + timedelta(seconds=1))
+        if missing := self._authority.missing_keys():  # of other tenants: without its own the portal does not start
+            names = f"{missing[0]} and {len(missing) - 1} more CAs" if missing[1:] else missing[0]
+            return f"The key of {names} is not here, so nothing is signed with it; restore it from a backup."
         return None
 
     def _crl_problem(self) -> str | None:
         now = self._clock()
         with self._database.snapshot() as tx:
+            states = issuers.crl_states(tx)
             for recorded in self._authority.with_crl():
-                crl = issuers.get_crl_head(tx, recorded.id)
+                crl = states[recorded.id].newest if recorded.id in states else None
                 if crl is None:
                     return f"{recorded.issuer.name} has no CRL yet."
                 left = (crl.next_update - now) / (crl.next_update - crl.this_update)

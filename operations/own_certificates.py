@@ -121,7 +121,7 @@ class OwnCertificates:
         return True
 
     def _is_due(self, path: Path, key: Path, names: tuple[str, ...] = ()) -> bool:
-        signer = self._authority.servers if names else self._authority.issuing
+        signer = self._authority.servers if names else self._authority.first.issuing
         return is_due(path, key, self._clock(), signer.issuer, names)
 
     def _issue_server(self, names: tuple[str, ...]) -> tuple[bytes, bytes]:
@@ -138,7 +138,7 @@ class OwnCertificates:
         return signer.chain_pem(issued.pem).encode(), private_key_pem(key)
 
     def _issue_probe(self, probe: ProbeCertificate, *, revoked: bool, served: bool = False) -> None:
-        key, signer = ca.generate_keypair(KeyType.EC_P256), self._authority.issuing
+        key, signer = ca.generate_keypair(KeyType.EC_P256), self._authority.first.issuing
         issued = ca.sign_certificate(
             signer.issuer,
             key.public_key(),

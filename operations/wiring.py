@@ -33,7 +33,8 @@ from workflows.attestation.nonces import AttestationNonces
 from workflows.attestation.policies import AttestationPolicies
 from workflows.attestation.reappraisal import Reappraisals
 from workflows.audit import AuditLog, AuditLogs, open_audit_logs
-from workflows.authority.issuers import Authority, open_authority
+from workflows.authority.creation import open_authority
+from workflows.authority.issuers import Authority
 from workflows.authority.keys import open_keys
 from workflows.authority.ocsp import Responder, ResponderCertificates
 from workflows.bulk.batch import Batches
@@ -175,9 +176,9 @@ def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> 
         return _build(foundation, presence)
 
 
-def write_trust_anchors(settings: Settings, ca_pem: str) -> None:
-    """Write the CAs that clients must trust to ``ca.pem``, which everybody may read, unless it has them already."""
-    path, content = settings.data_dir / "ca.pem", ca_pem.encode()
+def write_trust_anchors(settings: Settings, content: bytes) -> None:
+    """Write the CAs of all tenants to ``ca.pem``, which everybody may read, unless it has them already."""
+    path = settings.data_dir / "ca.pem"
     if access_problem(path, 0o644, None) is not None or path.read_bytes() != content:
         replace_file(path, content, mode=0o644)
 
@@ -192,7 +193,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     audit_logs = open_audit_logs(database, settings, clock)
     keys = open_keys(settings)
     authority = open_authority(database, keys, settings, first_tenant, now=clock())
-    write_trust_anchors(settings, authority.ca_pem)
+    write_trust_anchors(settings, authority.current.broker_ca)
     seal = SecretSeal(bytes.fromhex(secret_file(folder / "webhook-key", lambda: secrets.token_hex(32))))
     sender = Sender(settings.webhook_allow, settings.webhook_ca_file, seal)
     webhooks = Webhooks(database, sender, seal, subscribed, settings.webhook_allow, clock)

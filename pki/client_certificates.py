@@ -89,6 +89,11 @@ def is_issued_by(certificate: ForeignCertificate, issuer_der: bytes) -> bool:
         return False
 
 
+def subject_of(authority_der: bytes) -> Name:
+    """Return the name of a CA, as ``is_issued_by`` compares it."""
+    return foreign.read_certificate(authority_der).subject
+
+
 def is_permitted_by(certificate: ForeignCertificate, issuer_der: bytes) -> bool:
     """Return whether the name constraints of the CA that signed a certificate permit its names (RFC 5280 §4.2.1.10).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -64,18 +64,19 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Issuer:
-    """A CA: ``name`` identifies it in URLs, ``key`` is None if the private key is not on this machine.
+    """A CA: ``key`` is None if the private key is not on this machine, or a function that returns it when it signs.
 
-    ``above`` are the CAs above it up to their root, if the portal has signed none of them. What is signed is valid
-    within the time in which all of them are.
+    ``url_name`` identifies it in URLs, ``name`` does if that is empty. ``above`` are the CAs above it up to their root,
+    if the portal has signed none of them. What is signed is valid within the time in which all of them are.
     Raises ``IssuerUnusable`` if the certificate is not that of a CA, ``CaKeyUnavailable`` if the key does not belong
     to it.
     """
 
     name: str
     certificate: x509.Certificate
-    key: PrivateKey | None = field(default=None, repr=False)
+    key: PrivateKey | Callable[[], PrivateKey] | None = field(default=None, repr=False)
     above: tuple[x509.Certificate, ...] = field(default=(), repr=False)
+    url_name: str = ""
     public_key_der: bytes = field(init=False, repr=False, compare=False)
     authority_key_identifier: Extension = field(init=False, repr=False, compare=False)
     signature_hash: hashes.SHA256 | hashes.SHA384 | None = field(init=False, repr=False, compare=False)
@@ -88,6 +89,7 @@ class Issuer:
             raise IssuerUnusable("The name of a CA must have 1 to 63 lower-case letters, digits and inner hyphens.")
         public_key = check_public_key(self.certificate.public_key())
         derived = {
+            "url_name": self.url_name or self.name,
             "public_key_der": public_key_der(public_key),
             "authority_key_identifier": _authority_key_identifier(self.name, self.certificate),
             "signature_hash": signature_hash(public_key),
@@ -97,17 +99,26 @@ class Issuer:
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        if self.key is not None and public_key_der(self.key.public_key()) != self.public_key_der:
+        if self.key is not None and not callable(self.key) and not self.has_key(self.key):
             raise CaKeyUnavailable(
                 f"The private key of CA {self.name} does not belong to its certificate; restore both from one backup."
             )
 
+    def has_key(self, key: PrivateKey) -> bool:
+        """Return whether a private key is that of the CA's certificate."""
+        return public_key_der(key.public_key()) == self.public_key_der
+
 
 def signing_key(issuer: Issuer) -> PrivateKey:
-    """Return the issuer's private key; raises ``IssuerUnusable`` if it is not on this machine."""
+    """Return the issuer's private key; raises ``IssuerUnusable`` if it is not on this machine or cannot be used."""
     if issuer.key is None:
         raise IssuerUnusable(f"The private key of CA {issuer.name} is not on this machine, so it cannot sign.")
-    return issuer.key
+    if not callable(issuer.key):
+        return issuer.key
+    key = issuer.key()
+    if not issuer.has_key(key):
+        raise IssuerUnusable(f"The private key of CA {issuer.name} does not belong to its certificate; restore it.")
+    return key
 
 
 def _authority_key_identifier(name: str, certificate: x509.Certificate) -> Extension:

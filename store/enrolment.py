@@ -236,9 +236,10 @@ def list_manufacturers(tx: Connection, tenant_id: str) -> Sequence[ManufacturerR
     ]
 
 
-def registered_manufacturers(tx: Connection) -> Sequence[ManufacturerRecord]:
-    """Return the registered manufacturers of all tenants, because a TLS connection does not name its tenant."""
+def registered_manufacturers(tx: Connection, *, tenant_id: str | None = None) -> Sequence[ManufacturerRecord]:
+    """Return the registered manufacturers of a tenant, or of all, because a TLS connection does not name its tenant."""
     query = sa.select(*_MANUFACTURER_COLUMNS).where(Manufacturer.status == ManufacturerStatus.REGISTERED)
+    query = query if tenant_id is None else query.where(Manufacturer.tenant_id == tenant_id)
     return [_record(ManufacturerRecord, row) for row in tx.execute(query.order_by(Manufacturer.id))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from core.states import IssuerKind, IssuerStatus
 from store.database import columns_of
-from store.tables import Certificate, Crl, IssuerRow
+from store.tables import BrokerState, Certificate, Crl, IssuerRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +43,56 @@ class IssuerRecord:
 _COLUMNS = columns_of(IssuerRecord, IssuerRow)
 
 
+def issuers_version(tx: Connection) -> str:
+    """Return what changes with each change of the CAs, and never comes back: whoever knows it need not read them."""
+    return tx.execute(_VERSION).scalar_one()
+
+
+_VERSION = sa.select(BrokerState.issuers_version)
+
+
+def _change(tx: Connection, statement: sa.Executable, values: Any = None) -> sa.CursorResult[Any]:
+    """Write rows of CAs, and advance their version; every change but ``touch_issuer`` goes through here."""
+    # Not a number, which a transaction that is rolled back would leave to the next one.
+    tx.execute(sa.update(BrokerState).values(issuers_version=secrets.token_hex(16)))
+    return tx.execute(statement, values)
+
+
 def add_issuer(tx: Connection, **values: Any) -> int:
     """Record a CA certificate, active, and return its row's id; ``values`` are the other columns of ``IssuerRow``."""
     values["status"] = IssuerStatus.ACTIVE
-    return tx.execute(sa.insert(IssuerRow).returning(IssuerRow.id), values).scalar_one()
+    row_id: int = _change(tx, sa.insert(IssuerRow).returning(IssuerRow.id), values).scalar_one()
+    return row_id
+
+
+def set_status(tx: Connection, issuer_id: int, status: IssuerStatus) -> None:
+    """Trust a CA, or no more."""
+    _change(tx, sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(status=status))
+
+
+def begin_issuing(tx: Connection, name: str, *, at: datetime) -> bool:
+    """Let a CA issue that is only trusted; return False and change nothing if it is not."""
+    waiting = IssuerRow.name == name, IssuerRow.status == IssuerStatus.ACTIVE, IssuerRow.issuing_since.is_(None)
+    return _change(tx, sa.update(IssuerRow).where(*waiting).values(issuing_since=at)).rowcount == 1
+
+
+def let_sign_servers(tx: Connection, issuer_id: int, *, at: datetime) -> None:
+    """Have a CA sign the certificates of portal and broker from now on."""
+    _change(tx, sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(servers_since=at))
 
 
 _ALL = sa.select(*_COLUMNS).order_by(IssuerRow.id)
 _ACTIVE = _ALL.where(IssuerRow.status == IssuerStatus.ACTIVE)
 
 
-def list_issuers(tx: Connection, *, retired: bool = False) -> Sequence[IssuerRecord]:
-    """Return all active CA certificates, with ``retired`` also the retired ones, the root first."""
-    return [IssuerRecord(*row) for row in tx.execute(_ALL if retired else _ACTIVE)]
+def list_issuers(tx: Connection, *, retired: bool = False, tenant_id: str | None = None) -> Sequence[IssuerRecord]:
+    """Return the active CA certificates of all tenants, or of one, with ``retired`` also the retired ones.
+
+    They are in the order in which they were added, the installation's root first.
+    """
+    query = _ALL if retired else _ACTIVE
+    query = query if tenant_id is None else query.where(IssuerRow.tenant_id == tenant_id)
+    return [IssuerRecord(*row) for row in tx.execute(query)]
 
 
 def touch_issuer(tx: Connection, issuer_id: int, *, generation: int) -> None:
@@ -110,6 +148,36 @@ _ANY_PUT_OFF = (
 _PUT_OFF = _ANY_PUT_OFF.where(Crl.issuer_id == sa.bindparam("of_issuer"))
 
 
+@dataclass(frozen=True, slots=True)
+class CrlState:
+    """The newest CRL of a CA, ``None`` before the first, and the generation at which what it lists last changed."""
+
+    newest: CrlHead | None
+    changed_at: int
+
+
+_STATES = (
+    sa.select(IssuerRow.id, IssuerRow.revoked_generation, *columns_of(CrlHead, Crl))
+    .outerjoin_from(IssuerRow, Crl, Crl.issuer_id == IssuerRow.id)
+    .order_by(IssuerRow.id)
+)
+
+
+def crl_states(tx: Connection) -> dict[int, CrlState]:
+    """Return what there is of CRLs of each CA, retired ones too, by the row of the CA."""
+    return {
+        issuer_id: CrlState(None if head[0] is None else CrlHead(*head), changed_at)
+        for issuer_id, changed_at, *head in tx.execute(_STATES)
+    }
+
+
+def list_crls(tx: Connection, issuer_ids: Sequence[int]) -> Iterator[CrlRecord]:
+    """Yield the newest CRL of each of these CAs that has one."""
+    for start in range(0, len(issuer_ids), _AT_ONCE):
+        query = sa.select(*columns_of(CrlRecord, Crl)).where(Crl.issuer_id.in_(issuer_ids[start : start + _AT_ONCE]))
+        yield from (CrlRecord(*row) for row in tx.execute(query))
+
+
 def get_crl(tx: Connection, issuer_id: int) -> CrlRecord | None:
     """Return the newest CRL of an issuer, ``None`` before the first."""
     row = tx.execute(_CRL, {"of_issuer": issuer_id}).one_or_none()
@@ -126,14 +194,15 @@ def any_crl_is_put_off(tx: Connection) -> bool:
     return tx.execute(_ANY_PUT_OFF).first() is not None
 
 
-def put_crl(tx: Connection, tenant_id: str, record: CrlRecord) -> bool:
+def put_crl(tx: Connection, record: CrlRecord) -> bool:
     """Make a CRL the newest of its issuer; return False and change nothing if its number is not higher."""
     values, own = dataclasses.asdict(record), Crl.issuer_id == record.issuer_id
     if tx.execute(sa.update(Crl).where(own, Crl.number < record.number).values(values)).rowcount == 1:
         return True
     if tx.execute(sa.select(Crl.number).where(own)).one_or_none() is not None:
         return False
-    tx.execute(sa.insert(Crl), {"tenant_id": tenant_id, **values})
+    tenant = sa.select(IssuerRow.tenant_id).where(IssuerRow.id == record.issuer_id).scalar_subquery()
+    tx.execute(sa.insert(Crl).values(tenant_id=tenant, **values))
     return True
 
 

@@ -144,6 +144,8 @@ class BrokerState(Base):
     applied_at: Mapped[datetime | None]
     # Since when the two have differed.
     pending_since: Mapped[datetime | None]
+    # Random, another one after each change of the CAs, so that each transaction sees by it whether there was one.
+    issuers_version: Mapped[str] = mapped_column(sa.String(32), default="", server_default="")
 
 
 # --- Devices, certificates and their issuers -------------------------------------------------------------------------

@@ -254,7 +254,7 @@ def test_a_crl_with_a_number_that_is_not_higher_changes_nothing(portal: Portal) 
     with portal.database.transaction() as tx:
         newest = issuers.get_crl(tx, 2)
         assert newest is not None
-        assert not issuers.put_crl(tx, "default", newest)
+        assert not issuers.put_crl(tx, newest)
 
 
 def test_a_token_is_found_by_its_hash_only(portal: Portal) -> None:
@@ -342,7 +342,7 @@ def test_an_error_of_the_database_does_not_show_what_was_sent(portal: Portal) ->
 def test_two_portals_on_one_new_data_folder_become_one(make_settings: Callable[..., Settings]) -> None:
     settings = make_settings()
     first, second = open_portal(settings), open_portal(settings)
-    assert first.authority.ca_pem == second.authority.ca_pem
+    assert first.authority.first.ca_pem == second.authority.first.ca_pem
     first.close()
     second.close()
 

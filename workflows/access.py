@@ -58,8 +58,10 @@ def complete_draft(draft: Draft, tx: Connection, issuers: Issuers, now: datetime
     for change in generations.acl_changes(tx, since=since, defaults=every):
         update_access(draft, change, known.of(change.tenant_id))
     if draft.lists_certificates:
-        names = {recorded.id: recorded.issuer.certificate.subject.public_bytes() for recorded in issuers.issuers}
+        names: dict[int, bytes] = {}
         for revoked in generations.certificate_changes(tx, since=since, now=now):
+            if revoked.issuer_id not in names:
+                names[revoked.issuer_id] = issuers.by_id[revoked.issuer_id].issuer.certificate.subject.public_bytes()
             _revoke_certificate(draft, names[revoked.issuer_id], revoked)
 
 

@@ -238,9 +238,9 @@ class CredentialIssuer:
         if request.csr is None:
             usual = request.key_type or tenant.key_type
             key = ca.generate_keypair(KeyType(usual if terms is None else terms.usual_key(usual)))
-            issued = self._certify(device_id, key.public_key(), days, contents, terms, now)
+            issued = self._certify(tenant.id, device_id, key.public_key(), days, contents, terms, now)
             return dataclasses.replace(issued, bundle=self._bundle(tenant, key, issued, topics, request, now))
-        return self._certify(device_id, request.csr.public_key, days, contents, terms, now)
+        return self._certify(tenant.id, device_id, request.csr.public_key, days, contents, terms, now)
 
     def issue_with_key(
         self,
@@ -259,7 +259,7 @@ class CredentialIssuer:
         """
         days, contents = self.check(tenant, CredentialRequest(validity_days=validity_days), terms)
         key = ca.generate_keypair(KeyType(key_type if terms is None else terms.usual_key(key_type)))
-        issued = self._certify(device_id, key.public_key(), days, contents, terms, now)
+        issued = self._certify(tenant.id, device_id, key.public_key(), days, contents, terms, now)
         return dataclasses.replace(issued, key=est.pkcs8(key))
 
     def check(
@@ -282,11 +282,12 @@ class CredentialIssuer:
             terms.check_key(request.key_type)
         days = terms.days(request.validity_days, tenant.device_days)
         contents = terms.contents(own_names(self._settings))
-        ca.check_names(self._authority.issuing.issuer, device_profile(str(terms.fields["id"]), contents))
+        ca.check_names(self._authority.issuing_of(tenant.id).issuer, device_profile(str(terms.fields["id"]), contents))
         return days, contents
 
     def _certify(
         self,
+        tenant_id: str,
         device_id: str,
         key: PublicKey,
         days: int,
@@ -294,7 +295,7 @@ class CredentialIssuer:
         terms: CertificateTerms | None,
         now: datetime,
     ) -> IssuedCredentials:
-        signer = self._authority.issuing
+        signer = self._authority.issuing_of(tenant_id)
         certificate = ca.sign_certificate(
             signer.issuer,
             key,
@@ -340,7 +341,7 @@ class CredentialIssuer:
             key_pem=private_key_pem(key),
             certificate_pem=issued.certificate,
             chain_pem=issued.chain,
-            ca_pem=broker_trust(self._settings, self._authority.ca_pem),
+            ca_pem=broker_trust(self._settings, self._authority.of(tenant.id).ca_pem),
             portal_ca_pem=self._portal_ca(),
             broker_host=self._settings.mqtt_host,
             broker_port=self._settings.mqtt_port,

@@ -45,7 +45,7 @@ class CertificateProfiles:
 
     def add(self, actor: Actor, profile: CertificateProfile) -> ListedProfile:
         """Add a profile; raises ``ProfileInvalid``, and ``ProfileInUse`` if there is one of its name."""
-        self._check(profile)
+        self._check(actor.tenant_id, profile)
         taken = ProfileInUse(f"There is a certificate profile {profile.name} already; choose another name.")
         if profile.name == DEFAULT:
             raise taken
@@ -84,7 +84,7 @@ class CertificateProfiles:
         with self._database.transaction() as tx:
             record = store_profiles.lock_profile(tx, actor.tenant_id, name)
             profile = dataclasses.replace(_listed(record).profile, **changes)
-            self._check(profile)
+            self._check(actor.tenant_id, profile)
             values = _values(profile)
             changed = {field: values[field] for field in sorted(changes)}
             store_profiles.update_profile(tx, record.id, changed, now=now)
@@ -107,8 +107,8 @@ class CertificateProfiles:
             audit.record(tx, actor, "profile:remove", f"profile:{name}", at=now)
         return _listed(record)
 
-    def _check(self, profile: CertificateProfile) -> None:
-        issuer = self._authority.issuing.issuer
+    def _check(self, tenant_id: str, profile: CertificateProfile) -> None:
+        issuer = self._authority.issuing_of(tenant_id).issuer
         check_profile(profile, (issuer.certificate, *issuer.above))
 
 

@@ -405,7 +405,7 @@ class Reconciler:
                 complete_draft(draft, tx, issuers, self._clock())
                 failpoint("apply.after_snapshot")
                 disconnected, revoked, narrowed = self._sessions_to_end(tx, since=state.applied_generation)
-            puts_off = not with_crls and draft.puts_off_crls(issuers.ca_pem.encode(), issuers.tenants)
+            puts_off = not with_crls and draft.puts_off_crls(issuers.broker_ca, issuers.tenants)
             crls: Sequence[CrlRecord] = ()
             if not puts_off:
                 issuers, crls = self.crls.sign_due()

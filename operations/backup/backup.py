@@ -28,8 +28,8 @@ from store import generations, issuers, schema
 from store.database import Database
 from store.tenants import tenant_ids
 from workflows.audit import KEY_FILE, LogFiles
-from workflows.authority.issuers import FIRST_ISSUING
 from workflows.authority.keys import open_keys
+from workflows.authority.names import FIRST_ISSUING
 
 # The passphrase makes the keys usable; the token belongs to one machine. The key of checkpoints signs one audit record,
 # and a restored one is another, which gets a new key. Files whose names only begin so are left out, too.

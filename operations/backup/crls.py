@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
@@ -23,7 +22,6 @@ from pki.encoding import failing_as
 from pki.issuers import CLOCK_SKEW
 from store import issuers as store_issuers
 from store.issuers import CrlRecord, IssuerRecord
-from store.tables import IssuerRow
 
 CrlById = Mapping[int, x509.CertificateRevocationList]
 _PEM_CRL = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
@@ -93,13 +91,12 @@ def continue_crls(
             values = (row[name] for name in ("issuer_id", "number", "this_update", "next_update", "generation", "der"))
             before[fingerprints[row["issuer_id"]]] = CrlRecord(*values)
     for issuer in issuers:
-        tenant_id = tx.execute(sa.select(IssuerRow.tenant_id).where(IssuerRow.id == issuer.id)).scalar_one()
         given = _record(issuer.id, crls[issuer.id]) if issuer.id in crls else None
         known = [record for record in (given, before.get(issuer.fingerprint)) if record is not None]
         if known:
             newest = max(known, key=lambda record: record.number)
             ours = dataclasses.replace(newest, issuer_id=issuer.id, generation=generation - 1)
-            store_issuers.put_crl(tx, tenant_id, ours)
+            store_issuers.put_crl(tx, ours)
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

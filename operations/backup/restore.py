@@ -41,8 +41,8 @@ from store.database import Database
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, KeptBundle
 from store.tenants import tenant_ids
 from workflows.audit import CHECKPOINT_FILE, CHECKPOINT_FOLDER, KEY_FILE, KEY_FOLDER
-from workflows.authority.issuers import FIRST_ISSUING
 from workflows.authority.keys import open_keys
+from workflows.authority.names import FIRST_ISSUING
 
 ROOT_KEY = "root.key.pem"
 # What only the old database has. Without it, these are as in the backup.

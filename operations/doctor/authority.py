@@ -34,7 +34,7 @@ from store import issuers as store_issuers
 from store.counts import counts_of, total
 from store.issuers import CrlRecord, IssuerRecord
 from store.tables import AuditEntry, Crl
-from workflows.authority.issuers import trusted_certificates
+from workflows.authority.issuers import trusted_certificates, url_name
 
 SOON = timedelta(days=30)
 CA_SOON = timedelta(days=90)  # long enough to give all devices certificates of another CA
@@ -48,12 +48,14 @@ def ca_chain(installation: Installation) -> Finding:
     """Check that root and issuing CAs verify (RFC 5280 section 6), and that the files of CAs are up to date."""
     now, issuers = installation.clock(), installation.issuers()
     roots = [x509.load_der_x509_certificate(issuer.der) for issuer in issuers if issuer.kind == IssuerKind.ROOT]
+    roots_of = {root.subject: [root] for root in roots}
     found, ends = Findings(), []
     for record in issuers:
-        above = decode_above(record.above) or roots
+        certificate = x509.load_der_x509_certificate(record.der)
+        above = decode_above(record.above) or roots_of.get(certificate.issuer, [])
         try:
             # Constraints, key usage and key identifier are checked, too.
-            issuer = Issuer(record.name, x509.load_der_x509_certificate(record.der), above=decode_above(record.above))
+            issuer = Issuer(record.name, certificate, above=decode_above(record.above))
             chain = (issuer.certificate, *issuer.above)
             if not all(map(_verifies, chain, chain[1:])) or not any(_verifies(chain[-1], root) for root in above):
                 found.problem(f"{record.name} is not signed by the root.", "Restore a backup of the database.")
@@ -157,11 +159,13 @@ def crl_served(installation: Installation) -> Finding:
 
 def _crl_served(installation: Installation) -> list[Finding]:
     with installation.snapshot() as tx:
-        newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
+        newest = [(issuer, store_issuers.get_crl(tx, issuer.id)) for issuer in store_issuers.list_issuers(tx)]
     return [
-        problem(f"The CRL of {name} that the portal serves is not the newest.", "Restart the portal; see its log.")
-        for name, record in newest.items()
-        if record is not None and served(installation, f"/crl/{name}.crl") != record.der
+        problem(
+            f"The CRL of {issuer.name} that the portal serves is not the newest.", "Restart the portal; see its log."
+        )
+        for issuer, record in newest
+        if record is not None and served(installation, f"/crl/{url_name(issuer)}.crl") != record.der
     ]
 
 
@@ -169,10 +173,13 @@ def _crl_served(installation: Installation) -> list[Finding]:
 
 
 def ocsp_responders(installation: Installation) -> Finding:
-    """Check that each issuing CA has an OCSP responder certificate that is renewed in time (RFC 6960)."""
+    """Check that each issuing CA has an OCSP responder certificate that is renewed in time (RFC 6960).
+
+    Those of other tenants than the first are issued when somebody asks.
+    """
     now, found = installation.clock(), Findings()
     for record in installation.issuers():
-        if record.kind == IssuerKind.ROOT:
+        if record.kind == IssuerKind.ROOT or record.tenant_id != installation.first_tenant:
             continue
         path = installation.settings.ocsp_dir / f"{record.name}.pem"
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pki.keys.token_client import TokenClient
 from pki.keys.tokens import TokenKeys, read_record, record_path, recorded_keys
 
 ROOT = "root"
+_ROOT_NAME = re.compile(r"(?:.*-)?root(?:-[0-9]+)?")  # the installation's, or a tenant's own
 FILES = None  # among places, for the files of the CA folder
 Place = TokenUri | None
 
@@ -89,7 +91,7 @@ class KeyStores:
         was cut off is continued.
         """
         setting = _setting_of(name)
-        uri = next((place for place in self._places[name == ROOT] if place is not None), None)
+        uri = next((place for place in self._places[_is_root(name)] if place is not None), None)
         if uri is None:
             raise CaKeyUnavailable(f"{setting} names no token; put the token's URI into it, and file after it.")
         if not self.files.exists(name):
@@ -129,7 +131,7 @@ class KeyStores:
             )
 
     def _for_new(self, name: str) -> CaKeys:
-        first = self._places[name == ROOT][0]
+        first = self._places[_is_root(name)][0]
         return self.files if first is FILES else self._tokens[first]
 
     def _holding(self, name: str) -> CaKeys:
@@ -151,7 +153,7 @@ class KeyStores:
         A copy differs by its serial number. Of several that may be it, none is taken: who lacks the key would seem
         exchanged.
         """
-        tokens = [place for place in self._places[name == ROOT] if place is not None]
+        tokens = [place for place in self._places[_is_root(name)] if place is not None]
         seen = read_record(self._folder, name).token
         if fitting := [uri for uri in tokens if _fits(uri, seen)]:
             return fitting[0]
@@ -162,8 +164,12 @@ class KeyStores:
         return [known for known in recorded_keys(self._folder) if self._uri_of(str(known["name"])) == uri]
 
 
+def _is_root(name: str) -> bool:
+    return _ROOT_NAME.fullmatch(name) is not None
+
+
 def _setting_of(name: str) -> str:
-    return "PORTAL_ROOT_KEYS" if name == ROOT else "PORTAL_CA_KEYS"
+    return "PORTAL_ROOT_KEYS" if _is_root(name) else "PORTAL_CA_KEYS"
 
 
 def _fits(uri: TokenUri, seen: dict[str, str]) -> bool:

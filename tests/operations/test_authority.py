@@ -112,9 +112,9 @@ def test_a_rollover_that_was_cut_off_is_gone_on_with(
         with pytest.raises(StateConflict, match="rollover is complete"):
             roll_over(portal)
     else:
-        assert portal.authority.issuing.issuer.name == "issuing-1"
+        assert portal.authority.first.issuing.issuer.name == "issuing-1"
         assert roll_over(portal) == "issuing-2"
-    assert portal.authority.issuing.issuer.name == "issuing-2"
+    assert portal.authority.first.issuing.issuer.name == "issuing-2"
     assert {signer_of(path) for path in own_files(portal)} == {"CN=Device Onboarding Issuing CA 2"}
     assert trusted(portal.settings.data_dir / "ca.pem") == 3
 

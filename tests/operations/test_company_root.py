@@ -41,7 +41,7 @@ from tests.support.harness import ON_SQLITE, Api, Clock, csr_pem, state_of
 from tests.workflows.test_registration import OPERATOR, with_fields
 from workflows.authority import issuers as authority_issuers
 from workflows.authority import rollover
-from workflows.authority.issuers import open_authority
+from workflows.authority.creation import open_authority
 from workflows.renewal import RenewalRequest
 
 pytestmark = [ON_SQLITE, pytest.mark.both_stores]
@@ -269,9 +269,9 @@ def test_an_installation_that_was_cut_off_is_continued(
             install(portal, chain)
         authority.renew_certificates(portal)  # as the portal's job does
     else:
-        assert portal.authority.issuing.issuer.name == "issuing-1"
+        assert portal.authority.first.issuing.issuer.name == "issuing-1"
         assert install(portal, chain) == "issuing-2"
-    assert portal.authority.issuing.issuer.name == "issuing-2"
+    assert portal.authority.first.issuing.issuer.name == "issuing-2"
     assert signers_of_servers(portal) == {NEXT}
 
 
@@ -287,9 +287,12 @@ def test_a_restart_continues_with_what_was_installed(make_settings: Callable[...
         assert trust_files(portal) == [[NEXT, OWN, *ABOVE, "CN=Device Onboarding Root CA"]] * 2
         assert portal.inventory.device("default", older.device_id).certificate is not None
     with contextlib.closing(open_portal(settings, clock)) as portal:
-        assert portal.authority.issuing.issuer.above == (BETWEEN.certificate, ROOT.certificate)
+        assert portal.authority.first.issuing.issuer.above == (BETWEEN.certificate, ROOT.certificate)
         assert portal.authority.servers.issuer.name == "issuing-1"
-        assert open_authority(portal.database, portal.keys, settings, "default", now=clock()).ca_pem.count("BEGIN") == 5
+        assert (
+            open_authority(portal.database, portal.keys, settings, "default", now=clock()).first.ca_pem.count("BEGIN")
+            == 5
+        )
 
 
 def constrained(*permitted: x509.GeneralName) -> CompanyCa:
@@ -420,13 +423,13 @@ def test_java_validates_devices_by_pkix_up_to_the_companys_root(portal: Portal, 
     portal.reconciler.crls.sign_put_off()
     files = {"root.pem": pem(ROOT), "root.crl": crl_of(ROOT), "between.crl": crl_of(BETWEEN)}
     with portal.database.snapshot() as tx:
-        newest = store_issuers.get_crl(tx, portal.authority.issuing.id)
+        newest = store_issuers.get_crl(tx, portal.authority.first.issuing.id)
     assert newest is not None
     files |= {"issuing.crl": newest.der, "good.pem": good.chain.encode(), "gone.pem": gone.chain.encode()}
     portal.responder.certificates.renew()
     for device in ("good", "gone"):
         certificate = x509.load_pem_x509_certificate(files[f"{device}.pem"])
-        issuer = portal.authority.issuing.issuer.certificate
+        issuer = portal.authority.first.issuing.issuer.certificate
         by_sha1 = hashes.SHA1()  # noqa: S303 - Java looks for no other (RFC 5019 section 2.1.1)
         request = ocsp.OCSPRequestBuilder().add_certificate(certificate, issuer, by_sha1).build()
         answer = portal.responder.answer(request.public_bytes(Encoding.DER))

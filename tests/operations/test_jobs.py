@@ -77,7 +77,7 @@ def test_damage_that_cannot_be_repaired_is_recorded_once(portal: Portal, monkeyp
 
 
 def test_the_crl_is_renewed_at_half_its_life(portal: Portal, clock: Clock) -> None:
-    issuer = portal.authority.issuing.id
+    issuer = portal.authority.first.issuing.id
     first = crl_number(portal, issuer)
     clock.advance(days=portal.settings.crl_days / 2 - 1)
     authority.renew_crls(portal)
@@ -112,7 +112,9 @@ def test_crls_that_a_crash_left_unsigned_are_asked_for(
     monkeypatch.setattr(CrlPublication, "wake", lambda crls: asked.append(crls))
     monkeypatch.setattr(type(portal.broker.control), "publishes_crls", publishes)
     with portal.database.transaction() as tx:
-        issuers.touch_issuer(tx, portal.authority.issuing.id, generation=db.next_generation(tx, at=portal.clock()))
+        issuers.touch_issuer(
+            tx, portal.authority.first.issuing.id, generation=db.next_generation(tx, at=portal.clock())
+        )
     _run_job(portal, "CRLs put off")
     assert asked == ([portal.reconciler.crls] if publishes else [])
     portal.reconciler.crls.sign_due()

@@ -26,6 +26,7 @@ from operations.doctor import keys as doctor_keys
 from operations.doctor.base import Finding, Installation, State
 from operations.wiring import Portal, open_portal, utc_now
 from pki.algorithms import KeyType, generate_key
+from pki.issuers import signing_key
 from pki.keys import tokens
 from pki.keys.contract import Origin, check_that_it_signs
 from pki.keys.stores import KeyStores
@@ -95,8 +96,7 @@ def signs_in_the_token(settings: Settings) -> bool:
     """Whether a portal that is started now has the key of its CA in the token, and signs with it."""
     restarted = open_portal(settings)
     try:
-        key = restarted.authority.issuing.issuer.key
-        assert key is not None
+        key = signing_key(restarted.authority.first.issuing.issuer)
         check_that_it_signs(key)
         return is_in_token(key)
     finally:
@@ -224,7 +224,7 @@ def test_a_rollover_makes_its_key_in_the_token_that_the_settings_name(settings: 
     authority.roll_over(portal, audit.system_actor(portal.first_tenant), lambda _: None)
     shown = listed(settings)
     assert (shown["issuing-1"]["origin"], shown["issuing-2"]["origin"]) == (Origin.FILE, Origin.BORN_IN_TOKEN)
-    assert portal.authority.issuing.issuer.name == "issuing-2"
+    assert portal.authority.first.issuing.issuer.name == "issuing-2"
     found = examined(settings)
     assert (found.state, "issuing-2 was born in the token" in found.detail) == (State.OK, True), found
 
@@ -265,7 +265,7 @@ def test_the_uri_of_a_lost_token_can_go_when_its_ca_has_retired(
         clock.advance(hours=2)
         authority.retire(portal, actor, "issuing-1")
     with opened(own, None) as portal:
-        assert portal.authority.issuing.issuer.name == "issuing-2"
+        assert portal.authority.first.issuing.issuer.name == "issuing-2"
         authority.renew_crls(portal)
 
 

@@ -139,7 +139,7 @@ def test_a_bundle_has_the_root_of_https_encrypted_beside_what_the_broker_shows(p
         content = tx.exec_driver_sql("SELECT bundle FROM deliveries").scalar_one()
     opened = open_bundle(content, registered.bundle_password or "")
     assert opened.files["portal-ca.pem"] == pem(ROOT)
-    assert opened.files["ca.pem"] == portal.authority.ca_pem.encode()
+    assert opened.files["ca.pem"] == portal.authority.first.ca_pem.encode()
     assert b"portal-ca.pem" in opened.files["README.txt"]
     check_bundle(opened, now=portal.clock())
     with pyzipper.AESZipFile(io.BytesIO(content)) as archive:
@@ -255,8 +255,8 @@ def test_the_broker_gets_the_pair_and_devices_trust_its_root_beside_the_portals_
     assert names_in(chain.read_bytes()) == ["CN=server", "CN=Web CA"]
     assert key.stat().st_mode & 0o007 == 0
     bundle = bundle_of(behind)
-    assert bundle.files["ca.pem"] == behind.authority.ca_pem.encode() + pem(ROOT)
-    assert broker_trust(settings, behind.authority.ca_pem).encode() == bundle.files["ca.pem"]
+    assert bundle.files["ca.pem"] == behind.authority.first.ca_pem.encode() + pem(ROOT)
+    assert broker_trust(settings, behind.authority.first.ca_pem).encode() == bundle.files["ca.pem"]
     assert "portal-ca.pem" not in bundle.files
     check_bundle(bundle, now=behind.clock())
     assert installed(behind).issuer == behind.authority.servers.issuer.certificate.subject
@@ -344,7 +344,7 @@ def test_whom_the_brokers_issuer_has_certified_is_no_device(behind: Portal) -> N
     for path in (settings.broker_file("ca.pem"), settings.data_dir / "ca.pem"):
         assert b"BEGIN" in path.read_bytes()
         assert not {"CN=Web Root", "CN=Web CA"} & set(names_in(path.read_bytes()))
-    assert "Web" not in "".join(names_in(behind.authority.ca_pem.encode()))
+    assert "Web" not in "".join(names_in(behind.authority.first.ca_pem.encode()))
     assert not [path for path in settings.broker_file("capath").glob("*.[0-9]") if b"Web" in path.read_bytes()]
 
 
@@ -359,7 +359,7 @@ def test_the_broker_has_a_certificate_of_the_portal_again_without_the_settings(
     assert (root.exists(), before.read_bytes()) == (False, pem(ROOT))
     own = again.authority.servers.issuer.certificate.subject
     assert x509.load_pem_x509_certificate(again.settings.broker_file("server.pem").read_bytes()).issuer == own
-    assert bundle_of(again).files["ca.pem"] == again.authority.ca_pem.encode()
+    assert bundle_of(again).files["ca.pem"] == again.authority.first.ca_pem.encode()
     again.close()
 
 

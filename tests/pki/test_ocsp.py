@@ -20,7 +20,7 @@ import ca
 from core.errors import IssuerUnusable, RequestMalformed, SignatureCheckFailed
 from pki import ocsp as pki_ocsp
 from pki.algorithms import KeyType, private_key_pem
-from pki.issuers import Issuer, Reason
+from pki.issuers import Issuer, Reason, signing_key
 from pki.keys.token_keys import is_in_token
 from pki.ocsp import (
     GOOD,
@@ -112,7 +112,8 @@ def test_a_responder_of_no_use_is_not_opened(cas: Hierarchy) -> None:
     key, other_key = (pem.partition(b"-----BEGIN CERTIFICATE")[0] for pem in (good, of_another))
     device_key = ca.generate_keypair(KeyType.EC_P256)
     device = private_key_pem(device_key) + cas.device(device_key.public_key()).pem.encode()
-    ca_pem = b"" if cas.issuing.key is None or is_in_token(cas.issuing.key) else private_key_pem(cas.issuing.key)
+    ca_key = signing_key(cas.issuing)
+    ca_pem = b"" if is_in_token(ca_key) else private_key_pem(ca_key)
     unusable = [b"", key, issued.pem.encode(), other_key + issued.pem.encode(), good[:-100], device]
     unusable += [responder_pem(cas.issuing, kind)[0] for kind in (KeyType.RSA_2048, KeyType.ED25519)]
     unusable += [ca_pem + ca.chain_pem(cas.issuing.certificate).encode(), responder_pem(cas.root)[0]]

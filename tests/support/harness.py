@@ -30,6 +30,7 @@ from store import tenants
 from store.tables import METADATA
 from tests.support.databases import POSTGRES_URL
 from tests.support.ports import free_port
+from tests.support.tenants import add_issuer
 from workflows.operators import new_token
 
 # Whether `scripts/test --all` runs the tests: those that generate their input make more of it then.
@@ -156,6 +157,8 @@ def api_as(app: Flask, role: Role | None, tenant_id: str = "default") -> Api:
     with portal.database.transaction() as tx:
         tenants.add_tenant(tx, tenant_id, created_at=portal.clock())
         tenants.add_token(tx, record, secret=secret)
+    if tenant_id != portal.first_tenant:
+        add_issuer(portal, tenant_id)
     return Api(app.test_client(), secret)
 
 

@@ -111,7 +111,7 @@ def ask(issuer: x509.Certificate, *serial_numbers: int, algorithm: str = "sha1")
 
 
 def issuing_of(app: Flask) -> x509.Certificate:
-    return portal_of(app).authority.issuing.issuer.certificate
+    return portal_of(app).authority.first.issuing.issuer.certificate
 
 
 def post(api: Api, der: bytes, **options: Any) -> Any:

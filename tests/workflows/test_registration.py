@@ -385,7 +385,7 @@ def test_crl_numbers_and_this_update_rise_with_each_revocation(portal: Portal) -
         registered = portal.registrations.register(OPERATOR, PUMP)
         portal.revocations.revoke(OPERATOR, registered.device_id, "unspecified")
         with portal.database.snapshot() as tx:
-            crl = issuers.get_crl(tx, portal.authority.issuing.id)
+            crl = issuers.get_crl(tx, portal.authority.first.issuing.id)
         assert crl is not None
         seen.append((crl.number, crl.this_update))
     assert seen == sorted(set(seen))

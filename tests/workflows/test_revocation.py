@@ -86,7 +86,7 @@ def test_openssl_refuses_a_suspended_device_and_accepts_it_again(portal: Portal,
 
     def judged() -> str:
         with portal.database.snapshot() as tx:
-            crl = issuers.get_crl(tx, portal.authority.issuing.id)
+            crl = issuers.get_crl(tx, portal.authority.first.issuing.id)
         assert crl is not None
         (tmp_path / "crl.der").write_bytes(crl.der)
         command = ["openssl", "verify", "-x509_strict", "-crl_check"]

@@ -24,6 +24,7 @@ from store.audit import Actor
 from store.tables import Certificate, Delivery
 from tests.support.guard_stub import GuardStub
 from tests.support.harness import ON_SQLITE, Clock
+from tests.support.tenants import add_issuer
 from tests.workflows.test_admission import OPERATOR, Rows, request_of
 from workflows.bulk.batch import Candidate, RowDone, RowFailed
 from workflows.credentials import DeviceRequest
@@ -49,6 +50,7 @@ def portal(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Por
     built = open_portal(settings, clock)
     with built.database.transaction() as tx:
         tenants.add_tenant(tx, ACME.tenant_id, created_at=clock(), topic_prefix="sites/acme")
+    add_issuer(built, ACME.tenant_id)
     prepare(built)
     with GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE)):
         yield built

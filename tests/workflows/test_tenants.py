@@ -25,6 +25,7 @@ from store.tables import BrokerState, WebhookDelivery
 from store.tenants import TokenRecord
 from tests.support.guard_stub import GuardStub, journal_lines
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock
+from tests.support.tenants import add_issuer, add_tenant
 from tests.workflows.test_admission import OPERATOR, request_of
 from workflows.renewal import RenewalRequest
 
@@ -38,6 +39,7 @@ def portal(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Por
     built = open_portal(settings, clock)
     with built.database.transaction() as tx:
         tenants.add_tenant(tx, NEIGHBOUR.tenant_id, created_at=clock())
+    add_issuer(built, NEIGHBOUR.tenant_id)
     prepare(built)
     with GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE)):
         yield built
@@ -109,8 +111,7 @@ def test_the_access_list_of_a_broker_without_the_guard_grants_another_tenants_de
     make_settings: Callable[..., Settings],
 ) -> None:
     portal = open_portal(make_settings())
-    with portal.database.transaction() as tx:
-        tenants.add_tenant(tx, NEIGHBOUR.tenant_id, created_at=portal.clock())
+    add_tenant(portal, NEIGHBOUR.tenant_id)
     known = [portal.registrations.register(actor, request_of(1, csr=False)) for actor in (NEIGHBOUR, OPERATOR)]
     portal.reconciler.install()
     access_list = portal.settings.broker_file(ACL_FILE).read_text()
@@ -137,7 +138,7 @@ def test_the_journal_says_whose_a_device_is_and_a_suspension_of_all_of_a_tenants
 def test_the_doctor_names_a_tenant_of_which_the_journal_says_otherwise(portal: Portal, line: str) -> None:
     registered(portal, NEIGHBOUR)
     path = portal.settings.broker_file(JOURNAL_FILE)
-    own = issuer_hashes(portal.authority.issuing.issuer.certificate)[0]
+    own = issuer_hashes(portal.authority.first.issuing.issuer.certificate)[0]
     expected = {"suspend another": ["another"], "issuer {} in:another": ["default"]}[line]
     with portal.database.snapshot() as tx:
         generation = generations.get_broker_state(tx).generation

@@ -122,7 +122,7 @@ def enroll(call: Call, body: EnrollRequest) -> Reply:
 
 def _answer(call: Call, tenant_id: str, outcome: Enrolled) -> EnrolledAnswer:
     device, record = call.portal.inventory.certified(tenant_id, outcome.device_id, outcome.certificate)
-    signer = next(one for one in call.portal.authority.issuers if one.id == record.issuer_id)
+    signer = call.portal.authority.current.by_id[record.issuer_id]
     pem = ssl.DER_cert_to_PEM_cert(record.der)
     return EnrolledAnswer.of(
         record,

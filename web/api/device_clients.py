@@ -76,7 +76,7 @@ def noticed_client(call: Call) -> Client:
 
 def _identified(call: Call, der: bytes) -> DeviceClient | ManufacturedClient:
     """Return whose certificate, DER, it is; raise ``ClientCertificateRefused``, ``TenantSuspended``."""
-    holder = call.portal.clients.identify(der)
+    holder = call.portal.clients.identify(der, call.device_tenant)
     if call.device_tenant not in (None, holder.tenant_id):
         raise ClientCertificateRefused("The client certificate is not known under this EST label; check the path.")
     call.portal.tenant_terms.of(holder.tenant_id).check_served()

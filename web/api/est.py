@@ -43,12 +43,14 @@ _ERRORS = (401, 403, 404, 409, 429, 503)
     "/.well-known/est/cacerts",
     ANYONE,
     Answers("Issuing CAs and those above them", media_type=PKCS7),
-    errors=(403, 404),
+    errors=(403, 404, 503),
 )
 def est_cacerts(call: Call) -> Reply:
     """Return the CA certificates that a device trusts (RFC 7030 section 4.1)."""
     noticed_client(call)
-    return _base64_reply(pki_est.certs_only(call.portal.authority.current.trusted_der), PKCS7)
+    return _base64_reply(
+        pki_est.certs_only(call.portal.authority.of(call.device_tenant or call.portal.first_tenant).trusted_der), PKCS7
+    )
 
 
 @_UNLABELLED.add(

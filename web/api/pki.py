@@ -80,7 +80,7 @@ _TIMES = {"Last-Modified": "When the CRL was made", "Expires": "Its nextUpdate"}
 )
 def ca_pem(call: Call) -> Reply:
     """Return the certificate chain: issuing CAs and root."""
-    return cached(call, call.portal.authority.ca_pem.encode(), "application/x-pem-file", max_age=3600)
+    return cached(call, call.portal.authority.first.ca_pem.encode(), "application/x-pem-file", max_age=3600)
 
 
 @ROUTES.add(
@@ -92,7 +92,7 @@ def ca_pem(call: Call) -> Reply:
 )
 def broker_ca_pem(call: Call) -> Reply:
     """Return what to trust of the broker: the CAs of /ca.pem, and the root of its certificate by another issuer."""
-    trusted = broker_trust(call.portal.settings, call.portal.authority.ca_pem)
+    trusted = broker_trust(call.portal.settings, call.portal.authority.first.ca_pem)
     return cached(call, trusted.encode(), "application/x-pem-file", max_age=3600)
 
 
@@ -137,10 +137,10 @@ def crl(call: Call, issuer: str) -> Reply:
 
 
 def _issuer(call: Call, name: str) -> RecordedIssuer:
-    for recorded in call.portal.authority.issuers:
-        if recorded.issuer.name == name:
-            return recorded
-    raise NotFound("No issuer has this name; the certificate chain is at /ca.pem.")
+    recorded = call.portal.authority.current.by_url_name.get(name)
+    if recorded is None:
+        raise NotFound("No issuer has this name; the certificate chain is at /ca.pem.")
+    return recorded
 
 
 _BASE64 = str.maketrans(" -_", "++/")

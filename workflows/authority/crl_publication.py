@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
+from sqlalchemy.engine import Connection
+
 from broker.crl import Trust
 from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning
 from config import Settings
-from core.errors import PortalError, TokenUnavailable
+from core.errors import IssuerUnusable, PortalError, TokenUnavailable
 from core.failpoints import failpoint
 from core.files import FileLock
 from pki.encoding import PemOfSuccessors
@@ -22,7 +24,7 @@ from store import issuers as store_issuers
 from store.database import Database
 from store.issuers import CrlHead, CrlRecord
 from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
-from workflows.authority.issuers import Authority, Issuers
+from workflows.authority.issuers import Authority, Issuers, RecordedIssuer
 from workflows.authority.own import replace_revoked_probe
 
 log = logging.getLogger("portal.reconciliation")
@@ -157,42 +159,44 @@ class CrlPublication:
         if not self._broker.control.publishes_crls:
             self._show_next_crl(now)
         with self._database.snapshot() as tx:
-            state = generations.get_broker_state(tx)
-            changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
-            issuers = self._authority.seen_by(tx)
-            for recorded in issuers.with_crl():
-                previous = store_issuers.get_crl_head(tx, recorded.id)
-                if crl_is_due(previous, changed_at=changed_at[recorded.id], now=now):
-                    signed.append(
-                        next_crl(
-                            tx,
-                            recorded.id,
-                            recorded.issuer,
-                            previous,
-                            self._revoked,
-                            days=self._settings.crl_days,
-                            generation=state.generation,
-                            now=now,
-                        )
-                    )
+            generation = generations.get_broker_state(tx).generation
+            issuers, states = self._authority.seen_by(tx), store_issuers.crl_states(tx)
+            due = [recorded for recorded in issuers.with_crl() if crl_is_due(states[recorded.id], now=now)]
+            for recorded in due:
+                signed += self._next(tx, recorded, states[recorded.id].newest, generation, now)
         if signed:
             failpoint("apply.after_crl_signed")
             with self._database.transaction() as tx:
                 for crl in signed:
-                    store_issuers.put_crl(tx, self._first_tenant, crl)
+                    store_issuers.put_crl(tx, crl)
             failpoint("apply.after_crl_committed")
         return issuers, signed
+
+    def _next(
+        self, tx: Connection, recorded: RecordedIssuer, previous: CrlHead | None, generation: int, now: datetime
+    ) -> list[CrlRecord]:
+        """Sign the next CRL of a CA; none while the key of another tenant's CA is lost, which stops no other."""
+        issuer, days = recorded.issuer, self._settings.crl_days
+        try:
+            return [
+                next_crl(tx, recorded.id, issuer, previous, self._revoked, days=days, generation=generation, now=now)
+            ]
+        except IssuerUnusable as error:
+            if recorded.tenant_id == self._first_tenant:
+                raise
+            log.error("a CRL is not signed", extra={"issuer": issuer.name, "problem": error.detail})
+            return []
 
     def _show_next_crl(self, now: datetime) -> None:
         """If certificates were revoked, have the next CRL list one whose refusal shows that the broker has it."""
         with self._database.snapshot() as tx:
             generation = generations.get_broker_state(tx).generation
-            changed_at = {record.id: record.revoked_generation for record in store_issuers.list_issuers(tx)}
-            changed = []
-            for recorded in self._authority.seen_by(tx).with_crl():
-                previous = store_issuers.get_crl_head(tx, recorded.id)
-                if previous is not None and changed_at[recorded.id] > previous.generation:
-                    changed.append(recorded)
+            states = store_issuers.crl_states(tx)
+            changed = [
+                recorded
+                for recorded in self._authority.seen_by(tx).with_crl()
+                if (newest := states[recorded.id].newest) and states[recorded.id].changed_at > newest.generation
+            ]
         if changed:
             replace_revoked_probe(
                 self._database,
@@ -206,15 +210,13 @@ class CrlPublication:
 
     def _trust(self, issuers: Issuers) -> Trust:
         """Return the issuers with the newest CRL of each, encoded once. The caller holds the lock of the CRLs."""
-        pem: dict[CrlHead, bytes] = {}
         with self._database.snapshot() as tx:
-            for recorded in issuers.with_crl():
-                head = store_issuers.get_crl_head(tx, recorded.id)
-                if head is not None and head not in self._crl_pem:
-                    crl = store_issuers.get_crl(tx, recorded.id)
-                    writer = self._crl_writers.setdefault(recorded.id, PemOfSuccessors("X509 CRL"))
-                    self._crl_pem[head] = b"" if crl is None else writer.pem(crl.der)
-                if head is not None:
-                    pem[head] = self._crl_pem[head]
-        self._crl_pem = pem
-        return Trust(b"".join(pem.values()), issuers.ca_pem.encode(), issuers.tenants)
+            states = store_issuers.crl_states(tx)
+            heads = [head for recorded in issuers.with_crl() if (head := states[recorded.id].newest) is not None]
+            new = [head.issuer_id for head in heads if head not in self._crl_pem]
+            read = {crl.issuer_id: self._pem(crl) for crl in store_issuers.list_crls(tx, new)}
+        self._crl_pem = {head: self._crl_pem.get(head) or read[head.issuer_id] for head in heads}
+        return Trust(b"".join(self._crl_pem.values()), issuers.broker_ca, issuers.tenants)
+
+    def _pem(self, crl: CrlRecord) -> bytes:
+        return self._crl_writers.setdefault(crl.issuer_id, PemOfSuccessors("X509 CRL")).pem(crl.der)

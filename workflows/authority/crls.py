@@ -13,7 +13,7 @@ import ca
 from pki.crl import encode_entries, sign_crl
 from pki.issuers import CLOCK_SKEW, Issuer, Reason
 from store import issuers as store_issuers
-from store.issuers import CrlHead, CrlRecord, RevokedCertificate
+from store.issuers import CrlHead, CrlRecord, CrlState, RevokedCertificate
 
 
 class RevokedEntries:
@@ -75,12 +75,19 @@ def _encode(revoked: Iterable[RevokedCertificate]) -> dict[int, bytes]:
     return {row.id: entry for row, entry in zip(rows, encode_entries(entries), strict=True)}
 
 
-def crl_is_due(crl: CrlHead | None, *, changed_at: int, now: datetime) -> bool:
+def crl_is_due(state: CrlState, *, now: datetime) -> bool:
     """Return whether a new CRL is due: the first, after a change, at half its life, or if the clock was moved."""
-    if crl is None or changed_at > crl.generation:
+    crl = state.newest
+    if crl is None or state.changed_at > crl.generation:
         return True
     half = crl.this_update + (crl.next_update - crl.this_update) / 2
     return not crl.this_update <= now < half
+
+
+def empty_crl(issuer: Issuer, *, days: int, now: datetime) -> CrlRecord:
+    """Sign the first CRL of a CA that is not recorded yet: it lists nothing, and has no row of the CA."""
+    begin, end = now.replace(microsecond=0) - CLOCK_SKEW, now.replace(microsecond=0) + timedelta(days=days)
+    return CrlRecord(0, 1, begin, end, 0, sign_crl(issuer, [], number=1, this_update=begin, next_update=end))
 
 
 def next_crl(

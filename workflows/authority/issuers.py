@@ -3,53 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
 
 import ca
-from config import Settings
-from core.errors import CaKeyUnavailable, PortalError
+from core.errors import CaKeyUnavailable, IssuerUnusable, PortalError
 from core.states import IssuerKind, IssuerStatus
-from pki.algorithms import KeyType, PrivateKey
+from pki.algorithms import PrivateKey
 from pki.issuers import Issuer
-from pki.keys.contract import CaKeys
-from pki.outer_chain import decode_above
+from pki.keys.stores import KeyStores
+from pki.outer_chain import decode_above, spki
 from store import issuers as store_issuers
 from store.database import Database
 from store.issuers import IssuerRecord
+from store.scope import ALL_TENANTS
 from store.tables import DEFAULT_TENANT
-from workflows.authority.crls import RevokedEntries, next_crl
 
 log = logging.getLogger("portal.authority")
 
-ROOT = "root"
-FIRST_ISSUING = "issuing-1"
 SECONDS_BETWEEN_LOOKS = 1.0
-# The root's key is meant to be kept elsewhere, so its CRL, which lists issuing CAs only, is valid for long.
-ROOT_CRL_DAYS = 365
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedIssuer:
-    """An issuer with its row's id and its certificate, DER; a ``retired`` one issues no certificates any more.
+    """An issuer with its row's id, its tenant and its certificate, DER; a ``retired`` one issues no more certificates.
 
     A retired root has no CA below it that is trusted, and is not trusted itself.
     """
 
     id: int
+    tenant_id: str
     kind: IssuerKind
     der: bytes
     issuer: Issuer
     retired: bool = False
-    tenant_id: str = DEFAULT_TENANT
 
     def chain_pem(self, certificate_pem: str) -> str:
         """Return a certificate that it signed, with those of the CAs above it but the root's: what a TLS client sends.
@@ -60,21 +56,16 @@ class RecordedIssuer:
 
 
 @dataclass(frozen=True, slots=True)
-class Issuers:
-    """All issuers at one moment, with the retired ones, whose CRLs are still published.
+class TenantIssuers:
+    """The CAs of one tenant: ``issuing`` signs the certificates of its devices.
 
-    ``root`` is the portal's own, ``issuing`` the one that signs new certificates, ``servers`` the one that signs those
-    of portal and broker, ``trusted`` and ``ca_pem`` what clients are to trust. ``tenants`` are as in
-    ``broker.crl.Trust``.
+    ``trusted`` and ``ca_pem`` are what its devices are to trust: its own issuing CAs, those above them, and the roots
+    by which they verify the portal and the broker.
     """
 
-    root: RecordedIssuer
     issuing: RecordedIssuer
-    servers: RecordedIssuer
-    issuers: tuple[RecordedIssuer, ...]
     trusted: tuple[x509.Certificate, ...]
     ca_pem: str
-    tenants: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def anchors(self) -> tuple[x509.Certificate, ...]:
@@ -86,15 +77,69 @@ class Issuers:
         """Return what clients are to trust, each certificate in DER."""
         return [one.public_bytes(Encoding.DER) for one in self.trusted]
 
+
+@dataclass(frozen=True, slots=True)
+class Issuers:
+    """All issuers of all tenants at one moment, with the retired ones, whose CRLs are still published.
+
+    ``root`` is the installation's own, ``servers`` the CA that signs the certificates of portal and broker, one of the
+    first tenant. ``broker_ca`` is all that the broker trusts, PEM; ``tenants`` are as in ``broker.crl.Trust``.
+    """
+
+    root: RecordedIssuer
+    servers: RecordedIssuer
+    issuers: tuple[RecordedIssuer, ...]
+    by_id: Mapping[int, RecordedIssuer]
+    by_url_name: Mapping[str, RecordedIssuer]
+    broker_ca: bytes
+    tenants: Mapping[str, str]
+    _records: Mapping[str, Sequence[IssuerRecord]]  # by tenant
+    _issuing: Mapping[str, RecordedIssuer]  # by tenant
+    _roots: Mapping[x509.Name, RecordedIssuer]
+    _with_crl: tuple[RecordedIssuer, ...]
+    _of: dict[str, TenantIssuers] = field(default_factory=dict)
+
+    def issuing_of(self, tenant_id: str) -> RecordedIssuer:
+        """Return the CA that signs the certificates of a tenant's devices; raises ``IssuerUnusable`` without one."""
+        if tenant_id not in self._issuing:
+            raise IssuerUnusable(
+                f"The tenant {tenant_id} has no CA that issues certificates yet; ask whoever runs the installation."
+            )
+        return self._issuing[tenant_id]
+
+    def has_issuing(self, tenant_id: str) -> bool:
+        """Return whether a tenant has a CA that issues certificates."""
+        return tenant_id in self._issuing
+
+    def of(self, tenant_id: str) -> TenantIssuers:
+        """Return the CAs of a tenant; raises ``IssuerUnusable`` if none issues."""
+        if tenant_id not in self._of:
+            issuing, trusted = self.issuing_of(tenant_id), trusted_certificates(self._records[tenant_id])
+            if tenant_id != DEFAULT_TENANT:
+                trusted = tuple(dict.fromkeys((*trusted, *self.of(DEFAULT_TENANT).anchors)))
+            self._of[tenant_id] = TenantIssuers(issuing, trusted, ca.chain_pem(*trusted))
+        return self._of[tenant_id]
+
+    def own_root(self, recorded: RecordedIssuer) -> RecordedIssuer | None:
+        """Return the root that the portal has above an issuing CA, ``None`` if somebody else's is."""
+        return None if recorded.issuer.above else self._roots[recorded.issuer.certificate.issuer]
+
     def anchor(self, recorded: RecordedIssuer) -> x509.Certificate:
-        """Return the root above an issuing CA."""
-        return recorded.issuer.above[-1] if recorded.issuer.above else self.root.issuer.certificate
+        """Return the certificate of the root above an issuing CA."""
+        root = self.own_root(recorded)
+        return recorded.issuer.above[-1] if root is None else root.issuer.certificate
 
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
         """Return the issuers whose CRLs the broker needs: those of devices' certificates that are still trusted."""
-        return tuple(
-            recorded for recorded in self.issuers if recorded.kind == IssuerKind.ISSUING and not recorded.retired
-        )
+        return self._with_crl
+
+    def tenants_with_older(self) -> list[str]:
+        """Return the tenants that have a CA which issues no more, and is trusted."""
+        return sorted({one.tenant_id for one in self._with_crl if one.id < self.issuing_of(one.tenant_id).id})
+
+    def of_tenant(self, tenant_id: str) -> tuple[RecordedIssuer, ...]:
+        """Return the CAs of a tenant, with the retired ones."""
+        return tuple(self.by_id[record.id] for record in self._records.get(tenant_id, ()))
 
 
 class Authority:
@@ -103,14 +148,18 @@ class Authority:
     Read it at the moment of use, and only once if two uses must agree.
     """
 
-    def __init__(self, database: Database, keys: CaKeys) -> None:
-        """Load the issuers from a database that has them; raises ``CaKeyUnavailable``."""
+    def __init__(self, database: Database, keys: KeyStores) -> None:
+        """Load the issuers from a database that has them; raises ``CaKeyUnavailable``.
+
+        The keys of the first tenant are opened at once, those of others when they first sign.
+        """
         self._database = database
         self._keys = keys
         self._lock = threading.Lock()
-        with database.snapshot() as tx:
+        with database.snapshot(sees=ALL_TENANTS) as tx:
+            self._version = store_issuers.issuers_version(tx)
             self._seen = tuple(store_issuers.list_issuers(tx, retired=True))
-        self._current = self._load(self._seen, None)
+        self._current = self._load(self._seen, {})
         self._looked_at = time.monotonic()
 
     @property
@@ -119,7 +168,7 @@ class Authority:
         if time.monotonic() - self._looked_at >= SECONDS_BETWEEN_LOOKS and self._lock.acquire(blocking=False):
             try:
                 self._looked_at = time.monotonic()
-                with self._database.snapshot() as tx:
+                with self._database.snapshot(sees=ALL_TENANTS) as tx:
                     self._refresh(tx)
             except PortalError as error:
                 log.error("the issuers cannot be read; the known ones stay in use", extra={"problem": error.detail})
@@ -128,30 +177,52 @@ class Authority:
         return self._current
 
     def seen_by(self, tx: Connection) -> Issuers:
-        """Return the issuers exactly as a transaction sees them; raises ``CaKeyUnavailable`` if a key is missing."""
+        """Return the issuers exactly as a transaction sees them, in the scope of all tenants.
+
+        Raises ``CaKeyUnavailable`` if a key is missing.
+        """
         with self._lock:
             return self._refresh(tx)
 
-    def root_with_key(self) -> RecordedIssuer | None:
-        """Return the root with its key, ``None`` if that is kept elsewhere; it can be moved while the portal runs.
+    def with_root_key(self, root: RecordedIssuer) -> RecordedIssuer | None:
+        """Return a root with its key, ``None`` if that is kept elsewhere; it can be moved while the portal runs.
 
         Raises ``CaKeyUnavailable`` if it cannot be decrypted.
         """
-        root = self.current.root
-        if not self._keys.exists(ROOT):
+        if not self._keys.exists(root.issuer.name):
             return None
-        issuer = Issuer(ROOT, root.issuer.certificate, self._keys.load(ROOT))
-        return dataclasses.replace(root, issuer=issuer)
+        key = self._keys.load(root.issuer.name)
+        return dataclasses.replace(root, issuer=dataclasses.replace(root.issuer, key=key))
+
+    def missing_keys(self) -> list[str]:
+        """Return the names of the CAs of which no key is here, although they sign."""
+        here = set(self._keys.names())
+        return [name for one in self.current.with_crl() if (name := one.issuer.name) not in here]
+
+    @property
+    def first(self) -> TenantIssuers:
+        """Return the CAs of the first tenant."""
+        return self.current.of(DEFAULT_TENANT)
+
+    def issuing_of(self, tenant_id: str) -> RecordedIssuer:
+        """Return the CA that signs the certificates of a tenant's devices, at most a second old.
+
+        Raises ``IssuerUnusable`` if it has none.
+        """
+        return self.of(tenant_id).issuing
+
+    def of(self, tenant_id: str) -> TenantIssuers:
+        """Return the CAs of a tenant, which may just have been added; raises ``IssuerUnusable`` if none issues."""
+        try:
+            return self.current.of(tenant_id)
+        except IssuerUnusable:
+            with self._database.snapshot(sees=ALL_TENANTS) as tx:
+                return self.seen_by(tx).of(tenant_id)
 
     @property
     def root(self) -> RecordedIssuer:
-        """Return the portal's own root, which may be retired."""
+        """Return the installation's own root, which may be retired."""
         return self.current.root
-
-    @property
-    def issuing(self) -> RecordedIssuer:
-        """Return the issuer that signs new certificates."""
-        return self.current.issuing
 
     @property
     def servers(self) -> RecordedIssuer:
@@ -160,46 +231,47 @@ class Authority:
 
     @property
     def issuers(self) -> tuple[RecordedIssuer, ...]:
-        """Return all issuers, with the retired ones."""
+        """Return all issuers of all tenants, with the retired ones."""
         return self.current.issuers
-
-    @property
-    def ca_pem(self) -> str:
-        """Return what clients are to trust: issuing CAs and the CAs above them, PEM."""
-        return self.current.ca_pem
 
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
         """Return the issuers whose CRLs the broker needs."""
         return self.current.with_crl()
 
     def _refresh(self, tx: Connection) -> Issuers:
-        records = tuple(store_issuers.list_issuers(tx, retired=True))
-        if [_identity(record) for record in records] != [_identity(record) for record in self._seen]:
-            self._current = self._load(records, self._current)
-            log.info("the issuers have changed", extra={"issuing": self._current.issuing.issuer.name})
-        self._seen = records
+        version = store_issuers.issuers_version(tx)
+        if version != self._version:
+            records = tuple(store_issuers.list_issuers(tx, retired=True))
+            if [_identity(record) for record in records] != [_identity(record) for record in self._seen]:
+                self._current = self._load(records, self._current.by_id)
+                issuing = self._current.issuing_of(DEFAULT_TENANT).issuer.name
+                log.info("the issuers have changed", extra={"issuing": issuing})
+            self._seen, self._version = records, version
         return self._current
 
-    def _load(self, records: Sequence[IssuerRecord], known: Issuers | None) -> Issuers:
-        before = {} if known is None else {recorded.id: recorded for recorded in known.issuers}
-        loaded = [self._recorded(record, before.get(record.id)) for record in records]
-        root = next(recorded for recorded in loaded if recorded.kind == IssuerKind.ROOT)
-        trusted = [recorded for recorded in loaded if recorded.kind == IssuerKind.ISSUING and not recorded.retired]
-        begun = {record.id for record in records if record.issuing_since is not None}
-        issuing = [recorded for recorded in trusted if recorded.id in begun]
-        if not issuing:
+    def _load(self, records: Sequence[IssuerRecord], known: Mapping[int, RecordedIssuer]) -> Issuers:
+        loaded = tuple(self._recorded(record, known.get(record.id)) for record in records)
+        by_id = {recorded.id: recorded for recorded in loaded}
+        by_tenant: dict[str, list[IssuerRecord]] = {}
+        for record in records:
+            by_tenant.setdefault(record.tenant_id, []).append(record)
+        issuing = {tenant_id: by_id[found.id] for tenant_id, own in by_tenant.items() if (found := _issuing_one(own))}
+        if DEFAULT_TENANT not in issuing:
             raise CaKeyUnavailable("The database names no CA that issues certificates; restore it from a backup.")
-        since = {record.id: record.servers_since for record in records if record.servers_since is not None}
-        serving = sorted((one for one in trusted if one.id in since), key=lambda one: since[one.id])
-        certificates = trusted_certificates(records)
+        roots = [recorded for recorded in loaded if recorded.kind == IssuerKind.ROOT]
+        serving = _serving_one(by_tenant[DEFAULT_TENANT])
         return Issuers(
-            root=root,
-            issuing=issuing[-1],
-            servers=serving[-1] if serving else issuing[-1],
-            issuers=tuple(loaded),
-            trusted=certificates,
-            ca_pem=ca.chain_pem(*certificates),
+            root=next(root for root in roots if root.tenant_id == DEFAULT_TENANT),
+            servers=issuing[DEFAULT_TENANT] if serving is None else by_id[serving.id],
+            issuers=loaded,
+            by_id=by_id,
+            by_url_name={recorded.issuer.url_name: recorded for recorded in loaded},
+            broker_ca=ca.chain_pem(*trusted_certificates(records)).encode(),
             tenants={one.fingerprint: one.tenant_id for one in records if one.tenant_id != DEFAULT_TENANT},
+            _records=by_tenant,
+            _issuing=issuing,
+            _roots={root.issuer.certificate.subject: root for root in roots},
+            _with_crl=tuple(one for one in loaded if one.kind == IssuerKind.ISSUING and not one.retired),
         )
 
     def _recorded(self, record: IssuerRecord, known: RecordedIssuer | None) -> RecordedIssuer:
@@ -208,15 +280,17 @@ class Authority:
             return dataclasses.replace(known, retired=retired)
         certificate = x509.load_der_x509_certificate(record.der)
         key = self._key_of(record)
-        if key is not None and key.public_key() != certificate.public_key():
+        if key is not None and not callable(key) and key.public_key() != certificate.public_key():
             raise CaKeyUnavailable(
                 f"The key of {record.name} does not belong to its certificate; restore the right key file."
             )
-        issuer = Issuer(record.name, certificate, key, decode_above(record.above))
-        return RecordedIssuer(record.id, record.kind, record.der, issuer, retired, record.tenant_id)
+        issuer = Issuer(record.name, certificate, key, decode_above(record.above), url_name(record))
+        return RecordedIssuer(record.id, record.tenant_id, record.kind, record.der, issuer, retired)
 
-    def _key_of(self, record: IssuerRecord) -> PrivateKey | None:
-        """Return the key of an issuer; it may be missing if it is the root's, or that of a CA that has retired."""
+    def _key_of(self, record: IssuerRecord) -> PrivateKey | Callable[[], PrivateKey] | None:
+        """Return the key of an issuer; it may be missing if it is a root's, or that of a CA that has retired."""
+        if record.tenant_id != DEFAULT_TENANT:
+            return None if record.kind == IssuerKind.ROOT else self._key_when_needed(record.name)
         if record.kind == IssuerKind.ROOT:
             return self._keys.load(record.name) if self._keys.exists(record.name) else None
         try:
@@ -226,64 +300,59 @@ class Authority:
                 return None
             raise
 
+    def _key_when_needed(self, name: str) -> Callable[[], PrivateKey]:
+        """Return a function that opens a key once: that takes 0.1 s, and there may be a thousand."""
+
+        @functools.cache
+        def load() -> PrivateKey:
+            try:
+                return self._keys.load(name)
+            except CaKeyUnavailable as error:
+                raise IssuerUnusable(error.detail) from error
+
+        return load
+
+
+def _issuing_one(records: Sequence[IssuerRecord]) -> IssuerRecord | None:
+    """Return the CA of a tenant that signs the certificates of its devices."""
+    begun = [one for one in records if one.status == IssuerStatus.ACTIVE and one.issuing_since is not None]
+    return begun[-1] if begun else None
+
+
+def _serving_one(records: Sequence[IssuerRecord]) -> IssuerRecord | None:
+    """Return the CA that was chosen to sign the certificates of portal and broker."""
+    chosen = [
+        (one.servers_since, one.id, one)
+        for one in records
+        if one.status == IssuerStatus.ACTIVE and one.kind == IssuerKind.ISSUING and one.servers_since is not None
+    ]
+    return max(chosen)[-1] if chosen else None
+
+
+def url_name(record: IssuerRecord) -> str:
+    """Return what identifies a CA in URLs: its name, or for a tenant's a hash of its key.
+
+    The names of tenants could be guessed, and rows counted; a key nobody knows who has no certificate of the CA.
+    """
+    if record.tenant_id == DEFAULT_TENANT:
+        return record.name
+    return url_name_of_key(x509.load_der_x509_certificate(record.der))
+
+
+def url_name_of_key(certificate: x509.Certificate) -> str:
+    """Return the hash of a CA's key that URLs have for its name."""
+    return hashlib.sha256(spki(certificate.public_key())).hexdigest()[:40]
+
 
 def _identity(record: IssuerRecord) -> tuple[object, ...]:
     return record.id, record.fingerprint, record.status, record.issuing_since, record.servers_since
 
 
 def trusted_certificates(records: Sequence[IssuerRecord]) -> tuple[x509.Certificate, ...]:
-    """Return what clients are to trust: the active issuing CAs, the newest first, the CAs above them, the own root."""
+    """Return what these rows have to trust: the active issuing CAs, the newest first, the CAs above them, own roots."""
     active = [record for record in records if record.status == IssuerStatus.ACTIVE]
     issuing = [record for record in active if record.kind == IssuerKind.ISSUING]
     own = [x509.load_der_x509_certificate(record.der) for record in reversed(issuing)]
     above = [certificate for record in reversed(issuing) for certificate in decode_above(record.above)]
     roots = [x509.load_der_x509_certificate(record.der) for record in active if record.kind == IssuerKind.ROOT]
     return tuple(dict.fromkeys((*own, *above, *roots)))
-
-
-def open_authority(database: Database, keys: CaKeys, settings: Settings, tenant_id: str, *, now: datetime) -> Authority:
-    """Load the issuers; the first start creates root and issuing CA.
-
-    Raises ``CaKeyUnavailable`` if an issuing key is missing or cannot be decrypted; the root's may be elsewhere.
-    """
-    with database.snapshot() as tx:
-        there = bool(store_issuers.list_issuers(tx))
-    if not there:
-        _create(database, keys, settings, tenant_id, now)
-    return Authority(database, keys)
-
-
-def _create(database: Database, keys: CaKeys, settings: Settings, tenant_id: str, now: datetime) -> None:
-    # A key file may exist already, if an earlier first start was cut off before its commit.
-    root_key, issuing_key = (
-        keys.load(name) if keys.exists(name) else keys.create(name, KeyType(kind))
-        for name, kind in ((ROOT, settings.root_key_type), (FIRST_ISSUING, settings.issuing_key_type))
-    )
-    root = ca.create_root(root_key, common_name=f"{settings.ca_name} Root CA", now=now, days=settings.root_days)
-    root_issuer = Issuer(ROOT, root.certificate, root_key)
-    issuing = ca.create_issuing(
-        root_issuer,
-        issuing_key.public_key(),
-        common_name=f"{settings.ca_name} Issuing CA 1",
-        now=now,
-        days=settings.issuing_days,
-        pki_url=settings.pki_url,
-    )
-    with database.transaction() as tx:
-        for name, kind, issued in ((ROOT, IssuerKind.ROOT, root), (FIRST_ISSUING, IssuerKind.ISSUING, issuing)):
-            row_id = store_issuers.add_issuer(
-                tx,
-                tenant_id=tenant_id,
-                name=name,
-                kind=kind,
-                der=issued.der,
-                fingerprint=issued.fingerprint,
-                not_after=issued.not_after,
-                created_at=now,
-                issuing_since=None if name == ROOT else now,
-            )
-            if name == ROOT:
-                crl = next_crl(
-                    tx, row_id, root_issuer, None, RevokedEntries(), days=ROOT_CRL_DAYS, generation=0, now=now
-                )
-                store_issuers.put_crl(tx, tenant_id, crl)

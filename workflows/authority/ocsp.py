@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
+
+from cryptography import x509
 
 import ca
 import db
 from config import Settings
 from core import metrics
 from core.errors import IssuerUnusable, PortalError, RequestMalformed, TokenUnavailable, Unavailable
-from core.files import replace_file
+from core.files import FileLock, replace_file
 from core.states import IssuerKind
 from pki import ocsp
 from pki.algorithms import KeyType, private_key_pem
@@ -34,6 +38,8 @@ MAX_REQUEST_BYTES = 512  # of a request whose answer is kept
 # Nobody checks whether a responder's certificate is revoked, so that its life is short. It is renewed at two thirds of
 # that; what is left then is longer than the longest life of an answer (PORTAL_OCSP_HOURS).
 RESPONDER_DAYS = 14
+LOCK_SECONDS = 5.0  # that a request waits for another one's responder certificate
+AGAIN_SECONDS = 60.0  # after a CA could not sign one
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +75,21 @@ class _Kept:
         return signer is self.signer and statuses == self.statuses and self.since <= now < self.until
 
 
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    """The issuers, those by the names that requests may have for them, and serial numbers of CAs by their issuer."""
+
+    issuers: tuple[RecordedIssuer, ...]
+    known: dict[IssuerId, RecordedIssuer]
+    cas: Mapping[x509.Name, Set[str]]
+
+
 @dataclass(eq=False, repr=False)
 class ResponderCertificates:
     """The certificates with which the portal signs OCSP answers, one for each CA.
 
-    Each is a file ``<name of the CA>.pem``, 0600, of a key in the clear with its certificate, replaced as one.
+    Each is a file ``<name of the CA>.pem``, 0600, of a key in the clear with its certificate, replaced as one. Those of
+    the first tenant are renewed in time by a job, those of others when somebody asks: there may be a thousand CAs.
     """
 
     _settings: Settings
@@ -83,30 +99,36 @@ class ResponderCertificates:
     _first_tenant: str
     # What was read last of each file, by inode, time and size: another process may have renewed it.
     _read: dict[str, tuple[tuple[int, int, int], Signer | None]] = field(init=False, default_factory=dict)
+    _failed: dict[str, float] = field(init=False, default_factory=dict)  # when, by the monotonic clock
 
     def path(self, issuer_name: str) -> Path:
         """Return the file of key and certificate for a CA."""
         return self._settings.ocsp_dir / f"{issuer_name}.pem"
 
-    def signer(self, issuer: Issuer) -> Signer | None:
-        """Return what signs answers for a CA now, ``None`` if nothing can; a changed file is read again."""
+    def signer(self, recorded: RecordedIssuer) -> Signer | None:
+        """Return what signs answers for a CA now, ``None`` if nothing can; a changed file is read again.
+
+        Raises ``TokenUnavailable`` or ``LockUnavailable`` if that of a tenant's CA cannot be issued now.
+        """
         now = self._clock()
-        signer = self._current(issuer)
+        if recorded.tenant_id != self._first_tenant:
+            self._renew_on_demand(recorded, now)
+        signer = self._current(recorded.issuer)
         return signer if signer is not None and signer.not_before <= now < signer.not_after else None
 
     def renew(self) -> list[str]:
-        """Renew what is missing, unusable, or past two thirds of its life; returns the names of the CAs.
+        """Renew what is missing, unusable, or past two thirds of its life, of the first tenant; return the CAs' names.
 
         A CA whose key is not here, or that is out of date, is skipped. One that fails does not stop the others.
         """
         now = self._clock()
         renewed = []
-        for recorded in self._authority.issuers:
-            if not recorded.issuer.not_before <= now < recorded.issuer.not_after or not self._is_due(recorded, now):
+        for recorded in self._authority.current.of_tenant(self._first_tenant):
+            if not self._is_due(recorded, now):
                 continue
             try:
                 # The root's key comes and goes while the portal runs.
-                able = self._authority.root_with_key() if recorded.kind == IssuerKind.ROOT else recorded
+                able = self._authority.with_root_key(recorded) if recorded.kind == IssuerKind.ROOT else recorded
                 if able is None or able.issuer.key is None:
                     continue
                 self._issue(able, now)
@@ -119,7 +141,29 @@ class ResponderCertificates:
                 renewed.append(recorded.issuer.name)
         return renewed
 
+    def _renew_on_demand(self, recorded: RecordedIssuer, now: datetime) -> None:
+        """Issue the certificate of a tenant's CA if it is due, once whoever asks."""
+        failed_at = self._failed.get(recorded.issuer.name, -math.inf)
+        if (
+            recorded.issuer.key is None
+            or time.monotonic() - failed_at < AGAIN_SECONDS
+            or not self._is_due(recorded, now)
+        ):
+            return
+        with FileLock(self._settings.data_dir / ".responders.lock").hold(LOCK_SECONDS):
+            if not self._is_due(recorded, now):
+                return
+            try:
+                self._issue(recorded, now)
+            except IssuerUnusable as error:
+                self._failed[recorded.issuer.name] = time.monotonic()
+                log.error("an OCSP responder is not renewed", extra={"problem": error.detail})
+            else:
+                log.info("issued", extra={"what": f"OCSP responder of {recorded.issuer.name}"})
+
     def _is_due(self, recorded: RecordedIssuer, now: datetime) -> bool:
+        if not recorded.issuer.not_before <= now < recorded.issuer.not_after:
+            return False
         signer = self._current(recorded.issuer)
         if signer is None:
             return True
@@ -148,10 +192,10 @@ class ResponderCertificates:
     def _issue(self, recorded: RecordedIssuer, now: datetime) -> None:
         key = ca.generate_keypair(KeyType.EC_P256)
         issued = ca.sign_responder_certificate(recorded.issuer, key.public_key(), now=now, days=RESPONDER_DAYS)
-        with self._database.transaction() as tx:
+        with self._database.transaction(sees=recorded.tenant_id) as tx:
             db.add_certificate(
                 tx,
-                tenant_id=self._first_tenant,
+                tenant_id=recorded.tenant_id,
                 issuer_id=recorded.id,
                 purpose="server",
                 serial_number=issued.serial_number,
@@ -163,7 +207,7 @@ class ResponderCertificates:
             )
             audit.record(
                 tx,
-                audit.system_actor(self._first_tenant),
+                audit.system_actor(recorded.tenant_id),
                 "certificate:issue",
                 f"certificate:{issued.serial_number}",
                 at=now,
@@ -187,8 +231,7 @@ class Responder:
     _authority: Authority
     _clock: Callable[[], datetime]
     _kept: AnswerCache = field(init=False, default_factory=lambda: AnswerCache(MAX_ANSWERS))
-    # The issuers, and those by the names that requests may have for them.
-    _directory: tuple[tuple[RecordedIssuer, ...], dict[IssuerId, RecordedIssuer]] = field(init=False, default=((), {}))
+    _directory: _Directory = field(init=False, default_factory=lambda: _Directory((), {}, {}))
 
     def answer(self, der: bytes) -> OcspAnswer:
         """Answer an OCSPRequest, DER; one that is malformed is answered with a failure.
@@ -222,7 +265,7 @@ class Responder:
             if not answering:
                 return self.fail(Failure.UNAUTHORIZED)
             recorded = answering[0]
-        signer = self.certificates.signer(recorded.issuer)
+        signer = self.certificates.signer(recorded)
         if signer is None:
             # The root's key is usually kept elsewhere; for an issuing CA the jobs issue a certificate within a minute.
             soon = recorded.kind == IssuerKind.ISSUING and recorded.issuer.key is not None
@@ -252,22 +295,21 @@ class Responder:
 
     def _known(self, issuers: tuple[RecordedIssuer, ...]) -> dict[IssuerId, RecordedIssuer]:
         """Return the CAs by the names that requests may have for them; made again when the CAs have changed."""
-        seen, known = self._directory
-        if seen is not issuers:
+        if self._directory.issuers is not issuers:
             known = {name: recorded for recorded in issuers for name in ocsp.issuer_ids(recorded.issuer)}
-            self._directory = issuers, known
-        return known
+            self._directory = _Directory(issuers, known, _serial_numbers_of_cas(issuers))
+        return self._directory.known
 
     def _statuses(
         self, recorded: RecordedIssuer, request: Request, issuers: tuple[RecordedIssuer, ...]
     ) -> tuple[Status, ...]:
         known = self._known(issuers)
         asked = [question for question in request.questions if known.get(question.issuer) is recorded]
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=recorded.tenant_id) as tx:
             found = store_certificates.revocation_states(
                 tx, recorded.id, [question.serial_number for question in asked]
             )
-        cas = _serial_numbers_of_cas(recorded, issuers) if recorded.kind == IssuerKind.ROOT else frozenset()
+        cas = self._directory.cas.get(recorded.issuer.certificate.subject, frozenset())
         return tuple(
             _status(found.get(question.serial_number), is_ca=question.serial_number in cas)
             if known.get(question.issuer) is recorded
@@ -276,11 +318,12 @@ class Responder:
         )
 
 
-def _serial_numbers_of_cas(recorded: RecordedIssuer, issuers: tuple[RecordedIssuer, ...]) -> frozenset[str]:
-    """Return those of the certificates that the root has issued: they are in no table of certificates."""
-    name = recorded.issuer.certificate.subject
-    certificates = (other.issuer.certificate for other in issuers)
-    return frozenset(f"{each.serial_number:x}" for each in certificates if each.issuer == name)
+def _serial_numbers_of_cas(issuers: tuple[RecordedIssuer, ...]) -> dict[x509.Name, set[str]]:
+    """Return those of the certificates that each root has issued: they are in no table of certificates."""
+    found: dict[x509.Name, set[str]] = {}
+    for certificate in (recorded.issuer.certificate for recorded in issuers):
+        found.setdefault(certificate.issuer, set()).add(f"{certificate.serial_number:x}")
+    return found
 
 
 def _status(found: RevocationState | None, *, is_ca: bool) -> Status:

@@ -309,7 +309,7 @@ class Batches:
                 f"The external_id is that of device {answer.device_id}, which has a certificate for another key; renew"
                 " it with this csr, or give the row another external_id."
             )
-        issuer = next(recorded for recorded in self._authority.issuers if recorded.id == certificate.issuer_id)
+        issuer = self._authority.current.by_id[certificate.issuer_id]
         pem = ssl.DER_cert_to_PEM_cert(certificate.der)
         return dataclasses.replace(answer, certificate=pem, chain=issuer.chain_pem(pem))
 

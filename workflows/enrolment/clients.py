@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
@@ -14,12 +14,13 @@ from core.files import FileLock, replace_file
 from core.states import ClientKind, DeviceStatus, IssuerKind
 from pki import client_certificates
 from pki.client_certificates import ClientCertificate
+from pki.foreign import Name
 from store import certificates, enrolment
 from store.certificates import CertificateRecord
 from store.database import Database
 from store.enrolment import ManufacturerRecord
 from store.locks import InstallationLock, lock_installation
-from workflows.authority.issuers import Authority
+from workflows.authority.issuers import Authority, RecordedIssuer
 
 CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
 _OUT_OF_DATE = "The client certificate has expired or is not valid yet."
@@ -52,9 +53,15 @@ class TlsClients:
     _database: Database
     _authority: Authority
     _clock: Callable[[], datetime]
+    _by_name: tuple[tuple[RecordedIssuer, ...], Mapping[Name, Sequence[RecordedIssuer]]] = field(
+        init=False, default=((), {})
+    )
 
-    def identify(self, der: bytes) -> DeviceClient | ManufacturedClient:
+    def identify(self, der: bytes, tenant_id: str | None = None) -> DeviceClient | ManufacturedClient:
         """Find out whose certificate, DER, a client has shown.
+
+        Several tenants may have registered the CA of one manufacturer: then ``tenant_id`` says which is meant, and
+        without one the certificate is refused.
 
         Raises ``ClientCertificateRefused`` if it is revoked, on hold or expired, or its CA is not registered here.
         """
@@ -64,10 +71,21 @@ class TlsClients:
             raise ClientCertificateRefused(_OUT_OF_DATE)
         if not client_certificates.may_identify_a_client(client):
             raise ClientCertificateRefused("The client certificate may not be used by a TLS client.")
-        issuing = (item for item in self._authority.issuers if item.kind == IssuerKind.ISSUING)
-        if any(client_certificates.is_issued_by(client.certificate, item.der) for item in issuing):
+        named = self._issuing().get(client.certificate.issuer, ())
+        if any(client_certificates.is_issued_by(client.certificate, item.der) for item in named):
             return self._device(client)
-        return self._manufactured(client)
+        return self._manufactured(client, tenant_id)
+
+    def _issuing(self) -> Mapping[Name, Sequence[RecordedIssuer]]:
+        """Return the issuing CAs by their names; made again when the CAs have changed."""
+        issuers = self._authority.issuers
+        if self._by_name[0] is not issuers:
+            by_name: dict[Name, list[RecordedIssuer]] = {}
+            for item in issuers:
+                if item.kind == IssuerKind.ISSUING:
+                    by_name.setdefault(client_certificates.subject_of(item.der), []).append(item)
+            self._by_name = issuers, by_name
+        return self._by_name[1]
 
     def _device(self, client: ClientCertificate) -> DeviceClient:
         with self._database.snapshot() as tx:
@@ -78,19 +96,24 @@ class TlsClients:
             raise ClientCertificateRefused("The device, or its client certificate, is revoked or suspended.")
         return DeviceClient(shown.tenant_id, shown.certificate.device_id, shown.certificate, shown.kind)
 
-    def _manufactured(self, client: ClientCertificate) -> ManufacturedClient:
+    def _manufactured(self, client: ClientCertificate, tenant_id: str | None) -> ManufacturedClient:
         if client.not_after < self._clock():
             raise ClientCertificateRefused(_OUT_OF_DATE)
         with self._database.snapshot() as tx:
             issuers = [
                 record
-                for record in enrolment.registered_manufacturers(tx)
+                for record in enrolment.registered_manufacturers(tx, tenant_id=tenant_id)
                 if self._clock() <= record.not_after
                 and client_certificates.is_issued_by(client.certificate, record.der)
             ]
-        for record in issuers:
-            if client_certificates.is_permitted_by(client.certificate, record.der):
-                return ManufacturedClient(record.tenant_id, record, client)
+        permitted = [one for one in issuers if client_certificates.is_permitted_by(client.certificate, one.der)]
+        if len({record.tenant_id for record in permitted}) > 1:
+            raise ClientCertificateRefused(
+                "The CA of the client certificate is registered by several tenants; use the EST path with the label of"
+                " the one that the device belongs to."
+            )
+        for record in permitted:
+            return ManufacturedClient(record.tenant_id, record, client)
         if issuers:
             raise ClientCertificateRefused(
                 "The CA that issued the client certificate may not issue it for its names (name constraints)."

@@ -145,16 +145,16 @@ def test_the_data_folder_of_another_portal_becomes_the_copys(
     copied(settings, file, clock)
     with opened(elsewhere, clock) as portal:  # a first start there, by mistake
         prepare(portal)
-        other = portal.authority.ca_pem
+        other = portal.authority.first.ca_pem
     bring_passphrase(settings, elsewhere)
     done = put_back(elsewhere, file, clock, replace=False)
     assert any("CA that is not in the backup" in note for note in done.notes)
     with opened(elsewhere, clock) as portal:
         prepare(portal)
-        assert portal.authority.ca_pem != other
+        assert portal.authority.first.ca_pem != other
         for path in (elsewhere.tls_dir / "server.pem", elsewhere.broker_file("server.pem")):
             certificate = x509.load_pem_x509_certificates(path.read_bytes())[0]
-            certificate.verify_directly_issued_by(portal.authority.issuing.issuer.certificate)
+            certificate.verify_directly_issued_by(portal.authority.first.issuing.issuer.certificate)
     assert (elsewhere.secrets_dir / "link-keys").read_bytes() == (settings.secrets_dir / "link-keys").read_bytes()
 
 

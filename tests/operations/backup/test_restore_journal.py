@@ -114,7 +114,7 @@ def another(
     bring_passphrase(settings, elsewhere)
     with opened(elsewhere, clock) as portal:
         prepare(portal)
-        ca_pem = portal.authority.ca_pem
+        ca_pem = portal.authority.first.ca_pem
     return elsewhere, ca_pem
 
 
@@ -127,7 +127,7 @@ def test_keys_and_database_are_of_one_ca(another: tuple[Settings, str], file: Pa
     killed(step, lambda: put_back(settings, file, clock))
     with opened(settings, clock) as portal:
         is_whole(settings)
-        assert (portal.authority.ca_pem == ca_pem) == (step != STANDS)
+        assert (portal.authority.first.ca_pem == ca_pem) == (step != STANDS)
         if step != STANDS:
             kept = {path: content for path, content in all_bytes(settings).items() if "portal.db" not in path.name}
             assert kept == {path: content for path, content in before.items() if "portal.db" not in path.name}
@@ -159,7 +159,7 @@ def test_a_restore_whose_disk_fails_takes_itself_back(
         put_back(settings, file, clock)
     is_whole(settings)
     with opened(settings, clock) as portal:
-        assert portal.authority.ca_pem == ca_pem
+        assert portal.authority.first.ca_pem == ca_pem
 
 
 @ON_SQLITE
@@ -179,6 +179,6 @@ def test_the_backup_of_what_was_there_can_be_put_back(another: tuple[Settings, s
     assert before is not None
     put_back(settings, before, clock)
     with opened(settings, clock) as portal:
-        assert portal.authority.ca_pem == ca_pem
+        assert portal.authority.first.ca_pem == ca_pem
         assert status_of(portal, device) is DeviceStatus.ACTIVE
         assert len(contents(portal)["devices"]) == 1

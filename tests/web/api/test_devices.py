@@ -217,7 +217,7 @@ def test_the_certificates_of_a_device_are_listed_with_their_status(api: Api, app
     [revoked] = api.get(f"{path}/certificates").json["certificates"]
     assert (revoked["status"], revoked["revocation_reason"]) == ("revoked", "key_compromise")
     parsed = x509.load_pem_x509_certificate(revoked["certificate"].encode())
-    issuer = portal_of(app).authority.issuing.issuer.certificate
+    issuer = portal_of(app).authority.first.issuing.issuer.certificate
     assert parsed.issuer == issuer.subject
     parsed.verify_directly_issued_by(issuer)
     assert parsed.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

@@ -419,7 +419,7 @@ def test_a_certificate_is_refused_as_a_csr(admin: Api) -> None:
 
 
 def test_the_key_of_the_ca_itself_is_not_certified(shared_app: Flask, admin: Api) -> None:
-    key = portal_of(shared_app).authority.issuing.issuer.key
+    key = portal_of(shared_app).authority.first.issuing.issuer.key
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     problem_of(admin.post("/register", {**PUMP, "csr": csr_pem(key)}), 422, "key_refused")
 

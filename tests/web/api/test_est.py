@@ -32,7 +32,7 @@ pytestmark = ON_SQLITE
 @pytest.mark.parametrize("path", ["/.well-known/est/", "/.well-known/est/default/"])
 def test_cacerts_returns_the_certificate_chain(api: Api, app: Flask, path: str) -> None:
     found = certificates_of(Device(api, path=path).call("GET", "cacerts"))
-    trusted = x509.load_pem_x509_certificates(portal_of(app).authority.ca_pem.encode())
+    trusted = x509.load_pem_x509_certificates(portal_of(app).authority.first.ca_pem.encode())
     assert set(found) == set(trusted)
     assert len(found) == 2
 

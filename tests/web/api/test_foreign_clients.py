@@ -121,7 +121,7 @@ def test_the_next_certificate_of_the_same_key_is_accepted(api: Api) -> None:
 
 
 def test_a_ca_with_the_name_of_the_portal_s_own_is_refused(api: Api, app: Flask) -> None:
-    [own] = portal_of(app).authority.issuing.issuer.certificate.subject
+    [own] = portal_of(app).authority.first.issuing.issuer.certificate.subject
     problem_of(add(api, ca_named(str(own.value).encode(), new_key())), 409, "conflict")
 
 

@@ -29,6 +29,7 @@ from tests.support.est import Device as EstClient
 from tests.support.est import csr_der, in_base64, new_key
 from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem, problem_of
 from tests.support.pki import PEM, Authority, ca_without_key_identifiers
+from tests.support.tenants import add_issuer
 from web.api.operation import FOR_OPERATORS
 from web.api.routing import Route
 from workflows.enrolment.credentials import Waiting, by_token
@@ -130,6 +131,7 @@ def neighbours(shared_app: Flask) -> dict[Role, Api]:
             secret, record = new_token("another", "a neighbour", role, None, now=portal.clock())
             tenants.add_token(tx, record, secret=secret)
             found[role] = Api(shared_app.test_client(), secret)
+    add_issuer(portal, "another")
     return found
 
 

@@ -292,13 +292,13 @@ def test_a_crl_is_read_once_and_the_newest_is_served_by_every_worker(api: Api, a
         portal.follower.contact,
         portal.broker,
     )
-    first = worker.crl(portal_of(app).authority.issuing.id)
-    assert worker.crl(portal_of(app).authority.issuing.id) is first
+    first = worker.crl(portal_of(app).authority.first.issuing.id)
+    assert worker.crl(portal_of(app).authority.first.issuing.id) is first
     before = api_as(app, None).get("/crl/issuing-1.crl", **CLEAR)
     registered = api.register()
     api.post(f"/revoke/{registered['device_id']}")
     after = api_as(app, None).get("/crl/issuing-1.crl", **CLEAR)
-    newest = other.crl(portal_of(app).authority.issuing.id)
+    newest = other.crl(portal_of(app).authority.first.issuing.id)
     assert newest is not None
     assert after.data == newest.der != before.data
     assert after.headers["ETag"] != before.headers["ETag"]

@@ -51,7 +51,7 @@ def test_keys_are_born_in_the_token_and_certificates_verify(portal: Portal, api:
     registered = api.register()
     assert [portal.keys.describe(name).origin for name in ("root", "issuing-1")] == [Origin.BORN_IN_TOKEN] * 2
     assert not list(portal.settings.ca_dir.glob("*.key.pem"))
-    root, issuing = portal.authority.root.issuer.certificate, portal.authority.issuing.issuer.certificate
+    root, issuing = portal.authority.root.issuer.certificate, portal.authority.first.issuing.issuer.certificate
     root.verify_directly_issued_by(root)
     issuing.verify_directly_issued_by(root)
     shown = api.get(f"/devices/{registered['device_id']}/certificates").json
@@ -85,7 +85,7 @@ def test_while_the_token_is_away_nothing_is_signed_and_the_rest_is_answered(
     serial_number = int(first["serial_number"], 16)
     assert before.get_revoked_certificate_by_serial_number(serial_number) is None
     assert after.get_revoked_certificate_by_serial_number(serial_number) is not None
-    assert after.is_signature_valid(portal.authority.issuing.issuer.certificate.public_key())  # type: ignore[arg-type]
+    assert after.is_signature_valid(portal.authority.first.issuing.issuer.certificate.public_key())  # type: ignore[arg-type]
     assert api.get(f"/devices/{second['device_id']}").json["status"] == "active"
 
 
@@ -98,7 +98,7 @@ def test_a_portal_starts_while_its_token_is_away_and_a_crl_is_due(
     other = open_portal(portal.settings)
     try:
         prepare(other)
-        assert other.authority.issuing.issuer.name == "issuing-1"
+        assert other.authority.first.issuing.issuer.name == "issuing-1"
     finally:
         other.close()
 

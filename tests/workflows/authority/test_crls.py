@@ -59,11 +59,11 @@ class Process:
 
     def sign(self, now: datetime = NOW) -> dict[str, x509.RevokedCertificate]:
         """Sign the issuing CA's next CRL; returns its entries, except the portal's revoked probe certificate."""
-        issuing = self.portal.authority.issuing
+        issuing = self.portal.authority.first.issuing
         with self.portal.database.transaction() as tx:
             head = issuers.get_crl_head(tx, issuing.id)
             crl = next_crl(tx, issuing.id, issuing.issuer, head, self.entries, days=7, generation=1, now=now)
-            assert issuers.put_crl(tx, "default", crl)
+            assert issuers.put_crl(tx, crl)
         entries = {f"{entry.serial_number:x}": entry for entry in x509.load_der_x509_crl(crl.der)}
         return {serial: entry for serial, entry in entries.items() if serial.startswith("c0ffee")}
 
@@ -117,7 +117,9 @@ def test_a_hold_leaves_the_crl_and_comes_back_with_its_own_date(portal: Portal, 
 def test_no_entry_is_dated_after_the_crl_that_lists_it(portal: Portal, seconds_ago: int) -> None:
     with portal.database.transaction() as tx:
         hold(tx, add_certificate(tx, 2), NOW - timedelta(seconds=seconds_ago, microseconds=1))
-        crl = next_crl(tx, 2, portal.authority.issuing.issuer, None, RevokedEntries(), days=7, generation=1, now=NOW)
+        crl = next_crl(
+            tx, 2, portal.authority.first.issuing.issuer, None, RevokedEntries(), days=7, generation=1, now=NOW
+        )
     read = x509.load_der_x509_crl(crl.der)
     [entry] = [entry for entry in read if f"{entry.serial_number:x}".startswith("c0ffee")]
     assert entry.revocation_date_utc <= read.last_update_utc
@@ -171,7 +173,7 @@ def test_an_entry_is_read_once_by_a_process(portal: Portal, one: Process, monkey
 
 
 def test_a_process_reads_what_is_revoked_before_it_has_to_sign(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
-    issuing = portal.authority.issuing.id
+    issuing = portal.authority.first.issuing.id
     with portal.database.transaction() as tx:
         add_certificate(tx, issuing, reason="superseded")
     monkeypatch.setattr(portal.reconciler.crls, "_revoked", RevokedEntries())

@@ -57,11 +57,11 @@ def test_another_process_trusts_a_new_ca_first_and_then_issues_by_it(
 ) -> None:
     settings = make_settings()
     here, there = open_portal(settings, clock), open_portal(settings, clock)
-    before = there.authority.issuing
+    before = there.authority.first.issuing
     assert prepare_next(here) == "issuing-2"
     assert names(there.authority.current) == ["issuing-1", "issuing-2"]
-    assert there.authority.issuing == before
-    assert there.authority.ca_pem.count("BEGIN CERTIFICATE") == 3
+    assert there.authority.first.issuing == before
+    assert there.authority.first.ca_pem.count("BEGIN CERTIFICATE") == 3
     assert prepare_next(here) == "issuing-2"
     rollover.move_to(here.database, here.authority, OPERATOR, "issuing-2", now=clock())
     device = there.registrations.register(OPERATOR, PUMP)
@@ -157,7 +157,7 @@ def test_the_cas_have_keys_of_the_kinds_that_the_settings_say(
     try:
         authority = portal.authority
         assert kind_of(authority.root.issuer.certificate.public_key()) == root
-        assert kind_of(authority.issuing.issuer.certificate.public_key()) == issuing
+        assert kind_of(authority.first.issuing.issuer.certificate.public_key()) == issuing
         issuer_of(portal, portal.registrations.register(OPERATOR, PUMP).device_id)
         portal.reconciler.install()
         assert prepare_next(portal) == "issuing-2"

@@ -157,7 +157,7 @@ def test_a_row_that_was_there_is_no_second_device_and_gets_fresh_credentials(api
     # On the CRL, as the next reconciliation makes it:
     portal = portal_of(app)
     portal.reconciler.install()
-    crl = x509.load_der_x509_crl(portal.inventory.crl(portal.authority.issuing.id).der)  # type: ignore[union-attr]  # there is one
+    crl = x509.load_der_x509_crl(portal.inventory.crl(portal.authority.first.issuing.id).der)  # type: ignore[union-attr]  # there is one
     assert crl.get_revoked_certificate_by_serial_number(int(first["serial_number"], 16)) is not None
 
 
