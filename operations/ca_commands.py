@@ -6,16 +6,18 @@ import contextlib
 import dataclasses
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 
 import click
+from sqlalchemy.engine import Connection
 
 from config import CA_KEY_TYPES
 from core.errors import CaChainRefused, CaKeyUnavailable
 from core.states import IssuerKind
 from operations import authority
 from operations.backup.backup import open_database
-from operations.command_base import opened_portal, settings_of_app, without_traceback
+from operations.command_base import opened_portal, print_table, settings_of_app, without_traceback
 from operations.wiring import Portal
 from pki.algorithms import KeyType
 from pki.keys.contract import Origin
@@ -58,18 +60,30 @@ def list_cas(tenant: str) -> None:
         with portal.database.snapshot() as tx:
             issuers = portal.authority.seen_by(tx)
             records = {record.id: record for record in store_issuers.list_issuers(tx, retired=True)}
-            for recorded in issuers.of_tenant(tenant):
-                role, used = _role_of(portal, issuers, recorded), ""
-                crl = store_issuers.get_crl(tx, recorded.id)
-                ends = f"until {recorded.issuer.not_after:%Y-%m-%d}"
-                listed = "no CRL yet" if crl is None else f"CRL {crl.number} until {crl.next_update:%Y-%m-%d %H:%M} UTC"
-                if recorded.kind == IssuerKind.ISSUING:
-                    used = f"{authority_rollover.in_use(tx, recorded.id, now=now)} device certificates"
-                name = records[recorded.id].name
-                below = f"  below {named(recorded.issuer.above[-1])}" if recorded.issuer.above else ""
-                click.echo(f"{name:<12}  {role:<20}  {ends}  {listed}  {used}{below}".rstrip())
-        for request in pending_requests(settings_of_app(), list(records.values()), tenant):
-            click.echo(f"{request.name:<12}  {'requested':<20}  {request.path}")
+            rows = [
+                (records[one.id].name, *_row_of(portal, tx, issuers, one, now)) for one in issuers.of_tenant(tenant)
+            ]
+        requests = pending_requests(settings_of_app(), list(records.values()), tenant)
+    rows += [(request.name, "requested", "", "", "", "", "", str(request.path)) for request in requests]
+    print_table(("name", "role", "until", "CRL", "CRL until", "devices", "below", "request"), rows)
+
+
+def _row_of(
+    portal: Portal, tx: Connection, issuers: Issuers, recorded: RecordedIssuer, now: datetime
+) -> tuple[str, ...]:
+    used = ""
+    if recorded.kind == IssuerKind.ISSUING:
+        used = str(authority_rollover.in_use(tx, recorded.id, now=now))
+    crl = store_issuers.get_crl(tx, recorded.id)
+    return (
+        _role_of(portal, issuers, recorded),
+        f"{recorded.issuer.not_after:%Y-%m-%d}",
+        "none yet" if crl is None else str(crl.number),
+        "" if crl is None else f"{crl.next_update:%Y-%m-%d %H:%M} UTC",
+        used,
+        named(recorded.issuer.above[-1]) if recorded.issuer.above else "",
+        "",
+    )
 
 
 def _role_of(portal: Portal, issuers: Issuers, recorded: RecordedIssuer) -> str:
@@ -194,8 +208,7 @@ def keys(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(key) for key in listed], indent=1))
         return
-    for key in listed:
-        click.echo(f"{key.name:<12}  {key.role:<16}  {key.origin:<17}  {key.place}".rstrip())
+    print_table(("name", "role", "how", "place"), [(key.name, key.role, key.origin, key.place) for key in listed])
 
 
 @ca_group.command("move")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
 import click
@@ -41,3 +43,26 @@ def without_traceback(function: Callable[P, None]) -> Callable[P, None]:
             raise click.ClickException(error.detail) from error
 
     return run
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows below their titles; on a terminal that is too narrow for a line, a row is a block of lines.
+
+    A column in which no row has anything is left out.
+    """
+    if not rows:
+        click.echo("There are none.", err=True)
+        return
+    kept = [i for i in range(len(titles)) if any(row[i] for row in rows)]
+    lines = [[row[i] for i in kept] for row in ([title.upper() for title in titles], *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(kept))]
+    if sys.stdout.isatty() and sum(widths) + 2 * (len(widths) - 1) > shutil.get_terminal_size().columns:
+        longest = max(len(titles[i]) for i in kept)
+        blocks = (
+            "\n".join(f"{titles[i][:1].upper() + titles[i][1:]:<{longest}}  {row[i]}".rstrip() for i in kept if row[i])
+            for row in rows
+        )
+        click.echo("\n\n".join(blocks))
+        return
+    for line in lines:
+        click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import click
 
 from core.roles import Role
-from operations.command_base import opened_portal, without_traceback
+from operations.command_base import opened_portal, print_table, without_traceback
 from operations.wiring import Portal
 from store.audit import Actor, system_actor
 from store.tenants import TokenRecord
@@ -26,15 +26,21 @@ def _until(record: TokenRecord) -> str:
     return "without end" if record.expires_at is None else f"until {record.expires_at:%Y-%m-%d %H:%M} UTC"
 
 
+def _validity(record: TokenRecord, now: datetime) -> str:
+    return _until(record) if record.is_valid(now) else "expired"
+
+
 @token_group.command("list")
 @without_traceback
 def list_tokens() -> None:
     """List operator tokens, newest first: id, role, validity, name."""
     with opened_portal() as portal:
         now = portal.clock()
-        for record in portal.operators.tokens(portal.first_tenant):
-            ended = "revoked" if record.revoked_at else "" if record.is_valid(now) else "expired"
-            click.echo(f"{record.id}  {record.role:<8}  {ended or _until(record):<26}  {record.name}")
+        rows = [
+            (record.id, record.role, "revoked" if record.revoked_at else _validity(record, now), record.name)
+            for record in portal.operators.tokens(portal.first_tenant)
+        ]
+    print_table(("id", "role", "validity", "name"), rows)
 
 
 @token_group.command("create")

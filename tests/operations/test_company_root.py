@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -375,7 +376,7 @@ def _use_the_commands(app: Flask, tmp_path: Path) -> None:
     made = runner.invoke(args=["ca", "request", "--subject", "CN=Plant 7"])
     assert made.exit_code == 0
     request = x509.load_pem_x509_csr(made.stdout.encode())
-    assert "issuing-2     requested" in runner.invoke(args=["ca", "list"]).output
+    assert re.search("^issuing-2  requested .*issuing-2", runner.invoke(args=["ca", "list"]).output, re.MULTILINE)
     chain = tmp_path / "chain.pem"
     missing = runner.invoke(args=["ca", "install", str(chain)])
     assert (missing.exit_code, missing.output) == (1, f"Error: {chain} cannot be read: No such file or directory.\n")
@@ -388,7 +389,8 @@ def _use_the_commands(app: Flask, tmp_path: Path) -> None:
     assert "Devices get certificates of issuing-2." in done.output
     listed = runner.invoke(args=["ca", "list"]).output
     assert "retired root, key here" in listed
-    assert "below CN=Company Root" in listed
+    assert re.search("^NAME +ROLE .* BELOW$", listed, re.MULTILINE)
+    assert re.search("^issuing-2 .* CN=Company Root$", listed, re.MULTILINE)
 
 
 def test_a_backup_has_the_companys_cas_and_the_requests_that_wait(
