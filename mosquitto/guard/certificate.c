@@ -66,13 +66,16 @@ static bool read_key(X509 *x509, struct certificate *into)
     return true;
 }
 
-bool certificate_is_for_key(const struct certificate *certificate, const struct registry *registry)
+bool certificate_is_for_key(const struct certificate *certificate, const struct registry *registry, uint16_t tenant)
 {
     uint8_t mark[HASH_BYTES];
+    uint16_t of_mark, of_key;
 
     SHA256(certificate->issuer, HASH_BYTES, mark);
-    return !registry_is_issuer(registry, mark) ||
-           (certificate->has_key && registry_is_issuer(registry, certificate->key));
+    if (tenant == FIRST_TENANT && !registry_find_issuer(registry, mark, &of_mark)) {
+        return true;
+    }
+    return certificate->has_key && registry_find_issuer(registry, certificate->key, &of_key) && of_key == tenant;
 }
 
 static bool read_serial(const X509 *x509, struct certificate *into)

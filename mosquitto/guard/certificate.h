@@ -22,9 +22,9 @@ enum reading { NO_CERTIFICATE, CERTIFICATE, BAD_CERTIFICATE };
 /* Read a certificate as mosquitto_client_certificate returns it; it is not freed. */
 enum reading certificate_read(void *x509, const char *username, struct certificate *into);
 
-/* Say whether a certificate whose issuer's name is a portal CA's is also for that CA's key, or whether the journal, being
- * one of before, does not say which key that is. */
-bool certificate_is_for_key(const struct certificate *certificate, const struct registry *registry);
+/* Say whether a certificate whose issuer's name is that of a CA of the tenant is also for that CA's key, or whether the
+ * journal, being one of before, does not say which key that is: it always says it of another tenant than the first. */
+bool certificate_is_for_key(const struct certificate *certificate, const struct registry *registry, uint16_t tenant);
 
 /* Write the SHA-256 of a text. */
 void sha256_of(const char *text, size_t length, uint8_t hash[HASH_BYTES]);

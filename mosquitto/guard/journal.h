@@ -8,7 +8,8 @@
 #include <stdint.h>
 #include <sys/stat.h>
 
-/* Is told of each line that was applied with RIGHTS_LOST or SERIAL_REVOKED. */
+/* Is told of each line that was applied with RIGHTS_LOST, SERIAL_REVOKED or TENANT_SUSPENDED: `id` is of an identity,
+ * or the tenant's name. */
 typedef void (*rights_lost)(const char *id, enum outcome outcome);
 
 struct journal {

@@ -4,7 +4,8 @@
 
 #include <string.h>
 
-#define MAX_FIELDS (MAX_FILTERS + 3) /* sequence number, word, identity, filters */
+#define MAX_FIELDS (MAX_FILTERS + 4) /* sequence number, word, identity, tenant, filters */
+#define OF_TENANT "in:"              /* before a tenant's name */
 
 static int hex_value(char character)
 {
@@ -185,33 +186,66 @@ static enum outcome apply_prefix(struct registry *registry, char **fields, size_
     return count == 1 && decode(fields[0]) ? registry_set_prefix(registry, fields[0]) : REFUSED;
 }
 
+/* Return the tenant's name if `field` names one, else NULL: then it is the first one. */
+static const char *tenant_in(const char *field)
+{
+    return strncmp(field, OF_TENANT, strlen(OF_TENANT)) == 0 ? field + strlen(OF_TENANT) : NULL;
+}
+
+/* Say whether there is nothing behind the first field but perhaps the tenant, whose name is set then. */
+static bool has_only_tenant(char **fields, size_t count, const char **tenant)
+{
+    *tenant = count == 2 ? tenant_in(fields[1]) : NULL;
+    return count == 1 || *tenant != NULL;
+}
+
+static enum outcome apply_tenant(struct registry *registry, char **fields, size_t count)
+{
+    return count == 2 && decode(fields[1]) ? registry_add_tenant(registry, fields[0], fields[1]) : REFUSED;
+}
+
+static enum outcome apply_suspend(struct registry *registry, char **fields, size_t count)
+{
+    return count == 1 ? registry_suspend_tenant(registry, fields[0]) : REFUSED;
+}
+
 static enum outcome apply_issuer(struct registry *registry, char **fields, size_t count)
 {
     uint8_t hash[HASH_BYTES];
+    const char *tenant;
 
-    return count == 1 && parse_hash(fields[0], hash) ? registry_add_issuer(registry, hash) : REFUSED;
+    return has_only_tenant(fields, count, &tenant) && parse_hash(fields[0], hash)
+               ? registry_add_issuer(registry, hash, tenant)
+               : REFUSED;
 }
 
 static enum outcome apply_allow(struct registry *registry, char **fields, size_t count)
 {
     struct filter filters[MAX_FILTERS];
+    const char *tenant = count >= 2 ? tenant_in(fields[1]) : NULL;
+    size_t first = tenant == NULL ? 1 : 2;
 
-    for (size_t i = 1; i < count; i++) {
-        if (!parse_filter(fields[i], &filters[i - 1])) {
+    if (count > first + MAX_FILTERS) {
+        return REFUSED;
+    }
+    for (size_t i = first; i < count; i++) {
+        if (!parse_filter(fields[i], &filters[i - first])) {
             return REFUSED;
         }
     }
-    return count >= 1 ? registry_allow(registry, fields[0], filters, count - 1) : REFUSED;
+    return registry_allow(registry, fields[0], tenant, filters, count - first);
 }
 
 static enum outcome apply_deny(struct registry *registry, char **fields, size_t count)
 {
-    return count == 1 ? registry_revoke(registry, fields[0], DENIED) : REFUSED;
+    const char *tenant;
+
+    return has_only_tenant(fields, count, &tenant) ? registry_deny(registry, fields[0], tenant) : REFUSED;
 }
 
 static enum outcome apply_forget(struct registry *registry, char **fields, size_t count)
 {
-    return count == 1 ? registry_revoke(registry, fields[0], FORGOTTEN) : REFUSED;
+    return count == 1 ? registry_forget(registry, fields[0]) : REFUSED;
 }
 
 static enum outcome apply_serial(struct registry *registry, char **fields, size_t count)
@@ -247,7 +281,7 @@ static enum outcome apply_generation(struct registry *registry, char **fields, s
 static const struct {
     const char *word;
     enum outcome (*apply)(struct registry *registry, char **fields, size_t count);
-    int id; /* which field is the identity, -1 if none */
+    int id; /* which field is the identity, or the tenant, -1 if none */
 } words[] = {
     {"allow", apply_allow, 0},
     {"deny", apply_deny, 0},
@@ -258,6 +292,8 @@ static const struct {
     {"portal", apply_portal, -1},
     {"prefix", apply_prefix, -1},
     {"issuer", apply_issuer, -1},
+    {"tenant", apply_tenant, 0},
+    {"suspend", apply_suspend, 0},
 };
 
 enum outcome line_apply(char *line, uint64_t sequence, struct registry *registry, char id[MAX_ID_BYTES + 1])
@@ -277,7 +313,7 @@ enum outcome line_apply(char *line, uint64_t sequence, struct registry *registry
         }
         outcome = words[i].apply(registry, fields + 2, count - 2);
         if (outcome < REFUSED && words[i].id >= 0) {
-            strcpy(id, fields[2 + words[i].id]); /* is_id has limited it */
+            strcpy(id, fields[2 + words[i].id]); /* is_id has limited it, or is_label */
         }
         return outcome;
     }

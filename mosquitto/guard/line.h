@@ -22,7 +22,8 @@ bool line_read_header(char *line, uint64_t *epoch, uint64_t *base);
 /* Read a decimal number without leading zeros, at most 2^63 - 1; false if `text` is anything else. */
 bool parse_number(const char *text, uint64_t *number);
 
-/* Do what a verified line says, if `sequence` is its number. Sets `id` to the identity that it is about, empty if none.
+/* Do what a verified line says, if `sequence` is its number. Sets `id` to the identity that it is about, or the tenant,
+ * empty if none.
  * The line is changed. */
 enum outcome line_apply(char *line, uint64_t sequence, struct registry *registry, char id[MAX_ID_BYTES + 1]);
 

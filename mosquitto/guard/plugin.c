@@ -233,6 +233,9 @@ static int on_tick(int event, void *data, void *user)
         presence_flush();
     }
     kick(NULL);
+    if (guard_is_good()) {
+        kicks_flush_many(verdict_is_suspended);
+    }
     return MOSQ_ERR_SUCCESS;
 }
 

@@ -42,7 +42,7 @@ static bool answer_version(struct mosquitto *client, char *first, char *second)
     uint64_t version;
 
     (void)client;
-    return second == NULL && parse_number(first, &version) && version == GUARD_VERSION;
+    return second == NULL && parse_number(first, &version) && version >= OLDEST_VERSION && version <= GUARD_VERSION;
 }
 
 static bool answer_report(struct mosquitto *client, char *first, char *second)

@@ -24,35 +24,22 @@ struct identity {
         } name;
     } key;
     uint32_t filters; /* their position in the arena */
+    uint16_t tenant;
     uint8_t standing;
     uint8_t kind;
 };
 
-struct serial {
-    struct serial_number number;
-    uint8_t issuer; /* its place in the list */
-    bool used, revoked;
-};
-
-struct issuer {
-    uint8_t hash[HASH_BYTES];
-    bool ours; /* false if it is known from a serial number only */
-};
-
 struct registry {
     struct identity *identities;
-    struct serial *serials;
     char *arena;
-    struct issuer *issuers;
     uint32_t capacity, count;
-    uint32_t serial_capacity, serial_count;
     uint32_t arena_size, arena_used;
-    uint32_t issuer_count;
-    uint64_t seed[2];
+    struct tenants tenants;
+    struct issuers issuers;
+    struct seed seed;
     uint64_t stamp;
     uint8_t portal[HASH_BYTES];
     bool has_portal, has_prefix;
-    char prefix[MAX_PREFIX_BYTES + 1];
 };
 
 static uint64_t last_stamp; /* of all registries */
@@ -112,29 +99,6 @@ bool is_uuid(const char *name)
     return parse_uuid(name, uuid, &has_upper);
 }
 
-/* Multiply to 128 bits and fold them into 64: each bit of both depends on all of the result. */
-static uint64_t fold(uint64_t one, uint64_t other)
-{
-    unsigned __int128 product = (unsigned __int128)one * other;
-
-    return (uint64_t)product ^ (uint64_t)(product >> 64);
-}
-
-/* Hash bytes with the registry's random seed, so that nobody can choose names that collide. */
-static uint64_t hash_bytes(const struct registry *registry, const void *data, size_t length)
-{
-    const uint8_t *bytes = data;
-    uint64_t state = registry->seed[0] ^ length, word;
-
-    for (; length >= sizeof word; length -= sizeof word, bytes += sizeof word) {
-        memcpy(&word, bytes, sizeof word);
-        state = fold(state ^ word, registry->seed[1]);
-    }
-    word = 0;
-    memcpy(&word, bytes, length);
-    return fold(state ^ word, registry->seed[1] ^ 0x9E3779B97F4A7C15u);
-}
-
 /* Only a UUID in lower case is kept as 16 bytes: one in upper case is another name, as it is to the broker. */
 static struct key make_key(const struct registry *registry, const char *id)
 {
@@ -143,10 +107,10 @@ static struct key make_key(const struct registry *registry, const char *id)
 
     if (parse_uuid(id, key.uuid, &has_upper) && !has_upper) {
         key.kind = UUID_KEY;
-        key.hash = hash_bytes(registry, key.uuid, UUID_BYTES);
+        key.hash = hash_bytes(&registry->seed, key.uuid, UUID_BYTES);
     } else {
         key.kind = NAME_KEY;
-        key.hash = hash_bytes(registry, id, key.length);
+        key.hash = hash_bytes(&registry->seed, id, key.length);
     }
     return key;
 }
@@ -171,21 +135,17 @@ struct registry *registry_new(void)
         return NULL;
     }
     registry->identities = calloc(FIRST_CAPACITY, sizeof *registry->identities);
-    registry->serials = calloc(FIRST_CAPACITY, sizeof *registry->serials);
-    registry->issuers = calloc(MAX_ISSUERS, sizeof *registry->issuers);
     registry->arena = malloc(FIRST_CAPACITY);
-    if (registry->identities == NULL || registry->serials == NULL || registry->issuers == NULL ||
-        registry->arena == NULL ||
-        getrandom(registry->seed, sizeof registry->seed, 0) != (ssize_t)sizeof registry->seed) {
+    if (getrandom(&registry->seed, sizeof registry->seed, 0) != (ssize_t)sizeof registry->seed ||
+        registry->identities == NULL || registry->arena == NULL ||
+        !tenants_begin(&registry->tenants, &registry->seed) || !issuers_begin(&registry->issuers, &registry->seed)) {
         registry_free(registry);
         return NULL;
     }
-    registry->capacity = registry->serial_capacity = FIRST_CAPACITY;
-    registry->arena_size = FIRST_CAPACITY;
-    registry->seed[1] |= 1;
+    registry->seed.words[1] |= 1;
+    registry->capacity = registry->arena_size = FIRST_CAPACITY;
     note_change(registry);
     registry->arena_used = DEFAULT_TOPICS + 1;
-    memcpy(registry->prefix, "devices", sizeof "devices");
     return registry;
 }
 
@@ -193,9 +153,9 @@ void registry_free(struct registry *registry)
 {
     if (registry != NULL) {
         free(registry->identities);
-        free(registry->serials);
-        free(registry->issuers);
         free(registry->arena);
+        tenants_end(&registry->tenants);
+        issuers_end(&registry->issuers);
         free(registry);
     }
 }
@@ -226,7 +186,7 @@ static bool reserve(struct registry *registry, size_t size)
 
 static uint64_t identity_hash(const struct registry *registry, const struct identity *identity)
 {
-    return identity->kind == NAME_KEY ? identity->key.name.hash : hash_bytes(registry, identity->key.uuid, UUID_BYTES);
+    return identity->kind == NAME_KEY ? identity->key.name.hash : hash_bytes(&registry->seed, identity->key.uuid, UUID_BYTES);
 }
 
 /* Double the table when three quarters are in use; false if there is no memory. */
@@ -316,14 +276,29 @@ static struct identity *find_or_add(struct registry *registry, const char *id)
     return identity;
 }
 
-enum standing identity_standing(const struct identity *identity)
+enum standing registry_standing_of(const struct registry *registry, const struct identity *identity)
 {
-    return identity == NULL ? UNKNOWN : (enum standing)identity->standing;
+    if (identity == NULL) {
+        return UNKNOWN;
+    }
+    return identity->standing == ALLOWED && registry->tenants.list[identity->tenant].suspended
+               ? SUSPENDED
+               : (enum standing)identity->standing;
 }
 
 enum standing registry_standing(const struct registry *registry, const char *id)
 {
-    return identity_standing(registry_find(registry, id));
+    return registry_standing_of(registry, registry_find(registry, id));
+}
+
+uint16_t registry_tenant_of(const struct identity *identity)
+{
+    return identity->tenant;
+}
+
+static const char *prefix_of(const struct registry *registry, const struct identity *identity)
+{
+    return registry->tenants.list[identity->tenant].prefix;
 }
 
 size_t registry_count(const struct registry *registry)
@@ -335,7 +310,7 @@ size_t registry_count(const struct registry *registry)
 
 /* Goes through the filters of an identity: begin_filters, then next_filter until it returns false. */
 struct cursor {
-    const struct registry *registry;
+    const char *prefix; /* of the default topics */
     const char *id;
     const char *at; /* NULL before the default topics, and after the last filter */
     struct filter filter;
@@ -345,7 +320,7 @@ struct cursor {
 static void begin_filters(
     struct cursor *cursor, const struct registry *registry, const struct identity *identity, const char *id)
 {
-    cursor->registry = registry;
+    cursor->prefix = prefix_of(registry, identity);
     cursor->id = id;
     cursor->at = identity->filters == DEFAULT_TOPICS ? "" : registry->arena + identity->filters;
     cursor->filter.text = identity->filters == DEFAULT_TOPICS ? NULL : cursor->text;
@@ -374,8 +349,8 @@ static bool next_filter(struct cursor *cursor)
         return false;
     }
     if (cursor->filter.text == NULL) { /* the default topics */
-        size_t used = strlen(cursor->registry->prefix), id_length = strlen(cursor->id);
-        memcpy(cursor->text, cursor->registry->prefix, used);
+        size_t used = strlen(cursor->prefix), id_length = strlen(cursor->id);
+        memcpy(cursor->text, cursor->prefix, used);
         cursor->text[used++] = '/';
         memcpy(cursor->text + used, cursor->id, id_length);
         memcpy(cursor->text + used + id_length, "/#", sizeof "/#");
@@ -396,11 +371,11 @@ static bool next_filter(struct cursor *cursor)
 static struct cursor scratch[2]; /* the broker has one thread; too large for its stack */
 
 /* Say whether the topic is PREFIX/<identity> or below it. */
-static bool is_default_topic(const struct registry *registry, const char *id, const char *topic)
+static bool is_default_topic(const char *prefix, const char *id, const char *topic)
 {
-    size_t length = strlen(registry->prefix);
+    size_t length = strlen(prefix);
 
-    if (strncmp(topic, registry->prefix, length) != 0 || topic[length] != '/') {
+    if (strncmp(topic, prefix, length) != 0 || topic[length] != '/') {
         return false;
     }
     topic += length + 1;
@@ -408,22 +383,25 @@ static bool is_default_topic(const struct registry *registry, const char *id, co
     return strncmp(topic, id, length) == 0 && (topic[length] == '/' || topic[length] == '\0');
 }
 
+/* A prefix may have any number of levels: each level after the first is looked at as if it were the identity. */
 bool registry_is_of_denied(const struct registry *registry, const char *topic)
 {
-    size_t prefix = strlen(registry->prefix), length;
-    char id[MAX_ID_BYTES + 1];
-
-    if (strncmp(topic, registry->prefix, prefix) != 0 || topic[prefix] != '/') {
-        return false;
+    for (const char *slash = strchr(topic, '/'); slash != NULL; slash = strchr(slash + 1, '/')) {
+        const struct identity *identity;
+        size_t length = strcspn(slash + 1, "/");
+        char id[MAX_ID_BYTES + 1];
+        if (length > MAX_ID_BYTES) {
+            continue;
+        }
+        memcpy(id, slash + 1, length);
+        id[length] = '\0';
+        identity = is_id(id) ? registry_find(registry, id) : NULL;
+        if (identity != NULL && identity->standing == DENIED &&
+            is_default_topic(prefix_of(registry, identity), id, topic)) {
+            return true;
+        }
     }
-    topic += prefix + 1;
-    length = strcspn(topic, "/");
-    if (length > MAX_ID_BYTES) {
-        return false;
-    }
-    memcpy(id, topic, length);
-    id[length] = '\0';
-    return is_id(id) && registry_standing(registry, id) == DENIED;
+    return false;
 }
 
 bool registry_may(const struct registry *registry, const struct identity *identity, const char *id, enum access access,
@@ -431,11 +409,11 @@ bool registry_may(const struct registry *registry, const struct identity *identi
 {
     struct cursor *cursor = &scratch[0];
 
-    if (identity_standing(identity) != ALLOWED || has_wildcard(topic)) {
+    if (registry_standing_of(registry, identity) != ALLOWED || has_wildcard(topic)) {
         return false;
     }
     if (identity->filters == DEFAULT_TOPICS) {
-        return is_default_topic(registry, id, topic);
+        return is_default_topic(prefix_of(registry, identity), id, topic);
     }
     begin_filters(cursor, registry, identity, id);
     while (next_filter(cursor)) {
@@ -452,7 +430,7 @@ static bool any_readable(const struct registry *registry, const struct identity 
 {
     struct cursor *cursor = &scratch[0];
 
-    if (identity_standing(identity) != ALLOWED || !filter_is_valid(filter)) {
+    if (identity == NULL || identity->standing != ALLOWED || !filter_is_valid(filter)) {
         return false;
     }
     begin_filters(cursor, registry, identity, id);
@@ -548,32 +526,51 @@ static bool is_acceptable(const struct filter *filter)
            filter_is_valid(filter->text) && strchr("$+#", filter->text[0]) == NULL;
 }
 
-enum outcome registry_allow(struct registry *registry, const char *id, const struct filter *filters, size_t count)
+/* Return the identity as one of the tenant, added if need be. One that is allowed is never another tenant's. */
+static enum outcome find_or_add_of(
+    struct registry *registry, const char *id, const char *tenant, struct identity **identity)
 {
-    struct identity *identity, before;
-    uint32_t position = registry->arena_used;
+    uint16_t number;
 
-    note_change(registry);
-    if (!is_id(id) || count > MAX_FILTERS) {
+    if (!is_id(id) || !tenants_find(&registry->tenants, tenant, &number)) {
         return REFUSED;
     }
+    *identity = find_or_add(registry, id);
+    if (*identity == NULL) {
+        return NO_MEMORY;
+    }
+    if ((*identity)->standing == ALLOWED && (*identity)->tenant != number) {
+        return REFUSED;
+    }
+    (*identity)->tenant = number;
+    return DONE;
+}
+
+enum outcome registry_allow(
+    struct registry *registry, const char *id, const char *tenant, const struct filter *filters, size_t count)
+{
+    struct identity *identity, before;
+    uint32_t position;
+    enum outcome outcome;
+
+    note_change(registry);
     for (size_t i = 0; i < count; i++) {
-        if (!is_acceptable(&filters[i])) {
+        if (count > MAX_FILTERS || !is_acceptable(&filters[i])) {
             return REFUSED;
         }
     }
-    identity = find_or_add(registry, id);
-    if (identity == NULL) {
-        return NO_MEMORY;
+    outcome = find_or_add_of(registry, id, tenant, &identity);
+    if (outcome != DONE) {
+        return outcome;
     }
     before = *identity;
-    if (count > 0) {
-        position = registry->arena_used;
-        for (size_t i = 0; i < count; i++) {
-            if (!store_filter(registry, id, &filters[i])) {
-                return NO_MEMORY;
-            }
+    position = registry->arena_used;
+    for (size_t i = 0; i < count; i++) {
+        if (!store_filter(registry, id, &filters[i])) {
+            return NO_MEMORY;
         }
+    }
+    if (count > 0) {
         registry->arena[registry->arena_used++] = NO_ACCESS;
     }
     identity->filters = count > 0 ? position : DEFAULT_TOPICS;
@@ -581,33 +578,59 @@ enum outcome registry_allow(struct registry *registry, const char *id, const str
     return lost_rights(registry, &before, registry, identity, id) ? RIGHTS_LOST : DONE;
 }
 
-enum outcome registry_revoke(struct registry *registry, const char *id, enum standing standing)
+static enum outcome take_rights(struct identity *identity, enum standing standing)
 {
-    struct identity *identity;
-
-    note_change(registry);
-    if (!is_id(id) || standing == ALLOWED) {
-        return REFUSED;
-    }
-    identity = find_or_add(registry, id);
-    if (identity == NULL) {
-        return NO_MEMORY;
-    }
     identity->filters = DEFAULT_TOPICS;
     identity->standing = (uint8_t)standing;
     return RIGHTS_LOST;
 }
 
+enum outcome registry_deny(struct registry *registry, const char *id, const char *tenant)
+{
+    const struct identity *known = registry_find(registry, id);
+    struct identity *identity;
+    enum outcome outcome;
+
+    note_change(registry);
+    if (tenant == NULL && known != NULL) {
+        tenant = registry->tenants.list[known->tenant].name;
+    }
+    outcome = find_or_add_of(registry, id, tenant, &identity);
+    return outcome == DONE ? take_rights(identity, DENIED) : outcome;
+}
+
+enum outcome registry_forget(struct registry *registry, const char *id)
+{
+    struct identity *identity;
+
+    note_change(registry);
+    if (!is_id(id)) {
+        return REFUSED;
+    }
+    identity = find_or_add(registry, id);
+    return identity == NULL ? NO_MEMORY : take_rights(identity, FORGOTTEN);
+}
+
 enum outcome registry_set_prefix(struct registry *registry, const char *prefix)
 {
     note_change(registry);
-    if (registry->count > 0 || registry->has_prefix || strlen(prefix) > MAX_PREFIX_BYTES ||
-        !filter_is_valid(prefix) || has_wildcard(prefix) || prefix[0] == '$') {
+    if (registry->count > 0 || registry->has_prefix) {
         return REFUSED;
     }
-    memcpy(registry->prefix, prefix, strlen(prefix) + 1);
     registry->has_prefix = true;
-    return DONE;
+    return tenants_set_first_prefix(&registry->tenants, prefix);
+}
+
+enum outcome registry_add_tenant(struct registry *registry, const char *name, const char *prefix)
+{
+    note_change(registry);
+    return tenants_add(&registry->tenants, name, prefix);
+}
+
+enum outcome registry_suspend_tenant(struct registry *registry, const char *name)
+{
+    note_change(registry);
+    return tenants_suspend(&registry->tenants, name) ? TENANT_SUSPENDED : REFUSED;
 }
 
 /* --- Issuers, serial numbers, the portal ------------------------------------------------------------------------ */
@@ -624,130 +647,40 @@ const uint8_t *registry_portal(const struct registry *registry)
     return registry->has_portal ? registry->portal : NULL;
 }
 
-static struct issuer *find_issuer(const struct registry *registry, const uint8_t hash[HASH_BYTES])
+enum outcome registry_add_issuer(struct registry *registry, const uint8_t hash[HASH_BYTES], const char *tenant)
 {
-    for (uint32_t i = 0; i < registry->issuer_count; i++) {
-        if (memcmp(registry->issuers[i].hash, hash, HASH_BYTES) == 0) {
-            return &registry->issuers[i];
-        }
-    }
-    return NULL;
-}
-
-static struct issuer *find_or_add_issuer(struct registry *registry, const uint8_t hash[HASH_BYTES])
-{
-    struct issuer *issuer = find_issuer(registry, hash);
-
-    if (issuer == NULL && registry->issuer_count < MAX_ISSUERS) {
-        issuer = &registry->issuers[registry->issuer_count++];
-        memcpy(issuer->hash, hash, HASH_BYTES);
-    }
-    return issuer;
-}
-
-enum outcome registry_add_issuer(struct registry *registry, const uint8_t hash[HASH_BYTES])
-{
-    struct issuer *issuer = find_or_add_issuer(registry, hash);
+    uint16_t number;
 
     note_change(registry);
-    if (issuer == NULL) {
-        return REFUSED;
-    }
-    issuer->ours = true;
-    return DONE;
+    return tenants_find(&registry->tenants, tenant, &number) ? issuers_add(&registry->issuers, hash, number)
+                                                             : REFUSED;
 }
 
-bool registry_is_issuer(const struct registry *registry, const uint8_t hash[HASH_BYTES])
+bool registry_find_issuer(const struct registry *registry, const uint8_t hash[HASH_BYTES], uint16_t *tenant)
 {
-    const struct issuer *issuer = find_issuer(registry, hash);
-
-    return issuer != NULL && issuer->ours;
-}
-
-static uint64_t serial_hash(const struct registry *registry, uint8_t issuer, const struct serial_number *number)
-{
-    return hash_bytes(registry, number->bytes, number->length) ^ issuer;
-}
-
-/* Return the slot of the serial number, or the free one where it belongs. */
-static struct serial *serial_slot(
-    const struct registry *registry, uint8_t issuer, const struct serial_number *number)
-{
-    uint32_t at = (uint32_t)serial_hash(registry, issuer, number) & (registry->serial_capacity - 1);
-
-    for (;; at = (at + 1) & (registry->serial_capacity - 1)) {
-        struct serial *serial = &registry->serials[at];
-        if (!serial->used || (serial->issuer == issuer && serial->number.length == number->length &&
-                                 memcmp(serial->number.bytes, number->bytes, number->length) == 0)) {
-            return serial;
-        }
-    }
-}
-
-static bool grow_serials(struct registry *registry)
-{
-    struct registry bigger = *registry;
-
-    if (registry->serial_count < registry->serial_capacity / 4 * 3) {
-        return true;
-    }
-    bigger.serial_capacity = registry->serial_capacity * 2;
-    if (bigger.serial_capacity > MAX_CAPACITY ||
-        (bigger.serials = calloc(bigger.serial_capacity, sizeof *bigger.serials)) == NULL) {
-        return false;
-    }
-    for (uint32_t i = 0; i < registry->serial_capacity; i++) {
-        const struct serial *serial = &registry->serials[i];
-        if (serial->used) {
-            *serial_slot(&bigger, serial->issuer, &serial->number) = *serial;
-        }
-    }
-    free(registry->serials);
-    registry->serials = bigger.serials;
-    registry->serial_capacity = bigger.serial_capacity;
-    return true;
+    return issuers_find(&registry->issuers, hash, tenant);
 }
 
 enum outcome registry_add_serial(
     struct registry *registry, const uint8_t issuer[HASH_BYTES], const struct serial_number *serial)
 {
-    const struct issuer *found = find_or_add_issuer(registry, issuer);
-    struct serial *slot;
-    uint8_t place;
+    enum outcome outcome;
 
     note_change(registry);
-    if (found == NULL || serial->length > MAX_SERIAL_BYTES) {
-        return REFUSED;
-    }
-    if (!grow_serials(registry)) {
-        return NO_MEMORY;
-    }
-    place = (uint8_t)(found - registry->issuers);
-    slot = serial_slot(registry, place, serial);
-    if (!slot->used) {
-        registry->serial_count++;
-    }
-    *slot = (struct serial){.number = *serial, .issuer = place, .used = true, .revoked = true};
-    return SERIAL_REVOKED;
+    outcome = issuers_add_serial(&registry->issuers, issuer, serial);
+    return outcome == DONE ? SERIAL_REVOKED : outcome;
 }
 
 enum outcome registry_remove_serial(
     struct registry *registry, const uint8_t issuer[HASH_BYTES], const struct serial_number *serial)
 {
-    const struct issuer *found = find_issuer(registry, issuer);
-
     note_change(registry);
-    if (found != NULL) {
-        struct serial *slot = serial_slot(registry, (uint8_t)(found - registry->issuers), serial);
-        slot->revoked = false; /* its slot stays in use, so that those behind it are found */
-    }
+    issuers_remove_serial(&registry->issuers, issuer, serial);
     return DONE;
 }
 
 bool registry_has_serial(
     const struct registry *registry, const uint8_t issuer[HASH_BYTES], const struct serial_number *serial)
 {
-    const struct issuer *found = find_issuer(registry, issuer);
-
-    return found != NULL && serial_slot(registry, (uint8_t)(found - registry->issuers), serial)->revoked;
+    return issuers_has_serial(&registry->issuers, issuer, serial);
 }

@@ -1,4 +1,4 @@
-/* What a journal says, in memory: identities with their topics, serial numbers, issuers, the portal's password.
+/* What a journal says, in memory: identities with their topics, tenants, serial numbers, issuers, the portal's password.
  *
  * Made for a million identities: an identity is 24 bytes in an open hash table, a UUID being 16 of them; own topic
  * filters are in one arena, in which the identity itself takes one byte. Default topics take no memory. */
@@ -9,34 +9,22 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HASH_BYTES 32        /* of SHA-256 */
-#define MAX_SERIAL_BYTES 20  /* RFC 5280 section 4.1.2.2 */
-#define MAX_ID_BYTES 64
-#define MAX_FILTERS 64       /* of one identity */
-#define MAX_FILTER_BYTES 32768
-#define MAX_PREFIX_BYTES 1024
-#define MAX_ISSUERS 256
+#include "issuers.h"
+#include "outcome.h"
+#include "tenants.h"
 
-enum standing { UNKNOWN, ALLOWED, DENIED, FORGOTTEN };
+#define MAX_ID_BYTES 64
+#define MAX_FILTERS 64 /* of one identity */
+#define MAX_FILTER_BYTES 32768
+
+/* How an identity stands. One of a tenant that is suspended is ALLOWED again once that is not. */
+enum standing { UNKNOWN, ALLOWED, DENIED, FORGOTTEN, SUSPENDED };
 
 enum access { NO_ACCESS = 0, READ = 1, WRITE = 2, READ_WRITE = 3 };
-
-enum outcome {
-    DONE,
-    RIGHTS_LOST,    /* done, and the identity may do less than before */
-    SERIAL_REVOKED, /* done, and connections with that certificate may do nothing */
-    REFUSED,        /* not done: it is malformed, or too much */
-    NO_MEMORY,      /* not done */
-};
 
 struct filter {
     enum access access;
     const char *text; /* well-formed, its first level no wildcard and not beginning with `$` */
-};
-
-struct serial_number {
-    uint8_t length;
-    uint8_t bytes[MAX_SERIAL_BYTES]; /* big-endian, without leading zeros */
 };
 
 struct registry;
@@ -52,12 +40,17 @@ bool is_id(const char *id);
 /* Say whether `name` has the form of a UUID, in lower or upper case. */
 bool is_uuid(const char *name);
 
-/* Change what is known, each a line of the journal. */
+/* Change what is known, each a line of the journal. `tenant` is a name, NULL for the first one: an unknown one is refused,
+ * and an identity that is allowed, or an issuer, is never another tenant's than before. */
 enum outcome registry_set_portal(struct registry *registry, const uint8_t hash[HASH_BYTES]);
 enum outcome registry_set_prefix(struct registry *registry, const char *prefix);
-enum outcome registry_add_issuer(struct registry *registry, const uint8_t hash[HASH_BYTES]);
-enum outcome registry_allow(struct registry *registry, const char *id, const struct filter *filters, size_t count);
-enum outcome registry_revoke(struct registry *registry, const char *id, enum standing standing);
+enum outcome registry_add_tenant(struct registry *registry, const char *name, const char *prefix);
+enum outcome registry_suspend_tenant(struct registry *registry, const char *name);
+enum outcome registry_add_issuer(struct registry *registry, const uint8_t hash[HASH_BYTES], const char *tenant);
+enum outcome registry_allow(
+    struct registry *registry, const char *id, const char *tenant, const struct filter *filters, size_t count);
+enum outcome registry_deny(struct registry *registry, const char *id, const char *tenant);
+enum outcome registry_forget(struct registry *registry, const char *id);
 enum outcome registry_add_serial(
     struct registry *registry, const uint8_t issuer[HASH_BYTES], const struct serial_number *serial);
 enum outcome registry_remove_serial(
@@ -65,7 +58,7 @@ enum outcome registry_remove_serial(
 
 /* Ask. The hash of the portal's password is NULL if there is none. */
 const uint8_t *registry_portal(const struct registry *registry);
-bool registry_is_issuer(const struct registry *registry, const uint8_t hash[HASH_BYTES]);
+bool registry_find_issuer(const struct registry *registry, const uint8_t hash[HASH_BYTES], uint16_t *tenant);
 bool registry_has_serial(
     const struct registry *registry, const uint8_t issuer[HASH_BYTES], const struct serial_number *serial);
 
@@ -77,21 +70,24 @@ size_t registry_count(const struct registry *registry);
 const struct identity *registry_find(const struct registry *registry, const char *id);
 
 /* Return how an identity stands: UNKNOWN if it is NULL. */
-enum standing identity_standing(const struct identity *identity);
+enum standing registry_standing_of(const struct registry *registry, const struct identity *identity);
 enum standing registry_standing(const struct registry *registry, const char *id);
+
+/* Return the number of an identity's tenant. */
+uint16_t registry_tenant_of(const struct identity *identity);
 
 /* Say whether an identity, found under the name `id`, may publish to, or receive from, a topic. */
 bool registry_may(const struct registry *registry, const struct identity *identity, const char *id, enum access access,
     const char *topic);
 
-/* Say whether a topic or filter is PREFIX/<identity>, or below it, of an identity that is DENIED. */
+/* Say whether a topic or filter is PREFIX/<identity>, or below it, of an identity that is DENIED. PREFIX is its tenant's. */
 bool registry_is_of_denied(const struct registry *registry, const char *topic);
 
-/* Say whether some topic that the filter matches can be read by the identity. */
+/* Say whether some topic that the filter matches can be read by the identity, or could while its tenant is not suspended. */
 bool registry_may_subscribe(
     const struct registry *registry, const struct identity *identity, const char *id, const char *filter);
 
-/* Say whether every topic that the filter matches can be read by the identity, by one of its filters. */
+/* Say the same of every topic that the filter matches, by one of its filters. */
 bool registry_may_share(
     const struct registry *registry, const struct identity *identity, const char *id, const char *filter);
 

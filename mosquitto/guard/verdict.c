@@ -30,6 +30,8 @@ static bool all_tainted; /* there was no memory to say whose */
 /* Identities with a revoked serial number, whose connections are to be looked at. */
 static struct names superseded;
 
+static bool tenant_suspended; /* the connections of its identities are to be found */
+
 /* A client as it comes to be checked. */
 struct claim {
     const char *name;
@@ -38,6 +40,8 @@ struct claim {
     bool has_certificate;
     const char *refusal; /* why it may do nothing whatever the journal says of its name; NULL if there is no such reason */
     bool kick;           /* whether it is also to be disconnected for that */
+    bool foreign;        /* whether the reason is that another tenant's CA has named it */
+    bool suspended;      /* whether it may do nothing because its tenant is suspended */
     bool may_end;        /* whether its connection can be ended by the answer to this check */
     bool ended;          /* whether it is */
     struct certificate certificate;
@@ -75,23 +79,35 @@ bool is_portal(const struct mosquitto *client)
 
 /* --- Who it is -------------------------------------------------------------------------------------------------- */
 
+/* Say whether an identity of which the journal knows is another tenant's than the issuer of its certificate. */
+static bool is_of_another_tenant(const struct registry *registry, const char *name, uint16_t issuer)
+{
+    const struct identity *identity = registry_find(registry, name);
+
+    return identity != NULL && registry_tenant_of(identity) != issuer;
+}
+
 /* Judge a certificate; NOT_OURS if its issuer is not one of the portal's. */
 static enum verdict judge_certificate(struct claim *claim)
 {
     const struct certificate *certificate = &claim->certificate;
     const struct registry *registry = guard_registry();
+    uint16_t tenant;
 
     if (registry == NULL) {
         claim->refusal = "no journal was read yet";
         return NOT_GRANTED;
     }
-    if (!registry_is_issuer(registry, certificate->issuer)) {
+    if (!registry_find_issuer(registry, certificate->issuer, &tenant)) {
         return NOT_OURS;
     }
-    if (!certificate_is_for_key(certificate, registry)) {
+    if (!certificate_is_for_key(certificate, registry, tenant)) {
         claim->refusal = "its certificate is that of another CA with the name of a portal CA";
     } else if (!certificate->named) {
         claim->refusal = "its username is not the common name of its certificate";
+    } else if (is_of_another_tenant(registry, claim->name, tenant)) {
+        claim->refusal = "its certificate is of a CA of another tenant";
+        claim->foreign = true;
     } else if (!certificate->has_serial) {
         claim->refusal = "its certificate has no serial number of at most 20 octets";
     } else if (registry_has_serial(registry, certificate->issuer, &certificate->serial)) {
@@ -248,7 +264,8 @@ static struct client *note_device(const struct mosquitto *client, struct claim *
     return found;
 }
 
-/* Have a connection ended that is refused everything. */
+/* Have a connection ended that is refused everything: at once if the answer to this check does, else at a tick. It is
+ * never another one that has the same name by right. */
 static void doom(const struct mosquitto *client, struct claim *claim, const char *reason)
 {
     struct client *found;
@@ -261,7 +278,7 @@ static void doom(const struct mosquitto *client, struct claim *claim, const char
     found = note_device(client, claim);
     if (found == NULL || !found->doomed) {
         log_refusal("Client %s is refused everything: %s.", claim->name, reason);
-        kicks_add(claim->name);
+        (claim->suspended ? kicks_add_many : kicks_add)(claim->name);
     }
     if (found != NULL) {
         found->doomed = true;
@@ -276,6 +293,7 @@ static void admit(const struct mosquitto *client, struct claim *claim)
     if (found != NULL) {
         found->stamp = registry_stamp(guard_registry());
         found->identity = claim->identity;
+        found->doomed = false;
         if (!found->admitted) {
             found->admitted = true;
             presence_connected(found->name);
@@ -290,6 +308,7 @@ static void admit(const struct mosquitto *client, struct claim *claim)
 static enum verdict judge(struct mosquitto *client, struct claim *claim)
 {
     enum verdict verdict = identify(client, claim);
+    enum standing standing;
 
     if (verdict == NOT_OURS) {
         return NOT_OURS;
@@ -297,6 +316,7 @@ static enum verdict judge(struct mosquitto *client, struct claim *claim)
     if (verdict == NOT_GRANTED) {
         if (!claim->kick) {
             log_refusal("Client %s is refused everything: %s.", claim->name, claim->refusal);
+            claim->ended = claim->foreign && claim->may_end;
         } else if (!kicks_going_on()) {
             doom(client, claim, claim->refusal);
         }
@@ -306,9 +326,11 @@ static enum verdict judge(struct mosquitto *client, struct claim *claim)
         return NOT_GRANTED;
     }
     claim->identity = registry_find(guard_registry(), claim->name);
-    if (identity_standing(claim->identity) != ALLOWED) {
+    standing = registry_standing_of(guard_registry(), claim->identity);
+    if (standing != ALLOWED) {
+        claim->suspended = standing == SUSPENDED;
         if (claim->has_certificate && !kicks_going_on()) {
-            doom(client, claim, "the journal does not allow it");
+            doom(client, claim, claim->suspended ? "its tenant is suspended" : "the journal does not allow it");
         }
         return NOT_GRANTED;
     }
@@ -327,7 +349,7 @@ static enum verdict judge_client(struct mosquitto *client, struct claim *claim)
     claim->name = name_of(client);
     claim->identity = NULL;
     claim->refusal = NULL;
-    claim->kick = false;
+    claim->kick = claim->foreign = claim->suspended = false;
     claim->has_certificate = claim->x509 != NULL;
     if (claim->name == NULL || !is_still_admitted(client, claim)) {
         verdict = judge(client, claim);
@@ -350,9 +372,9 @@ enum verdict verdict_of(struct mosquitto *client, int access, const char *topic)
     struct claim claim = {.may_end = can_end(client, access)};
     enum verdict verdict = judge_client(client, &claim);
 
-    if (claim.kick && access == MOSQ_ACL_SUBSCRIBE && kicks_going_on()) {
+    if ((claim.kick || claim.suspended) && access == MOSQ_ACL_SUBSCRIBE && kicks_going_on()) {
         claim.identity = registry_find(guard_registry(), claim.name);
-        verdict = GRANTED; /* the session's subscriptions are the identity's, which has another certificate */
+        verdict = GRANTED; /* the session keeps them for another certificate, or for the end of the suspension */
     }
     if (claim.ended) {
         return ENDED;
@@ -455,9 +477,27 @@ void verdict_ended(struct mosquitto *client)
 
 void verdict_lost(const char *id, enum outcome outcome)
 {
-    if (outcome == RIGHTS_LOST || (names_find(&superseded, id) == NULL && !names_add(&superseded, id))) {
+    if (outcome == TENANT_SUSPENDED) {
+        tenant_suspended = true;
+    } else if (outcome == RIGHTS_LOST || (names_find(&superseded, id) == NULL && !names_add(&superseded, id))) {
         kicks_add(id);
     }
+}
+
+bool verdict_is_suspended(const char *id)
+{
+    return registry_standing(guard_registry(), id) == SUSPENDED;
+}
+
+/* Say whether a connected device may do less by `now` than it might before, but for a suspension of its tenant. */
+static bool is_worse(const struct client *client, const struct registry *before, const struct registry *now)
+{
+    const struct certificate *certificate = &client->certificate;
+    uint16_t tenant;
+
+    return registry_standing(now, client->name) != ALLOWED || registry_lost_rights(before, now, client->name) ||
+           registry_has_serial(now, certificate->issuer, &certificate->serial) ||
+           (registry_find_issuer(now, certificate->issuer, &tenant) && is_of_another_tenant(now, client->name, tenant));
 }
 
 void verdict_replaced(const struct registry *before, const struct registry *now)
@@ -465,12 +505,25 @@ void verdict_replaced(const struct registry *before, const struct registry *now)
     const struct client *client;
 
     for (size_t at = 0; (client = clients_next(&at)) != NULL;) {
-        if (client->kind == DEVICE && (registry_standing(now, client->name) != ALLOWED ||
-                                          registry_lost_rights(before, now, client->name) ||
-                                          registry_has_serial(now, client->certificate.issuer, &client->certificate.serial))) {
+        if (client->kind == DEVICE && registry_standing(now, client->name) == SUSPENDED) {
+            kicks_add_many(client->name);
+        } else if (client->kind == DEVICE && is_worse(client, before, now)) {
             kicks_add(client->name);
         }
     }
+}
+
+/* Find the connections of identities whose tenants are suspended. */
+static void settle_suspended(void)
+{
+    const struct client *client;
+
+    for (size_t at = 0; (client = clients_next(&at)) != NULL;) {
+        if (client->kind == DEVICE && verdict_is_suspended(client->name)) {
+            kicks_add_many(client->name);
+        }
+    }
+    tenant_suspended = false;
 }
 
 void verdict_settle(void)
@@ -479,6 +532,9 @@ void verdict_settle(void)
     const struct client *client;
     const struct name *name;
 
+    if (tenant_suspended && registry != NULL) {
+        settle_suspended();
+    }
     if (superseded.used == 0 || registry == NULL) {
         return;
     }
@@ -502,6 +558,6 @@ void verdict_clear(void)
     names_clear(&foreign);
     names_clear(&tainted);
     names_clear(&superseded);
-    all_tainted = false;
+    all_tainted = tenant_suspended = false;
     clients_clear();
 }

@@ -45,8 +45,11 @@ void verdict_replaced(const struct registry *before, const struct registry *now)
 /* Have a client kicked after a line of the journal. */
 void verdict_lost(const char *id, enum outcome outcome);
 
-/* Find the connections whose certificates were revoked by the last lines. */
+/* Find the connections whose certificates were revoked, or whose tenants were suspended, by the last lines. */
 void verdict_settle(void);
+
+/* Say whether the tenant of an identity is suspended, and nothing else keeps it out. */
+bool verdict_is_suspended(const char *id);
 void verdict_clear(void);
 
 #endif

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #define IDENTITIES 8
+#define TENANTS 3
 #define MAX_LINES 40
 #define MAX_FILE 200000
 
@@ -27,9 +28,21 @@ static size_t file_length;
 static const char *ids[IDENTITIES] = {"00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002",
     "00000000-0000-4000-8000-000000000003", "00000000-0000-4000-8000-00000000000A", "telegraf", "node.red", "a", "-_-"};
 
-/* The right journal: what each line says, and how each identity stands after it. */
+/* The tenants besides the first: where what belongs to each begins, and how a line names it. */
+static const struct {
+    const char *prefix, *line, *in;
+} tenants[TENANTS] = {{"devices", "", ""}, {"plant/b", "tenant b plant/b", " in:b"}, {"c", "tenant c c", " in:c"}};
+
+/* What a journal says up to a line. */
+struct state {
+    enum standing stands[IDENTITIES]; /* without regard to tenants */
+    unsigned tenant[IDENTITIES];
+    bool known[TENANTS], suspended[TENANTS];
+};
+
+/* The right journal: what each line says, and how all stand after it. */
 static char lines[MAX_LINES][160];
-static enum standing stands[MAX_LINES + 1][IDENTITIES];
+static struct state states[MAX_LINES + 1];
 static size_t line_count;
 static uint64_t epoch = 1;
 static unsigned long believed;
@@ -58,28 +71,45 @@ static void add_line(char *into, size_t *length, uint32_t *previous, const char 
     *length += (size_t)sprintf(into + *length, " %08x\n", (unsigned)*previous);
 }
 
+/* Write a line of a tenant, or of who is allowed: an identity that is allowed stays in its tenant. */
+static void make_line(char *line, struct state *state, unsigned who, unsigned which)
+{
+    bool own = below(2) == 0;
+
+    if (which > 0 && (!state->known[which] || below(4) == 0)) {
+        state->suspended[which] = state->known[which] && below(2) == 0;
+        sprintf(line, state->suspended[which] ? "suspend %.1s" : "%s", tenants[which].line + (state->suspended[which] ? 7 : 0));
+        state->known[which] = true;
+        return;
+    }
+    which = state->stands[who] == ALLOWED ? state->tenant[who] : which;
+    sprintf(line, own ? "allow %s%s rw:x/%s/# r:y/+/%%C3%%BC" : "allow %s%s", ids[who], tenants[which].in, ids[who]);
+    state->stands[who] = ALLOWED;
+    state->tenant[who] = which;
+}
+
 static void make_history(void)
 {
     line_count = 1 + below(MAX_LINES - 1);
-    memset(stands, 0, sizeof stands);
+    memset(states, 0, sizeof states);
     for (size_t i = 0; i < line_count; i++) {
-        unsigned who = below(IDENTITIES), what = below(5);
-        memcpy(stands[i + 1], stands[i], sizeof stands[i]);
-        switch (what) {
+        unsigned who = below(IDENTITIES);
+        struct state *state = &states[i + 1];
+        *state = states[i];
+        switch (below(5)) {
         case 0:
             sprintf(lines[i], "deny %s", ids[who]);
-            stands[i + 1][who] = DENIED;
+            state->stands[who] = DENIED;
             break;
         case 1:
             sprintf(lines[i], "forget %s", ids[who]);
-            stands[i + 1][who] = FORGOTTEN;
+            state->stands[who] = FORGOTTEN;
             break;
         case 2:
             sprintf(lines[i], "generation %u", below(1000));
             break;
         default:
-            sprintf(lines[i], what == 3 ? "allow %s" : "allow %s rw:x/%s/# r:y/+/%%C3%%BC", ids[who], ids[who]);
-            stands[i + 1][who] = ALLOWED;
+            make_line(lines[i], state, who, below(TENANTS));
         }
     }
 }
@@ -163,6 +193,27 @@ static void ignore_change(bool good, const char *what)
     (void)what;
 }
 
+static void check_identity(const struct registry *registry, const struct state *state, size_t i)
+{
+    const struct identity *identity = registry_find(registry, ids[i]);
+    bool suspended = state->stands[i] == ALLOWED && state->suspended[state->tenant[i]];
+
+    if (registry_standing(registry, ids[i]) != (suspended ? SUSPENDED : state->stands[i])) {
+        contradiction("an identity stands otherwise than written");
+    }
+    for (unsigned which = 0; which < TENANTS; which++) {
+        char topic[128];
+        bool allowed = state->stands[i] == ALLOWED && !suspended && state->tenant[i] == which;
+        sprintf(topic, "%s/%s/x", tenants[which].prefix, ids[i]);
+        if (registry_may(registry, identity, ids[i], WRITE, topic) && !allowed) {
+            contradiction("an identity that is not allowed, or another tenant's, may publish");
+        }
+        (void)registry_may_share(registry, identity, ids[i], topic);
+        (void)registry_is_of_denied(registry, topic);
+    }
+    (void)registry_may_subscribe(registry, identity, ids[i], "x/+/#");
+}
+
 /* What is believed must be what was written. */
 static void check_state(void)
 {
@@ -177,17 +228,7 @@ static void check_state(void)
         contradiction("a journal is believed that was not written");
     }
     for (size_t i = 0; i < IDENTITIES; i++) {
-        char topic[128];
-        bool allowed = stands[sequence][i] == ALLOWED;
-        if (registry_standing(registry, ids[i]) != stands[sequence][i]) {
-            contradiction("an identity stands otherwise than written");
-        }
-        sprintf(topic, "devices/%s/x", ids[i]);
-        if (registry_may(registry, registry_find(registry, ids[i]), ids[i], WRITE, topic) && !allowed) {
-            contradiction("an identity that is not allowed may publish");
-        }
-        (void)registry_may_subscribe(registry, registry_find(registry, ids[i]), ids[i], "x/+/#");
-        (void)registry_may_share(registry, registry_find(registry, ids[i]), ids[i], topic);
+        check_identity(registry, &states[sequence], i);
     }
 }
 
@@ -237,7 +278,9 @@ static void fuzz_lines(void)
         "issuer 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff", "allow a-b rw:a/+/# r:b/%C3%BC w:c",
         "allow 00000000-0000-4000-8000-000000000001", "deny 00000000-0000-4000-8000-000000000001", "forget a-b",
         "serial 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff 1f00 a-b",
-        "unserial 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff 1f00", "generation 12"};
+        "unserial 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff 1f00", "generation 12", "tenant b plant/b",
+        "tenant c c/%C3%BC/d", "suspend b", "allow a-b in:b", "allow a-b in:c rw:c/+/# r:b", "deny a-b in:b",
+        "issuer 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff in:c"};
     char text[512], id[MAX_ID_BYTES + 1];
     uint32_t previous = 0;
     struct registry *registry = registry_new();
@@ -245,7 +288,7 @@ static void fuzz_lines(void)
 
     for (unsigned i = 1; registry != NULL && i < 200; i++) {
         const char *reason;
-        size_t length = (size_t)sprintf(file, "%u %s", i, seeds[below(10)]);
+        size_t length = (size_t)sprintf(file, "%u %s", i, seeds[below(sizeof seeds / sizeof *seeds)]);
         file_length = length;
         if (below(2) == 0) {
             mutate();
@@ -259,6 +302,7 @@ static void fuzz_lines(void)
         }
         (void)registry_may_subscribe(registry, registry_find(registry, "a-b"), "a-b", "a/+/#");
         (void)registry_may(registry, registry_find(registry, "a-b"), "a-b", READ, "a/b/c");
+        (void)registry_is_of_denied(registry, "c/\xC3\xBC/d/a-b/#");
         memcpy(text, file, sizeof text - 1);
         text[sizeof text - 1] = '\0';
         (void)line_read_header(text, &number, &number);
