@@ -90,13 +90,9 @@ def create_app(
     app.url_map.converters.update(routing.CONVERTERS)
     app.url_map.merge_slashes = False  # no redirects for paths that are almost right
     for route in ROUTES:
-        app.add_url_rule(
-            routing.rule_of(route.path),
-            route.name,
-            _view(route),
-            methods=[route.method],
-            provide_automatic_options=False,
-        )
+        view = _view(route)
+        for path in map(routing.rule_of, route.paths):
+            app.add_url_rule(path, route.name, view, methods=[route.method], provide_automatic_options=False)
     app.before_request(_begin)
     app.after_request(_end)
     app.register_error_handler(Exception, _failed)
@@ -202,7 +198,8 @@ def _end(response: Response) -> Response:
 
 
 def _failed(error: Exception) -> Response:
-    problem = problems.of_error(error, request_id=g.request_id, path=request.path)
+    path = routing.without_version(request.path)
+    problem = problems.of_error(error, request_id=g.request_id, path=path)
     told = error.detail if isinstance(error, errors.PortalError) else problem.detail
     metrics.counts.refusals.labels(problem.code).inc()
     if problem.status == 500:
@@ -212,7 +209,7 @@ def _failed(error: Exception) -> Response:
         log.warning("unavailable", extra={"request_id": g.request_id, **cause})
     elif told != problem.detail:
         log.info("refused", extra={"request_id": g.request_id, "problem": told})
-    return problems.response_of(problem, error, path=request.path)
+    return problems.response_of(problem, error, path=path)
 
 
 server = program(create_app, _commands())

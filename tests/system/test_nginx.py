@@ -62,6 +62,7 @@ def test_a_link_works_once_and_nothing_of_it_is_left_with_nginx(deployment: Fron
     assert bundle.content.startswith(b"PK")
     assert deployment.session.get(link, timeout=20).status_code == 410
     other = link.replace("/download/", "//download/")
+    deployment.session.get(link.replace("/download/", "/v1/download/"), timeout=20)
     deployment.session.get(other, timeout=20)
     deployment.session.get(link.replace("/download/", "/%64ownload/"), timeout=20)
     with contextlib.closing(socket.create_connection(address(deployment.url))) as plain:  # refused by nginx itself
@@ -218,11 +219,12 @@ def test_a_body_that_is_too_long_is_refused_in_the_portals_form(deployment: Fron
     assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
 
 
-def test_answers_of_an_upload_come_before_it_ends(deployment: Fronted) -> None:
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_answers_of_an_upload_come_before_it_ends(deployment: Fronted, prefix: str) -> None:
     access = deployment.operator
     headers = ["-H", f"Authorization: Bearer {access['PORTAL_TOKEN']}", "-H", "Content-Type: application/x-ndjson"]
     command = ["curl", "-sS", "--no-buffer", "--fail-with-body", "--cacert", access["PORTAL_CA"], *headers]
-    command += ["-X", "POST", "-T", ".", f"{deployment.url}/register/bulk"]
+    command += ["-X", "POST", "-T", ".", f"{deployment.url}{prefix}/register/bulk"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as upload:
         assert upload.stdin is not None
         assert upload.stdout is not None

@@ -42,7 +42,7 @@ def openapi(routes: Sequence[Route], *, server_url: str) -> dict[str, Any]:
             "title": "Device Onboarding Portal",
             "version": VERSION,
             "description": "Registers IoT devices, issues and revokes their certificates, and controls their access"
-            " to the MQTT broker.",
+            " to the MQTT broker. The paths for operators and programs are served below /v1, too.",
         },
         "servers": [{"url": server_url}],
         "paths": paths,

@@ -44,6 +44,12 @@ JSON, NDJSON = "application/json", "application/x-ndjson"
 ANYONE: Permission | None = None  # in place of a permission: a route that asks for no token
 MAX_PROBLEMS = 32
 MAX_COUNTED = 1000  # of more problems none is named: pydantic can only list all of them, which takes long
+V1 = "/v1"
+# What others have fixed, or have been told, has its path alone: EST, PKI, links, probes, the description.
+_WITHOUT_VERSION = (
+    "/.well-known/", "/ca.pem", "/broker-ca.pem", "/ca/", "/crl/", "/ocsp", "/download/", "/healthz", "/readyz",
+    "/metrics", "/openapi.json", "/docs",
+)  # fmt: skip
 IDEMPOTENCY_KEY = "^[!-~]{16,255}$"
 
 
@@ -201,6 +207,11 @@ class Route:
         return self.handler.__name__
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """The path, and the same below ``/v1`` unless it is one that has no version."""
+        return (self.path,) if self.path.startswith(_WITHOUT_VERSION) else (self.path, V1 + self.path)
+
+    @property
     def summary(self) -> str:
         """The first line of the handler's docstring."""
         return (self.handler.__doc__ or "").partition("\n")[0]
@@ -266,6 +277,12 @@ PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
         "The part after /ocsp/ must be an OCSP request in base64.",
     ),
 }
+
+
+def without_version(path: str) -> str:
+    """Return the path of a request as the routes declare it."""
+    rest = path.removeprefix(V1)
+    return rest if path.startswith(f"{V1}/") and not rest.startswith(_WITHOUT_VERSION) else path
 
 
 def rule_of(path: str) -> str:
