@@ -111,8 +111,8 @@ class PortalGroup(click.Group):
 def cli(ctx: click.Context, /, **given: str | None) -> None:
     """Register IoT devices, deliver their credentials, revoke them.
 
-    \b
     Settings are taken from options, the environment, or the saved login, in this order.
+
     To use a portal on this machine:  . data/operator.env
     """
     ctx.meta["given"] = ConnectionOptions(**{name: given[name] for name in CONNECTION})

@@ -8,7 +8,7 @@ import click
 
 from commands.context import YES, Id, Remote, command, paging_options, topics_from
 from commands.devices import seen, show_client, topics_in_words
-from commands.lifecycle import REASONS, confirmed, say_whether_enforced, show_outcome
+from commands.lifecycle import REASON, confirmed, say_whether_enforced, show_outcome
 from commands.output import moment, status_of, text
 from commands.registration import Operation, issue, issuing_options
 from commands.times import OVERLAP, Time
@@ -155,7 +155,7 @@ def application_renew(portal: Remote, /, application_id: str, **options: Any) ->
     examples=["portal application revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --reason key_compromise --yes"],
 )
 @_ID
-@click.option("--reason", type=click.Choice(REASONS), help="Reason (RFC 5280); it is published in the CRL.")
+@REASON
 @YES
 def application_revoke(portal: Remote, application_id: str, reason: str | None, yes: bool) -> None:
     """Revoke an application permanently.

@@ -39,7 +39,7 @@ _NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PAC
 # The answer to a HEAD request has no body with a reason.
 _DEAD_LINK = {
     404: "The portal does not know this link; check that it was copied completely.",
-    410: "This link was used or has expired, or its device is revoked; renew the device or register it again.",
+    410: "This link was used or has expired, or its device is revoked; renew it, or register it again if revoked.",
 }
 _REQUEST = re.compile(r"\b(?:(?:GET|POST|PUT|PATCH|DELETE) /[a-z-]+(?:/[a-z{][a-z_{}-]*)*|send it as Authorization)")
 _COMMANDS = {

@@ -21,6 +21,7 @@ from commands.output import Cell, Output
 from onboarding_portal import VERSION
 
 CONNECTION = tuple(field.name for field in dataclasses.fields(ConnectionOptions))
+MAX_OPTION = 40  # characters of an option with its choices in a help text
 ROLES = ("system", "admin", "operator", "auditor")
 
 
@@ -80,7 +81,7 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, the connection options in a section of their own."""
-        records = [(param, param.get_help_record(ctx)) for param in self.get_params(ctx)]
+        records = [(param, _help_record(param, ctx)) for param in self.get_params(ctx)]
         options = [(param, record) for param, record in records if record and not isinstance(param, click.Argument)]
         own = [record for param, record in options if param not in self.connection]
         connection = [record for param, record in options if param in self.connection]
@@ -94,6 +95,17 @@ class Command(click.Command):
         with formatter.section("Examples"):
             for example in self.examples:
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+
+
+def _help_record(param: click.Parameter, ctx: click.Context) -> tuple[str, str] | None:
+    """Return an option with its help; a long list of choices stands in the help, where a line can be broken."""
+    record = param.get_help_record(ctx)
+    if record is None or not isinstance(param.type, click.Choice) or len(record[0]) <= MAX_OPTION:
+        return record
+    names = record[0].partition(" [")[0]
+    said, default, value = record[1].partition("  [default")
+    choices = f"{said} One of {', '.join(param.type.choices)}.{default}{value}"
+    return f"{names} {names.rpartition('--')[2].upper()}", choices
 
 
 def command(

@@ -19,6 +19,9 @@ REASONS = (
 )
 
 
+REASON = click.option("--reason", type=click.Choice(REASONS), help="Reason (RFC 5280), which is published in the CRL.")
+
+
 @command("suspend", examples=["portal suspend 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
 @click.option("--yes", "-y", is_flag=True, expose_value=False, help="Accepted as by revoke; nothing is asked here.")
@@ -55,7 +58,7 @@ def resume(portal: Remote, device_id: str) -> None:
     ],
 )
 @click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
-@click.option("--reason", type=click.Choice(REASONS), help="Reason (RFC 5280); it is published in the CRL.")
+@REASON
 @YES
 def revoke(portal: Remote, device_id: str, reason: str | None, yes: bool) -> None:
     """Revoke a device permanently.

@@ -186,8 +186,8 @@ class Output:
         """Print the rows under ``key``: the answer as JSON, a table for people, or tab-separated lines for programs.
 
         Without rows, says ``empty`` on standard error; if the answer has a cursor for more, says how to list all. On a
-        narrow terminal the ``spare`` columns are left out, the last one first, and long values are cut, except in the
-        first column and in those of ``whole``.
+        narrow terminal the ``spare`` columns are left out, the last one first, and long values are cut (``…``), except
+        in the first column and in those of ``whole``. It is told which columns are left out.
         """
         if self.as_json:
             self.json(answer)
@@ -212,17 +212,7 @@ class Output:
     ) -> None:
         texts = [[Text(clean(cell.shown or cell.plain), style=cell.style) for cell in row] for row in rows]
         widths = [max(len(title), *(line[i].cell_len for line in texts)) for i, title in enumerate(titles)]
-        kept = list(range(len(titles)))
-        for title in reversed(spare):
-            if sum(widths[i] + 2 for i in kept) > self._out.width:
-                kept.remove(titles.index(title))
-        # rich would cut off the columns on the right, whatever their minimum width is.
-        flexible = [i for i in kept if i != 0 and titles[i] not in whole]
-        while flexible and sum(widths[i] + 2 for i in kept) > self._out.width + 2:
-            widest = max(flexible, key=lambda i: widths[i])
-            if widths[widest] <= MIN_COLUMN:
-                break
-            widths[widest] -= 1
+        kept = self._fit(titles, widths, spare, whole)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i in kept:
             table.add_column(titles[i].upper(), no_wrap=True, overflow="ellipsis", width=widths[i])
@@ -231,6 +221,25 @@ class Output:
         self._out.print(table)
         if left_out := [title for i, title in enumerate(titles) if i not in kept]:
             self.note(f"Not shown for want of width: {', '.join(left_out)}. A wider terminal or --json shows all.")
+
+    def _fit(self, titles: Sequence[str], widths: list[int], spare: Sequence[str], whole: Sequence[str]) -> list[int]:
+        """Return which columns fit side by side, and make the ``widths`` of some of them smaller.
+
+        rich would cut off the columns on the right, whatever their minimum width is.
+        """
+        room = self._out.width + 2  # each column has two spaces behind it, but for the last
+        kept = list(range(len(titles)))
+        for title in reversed(spare):
+            if sum(widths[i] + 2 for i in kept) > room:
+                kept.remove(titles.index(title))
+        flexible = [i for i in kept if i != 0 and titles[i] not in whole]
+        least = [min(width, MIN_COLUMN) if i in flexible else width for i, width in enumerate(widths)]
+        while flexible and sum(least[i] + 2 for i in kept) > room:
+            kept.remove(flexible.pop())
+        while flexible and sum(widths[i] + 2 for i in kept) > room:
+            widest = max(flexible, key=lambda i: widths[i])
+            widths[widest] -= 1
+        return kept
 
     def fields(self, fields: Mapping[str, Cell]) -> None:
         """Print one object, a field a line: aligned for people; name, tab and value for programs."""

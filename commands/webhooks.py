@@ -97,7 +97,11 @@ def _dead(row: Mapping[str, Any]) -> Cell:
 @click.argument("name", help="Name of the webhook.")
 @click.option("--target", "url_", metavar="URL", required=True, help="URL that events are posted to.")
 @click.option(
-    "--event", "events", type=click.Choice(EVENTS), multiple=True, help="Event to send. Repeatable.  [default: all]"
+    "--event",
+    "events",
+    type=click.Choice(EVENTS),
+    multiple=True,
+    help="Event to send. Repeatable.  [default: all]",
 )
 @click.option("--secret-out", metavar="FILE", help="Write the signing secret to FILE (new, 0600).")
 def webhook_create(portal: Remote, name: str, url_: str, events: tuple[str, ...], secret_out: str | None) -> None:
