@@ -37,6 +37,7 @@ from web.api import (
     problems,
     profiles,
     routing,
+    tenants,
     tokens,
     webhooks,
 )
@@ -59,6 +60,7 @@ _RESOURCES = (
     est,
     attestation,
     tokens,
+    tenants,
     audit,
     webhooks,
     operation,

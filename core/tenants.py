@@ -10,6 +10,9 @@ from enum import StrEnum
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
+_EST_OPERATIONS = frozenset({"cacerts", "csrattrs", "fullcmc", "serverkeygen", "simpleenroll", "simplereenroll"})
+
+
 class TenantStatus(StrEnum):
     """State of a tenant: of a suspended one nobody is served, one that is being removed is revoked for good."""
 
@@ -52,9 +55,14 @@ class TenantOnBroker:
 
 
 def check_tenant_name(name: str) -> None:
-    """Raise ``ValueError``, with the end of a sentence, unless ``name`` is a DNS label (RFC 1123 section 2.1)."""
+    """Raise ``ValueError``, with the end of a sentence, unless ``name`` is a DNS label (RFC 1123 section 2.1).
+
+    Nor may it be an operation of EST, whose label it is (RFC 7030 section 3.2.2).
+    """
     if not _DNS_LABEL.fullmatch(name):
         raise ValueError("must be 1 to 63 lower-case letters, digits and hyphens, with no hyphen first or last")
+    if name in _EST_OPERATIONS:
+        raise ValueError("must not be the name of an operation of EST")
 
 
 def overlapping(prefix: str, others: Iterable[str]) -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import db
 from broker.folder import SERVER_CERTIFICATE_FILE
@@ -33,7 +34,7 @@ from workflows.attestation.nonces import AttestationNonces
 from workflows.attestation.policies import AttestationPolicies
 from workflows.attestation.reappraisal import Reappraisals
 from workflows.audit import AuditLog, AuditLogs, open_audit_logs
-from workflows.authority.creation import open_authority
+from workflows.authority.creation import create_tenant_issuer, open_authority
 from workflows.authority.issuers import Authority
 from workflows.authority.keys import open_keys
 from workflows.authority.ocsp import Responder, ResponderCertificates
@@ -50,21 +51,21 @@ from workflows.enrolment.enrolment import Enrolments
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.manufacturers import Manufacturers
 from workflows.enrolment.reenrolment import Reenrolments
-from workflows.operators import Operators, new_token
+from workflows.operators import FIRST_TOKEN_LIFE, Operators, new_token
 from workflows.presence import PresenceFollower
 from workflows.profiles import CertificateProfiles
 from workflows.reconciliation import Reconciler
 from workflows.registration import Registrations
 from workflows.renewal import Renewals
 from workflows.revocation import DeviceRevocations
-from workflows.tenants import TenantDirectory
+from workflows.tenant_life import Tenants
+from workflows.tenants import TenantDirectory, check_tenants
 from workflows.webhooks.sending import SecretSeal, Sender
 from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
 log = logging.getLogger("portal.installation")
 
 TOKEN_FILE = "operator-token"  # noqa: S105 - its name
-ADMIN_TOKEN_LIFE = timedelta(hours=24)
 # There while anybody may have subscribed to events.
 SUBSCRIBED = ".subscribed"
 utc_now = functools.partial(datetime.now, UTC)  # the clock of a portal, unless a test has one of its own
@@ -94,6 +95,7 @@ class Portal:
     first_tenant: str
     database: Database
     tenant_terms: TenantDirectory
+    tenants: Tenants
     keys: KeyStores
     authority: Authority
     broker: BrokerProvisioning
@@ -190,6 +192,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     events.watch(database.engine, subscribed)
     with database.transaction() as tx:
         tenants.add_tenant(tx, first_tenant, created_at=clock())
+        check_tenants(settings, tenants.list_tenants(tx))
     audit_logs = open_audit_logs(database, settings, clock)
     keys = open_keys(settings)
     authority = open_authority(database, keys, settings, first_tenant, now=clock())
@@ -256,6 +259,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         first_tenant=first_tenant,
         database=database,
         tenant_terms=tenant_terms,
+        tenants=_tenants(base, answers),
         keys=base.keys,
         authority=authority,
         broker=base.broker,
@@ -292,6 +296,22 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         monitoring=Monitoring(settings, database, reconciler, clock, follower.contact),
         follower=follower,
         presence=presence.pop_all(),
+    )
+
+
+def _tenants(base: _Foundation, answers: KeptAnswers) -> Tenants:
+    settings, database, authority, keys = base.settings, base.database, base.authority, base.keys
+    return Tenants(
+        settings,
+        database,
+        base.tenant_terms,
+        base.reconciler,
+        answers,
+        lambda: base.broker.knows_tenants(time.monotonic() + settings.enforce_timeout),
+        lambda actor, own_root: create_tenant_issuer(
+            database, authority, keys, settings, actor, own_root=own_root, now=base.clock()
+        ),
+        base.clock,
     )
 
 
@@ -363,7 +383,7 @@ def first_token(portal: Portal, *, renew: bool = False) -> str | None:
 
 def _may_renew(record: TokenRecord, now: datetime) -> bool:
     ends = record.expires_at
-    return record.revoked_at is None and ends is not None and ends - now < ADMIN_TOKEN_LIFE / 2
+    return record.revoked_at is None and ends is not None and ends - now < FIRST_TOKEN_LIFE / 2
 
 
 def make_admin_token(portal: Portal) -> tuple[str, TokenRecord]:
@@ -384,7 +404,7 @@ def make_tenant_admin_token(portal: Portal, tenant_id: str) -> tuple[str, TokenR
     Raises ``NotFound``.
     """
     now = portal.clock()
-    secret, record = new_token(tenant_id, "owner of the machine", Role.ADMIN, now + ADMIN_TOKEN_LIFE, now=now)
+    secret, record = new_token(tenant_id, "owner of the machine", Role.ADMIN, now + FIRST_TOKEN_LIFE, now=now)
     with portal.database.transaction() as tx:
         if tenants.get_tenant(tx, tenant_id).status is TenantStatus.REMOVED:
             raise NotFound("The tenant was removed.")
@@ -396,7 +416,7 @@ def make_tenant_admin_token(portal: Portal, tenant_id: str) -> tuple[str, TokenR
 
 def _make_token(portal: Portal, replaced: TokenRecord | None, role: Role) -> tuple[str, TokenRecord]:
     now = portal.clock()
-    ends = now + ADMIN_TOKEN_LIFE
+    ends = now + FIRST_TOKEN_LIFE
     secret, record = new_token(portal.first_tenant, "first operator", role, ends, now=now)
     # First the file: a start that is killed in between has made no token, and the next one is the first again.
     replace_file(portal.settings.secrets_dir / TOKEN_FILE, f"{secret}\n".encode())

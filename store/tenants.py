@@ -88,9 +88,10 @@ def changed_tenants(tx: Connection, *, since: int) -> Sequence[TenantRecord]:
     return [_record(row) for row in tx.execute(query)]
 
 
-def get_tenant(tx: Connection, tenant_id: str) -> TenantRecord:
-    """Return a tenant; raises ``NotFound``."""
-    row = tx.execute(sa.select(*_TENANT_COLUMNS).where(Tenant.id == tenant_id)).one_or_none()
+def get_tenant(tx: Connection, tenant_id: str, *, for_update: bool = False) -> TenantRecord:
+    """Return a tenant, locked until the transaction ends if it is to be changed; raises ``NotFound``."""
+    query = sa.select(*_TENANT_COLUMNS).where(Tenant.id == tenant_id)
+    row = tx.execute(query.with_for_update() if for_update else query).one_or_none()
     if row is None:
         raise NotFound("There is no tenant of this name; list them with GET /tenants.")
     return _record(row)

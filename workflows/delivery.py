@@ -194,7 +194,7 @@ class KeptAnswers:
                 target = f"{devices.kind_of(tx, tenant_id, kept.device_id)}:{kept.device_id}"
             audit.record(tx, sealed.actor, "answer:repeat", target, at=self._clock(), **detail)
 
-    def keep(self, tx: Connection, sealed: Sealed, content: bytes, *, device_id: str, generation: int) -> None:
+    def keep(self, tx: Connection, sealed: Sealed, content: bytes, *, device_id: str | None, generation: int) -> None:
         """Keep an answer in the transaction that it is about; the database refuses a second one under the same key."""
         now = self._clock()
         deliveries.add_answer(

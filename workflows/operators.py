@@ -23,6 +23,7 @@ from workflows import events
 from workflows.events import EventType
 
 ONLY_SYSTEM = "Only an operator of the role system may make or revoke a token of that role."
+FIRST_TOKEN_LIFE = timedelta(hours=24)  # of those that nobody asked for
 LOOKED_AT = 1000  # entries of the audit record, for a page of those that fit what no index serves
 
 

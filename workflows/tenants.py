@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from config import Settings
-from core.errors import NotFound, PortalError, TenantSuspended
-from core.tenants import Quotas, TenantStatus
+from core.broker_control import ControlKind
+from core.errors import NotFound, PortalError, StartupError, TenantSuspended
+from core.tenants import Quotas, TenantStatus, overlapping
 from delivery.formats import BundleFormat
 from store import tenants
 from store.database import Database
+from store.scope import ALL_TENANTS
 from store.tenants import TenantRecord
 
 log = logging.getLogger("portal.tenants")
@@ -42,6 +44,23 @@ class TenantTerms:
         """Raise ``TenantSuspended`` unless the tenant is active."""
         if self.status is not TenantStatus.ACTIVE:
             raise TenantSuspended(f"The tenant is {self.status}: ask whoever runs this portal.")
+
+
+def check_tenants(settings: Settings, records: Sequence[TenantRecord]) -> None:
+    """Raise ``StartupError`` if the settings do not keep the tenants that there are apart on the broker."""
+    others = [record for record in records if record.topic_prefix is not None]
+    there = [record.id for record in others if record.status is not TenantStatus.REMOVED]
+    if there and settings.broker_control is not ControlKind.GUARD:
+        raise StartupError(
+            f"There are further tenants ({', '.join(there[:3])}), which only the guard in the broker keeps apart: set"
+            " PORTAL_BROKER_CONTROL=guard."
+        )
+    for record in others:
+        if (taken := overlapping(str(record.topic_prefix), settings.application_prefixes)) is not None:
+            raise StartupError(
+                f"The topics of the tenant {record.id} are below {record.topic_prefix}, which overlaps with {taken}:"
+                " change PORTAL_TOPIC_PREFIX or PORTAL_TOPIC_PREFIXES."
+            )
 
 
 class TenantDirectory:
@@ -95,7 +114,7 @@ class TenantDirectory:
     def refresh(self) -> None:
         """Read the tenants now; raises ``DatabaseUnavailable``."""
         self._looked_at = time.monotonic()
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             self._terms = {record.id: self._terms_of(record) for record in tenants.list_tenants(tx)}
 
     def _terms_of(self, record: TenantRecord) -> TenantTerms:

@@ -12,8 +12,8 @@ import db
 from broker.guard.journal import issuer_hashes
 from broker.guard.told import read_told
 from config import Settings
-from core.broker_control import ACL_FILE, JOURNAL_FILE
-from core.errors import DeviceNotFound, NotFound
+from core.broker_control import ACL_FILE, JOURNAL_FILE, ControlKind
+from core.errors import DeviceNotFound, NotFound, StartupError
 from core.roles import Role
 from core.tenants import Quotas, TenantChoices, TenantStatus
 from operations import jobs
@@ -199,3 +199,25 @@ def test_a_token_of_the_role_above_the_tenants_is_found_with_it(portal: Portal) 
         tenants.add_token(tx, record, secret="op_secret")
     with portal.database.snapshot() as tx:
         assert tenants.find_token(tx, "op_secret") == record
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"broker_control": ControlKind.FILES}, "PORTAL_BROKER_CONTROL=guard"),
+        ({"topic_prefix": "sites"}, "PORTAL_TOPIC_PREFIX"),
+        ({"topic_prefixes": ("mine", "sites/acme/hall")}, "sites/acme/hall"),
+    ],
+    ids=["without the guard", "topics of devices", "topics of applications"],
+)
+def test_a_start_with_settings_that_do_not_keep_the_tenants_apart_is_refused(
+    make_settings: Callable[..., Settings], clock: Clock, changed: dict[str, object], said: str
+) -> None:
+    built = open_portal(make_settings(PORTAL_BROKER_CONTROL="guard"), clock)
+    with built.database.transaction() as tx:
+        tenants.add_tenant(tx, "acme", created_at=clock(), topic_prefix="sites/acme")
+    built.close()
+    with pytest.raises(StartupError, match=said):
+        open_portal(built.settings.model_copy(update=changed), clock)
+    open_portal(built.settings, clock).close()

@@ -25,12 +25,14 @@ _PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
 _CURSOR = "^Wy[IJ][A-Za-z0-9_-]{40,125}$"  # Base64 of a JSON list that begins with the name of an order
 _NUMERIC_CURSOR = "^[1-9][0-9]{0,17}$"
 PROFILE_NAME = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+TOPIC_PREFIX = "^[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,7}$"
 # Messages about values that do not match, in place of the pattern.
 PATTERN_IN_WORDS = {
     _TEXT: "must not contain control or invisible characters, nor begin or end with white space",
     _PASSWORD: "must be 12 to 128 printable ASCII characters",
     _NUMERIC_CURSOR: "must be the next_cursor of the previous page",
     PROFILE_NAME: "must be 1 to 63 lower-case letters, digits and inner hyphens",
+    TOPIC_PREFIX: "must be one or more topic levels of letters, digits, - and _, without wildcards, such as sites/acme",
     _CURSOR: "must be the next_cursor of the previous page",
 }
 
@@ -51,6 +53,8 @@ ProfileName = Annotated[
         description="The name of a certificate profile; `default` if it is left out",
     ),
 ]
+TenantName = Annotated[str, Field(pattern=PROFILE_NAME, examples=["acme"])]
+TopicPrefix = Annotated[str, Field(pattern=TOPIC_PREFIX, max_length=256, examples=["sites/acme"])]
 BundlePassword = Annotated[str, Field(pattern=_PASSWORD)]
 BundleFormatName = Annotated[
     Literal["zip", "p12", "pem"],

@@ -175,7 +175,8 @@ def test_no_route_shows_or_changes_what_is_another_tenants(
     shared_app: Flask, owned: Owned, neighbours: dict[Role, Api], route: Route
 ) -> None:
     path = route.path.format(
-        **{"issuer": "0" * 16, "label": "another", "request": "0" * 16, "log": "0" * 16} | owned.parts
+        **{"issuer": "0" * 16, "label": "another", "tenant": "default", "request": "0" * 16, "log": "0" * 16}
+        | owned.parts
     )
     body = BODIES.get(f"{route.method} {route.path}", {}) if route.method in ("POST", "PATCH") else None
     before = rows_of(portal_of(shared_app), "default")
@@ -351,8 +352,9 @@ def test_a_device_enrols_under_the_label_of_its_tenant_or_none(
 
 @pytest.mark.parametrize("label", ["default", "another"])
 def test_a_device_is_known_by_its_certificate_under_the_label_of_its_tenant_alone(
-    shared_app: Flask, owner: Api, label: str
+    shared_app: Flask, owner: Api, neighbours: dict[Role, Api], label: str
 ) -> None:
+    assert neighbours
     key = new_key()
     registered = owner.post("/register", PLAIN | {"csr": csr_pem(key)}).json
     certificate = ssl.PEM_cert_to_DER_cert(registered["certificate"])

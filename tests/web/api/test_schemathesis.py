@@ -94,7 +94,7 @@ def there(shared_app: Flask) -> There:
 
 def things(app: Flask) -> There:
     """One of each thing that a path can speak of, made again."""
-    api = api_as(app, Role.ADMIN)
+    api = api_as(app, Role.SYSTEM)
     parts = {
         "device_id": api.register()["device_id"],
         "token": api.register()["download_url"].rpartition("/")[2],
@@ -109,6 +109,8 @@ def things(app: Flask) -> There:
         "enrolment_token_id": api.post("/enrolment-tokens", {"name": "one to be revoked"}).json["enrolment_token_id"],
         "manufacturer_id": api.post("/manufacturers", manufacturer).json["manufacturer_id"],
         "label": "default",
+        "tenant": "default",
+        "log": "0" * 16,
         "profile": "a-profile",
     }
     api.post("/profiles", {"name": "a-profile"})  # it may be there already
@@ -163,6 +165,8 @@ def fit_body(body: dict[str, Any], there: There) -> None:
         body.pop("bundle_format", None)
     if str(body.get("key_type")).startswith("rsa"):
         body["key_type"] = "ec-p256"  # RSA keys take a second to make
+    if (body.get("choices") or {}).get("key_type"):
+        body["choices"]["key_type"] = "ec-p256"
     if body.get("certificate") is not None:
         body["certificate"] = ca_pem()
     attestation = body.get("attestation")
