@@ -21,11 +21,12 @@
         EnrolmentRefused  ClientCertificateRefused  TenantSuspended
         AttestationRefused                  its kinds are in attestation/refusals.py
       TooManyAttempts                     429
+        TooManyRegistrations  TooManyUploads
       NotFound                            404
         DeviceNotFound  ApplicationNotFound  LinkUnknown
       Conflict                            409
         StateConflict  ExternalIdTaken  IdempotencyConflict  KeyInUse  LastAdminToken  GuardNeeded
-        NameInUse  ProfileInUse
+        NameInUse  ProfileInUse  QuotaReached
       Gone                                410
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
@@ -219,13 +220,25 @@ class AttestationRefused(Forbidden):
 
 
 class TooManyAttempts(PortalError):
-    """Too many failed logins came from the address; ``retry_after`` is the number of seconds to wait."""
+    """Too much was tried in a while, as failed logins from an address; ``retry_after``: seconds to wait."""
 
     code = "too_many_attempts"
 
     def __init__(self, detail: str, retry_after: int) -> None:
         super().__init__(detail)
         self.retry_after = retry_after
+
+
+class TooManyRegistrations(TooManyAttempts):
+    """The tenant has registered as many devices in this minute as its quota allows."""
+
+    code = "too_many_registrations"
+
+
+class TooManyUploads(TooManyAttempts):
+    """The tenant has as many bulk uploads under way as its quota allows."""
+
+    code = "too_many_uploads_of_tenant"
 
 
 # --- What is asked for --------------------------------------------------------------------------------------------
@@ -307,6 +320,12 @@ class LastAdminToken(Conflict):
     """Without this token nobody could make another one."""
 
     code = "last_admin_token"
+
+
+class QuotaReached(Conflict):
+    """The tenant has as many devices and applications as its quota allows."""
+
+    code = "quota_reached"
 
 
 class GuardNeeded(Conflict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -23,12 +23,19 @@ class TenantStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """What one tenant may take of what all share; ``None`` for no limit."""
+    """What one tenant may take of what all share; ``None`` for no limit. Raises ``ValueError`` for less than one."""
 
     devices: int | None = None
     registrations_per_minute: int | None = None
     bulk_uploads: int | None = None
     webhook_deliveries_per_minute: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that lets nothing through: a tenant is suspended instead."""
+        for field in fields(self):
+            limit = getattr(self, field.name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"{field.name} must be 1 or more, or null for no limit")
 
 
 @dataclass(frozen=True, slots=True)

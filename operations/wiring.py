@@ -17,6 +17,7 @@ from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.errors import NotFound, TokenUnavailable
 from core.files import FileLock, access_problem, remove_leftovers, replace_file, secret_file
+from core.rates import Rates
 from core.roles import Role
 from core.tenants import TenantStatus
 from core.throttle import Throttle
@@ -59,7 +60,7 @@ from workflows.registration import Registrations
 from workflows.renewal import Renewals
 from workflows.revocation import DeviceRevocations
 from workflows.tenant_life import Tenants
-from workflows.tenants import TenantDirectory, check_tenants
+from workflows.tenants import TenantDirectory, TenantRates, check_tenants
 from workflows.webhooks.sending import SecretSeal, Sender
 from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
@@ -229,6 +230,7 @@ class _Shared:
     clients: TlsClients
     follower: PresenceFollower
     throttle: Throttle
+    rates: TenantRates
     nonces: AttestationNonces
     attestations: DeviceAttestations
 
@@ -243,6 +245,7 @@ def _share(base: _Foundation) -> _Shared:
         clients=TlsClients(settings, database, base.authority, clock),
         follower=PresenceFollower(settings, database, base.broker, clock),
         throttle=throttle,
+        rates=TenantRates(Rates(settings.data_dir / "rates"), clock),
         nonces=nonces,
         attestations=DeviceAttestations(database, nonces, throttle, clock),
     )
@@ -266,9 +269,9 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         reconciler=reconciler,
         own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, first_tenant),
         registrations=Registrations(
-            settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, clock
+            settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, shared.rates, clock
         ),
-        bulk=_bulk(base, credentials),
+        bulk=_bulk(base, shared),
         deliveries=Deliveries(settings, database, tenant_terms, reconciler, base.link_keys, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
         renewals=Renewals(
@@ -276,7 +279,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         ),
         clients=shared.clients,
         profiles=CertificateProfiles(database, authority, clock),
-        enrolment=_enrolments(base, credentials, shared.attestations),
+        enrolment=_enrolments(base, shared),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, shared.clients, clock),
         approvals=Approvals(settings, database, tenant_terms, clock),
@@ -290,7 +293,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         operators=Operators(database, shared.throttle, clock),
         audit_logs=base.audit_logs,
         webhooks=base.webhooks,
-        dispatcher=Dispatcher(database, base.sender, clock),
+        dispatcher=Dispatcher(database, tenant_terms, base.sender, shared.rates, clock),
         responder=_responder(base),
         readiness=Readiness(settings, database, authority, reconciler, clock),
         monitoring=Monitoring(settings, database, reconciler, clock, follower.contact),
@@ -315,18 +318,26 @@ def _tenants(base: _Foundation, answers: KeptAnswers) -> Tenants:
     )
 
 
-def _bulk(base: _Foundation, credentials: CredentialIssuer) -> Bulk:
-    processes = CredentialProcesses(base.settings, base.link_keys, credentials)
+def _bulk(base: _Foundation, shared: _Shared) -> Bulk:
+    processes = CredentialProcesses(base.settings, base.link_keys, shared.credentials)
     batches = Batches(
-        base.settings, base.database, base.tenant_terms, base.authority, base.reconciler, processes, base.clock
+        base.settings,
+        base.database,
+        base.tenant_terms,
+        base.authority,
+        base.reconciler,
+        processes,
+        shared.rates,
+        base.clock,
     )
-    return Bulk(base.settings, base.reconciler, processes, batches)
+    return Bulk(base.settings, base.tenant_terms, base.reconciler, processes, batches)
 
 
-def _enrolments(base: _Foundation, credentials: CredentialIssuer, attestations: DeviceAttestations) -> Enrolments:
-    first = FirstEnrolments(base.settings, base.database, base.tenant_terms, credentials, base.clock)
-    again = Reenrolments(base.database, base.tenant_terms, base.reconciler, credentials, base.clock)
-    return Enrolments(base.database, base.reconciler, first, again, attestations)
+def _enrolments(base: _Foundation, shared: _Shared) -> Enrolments:
+    tenants, credentials = base.tenant_terms, shared.credentials
+    first = FirstEnrolments(base.settings, base.database, tenants, credentials, shared.rates, base.clock)
+    again = Reenrolments(base.database, tenants, base.reconciler, credentials, base.clock)
+    return Enrolments(base.database, base.reconciler, first, again, shared.attestations)
 
 
 def _responder(base: _Foundation) -> Responder:

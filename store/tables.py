@@ -115,7 +115,11 @@ class AuditEntry(OfTenant, Base):
 
 
 class AuditHead(Base):
-    """The number and hash of the last audit entry, so that a missing entry is noticed, and the tree's edge."""
+    """The number and hash of the last audit entry, so that a missing entry is noticed, and the tree's edge.
+
+    ``clients`` counts the tenant's devices and applications that are not revoked: whoever changes their number has to
+    lock this row in any case.
+    """
 
     __tablename__ = "audit_heads"
 
@@ -124,6 +128,7 @@ class AuditHead(Base):
     hash: Mapped[str] = mapped_column(sa.String(64))
     # The right edge of the Merkle tree over all entries, 32 bytes for each subtree: see core/merkle.py.
     edge: Mapped[bytes]
+    clients: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
 
 
 class BrokerState(Base):

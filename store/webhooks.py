@@ -73,17 +73,16 @@ WAITING = sa.text("webhook_deliveries.status = 'waiting'")
 DEAD = sa.text("webhook_deliveries.status = 'dead'")
 _WEBHOOK_COLUMNS = columns_of(WebhookRecord, Webhook)
 _DELIVERY_COLUMNS = columns_of(EventDeliveryRecord, WebhookDelivery)
+_IS_DUE = (
+    WebhookDelivery.next_at <= sa.bindparam("now", type_=UtcDateTime()),
+    sa.or_(
+        WebhookDelivery.lease_until.is_(None),
+        WebhookDelivery.lease_until <= sa.bindparam("now", type_=UtcDateTime()),
+    ),
+)
 _DUE = (
     sa.select(WebhookDelivery.id)
-    .where(
-        WebhookDelivery.webhook_id == sa.bindparam("of_webhook"),
-        WAITING,
-        WebhookDelivery.next_at <= sa.bindparam("now", type_=UtcDateTime()),
-        sa.or_(
-            WebhookDelivery.lease_until.is_(None),
-            WebhookDelivery.lease_until <= sa.bindparam("now", type_=UtcDateTime()),
-        ),
-    )
+    .where(WebhookDelivery.webhook_id == sa.bindparam("of_webhook"), WAITING, *_IS_DUE)
     .order_by(WebhookDelivery.next_at)
     .limit(sa.bindparam("limit"))
 )
@@ -120,11 +119,20 @@ def list_webhooks(tx: Connection, tenant_id: str | None = None) -> Sequence[Webh
     return [_webhook_record(row) for row in tx.execute(query)]
 
 
-def served_webhooks(tx: Connection) -> Sequence[WebhookRecord]:
-    """Return the webhooks of all tenants that are served, oldest first; what others are told waits."""
+def due_webhooks(tx: Connection, *, now: datetime) -> Sequence[WebhookRecord]:
+    """Return the webhooks for which an event is due, oldest first, of the tenants that are served: of others it waits.
+
+    Those of all tenants are found by one query.
+    """
     active = sa.select(Tenant.id).where(Tenant.status == TenantStatus.ACTIVE)
-    query = sa.select(*_WEBHOOK_COLUMNS).where(Webhook.tenant_id.in_(active)).order_by(Webhook.created_at, Webhook.id)
-    return [_webhook_record(row) for row in tx.execute(query)]
+    any_due = (
+        sa.select(WebhookDelivery.id)
+        .where(WebhookDelivery.webhook_id == Webhook.id, WAITING, *_IS_DUE)
+        .correlate(Webhook)
+        .exists()
+    )
+    query = sa.select(*_WEBHOOK_COLUMNS).where(Webhook.tenant_id.in_(active), any_due)
+    return [_webhook_record(row) for row in tx.execute(query.order_by(Webhook.created_at, Webhook.id), {"now": now})]
 
 
 def remove_webhook(tx: Connection, tenant_id: str, webhook_id: str) -> None:

@@ -24,6 +24,7 @@ from store.devices import device_with_external_id, update_device
 from store.keys import KeyClaim
 from store.names import NameClaim
 from store.profiles import hold_profile
+from store.quotas import count_clients
 from workflows import events
 from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, outdate_result, record_result
 from workflows.credentials import DeviceRequest, IssuedCredentials
@@ -69,11 +70,20 @@ class Admitted:
     certificate_ids: Sequence[int]
 
 
-def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, style: AclStyle, now: datetime) -> Admitted:
+def admit(
+    tx: Connection,
+    actor: Actor,
+    admissions: Sequence[Admission],
+    *,
+    style: AclStyle,
+    most: int | None,
+    now: datetime,
+) -> Admitted:
     """Write device, topics, certificate, bundle, event, audit entry and the broker's next generation.
 
     It is all in the caller's transaction: release no credentials before that is durable. Under the pattern style of
-    the ACL the broker need not learn of a new device with the default topics.
+    the ACL the broker need not learn of a new device with the default topics. ``most`` is how many clients the tenant
+    may have; raises ``QuotaReached``.
     """
     must_learn = [admission.request is None or broker_must_learn(admission.topics, style) for admission in admissions]
     generation = db.next_generation(tx, at=now) if any(must_learn) else 0
@@ -95,7 +105,7 @@ def admit(tx: Connection, actor: Actor, admissions: Sequence[Admission], *, styl
             row = _new_device(actor.tenant_id, device_id, admission.request, admission.topics, profile_id, now)
             new.append({**row, "status": DeviceStatus.ACTIVE, "generation": since})
     db.add_devices(tx, new)
-    return Admitted(generation, record_issuances(tx, actor, admissions, now=now))
+    return Admitted(generation, record_issuances(tx, actor, admissions, new_clients=len(new), most=most, now=now))
 
 
 def broker_must_learn(topics: Sequence[Topic] | None, style: AclStyle) -> bool:
@@ -110,17 +120,19 @@ def add_pending(
     request: DeviceRequest,
     topics: Sequence[Topic] | None,
     *,
+    most: int | None,
     now: datetime,
 ) -> None:
     """Add a device that has no certificate yet; ``admit`` makes it active later.
 
-    Raises ``ExternalIdTaken``, ``ProfileRefused``.
+    Raises ``ExternalIdTaken``, ``ProfileRefused``, and ``QuotaReached`` beyond ``most`` clients.
     """
     profile_id = hold_profile(tx, tenant_id, request.profile)
     if request.external_id is not None:
         audit.lock_audit_head(tx, tenant_id)  # as in an admission
         check_external_id(tx, tenant_id, request.external_id)
     db.add_devices(tx, [_new_device(tenant_id, device_id, request, topics, profile_id, now)])
+    count_clients(tx, tenant_id, 1, most=most)
 
 
 def check_external_id(tx: Connection, tenant_id: str, external_id: str | None) -> None:
@@ -136,11 +148,19 @@ def check_external_id(tx: Connection, tenant_id: str, external_id: str | None) -
     raise ExternalIdTaken(f"The external_id is that of device {device_id}; leave it out or give another.")
 
 
-def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance], *, now: datetime) -> Sequence[int]:
+def record_issuances(
+    tx: Connection,
+    actor: Actor,
+    issuances: Sequence[Issuance],
+    *,
+    now: datetime,
+    new_clients: int = 0,
+    most: int | None = None,
+) -> Sequence[int]:
     """Write certificate, bundle, event and audit entry of each; returns the row ids of the certificates.
 
     Call it late in a transaction: from here on others wait for the audit record. Raises ``KeyCompromised``,
-    ``KeyInUse``, ``NameInUse``.
+    ``KeyInUse``, ``NameInUse``, ``QuotaReached``.
     """
     of_devices = [issuance.credentials for issuance in issuances]
     keys.claim_keys(tx, actor.tenant_id, [key_claim(credentials) for credentials in of_devices])
@@ -164,6 +184,7 @@ def record_issuances(tx: Connection, actor: Actor, issuances: Sequence[Issuance]
         record_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.name, issuance.attestation, now=now)
         if not isinstance(issuance, Admission):
             outdate_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.credentials.key_fingerprint)
+    count_clients(tx, actor.tenant_id, new_clients, most=most)
     audit.record_all(tx, actor, [_act(issuance) for issuance in issuances], at=now)
     return ids
 

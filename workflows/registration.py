@@ -35,7 +35,7 @@ from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
 from workflows.profiles import find_profiles, terms_of
 from workflows.reconciliation import Reconciler
-from workflows.tenants import TenantDirectory, TenantTerms
+from workflows.tenants import TenantDirectory, TenantRates, TenantTerms
 
 log = logging.getLogger("portal.registrations")
 
@@ -60,6 +60,7 @@ class Registrations:
     _credentials: CredentialIssuer
     _answers: KeptAnswers
     _attestations: DeviceAttestations
+    _rates: TenantRates
     _clock: Callable[[], datetime]
 
     # --- Register
@@ -68,7 +69,8 @@ class Registrations:
         """Register a device or an application; requests with one ``idempotency_key`` within 24 hours register one.
 
         Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``, ``ProfileRefused``), ``IdempotencyConflict``,
-        ``ExternalIdTaken``, ``NameInUse``, ``GuardNeeded``, ``Unavailable``.
+        ``ExternalIdTaken``, ``NameInUse``, ``GuardNeeded``, ``QuotaReached``, ``TooManyRegistrations``,
+        ``Unavailable``.
         """
         try:
             if idempotency_key:
@@ -95,6 +97,7 @@ class Registrations:
         tenant = self._tenants.of(actor.tenant_id)
         topics = checked_topics(self._settings, tenant, request.topics, device_id, kind=request.kind)
         appraised = self._appraised(actor, request)
+        self._rates.take_registration(tenant)
         issued = self._credentials.issue(
             tenant, device_id, request, topics, now=now, terms=self._terms(actor, device_id, request)
         )
@@ -114,7 +117,8 @@ class Registrations:
 
         def record(tx: Connection) -> int:
             check_external_id(tx, actor.tenant_id, request.external_id)
-            admitted = admit(tx, actor, [admission], style=self._settings.granting_style, now=now)
+            style, most = self._settings.granting_style, tenant.quotas.devices
+            admitted = admit(tx, actor, [admission], style=style, most=most, now=now)
             if sealed is not None:
                 self._answers.keep(tx, sealed, answer.to_json(), device_id=device_id, generation=admitted.generation)
             failpoint("register.before_commit")

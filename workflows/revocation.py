@@ -23,6 +23,7 @@ from store import audit, devices
 from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
+from store.quotas import count_clients
 from workflows import events
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
@@ -196,6 +197,7 @@ def _revoke(
     generation = db.next_generation(tx, at=now)
     db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
     events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, kind=kind, at=now, reason=reason)
+    count_clients(tx, actor.tenant_id, -1)
     audit.record(tx, actor, f"{kind}:revoke", device.name_in_audit, at=now, reason=reason)
     failpoint("revoke.before_commit")
     return _Written(Revoked(device_id, now, reason), generation, repeated=False)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from config import Settings
 from core.broker_control import ControlKind
-from core.errors import NotFound, PortalError, StartupError, TenantSuspended
+from core.errors import NotFound, PortalError, StartupError, TenantSuspended, TooManyRegistrations
+from core.rates import Rates, Taken
 from core.tenants import Quotas, TenantStatus, overlapping
 from delivery.formats import BundleFormat
 from store import tenants
@@ -131,3 +133,35 @@ class TenantDirectory:
             link_hours=choices.link_hours or settings.link_hours,
             quotas=record.quotas,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRates:
+    """What each tenant takes of a minute, counted in all processes of the data folder together."""
+
+    _rates: Rates
+    _clock: Callable[[], datetime]
+
+    def take_registration(self, tenant: TenantTerms) -> None:
+        """Count a device or application that is to be registered; raises ``TooManyRegistrations``."""
+        if not (taken := self.take_registrations(tenant, 1)).number:
+            raise too_many_registrations(tenant, taken.wait)
+
+    def take_registrations(self, tenant: TenantTerms, wanted: int) -> Taken:
+        """Count up to ``wanted`` that are to be registered."""
+        return self._take("registrations", tenant.id, wanted, tenant.quotas.registrations_per_minute)
+
+    def take_deliveries(self, tenant: TenantTerms, wanted: int) -> Taken:
+        """Count up to ``wanted`` events that are to be sent."""
+        return self._take("deliveries", tenant.id, wanted, tenant.quotas.webhook_deliveries_per_minute)
+
+    def _take(self, what: str, tenant_id: str, wanted: int, limit: int | None) -> Taken:
+        return self._rates.take(f"{what} {tenant_id}", wanted, limit, self._clock().timestamp())
+
+
+def too_many_registrations(tenant: TenantTerms, wait: int) -> TooManyRegistrations:
+    """Return the refusal of a tenant that has registered as many as it may in this minute."""
+    limit = tenant.quotas.registrations_per_minute
+    return TooManyRegistrations(
+        f"The tenant may register {limit} devices and applications a minute; try again in {wait} seconds.", wait
+    )

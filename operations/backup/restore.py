@@ -38,6 +38,7 @@ from store import audit, schema
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database
+from store.quotas import recount_clients
 from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, KeptBundle
 from store.tenants import tenant_ids
 from workflows.audit import CHECKPOINT_FILE, CHECKPOINT_FOLDER, KEY_FILE, KEY_FOLDER
@@ -362,6 +363,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Restore
     done.generation = _advance(tx, plan, replaced)
     revocations = RevocationReplay(tx, generation=done.generation, now=plan.now)
     revocations.keep(crls, replaced, plan.refused)
+    recount_clients(tx)
     done.kept = revocations.kept
     done.older = [] if replaced is None else list(older_terms(tx, replaced, now=plan.now))
     continue_crls(tx, crls, issuers, replaced, done.generation)

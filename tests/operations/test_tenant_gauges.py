@@ -14,6 +14,7 @@ from operations.wiring import Portal, open_portal
 from store import tenants
 from store.audit import Actor
 from tests.support.harness import Clock
+from tests.support.tenants import add_tenant
 from tests.workflows.test_registration import OPERATOR, PUMP
 
 OTHER = dataclasses.replace(OPERATOR, tenant_id="other")
@@ -23,8 +24,7 @@ OTHER = dataclasses.replace(OPERATOR, tenant_id="other")
 def portal(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Portal]:
     """Two devices and a webhook with an event of the first tenant, three of the other, one of them revoked."""
     portal = open_portal(make_settings(PORTAL_METRICS_TENANTS="2", PORTAL_BROKER_CONTROL="files"), clock)
-    with portal.database.transaction() as tx:
-        tenants.add_tenant(tx, "other", created_at=clock())
+    add_tenant(portal, "other")
     portal.webhooks.create(OTHER, "all", "https://example.com", [])
     ids = {actor: [register(portal, actor) for _ in range(count)] for actor, count in ((OPERATOR, 2), (OTHER, 3))}
     portal.revocations.revoke(OTHER, ids[OTHER][0], "superseded")

@@ -19,9 +19,10 @@ pytestmark = pytest.mark.system
 
 README = (ROOT / "README.md").read_text()
 HOME = "/opt/onboarding-portal"  # where the README's session was recorded
-# Files of a portal that has a second tenant, whose CA keys live in a token or were moved there, whose CA waits for its
-# certificate, or whose HTTPS has a certificate of another issuer.
+# Files of a portal that has a second tenant or quotas, whose CA keys live in a token or were moved there, whose CA
+# waits for its certificate, or whose HTTPS has a certificate of another issuer.
 OF_SOME = {
+    "rates",
     "secrets/audit-keys/",
     "audit-checkpoints/",
     "ca/*.token.json",

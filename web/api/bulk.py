@@ -238,7 +238,7 @@ def register_bulk(call: Call, query: BulkQuery) -> Reply:
     body = UploadBody(call.environ, portal.settings.bulk_max_bytes)
     media_type = call.headers["Content-Type"].partition(";")[0].strip().lower()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(portal.bulk.place())
+        stack.enter_context(portal.bulk.place(call.actor.tenant_id))
         source = UploadedRows(body, media_type, most=portal.settings.bulk_max_rows)
         try:
             source.begin()

@@ -35,6 +35,7 @@ from store.certificates import CertificateRecord
 from store.database import Database
 from store.names import NameClaim
 from store.profiles import hold_profile
+from store.quotas import quota_reached, room_for_clients
 from workflows.admission import (
     Admission,
     Issuance,
@@ -51,7 +52,7 @@ from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredent
 from workflows.events import EventType
 from workflows.profiles import find_profiles, terms_of
 from workflows.reconciliation import Reconciler
-from workflows.tenants import TenantDirectory, TenantTerms
+from workflows.tenants import TenantDirectory, TenantRates, TenantTerms, too_many_registrations
 
 ATTEMPTS = 3  # at a row whose external id another request is registering, too
 
@@ -164,6 +165,7 @@ class Batches:
     _authority: Authority
     _reconciler: Reconciler
     _processes: CredentialProcesses
+    _rates: TenantRates
     _clock: Callable[[], datetime]
 
     # --- Before the transaction
@@ -232,10 +234,19 @@ class Batches:
             batch.answers[candidate.row] = answer
             if found is not None and isinstance(answer, RowDone) and answer.certificate:
                 batch.generation = max(batch.generation, found.device.generation)
-        batch.tasks = tasks
-        if tasks:
-            batch.issuing = self._processes.issue([task.job for task in tasks])
+        batch.tasks = self._within_rate(known.tenant, batch, tasks)
+        if batch.tasks:
+            batch.issuing = self._processes.issue([task.job for task in batch.tasks])
         return batch
+
+    def _within_rate(self, tenant: TenantTerms, batch: Batch, tasks: Sequence[_Task]) -> Sequence[_Task]:
+        """Return the tasks without those for which there are no more registrations in this minute; answer these."""
+        new = [task for task in tasks if task.known is None]
+        taken = self._rates.take_registrations(tenant, len(new))
+        for task in new[taken.number :]:
+            row, error = task.candidate, too_many_registrations(tenant, taken.wait)
+            batch.answers[row.row] = failed(row.row, error, external_id=row.external_id)
+        return [task for task in tasks if task.candidate.row not in batch.answers]
 
     def _begin_row(self, candidate: Candidate, known: _Known) -> _Task | RowAnswer:
         request, device = candidate.request, known.devices.get(candidate.external_id or "")
@@ -403,12 +414,22 @@ class Batches:
                 again.append(task.candidate)
                 continue
             done.append((task, credentials))
+        most = issued[0][0].job.tenant.quotas.devices
+        if admissions and most is not None:
+            admissions, surplus = _within(admissions, room_for_clients(tx, tenant_id, most))
+            refused += [(task.candidate, quota_reached(most)) for task, _ in done if task.job.device_id in surplus]
+            done = [(task, credentials) for task, credentials in done if task.job.device_id not in surplus]
         if admissions:
-            admitted = admit(tx, actor, admissions, style=style, now=now)
+            admitted = admit(tx, actor, admissions, style=style, most=most, now=now)
             generation = max(generation, admitted.generation)
         if reissues:
             record_issuances(tx, actor, reissues, now=now)
         return _Written(again, refused, done, generation)
+
+
+def _within(admissions: list[Admission], room: int) -> tuple[list[Admission], set[str]]:
+    """Return the admissions that a quota has room for, and the devices of the others."""
+    return admissions[:room], {admission.credentials.device_id for admission in admissions[room:]}
 
 
 def _refusals(tx: Connection, tenant_id: str, issued: Sequence[_Issued], now: datetime) -> dict[str, PortalError]:

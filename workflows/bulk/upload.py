@@ -7,19 +7,22 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from config import Settings
 from core import metrics
-from core.errors import PortalError, Unavailable, UploadsBusy
+from core.errors import PortalError, TooManyUploads, Unavailable, UploadsBusy
 from core.files import FileLock
 from store.audit import Actor
 from workflows.bulk.batch import Batch, Batches, Candidate, RowAnswer, RowChecked, RowDone, RowFailed, failed
 from workflows.bulk.processes import CredentialProcesses
 from workflows.reconciliation import Reconciler
+from workflows.tenants import TenantDirectory
 
 BATCH = 256  # rows of a transaction, which keeps other writers waiting for some 15 ms
 AHEAD = 3  # batches under way: one is written while the processes are at work on the others
+UPLOADS_AGAIN_SECONDS = 10
 WAKE_SECONDS = 1.0  # between two reconciliations during an upload
 
 
@@ -42,6 +45,7 @@ class Bulk:
     """Registers the rows of uploads."""
 
     _settings: Settings
+    _tenants: TenantDirectory
     _reconciler: Reconciler
     _processes: CredentialProcesses
     _batches: Batches
@@ -51,15 +55,44 @@ class Bulk:
         self._processes.close()
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold one of the places for uploads, which all server processes share; raises ``UploadsBusy``."""
-        with contextlib.ExitStack() as stack:
-            for number in range(self._settings.bulk_uploads):
-                lock = FileLock(self._settings.data_dir / f".bulk-{number}.lock")
-                if stack.enter_context(lock.try_hold()):
-                    yield
-                    return
-        raise UploadsBusy("As many uploads as are allowed at a time are under way; try again when one has ended.")
+    def place(self, tenant_id: str) -> Iterator[None]:
+        """Hold one of the places for uploads, which all server processes share.
+
+        A tenant has as many as its quota says, and of several places all but one where there are other tenants. Raises
+        ``UploadsBusy``, and ``TooManyUploads`` if only this tenant has to wait.
+        """
+        with contextlib.ExitStack() as held:
+            self._take_place(held, tenant_id)
+            yield
+
+    def _take_place(self, held: contextlib.ExitStack, tenant_id: str) -> None:
+        folder, places, own = self._settings.data_dir, self._settings.bulk_uploads, 0
+        paths = [folder / f".bulk-{number}.lock" for number in range(places)]
+        # The file of a place that is held says by which tenant; nobody takes one while another looks at them.
+        with FileLock(folder / ".bulk.lock").hold():
+            free: Path | None = None
+            for path in paths:
+                with FileLock(path).try_hold() as is_free:
+                    free = path if is_free and free is None else free
+                    own += not is_free and path.read_text() == tenant_id
+            most = self._places_of(tenant_id)
+            if most is not None and own >= most:
+                raise TooManyUploads(
+                    f"The tenant may have {most} uploads under way at a time; try again when one has ended.",
+                    UPLOADS_AGAIN_SECONDS,
+                )
+            if free is None or not held.enter_context(FileLock(free).try_hold()):
+                raise UploadsBusy(
+                    "As many uploads as are allowed at a time are under way; try again when one has ended."
+                )
+            free.write_text(tenant_id)
+
+    def _places_of(self, tenant_id: str) -> int | None:
+        """Return how many places a tenant may hold; a single one may hold all."""
+        places, limits = self._settings.bulk_uploads, [self._tenants.of(tenant_id).quotas.bulk_uploads]
+        if places > 1 and self._tenants.are_several:
+            limits.append(places - 1)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def register(self, actor: Actor, source: Source) -> Generator[Sequence[RowAnswer], None, None]:
         """Register the rows of ``source``; yields answers, in the rows' order, once what they say is durable.

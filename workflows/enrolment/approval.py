@@ -18,6 +18,7 @@ from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
 from store.enrolment import EnrolmentRecord, ReenrolmentRecord, WaitingDevice
+from store.quotas import count_clients
 from workflows import events
 from workflows.admission import add_pending, checked_topics
 from workflows.credentials import DeviceRequest
@@ -40,13 +41,14 @@ class Approvals:
     def expect(self, actor: Actor, request: DeviceRequest) -> str:
         """Add a device that is to enrol by itself, and return its id.
 
-        Raises ``ExternalIdTaken``, ``ProfileRefused``, ``TopicRefused``.
+        Raises ``ExternalIdTaken``, ``ProfileRefused``, ``TopicRefused``, ``QuotaReached``.
         """
         now = self._clock()
         device_id = db.new_device_id(now)
-        topics = checked_topics(self._settings, self._tenants.of(actor.tenant_id), request.topics, device_id)
+        tenant = self._tenants.of(actor.tenant_id)
+        topics, most = checked_topics(self._settings, tenant, request.topics, device_id), tenant.quotas.devices
         with self._database.transaction() as tx:
-            add_pending(tx, actor.tenant_id, device_id, request, topics, now=now)
+            add_pending(tx, actor.tenant_id, device_id, request, topics, most=most, now=now)
             audit.record(tx, actor, "device:expect", f"device:{device_id}", at=now)
         return device_id
 
@@ -107,6 +109,7 @@ class Approvals:
                 tx, actor.tenant_id, device_id, revoked_at=now, reason=REJECTED, generation=device.generation
             )
             events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=REJECTED)
+            count_clients(tx, actor.tenant_id, -1)
             audit.record(tx, actor, "device:reject", f"device:{device_id}", at=now)
         return DeviceStatus.REVOKED
 

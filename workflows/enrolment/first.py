@@ -34,7 +34,7 @@ from workflows.enrolment.credentials import (
 )
 from workflows.events import EventType
 from workflows.profiles import find_profiles, terms_of, terms_of_device
-from workflows.tenants import TenantDirectory
+from workflows.tenants import TenantDirectory, TenantRates
 
 _UNFIT_FOR_A_NAME = re.compile(r"[^A-Za-z0-9._:/+-]+")
 
@@ -47,13 +47,14 @@ class FirstEnrolments:
     _database: Database
     _tenants: TenantDirectory
     _credentials: CredentialIssuer
+    _rates: TenantRates
     _clock: Callable[[], datetime]
 
     def enrol(self, attempt: EnrolmentAttempt) -> Enrolled | Waiting:
         """Admit a device that has not asked before, or have it wait for an operator, as the profile says.
 
         Raises ``EnrolledMeanwhile``, ``EnrolmentRefused``, ``KeyCompromised``, ``KeyInUse``, ``NameInUse``,
-        ``ProfileRefused``.
+        ``ProfileRefused``, ``QuotaReached``, ``TooManyRegistrations``.
         """
         now, credential = self._clock(), attempt.credential
         device_id = credential.device_id or db.new_device_id(now)
@@ -62,6 +63,8 @@ class FirstEnrolments:
         tenant = self._tenants.of(credential.tenant_id)
         self._credentials.check(tenant, attempt.wanted, terms)
         attempt.appraised.check()  # of a device that will wait, too
+        if at_once:
+            self._rates.take_registration(tenant)
         issued = attempt.issue(self._credentials, tenant, device_id, terms, now) if at_once else None
         generation = self._database.write(lambda tx: self._record_first(tx, attempt, device_id, issued, now))
         if issued is None:
@@ -97,7 +100,8 @@ class FirstEnrolments:
             admitted = self._admit(tx, attempt, device, issued, now)
             generation, certificate_id = admitted.generation, admitted.certificate_ids[0]
         elif isinstance(device, DeviceRequest):
-            add_pending(tx, tenant_id, device_id, device, None, now=now)
+            most = self._tenants.of(tenant_id).quotas.devices
+            add_pending(tx, tenant_id, device_id, device, None, most=most, now=now)
         store_enrolment.add_enrolment(
             tx,
             tenant_id,
@@ -129,7 +133,9 @@ class FirstEnrolments:
             raise StateConflict("An operator has approved another key of this device; ask with that one.")
         with self._database.snapshot() as tx:
             terms = terms_of_device(tx, db.get_device(tx, credential.tenant_id, known.device_id))
-        issued = attempt.issue(self._credentials, self._tenants.of(credential.tenant_id), known.device_id, terms, now)
+        tenant = self._tenants.of(credential.tenant_id)
+        self._rates.take_registration(tenant)
+        issued = attempt.issue(self._credentials, tenant, known.device_id, terms, now)
 
         def record(tx: Connection) -> int:
             device = self._pending(tx, credential.tenant_id, known.device_id)
@@ -184,7 +190,8 @@ class FirstEnrolments:
             attestation=attempt.appraised,
             request=device if isinstance(device, DeviceRequest) else None,
         )
-        return admit(tx, attempt.actor, [admission], style=self._settings.granting_style, now=now)
+        most = self._tenants.of(attempt.credential.tenant_id).quotas.devices
+        return admit(tx, attempt.actor, [admission], style=self._settings.granting_style, most=most, now=now)
 
     def _enrolled(self, issued: IssuedCredentials, generation: int) -> Enrolled:
         metrics.counts.registrations.labels("device" if issued.key is None else "portal").inc()

@@ -8,6 +8,7 @@ import random
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from store.database import Database
 from store.webhooks import Backlog, ClaimedEvent, EventDeliveryRecord, WebhookRecord
 from workflows import events
 from workflows.events import EventType
+from workflows.tenants import TenantDirectory, TenantRates
 from workflows.webhooks.addresses import Network, read_url
 from workflows.webhooks.sending import Message, SecretSeal, Sender, Sent, new_secret, shown
 
@@ -35,6 +37,9 @@ POLL_SECONDS = 1.0
 # One process sends to one receiver over at most LANES connections at once, LANE_LENGTH events in turn on each.
 LANES = 4
 LANE_LENGTH = 4
+# And to all over so many; each of several tenants has a part of them, so that slow receivers of one delay no other's.
+MAX_LANES = 256
+MAX_LANES_OF_TENANT = 32
 LEASE = timedelta(seconds=180)  # more than the events of a lane take if the receiver hangs
 
 FIRST_DELAY = timedelta(seconds=5)
@@ -172,9 +177,14 @@ class _Lane(threading.Thread):
     """Sends some events to one receiver, in turn; a daemon, so that no receiver delays the end of the process."""
 
     def __init__(
-        self, send: Callable[[ClaimedEvent], bool], claimed: Sequence[ClaimedEvent], finished: threading.Event
+        self,
+        tenant_id: str,
+        send: Callable[[ClaimedEvent], bool],
+        claimed: Sequence[ClaimedEvent],
+        finished: threading.Event,
     ) -> None:
         super().__init__(name="webhook", daemon=True)
+        self.tenant_id = tenant_id
         self._send = send
         self._claimed = claimed
         self._finished = finished
@@ -195,8 +205,17 @@ class _Lane(threading.Thread):
 class Dispatcher:
     """Sends waiting events; runs in every serving process. A claimed event is left alone by others for its lease."""
 
-    def __init__(self, database: Database, sender: Sender, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        tenants: TenantDirectory,
+        sender: Sender,
+        rates: TenantRates,
+        clock: Callable[[], datetime],
+    ) -> None:
         self._database = database
+        self._tenants = tenants
+        self._rates = rates
         self._sender = sender
         self._clock = clock
         self._finished = threading.Event()
@@ -236,19 +255,41 @@ class Dispatcher:
             return []
         now = self._clock()
         with self._database.snapshot() as tx:
-            free = [webhook for webhook in webhooks.served_webhooks(tx) if self._is_free(webhook.id)]
-            due = [webhook for webhook in free if webhooks.due(tx, webhook.id, now=now, limit=1)]
+            due = webhooks.due_webhooks(tx, now=now)
+        for webhook_id in tuple(self._busy):
+            self._is_free(webhook_id)  # a receiver rests from when its events have failed, not from when more are due
+        free = [webhook for webhook in due if self._is_free(webhook.id)]
+        busy = Counter(lane.tenant_id for lanes in self._busy.values() for lane in lanes if lane.is_alive())
         started: list[_Lane] = []
-        for webhook in due:
-            with self._database.transaction() as tx:
-                claimed = webhooks.claim(tx, webhook.id, now=now, limit=LANES * LANE_LENGTH, lease_until=now + LEASE)
-            send = functools.partial(self._send, webhook)
-            lanes = [_Lane(send, claimed[number::LANES], self._finished) for number in range(min(LANES, len(claimed)))]
-            self._busy[webhook.id] = lanes
+        for webhook in sorted(free, key=lambda one: busy[one.tenant_id]):
+            lanes = self._lanes_to(webhook, self._room(webhook.tenant_id, busy), now)
+            if lanes:
+                self._busy[webhook.id] = list(lanes)
             for lane in lanes:
                 lane.start()
+            busy[webhook.tenant_id] += len(lanes)
             started += lanes
         return started
+
+    def _room(self, tenant_id: str, busy: Counter[str]) -> int:
+        """Return how many lanes another receiver of a tenant may have."""
+        of_tenant = MAX_LANES_OF_TENANT - busy[tenant_id] if self._tenants.are_several else LANES
+        return max(0, min(LANES, MAX_LANES - busy.total(), of_tenant))
+
+    def _lanes_to(self, webhook: WebhookRecord, room: int, now: datetime) -> Sequence[_Lane]:
+        """Claim due events of a receiver for as many lanes as there is room for."""
+        tenant, limit = self._tenants.of(webhook.tenant_id), room * LANE_LENGTH
+        if limit and tenant.quotas.webhook_deliveries_per_minute is not None:
+            with self._database.snapshot() as tx:
+                limit = len(webhooks.due(tx, webhook.id, now=now, limit=limit))
+            limit = self._rates.take_deliveries(tenant, limit).number  # what is left waits for the next minute
+        if not limit:
+            return ()
+        with self._database.transaction() as tx:
+            claimed = webhooks.claim(tx, webhook.id, now=now, limit=limit, lease_until=now + LEASE)
+        send = functools.partial(self._send, webhook)
+        number = min(room, len(claimed))
+        return [_Lane(webhook.tenant_id, send, claimed[start::number], self._finished) for start in range(number)]
 
     def _is_free(self, webhook_id: str) -> bool:
         lanes = self._busy.get(webhook_id, [])

@@ -342,7 +342,7 @@ def test_an_upload_that_is_too_long_is_refused(small: Flask) -> None:
 @ON_SQLITE
 def test_there_is_a_most_of_uploads_at_a_time(small: Flask) -> None:
     api = api_as(small, Role.OPERATOR)
-    with portal_of(small).bulk.place():
+    with portal_of(small).bulk.place("default"):
         answer = api.call("POST", "/register/bulk", data=rows({}), headers={"Content-Type": NDJSON})
         problem_of(answer, 503, "too_many_uploads")
         assert answer.headers["Retry-After"]

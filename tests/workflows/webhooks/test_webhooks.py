@@ -28,6 +28,12 @@ from workflows.webhooks.subscriptions import LANE_LENGTH, LANES, MAX_ATTEMPTS, M
 BROKEN = answer(500)
 
 
+def beside(portal: Portal, clock: Clock) -> Dispatcher:
+    """The dispatcher of another process."""
+    own = portal.dispatcher
+    return Dispatcher(portal.database, portal.tenant_terms, own._sender, own._rates, clock)
+
+
 @pytest.fixture
 def portal(make_settings: Callable[..., Settings], clock: Clock) -> Iterator[Portal]:
     built = open_portal(make_settings(PORTAL_WEBHOOK_ALLOW="127.0.0.0/8,::1"), clock)
@@ -125,7 +131,7 @@ def test_a_crash_between_sending_and_recording_sends_the_same_event_again(
         portal.dispatcher.send_due()
     (waiting,) = deliveries(portal, webhook_id)
     assert (waiting.status, waiting.attempts) == ("waiting", 1)
-    restarted = Dispatcher(portal.database, portal.dispatcher._sender, clock)
+    restarted = beside(portal, clock)
     restarted.send_due()
     assert len(receiver.requests) == 1, "its lease holds still"
     clock.advance(seconds=subscriptions.LEASE.total_seconds())
@@ -139,7 +145,7 @@ def test_two_processes_send_nothing_twice(portal: Portal, receiver: Receiver, cl
     subscribe(portal, receiver, EventType.REGISTERED)
     for _ in range(12):
         register(portal)
-    others = [Dispatcher(portal.database, portal.dispatcher._sender, clock) for _ in range(3)]
+    others = [beside(portal, clock) for _ in range(3)]
     threads = [threading.Thread(target=other.send_due) for other in (portal.dispatcher, *others)]
     for thread in threads:
         thread.start()
@@ -154,7 +160,7 @@ def test_a_late_failure_does_not_end_the_lease_of_the_process_that_took_over(
 ) -> None:
     webhook_id = subscribe(portal, receiver)
     register(portal)
-    other = Dispatcher(portal.database, portal.dispatcher._sender, clock)
+    other = beside(portal, clock)
 
     def overtaken(connection: Any) -> None:
         receiver.behave = answer(200)
