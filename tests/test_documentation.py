@@ -18,7 +18,7 @@ from config import Settings, variable_of
 from operations import commands as server_commands
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("docs/**/*.md")])
 OTHER_VARIABLES = {
     "PORTAL_URL",
     "PORTAL_CA",
@@ -26,6 +26,7 @@ OTHER_VARIABLES = {
     "PORTAL_BUNDLE_PASSWORD",
     "PORTAL_VENV",
     "PORTAL_FAILPOINT",
+    "PORTAL_SERVER_COMMAND",
 }
 PACKAGES = ("attestation", "broker", "commands", "core", "delivery", "operations", "pki", "store", "web", "workflows")
 FOLDERS = (

@@ -1,0 +1,135 @@
+"""The container files: what can be seen of them without a container engine, and the broker's script at work."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from config import Settings
+from core.broker_control import PLUGINS
+from tests.support.deployment import wait_until
+from tests.support.programs import ROOT
+
+FOLDER = ROOT / "deploy" / "container"
+COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+OURS = ("portal", "broker")
+
+
+def stages() -> dict[str, list[str]]:
+    """The instructions of each stage of the Containerfile."""
+    text = re.sub(r" *\\\n *", " ", (FOLDER / "Containerfile").read_text())
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if match := re.fullmatch(r"FROM (\S+) AS (\w+)", line):
+            found[match[2]] = [*found.get(match[1], [])]
+        elif found and line and not line.startswith("#"):
+            found[list(found)[-1]].append(line)
+    return found
+
+
+def values(stage: str, instruction: str) -> list[str]:
+    return [line.partition(" ")[2] for line in stages()[stage] if line.startswith(f"{instruction} ")]
+
+
+def environment() -> dict[str, str]:
+    """The portal's environment in the composed installation, with nothing chosen."""
+    of_image = dict(re.findall(r'(PORTAL_\w+)=("[^"]*"|\S+)', " ".join(values("portal", "ENV"))))
+    chosen = COMPOSE["services"]["portal"]["environment"].items()
+    composed = {name: re.sub(r"\$\{\w+:-(.*)\}", r"\1", value) for name, value in chosen}
+    return {name: value.strip('"') for name, value in of_image.items()} | composed
+
+
+def test_what_is_copied_is_there_and_nothing_is_fetched_by_address() -> None:
+    copied = [line for stage in stages() for line in values(stage, "COPY") if not line.startswith("--from")]
+    assert len(copied) >= 5
+    for line in copied:
+        for source in line.split()[:-1]:
+            assert (ROOT / source).exists(), source
+    assert not [line for stage in stages() for line in values(stage, "ADD")]
+
+
+@pytest.mark.parametrize("stage", OURS)
+def test_an_image_runs_as_a_user_without_rights_and_says_whether_it_lives(stage: str) -> None:
+    # One with a group would lose the other groups that it is in.
+    assert re.fullmatch(r"1\d{4}", " ".join(values(stage, "USER")))
+    assert len(values(stage, "HEALTHCHECK")) == 1
+    program = re.search(r"^(?:ENTRYPOINT|CMD) .*", "\n".join(stages()[stage]), re.MULTILINE)
+    assert program is not None
+    assert "[" in program[0]  # without a shell, so that signals arrive
+
+
+def test_the_broker_has_the_guard_and_openssls_settings_where_they_are_looked_for() -> None:
+    copied = dict(re.findall(r"(\S+) (/\S+)$", line)[0] for line in values("broker", "COPY"))
+    assert copied["/usr/local/lib/portal_guard.so"] == str(PLUGINS[0])
+    assert f"OPENSSL_CONF={copied['mosquitto/openssl.cnf']}" in values("broker", "ENV")
+    assert copied["mosquitto/portal.conf"] in values("broker", "CMD")[0]
+
+
+@pytest.mark.parametrize("name", list(COMPOSE["services"]))
+def test_each_service_is_confined_and_watched(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert name in OURS or service["healthcheck"]
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+def test_portal_and_broker_share_one_folder_which_is_the_portals_setting() -> None:
+    settings = Settings.from_env(environment())
+    volumes = [
+        {volume.partition(":")[2] for volume in COMPOSE["services"][name]["volumes"] if volume.startswith("broker:")}
+        for name in OURS
+    ]
+    assert volumes == [{str(settings.broker_dir)}] * 2
+    assert str(settings.broker_dir) in values("broker", "VOLUME")
+    assert settings.broker_restart == f"touch {settings.broker_dir}/restart"
+    assert settings.database_url.startswith("sqlite:")
+    assert COMPOSE["services"]["broker"]["depends_on"]["portal"]["condition"] == "service_healthy"
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """The script with a program in the broker's place, which writes a line at each start and end."""
+    fake = tmp_path / "mosquitto"
+    fake.write_text(
+        "#!/bin/sh\ntrap 'echo ended >>log; exit 0' TERM\necho began >>log\nwhile true; do sleep 0.1; done\n"
+    )
+    fake.chmod(0o755)
+    process = subprocess.Popen(
+        [FOLDER / "run-broker", fake], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PORTAL_BROKER_DIR": str(tmp_path)}
+    )
+    yield process, tmp_path
+    process.kill()
+    process.wait()
+
+
+def lines(folder: Path) -> list[str]:
+    return (folder / "log").read_text().split() if (folder / "log").exists() else []
+
+
+def test_the_broker_is_restarted_when_the_portal_asks_and_ends_with_its_container(
+    broker: tuple[subprocess.Popen[bytes], Path],
+) -> None:
+    process, folder = broker
+    wait_until(lambda: lines(folder) == ["began"])
+    (folder / "restart").touch()
+    wait_until(lambda: lines(folder) == ["began", "ended", "began"])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert lines(folder) == ["began", "ended", "began", "ended"]
+
+
+def test_a_broker_that_ends_by_itself_ends_its_container_with_its_status(tmp_path: Path) -> None:
+    command = [str(FOLDER / "run-broker"), "sh", "-c", "exit 3"]
+    done = subprocess.run(
+        command, env={"PATH": "/usr/bin:/bin", "PORTAL_BROKER_DIR": str(tmp_path)}, timeout=20, check=False
+    )
+    assert done.returncode == 3
