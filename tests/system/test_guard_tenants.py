@@ -178,6 +178,21 @@ def test_a_resumed_tls_session_shows_whose_ca_has_issued_its_certificate(
         assert not may_publish(again, topic_of("b", identity))
 
 
+def test_a_ca_of_a_tenant_is_known_by_its_key_too_and_never_by_its_name_alone(broker: TenantsBroker) -> None:
+    of_their_name = Authority("Theirs", issuer=broker.own_root)
+    with broker.ca.open("ab") as file:
+        file.write(of_their_name.certificate.public_bytes(PEM))
+    broker.terminate()
+    broker.start()
+    broker.tell(f"issuer {hash_of(of_their_name.certificate.subject)} in:c")
+    identity, _ = broker.admit_in("c")
+    with broker.device(of_their_name.issue(identity)) as device:
+        assert not may_publish(device, topic_of("c", identity))
+    for each in key_hashes_of(of_their_name):
+        broker.tell(f"issuer {each} in:c")
+    assert works(broker, "c", identity, of_their_name.issue(identity))
+
+
 def test_a_ca_that_the_journal_gives_to_no_tenant_makes_nobody_a_device(broker: TenantsBroker) -> None:
     identity, credentials = broker.admit_in("c")
     between = Authority("Of c's own making", issuer=broker.own_root)  # TLS trusts what is below that root
