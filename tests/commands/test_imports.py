@@ -172,6 +172,7 @@ def test_a_row_that_is_too_long_for_a_proxy_is_said_with_what_to_change(session:
     error, status = run(session, write_fleet(session.folder, 3))
     assert status == 1
     assert imports.TOO_LARGE in error["error"]["hints"]
+    assert "client_max_body_size" in imports.TOO_LARGE
     assert sent(stub) == [names(0, 3), names(0, 1)]
 
 

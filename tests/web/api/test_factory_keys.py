@@ -22,13 +22,15 @@ from workflows.enrolment.clients import CLIENT_CAS
 
 
 def renewed(maker: Authority, *, common_name: str | None = None, identifier: bytes | None = None) -> Authority:
-    """The same CA with another certificate for the same key."""
+    """The same CA with another certificate for the same key; without an identifier of it if that is empty."""
     other = copy.copy(maker)
     name = common_name or maker.common_name
     builder = maker._builder(name, name, maker.key.public_key())
     for extension in maker.certificate.extensions:
         value = extension.value
         if identifier is not None and isinstance(value, x509.SubjectKeyIdentifier):
+            if not identifier:
+                continue
             value = x509.SubjectKeyIdentifier(identifier)
         builder = builder.add_extension(value, critical=extension.critical)
     other.certificate = builder.sign(maker.key, hashes.SHA256())
@@ -286,6 +288,17 @@ def test_a_ca_that_is_another_one_does_not_take_the_place_of_one_whose_key_was_p
     refusal = problem_of(api.patch(path, {"name": "x", "certificate": pem(other(maker))}), 409, "conflict")
     assert problem in refusal["detail"]
     assert state_of(portal_of(app)) == before
+
+
+def test_a_renewed_certificate_that_would_lock_out_the_devices_of_another_ca_is_refused(api: Api) -> None:
+    maker = Authority("A maker's CA")
+    path, new = registered(api, maker), renewed(maker, identifier=b"")
+    other = registered(api, Authority(maker.common_name))
+    refusal = problem_of(api.patch(path, {"certificate": pem(new)}), 409, "conflict")
+    assert "subjectKeyIdentifier" in refusal["detail"]
+    api.delete(other)
+    assert api.patch(path, {"certificate": pem(new)}).status_code == 200
+    certificates_of(factory_device(api, maker).enrol())
 
 
 def test_a_certificate_that_another_manufacturer_has_is_refused_as_a_renewed_one(app: Flask, api: Api) -> None:
