@@ -123,7 +123,8 @@ def csr_der(content: str | bytes) -> bytes:
     Raises ``CsrInvalid``, also if there is another block beside it: that could be the private key.
     """
     if isinstance(content, bytes):
-        if content.startswith(_SEQUENCE):
+        # The text before a PEM block may begin with a "0", too, but what follows is no length of DER that has a block.
+        if content.startswith(_SEQUENCE) and not (content[1:2] < b"\x80" and b"-----BEGIN" in content):
             return content
         content = content.decode("utf-8", "replace")
     if not content.strip():

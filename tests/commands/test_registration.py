@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,17 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 from commands.registration import CsrFile
 from pki.csr import csr_der, load_csr
+from tests.pki.test_foreign import FORMS
 from tests.support import foreign
 from tests.support.cli_session import Session
 from tests.support.harness import csr_pem
@@ -24,6 +33,7 @@ from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, proble
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 KEY = ec.generate_private_key(ec.SECP256R1())
+RSA_KEY = rsa.generate_private_key(65537, 2048)
 REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
 
 
@@ -209,6 +219,36 @@ def test_a_csr_in_der_is_sent_as_pem(session: Session, stub: PortalStub) -> None
     assert session.run(*REGISTER, "--csr", "sensor.csr").exit_code == 0
     (request,) = stub.calls("POST", "/register")
     assert request.body["csr"] == csr
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_csr_is_taken_in_each_form_that_the_portal_reads(
+    form: Callable[[str], str], session: Session, stub: PortalStub
+) -> None:
+    csr = csr_pem()
+    Path("sensor.csr").write_text(form(csr))
+    assert session.run(*REGISTER, "--csr", "sensor.csr").exit_code == 0
+    (request,) = stub.calls("POST", "/register")
+    assert request.body["csr"] == csr
+
+
+@pytest.mark.parametrize("wrap", [bytes, base64.encodebytes], ids=["DER", "Base64"])
+@pytest.mark.parametrize(
+    ("kind", "encryption"),
+    [
+        (PrivateFormat.PKCS8, NoEncryption()),
+        (PrivateFormat.TraditionalOpenSSL, NoEncryption()),
+        (PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")),
+    ],
+)
+def test_a_private_key_without_a_label_is_not_sent(
+    wrap: Callable[[bytes], bytes], kind: PrivateFormat, encryption: Any, session: Session, stub: PortalStub
+) -> None:
+    for key in (KEY, RSA_KEY):
+        Path("sensor.csr").write_bytes(wrap(key.private_bytes(Encoding.DER, kind, encryption)))
+        result = session.run(*REGISTER, "--csr", "sensor.csr")
+        assert (result.exit_code, stub.requests) == (1, [])
+        assert "nothing of it was sent" in result.stderr
 
 
 @pytest.mark.parametrize("content", [key_pem(KEY).decode(), csr_pem() + key_pem(KEY).decode(), csr_pem() * 2, "x", ""])

@@ -163,6 +163,7 @@ def test_a_name_is_read_in_every_kind_of_string(subject: bytes, expected: str) -
 
 FORMS: dict[str, Callable[[str], str]] = {
     "text before it": lambda text: f"Certificate Request:\n    Data: Ünit\n{text}",
+    "a number before it": lambda text: f"0001 of 12\n{text}",
     "text after it": lambda text: f"{text}\nthanks\0",
     "a byte order mark": lambda text: "\ufeff" + text,
     "the label of Netscape": lambda text: text.replace(LABEL, f"NEW {LABEL}"),
