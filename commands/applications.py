@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from commands.completing import Listed
 from commands.context import YES, Id, Remote, command, paging_options, topics_from
 from commands.devices import seen, show_client, topics_in_words
 from commands.lifecycle import REASON, confirmed, say_whether_enforced, show_outcome
@@ -18,6 +19,7 @@ SHOW = "portal application show"
 APPLICATION_ID = Id(
     "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
     "use the full id, such as 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 (see: portal application list).",
+    Listed("/applications", "applications", "application_id", "name", {"limit": 200}),
 )
 _ID = click.argument("application_id", metavar="ID", type=APPLICATION_ID, help="The full application id.")
 

@@ -87,8 +87,9 @@ class HttpAnswer:
 class Client:
     """Talks to one portal over verified TLS; raises every failure as a ``CliError``."""
 
-    def __init__(self, settings: ConnectionSettings, *, version: str) -> None:
+    def __init__(self, settings: ConnectionSettings, *, version: str, patience: float = ANSWER_SECONDS) -> None:
         self._settings = settings
+        self._patience = patience  # seconds that an answer may take
         self._session = requests.Session()
         self._session.headers.update({"User-Agent": f"portal-cli/{version}", "Accept-Encoding": "identity"})
 
@@ -225,7 +226,7 @@ class Client:
                 auth=_Bearer(token),
                 # ConnectionOptions here and not on the session, where REQUESTS_CA_BUNDLE would win over it.
                 verify=str(self._settings.ca_file) if self._settings.ca_file else True,
-                timeout=(CONNECT_SECONDS, ANSWER_SECONDS),
+                timeout=(min(CONNECT_SECONDS, self._patience), self._patience),
                 allow_redirects=False,
                 stream=True,
             ) as response:

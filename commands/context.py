@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from commands.client import Client
+from commands.completing import Listed
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
 from commands.errors import CliError, Unreachable
 from commands.files import ReservedFile
@@ -158,9 +160,10 @@ class Id(click.ParamType[str]):
 
     name = "id"
 
-    def __init__(self, pattern: str, problem: str) -> None:
+    def __init__(self, pattern: str, problem: str, listed: Listed) -> None:
         self._pattern = re.compile(pattern)
         self._problem = problem
+        self.listed = listed
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the id in lower case; never shows a wrong value, which may be a token."""
@@ -169,17 +172,26 @@ class Id(click.ParamType[str]):
             self.fail(self._problem, param, ctx)
         return text
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the ids that the portal lists and that begin so."""
+        return self.listed.starting_with(ctx, incomplete.lower())
+
 
 DEVICE_ID = Id(
     "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
     "use the full id, such as 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 (see: portal list).",
+    Listed("/devices", "devices", "device_id", "name", {"limit": 200}),
 )
-TOKEN_ID = Id("[0-9a-f-]{16,36}", "use the full id (see: portal token list); it is not the token itself.")
+TOKEN_ID = Id(
+    "[0-9a-f-]{16,36}",
+    "use the full id (see: portal token list); it is not the token itself.",
+    Listed("/tokens", "tokens", "token_id", "name"),
+)
 
 
-def short_id(listed_by: str) -> Id:
+def short_id(listed_by: str, listed: Listed) -> Id:
     """Return the type of the other ids, 16 hexadecimal digits, which the command ``listed_by`` lists."""
-    return Id("[0-9a-f]{16}", f"use the full id (see: {listed_by}).")
+    return Id("[0-9a-f]{16}", f"use the full id (see: {listed_by}).", listed)
 
 
 def confirm(question: str, *, yes: bool) -> None:
@@ -257,12 +269,17 @@ class ProfileName(click.ParamType[str]):
     """The name of a certificate profile."""
 
     name = "name"
+    listed = Listed("/profiles", "profiles", "name", "name")
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name; others cannot be in a path."""
         if not re.fullmatch("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
             self.fail("use 1 to 63 lower-case letters, digits and inner hyphens.", param, ctx)
         return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the profiles that begin so."""
+        return self.listed.starting_with(ctx, incomplete)
 
 
 PROFILE = click.option(

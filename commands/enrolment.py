@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from commands.completing import Listed
 from commands.context import (
     DEVICE_ID,
     EXTERNAL_ID,
@@ -32,7 +33,9 @@ from commands.output import Cell, date_of, moment, status_of, text
 from commands.registration import KEY_TYPES
 from commands.times import VALIDITY, Span
 
-ENROLMENT_TOKEN_ID = short_id("portal enrolment list")
+ENROLMENT_TOKEN_ID = short_id(
+    "portal enrolment list", Listed("/enrolment-tokens", "enrolment_tokens", "enrolment_token_id", "name")
+)
 PROFILE_FIELDS = (
     "type",
     "location",

@@ -8,12 +8,15 @@ from typing import Any
 
 import click
 
+from commands.completing import Listed
 from commands.context import YES, Remote, command, confirm, require, short_id
 from commands.enrolment import given_fields, profile_cells, profile_options
 from commands.files import read_input, read_pem
 from commands.output import Cell, date_of, moment, status_of, text
 
-MANUFACTURER_ID = short_id("portal manufacturer list")
+MANUFACTURER_ID = short_id(
+    "portal manufacturer list", Listed("/manufacturers", "manufacturers", "manufacturer_id", "name")
+)
 
 
 @click.group("manufacturer")

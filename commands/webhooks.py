@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from commands.completing import Listed
 from commands.context import (
     YES,
     Remote,
@@ -44,7 +45,7 @@ EVENTS = (
 )
 
 
-WEBHOOK_ID = short_id("portal webhook list")
+WEBHOOK_ID = short_id("portal webhook list", Listed("/webhooks", "webhooks", "webhook_id", "name"))
 
 
 @click.group("webhook")
