@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +46,9 @@ def _sentence(error: Exception) -> str:
     return str(error)
 
 
+LINE = 105  # columns, if the terminal has as many
+
+
 class Story:
     """Prints each step with the time that it took."""
 
@@ -65,7 +70,9 @@ class Story:
         """Print a step that was timed elsewhere."""
         self.steps += 1
         took = f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-        print(f"{self.steps:2}. {sentence:<94}{took:>7}", flush=True)
+        width = min(shutil.get_terminal_size((LINE, 24)).columns, LINE)
+        *lines, last = textwrap.wrap(f"{self.steps:2}. {sentence}", width - 8, subsequent_indent="    ")
+        print("\n".join([*lines, f"{last:<{width - 7}}{took:>7}"]), flush=True)
 
     def detail(self, text: str) -> None:
         """Print what was seen at the step above."""
