@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -126,16 +127,24 @@ class ListOrder(StrEnum):
     """In which order devices are listed."""
 
     NEWEST = "newest"
-    EXPIRY = "expiry"  # of their certificates, the first to expire first
+    OLDEST = "created"
+    NAME = "name"
+    NAME_LAST_FIRST = "-name"
+    EXPIRY = "expires"  # of their certificates, the first to expire first
     LAST_SEEN = "last_seen"  # never seen, seen longest ago, …, connected
     LAST_SEEN_FIRST = "-last_seen"  # the other way round
+
+
+BY_AGE = (ListOrder.NEWEST, ListOrder.OLDEST)
+BY_NAME = (ListOrder.NAME, ListOrder.NAME_LAST_FIRST)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFilter:
     """The conditions of a list, of devices or of applications, and its order; ``None`` sets none.
 
-    ``q`` is a part of a name, or a whole id; ``attested`` a verdict, or ``none``.
+    ``q`` is a part of a name, an external id or metadata, or a whole id; ``metadata`` is a key with its value,
+    ``KEY=VALUE``; ``attested`` is a verdict, or ``none``.
     """
 
     status: str | None = None
@@ -149,6 +158,8 @@ class DeviceFilter:
     sort: str | None = None
     kind: ClientKind = ClientKind.DEVICE
     attested: str | None = None
+    name: str | None = None
+    metadata: str | None = None
 
     @property
     def order(self) -> ListOrder:
@@ -162,7 +173,7 @@ class DeviceFilter:
     @property
     def is_searched(self) -> bool:
         """Whether it has a condition that no index helps with: a part of a name, or what is so of most devices."""
-        return self.q is not None or self.profile == DEFAULT or self.is_unattested
+        return self.q is not None or self.metadata is not None or self.profile == DEFAULT or self.is_unattested
 
     @property
     def narrows_expiry(self) -> bool:
@@ -195,8 +206,10 @@ class Listed:
 def place_of(listed: ListedDevice, wanted: DeviceFilter) -> Place:
     """Return the place of a device in its list."""
     device, presence = listed.device, listed.presence
-    if wanted.order is ListOrder.NEWEST:
+    if wanted.order in BY_AGE:
         return device.created_at, device.id
+    if wanted.order in BY_NAME:
+        return device.name, device.created_at, device.id
     if wanted.order is ListOrder.EXPIRY:
         return listed.not_after, device.id
     return (
@@ -223,9 +236,7 @@ def list_devices(
     for column, value in equal:
         # An expression hides the other indexes from the database, so that it uses the one of ``lead``.
         query = query.where(column == value if column is lead else column.concat("") == value)
-    if wanted.q is not None and not is_device_id(wanted.q.lower()):
-        # Each database folds the case of both sides in its own way.
-        query = query.where(Device.name.icontains(wanted.q, autoescape=True))
+    query = query.where(*_searched(wanted))
     if wanted.profile == DEFAULT:
         query = query.where(Device.profile_id.is_(None))
     if wanted.is_unattested:
@@ -234,6 +245,23 @@ def list_devices(
         query = query.where(Certificate.not_after < wanted.expires_before)
     rows = tx.execute(_between(query, tenant_id, wanted, order, after, end).limit(limit))
     return Listed([_listed(row) for row in rows], end)
+
+
+def _searched(wanted: DeviceFilter) -> list[sa.ColumnElement[bool]]:
+    """Return the conditions that each row has to be read for."""
+    conditions: list[sa.ColumnElement[bool]] = []
+    if wanted.q is not None and not is_device_id(wanted.q.lower()):
+        # Each database folds the case of both sides in its own way. Metadata is searched as the JSON that is stored.
+        metadata = sa.cast(Device.device_metadata, sa.Text)
+        conditions.append(
+            Device.name.icontains(wanted.q, autoescape=True)
+            | Device.external_id.icontains(wanted.q, autoescape=True)
+            | metadata.icontains(json.dumps(wanted.q)[1:-1], autoescape=True)
+        )
+    if wanted.metadata is not None:
+        key, _, value = wanted.metadata.partition("=")
+        conditions.append(sa.cast(Device.device_metadata[key].as_string(), sa.Text) == value)
+    return conditions
 
 
 def _listed(values: Sequence[Any]) -> ListedDevice:
@@ -259,9 +287,12 @@ def _order_of(wanted: DeviceFilter) -> _Order:
     devices, certificates, presences = Device.__table__, Certificate.__table__, Presence.__table__
     current = sa.and_(Certificate.device_id == Device.id, CURRENT)
     seen = Presence.identity == Device.id
-    if wanted.order is ListOrder.NEWEST:
+    if wanted.order in BY_AGE or wanted.order in BY_NAME:
         source = devices.outerjoin(certificates, current).outerjoin(presences, seen)
-        return _Order((Device.created_at, Device.id), True, source, Device.tenant_id, looked_at=LOOKED_AT)
+        named = (Device.name,) if wanted.order in BY_NAME else ()
+        descending = wanted.order in (ListOrder.NEWEST, ListOrder.NAME_LAST_FIRST)
+        own = (*named, Device.created_at, Device.id)
+        return _Order(own, descending, source, Device.tenant_id, looked_at=LOOKED_AT)
     if wanted.order is ListOrder.EXPIRY:
         source = certificates.join(devices, current).outerjoin(presences, seen)
         by_expiry = (Certificate.not_after, Certificate.device_id)
@@ -282,6 +313,7 @@ def _equalities(tenant_id: str, wanted: DeviceFilter) -> list[tuple[Any, Any]]:
     values = (
         (Device.id, q if q is not None and is_device_id(q) else None),
         (Device.external_id, wanted.external_id),
+        (Device.name, wanted.name),
         (Device.status, wanted.status),
         (Device.type, wanted.type),
         (Device.location, wanted.location),
@@ -305,9 +337,9 @@ def _reach(
     """
     if equal and equal[0][0] in (Device.id, Device.external_id):
         return equal[0][0], None
-    is_newest = wanted.order is ListOrder.NEWEST
-    leads: list[tuple[Any, Any]] = [*equal] if is_newest and equal else [(None, None)]
-    if not wanted.is_searched and len(equal) + wanted.narrows_expiry + (not is_newest) < 2:
+    by_age = wanted.order in BY_AGE
+    leads: list[tuple[Any, Any]] = [*equal] if by_age and equal else [(None, None)]
+    if not wanted.is_searched and len(equal) + wanted.narrows_expiry + (not by_age) < 2:
         return leads[0][0], None
     furthest: tuple[Any, Place | None] = (None, None)
     for column, value in leads:
@@ -348,7 +380,7 @@ def _between(
     bounds = [] if after is None else [here > literal(after)]
     if end is not None:
         bounds.append(here <= literal(end))
-    elif wanted.order is ListOrder.EXPIRY:
+    elif wanted.order is ListOrder.EXPIRY and wanted.expires_before is not None:
         # Only one of them, because a database uses only one condition as the upper bound of an index scan.
         bounds.append(Certificate.not_after < wanted.expires_before)
     return query.where(*bounds)

@@ -174,6 +174,7 @@ class Device(OfTenant, Base):
         sa.CheckConstraint(one_of("kind", *states.ClientKind), name="kind"),
         sa.CheckConstraint("kind = 'device' OR own_topics", name="application_topics"),
         sa.Index("ix_devices_newest", "tenant_id", "created_at", "id"),
+        sa.Index("ix_devices_name", "tenant_id", "name", "created_at", "id"),
         sa.Index("ix_devices_status", "tenant_id", "status", "created_at", "id"),
         sa.Index("ix_devices_type", "tenant_id", "type", "created_at", "id"),
         sa.Index("ix_devices_location", "tenant_id", "location", "created_at", "id"),

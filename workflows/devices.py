@@ -8,6 +8,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy.engine import Connection
 
 import db
 from broker_provisioning import BrokerProvisioning
@@ -18,11 +21,11 @@ from core.states import ClientKind, DeviceStatus, PresenceState
 from core.topics import Access, Topic, default_topics, is_device_id
 from store import certificates as store_certificates
 from store import devices as store_devices
-from store import generations, issuers
+from store import generations, issuers, references
 from store.attestation import AttestationRecord, find_attestation
 from store.certificates import CertificateRecord
 from store.database import Database
-from store.devices import DeviceFilter, DeviceRecord, ListedDevice, ListOrder, Place, place_of
+from store.devices import BY_NAME, DeviceFilter, DeviceRecord, ListedDevice, ListOrder, Place, place_of
 from store.issuers import CrlHead, CrlRecord
 from store.presences import presence_of
 from workflows.presence import Contact, ContactFile, DeviceConnection, connection_of
@@ -64,6 +67,7 @@ class Page:
     problems: Mapping[str, str | None]
 
 
+MAX_NAME = 128  # characters of a device's name
 PAGE, MOST_AT_ONCE = 500, 10_000  # devices that one action is done to
 
 
@@ -147,12 +151,18 @@ class Inventory:
         with self._database.snapshot() as tx:
             found = store_devices.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
             page, next_place = found.devices[:limit], found.end
-            topics = store_devices.topics_of(tx, tenant_id, [one.device.id for one in page if one.device.own_topics])
-        if len(found.devices) > limit:
-            next_place = place_of(page[-1], wanted)
+            if len(found.devices) > limit:
+                next_place = place_of(page[-1], wanted)
+            cursor = None if next_place is None else _make_cursor(next_place, wanted)
+            return self._page(tx, tenant_id, page, contact, cursor)
+
+    def _page(
+        self, tx: Connection, tenant_id: str, page: Sequence[ListedDevice], contact: Contact, cursor: str | None
+    ) -> Page:
+        topics = store_devices.topics_of(tx, tenant_id, [one.device.id for one in page if one.device.own_topics])
         known = [one.device for one in page if one.device.id in topics]
         problems = {device.id: self._problem(device, _as_topics(topics[device.id])) for device in known}
-        return Page(page, contact, None if next_place is None else _make_cursor(next_place, wanted), topics, problems)
+        return Page(page, contact, cursor, topics, problems)
 
     def found(self, tenant_id: str, wanted: DeviceFilter) -> list[str]:
         """Return the ids of all devices that fit; raises ``InputInvalid`` if there are more than ``MOST_AT_ONCE``."""
@@ -166,6 +176,15 @@ class Inventory:
                 raise InputInvalid("The filter matches too many devices; narrow it, or name devices by ids.", [problem])
             if (cursor := page.cursor) is None:
                 return found
+
+    def named(self, tenant_id: str, text: str, *, limit: int) -> Page:
+        """Return the devices that a text may mean: an id or its beginning, a name, an external id."""
+        contact = self._contact.read()
+        with self._database.snapshot() as tx:
+            found = references.candidates(tx, tenant_id, text)[:limit]
+            wanted = [DeviceFilter(q=one.id) for one in found]
+            page = [store_devices.list_devices(tx, tenant_id, one, limit=1).devices[0] for one in wanted]
+            return self._page(tx, tenant_id, page, contact, None)
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
         """Return the newest CRL of an issuer, ``None`` before the first.
@@ -209,20 +228,32 @@ def _not_known(settings: Settings) -> PortalError:
 
 def _make_cursor(place: Place, wanted: DeviceFilter) -> str:
     values = [value.isoformat() if isinstance(value, datetime) else value for value in place]
-    text = json.dumps([wanted.order, *values], separators=(",", ":"))
+    text = json.dumps([wanted.order, *values], separators=(",", ":"), ensure_ascii=False)
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
 def _read_cursor(cursor: str, wanted: DeviceFilter) -> Place:
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        order, *states, at, device_id = json.loads(text)
+        order, *lead, at, device_id = json.loads(text)
         time = datetime.fromisoformat(at).astimezone(UTC)
-        known = [PresenceState(state) for state in states]
-        with_state = wanted.connected is None and wanted.order in (ListOrder.LAST_SEEN, ListOrder.LAST_SEEN_FIRST)
-        if order != wanted.order or len(known) != with_state or not is_device_id(device_id):
+        if order != wanted.order or not is_device_id(device_id):
             raise ValueError("not of the form that a page gives")
+        return *_read_lead(lead, wanted), time, device_id
     except (ValueError, TypeError, OverflowError, RecursionError):
         problem = FieldProblem("cursor", "must be the next_cursor of the page before")
         raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem]) from None
-    return *map(int, known), time, device_id
+
+
+def _read_lead(lead: list[Any], wanted: DeviceFilter) -> list[Any]:
+    """Return what stands before the time in a cursor: a name, a state, or nothing; raises ``ValueError``."""
+    if wanted.order in BY_NAME:
+        [name] = lead
+        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or "\0" in name:
+            raise ValueError("not a name")
+        name.encode()  # raises it for half of a character
+        return [name]
+    known = [int(PresenceState(state)) for state in lead]
+    if len(known) != (wanted.connected is None and wanted.order in (ListOrder.LAST_SEEN, ListOrder.LAST_SEEN_FIRST)):
+        raise ValueError("not a state")
+    return known

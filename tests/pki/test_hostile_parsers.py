@@ -55,7 +55,14 @@ def test_a_query_fits_or_is_refused(query: dict[str, str]) -> None:
 
 @given(
     st.text() | pieces.map(json.dumps).map(lambda text: base64.urlsafe_b64encode(text.encode()).decode()),
-    st.sampled_from([DeviceFilter(), DeviceFilter(sort="last_seen"), DeviceFilter(connected=PresenceState.OFFLINE)]),
+    st.sampled_from(
+        [
+            DeviceFilter(),
+            DeviceFilter(sort="name"),
+            DeviceFilter(sort="last_seen"),
+            DeviceFilter(connected=PresenceState.OFFLINE),
+        ]
+    ),
 )
 def test_a_cursor_leads_to_a_place_or_is_refused(cursor: str, wanted: DeviceFilter) -> None:
     with contextlib.suppress(InputInvalid):

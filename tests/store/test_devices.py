@@ -17,6 +17,10 @@ from tests.test_db import add_certificate, add_device
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 RULES = {"name": "named", "dns_names": [], "ip_addresses": [], "key_types": [], "extended_key_usage": ["client_auth"]}
+METADATA = {
+    2: {"owner": "ops", "rack": 7, "note": 'Größe a "quoted" one'},
+    3: {"owner": "ops", "a.b": "c"},
+}
 SOON = NOW + timedelta(days=2)
 
 
@@ -33,8 +37,9 @@ def fleet(portal: Portal) -> Portal:
             kind, hall = ("valve", "pump")[number % 2], ("hall 2", "hall 1")[number % 3 > 0]
             profile = {"profile_id": "1"} if (kind, hall) == ("pump", "hall 2") else {}
             created_at = NOW + timedelta(hours=number)
+            more = {"external_id": f"line-4/{number:03}"} if number < 2 else {"metadata": METADATA.get(number, {})}
             device_id = add_device(
-                tx, name=f"{kind}-{number:02}", type=kind, location=hall, created_at=created_at, **profile
+                tx, name=f"{kind}-{number:02}", type=kind, location=hall, created_at=created_at, **profile, **more
             )
             add_certificate(tx, device_id, not_after=NOW + timedelta(days=1 if hall == "hall 2" else 3, hours=number))
             if number % 4:
@@ -77,6 +82,25 @@ LISTS: tuple[tuple[DeviceFilter, list[str]], ...] = (
     (DeviceFilter(profile="default", type="pump"), ["11", "07", "05", "01"]),
     (DeviceFilter(profile="named", sort="last_seen"), ["03", "09"]),
     (DeviceFilter(profile="default", expires_before=SOON), ["00", "06"]),
+    (DeviceFilter(name="pump-03"), ["03"]),
+    (DeviceFilter(name="pump-03", location="hall 1"), []),
+    (DeviceFilter(name="Pump-03"), []),
+    (DeviceFilter(sort="created", type="pump", status="active"), ["01", "03", "05", "07", "09", "11"]),
+    (DeviceFilter(sort="created", type="pump", location="hall 2"), ["03", "09"]),
+    (DeviceFilter(sort="name", location="hall 2"), ["03", "09", "00", "06"]),
+    (DeviceFilter(sort="-name", location="hall 2"), ["06", "00", "09", "03"]),
+    (DeviceFilter(sort="name", location="hall 2", expires_before=SOON), ["03", "09", "00", "06"]),
+    (DeviceFilter(sort="expires", location="hall 2"), ["00", "03", "06", "09"]),
+    (DeviceFilter(q="LINE-4/0"), ["01", "00"]),
+    (DeviceFilter(q="Größe"), ["02"]),
+    (DeviceFilter(q='a "quoted'), ["02"]),
+    (DeviceFilter(metadata="owner=ops"), ["03", "02"]),
+    (DeviceFilter(metadata="owner=ops", type="pump"), ["03"]),
+    (DeviceFilter(metadata="owner=op"), []),
+    (DeviceFilter(metadata="rack=7"), ["02"]),
+    (DeviceFilter(metadata='note=Größe a "quoted" one'), ["02"]),
+    (DeviceFilter(metadata="a.b=c"), ["03"]),
+    (DeviceFilter(metadata="a=c"), []),
     (DeviceFilter(sort="last_seen", location="hall 2"), ["00", "06", "03", "09"]),
     (DeviceFilter(sort="-last_seen", location="hall 2"), ["09", "03", "06", "00"]),
 )

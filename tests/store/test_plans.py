@@ -22,6 +22,7 @@ from store import (
     generations,
     issuers,
     presences,
+    references,
     renewal,
     tenants,
 )
@@ -63,6 +64,15 @@ LISTS = {
     "type and q": DeviceFilter(type="pump", q="x"),
     "expires_before and type": DeviceFilter(type="pump", expires_before=NOW),
     "type and status": DeviceFilter(type="pump", status="active"),
+    "name": DeviceFilter(name="pump-1"),
+    "name and type": DeviceFilter(name="pump-1", type="pump"),
+    "metadata": DeviceFilter(metadata="owner=ops"),
+    "oldest": DeviceFilter(sort="created"),
+    "oldest of a type": DeviceFilter(sort="created", type="pump"),
+    "by name": DeviceFilter(sort="name"),
+    "by name, back": DeviceFilter(sort="-name"),
+    "by name of a type": DeviceFilter(sort="name", type="pump"),
+    "by expiry": DeviceFilter(sort="expires"),
     "last_seen": DeviceFilter(sort="last_seen"),
     "-last_seen": DeviceFilter(sort="-last_seen"),
     "connected": DeviceFilter(connected=PresenceState.CONNECTED),
@@ -73,6 +83,9 @@ LISTS = {
     "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
 }
 LOOK_UPS: dict[str, Query] = {
+    "a device by name": lambda tx: references.candidates(tx, "default", "pump-1"),
+    "a device by the beginning of its id": lambda tx: references.candidates(tx, "default", "01939bfa"),
+    "a device by its id": lambda tx: references.candidates(tx, "default", "0" * 8 + "-0000-0000-0000-" + "0" * 12),
     "first requests that wait": lambda tx: enrolment.waiting_enrolments(tx, "default", limit=5),
     "requests for another key that wait": lambda tx: enrolment.waiting_reenrolments(tx, "default", limit=5),
     "certificates issued to a device": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
@@ -176,7 +189,8 @@ def test_a_look_up_reads_no_table_whole(plans_of: Callable[[Query], list[str]], 
 def test_a_page_is_read_from_an_index_in_its_order(
     plans_of: Callable[[Query], list[str]], name: str, later: bool
 ) -> None:
-    state = (PresenceState.OFFLINE,) if name.endswith("last_seen") else ()
+    state: tuple[object, ...] = (PresenceState.OFFLINE,) if name.endswith("last_seen") else ()
+    state = ("pump-1",) if name.startswith("by name") else state
     after = (*state, NOW, "0" * 36) if later else None
     plans = plans_of(lambda tx: devices.list_devices(tx, "default", LISTS[name], limit=50, after=after))
     assert plans

@@ -29,6 +29,7 @@ from web.api.fields import (
     KeyTypeName,
     Limit,
     Metadata,
+    MetadataPair,
     Name,
     Place,
     ProfileName,
@@ -39,7 +40,7 @@ from web.api.fields import (
 )
 from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.credentials import DeviceRequest
-from workflows.devices import DeviceDetails
+from workflows.devices import DeviceDetails, Page
 from workflows.presence import DeviceConnection, connection_of
 
 _CONNECTED = {
@@ -273,13 +274,20 @@ class CertificateList(AnswerModel):
     certificates: list[CertificateModel]
 
 
+SearchText = Annotated[
+    Place, Field(description="A part of the name, of the external id or of the metadata, or a whole id")
+]
+
+
 class DeviceConditions(RequestModel):
     """Which devices."""
 
     status: StatusName | None = None
+    name: Name | None = None
     type: ShortText | None = None
     location: Place | None = None
-    q: Place | None = None
+    q: SearchText | None = None
+    metadata: MetadataPair | None = None
     expires_before: Time | None = None
     external_id: ExternalId | None = None
     profile: ProfileName | None = None
@@ -307,16 +315,34 @@ class DeviceQuery(DeviceConditions):
     ) = None
     sort: (
         Annotated[
-            Literal["last_seen", "-last_seen"],
+            Literal["created", "name", "-name", "expires", "last_seen", "-last_seen"],
             Field(
-                description="last_seen: devices that were never seen, then those that were seen longest ago, at last"
-                " those that are connected; -last_seen: the other way round, which is the order with connected alone"
+                description="created: the oldest first; name, -name: by name, forward and back; expires: whose"
+                " certificate expires first, without those that have none; last_seen: devices that were never seen,"
+                " then those that were seen longest ago, at last those that are connected; -last_seen: the other way"
+                " round, which is the order with connected alone"
+            ),
+        ]
+        | None
+    ) = None
+    named: (
+        Annotated[
+            Place,
+            Field(
+                description="Alone: the devices that this text may mean, a whole id, the beginning of one (4 digits or"
+                " more), a name, or an external id; one page of them"
             ),
         ]
         | None
     ) = None
     limit: Limit = 50
     cursor: Cursor | None = None
+
+    @model_validator(mode="after")
+    def _named_alone(self) -> Self:
+        if self.named is not None and self.model_fields_set - {"named", "limit"}:
+            raise ValueError("named goes with no other filter")
+        return self
 
 
 @ROUTES.add(
@@ -386,11 +412,17 @@ def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int) ->
 @ROUTES.add("GET", "/devices", Permission.READ, errors=(409,))
 def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
     """List devices, newest first; with `expires_before`, those that expire soonest first, unless `sort` says else."""
+    if query.named is not None:
+        return _page(call, call.portal.inventory.named(call.actor.tenant_id, query.named, limit=query.limit))
     filters = DeviceFilter(
-        **query.model_dump(exclude={"limit", "cursor", "connected"}),
+        **query.model_dump(exclude={"limit", "cursor", "connected", "named"}),
         connected=None if query.connected is None else _CONNECTED[query.connected],
     )
     page = call.portal.inventory.devices(call.actor.tenant_id, filters, limit=query.limit, cursor=query.cursor)
+    return _page(call, page)
+
+
+def _page(call: Call, page: Page) -> DevicePage:
     summaries = [
         DeviceSummary.of(
             one.device,

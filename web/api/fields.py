@@ -22,14 +22,16 @@ _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2
 _TEXT = rf"^[^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?$"
 UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
-_CURSOR = "^Wy[IJ][A-Za-z0-9_-]{40,125}$"  # Base64 of a JSON list that begins with the name of an order
+_CURSOR = "^Wy[IJ][A-Za-z0-9_-]{40,900}$"  # Base64 of a JSON list that begins with the name of an order
 _NUMERIC_CURSOR = "^[1-9][0-9]{0,17}$"
+_PAIR = r'^[^="\\\u0000-\u001f\u007f]{1,128}=[^\u0000-\u001f\u007f]*$'
 PROFILE_NAME = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 TOPIC_PREFIX = "^[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,7}$"
 # Messages about values that do not match, in place of the pattern.
 PATTERN_IN_WORDS = {
     _TEXT: "must not contain control or invisible characters, nor begin or end with white space",
     _PASSWORD: "must be 12 to 128 printable ASCII characters",
+    _PAIR: "must be KEY=VALUE, the key without quotation marks and backslashes",
     _NUMERIC_CURSOR: "must be the next_cursor of the previous page",
     PROFILE_NAME: "must be 1 to 63 lower-case letters, digits and inner hyphens",
     TOPIC_PREFIX: "must be one or more topic levels of letters, digits, - and _, without wildcards, such as sites/acme",
@@ -55,6 +57,15 @@ ProfileName = Annotated[
 ]
 TenantName = Annotated[str, Field(pattern=PROFILE_NAME, examples=["acme"])]
 TopicPrefix = Annotated[str, Field(pattern=TOPIC_PREFIX, max_length=256, examples=["sites/acme"])]
+MetadataPair = Annotated[
+    str,
+    Field(
+        max_length=512,
+        pattern=_PAIR,
+        examples=["owner=ops"],
+        description="KEY=VALUE: devices whose metadata has this value, as text, under this key",
+    ),
+]
 BundlePassword = Annotated[str, Field(pattern=_PASSWORD)]
 BundleFormatName = Annotated[
     Literal["zip", "p12", "pem"],
@@ -183,7 +194,7 @@ Time = Annotated[datetime, Field(json_schema_extra={"format": "date-time"}), Bef
 Limit = Annotated[int, Field(ge=1, le=200), BeforeValidator(_read_integer)]
 Flag = Annotated[bool, BeforeValidator(_read_flag)]
 WholeNumber = BeforeValidator(_read_whole_number)
-Cursor = Annotated[str, Field(max_length=128, pattern=_CURSOR)]
+Cursor = Annotated[str, Field(max_length=903, pattern=_CURSOR)]
 NumericCursor = Annotated[str, Field(pattern=_NUMERIC_CURSOR)]
 
 

@@ -1,0 +1,68 @@
+"""Devices are found over HTTP by what people call them."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from tests.support.harness import Api, problem_of
+
+
+def found(api: Api, **query: Any) -> list[str]:
+    answer = api.get("/devices?" + urlencode(query))
+    assert answer.status_code == 200, answer.text
+    return [device["name"] for device in answer.json["devices"]]
+
+
+def test_a_device_is_found_by_name_external_id_and_the_beginning_of_its_id(api: Api) -> None:
+    first = api.register(name="pump", external_id="line-4/1")["device_id"]
+    api.register(name="line-4/1")
+    assert found(api, name="pump") == ["pump"]
+    assert found(api, external_id="line-4/1") == ["pump"]
+    assert sorted(found(api, named="line-4/1")) == ["line-4/1", "pump"]
+    assert found(api, named=first) == found(api, named=first.upper()) == ["pump"]
+    assert "pump" in found(api, named=first[:13])
+    assert len(found(api, named=first[:4], limit=1)) == 1
+    assert found(api, named="nothing") == []
+    problem_of(api.get("/devices?named=pump&type=pump"), 422, "invalid_input")
+
+
+def test_metadata_is_searched_and_matched(api: Api) -> None:
+    api.register(name="a", metadata={"owner": "ops", "rack": 7, "site": {"hall": "north"}})
+    api.register(name="b", metadata={"owner": "Größe"})
+    assert found(api, q="OPS") == found(api, metadata="owner=ops") == found(api, metadata="rack=7") == ["a"]
+    assert found(api, q="north") == ["a"]
+    assert found(api, q="Größe") == found(api, metadata="owner=Größe") == ["b"]
+    assert found(api, metadata="owner=") == found(api, metadata="absent=ops") == []
+    for bad in ("owner", "=ops", 'a"b=c', "a\\b=c", "a\0=b"):
+        problem_of(api.get("/devices?" + urlencode({"metadata": bad})), 422, "invalid_input")
+
+
+@pytest.mark.parametrize(
+    ("sort", "names"),
+    [("created", ["b", "c", "a"]), ("name", ["a", "b", "c"]), ("-name", ["c", "b", "a"]), ("expires", ["b", "c", "a"])],
+)
+def test_devices_are_sorted_from_page_to_page(api: Api, sort: str, names: list[str]) -> None:
+    for name in ("b", "c", "a"):
+        api.register(name=name)
+    seen, cursor = list[str](), None
+    while True:
+        page = api.get("/devices?" + urlencode({"sort": sort, "limit": 1} | ({"cursor": cursor} if cursor else {})))
+        seen += [device["name"] for device in page.json["devices"]]
+        cursor = page.json["next_cursor"]
+        if cursor is None:
+            break
+    assert seen == names
+
+
+def test_a_cursor_holds_the_longest_name(api: Api) -> None:
+    for _ in range(2):
+        api.register(name="𝔓" * 128)
+    first = api.get("/devices?sort=name&limit=1").json
+    second = api.get("/devices?" + urlencode({"sort": "name", "limit": 1, "cursor": first["next_cursor"]})).json
+    assert first["devices"][0]["device_id"] != second["devices"][0]["device_id"]
+    problem_of(
+        api.get("/devices?" + urlencode({"sort": "-name", "cursor": first["next_cursor"]})), 422, "invalid_input"
+    )
