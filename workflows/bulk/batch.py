@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Self
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
@@ -33,6 +34,7 @@ from store.audit import Actor
 from store.bulk import KnownDevice
 from store.certificates import CertificateRecord
 from store.database import Database
+from store.keys import KeyClaim
 from store.names import NameClaim
 from store.profiles import hold_profile
 from store.quotas import quota_reached, room_for_clients
@@ -124,6 +126,21 @@ class _Task:
     known: KnownDevice | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Claims:
+    """What a row that is only checked would have for its device alone."""
+
+    device_id: str
+    key: KeyClaim | None
+    names: NameClaim | None
+
+    @classmethod
+    def of(cls, job: CredentialJob, own_names: tuple[str, ...]) -> Self:
+        csr, device_id = job.request.csr, job.device_id
+        key = None if csr is None else KeyClaim(csr.key_fingerprint, device_id)
+        return cls(device_id, key, NameClaim(device_id, own_names) if own_names else None)
+
+
 _Issued = tuple[_Task, IssuedCredentials]
 
 
@@ -174,32 +191,35 @@ class Batches:
         """Return what would become of the rows, by the same rules; makes and writes nothing."""
         known = self._known(actor, candidates)
         answers: list[RowChecked | RowFailed] = []
-        claims: dict[int, NameClaim] = {}
+        claims: dict[int, _Claims] = {}
         for position, candidate in enumerate(candidates):
             row, external_id = candidate.row, candidate.external_id
             found = known.devices.get(external_id or "")
             try:
                 begun = self._begin_row(candidate, known)
-                if isinstance(begun, _Task) and (own := self._processes.check(begun.job)):
-                    claims[position] = NameClaim(begun.job.device_id, own)
+                if isinstance(begun, _Task):
+                    claims[position] = _Claims.of(begun.job, self._processes.check(begun.job))
             except PortalError as error:
                 answers.append(failed(row, error, external_id=external_id))
             else:
                 answers.append(RowChecked(row, external_id, repeated=found is not None))
-        return self._without_taken_names(actor.tenant_id, candidates, answers, claims)
+        return self._without_taken(actor.tenant_id, candidates, answers, claims)
 
-    def _without_taken_names(
+    def _without_taken(
         self,
         tenant_id: str,
         candidates: Sequence[Candidate],
         answers: list[RowChecked | RowFailed],
-        claims: Mapping[int, NameClaim],
+        claims: Mapping[int, _Claims],
     ) -> Sequence[RowChecked | RowFailed]:
-        """Return the answers to checked rows, with refusals of those that claim another device's names."""
-        if not claims:
+        """Return the answers to checked rows, with refusals of those that claim another device's key or names."""
+        of_keys = [claim.key for claim in claims.values() if claim.key is not None]
+        of_names = [claim.names for claim in claims.values() if claim.names is not None]
+        if not (of_keys or of_names):
             return answers
         with self._database.snapshot() as tx:
-            refused = names.refusals(tx, tenant_id, list(claims.values()), now=self._clock())
+            refused: dict[str, PortalError] = keys.refusals(tx, tenant_id, of_keys)
+            refused |= names.refusals(tx, tenant_id, of_names, now=self._clock())
         for position, claim in claims.items():
             if claim.device_id in refused:
                 row = candidates[position]

@@ -429,11 +429,16 @@ def test_uploads_and_registrations_of_the_same_devices_at_once_do_not_wait_for_e
 @ON_SQLITE
 def test_a_dry_run_knows_every_rule_and_writes_nothing(api: Api) -> None:
     known = DEVICE | {"external_id": "unit-1"}
+    stolen, used, twice = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
     upload(api, json.dumps(known))
+    device_id = api.register(csr=csr_pem(stolen))["device_id"]
+    api.post(f"/revoke/{device_id}", {"reason": "key_compromise"})
+    api.register(csr=csr_pem(used))
     changes: list[dict[str, Any]] = [
         {}, {"name": "two\nlines"}, {"name": "a\0b"}, {"name": "\u00a0pump"}, {"name": " pump "}, {"name": "\u202e"},
         {"metadata": {"a": "\0"}}, {"csr": "none"}, {"topics": [{"filter": "#", "access": "read"}]},
         {"external_id": "unit-1"}, {"external_id": "unit-1", "firmware": "2"}, {"external_id": "unit-2"},
+        *({"csr": csr_pem(key)} for key in (stolen, used, twice, twice)),
     ]  # fmt: skip
     before = api.get("/devices").json, api.get("/audit").json
     answer = api.call("POST", "/register/bulk?dry_run=true", data=rows(*changes), headers={"Content-Type": NDJSON})
@@ -442,6 +447,7 @@ def test_a_dry_run_knows_every_rule_and_writes_nothing(api: Api) -> None:
     assert all(line["dry_run"] is True and "device_id" not in line for line in lines)
     assert [line.get("code") for line in lines] == [
         None, *["invalid_input"] * 6, "csr_invalid", "topic_refused", None, "external_id_taken", None,
+        "key_compromised", "key_in_use", None, "key_in_use",
     ]  # fmt: skip
     assert [line["row"] for line in lines if line.get("repeated")] == [10]
     real = upload(api, rows(*changes))
