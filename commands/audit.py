@@ -17,10 +17,11 @@ import click
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from commands.context import DEVICE_ID, Remote, command, paging_options
+from commands.context import Remote, command, paging_options
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed, Misused
 from commands.files import NewFile, read_input, reason, whole_file, write_new
+from commands.names import DEVICE
 from commands.output import clean, state, text, time_of
 from commands.times import Time
 
@@ -58,7 +59,7 @@ def audit() -> None:
 )
 @click.option("--action", metavar="TAG", help="Only this action, such as device:register.")
 @click.option("--actor", metavar="NAME", help="Only actions of this actor, by the name of its token or all of it.")
-@click.option("--device", "device_id", type=DEVICE_ID, metavar="ID", help="Only actions on this device.")
+@click.option("--device", "device_id", type=DEVICE, metavar="DEVICE", help="Only actions on this device.")
 @click.option("--object", metavar="OBJECT", help="Only actions on this object, such as application:ID.")
 @click.option("--outcome", type=click.Choice(("done", "refused")), help="Only actions with this outcome.")
 @click.option("--since", type=Time(past=True), metavar="TIME", help="Only from a date, a time, or 12h ago on.")

@@ -19,6 +19,7 @@ from commands.completing import Listed
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
 from commands.errors import CliError, Unreachable
 from commands.files import ReservedFile
+from commands.names import DeviceName, find_device
 from commands.output import Cell, Output
 from onboarding_portal import VERSION
 
@@ -76,6 +77,9 @@ class Command(click.Command):
         as_json = ctx.params.pop("as_json")
         ctx.obj = Remote(_given(ctx), as_json=as_json)
         try:
+            for param in self.params:
+                if isinstance(param.type, DeviceName) and isinstance(text := ctx.params.get(param.name or ""), str):
+                    ctx.params[str(param.name)] = find_device(ctx.obj.client, text)
             return super().invoke(ctx)
         except CliError as error:
             ctx.obj.out.error(error, options=_options_of_fields(self))
@@ -177,11 +181,6 @@ class Id(click.ParamType[str]):
         return self.listed.starting_with(ctx, incomplete.lower())
 
 
-DEVICE_ID = Id(
-    "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
-    "use the full id, such as 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 (see: portal list).",
-    Listed("/devices", "devices", "device_id", "name", {"limit": 200}),
-)
 TOKEN_ID = Id(
     "[0-9a-f-]{16,36}",
     "use the full id (see: portal token list); it is not the token itself.",

@@ -14,7 +14,6 @@ from typing import Any
 import click
 
 from commands.context import (
-    DEVICE_ID,
     PROFILE,
     ProfileName,
     Remote,
@@ -28,6 +27,7 @@ from commands.context import (
 from commands.delivery import FORCE_HELP
 from commands.errors import CheckFailed
 from commands.files import defused, whole_file
+from commands.names import device_argument
 from commands.output import Cell, Column, ago, date_of, moment, state, status_of, text
 from commands.times import Time
 
@@ -188,8 +188,8 @@ def _renewable(row: Mapping[str, Any]) -> Cell:
     return Cell(cell.plain, "now", "green") if begun else cell
 
 
-@command("show", examples=["portal show 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
+@command("show", examples=["portal show sensor-7"])
+@device_argument()
 def show(portal: Remote, device_id: str) -> None:
     """Show a device: certificate, broker state, topics."""
     device = portal.client.get(f"/devices/{device_id}")
@@ -241,11 +241,11 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
 @command(
     "update",
     examples=[
-        "portal update 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --firmware 1.5.0",
-        "portal update 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --topic 'devices/{id}/#:write' --topic devices/news:read",
+        "portal update sensor-7 --firmware 1.5.0",
+        "portal update sensor-7 --topic 'devices/{id}/#:write' --topic devices/news:read",
     ],
 )
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
+@device_argument()
 @click.option("--name", metavar="NAME", help="New name.")
 @click.option("--type", metavar="TYPE", help="New type.")
 @click.option("--location", metavar="PLACE", help="New location.")
@@ -293,8 +293,8 @@ def update(
         warn_of_restart(portal, device)
 
 
-@command("certificates", examples=["portal certificates 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
+@command("certificates", examples=["portal certificates sensor-7"])
+@device_argument()
 def certificates(portal: Remote, device_id: str) -> None:
     """List a device's certificates, newest first.
 

@@ -12,7 +12,6 @@ import click
 
 from commands.completing import Listed
 from commands.context import (
-    DEVICE_ID,
     EXTERNAL_ID,
     PROFILE,
     YES,
@@ -29,6 +28,7 @@ from commands.context import (
 )
 from commands.errors import Misused
 from commands.files import read_input, read_pem
+from commands.names import DEVICE, device_argument
 from commands.output import Cell, date_of, moment, status_of, text
 from commands.registration import KEY_TYPES
 from commands.times import VALIDITY, Span
@@ -173,7 +173,7 @@ def enrolment_list(portal: Remote) -> None:
     ],
 )
 @click.argument("name", help="Name of the token, shown in the audit record.")
-@click.option("--device", "device_id", metavar="ID", type=DEVICE_ID, help="The expected device that the token is for.")
+@click.option("--device", "device_id", metavar="DEVICE", type=DEVICE, help="The expected device that the token is for.")
 @click.option("--count", type=click.IntRange(1, 1000000), metavar="N", help="Number of new devices.  [default: 1]")
 @click.option(
     "--expires-in",
@@ -304,7 +304,7 @@ class Fingerprint(click.ParamType[str]):
         'portal approve 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --key "$(cat key.sha256)"',
     ],
 )
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id (see: portal waiting).")
+@device_argument("Name, id or external id of the device (see: portal waiting).")
 @click.option(
     "--key", "key_fingerprint", type=Fingerprint(), metavar="SHA256", help="Approve only this key, without a question."
 )
@@ -339,7 +339,7 @@ def _confirmed_key(portal: Remote, device_id: str, *, yes: bool) -> str:
 
 
 @command("reject", examples=["portal reject 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --yes"])
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id (see: portal waiting).")
+@device_argument("Name, id or external id of the device (see: portal waiting).")
 @YES
 def reject(portal: Remote, device_id: str, yes: bool) -> None:
     """Reject a waiting device, or its new key, permanently."""

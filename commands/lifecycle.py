@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from commands.context import DEVICE_ID, YES, Remote, command, confirm, require_confirmable
+from commands.context import YES, Remote, command, confirm, require_confirmable
+from commands.names import device_argument
 from commands.output import moment, state, status_of, text
 
 REASONS = (
@@ -22,8 +23,8 @@ REASONS = (
 REASON = click.option("--reason", type=click.Choice(REASONS), help="Reason (RFC 5280), which is published in the CRL.")
 
 
-@command("suspend", examples=["portal suspend 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
+@command("suspend", examples=["portal suspend sensor-7"])
+@device_argument()
 @click.option("--yes", "-y", is_flag=True, expose_value=False, help="Accepted as by revoke; nothing is asked here.")
 def suspend(portal: Remote, device_id: str) -> None:
     """Suspend a device until it is resumed.
@@ -37,8 +38,8 @@ def suspend(portal: Remote, device_id: str) -> None:
     say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate until resumed.")
 
 
-@command("resume", examples=["portal resume 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
+@command("resume", examples=["portal resume sensor-7"])
+@device_argument()
 def resume(portal: Remote, device_id: str) -> None:
     """Resume a suspended device with its existing certificate."""
     with portal.out.working("Resuming; waiting for the broker…"):
@@ -53,11 +54,11 @@ def resume(portal: Remote, device_id: str) -> None:
 @command(
     "revoke",
     examples=[
-        "portal revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --reason key_compromise",
-        "portal revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --yes",
+        "portal revoke sensor-7 --reason key_compromise",
+        "portal revoke sensor-7 --yes",
     ],
 )
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
+@device_argument()
 @REASON
 @YES
 def revoke(portal: Remote, device_id: str, reason: str | None, yes: bool) -> None:

@@ -29,7 +29,6 @@ from commands.bundle import (
 )
 from commands.client import check_link, new_idempotency_key
 from commands.context import (
-    DEVICE_ID,
     EXTERNAL_ID,
     PROFILE,
     Remote,
@@ -45,6 +44,7 @@ from commands.context import (
 from commands.delivery import FORCE_HELP, Password, fetch, show_files, summary, unpack_fetched
 from commands.errors import CheckFailed, CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
+from commands.names import device_argument
 from commands.output import Cell, moment, text
 from commands.times import OVERLAP, VALIDITY
 
@@ -137,12 +137,12 @@ def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ..
 @command(
     "renew",
     examples=[
-        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --out sensor-7-new",
-        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --csr sensor-7.csr --out sensor-7-new",
-        "portal renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --overlap 0",
+        "portal renew sensor-7 --out sensor-7-new",
+        "portal renew sensor-7 --csr sensor-7.csr --out sensor-7-new",
+        "portal renew sensor-7 --overlap 0",
     ],
 )
-@click.argument("device_id", metavar="ID", type=DEVICE_ID, help="The full device id.")
+@device_argument()
 @OVERLAP
 @click.option("--when-used", is_flag=True, help="Revoke the old certificate once the new one has been used.")
 @issuing_options

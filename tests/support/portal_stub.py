@@ -237,6 +237,13 @@ class PortalStub:
 
     def _list(self, request: Request) -> Reply:
         devices = list(self.devices.values())
+        if "named" in request.query:
+            named = request.query["named"]
+            devices = [
+                device
+                for device in devices
+                if named in (device["name"], device.get("external_id")) or device["device_id"].startswith(named)
+            ]
         start, limit = int(request.query.get("cursor", 0)), int(request.query.get("limit", 50))
         more = start + limit < len(devices)
         return Reply(

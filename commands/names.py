@@ -1,0 +1,78 @@
+"""How devices are named at the command line: by name, id, external id, or the beginning of an id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from commands.client import Client
+from commands.completing import Listed
+from commands.errors import CheckFailed
+
+MAX_NAME = 128  # characters of a name and of an external id
+MAX_SHOWN = 10  # devices that an ambiguous name may mean
+_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class DeviceName(click.ParamType[str]):
+    """What a device is called. A command with such a parameter gets the id, once it is invoked."""
+
+    name = "device"
+    listed = Listed("/devices", "devices", "device_id", "name", {"limit": 200})
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text; never shows a wrong one, which may be a token."""
+        text = value.strip()
+        if not text.isprintable() or not 1 <= len(text) <= MAX_NAME:
+            self.fail("use the name, the id or the external id of a device (see: portal list).", param, ctx)
+        return text
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the ids that the portal lists and that begin so."""
+        return self.listed.starting_with(ctx, incomplete.lower())
+
+
+DEVICE = DeviceName()
+
+
+def device_argument(
+    what: str = "Name, id, external id, or the beginning of the id.",
+) -> Callable[[Any], Any]:
+    """Return the argument of a command that is about one device."""
+    return click.argument("device_id", metavar="DEVICE", type=DEVICE, help=what)
+
+
+def whole_id(text: str) -> str | None:
+    """Return a text as an id, ``None`` if it is something else."""
+    return text.lower() if _ID.fullmatch(text.lower()) else None
+
+
+def find_device(client: Client, text: str) -> str:
+    """Return the id of the device that is called so; raises ``CheckFailed`` if there is none, or more than one.
+
+    A whole id is taken as it is: the portal says whether there is such a device.
+    """
+    if (known := whole_id(text)) is not None:
+        return known
+    found = client.get("/devices", named=text, limit=MAX_SHOWN + 1).get("devices") or []
+    if len(found) == 1 and isinstance(found[0], dict) and whole_id(str(found[0].get("device_id"))):
+        return str(found[0]["device_id"])
+    if not found:
+        raise CheckFailed(
+            "No device has this name, id or external id.",
+            hints=["To look for it: portal list --search TEXT", "An id may be shortened to 4 digits or more."],
+        )
+    raise CheckFailed("Several devices may be meant; use the id of one of them:", hints=candidates(found))
+
+
+def candidates(found: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each device that a text may mean."""
+    lines = [
+        "  ".join(str(device[name]) for name in ("device_id", "name", "external_id") if device.get(name))
+        for device in found[:MAX_SHOWN]
+    ]
+    return lines + (["…"] if len(found) > MAX_SHOWN else [])
