@@ -179,6 +179,13 @@ class _Gauges(Collector):
             yield family
 
 
+def exposition_of(gauges: Iterable[Gauge]) -> bytes:
+    """Return the ``gauges`` alone in the same format, without any counts: those are of all tenants together."""
+    registry = CollectorRegistry()
+    registry.register(_Gauges(gauges))
+    return generate_latest(registry)
+
+
 def exposition(gauges: Iterable[Gauge]) -> bytes:
     """Return the counts of all processes and the ``gauges`` in version 0.0.4 of Prometheus' text format."""
     registry = CollectorRegistry()

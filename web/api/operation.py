@@ -10,7 +10,6 @@ from typing import Any, Literal
 from flask import render_template
 
 from core import metrics
-from core.errors import Forbidden
 from core.roles import MAY, Permission, Role
 from web.api.openapi import openapi
 from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, Route, Routes
@@ -81,10 +80,12 @@ def readyz(call: Call) -> Reply:
     "GET", "/metrics", Permission.READ, Answers("The text format of Prometheus, version 0.0.4", media_type="text/plain")
 )
 def read_metrics(call: Call) -> Reply:
-    """Return metrics of devices, broker and requests for Prometheus."""
-    if not _runs_the_installation(call):
-        raise Forbidden("The metrics are those of the whole installation; ask whoever runs it.")
-    content = metrics.exposition(call.portal.monitoring.gauges())
+    """Return metrics for Prometheus: of devices, broker and requests, or of an operator's own tenant alone."""
+    monitoring = call.portal.monitoring
+    if _runs_the_installation(call):
+        content = metrics.exposition(monitoring.gauges())
+    else:
+        content = metrics.exposition_of(monitoring.gauges_of(call.actor.tenant_id))
     return Reply(content=content, media_type=metrics.MEDIA_TYPE)
 
 

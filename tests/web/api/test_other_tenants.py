@@ -27,6 +27,7 @@ from store.enrolment import EnrolmentProfile
 from store.tables import METADATA
 from tests.support.est import Device as EstClient
 from tests.support.est import csr_der, in_base64, new_key
+from tests.support.exposition import samples_of
 from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem, problem_of
 from tests.support.pki import PEM, Authority, ca_without_key_identifiers
 from tests.support.tenants import add_issuer
@@ -328,7 +329,11 @@ def test_figures_and_problems_of_the_installation_are_told_to_the_role_above_the
     assert system.get("/metrics").status_code == 200
     assert {check.get("problem") for check in system.get("/readyz").json["checks"]} - {None, FOR_OPERATORS}
     for api in (owner, *neighbours.values()):
-        problem_of(api.get("/metrics"), 403, "forbidden")
+        own = samples_of(api.get("/metrics").text)
+        names = {name for name, _labels in own}
+        assert "portal_devices" in names
+        assert not {"portal_generation", "portal_http_requests_total", "portal_crl_life_left_seconds"} & names
+        assert not [labels for _name, labels in own if "tenant" in dict(labels)]
         problems = {check.get("problem") for check in api.get("/readyz").json["checks"]} - {None}
         assert problems == {FOR_OPERATORS}
 
