@@ -7,6 +7,7 @@ the newest thisUpdate counts. So each new CRL has the next number, without a gap
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ AWzIq2T3Io7TTpAQ
 """
 
 
+@functools.lru_cache(maxsize=1 << 14)  # of all CAs of all tenants, at each publication
 def name_hash(name: x509.Name) -> str:
     """Return the hash by which OpenSSL names files of a CA (``openssl x509 -subject_hash``): 8 hex digits.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import binascii
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
 
 from core.errors import ProjectionInvalid
 from pki.crl import VerifyingKey, is_signed_by
@@ -59,32 +61,37 @@ class CrlWindow:
         return None
 
 
-def validate_crl(pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: datetime) -> CrlWindow:
+def validate_crl(
+    pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: datetime, verified: set[bytes] | None = None
+) -> CrlWindow:
     """Check a file of CRLs (PEM, RFC 5280 section 5) as strictly as the broker needs it; return when it is current.
 
     It must contain exactly one CRL of each certificate in ``issuers``, and no other, each a full CRL signed with that
     issuer's key, with thisUpdate <= ``now`` < nextUpdate. Otherwise raise ``ProjectionInvalid``: with such a file the
-    broker would accept revoked certificates, or refuse every device.
+    broker would accept revoked certificates, or refuse every device. ``verified`` names CRLs with CAs whose signatures
+    were verified before, which need not be again; those of this file take their place.
     """
     if not issuers:
         raise ProjectionInvalid("There is no issuing CA to check a CRL with.")
-    missing = list(issuers)
-    windows = []
+    named, good, windows = _by_subject(issuers), set[bytes](), []
     for crl, der, _ in read_crls(pem_bundle):
-        issuer = _issuer_of(crl, der, missing)
+        issuer = _issuer_of(crl, der, named.get(crl.issuer, []), verified or (), good)
         if issuer is None:
             raise ProjectionInvalid(
                 "A CRL is not signed by one of the issuing CAs, or an issuing CA has two of them in the file."
             )
-        missing.remove(issuer)
+        named[issuer.subject].remove(issuer)
         if any(extension.critical for extension in _extensions(crl)):
             raise ProjectionInvalid("A CRL has a critical extension: the broker needs full CRLs without any.")
         window = _window([crl])
         if problem := window.problem(now):
             raise ProjectionInvalid(f"The CRL of {issuer.subject.rfc4514_string()} {problem}.")
         windows.append(window)
-    if missing:
-        raise ProjectionInvalid(f"There is no CRL of {missing[0].subject.rfc4514_string()} in the file.")
+    for without in (one for each in named.values() for one in each):
+        raise ProjectionInvalid(f"There is no CRL of {without.subject.rfc4514_string()} in the file.")
+    if verified is not None:
+        verified.clear()
+        verified |= good
     return CrlWindow(max(one.this_update for one in windows), min(one.next_update for one in windows))
 
 
@@ -106,13 +113,21 @@ def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
         raise ProjectionInvalid("The file of CA certificates is malformed.") from error
     if ca_bundle.count(b"-----BEGIN ") != len(certificates) or not all(one.ca for one in constraints):
         raise ProjectionInvalid("The file of CA certificates contains something other than CA certificates.")
-    above: list[x509.Certificate] = []
+    named = _by_subject(certificates)
+    above: set[x509.Certificate] = set()
     for certificate in certificates:
-        issuers = [one for one in certificates if _is_issued_by(certificate, one)]
+        issuers = [one for one in named.get(certificate.issuer, ()) if _is_issued_by(certificate, one)]
         if not issuers:
             raise ProjectionInvalid(f"The issuer of the CA {certificate.subject.rfc4514_string()} is not in the file.")
-        above += [one for one in issuers if one != certificate]
+        above.update(one for one in issuers if one != certificate)
     return [one for one in certificates if one not in above]
+
+
+def _by_subject(certificates: Iterable[x509.Certificate]) -> dict[x509.Name, list[x509.Certificate]]:
+    named: dict[x509.Name, list[x509.Certificate]] = {}
+    for certificate in certificates:
+        named.setdefault(certificate.subject, []).append(certificate)
+    return named
 
 
 def read_crls(pem_bundle: bytes) -> list[ReadCrl]:
@@ -145,10 +160,17 @@ def _window(crls: Sequence[x509.CertificateRevocationList]) -> CrlWindow:
 
 
 def _issuer_of(
-    crl: x509.CertificateRevocationList, der: bytes, candidates: Sequence[x509.Certificate]
+    crl: x509.CertificateRevocationList,
+    der: bytes,
+    candidates: Sequence[x509.Certificate],
+    verified: Container[bytes],
+    good: set[bytes],
 ) -> x509.Certificate | None:
+    """Return the candidate that signed a CRL, and add what names the two to ``good``."""
     for candidate in candidates:
-        if crl.issuer == candidate.subject and _is_signed_by(crl, der, _issuer_key(candidate)):
+        both = hashlib.sha256(candidate.fingerprint(hashes.SHA256()) + der).digest()
+        if both in verified or _is_signed_by(crl, der, _issuer_key(candidate)):
+            good.add(both)
             return candidate
     return None
 

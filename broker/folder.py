@@ -68,6 +68,7 @@ class BrokerFolder:
         self._ca_folder = CaFolder(settings.broker_file(CA_FOLDER), self._group)
         self._seen: dict[str, _Seen] = {}
         self._checked: tuple[str, CrlWindow] = ("", _NEVER)  # the CRLs checked last, by the digest of CRLs and CAs
+        self._signatures: set[bytes] = set()  # of the CRLs that were verified last
         self._lock = threading.Lock()
 
     def _check(self, generation: int, trust: Trust) -> None:
@@ -80,7 +81,10 @@ class BrokerFolder:
         digest = hashlib.sha256(hashlib.sha256(trust.ca).digest() + trust.crl).hexdigest()
         seen, window = self._checked
         if digest != seen or window.problem(self._clock()):
-            self._checked = (digest, validate_crl(trust.crl, issuing_certificates(trust.ca), self._clock()))
+            self._checked = (digest, self._validate(trust))
+
+    def _validate(self, trust: Trust) -> CrlWindow:
+        return validate_crl(trust.crl, issuing_certificates(trust.ca), self._clock(), self._signatures)
 
     def _check_order(self, generation: int) -> None:
         """Raise ``ProjectionInvalid`` if a newer generation is installed."""

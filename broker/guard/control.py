@@ -54,7 +54,6 @@ SOME_CRL_BYTES, MORE_CRL_BYTES_A_SECOND, MAX_CRL_BYTES = 25 << 20, 1000, 150 << 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _REASON_SECONDS = 0.5  # to ask, after the deadline, why there is no proof
 _MOST_ISSUERS = 200  # hashes of issuing CAs, retired ones too, of which a CA has up to three; the guard takes 256
-_MOST_TENANTS_ISSUERS = 60_000  # with those of all tenants, of which the guard takes 65,536
 _LOOK_SECONDS = 1.0  # to ask whether the guard knows tenants
 _COMPACTED_AT = 4  # times its size when it was begun, or of 1 MiB
 
@@ -98,13 +97,13 @@ class GuardControl:
 
     def issuers(self, ca: bytes, tenants: Mapping[str, str]) -> NamedIssuers:
         """Return the hashes that name the issuing CAs to the guard, in the order in which it is to read them."""
-        if self._issuers[0] != ca or self._issuers[1] != tenants:
+        if self._issuers[0] != ca or (self._issuers[1] is not tenants and self._issuers[1] != tenants):
             named = [
                 (issuer_hash, tenants.get(hashlib.sha256(each.public_bytes(Encoding.DER)).hexdigest()))
                 for each in issuing_certificates(ca)
                 for issuer_hash in journal.issuer_hashes(each)
             ]
-            self._issuers = (ca, dict(tenants), tuple(named))
+            self._issuers = (ca, tenants, tuple(named))
         return self._issuers[2]
 
     def told_by(self, writer: JournalAppend | NewJournal) -> Told:

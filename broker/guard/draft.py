@@ -17,6 +17,7 @@ from core.tenants import TenantOnBroker, overlapping
 if TYPE_CHECKING:
     from broker.guard.control import GuardControl
 
+MAX_ISSUERS = 60_000  # hashes of CAs of all tenants, retired ones too; the guard takes 65,536
 UNKNOWN_IDENTITY = "unknown"  # of a certificate of which only the serial number is known
 
 
@@ -102,6 +103,11 @@ class GuardDraft(GuardAccess):
                         f"The broker was told of a CA of the tenant {tenant}, but not of the tenant."
                     )
                 lines.append(journal.issuer_line(issuer_hash, tenant))
+        if len(self.told.issuers) + len(lines) > MAX_ISSUERS:
+            self._control.distrust()
+            raise ProjectionInvalid(
+                "The journal names more CAs than the guard takes; it is written again without old ones."
+            )
         self._tell(lines)
         return bool(lines)
 

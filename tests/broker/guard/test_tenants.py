@@ -208,6 +208,23 @@ def test_a_ca_of_a_tenant_that_was_not_told_or_is_anothers_is_refused(place: Pla
         place.install(lambda draft: draft.tell_tenant(C), trust(place, theirs, "c"))
 
 
+def test_a_journal_that_names_too_many_cas_is_begun_again(
+    place: Place, theirs: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.install(lambda draft: draft.tell_tenant(B), trust(place, theirs))
+    epoch = read_position(place.journal).epoch
+    renewed = Authority("b Issuing CA 2", issuer=place.pki.root)
+    monkeypatch.setattr("broker.guard.draft.MAX_ISSUERS", 8)  # three of each of two CAs, and of a third
+    with pytest.raises(ProjectionInvalid, match="written again"):
+        place.install(trust=trust(place, renewed))
+    assert place.install(lambda draft: draft.tell_tenant(B), trust(place, renewed))
+    assert read_position(place.journal).epoch > epoch
+    assert set(read_told(place.journal).issuers) == {
+        *issuer_hashes(place.pki.issuing.certificate),
+        *issuer_hashes(renewed.certificate),
+    }
+
+
 # --- The guard in the broker ----------------------------------------------------------------------------------------
 
 
