@@ -37,10 +37,7 @@ _NAME_DIFFERS = (62, 64)  # host name, IP address
 _NOT_NOW = (9, 10)  # not yet valid, expired
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
 # The answer to a HEAD request has no body with a reason.
-_DEAD_LINK = {
-    404: "The portal does not know this link; check that it was copied completely.",
-    410: "This link was used or has expired, or its device is revoked; renew it, or register it again if revoked.",
-}
+_UNKNOWN_LINK = "The portal does not know this link; check that it was copied completely."
 _REQUEST = re.compile(r"\b(?:(?:GET|POST|PUT|PATCH|DELETE) /[a-z-]+(?:/[a-z{][a-z_{}-]*)*|send it as Authorization)")
 _COMMANDS = {
     "GET /applications": "portal application list",
@@ -165,8 +162,10 @@ class Client:
     def check_link_works(self, link: str, key: str) -> None:
         """Raise as ``fetch_bundle`` would, without using the link up."""
         answer = self._send("HEAD", link, None, headers={"Idempotency-Key": key})
-        if answer.status in _DEAD_LINK:
-            raise Refused(_DEAD_LINK[answer.status], status=answer.status)
+        if answer.status == 410:  # nothing is left to be used up; a GET says when it was, and has the operators told
+            answer = self._send("GET", link, None, headers={"Connection": "close", "Idempotency-Key": key})
+        if answer.status == 404:
+            raise Refused(_UNKNOWN_LINK, status=404)
         if answer.status >= 400:
             raise self.refusal(answer)
 

@@ -21,7 +21,7 @@ from tests.support import programs
 from tests.support.checkpoints import KEY, NOTE
 from tests.support.cli_session import Session
 from tests.support.pki import Pki
-from tests.support.portal_stub import BUNDLE_PASSWORD, TOKEN, PortalStub, Reply, build_bundle, device_files
+from tests.support.portal_stub import BUNDLE_PASSWORD, TOKEN, PortalStub, Reply, build_bundle, device_files, problem
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 
@@ -376,12 +376,14 @@ def test_the_bundle_password_is_asked_for_without_echo_until_it_is_right(
 
 
 def test_nobody_types_a_password_for_a_link_that_is_used(session: Session, stub: PortalStub) -> None:
+    stub.replies["HEAD", "/download/a-used-link"] = Reply(410, b"")
+    stub.replies["GET", "/download/a-used-link"] = problem(410, "link_used", "This link was used at noon.")
     with terminal(session, "download", f"{stub.url}/download/a-used-link", NO_COLOR="1") as seen:
         assert seen.end() == 1
-    assert "This link was used or has expired" in seen.seen
+    assert "This link was used at noon." in seen.seen
     assert "Bundle password" not in seen.seen
     assert "a-used-link" not in seen.seen.partition("download")[2]
-    assert [request.method for request in stub.requests] == ["HEAD"]
+    assert [request.method for request in stub.requests] == ["HEAD", "GET"]  # only the latter is told to operators
 
 
 def test_ctrl_c_is_quiet_and_keeps_the_bundle(session: Session, stub: PortalStub, cli_pki: Pki) -> None:
