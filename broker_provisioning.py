@@ -109,6 +109,11 @@ class BrokerProvisioning:
         grant(client_id, topics, tenant)
         return access.closed.get(client_id)
 
+    def begin_again(self) -> None:
+        """Have the next draft of this process tell the broker all, without what no longer is in the database."""
+        if isinstance(self.control, GuardControl):
+            self.control.distrust()
+
     def knows_tenants(self, deadline: float) -> bool:
         """Return whether the broker can keep a second tenant apart; see ``broker.control.BrokerControl``."""
         return self.control.knows_tenants(deadline)

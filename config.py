@@ -287,6 +287,9 @@ class Settings(BaseSettings):
     event_days: Annotated[int, count(1, 3650)] = setting(
         "30", "Days for which events that were sent or given up are kept"
     )
+    tenant_grace_days: Annotated[int, count(1, 3650)] = setting(
+        "30", "Days after which the rows of a removed tenant are deleted"
+    )
     metrics_tenants: Annotated[int, count(1, 10000)] = setting(
         "50", "With so many tenants at most, metrics are by tenant; with more they are sums"
     )

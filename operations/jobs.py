@@ -280,6 +280,7 @@ JOBS = (
     Job("retirement of CAs", 3600.0, retire_unneeded, final=True),
     Job("audit checkpoints", 60.0, sign_audit_record),
     Job("certificates that end", 600.0, announce_expiring),
+    Job("removed tenants", 10.0, lambda portal: portal.tenant_removals.run(), final=True),
 )
 # In a thread and under a lock of its own, so that it waits for no other job.
 FOLLOW_PRESENCE = (Job("presence", 2.0, lambda portal: portal.follower.follow()),)

@@ -60,6 +60,7 @@ from workflows.registration import Registrations
 from workflows.renewal import Renewals
 from workflows.revocation import DeviceRevocations
 from workflows.tenant_life import Tenants
+from workflows.tenant_removal import TenantRemovals
 from workflows.tenants import TenantDirectory, TenantRates, check_tenants
 from workflows.webhooks.sending import SecretSeal, Sender
 from workflows.webhooks.subscriptions import Dispatcher, Webhooks
@@ -97,6 +98,7 @@ class Portal:
     database: Database
     tenant_terms: TenantDirectory
     tenants: Tenants
+    tenant_removals: TenantRemovals
     keys: KeyStores
     authority: Authority
     broker: BrokerProvisioning
@@ -262,7 +264,10 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         first_tenant=first_tenant,
         database=database,
         tenant_terms=tenant_terms,
-        tenants=_tenants(base, answers),
+        tenants=(administration := _tenants(base, answers)),
+        tenant_removals=TenantRemovals(
+            settings, database, administration, reconciler, base.audit_logs, base.broker.begin_again, clock
+        ),
         keys=base.keys,
         authority=authority,
         broker=base.broker,

@@ -51,10 +51,15 @@ def issuers_version(tx: Connection) -> str:
 _VERSION = sa.select(BrokerState.issuers_version)
 
 
-def _change(tx: Connection, statement: sa.Executable, values: Any = None) -> sa.CursorResult[Any]:
-    """Write rows of CAs, and advance their version; every change but ``touch_issuer`` goes through here."""
+def changed(tx: Connection) -> None:
+    """Advance the version of the CAs."""
     # Not a number, which a transaction that is rolled back would leave to the next one.
     tx.execute(sa.update(BrokerState).values(issuers_version=secrets.token_hex(16)))
+
+
+def _change(tx: Connection, statement: sa.Executable, values: Any = None) -> sa.CursorResult[Any]:
+    """Write rows of CAs, and advance their version; every change but ``touch_issuer`` goes through here."""
+    changed(tx)
     return tx.execute(statement, values)
 
 

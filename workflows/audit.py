@@ -7,6 +7,7 @@ continue it. See docs/security.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -243,6 +244,12 @@ class AuditLog:
             actor = audit.system_actor(self.tenant_id)
             audit.record(tx, actor, "audit:key", "audit", at=self._clock(), verifier_key=str(key.verifier))
         secret_file(path, lambda: str(key))
+
+    def forget(self) -> None:
+        """Delete the key and the checkpoint of a record that there is no more."""
+        for path in (self.files.checkpoint_path, lambda: self.files.key_path):
+            with contextlib.suppress(NotFound):
+                path().unlink(missing_ok=True)
 
     def export(self) -> Iterator[bytes]:
         """Yield the whole record, oldest entry first, as lines of JSON.

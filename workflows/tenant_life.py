@@ -119,7 +119,7 @@ class Tenants:
         record, problem = self.show(wanted.name), None
         if record.status is TenantStatus.ACTIVE:
             problem = self._with_ca(dataclasses.replace(actor, tenant_id=wanted.name), wanted)
-        return AddedTenant(self._applied(record, generation), kept.token, kept.expires_at, problem)
+        return AddedTenant(self.applied(record, generation), kept.token, kept.expires_at, problem)
 
     def _add(self, actor: Actor, wanted: NewTenant, sealed: Sealed | None) -> tuple[_Kept, int]:
         self._check_broker()
@@ -139,7 +139,7 @@ class Tenants:
                 generation=generation,
             )
             tenants.add_token(tx, token, secret=secret)
-            _record(tx, actor, "tenant:create", wanted.name, now, topic_prefix=wanted.prefix, token=token.id)
+            record_of_both(tx, actor, "tenant:create", wanted.name, now, topic_prefix=wanted.prefix, token=token.id)
             if sealed is not None:
                 self._answers.keep(tx, sealed, kept.to_json(), device_id=None, generation=generation)
         return kept, generation
@@ -177,14 +177,15 @@ class Tenants:
     def show(self, name: str) -> TenantRecord:
         """Return a tenant with the prefix of its topics; raises ``NotFound``."""
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            return self._whole(tenants.get_tenant(tx, name))
+            return self.whole(tenants.get_tenant(tx, name))
 
     def list(self) -> Sequence[TenantRecord]:
         """Return all tenants in the order of their names, the removed ones that are still kept, too."""
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            return [self._whole(record) for record in tenants.list_tenants(tx)]
+            return [self.whole(record) for record in tenants.list_tenants(tx)]
 
-    def _whole(self, record: TenantRecord) -> TenantRecord:
+    def whole(self, record: TenantRecord) -> TenantRecord:
+        """Return a tenant with the prefix of its topics, which the first one has in the settings."""
         return dataclasses.replace(record, topic_prefix=record.topic_prefix or self._settings.topic_prefix)
 
     # --- Change
@@ -204,9 +205,9 @@ class Tenants:
                 quotas=dataclasses.replace(record.quotas, **quotas),
             )
             tenants.update_tenant(tx, changed)
-            _record(tx, actor, "tenant:update", name, now, choices=dict(choices), quotas=dict(quotas))
+            record_of_both(tx, actor, "tenant:update", name, now, choices=dict(choices), quotas=dict(quotas))
         self._directory.refresh()
-        return self._whole(changed)
+        return self.whole(changed)
 
     def suspend(self, actor: Actor, name: str) -> TenantState:
         """Serve nobody of a tenant until it is resumed, and have the broker refuse its devices; may be repeated.
@@ -232,10 +233,10 @@ class Tenants:
             if record.status is not status:
                 record = dataclasses.replace(record, status=status, generation=generation, changed_at=now)
                 tenants.update_tenant(tx, record)
-                _record(tx, actor, action, name, now)
-        return self._applied(self._whole(record), record.generation)
+                record_of_both(tx, actor, action, name, now)
+        return self.applied(self.whole(record), record.generation)
 
-    def _applied(self, record: TenantRecord, generation: int) -> TenantState:
+    def applied(self, record: TenantRecord, generation: int) -> TenantState:
         """Let this process and the broker know of a change; says whether the broker was seen to obey."""
         self._directory.refresh()
         outcome = self._reconciler.apply(generation)
@@ -281,7 +282,7 @@ def _canonical(wanted: NewTenant) -> bytes:
     return json.dumps(["tenant", dataclasses.asdict(wanted)], sort_keys=True).encode()
 
 
-def _record(tx: Connection, actor: Actor, action: str, name: str, now: datetime, **detail: Any) -> None:
+def record_of_both(tx: Connection, actor: Actor, action: str, name: str, now: datetime, **detail: Any) -> None:
     """Write what was done to a tenant into the actor's audit record and into its own."""
     for owner in dict.fromkeys((actor.tenant_id, name)):
         audit.record(tx, dataclasses.replace(actor, tenant_id=owner), action, f"tenant:{name}", at=now, **detail)

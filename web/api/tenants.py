@@ -11,7 +11,7 @@ from core.tenants import Quotas, TenantChoices
 from store.tenants import TenantRecord
 from web.api.devices import ChangesRequest
 from web.api.fields import BundleFormatName, KeyTypeName, RoleName, TenantName, TopicPrefix, WholeNumber
-from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from web.api.routing import NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.tenant_life import NewTenant, TenantState
 
 ROUTES = Routes("Tenants")
@@ -110,6 +110,19 @@ class NewTenantModel(TenantStateModel):
     ca_problem: str | None
 
 
+class RemovedTenantModel(TenantStateModel):
+    """A tenant that was removed: the devices that are still to be revoked, and when all its rows are deleted."""
+
+    devices_left: int
+    deleted_after: Timestamp
+
+
+class RemoveTenantQuery(RequestModel):
+    """`confirm` repeats the name of the tenant."""
+
+    confirm: Annotated[str, Field(max_length=64)]
+
+
 class TenantList(AnswerModel):
     """Every tenant, in the order of their names."""
 
@@ -204,6 +217,38 @@ def suspend_tenant(call: Call, tenant: str) -> TenantStateModel:
 def resume_tenant(call: Call, tenant: str) -> TenantStateModel:
     """Resume a suspended tenant, with all that it had."""
     return _state(call.portal.tenants.resume(call.actor, tenant))
+
+
+@ROUTES.add(
+    "DELETE",
+    "/tenants/{tenant}",
+    Permission.TENANTS,
+    Answers("The tenant is removed, and the broker refuses its devices; a repeat goes on to revoke them"),
+    errors=(409,),
+)
+def remove_tenant(call: Call, tenant: str, query: RemoveTenantQuery) -> RemovedTenantModel:
+    """Remove a tenant for good: revoke all that it has, and after a time of grace delete its rows."""
+    removed = call.portal.tenant_removals.remove(call.actor, tenant, query.confirm)
+    return RemovedTenantModel(
+        **_values(removed.state.record),
+        **_outcome(removed.state),
+        devices_left=removed.devices_left,
+        deleted_after=removed.deleted_after,
+    )
+
+
+@ROUTES.add(
+    "GET",
+    "/tenants/{tenant}/export",
+    Permission.TENANTS,
+    Answers(
+        "A line for the tenant, for each device, certificate and entry of its audit record, and for its checkpoint",
+        media_type=NDJSON,
+    ),
+)
+def export_tenant(call: Call, tenant: str) -> Reply:
+    """Export what is known of a tenant, also of one that was removed, without keys and bundles."""
+    return Reply(content=call.portal.tenant_removals.export(tenant), media_type=NDJSON)
 
 
 def _values(record: TenantRecord) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from store import issuers as store_issuers
 from store.audit import Actor
 from store.database import Database
 from store.issuers import IssuerRecord
+from store.scope import ALL_TENANTS
 from store.tables import Certificate, IssuerRow
 from workflows.authority.issuers import Authority, Issuers, RecordedIssuer
 from workflows.authority.names import common_name, issuing_name, next_number
@@ -230,6 +231,15 @@ def _check_unneeded(
             f"{count} certificates of {name} are still valid; renew or revoke their devices, or wait until they expire."
         )
     return wanted
+
+
+def retire_all(database: Database, actor: Actor, *, now: datetime) -> None:
+    """Stop trusting all CAs of the actor's tenant, which was removed, and whose devices are all revoked."""
+    with database.transaction(sees=ALL_TENANTS) as tx:
+        db.next_generation(tx, at=now)
+        for record in store_issuers.list_issuers(tx, tenant_id=actor.tenant_id):
+            store_issuers.set_status(tx, record.id, IssuerStatus.RETIRED)
+            audit.record(tx, actor, "ca:retire", f"issuer:{record.name}", at=now)
 
 
 def retire(

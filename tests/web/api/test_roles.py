@@ -86,6 +86,8 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "POST /tenants": {SYSTEM},
     "GET /tenants/{tenant}": {SYSTEM},
     "PATCH /tenants/{tenant}": {SYSTEM},
+    "DELETE /tenants/{tenant}": {SYSTEM},
+    "GET /tenants/{tenant}/export": {SYSTEM},
     "POST /tenants/{tenant}/suspend": {SYSTEM},
     "POST /tenants/{tenant}/resume": {SYSTEM},
     "GET /audit": {SYSTEM, ADMIN, AUDITOR},

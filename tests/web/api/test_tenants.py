@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from app import create_app, portal_of
+from app import portal_of
 from broker.guard.control import TENANTS_VERSION
 from config import Settings
-from core.broker_control import JOURNAL_FILE
 from core.errors import BrokerUnavailable
 from core.roles import Role
-from operations.wiring import prepare
-from tests.support.guard_stub import GuardStub
-from tests.support.harness import ON_SQLITE, Api, Clock, api_as, derived_quickly, problem_of, state_of
+from tests.support.guarded import guarded_app
+from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of, state_of
 
 pytestmark = ON_SQLITE
 PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
@@ -27,14 +25,8 @@ PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.
 def app(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
     """A portal under the control of a guard that knows tenants."""
     settings = make_settings(PORTAL_BROKER_CONTROL="guard", PORTAL_TOPIC_PREFIXES="homeassistant")
-    built = create_app(settings, background=False, clock=clock)
-    portal = portal_of(built)
-    monkeypatch.setattr(portal.broker, "probe", lambda *_arguments, **_options: None)  # it asks the broker itself
-    prepare(portal)
-    with derived_quickly(), GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE)) as guard:
-        built.extensions["guard"] = guard
+    with guarded_app(settings, clock, monkeypatch) as built:
         yield built
-    portal.close()
 
 
 @pytest.fixture
@@ -270,7 +262,8 @@ def test_only_the_role_system_rules_over_tenants(system: Api, app: Flask, role: 
     for method, path, body in (
         ("GET", "/tenants", None), ("POST", "/tenants", {"name": "other"}), ("GET", "/tenants/acme", None),
         ("PATCH", "/tenants/acme", {"quotas": {"devices": 5}}), ("POST", "/tenants/acme/suspend", {}),
-        ("POST", "/tenants/acme/resume", {}),
+        ("POST", "/tenants/acme/resume", {}), ("DELETE", "/tenants/acme?confirm=acme", None),
+        ("GET", "/tenants/acme/export", None),
     ):  # fmt: skip
         problem_of(api.call(method, path, body), 403, "forbidden")
     assert state_of(portal_of(app)) == before
