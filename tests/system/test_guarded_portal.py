@@ -353,7 +353,7 @@ def test_a_sleeping_application_that_loses_topics_gets_none_of_their_messages_an
 
 
 def test_the_programs_of_the_page_about_back_ends_get_what_devices_send(shared: Deployment) -> None:
-    page = (ROOT / "docs" / "connect-your-back-end.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "connect-your-back-end.md").read_text()
     [program] = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     [command] = re.findall(r"^    (mosquitto_sub .*)$", page, re.MULTILINE)
     device = shared.onboard()

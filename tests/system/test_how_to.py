@@ -1,0 +1,90 @@
+"""The pages of docs/how-to: their commands are run, in order, by somebody who is logged in."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.deployment import ROOT, SECONDS, Deployment, deployed
+
+pytestmark = pytest.mark.system
+
+PAGES = {path.stem: path.read_text() for path in (ROOT / "docs" / "how-to").glob("*.md")}
+STOPPED = "# The portal is stopped.\n"
+# What a page begins with because another one comes before it, or does not say again.
+BEFORE = {
+    "a-device-is-stolen": "portal register pump-1 --type pump --location 'Hall 2' --firmware 1.0 --out pump-1",
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    with deployed(PORTAL_VENV=sys.prefix) as running:
+        running.wait_ready()
+        programs = running.folder / "bin"
+        programs.mkdir()
+        for name in ("portal", "portal-server"):
+            (programs / name).symlink_to(ROOT / name)
+        running.environment["PATH"] = f"{programs}:{running.environment['PATH']}"
+        yield running
+
+
+def run(deployment: Deployment, page: str, script: str) -> str:
+    """What the script prints, run in a folder of the page's own."""
+    folder = deployment.folder / page
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=deployment.environment | deployment.operator,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=2 * SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", sorted(page for page in PAGES if blocks(page, "bash")))
+def test_the_commands_of_a_page_do_what_it_says(deployment: Deployment, page: str) -> None:
+    served = [BEFORE[page]] if page in BEFORE else []
+    served += [block for block in blocks(page, "bash") if not block.startswith(STOPPED)]
+    printed = run(deployment, page, "\n".join(served))
+    if page == "a-device-is-stolen":
+        assert re.search(r"^broker\s+enforced$", printed, re.MULTILINE)
+    if stopped := [block for block in blocks(page, "bash") if block.startswith(STOPPED)]:
+        deployment.stop_portal()
+        assert "Restored" in run(deployment, page, "\n".join(stopped))
+        deployment.start_portal()
+
+
+def test_the_python_program_for_devices_has_its_message_acknowledged(deployment: Deployment) -> None:
+    page = "code-for-devices-in-python"
+    [program] = blocks("code-for-devices", "python")
+    prepared = blocks("code-for-devices", "bash")[0]
+    (deployment.folder / "device.py").write_text(program)
+    printed = run(deployment, page, f"{prepared}\n{sys.executable} {deployment.folder}/device.py")
+    assert "acknowledged: True" in printed
+
+
+def test_every_page_is_in_the_list_of_the_guides() -> None:
+    listed = re.findall(r"^- \[.+?\]\((.+?)\.md\)", PAGES["README"], re.MULTILINE)
+    assert sorted(listed) == sorted(set(PAGES) - {"README"})
+
+
+def test_each_page_begins_with_its_task_and_is_no_wall_of_text() -> None:
+    for name, text in PAGES.items():
+        assert text.startswith("# "), name
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        paragraphs = [each for each in re.split(r"\n\n+", prose) if not each.startswith(("|", "    ", "- "))]
+        assert max(map(len, paragraphs)) < 900, name
