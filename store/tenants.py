@@ -77,6 +77,18 @@ def tenant_ids(tx: Connection) -> Sequence[str]:
     return tx.execute(sa.select(Tenant.id).order_by(Tenant.id)).scalars().all()
 
 
+def are_several(tx: Connection) -> bool:
+    """Return whether there is more than one tenant."""
+    return len(tx.execute(sa.select(Tenant.id).limit(2)).all()) > 1
+
+
+def longest_link_hours(tx: Connection) -> int:
+    """Return the most hours that a tenant has chosen for its links, 0 if none has."""
+    return max(
+        (choices.get("link_hours") or 0 for choices in tx.execute(sa.select(Tenant.choices)).scalars()), default=0
+    )
+
+
 def list_tenants(tx: Connection) -> Sequence[TenantRecord]:
     """Return all tenants, in the order of their names."""
     return [_record(row) for row in tx.execute(sa.select(*_TENANT_COLUMNS).order_by(Tenant.id))]

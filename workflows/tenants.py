@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+
+from sqlalchemy.engine import Connection
 
 from config import Settings
 from core.broker_control import ControlKind
@@ -23,6 +26,7 @@ from store.tenants import TenantRecord
 log = logging.getLogger("portal.tenants")
 
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS_AT_ALL = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +69,44 @@ def check_tenants(settings: Settings, records: Sequence[TenantRecord]) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The terms of a tenant, and when they were read, by the monotonic clock."""
+
+    terms: TenantTerms
+    at: float
+
+
 class TenantDirectory:
-    """The terms of each tenant, from memory; a change made by another process is seen within a second."""
+    """The terms of each tenant, from memory; a change made by another process is seen within a second.
+
+    Each is read when it is asked for, so that what a request costs does not grow with the number of tenants.
+    """
 
     def __init__(self, settings: Settings, database: Database) -> None:
-        """Read them from a database that has tenants."""
+        """Use a database that has tenants."""
         self._settings = settings
         self._database = database
-        self._lock = threading.Lock()
-        self._terms: Mapping[str, TenantTerms] = {}
+        self._looking = threading.Lock()
         self.refresh()
 
     def of(self, tenant_id: str) -> TenantTerms:
         """Return the terms of a tenant; raises ``NotFound``."""
-        self._look()
-        if tenant_id not in self._terms:
-            self.refresh()  # one that has just been added
-        if tenant_id not in self._terms:
-            raise NotFound("There is no tenant of this name; list them with GET /tenants.")
-        return self._terms[tenant_id]
+        seen = self._seen.get(tenant_id)
+        if seen is None:
+            return self._read(tenant_id)
+        if time.monotonic() - seen.at >= SECONDS_BETWEEN_LOOKS and self._looking.acquire(blocking=False):
+            try:
+                return self._read(tenant_id)
+            except NotFound:
+                self._seen.pop(tenant_id, None)
+                raise
+            except PortalError as error:
+                self._seen[tenant_id] = _Seen(seen.terms, time.monotonic())
+                log.error("a tenant cannot be read; what is known of it stays", extra={"problem": error.detail})
+            finally:
+                self._looking.release()
+        return seen.terms
 
     def check_label(self, label: str) -> None:
         """Raise ``NotFound`` unless an EST label is the name of a tenant, ``TenantSuspended`` if that is not served."""
@@ -95,29 +118,40 @@ class TenantDirectory:
     @property
     def are_several(self) -> bool:
         """Whether there is any tenant beside the first one."""
-        self._look()
-        return len(self._terms) > 1
+        return bool(self._of_all("several", tenants.are_several, SECONDS_BETWEEN_LOOKS))
 
     @property
     def longest_link_hours(self) -> int:
         """For how many hours a link of any tenant can be good."""
-        self._look()
-        return max(terms.link_hours for terms in self._terms.values())
-
-    def _look(self) -> None:
-        if time.monotonic() - self._looked_at >= SECONDS_BETWEEN_LOOKS and self._lock.acquire(blocking=False):
-            try:
-                self.refresh()
-            except PortalError as error:
-                log.error("the tenants cannot be read; the known ones stay", extra={"problem": error.detail})
-            finally:
-                self._lock.release()
+        chosen = self._of_all("link hours", tenants.longest_link_hours, SECONDS_BETWEEN_LOOKS_AT_ALL)
+        return max(chosen, self._settings.link_hours)
 
     def refresh(self) -> None:
-        """Read the tenants now; raises ``DatabaseUnavailable``."""
-        self._looked_at = time.monotonic()
+        """Forget what was read, after a change."""
+        self._seen: dict[str, _Seen] = {}
+        self._figures: dict[str, tuple[int, float]] = {}
+
+    def _read(self, tenant_id: str) -> TenantTerms:
+        now = time.monotonic()
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            self._terms = {record.id: self._terms_of(record) for record in tenants.list_tenants(tx)}
+            terms = self._terms_of(tenants.get_tenant(tx, tenant_id))
+        self._seen[tenant_id] = _Seen(terms, now)
+        return terms
+
+    def _of_all(self, name: str, question: Callable[[Connection], int], seconds: float) -> int:
+        """Return an answer of the database about all tenants, at most so many seconds old."""
+        now = time.monotonic()
+        known, at = self._figures.get(name, (0, -math.inf))
+        if now - at >= seconds:
+            try:
+                with self._database.snapshot(sees=ALL_TENANTS) as tx:
+                    known = question(tx)
+            except PortalError as error:
+                if at == -math.inf:
+                    raise
+                log.error("the tenants cannot be read; what is known stays", extra={"problem": error.detail})
+            self._figures[name] = known, now
+        return known
 
     def _terms_of(self, record: TenantRecord) -> TenantTerms:
         settings, choices = self._settings, record.choices

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 import db
 from broker.guard.journal import issuer_hashes
 from broker.guard.told import read_told
 from config import Settings
 from core.broker_control import ACL_FILE, JOURNAL_FILE, ControlKind
-from core.errors import DeviceNotFound, NotFound, StartupError
+from core.errors import DatabaseUnavailable, DeviceNotFound, NotFound, StartupError
 from core.roles import Role
 from core.tenants import Quotas, TenantChoices, TenantStatus
 from operations import jobs
@@ -22,7 +23,7 @@ from operations.wiring import Portal, open_portal, prepare
 from store import generations, tenants
 from store.audit import Actor
 from store.tables import BrokerState, WebhookDelivery
-from store.tenants import TokenRecord
+from store.tenants import TenantRecord, TokenRecord
 from tests.support.guard_stub import GuardStub, journal_lines
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock
 from tests.support.tenants import add_issuer, add_tenant
@@ -221,3 +222,38 @@ def test_a_start_with_settings_that_do_not_keep_the_tenants_apart_is_refused(
     with pytest.raises(StartupError, match=said):
         open_portal(built.settings.model_copy(update=changed), clock)
     open_portal(built.settings, clock).close()
+
+
+def test_what_is_asked_of_a_tenant_reads_that_one_alone_and_once_a_second(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def noted(tx: Connection, tenant_id: str) -> TenantRecord:
+        read.append(tenant_id)
+        return get_tenant(tx, tenant_id)
+
+    get_tenant = tenants.get_tenant
+    monkeypatch.setattr(tenants, "get_tenant", noted)
+    monkeypatch.setattr(tenants, "list_tenants", lambda _tx: pytest.fail("read all tenants"))
+    portal.tenant_terms.refresh()
+    for _ in range(3):
+        assert portal.tenant_terms.of(NEIGHBOUR.tenant_id).id == NEIGHBOUR.tenant_id
+    assert portal.tenant_terms.are_several
+    assert portal.tenant_terms.longest_link_hours == portal.settings.link_hours
+    assert read == [NEIGHBOUR.tenant_id]
+
+
+def test_a_database_that_is_away_leaves_what_is_known_of_a_tenant(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = portal.tenant_terms.of(NEIGHBOUR.tenant_id)
+    monkeypatch.setattr("workflows.tenants.SECONDS_BETWEEN_LOOKS", 0)
+
+    def away(*_arguments: object) -> TenantRecord:
+        raise DatabaseUnavailable("The database is away.")
+
+    monkeypatch.setattr(tenants, "get_tenant", away)
+    assert portal.tenant_terms.of(NEIGHBOUR.tenant_id) == known
+    with pytest.raises(DatabaseUnavailable):
+        portal.tenant_terms.of("not-read-yet")
