@@ -164,6 +164,8 @@ def _problem(values: Mapping[str, Any], length: int) -> str | None:
         value = values.get(name)
         if value is not None and (not isinstance(value, str) or not 0 < len(value) <= most):
             return f"{name} is not a text of 1 to {most} characters"
+    if "PRIVATE KEY" in (values.get("csr") or ""):
+        return "csr holds a private key, which must not be sent; give the CSR alone"
     return _problem_of_choice(values)
 
 

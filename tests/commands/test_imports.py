@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from commands import imports
 from tests.support.cli_session import Session
+from tests.support.pki import key_pem
 from tests.support.portal_stub import PortalStub, Reply, problem, rows_reply
 
 pytest_plugins = ("tests.support.cli_fixtures",)
@@ -252,6 +254,18 @@ def test_a_folder_of_another_file_or_of_something_else_is_left_alone(session: Se
     assert run(session, write_fleet(session.folder, 2))[1] == 1
     assert path.read_text() == "score,team\n1,x\n"
     assert len(stub.devices) == 2
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--out=fleet"])
+def test_a_private_key_in_a_row_is_not_sent(option: str, session: Session, stub: PortalStub) -> None:
+    key = key_pem(ec.generate_private_key(ec.SECP256R1())).decode()
+    rows = [{"name": "pump", "type": "pump", "location": "h", "firmware": "1"} | more for more in ({}, {"csr": key})]
+    path = session.folder / "fleet.ndjson"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = session.run("import", str(path), option)
+    assert result.exit_code == 1
+    assert "line 2: csr holds a private key" in result.output
+    assert not [request for request in stub.requests if "PRIVATE KEY" in str(request.body)]
 
 
 def test_a_dry_run_lists_what_the_portal_would_refuse_and_registers_nothing(session: Session, stub: PortalStub) -> None:
