@@ -29,7 +29,7 @@ from store.devices import BY_NAME, DeviceFilter, DeviceRecord, ListedDevice, Lis
 from store.issuers import CrlHead, CrlRecord
 from store.presences import presence_of
 from workflows.presence import Contact, ContactFile, DeviceConnection, connection_of
-from workflows.tenants import TenantDirectory
+from workflows.tenants import TenantDirectory, TenantTerms
 
 log = logging.getLogger("portal.devices")
 
@@ -99,15 +99,15 @@ class Inventory:
             certificate=certificate,
             topics=topics or default_topics(self._tenants.of(tenant_id).topic_prefix),
             applied=device.generation <= state.applied_generation and not self._waits_for_restart(device),
-            problem=self._problem(device, topics),
+            problem=self._problem(self._tenants.of(tenant_id), device, topics),
             connection=None if presence is None else connection_of(presence, contact),
             attestation=shown,
         )
 
-    def _problem(self, device: DeviceRecord, own: Sequence[Topic]) -> str | None:
+    def _problem(self, tenant: TenantTerms, device: DeviceRecord, own: Sequence[Topic]) -> str | None:
         if device.status not in (DeviceStatus.ACTIVE, DeviceStatus.SUSPENDED) or not own:
             return None
-        problem = self._broker.topics_problem(device.id, own, device.kind)
+        problem = self._broker.topics_problem(device.id, own, device.kind, tenant.on_broker)
         if problem is None:
             return None
         return f"{problem} So the broker denies it everything: change its topics, or the settings."
@@ -148,20 +148,21 @@ class Inventory:
         contact = self._contact.read()  # first: what is read then is at least as new
         if wanted.connected is not None and not contact.is_current:
             raise _not_known(self._settings)
+        tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
             found = store_devices.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
             page, next_place = found.devices[:limit], found.end
             if len(found.devices) > limit:
                 next_place = place_of(page[-1], wanted)
             cursor = None if next_place is None else _make_cursor(next_place, wanted)
-            return self._page(tx, tenant_id, page, contact, cursor)
+            return self._page(tx, tenant, page, contact, cursor)
 
     def _page(
-        self, tx: Connection, tenant_id: str, page: Sequence[ListedDevice], contact: Contact, cursor: str | None
+        self, tx: Connection, tenant: TenantTerms, page: Sequence[ListedDevice], contact: Contact, cursor: str | None
     ) -> Page:
-        topics = store_devices.topics_of(tx, tenant_id, [one.device.id for one in page if one.device.own_topics])
+        topics = store_devices.topics_of(tx, tenant.id, [one.device.id for one in page if one.device.own_topics])
         known = [one.device for one in page if one.device.id in topics]
-        problems = {device.id: self._problem(device, _as_topics(topics[device.id])) for device in known}
+        problems = {device.id: self._problem(tenant, device, _as_topics(topics[device.id])) for device in known}
         return Page(page, contact, cursor, topics, problems)
 
     def found(self, tenant_id: str, wanted: DeviceFilter) -> list[str]:
@@ -180,11 +181,12 @@ class Inventory:
     def named(self, tenant_id: str, text: str, *, limit: int) -> Page:
         """Return the devices that a text may mean: an id or its beginning, a name, an external id."""
         contact = self._contact.read()
+        tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
             found = references.candidates(tx, tenant_id, text)[:limit]
             wanted = [DeviceFilter(q=one.id) for one in found]
             page = [store_devices.list_devices(tx, tenant_id, one, limit=1).devices[0] for one in wanted]
-            return self._page(tx, tenant_id, page, contact, None)
+            return self._page(tx, tenant, page, contact, None)
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
         """Return the newest CRL of an issuer, ``None`` before the first.

@@ -16,11 +16,12 @@ from config import Settings
 from core.broker_control import ControlKind
 from core.errors import NotFound, PortalError, StartupError, TenantSuspended, TooManyRegistrations
 from core.rates import Rates, Taken
-from core.tenants import Quotas, TenantStatus, overlapping
+from core.tenants import Quotas, TenantOnBroker, TenantStatus, overlapping
 from delivery.formats import BundleFormat
 from store import tenants
 from store.database import Database
 from store.scope import ALL_TENANTS
+from store.tables import DEFAULT_TENANT
 from store.tenants import TenantRecord
 
 log = logging.getLogger("portal.tenants")
@@ -45,6 +46,13 @@ class TenantTerms:
     bundle_format: BundleFormat
     link_hours: int
     quotas: Quotas
+
+    @property
+    def on_broker(self) -> TenantOnBroker | None:
+        """The tenant as the broker knows it, ``None`` for the first one."""
+        if self.id == DEFAULT_TENANT:
+            return None
+        return TenantOnBroker(self.id, self.topic_prefix, self.status is not TenantStatus.ACTIVE)
 
     def check_served(self) -> None:
         """Raise ``TenantSuspended`` unless the tenant is active."""

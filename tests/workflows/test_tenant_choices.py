@@ -21,6 +21,7 @@ from core.tenants import TenantChoices
 from operations.wiring import Portal, open_portal, prepare
 from store import tenants
 from store.audit import Actor
+from store.devices import DeviceFilter
 from store.tables import Certificate, Delivery
 from tests.support.guard_stub import GuardStub
 from tests.support.harness import ON_SQLITE, Clock
@@ -69,6 +70,15 @@ def test_a_device_has_its_default_topics_below_the_prefix_of_its_tenant(portal: 
     for actor, expected in ((ACME, "sites/acme/{id}/#"), (OPERATOR, "devices/{id}/#")):
         device_id = portal.registrations.register(actor, request_of(1, csr=True)).device_id
         assert topics_of(portal, actor, device_id) == [expected]
+
+
+def test_a_device_with_own_topics_below_the_prefix_of_its_tenant_has_no_problem(portal: Portal) -> None:
+    for actor, prefix in ((ACME, "sites/acme"), (OPERATOR, "devices")):
+        request = dataclasses.replace(request_of(1, csr=True), topics=((f"{prefix}/{{id}}/up", "write"),))
+        device_id = portal.registrations.register(actor, request).device_id
+        assert portal.inventory.device(actor.tenant_id, device_id).problem is None
+        listed = portal.inventory.devices(actor.tenant_id, DeviceFilter(), limit=9, cursor=None)
+        assert listed.problems == {device_id: None}
 
 
 def test_a_bundle_names_a_topic_of_its_tenant(portal: Portal) -> None:
