@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 import click
@@ -23,6 +23,7 @@ from core.errors import StartupError
 from operations import commands, jobs
 from operations.server_program import program
 from operations.wiring import Portal, open_portal, utc_now
+from store import scope
 from web.api import (
     applications,
     attestation,
@@ -160,20 +161,25 @@ def _view(route: Route) -> Callable[..., Response]:
     def view(**path: str) -> Response:
         g.route = route.path
         portal = portal_of(current_app)
-        g.actor = actor = routing.actor_of(portal, route, request, g.request_id)
-        routing.check_permission(portal, route, actor)
-        arguments = routing.read_arguments(route, request, path)
-        call = Call(
-            portal=portal,
-            actor=actor,
-            method=request.method,
-            headers=request.headers,  # case-insensitive
-            idempotency_key=routing.read_idempotency_key(route, request),
-            environ=request.environ,
-        )
-        return routing.response_of(route, route.handler(call, **arguments))
+        with scope.of_request():
+            return _answer(portal, route, path)
 
     return view
+
+
+def _answer(portal: Portal, route: Route, path: Mapping[str, str]) -> Response:
+    g.actor = actor = routing.actor_of(portal, route, request, g.request_id)
+    routing.check_permission(portal, route, actor)
+    arguments = routing.read_arguments(route, request, path)
+    call = Call(
+        portal=portal,
+        actor=actor,
+        method=request.method,
+        headers=request.headers,  # case-insensitive
+        idempotency_key=routing.read_idempotency_key(route, request),
+        environ=request.environ,
+    )
+    return routing.response_of(route, route.handler(call, **arguments))
 
 
 def _end(response: Response) -> Response:

@@ -37,6 +37,7 @@ from core.setting_values import (
     parse_distinguished_name_part,
     parse_ip_address,
     parse_optional_address,
+    parse_owner_url,
     parse_passphrase,
     parse_topic_prefix,
     parse_topic_prefixes,
@@ -140,6 +141,9 @@ class Settings(BaseSettings):
         lambda data: f"sqlite:///{data['data_dir'] / 'portal.db'}",
         "SQLAlchemy URL (sqlite or postgresql); portal.db in the data folder if empty",
         shown=False,
+    )
+    database_owner_url: Annotated[str, PlainValidator(parse_owner_url)] = setting(
+        "", "The same PostgreSQL database for the role that owns its tables and changes the schema", shown=False
     )
     tls_certificate: OptionalPath = setting(
         "", "Chain (PEM) of another issuer, for HTTPS, read again when it is renewed; the portal's own if empty"

@@ -163,6 +163,13 @@ def parse_database_url(value: str) -> str:
     return value
 
 
+def parse_owner_url(value: str) -> str:
+    """Return a SQLAlchemy URL of PostgreSQL; empty stays empty."""
+    if value and not value.startswith(("postgresql://", "postgresql+psycopg://")):
+        raise ValueError("must begin with postgresql://")
+    return value
+
+
 def parse_passphrase(value: str) -> SecretStr:
     """Return a passphrase of at least 16 characters; empty stays empty."""
     return long_enough(value) if value else SecretStr("")

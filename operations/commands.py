@@ -216,7 +216,14 @@ def _given_settings(settings: Settings) -> dict[str, str]:
 
     Without what scripts/run sets for this run alone, too: the next one would take it over.
     """
-    left_out = {"ca_passphrase", "database_url", "broker_control", "broker_restart", "broker_reload"}
+    left_out = {
+        "ca_passphrase",
+        "database_url",
+        "database_owner_url",
+        "broker_control",
+        "broker_restart",
+        "broker_reload",
+    }
     given = {variable_of(name) for name in settings.model_fields_set - left_out}
     return {name: os.environ[name] for name in sorted(given) if name in os.environ}
 

@@ -107,7 +107,7 @@ class Readiness:
 
     def _crl_problem(self) -> str | None:
         now = self._clock()
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             states = issuers.crl_states(tx)
             for recorded in self._authority.with_crl():
                 crl = states[recorded.id].newest if recorded.id in states else None
@@ -133,7 +133,7 @@ class Readiness:
     def _broker_problem(self) -> str | None:
         if not self._reconciler.broker_answers():
             return "The broker does not answer on its internal listener; start it, or see its log."
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             state = generations.get_broker_state(tx)
         if state.applied_generation < state.generation:
             return (

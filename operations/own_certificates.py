@@ -31,6 +31,7 @@ from pki.algorithms import KeyType, private_key_pem
 from pki.issuers import Issuer
 from store import issuers
 from store.database import Database
+from store.scope import ALL_TENANTS
 from workflows.authority.issuers import Authority, RecordedIssuer
 from workflows.authority.own import PROBE_DAYS, record_own
 from workflows.reconciliation import Reconciler
@@ -161,7 +162,7 @@ class OwnCertificates:
     def _record(self, signer: RecordedIssuer, issued: ca.Issued, *, purpose: str, revoked: bool) -> int:
         """Record a certificate; return the generation from which the CRL lists it, 0 if it is not revoked."""
         now, generation = self._clock(), 0
-        with self._database.transaction() as tx:
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
             if revoked:
                 generation = db.next_generation(tx, at=now)
                 issuers.touch_issuer(tx, signer.id, generation=generation)

@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 # The server does not answer, is locked or full, or can only be read (InternalError).
 _UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
 BUSY_TIMEOUT_SECONDS = 5.0
+INSUFFICIENT_PRIVILEGE = "42501"  # of PostgreSQL's errors
 LOCKED_SECONDS = 0.2  # how long a writer waits if the previous one waited in vain
 PING_SECONDS = 2.0  # how long a test write waits for other writers
 SECONDS_BETWEEN_TEST_WRITES = 10.0  # by those who only ask whether the database is well, which anybody may
@@ -191,26 +192,30 @@ class Database:
             with connection.begin():
                 yield connection
 
-    def migrate(self) -> None:
-        """Bring the schema up to this version's; raises ``DatabaseTooNew`` if a newer portal has written it."""
-        with _translated():
-            with self.engine.connect() as connection:
-                if schema.revision(connection) == schema.newest_revision():
-                    return
-            with self.engine.connect() as connection, ExitStack() as stack:
-                stack.enter_context(connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin())
-                if not self.is_sqlite:
-                    from store import postgresql
+    def migrate(self, owner_url: str = "") -> None:
+        """Bring the schema up to this version's; raises ``DatabaseTooNew`` if a newer portal has written it.
 
-                    stack.enter_context(postgresql.without_time_limits(connection))
-                    connection.execute(schema.MIGRATION_LOCK)
-                found = schema.revision(connection)
-                if found is not None and found not in schema.revisions():
-                    raise DatabaseTooNew(
-                        "The database was written by a newer version of the portal; start that version or restore"
-                        " a backup made with this one."
-                    )
-                schema.upgrade(connection, "head")
+        On PostgreSQL with ``owner_url`` as the role of that URL, which lets this one's role use the tables. Raises
+        ``StartupError`` if a role may not do that.
+        """
+        engine = create_engine(owner_url, 1) if owner_url else self.engine
+        try:
+            with _translated():
+                with self.engine.connect() as connection:
+                    if not owner_url and schema.revision(connection) == schema.newest_revision():
+                        return
+                    role = "" if self.is_sqlite else connection.exec_driver_sql("SELECT current_user").scalar_one()
+                _migrate(engine, role)
+        except sa.exc.ProgrammingError as error:
+            if getattr(error.orig, "sqlstate", "") != INSUFFICIENT_PRIVILEGE:
+                raise
+            raise StartupError(
+                "The database's role may not create or change its tables; set PORTAL_DATABASE_OWNER_URL to a URL of"
+                " the role that owns them."
+            ) from error
+        finally:
+            if owner_url:
+                engine.dispose()
 
     def ping(self) -> None:
         """Raise ``DatabaseUnavailable`` unless the database answers a query, and can be written.
@@ -234,6 +239,29 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def _migrate(engine: Engine, role: str) -> None:
+    """Upgrade the schema in one transaction, and let a role of PostgreSQL use it."""
+    with engine.connect() as connection, ExitStack() as stack:
+        stack.enter_context(connection.execution_options(portal_writes=BUSY_TIMEOUT_SECONDS).begin())
+        if engine.dialect.name != "sqlite":
+            from store import postgresql
+
+            stack.enter_context(postgresql.without_time_limits(connection))
+            connection.execute(schema.MIGRATION_LOCK)
+        found = schema.revision(connection)
+        if found is not None and found not in schema.revisions():
+            raise DatabaseTooNew(
+                "The database was written by a newer version of the portal; start that version or restore"
+                " a backup made with this one."
+            )
+        if found != schema.newest_revision():
+            schema.upgrade(connection, "head")
+        if role:
+            from store import grants
+
+            grants.grant(connection, role)
 
 
 @contextmanager

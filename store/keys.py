@@ -34,15 +34,16 @@ class KeyClaim:
 def refusals(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim]) -> dict[str, PortalError]:
     """Return why keys are not certified, ``KeyCompromised`` or ``KeyInUse`` by the id of the device that wants one.
 
-    A key is one device's until that is revoked. In a transaction that certifies, call ``lock`` first.
+    A key is one device's of the tenant until that is revoked; one that was compromised in any tenant is in all of them,
+    and which tenant that was is not said. In a transaction that certifies, call ``lock`` first.
     """
     wanted = [claim for claim in claims if not claim.is_new]
-    known = {row.key_fingerprint: row for row in _rows(tx, tenant_id, [claim.key_fingerprint for claim in wanted])}
+    known, compromised = _known(tx, tenant_id, [claim.key_fingerprint for claim in wanted])
     refused: dict[str, PortalError] = {}
     taken: dict[str, str] = {}
     for claim in wanted:
         row = known.get(claim.key_fingerprint)
-        if row is not None and row.compromised_at is not None:
+        if claim.key_fingerprint in compromised:
             refused[claim.device_id] = KeyCompromised("This key was revoked as compromised; make a new key.")
             continue
         in_use = row is not None and row.status != DeviceStatus.REVOKED
@@ -74,7 +75,7 @@ def claim_keys(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim]) -> No
         lock(tx, tenant_id)
         for error in refusals(tx, tenant_id, of_clients).values():
             raise error
-        known = {row.key_fingerprint for row in _rows(tx, tenant_id, [claim.key_fingerprint for claim in of_clients])}
+        known |= _known(tx, tenant_id, [claim.key_fingerprint for claim in of_clients])[0].keys()
     for claim in of_clients:
         if claim.key_fingerprint in known:
             tx.execute(sa.update(DeviceKey).where(*_key(tenant_id, claim)).values(device_id=claim.device_id))
@@ -88,8 +89,8 @@ def block_keys(
 ) -> None:
     """Have keys certified for nobody from now on; one that is blocked already keeps its time."""
     lock(tx, tenant_id)
-    known = {row.key_fingerprint: row.compromised_at for row in _rows(tx, tenant_id, list(key_fingerprints))}
-    free = [fingerprint for fingerprint in key_fingerprints if known.get(fingerprint, at) is None]
+    known, _ = _known(tx, tenant_id, list(key_fingerprints))
+    free = [fingerprint for fingerprint, row in known.items() if row.compromised_at is None]
     for some in _batches(free):
         own = (DeviceKey.tenant_id == tenant_id, DeviceKey.key_fingerprint.in_(some))
         tx.execute(sa.update(DeviceKey).where(*own).values(compromised_at=at))
@@ -98,13 +99,29 @@ def block_keys(
         tx.execute(_INSERT, [_values(tenant_id, fingerprint, device_id, at) for fingerprint in new])
 
 
-def _rows(tx: Connection, tenant_id: str, key_fingerprints: Sequence[str]) -> Iterator[Any]:
+def _known(tx: Connection, tenant_id: str, key_fingerprints: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """Return the rows of a tenant's keys by their fingerprints, and which keys were compromised in any tenant."""
+    own, compromised = dict[str, Any](), set[str]()
+    of_tenant, of_any = DeviceKey.tenant_id == tenant_id, DeviceKey.compromised_at.is_not(None)
     for some in _batches(key_fingerprints):
-        yield from tx.execute(
-            sa.select(DeviceKey.key_fingerprint, DeviceKey.device_id, DeviceKey.compromised_at, Device.status)
+        wanted = DeviceKey.key_fingerprint.in_(some)
+        query = (
+            sa.select(
+                DeviceKey.tenant_id,
+                DeviceKey.key_fingerprint,
+                DeviceKey.device_id,
+                DeviceKey.compromised_at,
+                Device.status,
+            )
             .outerjoin(Device, sa.and_(Device.tenant_id == DeviceKey.tenant_id, Device.id == DeviceKey.device_id))
-            .where(DeviceKey.tenant_id == tenant_id, DeviceKey.key_fingerprint.in_(some))
+            .where(sa.or_(sa.and_(of_tenant, wanted), sa.and_(of_any, wanted)))  # each has an index of its own
         )
+        for row in tx.execute(query):
+            if row.tenant_id == tenant_id:
+                own[row.key_fingerprint] = row
+            if row.compromised_at is not None:
+                compromised.add(row.key_fingerprint)
+    return own, compromised
 
 
 def _batches(key_fingerprints: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import NameInUse
 from core.states import CertificateStatus
-from store import audit
+from store import audit, scope
 from store.locks import InstallationLock, lock_installation
 from store.profile_tables import DeviceName
 from store.tables import Certificate
@@ -40,7 +40,8 @@ def refusals(tx: Connection, tenant_id: str, claims: Sequence[NameClaim], *, now
     A name is one device's in the whole installation; which device of another tenant has it is not said. In a
     transaction that issues, call ``lock`` first. Of several claims of one name the first counts.
     """
-    owners = _living_owners(tx, tenant_id, [name for claim in claims for name in claim.names], now)
+    with scope.widened(tx):
+        owners = _living_owners(tx, tenant_id, [name for claim in claims for name in claim.names], now)
     refused: dict[str, NameInUse] = {}
     for claim in claims:
         others = {name: owners[name] for name in claim.names if owners.get(name, claim.device_id) != claim.device_id}
@@ -70,9 +71,10 @@ def claim_names(tx: Connection, tenant_id: str, claims: Sequence[tuple[NameClaim
         for claim, certificate_id in claims
         for name in claim.names
     }
-    for name, values in sorted(rows.items()):
-        if tx.execute(sa.update(DeviceName).where(DeviceName.name == name).values(values)).rowcount == 0:
-            tx.execute(sa.insert(DeviceName), {"name": name, **values})
+    with scope.widened(tx):  # a name may have been another tenant's before
+        for name, values in sorted(rows.items()):
+            if tx.execute(sa.update(DeviceName).where(DeviceName.name == name).values(values)).rowcount == 0:
+                tx.execute(sa.insert(DeviceName), {"name": name, **values})
 
 
 def living_names(tx: Connection, like: Sequence[str], *, now: datetime) -> dict[str, str]:

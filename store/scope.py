@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import sqlalchemy as sa
@@ -28,14 +28,9 @@ _current: ContextVar[str] = ContextVar(_KEY, default=ALL_TENANTS)  # a new threa
 _SET = sa.text(f"SELECT set_config('{SETTING}', :scope, true)")
 
 
-@contextmanager
-def of_request() -> Iterator[None]:
+def of_request() -> AbstractContextManager[None]:
     """Begin a request in the scope of no tenant; at its end the thread has the scope that it had before."""
-    token = _current.set(NO_TENANT)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return of_tenant(NO_TENANT)
 
 
 @contextmanager
@@ -55,11 +50,6 @@ def enter(tenant_id: str) -> None:
     _current.set(tenant_id)
 
 
-def current() -> str:
-    """Return the scope of this thread's transactions: a tenant, ``ALL_TENANTS`` or ``NO_TENANT``."""
-    return _current.get()
-
-
 def option_for(sees: str | None) -> dict[str, str]:
     """Return the execution option of a connection whose transaction has the scope ``sees``, or the thread's."""
     return {_KEY: _current.get() if sees is None else sees}
@@ -71,6 +61,22 @@ def scope_of(connection: Connection) -> str:
     if not _SCOPE.fullmatch(scope):
         raise ValueError("the name of a tenant must be one")
     return scope
+
+
+class Scoped(Iterator[bytes]):
+    """The content of an answer that is made while it is sent, in the scope that the request has reached."""
+
+    def __init__(self, content: Iterator[bytes]) -> None:
+        self._content, self._scope = content, _current.get()
+
+    def __next__(self) -> bytes:
+        with of_tenant(self._scope):
+            return next(self._content)
+
+    def close(self) -> None:
+        """Close the content, if it can be."""
+        with of_tenant(self._scope):
+            getattr(self._content, "close", lambda: None)()
 
 
 @contextmanager

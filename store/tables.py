@@ -134,16 +134,17 @@ class AuditHead(Base):
 class BrokerState(Base):
     """The generation that the broker must reach, and the newest one that it was seen to enforce.
 
-    It has one row for the whole installation, as there is one broker; the row bears the first tenant.
+    It has one row for the whole installation, as there is one broker, and belongs to no tenant.
     """
 
     __tablename__ = "broker_state"
     __table_args__ = (
         sa.CheckConstraint("applied_generation <= generation", name="applied_generation"),
         sa.CheckConstraint("generation >= 0", name="generation"),
+        sa.CheckConstraint("id = 1", name="single"),
     )
 
-    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
+    id: Mapped[int] = mapped_column(sa.SmallInteger, primary_key=True, autoincrement=False)
     generation: Mapped[int] = mapped_column(sa.BigInteger)
     applied_generation: Mapped[int] = mapped_column(sa.BigInteger)
     applied_at: Mapped[datetime | None]
@@ -360,14 +361,15 @@ class Certificate(OfTenant, Base):
 class DeviceKey(Base):
     """A public key that the portal has certified, by its SHA-256, with the device whose it is.
 
-    A compromised one is certified for nobody any more; a trigger keeps it so. ``device_id`` is ``None`` for one whose
-    device a restored backup did not have.
+    A compromised one is certified for nobody any more, in no tenant; a trigger keeps it so. ``device_id`` is ``None``
+    for one whose device a restored backup did not have.
     """
 
     __tablename__ = "device_keys"
     __table_args__ = (
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
         sa.CheckConstraint("device_id IS NOT NULL OR compromised_at IS NOT NULL", name="owner"),
+        partial_index("ix_device_keys_compromised", "key_fingerprint", where="compromised_at IS NOT NULL"),
     )
 
     tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)

@@ -62,8 +62,8 @@ def add_tenant(
     }
     tx.execute(sa.insert(Tenant), row)
     tx.execute(sa.insert(AuditHead), {"tenant_id": tenant_id, **dataclasses.asdict(EMPTY_RECORD)})
-    if tx.execute(sa.select(BrokerState.tenant_id)).first() is None:
-        state = {"tenant_id": tenant_id, "generation": 1, "applied_generation": 0, "pending_since": created_at}
+    if tx.execute(sa.select(BrokerState.id)).first() is None:
+        state = {"id": 1, "generation": 1, "applied_generation": 0, "pending_since": created_at}
         tx.execute(sa.insert(BrokerState), state)
 
 

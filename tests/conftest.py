@@ -18,7 +18,7 @@ from app import create_app, portal_of
 from config import Settings
 from core.roles import Role
 from operations.wiring import Portal, open_portal
-from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, url_of
+from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, running_url_of, url_of
 from tests.support.harness import Api, Clock, api_as, copy_with_groups, derived_quickly, first_start, settings_for
 from tests.support.made_once import made_once
 from tests.support.mosquitto import short_folder
@@ -33,6 +33,7 @@ ON_BOTH = {
     *("test_actions.py", "test_applications.py", "test_connections.py", "test_devices.py", "test_successors.py"),
     *("test_admission.py", "test_registration.py", "test_renewal.py", "test_revocation.py", "test_upload.py"),
     *("test_presence.py", "test_backup.py", "test_total_loss.py", "test_profile_names.py"),
+    *("test_other_tenants.py", "test_tenants.py"),
 }
 IN_TOKENS = {"test_ca.py", "test_crl.py"}
 
@@ -131,10 +132,14 @@ def prepared(
     if kind not in _preparations:
         folder = short_folder(in_memory=True)
         name = "" if request.param == "sqlite" else create_database()
-        environment = {"PORTAL_DATABASE_URL": url_of(name)} if name else {}
+        environment = urls_of(name) if name else {}
         first_start(settings_for(folder, **environment, **ca_keys()))
         _preparations[kind] = Prepared(folder, DatabaseCopies(name) if name else None, ca_keys)
     return _preparations[kind]
+
+
+def urls_of(database: str) -> dict[str, str]:
+    return {"PORTAL_DATABASE_URL": running_url_of(database), "PORTAL_DATABASE_OWNER_URL": url_of(database)}
 
 
 @contextmanager
@@ -148,7 +153,7 @@ def _fresh_settings(prepared: Prepared) -> Iterator[Callable[..., Settings]]:
         copy_with_groups(prepared.folder, folder)
         if prepared.databases is not None:
             lent.append(prepared.databases.lend())
-            environment.setdefault("PORTAL_DATABASE_URL", url_of(lent[-1]))
+            environment = urls_of(lent[-1]) | environment
         return settings_for(folder, **{**prepared.environment(), **environment})
 
     with derived_quickly():

@@ -28,6 +28,7 @@ from store import devices, generations, issuers, schema, tenants
 from store.database import Database
 from store.devices import DeviceFilter
 from store.tables import METADATA, AclEntry, AuditEntry, Certificate, Delivery, Device
+from tests.support.harness import as_owner
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 
@@ -280,7 +281,7 @@ def test_each_migration_continues_the_one_whose_number_is_before_its_own() -> No
 
 
 def test_a_database_from_a_newer_version_is_refused(portal: Portal) -> None:
-    with portal.database.transaction() as tx:
+    with as_owner(portal) as tx:
         tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(DatabaseTooNew, match="newer version"):
         portal.database.migrate()

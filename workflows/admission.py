@@ -78,15 +78,17 @@ def admit(
     style: AclStyle,
     most: int | None,
     now: datetime,
+    advanced_to: int = 0,
 ) -> Admitted:
     """Write device, topics, certificate, bundle, event, audit entry and the broker's next generation.
 
     It is all in the caller's transaction: release no credentials before that is durable. Under the pattern style of
     the ACL the broker need not learn of a new device with the default topics. ``most`` is how many clients the tenant
-    may have; raises ``QuotaReached``.
+    may have; raises ``QuotaReached``. A transaction that has advanced the generation already says by ``advanced_to`` to
+    which.
     """
     must_learn = [admission.request is None or broker_must_learn(admission.topics, style) for admission in admissions]
-    generation = db.next_generation(tx, at=now) if any(must_learn) else 0
+    generation = (advanced_to or db.next_generation(tx, at=now)) if any(must_learn) else 0
     # Before the audit head, as whoever removes a profile does: else the two could wait for each other.
     profile_ids = _held_profiles(tx, actor.tenant_id, [admission.request for admission in admissions])
     with_external_id = any(admission.request is not None and admission.request.external_id for admission in admissions)

@@ -20,6 +20,7 @@ from delivery.formats import BundleFormat
 from store import audit, deliveries, devices
 from store.audit import Actor
 from store.database import Database
+from store.scope import ALL_TENANTS
 from workflows import events
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
@@ -66,7 +67,7 @@ class Deliveries:
         if idempotency_key:
             purpose = f"download/{delivery_id}"
             seal = credential_delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper, purpose=purpose)
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             found = deliveries.get_delivery(tx, delivery_id, now=now, key_hash=seal.key_hash if seal else None)
         self._tenants.of(found.tenant_id).check_served()
         return found, seal
@@ -81,7 +82,7 @@ class Deliveries:
         record, seal = self._find(token, idempotency_key)
         actor = dataclasses.replace(actor, tenant_id=record.tenant_id)  # anyone has the link, and it says whose it is
         self._reconciler.wait_until_granted(record.generation)
-        content = self._database.write(lambda tx: self._spend(tx, actor, record, seal))
+        content = self._database.write(lambda tx: self._spend(tx, actor, record, seal), sees=record.tenant_id)
         failpoint("deliver.after_commit")
         return DeliveredBundle(record.id, record.device_id, content, BundleFormat(record.format))
 

@@ -18,6 +18,7 @@ from core.throttle import Throttle
 from store import audit, devices, enrolment, tenants
 from store.audit import Actor, AuditRecord, Period
 from store.database import Database
+from store.scope import ALL_TENANTS
 from store.tenants import TokenRecord
 from workflows import events
 from workflows.events import EventType
@@ -37,7 +38,7 @@ class Operators:
 
     def authenticate(self, secret: str) -> TokenRecord | None:
         """Return the token with this secret, if it is valid now."""
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             record = tenants.find_token(tx, secret)
         return record if record is not None and record.is_valid(self._clock()) else None
 
@@ -119,7 +120,7 @@ class Operators:
 
     def refused(self, actor: Actor, action: str, target: str, code: str) -> None:
         """Record that a client was refused."""
-        with self._database.transaction() as tx:
+        with self._database.transaction(sees=actor.tenant_id) as tx:
             audit.record(tx, actor, action, target, at=self._clock(), outcome="refused", code=code)
 
     def login_failed(self, actor: Actor, action: str, target: str, code: str) -> None:
@@ -149,7 +150,7 @@ class Operators:
         if not self._throttle.failed(actor.address, now.timestamp(), counts=False).recorded:
             return
         facts = {} if error.delivered_at is None else {"used_at": error.delivered_at}
-        with self._database.transaction() as tx:
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
             tenant_id, kind = devices.owner_of(tx, error.device_id)
             if fetched:
                 events.record(

@@ -25,6 +25,7 @@ from store import devices, generations
 from store.database import Database
 from store.generations import BrokerStateRecord
 from store.issuers import CrlRecord
+from store.scope import ALL_TENANTS
 from workflows import events
 from workflows.access import BrokerTenants, complete_draft
 from workflows.authority.crl_publication import CrlPublication
@@ -224,7 +225,7 @@ class Reconciler:
             return Outcome(target.state.generation, target.state.applied_generation)
 
     def _announce_restart(self, reason: RestartReason, *, by_portal: bool) -> None:
-        with self._database.transaction() as tx:
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
             kind, now = EventType.BROKER_RESTART, self._clock()
             events.record(tx, self._first_tenant, kind, None, at=now, because=str(reason), by_portal=by_portal)
 
@@ -299,11 +300,11 @@ class Reconciler:
         return math.inf if applied_at is None else max(0.0, (self._clock() - applied_at).total_seconds())
 
     def _active_devices(self) -> int:
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             return devices.count_active(tx)
 
     def _state(self) -> BrokerStateRecord:
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             return generations.get_broker_state(tx)
 
     def _reconcile(self, timeout: float, enforced: int) -> Outcome:
@@ -347,7 +348,7 @@ class Reconciler:
             self._broker.check_resumption(generation, self._probe_certificates, deadline)
         failpoint("apply.after_probe")
         # If a power cut takes this record back, the same is proven again.
-        with self._database.transaction(durable=False) as tx:
+        with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
             now = self._clock()
             generations.set_applied_generation(tx, generation, applied_at=now)
             for device_id in target.disconnected:
@@ -380,7 +381,7 @@ class Reconciler:
             return
         since = f"since {target.state.applied_generation}"  # the same in every process while this lasts
         try:
-            with self._database.transaction() as tx:
+            with self._database.transaction(sees=ALL_TENANTS) as tx:
                 for device_id in new:
                     self._record(tx, EventType.BROKER_PENDING, device_id, at=self._clock(), once=since, problem=problem)
         except PortalError as error:
@@ -398,7 +399,7 @@ class Reconciler:
         draft: Draft | None = None
         in_doubt = self._broker.accepted_revoked() or bool(self._broker.files.damage())
         try:
-            with self._database.snapshot() as tx:
+            with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 state = generations.get_broker_state(tx)
                 draft = self._broker.draft(state.applied_generation)
                 issuers = self._authority.seen_by(tx)

@@ -102,12 +102,13 @@ def write(settings: Settings, database: Database, path: Path, key: PrivateKey, *
     return WrittenBackup(manifest, path.stat().st_size, at, _in_tokens(settings))
 
 
-def open_database(settings: Settings) -> Database:
-    """Open the portal's database; raise ``BackupRefused`` if there is no SQLite file."""
+def open_database(settings: Settings, *, as_owner: bool = False) -> Database:
+    """Open the portal's database, ``as_owner`` of its tables; raise ``BackupRefused`` if there is no SQLite file."""
     url = sa.make_url(settings.database_url)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise BackupRefused(f"There is no database at {url.database}.")
-    return Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
+    taken = (as_owner and settings.database_owner_url) or settings.database_url
+    return Database(taken, lock_path=settings.data_dir / ".write.lock", threads=1)
 
 
 def _in_tokens(settings: Settings) -> tuple[tuple[str, str], ...]:

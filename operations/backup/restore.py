@@ -34,7 +34,7 @@ from operations.backup.revocations import GuardRefusals, Kept, RevocationReplay,
 from pki.algorithms import PrivateKey
 from pki.checkpoints import VerifierKey
 from pki.keys.contract import check_that_it_signs
-from store import audit, schema
+from store import audit, grants, schema
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database
@@ -287,9 +287,14 @@ def _sync(path: Path) -> None:
 
 def _restore_postgresql(plan: _Plan) -> None:
     with journaled(plan.settings, None) as journal, contextlib.ExitStack() as stack:
-        database = stack.enter_context(contextlib.closing(backups.open_database(plan.settings)))
+        database = stack.enter_context(contextlib.closing(backups.open_database(plan.settings, as_owner=True)))
         replaced: Tables | None = None
         with database.snapshot() as tx:
+            if not grants.may_change_schema(tx):
+                raise BackupRefused(
+                    "The database's role may not replace its tables; set PORTAL_DATABASE_OWNER_URL to a URL of the role"
+                    " that owns them."
+                )
             current = schema.revision(tx)
             if current is not None:
                 readable = _readable(plan, tx)
@@ -305,7 +310,13 @@ def _restore_postgresql(plan: _Plan) -> None:
         with database.transaction() as tx:
             store_copy.clear(tx, plan.backup.manifest.revision)
             _fill(tx, plan, replaced, journal)
+            grants.grant(tx, _running_role(plan.settings))
             journal.place(plan.puts, plan.moves, None)
+
+
+def _running_role(settings: Settings) -> str:
+    with contextlib.closing(backups.open_database(settings)) as database, database.snapshot() as tx:
+        return grants.role_of(tx).name
 
 
 def _sealing_key(plan: _Plan, stack: contextlib.ExitStack) -> PrivateKey:

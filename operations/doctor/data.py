@@ -13,9 +13,11 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from cryptography import x509
+from sqlalchemy.engine import Connection
 
 from broker.capath import FILE_MODE
 from broker.folder import FOLDER_MODE
+from config import Settings
 from core.roles import Role
 from core.server_command import server_command
 from core.states import PENDING_DELIVERY
@@ -23,7 +25,7 @@ from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
 from pki.outer_chain import decode_above
 from pki.profiles import is_own_name, violated_constraint
-from store import generations, schema, tenants
+from store import generations, grants, schema, tenants
 from store.names import living_names
 from store.tables import Delivery
 from workflows.audit import problem_of
@@ -128,7 +130,7 @@ def _user(uid: int) -> str:
 
 
 def database(installation: Installation) -> Finding:
-    """Check that the database answers and has the schema of this version."""
+    """Check that the database answers, has the schema of this version, and keeps tenants apart."""
     with installation.snapshot() as tx:
         found, expected = schema.revision(tx), schema.newest_revision()
         if found != expected:
@@ -144,7 +146,22 @@ def database(installation: Installation) -> Finding:
                     f"The database file is damaged: {sound}.",
                     f"Stop the portal and restore a backup: {server_command('restore FILE')}.",
                 )
+        elif (found_role := _unbound_role(tx, installation.settings)) is not None:
+            return found_role
     return well(f"It answers, with schema {found}.")
+
+
+def _unbound_role(tx: Connection, settings: Settings) -> Finding | None:
+    """Warn if PostgreSQL does not keep the rows of tenants apart, where there are several or it is meant to."""
+    role = grants.role_of(tx)
+    if role.unbound is None or (len(tenants.tenant_ids(tx)) == 1 and not settings.database_owner_url):
+        return None
+    return warning(
+        f"The database's role {role.name} {role.unbound}, so that only the portal's queries keep the rows of tenants"
+        " apart, and not PostgreSQL itself.",
+        "Let the portal run as a role that owns nothing (PORTAL_DATABASE_URL), and name the owner of the tables in"
+        " PORTAL_DATABASE_OWNER_URL: see PostgreSQL in docs/operating.md.",
+    )
 
 
 def audit_record(installation: Installation) -> Finding:

@@ -120,7 +120,7 @@ def lose_the_database(settings: Settings) -> None:
         for path in settings.data_dir.glob("portal.db*"):
             path.write_bytes(b"torn" * 1000)
     else:
-        engine = sa.create_engine(settings.database_url.replace("postgresql://", "postgresql+psycopg://"))
+        engine = sa.create_engine(settings.database_owner_url)
         METADATA.drop_all(engine)
         with engine.begin() as connection:
             connection.execute(sa.text("DROP TABLE alembic_version"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import psycopg
 import sqlalchemy as sa
 
+RUNNING_ROLE = "portal_running"
 POSTGRES_URL = os.environ.get("PORTAL_TEST_POSTGRES_URL", "")
 
 
@@ -25,6 +27,20 @@ def administrate(statement: str) -> None:
 
 def url_of(database: str) -> str:
     return sa.make_url(POSTGRES_URL).set(database=database).render_as_string(hide_password=False)
+
+
+def running_url_of(database: str) -> str:
+    """The URL of a database for a role that owns nothing, as a portal should run, which row-level security holds."""
+    _make_running_role()
+    return sa.make_url(POSTGRES_URL).set(database=database, username=RUNNING_ROLE).render_as_string(hide_password=False)
+
+
+@functools.cache
+def _make_running_role() -> None:
+    # Another process of the tests may be making it.
+    administrate(
+        f"DO $$ BEGIN CREATE ROLE {RUNNING_ROLE} LOGIN; EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
+    )
 
 
 def create_database(template: str = "template1") -> str:

@@ -162,6 +162,15 @@ def api_as(app: Flask, role: Role | None, tenant_id: str = "default") -> Api:
     return Api(app.test_client(), secret)
 
 
+@contextlib.contextmanager
+def as_owner(portal: Portal) -> Iterator[sa.Connection]:
+    """A transaction in the role that owns the tables."""
+    engine = sa.create_engine(portal.settings.database_owner_url or portal.settings.database_url)
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
 def csr_pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None) -> str:
     """A certificate signing request for a new key, or for the one given."""
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "somebody else")])

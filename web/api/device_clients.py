@@ -18,6 +18,7 @@ from core.errors import ClientCertificateRefused, EnrolmentUnauthenticated, Port
 from core.setting_values import Network
 from pki import est as pki_est
 from pki.est import EnrolmentRequest
+from store import scope
 from store.audit import Actor
 from store.enrolment import EnrolmentTokenRecord
 from web.api.proxies import is_trusted
@@ -80,6 +81,7 @@ def _identified(call: Call, der: bytes) -> DeviceClient | ManufacturedClient:
     if call.device_tenant not in (None, holder.tenant_id):
         raise ClientCertificateRefused("The client certificate is not known under this EST label; check the path.")
     call.portal.tenant_terms.of(holder.tenant_id).check_served()
+    scope.enter(holder.tenant_id)
     return holder
 
 
@@ -103,6 +105,7 @@ def enrolment_token(call: Call) -> EnrolmentTokenRecord | None:
     if record is None or call.device_tenant not in (None, record.tenant_id):
         raise unauthenticated(call, "Unknown enrolment token; check that it was copied completely.")
     call.portal.tenant_terms.of(record.tenant_id).check_served()
+    scope.enter(record.tenant_id)
     return record
 
 

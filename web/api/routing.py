@@ -33,6 +33,7 @@ from core.errors import (
     Unavailable,
 )
 from core.roles import MAY, Permission
+from store import scope
 from store.audit import Actor
 from web.api.fields import PATTERN_IN_WORDS, PROFILE_NAME, UUID
 from web.api.proxies import client_address
@@ -322,6 +323,7 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
         raise Unauthenticated(
             "A valid operator token is required: send it as Authorization: Bearer <token>, or ask an admin for one."
         )
+    scope.enter(token.tenant_id)
     actor = Actor(token.tenant_id, f"{token.name} ({token.id})", token.role, request_id, anyone.address, token.id)
     try:
         portal.tenant_terms.of(token.tenant_id).check_served()
@@ -458,6 +460,8 @@ def response_of(route: Route, answer: Reply | AnswerModel) -> Response:
     content: bytes | Iterator[bytes] = reply.content
     if reply.model is not None:
         content = reply.model.model_dump_json(exclude_none=reply.model.omit_none).encode()
+    elif not isinstance(content, bytes):
+        content = scope.Scoped(content)
     response = Response(content, reply.status or route.answers.status)
     # Afterwards, because a HEAD request for a bundle has a Content-Length without the content.
     response.headers.update({"Content-Type": reply.media_type, **reply.headers})

@@ -23,6 +23,7 @@ from store import generations
 from store import issuers as store_issuers
 from store.database import Database
 from store.issuers import CrlHead, CrlRecord
+from store.scope import ALL_TENANTS
 from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
 from workflows.authority.issuers import Authority, Issuers, RecordedIssuer
 from workflows.authority.own import replace_revoked_probe
@@ -97,7 +98,7 @@ class CrlPublication:
         """Read what the CRLs list before the first revocation has to: for 100,000 entries that takes a second."""
         entries = RevokedEntries()
         try:
-            with self._database.snapshot() as tx:
+            with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 generation, now = generations.get_broker_state(tx).generation, self._clock()
                 for recorded in self._authority.seen_by(tx).with_crl():
                     entries.listed(tx, recorded.id, generation=generation, now=now)
@@ -121,7 +122,7 @@ class CrlPublication:
             self.wake()
 
     def _any_put_off(self) -> bool:
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             return store_issuers.any_crl_is_put_off(tx)
 
     def publish(self, *, at_once: bool = False) -> None:
@@ -158,7 +159,7 @@ class CrlPublication:
         signed: list[CrlRecord] = []
         if not self._broker.control.publishes_crls:
             self._show_next_crl(now)
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             generation = generations.get_broker_state(tx).generation
             issuers, states = self._authority.seen_by(tx), store_issuers.crl_states(tx)
             due = [recorded for recorded in issuers.with_crl() if crl_is_due(states[recorded.id], now=now)]
@@ -166,7 +167,7 @@ class CrlPublication:
                 signed += self._next(tx, recorded, states[recorded.id].newest, generation, now)
         if signed:
             failpoint("apply.after_crl_signed")
-            with self._database.transaction() as tx:
+            with self._database.transaction(sees=ALL_TENANTS) as tx:
                 for crl in signed:
                     store_issuers.put_crl(tx, crl)
             failpoint("apply.after_crl_committed")
@@ -189,7 +190,7 @@ class CrlPublication:
 
     def _show_next_crl(self, now: datetime) -> None:
         """If certificates were revoked, have the next CRL list one whose refusal shows that the broker has it."""
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             generation = generations.get_broker_state(tx).generation
             states = store_issuers.crl_states(tx)
             changed = [
@@ -210,7 +211,7 @@ class CrlPublication:
 
     def _trust(self, issuers: Issuers) -> Trust:
         """Return the issuers with the newest CRL of each, encoded once. The caller holds the lock of the CRLs."""
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             states = store_issuers.crl_states(tx)
             heads = [head for recorded in issuers.with_crl() if (head := states[recorded.id].newest) is not None]
             new = [head.issuer_id for head in heads if head not in self._crl_pem]

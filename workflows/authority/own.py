@@ -17,6 +17,7 @@ from core.errors import IssuerUnusable
 from core.files import replace_file
 from store import audit
 from store.database import Database
+from store.scope import ALL_TENANTS
 from workflows.authority.issuers import RecordedIssuer
 
 PROBE_DAYS = 90
@@ -79,6 +80,6 @@ def replace_revoked_probe(
         )
     except IssuerUnusable:
         return  # it has expired, which refuses all its certificates
-    with database.transaction() as tx:
+    with database.transaction(sees=ALL_TENANTS) as tx:
         record_own(tx, tenant_id, signer, issued, purpose="canary", now=now, generation=generation)
     replace_file(probe.certificate, signer.chain_pem(issued.pem).encode())

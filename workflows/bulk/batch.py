@@ -440,7 +440,7 @@ class Batches:
             refused += [(task.candidate, quota_reached(most)) for task, _ in done if task.job.device_id in surplus]
             done = [(task, credentials) for task, credentials in done if task.job.device_id not in surplus]
         if admissions:
-            admitted = admit(tx, actor, admissions, style=style, most=most, now=now)
+            admitted = admit(tx, actor, admissions, style=style, most=most, now=now, advanced_to=generation)
             generation = max(generation, admitted.generation)
         if reissues:
             record_issuances(tx, actor, reissues, now=now)

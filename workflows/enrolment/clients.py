@@ -20,6 +20,7 @@ from store.certificates import CertificateRecord
 from store.database import Database
 from store.enrolment import ManufacturerRecord
 from store.locks import InstallationLock, lock_installation
+from store.scope import ALL_TENANTS, widened
 from workflows.authority.issuers import Authority, RecordedIssuer
 
 CLIENT_CAS = "client-cas.pem"  # in the folder of the portal's own TLS files
@@ -88,7 +89,7 @@ class TlsClients:
         return self._by_name[1]
 
     def _device(self, client: ClientCertificate) -> DeviceClient:
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             shown = certificates.find_device_certificate(tx, client.fingerprint)
         if shown is None or shown.certificate.device_id is None:
             raise ClientCertificateRefused("The client certificate is not one of a device that is known here.")
@@ -99,7 +100,7 @@ class TlsClients:
     def _manufactured(self, client: ClientCertificate, tenant_id: str | None) -> ManufacturedClient:
         if client.not_after < self._clock():
             raise ClientCertificateRefused(_OUT_OF_DATE)
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             issuers = [
                 record
                 for record in enrolment.registered_manufacturers(tx, tenant_id=tenant_id)
@@ -129,10 +130,16 @@ class TlsClients:
         registers: no other one is registered before that ends.
         """
         lock_installation(tx, InstallationLock.CLIENT_CAS)
-        issuing = [(item.issuer.name, item.der) for item in self._authority.issuers if item.kind == IssuerKind.ISSUING]
+        issuing = [
+            (item.issuer.name if item.tenant_id == tenant_id else "of another issuer", item.der)
+            for item in self._authority.issuers
+            if item.kind == IssuerKind.ISSUING
+        ]
+        with widened(tx):
+            manufacturers = enrolment.registered_manufacturers(tx)
         registered = [
             (record.name if record.tenant_id == tenant_id else "of another manufacturer", record.der)
-            for record in enrolment.registered_manufacturers(tx)
+            for record in manufacturers
         ]
         for name, accepted in (*issuing, *registered):
             if client_certificates.may_be_confused(der, accepted):
@@ -146,7 +153,7 @@ class TlsClients:
         """Update the file of the CAs whose client certificates TLS accepts; a worker notices within a second."""
         path = self._settings.tls_dir / CLIENT_CAS
         with FileLock(self._settings.data_dir / ".client-cas.lock").hold():  # so that the newest state is written last
-            with self._database.snapshot() as tx:
+            with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 manufacturers = enrolment.registered_manufacturers(tx)
             issuing = [item.der for item in self._authority.issuers if item.kind == IssuerKind.ISSUING]
             content = client_certificates.pem_bundle([*issuing, *(record.der for record in manufacturers)])

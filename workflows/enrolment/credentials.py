@@ -24,6 +24,7 @@ from store.audit import Actor
 from store.database import Database
 from store.enrolment import EnrolmentProfile, EnrolmentRecord, EnrolmentTokenRecord, ManufacturerRecord
 from store.profiles import unknown
+from store.scope import ALL_TENANTS
 from workflows.attestation import policies
 from workflows.attestation.appraisal import NOT_APPRAISED, Appraised
 from workflows.attestation.nonces import NonceHolder
@@ -316,7 +317,7 @@ class EnrolmentTokens:
 
     def find(self, secret: str) -> EnrolmentTokenRecord | None:
         """Return the token with this secret, in any state: whether it admits devices is checked where it is used."""
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             return enrolment.find_enrolment_token(tx, secret)
 
 

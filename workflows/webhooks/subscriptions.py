@@ -20,6 +20,7 @@ from core.files import FileLock
 from store import audit, webhooks
 from store.audit import Actor
 from store.database import Database
+from store.scope import ALL_TENANTS
 from store.webhooks import Backlog, ClaimedEvent, EventDeliveryRecord, WebhookRecord
 from workflows import events
 from workflows.events import EventType
@@ -110,7 +111,7 @@ class Webhooks:
             self._update_marker()
 
     def _update_marker(self) -> None:
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             subscribed = bool(webhooks.list_webhooks(tx))
         if subscribed:
             self._marker.touch(mode=0o600)
@@ -254,7 +255,7 @@ class Dispatcher:
         if not events.has_subscribers(self._database.engine):
             return []
         now = self._clock()
-        with self._database.snapshot() as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             due = webhooks.due_webhooks(tx, now=now)
         for webhook_id in tuple(self._busy):
             self._is_free(webhook_id)  # a receiver rests from when its events have failed, not from when more are due
@@ -280,12 +281,12 @@ class Dispatcher:
         """Claim due events of a receiver for as many lanes as there is room for."""
         tenant, limit = self._tenants.of(webhook.tenant_id), room * LANE_LENGTH
         if limit and tenant.quotas.webhook_deliveries_per_minute is not None:
-            with self._database.snapshot() as tx:
+            with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 limit = len(webhooks.due(tx, webhook.id, now=now, limit=limit))
             limit = self._rates.take_deliveries(tenant, limit).number  # what is left waits for the next minute
         if not limit:
             return ()
-        with self._database.transaction() as tx:
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
             claimed = webhooks.claim(tx, webhook.id, now=now, limit=limit, lease_until=now + LEASE)
         send = functools.partial(self._send, webhook)
         number = min(room, len(claimed))

@@ -28,7 +28,7 @@ from store.tables import METADATA
 from tests.support.est import Device as EstClient
 from tests.support.est import csr_der, in_base64, new_key
 from tests.support.exposition import samples_of
-from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem, problem_of
+from tests.support.harness import Api, api_as, csr_pem, problem_of
 from tests.support.pki import PEM, Authority, ca_without_key_identifiers
 from tests.support.tenants import add_issuer
 from web.api.operation import FOR_OPERATORS
@@ -36,7 +36,6 @@ from web.api.routing import Route
 from workflows.enrolment.credentials import Waiting, by_token
 from workflows.operators import new_token
 
-pytestmark = ON_SQLITE
 IDEMPOTENCY_KEY = "hidden-idempotency-key"
 DEVICE = {"name": "hidden-device", "type": "hidden-type", "location": "hidden-place", "firmware": "hidden-firmware"}
 PLAIN = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
@@ -142,7 +141,7 @@ def rows_of(portal: Portal, tenant_id: str) -> dict[str, list[str]]:
         return {
             table.name: [repr(tuple(row)) for row in tx.execute(sa.select(table).where(table.c.tenant_id == tenant_id))]
             for table in METADATA.sorted_tables
-            if "tenant_id" in table.c and table.name != "broker_state"
+            if "tenant_id" in table.c
         }
 
 
