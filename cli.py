@@ -24,6 +24,7 @@ from commands.manufacturers import manufacturer
 from commands.operation import ca, completion, status
 from commands.profiles import profile
 from commands.registration import register, renew
+from commands.tenants import tenant
 from commands.webhooks import webhook
 from onboarding_portal import VERSION
 
@@ -47,7 +48,7 @@ SECTIONS = {
     "Credentials": (download, unpack_command, profile),
     "Applications": (application,),
     "Enrolment": (enrolment, manufacturer, expect, waiting, approve, reject),
-    "Access": (login, logout, token),
+    "Access": (login, logout, token, tenant),
     "Operation": (status, ca, audit, webhook, completion),
 }
 

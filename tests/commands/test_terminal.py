@@ -34,6 +34,7 @@ GROUPS = (
     "enrolment",
     "manufacturer",
     "profile",
+    "tenant",
     "token",
     "webhook",
 )  # commands that are named by two words
@@ -158,6 +159,7 @@ EMPTY_LISTS = {  # what each command that prints a table asks for, and says wher
     "enrolment list": ("/enrolment-tokens", "enrolment_tokens", "No enrolment tokens yet."),
     "manufacturer list": ("/manufacturers", "manufacturers", "No manufacturers yet."),
     "profile list": ("/profiles", "profiles", "No certificate profiles."),
+    "tenant list": ("/tenants", "tenants", "No tenants."),
     "waiting": ("/enrolments", "enrolments", "No devices wait for approval."),
     "token list": ("/tokens", "tokens", "No operator tokens."),
     "audit list": ("/audit", "entries", "No entries yet."),
@@ -204,7 +206,7 @@ def test_a_list_is_a_table_on_a_terminal_and_lines_in_a_pipe(session: Session, s
     with terminal(session, *command.split(), NO_COLOR="1") as seen:
         assert seen.end() == 0, seen.seen
     titles, *lines = seen.seen.splitlines()
-    first = {"audit list": "time", "profile list": "name"}.get(command, "id")
+    first = {"audit list": "time", "profile list": "name", "tenant list": "name"}.get(command, "id")
     first = "serial number" if name == "certificates" else first
     assert titles.lower().startswith(first)
     piped = session.run(*command.split()).stdout.splitlines()
@@ -228,6 +230,7 @@ DONE = {"device_id": DEVICE_ID, "status": "active", "broker": "enforced"}
 APPLICATION = {"application_id": DEVICE_ID, "status": "active", "broker": "enforced"}
 MANUFACTURER = {"manufacturer_id": SHORT_ID, "name": "acme", "nonce": "n", "status": "pending"}
 PROFILE = {"name": "tls-server", "key_types": ["ec-p256"], "dns_names": ["{name}.example.com"], "max_days": 90}
+TENANT = {"name": "acme", "status": "active", "topic_prefix": "acme", "est_label": "acme", "broker": "enforced"}
 COMMANDS: dict[
     str, tuple[str, str, dict[str, Any] | bytes] | None
 ] = {  # with the answer, where the small portal has none
@@ -280,6 +283,13 @@ COMMANDS: dict[
     "profile add tls-server --server-auth --dns-name {{name}}.example.com": ("POST", "/profiles", PROFILE),
     "profile update tls-server --clear max_days": ("PATCH", "/profiles/tls-server", PROFILE),
     "profile remove tls-server --yes": ("DELETE", "/profiles/tls-server", PROFILE),
+    "tenant show acme": ("GET", "/tenants/acme", TENANT),
+    "tenant add acme --token-out {new}": ("POST", "/tenants", TENANT | {"token": "t"}),
+    "tenant update acme --max-devices 5 --clear link_hours": ("PATCH", "/tenants/acme", TENANT),
+    "tenant suspend acme": ("POST", "/tenants/acme/suspend", TENANT),
+    "tenant resume acme": ("POST", "/tenants/acme/resume", TENANT),
+    "tenant remove acme --confirm acme": ("DELETE", "/tenants/acme", TENANT),
+    "tenant export acme {new}": ("GET", "/tenants/acme/export", b""),
     "login": None,
     "logout": None,
     "token create x --role admin --token-out {new}": None,

@@ -41,6 +41,7 @@ FULL: dict[str, tuple[str, str, dict[str, Any]]] = {  # the path, the name and a
     "enrolment list": ("/enrolment-tokens", "enrolment_tokens", {"enrolment_token_id": SHORT_ID, "name": "line-4"}),
     "manufacturer list": ("/manufacturers", "manufacturers", {"manufacturer_id": SHORT_ID, "name": "acme"}),
     "profile list": ("/profiles", "profiles", {"name": "tls-server"}),
+    "tenant list": ("/tenants", "tenants", {"name": "acme", "topic_prefix": "sites/acme"}),
     "waiting": ("/enrolments", "enrolments", {"device_id": ID, "name": "pump-17"}),
     "token list": ("/tokens", "tokens", {"token_id": SHORT_ID, "name": "factory"}),
     "audit list": ("/audit", "entries", {"actor": "factory (1e66977361d81fe2)"}),
