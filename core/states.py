@@ -124,6 +124,7 @@ class PresenceState(IntEnum):
     CONNECTED = 2
 
 
+METADATA_BYTES = 8192  # of the metadata of a device, as JSON
 PENDING_DELIVERY = (DeliveryStatus.READY, DeliveryStatus.FETCHING)
 ON_CRL = (CertificateStatus.HELD, CertificateStatus.REVOKED)
 

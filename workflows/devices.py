@@ -65,6 +65,7 @@ class Page:
     cursor: str | None
     topics: Mapping[str, Sequence[tuple[str, str]]]
     problems: Mapping[str, str | None]
+    default_topics: Sequence[tuple[str, str]]  # of the others
 
 
 MAX_NAME = 128  # characters of a device's name
@@ -163,7 +164,8 @@ class Inventory:
         topics = store_devices.topics_of(tx, tenant.id, [one.device.id for one in page if one.device.own_topics])
         known = [one.device for one in page if one.device.id in topics]
         problems = {device.id: self._problem(tenant, device, _as_topics(topics[device.id])) for device in known}
-        return Page(page, contact, cursor, topics, problems)
+        default = [(topic.filter, topic.access.value) for topic in default_topics(tenant.topic_prefix)]
+        return Page(page, contact, cursor, topics, problems, default)
 
     def found(self, tenant_id: str, wanted: DeviceFilter) -> list[str]:
         """Return the ids of all devices that fit; raises ``InputInvalid`` if there are more than ``MOST_AT_ONCE``."""

@@ -17,9 +17,9 @@ from sqlalchemy.exc import IntegrityError
 import db
 from config import Settings
 from core import metrics
-from core.errors import AttestationRefused, StateConflict
+from core.errors import AttestationRefused, FieldProblem, InputInvalid, StateConflict
 from core.failpoints import failpoint
-from core.states import ClientKind, DeviceStatus
+from core.states import METADATA_BYTES, ClientKind, DeviceStatus
 from core.topics import Access, Topic, default_topics, reads_less
 from pki.profiles import CertificateTerms
 from store import audit
@@ -182,7 +182,7 @@ class Registrations:
 
         A ``profile``, by its name, counts from the next certificate on, as do other values that are in it. Raises
         ``DeviceNotFound``, ``ApplicationNotFound``, ``StateConflict`` for one that is revoked, ``TopicRefused``,
-        ``ProfileRefused``, ``GuardNeeded``.
+        ``ProfileRefused``, ``GuardNeeded``, ``ExternalIdTaken``, ``InputInvalid`` if it would have too much metadata.
         """
         now, tenant, checked = self._clock(), self._tenants.of(actor.tenant_id), None
         if not isinstance(topics, EllipsisType):
@@ -192,7 +192,16 @@ class Registrations:
             device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
             if device.status is DeviceStatus.REVOKED:
                 raise StateConflict(f"The {kind} is revoked, which is final; register it again instead.")
-            columns = {name: value for name, value in values.items() if name != "profile"}
+            columns = {name: value for name, value in values.items() if name not in ("profile", "metadata_changes")}
+            if values.get("external_id") not in (None, device.external_id):
+                if device.external_id is not None:  # whoever uploads it again must not make a second device
+                    raise StateConflict(
+                        "The device has an external_id already, which stays its own until it is revoked."
+                    )
+                audit.lock_audit_head(tx, actor.tenant_id)  # so that nobody else takes it meanwhile
+                check_external_id(tx, actor.tenant_id, values["external_id"])
+            if "metadata_changes" in values:
+                columns["metadata"] = _merged(device.metadata, values["metadata_changes"])
             if "profile" in values:
                 columns["profile_id"] = hold_profile(tx, actor.tenant_id, values["profile"])
             update_device(tx, actor.tenant_id, device_id, {**columns, "updated_at": now})
@@ -202,11 +211,20 @@ class Registrations:
                 narrowed = _reads_less(tenant, device_topics(tx, actor.tenant_id, device_id), checked)
                 db.replace_topics(tx, actor.tenant_id, device_id, pairs, generation=generation, narrowed=narrowed)
             changed = sorted(values) + ([] if topics is ... else ["topics"])
-            to = {"profile": values["profile"]} if "profile" in values else {}
+            to = {name: values[name] for name in ("profile", "external_id") if name in values}
             audit.record(tx, actor, f"{kind}:update", device.name_in_audit, at=now, changed=changed, **to)
         if generation:
             self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
             self._reconciler.wait_for_restart()
+
+
+def _merged(metadata: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata with the changes, of which ``None`` removes a key; raises ``InputInvalid`` if it is too long."""
+    merged = {key: value for key, value in {**metadata, **changes}.items() if value is not None or key not in changes}
+    if len(json.dumps(merged, ensure_ascii=False).encode()) > METADATA_BYTES:
+        problem = FieldProblem("metadata_changes", f"make more than {METADATA_BYTES} bytes of JSON of the metadata")
+        raise InputInvalid("The device would have too much metadata; remove some of it first.", [problem])
+    return merged
 
 
 def _reads_less(tenant: TenantTerms, before: Sequence[tuple[str, str]], after: Sequence[Topic] | None) -> bool:

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from core.errors import Gone, LinkUnknown, LinkUsed, TenantSuspended
 from core.roles import Permission
 from core.states import AttestationVerdict, DeviceStatus, PresenceState, renewable_from
+from core.topics import Access
 from delivery.formats import BundleFormat
 from pki.csr import read_csr
 from pki.profiles import DEFAULT
@@ -150,8 +151,10 @@ class RegisterAnswer(RegisteredAnswer, OfDevice):
 
 def _of_changes(schema: dict[str, Any]) -> None:
     schema["minProperties"] = 1
-    if "external_id" in schema["properties"]:
-        schema["oneOf"] = [{"not": {"required": ["external_id"]}}, {"required": ["external_id"], "maxProperties": 1}]
+    if "metadata_changes" in schema["properties"]:
+        both = {"required": ["metadata", "metadata_changes"]}
+        frees = {"required": ["external_id"], "properties": {"external_id": {"type": "null"}}, "minProperties": 2}
+        schema["not"] = {"anyOf": [both, frees]}
     for field in schema["properties"].values():
         field.pop("default", None)  # a field that is left out stays as it is
 
@@ -171,25 +174,34 @@ class ChangesRequest(RequestModel):
 class PatchRequest(ChangesRequest):
     """Fields of a device to change; `topics: null` restores the default topics.
 
-    A new `profile`, and new values that its names are made of, count from the next certificate on.
+    A new `profile`, and new values that its names are made of, count from the next certificate on. `metadata` replaces
+    all of it; `metadata_changes` sets some keys, and removes those that are null.
 
     `external_id: null`, alone, frees the external id of a revoked device for its successor.
     """
 
-    external_id: None = None
+    external_id: ExternalId | None = None
     name: Name = ""
     type: ShortText = ""
     location: Place = ""
     firmware: ShortText = ""
     metadata: Metadata = Field(default_factory=dict)
+    metadata_changes: Metadata = Field(default_factory=dict)
     topics: Topics | None = None
     profile: ProfileName = "default"
 
     @model_validator(mode="after")
     def _alone(self) -> Self:
-        if "external_id" in self.model_fields_set and len(self.model_fields_set) > 1:
-            raise ValueError("external_id goes with no other field")
+        if self.frees_external_id and len(self.model_fields_set) > 1:
+            raise ValueError("external_id: null goes with no other field")
+        if {"metadata", "metadata_changes"} <= self.model_fields_set:
+            raise ValueError("give either metadata or metadata_changes")
         return self
+
+    @property
+    def frees_external_id(self) -> bool:
+        """Whether the external id is to be freed."""
+        return "external_id" in self.model_fields_set and self.external_id is None
 
 
 class CertificateModel(AnswerModel):
@@ -241,6 +253,8 @@ class DeviceSummary(AnswerModel):
     broker_problem: BrokerProblem | None
     connection: ConnectionModel | None
     attested: AttestationVerdict | None
+    metadata: dict[str, Any]
+    topics: list[TopicModel]
 
 
 class DeviceModel(DeviceSummary):
@@ -250,8 +264,6 @@ class DeviceModel(DeviceSummary):
     """
 
     former_external_id: str | None
-    metadata: dict[str, Any]
-    topics: list[TopicModel]
     broker: BrokerState
     certificate: CertificateModel | None
     attestation: AttestationModel | None
@@ -430,6 +442,10 @@ def _page(call: Call, page: Page) -> DevicePage:
             **_dates(call, one.device, one.not_before, one.not_after),
             broker_problem=page.problems.get(one.device.id),
             connection=connection_model(connection_of(one.presence, page.contact)),
+            topics=[
+                TopicModel(filter=pattern, access=Access(access).value)
+                for pattern, access in page.topics.get(one.device.id, page.default_topics)
+            ],
         )
         for one in page.devices
     ]
@@ -445,7 +461,7 @@ def show_device(call: Call, device_id: str) -> DeviceModel:
 @ROUTES.add("PATCH", "/devices/{device_id}", Permission.CHANGE, errors=(409,))
 def update_device(call: Call, device_id: str, body: PatchRequest) -> DeviceModel:
     """Change a device's description or topics."""
-    if body.model_fields_set == {"external_id"}:
+    if body.frees_external_id:
         call.portal.registrations.free_external_id(call.actor, device_id)
         return _device_model(call, call.portal.inventory.device(call.actor.tenant_id, device_id))
     values = body.model_dump(exclude_unset=True, exclude={"topics"})

@@ -15,6 +15,7 @@ from pydantic_core import CoreSchema
 from typing_extensions import TypeAliasType
 
 from config import KEY_TYPES
+from core.states import METADATA_BYTES
 from pki.issuers import Reason
 
 # Control characters, line separators and bidirectional overrides could deceive somebody who reads a list or a log.
@@ -38,7 +39,6 @@ PATTERN_IN_WORDS = {
     _CURSOR: "must be the next_cursor of the previous page",
 }
 
-METADATA_BYTES = 8192
 METADATA_DEPTH = 5
 MAX_WHOLE = 2**53  # up to which a double has every whole number
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)

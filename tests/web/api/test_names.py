@@ -66,3 +66,36 @@ def test_a_cursor_holds_the_longest_name(api: Api) -> None:
     problem_of(
         api.get("/devices?" + urlencode({"sort": "-name", "cursor": first["next_cursor"]})), 422, "invalid_input"
     )
+
+
+def test_lists_show_metadata_and_topics(api: Api) -> None:
+    topics = [{"filter": "devices/{id}/#", "access": "readwrite"}, {"filter": "devices/news", "access": "read"}]
+    own = api.register(metadata={"owner": "ops"}, topics=topics)["device_id"]
+    plain = api.register()["device_id"]
+    listed = {device["device_id"]: device for device in api.get("/devices").json["devices"]}
+    for device_id in (own, plain):
+        shown = api.get(f"/devices/{device_id}").json
+        assert [listed[device_id][name] for name in ("metadata", "topics")] == [shown["metadata"], shown["topics"]]
+    assert listed[own]["topics"] == topics
+
+
+def test_changes_of_metadata_are_merged(api: Api) -> None:
+    path = f"/devices/{api.register(metadata={'owner': 'ops', 'rack': 7})['device_id']}"
+    changed = api.patch(path, {"metadata_changes": {"rack": None, "site": "north", "absent": None}})
+    assert changed.json["metadata"] == {"owner": "ops", "site": "north"}
+    problem_of(api.patch(path, {"metadata_changes": {}, "metadata": {}}), 422, "invalid_input")
+    assert api.patch(path, {"metadata_changes": {"long": "x" * 8000}}).status_code == 200
+    refused = problem_of(api.patch(path, {"metadata_changes": {"longer": "x" * 300}}), 422, "invalid_input")
+    assert refused["errors"][0]["field"] == "metadata_changes"
+    assert api.patch(path, {"metadata": {}}).json["metadata"] == {}
+
+
+def test_an_external_id_can_be_set_and_is_one_device_s(api: Api) -> None:
+    first, second = (f"/devices/{api.register()['device_id']}" for _ in range(2))
+    assert api.patch(first, {"external_id": "SN-1", "location": "north"}).json["external_id"] == "SN-1"
+    assert api.patch(first, {"external_id": "SN-1"}).status_code == 200
+    problem_of(api.patch(second, {"external_id": "SN-1"}), 409, "external_id_taken")
+    problem_of(api.patch(first, {"external_id": "SN-2"}), 409, "state_conflict")
+    assert api.patch(second, {"external_id": "SN-2"}).status_code == 200
+    detail = api.get("/audit?action=device:update").json["entries"][0]["detail"]
+    assert detail == {"changed": ["external_id"], "external_id": "SN-2"}

@@ -26,9 +26,9 @@ from schemathesis.specs.openapi.checks import allow_header_conformance, negative
 
 from app import ROUTES
 from core.roles import Role
+from core.states import METADATA_BYTES
 from tests.support.harness import ALL, ON_SQLITE, Api, api_as, csr_pem
 from tests.support.pki import PEM, Authority
-from web.api.fields import METADATA_BYTES
 from web.api.openapi import openapi
 from web.api.problems import IN_PLAIN_TEXT, OF_DEVICES
 
