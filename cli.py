@@ -16,8 +16,9 @@ from commands.audit import audit
 from commands.connection import ConnectionOptions
 from commands.context import CONNECTION, connection_options
 from commands.delivery import download, unpack_command
-from commands.devices import certificates, expiring, export, list_devices, show, update
+from commands.devices import certificates, expiring, list_devices, show, update
 from commands.enrolment import approve, enrolment, expect, reject, waiting
+from commands.export import export
 from commands.imports import import_devices
 from commands.lifecycle import resume, revoke, suspend
 from commands.manufacturers import manufacturer

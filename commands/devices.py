@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import click
@@ -24,21 +19,13 @@ from commands.context import (
     topics_from,
     warn_of_restart,
 )
-from commands.delivery import FORCE_HELP
-from commands.errors import CheckFailed
-from commands.files import defused, whole_file
+from commands.listing import COLUMNS, column, connection_in_words, lines_of, output_options
 from commands.names import device_argument
 from commands.output import Cell, Column, ago, date_of, moment, state, status_of, text
 from commands.times import Time
 
-FORMATS = ("csv", "ndjson", "json")
-SUFFIXES = {"": "csv", ".csv": "csv", ".json": "json", ".ndjson": "ndjson", ".jsonl": "ndjson"}
 VERDICTS = ("passed", "failed", "outdated", "none")
 STATUSES = ("pending", "active", "suspended", "revoked")
-COLUMNS = (
-    "device_id", "external_id", "name", "type", "location", "firmware", "status", "created_at", "updated_at",
-    "expires_at", "revoked_at", "revocation_reason", "profile", "attested", "connected", "connected_since", "last_seen",
-)  # fmt: skip
 
 
 CONNECTIONS = {"--connected": "true", "--offline": "false", "--never-seen": "never"}
@@ -62,7 +49,13 @@ filter_options = option_group(
     click.option("--status", type=click.Choice(STATUSES), help="Only devices with this status."),
     click.option("--type", metavar="TYPE", help="Only devices of this type."),
     click.option("--location", metavar="PLACE", help="Only devices at this location."),
-    click.option("--q", metavar="TEXT", help="Only devices with TEXT in the name, or with exactly this id."),
+    click.option("--name", metavar="NAME", help="Only devices with exactly this name."),
+    click.option(
+        *("--search", "--q", "q"),
+        metavar="TEXT",
+        help="Only devices with TEXT in the name, the external id or the metadata, or with exactly this id.",
+    ),
+    click.option("--metadata", metavar="KEY=VALUE", help="Only devices with this value in their metadata."),
     click.option(
         "--expires-before",
         type=Time(),
@@ -77,7 +70,15 @@ filter_options = option_group(
     _connection_flag("--never-seen", "Only devices that were never connected."),
 )
 
-SORTS = {"last-seen": "-last_seen", "longest-unseen": "last_seen"}
+SORTS = {
+    "newest": None,
+    "oldest": "created",
+    "name": "name",
+    "-name": "-name",
+    "expires": "expires",
+    "last-seen": "-last_seen",
+    "longest-unseen": "last_seen",
+}
 
 
 @command(
@@ -86,26 +87,47 @@ SORTS = {"last-seen": "-last_seen", "longest-unseen": "last_seen"}
         "portal list --status active --location 'Hall 2'",
         "portal list --expires-before 30d --all",
         "portal list --offline --sort longest-unseen",
+        "portal list --search north --columns name,external_id,metadata.owner,topics",
+        "portal list --all -o csv > fleet.csv",
         "portal list --all | cut -f1",
         "portal list --json | jq '.devices[].device_id'",
     ],
 )
 @filter_options
-@click.option(
-    "--sort", type=click.Choice(list(SORTS)), help="Those seen last first, or those not seen for longest (or ever)."
-)
+@click.option("--sort", type=click.Choice(list(SORTS)), help="Which come first.  [default: newest]")
+@output_options
 @paging_options
 def list_devices(
-    portal: Remote, /, limit: int, all_: bool, cursor: str | None, sort: str | None, **filters: str | None
+    portal: Remote,
+    /,
+    limit: int,
+    all_: bool,
+    cursor: str | None,
+    sort: str | None,
+    columns: tuple[str, ...] | None,
+    wide: bool,
+    format_: str | None,
+    **filters: str | None,
 ) -> None:
     """List devices, newest first.
 
     When piped, prints tab-separated lines: id, name, type, location, status, expiry, last seen (now, a time, never, or
-    empty if not known), certificate profile. A terminal has no column for the profile if all are default.
+    empty if not known), certificate profile. A terminal has no column for the profile if all are default. --columns
+    takes any field of a device as --json shows it, such as external_id or metadata.owner.
     """
     filters["sort"] = None if sort is None else SORTS[sort]
     answer = portal.client.read_pages("/devices", "devices", limit=None if all_ else limit, cursor=cursor, **filters)
     filtered = any(value for name, value in filters.items() if name != "sort")
+    if format_ == "json":
+        portal.out.json(answer)
+        return
+    if format_ in ("csv", "ndjson"):
+        portal.out.raw("".join(lines_of(answer["devices"], format_, columns or COLUMNS)), as_it_is=True)
+        return
+    if columns:
+        shown: dict[str, Column] = {name: column(name) for name in columns}
+        portal.out.table(answer, "devices", shown, empty="No matching devices.", wide=wide)
+        return
     has_profiles = any(device.get("profile", "default") != "default" for device in answer["devices"])
     with_profile: dict[str, Column] = {"profile": "profile"} if has_profiles or not portal.out.for_people else {}
     portal.out.table(
@@ -123,25 +145,15 @@ def list_devices(
         },
         empty="No matching devices." if filtered else "No devices yet.",
         spare=("location", "type", "seen", *with_profile),
+        wide=wide,
     )
     if not answer["devices"] and not filtered:
         portal.out.next_step("portal register NAME --type … --location … --firmware …")
 
 
-def _connection(device: Mapping[str, Any]) -> dict[str, Any]:
-    """Return in words whether a device is connected (yes, no, never, unknown), with since when and when last seen."""
-    connection = device.get("connection", {})
-    if connection is None:
-        return {"connected": "never", "connected_since": None, "last_seen": None}
-    known = connection if isinstance(connection, dict) else {}
-    connected = {"True": "yes", "False": "no"}.get(str(known.get("connected")), "unknown")
-    since = known.get("since") if connected == "yes" else None
-    return {"connected": connected, "connected_since": since, "last_seen": known.get("last_seen")}
-
-
 def seen(device: Mapping[str, Any]) -> Cell:
     """Return the cell for when a device was last connected, empty if that is not known."""
-    connection = _connection(device)
+    connection = connection_in_words(device)
     if connection["connected"] == "never":
         return Cell("never", style="dim")
     return Cell("now", style="green") if connection["connected"] == "yes" else ago(connection["last_seen"])
@@ -203,7 +215,7 @@ def show_client(portal: Remote, device: dict[str, Any], *, done: str = "", about
     for name, value in device.items():
         if name not in shown_below:
             fields[name] = _value(name, value, device)
-    fields |= {name: _value(name, value, device) for name, value in _connection(device).items()}
+    fields |= {name: _value(name, value, device) for name, value in connection_in_words(device).items()}
     for key, value in _items(device.get("metadata")):
         fields[f"metadata.{key}"] = text(value)
     for index, topic in enumerate(topics_in_words(device)):
@@ -250,17 +262,20 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
 @click.option("--type", metavar="TYPE", help="New type.")
 @click.option("--location", metavar="PLACE", help="New location.")
 @click.option("--firmware", metavar="VERSION", help="New firmware version.")
-@click.option("--metadata", metavar="KEY=VALUE", multiple=True, help="Replaces all metadata. Repeatable.")
-@click.option("--no-metadata", is_flag=True, help="Remove all metadata.")
+@click.option("--metadata", metavar="KEY=VALUE", multiple=True, help="Set a key of the metadata. Repeatable.")
+@click.option("--remove-metadata", metavar="KEY", multiple=True, help="Remove a key of the metadata. Repeatable.")
+@click.option("--no-metadata", is_flag=True, help="Remove all metadata, but for what --metadata sets.")
 @click.option("--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces all topics. Repeatable.")
 @click.option("--default-topics", is_flag=True, help="Restore the default topics.")
 @PROFILE
+@click.option("--external-id", metavar="TEXT", help="Your own id for the device, if it has none yet.")
 @click.option("--free-external-id", is_flag=True, help="Free the external id of a revoked device for its successor.")
 def update(
     portal: Remote,
     /,
     device_id: str,
     metadata: tuple[str, ...],
+    remove_metadata: tuple[str, ...],
     no_metadata: bool,
     topics: tuple[str, ...],
     default_topics: bool,
@@ -272,13 +287,15 @@ def update(
     A new profile, and new values that names in the certificate are made of, count from the next certificate on: see
     portal renew.
     """
-    if metadata and no_metadata:
-        raise click.UsageError("Use either --metadata or --no-metadata.")
+    if remove_metadata and no_metadata:
+        raise click.UsageError("Use either --remove-metadata or --no-metadata.")
     if topics and default_topics:
         raise click.UsageError("Use either --topic or --default-topics.")
     changes: dict[str, Any] = {field: value for field, value in values.items() if value is not None}
-    if metadata or no_metadata:
+    if no_metadata:
         changes["metadata"] = metadata_from(metadata)
+    elif metadata or remove_metadata:
+        changes["metadata_changes"] = dict.fromkeys(remove_metadata) | metadata_from(metadata)
     if topics or default_topics:
         changes["topics"] = topics_from(topics) or None
     if free_external_id and changes:
@@ -288,7 +305,8 @@ def update(
     if not changes:
         raise click.UsageError("Nothing to change: use at least one of --name, --type, --location, --firmware, …")
     device = portal.client.call("PATCH", f"/devices/{device_id}", body=changes).json()
-    show_client(portal, device, done=f"Changed {', '.join(changes)} of {device.get('name') or device_id}")
+    changed = ", ".join(changes).replace("metadata_changes", "metadata")
+    show_client(portal, device, done=f"Changed {changed} of {device.get('name') or device_id}")
     if "topics" in changes:
         warn_of_restart(portal, device)
 
@@ -316,64 +334,3 @@ def certificates(portal: Remote, device_id: str) -> None:
         empty="This device has no certificates.",
         spare=("reason", "fingerprint"),
     )
-
-
-@command(
-    "export",
-    examples=["portal export --out fleet.csv", "portal export --format ndjson --status active | jq -r .device_id"],
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE (0600).  [default: standard output]"
-)
-@click.option("--format", "format_", type=click.Choice(FORMATS), help="Format.  [default: by the name of FILE, or csv]")
-@click.option("--force", is_flag=True, help=FORCE_HELP)
-@filter_options
-def export(portal: Remote, /, out: Path | None, format_: str | None, force: bool, **filters: str | None) -> None:
-    """Write all devices as CSV, NDJSON or JSON.
-
-    FILE appears only when it is complete, so an interrupted export leaves no file. With --json, prints the number of
-    devices.
-    """
-    format_ = format_ or _format_of(out)
-    if out is None:
-        _write_devices(portal, filters, sys.stdout.write, format_)
-        return
-    if out.exists() and not force:
-        raise CheckFailed(f"{out} already exists; use --force to replace it.")
-    with whole_file(out) as file, portal.out.working("Exporting…"):
-        count = _write_devices(portal, filters, lambda content: file.write(content.encode()), format_)
-    answer = {"devices": count, "file": str(out.absolute())}
-    portal.out.result(answer, done=f"Wrote {count} device{'s' * (count != 1)} to {out}")
-
-
-def _format_of(out: Path | None) -> str:
-    suffix = "" if out is None else out.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise click.UsageError(
-            f"The name does not say the format of {out}; add --format, or end it with .csv or .json."
-        )
-    return SUFFIXES[suffix]
-
-
-def _write_devices(portal: Remote, filters: dict[str, Any], write: Callable[[str], object], format_: str) -> int:
-    """Write devices page by page, however many there are; return their number."""
-    write({"csv": _csv_line(COLUMNS), "json": '{"devices": [\n', "ndjson": ""}[format_])
-    count = 0
-    for page in portal.client.pages("/devices", "devices", **filters):
-        for device in page["devices"]:
-            if format_ == "csv":
-                cells = {**device, **_connection(device)}
-                write(_csv_line([cells.get(name) for name in COLUMNS]))
-            else:
-                separator = "" if format_ == "ndjson" else ",\n" if count else ""
-                write(separator + json.dumps(device) + ("\n" if format_ == "ndjson" else ""))
-            count += 1
-    write("\n]}\n" if format_ == "json" else "")
-    return count
-
-
-def _csv_line(values: Any) -> str:
-    """Return a line of CSV (RFC 4180), without formulas, and with an empty cell for ``None``."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\r\n").writerow(["" if value is None else defused(value) for value in values])
-    return buffer.getvalue()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -51,6 +51,7 @@ _STATUS_STYLES = {
 _ABBREVIATIONS = ("ca", "crl", "dns", "ip", "url")
 EXPIRES_SOON_DAYS = 30
 _SUGGESTED = re.compile(r"(?:^|(?<=: ))portal (?=[a-z])")  # the program's name, where a command is suggested
+MAX_WHOLE = 36  # characters of the first column, an id for example, up to which it is not cut
 MIN_COLUMN = 8  # characters that remain of a column that is cut
 PROGRESS_SECONDS = 10.0  # between two lines of progress if standard error is not a terminal
 
@@ -158,9 +159,9 @@ class Output:
         """Print one JSON document; ASCII only, so it cannot control a terminal."""
         self.raw(json.dumps(data, indent=2).replace("\x7f", "\\u007f"))
 
-    def raw(self, content: str) -> None:
-        """Print text that is known to be safe, such as PEM, unchanged."""
-        sys.stdout.write(content if content.endswith("\n") else content + "\n")
+    def raw(self, content: str, *, as_it_is: bool = False) -> None:
+        """Print text that is known to be safe, such as PEM, unchanged but for the end of its last line."""
+        sys.stdout.write(content if content.endswith("\n") or as_it_is else content + "\n")
         sys.stdout.flush()
 
     def result(self, answer: object, fields: Mapping[str, Cell] | None = None, *, done: str = "") -> None:
@@ -182,12 +183,14 @@ class Output:
         empty: str,
         spare: Sequence[str] = (),
         whole: Sequence[str] = (),
+        wide: bool = False,
     ) -> None:
         """Print the rows under ``key``: the answer as JSON, a table for people, or tab-separated lines for programs.
 
         Without rows, says ``empty`` on standard error; if the answer has a cursor for more, says how to list all. On a
-        narrow terminal the ``spare`` columns are left out, the last one first, and long values are cut (``…``), except
-        in the first column and in those of ``whole``. It is told which columns are left out.
+        narrow terminal the ``spare`` columns are left out, the last one first, which is told, and long values are cut
+        (``…``), except in those of ``whole``, and in the first one if it is no longer than an id. With ``wide`` nothing
+        is left out, and nothing is cut.
         """
         if self.as_json:
             self.json(answer)
@@ -200,7 +203,7 @@ class Output:
         if not rows:
             self.note(empty)
         elif self.for_people:
-            self._print_table(list(columns), rows, spare, whole)
+            self._print_table(list(columns), rows, spare, whole, wide=wide)
         else:
             for row in rows:
                 self.raw("\t".join(clean(cell.plain) for cell in row))
@@ -208,16 +211,25 @@ class Output:
             self.note("There are more; use --all to list all.")
 
     def _print_table(
-        self, titles: Sequence[str], rows: Sequence[Sequence[Cell]], spare: Sequence[str], whole: Sequence[str]
+        self,
+        titles: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        spare: Sequence[str],
+        whole: Sequence[str],
+        *,
+        wide: bool,
     ) -> None:
         texts = [[Text(clean(cell.shown or cell.plain), style=cell.style) for cell in row] for row in rows]
         widths = [max(len(title), *(line[i].cell_len for line in texts)) for i, title in enumerate(titles)]
-        kept = self._fit(titles, widths, spare, whole)
+        kept = list(range(len(titles))) if wide else self._fit(titles, widths, spare, whole)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i in kept:
             table.add_column(titles[i].upper(), no_wrap=True, overflow="ellipsis", width=widths[i])
         for line in texts:
             table.add_row(*(line[i] for i in kept))
+        if wide:
+            width = max(self._out.width, sum(widths) + 2 * len(widths))
+            self._out.size = ConsoleDimensions(width, self._out.height)
         self._out.print(table)
         if left_out := [title for i, title in enumerate(titles) if i not in kept]:
             self.note(f"Not shown for want of width: {', '.join(left_out)}. A wider terminal or --json shows all.")
@@ -232,7 +244,7 @@ class Output:
         for title in reversed(spare):
             if sum(widths[i] + 2 for i in kept) > room:
                 kept.remove(titles.index(title))
-        flexible = [i for i in kept if i != 0 and titles[i] not in whole]
+        flexible = [i for i in kept if (i != 0 or widths[i] > MAX_WHOLE) and titles[i] not in whole]
         least = [min(width, MIN_COLUMN) if i in flexible else width for i, width in enumerate(widths)]
         while flexible and sum(least[i] + 2 for i in kept) > room:
             kept.remove(flexible.pop())

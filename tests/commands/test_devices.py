@@ -200,8 +200,8 @@ def test_a_connection_is_shown_in_words(
     shown = dict(line.split("\t") for line in session.run("show", device_id).stdout.splitlines())
     assert [shown[name] for name in ("connected", "connected_since", "last_seen")] == words
     header, line = session.run("export").stdout.splitlines()
-    assert header.split(",")[-3:] == ["connected", "connected_since", "last_seen"]
-    assert line.split(",")[-3:] == words
+    assert header.split(",")[-5:-2] == ["connected", "connected_since", "last_seen"]
+    assert line.split(",")[-5:-2] == words
     assert session.run("list").stdout.rstrip("\n").split("\t")[-2] == cell
 
 
@@ -265,3 +265,38 @@ def test_the_certificate_that_expires_first_is_listed_first(session: Session, st
     assert stub.requests[-1].query["status"] == "active"
     stub.replies[("GET", "/devices")] = Reply(body={"devices": [], "next_cursor": None})
     assert "that expires before 20" in session.run("expiring").stderr
+
+
+def test_columns_and_formats_of_a_list_are_chosen(session: Session, stub: PortalStub) -> None:
+    stub.add_device("pump", external_id="line-4/1", metadata={"owner": "ops", "site": {"hall": 2}})
+    chosen = "name,external_id,metadata.owner,metadata.site,topics,last_seen"
+    cells = ["pump", "line-4/1", "ops", '{"hall": 2}', "devices/{id}/#:readwrite", "2026-01-03T00:00:00Z"]
+    assert session.run("list", "--columns", chosen).stdout == "\t".join(cells) + "\n"
+    rows = list(csv.reader(io.StringIO(session.run("list", "--columns", chosen, "-o", "csv").stdout, newline="")))
+    assert rows == [chosen.split(","), cells]
+    assert json.loads(session.run("list", "-o", "ndjson").stdout)["metadata"] == {"owner": "ops", "site": {"hall": 2}}
+    assert json.loads(session.run("list", "-o", "json").stdout) == session.json("list")
+    exported = next(csv.DictReader(io.StringIO(session.run("export").stdout, newline="")))
+    assert (exported["topics"], json.loads(exported["metadata"])["owner"]) == ("devices/{id}/#:readwrite", "ops")
+
+
+@pytest.mark.parametrize("columns", ["", "name,name", "secret", "metadata.", "name,"])
+def test_a_column_that_no_device_has_is_refused(session: Session, stub: PortalStub, columns: str) -> None:
+    assert (session.run("list", "--columns", columns).exit_code, stub.requests) == (2, [])
+
+
+def test_what_is_searched_and_sorted_is_the_portal_s_work(session: Session, stub: PortalStub) -> None:
+    session.run("list", "--search", "north", "--name", "pump", "--metadata", "owner=ops", "--sort", "name")
+    wanted = {"q": "north", "name": "pump", "metadata": "owner=ops", "sort": "name"}
+    assert wanted.items() <= stub.requests[-1].query.items()
+    session.run("list", "--q", "north", "--sort", "newest")
+    assert ("sort" in stub.requests[-1].query, stub.requests[-1].query["q"]) == (False, "north")
+
+
+def test_metadata_is_changed_key_by_key(session: Session, stub: PortalStub) -> None:
+    device_id = stub.add_device()
+    session.run("update", device_id, "--metadata", "owner=ops", "--remove-metadata", "rack", "--external-id", "SN-1")
+    assert stub.requests[-1].body == {"metadata_changes": {"rack": None, "owner": "ops"}, "external_id": "SN-1"}
+    session.run("update", device_id, "--no-metadata", "--metadata", "a=b")
+    assert stub.requests[-1].body == {"metadata": {"a": "b"}}
+    assert session.run("update", device_id, "--no-metadata", "--remove-metadata", "a").exit_code == 2
