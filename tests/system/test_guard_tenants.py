@@ -245,6 +245,22 @@ def test_what_a_revoked_device_of_a_tenant_has_left_is_cleared_by_the_portal(bro
         assert reader.messages == []
 
 
+def test_a_revoked_serial_number_is_one_of_its_tenants_ca(broker: TenantsBroker) -> None:
+    identity, old = broker.admit_in("b")
+    other, others = broker.admit_in("c")
+    number = f"{old.certificate.serial_number:x}"
+    broker.tell(f"serial {hash_of(broker.cas['c'].certificate.subject)} {number} {identity}")
+    assert works(broker, "b", identity, old)
+    with broker.device(old) as device:
+        assert may_publish(device, topic_of("b", identity))
+        broker.tell(f"serial {hash_of(broker.cas['b'].certificate.subject)} {number} {identity}")
+        device.wait_until_cut()
+    with broker.device(old) as device:
+        assert not may_publish(device, topic_of("b", identity))
+    assert works(broker, "b", identity, broker.cas["b"].issue(identity))
+    assert works(broker, "c", other, others)
+
+
 def test_an_identity_that_is_forgotten_and_then_anothers_is_reached_by_the_others_ca_alone(
     broker: TenantsBroker,
 ) -> None:
@@ -412,3 +428,35 @@ def test_one_device_is_denied_at_once_while_many_of_a_suspended_tenant_are_being
     for client in clients:
         client.wait_until_cut()
     broker.tell("tenant b plant/b")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_memory_is_right_and_none_is_lost_under_valgrind(stack: ExitStack) -> None:
+    folder = short_folder()
+    stack.callback(shutil.rmtree, folder)
+    broker = TenantsBroker(folder)
+    broker.under = ("valgrind", "-q", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite")
+    stack.callback(broker.stop)
+    broker.start()
+    for epoch in (2, 3):
+        identity, credentials = broker.admit_in("b")
+        other, others = broker.admit_in("c", "rw:c/#")
+        with broker.device(credentials, clean=False, expiry=600) as device, broker.device(others) as neighbour:
+            assert may_subscribe(device, f"plant/b/{identity}/#")
+            with broker.device(broker.cas["c"].issue(str(uuid.uuid4()))) as unknown:
+                assert not may_publish(unknown, topic_of("b", identity))
+            with broker.device(broker.cas["b"].issue(other)) as thief:
+                assert not may_publish(thief, topic_of("c", other))
+            broker.tell("suspend b")
+            device.wait_until_cut()
+            neighbour.close()
+        broker.journal.append("tenant d plant")
+        assert not broker.proven()
+        broker.journal = broker.new_journal(epoch)
+        for line in (f"allow {identity} in:b", f"allow {other} in:b", "suspend c"):
+            broker.journal.line(line)
+        broker.journal.write()
+        assert broker.ask(f"epoch/{epoch}")
+        assert works(broker, "b", identity, credentials)
+    broker.terminate()
