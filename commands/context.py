@@ -290,7 +290,8 @@ YES = click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmatio
 
 def trusted_of_broker(portal: Remote) -> bytes:
     """Return the certificates of the CAs to trust of the broker, PEM."""
-    answer = portal.client.call("GET", "/broker-ca.pem", anonymous=True, accept=(404,))
+    anonymous = portal.settings.token is None  # else they are those of the operator's tenant
+    answer = portal.client.call("GET", "/broker-ca.pem", anonymous=anonymous, accept=(404,))
     if answer.status != 404:
         return answer.body
     return portal.client.call("GET", "/ca.pem", anonymous=True).body  # an older portal, which certifies the broker

@@ -64,8 +64,9 @@ def ca(portal: Remote, out: Path | None, broker: bool, force: bool) -> None:
     The issuing CA comes first, the root last; with --broker followed by the root of the broker's certificate, if that
     is of another issuer. Compare the fingerprint of the root with the one that the portal's operator tells you.
     """
+    anonymous = portal.settings.token is None  # else they are those of the operator's tenant
     pem = certificates_only(
-        trusted_of_broker(portal) if broker else portal.client.call("GET", "/ca.pem", anonymous=True).body
+        trusted_of_broker(portal) if broker else portal.client.call("GET", "/ca.pem", anonymous=anonymous).body
     )
     found = describe(pem)
     if out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -10,7 +9,7 @@ from pydantic import Field
 from core.roles import Permission
 from store.audit import Period
 from web.api.fields import Limit, NumericCursor, Place, ShortText, Time
-from web.api.pki import cached
+from web.api.pki import by_token, cached
 from web.api.routing import ANYONE, NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.audit import AuditLog
 
@@ -84,7 +83,7 @@ _NOTE = Answers(
 @ROUTES.add("GET", "/audit/checkpoint", ANYONE, _NOTE, token_optional=True, errors=(401, 403, 404, 429))
 def audit_checkpoint(call: Call) -> Reply:
     """Return the newest checkpoint of the audit record of an operator's tenant, without a token of the first one."""
-    return _by_token(cached(call, _log(call).newest().encode(), PLAIN, max_age=60))
+    return by_token(cached(call, _log(call).newest().encode(), PLAIN, max_age=60))
 
 
 @ROUTES.add(
@@ -97,7 +96,7 @@ def audit_checkpoint(call: Call) -> Reply:
 )
 def audit_key(call: Call) -> Reply:
     """Return the public key of the checkpoints of an operator's tenant, without a token of the first one's."""
-    return _by_token(cached(call, f"{_log(call).verifier}\n".encode(), PLAIN, max_age=60))
+    return by_token(cached(call, f"{_log(call).verifier}\n".encode(), PLAIN, max_age=60))
 
 
 @ROUTES.add("GET", "/audit/{log}/checkpoint", ANYONE, _NOTE, errors=(404,))
@@ -108,8 +107,3 @@ def audit_checkpoint_of(call: Call, log: str) -> Reply:
 
 def _log(call: Call) -> AuditLog:
     return call.portal.audit_logs.of(call.actor.tenant_id)
-
-
-def _by_token(reply: Reply) -> Reply:
-    """Keep a cache from giving what was answered to one token to another."""
-    return dataclasses.replace(reply, headers={**reply.headers, "Vary": "Authorization"})

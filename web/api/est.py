@@ -46,11 +46,13 @@ _ERRORS = (401, 403, 404, 409, 429, 503)
     errors=(403, 404, 503),
 )
 def est_cacerts(call: Call) -> Reply:
-    """Return the CA certificates that a device trusts (RFC 7030 section 4.1)."""
-    noticed_client(call)
-    return _base64_reply(
-        pki_est.certs_only(call.portal.authority.of(call.device_tenant or call.portal.first_tenant).trusted_der), PKCS7
-    )
+    """Return the CA certificates that a device trusts (RFC 7030 section 4.1): of the tenant that the label names.
+
+    Without a label of the tenant whose certificate the device shows, else of the first one.
+    """
+    holder = noticed_client(call)
+    tenant_id = call.device_tenant or (call.portal.first_tenant if holder is None else holder.tenant_id)
+    return _base64_reply(pki_est.certs_only(call.portal.authority.of(tenant_id).trusted_der), PKCS7)
 
 
 @_UNLABELLED.add(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import hashlib
 import re
 from datetime import datetime, timedelta
@@ -55,6 +56,11 @@ def cached(
     return Reply(content=content, media_type=media_type, headers=headers)
 
 
+def by_token(reply: Reply) -> Reply:
+    """Keep a cache from giving what was answered to one token to another."""
+    return dataclasses.replace(reply, headers={**reply.headers, "Vary": "Authorization"})
+
+
 def tag_of(content: bytes) -> str:
     """Return an entity tag: the first half of the SHA-256 of the content."""
     return hashlib.sha256(content).hexdigest()[:32]
@@ -67,6 +73,7 @@ def _not_modified_since(header: str | None, last_modified: datetime) -> bool:
         return False
 
 
+_PEM = "application/x-pem-file"
 _ETAG = {"ETag": "For If-None-Match"}
 _TIMES = {"Last-Modified": "When the CRL was made", "Expires": "Its nextUpdate"}
 
@@ -75,25 +82,42 @@ _TIMES = {"Last-Modified": "When the CRL was made", "Expires": "Its nextUpdate"}
     "GET",
     "/ca.pem",
     ANYONE,
-    Answers("Issuing CAs and root, PEM", media_type="application/x-pem-file", headers=_ETAG),
+    Answers("Issuing CAs and root, PEM", media_type=_PEM, headers=_ETAG),
+    token_optional=True,
+    errors=(401, 403, 429, 503),
     on_pki_listener=True,
 )
 def ca_pem(call: Call) -> Reply:
-    """Return the certificate chain: issuing CAs and root."""
-    return cached(call, call.portal.authority.first.ca_pem.encode(), "application/x-pem-file", max_age=3600)
+    """Return the certificate chain, issuing CAs and root, of an operator's tenant, without a token of the first one."""
+    return by_token(cached(call, call.portal.authority.of(call.actor.tenant_id).ca_pem.encode(), _PEM, max_age=3600))
 
 
 @ROUTES.add(
     "GET",
     "/broker-ca.pem",
     ANYONE,
-    Answers("What to trust of the broker, PEM", media_type="application/x-pem-file", headers=_ETAG),
-    errors=(503,),
+    Answers("What to trust of the broker, PEM", media_type=_PEM, headers=_ETAG),
+    token_optional=True,
+    errors=(401, 403, 429, 503),
 )
 def broker_ca_pem(call: Call) -> Reply:
     """Return what to trust of the broker: the CAs of /ca.pem, and the root of its certificate by another issuer."""
-    trusted = broker_trust(call.portal.settings, call.portal.authority.first.ca_pem)
-    return cached(call, trusted.encode(), "application/x-pem-file", max_age=3600)
+    trusted = broker_trust(call.portal.settings, call.portal.authority.of(call.actor.tenant_id).ca_pem)
+    return by_token(cached(call, trusted.encode(), _PEM, max_age=3600))
+
+
+@ROUTES.add(
+    "GET",
+    "/ca/{issuer}.pem",
+    ANYONE,
+    Answers("Issuing CAs and root, PEM", media_type=_PEM, headers=_ETAG),
+    errors=(503,),
+    on_pki_listener=True,
+)
+def ca_pem_of(call: Call, issuer: str) -> Reply:
+    """Return what /ca.pem has for the tenant of a CA, whose certificates name the CA in their URLs."""
+    tenant_id = _issuer(call, issuer).tenant_id
+    return cached(call, call.portal.authority.of(tenant_id).ca_pem.encode(), _PEM, max_age=3600)
 
 
 @ROUTES.add(

@@ -233,6 +233,7 @@ def test_the_routes_of_the_plain_listener_are_these(anyone: Api) -> None:
     assert {route.path for route in ROUTES if route.on_pki_listener} == {
         "/ca.pem",
         "/ca/{issuer}.cer",
+        "/ca/{issuer}.pem",
         "/crl/{issuer}.crl",
         "/ocsp",
         "/ocsp/",

@@ -37,6 +37,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /ca.pem": ANYONE,
     "GET /broker-ca.pem": ANYONE,
     "GET /ca/{issuer}.cer": ANYONE,
+    "GET /ca/{issuer}.pem": ANYONE,
     "GET /crl/{issuer}.crl": ANYONE,
     "GET /ocsp/{request}": ANYONE,
     "POST /ocsp": ANYONE,
