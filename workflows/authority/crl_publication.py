@@ -210,14 +210,28 @@ class CrlPublication:
             )
 
     def _trust(self, issuers: Issuers) -> Trust:
-        """Return the issuers with the newest CRL of each, encoded once. The caller holds the lock of the CRLs."""
+        """Return the issuers with the newest CRL of each, encoded once. The caller holds the lock of the CRLs.
+
+        Without those of further tenants whose CRL has expired, as after the loss of a key: the broker needs a current
+        CRL of each CA, and refuses the devices of one that it does not know.
+        """
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            states = store_issuers.crl_states(tx)
-            heads = [head for recorded in issuers.with_crl() if (head := states[recorded.id].newest) is not None]
+            states, now = store_issuers.crl_states(tx), self._clock()
+            heads = [
+                head
+                for one in issuers.with_crl()
+                if (head := states[one.id].newest) and self._is_usable(one, head, now)
+            ]
             new = [head.issuer_id for head in heads if head not in self._crl_pem]
             read = {crl.issuer_id: self._pem(crl) for crl in store_issuers.list_crls(tx, new)}
         self._crl_pem = {head: self._crl_pem.get(head) or read[head.issuer_id] for head in heads}
-        return Trust(b"".join(self._crl_pem.values()), issuers.broker_ca, issuers.tenants)
+        others = {one.id for one in issuers.with_crl() if one.tenant_id != self._first_tenant}
+        left_out = others - {head.issuer_id for head in heads}
+        authorities = issuers.broker_ca_without(left_out) if left_out else issuers.broker_ca
+        return Trust(b"".join(self._crl_pem.values()), authorities, issuers.tenants)
+
+    def _is_usable(self, recorded: RecordedIssuer, crl: CrlHead, now: datetime) -> bool:
+        return recorded.tenant_id == self._first_tenant or now < crl.next_update
 
     def _pem(self, crl: CrlRecord) -> bytes:
         return self._crl_writers.setdefault(crl.issuer_id, PemOfSuccessors("X509 CRL")).pem(crl.der)

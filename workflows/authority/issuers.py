@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from cryptography import x509
@@ -132,6 +132,14 @@ class Issuers:
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
         """Return the issuers whose CRLs the broker needs: those of devices' certificates that are still trusted."""
         return self._with_crl
+
+    def broker_ca_without(self, left_out: Set[int]) -> bytes:
+        """Return what the broker is to trust, PEM, but for some issuing CAs of further tenants, by their rows."""
+        records = [record for own in self._records.values() for record in own if record.id not in left_out]
+        active = [one for one in records if one.kind == IssuerKind.ISSUING and one.status == IssuerStatus.ACTIVE]
+        having = {one.tenant_id for one in active} | {DEFAULT_TENANT}
+        certificates = trusted_certificates([one for one in records if one.tenant_id in having])
+        return ca.chain_pem(*certificates).encode()
 
     def tenants_with_older(self) -> list[str]:
         """Return the tenants that have a CA which issues no more, and is trusted."""

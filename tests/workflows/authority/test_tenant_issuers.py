@@ -204,10 +204,10 @@ def test_a_common_name_is_never_too_long_and_never_the_same(ca_name: str) -> Non
 def test_a_lost_key_of_one_tenant_is_reported_and_stops_no_other(
     make_settings: Callable[..., Settings], clock: Clock
 ) -> None:
-    settings = make_settings()
+    settings = make_settings(PORTAL_BROKER_CONTROL="guard")
     portal = open_portal(settings, clock)
     for tenant_id in ("acme", "globex"):
-        add_tenant(portal, tenant_id)
+        add_tenant(portal, tenant_id, own_root=tenant_id == "acme")
     portal.close()
     key_path(settings, "acme-issuing-1").unlink()
     portal = open_portal(settings, clock)
@@ -223,6 +223,11 @@ def test_a_lost_key_of_one_tenant_is_reported_and_stops_no_other(
         for issuer in portal.authority.with_crl():
             issuers.touch_issuer(tx, issuer.id, generation=generation)
     assert len(portal.reconciler.crls.sign_due()[1]) == 2
+    clock.advance(days=settings.crl_days + 1)
+    portal.reconciler.install()
+    for path, count in ((settings.broker_file("ca.pem"), 3), (settings.broker_file("crl.pem"), 2)):
+        assert path.read_text().count("-----BEGIN") == count, "the CA without a current CRL is left out"
+    assert portal.broker.files.damage() == []
     portal.close()
 
 
@@ -230,7 +235,7 @@ def test_a_lost_key_of_one_tenant_is_reported_and_stops_no_other(
 def test_the_key_of_another_tenant_is_opened_when_it_first_signs(
     make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = make_settings()
+    settings = make_settings(PORTAL_BROKER_CONTROL="guard")
     portal = open_portal(settings, clock)
     add_tenant(portal, "acme")
     portal.close()
