@@ -11,7 +11,7 @@ from flask import Flask
 
 from app import create_app, portal_of
 from config import Settings
-from core.errors import CaKeyUnavailable, StateConflict
+from core.errors import CaKeyUnavailable, IssuerUnusable, StateConflict
 from operations import authority
 from operations.wiring import Portal
 from store import audit, issuers, tenants
@@ -126,6 +126,20 @@ def test_a_company_signs_the_ca_of_one_tenant_and_the_others_stay(portal: Portal
     }  # fmt: skip
     assert current.servers.issuer.name == "issuing-1"
     assert ROOT.certificate not in current.of("default").trusted
+
+
+def test_the_first_ca_of_a_tenant_may_be_installed_before_it_issues(portal: Portal, clock: Clock) -> None:
+    without_ca(portal)
+    chain = pem(BETWEEN.sign(requested(portal).public_key(), "Devices of acme", path_length=0), BETWEEN, ROOT)
+    authority.install_ca(portal, ACME, chain, lambda _: None, later=True)
+    with pytest.raises(IssuerUnusable):
+        register(portal)
+    roll_over(portal, OPERATOR)
+    clock.advance(hours=2)
+    authority.retire_unneeded(portal)
+    assert {one.issuer.name for one in portal.authority.with_crl()} == {"acme-issuing-1", "issuing-2"}
+    assert roll_over(portal) == "acme-issuing-1"
+    register(portal)
 
 
 def test_the_own_root_stays_trusted_while_a_tenants_ca_is_below_it(portal: Portal, clock: Clock) -> None:

@@ -143,7 +143,8 @@ class Issuers:
 
     def tenants_with_older(self) -> list[str]:
         """Return the tenants that have a CA which issues no more, and is trusted."""
-        return sorted({one.tenant_id for one in self._with_crl if one.id < self.issuing_of(one.tenant_id).id})
+        having = [one for one in self._with_crl if self.has_issuing(one.tenant_id)]
+        return sorted({one.tenant_id for one in having if one.id < self.issuing_of(one.tenant_id).id})
 
     def of_tenant(self, tenant_id: str) -> tuple[RecordedIssuer, ...]:
         """Return the CAs of a tenant, with the retired ones."""
