@@ -12,7 +12,16 @@ from typing import Any
 import click
 
 from commands.client import Client
-from commands.connection import ConnectionSettings, Login, login_path, read_login, remove_login, resolve, save_login
+from commands.connection import (
+    DEFAULT_TENANT,
+    ConnectionSettings,
+    Login,
+    login_path,
+    read_login,
+    remove_login,
+    resolve,
+    save_login,
+)
 from commands.context import (
     ROLES,
     TOKEN_ID,
@@ -22,9 +31,10 @@ from commands.context import (
     command,
     confirm,
     create_with_secret,
+    require,
 )
 from commands.errors import Misused
-from commands.output import Cell, date_of, moment, text
+from commands.output import Cell, clean, date_of, moment, text
 from commands.times import Span
 from onboarding_portal import VERSION
 
@@ -42,16 +52,33 @@ def login(portal: Remote) -> None:
     """Save the portal's URL, CA file and your token.
 
     Asks for what is not given by options or the environment. The token is tested at the portal and then saved in a
-    file that only you can read.
+    file that only you can read. With tokens of several tenants, portal --tenant NAME chooses one of those saved.
     """
     settings = _asked(portal)
-    Client(settings, version=VERSION).get("/devices", limit=1)
+    client = Client(settings, version=VERSION)
+    client.get("/devices", limit=1)
+    tenant = _tenant_of(client)
+    if portal.given.tenant not in (None, tenant):
+        raise Misused(f"The token is one of the tenant {tenant}. Nothing was saved.")
     path = login_path(os.environ)
     ca_file = str(settings.ca_file) if settings.ca_file else None
-    save_login(path, Login(settings.url, ca_file, settings.token or ""))
+    save_login(path, Login(settings.url, ca_file, settings.token or "", tenant))
     answer = {"url": settings.url, "ca_file": ca_file, "saved": str(path)}
-    portal.out.result(answer, done=f"The token works at {settings.url}; saved in {path}")
+    inside = ""
+    if tenant != DEFAULT_TENANT:
+        answer["tenant"], inside = tenant, f" in the tenant {tenant}"
+    portal.out.result(answer, done=f"The token works at {settings.url}{inside}; saved in {path}")
     portal.out.next_step("portal list")
+
+
+def _tenant_of(client: Client) -> str:
+    """Return the tenant of the token; an older portal has one only."""
+    answer = client.call("GET", "/whoami", accept=(404,))
+    if answer.status == 404:
+        return DEFAULT_TENANT
+    known = answer.json()
+    require(known, "tenant")
+    return clean(known["tenant"])
 
 
 def _asked(portal: Remote) -> ConnectionSettings:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import re
 import ssl
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from commands.errors import Misused
 from commands.files import read_secret, reason, replace_file
 
 DEFAULT_URL = "https://127.0.0.1:8443"
+DEFAULT_TENANT = "default"
 STDIN = "-"
 MAX_LOGIN = 64 * 1024  # bytes of a login file that are read
 
@@ -30,6 +32,7 @@ class ConnectionOptions:
     ca_file: str | None = None
     token: str | None = None
     token_file: str | None = None
+    tenant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,12 @@ class ConnectionSettings:
 
 @dataclass(frozen=True)
 class Login:
-    """The content of the file that ``portal login`` writes."""
+    """What ``portal login`` has saved for a tenant."""
 
     url: str
     ca_file: str | None
     token: str
+    tenant: str = DEFAULT_TENANT
 
     def __repr__(self) -> str:  # never the token
         return f"Login(url={self.url!r})"
@@ -67,8 +71,11 @@ def login_path(environment: Mapping[str, str]) -> Path:
 def resolve(given: ConnectionOptions, environment: Mapping[str, str], *, use_login: bool = True) -> ConnectionSettings:
     """Combine the sources: options override the environment, which overrides the saved login.
 
-    A saved token is sent only to the portal that it was saved for. Raises ``Misused``.
+    A saved token is sent only to the portal that it was saved for. A ``tenant`` chooses among the saved logins. Raises
+    ``Misused``.
     """
+    if given.tenant is not None and use_login:
+        return _of_tenant(given, given.tenant, environment)
     url, ca, token, source = _explicit(given, environment)
     login = None if (url and ca and token) or not use_login else read_login(login_path(environment))
     url = portal_url(url or (login.url if login else DEFAULT_URL))
@@ -77,6 +84,24 @@ def resolve(given: ConnectionOptions, environment: Mapping[str, str], *, use_log
         if not token:
             token, source = login.token, "the saved login"
     return ConnectionSettings(url, _ca_file(ca), _token(token, source), source)
+
+
+def _of_tenant(given: ConnectionOptions, tenant: str, environment: Mapping[str, str]) -> ConnectionSettings:
+    if given.token is not None or given.token_file is not None:
+        raise Misused("Use either --tenant, which chooses a saved login, or a token, which is of one tenant.")
+    known = read_logins(login_path(environment))
+    login = next((login for login in known if login.tenant == tenant), None)
+    if login is None or (given.url and portal_url(given.url) != login.url):
+        names = ", ".join(login.tenant for login in known)
+        raise Misused(
+            f"There is no saved login of the tenant {tenant if tenant.isprintable() else ascii(tenant)}.",
+            hints=[
+                f"There are those of: {names}" if names else "There is none at all.",
+                "To save one, run: portal login --token-file FILE, with a token of the tenant",
+            ],
+        )
+    ca = given.ca_file or login.ca_file or environment.get("PORTAL_CA") or None
+    return ConnectionSettings(login.url, _ca_file(ca), _token(login.token, "the saved login"), "the saved login")
 
 
 def _explicit(given: ConnectionOptions, environment: Mapping[str, str]) -> tuple[str, str | None, str, str]:
@@ -138,11 +163,20 @@ def _ca_file(path: str | None) -> Path | None:
 
 
 def read_login(path: Path) -> Login | None:
-    """Return the saved login, or ``None``; raises ``Misused`` if others can read it."""
+    """Return the login that was saved last, or ``None``; raises ``Misused`` if others can read it."""
+    known = read_logins(path)
+    return known[0] if known else None
+
+
+def read_logins(path: Path) -> Sequence[Login]:
+    """Return the saved logins, that which was saved last first, each of another tenant of one portal.
+
+    Raises ``Misused`` if others can read them.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return ()
     except OSError as error:
         raise Misused(f"The saved login {path} cannot be read: {reason(error)}.") from None
     with os.fdopen(descriptor, "rb") as file:
@@ -155,23 +189,35 @@ def read_login(path: Path) -> Login | None:
         if status.st_uid != os.geteuid():
             raise Misused(f"The saved login {path} belongs to another user; run portal login as yourself.")
         content = file.read(MAX_LOGIN)
-    return _parse_login(path, content)
-
-
-def _parse_login(path: Path, content: bytes) -> Login:
     try:
         saved: dict[str, Any] = json.loads(content)
-        url, ca_file, token = saved["url"], saved["ca_file"], saved["token"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        url = ca_file = token = None
-    if not isinstance(url, str) or not isinstance(token, str) or not isinstance(ca_file, str | None):
-        raise Misused(f"The saved login {path} is damaged; run portal login again.")
-    return Login(url, ca_file, token)
+        return [_parse_login(one) for one in (saved, *saved.get("others", ()))]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise Misused(f"The saved login {path} is damaged; run portal login again.") from None
+
+
+def _parse_login(saved: Mapping[str, Any]) -> Login:
+    """Return a login; raises ``KeyError`` or ``TypeError``."""
+    url, ca_file, token, tenant = saved["url"], saved["ca_file"], saved["token"], saved.get("tenant", DEFAULT_TENANT)
+    if not all(isinstance(value, str) for value in (url, token, tenant, ca_file or "")):
+        raise TypeError("not a text")
+    return Login(url, ca_file, token, tenant)
+
+
+def _content_of(login: Login) -> dict[str, Any]:
+    content = {"url": login.url, "ca_file": login.ca_file, "token": login.token}
+    return content if login.tenant == DEFAULT_TENANT else content | {"tenant": login.tenant}
 
 
 def save_login(path: Path, login: Login) -> None:
-    """Write the login to a 0600 file in a 0700 folder; raises ``Misused``."""
-    content = {"url": login.url, "ca_file": login.ca_file, "token": login.token}
+    """Write the login to a 0600 file in a 0700 folder; raises ``Misused``.
+
+    Logins of other tenants of the same portal stay; those of another portal are replaced.
+    """
+    others: list[Login] = []
+    with contextlib.suppress(Misused):  # what cannot be used is replaced
+        others = [one for one in read_logins(path) if one.url == login.url and one.tenant != login.tenant]
+    content = _content_of(login) | ({"others": [_content_of(one) for one in others]} if others else {})
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         replace_file(path, json.dumps(content, indent=2).encode() + b"\n", mode=0o600)

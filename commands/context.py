@@ -52,13 +52,17 @@ class Remote:
         return Client(self.settings, version=VERSION)
 
 
-def connection_options() -> list[click.Option]:
-    """Return the connection options, which ``portal`` and each of its commands accept."""
+def connection_options(*, of_command: bool = False) -> list[click.Option]:
+    """Return the connection options, which ``portal`` and each of its commands accept.
+
+    The help of each command does not name the tenant, of which most portals have one.
+    """
     return [
         click.Option(["--url"], metavar="URL", help="Portal URL, such as https://127.0.0.1:8443.  [PORTAL_URL]"),
         click.Option(["--ca-file"], metavar="FILE", help="CA certificate of the portal (its ca.pem).  [PORTAL_CA]"),
         click.Option(["--token-file"], metavar="FILE", help="File with the operator token; - for standard input."),
         click.Option(["--token"], metavar="TOKEN", help="Operator token; better in the environment.  [PORTAL_TOKEN]"),
+        click.Option(["--tenant"], metavar="NAME", help="Use the saved login of this tenant.", hidden=of_command),
     ]
 
 
@@ -68,7 +72,7 @@ class Command(click.Command):
     def __init__(self, *args: Any, examples: Iterable[str] = (), connects: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples = tuple(examples)
-        self.connection = connection_options() if connects else []
+        self.connection = connection_options(of_command=True) if connects else []
         self.params += [click.Option(["--json", "as_json"], is_flag=True, help="Print JSON.")]
         self.params += self.connection
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import stat
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from commands.connection import login_path
 from tests.support.cli_session import Session
-from tests.support.portal_stub import PortalStub, Reply
+from tests.support.portal_stub import TOKEN, PortalStub, Reply, problem
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 ACME = {"name": "acme", "status": "active", "topic_prefix": "acme", "est_label": "acme", "broker": "enforced"}
@@ -78,3 +84,88 @@ def test_what_was_known_of_a_removed_tenant_is_saved_and_no_file_is_overwritten(
     assert session.run("tenant", "export", "acme", "acme.ndjson").exit_code == 1
     assert len(stub.requests) == before
     assert session.run("tenant", "export", "acme", "acme.ndjson", "--force").exit_code == 0
+
+
+# --- Logins of several tenants --------------------------------------------------------------------------------------
+
+
+def logged_in(session: Session, stub: PortalStub, tenant: str, *options: str) -> str:
+    stub.replies["GET", "/whoami"] = Reply(200, {"tenant": tenant, "role": "admin", "operator": "somebody"})
+    result = session.run("login", *options)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def saved(session: Session) -> dict[str, Any]:
+    return dict(json.loads(login_path(session.environment).read_text()))
+
+
+def test_a_login_with_one_tenant_is_saved_as_ever(session: Session, stub: PortalStub) -> None:
+    for tenant in ("default", None):
+        if tenant is None:  # a portal from before tenants
+            stub.replies["GET", "/whoami"] = problem(404, "not_found", "Nothing is at this path.")
+            assert session.run("login").exit_code == 0
+        else:
+            assert "in the tenant" not in logged_in(session, stub, tenant)
+        assert saved(session).keys() == {"url", "ca_file", "token"}
+        assert "tenant" not in session.run("list", "--help").output
+
+
+def test_logins_are_remembered_by_tenant_and_chosen_by_an_option_that_overrides_the_environment(
+    session: Session, stub: PortalStub
+) -> None:
+    logged_in(session, stub, "default")
+    assert "in the tenant acme" in logged_in(session, stub, "acme")
+    path = login_path(session.environment)
+    content = saved(session)
+    assert (content["tenant"], [one.get("tenant") for one in content["others"]]) == ("acme", [None])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    content["others"][0]["token"] = "of-the-default-tenant"
+    path.write_text(json.dumps(content))
+    for arguments, sent in (
+        (("--tenant", "acme", "list"), TOKEN), (("list", "--tenant", "acme"), TOKEN),
+        (("--tenant", "default", "list"), "of-the-default-tenant"),
+    ):  # fmt: skip
+        session.run(*arguments, env={"PORTAL_TOKEN": "of-the-environment", "PORTAL_URL": "https://127.0.0.1:1"})
+        assert stub.requests[-1].headers["Authorization"] == f"Bearer {sent}"
+    # The newest is that without an option; a further login replaces that of its own tenant.
+    session.run("list", env={"PORTAL_TOKEN": ""})
+    assert stub.requests[-1].headers["Authorization"] == f"Bearer {TOKEN}"
+    logged_in(session, stub, "default")
+    assert [one["tenant"] for one in saved(session)["others"]] == ["acme"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tenant", "other", "list"), "no saved login of the tenant other"),
+        (("--tenant", "acme", "list", "--token", "x"), "either --tenant"),
+        (("--tenant", "acme", "list", "--url", "https://127.0.0.1:1"), "no saved login of the tenant acme"),
+        (("--tenant", "a\x1b[31m", "list"), "no saved login"),
+    ],
+)
+def test_a_tenant_of_which_there_is_no_login_is_a_sentence(
+    session: Session, stub: PortalStub, arguments: tuple[str, ...], said: str
+) -> None:
+    logged_in(session, stub, "acme")
+    before = len(stub.requests)
+    result = session.run(*arguments)
+    assert (result.exit_code, len(stub.requests)) == (2, before)
+    assert said in result.stderr
+    assert "\x1b" not in result.stderr
+
+
+def test_a_token_of_another_tenant_than_was_meant_is_not_saved(session: Session, stub: PortalStub) -> None:
+    stub.replies["GET", "/whoami"] = Reply(200, {"tenant": "acme", "role": "admin", "operator": "somebody"})
+    result = session.run("--tenant", "other", "login")
+    assert result.exit_code == 2
+    assert "one of the tenant acme" in result.stderr
+    assert not login_path(session.environment).exists()
+
+
+def test_a_login_at_another_portal_replaces_all(session: Session, stub: PortalStub) -> None:
+    logged_in(session, stub, "acme")
+    content = saved(session) | {"url": "https://elsewhere.example.com"}
+    login_path(session.environment).write_text(json.dumps(content))
+    logged_in(session, stub, "default")
+    assert saved(session).keys() == {"url", "ca_file", "token"}
