@@ -57,7 +57,7 @@ filter_options = option_group(
     ),
     click.option("--metadata", metavar="KEY=VALUE", help="Only devices with this value in their metadata."),
     click.option(
-        "--expires-before",
+        *("--expires-before", "--expiring", "expires_before"),
         type=Time(),
         metavar="TIME",
         help="Only devices whose certificate expires before a date, a time, or 30d from now.",

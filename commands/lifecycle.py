@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from commands.context import YES, Remote, command, confirm, require_confirmable
-from commands.names import device_argument
+from commands.context import Remote, command, confirm, require_confirmable
+from commands.many import Act, act_on_many, many_devices, single
 from commands.output import moment, state, status_of, text
 
 REASONS = (
@@ -23,25 +24,36 @@ REASONS = (
 REASON = click.option("--reason", type=click.Choice(REASONS), help="Reason (RFC 5280), which is published in the CRL.")
 
 
-@command("suspend", examples=["portal suspend sensor-7"])
-@device_argument()
-@click.option("--yes", "-y", is_flag=True, expose_value=False, help="Accepted as by revoke; nothing is asked here.")
-def suspend(portal: Remote, device_id: str) -> None:
-    """Suspend a device until it is resumed.
+@command(
+    "suspend",
+    examples=["portal suspend sensor-7", "portal suspend --location 'Hall 2' --results suspended.ndjson"],
+)
+@many_devices
+def suspend(portal: Remote, /, devices: tuple[str, ...], results: Path | None, yes: bool, **filters: Any) -> None:
+    """Suspend devices until they are resumed.
 
-    Its certificate is put on hold and its broker session is disconnected. portal resume reverses this, so there is no
-    confirmation.
+    The certificates are put on hold and the broker sessions are disconnected. portal resume reverses this, so there is
+    no confirmation for a single one.
     """
+    device_id = single(portal, devices, filters, results)
+    if device_id is None:
+        act = Act("suspend", "Suspend", "Suspending", "Suspended")
+        act_on_many(portal, act, devices, filters, results, yes=yes)
+        return
     with portal.out.working("Suspending; waiting for the broker…"):
         answer = portal.client.call("POST", f"/devices/{device_id}/suspend").json()
     show_outcome(portal, f"Suspended {device_id}", answer, "suspended_at")
     say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate until resumed.")
 
 
-@command("resume", examples=["portal resume sensor-7"])
-@device_argument()
-def resume(portal: Remote, device_id: str) -> None:
-    """Resume a suspended device with its existing certificate."""
+@command("resume", examples=["portal resume sensor-7", "portal resume --status suspended --location 'Hall 2'"])
+@many_devices
+def resume(portal: Remote, /, devices: tuple[str, ...], results: Path | None, yes: bool, **filters: Any) -> None:
+    """Resume suspended devices with their existing certificates."""
+    device_id = single(portal, devices, filters, results)
+    if device_id is None:
+        act_on_many(portal, Act("resume", "Resume", "Resuming", "Resumed"), devices, filters, results, yes=yes)
+        return
     with portal.out.working("Resuming; waiting for the broker…"):
         answer = portal.client.call("POST", f"/devices/{device_id}/resume").json()
     show_outcome(portal, f"Resumed {device_id}", answer)
@@ -56,16 +68,30 @@ def resume(portal: Remote, device_id: str) -> None:
     examples=[
         "portal revoke sensor-7 --reason key_compromise",
         "portal revoke sensor-7 --yes",
+        "portal revoke --type meter --metadata site=north --results revoked.ndjson",
+        "cut -f1 stolen.txt | portal revoke - --reason key_compromise --yes",
     ],
 )
-@device_argument()
+@many_devices
 @REASON
-@YES
-def revoke(portal: Remote, device_id: str, reason: str | None, yes: bool) -> None:
-    """Revoke a device permanently.
+def revoke(
+    portal: Remote,
+    /,
+    devices: tuple[str, ...],
+    results: Path | None,
+    yes: bool,
+    reason: str | None,
+    **filters: Any,
+) -> None:
+    """Revoke devices permanently.
 
-    Its certificate is revoked and its broker session is disconnected. This cannot be undone.
+    The certificates are revoked and the broker sessions are disconnected. This cannot be undone.
     """
+    device_id = single(portal, devices, filters, results)
+    if device_id is None:
+        act = Act("revoke", "Revoke", "Revoking", "Revoked", {"reason": reason} if reason else {})
+        act_on_many(portal, act, devices, filters, results, yes=yes)
+        return
     name = "" if yes else confirmed(portal, f"/devices/{device_id}")
     with portal.out.working("Revoking; waiting for the broker…"):
         answer = portal.client.call("POST", f"/revoke/{device_id}", body={"reason": reason} if reason else {}).json()

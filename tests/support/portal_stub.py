@@ -178,6 +178,7 @@ class PortalStub:
             ("POST", "/register", self._register),
             ("POST", "/register/bulk", self._register_rows),
             ("GET", "/devices", self._list),
+            ("POST", "/devices/actions", self._act),
             ("GET", "/devices/([^/]+)", self._show),
             ("PATCH", "/devices/([^/]+)", self._update),
             ("GET", "/devices/([^/]+)/certificates", self._certificates),
@@ -281,6 +282,17 @@ class PortalStub:
         reason = request.body.get("reason", "unspecified")
         answer = {"device_id": device["device_id"], "status": "revoked", "revoked_at": "2026-01-02T00:00:00Z"}
         return Reply(body=answer | {"reason": reason, "broker": self.broker})
+
+    def _act(self, request: Request) -> Reply:
+        lines = []
+        for device_id in request.body["ids"]:
+            device = self.devices.get(device_id)
+            if device is None or device["status"] == "revoked" != request.body["action"] + "d":
+                lines.append({"device_id": device_id, "code": "state_conflict", "detail": "The device cannot."})
+                continue
+            device["status"] = {"revoke": "revoked", "suspend": "suspended", "resume": "active"}[request.body["action"]]
+            lines.append({"device_id": device_id, "status": device["status"], "broker": self.broker})
+        return Reply(200, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def _download(self, request: Request) -> Reply:
         token = request.path.rsplit("/", 1)[1]

@@ -1,0 +1,208 @@
+"""What is done to many devices at once: named one by one, on standard input, or by a filter."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.connection import STDIN
+from commands.context import YES, Remote, confirm, option_group, require_confirmable
+from commands.devices import filter_options
+from commands.errors import CheckFailed, Misused, Unreachable
+from commands.files import read_input, replace_file, writing
+from commands.names import DEVICE, find_device, whole_id
+from commands.output import clean
+
+AT_ONCE = 1000  # devices that the portal takes in one call
+MAX_RESULTS = 64 << 20  # bytes of a file of results
+SHOWN = 10  # devices that a question names
+
+many_devices = option_group(
+    click.argument(
+        "devices",
+        metavar="[DEVICE]...",
+        nargs=-1,
+        type=DEVICE,
+        required=False,
+        help="Name, id, external id, or the beginning of the id; - for one a line on standard input.",
+    ),
+    filter_options,
+    click.option(
+        "--results",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Write what became of each device to FILE (NDJSON); run the command again with FILE to finish it.",
+    ),
+    YES,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """What is done: its name at the portal, as an order, while it is done, and when it is; with what else is sent."""
+
+    name: str
+    order: str
+    doing: str
+    done: str
+    more: Mapping[str, str] = field(default_factory=dict)
+
+
+def single(portal: Remote, devices: Sequence[str], filters: Mapping[str, Any], results: Path | None) -> str | None:
+    """Return the id of the device if there is one name alone, ``None`` if many are meant; raises ``UsageError``."""
+    filtered = any(value is not None for value in filters.values())
+    if filtered and devices:
+        raise click.UsageError("Give either devices or a filter.")
+    if not filtered and not devices and (results is None or not results.exists()):
+        raise click.UsageError("Name at least one device, or give a filter such as --location.")
+    if len(devices) != 1 or devices[0] == STDIN or results is not None:
+        return None
+    return find_device(portal.client, devices[0])
+
+
+def act_on_many(
+    portal: Remote,
+    act: Act,
+    devices: Sequence[str],
+    filters: Mapping[str, Any],
+    results: Path | None,
+    *,
+    yes: bool,
+) -> None:
+    """Say which devices are meant, ask once, do it in calls of ``AT_ONCE``, and show what became of each.
+
+    The file of results has every device before the first call, so that a command which ended midway can be repeated
+    with it. Raises ``CheckFailed`` if a device was refused.
+    """
+    outcome = _read_results(results, act)
+    known = {} if results is not None and outcome and not devices and _no(filters) else _found(portal, devices, filters)
+    for device_id, name in known.items():
+        outcome.setdefault(device_id, {"device_id": device_id, "name": name, "action": act.name, "done": False})
+    waiting = [device_id for device_id, one in outcome.items() if not one["done"]]
+    if not waiting:
+        portal.out.note("No matching devices." if not outcome else "Everything in the file of results is done.")
+        portal.out.result({"devices": list(outcome.values())})
+        return
+    _ask(portal, act, [outcome[device_id] for device_id in waiting], yes=yes)
+    _write_results(results, outcome)
+    with portal.out.progress(act.doing, len(waiting)) as advance:
+        for start in range(0, len(waiting), AT_ONCE):
+            part = waiting[start : start + AT_ONCE]
+            for answer in _answers(portal, act, part, advance):
+                outcome[str(answer["device_id"])] |= answer | {"done": answer.get("broker") == "enforced"}
+            _write_results(results, outcome)
+    _show(portal, act, [outcome[device_id] for device_id in waiting])
+
+
+def _no(filters: Mapping[str, Any]) -> bool:
+    return all(value is None for value in filters.values())
+
+
+def _found(portal: Remote, devices: Sequence[str], filters: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the devices that are meant by their ids; raises ``CheckFailed`` if one is not known."""
+    if not devices:
+        pages = portal.client.pages("/devices", "devices", **filters)
+        named = {str(one.get("device_id")): str(one.get("name", "")) for page in pages for one in page["devices"]}
+        if not all(map(whole_id, named)):
+            raise Unreachable("The portal's list of devices cannot be read; its version may differ.")
+        return named
+    texts: list[str] = []
+    for device in devices:
+        texts += _lines(read_input(STDIN)) if device == STDIN else [device]
+    found: dict[str, str] = {}
+    for text in texts:
+        try:
+            found[find_device(portal.client, text)] = "" if whole_id(text) else text
+        except CheckFailed as error:
+            raise CheckFailed(f"{text}: {error.sentence} Nothing was changed.", hints=error.hints) from None
+    return found
+
+
+def _lines(content: bytes) -> list[str]:
+    try:
+        lines = [line.strip() for line in content.decode().splitlines()]
+    except UnicodeDecodeError:
+        raise Misused("Standard input is not UTF-8.") from None
+    if not all(line.isprintable() for line in lines):
+        raise Misused("Standard input must have the name or the id of a device a line.")
+    return [line for line in lines if line]
+
+
+def _ask(portal: Remote, act: Act, rows: Sequence[Mapping[str, Any]], *, yes: bool) -> None:
+    number = f"{len(rows)} device{'s' * (len(rows) != 1)}"
+    if yes:
+        return
+    require_confirmable()
+    for row in rows[:SHOWN]:
+        portal.out.note("  ".join(str(row[name]) for name in ("device_id", "name") if row.get(name)))
+    if len(rows) > SHOWN:
+        portal.out.note(f"… and {len(rows) - SHOWN} more")
+    end = " This cannot be undone." if act.name == "revoke" else ""
+    confirm(f"{act.order} {number}?{end}", yes=False)
+
+
+def _answers(
+    portal: Remote, act: Act, device_ids: Sequence[str], advance: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    body = {"action": act.name, "ids": device_ids, **act.more}
+    for line in portal.client.call("POST", "/devices/actions", body=body).body.splitlines():
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or answer.get("device_id") not in device_ids:
+            raise Unreachable("The portal's answer about a device cannot be read; its version may differ.")
+        yield answer
+        advance()
+
+
+def _show(portal: Remote, act: Act, rows: Sequence[Mapping[str, Any]]) -> None:
+    numbers = Counter("done" if row["done"] else "refused" if row.get("code") else "pending" for row in rows)
+    if portal.out.as_json:
+        portal.out.json({"devices": rows})
+    else:
+        for row in rows:
+            said = row.get("detail") or row.get("broker", "")
+            cells = (row["device_id"], row.get("name", ""), row.get("status", row.get("code", "")), said)
+            portal.out.raw("\t".join(map(clean, cells)))
+    if numbers["done"]:
+        portal.out.done(f"{act.done} {numbers['done']} of {len(rows)} devices")
+    if numbers["pending"]:
+        portal.out.warning(
+            f"THE BROKER DOES NOT ENFORCE THIS YET for {numbers['pending']} of them. The portal keeps trying; for the"
+            " cause, see: portal status"
+        )
+    if numbers["refused"]:
+        raise CheckFailed(f"{numbers['refused']} of {len(rows)} devices were refused, and are as they were.")
+
+
+# --- The file of results ---------------------------------------------------------------------------------------------
+
+
+def _read_results(path: Path | None, act: Act) -> dict[str, dict[str, Any]]:
+    """Return what an earlier run has recorded, by device; raises ``Misused`` if the file is of something else."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        rows = [json.loads(line) for line in read_input(str(path), limit=MAX_RESULTS).splitlines()]
+        known = {row["device_id"]: row for row in rows}
+        fits = all(
+            row["action"] == act.name and row["done"] in (True, False) and whole_id(row["device_id"]) for row in rows
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        fits = False
+    if not fits:
+        raise Misused(f"{path} is not a file of results of portal {act.name}; name another one.")
+    return known
+
+
+def _write_results(path: Path | None, outcome: Mapping[str, Mapping[str, Any]]) -> None:
+    if path is not None:
+        with writing(path):
+            replace_file(path, "".join(json.dumps(row) + "\n" for row in outcome.values()).encode(), mode=0o600)
