@@ -26,6 +26,7 @@ from operations.authority import (
     renew_crls,
     retire_unneeded,
     take_outside_certificates,
+    write_ca_file,
 )
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
@@ -66,6 +67,12 @@ def repair_broker(portal: Portal) -> None:
         portal.reconciler.apply(state.generation, timeout=portal.settings.enforce_timeout)
     if problems:
         probe_broker(portal)  # a broker that loaded the damaged files may have accepted any client
+
+
+def write_lists_of_cas(portal: Portal) -> None:
+    """Write the CAs that TLS and others are to trust if they have changed, as by a tenant that was added or removed."""
+    portal.clients.write_authorities()
+    write_ca_file(portal)
 
 
 def _state(portal: Portal) -> generations.BrokerStateRecord:
@@ -267,7 +274,7 @@ JOBS = (
     Job("certificate renewal", 600.0, renew_certificates),
     Job("certificates of other issuers", 60.0, take_outside_certificates),
     Job("repair", 2.0, repair_broker),
-    Job("client CAs", 10.0, lambda portal: portal.clients.write_authorities()),
+    Job("lists of CAs", 10.0, write_lists_of_cas),
     Job("late sessions", 5.0, disconnect_again),
     Job("expiry", 30.0, expire, final=True),
     Job("probe", 60.0, probe_broker),
