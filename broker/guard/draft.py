@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from broker.guard.control import GuardControl
 
 MAX_ISSUERS = 60_000  # hashes of CAs of all tenants, retired ones too; the guard takes 65,536
+log = logging.getLogger("portal.broker")
+
 UNKNOWN_IDENTITY = "unknown"  # of a certificate of which only the serial number is known
 
 
@@ -90,19 +93,17 @@ class GuardDraft(GuardAccess):
     def tell_issuers(self, issuers: NamedIssuers) -> bool:
         """Add the lines of CAs that are of other tenants than the first; return whether there were any to add.
 
-        Raise ``ProjectionInvalid`` if the journal has not told the tenant, or has told the CA as another one's.
+        Left out, so that nobody is admitted by them, are those of a tenant that was added since this draft began, which
+        the next one tells, and those whose name another tenant's CA has.
         """
         lines = []
         for issuer_hash, tenant in issuers:
-            owner = tenant if tenant is None else self.told.issuers.get(issuer_hash, tenant)
-            if owner != tenant:
-                raise ProjectionInvalid(f"A CA of the tenant {tenant} has the name of one of another tenant.")
-            if tenant is not None and issuer_hash not in self.told.issuers:
-                if tenant not in self.told.tenants:
-                    raise ProjectionInvalid(
-                        f"The broker was told of a CA of the tenant {tenant}, but not of the tenant."
-                    )
+            if tenant is None or tenant not in self.told.tenants:
+                continue
+            if issuer_hash not in self.told.issuers:
                 lines.append(journal.issuer_line(issuer_hash, tenant))
+            elif self.told.issuers[issuer_hash] != tenant:
+                log.error("a CA has the name of another tenant's, so it admits nobody", extra={"tenant": tenant})
         if len(self.told.issuers) + len(lines) > MAX_ISSUERS:
             self._control.distrust()
             raise ProjectionInvalid(

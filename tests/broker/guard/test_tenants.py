@@ -198,14 +198,30 @@ def test_another_tenant_of_a_name_that_was_removed_begins_a_new_journal(place: P
     assert read_position(place.journal).epoch > epoch
 
 
-def test_a_ca_of_a_tenant_that_was_not_told_or_is_anothers_is_refused(place: Place, theirs: Authority) -> None:
+def test_a_ca_of_a_tenant_that_was_added_meanwhile_is_told_by_the_next_draft(place: Place, theirs: Authority) -> None:
     place.install()
-    with pytest.raises(ProjectionInvalid, match="a CA of the tenant b, but not of the tenant"):
-        place.install(trust=trust(place, theirs))
-    place.generation -= 1
+    given = trust(place, theirs)
+    place.install(trust=given)
+    assert added(place) == []
+    draft = place.control.draft()
+    assert not draft.puts_off_crls(given.ca, given.tenants)
+    draft.discard()
+    place.install(lambda draft: draft.tell_tenant(B), given)
+    assert added(place) == ["tenant b plant/b", *(f"issuer {each} in:b" for each in issuer_hashes(theirs.certificate))]
+
+
+def test_a_ca_with_the_name_of_another_tenants_admits_nobody_and_keeps_nobody_from_being_denied(
+    place: Place, theirs: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
     place.install(lambda draft: draft.tell_tenant(B), trust(place, theirs))
-    with pytest.raises(ProjectionInvalid, match="has the name of one of another tenant"):
-        place.install(lambda draft: draft.tell_tenant(C), trust(place, theirs, "c"))
+
+    def deny(draft: Draft) -> None:
+        draft.tell_tenant(C)
+        remove_device_acl(draft, ONE)
+
+    place.install(deny, trust(place, theirs, "c"))
+    assert added(place) == ["tenant c c", f"deny {ONE}"]
+    assert "has the name of another tenant's" in caplog.text
 
 
 def test_a_journal_that_names_too_many_cas_is_begun_again(
