@@ -140,6 +140,25 @@ def test_a_certificate_of_another_tenants_ca_is_refused_everything(
     assert "its certificate is of a CA of another tenant" in broker.log
 
 
+def test_a_forged_certificate_that_takes_a_session_over_is_handed_nothing_of_what_waits_in_it(
+    broker: TenantsBroker,
+) -> None:
+    identity, credentials = broker.admit_in("c")
+    _, sending = broker.admit_in("c", "w:c/#")
+    with broker.device(credentials, clean=False, expiry=600) as device:
+        assert may_subscribe(device, f"c/{identity}/#")
+    with broker.device(sending) as sender:
+        assert sender.publish(topic_of("c", identity), b"waiting") in DELIVERED
+    with broker.device(broker.cas["b"].issue(identity), clean=False, expiry=600) as thief:
+        assert thief.session_present
+        thief.ping()
+        assert thief.messages == []
+    with broker.device(credentials, clean=False, expiry=600) as device, broker.device(sending) as sender:
+        assert device.session_present
+        assert sender.publish(topic_of("c", identity), b"later") in DELIVERED
+        assert device.receive().payload == b"later"
+
+
 def test_name_constraints_do_not_stop_a_common_name_and_the_guard_does(broker: TenantsBroker) -> None:
     identity, credentials = broker.admit_in("c")
     limits = x509.NameConstraints(permitted_subtrees=[x509.DNSName("b.example")], excluded_subtrees=None)
