@@ -125,10 +125,11 @@ def _head_operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
 
 def _query_parameters(model: type[BaseModel], schemas: dict[str, Any]) -> list[dict[str, Any]]:
     name = schemas["by_model"][model]["$ref"].rpartition("/")[2]
-    properties = schemas["components"][name]["properties"]
+    described = schemas["components"][name]
+    needed = described.get("required", ())
     return [
-        {"name": field, "in": "query", "required": False, "schema": _without_null(schema)}
-        for field, schema in properties.items()
+        {"name": field, "in": "query", "required": field in needed, "schema": _without_null(schema)}
+        for field, schema in described["properties"].items()
     ]
 
 

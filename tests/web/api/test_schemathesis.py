@@ -130,6 +130,8 @@ def fit(case: schemathesis.Case[Any], there: There) -> None:
     if "Idempotency-Key" in case.headers and number % 5:
         case.headers["Idempotency-Key"] = f"the-key-of-request-{number}"
     case.query.pop("cursor", None)
+    if "confirm" in case.query:  # a name that has to be repeated
+        case.query["confirm"] = case.path_parameters["tenant"]
     if case.path.startswith(IN_PLAIN_TEXT) and case.method == "POST":
         case.body = there.csr.encode()
     if case.media_type == "text/csv":
