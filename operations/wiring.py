@@ -88,8 +88,8 @@ class JobMemory:
 class Portal:
     """The parts of an open portal.
 
-    ``first_tenant`` is that of whoever runs the installation. What belongs to no tenant in particular bears it: the CAs
-    and their CRLs, the portal's own certificates, and what the portal does by itself.
+    ``first_tenant`` is that of whoever runs the installation. What belongs to no tenant in particular bears it: the
+    root, the certificates of portal and broker, and what the portal does by itself.
     """
 
     settings: Settings
