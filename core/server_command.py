@@ -1,4 +1,4 @@
-"""How the server's own commands are called where this process runs, for the commands that messages suggest."""
+"""How commands are called where this process runs, for those that messages suggest."""
 
 from __future__ import annotations
 
@@ -11,3 +11,9 @@ OF_FLASK = "flask --app app"
 def server_command(words: str) -> str:
     """Return a command to paste, such as ``portal-server ca rollover`` for the words ``ca rollover``."""
     return f"{os.environ.get(VARIABLE) or OF_FLASK} {words}"
+
+
+def client_command(words: str) -> str:
+    """Return a command of the operator's to paste: ``./portal`` in the folder of the sources, else ``portal``."""
+    in_sources = (os.environ.get(VARIABLE) or OF_FLASK) in (OF_FLASK, "./portal-server")
+    return f"{'./' if in_sources else ''}portal {words}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 
 import click
@@ -11,6 +12,20 @@ from operations.command_base import opened_portal, print_table, without_tracebac
 from operations.wiring import Portal
 from store.audit import Actor, system_actor
 from store.tenants import TokenRecord
+
+
+class Life(click.ParamType[timedelta]):
+    """How long a token is valid: days, as in ``90d`` or ``90``, or hours, as in ``12h``."""
+
+    name = "duration"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """Return the duration; refuses less than an hour and more than ten years."""
+        match = re.fullmatch(r"([0-9]{1,5})([dh]?)", value)
+        life = timedelta(**{"hours" if match[2] == "h" else "days": int(match[1])}) if match else timedelta()
+        if not timedelta(hours=1) <= life <= timedelta(days=3650):
+            self.fail("use 1h to 3650d, such as 90d or 12h.", param, ctx)
+        return life
 
 
 @click.group("token")
@@ -46,15 +61,21 @@ def list_tokens() -> None:
 @token_group.command("create")
 @click.argument("name")
 @click.option("--role", type=click.Choice([str(role) for role in Role]), required=True)
-@click.option("--days", type=click.IntRange(1, 3650), help="Validity.  [default: no expiry]")
+@click.option(
+    "--expires-in",
+    "--days",
+    "life",
+    type=Life(),
+    metavar="DURATION",
+    help="Validity, such as 90d or 12h.  [default: no expiry]",
+)
 @without_traceback
-def create_token(name: str, role: str, days: int | None) -> None:
+def create_token(name: str, role: str, life: timedelta | None) -> None:
     """Create an operator token and print it, alone, on standard output.
 
     It is shown once, and recorded in the audit record. The portal may serve meanwhile.
     """
     with opened_portal() as portal:
-        life = None if days is None else timedelta(days=days)
         secret, record = portal.operators.create(_actor(portal), name, Role(role), life)
     click.echo(secret)
     click.echo(f"Token {record.id}, {record.role}, {_until(record)}", err=True)

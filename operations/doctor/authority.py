@@ -22,7 +22,7 @@ from broker.crl import read_crls
 from broker.folder import CA_FILE, CRL_FILE, SERVER_CERTIFICATE_FILE
 from core.broker_control import ControlKind
 from core.errors import IssuerUnusable, PortalError
-from core.server_command import server_command
+from core.server_command import client_command, server_command
 from core.states import ClientKind, IssuerKind
 from operations.doctor.base import Finding, Findings, Installation, certificate_of, combine, problem, summarize, warning
 from operations.doctor.network import https_date, served
@@ -296,7 +296,7 @@ def expiry(installation: Installation) -> Finding:
         if (count := soon[kind, SOON]) > 0:
             found.warning(
                 f"{count} {kind} certificates expire within 30 days.",
-                f"List them: ./portal {words} --expires-before 30d.",
+                f"List them: {client_command(f'{words} --expires-before 30d')}.",
             )
     return combine(found, "Nothing expires within 30 days, no CA within 90.")
 

@@ -22,6 +22,7 @@ from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.broker_control import ACL_FILE, JOURNAL_FILE, AclStyle, ControlKind
 from core.errors import BrokerUnavailable
+from core.server_command import client_command
 from core.states import ON_CRL, IssuerKind
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, warning, well
 from store import devices, generations, issuers, tenants
@@ -144,7 +145,8 @@ def _add_closed(found: Findings, access: Acl | GuardAccess, variables: str) -> N
         found.warning(
             f"{len(access.closed)} clients may do nothing, because the settings do not allow their topics:"
             f" {summarize(list(access.closed))}.",
-            f"Change their topics (./portal update, ./portal application update), or {variables}.",
+            f"Change their topics ({client_command('update')}, {client_command('application update')}), or"
+            f" {variables}.",
         )
 
 

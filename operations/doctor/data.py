@@ -19,7 +19,7 @@ from broker.capath import FILE_MODE
 from broker.folder import FOLDER_MODE
 from config import Settings
 from core.roles import Role
-from core.server_command import server_command
+from core.server_command import client_command, server_command
 from core.states import PENDING_DELIVERY
 from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
@@ -262,8 +262,8 @@ def tokens(installation: Installation) -> Finding:
     if endless:
         found.warning(
             f"{len(endless)} operator tokens never expire: {summarize(endless)}.",
-            "Create new ones that expire (./portal token create NAME --days 90), then revoke these (./portal token"
-            " revoke).",
+            f"Create new ones that expire ({client_command('token create NAME --expires-in 90d')}), then revoke these"
+            f" ({client_command('token revoke')}).",
         )
     if not any(token.role in (Role.SYSTEM, Role.ADMIN) for token in valid):
         found.warning("No admin token is valid.", f"Make one, valid for a day: {server_command('admin-token')}")
