@@ -7,7 +7,6 @@ continue it. See docs/security.md.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -246,10 +245,10 @@ class AuditLog:
         secret_file(path, lambda: str(key))
 
     def forget(self) -> None:
-        """Delete the key and the checkpoint of a record that there is no more."""
-        for path in (self.files.checkpoint_path, lambda: self.files.key_path):
-            with contextlib.suppress(NotFound):
-                path().unlink(missing_ok=True)
+        """Delete the key and the checkpoint of a record that there is no more; a young one has had none."""
+        if self.files.key_path.exists():
+            self.files.checkpoint_path().unlink(missing_ok=True)
+            self.files.key_path.unlink()
 
     def export(self) -> Iterator[bytes]:
         """Yield the whole record, oldest entry first, as lines of JSON.

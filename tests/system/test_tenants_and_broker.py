@@ -181,3 +181,40 @@ def test_the_doctor_finds_the_journal_to_be_what_the_database_says_of_tenants(pl
     _, bad = examine(place.deployment)
     place.change("corp", TenantStatus.ACTIVE)
     assert not [said for said in bad.values() if "journal" in said or "ACL" in said or "guard" in said], bad
+
+
+def test_a_tenant_is_added_suspended_resumed_and_removed_over_rest_and_the_broker_obeys_each_time(place: Place) -> None:
+    deployment = place.deployment
+    made = deployment.call("POST", "/tenants", {"name": "rest", "topic_prefix": "sites/rest", "own_root": True})
+    assert made.status_code == 201, made.text
+    assert (made.json()["broker"], made.json()["ca_problem"]) == ("enforced", None), made.text
+    key = ec.generate_private_key(ec.SECP256R1())
+    body = {"name": "one", "type": "t", "location": "l", "firmware": "1", "csr": csr_pem(key)}
+    headers = {"Authorization": f"Bearer {made.json()['token']}"}
+    registered = deployment.call("POST", "/register", body, headers=headers)
+    assert registered.status_code == 201, registered.text
+    identity = registered.json()["device_id"]
+    credentials = Credentials(x509.load_pem_x509_certificate(registered.json()["certificate"].encode()), key)
+    other, others = place.admit("corp")
+
+    def works() -> bool:
+        with place.device(credentials) as device:
+            return may_publish(device, f"sites/rest/{identity}/x")
+
+    assert works()
+    for action, expected in (("suspend", False), ("resume", True)):
+        answer = deployment.call("POST", f"/tenants/rest/{action}")
+        assert answer.json()["broker"] == "enforced", answer.text
+        assert works() is expected
+    assert deployment.call("GET", f"/devices/{identity}").status_code == 404
+    with place.device(credentials) as device, place.device(others) as neighbour:
+        removed = deployment.call("DELETE", "/tenants/rest", params={"confirm": "rest"})
+        assert (removed.json()["broker"], removed.json()["devices_left"]) == ("enforced", 0), removed.text
+        device.wait_until_cut()
+        assert may_publish(neighbour, f"corp/{other}/x")
+    assert deployment.call("GET", "/devices", headers=headers).status_code == 401
+    with contextlib.suppress(OSError):  # once its CA is retired, TLS refuses it, too
+        assert not works()
+    exported = deployment.call("GET", "/tenants/rest/export").text
+    assert identity in exported
+    assert other not in exported

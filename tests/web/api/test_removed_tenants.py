@@ -190,6 +190,26 @@ def test_after_the_time_of_grace_every_row_is_deleted_and_no_other_tenants(
     assert Api(api.client, made[1].json["token"]).register()["status"] == "active"
 
 
+@ON_SQLITE
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_the_key_and_checkpoint_of_a_deleted_record_are_deleted_if_there_were_any(
+    system: Api, app: Flask, clock: Clock, is_signed: bool
+) -> None:
+    portal = portal_of(app)
+    assert system.post("/tenants", {"name": "acme"}).status_code == 201
+    record_log = portal.audit_logs.of("acme")
+    if is_signed:
+        record_log.sign_if_due(256)
+        assert record_log.files.checkpoint_path().exists()
+    checkpoints = portal.settings.data_dir / "audit-checkpoints"
+    removed(system)
+    clock.advance(days=31)
+    portal.tenant_removals.run()
+    assert rows_of(portal, "acme") == {}
+    assert not record_log.files.key_path.exists()
+    assert not list(checkpoints.glob("*"))
+
+
 def test_the_database_itself_keeps_a_tenant_that_was_not_removed(app: Flask, acme: Api) -> None:
     portal, assert_kept = portal_of(app), pytest.raises(sa.exc.IntegrityError)
     assert acme.token
