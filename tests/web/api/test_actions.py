@@ -9,6 +9,7 @@ import pytest
 from flask import Flask
 
 from app import portal_of
+from core import failpoints
 from tests.support.harness import Api, problem_of
 from workflows import revocation
 from workflows.reconciliation import Outcome
@@ -90,6 +91,26 @@ def test_a_filter_that_fits_too_many_changes_none(
     answer = api.post("/devices/actions", {"action": "revoke", "filter": {"status": "active"}})
     assert problem_of(answer, 422, "invalid_input")["errors"][0]["field"] == "filter"
     assert {api.get(f"/devices/{device_id}").json["status"] for device_id in ids} == {"active"}
+
+
+def test_one_that_ended_in_the_middle_is_finished_by_its_repeat(
+    api: Api, generations: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocation, "AT_ONCE", 2)
+    ids = [api.register()["device_id"] for _ in range(5)]
+    plan = failpoints.Plan("actions.after_commit:2=error")
+    monkeypatch.setattr(revocation, "failpoint", lambda step: plan(failpoints.EVENT, (step,)))
+    assert api.post("/devices/actions", {"action": "revoke", "ids": ids}).status_code >= 500
+    states = [api.get(f"/devices/{device_id}").json["status"] for device_id in ids]
+    assert sorted(states) == ["active", *["revoked"] * 4]
+    generations.clear()
+    lines = act(api, action="revoke", ids=ids)
+    assert [(line["device_id"], line["status"], line["broker"]) for line in lines] == [
+        (device_id, "revoked", "enforced") for device_id in ids
+    ]
+    assert len(generations) == 1
+    entries = api.get("/audit?action=device:revoke").json["entries"]
+    assert sorted(entry["object"] for entry in entries) == sorted(f"device:{device_id}" for device_id in ids)
 
 
 def test_a_broker_that_does_not_obey_leaves_them_pending(api: Api) -> None:
