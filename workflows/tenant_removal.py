@@ -149,13 +149,15 @@ class TenantRemovals:
 
     # --- Export
 
-    def export(self, name: str) -> Iterator[bytes]:
+    def export(self, actor: Actor, name: str) -> Iterator[bytes]:
         """Yield what is known of a tenant as lines of JSON: itself, devices, certificates, audit record, checkpoint.
 
-        There are no keys and no bundles among them. Each part is read in a transaction of its own. Raises ``NotFound``
-        before the first line.
+        There are no keys and no bundles among them. Each part is read in a transaction of its own. That somebody has
+        asked is in the record itself. Raises ``NotFound`` before the first line.
         """
         record = self._tenants.show(name)
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            record_of_both(tx, actor, "tenant:export", name, self._clock())
         return self._lines(record)
 
     def _lines(self, record: TenantRecord) -> Iterator[bytes]:

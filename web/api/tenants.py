@@ -248,7 +248,7 @@ def remove_tenant(call: Call, tenant: str, query: RemoveTenantQuery) -> RemovedT
 )
 def export_tenant(call: Call, tenant: str) -> Reply:
     """Export what is known of a tenant, also of one that was removed, without keys and bundles."""
-    return Reply(content=call.portal.tenant_removals.export(tenant), media_type=NDJSON)
+    return Reply(content=call.portal.tenant_removals.export(call.actor, tenant), media_type=NDJSON)
 
 
 def _values(record: TenantRecord) -> dict[str, Any]:

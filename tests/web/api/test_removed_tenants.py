@@ -258,5 +258,7 @@ def test_the_export_holds_devices_certificates_and_the_audit_record_and_no_keys_
         "token_hash",
     ):
         assert hidden not in text
+    for api in (system, acme):  # who took it is told to both
+        assert api.get("/audit?limit=1&action=tenant:export").json["entries"][0]["object"] == "tenant:acme"
     other = system.register()["device_id"]
     assert other not in system.get("/tenants/acme/export").text
