@@ -10,6 +10,7 @@ import re
 import secrets
 import shlex
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -142,7 +143,13 @@ def _open_p12(content: bytes, password: str) -> DeviceBundle:
     if len(content) > MAX_BUNDLE:
         raise CheckFailed(f"This is not a bundle: it is larger than {MAX_BUNDLE} bytes.")
     try:
-        store = pkcs12.load_pkcs12(content, password.encode())
+        with warnings.catch_warnings(action="error"):  # of what is no DER, but read as BER
+            store = pkcs12.load_pkcs12(content, password.encode())
+    except UserWarning:
+        raise CheckFailed(
+            "This PKCS#12 file was modified on its way: it is not DER, or something follows it. Renew the device to get"
+            " a new one."
+        ) from None
     except (ValueError, UnsupportedAlgorithm):
         raise BundleLocked(_LOCKED) from None
     if _opens_with(content, secrets.token_hex().encode()):  # no MAC (RFC 7292 section 4): anybody can have made it

@@ -275,6 +275,14 @@ def test_a_pem_keeps_its_key_encrypted_and_warns_of_the_unprotected_ca(
     assert "compare it with portal ca" in result.stderr
 
 
+def test_a_p12_to_which_something_was_appended_is_refused(session: Session, stub: PortalStub, files: Files) -> None:
+    link = stub.add_link(packed_as(files, "p12") + b"\0appended")
+    result = session.run("download", link, "--out", "sensor", env=PASSWORD)
+    assert result.exit_code == 1
+    assert "was modified on its way" in result.stderr
+    assert "device.p12" not in str(names_in(Path()))
+
+
 @pytest.mark.parametrize(("bundle_format", "extension"), [("p12", "p12"), ("pem", "zip")])
 def test_a_wrong_password_keeps_the_file_of_every_format(
     bundle_format: str, extension: str, session: Session, stub: PortalStub, files: Files

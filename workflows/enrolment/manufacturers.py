@@ -161,7 +161,10 @@ class Manufacturers:
         """Return the columns of a renewed certificate; its key is the one whose possession was proven."""
         problem = client_certificates.renewal_problem(renewed.der, record.der)
         if problem is not None:
-            raise Conflict(f"This is not a renewed certificate of the manufacturer's CA: {problem}. Add another CA.")
+            raise Conflict(
+                f"This is not a renewed certificate of the manufacturer's CA: {problem}. Add that CA as another"
+                " manufacturer."
+            )
         self._clients.check_distinct(tx, record.tenant_id, renewed.der)
         return {"der": renewed.der, "fingerprint": renewed.fingerprint, "not_after": renewed.not_after}
 
