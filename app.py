@@ -6,6 +6,7 @@ import gc
 
 gc.disable()  # until all is imported, which stays: to look through it for garbage takes a sixth of the start
 
+import contextlib
 import logging
 import os
 import secrets
@@ -179,7 +180,9 @@ def _answer(portal: Portal, route: Route, path: Mapping[str, str]) -> Response:
         idempotency_key=routing.read_idempotency_key(route, request),
         environ=request.environ,
     )
-    return routing.response_of(route, route.handler(call, **arguments))
+    shared = actor.token_id is not None and portal.tenant_terms.are_several
+    with portal.fair_share.work_of(actor.tenant_id) if shared else contextlib.nullcontext():
+        return routing.response_of(route, route.handler(call, **arguments))
 
 
 def _end(response: Response) -> Response:

@@ -21,7 +21,7 @@
         EnrolmentRefused  ClientCertificateRefused  TenantSuspended
         AttestationRefused                  its kinds are in attestation/refusals.py
       TooManyAttempts                     429
-        TooManyRegistrations  TooManyUploads
+        TooManyRegistrations  TooManyUploads  TenantBusy
       NotFound                            404
         DeviceNotFound  ApplicationNotFound  LinkUnknown
       Conflict                            409
@@ -233,6 +233,12 @@ class TooManyRegistrations(TooManyAttempts):
     """The tenant has registered as many devices in this minute as its quota allows."""
 
     code = "too_many_registrations"
+
+
+class TenantBusy(TooManyAttempts):
+    """The tenant has as many requests under way in a process as leave room for those of others."""
+
+    code = "tenant_busy"
 
 
 class TooManyUploads(TooManyAttempts):

@@ -16,6 +16,7 @@ from broker.folder import SERVER_CERTIFICATE_FILE
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.errors import NotFound, TokenUnavailable
+from core.fair_share import FairShare
 from core.files import FileLock, access_problem, remove_leftovers, replace_file, secret_file
 from core.rates import Rates
 from core.roles import Role
@@ -97,6 +98,7 @@ class Portal:
     first_tenant: str
     database: Database
     tenant_terms: TenantDirectory
+    fair_share: FairShare
     tenants: Tenants
     tenant_removals: TenantRemovals
     keys: KeyStores
@@ -264,6 +266,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         first_tenant=first_tenant,
         database=database,
         tenant_terms=tenant_terms,
+        fair_share=FairShare(settings.threads, settings.data_dir / ".served-tenants"),
         tenants=(administration := _tenants(base, answers)),
         tenant_removals=TenantRemovals(
             settings, database, administration, reconciler, base.audit_logs, base.broker.begin_again, clock
