@@ -175,12 +175,12 @@ def find_token(tx: Connection, secret: str) -> TokenRecord | None:
     return None if row is None else TokenRecord(*row)
 
 
-def list_tokens(tx: Connection, tenant_id: str) -> Sequence[TokenRecord]:
-    """Return every token, newest first."""
-    rows = tx.execute(
-        sa.select(*_TOKEN_COLUMNS).where(Token.tenant_id == tenant_id).order_by(Token.created_at.desc(), Token.id)
-    )
-    return [TokenRecord(*row) for row in rows]
+def list_tokens(tx: Connection, tenant_id: str | None = None) -> Sequence[TokenRecord]:
+    """Return every token of a tenant, or of all, newest first."""
+    query = sa.select(*_TOKEN_COLUMNS).order_by(Token.created_at.desc(), Token.id)
+    if tenant_id is not None:
+        query = query.where(Token.tenant_id == tenant_id)
+    return [TokenRecord(*row) for row in tx.execute(query)]
 
 
 def revoke_token(tx: Connection, tenant_id: str, token_id: str, *, revoked_at: datetime) -> TokenRecord:

@@ -26,6 +26,7 @@ from operations.doctor.base import Finding, Findings, Installation, combine, pro
 from pki.outer_chain import decode_above
 from pki.profiles import is_own_name, violated_constraint
 from store import generations, grants, schema, tenants
+from store.issuers import IssuerRecord
 from store.names import living_names
 from store.tables import Delivery
 from workflows.audit import problem_of
@@ -235,29 +236,32 @@ def device_names(installation: Installation) -> Finding:
 
 
 def certificate_profiles(installation: Installation) -> Finding:
-    """Check that the name constraints of the issuing CA, and of those above it, let each certificate profile issue."""
-    begun = {record.issuing_since: record for record in installation.issuers() if record.issuing_since is not None}
-    issuing = begun[max(begun)]
-    chain = (x509.load_der_x509_certificate(issuing.der), *decode_above(issuing.above))
+    """Check that the name constraints of a tenant's CA, and of those above it, let its certificate profiles issue."""
+    issuing: dict[str, IssuerRecord] = {}
+    begun = [record for record in installation.issuers() if record.issuing_since is not None]
+    for record in sorted(begun, key=lambda one: str(one.issuing_since)):
+        issuing[record.tenant_id] = record
+    found, count = Findings(), 0
     with installation.snapshot() as tx:
-        profiles = [listed.profile for listed in list_profiles(tx, installation.first_tenant)]
-    found = Findings()
-    for profile in profiles:
-        if (violated := violated_constraint(profile, chain)) is not None:
-            found.problem(
-                f"{profile.name}: {violated[0]} {violated[1]}.",
-                "No device gets a certificate under it: change the profile (portal profile update), or have the CA"
-                " certified for these names.",
-            )
-    return combine(found, f"{len(profiles)} beside the built-in one; the CA may issue by all of them.")
+        for tenant_id, record in issuing.items():
+            chain = (x509.load_der_x509_certificate(record.der), *decode_above(record.above))
+            whose = "" if len(issuing) == 1 else f"Tenant {tenant_id}, "
+            for listed in list_profiles(tx, tenant_id):
+                count += 1
+                if (violated := violated_constraint(listed.profile, chain)) is not None:
+                    found.problem(
+                        f"{whose}{listed.profile.name}: {violated[0]} {violated[1]}.",
+                        "No device gets a certificate under it: change the profile (portal profile update), or have the"
+                        " CA certified for these names.",
+                    )
+    return combine(found, f"{count} beside the built-in one; the CA may issue by all of them.")
 
 
 def tokens(installation: Installation) -> Finding:
     """Check that operator tokens expire, and that there is an admin's."""
-    now = installation.clock()
+    now, found = installation.clock(), Findings()
     with installation.snapshot() as tx:
-        valid = [token for token in tenants.list_tokens(tx, installation.first_tenant) if token.is_valid(now)]
-    found = Findings()
+        valid = [token for token in tenants.list_tokens(tx) if token.is_valid(now)]
     endless = [token.name for token in valid if token.expires_at is None]
     if endless:
         found.warning(
@@ -265,6 +269,7 @@ def tokens(installation: Installation) -> Finding:
             f"Create new ones that expire ({client_command('token create NAME --expires-in 90d')}), then revoke these"
             f" ({client_command('token revoke')}).",
         )
-    if not any(token.role in (Role.SYSTEM, Role.ADMIN) for token in valid):
+    own = [token for token in valid if token.tenant_id == installation.first_tenant]
+    if not any(token.role in (Role.SYSTEM, Role.ADMIN) for token in own):
         found.warning("No admin token is valid.", f"Make one, valid for a day: {server_command('admin-token')}")
     return combine(found, f"{len(valid)} operator tokens are valid; each expires.")

@@ -29,6 +29,7 @@ from store import generations, tenants
 from store.tables import Certificate, Delivery
 from tests.support.harness import Clock, settings_for
 from tests.support.mosquitto import BESIDE, CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT, without_guard
+from tests.support.tenants import add_tenant
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows.credentials import DeviceRequest
 from workflows.operators import new_token
@@ -628,3 +629,14 @@ def test_with_everything_gone_every_check_still_says_something(tmp_path: Path, p
     assert not (tmp_path / "nothing.db").exists()
     assert not (tmp_path / "nothing").exists()
     assert all("unexpectedly" not in finding.detail for finding in findings)
+
+
+def test_what_each_tenant_has_is_looked_at(portal: Portal) -> None:
+    add_tenant(portal, "acme")
+    secret, record = new_token("acme", "endless", Role.ADMIN, None, now=portal.clock())
+    with portal.database.transaction() as tx:
+        tenants.add_token(tx, record, secret=secret)
+    portal.profiles.add(dataclasses.replace(OPERATOR, tenant_id="acme"), CertificateProfile("theirs"))
+    found = examined(portal, "tokens", "certificate profiles")
+    assert "1 operator tokens never expire: endless." in found["tokens"].detail
+    assert found["certificate profiles"].detail.startswith("1 beside the built-in one")
