@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -48,8 +49,9 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
         if revoked:
             tx.execute(sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(revoked_generation=1))
     if not database.is_sqlite:
-        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(sa.text("VACUUM ANALYZE devices, certificates, presences"))
+        with contextlib.closing(database.engine.raw_connection()) as connection:
+            driver: Any = connection.driver_connection  # outside a transaction
+            driver.execute("VACUUM ANALYZE devices, certificates, presences")
     database.close()
 
 
