@@ -11,6 +11,7 @@ from flask import Flask
 
 from app import create_app, portal_of
 from cli import cli
+from core.broker_control import ControlKind
 from core.roles import Role
 from operations import jobs
 from operations.doctor.base import Installation, State
@@ -122,7 +123,8 @@ def test_the_command_verifies_every_record_and_names_the_damaged_one(portal: Por
     with_a_second(portal)
     jobs.sign_audit_record(portal)
     key = str(portal.audit_logs.of(NAME).verifier)
-    app = create_app(portal.settings, background=False)
+    guarded = portal.settings.model_copy(update={"broker_control": ControlKind.GUARD})  # as further tenants need
+    app = create_app(guarded, background=False)
     with app.app_context():
         runner = app.test_cli_runner()
         output = runner.invoke(args=["audit", "verify"]).output
