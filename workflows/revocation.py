@@ -87,6 +87,44 @@ class _Written(Generic[_A]):
     repeated: bool
 
 
+class _Changes:
+    """What a transaction changes: all of it has one generation, and its audit entries are written at its end."""
+
+    def __init__(self, tx: Connection, actor: Actor, now: datetime) -> None:
+        self.tx, self.actor, self.now = tx, actor, now
+        self._generation: int | None = None
+        self._acts: list[tuple[str, str, dict[str, str]]] = []
+
+    @property
+    def tenant_id(self) -> str:
+        """The tenant whose devices are changed."""
+        return self.actor.tenant_id
+
+    def generation(self) -> int:
+        """Return the generation of the changes; the first call advances that which the broker must reach."""
+        if self._generation is None:
+            self._generation = db.next_generation(self.tx, at=self.now)
+        return self._generation
+
+    def record(self, action: str, of: str, **detail: str) -> None:
+        """Add an entry for the audit record."""
+        self._acts.append((action, of, detail))
+
+    def end(self) -> None:
+        """Write the audit entries: from here to the end of the transaction, others that write some wait."""
+        if self._acts:
+            audit.record_all(self.tx, self.actor, self._acts, at=self.now)
+
+
+def _alone(
+    tx: Connection, actor: Actor, now: datetime, change: Callable[[_Changes], _Written[_Answer]]
+) -> _Written[_Answer]:
+    changes = _Changes(tx, actor, now)
+    written = change(changes)
+    changes.end()
+    return written
+
+
 @dataclass(eq=False, repr=False)
 class DeviceRevocations:
     """Revokes devices and applications, suspends and resumes devices.
@@ -105,7 +143,9 @@ class DeviceRevocations:
         ``ApplicationNotFound``.
         """
         started, now = time.monotonic(), self._clock()
-        written = self._database.write(lambda tx: _revoke(tx, actor, device_id, reason, now, kind))
+        written = self._database.write(
+            lambda tx: _alone(tx, actor, now, lambda changes: _revoke(changes, device_id, reason, kind))
+        )
         failpoint("revoke.after_commit")
         answer = self._enforced([written])[0]
         _count(written, answer, started)
@@ -118,7 +158,7 @@ class DeviceRevocations:
         """
         now = self._clock()
         with self._database.transaction() as tx:
-            written = _suspend(tx, actor, device_id, now)
+            written = _alone(tx, actor, now, lambda changes: _suspend(changes, device_id))
             failpoint("suspend.before_commit")
         failpoint("suspend.after_commit")
         return self._enforced([written])[0]
@@ -130,7 +170,7 @@ class DeviceRevocations:
         """
         now = self._clock()
         with self._database.transaction() as tx:
-            written = _resume(tx, actor, device_id, now)
+            written = _alone(tx, actor, now, lambda changes: _resume(changes, device_id))
             failpoint("resume.before_commit")
         failpoint("resume.after_commit")
         answer = self._enforced([written])[0]
@@ -152,11 +192,13 @@ class DeviceRevocations:
         ordered = sorted(set(device_ids))
         for start in range(0, len(ordered), AT_ONCE):
             with self._database.transaction() as tx:
+                changes = _Changes(tx, actor, now)
                 for device_id in ordered[start : start + AT_ONCE]:
                     try:
-                        written[device_id] = _WRITERS[action](tx, actor, device_id, reason, now)
+                        written[device_id] = _WRITERS[action](changes, device_id, reason)
                     except (DeviceNotFound, StateConflict) as error:  # raised before anything is written
                         refused[device_id] = ActionRefused(device_id, error)
+                changes.end()
             failpoint("actions.after_commit")
         answers = dict(zip(written, self._enforced([*written.values()]), strict=True))
         if action is Action.RESUME:
@@ -188,65 +230,67 @@ class DeviceRevocations:
 # --- In a transaction: each raises before it writes anything ---------------------------------------------------------
 
 
-def _revoke(
-    tx: Connection, actor: Actor, device_id: str, reason: str, now: datetime, kind: ClientKind = ClientKind.DEVICE
-) -> _Written[Revoked]:
-    device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
+def _revoke(changes: _Changes, device_id: str, reason: str, kind: ClientKind = ClientKind.DEVICE) -> _Written[Revoked]:
+    tx, now = changes.tx, changes.now
+    device = db.get_device(tx, changes.tenant_id, device_id, kind=kind, for_update=True)
     if device.status is DeviceStatus.REVOKED:
-        return _revoked_again(tx, actor, device, reason, now)
-    generation = db.next_generation(tx, at=now)
-    db.revoke_device(tx, actor.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
-    events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, kind=kind, at=now, reason=reason)
-    count_clients(tx, actor.tenant_id, -1)
-    audit.record(tx, actor, f"{kind}:revoke", device.name_in_audit, at=now, reason=reason)
+        return _revoked_again(changes, device, reason)
+    generation = changes.generation()
+    db.revoke_device(tx, changes.tenant_id, device_id, revoked_at=now, reason=reason, generation=generation)
+    events.record(tx, changes.tenant_id, EventType.REVOKED, device_id, kind=kind, at=now, reason=reason)
+    count_clients(tx, changes.tenant_id, -1)
+    changes.record(f"{kind}:revoke", device.name_in_audit, reason=reason)
     failpoint("revoke.before_commit")
     return _Written(Revoked(device_id, now, reason), generation, repeated=False)
 
 
-def _revoked_again(tx: Connection, actor: Actor, device: DeviceRecord, reason: str, now: datetime) -> _Written[Revoked]:
+def _revoked_again(changes: _Changes, device: DeviceRecord, reason: str) -> _Written[Revoked]:
     """Keep what was recorded, but for a reason that is worse: whoever reads the CRL must learn of a stolen key."""
+    tx, now = changes.tx, changes.now
     at, before = device.revoked_at or now, device.revocation_reason or Reason.UNSPECIFIED
     if not Reason(reason).is_worse_than(before):
         return _Written(Revoked(device.id, at, before), device.generation, repeated=True)
-    generation = db.next_generation(tx, at=now)
+    generation = changes.generation()
     db.change_reason(tx, device, reason, at=now, generation=generation)
-    events.record(tx, actor.tenant_id, EventType.REVOKED, device.id, kind=device.kind, at=now, reason=reason)
-    audit.record(tx, actor, f"{device.kind}:revoke", device.name_in_audit, at=now, reason=reason, before=before)
+    events.record(tx, changes.tenant_id, EventType.REVOKED, device.id, kind=device.kind, at=now, reason=reason)
+    changes.record(f"{device.kind}:revoke", device.name_in_audit, reason=reason, before=before)
     return _Written(Revoked(device.id, at, reason), generation, repeated=True)
 
 
-def _suspend(tx: Connection, actor: Actor, device_id: str, now: datetime) -> _Written[Suspended]:
-    device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+def _suspend(changes: _Changes, device_id: str) -> _Written[Suspended]:
+    tx, now = changes.tx, changes.now
+    device = db.get_device(tx, changes.tenant_id, device_id, for_update=True)
     generation, repeated = device.generation, device.status is DeviceStatus.SUSPENDED
     if not repeated:
         advance(device.status, DeviceStatus.SUSPENDED)
-        generation = db.next_generation(tx, at=now)
-        devices.suspend_device(tx, actor.tenant_id, device_id, suspended_at=now, generation=generation)
-        events.record(tx, actor.tenant_id, EventType.SUSPENDED, device_id, at=now)
-        audit.record(tx, actor, "device:suspend", f"device:{device_id}", at=now)
-    since = devices.suspended_since(tx, actor.tenant_id, device_id)
+        generation = changes.generation()
+        devices.suspend_device(tx, changes.tenant_id, device_id, suspended_at=now, generation=generation)
+        events.record(tx, changes.tenant_id, EventType.SUSPENDED, device_id, at=now)
+        changes.record("device:suspend", f"device:{device_id}")
+    since = devices.suspended_since(tx, changes.tenant_id, device_id)
     return _Written(Suspended(device_id, DeviceStatus.SUSPENDED, since), generation, repeated)
 
 
-def _resume(tx: Connection, actor: Actor, device_id: str, now: datetime) -> _Written[Suspended]:
-    device = db.get_device(tx, actor.tenant_id, device_id, for_update=True)
+def _resume(changes: _Changes, device_id: str) -> _Written[Suspended]:
+    tx, now = changes.tx, changes.now
+    device = db.get_device(tx, changes.tenant_id, device_id, for_update=True)
     generation, repeated = device.generation, device.status is DeviceStatus.ACTIVE
     if not repeated:
         if device.status is DeviceStatus.PENDING:  # its certificate makes it active, nothing else
             raise StateConflict("A device that is pending cannot be resumed: it was never suspended.")
         advance(device.status, DeviceStatus.ACTIVE)
-        generation = db.next_generation(tx, at=now)
-        devices.resume_device(tx, actor.tenant_id, device_id, resumed_at=now, generation=generation)
-        events.record(tx, actor.tenant_id, EventType.RESUMED, device_id, at=now)
-        audit.record(tx, actor, "device:resume", f"device:{device_id}", at=now)
+        generation = changes.generation()
+        devices.resume_device(tx, changes.tenant_id, device_id, resumed_at=now, generation=generation)
+        events.record(tx, changes.tenant_id, EventType.RESUMED, device_id, at=now)
+        changes.record("device:resume", f"device:{device_id}")
     return _Written(Suspended(device_id, DeviceStatus.ACTIVE, None), generation, repeated)
 
 
-_Writer = Callable[[Connection, Actor, str, str, datetime], _Written[Revoked | Suspended]]
+_Writer = Callable[[_Changes, str, str], _Written[Revoked | Suspended]]
 _WRITERS: dict[Action, _Writer] = {
     Action.REVOKE: _revoke,
-    Action.SUSPEND: lambda tx, actor, device_id, _reason, now: _suspend(tx, actor, device_id, now),
-    Action.RESUME: lambda tx, actor, device_id, _reason, now: _resume(tx, actor, device_id, now),
+    Action.SUSPEND: lambda changes, device_id, _reason: _suspend(changes, device_id),
+    Action.RESUME: lambda changes, device_id, _reason: _resume(changes, device_id),
 }
 
 
