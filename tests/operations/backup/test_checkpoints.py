@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from cli import cli
 from config import Settings
+from core.broker_control import ControlKind
 from operations import jobs
 from operations.wiring import Portal
 from pki.checkpoints import SigningKey, VerifierKey
@@ -117,6 +118,7 @@ def test_a_checkpoint_of_another_key_in_the_data_folder_is_told(settings: Settin
 def test_a_backup_has_each_checkpoint_and_no_key_and_the_restored_records_begin_new_series(
     settings: Settings, file: Path, clock: Clock
 ) -> None:
+    settings = settings.model_copy(update={"broker_control": ControlKind.GUARD})  # as further tenants need
     with opened(settings, clock) as portal:
         with_a_second(portal)
         jobs.sign_audit_record(portal)
