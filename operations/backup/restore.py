@@ -17,6 +17,7 @@ import db
 from broker.folder import CRL_FILE
 from broker.guard.folder import GuardFiles
 from broker.guard.journal import read_access, read_certificates
+from broker.guard.told import read_told
 from config import Settings
 from core.broker_control import JOURNAL_FILE, RECORD_FILE, ControlKind
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid, TokenUnavailable
@@ -157,12 +158,13 @@ def _refused_by_the_guard(settings: Settings, done: Restored) -> GuardRefusals:
     if settings.broker_control is not ControlKind.GUARD or not path.exists():
         return GuardRefusals()
     try:
-        access, certificates = read_access(path), read_certificates(path)
+        access, certificates, told = read_access(path), read_certificates(path), read_told(path)
     except ProjectionInvalid as error:
         done.notes.append(f"{error.detail} What it refused and no CRL lists is not known.")
         return GuardRefusals()
     allowed = frozenset(identity for identity, text in access.items() if text.startswith("allow "))
-    return GuardRefusals(frozenset(access.keys() - allowed), allowed, frozenset(certificates))
+    suspended = frozenset(name for name, tenant in told.tenants.items() if tenant.suspended)
+    return GuardRefusals(frozenset(access.keys() - allowed), allowed, frozenset(certificates), suspended)
 
 
 # --- The key and the files --------------------------------------------------------------------------------------------

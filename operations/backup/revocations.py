@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,15 @@ from sqlalchemy.engine import Connection
 
 import db
 from core.states import ON_CRL, CertificateStatus, DeviceStatus, ManufacturerStatus
+from core.tenants import TenantStatus
+from operations.backup.tenant_states import ended_since
 from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import CLOCK_SKEW, Reason
-from store import audit, devices, enrolment, keys, webhooks
+from store import audit, devices, enrolment, keys, tenant_rows, tenants, webhooks
 from store import issuers as store_issuers
 from store.enrolment_tables import EnrolmentToken, Manufacturer
 from store.issuers import IssuerRecord
-from store.tables import AclEntry, Certificate, Device, IssuerRow, Token, Webhook
+from store.tables import DEFAULT_TENANT, AclEntry, Certificate, Device, IssuerRow, Token, Webhook
 
 T = TypeVar("T")
 # The database being replaced: yields the rows of a table.
@@ -56,11 +59,12 @@ class _Known:
 
 @dataclass(frozen=True, slots=True)
 class GuardRefusals:
-    """What the guard's journal says at its end: identities, and certificates by issuer's hash and serial number."""
+    """What the guard's journal says at its end: identities, tenants, and certificates by issuer's hash and number."""
 
     denied: frozenset[str] = frozenset()
     allowed: frozenset[str] = frozenset()
     certificates: frozenset[tuple[str, str]] = frozenset()
+    suspended: frozenset[str] = frozenset()  # tenants
 
 
 class RevocationReplay:
@@ -71,6 +75,7 @@ class RevocationReplay:
         self._generation = generation
         self._now = now
         self._issuers = {issuer.id: issuer for issuer in store_issuers.list_issuers(tx, retired=True)}
+        self._tenants = frozenset(tenants.tenant_ids(tx))
         self.kept: list[Kept] = []
 
     def keep(
@@ -82,6 +87,7 @@ class RevocationReplay:
         could be read, those of devices registered after the backup.
         """
         known = _Known()
+        self._ended_tenants(replaced, refused)
         if replaced is not None:
             known = self._devices(replaced)
             self._certificates(replaced, known)
@@ -102,6 +108,16 @@ class RevocationReplay:
             store_issuers.touch_issuer(self._tx, issuer_id, generation=self._generation)
 
     # --- From the replaced database
+
+    def _ended_tenants(self, replaced: Tables | None, refused: GuardRefusals) -> None:
+        """Serve no tenant that was suspended or removed since the backup; the job revokes what a removed one has."""
+        for record in list(ended_since(self._tx, replaced, refused.suspended, now=self._now)):
+            at, action = record.changed_at or self._now, "tenant:suspend"
+            tenants.update_tenant(self._tx, dataclasses.replace(record, generation=self._generation))
+            if record.status is TenantStatus.REMOVED:
+                tenant_rows.end_access(self._tx, record.id, at=at)
+                action = "tenant:remove"
+            self._keep(record.id, f"tenant:{record.id}", action, f"tenant {record.id}, {record.status}", "", at)
 
     def _devices(self, replaced: Tables) -> _Known:
         known = _Known()
@@ -155,11 +171,13 @@ class RevocationReplay:
         self._tx.execute(sa.insert(Certificate), values)
 
     def _keys(self, replaced: Tables) -> None:
-        """Block keys that were revoked as compromised, also those of devices that the backup does not have."""
+        """Block keys that were revoked as compromised, also of devices and tenants that the backup does not have."""
         compromised = (row for row in replaced("device_keys") if row["compromised_at"] is not None)
         for rows in _batches(compromised):
             for row in rows:
-                keys.block_keys(self._tx, row["tenant_id"], None, [row["key_fingerprint"]], at=row["compromised_at"])
+                # One that was compromised in any tenant is certified in none.
+                owner = row["tenant_id"] if row["tenant_id"] in self._tenants else DEFAULT_TENANT
+                keys.block_keys(self._tx, owner, None, [row["key_fingerprint"]], at=row["compromised_at"])
 
     def _tokens(self, replaced: Tables) -> None:
         revoked = ((row["id"], row["revoked_at"]) for row in replaced("tokens") if row["revoked_at"] is not None)
@@ -198,13 +216,17 @@ class RevocationReplay:
         """Block the factory keys of revoked devices that the backup does not have: they would be new devices."""
         revoked = {device_id for device_id, (status, *_) in known.denied.items() if status == DeviceStatus.REVOKED}
         theirs = set()
-        for row in replaced("enrolments"):
+        for row in self._of_tenants(replaced("enrolments")):
             if row["device_id"] in revoked and row["factory_key"] is not None:
                 theirs.add(row["id"])
                 enrolment.add_factory_key(self._tx, row["tenant_id"], row["factory_key"], None)
-        for row in replaced("factory_keys"):
+        for row in self._of_tenants(replaced("factory_keys")):
             if row["enrolment_id"] is None or row["enrolment_id"] in theirs:
                 enrolment.add_factory_key(self._tx, row["tenant_id"], row["factory_key"], None)
+
+    def _of_tenants(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Return the rows without those of tenants that the backup does not have."""
+        return (row for row in rows if row["tenant_id"] in self._tenants)
 
     def _topics(self, replaced: Tables) -> None:
         """Give a device the topics that it has in the replaced database if it has lost any of the backup's there."""
