@@ -133,7 +133,8 @@ def clear(tx: Connection, wanted: str) -> None:
         return
     for name in [*here, "alembic_version"]:
         tx.execute(sa.text(f"DROP TABLE IF EXISTS {name} CASCADE"))
-    tx.execute(sa.text("DROP FUNCTION IF EXISTS portal_refuse() CASCADE"))
+    for function in ("portal_refuse", "portal_refuse_unless_removed"):
+        tx.execute(sa.text(f"DROP FUNCTION IF EXISTS {function}() CASCADE"))
     schema.upgrade(tx, wanted)
 
 

@@ -29,7 +29,7 @@ def upgrade() -> None:
             )
         return
     op.execute(
-        "CREATE FUNCTION portal_refuse_unless_removed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        "CREATE OR REPLACE FUNCTION portal_refuse_unless_removed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " IF TG_OP = 'DELETE' AND EXISTS (SELECT 1 FROM tenants WHERE id = OLD.tenant_id AND status = 'removed')"
         " THEN RETURN OLD; END IF;"
         " RAISE EXCEPTION '%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation'; END $$"
