@@ -7,8 +7,9 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from core.errors import TenantBusy
@@ -20,13 +21,21 @@ OTHERS_SECONDS = 2.0  # for so long after its last request another tenant counts
 TELL_SECONDS = 0.25  # between two looks at whom the other processes serve
 WAIT_SECONDS = 10.0
 _BYTES = 256
+_give_up: ContextVar[Callable[[], None] | None] = ContextVar("give_up_share", default=None)
+
+
+def give_up_share() -> None:
+    """Let the tenant's next request be worked on, as what is left of this one is to wait, for the broker."""
+    if (give_up := _give_up.get()) is not None:
+        give_up()
 
 
 class FairShare:
     """Counts the requests of each tenant in this process; nothing waits while all processes serve one tenant alone.
 
     While another one is served, too, a tenant has ``AT_ONCE`` requests worked on, and its others wait in a thread each,
-    of which it may hold three quarters. The processes tell each other by a file whom they serve.
+    as those do that have given up their share: of all threads it may hold three quarters. The processes tell each other
+    by a file whom they serve.
     """
 
     def __init__(self, threads: int, file: Path) -> None:
@@ -34,6 +43,7 @@ class FairShare:
         self._held_most = max(AT_ONCE, threads * 3 // 4)
         self._file, self._lock = file, FileLock(file)
         self._changed = threading.Condition()
+        self._held: Counter[str] = Counter()  # threads
         self._working: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
         self._seen: dict[str, float] = {}  # the two tenants that were served last, by all processes, and when
@@ -41,25 +51,40 @@ class FairShare:
 
     @contextmanager
     def work_of(self, tenant_id: str) -> Iterator[None]:
-        """Do the body of the ``with`` when it is the tenant's turn; raises ``TenantBusy`` if too many wait already."""
+        """Do the body of the ``with`` when it is the tenant's turn; raises ``TenantBusy`` if that has too many."""
         with self._changed:
             self._note(tenant_id)
+            if self._held[tenant_id] >= self._held_most and self._others_are_served(tenant_id):
+                raise _busy()
+            self._held[tenant_id] += 1
+        try:
+            with self._share_of(tenant_id):
+                yield
+        finally:
+            with self._changed:
+                self._less(self._held, tenant_id)
+                self._note(tenant_id)
+
+    @contextmanager
+    def _share_of(self, tenant_id: str) -> Iterator[None]:
+        with self._changed:
             if self._must_wait(tenant_id) or (self._waiting[tenant_id] and self._others_are_served(tenant_id)):
                 self._wait(tenant_id)
             self._working[tenant_id] += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._working[tenant_id] -= 1
-                if not self._working[tenant_id]:
-                    del self._working[tenant_id]
-                self._note(tenant_id)
-                self._changed.notify_all()
+        with contextlib.ExitStack() as share:
+            share.callback(self._give_up, tenant_id)
+            token = _give_up.set(share.close)  # which gives it up once only
+            try:
+                yield
+            finally:
+                _give_up.reset(token)
+
+    def _give_up(self, tenant_id: str) -> None:
+        with self._changed:
+            self._less(self._working, tenant_id)
+            self._changed.notify_all()
 
     def _wait(self, tenant_id: str) -> None:
-        if self._working[tenant_id] + self._waiting[tenant_id] >= self._held_most:
-            raise _busy()
         self._waiting[tenant_id] += 1
         try:
             if not self._changed.wait_for(lambda: not self._must_wait(tenant_id), WAIT_SECONDS):
@@ -68,14 +93,20 @@ class FairShare:
             if not self._changed.wait_for(lambda: not self._must_wait(tenant_id), WAIT_SECONDS):
                 raise _busy()
         finally:
-            self._waiting[tenant_id] -= 1
+            self._less(self._waiting, tenant_id)
+
+    @staticmethod
+    def _less(counter: Counter[str], tenant_id: str) -> None:
+        counter[tenant_id] -= 1
+        if not counter[tenant_id]:
+            del counter[tenant_id]
 
     def _must_wait(self, tenant_id: str) -> bool:
         return self._working[tenant_id] >= AT_ONCE and self._others_are_served(tenant_id)
 
     def _others_are_served(self, tenant_id: str) -> bool:
         since = time.monotonic() - OTHERS_SECONDS
-        return any(other != tenant_id for other in self._working) or any(
+        return any(other != tenant_id for other in self._held) or any(
             other != tenant_id and at >= since for other, at in self._seen.items()
         )
 

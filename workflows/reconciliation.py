@@ -20,6 +20,7 @@ from config import Settings
 from core import metrics
 from core.errors import BrokerUnavailable, LockUnavailable, PortalError, TokenUnavailable, Unavailable
 from core.failpoints import failpoint
+from core.fair_share import give_up_share
 from core.files import FileLock
 from store import devices, generations
 from store.database import Database
@@ -127,6 +128,7 @@ class Reconciler:
         """
         if self._last[1].covers(generation):
             return self._last[1]
+        give_up_share()
         with self._counting:
             begun_before = self._begun
         if timeout is None:

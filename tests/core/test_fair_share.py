@@ -135,6 +135,33 @@ def test_no_more_wait_than_leave_threads_for_others(share: FairShare, requests: 
         assert refused.value.retry_after == 1
 
 
+def test_a_request_that_waits_for_the_broker_lets_the_next_one_of_its_tenant_be_worked_on(
+    share: FairShare, requests: list[Request]
+) -> None:
+    with share.work_of("other"), contextlib.ExitStack() as stack:
+        for _ in range(AT_ONCE):
+            stack.enter_context(share.work_of("one"))
+        fair_share.give_up_share()
+        fair_share.give_up_share()  # again: it has none left
+        [second] = send(requests, share, "one", 1)
+        assert second.begun.wait(SOON)
+        send(requests, share, "one", 1)
+        until_waiting(share, "one", 1)
+
+
+def test_requests_that_wait_for_the_broker_leave_threads_for_others(share: FairShare) -> None:
+    with share.work_of("other"):
+        pass
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(share.work_of("one"))
+            fair_share.give_up_share()
+        with pytest.raises(TenantBusy), share.work_of("one"):
+            pass
+        with share.work_of("other"):
+            pass
+
+
 def test_who_has_waited_long_is_refused(share: FairShare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fair_share, "WAIT_SECONDS", 0.01)
     with share.work_of("other"), contextlib.ExitStack() as stack:
@@ -160,4 +187,4 @@ def test_what_is_known_of_tenants_does_not_grow(share: FairShare) -> None:
     for number in range(100):
         with share.work_of(f"tenant-{number}"):
             pass
-    assert (len(share._seen), len(share._working)) == (2, 0)
+    assert (len(share._seen), len(share._working), len(share._held)) == (2, 0, 0)
