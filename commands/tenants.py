@@ -223,9 +223,9 @@ def tenant_remove(portal: Remote, name: str, typed: str | None, file: Path | Non
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="Where to save it.")
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 def tenant_export(portal: Remote, name: str, file: Path, force: bool) -> None:
-    """Save a tenant's devices, certificates and audit record.
+    """Save a removed tenant's devices and audit record.
 
-    A JSON object a line; without keys and bundles. A removed tenant can be exported until its data is deleted.
+    With its certificates, a JSON object a line; without keys and bundles. It can be exported until its data is deleted.
     """
     if not force and file.exists():
         raise CheckFailed(f"{file} already exists; use --force to replace it.")

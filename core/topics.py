@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ def default_topics(prefix: str) -> tuple[Topic, ...]:
 def expand(topic: Topic, device_id: str) -> str:
     """Return the filter of ``topic`` with the device's id in place of ``{id}``, as the broker is given it."""
     return topic.filter.replace(DEVICE_ID, device_id)
+
+
+def literal_levels(filter_: str) -> str:
+    """Return the levels of a filter before the first wildcard or ``{id}``: every topic that it matches begins so."""
+    levels = filter_.split("/")
+    return "/".join(itertools.takewhile(lambda level: level not in ("+", "#", DEVICE_ID), levels))
 
 
 def reads_less(before: Iterable[Topic], after: Iterable[Topic]) -> bool:

@@ -13,10 +13,12 @@ from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
 from core.roles import Role
-from core.tenants import Quotas, TenantChoices, TenantStatus
+from core.states import DeviceStatus
+from core.tenants import Quotas, TenantChoices, TenantStatus, overlapping
+from core.topics import literal_levels
 from store.audit import EMPTY_RECORD
 from store.database import columns_of, hash_of
-from store.tables import DEFAULT_TENANT, AuditHead, BrokerState, Tenant, Token
+from store.tables import DEFAULT_TENANT, AclEntry, AuditHead, BrokerState, Device, Tenant, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,23 @@ def get_tenant(tx: Connection, tenant_id: str, *, for_update: bool = False) -> T
     if row is None:
         raise NotFound("There is no tenant of this name; list them with GET /tenants.")
     return _record(row)
+
+
+def topics_reaching(tx: Connection, tenant_id: str, prefix: str) -> Sequence[str]:
+    """Return the topic filters of a tenant's devices and applications that may match a topic below ``prefix``.
+
+    Those of revoked ones are left out.
+    """
+    first = prefix.partition("/")[0]
+    query = (
+        sa.select(AclEntry.filter)
+        .distinct()
+        .join(Device, Device.id == AclEntry.device_id)
+        .where(AclEntry.tenant_id == tenant_id, Device.status != DeviceStatus.REVOKED)
+        .where(sa.or_(AclEntry.filter == first, AclEntry.filter.startswith(f"{first}/", autoescape=True)))
+    )
+    found = tx.execute(query.order_by(AclEntry.filter)).scalars()
+    return [one for one in found if overlapping(prefix, [literal_levels(one)])]
 
 
 def update_tenant(tx: Connection, record: TenantRecord) -> None:

@@ -160,6 +160,12 @@ class Tenants:
             theirs = self._settings.application_prefixes if other.topic_prefix is None else (other.topic_prefix,)
             if (taken := overlapping(wanted.prefix, theirs)) is not None:
                 raise StateConflict(f"The topics of the tenant {other.id} are below {taken}; take another prefix.")
+        # What the first one may use was checked by the settings of then, which may have had further prefixes.
+        if older := tenants.topics_reaching(tx, DEFAULT_TENANT, wanted.prefix):
+            raise StateConflict(
+                f"Devices or applications of the tenant {DEFAULT_TENANT} still have the topics {older[0]}; give them"
+                " others, revoke them, or take another prefix."
+            )
 
     def _with_ca(self, actor: Actor, wanted: NewTenant) -> str | None:
         """Return why a tenant has no CA to issue with, ``None`` if it has one."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import db
 from config import Settings
-from core.errors import FieldProblem, InputInvalid, NotFound
+from core.errors import FieldProblem, InputInvalid, NotFound, StateConflict
 from core.tenants import TenantStatus
 from pki.issuers import Reason
 from store import audit, issuers, tenant_rows, tenants
@@ -150,12 +150,15 @@ class TenantRemovals:
     # --- Export
 
     def export(self, actor: Actor, name: str) -> Iterator[bytes]:
-        """Yield what is known of a tenant as lines of JSON: itself, devices, certificates, audit record, checkpoint.
+        """Yield what is known of a removed tenant in JSON: itself, devices, certificates, audit record, checkpoint.
 
         There are no keys and no bundles among them. Each part is read in a transaction of its own. That somebody has
-        asked is in the record itself. Raises ``NotFound`` before the first line.
+        asked is in the record itself. Raises before the first line ``NotFound``, and ``StateConflict`` for a tenant
+        that was not removed: what it has is nobody else's to see.
         """
         record = self._tenants.show(name)
+        if record.status is not TenantStatus.REMOVED:
+            raise StateConflict("What a tenant has is for its own operators; it can be exported once it is removed.")
         with self._database.transaction(sees=ALL_TENANTS) as tx:
             record_of_both(tx, actor, "tenant:export", name, self._clock())
         return self._lines(record)

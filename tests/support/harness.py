@@ -105,7 +105,7 @@ def state_of(portal: Portal) -> dict[str, object]:
             if not table.name.startswith("audit_"):
                 state[table.name] = sorted(repr(tuple(row)) for row in tx.execute(sa.select(table)))
     for path in portal.settings.data_dir.rglob("*"):
-        if path.is_file() and not path.name.startswith(("portal.db", "attempts")) and path.suffix != ".lock":
+        if path.is_file() and not path.name.startswith(("portal.db", "attempts", ".served")) and path.suffix != ".lock":
             state[str(path)] = (path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns)
     return state
 

@@ -245,9 +245,10 @@ def remove_tenant(call: Call, tenant: str, query: RemoveTenantQuery) -> RemovedT
         "A line for the tenant, for each device, certificate and entry of its audit record, and for its checkpoint",
         media_type=NDJSON,
     ),
+    errors=(409,),
 )
 def export_tenant(call: Call, tenant: str) -> Reply:
-    """Export what is known of a tenant, also of one that was removed, without keys and bundles."""
+    """Export what is known of a tenant that was removed, without keys and bundles."""
     return Reply(content=call.portal.tenant_removals.export(call.actor, tenant), media_type=NDJSON)
 
 

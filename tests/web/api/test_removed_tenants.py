@@ -235,17 +235,32 @@ def exported(system: Api) -> list[dict[str, Any]]:
 
 
 @ON_SQLITE
+def test_nobody_sees_what_a_tenant_has_by_exporting_it_before_it_is_removed(system: Api, acme: Api) -> None:
+    for change in (None, "suspend", "resume"):
+        if change is not None:
+            system.post(f"/tenants/acme/{change}")
+        problem = problem_of(system.get("/tenants/acme/export"), 409, "state_conflict")
+        assert "once it is removed" in problem["detail"]
+    assert acme.get("/audit?action=tenant:export").json["entries"] == []
+    removed(system)
+    last = [line for line in exported(system) if line["kind"] == "audit"][-1]
+    assert (last["action"], last["object"]) == ("tenant:export", "tenant:acme")
+    assert system.get("/audit?action=tenant:export").json["entries"][0]["object"] == "tenant:acme"
+
+
+@ON_SQLITE
 def test_the_export_holds_devices_certificates_and_the_audit_record_and_no_keys_or_bundles(
     system: Api, acme: Api, app: Flask
 ) -> None:
     secret = acme.register()
+    listed = acme.get("/devices?limit=200").json["devices"] + acme.get("/applications").json["applications"]
+    removed(system)
     portal_of(app).audit_logs.of("acme").sign_if_due(256)
     lines = exported(system)
     kinds = [line["kind"] for line in lines]
     clients = [kind for kind in kinds if kind in ("device", "application")]
     assert kinds[: 1 + len(clients)] == ["tenant", *clients]
     assert list(dict.fromkeys(kinds[1 + len(clients) :])) == ["certificate", "audit", "checkpoint"]
-    listed = acme.get("/devices?limit=200").json["devices"] + acme.get("/applications").json["applications"]
     assert len(clients) == len(listed)
     assert [line["number"] for line in lines if line["kind"] == "audit"] == [*range(1, kinds.count("audit") + 1)]
     assert lines[-1]["note"].startswith(lines[-1]["key"].partition("+")[0])
@@ -258,7 +273,9 @@ def test_the_export_holds_devices_certificates_and_the_audit_record_and_no_keys_
         "token_hash",
     ):
         assert hidden not in text
-    for api in (system, acme):  # who took it is told to both
-        assert api.get("/audit?limit=1&action=tenant:export").json["entries"][0]["object"] == "tenant:acme"
+    told = system.get("/audit?limit=1&action=tenant:export").json[
+        "entries"
+    ]  # and in its own record, which was exported
+    assert told[0]["object"] == "tenant:acme"
     other = system.register()["device_id"]
     assert other not in system.get("/tenants/acme/export").text

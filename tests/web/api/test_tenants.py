@@ -122,6 +122,23 @@ def test_a_name_or_topics_that_another_tenant_has_are_refused(
     assert state_of(portal_of(app)) == before
 
 
+@pytest.mark.parametrize("prefix", ["homeassistant", "homeassistant/hall", "homeassistant/lamp/1"])
+def test_topics_that_were_granted_below_a_prefix_of_earlier_settings_are_no_tenants(
+    system: Api, app: Flask, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    portal = portal_of(app)
+    topics = [
+        {"filter": "homeassistant/hall/#", "access": "read"}, {"filter": "homeassistant/+/1", "access": "read"},
+    ]  # fmt: skip
+    lamps = system.post("/applications", {"name": "lamps", "topics": topics}).json["application_id"]
+    monkeypatch.setattr(portal.tenants, "_settings", portal.settings.model_copy(update={"topic_prefixes": ()}))
+    wanted = {"name": "other", "topic_prefix": prefix}
+    assert "homeassistant/" in problem_of(system.post("/tenants", wanted), 409, "state_conflict")["detail"]
+    assert system.post("/tenants", {"name": "third", "topic_prefix": "homeassistants"}).status_code == 201
+    assert system.delete(f"/applications/{lamps}").status_code == 200
+    assert system.post("/tenants", wanted).status_code == 201
+
+
 def test_a_tenant_needs_a_guard_that_knows_tenants(system: Api, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     portal = portal_of(app)
     before = state_of(portal)
