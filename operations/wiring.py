@@ -25,6 +25,7 @@ from core.throttle import Throttle
 from operations import data_folder
 from operations.monitoring import Monitoring, Readiness
 from operations.own_certificates import OwnCertificates, probe_certificates
+from operations.tenant_readiness import TenantReadiness
 from pki.keys.stores import KeyStores
 from store import audit, tenants
 from store.database import Database
@@ -128,6 +129,7 @@ class Portal:
     dispatcher: Dispatcher
     responder: Responder
     readiness: Readiness
+    tenant_readiness: TenantReadiness
     monitoring: Monitoring
     follower: PresenceFollower
     presence: ExitStack
@@ -304,7 +306,8 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         dispatcher=Dispatcher(database, tenant_terms, base.sender, shared.rates, clock),
         responder=_responder(base),
         readiness=Readiness(settings, database, authority, reconciler, clock),
-        monitoring=Monitoring(settings, database, reconciler, clock, follower.contact),
+        tenant_readiness=(tenant_readiness := TenantReadiness(database, authority, clock)),
+        monitoring=Monitoring(settings, database, reconciler, clock, follower.contact, tenant_readiness),
         follower=follower,
         presence=presence.pop_all(),
     )

@@ -10,7 +10,9 @@ from typing import Any, Literal
 from flask import render_template
 
 from core import metrics
+from core.errors import DatabaseUnavailable
 from core.roles import MAY, Permission, Role
+from operations.tenant_readiness import Check
 from web.api.openapi import openapi
 from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, Route, Routes
 
@@ -64,16 +66,30 @@ def readyz(call: Call) -> Reply:
     """Report whether database, CA, CRL and broker are usable, and tell operators why not."""
     # The reasons name paths and generations, which help an attacker as much as an operator.
     is_operator = Permission.READ in MAY.get(call.actor.role, ()) and _runs_the_installation(call)
-    checks = [
-        CheckModel(name=check.name, ok=True)
-        if check.problem is None
-        else CheckModel(
-            name=check.name, ok=False, code=check.code, problem=check.problem if is_operator else FOR_OPERATORS
-        )
-        for check in call.portal.readiness.checks()
-    ]
-    ready = all(check.ok for check in checks)
+    shared = [_told(check, is_operator) for check in call.portal.readiness.checks()]
+    failed = _of_tenants(call)
+    own = failed.get(call.actor.tenant_id)
+    ready = own is None and all(check.ok for check in shared)  # another's trouble is nobody else's
+    checks = [*shared, *(_told(check, True) for check in failed.values())]
     return Reply(ReadyModel(status="ready" if ready else "not ready", checks=checks), status=200 if ready else 503)
+
+
+def _told(check: Check, tell: bool) -> CheckModel:
+    if check.problem is None:
+        return CheckModel(name=check.name, ok=True)
+    return CheckModel(name=check.name, ok=False, code=check.code, problem=check.problem if tell else FOR_OPERATORS)
+
+
+def _of_tenants(call: Call) -> dict[str, Check]:
+    """Return the checks of further tenants that fail: all for the role system, for others their own tenant's."""
+    if Permission.READ not in MAY.get(call.actor.role, ()) or not call.portal.tenant_terms.are_several:
+        return {}
+    try:
+        failed = call.portal.tenant_readiness.failed()
+    except DatabaseUnavailable:  # one of the installation's checks says so
+        return {}
+    own = call.actor.tenant_id
+    return failed if call.actor.role == Role.SYSTEM else {name: failed[name] for name in failed if name == own}
 
 
 @ROUTES.add(

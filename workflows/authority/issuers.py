@@ -203,10 +203,10 @@ class Authority:
         key = self._keys.load(root.issuer.name)
         return dataclasses.replace(root, issuer=dataclasses.replace(root.issuer, key=key))
 
-    def missing_keys(self) -> list[str]:
-        """Return the names of the CAs of which no key is here, although they sign."""
+    def missing_keys(self) -> list[RecordedIssuer]:
+        """Return the CAs of all tenants of which no key is here, although they sign."""
         here = set(self._keys.names())
-        return [name for one in self.current.with_crl() if (name := one.issuer.name) not in here]
+        return [one for one in self.current.with_crl() if one.issuer.name not in here]
 
     @property
     def first(self) -> TenantIssuers:
