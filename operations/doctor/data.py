@@ -29,7 +29,7 @@ from store import generations, grants, schema, tenants
 from store.issuers import IssuerRecord
 from store.names import living_names
 from store.tables import Delivery
-from workflows.audit import problem_of
+from workflows.audit import KEY_FOLDER, problem_of
 from workflows.credentials import own_names
 from workflows.profiles import list_profiles
 
@@ -51,6 +51,8 @@ def data_folder(installation: Installation) -> Finding:
         **{folder: {0o700} for folder in own_folders(settings)},
         settings.broker_dir: {FOLDER_MODE, 0o700},
     }
+    if (keys := settings.secrets_dir / KEY_FOLDER).is_dir():
+        folders[keys] = {0o700}
     found = Findings()
     if os.geteuid() != owner:
         name = _user(owner)
@@ -91,11 +93,17 @@ def secret_files(installation: Installation) -> Finding:
     return combine(found, f"{count} files of keys and secrets can be read only by their owner.")
 
 
+def _is_tenants_keys(settings: Settings, path: Path) -> bool:
+    """Return whether this is the folder with the keys of further tenants' audit records, and not a link to one."""
+    return path == settings.secrets_dir / KEY_FOLDER and stat.S_ISDIR(path.lstat().st_mode)
+
+
 def _secret_paths(installation: Installation) -> Iterator[Path]:
     settings = installation.settings
     for folder in own_folders(settings):
         if folder.is_dir():
-            yield from sorted(folder.iterdir())
+            for path in sorted(folder.iterdir()):
+                yield from sorted(path.iterdir()) if _is_tenants_keys(settings, path) else (path,)
     yield from sorted(settings.data_dir.glob("before-restore.backup*"))
     environment = settings.data_dir / "operator.env"
     if environment.exists():
