@@ -15,6 +15,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from pyasn1.codec.der import decoder
+from pyasn1_modules import rfc5280
 
 from core.errors import ClientCertificateRefused, KeyRefused, ManufacturerInvalid, PortalError, ProofInvalid
 from pki import foreign
@@ -22,9 +24,11 @@ from pki.algorithms import check_public_key, public_key_fingerprint
 from pki.encoding import failing_as, pem
 from pki.foreign import ForeignCertificate, Name, texts_of
 from pki.name_constraints import is_permitted
+from pki.outer_chain import spki
 
 MAX_CERTIFICATE_BYTES = 16 * 1024
 MAX_PEM_CHARACTERS = 16 * 1024
+MIN_KEY_IDENTIFIER = 16  # octets: shorter ones could be found for another key
 _PEM = re.compile(r"-----BEGIN (?:X509 )?CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END", re.ASCII)
 _ONE_PEM = "Send one certificate in PEM, BEGIN CERTIFICATE to END CERTIFICATE."
 T = TypeVar("T", bound=x509.ExtensionType)
@@ -197,6 +201,25 @@ def may_be_confused(one: bytes, other: bytes) -> bool:
         return False
     identifiers = [_value(each.strict.extensions, x509.SubjectKeyIdentifier) for each in (first, second)]
     return None in identifiers or identifiers[0] == identifiers[1]
+
+
+def has_identifier_of_its_key(der: bytes) -> bool:
+    """Return whether a CA's certificate (DER) has a subjectKeyIdentifier that no CA with another key could have.
+
+    That is a hash of its key as in RFC 5280 section 4.2.1.2 (1) or RFC 7093 section 2, of at least 16 octets.
+    """
+    certificate = _authority(der).strict
+    identifier = _value(certificate.extensions, x509.SubjectKeyIdentifier)
+    if identifier is None or len(identifier.digest) < MIN_KEY_IDENTIFIER:
+        return False
+    info = spki(certificate.public_key())
+    with failing_as(ManufacturerInvalid("The CA's key cannot be read, or is of an unknown kind.")):
+        bits = decoder.decode(info, asn1Spec=rfc5280.SubjectPublicKeyInfo())[0]["subjectPublicKey"].asOctets()
+    return any(
+        hashlib.new(name, content).digest().startswith(identifier.digest)
+        for name in ("sha1", "sha256", "sha384", "sha512")
+        for content in (bits, info)
+    )
 
 
 def renewal_problem(renewed: bytes, before: bytes) -> str | None:

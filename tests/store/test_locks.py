@@ -43,6 +43,8 @@ def test_of_two_tenants_whose_manufacturers_tls_could_confuse_one_registers_its_
         except Conflict as error:
             return error.code
 
+    # As they were added before there was a second tenant.
+    monkeypatch.setattr("workflows.enrolment.clients.TlsClients.check_identifier", lambda *_arguments: None)
     unproven = []
     for tenant_id in ("default", "another"):
         with portal.database.transaction() as tx:

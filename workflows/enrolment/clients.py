@@ -9,13 +9,13 @@ from datetime import datetime, timedelta
 from sqlalchemy.engine import Connection
 
 from config import Settings
-from core.errors import ClientCertificateRefused, Conflict
+from core.errors import ClientCertificateRefused, Conflict, FieldProblem, ManufacturerInvalid
 from core.files import FileLock, replace_file
 from core.states import ClientKind, DeviceStatus, IssuerKind
 from pki import client_certificates
 from pki.client_certificates import ClientCertificate
 from pki.foreign import Name
-from store import certificates, enrolment
+from store import certificates, enrolment, tenants
 from store.certificates import CertificateRecord
 from store.database import Database
 from store.enrolment import ManufacturerRecord
@@ -122,6 +122,18 @@ class TlsClients:
         raise ClientCertificateRefused(
             "The CA that issued the client certificate directly is not registered here; see POST /manufacturers."
         )
+
+    def check_identifier(self, tx: Connection, der: bytes) -> None:
+        """Raise ``ManufacturerInvalid`` if a CA, DER, could take the place of another tenant's in TLS.
+
+        Else whoever made one of the same name first would keep the other tenant from registering its own.
+        """
+        if tenants.are_several(tx) and not client_certificates.has_identifier_of_its_key(der):
+            raise ManufacturerInvalid(
+                "The certificate has no subjectKeyIdentifier that is a hash of its key, without which TLS cannot tell"
+                " it from CAs of other tenants; have it issued again with one (RFC 5280 section 4.2.1.2).",
+                [FieldProblem("certificate", "must have a subjectKeyIdentifier that is a hash of its key")],
+            )
 
     def check_distinct(self, tx: Connection, tenant_id: str, der: bytes) -> None:
         """Raise ``Conflict`` if TLS could take a CA that is to be registered, DER, for one whose clients it accepts.

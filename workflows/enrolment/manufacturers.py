@@ -55,6 +55,7 @@ class Manufacturers:
         record = _unproven(actor.tenant_id, name, authority, profile, now=now)
         try:
             with self._database.transaction() as tx:
+                self._clients.check_identifier(tx, record.der)
                 self._clients.check_distinct(tx, actor.tenant_id, record.der)
                 check_enrolment_profile(tx, actor.tenant_id, profile)
                 record = with_policy(tx, actor, record, attestation, now=now)
@@ -165,6 +166,7 @@ class Manufacturers:
                 f"This is not a renewed certificate of the manufacturer's CA: {problem}. Add that CA as another"
                 " manufacturer."
             )
+        self._clients.check_identifier(tx, renewed.der)
         self._clients.check_distinct(tx, record.tenant_id, renewed.der)
         return {"der": renewed.der, "fingerprint": renewed.fingerprint, "not_after": renewed.not_after}
 

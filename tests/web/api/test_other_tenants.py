@@ -307,8 +307,10 @@ def test_a_name_that_a_device_of_another_tenant_has_is_refused_without_a_word_of
 
 
 def test_a_manufacturer_that_tls_takes_for_another_tenants_is_refused_without_a_word_of_that_one(
-    owner: Api, owned: Owned, neighbours: dict[Role, Api]
+    owner: Api, owned: Owned, neighbours: dict[Role, Api], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As CAs could be added before there was a second tenant.
+    monkeypatch.setattr("workflows.enrolment.clients.TlsClients.check_identifier", lambda *_arguments: None)
     pem, key = ca_without_key_identifiers("Maker CA")
     added = owner.post("/manufacturers", {"name": "hidden-maker", "certificate": pem}).json
     signature = base64.b64encode(key.sign(added["nonce"].encode(), ec.ECDSA(hashes.SHA256()))).decode()
@@ -318,6 +320,23 @@ def test_a_manufacturer_that_tls_takes_for_another_tenants_is_refused_without_a_
     answer = neighbours[Role.ADMIN].post("/manufacturers", other)
     assert "The CA of another manufacturer has the same name" in problem_of(answer, 409, "conflict")["detail"]
     assert told(answer, owned, other) == []
+
+
+def test_nobody_keeps_the_ca_of_another_tenants_manufacturer_out_by_one_of_the_same_name(
+    owner: Api, neighbours: dict[Role, Api]
+) -> None:
+    def pem_of(authority: Authority) -> str:
+        return authority.certificate.public_bytes(PEM).decode()
+
+    name, attacker = "Pump Maker CA", neighbours[Role.ADMIN]
+    real = Authority(name)
+    copied, short = (pem_of(Authority(name, key_identifier=chosen)) for chosen in (real.key_identifier, b"short"))
+    for fake in (ca_without_key_identifiers(name)[0], copied, short):
+        answer = attacker.post("/manufacturers", {"name": "fake", "certificate": fake})
+        assert "hash of its key" in problem_of(answer, 422, "manufacturer_invalid")["detail"]
+    for api, authority in ((attacker, Authority(name)), (owner, real), (attacker, real)):
+        added = api.post("/manufacturers", {"name": "maker", "certificate": pem_of(authority)})
+        assert added.status_code == 201, added.text
 
 
 def test_figures_and_problems_of_the_installation_are_told_to_the_role_above_the_tenants_alone(
