@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 from operations.wiring import Portal
 from store import audit
 from store.audit import Actor, AuditVerdict
+from tests.support.harness import as_owner
 from tests.workflows.test_registration import OPERATOR, PUMP
 
 
@@ -23,7 +24,7 @@ def verdict(portal: Portal) -> AuditVerdict:
 
 def tamper(portal: Portal, *statements: str) -> None:
     """Change the record as somebody could who may do anything to the database."""
-    with portal.database.transaction() as tx:
+    with as_owner(portal) as tx:
         if portal.database.is_sqlite:
             tx.exec_driver_sql("DROP TRIGGER audit_entries_unchanged")
             tx.exec_driver_sql("DROP TRIGGER audit_entries_undeleted")

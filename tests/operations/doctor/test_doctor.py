@@ -27,7 +27,7 @@ from operations.wiring import Portal, prepare
 from pki.profiles import CertificateProfile
 from store import generations, tenants
 from store.tables import Certificate, Delivery
-from tests.support.harness import Clock, settings_for
+from tests.support.harness import Clock, as_owner, settings_for
 from tests.support.mosquitto import BESIDE, CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT, without_guard
 from tests.support.tenants import add_tenant
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
@@ -190,7 +190,7 @@ def the_passwords_are_others(portal: Portal) -> None:
 
 
 def an_audit_entry_is_altered(portal: Portal) -> None:
-    with portal.database.transaction() as tx:
+    with as_owner(portal) as tx:
         if tx.dialect.name == "sqlite":
             tx.execute(sa.text("DROP TRIGGER audit_entries_unchanged"))
         else:
@@ -199,7 +199,7 @@ def an_audit_entry_is_altered(portal: Portal) -> None:
 
 
 def the_schema_is_another(portal: Portal) -> None:
-    with portal.database.transaction() as tx:
+    with as_owner(portal) as tx:
         tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
 
 
