@@ -68,7 +68,13 @@ def login(portal: Remote) -> None:
     if tenant != DEFAULT_TENANT:
         answer["tenant"], inside = tenant, f" in the tenant {tenant}"
     portal.out.result(answer, done=f"The token works at {settings.url}{inside}; saved in {path}")
-    portal.out.next_step("portal list")
+    portal.out.next_step(_first_use(tenant, settings.token))
+
+
+def _first_use(tenant: str, token: str | None) -> str:
+    """Return a command that uses the login, whatever token the environment has."""
+    overridden = (os.environ.get("PORTAL_TOKEN") or token) != token
+    return f"portal --tenant {tenant} list" if overridden or tenant != DEFAULT_TENANT else "portal list"
 
 
 def _tenant_of(client: Client) -> str:

@@ -288,7 +288,7 @@ class Client:
         hints = []
         retry_after = answer.headers.get("Retry-After", "").strip()
         if answer.status == 401 and self._settings.token is not None:
-            hints.append(f"The token came from {self._settings.token_source}.")
+            hints += _about_refused_token(self._settings.token_source)
         seconds = int(retry_after) if _SECONDS.fullmatch(retry_after) else None
         if again := _try_again(retry_after):
             hints.append(again)
@@ -311,6 +311,16 @@ class Client:
             retry_after=seconds,
             hints=hints,
         )
+
+
+def _about_refused_token(source: str) -> list[str]:
+    """Return where the token came from, which is unknown, expired or revoked, and how to get another."""
+    hints = [f"The token came from {source}."]
+    if source == "PORTAL_TOKEN":
+        hints.append("A newer one may be in data/operator.env of the portal's machine: . data/operator.env")
+    if source == "the saved login":
+        hints.append("To save another, run: portal login --token-file FILE")
+    return [*hints, "An admin makes another, by: portal token create NAME --role operator"]
 
 
 class _Bearer(requests.auth.AuthBase):

@@ -42,7 +42,7 @@ def suspend(portal: Remote, /, devices: tuple[str, ...], results: Path | None, y
         return
     with portal.out.working("Suspending; waiting for the broker…"):
         answer = portal.client.call("POST", f"/devices/{device_id}/suspend").json()
-    show_outcome(portal, f"Suspended {device_id}", answer, "suspended_at")
+    show_outcome(portal, f"Suspended {devices[0]}", answer, "suspended_at")
     say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate until resumed.")
 
 
@@ -56,7 +56,7 @@ def resume(portal: Remote, /, devices: tuple[str, ...], results: Path | None, ye
         return
     with portal.out.working("Resuming; waiting for the broker…"):
         answer = portal.client.call("POST", f"/devices/{device_id}/resume").json()
-    show_outcome(portal, f"Resumed {device_id}", answer)
+    show_outcome(portal, f"Resumed {devices[0]}", answer)
     if answer.get("broker_problem"):
         portal.out.warning(str(answer["broker_problem"]))
     if answer.get("broker") != "enforced":
@@ -95,7 +95,7 @@ def revoke(
     name = "" if yes else confirmed(portal, f"/devices/{device_id}")
     with portal.out.working("Revoking; waiting for the broker…"):
         answer = portal.client.call("POST", f"/revoke/{device_id}", body={"reason": reason} if reason else {}).json()
-    show_outcome(portal, f"Revoked {name or device_id}", answer, "revoked_at", "reason")
+    show_outcome(portal, f"Revoked {name or devices[0]}", answer, "revoked_at", "reason")
     say_whether_changed(portal, answer, reason)
     say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate.")
 
@@ -116,7 +116,7 @@ def show_outcome(portal: Remote, done: str, answer: dict[str, Any], *more: str, 
     fields = {about: text(answer.get(about)), "status": status_of(answer)}
     for name in more:
         value = answer.get(name)
-        fields[name] = moment(value) if name.endswith("_at") else text(value)
+        fields[name] = moment(value) if name.endswith(("_at", "_after")) else text(value)
     portal.out.result(answer, fields | {"broker": state(answer.get("broker"))}, done=done)
 
 

@@ -16,7 +16,7 @@ from commands.context import YES, Remote, confirm, option_group, require_confirm
 from commands.devices import filter_options
 from commands.errors import CheckFailed, Misused, Unreachable
 from commands.files import read_input, replace_file, writing
-from commands.names import DEVICE, find_device, whole_id
+from commands.names import DEVICE, find_device, find_row, in_a_line, whole_id
 from commands.output import clean
 
 AT_ONCE = 1000  # devices that the portal takes in one call
@@ -82,14 +82,15 @@ def act_on_many(
     """
     outcome = _read_results(results, act)
     known = {} if results is not None and outcome and not devices and _no(filters) else _found(portal, devices, filters)
-    for device_id, name in known.items():
-        outcome.setdefault(device_id, {"device_id": device_id, "name": name, "action": act.name, "done": False})
+    for device_id, row in known.items():
+        new = {"device_id": device_id, "name": row.get("name", ""), "action": act.name, "done": False}
+        outcome.setdefault(device_id, new)
     waiting = [device_id for device_id, one in outcome.items() if not one["done"]]
     if not waiting:
         portal.out.note("No matching devices." if not outcome else "Everything in the file of results is done.")
         portal.out.result({"devices": list(outcome.values())})
         return
-    _ask(portal, act, [outcome[device_id] for device_id in waiting], yes=yes)
+    _ask(portal, act, [known.get(device_id) or outcome[device_id] for device_id in waiting], yes=yes)
     _write_results(results, outcome)
     with portal.out.progress(act.doing, len(waiting)) as advance:
         for start in range(0, len(waiting), AT_ONCE):
@@ -104,23 +105,24 @@ def _no(filters: Mapping[str, Any]) -> bool:
     return all(value is None for value in filters.values())
 
 
-def _found(portal: Remote, devices: Sequence[str], filters: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names of the devices that are meant by their ids; raises ``CheckFailed`` if one is not known."""
+def _found(portal: Remote, devices: Sequence[str], filters: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what is known of the devices that are meant, by their ids; raises ``CheckFailed`` if one is not known."""
     if not devices:
         pages = portal.client.pages("/devices", "devices", **filters)
-        named = {str(one.get("device_id")): str(one.get("name", "")) for page in pages for one in page["devices"]}
+        named = {str(one.get("device_id")): one for page in pages for one in page["devices"]}
         if not all(map(whole_id, named)):
             raise Unreachable("The portal's list of devices cannot be read; its version may differ.")
         return named
     texts: list[str] = []
     for device in devices:
         texts += _lines(read_input(STDIN)) if device == STDIN else [device]
-    found: dict[str, str] = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for text in texts:
         try:
-            found[find_device(portal.client, text)] = "" if whole_id(text) else text
+            row = find_row(portal.client, text)
         except CheckFailed as error:
             raise CheckFailed(f"{text}: {error.sentence} Nothing was changed.", hints=error.hints) from None
+        found[str(row["device_id"])] = row
     return found
 
 
@@ -140,7 +142,7 @@ def _ask(portal: Remote, act: Act, rows: Sequence[Mapping[str, Any]], *, yes: bo
         return
     require_confirmable()
     for row in rows[:SHOWN]:
-        portal.out.note("  ".join(str(row[name]) for name in ("device_id", "name") if row.get(name)))
+        portal.out.note(in_a_line(row))
     if len(rows) > SHOWN:
         portal.out.note(f"… and {len(rows) - SHOWN} more")
     end = " This cannot be undone." if act.name == "revoke" else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -15,6 +15,7 @@ from commands.errors import CheckFailed
 
 MAX_NAME = 128  # characters of a name and of an external id
 MAX_SHOWN = 10  # devices that an ambiguous name may mean
+_TOLD = ("device_id", "name", "external_id", "location", "status")
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -56,11 +57,16 @@ def find_device(client: Client, text: str) -> str:
 
     A whole id is taken as it is: the portal says whether there is such a device.
     """
+    return str(find_row(client, text)["device_id"])
+
+
+def find_row(client: Client, text: str) -> dict[str, Any]:
+    """Return what the portal lists of the device that is called so, or its id alone; raises as ``find_device``."""
     if (known := whole_id(text)) is not None:
-        return known
+        return {"device_id": known}
     found = client.get("/devices", named=text, limit=MAX_SHOWN + 1).get("devices") or []
     if len(found) == 1 and isinstance(found[0], dict) and whole_id(str(found[0].get("device_id"))):
-        return str(found[0]["device_id"])
+        return found[0]
     if not found:
         raise CheckFailed(
             "No device has this name, id or external id.",
@@ -71,8 +77,9 @@ def find_device(client: Client, text: str) -> str:
 
 def candidates(found: list[dict[str, Any]]) -> list[str]:
     """Return a line for each device that a text may mean."""
-    lines = [
-        "  ".join(str(device[name]) for name in ("device_id", "name", "external_id") if device.get(name))
-        for device in found[:MAX_SHOWN]
-    ]
-    return lines + (["…"] if len(found) > MAX_SHOWN else [])
+    return [*map(in_a_line, found[:MAX_SHOWN]), *(["…"] if len(found) > MAX_SHOWN else [])]
+
+
+def in_a_line(device: Mapping[str, Any]) -> str:
+    """Return by what people tell a device from others: its id, its names, where it is, and whether it is revoked."""
+    return "  ".join(str(device[name]) for name in _TOLD if device.get(name))

@@ -48,7 +48,7 @@ _STATUS_STYLES = {
     "revoked": "red",
     "refused": "red",
 }
-_ABBREVIATIONS = ("ca", "crl", "dns", "ip", "url")
+_ABBREVIATIONS = ("ca", "crl", "dns", "est", "ip", "url")
 EXPIRES_SOON_DAYS = 30
 _SUGGESTED = re.compile(r"(?:^|(?<=: ))portal (?=[a-z])")  # the program's name, where a command is suggested
 MAX_WHOLE = 36  # characters of the first column, an id for example, up to which it is not cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -138,7 +139,7 @@ def tenant_add(
     for problem in ("ca_problem", "broker_problem"):
         if answer.get(problem):
             portal.out.warning(str(answer[problem]))
-    portal.out.next_step("portal login --token-file FILE")
+    portal.out.next_step(f"portal login --token-file {shlex.quote(token_out or 'FILE')}")
 
 
 @command(

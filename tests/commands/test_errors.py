@@ -102,6 +102,11 @@ def test_a_refused_token_says_where_it_came_from(session: Session) -> None:
     assert "The token came from --token." in session.run("list", "--token", "wrong").stderr
 
 
+def test_a_refused_token_says_how_to_get_another(session: Session) -> None:
+    assert ": . data/operator.env" in session.run("list", env={"PORTAL_TOKEN": "wrong"}).stderr
+    assert "portal token create NAME" in session.run("list", "--token", "wrong").stderr
+
+
 @pytest.mark.parametrize(
     ("reply", "exit_code"),
     [

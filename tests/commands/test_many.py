@@ -50,7 +50,7 @@ def test_people_are_asked_once_with_what_is_meant(session: Session, stub: Portal
     for typed, status in (("n", "active"), ("y", "revoked")):
         with terminal(session, "revoke", "--type", "pump", NO_COLOR="1", TERM="dumb") as seen:
             seen.expect("Revoke 12 devices? This cannot be undone. [y/N]: ")
-            assert f"{ids[0]}  pump-0\n" in seen.seen
+            assert f"{ids[0]}  pump-0  Hall 2  active\n" in seen.seen
             assert "… and 2 more\n" in seen.seen
             seen.type(typed + "\n")
             assert seen.end() == (typed == "n")

@@ -61,3 +61,22 @@ def test_an_answer_without_a_device_id_is_not_acted_on(session: Session, stub: P
     stub.replies["GET", "/devices"] = Reply(body={"devices": [{"name": "pump", "device_id": "../tokens"}]})
     assert session.run("revoke", "pump", "--yes").exit_code == 1
     assert [request.method for request in stub.requests] == ["GET"]
+
+
+def test_devices_of_one_name_are_told_apart_by_place_and_status(session: Session, stub: PortalStub) -> None:
+    stub.add_device("pump", location="Hall 1", status="revoked")
+    stub.add_device("pump", location="Hall 2")
+    said = session.run("show", "pump").stderr
+    assert "Hall 1  revoked" in said
+    assert "Hall 2  active" in said
+
+
+@pytest.mark.parametrize(("command", "said"), [("suspend", "Suspended pump"), ("revoke --yes", "Revoked pump")])
+def test_what_was_done_names_the_device_as_it_was_named(
+    session: Session, stub: PortalStub, command: str, said: str
+) -> None:
+    device_id = stub.add_device("pump")
+    for path in (f"/devices/{device_id}/suspend", f"/revoke/{device_id}"):
+        stub.replies["POST", path] = Reply(body=ANSWER | {"device_id": device_id})
+    first, *options = command.split()
+    assert said in session.run(first, "pump", *options).stderr

@@ -30,6 +30,7 @@ def test_a_tenant_is_added_with_what_was_asked_for_and_its_token_is_in_no_pipe(
     assert Path("acme.token").read_text() == "secret-of-its-admin\n"
     assert "secret-of-its-admin" not in result.output
     assert "No root." in result.stderr
+    assert "portal login --token-file acme.token" in result.stderr
     assert stub.requests[0].body == {
         "name": "acme",
         "topic_prefix": "sites/acme",
@@ -133,6 +134,19 @@ def test_logins_are_remembered_by_tenant_and_chosen_by_an_option_that_overrides_
     assert stub.requests[-1].headers["Authorization"] == f"Bearer {TOKEN}"
     logged_in(session, stub, "default")
     assert [one["tenant"] for one in saved(session)["others"]] == ["acme"]
+
+
+def test_a_login_says_how_it_is_used_where_the_environment_has_another_token(
+    session: Session, stub: PortalStub
+) -> None:
+    Path("token").write_text(TOKEN)
+    for env, tenant, said in (
+        ({"PORTAL_TOKEN": ""}, "default", "portal list"),
+        ({"PORTAL_TOKEN": ""}, "acme", "portal --tenant acme list"),
+        ({"PORTAL_TOKEN": "another"}, "default", "portal --tenant default list"),
+    ):
+        stub.replies["GET", "/whoami"] = Reply(200, {"tenant": tenant, "role": "admin", "operator": "somebody"})
+        assert session.run("login", "--token-file", "token", env=env).stderr.splitlines()[-1].endswith(said)
 
 
 @pytest.mark.parametrize(
