@@ -53,7 +53,10 @@ def _actor(portal: Portal, tenant: str) -> Actor:
 @_of_tenant
 @without_traceback
 def list_cas(tenant: str) -> None:
-    """List root and issuing CAs: role, end, CRL, number of valid device certificates."""
+    """List root and issuing CAs.
+
+    With role, end, CRL, and the number of valid device certificates.
+    """
     with opened_portal() as portal:
         now = portal.clock()
         _actor(portal, tenant)
@@ -103,9 +106,9 @@ def _role_of(portal: Portal, issuers: Issuers, recorded: RecordedIssuer) -> str:
 @_of_tenant
 @without_traceback
 def rollover(again: bool, own_root: bool, tenant: str) -> None:
-    """Create another issuing CA and let it issue from now on; the previous one stays trusted.
+    """Create another issuing CA, which issues from now on.
 
-    A tenant that has none gets its first one.
+    The previous one stays trusted. A tenant that has none gets its first one.
 
     Needs the root's key, unless a CA was installed that is to issue later. The portal may serve meanwhile. After an
     interruption, run the command again: it continues.
@@ -138,10 +141,10 @@ def _root_to_be_taken_away(portal: Portal) -> str:
 @_of_tenant
 @without_traceback
 def request(subject: str, key_type: str | None, another: bool, tenant: str) -> None:
-    """Make the key of an issuing CA, and print the request for its certificate (PKCS#10).
+    """Make the key of an issuing CA, and print its request.
 
-    For a CA of a company, or a root that is kept elsewhere; ca install takes what it answers. Until then the command
-    prints the same request again.
+    The request is for its certificate (PKCS#10), by a CA of a company, or a root that is kept elsewhere; ca install
+    takes what it answers. Until then the command prints the same request again.
     """
     kind = None if key_type is None else KeyType(key_type)
     with opened_portal() as portal:
@@ -183,7 +186,10 @@ def _chain_of(path: Path) -> bytes:
 @_of_tenant
 @without_traceback
 def retire(name: str, tenant: str) -> None:
-    """Stop trusting the CA NAME, which no valid device certificate needs; the portal also does so by itself."""
+    """Stop trusting a CA that is not needed any more.
+
+    No valid device certificate may need the CA NAME. The portal also does so by itself.
+    """
     with opened_portal() as portal:
         authority.retire(portal, _actor(portal, tenant), name)
     click.echo(f"{name} is retired. Its CRL is still published.")

@@ -64,7 +64,10 @@ _COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}
 @click.command("init")
 @without_traceback
 def init() -> None:
-    """Create what is missing: data folder, database, CA, broker files, first operator token."""
+    """Create what is missing: data folder, database, CA, token.
+
+    The files of the broker, too, and the token of the first operator.
+    """
     settings = settings_of_app()
     with opened_portal() as portal:
         prepare(portal)
@@ -232,13 +235,15 @@ def _given_settings(settings: Settings) -> dict[str, str]:
 @click.option("--tenant", metavar="NAME", help="Make an admin's of this tenant, beside those it has, and print it.")
 @without_traceback
 def admin_token(tenant: str | None) -> None:
-    """Make another token of the role system, valid for a day, in place of the one in operator.env.
+    """Make another token of the role system, valid for a day.
 
+    It takes the place of the one in operator.env, which is revoked: terminals that have read it must read it again.
     Such a token does what an admin's does, and rules over tenants. For the owner of the machine who has no other valid
     one. It is in the audit record. The portal may serve meanwhile.
     """
     settings = settings_of_app()
     environment = settings.data_dir / "operator.env"
+    had_one = environment.exists()
     with opened_portal() as portal:
         if tenant not in (None, portal.first_tenant):
             secret, record = make_tenant_admin_token(portal, tenant)
@@ -251,6 +256,8 @@ def admin_token(tenant: str | None) -> None:
     replace_file(environment, _operator_environment(settings, secret).encode())
     click.echo(f"Token          {record.id}, an admin's until {record.expires_at:%Y-%m-%d %H:%M} UTC")
     click.echo(f"To use it      . {shlex.quote(str(environment))}")
+    if had_one:
+        click.echo("Not valid      the one that was in this file: terminals that have read it must read it again")
 
 
 # --- The audit record -------------------------------------------------------------------------------------------------
@@ -264,9 +271,10 @@ def audit_group() -> None:
 @audit_group.command("verify")
 @without_traceback
 def verify_audit() -> None:
-    """Check the chain of hashes from the first entry to the last, and the newest checkpoint in the data folder.
+    """Check the audit record and its newest checkpoint.
 
-    Of each tenant, if there are several.
+    That is the chain of hashes from the first entry to the last, of each tenant if there are several, and the newest
+    checkpoint in the data folder.
     """
     damaged = []
     with opened_portal() as portal, portal.database.snapshot() as tx:
@@ -287,7 +295,10 @@ def verify_audit() -> None:
 @without_traceback
 @click.option("--tenant", metavar="NAME", help="Of this tenant's record; else of the first one's.")
 def show_audit_key(tenant: str | None) -> None:
-    """Print the public key of the checkpoints, for portal audit verify and for witnesses."""
+    """Print the public key of the checkpoints.
+
+    It is for portal audit verify, and for witnesses.
+    """
     with opened_portal() as portal:
         click.echo(str(portal.audit_logs.of(tenant or portal.first_tenant).verifier))
 
@@ -329,7 +340,7 @@ def backup(file: Path) -> None:
 )
 @without_traceback
 def restore(file: Path, replace: bool, keep_links: bool, crls: tuple[Path, ...]) -> None:
-    """Restore the backup FILE while no portal runs on this data folder.
+    """Restore the backup FILE; the portal must be stopped.
 
     A token with keys of the CAs must be here: they sign, and are compared with the certificates, before anything is
     changed.
@@ -386,10 +397,10 @@ def _show_restored(done: backup_restore.Restored) -> None:
 )
 @without_traceback
 def doctor(as_json: bool, broker_config: Path | None) -> None:
-    """Check this installation, one line for each check; nothing is changed.
+    """Check this installation, a line for each check.
 
-    Run it as the portal's user. The exit status is 0 if all is well, 1 if there is a problem, 2 if there are only
-    warnings.
+    Nothing is changed. Run it as the portal's user. The exit status is 0 if all is well, 1 if there is a problem, 2 if
+    there are only warnings.
     """
     findings: list[Finding] = []
     for finding in doctors.examine(

@@ -17,10 +17,11 @@ _TREE = Path(__file__).parents[1]
 @click.argument("folder", type=click.Path(path_type=Path))
 @without_traceback
 def write_files(folder: Path) -> None:
-    """Write the files for broker, services and devices to FOLDER, which must not exist.
+    """Write the files for broker, services and devices.
 
-    mosquitto/ has the broker's configuration and the sources of the guard, deploy/ the units, nginx's configuration
-    and the container files, device/ what enrols a device. Build the guard by: make -C FOLDER/mosquitto/guard install
+    FOLDER must not exist. In it mosquitto/ has the broker's configuration and the sources of the guard, deploy/ the
+    units, nginx's configuration and the container files, device/ what enrols a device. Build the guard by:
+    make -C FOLDER/mosquitto/guard install
     """
     try:
         folder.mkdir(parents=True)

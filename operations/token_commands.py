@@ -48,7 +48,7 @@ def _validity(record: TokenRecord, now: datetime) -> str:
 @token_group.command("list")
 @without_traceback
 def list_tokens() -> None:
-    """List operator tokens, newest first: id, role, validity, name."""
+    """List operator tokens, newest first."""
     with opened_portal() as portal:
         now = portal.clock()
         rows = [
@@ -71,9 +71,10 @@ def list_tokens() -> None:
 )
 @without_traceback
 def create_token(name: str, role: str, life: timedelta | None) -> None:
-    """Create an operator token and print it, alone, on standard output.
+    """Create an operator token and print it.
 
-    It is shown once, and recorded in the audit record. The portal may serve meanwhile.
+    Standard output has the token alone. It is shown once, and its creation is in the audit record. The portal may serve
+    meanwhile.
     """
     with opened_portal() as portal:
         secret, record = portal.operators.create(_actor(portal), name, Role(role), life)

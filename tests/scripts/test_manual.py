@@ -35,6 +35,11 @@ def test_there_is_a_page_for_each_command(files: dict[str, str]) -> None:
     assert pages == {f"share/man/man1/{'-'.join(words)}.1" for words, _ in ALL}
 
 
+def test_80_columns_show_the_summary_of_each_command_whole() -> None:
+    summaries = {words: (command.help or "").partition("\n")[0] for words, command in ALL if len(words) > 1}
+    assert {words: summary for words, summary in summaries.items() if len(summary) > 60 or summary[-1:] != "."} == {}
+
+
 def test_troff_finds_nothing_wrong(files: dict[str, str], tmp_path: Path) -> None:
     pages = [tmp_path / Path(place).name for place in files if "/man1/" in place]
     for path in pages:
