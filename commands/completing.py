@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import click
 from click.shell_completion import CompletionItem
 
 from commands.client import Client
-from commands.connection import STDIN, ConnectionOptions, resolve
+from commands.connection import STDIN, ConnectionOptions, login_path, read_logins, resolve
 from commands.errors import CliError
 from onboarding_portal import VERSION
 
@@ -31,6 +31,15 @@ class Listed:
 
     def starting_with(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Return what begins so, with what it is; nothing if the portal does not say, for whatever reason."""
+        return self._items(self._rows(ctx), self.value, self.about, incomplete)
+
+    def starting_with_either(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return as ``starting_with`` the ids that begin so, and the names once something is typed."""
+        rows = self._rows(ctx)
+        named = self._items(rows, self.about, self.value, incomplete) if incomplete else []
+        return [*self._items(rows, self.value, self.about, incomplete.lower()), *named]
+
+    def _rows(self, ctx: click.Context) -> list[Mapping[str, object]]:
         given = _given(ctx)
         if STDIN in (given.token, given.token_file):
             return []
@@ -39,14 +48,25 @@ class Listed:
             rows = client.call("GET", self.path, params=self.query, repeatable=False).json().get(self.key)
         except CliError:
             return []
-        found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        return [
-            CompletionItem(value, help=_one_line(str(row.get(self.about) or "")))
-            for row in found
-            if isinstance(value := row.get(self.value), str)
-            and value.startswith(incomplete)
-            and _PLAIN.fullmatch(value)
-        ]
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+    @staticmethod
+    def _items(rows: Sequence[Mapping[str, object]], field: str, about: str, incomplete: str) -> list[CompletionItem]:
+        found = {
+            value: CompletionItem(value, help=_one_line(str(row.get(about) or "")))
+            for row in rows
+            if isinstance(value := row.get(field), str) and value.startswith(incomplete) and _PLAIN.fullmatch(value)
+        }
+        return list(found.values())
+
+
+def saved_tenants(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the tenants of saved logins that begin so; nothing if those cannot be read."""
+    try:
+        logins = read_logins(login_path(os.environ))
+    except CliError:
+        return []
+    return [CompletionItem(one.tenant) for one in logins if one.tenant.startswith(incomplete)]
 
 
 def _given(ctx: click.Context) -> ConnectionOptions:

@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from commands.client import Client
-from commands.completing import Listed
+from commands.completing import Listed, saved_tenants
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
 from commands.errors import CliError, Unreachable
 from commands.files import ReservedFile
@@ -62,7 +62,13 @@ def connection_options(*, of_command: bool = False) -> list[click.Option]:
         click.Option(["--ca-file"], metavar="FILE", help="CA certificate of the portal (its ca.pem).  [PORTAL_CA]"),
         click.Option(["--token-file"], metavar="FILE", help="File with the operator token; - for standard input."),
         click.Option(["--token"], metavar="TOKEN", help="Operator token; better in the environment.  [PORTAL_TOKEN]"),
-        click.Option(["--tenant"], metavar="NAME", help="Use the saved login of this tenant.", hidden=of_command),
+        click.Option(
+            ["--tenant"],
+            metavar="NAME",
+            help="Use the saved login of this tenant.",
+            hidden=of_command,
+            shell_complete=saved_tenants,
+        ),
     ]
 
 

@@ -25,6 +25,7 @@ COLUMNS = (
 )  # fmt: skip
 
 FIELDS = (*COLUMNS, "renewable_from", "broker_problem")
+TITLES = {"id": "device_id", "expires": "expires_at", "seen": "last_seen"}  # of the table without --columns
 
 
 class Columns(click.ParamType[tuple[str, ...]]):
@@ -34,10 +35,12 @@ class Columns(click.ParamType[tuple[str, ...]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         """Return the names; each is a field of a device, or a key of its metadata."""
-        names = tuple(name.strip() for name in value.split(","))
-        unknown = [name for name in names if name not in FIELDS and not re.fullmatch("metadata[.].+", name)]
-        if unknown or len(set(names)) < len(names):
-            self.fail(f"use each only once, of: {', '.join(FIELDS)}, metadata.KEY.", param, ctx)
+        given = (name.strip() for name in value.split(","))
+        names = tuple(TITLES.get(name.lower(), name) for name in given)
+        if any(name not in FIELDS and not re.fullmatch("metadata[.].+", name) for name in names):
+            self.fail(f"one is not a column; there are: {', '.join(FIELDS)}, metadata.KEY.", param, ctx)
+        if len(set(names)) < len(names):
+            self.fail("one is there twice; name each column only once.", param, ctx)
         return names
 
 
@@ -77,7 +80,7 @@ def column(name: str) -> Callable[[Mapping[str, Any]], Cell]:
         return (
             text(value)
             if name not in TIMES or not value
-            else Cell(str(value), f"{str(value)[:19]} UTC".replace("T", " "))
+            else Cell(str(value), f"{str(value)[:19].replace('T', ' ')} UTC")
         )
 
     return cell

@@ -33,8 +33,8 @@ class DeviceName(click.ParamType[str]):
         return text
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the ids that the portal lists and that begin so."""
-        return self.listed.starting_with(ctx, incomplete.lower())
+        """Return the ids and names that the portal lists and that begin so."""
+        return self.listed.starting_with_either(ctx, incomplete)
 
 
 DEVICE = DeviceName()

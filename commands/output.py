@@ -297,7 +297,7 @@ class Output:
         So has a word that is longer than a line.
         """
         words = line.plain.split(" ")
-        whole = f": {self._program} " in line.plain or max(map(len, words)) >= self._err.width
+        whole = f": {self._program} " in line.plain or ": . " in line.plain or max(map(len, words)) >= self._err.width
         self._err.print(line, soft_wrap=whole or not wraps or not self._err.is_terminal)
 
     def warning(self, sentence: str) -> None:

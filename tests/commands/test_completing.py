@@ -18,6 +18,7 @@ from app import ROUTES
 from cli import cli
 from commands import completing
 from commands.completing import Listed
+from commands.connection import Login, login_path, save_login
 from scripts.manual import command_files
 from tests.support.cli_session import PROJECT, Session
 from tests.support.portal_stub import PortalStub, Reply
@@ -49,6 +50,25 @@ def test_device_ids_complete_wherever_one_is_named(words: tuple[str, ...], sessi
     assert completed(session, *words, "") == [FIRST, SECOND]
     assert completed(session, *words, "1A9d") == [SECOND]
     assert completed(session, *words, "f") == []
+    assert completed(session, *words, "pu") == ["pump-1"]
+
+
+def test_a_name_of_several_devices_is_completed_once(session: Session, stub: PortalStub) -> None:
+    stub.add_device("pump-1", status="revoked")
+    stub.add_device("pump-1")
+    assert completed(session, "show", "pump") == ["pump-1"]
+
+
+def test_tenants_of_saved_logins_are_completed_without_the_portal(session: Session, stub: PortalStub) -> None:
+    path = login_path(session.environment)
+    assert completed(session, "--tenant", "") == []
+    for tenant in ("acme", "globex"):
+        save_login(path, Login(stub.url, None, "token", tenant))
+    assert completed(session, "--tenant", "a") == ["acme"]
+    assert completed(session, "--tenant", "") == ["globex", "acme"]
+    path.write_text("no JSON")
+    assert completed(session, "--tenant", "") == []
+    assert stub.requests == []
 
 
 @pytest.mark.usefixtures("two_devices")

@@ -14,6 +14,7 @@ import pytest
 
 from commands import client
 from commands.output import Cell, status_of
+from tests.commands.test_terminal import terminal
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
 
@@ -280,7 +281,17 @@ def test_columns_and_formats_of_a_list_are_chosen(session: Session, stub: Portal
     assert (exported["topics"], json.loads(exported["metadata"])["owner"]) == ("devices/{id}/#:readwrite", "ops")
 
 
-@pytest.mark.parametrize("columns", ["", "name,name", "secret", "metadata.", "name,"])
+def test_columns_have_whole_times_at_a_terminal_and_the_names_that_the_table_gives_them(
+    session: Session, stub: PortalStub
+) -> None:
+    stub.add_device("pump")
+    with terminal(session, "list", "--columns", "name,SEEN", NO_COLOR="1", TERM="dumb") as seen:
+        assert seen.end() == 0
+        assert "2026-01-03 00:00:00 UTC" in seen.seen
+    assert session.run("list", "--columns", "id").stdout == session.run("list", "--columns", "device_id").stdout
+
+
+@pytest.mark.parametrize("columns", ["", "name,name", "seen,last_seen", "secret", "metadata.", "name,"])
 def test_a_column_that_no_device_has_is_refused(session: Session, stub: PortalStub, columns: str) -> None:
     assert (session.run("list", "--columns", columns).exit_code, stub.requests) == (2, [])
 

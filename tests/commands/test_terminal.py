@@ -143,6 +143,9 @@ def test_a_sentence_is_broken_between_words_and_a_command_is_not(session: Sessio
     with terminal(session, "revoke", device_id, "--yes", NO_COLOR="1", COLUMNS="50", PORTAL_COMMAND="./portal") as seen:
         assert seen.end() == 0, seen.seen
     assert seen.seen.rstrip().endswith("see: ./portal status")
+    with terminal(session, "list", NO_COLOR="1", COLUMNS="76", PORTAL_TOKEN="") as seen:
+        assert seen.end() == 2, seen.seen
+    assert ": . data/operator.env" in seen.seen
     stub.replies["GET", "/devices"] = Reply(body={"devices": [], "next_cursor": None})
     with terminal(session, "expiring", "--within", "2036-02-03", NO_COLOR="1", COLUMNS="40") as seen:
         assert seen.end() == 0, seen.seen
