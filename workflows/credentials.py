@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import ca
 import credential_delivery
 from config import Settings
-from core.errors import FieldProblem, InputInvalid, Unavailable
+from core.errors import FieldProblem, InputInvalid, ProfileRefused, Unavailable
 from core.states import ClientKind
 from core.topics import DEVICE_ID, Access, Topic, default_topics
 from delivery.formats import BundleFormat
@@ -26,7 +26,7 @@ from pki import est
 from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem, public_key_fingerprint
 from pki.csr import Csr
 from pki.issuers import ONLY_UUID, DeviceContents, device_profile
-from pki.profiles import DEFAULT, CertificateTerms
+from pki.profiles import DEFAULT, CertificateProfile, CertificateTerms, Purpose
 from pki.server_chain import names_shown
 from workflows.attestation.evidence import ShownEvidence
 from workflows.authority.issuers import Authority
@@ -210,6 +210,16 @@ def _in_one_form(name: str) -> str:
         return name.lower().rstrip(".")
 
 
+def check_servers_of_tenant(authority: Authority, tenant_id: str, profile: CertificateProfile) -> None:
+    """Raise ``ProfileRefused`` if clients of other tenants would accept servers of this one under any name it likes."""
+    if Purpose.SERVER_AUTH in profile.extended_key_usage and authority.current.is_trusted_by_others(tenant_id):
+        rule = "has server_auth, for which a tenant needs a CA below a root of its own"
+        raise ProfileRefused(
+            f"The certificate profile {profile.name} {rule}: clients of other tenants trust the root of this one.",
+            [FieldProblem("extended_key_usage", rule)],
+        )
+
+
 class CredentialIssuer:
     """Issues the credentials of every device, whichever way it comes; touches no database."""
 
@@ -283,6 +293,7 @@ class CredentialIssuer:
         days = terms.days(request.validity_days, tenant.device_days)
         contents = terms.contents(own_names(self._settings))
         ca.check_names(self._authority.issuing_of(tenant.id).issuer, device_profile(str(terms.fields["id"]), contents))
+        check_servers_of_tenant(self._authority, tenant.id, terms.profile)
         return days, contents
 
     def _certify(

@@ -21,7 +21,7 @@ from store.database import Database
 from store.devices import DeviceRecord
 from store.profiles import ProfileRecord
 from workflows.authority.issuers import Authority
-from workflows.credentials import DeviceRequest
+from workflows.credentials import DeviceRequest, check_servers_of_tenant
 
 _DESCRIBED = ("name", "external_id", "type", "location", "firmware", "metadata")
 
@@ -44,7 +44,7 @@ class CertificateProfiles:
     _clock: Callable[[], datetime]
 
     def add(self, actor: Actor, profile: CertificateProfile) -> ListedProfile:
-        """Add a profile; raises ``ProfileInvalid``, and ``ProfileInUse`` if there is one of its name."""
+        """Add a profile; raises ``ProfileInvalid``, ``ProfileRefused``, ``ProfileInUse`` for a name that is taken."""
         self._check(actor.tenant_id, profile)
         taken = ProfileInUse(f"There is a certificate profile {profile.name} already; choose another name.")
         if profile.name == DEFAULT:
@@ -77,7 +77,7 @@ class CertificateProfiles:
     def update(self, actor: Actor, name: str, changes: Mapping[str, Any]) -> ListedProfile:
         """Change rules of a profile, by the names of its fields; certificates that were issued stay as they are.
 
-        Raises ``NotFound``, ``ProfileInvalid``, ``ProfileInUse`` for the built-in one.
+        Raises ``NotFound``, ``ProfileInvalid``, ``ProfileRefused``, ``ProfileInUse`` for the built-in one.
         """
         now = self._clock()
         _check_not_built_in(name)
@@ -110,6 +110,7 @@ class CertificateProfiles:
     def _check(self, tenant_id: str, profile: CertificateProfile) -> None:
         issuer = self._authority.issuing_of(tenant_id).issuer
         check_profile(profile, (issuer.certificate, *issuer.above))
+        check_servers_of_tenant(self._authority, tenant_id, profile)
 
 
 def _check_not_built_in(name: str) -> None:

@@ -129,6 +129,15 @@ class Issuers:
         root = self.own_root(recorded)
         return recorded.issuer.above[-1] if root is None else root.issuer.certificate
 
+    def is_trusted_by_others(self, tenant_id: str) -> bool:
+        """Return whether other tenants trust what a tenant's CA signs, since they trust the first one's roots.
+
+        The first tenant itself, which runs the installation, does not count. Raises ``IssuerUnusable``.
+        """
+        return (
+            tenant_id != DEFAULT_TENANT and self.anchor(self.issuing_of(tenant_id)) in self.of(DEFAULT_TENANT).anchors
+        )
+
     def with_crl(self) -> tuple[RecordedIssuer, ...]:
         """Return the issuers whose CRLs the broker needs: those of devices' certificates that are still trusted."""
         return self._with_crl

@@ -139,6 +139,27 @@ def test_topics_that_were_granted_below_a_prefix_of_earlier_settings_are_no_tena
     assert system.post("/tenants", wanted).status_code == 201
 
 
+def test_no_tenant_gets_certificates_for_servers_that_the_devices_of_another_would_take_for_theirs(
+    system: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uses = {"extended_key_usage": ["client_auth", "server_auth"]}
+    names = {"name": "servers", "dns_names": ["{metadata.host}.example.com"]}
+    below, apart = holding(system, added(system)), holding(system, added(system, name="apart", own_root=True))
+    answer = problem_of(below.post("/profiles", names | uses), 422, "profile_refused")
+    assert "a root of its own" in answer["detail"]
+    assert below.post("/profiles", names).status_code == 201
+    problem_of(below.patch("/profiles/servers", uses), 422, "profile_refused")
+    for api in (apart, system):
+        assert api.post("/profiles", names | uses).status_code == 201
+    wanted = PLAIN | {"profile": "servers", "metadata": {"host": "historian"}}
+    assert apart.post("/register", wanted).status_code == 201
+    # One that was made while the tenant had a root of its own, or by an earlier version.
+    with monkeypatch.context() as before:
+        before.setattr("workflows.profiles.check_servers_of_tenant", lambda *_arguments: None)
+        assert below.patch("/profiles/servers", uses).status_code == 200
+    problem_of(below.post("/register", wanted | {"metadata": {"host": "other"}}), 422, "profile_refused")
+
+
 def test_a_tenant_needs_a_guard_that_knows_tenants(system: Api, app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     portal = portal_of(app)
     before = state_of(portal)
