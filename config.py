@@ -22,6 +22,7 @@ from core.setting_values import (
     UNIX_SOCKET_PATH_LIMIT,
     Address,
     KeyPlaces,
+    MailAddresses,
     Names,
     Networks,
     OptionalPath,
@@ -288,6 +289,19 @@ class Settings(BaseSettings):
 
     webhook_allow: Networks = setting("", "Internal networks (CIDR) that events may be sent to; none if empty")
     webhook_ca_file: OptionalPath = setting("", "CA certificates (PEM) of receivers, beside the system's")
+    mail_server: Annotated[Address | None, PlainValidator(parse_optional_address)] = setting(
+        "", "SMTP server for mail to people, HOST:PORT; no mail is sent if empty"
+    )
+    mail_tls: Annotated[str, choice(("starttls", "tls", "none"))] = setting(
+        "starttls", "starttls (required), tls from the first byte, or none"
+    )
+    mail_ca_file: OptionalPath = setting("", "CA certificates (PEM) of the SMTP server, beside the system's")
+    mail_login_file: OptionalPath = setting(
+        "", "File with user and password for the SMTP server, a line each, which no others may read"
+    )
+    mail_from: MailAddresses = setting("", "Sender of the mail, an address")
+    mail_to: MailAddresses = setting("", "Addresses that get the mail, separated by commas")
+    mail_minutes: Annotated[int, count(1, 10080)] = setting("15", "Minutes between two messages, at least")
     event_days: Annotated[int, count(1, 3650)] = setting(
         "30", "Days for which events that were sent or given up are kept"
     )
@@ -371,6 +385,10 @@ class Settings(BaseSettings):
         ):
             if pair.count(None) == 1:
                 raise SettingInvalid(f"PORTAL_{of}_CERTIFICATE and PORTAL_{of}_KEY must be set together, or neither.")
+        if self.mail_server is not None and (len(self.mail_from) != 1 or not self.mail_to):
+            raise SettingInvalid("PORTAL_MAIL_SERVER needs PORTAL_MAIL_FROM, one address, and PORTAL_MAIL_TO.")
+        if self.mail_login_file is not None and self.mail_tls == "none":
+            raise SettingInvalid("PORTAL_MAIL_LOGIN_FILE needs TLS, since a password is not sent in the clear.")
         if self.bind == self.pki_bind:
             raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.")
         if self.issuing_days >= self.root_days:

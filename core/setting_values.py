@@ -53,6 +53,15 @@ def parse_names(value: str) -> tuple[str, ...]:
     return names
 
 
+def parse_mail_addresses(value: str) -> tuple[str, ...]:
+    """Return mail addresses (RFC 5321, without quoting and comments), separated by commas."""
+    addresses = tuple(address.strip() for address in value.split(",") if address.strip())
+    for address in addresses:
+        if not re.fullmatch(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,253}", address):
+            raise ValueError("must be addresses such as people@example.com, separated by commas")
+    return addresses
+
+
 def parse_networks(value: str) -> tuple[Network, ...]:
     """Return IP networks (CIDR) separated by commas; a single address is a network, too."""
     try:
@@ -200,5 +209,6 @@ PkiAddressSetting = Annotated[Address, PlainValidator(lambda value: parse_addres
 Names = Annotated[tuple[str, ...], PlainValidator(parse_names)]
 Networks = Annotated[tuple[Network, ...], PlainValidator(parse_networks)]
 KeyPlaces = Annotated[tuple[TokenUri | None, ...], PlainValidator(parse_key_places)]
+MailAddresses = Annotated[tuple[str, ...], PlainValidator(parse_mail_addresses)]
 Text = Annotated[str, PlainValidator(str)]
 Url = Annotated[str, PlainValidator(parse_url)]

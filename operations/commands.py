@@ -30,6 +30,7 @@ from operations.command_base import opened_portal, settings_of_app, without_trac
 from operations.doctor import doctor as doctors
 from operations.doctor.base import Finding, State
 from operations.installation_files import write_files
+from operations.mail_commands import mail_group
 from operations.token_commands import token_group
 from operations.wiring import (
     Portal,
@@ -441,5 +442,5 @@ def commands(
         check_addresses(settings)  # before anything is made: a port is written into the CA's first certificates
         raise SystemExit(_serve(settings, create_app, portal_of, serve_app, beside_broker=beside_broker))
 
-    on_this_machine = [init, serve, show_settings, admin_token, token_group, audit_group, ca_group]
+    on_this_machine = [init, serve, show_settings, admin_token, token_group, audit_group, ca_group, mail_group]
     return [*on_this_machine, backup, restore, doctor, write_files]

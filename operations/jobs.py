@@ -43,7 +43,7 @@ EVENTS_BATCH = 500
 RESTART_AGAIN_AFTER = timedelta(hours=1)
 QUIET = timedelta(minutes=1)  # without a change for the broker
 
-LEADER_LOCK, FOLLOWER_LOCK = ".jobs.lock", ".presence.lock"
+LEADER_LOCK, FOLLOWER_LOCK, MAIL_LOCK = ".jobs.lock", ".presence.lock", ".mail.lock"
 CLOCK_SEEN = ".jobs.clock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SILENT_SECONDS = 60.0  # a job may take long, so silence counts only after this time
@@ -289,12 +289,13 @@ JOBS = (
     Job("certificates that end", 600.0, announce_expiring),
     Job("removed tenants", 10.0, lambda portal: portal.tenant_removals.run(), final=True),
 )
-# In a thread and under a lock of its own, so that it waits for no other job.
+# Each in a thread and under a lock of its own, so that it waits for no other job, and none for it.
 FOLLOW_PRESENCE = (Job("presence", 2.0, lambda portal: portal.follower.follow()),)
+SEND_MAIL = (Job("mail", 20.0, lambda portal: portal.mail.send_due()),)
 
 
 def start(portal: Portal) -> threading.Event:
-    """Start the threads of this process that grant, publish CRLs, run the jobs, follow presence and send events.
+    """Start the threads of this process that grant, publish CRLs, run the jobs, follow presence, send events and mail.
 
     Setting the event stops them.
     """
@@ -306,6 +307,8 @@ def start(portal: Portal) -> threading.Event:
         "presence": functools.partial(run, portal, jobs=FOLLOW_PRESENCE, lock=FOLLOWER_LOCK),
         "events": portal.dispatcher.run,
     }
+    if portal.settings.mail_server is not None:
+        bodies["mail"] = functools.partial(run, portal, jobs=SEND_MAIL, lock=MAIL_LOCK)
     for name, body in bodies.items():
         threading.Thread(target=body, args=(stopping,), name=name, daemon=True).start()
     return stopping

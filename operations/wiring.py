@@ -54,6 +54,7 @@ from workflows.enrolment.enrolment import Enrolments
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.manufacturers import Manufacturers
 from workflows.enrolment.reenrolment import Reenrolments
+from workflows.mail.mail import Mail
 from workflows.operators import FIRST_TOKEN_LIFE, Operators, new_token
 from workflows.presence import PresenceFollower
 from workflows.profiles import CertificateProfiles
@@ -127,6 +128,7 @@ class Portal:
     audit_logs: AuditLogs
     webhooks: Webhooks
     dispatcher: Dispatcher
+    mail: Mail
     responder: Responder
     readiness: Readiness
     tenant_readiness: TenantReadiness
@@ -304,6 +306,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         audit_logs=base.audit_logs,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, tenant_terms, base.sender, shared.rates, clock),
+        mail=Mail(settings, database, reconciler.broker_answers, clock, first_tenant),
         responder=_responder(base),
         readiness=Readiness(settings, database, authority, reconciler, clock),
         tenant_readiness=(tenant_readiness := TenantReadiness(database, authority, clock)),

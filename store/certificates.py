@@ -165,18 +165,23 @@ class ExpiringCertificate:
 
 
 # The two databases calculate with times in different ways.
-_PAST_TWO_THIRDS = {
+_PAST_SHARE = {
     "sqlite": (
         "julianday(certificates.not_before)"
-        " + (julianday(certificates.not_after) - julianday(certificates.not_before)) * 2 / 3 <= julianday(:now)"
+        " + (julianday(certificates.not_after) - julianday(certificates.not_before)) * {share} <= julianday(:now)"
     ),
-    "postgresql": "certificates.not_before + (certificates.not_after - certificates.not_before) * 2 / 3 <= :now",
+    "postgresql": "certificates.not_before + (certificates.not_after - certificates.not_before) * {share} <= :now",
 }
+
+
+def past_share(tx: Connection, share: str, now: datetime) -> sa.TextClause:
+    """Return the condition that a ``share`` of a certificate's lifetime, such as ``2 / 3``, has passed."""
+    text = _PAST_SHARE[tx.dialect.name].format(share=share)
+    return sa.text(text).bindparams(sa.bindparam("now", now, type_=UtcDateTime()))
 
 
 def renewals_to_announce(tx: Connection, *, now: datetime, limit: int) -> Sequence[ExpiringCertificate]:
     """Return active certificates that should be renewed and were not announced yet."""
-    past = sa.text(_PAST_TWO_THIRDS[tx.dialect.name]).bindparams(sa.bindparam("now", now, type_=UtcDateTime()))
     announced = sa.select(ExpiryAnnouncement.certificate_id).where(ExpiryAnnouncement.certificate_id == Certificate.id)
     query = (
         sa.select(
@@ -189,7 +194,12 @@ def renewals_to_announce(tx: Connection, *, now: datetime, limit: int) -> Sequen
             Certificate.not_after,
         )
         .join(Device, Device.id == Certificate.device_id)
-        .where(Certificate.status == CertificateStatus.ACTIVE, Certificate.not_after > now, past, ~announced.exists())
+        .where(
+            Certificate.status == CertificateStatus.ACTIVE,
+            Certificate.not_after > now,
+            past_share(tx, "2 / 3", now),
+            ~announced.exists(),
+        )
         .order_by(Certificate.id)
         .limit(limit)
     )

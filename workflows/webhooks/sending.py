@@ -12,9 +12,8 @@ import io
 import secrets
 import socket
 import ssl
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +24,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
+from core.connections import cut_off_after
 from core.errors import InputInvalid, StartupError, Unavailable
 from workflows.webhooks.addresses import Address, Network, SendFailed, Target, read_url, resolve
 
@@ -173,10 +173,10 @@ class Sender:
         connection.timeout = TOTAL_SECONDS
         connected: socket.socket = connection.sock
         try:
-            with _cut_off_after(connected, deadline - time.monotonic()):
+            with cut_off_after(deadline - time.monotonic(), lambda: connected):
                 connection.request("POST", target.path, body, headers, preload_content=False)
                 response = connection.getresponse()
-            drained = _cut_off_after(connected, DRAIN_SECONDS)
+            drained = cut_off_after(DRAIN_SECONDS, lambda: connected)
             with contextlib.closing(response), contextlib.suppress(OSError, HTTPError), drained:
                 response.read(MAX_BODY_BYTES, decode_content=False)  # lets the receiver finish its response
         except (http.client.BadStatusLine, http.client.UnknownProtocol) as error:
@@ -222,33 +222,6 @@ class Sender:
         )
         connection.response_class = _Response
         return connection
-
-
-@contextlib.contextmanager
-def _cut_off_after(connected: socket.socket, seconds: float) -> Iterator[None]:
-    """Shut the connection down after ``seconds`` and raise ``TimeoutError``.
-
-    A socket's own timeout limits each read, and so does not end a receiver that sends a byte now and then.
-    """
-    expired = threading.Event()
-
-    def expire() -> None:
-        expired.set()
-        with contextlib.suppress(OSError):
-            connected.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(max(seconds, 0), expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except (OSError, HTTPError, http.client.HTTPException, SendFailed):
-        if not expired.is_set():
-            raise
-    finally:
-        timer.cancel()
-    if expired.is_set():
-        raise TimeoutError
 
 
 class _Response(http.client.HTTPResponse):
