@@ -184,6 +184,11 @@ def test_each_command_has_help_with_examples_and_json_as_the_readme_says(name: s
     assert "--json" in options(commands(cli)[name])
 
 
+def test_the_readme_shows_the_options_that_all_commands_share() -> None:
+    for option in options(cli) - {"-h"}:
+        assert re.search(rf"^  (-h, )?{option} ", (ROOT / "README.md").read_text(), re.MULTILINE), option
+
+
 def test_the_readme_lists_all_commands() -> None:
     listed = re.findall(r"^  (\w+) {2,}[A-Z].*\.$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert listed == [command.name for section in SECTIONS.values() for command in section]

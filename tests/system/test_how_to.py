@@ -17,7 +17,7 @@ PAGES = {path.stem: path.read_text() for path in (ROOT / "docs" / "how-to").glob
 STOPPED = "# The portal is stopped.\n"
 # What a page begins with because another one comes before it, or does not say again.
 BEFORE = {
-    "a-device-is-stolen": "portal register pump-1 --type pump --location 'Hall 2' --firmware 1.0 --out pump-1",
+    "a-device-is-stolen": "portal register pump-7 --type pump --location 'Hall 2' --firmware 1.0 --out pump-7",
 }
 
 
