@@ -303,7 +303,7 @@ def _restore_postgresql(plan: _Plan) -> None:
                 if readable is None:
                     _allow(plan, f"The database has another schema ({current})")
                     plan.done.notes.append("The replaced database could not be read: it has another schema.")
-                elif _devices(tx):
+                elif store_issuers.list_issuers(tx, retired=True):  # without devices, too: tokens were revoked
                     before = _free_name(plan.settings.data_dir / "before-restore.backup")
                     plan.done.before = before
         if plan.done.before is not None:
