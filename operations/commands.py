@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ from core.server_command import server_command
 from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup import restore as backup_restore
+from operations.backup.common import Restored
+from operations.backup.tenant_restore import restore_tenant
 from operations.ca_commands import ca_group
 from operations.command_base import opened_portal, settings_of_app, without_traceback
 from operations.doctor import doctor as doctors
@@ -309,14 +312,15 @@ def show_audit_key(tenant: str | None) -> None:
 
 @click.command("backup")
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tenant", metavar="NAME", help="Of this tenant alone, without the secrets of the installation.")
 @without_traceback
-def backup(file: Path) -> None:
+def backup(file: Path, tenant: str | None) -> None:
     """Write a backup to FILE while the portal keeps serving.
 
     FILE must not exist. It holds the database, the encrypted CA keys and the secrets, but not the passphrase of the CA
     keys, which you keep elsewhere, nor keys that are in a token.
     """
-    made = backups.back_up(settings_of_app(), file.absolute(), now=utc_now())
+    made = backups.back_up(settings_of_app(), file.absolute(), now=utc_now(), tenant_id=tenant)
     counts = made.manifest.counts
     click.echo(f"Backup         {file} ({made.size} bytes, mode 0600)")
     click.echo(
@@ -330,7 +334,8 @@ def backup(file: Path) -> None:
 
 @click.command("restore")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--replace", is_flag=True, help="Replace a database that has devices; the old one is kept.")
+@click.option("--tenant", metavar="NAME", help="Restore this tenant alone; all others stay as they are.")
+@click.option("--replace", is_flag=True, help="Replace a database that has devices, or the tenant; the old is kept.")
 @click.option("--keep-links", is_flag=True, help="Keep download links that have not been used since.")
 @click.option(
     "--crl",
@@ -340,7 +345,7 @@ def backup(file: Path) -> None:
     help="A saved CRL (PEM or DER) of a CA in the backup: what it lists stays revoked. May be given several times.",
 )
 @without_traceback
-def restore(file: Path, replace: bool, keep_links: bool, crls: tuple[Path, ...]) -> None:
+def restore(file: Path, tenant: str | None, replace: bool, keep_links: bool, crls: tuple[Path, ...]) -> None:
     """Restore the backup FILE; the portal must be stopped.
 
     A token with keys of the CAs must be here: they sign, and are compared with the certificates, before anything is
@@ -350,7 +355,10 @@ def restore(file: Path, replace: bool, keep_links: bool, crls: tuple[Path, ...])
     database being replaced lists it. The exit status is 3 if the backup was restored, but not all that was changed
     since could be read: the lines "Not known" say what.
     """
-    done = backup_restore.restore(
+    restoring = backup_restore.restore
+    if tenant is not None:
+        restoring = functools.partial(restore_tenant, tenant_id=tenant)
+    done = restoring(
         settings_of_app(),
         file.absolute(),
         replace=replace,
@@ -363,7 +371,7 @@ def restore(file: Path, replace: bool, keep_links: bool, crls: tuple[Path, ...])
         sys.exit(RESTORED_IN_PART)
 
 
-def _show_restored(done: backup_restore.Restored) -> None:
+def _show_restored(done: Restored) -> None:
     click.echo(f"Restored       {done.counts['devices']} devices and applications, as of {done.made_at}")
     if done.before is not None:
         click.echo(f"Before         {done.before} holds what was there")

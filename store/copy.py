@@ -7,7 +7,7 @@ import binascii
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from store import schema
 from store.database import UtcDateTime
 from store.tables import METADATA
 
+Change = Callable[[dict[str, Any]], dict[str, Any] | None]
 BATCH = 500
 # The kinds of columns, which the first line of a dump names, so that a dump outlives changes of the tables.
 _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
@@ -29,28 +30,44 @@ _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
 }
 
 
-def table_names() -> list[str]:
-    """Return the name of every table, each after those that it refers to."""
-    return [table.name for table in METADATA.sorted_tables]
+def table_names(tenant_id: str | None = None) -> list[str]:
+    """Return the name of every table, or of those with rows of a tenant, each after those that it refers to."""
+    return [table.name for table in METADATA.sorted_tables if tenant_id is None or _owner(table) is not None]
+
+
+def _owner(table: sa.Table) -> sa.Column[Any] | None:
+    """Return the column that names the tenant of a row."""
+    return table.c.id if table.name == "tenants" else table.c.get("tenant_id")
+
+
+def owner_of(name: str, row: Mapping[str, Any]) -> str:
+    """Return the tenant of a row of a table that has rows of tenants."""
+    return str(row["id" if name == "tenants" else "tenant_id"])
 
 
 # --- Dump ---------------------------------------------------------------------------------------------------------
 
 
-def rows(tx: Connection, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table in the order of its key."""
+def rows(tx: Connection, name: str, tenant_id: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table, or those of a tenant, in the order of its key."""
     table = METADATA.tables[name]
     query = sa.select(table).order_by(*table.primary_key).execution_options(yield_per=BATCH)
+    owner = None if tenant_id is None else _owner(table)
+    if owner is not None:
+        query = query.where(owner == tenant_id)
     with contextlib.closing(tx.execute(query)) as result:
         for row in result.mappings():
             yield dict(row)
 
 
-def dump(tx: Connection, name: str) -> Iterator[str]:
-    """Yield a table as lines of JSON: its columns as pairs of name and kind, then an array for each row."""
+def dump(tx: Connection, name: str, tenant_id: str | None = None) -> Iterator[str]:
+    """Yield a table as lines of JSON: its columns as pairs of name and kind, then an array for each row.
+
+    With ``tenant_id`` only the rows of that tenant.
+    """
     kinds = [(column.name, _kind(column.type)) for column in METADATA.tables[name].c]
     yield json.dumps({"columns": kinds}) + "\n"
-    for row in rows(tx, name):
+    for row in rows(tx, name, tenant_id):
         yield json.dumps([_to_json(row[column], kind) for column, kind in kinds], separators=(",", ":")) + "\n"
 
 
@@ -76,9 +93,14 @@ def read(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     return found
 
 
-def load(tx: Connection, name: str, lines: Iterable[bytes]) -> int:
-    """Insert the rows that ``dump`` wrote into a table of the same schema revision; return how many."""
+def load(tx: Connection, name: str, lines: Iterable[bytes], change: Change | None = None) -> int:
+    """Insert the rows that ``dump`` wrote into a table of the same schema revision; return how many.
+
+    ``change`` makes of each row the one to insert, or ``None`` to leave it out.
+    """
     kinds, found = _read(lines)
+    if change is not None:
+        found = (row for row in map(change, found) if row is not None)
     table = sa.table(name, *(sa.column(column, _TYPES[kind]) for column, kind in kinds))
     statement, count = sa.insert(table), 0
     while batch := list(itertools.islice(found, BATCH)):

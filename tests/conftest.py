@@ -33,7 +33,7 @@ ON_BOTH = {
     *("test_actions.py", "test_applications.py", "test_connections.py", "test_devices.py", "test_successors.py"),
     *("test_admission.py", "test_registration.py", "test_renewal.py", "test_revocation.py", "test_upload.py"),
     *("test_presence.py", "test_backup.py", "test_total_loss.py", "test_profile_names.py"),
-    *("test_other_tenants.py", "test_tenants.py", "test_mail.py"),
+    *("test_other_tenants.py", "test_tenants.py", "test_mail.py", "test_one_tenant.py"),
 }
 IN_TOKENS = {"test_ca.py", "test_crl.py"}
 

@@ -157,9 +157,7 @@ class Tenants:
                 raise StateConflict("A tenant of this name was removed, and is still kept; take another name.")
             if other.id == wanted.name:
                 raise StateConflict("There is a tenant of this name already; take another name.")
-            theirs = self._settings.application_prefixes if other.topic_prefix is None else (other.topic_prefix,)
-            if (taken := overlapping(wanted.prefix, theirs)) is not None:
-                raise StateConflict(f"The topics of the tenant {other.id} are below {taken}; take another prefix.")
+        check_topics_free(tx, wanted.name, wanted.prefix, self._settings)
         # What the first one may use was checked by the settings of then, which may have had further prefixes.
         if older := tenants.topics_reaching(tx, DEFAULT_TENANT, wanted.prefix):
             raise StateConflict(
@@ -251,6 +249,14 @@ class Tenants:
             detail = {"tenant": record.id, "problem": outcome.problem}
             log.error("the broker does not enforce the new state of a tenant yet", extra=detail)
         return TenantState(record, enforced, None if enforced else outcome.problem)
+
+
+def check_topics_free(tx: Connection, name: str, prefix: str, settings: Settings) -> None:
+    """Raise ``StateConflict`` if topics below a prefix are those of a tenant of another name."""
+    for other in tenants.list_tenants(tx):
+        theirs = settings.application_prefixes if other.topic_prefix is None else (other.topic_prefix,)
+        if other.id != name and (taken := overlapping(prefix, theirs)) is not None:
+            raise StateConflict(f"The topics of the tenant {other.id} are below {taken}; take another prefix.")
 
 
 def check_not_first(record: TenantRecord, status: TenantStatus) -> None:

@@ -45,7 +45,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The description of a backup; ``made_at`` is RFC 3339 in UTC, ``sealed_by`` the name of a CA."""
+    """The description of a backup; ``made_at`` is RFC 3339 in UTC, ``sealed_by`` the name of a CA.
+
+    ``tenant`` is whose rows alone it has, ``None`` for the whole installation.
+    """
 
     format: int
     made_at: str
@@ -55,10 +58,14 @@ class Manifest:
     counts: Mapping[str, int]
     sealed_by: str
     members: Mapping[str, Member]
+    tenant: str | None = None
 
     def to_json(self) -> bytes:
-        """Return the manifest as it is stored."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        """Return the manifest as it is stored: an older version reads that of a whole backup, and of no other."""
+        values = asdict(self)
+        if self.tenant is None:
+            del values["tenant"]
+        return json.dumps(values, indent=1, sort_keys=True).encode()
 
 
 def seal_of(manifest: bytes, key: PrivateKey) -> str:
@@ -230,6 +237,8 @@ def _manifest(content: bytes) -> Manifest | None:
         texts = (manifest.made_at, manifest.revision, manifest.sealed_by)
         numbers = (manifest.generation, *manifest.crl_numbers.values(), *manifest.counts.values())
     except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    if manifest.tenant is not None and type(manifest.tenant) is not str:
         return None
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         return None

@@ -40,6 +40,12 @@ class SavedCrls:
         broker = [(broker_file, crl) for crl in _broker_crls(broker_file)]
         return cls(broker_file, [*broker, *((path, crl) for path in files for crl in _saved_crls(path))])
 
+    def without_others(self, issuers: Sequence[IssuerRecord]) -> Self:
+        """Leave out what the broker has of other CAs: those of tenants that are not restored."""
+        names = {x509.load_der_x509_certificate(issuer.der).subject for issuer in issuers}
+        found = [(path, crl) for path, crl in self.found if path != self.broker_file or crl.issuer in names]
+        return dataclasses.replace(self, found=found)
+
     def of(self, issuers: Sequence[IssuerRecord]) -> tuple[CrlById, list[str]]:
         """Return the newest CRL of each issuer, by its id, and notes about those of the broker that were ignored.
 

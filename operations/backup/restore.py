@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -16,65 +16,42 @@ from sqlalchemy.engine import Connection
 import db
 from broker.folder import CRL_FILE
 from broker.guard.folder import GuardFiles
-from broker.guard.journal import read_access, read_certificates
-from broker.guard.told import read_told
 from config import Settings
-from core.broker_control import JOURNAL_FILE, RECORD_FILE, ControlKind
-from core.errors import BackupRefused, CaKeyUnavailable, PortalError, ProjectionInvalid, TokenUnavailable
+from core.broker_control import RECORD_FILE
+from core.errors import BackupRefused, CaKeyUnavailable, PortalError, TokenUnavailable
 from core.failpoints import failpoint
 from core.files import fsync_directory
-from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup import ca_keys
 from operations.backup.archive import Backup
+from operations.backup.common import (
+    NOT_KNOWN,
+    Restored,
+    check_audit_record,
+    expire_links,
+    free_name,
+    is_of_one_of,
+    refused_by_the_guard,
+)
 from operations.backup.crls import SavedCrls, continue_crls, unknown_revocations
 from operations.backup.older_terms import older_terms
 from operations.backup.restore_journal import SQLITE_FILES, RestoreJournal, journaled, remove_database
-from operations.backup.revocations import GuardRefusals, Kept, RevocationReplay, Tables
+from operations.backup.revocations import GuardRefusals, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
-from pki.checkpoints import VerifierKey
 from pki.keys.contract import check_that_it_signs
 from store import audit, grants, schema
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database
 from store.quotas import recount_clients
-from store.tables import DEFAULT_TENANT, BrokerState, Certificate, Delivery, Device, KeptBundle
+from store.tables import DEFAULT_TENANT, BrokerState, Device
 from store.tenants import tenant_ids
 from workflows.audit import CHECKPOINT_FILE, CHECKPOINT_FOLDER, KEY_FILE, KEY_FOLDER
 from workflows.authority.keys import open_keys
 from workflows.authority.names import FIRST_ISSUING
 
 ROOT_KEY = "root.key.pem"
-# What only the old database has. Without it, these are as in the backup.
-_NOT_KNOWN = (
-    "operator tokens, enrolment tokens and manufacturers that were revoked or removed since",
-    "uses of enrolment tokens since",
-    "topics that were taken away since, and webhooks that were deleted",
-    "terms of manufacturers, enrolment tokens and certificate profiles that were changed since, evidence among them",
-    "devices registered since: their certificates are valid until they expire",
-    "devices that enrolled since and were revoked or rejected: their token or factory certificate admits them again",
-)
-
-
-@dataclass(slots=True)
-class Restored:
-    """The result of a restore: what it revoked again, notes for the operator, where the old database is.
-
-    ``older`` says, item by item, which terms are again those of the backup, and ``unknown`` what was changed since and
-    could not be read anywhere.
-    """
-
-    made_at: str
-    counts: dict[str, int]
-    generation: int = 0
-    links_expired: int = 0
-    kept: list[Kept] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    older: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    before: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +83,8 @@ def restore(
     ``DatabaseUnavailable``.
     """
     with Backup(path) as backup:
+        if backup.manifest.tenant is not None:
+            raise BackupRefused(f"{path} has one tenant alone; restore it with --tenant {backup.manifest.tenant}.")
         store_copy.check_revision(backup.manifest.revision)
         with data_folder.exclusive(settings), contextlib.ExitStack() as stack:
             key, same = ca_keys.sealing_key(backup, settings, stack)
@@ -122,7 +101,7 @@ def restore(
                 puts=puts,
                 moves=moves,
                 crls=crls,
-                refused=_refused_by_the_guard(settings, done),
+                refused=refused_by_the_guard(settings, done),
                 replace=replace,
                 keep_links=keep_links,
                 now=now,
@@ -152,21 +131,6 @@ def _restore_database(plan: _Plan) -> None:
         raise BackupRefused(f"The data folder cannot be written: {error.strerror}.") from error
 
 
-def _refused_by_the_guard(settings: Settings, done: Restored) -> GuardRefusals:
-    """Return what the guard's journal refuses: it is told of a revocation before any CRL is signed."""
-    path = settings.broker_file(JOURNAL_FILE)
-    if settings.broker_control is not ControlKind.GUARD or not path.exists():
-        return GuardRefusals()
-    try:
-        access, certificates, told = read_access(path), read_certificates(path), read_told(path)
-    except ProjectionInvalid as error:
-        done.notes.append(f"{error.detail} What it refused and no CRL lists is not known.")
-        return GuardRefusals()
-    allowed = frozenset(identity for identity, text in access.items() if text.startswith("allow "))
-    suspended = frozenset(name for name, tenant in told.tenants.items() if tenant.suspended)
-    return GuardRefusals(frozenset(access.keys() - allowed), allowed, frozenset(certificates), suspended)
-
-
 # --- The key and the files --------------------------------------------------------------------------------------------
 
 
@@ -194,7 +158,7 @@ def _files_to_place(
     signing = [settings.secrets_dir / name for name in (KEY_FILE, KEY_FOLDER)]
     signing += [settings.data_dir / name for name in (CHECKPOINT_FILE, CHECKPOINT_FOLDER)]
     moves += [path for path in signing if path.exists()]
-    return puts, [(path, _free_name(path.with_name(f"{path.name}.before-restore"))) for path in moves]
+    return puts, [(path, free_name(path.with_name(f"{path.name}.before-restore"))) for path in moves]
 
 
 def _keys_afterwards(
@@ -204,15 +168,6 @@ def _keys_afterwards(
     moved = {path for path, _kept in moves}
     stay = {path.name: path.read_bytes() for path in ca_keys.key_files(settings.ca_dir) if path not in moved}
     return stay | {path.name: content for path, content in puts.items() if path.parent == settings.ca_dir}
-
-
-def _free_name(path: Path) -> Path:
-    """Return the path, with a number appended if it exists."""
-    number, free = 1, path
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
 
 
 # --- SQLite: a new file replaces the old one ---------------------------------------------------------------
@@ -228,7 +183,7 @@ def _restore_sqlite(plan: _Plan) -> None:
             with contextlib.closing(database), database.transaction() as tx:
                 schema.upgrade(tx, plan.backup.manifest.revision)
                 _fill(tx, plan, replaced, journal)
-        kept = _free_name(current.with_name(f"{current.name}.before-restore")) if current.exists() else None
+        kept = free_name(current.with_name(f"{current.name}.before-restore")) if current.exists() else None
         moves = list(plan.moves)
         for suffix in SQLITE_FILES[1:]:  # they exist only if the old file could not be read and closed
             path = current.with_name(current.name + suffix)
@@ -304,7 +259,7 @@ def _restore_postgresql(plan: _Plan) -> None:
                     _allow(plan, f"The database has another schema ({current})")
                     plan.done.notes.append("The replaced database could not be read: it has another schema.")
                 elif store_issuers.list_issuers(tx, retired=True):  # without devices, too: tokens were revoked
-                    before = _free_name(plan.settings.data_dir / "before-restore.backup")
+                    before = free_name(plan.settings.data_dir / "before-restore.backup")
                     plan.done.before = before
         if plan.done.before is not None:
             backups.write(plan.settings, database, plan.done.before, _sealing_key(plan, stack), now=plan.now)
@@ -369,7 +324,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Restore
     schema.upgrade(tx, "head")
     store_copy.renumber(tx)
     for tenant_id in tenant_ids(tx):
-        done.notes += _check_audit_record(tx, tenant_id, backup)
+        done.notes += check_audit_record(tx, tenant_id, backup)
     issuers = store_issuers.list_issuers(tx, retired=True)
     crls, ignored = plan.crls.of(issuers)
     done.notes += ignored
@@ -380,38 +335,12 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Restore
     done.kept = revocations.kept
     done.older = [] if replaced is None else list(older_terms(tx, replaced, now=plan.now))
     continue_crls(tx, crls, issuers, replaced, done.generation)
-    done.links_expired = _expire_links(tx, plan, replaced)
-    if not _is_of_one_of(replaced, issuers):
+    done.links_expired = expire_links(tx, replaced, keep=plan.keep_links)
+    if not is_of_one_of(replaced, issuers):
         made_at = datetime.fromisoformat(done.made_at)
-        done.unknown = [*unknown_revocations(issuers, crls, made_at, plan.now), *_NOT_KNOWN]
+        done.unknown = [*unknown_revocations(issuers, crls, made_at, plan.now), *NOT_KNOWN]
     _record(tx, plan, replaced, journal)
     failpoint("restore.filled")
-
-
-def _is_of_one_of(replaced: Tables | None, issuers: Sequence[store_issuers.IssuerRecord]) -> bool:
-    """Return whether the replaced database was read and is of the backup's CA, so that it knows what was revoked."""
-    ours = {issuer.fingerprint for issuer in issuers}
-    return replaced is not None and any(row["fingerprint"] in ours for row in replaced("issuers"))
-
-
-def _check_audit_record(tx: Connection, tenant_id: str, backup: Backup) -> list[str]:
-    """Return as notes what is wrong with a restored audit record, by itself and by the checkpoint in the backup."""
-    found = backup.checkpoint(tenant_id)
-    record = "audit record" if tenant_id == DEFAULT_TENANT else f"audit record of the tenant {tenant_id}"
-    if found is None:
-        verdict = audit.verify(tx, tenant_id)
-        return [f"The {record} in the backup is damaged: {verdict.problem}"] if verdict.problem is not None else []
-    note, key = found
-    try:
-        signed = VerifierKey.parse(key).open(note)
-    except ValueError as error:
-        return [f"The checkpoint of the {record} in the backup cannot be used: {error}."]
-    verdict = audit.verify(tx, tenant_id, sizes={signed.size})
-    if verdict.problem is not None:
-        return [f"The {record} in the backup is damaged: {verdict.problem}"]
-    if verdict.roots.get(signed.size) != signed.root:
-        return [f"The {record} in the backup is not the one that its checkpoint of {signed.size} entries signs."]
-    return []
 
 
 def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
@@ -421,34 +350,6 @@ def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
     generation = max(recorded + 1, before + 1, db.next_generation(tx, at=plan.now))
     tx.execute(sa.update(BrokerState).values(generation=generation))
     return generation
-
-
-def _expire_links(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
-    """Destroy undelivered bundles of the backup, which may have been delivered since; return their number.
-
-    Those that were kept for a repeat of their fetch are destroyed, too.
-    """
-    tx.execute(sa.delete(KeptBundle))
-    good: set[str] = set()
-    if plan.keep_links:
-        query = (
-            sa.select(Delivery.id)
-            .join(Certificate, Certificate.id == Delivery.certificate_id)
-            .where(Delivery.status.in_(PENDING_DELIVERY), Certificate.status == CertificateStatus.ACTIVE)
-        )
-        good = set(tx.execute(query).scalars())
-        if replaced is not None:
-            good &= {row["id"] for row in replaced("deliveries") if row["status"] == DeliveryStatus.READY}
-    waiting = tx.execute(sa.select(Delivery.id).where(Delivery.status.in_(PENDING_DELIVERY))).scalars().all()
-    over = [{"of_delivery": delivery_id} for delivery_id in waiting if delivery_id not in good]
-    if over:
-        tx.execute(
-            sa.update(Delivery)
-            .where(Delivery.id == sa.bindparam("of_delivery"))
-            .values(status=DeliveryStatus.EXPIRED, bundle=None, lease_until=None),
-            over,
-        )
-    return len(over)
 
 
 def _record(tx: Connection, plan: _Plan, replaced: Tables | None, journal: RestoreJournal) -> None:

@@ -24,7 +24,7 @@ from store import audit, devices, enrolment, keys, tenant_rows, tenants, webhook
 from store import issuers as store_issuers
 from store.enrolment_tables import EnrolmentToken, Manufacturer
 from store.issuers import IssuerRecord
-from store.tables import DEFAULT_TENANT, AclEntry, Certificate, Device, IssuerRow, Token, Webhook
+from store.tables import DEFAULT_TENANT, AclEntry, Certificate, Device, DeviceKey, IssuerRow, Token, Webhook
 
 T = TypeVar("T")
 # The database being replaced: yields the rows of a table.
@@ -68,14 +68,18 @@ class GuardRefusals:
 
 
 class RevocationReplay:
-    """Works in the transaction that restores a backup."""
+    """Works in the transaction that restores a backup, of all tenants or of one.
 
-    def __init__(self, tx: Connection, *, generation: int, now: datetime) -> None:
+    The rows of the replaced database are of that tenant alone, too.
+    """
+
+    def __init__(self, tx: Connection, *, generation: int, now: datetime, tenant_id: str | None = None) -> None:
         self._tx = tx
         self._generation = generation
         self._now = now
-        self._issuers = {issuer.id: issuer for issuer in store_issuers.list_issuers(tx, retired=True)}
-        self._tenants = frozenset(tenants.tenant_ids(tx))
+        own = store_issuers.list_issuers(tx, retired=True, tenant_id=tenant_id)
+        self._issuers = {issuer.id: issuer for issuer in own}
+        self._tenants = frozenset(tenants.tenant_ids(tx) if tenant_id is None else [tenant_id])
         self.kept: list[Kept] = []
 
     def keep(
@@ -107,11 +111,26 @@ class RevocationReplay:
         for issuer_id in self._issuers:
             store_issuers.touch_issuer(self._tx, issuer_id, generation=self._generation)
 
+    def revoke_blocked(self, tenant_id: str) -> None:
+        """Revoke the devices of a tenant whose keys are blocked in any, as of devices that a backup did not have."""
+        blocked = sa.alias(DeviceKey.__table__)
+        query = (
+            sa.select(DeviceKey.key_fingerprint, Device.id, Device.name, blocked.c.compromised_at)
+            .join(Device, Device.id == DeviceKey.device_id)
+            .join(blocked, blocked.c.key_fingerprint == DeviceKey.key_fingerprint)
+            .where(DeviceKey.tenant_id == tenant_id, DeviceKey.compromised_at.is_(None))
+            .where(blocked.c.tenant_id != tenant_id, blocked.c.compromised_at.is_not(None))
+        )
+        for key, device_id, name, at in self._tx.execute(query).all():
+            self._revoke_device(tenant_id, device_id, name, at, Reason.KEY_COMPROMISE.value)
+            keys.block_keys(self._tx, tenant_id, device_id, [key], at=at)
+
     # --- From the replaced database
 
     def _ended_tenants(self, replaced: Tables | None, refused: GuardRefusals) -> None:
         """Serve no tenant that was suspended or removed since the backup; the job revokes what a removed one has."""
-        for record in list(ended_since(self._tx, replaced, refused.suspended, now=self._now)):
+        here = [record for record in tenants.list_tenants(self._tx) if record.id in self._tenants]
+        for record in list(ended_since(here, replaced, refused.suspended, now=self._now)):
             at, action = record.changed_at or self._now, "tenant:suspend"
             tenants.update_tenant(self._tx, dataclasses.replace(record, generation=self._generation))
             if record.status is TenantStatus.REMOVED:
@@ -314,7 +333,8 @@ class RevocationReplay:
         for ids in _batches(sorted(refused.denied - known.others)):
             query = sa.select(Device.id, Device.tenant_id, Device.name).where(Device.id.in_(ids))
             for device_id, tenant_id, name in self._tx.execute(query.where(Device.status == DeviceStatus.ACTIVE)).all():
-                self._suspend_device(tenant_id, device_id, name, self._now)
+                if tenant_id in self._tenants:
+                    self._suspend_device(tenant_id, device_id, name, self._now)
 
     # --- Of both
 

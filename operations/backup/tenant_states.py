@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy.engine import Connection
-
 from core.tenants import TenantStatus
-from store import tenants
 from store.tables import DEFAULT_TENANT
 from store.tenants import TenantRecord
 
@@ -18,15 +15,19 @@ _IN_ORDER = (TenantStatus.ACTIVE, TenantStatus.SUSPENDED, TenantStatus.REMOVED) 
 
 
 def ended_since(
-    tx: Connection, replaced: Callable[[str], Iterator[dict[str, Any]]] | None, suspended: Set[str], *, now: datetime
+    restored: Iterable[TenantRecord],
+    replaced: Callable[[str], Iterator[dict[str, Any]]] | None,
+    suspended: Set[str],
+    *,
+    now: datetime,
 ) -> Iterator[TenantRecord]:
-    """Yield each tenant that may do less than the backup says, with the status that it has had since when.
+    """Yield each restored tenant that may do less than the backup says, with the status that it has had since when.
 
     That is known from the replaced database: from its tenants, and from the audit record where the rows of one were
     deleted since. Another tenant that has got its name is told apart by when it was added. Without that database those
     are suspended that the guard's journal has as ``suspended``.
     """
-    here = [record for record in tenants.list_tenants(tx) if record.id != DEFAULT_TENANT]
+    here = [record for record in restored if record.id != DEFAULT_TENANT]
     if replaced is None:
         since = {record: (TenantStatus.SUSPENDED, now) for record in here if record.id in suspended}
     elif here:

@@ -14,7 +14,8 @@ from config import Settings
 from core.files import replace_file
 from core.states import DeviceStatus
 from operations.backup.backup import WrittenBackup, back_up
-from operations.backup.restore import Restored, restore
+from operations.backup.common import Restored
+from operations.backup.restore import restore
 from operations.wiring import Portal, open_portal, prepare
 from store import copy as store_copy
 from store import generations, issuers
