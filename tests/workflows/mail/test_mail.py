@@ -113,6 +113,8 @@ def test_what_comes_within_the_pause_is_told_together_after_it(people: People, p
     assert "Devices that wait for approval: 2" in text
     assert second in text
     assert third in text
+    clock.advance(hours=1)
+    assert people() == []
 
 
 def test_a_request_that_was_decided_is_not_told(people: People, portal: Portal) -> None:
