@@ -68,7 +68,7 @@ def login(portal: Remote) -> None:
     if tenant != DEFAULT_TENANT:
         answer["tenant"], inside = tenant, f" in the tenant {tenant}"
     portal.out.result(answer, done=f"The token works at {settings.url}{inside}; saved in {path}")
-    portal.out.next_step(_first_use(tenant, settings.token))
+    portal.out.next_step("portal list" if portal.given.tenant is not None else _first_use(tenant, settings.token))
 
 
 def _first_use(tenant: str, token: str | None) -> str:

@@ -33,7 +33,7 @@ class Remote:
 
     def __init__(self, given: ConnectionOptions, *, as_json: bool) -> None:
         self.given = given
-        self.out = Output(as_json=as_json)
+        self.out = Output(as_json=as_json, tenant=given.tenant)
 
     @cached_property
     def settings(self) -> ConnectionSettings:

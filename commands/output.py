@@ -50,7 +50,7 @@ _STATUS_STYLES = {
 }
 _ABBREVIATIONS = ("ca", "crl", "dns", "est", "ip", "url")
 EXPIRES_SOON_DAYS = 30
-_SUGGESTED = re.compile(r"(?:^|(?<=: ))portal (?=[a-z])")  # the program's name, where a command is suggested
+_SUGGESTED = re.compile(r"(?:^|(?<=: ))portal (?=[a-z-])")  # the program's name, where a command is suggested
 MAX_WHOLE = 36  # characters of the first column, an id for example, up to which it is not cut
 MIN_COLUMN = 8  # characters that remain of a column that is cut
 PROGRESS_SECONDS = 10.0  # between two lines of progress if standard error is not a terminal
@@ -148,10 +148,12 @@ def _distance(seconds: float) -> str:
 class Output:
     """Results go to standard output, messages to standard error; colours and tables only to a terminal."""
 
-    def __init__(self, *, as_json: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, tenant: str | None = None) -> None:
         self.as_json = as_json
         self.for_people = sys.stdout.isatty() and not as_json
         self._program = shlex.quote(os.environ.get("PORTAL_COMMAND") or "portal")
+        if tenant is not None:  # else what is suggested would be done in another one
+            self._program += f" --tenant {shlex.quote(tenant)}"
         self._out = _console(sys.stdout)
         self._err = _console(sys.stderr)
 

@@ -15,6 +15,7 @@ from flask import current_app
 from config import Settings
 from core import logs
 from core.errors import PortalError
+from core.server_command import server_command
 from operations.wiring import Portal, open_portal
 
 P = ParamSpec("P")
@@ -40,7 +41,8 @@ def without_traceback(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*arguments, **options)
         except PortalError as error:
-            raise click.ClickException(error.detail) from error
+            said = error.detail.replace("list them with GET /tokens", f"list them by: {server_command('token list')}")
+            raise click.ClickException(said) from error
 
     return run
 

@@ -149,6 +149,14 @@ def test_a_login_says_how_it_is_used_where_the_environment_has_another_token(
         assert session.run("login", "--token-file", "token", env=env).stderr.splitlines()[-1].endswith(said)
 
 
+def test_what_is_suggested_is_in_the_tenant_that_was_chosen(session: Session, stub: PortalStub) -> None:
+    logged_in(session, stub, "acme")
+    for arguments in (("list", "--tenant", "acme"), ("--tenant", "acme", "list")):
+        said = session.run(*arguments, env={"PORTAL_COMMAND": "./portal"}).stderr
+        assert "Next: ./portal --tenant acme register NAME" in said
+    assert logged_in(session, stub, "acme", "--tenant", "acme").endswith("portal --tenant acme list\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

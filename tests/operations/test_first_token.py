@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import stat
+from collections.abc import Callable
 
 import pytest
 from click.testing import CliRunner
 from flask import Flask
 
-from app import portal_of
+from app import create_app, portal_of
+from config import Settings
 from core.errors import NotFound
 from core.roles import Role
 from operations.commands import _operator_environment, admin_token
 from operations.doctor.base import Installation, State
 from operations.doctor.data import tokens as examine_tokens
+from operations.token_commands import token_group
 from operations.wiring import Portal, first_token, make_admin_token
 from store import audit, tenants
 from store.tenants import TokenRecord
@@ -112,7 +115,16 @@ def test_the_owner_of_the_machine_makes_another_one(app: Flask) -> None:
     assert (made.actor, made.object) == ("portal", f"token:{record.id}")
 
 
-def test_the_owner_of_the_machine_makes_an_admin_of_another_tenant(app: Flask) -> None:
+def test_a_token_that_is_not_there_is_looked_for_by_a_command_of_the_server(app: Flask) -> None:
+    with app.app_context():
+        result = CliRunner().invoke(token_group, ["revoke", "0" * 16])
+    assert (result.exit_code, "token list" in result.output, "GET" in result.output) == (1, True, False)
+
+
+def test_the_owner_of_the_machine_makes_an_admin_of_another_tenant(
+    make_settings: Callable[..., Settings], clock: Clock
+) -> None:
+    app = create_app(make_settings(PORTAL_BROKER_CONTROL="guard"), background=False, clock=clock)
     portal = portal_of(app)
     with portal.database.transaction() as tx:
         tenants.add_tenant(tx, "acme", created_at=portal.clock())
@@ -128,6 +140,7 @@ def test_the_owner_of_the_machine_makes_an_admin_of_another_tenant(app: Flask) -
         [made, *_] = audit.list_audit_entries(tx, "acme", limit=1)
     assert (made.action, made.object) == ("token:create", f"token:{record.id}")
     assert (unknown.exit_code, unknown.output.startswith("Error: There is no tenant")) == (1, True)
+    portal.close()
 
 
 def test_a_token_from_before_the_role_above_the_tenants_is_renewed_as_an_admins(portal: Portal, clock: Clock) -> None:
