@@ -92,9 +92,9 @@ def there(shared_app: Flask) -> There:
     return things(shared_app)
 
 
-def things(app: Flask) -> There:
-    """One of each thing that a path can speak of, made again."""
-    api = api_as(app, Role.SYSTEM)
+def things(app: Flask, tenant: str = "default") -> There:
+    """One of each thing of a tenant that a path can speak of, made again."""
+    api = api_as(app, Role.SYSTEM if tenant == "default" else Role.ADMIN, tenant)
     parts = {
         "device_id": api.register()["device_id"],
         "token": api.register()["download_url"].rpartition("/")[2],
@@ -108,12 +108,12 @@ def things(app: Flask) -> There:
     parts |= {
         "enrolment_token_id": api.post("/enrolment-tokens", {"name": "one to be revoked"}).json["enrolment_token_id"],
         "manufacturer_id": api.post("/manufacturers", manufacturer).json["manufacturer_id"],
-        "label": "default",
-        "tenant": "default",
+        "label": tenant,
+        "tenant": tenant,
         "log": "0" * 16,
-        "profile": "a-profile",
+        "profile": "a-profile" if tenant == "default" else f"a-profile-of-{tenant}",
     }
-    api.post("/profiles", {"name": "a-profile"})  # it may be there already
+    api.post("/profiles", {"name": parts["profile"]})  # it may be there already
     enrolment_token = api.post("/enrolment-tokens", {"name": "a batch"}).json["token"]
     return There(api, csr_pem(), parts, base64.b64encode(f":{enrolment_token}".encode()).decode())
 
