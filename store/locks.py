@@ -13,7 +13,6 @@ _LOCK = sa.text("SELECT pg_advisory_xact_lock(:number)")
 class InstallationLock(IntEnum):
     """What a transaction alone may decide about, by the numbers of PostgreSQL's advisory locks (8443: migrations)."""
 
-    NAMES = 8444  # of devices, in certificates; taken after the audit head of the tenant
     CLIENT_CAS = 8445  # whose certificates TLS accepts; taken before the audit head
 
 

@@ -1,4 +1,8 @@
-"""The DNS names and addresses in the certificates of devices: each is one device's at a time."""
+"""The DNS names and addresses in the certificates of devices: each is one device's of a tenant at a time.
+
+Clients that trust several tenants' CAs take none of them for a server: those certificates are for clients alone, unless
+a tenant's CA is below a root of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,11 @@ from sqlalchemy.engine import Connection
 
 from core.errors import NameInUse
 from core.states import CertificateStatus
-from store import audit, scope
-from store.locks import InstallationLock, lock_installation
+from store import audit
 from store.profile_tables import DeviceName
 from store.tables import Certificate
 
 _BATCH = 500
-_ANOTHER_TENANTS = ""  # in place of the id of a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +31,16 @@ class NameClaim:
 
 
 def lock(tx: Connection, tenant_id: str) -> None:
-    """Let no other transaction, of any tenant, claim names until this one ends."""
-    audit.lock_audit_head(tx, tenant_id)  # which every such transaction takes, and always first
-    lock_installation(tx, InstallationLock.NAMES)
+    """Let no other transaction of the tenant claim names until this one ends."""
+    audit.lock_audit_head(tx, tenant_id)  # which every such transaction takes
 
 
 def refusals(tx: Connection, tenant_id: str, claims: Sequence[NameClaim], *, now: datetime) -> dict[str, NameInUse]:
     """Return why certificates may not be issued, by the ids of the devices that they are for.
 
-    A name is one device's in the whole installation; which device of another tenant has it is not said. In a
-    transaction that issues, call ``lock`` first. Of several claims of one name the first counts.
+    In a transaction that issues, call ``lock`` first. Of several claims of one name the first counts.
     """
-    with scope.widened(tx):
-        owners = _living_owners(tx, tenant_id, [name for claim in claims for name in claim.names], now)
+    owners = _living_owners(tx, tenant_id, [name for claim in claims for name in claim.names], now)
     refused: dict[str, NameInUse] = {}
     for claim in claims:
         others = {name: owners[name] for name in claim.names if owners.get(name, claim.device_id) != claim.device_id}
@@ -52,8 +51,6 @@ def refusals(tx: Connection, tenant_id: str, claims: Sequence[NameClaim], *, now
         refused[claim.device_id] = NameInUse(
             f"The name {name} is in a certificate of device {owner}, which is valid; revoke that device, or give this"
             " one other values."
-            if owner != _ANOTHER_TENANTS
-            else f"The name {name} is in a valid certificate already; give this device other values."
         )
     return refused
 
@@ -67,18 +64,18 @@ def claim_names(tx: Connection, tenant_id: str, claims: Sequence[tuple[NameClaim
     for error in refusals(tx, tenant_id, [claim for claim, _ in claims], now=now).values():
         raise error
     rows = {
-        name: {"tenant_id": tenant_id, "device_id": claim.device_id, "certificate_id": certificate_id}
+        name: {"device_id": claim.device_id, "certificate_id": certificate_id}
         for claim, certificate_id in claims
         for name in claim.names
     }
-    with scope.widened(tx):  # a name may have been another tenant's before
-        for name, values in sorted(rows.items()):
-            if tx.execute(sa.update(DeviceName).where(DeviceName.name == name).values(values)).rowcount == 0:
-                tx.execute(sa.insert(DeviceName), {"name": name, **values})
+    for name, values in sorted(rows.items()):
+        own = (DeviceName.tenant_id == tenant_id, DeviceName.name == name)
+        if tx.execute(sa.update(DeviceName).where(*own).values(values)).rowcount == 0:
+            tx.execute(sa.insert(DeviceName), {"tenant_id": tenant_id, "name": name, **values})
 
 
 def living_names(tx: Connection, like: Sequence[str], *, now: datetime) -> dict[str, str]:
-    """Return the names in valid certificates that are in ``like``, with the devices' ids.
+    """Return the names in valid certificates, of any tenants, that are in ``like``, with the devices' ids.
 
     A name there may have ``*`` as its first label, which stands for anything.
     """
@@ -106,9 +103,9 @@ def _is_living(now: datetime) -> sa.ColumnElement[bool]:
 
 
 def _living_owners(tx: Connection, tenant_id: str, names: Sequence[str], now: datetime) -> dict[str, str]:
-    columns, owners = (DeviceName.name, DeviceName.device_id, DeviceName.tenant_id), dict[str, str]()
+    owners = dict[str, str]()
+    query = sa.select(DeviceName.name, DeviceName.device_id).where(DeviceName.tenant_id == tenant_id, _is_living(now))
     for start in range(0, len(names), _BATCH):
-        some = names[start : start + _BATCH]
-        for row in tx.execute(sa.select(*columns).where(DeviceName.name.in_(some), _is_living(now))):
-            owners[row.name] = row.device_id if row.tenant_id == tenant_id else _ANOTHER_TENANTS
+        for name, device_id in tx.execute(query.where(DeviceName.name.in_(names[start : start + _BATCH]))):
+            owners[name] = device_id
     return owners

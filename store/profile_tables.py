@@ -45,8 +45,8 @@ class CertificateProfileRow(OfTenant, Base):
 class DeviceName(OfTenant, Base):
     """A DNS name or address that certificates give to a device, and ``certificate_id``, the last of them.
 
-    One name is one device's, whoever the tenants are: clients trust the CA, and know of no tenants. It is free for
-    another device once the first one's certificates up to that one are revoked or have expired (``store/names.py``).
+    One name is one device's in its tenant. It is free for another device once the first one's certificates up to that
+    one are revoked or have expired (``store/names.py``).
     """
 
     __tablename__ = "device_names"
@@ -55,6 +55,7 @@ class DeviceName(OfTenant, Base):
         sa.Index("ix_device_names_device", "device_id"),
     )
 
+    tenant_id: Mapped[str] = mapped_column(sa.ForeignKey("tenants.id"), primary_key=True)
     name: Mapped[str] = mapped_column(sa.String(253), primary_key=True)  # in lower case
     device_id: Mapped[str] = mapped_column(sa.String(36))
     certificate_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("certificates.id"))

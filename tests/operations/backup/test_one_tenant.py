@@ -330,16 +330,7 @@ def harm_key(portal: Portal, clock: Clock) -> str:
     return "was revoked as compromised in the tenant globex"
 
 
-def harm_name(portal: Portal, _clock: Clock) -> str:
-    with portal.database.transaction() as tx:
-        theirs = sa.select(Certificate).where(Certificate.tenant_id == "globex", Certificate.device_id.is_not(None))
-        owner = tx.execute(theirs.limit(1)).mappings().one()
-        values = {"tenant_id": "globex", "device_id": owner["device_id"], "certificate_id": owner["id"]}
-        tx.execute(sa.update(DeviceName).where(DeviceName.tenant_id == "acme").values(values))
-    return "The name pump.example.com of device_names in the backup is the tenant globex's"
-
-
-@pytest.mark.parametrize("harm", [harm_topics, harm_key, harm_name])
+@pytest.mark.parametrize("harm", [harm_topics, harm_key])
 def test_what_is_another_tenants_by_now_stops_it_with_nothing_changed(
     settings: Settings, fleet: Fleet, alone: Path, clock: Clock, harm: Callable[[Portal, Clock], str], tmp_path: Path
 ) -> None:

@@ -294,18 +294,6 @@ def test_a_row_of_an_upload_with_anothers_profile_is_refused(owned: Owned, neigh
 # --- What is one in the whole installation --------------------------------------------------------------------------
 
 
-def test_a_name_that_a_device_of_another_tenant_has_is_refused_without_a_word_of_that_device(
-    owned: Owned, neighbours: dict[Role, Api]
-) -> None:
-    server = {"name": "servers", "dns_names": ["{metadata.host}.example.com"]}
-    api = neighbours[Role.ADMIN]
-    assert api.post("/profiles", server).status_code == 201
-    wanted = PLAIN | {"profile": "servers", "metadata": {"host": "hidden-1"}}
-    answer = api.post("/register", wanted)
-    assert "hidden-1.example.com" in problem_of(answer, 409, "name_in_use")["detail"]
-    assert told(answer, owned, wanted) == []
-
-
 def test_a_manufacturer_that_tls_takes_for_another_tenants_is_refused_without_a_word_of_that_one(
     owner: Api, owned: Owned, neighbours: dict[Role, Api], monkeypatch: pytest.MonkeyPatch
 ) -> None:

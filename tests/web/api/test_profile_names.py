@@ -148,10 +148,10 @@ def test_a_profile_is_locked_before_the_audit_record(api: Api, app: Flask, way: 
 
 
 @pytest.mark.parametrize("way", ["/register", "/register/bulk"])
-def test_of_two_tenants_that_want_one_name_at_once_one_gets_it(
+def test_of_two_devices_that_want_one_name_at_once_one_gets_it(
     api: Api, app: Flask, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    neighbour = api_as(app, Role.ADMIN, "another")
+    another = api_as(app, Role.ADMIN)
     both_have_looked, look = threading.Barrier(2), names._living_owners
 
     def look_together(*arguments: Any) -> dict[str, str]:
@@ -165,9 +165,16 @@ def test_of_two_tenants_that_want_one_name_at_once_one_gets_it(
             return str(one.post(way, PUMP | {"profile": "named"}).json.get("code"))
         return str(upload(one, [{"name": "pump-1", "profile": "named"}])[0].get("code"))
 
-    for one in (api, neighbour):
-        add(one, NAMED)
+    add(api, NAMED)
     monkeypatch.setattr(names, "_living_owners", look_together)
     with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(code_of, (api, neighbour)))
+        codes = list(pool.map(code_of, (api, another)))
     assert sorted(codes) == ["None", "name_in_use"]
+
+
+def test_a_tenant_neither_takes_another_ones_names_nor_learns_of_them(api: Api, app: Flask) -> None:
+    neighbour = api_as(app, Role.ADMIN, "another")
+    for one in (api, neighbour):
+        add(one, NAMED)
+        one.register(name="pump-1", profile="named")
+        problem_of(one.post("/register", PUMP | {"profile": "named"}), 409, "name_in_use")
