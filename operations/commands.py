@@ -258,7 +258,7 @@ def admin_token(tenant: str | None) -> None:
             return
         secret, record = make_admin_token(portal)
     replace_file(environment, _operator_environment(settings, secret).encode())
-    click.echo(f"Token          {record.id}, an admin's until {record.expires_at:%Y-%m-%d %H:%M} UTC")
+    click.echo(f"Token          {record.id}, of the role {record.role} until {record.expires_at:%Y-%m-%d %H:%M} UTC")
     click.echo(f"To use it      . {shlex.quote(str(environment))}")
     if had_one:
         click.echo("Not valid      the one that was in this file: terminals that have read it must read it again")
