@@ -160,6 +160,7 @@ class DeviceFilter:
     attested: str | None = None
     name: str | None = None
     metadata: str | None = None
+    id: str | None = None
 
     @property
     def order(self) -> ListOrder:
@@ -311,6 +312,7 @@ def _equalities(tenant_id: str, wanted: DeviceFilter) -> list[tuple[Any, Any]]:
     q = None if wanted.q is None else wanted.q.lower()
     has_own_profile = wanted.profile not in (None, DEFAULT)
     values = (
+        (Device.id, wanted.id),
         (Device.id, q if q is not None and is_device_id(q) else None),
         (Device.external_id, wanted.external_id),
         (Device.name, wanted.name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -146,9 +147,7 @@ class Inventory:
         if ``wanted`` asks who is connected, and that is never known, or not known now.
         """
         after = None if cursor is None else _read_cursor(cursor, wanted)
-        contact = self._contact.read()  # first: what is read then is at least as new
-        if wanted.connected is not None and not contact.is_current:
-            raise _not_known(self._settings)
+        contact = self._known_contact(wanted)  # first: what is read then is at least as new
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
             found = store_devices.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
@@ -157,6 +156,12 @@ class Inventory:
                 next_place = place_of(page[-1], wanted)
             cursor = None if next_place is None else _make_cursor(next_place, wanted)
             return self._page(tx, tenant, page, contact, cursor)
+
+    def _known_contact(self, wanted: DeviceFilter) -> Contact:
+        contact = self._contact.read()
+        if wanted.connected is not None and not contact.is_current:
+            raise _not_known(self._settings)
+        return contact
 
     def _page(
         self, tx: Connection, tenant: TenantTerms, page: Sequence[ListedDevice], contact: Contact, cursor: str | None
@@ -180,15 +185,17 @@ class Inventory:
             if (cursor := page.cursor) is None:
                 return found
 
-    def named(self, tenant_id: str, text: str, *, limit: int) -> Page:
-        """Return the devices that a text may mean: an id or its beginning, a name, an external id."""
-        contact = self._contact.read()
+    def named(self, tenant_id: str, text: str, wanted: DeviceFilter, *, limit: int) -> Page:
+        """Return the devices that a text may mean (an id or its beginning, a name, an external id), by their ids.
+
+        Of them those that are ``wanted``. Raises ``GuardNeeded`` and ``BrokerUnavailable`` as ``devices`` does.
+        """
+        contact = self._known_contact(wanted)
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
-            found = references.candidates(tx, tenant_id, text)[:limit]
-            wanted = [DeviceFilter(q=one.id) for one in found]
-            page = [store_devices.list_devices(tx, tenant_id, one, limit=1).devices[0] for one in wanted]
-            return self._page(tx, tenant, page, contact, None)
+            meant = [dataclasses.replace(wanted, id=one.id) for one in references.candidates(tx, tenant_id, text)]
+            found = [store_devices.list_devices(tx, tenant_id, one, limit=1).devices for one in meant]
+            return self._page(tx, tenant, [device for one in found for device in one][:limit], contact, None)
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
         """Return the newest CRL of an issuer, ``None`` before the first.

@@ -341,20 +341,14 @@ class DeviceQuery(DeviceConditions):
         Annotated[
             Place,
             Field(
-                description="Alone: the devices that this text may mean, a whole id, the beginning of one (4 digits or"
-                " more), a name, or an external id; one page of them"
+                description="The devices that this text may mean: a whole id, the beginning of one (4 digits or more),"
+                " a name, or an external id; one page of them, by id, without a cursor"
             ),
         ]
         | None
     ) = None
     limit: Limit = 50
     cursor: Cursor | None = None
-
-    @model_validator(mode="after")
-    def _named_alone(self) -> Self:
-        if self.named is not None and self.model_fields_set - {"named", "limit"}:
-            raise ValueError("named goes with no other filter")
-        return self
 
 
 @ROUTES.add(
@@ -424,14 +418,14 @@ def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int) ->
 @ROUTES.add("GET", "/devices", Permission.READ, errors=(409,))
 def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
     """List devices, newest first; with `expires_before`, those that expire soonest first, unless `sort` says else."""
-    if query.named is not None:
-        return _page(call, call.portal.inventory.named(call.actor.tenant_id, query.named, limit=query.limit))
+    inventory, tenant_id = call.portal.inventory, call.actor.tenant_id
     filters = DeviceFilter(
         **query.model_dump(exclude={"limit", "cursor", "connected", "named"}),
         connected=None if query.connected is None else _CONNECTED[query.connected],
     )
-    page = call.portal.inventory.devices(call.actor.tenant_id, filters, limit=query.limit, cursor=query.cursor)
-    return _page(call, page)
+    if query.named is not None:
+        return _page(call, inventory.named(tenant_id, query.named, filters, limit=query.limit))
+    return _page(call, inventory.devices(tenant_id, filters, limit=query.limit, cursor=query.cursor))
 
 
 def _page(call: Call, page: Page) -> DevicePage:

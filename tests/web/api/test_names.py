@@ -26,7 +26,8 @@ def test_a_device_is_found_by_name_external_id_and_the_beginning_of_its_id(api: 
     assert "pump" in found(api, named=first[:13])
     assert len(found(api, named=first[:4], limit=1)) == 1
     assert found(api, named="nothing") == []
-    problem_of(api.get("/devices?named=pump&type=pump"), 422, "invalid_input")
+    assert found(api, named=first, type="valve") == found(api, named=first, q="no such text") == []
+    assert found(api, named=first, q="pump") == ["pump"]
 
 
 def test_metadata_is_searched_and_matched(api: Api) -> None:
