@@ -55,6 +55,7 @@ NAMES = (
     "move.recorded",
     "restore.journaled",
     "restore.filled",
+    "restore.tenant_filled",
     "restore.moved",
     "restore.put",
     "restore.placed",

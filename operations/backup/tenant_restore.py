@@ -238,7 +238,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Restore
         done.unknown = [*unknown_revocations(issuers, crls, made_at, plan.now), *NOT_KNOWN]
         _suspend(tx, plan)
     _record(tx, plan, replaced, journal)
-    failpoint("restore.filled")
+    failpoint("restore.tenant_filled")
 
 
 def _suspend(tx: Connection, plan: _Plan) -> None:

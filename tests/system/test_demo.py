@@ -38,7 +38,7 @@ def started(folder: Path, **environment: str) -> subprocess.Popen[str]:
     temporary.mkdir(mode=0o711)
     return subprocess.Popen(
         [ROOT / "scripts" / "demo"],
-        env=script_environment(TMPDIR=str(temporary), **environment),
+        env=script_environment(TMPDIR=str(temporary), COLUMNS="120", **environment),  # so that no line is wrapped
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

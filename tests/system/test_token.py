@@ -72,8 +72,8 @@ class Registrations:
                 started = time.monotonic()
                 try:
                     answer = session.post(f"{self.portal.url}/register", json=PLAIN, timeout=3 * BOUND)
-                except requests.ConnectionError:
-                    continue  # to a worker that was killed
+                except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+                    continue  # to a worker that was killed, which may have begun to answer
                 self.longest = max(self.longest, time.monotonic() - started)
                 body = answer.json()
                 self.answers.append((answer.status_code, body))

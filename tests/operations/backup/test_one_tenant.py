@@ -226,7 +226,14 @@ def test_a_tenant_of_a_backup_of_the_whole_is_put_back_alone(
         assert rows_of_others(portal) == others
 
 
-STEPS = ["restore.journaled", "restore.filled", "restore.journaled:2", "restore.put", "restore.placed", "restore.ended"]
+STEPS = [
+    "restore.journaled",
+    "restore.tenant_filled",
+    "restore.journaled:2",
+    "restore.put",
+    "restore.placed",
+    "restore.ended",
+]
 
 
 @pytest.mark.parametrize("step", STEPS)
