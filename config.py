@@ -64,6 +64,7 @@ OTHER_VARIABLES = frozenset(
         "PORTAL_URL",
         "PORTAL_CA",
         "PORTAL_TOKEN",
+        "PORTAL_PROFILE",
         "PORTAL_BUNDLE_PASSWORD",
         "PORTAL_FAILPOINT",
         "PORTAL_DEBUG",

@@ -12,16 +12,8 @@ from typing import Any
 import click
 
 from commands.client import Client
-from commands.connection import (
-    DEFAULT_TENANT,
-    ConnectionSettings,
-    Login,
-    login_path,
-    read_login,
-    remove_login,
-    resolve,
-    save_login,
-)
+from commands.completing import saved_names
+from commands.connection import ConnectionSettings, chosen_profile, resolve
 from commands.context import (
     ROLES,
     TOKEN_ID,
@@ -34,11 +26,25 @@ from commands.context import (
     require,
 )
 from commands.errors import Misused
+from commands.logins import (
+    DEFAULT_PROFILE,
+    DEFAULT_TENANT,
+    Login,
+    login_path,
+    read_login,
+    read_logins,
+    remove_login,
+    save_login,
+    saved_profiles,
+)
 from commands.output import Cell, clean, date_of, moment, text
 from commands.times import Span
 from onboarding_portal import VERSION
 
 LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
+_PROFILE = click.option(
+    "--profile", metavar="NAME", help="Name of the login.  [default: default]", shell_complete=saved_names
+)
 
 
 @command(
@@ -46,29 +52,72 @@ LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
     examples=[
         "portal login --url https://portal.example.com:8443 --ca-file ca.pem",
         "portal login --token-file token.txt",
+        "portal login --profile factory --url https://10.0.0.5:8443 --token-file token.txt",
+        "portal login --list",
     ],
 )
-def login(portal: Remote) -> None:
+@_PROFILE
+@click.option("--list", "lists", is_flag=True, help="List what is saved, without the tokens.")
+def login(portal: Remote, profile: str | None, lists: bool) -> None:
     """Save the portal's URL, CA file and your token.
 
     Asks for what is not given by options or the environment. The token is tested at the portal and then saved in a
-    file that only you can read. With tokens of several tenants, portal --tenant NAME chooses one of those saved.
+    file that only you can read. Logins at several portals are saved under names: portal --profile NAME list, or
+    PORTAL_PROFILE, uses one of them. With tokens of several tenants of a portal, portal --tenant NAME chooses.
     """
-    settings = _asked(portal)
+    if lists:
+        _list_logins(portal)
+        return
+    profile = profile or chosen_profile(portal.given, os.environ)
+    path = login_path(os.environ, profile)
+    settings = _asked(portal, path)
     client = Client(settings, version=VERSION)
     client.get("/devices", limit=1)
     tenant = _tenant_of(client)
     if portal.given.tenant not in (None, tenant):
         raise Misused(f"The token is one of the tenant {tenant}. Nothing was saved.")
-    path = login_path(os.environ)
     ca_file = str(settings.ca_file) if settings.ca_file else None
     save_login(path, Login(settings.url, ca_file, settings.token or "", tenant))
     answer = {"url": settings.url, "ca_file": ca_file, "saved": str(path)}
     inside = ""
     if tenant != DEFAULT_TENANT:
         answer["tenant"], inside = tenant, f" in the tenant {tenant}"
+    if profile != DEFAULT_PROFILE:
+        answer["profile"] = profile
     portal.out.result(answer, done=f"The token works at {settings.url}{inside}; saved in {path}")
-    portal.out.next_step("portal list" if portal.given.tenant is not None else _first_use(tenant, settings.token))
+    if portal.given.tenant is not None or portal.given.login_profile is not None:
+        portal.out.next_step("portal list")
+    elif profile != DEFAULT_PROFILE:
+        portal.out.next_step(f"portal --profile {profile} list")
+    else:
+        portal.out.next_step(_first_use(tenant, settings.token))
+
+
+def _list_logins(portal: Remote) -> None:
+    """Print the saved logins, without their tokens; a file that cannot be used is a row that says so."""
+    used = chosen_profile(portal.given, os.environ)
+    rows: list[dict[str, Any]] = []
+    for name in saved_profiles(os.environ):
+        try:
+            known = read_logins(login_path(os.environ, name))
+        except Misused as error:
+            portal.out.warning(error.sentence)
+            known = ()
+        facts = {"profile": name, "chosen": name == used}
+        rows += [facts | {"url": one.url, "tenant": one.tenant, "ca_file": one.ca_file} for one in known]
+    portal.out.table(
+        {"logins": rows},
+        "logins",
+        {
+            "profile": "profile",
+            "url": "url",
+            "tenant": "tenant",
+            "ca file": lambda row: Cell(str(row["ca_file"] or ""), "" if row["ca_file"] else "the system's"),
+            "chosen": lambda row: Cell("yes" if row["chosen"] else "", "" if row["chosen"] else "-"),
+        },
+        empty="There is no saved login.",
+        spare=("tenant", "ca file"),
+    )
 
 
 def _first_use(tenant: str, token: str | None) -> str:
@@ -87,13 +136,15 @@ def _tenant_of(client: Client) -> str:
     return clean(known["tenant"])
 
 
-def _asked(portal: Remote) -> ConnectionSettings:
+def _asked(portal: Remote, path: Path) -> ConnectionSettings:
     # This replaces an earlier login, so its token is not used, but its portal is the default.
     given = portal.given
     url = given.url or os.environ.get("PORTAL_URL") or None
     ca_file = given.ca_file or os.environ.get("PORTAL_CA") or None
-    if url is None and sys.stdin.isatty():
-        saved = _saved()
+    saved = _saved(path) if url is None else None
+    if saved is not None and not sys.stdin.isatty():
+        url, ca_file = saved.url, ca_file or saved.ca_file
+    elif url is None and sys.stdin.isatty():
         url = click.prompt("Portal", default=saved.url if saved else "https://127.0.0.1:8443", err=True)
         if ca_file is None:
             default = saved.ca_file if saved and saved.url == url else "data/ca.pem" if LOCAL_CA.is_file() else ""
@@ -106,24 +157,29 @@ def _asked(portal: Remote) -> ConnectionSettings:
     return dataclasses.replace(settings, token_source="the terminal")  # noqa: S106 - where it came from
 
 
-def _saved() -> Login | None:
+def _saved(path: Path) -> Login | None:
     try:
-        return read_login(login_path(os.environ))
+        return read_login(path)
     except Misused:
         return None
 
 
-@command("logout", connects=False, examples=["portal logout"])
-def logout(portal: Remote) -> None:
+@command("logout", connects=False, examples=["portal logout", "portal logout --profile factory"])
+@_PROFILE
+@click.option("--all", "all_", is_flag=True, help="Delete all that are saved, under whatever name.")
+def logout(portal: Remote, profile: str | None, all_: bool) -> None:
     """Delete the saved login.
 
     The token itself stays valid; to revoke it, use portal token revoke.
     """
-    removed = remove_login(login_path(os.environ))
-    portal.out.result({"removed": removed}, done="Logged out." if removed else "")
-    portal.out.note(
-        "The token is still valid; to revoke it, use portal token revoke." if removed else "There is no saved login."
-    )
+    if all_ and profile is not None:
+        raise Misused("Use either --all or --profile.")
+    chosen = profile or chosen_profile(portal.given, os.environ)
+    names = saved_profiles(os.environ) if all_ else [chosen]
+    removed = [name for name in names if remove_login(login_path(os.environ, name))]
+    portal.out.result({"removed": bool(removed)}, done="Logged out." if removed else "")
+    there_is_none = "There is no saved login." if chosen == DEFAULT_PROFILE else f"There is no login profile {chosen}."
+    portal.out.note("The token is still valid; to revoke it, use portal token revoke." if removed else there_is_none)
 
 
 @click.group("token")

@@ -11,8 +11,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from commands.client import Client
-from commands.connection import STDIN, ConnectionOptions, login_path, read_logins, resolve
+from commands.connection import STDIN, ConnectionOptions, chosen_profile, resolve
 from commands.errors import CliError
+from commands.logins import login_path, read_logins, saved_profiles
 from onboarding_portal import VERSION
 
 PATIENCE = 2.0  # seconds: somebody waits with a finger on the key
@@ -60,10 +61,15 @@ class Listed:
         return list(found.values())
 
 
-def saved_tenants(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def saved_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the login profiles that begin so."""
+    return [CompletionItem(name) for name in saved_profiles(os.environ) if name.startswith(incomplete)]
+
+
+def saved_tenants(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the tenants of saved logins that begin so; nothing if those cannot be read."""
     try:
-        logins = read_logins(login_path(os.environ))
+        logins = read_logins(login_path(os.environ, chosen_profile(_given(ctx), os.environ)))
     except CliError:
         return []
     return [CompletionItem(one.tenant) for one in logins if one.tenant.startswith(incomplete)]

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
-import json
-import os
 import re
 import ssl
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from commands.errors import Misused
-from commands.files import read_secret, reason, replace_file
+from commands.files import read_secret, reason
+from commands.logins import DEFAULT_PROFILE, Login, login_path, read_login, read_logins, saved_profiles
 
 DEFAULT_URL = "https://127.0.0.1:8443"
-DEFAULT_TENANT = "default"
 STDIN = "-"
-MAX_LOGIN = 64 * 1024  # bytes of a login file that are read
+OVERRIDDEN = ("PORTAL_URL", "PORTAL_TOKEN")  # what a login profile of the environment must not be mixed with
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +28,7 @@ class ConnectionOptions:
     token: str | None = None
     token_file: str | None = None
     tenant: str | None = None
+    login_profile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,36 +44,20 @@ class ConnectionSettings:
         return f"ConnectionSettings(url={self.url!r}, ca_file={self.ca_file!r}, token_source={self.token_source!r})"
 
 
-@dataclass(frozen=True)
-class Login:
-    """What ``portal login`` has saved for a tenant."""
-
-    url: str
-    ca_file: str | None
-    token: str
-    tenant: str = DEFAULT_TENANT
-
-    def __repr__(self) -> str:  # never the token
-        return f"Login(url={self.url!r})"
-
-
-def login_path(environment: Mapping[str, str]) -> Path:
-    """Return the path of the saved login, in the XDG configuration folder."""
-    base = environment.get("XDG_CONFIG_HOME", "")
-    folder = Path(base) if base.startswith("/") else Path.home() / ".config"
-    return folder / "device-onboarding-portal" / "login.json"
-
-
 def resolve(given: ConnectionOptions, environment: Mapping[str, str], *, use_login: bool = True) -> ConnectionSettings:
     """Combine the sources: options override the environment, which overrides the saved login.
 
-    A saved token is sent only to the portal that it was saved for. A ``tenant`` chooses among the saved logins. Raises
-    ``Misused``.
+    A saved token is sent only to the portal that it was saved for. A ``login_profile`` and a ``tenant`` choose among
+    the saved logins, whatever the environment says. Raises ``Misused``.
     """
-    if given.tenant is not None and use_login:
-        return _of_tenant(given, given.tenant, environment)
+    if use_login and (given.tenant is not None or given.login_profile is not None):
+        return _chosen(given, environment)
+    if use_login and environment.get("PORTAL_PROFILE"):
+        _refuse_mixture(environment)
+        _saved_as(chosen_profile(given, environment), environment)
     url, ca, token, source = _explicit(given, environment)
-    login = None if (url and ca and token) or not use_login else read_login(login_path(environment))
+    path = login_path(environment, chosen_profile(given, environment)) if use_login else None
+    login = None if path is None or (url and ca and token) else read_login(path)
     url = portal_url(url or (login.url if login else DEFAULT_URL))
     if login is not None and login.url == url:
         ca = ca or login.ca_file
@@ -86,10 +66,56 @@ def resolve(given: ConnectionOptions, environment: Mapping[str, str], *, use_log
     return ConnectionSettings(url, _ca_file(ca), _token(token, source), source)
 
 
-def _of_tenant(given: ConnectionOptions, tenant: str, environment: Mapping[str, str]) -> ConnectionSettings:
+def chosen_profile(given: ConnectionOptions, environment: Mapping[str, str]) -> str:
+    """Return the name of the login profile that an option or ``PORTAL_PROFILE`` chooses, else ``default``."""
+    return given.login_profile or environment.get("PORTAL_PROFILE") or DEFAULT_PROFILE
+
+
+def _refuse_mixture(environment: Mapping[str, str]) -> None:
+    """Raise ``Misused`` if the environment names two portals: a command must not go to the one that was not meant."""
+    if also := [name for name in OVERRIDDEN if environment.get(name)]:
+        raise Misused(
+            f"PORTAL_PROFILE and {also[0]} are both set, so it is not clear which portal is meant.",
+            hints=[f"To use the login profile, run: unset {' '.join(OVERRIDDEN)}", "Else run: unset PORTAL_PROFILE"],
+        )
+
+
+def _saved_as(profile: str, environment: Mapping[str, str]) -> list[Login]:
+    """Return the logins of a profile; raises ``Misused`` if there is none."""
+    if known := list(read_logins(login_path(environment, profile))):
+        return known
+    names = ", ".join(saved_profiles(environment))
+    option = "" if profile == DEFAULT_PROFILE else f" --profile {profile}"
+    raise Misused(
+        f"There is no login profile {profile}." if option else "There is no saved login.",
+        hints=[
+            f"There are: {names}" if names else "There is none at all.",
+            f"To save it, run: portal login{option} --url URL --ca-file FILE --token-file FILE",
+        ],
+    )
+
+
+def _chosen(given: ConnectionOptions, environment: Mapping[str, str]) -> ConnectionSettings:
+    """Return the settings of a saved login; nothing of the environment but a CA file, if none was saved."""
+    option = "--tenant" if given.login_profile is None else "--profile"
     if given.token is not None or given.token_file is not None:
-        raise Misused("Use either --tenant, which chooses a saved login, or a token, which is of one tenant.")
-    known = read_logins(login_path(environment))
+        raise Misused(f"Use either {option}, which chooses a saved login, or a token, which is of one tenant.")
+    profile = chosen_profile(given, environment)
+    if given.login_profile is None:
+        login = _of_tenant(given, read_logins(login_path(environment, profile)))
+    elif given.tenant is not None:
+        login = _of_tenant(given, _saved_as(profile, environment))
+    else:
+        login = _saved_as(profile, environment)[0]
+        if given.url and portal_url(given.url) != login.url:
+            raise Misused(f"The login profile {profile} is one of {login.url}; use either --profile or --url.")
+    ca = given.ca_file or login.ca_file or environment.get("PORTAL_CA") or None
+    return ConnectionSettings(login.url, _ca_file(ca), _token(login.token, "the saved login"), "the saved login")
+
+
+def _of_tenant(given: ConnectionOptions, known: Sequence[Login]) -> Login:
+    """Return the login of a tenant among those of one profile; raises ``Misused``."""
+    tenant = given.tenant or ""
     login = next((login for login in known if login.tenant == tenant), None)
     if login is None or (given.url and portal_url(given.url) != login.url):
         names = ", ".join(login.tenant for login in known)
@@ -100,8 +126,7 @@ def _of_tenant(given: ConnectionOptions, tenant: str, environment: Mapping[str, 
                 "To save one, run: portal login --token-file FILE, with a token of the tenant",
             ],
         )
-    ca = given.ca_file or login.ca_file or environment.get("PORTAL_CA") or None
-    return ConnectionSettings(login.url, _ca_file(ca), _token(login.token, "the saved login"), "the saved login")
+    return login
 
 
 def _explicit(given: ConnectionOptions, environment: Mapping[str, str]) -> tuple[str, str | None, str, str]:
@@ -160,77 +185,3 @@ def _ca_file(path: str | None) -> Path | None:
             hints=["It is ca.pem in the portal's data folder; set it with --ca-file or PORTAL_CA."],
         ) from None
     return ca_file
-
-
-def read_login(path: Path) -> Login | None:
-    """Return the login that was saved last, or ``None``; raises ``Misused`` if others can read it."""
-    known = read_logins(path)
-    return known[0] if known else None
-
-
-def read_logins(path: Path) -> Sequence[Login]:
-    """Return the saved logins, that which was saved last first, each of another tenant of one portal.
-
-    Raises ``Misused`` if others can read them.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
-    except OSError as error:
-        raise Misused(f"The saved login {path} cannot be read: {reason(error)}.") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            raise Misused(
-                f"The saved login {path} is readable by others, so they may know its token.",
-                hints=["Revoke that token, then run: portal logout; portal login"],
-            )
-        if status.st_uid != os.geteuid():
-            raise Misused(f"The saved login {path} belongs to another user; run portal login as yourself.")
-        content = file.read(MAX_LOGIN)
-    try:
-        saved: dict[str, Any] = json.loads(content)
-        return [_parse_login(one) for one in (saved, *saved.get("others", ()))]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise Misused(f"The saved login {path} is damaged; run portal login again.") from None
-
-
-def _parse_login(saved: Mapping[str, Any]) -> Login:
-    """Return a login; raises ``KeyError`` or ``TypeError``."""
-    url, ca_file, token, tenant = saved["url"], saved["ca_file"], saved["token"], saved.get("tenant", DEFAULT_TENANT)
-    if not all(isinstance(value, str) for value in (url, token, tenant, ca_file or "")):
-        raise TypeError("not a text")
-    return Login(url, ca_file, token, tenant)
-
-
-def _content_of(login: Login) -> dict[str, Any]:
-    content = {"url": login.url, "ca_file": login.ca_file, "token": login.token}
-    return content if login.tenant == DEFAULT_TENANT else content | {"tenant": login.tenant}
-
-
-def save_login(path: Path, login: Login) -> None:
-    """Write the login to a 0600 file in a 0700 folder; raises ``Misused``.
-
-    Logins of other tenants of the same portal stay; those of another portal are replaced.
-    """
-    others: list[Login] = []
-    with contextlib.suppress(Misused):  # what cannot be used is replaced
-        others = [one for one in read_logins(path) if one.url == login.url and one.tenant != login.tenant]
-    content = _content_of(login) | ({"others": [_content_of(one) for one in others]} if others else {})
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(path, json.dumps(content, indent=2).encode() + b"\n", mode=0o600)
-    except OSError as error:
-        raise Misused(f"The login cannot be saved to {path}: {reason(error)}.") from None
-
-
-def remove_login(path: Path) -> bool:
-    """Remove the saved login; return whether there was one."""
-    try:
-        path.unlink()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise Misused(f"The saved login {path} cannot be removed: {reason(error)}.") from None
-    return True

@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from commands.client import Client
-from commands.completing import Listed, saved_tenants
+from commands.completing import Listed, saved_names, saved_tenants
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
 from commands.errors import CliError, Unreachable
 from commands.files import ReservedFile
@@ -33,7 +33,7 @@ class Remote:
 
     def __init__(self, given: ConnectionOptions, *, as_json: bool) -> None:
         self.given = given
-        self.out = Output(as_json=as_json, tenant=given.tenant)
+        self.out = Output(as_json=as_json, chosen={"--profile": given.login_profile, "--tenant": given.tenant})
 
     @cached_property
     def settings(self) -> ConnectionSettings:
@@ -55,9 +55,17 @@ class Remote:
 def connection_options(*, of_command: bool = False) -> list[click.Option]:
     """Return the connection options, which ``portal`` and each of its commands accept.
 
-    The help of each command does not name the tenant, of which most portals have one.
+    The help of each command does not name the tenant, of which most portals have one. The login profile is chosen
+    before the name of the command only: after it, ``--profile`` is a certificate profile.
     """
+    profile = click.Option(
+        ["--profile", "login_profile"],
+        metavar="NAME",
+        help="Use the login saved under this name.  [PORTAL_PROFILE]",
+        shell_complete=saved_names,
+    )
     return [
+        *([] if of_command else [profile]),
         click.Option(["--url"], metavar="URL", help="Portal URL, such as https://127.0.0.1:8443.  [PORTAL_URL]"),
         click.Option(["--ca-file"], metavar="FILE", help="CA certificate of the portal (its ca.pem).  [PORTAL_CA]"),
         click.Option(["--token-file"], metavar="FILE", help="File with the operator token; - for standard input."),

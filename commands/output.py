@@ -148,12 +148,14 @@ def _distance(seconds: float) -> str:
 class Output:
     """Results go to standard output, messages to standard error; colours and tables only to a terminal."""
 
-    def __init__(self, *, as_json: bool = False, tenant: str | None = None) -> None:
+    def __init__(self, *, as_json: bool = False, chosen: Mapping[str, str | None] | None = None) -> None:
+        """Begin; what is suggested has the ``chosen`` options, else it would be done at another portal or tenant."""
         self.as_json = as_json
         self.for_people = sys.stdout.isatty() and not as_json
         self._program = shlex.quote(os.environ.get("PORTAL_COMMAND") or "portal")
-        if tenant is not None:  # else what is suggested would be done in another one
-            self._program += f" --tenant {shlex.quote(tenant)}"
+        for option, value in (chosen or {}).items():
+            if value is not None:
+                self._program += f" {option} {shlex.quote(value)}"
         self._out = _console(sys.stdout)
         self._err = _console(sys.stderr)
 

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("docs/**/*.md")])
 OTHER_VARIABLES = {
     "PORTAL_URL",
+    "PORTAL_PROFILE",
+    "PORTAL_CONFIG",
     "PORTAL_CA",
     "PORTAL_TOKEN",
     "PORTAL_BUNDLE_PASSWORD",

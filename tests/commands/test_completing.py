@@ -18,7 +18,7 @@ from app import ROUTES
 from cli import cli
 from commands import completing
 from commands.completing import Listed
-from commands.connection import Login, login_path, save_login
+from commands.logins import Login, login_path, save_login
 from scripts.manual import command_files
 from tests.support.cli_session import PROJECT, Session
 from tests.support.portal_stub import PortalStub, Reply

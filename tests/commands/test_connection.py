@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from commands.connection import login_path
+from commands.logins import login_path
 from tests.support.cli_session import Session, session_for
 from tests.support.pki import PEM, Authority, Pki
 from tests.support.portal_stub import TOKEN, PortalStub, Reply, running

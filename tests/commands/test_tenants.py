@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from commands.connection import login_path
+from commands.logins import login_path
 from tests.support.cli_session import Session
 from tests.support.portal_stub import TOKEN, PortalStub, Reply, problem
 

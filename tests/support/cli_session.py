@@ -18,7 +18,10 @@ from cli import cli
 from tests.support.portal_stub import TOKEN, PortalStub
 
 PROJECT = Path(__file__).parents[2]
-CONNECTION = ("PORTAL_URL", "PORTAL_CA", "PORTAL_TOKEN", "PORTAL_BUNDLE_PASSWORD", "PORTAL_DEBUG", "NO_COLOR")
+CONNECTION = (
+    *("PORTAL_URL", "PORTAL_CA", "PORTAL_TOKEN", "PORTAL_PROFILE", "PORTAL_BUNDLE_PASSWORD"),
+    *("PORTAL_DEBUG", "NO_COLOR"),
+)
 
 
 @dataclass
