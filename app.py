@@ -21,6 +21,7 @@ from flask import Flask, Response, current_app, g, request
 from config import Settings
 from core import errors, logs, metrics
 from core.errors import StartupError
+from core.served_tenants import ServedTenants
 from operations import commands, jobs
 from operations.server_program import program
 from operations.wiring import Portal, open_portal, utc_now
@@ -115,6 +116,7 @@ class _LazyPortal:
         self._settings = settings
         self._clock = clock
         self._background = background
+        self._served = ServedTenants()  # here, because workers are forked before they need a portal
         self._lock = threading.Lock()
         self._portal: Portal | None = None
 
@@ -122,7 +124,7 @@ class _LazyPortal:
         if self._portal is None:
             with self._lock:
                 if self._portal is None:
-                    portal = open_portal(self._settings, self._clock)
+                    portal = open_portal(self._settings, self._clock, self._served)
                     if self._background:
                         jobs.start(portal)
                     self._portal = portal
@@ -180,8 +182,8 @@ def _answer(portal: Portal, route: Route, path: Mapping[str, str]) -> Response:
         idempotency_key=routing.read_idempotency_key(route, request),
         environ=request.environ,
     )
-    shared = actor.token_id is not None and portal.tenant_terms.are_several
-    with portal.fair_share.work_of(actor.tenant_id) if shared else contextlib.nullcontext():
+    # Whose the requests of devices are only their handlers know.
+    with contextlib.nullcontext() if actor.token_id is None else routing.share_of(portal, actor.tenant_id):
         return routing.response_of(route, route.handler(call, **arguments))
 
 

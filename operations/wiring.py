@@ -20,6 +20,7 @@ from core.fair_share import FairShare
 from core.files import FileLock, access_problem, remove_leftovers, replace_file, secret_file
 from core.rates import Rates
 from core.roles import Role
+from core.served_tenants import ServedTenants
 from core.tenants import TenantStatus
 from core.throttle import Throttle
 from operations import data_folder
@@ -175,16 +176,19 @@ class _Foundation:
     audit_logs: AuditLogs
 
 
-def open_portal(settings: Settings, clock: Callable[[], datetime] = utc_now) -> Portal:
+def open_portal(
+    settings: Settings, clock: Callable[[], datetime] = utc_now, served: ServedTenants | None = None
+) -> Portal:
     """Build all parts on the data folder; a first start creates the database, the CA and the secrets.
 
-    Several processes may do so at once: one creates, the others find. Raise ``StartupError`` with what to change.
+    Several processes may do so at once: one creates, the others find. Those that share requests out among tenants
+    together have one ``served``. Raise ``StartupError`` with what to change.
     """
     with ExitStack() as presence:
         presence.enter_context(data_folder.shared(settings))
         with FileLock(settings.data_dir / ".setup.lock").hold():
             foundation = _lay_foundation(settings, clock)
-        return _build(foundation, presence)
+        return _build(foundation, served or ServedTenants(), presence)
 
 
 def write_trust_anchors(settings: Settings, content: bytes) -> None:
@@ -259,7 +263,7 @@ def _share(base: _Foundation) -> _Shared:
     )
 
 
-def _build(base: _Foundation, presence: ExitStack) -> Portal:
+def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Portal:
     settings, clock, first_tenant, database = base.settings, base.clock, base.first_tenant, base.database
     authority, reconciler, shared = base.authority, base.reconciler, _share(base)
     tenant_terms = base.tenant_terms
@@ -270,7 +274,7 @@ def _build(base: _Foundation, presence: ExitStack) -> Portal:
         first_tenant=first_tenant,
         database=database,
         tenant_terms=tenant_terms,
-        fair_share=FairShare(settings.threads, settings.data_dir / ".served-tenants"),
+        fair_share=FairShare(settings.threads, served),
         tenants=(administration := _tenants(base, answers)),
         tenant_removals=TenantRemovals(
             settings, database, administration, reconciler, base.audit_logs, base.broker.begin_again, clock

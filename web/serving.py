@@ -32,6 +32,9 @@ GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server st
 WORKER_TIMEOUT = 60  # seconds without a sign of life after which a worker is replaced
 KEEPALIVE = 75  # seconds that an idle connection is kept
 START_AGAIN = 1.0  # seconds between two tries to start a worker
+# Python's default is ten times as long, and a thread that has waited for the disk, as each that writes does several
+# times, waits for so long again if another one computes.
+SWITCH_SECONDS = 0.0005
 SPARE_FILES = 256  # file descriptors of a worker beyond its connections: database, logs, pipes
 
 log = logging.getLogger("portal.serving")
@@ -347,6 +350,7 @@ class _Gunicorn(BaseApplication):
         """In a worker about to serve: leave Ctrl-C and a closed terminal to the master, prepare the application."""
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._worker = worker
         own = worker.sockets[0] if len(self._bound) > 1 else None
         self._start.work(self._app, self._listener, own)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from core import fair_share
 from core.errors import TenantBusy
 from core.fair_share import AT_ONCE, FairShare
+from core.served_tenants import ServedTenants
 
 SOON = 10.0  # seconds, after which a test fails that waits in vain
 
@@ -53,7 +52,7 @@ def requests() -> Iterator[list[Request]]:
 
 def until_waiting(share: FairShare, tenant: str, number: int) -> None:
     deadline = time.monotonic() + SOON
-    while share._waiting[tenant] != number:
+    while len(share._queues.get(tenant, ())) != number:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -65,8 +64,13 @@ def send(requests: list[Request], share: FairShare, tenant: str, number: int) ->
 
 
 @pytest.fixture
-def share(tmp_path: Path) -> FairShare:
-    return FairShare(8, tmp_path / "served")
+def served() -> ServedTenants:
+    return ServedTenants()
+
+
+@pytest.fixture
+def share(served: ServedTenants) -> FairShare:
+    return FairShare(8, served)
 
 
 def test_a_tenant_that_is_alone_has_all_threads(share: FairShare, requests: list[Request]) -> None:
@@ -104,10 +108,9 @@ def test_the_next_request_of_a_busy_tenant_waits_a_moment_for_one_of_another(
 
 
 def test_another_process_that_serves_another_tenant_counts(
-    share: FairShare, tmp_path: Path, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+    share: FairShare, served: ServedTenants, requests: list[Request]
 ) -> None:
-    monkeypatch.setattr(fair_share, "TELL_SECONDS", 0.0)
-    elsewhere = FairShare(8, tmp_path / "served")
+    elsewhere = FairShare(8, served)
     with elsewhere.work_of("other"):
         send(requests, share, "one", AT_ONCE + 1)
         until_waiting(share, "one", 1)
@@ -115,15 +118,59 @@ def test_another_process_that_serves_another_tenant_counts(
         until_waiting(elsewhere, "other", 1)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"[]", b'{"a": null}'])
-def test_a_damaged_file_hinders_no_request(
-    share: FairShare, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+def test_the_next_request_of_a_busy_tenant_waits_for_one_of_another_in_any_process_and_for_the_one_after_it(
+    share: FairShare, served: ServedTenants, requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fair_share, "TELL_SECONDS", 0.0)
-    (tmp_path / "served").write_bytes(content)
-    with share.work_of("one"):
+    monkeypatch.setattr(fair_share, "YIELD_SECONDS", SOON)
+    elsewhere = FairShare(8, served)
+    monkeypatch.setattr(fair_share, "PAUSE_SECONDS", SOON)
+    with elsewhere.work_of("other"):
         pass
-    assert "one" in json.loads((tmp_path / "served").read_bytes())
+    busy = send(requests, share, "one", 2)
+    until_waiting(share, "one", 1)
+    for request in [one for one in busy if one.begun.is_set()]:
+        request.end()
+    [second] = [one for one in busy if not one.begun.is_set()]
+    with elsewhere.work_of("other"):
+        assert not second.begun.wait(0.05)
+    assert not second.begun.wait(0.05)
+    monkeypatch.setattr(fair_share, "PAUSE_SECONDS", 0.0)
+    with elsewhere.work_of("other"):
+        pass
+    assert second.begun.wait(SOON)
+
+
+def test_two_tenants_with_many_requests_each_do_not_wait_for_each_other_in_two_processes(
+    share: FairShare, served: ServedTenants, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair_share, "YIELD_SECONDS", SOON)
+    elsewhere = FairShare(8, served)
+    both = ((share, "one"), (elsewhere, "other"))
+    first = [request for each, tenant in both for request in send(requests, each, tenant, 1)]
+    for request in first:
+        assert request.begun.wait(SOON)
+    for each, tenant in both:
+        send(requests, each, tenant, 3)
+        until_waiting(each, tenant, 3)
+    for request in first:
+        request.end()
+    for each, tenant in both:
+        until_waiting(each, tenant, 2)
+
+
+def test_requests_of_a_tenant_are_worked_on_in_the_order_in_which_they_came(
+    share: FairShare, requests: list[Request]
+) -> None:
+    with share.work_of("other"):
+        pass
+    sent = []
+    for number in range(6):
+        sent += send(requests, share, "one", 1)
+        until_waiting(share, "one", number)
+    for request in sent:
+        assert request.begun.wait(SOON)
+        assert sum(one.begun.is_set() for one in sent) == sent.index(request) + 1
+        request.end()
 
 
 def test_no_more_wait_than_leave_threads_for_others(share: FairShare, requests: list[Request]) -> None:
@@ -187,4 +234,4 @@ def test_what_is_known_of_tenants_does_not_grow(share: FairShare) -> None:
     for number in range(100):
         with share.work_of(f"tenant-{number}"):
             pass
-    assert (len(share._seen), len(share._working), len(share._held)) == (2, 0, 0)
+    assert (len(share._seen), len(share._working), len(share._held), len(share._queues)) == (2, 0, 0, 0)

@@ -22,7 +22,7 @@ from store import scope
 from store.audit import Actor
 from store.enrolment import EnrolmentTokenRecord
 from web.api.proxies import is_trusted
-from web.api.routing import Answers, Call, Reply
+from web.api.routing import Answers, Call, Reply, share_of
 from workflows.attestation.evidence import ShownEvidence
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
 from workflows.enrolment.credentials import Enrolled, Waiting, by_manufacturer, by_token
@@ -131,7 +131,8 @@ def enrolled(
     """Enrol a device by its token or manufacturer; raise as ``Enrolments.enrol`` does."""
     credential = by_manufacturer(client) if isinstance(client, ManufacturedClient) else by_token(client, request)
     actor = actor_as(call, credential.tenant_id, credential.label)
-    return call.portal.enrolment.enrol(actor, credential, request, shown)
+    with share_of(call.portal, credential.tenant_id):
+        return call.portal.enrolment.enrol(actor, credential, request, shown)
 
 
 def waiting_reply(outcome: Waiting) -> Reply:
@@ -144,15 +145,16 @@ def renewed(call: Call, holder: DeviceClient, request: EnrolmentRequest, shown: 
     if request.csr is None:
         raise AssertionError("a request for a certificate has a key of its own")
     pki_est.check_same_names(request, holder.certificate.der)
-    call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
-    actor, fingerprint = used(call, holder), holder.certificate.fingerprint
-    return call.portal.renewals.renew(
-        actor,
-        holder.device_id,
-        RenewalRequest(csr=request.csr, when_used=when_used(call), evidence=shown),
-        hashlib.sha256(f"{fingerprint}\n{request.csr.pem}".encode()).hexdigest(),
-        shown=fingerprint,
-    )
+    fingerprint = holder.certificate.fingerprint
+    with share_of(call.portal, holder.tenant_id):
+        call.portal.enrolment.check_renewal_key(holder.tenant_id, holder.device_id, request)
+        return call.portal.renewals.renew(
+            used(call, holder),
+            holder.device_id,
+            RenewalRequest(csr=request.csr, when_used=when_used(call), evidence=shown),
+            hashlib.sha256(f"{fingerprint}\n{request.csr.pem}".encode()).hexdigest(),
+            shown=fingerprint,
+        )
 
 
 def when_used(call: Call) -> bool:

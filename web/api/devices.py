@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -39,7 +41,7 @@ from web.api.fields import (
     Time,
     WholeNumber,
 )
-from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp, share_of
 from workflows.credentials import DeviceRequest
 from workflows.devices import DeviceDetails, Page
 from workflows.presence import DeviceConnection, connection_of
@@ -393,7 +395,8 @@ def download(call: Call, token: str) -> Reply:
             bundle_format = BundleFormat(record.format)
             headers = _bundle_headers(record.device_id, bundle_format, record.length)
             return Reply(content=b"", media_type=bundle_format.media_type, headers=headers)
-        bundle = call.portal.deliveries.deliver(call.actor, token, call.idempotency_key)
+        with _share_of_link(call, token):
+            bundle = call.portal.deliveries.deliver(call.actor, token, call.idempotency_key)
     except LinkUnknown as error:
         call.portal.operators.login_failed(call.actor, "bundle:fetch", "link", error.code)
         raise
@@ -406,6 +409,12 @@ def download(call: Call, token: str) -> Reply:
         raise
     headers = _bundle_headers(bundle.device_id, bundle.format, len(bundle.content))
     return Reply(content=bundle.content, media_type=bundle.format.media_type, headers=headers)
+
+
+def _share_of_link(call: Call, token: str) -> AbstractContextManager[None]:
+    if not call.portal.tenant_terms.are_several:  # whose the link is need not be looked up
+        return contextlib.nullcontext()
+    return share_of(call.portal, call.portal.deliveries.check_download(token, call.idempotency_key).tenant_id)
 
 
 def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int) -> dict[str, str]:

@@ -24,7 +24,7 @@ from web.api.device_clients import (
     waiting_reply,
     when_used,
 )
-from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, Routes
+from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Route, Routes, share_of
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
 from workflows.enrolment.credentials import Waiting
 
@@ -142,14 +142,14 @@ def est_serverkeygen(call: Call, body: bytes) -> Reply:
 
 def _renewed_with_key(call: Call, holder: DeviceClient, body: bytes) -> Reply:
     pki_est.check_same_names(pki_est.read_key_request(body), holder.certificate.der)
-    actor = used(call, holder)
-    certificate, key = call.portal.renewals.renew_with_key(
-        actor,
-        holder.device_id,
-        pki_est.key_type_of_certificate(holder.certificate.der),
-        shown=holder.certificate.fingerprint,
-        when_used=when_used(call),
-    )
+    with share_of(call.portal, holder.tenant_id):
+        certificate, key = call.portal.renewals.renew_with_key(
+            used(call, holder),
+            holder.device_id,
+            pki_est.key_type_of_certificate(holder.certificate.der),
+            shown=holder.certificate.fingerprint,
+            when_used=when_used(call),
+        )
     return _key_reply(key, ssl.PEM_cert_to_DER_cert(certificate))
 
 

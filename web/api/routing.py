@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
@@ -341,6 +343,14 @@ def check_permission(portal: Portal, route: Route, actor: Actor) -> None:
     raise Forbidden(
         f"The role {actor.role} does not allow this; it takes a role with the permission {route.permission}."
     )
+
+
+def share_of(portal: Portal, tenant_id: str) -> AbstractContextManager[None]:
+    """Return what to do the work for a tenant in, so that one with many requests leaves room for those of others.
+
+    Raises ``TenantBusy``.
+    """
+    return portal.fair_share.work_of(tenant_id) if portal.tenant_terms.are_several else contextlib.nullcontext()
 
 
 # --- The request --------------------------------------------------------------------------------------------------
