@@ -5,66 +5,89 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from commands import streams
-from commands.access import login, logout, token
-from commands.applications import application
-from commands.audit import audit
 from commands.connection import ConnectionOptions
 from commands.context import CONNECTION, connection_options
-from commands.delivery import download, unpack_command
-from commands.devices import certificates, expiring, list_devices, show, update
-from commands.enrolment import approve, enrolment, expect, reject, waiting
-from commands.export import export
-from commands.imports import import_devices
-from commands.lifecycle import resume, revoke, suspend
-from commands.manufacturers import manufacturer
-from commands.operation import ca, completion, status
-from commands.profiles import profile
-from commands.registration import register, renew
-from commands.tenants import tenant
-from commands.webhooks import webhook
+from commands.lazy import Lazy, LazyCommands
 from onboarding_portal import VERSION
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 SECTIONS = {
-    "Devices": (
-        register,
-        import_devices,
-        list_devices,
-        export,
-        expiring,
-        show,
-        update,
-        renew,
-        suspend,
-        resume,
-        revoke,
-        certificates,
-    ),
-    "Credentials": (download, unpack_command, profile),
-    "Applications": (application,),
-    "Enrolment": (enrolment, manufacturer, expect, waiting, approve, reject),
-    "Access": (login, logout, token, tenant),
-    "Operation": (status, ca, audit, webhook, completion),
+    "Devices": {
+        "register": Lazy("registration:register", "Register a device: certificate, topics, credential bundle."),
+        "import": Lazy("imports:import_devices", "Register a device for each row of a file."),
+        "list": Lazy("devices:list_devices", "List devices, newest first."),
+        "export": Lazy("export:export", "Write all devices as CSV, NDJSON or JSON."),
+        "expiring": Lazy("devices:expiring", "List devices whose certificates expire soon, soonest first."),
+        "show": Lazy("devices:show", "Show a device: certificate, broker state, topics."),
+        "update": Lazy("devices:update", "Change a device's description or topics."),
+        "renew": Lazy("registration:renew", "Issue a new certificate for a device."),
+        "suspend": Lazy("lifecycle:suspend", "Suspend devices until they are resumed."),
+        "resume": Lazy("lifecycle:resume", "Resume suspended devices with their existing certificates."),
+        "revoke": Lazy("lifecycle:revoke", "Revoke devices permanently."),
+        "certificates": Lazy("devices:certificates", "List a device's certificates, newest first."),
+    },
+    "Credentials": {
+        "download": Lazy("delivery:download", "Download a device's bundle, check it and unpack it."),
+        "unpack": Lazy("delivery:unpack_command", "Check and unpack a bundle that was downloaded before."),
+        "profile": Lazy("profiles:profile", "Certificate profiles: list, show, add, update, remove."),
+    },
+    "Applications": {
+        "application": Lazy("applications:application", "Clients that are not devices: add, list, update, revoke."),
+    },
+    "Enrolment": {
+        "enrolment": Lazy("enrolment:enrolment", "Enrolment tokens for devices: list, create, update, revoke."),
+        "manufacturer": Lazy("manufacturers:manufacturer", "Manufacturer CAs: list, show, add, update, prove, remove."),
+        "expect": Lazy("enrolment:expect", "Add a device that will enrol by itself later."),
+        "waiting": Lazy("enrolment:waiting", "List devices that wait for approval, longest first."),
+        "approve": Lazy("enrolment:approve", "Approve a waiting device and its key."),
+        "reject": Lazy("enrolment:reject", "Reject a waiting device, or its new key, permanently."),
+    },
+    "Access": {
+        "login": Lazy("access:login", "Save the portal's URL, CA file and your token."),
+        "logout": Lazy("access:logout", "Delete the saved login."),
+        "token": Lazy("access:token", "Operator tokens: list, create, revoke."),
+        "tenant": Lazy("tenants:tenant", "Tenants: list, show, add, update, suspend, resume, remove."),
+    },
+    "Operation": {
+        "status": Lazy("operation:status", "Check whether the portal is ready, and if not, why."),
+        "ca": Lazy("operation:ca", "Print or save the portal's CA certificates."),
+        "audit": Lazy("audit:audit", "Read the audit record, export it, verify it."),
+        "webhook": Lazy("webhooks:webhook", "Webhooks: send events to other systems."),
+        "completion": Lazy("operation:completion", "Print a shell completion script."),
+    },
 }
+COMMANDS = {name: command for section in SECTIONS.values() for name, command in section.items()}
 
 
 class PortalGroup(click.Group):
     """Shows the commands in sections; turns every failure into a sentence and an exit status."""
 
+    def __init__(self, name: str | None = None, **attributes: Any) -> None:
+        super().__init__(name, LazyCommands(COMMANDS), **attributes)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands section by section."""
-        width = max(len(name) for name in self.commands)
+        width = max(map(len, self.commands))
         for title, commands in SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl(
-                    [(f"{command.name:<{width}}", command.get_short_help_str(60)) for command in commands]
-                )
+                formatter.write_dl([(f"{name:<{width}}", command.summary) for name, command in commands.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands and options that begin so, without importing the commands."""
+        from click.shell_completion import CompletionItem
+
+        named = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        items = [CompletionItem(name, help=COMMANDS[name].summary) for name in named]
+        return [*items, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def main(
         self,
@@ -118,11 +141,6 @@ def cli(ctx: click.Context, /, **given: str | None) -> None:
     To use a portal on this machine:  . data/operator.env
     """
     ctx.meta["given"] = ConnectionOptions(**{name: given[name] for name in CONNECTION})
-
-
-for _commands in SECTIONS.values():
-    for _command in _commands:
-        cli.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,19 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from commands.context import Remote, command, paging_options
-from commands.delivery import FORCE_HELP
+from commands.context import FORCE_HELP, Remote, command, paging_options
 from commands.errors import CheckFailed, Misused
 from commands.files import NewFile, read_input, reason, whole_file, write_new
 from commands.names import DEVICE
 from commands.output import clean, state, text, time_of
 from commands.times import Time
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 MAX_LINE = 1 << 20  # bytes
 MAX_SIGNATURES = 100  # of a note, of which one is the portal's and the others are witnesses'
@@ -198,6 +198,8 @@ class CheckpointKey:
     @classmethod
     def read(cls, given: str) -> CheckpointKey:
         """Read a key, or the file that it is in; raises ``Misused``."""
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
         content = given if _KEY.fullmatch(given) else read_input(given, limit=4096).decode("utf-8", "replace").strip()
         match = _KEY.fullmatch(content)
         encoded = _decoded(match[3]) if match else b""
@@ -210,6 +212,8 @@ class CheckpointKey:
 
     def signs(self, body: bytes, signatures: list[str]) -> bool:
         """Return whether one of the signature lines is this key's; raises ``CheckFailed`` if one is, but is wrong."""
+        from cryptography.exceptions import InvalidSignature
+
         start = f"\u2014 {self.name} "
         decoded = [_decoded(line.removeprefix(start)) for line in signatures if line.startswith(start)]
         own = [signature[4:] for signature in decoded if signature[:4] == self.id]

@@ -27,24 +27,26 @@ from cryptography.x509.oid import NameOID
 
 from commands.errors import BundleLocked, CheckFailed
 from commands.files import NewFile
+from commands.vocabulary import (
+    CA,
+    CERTIFICATE,
+    CHAIN,
+    CLIENT_CONFIGURATION,
+    ENCRYPTED,
+    FILES,
+    KEY,
+    NAMES,
+    P12,
+    PORTAL_CA,
+    README,
+    REQUIRED,
+    SECRET,
+    SUMS,
+)
 
 if TYPE_CHECKING:
     import pyzipper
 
-KEY, CERTIFICATE, CHAIN, CA = "device.key", "device.pem", "chain.pem", "ca.pem"
-CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"
-PORTAL_CA = "portal-ca.pem"  # there only if the portal has an HTTPS certificate of another issuer
-NAMES = (KEY, CERTIFICATE, CHAIN, CA, CLIENT_CONFIGURATION, README)
-SUMS = "SHA256SUMS"  # of a ZIP bundle; it is not written to the device's folder
-P12 = "device.p12"
-SECRET = (KEY, P12)
-# The secret of the device, the CAs that it trusts, and what authenticates the others.
-ENCRYPTED = (KEY, CA, PORTAL_CA, SUMS)
-REQUIRED = (KEY, CERTIFICATE, CHAIN, CA)
-
-
-FORMATS = ("zip", "p12", "pem")
-FILES = (*NAMES, PORTAL_CA, P12)
 _DER_SEQUENCE = b"\x30"  # a PKCS#12 file begins with it, a ZIP with PK
 _LOCKED = "The password is wrong, or the bundle was modified."
 _UNPROTECTED = (

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 import click
 from click.shell_completion import CompletionItem
 
-from commands.client import Client
 from commands.connection import STDIN, ConnectionOptions, chosen_profile, resolve
 from commands.errors import CliError
 from commands.logins import login_path, read_logins, saved_profiles
@@ -41,6 +40,8 @@ class Listed:
         return [*self._items(rows, self.value, self.about, incomplete.lower()), *named]
 
     def _rows(self, ctx: click.Context) -> list[Mapping[str, object]]:
+        from commands.client import Client
+
         given = _given(ctx)
         if STDIN in (given.token, given.token_file):
             return []

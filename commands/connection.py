@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +157,8 @@ def portal_url(text: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Return whether ``host`` is a loopback address or localhost."""
+    import ipaddress
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -174,6 +174,8 @@ def _token(token: str, source: str) -> str | None:
 def _ca_file(path: str | None) -> Path | None:
     if path is None:
         return None
+    import ssl  # with the calls that need a portal, not with the help
+
     ca_file = Path(path).expanduser().absolute()
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=ca_file)

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from commands.client import Client
 from commands.completing import Listed, saved_names, saved_tenants
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
 from commands.errors import CliError, Unreachable
@@ -22,6 +21,9 @@ from commands.files import ReservedFile
 from commands.names import DeviceName, find_device
 from commands.output import Cell, Output
 from onboarding_portal import VERSION
+
+if TYPE_CHECKING:
+    from commands.client import Client
 
 CONNECTION = tuple(field.name for field in dataclasses.fields(ConnectionOptions))
 MAX_OPTION = 40  # characters of an option with its choices in a help text
@@ -49,6 +51,8 @@ class Remote:
     @cached_property
     def client(self) -> Client:
         """The HTTP client, with the operator's token if there is one."""
+        from commands.client import Client  # imported by what makes a call
+
         return Client(self.settings, version=VERSION)
 
 
@@ -303,6 +307,7 @@ PROFILE = click.option(
     "--profile", type=ProfileName(), metavar="NAME", help="Certificate profile; see portal profile list."
 )
 EXTERNAL_ID = click.option("--external-id", metavar="TEXT", help="Your own id for the device, which no other one has.")
+FORCE_HELP = "Replace existing files."
 YES = click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
 
 

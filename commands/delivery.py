@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.bundle import FILES, MAX_BUNDLE, README, Checked, DeviceBundle, check_bundle, extension_of, open_bundle
 from commands.client import check_link, new_idempotency_key
-from commands.context import Remote, ask_secret, command
+from commands.context import FORCE_HELP, Remote, ask_secret, command
 from commands.errors import BundleLocked, CheckFailed, CliError, ConnectionLost
 from commands.files import Folder, NewFile, read_input, read_secret, require_writable, write_new
 from commands.output import moment, text
+from commands.vocabulary import FILES, README
+
+if TYPE_CHECKING:
+    from commands.bundle import Checked, DeviceBundle
 
 PASSWORD_VARIABLE = "PORTAL_BUNDLE_PASSWORD"  # noqa: S105 - a name, not a password
 ATTEMPTS = 3
@@ -28,7 +31,6 @@ ATTEMPTS = 3
 
 OUT_HELP = "Folder for the files.  [default: the device id]"
 PASSWORD_HELP = "File with the bundle password; - for standard input."  # noqa: S105 - a help text
-FORCE_HELP = "Replace existing files."
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def _ask() -> str:
 
 def keep_bundle(content: bytes, where: Path) -> Path:
     """Save the encrypted bundle in a 0600 file, since its link works only once; raises ``CheckFailed``."""
+    from commands.bundle import extension_of
+
     path = where / f"bundle-{sha256(content).hexdigest()[:8]}.{extension_of(content)}"
     write_new(path, NewFile(content, 0o600), force=True)
     return path
@@ -72,6 +76,8 @@ def unpack(portal: Remote, content: bytes, password: Password, *, folder: Folder
 
     Raises ``CheckFailed`` (``BundleLocked`` for a wrong password) and writes nothing then.
     """
+    from commands.bundle import check_bundle
+
     bundle = _open(portal, content, password)
     checked = check_bundle(bundle, now=datetime.now(UTC))
     folder = folder or Folder(Path(checked.device_id), FILES, force=force)
@@ -82,6 +88,8 @@ def unpack(portal: Remote, content: bytes, password: Password, *, folder: Folder
 
 
 def _open(portal: Remote, content: bytes, password: Password) -> DeviceBundle:
+    from commands.bundle import open_bundle
+
     for _ in range(ATTEMPTS - 1):
         try:
             return open_bundle(content, password.text)
@@ -201,6 +209,8 @@ def unpack_command(portal: Remote, bundle: str, out: Path | None, password_file:
 
     The file of the bundle is kept; delete it after unpacking.
     """
+    from commands.bundle import MAX_BUNDLE
+
     content = read_input(bundle, limit=MAX_BUNDLE)
     with _folder(out, force=force) as folder:
         files = unpack(portal, content, bundle_password(password_file), folder=folder, force=force)

@@ -30,8 +30,8 @@ from commands.errors import Misused
 from commands.files import read_input, read_pem
 from commands.names import DEVICE, device_argument
 from commands.output import Cell, date_of, moment, status_of, text
-from commands.registration import KEY_TYPES
 from commands.times import VALIDITY, Span
+from commands.vocabulary import KEY_TYPES
 
 ENROLMENT_TOKEN_ID = short_id(
     "portal enrolment list", Listed("/enrolment-tokens", "enrolment_tokens", "enrolment_token_id", "name")

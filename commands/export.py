@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 
-from commands.context import Remote, command
-from commands.delivery import FORCE_HELP
+from commands.context import FORCE_HELP, Remote, command
 from commands.devices import filter_options
 from commands.errors import CheckFailed
 from commands.files import whole_file

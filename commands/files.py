@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -191,7 +190,7 @@ def _temporary(path: Path, file: NewFile) -> Path:
 def _new_beside(path: Path, *, mode: int) -> Iterator[tuple[Path, BinaryIO]]:
     """Create a temporary file next to ``path``, synced at the end of the block, removed if the block fails."""
     # The mode is set before the content is written, so a secret is never readable by others.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as writer:

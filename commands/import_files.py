@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands.bundle import FORMATS
 from commands.errors import Misused
 from commands.import_cells import open_text, read_cells
-from commands.registration import KEY_TYPES
+from commands.vocabulary import FORMATS, KEY_TYPES
 
 REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # maximum number of characters
 OPTIONAL = {"external_id": 128, "csr": 16384, "bundle_password": 128, "profile": 63}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from commands.client import Client
 from commands.completing import Listed
 from commands.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from commands.client import Client
 
 MAX_NAME = 128  # characters of a name and of an external id
 MAX_SHOWN = 10  # devices that an ambiguous name may mean

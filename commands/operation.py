@@ -6,16 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
-from commands.bundle import certificates_only, describe
-from commands.context import Remote, command, trusted_of_broker
-from commands.delivery import FORCE_HELP
+from commands.context import FORCE_HELP, Remote, command, trusted_of_broker
 from commands.errors import Unreachable
 from commands.files import NewFile, write_new
 from commands.output import Cell, moment, text
 
-COMPLETIONS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 SHELLS = {
     "bash": 'eval "$(portal completion bash)"    # in ~/.bashrc',
     "zsh": 'eval "$(portal completion zsh)"    # in ~/.zshrc',
@@ -65,6 +61,8 @@ def ca(portal: Remote, out: Path | None, broker: bool, force: bool) -> None:
     is of another issuer. Compare the fingerprint of the root with the one that the portal's operator tells you.
     """
     anonymous = portal.settings.token is None  # else they are those of the operator's tenant
+    from commands.bundle import certificates_only, describe
+
     pem = certificates_only(
         trusted_of_broker(portal) if broker else portal.client.call("GET", "/ca.pem", anonymous=anonymous).body
     )
@@ -95,8 +93,13 @@ def ca(portal: Remote, out: Path | None, broker: bool, force: bool) -> None:
 @click.argument("shell", type=click.Choice(tuple(SHELLS)), help="bash, zsh or fish.")
 def completion(portal: Remote, shell: str) -> None:
     """Print a shell completion script."""
+    from click.shell_completion import get_completion_class
+
+    completes = get_completion_class(shell)
+    if completes is None:  # click knows the three that SHELLS has
+        raise click.UsageError(f"There is no completion script for {shell}.")
     root = click.get_current_context().find_root().command
-    script = COMPLETIONS[shell](root, {}, "portal", "_PORTAL_COMPLETE").source()
+    script = completes(root, {}, "portal", "_PORTAL_COMPLETE").source()
     if portal.out.as_json:
         portal.out.json({"shell": shell, "script": script})
     else:

@@ -13,22 +13,13 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TextIO
-
-from rich.console import Console, ConsoleDimensions
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TextIO
 
 from commands.errors import CliError, Refused
+
+if TYPE_CHECKING:
+    from commands.terminal import Part, Terminal
 
 # The name of a field, which is shown as text, or a function of the row.
 Column = str | Callable[[Mapping[str, Any]], "Cell"]
@@ -51,8 +42,6 @@ _STATUS_STYLES = {
 _ABBREVIATIONS = ("ca", "crl", "dns", "est", "ip", "url")
 EXPIRES_SOON_DAYS = 30
 _SUGGESTED = re.compile(r"(?:^|(?<=: ))portal (?=[a-z-])")  # the program's name, where a command is suggested
-MAX_WHOLE = 36  # characters of the first column, an id for example, up to which it is not cut
-MIN_COLUMN = 8  # characters that remain of a column that is cut
 PROGRESS_SECONDS = 10.0  # between two lines of progress if standard error is not a terminal
 
 
@@ -156,8 +145,16 @@ class Output:
         for option, value in (chosen or {}).items():
             if value is not None:
                 self._program += f" {option} {shlex.quote(value)}"
-        self._out = _console(sys.stdout)
-        self._err = _console(sys.stderr)
+        self._stdout, self._stderr = sys.stdout, sys.stderr
+
+    # Decided by isatty alone, so that FORCE_COLOR and the like cannot put escape sequences into a pipe.
+    @cached_property
+    def _out(self) -> Terminal | None:
+        return _terminal(self._stdout)
+
+    @cached_property
+    def _err(self) -> Terminal | None:
+        return _terminal(self._stderr)
 
     def json(self, data: object) -> None:
         """Print one JSON document; ASCII only, so it cannot control a terminal."""
@@ -206,65 +203,24 @@ class Output:
         ]
         if not rows:
             self.note(empty)
-        elif self.for_people:
-            self._print_table(list(columns), rows, spare, whole, wide=wide)
+        elif self.for_people and self._out is not None:
+            shown = [[(clean(cell.shown or cell.plain), cell.style) for cell in row] for row in rows]
+            if left_out := self._out.table(list(columns), shown, spare, whole, wide=wide):
+                self.note(f"Not shown for want of width: {', '.join(left_out)}. A wider terminal or --json shows all.")
         else:
             for row in rows:
                 self.raw("\t".join(clean(cell.plain) for cell in row))
         if rows and answer.get("next_cursor"):
             self.note("There are more; use --all to list all.")
 
-    def _print_table(
-        self,
-        titles: Sequence[str],
-        rows: Sequence[Sequence[Cell]],
-        spare: Sequence[str],
-        whole: Sequence[str],
-        *,
-        wide: bool,
-    ) -> None:
-        texts = [[Text(clean(cell.shown or cell.plain), style=cell.style) for cell in row] for row in rows]
-        widths = [max(len(title), *(line[i].cell_len for line in texts)) for i, title in enumerate(titles)]
-        kept = list(range(len(titles))) if wide else self._fit(titles, widths, spare, whole)
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for i in kept:
-            table.add_column(titles[i].upper(), no_wrap=True, overflow="ellipsis", width=widths[i])
-        for line in texts:
-            table.add_row(*(line[i] for i in kept))
-        if wide:
-            width = max(self._out.width, sum(widths) + 2 * len(widths))
-            self._out.size = ConsoleDimensions(width, self._out.height)
-        self._out.print(table)
-        if left_out := [title for i, title in enumerate(titles) if i not in kept]:
-            self.note(f"Not shown for want of width: {', '.join(left_out)}. A wider terminal or --json shows all.")
-
-    def _fit(self, titles: Sequence[str], widths: list[int], spare: Sequence[str], whole: Sequence[str]) -> list[int]:
-        """Return which columns fit side by side, and make the ``widths`` of some of them smaller.
-
-        rich would cut off the columns on the right, whatever their minimum width is.
-        """
-        room = self._out.width + 2  # each column has two spaces behind it, but for the last
-        kept = list(range(len(titles)))
-        for title in reversed(spare):
-            if sum(widths[i] + 2 for i in kept) > room:
-                kept.remove(titles.index(title))
-        flexible = [i for i in kept if (i != 0 or widths[i] > MAX_WHOLE) and titles[i] not in whole]
-        least = [min(width, MIN_COLUMN) if i in flexible else width for i, width in enumerate(widths)]
-        while flexible and sum(least[i] + 2 for i in kept) > room:
-            kept.remove(flexible.pop())
-        while flexible and sum(widths[i] + 2 for i in kept) > room:
-            widest = max(flexible, key=lambda i: widths[i])
-            widths[widest] -= 1
-        return kept
-
     def fields(self, fields: Mapping[str, Cell]) -> None:
         """Print one object, a field a line: aligned for people; name, tab and value for programs."""
         shown = {clean(name): cell for name, cell in fields.items()}
         width = max((len(name) for name in shown), default=0)
         for name, cell in shown.items():
-            if self.for_people:
+            if self.for_people and self._out is not None:
                 label = (f"{_label(name):<{width + 2}}", "bold")
-                self._out.print(Text.assemble(label, (clean(cell.shown or cell.plain), cell.style)), soft_wrap=True)
+                self._out.line([label, (clean(cell.shown or cell.plain), cell.style)])
             else:
                 self.raw(f"{name}\t{clean(cell.plain)}")
 
@@ -272,41 +228,44 @@ class Output:
         """Show on standard error the object that a question is about."""
         width = max(len(name) for name in fields)
         for name, cell in fields.items():
-            line = Text.assemble((f"{name:<{width + 2}}", "bold"), clean(cell.shown or cell.plain))
-            self._err.print(line, soft_wrap=True)
+            self._print((f"{name:<{width + 2}}", "bold"), (clean(cell.shown or cell.plain), ""), wraps=False)
 
     def done(self, sentence: str) -> None:
         """Report success on standard error; silent with ``--json``."""
-        self._say(Text.assemble(("✓ ", "green"), clean(sentence)), wraps=False)
+        self._say(("✓ ", "green"), (clean(sentence), ""), wraps=False)
 
     def note(self, sentence: str) -> None:
         """Print a remark on standard error; silent with ``--json``."""
-        self._say(Text(self._suggesting(sentence), style="dim"))
+        self._say((self._suggesting(sentence), "dim"))
 
     def next_step(self, command: str) -> None:
         """Suggest the next command; silent with ``--json``."""
-        self._say(Text.assemble(("Next: ", "bold"), self._suggesting(command)), wraps=False)
+        self._say(("Next: ", "bold"), (self._suggesting(command), ""), wraps=False)
 
-    def _say(self, line: Text, *, wraps: bool = True) -> None:
+    def _say(self, *parts: Part, wraps: bool = True) -> None:
         if not self.as_json:
-            self._print(line, wraps=wraps)
+            self._print(*parts, wraps=wraps)
 
     def _suggesting(self, sentence: str) -> str:
         """Return a sentence, clean, whose commands have the program's name as it was typed."""
         return clean(_SUGGESTED.sub(lambda _: f"{self._program} ", sentence))
 
-    def _print(self, line: Text, *, wraps: bool = True) -> None:
+    def _print(self, *parts: Part, wraps: bool = True) -> None:
         """Print a line on standard error; it is broken between words, but for a command, which has to be copied whole.
 
         So has a word that is longer than a line.
         """
-        words = line.plain.split(" ")
-        whole = f": {self._program} " in line.plain or ": . " in line.plain or max(map(len, words)) >= self._err.width
-        self._err.print(line, soft_wrap=whole or not wraps or not self._err.is_terminal)
+        line = "".join(text for text, _ in parts)
+        if self._err is None:
+            self._stderr.write(line + "\n")
+            self._stderr.flush()
+            return
+        suggests = f": {self._program} " in line or ": . " in line
+        self._err.line(parts, whole=not wraps or suggests or max(map(len, line.split(" "))) >= self._err.width)
 
     def warning(self, sentence: str) -> None:
         """Print a warning on standard error, also with ``--json``."""
-        self._print(Text.assemble(("Warning: ", "bold yellow"), self._suggesting(sentence)))
+        self._print(("Warning: ", "bold yellow"), (self._suggesting(sentence), ""))
 
     @contextlib.contextmanager
     def progress(self, words: str, total: int) -> Iterator[Callable[[], None]]:
@@ -314,21 +273,19 @@ class Output:
 
         A bar if standard error is a terminal, else a line every ten seconds; nothing with ``--json``.
         """
-        if self.as_json or self._err.color_system is None:
+        if self.as_json or self._err is None or not self._err.shows_motion:
             yield _PlainProgress(self, words, total).advance
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        with Progress(*columns, console=self._err, transient=True) as bar:
-            task = bar.add_task(clean(words), total=total)
-            yield lambda: bar.advance(task)
+        with self._err.progress(clean(words), total) as advance:
+            yield advance
 
     @contextlib.contextmanager
     def working(self, words: str) -> Iterator[None]:
         """Show a spinner if standard error is a terminal."""
-        if self.as_json or self._err.color_system is None:
+        if self.as_json or self._err is None or not self._err.shows_motion:
             yield
             return
-        with self._err.status(Text(clean(words))):
+        with self._err.working(clean(words)):
             yield
 
     def error(self, error: CliError, *, options: Mapping[str, str]) -> None:
@@ -339,24 +296,16 @@ class Output:
         fields = error.fields if isinstance(error, Refused) else ()
         repeated = bool(fields) and all(message in error.sentence for _, message in fields)
         sentence = "The portal does not accept these values:" if repeated else error.sentence
-        self._print(Text.assemble(("Error: ", "bold red"), self._suggesting(sentence)))
+        self._print(("Error: ", "bold red"), (self._suggesting(sentence), ""))
         for field, message in fields:
             root, _, inner = field.partition(".")
             option = options.get(root.lower().replace("-", "_"))
             label = field if option is None else f"{option} ({field})" if inner else option
-            self._print(Text.assemble((f"  {clean(label)}: ", "bold"), clean(message)))
+            self._print((f"  {clean(label)}: ", "bold"), (clean(message), ""))
         for hint in error.hints:
-            self._print(Text(self._suggesting(hint)))
+            self._print((self._suggesting(hint), ""))
         if isinstance(error, Refused) and error.request_id:
-            self._err.print(Text(f"Request id: {clean(error.request_id)}", style="dim"), soft_wrap=True)
-
-
-class _Rate(ProgressColumn):
-    """Steps per second."""
-
-    def render(self, task: Task) -> Text:
-        """Return the rate, if it is known."""
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+            self._print((f"Request id: {clean(error.request_id)}", "dim"), wraps=False)
 
 
 class _PlainProgress:
@@ -391,15 +340,9 @@ def _label(name: str) -> str:
     return " ".join((first[:1].upper() + first[1:], *more))
 
 
-def _console(file: TextIO) -> Console:
-    # Decided here, so that FORCE_COLOR and the like cannot put escape sequences into a pipe.
-    terminal = file.isatty()
-    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    return Console(
-        file=file,
-        force_terminal=terminal,
-        color_system=None if plain or not terminal else "auto",
-        markup=False,
-        emoji=False,
-        highlight=False,
-    )
+def _terminal(file: TextIO) -> Terminal | None:
+    if not file.isatty():
+        return None
+    from commands.terminal import Terminal  # as long as all else that a command imports takes to be imported
+
+    return Terminal(file)

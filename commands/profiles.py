@@ -9,8 +9,8 @@ import click
 
 from commands.context import YES, ProfileName, Remote, command, confirm, option_group
 from commands.output import Cell, text
-from commands.registration import KEY_TYPES
 from commands.times import Span
+from commands.vocabulary import KEY_TYPES
 
 FIELDS = (
     "name", "default_days", "max_days", "key_types", "extended_key_usage", "dns_names", "ip_addresses",

@@ -10,16 +10,14 @@ from typing import Any
 
 import click
 
-from commands.bundle import FORMATS
 from commands.completing import Listed
-from commands.context import ProfileName, Remote, command, create_with_secret, option_group
-from commands.delivery import FORCE_HELP
+from commands.context import FORCE_HELP, ProfileName, Remote, command, create_with_secret, option_group
 from commands.errors import CheckFailed, CliError
 from commands.files import whole_file
 from commands.lifecycle import show_outcome
 from commands.output import Cell, date_of, moment, state, text
-from commands.registration import KEY_TYPES
 from commands.times import Span
+from commands.vocabulary import FORMATS, KEY_TYPES
 
 CHOICES = ("device_days", "key_type", "bundle_format", "link_hours")
 QUOTAS = ("devices", "registrations_per_minute", "bulk_uploads", "webhook_deliveries_per_minute")

@@ -5,6 +5,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${PORTAL_VENV:-$ROOT/.venv}
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # Debian keeps servers where an ordinary user's PATH does not look
 APT_UPDATED=
+DISTRIBUTION_PYTHON=/usr/bin/python3
 
 say() { printf '%s\n' "$*"; }
 
@@ -55,11 +56,13 @@ ensure_header() {
     return 1
 }
 
-# Print the first Python that is new enough.
+# find_python [MODULE...]: print the first Python that is new enough and has these modules. The distribution's comes
+# first: it is built with all optimisations, which those that people build for themselves often are not.
 find_python() {
-    local candidate
-    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    local candidate modules=sys module
+    for module in "$@"; do modules+=", $module"; done
+    for candidate in "$DISTRIBUTION_PYTHON" python3 python3.14 python3.13 python3.12 python3.11; do
+        if "$candidate" -c "import $modules; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then
             command -v "$candidate"
             return
         fi
@@ -71,13 +74,11 @@ find_python() {
 make_venv() {
     local python stamp wanted
     if ! "$VENV/bin/python" -c '' 2>/dev/null; then
-        if ! python=$(find_python); then
-            install_package python3 || true
-            python=$(find_python) || fail "Python 3.11 or newer is needed. Install it with: apt-get install python3"
-        fi
-        if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        if ! python=$(find_python ensurepip venv); then
+            find_python >/dev/null || install_package python3 || true
+            find_python >/dev/null || fail "Python 3.11 or newer is needed. Install it with: apt-get install python3"
             install_package python3-venv || true
-            "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            python=$(find_python ensurepip venv) ||
                 fail "Python's venv module is needed. Install it with: apt-get install python3-venv"
         fi
         # A broken one is made again, but nothing else is ever removed.

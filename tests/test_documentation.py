@@ -193,4 +193,4 @@ def test_the_readme_shows_the_options_that_all_commands_share() -> None:
 
 def test_the_readme_lists_all_commands() -> None:
     listed = re.findall(r"^  (\w+) {2,}[A-Z].*\.$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert listed == [command.name for section in SECTIONS.values() for command in section]
+    assert listed == [name for section in SECTIONS.values() for name in section]

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import pyzipper
 
-from commands.bundle import MAX_ENTRY, NAMES, SUMS, check_bundle, open_bundle
+from commands.bundle import MAX_ENTRY, check_bundle, open_bundle
 from commands.errors import BundleLocked, CheckFailed
+from commands.vocabulary import NAMES, SUMS
 from delivery.formats import encrypted_pem
 from tests.support.bundle_files import DEVICE_ID, PASSWORD, Files, names_in
 from tests.support.cli_session import Session

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import credential_delivery
-from commands.bundle import NAMES
 from commands.errors import CheckFailed
 from commands.files import Folder, NewFile
+from commands.vocabulary import NAMES
 from delivery.formats import BundleFormat
 from tests.support.bundle_files import DEVICE_ID, PASSWORD, WRONG, Files, mode_of, names_in
 from tests.support.cli_session import Session

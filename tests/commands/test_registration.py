@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from commands.registration import CsrFile
+from commands.csr import CsrFile
 from pki.csr import csr_der, load_csr
 from tests.pki.test_foreign import FORMS
 from tests.support import foreign

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from commands.bundle import NAMES, open_bundle
+from commands.bundle import open_bundle
 from commands.errors import CheckFailed
+from commands.vocabulary import NAMES
 from core.errors import InputInvalid
 from core.states import PresenceState
 from store.devices import DeviceFilter

@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from commands.bundle import NAMES
+from commands.vocabulary import NAMES
 from tests.support.pki import PEM, Authority, Credentials, Pki, key_pem
 
 TOKEN = "operator-token-of-the-tests"

@@ -1,0 +1,117 @@
+"""Prints on a terminal with rich: lines with colours, tables that fit, progress. Only imported where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
+
+from rich.console import Console, ConsoleDimensions
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+Part = tuple[str, str]  # text that is clean, and its style
+MAX_WHOLE = 36  # characters of the first column, an id for example, up to which it is not cut
+MIN_COLUMN = 8  # characters that remain of a column that is cut
+
+
+class Terminal:
+    """A terminal of the person at the command line."""
+
+    def __init__(self, file: TextIO) -> None:
+        plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        self._console = Console(
+            file=file,
+            force_terminal=True,
+            color_system=None if plain else "auto",
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
+
+    @property
+    def width(self) -> int:
+        """Characters of a line."""
+        return self._console.width
+
+    @property
+    def shows_motion(self) -> bool:
+        """Whether a line can be written again: a progress bar needs that."""
+        return self._console.color_system is not None
+
+    def line(self, parts: Sequence[Part], *, whole: bool = True) -> None:
+        """Print a line; if it is longer than the terminal is wide, it is broken between words unless ``whole``."""
+        self._console.print(Text.assemble(*parts), soft_wrap=whole)
+
+    def table(
+        self,
+        titles: Sequence[str],
+        rows: Sequence[Sequence[Part]],
+        spare: Sequence[str],
+        whole: Sequence[str],
+        *,
+        wide: bool,
+    ) -> list[str]:
+        """Print a table and return the titles of the columns that were left out, as ``Output.table`` says."""
+        texts = [[Text(content, style=style) for content, style in row] for row in rows]
+        widths = [max(len(title), *(line[i].cell_len for line in texts)) for i, title in enumerate(titles)]
+        kept = list(range(len(titles))) if wide else self._fit(titles, widths, spare, whole)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for i in kept:
+            table.add_column(titles[i].upper(), no_wrap=True, overflow="ellipsis", width=widths[i])
+        for line in texts:
+            table.add_row(*(line[i] for i in kept))
+        if wide:
+            width = max(self._console.width, sum(widths) + 2 * len(widths))
+            self._console.size = ConsoleDimensions(width, self._console.height)
+        self._console.print(table)
+        return [title for i, title in enumerate(titles) if i not in kept]
+
+    def _fit(self, titles: Sequence[str], widths: list[int], spare: Sequence[str], whole: Sequence[str]) -> list[int]:
+        """Return which columns fit side by side, and make the ``widths`` of some of them smaller.
+
+        rich would cut off the columns on the right, whatever their minimum width is.
+        """
+        room = self._console.width + 2  # each column has two spaces behind it, but for the last
+        kept = list(range(len(titles)))
+        for title in reversed(spare):
+            if sum(widths[i] + 2 for i in kept) > room:
+                kept.remove(titles.index(title))
+        flexible = [i for i in kept if (i != 0 or widths[i] > MAX_WHOLE) and titles[i] not in whole]
+        least = [min(width, MIN_COLUMN) if i in flexible else width for i, width in enumerate(widths)]
+        while flexible and sum(least[i] + 2 for i in kept) > room:
+            kept.remove(flexible.pop())
+        while flexible and sum(widths[i] + 2 for i in kept) > room:
+            widest = max(flexible, key=lambda i: widths[i])
+            widths[widest] -= 1
+        return kept
+
+    @contextlib.contextmanager
+    def progress(self, words: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show a bar with rate and time left; yields a function to be called after each step."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, transient=True) as bar:
+            task = bar.add_task(words, total=total)
+            yield lambda: bar.advance(task)
+
+    def working(self, words: str) -> contextlib.AbstractContextManager[object]:
+        """Return a context in which a spinner is shown."""
+        return self._console.status(Text(words))
+
+
+class _Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, if it is known."""
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
