@@ -27,6 +27,7 @@ finally:
 HELP = {"commands", "commands.completing", "commands.connection", "commands.context", "commands.errors"} | {
     "commands.files",
     "commands.lazy",
+    "commands.logins",
     "commands.names",
     "commands.output",
     "commands.streams",
