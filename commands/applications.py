@@ -148,7 +148,7 @@ def application_update(portal: Remote, application_id: str, name: str | None, to
 def application_renew(portal: Remote, /, application_id: str, **options: Any) -> None:
     """Issue a new certificate for an application."""
     path = f"/applications/{application_id}/renew"
-    issue(portal, Operation(path, "Renewing…", "Renewed", "is renewed", ABOUT, SHOW), options)
+    issue(portal, Operation(path, "Renewing…", "Renewed", "is renewed", ABOUT, SHOW, names_known=True), options)
 
 
 @command(

@@ -37,7 +37,7 @@ def suspend(portal: Remote, /, devices: tuple[str, ...], results: Path | None, y
     """
     device_id = single(portal, devices, filters, results)
     if device_id is None:
-        act = Act("suspend", "Suspend", "Suspending", "Suspended")
+        act = Act("suspend", "Suspend", "Suspending", "Suspended", "suspended")
         act_on_many(portal, act, devices, filters, results, yes=yes)
         return
     with portal.out.working("Suspending; waiting for the broker…"):
@@ -52,7 +52,8 @@ def resume(portal: Remote, /, devices: tuple[str, ...], results: Path | None, ye
     """Resume suspended devices with their existing certificates."""
     device_id = single(portal, devices, filters, results)
     if device_id is None:
-        act_on_many(portal, Act("resume", "Resume", "Resuming", "Resumed"), devices, filters, results, yes=yes)
+        act = Act("resume", "Resume", "Resuming", "Resumed", "active")
+        act_on_many(portal, act, devices, filters, results, yes=yes)
         return
     with portal.out.working("Resuming; waiting for the broker…"):
         answer = portal.client.call("POST", f"/devices/{device_id}/resume").json()
@@ -89,7 +90,7 @@ def revoke(
     """
     device_id = single(portal, devices, filters, results)
     if device_id is None:
-        act = Act("revoke", "Revoke", "Revoking", "Revoked", {"reason": reason} if reason else {})
+        act = Act("revoke", "Revoke", "Revoking", "Revoked", "revoked", {"reason": reason} if reason else {})
         act_on_many(portal, act, devices, filters, results, yes=yes)
         return
     name = "" if yes else confirmed(portal, f"/devices/{device_id}")

@@ -45,12 +45,16 @@ many_devices = option_group(
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """What is done: its name at the portal, as an order, while it is done, and when it is; with what else is sent."""
+    """What is done: its name at the portal, as an order, while it is done, and when it is; with what else is sent.
+
+    ``status`` is that of a device to which it is done.
+    """
 
     name: str
     order: str
     doing: str
     done: str
+    status: str
     more: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -137,16 +141,22 @@ def _lines(content: bytes) -> list[str]:
 
 
 def _ask(portal: Remote, act: Act, rows: Sequence[Mapping[str, Any]], *, yes: bool) -> None:
-    number = f"{len(rows)} device{'s' * (len(rows) != 1)}"
     if yes:
         return
     require_confirmable()
-    for row in rows[:SHOWN]:
+    new = [row for row in rows if row.get("status") != act.status]
+    for row in new[:SHOWN]:
         portal.out.note(in_a_line(row))
-    if len(rows) > SHOWN:
-        portal.out.note(f"… and {len(rows) - SHOWN} more")
+    if len(new) > SHOWN:
+        portal.out.note(f"… and {len(new) - SHOWN} more")
+    if before := len(rows) - len(new):
+        portal.out.note(f"{_devices(before)} {'is' if before == 1 else 'are'} {act.status} already.")
     end = " This cannot be undone." if act.name == "revoke" else ""
-    confirm(f"{act.order} {number}?{end}", yes=False)
+    confirm(f"{act.order} {_devices(len(new))}?{end}", yes=False)
+
+
+def _devices(number: int) -> str:
+    return f"{number} device{'s' * (number != 1)}"
 
 
 def _answers(
@@ -165,7 +175,7 @@ def _answers(
 
 
 def _show(portal: Remote, act: Act, rows: Sequence[Mapping[str, Any]]) -> None:
-    numbers = Counter("done" if row["done"] else "refused" if row.get("code") else "pending" for row in rows)
+    numbers = Counter(map(_outcome, rows))
     if portal.out.as_json:
         portal.out.json({"devices": rows})
     else:
@@ -173,8 +183,9 @@ def _show(portal: Remote, act: Act, rows: Sequence[Mapping[str, Any]]) -> None:
             said = row.get("detail") or row.get("broker", "")
             cells = (row["device_id"], row.get("name", ""), row.get("status", row.get("code", "")), said)
             portal.out.raw("\t".join(map(clean, cells)))
-    if numbers["done"]:
-        portal.out.done(f"{act.done} {numbers['done']} of {len(rows)} devices")
+    if numbers["done"] or numbers["repeated"]:
+        before = f"; {_devices(numbers['repeated'])} had been {act.status} before" if numbers["repeated"] else ""
+        portal.out.done(f"{act.done} {numbers['done']} of {len(rows)} devices{before}")
     if numbers["pending"]:
         portal.out.warning(
             f"THE BROKER DOES NOT ENFORCE THIS YET for {numbers['pending']} of them. The portal keeps trying; for the"
@@ -182,6 +193,12 @@ def _show(portal: Remote, act: Act, rows: Sequence[Mapping[str, Any]]) -> None:
         )
     if numbers["refused"]:
         raise CheckFailed(f"{numbers['refused']} of {len(rows)} devices were refused, and are as they were.")
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    if not row["done"]:
+        return "refused" if row.get("code") else "pending"
+    return "repeated" if row.get("repeated") else "done"
 
 
 # --- The file of results ---------------------------------------------------------------------------------------------

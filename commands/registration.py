@@ -43,7 +43,8 @@ CERTIFICATE_FILES = (CERTIFICATE, CHAIN, CA)
 class Operation:
     """A request to the portal that issues a certificate, and the words that describe its progress.
 
-    ``about`` is the name of the id in the answer, ``show`` the command that shows what has that id.
+    ``about`` is the name of the id in the answer, ``show`` the command that shows what has that id; ``names_known``:
+    what has that id was there before.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Operation:
     is_done: str
     about: str = "device_id"
     show: str = "portal show"
+    names_known: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,8 @@ def renew(portal: Remote, /, device_id: str, when_used: bool, **options: Any) ->
     device's own CSR. The old certificate is revoked when the overlap ends, after 24 hours by default.
     """
     options["revoke_previous"] = "when_used" if when_used else None
-    issue(portal, Operation(f"/devices/{device_id}/renew", "Renewing…", "Renewed", "is renewed"), options)
+    path = f"/devices/{device_id}/renew"
+    issue(portal, Operation(path, "Renewing…", "Renewed", "is renewed", names_known=True), options)
 
 
 def issue(portal: Remote, operation: Operation, options: dict[str, Any]) -> None:
@@ -264,12 +267,10 @@ def _post(portal: Remote, operation: Operation, body: dict[str, Any], key: str |
 
 
 def _done(operation: Operation, answer: dict[str, Any]) -> str:
-    name = answer.get("name")
-    return (
-        f"{operation.done} {name} as {answer[operation.about]}"
-        if name
-        else f"{operation.done} {answer[operation.about]}"
-    )
+    name, about = answer.get("name"), answer[operation.about]
+    if not name:
+        return f"{operation.done} {about}"
+    return f"{operation.done} {name} ({about})" if operation.names_known else f"{operation.done} {name} as {about}"
 
 
 def _show(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -239,21 +240,33 @@ def _not_known(settings: Settings) -> PortalError:
 
 def _make_cursor(place: Place, wanted: DeviceFilter) -> str:
     values = [value.isoformat() if isinstance(value, datetime) else value for value in place]
-    text = json.dumps([wanted.order, *values], separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps([wanted.order, _digest(wanted), *values], separators=(",", ":"), ensure_ascii=False)
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
 def _read_cursor(cursor: str, wanted: DeviceFilter) -> Place:
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        order, *lead, at, device_id = json.loads(text)
+        order, digest, *lead, at, device_id = json.loads(text)
         time = datetime.fromisoformat(at).astimezone(UTC)
-        if order != wanted.order or not is_device_id(device_id):
+        if order != wanted.order or digest != _digest(wanted) or not is_device_id(device_id):
             raise ValueError("not of the form that a page gives")
         return *_read_lead(lead, wanted), time, device_id
     except (ValueError, TypeError, OverflowError, RecursionError):
-        problem = FieldProblem("cursor", "must be the next_cursor of the page before")
-        raise InputInvalid("The cursor is not one that a page gave; begin again without it.", [problem]) from None
+        problem = FieldProblem("cursor", "must be the next_cursor of the page before, of the same filters and sort")
+        raise InputInvalid(
+            "The cursor is not one that a page of these filters gave; begin again without it.", [problem]
+        ) from None
+
+
+def _digest(wanted: DeviceFilter) -> str:
+    """Return what tells the filters of one list from those of another, by which its cursor is bound to them.
+
+    A time in ``expires_before`` counts as any other: the next 30 days are other ones a minute later.
+    """
+    values = dataclasses.asdict(dataclasses.replace(wanted, sort=None, expires_before=None))
+    told = json.dumps([values, wanted.expires_before is not None], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _read_lead(lead: list[Any], wanted: DeviceFilter) -> list[Any]:

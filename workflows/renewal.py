@@ -73,6 +73,7 @@ class Renewed(CredentialAnswer):
     previous_valid_until: datetime | None
     ended: bool = False
     problem: str | None = None
+    name: str = ""  # of the device or application; empty in answers that an older portal has kept
 
 
 @dataclass(eq=False, repr=False)
@@ -246,7 +247,10 @@ class Renewals:
             attestation=appraised,
         )
         record_issuances(tx, actor, [issuance], now=now)
-        return Renewed.of(issued, issued_at=now, previous_valid_until=goes_on_until, ended=ended > 0), generation
+        answer = Renewed.of(
+            issued, issued_at=now, previous_valid_until=goes_on_until, ended=ended > 0, name=device.name
+        )
+        return answer, generation
 
     def _overlap(self, renewal: RenewalRequest) -> timedelta:
         hours = renewal.overlap_hours

@@ -50,6 +50,7 @@ class Revoked:
     reason: str
     enforced: bool = False
     problem: str | None = None
+    repeated: bool = False  # it was revoked before
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Suspended:
     suspended_at: datetime | None
     enforced: bool = False
     problem: str | None = None
+    repeated: bool = False  # it was so before
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +220,8 @@ class DeviceRevocations:
         for item in written:
             enforced = outcome.covers(item.generation)
             problem = None if enforced else outcome.problem
-            answers.append(dataclasses.replace(item.answer, enforced=enforced, problem=problem))
+            repeated = item.repeated
+            answers.append(dataclasses.replace(item.answer, enforced=enforced, problem=problem, repeated=repeated))
         if pending := [answer.device_id for answer in answers if not answer.enforced]:
             log.error(
                 "the broker does not enforce the new status of devices yet",

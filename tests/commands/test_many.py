@@ -63,6 +63,17 @@ def test_without_a_terminal_many_need_yes(session: Session, stub: PortalStub) ->
     assert stub.calls(*CALL) == []
 
 
+def test_those_that_were_so_before_are_counted_apart(session: Session, stub: PortalStub) -> None:
+    for status in ("active", "active", "revoked"):
+        stub.add_device("pump", type="pump", status=status)
+    with terminal(session, "revoke", "--type", "pump", NO_COLOR="1", TERM="dumb") as seen:
+        seen.expect("1 device is revoked already.")
+        seen.expect("Revoke 2 devices? This cannot be undone. [y/N]: ")
+        seen.type("y\n")
+        seen.expect("Revoked 2 of 3 devices; 1 device had been revoked before")
+        assert seen.end() == 0
+
+
 @pytest.mark.parametrize("words", [(), ("pump", "--type", "pump"), ("--yes",)])
 def test_what_names_no_devices_or_both_is_refused(session: Session, stub: PortalStub, words: tuple[str, ...]) -> None:
     assert (session.run("resume", *words).exit_code, stub.requests) == (2, [])

@@ -301,7 +301,7 @@ def test_contradictory_options_are_a_usage_error(extra: tuple[str, ...], session
 
 
 def renewal(stub: PortalStub, device_id: str, **changed: Any) -> Reply:
-    answer = {"device_id": device_id, "fingerprint": "cd" * 32, "serial_number": "0a1b"}
+    answer = {"device_id": device_id, "name": "sensor-7", "fingerprint": "cd" * 32, "serial_number": "0a1b"}
     answer |= {"expires_at": "2036-01-01T00:00:00Z", "previous_valid_until": "2026-01-02T00:00:00Z"}
     return Reply(201, answer | changed)
 
@@ -314,7 +314,7 @@ def test_a_renewal_shows_the_link_and_how_long_the_old_certificate_is_valid(sess
     result = session.run("renew", device_id, *options)
     assert result.exit_code == 0, result.output
     assert "previous_valid_until\t2026-01-02T00:00:00Z" in result.stdout
-    assert f"Renewed {device_id}" in result.stderr
+    assert f"Renewed sensor-7 ({device_id})" in result.stderr
     (request,) = stub.calls("POST", f"/devices/{device_id}/renew")
     assert request.body == {"overlap_hours": 0, "revoke_previous": "when_used", "validity_days": 9}
     assert len(request.headers["Idempotency-Key"]) == 32

@@ -290,8 +290,10 @@ class PortalStub:
             if device is None or device["status"] == "revoked" != request.body["action"] + "d":
                 lines.append({"device_id": device_id, "code": "state_conflict", "detail": "The device cannot."})
                 continue
-            device["status"] = {"revoke": "revoked", "suspend": "suspended", "resume": "active"}[request.body["action"]]
-            lines.append({"device_id": device_id, "status": device["status"], "broker": self.broker})
+            status = {"revoke": "revoked", "suspend": "suspended", "resume": "active"}[request.body["action"]]
+            before = {"repeated": True} if device["status"] == status else {}
+            device["status"] = status
+            lines.append({"device_id": device_id, "status": status, "broker": self.broker, **before})
         return Reply(200, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def _download(self, request: Request) -> Reply:

@@ -24,6 +24,9 @@ _TEXT = rf"^[^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?$"
 UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
 _CURSOR = "^Wy[IJ][A-Za-z0-9_-]{40,900}$"  # Base64 of a JSON list that begins with the name of an order
+_FINGERPRINT = "^[0-9a-f]{64}$"
+SHORT_ID = "^[0-9a-f]{16}$"
+BASE64 = "^[A-Za-z0-9+/]*={0,2}$"
 _NUMERIC_CURSOR = "^[1-9][0-9]{0,17}$"
 _PAIR = r'^[^="\\\u0000-\u001f\u007f]{1,128}=[^\u0000-\u001f\u007f]*$'
 PROFILE_NAME = "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
@@ -37,6 +40,19 @@ PATTERN_IN_WORDS = {
     PROFILE_NAME: "must be 1 to 63 lower-case letters, digits and inner hyphens",
     TOPIC_PREFIX: "must be one or more topic levels of letters, digits, - and _, without wildcards, such as sites/acme",
     _CURSOR: "must be the next_cursor of the previous page",
+    UUID: "must be an id, a UUID in lower case",
+    _FINGERPRINT: "must be 64 hexadecimal digits in lower case",
+    SHORT_ID: "must be 16 hexadecimal digits in lower case",
+    BASE64: "must be Base64",
+    # Of evidence (attestation/appraisal.py).
+    "^([0-9a-f]{2})+$": "must be bytes in hexadecimal digits in lower case",
+    "^([0-9a-f]{2}){0,64}$": "must be at most 64 bytes in hexadecimal digits in lower case",
+    "^([0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})$": "must be a hash of 64, 96 or 128 hexadecimal digits in lower case",
+    "^(sha-256:[0-9a-f]{64}|sha-384:[0-9a-f]{96}|sha-512:[0-9a-f]{128})$": (
+        "must be sha-256:, sha-384: or sha-512: with a hash in hexadecimal digits in lower case"
+    ),
+    "^(1?[0-9]|2[0-3])$": "must be the number of a PCR, 0 to 23",
+    r"^[0-9]{1,9}(\.[0-9]{1,9}){0,7}$": "must be a version of numbers and dots, such as 1.4.2",
 }
 
 METADATA_DEPTH = 5
@@ -73,7 +89,7 @@ BundleFormatName = Annotated[
 ]
 DeviceId = Annotated[str, Field(pattern=UUID, examples=["3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b"])]
 Hex = Annotated[str, Field(pattern="^[0-9a-f]+$")]
-Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Fingerprint = Annotated[str, Field(pattern=_FINGERPRINT)]
 KeyTypeName = Literal["ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096"]
 ReasonName = Literal[
     "unspecified",

@@ -60,6 +60,7 @@ class RenewedAnswer(IssuedAnswer):
     older certificates were revoked at once: `enforced` if the broker was seen to refuse them.
     """
 
+    name: str
     previous_valid_until: Timestamp | None = None
     broker: Literal["enforced", "pending"] | None = None
     broker_problem: str | None = None
@@ -210,7 +211,10 @@ class ActionRequest(RequestModel):
 
 
 class ActionAnswer(AnswerModel):
-    """A device as it is now, with what the broker was seen to do, or in `code` and `detail` why it is as it was."""
+    """A device as it is now, with what the broker was seen to do, or in `code` and `detail` why it is as it was.
+
+    `repeated` is there, and true, for one that was revoked, suspended or active before, as was asked for.
+    """
 
     device_id: DeviceId
     status: Literal["revoked", "suspended", "active"] | None = None
@@ -219,6 +223,7 @@ class ActionAnswer(AnswerModel):
     suspended_at: Timestamp | None = None
     broker: Literal["enforced", "pending"] | None = None
     broker_problem: str | None = None
+    repeated: Literal[True] | None = None
     code: str | None = None
     detail: str | None = None
 
@@ -252,4 +257,5 @@ def _action_answer(answer: Revoked | Suspended | ActionRefused) -> ActionAnswer:
         return ActionAnswer.of(answer.error, device_id=answer.device_id)
     status = "revoked" if isinstance(answer, Revoked) else answer.status
     broker = "enforced" if answer.enforced else "pending"
-    return ActionAnswer.of(answer, status=status, broker=broker, broker_problem=answer.problem)
+    repeated = True if answer.repeated else None
+    return ActionAnswer.of(answer, status=status, broker=broker, broker_problem=answer.problem, repeated=repeated)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 from flask import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
-from pydantic_core import ErrorDetails
 from werkzeug.datastructures import Headers
 from werkzeug.routing import BaseConverter
 
@@ -37,8 +36,9 @@ from core.errors import (
 from core.roles import MAY, Permission
 from store import scope
 from store.audit import Actor
-from web.api.fields import PATTERN_IN_WORDS, PROFILE_NAME, UUID
+from web.api.fields import PROFILE_NAME, UUID
 from web.api.proxies import client_address
+from web.api.sentences import in_words
 
 if TYPE_CHECKING:
     from operations.wiring import Portal
@@ -433,7 +433,7 @@ def input_invalid(error: ValidationError) -> InputInvalid:
         return _refused([FieldProblem("body", f"has {error.error_count()} unknown or invalid fields; see /docs")])
     return _refused(
         [
-            FieldProblem(_shown(".".join(str(part) for part in problem["loc"])) or "body", _in_words(problem))
+            FieldProblem(_shown(".".join(str(part) for part in problem["loc"])) or "body", in_words(problem))
             for problem in error.errors(include_input=False, include_url=False)[:MAX_PROBLEMS]
         ]
     )
@@ -442,18 +442,6 @@ def input_invalid(error: ValidationError) -> InputInvalid:
 def _refused(problems: list[FieldProblem]) -> InputInvalid:
     named = ", ".join(f"{problem.field} ({problem.message})" for problem in problems[:5])
     return InputInvalid(f"The request has invalid fields: {named}.", problems)
-
-
-def _in_words(problem: ErrorDetails) -> str:
-    match problem["type"]:
-        case "string_pattern_mismatch":
-            return PATTERN_IN_WORDS.get(problem["ctx"]["pattern"], problem["msg"])
-        case "extra_forbidden":
-            return "is not a field of this request"
-        case "missing":
-            return "is missing"
-        case _:
-            return problem["msg"].removeprefix("Value error, ")
 
 
 def _shown(name: str) -> str:

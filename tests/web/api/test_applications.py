@@ -397,6 +397,7 @@ def test_a_renewal_gives_another_certificate_for_the_same_topics(api: Api) -> No
     answer = api.post(f"/applications/{application}/renew", {"csr": csr_pem(), "overlap_hours": 0})
     assert answer.status_code == 201, answer.text
     assert (answer.json["application_id"], answer.json["broker"]) == (application, "enforced")
+    assert answer.json["name"] == "back end"
     shown = api.get(f"/applications/{application}").json
     assert shown["certificate"]["serial_number"] == answer.json["serial_number"]
     assert shown["topics"] == READ_ALL

@@ -114,6 +114,21 @@ def test_a_cursor_continues_no_list_in_another_order(api: Api, fleet: list[str])
             assert (answer.status_code == 200) == (first == second), (first, second)
 
 
+def test_a_cursor_continues_no_list_with_another_filter(api: Api, fleet: list[str]) -> None:
+    filters = ("", "type=pump", "type=valve", "type=pump&q=pump", "location=hall+1")
+    cursors = {filters: api.get(f"/devices?limit=1&{filters}").json["next_cursor"] for filters in filters}
+    for first, cursor in cursors.items():
+        for second in cursors if cursor is not None else ():
+            answer = api.get(f"/devices?{second}&cursor={cursor}")
+            assert (answer.status_code == 200) == (first == second), (first, second)
+    assert any(cursors.values())
+
+
+def test_a_cursor_still_fits_when_the_time_of_expires_before_has_moved(api: Api, fleet: list[str]) -> None:
+    cursor = api.get("/devices?limit=1&expires_before=2100-01-01T00:00:00Z").json["next_cursor"]
+    assert api.get(f"/devices?expires_before=2100-01-01T00:01:00Z&cursor={cursor}").status_code == 200
+
+
 def test_nobody_is_listed_as_connected_while_that_is_not_known(
     api: Api, fleet: list[str], portal: Portal, clock: Clock
 ) -> None:
