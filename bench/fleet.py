@@ -29,7 +29,7 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
     ``data`` is the data folder of a portal that was made and does not run; ``url`` its database where that is not
     the folder's own. ``per_device`` says that the broker must learn of each of them.
     """
-    database = Database(url or f"sqlite:///{data / 'portal.db'}", lock_path=data / ".write.lock", threads=1)
+    database = Database(url or f"sqlite:///{data / 'portal.db'}", folder=data, threads=1)
     chance = random.Random(devices)  # noqa: S311 - the same fleet each time, no secret
     now = datetime.now(UTC)
     with database.snapshot() as tx:

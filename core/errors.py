@@ -401,6 +401,10 @@ class DatabaseUnavailable(Unavailable):
     code = "database_unavailable"
 
 
+class DatabaseInUse(DatabaseUnavailable):
+    """A portal with another data folder, and so another broker, works on the database."""
+
+
 class LockUnavailable(Unavailable):
     """Another process of the portal holds a lock for too long, or the lock file cannot be opened."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -10,7 +11,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from core.errors import LockUnavailable, StartupError
@@ -106,6 +107,34 @@ def private_folder(path: Path, *, mode: int = 0o700, group: int | None = None) -
     if stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)  # only if it differs: a confined service may not set some bits even to their present value
     return path
+
+
+def folder_number(folder: Path) -> int:
+    """Return a number of 31 bits that tells a folder from any other, and from a copy of it.
+
+    It is made of a file in the folder, ``.folder-id``, which the first call writes: of what is in it, at random, and of
+    its inode number. Raises ``StartupError`` if the file can neither be read nor written.
+    """
+    path = folder / ".folder-id"
+    try:
+        if not path.exists():
+            _write_once(path, secrets.token_hex(16).encode("ascii"))
+        text = f"{path.read_text(encoding='ascii')} {path.stat().st_ino}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"{path} cannot be read or written; make it accessible, or remove it.") from error
+    return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:4], "big") >> 1
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    """Write a file unless there is one, also where another process does so at the same time."""
+    temporary = temporary_beside(path)
+    temporary.touch(mode=0o600, exist_ok=False)
+    try:
+        temporary.write_bytes(content)
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink()
 
 
 def secret_file(path: Path, make: Callable[[], str]) -> str:

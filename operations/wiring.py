@@ -200,7 +200,7 @@ def write_trust_anchors(settings: Settings, content: bytes) -> None:
 
 def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Foundation:
     folder, first_tenant, subscribed = settings.secrets_dir, DEFAULT_TENANT, settings.data_dir / SUBSCRIBED
-    database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=settings.threads)
+    database = Database(settings.database_url, folder=settings.data_dir, threads=settings.threads)
     database.migrate(settings.database_owner_url)
     events.watch(database.engine, subscribed)
     with database.transaction() as tx:

@@ -23,13 +23,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.orm import DeclarativeBase
 
-from core.errors import DatabaseTooNew, DatabaseUnavailable, LockUnavailable, StartupError
+from core.errors import DatabaseInUse, DatabaseTooNew, DatabaseUnavailable, LockUnavailable, StartupError
 from core.files import FileLock
 from store import schema, scope
 
 Result = TypeVar("Result")
 # The server does not answer, is locked or full, or can only be read (InternalError).
 _UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
+WRITE_LOCK = ".write.lock"  # in the data folder
 BUSY_TIMEOUT_SECONDS = 5.0
 INSUFFICIENT_PRIVILEGE = "42501"  # of PostgreSQL's errors
 LOCKED_SECONDS = 0.2  # how long a writer waits if the previous one waited in vain
@@ -114,13 +115,17 @@ def columns_of(record: type, table: type[Base], **derived: sa.ColumnElement[Any]
 class Database:
     """One engine with its rules: WAL and synchronous=FULL on SQLite, one writer at a time, foreign keys on."""
 
-    def __init__(self, url: str, *, lock_path: Path, threads: int) -> None:
-        """Take a SQLAlchemy URL of SQLite or PostgreSQL; SQLite's writers queue at the lock file ``lock_path``."""
-        self.engine = create_engine(url, threads)
+    def __init__(self, url: str, *, folder: Path, threads: int) -> None:
+        """Take a SQLAlchemy URL of SQLite or PostgreSQL, and the data folder that its portal works on.
+
+        SQLite's writers queue at a lock file in the folder. PostgreSQL serves one data folder at a time: a connection
+        raises ``DatabaseInUse`` while there are some for another.
+        """
+        self.engine = create_engine(url, threads, folder)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         # SQLite's own lock is polled by those who wait for it, which costs tens of milliseconds; a lock of the kernel
         # wakes the next writer at once. PostgreSQL queues writers itself.
-        self._write_gate = FileLock(lock_path) if self.is_sqlite else None
+        self._write_gate = FileLock(folder / WRITE_LOCK) if self.is_sqlite else None
         self._shared = SharedTransactions(self.transaction)
         self._locked = False  # whether the last writer waited in vain for the database to be free
         self._failed = False  # whether the last transaction that writes failed because of the database
@@ -226,6 +231,8 @@ class Database:
             try:
                 with self.transaction(patience=PING_SECONDS) as tx:
                     tx.execute(_REWRITE)
+            except DatabaseInUse:
+                raise
             except (DatabaseUnavailable, LockUnavailable) as error:
                 self._failed = True
                 raise DatabaseUnavailable(
@@ -387,10 +394,11 @@ def _run_together(requests: Sequence[_Request[Any]], tx: Connection) -> None:
 # --- Engines ---------------------------------------------------------------------------------------------------------
 
 
-def create_engine(url: str, threads: int) -> Engine:
+def create_engine(url: str, threads: int, folder: Path | None = None) -> Engine:
     """Return an engine for a SQLite or PostgreSQL URL, with room for ``threads`` connections and a few more.
 
-    It opens no connection yet. Raises ``StartupError`` if the URL cannot be read.
+    Those to PostgreSQL are for the portal of a data ``folder``, if one is given. It opens no connection yet.
+    Raises ``StartupError`` if the URL cannot be read.
     """
     if url.startswith("postgresql://"):
         url = "postgresql+psycopg://" + url.removeprefix("postgresql://")
@@ -418,7 +426,7 @@ def create_engine(url: str, threads: int) -> Engine:
         sa.event.listen(engine, "connect", _on_sqlite_connect)
         sa.event.listen(engine, "begin", _on_sqlite_begin)
     else:
-        postgresql.prepare(engine)
+        postgresql.prepare(engine, folder)
     return engine
 
 

@@ -5,20 +5,30 @@ Imported only where PostgreSQL is used, since its driver takes a while to load.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from core.errors import DatabaseInUse
+from core.files import folder_number
 from store import scope
 
 LOCK_SECONDS, STATEMENT_SECONDS, IDLE_SECONDS = 5, 30, 120
 # Longer than any statement may take: only a server that is stopped or gone stays silent for this long.
 ANSWER_SECONDS = 35.0
+_FOLDERS = 0x706F7274  # the first number of the advisory locks that stand for data folders
+# The numbers are signed where a lock is taken, and unsigned where it is listed: both are below 2**31.
+_OTHER_FOLDERS = (
+    "SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND classid = %s AND objid <> %s AND granted"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
 CONNECT_ARGUMENTS = {
     "connect_timeout": 5,
     # A machine that is gone is noticed after 10 to 25 s.
@@ -61,10 +71,12 @@ def without_time_limits(connection: Connection) -> Iterator[None]:
         driver.patience = ANSWER_SECONDS
 
 
-def prepare(engine: Engine) -> None:
-    """Let the engine make its connections in this way."""
+def prepare(engine: Engine, folder: Path | None) -> None:
+    """Let the engine make its connections in this way, for the portal of a data folder if one is given."""
     sa.event.listen(engine, "do_connect", _connect)
     sa.event.listen(engine, "connect", _on_connect)
+    if folder is not None:
+        sa.event.listen(engine, "connect", functools.partial(_claim, folder))
     sa.event.listen(engine, "begin", _on_begin)
 
 
@@ -84,6 +96,22 @@ def _on_begin(connection: Connection) -> None:
         driver.execute(f"BEGIN{reads}; SET LOCAL {scope.SETTING} = '{tenant}'{lasts}", prepare=False)
     except psycopg.OperationalError as error:
         raise sa.exc.OperationalError("BEGIN", None, error) from error
+
+
+def _claim(folder: Path, connection: PatientConnection, _record: object) -> None:
+    """Hold a lock for the data folder as long as the connection lasts, and refuse it if another folder has one.
+
+    A data folder has a broker beside it, and the database says what one broker enforces: a second one would be said to
+    refuse devices that it lets in.
+    """
+    number = folder_number(folder)
+    connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", (_FOLDERS, number))
+    if connection.execute(_OTHER_FOLDERS, (_FOLDERS, number)).fetchone() is not None:
+        connection.close()
+        raise DatabaseInUse(
+            "A portal with another data folder works on this database, which knows one broker only; stop that one, or"
+            " set PORTAL_DATABASE_URL to a database of its own."
+        )
 
 
 def _on_connect(connection: PatientConnection, _record: object) -> None:

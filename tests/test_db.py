@@ -289,7 +289,7 @@ def test_a_database_from_a_newer_version_is_refused(portal: Portal) -> None:
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Database:
-    database = Database(f"sqlite:///{tmp_path / 'portal.db'}", lock_path=tmp_path / "lock", threads=2)
+    database = Database(f"sqlite:///{tmp_path / 'portal.db'}", folder=tmp_path, threads=2)
     database.migrate()
     return database
 
@@ -317,7 +317,7 @@ def test_a_lock_held_by_another_program_is_a_clear_error(
     sqlite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "BUSY_TIMEOUT_SECONDS", 0.0)
-    impatient = Database(f"sqlite:///{tmp_path / 'portal.db'}", lock_path=tmp_path / "lock", threads=1)
+    impatient = Database(f"sqlite:///{tmp_path / 'portal.db'}", folder=tmp_path, threads=1)
     other = sqlite3.connect(tmp_path / "portal.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(DatabaseUnavailable, match="try again"), impatient.transaction():
@@ -332,7 +332,7 @@ def test_a_lock_held_by_another_program_is_a_clear_error(
 
 def test_a_url_that_is_none_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(StartupError):
-        Database("sqlite+nothing:///x", lock_path=tmp_path / "lock", threads=1)
+        Database("sqlite+nothing:///x", folder=tmp_path, threads=1)
 
 
 def test_an_error_of_the_database_does_not_show_what_was_sent(portal: Portal) -> None:

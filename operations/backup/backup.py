@@ -125,7 +125,7 @@ def open_database(settings: Settings, *, as_owner: bool = False) -> Database:
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise BackupRefused(f"There is no database at {url.database}.")
     taken = (as_owner and settings.database_owner_url) or settings.database_url
-    return Database(taken, lock_path=settings.data_dir / ".write.lock", threads=1)
+    return Database(taken, folder=settings.data_dir, threads=1)
 
 
 def check_tenant(tx: Connection, tenant_id: str) -> None:

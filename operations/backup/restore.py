@@ -179,7 +179,7 @@ def _restore_sqlite(plan: _Plan) -> None:
     remove_database(staged)
     with journaled(plan.settings, staged) as journal:
         with _replaced_sqlite(plan, current) as replaced:
-            database = Database(f"sqlite:///{staged}", lock_path=plan.settings.data_dir / ".write.lock", threads=1)
+            database = Database(f"sqlite:///{staged}", folder=plan.settings.data_dir, threads=1)
             with contextlib.closing(database), database.transaction() as tx:
                 schema.upgrade(tx, plan.backup.manifest.revision)
                 _fill(tx, plan, replaced, journal)

@@ -154,7 +154,7 @@ def _read(path: Path) -> RestoreJournal:
 def _is_committed(settings: Settings, journal: RestoreJournal) -> bool:
     if journal.staged is not None:
         return journal.placing and not journal.staged.exists()
-    database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
+    database = Database(settings.database_url, folder=settings.data_dir, threads=1)
     with contextlib.closing(database), database.snapshot() as tx:
         if schema.revision(tx) != schema.newest_revision():
             return False

@@ -122,7 +122,7 @@ class Installation:
         url = sa.make_url(self.settings.database_url)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
             return DatabaseUnavailable(f"There is no database at {url.database}.")
-        return Database(self.settings.database_url, lock_path=self.settings.data_dir / ".write.lock", threads=1)
+        return Database(self.settings.database_url, folder=self.settings.data_dir, threads=1)
 
     def issuers(self) -> Sequence[IssuerRecord]:
         """Return the CAs of the database, the root first."""

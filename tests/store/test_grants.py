@@ -51,12 +51,12 @@ def roles() -> Iterator[Roles]:
         administrate(f"DROP ROLE {role}")
 
 
-def opened(url: str) -> Database:
-    return Database(url, lock_path=Path("/nonexistent"), threads=1)
+def opened(url: str, folder: Path) -> Database:
+    return Database(url, folder=folder, threads=1)
 
 
-def test_the_owner_makes_the_tables_and_the_running_role_owns_nothing(roles: Roles) -> None:
-    database = opened(roles.running)
+def test_the_owner_makes_the_tables_and_the_running_role_owns_nothing(roles: Roles, tmp_path: Path) -> None:
+    database = opened(roles.running, tmp_path)
     with pytest.raises(StartupError, match="PORTAL_DATABASE_OWNER_URL"):
         database.migrate()
     database.migrate(roles.owner)
@@ -67,12 +67,12 @@ def test_the_owner_makes_the_tables_and_the_running_role_owns_nothing(roles: Rol
     database.close()
 
 
-def test_a_role_that_comes_later_is_given_what_it_lacks_at_the_next_start(roles: Roles) -> None:
-    owner = opened(roles.owner)
+def test_a_role_that_comes_later_is_given_what_it_lacks_at_the_next_start(roles: Roles, tmp_path: Path) -> None:
+    owner = opened(roles.owner, tmp_path)
     owner.migrate()  # as a portal of one role does
     with owner.snapshot() as tx:
         assert grants.role_of(tx).unbound == "owns the tables"
-    running = opened(roles.running)
+    running = opened(roles.running, tmp_path)
     with pytest.raises(StartupError, match="PORTAL_DATABASE_OWNER_URL"):
         running.migrate()
     running.migrate(roles.owner)
@@ -82,10 +82,10 @@ def test_a_role_that_comes_later_is_given_what_it_lacks_at_the_next_start(roles:
         database.close()
 
 
-def test_a_newer_schema_takes_the_owner_again(roles: Roles) -> None:
-    database = opened(roles.running)
+def test_a_newer_schema_takes_the_owner_again(roles: Roles, tmp_path: Path) -> None:
+    database = opened(roles.running, tmp_path)
     database.migrate(roles.owner)
-    owner = opened(roles.owner)
+    owner = opened(roles.owner, tmp_path)
     with owner.transaction() as tx:
         tx.execute(sa.text("UPDATE alembic_version SET version_num = '0031'"))
     with pytest.raises(StartupError, match="PORTAL_DATABASE_OWNER_URL"):

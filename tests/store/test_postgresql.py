@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from app import create_app, portal_of
-from core.errors import DatabaseUnavailable
+from core.errors import DatabaseInUse, DatabaseUnavailable
 from core.roles import Role
 from store import postgresql
 from store.database import Database
@@ -28,7 +29,7 @@ def test_a_server_that_is_stopped_is_given_up_and_found_again(tmp_path: Path, mo
     monkeypatch.setattr(postgresql.PatientConnection, "patience", 0.5)
     monkeypatch.setitem(postgresql.CONNECT_ARGUMENTS, "connect_timeout", 2)
     with Cluster() as cluster:
-        database = Database(cluster.url, lock_path=tmp_path / "lock", threads=2)
+        database = Database(cluster.url, folder=tmp_path, threads=2)
         database.migrate()
         database.ping()
         processes = cluster.processes()
@@ -67,9 +68,9 @@ def test_a_server_that_became_read_only_is_read_and_readyz_tells_at_once(tmp_pat
         portal_of(app).close()
 
 
-def test_connections_are_durable_and_bounded_whatever_the_servers_defaults() -> None:
+def test_connections_are_durable_and_bounded_whatever_the_servers_defaults(tmp_path: Path) -> None:
     with Cluster("synchronous_commit=off") as cluster:
-        database = Database(cluster.url, lock_path=Path("/nonexistent"), threads=2)
+        database = Database(cluster.url, folder=tmp_path, threads=2)
         with database.snapshot() as tx:
             shown = {
                 name: tx.execute(sa.text(f"SHOW {name}")).scalar_one()
@@ -79,10 +80,32 @@ def test_connections_are_durable_and_bounded_whatever_the_servers_defaults() -> 
     assert shown == {"synchronous_commit": "on", "lock_timeout": "5s", "statement_timeout": "30s"}
 
 
-def test_a_default_of_read_only_is_not_overridden_after_a_snapshot() -> None:
+def test_a_default_of_read_only_is_not_overridden_after_a_snapshot(tmp_path: Path) -> None:
     with Cluster("default_transaction_read_only=on") as cluster:
-        database = Database(cluster.url, lock_path=Path("/nonexistent"), threads=2)
+        database = Database(cluster.url, folder=tmp_path, threads=2)
         for begin in (database.transaction, database.snapshot, database.transaction):
             with begin() as tx:
                 assert tx.execute(sa.text("SHOW transaction_read_only")).scalar_one() == "on"
         database.close()
+
+
+def test_a_database_serves_the_portals_of_one_data_folder_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with Cluster() as cluster:
+        first, beside = (Database(cluster.url, folder=folder, threads=1) for _ in range(2))
+        first.migrate()
+        beside.ping()
+        other = Database(cluster.url, folder=shutil.copytree(folder, tmp_path / "copy"), threads=1)
+        with pytest.raises(DatabaseInUse, match="another data folder"):
+            other.ping()
+        first.close()
+        with pytest.raises(DatabaseInUse):
+            other.ping()
+        beside.close()
+        other.ping()
+        with pytest.raises(DatabaseInUse):  # it finds its place taken after a loss of all its connections
+            first.ping()
+        other.close()
+        first.ping()
+        first.close()

@@ -41,7 +41,7 @@ class AnnouncedLock:
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     monkeypatch.setattr(AnnouncedLock, "waiting", threading.Semaphore(0))
     monkeypatch.setattr(database_module, "Lock", AnnouncedLock)
-    made = Database(f"sqlite:///{tmp_path / 'portal.db'}", lock_path=tmp_path / "lock", threads=8)
+    made = Database(f"sqlite:///{tmp_path / 'portal.db'}", folder=tmp_path, threads=8)
     with made.transaction() as tx:
         tx.exec_driver_sql("CREATE TABLE seen (number INTEGER PRIMARY KEY)")
     yield made

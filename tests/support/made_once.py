@@ -74,8 +74,8 @@ def made_once() -> Iterator[None]:
     """Let the engines and the applications that are created in the ``with`` block share what they make alike."""
     create = database.create_engine
 
-    def create_engine(url: str, threads: int) -> Engine:
-        engine = create(url, threads)
+    def create_engine(url: str, threads: int, folder: Path | None = None) -> Engine:
+        engine = create(url, threads, folder)
         engine.dialect.__class__ = _alike(type(engine.dialect))
         engine.update_execution_options(compiled_cache=_compiled)
         return engine

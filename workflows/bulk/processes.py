@@ -220,7 +220,7 @@ def _start(lifeline: Connection, setup: _Setup) -> None:
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     settings = setup.settings
     try:
-        database = Database(settings.database_url, lock_path=settings.data_dir / ".write.lock", threads=1)
+        database = Database(settings.database_url, folder=settings.data_dir, threads=1)
         _opened = CredentialIssuer(settings, Authority(database, open_keys(settings, make=False)), setup.link_keys)
     except PortalError as error:
         _opened = error  # the answer to every job
