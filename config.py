@@ -21,10 +21,15 @@ from core.errors import SettingInvalid
 from core.setting_values import (
     UNIX_SOCKET_PATH_LIMIT,
     Address,
+    ClaimName,
+    GroupGrantsSetting,
     KeyPlaces,
     MailAddresses,
     Names,
     Networks,
+    OidcClientId,
+    OidcIssuer,
+    OidcScopes,
     OptionalPath,
     PathSetting,
     PkiAddressSetting,
@@ -303,6 +308,23 @@ class Settings(BaseSettings):
     mail_from: MailAddresses = setting("", "Sender of the mail, an address")
     mail_to: MailAddresses = setting("", "Addresses that get the mail, separated by commas")
     mail_minutes: Annotated[int, count(1, 10080)] = setting("15", "Minutes between two messages, at least")
+    oidc_issuer: OidcIssuer = setting(
+        "", "Identity provider (OpenID Connect) by which operators log in, its issuer URL; none if empty"
+    )
+    oidc_client_id: OidcClientId = setting("", "The portal's client id at the identity provider")
+    oidc_client_secret_file: OptionalPath = setting(
+        "", "File with that client's secret, which no others may read; a public client, with PKCE alone, if empty"
+    )
+    oidc_cli_client_id: OidcClientId = derived(
+        lambda data: "" if data.get("oidc_client_secret_file") else data.get("oidc_client_id", ""),
+        "Public client id for portal login --oidc; PORTAL_OIDC_CLIENT_ID if empty and that has no secret",
+    )
+    oidc_ca_file: OptionalPath = setting("", "CA certificates (PEM) of the identity provider, in place of the system's")
+    oidc_scopes: OidcScopes = setting("openid profile", "Scopes that are asked for, openid among them")
+    oidc_groups_claim: ClaimName = setting("groups", "Claim of the ID token that lists a person's groups")
+    oidc_groups: GroupGrantsSetting = setting(
+        "", "Roles of groups, as JSON: group to ROLE, or ROLE@TENANT for another tenant than the first; or a list"
+    )
     event_days: Annotated[int, count(1, 3650)] = setting(
         "30", "Days for which events that were sent or given up are kept"
     )
@@ -390,6 +412,10 @@ class Settings(BaseSettings):
             raise SettingInvalid("PORTAL_MAIL_SERVER needs PORTAL_MAIL_FROM, one address, and PORTAL_MAIL_TO.")
         if self.mail_login_file is not None and self.mail_tls == "none":
             raise SettingInvalid("PORTAL_MAIL_LOGIN_FILE needs TLS, since a password is not sent in the clear.")
+        if self.oidc_issuer and not (self.oidc_client_id and self.oidc_groups):
+            raise SettingInvalid("PORTAL_OIDC_ISSUER needs PORTAL_OIDC_CLIENT_ID and PORTAL_OIDC_GROUPS.")
+        if not self.oidc_issuer and (self.oidc_client_id or self.oidc_groups):
+            raise SettingInvalid("PORTAL_OIDC_CLIENT_ID and PORTAL_OIDC_GROUPS need PORTAL_OIDC_ISSUER.")
         if self.bind == self.pki_bind:
             raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.")
         if self.issuing_days >= self.root_days:

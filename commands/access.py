@@ -13,7 +13,7 @@ import click
 
 from commands.client import Client
 from commands.completing import saved_names
-from commands.connection import ConnectionSettings, chosen_profile, resolve
+from commands.connection import ConnectionOptions, ConnectionSettings, chosen_profile, resolve
 from commands.context import (
     ROLES,
     TOKEN_ID,
@@ -38,6 +38,7 @@ from commands.logins import (
     saved_profiles,
 )
 from commands.output import Cell, clean, date_of, moment, text
+from commands.sign_on import log_in
 from commands.times import Span
 from onboarding_portal import VERSION
 
@@ -53,24 +54,28 @@ _PROFILE = click.option(
         "portal login --url https://portal.example.com:8443 --ca-file ca.pem",
         "portal login --token-file token.txt",
         "portal login --profile factory --url https://10.0.0.5:8443 --token-file token.txt",
+        "portal login --oidc",
         "portal login --list",
     ],
 )
 @_PROFILE
+@click.option("--oidc", is_flag=True, help="Log in by your company's identity provider, in a browser.")
 @click.option("--list", "lists", is_flag=True, help="List what is saved, without the tokens.")
-def login(portal: Remote, profile: str | None, lists: bool) -> None:
+def login(portal: Remote, profile: str | None, oidc: bool, lists: bool) -> None:
     """Save the portal's URL, CA file and your token.
 
     Asks for what is not given by options or the environment. The token is tested at the portal and then saved in a
     file that only you can read. Logins at several portals are saved under names: portal --profile NAME list, or
     PORTAL_PROFILE, uses one of them. With tokens of several tenants of a portal, portal --tenant NAME chooses.
+
+    With --oidc the token is made for you, for eight hours, and --tenant chooses among the tenants of your groups.
     """
     if lists:
         _list_logins(portal)
         return
     profile = profile or chosen_profile(portal.given, os.environ)
     path = login_path(os.environ, profile)
-    settings = _asked(portal, path)
+    settings = _by_provider(portal, path) if oidc else _asked(portal, path)
     client = Client(settings, version=VERSION)
     client.get("/devices", limit=1)
     tenant = _tenant_of(client)
@@ -136,7 +141,26 @@ def _tenant_of(client: Client) -> str:
     return clean(known["tenant"])
 
 
+def _by_provider(portal: Remote, path: Path) -> ConnectionSettings:
+    """Return the settings with a token for whoever has logged in at the identity provider."""
+    if portal.given.token is not None or portal.given.token_file is not None:
+        raise Misused("Use either --oidc, which makes a token, or a token.")
+    settings = resolve(_addressed(portal, path), {}, use_login=False)
+    token = log_in(Client(settings, version=VERSION), portal.out, portal.given.tenant)
+    return dataclasses.replace(settings, token=token, token_source="the identity provider")  # noqa: S106 - its origin
+
+
 def _asked(portal: Remote, path: Path) -> ConnectionSettings:
+    given = _addressed(portal, path)
+    if given.token or given.token_file or os.environ.get("PORTAL_TOKEN"):
+        return resolve(given, os.environ, use_login=False)
+    secret = ask_secret("Token", instead="add --token-file FILE, or set PORTAL_TOKEN")
+    settings = resolve(dataclasses.replace(given, token=secret), os.environ, use_login=False)
+    return dataclasses.replace(settings, token_source="the terminal")  # noqa: S106 - where it came from
+
+
+def _addressed(portal: Remote, path: Path) -> ConnectionOptions:
+    """Return the options with the portal's address and CA file, which are asked for if they are not given."""
     # This replaces an earlier login, so its token is not used, but its portal is the default.
     given = portal.given
     url = given.url or os.environ.get("PORTAL_URL") or None
@@ -149,12 +173,7 @@ def _asked(portal: Remote, path: Path) -> ConnectionSettings:
         if ca_file is None:
             default = saved.ca_file if saved and saved.url == url else "data/ca.pem" if LOCAL_CA.is_file() else ""
             ca_file = click.prompt("CA file (empty: the CAs of this system)", default=default or "", err=True)
-    given = dataclasses.replace(given, url=url, ca_file=ca_file or None)
-    if given.token or given.token_file or os.environ.get("PORTAL_TOKEN"):
-        return resolve(given, os.environ, use_login=False)
-    secret = ask_secret("Token", instead="add --token-file FILE, or set PORTAL_TOKEN")
-    settings = resolve(dataclasses.replace(given, token=secret), os.environ, use_login=False)
-    return dataclasses.replace(settings, token_source="the terminal")  # noqa: S106 - where it came from
+    return dataclasses.replace(given, url=url, ca_file=ca_file or None)
 
 
 def _saved(path: Path) -> Login | None:

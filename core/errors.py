@@ -16,7 +16,7 @@
       BodyTooSlow                         408
       MediaTypeUnsupported                415
       Unauthenticated                     401
-        EnrolmentUnauthenticated
+        EnrolmentUnauthenticated            logins by an identity provider: workflows/oidc/refusals.py
       Forbidden                           403
         EnrolmentRefused  ClientCertificateRefused  TenantSuspended
         AttestationRefused                  its kinds are in attestation/refusals.py

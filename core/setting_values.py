@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import PlainValidator, SecretStr
 
+from core.operator_groups import GroupGrants, parse_group_grants
 from core.pkcs11_uri import TokenUri, parse_token_uri
 
 UNIX_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path without the closing NUL
@@ -107,6 +108,39 @@ def parse_url(value: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError("must be an http:// or https:// URL without query or fragment")
     return value.rstrip("/")
+
+
+def parse_issuer(value: str) -> str:
+    """Return the issuer identifier of OpenID Connect as it is, character by character; empty stays empty."""
+    parts = urlsplit(value)
+    plain = value.isascii() and value.isprintable() and " " not in value and len(value) <= 100
+    if value and (
+        parts.scheme != "https" or not parts.hostname or "@" in parts.netloc or not plain or set("?#") & {*value}
+    ):
+        raise ValueError("must be an https:// URL of at most 100 characters without user, query or fragment")
+    return value
+
+
+def parse_client_id(value: str) -> str:
+    """Return a client id of OAuth 2.0 (RFC 6749 appendix A.1)."""
+    if not re.fullmatch(r"[ -~]{0,255}", value):
+        raise ValueError("must be printable ASCII, as the identity provider shows it")
+    return value
+
+
+def parse_scopes(value: str) -> str:
+    """Return scopes of OAuth 2.0 (RFC 6749 section 3.3), openid among them."""
+    scopes = value.split()
+    if "openid" not in scopes or len(value) > 512 or not re.fullmatch(r"[!#-\[\]-~ ]+", value):
+        raise ValueError("must be scopes separated by blanks, openid among them")
+    return " ".join(scopes)
+
+
+def parse_claim_name(value: str) -> str:
+    """Return the name of a claim, or the names of one in objects, joined by dots."""
+    if not re.fullmatch(r"[!-~]{1,255}", value):
+        raise ValueError("must be the name of a claim, such as groups or realm_access.roles")
+    return value
 
 
 def count(low: int, high: int) -> PlainValidator:
@@ -210,5 +244,10 @@ Names = Annotated[tuple[str, ...], PlainValidator(parse_names)]
 Networks = Annotated[tuple[Network, ...], PlainValidator(parse_networks)]
 KeyPlaces = Annotated[tuple[TokenUri | None, ...], PlainValidator(parse_key_places)]
 MailAddresses = Annotated[tuple[str, ...], PlainValidator(parse_mail_addresses)]
+OidcIssuer = Annotated[str, PlainValidator(parse_issuer)]
+OidcClientId = Annotated[str, PlainValidator(parse_client_id)]
+OidcScopes = Annotated[str, PlainValidator(parse_scopes)]
+ClaimName = Annotated[str, PlainValidator(parse_claim_name)]
+GroupGrantsSetting = Annotated[GroupGrants, PlainValidator(parse_group_grants)]
 Text = Annotated[str, PlainValidator(str)]
 Url = Annotated[str, PlainValidator(parse_url)]

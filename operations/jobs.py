@@ -30,7 +30,7 @@ from operations.authority import (
 )
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
-from store import audit, certificates, deliveries, devices, generations, webhooks
+from store import audit, certificates, deliveries, devices, generations, tenants, webhooks
 from workflows import events
 from workflows.events import EventType
 
@@ -43,7 +43,8 @@ EVENTS_BATCH = 500
 RESTART_AGAIN_AFTER = timedelta(hours=1)
 QUIET = timedelta(minutes=1)  # without a change for the broker
 
-LEADER_LOCK, FOLLOWER_LOCK, MAIL_LOCK = ".jobs.lock", ".presence.lock", ".mail.lock"
+LEADER_LOCK, FOLLOWER_LOCK, MAIL_LOCK, PROVIDER_LOCK = ".jobs.lock", ".presence.lock", ".mail.lock", ".provider.lock"
+LOGINS_KEPT = timedelta(days=30)
 CLOCK_SEEN = ".jobs.clock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SILENT_SECONDS = 60.0  # a job may take long, so silence counts only after this time
@@ -255,6 +256,19 @@ def prune_events(portal: Portal) -> None:
             pruned = webhooks.prune(tx, before=before, limit=EVENTS_BATCH)
 
 
+def prune_logins(portal: Portal) -> None:
+    """Delete the tokens of people whose logins ended long ago; the audit record has them for ever."""
+    before = portal.clock() - LOGINS_KEPT
+    with portal.database.transaction() as tx:
+        tenants.prune_logins(tx, before=before)
+
+
+def ask_provider(portal: Portal) -> None:
+    """Ask the identity provider, if there is one, so that the log says early that nobody can log in."""
+    if portal.sign_on is not None:
+        portal.sign_on.provider.look()
+
+
 # --- When they run, and in which process -----------------------------------------------------------------------------
 
 
@@ -287,11 +301,13 @@ JOBS = (
     Job("retirement of CAs", 3600.0, retire_unneeded, final=True),
     Job("audit checkpoints", 60.0, sign_audit_record),
     Job("certificates that end", 600.0, announce_expiring),
+    Job("logins that ended", 3600.0, prune_logins, final=True),
     Job("removed tenants", 10.0, lambda portal: portal.tenant_removals.run(), final=True),
 )
 # Each in a thread and under a lock of its own, so that it waits for no other job, and none for it.
 FOLLOW_PRESENCE = (Job("presence", 2.0, lambda portal: portal.follower.follow()),)
 SEND_MAIL = (Job("mail", 20.0, lambda portal: portal.mail.send_due()),)
+ASK_PROVIDER = (Job("identity provider", 300.0, ask_provider),)
 
 
 def start(portal: Portal) -> threading.Event:
@@ -309,6 +325,8 @@ def start(portal: Portal) -> threading.Event:
     }
     if portal.settings.mail_server is not None:
         bodies["mail"] = functools.partial(run, portal, jobs=SEND_MAIL, lock=MAIL_LOCK)
+    if portal.sign_on is not None:
+        bodies["identity provider"] = functools.partial(run, portal, jobs=ASK_PROVIDER, lock=PROVIDER_LOCK)
     for name, body in bodies.items():
         threading.Thread(target=body, args=(stopping,), name=name, daemon=True).start()
     return stopping

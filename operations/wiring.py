@@ -56,6 +56,8 @@ from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.manufacturers import Manufacturers
 from workflows.enrolment.reenrolment import Reenrolments
 from workflows.mail.mail import Mail
+from workflows.oidc.login import SingleSignOn
+from workflows.oidc.provider import IdentityProvider
 from workflows.operators import FIRST_TOKEN_LIFE, Operators, new_token
 from workflows.presence import PresenceFollower
 from workflows.profiles import CertificateProfiles
@@ -126,6 +128,7 @@ class Portal:
     reappraisals: Reappraisals
     inventory: Inventory
     operators: Operators
+    sign_on: SingleSignOn | None
     audit_logs: AuditLogs
     webhooks: Webhooks
     dispatcher: Dispatcher
@@ -306,7 +309,8 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         inventory=Inventory(
             settings, database, tenant_terms, reconciler.crls.sign_put_off, follower.contact, base.broker
         ),
-        operators=Operators(database, shared.throttle, clock),
+        operators=(operators := Operators(database, shared.throttle, clock)),
+        sign_on=_sign_on(base, operators),
         audit_logs=base.audit_logs,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, tenant_terms, base.sender, shared.rates, clock),
@@ -356,6 +360,14 @@ def _enrolments(base: _Foundation, shared: _Shared) -> Enrolments:
     first = FirstEnrolments(base.settings, base.database, tenants, credentials, shared.rates, base.clock)
     again = Reenrolments(base.database, tenants, base.reconciler, credentials, base.clock)
     return Enrolments(base.database, base.reconciler, first, again, shared.attestations)
+
+
+def _sign_on(base: _Foundation, operators: Operators) -> SingleSignOn | None:
+    settings = base.settings
+    if not settings.oidc_issuer:
+        return None
+    provider = IdentityProvider(settings)
+    return SingleSignOn(settings, base.database, base.tenant_terms, operators, provider, base.link_keys, base.clock)
 
 
 def _responder(base: _Foundation) -> Responder:

@@ -38,8 +38,9 @@ READ_AT_ONCE = 1000  # entries
 class Actor:
     """The client of a request.
 
-    ``name`` is what the audit record shows: ``NAME (ID)`` of an operator's token, the credential of a
-    device, ``anyone``, or ``portal`` for a job. ``token_id`` is the operator's token.
+    ``name`` is what the audit record shows: ``NAME (ID)`` of an operator's token, ``NAME (ISS#SUB)`` of a person whom
+    the identity provider has named, the credential of a device, ``anyone``, or ``portal`` for a job. ``token_id`` is
+    the operator's token.
     """
 
     tenant_id: str

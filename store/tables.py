@@ -69,13 +69,18 @@ class IdempotencyKey(Base):
 
 
 class Token(OfTenant, Base):
-    """An operator's token, by its secret's hash; an admin's of the first tenant can have the role ``system``."""
+    """An operator's token, by its secret's hash; an admin's of the first tenant can have the role ``system``.
+
+    One that comes from a login by the identity provider has the person's ``subject``, and the hash of the login, which
+    cannot be repeated.
+    """
 
     __tablename__ = "tokens"
     __table_args__ = (
         sa.CheckConstraint(f"NOT is_system OR (role = 'admin' AND tenant_id = '{DEFAULT_TENANT}')", name="is_system"),
         sa.CheckConstraint(one_of("role", "admin", "operator", "auditor"), name="role"),
         sa.UniqueConstraint("token_hash"),
+        partial_index("uq_tokens_login_hash", "login_hash", where="login_hash IS NOT NULL", unique=True),
     )
 
     id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
@@ -86,6 +91,8 @@ class Token(OfTenant, Base):
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+    subject: Mapped[str | None] = mapped_column(sa.String(128))
+    login_hash: Mapped[str | None] = mapped_column(sa.String(64))
 
 
 class AuditEntry(OfTenant, Base):

@@ -18,6 +18,7 @@ from core.tenants import Quotas, TenantChoices, TenantStatus, overlapping
 from core.topics import literal_levels
 from store.audit import EMPTY_RECORD
 from store.database import columns_of, hash_of
+from store.enrolment_tables import EnrolmentToken
 from store.tables import DEFAULT_TENANT, AclEntry, AuditHead, BrokerState, Device, Tenant, Token
 
 
@@ -35,6 +36,8 @@ class TenantRecord:
     changed_at: datetime | None
 
 
+MAX_ACTOR = 128  # characters of an actor in the audit record
+MAX_SUBJECT = MAX_ACTOR - len("? ()")
 _TENANT_COLUMNS = columns_of(TenantRecord, Tenant)
 
 
@@ -158,7 +161,10 @@ def _given(values: TenantChoices | Quotas) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """An operator token, without its secret; ``expires_at`` is ``None`` for one that lasts until revoked."""
+    """An operator token, without its secret; ``expires_at`` is ``None`` for one that lasts until revoked.
+
+    ``subject`` is ``iss#sub`` of the person who has it from a login by the identity provider, ``name`` the person's.
+    """
 
     id: str
     tenant_id: str
@@ -167,10 +173,21 @@ class TokenRecord:
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
+    subject: str | None = None
+
+    @property
+    def actor_name(self) -> str:
+        """What the audit record shows: the name, and in parentheses the token's id, or the person's subject."""
+        return actor_name(self.name, self.subject or self.id)
 
     def is_valid(self, now: datetime) -> bool:
         """Return whether the token may be used at ``now``."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+
+def actor_name(name: str, identity: str) -> str:
+    """Return how the audit record names somebody: by a name, of which it may have the beginning, and an identity."""
+    return f"{name[: MAX_ACTOR - len(identity) - len(' ()')].rstrip()} ({identity})"
 
 
 _ROLE = sa.case((Token.is_system, Role.SYSTEM.value), else_=Token.role).label("role")
@@ -180,12 +197,17 @@ _TOKEN_COLUMNS = [
 _FIND_TOKEN = sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
 
 
-def add_token(tx: Connection, record: TokenRecord, *, secret: str) -> None:
-    """Record a token with the hash of its secret."""
+def add_token(tx: Connection, record: TokenRecord, *, secret: str, login_hash: str | None = None) -> None:
+    """Record a token with the hash of its secret, and that of the login by the identity provider it comes from."""
     is_system = record.role == Role.SYSTEM
     role = Role.ADMIN if is_system else record.role
-    row = dataclasses.asdict(record) | {"role": role, "is_system": is_system, "token_hash": hash_of(secret)}
-    tx.execute(sa.insert(Token), row)
+    hashes = {"token_hash": hash_of(secret), "login_hash": login_hash}
+    tx.execute(sa.insert(Token), dataclasses.asdict(record) | {"role": role, "is_system": is_system} | hashes)
+
+
+def was_used(tx: Connection, login_hash: str) -> bool:
+    """Return whether a login by the identity provider has led to a token before."""
+    return tx.execute(sa.select(Token.id).where(Token.login_hash == login_hash)).first() is not None
 
 
 def find_token(tx: Connection, secret: str) -> TokenRecord | None:
@@ -210,3 +232,10 @@ def revoke_token(tx: Connection, tenant_id: str, token_id: str, *, revoked_at: d
     if row is None:
         raise NotFound("There is no token with this id; list them with GET /tokens.")
     return TokenRecord(*row)
+
+
+def prune_logins(tx: Connection, *, before: datetime) -> int:
+    """Delete the tokens of people that expired before then; those stay that have made enrolment tokens."""
+    made = sa.select(EnrolmentToken.id).where(EnrolmentToken.operator_token_id == Token.id).exists()
+    ended = sa.delete(Token).where(Token.subject.is_not(None), Token.expires_at < before, ~made)
+    return tx.execute(ended).rowcount

@@ -102,6 +102,16 @@ def test_an_acl_that_cannot_be_read_opens_nothing(tmp_path: Path) -> None:
         ("PORTAL_SERVICE_NAME", "10.0.0.1", "PORTAL_SERVICE_NAME is not a setting"),
         ("PORTAL_BROKER_PROBE_ADDRESS", "8883", "HOST:PORT"),
         ("PORTAL_MQTT_BIND", "everywhere", "must be an IP address"),
+        ("PORTAL_OIDC_ISSUER", "https://sso.example.com", "needs PORTAL_OIDC_CLIENT_ID and PORTAL_OIDC_GROUPS"),
+        ("PORTAL_OIDC_ISSUER", "http://sso.example.com", "https:// URL"),
+        ("PORTAL_OIDC_ISSUER", "https://sso.example.com/?tenant=1", "https:// URL"),
+        ("PORTAL_OIDC_ISSUER", "https://user@sso.example.com", "https:// URL"),
+        ("PORTAL_OIDC_ISSUER", "https://sso.example.com/" + "x" * 100, "at most 100 characters"),
+        ("PORTAL_OIDC_CLIENT_ID", "portal", "need PORTAL_OIDC_ISSUER"),
+        ("PORTAL_OIDC_CLIENT_ID", "port\tal", "printable ASCII"),
+        ("PORTAL_OIDC_GROUPS", "admins", "must be a JSON object of groups"),
+        ("PORTAL_OIDC_SCOPES", "profile", "openid among them"),
+        ("PORTAL_OIDC_GROUPS_CLAIM", "a b", "must be the name of a claim"),
         ("PORTAL_MQTT_PROT", "8883", "did you mean PORTAL_MQTT_PORT?"),
         ("PORTAL_MQTT_PORT", "tcp://10.0.0.1:8883", "PORTAL_MQTT_PORT"),
     ],
@@ -209,6 +219,21 @@ def test_the_roots_key_is_where_the_others_are_unless_a_setting_says_otherwise(t
     assert both.root_keys == both.ca_keys == (parse_token_uri(token), None)
     apart = Settings.from_env({**environment, "PORTAL_CA_KEYS": token, "PORTAL_ROOT_KEYS": "file"})
     assert (apart.ca_keys, apart.root_keys) == ((parse_token_uri(token),), (None,))
+
+
+def test_the_client_of_the_command_line_is_the_portals_unless_that_has_a_secret(tmp_path: Path) -> None:
+    environment = {
+        "PORTAL_DATA_DIR": str(tmp_path),
+        "PORTAL_OIDC_ISSUER": "https://sso.example.com/",
+        "PORTAL_OIDC_CLIENT_ID": "portal",
+        "PORTAL_OIDC_GROUPS": '{"admins": "admin"}',
+    }
+    settings = Settings.from_env(environment)
+    assert settings.oidc_issuer == "https://sso.example.com/"  # as it is: issuers are compared by character
+    assert settings.oidc_cli_client_id == "portal"
+    environment["PORTAL_OIDC_CLIENT_SECRET_FILE"] = str(tmp_path / "secret")
+    assert Settings.from_env(environment).oidc_cli_client_id == ""
+    assert Settings.from_env({**environment, "PORTAL_OIDC_CLI_CLIENT_ID": "cli"}).oidc_cli_client_id == "cli"
 
 
 def test_every_setting_is_in_the_operators_guide() -> None:

@@ -186,7 +186,11 @@ class Operators:
 
 
 def _check_not_last(tx: Connection, valid: Sequence[TokenRecord], token_id: str) -> None:
-    """Raise ``LastAdminToken`` if a tenant, or all tenants together, would be left without anybody to rule them."""
+    """Raise ``LastAdminToken`` if a tenant, or all tenants together, would be left without anybody to rule them.
+
+    Tokens of people do not count: without the identity provider there would be no further ones.
+    """
+    valid = [one for one in valid if one.subject is None]
     kinds: dict[str, tuple[Role, ...]] = {"admin": (Role.SYSTEM, Role.ADMIN)}
     if len(tenants.tenant_ids(tx)) > 1:  # else nobody needs the role above them
         kinds["system"] = (Role.SYSTEM,)
@@ -199,7 +203,7 @@ def _check_not_last(tx: Connection, valid: Sequence[TokenRecord], token_id: str)
 
 
 def new_token(
-    tenant_id: str, name: str, role: Role, expires_at: datetime | None, *, now: datetime
+    tenant_id: str, name: str, role: Role, expires_at: datetime | None, *, now: datetime, subject: str | None = None
 ) -> tuple[str, TokenRecord]:
     """Create a token of 256 random bits: the secret, shown once, and the record, which does not contain it."""
     secret = roles.TOKEN_PREFIX + secrets.token_urlsafe(32)
@@ -211,5 +215,6 @@ def new_token(
         created_at=now,
         expires_at=expires_at,
         revoked_at=None,
+        subject=subject,
     )
     return secret, record

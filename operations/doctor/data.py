@@ -277,7 +277,7 @@ def tokens(installation: Installation) -> Finding:
             f"Create new ones that expire ({client_command('token create NAME --expires-in 90d')}), then revoke these"
             f" ({client_command('token revoke')}).",
         )
-    own = [token for token in valid if token.tenant_id == installation.first_tenant]
+    own = [token for token in valid if token.tenant_id == installation.first_tenant and token.subject is None]
     if not any(token.role in (Role.SYSTEM, Role.ADMIN) for token in own):
         found.warning("No admin token is valid.", f"Make one, valid for a day: {server_command('admin-token')}")
     return combine(found, f"{len(valid)} operator tokens are valid; each expires.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import Settings
 from core.errors import PortalError
-from operations.doctor import authority, broker, data, keys, mail, mosquitto, network, outer, service
+from operations.doctor import authority, broker, data, keys, mail, mosquitto, network, outer, service, sign_on
 from operations.doctor.base import Finding, Installation, State, problem
 
 log = logging.getLogger("portal.doctor")
@@ -49,6 +49,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("certificate profiles", data.certificate_profiles),
     ("tokens", data.tokens),
     ("mail", mail.mail),
+    ("identity provider", sign_on.identity_provider),
 )
 
 

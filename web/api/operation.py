@@ -70,7 +70,7 @@ def readyz(call: Call) -> Reply:
     failed = _of_tenants(call)
     own = failed.get(call.actor.tenant_id)
     ready = own is None and all(check.ok for check in shared)  # another's trouble is nobody else's
-    checks = [*shared, *(_told(check, True) for check in failed.values())]
+    checks = [*shared, *(_told(check, True) for check in failed.values()), *_of_provider(call, is_operator)]
     return Reply(ReadyModel(status="ready" if ready else "not ready", checks=checks), status=200 if ready else 503)
 
 
@@ -78,6 +78,14 @@ def _told(check: Check, tell: bool) -> CheckModel:
     if check.problem is None:
         return CheckModel(name=check.name, ok=True)
     return CheckModel(name=check.name, ok=False, code=check.code, problem=check.problem if tell else FOR_OPERATORS)
+
+
+def _of_provider(call: Call, tell: bool) -> list[CheckModel]:
+    """Return a check that fails if nobody can log in by the identity provider, without which the portal is ready."""
+    problem = None if call.portal.sign_on is None else call.portal.sign_on.provider.problem
+    if problem is None:
+        return []
+    return [_told(Check("identity provider", "identity_provider_unavailable", problem), tell)]
 
 
 def _of_tenants(call: Call) -> dict[str, Check]:

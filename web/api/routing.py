@@ -326,7 +326,7 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
             "A valid operator token is required: send it as Authorization: Bearer <token>, or ask an admin for one."
         )
     scope.enter(token.tenant_id)
-    actor = Actor(token.tenant_id, f"{token.name} ({token.id})", token.role, request_id, anyone.address, token.id)
+    actor = Actor(token.tenant_id, token.actor_name, token.role, request_id, anyone.address, token.id)
     try:
         portal.tenant_terms.of(token.tenant_id).check_served()
     except TenantSuspended as error:

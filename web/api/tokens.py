@@ -31,10 +31,14 @@ class RevokeTokenQuery(RequestModel):
 
 
 class TokenModel(AnswerModel):
-    """An operator token without its secret."""
+    """An operator token without its secret.
+
+    `subject` is `iss#sub` of the person who has it from a login by the identity provider.
+    """
 
     token_id: str
     name: str
+    subject: str | None
     role: RoleName
     created_at: Timestamp
     expires_at: Timestamp | None

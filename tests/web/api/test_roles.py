@@ -82,6 +82,8 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /tokens": {SYSTEM, ADMIN},
     "POST /tokens": {SYSTEM, ADMIN},
     "DELETE /tokens/{token_id}": {SYSTEM, ADMIN},
+    "GET /oidc/configuration": ANYONE,
+    "POST /oidc/tokens": ANYONE,
     "GET /whoami": {SYSTEM, ADMIN, OPERATOR, AUDITOR},
     "GET /tenants": {SYSTEM},
     "POST /tenants": {SYSTEM},
