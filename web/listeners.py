@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import resource
@@ -14,16 +15,19 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from core.errors import BodyTooSlow, PortalError, PortalStopping, RequestMalformed, StartupError
 from core.files import LOOK_SECONDS
 from core.setting_values import Address
+from web.slow_clients import Lingering, SlowClients
 
 BACKLOG = 1024
 KILLED_PORTAL_SECONDS = 5.0
 READ_AHEAD = 1024  # bytes that gunicorn waits for where an application reads less
 LOOK_UP = 0.5  # seconds between looks whether the server still runs, where an upload is waited for
+QUICK = 0.25  # seconds from its beginning in which a handshake or a request arrives from a client that is not slow
+DISCARD_SECONDS, MAX_DISCARDED = 0.1, 65536  # of a body that is not wanted, so that the connection can be kept
 PLAIN_HTTP = (
     b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 33\r\n\r\nThis port speaks HTTPS, not HTTP."
 )
@@ -34,6 +38,7 @@ NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
 CLIENT_CHECKS = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
 
 log = logging.getLogger("portal.serving")
+_T = TypeVar("_T")
 
 # --- Listeners ----------------------------------------------------------------------------------------------------
 
@@ -153,11 +158,19 @@ class ClientTooSlow(ConnectionResetError):
 
 
 class ClientSocket(ssl.SSLSocket):
-    """A TLS connection on which a handshake, and then each request, must arrive within ``patience`` seconds."""
+    """A TLS connection on which a handshake, and then each request, must arrive within ``patience`` seconds.
+
+    If one takes longer than ``QUICK``, it is for ``slow_clients`` to say whether a thread may wait for it. When the
+    server ends the connection, it is for ``lingering`` to wait for the client.
+    """
 
     patience = 15.0
-    deadline = 0.0  # on the monotonic clock
+    started = 0.0  # on the monotonic clock
+    deadline = 0.0
     wanted: Callable[[], bool] | None = None  # says whether the server still runs, where that is to be looked at
+    slow_clients: SlowClients
+    lingering: Lingering
+    has_ended = False
 
     def setblocking(self, flag: bool) -> None:
         """Begin to count the time of a request: gunicorn calls this before it reads one."""
@@ -166,13 +179,14 @@ class ClientSocket(ssl.SSLSocket):
 
     def extend(self) -> None:
         """Give the client ``patience`` seconds from now on."""
-        self.deadline = time.monotonic() + self.patience
+        self.started = time.monotonic()
+        self.deadline = self.started + self.patience
 
     def do_handshake(self, block: bool = False) -> None:
         """Complete the handshake; raises ``ConnectionResetError``, as for a client that is gone, where it fails."""
         self.setblocking(True)
         try:
-            super().do_handshake(block)
+            self._in_time(functools.partial(super().do_handshake, block))
         except (ssl.SSLError, TimeoutError) as error:
             if getattr(error, "reason", None) == "HTTP_REQUEST":
                 socket.socket.send(self, PLAIN_HTTP)
@@ -180,18 +194,44 @@ class ClientSocket(ssl.SSLSocket):
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         """Receive; raises ``ClientTooSlow``, and ``PortalStopping`` where ``wanted`` says that the server stops."""
+        if self.has_ended:
+            return b""
         if self.gettimeout() != self.patience:  # gunicorn has set a time of its own
             return super().recv(buflen, flags)
+        return self._in_time(functools.partial(super().recv, buflen, flags))
+
+    def _in_time(self, act: Callable[[], _T]) -> _T:
+        """Do what waits for the client; raises ``ClientTooSlow`` and ``PortalStopping``."""
         try:
-            while (left := self.deadline - time.monotonic()) > 0:
-                if self.wanted is not None and not self.wanted():
-                    raise PortalStopping("The portal is being stopped; send what is not done yet again.")
-                self.settimeout(min(left, LOOK_UP))
+            quick = self.started + QUICK - time.monotonic()
+            if self.wanted is None and quick > 0:
+                self.settimeout(min(quick, self.patience))
                 with contextlib.suppress(TimeoutError):
-                    return super().recv(buflen, flags)
+                    return act()
+            if self.wanted is not None:  # an upload, of which there are not many
+                return self._patiently(act)
+            with self.slow_clients.waiting(self) as may_wait:
+                if may_wait:
+                    return self._patiently(act)
             raise ClientTooSlow
         finally:
             self.settimeout(self.patience)
+
+    def _patiently(self, act: Callable[[], _T]) -> _T:
+        while (left := self.deadline - time.monotonic()) > 0:
+            if self.wanted is not None and not self.wanted():
+                raise PortalStopping("The portal is being stopped; send what is not done yet again.")
+            self.settimeout(min(left, LOOK_UP))
+            with contextlib.suppress(TimeoutError):
+                return act()
+        raise ClientTooSlow
+
+    def shutdown(self, how: int) -> None:
+        """End the connection: nothing is received any more here, so that no thread of gunicorn's waits for it."""
+        super().shutdown(how)
+        if how == socket.SHUT_WR:
+            self.has_ended = True
+            self.lingering.take(self)
 
 
 class ServerTls:
@@ -201,9 +241,14 @@ class ServerTls:
     that none of these CAs has issued ends the handshake; all else about a certificate is for the application to judge.
     """
 
-    def __init__(self, certificate: Path, key: Path, client_cas: Path | None, timeout: float) -> None:
+    def __init__(
+        self, certificate: Path, key: Path, client_cas: Path | None, timeout: float, slow_clients: SlowClients
+    ) -> None:
         class Timed(ClientSocket):
             patience = timeout
+            lingering = Lingering()
+
+        Timed.slow_clients = slow_clients
 
         self.certificate, self.key = certificate, key
         self._client_cas = client_cas
@@ -271,6 +316,7 @@ class RequestBody:
         self._input = environ["wsgi.input"]
         self._socket: socket.socket = environ["gunicorn.socket"]
         self._left = int(environ["CONTENT_LENGTH"]) if "CONTENT_LENGTH" in environ else None
+        self._is_read = self._left == 0 or (self._left is None and "HTTP_TRANSFER_ENCODING" not in environ)
         self._wanted = wanted
 
     def read(self, size: int = -1) -> bytes:
@@ -291,6 +337,9 @@ class RequestBody:
         if isinstance(self._socket, ClientSocket):
             self._socket.wanted = self._wanted
             self._socket.extend()
+        return self._read_held()
+
+    def _read_held(self) -> bytes:
         parts = [self._receive(self._input.readline, 1)]
         held = self._held()[0] if parts[0] else 0
         while held:
@@ -299,6 +348,23 @@ class RequestBody:
             parts.append(part)
             held -= len(part)
         return b"".join(parts)
+
+    def discard(self) -> bool:
+        """Discard what is left of the body if it is there; return whether it was, so that another request can follow.
+
+        A client that has not sent it yet is not waited for: a thread would be, which others need.
+        """
+        until, discarded = time.monotonic() + DISCARD_SECONDS, 0
+        if isinstance(self._socket, ClientSocket):
+            self._socket.deadline = min(self._socket.deadline, until)
+        try:
+            while not self._is_read and discarded < MAX_DISCARDED:
+                if not self._arrives(max(0.0, until - time.monotonic())):
+                    return False
+                discarded += len(self._read_held())
+        except (PortalError, OSError):
+            return False
+        return self._is_read
 
     def check(self) -> None:
         """Raise ``PortalStopping`` if the server is being stopped, so that the reader ends."""
@@ -332,8 +398,11 @@ class RequestBody:
             raise ConnectionResetError(errno.ECONNRESET, "the client went away in the middle of a body") from error
         except Exception as error:  # of gunicorn's parser, which says in many classes that the framing is bad
             raise RequestMalformed("The body is not framed as RFC 9112 section 7.1 says.") from error
-        if self._left is not None:
+        if self._left is None:
+            self._is_read = self._is_read or not data or size < 0
+        else:
             self._left -= len(data)
+            self._is_read = not self._left
             if self._left and (not data or size < 0 or (read == self._input.read and len(data) < size)):
                 raise ConnectionResetError(errno.ECONNRESET, "the client went away in the middle of a body")
         return data

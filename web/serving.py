@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,6 +28,7 @@ from config import Settings
 from core.errors import PortalError, StartupError
 from core.setting_values import Address
 from web.listeners import BACKLOG, RequestBody, ServerTls, allow_open_files, listen
+from web.slow_clients import MAX_LINGERING, Lingering, SlowClients
 
 GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server stops
 WORKER_TIMEOUT = 60  # seconds without a sign of life after which a worker is replaced
@@ -64,8 +66,12 @@ def serve(
     WSGI environ ``portal.listener``, "main" or "pki", and ``gunicorn.socket``, the client's socket.
     Raises ``StartupError``.
     """
-    tls = None if settings.bind.is_unix else ServerTls(certificate, key, client_cas, settings.request_timeout)
-    allow_open_files(settings.max_connections + SPARE_FILES)
+    tls = (
+        None
+        if settings.bind.is_unix
+        else ServerTls(certificate, key, client_cas, settings.request_timeout, SlowClients(settings.threads))
+    )
+    allow_open_files(settings.max_connections + MAX_LINGERING + SPARE_FILES)
     start = _Start(on_worker_start or (lambda _app: None), on_ready)
     with contextlib.ExitStack() as stack:
         main_sockets = _sockets(stack, settings, settings.bind, "PORTAL_BIND")
@@ -216,6 +222,8 @@ class _Gunicorn(BaseApplication):
         self._link = link
         self._tls = tls
         self._worker: Any = None
+        self._lingering = Lingering()
+        self._under_way = threading.local()  # the request that a thread of gunicorn's works on
         super().__init__()
 
     def load_config(self) -> None:
@@ -243,6 +251,8 @@ class _Gunicorn(BaseApplication):
             "when_ready": self._when_ready,
             "pre_fork": self._pre_fork,
             "post_fork": self._post_fork,
+            "pre_request": self._pre_request,
+            "post_request": self._post_request,
             "post_worker_init": self._post_worker_init,
             "worker_exit": self._worker_exit,
         }
@@ -287,11 +297,20 @@ class _Gunicorn(BaseApplication):
 
     def _call(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         environ["portal.listener"] = self._listener
-        environ["wsgi.input"] = RequestBody(environ, lambda: bool(self._worker.alive))
+        environ["wsgi.input"] = body = RequestBody(environ, lambda: bool(self._worker.alive))
+        of_gunicorn = self._under_way.request
         if environ["gunicorn.socket"].family == socket.AF_UNIX:  # whose other end is the front server, and trusted
             environ["REMOTE_ADDR"] = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
             environ["wsgi.url_scheme"] = "https"
-        return self._app(environ, start_response)
+
+        def begin(status: str, headers: list[tuple[str, str]], *failed: Any) -> Any:
+            # gunicorn would wait for the rest of a body in this thread. One that is still read has no length yet.
+            is_whole = status[:3] in ("204", "304") or any(name.lower() == "content-length" for name, _ in headers)
+            if is_whole and not body.discard():
+                of_gunicorn.force_close()
+            return start_response(status, headers, *failed)
+
+        return self._app(environ, begin)
 
     # --- gunicorn's hooks, in the order in which they are called
 
@@ -356,6 +375,19 @@ class _Gunicorn(BaseApplication):
         self._start.work(self._app, self._listener, own)
         if own is not None:
             own.listen(BACKLOG)  # which it does already, unless the worker before could not start
+
+    def _pre_request(self, _worker: Any, request: Any) -> None:
+        """In a thread that is about to answer a request."""
+        self._under_way.request = request
+
+    def _post_request(self, _worker: Any, _request: Any, environ: dict[str, Any], response: Any) -> None:
+        """In a thread that has answered one: do not have gunicorn wait for the client of a connection that it closes.
+
+        It would in the thread that all requests come through. Connections with TLS see to it themselves.
+        """
+        client = environ.get("gunicorn.socket")
+        if response is not None and response.should_close() and type(client) is socket.socket:
+            self._lingering.take_over(client)
 
     def _worker_exit(self, _server: Any, _worker: Any) -> None:
         """In a worker that ends: let nothing of the master's stack run in it."""

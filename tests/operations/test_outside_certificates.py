@@ -35,6 +35,7 @@ from tests.support.company import CompanyCa, company_root, key_pem, pem, server_
 from tests.support.harness import ON_SQLITE, Clock
 from tests.workflows.test_registration import OPERATOR, PUMP
 from web.listeners import ServerTls
+from web.slow_clients import SlowClients
 from workflows import credentials
 from workflows.credentials import broker_trust, own_names
 from workflows.enrolment.clients import CLIENT_CAS
@@ -215,7 +216,7 @@ def shown_by(tls: ServerTls, roots: bytes) -> bytes:
 
 def test_https_shows_a_renewed_pair_without_a_restart(portal: Portal, outside: Outside) -> None:
     folder = portal.settings.tls_dir
-    tls = ServerTls(folder / "server.pem", folder / "server.key", None, 5.0)
+    tls = ServerTls(folder / "server.pem", folder / "server.key", None, 5.0, SlowClients(2))
     renewed = outside.put(server_below(BETWEEN, SITE), BETWEEN, ROOT)
     take_outside_certificates(portal)
     tls._checked = 0.0  # it looks once a second
@@ -384,7 +385,13 @@ def test_a_client_that_the_issuer_has_certified_is_nobody(portal: Portal) -> Non
         trusted = x509.load_pem_x509_certificates(path.read_bytes())
         assert trusted
         assert not {ROOT.certificate, BETWEEN.certificate} & set(trusted)
-    tls = ServerTls(settings.tls_dir / "server.pem", settings.tls_dir / "server.key", settings.tls_dir / CLIENT_CAS, 5)
+    tls = ServerTls(
+        settings.tls_dir / "server.pem",
+        settings.tls_dir / "server.key",
+        settings.tls_dir / CLIENT_CAS,
+        5,
+        SlowClients(2),
+    )
     impostor = server_below(BETWEEN, SITE, purposes=[ExtendedKeyUsageOID.CLIENT_AUTH])
     good = probe_certificates(settings).good
     client = settings.data_dir / "impostor.pem"

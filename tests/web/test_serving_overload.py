@@ -1,4 +1,4 @@
-"""Slow clients are cut off in time. That they hold others up meanwhile is known: nginx in front is the cure."""
+"""Slow clients are cut off in time."""
 
 from __future__ import annotations
 
