@@ -46,6 +46,8 @@ from web.api import (
     webhooks,
 )
 from web.api.routing import Call, Route
+from web.console import screens
+from web.console.serving import error_page, is_of_console, register
 from web.serving import check_addresses, serve
 
 gc.freeze()
@@ -100,6 +102,8 @@ def create_app(
         view = _view(route)
         for path in map(routing.rule_of, route.paths):
             app.add_url_rule(path, route.name, view, methods=[route.method], provide_automatic_options=False)
+    if settings.console == "on":
+        register(app, screens.PAGES, portal_of)
     app.before_request(_begin)
     app.after_request(_end)
     app.register_error_handler(Exception, _failed)
@@ -174,7 +178,7 @@ def _view(route: Route) -> Callable[..., Response]:
 
 def _answer(portal: Portal, route: Route, path: Mapping[str, str]) -> Response:
     g.actor = actor = routing.actor_of(portal, route, request, g.request_id)
-    routing.check_permission(portal, route, actor)
+    routing.check_permission(portal, route.permission, actor, f"{route.method} {route.path}")
     arguments = routing.read_arguments(route, request, path)
     call = Call(
         portal=portal,
@@ -224,6 +228,8 @@ def _failed(error: Exception) -> Response:
         log.warning("unavailable", extra={"request_id": g.request_id, **cause})
     elif told != problem.detail:
         log.info("refused", extra={"request_id": g.request_id, "problem": told})
+    if is_of_console(current_app, path) and request.environ.get("portal.listener") != "pki":
+        return error_page(problem, error)
     return problems.response_of(problem, error, path=path)
 
 

@@ -331,6 +331,7 @@ class Settings(BaseSettings):
     tenant_grace_days: Annotated[int, count(1, 3650)] = setting(
         "30", "Days after which the rows of a removed tenant are deleted"
     )
+    console: Annotated[str, choice(("on", "off"))] = setting("on", "on or off: the web console under /ui")
     metrics_tenants: Annotated[int, count(1, 10000)] = setting(
         "50", "With so many tenants at most, metrics are by tenant; with more they are sums"
     )

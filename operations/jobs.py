@@ -85,6 +85,7 @@ def expire(portal: Portal) -> None:
     """Revoke certificates whose overlap has ended, destroy bundles whose links have expired, delete old records."""
     prune_events(portal)
     portal.nonces.sweep()
+    portal.sessions.sweep()
     while portal.renewals.end_overlaps():
         pass
     now = portal.clock()

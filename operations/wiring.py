@@ -65,6 +65,7 @@ from workflows.reconciliation import Reconciler
 from workflows.registration import Registrations
 from workflows.renewal import Renewals
 from workflows.revocation import DeviceRevocations
+from workflows.sessions import Sessions
 from workflows.tenant_life import Tenants
 from workflows.tenant_removal import TenantRemovals
 from workflows.tenants import TenantDirectory, TenantRates, check_tenants
@@ -129,6 +130,7 @@ class Portal:
     inventory: Inventory
     operators: Operators
     sign_on: SingleSignOn | None
+    sessions: Sessions
     audit_logs: AuditLogs
     webhooks: Webhooks
     dispatcher: Dispatcher
@@ -311,6 +313,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         ),
         operators=(operators := Operators(database, shared.throttle, clock)),
         sign_on=_sign_on(base, operators),
+        sessions=Sessions(database, operators, clock),
         audit_logs=base.audit_logs,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, tenant_terms, base.sender, shared.rates, clock),

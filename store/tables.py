@@ -9,7 +9,13 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core import states
-from store import attestation_tables, enrolment_tables, mail_tables, profile_tables  # noqa: F401 - all in METADATA
+from store import (  # noqa: F401 - all in METADATA
+    attestation_tables,
+    enrolment_tables,
+    mail_tables,
+    profile_tables,
+    session_tables,
+)
 from store.columns import BigId, OfTenant, one_of, partial_index
 from store.database import Base
 

@@ -191,10 +191,10 @@ def actor_name(name: str, identity: str) -> str:
 
 
 _ROLE = sa.case((Token.is_system, Role.SYSTEM.value), else_=Token.role).label("role")
-_TOKEN_COLUMNS = [
+TOKEN_COLUMNS = [
     _ROLE if field.name == "role" else getattr(Token, field.name) for field in dataclasses.fields(TokenRecord)
 ]
-_FIND_TOKEN = sa.select(*_TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
+_FIND_TOKEN = sa.select(*TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
 
 
 def add_token(tx: Connection, record: TokenRecord, *, secret: str, login_hash: str | None = None) -> None:
@@ -218,7 +218,7 @@ def find_token(tx: Connection, secret: str) -> TokenRecord | None:
 
 def list_tokens(tx: Connection, tenant_id: str | None = None) -> Sequence[TokenRecord]:
     """Return every token of a tenant, or of all, newest first."""
-    query = sa.select(*_TOKEN_COLUMNS).order_by(Token.created_at.desc(), Token.id)
+    query = sa.select(*TOKEN_COLUMNS).order_by(Token.created_at.desc(), Token.id)
     if tenant_id is not None:
         query = query.where(Token.tenant_id == tenant_id)
     return [TokenRecord(*row) for row in tx.execute(query)]
@@ -228,7 +228,7 @@ def revoke_token(tx: Connection, tenant_id: str, token_id: str, *, revoked_at: d
     """Revoke a token and return it; an already revoked one keeps its time. Raises ``NotFound``."""
     own = (Token.tenant_id == tenant_id, Token.id == token_id)
     tx.execute(sa.update(Token).where(*own, Token.revoked_at.is_(None)).values(revoked_at=revoked_at))
-    row = tx.execute(sa.select(*_TOKEN_COLUMNS).where(*own)).one_or_none()
+    row = tx.execute(sa.select(*TOKEN_COLUMNS).where(*own)).one_or_none()
     if row is None:
         raise NotFound("There is no token with this id; list them with GET /tokens.")
     return TokenRecord(*row)

@@ -28,12 +28,13 @@ from tests.support.token_fixtures import make_ca_key, soft_tokens, token_server
 __all__ = ["make_ca_key", "soft_tokens", "token_server"]
 
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
-ON_ONE_DATABASE = {"api", "workflows", "operations"}  # folders of tests, but for those files that try most of the SQL
+# Folders of tests, but for those files that try most of the SQL.
+ON_ONE_DATABASE = {"api", "console", "workflows", "operations"}
 ON_BOTH = {
     *("test_actions.py", "test_applications.py", "test_connections.py", "test_devices.py", "test_successors.py"),
     *("test_admission.py", "test_registration.py", "test_renewal.py", "test_revocation.py", "test_upload.py"),
     *("test_presence.py", "test_backup.py", "test_total_loss.py", "test_profile_names.py"),
-    *("test_other_tenants.py", "test_tenants.py", "test_mail.py", "test_one_tenant.py"),
+    *("test_sessions.py", "test_other_tenants.py", "test_tenants.py", "test_mail.py", "test_one_tenant.py"),
 }
 IN_TOKENS = {"test_ca.py", "test_crl.py"}
 

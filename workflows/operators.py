@@ -185,6 +185,11 @@ class Operators:
                 )
 
 
+def actor_with(token: TokenRecord, *, request_id: str, address: str) -> Actor:
+    """Return the operator who has come with a token, as the audit record names it."""
+    return Actor(token.tenant_id, token.actor_name, token.role, request_id, address, token.id)
+
+
 def _check_not_last(tx: Connection, valid: Sequence[TokenRecord], token_id: str) -> None:
     """Raise ``LastAdminToken`` if a tenant, or all tenants together, would be left without anybody to rule them.
 

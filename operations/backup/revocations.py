@@ -20,7 +20,7 @@ from core.tenants import TenantStatus
 from operations.backup.tenant_states import ended_since
 from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import CLOCK_SKEW, Reason
-from store import audit, devices, enrolment, keys, tenant_rows, tenants, webhooks
+from store import audit, devices, enrolment, keys, sessions, tenant_rows, tenants, webhooks
 from store import issuers as store_issuers
 from store.enrolment_tables import EnrolmentToken, Manufacturer
 from store.issuers import IssuerRecord
@@ -91,6 +91,8 @@ class RevocationReplay:
         could be read, those of devices registered after the backup.
         """
         known = _Known()
+        for tenant_id in self._tenants:
+            sessions.end_sessions_of_tenant(self._tx, tenant_id)  # one that was ended since would let somebody in
         self._ended_tenants(replaced, refused)
         if replaced is not None:
             known = self._devices(replaced)

@@ -88,7 +88,7 @@ def test_a_route_whose_query_forgets_the_tenant_still_tells_of_its_own_alone(
     app: Flask, two: Portal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def every_token(tx: Connection, _tenant_id: str) -> Sequence[TokenRecord]:
-        return [TokenRecord(*row) for row in tx.execute(sa.select(*tenants._TOKEN_COLUMNS))]
+        return [TokenRecord(*row) for row in tx.execute(sa.select(*tenants.TOKEN_COLUMNS))]
 
     monkeypatch.setattr(tenants, "list_tokens", every_token)
     answer = api_as(app, Role.ADMIN, "another").get("/tokens")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 from flask import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
-from werkzeug.datastructures import Headers
+from werkzeug.datastructures import Headers, MultiDict
 from werkzeug.routing import BaseConverter
 
 from core.errors import (
@@ -39,6 +39,7 @@ from store.audit import Actor
 from web.api.fields import PROFILE_NAME, UUID
 from web.api.proxies import client_address
 from web.api.sentences import in_words
+from workflows.operators import actor_with
 
 if TYPE_CHECKING:
     from operations.wiring import Portal
@@ -256,12 +257,14 @@ class RestConverter(BaseConverter):
 
 
 CONVERTERS: Mapping[str, type[BaseConverter]] = {"segment": SegmentConverter, "rest": RestConverter}
+_LONG_PARTS = ("request", "rest")
 _HEX = "^[0-9a-f]{16}$"
 # The variable parts of paths: the pattern, and what is raised for a part that does not match it.
 PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
     "device_id": (UUID, DeviceNotFound, "No device has this id: ids are UUIDs in lower case."),
     "application_id": (UUID, ApplicationNotFound, "No application has this id: ids are UUIDs in lower case."),
     "token_id": (_HEX, NotFound, "No operator token has this id: ids are 16 hexadecimal digits."),
+    "session_id": (_HEX, NotFound, "No session has this id; it may have ended."),
     "webhook_id": (_HEX, NotFound, "No webhook has this id: ids are 16 hexadecimal digits."),
     "enrolment_token_id": (_HEX, NotFound, "No enrolment token has this id: ids are 16 hexadecimal digits."),
     "manufacturer_id": (_HEX, NotFound, "No manufacturer has this id: ids are 16 hexadecimal digits."),
@@ -280,6 +283,7 @@ PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
         RequestMalformed,
         "The part after /ocsp/ must be an OCSP request in base64.",
     ),
+    "rest": (r"^[\s\S]{1,8192}$", NotFound, "Nothing is at this path."),
 }
 
 
@@ -291,7 +295,7 @@ def without_version(path: str) -> str:
 
 def rule_of(path: str) -> str:
     """Return Flask's rule for a path such as ``/devices/{device_id}``."""
-    return re.sub(r"\{(\w+)\}", lambda part: f"<{'rest' if part[1] == 'request' else 'segment'}:{part[1]}>", path)
+    return re.sub(r"\{(\w+)\}", lambda part: f"<{'rest' if part[1] in _LONG_PARTS else 'segment'}:{part[1]}>", path)
 
 
 # --- Who asks -----------------------------------------------------------------------------------------------------
@@ -326,23 +330,26 @@ def actor_of(portal: Portal, route: Route, request: Request, request_id: str) ->
             "A valid operator token is required: send it as Authorization: Bearer <token>, or ask an admin for one."
         )
     scope.enter(token.tenant_id)
-    actor = Actor(token.tenant_id, token.actor_name, token.role, request_id, anyone.address, token.id)
-    try:
-        portal.tenant_terms.of(token.tenant_id).check_served()
-    except TenantSuspended as error:
-        portal.operators.refused(actor, f"{route.method} {route.path}", "access", error.code)
-        raise
+    actor = actor_with(token, request_id=request_id, address=anyone.address)
+    check_tenant(portal, actor, f"{route.method} {route.path}")
     return actor
 
 
-def check_permission(portal: Portal, route: Route, actor: Actor) -> None:
-    """Raise ``Forbidden``, recorded as refused, if the actor's role does not allow the route."""
-    if route.permission is None or route.permission in MAY.get(actor.role, ()):
+def check_tenant(portal: Portal, actor: Actor, action: str) -> None:
+    """Raise ``TenantSuspended``, recorded as refused, unless the actor's tenant is served."""
+    try:
+        portal.tenant_terms.of(actor.tenant_id).check_served()
+    except TenantSuspended as error:
+        portal.operators.refused(actor, action, "access", error.code)
+        raise
+
+
+def check_permission(portal: Portal, permission: Permission | None, actor: Actor, action: str) -> None:
+    """Raise ``Forbidden``, recorded as refused, if the actor's role does not have the permission of a route."""
+    if permission is None or permission in MAY.get(actor.role, ()):
         return
-    portal.operators.refused(actor, f"{route.method} {route.path}", "access", "forbidden")
-    raise Forbidden(
-        f"The role {actor.role} does not allow this; it takes a role with the permission {route.permission}."
-    )
+    portal.operators.refused(actor, action, "access", "forbidden")
+    raise Forbidden(f"The role {actor.role} does not allow this; it takes a role with the permission {permission}.")
 
 
 def share_of(portal: Portal, tenant_id: str) -> AbstractContextManager[None]:
@@ -361,10 +368,7 @@ def read_arguments(route: Route, request: Request, path: Mapping[str, str]) -> d
 
     Raises ``NotFound``, ``MediaTypeUnsupported``, ``BodyTooLarge``, ``RequestMalformed``, ``InputInvalid``.
     """
-    for name, value in path.items():
-        pattern, error, detail = PATH_PARTS[name]
-        if not re.fullmatch(pattern, value):
-            raise error(detail)
+    check_path(path)
     arguments: dict[str, str | bytes | BaseModel] = {**path}
     if route.rows is not None and request.mimetype not in route.rows.media_types:
         kinds = " or ".join(route.rows.media_types)
@@ -374,8 +378,16 @@ def read_arguments(route: Route, request: Request, path: Mapping[str, str]) -> d
     if route.body is not None:
         arguments["body"] = _read_json(route.body, request, optional=route.body_optional)
     if route.query is not None:
-        arguments["query"] = _read_query(route.query, request)
+        arguments["query"] = read_fields(route.query, request.args)
     return arguments
+
+
+def check_path(path: Mapping[str, str]) -> None:
+    """Raise ``NotFound``, or what else is meant, if a part of a path does not have the form that its name has."""
+    for name, value in path.items():
+        pattern, error, detail = PATH_PARTS[name]
+        if not re.fullmatch(pattern, value):
+            raise error(detail)
 
 
 def read_idempotency_key(route: Route, request: Request) -> str | None:
@@ -412,12 +424,13 @@ def _read_json(model: type[BaseModel], request: Request, *, optional: bool) -> B
         raise input_invalid(error) from None
 
 
-def _read_query(model: type[BaseModel], request: Request) -> BaseModel:
-    repeated = [name for name in request.args if len(request.args.getlist(name)) > 1]
+def read_fields(model: type[BaseModel], fields: MultiDict[str, str]) -> BaseModel:
+    """Return the fields of a query, or of a form, as a model; raises ``InputInvalid``."""
+    repeated = [name for name in fields if len(fields.getlist(name)) > 1]
     if repeated:
         raise _refused([FieldProblem(_shown(repeated[0]), "is given more than once")])
     try:
-        return model.model_validate(request.args.to_dict())
+        return model.model_validate(fields.to_dict())
     except ValidationError as error:
         raise input_invalid(error) from None
 

@@ -257,7 +257,7 @@ BAD_PATHS: dict[str, Bad] = {
                           "over-long": "0" * 500}.items()},
     "no such path": Bad("GET /nothing", 404, "not_found"),
     "a slash more": Bad("GET /devices/", 404, "not_found"),
-    "two slashes": Bad("GET //devices", 404, "not_found"),
+    "two slashes": Bad("GET /devices//", 404, "not_found"),
     "a path out": Bad("GET /devices/..%2f..%2fsecrets", 404, "not_found"),
     "a segment too long": Bad(f"GET /devices/{'x' * 513}", 404, "not_found"),
     "no such method": Bad("DELETE /devices/{active}", 405, "method_not_allowed"),

@@ -1,0 +1,172 @@
+"""The fleet and a device in the console: found, listed in parts, saved, and shown as they were stored."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections.abc import Callable
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from markupsafe import escape
+
+from app import portal_of
+from core.roles import Role
+from store.tables import Device
+from tests.support.browser import Browser, text_of
+from tests.support.harness import ON_SQLITE, Api
+from web.console import fleet
+
+pytestmark = ON_SQLITE
+STORED = [
+    "<script>alert(1)</script>",
+    '" onmouseover="alert(1)',
+    "' or 1=1 --",
+    "{{ 7 * 7 }}",
+    "&lt;b&gt;",
+    "漢" * 128,
+]
+HIDDEN = "abc\u202egnp.exe\u2066\u200f"
+
+
+def names(page: str) -> list[str]:
+    found = re.findall(r'<a class="cell-main"[^>]*><bdi class="stored">(.*?)</bdi></a>', page, re.DOTALL)
+    return [html.unescape(name) for name in found]
+
+
+def test_an_empty_fleet_says_what_to_do_next(browser: Browser) -> None:
+    page = browser.get("/ui/devices")
+    assert page.status_code == 200
+    assert "No devices yet" in page.text
+    assert "portal register" in page.text
+
+
+def test_a_search_finds_parts_of_names_and_ids_and_answers_htmx_with_the_rows_alone(api: Api, browser: Browser) -> None:
+    device_id = api.register(name="north-pump")["device_id"]
+    api.register(name="south-valve", external_id="line-4/17")
+    for text, found in (
+        ("pump", ["north-pump"]), ("line-4", ["south-valve"]), (device_id, ["north-pump"]), ("nothing", []),
+        (device_id[:18], ["north-pump"]), ("SOUTH", ["south-valve"]),
+    ):  # fmt: skip
+        page = browser.get("/ui/devices", htmx=True, query_string={"q": text})
+        assert page.status_code == 200
+        assert "<html" not in page.text
+        assert names(page.text) == found, text
+    assert "No matching devices" in browser.get("/ui/devices?q=nothing").text
+
+
+def test_filters_and_orders_are_those_of_the_list(api: Api, browser: Browser) -> None:
+    first = api.register(name="b")["device_id"]
+    api.register(name="a", type="valve")
+    api.post(f"/devices/{first}/suspend", {})
+    assert names(browser.get("/ui/devices").text) == ["a", "b"]
+    assert names(browser.get("/ui/devices?sort=-name").text) == ["b", "a"]
+    assert names(browser.get("/ui/devices?status=suspended&q=&sort=").text) == ["b"]
+    page = browser.get("/ui/devices?type=valve").text
+    assert names(page) == ["a"]
+    assert "Clear the filters" in page
+    assert names(browser.get("/ui/devices?expires_within=7").text) == []
+    for wrong in ("status=gone", "cursor=x", "expires_within=8", "unknown=1", "q=a&q=b", "q=" + "x" * 129):
+        assert browser.get(f"/ui/devices?{wrong}").status_code == 422, wrong
+
+
+def test_a_long_list_is_shown_in_parts_that_lead_on_and_back(
+    api: Api, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "PER_PAGE", 2)
+    for number in range(5):
+        api.register(name=f"pump-{number}")
+    seen, path = [], "/ui/devices?type=pump"
+    while path:
+        page = browser.get(path).text
+        seen.append(names(page))
+        found = re.search(r'href="([^"]*)"[^>]*>Next page', page)
+        path = found[1].replace("&amp;", "&") if found else ""
+    assert seen == [["pump-4", "pump-3"], ["pump-2", "pump-1"], ["pump-0"]]
+    assert 'href="/ui/devices?type=pump"' in page
+
+
+def test_a_search_that_has_looked_for_long_leads_on(
+    api: Api, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("store.devices.LOOKED_AT", 1)
+    monkeypatch.setattr(fleet, "SEARCH_SECONDS", 0.0)
+    for name in ("wanted", "other", "other"):
+        api.register(name=name)
+    page = browser.get("/ui/devices?q=ante").text
+    assert "Nothing found yet" in page
+    assert "Look further" in page
+    monkeypatch.setattr(fleet, "SEARCH_SECONDS", 60.0)
+    assert names(browser.get("/ui/devices?q=ante").text) == ["wanted"]
+
+
+def test_the_first_page_counts_no_devices(app: Flask, api: Api, browser: Browser) -> None:
+    api.register()
+    statements: list[str] = []
+    engine = portal_of(app).database.engine
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def note(_c: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    browser.get("/ui/devices")
+    sa.event.remove(engine, "before_cursor_execute", note)
+    assert any("FROM devices" in statement for statement in statements)
+    assert not [statement for statement in statements if "count(" in statement.lower()]
+
+
+def test_a_stored_text_is_shown_and_never_run(api: Api, browser: Browser) -> None:
+    for name in STORED:
+        device_id = api.register(name=name, location=name, metadata={name[:30]: name})["device_id"]
+        for path in (f"/ui/devices/{device_id}", f"/ui/devices?q={device_id}"):
+            page = browser.get(path).text
+            assert f'<bdi class="stored">{escape(name)}</bdi>' in page, path
+            assert "<script>alert" not in page
+            assert 'onmouseover="alert' not in page
+    assert names(browser.get("/ui/devices").text) == STORED[::-1]
+
+
+def test_a_name_with_direction_marks_that_an_older_version_stored_stays_within_its_place(
+    app: Flask, api: Api, browser: Browser
+) -> None:
+    device_id = api.register()["device_id"]
+    with portal_of(app).database.transaction() as tx:
+        tx.execute(sa.update(Device).where(Device.id == device_id).values(name=HIDDEN))
+    for path in ("/ui/devices", f"/ui/devices/{device_id}"):
+        assert f'<bdi class="stored">{HIDDEN}</bdi>' in browser.get(path).text
+
+
+def test_a_device_is_shown_with_its_certificates_and_topics(api: Api, browser: Browser) -> None:
+    registered = api.register(name="pump", metadata={"owner": "ops", "rack": 7})
+    page = text_of(browser.get(f"/ui/devices/{registered['device_id']}").text)
+    for shown in (registered["serial_number"], f"devices/{registered['device_id']}/#", "owner ops", "rack 7", "Active"):
+        assert shown in page
+    assert api.post(f"/revoke/{registered['device_id']}", {"reason": "key_compromise"}).status_code in (200, 202)
+    page = text_of(browser.get(f"/ui/devices/{registered['device_id']}").text)
+    assert "Revoked" in page
+    assert "key compromise" in page
+    assert browser.get("/ui/devices/nonsense").status_code == 404
+
+
+def test_all_that_match_are_saved_as_csv_and_no_cell_is_a_formula(
+    api: Api, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "CSV_AT_ONCE", 2)
+    for name in ("=cmd|' /C calc'!A0", "+1", "-1", "@x", 'a "quoted", name'):
+        api.register(name=name)
+    api.register(name="other", type="valve")
+    answer = browser.get("/ui/devices.csv?type=pump&sort=created")
+    assert answer.headers["Content-Disposition"] == 'attachment; filename="devices.csv"'
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [row["name"] for row in rows] == ["'=cmd|' /C calc'!A0", "'+1", "'-1", "'@x", 'a "quoted", name']
+    assert rows[0].keys() >= {"device_id", "status", "expires_at", "last_seen"}
+    assert browser.get("/ui/devices.csv?status=nonsense").status_code == 422
+
+
+def test_every_operator_reads_the_fleet(api: Api, browser_of: Callable[..., Browser]) -> None:
+    api.register(name="pump")
+    for role in (Role.ADMIN, Role.OPERATOR, Role.AUDITOR):
+        assert names(browser_of(role).get("/ui/devices").text) == ["pump"]

@@ -1,0 +1,187 @@
+"""The fleet: devices found by search as it is typed, by filters and in orders, and saved as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Annotated, Literal
+from urllib.parse import urlencode
+
+from pydantic import Field
+
+from core.roles import Permission
+from core.states import PresenceState
+from store.devices import DeviceFilter, DeviceRecord
+from web.api.fields import Cursor, Place, ProfileName, ShortText, StatusName
+from web.api.routing import RequestModel
+from web.console.pages import HOME, Moved, Pages, Sent, Shown, Visit
+from workflows.devices import Page
+from workflows.presence import DeviceConnection, connection_of
+
+PAGES = Pages()
+FLEET = "/ui/devices"
+PER_PAGE = 50
+CSV_AT_ONCE = 200
+SEARCH_SECONDS = 0.2  # after which a page shows what was found so far, and leads on
+_CONNECTED = {
+    "true": PresenceState.CONNECTED,
+    "false": PresenceState.OFFLINE,
+    "never": PresenceState.NEVER_SEEN,
+}
+_COLUMNS = (
+    "device_id", "name", "external_id", "type", "location", "firmware", "status", "created_at", "expires_at",
+    "last_seen",
+)  # fmt: skip
+
+
+class FleetQuery(RequestModel):
+    """Which devices, in which order, from where on."""
+
+    q: Annotated[Place | None, Field(description="A part of a name, of an external id or of metadata, or an id")] = None
+    status: StatusName | None = None
+    connected: Literal["true", "false", "never"] | None = None
+    expires_within: Annotated[str, Field(pattern="^(7|30|90)$")] | None = None
+    type: ShortText | None = None
+    location: Place | None = None
+    profile: ProfileName | None = None
+    attested: Literal["passed", "failed", "outdated", "none"] | None = None
+    sort: Literal["created", "name", "-name", "expires", "last_seen", "-last_seen"] | None = None
+    cursor: Cursor | None = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The filters and the order that are set, as parameters of a query; without the place in the list."""
+        return self.model_dump(exclude_none=True, exclude={"cursor"})
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether the list leaves devices out."""
+        return bool(self.given.keys() - {"sort"})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A device as a row shows it; ``not_after`` is the end of its certificate."""
+
+    device: DeviceRecord
+    not_after: datetime | None
+    connection: DeviceConnection | None
+
+    @property
+    def id(self) -> str:
+        """The id of the device."""
+        return self.device.id
+
+
+@PAGES.add("GET", HOME, Permission.READ)
+def home(_visit: Visit) -> Moved:
+    """Lead to the fleet."""
+    return Moved(FLEET)
+
+
+@PAGES.add("GET", FLEET, Permission.READ)
+def fleet(visit: Visit) -> Shown:
+    """List devices, newest first unless another order is asked for."""
+    query = visit.query(FleetQuery)
+    devices, cursor = _found(visit, query)
+    values = {
+        "query": query,
+        "devices": devices,
+        "next": None if cursor is None else _link(query, {"cursor": cursor}),
+        "first": _link(query, {}) if query.cursor else None,
+        "csv": f"{FLEET}.csv?{urlencode(query.given)}",
+    }
+    return Shown("fleet.html", values, fragment="fleet_results.html")
+
+
+@PAGES.add("GET", f"{FLEET}.csv", Permission.READ)
+def fleet_csv(visit: Visit) -> Sent:
+    """Save all devices that match as CSV."""
+    query = visit.query(FleetQuery)
+    rows = _all(visit, query)
+    first = next(rows, None)  # what is refused is refused before anything is sent
+    lines = _csv(itertools.chain([] if first is None else [first], rows))
+    return Sent(lines, "text/csv; charset=utf-8", "devices.csv")
+
+
+def _filter(visit: Visit, query: FleetQuery) -> DeviceFilter:
+    within = query.expires_within
+    return DeviceFilter(
+        status=query.status,
+        type=query.type,
+        location=query.location,
+        q=query.q,
+        profile=query.profile,
+        attested=query.attested,
+        sort=query.sort,
+        connected=None if query.connected is None else _CONNECTED[query.connected],
+        expires_before=None if within is None else visit.now + timedelta(days=int(within)),
+    )
+
+
+def _found(visit: Visit, query: FleetQuery) -> tuple[Sequence[Row], str | None]:
+    """Return a page of devices, and where the next one begins.
+
+    A search first names the devices that its text means by itself, and looks on for as long as a reader waits gladly:
+    ``Inventory.devices`` returns less than a page after it has looked at many devices.
+    """
+    inventory, tenant_id, wanted = visit.portal.inventory, visit.actor.tenant_id, _filter(visit, query)
+    found: dict[str, Row] = {}
+    if query.q is not None and query.cursor is None:
+        named = _filter(visit, query.model_copy(update={"q": None}))
+        found = {row.id: row for row in _rows(inventory.named(tenant_id, query.q, named, limit=PER_PAGE))}
+    cursor, until = query.cursor, time.monotonic() + SEARCH_SECONDS
+    while True:
+        page = inventory.devices(tenant_id, wanted, limit=max(1, PER_PAGE - len(found)), cursor=cursor)
+        for row in _rows(page):
+            found.setdefault(row.id, row)
+        cursor = page.cursor
+        if cursor is None or len(found) >= PER_PAGE or time.monotonic() >= until:
+            return list(found.values()), cursor
+
+
+def _rows(page: Page) -> Iterator[Row]:
+    for one in page.devices:
+        yield Row(one.device, one.not_after, connection_of(one.presence, page.contact))
+
+
+def _link(query: FleetQuery, changes: Mapping[str, str]) -> str:
+    parameters = {**query.given, **changes}
+    return f"{FLEET}?{urlencode(parameters)}" if parameters else FLEET
+
+
+def _all(visit: Visit, query: FleetQuery) -> Iterator[Row]:
+    inventory, tenant_id, wanted = visit.portal.inventory, visit.actor.tenant_id, _filter(visit, query)
+    cursor: str | None = None
+    while True:
+        page = inventory.devices(tenant_id, wanted, limit=CSV_AT_ONCE, cursor=cursor)
+        yield from _rows(page)
+        if (cursor := page.cursor) is None:
+            return
+
+
+def _csv(rows: Iterator[Row]) -> Iterator[bytes]:
+    yield (",".join(_COLUMNS) + "\r\n").encode()
+    for row in rows:
+        device, seen = row.device, None if row.connection is None else row.connection.last_seen
+        times = (device.created_at, row.not_after, seen)
+        cells = [device.id, device.name, device.external_id or "", device.type, device.location, device.firmware]
+        line = io.StringIO()
+        csv.writer(line).writerow(
+            [
+                *map(_cell, cells),
+                device.status.value,
+                *("" if at is None else at.strftime("%Y-%m-%dT%H:%M:%SZ") for at in times),
+            ]
+        )
+        yield line.getvalue().encode()
+
+
+def _cell(text: str) -> str:
+    """Return a text so that a spreadsheet does not take it for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -1,0 +1,18 @@
+"""All pages of the console, screen by screen."""
+
+from __future__ import annotations
+
+from core.errors import NotFound
+from web.console import device, fleet, login
+from web.console.pages import Page, Pages, Shown, Visit
+
+_REST = Pages()
+
+
+@_REST.add("GET", "/ui/{rest}", None)
+def nothing_here(_visit: Visit, rest: str) -> Shown:
+    """Tell an operator that a path leads nowhere; who has no session learns no more than the way to log in."""
+    raise NotFound(f"The console has no page /ui/{rest[:100]}.")
+
+
+PAGES: list[Page] = [page for screen in (fleet, device, login) for page in screen.PAGES] + _REST
