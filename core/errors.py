@@ -30,8 +30,9 @@
       Gone                                410
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
-        PortalStopping  UploadsBusy  DatabaseUnavailable  LockUnavailable  IssuerUnusable
-        TokenUnavailable
+        PortalStopping  UploadsBusy  LockUnavailable  IssuerUnusable  TokenUnavailable
+        DatabaseUnavailable
+          DatabaseInUse
         BrokerUnavailable
           BrokerNotEnforcing
       ProjectionInvalid  SignatureCheckFailed
